@@ -1,0 +1,45 @@
+# Two ways in: `make quickstart` tells the story, `make test` proves it. Each sets up what it needs, once.
+#
+# Only Python 3.11 is assumed. On Linux, pip's torch brings GBs of CUDA libraries; a machine without a GPU needs none of them:
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make quickstart
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-slow check clean
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+quickstart: $(VENV)/.installed  ## train a teacher and a fleet of students on real digits
+	$(BIN)/akd-dist quickstart
+
+test: $(VENV)/.installed-dev  ## every fast test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev  ## the tests that kill, wait and repeat
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed-dev  ## lint, format and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean:  ## remove the environment and caches, never stores or runs
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamps below are written when an installation is complete, so a second call has nothing to do.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed

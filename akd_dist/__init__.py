@@ -1,0 +1,190 @@
+"""akd-dist: one teacher, run once; fleets of students trained from its stored logits.
+
+    recipe = "jobs/digits.yaml"
+    akd_dist.cache_teacher(recipe)                       a sealed store of logits
+    akd_dist.train_students(recipe)                      runs/digits/, and the content of its fleet.json
+    akd_dist.open_store(uri).rows(view, start, stop)     float32 [n, classes]
+    akd_dist.load_model("runs/digits/students/...")      a torch.nn.Module
+    akd_dist.report("runs/digits")                       report.html, written afresh
+
+Importing this module is instant: each verb imports what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from akd_dist.recipe import Recipe
+    from akd_dist.storage.reader import LogitStore
+
+    def report(run: str | Path) -> Path:
+        """Write a run's report.html afresh; returns its path. At run time this is the module, made callable below."""
+
+
+__all__ = ["cache_teacher", "load_model", "open_store", "report", "train_students"]
+
+
+def cache_teacher(
+    recipe: Recipe | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    store_root: str | Path = "stores",
+    cache_root: str | Path | None = None,
+    address: str | None = None,
+    wait: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Make sure that sealed stores of the teacher's logits exist for a recipe's train, validation and test rows.
+
+    Args:
+        recipe: a recipe, or the path of its file.
+        overrides: `key=value` for a recipe file, as the command's --set.
+        store_root: folder or `s3://` URI under which stores lie.
+        cache_root: folder of this machine's prepared data; by default in the user's cache folder.
+        address: a Ray cluster; None starts one on this machine if there is anything to compute.
+        wait: wait for somebody else who writes the same store, instead of leaving.
+        dry_run: only say what would be computed, and refuse what cannot fit.
+        console: where progress is told; stderr by default.
+
+    Returns:
+        The document that `akd-dist cache-teacher --json` prints (schemas/cache.schema.json).
+
+    Raises:
+        AkdError: a refusal; nothing that was computed is lost.
+    """
+    from akd_dist.jobs.cache_teacher import cache_teacher
+
+    return cache_teacher(
+        _recipe(recipe, overrides),
+        store_root=absolute_root(store_root),
+        cache_root=_cache_root(cache_root),
+        address=address,
+        wait=wait,
+        dry_run=dry_run,
+        console=console,
+    )
+
+
+def train_students(
+    recipe: Recipe | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    store_root: str | Path = "stores",
+    run_root: str | Path = "runs",
+    cache_root: str | Path | None = None,
+    address: str | None = None,
+    fresh: bool = False,
+    wait: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train a recipe's students from the teacher's stored logits, caching these first if they are missing.
+
+    The same recipe again resumes what is unfinished, or returns the saved results when all is done.
+
+    Args:
+        recipe: a recipe, or the path of its file.
+        overrides: `key=value` for a recipe file, as the command's --set.
+        store_root: folder or `s3://` URI under which stores lie.
+        run_root: folder of runs; this one is `<run_root>/<recipe.name>/`.
+        cache_root: folder of this machine's prepared data; by default in the user's cache folder.
+        address: a Ray cluster; None starts one on this machine if there is anything to do.
+        fresh: forget an earlier run of this name.
+        wait: wait for somebody else who holds the store or the run, instead of leaving.
+        console: where progress is told; stderr by default.
+
+    Returns:
+        The content of fleet.json (schemas/fleet.schema.json).
+
+    Raises:
+        AkdError: a refusal; nothing that was trained is lost.
+    """
+    from akd_dist.jobs.train_students import train_students
+
+    return train_students(
+        _recipe(recipe, overrides),
+        store_root=absolute_root(store_root),
+        run_root=absolute_root(run_root),
+        cache_root=_cache_root(cache_root),
+        address=address,
+        fresh=fresh,
+        wait=wait,
+        console=console,
+    )
+
+
+def open_store(uri: str | Path) -> LogitStore:
+    """Open a sealed store, its presence and sizes checked: `.rows(view, start, stop)` -> float32 [n, classes].
+
+    Raises:
+        RefusedError: there is no store, or it is not sealed.
+        DamagedError: it is not what was sealed.
+    """
+    from akd_dist.storage.reader import open_store
+
+    return open_store(absolute_root(uri))
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """A trained model, in eval mode, from a folder or URI with model.safetensors and model.json.
+
+    Raises:
+        RefusedError: there is no model, or its weights would have to be unpickled.
+        DamagedError: the weights are not those that were written.
+    """
+    from akd_dist.models import load_model
+
+    return load_model(absolute_root(folder))
+
+
+def absolute_root(root: str | Path) -> str:
+    """A local root as an absolute path, before any worker changes directory; a URI as it is."""
+    text = os.fspath(root)
+    return text if "://" in text else str(Path(text).expanduser().absolute())
+
+
+def _cache_root(given: str | Path | None) -> str:
+    from akd_dist.storage.node_cache import default_cache_root
+
+    return absolute_root(given or default_cache_root())
+
+
+def _recipe(recipe: Recipe | str | Path, overrides: Sequence[str]) -> Recipe:
+    from akd_dist.recipe import Recipe, load_recipe
+
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+
+
+class _Report(ModuleType):
+    """The module akd_dist.report, which is also the verb `akd_dist.report(run)`."""
+
+    def __call__(self, run: str | Path) -> Path:
+        path: Path = self.write_report(Path(run))
+        return path
+
+
+class _Package(ModuleType):
+    """This package; makes the one submodule that is named like a verb callable, whoever imports it first."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "report" and isinstance(value, ModuleType):
+            value.__class__ = _Report
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "report":
+            return importlib.import_module("akd_dist.report")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,127 @@
+"""Checkpoints: the whole state of one student in one file that is either intact or refused.
+
+A file is `AKDCKPT1`, the sha256 of what follows, then safetensors bytes whose metadata holds the rest of the tree as JSON. So
+every flipped bit is noticed (neither torch nor safetensors would), and nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from akd_dist.storage.errors import DamagedError
+from akd_dist.storage.files import failpoint, replace, sha256
+
+MAGIC = b"AKDCKPT1"
+_HEAD = len(MAGIC) + 64
+_KEEP = 2
+
+log = logging.getLogger(__name__)
+
+
+def save_checkpoint(folder: Path, name: str, tree: Any) -> Path:
+    """Write a tree of dicts, lists, tuples, numbers, strings and tensors as `<name>.ckpt`, and keep the last two.
+
+    Names sort by progress; the file appears whole or not at all.
+    """
+    path = folder / f"{name}.ckpt"
+    failpoint("checkpoint.before_save")
+    replace(path, encode(tree))
+    for old in checkpoints(folder)[:-_KEEP]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(folder: Path) -> Any | None:
+    """The newest intact tree of a folder, None where there is no checkpoint.
+
+    A damaged file is passed over, with a warning, for the one before it.
+
+    Raises:
+        DamagedError: there are checkpoints and none of them is intact.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            return decode(path.read_bytes(), path)
+        except DamagedError as error:
+            log.warning("%s; falling back to the one before", error)
+    if not found:
+        return None
+    raise DamagedError(
+        f"no checkpoint in {folder} is intact",
+        got=f"{len(found)} damaged: " + ", ".join(path.name for path in found),
+        expected="at least one whose sha256 matches",
+        next="remove that folder to train this student from its start",
+    )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint files of a folder, oldest first."""
+    return sorted(folder.glob("*.ckpt"))
+
+
+def encode(tree: Any) -> bytes:
+    """A tree as the bytes of a checkpoint file."""
+    tensors: dict[str, torch.Tensor] = {}
+    skeleton = _strip(tree, tensors)
+    payload = safetensors.torch.save(tensors, metadata={"tree": json.dumps(skeleton)})
+    return MAGIC + sha256(payload).encode() + payload
+
+
+def decode(data: bytes, path: Path | str = "a checkpoint") -> Any:
+    """The tree of a checkpoint file's bytes.
+
+    Raises:
+        DamagedError: the bytes are not those that were written.
+    """
+    payload = data[_HEAD:]
+    if data[: len(MAGIC)] != MAGIC or sha256(payload).encode() != data[len(MAGIC) : _HEAD]:
+        raise DamagedError(
+            f"the checkpoint {path} is damaged",
+            got=f"{len(data):,} bytes whose sha256 does not match",
+            expected="the bytes that were written",
+        )
+    try:
+        tensors = safetensors.torch.load(payload)
+        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+        return _restore(json.loads(header["__metadata__"]["tree"]), tensors)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise DamagedError(f"the checkpoint {path} cannot be read", got=error, expected="a checkpoint") from error
+
+
+def _strip(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """JSON for a tree, its tensors moved into `tensors`; dicts as pairs, since optimizer states have integer keys."""
+    match node:
+        case torch.Tensor():
+            key = f"{len(tensors):05d}"
+            tensors[key] = node.detach().cpu().clone(memory_format=torch.contiguous_format)
+            return {"tensor": key}
+        case dict():
+            return {"dict": [[key, _strip(value, tensors)] for key, value in node.items()]}
+        case tuple():
+            return {"tuple": [_strip(value, tensors) for value in node]}
+        case list():
+            return [_strip(value, tensors) for value in node]
+        case _:
+            return node
+
+
+def _restore(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    match node:
+        case {"tensor": key}:
+            return tensors[key]
+        case {"dict": pairs}:
+            return {key: _restore(value, tensors) for key, value in pairs}
+        case {"tuple": values}:
+            return tuple(_restore(value, tensors) for value in values)
+        case list():
+            return [_restore(value, tensors) for value in node]
+        case _:
+            return node

@@ -1,0 +1,267 @@
+"""A cohort: students that share a stream, trained in lockstep, each batch read once for all of them.
+
+`train_cohort` is what a Ray Train worker runs, and what a plain loop calls without Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from akd_dist import recipe
+from akd_dist.models import ModelCard, add_folder
+from akd_dist.rows import Rows, Splits, prepare
+from akd_dist.storage.errors import AkdError, RefusedError
+from akd_dist.storage.files import failpoint, file_lock, replace
+from akd_dist.storage.node_cache import open_decoded
+from akd_dist.storage.reader import open_store
+from akd_dist.stream import Stream
+from akd_dist.student import Group, Student, fail_before_start
+
+PROGRESS_SECONDS = 0.5
+# A worker of a killed driver may live on for half a minute (measured); the next attempt waits that long for its lock.
+ZOMBIE_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class CohortJob:
+    """What a worker needs to train a cohort: small, picklable, every path absolute."""
+
+    name: str
+    """Names the cohort in its progress file and log."""
+    data: recipe.Data
+    """The dataset; prepared on the worker's node if it is not there yet."""
+    fingerprints: dict[str, str]
+    """The dataset fingerprint of each split as the driver saw it."""
+    students: tuple[recipe.Student, ...]
+    """Who trains: one batch size, one number of workers and threads for all."""
+    root: str
+    """The folder of student folders."""
+    logs: str
+    """The folder of logs, one a student."""
+    cache_root: str
+    """Prepared data and decoded stores of this node."""
+    stores: dict[str, str]
+    """Store URI of each split; empty where no student has a teacher."""
+    folder: str | None
+    """The recipe's folder, put on sys.path for custom code."""
+    control: str
+    """The folder of progress files and of the stop file of this attempt."""
+    attempt: int = 1
+    """Which attempt of the run this is."""
+    checkpoint_seconds: float = 20.0
+    """Time between checkpoints; 0 writes one at the end of every epoch and nowhere else."""
+    cache_budget: int | None = None
+    """Bytes that the node caches may take; None for what the disk has."""
+
+    @property
+    def stop_file(self) -> Path:
+        """While this file exists, the attempt's cohorts checkpoint and return."""
+        return Path(self.control) / f"stop-{self.attempt}"
+
+    @property
+    def progress_file(self) -> Path:
+        """The cohort's latest progress document."""
+        return Path(self.control) / f"progress-{self.name}.json"
+
+
+def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
+    """Train the students of a cohort from wherever each of them stands.
+
+    Returns:
+        {"stopped": bool, "students": [a fleet.json entry of each student that has ended]}.
+
+    Raises:
+        RefusedError: the data of this node is not that of the driver, or a probe view's pixels differ.
+        DamagedError: a store is damaged; no student has taken a step.
+    """
+    group = group or Group()
+    torch.set_num_threads(job.students[0].threads)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
+    add_folder(job.folder)
+    splits = prepare(job.data, Path(job.cache_root), budget=job.cache_budget)
+    check_fingerprints(job, splits)
+    stream, teacher_classes = open_stream(job, splits)
+    with contextlib.ExitStack() as locks:
+        if group.rank == 0:
+            for spec in job.students:
+                lock = Path(job.root) / spec.name / "checkpoints" / "lock"
+                locks.enter_context(file_lock(lock, what=f"the student {spec.name}", wait=ZOMBIE_SECONDS))
+        students = [student for spec in job.students if (student := open_student(job, spec, splits.train, group))]
+        failpoint("cohort.before_first_step")
+        stopped = _Lockstep(job, group, stream, splits, teacher_classes, students).run()
+    return {"stopped": stopped, "students": [result for spec in job.students if (result := read_result(job, spec))]}
+
+
+def check_fingerprints(job: CohortJob, splits: Splits) -> None:
+    """Refuse to train on rows other than those the driver planned with."""
+    for split, expected in job.fingerprints.items():
+        rows: Rows = getattr(splits, split)
+        if rows.fingerprint != expected:
+            raise RefusedError(
+                f"the {split} rows on this node are not those of the driver",
+                got=f"fingerprint {rows.fingerprint[:16]}",
+                expected=f"fingerprint {expected[:16]}",
+                next="make the same files visible on every node",
+            )
+
+
+def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | None]:
+    """The cohort's stream, and the class that the teacher chooses for each test row (int64 [n]), both from the stores."""
+    logits, teacher_classes = None, None
+    if job.stores:
+        test = open_store(job.stores["test"])
+        teacher_classes = test.rows(0, 0, test.num_rows).argmax(axis=1)
+        logits = open_decoded(open_store(job.stores["train"]), Path(job.cache_root), budget=job.cache_budget)
+    stream = Stream(
+        splits.train,
+        logits,
+        job.data.augmentation,
+        seed=job.data.seed,
+        views=job.data.views,
+        batch=job.students[0].batch,
+    )
+    if job.stores:
+        stream.check_probes(open_store(job.stores["train"]).manifest)
+    return stream, teacher_classes
+
+
+def open_student(job: CohortJob, spec: recipe.Student, rows: Rows, group: Group) -> Student | None:
+    """The student at its newest checkpoint; None if it has ended before, or ends here because it cannot be built."""
+    result = read_result(job, spec)
+    if result and result["state"] in ("done", "diverged"):
+        return None
+    folder, log = Path(job.root) / spec.name, Path(job.logs) / f"{spec.name}.log"
+    try:
+        card = ModelCard.of(spec.model, rows, job.data.normalize)
+        student = Student(spec, card, folder, log=log, attempt=job.attempt, group=group)
+    except AkdError:
+        raise
+    except Exception as error:
+        fail_before_start(spec, folder, log, error)
+        return None
+    student.resume()
+    return student
+
+
+def read_result(job: CohortJob, spec: recipe.Student) -> dict[str, Any] | None:
+    """The fleet.json entry that a student left when it ended, None if it has not ended."""
+    path = Path(job.root) / spec.name / "result.json"
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+class _Lockstep:
+    """The loop over epochs and batches; students at different positions join when the stream reaches them."""
+
+    def __init__(
+        self,
+        job: CohortJob,
+        group: Group,
+        stream: Stream,
+        splits: Splits,
+        teacher_classes: np.ndarray | None,
+        students: list[Student],
+    ) -> None:
+        self.job, self.group, self.stream, self.splits = job, group, stream, splits
+        self.teacher_classes, self.students = teacher_classes, students
+        self.saved_at = self.told_at = time.monotonic()
+        self.rows_seen, self.started = 0, time.monotonic()
+
+    @property
+    def active(self) -> list[Student]:
+        return [student for student in self.students if student.training]
+
+    def run(self) -> bool:
+        """Train until every student has ended; True if the stop file ended it first."""
+        stopped = False
+        while self.active and not stopped:
+            epoch = min(student.epoch for student in self.active)
+            stopped = self._epoch(epoch)
+            if not stopped and self.job.checkpoint_seconds == 0:
+                self._save()
+        self._tell(force=True)
+        return stopped
+
+    def _epoch(self, epoch: int) -> bool:
+        here = [student for student in self.active if student.epoch == epoch]
+        stream = self.stream if any(student.stage.needs_logits for student in here) else self.stream.without_logits()
+        first = min(student.step for student in here)
+        for batch in stream.batches(epoch, first, self.group.rank, self.group.world):
+            for student in here:
+                if student.training and student.step == batch.step:
+                    self.rows_seen += batch.global_rows
+                    self._guarded(student, student.take_step, batch, stream.steps_per_epoch)
+            if self._pause():
+                return True
+        for student in here:
+            if student.training:
+                self._guarded(student, self._end_epoch, student)
+        return False
+
+    def _end_epoch(self, student: Student) -> None:
+        record = student.end_epoch(self.splits.validation)
+        student.note(
+            f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "
+            f"validation accuracy {record['validation']['accuracy']:.4f}"
+        )
+        if student.epoch == student.epochs:
+            student.finish(self.splits.test, self.teacher_classes)
+
+    def _guarded(self, student: Student, act: Callable[..., object], *arguments: object) -> None:
+        """Let a student fail alone: its exception ends it, and nobody else."""
+        try:
+            act(*arguments)
+        except AkdError:
+            raise
+        except Exception as error:
+            student.fail(error)
+
+    def _pause(self) -> bool:
+        """After each batch: tell, checkpoint when due, and say whether to stop. The ranks decide together."""
+        failpoint("cohort.after_batch")
+        self._tell()
+        due = 0 < self.job.checkpoint_seconds < time.monotonic() - self.saved_at
+        stop, due = self.group.any(self.job.stop_file.exists(), due)
+        if stop or due:
+            self._save()
+        return stop
+
+    def _save(self) -> None:
+        for student in self.active:
+            student.save()
+        self.saved_at = time.monotonic()
+
+    def _tell(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if self.group.rank != 0 or (now - self.told_at < PROGRESS_SECONDS and not force):
+            return
+        self.told_at = now
+        per_epoch = self.stream.steps_per_epoch
+        document = {
+            "done": sum(student.epoch * per_epoch + student.step for student in self.students),
+            "total": sum(
+                (student.epochs if student.training else student.epoch) * per_epoch for student in self.students
+            ),
+            "rows_per_second": self.rows_seen / max(now - self.started, 1e-9),
+            "students": [
+                {
+                    "name": student.spec.name,
+                    "state": "training" if student.result is None else student.result["state"],
+                    "stage": student.stage.name,
+                    "epoch": student.epoch,
+                    "epochs": student.epochs,
+                    "accuracy": student.history[-1]["validation"]["accuracy"] if student.history else None,
+                }
+                for student in self.students
+            ],
+        }
+        replace(self.job.progress_file, json.dumps(document).encode(), durable=False)

@@ -1,0 +1,219 @@
+"""The JSON documents that commands print and runs leave behind, and the JSON Schemas that ship with the package.
+
+python -m akd_dist.documents        writes akd_dist/schemas/*.schema.json afresh
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from akd_dist.recipe import recipe_schema
+
+SCHEMAS = Path(__file__).parent / "schemas"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Document(BaseModel):
+    """A JSON document of a fixed shape."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class CachedSplit(Document):
+    """One sealed store of logits."""
+
+    store: str
+    """Path or URI of the store's `<id>` folder."""
+    id: str
+    """The sha256 of the store's identity."""
+    hit: bool
+    """Whether it was there already."""
+    rows: Count
+    """Rows of the split."""
+    views: Count
+    """Augmented views of each row; at least as many as the recipe asks for."""
+    classes: Count
+    """Logits a row."""
+    encoding: str
+    """Precision of the stored logits."""
+    bytes: Count
+    """Size of all shards."""
+    shards: Count
+    """Number of shards."""
+    shards_computed: Count
+    """How many of them this command computed."""
+
+
+class CachedSplits(Document):
+    """The stores of the rows that nobody trains on."""
+
+    validation: CachedSplit
+    """The validation rows, one view, not augmented."""
+    test: CachedSplit
+    """The test rows, one view, not augmented."""
+
+
+class CacheDocument(CachedSplit):
+    """What `akd-dist cache-teacher --json` prints: the train store, and those of the other splits."""
+
+    hit: bool
+    """Whether all three stores were there already."""
+    seconds: float
+    """Wall-clock time of the command."""
+    splits: CachedSplits
+    """The same for the validation and test rows."""
+
+
+class PlannedSplit(Document):
+    """What one store would take."""
+
+    rows: Count
+    """Rows of the split."""
+    views: Count
+    """Augmented views of each row."""
+    shards: Count
+    """Number of shards."""
+    bytes: Count
+    """Size of all shards."""
+
+
+class PlanDocument(Document):
+    """What `akd-dist cache-teacher --dry-run --json` prints."""
+
+    dry_run: Literal[True]
+    """Nothing was computed."""
+    store_root: str
+    """Where the stores would lie."""
+    bytes: Count
+    """Size of all stores."""
+    free: Count | None
+    """Bytes free there; null for object storage."""
+    splits: dict[Literal["train", "validation", "test"], PlannedSplit]
+    """What each split would take."""
+
+
+class Metrics(Document):
+    """Metrics of a model on one split."""
+
+    accuracy: Share
+    """Share of rows whose first class is the label."""
+    loss: float | None = None
+    """Mean cross-entropy, where it was measured."""
+
+
+class FleetTeacher(Document):
+    """The teacher of a run, as its stores describe it."""
+
+    model: str
+    """Label of its architecture."""
+    parameters: Count
+    """Number of its weights."""
+    test: Metrics
+    """Its metrics on the test rows."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+
+
+class FleetStudent(Document):
+    """One student of a run."""
+
+    name: str
+    """Its folder under students/."""
+    model: str
+    """Label of its architecture."""
+    parameters: Count | None
+    """Number of its weights."""
+    objective: str
+    """Kind of its objective."""
+    tau_max: int | None
+    """The temperature that annealing starts from; null without annealing."""
+    seed: int
+    """Governs initialisation and dropout."""
+    state: Literal["done", "diverged", "failed"]
+    """How its training ended."""
+    reason: str | None
+    """Why it did not succeed, and the log that says more."""
+    epochs: Count
+    """Epochs trained, over all stages."""
+    validation: Metrics | None
+    """Metrics of the delivered weights on the validation rows, which picked them."""
+    test: Metrics | None
+    """Metrics of the delivered weights on the test rows; measured once."""
+    agreement: Share | None
+    """Share of test rows where student and teacher choose the same class."""
+    seconds: float
+    """Time spent on its training."""
+    path: str
+    """Its folder."""
+    store: str
+    """The store that it was trained from."""
+    teacher: str
+    """Fingerprint of its teacher."""
+
+
+class FleetDocument(Document):
+    """What `akd-dist train-students --json` prints, and what a run keeps in fleet.json."""
+
+    run: str
+    """The run's folder."""
+    store: str
+    """The train store."""
+    teacher: FleetTeacher
+    """Whom the students learned from."""
+    students: list[FleetStudent]
+    """Every student of the recipe, in its order."""
+    cohorts: Count
+    """Ray Train runs that it took."""
+    seconds: float
+    """Wall-clock time of the command that finished the run."""
+
+
+class Refusal(Document):
+    """Why a command refused."""
+
+    code: int
+    """The exit code."""
+    what: str
+    """What is wrong, with the name of the thing."""
+    got: str | None
+    """What was found."""
+    expected: str | None
+    """What would have been right."""
+    next: str | None
+    """What to do about it."""
+
+
+class ErrorDocument(Document):
+    """What a command prints with --json when it refuses."""
+
+    error: Refusal
+    """The refusal."""
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """Every JSON Schema of the package, by name."""
+    documents: dict[str, type[Document]] = {
+        "cache": CacheDocument,
+        "cache-plan": PlanDocument,
+        "fleet": FleetDocument,
+        "error": ErrorDocument,
+    }
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    generated = {name: dialect | document.model_json_schema() for name, document in documents.items()}
+    return {"recipe": recipe_schema(), **generated}
+
+
+def schema_text(name: str) -> str:
+    """A schema as it ships."""
+    return json.dumps(schemas()[name], indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    for name in schemas():
+        (SCHEMAS / f"{name}.schema.json").write_text(schema_text(name))

@@ -1,0 +1,422 @@
+"""One student: its model, optimizer, generator and best weights, a step, the end of an epoch, and its way to disk and back.
+
+A student owns its random state, so it trains bit for bit the same alone or beside others, in a plain loop or under Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from akd_dist import recipe
+from akd_dist.checkpoint import load_checkpoint, save_checkpoint
+from akd_dist.models import ModelCard, build, num_parameters, save_model
+from akd_dist.objectives import Stage, hard_label_losses, learning_rate, row_losses, stages
+from akd_dist.rows import Rows
+from akd_dist.storage.files import failpoint, replace, sha256
+from akd_dist.stream import Batch
+
+EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
+
+
+@dataclass(frozen=True)
+class Group:
+    """The data-parallel workers of a cohort, as this one sees them; alone by default."""
+
+    rank: int = 0
+    world: int = 1
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, true if it is true on any rank: how ranks agree before one of them leaves the step."""
+        if self.world == 1:
+            return flags
+        shared = torch.tensor(flags, dtype=torch.int32)
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+        return tuple(bool(flag) for flag in shared)
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over the ranks."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64)
+        torch.distributed.all_reduce(shared)
+        return float(shared)
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """A tensor from every rank, in rank order."""
+        if self.world == 1:
+            return [tensor]
+        gathered = [torch.empty_like(tensor) for _ in range(self.world)]
+        torch.distributed.all_gather(gathered, tensor)
+        return gathered
+
+
+class DivergedError(Exception):
+    """The loss of a student is no longer a number."""
+
+
+class PeerFailedError(Exception):
+    """Another rank of this student failed in the step; its log says why."""
+
+
+class Student:
+    """The training state of one student.
+
+    Args:
+        spec: what the recipe says of it.
+        card: its model for this dataset.
+        folder: where its checkpoints, metrics and delivered model go.
+        log: its log file.
+        attempt: which attempt of the run this is; part of checkpoint names.
+        group: the data-parallel ranks it is trained on; rank 0 alone writes.
+    """
+
+    def __init__(
+        self,
+        spec: recipe.Student,
+        card: ModelCard,
+        folder: Path,
+        *,
+        log: Path,
+        attempt: int = 1,
+        group: Group | None = None,
+    ) -> None:
+        self.spec, self.card, self.folder, self.attempt = spec, card, folder, attempt
+        self.group = group or Group()
+        self.log = log if self.group.rank == 0 else log.with_suffix(f".rank{self.group.rank}.log")
+        self.stages = stages(spec.objective)
+        self.epoch = self.step = self.stage_index = 0
+        self.loss_sum, self.loss_rows = 0.0, 0
+        self.seconds = 0.0
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, torch.Tensor] | None = None
+        self.best_record: dict[str, Any] = {}
+        self.result: dict[str, Any] | None = None
+        self.module, self.rng = self._initialise()
+        self.optimizer = make_optimizer(self.module, spec.optimizer)
+        self._forward: nn.Module = self.module
+        if self.group.world > 1:
+            self._forward = DistributedDataParallel(self.module)
+
+    # ---- where it stands
+
+    @property
+    def training(self) -> bool:
+        """Whether there are steps left to take."""
+        return self.result is None
+
+    @property
+    def stage(self) -> Stage:
+        """The current stage."""
+        return self.stages[self.stage_index]
+
+    @property
+    def stage_epoch(self) -> int:
+        """The 0-based epoch within the current stage."""
+        return self.epoch - sum(stage.epochs for stage in self.stages[: self.stage_index])
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all stages together."""
+        return sum(stage.epochs for stage in self.stages)
+
+    # ---- training
+
+    def take_step(self, batch: Batch, steps_per_epoch: int) -> None:
+        """One optimizer step on this rank's share of a global batch.
+
+        The loss is weighted so that the gradient is that of the exact mean over the global batch: DistributedDataParallel
+        averages over ranks, so each rank's sum is divided by the global rows and multiplied by the ranks.
+
+        Raises:
+            DivergedError: the loss is not finite; the weights are still those of the step before.
+        """
+        started = time.perf_counter()
+        stage_step = self.stage_epoch * steps_per_epoch + self.step
+        rate = learning_rate(
+            self.spec.optimizer.lr, self.spec.optimizer.schedule, stage_step, self.stage.epochs * steps_per_epoch
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.module.train()
+        with self._own_generator():
+            total = self._agreed_loss(batch)
+            value = float(total.detach())
+            if self.group.any(not math.isfinite(value))[0]:
+                raise DivergedError(f"the loss is {value} in epoch {self.epoch}, step {self.step}, at lr {rate:g}")
+            self.optimizer.zero_grad()
+            (total * self.group.world / batch.global_rows).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        self.loss_sum += value
+        self.loss_rows += len(batch.rows)
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+
+    def _agreed_loss(self, batch: Batch) -> torch.Tensor:
+        """The summed loss of this rank's rows; if any rank fails to compute it, every rank raises."""
+        failure: Exception | None = None
+        total = torch.zeros(())
+        try:
+            logits = self._forward(batch.inputs)
+            total = row_losses(self.stage, self.stage_epoch, logits, batch.logits, batch.labels).sum()
+        except Exception as error:
+            failure = error
+        if self.group.any(failure is not None)[0]:
+            raise failure or PeerFailedError("another worker of this student failed")
+        return total
+
+    def end_epoch(self, validation: Rows) -> dict[str, Any]:
+        """Validate, remember the best weights of the stage, and move on to the next epoch or stage.
+
+        Returns:
+            The epoch's record, a line of metrics.jsonl.
+
+        Raises:
+            DivergedError: the validation loss is not finite.
+        """
+        started = time.perf_counter()
+        metrics, _ = evaluate(self.module, validation)
+        if not math.isfinite(metrics["loss"]):
+            raise DivergedError(f"the validation loss is {metrics['loss']} after epoch {self.epoch}")
+        stage, epoch = self.stage, self.stage_epoch
+        record = {
+            "epoch": self.epoch,
+            "stage": stage.name,
+            "stage_epoch": epoch,
+            "temperature": stage.temperature(epoch),
+            "phi": stage.phi(epoch),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": self.group.sum(self.loss_sum) / self.group.sum(self.loss_rows),
+            "validation": metrics,
+            "seconds": round(self.seconds + time.perf_counter() - started, 3),
+        }
+        self.history.append(record)
+        if self.best is None or metrics["accuracy"] > self.best_record["validation"]["accuracy"]:
+            self.best, self.best_record = copy_of(self.module.state_dict()), record
+        self.epoch, self.step, self.loss_sum, self.loss_rows = self.epoch + 1, 0, 0.0, 0
+        if epoch + 1 == stage.epochs and self.stage_index + 1 < len(self.stages):
+            self._begin_stage(self.stage_index + 1)
+        self.seconds += time.perf_counter() - started
+        if self.group.rank == 0:
+            with open(self.folder / "metrics.jsonl", "a") as lines:
+                lines.write(json.dumps(record) + "\n")
+        return record
+
+    def _begin_stage(self, index: int) -> None:
+        """Start the next stage from the best validation weights of the one before, with a fresh optimizer and seed."""
+        assert self.best is not None
+        self.module.load_state_dict(self.best)
+        self.optimizer = make_optimizer(self.module, self.spec.optimizer)
+        self.rng = seeded_state(self.spec.seed, index, self.group.rank)
+        self.stage_index, self.best, self.best_record = index, None, {}
+
+    # ---- the end
+
+    def finish(self, test: Rows, teacher_classes: np.ndarray | None) -> None:
+        """Deliver the best weights of the last stage and measure them on the test rows, once.
+
+        Args:
+            teacher_classes: the class that the teacher chooses for each test row, int64 [n], if there is a teacher.
+        """
+        assert self.best is not None
+        self.module.load_state_dict(self.best)
+        metrics, chosen = evaluate(self.module, test)
+        agreement = None if teacher_classes is None else float(np.mean(chosen == teacher_classes))
+        if self.group.rank == 0:
+            save_model(self.folder, self.module, self.card)
+        self._conclude(
+            "done",
+            None,
+            test={"accuracy": metrics["accuracy"]},
+            validation={"accuracy": self.best_record["validation"]["accuracy"]},
+            agreement=agreement,
+        )
+
+    def fail(self, error: Exception) -> None:
+        """End this student as `diverged` or `failed`; its last good checkpoint stays."""
+        state = "diverged" if isinstance(error, DivergedError) else "failed"
+        reason = str(error) if state == "diverged" else f"{type(error).__name__}: {error}"
+        write_note(self.log, "".join(traceback.format_exception(error)))
+        self._conclude(state, reason)
+
+    def _conclude(self, state: str, reason: str | None, **measured: Any) -> None:
+        self.result = entry(self.spec, state, reason, self.folder) | {
+            "parameters": num_parameters(self.module),
+            "epochs": self.epoch,
+            "seconds": round(self.seconds, 3),
+            **measured,
+        }
+        self.note(f"{state}: {reason or measured.get('test')}")
+        if self.group.rank == 0:
+            failpoint("student.before_result")
+            replace(self.folder / "result.json", json.dumps(self.result, indent=1).encode())
+
+    # ---- to disk and back
+
+    def save(self) -> None:
+        """Checkpoint everything that the next step depends on. Every rank calls it; rank 0 writes."""
+        states = self.group.gather(self.rng)
+        if self.group.rank != 0:
+            return
+        tree = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "stage_index": self.stage_index,
+            "loss": [self.loss_sum, self.loss_rows],
+            "seconds": self.seconds,
+            "history": self.history,
+            "best": self.best,
+            "best_record": self.best_record,
+            "rng": states,
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        name = f"{self.epoch:06d}-{self.step:08d}-{self.attempt:04d}"
+        save_checkpoint(self.folder / "checkpoints", name, tree)
+
+    def resume(self) -> bool:
+        """Take up the newest intact checkpoint; False where there is none."""
+        tree = load_checkpoint(self.folder / "checkpoints")
+        if tree is None:
+            self._rewrite_metrics()
+            return False
+        self.epoch, self.step, self.stage_index = tree["epoch"], tree["step"], tree["stage_index"]
+        self.loss_sum, self.loss_rows = tree["loss"]
+        self.seconds, self.history = tree["seconds"], tree["history"]
+        self.best, self.best_record = tree["best"], tree["best_record"]
+        self.rng = tree["rng"][self.group.rank]
+        self.module.load_state_dict(tree["module"])
+        self.optimizer = make_optimizer(self.module, self.spec.optimizer)
+        self.optimizer.load_state_dict(tree["optimizer"])
+        self._rewrite_metrics()
+        self.note(f"resumed at epoch {self.epoch}, step {self.step}")
+        return True
+
+    def start_over(self) -> None:
+        """Forget checkpoints and results of an earlier attempt."""
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        (self.folder / "result.json").unlink(missing_ok=True)
+
+    def _rewrite_metrics(self) -> None:
+        """Drop the lines of epochs after the checkpoint: they are trained again."""
+        if self.group.rank == 0:
+            lines = "".join(json.dumps(record) + "\n" for record in self.history)
+            replace(self.folder / "metrics.jsonl", lines.encode(), durable=False)
+
+    def note(self, text: str) -> None:
+        """Add a line to this student's log."""
+        write_note(self.log, text)
+
+    # ---- its own randomness
+
+    def _initialise(self) -> tuple[nn.Module, torch.Tensor]:
+        """The module from the student's seed, and the generator state that its first step starts with."""
+        self.rng = seeded_state(self.spec.seed, 0, 0)
+        with self._own_generator():
+            module = build(self.card)
+        after = self.rng if self.group.rank == 0 else seeded_state(self.spec.seed, 0, self.group.rank)
+        return module, after
+
+    @contextlib.contextmanager
+    def _own_generator(self) -> Iterator[None]:
+        """Run under this student's torch generator state, and keep where it got to."""
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self.rng)
+        try:
+            yield
+        finally:
+            self.rng = torch.get_rng_state()
+            torch.set_rng_state(outer)
+
+
+def seeded_state(seed: int, stage: int, rank: int) -> torch.Tensor:
+    """The generator state that a stage starts with: a function of (student seed, stage), and of the rank for dropout."""
+    digest = sha256(f"student {seed} stage {stage} rank {rank}".encode())
+    return torch.Generator().manual_seed(int(digest[:15], 16)).get_state()
+
+
+def make_optimizer(module: nn.Module, spec: recipe.Optimizer) -> torch.optim.Optimizer:
+    """A fresh optimizer. The fused kernels are several times faster on small models and just as deterministic."""
+    if isinstance(spec, recipe.Sgd):
+        return torch.optim.SGD(
+            module.parameters(),
+            lr=spec.lr,
+            momentum=spec.momentum,
+            weight_decay=spec.weight_decay,
+            nesterov=spec.nesterov,
+            fused=True,
+        )
+    return torch.optim.AdamW(
+        module.parameters(), lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=True
+    )
+
+
+@torch.inference_mode()
+def evaluate(module: nn.Module, rows: Rows) -> tuple[dict[str, float], np.ndarray]:
+    """Accuracy (share of rows) and mean cross-entropy of a module on rows, un-augmented.
+
+    Returns:
+        The metrics, and the class chosen for each row, int64 [n].
+    """
+    module.eval()
+    loss, chosen = 0.0, []
+    for start in range(0, len(rows), EVALUATION_ROWS):
+        inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
+        logits = module(torch.from_numpy(np.array(inputs)))
+        loss += float(hard_label_losses(logits, torch.from_numpy(np.array(labels))).double().sum())
+        chosen.append(logits.argmax(dim=1).numpy())
+    classes = np.concatenate(chosen)
+    return {"accuracy": float(np.mean(classes == rows.labels)), "loss": loss / len(rows)}, classes
+
+
+def copy_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights that later steps do not change."""
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def entry(spec: recipe.Student, state: str, reason: str | None, folder: Path) -> dict[str, Any]:
+    """A student's entry of fleet.json before anything of it was measured."""
+    return {
+        "name": spec.name,
+        "model": spec.model.label,
+        "parameters": None,
+        "objective": spec.objective.kind,
+        "tau_max": getattr(spec.objective, "tau_max", None),
+        "seed": spec.seed,
+        "state": state,
+        "reason": reason,
+        "epochs": 0,
+        "validation": None,
+        "test": None,
+        "agreement": None,
+        "seconds": 0.0,
+        "path": str(folder),
+    }
+
+
+def fail_before_start(spec: recipe.Student, folder: Path, log: Path, error: Exception) -> None:
+    """End a student that could not be set up as `failed`, so that the others go on."""
+    write_note(log, "".join(traceback.format_exception(error)))
+    result = entry(spec, "failed", f"{type(error).__name__}: {error}", folder)
+    replace(folder / "result.json", json.dumps(result, indent=1).encode())
+
+
+def write_note(log: Path, text: str) -> None:
+    """Add a line with its time to a log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as lines:
+        lines.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text.rstrip()}\n")

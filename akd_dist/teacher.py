@@ -1,0 +1,146 @@
+"""The teacher: logits of a block of rows, and of a whole shard of a store.
+
+`cache_shard` is what a Ray task runs; a plain loop does the same without Ray:
+
+    for shard in missing_shards(job.store):
+        cache_shard(job, shard)
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from akd_dist import recipe
+from akd_dist.models import add_folder, read_model
+from akd_dist.rows import Rows, prepare
+from akd_dist.storage.errors import RefusedError
+from akd_dist.storage.layout import Shard
+from akd_dist.storage.manifest import Probe, Receipt
+from akd_dist.storage.writer import StoreWriter, adopt_shard, write_shard
+from akd_dist.views import probe, view_of
+
+PROBES = 4
+"""Rows of each shard whose augmented pixels are remembered."""
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """What a task needs to compute any shard of a store: small, picklable, every path absolute."""
+
+    store: StoreWriter
+    """Where the logits go, and the identity they must have."""
+    data: recipe.Data
+    """The dataset; prepared on the worker's node if it is not there yet."""
+    split: str
+    """`train`, `validation` or `test`."""
+    teacher_uri: str
+    """The teacher's model folder."""
+    teacher: str
+    """The teacher's fingerprint as the driver saw it."""
+    augmentation: recipe.Augmentation
+    """How the split's views are drawn; none for validation and test."""
+    cache: recipe.Cache
+    """Batch rows and threads."""
+    cache_root: str
+    """Prepared data of this node."""
+    folder: str | None = None
+    """The recipe's folder, put on sys.path for a custom teacher."""
+
+
+def teacher_logits(module: nn.Module, inputs: torch.Tensor, batch_rows: int) -> np.ndarray:
+    """The teacher's raw logits, float32 [n, classes], of inputs [n, *shape].
+
+    Every batch has the same number of rows, the last one padded with copies of its first row: kernels choose their
+    order of summation by the batch's shape, so batches of another size may differ in the last bit.
+    """
+    module.eval()
+    blocks = []
+    with torch.inference_mode():
+        for start in range(0, len(inputs), batch_rows):
+            batch = inputs[start : start + batch_rows]
+            padding = batch[:1].expand(batch_rows - len(batch), *batch.shape[1:])
+            blocks.append(module(torch.cat([batch, padding]))[: len(batch)].float().numpy())
+    return np.concatenate(blocks)
+
+
+@functools.lru_cache(maxsize=2)
+def load_teacher(uri: str, fingerprint: str) -> nn.Module:
+    """The teacher in eval mode, loaded once in a process.
+
+    Raises:
+        RefusedError: the folder holds another teacher than `fingerprint` says, or none.
+        DamagedError: its weights are not those that were saved.
+    """
+    module, card = read_model(uri)
+    if card.fingerprint != fingerprint:
+        raise RefusedError(
+            f"the teacher in {uri} has changed",
+            got=f"fingerprint {card.fingerprint[:16]}",
+            expected=f"fingerprint {fingerprint[:16]}, as when the store was begun",
+            next="run the same command again: another teacher makes another store",
+        )
+    return module
+
+
+def cache_shard(job: CacheJob, shard: Shard) -> Receipt:
+    """Compute a shard and publish it, with its receipt. Harmless to repeat, and to do twice at once.
+
+    Raises:
+        RefusedError: data or teacher are not what the store is for, or logits are not finite; names the rows.
+        DamagedError, MachineError: as `write_shard`.
+    """
+    started = time.perf_counter()
+    logits = adopt_shard(job.store, shard)
+    if logits is None:
+        logits, agreement, probes = compute_shard(job, shard)
+    else:
+        agreement, probes = _remember(job, shard, logits)
+    seconds = time.perf_counter() - started
+    return write_shard(job.store, shard, logits, label_agreement=agreement, probes=probes, seconds=seconds)
+
+
+def compute_shard(job: CacheJob, shard: Shard) -> tuple[np.ndarray, float, list[Probe]]:
+    """A shard's logits, float32 [shard.rows, classes], the share of rows whose label they choose, and probe views.
+
+    A pure function of the job and the shard, down to the last bit: threads and batch rows are fixed by the recipe.
+    """
+    torch.set_num_threads(job.cache.threads)
+    torch.use_deterministic_algorithms(True)
+    add_folder(job.folder)
+    rows, module = _rows_of(job), load_teacher(job.teacher_uri, job.teacher)
+    blocks = []
+    for start in range(shard.start, shard.stop, job.cache.batch_rows):
+        numbers = np.arange(start, min(start + job.cache.batch_rows, shard.stop))
+        inputs = view_of(job.augmentation, job.data.seed, rows.inputs.take(numbers, axis=0), numbers, shard.view)
+        blocks.append(teacher_logits(module, inputs, job.cache.batch_rows))
+    logits = np.concatenate(blocks)
+    return logits, *_remember(job, shard, logits)
+
+
+def _remember(job: CacheJob, shard: Shard, logits: np.ndarray) -> tuple[float, list[Probe]]:
+    """What a receipt says of a shard's rows: agreement with the labels, and digests of a few views."""
+    rows = _rows_of(job)
+    agreement = float(np.mean(logits.argmax(axis=1) == rows.labels[shard.start : shard.stop]))
+    numbers = np.unique(np.linspace(shard.start, shard.stop - 1, PROBES).astype(np.int64))
+    digests = probe(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view)
+    return agreement, [Probe(row=row, sha256=digest) for row, digest in digests]
+
+
+_rows: dict[str, Rows] = {}
+
+
+def _rows_of(job: CacheJob) -> Rows:
+    """The job's rows, opened once in a process."""
+    fingerprint = job.store.creation.identity.dataset
+    if fingerprint not in _rows:
+        rows: Rows = getattr(prepare(job.data, Path(job.cache_root)), job.split)
+        rows.check_same(job.store.creation.dataset)
+        _rows[fingerprint] = rows
+    return _rows[fingerprint]

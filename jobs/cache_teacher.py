@@ -1,0 +1,487 @@
+"""Cache a teacher: plan the missing shards, run them as Ray tasks, verify, seal.
+
+akd-dist cache-teacher jobs/digits.yaml
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from akd_dist import recipe as recipes
+from akd_dist.cohort import CohortJob, train_cohort
+from akd_dist.models import ModelCard, add_folder, load_card
+from akd_dist.recipe import HardLabels, NoAugmentation, Recipe
+from akd_dist.rows import Rows, Splits, prepare
+from akd_dist.storage import catalog
+from akd_dist.storage.claim import claim_store
+from akd_dist.storage.encodings import encoding_from_config
+from akd_dist.storage.errors import MachineError, RefusedError
+from akd_dist.storage.files import canonical_json, sha256
+from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, Shard, StoreLayout
+from akd_dist.storage.manifest import Computed, Creation, Identity
+from akd_dist.storage.objects import open_root
+from akd_dist.storage.reader import LogitStore
+from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store
+from akd_dist.teacher import CacheJob, cache_shard, compute_shard
+
+SPLITS = ("train", "validation", "test")
+TEACHERS = "teachers"
+
+
+@dataclass
+class SplitPlan:
+    """What caching one split takes: a sealed store that serves it, or a store to write."""
+
+    split: str
+    rows: Rows
+    creation: Creation
+    store: LogitStore | None = None
+    writer: StoreWriter | None = None
+    missing: list[Shard] = field(default_factory=list)
+    computed: int = 0
+
+    @property
+    def identity(self) -> Identity:
+        """The identity of the store that the recipe asks for."""
+        return self.creation.identity
+
+
+def cache_teacher(
+    recipe: Recipe,
+    *,
+    store_root: str,
+    cache_root: str,
+    address: str | None = None,
+    wait: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Make sure that sealed stores of the teacher's logits exist for the recipe's train, validation and test rows.
+
+    Args:
+        store_root: folder or URI under which stores lie.
+        cache_root: folder of this node's prepared data.
+        address: a Ray cluster; None starts one on this machine if there is anything to compute.
+        wait: wait for somebody else's claim instead of leaving.
+        dry_run: only say what would be computed, and refuse what cannot fit.
+        console: where progress is told; stderr by default.
+
+    Returns:
+        The document that `akd-dist cache-teacher --json` prints.
+
+    Raises:
+        AkdError: see the exit codes; nothing that was computed is lost.
+    """
+    from akd_dist.jobs import cluster
+
+    console = console or Console(stderr=True)
+    started = time.monotonic()
+    add_folder(recipe.folder)
+    splits = prepare_shown(recipe.data, cache_root, console)
+    if dry_run:
+        return _dry_run(recipe, splits, store_root)
+    with cluster.closing(), cluster.stop_on_signals(console.print) as stop:
+        teacher_uri = ensure_teacher(
+            recipe,
+            splits,
+            store_root=store_root,
+            cache_root=cache_root,
+            address=address,
+            wait=wait,
+            stop=stop,
+            console=console,
+        )
+        plans = plan_splits(recipe, splits, teacher_uri)
+        for plan in plans:
+            plan.store = catalog.find_store(store_root, plan.identity)
+        with contextlib.ExitStack() as claims:
+            for plan in plans:
+                if plan.store is None:
+                    claims.enter_context(claim_store(store_root, plan.identity.id, wait=wait, on_wait=console.print))
+                    _open_for_writing(plan, recipe, store_root)
+            if any(plan.missing for plan in plans):
+                check_room(store_root, sum(len(plan.missing) * plan.identity.layout.shard_bytes for plan in plans))
+                cluster.connect(address)
+                _compute(plans, recipe, teacher_uri, cache_root, stop, console)
+            if stop:
+                done = sum(plan.computed for plan in plans)
+                raise stop.error(
+                    f"stopped; {done} shards of this run are kept",
+                    "the same command carries on with the missing shards",
+                )
+            for plan in plans:
+                if plan.writer is not None:
+                    seal_store(plan.writer)
+                    plan.store = catalog.find_store(store_root, plan.identity)
+    return _document(plans, time.monotonic() - started)
+
+
+def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Splits:
+    """`rows.prepare`, with a line for the person who waits."""
+    told: set[str] = set()
+
+    def tell(what: str, done: int, total: int) -> None:
+        if what not in told:
+            told.add(what)
+            console.print(f"preparing {what}: {total:,} rows", highlight=False)
+
+    return prepare(data, Path(cache_root), on_progress=tell)
+
+
+def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str) -> list[SplitPlan]:
+    """What the recipe asks for, split by split."""
+    card = load_card(teacher_uri)
+    plans = []
+    for split in SPLITS:
+        rows: Rows = getattr(splits, split)
+        plans.append(SplitPlan(split, rows, creation_of(recipe, rows, split, card)))
+    return plans
+
+
+def creation_of(recipe: Recipe, rows: Rows, split: str, card: ModelCard) -> Creation:
+    """The identity of a split's store and how it is to be computed. Only train rows are augmented."""
+    augmentation = recipe.data.augmentation if split == "train" else NoAugmentation()
+    plain = isinstance(augmentation, NoAugmentation)
+    fingerprint = card.fingerprint
+    identity = Identity(
+        format=FORMAT_VERSION,
+        dataset=rows.fingerprint,
+        rows=len(rows),
+        teacher=fingerprint,
+        augmentation=augmentation.model_dump(mode="json"),
+        data_seed=None if plain else recipe.data.seed,
+        views=recipe.data.views if split == "train" else 1,
+        encoding={"name": recipe.cache.encoding},
+        classes=rows.classes,
+    )
+    computed = Computed(
+        batch_rows=recipe.cache.batch_rows,
+        threads=recipe.cache.threads,
+        device="cpu",
+        versions={name: version(name) for name in ("akd-dist", "numpy", "torch", "zarr")},
+    )
+    teacher = {"fingerprint": fingerprint, "spec": card.model_dump(mode="json")}
+    return Creation(identity=identity, computed=computed, dataset=rows.describe(), teacher=teacher)
+
+
+def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str) -> None:
+    """Once the claim is held: whoever held it before may have sealed the store, or left part of it."""
+    plan.store = catalog.find_store(store_root, plan.identity)
+    if plan.store is None:
+        open_root(store_root).check_writable()
+        hint = {"recipe": json.loads(recipe.model_dump_json()), "split": plan.split}
+        plan.writer = create_store(store_root, plan.creation, hint)
+        plan.missing = missing_shards(plan.writer)
+
+
+def _compute(
+    plans: list[SplitPlan], recipe: Recipe, teacher_uri: str, cache_root: str, stop: Any, console: Console
+) -> None:
+    """Run the missing shards of all splits as one bounded stream of tasks."""
+    from akd_dist.jobs import cluster
+    from akd_dist.jobs.progress import meter
+
+    jobs = {plan.split: cache_job(plan, recipe, teacher_uri, cache_root) for plan in plans if plan.missing}
+    items = [(plan, shard) for plan in plans for shard in plan.missing]
+    done = 0
+    with meter(console, "caching the teacher", sum(shard.rows for _, shard in items)) as shown:
+
+        def count(item: tuple[str, Shard], _receipt: Any) -> None:
+            nonlocal done
+            by_split[item[0]].computed += 1
+            done += item[1].rows
+            shown.update(done)
+
+        by_split = {plan.split: plan for plan in plans}
+        shown.update(0)
+        cluster.run_tasks(
+            run_item,
+            lambda item: jobs[item[0]],
+            [(plan.split, shard) for plan, shard in items],
+            threads=recipe.cache.threads,
+            stop=stop,
+            on_result=count,
+        )
+
+
+def run_item(job: CacheJob, item: tuple[str, Shard]) -> None:
+    """What a Ray task runs: one whole shard. Its receipt lies in the store; logits never travel."""
+    cache_shard(job, item[1])
+
+
+def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str) -> CacheJob:
+    """What a task needs beside its shard."""
+    assert plan.writer is not None
+    return CacheJob(
+        store=plan.writer,
+        data=recipe.data,
+        split=plan.split,
+        teacher_uri=teacher_uri,
+        teacher=plan.identity.teacher,
+        augmentation=recipe.data.augmentation if plan.split == "train" else NoAugmentation(),
+        cache=recipe.cache,
+        cache_root=cache_root,
+        folder=recipe.folder,
+    )
+
+
+def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache_root: str) -> dict[str, Any]:
+    """The same stores by a plain loop in this process, without Ray; the bytes are those of the Ray run."""
+    started = time.monotonic()
+    splits = prepare(recipe.data, Path(cache_root))
+    plans = plan_splits(recipe, splits, teacher_uri)
+    for plan in plans:
+        with claim_store(store_root, plan.identity.id, wait=False):
+            _open_for_writing(plan, recipe, store_root)
+            if plan.writer is None:
+                continue
+            job = cache_job(plan, recipe, teacher_uri, cache_root)
+            for shard in plan.missing:
+                cache_shard(job, shard)
+                plan.computed += 1
+            seal_store(plan.writer)
+            plan.store = catalog.find_store(store_root, plan.identity)
+    return _document(plans, time.monotonic() - started)
+
+
+# ---- the teacher
+
+
+def ensure_teacher(
+    recipe: Recipe,
+    splits: Splits,
+    *,
+    store_root: str,
+    cache_root: str,
+    address: str | None,
+    wait: bool,
+    stop: Any,
+    console: Console,
+) -> str:
+    """The URI of the teacher's model folder; a teacher that the recipe trains is trained once and found again by content.
+
+    Raises:
+        RefusedError: the teacher does not fit the data, or its training failed.
+        HeldError: somebody else is training it.
+    """
+    if recipe.teacher.weights is not None:
+        load_card(recipe.teacher.weights).check_rows(splits.train, f"the teacher in {recipe.teacher.weights}")
+        return recipe.teacher.weights
+    key = teacher_key(recipe, splits)
+    uri = f"{store_root.rstrip('/')}/{TEACHERS}/{key}"
+    if open_root(uri).exists("model.json"):
+        return uri
+    open_root(store_root).check_writable()
+    job = teacher_job(recipe, splits, key, store_root=store_root, cache_root=cache_root)
+    with claim_store(store_root, f"{TEACHERS}/{key}", wait=wait, on_wait=console.print):
+        if not open_root(uri).exists("model.json"):
+            _train_teacher(job, address, stop, console)
+            _deliver(Path(job.root) / key, uri)
+    return uri
+
+
+def teacher_key(recipe: Recipe, splits: Splits) -> str:
+    """The content that a trained teacher is found by: everything its weights depend on."""
+    model, train = recipe.teacher.model, recipe.teacher.train
+    assert model is not None
+    assert train is not None
+    document = {
+        "model": model.model_dump(mode="json"),
+        "train": train.model_dump(mode="json"),
+        "data": [splits.train.fingerprint, splits.validation.fingerprint],
+        "views": [recipe.data.seed, recipe.data.views, recipe.data.augmentation.model_dump(mode="json")],
+        "normalize": recipe.data.normalize and recipe.data.normalize.model_dump(mode="json"),
+    }
+    return sha256(canonical_json(document))[:32]
+
+
+def teacher_job(recipe: Recipe, splits: Splits, key: str, *, store_root: str, cache_root: str) -> CohortJob:
+    """The teacher as a cohort of one that trains on hard labels: the same loop as for students."""
+    model, train = recipe.teacher.model, recipe.teacher.train
+    assert model is not None
+    assert train is not None
+    root = Path(cache_root) if "://" in store_root else Path(store_root)
+    spec = recipes.Student(
+        name=key,
+        model=model,
+        objective=HardLabels(kind="hard_labels", epochs=train.epochs),
+        optimizer=train.optimizer,
+        batch=train.batch,
+        seed=train.seed,
+        threads=train.threads,
+    )
+    return CohortJob(
+        name="teacher",
+        data=recipe.data,
+        fingerprints={split: getattr(splits, split).fingerprint for split in SPLITS},
+        students=(spec,),
+        root=str(root / TEACHERS),
+        logs=str(root / TEACHERS / key),
+        cache_root=cache_root,
+        stores={},
+        folder=recipe.folder,
+        control=str(root / TEACHERS / key / "checkpoints"),
+        checkpoint_seconds=recipe.checkpoint_seconds,
+    )
+
+
+def _train_teacher(job: CohortJob, address: str | None, stop: Any, console: Console) -> None:
+    from akd_dist.jobs import cluster
+    from akd_dist.jobs.progress import meter
+
+    job.stop_file.unlink(missing_ok=True)
+    cluster.connect(address)
+    with meter(console, "training the teacher", total=1, unit="steps") as shown:
+        poll = functools.partial(_follow, job, shown, stop)
+        outcome = cluster.run_one(train_cohort, job, threads=job.students[0].threads, on_poll=poll, name="the teacher")
+    job.stop_file.unlink(missing_ok=True)
+    if outcome["stopped"]:
+        raise stop.error("stopped; the teacher's last checkpoint is kept", "the same command carries on from it")
+    (result,) = outcome["students"]
+    if result["state"] != "done":
+        raise RefusedError(
+            f"the teacher's training ended as {result['state']}",
+            got=result["reason"],
+            expected="a trained teacher",
+            next=f"see {Path(job.logs) / (job.students[0].name + '.log')}; then change teacher.train in the recipe",
+        )
+    shutil.rmtree(Path(job.control), ignore_errors=True)
+    console.print(f"the teacher is trained: test accuracy {result['test']['accuracy']:.4f}", highlight=False)
+
+
+def _follow(job: CohortJob, shown: Any, stop: Any) -> None:
+    """Show the job's latest progress, and pass the stop flag on to its worker."""
+    if stop:
+        job.stop_file.touch()
+    if (progress := read_progress(job)) is not None:
+        shown.update(progress["done"], total=progress["total"], note=f"{progress['rows_per_second']:,.0f} rows/s")
+
+
+def read_progress(job: CohortJob) -> dict[str, Any] | None:
+    """The latest progress document of a cohort; None before its first."""
+    try:
+        document: dict[str, Any] = json.loads(job.progress_file.read_bytes())
+    except FileNotFoundError:
+        return None
+    return document
+
+
+def _deliver(folder: Path, uri: str) -> None:
+    """Put a teacher that was trained beside an object store into it; model.json last, since it says that the teacher is there."""
+    if "://" in uri:
+        target = open_root(uri)
+        for name in ("model.safetensors", "model.json"):
+            target.put_new(name, (folder / name).read_bytes())
+
+
+# ---- repair
+
+
+def repair(
+    store_root: str, store_id: str, recipe: Recipe | None, cache_root: str, console: Console | None = None
+) -> dict[str, Any]:
+    """Recompute the damaged shards of a sealed store, and only these; they must arrive at the manifest's sha256.
+
+    Args:
+        recipe: how to recompute; None takes the recipe that the store was made with.
+
+    Raises:
+        RefusedError: the data or the teacher is not what the store was made from.
+        DamagedError: the recomputed bytes differ from the sealed ones.
+    """
+    console = console or Console(stderr=True)
+    source = json.loads(open_root(store_root).get(f"{store_id}/source.json"))
+    recipe = recipe or Recipe.model_validate(source["recipe"])
+    split = source["split"]
+    add_folder(recipe.folder)
+    splits = prepare_shown(recipe.data, cache_root, console)
+    teacher_uri = recipe.teacher.weights or f"{store_root.rstrip('/')}/{TEACHERS}/{teacher_key(recipe, splits)}"
+    rows: Rows = getattr(splits, split)
+    creation = creation_of(recipe, rows, split, load_card(teacher_uri))
+    if creation.identity.id != store_id:
+        key = f"{store_id}/{CREATION_KEY}"
+        sealed = Creation.from_bytes(open_root(store_root).get(key), key).identity
+        raise RefusedError(
+            f"the store {store_id[:12]} cannot be recomputed from this data and teacher",
+            got="; ".join(creation.identity.differences(sealed)),
+            expected="the data and the teacher that the store was made from",
+            next="pass --recipe with their present places",
+        )
+    plan = SplitPlan(split, rows, creation, writer=StoreWriter(store_root, creation))
+    job = cache_job(plan, recipe, teacher_uri, cache_root)
+    repaired = catalog.repair_store(store_root, store_id, lambda shard: compute_shard(job, shard))
+    return {"id": store_id, "repaired": [shard.key for shard in repaired]}
+
+
+# ---- what it says
+
+
+def check_room(store_root: str, needed: int) -> None:
+    """Refuse before the teacher runs what the disk cannot hold. Object stores do not say how much is free."""
+    free = open_root(store_root).free_bytes()
+    if free is not None and needed > free:
+        raise MachineError(
+            f"the logits do not fit in {store_root}",
+            got=f"{free:,} bytes free",
+            expected=f"{needed:,} bytes",
+            next="use cache.encoding=float16, fewer data.views, or another --store-root",
+        )
+
+
+def _dry_run(recipe: Recipe, splits: Splits, store_root: str) -> dict[str, Any]:
+    dtype = encoding_from_config({"name": recipe.cache.encoding}).dtype
+    plans = {}
+    for split in SPLITS:
+        rows: Rows = getattr(splits, split)
+        views = recipe.data.views if split == "train" else 1
+        layout = StoreLayout(views, len(rows), rows.classes, str(dtype))
+        shards = layout.shards()
+        plans[split] = {
+            "rows": len(rows),
+            "views": views,
+            "shards": len(shards),
+            "bytes": len(shards) * layout.shard_bytes,
+        }
+    needed = sum(plan["bytes"] for plan in plans.values())
+    check_room(store_root, needed)
+    return {
+        "dry_run": True,
+        "store_root": store_root,
+        "bytes": needed,
+        "free": open_root(store_root).free_bytes(),
+        "splits": plans,
+    }
+
+
+def _document(plans: list[SplitPlan], seconds: float) -> dict[str, Any]:
+    parts = {plan.split: _part(plan) for plan in plans}
+    hit = all(plan.writer is None for plan in plans)
+    rest = {split: parts[split] for split in ("validation", "test")}
+    return parts["train"] | {"hit": hit, "seconds": round(seconds, 3), "splits": rest}
+
+
+def _part(plan: SplitPlan) -> dict[str, Any]:
+    store = plan.store
+    assert store is not None
+    return {
+        "store": store.uri,
+        "id": store.id,
+        "hit": plan.writer is None,
+        "rows": store.num_rows,
+        "views": store.views,
+        "classes": store.classes,
+        "encoding": plan.identity.encoding["name"],
+        "bytes": sum(shard.size for shard in store.manifest.shards),
+        "shards": len(store.manifest.shards),
+        "shards_computed": plan.computed,
+    }

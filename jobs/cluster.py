@@ -1,0 +1,235 @@
+"""The Ray cluster: connect to one or start one on loopback, run tasks with a bounded window, and stop without losing work."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+from akd_dist.storage.errors import AkdError, InterruptedByUser, MachineError, TerminatedError
+
+# Read by Ray when it is imported or started, so they are set before either.
+_ENVIRONMENT = {
+    # Only with this does every Ray process listen on 127.0.0.1 (measured with Ray 2.60).
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Out-of-memory kills have a retry budget of their own, endless by default.
+    "RAY_task_oom_retries": "3",
+    # `ray.train.report` and the end of a run wait for this interval, 2 s by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Workers stay where they are; all our paths are absolute anyway.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Announces a change of behaviour that only concerns jobs which ask for zero GPUs.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # deprecations inside Ray, at import
+    import ray
+
+POLL_SECONDS = 0.2
+_closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
+Item = TypeVar("Item")
+__all__ = ["closing", "connect", "ray", "run_one", "run_tasks", "stop_on_signals", "total_cpus", "wait_for_cpus"]
+
+
+def connect(address: str | None = None, num_cpus: int | None = None) -> None:
+    """Connect to the cluster at `address`, or start one on this machine that listens on loopback only; idempotent.
+
+    Raises:
+        MachineError: no cluster answers there, or none can be started.
+    """
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if address is None:
+                ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **options)
+            else:
+                ray.init(address=address, runtime_env={"env_vars": _ENVIRONMENT}, **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise MachineError(
+            "no Ray cluster" + (f" at {address}" if address else " could be started on this machine"),
+            got=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            expected="a running Ray of the same version" if address else "room for a few Ray processes",
+            next="check --address" if address else "close other Ray clusters, or pass --address of one",
+        ) from error
+
+
+@contextlib.contextmanager
+def closing() -> Iterator[None]:
+    """Shut down the cluster on the way out, if it was started inside; one that was there before stays."""
+    ours = not ray.is_initialized() and not _closers
+    if ours:
+        _closers.append("outermost")
+    try:
+        yield
+    finally:
+        if ours:
+            _closers.clear()
+            if ray.is_initialized():
+                ray.shutdown()
+
+
+class StopFlag:
+    """Set by the first Ctrl-C or SIGTERM; loops read it, finish what they hold and leave."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def error(self, what: str, next_step: str) -> InterruptedByUser:
+        """The error that ends the command once everything is safe."""
+        kind = TerminatedError if self.signal == signal.SIGTERM else InterruptedByUser
+        return kind(what, next=next_step)
+
+
+@contextlib.contextmanager
+def stop_on_signals(tell: Callable[[str], None]) -> Iterator[StopFlag]:
+    """Turn the first SIGINT or SIGTERM into a flag; the second stops at once.
+
+    Signals can only be handled on the main thread: elsewhere the flag stays down.
+    """
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if flag:
+            raise KeyboardInterrupt
+        flag.signal = number
+        tell("stopping: keeping what is done (once more to stop at once)")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_tasks(
+    function: Callable[[Any, Item], Any],
+    job_of: Callable[[Item], Any],
+    items: Iterable[Item],
+    *,
+    threads: int,
+    stop: StopFlag,
+    on_result: Callable[[Item, Any], None],
+    on_poll: Callable[[], None] = lambda: None,
+    retries: int = 3,
+) -> None:
+    """Run `function(job, item)` for every item as Ray tasks, a bounded number in flight, and hand each result over as it comes.
+
+    A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next. A task whose worker died
+    is run again up to `retries` times; an exception of the task itself is not, since its inputs would be the same.
+
+    Args:
+        job_of: the first argument for an item; equal jobs are shipped once.
+        threads: CPUs that a task occupies.
+        on_poll: called several times a second.
+
+    Raises:
+        AkdError: as raised by the task.
+        MachineError: an item's worker died more often than `retries`; names the item.
+    """
+    remote = ray.remote(num_cpus=threads, max_retries=retries, max_calls=0)(function)
+    window = 2 * max(1, int(total_cpus()) // threads)
+    shipped: dict[int, Any] = {}
+    waiting = iter(items)
+    flying: dict[Any, Item] = {}
+    exhausted = False
+    try:
+        while True:
+            while not exhausted and not stop and len(flying) < window:
+                item = next(waiting, None)
+                if item is None:
+                    exhausted = True
+                    break
+                job = job_of(item)
+                if id(job) not in shipped:
+                    shipped[id(job)] = ray.put(job)
+                flying[remote.remote(shipped[id(job)], item)] = item
+            if not flying:
+                return
+            done, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
+            on_poll()
+            for reference in done:
+                item = flying.pop(reference)
+                on_result(item, _result(reference, item, retries))
+    finally:
+        for reference in flying:
+            ray.cancel(reference, force=False)
+
+
+def run_one(
+    function: Callable[..., Any],
+    *arguments: Any,
+    threads: int,
+    on_poll: Callable[[], None],
+    name: str,
+    retries: int = 3,
+) -> Any:
+    """Run one Ray task and wait for it, calling `on_poll` meanwhile."""
+    reference = ray.remote(num_cpus=threads, max_retries=retries, max_calls=0)(function).remote(*arguments)
+    while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
+        on_poll()
+    return _result(reference, name, retries)
+
+
+def _result(reference: Any, item: object, retries: int) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, AkdError):
+            raise cause from None
+        raise
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise MachineError(
+            f"{item} could not be computed: its worker died again and again",
+            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            expected=f"a worker that survives, within {retries} retries",
+            next="see whether memory ran out; the same command carries on with what is missing",
+        ) from error
+
+
+def total_cpus() -> float:
+    """CPUs of the whole cluster."""
+    return float(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+
+
+def wait_for_cpus(cpus: float, stop: StopFlag, on_wait: Callable[[str], None]) -> None:
+    """Wait until the cluster has so many CPUs free.
+
+    Raises:
+        MachineError: the whole cluster is smaller than that.
+    """
+    total = total_cpus()
+    if cpus > total:
+        raise MachineError(
+            "the cluster is too small for one of the cohorts",
+            got=f"{total:g} CPUs in all",
+            expected=f"{cpus:g} CPUs (workers x threads of a student)",
+            next="lower workers or threads in the recipe, or join more nodes",
+        )
+    told = False
+    while not stop and ray.available_resources().get("CPU", 0) < cpus:  # type: ignore[no-untyped-call]
+        if not told:
+            on_wait(f"waiting for {cpus:g} free CPUs")
+            told = True
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,122 @@
+"""The Zarr side of a store: its metadata files, and shard objects encoded and decoded in memory.
+
+zarr-python does the encoding, through a memory store that holds the store's own metadata; publishing the bytes is not
+its business. Every setting that changes bytes, or what a reader gets for missing ones, is fixed here and not left to a
+user's zarr configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from akd_dist.storage.layout import FORMAT_VERSION, LOGITS, Shard
+from akd_dist.storage.manifest import Identity
+
+GROUP_KEY = "zarr.json"
+ARRAY_KEY = f"{LOGITS}/zarr.json"
+
+_PINNED = {
+    # Other pipelines (zarrs) skip the checksum on partial reads and write shards in place.
+    "codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline",
+    "codec_pipeline.batch_size": 1,
+    "codecs.bytes": "zarr.codecs.bytes.BytesCodec",
+    "codecs.crc32c": "zarr.codecs.crc32c_.Crc32cCodec",
+    "codecs.sharding_indexed": "zarr.codecs.sharding.ShardingCodec",
+    "buffer": "zarr.buffer.cpu.Buffer",
+    "ndbuffer": "zarr.buffer.cpu.NDBuffer",
+    # By default a chunk that equals the fill value is not stored, and not distinguishable from a lost one.
+    "array.write_empty_chunks": True,
+    "array.order": "C",
+}
+# zarr's configuration is global: two threads that pin it at once would undo each other.
+_pinning = threading.RLock()
+
+
+@contextlib.contextmanager
+def pinned_zarr() -> Iterator[None]:
+    """zarr with the settings this format needs, whatever the user's own are."""
+    with _pinning, zarr.config.set(_PINNED):
+        yield
+
+
+def metadata(identity: Identity) -> dict[str, bytes]:
+    """The metadata files of arrays.zarr by key: spelled here, so that no zarr version can change a byte of them."""
+    layout = identity.layout
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {
+        "chunk_shape": [1, layout.chunk_rows, layout.classes],
+        "codecs": checked,
+        "index_codecs": checked,
+        "index_location": "end",
+    }
+    array = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [layout.views, layout.rows, layout.classes],
+        "data_type": layout.dtype,
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [1, layout.shard_rows, layout.classes]},
+        },
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": "NaN",
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": {},
+        "dimension_names": ["view", "row", "class"],
+        "storage_transformers": [],
+    }
+    attributes = {"akd_dist": {"format": FORMAT_VERSION, "identity": identity.model_dump(mode="json")}}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return {GROUP_KEY: _spelled(group), ARRAY_KEY: _spelled(array)}
+
+
+def encode_shard(identity: Identity, shard: Shard, arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """The bytes of a shard's object.
+
+    Args:
+        arrays: `logits` [shard.rows, classes] in the stored dtype.
+    """
+    memory: dict[str, Any] = {}
+    with pinned_zarr():
+        _open(identity, memory)[shard.view, shard.start : shard.stop] = arrays[LOGITS]
+    return bytes(memory[shard.key].to_bytes())
+
+
+def decode_shard(identity: Identity, shard: Shard, data: bytes) -> npt.NDArray[Any]:
+    """The logits of a shard's object, [shard.rows, classes] in the stored dtype; every checksum is checked.
+
+    Raises:
+        ValueError: the bytes are not a whole shard, with what is wrong with them.
+    """
+    expected = identity.layout.stored_bytes(shard)
+    if len(data) != expected:
+        raise ValueError(f"{len(data):,} bytes instead of {expected:,}")
+    memory: dict[str, Any] = {shard.key: default_buffer_prototype().buffer.from_bytes(data)}
+    try:
+        with pinned_zarr():
+            logits = np.asarray(_open(identity, memory)[shard.view, shard.start : shard.stop])
+    except Exception as error:  # damaged bytes come out of zarr as errors of many kinds
+        raise ValueError(f"does not decode: {error}") from error
+    if not np.isfinite(logits).all():  # an index entry that says "no chunk here" reads as the fill value, NaN
+        raise ValueError("holds NaN or infinity, which is never written")
+    return logits
+
+
+def _open(identity: Identity, memory: dict[str, Any]) -> zarr.Array[Any]:
+    buffer = default_buffer_prototype().buffer
+    memory.update({key: buffer.from_bytes(data) for key, data in metadata(identity).items()})
+    return zarr.open_array(MemoryStore(memory), path=LOGITS, mode="r+", zarr_format=3)
+
+
+def _spelled(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()

@@ -1,0 +1,268 @@
+"""Who holds an unsealed store: a claim beside it, `<id>.claim`.
+
+A courtesy that spares two drivers from computing the same shards; nothing breaks without it, since shards are published
+create-only. On one host an flock tells whether the holder lives. A holder on another host, or of a store in object
+storage, counts as gone when the counter in its claim has stood still for a while on the observer's own clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from akd_dist.storage.errors import AkdError, HeldError
+from akd_dist.storage.files import canonical_json
+from akd_dist.storage.objects import ObjectMissing, open_root, storage_error
+from akd_dist.storage.s3 import S3Root
+
+CLAIM_SUFFIX = ".claim"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a store. `since` is for the reader of a message; nothing is decided by it."""
+
+    host: str
+    pid: int
+    since: str
+    token: str
+    counter: int = 0
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+@contextlib.contextmanager
+def claim_store(
+    root_uri: str,
+    store_id: str,
+    *,
+    wait: bool = False,
+    on_wait: Callable[[str], None] | None = None,
+    stale_after: float = 60.0,
+    beat_every: float = 5.0,
+    poll_every: float = 1.0,
+) -> Iterator[None]:
+    """Hold a store while it is written; no claim is left afterwards.
+
+    Args:
+        wait: wait for another holder to be done, or to be found dead; otherwise leave at once.
+        on_wait: called once, with a sentence that names the holder.
+        stale_after: seconds that a remote holder's counter must stand still.
+        beat_every: seconds between two of our own counts.
+        poll_every: seconds between two looks at another's claim.
+
+    Raises:
+        HeldError: somebody else holds the store; names host, process and since when.
+        MachineError: the claim cannot be written.
+    """
+    claim = _claim_on(root_uri, store_id)
+    watch = _Watch(stale_after)
+    told = False
+    while (holder := claim.take(watch.stale)) is not None:
+        if not wait:
+            raise HeldError(
+                f"{store_id} under {root_uri} is held by someone else",
+                got=holder,
+                expected="nobody holding it",
+                next="run again with --wait: it waits until that process is done, or found to be gone",
+            )
+        if on_wait is not None and not told:
+            on_wait(f"waiting for {holder}")
+        told = True
+        watch.see(holder)
+        time.sleep(poll_every)
+    try:
+        with _heartbeat(claim, beat_every):
+            yield
+    finally:
+        claim.release()
+
+
+class _Claim(Protocol):
+    def take(self, stale: Holder | None) -> Holder | None:
+        """Take the claim, also from `stale`; None if it is ours now, else its holder."""
+
+    def beat(self) -> None:
+        """Count one on."""
+
+    def release(self) -> None:
+        """Give the claim back."""
+
+
+@dataclass
+class _Watch:
+    """Watches a holder's counter on our own monotonic clock."""
+
+    stale_after: float
+    _seen: Holder | None = None
+    _since: float = 0.0
+
+    def see(self, holder: Holder) -> None:
+        if holder != self._seen:
+            self._seen, self._since = holder, time.monotonic()
+
+    @property
+    def stale(self) -> Holder | None:
+        stood = self._seen is not None and time.monotonic() - self._since >= self.stale_after
+        return self._seen if stood else None
+
+
+def _myself() -> Holder:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return Holder(socket.gethostname(), os.getpid(), since, secrets.token_hex(8))
+
+
+def _claim_on(root_uri: str, store_id: str) -> _Claim:
+    root, key = open_root(root_uri), f"{store_id}{CLAIM_SUFFIX}"
+    if isinstance(root, S3Root):
+        return _ObjectClaim(root, key)
+    path = root.local_path(key)
+    assert path is not None, "a root is a folder or object storage"
+    return _FileClaim(path)
+
+
+@dataclass
+class _FileClaim:
+    """A locked file. The lock dies with its holder; the counter is for observers whom the lock does not reach (NFS)."""
+
+    path: Path
+    me: Holder = field(default_factory=_myself)
+    _descriptor: int = -1
+
+    def take(self, stale: Holder | None) -> Holder | None:
+        while True:
+            descriptor = self._open()
+            if not _locked(descriptor):
+                holder = _parse(os.pread(descriptor, 4096, 0)) or Holder("this host", 0, "just now", "")
+                os.close(descriptor)
+                return holder
+            if _is_still_at(descriptor, self.path):
+                break
+            os.close(descriptor)  # its last holder removed it between our open and our lock
+        left = _parse(os.pread(descriptor, 4096, 0))
+        if left is not None and left.host != self.me.host and left != stale:
+            os.close(descriptor)
+            return left
+        self._descriptor = descriptor
+        os.ftruncate(descriptor, 0)
+        self._write()
+        return None
+
+    def beat(self) -> None:
+        self.me = replace(self.me, counter=self.me.counter + 1)
+        self._write()
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def _open(self) -> int:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise storage_error("write", str(self.path), error) from error
+
+    def _write(self) -> None:
+        os.pwrite(self._descriptor, canonical_json(asdict(self.me)), 0)  # in place: the lock is on this very file
+
+
+@dataclass
+class _ObjectClaim:
+    """An object, taken create-only and counted on under its entity tag."""
+
+    root: S3Root
+    key: str
+    me: Holder = field(default_factory=_myself)
+    _tag: str | None = None
+
+    def take(self, stale: Holder | None) -> Holder | None:
+        while True:
+            self.root.put_new(self.key, self._bytes())
+            try:
+                data, tag = self.root.get_tagged(self.key)
+            except ObjectMissing:  # released just now
+                continue
+            holder = _parse(data) or Holder("unknown", 0, "unknown", "")
+            if holder.token == self.me.token:
+                self._tag = tag
+                return None
+            if holder != stale:
+                return holder
+            self._tag = self.root.put_if_unchanged(self.key, self._bytes(), tag)
+            if self._tag is not None:
+                return None
+
+    def beat(self) -> None:
+        if self._tag is None:
+            return  # somebody took us for dead: the claim is theirs
+        self.me = replace(self.me, counter=self.me.counter + 1)
+        self._tag = self.root.put_if_unchanged(self.key, self._bytes(), self._tag) or self._own_tag()
+
+    def release(self) -> None:
+        with contextlib.suppress(AkdError):  # what was done is done; a claim left behind goes stale
+            if self._own_tag() is not None:
+                self.root.delete(self.key)
+
+    def _own_tag(self) -> str | None:
+        try:
+            data, tag = self.root.get_tagged(self.key)
+        except ObjectMissing:
+            return None
+        holder = _parse(data)
+        return tag if holder is not None and holder.token == self.me.token else None
+
+    def _bytes(self) -> bytes:
+        return canonical_json(asdict(self.me))
+
+
+@contextlib.contextmanager
+def _heartbeat(claim: _Claim, every: float) -> Iterator[None]:
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(every):
+            with contextlib.suppress(AkdError, OSError):  # a missed beat is no harm
+                claim.beat()
+
+    thread = threading.Thread(target=beat, name="store-claim", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_still_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _parse(data: bytes) -> Holder | None:
+    try:
+        return Holder(**json.loads(data))
+    except (ValueError, TypeError):  # caught between two writes
+        return None

@@ -1,0 +1,92 @@
+"""Every refusal of akd-dist: what happened, what was got, what was expected, what to do next, and an exit code.
+
+The classes lie on the lowest floor so that every floor can raise them; the command line turns one into a single message
+and its exit code, and a Ray task may raise one (they pickle).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class AkdError(Exception):
+    """A refusal with an exit code; never shown as a traceback.
+
+    Args:
+        what: one sentence that says what is wrong and names the thing (file, row, field, shard, student).
+        got: what was found, if it helps to see it.
+        expected: what would have been right.
+        next: what to do about it, as a command where there is one.
+    """
+
+    code: ClassVar[int] = 70
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, next: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.got = None if got is None else str(got)
+        self.expected = None if expected is None else str(expected)
+        self.next = next
+
+    def __str__(self) -> str:
+        labelled = (("got", self.got), ("expected", self.expected), ("next", self.next))
+        return "\n".join([self.what, *(f"  {label}: {text}" for label, text in labelled if text is not None)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.what, self.got, self.expected, self.next))
+
+    def to_json(self) -> dict[str, Any]:
+        """The value of `error` in the JSON document that a refused command prints."""
+        return {
+            "code": self.code,
+            "what": self.what,
+            "got": self.got,
+            "expected": self.expected,
+            "next": self.next,
+        }
+
+
+def _rebuild(cls: type[AkdError], what: str, got: str | None, expected: str | None, next_step: str | None) -> AkdError:
+    return cls(what, got=got, expected=expected, next=next_step)
+
+
+class RecipeError(AkdError):
+    """The recipe or an option is wrong; found before any data is opened."""
+
+    code = 2
+
+
+class HeldError(AkdError):
+    """Somebody else holds the store, the run or the student."""
+
+    code = 3
+
+
+class RefusedError(AkdError):
+    """Data, a teacher or a student is refused, missing files included."""
+
+    code = 4
+
+
+class DamagedError(AkdError):
+    """A sealed store or a checkpoint is not what it was when it was written."""
+
+    code = 5
+
+
+class MachineError(AkdError):
+    """The environment: disk, permission, cluster, a worker lost after its retries."""
+
+    code = 6
+
+
+class InterruptedByUser(AkdError):  # noqa: N818
+    """Ctrl-C: what was done is kept, and the message says how to go on."""
+
+    code = 130
+
+
+class TerminatedError(InterruptedByUser):
+    """SIGTERM: as Ctrl-C, with its own exit code."""
+
+    code = 143

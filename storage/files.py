@@ -1,0 +1,198 @@
+"""Local files, whole or absent: create-only publishing, atomic replacing, and locks that die with their holder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from akd_dist.storage.errors import HeldError, MachineError
+
+# Names of files in the making. Readers skip them, `stores gc` removes those whose writer died.
+PARTIAL_SUFFIX = ".partial"
+# What link(2) answers on file systems that have no hard links.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
+
+
+def canonical_json(document: Any) -> bytes:
+    """The one spelling of a JSON document that is hashed: sorted keys, no spaces, UTF-8, no NaN."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256(data: bytes | memoryview) -> str:
+    """Hexadecimal sha256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def failpoint(site: str) -> None:
+    """Die here if a test asked for it: AKD_FAILPOINT=<site>:<nth> kills this process at the nth visit of the site."""
+    wanted = os.environ.get("AKD_FAILPOINT")
+    if wanted is None:
+        return
+    name, _, nth = wanted.partition(":")
+    if name != site:
+        return
+    _visits[site] = _visits.get(site, 0) + 1
+    if _visits[site] == int(nth or 1):
+        os.kill(os.getpid(), 9)
+
+
+_visits: dict[str, int] = {}
+
+
+def publish_new(path: Path, data: bytes) -> bool:
+    """Create `path` with `data`, durable before it has its name; never overwrites.
+
+    Returns:
+        True if this call created the file, False if it was there already (whatever it holds).
+
+    Raises:
+        MachineError: the disk is full, the folder cannot be written, or there are neither hard links nor O_EXCL.
+    """
+    for attempts_left in (2, 1, 0):
+        partial = _write_partial(path, data)
+        try:
+            failpoint("publish.before_link")
+            return _link_or_create(partial, path)
+        except FileNotFoundError as error:
+            # Somebody took this writer for dead and swept its partial file away: write it again.
+            if not attempts_left:
+                raise _machine_error(error, path, len(data)) from error
+        except OSError as error:
+            raise _machine_error(error, path, len(data)) from error
+        finally:
+            partial.unlink(missing_ok=True)
+            fsync_folder(path.parent)
+    raise AssertionError("unreachable")
+
+
+def replace(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Give `path` the content `data`, atomically: a reader sees the old bytes or the new ones.
+
+    `durable=False` skips fsync, for files whose loss costs nothing (progress).
+    """
+    partial = _write_partial(path, data, durable=durable)
+    try:
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _machine_error(error, path, len(data)) from error
+    if durable:
+        fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def file_lock(
+    path: Path,
+    *,
+    what: str,
+    wait: float | None = None,
+    note: str = "",
+    on_wait: Callable[[str], None] | None = None,
+) -> Iterator[None]:
+    """Hold an flock on `path`; the kernel releases it when the holder dies, however it dies.
+
+    Args:
+        what: what the lock guards, for the message ("the run digits").
+        wait: seconds to wait for it; 0 leaves at once, None waits for ever.
+        note: what the lock file says of its holder.
+        on_wait: called once with the holder's note when there is somebody to wait for.
+
+    Raises:
+        HeldError: someone else holds it and `wait` is over; names the holder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as handle:
+        started, told = time.monotonic(), False
+        while not _try_flock(handle.fileno()):
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            if wait is not None and time.monotonic() - started >= wait:
+                raise HeldError(
+                    f"{what} is held by someone else",
+                    got=holder,
+                    expected="nobody holding it",
+                    next="wait until it is done, or stop that process",
+                )
+            if on_wait is not None and not told:
+                on_wait(holder)
+                told = True
+            time.sleep(0.1)
+        handle.truncate(0)
+        handle.write(note or f"process {os.getpid()}")
+        handle.flush()
+        yield
+
+
+def _try_flock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _write_partial(path: Path, data: bytes, *, durable: bool = True) -> Path:
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "xb") as handle:
+            handle.write(data)
+            handle.flush()
+            if durable:
+                os.fsync(handle.fileno())
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _machine_error(error, path, len(data)) from error
+    return partial
+
+
+def _link_or_create(partial: Path, path: Path) -> bool:
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # No hard links: win the name with O_EXCL, then put the whole file in its place.
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            return False
+        partial.replace(path)
+    return True
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _machine_error(error: OSError, path: Path, size: int) -> MachineError:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return MachineError(
+            f"no room to write {path}",
+            got=reason,
+            expected=f"{size:,} bytes free",
+            next="free some space and run the same command again: what is done is kept",
+        )
+    return MachineError(
+        f"cannot write {path}",
+        got=reason,
+        expected="a folder that this user can write to",
+        next="choose another folder (--store-root, --run-root, --cache-root) or mend its permissions",
+    )

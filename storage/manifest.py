@@ -1,0 +1,270 @@
+"""The documents of a store: its identity, how it was computed, a receipt for each shard, the manifest that seals it.
+
+They are JSON in one canonical spelling, so that equal documents are equal bytes, and typed strictly: an unknown field,
+a missing one or a number where text should be is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from akd_dist.storage.encodings import Encoding, encoding_from_config
+from akd_dist.storage.errors import AkdError, DamagedError, RefusedError
+from akd_dist.storage.files import canonical_json, sha256
+from akd_dist.storage.layout import FORMAT_VERSION, Shard, StoreLayout
+
+
+def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
+    # What cannot be spelled canonically (NaN, a tuple, a Path) must not get into something that is hashed.
+    if json.loads(canonical_json(value)) != value:
+        raise ValueError("holds something that JSON does not keep as it is")
+    return value
+
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=1)]
+Json = Annotated[dict[str, Any], AfterValidator(_plain_json)]
+
+
+class Document(BaseModel):
+    """A frozen, strict JSON document."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes that are stored and hashed."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Self:
+        """Read a document back; the very bytes must be canonical.
+
+        Raises:
+            RefusedError: it was written in a newer format.
+            DamagedError: not JSON, a field wrong, or another spelling; names `where` and the field.
+        """
+        try:
+            document = cls.model_validate_json(data)
+        except ValidationError as error:
+            _refuse_newer(data, where)
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or "the document"
+            raise _damaged(where, f"{field}: {first['msg']}", "a document of format 1") from error
+        if document.to_bytes() != data:
+            raise _damaged(where, "other bytes than its fields spell", "canonical JSON, as it was written")
+        return document
+
+
+class Identity(Document):
+    """What the logits are. Its hash is the store's id, known before anything is computed."""
+
+    format: int = Field(ge=1, le=FORMAT_VERSION)
+    """Version of the store's format."""
+    dataset: str
+    """Fingerprint of the rows: content and order."""
+    rows: Count
+    teacher: str
+    """Fingerprint of the teacher: weights and architecture."""
+    augmentation: Json
+    """Specification of the augmentation that the views are drawn from."""
+    data_seed: int | None
+    """Seed of the views; None where there is no augmentation."""
+    views: Count
+    encoding: Json
+    """Config of the encoding."""
+    classes: Count
+
+    @property
+    def id(self) -> str:
+        """64 hexadecimal digits: the sha256 of the canonical JSON."""
+        return sha256(self.to_bytes())
+
+    @property
+    def codec(self) -> Encoding:
+        """The encoding as an object."""
+        return encoding_from_config(self.encoding)
+
+    @property
+    def layout(self) -> StoreLayout:
+        """How the store is cut into shards."""
+        return StoreLayout(self.views, self.rows, self.classes, self.codec.dtype)
+
+    def differences(self, other: Identity) -> list[str]:
+        """Fields that differ, as "field: ours != theirs"."""
+        return differences(self, other)
+
+
+class Computed(Document):
+    """How the logits were computed: pinned at creation, since another batch size or library may change a last bit."""
+
+    batch_rows: Count
+    threads: Count
+    device: str
+    """Kind of device, as "cpu" or "cuda:NVIDIA H200"."""
+    versions: dict[str, str]
+    """Versions of the libraries that touch the numbers."""
+
+
+class Creation(Document):
+    """Everything that is settled when a store is created."""
+
+    identity: Identity
+    computed: Computed
+    dataset: Json
+    """The dataset in words and block digests: fingerprint, rows, block_rows, blocks."""
+    teacher: Json
+    """The teacher in words: fingerprint, spec."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        for name in ("dataset", "teacher"):
+            told = getattr(self, name).get("fingerprint")
+            if told is not None and told != getattr(self.identity, name):
+                raise ValueError(f"{name}.fingerprint is not identity.{name}")
+        return self
+
+
+class Probe(Document):
+    """Digest of the augmented view of one row, by which changed pixels are found out."""
+
+    row: int = Field(ge=0)
+    sha256: Sha256
+
+
+class ShardRecord(Document):
+    """What the seal says of a shard."""
+
+    key: str
+    size: Count
+    sha256: Sha256
+    rows: Count
+    finite: bool
+    label_agreement: float = Field(ge=0, le=1)
+    """Share of the shard's rows where the teacher's first class is the label."""
+    probes: list[Probe]
+
+
+class Receipt(ShardRecord):
+    """What the writer of a shard says of it, once it is durable."""
+
+    seconds: float = Field(ge=0)
+    host: str
+
+    def record(self) -> ShardRecord:
+        """The part that goes into the seal: nothing of when and where."""
+        return ShardRecord.model_validate(self.model_dump(exclude={"seconds", "host"}))
+
+
+class Manifest(Document):
+    """The seal: written last, create-only, and the same bytes however disturbed the run was."""
+
+    format: int = Field(ge=1, le=FORMAT_VERSION)
+    id: Sha256
+    identity: Identity
+    computed: Computed
+    dataset: Json
+    teacher: Json
+    zarr_json: dict[str, Sha256]
+    """sha256 of each metadata file, by key relative to arrays.zarr."""
+    shards: list[ShardRecord]
+    """Every shard, view by view, in row order."""
+    sha256: Sha256
+    """sha256 of the canonical JSON of all the other fields."""
+
+    @classmethod
+    def seal(cls, creation: Creation, zarr_json: Mapping[str, str], shards: Iterable[ShardRecord]) -> Manifest:
+        """The manifest of a complete store."""
+        fields = {
+            "format": FORMAT_VERSION,
+            "id": creation.identity.id,
+            **creation.model_dump(mode="json"),
+            "zarr_json": dict(zarr_json),
+            "shards": [shard.model_dump(mode="json") for shard in shards],
+        }
+        return cls.model_validate({**fields, "sha256": sha256(canonical_json(fields))})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Self:
+        """Read a manifest and check what it says of itself: its own sha256, its id, and that it names every shard.
+
+        Raises:
+            RefusedError: it was written in a newer format.
+            DamagedError: anything else that is wrong, by field.
+        """
+        manifest = super().from_bytes(data, where)
+        rest = manifest.model_dump(mode="json", exclude={"sha256"})
+        wrong = [
+            ("sha256", manifest.sha256, sha256(canonical_json(rest))),
+            ("id", manifest.id, manifest.identity.id),
+            ("format", manifest.format, manifest.identity.format),
+            ("shards", _keys(manifest.shards), _keys(manifest.identity.layout.shards())),
+        ]
+        for field, got, expected in wrong:
+            if got != expected:
+                raise _damaged(where, f"{field}: {got}", expected)
+        return manifest
+
+    def record(self, shard: Shard) -> ShardRecord:
+        """What the seal says of a shard."""
+        return self.shards[shard.view * self.identity.layout.shards_per_view + shard.index]
+
+    def creation(self) -> Creation:
+        """The creation document this manifest was sealed from."""
+        return Creation(identity=self.identity, computed=self.computed, dataset=self.dataset, teacher=self.teacher)
+
+
+def differences(ours: BaseModel, theirs: BaseModel) -> list[str]:
+    """Fields, nested ones by dotted name, in which two documents differ, as "field: ours != theirs"."""
+    mine, others = (dict(_flat(document.model_dump(mode="json"))) for document in (ours, theirs))
+    return [
+        f"{field}: {_short(mine.get(field))} != {_short(others.get(field))}"
+        for field in dict.fromkeys([*mine, *others])
+        if mine.get(field) != others.get(field)
+    ]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, Mapping) and inner:
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
+
+
+def _short(value: object) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _keys(shards: Iterable[Shard | ShardRecord]) -> list[str]:
+    return [shard.key for shard in shards]
+
+
+def _refuse_newer(data: bytes, where: str) -> None:
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        return
+    inner = fields.get("identity") if isinstance(fields, dict) else None
+    for holder in (fields, inner):
+        version = holder.get("format") if isinstance(holder, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise RefusedError(
+                f"{where} is in a newer format than this version of akd-dist reads",
+                got=f"format {version}",
+                expected=f"format {FORMAT_VERSION} or older",
+                next="update akd-dist, or read the store with the version that wrote it",
+            )
+
+
+def _damaged(where: str, got: object, expected: object) -> AkdError:
+    return DamagedError(
+        f"{where} is damaged",
+        got=_short(got),
+        expected=_short(expected),
+        next="bring the file back from a copy of the store",
+    )

@@ -1,0 +1,270 @@
+"""One decoded, memory-mapped copy of a store per node, shared by every process there, within a budget.
+
+The cache's folder holds entries `<kind>/<key>/`, each made whole or not at all. A process keeps an entry from being
+evicted with a shared lock on the entry's `in-use` file, for as long as it has the arrays mapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import platformdirs
+
+from akd_dist.storage.errors import MachineError
+from akd_dist.storage.files import PARTIAL_SUFFIX, canonical_json, file_lock, replace
+from akd_dist.storage.reader import LogitStore
+
+IN_USE = "in-use"
+_LOGITS_FILE = "logits.npy"
+_VERIFIED_FILE = "verified.json"
+# Room for a .npy header.
+_HEADER_BYTES = 4096
+
+Progress = Callable[[int, int], None]
+
+
+def default_cache_root() -> Path:
+    """$AKD_DIST_CACHE, or the user's cache folder."""
+    return Path(os.environ.get("AKD_DIST_CACHE") or platformdirs.user_cache_path("akd-dist")).absolute()
+
+
+def open_decoded(
+    store: LogitStore, cache_root: Path, *, budget: int | None = None, on_progress: Progress | None = None
+) -> np.memmap[Any, Any]:
+    """The store's logits as a read-only memory map, decoded once per node.
+
+    The store itself is looked at every time: a shard whose object changed since it was decoded is read again and must
+    still be what was sealed, whether there is a decoded copy or not.
+
+    Args:
+        budget: bytes that all entries together may take; None for as much as is free.
+        on_progress: called with how many shards are read or checked, and of how many.
+
+    Returns:
+        [views, rows, classes] in the stored dtype. The entry is not evicted while the map is alive.
+
+    Raises:
+        DamagedError: a shard is not what was sealed; names its key.
+        MachineError: no room within the budget or on the disk; names need, free and budget.
+    """
+    entry = cache_root / "logits" / store.manifest.sha256[:32]
+    with file_lock(entry.with_name(f"{entry.name}.lock"), what=f"the decoded copy of store {store.id[:12]}"):
+        with hold(entry) as keep:
+            if _is_whole(entry):
+                _check_again(store, entry, on_progress)
+                return _mapped(entry, keep)
+        _decode(store, entry, budget, on_progress)
+        with hold(entry) as keep:
+            return _mapped(entry, keep)
+
+
+class Keep:
+    """A shared lock on an entry; hand it to `until_unmapped` to keep it beyond the `with` block."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def until_unmapped(self, array: npt.NDArray[Any]) -> None:
+        """Keep the entry until this memory map, and every view of it, is gone."""
+        if self._descriptor is not None:
+            mapped = array.base
+            weakref.finalize(mapped, os.close, self._descriptor)
+            self._descriptor = None
+
+    def release(self) -> None:
+        """Let the entry go."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+@contextlib.contextmanager
+def hold(entry: Path) -> Iterator[Keep]:
+    """Keep an entry from being evicted, if it is there, and note that it was used."""
+    keep = Keep(_shared_lock(entry / IN_USE))
+    try:
+        yield keep
+    finally:
+        keep.release()
+
+
+def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[Path] = ()) -> None:
+    """Evict entries that nobody holds, least recently used first, until `need` bytes fit the budget and the disk.
+
+    Args:
+        need: bytes about to be written under `cache_root`.
+        budget: bytes that all entries together may take; None for as much as is free.
+        keep: entries that stay whatever happens.
+
+    Raises:
+        MachineError: they do not fit with everything evicted that can be; names need, free and budget.
+    """
+    cache_root.mkdir(parents=True, exist_ok=True)
+    with file_lock(cache_root / "evict.lock", what="the cache"):
+        entries = sorted((entry for entry in _entries(cache_root) if entry not in keep), key=_last_used)
+        while not _fits(cache_root, need, budget) and entries:
+            _evict(entries.pop(0))
+        if not _fits(cache_root, need, budget):
+            raise MachineError(
+                f"no room in the cache {cache_root}",
+                got=f"{shutil.disk_usage(cache_root).free:,} bytes free, {_used(cache_root):,} in entries in use",
+                expected=f"{need:,} bytes" + ("" if budget is None else f" within a budget of {budget:,}"),
+                next="free some space, raise the budget, or choose another --cache-root",
+            )
+
+
+def _decode(store: LogitStore, entry: Path, budget: int | None, on_progress: Progress | None) -> None:
+    for left in entry.parent.glob(f"{entry.name}.*{PARTIAL_SUFFIX}"):  # ours is the only live one: we hold the lock
+        shutil.rmtree(left)
+    if entry.exists():
+        shutil.rmtree(entry)
+    need = store.layout.nbytes + _HEADER_BYTES
+    cache_root = entry.parent.parent
+    make_room(cache_root, need, budget)
+    building = entry.with_name(f"{entry.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+    try:
+        building.mkdir(parents=True)
+        tokens = {key: stat.token for key, stat in store.stats().items()}  # before reading, so that no change is missed
+        _fill(store, building / _LOGITS_FILE, on_progress)
+        (building / IN_USE).touch()
+        _note_verified(building, tokens)
+        building.rename(entry)
+    except OSError as error:
+        raise _no_room(error, entry, need) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _fill(store: LogitStore, path: Path, on_progress: Progress | None) -> None:
+    layout = store.layout
+    shape = (layout.views, layout.rows, layout.classes)
+    with open(path, "xb") as handle:
+        np.lib.format.write_array_header_1_0(
+            handle,
+            {"descr": np.lib.format.dtype_to_descr(np.dtype(layout.dtype)), "fortran_order": False, "shape": shape},
+        )
+        # A full disk must be an error here: in a memory map it would be a SIGBUS.
+        os.posix_fallocate(handle.fileno(), 0, handle.tell() + layout.nbytes)
+    decoded = np.load(path, mmap_mode="r+")
+    shards = layout.shards()
+    for number, shard in enumerate(shards, 1):
+        decoded[shard.view, shard.start : shard.stop] = store.shard(shard.view, shard.index)
+        if on_progress is not None:
+            on_progress(number, len(shards))
+    decoded.flush()
+    path.chmod(0o444)
+
+
+def _check_again(store: LogitStore, entry: Path, on_progress: Progress | None) -> None:
+    """Read every shard again whose object is another one than when it was verified."""
+    verified = json.loads((entry / _VERIFIED_FILE).read_bytes())["shards"]
+    tokens = {key: stat.token for key, stat in store.stats().items()}
+    changed = [shard for shard in store.layout.shards() if verified.get(shard.key) != tokens[shard.key]]
+    for number, shard in enumerate(changed, 1):
+        store.shard(shard.view, shard.index)
+        if on_progress is not None:
+            on_progress(number, len(changed))
+    if changed:
+        _note_verified(entry, tokens)
+
+
+def _note_verified(entry: Path, tokens: dict[str, str]) -> None:
+    document = {"decoded": _token(entry / _LOGITS_FILE), "shards": tokens}
+    replace(entry / _VERIFIED_FILE, canonical_json(document), durable=False)
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether the decoded copy is there, and the very file that was written."""
+    try:
+        verified = json.loads((entry / _VERIFIED_FILE).read_bytes())
+        return bool(verified["decoded"] == _token(entry / _LOGITS_FILE) and isinstance(verified["shards"], dict))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _token(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def _mapped(entry: Path, keep: Keep) -> np.memmap[Any, Any]:
+    mapped: np.memmap[Any, Any] = np.load(entry / _LOGITS_FILE, mmap_mode="r")
+    keep.until_unmapped(mapped)
+    return mapped
+
+
+def _shared_lock(path: Path) -> int | None:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                os.utime(descriptor)  # recency, for make_room
+                return descriptor
+        os.close(descriptor)  # evicted between our open and our lock
+
+
+def _evict(entry: Path) -> None:
+    """Remove an entry unless somebody holds it."""
+    try:
+        descriptor = os.open(entry / IN_USE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        gone = entry.with_name(f"{entry.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+        entry.rename(gone)
+        shutil.rmtree(gone)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _entries(cache_root: Path) -> list[Path]:
+    return [path.parent for path in cache_root.glob(f"*/*/{IN_USE}") if not path.parent.name.endswith(PARTIAL_SUFFIX)]
+
+
+def _last_used(entry: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):
+        return (entry / IN_USE).stat().st_mtime
+    return 0.0
+
+
+def _used(cache_root: Path) -> int:
+    files = (path for entry in _entries(cache_root) for path in entry.rglob("*"))
+    total = 0
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
+def _fits(cache_root: Path, need: int, budget: int | None) -> bool:
+    within = budget is None or _used(cache_root) + need <= budget
+    return within and need <= shutil.disk_usage(cache_root).free
+
+
+def _no_room(error: OSError, entry: Path, need: int) -> MachineError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return MachineError(
+        f"no room to decode a store into {entry}" if full else f"cannot write {entry}",
+        got=error.strerror or str(error),
+        expected=f"{need:,} bytes free" if full else "a folder that this user can write to",
+        next="free some space, or choose another --cache-root",
+    )

@@ -1,0 +1,263 @@
+"""Bytes by key under a root: one interface for a local folder (here) and for s3:// (storage/s3.py).
+
+A new object is published create-only: whole or not at all, never over another one.
+"""
+
+# ruff: noqa: D102 -- the methods are documented at ObjectRoot
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+from urllib.parse import urlsplit
+
+from akd_dist.storage.errors import MachineError, RecipeError
+from akd_dist.storage.files import PARTIAL_SUFFIX, fsync_folder, publish_new, replace
+
+Keys = list[str]
+Entries = list[os.DirEntry[str]]
+
+
+class ObjectMissing(KeyError):  # noqa: N818
+    """There is no object of this key."""
+
+
+class Stat(NamedTuple):
+    """What a listing tells of an object."""
+
+    size: int
+    """Bytes."""
+    token: str
+    """Changes whenever the object does."""
+
+
+@dataclass(frozen=True)
+class ObjectRoot(ABC):
+    """Objects under one root; a small value that travels to other processes.
+
+    Every method raises MachineError, naming the key, when the disk or the object storage does not do what it should.
+    """
+
+    uri: str
+    """Absolute path of the folder, or s3://bucket/prefix, without a slash at its end."""
+
+    def child(self, name: str) -> Self:
+        """The root one folder further down."""
+        return type(self)(f"{self.uri}/{name}")
+
+    @property
+    def parent(self) -> Self:
+        """The root one folder further up."""
+        return type(self)(self.uri.rpartition("/")[0])
+
+    @property
+    def name(self) -> str:
+        """The last part of the URI."""
+        return self.uri.rpartition("/")[2]
+
+    def path_of(self, key: str) -> str:
+        """Where an object is, for messages."""
+        return f"{self.uri}/{key}"
+
+    @abstractmethod
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Publish create-only and durably; False if there was an object already, whatever it holds."""
+
+    @abstractmethod
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object, over an older one if there is one; readers see the one or the other."""
+
+    @abstractmethod
+    def get(self, key: str) -> bytes:
+        """The whole object; ObjectMissing if there is none."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        """Objects under a folder by key, sorted; without files in the making."""
+
+    @abstractmethod
+    def partials(self, prefix: str = "") -> Keys:
+        """Keys of files in the making, their writers alive or dead."""
+
+    @abstractmethod
+    def folders(self) -> Keys:
+        """Names of the folders directly under the root, sorted."""
+
+    @abstractmethod
+    def files(self) -> Keys:
+        """Names of the objects directly under the root, files in the making included, sorted."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove an object; none is as well."""
+
+    @abstractmethod
+    def delete_folder(self, prefix: str) -> None:
+        """Remove everything under a folder."""
+
+    @abstractmethod
+    def move(self, key: str, to: str) -> bool:
+        """Give an object another key; False if it is gone already."""
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        """Whether there is an object of this key."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Bytes free for this user; None where there is no such limit."""
+
+    @abstractmethod
+    def local_path(self, key: str) -> Path | None:
+        """The object's file; None in object storage."""
+
+    def check_writable(self) -> None:
+        """Publish an object and fail to publish it again, as every later step will need.
+
+        Raises:
+            MachineError: the root cannot be written, or has no create-only publishing.
+        """
+        probe = f".check-{secrets.token_hex(6)}{PARTIAL_SUFFIX}"
+        try:
+            created, again = self.put_new(probe, b"1"), self.put_new(probe, b"2")
+        finally:
+            self.delete(probe)
+        if not created or again:
+            raise MachineError(
+                f"{self.uri} cannot publish an object without overwriting one",
+                got="a second create-only put of the same key went through" if again else "a new key was refused",
+                expected="hard links or O_EXCL on a file system, conditional puts (If-None-Match) in object storage",
+                next="choose another --store-root",
+            )
+
+
+@dataclass(frozen=True)
+class LocalRoot(ObjectRoot):
+    """Files under a folder."""
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        return publish_new(self._path(key), data)
+
+    def put(self, key: str, data: bytes) -> None:
+        replace(self._path(key), data)
+
+    def get(self, key: str) -> bytes:
+        try:
+            return self._path(key).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ObjectMissing(key) from None
+        except OSError as error:
+            raise storage_error("read", self.path_of(key), error) from error
+
+    def list(self, prefix: str = "") -> dict[str, Stat]:
+        return {key: stat for key, stat in self._walk(prefix) if not key.endswith(PARTIAL_SUFFIX)}
+
+    def partials(self, prefix: str = "") -> Keys:
+        return [key for key, _ in self._walk(prefix) if key.endswith(PARTIAL_SUFFIX)]
+
+    def folders(self) -> Keys:
+        return [entry.name for entry in self._entries("") if entry.is_dir()]
+
+    def files(self) -> Keys:
+        return [entry.name for entry in self._entries("") if entry.is_file()]
+
+    def delete(self, key: str) -> None:
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error("delete", self.path_of(key), error) from error
+
+    def delete_folder(self, prefix: str) -> None:
+        try:
+            shutil.rmtree(self._path(prefix))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise storage_error("delete", self.path_of(prefix), error) from error
+
+    def move(self, key: str, to: str) -> bool:
+        source, target = self._path(key), self._path(to)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.rename(target)
+            fsync_folder(source.parent)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise storage_error("move", self.path_of(key), error) from error
+        return True
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def free_bytes(self) -> int | None:
+        folder = Path(self.uri)
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
+    def _path(self, key: str) -> Path:
+        if ".." in key.split("/"):
+            raise ValueError(f"key {key!r} leaves the root")
+        return Path(self.uri, key)
+
+    def _entries(self, prefix: str) -> Entries:
+        try:
+            return sorted(os.scandir(self._path(prefix)), key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise storage_error("read", self.path_of(prefix), error) from error
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        for entry in self._entries(prefix):
+            key = f"{prefix}/{entry.name}" if prefix else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(key)
+            else:
+                with contextlib.suppress(FileNotFoundError):  # gone since the listing
+                    stat = entry.stat()
+                    token = f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_ctime_ns}"
+                    yield key, Stat(stat.st_size, token)
+
+
+def open_root(uri: str | Path) -> ObjectRoot:
+    """The root that a path or URI names; nothing is opened or created yet.
+
+    Raises:
+        RecipeError: a scheme other than s3://, or a URI that names no place.
+    """
+    text = str(uri)
+    scheme = urlsplit(text).scheme if "://" in text else ""
+    if scheme == "s3" and urlsplit(text).netloc:
+        from akd_dist.storage.s3 import S3Root  # here, since s3 builds on this module, and local stores need no obstore
+
+        return S3Root(text.rstrip("/"))
+    if scheme or not text or "\0" in text:
+        raise RecipeError(
+            f"{text!r} is no place for stores",
+            got=f"{scheme}://" if scheme else repr(text),
+            expected="a folder, or s3://bucket/prefix",
+            next="give another --store-root",
+        )
+    return LocalRoot(str(Path(text).expanduser().absolute()))
+
+
+def storage_error(verb: str, where: str, reason: object) -> MachineError:
+    """The refusal for storage that did not do what it should."""
+    return MachineError(
+        f"cannot {verb} {where}",
+        got=(reason.strerror or str(reason)) if isinstance(reason, OSError) else reason,
+        expected="storage that this user can reach, read and write",
+        next="check the path, its permissions and the AWS_* settings, then run the same command again",
+    )

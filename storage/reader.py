@@ -1,0 +1,248 @@
+"""Reading a sealed store: nothing is taken for data that is not, byte for byte, what was sealed.
+
+zarr-python returns the fill value for a missing shard, without an error. So presence and size of every object are
+checked against the manifest at every open, and the sha256 of every shard that is read, before zarr sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from akd_dist.storage.arrays import decode_shard, metadata
+from akd_dist.storage.errors import AkdError, DamagedError, RefusedError
+from akd_dist.storage.files import sha256
+from akd_dist.storage.layout import ARRAYS, CREATION_KEY, LOGITS, MANIFEST_KEY, Shard, StoreLayout
+from akd_dist.storage.manifest import Manifest, ShardRecord
+from akd_dist.storage.objects import ObjectMissing, ObjectRoot, Stat, open_root
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One object that is not what was sealed."""
+
+    key: str
+    """Relative to the store."""
+    problem: str
+
+
+@dataclass(frozen=True, eq=False)
+class LogitStore:
+    """A sealed store, open for reading; made by `open_store`."""
+
+    uri: str
+    manifest: Manifest
+    # The shard read last: rows are mostly asked for in order.
+    _last: dict[Shard, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
+
+    @property
+    def id(self) -> str:
+        """The store's id."""
+        return self.manifest.id
+
+    @property
+    def layout(self) -> StoreLayout:
+        """How the store is cut into shards."""
+        return self.manifest.identity.layout
+
+    @property
+    def views(self) -> int:
+        """How many views of every row there are."""
+        return self.manifest.identity.views
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the dataset has."""
+        return self.manifest.identity.rows
+
+    @property
+    def classes(self) -> int:
+        """How many logits a row has."""
+        return self.manifest.identity.classes
+
+    def rows(self, view: int, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Logits of consecutive rows of a view, float32 [stop - start, classes].
+
+        Raises:
+            IndexError: the store has no such view or rows.
+            DamagedError: a shard is not what was sealed; names its key.
+        """
+        if not (0 <= view < self.views and 0 <= start <= stop <= self.num_rows):
+            raise IndexError(f"view {view}, rows {start} to {stop}: not in {self.views} views of {self.num_rows} rows")
+        shard_rows = self.layout.shard_rows
+        logits = np.empty((stop - start, self.classes), np.float32)
+        for index in range(start // shard_rows, -(-stop // shard_rows) if stop > start else 0):
+            shard = self.layout.shard(view, index)
+            first, last = max(start, shard.start), min(stop, shard.stop)
+            stored = self._shard(shard)[first - shard.start : last - shard.start]
+            logits[first - start : last - start] = self.manifest.identity.codec.decode({LOGITS: stored})
+        return logits
+
+    def shard(self, view: int, index: int) -> npt.NDArray[Any]:
+        """A whole shard, [shard.rows, classes] in the stored dtype; its sha256 and every crc32c are checked.
+
+        Raises:
+            IndexError: the store has no such shard.
+            DamagedError: the shard is not what was sealed; names its key.
+        """
+        shard = self.layout.shard(view, index)
+        data = self._sealed_bytes(shard.key, self.manifest.record(shard).sha256)
+        try:
+            return decode_shard(self.manifest.identity, shard, data)
+        except ValueError as error:
+            raise self.damaged(shard.key, error) from error
+
+    def stats(self) -> dict[str, Stat]:
+        """Size and token of every shard by key, as they are now, in the manifest's order.
+
+        Raises:
+            DamagedError: a shard is missing or has another size; names its key.
+        """
+        found = self._objects.list()
+        for record in self.manifest.shards:
+            problem = _size_problem(self._objects, record, found)
+            if problem:
+                raise self.damaged(record.key, problem)
+        return {record.key: found[record.key] for record in self.manifest.shards}
+
+    def verify(self, *, deep: bool = True, on_progress: Callable[[int, int], None] | None = None) -> list[Damage]:
+        """Everything that is not what was sealed; empty for a good store.
+
+        Args:
+            deep: read every shard and check its sha256, not only presence and size.
+            on_progress: called with how many shards are checked, and of how many.
+        """
+        damages = [Damage(f"{ARRAYS}/{key}", problem) for key, problem in self._metadata_problems()]
+        found = self._objects.list()
+        for number, record in enumerate(self.manifest.shards, 1):
+            problem = _size_problem(self._objects, record, found)
+            if deep and not problem:
+                problem = _content_problem(self._objects, record)
+            if problem:
+                damages.append(Damage(f"{ARRAYS}/{record.key}", problem))
+            if on_progress is not None:
+                on_progress(number, len(self.manifest.shards))
+        return damages + self._creation_damage()
+
+    def check(self) -> None:
+        """Presence and size of every shard, and the Zarr metadata: what `open_store` does.
+
+        Raises:
+            DamagedError: names the first key that is wrong.
+        """
+        for key, problem in self._metadata_problems():
+            raise self.damaged(key, problem)
+        self.stats()
+
+    def damaged(self, key: str, problem: object) -> DamagedError:
+        """The refusal that names an object of arrays.zarr and how to mend it."""
+        root = open_root(self.uri).parent.uri
+        return DamagedError(
+            f"{self.uri}/{ARRAYS}/{key} is damaged",
+            got=problem,
+            expected="the object that was sealed",
+            next=f"akd-dist stores repair {self.id} --store-root {root}",
+        )
+
+    @property
+    def _objects(self) -> ObjectRoot:
+        return open_root(self.uri).child(ARRAYS)
+
+    def _shard(self, shard: Shard) -> npt.NDArray[Any]:
+        found = self._last.get(shard)
+        if found is None:
+            found = self.shard(shard.view, shard.index)
+            self._last.clear()
+            self._last[shard] = found
+        return found
+
+    def _sealed_bytes(self, key: str, digest: str) -> bytes:
+        try:
+            data = self._objects.get(key)
+        except ObjectMissing:
+            raise self.damaged(key, _missing(self._objects, key)) from None
+        if sha256(data) != digest:
+            raise self.damaged(key, f"sha256 {sha256(data)} instead of {digest}")
+        return data
+
+    def _metadata_problems(self) -> list[tuple[str, str]]:
+        problems = []
+        for key in metadata(self.manifest.identity):
+            try:
+                digest = sha256(self._objects.get(key))
+            except ObjectMissing:
+                problems.append((key, _missing(self._objects, key)))
+                continue
+            expected = self.manifest.zarr_json.get(key)
+            if digest != expected:
+                problems.append((key, f"sha256 {digest} instead of {expected}"))
+        return problems
+
+    def _creation_damage(self) -> list[Damage]:
+        try:
+            data = open_root(self.uri).get(CREATION_KEY)
+        except ObjectMissing:
+            return [Damage(CREATION_KEY, "is missing")]
+        same = data == self.manifest.creation().to_bytes()
+        return [] if same else [Damage(CREATION_KEY, "is not what the manifest was sealed from")]
+
+
+def open_store(uri: str) -> LogitStore:
+    """Open a sealed store: path or URI of its `<id>` folder.
+
+    Raises:
+        RefusedError: there is no store, it is not sealed, or its format is newer than this version reads.
+        DamagedError: the manifest, the Zarr metadata or a shard's size is not what was sealed; names the key.
+        MachineError: the storage does not answer.
+    """
+    store = LogitStore(open_root(uri).uri, read_manifest(uri))
+    store.check()
+    return store
+
+
+def read_manifest(uri: str) -> Manifest:
+    """The manifest of a sealed store, checked in itself; refusals as in `open_store`."""
+    root = open_root(uri)
+    try:
+        data = root.get(MANIFEST_KEY)
+    except ObjectMissing:
+        raise _not_sealed(root) from None
+    try:
+        return Manifest.from_bytes(data, root.path_of(MANIFEST_KEY))
+    except DamagedError as error:
+        error.next = f"akd-dist stores repair {root.name} --store-root {root.parent.uri}"
+        raise
+
+
+def _not_sealed(root: ObjectRoot) -> AkdError:
+    begun = root.exists(CREATION_KEY)
+    return RefusedError(
+        f"{root.uri} is not sealed: its shards are not all there" if begun else f"there is no store at {root.uri}",
+        got=f"no {MANIFEST_KEY}",
+        expected=f"a sealed store, with {MANIFEST_KEY}",
+        next="akd-dist cache-teacher RECIPE" + (": it computes what is missing" if begun else ""),
+    )
+
+
+def _missing(objects: ObjectRoot, key: str) -> str:
+    path = objects.local_path(key)
+    return "is a folder" if path is not None and path.is_dir() else "is missing"
+
+
+def _size_problem(objects: ObjectRoot, record: ShardRecord, found: dict[str, Stat]) -> str | None:
+    stat = found.get(record.key)
+    if stat is None:
+        return _missing(objects, record.key)
+    return None if stat.size == record.size else f"{stat.size:,} bytes instead of {record.size:,}"
+
+
+def _content_problem(objects: ObjectRoot, record: ShardRecord) -> str | None:
+    try:
+        digest = sha256(objects.get(record.key))
+    except ObjectMissing:
+        return _missing(objects, record.key)
+    return None if digest == record.sha256 else f"sha256 {digest} instead of {record.sha256}"

@@ -1,0 +1,329 @@
+"""Writing a store: create it, ask what is missing, write whole shards, seal it.
+
+A shard's object is encoded in memory, published create-only, and only then receipted, so a killed writer leaves a whole
+shard or none. Every step may be repeated, by another process as well: resuming is asking what is missing.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from akd_dist.storage.arrays import decode_shard, encode_shard, metadata
+from akd_dist.storage.errors import AkdError, DamagedError, MachineError, RefusedError
+from akd_dist.storage.files import canonical_json, failpoint, sha256
+from akd_dist.storage.layout import (
+    ARRAYS,
+    CREATION_KEY,
+    DAMAGED_SUFFIX,
+    LOGITS,
+    MANIFEST_KEY,
+    RECEIPTS,
+    SOURCE_KEY,
+    Shard,
+    StoreLayout,
+)
+from akd_dist.storage.manifest import Creation, Identity, Manifest, Probe, Receipt, differences
+from akd_dist.storage.objects import ObjectMissing, ObjectRoot, open_root
+
+
+@dataclass(frozen=True)
+class StoreWriter:
+    """A store being written: where, and all that was settled when it was created. Small, and travels to tasks."""
+
+    root_uri: str
+    creation: Creation
+
+    @property
+    def id(self) -> str:
+        """The store's id: the hash of its identity."""
+        return self.creation.identity.id
+
+    @property
+    def layout(self) -> StoreLayout:
+        """How the store is cut into shards."""
+        return self.creation.identity.layout
+
+    @property
+    def store(self) -> ObjectRoot:
+        """The store's own folder."""
+        return open_root(self.root_uri).child(self.id)
+
+    @property
+    def uri(self) -> str:
+        """Path or URI of the store's folder."""
+        return self.store.uri
+
+
+def create_store(root_uri: str, creation: Creation, hint: dict[str, Any] | None = None) -> StoreWriter:
+    """Create a store, or open the one of the same identity to go on with it.
+
+    Args:
+        hint: how to recompute it, kept beside the store and not part of what is hashed.
+
+    Raises:
+        RefusedError: the store is there, computed in another way (batch rows, threads, device, library versions).
+        DamagedError: the store is there, and its description or Zarr metadata are not what was written.
+        MachineError: the root cannot be written.
+    """
+    root = open_root(root_uri)
+    writer = StoreWriter(root.uri, creation)
+    store = writer.store
+    if not store.put_new(CREATION_KEY, creation.to_bytes()):
+        _check_same_creation(store, creation)
+    _put_metadata(store, creation.identity)
+    if hint is not None:
+        store.put(SOURCE_KEY, canonical_json(hint))
+    return writer
+
+
+def missing_shards(writer: StoreWriter, *, deep: bool = True) -> list[Shard]:
+    """Shards still to be computed: all but those with a valid receipt. A sealed store misses none.
+
+    A shard that is not what its receipt says is moved to `<id>.damaged/` and counts as missing; one without a receipt
+    stays where it is, for `adopt_shard`.
+
+    Args:
+        deep: compare every sha256, not only every size.
+    """
+    store = writer.store
+    if store.exists(MANIFEST_KEY):
+        return []
+    sizes = {key: stat.size for key, stat in store.list(ARRAYS).items()}
+    receipts = set(store.list(RECEIPTS))
+    return [
+        shard
+        for shard in writer.layout.shards()
+        if shard.receipt_key not in receipts or not _keeps_its_receipt(writer, shard, sizes, deep)
+    ]
+
+
+def adopt_shard(writer: StoreWriter, shard: Shard) -> npt.NDArray[np.float32] | None:
+    """The logits of a shard that was published but not receipted, as an interrupted writer leaves one.
+
+    Returns:
+        float32 [shard.rows, classes], to be handed to `write_shard`; None if there is none, or none that is whole: that
+        one is moved to `<id>.damaged/`.
+    """
+    try:
+        data = writer.store.get(f"{ARRAYS}/{shard.key}")
+    except ObjectMissing:
+        return None
+    identity = writer.creation.identity
+    try:
+        stored = decode_shard(identity, shard, data)
+    except ValueError:
+        _set_aside(writer, shard)
+        return None
+    return identity.codec.decode({LOGITS: stored})
+
+
+def write_shard(
+    writer: StoreWriter,
+    shard: Shard,
+    logits: npt.NDArray[np.float32],
+    *,
+    label_agreement: float,
+    probes: Sequence[Probe],
+    seconds: float,
+) -> Receipt:
+    """Publish a shard, then its receipt; harmless to repeat, and to do twice at once.
+
+    Args:
+        logits: float32 [shard.rows, classes].
+        label_agreement: share of the rows where the teacher's first class is the label.
+        probes: digests of augmented views of a few rows.
+        seconds: how long the logits took, for the receipt.
+
+    Returns:
+        The receipt; the other writer's if the shard was published and receipted already.
+
+    Raises:
+        RefusedError: logits of another shape, or not finite in the stored dtype; names the rows.
+        DamagedError: the store is sealed, and this shard is not what was sealed.
+        MachineError: the disk is full or cannot be written.
+    """
+    data = encode_logits(writer.creation, shard, logits)
+    receipt = Receipt(
+        key=shard.key,
+        size=len(data),
+        sha256=sha256(data),
+        rows=shard.rows,
+        finite=True,
+        label_agreement=float(label_agreement),
+        probes=list(probes),
+        seconds=round(float(seconds), 3),
+        host=socket.gethostname(),
+    )
+    failpoint("shard.before_publish")
+    published = _publish(writer, shard, data)
+    failpoint("shard.before_receipt")
+    return published or _put_receipt(writer, shard, receipt)
+
+
+def seal_store(writer: StoreWriter) -> Manifest:
+    """Write the manifest of a complete store, last and create-only; the same one again if it is sealed already.
+
+    Raises:
+        RefusedError: shards are missing; names the first.
+        DamagedError: a shard's size is not its receipt's, or the store is sealed with another manifest.
+    """
+    store = writer.store
+    sizes = {key: stat.size for key, stat in store.list(ARRAYS).items()}
+    receipts = [_complete_receipt(writer, shard, sizes) for shard in writer.layout.shards()]
+    digests = _put_metadata(store, writer.creation.identity)
+    manifest = Manifest.seal(writer.creation, digests, (receipt.record() for receipt in receipts))
+    for key in store.partials():  # of writers that were killed; a live one writes its file again
+        store.delete(key)
+    failpoint("seal.before_manifest")
+    _put_same(store, MANIFEST_KEY, manifest.to_bytes())
+    return manifest
+
+
+def encode_logits(creation: Creation, shard: Shard, logits: npt.NDArray[np.float32]) -> bytes:
+    """The bytes of a shard's object, a pure function of the logits.
+
+    Raises:
+        RefusedError: logits of another shape, or not finite in the stored dtype.
+    """
+    expected = (shard.rows, creation.identity.classes)
+    if logits.shape != expected:
+        raise RefusedError(f"logits of {shard} have the wrong shape", got=logits.shape, expected=expected)
+    arrays = creation.identity.codec.encode(logits, shard.start)
+    return encode_shard(creation.identity, shard, arrays)
+
+
+def _check_same_creation(store: ObjectRoot, creation: Creation) -> None:
+    found = Creation.from_bytes(store.get(CREATION_KEY), store.path_of(CREATION_KEY))
+    differing = differences(creation, found)
+    if differing:
+        raise RefusedError(
+            f"the store {store.uri} was begun in another way than this run would go on with it",
+            got=f"this run against the store: {'; '.join(differing)}",
+            expected="the same batch rows, threads, device and versions until the store is sealed",
+            next=f"run as the store was begun, or delete {store.uri} to compute it anew",
+        )
+
+
+def _put_metadata(store: ObjectRoot, identity: Identity) -> dict[str, str]:
+    """Publish the Zarr metadata files, or find them as they should be; their sha256 by key."""
+    files = metadata(identity)
+    for key, data in files.items():
+        _put_same(store, f"{ARRAYS}/{key}", data)
+    return {key: sha256(data) for key, data in files.items()}
+
+
+def _put_same(store: ObjectRoot, key: str, data: bytes) -> None:
+    """Publish, or find the very same bytes."""
+    if not store.put_new(key, data) and store.get(key) != data:
+        raise DamagedError(
+            f"{store.path_of(key)} is not what this store's description makes it",
+            got=f"sha256 {sha256(store.get(key))}",
+            expected=f"sha256 {sha256(data)}",
+            next=f"delete {store.uri} to compute it anew, or bring the file back from a copy",
+        )
+
+
+def _keeps_its_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int], deep: bool) -> bool:
+    receipt = _read_receipt(writer, shard)
+    key = f"{ARRAYS}/{shard.key}"
+    whole = receipt is not None and sizes.get(key) == receipt.size == writer.layout.stored_bytes(shard)
+    if receipt and whole and deep:
+        try:
+            whole = sha256(writer.store.get(key)) == receipt.sha256
+        except ObjectMissing:
+            whole = False
+    if not whole:
+        if receipt is not None:
+            _set_aside(writer, shard)
+        writer.store.delete(shard.receipt_key)
+    return whole
+
+
+def _read_receipt(writer: StoreWriter, shard: Shard) -> Receipt | None:
+    """The shard's receipt; None if there is none, or none that can be believed."""
+    try:
+        data = writer.store.get(shard.receipt_key)
+        receipt = Receipt.from_bytes(data, writer.store.path_of(shard.receipt_key))
+    except (ObjectMissing, AkdError):
+        return None
+    return receipt if (receipt.key, receipt.rows, receipt.finite) == (shard.key, shard.rows, True) else None
+
+
+def _publish(writer: StoreWriter, shard: Shard, data: bytes) -> Receipt | None:
+    """Bring the shard's object into place; the receipt, if another writer's object is there and receipted.
+
+    An object with other bytes and no receipt that vouches for them is a torn or foreign one: it is set aside.
+    """
+    store, key = writer.store, f"{ARRAYS}/{shard.key}"
+    for _ in range(3):
+        if store.put_new(key, data):
+            return None
+        try:
+            found = store.get(key)
+        except ObjectMissing:  # set aside by somebody else, or a folder
+            found = b""
+        if found == data:
+            return None
+        receipt = _read_receipt(writer, shard)
+        if receipt is not None and receipt.sha256 == sha256(found):
+            return receipt
+        _set_aside(writer, shard)
+    raise MachineError(
+        f"{store.path_of(key)} cannot be published",
+        got="other bytes in its place, three times",
+        expected="one writer's bytes",
+        next="see who else writes this store",
+    )
+
+
+def _put_receipt(writer: StoreWriter, shard: Shard, receipt: Receipt) -> Receipt:
+    if writer.store.put_new(shard.receipt_key, receipt.to_bytes()):
+        return receipt
+    there = _read_receipt(writer, shard)
+    if there is not None and there.sha256 == receipt.sha256:
+        return there
+    writer.store.put(shard.receipt_key, receipt.to_bytes())
+    return receipt
+
+
+def _complete_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int]) -> Receipt:
+    receipt = _read_receipt(writer, shard)
+    found = sizes.get(f"{ARRAYS}/{shard.key}")
+    if receipt is None or found is None:
+        raise RefusedError(
+            f"{writer.uri} cannot be sealed: {shard} is missing",
+            got="no receipt" if receipt is None else "no object",
+            expected=f"{len(writer.layout.shards())} shards, each with its receipt",
+            next="run akd-dist cache-teacher again: it computes what is missing",
+        )
+    if found != receipt.size:
+        raise DamagedError(
+            f"{writer.uri} cannot be sealed: {shard} is damaged",
+            got=f"{found:,} bytes",
+            expected=f"{receipt.size:,} bytes",
+            next="run akd-dist cache-teacher again: it recomputes the shard",
+        )
+    return receipt
+
+
+def _set_aside(writer: StoreWriter, shard: Shard) -> None:
+    """Move an object that is no good to `<id>.damaged/`; never one of a sealed store."""
+    if writer.store.exists(MANIFEST_KEY):
+        raise DamagedError(
+            f"{writer.uri} is sealed, and {shard} is not what was sealed",
+            next=f"akd-dist stores repair {writer.id} --store-root {writer.root_uri}",
+        )
+    set_aside(writer.store, f"{ARRAYS}/{shard.key}")
+
+
+def set_aside(store: ObjectRoot, key: str) -> bool:
+    """Move an object of a store to `<id>.damaged/`, under a name of its own; False if there is none."""
+    aside = f"{store.name}{DAMAGED_SUFFIX}/{key.replace('/', '-')}.{secrets.token_hex(4)}"
+    return store.parent.move(f"{store.name}/{key}", aside)

@@ -1,0 +1,1 @@
+"""Tests; `fleets` holds the small recipes that they share."""

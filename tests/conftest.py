@@ -1,0 +1,35 @@
+"""What every test shares: a home and caches of its own, and one Ray cluster for those that ask for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test, nor a process it starts, reads or writes the user's home, caches or credentials."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("AKD_", "AWS_", "XDG_", "ZARR_")):
+                patch.delenv(name)
+        patch.setenv("HOME", str(home))
+        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+        patch.setenv("AKD_DIST_CACHE", str(home / "cache" / "akd-dist"))
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield home
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(isolated_home: Path) -> Iterator[None]:
+    """One Ray for the whole session, started by the first test that needs it; four logical CPUs on any machine."""
+
+    from akd_dist.jobs.cluster import connect, ray
+
+    connect(None, num_cpus=4)
+    yield
+    ray.shutdown()

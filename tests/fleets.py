@@ -1,0 +1,60 @@
+"""Small recipes on real digits, and the digests that bit-for-bit tests compare."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from akd_dist import recipe as recipes
+from akd_dist.jobs.cache_teacher import cache_in_process
+from akd_dist.models import ModelCard, build, save_model
+from akd_dist.recipe import Recipe
+from akd_dist.rows import prepare
+
+ANNEALING = {"kind": "annealing_kd", "tau_max": 2, "stage1_epochs": 2, "stage2_epochs": 1}
+HARD = {"kind": "hard_labels", "epochs": 3}
+ADAMW = {"kind": "adamw", "lr": 5e-3, "schedule": {"kind": "linear"}}
+
+
+def a_student(name: str, **changes: Any) -> dict[str, Any]:
+    """A student block with small defaults."""
+    defaults = {"model": {"kind": "mlp", "hidden": 8, "dropout": 0.1}, "objective": ANNEALING, "optimizer": ADAMW}
+    return {"name": name} | defaults | changes
+
+
+def a_recipe(students: list[dict[str, Any]], **changes: Any) -> Recipe:
+    """A recipe on digits whose teacher is trained for one epoch."""
+    document = {
+        "name": "fleet",
+        "data": {"train": {"kind": "digits"}, "views": 2, "augmentation": {"kind": "shift", "pixels": 1}},
+        "teacher": {"model": {"kind": "cnn", "width": 8}, "train": {"epochs": 1, "optimizer": ADAMW}},
+        "students": students,
+        "checkpoint_seconds": 0,
+    }
+    return Recipe.model_validate(document | changes)
+
+
+def a_teacher(recipe: Recipe, folder: Path, cache_root: Path) -> str:
+    """A teacher with random weights in `folder`: caching does not care how good it is."""
+    rows = prepare(recipe.data, cache_root).train
+    card = ModelCard.of(recipes.Cnn(kind="cnn", width=8), rows, None)
+    save_model(folder, build(card, seed=7), card)
+    return str(folder)
+
+
+def stores_of(recipe: Recipe, teacher: str, root: Path) -> dict[str, str]:
+    """The stores of a recipe's splits, cached by a plain loop."""
+    document = cache_in_process(recipe, teacher, store_root=str(root / "stores"), cache_root=str(root / "cache"))
+    return {"train": document["store"]} | {split: part["store"] for split, part in document["splits"].items()}
+
+
+def weights(run: Path) -> dict[str, str]:
+    """The sha256 of each student's delivered weights."""
+    found = sorted(run.glob("students/*/model.safetensors"))
+    return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def store_bytes(root: Path) -> dict[str, str]:
+    """The sha256 of every file under a store root that must not depend on how it came about: all but receipts and hints."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and "teachers" not in path.parts]
+    kept = [path for path in files if path.parent.name != "receipts" and path.name != "source.json"]
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}

@@ -1,0 +1,219 @@
+"""Students in a plain loop: lockstep equals solo, resumes equal undisturbed runs, and one student's end is its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from akd_dist.checkpoint import checkpoints
+from akd_dist.cohort import CohortJob, train_cohort
+from akd_dist.jobs.train_students import fleet_job, train_in_process
+from akd_dist.models import load_model
+from akd_dist.recipe import Recipe
+from akd_dist.rows import prepare
+from akd_dist.storage.errors import DamagedError, RefusedError
+from akd_dist.student import Group
+from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher, stores_of, weights
+
+EIGHT = [
+    *(a_student(f"annealing-{seed}", seed=seed) for seed in range(3)),
+    *(a_student(f"hard-{seed}", seed=seed, objective=HARD) for seed in range(2)),
+    a_student("wide", model={"kind": "mlp", "hidden": 24}),
+    a_student("cnn", model={"kind": "cnn", "width": 4}),
+    a_student("long", objective=ANNEALING | {"stage1_epochs": 3, "stage2_epochs": 2}),
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cohort")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return a_recipe(EIGHT)
+
+
+@pytest.fixture(scope="module")
+def stores(recipe: Recipe, home: Path) -> dict[str, str]:
+    return stores_of(recipe, a_teacher(recipe, home / "teacher", home / "cache"), home)
+
+
+def job_of(recipe: Recipe, stores: dict[str, str], home: Path, run: Path, **changes: Any) -> CohortJob:
+    run.mkdir(parents=True, exist_ok=True)
+    splits = prepare(recipe.data, home / "cache")
+    return replace(fleet_job(recipe, splits, stores, run, str(home / "cache")), **changes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Recipe, stores: dict[str, str], home: Path) -> dict[str, str]:
+    train_in_process(recipe, stores, run=home / "undisturbed", cache_root=str(home / "cache"))
+    return weights(home / "undisturbed")
+
+
+def test_a_student_in_a_cohort_of_eight_ends_as_it_would_alone(
+    recipe: Recipe, stores: dict[str, str], home: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    assert len(undisturbed) == 8
+    for spec in recipe.students:
+        train_cohort(job_of(recipe, stores, home, tmp_path, students=(spec,)))
+    assert weights(tmp_path) == undisturbed
+    assert len(set(undisturbed.values())) == 8
+
+
+def test_what_a_student_leaves(recipe: Recipe, home: Path, undisturbed: dict[str, str]) -> None:
+    folder = home / "undisturbed" / "students" / "annealing-0"
+    result = json.loads((folder / "result.json").read_bytes())
+    assert (result["state"], result["epochs"], result["tau_max"]) == ("done", 3, 2)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["stage"], record["temperature"], record["phi"]) for record in records] == [
+        ("annealing", 2, 0.5),
+        ("annealing", 1, 1.0),
+        ("hard_labels", None, None),
+    ]
+    test = prepare(recipe.data, home / "cache").test
+    module = load_model(str(folder))
+    with torch.inference_mode():
+        chosen = module(torch.from_numpy(np.array(test.inputs))).argmax(1).numpy()
+    assert result["test"]["accuracy"] == pytest.approx(float(np.mean(chosen == test.labels)))
+    assert 0 <= result["agreement"] <= 1
+    delivered = max(records[2:], key=lambda record: record["validation"]["accuracy"])
+    assert result["validation"]["accuracy"] == delivered["validation"]["accuracy"]
+
+
+@pytest.mark.parametrize("nth", [1, 7, 18, 19, 40, 55, 90])
+def test_sigkill_then_the_same_call_ends_with_the_very_weights(
+    recipe: Recipe, stores: dict[str, str], home: Path, undisturbed: dict[str, str], tmp_path: Path, nth: int
+) -> None:
+    program = (
+        "import json, sys; from pathlib import Path; from akd_dist.recipe import Recipe\n"
+        "from akd_dist.jobs.train_students import train_in_process\n"
+        "recipe, stores = Recipe.model_validate_json(sys.argv[1]), json.loads(sys.argv[2])\n"
+        "train_in_process(recipe, stores, run=Path(sys.argv[3]), cache_root=sys.argv[4])"
+    )
+    # Half a student's time between checkpoints also falls inside epochs.
+    disturbed = recipe.model_copy(update={"checkpoint_seconds": 0.05})
+    arguments = [disturbed.model_dump_json(), json.dumps(stores), str(tmp_path), str(home / "cache")]
+    environment = os.environ | {"AKD_FAILPOINT": f"cohort.after_batch:{nth}"}
+    killed = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    train_in_process(disturbed, stores, run=tmp_path, cache_root=str(home / "cache"))
+    assert weights(tmp_path) == undisturbed
+    records = (tmp_path / "students" / "long" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in records] == list(range(5))
+
+
+def test_the_stop_file_checkpoints_mid_epoch_and_the_next_call_goes_on(
+    recipe: Recipe, stores: dict[str, str], home: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    job = job_of(recipe, stores, home, tmp_path)
+    job.stop_file.touch()
+    for _ in range(3):  # each call takes one step, checkpoints and leaves
+        assert train_cohort(job) == {"stopped": True, "students": []}
+    names = [path.name for path in checkpoints(tmp_path / "students" / "cnn" / "checkpoints")]
+    assert names == ["000000-00000002-0001.ckpt", "000000-00000003-0001.ckpt"]
+    job.stop_file.unlink()
+    assert not train_cohort(job)["stopped"]
+    assert weights(tmp_path) == undisturbed
+
+
+def test_students_at_different_positions_join_when_the_stream_reaches_them(
+    recipe: Recipe, stores: dict[str, str], home: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    ahead = job_of(recipe, stores, home, tmp_path, students=(recipe.students[0],))
+    ahead.stop_file.touch()
+    for _ in range(2):
+        train_cohort(ahead)
+    ahead.stop_file.unlink()
+    train_cohort(job_of(recipe, stores, home, tmp_path))
+    assert weights(tmp_path) == undisturbed
+
+
+def test_one_that_diverges_and_one_that_fails_leave_the_others_as_they_were(
+    recipe: Recipe, stores: dict[str, str], home: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "exploding_student.py").write_text(
+        "import torch\n"
+        "class Exploding(torch.nn.Module):\n"
+        "    def __init__(self, inputs, classes):\n"
+        "        super().__init__(); self.layer = torch.nn.Linear(inputs, classes); self.calls = 0\n"
+        "    def forward(self, x):\n"
+        "        self.calls += self.training\n"
+        "        if self.calls == 25: raise RuntimeError('out of luck')\n"
+        "        return self.layer(x.flatten(1))\n"
+        "def exploding(input_shape, classes):\n"
+        "    return Exploding(input_shape[0] * input_shape[1] * input_shape[2], classes)\n"
+    )
+    bad = [
+        a_student("diverging", optimizer=ADAMW | {"lr": 1e30, "schedule": {"kind": "constant"}}),
+        a_student("failing", model={"kind": "custom", "factory": "exploding_student:exploding"}),
+    ]
+    fleet = a_recipe([*bad, *EIGHT], folder=str(tmp_path))
+    results = train_in_process(fleet, stores, run=tmp_path / "run", cache_root=str(home / "cache"))
+    assert results["diverging"]["state"] == "diverged"
+    assert "loss is" in results["diverging"]["reason"]
+    assert (results["failing"]["state"], results["failing"]["reason"]) == ("failed", "RuntimeError: out of luck")
+    assert checkpoints(tmp_path / "run" / "students" / "failing" / "checkpoints")
+    assert "out of luck" in (tmp_path / "run" / "logs" / "failing.log").read_text()
+    assert weights(tmp_path / "run") == undisturbed
+
+
+def test_a_swapped_shard_is_refused_before_a_step_although_it_was_decoded_before(
+    recipe: Recipe, home: Path, tmp_path: Path
+) -> None:
+    stores = stores_of(recipe, str(home / "teacher"), tmp_path)
+    stop = job_of(recipe, stores, tmp_path, tmp_path / "first")
+    stop.stop_file.touch()
+    train_cohort(stop)  # decodes the store
+    first, second = (Path(stores["train"]) / "arrays.zarr" / "logits" / "c" / "0" / str(n) / "0" for n in (0, 1))
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+    with pytest.raises(DamagedError, match="logits/c/0/0/0") as refused:
+        train_cohort(job_of(recipe, stores, tmp_path, tmp_path / "run"))
+    assert refused.value.code == 5
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def test_other_data_than_the_drivers_is_refused(
+    recipe: Recipe, stores: dict[str, str], home: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RefusedError, match="not those of the driver"):
+        train_cohort(job_of(recipe, stores, home, tmp_path, fingerprints={"train": "0" * 64}))
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def two_ranks(rank: int, port: int, job: CohortJob) -> None:
+    """One of two data-parallel workers, as Ray Train would start it."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    train_cohort(job, Group(rank, 2))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_follow_one_worker(home: Path, tmp_path: Path, free_port: int) -> None:
+    students = [a_student(f"s{seed}", seed=seed, model={"kind": "mlp", "hidden": 8}, workers=2) for seed in range(2)]
+    recipe = a_recipe(students)
+    stores = stores_of(recipe, str(home / "teacher"), home)
+    train_in_process(recipe, stores, run=tmp_path / "one", cache_root=str(home / "cache"))
+    job = job_of(recipe, stores, home, tmp_path / "two")
+    torch.multiprocessing.spawn(two_ranks, (free_port, job), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+    for spec in recipe.students:
+        alone = load_model(str(tmp_path / "one" / "students" / spec.name)).state_dict()
+        together = load_model(str(tmp_path / "two" / "students" / spec.name)).state_dict()
+        for name, tensor in alone.items():
+            assert torch.allclose(tensor, together[name], atol=1e-4), name

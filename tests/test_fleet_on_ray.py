@@ -1,0 +1,301 @@
+"""Under Ray: the bytes of the plain loop, through killed workers, killed drivers, Ctrl-C and second comers.
+
+Workers are killed for real, on one cluster for all tests; drivers are commands with a cluster of their own.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from rich.console import Console
+
+from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
+from akd_dist.jobs.train_students import train_in_process, train_students
+from akd_dist.models import load_model
+from akd_dist.recipe import Recipe
+from akd_dist.storage.claim import claim_store
+from akd_dist.storage.errors import RecipeError
+from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+SLOW_MODELS = """
+import time, torch
+
+class Slow(torch.nn.Module):
+    def __init__(self, inputs, classes, seconds):
+        super().__init__()
+        self.layer, self.seconds = torch.nn.Linear(inputs, classes), seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        return self.layer(x.flatten(1))
+
+def slow(input_shape, classes, seconds):
+    return Slow(input_shape[0] * input_shape[1] * input_shape[2], classes, seconds)
+"""
+
+
+def a_slow_model(seconds: float) -> dict[str, Any]:
+    return {"kind": "custom", "factory": "slow_models:slow", "arguments": {"seconds": seconds}}
+
+
+FLEET = [
+    *(a_student(f"annealing-{seed}", seed=seed) for seed in range(3)),
+    *(a_student(f"hard-{seed}", seed=seed, objective=HARD) for seed in range(2)),
+    a_student("slow", model=a_slow_model(0.02)),
+    a_student("cnn", model={"kind": "cnn", "width": 4}),
+    a_student("long", objective=ANNEALING | {"stage1_epochs": 3, "stage2_epochs": 2}),
+]
+
+
+class Home:
+    """One folder with a teacher, the recipe file, and what the plain loop makes of it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.cache_root = root, str(root / "cache")
+        (root / "slow_models.py").write_text(SLOW_MODELS)
+        self.recipe = self.recipe_for(a_teacher(a_recipe([a_student("any")]), root / "teacher", root / "cache"))
+        document = cache_in_process(
+            self.recipe, str(root / "teacher"), store_root=str(root / "plain"), cache_root=self.cache_root
+        )
+        self.stores = {"train": document["store"]} | {name: part["store"] for name, part in document["splits"].items()}
+        train_in_process(self.recipe, self.stores, run=root / "plain-run", cache_root=self.cache_root)
+        self.store_bytes, self.weights = store_bytes(root / "plain"), weights(root / "plain-run")
+
+    def recipe_for(self, teacher: str, **changes: Any) -> Recipe:
+        return a_recipe(FLEET, teacher={"weights": teacher}, folder=str(self.root), **changes)
+
+    def places(self, root: Path) -> dict[str, Any]:
+        return {"store_root": str(root / "stores"), "cache_root": self.cache_root}
+
+    def train(self, root: Path, recipe: Recipe | None = None, **options: Any) -> dict[str, Any]:
+        return train_students(
+            recipe or self.recipe,
+            run_root=str(root / "runs"),
+            console=Console(quiet=True),
+            **self.places(root),
+            **options,
+        )
+
+    def command(self, root: Path, *arguments: str) -> list[str]:
+        file = root / "recipe.yaml"
+        file.write_text(self.recipe.to_yaml())
+        places = ["--store-root", str(root / "stores"), "--cache-root", self.cache_root]
+        if arguments[0] == "train-students":
+            places += ["--run-root", str(root / "runs")]
+        return [sys.executable, "-m", "akd_dist.cli", arguments[0], str(file), *places, *arguments[1:]]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(tmp_path_factory.mktemp("fleet"))
+
+
+@pytest.fixture(scope="module")
+def trained(home: Home, ray_cluster: None) -> tuple[Path, dict[str, Any]]:
+    """The fleet, cached and trained on the session's cluster, with nothing killed."""
+    root = home.root / "undisturbed"
+    return root, home.train(root)
+
+
+def test_a_fleet_on_ray_has_the_bytes_of_the_plain_loop(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
+    root, fleet = trained
+    assert store_bytes(root / "stores") == home.store_bytes
+    assert weights(root / "runs" / "fleet") == home.weights
+    assert len(home.weights) == 8
+    assert fleet["cohorts"] == 1
+    assert {student["state"] for student in fleet["students"]} == {"done"}
+    assert not list((root / "stores").rglob("*.claim"))
+    assert not list(root.rglob("*.partial"))
+
+
+def test_what_a_run_leaves(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
+    root, fleet = trained
+    run = root / "runs" / "fleet"
+    assert json.loads((run / "fleet.json").read_bytes()) == fleet
+    assert "<svg" in (run / "report.html").read_text()
+    assert "views: 2" in (run / "recipe.yaml").read_text()
+    student = fleet["students"][0]
+    assert student["parameters"] == sum(p.numel() for p in load_model(student["path"]).parameters())
+    assert (run / "logs" / "annealing-0.log").exists()
+
+
+def test_a_student_serves_as_a_teacher(home: Home, trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    chained = home.recipe_for(trained[1]["students"][0]["path"])
+    document = cache_in_process(chained, chained.teacher.weights or "", **home.places(tmp_path))
+    assert not document["hit"]
+    assert document["id"] != Path(home.stores["train"]).name
+
+
+def test_the_same_command_again_touches_nothing(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
+    root, fleet = trained
+    before = {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("*.safetensors")}
+    assert home.train(root) == fleet
+    assert {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("*.safetensors")} == before
+
+
+def test_another_recipe_under_the_same_name_is_refused(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
+    other = home.recipe_for(home.recipe.teacher.weights or "", data=home.recipe.data.model_copy(update={"views": 1}))
+    with pytest.raises(RecipeError, match=r"(?s)data\.views: 2 -> 1.*--set name=") as refused:
+        home.train(trained[0], other)
+    assert refused.value.code == 2
+
+
+class Killer:
+    """Kills the first `count` processes whose title contains `title`, each once `when()` says so."""
+
+    def __init__(self, title: str, count: int, when: Callable[[], bool] = lambda: True) -> None:
+        self.title, self.count, self.when = title, count, when
+        self.killed: set[int] = set()
+        self.over = threading.Event()
+
+    def __enter__(self) -> "Killer":
+        self.thread = threading.Thread(target=self._hunt, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _hunt(self) -> None:
+        while not self.over.wait(0.05) and len(self.killed) < self.count:
+            for process in psutil.process_iter(["cmdline"]):
+                title = " ".join(process.info["cmdline"] or [])
+                if self.title in title and process.pid not in self.killed and self.when():
+                    process.kill()
+                    self.killed.add(process.pid)
+                    break
+
+
+def test_a_killed_cache_worker_changes_no_byte(home: Home, ray_cluster: None, tmp_path: Path) -> None:
+    with Killer("ray::run_item", 2) as killer:
+        teacher = home.root / "slow-teacher"
+        slow = home.recipe_for(str(a_slow_teacher(home, teacher)))
+        cache_teacher(slow, console=Console(quiet=True), **home.places(tmp_path))
+    assert len(killer.killed) == 2
+    cache_in_process(slow, str(teacher), store_root=str(tmp_path / "plain"), cache_root=home.cache_root)
+    assert store_bytes(tmp_path / "stores") == store_bytes(tmp_path / "plain")
+    assert not [path for path in (tmp_path / "stores").rglob("*") if path.suffix in (".claim", ".partial")]
+
+
+def a_slow_teacher(home: Home, folder: Path) -> Path:
+    from akd_dist.models import ModelCard, add_folder, build, save_model
+    from akd_dist.recipe import Custom
+    from akd_dist.rows import prepare
+
+    add_folder(str(home.root))
+    card = ModelCard.of(Custom(**a_slow_model(0.1)), prepare(home.recipe.data, Path(home.cache_root)).train, None)
+    save_model(folder, build(card, seed=1), card)
+    return folder
+
+
+def test_killed_train_workers_resume_also_before_their_first_step(home: Home, trained: Any, tmp_path: Path) -> None:
+    checkpointed = lambda: len(list(tmp_path.rglob("*.ckpt"))) > 4  # noqa: E731
+    with Killer("ray::RayTrainWorker", 1) as early, Killer("ray::RayTrainWorker", 2, checkpointed) as late:
+        fleet = home.train(tmp_path)
+    assert len(early.killed) == 1
+    assert len(late.killed) == 2
+    assert {student["state"] for student in fleet["students"]} == {"done"}
+    assert weights(tmp_path / "runs" / "fleet") == home.weights
+
+
+def run_until(command: list[str], ready: Callable[[], bool], number: int) -> subprocess.CompletedProcess[str]:
+    """Start a command, send it a signal once `ready`, and give what came of it."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: to everybody in the foreground
+    else:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def ray_processes(root: Path) -> list[psutil.Process]:
+    """Processes that carry this test's marker in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("AKD_TEST_MARKER") == str(root) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("AKD_TEST_MARKER", str(tmp_path))
+    yield tmp_path
+    for process in ray_processes(tmp_path):
+        process.kill()
+
+
+def test_a_killed_caching_driver_carries_on_with_the_missing_shards(home: Home, trained: Any, marker: Path) -> None:
+    shards = lambda: len(list(marker.rglob("receipts/*.json"))) >= 3  # noqa: E731
+    killed = run_until(home.command(marker, "cache-teacher"), shards, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    document = cache_teacher(home.recipe, console=Console(quiet=True), wait=True, **home.places(marker))
+    assert 0 < document["shards_computed"] <= document["shards"]
+    assert store_bytes(marker / "stores") == home.store_bytes
+    assert not list((marker / "stores").rglob("*.claim"))
+
+
+def test_a_killed_training_driver_resumes_to_the_very_weights(home: Home, trained: Any, marker: Path) -> None:
+    started = lambda: len(list(marker.rglob("*.ckpt"))) > 4  # noqa: E731
+    killed = run_until(home.command(marker, "train-students"), started, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    fleet = home.train(marker)
+    assert weights(marker / "runs" / "fleet") == home.weights
+    assert {student["state"] for student in fleet["students"]} == {"done"}
+
+
+def test_ctrl_c_checkpoints_says_how_to_go_on_and_leaves_no_process(home: Home, trained: Any, marker: Path) -> None:
+    started = lambda: len(list(marker.rglob("*.ckpt"))) > 4  # noqa: E731
+    stopped = run_until(home.command(marker, "train-students", "--json"), started, signal.SIGINT)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "the same command goes on" in stopped.stderr
+    assert json.loads(stopped.stdout)["error"]["code"] == 130
+    assert "Traceback" not in stopped.stderr
+    deadline = time.monotonic() + 10
+    while ray_processes(marker) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray_processes(marker) == []
+    home.train(marker)
+    assert weights(marker / "runs" / "fleet") == home.weights
+
+
+def test_the_second_driver_leaves_with_3_and_names_the_holder(home: Home, tmp_path: Path) -> None:
+    store_id = Path(home.stores["train"]).name
+    with claim_store(str(tmp_path / "stores"), store_id, wait=False):
+        second = subprocess.run(home.command(tmp_path, "cache-teacher"), capture_output=True, text=True, check=False)
+    assert second.returncode == 3, second.stderr
+    assert str(os.getpid()) in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_ray_listens_on_loopback_only(ray_cluster: None) -> None:
+    listening = set()
+    for process in psutil.Process().children(recursive=True) + [psutil.Process()]:
+        try:
+            listening |= {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
+        except psutil.Error:
+            continue
+    assert listening
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

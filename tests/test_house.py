@@ -1,0 +1,275 @@
+"""The house keeps its shape: floors import downwards, nothing is unpickled, imports are instant, versions pinned."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+# Floor -> its modules, each once: the symlinks in akd_dist are not followed.
+FLOORS = {
+    "storage": sorted((ROOT / "storage").glob("**/*.py")),
+    "akd_dist": sorted(path for path in (ROOT / "akd_dist").glob("*.py") if path.stem not in ("__init__", "cli")),
+    "jobs": sorted((ROOT / "jobs").glob("**/*.py")),
+    "top": [path for name in ("__init__", "cli") if (path := ROOT / "akd_dist" / f"{name}.py").exists()],
+}
+# What a floor may not import, as dotted prefixes, and what it may import although a prefix forbids it.
+FORBIDDEN = {
+    "storage": ("torch", "ray", "pyarrow", "sklearn", "akd_dist"),
+    "akd_dist": ("ray", "zarr", "numcodecs", "obstore", "akd_dist.jobs", "akd_dist.cli"),
+    "jobs": ("zarr", "numcodecs", "obstore", "akd_dist.cli"),
+    "top": ("zarr", "numcodecs", "obstore"),
+}
+ALLOWED = {"storage": ("akd_dist.storage",)}
+MODULES = [(floor, path) for floor, paths in FLOORS.items() for path in paths]
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(tree: ast.AST, package: str = "") -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import, inside functions too; `from a import b` may mean the module a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = f"{package}.{node.module or ''}".strip(".") if node.level else str(node.module)
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def under(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+@pytest.mark.parametrize(("floor", "path"), MODULES, ids=[named(path) for _, path in MODULES])
+def test_floors_import_only_downwards(floor: str, path: Path) -> None:
+    package = "akd_dist" if path.parent.name == "akd_dist" else f"akd_dist.{floor}"
+    upwards = [
+        f"{named(path)}:{line} imports {name}"
+        for line, name in imports(ast.parse(path.read_text()), package)
+        if under(name, FORBIDDEN[floor]) and not under(name, ALLOWED.get(floor, ()))
+    ]
+    assert not upwards
+
+
+@pytest.mark.parametrize(("floor", "path"), MODULES, ids=[named(path) for _, path in MODULES])
+def test_modules_have_one_name(floor: str, path: Path) -> None:
+    """`import storage` would make a second copy of every class, and `except AkdError` would miss half of them."""
+    roots = {name.split(".")[0] for _, name in imports(ast.parse(path.read_text()), "akd_dist")}
+    assert not roots & {"storage", "jobs"}
+
+
+def test_the_import_test_sees_what_it_should() -> None:
+    tree = ast.parse("from akd_dist import jobs\ndef f():\n    import ray.train\nfrom akd_dist.storage import layout")
+    found = [name for _, name in imports(tree)]
+    assert found == ["akd_dist.jobs", "akd_dist.storage.layout", "ray.train"]
+    assert [under(name, FORBIDDEN["akd_dist"]) for name in found] == [True, False, True]
+    assert not under("rayleigh", ("ray",))
+
+
+# --- nothing is executed that was data --------------------------------------------------------------------------------
+
+UNSAFE_CALLS = {"eval", "exec", "__import__"}
+UNSAFE_ATTRIBUTES = {
+    ("torch", "load"), ("joblib", "load"), ("os", "system"), ("os", "popen"),
+}  # fmt: skip
+# PyYAML's `load` builds objects; recipes are read with ruamel.yaml, which does so only as YAML(typ="unsafe").
+UNSAFE_MODULES = ("pickle", "cloudpickle", "dill", "shelve", "marshal", "yaml")
+
+
+def unsafe(tree: ast.AST) -> Iterator[str]:
+    for line, name in imports(tree):
+        if under(name, UNSAFE_MODULES):
+            yield f"line {line}: import of {name}"
+        if tuple(name.rsplit(".", 1)) in UNSAFE_ATTRIBUTES:
+            yield f"line {line}: import of {name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            function = node.func
+            if isinstance(function, ast.Name) and function.id in UNSAFE_CALLS:
+                yield f"line {node.lineno}: {function.id}()"
+            if any(keyword.arg == "allow_pickle" and not is_false(keyword.value) for keyword in node.keywords):
+                yield f"line {node.lineno}: allow_pickle"
+            if any(keyword.arg == "typ" and is_unsafe(keyword.value) for keyword in node.keywords):
+                yield f"line {node.lineno}: an unsafe YAML loader"
+            if any(keyword.arg == "shell" and not is_false(keyword.value) for keyword in node.keywords):
+                yield f"line {node.lineno}: shell"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            pair = (node.value.id, node.attr)
+            if pair in UNSAFE_ATTRIBUTES:
+                yield f"line {node.lineno}: {pair[0]}.{pair[1]}"
+
+
+def is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+def is_unsafe(node: ast.expr) -> bool:
+    return not (isinstance(node, ast.Constant) and node.value in ("rt", "safe", "pure"))
+
+
+SHIPPED = [path for _, path in MODULES] + sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=named)
+def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
+    assert not list(unsafe(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(path, weights_only=True)",
+        "from torch import load",
+        "import yaml",
+        "YAML(typ='unsafe')",
+        "eval(text)",
+        "exec(text)",
+        "np.load(path, allow_pickle=True)",
+        "subprocess.run(line, shell=True)",
+    ],
+)
+def test_the_safety_test_sees_what_it_should(source: str) -> None:
+    assert list(unsafe(ast.parse(source)))
+
+
+# --- the folders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["storage", "jobs"])
+def test_the_floors_are_relative_symlinks_to_top_level_folders(name: str) -> None:
+    link = ROOT / "akd_dist" / name
+    assert link.is_symlink()
+    assert link.readlink() == Path(f"../{name}")
+    assert (ROOT / name).is_dir()
+    assert not (ROOT / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["storage", "jobs"])
+def test_a_floor_refuses_its_other_name(name: str) -> None:
+    done = run_python(f"import {name}", cwd=ROOT)
+    assert done.returncode == 1
+    assert f"import akd_dist.{name}, not {name}" in done.stderr
+
+
+def test_no_file_names_a_machine() -> None:
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    telling = re.compile(r"(?<![\w.])/(work|root|home/\w+|tmp/\w)/")
+    found = [
+        name
+        for name in listed.stdout.splitlines()
+        if (path := ROOT / name).suffix in (".py", ".md", ".yaml", ".toml", ".txt", ".json") and path.is_file()
+        if telling.search(path.read_text())
+    ]
+    assert not found
+
+
+# --- instant imports --------------------------------------------------------------------------------------------------
+
+
+def run_python(code: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+HEAVY = ("torch", "ray", "zarr", "obstore", "pyarrow", "sklearn", "matplotlib", "numpy", "pydantic")
+REPORT_HEAVY = f"import sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+
+
+def test_import_is_instant() -> None:
+    started = time.perf_counter()
+    done = run_python(f"import akd_dist\n{REPORT_HEAVY}")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+    # A third of a second on an idle machine; the bound forgives a busy one, and still no torch fits under it.
+    assert time.perf_counter() - started < 5
+
+
+def test_help_is_instant(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom akd_dist.cli import main\nsys.argv = ['akd-dist', '--help']\n"
+        f"try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n{REPORT_HEAVY}"
+    )
+    started = time.perf_counter()
+    done = run_python(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cache-teacher" in done.stdout
+    assert "train-students" in done.stdout
+    assert not {"torch", "ray", "zarr", "sklearn", "matplotlib"} & set(done.stdout.splitlines()[-1].split())
+    assert time.perf_counter() - started < 5
+
+
+# --- pins and ways in -------------------------------------------------------------------------------------------------
+
+
+def pins() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines), "exact versions, no local labels"
+    return dict(line.split("==") for line in lines)
+
+
+def test_every_dependency_is_pinned_within_its_range() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = pins()
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        requirement = Requirement(text)
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement.name} is not in constraints.txt"
+        assert requirement.specifier.contains(version), f"{text} refuses the pinned {version}"
+
+
+def test_continuous_integration_runs_make_test_and_nothing_else() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
+    assert lines == ["set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."', "exec make test"]
+
+
+def test_hooks_are_valid_and_need_no_downloads() -> None:
+    path = ROOT / ".pre-commit-config.yaml"
+    subprocess.run([sys.executable, "-m", "pre_commit", "validate-config", str(path)], check=True, timeout=60)
+    repos = YAML(typ="safe", pure=True).load(path)["repos"]
+    assert {repo["repo"] for repo in repos} == {"local"}
+    assert {hook["language"] for repo in repos for hook in repo["hooks"]} <= {"system", "pygrep", "fail"}
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{named(document)} links to {target}"
+
+
+@pytest.mark.parametrize("document", ["docs/recipes.md"])
+def test_recipes_in_the_documents_are_valid(document: str, tmp_path: Path) -> None:
+    from akd_dist.recipe import load_recipe
+
+    whole, teacher = re.findall(r"^```yaml\n(.*?)^```", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(whole)
+    second.write_text(re.sub(r"^teacher:.*?(?=^\w)", teacher, whole, flags=re.DOTALL | re.MULTILINE))
+    assert len(load_recipe(first).students) == 18
+    assert load_recipe(second).teacher.train is not None
+
+
+def test_the_tree_in_the_architecture_is_the_tree() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    shown = set(re.findall(r"^\s+([\w.-]+\.py)\s", text, flags=re.MULTILINE))
+    real = {path.name for _, path in MODULES if path.name != "__init__.py"}
+    assert real - shown == set(), "files that docs/architecture.md does not explain"
+    assert shown - real == set(), "files that docs/architecture.md explains and that are not there"

@@ -1,0 +1,382 @@
+"""Recipes: what is read, what is filled in, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+from ruamel.yaml import YAML
+
+from akd_dist import recipe as recipes
+from akd_dist.documents import SCHEMAS, schema_text, schemas
+from akd_dist.recipe import AdamW, AnnealingKD, Cnn, Custom, HardLabels, Mlp, Recipe, Sgd, Student, load_recipe
+from akd_dist.storage.errors import RecipeError
+
+ROOT = Path(__file__).parent.parent
+
+TEXT = """\
+name: small
+data:
+  train: {kind: digits}
+  views: 2
+  augmentation: {kind: shift, pixels: 1}
+teacher:
+  model: {kind: cnn, width: 8}
+  train:
+    epochs: 3
+    optimizer: {kind: sgd, lr: 1e-2}
+students:
+  - model: {kind: mlp}
+    grid:
+      model.hidden: [4, 8]
+      seed: [0, 1, 2]
+    objective: {kind: annealing_kd, tau_max: 2, stage1_epochs: 4, stage2_epochs: 1}
+    optimizer: {kind: adamw, lr: 1e-4}
+  - model: {kind: cnn, width: 2}
+    objective: {kind: hard_labels, epochs: 5}
+    optimizer: {kind: sgd, lr: 0.1}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "small.yaml"
+    file.write_text(TEXT)
+    return file
+
+
+def refusal(path: Path, text: str | None = None, *overrides: str) -> RecipeError:
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert caught.value.code == 2
+    return caught.value
+
+
+# ---- what is read
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_job_is_a_recipe(file: Path) -> None:
+    load_recipe(file)
+    jsonschema.validate(YAML(typ="safe", pure=True).load(file), schemas()["recipe"])
+
+
+def test_a_grid_expands_as_a_product_in_file_order(path: Path) -> None:
+    assert [student.name for student in load_recipe(path).students] == [
+        *(f"mlp-{hidden}-annealing_kd-t2-s{seed}" for hidden in (4, 8) for seed in (0, 1, 2)),
+        "cnn-2-hard_labels-s0",
+    ]
+
+
+def test_numbers_are_those_of_yaml_1_2(path: Path) -> None:
+    path.write_text(TEXT + "checkpoint_seconds: 0x10\ncohorts: 0o2\n")
+    recipe = load_recipe(path, ["data.seed=1_000"])
+    assert recipe.students[0].optimizer.lr == 1e-4
+    assert type(recipe.students[0].optimizer.lr) is float
+    assert (recipe.checkpoint_seconds, recipe.cohorts, recipe.data.seed) == (16.0, 2, 1000)
+
+
+def test_words_that_yaml_1_1_takes_for_booleans_are_words(path: Path) -> None:
+    assert load_recipe(path, ["name=on"]).name == "on"
+
+
+def test_defaults_are_filled_in(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert (recipe.data.validation, recipe.data.test, recipe.cache.encoding) == (0.1, 0.2, "float32")
+    assert recipe.students[0].optimizer == AdamW(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01)
+    assert recipe.students[-1].optimizer == Sgd(lr=0.1, momentum=0.9, weight_decay=0.0, nesterov=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "label"),
+    [
+        (Mlp(hidden=16), "mlp-16"),
+        (Mlp(hidden=[32, 16]), "mlp-32x16"),
+        (Cnn(width=8), "cnn-8"),
+        (Cnn(width=8, depth=3), "cnn-8d3"),
+        (Custom(factory="nets.small:tiny_net", arguments={"width": 3}), "tiny_net"),
+    ],
+)
+def test_labels(model: recipes.Model, label: str) -> None:
+    assert model.label == label
+    student = Student(model=model, objective=HardLabels(epochs=1), optimizer=Sgd(lr=0.1), seed=7)
+    assert student.name == f"{label}-hard_labels-s7"
+
+
+def test_annealing_counts_the_epochs_of_both_stages() -> None:
+    assert AnnealingKD(tau_max=5, stage1_epochs=5, stage2_epochs=2).epochs == 7
+
+
+def test_recipes_are_frozen_and_typed(path: Path) -> None:
+    recipe = load_recipe(path)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.name = "other"  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="valid integer"):
+        recipes.Data.model_validate({"train": {"kind": "digits"}, "views": True})
+
+
+# ---- paths
+
+
+def test_paths_of_the_file_are_relative_to_its_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent.parent)
+    parquet = "{kind: parquet, path: rows/*.parquet, input: image, label: label}"
+    path.write_text(TEXT.replace("{kind: digits}", parquet))
+    recipe = load_recipe(Path(path.parent.name) / path.name)
+    assert isinstance(recipe.data.train, recipes.Parquet)
+    assert recipe.data.train.path == str(path.parent / "rows/*.parquet")
+    assert recipe.folder == str(path.parent)
+
+
+def test_paths_of_overrides_are_relative_to_the_working_directory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = path.parent / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    recipe = load_recipe(path, ["teacher={weights: runs/a/students/b}", "folder=code"])
+    assert recipe.teacher.weights == str(elsewhere / "runs/a/students/b")
+    assert recipe.folder == str(elsewhere / "code")
+
+
+def test_uris_stay_as_they_are(path: Path) -> None:
+    assert load_recipe(path, ["teacher={weights: s3://bucket/model}"]).teacher.weights == "s3://bucket/model"
+
+
+# ---- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.views=5", 5),
+        ("data.augmentation={kind: shift, pixels: 3}", recipes.Shift(pixels=3)),
+        ("students.1.batch=32", 32),
+        ("students.1.optimizer.lr=1e-3", 1e-3),
+        ("students.1.optimizer.schedule.kind=linear", recipes.Linear()),
+        ("cohorts=", None),
+    ],
+)
+def test_overrides(path: Path, override: str, value: Any) -> None:
+    node: Any = load_recipe(path, [override])
+    for key in override.split("=")[0].removesuffix(".kind").split("."):
+        node = node[-1] if key == "1" else node if isinstance(node, list) else getattr(node, key)
+    assert node == value
+
+
+def test_an_override_reaches_into_a_grid(path: Path) -> None:
+    recipe = load_recipe(path, ["students.0.grid.model.hidden=[3]", "students.0.grid.seed=[9]"])
+    assert [student.name for student in recipe.students] == ["mlp-3-annealing_kd-t2-s9", "cnn-2-hard_labels-s0"]
+
+
+def test_the_last_override_wins(path: Path) -> None:
+    assert load_recipe(path, ["data.views=5", "data.views=6"]).data.views == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.vews=3", ["--set data.vews=3", "did you mean views?"]),
+        ("students.1.lr=3", ["did you mean optimizer.lr?"]),
+        ("students.0.grid.model.hiden=[1]", ["key students.0.grid.model.hiden", "did you mean hidden?"]),
+        ("students.0.seed=1", ["--set students.0.seed=1", "in the block and in its grid", "students.0.grid.seed"]),
+        ("students.7.seed=1", ["students has no 7", "a number from 0 to 1"]),
+        ("data.seed.x=1", ["data.seed has no x"]),
+        ("views", ["is not key=value", "data.views=4"]),
+        ("=3", ["is not key=value"]),
+        ("data.views=[", ["--set data.views=[: this is not YAML"]),
+        ("data.views=many", ['key data.views cannot be "many"', "a valid integer"]),
+        ("data={}", ["key data.train is missing", "The rows to train on"]),
+    ],
+)
+def test_a_bad_override_names_itself(path: Path, override: str, words: list[str]) -> None:
+    message = str(refusal(path, None, override))
+    for word in words:
+        assert word in message
+
+
+# ---- refusals: each names file, line and key
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("views: 2", "vews: 2", ["small.yaml:4: key data.vews is not known; did you mean views?", "one of train,"]),
+        ("views: 2", "views: 0", ["small.yaml:4: key data.views cannot be 0", "greater than or equal to 1"]),
+        ("views: 2", "views: 2.0", ["key data.views cannot be 2.0", "a valid integer"]),
+        ("views: 2", "views: yes", ['key data.views cannot be "yes"']),
+        ("views: 2", "views: true", ["key data.views cannot be true"]),
+        ("views: 2", "normalize: {mean: [1], std: [1, 2]}", ["small.yaml:4", "mean has 1 numbers and std has 2"]),
+        ("views: 2", "validation: 0.8\n  test: 0.2", ["0.8 + 0.2", "train needs some"]),
+        ("views: 2", "validation: {path: x}", ["small.yaml:4: key data.validation needs a kind", "digits or parquet"]),
+        ("views: 2", "validation: 1.5", ["key data.validation cannot be 1.5", "less than 1"]),
+        ("lr: 1e-2", 'lr: "0.1"', ['small.yaml:10: key teacher.train.optimizer.lr cannot be "0.1"', "a valid number"]),
+        ("lr: 1e-2", "lr: .nan", ["small.yaml:10: key teacher.train.optimizer.lr", "a finite number"]),
+        ("lr: 1e-2", "momentum: 0.1", ["key teacher.train.optimizer.lr is missing", "Learning rate"]),
+        ("kind: shift", "kind: shft", ["small.yaml:5", "unknown kind; did you mean shift?", "none or shift"]),
+        ("kind: cnn, width: 8", "kind: resnet", ["key teacher.model has an unknown kind", "mlp or cnn or custom"]),
+        ("  model: {kind: cnn, width: 8}", "  weights: here", ["small.yaml:6", "got weights and train"]),
+        ("stage1_epochs: 4", "stage1_epochs: 1", ["small.yaml:16", "stage1_epochs is 1 and tau_max is 2"]),
+        ("seed: [0, 1, 2]", "seed: [0, -1]", ["small.yaml:15: key students.0.grid.seed", "cannot be -1"]),
+        ("seed: [0, 1, 2]", "seed: []", ["small.yaml:15: key students.0.grid.seed does not fit", "at least one value"]),
+        ("seed: [0, 1, 2]", "batch: [1, 2]", ["mlp-4-annealing_kd-t2-s0", "blocks with a `name:` of their own"]),
+        ("model.hidden: [4, 8]", "model: [4, 8]", ["model in the block and in its grid"]),
+        ("name: small", "name: ../x", ["small.yaml:1", "cannot be a folder's name"]),
+        ("name: small", "name: small\nname: large", ["small.yaml:2: duplicate key", "each key once"]),
+        ("name: small", "name: &a small", ["small.yaml:1", "cannot have an anchor"]),
+        ("name: small", "name: !!python/name:os.system small", ["small.yaml:1", "cannot have the tag"]),
+        ("name: small", "<<: {name: small}", ["small.yaml:1", "cannot have a merge key"]),
+        ("name: small", "name: 2020-01-01", ["small.yaml:1: key name", "put it in quotes"]),
+        ("name: small", "1: small", ["small.yaml:1: a key must be a word"]),
+        ("name: small", "name: [small", ["small.yaml:", "this is not YAML"]),
+        ("name: small", "name: small\nextra: " + "[" * 500 + "]" * 500, ["small.yaml:2", "more than 40 levels"]),
+        ("name: small", "name: small\ncohorts: " + "9" * 5000, ["small.yaml"]),
+        ("students:", "students: []\nother:", ["key students is too short", "at least 1"]),
+    ],
+)
+def test_refusals_name_file_line_and_key(path: Path, old: str, new: str, words: list[str]) -> None:
+    assert old in TEXT
+    error = refusal(path, TEXT.replace(old, new, 1))
+    for word in words:
+        assert word in str(error)
+    assert error.next
+
+
+def test_all_problems_of_a_file_come_in_one_message(path: Path) -> None:
+    text = TEXT.replace("views: 2", "views: 0\n  sed: 1").replace("kind: shift", "kind: shift, pixel: 1")
+    error = refusal(path, text, "cache.encoding=float15", "teacher.train.epochs=0", "checkpoint_seconds=-1", "name=3")
+    assert "has 7 problems" in error.what
+    assert "and 2 more" in error.what
+    assert "did you mean seed?" in error.what
+
+
+def test_a_problem_of_a_grid_is_told_once(path: Path) -> None:
+    assert str(refusal(path, TEXT.replace("tau_max: 2", "tau: 2"))).count("tau_max is missing") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "is not a recipe"), (b"- 1", "is not a recipe"), (b"\xff", "UTF-8"), (b"a: \x00", "is not YAML")],
+)
+def test_what_is_no_recipe_at_all(path: Path, content: bytes, words: str) -> None:
+    path.write_bytes(content)
+    assert words in str(refusal(path))
+
+
+def test_a_missing_recipe_and_a_folder(path: Path) -> None:
+    assert "no such file" in str(refusal(path.parent / "nope.yaml"))
+    assert "a folder" in str(refusal(path.parent))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_text_is_read_or_refused_and_never_crashes(path: Path, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(TEXT) - 1))
+    stop = data.draw(st.integers(start, min(len(TEXT), start + 12)))
+    path.write_text(TEXT[:start] + data.draw(st.text("{}[]:,-&*!|>'\"%@#?\n \t0e.~a", max_size=6)) + TEXT[stop:])
+    try:
+        load_recipe(path)
+    except RecipeError as error:
+        assert error.what.startswith((str(path), "the recipe", "there is no"))
+
+
+# ---- resolved recipes
+
+
+def test_a_resolved_recipe_reads_back(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path, ["students.1.optimizer.lr=1e-20", "name=on", "data.normalize={mean: [0], std: [1e16]}"])
+    saved = tmp_path / "runs" / "recipe.yaml"
+    saved.parent.mkdir()
+    saved.write_text(recipe.to_yaml())
+    assert saved.read_text().startswith("# ")
+    assert load_recipe(saved) == recipe
+    assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
+
+
+def test_identity_leaves_out_placement_and_paths(path: Path) -> None:
+    parquet = "data.train={kind: parquet, path: %s, input: image, label: label}"
+    placed = ["cohorts=3", "checkpoint_seconds=1", "folder=there"]
+    here = load_recipe(path, [parquet % "here", "teacher={weights: here}"])
+    there = load_recipe(path, [parquet % "there", "teacher={weights: there}", *placed])
+    assert here.identity() == there.identity()
+    assert here != there
+
+
+def test_differences_name_keys_and_students(path: Path) -> None:
+    ours, theirs = load_recipe(path), load_recipe(path, ["data.seed=1", "students.1.batch=32", "students.1.name=x"])
+    told = recipes.differences(ours.identity(), theirs.identity())
+    assert "data.seed: 0 -> 1" in told
+    assert "students.x.batch: nothing -> 32" in told
+    assert "students.cnn-2-hard_labels-s0.batch: 64 -> nothing" in told
+    assert recipes.differences(ours.identity(), ours.identity()) == []
+
+
+# ---- schemas and documentation
+
+
+def test_shipped_schemas_are_up_to_date() -> None:
+    assert {file.name for file in SCHEMAS.iterdir()} == {f"{name}.schema.json" for name in schemas()}
+    for name, schema in schemas().items():
+        jsonschema.Draft202012Validator.check_schema(schema)
+        assert (SCHEMAS / f"{name}.schema.json").read_text() == schema_text(name), "run python -m akd_dist.documents"
+
+
+def test_the_recipe_schema_agrees_with_the_reader(path: Path) -> None:
+    document = YAML(typ="safe", pure=True).load(path)
+    validator = jsonschema.Draft202012Validator(schemas()["recipe"])
+    assert validator.is_valid(document)
+    for keys, value in (
+        (("data", "vews"), 1),
+        (("data", "views"), 0),
+        (("data", "train"), {}),
+        (("students", 0, "bacth"), 1),
+        (("students", 0, "optimizer", "kind"), "sdg"),
+        (("students", 1, "model"), {"kind": "cnn"}),
+    ):
+        wrong = copy.deepcopy(document)
+        node = wrong
+        for key in keys[:-1]:
+            node = node[key]
+        node[keys[-1]] = value
+        assert not validator.is_valid(wrong), keys
+
+
+def specs() -> list[type[BaseModel]]:
+    """Every part of a recipe that a user writes."""
+    found = [value for value in vars(recipes).values() if isinstance(value, type) and issubclass(value, recipes.Spec)]
+    return [spec for spec in found if spec not in (recipes.Spec, recipes.Training)]
+
+
+@pytest.mark.parametrize("spec", specs(), ids=lambda spec: spec.__name__)
+def test_every_key_is_documented_with_its_default(spec: type[BaseModel]) -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    assert table(spec) in text, f"docs/recipes.md does not hold this table:\n{table(spec)}"
+
+
+def table(spec: type[BaseModel]) -> str:
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in spec.model_fields.items():
+        meaning = " ".join((field.description or "").replace("|", "\\|").split())
+        rows.append(f"| `{name}` | {default(name, field)} | {meaning} |")
+    return "\n".join(rows)
+
+
+def default(name: str, field: Any) -> str:
+    if name == "kind":
+        return f"required: `{field.default}`"
+    if field.default_factory is not None:
+        return "derived"
+    if field.default is PydanticUndefined:
+        return "required"
+    if isinstance(field.default, BaseModel):
+        kind = field.default.model_dump(mode="json").get("kind")
+        return f"`{{kind: {kind}}}`" if kind else "its defaults"
+    return "none" if field.default is None else f"`{json.dumps(field.default)}`"
