@@ -1,7 +1,7 @@
 # Two ways in: `make quickstart` tells the story, `make test` proves it. Each sets up what it needs, once.
 #
-# Only Python 3.11 is assumed. On Linux, pip's torch brings GBs of CUDA libraries; a machine without a GPU needs none of them:
-#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make quickstart
+# Only Python 3.11 is assumed. On Linux, pip's torch may bring GBs of CUDA libraries; a machine without a GPU needs none of
+# them: point pip at PyTorch's CPU wheels first (PIP_EXTRA_INDEX_URL).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -63,10 +63,11 @@ def cache_teacher(
     Raises:
         AkdError: a refusal; nothing that was computed is lost.
     """
+    recipe = _recipe(recipe, overrides)  # a mistake in it is told before the heavy imports
     from akd_dist.jobs.cache_teacher import cache_teacher
 
     return cache_teacher(
-        _recipe(recipe, overrides),
+        recipe,
         store_root=absolute_root(store_root),
         cache_root=_cache_root(cache_root),
         address=address,
@@ -109,10 +110,11 @@ def train_students(
     Raises:
         AkdError: a refusal; nothing that was trained is lost.
     """
+    recipe = _recipe(recipe, overrides)
     from akd_dist.jobs.train_students import train_students
 
     return train_students(
-        _recipe(recipe, overrides),
+        recipe,
         store_root=absolute_root(store_root),
         run_root=absolute_root(run_root),
         cache_root=_cache_root(cache_root),

@@ -1,7 +1,7 @@
 """Checkpoints: the whole state of one student in one file that is either intact or refused.
 
-A file is `AKDCKPT1`, the sha256 of what follows, then safetensors bytes whose metadata holds the rest of the tree as JSON. So
-every flipped bit is noticed (neither torch nor safetensors would), and nothing in it is ever executed.
+A file is `AKDCKPT1`, the sha256 of what follows, then safetensors bytes whose metadata holds the rest of the tree as
+JSON. So every flipped bit is noticed (neither torch nor safetensors would), and nothing in it is ever executed.
 """
 
 from __future__ import annotations

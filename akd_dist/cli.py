@@ -34,6 +34,8 @@ DEFAULT_ROOTS = {"store_root": "stores", "run_root": "runs"}
 # Enough of a store's id to tell stores apart, and accepted wherever an id is.
 SHORT_ID = 12
 STUDENTS_SHOWN = 200
+# Columns whose digits stand below each other.
+NUMBERS = {"rows", "views", "classes", "shards", "size", "epochs", "batch", "workers"}
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Roots = dict[str, str | None]
@@ -168,8 +170,8 @@ def cli() -> None:
     """One teacher, run once; fleets of students from its stored logits.
 
     \b
-    Exit codes: 0 done, 1 some students did not succeed, 2 recipe or options wrong,
-    3 held by someone else, 4 data, teacher or student refused, 5 damaged,
+    Exit codes: 0 done, 1 some students did not succeed, 2 recipe or options
+    wrong, 3 held by someone else, 4 data, teacher or student refused, 5 damaged,
     6 the machine, 70 a bug, 130 interrupted, 143 terminated.
     """
 
@@ -531,7 +533,7 @@ def _result_console() -> Console:
     from rich.console import Console
 
     console = Console()
-    # A pipe has no width: a table that is cut off helps nobody.
+    # A pipe has no width: a table that is cut off would help nobody.
     return console if console.is_terminal else Console(width=max(console.width, 160))
 
 
@@ -539,10 +541,12 @@ def _table(first: str, *others: str, title: str | None = None) -> Table:
     from rich import box
     from rich.table import Table
 
-    # No frame and no edge: nine columns fit into eighty characters.
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    # No frame and little padding: eight columns fit into eighty characters.
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for column in (first, *others):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=True, justify="right" if column in NUMBERS else "left")
     return table
 
 
@@ -553,8 +557,15 @@ def _print_json(document: Any) -> None:
 def _print_facts(facts: dict[str, Any]) -> None:
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
-        shown = ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, dict) else value
-        click.echo(f"{name:<{width}}{shown}")
+        click.echo(f"{name:<{width}}{_in_words(value)}")
+
+
+def _in_words(value: Any) -> str:
+    """A document on one line, for reading: `kind mlp, hidden [16], ...`."""
+    if not isinstance(value, dict):
+        return str(value)
+    shown = {key: f"({_in_words(inner)})" if isinstance(inner, dict) else inner for key, inner in value.items()}
+    return ", ".join(f"{key} {inner}" for key, inner in shown.items())
 
 
 def _print_plan(plan: dict[str, Any]) -> None:

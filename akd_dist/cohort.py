@@ -116,7 +116,7 @@ def check_fingerprints(job: CohortJob, splits: Splits) -> None:
 
 
 def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | None]:
-    """The cohort's stream, and the class that the teacher chooses for each test row (int64 [n]), both from the stores."""
+    """The cohort's stream, and the class that the teacher chooses for each test row, int64 [n], both from stores."""
     logits, teacher_classes = None, None
     if job.stores:
         test = open_store(job.stores["test"])

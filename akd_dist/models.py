@@ -305,6 +305,7 @@ def _factory(name: str) -> Callable[..., object]:
             f"the module {module_name} has no function {function}",
             got=", ".join(difflib.get_close_matches(function, names)) or "no similar name",
             expected=f"def {function}(input_shape, classes, ...) -> torch.nn.Module",
+            next="correct `factory` in the recipe, or write that function",
         )
     return factory  # type: ignore[no-any-return]
 
@@ -395,7 +396,7 @@ def _refuse_other_than_folder(uri: str | Path) -> None:
     path = Path(uri)
     if path.is_file():
         with open(path, "rb") as handle:
-            head = handle.read(8)
+            head = handle.read(9)
         if path.suffix in _PICKLE_SUFFIXES or _is_pickle(head):
             raise _pickle_refused(str(uri))
         raise RefusedError(f"{uri} is a file", got="a file", expected=f"a folder with {WEIGHTS} and {CARD}")
@@ -407,9 +408,9 @@ def _refuse_other_than_folder(uri: str | Path) -> None:
 
 def _is_pickle(head: bytes) -> bool:
     """Whether bytes start like a pickle, or like torch's zip of pickles."""
-    if int.from_bytes(head[:8], "little") < 2**32:  # a safetensors file starts with the length of its header
+    if head[8:9] == b"{":  # safetensors: eight bytes of length, which may look like anything, then JSON
         return False
-    return head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1] in (2, 3, 4, 5))
+    return head.startswith((b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6))))
 
 
 def _pickle_refused(where: str) -> RefusedError:

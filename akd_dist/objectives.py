@@ -1,7 +1,7 @@
-"""The objectives as pure functions: which stages a student goes through, the annealing schedule, the losses, the learning rate.
+"""The objectives as pure functions: a student's stages, the annealing schedule, the losses, the learning rate.
 
-Nothing here holds state. Every loss is returned per row, so that the caller can take the exact mean of a global batch however
-it is cut into ranks.
+Nothing here holds state. Every loss is returned per row, so that the caller can take the exact mean of a global batch
+however it is cut into ranks.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def stages(objective: Objective) -> tuple[Stage, ...]:
 def temperature(i: int, n: int, tau_max: int) -> int:
     """T_i = max(1, tau_max - floor((i - 1) * tau_max / n)): the temperature of epoch i = 1..n of stage I.
 
-    It starts at tau_max, falls in steps as even as whole epochs allow, and always lands on 1. Where tau_max divides n it equals
-    the schedule of the authors' code, which overshoots elsewhere (Jafari et al., EACL 2021, section 3.1).
+    It starts at tau_max, falls in steps as even as whole epochs allow, and always lands on 1. Where tau_max divides n
+    it equals the schedule of the authors' code (Jafari et al., EACL 2021), which overshoots elsewhere.
 
     Raises:
         RecipeError: n < tau_max, where the temperature could not reach 1.
@@ -75,17 +75,17 @@ def temperature(i: int, n: int, tau_max: int) -> int:
 
 
 def phi(temperature: int, tau_max: int) -> float:
-    """Phi(T) = 1 - (T - 1) / tau_max: climbs from 1 / tau_max at T = tau_max to exactly 1 at T = 1 (eq. 5 of the paper)."""
+    """Phi(T) = 1 - (T - 1) / tau_max, the paper's annealing function: from 1 / tau_max at T = tau_max to 1 at T = 1."""
     return 1 - (temperature - 1) / tau_max
 
 
 def annealing_losses(
     z_student: torch.Tensor, z_teacher: torch.Tensor, phi: float, reduction: str = "mean"
 ) -> torch.Tensor:
-    """|| z_s(x) - Phi(T) z_t(x) ||^2 of each row: stage I (Jafari et al., EACL 2021, eq. 4), raw logits on both sides.
+    """|| z_s(x) - Phi(T) z_t(x) ||^2 of each row: the loss of stage I (Jafari et al., EACL 2021), on raw logits.
 
-    The paper writes the squared norm, a sum over classes; the authors' code takes the mean over batch and classes. The mean is
-    the default here because the paper's learning rates belong to it.
+    The paper writes the squared norm, a sum over classes; the authors' code takes the mean over batch and classes. The
+    mean is the default here because the paper's learning rates belong to it.
 
     Args:
         z_student: float [n, classes].

@@ -167,14 +167,14 @@ class Mlp(Spec):
 
 
 class Cnn(Spec):
-    """A small convolutional network: `depth` stages that halve the image and double the channels; a linear layer."""
+    """Blocks of 3 x 3 convolution and ReLU, image halved and channels doubled between them; then a linear layer."""
 
     kind: Literal["cnn"] = "cnn"
     """Which kind of model this is."""
     width: Count
-    """Channels of the first stage."""
+    """Channels of the first block."""
     depth: Count = 2
-    """Number of stages."""
+    """Number of blocks."""
 
     @property
     def label(self) -> str:
@@ -183,7 +183,7 @@ class Cnn(Spec):
 
 
 class Custom(Spec):
-    """Your own model, built by a function of yours."""
+    """Your own model, built by a function in the recipe's folder or in an installed package."""
 
     kind: Literal["custom"] = "custom"
     """Which kind of model this is."""
@@ -422,9 +422,9 @@ class Recipe(Spec):
     name: str
     """The run's folder under --run-root."""
     data: Data
-    """The rows."""
+    """The rows that everyone sees."""
     teacher: Teacher
-    """The teacher."""
+    """Whose logits are cached."""
     cache: Cache = Cache()
     """How its logits are stored."""
     students: list[Student] = Field(min_length=1)
@@ -522,7 +522,7 @@ def recipe_schema() -> dict[str, Any]:
     definitions = schema["$defs"]
     for definition in definitions.values():
         _require_kind(definition)
-    partial = {name: _partial(definitions[name]) for name in _reachable(definitions, "Student")}
+    partial = {name: _partial(definitions[name]) for name in sorted(_reachable(definitions, "Student"))}
     partial["Student"]["properties"]["grid"] = {
         "description": "Dotted keys of this block, each with a list of values; expands to their product in file order.",
         "type": "object",

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, assert_never
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from akd_dist import recipe
@@ -256,8 +256,9 @@ def _write_source(
     with contextlib.ExitStack() as files:
         outputs: dict[int, BinaryIO] = {}
         for index in np.unique(split).tolist():
-            np.save(folder / f"{SPLITS[index]}-labels.npy", labels[split == index])
-            outputs[index] = files.enter_context(open(folder / f"{SPLITS[index]}-inputs.npy", "wb"))
+            inputs_file, labels_file = _files(folder, SPLITS[index])
+            np.save(labels_file, labels[split == index])
+            outputs[index] = files.enter_context(open(inputs_file, "wb"))
             _write_header(outputs[index], (int((split == index).sum()), *like.shape), like.dtype)
         start = 0
         for block in source.inputs():
@@ -279,9 +280,8 @@ def _write_header(output: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[Any]
 def _write_index(folder: Path, classes: int) -> None:
     index: dict[str, Any] = {"classes": classes}
     for name in SPLITS:
-        inputs, labels = _arrays(folder, name)
-        digest, blocks = fingerprint(inputs, labels, classes)
-        index[name] = {"fingerprint": digest, "blocks": blocks, "shape": inputs.shape}
+        digest, blocks = fingerprint(*_arrays(folder, name), classes)
+        index[name] = {"fingerprint": digest, "blocks": blocks, "files": _stats(folder, name)}
     replace(folder / "index.json", json.dumps(index, indent=1).encode())
 
 
@@ -296,21 +296,31 @@ def _open(folder: Path) -> Splits | None:
 
 
 def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:
-    inputs, labels = _arrays(folder, name)
-    if list(inputs.shape) != index[name]["shape"] or len(labels) != len(inputs):
-        raise ValueError(f"{folder}: the arrays of {name} are not those of its index")
-    return Rows(inputs, labels, index["classes"], index[name]["fingerprint"], tuple(index[name]["blocks"]), folder)
+    split = index[name]
+    if _stats(folder, name) != split["files"]:
+        raise ValueError(f"{folder}: the arrays of {name} are not the files that were fingerprinted")
+    return Rows(*_arrays(folder, name), index["classes"], split["fingerprint"], tuple(split["blocks"]), folder)
+
+
+def _files(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / f"{name}-inputs.npy", folder / f"{name}-labels.npy"
+
+
+def _stats(folder: Path, name: str) -> list[list[int]]:
+    """Size and time of a split's files: one that was touched since it was fingerprinted is not trusted."""
+    return [[file.stat().st_size, file.stat().st_mtime_ns] for file in _files(folder, name)]
 
 
 def _arrays(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and labels of a split, memory-mapped."""
-    return _mapped(folder, f"{name}-inputs.npy"), _mapped(folder, f"{name}-labels.npy")
+    inputs, labels = _files(folder, name)
+    return _mapped(inputs), _mapped(labels)
 
 
-def _mapped(folder: Path, name: str) -> np.ndarray:
+def _mapped(file: Path) -> np.ndarray:
     """A read-only map that keeps its folder from being evicted; a plain array, as indexing np.memmap costs more."""
-    with hold(folder) as keep:
-        mapped = np.load(folder / name, mmap_mode="r")
+    with hold(file.parent) as keep:
+        mapped = np.load(file, mmap_mode="r")
         keep.until_unmapped(mapped)
     return np.asarray(mapped)
 
@@ -417,7 +427,7 @@ class _Digits:
     @staticmethod
     def _load() -> tuple[np.ndarray, np.ndarray]:
         # Here, because it takes a second.
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
 
         inputs, labels = load_digits(return_X_y=True)
         return inputs, labels
@@ -478,8 +488,8 @@ class _Parquet:
 
     def _column(self, name: str) -> Iterator[tuple[int, Any]]:
         """(number of its first row, values) of a column, a block at a time."""
-        for first, file in zip(self.starts, self.files, strict=False):
-            row = first
+        row = 0
+        for file in self.files:
             with _opened(file) as parquet:
                 for batch in _unspoilt(file, parquet.iter_batches(_READ_ROWS, columns=[name])):
                     yield row, batch.column(0)
@@ -596,7 +606,7 @@ def _names_beside(place: Path) -> list[str]:
 def _opened(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise RefusedError(
             f"{file} cannot be read as Parquet",
             got=str(error).partition("\n")[0],
@@ -609,7 +619,7 @@ def _unspoilt(file: Path, batches: Iterator[Any]) -> Iterator[Any]:
     """Batches of a file; a damaged page is a refusal that names the file."""
     try:
         yield from batches
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise RefusedError(
             f"{file} is damaged", got=str(error).partition("\n")[0], expected="a Parquet file that reads to its end"
         ) from error

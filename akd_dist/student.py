@@ -1,4 +1,4 @@
-"""One student: its model, optimizer, generator and best weights, a step, the end of an epoch, and its way to disk and back.
+"""One student: its whole training state, a step, the end of an epoch, and its way to disk and back.
 
 A student owns its random state, so it trains bit for bit the same alone or beside others, in a plain loop or under Ray.
 """
@@ -139,8 +139,9 @@ class Student:
     def take_step(self, batch: Batch, steps_per_epoch: int) -> None:
         """One optimizer step on this rank's share of a global batch.
 
-        The loss is weighted so that the gradient is that of the exact mean over the global batch: DistributedDataParallel
-        averages over ranks, so each rank's sum is divided by the global rows and multiplied by the ranks.
+        The loss is weighted so that the gradient is that of the exact mean over the global batch: as
+        DistributedDataParallel averages over ranks, each rank's sum is divided by the global rows and multiplied by the
+        number of ranks.
 
         Raises:
             DivergedError: the loss is not finite; the weights are still those of the step before.
@@ -344,7 +345,7 @@ class Student:
 
 
 def seeded_state(seed: int, stage: int, rank: int) -> torch.Tensor:
-    """The generator state that a stage starts with: a function of (student seed, stage), and of the rank for dropout."""
+    """The generator state that a stage starts with: a function of (student seed, stage) and, for dropout, the rank."""
     digest = sha256(f"student {seed} stage {stage} rank {rank}".encode())
     return torch.Generator().manual_seed(int(digest[:15], 16)).get_state()
 

@@ -113,6 +113,7 @@ def compute_shard(job: CacheJob, shard: Shard) -> tuple[np.ndarray, float, list[
     """
     torch.set_num_threads(job.cache.threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # only costs time
     add_folder(job.folder)
     rows, module = _rows_of(job), load_teacher(job.teacher_uri, job.teacher)
     blocks = []
@@ -144,3 +145,9 @@ def _rows_of(job: CacheJob) -> Rows:
         rows.check_same(job.store.creation.dataset)
         _rows[fingerprint] = rows
     return _rows[fingerprint]
+
+
+def forget() -> None:
+    """Let go of the teachers and rows that this process keeps."""
+    load_teacher.cache_clear()
+    _rows.clear()

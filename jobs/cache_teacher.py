@@ -55,6 +55,11 @@ class SplitPlan:
         """The identity of the store that the recipe asks for."""
         return self.creation.identity
 
+    @property
+    def missing_bytes(self) -> int:
+        """Size of the shards still to be computed."""
+        return sum(self.identity.layout.stored_bytes(shard) for shard in self.missing)
+
 
 def cache_teacher(
     recipe: Recipe,
@@ -110,15 +115,12 @@ def cache_teacher(
                     claims.enter_context(claim_store(store_root, plan.identity.id, wait=wait, on_wait=console.print))
                     _open_for_writing(plan, recipe, store_root)
             if any(plan.missing for plan in plans):
-                check_room(store_root, sum(len(plan.missing) * plan.identity.layout.shard_bytes for plan in plans))
+                check_room(store_root, sum(plan.missing_bytes for plan in plans))
                 cluster.connect(address)
                 _compute(plans, recipe, teacher_uri, cache_root, stop, console)
             if stop:
-                done = sum(plan.computed for plan in plans)
-                raise stop.error(
-                    f"stopped; {done} shards of this run are kept",
-                    "the same command carries on with the missing shards",
-                )
+                told = f"stopped; the {sum(plan.computed for plan in plans)} shards that this run computed are kept"
+                raise stop.error(told, "the same command carries on with the missing shards")
             for plan in plans:
                 if plan.writer is not None:
                     seal_store(plan.writer)
@@ -268,7 +270,7 @@ def ensure_teacher(
     stop: Any,
     console: Console,
 ) -> str:
-    """The URI of the teacher's model folder; a teacher that the recipe trains is trained once and found again by content.
+    """The URI of the teacher's model folder; one that the recipe trains is trained once, and found again by content.
 
     Raises:
         RefusedError: the teacher does not fit the data, or its training failed.
@@ -299,14 +301,17 @@ def teacher_key(recipe: Recipe, splits: Splits) -> str:
         "model": model.model_dump(mode="json"),
         "train": train.model_dump(mode="json"),
         "data": [splits.train.fingerprint, splits.validation.fingerprint],
-        "views": [recipe.data.seed, recipe.data.views, recipe.data.augmentation.model_dump(mode="json")],
+        "views": [recipe.data.seed, recipe.data.augmentation.model_dump(mode="json")],
         "normalize": recipe.data.normalize and recipe.data.normalize.model_dump(mode="json"),
     }
     return sha256(canonical_json(document))[:32]
 
 
 def teacher_job(recipe: Recipe, splits: Splits, key: str, *, store_root: str, cache_root: str) -> CohortJob:
-    """The teacher as a cohort of one that trains on hard labels: the same loop as for students."""
+    """The teacher as a cohort of one that trains on hard labels: the same loop as for students.
+
+    It needs no cached logits, so each of its epochs sees a fresh view; and it stays the same when `data.views` changes.
+    """
     model, train = recipe.teacher.model, recipe.teacher.train
     assert model is not None
     assert train is not None
@@ -322,7 +327,7 @@ def teacher_job(recipe: Recipe, splits: Splits, key: str, *, store_root: str, ca
     )
     return CohortJob(
         name="teacher",
-        data=recipe.data,
+        data=recipe.data.model_copy(update={"views": train.epochs}),
         fingerprints={split: getattr(splits, split).fingerprint for split in SPLITS},
         students=(spec,),
         root=str(root / TEACHERS),
@@ -377,7 +382,7 @@ def read_progress(job: CohortJob) -> dict[str, Any] | None:
 
 
 def _deliver(folder: Path, uri: str) -> None:
-    """Put a teacher that was trained beside an object store into it; model.json last, since it says that the teacher is there."""
+    """Put a teacher that was trained on this node into an object store; model.json last, since it says: I am there."""
     if "://" in uri:
         target = open_root(uri)
         for name in ("model.safetensors", "model.json"):

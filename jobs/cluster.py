@@ -1,4 +1,4 @@
-"""The Ray cluster: connect to one or start one on loopback, run tasks with a bounded window, and stop without losing work."""
+"""The Ray cluster: connect to one or start one on loopback, run tasks in a bounded window, stop without losing work."""
 
 from __future__ import annotations
 
@@ -133,10 +133,10 @@ def run_tasks(
     on_poll: Callable[[], None] = lambda: None,
     retries: int = 3,
 ) -> None:
-    """Run `function(job, item)` for every item as Ray tasks, a bounded number in flight, and hand each result over as it comes.
+    """Run `function(job, item)` for every item as Ray tasks, a bounded number in flight; hand on results as they come.
 
-    A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next. A task whose worker died
-    is run again up to `retries` times; an exception of the task itself is not, since its inputs would be the same.
+    A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next. A task whose
+    worker died is run again up to `retries` times; one that raised is not, since its inputs would be the same.
 
     Args:
         job_of: the first argument for an item; equal jobs are shipped once.

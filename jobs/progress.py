@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar in a terminal, a plain line every few seconds elsewhere; always with rate and time left."""
+"""Progress of long work, with rate and time left: a live bar in a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Meter:
             self.bar.update(self.task, completed=done, total=self.total, rate=self._rate(rate), note=note)
         elif time.monotonic() - self.told >= LINE_SECONDS:
             self.told = time.monotonic()
-            left = f", {duration((self.total - done) / rate)} left" if rate > 0 else ""
+            left = f", {self._rate(rate)}, {duration((self.total - done) / rate)} left" if rate > 0 else ""
             share = f"{done / self.total:.0%}" if self.total else ""
-            line = f"{self.title}: {done:,.0f} of {self.total:,.0f} {self.unit} ({share}), {self._rate(rate)}{left}"
+            line = f"{self.title}: {done:,.0f} of {self.total:,.0f} {self.unit} ({share}){left}"
             self.console.print(line + (f"; {note}" if note else ""), highlight=False, soft_wrap=True)
 
     def _rate(self, rate: float) -> str:

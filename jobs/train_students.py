@@ -6,7 +6,9 @@ akd-dist train-students jobs/digits.yaml
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,7 +30,7 @@ from akd_dist.models import ModelCard, add_folder, build, num_parameters
 from akd_dist.recipe import Recipe
 from akd_dist.report import write_report
 from akd_dist.rows import Splits
-from akd_dist.storage.errors import AkdError, RecipeError
+from akd_dist.storage.errors import AkdError, MachineError, RecipeError
 from akd_dist.storage.files import canonical_json, file_lock, replace
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.student import Group, entry
@@ -86,6 +88,7 @@ def train_students(
         cached = cache_teacher(
             recipe, store_root=store_root, cache_root=cache_root, address=address, wait=wait, console=console
         )
+        console.print(f"the store {cached['id'][:12]} {_how_cached(cached)}", highlight=False)
         stores = {"train": cached["store"]} | {split: cached["splits"][split]["store"] for split in SPLITS[1:]}
         begin_run(run, recipe, splits)
         base = fleet_job(recipe, splits, stores, run, cache_root)
@@ -106,7 +109,9 @@ def train_students(
                         f"stopped; every student of {recipe.name} has a checkpoint",
                         "the same command goes on from there",
                     )
-        return finish_run(run, recipe, base, stores, parameters, cached, cohorts, time.monotonic() - started)
+        fleet_document = finish_run(run, recipe, base, stores, parameters, cohorts, time.monotonic() - started)
+        tell_failures(fleet_document, base, console)
+        return fleet_document
 
 
 def train_in_process(recipe: Recipe, stores: dict[str, str], *, run: Path, cache_root: str) -> dict[str, Any]:
@@ -211,7 +216,7 @@ def cohort_groups(students: list[recipes.Student]) -> list[tuple[recipes.Student
 def plan_cohorts(
     recipe: Recipe, students: list[recipes.Student], cpus: int, rows: int, splits: Splits
 ) -> list[tuple[recipes.Student, ...]]:
-    """Cut the students into cohorts: as few as streams allow, one more only where it saves more than its start costs."""
+    """Cut the students into cohorts: as few as can be, one more only where it saves more time than its start costs."""
     seconds = {label: probe_step(recipe, splits, label) for label in {spec.model.label for spec in students}}
 
     def cost(spec: recipes.Student) -> float:
@@ -322,8 +327,18 @@ class _Fleet:
 
     def _carry(self, cohort: tuple[recipes.Student, ...]) -> None:
         """See a cohort through, off the main thread (on it, Ray would take over Ctrl-C)."""
+        from akd_dist.jobs.cluster import ray
+
         try:
             self._train_or_split(cohort)
+        except ray.exceptions.RayError as error:
+            lost = MachineError(
+                "the Ray cluster was lost while students trained",
+                got=" ".join(str(error).split())[:300],
+                expected="a cluster that stays up",
+                next="the same command goes on from the last checkpoints",
+            )
+            self.errors.append(lost)
         except BaseException as error:
             self.errors.append(error)
 
@@ -347,7 +362,6 @@ class _Fleet:
         folder.mkdir(parents=True, exist_ok=True)
         result = entry(spec, "failed", f"its worker died again and again: {reason}", folder)
         replace(folder / "result.json", json.dumps(result, indent=1).encode())
-        self.console.print(f"{spec.name} failed: its worker died; log: {self.base.logs}/{spec.name}.log")
 
     def _run(self, cohort: tuple[recipes.Student, ...]) -> str:
         """One Ray Train run; '' if it came to its end, else why it died."""
@@ -361,7 +375,7 @@ class _Fleet:
 
 
 def fit(job: CohortJob, storage: Path) -> dict[str, Any] | AkdError | str:
-    """Run a cohort as one Ray Train run: what `train_cohort` returned, the refusal it raised, or why its workers died."""
+    """Run a cohort as one Ray Train run: what `train_cohort` returned, a refusal it raised, or why its workers died."""
     from akd_dist.jobs.cluster import ray
 
     with warnings.catch_warnings():
@@ -394,10 +408,20 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
     from akd_dist.jobs.cluster import ray
 
     context = ray.train.get_context()
+    job, group = config["job"], Group(context.get_world_rank(), context.get_world_size())
+    keep_log(Path(job.logs) / f"{job.name}.rank{group.rank}.log")
     try:
-        return train_cohort(config["job"], Group(context.get_world_rank(), context.get_world_size()))
+        return train_cohort(job, group)
     except AkdError as error:
         return error
+
+
+def keep_log(path: Path) -> None:
+    """Send this worker's warnings, and its stack if it crashes, to a file that stays with the run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")  # noqa: SIM115  # faulthandler writes to it until the process ends
+    faulthandler.enable(file)
+    logging.getLogger("akd_dist").addHandler(logging.StreamHandler(file))
 
 
 # ---- afterwards
@@ -409,7 +433,6 @@ def finish_run(
     base: CohortJob,
     stores: dict[str, str],
     parameters: dict[str, int],
-    cached: dict[str, Any],
     cohorts: int,
     seconds: float,
 ) -> dict[str, Any]:
@@ -431,7 +454,17 @@ def finish_run(
     }
     replace(run / "fleet.json", json.dumps(fleet, indent=1).encode())
     write_report(run)
+    for progress in Path(base.control).glob("progress-*.json"):
+        progress.unlink()
     return fleet
+
+
+def tell_failures(fleet: dict[str, Any], base: CohortJob, console: Console) -> None:
+    """Name the log of every student that did not come to its end."""
+    for student in fleet["students"]:
+        if student["state"] != "done":
+            log = Path(base.logs) / f"{student['name']}.log"
+            console.print(f"{student['name']} {student['state']}: {student['reason']}; log: {log}", highlight=False)
 
 
 def describe_teacher(train: LogitStore, test: LogitStore) -> dict[str, Any]:
@@ -444,6 +477,13 @@ def describe_teacher(train: LogitStore, test: LogitStore) -> dict[str, Any]:
         "test": {"accuracy": agreeing / test.num_rows},
         "fingerprint": train.manifest.identity.teacher,
     }
+
+
+def _how_cached(cached: dict[str, Any]) -> str:
+    if cached["hit"]:
+        return "is a hit: the teacher is not needed"
+    computed = cached["shards_computed"] + sum(part["shards_computed"] for part in cached["splits"].values())
+    return f"is sealed: {computed} shards computed"
 
 
 def _ended(job: CohortJob, spec: recipes.Student) -> bool:

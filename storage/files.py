@@ -108,9 +108,14 @@ def file_lock(
 
     Raises:
         HeldError: someone else holds it and `wait` is over; names the holder.
+        MachineError: the lock file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as handle:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a+")  # noqa: SIM115  # closed by the block below; here for its refusal
+    except OSError as error:
+        raise _machine_error(error, path, 0) from error
+    with lock as handle:
         started, told = time.monotonic(), False
         while not _try_flock(handle.fileno()):
             handle.seek(0)
@@ -150,7 +155,8 @@ def _write_partial(path: Path, data: bytes, *, durable: bool = True) -> Path:
             if durable:
                 os.fsync(handle.fileno())
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            partial.unlink()
         raise _machine_error(error, path, len(data)) from error
     return partial
 

@@ -7,7 +7,7 @@ a missing one or a number where text should be is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -196,17 +196,17 @@ class Manifest(Document):
             DamagedError: anything else that is wrong, by field.
         """
         manifest = super().from_bytes(data, where)
-        rest = manifest.model_dump(mode="json", exclude={"sha256"})
-        wrong = [
-            ("sha256", manifest.sha256, sha256(canonical_json(rest))),
-            ("id", manifest.id, manifest.identity.id),
-            ("format", manifest.format, manifest.identity.format),
-            ("shards", _keys(manifest.shards), _keys(manifest.identity.layout.shards())),
-        ]
-        for field, got, expected in wrong:
+        for field, got, expected in manifest._accounts():
             if got != expected:
                 raise _damaged(where, f"{field}: {got}", expected)
         return manifest
+
+    def _accounts(self) -> Iterator[tuple[str, object, object]]:
+        """What the manifest says of itself, and what follows from its other fields; its own sha256 first."""
+        yield "sha256", self.sha256, sha256(canonical_json(self.model_dump(mode="json", exclude={"sha256"})))
+        yield "id", self.id, self.identity.id
+        yield "format", self.format, self.identity.format
+        yield "shards", _keys(self.shards), _keys(self.identity.layout.shards())
 
     def record(self, shard: Shard) -> ShardRecord:
         """What the seal says of a shard."""

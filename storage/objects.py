@@ -125,10 +125,9 @@ class ObjectRoot(ABC):
             MachineError: the root cannot be written, or has no create-only publishing.
         """
         probe = f".check-{secrets.token_hex(6)}{PARTIAL_SUFFIX}"
-        try:
-            created, again = self.put_new(probe, b"1"), self.put_new(probe, b"2")
-        finally:
-            self.delete(probe)
+        created = self.put_new(probe, b"1")
+        again = self.put_new(probe, b"2")
+        self.delete(probe)
         if not created or again:
             raise MachineError(
                 f"{self.uri} cannot publish an object without overwriting one",
@@ -171,6 +170,8 @@ class LocalRoot(ObjectRoot):
     def delete(self, key: str) -> None:
         try:
             self._path(key).unlink(missing_ok=True)
+        except NotADirectoryError:
+            pass
         except OSError as error:
             raise storage_error("delete", self.path_of(key), error) from error
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 import obstore
@@ -20,6 +22,13 @@ from obstore.store import S3Store
 from akd_dist.storage.files import PARTIAL_SUFFIX
 from akd_dist.storage.objects import Keys, ObjectMissing, ObjectRoot, Stat, storage_error
 
+if TYPE_CHECKING:
+    from obstore import ListResult, ObjectMeta
+
+T = TypeVar("T")
+# obstore says "not found" with either of these.
+_MISSING = (NotFoundError, FileNotFoundError)
+
 
 @dataclass(frozen=True)
 class S3Root(ObjectRoot):
@@ -27,7 +36,7 @@ class S3Root(ObjectRoot):
 
     def put_new(self, key: str, data: bytes) -> bool:
         try:
-            with self._errors("write", key):
+            with self._errors("write", key, AlreadyExistsError):
                 # A retry after a lost answer meets its own object and gets False: callers compare, so that is no loss.
                 obstore.put(self._store, self._path(key), data, mode="create", use_multipart=False)
         except AlreadyExistsError:
@@ -43,71 +52,75 @@ class S3Root(ObjectRoot):
 
     def get_tagged(self, key: str) -> tuple[bytes, str]:
         """The whole object and its entity tag; ObjectMissing if there is none."""
+
+        def read() -> tuple[bytes, ObjectMeta]:
+            answer = obstore.get(self._store, self._path(key))
+            return bytes(answer.bytes()), answer.meta
+
         try:
-            with self._errors("read", key):
-                answer = obstore.get(self._store, self._path(key))
-                data = bytes(answer.bytes())
-        except NotFoundError:
+            with self._errors("read", key, *_MISSING):
+                data, meta = _whole(read)
+        except _MISSING:
             raise ObjectMissing(key) from None
-        if len(data) != answer.meta["size"]:
-            raise storage_error("read", self.path_of(key), f"{len(data)} of {answer.meta['size']} bytes came")
-        return data, answer.meta["e_tag"] or ""
+        if len(data) != meta["size"]:
+            raise storage_error("read", self.path_of(key), f"{len(data)} of {meta['size']} bytes came")
+        return data, meta["e_tag"] or ""
 
     def put_if_unchanged(self, key: str, data: bytes, tag: str) -> str | None:
         """Overwrite the object that has this entity tag; the new tag, or None if it has another one by now."""
         try:
-            with self._errors("write", key):
+            with self._errors("write", key, PreconditionError, *_MISSING):
                 return obstore.put(self._store, self._path(key), data, mode={"e_tag": tag})["e_tag"] or ""
-        except (PreconditionError, NotFoundError):
+        except (PreconditionError, *_MISSING):
             return None
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
-        found: dict[str, Stat] = {}
-        under = self._path(prefix)
         with self._errors("list", prefix):
-            for page in obstore.list(self._store, under or None):
-                for meta in page:
-                    key = meta["path"].removeprefix(self._prefix)
-                    if not key.endswith(PARTIAL_SUFFIX):
-                        found[key] = Stat(meta["size"], f"{meta['e_tag']}-{meta['last_modified'].isoformat()}")
-        return dict(sorted(found.items()))
+            metas = _whole(lambda: obstore.list(self._store, self._path(prefix) or None).collect())
+        found = {
+            meta["path"].removeprefix(self._prefix): Stat(
+                meta["size"], f"{meta['e_tag']}-{meta['last_modified'].isoformat()}"
+            )
+            for meta in metas
+        }
+        return {key: found[key] for key in sorted(found) if not key.endswith(PARTIAL_SUFFIX)}
 
     def partials(self, prefix: str = "") -> Keys:
         return []  # a put is whole or nothing
 
     def folders(self) -> Keys:
         with self._errors("list", ""):
-            found = obstore.list_with_delimiter(self._store, self._prefix or None)["common_prefixes"]
+            found = self._top_level()["common_prefixes"]
         return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in found)
 
     def files(self) -> Keys:
         with self._errors("list", ""):
-            found = obstore.list_with_delimiter(self._store, self._prefix or None)["objects"]
+            found = self._top_level()["objects"]
         return sorted(meta["path"].rpartition("/")[2] for meta in found)
 
     def delete(self, key: str) -> None:
-        with contextlib.suppress(NotFoundError), self._errors("delete", key):
+        with contextlib.suppress(*_MISSING), self._errors("delete", key, *_MISSING):
             obstore.delete(self._store, self._path(key))
 
     def delete_folder(self, prefix: str) -> None:
         keys = [self._path(key) for key in self.list(prefix)]
         if keys:
-            with contextlib.suppress(NotFoundError), self._errors("delete", prefix):
+            with contextlib.suppress(*_MISSING), self._errors("delete", prefix, *_MISSING):
                 obstore.delete(self._store, keys)
 
     def move(self, key: str, to: str) -> bool:
         try:
-            with self._errors("move", key):
+            with self._errors("move", key, *_MISSING):
                 obstore.rename(self._store, self._path(key), self._path(to))
-        except NotFoundError:
+        except _MISSING:
             return False
         return True
 
     def exists(self, key: str) -> bool:
         try:
-            with self._errors("read", key):
+            with self._errors("read", key, *_MISSING):
                 obstore.head(self._store, self._path(key))
-        except NotFoundError:
+        except _MISSING:
             return False
         return True
 
@@ -132,14 +145,36 @@ class S3Root(ObjectRoot):
             raise ValueError(f"key {key!r} leaves the root")
         return f"{self._prefix}{key}".rstrip("/")
 
+    def _top_level(self) -> ListResult[Sequence[ObjectMeta]]:
+        return _whole(lambda: obstore.list_with_delimiter(self._store, self._prefix or None))
+
     @contextlib.contextmanager
-    def _errors(self, verb: str, key: str) -> Iterator[None]:
+    def _errors(self, verb: str, key: str, *answers: type[Exception]) -> Iterator[None]:
+        """Let the answers through that the caller knows what to make of; everything else becomes one refusal."""
         try:
             yield
-        except (NotFoundError, AlreadyExistsError, PreconditionError):
-            raise
         except (BaseError, OSError, TimeoutError) as error:
-            raise storage_error(verb, self.path_of(key), str(error).strip().partition("\n")[0]) from error
+            if isinstance(error, answers) and "NoSuchBucket" not in str(error):
+                raise
+            raise storage_error(verb, self.path_of(key), _reason(error)) from error
+
+
+def _whole(read: Callable[[], T]) -> T:
+    """Read again where an answer's body was cut short: obstore repeats a request that failed, not such a one."""
+    for _ in range(3):
+        try:
+            return read()
+        except BaseError as error:
+            if "response body" not in str(error):
+                raise
+    return read()
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a failure, and the code in the server's answer: the rest is a dump of the request."""
+    first = str(error).strip().partition("\n")[0].partition(": <?xml")[0]
+    code = re.search(r"<Code>(\w+)</Code>", str(error))
+    return f"{first} ({code[1]})" if code else first
 
 
 @functools.lru_cache(maxsize=8)

@@ -292,7 +292,7 @@ def test_the_second_driver_leaves_with_3_and_names_the_holder(home: Home, tmp_pa
 
 def test_ray_listens_on_loopback_only(ray_cluster: None) -> None:
     listening = set()
-    for process in psutil.Process().children(recursive=True) + [psutil.Process()]:
+    for process in [*psutil.Process().children(recursive=True), psutil.Process()]:
         try:
             listening |= {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
         except psutil.Error:

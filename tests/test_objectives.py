@@ -45,7 +45,7 @@ def test_temperature_equals_the_authors_counter_where_tau_max_divides_n(n: int, 
 
 
 def test_too_few_epochs_are_refused_naming_both_numbers() -> None:
-    with pytest.raises(RecipeError, match="(?s)stage1_epochs = 4.*tau_max = 5"):
+    with pytest.raises(RecipeError, match=r"(?s)stage1_epochs = 4.*tau_max = 5"):
         temperature(1, 4, 5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -120,7 +121,7 @@ def test_annealing_counts_the_epochs_of_both_stages() -> None:
 def test_recipes_are_frozen_and_typed(path: Path) -> None:
     recipe = load_recipe(path)
     with pytest.raises(ValidationError, match="frozen"):
-        recipe.name = "other"  # type: ignore[misc]
+        recipe.name = "other"
     with pytest.raises(ValidationError, match="valid integer"):
         recipes.Data.model_validate({"train": {"kind": "digits"}, "views": True})
 
@@ -189,7 +190,7 @@ def test_the_last_override_wins(path: Path) -> None:
         ("students.0.grid.model.hiden=[1]", ["key students.0.grid.model.hiden", "did you mean hidden?"]),
         ("students.0.seed=1", ["--set students.0.seed=1", "in the block and in its grid", "students.0.grid.seed"]),
         ("students.7.seed=1", ["students has no 7", "a number from 0 to 1"]),
-        ("data.seed.x=1", ["data.seed has no x"]),
+        ("data.views.x=1", ["data.views has no x", "got: 2"]),
         ("views", ["is not key=value", "data.views=4"]),
         ("=3", ["is not key=value"]),
         ("data.views=[", ["--set data.views=[: this is not YAML"]),
@@ -282,10 +283,8 @@ def test_damaged_text_is_read_or_refused_and_never_crashes(path: Path, data: st.
     start = data.draw(st.integers(0, len(TEXT) - 1))
     stop = data.draw(st.integers(start, min(len(TEXT), start + 12)))
     path.write_text(TEXT[:start] + data.draw(st.text("{}[]:,-&*!|>'\"%@#?\n \t0e.~a", max_size=6)) + TEXT[stop:])
-    try:
-        load_recipe(path)
-    except RecipeError as error:
-        assert error.what.startswith((str(path), "the recipe", "there is no"))
+    with contextlib.suppress(RecipeError):
+        assert load_recipe(path).students
 
 
 # ---- resolved recipes
@@ -357,21 +356,37 @@ def specs() -> list[type[BaseModel]]:
 
 @pytest.mark.parametrize("spec", specs(), ids=lambda spec: spec.__name__)
 def test_every_key_is_documented_with_its_default(spec: type[BaseModel]) -> None:
-    text = (ROOT / "docs" / "recipes.md").read_text()
-    assert table(spec) in text, f"docs/recipes.md does not hold this table:\n{table(spec)}"
+    assert section(spec) in (ROOT / "docs" / "recipes.md").read_text(), f"docs/recipes.md lacks\n{section(spec)}"
 
 
-def table(spec: type[BaseModel]) -> str:
-    rows = ["| key | default | meaning |", "|---|---|---|"]
-    for name, field in spec.model_fields.items():
-        meaning = " ".join((field.description or "").replace("|", "\\|").split())
-        rows.append(f"| `{name}` | {default(name, field)} | {meaning} |")
-    return "\n".join(rows)
+def section(spec: type[BaseModel]) -> str:
+    """What docs/recipes.md says of a part of a recipe: its docstring, and a row for each key."""
+    rows = [f"| `{name}` | {default(field)} | {meaning(field)} |" for name, field in spec.model_fields.items()]
+    if "kind" in spec.model_fields:
+        head, rows = f"**`kind: {spec.model_fields['kind'].default}`** ", rows[1:]
+    else:
+        head = f"**`{HEADINGS[spec.__name__]}`** "
+    return "\n".join(
+        [head + str(spec.__doc__), *(["", "| key | default | meaning |", "|---|---|---|", *rows] if rows else [])]
+    )
 
 
-def default(name: str, field: Any) -> str:
-    if name == "kind":
-        return f"required: `{field.default}`"
+HEADINGS = {
+    "Recipe": "top level",
+    "Data": "data",
+    "Normalize": "data.normalize",
+    "Teacher": "teacher",
+    "TeacherTraining": "teacher.train",
+    "Cache": "cache",
+    "Student": "students",
+}
+
+
+def meaning(field: Any) -> str:
+    return " ".join(field.description.replace("|", "\\|").split())
+
+
+def default(field: Any) -> str:
     if field.default_factory is not None:
         return "derived"
     if field.default is PydanticUndefined:

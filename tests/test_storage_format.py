@@ -1,4 +1,4 @@
-"""What is on the disk: layout arithmetic, the encodings, the very bytes of a shard, and the golden store of format 1."""
+"""What is on the disk: layout arithmetic, encodings, the very bytes of a shard, and the golden store of format 1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from akd_dist.storage.layout import Shard, StoreLayout
 from akd_dist.storage.manifest import Creation, Identity, Manifest
 from akd_dist.storage.reader import open_store
 from tests import stores
-
 
 # ---- layout
 
@@ -131,7 +130,9 @@ def test_a_users_zarr_configuration_changes_no_byte() -> None:
     identity, shard = stores.identity(), Shard(0, 1, 256, 300)
     zeros = {"logits": np.zeros((44, 3), np.float16)}
     before = encode_shard(identity, shard, zeros)
-    with zarr.config.set({"array.write_empty_chunks": False, "json_indent": 0, "codec_pipeline.path": "no.such.Pipeline"}):
+    with zarr.config.set(
+        {"array.write_empty_chunks": False, "json_indent": 0, "codec_pipeline.path": "no.such.Pipeline"}
+    ):
         assert encode_shard(identity, shard, zeros) == before
 
 

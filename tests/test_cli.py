@@ -1,0 +1,443 @@
+"""The command line: exit codes, messages without tracebacks, one JSON document on stdout, and what people read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import jsonschema
+import pytest
+
+import akd_dist
+from akd_dist import cli
+from akd_dist.documents import CacheDocument, ErrorDocument, FleetDocument, PlanDocument, schemas
+from akd_dist.recipe import load_recipe, recipe_schema
+from akd_dist.storage import errors
+from akd_dist.storage.errors import AkdError
+from tests import stores
+
+ROOT = Path(__file__).parent.parent
+DIGITS = str(ROOT / "jobs" / "digits.yaml")
+
+PART = {
+    "store": "stores/" + "ab" * 32, "id": "ab" * 32, "hit": False, "rows": 1168, "views": 4, "classes": 10,
+    "encoding": "float32", "bytes": 186_880, "shards": 20, "shards_computed": 20,
+}  # fmt: skip
+CACHED = PART | {"seconds": 3.25, "splits": {"validation": PART | {"views": 1}, "test": PART | {"views": 1}}}
+PLANNED = {"rows": 1168, "views": 4, "shards": 20, "bytes": 186_880}
+PLAN = {
+    "dry_run": True, "store_root": "stores", "bytes": 560_640, "free": 10**12,
+    "splits": {"train": PLANNED, "validation": PLANNED, "test": PLANNED},
+}  # fmt: skip
+STUDENT = {
+    "name": "mlp-4-hard_labels-s0", "model": "mlp-4", "parameters": 310, "objective": "hard_labels", "tau_max": None,
+    "seed": 0, "state": "done", "reason": None, "epochs": 40, "validation": {"accuracy": 0.9, "loss": 0.3},
+    "test": {"accuracy": 0.91}, "agreement": 0.93, "seconds": 1.5, "path": "runs/digits/students/mlp-4-hard_labels-s0",
+    "store": PART["store"], "teacher": "cd" * 32,
+}  # fmt: skip
+FLEET = {
+    "run": "runs/digits", "store": PART["store"], "students": [STUDENT], "cohorts": 1, "seconds": 12.5,
+    "teacher": {"model": "cnn-32", "parameters": 19_210, "test": {"accuracy": 0.98}, "fingerprint": "cd" * 32},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command leaves anything in the checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
+class Outcome:
+    """What a command left: its exit code, stdout and stderr."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The refusal's document, checked against the schema that ships."""
+        jsonschema.validate(self.document, schemas()["error"])
+        assert self.document["error"]["code"] == self.code
+        return ErrorDocument.model_validate(self.document).error.model_dump()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def command(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
+
+    return command
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every command and group as the words that call it."""
+    found = [path]
+    for name, command in group.commands.items():
+        found += commands(command, (*path, name)) if isinstance(command, click.Group) else [(*path, name)]
+    return found
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("words", commands(cli.cli), ids=" ".join)
+def test_every_command_has_help_that_fits(words: tuple[str, ...], run: Any) -> None:
+    outcome = run(*words, "--help")
+    assert outcome.code == 0
+    assert "Usage: akd-dist" in outcome.out
+    assert "..." not in re.sub(r"(s3://|RUN|\[ARGS\])\.\.\.", "", outcome.out), "a summary is cut off"
+    assert max(map(len, outcome.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("words", [(), ("stores",), ("recipe",)], ids=" ".join)
+def test_a_group_alone_shows_its_help(words: tuple[str, ...], run: Any) -> None:
+    outcome = run(*words)
+    assert outcome.code == 0
+    assert outcome.out == run(*words, "--help").out
+
+
+def test_commands_stand_in_the_order_of_their_story(run: Any) -> None:
+    listed = re.findall(r"^  ([a-z-]+)  ", run("--help").out.split("Commands:")[1], flags=re.MULTILINE)
+    assert listed == ["quickstart", "cache-teacher", "train-students", "stores", "report", "recipe"]
+
+
+@pytest.mark.parametrize(
+    "words", [("--help",), ("train-students", "--help"), ("stores", "list", "--help")], ids=" ".join
+)
+def test_help_imports_nothing_heavy(words: tuple[str, ...]) -> None:
+    code = (
+        f"import sys\nfrom akd_dist.cli import main\ntry:\n    main({list(words)!r})\nexcept SystemExit:\n"
+        "    print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert not loaded & {"torch", "ray", "zarr", "numpy", "pydantic", "rich", "ruamel", "sklearn", "pyarrow"}
+
+
+def test_the_version(run: Any) -> None:
+    assert re.fullmatch(r"akd-dist \d+\.\d+\.\d+\n", run("--version").out)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("cache-techer",), "Did you mean 'cache-teacher'?"),
+        (("cache-teacher",), "Missing argument 'RECIPE'"),
+        (("train-students", "x.yaml", "--frsh"), "Did you mean"),
+        (("stores", "shw"), "No such command 'shw'"),
+        (("train-students", "x.yaml"), "there is no recipe x.yaml"),
+        (("train-students", DIGITS, "--set", "data.vews=3"), "--set data.vews=3: key data.vews is not known"),
+        (("cache-teacher", DIGITS, "--set", "data.views"), "is not key=value"),
+        (("stores", "repair", "abc", "--set", "a=1"), "--set changes a recipe and none is given"),
+    ],
+    ids=lambda value: " ".join(value).replace(str(ROOT), "") if isinstance(value, tuple) else None,
+)
+def test_wrong_options_and_recipes_exit_2_before_anything(words: tuple[str, ...], what: str, run: Any) -> None:
+    plain = run(*words)
+    assert (plain.code, plain.out) == (2, "")
+    assert plain.err.startswith("error: ")
+    assert what in plain.err
+    assert "next: " in plain.err
+    if "cache-techer" not in words and "shw" not in words:  # where it is unknown what --json would mean
+        assert what in run(*words, "--json").error["what"]
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_refusal_with_json_is_one_document_on_stdout(run: Any) -> None:
+    outcome = run("recipe", "check", DIGITS, "--set", "data.views=0", "--json")
+    assert outcome.code == 2
+    assert outcome.error["got"] == "0"
+    assert outcome.error["expected"] == "greater than or equal to 1"
+    assert "data.views" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AkdError)],
+    ids=lambda kind: kind.__name__,
+)
+def test_every_refusal_has_its_exit_code(kind: type[AkdError], run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise kind("it is so", got="this", expected="that", next="do this")
+
+    monkeypatch.setattr(akd_dist, "cache_teacher", refuse)
+    outcome = run("cache-teacher", DIGITS, "--json")
+    assert outcome.code == kind.code
+    assert outcome.error == {
+        "code": kind.code,
+        "what": "it is so",
+        "got": "this",
+        "expected": "that",
+        "next": "do this",
+    }
+    assert outcome.err == "error: it is so\n  got: this\n  expected: that\n  next: do this\n"
+
+
+def test_a_bug_names_the_log_that_holds_its_traceback(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(akd_dist, "cache_teacher", lambda *_, **__: 1 // 0)
+    outcome = run("cache-teacher", DIGITS, "--set", "name=a b", "--json")
+    assert outcome.code == 70
+    assert outcome.error["got"] == "ZeroDivisionError: integer division or modulo by zero"
+    log = re.search(r"the log (\S+\.log)", outcome.err)
+    assert log is not None
+    text = Path(log[1]).read_text()
+    assert "Traceback (most recent call last)" in text
+    assert "akd-dist cache-teacher" in text
+    assert "'name=a b'" in text
+
+
+def test_a_bug_is_told_where_no_log_folder_can_be_made(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(Path("file").absolute()))
+    monkeypatch.setattr(akd_dist, "cache_teacher", lambda *_, **__: 1 // 0)
+    outcome = run("cache-teacher", DIGITS)
+    assert outcome.code == 70
+    assert Path(outcome.err.split("the log ")[1].split(";")[0]).exists()
+
+
+def test_an_interrupt_exits_130(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(akd_dist, "train_students", interrupted)
+    outcome = run("train-students", DIGITS, "--json")
+    assert outcome.code == 130
+    assert "run the same command again" in outcome.error["next"]
+
+
+# ---- the two verbs: what the command line adds to them
+
+
+def test_options_reach_the_verb(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(akd_dist, "train_students", lambda recipe, **given: seen.update(given, recipe=recipe) or FLEET)
+    outcome = run(
+        "train-students", "r.yaml", "--set", "a=1", "--set", "b=2", "--store-root", "s3://b/s", "--run-root", "r",
+        "--cache-root", "c", "--address", "auto", "--fresh", "--wait", "--json",
+    )  # fmt: skip
+    assert outcome.document == FLEET
+    assert seen.pop("console").stderr
+    assert seen == {
+        "recipe": "r.yaml", "overrides": ("a=1", "b=2"), "store_root": "s3://b/s", "run_root": "r", "cache_root": "c",
+        "address": "auto", "fresh": True, "wait": True,
+    }  # fmt: skip
+
+
+def test_roots_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert akd_dist.absolute_root("stores") == str(tmp_path / "stores")
+    assert akd_dist.absolute_root("~/stores") == "/somewhere/stores"
+    assert akd_dist.absolute_root("s3://bucket/stores") == "s3://bucket/stores"
+
+
+@pytest.mark.parametrize(("state", "code"), [("done", 0), ("diverged", 1), ("failed", 1)])
+def test_a_fleet_is_shown_and_judged(state: str, code: int, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = STUDENT | {"state": state, "reason": "see its log", "name": "mlp-4-hard_labels-s1", "seed": 1}
+    fleet = FLEET | {"students": [STUDENT, lost]}
+    FleetDocument.model_validate(fleet)
+    monkeypatch.setattr(akd_dist, "train_students", lambda *_, **__: fleet)
+    outcome = run("train-students", "my recipe.yaml", "--set", "cohorts=2", "--store-root", "there")
+    assert outcome.code == code
+    assert "310" in outcome.out
+    assert f"store   {PART['store']}" in outcome.out
+    assert "report  runs/digits/report.html" in outcome.out
+    assert "  akd-dist stores show abababababab --store-root there\n" in outcome.out
+    assert "  akd-dist train-students 'my recipe.yaml' --set cohorts=2 --set data.seed=1" in outcome.out
+    assert "Traceback" not in outcome.err
+
+
+def test_quickstart_runs_the_recipe_that_ships(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(akd_dist, "train_students", lambda recipe, **_: seen.update(recipe=recipe) or FLEET)
+    outcome = run("quickstart")
+    assert outcome.code == 0
+    assert Path(seen["recipe"]).samefile(DIGITS)
+    assert f"cp {seen['recipe']} my-digits.yaml" in outcome.out
+    assert "akd-dist train-students my-digits.yaml --set name=my-digits\n" in outcome.out
+
+
+@pytest.mark.parametrize("hit", [False, True])
+def test_a_cached_teacher_is_summed_up(hit: bool, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = CACHED | {"hit": hit}
+    CacheDocument.model_validate(document)
+    monkeypatch.setattr(akd_dist, "cache_teacher", lambda *_, **__: document)
+    outcome = run("cache-teacher", "r.yaml", "--set", "data.views=4")
+    assert outcome.code == 0
+    for words in (
+        "1,168 rows x 4 views x 10 classes, float32",
+        "560.6 kB in 60 shards",
+        "a hit: it was there already" if hit else "60 of 60 shards computed now",
+        "akd-dist train-students r.yaml --set data.views=4",
+    ):
+        assert words in outcome.out
+    assert run("cache-teacher", "r.yaml", "--json").document == document
+
+
+def test_a_plan_is_a_table(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    PlanDocument.model_validate(PLAN)
+    monkeypatch.setattr(akd_dist, "cache_teacher", lambda *_, **given: PLAN if given["dry_run"] else CACHED)
+    outcome = run("cache-teacher", "r.yaml", "--dry-run")
+    assert outcome.code == 0
+    assert re.search(r"validation +1,168 +4 +20 +186\.9 kB", outcome.out)
+    assert "needs 560.6 kB under stores, free 1.0 TB; nothing was computed" in outcome.out
+
+
+# ---- stores
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A store root with one sealed store."""
+    shutil.copytree(stores.GOLDEN, tmp_path / "stores")
+    return tmp_path / "stores"
+
+
+def test_an_empty_root_has_no_stores(run: Any) -> None:
+    assert "no stores under stores" in run("stores", "list").out
+    assert run("stores", "list", "--json").document == {"store_root": str(Path.cwd() / "stores"), "stores": []}
+    assert run("stores", "gc", "--json").document == {"removed": []}
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "repair"])
+def test_a_store_that_is_not_there_is_refused(command: str, run: Any) -> None:
+    outcome = run("stores", command, "abc", "--json")
+    assert outcome.code == 4
+    assert "no store begins with 'abc'" in outcome.error["what"]
+
+
+def test_a_sealed_store_is_listed_and_shown_by_a_short_id(root: Path, run: Any) -> None:
+    (store,) = root.iterdir()
+    listed = run("stores", "list")
+    assert re.search(rf"^{store.name[:12]} +sealed +\d", listed.out, flags=re.MULTILINE)
+    assert max(map(len, listed.out.splitlines())) <= 160
+    shown = run("stores", "show", store.name[:6])
+    assert store.name in shown.out
+    assert "batch_rows" in shown.out
+    document = run("stores", "show", store.name[:6], "--json").document
+    assert document["manifest"]["id"] == document["id"] == store.name
+    assert document["store"] == str(store)
+
+
+def test_an_unsealed_store_says_how_far_it_is(root: Path, run: Any) -> None:
+    (store,) = root.iterdir()
+    (store / "manifest.json").unlink()
+    assert "shards" in run("stores", "list").out
+    shown = run("stores", "show", store.name[:12])
+    assert shown.code == 0
+    assert re.search(r"state +\d+ of \d+ shards", shown.out)
+    assert run("stores", "verify", store.name[:12]).code == 4
+
+
+def test_verify_finds_damage_and_exits_5(root: Path, run: Any) -> None:
+    (store,) = root.iterdir()
+    assert "is what was sealed" in run("stores", "verify", store.name[:12]).out
+    shard = next((store / "arrays.zarr" / "logits" / "c").rglob("0"))
+    while shard.is_dir():
+        shard = next(shard.iterdir())
+    damaged = bytearray(shard.read_bytes())
+    damaged[10] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(damaged)
+    key = str(shard.relative_to(store))
+    outcome = run("stores", "verify", store.name[:12])
+    assert (outcome.code, outcome.out) == (5, "")
+    assert key in outcome.err
+    assert f"next: akd-dist stores repair {store.name[:12]}" in outcome.err
+    as_json = run("stores", "verify", store.name[:12], "--json")
+    assert as_json.code == 5
+    assert [damage["key"] for damage in as_json.document["damages"]] == [key]
+    assert run("stores", "verify", store.name[:12], "--shallow").code == 0
+
+
+# ---- report and recipe
+
+
+def test_a_report_of_a_run_that_is_not_there(run: Any) -> None:
+    outcome = run("report", "runs/nope", "--json")
+    assert outcome.code == 4
+    assert "runs/nope" in outcome.error["what"]
+
+
+def test_a_report_is_written_and_named(run: Any) -> None:
+    folder = Path("runs/digits")
+    folder.mkdir(parents=True)
+    (folder / "fleet.json").write_text(json.dumps(FLEET))
+    for path in ("students/mlp-4-hard_labels-s0/metrics.jsonl",):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).touch()
+    outcome = run("report", folder)
+    assert outcome.code == 0
+    assert "report  runs/digits/report.html" in outcome.out
+    assert (folder / "report.html").exists()
+    assert run("report", folder, "--json").document == {
+        "reports": [{"run": str(folder), "report": f"{folder}/report.html"}]
+    }
+    assert akd_dist.report(folder) == folder / "report.html"
+
+
+def test_recipe_check_lists_the_students(run: Any) -> None:
+    outcome = run("recipe", "check", DIGITS)
+    assert outcome.code == 0
+    recipe = load_recipe(DIGITS)
+    for student in recipe.students:
+        assert student.name in outcome.out
+    assert f"next: akd-dist train-students {DIGITS}\n" in outcome.out
+    document = run("recipe", "check", DIGITS, "--json").document
+    assert document["recipe"] == recipe.model_dump(mode="json")
+    assert len(document["students"]) == len(recipe.students)
+
+
+def test_recipe_check_of_a_large_fleet_is_short(run: Any) -> None:
+    outcome = run("recipe", "check", DIGITS, "--set", f"students.0.grid.seed={list(range(500))}")
+    assert outcome.code == 0
+    assert len(outcome.out.splitlines()) < 250
+    assert "more\n" in outcome.out
+
+
+def test_recipe_schema_is_printed(run: Any) -> None:
+    assert run("recipe", "schema").document == recipe_schema()
+
+
+# ---- the same verbs in Python
+
+
+def test_the_public_names_are_there() -> None:
+    for name in akd_dist.__all__:
+        assert callable(getattr(akd_dist, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        akd_dist.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("first", ["import akd_dist.report", "from akd_dist import report", "pass"])
+def test_report_is_a_verb_and_a_module_whoever_imports_it_first(first: str) -> None:
+    code = (
+        f"import akd_dist\n{first}\nfrom akd_dist.report import fleet_table\n"
+        "try:\n    akd_dist.report('nowhere')\nexcept akd_dist.storage.errors.AkdError as error:\n    print(error.what)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "there are no results in nowhere\n"
+    assert done.stderr == ""
+
+
+def test_open_store_reads_rows(root: Path) -> None:
+    (store,) = root.iterdir()
+    opened = akd_dist.open_store(store)
+    assert opened.rows(0, 0, 2).shape == (2, opened.classes)
