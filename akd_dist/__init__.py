@@ -12,12 +12,9 @@ Importing this module is instant: each verb imports what it needs when it is cal
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,9 +23,6 @@ if TYPE_CHECKING:
 
     from akd_dist.recipe import Recipe
     from akd_dist.storage.reader import LogitStore
-
-    def report(run: str | Path) -> Path:
-        """Write a run's report.html afresh; returns its path. At run time this is the module, made callable below."""
 
 
 __all__ = ["cache_teacher", "load_model", "open_store", "report", "train_students"]
@@ -149,6 +143,20 @@ def load_model(folder: str | Path) -> nn.Module:
     return load_model(absolute_root(folder))
 
 
+def report(run: str | Path) -> Path:
+    """Write a run's report.html afresh from what lies in its folder.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        RefusedError: there is no run, or it is not finished.
+    """
+    from akd_dist.fleet_report import write_report
+
+    return write_report(Path(run))
+
+
 def absolute_root(root: str | Path) -> str:
     """A local root as an absolute path, before any worker changes directory; a URI as it is."""
     text = os.fspath(root)
@@ -165,28 +173,3 @@ def _recipe(recipe: Recipe | str | Path, overrides: Sequence[str]) -> Recipe:
     from akd_dist.recipe import Recipe, load_recipe
 
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-
-
-class _Report(ModuleType):
-    """The module akd_dist.report, which is also the verb `akd_dist.report(run)`."""
-
-    def __call__(self, run: str | Path) -> Path:
-        path: Path = self.write_report(Path(run))
-        return path
-
-
-class _Package(ModuleType):
-    """This package; makes the one submodule that is named like a verb callable, whoever imports it first."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "report" and isinstance(value, ModuleType):
-            value.__class__ = _Report
-        super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "report":
-            return importlib.import_module("akd_dist.report")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-sys.modules[__name__].__class__ = _Package

@@ -438,7 +438,7 @@ def stores_gc(store_root: str, as_json: bool) -> None:
 @_json
 def report(runs: tuple[str, ...], as_json: bool) -> None:
     """Print the tables of runs, write report.html."""
-    from akd_dist.report import fleet_table, read_fleet
+    from akd_dist.fleet_report import fleet_table, read_fleet
 
     written = []
     for run in runs:
@@ -595,7 +595,7 @@ def _print_cached(document: dict[str, Any], next_command: str) -> None:
 
 
 def _print_fleet(fleet: dict[str, Any], next_commands: Iterable[str]) -> None:
-    from akd_dist.report import fleet_table
+    from akd_dist.fleet_report import fleet_table
 
     _result_console().print(fleet_table(fleet))
     run = Path(fleet["run"])

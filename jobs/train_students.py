@@ -25,10 +25,10 @@ from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.cohort import CohortJob, open_stream, read_result, train_cohort
+from akd_dist.fleet_report import write_report
 from akd_dist.jobs.cache_teacher import SPLITS, cache_teacher, prepare_shown, read_progress
 from akd_dist.models import ModelCard, add_folder, build, num_parameters
 from akd_dist.recipe import Recipe
-from akd_dist.report import write_report
 from akd_dist.rows import Splits
 from akd_dist.storage.errors import AkdError, MachineError, RecipeError
 from akd_dist.storage.files import canonical_json, file_lock, replace

@@ -426,17 +426,6 @@ def test_the_public_names_are_there() -> None:
         akd_dist.nothing  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize("first", ["import akd_dist.report", "from akd_dist import report", "pass"])
-def test_report_is_a_verb_and_a_module_whoever_imports_it_first(first: str) -> None:
-    code = (
-        f"import akd_dist\n{first}\nfrom akd_dist.report import fleet_table\n"
-        "try:\n    akd_dist.report('nowhere')\nexcept akd_dist.storage.errors.AkdError as error:\n    print(error.what)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "there are no results in nowhere\n"
-    assert done.stderr == ""
-
-
 def test_open_store_reads_rows(root: Path) -> None:
     (store,) = root.iterdir()
     opened = akd_dist.open_store(store)

@@ -102,7 +102,7 @@ def test_no_key_leaves_its_root(root: ObjectRoot, key: str) -> None:
             act(key)
 
 
-@pytest.mark.parametrize("uri", ["", "file:///tmp/x", "https://host/x", "s3://", "a\0b"])
+@pytest.mark.parametrize("uri", ["", "file:///x", "https://host/x", "s3://", "a\0b"])
 def test_a_root_is_a_folder_or_a_bucket(uri: str) -> None:
     with pytest.raises(RecipeError, match="is no place for stores"):
         open_root(uri)

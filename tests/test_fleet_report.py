@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from akd_dist.documents import FleetDocument
-from akd_dist.report import (
+from akd_dist.fleet_report import (
     Group,
     Spread,
     fleet_table,
