@@ -16,6 +16,7 @@ import torch
 
 from akd_dist.checkpoint import checkpoints
 from akd_dist.cohort import CohortJob, train_cohort
+from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.train_students import fleet_job, train_in_process
 from akd_dist.models import load_model
 from akd_dist.recipe import Recipe
@@ -182,6 +183,18 @@ def test_a_swapped_shard_is_refused_before_a_step_although_it_was_decoded_before
         train_cohort(job_of(recipe, stores, tmp_path, tmp_path / "run"))
     assert refused.value.code == 5
     assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def test_stores_in_object_storage_train_the_same_students(
+    recipe: Recipe, home: Path, undisturbed: dict[str, str], bucket: str, tmp_path: Path
+) -> None:
+    root = {"store_root": f"{bucket}/stores", "cache_root": str(tmp_path / "cache")}
+    document = cache_in_process(recipe, str(home / "teacher"), **root)
+    assert document["store"].startswith("s3://")
+    stores = {"train": document["store"]} | {split: part["store"] for split, part in document["splits"].items()}
+    train_in_process(recipe, stores, run=tmp_path / "run", cache_root=root["cache_root"])
+    assert weights(tmp_path / "run") == undisturbed
+    assert cache_in_process(recipe, str(home / "teacher"), **root)["hit"]
 
 
 def test_other_data_than_the_drivers_is_refused(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 
 from akd_dist.storage import catalog
 from akd_dist.storage.claim import claim_store
@@ -23,23 +20,6 @@ from akd_dist.storage.reader import open_store
 from akd_dist.storage.s3 import S3Root
 from akd_dist.storage.writer import create_store, missing_shards
 from tests import stores
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An empty bucket on a server of this machine, and the AWS_* environment that leads there."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
-        patch.setenv("AWS_REGION", "us-east-1")
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
-        urllib.request.urlopen(request, timeout=10).close()
-        yield "s3://bucket"
-    server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])
