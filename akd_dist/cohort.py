@@ -59,8 +59,6 @@ class CohortJob:
     """Which attempt of the run this is."""
     checkpoint_seconds: float = 20.0
     """Time between checkpoints; 0 writes one at the end of every epoch and nowhere else."""
-    cache_budget: int | None = None
-    """Bytes that the node caches may take; None for what the disk has."""
 
     @property
     def stop_file(self) -> Path:
@@ -88,7 +86,7 @@ def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
     add_folder(job.folder)
-    splits = prepare(job.data, Path(job.cache_root), budget=job.cache_budget)
+    splits = prepare(job.data, Path(job.cache_root))
     check_fingerprints(job, splits)
     stream, teacher_classes = open_stream(job, splits)
     with contextlib.ExitStack() as locks:
@@ -96,6 +94,7 @@ def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
             for spec in job.students:
                 lock = Path(job.root) / spec.name / "checkpoints" / "lock"
                 locks.enter_context(file_lock(lock, what=f"the student {spec.name}", wait=ZOMBIE_SECONDS))
+        group.any(False)  # nobody reads a checkpoint before rank 0 holds the locks
         students = [student for spec in job.students if (student := open_student(job, spec, splits.train, group))]
         failpoint("cohort.before_first_step")
         stopped = _Lockstep(job, group, stream, splits, teacher_classes, students).run()
@@ -121,7 +120,7 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | No
     if job.stores:
         test = open_store(job.stores["test"])
         teacher_classes = test.rows(0, 0, test.num_rows).argmax(axis=1)
-        logits = open_decoded(open_store(job.stores["train"]), Path(job.cache_root), budget=job.cache_budget)
+        logits = open_decoded(open_store(job.stores["train"]), Path(job.cache_root))
     stream = Stream(
         splits.train,
         logits,
@@ -129,6 +128,7 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | No
         seed=job.data.seed,
         views=job.data.views,
         batch=job.students[0].batch,
+        window=job.data.window,
     )
     if job.stores:
         stream.check_probes(open_store(job.stores["train"]).manifest)

@@ -132,6 +132,8 @@ class Data(Spec):
     """How many augmented views of each train row the teacher is cached on; epoch e trains on view e mod views."""
     augmentation: Augmentation = NoAugmentation()
     """How a view is drawn from a row; a pure function of (seed, row, view)."""
+    window: Count | None = None
+    """Rows that are shuffled as one window, for data larger than memory; none shuffles all rows together."""
     normalize: Normalize | None = None
     """Applied inside the models; none leaves inputs between 0 and 1 (uint8) or as they are (float)."""
 
@@ -140,6 +142,12 @@ class Data(Spec):
         shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
         if sum(shares) >= 1:
             raise ValueError(f"validation and test take {' + '.join(map(str, shares))} of the rows; train needs some")
+        return self
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> Data:
+        if self.views > 1 and isinstance(self.augmentation, NoAugmentation):
+            raise ValueError(f"views is {self.views} without an augmentation: all views of a row would be the same")
         return self
 
 

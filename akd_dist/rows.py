@@ -127,7 +127,7 @@ def prepare(
         data: sources, split and seed.
         cache_root: prepared data lies in `<cache_root>/rows/<key>/`; the key is over sources, sizes and times of files,
             and the split.
-        budget: bytes that everything under `cache_root` may take; None for what the disk has.
+        budget: bytes that everything under `cache_root` may take; None for the default budget of the node cache.
         on_progress: called with what is being read, rows done, and rows in all.
 
     Raises:

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import platformdirs
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from akd_dist.storage.errors import MachineError
+from akd_dist.storage.errors import MachineError, RecipeError
 from akd_dist.storage.files import PARTIAL_SUFFIX, canonical_json, file_lock, replace
 from akd_dist.storage.reader import LogitStore
 
@@ -40,6 +41,23 @@ def default_cache_root() -> Path:
     return Path(os.environ.get("AKD_DIST_CACHE") or platformdirs.user_cache_path("akd-dist")).absolute()
 
 
+def default_budget() -> int | None:
+    """$AKD_DIST_CACHE_BUDGET in bytes (`50GB`, `1.5 TiB`), or None for as much as is free.
+
+    Raises:
+        RecipeError: it says something else.
+    """
+    text = os.environ.get("AKD_DIST_CACHE_BUDGET", "").strip()
+    if not text:
+        return None
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise RecipeError(
+            "AKD_DIST_CACHE_BUDGET is not a size", got=text, expected="bytes, such as 50GB", next="correct or unset it"
+        ) from None
+
+
 def open_decoded(
     store: LogitStore, cache_root: Path, *, budget: int | None = None, on_progress: Progress | None = None
 ) -> np.memmap[Any, Any]:
@@ -49,7 +67,7 @@ def open_decoded(
     still be what was sealed, whether there is a decoded copy or not.
 
     Args:
-        budget: bytes that all entries together may take; None for as much as is free.
+        budget: bytes that all entries together may take; None for the default budget.
         on_progress: called with how many shards are read or checked, and of how many.
 
     Returns:
@@ -105,13 +123,14 @@ def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[
 
     Args:
         need: bytes about to be written under `cache_root`.
-        budget: bytes that all entries together may take; None for as much as is free.
+        budget: bytes that all entries together may take; None for the default budget.
         keep: entries that stay whatever happens.
 
     Raises:
         MachineError: they do not fit with everything evicted that can be; names need, free and budget.
     """
     cache_root.mkdir(parents=True, exist_ok=True)
+    budget = default_budget() if budget is None else budget
     with file_lock(cache_root / "evict.lock", what="the cache"):
         entries = sorted((entry for entry in _entries(cache_root) if entry not in keep), key=_last_used)
         while not _fits(cache_root, need, budget) and entries:
@@ -121,7 +140,7 @@ def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[
                 f"no room in the cache {cache_root}",
                 got=f"{shutil.disk_usage(cache_root).free:,} bytes free, {_used(cache_root):,} in entries in use",
                 expected=f"{need:,} bytes" + ("" if budget is None else f" within a budget of {budget:,}"),
-                next="free some space, raise the budget, or choose another --cache-root",
+                next="free some space, raise AKD_DIST_CACHE_BUDGET, or choose another --cache-root",
             )
 
 

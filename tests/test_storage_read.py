@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from akd_dist.storage.errors import AkdError, DamagedError, MachineError, RefusedError
+from akd_dist.storage.errors import AkdError, DamagedError, MachineError, RecipeError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.storage.manifest import Manifest
-from akd_dist.storage.node_cache import default_cache_root, make_room, open_decoded
+from akd_dist.storage.node_cache import default_budget, default_cache_root, make_room, open_decoded
 from akd_dist.storage.reader import LogitStore, open_store
 from tests import stores
 
@@ -345,6 +345,19 @@ def test_what_cannot_fit_is_refused_with_need_free_and_budget(folder: Path, cach
     assert str(refused.value.expected) == "7,696 bytes within a budget of 1,000"
     with pytest.raises(MachineError):
         make_room(cache_root, 2**62, budget=None)
+
+
+@pytest.mark.parametrize(("text", "size"), [("", None), ("1500", 1500), ("50GB", 50 * 10**9), ("1.5KiB", 1536)])
+def test_the_default_budget(monkeypatch: pytest.MonkeyPatch, text: str, size: int | None) -> None:
+    monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", text)
+    assert default_budget() == size
+
+
+@pytest.mark.parametrize("text", ["much", "5 XB", "-1"])
+def test_a_budget_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch, cache_root: Path, text: str) -> None:
+    monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", text)
+    with pytest.raises(RecipeError, match="AKD_DIST_CACHE_BUDGET"):
+        make_room(cache_root, 1, None)
 
 
 def test_what_a_killed_decoder_left_is_removed(folder: Path, cache_root: Path) -> None:
