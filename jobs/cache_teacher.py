@@ -28,7 +28,7 @@ from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, Shard, StoreLayout
-from akd_dist.storage.manifest import Computed, Creation, Identity
+from akd_dist.storage.manifest import Computed, Creation, Identity, Receipt
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store
@@ -193,32 +193,23 @@ def _compute(
     from akd_dist.jobs import cluster
     from akd_dist.jobs.progress import meter
 
-    jobs = {plan.split: cache_job(plan, recipe, teacher_uri, cache_root) for plan in plans if plan.missing}
-    items = [(plan, shard) for plan in plans for shard in plan.missing]
+    tasks = []
+    for plan in plans:
+        if plan.missing:
+            job = cache_job(plan, recipe, teacher_uri, cache_root)
+            tasks += [cluster.Task(f"{plan.split} rows, {shard}", job, shard) for shard in plan.missing]
+    by_split = {plan.split: plan for plan in plans}
     done = 0
-    with meter(console, "caching the teacher", sum(shard.rows for _, shard in items)) as shown:
+    with meter(console, "caching the teacher", sum(task.item.rows for task in tasks)) as shown:
 
-        def count(item: tuple[str, Shard], _receipt: Any) -> None:
+        def count(task: cluster.Task, _receipt: Receipt) -> None:
             nonlocal done
-            by_split[item[0]].computed += 1
-            done += item[1].rows
+            by_split[task.job.split].computed += 1
+            done += task.item.rows
             shown.update(done)
 
-        by_split = {plan.split: plan for plan in plans}
         shown.update(0)
-        cluster.run_tasks(
-            run_item,
-            lambda item: jobs[item[0]],
-            [(plan.split, shard) for plan, shard in items],
-            threads=recipe.cache.threads,
-            stop=stop,
-            on_result=count,
-        )
-
-
-def run_item(job: CacheJob, item: tuple[str, Shard]) -> None:
-    """What a Ray task runs: one whole shard. Its receipt lies in the store; logits never travel."""
-    cache_shard(job, item[1])
+        cluster.run_tasks(cache_shard, tasks, threads=recipe.cache.threads, stop=stop, on_result=count)
 
 
 def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str) -> CacheJob:

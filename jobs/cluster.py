@@ -10,10 +10,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
-from akd_dist.storage.errors import AkdError, InterruptedByUser, MachineError, TerminatedError
+from akd_dist.storage.errors import AkdError, InterruptedByUser, MachineError, RefusedError, TerminatedError
 
 # Read by Ray when it is imported or started, so they are set before either.
 _ENVIRONMENT = {
@@ -34,12 +35,10 @@ for _name, _value in _ENVIRONMENT.items():
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecations inside Ray, at import
-    import ray
+    import ray as ray  # under its own name, so that other modules may take it from here: the environment is set then
 
 POLL_SECONDS = 0.2
 _closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
-Item = TypeVar("Item")
-__all__ = ["closing", "connect", "ray", "run_one", "run_tasks", "stop_on_signals", "total_cpus", "wait_for_cpus"]
 
 
 def connect(address: str | None = None, num_cpus: int | None = None) -> None:
@@ -55,6 +54,8 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if address is None:
+                # As the environment above says, also for a ray that was imported before it was set.
+                ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
                 ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **options)
             else:
                 ray.init(address=address, runtime_env={"env_vars": _ENVIRONMENT}, **options)
@@ -122,55 +123,59 @@ def stop_on_signals(tell: Callable[[str], None]) -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
+@dataclass(frozen=True)
+class Task:
+    """One call of a Ray task: `function(job, item)`."""
+
+    name: str
+    """Names the item in messages."""
+    job: Any
+    """What many items have in common; shipped to the cluster once."""
+    item: Any
+    """What this one is about; small."""
+
+
 def run_tasks(
-    function: Callable[[Any, Item], Any],
-    job_of: Callable[[Item], Any],
-    items: Iterable[Item],
+    function: Callable[[Any, Any], Any],
+    tasks: Iterable[Task],
     *,
     threads: int,
     stop: StopFlag,
-    on_result: Callable[[Item, Any], None],
-    on_poll: Callable[[], None] = lambda: None,
+    on_result: Callable[[Task, Any], None],
     retries: int = 3,
 ) -> None:
-    """Run `function(job, item)` for every item as Ray tasks, a bounded number in flight; hand on results as they come.
+    """Run Ray tasks, a bounded number in flight; hand on results as they come.
 
     A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next. A task whose
     worker died is run again up to `retries` times; one that raised is not, since its inputs would be the same.
 
     Args:
-        job_of: the first argument for an item; equal jobs are shipped once.
+        function: called as function(job, item) in a worker.
         threads: CPUs that a task occupies.
-        on_poll: called several times a second.
+        stop: once it is up, tasks in flight come to their end and no other is started.
 
     Raises:
-        AkdError: as raised by the task.
+        AkdError: as raised by a task.
+        RefusedError: a task raised something else, as a user's own model may; names the item, shows it whole.
         MachineError: an item's worker died more often than `retries`; names the item.
     """
     remote = ray.remote(num_cpus=threads, max_retries=retries, max_calls=0)(function)
     window = 2 * max(1, int(total_cpus()) // threads)
     shipped: dict[int, Any] = {}
-    waiting = iter(items)
-    flying: dict[Any, Item] = {}
-    exhausted = False
+    waiting = iter(tasks)
+    flying: dict[Any, Task] = {}
     try:
         while True:
-            while not exhausted and not stop and len(flying) < window:
-                item = next(waiting, None)
-                if item is None:
-                    exhausted = True
-                    break
-                job = job_of(item)
-                if id(job) not in shipped:
-                    shipped[id(job)] = ray.put(job)
-                flying[remote.remote(shipped[id(job)], item)] = item
+            while not stop and len(flying) < window and (task := next(waiting, None)) is not None:
+                if id(task.job) not in shipped:
+                    shipped[id(task.job)] = ray.put(task.job)
+                flying[remote.remote(shipped[id(task.job)], task.item)] = task
             if not flying:
                 return
             done, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
-            on_poll()
             for reference in done:
-                item = flying.pop(reference)
-                on_result(item, _result(reference, item, retries))
+                task = flying.pop(reference)
+                on_result(task, _result(reference, task.name, retries))
     finally:
         for reference in flying:
             ray.cancel(reference, force=False)
@@ -191,17 +196,22 @@ def run_one(
     return _result(reference, name, retries)
 
 
-def _result(reference: Any, item: object, retries: int) -> Any:
+def _result(reference: Any, name: str, retries: int) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, AkdError):
             raise cause from None
-        raise
+        raise RefusedError(
+            f"{name}: computing this raised an error",
+            got=str(error),
+            expected="code that runs",
+            next="mend it, then run the same command again: what is done is kept",
+        ) from None
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise MachineError(
-            f"{item} could not be computed: its worker died again and again",
+            f"{name}: its worker died again and again",
             got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
             expected=f"a worker that survives, within {retries} retries",
             next="see whether memory ran out; the same command carries on with what is missing",

@@ -179,7 +179,7 @@ class Killer:
 
 
 def test_a_killed_cache_worker_changes_no_byte(home: Home, ray_cluster: None, tmp_path: Path) -> None:
-    with Killer("ray::run_item", 2) as killer:
+    with Killer("ray::cache_shard", 2) as killer:
         teacher = home.root / "slow-teacher"
         slow = home.recipe_for(str(a_slow_teacher(home, teacher)))
         cache_teacher(slow, console=Console(quiet=True), **home.places(tmp_path))

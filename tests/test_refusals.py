@@ -116,7 +116,9 @@ def test_a_label_out_of_range_names_its_row(place: Place) -> None:
 
 def test_a_teacher_for_other_data(place: Place) -> None:
     message = place.refuse(
-        4, "--set", place.parquet(pixels=pixels(20), label=[0, 1] * 10), "--set", "data.augmentation={kind: none}"
+        4,
+        *("--set", place.parquet(pixels=pixels(20), label=[0, 1] * 10)),
+        *("--set", "data.augmentation={kind: none}", "--set", "data.views=1"),
     )
     assert "[1, 8, 8]" in message
     assert "10 classes" in message
