@@ -46,12 +46,17 @@ def load_checkpoint(folder: Path) -> Any | None:
     Raises:
         DamagedError: there are checkpoints and none of them is intact.
     """
-    found = checkpoints(folder)
+    found, damaged = checkpoints(folder), []
     for path in reversed(found):
         try:
-            return decode(path.read_bytes(), path)
+            tree = decode(path.read_bytes(), path)
         except DamagedError as error:
             log.warning("%s; falling back to the one before", error)
+            damaged.append(path)
+            continue
+        for bad in damaged:  # else it would be kept as one of the last two, and an intact one removed
+            bad.rename(bad.with_suffix(".damaged"))
+        return tree
     if not found:
         return None
     raise DamagedError(

@@ -8,21 +8,24 @@ Results go to stdout, everything else to stderr. Heavy imports happen inside com
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 import akd_dist
-from akd_dist.storage.errors import AkdError, DamagedError, InterruptedByUser, RecipeError
+from akd_dist.storage.errors import AkdError, DamagedError, InterruptedByUser, RecipeError, TerminatedError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,12 +48,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: the one place where an error becomes a message and a code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = cli.main(args=given, prog_name="akd-dist", standalone_mode=False)
+        with _terminable():
+            code = cli.main(args=given, prog_name="akd-dist", standalone_mode=False)
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
         code = refuse(_as_refusal(error, given), as_json="--json" in given)
     sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Leave with a message on SIGTERM as well, wherever nothing more careful is in charge of it."""
+
+    def leave(_number: int, _frame: object) -> None:
+        raise TerminatedError("terminated", next="run the same command again: what was written is kept")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _as_refusal(error: BaseException, arguments: list[str]) -> AkdError:

@@ -19,7 +19,7 @@ import torch
 from akd_dist import recipe
 from akd_dist.models import ModelCard, add_folder
 from akd_dist.rows import Rows, Splits, prepare
-from akd_dist.storage.errors import AkdError, RefusedError
+from akd_dist.storage.errors import AkdError, MachineError, RefusedError
 from akd_dist.storage.files import failpoint, file_lock, replace
 from akd_dist.storage.node_cache import open_decoded
 from akd_dist.storage.reader import open_store
@@ -101,6 +101,12 @@ def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
     return {"stopped": stopped, "students": [result for spec in job.students if (result := read_result(job, spec))]}
 
 
+def stop_attempts(control: Path, last: int) -> None:
+    """Tell the workers of earlier attempts to leave: a zombie of a dead driver sees its stop file."""
+    for attempt in range(1, last + 1):
+        (control / f"stop-{attempt}").touch()
+
+
 def check_fingerprints(job: CohortJob, splits: Splits) -> None:
     """Refuse to train on rows other than those the driver planned with."""
     for split, expected in job.fingerprints.items():
@@ -136,21 +142,26 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | No
 
 
 def open_student(job: CohortJob, spec: recipe.Student, rows: Rows, group: Group) -> Student | None:
-    """The student at its newest checkpoint; None if it has ended before, or ends here because it cannot be built."""
-    result = read_result(job, spec)
-    if result and result["state"] in ("done", "diverged"):
+    """The student at its newest checkpoint; None if it has ended before, or ends here because it cannot be set up."""
+    if ended(job, spec):
         return None
     folder, log = Path(job.root) / spec.name, Path(job.logs) / f"{spec.name}.log"
     try:
         card = ModelCard.of(spec.model, rows, job.data.normalize)
         student = Student(spec, card, folder, log=log, attempt=job.attempt, group=group)
-    except AkdError:
+        student.resume()
+    except MachineError:
         raise
     except Exception as error:
         fail_before_start(spec, folder, log, error)
         return None
-    student.resume()
     return student
+
+
+def ended(job: CohortJob, spec: recipe.Student) -> bool:
+    """Whether a student needs no more training. One that failed is tried again: its reason may be gone."""
+    result = read_result(job, spec)
+    return result is not None and result["state"] in ("done", "diverged")
 
 
 def read_result(job: CohortJob, spec: recipe.Student) -> dict[str, Any] | None:
@@ -247,15 +258,14 @@ class _Lockstep:
         self.told_at = now
         per_epoch = self.stream.steps_per_epoch
         document = {
-            "done": sum(student.epoch * per_epoch + student.step for student in self.students),
-            "total": sum(
-                (student.epochs if student.training else student.epoch) * per_epoch for student in self.students
-            ),
+            "training": bool(self.active),
             "rows_per_second": self.rows_seen / max(now - self.started, 1e-9),
             "students": [
                 {
                     "name": student.spec.name,
                     "state": "training" if student.result is None else student.result["state"],
+                    "steps": student.epoch * per_epoch + student.step,
+                    "steps_total": (student.epochs if student.training else student.epoch) * per_epoch,
                     "stage": student.stage.name,
                     "epoch": student.epoch,
                     "epochs": student.epochs,

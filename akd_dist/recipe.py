@@ -169,9 +169,9 @@ class Mlp(Spec):
 
     @property
     def label(self) -> str:
-        """`mlp-16`, `mlp-32x16`."""
+        """`mlp-16`, `mlp-32x16`, `mlp-16d0.1` with dropout."""
         widths = self.hidden if isinstance(self.hidden, list) else [self.hidden]
-        return "mlp-" + "x".join(map(str, widths))
+        return "mlp-" + "x".join(map(str, widths)) + (f"d{self.dropout:g}" if self.dropout else "")
 
 
 class Cnn(Spec):
@@ -202,8 +202,10 @@ class Custom(Spec):
 
     @property
     def label(self) -> str:
-        """The function's name."""
-        return self.factory.partition(":")[2]
+        """The function's name, and its arguments as far as they are plain: `resnet-depth8`."""
+        plain = {key: value for key, value in self.arguments.items() if isinstance(value, str | int | float)}
+        words = [self.factory.partition(":")[2], *(f"{key}{value}" for key, value in plain.items())]
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))[:60]
 
 
 Model = Annotated[Mlp | Cnn | Custom, Discriminator("kind")]
@@ -468,6 +470,7 @@ class Recipe(Spec):
             if isinstance(source, dict):
                 source.pop("path", None)
         del document["teacher"]["weights"]
+        document["students"] = {student["name"]: student for student in document["students"]}
         return document
 
     def to_yaml(self) -> str:

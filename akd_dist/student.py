@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import time
 import traceback
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from akd_dist.checkpoint import load_checkpoint, save_checkpoint
 from akd_dist.models import ModelCard, build, num_parameters, save_model
 from akd_dist.objectives import Stage, hard_label_losses, learning_rate, row_losses, stages
 from akd_dist.rows import Rows
-from akd_dist.storage.files import failpoint, replace, sha256
+from akd_dist.storage.files import append, failpoint, replace, sha256
 from akd_dist.stream import Batch
 
 EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
@@ -55,6 +54,20 @@ class Group:
         shared = torch.tensor(value, dtype=torch.float64)
         torch.distributed.all_reduce(shared)
         return float(shared)
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value of something small."""
+        if self.world == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def share_state(self, module: nn.Module) -> None:
+        """Give every rank the weights and buffers of rank 0: batch statistics differ between ranks."""
+        if self.world > 1:
+            for tensor in module.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """A tensor from every rank, in rank order."""
@@ -190,7 +203,8 @@ class Student:
             DivergedError: the validation loss is not finite.
         """
         started = time.perf_counter()
-        metrics, _ = evaluate(self.module, validation)
+        # One rank's numbers for all: ranks that chose different best weights would train different models.
+        metrics: dict[str, float] = self.group.from_first(evaluate(self.module, validation)[0])
         if not math.isfinite(metrics["loss"]):
             raise DivergedError(f"the validation loss is {metrics['loss']} after epoch {self.epoch}")
         stage, epoch = self.stage, self.stage_epoch
@@ -213,14 +227,14 @@ class Student:
             self._begin_stage(self.stage_index + 1)
         self.seconds += time.perf_counter() - started
         if self.group.rank == 0:
-            with open(self.folder / "metrics.jsonl", "a") as lines:
-                lines.write(json.dumps(record) + "\n")
+            append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
         return record
 
     def _begin_stage(self, index: int) -> None:
         """Start the next stage from the best validation weights of the one before, with a fresh optimizer and seed."""
         assert self.best is not None
         self.module.load_state_dict(self.best)
+        self.group.share_state(self.module)
         self.optimizer = make_optimizer(self.module, self.spec.optimizer)
         self.rng = seeded_state(self.spec.seed, index, self.group.rank)
         self.stage_index, self.best, self.best_record = index, None, {}
@@ -271,13 +285,14 @@ class Student:
     def save(self) -> None:
         """Checkpoint everything that the next step depends on. Every rank calls it; rank 0 writes."""
         states = self.group.gather(self.rng)
+        losses = self.group.gather(torch.tensor([self.loss_sum, self.loss_rows], dtype=torch.float64))
         if self.group.rank != 0:
             return
         tree = {
             "epoch": self.epoch,
             "step": self.step,
             "stage_index": self.stage_index,
-            "loss": [self.loss_sum, self.loss_rows],
+            "losses": losses,
             "seconds": self.seconds,
             "history": self.history,
             "best": self.best,
@@ -296,7 +311,8 @@ class Student:
             self._rewrite_metrics()
             return False
         self.epoch, self.step, self.stage_index = tree["epoch"], tree["step"], tree["stage_index"]
-        self.loss_sum, self.loss_rows = tree["loss"]
+        self.loss_sum, rows = tree["losses"][self.group.rank].tolist()
+        self.loss_rows = int(rows)
         self.seconds, self.history = tree["seconds"], tree["history"]
         self.best, self.best_record = tree["best"], tree["best_record"]
         self.rng = tree["rng"][self.group.rank]
@@ -306,11 +322,6 @@ class Student:
         self._rewrite_metrics()
         self.note(f"resumed at epoch {self.epoch}, step {self.step}")
         return True
-
-    def start_over(self) -> None:
-        """Forget checkpoints and results of an earlier attempt."""
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        (self.folder / "result.json").unlink(missing_ok=True)
 
     def _rewrite_metrics(self) -> None:
         """Drop the lines of epochs after the checkpoint: they are trained again."""
@@ -418,6 +429,4 @@ def fail_before_start(spec: recipe.Student, folder: Path, log: Path, error: Exce
 
 def write_note(log: Path, text: str) -> None:
     """Add a line with its time to a log."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as lines:
-        lines.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text.rstrip()}\n")
+    append(log, f"{datetime.now():%Y-%m-%d %H:%M:%S} {text.rstrip()}\n")

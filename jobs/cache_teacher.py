@@ -112,7 +112,9 @@ def cache_teacher(
         with contextlib.ExitStack() as claims:
             for plan in plans:
                 if plan.store is None:
-                    claims.enter_context(claim_store(store_root, plan.identity.id, wait=wait, on_wait=console.print))
+                    claims.enter_context(
+                        claim_store(store_root, plan.identity.id, wait=wait, on_wait=console.print, on_poll=stop.check)
+                    )
                     _open_for_writing(plan, recipe, store_root)
             if any(plan.missing for plan in plans):
                 check_room(store_root, sum(plan.missing_bytes for plan in plans))
@@ -276,7 +278,8 @@ def ensure_teacher(
         return uri
     open_root(store_root).check_writable()
     job = teacher_job(recipe, splits, key, store_root=store_root, cache_root=cache_root)
-    with claim_store(store_root, f"{TEACHERS}/{key}", wait=wait, on_wait=console.print):
+    claim = f"{TEACHERS}/{key}"
+    with claim_store(store_root, claim, wait=wait, on_wait=console.print, on_poll=stop.check):
         if not open_root(uri).exists("model.json"):
             _train_teacher(job, address, stop, console)
             _deliver(Path(job.root) / key, uri)
@@ -335,8 +338,10 @@ def _train_teacher(job: CohortJob, address: str | None, stop: Any, console: Cons
     from akd_dist.jobs import cluster
     from akd_dist.jobs.progress import meter
 
+    Path(job.control).mkdir(parents=True, exist_ok=True)
     job.stop_file.unlink(missing_ok=True)
     cluster.connect(address)
+    stop.check()
     with meter(console, "training the teacher", total=1, unit="steps") as shown:
         poll = functools.partial(_follow, job, shown, stop)
         outcome = cluster.run_one(train_cohort, job, threads=job.students[0].threads, on_poll=poll, name="the teacher")
@@ -360,7 +365,9 @@ def _follow(job: CohortJob, shown: Any, stop: Any) -> None:
     if stop:
         job.stop_file.touch()
     if (progress := read_progress(job)) is not None:
-        shown.update(progress["done"], total=progress["total"], note=f"{progress['rows_per_second']:,.0f} rows/s")
+        (teacher,) = progress["students"]
+        note = f"{progress['rows_per_second']:,.0f} rows/s"
+        shown.update(teacher["steps"], total=teacher["steps_total"], note=note)
 
 
 def read_progress(job: CohortJob) -> dict[str, Any] | None:
@@ -377,7 +384,7 @@ def _deliver(folder: Path, uri: str) -> None:
     if "://" in uri:
         target = open_root(uri)
         for name in ("model.safetensors", "model.json"):
-            target.put_new(name, (folder / name).read_bytes())
+            target.put(name, (folder / name).read_bytes())
 
 
 # ---- repair

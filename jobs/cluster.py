@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ _ENVIRONMENT = {
     # Announces a change of behaviour that only concerns jobs which ask for zero GPUs.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+# Ours that workers on other nodes need to know.
+_PASSED_ON = ("AKD_DIST_CACHE_BUDGET",)
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
@@ -49,16 +50,17 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
+    environment = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _own_handlers():
             warnings.simplefilter("ignore")
             if address is None:
                 # As the environment above says, also for a ray that was imported before it was set.
                 ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
                 ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **options)
             else:
-                ray.init(address=address, runtime_env={"env_vars": _ENVIRONMENT}, **options)
+                ray.init(address=address, runtime_env={"env_vars": _ENVIRONMENT | environment}, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise MachineError(
             "no Ray cluster" + (f" at {address}" if address else " could be started on this machine"),
@@ -66,6 +68,20 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
             expected="a running Ray of the same version" if address else "room for a few Ray processes",
             next="check --address" if address else "close other Ray clusters, or pass --address of one",
         ) from error
+
+
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Keep our signal handlers: Ray installs one for SIGTERM when it starts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -91,6 +107,11 @@ class StopFlag:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def check(self) -> None:
+        """Leave where nothing has begun that would have to be kept."""
+        if self:
+            raise self.error("stopped; what was done is kept", "the same command goes on from there")
 
     def error(self, what: str, next_step: str) -> InterruptedByUser:
         """The error that ends the command once everything is safe."""
@@ -152,13 +173,15 @@ def run_tasks(
     Args:
         function: called as function(job, item) in a worker.
         threads: CPUs that a task occupies.
-        stop: once it is up, tasks in flight come to their end and no other is started.
+        stop: once it is up, no other task is started and those in flight are dropped: they have published or not.
 
     Raises:
         AkdError: as raised by a task.
         RefusedError: a task raised something else, as a user's own model may; names the item, shows it whole.
-        MachineError: an item's worker died more often than `retries`; names the item.
+        MachineError: an item's worker died more often than `retries` (names the item), or tasks need more threads than
+            the cluster has CPUs.
     """
+    check_fits(threads, "tasks of so many threads")
     remote = ray.remote(num_cpus=threads, max_retries=retries, max_calls=0)(function)
     window = 2 * max(1, int(total_cpus()) // threads)
     shipped: dict[int, Any] = {}
@@ -170,7 +193,7 @@ def run_tasks(
                 if id(task.job) not in shipped:
                     shipped[id(task.job)] = ray.put(task.job)
                 flying[remote.remote(shipped[id(task.job)], task.item)] = task
-            if not flying:
+            if not flying or stop:
                 return
             done, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
             for reference in done:
@@ -189,7 +212,8 @@ def run_one(
     name: str,
     retries: int = 3,
 ) -> Any:
-    """Run one Ray task and wait for it, calling `on_poll` meanwhile."""
+    """Run one Ray task and wait for it, calling `on_poll` several times a second; errors as in `run_tasks`."""
+    check_fits(threads, name)
     reference = ray.remote(num_cpus=threads, max_retries=retries, max_calls=0)(function).remote(*arguments)
     while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
         on_poll()
@@ -223,23 +247,21 @@ def total_cpus() -> float:
     return float(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
 
 
-def wait_for_cpus(cpus: float, stop: StopFlag, on_wait: Callable[[str], None]) -> None:
-    """Wait until the cluster has so many CPUs free.
+def are_free(cpus: float) -> bool:
+    """Whether the cluster has so many CPUs free now."""
+    return float(ray.available_resources().get("CPU", 0)) >= cpus  # type: ignore[no-untyped-call]
+
+
+def check_fits(cpus: float, what: str) -> None:
+    """Refuse what would wait for ever.
 
     Raises:
-        MachineError: the whole cluster is smaller than that.
+        MachineError: the whole cluster has fewer CPUs.
     """
-    total = total_cpus()
-    if cpus > total:
+    if cpus > total_cpus():
         raise MachineError(
-            "the cluster is too small for one of the cohorts",
-            got=f"{total:g} CPUs in all",
-            expected=f"{cpus:g} CPUs (workers x threads of a student)",
-            next="lower workers or threads in the recipe, or join more nodes",
+            f"the cluster is too small for {what}",
+            got=f"{total_cpus():g} CPUs in all",
+            expected=f"{cpus:g} CPUs",
+            next="lower `threads` or `workers` in the recipe, or join more nodes",
         )
-    told = False
-    while not stop and ray.available_resources().get("CPU", 0) < cpus:  # type: ignore[no-untyped-call]
-        if not told:
-            on_wait(f"waiting for {cpus:g} free CPUs")
-            told = True
-        time.sleep(POLL_SECONDS)

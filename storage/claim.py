@@ -53,6 +53,7 @@ def claim_store(
     stale_after: float = 60.0,
     beat_every: float = 5.0,
     poll_every: float = 1.0,
+    on_poll: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Hold a store while it is written; no claim is left afterwards.
 
@@ -62,6 +63,7 @@ def claim_store(
         stale_after: seconds that a remote holder's counter must stand still.
         beat_every: seconds between two of our own counts.
         poll_every: seconds between two looks at another's claim.
+        on_poll: called at every look; may raise, to wait no longer.
 
     Raises:
         HeldError: somebody else holds the store; names host, process and since when.
@@ -82,6 +84,7 @@ def claim_store(
             on_wait(f"waiting for {holder}")
         told = True
         watch.see(holder)
+        on_poll()
         time.sleep(poll_every)
     try:
         with _heartbeat(claim, beat_every):

@@ -89,6 +89,20 @@ def replace(path: Path, data: bytes, *, durable: bool = True) -> None:
         fsync_folder(path.parent)
 
 
+def append(path: Path, text: str) -> None:
+    """Add text to a file, made if there is none; for logs and other lines that may be lost.
+
+    Raises:
+        MachineError: the disk is full, or the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as lines:
+            lines.write(text)
+    except OSError as error:
+        raise _machine_error(error, path, len(text)) from error
+
+
 @contextlib.contextmanager
 def file_lock(
     path: Path,

@@ -57,8 +57,12 @@ def test_the_last_two_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) 
     newest = checkpoints(tmp_path)[-1]
     newest.write_bytes(newest.read_bytes()[:-3])
     assert load_checkpoint(tmp_path) == {"number": 2}
-    checkpoints(tmp_path)[0].write_bytes(b"")
-    with pytest.raises(DamagedError, match=r"0002\.ckpt, 0003\.ckpt") as refused:
+    for number in (4, 5):  # the damaged one does not count as one of the last two
+        save_checkpoint(tmp_path, f"{number:04d}", {"number": number})
+        assert len(checkpoints(tmp_path)) == 2
+    for path in checkpoints(tmp_path):
+        path.write_bytes(b"")
+    with pytest.raises(DamagedError, match=r"0005\.ckpt, 0004\.ckpt|0004\.ckpt, 0005\.ckpt") as refused:
         load_checkpoint(tmp_path)
     assert refused.value.code == 5
 

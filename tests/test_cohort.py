@@ -168,6 +168,21 @@ def test_one_that_diverges_and_one_that_fails_leave_the_others_as_they_were(
     assert weights(tmp_path / "run") == undisturbed
 
 
+def test_a_student_without_an_intact_checkpoint_fails_alone(
+    recipe: Recipe, stores: dict[str, str], home: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    job = job_of(recipe, stores, home, tmp_path)
+    job.stop_file.touch()
+    train_cohort(job)
+    job.stop_file.unlink()
+    for path in checkpoints(tmp_path / "students" / "wide" / "checkpoints"):
+        path.write_bytes(path.read_bytes()[:-1])
+    results = {result["name"]: result for result in train_cohort(job)["students"]}
+    assert results["wide"]["state"] == "failed"
+    assert "intact" in results["wide"]["reason"]
+    assert weights(tmp_path) == {name: digest for name, digest in undisturbed.items() if name != "wide"}
+
+
 def test_a_swapped_shard_is_refused_before_a_step_although_it_was_decoded_before(
     recipe: Recipe, home: Path, tmp_path: Path
 ) -> None:

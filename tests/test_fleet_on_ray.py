@@ -23,7 +23,7 @@ from akd_dist.jobs.train_students import train_in_process, train_students
 from akd_dist.models import load_model
 from akd_dist.recipe import Recipe
 from akd_dist.storage.claim import claim_store
-from akd_dist.storage.errors import RecipeError
+from akd_dist.storage.errors import RecipeError, RefusedError
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -149,6 +149,27 @@ def test_another_recipe_under_the_same_name_is_refused(home: Home, trained: tupl
     with pytest.raises(RecipeError, match=r"(?s)data\.views: 2 -> 1.*--set name=") as refused:
         home.train(trained[0], other)
     assert refused.value.code == 2
+
+
+def test_another_teacher_under_the_same_name_is_refused(home: Home, trained: Any) -> None:
+    student = trained[1]["students"][0]["path"]
+    with pytest.raises(RecipeError, match=r"(?s)teacher\.fingerprint: \w+ -> \w+"):
+        home.train(trained[0], home.recipe_for(student))
+
+
+def test_saved_results_that_lag_behind_their_students_are_collected_again(home: Home, trained: Any) -> None:
+    root, fleet = trained
+    (root / "runs" / "fleet" / "report.html").unlink()  # as if killed just before it was written
+    again = home.train(root)
+    assert again["students"] == fleet["students"]
+    assert (root / "runs" / "fleet" / "report.html").exists()
+
+
+def test_fresh_asks_before_it_forgets(home: Home, trained: Any) -> None:
+    before = weights(trained[0] / "runs" / "fleet")
+    with pytest.raises(RefusedError):
+        home.train(trained[0], home.recipe_for(str(home.root / "nowhere")), fresh=True)
+    assert weights(trained[0] / "runs" / "fleet") == before
 
 
 class Killer:
@@ -279,6 +300,25 @@ def test_ctrl_c_checkpoints_says_how_to_go_on_and_leaves_no_process(home: Home, 
     assert ray_processes(marker) == []
     home.train(marker)
     assert weights(marker / "runs" / "fleet") == home.weights
+
+
+@pytest.mark.parametrize("phase", ["claim", "metrics"])
+def test_sigterm_while_the_teacher_trains_leaves_with_143_and_keeps_its_checkpoint(
+    marker: Path, home: Home, phase: str
+) -> None:
+    teacher = {"model": a_slow_model(0.02), "train": {"epochs": 3, "optimizer": {"kind": "adamw", "lr": 1e-2}}}
+    recipe = a_recipe([a_student("one")], teacher=teacher, folder=str(home.root))
+    home.recipe, kept = recipe, home.recipe
+    command = home.command(marker, "cache-teacher")
+    home.recipe = kept
+    found = {"claim": "teachers/*.claim", "metrics": "teachers/*/metrics.jsonl"}[phase]
+    stopped = run_until(command, lambda: bool(list((marker / "stores").glob(found))), signal.SIGTERM)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "stopped" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert not list((marker / "stores").rglob("*.claim"))
+    if phase == "metrics":
+        assert list((marker / "stores").glob("teachers/*/checkpoints/*.ckpt"))
 
 
 def test_the_second_driver_leaves_with_3_and_names_the_holder(home: Home, tmp_path: Path) -> None:

@@ -1,0 +1,264 @@
+"""Run cohorts: each as one Ray Train run, where there is room; follow them, retry and split what died."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace as replaced
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from akd_dist.cohort import CohortJob, ended, stop_attempts, train_cohort
+from akd_dist.jobs import cluster
+from akd_dist.jobs.cache_teacher import read_progress
+from akd_dist.jobs.planner import Cohort, cpus_of
+from akd_dist.jobs.progress import Meter, meter
+from akd_dist.storage.errors import AkdError, MachineError
+from akd_dist.storage.files import replace
+from akd_dist.student import Group, entry, write_note
+
+DEATHS_BEFORE_SPLIT = 2
+# How long stopped cohorts may take to checkpoint without a sign of life, before the cluster counts as lost.
+GRACE_SECONDS = 30.0
+
+
+class Fleet:
+    """The driver's side of a run: its cohorts, their threads and what came of them.
+
+    Args:
+        base: what all cohorts have in common.
+        stop: once it is up, running cohorts checkpoint and return, and no other is started.
+    """
+
+    def __init__(self, base: CohortJob, stop: cluster.StopFlag, console: Console) -> None:
+        self.base, self.stop, self.console = base, stop, console
+        self.jobs: list[CohortJob] = []
+        self.threads: list[threading.Thread] = []
+        self.errors: list[BaseException] = []
+        self.lock = threading.Lock()
+        self.alive_at, self.last_told = time.monotonic(), ""
+
+    def train(self, cohorts: list[Cohort]) -> int:
+        """Train all cohorts to their end, or until the stop flag.
+
+        Returns:
+            The number of Ray Train runs that it took.
+
+        Raises:
+            AkdError: what a cohort was refused for; the others have checkpointed.
+            MachineError: a cohort does not fit the cluster, or the cluster was lost.
+        """
+        for cohort in cohorts:
+            cluster.check_fits(cpus_of(cohort), f"the cohort of {cohort[0].name}")
+        self._begin_attempt()
+        students = sum(len(cohort) for cohort in cohorts)
+        title = f"training {students} students in {len(cohorts)} cohort{'s' if len(cohorts) > 1 else ''}"
+        with meter(self.console, title, total=1, unit="steps") as shown, self._stopping_on_errors():
+            for cohort in cohorts:
+                self._start_when_free(cohort, shown)
+            while any(thread.is_alive() for thread in self.threads):
+                self._follow(shown)
+            self._follow(shown)
+        if self.errors:
+            raise self.errors[0]
+        return len(self.jobs)
+
+    def _begin_attempt(self) -> None:
+        control = Path(self.base.control)
+        (control / f"attempt-{self.base.attempt}").touch()
+        stop_attempts(control, self.base.attempt - 1)
+
+    @contextlib.contextmanager
+    def _stopping_on_errors(self) -> Iterator[None]:
+        """Whatever ends the driver's loop, let running cohorts checkpoint first."""
+        try:
+            yield
+        except BaseException:
+            self.base.stop_file.touch()
+            for thread in self.threads:
+                thread.join(GRACE_SECONDS)
+            raise
+
+    def _start_when_free(self, cohort: Cohort, shown: Meter) -> None:
+        """Start a cohort once the cluster has room for it; not after a stop or an error."""
+        told = False
+        while not self.stop and not self.errors and not cluster.are_free(cpus_of(cohort)):
+            if not told:
+                self.console.print(f"{cohort[0].name} and its cohort wait for {cpus_of(cohort)} free CPUs")
+                told = True
+            self._follow(shown)
+        if self.stop or self.errors:
+            return
+        job = self._new_job(cohort)
+        thread = threading.Thread(target=self._carry, args=(job,), daemon=True)
+        thread.start()
+        self.threads.append(thread)
+        # Until it trains its CPUs still count as free, and the next one would be started into them.
+        while thread.is_alive() and read_progress(job) is None:
+            self._follow(shown)
+
+    def _new_job(self, cohort: Cohort) -> CohortJob:
+        with self.lock:
+            job = replaced(self.base, name=f"cohort-{self.base.attempt}-{len(self.jobs)}", students=cohort)
+            self.jobs.append(job)
+        return job
+
+    def _follow(self, shown: Meter) -> None:
+        """Show how far all cohorts are, and pass the stop flag on."""
+        if self.stop or self.errors:
+            self.base.stop_file.touch()
+        told = [progress for job in list(self.jobs) if (progress := read_progress(job))]
+        if told:
+            latest = {student["name"]: student for progress in told for student in progress["students"]}
+            done, total = (sum(student[key] for student in latest.values()) for key in ("steps", "steps_total"))
+            rate = sum(progress["rows_per_second"] for progress in told if progress["training"])
+            over = sum(student["state"] != "training" for student in latest.values())
+            shown.update(done, total=total, note=f"{rate:,.0f} student rows/s, {over} students done")
+        self._watch(json.dumps(told))
+        time.sleep(cluster.POLL_SECONDS)
+
+    def _watch(self, told: str) -> None:
+        """After a stop, do not wait for ever for workers that are gone, as when a signal went to all processes."""
+        if told != self.last_told or not (self.stop or self.errors):
+            self.alive_at, self.last_told = time.monotonic(), told
+        if time.monotonic() - self.alive_at > GRACE_SECONDS:
+            raise self.stop.error(
+                "stopped; the workers did not answer any more, so only earlier checkpoints are kept",
+                "the same command goes on from there",
+            )
+
+    def _carry(self, job: CohortJob) -> None:
+        """See a cohort through, off the main thread (on it, Ray would take over Ctrl-C)."""
+        try:
+            self._train_or_split(job)
+        except cluster.ray.exceptions.RayError as error:
+            lost = MachineError(
+                "the Ray cluster was lost while students trained",
+                got=" ".join(str(error).split())[:300],
+                expected="a cluster that stays up",
+                next="the same command goes on from the last checkpoints",
+            )
+            self.errors.append(lost)
+        except BaseException as error:
+            self.errors.append(error)
+
+    def _train_or_split(self, job: CohortJob) -> None:
+        """Run a cohort; after two deaths cut it in half, until only the guilty student fails."""
+        reason = fit(job)
+        for _death in range(DEATHS_BEFORE_SPLIT - 1):
+            if not reason or self.stop:
+                return
+            job = self._new_job(job.students)
+            reason = fit(job)
+        left = tuple(spec for spec in job.students if not ended(self.base, spec))
+        if not reason or self.stop or not left:
+            return
+        if len(left) == 1:
+            self._give_up(left[0], job, reason)
+            return
+        for half in (left[: len(left) // 2], left[len(left) // 2 :]):
+            self._train_or_split(self._new_job(half))
+
+    def _give_up(self, spec: Any, job: CohortJob, reason: str) -> None:
+        folder = Path(self.base.root) / spec.name
+        told = f"its worker died again and again: {reason}"
+        write_note(Path(self.base.logs) / f"{spec.name}.log", f"failed: {told}\nsee also {worker_log(job, 0)}")
+        replace(folder / "result.json", json.dumps(entry(spec, "failed", told, folder), indent=1).encode())
+
+
+def fit(job: CohortJob) -> str:
+    """Run a cohort as one Ray Train run.
+
+    Returns:
+        Why its workers died; nothing if it came to its end.
+
+    Raises:
+        AkdError: what a worker was refused for.
+    """
+    ray = cluster.ray
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside Ray Train
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        storage = (Path(job.control) / "ray").absolute()
+        name = f"{job.name}-{os.getpid()}-{time.time_ns()}"  # an old name would resume an old run's state
+        spec = job.students[0]
+        trainer = TorchTrainer(
+            run_worker,  # type: ignore[arg-type]  # what it returns is the run's return value
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(num_workers=spec.workers, resources_per_worker={"CPU": spec.threads}),
+            run_config=RunConfig(name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=1)),
+        )
+        try:
+            outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+        except ray.train.TrainingFailedError as error:
+            outcome = _refusal_among(getattr(error, "worker_failures", {}).values())
+            if outcome is None:
+                return " ".join(str(error).split())[:400] or type(error).__name__
+        finally:
+            shutil.rmtree(storage / name, ignore_errors=True)
+    if isinstance(outcome, AkdError):
+        raise outcome
+    return ""
+
+
+def _refusal_among(failures: Any) -> AkdError | None:
+    """The refusal that a worker raised, however Ray wrapped it."""
+    for failure in failures:
+        cause: Any = failure
+        while cause is not None:
+            if isinstance(cause, AkdError):
+                return cause
+            cause = getattr(cause, "_base_exc", None) or getattr(cause, "cause", None) or cause.__cause__
+    return None
+
+
+def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
+    """What a Ray Train worker runs.
+
+    A refusal is returned, not raised: running it again would change nothing. Where there are other ranks it is raised,
+    so that Ray ends them too and none waits for this one.
+    """
+    context = cluster.ray.train.get_context()
+    job, group = config["job"], Group(context.get_world_rank(), context.get_world_size())
+    log = worker_log(job, group.rank)
+    keep_log(log)
+    try:
+        return train_cohort(job, group)
+    except AkdError as error:
+        refusal = error
+    except Exception as error:
+        write_note(log, "".join(traceback.format_exception(error)))
+        refusal = AkdError(
+            "a training worker failed in a way that akd-dist did not foresee; this is a bug in it",
+            got=f"{type(error).__name__}: {error}",
+            next=f"report it with the log {log}; the same command goes on from the last checkpoints",
+        )
+    if group.world > 1:
+        raise refusal
+    return refusal
+
+
+def worker_log(job: CohortJob, rank: int) -> Path:
+    """Where a worker's warnings and crashes are told."""
+    return Path(job.logs) / f"{job.name}.rank{rank}.log"
+
+
+def keep_log(path: Path) -> None:
+    """Send this worker's warnings, and its stack if it crashes, to a file that stays with the run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")  # noqa: SIM115  # faulthandler writes to it until the process ends
+    faulthandler.enable(file)
+    logging.getLogger("akd_dist").addHandler(logging.StreamHandler(file))
