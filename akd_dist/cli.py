@@ -74,6 +74,11 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _stdout_for_results() -> contextlib.AbstractContextManager[object]:
+    """Send whatever libraries print meanwhile to stderr: Ray reports dead workers on stdout, where documents belong."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 def _as_refusal(error: BaseException, arguments: list[str]) -> AkdError:
     match error:
         case AkdError():
@@ -229,16 +234,17 @@ def cache_teacher(
 
     A store that is there already is a hit; one that an interrupted run left behind is completed.
     """
-    document = akd_dist.cache_teacher(
-        recipe_path,
-        overrides=overrides,
-        store_root=store_root,
-        cache_root=cache_root,
-        address=address,
-        wait=wait,
-        dry_run=dry_run,
-        console=_progress_console(),
-    )
+    with _stdout_for_results():
+        document = akd_dist.cache_teacher(
+            recipe_path,
+            overrides=overrides,
+            store_root=store_root,
+            cache_root=cache_root,
+            address=address,
+            wait=wait,
+            dry_run=dry_run,
+            console=_progress_console(),
+        )
     if as_json:
         _print_json(document)
     elif dry_run:
@@ -272,17 +278,18 @@ def _train(
     wait: bool,
     as_json: bool,
 ) -> int:
-    fleet = akd_dist.train_students(
-        recipe_path,
-        overrides=overrides,
-        store_root=store_root,
-        run_root=run_root,
-        cache_root=cache_root,
-        address=address,
-        fresh=fresh,
-        wait=wait,
-        console=_progress_console(),
-    )
+    with _stdout_for_results():
+        fleet = akd_dist.train_students(
+            recipe_path,
+            overrides=overrides,
+            store_root=store_root,
+            run_root=run_root,
+            cache_root=cache_root,
+            address=address,
+            fresh=fresh,
+            wait=wait,
+            console=_progress_console(),
+        )
     if as_json:
         _print_json(fleet)
     else:
@@ -424,7 +431,8 @@ def stores_repair(
     root = akd_dist.absolute_root(store_root)
     whole = resolve_id(root, store_id)
     cache = akd_dist.absolute_root(cache_root or default_cache_root())
-    document = repair(root, whole, recipe, cache, _progress_console())
+    with _stdout_for_results():
+        document = repair(root, whole, recipe, cache, _progress_console())
     if as_json:
         _print_json(document)
         return

@@ -251,6 +251,11 @@ class _Lockstep:
             student.save()
         self.saved_at = time.monotonic()
 
+    def _steps_of(self, student: Student) -> int:
+        """Steps behind a student; all of them once it has ended, however it did."""
+        per_epoch = self.stream.steps_per_epoch
+        return student.epoch * per_epoch + student.step if student.training else student.epochs * per_epoch
+
     def _tell(self, *, force: bool = False) -> None:
         now = time.monotonic()
         if self.group.rank != 0 or (now - self.told_at < PROGRESS_SECONDS and not force):
@@ -264,8 +269,8 @@ class _Lockstep:
                 {
                     "name": student.spec.name,
                     "state": "training" if student.result is None else student.result["state"],
-                    "steps": student.epoch * per_epoch + student.step,
-                    "steps_total": (student.epochs if student.training else student.epoch) * per_epoch,
+                    "steps": self._steps_of(student),
+                    "steps_total": student.epochs * per_epoch,
                     "stage": student.stage.name,
                     "epoch": student.epoch,
                     "epochs": student.epochs,

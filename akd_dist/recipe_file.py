@@ -413,7 +413,7 @@ def _problem(details: ErrorDetails, document: Document) -> Problem:
         case "too_short":
             return Problem(where, f"{key} is too short", got, f"at least {context['min_length']} in the list")
         case "value_error":
-            return Problem(where, f"{key} cannot be so", got, details["msg"].removeprefix("Value error, "))
+            return Problem(where, f"{key} is not right", got, details["msg"].removeprefix("Value error, "))
         case "model_type" | "model_attributes_type" | "dict_type":
             return Problem(where, f"{key} cannot be {got}", got, "a mapping")
         case _:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.cohort import CohortJob, train_cohort
+from akd_dist.jobs.progress import Meter, meter, tell
 from akd_dist.models import ModelCard, add_folder, load_card
 from akd_dist.recipe import HardLabels, NoAugmentation, Recipe
 from akd_dist.rows import Rows, Splits, prepare
@@ -95,7 +96,7 @@ def cache_teacher(
     splits = prepare_shown(recipe.data, cache_root, console)
     if dry_run:
         return _dry_run(recipe, splits, store_root)
-    with cluster.closing(), cluster.stop_on_signals(console.print) as stop:
+    with cluster.closing(), cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
         teacher_uri = ensure_teacher(
             recipe,
             splits,
@@ -107,18 +108,20 @@ def cache_teacher(
             console=console,
         )
         plans = plan_splits(recipe, splits, teacher_uri)
+        claim = functools.partial(
+            claim_store, store_root, wait=wait, on_wait=lambda text: tell(console, text), on_poll=stop.check
+        )
         for plan in plans:
             plan.store = catalog.find_store(store_root, plan.identity)
         with contextlib.ExitStack() as claims:
             for plan in plans:
                 if plan.store is None:
-                    claims.enter_context(
-                        claim_store(store_root, plan.identity.id, wait=wait, on_wait=console.print, on_poll=stop.check)
-                    )
+                    claims.enter_context(claim(plan.identity.id))
                     _open_for_writing(plan, recipe, store_root)
             if any(plan.missing for plan in plans):
                 check_room(store_root, sum(plan.missing_bytes for plan in plans))
-                cluster.connect(address)
+                cluster.connect(address, tell=lambda text: tell(console, text))
+                stop.check()
                 _compute(plans, recipe, teacher_uri, cache_root, stop, console)
             if stop:
                 told = f"stopped; the {sum(plan.computed for plan in plans)} shards that this run computed are kept"
@@ -134,12 +137,12 @@ def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Spli
     """`rows.prepare`, with a line for the person who waits."""
     told: set[str] = set()
 
-    def tell(what: str, done: int, total: int) -> None:
+    def begin(what: str, done: int, total: int) -> None:
         if what not in told:
             told.add(what)
-            console.print(f"preparing {what}: {total:,} rows", highlight=False)
+            tell(console, f"preparing {what}: {total:,} rows")
 
-    return prepare(data, Path(cache_root), on_progress=tell)
+    return prepare(data, Path(cache_root), on_progress=begin)
 
 
 def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str) -> list[SplitPlan]:
@@ -193,7 +196,6 @@ def _compute(
 ) -> None:
     """Run the missing shards of all splits as one bounded stream of tasks."""
     from akd_dist.jobs import cluster
-    from akd_dist.jobs.progress import meter
 
     tasks = []
     for plan in plans:
@@ -279,7 +281,7 @@ def ensure_teacher(
     open_root(store_root).check_writable()
     job = teacher_job(recipe, splits, key, store_root=store_root, cache_root=cache_root)
     claim = f"{TEACHERS}/{key}"
-    with claim_store(store_root, claim, wait=wait, on_wait=console.print, on_poll=stop.check):
+    with claim_store(store_root, claim, wait=wait, on_wait=lambda text: tell(console, text), on_poll=stop.check):
         if not open_root(uri).exists("model.json"):
             _train_teacher(job, address, stop, console)
             _deliver(Path(job.root) / key, uri)
@@ -336,15 +338,15 @@ def teacher_job(recipe: Recipe, splits: Splits, key: str, *, store_root: str, ca
 
 def _train_teacher(job: CohortJob, address: str | None, stop: Any, console: Console) -> None:
     from akd_dist.jobs import cluster
-    from akd_dist.jobs.progress import meter
 
     Path(job.control).mkdir(parents=True, exist_ok=True)
     job.stop_file.unlink(missing_ok=True)
-    cluster.connect(address)
+    cluster.connect(address, tell=lambda text: tell(console, text))
     stop.check()
     with meter(console, "training the teacher", total=1, unit="steps") as shown:
         poll = functools.partial(_follow, job, shown, stop)
-        outcome = cluster.run_one(train_cohort, job, threads=job.students[0].threads, on_poll=poll, name="the teacher")
+        threads = job.students[0].threads
+        outcome = cluster.run_one(train_cohort, job, threads=threads, stop=stop, on_poll=poll, name="the teacher")
     job.stop_file.unlink(missing_ok=True)
     if outcome["stopped"]:
         raise stop.error("stopped; the teacher's last checkpoint is kept", "the same command carries on from it")
@@ -357,10 +359,10 @@ def _train_teacher(job: CohortJob, address: str | None, stop: Any, console: Cons
             next=f"see {Path(job.logs) / (job.students[0].name + '.log')}; then change teacher.train in the recipe",
         )
     shutil.rmtree(Path(job.control), ignore_errors=True)
-    console.print(f"the teacher is trained: test accuracy {result['test']['accuracy']:.4f}", highlight=False)
+    tell(console, f"the teacher is trained: test accuracy {result['test']['accuracy']:.4f}")
 
 
-def _follow(job: CohortJob, shown: Any, stop: Any) -> None:
+def _follow(job: CohortJob, shown: Meter, stop: Any) -> None:
     """Show the job's latest progress, and pass the stop flag on to its worker."""
     if stop:
         job.stop_file.touch()

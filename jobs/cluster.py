@@ -6,10 +6,12 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -42,46 +44,84 @@ POLL_SECONDS = 0.2
 _closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
 
 
-def connect(address: str | None = None, num_cpus: int | None = None) -> None:
+def connect(
+    address: str | None = None, num_cpus: int | None = None, tell: Callable[[str], None] = lambda text: None
+) -> None:
     """Connect to the cluster at `address`, or start one on this machine that listens on loopback only; idempotent.
+
+    Args:
+        address: `host:port` of a running cluster. Where this user has a Ray token, it is shown to the cluster.
+        num_cpus: CPUs of a cluster started here; None takes those of the machine.
+        tell: told when this takes a moment.
 
     Raises:
         MachineError: no cluster answers there, or none can be started.
     """
     if ray.is_initialized():
         return
-    environment = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    try:
-        with warnings.catch_warnings(), _own_handlers():
-            warnings.simplefilter("ignore")
-            if address is None:
-                # As the environment above says, also for a ray that was imported before it was set.
-                ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-                ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **options)
-            else:
-                ray.init(address=address, runtime_env={"env_vars": _ENVIRONMENT | environment}, **options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    if address is None:
+        tell("starting Ray on this machine")
+        # As the environment above says, also for a ray that was imported before it was set.
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
+    else:
+        tell(f"connecting to Ray at {address}")
+        if os.environ.get("RAY_AUTH_TOKEN") or Path("~/.ray/auth_token").expanduser().exists():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray itself leaves it off for an explicit address
+        _check_answers(address)
+        passed_on = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
+        options |= {"address": address, "runtime_env": {"env_vars": _ENVIRONMENT | passed_on}}
+    failure = _init(options)
+    if failure is not None:
+        told = [line for line in str(failure).strip().splitlines() if line] or [type(failure).__name__]
         raise MachineError(
             "no Ray cluster" + (f" at {address}" if address else " could be started on this machine"),
-            got=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            got=told[0],
             expected="a running Ray of the same version" if address else "room for a few Ray processes",
-            next="check --address" if address else "close other Ray clusters, or pass --address of one",
-        ) from error
+            next="check --address; a cluster with tokens wants RAY_AUTH_MODE=token and its token in ~/.ray/auth_token"
+            if address
+            else "close other Ray clusters, or pass --address of one",
+        ) from failure
 
 
-@contextlib.contextmanager
-def _own_handlers() -> Iterator[None]:
-    """Keep our signal handlers: Ray installs one for SIGTERM when it starts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def _init(options: dict[str, Any]) -> Exception | None:
+    """`ray.init` on a thread of its own, where it leaves our signal handlers alone; returns what it raised.
+
+    The thread lives on as long as the process: Ray's processes are told to die with the thread that started them.
+    """
+    failures: list[Exception] = []
+    tried = threading.Event()
+
+    def start() -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+            failures.append(error)
+        tried.set()
+        threading.Event().wait()
+
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that a thread cannot set a handler
+    threading.Thread(target=start, name="ray-parent", daemon=True).start()
+    while not tried.wait(POLL_SECONDS):  # in slices, so that signals are handled meanwhile
+        pass
+    return failures[0] if failures else None
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address where nobody listens, in seconds; Ray itself would try for a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise MachineError(
+            f"no Ray cluster at {address}",
+            got=str(error),
+            expected="host:port of a running cluster's head",
+            next="check --address, or leave it out to start Ray on this machine",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -156,6 +196,28 @@ class Task:
     """What this one is about; small."""
 
 
+def check_alive(stop: StopFlag) -> None:
+    """Notice that the Ray that was started here is gone; Ray itself would wait for it.
+
+    Raises:
+        InterruptedByUser: after a signal, which then went to Ray's processes as well.
+        MachineError: without one.
+    """
+    node: Any = ray._private.worker._global_node
+    if node is None or node.remaining_processes_alive():
+        return
+    if stop:
+        raise stop.error(
+            "stopped, and Ray with it; what was done before is kept", "the same command goes on from there"
+        )
+    raise MachineError(
+        "the Ray cluster on this machine was lost",
+        got=", ".join(sorted({kind for kind, _ in node.dead_processes()})) + " died",
+        expected="a cluster that stays up",
+        next="see whether memory ran out; the same command goes on from what was done",
+    )
+
+
 def run_tasks(
     function: Callable[[Any, Any], Any],
     tasks: Iterable[Task],
@@ -195,6 +257,7 @@ def run_tasks(
                 flying[remote.remote(shipped[id(task.job)], task.item)] = task
             if not flying or stop:
                 return
+            check_alive(stop)
             done, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
             for reference in done:
                 task = flying.pop(reference)
@@ -208,6 +271,7 @@ def run_one(
     function: Callable[..., Any],
     *arguments: Any,
     threads: int,
+    stop: StopFlag,
     on_poll: Callable[[], None],
     name: str,
     retries: int = 3,
@@ -216,6 +280,7 @@ def run_one(
     check_fits(threads, name)
     reference = ray.remote(num_cpus=threads, max_retries=retries, max_calls=0)(function).remote(*arguments)
     while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
+        check_alive(stop)
         on_poll()
     return _result(reference, name, retries)
 

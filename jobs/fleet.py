@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -23,7 +24,7 @@ from akd_dist.cohort import CohortJob, ended, stop_attempts, train_cohort
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import read_progress
 from akd_dist.jobs.planner import Cohort, cpus_of
-from akd_dist.jobs.progress import Meter, meter
+from akd_dist.jobs.progress import Meter, meter, tell
 from akd_dist.storage.errors import AkdError, MachineError
 from akd_dist.storage.files import replace
 from akd_dist.student import Group, entry, write_note
@@ -38,16 +39,18 @@ class Fleet:
 
     Args:
         base: what all cohorts have in common.
+        rows: train rows, from which the number of steps follows.
         stop: once it is up, running cohorts checkpoint and return, and no other is started.
     """
 
-    def __init__(self, base: CohortJob, stop: cluster.StopFlag, console: Console) -> None:
-        self.base, self.stop, self.console = base, stop, console
+    def __init__(self, base: CohortJob, rows: int, stop: cluster.StopFlag, console: Console) -> None:
+        self.base, self.rows, self.stop, self.console = base, rows, stop, console
         self.jobs: list[CohortJob] = []
         self.threads: list[threading.Thread] = []
         self.errors: list[BaseException] = []
         self.lock = threading.Lock()
-        self.alive_at, self.last_told = time.monotonic(), ""
+        self.alive_at = time.monotonic()
+        self.last_told: list[dict[str, Any]] = []
 
     def train(self, cohorts: list[Cohort]) -> int:
         """Train all cohorts to their end, or until the stop flag.
@@ -62,9 +65,11 @@ class Fleet:
         for cohort in cohorts:
             cluster.check_fits(cpus_of(cohort), f"the cohort of {cohort[0].name}")
         self._begin_attempt()
-        students = sum(len(cohort) for cohort in cohorts)
-        title = f"training {students} students in {len(cohorts)} cohort{'s' if len(cohorts) > 1 else ''}"
-        with meter(self.console, title, total=1, unit="steps") as shown, self._stopping_on_errors():
+        students = [spec for cohort in cohorts for spec in cohort]
+        steps = sum(spec.objective.epochs * math.ceil(self.rows / spec.batch) for spec in students)
+        title = f"training {_counted(len(students), 'student')} in {_counted(len(cohorts), 'cohort')}"
+        tell(self.console, f"starting the workers that train {_counted(len(students), 'student')}")
+        with meter(self.console, title, total=steps, unit="steps") as shown, self._stopping_on_errors():
             for cohort in cohorts:
                 self._start_when_free(cohort, shown)
             while any(thread.is_alive() for thread in self.threads):
@@ -81,13 +86,15 @@ class Fleet:
 
     @contextlib.contextmanager
     def _stopping_on_errors(self) -> Iterator[None]:
-        """Whatever ends the driver's loop, let running cohorts checkpoint first."""
+        """Whatever ends the driver's loop, let running cohorts checkpoint first, as long as they answer."""
         try:
             yield
         except BaseException:
             self.base.stop_file.touch()
-            for thread in self.threads:
-                thread.join(GRACE_SECONDS)
+            with contextlib.suppress(AkdError):
+                while any(thread.is_alive() for thread in self.threads):
+                    self._watch(stopping=True)
+                    time.sleep(cluster.POLL_SECONDS)
             raise
 
     def _start_when_free(self, cohort: Cohort, shown: Meter) -> None:
@@ -95,7 +102,7 @@ class Fleet:
         told = False
         while not self.stop and not self.errors and not cluster.are_free(cpus_of(cohort)):
             if not told:
-                self.console.print(f"{cohort[0].name} and its cohort wait for {cpus_of(cohort)} free CPUs")
+                tell(self.console, f"{cohort[0].name} and its cohort wait for {cpus_of(cohort)} free CPUs")
                 told = True
             self._follow(shown)
         if self.stop or self.errors:
@@ -121,16 +128,19 @@ class Fleet:
         told = [progress for job in list(self.jobs) if (progress := read_progress(job))]
         if told:
             latest = {student["name"]: student for progress in told for student in progress["students"]}
-            done, total = (sum(student[key] for student in latest.values()) for key in ("steps", "steps_total"))
+            done = sum(student["steps"] for student in latest.values())
             rate = sum(progress["rows_per_second"] for progress in told if progress["training"])
             over = sum(student["state"] != "training" for student in latest.values())
-            shown.update(done, total=total, note=f"{rate:,.0f} student rows/s, {over} students done")
-        self._watch(json.dumps(told))
+            if not self.stop:
+                shown.update(done, note=f"{rate:,.0f} student rows/s, {over} students over")
+        self._watch(stopping=bool(self.stop or self.errors))
         time.sleep(cluster.POLL_SECONDS)
 
-    def _watch(self, told: str) -> None:
-        """After a stop, do not wait for ever for workers that are gone, as when a signal went to all processes."""
-        if told != self.last_told or not (self.stop or self.errors):
+    def _watch(self, *, stopping: bool) -> None:
+        """Do not wait for ever for a cluster that is gone nor, once stopping, for workers without a sign of life."""
+        cluster.check_alive(self.stop)
+        told = [progress for job in list(self.jobs) if (progress := read_progress(job))]
+        if told != self.last_told or not stopping:
             self.alive_at, self.last_told = time.monotonic(), told
         if time.monotonic() - self.alive_at > GRACE_SECONDS:
             raise self.stop.error(
@@ -159,6 +169,7 @@ class Fleet:
         for _death in range(DEATHS_BEFORE_SPLIT - 1):
             if not reason or self.stop:
                 return
+            tell(self.console, f"the workers of {job.name} died and are started again: {reason[-200:]}")
             job = self._new_job(job.students)
             reason = fit(job)
         left = tuple(spec for spec in job.students if not ended(self.base, spec))
@@ -167,7 +178,10 @@ class Fleet:
         if len(left) == 1:
             self._give_up(left[0], job, reason)
             return
+        tell(self.console, f"the workers of {job.name} died again: its {len(left)} students go on in two halves")
         for half in (left[: len(left) // 2], left[len(left) // 2 :]):
+            if self.stop:
+                return
             self._train_or_split(self._new_job(half))
 
     def _give_up(self, spec: Any, job: CohortJob, reason: str) -> None:
@@ -175,6 +189,10 @@ class Fleet:
         told = f"its worker died again and again: {reason}"
         write_note(Path(self.base.logs) / f"{spec.name}.log", f"failed: {told}\nsee also {worker_log(job, 0)}")
         replace(folder / "result.json", json.dumps(entry(spec, "failed", told, folder), indent=1).encode())
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def fit(job: CohortJob) -> str:
@@ -206,7 +224,7 @@ def fit(job: CohortJob) -> str:
         except ray.train.TrainingFailedError as error:
             outcome = _refusal_among(getattr(error, "worker_failures", {}).values())
             if outcome is None:
-                return " ".join(str(error).split())[:400] or type(error).__name__
+                return " ".join(str(error).split())[-400:] or type(error).__name__
         finally:
             shutil.rmtree(storage / name, ignore_errors=True)
     if isinstance(outcome, AkdError):

@@ -49,10 +49,15 @@ class Meter:
             left = f", {self._rate(rate)}, {duration((self.total - done) / rate)} left" if rate > 0 else ""
             share = f"{done / self.total:.0%}" if self.total else ""
             line = f"{self.title}: {done:,.0f} of {self.total:,.0f} {self.unit} ({share}){left}"
-            self.console.print(line + (f"; {note}" if note else ""), highlight=False, soft_wrap=True)
+            tell(self.console, line + (f"; {note}" if note else ""))
 
     def _rate(self, rate: float) -> str:
         return f"{rate:,.0f} {self.unit}/s"
+
+
+def tell(console: Console, text: str) -> None:
+    """A line for the person who waits: never folded, so that paths in it can be copied, and never taken for markup."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager

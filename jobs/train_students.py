@@ -24,6 +24,7 @@ from akd_dist.cohort import ZOMBIE_SECONDS, CohortJob, ended, open_stream, read_
 from akd_dist.fleet_report import write_report
 from akd_dist.jobs.cache_teacher import SPLITS, cache_teacher, prepare_shown
 from akd_dist.jobs.planner import groups_of
+from akd_dist.jobs.progress import tell
 from akd_dist.models import ModelCard, add_folder, build, num_parameters
 from akd_dist.recipe import Recipe
 from akd_dist.rows import Splits, prepare
@@ -77,7 +78,7 @@ def train_students(
         cached = cache_teacher(
             recipe, store_root=store_root, cache_root=cache_root, address=address, wait=wait, console=console
         )
-        console.print(f"the store {cached['id'][:12]} {_how_cached(cached)}", highlight=False)
+        tell(console, f"the store {cached['id'][:12]} {_how_cached(cached)}")
         stores = {"train": cached["store"]} | {split: cached["splits"][split]["store"] for split in SPLITS[1:]}
         identity = run_identity(recipe, splits, open_store(stores["train"]))
         if fresh:
@@ -86,7 +87,7 @@ def train_students(
         base = fleet_job(recipe, splits, stores, run, cache_root)
         todo = [spec for spec in recipe.students if not ended(base, spec)]
         if not todo and (run / "fleet.json").exists() and (run / "report.html").exists():
-            console.print(f"the run {recipe.name} is done: these are its saved results", highlight=False)
+            tell(console, f"the run {recipe.name} is done: these are its saved results")
             saved: dict[str, Any] = json.loads((run / "fleet.json").read_bytes())
             return saved
         begin_run(run, recipe, identity)
@@ -110,10 +111,11 @@ def _train(
     from akd_dist.jobs.fleet import Fleet
     from akd_dist.jobs.planner import plan_cohorts
 
-    with cluster.stop_on_signals(console.print) as stop:
-        cluster.connect(address)
+    with cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
+        cluster.connect(address, tell=lambda text: tell(console, text))
         stop.check()
-        count = Fleet(base, stop, console).train(plan_cohorts(recipe, todo, int(cluster.total_cpus()), splits))
+        cohorts = plan_cohorts(recipe, todo, int(cluster.total_cpus()), splits)
+        count = Fleet(base, len(splits.train), stop, console).train(cohorts)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")
@@ -139,10 +141,10 @@ def held(run: Path, wait: bool, console: Console) -> Iterator[None]:
     note = f"process {os.getpid()} on {socket.gethostname()}"
     patience = None if wait else 0
 
-    def tell(holder: str) -> None:
-        console.print(f"waiting for {holder}", highlight=False)
+    def waiting(holder: str) -> None:
+        tell(console, f"waiting for {holder}")
 
-    with file_lock(run / "lock", what=f"the run {run.name}", wait=patience, note=note, on_wait=tell):
+    with file_lock(run / "lock", what=f"the run {run.name}", wait=patience, note=note, on_wait=waiting):
         yield
 
 
@@ -268,9 +270,18 @@ def finish_run(
     }
     replace(run / "fleet.json", json.dumps(fleet, indent=1).encode())
     write_report(run)
+    tidy(base)
+    return fleet
+
+
+def tidy(base: CohortJob) -> None:
+    """Remove what only a running fleet needs. The attempts stay, for late workers of theirs."""
     for progress in Path(base.control).glob("progress-*.json"):
         progress.unlink()
-    return fleet
+    shutil.rmtree(Path(base.control) / "ray", ignore_errors=True)
+    for log in Path(base.logs).glob("cohort-*.log"):
+        if log.stat().st_size == 0:
+            log.unlink()
 
 
 def tell_failures(fleet: dict[str, Any], base: CohortJob, console: Console) -> None:
@@ -278,7 +289,7 @@ def tell_failures(fleet: dict[str, Any], base: CohortJob, console: Console) -> N
     for student in fleet["students"]:
         if student["state"] != "done":
             log = Path(base.logs) / f"{student['name']}.log"
-            console.print(f"{student['name']} {student['state']}: {student['reason']}; log: {log}", highlight=False)
+            tell(console, f"{student['name']} {student['state']}: {student['reason']}; log: {log}")
 
 
 def describe_teacher(train: LogitStore, test: LogitStore) -> dict[str, Any]:

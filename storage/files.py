@@ -139,7 +139,7 @@ def file_lock(
                     f"{what} is held by someone else",
                     got=holder,
                     expected="nobody holding it",
-                    next="wait until it is done, or stop that process",
+                    next="run again with --wait, or stop that process",
                 )
             if on_wait is not None and not told:
                 on_wait(holder)

@@ -231,7 +231,9 @@ def test_killed_train_workers_resume_also_before_their_first_step(home: Home, tr
     assert weights(tmp_path / "runs" / "fleet") == home.weights
 
 
-def run_until(command: list[str], ready: Callable[[], bool], number: int) -> subprocess.CompletedProcess[str]:
+def run_until(
+    command: list[str], ready: Callable[[], bool], number: int, *, group: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Start a command, send it a signal once `ready`, and give what came of it."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -240,8 +242,8 @@ def run_until(command: list[str], ready: Callable[[], bool], number: int) -> sub
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert process.poll() is None, process.communicate()
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does: to everybody in the foreground
+    if number == signal.SIGINT or group:  # as a terminal or a service manager does: to everybody
+        os.killpg(process.pid, number)
     else:
         process.send_signal(number)
     out, err = process.communicate(timeout=120)
@@ -298,6 +300,17 @@ def test_ctrl_c_checkpoints_says_how_to_go_on_and_leaves_no_process(home: Home, 
     while ray_processes(marker) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert ray_processes(marker) == []
+    home.train(marker)
+    assert weights(marker / "runs" / "fleet") == home.weights
+
+
+def test_sigterm_to_the_whole_group_leaves_with_143_and_the_next_command_goes_on(
+    home: Home, trained: Any, marker: Path
+) -> None:
+    started = lambda: len(list(marker.rglob("*.ckpt"))) > 4  # noqa: E731
+    stopped = run_until(home.command(marker, "train-students"), started, signal.SIGTERM, group=True)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "the same command goes on" in stopped.stderr
     home.train(marker)
     assert weights(marker / "runs" / "fleet") == home.weights
 
