@@ -598,9 +598,10 @@ def _in_words(value: Any) -> str:
 
 
 def _print_plan(plan: dict[str, Any]) -> None:
-    table = _table("split", "rows", "views", "shards", "size", title="what caching would compute")
+    table = _table("split", "rows", "views", "shards to compute", "size", title="what caching would compute")
     for split, part in plan["splits"].items():
-        table.add_row(split, f"{part['rows']:,}", str(part["views"]), f"{part['shards']:,}", _size(part["bytes"]))
+        shards = "none: a hit" if part["hit"] else f"{part['shards']:,}"
+        table.add_row(split, f"{part['rows']:,}", str(part["views"]), shards, _size(part["bytes"]))
     _result_console().print(table)
     free = "unknown" if plan["free"] is None else _size(plan["free"])
     click.echo(f"needs {_size(plan['bytes'])} under {plan['store_root']}, free {free}; nothing was computed")

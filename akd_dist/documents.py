@@ -77,10 +77,12 @@ class PlannedSplit(Document):
     """Rows of the split."""
     views: Count
     """Augmented views of each row."""
+    hit: bool
+    """Whether a store is there that serves it, so that nothing is to be computed."""
     shards: Count
-    """Number of shards."""
+    """Number of shards to compute."""
     bytes: Count
-    """Size of all shards."""
+    """Size of these shards."""
 
 
 class PlanDocument(Document):
@@ -91,7 +93,7 @@ class PlanDocument(Document):
     store_root: str
     """Where the stores would lie."""
     bytes: Count
-    """Size of all stores."""
+    """Size of all that is to be computed."""
     free: Count | None
     """Bytes free there; null for object storage."""
     splits: dict[Literal["train", "validation", "test"], PlannedSplit]

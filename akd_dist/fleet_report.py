@@ -399,7 +399,9 @@ def _tiles(fleet: dict[str, Any], groups: list[Group]) -> list[tuple[str, str, s
         tiles.append((f"{plus_minus(best.accuracy)} %", "best student", f"{best.model}, {best.objective_label}"))
     gains = [gain for group in groups if (gain := gain_over_hard_labels(group, groups)) is not None]
     if gains:
-        tiles.append((points(statistics.fmean(gains)), "points over hard labels", f"mean of {len(gains)} comparisons"))
+        ahead = sum(gain > 0 for gain in gains)
+        told = f"mean of {len(gains)}, ahead in {ahead}"
+        tiles.append((points(statistics.fmean(gains)), "points over hard labels", told))
     return tiles
 
 

@@ -444,28 +444,28 @@ def check_room(store_root: str, needed: int) -> None:
 
 
 def _dry_run(recipe: Recipe, splits: Splits, store_root: str) -> dict[str, Any]:
-    dtype = encoding_from_config({"name": recipe.cache.encoding}).dtype
+    """What caching would compute: nothing of the stores that are there already, as far as the teacher is."""
+    teacher_uri = recipe.teacher.weights or f"{store_root.rstrip('/')}/{TEACHERS}/{teacher_key(recipe, splits)}"
+    known = recipe.teacher.weights is not None or open_root(teacher_uri).exists("model.json")
+    stores: dict[str, LogitStore | None] = dict.fromkeys(SPLITS)
+    if known:
+        stores = {
+            plan.split: catalog.find_store(store_root, plan.identity) for plan in plan_splits(recipe, splits, teacher_uri)
+        }
+    dtype = str(encoding_from_config({"name": recipe.cache.encoding}).dtype)
     plans = {}
-    for split in SPLITS:
+    for split, store in stores.items():
         rows: Rows = getattr(splits, split)
         views = recipe.data.views if split == "train" else 1
-        layout = StoreLayout(views, len(rows), rows.classes, str(dtype))
-        shards = layout.shards()
-        plans[split] = {
-            "rows": len(rows),
-            "views": views,
-            "shards": len(shards),
-            "bytes": len(shards) * layout.shard_bytes,
-        }
+        layout = StoreLayout(views, len(rows), rows.classes, dtype)
+        shards = [] if store is not None else layout.shards()
+        size = sum(layout.stored_bytes(shard) for shard in shards)
+        hit = store is not None
+        plans[split] = {"rows": len(rows), "views": views, "hit": hit, "shards": len(shards), "bytes": size}
     needed = sum(plan["bytes"] for plan in plans.values())
     check_room(store_root, needed)
-    return {
-        "dry_run": True,
-        "store_root": store_root,
-        "bytes": needed,
-        "free": open_root(store_root).free_bytes(),
-        "splits": plans,
-    }
+    free = open_root(store_root).free_bytes()
+    return {"dry_run": True, "store_root": store_root, "bytes": needed, "free": free, "splits": plans}
 
 
 def _document(plans: list[SplitPlan], seconds: float) -> dict[str, Any]:

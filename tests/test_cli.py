@@ -30,7 +30,7 @@ PART = {
     "encoding": "float32", "bytes": 186_880, "shards": 20, "shards_computed": 20,
 }  # fmt: skip
 CACHED = PART | {"seconds": 3.25, "splits": {"validation": PART | {"views": 1}, "test": PART | {"views": 1}}}
-PLANNED = {"rows": 1168, "views": 4, "shards": 20, "bytes": 186_880}
+PLANNED = {"rows": 1168, "views": 4, "hit": False, "shards": 20, "bytes": 186_880}
 PLAN = {
     "dry_run": True, "store_root": "stores", "bytes": 560_640, "free": 10**12,
     "splits": {"train": PLANNED, "validation": PLANNED, "test": PLANNED},
