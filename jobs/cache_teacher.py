@@ -450,7 +450,8 @@ def _dry_run(recipe: Recipe, splits: Splits, store_root: str) -> dict[str, Any]:
     stores: dict[str, LogitStore | None] = dict.fromkeys(SPLITS)
     if known:
         stores = {
-            plan.split: catalog.find_store(store_root, plan.identity) for plan in plan_splits(recipe, splits, teacher_uri)
+            plan.split: catalog.find_store(store_root, plan.identity)
+            for plan in plan_splits(recipe, splits, teacher_uri)
         }
     dtype = str(encoding_from_config({"name": recipe.cache.encoding}).dtype)
     plans = {}

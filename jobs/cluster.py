@@ -50,7 +50,8 @@ def connect(
     """Connect to the cluster at `address`, or start one on this machine that listens on loopback only; idempotent.
 
     Args:
-        address: `host:port` of a running cluster. Where this user has a Ray token, it is shown to the cluster.
+        address: `host:port` of a running cluster, or `auto` for the one that this node belongs to. If this user has a
+            Ray token, it is shown to the cluster.
         num_cpus: CPUs of a cluster started here; None takes those of the machine.
         tell: told when this takes a moment.
 
@@ -112,6 +113,8 @@ def _init(options: dict[str, Any]) -> Exception | None:
 
 def _check_answers(address: str) -> None:
     """Refuse an address where nobody listens, in seconds; Ray itself would try for a minute."""
+    if address == "auto":
+        return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
