@@ -170,6 +170,15 @@ def read_result(job: CohortJob, spec: recipe.Student) -> dict[str, Any] | None:
     return json.loads(path.read_bytes()) if path.exists() else None
 
 
+def read_progress(job: CohortJob) -> dict[str, Any] | None:
+    """The latest progress document of a cohort; None before its first."""
+    try:
+        document: dict[str, Any] = json.loads(job.progress_file.read_bytes())
+    except FileNotFoundError:
+        return None
+    return document
+
+
 class _Lockstep:
     """The loop over epochs and batches; students at different positions join when the stream reaches them."""
 

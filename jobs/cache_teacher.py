@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import shutil
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,25 +17,21 @@ from typing import Any
 from rich.console import Console
 
 from akd_dist import recipe as recipes
-from akd_dist.cohort import CohortJob, train_cohort
-from akd_dist.jobs.progress import Meter, meter, tell
+from akd_dist.jobs.progress import meter, tell
+from akd_dist.jobs.train_teacher import TEACHERS, ensure_teacher, teacher_key
 from akd_dist.models import ModelCard, add_folder, load_card
-from akd_dist.recipe import HardLabels, NoAugmentation, Recipe
-from akd_dist.rows import Rows, Splits, prepare
+from akd_dist.recipe import NoAugmentation, Recipe
+from akd_dist.rows import SPLITS, Rows, Splits, prepare
 from akd_dist.storage import catalog
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.errors import MachineError, RefusedError
-from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, Shard, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Receipt
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store
 from akd_dist.teacher import CacheJob, cache_shard, compute_shard
-
-SPLITS = ("train", "validation", "test")
-TEACHERS = "teachers"
 
 
 @dataclass
@@ -249,144 +244,6 @@ def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache
             seal_store(plan.writer)
             plan.store = catalog.find_store(store_root, plan.identity)
     return _document(plans, time.monotonic() - started)
-
-
-# ---- the teacher
-
-
-def ensure_teacher(
-    recipe: Recipe,
-    splits: Splits,
-    *,
-    store_root: str,
-    cache_root: str,
-    address: str | None,
-    wait: bool,
-    stop: Any,
-    console: Console,
-) -> str:
-    """The URI of the teacher's model folder; one that the recipe trains is trained once, and found again by content.
-
-    Raises:
-        RefusedError: the teacher does not fit the data, or its training failed.
-        HeldError: somebody else is training it.
-    """
-    if recipe.teacher.weights is not None:
-        load_card(recipe.teacher.weights).check_rows(splits.train, f"the teacher in {recipe.teacher.weights}")
-        return recipe.teacher.weights
-    key = teacher_key(recipe, splits)
-    uri = f"{store_root.rstrip('/')}/{TEACHERS}/{key}"
-    if open_root(uri).exists("model.json"):
-        return uri
-    open_root(store_root).check_writable()
-    job = teacher_job(recipe, splits, key, store_root=store_root, cache_root=cache_root)
-    claim = f"{TEACHERS}/{key}"
-    with claim_store(store_root, claim, wait=wait, on_wait=lambda text: tell(console, text), on_poll=stop.check):
-        if not open_root(uri).exists("model.json"):
-            _train_teacher(job, address, stop, console)
-            _deliver(Path(job.root) / key, uri)
-    return uri
-
-
-def teacher_key(recipe: Recipe, splits: Splits) -> str:
-    """The content that a trained teacher is found by: everything its weights depend on."""
-    model, train = recipe.teacher.model, recipe.teacher.train
-    assert model is not None
-    assert train is not None
-    document = {
-        "model": model.model_dump(mode="json"),
-        "train": train.model_dump(mode="json"),
-        "data": [splits.train.fingerprint, splits.validation.fingerprint],
-        "views": [recipe.data.seed, recipe.data.augmentation.model_dump(mode="json")],
-        "normalize": recipe.data.normalize and recipe.data.normalize.model_dump(mode="json"),
-    }
-    return sha256(canonical_json(document))[:32]
-
-
-def teacher_job(recipe: Recipe, splits: Splits, key: str, *, store_root: str, cache_root: str) -> CohortJob:
-    """The teacher as a cohort of one that trains on hard labels: the same loop as for students.
-
-    It needs no cached logits, so each of its epochs sees a fresh view; and it stays the same when `data.views` changes.
-    """
-    model, train = recipe.teacher.model, recipe.teacher.train
-    assert model is not None
-    assert train is not None
-    root = Path(cache_root) if "://" in store_root else Path(store_root)
-    spec = recipes.Student(
-        name=key,
-        model=model,
-        objective=HardLabels(kind="hard_labels", epochs=train.epochs),
-        optimizer=train.optimizer,
-        batch=train.batch,
-        seed=train.seed,
-        threads=train.threads,
-    )
-    return CohortJob(
-        name="teacher",
-        data=recipe.data.model_copy(update={"views": train.epochs}),
-        fingerprints={split: getattr(splits, split).fingerprint for split in SPLITS},
-        students=(spec,),
-        root=str(root / TEACHERS),
-        logs=str(root / TEACHERS / key),
-        cache_root=cache_root,
-        stores={},
-        folder=recipe.folder,
-        control=str(root / TEACHERS / key / "checkpoints"),
-        checkpoint_seconds=recipe.checkpoint_seconds,
-    )
-
-
-def _train_teacher(job: CohortJob, address: str | None, stop: Any, console: Console) -> None:
-    from akd_dist.jobs import cluster
-
-    Path(job.control).mkdir(parents=True, exist_ok=True)
-    job.stop_file.unlink(missing_ok=True)
-    cluster.connect(address, tell=lambda text: tell(console, text))
-    stop.check()
-    with meter(console, "training the teacher", total=1, unit="steps") as shown:
-        poll = functools.partial(_follow, job, shown, stop)
-        threads = job.students[0].threads
-        outcome = cluster.run_one(train_cohort, job, threads=threads, stop=stop, on_poll=poll, name="the teacher")
-    job.stop_file.unlink(missing_ok=True)
-    if outcome["stopped"]:
-        raise stop.error("stopped; the teacher's last checkpoint is kept", "the same command carries on from it")
-    (result,) = outcome["students"]
-    if result["state"] != "done":
-        raise RefusedError(
-            f"the teacher's training ended as {result['state']}",
-            got=result["reason"],
-            expected="a trained teacher",
-            next=f"see {Path(job.logs) / (job.students[0].name + '.log')}; then change teacher.train in the recipe",
-        )
-    shutil.rmtree(Path(job.control), ignore_errors=True)
-    tell(console, f"the teacher is trained: test accuracy {result['test']['accuracy']:.4f}")
-
-
-def _follow(job: CohortJob, shown: Meter, stop: Any) -> None:
-    """Show the job's latest progress, and pass the stop flag on to its worker."""
-    if stop:
-        job.stop_file.touch()
-    if (progress := read_progress(job)) is not None:
-        (teacher,) = progress["students"]
-        note = f"{progress['rows_per_second']:,.0f} rows/s"
-        shown.update(teacher["steps"], total=teacher["steps_total"], note=note)
-
-
-def read_progress(job: CohortJob) -> dict[str, Any] | None:
-    """The latest progress document of a cohort; None before its first."""
-    try:
-        document: dict[str, Any] = json.loads(job.progress_file.read_bytes())
-    except FileNotFoundError:
-        return None
-    return document
-
-
-def _deliver(folder: Path, uri: str) -> None:
-    """Put a teacher that was trained on this node into an object store; model.json last, since it says: I am there."""
-    if "://" in uri:
-        target = open_root(uri)
-        for name in ("model.safetensors", "model.json"):
-            target.put(name, (folder / name).read_bytes())
 
 
 # ---- repair

@@ -20,9 +20,8 @@ from typing import Any
 
 from rich.console import Console
 
-from akd_dist.cohort import CohortJob, ended, stop_attempts, train_cohort
+from akd_dist.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
 from akd_dist.jobs import cluster
-from akd_dist.jobs.cache_teacher import read_progress
 from akd_dist.jobs.planner import Cohort, cpus_of
 from akd_dist.jobs.progress import Meter, meter, tell
 from akd_dist.storage.errors import AkdError, MachineError
@@ -143,6 +142,8 @@ class Fleet:
         if told != self.last_told or not stopping:
             self.alive_at, self.last_told = time.monotonic(), told
         if time.monotonic() - self.alive_at > GRACE_SECONDS:
+            if self.errors and not self.stop:
+                raise self.errors[0]
             raise self.stop.error(
                 "stopped; the workers did not answer any more, so only earlier checkpoints are kept",
                 "the same command goes on from there",

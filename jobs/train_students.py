@@ -22,12 +22,12 @@ from rich.console import Console
 from akd_dist import recipe as recipes
 from akd_dist.cohort import ZOMBIE_SECONDS, CohortJob, ended, open_stream, read_result, stop_attempts, train_cohort
 from akd_dist.fleet_report import write_report
-from akd_dist.jobs.cache_teacher import SPLITS, cache_teacher, prepare_shown
+from akd_dist.jobs.cache_teacher import cache_teacher, prepare_shown
 from akd_dist.jobs.planner import groups_of
 from akd_dist.jobs.progress import tell
 from akd_dist.models import ModelCard, add_folder, build, num_parameters
 from akd_dist.recipe import Recipe
-from akd_dist.rows import Splits, prepare
+from akd_dist.rows import SPLITS, Splits, prepare
 from akd_dist.storage.errors import RecipeError
 from akd_dist.storage.files import canonical_json, file_lock, replace
 from akd_dist.storage.reader import LogitStore, open_store
