@@ -233,6 +233,27 @@ def two_ranks(rank: int, port: int, job: CohortJob) -> None:
     torch.distributed.destroy_process_group()
 
 
+def shared_state(rank: int, port: int) -> None:
+    """Ranks with other weights and batch statistics end up with those of rank 0."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    group = Group(rank, 2)
+    torch.manual_seed(rank)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    module(torch.randn(8, 3))
+    group.share_state(module)
+    flat = torch.cat([tensor.flatten().double() for tensor in module.state_dict().values()])
+    mine, theirs = group.gather(flat)
+    assert torch.equal(mine, theirs)
+    assert group.from_first({"rank": rank}) == {"rank": 0}
+    assert group.any(rank == 1, False) == (True, False)
+    assert group.sum(rank + 1.0) == 3.0
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_state_decisions_and_sums(free_port: int) -> None:
+    torch.multiprocessing.spawn(shared_state, (free_port,), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+
+
 def test_two_workers_follow_one_worker(home: Path, tmp_path: Path, free_port: int) -> None:
     students = [a_student(f"s{seed}", seed=seed, model={"kind": "mlp", "hidden": 8}, workers=2) for seed in range(2)]
     recipe = a_recipe(students)
