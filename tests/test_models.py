@@ -99,7 +99,7 @@ def test_a_seed_leaves_the_generator_alone_and_none_draws_from_it() -> None:
 
 def test_layers_are_those_of_the_spec() -> None:
     shapes = {
-        "mlp-6x5": [(6, 64), (6,), (5, 6), (5,), (10, 5), (10,)],
+        "mlp-6x5d0.1": [(6, 64), (6,), (5, 6), (5,), (10, 5), (10,)],
         "cnn-4": [(4, 1, 3, 3), (4,), (8, 4, 3, 3), (8,), (10, 32), (10,)],
     }
     for spec in (MLP, CNN):

@@ -105,7 +105,10 @@ def test_defaults_are_filled_in(path: Path) -> None:
         (Mlp(hidden=[32, 16]), "mlp-32x16"),
         (Cnn(width=8), "cnn-8"),
         (Cnn(width=8, depth=3), "cnn-8d3"),
-        (Custom(factory="nets.small:tiny_net", arguments={"width": 3}), "tiny_net"),
+        (
+            Custom(factory="nets.small:tiny_net", arguments={"width": 3, "act": "re lu", "extra": [1]}),
+            "tiny_net-width3-actre_lu",
+        ),
     ],
 )
 def test_labels(model: recipes.Model, label: str) -> None:
