@@ -27,6 +27,8 @@ from akd_dist.storage.objects import ObjectMissing, open_root, storage_error
 from akd_dist.storage.s3 import S3Root
 
 CLAIM_SUFFIX = ".claim"
+# A remote holder's lock does not reach us, so its file may be caught half written; it is whole again in a moment.
+_READS, _READ_AGAIN = 5, 0.02
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class _FileClaim:
             if _is_still_at(descriptor, self.path):
                 break
             os.close(descriptor)  # its last holder removed it between our open and our lock
-        left = _parse(os.pread(descriptor, 4096, 0))
+        left = _left_by_another(descriptor)
         if left is not None and left.host != self.me.host and left != stale:
             os.close(descriptor)
             return left
@@ -262,6 +264,15 @@ def _is_still_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _left_by_another(descriptor: int) -> Holder | None:
+    """What a claim file says that was there before; read again where a holder on another host was just writing it."""
+    for _ in range(_READS):
+        if (holder := _parse(os.pread(descriptor, 4096, 0))) is not None:
+            return holder
+        time.sleep(_READ_AGAIN)
+    return None
 
 
 def _parse(data: bytes) -> Holder | None:
