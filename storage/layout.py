@@ -112,8 +112,3 @@ class StoreLayout:
         chunk = self.chunk_rows * self.classes * self.itemsize + _CRC_BYTES
         used = -(-shard.rows // self.chunk_rows)
         return used * chunk + (self.shard_rows // self.chunk_rows) * _INDEX_ENTRY_BYTES + _CRC_BYTES
-
-    @property
-    def shard_bytes(self) -> int:
-        """The size of the largest shard object: what one task holds in memory and needs free on the disk."""
-        return self.stored_bytes(self.shard(0, 0))
