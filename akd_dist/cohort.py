@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from akd_dist import recipe
+from akd_dist.device import settle
 from akd_dist.models import ModelCard, add_folder
 from akd_dist.rows import Rows, Splits, prepare
 from akd_dist.storage.errors import AkdError, MachineError, RefusedError
@@ -82,9 +82,7 @@ def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
         DamagedError: a store is damaged; no student has taken a step.
     """
     group = group or Group()
-    torch.set_num_threads(job.students[0].threads)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
+    settle("cpu", job.students[0].threads)
     add_folder(job.folder)
     splits = prepare(job.data, Path(job.cache_root))
     check_fingerprints(job, splits)

@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -223,7 +223,7 @@ def _body(card: ModelCard) -> nn.Module:
         case recipe.Custom():
             return _custom(card.model, card.input_shape, card.classes)
         case _:
-            assert_never(card.model)
+            raise NotImplementedError(card.model.kind)
 
 
 def _mlp(spec: recipe.Mlp, inputs: int, classes: int) -> nn.Module:

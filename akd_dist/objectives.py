@@ -7,7 +7,6 @@ however it is cut into ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import assert_never
 
 import torch
 from torch.nn import functional
@@ -52,7 +51,7 @@ def stages(objective: Objective) -> tuple[Stage, ...]:
         case HardLabels():
             return (Stage("hard_labels", objective.epochs),)
         case _:
-            assert_never(objective)
+            raise NotImplementedError(objective.kind)
 
 
 def temperature(i: int, n: int, tau_max: int) -> int:

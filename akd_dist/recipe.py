@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
@@ -24,7 +24,19 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Where a run is placed, not what it computes: left out of its identity.
 PLACEMENT = ("cohorts", "checkpoint_seconds", "folder")
 
+# A function of the user's, as `module:function`.
+FACTORY = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+
+Task = Literal["classification", "regression"]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+METRICS: dict[Task, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+}
+"""The metrics of each task, its usual primary one first."""
+
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 LearningRate = Annotated[float, Field(gt=0)]
@@ -50,24 +62,121 @@ class Digits(Spec):
     """Which kind of source this is."""
 
 
-class Parquet(Spec):
-    """A dataset in Parquet: one column of inputs, one of integer labels. Row order is the order of the files."""
+class Idx(Spec):
+    """Images and labels in IDX files, as MNIST and its family come; plain or gzip-compressed."""
+
+    kind: Literal["idx"] = "idx"
+    """Which kind of source this is."""
+    images: str
+    """The file of inputs, uint8 of two dimensions or more; relative to the recipe's folder."""
+    labels: str
+    """The file of labels, counted from 0."""
+    classes: Count | None = None
+    """How many classes there are; none takes the largest label plus one."""
+
+
+def _one_or_several(value: object) -> str:
+    return "several" if isinstance(value, list) else "one"
+
+
+Columns = Annotated[
+    Annotated[str, Tag("one")] | Annotated[list[str], Field(min_length=1, max_length=2), Tag("several")],
+    Discriminator(_one_or_several),
+]
+
+
+class Table(Spec):
+    """Named columns: one of inputs (two of text make a pair), one of labels."""
+
+    input: Columns = "input"
+    """The column of inputs: encoded images (bytes, or a struct with bytes), text, or lists of numbers. A list of two
+    names is a pair of texts."""
+    label: str = "label"
+    """The column of labels: class ids counted from 0, class names, or numbers where data.task is regression."""
+    shape: list[Count] | None = None
+    """The shape of one input, for columns of flat lists; none keeps the list as a vector."""
+    classes: Count | None = None
+    """How many classes there are; none takes the largest label plus one, or the names there are."""
+
+
+class Parquet(Table):
+    """A dataset in Parquet. Row order is the order of the files."""
 
     kind: Literal["parquet"] = "parquet"
     """Which kind of source this is."""
     path: str
     """A file, a folder or a glob; relative to the recipe's folder."""
-    input: str
-    """The column of inputs: encoded images (bytes, or a struct with bytes) or lists of numbers."""
-    label: str
-    """The column of integer labels, counted from 0."""
-    shape: list[Count] | None = None
-    """The shape of one input, for columns of flat lists; none keeps the list as a vector."""
-    classes: Count | None = None
-    """How many classes there are; none takes the largest label plus one."""
 
 
-Source = Annotated[Digits | Parquet, Discriminator("kind")]
+class HuggingFaceData(Table):
+    """A dataset of the Hugging Face `datasets` library (extra: akd-dist[huggingface])."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    """Which kind of source this is."""
+    path: str | None = None
+    """A folder that `save_to_disk` wrote; relative to the recipe's folder."""
+    name: str | None = None
+    """A dataset on the hub, where one can be reached."""
+    config: str | None = None
+    """Its configuration, if it has several."""
+    split: str | None = None
+    """Which of its splits; needed unless the folder holds a single one."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> HuggingFaceData:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give either a path or a name")
+        if self.name is not None and self.split is None:
+            raise ValueError("a dataset by name needs a split, such as `split: train`")
+        return self
+
+
+class CustomData(Table):
+    """Rows by your own function, in the recipe's folder or in an installed package.
+
+    It returns an Arrow table, or a map-style `torch.utils.data.Dataset` whose items are (input, label).
+    """
+
+    kind: Literal["custom"] = "custom"
+    """Which kind of source this is."""
+    factory: str = Field(pattern=FACTORY)
+    """`module:function`, called as function(**arguments)."""
+    arguments: dict[str, JsonValue] = {}
+    """Keyword arguments of the function. A change of them, or of the module's file, prepares the data anew."""
+
+
+Source = Annotated[Digits | Idx | Parquet | HuggingFaceData | CustomData, Discriminator("kind")]
+
+
+class ByteText(Spec):
+    """Text as its UTF-8 bytes: the built-in tokenizer, for any language and without a vocabulary file."""
+
+    kind: Literal["bytes"] = "bytes"
+    """Which kind of tokenizer this is."""
+    length: Count = 256
+    """Tokens of an input; longer texts are cut, shorter ones padded."""
+
+
+class HuggingFaceText(Spec):
+    """Text through a Hugging Face tokenizer (extra: akd-dist[huggingface])."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    """Which kind of tokenizer this is."""
+    path: str | None = None
+    """A folder with the tokenizer's files; relative to the recipe's folder."""
+    name: str | None = None
+    """A tokenizer on the hub, where one can be reached."""
+    length: Count = 128
+    """Tokens of an input; longer texts are cut, shorter ones padded."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> HuggingFaceText:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give either a path or a name")
+        return self
+
+
+Text = Annotated[ByteText | HuggingFaceText, Discriminator("kind")]
 
 
 class NoAugmentation(Spec):
@@ -86,7 +195,63 @@ class Shift(Spec):
     """The farthest move in each direction, in pixels."""
 
 
-Augmentation = Annotated[NoAugmentation | Shift, Discriminator("kind")]
+class PadCropFlip(Spec):
+    """The paper's augmentation of CIFAR: pad with zeros, crop the old size at random, flip left to right by chance."""
+
+    kind: Literal["pad_crop_flip"] = "pad_crop_flip"
+    """Which kind of augmentation this is."""
+    pixels: Count = 4
+    """Zeros added on each side."""
+    flip: bool = True
+    """Whether half of the views are mirrored."""
+
+
+class RandomResizedCropFlip(Spec):
+    """A random part of the image, brought back to its size by bilinear interpolation, flipped by chance."""
+
+    kind: Literal["random_resized_crop_flip"] = "random_resized_crop_flip"
+    """Which kind of augmentation this is."""
+    scale: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.08, 1.0)
+    """Least and largest share of the image's area."""
+    ratio: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.75, 4 / 3)
+    """Least and largest width divided by height, drawn evenly on a logarithmic scale."""
+    flip: bool = True
+    """Whether half of the views are mirrored."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RandomResizedCropFlip:
+        if self.scale[0] > self.scale[1] or self.scale[1] > 1 or self.ratio[0] > self.ratio[1]:
+            raise ValueError(f"scale is {self.scale} and ratio is {self.ratio}: both must rise, and scale end by 1")
+        return self
+
+
+class TokenMask(Spec):
+    """Each token but special ones is replaced by the tokenizer's mask by chance."""
+
+    kind: Literal["token_mask"] = "token_mask"
+    """Which kind of augmentation this is."""
+    share: Share = 0.15
+    """The chance of each token."""
+
+
+class CustomAugmentation(Spec):
+    """Your own augmentation: a draw from (seed, row, view), and how it is applied to a batch.
+
+    The factory returns an object with `words`, `draw(words, input_shape)` and `apply(batch, params)`; see docs/data.md.
+    """
+
+    kind: Literal["custom"] = "custom"
+    """Which kind of augmentation this is."""
+    factory: str = Field(pattern=FACTORY)
+    """`module:function`, called as function(**arguments)."""
+    arguments: dict[str, JsonValue] = {}
+    """Keyword arguments of the function."""
+
+
+Augmentation = Annotated[
+    NoAugmentation | Shift | PadCropFlip | RandomResizedCropFlip | TokenMask | CustomAugmentation,
+    Discriminator("kind"),
+]
 
 
 class Normalize(Spec):
@@ -112,7 +277,12 @@ def _share_or_source(value: object) -> str | None:
 
 
 ShareOrSource = Annotated[
-    Annotated[Share, Tag("share")] | Annotated[Digits, Tag("digits")] | Annotated[Parquet, Tag("parquet")],
+    Annotated[Share, Tag("share")]
+    | Annotated[Digits, Tag("digits")]
+    | Annotated[Idx, Tag("idx")]
+    | Annotated[Parquet, Tag("parquet")]
+    | Annotated[HuggingFaceData, Tag("huggingface")]
+    | Annotated[CustomData, Tag("custom")],
     Discriminator(_share_or_source),
 ]
 
@@ -126,8 +296,16 @@ class Data(Spec):
     """Rows that pick the best epoch: a share of the train source, or a source of their own."""
     test: ShareOrSource = 0.2
     """Rows that are reported once: a share of the train source, or a source of their own."""
+    subset: Count | None = None
+    """Train on so many of the train rows, drawn by the seed; none takes all. Validation and test stay as they are."""
     seed: Seed = 0
     """Governs the split, the order of rows and the views, for all students alike."""
+    task: Task = "classification"
+    """What a label is: one of some classes, or a number."""
+    metric: Metric | None = None
+    """What picks the best epoch and heads the tables; none takes accuracy, or Pearson's correlation for regression."""
+    text: Text | None = None
+    """How text becomes tokens; needed where inputs are text."""
     views: Count = 1
     """How many augmented views of each train row the teacher is cached on; epoch e trains on view e mod views."""
     augmentation: Augmentation = NoAugmentation()
@@ -136,6 +314,27 @@ class Data(Spec):
     """Rows that are shuffled as one window, for data larger than memory; none shuffles all rows together."""
     normalize: Normalize | None = None
     """Applied inside the models; none leaves inputs between 0 and 1 (uint8) or as they are (float)."""
+
+    @property
+    def primary_metric(self) -> Metric:
+        """The metric that picks the best epoch: the higher the better."""
+        return self.metric or METRICS[self.task][0]
+
+    @model_validator(mode="after")
+    def _metric_fits(self) -> Data:
+        if self.primary_metric not in METRICS[self.task]:
+            raise ValueError(
+                f"metric {self.metric} is not one of {self.task}, which has {', '.join(METRICS[self.task])}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_text(self) -> Data:
+        if self.text is None and isinstance(self.augmentation, TokenMask):
+            raise ValueError("the augmentation token_mask is for text; say how text becomes tokens with data.text")
+        if self.text is not None and self.normalize is not None:
+            raise ValueError("normalize is for images and numbers; leave it out where data.text is given")
+        return self
 
     @model_validator(mode="after")
     def _leaves_train_rows(self) -> Data:
@@ -161,7 +360,7 @@ class Mlp(Spec):
     """Which kind of model this is."""
     hidden: Annotated[
         Annotated[Count, Tag("one")] | Annotated[list[Count], Field(min_length=1), Tag("several")],
-        Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
+        Discriminator(_one_or_several),
     ]
     """Units of the hidden layer, or a list: one entry a layer."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -190,12 +389,119 @@ class Cnn(Spec):
         return f"cnn-{self.width}" + ("" if self.depth == 2 else f"d{self.depth}")
 
 
+class ResNet(Spec):
+    """The residual network of He et al. (2016) for 32 x 32 images: 6n + 2 layers, shortcuts without parameters."""
+
+    kind: Literal["resnet"] = "resnet"
+    """Which kind of model this is."""
+    depth: Count
+    """Number of layers, 6n + 2: 8, 14, 20, 32, 44, 56, 110."""
+    width: Count = 16
+    """Channels of the first third; the others have twice and four times as many."""
+
+    @field_validator("depth")
+    @classmethod
+    def _is_6n_plus_2(cls, depth: int) -> int:
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth {depth} is not 6n + 2, as 8, 14, 20, 32, 44, 56 or 110 are")
+        return depth
+
+    @property
+    def label(self) -> str:
+        """`resnet-8`, or `resnet-8w32` where the width is not 16."""
+        return f"resnet-{self.depth}" + ("" if self.width == 16 else f"w{self.width}")
+
+
+class PlainCnn(Spec):
+    """A plain network of the papers on teacher assistants (Mirzadeh et al., 2020): 3 x 3 convolutions, then linear."""
+
+    kind: Literal["plain_cnn"] = "plain_cnn"
+    """Which kind of model this is."""
+    layers: Literal[2, 4, 6, 8, 10]
+    """Number of convolutions."""
+
+    @property
+    def label(self) -> str:
+        """`plain-2`."""
+        return f"plain-{self.layers}"
+
+
+class TextTransformer(Spec):
+    """A small transformer encoder over tokens, trained from nothing."""
+
+    kind: Literal["text_transformer"] = "text_transformer"
+    """Which kind of model this is."""
+    width: Count
+    """Numbers that stand for a token; a multiple of the heads."""
+    depth: Count = 2
+    """Number of encoder blocks."""
+    heads: Count = 4
+    """Attention heads of each block."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of units dropped while training."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TextTransformer:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads, {self.heads}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """`transformer-64x2`: width and depth; `transformer-64x2d0.1` with dropout."""
+        return f"transformer-{self.width}x{self.depth}" + (f"d{self.dropout:g}" if self.dropout else "")
+
+
+class HuggingFaceModel(Spec):
+    """Sequence classification by the Hugging Face `transformers` library (extra: akd-dist[huggingface])."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    """Which kind of model this is."""
+    path: str | None = None
+    """A folder with config.json and, for pretrained models, model.safetensors; relative to the recipe's folder."""
+    name: str | None = None
+    """A model on the hub, where one can be reached."""
+    pretrained: bool = True
+    """Whether training starts from its weights; else from random ones. Only safetensors are read."""
+    config: dict[str, JsonValue] = {}
+    """Keys of its configuration that are set otherwise. A trained model's card holds the whole configuration here."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> HuggingFaceModel:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give either a path or a name")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The last part of its name or path."""
+        return _label((self.name or self.path or "").rstrip("/").rpartition("/")[2])
+
+
+class Timm(Spec):
+    """An image model of the `timm` library (extra: akd-dist[timm])."""
+
+    kind: Literal["timm"] = "timm"
+    """Which kind of model this is."""
+    name: str
+    """Its name there, as `timm.list_models()` has it."""
+    pretrained: bool = False
+    """Whether training starts from its published weights, where the hub can be reached."""
+    arguments: dict[str, JsonValue] = {}
+    """Further keyword arguments of `timm.create_model`."""
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return _label(self.name)
+
+
 class Custom(Spec):
     """Your own model, built by a function in the recipe's folder or in an installed package."""
 
     kind: Literal["custom"] = "custom"
     """Which kind of model this is."""
-    factory: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    factory: str = Field(pattern=FACTORY)
     """`module:function`, called as function(input_shape=..., classes=..., **arguments); returns a torch.nn.Module."""
     arguments: dict[str, JsonValue] = {}
     """Further keyword arguments of the function."""
@@ -205,10 +511,17 @@ class Custom(Spec):
         """The function's name, and its arguments as far as they are plain: `resnet-depth8`."""
         plain = {key: value for key, value in self.arguments.items() if isinstance(value, str | int | float)}
         words = [self.factory.partition(":")[2], *(f"{key}{value}" for key, value in plain.items())]
-        return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))[:60]
+        return _label("-".join(words))
 
 
-Model = Annotated[Mlp | Cnn | Custom, Discriminator("kind")]
+def _label(text: str) -> str:
+    """Text as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:60]
+
+
+Model = Annotated[
+    Mlp | Cnn | PlainCnn | ResNet | TextTransformer | HuggingFaceModel | Timm | Custom, Discriminator("kind")
+]
 
 
 # ---- optimizers
@@ -262,6 +575,8 @@ class Sgd(Spec):
     """Weight decay, added to the gradient."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
+    clip: Positive | None = None
+    """The largest norm of the gradient over all weights; longer ones are scaled down to it. None does not clip."""
     schedule: Schedule = Constant()
     """How the learning rate changes within a stage."""
 
@@ -283,6 +598,8 @@ class AdamW(Spec):
     """Decay rates of the running mean and of the running square."""
     weight_decay: Decay = 0.01
     """Weight decay, apart from the gradient."""
+    clip: Positive | None = None
+    """The largest norm of the gradient over all weights; longer ones are scaled down to it. None does not clip."""
     schedule: Schedule = Constant()
     """How the learning rate changes within a stage."""
 
@@ -292,9 +609,14 @@ Optimizer = Annotated[Sgd | AdamW, Discriminator("kind")]
 
 # ---- objectives
 
+# Whose word a student takes: the labels alone, or also the logits of the teacher or of its last assistant.
+LearnsFrom = Literal["labels", "teacher", "assistant"]
+
 
 class AnnealingKD(Spec):
     """Annealing-KD (Jafari et al., EACL 2021, arXiv 2104.07163): stage I on logits, stage II on labels."""
+
+    learns_from: ClassVar[LearnsFrom] = "teacher"
 
     kind: Literal["annealing_kd"] = "annealing_kd"
     """Which kind of objective this is."""
@@ -329,7 +651,9 @@ class AnnealingKD(Spec):
 
 
 class HardLabels(Spec):
-    """Cross-entropy on the labels alone: training from scratch, and how a teacher is trained here."""
+    """The labels alone (cross-entropy; squared error for regression): from scratch, and how a teacher is trained."""
+
+    learns_from: ClassVar[LearnsFrom] = "labels"
 
     kind: Literal["hard_labels"] = "hard_labels"
     """Which kind of objective this is."""
@@ -342,10 +666,89 @@ class HardLabels(Spec):
         return self.kind
 
 
-Objective = Annotated[AnnealingKD | HardLabels, Discriminator("kind")]
+class Distilled(Spec):
+    """What KD and TAKD have in common: labels and softened logits, mixed."""
+
+    epochs: Count
+    """Epochs; as many as both stages of Annealing-KD make a fair comparison."""
+    temperature: Positive = 5.0
+    """What logits of student and teacher are divided by before the softmax."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the teacher in the loss; the rest is the labels'."""
+
+
+class Kd(Distilled):
+    """Knowledge distillation (Hinton et al., 2015, arXiv 1503.02531): labels and softened teacher, mixed.
+
+    For regression, where there is no softmax, the squared errors to the label and to the teacher, mixed.
+    """
+
+    learns_from: ClassVar[LearnsFrom] = "teacher"
+
+    kind: Literal["kd"] = "kd"
+    """Which kind of objective this is."""
+
+    @property
+    def label(self) -> str:
+        """The objective as it stands in a student's name."""
+        return self.kind
+
+
+class Takd(Distilled):
+    """KD from the last assistant of `teacher.assistant` (TAKD: Mirzadeh et al., AAAI 2020, arXiv 1902.03393)."""
+
+    learns_from: ClassVar[LearnsFrom] = "assistant"
+
+    kind: Literal["takd"] = "takd"
+    """Which kind of objective this is."""
+
+    @property
+    def label(self) -> str:
+        """The objective as it stands in a student's name."""
+        return self.kind
+
+
+class ContinuationKD(Spec):
+    """Continuation-KD (Jafari et al., EMNLP 2022, arXiv 2212.05998): one stage, from annealed logits to the labels."""
+
+    learns_from: ClassVar[LearnsFrom] = "teacher"
+
+    kind: Literal["continuation_kd"] = "continuation_kd"
+    """Which kind of objective this is."""
+    tau_max: Count
+    """The temperature of the first epoch; it falls by 1 every floor(epochs / tau_max) epochs."""
+    epochs: Count
+    """Epochs, at least tau_max."""
+    ramp: Count | None = None
+    """psi, the weight of the labels, is i / ramp in epoch i = 1, 2, ...; none takes three quarters of the epochs."""
+    ramp_until: Count | None = None
+    """The last epoch of the ramp, after which psi is 1; none takes the epoch in which it arrives there."""
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    """m: distances to the teacher's logits below m * Phi cost nothing."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """The squared norm over classes, to which the margin applies: `mean` or `sum`."""
+
+    @model_validator(mode="after")
+    def _reaches_one(self) -> ContinuationKD:
+        if self.epochs < self.tau_max:
+            raise ValueError(
+                f"epochs is {self.epochs} and tau_max is {self.tau_max}: "
+                "at least tau_max epochs are needed for the temperature to reach 1"
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        """The objective as it stands in a student's name."""
+        return self.kind
+
+
+Objective = Annotated[AnnealingKD | HardLabels | Kd | Takd | ContinuationKD, Discriminator("kind")]
 
 
 # ---- who is trained
+
+Precision = Literal["float32", "float64", "bfloat16", "float16"]
 
 
 class Training(Spec):
@@ -359,6 +762,9 @@ class Training(Spec):
     """Governs initialisation and dropout; the order of rows belongs to data.seed."""
     threads: Count = 1
     """CPU threads of each worker. Part of the result: another number may change the last bits of the weights."""
+    precision: Precision = "float32"
+    """Numbers that it computes with: float32 or float64 throughout, or bfloat16 or float16 where autocast allows it,
+    on weights kept in float32."""
 
 
 class TeacherTraining(Training):
@@ -366,6 +772,24 @@ class TeacherTraining(Training):
 
     epochs: Count
     """Epochs; the best validation epoch is kept."""
+
+
+class Assistant(Training):
+    """A model between teacher and students: it learns from the teacher's store and is cached like a teacher."""
+
+    model: Model
+    """Its architecture."""
+    objective: Objective
+    """What it is trained on: the logits of the model it stands under, or labels."""
+    assistant: Assistant | None = None
+    """A further one, which learns from this one; students of objective `takd` learn from the last of the chain."""
+
+    @field_validator("objective")
+    @classmethod
+    def _not_takd(cls, objective: Objective) -> Objective:
+        if isinstance(objective, Takd):
+            raise ValueError("an assistant learns from the model it stands under: use kind: kd")
+        return objective
 
 
 class Teacher(Spec):
@@ -377,6 +801,17 @@ class Teacher(Spec):
     """The architecture of a teacher that this recipe trains."""
     train: TeacherTraining | None = None
     """How this recipe trains it."""
+    assistant: Assistant | None = None
+    """A model of a size between, for students of objective `takd`."""
+
+    @property
+    def chain(self) -> list[Assistant]:
+        """The assistants, from the one under the teacher to the last."""
+        found, link = [], self.assistant
+        while link is not None:
+            found.append(link)
+            link = link.assistant
+        return found
 
     @model_validator(mode="after")
     def _one_way(self) -> Teacher:
@@ -388,7 +823,7 @@ class Teacher(Spec):
 
 def _student_name(student: dict[str, Any]) -> str:
     objective = student["objective"]
-    tau = f"-t{objective.tau_max}" if isinstance(objective, AnnealingKD) else ""
+    tau = f"-t{objective.tau_max}" if isinstance(objective, AnnealingKD | ContinuationKD) else ""
     return f"{student['model'].label}-{objective.label}{tau}-s{student['seed']}"
 
 
@@ -424,6 +859,8 @@ class Cache(Spec):
     """Rows that the teacher sees at once. Part of how a store is computed: another number may change the last bits."""
     threads: Count = 1
     """CPU threads of each caching task. As batch_rows, part of how a store is computed."""
+    precision: Precision = "float32"
+    """Numbers that the teacher computes with; another precision is another teacher, with a store of its own."""
 
 
 class Recipe(Spec):
@@ -439,6 +876,8 @@ class Recipe(Spec):
     """How its logits are stored."""
     students: list[Student] = Field(min_length=1)
     """Who is trained, in this order."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where teacher and students compute. Part of the result: the last bits of the weights differ."""
     cohorts: Count | None = None
     """How many groups of students train at the same time; none leaves it to the planner. Changes no result."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0
@@ -460,6 +899,15 @@ class Recipe(Spec):
             )
         return students
 
+    @model_validator(mode="after")
+    def _assistant_and_takd(self) -> Recipe:
+        taught = [student.name for student in self.students if student.objective.learns_from == "assistant"]
+        if taught and self.teacher.assistant is None:
+            raise ValueError(f"{taught[0]} learns by takd, which needs a teacher.assistant")
+        if self.teacher.assistant is not None and not taught:
+            raise ValueError("teacher.assistant is there and no student has the objective takd: nobody would use it")
+        return self
+
     def identity(self) -> dict[str, Any]:
         """What the run computes, as JSON: the resolved recipe without placement and without paths.
 
@@ -468,7 +916,10 @@ class Recipe(Spec):
         document = self.model_dump(mode="json", exclude=set(PLACEMENT))
         for source in (document["data"][split] for split in ("train", "validation", "test")):
             if isinstance(source, dict):
-                source.pop("path", None)
+                for key in ("path", "images", "labels"):
+                    source.pop(key, None)
+        if document["data"]["text"] is not None:
+            document["data"]["text"].pop("path", None)
         del document["teacher"]["weights"]
         document["students"] = {student["name"]: student for student in document["students"]}
         return document

@@ -36,6 +36,10 @@ SHOWN_PROBLEMS = 5
 NEXT = "mend it and run the same command again; `akd-dist recipe schema` and docs/recipes.md list every key"
 
 
+# Keys whose values are paths.
+_PATHS = ("path", "images", "labels", "weights", "folder")
+
+
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override, expand and check; see `recipe.load_recipe`.
 
@@ -363,13 +367,26 @@ def _plain(node: Any, path: KeyPath, places: dict[KeyPath, str], name: str) -> A
     )
 
 
-def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
-    """Workers change directory, so no relative path leaves this module. URIs stay as they are."""
-    rows = data.get("data")
-    sources = [rows.get(split) for split in ("train", "validation", "test")] if isinstance(rows, dict) else []
-    for node, key in [*((source, "path") for source in sources), (data.get("teacher"), "weights"), (data, "folder")]:
-        if isinstance(node, dict) and isinstance(node.get(key), str) and "://" not in node[key]:
-            node[key] = str(folder.joinpath(Path(node[key]).expanduser()))
+def _make_paths_absolute(node: Any, folder: Path) -> None:
+    """Workers change directory, so no relative path leaves this module. URIs stay as they are, and so do arguments."""
+    if isinstance(node, list):
+        for entry in node:
+            _make_paths_absolute(entry, folder)
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        if str(key).rpartition(".")[2] in _PATHS:  # in a grid, a dotted key with a list of paths
+            node[key] = (
+                [_absolute(one, folder) for one in value] if isinstance(value, list) else _absolute(value, folder)
+            )
+        elif key != "arguments":
+            _make_paths_absolute(value, folder)
+
+
+def _absolute(path: Any, folder: Path) -> Any:
+    if not isinstance(path, str) or "://" in path:
+        return path
+    return str(folder.joinpath(Path(path).expanduser()))
 
 
 # ---- pydantic's errors to problems

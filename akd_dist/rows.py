@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, assert_never
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,7 @@ from akd_dist import recipe
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.files import PARTIAL_SUFFIX, canonical_json, file_lock, replace, sha256
 from akd_dist.storage.node_cache import IN_USE, hold, make_room
+from akd_dist.text import Tokens
 
 BLOCK_ROWS = 4096
 """Rows of one block of the fingerprint."""
@@ -50,17 +51,23 @@ class Rows:
     """Numbered rows of a split, memory-mapped and read-only."""
 
     inputs: np.ndarray
-    """uint8 or float32 [rows, *shape]; images are [channels, height, width]."""
+    """uint8, float32 or int32 [rows, *shape]: images [channels, height, width], numbers, or ids of tokens [length]."""
     labels: np.ndarray
-    """int64 [rows], each in 0..classes - 1."""
+    """int64 [rows], each in 0..classes - 1; float32 [rows] for regression."""
     classes: int
-    """Number of classes."""
+    """Number of logits a row has: the classes; 1 for regression."""
     fingerprint: str
     """sha256 over dtype, shape, classes and the digests of all blocks."""
     blocks: tuple[str, ...]
     """sha256 of each BLOCK_ROWS rows: bytes of the inputs, then of the labels."""
     folder: Path
     """Where the arrays lie."""
+    task: recipe.Task = "classification"
+    """What a label is."""
+    class_names: tuple[str, ...] | None = None
+    """The names of classes 0, 1, ..., where the data has names."""
+    tokens: Tokens | None = None
+    """What ids mean, where inputs are text."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -402,7 +409,7 @@ def _source(spec: recipe.Source) -> Source:
         case recipe.Parquet():
             return _Parquet(spec)
         case _:
-            assert_never(spec)
+            raise NotImplementedError(spec.kind)
 
 
 class _Digits:

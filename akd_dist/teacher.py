@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from akd_dist import recipe
+from akd_dist.device import settle
 from akd_dist.models import add_folder, read_model
 from akd_dist.rows import Rows, prepare
 from akd_dist.storage.errors import RefusedError
@@ -111,9 +112,7 @@ def compute_shard(job: CacheJob, shard: Shard) -> tuple[np.ndarray, float, list[
 
     A pure function of the job and the shard, down to the last bit: threads and batch rows are fixed by the recipe.
     """
-    torch.set_num_threads(job.cache.threads)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # only costs time
+    settle("cpu", job.cache.threads)
     add_folder(job.folder)
     rows, module = _rows_of(job), load_teacher(job.teacher_uri, job.teacher)
     blocks = []

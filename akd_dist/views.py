@@ -7,7 +7,6 @@ A store row is the teacher's answer to one view of one row; a student replays th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import assert_never
 
 import numpy as np
 import torch
@@ -81,7 +80,7 @@ def draw(
             steps = (words * np.uint64(2 * pixels + 1) >> _32).astype(np.int64) - pixels
             return {"down": steps[:, 0], "right": steps[:, 1]}
         case _:
-            assert_never(augmentation)
+            raise NotImplementedError(augmentation.kind)
 
 
 def apply(augmentation: Augmentation, batch: torch.Tensor, params: dict[str, np.ndarray]) -> torch.Tensor:
@@ -92,7 +91,7 @@ def apply(augmentation: Augmentation, batch: torch.Tensor, params: dict[str, np.
         case Shift(pixels=pixels):
             return _shift(batch, torch.from_numpy(params["down"]), torch.from_numpy(params["right"]), pixels)
         case _:
-            assert_never(augmentation)
+            raise NotImplementedError(augmentation.kind)
 
 
 def view_of(augmentation: Augmentation, seed: int, inputs: np.ndarray, rows: np.ndarray, view: int) -> torch.Tensor:

@@ -1,0 +1,59 @@
+"""The device that a process computes on, and everything that makes its results the same each time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+
+from akd_dist.recipe import Precision
+from akd_dist.storage.errors import MachineError
+
+# cuBLAS is deterministic only with a workspace of fixed size; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def settle(device: str, threads: int) -> torch.device:
+    """Fix what could change the last bits of a result in this process: threads, algorithms, precision of products.
+
+    Args:
+        device: `cpu` or `cuda`, as the recipe says.
+        threads: CPU threads of this process.
+
+    Raises:
+        MachineError: the recipe asks for a GPU, and this process sees none.
+    """
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise MachineError(
+                "the recipe computes on a GPU, and there is none here",
+                got="no CUDA device that torch can use",
+                expected="an NVIDIA GPU, its driver, and a torch built for CUDA",
+                next="set device: cpu in the recipe (--set device=cpu), or run where there is a GPU",
+            )
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    return torch.device(device)
+
+
+def device_name(device: str) -> str:
+    """The kind of device as stores remember it: `cpu`, or `cuda:` and the card's name."""
+    return f"cuda:{torch.cuda.get_device_name()}" if device == "cuda" else device
+
+
+def weights_dtype(precision: Precision) -> torch.dtype:
+    """The dtype that weights are kept in: float64 where all is float64, else float32."""
+    return torch.float64 if precision == "float64" else torch.float32
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """The block in which products are computed in half precision, where the recipe says so."""
+    if precision in ("bfloat16", "float16"):
+        return torch.autocast(device.type, dtype=getattr(torch, precision))
+    return contextlib.nullcontext()
