@@ -255,16 +255,19 @@ def test_links_in_the_documents_lead_somewhere() -> None:
                 assert (document.parent / target).exists(), f"{named(document)} links to {target}"
 
 
-@pytest.mark.parametrize("document", ["docs/recipes.md"])
-def test_recipes_in_the_documents_are_valid(document: str, tmp_path: Path) -> None:
+def test_recipes_in_the_documents_are_valid(tmp_path: Path) -> None:
     from akd_dist.recipe import load_recipe
 
-    whole, teacher = re.findall(r"^```yaml\n(.*?)^```", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
-    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    first.write_text(whole)
-    second.write_text(re.sub(r"^teacher:.*?(?=^\w)", teacher, whole, flags=re.DOTALL | re.MULTILINE))
-    assert len(load_recipe(first).students) == 18
-    assert load_recipe(second).teacher.train is not None
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    whole, *teachers = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    paths = [tmp_path / f"{number}.yaml" for number in range(3)]
+    paths[0].write_text(whole)
+    for path, teacher in zip(paths[1:], teachers, strict=True):
+        path.write_text(re.sub(r"^teacher:.*?(?=^\w)", teacher, whole, flags=re.DOTALL | re.MULTILINE))
+    takd = "{model: {kind: resnet, depth: 8}, objective: {kind: takd, epochs: 3}, optimizer: {kind: sgd, lr: 0.1}}"
+    assert len(load_recipe(paths[0]).students) == 18
+    assert load_recipe(paths[1]).teacher.train is not None
+    assert len(load_recipe(paths[2], [f"students=[{takd}]"]).teacher.chain) == 1
 
 
 def test_the_tree_in_the_architecture_is_the_tree() -> None:

@@ -12,14 +12,14 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from akd_dist import recipe as recipes
 from akd_dist.documents import SCHEMAS, schema_text, schemas
 from akd_dist.recipe import AdamW, AnnealingKD, Cnn, Custom, HardLabels, Mlp, Recipe, Sgd, Student, load_recipe
 from akd_dist.storage.errors import RecipeError
+from tests.reference import SECTIONS, every_key
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,6 +115,53 @@ def test_labels(model: recipes.Model, label: str) -> None:
     assert model.label == label
     student = Student(model=model, objective=HardLabels(epochs=1), optimizer=Sgd(lr=0.1), seed=7)
     assert student.name == f"{label}-hard_labels-s7"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.metric=pearson", ["metric pearson is not one of classification", "accuracy, f1, matthews"]),
+        ("data.augmentation={kind: token_mask}", ["token_mask is for text", "data.text"]),
+        ("data={train: {kind: digits}, text: {kind: bytes}, normalize: {mean: [0.0], std: [1.0]}}", ["normalize is"]),
+        ("data.train={kind: huggingface}", ["give either a path or a name"]),
+        ("data.train={kind: huggingface, name: mnist}", ["needs a split"]),
+        ("data.augmentation={kind: random_resized_crop_flip, scale: [0.9, 0.1]}", ["both must rise"]),
+        ("teacher.model={kind: resnet, depth: 9}", ["depth 9 is not 6n + 2"]),
+        ("teacher.model={kind: text_transformer, width: 10, heads: 4}", ["width 10 is not a multiple of heads, 4"]),
+        ("students.1.objective={kind: takd, epochs: 2}", ["needs a teacher.assistant"]),
+        ("students.1.objective={kind: continuation_kd, tau_max: 5, epochs: 4}", ["epochs is 4 and tau_max is 5"]),
+        ("teacher.assistant={model: {kind: mlp, hidden: 4}, objective: {kind: kd, epochs: 1}, optimizer: {kind: sgd, "
+         "lr: 0.1}}", ["nobody would use it"]),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(path: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(path, [override])
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_a_chain_of_assistants(path: Path) -> None:
+    inner = "{model: {kind: mlp, hidden: 4}, objective: {kind: kd, epochs: 1}, optimizer: {kind: sgd, lr: 0.1}}"
+    link = inner.replace("hidden: 4", "hidden: 6")[:-1] + f", assistant: {inner}}}"
+    recipe = load_recipe(path, [f"teacher.assistant={link}", "students.1.objective={kind: takd, epochs: 2}"])
+    assert [assistant.model.label for assistant in recipe.teacher.chain] == ["mlp-6", "mlp-4"]
+    assert recipe.students[-1].objective.learns_from == "assistant"
+
+
+def test_every_path_of_a_recipe_becomes_absolute(path: Path) -> None:
+    text = TEXT.replace("train: {kind: digits}", "train: {kind: idx, images: a.gz, labels: ../b.gz}")
+    text = text.replace("  views: 2", "  text: {kind: huggingface, path: tok}\n  views: 2")
+    text = text.replace("kind: cnn, width: 8", "kind: huggingface, path: model")
+    path.write_text(text)
+    recipe = load_recipe(path)
+    here = path.resolve().parent
+    train, model = recipe.data.train, recipe.teacher.model
+    assert isinstance(train, recipes.Idx)
+    assert isinstance(model, recipes.HuggingFaceModel)
+    assert (train.images, train.labels) == (str(here / "a.gz"), str(here / "../b.gz"))
+    assert recipe.data.text is not None
+    assert (recipe.data.text.path, model.path) == (str(here / "tok"), str(here / "model"))  # type: ignore[union-attr]
 
 
 def test_annealing_counts_the_epochs_of_both_stages() -> None:
@@ -220,13 +267,21 @@ def test_a_bad_override_names_itself(path: Path, override: str, words: list[str]
         ("views: 2", "views: true", ["key data.views cannot be true"]),
         ("views: 2", "normalize: {mean: [1], std: [1, 2]}", ["small.yaml:4", "mean has 1 numbers and std has 2"]),
         ("views: 2", "validation: 0.8\n  test: 0.2", ["0.8 + 0.2", "train needs some"]),
-        ("views: 2", "validation: {path: x}", ["small.yaml:4: key data.validation needs a kind", "digits or parquet"]),
+        (
+            "views: 2",
+            "validation: {path: x}",
+            ["small.yaml:4: key data.validation needs a kind", "digits or idx or parquet"],
+        ),
         ("views: 2", "validation: 1.5", ["key data.validation cannot be 1.5", "less than 1"]),
         ("lr: 1e-2", 'lr: "0.1"', ['small.yaml:10: key teacher.train.optimizer.lr cannot be "0.1"', "a valid number"]),
         ("lr: 1e-2", "lr: .nan", ["small.yaml:10: key teacher.train.optimizer.lr", "a finite number"]),
         ("lr: 1e-2", "momentum: 0.1", ["key teacher.train.optimizer.lr is missing", "Learning rate"]),
         ("kind: shift", "kind: shft", ["small.yaml:5", "unknown kind; did you mean shift?", "none or shift"]),
-        ("kind: cnn, width: 8", "kind: resnet", ["key teacher.model has an unknown kind", "mlp or cnn or custom"]),
+        (
+            "kind: cnn, width: 8",
+            "kind: rnn",
+            ["key teacher.model has an unknown kind", "mlp or cnn or plain_cnn or resnet"],
+        ),
         ("  model: {kind: cnn, width: 8}", "  weights: here", ["small.yaml:6", "got weights and train"]),
         ("stage1_epochs: 4", "stage1_epochs: 1", ["small.yaml:16", "stage1_epochs is 1 and tau_max is 2"]),
         ("seed: [0, 1, 2]", "seed: [0, -1]", ["small.yaml:15: key students.0.grid.seed", "cannot be -1"]),
@@ -351,50 +406,12 @@ def test_the_recipe_schema_agrees_with_the_reader(path: Path) -> None:
         assert not validator.is_valid(wrong), keys
 
 
-def specs() -> list[type[BaseModel]]:
-    """Every part of a recipe that a user writes."""
+def test_every_key_is_documented_with_its_default() -> None:
+    assert every_key() in (ROOT / "docs" / "recipes.md").read_text(), "run python -m tests.reference"
+
+
+def test_every_part_of_a_recipe_is_documented() -> None:
+    listed = {spec for specs in SECTIONS.values() for spec in specs}
     found = [value for value in vars(recipes).values() if isinstance(value, type) and issubclass(value, recipes.Spec)]
-    return [spec for spec in found if spec not in (recipes.Spec, recipes.Training)]
-
-
-@pytest.mark.parametrize("spec", specs(), ids=lambda spec: spec.__name__)
-def test_every_key_is_documented_with_its_default(spec: type[BaseModel]) -> None:
-    assert section(spec) in (ROOT / "docs" / "recipes.md").read_text(), f"docs/recipes.md lacks\n{section(spec)}"
-
-
-def section(spec: type[BaseModel]) -> str:
-    """What docs/recipes.md says of a part of a recipe: its docstring, and a row for each key."""
-    rows = [f"| `{name}` | {default(field)} | {meaning(field)} |" for name, field in spec.model_fields.items()]
-    if "kind" in spec.model_fields:
-        head, rows = f"**`kind: {spec.model_fields['kind'].default}`** ", rows[1:]
-    else:
-        head = f"**`{HEADINGS[spec.__name__]}`** "
-    return "\n".join(
-        [head + str(spec.__doc__), *(["", "| key | default | meaning |", "|---|---|---|", *rows] if rows else [])]
-    )
-
-
-HEADINGS = {
-    "Recipe": "top level",
-    "Data": "data",
-    "Normalize": "data.normalize",
-    "Teacher": "teacher",
-    "TeacherTraining": "teacher.train",
-    "Cache": "cache",
-    "Student": "students",
-}
-
-
-def meaning(field: Any) -> str:
-    return " ".join(field.description.replace("|", "\\|").split())
-
-
-def default(field: Any) -> str:
-    if field.default_factory is not None:
-        return "derived"
-    if field.default is PydanticUndefined:
-        return "required"
-    if isinstance(field.default, BaseModel):
-        kind = field.default.model_dump(mode="json").get("kind")
-        return f"`{{kind: {kind}}}`" if kind else "its defaults"
-    return "none" if field.default is None else f"`{json.dumps(field.default)}`"
+    shared = (recipes.Spec, recipes.Training, recipes.Table, recipes.Distilled)
+    assert {spec for spec in found if spec not in shared} == listed
