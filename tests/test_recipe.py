@@ -66,10 +66,30 @@ def refusal(path: Path, text: str | None = None, *overrides: str) -> RecipeError
 # ---- what is read
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted((ROOT / "jobs").rglob("*.yaml")), ids=lambda file: file.name)
 def test_every_job_is_a_recipe(file: Path) -> None:
     load_recipe(file)
     jsonschema.validate(YAML(typ="safe", pure=True).load(file), schemas()["recipe"])
+
+
+def test_every_job_opens_with_its_command_hardware_and_time() -> None:
+    for file in (ROOT / "jobs").rglob("*.yaml"):
+        head = file.read_text().split("\nname:")[0]
+        assert f"jobs/{file.relative_to(ROOT / 'jobs')}" in head, file.name
+        assert "Hardware: " in head, file.name
+        assert "Time: " in head, file.name
+
+
+def test_the_tasks_of_glue_differ_in_nothing_but_their_data() -> None:
+    recipe_of = {file.stem: load_recipe(file) for file in (ROOT / "jobs" / "glue").glob("*.yaml")}
+    assert set(recipe_of) == {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"}
+    for task, recipe in recipe_of.items():
+        train = recipe.data.train
+        assert isinstance(train, recipes.HuggingFaceData)
+        assert (train.config, recipe.name) == (task, f"glue-{task}")
+        told = recipes.differences(recipe_of["rte"].model_dump(mode="json"), recipe.model_dump(mode="json"))
+        assert {key.split(".")[0] for key in (line.split(":")[0] for line in told)} <= {"name", "data", "folder"}
+    assert {task for task, recipe in recipe_of.items() if recipe.data.task == "regression"} == {"stsb"}
 
 
 def test_a_grid_expands_as_a_product_in_file_order(path: Path) -> None:
