@@ -21,17 +21,18 @@ from akd_dist.jobs.progress import meter, tell
 from akd_dist.jobs.train_teacher import TEACHERS, ensure_teacher, teacher_key
 from akd_dist.models import ModelCard, add_folder, load_card
 from akd_dist.recipe import NoAugmentation, Recipe
-from akd_dist.rows import SPLITS, Rows, Splits, prepare
+from akd_dist.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference, prepare
 from akd_dist.storage import catalog
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, Shard, StoreLayout
-from akd_dist.storage.manifest import Computed, Creation, Identity, Receipt
+from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Receipt, differences
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore
-from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store
+from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
 from akd_dist.teacher import CacheJob, cache_shard, compute_shard
+from akd_dist.views import check_augmentation
 
 
 @dataclass
@@ -89,6 +90,7 @@ def cache_teacher(
     started = time.monotonic()
     add_folder(recipe.folder)
     splits = prepare_shown(recipe.data, cache_root, console)
+    check_augmentation(recipe.data.augmentation, recipe.data.seed, splits.train.inputs, splits.train.tokens)
     if dry_run:
         return _dry_run(recipe, splits, store_root)
     with cluster.closing(), cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
@@ -112,7 +114,7 @@ def cache_teacher(
             for plan in plans:
                 if plan.store is None:
                     claims.enter_context(claim(plan.identity.id))
-                    _open_for_writing(plan, recipe, store_root)
+                    _open_for_writing(plan, recipe, store_root, console)
             if any(plan.missing for plan in plans):
                 check_room(store_root, sum(plan.missing_bytes for plan in plans))
                 cluster.connect(address, tell=lambda text: tell(console, text))
@@ -150,13 +152,15 @@ def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str) -> list[SplitP
     return plans
 
 
-def creation_of(recipe: Recipe, rows: Rows, split: str, card: ModelCard) -> Creation:
+def creation_of(
+    recipe: Recipe, rows: Rows, split: str, card: ModelCard, store_format: int = FORMAT_VERSION
+) -> Creation:
     """The identity of a split's store and how it is to be computed. Only train rows are augmented."""
     augmentation = recipe.data.augmentation if split == "train" else NoAugmentation()
     plain = isinstance(augmentation, NoAugmentation)
     fingerprint = card.fingerprint
     identity = Identity(
-        format=FORMAT_VERSION,
+        format=store_format,
         dataset=rows.fingerprint,
         rows=len(rows),
         teacher=fingerprint,
@@ -176,7 +180,7 @@ def creation_of(recipe: Recipe, rows: Rows, split: str, card: ModelCard) -> Crea
     return Creation(identity=identity, computed=computed, dataset=rows.describe(), teacher=teacher)
 
 
-def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str) -> None:
+def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str, console: Console) -> None:
     """Once the claim is held: whoever held it before may have sealed the store, or left part of it."""
     plan.store = catalog.find_store(store_root, plan.identity)
     if plan.store is None:
@@ -184,6 +188,53 @@ def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str) -> None:
         hint = {"recipe": json.loads(recipe.model_dump_json()), "split": plan.split}
         plan.writer = create_store(store_root, plan.creation, hint)
         plan.missing = missing_shards(plan.writer)
+        if narrower := catalog.narrower_stores(store_root, plan.identity):
+            _take_views(plan, plan.writer, narrower, console)
+        else:
+            _tell_of_other_rows(plan, store_root, console)
+
+
+def _take_views(plan: SplitPlan, writer: StoreWriter, narrower: list[Manifest], console: Console) -> None:
+    """Take what a sealed store of fewer views has: a view's shards do not depend on how many views there are."""
+    source = _source(plan, narrower)
+    if source is None:
+        nearest = narrower[0]
+        differing = "; ".join(differences(plan.creation.computed, nearest.computed))
+        there = f"store {nearest.id[:12]} has {_views(0, nearest.identity.views)}, computed in another way"
+        tell(console, f"{there} ({differing}): all views are computed anew")
+        return
+    taken = set(take_shards(writer, source, plan.missing))
+    plan.missing = [shard for shard in plan.missing if shard not in taken]
+    views = source.identity.views
+    if taken:
+        there = f"taken from store {source.id[:12]}: {_views(0, views)}"
+        tell(console, f"{there}; to be computed: {_views(views, plan.identity.views)}")
+    for shard in plan.missing:
+        if shard.view < views:
+            mend = f"akd-dist stores repair {source.id[:12]} --store-root {writer.root_uri}"
+            tell(console, f"{shard} of store {source.id[:12]} is damaged, and is computed anew; to mend it: {mend}")
+
+
+def _source(plan: SplitPlan, narrower: list[Manifest]) -> Manifest | None:
+    """The widest of narrower stores that was computed as this one is to be."""
+    return next((one for one in narrower if one.computed == plan.creation.computed), None)
+
+
+def _views(first: int, stop: int) -> str:
+    return f"view {first}" if stop == first + 1 else f"views {first} to {stop - 1}"
+
+
+def _tell_of_other_rows(plan: SplitPlan, store_root: str, console: Console) -> None:
+    """Say so if only the rows keep a sealed store from serving: of several, the one that differs last."""
+    ours = plan.creation.dataset
+    alike = catalog.stores_of_other_rows(store_root, plan.identity, plan.split)
+    if alike:
+        nearest = max(alike, key=lambda other: blocks_in_common(ours, other.dataset))
+        tell(
+            console,
+            f"the {plan.split} rows are not those of store {nearest.identity.id[:12]}, which differs in nothing else: "
+            f"{first_difference(ours, nearest.dataset)}",
+        )
 
 
 def _compute(
@@ -229,12 +280,13 @@ def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str
 
 def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache_root: str) -> dict[str, Any]:
     """The same stores by a plain loop in this process, without Ray; the bytes are those of the Ray run."""
+    console = Console(stderr=True)
     started = time.monotonic()
     splits = prepare(recipe.data, Path(cache_root))
     plans = plan_splits(recipe, splits, teacher_uri)
     for plan in plans:
         with claim_store(store_root, plan.identity.id, wait=False):
-            _open_for_writing(plan, recipe, store_root)
+            _open_for_writing(plan, recipe, store_root, console)
             if plan.writer is None:
                 continue
             job = cache_job(plan, recipe, teacher_uri, cache_root)
@@ -269,7 +321,9 @@ def repair(
     splits = prepare_shown(recipe.data, cache_root, console)
     teacher_uri = recipe.teacher.weights or f"{store_root.rstrip('/')}/{TEACHERS}/{teacher_key(recipe, splits)}"
     rows: Rows = getattr(splits, split)
-    creation = creation_of(recipe, rows, split, load_card(teacher_uri))
+    card = load_card(teacher_uri)
+    creations = [creation_of(recipe, rows, split, card, number) for number in range(FORMAT_VERSION, 0, -1)]
+    creation = next((one for one in creations if one.identity.id == store_id), creations[0])
     if creation.identity.id != store_id:
         key = f"{store_id}/{CREATION_KEY}"
         sealed = Creation.from_bytes(open_root(store_root).get(key), key).identity
@@ -301,29 +355,31 @@ def check_room(store_root: str, needed: int) -> None:
 
 
 def _dry_run(recipe: Recipe, splits: Splits, store_root: str) -> dict[str, Any]:
-    """What caching would compute: nothing of the stores that are there already, as far as the teacher is."""
+    """What caching would compute: nothing of the stores and views that are there, as far as the teacher is."""
     teacher_uri = recipe.teacher.weights or f"{store_root.rstrip('/')}/{TEACHERS}/{teacher_key(recipe, splits)}"
     known = recipe.teacher.weights is not None or open_root(teacher_uri).exists("model.json")
     stores: dict[str, LogitStore | None] = dict.fromkeys(SPLITS)
+    there: dict[str, Manifest | None] = dict.fromkeys(SPLITS)
     if known:
-        stores = {
-            plan.split: catalog.find_store(store_root, plan.identity)
-            for plan in plan_splits(recipe, splits, teacher_uri)
-        }
+        plans = plan_splits(recipe, splits, teacher_uri)
+        stores = {plan.split: catalog.find_store(store_root, plan.identity) for plan in plans}
+        there = {plan.split: _source(plan, catalog.narrower_stores(store_root, plan.identity)) for plan in plans}
     dtype = str(encoding_from_config({"name": recipe.cache.encoding}).dtype)
-    plans = {}
+    planned = {}
     for split, store in stores.items():
         rows: Rows = getattr(splits, split)
         views = recipe.data.views if split == "train" else 1
         layout = StoreLayout(views, len(rows), rows.classes, dtype)
-        shards = [] if store is not None else layout.shards()
+        source = there[split]
+        taken = 0 if source is None else source.identity.views
+        shards = [] if store is not None else [shard for shard in layout.shards() if shard.view >= taken]
         size = sum(layout.stored_bytes(shard) for shard in shards)
         hit = store is not None
-        plans[split] = {"rows": len(rows), "views": views, "hit": hit, "shards": len(shards), "bytes": size}
-    needed = sum(plan["bytes"] for plan in plans.values())
+        planned[split] = {"rows": len(rows), "views": views, "hit": hit, "shards": len(shards), "bytes": size}
+    needed = sum(plan["bytes"] for plan in planned.values())
     check_room(store_root, needed)
     free = open_root(store_root).free_bytes()
-    return {"dry_run": True, "store_root": store_root, "bytes": needed, "free": free, "splits": plans}
+    return {"dry_run": True, "store_root": store_root, "bytes": needed, "free": free, "splits": planned}
 
 
 def _document(plans: list[SplitPlan], seconds: float) -> dict[str, Any]:

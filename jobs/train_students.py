@@ -27,7 +27,7 @@ from akd_dist.jobs.planner import groups_of
 from akd_dist.jobs.progress import tell
 from akd_dist.models import ModelCard, add_folder, build, num_parameters
 from akd_dist.recipe import Recipe
-from akd_dist.rows import SPLITS, Splits, prepare
+from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
 from akd_dist.storage.errors import RecipeError
 from akd_dist.storage.files import canonical_json, file_lock, replace
 from akd_dist.storage.reader import LogitStore, open_store
@@ -170,7 +170,10 @@ def run_identity(recipe: Recipe, splits: Splits, store: LogitStore | None = None
     Args:
         store: the train store, for the teacher's fingerprint; without it the teacher is left out.
     """
-    document = recipe.identity() | {"dataset": {split: getattr(splits, split).fingerprint for split in SPLITS}}
+    rows: dict[str, Rows] = {split: getattr(splits, split) for split in SPLITS}
+    document = recipe.identity() | {"dataset": {split: rows[split].fingerprint for split in SPLITS}}
+    # Not compared, but by it a difference is found: the fingerprints say only that there is one.
+    document["rows"] = {split: rows[split].describe() for split in SPLITS}
     if store is not None:
         document["teacher"]["fingerprint"] = store.manifest.identity.teacher
     plain: dict[str, Any] = json.loads(canonical_json(document))
@@ -184,10 +187,17 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
         return
     if "fingerprint" not in identity["teacher"]:
         saved["teacher"].pop("fingerprint", None)
+    before, now = saved.pop("rows", {}), identity["rows"]
+    identity = {key: value for key, value in identity.items() if key != "rows"}
     if saved != identity:
+        differing = [
+            f"the {split} rows: {first_difference(now[split], before[split])}"
+            for split in SPLITS
+            if split in before and before[split]["fingerprint"] != now[split]["fingerprint"]
+        ]
         raise RecipeError(
             f"the run {recipe.name} in {run} was made from another recipe, data or teacher",
-            got="\n       ".join(recipes.differences(saved, identity)[:12]),
+            got="\n       ".join([*differing, *recipes.differences(saved, identity)][:12]),
             expected="those that the run was started with",
             next=f"give this one another name: --set name={recipe.name}-2 (or --fresh to start over)",
         )
@@ -295,7 +305,7 @@ def tell_failures(fleet: dict[str, Any], base: CohortJob, console: Console) -> N
 def describe_teacher(train: LogitStore, test: LogitStore) -> dict[str, Any]:
     """The teacher's row of the table, from what the stores say of it: it is not run again."""
     card = ModelCard.model_validate(train.manifest.teacher["spec"])
-    agreeing = sum(shard.label_agreement * shard.rows for shard in test.manifest.shards)
+    agreeing = sum((shard.label_agreement or 0.0) * shard.rows for shard in test.manifest.shards)
     return {
         "model": card.model.label,
         "parameters": num_parameters(build(card, seed=0)),
