@@ -419,6 +419,8 @@ def _tokenizer(folder: Path) -> tuple[Tokens, bool]:
     """What a folder's tokenizer makes: its tokens, and whether token types come with them."""
     transformers = _transformers()
     try:
+        if not (folder / "tokenizer_config.json").exists():  # without it an empty tokenizer is made up
+            raise FileNotFoundError("no tokenizer_config.json")
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False

@@ -386,7 +386,7 @@ def _two_rows(card: ModelCard) -> np.ndarray:
         rows = rows[..., :64]
     if card.tokens is not None:
         special = {card.tokens.padding, *card.tokens.special}
-        ordinary = [number for number in range(card.tokens.vocabulary) if number not in special]
+        ordinary = [number for number in range(card.tokens.vocabulary) if number not in special] or [0]
         ids = rows if rows.ndim == 2 else rows[:, 0]
         ids[0], ids[1] = ordinary[0], ordinary[-1]
         if rows.ndim == 3:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,14 @@ TOKENS = Tokens(vocabulary=40, padding=3, mask=4, special=(3, 4))
 RESNET = recipe.ResNet(depth=8)
 PLAIN = recipe.PlainCnn(layers=4)
 TEXT = recipe.TextTransformer(width=16, heads=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def images(model: Any, shape: tuple[int, ...] = (3, 32, 32), classes: int = 10) -> ModelCard:
@@ -65,7 +74,9 @@ def test_convolutions_start_with_the_variance_of_he() -> None:
     module = build(images(recipe.ResNet(depth=20)), seed=0)
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 2000:
-            assert float(layer.weight.detach().std()) == pytest.approx(math.sqrt(2 / (9 * layer.out_channels)), rel=0.06)
+            assert float(layer.weight.detach().std()) == pytest.approx(
+                math.sqrt(2 / (9 * layer.out_channels)), rel=0.06
+            )
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 13), (4, 28, 28)])
@@ -163,7 +174,7 @@ def test_a_few_steps_are_the_same_each_time_and_lower_the_loss(card: ModelCard) 
         optimizer = torch.optim.SGD(module.parameters(), 0.05, momentum=0.9)
         losses = []
         for _ in range(8):
-            loss = nn.functional.cross_entropy(module(inputs), labels)
+            loss: Any = nn.functional.cross_entropy(module(inputs), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
