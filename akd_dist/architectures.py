@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  # its usual name
 
 from akd_dist import recipe
-from akd_dist.storage.errors import MachineError, RefusedError
+from akd_dist.storage.errors import RefusedError
 from akd_dist.text import Tokens
 
 Images = recipe.Cnn | recipe.ResNet | recipe.PlainCnn | recipe.Timm
@@ -260,13 +260,18 @@ def timm_model(spec: recipe.Timm, input_shape: Shape, classes: int, *, pretraine
         pretrained: load its published weights, from the hub's safetensors only.
 
     Raises:
-        RefusedError: timm has no such model, it does not take these arguments, or has no safetensors to start from.
-        MachineError: timm is not installed.
+        RefusedError: timm is not installed, has no such model, or no safetensors to start from; or the model does not
+            take these arguments.
     """
     try:
         timm = importlib.import_module("timm")
-    except ImportError as error:
-        raise missing_extra("timm", "timm", error) from error
+    except ImportError as error:  # also where torchvision is missing, which timm needs
+        raise RefusedError(
+            "this recipe needs the library timm",
+            got=error,
+            expected="akd-dist with its extra `timm`",
+            next="pip install 'akd-dist[timm]'",
+        ) from error
     channels, _, _ = _image(spec, input_shape, 1)
     # A prefix such as hf-hub: would read the architecture from the hub each time.
     if ":" in spec.name or not timm.is_model(spec.name):
@@ -310,16 +315,6 @@ def _safetensors_of(name: str, published: Any) -> str:
 
 
 # ---- refusals
-
-
-def missing_extra(library: str, extra: str, error: ImportError) -> MachineError:
-    """What to raise where an optional library is not installed, or does not import."""
-    return MachineError(
-        f"the recipe uses {library}, which cannot be imported here",
-        got=error,
-        expected=f"the optional dependency {extra} of akd-dist",
-        next=f"pip install 'akd-dist[{extra}]'",
-    )
 
 
 def refuse_inputs(spec: recipe.Model, tokens: Tokens | None, input_shape: Shape) -> None:

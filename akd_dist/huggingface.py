@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,10 +20,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from akd_dist import recipe
-from akd_dist.architectures import missing_extra
+from akd_dist import hub, recipe
 from akd_dist.storage.errors import RefusedError
-from akd_dist.text import Tokens
+from akd_dist.text import Tokens, tokenizer_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -77,6 +76,17 @@ class SequenceClassifier(nn.Module):
         return logits
 
 
+def content(spec: recipe.HuggingFaceModel) -> str | None:
+    """sha256 over what a spec takes from its folder: configuration and, where pretrained, weights. None for the hub."""
+    if spec.path is None:
+        return None
+    digest = hashlib.sha256()
+    for path in [Path(spec.path) / CONFIG, *(sorted(Path(spec.path).glob("*.safetensors")) if spec.pretrained else [])]:
+        with open(path, "rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
 # ---- configuration
 
 
@@ -84,8 +94,9 @@ def resolve(spec: recipe.HuggingFaceModel, asked: Interface) -> recipe.HuggingFa
     """The spec with its whole configuration in it, from its folder or the hub, so that a card needs neither again.
 
     Raises:
-        RefusedError: there is no configuration, it is not of sequence classification, or does not fit the tokens.
-        MachineError: transformers is not installed.
+        RefusedError: there is no configuration, it is not of sequence classification, or does not fit the tokens; or
+            transformers is not installed.
+        MachineError: the hub cannot be reached.
     """
     found = _read_config(spec)
     defaults = _config_class(found, spec.label)()
@@ -115,12 +126,13 @@ def _read_config(spec: recipe.HuggingFaceModel) -> dict[str, Any]:
                 expected=f"a folder that save_pretrained wrote: {CONFIG}, and {WEIGHTS} where pretrained",
                 next="correct `path`; for a model of the hub, use `name`",
             ) from error
-    transformers = _transformers()
+    assert spec.name is not None
+    hub.reach("model", spec.name)
     try:
         with _quiet():
-            found: dict[str, Any] = transformers.PretrainedConfig.get_config_dict(spec.name)[0]
+            found: dict[str, Any] = hub.extra("transformers").PretrainedConfig.get_config_dict(spec.name)[0]
     except Exception as error:
-        raise _not_at_hub(spec, error) from error
+        raise hub.unreachable("model", spec.name, error) from error
     return found
 
 
@@ -189,7 +201,7 @@ def _check_tokens(spec: recipe.HuggingFaceModel, config: Any, tokens: Tokens) ->
 
 def _config_class(config: Mapping[str, Any], label: str) -> Any:
     """The class of a configuration, which must be one that transformers itself has for sequence classification."""
-    _transformers()
+    hub.extra("transformers")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KINDS
 
@@ -241,7 +253,6 @@ def body(spec: recipe.HuggingFaceModel, asked: Interface, *, pretrained: bool = 
     Raises:
         RefusedError: the configuration makes no model, texts are too long for it, or weights are missing or of another
             shape; names them.
-        MachineError: transformers is not installed.
     """
     config = _configuration(spec.config, spec.label)
     _check_inputs(spec, config, asked)
@@ -417,29 +428,20 @@ def _class_names(found: Mapping[str, Any], classes: int) -> tuple[str, ...] | No
 
 def _tokenizer(folder: Path) -> tuple[Tokens, bool]:
     """What a folder's tokenizer makes: its tokens, and whether token types come with them."""
-    transformers = _transformers()
     try:
-        if not (folder / "tokenizer_config.json").exists():  # without it an empty tokenizer is made up
+        if not (folder / "tokenizer_config.json").exists():  # without it transformers makes up an empty tokenizer
             raise FileNotFoundError("no tokenizer_config.json")
         with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        tokens = Tokens(
-            vocabulary=len(tokenizer),
-            padding=tokenizer.pad_token_id,
-            mask=tokenizer.mask_token_id,
-            special=tuple(sorted(tokenizer.all_special_ids)),
-        )
-    except Exception as error:
+            tokenizer = tokenizer_of(recipe.HuggingFaceText(path=str(folder)), pair=False)
+    except (OSError, RefusedError) as error:
         raise RefusedError(
             f"{folder} has no tokenizer, so nobody knows what its ids mean",
-            got=f"{type(error).__name__}: {_first_line(error)}",
-            expected="the tokenizer's files beside config.json",
+            got=error,
+            expected=f"the tokenizer's files beside {CONFIG}",
             next="save it there (tokenizer.save_pretrained), or let the recipe train the teacher:\n"
             + recipe_lines(str(folder)),
         ) from error
-    return tokens, "token_type_ids" in tokenizer.model_input_names
+    return tokenizer.tokens, len(tokenizer.shape) == 2
 
 
 def recipe_lines(path: str) -> str:
@@ -453,17 +455,10 @@ def recipe_lines(path: str) -> str:
 # ---- the library
 
 
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise missing_extra("transformers", "huggingface", error) from error
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without progress bars and reports: what matters of them is checked here, and told by refusals."""
-    logging = _transformers().utils.logging
+    logging = hub.extra("transformers").utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -473,10 +468,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
 
 
 def _bad_config(label: str, error: Exception) -> RefusedError:
@@ -494,13 +485,4 @@ def _unreadable(label: str, error: Exception) -> RefusedError:
         got=f"{type(error).__name__}: {error}",
         expected=f"{WEIGHTS}; pickles (pytorch_model.bin) are never unpickled",
         next="where you trust it, load the model yourself and save it with model.save_pretrained",
-    )
-
-
-def _not_at_hub(spec: recipe.HuggingFaceModel, error: Exception) -> RefusedError:
-    return RefusedError(
-        f"the model {spec.name} cannot be had from the hub",
-        got=f"{type(error).__name__}: {_first_line(error)}",
-        expected="a model of the hub, or of its cache on this machine",
-        next="check the name and the connection, or give a local folder as `path`",
     )

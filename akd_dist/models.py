@@ -74,8 +74,9 @@ class ModelCard(BaseModel):
         """The card of a model for the inputs and classes of a dataset.
 
         Raises:
-            RefusedError: the model is not for such inputs, or its configuration or its factory cannot be read.
-            MachineError: an optional library is not installed.
+            RefusedError: the model is not for such inputs, its configuration or its factory cannot be read, or an
+                optional library is not installed.
+            MachineError: its configuration is on the hub, which cannot be reached.
         """
         architectures.refuse_inputs(model, rows.tokens, rows.shape)
         dtype: Any = rows.inputs.dtype.name
@@ -181,8 +182,7 @@ def build(card: ModelCard, seed: int | None = None, *, pretrained: bool = False)
 
     Raises:
         RefusedError: the model does not fit the inputs, gives other than [n, classes], or its factory fails; pretrained
-            weights are missing or of another shape.
-        MachineError: an optional library is not installed.
+            weights are missing or of another shape; an optional library is not installed.
     """
     if seed is not None:
         with torch.random.fork_rng(devices=[]):
@@ -218,7 +218,9 @@ def save_model(folder: Path, module: nn.Module, card: ModelCard) -> None:
 
 
 def load_model(uri: str | Path) -> nn.Module:
-    """The module of a model folder, in eval mode: raw inputs [n, *shape] -> logits float32 [n, classes].
+    """The module of a model folder, in eval mode: raw inputs [n, *shape] -> logits [n, classes], in float32.
+
+    Weights that were trained in float64 stay so, and give float64.
 
     A model of kind `custom` imports its factory, so its folder must be on `sys.path` (see `add_folder`).
 
@@ -248,7 +250,10 @@ def read_model(uri: str | Path) -> tuple[nn.Module, ModelCard]:
     _warn_of_other_source(card, uri)
     module = build(card, seed=0)
     try:
-        module.load_state_dict(safetensors.torch.load(weights))
+        tensors = safetensors.torch.load(weights)
+        if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+            module.double()  # else loading would round them
+        module.load_state_dict(tensors)
     except (SafetensorError, RuntimeError) as error:
         raise RefusedError(
             f"the weights in {uri} do not fit the model that its {CARD} describes",
@@ -275,6 +280,20 @@ def teacher_fingerprint(uri: str | Path) -> str:
         RefusedError, DamagedError: as `load_model`.
     """
     return load_card(uri).fingerprint
+
+
+def by_content(model: recipe.Model) -> dict[str, Any]:
+    """A spec as JSON, for keys of what is trained from it: what lies in files is named by content, not by place.
+
+    Raises:
+        RefusedError: a factory cannot be imported.
+    """
+    document = model.model_dump(mode="json")
+    if isinstance(model, recipe.HuggingFaceModel) and model.path is not None:
+        return document | {"path": huggingface.content(model)}
+    if isinstance(model, recipe.Custom):
+        return document | {"source": _source_sha256(model)}
+    return document
 
 
 def add_folder(folder: str | None) -> None:

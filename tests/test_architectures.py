@@ -13,7 +13,7 @@ from torch import nn
 from akd_dist import recipe
 from akd_dist.architectures import BasicBlock
 from akd_dist.models import ModelCard, build, num_parameters, state_bytes
-from akd_dist.storage.errors import MachineError, RefusedError
+from akd_dist.storage.errors import RefusedError
 from akd_dist.text import Tokens
 
 TOKENS = Tokens(vocabulary=40, padding=3, mask=4, special=(3, 4))
@@ -226,7 +226,7 @@ def test_inputs_of_another_kind_are_refused(card: ModelCard, words: list[str]) -
 
 def test_timm_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(MachineError, match=r"pip install 'akd-dist\[timm\]'"):
+    with pytest.raises(RefusedError, match=r"pip install 'akd-dist\[timm\]'"):
         build(images(recipe.Timm(name="resnet18")))
 
 

@@ -19,6 +19,7 @@ from akd_dist.models import (
     WEIGHTS,
     ModelCard,
     build,
+    by_content,
     load_card,
     load_model,
     read_model,
@@ -27,6 +28,7 @@ from akd_dist.models import (
 )
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import MachineError, RefusedError
+from akd_dist.student import Student
 from akd_dist.text import Tokens
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", *(f"word{number}" for number in range(35))]
@@ -155,6 +157,19 @@ def test_a_step_of_fine_tuning_is_the_same_each_time(folders: Path) -> None:
     assert first[1][-1] < first[1][0]
 
 
+def test_a_student_starts_from_pretrained_weights(folders: Path, tmp_path: Path) -> None:
+    spec = recipe.Student(
+        model=pretrained(folders / "roberta"),
+        objective=recipe.HardLabels(epochs=1),
+        optimizer=recipe.AdamW(lr=1e-3),
+        seed=3,
+    )
+    card = ModelCard.of(spec.model, rows(), None)
+    student = Student(spec, card, tmp_path, log=tmp_path / "log")
+    started, loaded = student.module.state_dict(), build(card, seed=0, pretrained=True).state_dict()
+    assert all(torch.equal(started[key], loaded[key]) for key in started if "classifier" not in key)
+
+
 def test_a_head_of_another_size_is_replaced(folders: Path, tmp_path: Path) -> None:
     hf = library()
     config = hf.RobertaConfig.from_pretrained(folders / "roberta", num_labels=5)
@@ -218,6 +233,27 @@ def test_the_fingerprint_knows_the_architecture_and_not_the_place(folders: Path,
     assert first != of(folders / "distilroberta")
 
 
+def test_a_spec_by_content_knows_the_weights_and_not_the_place(folders: Path, tmp_path: Path) -> None:
+    moved = copied(folders / "bert", tmp_path / "moved")
+    first = by_content(pretrained(folders / "bert"))
+    assert first == by_content(pretrained(moved))
+    random = by_content(pretrained(moved, pretrained=False))
+    flip_a_bit(moved / WEIGHTS)
+    assert by_content(pretrained(moved)) != first
+    assert by_content(pretrained(moved, pretrained=False)) == random
+    assert by_content(recipe.HuggingFaceModel(name="a/b"))["name"] == "a/b"
+
+
+def copied(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 # ---- fine-tuned folders as teachers
 
 
@@ -246,10 +282,6 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.save_pretrained(root)
     return root
-
-
-def copied(folder: Path, to: Path) -> Path:
-    return Path(shutil.copytree(folder, to))
 
 
 def test_a_fine_tuned_folder_is_a_teacher(tuned: Path, tmp_path: Path) -> None:
@@ -387,7 +419,7 @@ def test_tokens_that_do_not_fit_are_refused(folders: Path, changes: dict[str, An
 def test_a_model_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"no config\.json"):
         ModelCard.of(pretrained(tmp_path), rows(), None)
-    with pytest.raises(RefusedError, match="cannot be had from the hub"):
+    with pytest.raises(MachineError, match="cannot be had from the hub"):
         ModelCard.of(recipe.HuggingFaceModel(name="nobody/nothing"), rows(), None)
 
 
@@ -409,7 +441,7 @@ def test_the_extra_is_named_where_it_is_missing(folders: Path, monkeypatch: pyte
     card = ModelCard.of(pretrained(folders / "bert"), rows(), None)
     monkeypatch.setitem(sys.modules, "transformers", None)
     for use in (lambda: ModelCard.of(pretrained(folders / "bert"), rows(), None), lambda: build(card, seed=0)):
-        with pytest.raises(MachineError, match=r"pip install 'akd-dist\[huggingface\]'"):
+        with pytest.raises(RefusedError, match=r"pip install 'akd-dist\[huggingface\]'"):
             use()
 
 

@@ -19,6 +19,7 @@ from akd_dist.models import (
     ModelCard,
     add_folder,
     build,
+    by_content,
     load_card,
     load_model,
     num_parameters,
@@ -208,6 +209,7 @@ def test_the_source_of_a_custom_model_is_part_of_it(
     assert not caplog.records
     source.write_text(source.read_text() + "# another line\n")
     assert ModelCard.of(custom, rows(), None).fingerprint != first.fingerprint
+    assert by_content(custom)["source"] == sha256(source.read_bytes()) != first.source_sha256
     load_model(tmp_path / "model")
     (record,) = caplog.records
     assert f"{custom.factory} has changed" in record.getMessage()
@@ -466,6 +468,13 @@ def test_a_fingerprint_leaves_out_defaults_of_the_card_and_nothing_of_the_model(
     ]
     prints = {card(**changes).fingerprint for changes in others}
     assert len(prints | {card().fingerprint}) == len(others) + 1
+
+
+def test_float64_weights_stay_so(tmp_path: Path) -> None:
+    module = build(card(), seed=0).double().eval()
+    save_model(tmp_path, module, card())
+    assert torch.equal(load_model(tmp_path)(images()), module(images()))
+    assert load_model(tmp_path)(images()).dtype == torch.float64
 
 
 def test_a_text_model_is_saved_and_loaded(tmp_path: Path) -> None:
