@@ -77,13 +77,21 @@ class SequenceClassifier(nn.Module):
 
 
 def content(spec: recipe.HuggingFaceModel) -> str | None:
-    """sha256 over what a spec takes from its folder: configuration and, where pretrained, weights. None for the hub."""
+    """sha256 over what a spec takes from its folder: configuration and, where pretrained, weights. None for the hub.
+
+    Raises:
+        RefusedError: the folder has no configuration.
+    """
     if spec.path is None:
         return None
     digest = hashlib.sha256()
-    for path in [Path(spec.path) / CONFIG, *(sorted(Path(spec.path).glob("*.safetensors")) if spec.pretrained else [])]:
-        with open(path, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    weights = sorted(Path(spec.path).glob("*.safetensors")) if spec.pretrained else []
+    try:
+        for path in [Path(spec.path) / CONFIG, *weights]:
+            with open(path, "rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+    except OSError as error:
+        raise _no_folder(spec, error) from error
     return digest.hexdigest()
 
 
@@ -120,12 +128,7 @@ def _read_config(spec: recipe.HuggingFaceModel) -> dict[str, Any]:
         try:
             return parse_config(path.read_bytes(), path)
         except OSError as error:
-            raise RefusedError(
-                f"there is no {CONFIG} in {spec.path}",
-                got=error.strerror or error,
-                expected=f"a folder that save_pretrained wrote: {CONFIG}, and {WEIGHTS} where pretrained",
-                next="correct `path`; for a model of the hub, use `name`",
-            ) from error
+            raise _no_folder(spec, error) from error
     assert spec.name is not None
     hub.reach("model", spec.name)
     try:
@@ -188,11 +191,11 @@ def _check_changes(spec: recipe.HuggingFaceModel, changes: Mapping[str, Any], kn
 def _check_tokens(spec: recipe.HuggingFaceModel, config: Any, tokens: Tokens) -> None:
     """Refuse ids that the model would take for others than the tokenizer meant."""
     theirs = f"{tokens.vocabulary} tokens with padding {tokens.padding}"
-    size = getattr(config, "vocab_size", 0)
-    if size < tokens.vocabulary or config.pad_token_id != tokens.padding:
+    size, padding = getattr(config, "vocab_size", 0), getattr(config, "pad_token_id", None)
+    if size < tokens.vocabulary or padding != tokens.padding:
         raise RefusedError(
             f"the model {spec.label} was made for another tokenizer",
-            got=f"{size} tokens with padding {config.pad_token_id}, as its {CONFIG} says",
+            got=f"{size} tokens with padding {padding}, as its {CONFIG} says",
             expected=f"{theirs}, as the tokenizer makes them",
             next="use the model's own tokenizer as data.text; where pretrained is false, "
             f"config: {{vocab_size: {tokens.vocabulary}, pad_token_id: {tokens.padding}}} will do",
@@ -387,7 +390,7 @@ def describe_folder(folder: Path, document: bytes) -> tuple[recipe.HuggingFaceMo
         document: the content of its config.json.
 
     Raises:
-        RefusedError: the tokenizer is missing, or the configuration makes no model of text classification.
+        RefusedError: the tokenizer is missing, or the configuration makes no model of classification or regression.
     """
     found = parse_config(document, folder / CONFIG)
     spec = recipe.HuggingFaceModel(path=folder.name)
@@ -402,11 +405,16 @@ def describe_folder(folder: Path, document: bytes) -> tuple[recipe.HuggingFaceMo
             expected="a model with positions, such as BERT or RoBERTa",
             next=f"let the recipe name its architecture:\n{recipe_lines(str(folder))}",
         )
-    classes = config.num_labels
-    regression = found.get("problem_type") == "regression" or classes == 1
-    asked = Interface(
-        (2, length) if types else (length,), classes, "regression" if regression else "classification", tokens
-    )
+    classes, kind = config.num_labels, found.get("problem_type")
+    if kind == "multi_label_classification" or (kind == "regression" and classes > 1):
+        raise RefusedError(
+            f"{folder} has a model of another task",
+            got=f"{kind} with {classes} labels, as its {CONFIG} says",
+            expected="one class of several, or one number",
+            next="choose another teacher",
+        )
+    task: recipe.Task = "regression" if kind == "regression" or classes == 1 else "classification"
+    asked = Interface((2, length) if types else (length,), classes, task, tokens)
     whole = _kept(found) | _by_data(asked)
     return spec.model_copy(update={"config": whole}), asked, _class_names(found, classes)
 
@@ -468,6 +476,15 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _no_folder(spec: recipe.HuggingFaceModel, error: OSError) -> RefusedError:
+    return RefusedError(
+        f"there is no {CONFIG} in {spec.path}",
+        got=error.strerror or error,
+        expected=f"a folder that save_pretrained wrote: {CONFIG}, and {WEIGHTS} where pretrained",
+        next="correct `path`; for a model of the hub, use `name`",
+    )
 
 
 def _bad_config(label: str, error: Exception) -> RefusedError:

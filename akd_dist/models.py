@@ -286,7 +286,7 @@ def by_content(model: recipe.Model) -> dict[str, Any]:
     """A spec as JSON, for keys of what is trained from it: what lies in files is named by content, not by place.
 
     Raises:
-        RefusedError: a factory cannot be imported.
+        RefusedError: a factory cannot be imported, or a folder has no configuration.
     """
     document = model.model_dump(mode="json")
     if isinstance(model, recipe.HuggingFaceModel) and model.path is not None:

@@ -352,6 +352,14 @@ def quantised(folder: Path) -> None:
     change_config(folder, quantization_config={"quant_method": "bitsandbytes"})
 
 
+def of_many_labels(folder: Path) -> None:
+    change_config(folder, problem_type="multi_label_classification")
+
+
+def of_several_values(folder: Path) -> None:
+    change_config(folder, problem_type="regression")
+
+
 def change_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -366,6 +374,8 @@ def change_config(folder: Path, **changes: Any) -> None:
         (without_head, ["missing: classifier", "its head included", "train:"]),
         (broken_config, ["config.json is not JSON"]),
         (of_pictures, ["cannot classify text", "vit"]),
+        (of_many_labels, ["another task", "multi_label_classification with 3 labels"]),
+        (of_several_values, ["another task", "regression with 3 labels"]),
         (quantised, ["keys that are not taken", "quantization_config"]),
     ],
 )
@@ -375,6 +385,16 @@ def test_a_bad_fine_tuned_folder_is_refused(tuned: Path, tmp_path: Path, damage:
     with pytest.raises(RefusedError) as refused:
         load_model(folder)
     assert all(word in str(refused.value) for word in words), str(refused.value)
+
+
+def test_a_fine_tuned_regression_has_one_value(tuned: Path, tmp_path: Path) -> None:
+    hf, folder = library(), copied(tuned, tmp_path / "stsb")
+    config = hf.RobertaConfig.from_pretrained(folder, num_labels=1)
+    hf.RobertaForSequenceClassification(config).save_pretrained(folder)
+    module, card = read_model(folder)
+    assert (card.task, card.classes, card.class_names) == ("regression", 1, None)
+    card.check_rows(rows(classes=1, task="regression"), "the teacher")
+    assert module(torch.from_numpy(rows().inputs)).shape == (8, 1)
 
 
 # ---- refusals of what a recipe asks for
@@ -417,8 +437,9 @@ def test_tokens_that_do_not_fit_are_refused(folders: Path, changes: dict[str, An
 
 
 def test_a_model_that_is_nowhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match=r"no config\.json"):
-        ModelCard.of(pretrained(tmp_path), rows(), None)
+    for use in (lambda: ModelCard.of(pretrained(tmp_path), rows(), None), lambda: by_content(pretrained(tmp_path))):
+        with pytest.raises(RefusedError, match=r"no config\.json"):
+            use()
     with pytest.raises(MachineError, match="cannot be had from the hub"):
         ModelCard.of(recipe.HuggingFaceModel(name="nobody/nothing"), rows(), None)
 
