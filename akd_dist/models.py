@@ -9,14 +9,10 @@ it is ever unpickled.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import itertools
 import json
-import math
+import logging
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,15 +23,22 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import nn
 
-from akd_dist import recipe
+from akd_dist import architectures, huggingface, recipe
+from akd_dist.factories import call_factory, import_factory
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import DamagedError, RefusedError
 from akd_dist.storage.files import canonical_json, replace, sha256
 from akd_dist.storage.objects import ObjectMissing, open_root
+from akd_dist.text import Tokens
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-WEIGHTS, CARD = "model.safetensors", "model.json"
+WEIGHTS, CARD = huggingface.WEIGHTS, "model.json"
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+_SIGNATURE = "(input_shape, classes, ...) -> torch.nn.Module"
+# Where a model's first weights came from; what they became is known by their sha256.
+_ORIGIN = {"huggingface": ("path", "name", "pretrained"), "timm": ("pretrained",)}
 
 
 class ModelCard(BaseModel):
@@ -49,47 +52,102 @@ class ModelCard(BaseModel):
     """The spec, as the recipe has it."""
     input_shape: tuple[int, ...]
     """Shape of one raw input."""
-    input_dtype: Literal["uint8", "float32"]
-    """Dtype of raw inputs; uint8 is divided by 255 inside the module."""
+    input_dtype: Literal["uint8", "float32", "int32"]
+    """Dtype of raw inputs; uint8 is divided by 255 inside the module, int32 are ids of tokens."""
     classes: int
-    """Number of logits."""
+    """Number of logits: 1 for regression."""
+    task: recipe.Task = "classification"
+    """What the logits are: scores of classes, or a value."""
+    class_names: tuple[str, ...] | None = None
+    """The names of classes 0, 1, ..., where the data has names."""
+    tokens: Tokens | None = None
+    """What ids mean, where inputs are text."""
     normalize: recipe.Normalize | None = None
     """Mean and standard deviation taken out inside the module."""
+    source_sha256: str | None = None
+    """sha256 of the file of a custom model's factory."""
     weights_sha256: str | None = None
     """sha256 of `model.safetensors`; None before there are weights."""
 
     @classmethod
     def of(cls, model: recipe.Model, rows: Rows, normalize: recipe.Normalize | None) -> ModelCard:
-        """The card of a model for the inputs and classes of a dataset."""
+        """The card of a model for the inputs and classes of a dataset.
+
+        Raises:
+            RefusedError: the model is not for such inputs, its configuration or its factory cannot be read, or an
+                optional library is not installed.
+            MachineError: its configuration is on the hub, which cannot be reached.
+        """
+        architectures.refuse_inputs(model, rows.tokens, rows.shape)
         dtype: Any = rows.inputs.dtype.name
-        return cls(model=model, input_shape=rows.shape, input_dtype=dtype, classes=rows.classes, normalize=normalize)
+        card = cls(
+            model=model,
+            input_shape=rows.shape,
+            input_dtype=dtype,
+            classes=rows.classes,
+            task=rows.task,
+            class_names=rows.class_names,
+            tokens=rows.tokens,
+            normalize=normalize,
+        )
+        if isinstance(model, recipe.HuggingFaceModel):
+            return card.model_copy(update={"model": huggingface.resolve(model, _asked(card))})
+        if isinstance(model, recipe.Custom):
+            return card.model_copy(update={"source_sha256": _source_sha256(model)})
+        return card
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the card with its weights: changes with one bit of a weight, a layer or the preprocessing."""
-        return sha256(canonical_json(self.model_dump(mode="json")))
+        """sha256 over the card with its weights: changes with one bit of a weight, a layer or the preprocessing.
+
+        Where pretrained weights came from is left out; so are fields of the card, but not of the model's spec, that
+        hold their default, so that a card without a field that is added later keeps its fingerprint.
+        """
+        document = self.model_dump(mode="json", exclude={"model"}, exclude_defaults=True)
+        model = self.model.model_dump(mode="json", exclude=set(_ORIGIN.get(self.model.kind, ())))
+        return sha256(canonical_json(document | {"format": self.format, "model": model}))
 
     def check_rows(self, rows: Rows, what: str) -> None:
-        """Refuse to use this model on rows it was not made for.
+        """Refuse to use this model on rows it was not made for. Shorter texts than it was made for are fine.
 
         Raises:
-            RefusedError: input shape, dtype or class count differ; names both sides.
+            RefusedError: task, input shape, dtype, tokens, classes or their names differ; names both sides.
         """
-        ours = f"inputs {self.input_dtype} {list(self.input_shape)}, {self.classes} classes"
-        theirs = f"inputs {rows.inputs.dtype} {list(rows.shape)}, {rows.classes} classes"
+        ours = _in_words(self.input_dtype, self.input_shape, self.classes, self.task, self.tokens)
+        shape = self.input_shape if self._takes_shorter(rows.shape) else rows.shape
+        theirs = _in_words(rows.inputs.dtype, shape, rows.classes, rows.task, rows.tokens)
         if ours != theirs:
             raise RefusedError(
                 f"{what} was made for other data",
                 got=ours,
-                expected=f"{theirs}, as the dataset has them",
+                expected=f"{_in_words(rows.inputs.dtype, rows.shape, rows.classes, rows.task, rows.tokens)}, "
+                "as the dataset has them",
                 next="choose a model of the same inputs and classes, or the dataset it was trained on",
             )
+        if None not in (self.class_names, rows.class_names) and self.class_names != rows.class_names:
+            raise RefusedError(
+                f"{what} was made for other classes, or for another order of them",
+                got=f"classes {', '.join(self.class_names or ())}",
+                expected=f"classes {', '.join(rows.class_names or ())}, as the dataset has them",
+                next="choose a model of the same classes, or give the labels as numbers in the model's order",
+            )
+
+    def _takes_shorter(self, shape: tuple[int, ...]) -> bool:
+        masked = isinstance(self.model, recipe.TextTransformer | recipe.HuggingFaceModel)
+        return masked and shape[:-1] == self.input_shape[:-1] and shape[-1:] <= self.input_shape[-1:]
+
+
+def _in_words(dtype: object, shape: tuple[int, ...], classes: int, task: str, tokens: Tokens | None) -> str:
+    what = "1 value (regression)" if task == "regression" else f"{classes} classes"
+    ids = "" if tokens is None else f", {tokens.vocabulary} tokens with padding {tokens.padding}"
+    return f"inputs {dtype} {list(shape)}{ids}, {what}"
 
 
 class Classifier(nn.Module):
     """Raw inputs [n, *shape] -> logits [n, classes]: preprocessing and a body, in one module.
 
-    The constants are in the module and not in its weights: they belong to the card.
+    The constants are in the module and not in its weights: they belong to the card. Ids of tokens go to the body as
+    they are.
     """
 
     offset: torch.Tensor
@@ -97,33 +155,40 @@ class Classifier(nn.Module):
 
     def __init__(self, body: nn.Module, card: ModelCard) -> None:
         super().__init__()
-        self.body = body
+        self.body, self.on_tokens = body, card.input_dtype == "int32"
+        if self.on_tokens:
+            return
         mean, std = (card.normalize.mean, card.normalize.std) if card.normalize else ([0.0], [1.0])
         unit = 255.0 if card.input_dtype == "uint8" else 1.0
         self.register_buffer("offset", _per_channel(mean, unit, card), persistent=False)
         self.register_buffer("scale", _per_channel(std, unit, card), persistent=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Logits float [n, classes] of raw inputs [n, *shape], in the dtype of the weights."""
-        logits: torch.Tensor = self.body((inputs.to(self.scale.dtype) - self.offset) / self.scale)
-        return logits
+        """Logits [n, classes] of raw inputs [n, *shape], in the dtype of the weights; float32 under autocast."""
+        if not self.on_tokens:
+            inputs = (inputs.to(self.scale.dtype) - self.offset) / self.scale
+        logits: torch.Tensor = self.body(inputs)
+        # Losses and stores want more than the half precision that autocast leaves.
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def build(card: ModelCard, seed: int | None = None) -> nn.Module:
+def build(card: ModelCard, seed: int | None = None, *, pretrained: bool = False) -> nn.Module:
     """A freshly initialised module in training mode; the same bits from the same seed in any process.
 
     Args:
         card: what to build.
         seed: seeds the initialisation, and leaves torch's own generator alone; None draws from torch's generator.
+        pretrained: start from pretrained weights where the card's model has any; only what they lack is drawn.
 
     Raises:
-        RefusedError: the model does not fit the inputs, gives other than [n, classes], or its factory fails.
+        RefusedError: the model does not fit the inputs, gives other than [n, classes], or its factory fails; pretrained
+            weights are missing or of another shape; an optional library is not installed.
     """
     if seed is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return build(card)
-    module = Classifier(_body(card), card)
+            return build(card, pretrained=pretrained)
+    module = Classifier(_body(card, pretrained), card)
     _check_output(module, card)
     return module.train()
 
@@ -148,17 +213,19 @@ def save_model(folder: Path, module: nn.Module, card: ModelCard) -> None:
     """
     weights = state_bytes(module)
     replace(folder / WEIGHTS, weights)
-    written = card.model_copy(update={"weights_sha256": sha256(weights)})
+    written = card.model_copy(update={"model": _placeless(card.model), "weights_sha256": sha256(weights)})
     replace(folder / CARD, json.dumps(written.model_dump(mode="json"), indent=1).encode() + b"\n")
 
 
 def load_model(uri: str | Path) -> nn.Module:
-    """The module of a model folder, in eval mode: raw inputs [n, *shape] -> logits float32 [n, classes].
+    """The module of a model folder, in eval mode: raw inputs [n, *shape] -> logits [n, classes], in float32.
+
+    Weights that were trained in float64 stay so, and give float64.
 
     A model of kind `custom` imports its factory, so its folder must be on `sys.path` (see `add_folder`).
 
     Args:
-        uri: a folder, local or `s3://`.
+        uri: a folder, local or `s3://`; or a local folder with a fine-tuned Hugging Face model and its tokenizer.
 
     Raises:
         RefusedError: it is not a model folder, or offers a pickle; nothing is ever unpickled.
@@ -173,10 +240,20 @@ def read_model(uri: str | Path) -> tuple[nn.Module, ModelCard]:
     Raises:
         RefusedError, DamagedError: as `load_model`.
     """
-    card, weights = _read(uri)
+    card, weights, foreign = _read(uri)
+    if foreign:
+        assert isinstance(card.model, recipe.HuggingFaceModel)
+        with torch.random.fork_rng(devices=[]):
+            module: nn.Module = Classifier(huggingface.trained_body(card.model, _asked(card), weights), card)
+        _check_output(module, card)
+        return module.eval(), card
+    _warn_of_other_source(card, uri)
     module = build(card, seed=0)
     try:
-        module.load_state_dict(safetensors.torch.load(weights))
+        tensors = safetensors.torch.load(weights)
+        if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+            module.double()  # else loading would round them
+        module.load_state_dict(tensors)
     except (SafetensorError, RuntimeError) as error:
         raise RefusedError(
             f"the weights in {uri} do not fit the model that its {CARD} describes",
@@ -205,6 +282,20 @@ def teacher_fingerprint(uri: str | Path) -> str:
     return load_card(uri).fingerprint
 
 
+def by_content(model: recipe.Model) -> dict[str, Any]:
+    """A spec as JSON, for keys of what is trained from it: what lies in files is named by content, not by place.
+
+    Raises:
+        RefusedError: a factory cannot be imported, or a folder has no configuration.
+    """
+    document = model.model_dump(mode="json")
+    if isinstance(model, recipe.HuggingFaceModel) and model.path is not None:
+        return document | {"path": huggingface.content(model)}
+    if isinstance(model, recipe.Custom):
+        return document | {"source": _source_sha256(model)}
+    return document
+
+
 def add_folder(folder: str | None) -> None:
     """Let custom models be imported from a folder. Last on the path, so that it hides no installed module."""
     if folder is not None and folder not in sys.path:
@@ -214,58 +305,37 @@ def add_folder(folder: str | None) -> None:
 # ---- building
 
 
-def _body(card: ModelCard) -> nn.Module:
-    match card.model:
+def _body(card: ModelCard, pretrained: bool) -> nn.Module:
+    model, shape, classes = card.model, card.input_shape, card.classes
+    architectures.refuse_inputs(model, card.tokens, shape)
+    match model:
         case recipe.Mlp():
-            return _mlp(card.model, math.prod(card.input_shape), card.classes)
+            return architectures.mlp(model, shape, classes)
         case recipe.Cnn():
-            return _cnn(card.model, card.input_shape, card.classes)
+            return architectures.cnn(model, shape, classes)
+        case recipe.ResNet():
+            return architectures.resnet(model, shape, classes)
+        case recipe.PlainCnn():
+            return architectures.plain_cnn(model, shape, classes)
+        case recipe.TextTransformer():
+            assert card.tokens is not None
+            return architectures.text_transformer(model, card.tokens, shape, classes)
+        case recipe.HuggingFaceModel():
+            return huggingface.body(model, _asked(card), pretrained=pretrained)
+        case recipe.Timm():
+            return architectures.timm_model(model, shape, classes, pretrained=pretrained and model.pretrained)
         case recipe.Custom():
-            return _custom(card.model, card.input_shape, card.classes)
-        case _:
-            raise NotImplementedError(card.model.kind)
+            return _custom(model, shape, classes)
 
 
-def _mlp(spec: recipe.Mlp, inputs: int, classes: int) -> nn.Module:
-    hidden = [spec.hidden] if isinstance(spec.hidden, int) else spec.hidden
-    widths = [inputs, *hidden]
-    layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in itertools.pairwise(widths):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-        if spec.dropout:
-            layers.append(nn.Dropout(spec.dropout))
-    return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
-
-
-def _cnn(spec: recipe.Cnn, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Stages of 3 x 3 convolution, ReLU and 2 x 2 maximum, each of twice the channels; then one linear layer.
-
-    The last feature map is flattened, not averaged: on shifted 8 x 8 digits, width 32 and depth 2, that is worth 5
-    points of test accuracy after 20 epochs of SGD (93 % against 98 %, measured).
-    """
-    if len(input_shape) != 3 or min(input_shape[1:]) < 2**spec.depth:
-        raise RefusedError(
-            f"the model {spec.label} does not fit the inputs",
-            got=f"inputs of shape {list(input_shape)}",
-            expected=f"images [channels, height, width] of at least {2**spec.depth} pixels a side",
-            next="lower the depth, choose kind: mlp, or give data.train.shape",
-        )
-    layers: list[nn.Module] = []
-    channels, height, width = input_shape
-    for stage in range(spec.depth):
-        layers += [nn.Conv2d(channels, spec.width * 2**stage, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-        channels, height, width = spec.width * 2**stage, height // 2, width // 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, classes))
+def _asked(card: ModelCard) -> huggingface.Interface:
+    assert card.tokens is not None
+    return huggingface.Interface(card.input_shape, card.classes, card.task, card.tokens)
 
 
 def _custom(spec: recipe.Custom, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    factory = _factory(spec.factory)
-    try:
-        module = factory(input_shape=input_shape, classes=classes, **spec.arguments)
-    except Exception as error:
-        raise RefusedError(
-            f"the model factory {spec.factory} failed", got="".join(traceback.format_exception(error)).rstrip()
-        ) from error
+    arguments = {"input_shape": input_shape, "classes": classes, **spec.arguments}
+    module = call_factory(spec.factory, _SIGNATURE, arguments)
     if not isinstance(module, nn.Module):
         raise RefusedError(
             f"the model factory {spec.factory} returned something else than a model",
@@ -275,33 +345,23 @@ def _custom(spec: recipe.Custom, input_shape: tuple[int, ...], classes: int) -> 
     return module
 
 
-def _factory(name: str) -> Callable[..., object]:
-    """The function that `module:function` names. Never one of Python's own, which a model folder could abuse."""
-    module_name, _, function = name.partition(":")
-    if module_name.partition(".")[0] in sys.stdlib_module_names:
-        raise RefusedError(
-            f"{name} is not a model factory", got="a module of Python itself", expected="a module of your own"
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(error.name or "\0")
-        raise RefusedError(
-            f"the model factory {name} cannot be imported",
-            got=error if missing else "".join(traceback.format_exception(error)).rstrip(),
-            expected=f"a module {module_name} that imports",
-            next=f"put {module_name.partition('.')[0]}.py beside the recipe, or name its place with `folder:`",
-        ) from error
-    factory = getattr(module, function, None)
-    if not callable(factory):
-        names = [one for one in vars(module) if not one.startswith("_")]
-        raise RefusedError(
-            f"the module {module_name} has no function {function}",
-            got=", ".join(difflib.get_close_matches(function, names)) or "no similar name",
-            expected=f"def {function}(input_shape, classes, ...) -> torch.nn.Module",
-            next="correct `factory` in the recipe, or write that function",
-        )
-    return factory  # type: ignore[no-any-return]
+def _source_sha256(spec: recipe.Custom) -> str | None:
+    """sha256 of the file that a factory lies in; None where its module has none."""
+    import_factory(spec.factory, _SIGNATURE)
+    path = getattr(sys.modules[spec.factory.partition(":")[0]], "__file__", None)
+    return None if path is None else sha256(Path(path).read_bytes())
+
+
+def _warn_of_other_source(card: ModelCard, uri: str | Path) -> None:
+    if isinstance(card.model, recipe.Custom) and card.source_sha256 not in (None, _source_sha256(card.model)):
+        log.warning("the file of %s has changed since the model in %s was saved", card.model.factory, uri)
+
+
+def _placeless(model: recipe.Model) -> recipe.Model:
+    """A spec without folders of this machine: a card says of a local folder its name alone."""
+    if isinstance(model, recipe.HuggingFaceModel) and model.path is not None:
+        return model.model_copy(update={"path": Path(model.path).name})
+    return model
 
 
 def _per_channel(values: Sequence[float], unit: float, card: ModelCard) -> torch.Tensor:
@@ -318,8 +378,8 @@ def _per_channel(values: Sequence[float], unit: float, card: ModelCard) -> torch
 
 
 def _check_output(module: nn.Module, card: ModelCard) -> None:
-    """Run two blank rows: the cheapest way to see that any model, a custom one too, fits inputs and classes."""
-    inputs = torch.from_numpy(np.zeros((2, *card.input_shape), dtype=card.input_dtype))
+    """Run two rows: the cheapest way to see that any model, a custom one too, fits inputs and classes."""
+    inputs = torch.from_numpy(_two_rows(card))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             shape = tuple(module.eval()(inputs).shape)
@@ -338,15 +398,37 @@ def _check_output(module: nn.Module, card: ModelCard) -> None:
         )
 
 
+def _two_rows(card: ModelCard) -> np.ndarray:
+    """Blank rows; of text, the first and the last ordinary token, and all token types."""
+    rows = np.zeros((2, *card.input_shape), dtype=card.input_dtype)
+    if isinstance(card.model, recipe.HuggingFaceModel):  # it has checked the length, and long texts take their time
+        rows = rows[..., :64]
+    if card.tokens is not None:
+        special = {card.tokens.padding, *card.tokens.special}
+        ordinary = [number for number in range(card.tokens.vocabulary) if number not in special] or [0]
+        ids = rows if rows.ndim == 2 else rows[:, 0]
+        ids[0], ids[1] = ordinary[0], ordinary[-1]
+        if rows.ndim == 3:
+            rows[1, 1] = 1
+    return rows
+
+
 # ---- reading
 
 
-def _read(uri: str | Path) -> tuple[ModelCard, bytes]:
-    """Card and weights of a model folder, checked against each other."""
+def _read(uri: str | Path) -> tuple[ModelCard, bytes, bool]:
+    """Card and weights of a model folder, checked against each other, and whether it is one of Hugging Face."""
     _refuse_other_than_folder(uri)
     root = open_root(uri)
+    if (foreign := not root.exists(CARD) and root.exists(huggingface.CONFIG)) and "://" in str(uri):
+        raise RefusedError(
+            f"{uri} is a Hugging Face model, which is read from a local folder only",
+            got=huggingface.CONFIG,
+            expected=f"{WEIGHTS} and {CARD}, or a local folder",
+            next="copy it to this machine",
+        )
     try:
-        weights, document = root.get(WEIGHTS), root.get(CARD)
+        weights, document = root.get(WEIGHTS), root.get(huggingface.CONFIG if foreign else CARD)
     except ObjectMissing as error:
         raise RefusedError(
             f"{uri} is not a model folder",
@@ -356,6 +438,8 @@ def _read(uri: str | Path) -> tuple[ModelCard, bytes]:
         ) from error
     if _is_pickle(weights):
         raise _pickle_refused(f"{uri}/{WEIGHTS}")
+    if foreign:
+        return _card_of_huggingface(Path(uri), document, weights), weights, True
     card = _parse(document, uri)
     if sha256(weights) != card.weights_sha256:
         raise DamagedError(
@@ -364,7 +448,22 @@ def _read(uri: str | Path) -> tuple[ModelCard, bytes]:
             expected=f"sha256 {(card.weights_sha256 or 'none')[:16]}, as {CARD} says",
             next="copy the folder again, or train the model again",
         )
-    return card, weights
+    return card, weights, False
+
+
+def _card_of_huggingface(folder: Path, document: bytes, weights: bytes) -> ModelCard:
+    """The card of a fine-tuned model that was saved with its tokenizer: a function of these files' content alone."""
+    spec, asked, names = huggingface.describe_folder(folder, document)
+    return ModelCard(
+        model=spec,
+        input_shape=asked.input_shape,
+        input_dtype="int32",
+        classes=asked.classes,
+        task=asked.task,
+        class_names=names,
+        tokens=asked.tokens,
+        weights_sha256=sha256(weights),
+    )
 
 
 def _parse(document: bytes, uri: str | Path) -> ModelCard:

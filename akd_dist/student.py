@@ -339,7 +339,7 @@ class Student:
         """The module from the student's seed, and the generator state that its first step starts with."""
         self.rng = seeded_state(self.spec.seed, 0, 0)
         with self._own_generator():
-            module = build(self.card)
+            module = build(self.card, pretrained=True)
         after = self.rng if self.group.rank == 0 else seeded_state(self.spec.seed, 0, self.group.rank)
         return module, after
 

@@ -30,6 +30,9 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Announces a change of behaviour that only concerns jobs which ask for zero GPUs.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Failed tasks are told of here. Ray tells again when their references are collected, in the middle of anything:
+    # within ast.parse, Python 3.11 then raises a SystemError (seen).
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
 # Ours that workers on other nodes need to know.
 _PASSED_ON = ("AKD_DIST_CACHE_BUDGET",)

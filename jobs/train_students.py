@@ -160,7 +160,8 @@ def check_students(recipe: Recipe, splits: Splits) -> dict[str, int]:
     counts: dict[str, int] = {}
     for spec in recipe.students:
         if (key := spec.model.model_dump_json()) not in counts:
-            counts[key] = num_parameters(build(ModelCard.of(spec.model, splits.train, recipe.data.normalize), seed=0))
+            card = ModelCard.of(spec.model, splits.train, recipe.data.normalize)
+            counts[key] = num_parameters(build(card, seed=0, pretrained=True))
     return {spec.name: counts[spec.model.model_dump_json()] for spec in recipe.students}
 
 

@@ -19,6 +19,7 @@ from akd_dist.models import (
     ModelCard,
     add_folder,
     build,
+    by_content,
     load_card,
     load_model,
     num_parameters,
@@ -28,11 +29,19 @@ from akd_dist.models import (
 )
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import AkdError, DamagedError, RefusedError
-from akd_dist.storage.files import sha256
+from akd_dist.storage.files import canonical_json, sha256
+from akd_dist.text import Tokens
 
 MLP = recipe.Mlp(hidden=[6, 5], dropout=0.1)
 CNN = recipe.Cnn(width=4)
-SPECS: list[recipe.Mlp | recipe.Cnn] = [MLP, CNN, recipe.Mlp(hidden=8), recipe.Cnn(width=2, depth=3)]
+SPECS: list[recipe.Model] = [
+    MLP,
+    CNN,
+    recipe.Mlp(hidden=8),
+    recipe.Cnn(width=2, depth=3),
+    recipe.ResNet(depth=8, width=4),
+    recipe.PlainCnn(layers=2),
+]
 
 
 def card(model: Any = CNN, **changes: Any) -> ModelCard:
@@ -73,14 +82,15 @@ def failing(input_shape, classes):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
-def test_a_seed_gives_the_same_bits_in_any_process(spec: recipe.Mlp | recipe.Cnn) -> None:
+def test_a_seed_gives_the_same_bits_in_any_process(spec: recipe.Model) -> None:
     here = sha256(state_bytes(build(card(spec), seed=3)))
     code = f"""
 import torch
 torch.set_num_threads(2)
 torch.rand(100)
 from akd_dist.models import ModelCard, build, state_bytes
-from akd_dist.storage.files import sha256
+from akd_dist.storage.files import canonical_json, sha256
+from akd_dist.text import Tokens
 print(sha256(state_bytes(build(ModelCard.model_validate_json({card(spec).model_dump_json()!r}), seed=3))))
 """
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
@@ -181,18 +191,39 @@ def test_a_custom_model_is_refused(custom: recipe.Custom, function: str, words: 
 
 
 @pytest.mark.parametrize(
-    ("factory", "message"), [("no_such_module:model", "cannot be imported"), ("os:system", "not a model factory")]
+    ("factory", "message"), [("no_such_module:model", "cannot be imported"), ("os:system", "is not a factory")]
 )
 def test_a_factory_that_cannot_be_is_refused(factory: str, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         build(card(recipe.Custom(factory=factory)))
 
 
+def test_the_source_of_a_custom_model_is_part_of_it(
+    custom: recipe.Custom, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / f"{custom.factory.partition(':')[0]}.py"
+    first = ModelCard.of(custom, rows(), None)
+    assert first.source_sha256 == sha256(source.read_bytes())
+    save_model(tmp_path / "model", build(first, seed=0), first)
+    load_model(tmp_path / "model")
+    assert not caplog.records
+    source.write_text(source.read_text() + "# another line\n")
+    assert ModelCard.of(custom, rows(), None).fingerprint != first.fingerprint
+    assert by_content(custom)["source"] == sha256(source.read_bytes()) != first.source_sha256
+    load_model(tmp_path / "model")
+    (record,) = caplog.records
+    assert f"{custom.factory} has changed" in record.getMessage()
+
+
+def test_pretrained_asks_nothing_of_models_without_pretrained_weights() -> None:
+    assert state_bytes(build(card(), seed=1, pretrained=True)) == state_bytes(build(card(), seed=1))
+
+
 # ---- folders
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
-def test_a_folder_gives_back_the_very_model(spec: recipe.Mlp | recipe.Cnn, tmp_path: Path) -> None:
+def test_a_folder_gives_back_the_very_model(spec: recipe.Model, tmp_path: Path) -> None:
     normalize = recipe.Normalize(mean=[0.3], std=[0.37])
     written = card(spec, normalize=normalize)
     module = build(written, seed=1)
@@ -333,11 +364,153 @@ def test_a_bad_folder_is_refused(damage: Any, kind: type[AkdError], message: str
         load_model(folder)
 
 
-def test_other_rows_are_refused_with_both_sides(tmp_path: Path) -> None:
-    rows = Rows(np.zeros((4, 1, 8, 8), np.uint8), np.zeros(4, np.int64), 10, "", (), tmp_path)
-    assert ModelCard.of(CNN, rows, None) == card()
-    card().check_rows(rows, "the teacher")
-    with pytest.raises(RefusedError) as refused:
-        card(classes=11).check_rows(rows, "the teacher")
-    assert "11 classes" in str(refused.value.got)
-    assert "10 classes" in str(refused.value.expected)
+# ---- cards
+
+TOKENS = Tokens(vocabulary=300, padding=256, mask=257, special=(256, 257))
+
+
+def rows(inputs: np.ndarray | None = None, classes: int = 10, **more: Any) -> Rows:
+    inputs = np.zeros((4, 1, 8, 8), np.uint8) if inputs is None else inputs
+    labels = np.zeros(4, np.float32 if more.get("task") == "regression" else np.int64)
+    return Rows(inputs, labels, classes, "", (), Path(), **more)
+
+
+def texts(length: int = 8, **more: Any) -> Rows:
+    return rows(np.full((4, length), 7, np.int32), **{"tokens": TOKENS, **more})
+
+
+TEXT = recipe.TextTransformer(width=8)
+
+
+def test_a_card_says_what_the_data_says() -> None:
+    assert ModelCard.of(CNN, rows(), None) == card()
+    of_text = ModelCard.of(TEXT, texts(class_names=tuple("abcdefghij")), None)
+    assert (of_text.input_dtype, of_text.input_shape, of_text.tokens) == ("int32", (8,), TOKENS)
+    assert of_text.class_names == tuple("abcdefghij")
+    assert ModelCard.of(MLP, rows(classes=1, task="regression"), None).task == "regression"
+
+
+@pytest.mark.parametrize(
+    ("data", "ours", "theirs"),
+    [
+        (rows(classes=11), "10 classes", "11 classes"),
+        (rows(np.zeros((4, 1, 8, 9), np.uint8)), "[1, 8, 8]", "[1, 8, 9]"),
+        (rows(np.zeros((4, 1, 8, 8), np.float32)), "uint8", "float32"),
+        (rows(classes=1, task="regression"), "10 classes", "1 value (regression)"),
+        (texts(), "uint8", "int32 [8], 300 tokens with padding 256"),
+    ],
+    ids=["classes", "shape", "dtype", "task", "tokens"],
+)
+def test_other_rows_are_refused_with_both_sides(data: Rows, ours: str, theirs: str) -> None:
+    card().check_rows(rows(), "the teacher")
+    with pytest.raises(RefusedError, match="the teacher was made for other data") as refused:
+        card().check_rows(data, "the teacher")
+    assert ours in str(refused.value.got)
+    assert theirs in str(refused.value.expected)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        texts(tokens=TOKENS.model_copy(update={"vocabulary": 301})),
+        texts(tokens=TOKENS.model_copy(update={"padding": 0})),
+        texts(length=9),
+        rows(np.full((4, 2, 8), 7, np.int32), tokens=TOKENS),
+    ],
+    ids=["vocabulary", "padding", "longer", "token types"],
+)
+def test_other_texts_are_refused_and_shorter_ones_are_not(data: Rows) -> None:
+    of_text = ModelCard.of(TEXT, texts(), None)
+    of_text.check_rows(texts(), "the teacher")
+    of_text.check_rows(texts(length=5), "the teacher")
+    with pytest.raises(RefusedError, match="the teacher was made for other data"):
+        of_text.check_rows(data, "the teacher")
+
+
+def test_classes_in_another_order_are_refused_with_both_lists() -> None:
+    named = card(classes=3, class_names=("cat", "dog", "eel"))
+    for fine in (("cat", "dog", "eel"), None):
+        named.check_rows(rows(classes=3, class_names=fine), "the teacher")
+    with pytest.raises(RefusedError, match="another order") as refused:
+        named.check_rows(rows(classes=3, class_names=("dog", "cat", "eel")), "the teacher")
+    assert "cat, dog, eel" in str(refused.value.got)
+    assert "dog, cat, eel" in str(refused.value.expected)
+
+
+def test_a_card_without_the_later_fields_still_reads(tmp_path: Path) -> None:
+    """As the first ones were written."""
+    save_model(tmp_path, build(card(), seed=0), card())
+    document = json.loads((tmp_path / CARD).read_text())
+    earlier = ("format", "model", "input_shape", "input_dtype", "classes", "normalize", "weights_sha256")
+    (tmp_path / CARD).write_text(json.dumps({key: document[key] for key in earlier}))
+    whole = ModelCard.model_validate(document)
+    assert load_card(tmp_path) == whole
+    assert load_card(tmp_path).fingerprint == whole.fingerprint
+    assert (whole.task, whole.tokens, whole.class_names) == ("classification", None, None)
+
+
+def test_a_fingerprint_leaves_out_defaults_of_the_card_and_nothing_of_the_model() -> None:
+    document = {
+        "format": 1,
+        "model": {"kind": "cnn", "width": 4, "depth": 2},
+        "input_shape": [1, 8, 8],
+        "input_dtype": "uint8",
+        "classes": 10,
+    }
+    assert card().fingerprint == sha256(canonical_json(document))
+    others: list[dict[str, Any]] = [
+        {"task": "regression"},
+        {"class_names": ("a", "b")},
+        {"tokens": TOKENS},
+        {"source_sha256": "0"},
+        {"normalize": recipe.Normalize(mean=[0.0], std=[1.0])},
+        {"model": recipe.Cnn(width=4, depth=1)},
+    ]
+    prints = {card(**changes).fingerprint for changes in others}
+    assert len(prints | {card().fingerprint}) == len(others) + 1
+
+
+def test_float64_weights_stay_so(tmp_path: Path) -> None:
+    module = build(card(), seed=0).double().eval()
+    save_model(tmp_path, module, card())
+    assert torch.equal(load_model(tmp_path)(images()), module(images()))
+    assert load_model(tmp_path)(images()).dtype == torch.float64
+
+
+def test_a_text_model_is_saved_and_loaded(tmp_path: Path) -> None:
+    of_text = ModelCard.of(TEXT, texts(), None)
+    module = build(of_text, seed=0).eval()
+    save_model(tmp_path, module, of_text)
+    ids = torch.arange(24, dtype=torch.int32).view(3, 8)
+    assert torch.equal(load_model(tmp_path)(ids), module(ids))
+    assert load_card(tmp_path).tokens == TOKENS
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, Tokens(vocabulary=5, padding=0, special=(0, 1))])
+def test_custom_models_on_text_are_tried_with_ordinary_tokens(
+    tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"texts_{sha256(str(tmp_path).encode())[:8]}"
+    (tmp_path / f"{name}.py").write_text(
+        """
+import torch
+from torch import nn
+class Bag(nn.Module):
+    def __init__(self, classes, vocabulary, special):
+        super().__init__()
+        self.table, self.special = nn.Embedding(vocabulary, classes), special
+    def forward(self, ids):
+        assert ids.dtype == torch.int32 and ids.shape[1:] == (8,)
+        assert not torch.isin(ids, torch.tensor(self.special)).any()
+        return self.table(ids).mean(1)
+def bag(input_shape, classes, vocabulary, special):
+    return Bag(classes, vocabulary, special)
+"""
+    )
+    add_folder(str(tmp_path))
+    arguments: dict[str, Any] = {"vocabulary": tokens.vocabulary, "special": list(tokens.special)}
+    build(ModelCard.of(recipe.Custom(factory=f"{name}:bag", arguments=arguments), texts(tokens=tokens), None), seed=0)
+    arguments["vocabulary"] -= 3  # ids beyond it are refused before training
+    with pytest.raises(RefusedError, match="does not take these inputs"):
+        build(ModelCard.of(recipe.Custom(factory=f"{name}:bag", arguments=arguments), texts(tokens=tokens), None))
