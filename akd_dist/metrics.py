@@ -16,7 +16,7 @@ from akd_dist.recipe import Task
 
 
 def predictions(task: Task, logits: torch.Tensor) -> torch.Tensor:
-    """What a model says of each row: logits [n, classes] -> class ids int64 [n], or numbers float [n] of a regression."""
+    """What a model says of each row: logits [n, classes] -> class ids int64 [n]; for regression numbers, float [n]."""
     return logits[:, 0] if task == "regression" else logits.argmax(dim=1)
 
 
@@ -28,8 +28,8 @@ def measure(
     Classification: `accuracy`; `f1`, of class 1 where there are two classes, as GLUE has it, else the mean of all that
     occur; `matthews`, the correlation of predicted and true classes. Regression: `pearson` and `spearman`.
 
-    A correlation with something constant is undefined, and so is one with numbers that are not finite: it counts as 0.0.
-    So does the F1 of a class that neither occurs nor is predicted.
+    A correlation with something constant, or with numbers that are not finite, is undefined and counts as 0.0. So does
+    the F1 of class 1 where it neither occurs nor is predicted.
 
     Args:
         predictions: as `predictions` gives them, on the CPU.
@@ -87,7 +87,8 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     """The rank of each value from 1, equal ones sharing their mean rank: float64 [n]."""
     _, places, counts = torch.unique(values, return_inverse=True, return_counts=True)
     counts = counts.double()
-    return (counts.cumsum(0) - (counts - 1) / 2)[places]
+    ranks: torch.Tensor = counts.cumsum(0) - (counts - 1) / 2
+    return ranks[places]
 
 
 @contextlib.contextmanager
