@@ -366,7 +366,7 @@ class Student:
         return evaluate(self.module, rows, self.device, self.spec.precision)
 
     def _new_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
-        """A fresh optimizer, and what keeps float16's small gradients above zero; with other numbers it does nothing."""
+        """A fresh optimizer, and what keeps float16's small gradients above zero; elsewhere that does nothing."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.spec.precision == "float16")
         return make_optimizer(self.module, self.spec.optimizer), scaler
 

@@ -90,9 +90,7 @@ def served_fingerprint(card: ModelCard, precision: recipe.Precision) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def load_teacher(
-    uri: str, fingerprint: str, precision: recipe.Precision = "float32", device: str = "cpu"
-) -> nn.Module:
+def load_teacher(uri: str, fingerprint: str, precision: recipe.Precision = "float32", device: str = "cpu") -> nn.Module:
     """The teacher in eval mode, on a device and in the dtype of a precision, loaded once in a process.
 
     Raises:

@@ -233,8 +233,9 @@ def run_tasks(
 ) -> None:
     """Run Ray tasks, a bounded number in flight; hand on results as they come.
 
-    A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next; on a GPU, too,
-    where Ray would by default start a new process for each. A task whose worker died is run again up to `retries` times; one that raised is not, since its inputs would be the same.
+    A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next; on a GPU too,
+    where Ray would start a new process for each. A task whose worker died is run again up to `retries` times; one that
+    raised is not, since its inputs would be the same.
 
     Args:
         function: called as function(job, item) in a worker.

@@ -19,6 +19,7 @@ from akd_dist.storage.errors import RecipeError
 # What starting and stopping one Ray Train run costs, whatever it trains (measured: 9 to 14 s on 2 cores, Ray 2.60).
 START_SECONDS = 14.0
 PROBE_STEPS = 4
+UNKNOWN_SECONDS = 1e-6  # not 0, by which all students would land in one cohort and leave the others empty
 
 Cohort = tuple[Student, ...]
 log = logging.getLogger(__name__)
@@ -113,9 +114,10 @@ def _probe_key(spec: Student) -> str:
 
 
 def _probe(recipe: Recipe, spec: Student, splits: Splits) -> float:
-    """Seconds of one training step, measured here and now; 0 for a model that fails, which its worker will tell of.
+    """Seconds of one training step, measured here and now.
 
-    The same goes for a recipe on GPUs that this machine has not: all its models then count alike.
+    A model that fails counts as next to nothing, and its worker will tell of it; so does every model of a recipe for
+    GPUs where this machine has none, and then all count alike.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.threads)
@@ -130,12 +132,12 @@ def _probe(recipe: Recipe, spec: Student, splits: Splits) -> float:
             with autocast(device, spec.precision):
                 logits = module(inputs)
             loss = logits.float().square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             loss.item()  # waits for a GPU
             best = min(best, time.perf_counter() - started)
     except Exception as error:
         log.warning("the probe of %s failed: %s", spec.name, error)
-        return 0.0
+        return UNKNOWN_SECONDS
     finally:
         torch.set_num_threads(threads)
     return 1.5 * best  # an optimizer step and its bookkeeping come on top
