@@ -62,7 +62,7 @@ SIZE_COLOURS = ("#d14f7c", "#9a62d3", "#3f8fd0", "#1fa187", "#8aa52b", "#d9902f"
 OTHER_COLOUR = "#7d8794"
 # Stands for "the colour of the page's text" in what matplotlib draws; the page's style sheet decides what that is.
 INK = "#010203"
-LEGEND_ENTRIES = 12
+LEGEND_ENTRIES, LEGEND_LETTERS = 12, 22  # letters of a label that still fit three beside each other
 
 Metrics = list[dict[str, Any]]
 
@@ -754,8 +754,9 @@ def _draw_losses(axes: Axes, curves: Sequence[Curve]) -> None:
 def _legend_above(axes: Axes, *others: Axes) -> None:
     """One legend over the figure, where it hides nothing; none at all when it would be larger than the figure."""
     handles = [handle for each in (axes, *others) for handle in each.get_legend_handles_labels()[0]]
-    if len(handles) <= LEGEND_ENTRIES:
-        axes.figure.legend(handles=handles, loc="outside upper left", ncols=3)
+    if handles and len(handles) <= LEGEND_ENTRIES:
+        long = max(len(str(handle.get_label())) for handle in handles) > LEGEND_LETTERS
+        axes.figure.legend(handles=handles, loc="outside upper left", ncols=2 if long else 3)
 
 
 def _logarithmic(axes: Axes) -> None:
