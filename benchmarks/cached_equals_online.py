@@ -9,17 +9,13 @@ with the package only what defines the run: the views, the order of rows, the fi
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from torch import nn
@@ -59,7 +55,14 @@ def annealing_recipe(data: dict[str, Any], teacher: Any, student: Any, optimizer
     """A recipe of one student with one view per epoch of stage I."""
     epochs = 4
     objective = {"kind": "annealing_kd", "tau_max": 4, "stage1_epochs": epochs, "stage2_epochs": 2}
-    block = {"name": "student", "model": student, "objective": objective, "optimizer": optimizer, "batch": 48, "seed": 3}
+    block = {
+        "name": "student",
+        "model": student,
+        "objective": objective,
+        "optimizer": optimizer,
+        "batch": 48,
+        "seed": 3,
+    }
     return Recipe.model_validate(
         {
             "name": "equality",
@@ -74,7 +77,9 @@ def annealing_recipe(data: dict[str, Any], teacher: Any, student: Any, optimizer
 
 def cases(precision: str = "float32") -> dict[str, Recipe]:
     """Images with augmentation, text, and regression; each on data that come with Python or scikit-learn."""
-    text = {"train": {"kind": "custom", "factory": "cached_equals_online:passages", "input": "text", "label": "package"}}
+    text = {
+        "train": {"kind": "custom", "factory": "cached_equals_online:passages", "input": "text", "label": "package"}
+    }
     numbers = {"train": {"kind": "custom", "factory": "cached_equals_online:diabetes"}, "task": "regression"}
     noise = {"kind": "custom", "factory": "cached_equals_online:Noise", "arguments": {"scale": 0.02}}
     transformer = {"kind": "text_transformer", "depth": 1, "heads": 2}

@@ -17,14 +17,26 @@ from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 
 from akd_dist import recipe as recipes
-from akd_dist.cohort import ZOMBIE_SECONDS, CohortJob, ended, open_stream, read_result, stop_attempts, train_cohort
+from akd_dist.cohort import (
+    ZOMBIE_SECONDS,
+    CohortJob,
+    ended,
+    open_stream,
+    read_result,
+    stop_attempts,
+    stored_predictions,
+    train_cohort,
+)
 from akd_dist.fleet_report import write_report
 from akd_dist.jobs.cache_teacher import cache_teacher, prepare_shown
 from akd_dist.jobs.planner import groups_of
 from akd_dist.jobs.progress import tell
+from akd_dist.metrics import measure
 from akd_dist.models import ModelCard, add_folder, build, num_parameters
 from akd_dist.recipe import Recipe
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
@@ -91,9 +103,10 @@ def train_students(
             saved: dict[str, Any] = json.loads((run / "fleet.json").read_bytes())
             return saved
         begin_run(run, recipe, identity)
-        open_stream(base, splits)  # decode once, and refuse a damaged store before anything starts
+        # Decode once, and refuse a damaged store before anything starts; the driver may have no GPU.
+        open_stream(replaced(base, device="cpu"), splits)
         cohorts = _train(base, recipe, todo, splits, address, console) if todo else 0
-        fleet = finish_run(run, recipe, base, parameters, cohorts, time.monotonic() - started)
+        fleet = finish_run(run, recipe, splits, base, parameters, cohorts, time.monotonic() - started)
         tell_failures(fleet, base, console)
     return fleet
 
@@ -114,7 +127,7 @@ def _train(
     with cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
         cluster.connect(address, tell=lambda text: tell(console, text))
         stop.check()
-        cohorts = plan_cohorts(recipe, todo, int(cluster.total_cpus()), splits)
+        cohorts = plan_cohorts(recipe, todo, int(cluster.total_cpus()), splits, int(cluster.total_gpus()))
         count = Fleet(base, len(splits.train), stop, console).train(cohorts)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
@@ -254,6 +267,7 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: dict[str, str], run: Path,
         control=str(control),
         attempt=1 + last_attempt(run),
         checkpoint_seconds=recipe.checkpoint_seconds,
+        device=recipe.device,
     )
 
 
@@ -261,7 +275,13 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: dict[str, str], run: Path,
 
 
 def finish_run(
-    run: Path, recipe: Recipe, base: CohortJob, parameters: dict[str, int], cohorts: int, seconds: float
+    run: Path,
+    recipe: Recipe,
+    splits: Splits,
+    base: CohortJob,
+    parameters: dict[str, int],
+    cohorts: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """Collect every student's result into fleet.json and the report."""
     store = open_store(base.stores["train"])
@@ -274,7 +294,9 @@ def finish_run(
     fleet = {
         "run": str(run),
         "store": store.uri,
-        "teacher": describe_teacher(store, open_store(base.stores["test"])),
+        "task": recipe.data.task,
+        "metric": recipe.data.primary_metric,
+        "teacher": describe_teacher(store, open_store(base.stores["test"]), splits.test),
         "students": results,
         "cohorts": cohorts,
         "seconds": round(seconds, 3),
@@ -303,14 +325,14 @@ def tell_failures(fleet: dict[str, Any], base: CohortJob, console: Console) -> N
             tell(console, f"{student['name']} {student['state']}: {student['reason']}; log: {log}")
 
 
-def describe_teacher(train: LogitStore, test: LogitStore) -> dict[str, Any]:
-    """The teacher's row of the table, from what the stores say of it: it is not run again."""
+def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows) -> dict[str, Any]:
+    """The teacher's row of the table, from its stored logits of the test rows: it is not run again."""
     card = ModelCard.model_validate(train.manifest.teacher["spec"])
-    agreeing = sum((shard.label_agreement or 0.0) * shard.rows for shard in test.manifest.shards)
+    labels = torch.from_numpy(np.array(rows.labels))
     return {
         "model": card.model.label,
         "parameters": num_parameters(build(card, seed=0)),
-        "test": {"accuracy": agreeing / test.num_rows},
+        "test": measure(rows.task, stored_predictions(test, rows), labels, rows.classes),
         "fingerprint": train.manifest.identity.teacher,
     }
 

@@ -43,6 +43,7 @@ STUDENT = {
 }  # fmt: skip
 FLEET = {
     "run": "runs/digits", "store": PART["store"], "students": [STUDENT], "cohorts": 1, "seconds": 12.5,
+    "task": "classification", "metric": "accuracy",
     "teacher": {"model": "cnn-32", "parameters": 19_210, "test": {"accuracy": 0.98}, "fingerprint": "cd" * 32},
 }  # fmt: skip
 
