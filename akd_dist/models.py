@@ -9,14 +9,11 @@ it is ever unpickled.
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import itertools
 import json
 import math
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +25,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from akd_dist import recipe
+from akd_dist.factories import call_factory
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import DamagedError, RefusedError
 from akd_dist.storage.files import canonical_json, replace, sha256
@@ -259,13 +257,8 @@ def _cnn(spec: recipe.Cnn, input_shape: tuple[int, ...], classes: int) -> nn.Mod
 
 
 def _custom(spec: recipe.Custom, input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    factory = _factory(spec.factory)
-    try:
-        module = factory(input_shape=input_shape, classes=classes, **spec.arguments)
-    except Exception as error:
-        raise RefusedError(
-            f"the model factory {spec.factory} failed", got="".join(traceback.format_exception(error)).rstrip()
-        ) from error
+    arguments = {"input_shape": input_shape, "classes": classes, **spec.arguments}
+    module = call_factory(spec.factory, "(input_shape, classes, ...) -> torch.nn.Module", arguments)
     if not isinstance(module, nn.Module):
         raise RefusedError(
             f"the model factory {spec.factory} returned something else than a model",
@@ -273,35 +266,6 @@ def _custom(spec: recipe.Custom, input_shape: tuple[int, ...], classes: int) -> 
             expected="a torch.nn.Module",
         )
     return module
-
-
-def _factory(name: str) -> Callable[..., object]:
-    """The function that `module:function` names. Never one of Python's own, which a model folder could abuse."""
-    module_name, _, function = name.partition(":")
-    if module_name.partition(".")[0] in sys.stdlib_module_names:
-        raise RefusedError(
-            f"{name} is not a model factory", got="a module of Python itself", expected="a module of your own"
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(error.name or "\0")
-        raise RefusedError(
-            f"the model factory {name} cannot be imported",
-            got=error if missing else "".join(traceback.format_exception(error)).rstrip(),
-            expected=f"a module {module_name} that imports",
-            next=f"put {module_name.partition('.')[0]}.py beside the recipe, or name its place with `folder:`",
-        ) from error
-    factory = getattr(module, function, None)
-    if not callable(factory):
-        names = [one for one in vars(module) if not one.startswith("_")]
-        raise RefusedError(
-            f"the module {module_name} has no function {function}",
-            got=", ".join(difflib.get_close_matches(function, names)) or "no similar name",
-            expected=f"def {function}(input_shape, classes, ...) -> torch.nn.Module",
-            next="correct `factory` in the recipe, or write that function",
-        )
-    return factory  # type: ignore[no-any-return]
 
 
 def _per_channel(values: Sequence[float], unit: float, card: ModelCard) -> torch.Tensor:

@@ -181,7 +181,7 @@ def test_a_custom_model_is_refused(custom: recipe.Custom, function: str, words: 
 
 
 @pytest.mark.parametrize(
-    ("factory", "message"), [("no_such_module:model", "cannot be imported"), ("os:system", "not a model factory")]
+    ("factory", "message"), [("no_such_module:model", "cannot be imported"), ("os:system", "not a factory")]
 )
 def test_a_factory_that_cannot_be_is_refused(factory: str, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
