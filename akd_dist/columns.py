@@ -1,16 +1,16 @@
-"""Columns -> arrays: encoded images, text, lists of numbers become inputs; ids, names, numbers become labels.
+"""Columns of inputs -> arrays: encoded images, text, lists of numbers. Which columns there are, and what they hold.
 
-Each converter is made from the first row of a source and called with blocks of rows, by several threads at a time. What
+A converter is made from the first row of a source and called with blocks of rows, by several threads at a time. What
 it refuses in a block it blames on the block's first row: callers narrow a block that fails down to one row.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import io
 import json
 import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -150,7 +150,7 @@ def _stored(kind: Any) -> Any:
             return kind
 
 
-def _plain(column: Any) -> Any:
+def plain(column: Any) -> Any:
     """A column of its stored type, as one array."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
@@ -218,8 +218,8 @@ def inputs_of(
         raise _not_what_text_says(kind, len(columns), place, row)
     if tokenizer is not None:
         return _Texts(tokenizer, place)
-    made = _Images if kind == "images" else _Numbers
-    return made(columns[0], row, place, tuple(shape) if shape else None)
+    of_one = (columns[0], row, place, tuple(shape) if shape else None)
+    return _Images(*of_one) if kind == "images" else _Numbers(*of_one)
 
 
 def _kind_of_values(column: Any) -> str | None:
@@ -252,7 +252,8 @@ def _not_what_text_says(kind: str, columns: int, place: Place, row: int) -> Refu
 class _Images:
     """Encoded images -> uint8 [channels, height, width], all of one size; grey if the first one is, else RGB."""
 
-    dtype, tokens = np.dtype(np.uint8), None
+    dtype: np.dtype[Any] = np.dtype(np.uint8)
+    tokens: Tokens | None = None
 
     def __init__(self, column: Any, row: int, place: Place, shape: tuple[int, ...] | None) -> None:
         self._place, self._shape_said = place, shape is not None
@@ -265,17 +266,17 @@ class _Images:
     def __call__(self, columns: Sequence[Any], rows: np.ndarray) -> np.ndarray:
         """Decode; memory is taken for images of the right size only."""
         images = [
-            self._open(encoded, int(row), lambda image, row=int(row): self._pixels(image, row))
-            for encoded, row in zip(self._encoded(columns[0], rows[0]), rows, strict=True)
+            self._open(encoded, row, functools.partial(self._pixels, row))
+            for encoded, row in zip(self._encoded(columns[0], rows[0]), rows.tolist(), strict=True)
         ]
         pixels = np.stack(images)
         return pixels[:, np.newaxis] if self._grey else np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
     def _encoded(self, column: Any, row: int) -> list[bytes]:
-        column = _plain(column)
+        column = plain(column)
         refuse_nulls(column, self._place, row)
         if pa.types.is_struct(column.type):
-            column = _plain(pc.struct_field(column, "bytes"))
+            column = plain(pc.struct_field(column, "bytes"))
             refuse_nulls(column, self._place, row, "where a struct holds a path alone, save it with the bytes embedded")
         encoded: list[bytes] = column.to_pylist()
         return encoded
@@ -298,12 +299,13 @@ class _Images:
                 next="remove the row, or write the image again",
             ) from error
 
-    def _pixels(self, image: Any, row: int) -> np.ndarray:
+    def _pixels(self, row: int, image: Any) -> np.ndarray:
         """uint8 [height, width], or [height, width, 3]."""
         size = (1 if self._grey and _is_grey(image) else 3, image.height, image.width)
         if size != self.shape:
             raise _mixed(self._place, row, size, self.shape, self._shape_said)
-        return np.asarray(image.convert("L" if self._grey else "RGB"))
+        mode = "L" if self._grey else "RGB"
+        return np.asarray(image if image.mode == mode else image.convert(mode))
 
 
 def _is_grey(image: Any) -> bool:
@@ -313,7 +315,7 @@ def _is_grey(image: Any) -> bool:
 class _Texts:
     """Strings -> int32 ids, by the tokenizer of the recipe."""
 
-    dtype = np.dtype(np.int32)
+    dtype: np.dtype[Any] = np.dtype(np.int32)
 
     def __init__(self, tokenizer: Tokenizer, place: Place) -> None:
         self._encode, self._place = tokenizer.encode, place
@@ -326,7 +328,7 @@ class _Texts:
 
     @staticmethod
     def _texts(column: Any, rows: np.ndarray, place: Place) -> list[str]:
-        column = _plain(column)
+        column = plain(column)
         refuse_nulls(column, place, rows[0])
         try:
             texts: list[str] = column.to_pylist()
@@ -345,7 +347,7 @@ class _Texts:
 class _Numbers:
     """Lists and arrays of numbers, all of one shape: uint8 if they are stored so, else float32."""
 
-    tokens = None
+    tokens: Tokens | None = None
 
     def __init__(self, column: Any, row: int, place: Place, shape: tuple[int, ...] | None) -> None:
         self._place, self._shape_said = place, shape is not None
@@ -387,7 +389,7 @@ class _Numbers:
             if len({values.shape for values in column}) > 1:
                 raise _mixed(self._place, row, column[-1].shape, column[0].shape, False)
             return np.stack(column)
-        column = _plain(column)
+        column = plain(column)
         refuse_nulls(column, self._place, row)
         shape = [len(column)]
         while _is_list(column.type):
@@ -397,7 +399,7 @@ class _Numbers:
             if (lengths != lengths[:1]).any():
                 raise _mixed(self._place, row, tuple(np.unique(lengths)), tuple(lengths[:1]), False)
             shape.append(int(lengths[0]) if len(lengths) else 0)
-            column = _plain(column.flatten())
+            column = plain(column.flatten())
         if column.null_count:
             raise self._not_finite(row)
         values: np.ndarray = column.to_numpy(zero_copy_only=False)
@@ -425,193 +427,3 @@ def refuse_nulls(column: Any, place: Place, row: int, hint: str = "remove the ro
     """Refuse an Arrow array that has no value somewhere."""
     if column.null_count:
         raise RefusedError(f"no value in {place(row)}", got="null", expected="a value in every row", next=hint)
-
-
-# ---- labels
-
-
-class Labels(Protocol):
-    """One source's labels -> arrays."""
-
-    names: tuple[str, ...] | None
-    """Those of classes 0, 1, ..., as far as they are known."""
-
-    def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
-        """Labels of these rows: int64 or float32 [n]."""
-
-    def finished(self, labels: np.ndarray) -> np.ndarray:
-        """The labels of the whole source, once all rows were seen."""
-
-
-@dataclass(frozen=True)
-class Classes:
-    """What is known of the classes of a dataset."""
-
-    number: int | None = None
-    """How many there are."""
-    names: tuple[str, ...] | None = None
-    """What they are called."""
-    complete: bool = False
-    """Whether the train rows were seen: then there are no other classes, and no other names."""
-
-
-def labels_of(
-    column: Any, row: int, place: Place, task: recipe.Task, classes: Classes, own_names: tuple[str, ...] | None
-) -> Labels:
-    """The converter of a source's labels.
-
-    Args:
-        column: the first row.
-        row: its number, for messages.
-        place: for messages.
-        task: what labels are.
-        classes: of the dataset, as far as they are known.
-        own_names: what the source calls its class ids.
-
-    Raises:
-        RefusedError: the column is nothing for this task, or its names do not go with those of the train rows.
-    """
-    kind = label_kind(column.type)
-    if task == "regression" and kind in ("ids", "numbers"):
-        return _Values(place)
-    if task == "regression" or kind not in ("ids", "names"):
-        raise RefusedError(
-            f"labels that do not go with data.task: {task} in {place(row)}",
-            got=f"type {column.type}",
-            expected="numbers" if task == "regression" else "class ids (integers) or class names",
-            next="set data.task: regression" if kind == "numbers" else "set `label` to another column",
-        )
-    has_names = kind == "names" or own_names is not None
-    if classes.complete and has_names != (classes.names is not None):
-        raise RefusedError(
-            f"labels are class {'names' if has_names else 'ids'}, and those of data.train are not, in {place(row)}",
-            got=f"type {column.type}" + (" with names" if own_names else ""),
-            expected="ids in all sources, or names in all",
-            next="write the labels of all sources alike",
-        )
-    if kind == "names":
-        return _Names(place, classes)
-    return _Ids(place, classes, own_names)
-
-
-class _Ids:
-    """Integers, or booleans as 0 and 1 -> int64 from 0 to classes - 1."""
-
-    def __init__(self, place: Place, classes: Classes, own_names: tuple[str, ...] | None) -> None:
-        self._place, self.names = place, classes.names if classes.complete else own_names
-        self._number = classes.number if own_names is None else len(own_names)
-        self._translated: np.ndarray | None = None
-        if classes.complete and own_names not in (None, classes.names):
-            known = {name: number for number, name in enumerate(classes.names or ())}
-            self._own, self._translated = own_names, np.array([known.get(name, -1) for name in own_names or ()])
-
-    def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
-        """Cast and check."""
-        column = _plain(column)
-        refuse_nulls(column, self._place, rows[0])
-        try:
-            ids: np.ndarray = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
-        except pa.ArrowInvalid:  # uint64 beyond int64
-            raise self._out_of_range(rows[0], column[0]) from None
-        wrong = ids < 0 if self._number is None else (ids < 0) | (ids >= self._number)
-        if wrong.any():
-            raise self._out_of_range(rows[0], ids[0])
-        if self._translated is None:
-            return ids
-        translated = self._translated[ids]
-        if (translated < 0).any():
-            raise unknown_name(self._place(rows[0]), self._own[ids[0]] if self._own else "", self.names or ())
-        return translated
-
-    def finished(self, labels: np.ndarray) -> np.ndarray:
-        """As they are."""
-        return labels
-
-    def _out_of_range(self, row: int, got: object) -> RefusedError:
-        last = "classes - 1" if self._number is None else self._number - 1
-        return RefusedError(
-            f"label out of range in {self._place(row)}",
-            got=got,
-            expected=f"0 to {last}" + ("" if self._number is None else f", as the data has {self._number} classes"),
-            next="correct the labels, or set `classes` of data.train",
-        )
-
-
-class _Names:
-    """Class names -> int64: the places of the names in sorted order, or in that of the train rows."""
-
-    def __init__(self, place: Place, classes: Classes) -> None:
-        self._place, self._complete = place, classes.complete
-        self.names = classes.names
-        self._ids = {name: number for number, name in enumerate(classes.names or ())}
-        self._lock = threading.Lock()
-
-    def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
-        """Ids; of train rows in the order in which threads met the names."""
-        column = _plain(column)
-        refuse_nulls(column, self._place, rows[0])
-        encoded = pc.dictionary_encode(column)
-        ids = [self._id(name, rows[0]) for name in encoded.dictionary.to_pylist()]
-        return np.array(ids, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
-
-    def finished(self, labels: np.ndarray) -> np.ndarray:
-        """Numbered in sorted order."""
-        if self._complete:
-            return labels
-        self.names = tuple(sorted(self._ids))
-        places = {name: place for place, name in enumerate(self.names)}
-        return np.array([places[name] for name in self._ids], dtype=np.int64)[labels]
-
-    def _id(self, name: str, row: int) -> int:
-        if not name.strip():
-            raise RefusedError(
-                f"no value in {self._place(row)}", got=repr(name), expected="a class name", next="fill it in"
-            )
-        if self._complete:
-            if name not in self._ids:
-                raise unknown_name(self._place(row), name, self.names or ())
-            return self._ids[name]
-        with self._lock:
-            return self._ids.setdefault(name, len(self._ids))
-
-
-class _Values:
-    """Numbers -> float32."""
-
-    names = None
-
-    def __init__(self, place: Place) -> None:
-        self._place = place
-
-    def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
-        """Cast and check."""
-        column = _plain(column)
-        refuse_nulls(column, self._place, rows[0])
-        with np.errstate(over="ignore"):
-            values = column.to_numpy(zero_copy_only=False).astype(np.float32)
-        if not np.isfinite(values).all():
-            raise RefusedError(
-                f"a label that is not finite in float32 in {self._place(rows[0])}",
-                got=column[0],
-                expected="a finite number",
-                next="remove the row, or correct it",
-            )
-        return values
-
-    def finished(self, labels: np.ndarray) -> np.ndarray:
-        """As they are."""
-        return labels
-
-
-def unknown_name(where: str, name: str, names: Sequence[str]) -> RefusedError:
-    """A class of a validation or test row that no train row has."""
-    near = difflib.get_close_matches(name, names, n=1)
-    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    return RefusedError(
-        f"unknown class name in {where}",
-        got=repr(name),
-        expected=f"one of those in data.train: {shown}",
-        next=f"correct it to {near[0]}, or remove the row"
-        if near
-        else "remove the row, or add such rows to data.train",
-    )

@@ -6,33 +6,29 @@ shares them. The fingerprint of a split is over content and order, not over file
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
-import math
-import os
 import secrets
 import shutil
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from akd_dist import recipe
-from akd_dist.blocks import Block, default_threads, first_block, for_each_block
-from akd_dist.columns import Classes, Inputs, Labels, inputs_of, labels_of
+from akd_dist.blocks import default_threads
+from akd_dist.labels import Classes
+from akd_dist.prepare import Progress, open_sources, write_source
 from akd_dist.sources import Kind, Source, kind_of
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.files import PARTIAL_SUFFIX, canonical_json, file_lock, replace, sha256
 from akd_dist.storage.node_cache import IN_USE, hold, make_room
-from akd_dist.text import Tokens, text_key, tokenizer_of
+from akd_dist.text import Tokens, text_key
 
 BLOCK_ROWS = 4096
 """Rows of one block of the fingerprint."""
@@ -40,12 +36,7 @@ SPLITS = ("train", "validation", "test")
 LEFT_OUT = len(SPLITS)
 """In place of a split: a train row that is not in the subset."""
 _FORMAT = 2  # of the prepared folder; part of its key
-_READ_ROWS = 1024  # the most rows read and decoded at a time
-_READ_BYTES = 1 << 22  # the most bytes of inputs decoded at a time, if more than one row
 _SUBSET_KEY = 1 << 62  # of the generator that draws a subset; key 0 splits, and epochs have the keys from 1 on
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being read, rows done, rows in all)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +188,9 @@ def fingerprint(
     }
 
     def digest(start: int) -> str:
-        block = hashlib.sha256(np.ascontiguousarray(inputs[start : start + BLOCK_ROWS]))
-        block.update(np.ascontiguousarray(labels[start : start + BLOCK_ROWS]))
+        block = hashlib.sha256()
+        for array in (inputs, labels):
+            block.update(np.ascontiguousarray(array[start : start + BLOCK_ROWS]).data)
         return block.hexdigest()
 
     blocks = []
@@ -293,46 +285,13 @@ def _key(data: recipe.Data, kinds: dict[str, Kind]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """A source that is about to be read."""
-
-    source: Source
-    first: Block
-    """Its first row."""
-    inputs: Inputs
-    """What turns its inputs into arrays."""
-    split: np.ndarray
-    """Which split each row belongs to, uint8 [rows]."""
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one input."""
-        return math.prod(self.inputs.shape) * self.inputs.dtype.itemsize
-
-
-def _open_sources(data: recipe.Data, kinds: dict[str, Kind]) -> dict[str, _Reading]:
-    """Look at all sources and their first rows, before anything long begins."""
-    sources = {name: kind.open() for name, kind in kinds.items()}
-    first = {name: first_block(source.streams) for name, source in sources.items()}
-    pair = any(len(block.inputs) == 2 for block in first.values())
-    tokenizer = tokenizer_of(data.text, pair) if data.text is not None else None
-    readings = {}
-    for name, source in sources.items():
-        shape = getattr(getattr(data, name), "shape", None)
-        inputs = inputs_of(first[name].inputs, 0, source.input_place, shape, tokenizer)
-        readings[name] = _Reading(source, first[name], inputs, _split_of_source(name, data, source))
-        _check_alike(name, readings[name], readings["train"])
-    return readings
-
-
 def _write(
     folder: Path, data: recipe.Data, kinds: dict[str, Kind], cache_root: Path, budget: int | None, tell: Progress
 ) -> None:
     """Prepare all splits in a folder beside `folder`, then give it its name: it appears whole or not at all."""
-    readings = _open_sources(data, kinds)
-    kept = {name: int((reading.split != LEFT_OUT).sum()) for name, reading in readings.items()}
-    needed = sum(kept[name] * (reading.row_bytes + 8) for name, reading in readings.items())
+    readings = open_sources(data, kinds)
+    splits = {name: _split_of_source(name, data, reading.source) for name, reading in readings.items()}
+    needed = sum(reading.bytes_of(splits[name] != LEFT_OUT) for name, reading in readings.items())
     make_room(cache_root, needed, budget)
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
     try:
@@ -340,8 +299,12 @@ def _write(
         _remove(folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}"))
         partial.mkdir(parents=True)
         classes = Classes()
-        for reading in readings.values():
-            classes = _write_source(partial, reading, data.task, classes, tell)
+        for name, reading in readings.items():
+            parts = {
+                number: splits[name] == number for number in np.unique(splits[name]).tolist() if number != LEFT_OUT
+            }
+            files = [(part, *_files(partial, SPLITS[number])) for number, part in parts.items()]
+            classes = write_source(reading, files, data.task, classes, tell)
         _write_index(partial, data.task, classes, readings["train"].inputs.tokens, tell)
         (partial / IN_USE).touch()
         partial.rename(folder)
@@ -359,88 +322,6 @@ def _write(
 def _remove(*folders: Path) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write_source(folder: Path, reading: _Reading, task: recipe.Task, classes: Classes, tell: Progress) -> Classes:
-    """Write the rows of a source into the arrays of their splits; what is known of the classes afterwards."""
-    source, split = reading.source, reading.split
-    if not classes.complete:
-        classes = Classes(source.classes)
-    elif task == "classification" and source.classes not in (None, classes.number):
-        raise RefusedError(
-            f"{source.name} has another number of classes than data.train", got=source.classes, expected=classes.number
-        )
-    convert = labels_of(reading.first.labels, 0, source.label_place, task, classes, source.class_names)
-    labels = np.zeros(source.rows, dtype=np.int64 if task == "classification" else np.float32)
-    with contextlib.ExitStack() as files:
-        outputs = {
-            index: files.enter_context(_Output(folder, index, np.flatnonzero(split == index), reading.inputs))
-            for index in np.unique(split[split != LEFT_OUT]).tolist()
-        }
-        done, counting = 0, threading.Lock()
-
-        def work(block: Block) -> None:
-            nonlocal done
-            rows = block.rows
-            labels[rows] = convert(block.labels, rows)
-            wanted = split[rows] != LEFT_OUT
-            if wanted.any():
-                inputs = reading.inputs([_chosen(column, wanted) for column in block.inputs], rows[wanted])
-                for index, output in outputs.items():
-                    output.write(rows[wanted], split[rows[wanted]] == index, inputs)
-            with counting:
-                done += len(block)
-                tell(source.name, done, source.rows)
-
-        most = max(1, min(_READ_ROWS, _READ_BYTES // reading.row_bytes))
-        for_each_block(source.streams, most, work, default_threads())
-    labels = convert.finished(labels)
-    for index in outputs:
-        np.save(_files(folder, SPLITS[index])[1], labels[split == index])
-    if classes.complete:
-        return classes
-    return Classes(1 if task == "regression" else _count_classes(source, labels, convert), convert.names, complete=True)
-
-
-def _chosen(column: Any, wanted: np.ndarray) -> Any:
-    """The wanted rows of a column."""
-    if wanted.all():
-        return column
-    if isinstance(column, list):
-        return [value for value, one in zip(column, wanted, strict=True) if one]
-    return column[wanted] if isinstance(column, np.ndarray) else column.filter(pa.array(wanted))
-
-
-class _Output:
-    """The inputs of a split in a file that several threads write, each row at its place."""
-
-    def __init__(self, folder: Path, split: int, rows: np.ndarray, inputs: Inputs) -> None:
-        self._rows = rows  # of the source, in order
-        self._row_bytes = math.prod(inputs.shape) * inputs.dtype.itemsize
-        self._file = open(_files(folder, SPLITS[split])[0], "wb", buffering=0)  # noqa: SIM115  # closed by __exit__
-        descr = np.lib.format.dtype_to_descr(inputs.dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": (len(rows), *inputs.shape)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-        self._start = self._file.tell()
-        os.posix_fallocate(self._file.fileno(), 0, self._start + len(rows) * self._row_bytes)
-
-    def write(self, rows: np.ndarray, mine: np.ndarray, inputs: np.ndarray) -> None:
-        """Write those of consecutive inputs [n, *shape] that are of this split, as `mine` (bool [n]) says."""
-        if not mine.any():
-            return
-        place = int(np.searchsorted(self._rows, rows[mine][0]))
-        left = memoryview(np.ascontiguousarray(inputs[mine])).cast("B")
-        at = self._start + place * self._row_bytes
-        while left:
-            written = os.pwrite(self._file.fileno(), left, at)
-            left, at = left[written:], at + written
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._file:
-            os.fsync(self._file.fileno())
 
 
 def _write_index(folder: Path, task: recipe.Task, classes: Classes, tokens: Tokens | None, tell: Progress) -> None:
@@ -507,44 +388,3 @@ def _mapped(file: Path) -> np.ndarray:
         mapped = np.load(file, mmap_mode="r")
         keep.until_unmapped(mapped)
     return np.asarray(mapped)
-
-
-# ---- checks
-
-
-def _count_classes(source: Source, labels: np.ndarray, convert: Labels) -> int:
-    """How many classes the train source has: as it says, as many as names, or the largest label plus one."""
-    if convert.names is not None:
-        if source.classes not in (None, len(convert.names)):
-            raise RefusedError(
-                f"{source.name} has another number of classes than its `classes` says",
-                got=f"{len(convert.names)} names: {', '.join(convert.names[:10])}",
-                expected=source.classes,
-                next="correct `classes` of data.train, or leave it out",
-            )
-        return len(convert.names)
-    if source.classes is not None:
-        return source.classes
-    row = int(labels.argmax())
-    if labels[row] >= max(len(labels), 2):
-        raise RefusedError(
-            f"label out of range in {source.label_place(row)}",
-            got=f"{labels[row]}, which makes {labels[row] + 1:,} classes for {len(labels):,} rows",
-            expected="labels 0 to classes - 1",
-            next="correct the labels, or set `classes` of data.train if there really are so many",
-        )
-    return int(labels[row]) + 1
-
-
-def _check_alike(name: str, reading: _Reading, train: _Reading) -> None:
-    got, expected = (
-        f"{one.inputs.dtype} {list(one.inputs.shape)}" + (" of pairs" if len(one.first.inputs) == 2 else "")
-        for one in (reading, train)
-    )
-    if got != expected:
-        raise RefusedError(
-            f"the inputs of data.{name} are not like those of data.train",
-            got=got,
-            expected=expected,
-            next="bring all sources to one shape and type",
-        )

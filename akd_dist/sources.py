@@ -21,7 +21,6 @@ from typing import Any, BinaryIO, Protocol, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 
 from akd_dist import hub, recipe
@@ -325,7 +324,8 @@ def _at_most(most: int, group: Any, names: Sequence[str]) -> int:
     """Rows of a row group to read at a time, so that long texts and large images do not add up."""
     columns = [group.column(number) for number in range(group.num_columns)]
     stored = sum(one.total_uncompressed_size for one in columns if one.path_in_schema.partition(".")[0] in names)
-    return max(1, min(most, _BLOCK_BYTES * group.num_rows // max(stored, 1)))
+    fitting: int = _BLOCK_BYTES * group.num_rows // max(stored, 1)
+    return max(1, min(most, fitting))
 
 
 def _find_files(path: str) -> list[Path]:
@@ -393,7 +393,7 @@ class _HuggingFace:
             inputs, labels = _columns(self.spec, table)
             return [one.combine_chunks() for one in inputs], labels.combine_chunks()
 
-        rows = len(dataset)
+        rows: int = len(dataset)
         return _table(self.spec, self.name, rows, _slices(rows, read, _STREAM_ROWS), _row_of(self.name), schema)
 
     def _folder(self) -> Path:
@@ -542,7 +542,7 @@ class _Items:
             if any("\ud800" <= character <= "\udfff" for character in value):
                 raise self._useless("text", row, "half a surrogate pair", "text that UTF-8 can hold")
             return value
-        if isinstance(value, torch.Tensor):
+        if hasattr(value, "detach"):  # a tensor, known without importing torch
             value = value.detach().cpu().numpy()
         if isinstance(value, Image.Image):
             grey = value.mode in ("1", "L")
