@@ -17,6 +17,8 @@ import numpy as np
 from akd_dist.storage.errors import RefusedError
 
 MAX_THREADS = 16
+OPEN_BYTES = 1 << 28
+"""What open streams may take together, where it is more than one."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Stream:
     """Number of the first row."""
     blocks: Callable[[int], Iterator[Block]]
     """The blocks, of at most so many rows each. They may be read by another thread each time."""
+    open_bytes: int = 0
+    """Memory that may be taken while it is open, beside its blocks."""
 
 
 def default_threads() -> int:
@@ -64,7 +68,7 @@ def for_each_block(streams: Sequence[Stream], rows: int, work: Callable[[Block],
 
     A thread takes the next block of a stream that nobody reads just then, and works on it while others read on. So many
     short streams are read in parallel, and the blocks of a single long one are worked on in parallel. No more than
-    `threads` streams are open, and no more than `threads` blocks are held.
+    `threads` streams are open, and only one if two would take more than OPEN_BYTES; and `threads` blocks are held.
 
     Args:
         streams: in the order of their rows.
@@ -89,7 +93,7 @@ class _Open:
     """A stream that is being read."""
 
     def __init__(self, stream: Stream, rows: int) -> None:
-        self.at = stream.start
+        self.at, self.bytes = stream.start, stream.open_bytes
         self.blocks = stream.blocks(rows)
 
     def __lt__(self, other: _Open) -> bool:
@@ -102,7 +106,7 @@ class _Reading:
     def __init__(self, streams: Sequence[Stream], rows: int, work: Callable[[Block], None]) -> None:
         self.waiting, self.rows, self.work = deque(streams), rows, work
         self.idle: list[_Open] = []  # a heap: the earliest rows first
-        self.busy = 0
+        self.busy = self.bytes = 0
         self.limit: float = float("inf")  # rows from here on are not worth reading: one before them failed
         self.error: Exception | None = None
         self.changed = threading.Condition()
@@ -154,17 +158,23 @@ class _Reading:
                 if self.idle and self.idle[0].at < self.limit:
                     self.busy += 1
                     return heapq.heappop(self.idle)
-                if self.waiting and self.waiting[0].start < self.limit:
+                if self.waiting and self.waiting[0].start < self.limit and self._fits(self.waiting[0]):
                     self.busy += 1
+                    self.bytes += self.waiting[0].open_bytes
                     return _Open(self.waiting.popleft(), self.rows)
                 if not self.busy:
                     return None
                 self.changed.wait()
 
+    def _fits(self, stream: Stream) -> bool:
+        return not self.bytes or self.bytes + stream.open_bytes <= OPEN_BYTES
+
     def _give_back(self, stream: _Open, block: Block | None) -> None:
         with self.changed:
             self.busy -= 1
-            if block is not None:
+            if block is None:
+                self.bytes -= stream.bytes
+            else:
                 stream.at = block.start + len(block)
                 heapq.heappush(self.idle, stream)
             self.changed.notify_all()

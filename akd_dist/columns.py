@@ -265,12 +265,12 @@ class _Images:
 
     def __call__(self, columns: Sequence[Any], rows: np.ndarray) -> np.ndarray:
         """Decode; memory is taken for images of the right size only."""
-        images = [
-            self._open(encoded, row, functools.partial(self._pixels, row))
-            for encoded, row in zip(self._encoded(columns[0], rows[0]), rows.tolist(), strict=True)
-        ]
-        pixels = np.stack(images)
-        return pixels[:, np.newaxis] if self._grey else np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        encoded = self._encoded(columns[0], rows[0])
+        pixels = np.empty((len(rows), *self.shape[1:], self.shape[0]), dtype=self.dtype)
+        for number, row in enumerate(rows.tolist()):
+            decoded = self._open(encoded[number], row, functools.partial(self._pixels, row))
+            pixels[number] = decoded.reshape(pixels.shape[1:])
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
     def _encoded(self, column: Any, row: int) -> list[bytes]:
         column = plain(column)

@@ -22,12 +22,9 @@ from akd_dist.sources import Kind, Source
 from akd_dist.storage.errors import RefusedError
 from akd_dist.text import tokenizer_of
 
-_READ_ROWS = 1024  # the most rows read and decoded at a time
-_READ_BYTES = 1 << 22  # the most bytes of inputs decoded at a time, if more than one row
+_READ_ROWS = 512  # the most rows read and decoded at a time
+_READ_BYTES = 1 << 20  # the most bytes of inputs decoded at a time, if more than one row
 _LABEL_BYTES = 8  # at most
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being read, rows done, rows in all)."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def write_source(
     files: Sequence[tuple[np.ndarray, Path, Path]],
     task: recipe.Task,
     classes: Classes,
-    tell: Progress,
+    tell: Callable[[int, int], None],
 ) -> Classes:
     """Write rows of a source to array files.
 
@@ -91,7 +88,7 @@ def write_source(
         files: rows that go together (bool [rows of the source]), and the .npy files of their inputs and labels.
         task: what labels are.
         classes: what is known of the dataset's classes; not complete for the source of the train rows.
-        tell: called with the source's name, rows done, and rows in all.
+        tell: called with rows done, and rows in all.
 
     Returns:
         What is known of the classes now.
@@ -120,7 +117,7 @@ def write_source(
                     output.write(inputs[mine[wanted]], rows[mine])
             with counting:
                 done += len(block)
-                tell(source.name, done, source.rows)
+                tell(done, source.rows)
 
         most = max(1, min(_READ_ROWS, _READ_BYTES // reading.row_bytes))
         for_each_block(source.streams, most, work, default_threads())

@@ -23,7 +23,7 @@ import numpy as np
 from akd_dist import recipe
 from akd_dist.blocks import default_threads
 from akd_dist.labels import Classes
-from akd_dist.prepare import Progress, open_sources, write_source
+from akd_dist.prepare import open_sources, write_source
 from akd_dist.sources import Kind, Source, kind_of
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.files import PARTIAL_SUFFIX, canonical_json, file_lock, replace, sha256
@@ -37,6 +37,10 @@ LEFT_OUT = len(SPLITS)
 """In place of a split: a train row that is not in the subset."""
 _FORMAT = 2  # of the prepared folder; part of its key
 _SUBSET_KEY = 1 << 62  # of the generator that draws a subset; key 0 splits, and epochs have the keys from 1 on
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, rows done, rows in all)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,12 +176,12 @@ def fingerprint(
     task: recipe.Task = "classification",
     class_names: tuple[str, ...] | None = None,
     tokens: Tokens | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[str, tuple[str, ...]]:
     """The fingerprint of rows and the digests of their blocks: changes with any bit, any label, any swap, any meaning.
 
     Args:
-        on_progress: called with rows done.
+        on_progress: called with rows done, and rows in all.
     """
     header = {
         "dtype": inputs.dtype.str,
@@ -198,7 +202,7 @@ def fingerprint(
         for start, block in enumerate(pool.map(digest, range(0, len(labels), BLOCK_ROWS)), 1):
             blocks.append(block)
             if on_progress is not None:
-                on_progress(min(start * BLOCK_ROWS, len(labels)))
+                on_progress(min(start * BLOCK_ROWS, len(labels)), len(labels))
     return sha256(canonical_json({**header, "blocks": blocks})), tuple(blocks)
 
 
@@ -304,7 +308,9 @@ def _write(
                 number: splits[name] == number for number in np.unique(splits[name]).tolist() if number != LEFT_OUT
             }
             files = [(part, *_files(partial, SPLITS[number])) for number, part in parts.items()]
-            classes = write_source(reading, files, data.task, classes, tell)
+            classes = write_source(
+                reading, files, data.task, classes, functools.partial(tell, f"the rows of data.{name}")
+            )
         _write_index(partial, data.task, classes, readings["train"].inputs.tokens, tell)
         (partial / IN_USE).touch()
         partial.rename(folder)
@@ -329,16 +335,12 @@ def _write_index(folder: Path, task: recipe.Task, classes: Classes, tokens: Toke
     index: dict[str, Any] = _meaning(classes.number, task, classes.names, tokens)
     for name in SPLITS:
         inputs, labels = _arrays(folder, name)
-        told = functools.partial(_tell_fingerprint, tell, name, len(labels))
+        told = functools.partial(tell, f"the fingerprint of the {name} rows")
         digest, blocks = fingerprint(
             inputs, labels, classes.number, task=task, class_names=classes.names, tokens=tokens, on_progress=told
         )
         index[name] = {"fingerprint": digest, "blocks": blocks, "files": _stats(folder, name)}
     replace(folder / "index.json", json.dumps(index, indent=1).encode())
-
-
-def _tell_fingerprint(tell: Progress, split: str, rows: int, done: int) -> None:
-    tell(f"the fingerprint of the {split} rows", done, rows)
 
 
 def _open(folder: Path) -> Splits | None:

@@ -29,8 +29,8 @@ from akd_dist.columns import Place, check_schema, class_label_names, input_colum
 from akd_dist.factories import call_factory, import_factory, whole
 from akd_dist.storage.errors import RefusedError
 
-_BUFFER_BYTES = 1 << 22  # read ahead in a column; pre_buffer would hold whole row groups
-_BLOCK_BYTES = 1 << 24  # of a Parquet column, uncompressed, read at a time
+_BUFFER_BYTES = 1 << 20  # read ahead in a column; pre_buffer would hold whole row groups
+_BLOCK_BYTES = 1 << 21  # of a Parquet column, uncompressed, read at a time
 _STREAM_ROWS = 1 << 14  # of sources that can be read from any row
 
 
@@ -279,9 +279,11 @@ class _Parquet:
                 check_schema(parquet.schema_arrow, self.spec, str(file), schema)
                 schema = schema or parquet.schema_arrow
                 at = starts[-1]
-                for group in range(parquet.num_row_groups):
-                    streams.append(Stream(at, functools.partial(self._blocks, file, group, at)))
-                    at += parquet.metadata.row_group(group).num_rows
+                for number in range(parquet.num_row_groups):
+                    group = parquet.metadata.row_group(number)
+                    blocks = functools.partial(self._blocks, file, number, at)
+                    streams.append(Stream(at, blocks, open_bytes=sum(self._sizes(group))))
+                    at += group.num_rows
                 starts.append(at)
 
         def where(row: int) -> str:
@@ -292,13 +294,26 @@ class _Parquet:
         return _table(self.spec, self.spec.path, starts[-1], streams, where, schema)
 
     def _blocks(self, file: Path, group: int, start: int, most: int) -> Iterator[Block]:
-        names = list(dict.fromkeys([*input_columns(self.spec), self.spec.label]))
         with _opened(file) as parquet:
-            most = _at_most(most, parquet.metadata.row_group(group), names)
-            batches = parquet.iter_batches(most, row_groups=[group], columns=names)
+            # Long texts and large images do not add up.
+            uncompressed, _ = self._sizes(parquet.metadata.row_group(group))
+            fitting = _BLOCK_BYTES * parquet.metadata.row_group(group).num_rows // max(uncompressed, 1)
+            batches = parquet.iter_batches(
+                max(1, min(most, fitting)), row_groups=[group], columns=_columns_of(self.spec)
+            )
             while (batch := _next_batch(file, batches)) is not None:
                 yield Block(start, *_columns(self.spec, batch))
                 start += len(batch)
+
+    def _sizes(self, group: Any) -> tuple[int, int]:
+        """Bytes of the columns in a row group, uncompressed and as stored. A page may be all of it."""
+        columns = [group.column(number) for number in range(group.num_columns)]
+        ours = [one for one in columns if one.path_in_schema.partition(".")[0] in _columns_of(self.spec)]
+        return sum(one.total_uncompressed_size for one in ours), sum(one.total_compressed_size for one in ours)
+
+
+def _columns_of(spec: recipe.Table) -> list[str]:
+    return list(dict.fromkeys([*input_columns(spec), spec.label]))
 
 
 def _columns(spec: recipe.Table, table: Any) -> tuple[list[Any], Any]:
@@ -318,14 +333,6 @@ def _table(
         class_names=class_label_names(schema, spec.label),
         classes=spec.classes,
     )
-
-
-def _at_most(most: int, group: Any, names: Sequence[str]) -> int:
-    """Rows of a row group to read at a time, so that long texts and large images do not add up."""
-    columns = [group.column(number) for number in range(group.num_columns)]
-    stored = sum(one.total_uncompressed_size for one in columns if one.path_in_schema.partition(".")[0] in names)
-    fitting: int = _BLOCK_BYTES * group.num_rows // max(stored, 1)
-    return max(1, min(most, fitting))
 
 
 def _find_files(path: str) -> list[Path]:
@@ -383,7 +390,7 @@ class _HuggingFace:
         dataset = self._from_folder() if self.spec.path is not None else self._from_hub()
         schema = dataset.features.arrow_schema
         check_schema(schema, self.spec, self.name)
-        dataset = dataset.select_columns(list({*input_columns(self.spec), self.spec.label})).with_format("arrow")
+        dataset = dataset.select_columns(_columns_of(self.spec)).with_format("arrow")
 
         def read(start: int, stop: int) -> tuple[list[Any], Any]:
             try:

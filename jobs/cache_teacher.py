@@ -137,6 +137,7 @@ def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Spli
             if what not in shown:
                 stack.close()
                 shown[what] = stack.enter_context(meter(console, f"preparing {what}", total))
+                shown[what].update(0)
             shown[what].update(done)
 
         return prepare(data, Path(cache_root), on_progress=update)
