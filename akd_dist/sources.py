@@ -296,11 +296,10 @@ class _Parquet:
     def _blocks(self, file: Path, group: int, start: int, most: int) -> Iterator[Block]:
         with _opened(file) as parquet:
             # Long texts and large images do not add up.
-            uncompressed, _ = self._sizes(parquet.metadata.row_group(group))
-            fitting = _BLOCK_BYTES * parquet.metadata.row_group(group).num_rows // max(uncompressed, 1)
-            batches = parquet.iter_batches(
-                max(1, min(most, fitting)), row_groups=[group], columns=_columns_of(self.spec)
-            )
+            metadata = parquet.metadata.row_group(group)
+            fitting = _BLOCK_BYTES * metadata.num_rows // max(self._sizes(metadata)[0], 1)
+            most = max(1, min(most, fitting))
+            batches = parquet.iter_batches(most, row_groups=[group], columns=_columns_of(self.spec))
             while (batch := _next_batch(file, batches)) is not None:
                 yield Block(start, *_columns(self.spec, batch))
                 start += len(batch)
