@@ -57,7 +57,7 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.rows == 0:
-            raise RefusedError(f"{self.name} has no rows", got="0 rows", expected="at least one")
+            raise _no_rows(self.name)
 
     @property
     def input_place(self) -> Place:
@@ -68,6 +68,15 @@ class Source:
     def label_place(self) -> Place:
         """Where labels stand."""
         return Place(self.where, self.label)
+
+
+def _no_rows(name: str) -> RefusedError:
+    return RefusedError(
+        f"{name} has no rows",
+        got="0 rows",
+        expected="at least one",
+        next="correct the source in the recipe",
+    )
 
 
 class Kind(Protocol):
@@ -140,6 +149,7 @@ class _Digits:
 # ---- IDX
 
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_IDX_DIMENSIONS = 8  # more than anybody has, and fewer than NumPy takes
 _MOST_GZIP_SAVES = 1032  # times; deflate cannot do better
 
 
@@ -156,7 +166,9 @@ class _Idx:
     def open(self) -> Source:
         images, labels = _IdxFile(self.spec.images), _IdxFile(self.spec.labels)
         if images.dtype != np.uint8 or len(images.shape) < 2:
-            raise images.refused("inputs are uint8 of two dimensions or more", f"{images.dtype} {list(images.shape)}")
+            raise images.refused(
+                "inputs are uint8 of two dimensions or more", f"{images.dtype.name} {list(images.shape)}"
+            )
         if len(labels.shape) != 1:
             raise labels.refused("labels have one dimension", list(labels.shape))
         if images.shape[0] != labels.shape[0]:
@@ -187,7 +199,7 @@ class _IdxFile:
         self.path = _existing_file(path, "IDX file")
         with self._reading() as file:
             zeros, code, dimensions = struct.unpack(">HBB", self._exactly(file, 4))
-            if zeros or code not in _IDX_TYPES or not dimensions:
+            if zeros or code not in _IDX_TYPES or not 0 < dimensions <= _IDX_DIMENSIONS:
                 raise self.refused(
                     "an IDX file: two zero bytes, a type and a number of dimensions", "another beginning"
                 )
@@ -350,7 +362,7 @@ def _find_files(path: str) -> list[Path]:
 
 def _opened(file: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise RefusedError(
             f"{file} cannot be read as Parquet",
@@ -413,6 +425,8 @@ class _HuggingFace:
         folder = self._folder()
         try:
             found = datasets.load_from_disk(str(folder))
+        except IndexError as error:  # what the library says of a dataset without rows
+            raise _no_rows(self.name) from error
         except Exception as error:  # of many kinds: whatever a damaged folder leads to
             raise self._refused(error) from error
         splits = dict(found) if isinstance(found, datasets.DatasetDict) else {str(found.split or "train"): found}
@@ -554,6 +568,8 @@ class _Items:
             grey = value.mode in ("1", "L")
             pixels = np.asarray(value.convert("L" if grey else "RGB"))
             value = pixels[np.newaxis] if grey else pixels.transpose(2, 0, 1)
+        if isinstance(value, np.generic | int | float):
+            value = np.asarray(value)
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "uif":
             got = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
             raise self._useless("input", row, got, "a tensor or array of numbers, a PIL image, or text")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from akd_dist import recipe
+from akd_dist import hub, recipe
 
 KINDS = ("parquet", "idx", "idx.gz", "huggingface", "table", "dataset")
 _names = itertools.count()
@@ -86,9 +86,7 @@ def parquet(folder: Path, made: Any, **options: Any) -> recipe.Parquet:
 
 def huggingface(folder: Path, made: Any, **options: Any) -> recipe.HuggingFaceData:
     """A dataset that was saved to disk."""
-    import datasets
-
-    datasets.Dataset(made).save_to_disk(str(folder))
+    hub.extra("datasets").Dataset(made).save_to_disk(str(folder))
     return recipe.HuggingFaceData(path=str(folder), **options)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from akd_dist import hub
-from akd_dist.recipe import ByteText, HuggingFaceText
+from akd_dist.recipe import ByteText, HuggingFaceText, Text
 from akd_dist.storage.errors import MachineError, RecipeError, RefusedError
 from akd_dist.text import BEGIN, END, MASK, PADDING, Tokens, text_key, tokenizer_of
 from tests.tokenizers import a_tokenizer
@@ -43,11 +43,12 @@ def test_of_a_pair_the_longer_text_is_cut(first: str, second: str, left: tuple[s
 
 def test_a_length_without_room_for_text_is_a_mistake_in_the_recipe(tmp_path: Path) -> None:
     tokenizer_of(ByteText(length=3), pair=False)
-    for spec, pair in [
+    cases: list[tuple[Text, bool]] = [
         (ByteText(length=2), False),
         (ByteText(length=4), True),
         (HuggingFaceText(path=str(a_tokenizer(tmp_path)), length=2), False),
-    ]:
+    ]
+    for spec, pair in cases:
         with pytest.raises(RecipeError, match=r"data\.text\.length"):
             tokenizer_of(spec, pair)
 
