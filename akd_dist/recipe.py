@@ -337,6 +337,14 @@ class Data(Spec):
         return self
 
     @model_validator(mode="after")
+    def _numbers_have_no_classes(self) -> Data:
+        given = {name: getattr(getattr(self, name), "classes", None) for name in ("train", "validation", "test")}
+        if self.task == "regression" and any(given.values()):
+            names = " and ".join(name for name, classes in given.items() if classes)
+            raise ValueError(f"{names} says how many classes there are, but task is regression: leave `classes` out")
+        return self
+
+    @model_validator(mode="after")
     def _leaves_train_rows(self) -> Data:
         shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
         if sum(shares) >= 1:

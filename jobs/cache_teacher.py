@@ -18,7 +18,7 @@ from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.device import device_name, gpus_of
-from akd_dist.jobs.progress import meter, tell
+from akd_dist.jobs.progress import Meter, meter, tell
 from akd_dist.jobs.train_teacher import TEACHERS, ensure_teacher, teacher_key
 from akd_dist.models import ModelCard, add_folder, load_card
 from akd_dist.recipe import NoAugmentation, Recipe
@@ -132,15 +132,18 @@ def cache_teacher(
 
 
 def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Splits:
-    """`rows.prepare`, with a line for the person who waits."""
-    told: set[str] = set()
+    """`rows.prepare`, with a meter for each source and each fingerprint, one after the other."""
+    with contextlib.ExitStack() as stack:
+        shown: dict[str, Meter] = {}
 
-    def begin(what: str, done: int, total: int) -> None:
-        if what not in told:
-            told.add(what)
-            tell(console, f"preparing {what}: {total:,} rows")
+        def update(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                stack.close()
+                shown[what] = stack.enter_context(meter(console, f"preparing {what}", total))
+                shown[what].update(0)
+            shown[what].update(done)
 
-    return prepare(data, Path(cache_root), on_progress=begin)
+        return prepare(data, Path(cache_root), on_progress=update)
 
 
 def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str) -> list[SplitPlan]:

@@ -1,9 +1,9 @@
 """Numbered rows: the same arrays from every source and on every machine, or a refusal that names row and column."""
 
 import io
+import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from akd_dist.recipe import Data, Digits, Parquet
-from akd_dist.rows import BLOCK_ROWS, SPLITS, Rows, Splits, fingerprint, prepare, split_of_rows
+from akd_dist.rows import BLOCK_ROWS, SPLITS, Rows, Splits, fingerprint, prepare, split_of_rows, subset_of_rows
 from akd_dist.storage.errors import MachineError, RefusedError
+from akd_dist.text import Tokens
 
 DIGITS = Data(train=Digits())
 
@@ -26,9 +27,9 @@ def cache_root(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def png(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+def png(pixels: np.ndarray, kind: str = "PNG", mode: str | None = None) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
+    Image.fromarray(pixels).convert(mode).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -149,49 +150,160 @@ def test_a_budget_too_small_is_refused_with_the_need(cache_root: Path) -> None:
 # ---- fingerprint
 
 
-def mutate(what: str, inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+def some_rows() -> tuple[np.ndarray, np.ndarray]:
+    return np.random.default_rng(0).integers(0, 256, (9000, 4), dtype=np.uint8), np.zeros(9000, dtype=np.int64)
+
+
+def made_of(inputs: np.ndarray, labels: np.ndarray, classes: int = 10, **meaning: Any) -> Rows:
+    digest, blocks = fingerprint(inputs, labels, classes, **meaning)
+    return Rows(inputs, labels, classes, digest, blocks, Path(), **meaning)
+
+
+def mutate(what: str, inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     match what:
-        case "pixel":
+        case "byte":
             inputs[5000, 3] ^= 1
         case "label":
             labels[5000] = 3
         case "swap":
             inputs[[4999, 5000]] = inputs[[5000, 4999]]
         case "drop":
-            inputs, labels = inputs[:-1], labels[:-1]
-        case "dtype":
-            inputs = inputs.view(np.int8)
-        case "shape":
-            inputs = inputs.reshape(-1, 2, 2)
-        case "classes":
-            return inputs, labels, 11
-    return inputs, labels, 10
+            inputs, labels = np.delete(inputs, 5000, axis=0), np.delete(labels, 5000)
+        case "add":
+            inputs, labels = np.insert(inputs, 5000, 7, axis=0), np.insert(labels, 5000, 7)
+        case "cut":
+            inputs, labels = inputs[:BLOCK_ROWS], labels[:BLOCK_ROWS]
+    return inputs, labels
 
 
-def some_rows() -> tuple[np.ndarray, np.ndarray]:
-    return np.random.default_rng(0).integers(0, 256, (9000, 4), dtype=np.uint8), np.zeros(9000, dtype=np.int64)
-
-
-@pytest.mark.parametrize("what", ["pixel", "label", "swap", "drop", "dtype", "shape", "classes"])
-def test_the_fingerprint_changes_with(what: str) -> None:
-    before = fingerprint(*some_rows(), 10)
-    after = fingerprint(*mutate(what, *some_rows()))
-    assert before == fingerprint(*some_rows(), 10)
-    assert before[0] != after[0]
-    changed = [number for number, pair in enumerate(zip(before[1], after[1], strict=True)) if pair[0] != pair[1]]
-    expected = {"pixel": [1], "label": [1], "swap": [1], "drop": [2]}
-    assert changed == expected.get(what, [])
-
-
-def test_another_dataset_is_refused_with_the_first_block_that_differs(tmp_path: Path) -> None:
-    inputs, labels = some_rows()
-    rows = Rows(inputs, labels, 10, *fingerprint(inputs, labels, 10), folder=tmp_path)
-    rows.check_same(rows.describe())
-    changed = mutate("pixel", *some_rows())
-    other = Rows(*changed, *fingerprint(*changed), folder=tmp_path)
+@pytest.mark.parametrize("what", ["byte", "label", "swap", "drop", "add", "cut"])
+def test_other_rows_are_refused_with_the_first_block_that_differs(what: str) -> None:
+    described = json.loads(json.dumps(made_of(*some_rows()).describe()))
+    made_of(*some_rows()).check_same(described)
     with pytest.raises(RefusedError, match="not the one the store was made from") as refused:
-        other.check_same(rows.describe())
-    assert f"rows {BLOCK_ROWS:,} to {2 * BLOCK_ROWS:,}" in str(refused.value.got)
+        made_of(*mutate(what, *some_rows())).check_same(described)
+    assert f"rows {BLOCK_ROWS:,} to {2 * BLOCK_ROWS:,} are the first that differ" in str(refused.value.got)
+
+
+TOKENS = Tokens(vocabulary=300, padding=0)
+MEANINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "classes": ({"classes": 11}, "classes: 10 -> 11"),
+    "names": ({"class_names": tuple("abcdefghij")}, "class_names: nothing -> ['a', 'b'"),
+    "task": ({"task": "regression"}, "task: nothing -> regression"),
+    "tokens": ({"tokens": TOKENS}, "tokens.vocabulary: nothing -> 300"),
+}
+
+
+@pytest.mark.parametrize("what", MEANINGS)
+def test_the_same_rows_with_another_meaning_are_refused(what: str) -> None:
+    changed, told = MEANINGS[what]
+    with pytest.raises(RefusedError) as refused:
+        made_of(*some_rows(), **changed).check_same(made_of(*some_rows()).describe())
+    assert "the rows are the same" in str(refused.value.got)
+    assert told in str(refused.value.got)
+
+
+@pytest.mark.parametrize("change", ["dtype", "shape"])
+def test_the_fingerprint_changes_with_the_form_of_the_inputs(change: str) -> None:
+    inputs, labels = some_rows()
+    other = inputs.view(np.int8) if change == "dtype" else inputs.reshape(-1, 2, 2)
+    assert fingerprint(inputs, labels, 10)[0] != fingerprint(other, labels, 10)[0]
+    assert fingerprint(inputs, labels, 10)[1] == fingerprint(other, labels, 10)[1]
+
+
+def test_the_fingerprint_is_pinned() -> None:
+    """A change here would make every sealed store a store of other data."""
+    inputs = np.arange(9000 * 2, dtype=np.float32).reshape(-1, 2)
+    assert fingerprint(inputs, np.arange(9000) % 3, 3)[0] == PINNED_FINGERPRINT
+
+
+PINNED_FINGERPRINT = "1799c7becc8e5291e8c42e9fcb34656baa0265b2cdccce40617f804cb254c832"
+
+
+def test_a_dataset_is_the_same_wherever_and_however_it_is_written(tmp_path: Path, cache_root: Path) -> None:
+    """Another folder, compression, row group size, number of files, or type of integers; changed data is not."""
+    inputs, labels = np.random.default_rng(0).random((9000, 3), dtype=np.float32), np.arange(9000) % 7
+    column = pa.FixedSizeListArray.from_arrays(pa.array(inputs.reshape(-1)), 3)
+    paths = [
+        write(tmp_path / "plain.parquet", column, labels, compression="none"),
+        write(tmp_path / "elsewhere" / "zstd.parquet", column, labels, compression="zstd", row_group_size=1000),
+        write(tmp_path / "tiny.parquet", column, pa.array(labels, pa.uint8()), row_group_size=77, version="1.0"),
+    ]
+    for part in range(3):
+        write(tmp_path / "parts" / f"{part}.parquet", column[part * 3000 :][:3000], labels[part * 3000 :][:3000])
+    prepared = [prepare(parquet(path), cache_root) for path in [*paths, tmp_path / "parts"]]
+    for split in SPLITS:
+        assert len({getattr(splits, split).fingerprint for splits in prepared}) == 1
+    labels[[8000, 8001]] = labels[[8001, 8000]]
+    other = prepare(parquet(write(tmp_path / "swapped.parquet", column, labels)), cache_root)
+    changed = [
+        (getattr(other, split), getattr(prepared[0], split))
+        for split in SPLITS
+        if getattr(other, split).fingerprint != getattr(prepared[0], split).fingerprint
+    ]
+    assert changed
+    for ours, theirs in changed:
+        with pytest.raises(RefusedError, match="not the one the store was made from"):
+            ours.check_same(theirs.describe())
+
+
+# ---- a subset
+
+
+def test_a_subset_keeps_rows_of_train_in_their_order(cache_root: Path) -> None:
+    whole = prepare(DIGITS, cache_root)
+    few, more = (prepare(DIGITS.model_copy(update={"subset": n}), cache_root) for n in (100, 500))
+    assert [len(few.train), len(more.train)] == [100, 500]
+    assert few.train.classes == 10
+    for name in ("validation", "test"):
+        assert getattr(few, name).fingerprint == getattr(whole, name).fingerprint
+    places = [position(whole.train, row) for row in few.train.inputs]
+    assert places == sorted(places)
+    assert set(places) <= {position(whole.train, row) for row in more.train.inputs}
+    np.testing.assert_array_equal(few.train.labels, whole.train.labels[places])
+    other = prepare(DIGITS.model_copy(update={"subset": 100, "seed": 1, "test": 0.2}), cache_root)
+    assert other.train.fingerprint != few.train.fingerprint
+
+
+def position(rows: Rows, image: np.ndarray) -> int:
+    return int(np.flatnonzero((rows.inputs == image).all(axis=(1, 2, 3)))[0])
+
+
+def test_the_subset_is_pinned() -> None:
+    assert np.flatnonzero(subset_of_rows(20, 6, seed=5)).tolist() == PINNED_SUBSET
+
+
+PINNED_SUBSET = [3, 4, 8, 9, 15, 19]
+
+
+def test_a_subset_of_more_than_there_is_is_refused(cache_root: Path) -> None:
+    with pytest.raises(RefusedError, match="larger than what there is") as refused:
+        prepare(DIGITS.model_copy(update={"subset": 1259}), cache_root)
+    assert "1,259 of 1,258 train rows" in str(refused.value.got)
+
+
+def test_rows_outside_of_the_subset_are_not_decoded(tmp_path: Path, cache_root: Path) -> None:
+    """They take no time, and no space either."""
+    kept = subset_of_rows(10, 4, seed=0)
+    images = [png(np.full((4, 4, 3), row, np.uint8)) if row == 0 or kept[row] else b"no image" for row in range(10)]
+    train = write(tmp_path / "train.parquet", pa.array(images), [0, 1] * 5)
+    test = Parquet(path=str(write(tmp_path / "test.parquet", pa.array(images[:1]), [1])), input="x", label="y")
+    data = parquet(train).model_copy(update={"validation": test, "test": test, "subset": 4})
+    assert prepare(data, cache_root).train.inputs[:, 0, 0, 0].tolist() == np.flatnonzero(kept).tolist()
+
+
+# ---- progress
+
+
+def test_progress_tells_of_each_source_and_fingerprint(cache_root: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    prepare(DIGITS, cache_root, on_progress=lambda *what: told.append(what))
+    assert [what for what, done, total in told if done == total] == [
+        "the rows of data.train",
+        *(f"the fingerprint of the {split} rows" for split in SPLITS),
+    ]
+    assert {total for what, _, total in told if what == "the rows of data.train"} == {1797}
+    prepare(DIGITS, cache_root, on_progress=lambda *_: pytest.fail("they are prepared"))
 
 
 # ---- Parquet
@@ -210,6 +322,15 @@ def test_images_are_decoded_from_bytes_and_structs(tmp_path: Path, cache_root: P
         expected = pixels[split == 0].transpose(0, 3, 1, 2)
         np.testing.assert_array_equal(splits.train.inputs, expected)
         assert splits.train.classes == 10
+
+
+def test_images_may_have_alpha_a_palette_or_grey_levels_of_one_bit(tmp_path: Path, cache_root: Path) -> None:
+    coloured = [png(np.full((4, 4, 4), 51, np.uint8)), png(np.full((4, 4, 3), 51, np.uint8), mode="P")] * 5
+    path = write(tmp_path / "colour.parquet", coloured, [0, 1] * 5)
+    assert (together(prepare(parquet(path), cache_root)) == 51).all()
+    path = write(tmp_path / "grey.parquet", [png(np.full((4, 4), 255, np.uint8), mode="1")] * 10, [0, 1] * 5)
+    splits = prepare(parquet(path), cache_root)
+    assert (splits.train.shape, splits.train.inputs.max()) == ((1, 4, 4), 255)
 
 
 def test_grey_images_have_one_channel(tmp_path: Path, cache_root: Path) -> None:
@@ -231,6 +352,8 @@ def test_a_grey_image_among_coloured_ones_gets_their_channels(tmp_path: Path, ca
         (pa.list_(pa.float64(), 4), np.float32),
         (pa.large_list(pa.int64()), np.float32),
         (pa.list_(pa.uint8()), np.uint8),
+        (pa.list_(pa.uint8(), 4), np.uint8),
+        (pa.list_(pa.float16()), np.float32),
     ],
     ids=str,
 )
@@ -242,6 +365,14 @@ def test_lists_of_numbers_take_the_given_shape(kind: Any, dtype: Any, tmp_path: 
     np.testing.assert_array_equal(splits.train.inputs, expected)
     assert splits.train.inputs.dtype == dtype
     assert prepare(parquet(path), cache_root).train.shape == (4,)
+
+
+@pytest.mark.parametrize("inner", [pa.list_(pa.uint8()), pa.list_(pa.uint8(), 2)], ids=str)
+def test_nested_lists_have_a_shape_of_their_own(inner: Any, tmp_path: Path, cache_root: Path) -> None:
+    values = np.arange(60, dtype=np.uint8).reshape(10, 3, 2)
+    path = write(tmp_path / "lists.parquet", pa.array(values.tolist(), pa.list_(inner)), [0, 1] * 5)
+    splits = prepare(parquet(path), cache_root)
+    np.testing.assert_array_equal(splits.train.inputs, values[split_of_rows(10, 0.2, 0.2, seed=0) == 0])
 
 
 def test_folders_and_globs_number_rows_through_their_files(tmp_path: Path, cache_root: Path) -> None:
@@ -269,123 +400,30 @@ def test_changed_files_are_prepared_again(tmp_path: Path, cache_root: Path) -> N
     assert prepare(parquet(path), cache_root).train.fingerprint != before
 
 
-def test_memory_is_bounded_by_blocks_and_not_by_rows(tmp_path: Path, cache_root: Path) -> None:
-    inputs = np.random.default_rng(0).random((80_000, 256), dtype=np.float32)  # 82 MB in one row group
-    column = pa.FixedSizeListArray.from_arrays(pa.array(inputs.reshape(-1)), 256)
-    path = write(tmp_path / "large.parquet", column, np.arange(80_000) % 10, row_group_size=80_000)
-    del inputs, column
+@pytest.mark.parametrize("groups", [1, 40])
+@pytest.mark.parametrize("kind", ["images", "numbers"])
+def test_memory_is_bounded_however_large_the_source(kind: str, groups: int, tmp_path: Path, cache_root: Path) -> None:
+    """Four threads prepare more than 240 MB in a few blocks' memory, from one huge row group or from many."""
+    rows = 16_000 if kind == "images" else 240_000
+    if kind == "images":  # 16 kB stored, 3 kB decoded
+        column = pa.array([IMAGE + bytes(16_000)] * rows)
+    else:
+        column = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(rows * 256, dtype=np.float32)), 256)
+    options = {"row_group_size": rows // groups, "use_dictionary": False, "write_batch_size": 64}  # small pages
+    path = write(tmp_path / "large.parquet", column, np.arange(rows) % 10, **options)
+    del column
     code = f"""
 import tracemalloc, pyarrow
 from pathlib import Path
+from akd_dist import prepare, rows
 from akd_dist.recipe import Data, Parquet
-from akd_dist.rows import prepare
+prepare.default_threads = rows.default_threads = lambda: 4
 tracemalloc.start()
-prepare(Data(train=Parquet(path={str(path)!r}, input="x", label="y")), Path({str(cache_root)!r}))
+rows.prepare(Data(train=Parquet(path={str(path)!r}, input="x", label="y")), Path({str(cache_root)!r}))
 print(tracemalloc.get_traced_memory()[1] + pyarrow.default_memory_pool().max_memory())
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 60e6
+    assert int(run.stdout) < 70e6
 
 
-# ---- refusals
-
-Maker = Callable[[Path], Data]
-
-
-def refused(inputs: Any, labels: Any, **options: Any) -> Maker:
-    def make(folder: Path) -> Data:
-        return parquet(write(folder / "data.parquet", inputs, labels), **options)
-
-    return make
-
-
-def not_parquet(folder: Path) -> Data:
-    (folder / "data.parquet").write_bytes(b"not at all")
-    return parquet(folder / "data.parquet")
-
-
-def truncated(folder: Path) -> Data:
-    path = write(folder / "data.parquet", vectors(10), [0, 1] * 5)
-    path.write_bytes(path.read_bytes()[:-40])
-    return parquet(path)
-
-
-def damaged(folder: Path) -> Data:
-    path = write(folder / "data.parquet", vectors(4000), [0, 1] * 2000, compression="zstd")
-    data = bytearray(path.read_bytes())
-    data[100:400] = bytes(300)
-    path.write_bytes(data)
-    return parquet(path)
-
-
-def missing_column(folder: Path) -> Data:
-    path = write(folder / "data.parquet", vectors(10), [0, 1] * 5)
-    return Data(train=Parquet(path=str(path), input="x", label="yy"))
-
-
-def in_second_file(folder: Path) -> Data:
-    write(folder / "many" / "a.parquet", vectors(10), [0, 1] * 5)
-    write(folder / "many" / "b.parquet", vectors(10), [0, 1, 2, -3, 4] * 2)
-    return parquet(folder / "many")
-
-
-def other_test_shape(folder: Path) -> Data:
-    train = write(folder / "train.parquet", vectors(10), [0, 1] * 5)
-    test = write(folder / "test.parquet", vectors(10, width=5), [0, 1] * 5)
-    return parquet(train).model_copy(update={"test": Parquet(path=str(test), input="x", label="y")})
-
-
-IMAGES = [png(np.full((4, 4, 3), shade, np.uint8)) for shade in range(10)]
-LABELS = [0, 1] * 5
-NAN = [[1.0, 2.0]] * 6 + [[1.0, float("nan")]] + [[1.0, 2.0]] * 3
-
-REFUSALS: dict[str, tuple[Maker, list[str]]] = {
-    "no such file": (lambda folder: parquet(folder / "dat.parquet"), ["no Parquet file", "near.parquet"]),
-    "glob of nothing": (lambda folder: parquet(folder / "*.csv"), ["no Parquet file"]),
-    "not Parquet": (not_parquet, ["cannot be read as Parquet", "data.parquet"]),
-    "truncated": (truncated, ["cannot be read as Parquet"]),
-    "damaged": (damaged, ["data.parquet is damaged"]),
-    "missing column": (missing_column, ["has no column yy", "the columns x, y", "set `label` to y"]),
-    "text labels": (refused(vectors(10), ["a", "b"] * 5), ["column y", "cannot be the label", "string"]),
-    "float labels": (refused(vectors(10), [0.5, 1.0] * 5), ["column y", "cannot be the label", "double"]),
-    "text inputs": (refused(["a"] * 10, LABELS), ["column x", "cannot be the input", "string"]),
-    "no rows": (refused(vectors(0), pa.array([], pa.int64())), ["has no rows"]),
-    "too few rows": (refused(vectors(2), [0, 1]), ["no rows are left for validation and test"]),
-    "null label": (refused(vectors(10), [0, 1, None, 1, 0] * 2), ["no value in column y, row 2 of", "null"]),
-    "null input": (refused(pa.array([None, *IMAGES[1:]]), LABELS), ["no value in column x, row 0 of"]),
-    "negative label": (in_second_file, ["label out of range in row 13 of", "(b.parquet, row 3)", "-3", "1 more"]),
-    "label of no class": (refused(vectors(10), [0, 1, 2, 3, 4] * 2, classes=4), ["row 4 of", "got: 4", "0 to 3"]),
-    "enormous label": (refused(vectors(10), [0] * 9 + [2**31]), ["row 9 of", "2147483648", "set `classes`"]),
-    "unsigned label": (refused(vectors(2), pa.array([0, 2**63], pa.uint64())), ["label out of range among row 0"]),
-    "not an image": (refused([*IMAGES[:7], b"GIF89a", *IMAGES[8:]], LABELS), ["row 7 of", "cannot be decoded"]),
-    "cut image": (refused([*IMAGES[:3], IMAGES[3][:-30], *IMAGES[4:]], LABELS), ["row 3 of", "cannot be decoded"]),
-    "deep image": (refused([png(np.zeros((4, 4), np.uint16))] * 10, LABELS), ["row 0 of", "8 bits"]),
-    "sizes": (
-        refused([*IMAGES[:5], png(np.zeros((4, 5, 3), np.uint8)), *IMAGES[6:]], LABELS),
-        ["row 5 of", "[3, 4, 5]", "[3, 4, 4]"],
-    ),
-    "colour among grey": (
-        refused([png(np.zeros((4, 4), np.uint8))] * 5 + IMAGES[5:], LABELS),
-        ["row 5 of", "[3, 4, 4]"],
-    ),
-    "shape of images": (refused(IMAGES, LABELS, shape=[3, 8, 8]), ["row 0 of", "`shape` says"]),
-    "lengths": (refused(pa.array([[1.0, 2.0]] * 4 + [[1.0]] * 6), LABELS), ["row 4 of", "another shape"]),
-    "shape of lists": (refused(vectors(10), LABELS, shape=[2, 3]), ["row 0 of", "[4]", "[2, 3]"]),
-    "not a number": (refused(pa.array(NAN), LABELS), ["row 6 of", "column x", "not finite"]),
-    "null number": (refused(pa.array([[1, None]] * 10, pa.list_(pa.uint8())), LABELS), ["row 0 of", "not finite"]),
-    "beyond float32": (refused(pa.array([[1e300]] * 10), LABELS), ["row 0 of", "not finite"]),
-    "other test shape": (other_test_shape, ["data.test", "float32 [5]", "float32 [4]"]),
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_refused(case: str, tmp_path: Path, cache_root: Path) -> None:
-    write(tmp_path / "near.parquet", vectors(10), LABELS)
-    make, words = REFUSALS[case]
-    with pytest.raises(RefusedError) as caught:
-        prepare(make(tmp_path), cache_root)
-    assert caught.value.code == 4
-    for word in words:
-        assert word in str(caught.value)
-    assert not list(cache_root.glob("rows/*/index.json"))
-    assert not list(cache_root.glob("rows/*.partial"))
+IMAGE = png(np.zeros((32, 32, 3), np.uint8))

@@ -1,0 +1,429 @@
+"""Columns of inputs -> arrays: encoded images, text, lists of numbers. Which columns there are, and what they hold.
+
+A converter is made from the first row of a source and called with blocks of rows, by several threads at a time. What
+it refuses in a block it blames on the block's first row: callers narrow a block that fails down to one row.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from akd_dist import recipe
+from akd_dist.storage.errors import RefusedError
+from akd_dist.text import Tokenizer, Tokens
+
+# Decoders without an interpreter inside (Pillow hands EPS to Ghostscript).
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 1 << 26
+"""Of one image, before it is decoded."""
+TEXT_HINT = "say how text becomes tokens, with `data: text: {kind: bytes, length: 256}`"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where values stand, for messages."""
+
+    where: Callable[[int], str]
+    """A row of the source."""
+    columns: tuple[str, ...] = ()
+    """Their columns, if they have names."""
+
+    def __call__(self, row: int) -> str:
+        """`row 7 of birds.parquet, column image`."""
+        if not self.columns:
+            return self.where(row)
+        return f"{self.where(row)}, column{'s' * (len(self.columns) > 1)} {' and '.join(self.columns)}"
+
+    def alone(self, number: int) -> Place:
+        """One of its columns."""
+        return Place(self.where, self.columns[number : number + 1])
+
+
+# ---- schemas
+
+
+def input_kind(kind: Any) -> str | None:
+    """What a column of this Arrow type may be as an input: images, text or numbers; None if nothing."""
+    kind = _stored(kind)
+    if pa.types.is_struct(kind):  # as Hugging Face writes images
+        return input_kind(kind.field("bytes").type) if kind.get_field_index("bytes") >= 0 else None
+    if _is_any(kind, "binary", "large_binary", "binary_view", "fixed_size_binary"):
+        return "images"
+    if _is_text(kind):
+        return "text"
+    inner = kind
+    while _is_list(inner):
+        inner = _stored(inner.value_type)
+    number = pa.types.is_integer(inner) or pa.types.is_floating(inner)
+    return "numbers" if number and inner is not kind else None
+
+
+def label_kind(kind: Any) -> str | None:
+    """What a column of this Arrow type may be as a label: ids, names or numbers; None if nothing."""
+    kind = _stored(kind)
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return "ids"
+    if _is_text(kind):
+        return "names"
+    return "numbers" if pa.types.is_floating(kind) else None
+
+
+def check_schema(schema: Any, spec: recipe.Table, what: str, first: Any = None) -> None:
+    """Refuse a table without the columns that a recipe names, or with columns of a kind that nothing can be made of.
+
+    Args:
+        first: the schema of the source's first file, whose kinds of columns all others must have.
+
+    Raises:
+        RefusedError: names the column and `what` it is missing from.
+    """
+    for key, names, kind_of in (("input", input_columns(spec), input_kind), ("label", (spec.label,), label_kind)):
+        for name in names:
+            _check_column(schema, key, name, what, first, kind_of)
+
+
+def _check_column(
+    schema: Any, key: str, name: str, what: str, first: Any, kind_of: Callable[[Any], str | None]
+) -> None:
+    if (count := schema.names.count(name)) != 1:
+        near = difflib.get_close_matches(name, schema.names, n=1)
+        raise RefusedError(
+            f"{what} has {f'{count} columns' if count else 'no column'} {name}",
+            got=f"the columns {', '.join(schema.names)}",
+            expected=f"the column that `{key}` names",
+            next=f"set `{key}` to {near[0] if near else 'one of these'}",
+        )
+    kind = schema.field(name).type
+    if kind_of(kind) is None:
+        scalar = key == "input" and (pa.types.is_integer(kind) or pa.types.is_floating(kind))
+        raise RefusedError(
+            f"column {name} of {what} cannot be the {key}",
+            got=f"type {kind}",
+            expected="integers, class names, or numbers where data.task is regression"
+            if key == "label"
+            else "encoded images (binary), text, or lists of numbers",
+            next="write the numbers of a row into one column of lists" if scalar else f"set `{key}` to another column",
+        )
+    if first is not None and kind_of(kind) != kind_of(first.field(name).type):
+        raise RefusedError(
+            f"column {name} of {what} is not what it is in the files before",
+            got=f"type {kind}",
+            expected=f"type {first.field(name).type}",
+            next="write all files with one schema",
+        )
+
+
+def input_columns(spec: recipe.Table) -> tuple[str, ...]:
+    """The one or two columns of inputs."""
+    return (spec.input,) if isinstance(spec.input, str) else tuple(spec.input)
+
+
+def class_label_names(schema: Any, column: str) -> tuple[str, ...] | None:
+    """The names of class ids, where the `datasets` library left them in an Arrow schema."""
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _stored(kind: Any) -> Any:
+    """The type beneath an extension or a dictionary."""
+    while True:
+        if isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        elif pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        else:
+            return kind
+
+
+def plain(column: Any) -> Any:
+    """A column of its stored type, as one array."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    while True:
+        if isinstance(column, pa.ExtensionArray):
+            column = column.storage
+        elif pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        else:
+            return column
+
+
+def _is_text(kind: Any) -> bool:
+    return _is_any(kind, "string", "large_string", "string_view")
+
+
+def _is_list(kind: Any) -> bool:
+    return _is_any(kind, "list", "large_list", "fixed_size_list")
+
+
+def _is_any(kind: Any, *names: str) -> bool:
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in names)
+
+
+# ---- inputs
+
+
+class Inputs(Protocol):
+    """One source's inputs -> arrays."""
+
+    dtype: np.dtype[Any]
+    """uint8, float32 or int32."""
+    shape: tuple[int, ...]
+    """Of one input."""
+    tokens: Tokens | None
+    """What ids mean, where inputs are text."""
+
+    def __call__(self, columns: Sequence[Any], rows: np.ndarray) -> np.ndarray:
+        """Inputs of these rows: [n, *shape]."""
+
+
+def inputs_of(
+    columns: Sequence[Any], row: int, place: Place, shape: Sequence[int] | None, tokenizer: Tokenizer | None
+) -> Inputs:
+    """The converter of a source's inputs.
+
+    Args:
+        columns: the first row of each, of one array or two.
+        row: its number, for messages.
+        place: for messages.
+        shape: what the recipe says one input has, if it does.
+        tokenizer: None where the recipe says nothing of text.
+
+    Raises:
+        RefusedError: nothing can be made of the columns, or not what the recipe says.
+    """
+    kind = _kind_of_values(columns[0])
+    if kind is None:
+        raise RefusedError(
+            f"nothing can be made of the input in {place(row)}",
+            got=f"type {getattr(columns[0], 'type', None) or columns[0].dtype}",
+            expected="encoded images, text, or arrays of numbers",
+        )
+    if (kind == "text") != (tokenizer is not None) or (len(columns) == 2 and kind != "text"):
+        raise _not_what_text_says(kind, len(columns), place, row)
+    if tokenizer is not None:
+        return _Texts(tokenizer, place)
+    of_one = (columns[0], row, place, tuple(shape) if shape else None)
+    return _Images(*of_one) if kind == "images" else _Numbers(*of_one)
+
+
+def _kind_of_values(column: Any) -> str | None:
+    if isinstance(column, pa.Array | pa.ChunkedArray):
+        return input_kind(column.type)
+    return "numbers" if np.asarray(column[0]).dtype.kind in "uif" else None
+
+
+def _not_what_text_says(kind: str, columns: int, place: Place, row: int) -> RefusedError:
+    got = f"{kind} in {place(row)}"
+    if kind == "text":
+        return RefusedError(
+            "the inputs are text, and data.text is missing", got=got, expected="data.text", next=TEXT_HINT
+        )
+    if columns == 2:
+        return RefusedError(
+            "two columns of inputs make a pair of texts, and these are no texts",
+            got=got,
+            expected="two columns of text",
+            next="name one column in `input`",
+        )
+    return RefusedError(
+        "data.text is given, and the inputs are not text",
+        got=got,
+        expected="a column of text",
+        next="leave out data.text, or name the column of text in `input`",
+    )
+
+
+class _Images:
+    """Encoded images -> uint8 [channels, height, width], all of one size; grey if the first one is, else RGB."""
+
+    dtype: np.dtype[Any] = np.dtype(np.uint8)
+    tokens: Tokens | None = None
+
+    def __init__(self, column: Any, row: int, place: Place, shape: tuple[int, ...] | None) -> None:
+        self._place, self._shape_said = place, shape is not None
+        if shape is None:
+            encoded = self._encoded(column, row)[0]
+            shape = self._open(encoded, row, lambda image: (1 if _is_grey(image) else 3, image.height, image.width))
+        self.shape: tuple[int, ...] = shape
+        self._grey = len(shape) == 3 and shape[0] == 1
+
+    def __call__(self, columns: Sequence[Any], rows: np.ndarray) -> np.ndarray:
+        """Decode; memory is taken for images of the right size only."""
+        encoded = self._encoded(columns[0], rows[0])
+        pixels = np.empty((len(rows), *self.shape[1:], self.shape[0]), dtype=self.dtype)
+        for number, row in enumerate(rows.tolist()):
+            decoded = self._open(encoded[number], row, functools.partial(self._pixels, row))
+            pixels[number] = decoded.reshape(pixels.shape[1:])
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+    def _encoded(self, column: Any, row: int) -> list[bytes]:
+        column = plain(column)
+        refuse_nulls(column, self._place, row)
+        if pa.types.is_struct(column.type):
+            column = plain(pc.struct_field(column, "bytes"))
+            refuse_nulls(column, self._place, row, "where a struct holds a path alone, save it with the bytes embedded")
+        encoded: list[bytes] = column.to_pylist()
+        return encoded
+
+    def _open(self, encoded: bytes, row: int, read: Callable[[Any], Any]) -> Any:
+        try:
+            with Image.open(io.BytesIO(encoded), formats=_IMAGE_FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width:,} x {image.height:,} pixels are too many")
+                if image.mode[0] in "IF":
+                    raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+                return read(image)
+        except RefusedError:
+            raise
+        except Exception as error:  # spoilt images make decoders raise all kinds
+            raise RefusedError(
+                f"cannot decode the image in {self._place(row)}",
+                got=f"{len(encoded):,} bytes: {error}",
+                expected=f"an image of at most {MAX_PIXELS:,} pixels, as " + ", ".join(_IMAGE_FORMATS),
+                next="remove the row, or write the image again",
+            ) from error
+
+    def _pixels(self, row: int, image: Any) -> np.ndarray:
+        """uint8 [height, width], or [height, width, 3]."""
+        size = (1 if self._grey and _is_grey(image) else 3, image.height, image.width)
+        if size != self.shape:
+            raise _mixed(self._place, row, size, self.shape, self._shape_said)
+        mode = "L" if self._grey else "RGB"
+        return np.asarray(image if image.mode == mode else image.convert(mode))
+
+
+def _is_grey(image: Any) -> bool:
+    return image.mode in ("1", "L")
+
+
+class _Texts:
+    """Strings -> int32 ids, by the tokenizer of the recipe."""
+
+    dtype: np.dtype[Any] = np.dtype(np.int32)
+
+    def __init__(self, tokenizer: Tokenizer, place: Place) -> None:
+        self._encode, self._place = tokenizer.encode, place
+        self.shape: tuple[int, ...] = tokenizer.shape
+        self.tokens: Tokens | None = tokenizer.tokens
+
+    def __call__(self, columns: Sequence[Any], rows: np.ndarray) -> np.ndarray:
+        """Tokenize."""
+        return self._encode([self._texts(column, rows, self._place.alone(n)) for n, column in enumerate(columns)])
+
+    @staticmethod
+    def _texts(column: Any, rows: np.ndarray, place: Place) -> list[str]:
+        column = plain(column)
+        refuse_nulls(column, place, rows[0])
+        try:
+            texts: list[str] = column.to_pylist()
+        except UnicodeDecodeError as error:
+            raise RefusedError(f"text that is not UTF-8 in {place(rows[0])}", got=error, expected="UTF-8") from error
+        if not all(text.strip() for text in texts):
+            raise RefusedError(
+                f"empty text in {place(rows[0])}",
+                got=repr(texts[0]),
+                expected="at least one character that is not a space",
+                next="remove the row, or fill it in",
+            )
+        return texts
+
+
+class _Numbers:
+    """Lists and arrays of numbers, all of one shape: uint8 if they are stored so, else float32."""
+
+    tokens: Tokens | None = None
+
+    def __init__(self, column: Any, row: int, place: Place, shape: tuple[int, ...] | None) -> None:
+        self._place, self._shape_said = place, shape is not None
+        first = self._values(column, row)
+        self.dtype: np.dtype[Any] = np.dtype(np.uint8 if first.dtype == np.uint8 else np.float32)
+        self.shape: tuple[int, ...] = shape or first.shape[1:]
+        if not math.prod(self.shape) or first.ndim == 1:
+            raise RefusedError(
+                f"the input is {'a single number' if first.ndim == 1 else 'empty'} in {place(row)}",
+                got=f"shape {list(first.shape[1:])}",
+                expected="an array of numbers",
+                next="give each row one list of all its numbers",
+            )
+
+    def __call__(self, columns: Sequence[Any], rows: np.ndarray) -> np.ndarray:
+        """Cast, and bring to shape."""
+        values = self._values(columns[0], rows[0])
+        if math.prod(values.shape[1:]) != math.prod(self.shape):
+            raise _mixed(self._place, rows[0], values.shape[1:], self.shape, self._shape_said)
+        if not self._shape_said and values.shape[1:] != self.shape:
+            raise _mixed(self._place, rows[0], values.shape[1:], self.shape, False)
+        if self.dtype == np.uint8 and values.dtype != np.uint8:
+            raise RefusedError(
+                f"an input of another type than the first in {self._place(rows[0])}",
+                got=values.dtype,
+                expected="uint8",
+            )
+        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused below
+            values = values.astype(self.dtype, copy=False)
+        if self.dtype == np.float32 and not np.isfinite(values).all():
+            raise self._not_finite(rows[0])
+        return values.reshape(len(rows), *self.shape)
+
+    def _values(self, column: Any, row: int) -> np.ndarray:
+        """[n, *shape] as stored."""
+        if isinstance(column, np.ndarray):
+            return column
+        if isinstance(column, list):
+            if len({values.shape for values in column}) > 1:
+                raise _mixed(self._place, row, column[-1].shape, column[0].shape, False)
+            return np.stack(column)
+        column = plain(column)
+        refuse_nulls(column, self._place, row)
+        shape = [len(column)]
+        while _is_list(column.type):
+            if column.null_count:
+                raise self._not_finite(row)
+            lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+            if (lengths != lengths[:1]).any():
+                raise _mixed(self._place, row, tuple(np.unique(lengths)), tuple(lengths[:1]), False)
+            shape.append(int(lengths[0]) if len(lengths) else 0)
+            column = plain(column.flatten())
+        if column.null_count:
+            raise self._not_finite(row)
+        values: np.ndarray = column.to_numpy(zero_copy_only=False)
+        return values.reshape(shape)
+
+    def _not_finite(self, row: int) -> RefusedError:
+        return RefusedError(
+            f"an input that is not finite in float32 in {self._place(row)}",
+            got="null, NaN or infinity",
+            expected="finite numbers",
+            next="remove the row, or fill it in",
+        )
+
+
+def _mixed(place: Place, row: int, got: tuple[int, ...], expected: tuple[int, ...], shape_said: bool) -> RefusedError:
+    return RefusedError(
+        f"an input of another shape in {place(row)}",
+        got=[int(size) for size in got],
+        expected=f"{list(expected)}, as " + ("`shape` says" if shape_said else "the first row has"),
+        next="bring all inputs to one shape",
+    )
+
+
+def refuse_nulls(column: Any, place: Place, row: int, hint: str = "remove the row, or fill it in") -> None:
+    """Refuse an Arrow array that has no value somewhere."""
+    if column.null_count:
+        raise RefusedError(f"no value in {place(row)}", got="null", expected="a value in every row", next=hint)

@@ -1,0 +1,230 @@
+"""Sources -> files of arrays: read, converted and written by several threads, each row at its place."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+
+from akd_dist import recipe
+from akd_dist.blocks import Block, default_threads, first_block, for_each_block
+from akd_dist.columns import Inputs, inputs_of
+from akd_dist.labels import Classes, Labels, labels_of
+from akd_dist.sources import Kind, Source
+from akd_dist.storage.errors import RefusedError
+from akd_dist.text import tokenizer_of
+
+_READ_ROWS = 512  # the most rows read and decoded at a time
+_READ_BYTES = 1 << 20  # the most bytes of inputs decoded at a time, if more than one row
+_LABEL_BYTES = 8  # at most
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A source that is about to be read."""
+
+    source: Source
+    first: Block
+    """Its first row."""
+    inputs: Inputs
+    """What turns its inputs into arrays."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one input."""
+        return math.prod(self.inputs.shape) * self.inputs.dtype.itemsize
+
+    def bytes_of(self, chosen: np.ndarray) -> int:
+        """Bytes of the arrays of chosen rows, bool [rows]."""
+        return int(np.count_nonzero(chosen)) * (self.row_bytes + _LABEL_BYTES)
+
+    def labels(self, task: recipe.Task, classes: Classes) -> Labels:
+        """What turns its labels into arrays."""
+        return labels_of(self.first.labels, 0, self.source.label_place, task, classes, self.source.class_names)
+
+
+def open_sources(data: recipe.Data, kinds: dict[str, Kind]) -> dict[str, Reading]:
+    """Look at all sources and their first rows: what they have in common is checked before anything long begins.
+
+    Args:
+        data: task, text and shapes.
+        kinds: the sources by split, that of the train rows first.
+
+    Raises:
+        RefusedError, RecipeError, MachineError: as `rows.prepare`.
+    """
+    sources = {name: kind.open() for name, kind in kinds.items()}
+    first = {name: first_block(source.streams) for name, source in sources.items()}
+    pair = any(len(block.inputs) == 2 for block in first.values())
+    tokenizer = tokenizer_of(data.text, pair) if data.text is not None else None
+    readings: dict[str, Reading] = {}
+    for name, source in sources.items():
+        shape = getattr(getattr(data, name), "shape", None)
+        inputs = inputs_of(first[name].inputs, 0, source.input_place, shape, tokenizer)
+        readings[name] = Reading(source, first[name], inputs)
+        _check_alike(name, readings[name], readings["train"], data.task)
+    return readings
+
+
+def write_source(
+    reading: Reading,
+    files: Sequence[tuple[np.ndarray, Path, Path]],
+    task: recipe.Task,
+    classes: Classes,
+    tell: Callable[[int, int], None],
+) -> Classes:
+    """Write rows of a source to array files.
+
+    Args:
+        reading: the source.
+        files: rows that go together (bool [rows of the source]), and the .npy files of their inputs and labels.
+        task: what labels are.
+        classes: what is known of the dataset's classes; not complete for the source of the train rows.
+        tell: called with rows done, and rows in all.
+
+    Returns:
+        What is known of the classes now.
+
+    Raises:
+        RefusedError: names the first row in the source's order that is wrong.
+    """
+    source = reading.source
+    classes = classes if classes.complete else Classes(source.classes)
+    _check_number(source, task, classes)
+    convert = reading.labels(task, classes)
+    labels = np.zeros(source.rows, dtype=np.int64 if task == "classification" else np.float32)
+    done, counting = 0, threading.Lock()
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(_Output(path, rows, reading.inputs)) for rows, path, _ in files]
+
+        def work(block: Block) -> None:
+            nonlocal done
+            rows = block.rows
+            labels[rows] = convert(block.labels, rows)
+            here = [part[rows] for part, *_ in files]
+            wanted = np.logical_or.reduce(here)
+            if wanted.any():
+                inputs = reading.inputs([_chosen(column, wanted) for column in block.inputs], rows[wanted])
+                for output, mine in zip(outputs, here, strict=True):
+                    output.write(inputs[mine[wanted]], rows[mine])
+            with counting:
+                done += len(block)
+                tell(done, source.rows)
+
+        most = max(1, min(_READ_ROWS, _READ_BYTES // reading.row_bytes))
+        for_each_block(source.streams, most, work, default_threads())
+    labels = convert.finished(labels)
+    for rows, _, path in files:
+        np.save(path, labels[rows])
+    if classes.complete:
+        return classes
+    return Classes(1 if task == "regression" else _count_classes(source, labels, convert), convert.names, complete=True)
+
+
+def _chosen(column: Any, wanted: np.ndarray) -> Any:
+    """The wanted rows of a column."""
+    if wanted.all():
+        return column
+    if isinstance(column, list):
+        return [value for value, one in zip(column, wanted, strict=True) if one]
+    return column[wanted] if isinstance(column, np.ndarray) else column.filter(pa.array(wanted))
+
+
+class _Output:
+    """A .npy file of inputs that several threads write, each row at its place."""
+
+    def __init__(self, path: Path, rows: np.ndarray, inputs: Inputs) -> None:
+        self._rows = np.flatnonzero(rows)  # of the source
+        self._row_bytes = math.prod(inputs.shape) * inputs.dtype.itemsize
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by __exit__
+        descr = np.lib.format.dtype_to_descr(inputs.dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (len(self._rows), *inputs.shape)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        self._start = self._file.tell()
+        os.posix_fallocate(self._file.fileno(), 0, self._start + len(self._rows) * self._row_bytes)
+
+    def write(self, inputs: np.ndarray, rows: np.ndarray) -> None:
+        """Write inputs [n, *shape] of rows of the source that follow each other in this file."""
+        if not len(rows):
+            return
+        at = self._start + int(np.searchsorted(self._rows, rows[0])) * self._row_bytes
+        left = np.ascontiguousarray(inputs).data.cast("B")
+        while left:
+            written = os.pwrite(self._file.fileno(), left, at)
+            left, at = left[written:], at + written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._file:
+            os.fsync(self._file.fileno())
+
+
+# ---- checks
+
+
+def _count_classes(source: Source, labels: np.ndarray, convert: Labels) -> int:
+    """How many classes the train source has: as it says, as many as names, or the largest label plus one."""
+    if convert.names is not None:
+        if source.classes not in (None, len(convert.names)):
+            raise RefusedError(
+                f"{source.name} has another number of classes than its `classes` says",
+                got=f"{len(convert.names)} names: {', '.join(convert.names[:10])}",
+                expected=source.classes,
+                next="correct `classes` of data.train, or leave it out",
+            )
+        return len(convert.names)
+    if source.classes is not None:
+        return source.classes
+    row = int(labels.argmax())
+    if labels[row] >= max(len(labels), 2):
+        raise RefusedError(
+            f"label out of range in {source.label_place(row)}",
+            got=f"{labels[row]}, which makes {labels[row] + 1:,} classes for {len(labels):,} rows",
+            expected="labels 0 to classes - 1",
+            next="correct the labels, or set `classes` of data.train if there really are so many",
+        )
+    return int(labels[row]) + 1
+
+
+def _check_number(source: Source, task: recipe.Task, classes: Classes) -> None:
+    if task == "classification" and source.classes not in (None, classes.number):
+        raise RefusedError(
+            f"{source.name} has another number of classes than data.train",
+            got=source.classes,
+            expected=classes.number,
+            next="correct `classes`, or leave it out",
+        )
+
+
+def _check_alike(name: str, reading: Reading, train: Reading, task: recipe.Task) -> None:
+    got, expected = (
+        f"{one.inputs.dtype} {list(one.inputs.shape)}" + (" of pairs" if len(one.first.inputs) == 2 else "")
+        for one in (reading, train)
+    )
+    if got != expected:
+        raise RefusedError(
+            f"the inputs of data.{name} are not like those of data.train",
+            got=got,
+            expected=expected,
+            next="bring all sources to one shape and type",
+        )
+    named, expected_names = (
+        "class names" if one.labels(task, Classes()).named else "numbers" for one in (reading, train)
+    )
+    if named != expected_names:
+        raise RefusedError(
+            f"the labels of data.{name} are not like those of data.train",
+            got=named,
+            expected=expected_names,
+            next="write the labels of all sources alike",
+        )
