@@ -3,13 +3,14 @@
     python benchmarks/cached_equals_online.py                       the figures of docs/cached-equals-online.md
     python benchmarks/cached_equals_online.py --plot docs/figures   ... and its plots; --json prints a document
 
-`online` is the other side of the claim: a plain loop, as short as can be, that calls the teacher on every batch. It shares
-with the package only what defines the run: the views, the order of rows, the first weights.
+`online` is the other side of the claim: a plain loop, as short as can be, that calls the teacher on every batch. It
+shares with the package only what defines the run: the views, the order of rows, the first weights.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from akd_dist.teacher import teacher_logits
 from akd_dist.views import view_of
 
 CPU = torch.device("cpu")
+MODULE = Path(__file__).stem
 SGD = {"kind": "sgd", "lr": 0.02, "weight_decay": 1e-4, "schedule": {"kind": "linear"}}
 ADAMW = {"kind": "adamw", "lr": 2e-3, "clip": 1.0, "schedule": {"kind": "linear"}}
 
@@ -53,22 +55,14 @@ class Trace:
 
 def annealing_recipe(data: dict[str, Any], teacher: Any, student: Any, optimizer: Any, **changes: Any) -> Recipe:
     """A recipe of one student with one view per epoch of stage I."""
-    epochs = 4
-    objective = {"kind": "annealing_kd", "tau_max": 4, "stage1_epochs": epochs, "stage2_epochs": 2}
-    block = {
-        "name": "student",
-        "model": student,
-        "objective": objective,
-        "optimizer": optimizer,
-        "batch": 48,
-        "seed": 3,
-    }
+    objective = {"kind": "annealing_kd", "tau_max": 4, "stage1_epochs": 4, "stage2_epochs": 2}
+    block = {"name": "student", "model": student, "objective": objective, "optimizer": optimizer} | changes
     return Recipe.model_validate(
         {
             "name": "equality",
-            "data": {"views": epochs, **data},
+            "data": {"views": 4, **data},
             "teacher": {"model": teacher, "train": {"epochs": 1, "optimizer": optimizer}},
-            "students": [block | changes],
+            "students": [block | {"batch": 48, "seed": 3}],
             "cache": {"precision": changes.get("precision", "float32")},
             "folder": str(Path(__file__).parent),
         }
@@ -77,11 +71,9 @@ def annealing_recipe(data: dict[str, Any], teacher: Any, student: Any, optimizer
 
 def cases(precision: str = "float32") -> dict[str, Recipe]:
     """Images with augmentation, text, and regression; each on data that come with Python or scikit-learn."""
-    text = {
-        "train": {"kind": "custom", "factory": "cached_equals_online:passages", "input": "text", "label": "package"}
-    }
-    numbers = {"train": {"kind": "custom", "factory": "cached_equals_online:diabetes"}, "task": "regression"}
-    noise = {"kind": "custom", "factory": "cached_equals_online:Noise", "arguments": {"scale": 0.02}}
+    text = {"train": {"kind": "custom", "factory": f"{MODULE}:passages", "input": "text", "label": "package"}}
+    numbers = {"train": {"kind": "custom", "factory": f"{MODULE}:diabetes"}, "task": "regression"}
+    noise = {"kind": "custom", "factory": f"{MODULE}:Noise", "arguments": {"scale": 0.02}}
     transformer = {"kind": "text_transformer", "depth": 1, "heads": 2}
     mlp = {"kind": "mlp", "dropout": 0.1}
     return {
@@ -186,7 +178,7 @@ def online(recipe: Recipe, teacher: nn.Module, splits: Splits, *, pad_to: int | 
                 for group in optimizer.param_groups:
                     group["lr"] = spec.optimizer.lr * (1 - step / total)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 if spec.optimizer.clip is not None:
                     nn.utils.clip_grad_norm_(module.parameters(), spec.optimizer.clip)
                 optimizer.step()
@@ -309,3 +301,12 @@ def equality(folder: Path) -> dict[str, dict[str, Difference]]:
             ours, theirs = both(recipe, folder / f"{name}-{precision}-{padded}", padded=padded)
             found.setdefault(name, {})[form] = difference(ours, theirs, recipe.students[0].objective.epochs)
     return found
+
+
+if __name__ == "__main__":
+    import sys
+
+    with tempfile.TemporaryDirectory() as f:
+        for name, forms in equality(Path(f)).items():
+            for form, d in forms.items():
+                print(name, form, d)
