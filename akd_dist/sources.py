@@ -349,6 +349,13 @@ def _table(
 def _find_files(path: str) -> list[Path]:
     """The Parquet files that a path, a folder or a glob names, in order."""
     place = Path(path)
+    if "://" in path:
+        raise RefusedError(
+            f"rows are not read from {path}",
+            got="a URI",
+            expected="files in a folder of each node",
+            next="copy the files to a folder, or read them in a function of your own (kind: custom)",
+        )
     if place.is_dir():
         files = sorted(place.rglob("*.parquet"))
     elif any(character in path for character in "*?[") and not place.exists():

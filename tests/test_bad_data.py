@@ -254,6 +254,10 @@ HEADER = struct.pack(">HBB", 0, 8, 3)
 HUGE = HEADER + struct.pack(">3I", 2**31, 2**10, 2**10)
 FILES: dict[str, Case] = {
     "parquet, missing": (lambda folder: Parquet(path=str(folder / "dat.parquet")), ["no Parquet file", "data.parquet"]),
+    "parquet, a URI": (
+        lambda folder: Parquet(path="s3://bucket/rows.parquet"),
+        ["not read from s3://bucket", "custom"],
+    ),
     "parquet, no match": (lambda folder: Parquet(path=str(folder / "*.csv")), ["no Parquet file", "a glob"]),
     "parquet, empty folder": (lambda folder: Parquet(path=str(folder / "sub")), ["no Parquet file", "a folder"]),
     "parquet, empty": (lambda f: Parquet(path=file("a.parquet", b"")(f)), ["a.parquet cannot be read as Parquet"]),
