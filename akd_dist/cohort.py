@@ -50,11 +50,14 @@ class CohortJob:
     cache_root: str
     """Prepared data and decoded stores of this node."""
     stores: dict[str, str]
-    """Store URI of each split; empty where no student has a teacher."""
+    """Store URI of each split, of the model that they learn from; empty where no student has a teacher."""
     folder: str | None
     """The recipe's folder, put on sys.path for custom code."""
     control: str
     """The folder of progress files and of the stop file of this attempt."""
+    teacher_test: str | None = None
+    """Store URI of the teacher's logits of the test rows, for agreement; none takes that in `stores`. Students of an
+    assistant are compared with the teacher as well."""
     attempt: int = 1
     """Which attempt of the run this is."""
     checkpoint_seconds: float = 20.0
@@ -122,7 +125,7 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | No
     """The cohort's stream, and the class that the teacher chooses for each test row, int64 [n], both from stores."""
     logits, teacher_classes = None, None
     if job.stores:
-        test = open_store(job.stores["test"])
+        test = open_store(job.teacher_test or job.stores["test"])
         teacher_classes = test.rows(0, 0, test.num_rows).argmax(axis=1)
         logits = open_decoded(open_store(job.stores["train"]), Path(job.cache_root))
     stream = Stream(

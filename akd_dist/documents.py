@@ -59,15 +59,30 @@ class CachedSplits(Document):
     """The test rows, one view, not augmented."""
 
 
+class CachedAssistant(CachedSplit):
+    """An assistant, and the stores of its logits: the train store, and those of the other splits."""
+
+    model: str
+    """Label of its architecture."""
+    path: str
+    """Its model folder."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    splits: CachedSplits
+    """The same for the validation and test rows."""
+
+
 class CacheDocument(CachedSplit):
     """What `akd-dist cache-teacher --json` prints: the train store, and those of the other splits."""
 
     hit: bool
-    """Whether all three stores were there already."""
+    """Whether all stores were there already, those of the assistants too."""
     seconds: float
     """Wall-clock time of the command."""
     splits: CachedSplits
     """The same for the validation and test rows."""
+    assistants: list[CachedAssistant] = []
+    """The stores of the teacher's assistants, from the one below the teacher to the last."""
 
 
 class PlannedSplit(Document):
@@ -85,6 +100,20 @@ class PlannedSplit(Document):
     """Size of these shards."""
 
 
+PlannedSplits = dict[Literal["train", "validation", "test"], PlannedSplit]
+
+
+class PlannedAssistant(Document):
+    """What an assistant and its stores would take."""
+
+    model: str
+    """Label of its architecture."""
+    trained: bool
+    """Whether it is there, so that it need not be trained."""
+    splits: PlannedSplits
+    """What each split would take."""
+
+
 class PlanDocument(Document):
     """What `akd-dist cache-teacher --dry-run --json` prints."""
 
@@ -96,8 +125,10 @@ class PlanDocument(Document):
     """Size of all that is to be computed."""
     free: Count | None
     """Bytes free there; null for object storage."""
-    splits: dict[Literal["train", "validation", "test"], PlannedSplit]
+    splits: PlannedSplits
     """What each split would take."""
+    assistants: list[PlannedAssistant] = []
+    """The same for the teacher's assistants."""
 
 
 class Metrics(Document):
@@ -120,6 +151,15 @@ class FleetTeacher(Document):
     """Its metrics on the test rows."""
     fingerprint: str
     """The sha256 of its weights and architecture."""
+
+
+class FleetAssistant(FleetTeacher):
+    """A model between teacher and students, as its stores describe it."""
+
+    agreement: Share | None
+    """Share of test rows where assistant and teacher choose the same class."""
+    store: str
+    """The train store of its logits."""
 
 
 class FleetStudent(Document):
@@ -148,7 +188,7 @@ class FleetStudent(Document):
     test: Metrics | None
     """Metrics of the delivered weights on the test rows; measured once."""
     agreement: Share | None
-    """Share of test rows where student and teacher choose the same class."""
+    """Share of test rows where student and teacher choose the same class; the recipe's teacher for every student."""
     seconds: float
     """Time spent on its training."""
     path: str
@@ -156,7 +196,7 @@ class FleetStudent(Document):
     store: str
     """The store that it was trained from."""
     teacher: str
-    """Fingerprint of its teacher."""
+    """Fingerprint of the model that it learned from: the teacher, or its last assistant."""
 
 
 class FleetDocument(Document):
@@ -168,6 +208,8 @@ class FleetDocument(Document):
     """The train store."""
     teacher: FleetTeacher
     """Whom the students learned from."""
+    assistants: list[FleetAssistant] = []
+    """The models between it and the students of objective takd, from the one below the teacher to the last."""
     students: list[FleetStudent]
     """Every student of the recipe, in its order."""
     cohorts: Count
