@@ -218,6 +218,99 @@ class FleetDocument(Document):
     """Wall-clock time of the command that finished the run."""
 
 
+class Estimate(Document):
+    """A mean over seeds and its 95 % interval by Student's t."""
+
+    n: Count
+    """Number of seeds."""
+    mean: float
+    """Their mean."""
+    low: float | None
+    """Lower end of the interval; null for one seed."""
+    high: float | None
+    """Upper end of the interval; null for one seed."""
+
+
+class ComparedModel(Document):
+    """The teacher, or an assistant, of a comparison."""
+
+    model: str
+    """Label of its architecture."""
+    parameters: Count
+    """Number of its weights."""
+    test: float
+    """Its primary metric on the test rows."""
+    agreement: Share | None
+    """Share of test rows where it chooses the teacher's class; null for the teacher."""
+
+
+class LostStudent(Document):
+    """A student that did not come to its end, and so is in no mean."""
+
+    name: str
+    """Its folder under students/."""
+    seed: int
+    """Its seed."""
+    state: Literal["diverged", "failed"]
+    """How it ended."""
+    reason: str | None
+    """Why."""
+
+
+class ComparedRow(Document):
+    """One student model under one objective, over its seeds."""
+
+    name: str
+    """What the names of its students begin with."""
+    model: str
+    """Label of its architecture."""
+    parameters: Count | None
+    """Number of its weights."""
+    objective: str
+    """Kind of its objective."""
+    tau_max: int | None
+    """The temperature that annealing starts from; null without annealing."""
+    epochs: Count
+    """Epochs over all stages."""
+    seeds: list[int]
+    """Seeds of the students that finished."""
+    test: Estimate | None
+    """The primary metric on the test rows."""
+    over_scratch: Estimate | None
+    """The difference to the same model from hard labels alone, paired by seed; null for that one itself."""
+    over_kd: Estimate | None
+    """The difference to the same model trained by KD, paired by seed; null for that one and from hard labels."""
+    agreement: Share | None
+    """Mean share of test rows where student and teacher choose the same class."""
+    lost: list[LostStudent]
+    """Students that diverged or failed."""
+
+
+class CompareDocument(Document):
+    """What `akd-dist compare --json` prints, and what its run keeps in comparison.json."""
+
+    run: str
+    """The run's folder."""
+    command: str
+    """What makes the same table again."""
+    task: Literal["classification", "regression"]
+    """What a label is."""
+    metric: str
+    """The primary metric, which all numbers of the table are of."""
+    confidence: float
+    """Of the intervals."""
+    rows: dict[Literal["train", "validation", "test"], Count]
+    """Rows of each split."""
+    teacher: ComparedModel
+    """Whom the students learned from."""
+    assistants: list[ComparedModel]
+    """The models between it and the students of objective takd."""
+    table: list[ComparedRow]
+    """The rows, model by model; from scratch, KD, TAKD, Annealing-KD, Continuation-KD."""
+    missing: list[Literal["takd"]]
+    """Objectives that the recipe cannot be compared under."""
+
+
 class Refusal(Document):
     """Why a command refused."""
 
@@ -246,6 +339,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "cache": CacheDocument,
         "cache-plan": PlanDocument,
         "fleet": FleetDocument,
+        "compare": CompareDocument,
         "error": ErrorDocument,
     }
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}

@@ -345,11 +345,10 @@ def _plan_of(store_id: str, split: str, recipe: Recipe, splits: Splits, store_ro
         return found
     key = f"{store_id}/{CREATION_KEY}"
     sealed = Creation.from_bytes(open_root(store_root).get(key), key).identity
+    differing = [plan.identity.differences(sealed) for _, plan in plans]
     raise RefusedError(
         f"the store {store_id[:12]} cannot be recomputed from this data and teacher",
-        got="; ".join(
-            min((plan.identity.differences(sealed) for _, plan in plans), key=lambda differing: len(differing))
-        ),
+        got="; ".join(min(differing, key=lambda fields: len(fields))),
         expected="the data and the teacher that the store was made from",
         next="pass --recipe with their present places",
     )

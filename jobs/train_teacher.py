@@ -130,7 +130,7 @@ def assistant_of(
     """An assistant as the recipe has it.
 
     Args:
-        learns_from: the id of the train store of the model above, as the recipe asks for it: whose logits, views, encoding.
+        learns_from: the id of the train store of the model above: whose logits, which views, what encoding.
         stores: where these stores lie.
     """
     spec = _spec(recipe, splits, assistant, assistant.model, assistant.objective, learns_from=learns_from)
