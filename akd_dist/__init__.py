@@ -150,11 +150,10 @@ def compare(
     Raises:
         AkdError: a refusal; nothing that was trained is lost.
     """
-    given = recipe
-    recipe = _recipe(recipe, overrides)
+    read = _recipe(recipe, overrides)
     from akd_dist import comparison
 
-    expanded = comparison.expand(recipe, seeds)
+    expanded = comparison.expand(read, seeds)
     fleet = train_students(
         expanded,
         store_root=store_root,
@@ -169,7 +168,7 @@ def compare(
 
     splits = prepare(expanded.data, Path(_cache_root(cache_root)))  # done already: this only looks
     rows = {split: len(getattr(splits, split)) for split in SPLITS}
-    words = ["akd-dist", "compare", f"{recipe.name}.yaml" if given is recipe else os.fspath(given)]
+    words = ["akd-dist", "compare", f"{read.name}.yaml" if read is recipe else str(recipe)]
     words += [word for override in overrides for word in ("--set", override)]
     words += [] if seeds is None else ["--seeds", str(seeds)]
     document = comparison.compare(expanded, fleet, rows, shlex.join(words))

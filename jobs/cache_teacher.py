@@ -170,6 +170,8 @@ def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Plac
     hop = Hop(name, uri, plan_splits(recipe, splits, uri))
     for plan in hop.plans:
         plan.store = catalog.find_store(place.store_root, plan.identity)
+        if plan.store is not None:
+            place.sweep(plan.identity.id)
     with contextlib.ExitStack() as claims:
         for plan in hop.plans:
             if plan.store is None:
@@ -348,7 +350,7 @@ def _plan_of(store_id: str, split: str, recipe: Recipe, splits: Splits, store_ro
     differing = [plan.identity.differences(sealed) for _, plan in plans]
     raise RefusedError(
         f"the store {store_id[:12]} cannot be recomputed from this data and teacher",
-        got="; ".join(min(differing, key=lambda fields: len(fields))),
+        got="; ".join(sorted(differing, key=len)[0]),
         expected="the data and the teacher that the store was made from",
         next="pass --recipe with their present places",
     )

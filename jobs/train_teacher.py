@@ -21,8 +21,8 @@ from akd_dist.jobs.progress import Meter, meter, tell
 from akd_dist.models import load_card
 from akd_dist.recipe import HardLabels, Recipe
 from akd_dist.rows import SPLITS, Splits
-from akd_dist.storage.claim import claim_store
-from akd_dist.storage.errors import RefusedError
+from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store
+from akd_dist.storage.errors import HeldError, MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.storage.objects import open_root
 
@@ -60,6 +60,12 @@ class Place:
         """Hold a store, or a model under TEACHERS, while it is made."""
         check = (lambda: None) if self.stop is None else self.stop.check
         return claim_store(self.store_root, name, wait=self.wait, on_wait=self.tell, on_poll=check)
+
+    def sweep(self, name: str) -> None:
+        """Remove the claim that is left where a driver died when its work was just done. A living holder keeps his."""
+        if open_root(self.store_root).exists(name + CLAIM_SUFFIX):
+            with contextlib.suppress(HeldError, MachineError), claim_store(self.store_root, name):
+                pass
 
     def connect(self) -> StopFlag:
         """Connect to Ray, or start it; the flag that running tasks are to heed."""
@@ -186,12 +192,13 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, place: Plac
         RefusedError: its training failed.
         HeldError: somebody else is training it.
     """
-    uri = trained.uri(place.store_root)
+    uri, claim = trained.uri(place.store_root), f"{TEACHERS}/{trained.spec.name}"
     if is_there(uri):
+        place.sweep(claim)
         return uri
     open_root(place.store_root).check_writable()
     job = trained.job(recipe, splits, place)
-    with place.claim(f"{TEACHERS}/{trained.spec.name}"):
+    with place.claim(claim):
         if not is_there(uri):
             Path(job.control).mkdir(parents=True, exist_ok=True)
             job.stop_file.unlink(missing_ok=True)

@@ -273,8 +273,8 @@ def test_without_an_assistant_a_line_says_what_takd_needs(four_seeds: dict[str, 
 
 def test_rows_of_one_objective_are_told_apart() -> None:
     recipe = expand(a_recipe([unnamed(ANNEALING), unnamed(ANNEALING | {"tau_max": 1})]), 2)
-    kinds = ("hard_labels", "kd", "continuation_kd")
-    fleet = fleet_of(recipe, {kind: [0.8, 0.81] for kind in kinds} | {"annealing_kd": [0.8, 0.81, 0.82, 0.83]})
+    results: dict[str, list[float | None]] = {kind: [0.8, 0.81] for kind in ("hard_labels", "kd", "continuation_kd")}
+    fleet = fleet_of(recipe, results | {"annealing_kd": [0.8, 0.81, 0.82, 0.83]})
     text = to_markdown(compare(recipe, fleet, ROWS, "akd-dist compare"))
     assert "Annealing-KD: mlp-8-annealing_kd-t1 |" in text
     assert "Annealing-KD: mlp-8-annealing_kd-t2 |" in text
@@ -293,8 +293,13 @@ def compared(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tup
 
 
 def again(root: Path) -> dict[str, Any]:
-    places = {"store_root": root / "stores", "run_root": root / "runs", "cache_root": root / "cache"}
-    return akd_dist.compare(root / "tiny.yaml", console=Console(quiet=True), **places)
+    return akd_dist.compare(
+        root / "tiny.yaml",
+        store_root=root / "stores",
+        run_root=root / "runs",
+        cache_root=root / "cache",
+        console=Console(quiet=True),
+    )
 
 
 @pytest.mark.ray
