@@ -142,12 +142,8 @@ def test_nothing_is_done_twice(home: Home) -> None:
         ({"chain": CHAIN | {"objective": KD | {"alpha": 0.4}}}, False, False),
         ({"chain": CHAIN | {"assistant": an_assistant(16, ANNEALING, seed=6)}}, True, False),
         ({"cache": {"encoding": "float16"}}, False, False),
-        (
-            {"data": {"train": {"kind": "digits"}, "views": 2, "augmentation": {"kind": "shift"}, "window": 64}},
-            False,
-            False,
-        ),
-        ({"data": {"train": {"kind": "digits"}, "views": 1, "augmentation": {"kind": "shift"}}}, False, False),
+        ({"data": DATA | {"window": 64}}, False, False),
+        ({"data": DATA | {"views": 1}}, False, False),
     ],
     ids=str,
 )
