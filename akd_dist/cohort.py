@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from akd_dist import recipe
 from akd_dist.device import settle
+from akd_dist.metrics import predictions
 from akd_dist.models import ModelCard, add_folder
 from akd_dist.rows import Rows, Splits, prepare
 from akd_dist.storage.errors import AkdError, MachineError, RefusedError
 from akd_dist.storage.files import failpoint, file_lock, replace
 from akd_dist.storage.node_cache import open_decoded
-from akd_dist.storage.reader import open_store
+from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.stream import Stream
 from akd_dist.student import Group, Student, fail_before_start
 
@@ -62,6 +64,8 @@ class CohortJob:
     """Which attempt of the run this is."""
     checkpoint_seconds: float = 20.0
     """Time between checkpoints; 0 writes one at the end of every epoch and nowhere else."""
+    device: str = "cpu"
+    """Where the students compute: `cpu`, or `cuda` for this worker's GPU."""
 
     @property
     def stop_file(self) -> Path:
@@ -84,11 +88,15 @@ def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
         RefusedError: the data of this node is not that of the driver, or a probe view's pixels differ.
         DamagedError: a store is damaged; no student has taken a step.
     """
-    group = group or Group()
-    settle("cpu", job.students[0].threads)
+    device = settle(job.device, job.students[0].threads)
     add_folder(job.folder)
     splits = prepare(job.data, Path(job.cache_root))
     check_fingerprints(job, splits)
+    return train_on(job, splits, device, group or Group())
+
+
+def train_on(job: CohortJob, splits: Splits, device: torch.device, group: Group) -> dict[str, Any]:
+    """`train_cohort` on rows that are at hand, in a process that `settle` has settled."""
     stream, teacher_classes = open_stream(job, splits)
     with contextlib.ExitStack() as locks:
         if group.rank == 0:
@@ -96,7 +104,8 @@ def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
                 lock = Path(job.root) / spec.name / "checkpoints" / "lock"
                 locks.enter_context(file_lock(lock, what=f"the student {spec.name}", wait=ZOMBIE_SECONDS))
         group.any(False)  # nobody reads a checkpoint before rank 0 holds the locks
-        students = [student for spec in job.students if (student := open_student(job, spec, splits.train, group))]
+        opened = [open_student(job, spec, splits.train, group, device) for spec in job.students]
+        students = [student for student in opened if student is not None]
         failpoint("cohort.before_first_step")
         stopped = _Lockstep(job, group, stream, splits, teacher_classes, students).run()
     return {"stopped": stopped, "students": [result for spec in job.students if (result := read_result(job, spec))]}
@@ -122,11 +131,15 @@ def check_fingerprints(job: CohortJob, splits: Splits) -> None:
 
 
 def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | None]:
-    """The cohort's stream, and the class that the teacher chooses for each test row, int64 [n], both from stores."""
+    """The cohort's stream, and the class that the teacher chooses for each test row, int64 [n], both from stores.
+
+    For regression there are no classes to agree on.
+    """
     logits, teacher_classes = None, None
     if job.stores:
-        test = open_store(job.teacher_test or job.stores["test"])
-        teacher_classes = test.rows(0, 0, test.num_rows).argmax(axis=1)
+        test = open_store(job.teacher_test or job.stores["test"])  # opened, and so checked, whatever the task
+        if splits.test.task == "classification":
+            teacher_classes = stored_predictions(test, splits.test).numpy()
         logits = open_decoded(open_store(job.stores["train"]), Path(job.cache_root))
     stream = Stream(
         splits.train,
@@ -142,14 +155,32 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | No
     return stream, teacher_classes
 
 
-def open_student(job: CohortJob, spec: recipe.Student, rows: Rows, group: Group) -> Student | None:
+def stored_predictions(store: LogitStore, rows: Rows) -> torch.Tensor:
+    """What the teacher says of each row of a store without augmentation, as `metrics.predictions`; shard by shard."""
+    shards = (shard for shard in store.layout.shards() if shard.view == 0)
+    blocks = (torch.from_numpy(store.rows(0, shard.start, shard.stop)) for shard in shards)
+    return torch.cat([predictions(rows.task, block) for block in blocks])
+
+
+def open_student(
+    job: CohortJob, spec: recipe.Student, rows: Rows, group: Group, device: torch.device
+) -> Student | None:
     """The student at its newest checkpoint; None if it has ended before, or ends here because it cannot be set up."""
     if ended(job, spec):
         return None
     folder, log = Path(job.root) / spec.name, Path(job.logs) / f"{spec.name}.log"
     try:
         card = ModelCard.of(spec.model, rows, job.data.normalize)
-        student = Student(spec, card, folder, log=log, attempt=job.attempt, group=group)
+        student = Student(
+            spec,
+            card,
+            folder,
+            log=log,
+            attempt=job.attempt,
+            group=group,
+            metric=job.data.primary_metric,
+            device=device,
+        )
         student.resume()
     except MachineError:
         raise
@@ -229,10 +260,10 @@ class _Lockstep:
         return False
 
     def _end_epoch(self, student: Student) -> None:
-        record = student.end_epoch(self.splits.validation)
+        record, metric = student.end_epoch(self.splits.validation), self.job.data.primary_metric
         student.note(
             f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "
-            f"validation accuracy {record['validation']['accuracy']:.4f}"
+            f"validation {metric} {record['validation'][metric]:.4f}"
         )
         if student.epoch == student.epochs:
             student.finish(self.splits.test, self.teacher_classes)
@@ -284,7 +315,7 @@ class _Lockstep:
                     "stage": student.stage.name,
                     "epoch": student.epoch,
                     "epochs": student.epochs,
-                    "accuracy": student.history[-1]["validation"]["accuracy"] if student.history else None,
+                    "validation": student.history[-1]["validation"] if student.history else None,
                 }
                 for student in self.students
             ],

@@ -29,13 +29,7 @@ def settle(device: str, threads: int) -> torch.device:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
     if device == "cuda":
-        if not torch.cuda.is_available():
-            raise MachineError(
-                "the recipe computes on a GPU, and there is none here",
-                got="no CUDA device that torch can use",
-                expected="an NVIDIA GPU, its driver, and a torch built for CUDA",
-                next="set device: cpu in the recipe (--set device=cpu), or run where there is a GPU",
-            )
+        _check_gpu()
         torch.backends.cudnn.benchmark = False
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -43,8 +37,33 @@ def settle(device: str, threads: int) -> torch.device:
 
 
 def device_name(device: str) -> str:
-    """The kind of device as stores remember it: `cpu`, or `cuda:` and the card's name."""
-    return f"cuda:{torch.cuda.get_device_name()}" if device == "cuda" else device
+    """The kind of device as stores remember it: `cpu`, or `cuda:` and the card's name.
+
+    Raises:
+        MachineError: the recipe asks for a GPU, and this process sees none.
+    """
+    if device != "cuda":
+        return device
+    _check_gpu()
+    return f"cuda:{torch.cuda.get_device_name()}"
+
+
+def gpus_of(device: str) -> int:
+    """GPUs that a process on this device occupies."""
+    return int(device == "cuda")
+
+
+def generator_states(device: torch.device) -> list[torch.Tensor]:
+    """The states of torch's generators that computing on a device draws from: the CPU's, then the GPU's; uint8 [n]."""
+    states = [torch.get_rng_state()]
+    return states if device.type == "cpu" else [*states, torch.cuda.get_rng_state(device)]
+
+
+def set_generator_states(device: torch.device, states: list[torch.Tensor]) -> None:
+    """Bring torch's generators to states that `generator_states` returned."""
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def weights_dtype(precision: Precision) -> torch.dtype:
@@ -57,3 +76,13 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     if precision in ("bfloat16", "float16"):
         return torch.autocast(device.type, dtype=getattr(torch, precision))
     return contextlib.nullcontext()
+
+
+def _check_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise MachineError(
+            "the recipe computes on a GPU, and there is none here",
+            got="no CUDA device that torch can use",
+            expected="an NVIDIA GPU, its driver, and a torch built for CUDA",
+            next="set device: cpu in the recipe (--set device=cpu), or run where there is a GPU",
+        )

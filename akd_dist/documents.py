@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from akd_dist.recipe import recipe_schema
+from akd_dist.recipe import Metric, Task, recipe_schema
 
 SCHEMAS = Path(__file__).parent / "schemas"
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Correlation = Annotated[float, Field(ge=-1, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -132,12 +133,20 @@ class PlanDocument(Document):
 
 
 class Metrics(Document):
-    """Metrics of a model on one split."""
+    """Metrics of a model on one split: those of the task, and the loss where it was measured. Higher is better."""
 
-    accuracy: Share
-    """Share of rows whose first class is the label."""
+    accuracy: Share | None = None
+    """Classification: share of rows whose first class is the label."""
+    f1: Share | None = None
+    """Classification: F1 of class 1 where there are two classes, else the mean of all that occur."""
+    matthews: Correlation | None = None
+    """Classification: Matthews' correlation of predicted and true classes; 0 where it is undefined."""
+    pearson: Correlation | None = None
+    """Regression: Pearson's correlation of predictions and labels; 0 where it is undefined."""
+    spearman: Correlation | None = None
+    """Regression: Spearman's correlation, of ranks; 0 where it is undefined."""
     loss: float | None = None
-    """Mean cross-entropy, where it was measured."""
+    """Mean cross-entropy, or mean squared error for regression, where it was measured and is finite."""
 
 
 class FleetTeacher(Document):
@@ -188,7 +197,8 @@ class FleetStudent(Document):
     test: Metrics | None
     """Metrics of the delivered weights on the test rows; measured once."""
     agreement: Share | None
-    """Share of test rows where student and teacher choose the same class; the recipe's teacher for every student."""
+    """Share of test rows where it chooses the class of the recipe's teacher, whomever it learned from; null for
+    regression."""
     seconds: float
     """Time spent on its training."""
     path: str
@@ -206,6 +216,10 @@ class FleetDocument(Document):
     """The run's folder."""
     store: str
     """The train store."""
+    task: Task
+    """What a label is."""
+    metric: Metric
+    """The primary metric: it picked the best epochs, and heads the tables."""
     teacher: FleetTeacher
     """Whom the students learned from."""
     assistants: list[FleetAssistant] = []

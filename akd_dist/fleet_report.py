@@ -8,6 +8,7 @@ spreads over seeds. The page opens offline: figures are inline SVG, and its cont
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -29,9 +30,33 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-ANNEALING, HARD_LABELS = "annealing_kd", "hard_labels"
-OBJECTIVE_LABELS = {ANNEALING: "Annealing-KD", HARD_LABELS: "hard labels"}
-OBJECTIVE_COLOURS = {ANNEALING: "#3b82d6", HARD_LABELS: "#e07a2f"}
+ANNEALING, CONTINUATION, HARD_LABELS = "annealing_kd", "continuation_kd", "hard_labels"
+# In the order of a table's rows: what this is about, what came after it, its baselines.
+OBJECTIVE_LABELS = {
+    ANNEALING: "Annealing-KD",
+    CONTINUATION: "Continuation-KD",
+    "takd": "TAKD",
+    "kd": "KD",
+    HARD_LABELS: "hard labels",
+}
+OBJECTIVE_COLOURS = {
+    ANNEALING: "#3b82d6",
+    CONTINUATION: "#d14f7c",
+    "takd": "#9a62d3",
+    "kd": "#1fa187",
+    HARD_LABELS: "#e07a2f",
+}
+PAPERS = {
+    ANNEALING: (
+        "Jafari, Rezagholizadeh, Sharma, Ghodsi",
+        "Annealing Knowledge Distillation",
+        "EACL 2021, arXiv 2104.07163",
+    ),
+    CONTINUATION: ("Jafari et al.", "Continuation KD", "EMNLP 2022, arXiv 2212.05998"),
+    "takd": ("Mirzadeh et al.", "Improved Knowledge Distillation via Teacher Assistant", "AAAI 2020, arXiv 1902.03393"),
+    "kd": ("Hinton, Vinyals, Dean", "Distilling the Knowledge in a Neural Network", "2015, arXiv 1503.02531"),
+}
+"""Authors, title, and where it appeared."""
 # One hue per student size, smallest first; mid-tones that read on white and on near-black.
 SIZE_COLOURS = ("#d14f7c", "#9a62d3", "#3f8fd0", "#1fa187", "#8aa52b", "#d9902f")
 OTHER_COLOUR = "#7d8794"
@@ -40,6 +65,67 @@ INK = "#010203"
 LEGEND_ENTRIES = 12
 
 Metrics = list[dict[str, Any]]
+
+
+# --- how a metric is told ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A metric as a reader meets it: shares of rows in percent, correlations between -1 and 1 as they are."""
+
+    name: str
+    """As it stands in a sentence."""
+    short: str
+    """As it heads a narrow column."""
+    percent: bool
+    """Whether it is shown in percent."""
+
+    @property
+    def title(self) -> str:
+        """Its name as a title begins with it."""
+        return self.name[0].upper() + self.name[1:]
+
+    @property
+    def label(self) -> str:
+        """Its name with its unit, for columns and axes."""
+        return f"{self.name}, %" if self.percent else self.name
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied by to be shown."""
+        return 100.0 if self.percent else 1.0
+
+    def text(self, value: float | None) -> str:
+        """0.98333 as `98.33` in percent, else as `0.9833`; a missing number as a dash."""
+        if self.percent or value is None or not math.isfinite(value):
+            return percent(value)
+        return f"{value:.4f}"
+
+    def with_unit(self, text: str) -> str:
+        """A text of these numbers with its unit, where it stands alone."""
+        return f"{text} %" if self.percent else text
+
+    def plus_minus(self, spread: Spread | None) -> str:
+        """`97.41 ± 0.23`; the mean alone for one seed; a dash for none."""
+        if spread is None or spread.deviation is None:
+            return self.text(spread.mean if spread else None)
+        return f"{self.text(spread.mean)} ± {self.text(spread.deviation)}"
+
+    def gain(self, value: float | None) -> str:
+        """A difference with its sign, in percentage points or as it is; a dash for none."""
+        if value is None:
+            return "-"
+        return f"{100 * value:+.2f}" if self.percent else f"{value:+.4f}"
+
+
+SHOWN = {
+    "accuracy": Shown("accuracy", "accuracy", percent=True),
+    "f1": Shown("F1", "F1", percent=True),
+    "matthews": Shown("Matthews' correlation", "Matthews", percent=False),
+    "pearson": Shown("Pearson's correlation", "Pearson", percent=False),
+    "spearman": Shown("Spearman's correlation", "Spearman", percent=False),
+}
 
 
 # --- results, seeds grouped -------------------------------------------------------------------------------------------
@@ -69,6 +155,8 @@ class Group:
     objective: str
     tau_max: int | None
     stem: str
+    metric: str = "accuracy"
+    """The run's primary metric."""
     students: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -88,9 +176,9 @@ class Group:
         return f"{label}, τ {self.tau_max}" if self.tau_max is not None else label
 
     @cached_property
-    def accuracy(self) -> Spread | None:
-        """Test accuracy over seeds, 0 to 1."""
-        return Spread.of(student["test"]["accuracy"] for student in self.done)
+    def score(self) -> Spread | None:
+        """The primary metric on the test rows, over seeds."""
+        return Spread.of(student["test"][self.metric] for student in self.done)
 
     @cached_property
     def agreement(self) -> Spread | None:
@@ -103,7 +191,7 @@ class Group:
         return statistics.fmean(student["seconds"] for student in self.done) if self.done else None
 
 
-def group_students(students: Iterable[dict[str, Any]]) -> list[Group]:
+def group_students(students: Iterable[dict[str, Any]], metric: str = "accuracy") -> list[Group]:
     """Students that differ only in their seed, gathered; smallest model first, Annealing-KD before its baselines.
 
     Only a name that ends in `-s<seed>` says that nothing but the seed differs; any other student is a group of its own.
@@ -111,15 +199,15 @@ def group_students(students: Iterable[dict[str, Any]]) -> list[Group]:
     groups: dict[tuple[Any, ...], Group] = {}
     for student in students:
         stem = str(student["name"]).removesuffix(f"-s{student['seed']}")
-        key = (student["model"], student["objective"], student["tau_max"], stem)
+        key = (student["model"], student["objective"], student["tau_max"], stem, metric)
         groups.setdefault(key, Group(*key)).students.append(student)
-    order = {ANNEALING: 0, HARD_LABELS: 2}
+    order = list(OBJECTIVE_LABELS)
     return sorted(
         groups.values(),
         key=lambda group: (
             group.parameters,
             group.model,
-            order.get(group.objective, 1),
+            order.index(group.objective) if group.objective in order else len(order),
             group.tau_max or 0,
             group.stem,
         ),
@@ -159,7 +247,8 @@ def fleet_table(fleet: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    teacher, groups = fleet["teacher"], group_students(fleet["students"])
+    teacher, shown = fleet["teacher"], SHOWN[fleet["metric"]]
+    groups, agreeing = group_students(fleet["students"], fleet["metric"]), fleet["task"] == "classification"
     lost = unfinished(fleet["students"])
     table = Table(
         title=f"{run_name(fleet)}: test results, mean ± standard deviation over seeds",
@@ -177,12 +266,12 @@ def fleet_table(fleet: dict[str, Any]) -> Table:
     table.add_column("para-\nmeters", justify="right", no_wrap=True)
     table.add_column("of\nteacher", justify="right", no_wrap=True)
     table.add_column("objective", no_wrap=True)
-    table.add_column("test\naccuracy %", justify="right", no_wrap=True)
-    table.add_column("agree-\nment %", justify="right", no_wrap=True)
+    table.add_column(f"test\n{shown.with_unit(shown.short)}", justify="right", no_wrap=True)
+    if agreeing:
+        table.add_column("agree-\nment %", justify="right", no_wrap=True)
     table.add_column("seconds", justify="right", no_wrap=True)
-    table.add_row(
-        "teacher", f"{teacher['parameters']:,}", "100 %", "", percent(teacher["test"]["accuracy"]), "", "", style="bold"
-    )
+    best = shown.text(teacher["test"][fleet["metric"]])
+    table.add_row("teacher", f"{teacher['parameters']:,}", "100 %", "", best, style="bold")
     previous = None
     for group in groups:
         if group.model != previous:
@@ -192,8 +281,8 @@ def fleet_table(fleet: dict[str, Any]) -> Table:
             f"{group.parameters:,}",
             share(group.parameters, teacher["parameters"]),
             Text(group.objective_label),
-            plus_minus(group.accuracy),
-            percent(group.agreement.mean if group.agreement else None),
+            shown.plus_minus(group.score),
+            *([percent(group.agreement.mean if group.agreement else None)] if agreeing else []),
             seconds(group.seconds),
         )
         previous = group.model
@@ -212,13 +301,6 @@ def percent(fraction: float | None, digits: int = 2) -> str:
     return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.{digits}f}"
 
 
-def plus_minus(spread: Spread | None) -> str:
-    """`97.41 ± 0.23` in percent; the mean alone for one seed; a dash for none."""
-    if spread is None or spread.deviation is None:
-        return percent(spread.mean if spread else None)
-    return f"{percent(spread.mean)} ± {percent(spread.deviation)}"
-
-
 def share(parameters: int, of: int) -> str:
     """A student's size as a percentage of its teacher's, to two significant digits below ten."""
     part = 100 * parameters / of if of else math.nan
@@ -232,11 +314,6 @@ def seconds(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def points(gain: float | None) -> str:
-    """A difference of two accuracies in percentage points, with its sign."""
-    return "-" if gain is None else f"{100 * gain:+.2f}"
 
 
 # --- reading a run ----------------------------------------------------------------------------------------------------
@@ -341,17 +418,20 @@ def render(fleet: dict[str, Any], metrics: dict[str, Metrics]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, plus_minus=plus_minus, seconds=seconds, points=points)
-    groups = group_students(fleet["students"])
+    environment.filters.update(percent=percent, seconds=seconds)
+    groups, shown = group_students(fleet["students"], fleet["metric"]), SHOWN[fleet["metric"]]
     return environment.get_template("report.html.j2").render(
         run=run_name(fleet),
         fleet=fleet,
+        shown=shown,
+        agreeing=fleet["task"] == "classification",
         teacher=fleet["teacher"],
         rows=_table_rows(fleet["teacher"], groups),
-        tiles=_tiles(fleet, groups),
+        tiles=_tiles(fleet, groups, shown),
         unfinished=unfinished(fleet["students"]),
-        figures=list(_figures(fleet["teacher"], groups, metrics)),
+        figures=list(_figures(fleet, groups, metrics, shown)),
         objective_labels=OBJECTIVE_LABELS,
+        papers={kind: paper for kind, paper in PAPERS.items() if any(group.objective == kind for group in groups)},
     )
 
 
@@ -370,38 +450,38 @@ def _table_rows(teacher: dict[str, Any], groups: list[Group]) -> Iterator[dict[s
 
 
 def gain_over_hard_labels(group: Group, groups: Iterable[Group]) -> float | None:
-    """Mean accuracy less that of the same model trained from hard labels; None without exactly one such baseline."""
+    """Mean score less that of the same model trained from hard labels; None without exactly one such baseline."""
     baselines = [
-        other.accuracy
-        for other in groups
-        if (other.model, other.objective) == (group.model, HARD_LABELS) and other.accuracy
+        other.score for other in groups if (other.model, other.objective) == (group.model, HARD_LABELS) and other.score
     ]
-    if group.objective == HARD_LABELS or group.accuracy is None or len(baselines) != 1:
+    if group.objective == HARD_LABELS or group.score is None or len(baselines) != 1:
         return None
-    return group.accuracy.mean - baselines[0].mean
+    return group.score.mean - baselines[0].mean
 
 
-def _tiles(fleet: dict[str, Any], groups: list[Group]) -> list[tuple[str, str, str]]:
+def _tiles(fleet: dict[str, Any], groups: list[Group], shown: Shown) -> list[tuple[str, str, str]]:
     """The page's headline figures: (number, what it is, one line more)."""
     teacher, students = fleet["teacher"], fleet["students"]
-    finished = [group for group in groups if group.accuracy is not None]
+    finished = [group for group in groups if group.score is not None]
     done = len(students) - len(unfinished(students))
     tiles = [
         (
-            f"{percent(teacher['test']['accuracy'])} %",
-            "teacher's test accuracy",
+            shown.with_unit(shown.text(teacher["test"][fleet["metric"]])),
+            f"teacher's test {shown.name}",
             f"{teacher['model']}, {teacher['parameters']:,} parameters",
         ),
         (f"{done} of {len(students)}", "students trained", f"{len({group.model for group in groups})} sizes"),
     ]
     if finished:
-        best = max(finished, key=lambda group: group.accuracy.mean if group.accuracy else 0.0)
-        tiles.append((f"{plus_minus(best.accuracy)} %", "best student", f"{best.model}, {best.objective_label}"))
+        best = max(finished, key=lambda group: group.score.mean if group.score else -math.inf)
+        number = shown.with_unit(shown.plus_minus(best.score))
+        tiles.append((number, "best student", f"{best.model}, {best.objective_label}"))
     gains = [gain for group in groups if (gain := gain_over_hard_labels(group, groups)) is not None]
     if gains:
         ahead = sum(gain > 0 for gain in gains)
         told = f"mean of {len(gains)}, ahead in {ahead}"
-        tiles.append((points(statistics.fmean(gains)), "points over hard labels", told))
+        what = "points over hard labels" if shown.percent else f"{shown.short} over hard labels"
+        tiles.append((shown.gain(statistics.fmean(gains)), what, told))
     return tiles
 
 
@@ -417,74 +497,111 @@ class Picture:
     svg: str
 
 
-def _figures(teacher: dict[str, Any], groups: list[Group], metrics: dict[str, Metrics]) -> Iterator[Picture]:
-    finished = [group for group in groups if group.accuracy is not None]
+def _figures(
+    fleet: dict[str, Any], groups: list[Group], metrics: dict[str, Metrics], shown: Shown
+) -> Iterator[Picture]:
+    finished, metric = [group for group in groups if group.score is not None], fleet["metric"]
     if finished:
+        teacher = fleet["teacher"]["test"][metric]
         yield Picture(
-            "Accuracy against size",
-            "Test accuracy over the number of parameters. Bars: one standard deviation over seeds; dots: single seeds; "
-            "dashed: the teacher.",
-            _draw(lambda axes: _against_size(axes, finished, "accuracy", teacher["test"]["accuracy"])),
+            f"{shown.title} against size",
+            f"Test {shown.name} over the number of parameters. Bars: one standard deviation over seeds; dots: single "
+            "seeds; dashed: the teacher.",
+            _draw(
+                lambda axes: _against_size(
+                    axes,
+                    finished,
+                    lambda student: student["test"][metric],
+                    f"test {shown.label}",
+                    scale=shown.scale,
+                    teacher=teacher,
+                )
+            ),
         )
     if any(group.agreement is not None for group in finished):
         yield Picture(
             "Agreement with the teacher",
             "Share of test rows for which student and teacher choose the same class, over the number of parameters.",
-            _draw(lambda axes: _against_size(axes, finished, "agreement", None)),
+            _draw(
+                lambda axes: _against_size(
+                    axes, finished, lambda student: student["agreement"], "test agreement, %", scale=100.0
+                )
+            ),
         )
     schedules = _schedules(groups, metrics)
     if schedules:
         yield Picture(
             "Annealing schedule",
-            "The temperature T falls to 1 in stage I, so the factor Φ on the teacher's logits climbs to exactly 1. "
-            "Stage II has hard labels alone.",
+            " ".join(told for kind, told in _SCHEDULES.items() if any(kind == key[0] for key in schedules)),
             _draw(lambda axes: _draw_schedules(axes, schedules)),
         )
-    yield from _loss_figures(groups, metrics)
-
-
-def _loss_figures(groups: list[Group], metrics: dict[str, Metrics]) -> Iterator[Picture]:
-    stage1 = _curves(groups, metrics, "annealing", lambda record: record["train_loss"])
-    if stage1:
+    yield from _loss_figures(fleet["task"], groups, metrics)
+    validation = _curves(groups, metrics, None, lambda record: (record["validation"] or {}).get(metric))
+    if validation:
         yield Picture(
+            f"Validation {shown.name}",
+            "It picks the best epoch of each stage; the test set is read once, at the end. Dashed: hard labels alone.",
+            _draw(lambda axes: _draw_curves(axes, validation, f"validation {shown.label}", shown.scale)),
+        )
+
+
+_SCHEDULES = {
+    ANNEALING: "The temperature T falls to 1 in stage I, so the factor Φ on the teacher's logits climbs to exactly 1. "
+    "Stage II has hard labels alone.",
+    CONTINUATION: "In Continuation-KD's one stage the weight ψ of the labels climbs to 1 as well.",
+}
+
+
+def _loss_figures(task: str, groups: list[Group], metrics: dict[str, Metrics]) -> Iterator[Picture]:
+    regression = task == "regression"
+    of_labels = "squared error" if regression else "cross-entropy"
+    from_teacher = "squared distance to the teacher" if regression else "divergence from the teacher's softened classes"
+    figures = {
+        "annealing": (
             "Stage I loss",
             "Squared distance between the student's logits and Φ times the teacher's, on training rows. "
             "A step of Φ may raise it.",
-            _draw(lambda axes: _draw_losses(axes, stage1)),
-        )
-    stage2 = _curves(groups, metrics, HARD_LABELS, lambda record: record["train_loss"])
-    if stage2:
-        yield Picture(
+        ),
+        "continuation": (
+            "Continuation-KD loss",
+            f"The {of_labels} with weight ψ, and the distance to Φ times the teacher's logits with the rest of it.",
+        ),
+        "kd": ("KD loss", f"The {of_labels} and the {from_teacher} (TAKD: the assistant), mixed, on training rows."),
+        HARD_LABELS: (
             "Hard-label loss",
-            "Cross-entropy on training rows: stage II of Annealing-KD, and (dashed) training from hard labels alone.",
-            _draw(lambda axes: _draw_losses(axes, stage2)),
-        )
-    validation = _curves(
-        groups, metrics, None, lambda record: 100 * (record["validation"] or {}).get("accuracy", math.nan)
-    )
-    if validation:
-        yield Picture(
-            "Validation accuracy",
-            "It picks the best epoch of each stage; the test set is read once, at the end. Dashed: hard labels alone.",
-            _draw(lambda axes: _draw_curves(axes, validation, "validation accuracy, %")),
-        )
+            f"{of_labels.capitalize()} on training rows: stage II of Annealing-KD, and (dashed) training from hard "
+            "labels alone.",
+        ),
+    }
+    for stage, (title, caption) in figures.items():
+        curves = _curves(groups, metrics, stage, lambda record: record["train_loss"])
+        if curves:
+            yield Picture(title, caption, _draw(functools.partial(_draw_losses, curves=curves)))
 
 
-def _against_size(axes: Axes, groups: list[Group], metric: str, teacher: float | None) -> None:
+def _against_size(
+    axes: Axes,
+    groups: list[Group],
+    value: Callable[[dict[str, Any]], float | None],
+    label: str,
+    *,
+    scale: float,
+    teacher: float | None = None,
+) -> None:
     for objective in dict.fromkeys(group.objective for group in groups):
-        line = [
-            (group, spread) for group in groups if group.objective == objective and (spread := getattr(group, metric))
-        ]
+        line = []
+        colour = OBJECTIVE_COLOURS.get(objective, OTHER_COLOUR)
+        for group in (group for group in groups if group.objective == objective):
+            values = [scale * number for one in group.done if (number := value(one)) is not None]
+            axes.plot([group.parameters] * len(values), values, "o", color=colour, alpha=0.35, markersize=3.5, mew=0)
+            if spread := Spread.of(values):
+                line.append((group, spread))
         if not line:
             continue
-        colour = OBJECTIVE_COLOURS.get(objective, OTHER_COLOUR)
-        for group, _ in line:
-            values = [100 * (s["test"]["accuracy"] if metric == "accuracy" else s["agreement"]) for s in group.done]
-            axes.plot([group.parameters] * len(values), values, "o", color=colour, alpha=0.35, markersize=3.5, mew=0)
         axes.errorbar(
             [group.parameters for group, _ in line],
-            [100 * spread.mean for _, spread in line],
-            yerr=[100 * (spread.deviation or 0.0) for _, spread in line],
+            [spread.mean for _, spread in line],
+            yerr=[spread.deviation or 0.0 for _, spread in line],
             color=colour,
             # Several temperatures give several points of one size: a line through them would mean nothing.
             linestyle="-" if len({group.parameters for group, _ in line}) == len(line) else "none",
@@ -495,13 +612,13 @@ def _against_size(axes: Axes, groups: list[Group], metric: str, teacher: float |
             label=OBJECTIVE_LABELS.get(objective, objective),
         )
     if teacher is not None:
-        axes.axhline(100 * teacher, color=INK, linestyle=(0, (5, 4)), linewidth=1.2, label="teacher")
+        axes.axhline(scale * teacher, color=INK, linestyle=(0, (5, 4)), linewidth=1.2, label="teacher")
     sizes = [group.parameters for group in groups]
     if min(sizes) > 0 and max(sizes) > min(sizes):
         axes.set_xscale("log")
         _name_sizes(axes, groups)
     axes.set_xlabel("parameters")
-    axes.set_ylabel(f"test {metric}, %")
+    axes.set_ylabel(label)
     _legend_above(axes)
 
 
@@ -514,59 +631,56 @@ def _name_sizes(axes: Axes, groups: list[Group]) -> None:
         axes.minorticks_off()
 
 
-def _schedules(groups: list[Group], metrics: dict[str, Metrics]) -> dict[tuple[int, int], list[tuple[int, int, float]]]:
-    """(tau_max, epochs of stage I) -> (epoch from 1, temperature, Phi) per epoch of stage I."""
-    found: dict[tuple[int, int], list[tuple[int, int, float]]] = {}
+Step = tuple[int, int, float, float | None]
+"""An epoch from 1, its temperature, Phi, and psi where there is one."""
+
+
+def _schedules(groups: list[Group], metrics: dict[str, Metrics]) -> dict[tuple[str, int, int], list[Step]]:
+    """(objective, tau_max, annealed epochs) -> these epochs."""
+    found: dict[tuple[str, int, int], list[Step]] = {}
     for group in groups:
         if group.tau_max is None:
             continue
         for student in group.students:
             steps = [
-                (record["epoch"] + 1, record["temperature"], record["phi"])
+                (record["epoch"] + 1, record["temperature"], record["phi"], record.get("psi"))
                 for record in metrics.get(student["name"], [])
                 if record.get("temperature") is not None
             ]
             if steps and student["state"] == "done":
-                found.setdefault((group.tau_max, len(steps)), steps)
+                found.setdefault((group.objective, group.tau_max, len(steps)), steps)
     return found
 
 
-def _draw_schedules(axes: Axes, schedules: dict[tuple[int, int], list[tuple[int, int, float]]]) -> None:
+def _draw_schedules(axes: Axes, schedules: dict[tuple[str, int, int], list[Step]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     factor_axes = axes.twinx()
     factor_axes.grid(False)
     factor_axes.spines["right"].set_visible(True)
     styles: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
-    several = len(schedules) > 1
-    for number, ((tau_max, length), steps) in enumerate(sorted(schedules.items())):
-        epochs = [epoch for epoch, _, _ in steps]
-        style, suffix = styles[number % len(styles)], f" (τ {tau_max}, {length} epochs)" if several else ""
-        axes.step(
-            epochs,
-            [t for _, t, _ in steps],
-            where="mid",
-            color="#d14f7c",
-            linestyle=style,
-            linewidth=1.8,
-            label=f"T{suffix}",
-        )
-        factor_axes.step(
-            epochs,
-            [phi for _, _, phi in steps],
-            where="mid",
-            color="#1fa187",
-            linestyle=style,
-            linewidth=1.8,
-            label=f"Φ{suffix}",
-        )
-    top = max(tau_max for tau_max, _ in schedules)
+    kinds = {objective for objective, _, _ in schedules}
+    for number, ((objective, tau_max, length), steps) in enumerate(sorted(schedules.items())):
+        told = [OBJECTIVE_LABELS.get(objective, objective)] if len(kinds) > 1 else []
+        suffix = f" ({', '.join([*told, f'τ {tau_max}', f'{length} epochs'])})" if len(schedules) > 1 else ""
+        epochs = [epoch for epoch, _, _, _ in steps]
+        lines: list[tuple[Axes, str, str, Sequence[float]]] = [
+            (axes, "T", "#d14f7c", [t for _, t, _, _ in steps]),
+            (factor_axes, "Φ", "#1fa187", [phi for _, _, phi, _ in steps]),
+            (factor_axes, "ψ", "#d9902f", [psi for _, _, _, psi in steps if psi is not None]),
+        ]
+        for where, name, colour, values in lines:
+            if values:
+                style = styles[number % len(styles)]
+                where.step(
+                    epochs, values, where="mid", color=colour, linestyle=style, linewidth=1.8, label=f"{name}{suffix}"
+                )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(0, top * 1.08)
+    axes.set_ylim(0, max(tau_max for _, tau_max, _ in schedules) * 1.08)
     factor_axes.set_ylim(0, 1.08)
-    axes.set_xlabel("epoch of stage I")
+    axes.set_xlabel("epoch of stage I" if kinds == {ANNEALING} else "epoch")
     axes.set_ylabel("temperature T")
-    factor_axes.set_ylabel("Φ(T) = 1 - (T - 1) / τ")
+    factor_axes.set_ylabel("Φ(T) = 1 - (T - 1) / τ" + (", and ψ" if CONTINUATION in kinds else ""))
     _whole_epochs(axes)
     _legend_above(axes, factor_axes)
 
@@ -604,13 +718,14 @@ def _curves(
     return curves
 
 
-def _draw_curves(axes: Axes, curves: Sequence[Curve], ylabel: str) -> None:
+def _draw_curves(axes: Axes, curves: Sequence[Curve], ylabel: str, scale: float = 1.0) -> None:
     """Colour says the size of the student, line style how it was trained."""
     styles = _line_styles(curves)
     for curve in curves:
         style, marker = styles[curve.group.objective_label], "o" if len(curve.epochs) == 1 else None
-        axes.fill_between(curve.epochs, curve.low, curve.high, color=curve.colour, alpha=0.13, linewidth=0)
-        axes.plot(curve.epochs, curve.mean, color=curve.colour, linestyle=style, linewidth=1.6, marker=marker)
+        low, mean, high = ([scale * value for value in side] for side in (curve.low, curve.mean, curve.high))
+        axes.fill_between(curve.epochs, low, high, color=curve.colour, alpha=0.13, linewidth=0)
+        axes.plot(curve.epochs, mean, color=curve.colour, linestyle=style, linewidth=1.6, marker=marker)
     for model, colour in {curve.group.model: curve.colour for curve in curves}.items():
         axes.plot([], [], color=colour, label=model)
     for label, style in styles.items() if len(styles) > 1 else ():
@@ -622,8 +737,8 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], ylabel: str) -> None:
 
 
 def _line_styles(curves: Sequence[Curve]) -> dict[str, Any]:
-    """Objective -> line style: hard labels dashed, temperatures solid first."""
-    styles = itertools.cycle(("-", (0, (1, 1.2)), (0, (6, 2, 1, 2))))
+    """Objective -> line style: hard labels dashed, the first of the others solid."""
+    styles = itertools.cycle(("-", (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (6, 2, 1, 2, 1, 2)), (0, (10, 2))))
     return {
         label: (0, (4, 2)) if objective == HARD_LABELS else next(styles)
         for label, objective in {curve.group.objective_label: curve.group.objective for curve in curves}.items()

@@ -153,7 +153,9 @@ def save_model(folder: Path, module: nn.Module, card: ModelCard) -> None:
 
 
 def load_model(uri: str | Path) -> nn.Module:
-    """The module of a model folder, in eval mode: raw inputs [n, *shape] -> logits float32 [n, classes].
+    """The module of a model folder, in eval mode: raw inputs [n, *shape] -> logits [n, classes], in float32.
+
+    Weights that were trained in float64 stay so, and give float64.
 
     A model of kind `custom` imports its factory, so its folder must be on `sys.path` (see `add_folder`).
 
@@ -176,7 +178,10 @@ def read_model(uri: str | Path) -> tuple[nn.Module, ModelCard]:
     card, weights = _read(uri)
     module = build(card, seed=0)
     try:
-        module.load_state_dict(safetensors.torch.load(weights))
+        tensors = safetensors.torch.load(weights)
+        if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+            module.double()  # else loading would round them
+        module.load_state_dict(tensors)
     except (SafetensorError, RuntimeError) as error:
         raise RefusedError(
             f"the weights in {uri} do not fit the model that its {CARD} describes",

@@ -23,13 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from akd_dist import recipe
 from akd_dist.checkpoint import load_checkpoint, save_checkpoint
+from akd_dist.device import autocast, generator_states, set_generator_states, weights_dtype
+from akd_dist.metrics import measure, predictions
 from akd_dist.models import ModelCard, build, num_parameters, save_model
-from akd_dist.objectives import Stage, hard_label_losses, learning_rate, row_losses, stages
+from akd_dist.objectives import Stage, at_least_float32, label_losses, learning_rate, row_losses, stages
 from akd_dist.rows import Rows
 from akd_dist.storage.files import append, failpoint, replace, sha256
 from akd_dist.stream import Batch
 
 EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class Group:
 
     rank: int = 0
     world: int = 1
+    device: str = "cpu"
+    """Where what they exchange has to lie: NCCL, the backend of GPUs, takes nothing else."""
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Each flag, true if it is true on any rank: how ranks agree before one of them leaves the step."""
         if self.world == 1:
             return flags
-        shared = torch.tensor(flags, dtype=torch.int32)
+        shared = torch.tensor(flags, dtype=torch.int32, device=self.device)
         torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
         return tuple(bool(flag) for flag in shared)
 
@@ -51,7 +56,7 @@ class Group:
         """The sum of a number over the ranks."""
         if self.world == 1:
             return value
-        shared = torch.tensor(value, dtype=torch.float64)
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(shared)
         return float(shared)
 
@@ -70,12 +75,13 @@ class Group:
                 torch.distributed.broadcast(tensor, src=0)
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """A tensor from every rank, in rank order."""
+        """A tensor from every rank, in rank order, each on the device that this one lies on."""
         if self.world == 1:
             return [tensor]
-        gathered = [torch.empty_like(tensor) for _ in range(self.world)]
-        torch.distributed.all_gather(gathered, tensor)
-        return gathered
+        sent = tensor.to(self.device)
+        gathered = [torch.empty_like(sent) for _ in range(self.world)]
+        torch.distributed.all_gather(gathered, sent)
+        return [received.to(tensor.device) for received in gathered]
 
 
 class DivergedError(Exception):
@@ -96,6 +102,8 @@ class Student:
         log: its log file.
         attempt: which attempt of the run this is; part of checkpoint names.
         group: the data-parallel ranks it is trained on; rank 0 alone writes.
+        metric: what picks the best epoch of each stage; None takes the usual one of the task.
+        device: where module, optimizer and batches lie.
     """
 
     def __init__(
@@ -107,8 +115,11 @@ class Student:
         log: Path,
         attempt: int = 1,
         group: Group | None = None,
+        metric: recipe.Metric | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.spec, self.card, self.folder, self.attempt = spec, card, folder, attempt
+        self.metric, self.device = metric, device
         self.group = group or Group()
         self.log = log if self.group.rank == 0 else log.with_suffix(f".rank{self.group.rank}.log")
         self.stages = stages(spec.objective)
@@ -120,7 +131,7 @@ class Student:
         self.best_record: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None
         self.module, self.rng = self._initialise()
-        self.optimizer = make_optimizer(self.module, spec.optimizer)
+        self.optimizer, self.scaler = self._new_optimizer()
         self._forward: nn.Module = self.module
         if self.group.world > 1:
             self._forward = DistributedDataParallel(self.module)
@@ -172,9 +183,7 @@ class Student:
             value = float(total.detach())
             if self.group.any(not math.isfinite(value))[0]:
                 raise DivergedError(f"the loss is {value} in epoch {self.epoch}, step {self.step}, at lr {rate:g}")
-            self.optimizer.zero_grad()
-            (total * self.group.world / batch.global_rows).backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
+            self._descend(total * self.group.world / batch.global_rows)
         self.loss_sum += value
         self.loss_rows += len(batch.rows)
         self.step += 1
@@ -185,13 +194,28 @@ class Student:
         failure: Exception | None = None
         total = torch.zeros(())
         try:
-            logits = self._forward(batch.inputs)
+            with autocast(self.device, self.spec.precision):
+                logits = self._forward(batch.inputs)
             total = row_losses(self.stage, self.stage_epoch, logits, batch.logits, batch.labels).sum()
         except Exception as error:
             failure = error
         if self.group.any(failure is not None)[0]:
             raise failure or PeerFailedError("another worker of this student failed")
         return total
+
+    def _descend(self, loss: torch.Tensor) -> None:
+        """One step down the gradient of the global batch.
+
+        After the backward pass every rank holds that gradient, so its norm is the same on all of them.
+        """
+        clip = self.spec.optimizer.clip
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.module.parameters(), clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def end_epoch(self, validation: Rows) -> dict[str, Any]:
         """Validate, remember the best weights of the stage, and move on to the next epoch or stage.
@@ -204,7 +228,7 @@ class Student:
         """
         started = time.perf_counter()
         # One rank's numbers for all: ranks that chose different best weights would train different models.
-        metrics: dict[str, float] = self.group.from_first(evaluate(self.module, validation)[0])
+        metrics: dict[str, float] = self.group.from_first(self._evaluate(validation)[0])
         if not math.isfinite(metrics["loss"]):
             raise DivergedError(f"the validation loss is {metrics['loss']} after epoch {self.epoch}")
         stage, epoch = self.stage, self.stage_epoch
@@ -214,13 +238,15 @@ class Student:
             "stage_epoch": epoch,
             "temperature": stage.temperature(epoch),
             "phi": stage.phi(epoch),
+            "psi": stage.psi(epoch),
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": self.group.sum(self.loss_sum) / self.group.sum(self.loss_rows),
             "validation": metrics,
             "seconds": round(self.seconds + time.perf_counter() - started, 3),
         }
         self.history.append(record)
-        if self.best is None or metrics["accuracy"] > self.best_record["validation"]["accuracy"]:
+        metric = self.metric or recipe.METRICS[validation.task][0]
+        if self.best is None or metrics[metric] > self.best_record["validation"][metric]:
             self.best, self.best_record = copy_of(self.module.state_dict()), record
         self.epoch, self.step, self.loss_sum, self.loss_rows = self.epoch + 1, 0, 0.0, 0
         if epoch + 1 == stage.epochs and self.stage_index + 1 < len(self.stages):
@@ -235,8 +261,8 @@ class Student:
         assert self.best is not None
         self.module.load_state_dict(self.best)
         self.group.share_state(self.module)
-        self.optimizer = make_optimizer(self.module, self.spec.optimizer)
-        self.rng = seeded_state(self.spec.seed, index, self.group.rank)
+        self.optimizer, self.scaler = self._new_optimizer()
+        self.rng = seeded_states(self.device, self.spec.seed, index, self.group.rank)
         self.stage_index, self.best, self.best_record = index, None, {}
 
     # ---- the end
@@ -245,19 +271,20 @@ class Student:
         """Deliver the best weights of the last stage and measure them on the test rows, once.
 
         Args:
-            teacher_classes: the class that the teacher chooses for each test row, int64 [n], if there is a teacher.
+            teacher_classes: the class that the teacher chooses for each test row, int64 [n]; None without a teacher,
+                or without classes.
         """
         assert self.best is not None
         self.module.load_state_dict(self.best)
-        metrics, chosen = evaluate(self.module, test)
+        metrics, chosen = self._evaluate(test)
         agreement = None if teacher_classes is None else float(np.mean(chosen == teacher_classes))
         if self.group.rank == 0:
             save_model(self.folder, self.module, self.card)
         self._conclude(
             "done",
             None,
-            test={"accuracy": metrics["accuracy"]},
-            validation={"accuracy": self.best_record["validation"]["accuracy"]},
+            test={name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no infinite loss
+            validation=self.best_record["validation"],
             agreement=agreement,
         )
 
@@ -284,7 +311,7 @@ class Student:
 
     def save(self) -> None:
         """Checkpoint everything that the next step depends on. Every rank calls it; rank 0 writes."""
-        states = self.group.gather(self.rng)
+        states = [self.group.gather(state) for state in self.rng]
         losses = self.group.gather(torch.tensor([self.loss_sum, self.loss_rows], dtype=torch.float64))
         if self.group.rank != 0:
             return
@@ -300,6 +327,7 @@ class Student:
             "rng": states,
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
         name = f"{self.epoch:06d}-{self.step:08d}-{self.attempt:04d}"
         save_checkpoint(self.folder / "checkpoints", name, tree)
@@ -315,10 +343,11 @@ class Student:
         self.loss_rows = int(rows)
         self.seconds, self.history = tree["seconds"], tree["history"]
         self.best, self.best_record = tree["best"], tree["best_record"]
-        self.rng = tree["rng"][self.group.rank]
+        self.rng = [ranks[self.group.rank] for ranks in tree["rng"]]
         self.module.load_state_dict(tree["module"])
-        self.optimizer = make_optimizer(self.module, self.spec.optimizer)
+        self.optimizer, self.scaler = self._new_optimizer()
         self.optimizer.load_state_dict(tree["optimizer"])
+        self.scaler.load_state_dict(tree["scaler"])
         self._rewrite_metrics()
         self.note(f"resumed at epoch {self.epoch}, step {self.step}")
         return True
@@ -333,32 +362,47 @@ class Student:
         """Add a line to this student's log."""
         write_note(self.log, text)
 
+    def _evaluate(self, rows: Rows) -> tuple[dict[str, float], np.ndarray]:
+        return evaluate(self.module, rows, self.device, self.spec.precision)
+
+    def _new_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
+        """A fresh optimizer, and what keeps float16's small gradients above zero; elsewhere that does nothing."""
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.spec.precision == "float16")
+        return make_optimizer(self.module, self.spec.optimizer), scaler
+
     # ---- its own randomness
 
-    def _initialise(self) -> tuple[nn.Module, torch.Tensor]:
-        """The module from the student's seed, and the generator state that its first step starts with."""
-        self.rng = seeded_state(self.spec.seed, 0, 0)
+    def _initialise(self) -> tuple[nn.Module, list[torch.Tensor]]:
+        """The module from the student's seed, and the generator states that its first step starts with."""
+        self.rng = seeded_states(self.device, self.spec.seed, 0, 0)
         with self._own_generator():
             module = build(self.card)
-        after = self.rng if self.group.rank == 0 else seeded_state(self.spec.seed, 0, self.group.rank)
-        return module, after
+        first = self.group.rank == 0
+        after = self.rng if first else seeded_states(self.device, self.spec.seed, 0, self.group.rank)
+        return module.to(self.device, weights_dtype(self.spec.precision)), after
 
     @contextlib.contextmanager
     def _own_generator(self) -> Iterator[None]:
-        """Run under this student's torch generator state, and keep where it got to."""
-        outer = torch.get_rng_state()
-        torch.set_rng_state(self.rng)
+        """Run under this student's torch generator states, and keep where they got to."""
+        outer = generator_states(self.device)
+        set_generator_states(self.device, self.rng)
         try:
             yield
         finally:
-            self.rng = torch.get_rng_state()
-            torch.set_rng_state(outer)
+            self.rng = generator_states(self.device)
+            set_generator_states(self.device, outer)
 
 
-def seeded_state(seed: int, stage: int, rank: int) -> torch.Tensor:
-    """The generator state that a stage starts with: a function of (student seed, stage) and, for dropout, the rank."""
-    digest = sha256(f"student {seed} stage {stage} rank {rank}".encode())
-    return torch.Generator().manual_seed(int(digest[:15], 16)).get_state()
+def seeded_state(seed: int, stage: int, rank: int, device: str | torch.device = "cpu") -> torch.Tensor:
+    """The state of a device's generator that a stage starts with: a function of (student seed, stage) and the rank."""
+    digest = sha256(f"student {seed} stage {stage} rank {rank}".encode())  # ranks drop other units
+    return torch.Generator(device).manual_seed(int(digest[:15], 16)).get_state()
+
+
+def seeded_states(device: torch.device, seed: int, stage: int, rank: int) -> list[torch.Tensor]:
+    """The states of all generators that computing on a device draws from, in the order of `generator_states`."""
+    devices = dict.fromkeys(("cpu", device.type))
+    return [seeded_state(seed, stage, rank, one) for one in devices]
 
 
 def make_optimizer(module: nn.Module, spec: recipe.Optimizer) -> torch.optim.Optimizer:
@@ -378,21 +422,31 @@ def make_optimizer(module: nn.Module, spec: recipe.Optimizer) -> torch.optim.Opt
 
 
 @torch.inference_mode()
-def evaluate(module: nn.Module, rows: Rows) -> tuple[dict[str, float], np.ndarray]:
-    """Accuracy (share of rows) and mean cross-entropy of a module on rows, un-augmented.
+def evaluate(
+    module: nn.Module, rows: Rows, device: torch.device, precision: recipe.Precision = "float32"
+) -> tuple[dict[str, float], np.ndarray]:
+    """Every metric of the task (see `metrics.measure`) and the mean label loss of a module on rows, un-augmented.
+
+    Args:
+        module: on `device`, its weights in `weights_dtype(precision)`.
 
     Returns:
-        The metrics, and the class chosen for each row, int64 [n].
+        The metrics with `loss`, mean cross-entropy or squared error; and what the module says of each row: the class,
+        int64 [n], or for regression the number, float [n].
     """
     module.eval()
-    loss, chosen = 0.0, []
+    loss, said = 0.0, []
     for start in range(0, len(rows), EVALUATION_ROWS):
-        inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
-        logits = module(torch.from_numpy(np.array(inputs)))
-        loss += float(hard_label_losses(logits, torch.from_numpy(np.array(labels))).double().sum())
-        chosen.append(logits.argmax(dim=1).numpy())
-    classes = np.concatenate(chosen)
-    return {"accuracy": float(np.mean(classes == rows.labels)), "loss": loss / len(rows)}, classes
+        block = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
+        inputs, labels = (torch.from_numpy(np.array(part)).to(device) for part in block)
+        with autocast(device, precision):
+            logits = module(inputs)
+        logits = at_least_float32(logits)
+        loss += float(label_losses(logits, labels).double().sum())
+        said.append(predictions(rows.task, logits).cpu())
+    together = torch.cat(said)
+    metrics = measure(rows.task, together, torch.from_numpy(np.array(rows.labels)), rows.classes)
+    return metrics | {"loss": loss / len(rows)}, together.numpy()
 
 
 def copy_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ import torch
 from torch import nn
 
 from akd_dist import recipe
-from akd_dist.device import settle
-from akd_dist.models import add_folder, read_model
+from akd_dist.device import autocast, device_name, settle, weights_dtype
+from akd_dist.models import ModelCard, add_folder, read_model
 from akd_dist.rows import Rows, prepare
-from akd_dist.storage.errors import RefusedError
+from akd_dist.storage.errors import MachineError, RefusedError
+from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.storage.layout import Shard
 from akd_dist.storage.manifest import Probe, Receipt
 from akd_dist.storage.writer import StoreWriter, adopt_shard, write_shard
@@ -44,50 +46,67 @@ class CacheJob:
     teacher_uri: str
     """The teacher's model folder."""
     teacher: str
-    """The teacher's fingerprint as the driver saw it."""
+    """The teacher's fingerprint as the driver saw it, see `served_fingerprint`."""
     augmentation: recipe.Augmentation
     """How the split's views are drawn; none for validation and test."""
     cache: recipe.Cache
-    """Batch rows and threads."""
+    """Batch rows, threads and precision."""
     cache_root: str
     """Prepared data of this node."""
     folder: str | None = None
     """The recipe's folder, put on sys.path for a custom teacher."""
+    device: str = "cpu"
+    """Where the teacher computes: `cpu`, or `cuda` for this process's GPU."""
 
 
-def teacher_logits(module: nn.Module, inputs: torch.Tensor, batch_rows: int) -> np.ndarray:
-    """The teacher's raw logits, float32 [n, classes], of inputs [n, *shape].
+def teacher_logits(
+    module: nn.Module, inputs: torch.Tensor, batch_rows: int, precision: recipe.Precision = "float32"
+) -> np.ndarray:
+    """The teacher's raw logits, float32 [n, classes] whatever it computes with, of inputs [n, *shape].
 
     Every batch has the same number of rows, the last one padded with copies of its first row: kernels choose their
     order of summation by the batch's shape, so batches of another size may differ in the last bit.
+
+    Args:
+        module: on any device, its weights in `weights_dtype(precision)`.
+        inputs: on any device.
     """
     module.eval()
+    device = next(itertools.chain(module.parameters(), module.buffers())).device
     blocks = []
     with torch.inference_mode():
         for start in range(0, len(inputs), batch_rows):
-            batch = inputs[start : start + batch_rows]
+            batch = inputs[start : start + batch_rows].to(device)
             padding = batch[:1].expand(batch_rows - len(batch), *batch.shape[1:])
-            blocks.append(module(torch.cat([batch, padding]))[: len(batch)].float().numpy())
+            with autocast(device, precision):
+                logits = module(torch.cat([batch, padding]))
+            blocks.append(logits[: len(batch)].float().cpu().numpy())
     return np.concatenate(blocks)
 
 
+def served_fingerprint(card: ModelCard, precision: recipe.Precision) -> str:
+    """The teacher as stores know it: its own fingerprint in float32; in another precision it is another teacher."""
+    return card.fingerprint if precision == "float32" else sha256(canonical_json([card.fingerprint, precision]))
+
+
 @functools.lru_cache(maxsize=2)
-def load_teacher(uri: str, fingerprint: str) -> nn.Module:
-    """The teacher in eval mode, loaded once in a process.
+def load_teacher(uri: str, fingerprint: str, precision: recipe.Precision = "float32", device: str = "cpu") -> nn.Module:
+    """The teacher in eval mode, on a device and in the dtype of a precision, loaded once in a process.
 
     Raises:
         RefusedError: the folder holds another teacher than `fingerprint` says, or none.
         DamagedError: its weights are not those that were saved.
     """
     module, card = read_model(uri)
-    if card.fingerprint != fingerprint:
+    found = served_fingerprint(card, precision)
+    if found != fingerprint:
         raise RefusedError(
             f"the teacher in {uri} has changed",
-            got=f"fingerprint {card.fingerprint[:16]}",
+            got=f"fingerprint {found[:16]}",
             expected=f"fingerprint {fingerprint[:16]}, as when the store was begun",
             next="run the same command again: another teacher makes another store",
         )
-    return module
+    return module.to(torch.device(device), weights_dtype(precision))
 
 
 def cache_shard(job: CacheJob, shard: Shard) -> Receipt:
@@ -95,6 +114,7 @@ def cache_shard(job: CacheJob, shard: Shard) -> Receipt:
 
     Raises:
         RefusedError: data or teacher are not what the store is for, or logits are not finite; names the rows.
+        MachineError: this process has not the device that the store is computed on.
         DamagedError, MachineError: as `write_shard`.
     """
     started = time.perf_counter()
@@ -112,16 +132,30 @@ def compute_shard(job: CacheJob, shard: Shard) -> tuple[np.ndarray, float, list[
 
     A pure function of the job and the shard, down to the last bit: threads and batch rows are fixed by the recipe.
     """
-    settle("cpu", job.cache.threads)
+    settle(job.device, job.cache.threads)
+    _check_device(job)
     add_folder(job.folder)
-    rows, module = _rows_of(job), load_teacher(job.teacher_uri, job.teacher)
+    precision = job.cache.precision
+    rows, module = _rows_of(job), load_teacher(job.teacher_uri, job.teacher, precision, job.device)
     blocks = []
     for start in range(shard.start, shard.stop, job.cache.batch_rows):
         numbers = np.arange(start, min(start + job.cache.batch_rows, shard.stop))
         inputs = view_of(job.augmentation, job.data.seed, rows.inputs.take(numbers, axis=0), numbers, shard.view)
-        blocks.append(teacher_logits(module, inputs, job.cache.batch_rows))
+        blocks.append(teacher_logits(module, inputs, job.cache.batch_rows, precision))
     logits = np.concatenate(blocks)
     return logits, *_remember(job, shard, logits)
+
+
+def _check_device(job: CacheJob) -> None:
+    """Refuse a card other than the one that the store is pinned to: its last bits may differ."""
+    here, pinned = device_name(job.device), job.store.creation.computed.device
+    if here != pinned:
+        raise MachineError(
+            "this node computes on another device than the store is computed on",
+            got=here,
+            expected=pinned,
+            next="run where every node has that device, or begin another store: another --store-root",
+        )
 
 
 def _remember(job: CacheJob, shard: Shard, logits: np.ndarray) -> tuple[float, list[Probe]]:

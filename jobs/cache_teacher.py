@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from akd_dist import recipe as recipes
+from akd_dist.device import device_name, gpus_of
 from akd_dist.jobs.progress import meter, tell
 from akd_dist.jobs.train_teacher import (
     Place,
@@ -41,7 +42,7 @@ from akd_dist.storage.manifest import Computed, Creation, Identity, Receipt
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store
-from akd_dist.teacher import CacheJob, cache_shard, compute_shard
+from akd_dist.teacher import CacheJob, cache_shard, compute_shard, served_fingerprint
 
 
 @dataclass
@@ -223,7 +224,7 @@ def creation_of(recipe: Recipe, rows: Rows, split: str, card: ModelCard) -> Crea
     """The identity of a split's store and how it is to be computed. Only train rows are augmented."""
     augmentation = recipe.data.augmentation if split == "train" else NoAugmentation()
     plain = isinstance(augmentation, NoAugmentation)
-    fingerprint = card.fingerprint
+    fingerprint = served_fingerprint(card, recipe.cache.precision)
     identity = Identity(
         format=FORMAT_VERSION,
         dataset=rows.fingerprint,
@@ -238,7 +239,7 @@ def creation_of(recipe: Recipe, rows: Rows, split: str, card: ModelCard) -> Crea
     computed = Computed(
         batch_rows=recipe.cache.batch_rows,
         threads=recipe.cache.threads,
-        device="cpu",
+        device=device_name(recipe.device),
         versions={name: version(name) for name in ("akd-dist", "numpy", "torch", "zarr")},
     )
     teacher = {"fingerprint": fingerprint, "spec": card.model_dump(mode="json")}
@@ -276,7 +277,14 @@ def compute_on_ray(hop: Hop, recipe: Recipe, place: Place) -> None:
             shown.update(done)
 
         shown.update(0)
-        cluster.run_tasks(cache_shard, tasks, threads=recipe.cache.threads, stop=stop, on_result=count)
+        cluster.run_tasks(
+            cache_shard,
+            tasks,
+            threads=recipe.cache.threads,
+            gpus=gpus_of(recipe.device),
+            stop=stop,
+            on_result=count,
+        )
     if stop:
         told = f"stopped; the {sum(plan.computed for plan in hop.plans)} shards that this run computed are kept"
         raise stop.error(told, "the same command carries on with the missing shards")
@@ -305,6 +313,7 @@ def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str
         cache=recipe.cache,
         cache_root=cache_root,
         folder=recipe.folder,
+        device=recipe.device,
     )
 
 

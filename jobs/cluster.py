@@ -226,29 +226,33 @@ def run_tasks(
     tasks: Iterable[Task],
     *,
     threads: int,
+    gpus: int = 0,
     stop: StopFlag,
     on_result: Callable[[Task, Any], None],
     retries: int = 3,
 ) -> None:
     """Run Ray tasks, a bounded number in flight; hand on results as they come.
 
-    A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next. A task whose
-    worker died is run again up to `retries` times; one that raised is not, since its inputs would be the same.
+    A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next; on a GPU too,
+    where Ray would start a new process for each. A task whose worker died is run again up to `retries` times; one that
+    raised is not, since its inputs would be the same.
 
     Args:
         function: called as function(job, item) in a worker.
         threads: CPUs that a task occupies.
+        gpus: GPUs that a task has to itself.
         stop: once it is up, no other task is started and those in flight are dropped: they have published or not.
 
     Raises:
         AkdError: as raised by a task.
         RefusedError: a task raised something else, as a user's own model may; names the item, shows it whole.
-        MachineError: an item's worker died more often than `retries` (names the item), or tasks need more threads than
-            the cluster has CPUs.
+        MachineError: an item's worker died more often than `retries` (names the item), or tasks need more threads or
+            GPUs than the cluster has.
     """
-    check_fits(threads, "tasks of so many threads")
-    remote = ray.remote(num_cpus=threads, max_retries=retries, max_calls=0)(function)
-    window = 2 * max(1, int(total_cpus()) // threads)
+    check_fits(threads, "tasks of so many threads", gpus=gpus)
+    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries, max_calls=0)(function)
+    at_once = total_cpus() // threads if gpus == 0 else min(total_cpus() // threads, total_gpus() // gpus)
+    window = 2 * max(1, int(at_once))
     shipped: dict[int, Any] = {}
     waiting = iter(tasks)
     flying: dict[Any, Task] = {}
@@ -274,14 +278,17 @@ def run_one(
     function: Callable[..., Any],
     *arguments: Any,
     threads: int,
+    gpus: int = 0,
     stop: StopFlag,
     on_poll: Callable[[], None],
     name: str,
     retries: int = 3,
 ) -> Any:
     """Run one Ray task and wait for it, calling `on_poll` several times a second; errors as in `run_tasks`."""
-    check_fits(threads, name)
-    reference = ray.remote(num_cpus=threads, max_retries=retries, max_calls=0)(function).remote(*arguments)
+    check_fits(threads, name, gpus=gpus)
+    once = 1 if gpus else 0  # a process that ends gives back the memory of its GPU
+    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries, max_calls=once)(function)
+    reference = remote.remote(*arguments)
     while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
         check_alive(stop)
         on_poll()
@@ -315,17 +322,30 @@ def total_cpus() -> float:
     return float(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
 
 
-def are_free(cpus: float) -> bool:
-    """Whether the cluster has so many CPUs free now."""
-    return float(ray.available_resources().get("CPU", 0)) >= cpus  # type: ignore[no-untyped-call]
+def total_gpus() -> float:
+    """GPUs of the whole cluster."""
+    return float(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
 
 
-def check_fits(cpus: float, what: str) -> None:
+def are_free(cpus: float, gpus: float = 0) -> bool:
+    """Whether the cluster has so many CPUs and GPUs free now."""
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    return float(free.get("CPU", 0)) >= cpus and float(free.get("GPU", 0)) >= gpus
+
+
+def check_fits(cpus: float, what: str, *, gpus: float = 0) -> None:
     """Refuse what would wait for ever.
 
     Raises:
-        MachineError: the whole cluster has fewer CPUs.
+        MachineError: the whole cluster has fewer CPUs, or fewer GPUs.
     """
+    if gpus > total_gpus():
+        raise MachineError(
+            f"the cluster has too few GPUs for {what}",
+            got=f"{total_gpus():g} GPUs in all",
+            expected=f"{gpus:g} GPUs, as the recipe says device: cuda",
+            next="set device: cpu in the recipe (--set device=cpu), lower `workers`, or join nodes with GPUs",
+        )
     if cpus > total_cpus():
         raise MachineError(
             f"the cluster is too small for {what}",

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from akd_dist.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
+from akd_dist.device import gpus_of
 from akd_dist.jobs import cluster
 from akd_dist.jobs.planner import Cohort, cohort_job, cpus_of
 from akd_dist.jobs.progress import Meter, meter, tell
@@ -39,13 +40,15 @@ class Fleet:
 
     Args:
         base: what all cohorts have in common.
-        assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
         rows: train rows, from which the number of steps follows.
         stop: once it is up, running cohorts checkpoint and return, and no other is started.
+        assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
     """
 
-    def __init__(self, base: CohortJob, assistant: Stores, rows: int, stop: cluster.StopFlag, console: Console) -> None:
-        self.base, self.assistant, self.rows, self.stop, self.console = base, assistant, rows, stop, console
+    def __init__(
+        self, base: CohortJob, rows: int, stop: cluster.StopFlag, console: Console, assistant: Stores | None = None
+    ) -> None:
+        self.base, self.rows, self.stop, self.console, self.assistant = base, rows, stop, console, assistant or {}
         self.jobs: list[CohortJob] = []
         self.threads: list[threading.Thread] = []
         self.errors: list[BaseException] = []
@@ -64,7 +67,7 @@ class Fleet:
             MachineError: a cohort does not fit the cluster, or the cluster was lost.
         """
         for cohort in cohorts:
-            cluster.check_fits(cpus_of(cohort), f"the cohort of {cohort[0].name}")
+            cluster.check_fits(cpus_of(cohort), f"the cohort of {cohort[0].name}", gpus=self._gpus(cohort))
         self._begin_attempt()
         students = [spec for cohort in cohorts for spec in cohort]
         steps = sum(spec.objective.epochs * math.ceil(self.rows / spec.batch) for spec in students)
@@ -100,10 +103,11 @@ class Fleet:
 
     def _start_when_free(self, cohort: Cohort, shown: Meter) -> None:
         """Start a cohort once the cluster has room for it; not after a stop or an error."""
-        told = False
-        while not self.stop and not self.errors and not cluster.are_free(cpus_of(cohort)):
+        told, cpus, gpus = False, cpus_of(cohort), self._gpus(cohort)
+        while not self.stop and not self.errors and not cluster.are_free(cpus, gpus):
             if not told:
-                tell(self.console, f"{cohort[0].name} and its cohort wait for {cpus_of(cohort)} free CPUs")
+                wanted = f"{cpus} free CPUs" + (f" and {gpus} free GPUs" if gpus else "")
+                tell(self.console, f"{cohort[0].name} and its cohort wait for {wanted}")
                 told = True
             self._follow(shown)
         if self.stop or self.errors:
@@ -115,6 +119,10 @@ class Fleet:
         # Until it trains its CPUs still count as free, and the next one would be started into them.
         while thread.is_alive() and read_progress(job) is None:
             self._follow(shown)
+
+    def _gpus(self, cohort: Cohort) -> int:
+        """GPUs that a cohort occupies: one a worker."""
+        return cohort[0].workers * gpus_of(self.base.device)
 
     def _new_job(self, cohort: Cohort) -> CohortJob:
         with self.lock:
@@ -220,7 +228,12 @@ def fit(job: CohortJob) -> str:
         trainer = TorchTrainer(
             run_worker,  # type: ignore[arg-type]  # what it returns is the run's return value
             train_loop_config={"job": job},
-            scaling_config=ScalingConfig(num_workers=spec.workers, resources_per_worker={"CPU": spec.threads}),
+            # With a GPU for each worker, Ray Train makes it torch's current one and lets the workers talk by NCCL.
+            scaling_config=ScalingConfig(
+                num_workers=spec.workers,
+                use_gpu=bool(gpus_of(job.device)),
+                resources_per_worker={"CPU": spec.threads},
+            ),
             run_config=RunConfig(name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=1)),
         )
         try:
@@ -254,7 +267,8 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
     so that Ray ends them too and none waits for this one.
     """
     context = cluster.ray.train.get_context()
-    job, group = config["job"], Group(context.get_world_rank(), context.get_world_size())
+    job = config["job"]
+    group = Group(context.get_world_rank(), context.get_world_size(), job.device)
     log = worker_log(job, group.rank)
     keep_log(log)
     try:

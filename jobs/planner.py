@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from akd_dist.cohort import CohortJob
+from akd_dist.device import autocast, gpus_of, weights_dtype
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.models import ModelCard, build
 from akd_dist.recipe import Recipe, Student
@@ -21,6 +22,7 @@ from akd_dist.storage.errors import RecipeError
 # What starting and stopping one Ray Train run costs, whatever it trains (measured: 9 to 14 s on 2 cores, Ray 2.60).
 START_SECONDS = 14.0
 PROBE_STEPS = 4
+UNKNOWN_SECONDS = 1e-6  # not 0, by which all students would land in one cohort and leave the others empty
 
 Cohort = tuple[Student, ...]
 log = logging.getLogger(__name__)
@@ -52,11 +54,12 @@ def cpus_of(cohort: Cohort) -> int:
     return cohort[0].workers * cohort[0].threads
 
 
-def plan_cohorts(recipe: Recipe, students: list[Student], cpus: int, splits: Splits) -> list[Cohort]:
+def plan_cohorts(recipe: Recipe, students: list[Student], cpus: int, splits: Splits, gpus: int = 0) -> list[Cohort]:
     """Cut the students into cohorts: as few as can be, one more only where it saves more time than its start costs.
 
     Args:
         cpus: CPUs of the whole cluster.
+        gpus: its GPUs; where the recipe computes on these, they are what cohorts are planned for.
 
     Raises:
         RecipeError: `cohorts` is less than the number of groups that cannot share a stream.
@@ -71,7 +74,10 @@ def plan_cohorts(recipe: Recipe, students: list[Student], cpus: int, splits: Spl
         )
     cost = _costs(recipe, students, splits)
     seconds = [sum(cost(spec) for spec in group) for group in groups]
-    counts = allocate(seconds, [cpus_of(group) for group in groups], cpus, recipe.cohorts)
+    if gpus_of(recipe.device):
+        counts = allocate(seconds, [group[0].workers for group in groups], gpus, recipe.cohorts)
+    else:
+        counts = allocate(seconds, [cpus_of(group) for group in groups], cpus, recipe.cohorts)
     parts = (split_evenly(group, count, cost) for group, count in zip(groups, counts, strict=True))
     return [cohort for part in parts for cohort in part]
 
@@ -80,7 +86,7 @@ def allocate(seconds: list[float], cpus_each: list[int], cpus: int, wanted: int 
     """How many cohorts each group is cut into.
 
     Every group has one; the next one goes where it saves most time, while it saves more than it costs to start and has
-    CPUs of its own; or until there are as many as `wanted`.
+    CPUs (or GPUs, where these are counted) of its own; or until there are as many as `wanted`.
     """
     counts = [1] * len(seconds)
     while True:
@@ -120,24 +126,34 @@ def _costs(recipe: Recipe, students: list[Student], splits: Splits) -> Callable[
 
 
 def _probe_key(spec: Student) -> str:
-    return f"{spec.model.model_dump_json()} {spec.batch} {spec.threads}"
+    return f"{spec.model.model_dump_json()} {spec.batch} {spec.threads} {spec.precision}"
 
 
 def _probe(recipe: Recipe, spec: Student, splits: Splits) -> float:
-    """Seconds of one training step, measured here and now; 0 for a model that fails, which its worker will tell of."""
+    """Seconds of one training step, measured here and now.
+
+    A model that fails counts as next to nothing, and its worker will tell of it; so does every model of a recipe for
+    GPUs where this machine has none, and then all count alike.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.threads)
+    device = torch.device(recipe.device)
     try:
         module = build(ModelCard.of(spec.model, splits.train, recipe.data.normalize), seed=0)
-        inputs = torch.from_numpy(splits.train.read(0, min(spec.batch, len(splits.train)))[0].copy())
+        module.to(device, weights_dtype(spec.precision))
+        inputs = torch.from_numpy(splits.train.read(0, min(spec.batch, len(splits.train)))[0].copy()).to(device)
         best = math.inf
         for _ in range(PROBE_STEPS):
             started = time.perf_counter()
-            module(inputs).square().mean().backward()
+            with autocast(device, spec.precision):
+                logits = module(inputs)
+            loss = logits.float().square().mean()
+            loss.backward()
+            loss.item()  # waits for a GPU
             best = min(best, time.perf_counter() - started)
     except Exception as error:
         log.warning("the probe of %s failed: %s", spec.name, error)
-        return 0.0
+        return UNKNOWN_SECONDS
     finally:
         torch.set_num_threads(threads)
     return 1.5 * best  # an optimizer step and its bookkeeping come on top

@@ -16,18 +16,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 
 from akd_dist import recipe as recipes
-from akd_dist.cohort import ZOMBIE_SECONDS, CohortJob, ended, open_stream, read_result, stop_attempts, train_cohort
+from akd_dist.cohort import (
+    ZOMBIE_SECONDS,
+    CohortJob,
+    ended,
+    open_stream,
+    read_result,
+    stop_attempts,
+    stored_predictions,
+    train_cohort,
+)
 from akd_dist.fleet_report import write_report
 from akd_dist.jobs.cache_teacher import cache_teacher, check_assistants, prepare_shown
 from akd_dist.jobs.planner import cohort_job, groups_of, learns_from_assistant
 from akd_dist.jobs.progress import tell
 from akd_dist.jobs.train_teacher import Stores
+from akd_dist.metrics import measure
 from akd_dist.models import ModelCard, add_folder, build, num_parameters
 from akd_dist.recipe import Recipe
-from akd_dist.rows import SPLITS, Splits, prepare
+from akd_dist.rows import SPLITS, Rows, Splits, prepare
 from akd_dist.storage.errors import RecipeError
 from akd_dist.storage.files import canonical_json, file_lock, replace
 from akd_dist.storage.reader import LogitStore, open_store
@@ -99,7 +111,7 @@ def train_students(
         for group in groups_of(todo):  # decode once, and refuse a damaged store before anything starts
             open_stream(cohort_job(base, group, chain[-1]), splits)
         cohorts = _train(base, recipe, todo, chain, splits, address, console) if todo else 0
-        fleet = finish_run(run, recipe, base, chain, parameters, cohorts, time.monotonic() - started)
+        fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - started)
         tell_failures(fleet, base, console)
     return fleet
 
@@ -121,8 +133,8 @@ def _train(
     with cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
         cluster.connect(address, tell=lambda text: tell(console, text))
         stop.check()
-        cohorts = plan_cohorts(recipe, todo, int(cluster.total_cpus()), splits)
-        count = Fleet(base, chain[-1], len(splits.train), stop, console).train(cohorts)
+        cohorts = plan_cohorts(recipe, todo, int(cluster.total_cpus()), splits, int(cluster.total_gpus()))
+        count = Fleet(base, len(splits.train), stop, console, chain[-1]).train(cohorts)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")
@@ -267,6 +279,7 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
         control=str(control),
         attempt=1 + last_attempt(run),
         checkpoint_seconds=recipe.checkpoint_seconds,
+        device=recipe.device,
     )
 
 
@@ -276,6 +289,7 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
 def finish_run(
     run: Path,
     recipe: Recipe,
+    splits: Splits,
     base: CohortJob,
     chain: Chain,
     parameters: dict[str, int],
@@ -294,8 +308,10 @@ def finish_run(
     fleet = {
         "run": str(run),
         "store": stores[0]["train"].uri,
-        "teacher": describe_teacher(stores[0]["train"], stores[0]["test"]),
-        "assistants": [describe_assistant(each, stores[0]["test"]) for each in stores[1:]],
+        "task": recipe.data.task,
+        "metric": recipe.data.primary_metric,
+        "teacher": describe_teacher(stores[0]["train"], stores[0]["test"], splits.test),
+        "assistants": [describe_assistant(each, stores[0]["test"], splits.test) for each in stores[1:]],
         "students": results,
         "cohorts": cohorts,
         "seconds": round(seconds, 3),
@@ -324,24 +340,26 @@ def tell_failures(fleet: dict[str, Any], base: CohortJob, console: Console) -> N
             tell(console, f"{student['name']} {student['state']}: {student['reason']}; log: {log}")
 
 
-def describe_teacher(train: LogitStore, test: LogitStore) -> dict[str, Any]:
-    """The teacher's row of the table, from what the stores say of it: it is not run again."""
+def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows) -> dict[str, Any]:
+    """The teacher's row of the table, from its stored logits of the test rows: it is not run again."""
     card = ModelCard.model_validate(train.manifest.teacher["spec"])
-    agreeing = sum(shard.label_agreement * shard.rows for shard in test.manifest.shards)
+    labels = torch.from_numpy(np.array(rows.labels))
     return {
         "model": card.model.label,
         "parameters": num_parameters(build(card, seed=0)),
-        "test": {"accuracy": agreeing / test.num_rows},
+        "test": measure(rows.task, stored_predictions(test, rows), labels, rows.classes),
         "fingerprint": train.manifest.identity.teacher,
     }
 
 
-def describe_assistant(stores: dict[str, LogitStore], teacher_test: LogitStore) -> dict[str, Any]:
+def describe_assistant(stores: dict[str, LogitStore], teacher_test: LogitStore, rows: Rows) -> dict[str, Any]:
     """An assistant's row: as the teacher's, with its agreement with the teacher, and the store of its logits."""
-    train, test = stores["train"], stores["test"]
-    ours, theirs = (store.rows(0, 0, store.num_rows).argmax(axis=1) for store in (test, teacher_test))
-    agreement = float((ours == theirs).mean())
-    return describe_teacher(train, test) | {"agreement": agreement, "store": train.uri}
+    agreement = None
+    if rows.task == "classification":
+        ours, theirs = (stored_predictions(store, rows) for store in (stores["test"], teacher_test))
+        agreement = float((ours == theirs).double().mean())
+    described = describe_teacher(stores["train"], stores["test"], rows)
+    return described | {"agreement": agreement, "store": stores["train"].uri}
 
 
 def _how_cached(model: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.cohort import CohortJob, read_progress, train_cohort
+from akd_dist.device import gpus_of
 from akd_dist.jobs.progress import Meter, meter, tell
 from akd_dist.models import load_card
 from akd_dist.recipe import HardLabels, Recipe
@@ -48,7 +49,7 @@ class Place:
     wait: bool = False
     """Wait for somebody else's claim instead of leaving."""
     stop: StopFlag | None = None
-    """The flag of Ctrl-C and SIGTERM; None where nobody watches for them."""
+    """The flag of Ctrl-C and SIGTERM; None for a plain loop in this process."""
     console: Console = field(default_factory=lambda: Console(quiet=True))
     """Where progress is told."""
 
@@ -71,10 +72,10 @@ class Place:
         """Connect to Ray, or start it; the flag that running tasks are to heed."""
         from akd_dist.jobs import cluster
 
-        stop = self.stop or cluster.StopFlag()
+        assert self.stop is not None, "whoever runs tasks watches for signals"
         cluster.connect(self.address, tell=self.tell)
-        stop.check()
-        return stop
+        self.stop.check()
+        return self.stop
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Trained:
             folder=recipe.folder,
             control=str(root / self.spec.name / "checkpoints"),
             checkpoint_seconds=recipe.checkpoint_seconds,
+            device=recipe.device,
         )
 
 
@@ -217,8 +219,15 @@ def run_on_ray(trained: Trained, job: CohortJob, place: Place) -> dict[str, Any]
     stop = place.connect()
     with meter(place.console, f"training {trained.name}", total=1, unit="steps") as shown:
         poll = functools.partial(_follow, job, shown, stop)
-        threads = trained.spec.threads
-        outcome = cluster.run_one(train_cohort, job, threads=threads, stop=stop, on_poll=poll, name=trained.name)
+        outcome = cluster.run_one(
+            train_cohort,
+            job,
+            threads=trained.spec.threads,
+            gpus=gpus_of(job.device),
+            stop=stop,
+            on_poll=poll,
+            name=trained.name,
+        )
     job.stop_file.unlink(missing_ok=True)
     if outcome["stopped"]:
         raise stop.error(

@@ -12,6 +12,8 @@ from akd_dist.rows import prepare
 
 ANNEALING = {"kind": "annealing_kd", "tau_max": 2, "stage1_epochs": 2, "stage2_epochs": 1}
 HARD = {"kind": "hard_labels", "epochs": 3}
+KD = {"kind": "kd", "epochs": 3}
+CONTINUATION = {"kind": "continuation_kd", "tau_max": 2, "epochs": 3, "margin": 0.5}
 ADAMW = {"kind": "adamw", "lr": 5e-3, "schedule": {"kind": "linear"}}
 
 

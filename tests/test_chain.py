@@ -200,9 +200,11 @@ def test_the_claim_of_a_driver_that_died_when_it_was_done_is_swept_and_a_living_
     cached = home.cache(tmp_path / "stores")
     model = Path(cached["assistants"][0]["path"])
     root, names = str(tmp_path / "stores"), [f"teachers/{model.name}", cached["assistants"][1]["id"]]
+    code = (
+        "import os, sys; from akd_dist.storage.claim import claim_store\nwith claim_store(*sys.argv[1:]): os._exit(0)"
+    )
     for name in names:
-        code = f"import os; from akd_dist.storage.claim import claim_store; claim_store({root!r}, {name!r}).__enter__()"
-        subprocess.run([sys.executable, "-c", f"{code}; os._exit(0)"], check=True)
+        subprocess.run([sys.executable, "-c", code, root, name], check=True)
     assert len(list((tmp_path / "stores").rglob("*.claim"))) == 2
     with claim_store(str(tmp_path / "stores"), cached["id"]):
         assert home.cache(tmp_path / "stores")["hit"]

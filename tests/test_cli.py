@@ -48,6 +48,7 @@ STUDENT = {
 }  # fmt: skip
 FLEET = {
     "run": "runs/digits", "store": PART["store"], "students": [STUDENT], "cohorts": 1, "seconds": 12.5,
+    "task": "classification", "metric": "accuracy",
     "teacher": {"model": "cnn-32", "parameters": 19_210, "test": {"accuracy": 0.98}, "fingerprint": "cd" * 32},
 }  # fmt: skip
 ESTIMATE = {"n": 2, "mean": 0.9, "low": 0.88, "high": 0.92}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from akd_dist.checkpoint import checkpoints
@@ -19,19 +20,39 @@ from akd_dist.cohort import CohortJob, train_cohort
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.train_students import fleet_job, train_in_process
 from akd_dist.models import load_model
-from akd_dist.recipe import Recipe
+from akd_dist.recipe import Recipe, Sgd, Takd
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import DamagedError, RefusedError
 from akd_dist.student import Group
-from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher, stores_of, weights
+from tests.fleets import (
+    ADAMW,
+    ANNEALING,
+    CONTINUATION,
+    HARD,
+    KD,
+    a_recipe,
+    a_student,
+    a_teacher,
+    stores_of,
+    weights,
+)
 
-EIGHT = [
+FLEET = [
     *(a_student(f"annealing-{seed}", seed=seed) for seed in range(3)),
     *(a_student(f"hard-{seed}", seed=seed, objective=HARD) for seed in range(2)),
     a_student("wide", model={"kind": "mlp", "hidden": 24}),
     a_student("cnn", model={"kind": "cnn", "width": 4}),
     a_student("long", objective=ANNEALING | {"stage1_epochs": 3, "stage2_epochs": 2}),
+    a_student("kd", objective=KD),
+    a_student("continuation", objective=CONTINUATION),
+    a_student("float64", objective=KD, precision="float64"),
+    a_student("bfloat16", precision="bfloat16"),
+    a_student("float16", objective=CONTINUATION, precision="float16"),
+    a_student("clipped", optimizer={"kind": "sgd", "lr": 0.1, "clip": 0.05}),
 ]
+
+
+EXPLODING = ADAMW | {"lr": 1e30, "schedule": {"kind": "constant"}}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +62,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return a_recipe(EIGHT)
+    return a_recipe(FLEET)
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +82,14 @@ def undisturbed(recipe: Recipe, stores: dict[str, str], home: Path) -> dict[str,
     return weights(home / "undisturbed")
 
 
-def test_a_student_in_a_cohort_of_eight_ends_as_it_would_alone(
+def test_a_student_in_a_cohort_ends_as_it_would_alone(
     recipe: Recipe, stores: dict[str, str], home: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    assert len(undisturbed) == 8
+    assert len(undisturbed) == len(FLEET)
     for spec in recipe.students:
         train_cohort(job_of(recipe, stores, home, tmp_path, students=(spec,)))
     assert weights(tmp_path) == undisturbed
-    assert len(set(undisturbed.values())) == 8
+    assert len(set(undisturbed.values())) == len(FLEET)
 
 
 def test_what_a_student_leaves(recipe: Recipe, home: Path, undisturbed: dict[str, str]) -> None:
@@ -85,10 +106,59 @@ def test_what_a_student_leaves(recipe: Recipe, home: Path, undisturbed: dict[str
     module = load_model(str(folder))
     with torch.inference_mode():
         chosen = module(torch.from_numpy(np.array(test.inputs))).argmax(1).numpy()
-    assert result["test"]["accuracy"] == pytest.approx(float(np.mean(chosen == test.labels)))
+    assert result["test"]["accuracy"] == pytest.approx(float(np.mean(chosen == test.labels)), abs=1e-6)
+    assert set(result["test"]) == {"accuracy", "f1", "matthews", "loss"}
     assert 0 <= result["agreement"] <= 1
     delivered = max(records[2:], key=lambda record: record["validation"]["accuracy"])
-    assert result["validation"]["accuracy"] == delivered["validation"]["accuracy"]
+    assert result["validation"] == delivered["validation"]
+
+
+def test_psi_is_recorded_where_there_is_one(home: Path, undisturbed: dict[str, str]) -> None:
+    lines = (home / "undisturbed" / "students" / "continuation" / "metrics.jsonl").read_text().splitlines()
+    told = [tuple(json.loads(line)[key] for key in ("stage", "temperature", "phi", "psi")) for line in lines]
+    # k = floor(3 / 2) = 1 epoch a temperature; the ramp takes floor(3/4 * 3) = 2 epochs
+    assert told == [("continuation", 2, 0.5, 0.5), ("continuation", 1, 1.0, 1.0), ("continuation", 1, 1.0, 1.0)]
+
+
+def test_float64_is_delivered_in_float64(recipe: Recipe, home: Path, undisturbed: dict[str, str]) -> None:
+    folder = home / "undisturbed" / "students" / "float64"
+    saved, module = safetensors.torch.load_file(folder / "model.safetensors"), load_model(str(folder))
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float64}
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
+    assert any(not torch.equal(tensor, tensor.float().double()) for tensor in saved.values())
+    inputs = torch.from_numpy(np.array(prepare(recipe.data, home / "cache").test.inputs[:5]))
+    assert module(inputs).dtype == torch.float64
+
+
+def test_half_precision_keeps_its_weights_in_float32(home: Path, undisturbed: dict[str, str]) -> None:
+    for name in ("bfloat16", "float16"):
+        saved = safetensors.torch.load_file(home / "undisturbed" / "students" / name / "model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+        assert any(not torch.equal(tensor, tensor.half().float()) for tensor in saved.values())
+
+
+def test_takd_is_kd_from_whoever_fills_the_store(
+    recipe: Recipe, stores: dict[str, str], home: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    spec = next(spec for spec in recipe.students if spec.name == "kd")
+    takd = spec.model_copy(update={"objective": Takd(epochs=3)})
+    train_cohort(job_of(recipe, stores, home, tmp_path, students=(takd,)))
+    assert weights(tmp_path) == {"kd": undisturbed["kd"]}
+
+
+def test_the_best_epoch_is_the_first_with_the_highest_primary_metric(
+    recipe: Recipe, stores: dict[str, str], home: Path, tmp_path: Path
+) -> None:
+    still = {"kind": "sgd", "lr": 1e-30}  # every epoch is as good as the first
+    spec = recipe.students[0].model_copy(update={"optimizer": Sgd.model_validate(still)})
+    data = recipe.data.model_copy(update={"metric": "matthews"})
+    train_cohort(job_of(recipe, stores, home, tmp_path, students=(spec,), data=data))
+    train_cohort(job_of(recipe, stores, home, tmp_path, students=(recipe.students[0],), data=data))
+    folder = tmp_path / "students" / spec.name
+    result = json.loads((folder / "result.json").read_bytes())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["validation"] == records[1]["validation"]
+    assert result["validation"] == records[2]["validation"]
 
 
 @pytest.mark.parametrize("nth", [1, 7, 18, 19, 40, 55, 90])
@@ -155,13 +225,15 @@ def test_one_that_diverges_and_one_that_fails_leave_the_others_as_they_were(
         "    return Exploding(input_shape[0] * input_shape[1] * input_shape[2], classes)\n"
     )
     bad = [
-        a_student("diverging", optimizer=ADAMW | {"lr": 1e30, "schedule": {"kind": "constant"}}),
+        a_student("diverging", optimizer=EXPLODING),
+        a_student("diverging-kd", objective=KD, optimizer=EXPLODING),
         a_student("failing", model={"kind": "custom", "factory": "exploding_student:exploding"}),
     ]
-    fleet = a_recipe([*bad, *EIGHT], folder=str(tmp_path))
+    fleet = a_recipe([*bad, *FLEET], folder=str(tmp_path))
     results = train_in_process(fleet, stores, run=tmp_path / "run", cache_root=str(home / "cache"))
-    assert results["diverging"]["state"] == "diverged"
-    assert "loss is" in results["diverging"]["reason"]
+    for name in ("diverging", "diverging-kd"):
+        assert results[name]["state"] == "diverged"
+        assert "loss is" in results[name]["reason"]
     assert (results["failing"]["state"], results["failing"]["reason"]) == ("failed", "RuntimeError: out of luck")
     assert checkpoints(tmp_path / "run" / "students" / "failing" / "checkpoints")
     assert "out of luck" in (tmp_path / "run" / "logs" / "failing.log").read_text()
@@ -255,7 +327,16 @@ def test_ranks_share_state_decisions_and_sums(free_port: int) -> None:
 
 
 def test_two_workers_follow_one_worker(home: Path, tmp_path: Path, free_port: int) -> None:
-    students = [a_student(f"s{seed}", seed=seed, model={"kind": "mlp", "hidden": 8}, workers=2) for seed in range(2)]
+    plain: dict[str, Any] = {"model": {"kind": "mlp", "hidden": 8}, "workers": 2}
+    sgd = {"kind": "sgd", "lr": 0.1}
+    students = [
+        *(a_student(f"s{seed}", seed=seed, **plain) for seed in range(2)),
+        a_student("kd", objective=KD, **plain),
+        # Not by Adam, which makes a whole step of a gradient that is nothing but rounding.
+        a_student("continuation", objective=CONTINUATION, optimizer=sgd, **plain),
+        a_student("clipped", optimizer=sgd | {"clip": 0.02}, **plain),
+        a_student("float64", optimizer=sgd, precision="float64", **plain),
+    ]
     recipe = a_recipe(students)
     stores = stores_of(recipe, str(home / "teacher"), home)
     train_in_process(recipe, stores, run=tmp_path / "one", cache_root=str(home / "cache"))
@@ -265,4 +346,4 @@ def test_two_workers_follow_one_worker(home: Path, tmp_path: Path, free_port: in
         alone = load_model(str(tmp_path / "one" / "students" / spec.name)).state_dict()
         together = load_model(str(tmp_path / "two" / "students" / spec.name)).state_dict()
         for name, tensor in alone.items():
-            assert torch.allclose(tensor, together[name], atol=1e-4), name
+            assert torch.allclose(tensor, together[name], atol=1e-9 if spec.name == "float64" else 1e-4), name

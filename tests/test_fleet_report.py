@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import html.parser
 import json
 import math
@@ -15,14 +16,15 @@ from rich.console import Console
 
 from akd_dist.documents import FleetDocument
 from akd_dist.fleet_report import (
+    OBJECTIVE_COLOURS,
+    OBJECTIVE_LABELS,
+    SHOWN,
     Group,
     Spread,
     fleet_table,
     gain_over_hard_labels,
     group_label,
     group_students,
-    plus_minus,
-    points,
     read_fleet,
     read_metrics,
     render,
@@ -30,13 +32,17 @@ from akd_dist.fleet_report import (
     share,
     write_report,
 )
+from akd_dist.objectives import stages
+from akd_dist.recipe import METRICS, AnnealingKD, ContinuationKD, HardLabels, Kd, Takd
 from akd_dist.storage.errors import DamagedError, RefusedError
 
 TAU, STAGE1, STAGE2 = 4, 12, 8
+ACCURACY, PEARSON = SHOWN["accuracy"], SHOWN["pearson"]
+(CONTINUATION,) = stages(ContinuationKD(epochs=STAGE1 + STAGE2, tau_max=TAU))
 
 
 def student(model: str, objective: str, seed: int, accuracy: float | None = 0.9, **changes: Any) -> dict[str, Any]:
-    tau = TAU if objective == "annealing_kd" else None
+    tau = TAU if objective in ("annealing_kd", "continuation_kd") else None
     middle = f"-t{tau}" if tau else ""
     done = accuracy is not None
     entry: dict[str, Any] = {
@@ -65,6 +71,8 @@ def fleet_of(*students: dict[str, Any]) -> dict[str, Any]:
     return {
         "run": "runs/digits",
         "store": "stores/0f",
+        "task": "classification",
+        "metric": "accuracy",
         "teacher": teacher,
         "students": list(students),
         "cohorts": 1,
@@ -85,19 +93,37 @@ def small_fleet() -> dict[str, Any]:
     return fleet_of(*students)
 
 
+def regression_of(fleet: dict[str, Any]) -> dict[str, Any]:
+    """The same fleet as if it were one of a regression, its accuracies Pearson's correlations."""
+    told = json.loads(json.dumps(fleet).replace('"accuracy": 0', '"pearson": 0'))
+    for entry in told["students"]:
+        entry["agreement"] = None
+    return dict(told, task="regression", metric="pearson")
+
+
+def stage_of(entry: dict[str, Any], epoch: int) -> str:
+    if entry["objective"] == "annealing_kd":
+        return "annealing" if epoch < STAGE1 else "hard_labels"
+    return {"kd": "kd", "takd": "kd", "continuation_kd": "continuation"}.get(entry["objective"], "hard_labels")
+
+
 def epochs_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Made-up epochs in the shape that training writes; only the schedule is the true one."""
+    """Made-up epochs in the shape that training writes; only the schedules are the true ones."""
     records = []
     for epoch in range(entry["epochs"]):
-        annealing = entry["tau_max"] is not None and epoch < STAGE1
-        temperature = max(1, TAU - epoch * TAU // STAGE1) if annealing else None
+        stage = stage_of(entry, epoch)
+        temperature = max(1, TAU - epoch * TAU // STAGE1) if stage == "annealing" else None
+        phi = 1 - (temperature - 1) / TAU if temperature else None
+        if stage == "continuation":
+            temperature, phi = CONTINUATION.temperature(epoch), CONTINUATION.phi(epoch)
         records.append(
             {
                 "epoch": epoch,
-                "stage": "annealing" if annealing else "hard_labels",
-                "stage_epoch": epoch if annealing or entry["tau_max"] is None else epoch - STAGE1,
+                "stage": stage,
+                "stage_epoch": epoch - STAGE1 if stage == "hard_labels" and entry["tau_max"] is not None else epoch,
                 "temperature": temperature,
-                "phi": 1 - (temperature - 1) / TAU if temperature else None,
+                "phi": phi,
+                "psi": CONTINUATION.psi(epoch) if stage == "continuation" else None,
                 "lr": 0.1,
                 "train_loss": (1 + 0.1 * entry["seed"]) * math.exp(-epoch / 6) * 800 / entry["parameters"] ** 0.8,
                 "validation": {"accuracy": 0.97 - 0.6 * math.exp(-epoch / 3) - 8 / entry["parameters"], "loss": 0.2},
@@ -129,22 +155,23 @@ def printed(fleet: dict[str, Any], width: int = 120) -> str:
 
 def test_the_fleet_made_up_here_is_what_a_run_writes() -> None:
     FleetDocument.model_validate(small_fleet())
+    FleetDocument.model_validate(regression_of(small_fleet()))
 
 
 def test_seeds_are_grouped_and_averaged() -> None:
     accuracies = (0.90, 0.92, 0.97)
     (group,) = group_students(student("mlp-8", "annealing_kd", seed, value) for seed, value in enumerate(accuracies))
-    assert group.accuracy is not None
-    assert group.accuracy.mean == pytest.approx(0.93)
-    assert group.accuracy.deviation == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2))
+    assert group.score is not None
+    assert group.score.mean == pytest.approx(0.93)
+    assert group.score.deviation == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2))
     assert group.seconds == 2.5
 
 
 def test_a_student_that_did_not_finish_counts_in_no_mean() -> None:
     (group,) = group_students([student("mlp-8", "annealing_kd", 0, 0.9), student("mlp-8", "annealing_kd", 1, None)])
-    assert group.accuracy == Spread(0.9, None)
+    assert group.score == Spread(0.9, None)
     (group,) = group_students([student("mlp-8", "annealing_kd", 1, None)])
-    assert (group.accuracy, group.agreement, group.seconds) == (None, None, None)
+    assert (group.score, group.agreement, group.seconds) == (None, None, None)
 
 
 def test_only_names_that_end_in_their_seed_are_averaged() -> None:
@@ -153,10 +180,20 @@ def test_only_names_that_end_in_their_seed_are_averaged() -> None:
     assert [group_label(group, groups) for group in groups] == ["rate-1", "rate-2"]
 
 
-def test_smallest_first_and_annealing_before_hard_labels() -> None:
-    pairs = [("mlp-64", "hard_labels"), ("mlp-8", "hard_labels"), ("mlp-8", "annealing_kd")]
+def test_smallest_first_and_annealing_before_its_baselines() -> None:
+    order = ["hard_labels", "kd", "takd", "continuation_kd", "annealing_kd"]
+    pairs = [("mlp-64", "hard_labels"), *(("mlp-8", objective) for objective in order)]
     groups = group_students(student(model, objective, 0) for model, objective in pairs)
     assert [(group.model, group.objective) for group in groups] == pairs[::-1]
+
+
+def test_every_objective_has_a_label_and_a_colour_of_its_own() -> None:
+    kinds = {
+        objective.model_fields["kind"].default for objective in (AnnealingKD, HardLabels, Kd, Takd, ContinuationKD)
+    }
+    assert set(OBJECTIVE_LABELS) == set(OBJECTIVE_COLOURS) == kinds
+    assert len(set(OBJECTIVE_LABELS.values())) == len(set(OBJECTIVE_COLOURS.values())) == len(kinds)
+    assert set(SHOWN) == {metric for metrics in METRICS.values() for metric in metrics}
 
 
 def test_gain_needs_exactly_one_baseline() -> None:
@@ -174,14 +211,24 @@ def test_gain_needs_exactly_one_baseline() -> None:
         (share(1_810, 20_000), "9.1 %"),
         (share(8, 20_000), "0.04 %"),
         (share(8, 0), "-"),
-        (plus_minus(Spread(0.97414, 0.00226)), "97.41 ± 0.23"),
-        (plus_minus(Spread(0.5, None)), "50.00"),
-        (plus_minus(None), "-"),
+        (ACCURACY.plus_minus(Spread(0.97414, 0.00226)), "97.41 ± 0.23"),
+        (ACCURACY.plus_minus(Spread(0.5, None)), "50.00"),
+        (ACCURACY.plus_minus(None), "-"),
+        (PEARSON.plus_minus(Spread(0.91234, 0.00226)), "0.9123 ± 0.0023"),
+        (PEARSON.text(-0.5), "-0.5000"),
+        (PEARSON.text(None), "-"),
+        (ACCURACY.text(0.91234), "91.23"),
+        (ACCURACY.with_unit("91.23"), "91.23 %"),
+        (PEARSON.with_unit("0.9123"), "0.9123"),
+        (ACCURACY.label, "accuracy, %"),
+        (SHOWN["matthews"].label, "Matthews' correlation"),
         (seconds(2.345), "2.3"),
         (seconds(1234.5), "1,234"),
         (seconds(None), "-"),
-        (points(0.0123), "+1.23"),
-        (points(-0.0123), "-1.23"),
+        (ACCURACY.gain(0.0123), "+1.23"),
+        (ACCURACY.gain(-0.0123), "-1.23"),
+        (PEARSON.gain(-0.0123), "-0.0123"),
+        (PEARSON.gain(None), "-"),
     ],
 )
 def test_numbers_as_text(text: str, expected: str) -> None:
@@ -200,10 +247,23 @@ def test_table_has_the_teacher_every_group_and_the_lost_students() -> None:
     assert "mlp-16-annealing_kd-t4-s2 failed: no memory; see logs/a.log" in text
 
 
-def test_table_fits_eighty_columns() -> None:
-    text = printed(small_fleet(), width=80)
+@pytest.mark.parametrize("regression", [False, True])
+def test_table_fits_eighty_columns(regression: bool) -> None:
+    fleet = small_fleet()
+    fleet["students"] += [student("mlp-8", "continuation_kd", seed, 0.9, tau_max=20) for seed in range(2)]
+    text = printed(regression_of(fleet) if regression else fleet, width=80)
     assert "…" not in text
+    assert "Continuation-KD, τ 20" in text
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_a_regressions_table_shows_correlations_and_no_agreement() -> None:
+    text = printed(regression_of(small_fleet()))
+    assert re.search(r"teacher\s+20,000\s+100 %\s+0\.9800", text)
+    assert re.search(r"\btest\b.*\n.*\bPearson\b", text)
+    assert "0.9695 ± 0.0030" in text  # mlp-64, hard labels: 0.985 - 0.8 / 64 less 0, 0.003 and 0.006
+    assert "agree" not in text
+    assert "accuracy" not in text
 
 
 def test_table_prints_names_as_they_are() -> None:
@@ -277,6 +337,46 @@ def test_page_shows_results_figures_and_losses(page_text: str) -> None:
     assert "2 of 3" in page_text
     assert "currentColor" in page_text
     assert "#010203" not in page_text
+
+
+def all_objectives() -> dict[str, Any]:
+    return fleet_of(
+        *(
+            student(f"mlp-{width}", objective, 0, 0.9 + 0.01 * number)
+            for width in (8, 16)
+            for number, objective in enumerate(OBJECTIVE_LABELS)
+        )
+    )
+
+
+def test_page_shows_every_objective_and_the_schedule_of_continuation_kd(tmp_path: Path) -> None:
+    write_run(tmp_path, all_objectives())
+    text = write_report(tmp_path).read_text()
+    for label in ("Annealing-KD, τ 4", "Continuation-KD, τ 4", "TAKD", "KD", "hard labels"):
+        assert f"</span>{label}</td>" in text
+    for title in ("Stage I loss", "Continuation-KD loss", "KD loss", "Hard-label loss", "Annealing schedule"):
+        assert f"<h3>{title}</h3>" in text
+    assert "ψ (Continuation-KD, τ 4, 20 epochs)" in text
+    assert "T (Annealing-KD, τ 4, 12 epochs)" in text
+    for paper in ("2104.07163", "2212.05998", "1902.03393", "1503.02531"):
+        assert paper in text
+    assert Page(text).open == []
+
+
+def test_page_of_a_regression_speaks_of_its_metric(tmp_path: Path) -> None:
+    fleet = regression_of(all_objectives())
+    records = {
+        entry["name"]: json.loads(json.dumps(epochs_of(entry)).replace('"accuracy"', '"pearson"'))
+        for entry in fleet["students"]
+    }
+    text = render(fleet, records)
+    assert "0.9800" in text
+    assert "Pearson's correlation against size" in html.unescape(text)
+    assert "Validation Pearson's correlation" in html.unescape(text)
+    assert "Squared error on training rows" in text
+    shown = re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+    for absent in ("accuracy", "Accuracy", "greement", "ross-entropy", "%</th>"):
+        assert absent not in shown
 
 
 def test_same_results_same_bytes(page_text: str, tmp_path: Path) -> None:
@@ -363,6 +463,7 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_groups_carry_what_the_table_shows() -> None:
-    group = Group("mlp-8", "annealing_kd", 4, "mlp-8-annealing_kd-t4", [student("mlp-8", "annealing_kd", 0)])
+    students = [student("mlp-8", "annealing_kd", 0)]
+    group = Group("mlp-8", "annealing_kd", 4, "mlp-8-annealing_kd-t4", students=students)
     assert group.objective_label == "Annealing-KD, τ 4"
     assert group.parameters == 610
