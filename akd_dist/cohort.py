@@ -149,6 +149,7 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | No
         views=job.data.views,
         batch=job.students[0].batch,
         window=job.data.window,
+        device=job.device,
     )
     if job.stores:
         stream.check_probes(open_store(job.stores["train"]).manifest)

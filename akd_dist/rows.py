@@ -98,16 +98,28 @@ class Rows:
         """
         if described["fingerprint"] == self.fingerprint:
             return
-        blocks: list[str] = described["blocks"]
-        pairs = itertools.zip_longest(self.blocks, blocks)
-        first = BLOCK_ROWS * next((number for number, (ours, theirs) in enumerate(pairs) if ours != theirs), 0)
         raise RefusedError(
             "the dataset is not the one the store was made from",
             got=f"fingerprint {self.fingerprint[:16]}, {len(self):,} rows; "
-            f"rows {first:,} to {first + BLOCK_ROWS:,} are the first that differ",
+            f"{first_difference(self.describe(), described)}",
             expected=f"fingerprint {described['fingerprint'][:16]}, {described['rows']:,} rows",
             next="bring back the data, its order and its split, or cache the teacher anew",
         )
+
+
+def blocks_in_common(ours: dict[str, Any], theirs: dict[str, Any]) -> int:
+    """How many blocks two descriptions (`Rows.describe`) share before the first that differs."""
+    pairs = itertools.zip_longest(ours["blocks"], theirs["blocks"])
+    return next((number for number, (one, other) in enumerate(pairs) if one != other), len(ours["blocks"]))
+
+
+def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Where two datasets that are not the same begin to differ, from their descriptions (`Rows.describe`)."""
+    common = blocks_in_common(ours, theirs)
+    if common == len(ours["blocks"]) == len(theirs["blocks"]):
+        changed = "; ".join(recipe.differences(theirs.get("meaning", {}), ours.get("meaning", {})))
+        return f"the rows are the same, but not what they mean{changed and ': '}{changed}"
+    return f"rows {common * BLOCK_ROWS:,} to {(common + 1) * BLOCK_ROWS:,} are the first that differ"
 
 
 @dataclass(frozen=True, eq=False)

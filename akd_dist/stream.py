@@ -19,9 +19,10 @@ import torch
 from akd_dist.recipe import Augmentation
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import RefusedError
-from akd_dist.storage.manifest import Manifest
+from akd_dist.storage.manifest import Manifest, Probe
 from akd_dist.views import probe, view_of
 
+_UNITS = {"uint8": "on a scale of 0 to 255", "float32": "in the units of the inputs", "int32": "in ids of tokens"}
 WINDOWS_AT_ONCE = 4
 """How many windows a windowed shuffle mixes: reads stay within that many."""
 
@@ -89,6 +90,8 @@ class Stream:
     """Rows of a global batch; the last one of an epoch may have fewer."""
     window: int | None = None
     """Rows of a window of the shuffle; None shuffles globally."""
+    device: torch.device | str = "cpu"
+    """Where batches are wanted: rows are moved there as they are stored, and augmented there."""
 
     def __post_init__(self) -> None:
         if self.logits is not None and (self.logits.shape[0] < self.views or self.logits.shape[1] != len(self.rows)):
@@ -124,29 +127,53 @@ class Stream:
                 epoch=epoch,
                 step=step,
                 rows=rows,
-                inputs=view_of(self.augmentation, self.seed, self.rows.inputs.take(rows, axis=0), rows, view),
-                labels=torch.from_numpy(self.rows.labels.take(rows)),
-                logits=None if logits is None else torch.from_numpy(logits.take(rows, axis=0)),
+                inputs=self._view(rows, view),
+                labels=torch.from_numpy(self.rows.labels.take(rows)).to(self.device),
+                logits=None if logits is None else torch.from_numpy(logits.take(rows, axis=0)).to(self.device),
                 global_rows=len(together),
             )
 
     def check_probes(self, manifest: Manifest) -> None:
         """Compare rows and views with those that the teacher saw, as a store's manifest remembers them.
 
+        The views are made on the stream's device, where students will see them.
+
         Raises:
-            RefusedError: another dataset, or a probe view whose pixels differ; names the row and the view.
+            RefusedError: another dataset, or probe views whose pixels differ; names the first, and says how far they
+                have drifted.
         """
         self.rows.check_same(manifest.dataset)
-        records = {record.key: record for record in manifest.shards}
-        for shard in manifest.identity.layout.shards():
-            if shard.view >= self.views:
-                continue
-            seen = {one.row: one.sha256 for one in records[shard.key].probes}
-            for row, digest in probe(self.augmentation, self.seed, self.rows.inputs, seen, shard.view):
-                if digest != seen[row]:
-                    raise RefusedError(
-                        f"view {shard.view} of row {row} does not show what the teacher saw",
-                        got=f"pixels of sha256 {digest[:16]}",
-                        expected=f"sha256 {seen[row][:16]}, as {shard} of the store remembers",
-                        next="use the augmentation, data.seed and version that the store was made with, or cache anew",
-                    )
+        per_view = manifest.identity.layout.shards_per_view
+        compared, changed = 0, list[tuple[int, Probe, Probe]]()
+        for view in range(min(self.views, manifest.identity.views)):
+            records = manifest.shards[view * per_view : (view + 1) * per_view]
+            seen = [one for record in records for one in record.probes]
+            now = self._probe([one.row for one in seen], view)
+            compared += len(seen)
+            changed += [(view, *pair) for pair in zip(seen, now, strict=True) if pair[0].sha256 != pair[1].sha256]
+        if changed:
+            view, first, _ = changed[0]
+            raise RefusedError(
+                f"view {view} of row {first.row} does not show what the teacher saw",
+                got=f"{len(changed):,} of {compared:,} probe views differ; {self._drift(changed)}",
+                expected=f"the inputs that the store {manifest.id[:12]} was computed from, bit for bit",
+                next="use the code and versions that the store was made with; or give an augmentation of your own that "
+                "changed another name or argument, so that it makes another store",
+            )
+
+    def _view(self, rows: np.ndarray, view: int) -> torch.Tensor:
+        inputs = self.rows.inputs.take(rows, axis=0)
+        return view_of(self.augmentation, self.seed, inputs, rows, view, self.rows.tokens, self.device)
+
+    def _probe(self, rows: list[int], view: int) -> list[Probe]:
+        return probe(self.augmentation, self.seed, self.rows.inputs, rows, view, self.rows.tokens, self.device)
+
+    def _drift(self, changed: list[tuple[int, Probe, Probe]]) -> str:
+        """How far probes (as the teacher saw them, and as they are now) are apart, in the units of the inputs."""
+        samples = [(np.array(then.sample or []), np.array(now.sample or [])) for _, then, now in changed]
+        apart = [np.abs(now.astype(np.float64) - then) for then, now in samples if then.shape == now.shape]
+        if not any(map(len, apart)):
+            return "how far is not known, as the store keeps no sample of them"
+        every = np.concatenate(apart)
+        unit = _UNITS[self.rows.inputs.dtype.name]
+        return f"their sampled values are apart by {every.mean():.3g} on average and {every.max():.3g} at most, {unit}"

@@ -127,20 +127,22 @@ def cache_shard(job: CacheJob, shard: Shard) -> Receipt:
     return write_shard(job.store, shard, logits, label_agreement=agreement, probes=probes, seconds=seconds)
 
 
-def compute_shard(job: CacheJob, shard: Shard) -> tuple[np.ndarray, float, list[Probe]]:
+def compute_shard(job: CacheJob, shard: Shard) -> tuple[np.ndarray, float | None, list[Probe]]:
     """A shard's logits, float32 [shard.rows, classes], the share of rows whose label they choose, and probe views.
+
+    The share is None for regression, where no label is chosen.
 
     A pure function of the job and the shard, down to the last bit: threads and batch rows are fixed by the recipe.
     """
     settle(job.device, job.cache.threads)
     _check_device(job)
-    add_folder(job.folder)
     precision = job.cache.precision
     rows, module = _rows_of(job), load_teacher(job.teacher_uri, job.teacher, precision, job.device)
     blocks = []
     for start in range(shard.start, shard.stop, job.cache.batch_rows):
         numbers = np.arange(start, min(start + job.cache.batch_rows, shard.stop))
-        inputs = view_of(job.augmentation, job.data.seed, rows.inputs.take(numbers, axis=0), numbers, shard.view)
+        block = rows.inputs.take(numbers, axis=0)
+        inputs = view_of(job.augmentation, job.data.seed, block, numbers, shard.view, rows.tokens, job.device)
         blocks.append(teacher_logits(module, inputs, job.cache.batch_rows, precision))
     logits = np.concatenate(blocks)
     return logits, *_remember(job, shard, logits)
@@ -158,20 +160,22 @@ def _check_device(job: CacheJob) -> None:
         )
 
 
-def _remember(job: CacheJob, shard: Shard, logits: np.ndarray) -> tuple[float, list[Probe]]:
-    """What a receipt says of a shard's rows: agreement with the labels, and digests of a few views."""
+def _remember(job: CacheJob, shard: Shard, logits: np.ndarray) -> tuple[float | None, list[Probe]]:
+    """What a receipt says of a shard's rows: agreement with the labels, and a few views."""
     rows = _rows_of(job)
-    agreement = float(np.mean(logits.argmax(axis=1) == rows.labels[shard.start : shard.stop]))
+    agreement = None
+    if rows.task == "classification":
+        agreement = float(np.mean(logits.argmax(axis=1) == rows.labels[shard.start : shard.stop]))
     numbers = np.unique(np.linspace(shard.start, shard.stop - 1, PROBES).astype(np.int64))
-    digests = probe(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view)
-    return agreement, [Probe(row=row, sha256=digest) for row, digest in digests]
+    return agreement, probe(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view, rows.tokens)
 
 
 _rows: dict[str, Rows] = {}
 
 
 def _rows_of(job: CacheJob) -> Rows:
-    """The job's rows, opened once in a process."""
+    """The job's rows, opened once in a process; what the user wrote for them can be imported from here on."""
+    add_folder(job.folder)
     fingerprint = job.store.creation.identity.dataset
     if fingerprint not in _rows:
         rows: Rows = getattr(prepare(job.data, Path(job.cache_root)), job.split)

@@ -33,16 +33,17 @@ from akd_dist.jobs.train_teacher import (
 )
 from akd_dist.models import ModelCard, add_folder, build, load_card
 from akd_dist.recipe import NoAugmentation, Recipe
-from akd_dist.rows import SPLITS, Rows, Splits, prepare
+from akd_dist.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference, prepare
 from akd_dist.storage import catalog
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, Shard, StoreLayout
-from akd_dist.storage.manifest import Computed, Creation, Identity, Receipt
+from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Receipt, differences
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore
-from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store
+from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
 from akd_dist.teacher import CacheJob, cache_shard, compute_shard, served_fingerprint
+from akd_dist.views import check_augmentation
 
 
 @dataclass
@@ -84,9 +85,9 @@ class Hop:
         return {plan.split: plan.store.uri for plan in self.plans if plan.store is not None}
 
     @property
-    def train_id(self) -> str:
-        """The id of the train store that the recipe asks for; a store of more views may serve it."""
-        return next(plan.identity.id for plan in self.plans if plan.split == "train")
+    def taught(self) -> Identity:
+        """What those who learn from it learn: the train store that the recipe asks for. One of more views may serve."""
+        return next(plan.identity for plan in self.plans if plan.split == "train")
 
     @property
     def missing(self) -> bool:
@@ -133,6 +134,7 @@ def cache_teacher(
     add_folder(recipe.folder)
     splits = prepare_shown(recipe.data, cache_root, console)
     check_assistants(recipe, splits)
+    check_augmentation(recipe.data.augmentation, recipe.data.seed, splits.train.inputs, splits.train.tokens)
     if dry_run:
         return _dry_run(recipe, splits, store_root)
     with cluster.closing(), cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
@@ -146,7 +148,7 @@ def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache
     """The same stores by a plain loop in this process, without Ray; the bytes are those of the Ray run."""
     started = time.monotonic()
     splits = prepare(recipe.data, Path(cache_root))
-    place = Place(store_root, cache_root)
+    place = Place(store_root, cache_root, console=Console(stderr=True))
     hops = walk_chain(recipe, splits, teacher_uri, place, run_in_process, compute_in_process)
     return _document(hops, time.monotonic() - started)
 
@@ -160,7 +162,7 @@ def walk_chain(recipe: Recipe, splits: Splits, teacher_uri: str, place: Place, r
     """
     hops = [cache_model("the teacher", teacher_uri, recipe, splits, place, compute)]
     for assistant in recipe.teacher.chain:
-        trained = assistant_of(recipe, splits, assistant, hops[-1].train_id, hops[-1].stores)
+        trained = assistant_of(recipe, splits, assistant, hops[-1].taught, hops[-1].stores)
         uri = ensure_trained(trained, recipe, splits, place, run)
         hops.append(cache_model(trained.name, uri, recipe, splits, place, compute))
     return hops
@@ -177,7 +179,7 @@ def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Plac
         for plan in hop.plans:
             if plan.store is None:
                 claims.enter_context(place.claim(plan.identity.id))
-                _open_for_writing(plan, recipe, place.store_root)
+                _open_for_writing(plan, recipe, place.store_root, place.console)
         if hop.missing:
             check_room(place.store_root, sum(plan.missing_bytes for plan in hop.plans))
             compute(hop, recipe, place)
@@ -220,13 +222,15 @@ def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str) -> list[SplitP
     return plans
 
 
-def creation_of(recipe: Recipe, rows: Rows, split: str, card: ModelCard) -> Creation:
+def creation_of(
+    recipe: Recipe, rows: Rows, split: str, card: ModelCard, store_format: int = FORMAT_VERSION
+) -> Creation:
     """The identity of a split's store and how it is to be computed. Only train rows are augmented."""
     augmentation = recipe.data.augmentation if split == "train" else NoAugmentation()
     plain = isinstance(augmentation, NoAugmentation)
     fingerprint = served_fingerprint(card, recipe.cache.precision)
     identity = Identity(
-        format=FORMAT_VERSION,
+        format=store_format,
         dataset=rows.fingerprint,
         rows=len(rows),
         teacher=fingerprint,
@@ -246,7 +250,7 @@ def creation_of(recipe: Recipe, rows: Rows, split: str, card: ModelCard) -> Crea
     return Creation(identity=identity, computed=computed, dataset=rows.describe(), teacher=teacher)
 
 
-def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str) -> None:
+def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str, console: Console) -> None:
     """Once the claim is held: whoever held it before may have sealed the store, or left part of it."""
     plan.store = catalog.find_store(store_root, plan.identity)
     if plan.store is None:
@@ -254,6 +258,53 @@ def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str) -> None:
         hint = {"recipe": json.loads(recipe.model_dump_json()), "split": plan.split}
         plan.writer = create_store(store_root, plan.creation, hint)
         plan.missing = missing_shards(plan.writer)
+        if narrower := catalog.narrower_stores(store_root, plan.identity):
+            _take_views(plan, plan.writer, narrower, console)
+        else:
+            _tell_of_other_rows(plan, store_root, console)
+
+
+def _take_views(plan: SplitPlan, writer: StoreWriter, narrower: list[Manifest], console: Console) -> None:
+    """Take what a sealed store of fewer views has: a view's shards do not depend on how many views there are."""
+    source = _source(plan, narrower)
+    if source is None:
+        nearest = narrower[0]
+        differing = "; ".join(differences(plan.creation.computed, nearest.computed))
+        there = f"store {nearest.id[:12]} has {_views(0, nearest.identity.views)}, computed in another way"
+        tell(console, f"{there} ({differing}): all views are computed anew")
+        return
+    taken = set(take_shards(writer, source, plan.missing))
+    plan.missing = [shard for shard in plan.missing if shard not in taken]
+    views = source.identity.views
+    if taken:
+        there = f"taken from store {source.id[:12]}: {_views(0, views)}"
+        tell(console, f"{there}; to be computed: {_views(views, plan.identity.views)}")
+    for shard in plan.missing:
+        if shard.view < views:
+            mend = f"akd-dist stores repair {source.id[:12]} --store-root {writer.root_uri}"
+            tell(console, f"{shard} of store {source.id[:12]} is damaged, and is computed anew; to mend it: {mend}")
+
+
+def _source(plan: SplitPlan, narrower: list[Manifest]) -> Manifest | None:
+    """The widest of narrower stores that was computed as this one is to be."""
+    return next((one for one in narrower if one.computed == plan.creation.computed), None)
+
+
+def _views(first: int, stop: int) -> str:
+    return f"view {first}" if stop == first + 1 else f"views {first} to {stop - 1}"
+
+
+def _tell_of_other_rows(plan: SplitPlan, store_root: str, console: Console) -> None:
+    """Say so if only the rows keep a sealed store from serving: of several, the one that differs last."""
+    ours = plan.creation.dataset
+    alike = catalog.stores_of_other_rows(store_root, plan.identity, plan.split)
+    if alike:
+        nearest = max(alike, key=lambda other: blocks_in_common(ours, other.dataset))
+        tell(
+            console,
+            f"the {plan.split} rows are not those of store {nearest.identity.id[:12]}, which differs in nothing else: "
+            f"{first_difference(ours, nearest.dataset)}",
+        )
 
 
 def compute_on_ray(hop: Hop, recipe: Recipe, place: Place) -> None:
@@ -350,7 +401,11 @@ def _plan_of(store_id: str, split: str, recipe: Recipe, splits: Splits, store_ro
     rows: Rows = getattr(splits, split)
     uris = model_uris(recipe, splits, store_root)
     known = uris if is_there(uris[-1]) else uris[:-1] or uris
-    plans = [(uri, SplitPlan(split, rows, creation_of(recipe, rows, split, load_card(uri)))) for uri in known]
+    plans = [
+        (uri, SplitPlan(split, rows, creation_of(recipe, rows, split, load_card(uri), number)))
+        for uri in known
+        for number in range(FORMAT_VERSION, 0, -1)
+    ]
     found = next(((uri, plan) for uri, plan in plans if plan.identity.id == store_id), None)
     if found is not None:
         return found
@@ -375,7 +430,7 @@ def model_uris(recipe: Recipe, splits: Splits, store_root: str) -> list[str]:
     for assistant in recipe.teacher.chain:
         if not is_there(uris[-1]):
             break
-        above = creation_of(recipe, splits.train, "train", load_card(uris[-1])).identity.id
+        above = creation_of(recipe, splits.train, "train", load_card(uris[-1])).identity
         uris.append(assistant_of(recipe, splits, assistant, above, {}).uri(store_root))
     return uris
 
@@ -396,13 +451,11 @@ def check_room(store_root: str, needed: int) -> None:
 
 
 def _dry_run(recipe: Recipe, splits: Splits, store_root: str) -> dict[str, Any]:
-    """What caching would compute: nothing of the stores that are there already, as far as their models are."""
+    """What caching would compute: nothing of the stores and views that are there, as far as their models are."""
     uris = model_uris(recipe, splits, store_root)
-    known = [uri for uri in uris if uri == recipe.teacher.weights or is_there(uri)]
-    found = [_found(recipe, splits, uri, store_root) for uri in known]
-    hops = 1 + len(recipe.teacher.chain)
-    found += [dict.fromkeys(SPLITS)] * (hops - len(found))
-    teacher, *assistants = [_planned(recipe, splits, stores) for stores in found]
+    known: list[str | None] = [uri for uri in uris if uri == recipe.teacher.weights or is_there(uri)]
+    unknown = [None] * (1 + len(recipe.teacher.chain) - len(known))
+    teacher, *assistants = [_planned(recipe, splits, uri, store_root) for uri in known + unknown]
     needed = sum(split["bytes"] for splits in (teacher, *assistants) for split in splits.values())
     check_room(store_root, needed)
     return {
@@ -418,24 +471,27 @@ def _dry_run(recipe: Recipe, splits: Splits, store_root: str) -> dict[str, Any]:
     }
 
 
-def _found(recipe: Recipe, splits: Splits, uri: str, store_root: str) -> dict[str, LogitStore | None]:
-    """The sealed stores of a model, split by split."""
-    return {plan.split: catalog.find_store(store_root, plan.identity) for plan in plan_splits(recipe, splits, uri)}
-
-
-def _planned(recipe: Recipe, splits: Splits, stores: dict[str, LogitStore | None]) -> dict[str, dict[str, Any]]:
-    """What the stores of one model would still take."""
+def _planned(recipe: Recipe, splits: Splits, uri: str | None, store_root: str) -> dict[str, dict[str, Any]]:
+    """What the stores of one model would still take; all of it where the model is not there yet."""
+    stores: dict[str, LogitStore | None] = dict.fromkeys(SPLITS)
+    there: dict[str, Manifest | None] = dict.fromkeys(SPLITS)
+    if uri is not None:
+        plans = plan_splits(recipe, splits, uri)
+        stores = {plan.split: catalog.find_store(store_root, plan.identity) for plan in plans}
+        there = {plan.split: _source(plan, catalog.narrower_stores(store_root, plan.identity)) for plan in plans}
     dtype = str(encoding_from_config({"name": recipe.cache.encoding}).dtype)
-    plans = {}
+    planned = {}
     for split, store in stores.items():
         rows: Rows = getattr(splits, split)
         views = recipe.data.views if split == "train" else 1
         layout = StoreLayout(views, len(rows), rows.classes, dtype)
-        shards = [] if store is not None else layout.shards()
+        source = there[split]
+        taken = 0 if source is None else source.identity.views
+        shards = [] if store is not None else [shard for shard in layout.shards() if shard.view >= taken]
         size = sum(layout.stored_bytes(shard) for shard in shards)
         hit = store is not None
-        plans[split] = {"rows": len(rows), "views": views, "hit": hit, "shards": len(shards), "bytes": size}
-    return plans
+        planned[split] = {"rows": len(rows), "views": views, "hit": hit, "shards": len(shards), "bytes": size}
+    return planned
 
 
 def _document(hops: list[Hop], seconds: float) -> dict[str, Any]:

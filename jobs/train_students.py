@@ -39,7 +39,7 @@ from akd_dist.jobs.train_teacher import Stores
 from akd_dist.metrics import measure
 from akd_dist.models import ModelCard, add_folder, build, num_parameters
 from akd_dist.recipe import Recipe
-from akd_dist.rows import SPLITS, Rows, Splits, prepare
+from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
 from akd_dist.storage.errors import RecipeError
 from akd_dist.storage.files import canonical_json, file_lock, replace
 from akd_dist.storage.reader import LogitStore, open_store
@@ -203,7 +203,10 @@ def run_identity(recipe: Recipe, splits: Splits, chain: Chain | None = None) -> 
     Args:
         chain: the stores, for the fingerprints of teacher and assistants; without them these are left out.
     """
-    document = recipe.identity() | {"dataset": {split: getattr(splits, split).fingerprint for split in SPLITS}}
+    rows: dict[str, Rows] = {split: getattr(splits, split) for split in SPLITS}
+    document = recipe.identity() | {"dataset": {split: rows[split].fingerprint for split in SPLITS}}
+    # Not compared, but by it a difference is found: the fingerprints say only that there is one.
+    document["rows"] = {split: rows[split].describe() for split in SPLITS}
     if chain is not None:
         teacher, *assistants = [open_store(stores["train"]).manifest.identity.teacher for stores in chain]
         document["teacher"] |= {"fingerprint": teacher, "assistant_fingerprints": assistants}
@@ -219,10 +222,17 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
     if "fingerprint" not in identity["teacher"]:
         for key in ("fingerprint", "assistant_fingerprints"):
             saved["teacher"].pop(key, None)
+    before, now = saved.pop("rows", {}), identity["rows"]
+    identity = {key: value for key, value in identity.items() if key != "rows"}
     if saved != identity:
+        differing = [
+            f"the {split} rows: {first_difference(now[split], before[split])}"
+            for split in SPLITS
+            if split in before and before[split]["fingerprint"] != now[split]["fingerprint"]
+        ]
         raise RecipeError(
             f"the run {recipe.name} in {run} was made from another recipe, data or teacher",
-            got="\n       ".join(recipes.differences(saved, identity)[:12]),
+            got="\n       ".join([*differing, *recipes.differences(saved, identity)][:12]),
             expected="those that the run was started with",
             next=f"give this one another name: --set name={recipe.name}-2 (or --fresh to start over)",
         )

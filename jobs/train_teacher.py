@@ -25,6 +25,7 @@ from akd_dist.rows import SPLITS, Splits
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store
 from akd_dist.storage.errors import HeldError, MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
+from akd_dist.storage.manifest import Identity
 from akd_dist.storage.objects import open_root
 
 if TYPE_CHECKING:
@@ -128,20 +129,22 @@ def teacher_of(recipe: Recipe, splits: Splits) -> Trained | None:
     model, train = recipe.teacher.model, recipe.teacher.train
     if model is None or train is None:
         return None
-    spec = _spec(recipe, splits, train, model, HardLabels(epochs=train.epochs), learns_from="labels")
+    spec = _spec(recipe, splits, train, model, HardLabels(epochs=train.epochs), "labels")
     return Trained("the teacher", "teacher.train", spec, views=train.epochs, stores={})
 
 
 def assistant_of(
-    recipe: Recipe, splits: Splits, assistant: recipes.Assistant, learns_from: str, stores: Stores
+    recipe: Recipe, splits: Splits, assistant: recipes.Assistant, above: Identity, stores: Stores
 ) -> Trained:
     """An assistant as the recipe has it.
 
     Args:
-        learns_from: the id of the train store of the model above: whose logits, which views, what encoding.
-        stores: where these stores lie.
+        above: the train store of the model above it: whose logits, which views, what encoding. In which format of
+            stores they are kept changes no weight.
+        stores: where that model's stores lie.
     """
-    spec = _spec(recipe, splits, assistant, assistant.model, assistant.objective, learns_from=learns_from)
+    learns_from = above.model_dump(mode="json", exclude={"format"})
+    spec = _spec(recipe, splits, assistant, assistant.model, assistant.objective, learns_from)
     name = f"the assistant {assistant.model.label}"
     return Trained(name, "teacher.assistant", spec, views=recipe.data.views, stores=stores)
 
@@ -152,7 +155,7 @@ def _spec(
     training: recipes.Training,
     model: recipes.Model,
     objective: recipes.Objective,
-    learns_from: str,
+    learns_from: str | dict[str, Any],
 ) -> recipes.Student:
     """A model of the chain as a student whose name is the hash of all that its weights depend on."""
     common = {name: getattr(training, name) for name in recipes.Training.model_fields}

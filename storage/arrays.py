@@ -19,7 +19,7 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from akd_dist.storage.layout import FORMAT_VERSION, LOGITS, Shard
+from akd_dist.storage.layout import LOGITS, Shard
 from akd_dist.storage.manifest import Identity
 
 GROUP_KEY = "zarr.json"
@@ -75,7 +75,7 @@ def metadata(identity: Identity) -> dict[str, bytes]:
         "dimension_names": ["view", "row", "class"],
         "storage_transformers": [],
     }
-    attributes = {"akd_dist": {"format": FORMAT_VERSION, "identity": identity.model_dump(mode="json")}}
+    attributes = {"akd_dist": {"format": identity.format, "identity": identity.model_dump(mode="json")}}
     group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     return {GROUP_KEY: _spelled(group), ARRAY_KEY: _spelled(array)}
 

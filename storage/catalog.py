@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from akd_dist.storage.arrays import metadata
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store
 from akd_dist.storage.errors import AkdError, DamagedError, HeldError, RefusedError
 from akd_dist.storage.files import PARTIAL_SUFFIX, sha256
-from akd_dist.storage.layout import ARRAYS, CREATION_KEY, DAMAGED_SUFFIX, MANIFEST_KEY, Shard
+from akd_dist.storage.layout import ARRAYS, CREATION_KEY, DAMAGED_SUFFIX, MANIFEST_KEY, SOURCE_KEY, Shard
 from akd_dist.storage.manifest import Creation, Identity, Manifest, Probe
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot, open_root
 from akd_dist.storage.reader import Damage, LogitStore, open_store, read_manifest
@@ -22,7 +23,7 @@ from akd_dist.storage.writer import StoreWriter, encode_logits, missing_shards, 
 _ID = re.compile(r"[0-9a-f]{64}")
 
 # Computes a shard anew: logits float32 [shard.rows, classes], label agreement, probes, as for `write_shard`.
-Recompute = Callable[[Shard], tuple[npt.NDArray[np.float32], float, Sequence[Probe]]]
+Recompute = Callable[[Shard], tuple[npt.NDArray[np.float32], float | None, Sequence[Probe]]]
 Progress = Callable[[int, int], None]
 
 
@@ -60,16 +61,29 @@ def find_store(root_uri: str, identity: Identity) -> LogitStore | None:
     root = open_root(root_uri)
     if root.exists(f"{identity.id}/{MANIFEST_KEY}"):
         return _open_as(root, identity.id)
-    wanted = identity.model_copy(update={"views": 1})
-    wider = []
-    for store_id in _ids(root):
-        found = _identity(root, store_id)
-        if found is not None and found.views > identity.views and found.model_copy(update={"views": 1}) == wanted:
-            wider.append((found.views, store_id))
-    for _, store_id in sorted(wider):
-        if root.exists(f"{store_id}/{MANIFEST_KEY}"):
-            return _open_as(root, store_id)
-    return None
+    wider = [found for found in _sealed_alike(root, identity, "views") if found.views > identity.views]
+    return _open_as(root, min(wider, key=lambda found: found.views).id) if wider else None
+
+
+def narrower_stores(root_uri: str, identity: Identity) -> list[Manifest]:
+    """The seals of stores that hold some of what `identity` describes: the same but for fewer views; the most first.
+
+    Raises:
+        DamagedError: a seal is not what was written.
+    """
+    root = open_root(root_uri)
+    narrower = [found for found in _sealed_alike(root, identity, "views") if found.views < identity.views]
+    return [_manifest(root, found.id) for found in sorted(narrower, key=lambda found: -found.views)]
+
+
+def stores_of_other_rows(root_uri: str, identity: Identity, split: str) -> list[Creation]:
+    """What sealed stores are that differ from `identity` in their dataset alone, and were made for the same split."""
+    root = open_root(root_uri)
+    return [
+        _creation(root, found.id)
+        for found in _sealed_alike(root, identity, "dataset", "rows", "views")
+        if found.dataset != identity.dataset and found.views >= identity.views and _split(root, found.id) == split
+    ]
 
 
 def list_stores(root_uri: str) -> list[StoreSummary]:
@@ -183,12 +197,39 @@ def _identity(root: ObjectRoot, store_id: str) -> Identity | None:
     return identity if identity.id == store_id else None
 
 
-def _open_as(root: ObjectRoot, store_id: str) -> LogitStore:
-    store = open_store(root.child(store_id).uri)
-    if store.id != store_id:
+def _sealed_alike(root: ObjectRoot, identity: Identity, *but_for: str) -> Iterator[Identity]:
+    """Identities of the sealed stores that are as this one, whatever these fields are."""
+    same = {field: getattr(identity, field) for field in but_for}
+    for store_id in _ids(root):
+        found = _identity(root, store_id)
+        if found is None or found.model_copy(update=same) != identity:
+            continue
+        if root.exists(f"{store_id}/{MANIFEST_KEY}"):
+            yield found
+
+
+def _split(root: ObjectRoot, store_id: str) -> object:
+    """The split that a store was made for, as its hint says; None where there is no such hint."""
+    try:
+        hint = json.loads(root.get(f"{store_id}/{SOURCE_KEY}"))
+    except (ObjectMissing, ValueError):
+        return None
+    return hint.get("split") if isinstance(hint, dict) else None
+
+
+def _manifest(root: ObjectRoot, store_id: str) -> Manifest:
+    uri = root.child(store_id).uri
+    manifest = read_manifest(uri)
+    if manifest.id != store_id:
         raise DamagedError(
-            f"{store.uri}/{MANIFEST_KEY} is another store's", got=f"id {store.id}", expected=f"id {store_id}"
+            f"{uri}/{MANIFEST_KEY} is another store's", got=f"id {manifest.id}", expected=f"id {store_id}"
         )
+    return manifest
+
+
+def _open_as(root: ObjectRoot, store_id: str) -> LogitStore:
+    store = LogitStore(root.child(store_id).uri, _manifest(root, store_id))
+    store.check()
     return store
 
 

@@ -74,6 +74,27 @@ def publish_new(path: Path, data: bytes) -> bool:
     raise AssertionError("unreachable")
 
 
+def link_new(source: Path, path: Path, data: bytes) -> bool:
+    """Give a file a second name, durably and never over another file; a copy where there are no hard links.
+
+    Args:
+        data: what the file holds, for the copy.
+
+    Returns, Raises: as `publish_new`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise _machine_error(error, path, len(data)) from error
+        return publish_new(path, data)
+    fsync_folder(path.parent)
+    return True
+
+
 def replace(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Give `path` the content `data`, atomically: a reader sees the old bytes or the new ones.
 

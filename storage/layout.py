@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 # The format this version writes, and the newest it reads (docs/store-format.md).
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-# What lies in a store's folder: the Zarr group with the one array of format 1, and the documents.
+# What lies in a store's folder: the Zarr group with the one array of these formats, and the documents.
 ARRAYS = "arrays.zarr"
 LOGITS = "logits"
 RECEIPTS = "receipts"

@@ -10,7 +10,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from akd_dist.storage.encodings import Encoding, encoding_from_config
 from akd_dist.storage.errors import AkdError, DamagedError, RefusedError
@@ -53,7 +63,8 @@ class Document(BaseModel):
             _refuse_newer(data, where)
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "the document"
-            raise _damaged(where, f"{field}: {first['msg']}", "a document of format 1") from error
+            expected = f"a document of format {FORMAT_VERSION} or older"
+            raise _damaged(where, f"{field}: {first['msg']}", expected) from error
         if document.to_bytes() != data:
             raise _damaged(where, "other bytes than its fields spell", "canonical JSON, as it was written")
         return document
@@ -129,10 +140,16 @@ class Creation(Document):
 
 
 class Probe(Document):
-    """Digest of the augmented view of one row, by which changed pixels are found out."""
+    """The augmented view of one row as a digest, by which changed pixels are found out, and a sample of its values."""
 
     row: int = Field(ge=0)
     sha256: Sha256
+    sample: list[int] | list[float] | None = None
+    """Some of its values, evenly spaced, by which a change is measured; left out in format 1."""
+
+    @model_serializer(mode="wrap")
+    def _as_format_1_without_a_sample(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {field: value for field, value in spell(self).items() if value is not None}
 
 
 class ShardRecord(Document):
@@ -143,8 +160,8 @@ class ShardRecord(Document):
     sha256: Sha256
     rows: Count
     finite: bool
-    label_agreement: float = Field(ge=0, le=1)
-    """Share of the shard's rows where the teacher's first class is the label."""
+    label_agreement: float | None = Field(ge=0, le=1)
+    """Share of the shard's rows where the teacher's first class is the label; None for regression, from format 2 on."""
     probes: list[Probe]
 
 
@@ -179,7 +196,7 @@ class Manifest(Document):
     def seal(cls, creation: Creation, zarr_json: Mapping[str, str], shards: Iterable[ShardRecord]) -> Manifest:
         """The manifest of a complete store."""
         fields = {
-            "format": FORMAT_VERSION,
+            "format": creation.identity.format,
             "id": creation.identity.id,
             **creation.model_dump(mode="json"),
             "zarr_json": dict(zarr_json),

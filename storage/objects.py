@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 from akd_dist.storage.errors import MachineError, RecipeError
-from akd_dist.storage.files import PARTIAL_SUFFIX, fsync_folder, publish_new, replace
+from akd_dist.storage.files import PARTIAL_SUFFIX, fsync_folder, link_new, publish_new, replace
 
 Keys = list[str]
 Entries = list[os.DirEntry[str]]
@@ -69,6 +69,10 @@ class ObjectRoot(ABC):
     @abstractmethod
     def put_new(self, key: str, data: bytes) -> bool:
         """Publish create-only and durably; False if there was an object already, whatever it holds."""
+
+    def link_new(self, source: str, key: str, data: bytes) -> bool:
+        """Publish what another key holds, `data`, as `put_new` does; by a hard link where there are such."""
+        return self.put_new(key, data)
 
     @abstractmethod
     def put(self, key: str, data: bytes) -> None:
@@ -143,6 +147,9 @@ class LocalRoot(ObjectRoot):
 
     def put_new(self, key: str, data: bytes) -> bool:
         return publish_new(self._path(key), data)
+
+    def link_new(self, source: str, key: str, data: bytes) -> bool:
+        return link_new(self._path(source), self._path(key), data)
 
     def put(self, key: str, data: bytes) -> None:
         replace(self._path(key), data)

@@ -124,12 +124,40 @@ def adopt_shard(writer: StoreWriter, shard: Shard) -> npt.NDArray[np.float32] | 
     return identity.codec.decode({LOGITS: stored})
 
 
+def take_shards(writer: StoreWriter, source: Manifest, missing: Sequence[Shard]) -> list[Shard]:
+    """Give a store the shards that it lacks and a sealed store under the same root has; harmless to repeat.
+
+    The caller answers for `source` holding the same views, computed in the same way. Its objects are linked where there
+    are hard links, else copied, and are otherwise left alone.
+
+    Returns:
+        The shards taken. Those of the source's views that are not among them are damaged there, and still missing.
+    """
+    return [shard for shard in missing if shard.view < source.identity.views and _take_shard(writer, shard, source)]
+
+
+def _take_shard(writer: StoreWriter, shard: Shard, source: Manifest) -> bool:
+    record, key = source.record(shard), f"{source.id}/{ARRAYS}/{shard.key}"
+    try:
+        data = writer.store.parent.get(key)
+    except ObjectMissing:
+        return False
+    if sha256(data) != record.sha256:
+        return False
+    receipt = Receipt(**record.model_dump(), seconds=0.0, host=socket.gethostname())
+    published = _publish(writer, shard, data, linked_to=key)
+    failpoint("shard.before_receipt")
+    if published is None:
+        _put_receipt(writer, shard, receipt)
+    return True
+
+
 def write_shard(
     writer: StoreWriter,
     shard: Shard,
     logits: npt.NDArray[np.float32],
     *,
-    label_agreement: float,
+    label_agreement: float | None,
     probes: Sequence[Probe],
     seconds: float,
 ) -> Receipt:
@@ -137,8 +165,8 @@ def write_shard(
 
     Args:
         logits: float32 [shard.rows, classes].
-        label_agreement: share of the rows where the teacher's first class is the label.
-        probes: digests of augmented views of a few rows.
+        label_agreement: share of the rows where the teacher's first class is the label; None for regression.
+        probes: augmented views of a few rows, as digests and samples.
         seconds: how long the logits took, for the receipt.
 
     Returns:
@@ -156,8 +184,8 @@ def write_shard(
         sha256=sha256(data),
         rows=shard.rows,
         finite=True,
-        label_agreement=float(label_agreement),
-        probes=list(probes),
+        label_agreement=None if label_agreement is None else float(label_agreement),
+        probes=_as_in_format(writer.creation.identity.format, probes),
         seconds=round(float(seconds), 3),
         host=socket.gethostname(),
     )
@@ -256,14 +284,26 @@ def _read_receipt(writer: StoreWriter, shard: Shard) -> Receipt | None:
     return receipt if (receipt.key, receipt.rows, receipt.finite) == (shard.key, shard.rows, True) else None
 
 
-def _publish(writer: StoreWriter, shard: Shard, data: bytes) -> Receipt | None:
+def _as_in_format(version: int, probes: Sequence[Probe]) -> list[Probe]:
+    """Probes as a store of that format keeps them: one of format 1 may still be repaired, and has no samples."""
+    return list(probes) if version > 1 else [Probe(row=probe.row, sha256=probe.sha256) for probe in probes]
+
+
+def _publish(writer: StoreWriter, shard: Shard, data: bytes, linked_to: str | None = None) -> Receipt | None:
     """Bring the shard's object into place; the receipt, if another writer's object is there and receipted.
 
     An object with other bytes and no receipt that vouches for them is a torn or foreign one: it is set aside.
+
+    Args:
+        linked_to: a key under the writer's root that holds the same bytes, and may be linked.
     """
     store, key = writer.store, f"{ARRAYS}/{shard.key}"
     for _ in range(3):
-        if store.put_new(key, data):
+        if linked_to is None:
+            new = store.put_new(key, data)
+        else:
+            new = store.parent.link_new(linked_to, f"{store.name}/{key}", data)
+        if new:
             return None
         try:
             found = store.get(key)

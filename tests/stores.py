@@ -1,6 +1,7 @@
 """Small stores for the tests of the storage floor: logits by formula, so that every byte is known beforehand.
 
-python -m tests.stores ROOT     writes and seals one, as a process of its own that a test can kill
+python -m tests.stores ROOT             writes and seals one, as a process of its own that a test can kill
+python -m tests.stores ROOT VIEWS       the same with so many views, those that a sealed store has taken from it
 """
 
 from __future__ import annotations
@@ -13,21 +14,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from akd_dist.storage.catalog import narrower_stores
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.files import sha256
-from akd_dist.storage.layout import Shard
+from akd_dist.storage.layout import FORMAT_VERSION, Shard
 from akd_dist.storage.manifest import Computed, Creation, Identity, Probe
 from akd_dist.storage.reader import LogitStore, open_store
-from akd_dist.storage.writer import StoreWriter, adopt_shard, create_store, missing_shards, seal_store, write_shard
+from akd_dist.storage.writer import (
+    StoreWriter,
+    adopt_shard,
+    create_store,
+    missing_shards,
+    seal_store,
+    take_shards,
+    write_shard,
+)
 
-GOLDEN = Path(__file__).parent / "golden" / "v1"
+GOLDENS = {version: Path(__file__).parent / "golden" / f"v{version}" for version in range(1, FORMAT_VERSION + 1)}
+GOLDEN = GOLDENS[FORMAT_VERSION]
 LABEL_AGREEMENT = 0.75
 COMPUTED = Computed(batch_rows=256, threads=1, device="cpu", versions={"torch": "2.13.0", "numpy": "2.3.5"})
 
 
 def identity(**changes: Any) -> Identity:
     fields: dict[str, Any] = {
-        "format": 1,
+        "format": FORMAT_VERSION,
         "dataset": sha256(b"dataset"),
         "rows": 300,
         "teacher": sha256(b"teacher"),
@@ -58,10 +69,11 @@ def logits(described: Identity) -> npt.NDArray[np.float32]:
 
 
 def probes(shard: Shard) -> list[Probe]:
-    return [Probe(row=shard.start, sha256=sha256(str(shard).encode()))]
+    sample = [shard.index, 255] if shard.view == 0 else [0.5, -1.0]  # of whole numbers, and of others
+    return [Probe(row=shard.start, sha256=sha256(str(shard).encode()), sample=sample)]
 
 
-def recompute(described: Identity, shard: Shard) -> tuple[npt.NDArray[np.float32], float, Sequence[Probe]]:
+def recompute(described: Identity, shard: Shard) -> tuple[npt.NDArray[np.float32], float | None, Sequence[Probe]]:
     return logits(described)[shard.view, shard.start : shard.stop], LABEL_AGREEMENT, probes(shard)
 
 
@@ -90,6 +102,19 @@ def build(root: Path | str, created: Creation | None = None) -> LogitStore:
     return open_store(writer.uri)
 
 
+def extend(root: Path | str, created: Creation) -> tuple[LogitStore, list[Shard]]:
+    """As `build`, but takes what the widest narrower store has; the store, and the shards that had to be computed."""
+    with claim_store(str(root), created.identity.id):
+        writer = create_store(str(root), created, hint={"split": "train"})
+        missing = missing_shards(writer)
+        taken = take_shards(writer, narrower_stores(str(root), created.identity)[0], missing)
+        rest = [shard for shard in missing if shard not in taken]
+        for shard in rest:
+            write(writer, shard)
+        seal_store(writer)
+    return open_store(writer.uri), rest
+
+
 def sealed_files(root: Path) -> dict[str, bytes]:
     """Every file that must be the same after any history: arrays.zarr, manifest and creation document."""
     kept = ("arrays.zarr/", "manifest.json", "creation.json")
@@ -106,4 +131,7 @@ def litter(root: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    build(sys.argv[1])
+    if len(sys.argv) == 2:
+        build(sys.argv[1])
+    else:
+        extend(sys.argv[1], creation(views=int(sys.argv[2])))

@@ -38,7 +38,7 @@ class Recomputing:
     def __init__(self, error: float = 0.0) -> None:
         self.error, self.asked = error, list[Shard]()
 
-    def __call__(self, shard: Shard) -> tuple[npt.NDArray[np.float32], float, Sequence[Probe]]:
+    def __call__(self, shard: Shard) -> tuple[npt.NDArray[np.float32], float | None, Sequence[Probe]]:
         self.asked.append(shard)
         logits, label_agreement, probes = stores.recompute(stores.identity(), shard)
         return logits + self.error, label_agreement, probes

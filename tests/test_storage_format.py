@@ -1,4 +1,4 @@
-"""What is on the disk: layout arithmetic, encodings, the very bytes of a shard, and the golden store of format 1."""
+"""What is on the disk: layout arithmetic, encodings, the very bytes of a shard, and a golden store of each format."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from akd_dist.storage.encodings import Float16, Float32, encoding_from_config
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.storage.layout import Shard, StoreLayout
-from akd_dist.storage.manifest import Creation, Identity, Manifest
+from akd_dist.storage.manifest import Creation, Identity, Manifest, Probe, ShardRecord
 from akd_dist.storage.reader import open_store
+from akd_dist.storage.writer import create_store, seal_store, write_shard
 from tests import stores
 
 # ---- layout
@@ -136,21 +137,32 @@ def test_a_users_zarr_configuration_changes_no_byte() -> None:
         assert encode_shard(identity, shard, zeros) == before
 
 
-# ---- the golden store
+# ---- the golden stores
+
+
+@pytest.fixture(params=stores.GOLDENS, ids="v{}".format)
+def store_format(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
 
 
 @pytest.fixture
-def golden(tmp_path: Path) -> Path:
-    shutil.copytree(stores.GOLDEN, tmp_path / "golden")
+def golden(tmp_path: Path, store_format: int) -> Path:
+    shutil.copytree(stores.GOLDENS[store_format], tmp_path / "golden")
     return next((tmp_path / "golden").glob("[0-9a-f]*"))
 
 
-def test_the_golden_store_is_written_again_byte_for_byte(tmp_path: Path) -> None:
-    stores.build(tmp_path)
-    assert stores.sealed_files(tmp_path) == stores.sealed_files(stores.GOLDEN)
+def test_a_golden_store_is_written_again_byte_for_byte(tmp_path: Path, store_format: int) -> None:
+    """An old one too: what repairs it must arrive at the bytes that were sealed."""
+    stores.build(tmp_path, stores.creation(format=store_format))
+    assert stores.sealed_files(tmp_path) == stores.sealed_files(stores.GOLDENS[store_format])
 
 
-def test_the_golden_store_reads_back(golden: Path) -> None:
+def test_what_format_2_added_is_told_from_what_was(store_format: int) -> None:
+    manifest = next(stores.GOLDENS[store_format].glob("*/manifest.json")).read_text()
+    assert ('"sample":[0,255]' in manifest) == ('"sample":[0.5,-1.0]' in manifest) == (store_format == 2)
+
+
+def test_a_golden_store_reads_back(golden: Path) -> None:
     store = open_store(str(golden))
     expected = stores.logits(store.manifest.identity)
     for view in range(store.views):
@@ -158,16 +170,17 @@ def test_the_golden_store_reads_back(golden: Path) -> None:
     assert store.verify() == []
 
 
-def test_plain_zarr_reads_the_golden_store(golden: Path) -> None:
+def test_plain_zarr_reads_a_golden_store(golden: Path, store_format: int) -> None:
     group = zarr.open_group(golden / "arrays.zarr", mode="r")
     array = group["logits"]
     assert isinstance(array, zarr.Array)
     assert np.isnan(array.fill_value)
     np.testing.assert_array_equal(np.asarray(array[:], np.float32), stores.logits(stores.identity()))
-    assert group.attrs["akd_dist"] == {"format": 1, "identity": stores.identity().model_dump(mode="json")}
+    identity = stores.identity(format=store_format).model_dump(mode="json")
+    assert group.attrs["akd_dist"] == {"format": store_format, "identity": identity}
 
 
-def test_the_golden_store_reads_as_docs_store_format_says_without_zarr(golden: Path) -> None:
+def test_a_golden_store_reads_as_docs_store_format_says_without_zarr(golden: Path) -> None:
     """A reader written from the document alone: JSON, sha256, crc32c, an index, and numbers."""
     manifest = json.loads((golden / "manifest.json").read_bytes())
     sealed = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -223,3 +236,25 @@ def test_documents_are_canonical_and_strict() -> None:
 def test_a_manifest_does_not_tell_when_or_where() -> None:
     fields = Manifest.model_json_schema()["$defs"]["ShardRecord"]["properties"]
     assert set(fields) == {"key", "size", "sha256", "rows", "finite", "label_agreement", "probes"}
+
+
+@pytest.mark.parametrize("sample", [None, [0, 255], [0.5, 2.0], [1.0, 2.0], [0.1, -3e-45]], ids=str)
+def test_probes_keep_their_samples_as_they_are(sample: list[int] | list[float] | None) -> None:
+    probe = Probe(row=7, sha256="0" * 64, sample=sample)
+    data = probe.to_bytes()
+    assert (b"sample" in data) == (sample is not None)
+    again = Probe.from_bytes(data, "here")
+    assert repr(again.sample) == repr(sample)
+    with pytest.raises(ValueError, match="finite number"):
+        Probe(row=7, sha256="0" * 64, sample=[float("nan")])
+
+
+def test_a_store_without_labels_to_agree_with_says_so(tmp_path: Path) -> None:
+    writer = create_store(str(tmp_path), stores.creation())
+    for shard in writer.layout.shards():
+        logits, _, probes = stores.recompute(writer.creation.identity, shard)
+        write_shard(writer, shard, logits, label_agreement=None, probes=probes, seconds=0.0)
+    records = seal_store(writer).shards
+    assert [record.label_agreement for record in records] == [None] * 4
+    assert ShardRecord.from_bytes(records[0].to_bytes(), "here") == records[0]
+    assert open_store(writer.uri).verify() == []

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from akd_dist.recipe import Augmentation, NoAugmentation, Shift
+from akd_dist.recipe import Augmentation, NoAugmentation, Shift, TokenMask
 from akd_dist.rows import Rows, fingerprint
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.layout import FORMAT_VERSION
-from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Probe, ShardRecord
+from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, ShardRecord
 from akd_dist.stream import WINDOWS_AT_ONCE, Stream, epoch_order
+from akd_dist.text import Tokens
 from akd_dist.views import probe, view_of
 
 N, CLASSES, VIEWS = 103, 3, 2
@@ -163,6 +165,27 @@ def test_logits_of_other_rows_or_too_few_views_are_refused(rows: int, views: int
         Stream(some_rows(), some_logits(rows), Shift(), seed=0, views=views, batch=8)
 
 
+def test_batches_are_made_on_the_streams_device() -> None:
+    """The `meta` device stands for an accelerator: whatever is made elsewhere and mixed in, it refuses."""
+    batch = next(a_stream(device="meta").batches(0))
+    assert batch.logits is not None
+    assert {tensor.device.type for tensor in (batch.inputs, batch.labels, batch.logits)} == {"meta"}
+    assert batch.inputs.shape == (16, 1, 4, 4)
+    assert batch.logits.dtype == torch.float16
+
+
+def test_text_is_masked_as_its_tokens_say() -> None:
+    ids = np.full((N, 6), 7, dtype=np.int32)
+    ids[:, 4:] = 0
+    tokens = Tokens(vocabulary=9, padding=0, mask=3)
+    rows = replace(some_rows(), inputs=ids, tokens=tokens)
+    stream = Stream(rows, None, TokenMask(share=0.5), seed=5, views=2, batch=16)
+    shown = torch.cat([batch.inputs for batch in stream.batches(1)])
+    assert set(shown[:, :4].flatten().tolist()) == {3, 7}
+    assert set(shown[:, 4:].flatten().tolist()) == {0}
+    stream.check_probes(a_manifest(rows, TokenMask(share=0.5)))
+
+
 # ---- probes
 
 
@@ -186,8 +209,7 @@ def a_manifest(rows: Rows, augmentation: Augmentation = SHIFT, seed: int = 5, vi
     )
     records = []
     for shard in identity.layout.shards():
-        digests = probe(augmentation, seed, rows.inputs, [shard.start, shard.stop - 1], shard.view)
-        probes = [Probe(row=row, sha256=digest) for row, digest in digests]
+        probes = probe(augmentation, seed, rows.inputs, [shard.start, shard.stop - 1], shard.view, rows.tokens)
         records.append(
             ShardRecord(
                 key=shard.key, size=1, sha256="0" * 64, rows=shard.rows, finite=True, label_agreement=1.0, probes=probes
@@ -209,6 +231,30 @@ def test_other_views_than_the_teacher_saw_are_refused(seen: dict[str, Any]) -> N
     stream = a_stream()
     with pytest.raises(RefusedError, match=r"view \d of row \d+ does not show what the teacher saw"):
         stream.check_probes(a_manifest(stream.rows, **seen))
+
+
+def test_a_refusal_says_how_far_the_pixels_have_drifted() -> None:
+    """Another version of a library, say, that rounds otherwise: the rows are the same, and the views are not."""
+    stream = a_stream()
+    manifest = a_manifest(stream.rows)
+    document = manifest.model_dump(mode="json")
+    probes = [one for shard in document["shards"] if shard["key"].startswith("logits/c/1/") for one in shard["probes"]]
+    for one in probes:
+        one["sha256"] = "0" * 64
+        one["sample"] = [value + 1 if place else value - 3 for place, value in enumerate(one["sample"])]
+    changed = Manifest.model_validate(document)
+    with pytest.raises(RefusedError, match="view 1 of row 0 does not show what the teacher saw") as refused:
+        stream.check_probes(changed)
+    assert refused.value.got == (
+        "2 of 4 probe views differ; their sampled values are apart by 1.12 on average and 3 at most, "
+        "on a scale of 0 to 255"
+    )
+    replace(stream, views=1).check_probes(changed)  # views that nobody will see do not matter
+    for one in probes:
+        del one["sample"]
+    with pytest.raises(RefusedError) as refused:
+        stream.check_probes(Manifest.model_validate(document))
+    assert str(refused.value.got).endswith("how far is not known, as the store keeps no sample of them")
 
 
 def test_another_dataset_is_refused() -> None:

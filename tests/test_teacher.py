@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from akd_dist import recipe, teacher
+from akd_dist import recipe, teacher, views
 from akd_dist.models import ModelCard, build, load_card, load_model, save_model, teacher_fingerprint
 from akd_dist.rows import Rows, Splits, prepare
 from akd_dist.storage.errors import DamagedError, RefusedError
@@ -198,6 +198,43 @@ def test_a_shard_is_computed_alone_for_repair(make_job: Callable[..., CacheJob])
     np.testing.assert_array_equal(logits, store.rows(shard.view, shard.start, shard.stop))
     record = store.manifest.shards[-1]
     assert (record.label_agreement, record.probes) == (agreement, probes)
+
+
+def test_a_users_own_augmentation_is_found_where_a_shard_is_only_adopted(
+    make_job: Callable[..., CacheJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fresh worker that finds a published shard needs the recipe's folder too: it makes the probe views."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"negative_{sha256(str(tmp_path).encode())[:8]}"
+    (tmp_path / f"{name}.py").write_text(
+        """
+class Negative:
+    words = 0
+    def draw(self, words, input_shape):
+        return {}
+    def apply(self, batch, params):
+        return 255 - batch
+def negative():
+    return Negative()
+"""
+    )
+    own = recipe.CustomAugmentation(factory=f"{name}:negative")
+    job = make_job(augmentation=own, folder=str(tmp_path))
+    shard = job.store.layout.shards()[0]
+    receipt = cache_shard(job, shard)
+    (Path(job.store.uri) / shard.receipt_key).unlink()
+    teacher.forget()
+    views._custom.cache_clear()
+    sys.modules.pop(name)
+    sys.path.remove(str(tmp_path))
+    assert cache_shard(job, shard).record() == receipt.record()
+
+
+def test_regression_agrees_with_no_label(make_job: Callable[..., CacheJob], monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job()
+    rows = teacher._rows_of(job)
+    monkeypatch.setitem(teacher._rows, rows.fingerprint, replace(rows, task="regression"))
+    assert cache_shard(job, job.store.layout.shards()[0]).label_agreement is None
 
 
 # ---- refusals

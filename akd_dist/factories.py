@@ -1,0 +1,67 @@
+"""Code of the user's own, named in a recipe as `module:function`: models, data and augmentations."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from akd_dist.storage.errors import RefusedError
+
+
+def import_factory(name: str, signature: str) -> Callable[..., object]:
+    """The function that `module:function` names. Never one of Python's own, which a model folder could abuse.
+
+    Its folder must be on `sys.path` (see `models.add_folder`), or its package installed.
+
+    Args:
+        name: as the recipe has it.
+        signature: what the function should look like, for messages: `(input_shape, classes, ...) -> torch.nn.Module`.
+
+    Raises:
+        RefusedError: no such module or function, or the module fails to import; its exception is shown whole.
+    """
+    module_name, _, function = name.partition(":")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise RefusedError(f"{name} is not a factory", got="a module of Python itself", expected="a module of your own")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(error.name or "\0")
+        raise RefusedError(
+            f"the factory {name} cannot be imported",
+            got=error if missing else whole(error),
+            expected=f"a module {module_name} that imports",
+            next=f"put {module_name.partition('.')[0]}.py beside the recipe, or name its place with `folder:`",
+        ) from error
+    factory = getattr(module, function, None)
+    if not callable(factory):
+        names = [one for one in vars(module) if not one.startswith("_")]
+        raise RefusedError(
+            f"the module {module_name} has no function {function}",
+            got=", ".join(difflib.get_close_matches(function, names)) or "no similar name",
+            expected=f"def {function}{signature}",
+            next="correct `factory` in the recipe, or write that function",
+        )
+    return factory  # type: ignore[no-any-return]
+
+
+def call_factory(name: str, signature: str, arguments: Mapping[str, Any]) -> object:
+    """What the function that `module:function` names returns for these keyword arguments.
+
+    Raises:
+        RefusedError: as `import_factory`; or the function fails, and its exception is shown whole.
+    """
+    factory = import_factory(name, signature)
+    try:
+        return factory(**arguments)
+    except Exception as error:
+        raise RefusedError(f"the factory {name} failed", got=whole(error), expected=f"a function{signature}") from error
+
+
+def whole(error: BaseException) -> str:
+    """An exception of the user's own code with its traceback, as they need it to find their mistake."""
+    return "".join(traceback.format_exception(error)).rstrip()
