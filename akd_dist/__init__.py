@@ -3,6 +3,7 @@
     recipe = "jobs/digits.yaml"
     akd_dist.cache_teacher(recipe)                       a sealed store of logits
     akd_dist.train_students(recipe)                      runs/digits/, and the content of its fleet.json
+    akd_dist.compare(recipe)                             runs/digits-compare/, every objective over several seeds
     akd_dist.open_store(uri).rows(view, start, stop)     float32 [n, classes]
     akd_dist.load_model("runs/digits/students/...")      a torch.nn.Module
     akd_dist.report("runs/digits")                       report.html, written afresh
@@ -13,6 +14,7 @@ Importing this module is instant: each verb imports what it needs when it is cal
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from akd_dist.storage.reader import LogitStore
 
 
-__all__ = ["cache_teacher", "load_model", "open_store", "report", "train_students"]
+__all__ = ["cache_teacher", "compare", "load_model", "open_store", "report", "train_students"]
 
 
 def cache_teacher(
@@ -117,6 +119,61 @@ def train_students(
         wait=wait,
         console=console,
     )
+
+
+def compare(
+    recipe: Recipe | str | Path,
+    *,
+    seeds: int | None = None,
+    overrides: Sequence[str] = (),
+    store_root: str | Path = "stores",
+    run_root: str | Path = "runs",
+    cache_root: str | Path | None = None,
+    address: str | None = None,
+    fresh: bool = False,
+    wait: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train a recipe's student models under every objective with several seeds, from one store, and compare them.
+
+    The run is `<run_root>/<recipe.name>-compare/`, resumed like any other; comparison.json and comparison.md lie there.
+
+    Args:
+        recipe: a recipe, or the path of its file; each model needs an Annealing-KD student.
+        seeds: train with seeds 0..seeds - 1; None takes the recipe's, if a model has two or more, else 0, 1, 2.
+        overrides: `key=value` for a recipe file, as the command's --set.
+        store_root, run_root, cache_root, address, fresh, wait, console: as for `train_students`.
+
+    Returns:
+        The content of comparison.json (schemas/compare.schema.json).
+
+    Raises:
+        AkdError: a refusal; nothing that was trained is lost.
+    """
+    read = _recipe(recipe, overrides)
+    from akd_dist import comparison
+
+    expanded = comparison.expand(read, seeds)
+    fleet = train_students(
+        expanded,
+        store_root=store_root,
+        run_root=run_root,
+        cache_root=cache_root,
+        address=address,
+        fresh=fresh,
+        wait=wait,
+        console=console,
+    )
+    from akd_dist.rows import SPLITS, prepare
+
+    splits = prepare(expanded.data, Path(_cache_root(cache_root)))  # done already: this only looks
+    rows = {split: len(getattr(splits, split)) for split in SPLITS}
+    words = ["akd-dist", "compare", f"{read.name}.yaml" if read is recipe else str(recipe)]
+    words += [word for override in overrides for word in ("--set", override)]
+    words += [] if seeds is None else ["--seeds", str(seeds)]
+    document = comparison.compare(expanded, fleet, rows, shlex.join(words))
+    comparison.write_comparison(Path(fleet["run"]), document)
+    return document
 
 
 def open_store(uri: str | Path) -> LogitStore:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from akd_dist.recipe import Recipe, Source
+    from akd_dist.recipe import Assistant, Recipe, Source
 
 DEFAULT_ROOTS = {"store_root": "stores", "run_root": "runs"}
 # Enough of a store's id to tell stores apart, and accepted wherever an id is.
@@ -306,6 +306,31 @@ def _packaged_recipe() -> str:
     return _short_path(path)
 
 
+@cli.command("compare")
+@_recipe_argument
+@click.option("--seeds", metavar="N", type=int, help="Seeds 0..N-1.  [default: the recipe's if several, else 0, 1, 2]")
+@_train_options
+def compare(recipe_path: str, as_json: bool, **options: Any) -> int:
+    """Train every objective, print the papers' table.
+
+    Each student model of the recipe, from scratch and by KD, TAKD, Annealing-KD and Continuation-KD, with several
+    seeds and from one store. What the recipe does not list takes its Annealing-KD student's optimizer and epochs. The
+    run is <name>-compare; the same command again resumes, or shows the saved results.
+    """
+    with _stdout_for_results():
+        document = akd_dist.compare(recipe_path, **options, console=_progress_console())
+    if as_json:
+        _print_json(document)
+    else:
+        from akd_dist.comparison import MARKDOWN_NAME, comparison_table
+
+        run = Path(document["run"])
+        _result_console().print(comparison_table(document))
+        click.echo(f"table   {_short_path(run / MARKDOWN_NAME)}")
+        click.echo(f"report  {_short_path(run / 'report.html')}")
+    return int(any(row["lost"] for row in document["table"]))
+
+
 # ---- stores
 
 
@@ -536,11 +561,19 @@ def _recipe_facts(checked: Recipe) -> dict[str, Any]:
         "test": _source(data.test),
         "views": f"{data.views}, augmentation {data.augmentation.kind}, seed {data.seed}",
         "teacher": teacher.weights or trained,
+        **{
+            "assistant" if number == 1 else f"assistant {number}": _assistant(one)
+            for number, one in enumerate(teacher.chain, 1)
+        },
         "cache": f"{checked.cache.encoding}, {checked.cache.batch_rows} rows at once",
         "students": len(checked.students),
         "epochs": f"{sum(one.objective.epochs for one in checked.students):,} over all students",
         "cohorts": checked.cohorts or "as planned",
     }
+
+
+def _assistant(one: Assistant) -> str:
+    return f"{one.model.label}, {one.objective.kind} for {one.objective.epochs} epochs"
 
 
 def _source(source: float | Source) -> str:
@@ -599,7 +632,8 @@ def _in_words(value: Any) -> str:
 
 def _print_plan(plan: dict[str, Any]) -> None:
     table = _table("split", "rows", "views", "shards to compute", "size", title="what caching would compute")
-    for split, part in plan["splits"].items():
+    models = [("", plan["splits"]), *((f"{one['model']}, ", one["splits"]) for one in plan["assistants"])]
+    for split, part in [(whose + split, part) for whose, splits in models for split, part in splits.items()]:
         shards = "none: a hit" if part["hit"] else f"{part['shards']:,}"
         table.add_row(split, f"{part['rows']:,}", str(part["views"]), shards, _size(part["bytes"]))
     _result_console().print(table)
@@ -608,7 +642,8 @@ def _print_plan(plan: dict[str, Any]) -> None:
 
 
 def _print_cached(document: dict[str, Any], next_command: str) -> None:
-    parts = [document, *document["splits"].values()]
+    models = [document, *document["assistants"]]
+    parts = [part for model in models for part in (model, *model["splits"].values())]
     shards, computed = (sum(part[key] for part in parts) for key in ("shards", "shards_computed"))
     how = (
         "a hit: it was there already" if document["hit"] else f"{computed} of {_counted(shards, 'shard')} computed now"
@@ -616,6 +651,7 @@ def _print_cached(document: dict[str, Any], next_command: str) -> None:
     shape = f"{document['rows']:,} rows x {_counted(document['views'], 'view')} x {document['classes']:,} classes"
     facts = {
         "store": _short_path(document["store"]),
+        **{f"assistant {one['model']}": _short_path(one["store"]) for one in document["assistants"]},
         "holds": f"{shape}, {document['encoding']}; validation and test rows beside it",
         "size": f"{_size(sum(part['bytes'] for part in parts))} in {_counted(shards, 'shard')}",
         "took": f"{document['seconds']:.1f} s; {how}",

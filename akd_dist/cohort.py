@@ -52,11 +52,14 @@ class CohortJob:
     cache_root: str
     """Prepared data and decoded stores of this node."""
     stores: dict[str, str]
-    """Store URI of each split; empty where no student has a teacher."""
+    """Store URI of each split, of the model that they learn from; empty where no student has a teacher."""
     folder: str | None
     """The recipe's folder, put on sys.path for custom code."""
     control: str
     """The folder of progress files and of the stop file of this attempt."""
+    teacher_test: str | None = None
+    """Store URI of the teacher's logits of the test rows, for agreement; none takes that in `stores`. Students of an
+    assistant are compared with the teacher as well."""
     attempt: int = 1
     """Which attempt of the run this is."""
     checkpoint_seconds: float = 20.0
@@ -134,7 +137,7 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | No
     """
     logits, teacher_classes = None, None
     if job.stores:
-        test = open_store(job.stores["test"])  # opened, and so checked, whatever the task
+        test = open_store(job.teacher_test or job.stores["test"])  # opened, and so checked, whatever the task
         if splits.test.task == "classification":
             teacher_classes = stored_predictions(test, splits.test).numpy()
         logits = open_decoded(open_store(job.stores["train"]), Path(job.cache_root))

@@ -60,15 +60,30 @@ class CachedSplits(Document):
     """The test rows, one view, not augmented."""
 
 
+class CachedAssistant(CachedSplit):
+    """An assistant, and the stores of its logits: the train store, and those of the other splits."""
+
+    model: str
+    """Label of its architecture."""
+    path: str
+    """Its model folder."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    splits: CachedSplits
+    """The same for the validation and test rows."""
+
+
 class CacheDocument(CachedSplit):
     """What `akd-dist cache-teacher --json` prints: the train store, and those of the other splits."""
 
     hit: bool
-    """Whether all three stores were there already."""
+    """Whether all stores were there already, those of the assistants too."""
     seconds: float
     """Wall-clock time of the command."""
     splits: CachedSplits
     """The same for the validation and test rows."""
+    assistants: list[CachedAssistant] = []
+    """The stores of the teacher's assistants, from the one below the teacher to the last."""
 
 
 class PlannedSplit(Document):
@@ -86,6 +101,20 @@ class PlannedSplit(Document):
     """Size of these shards."""
 
 
+PlannedSplits = dict[Literal["train", "validation", "test"], PlannedSplit]
+
+
+class PlannedAssistant(Document):
+    """What an assistant and its stores would take."""
+
+    model: str
+    """Label of its architecture."""
+    trained: bool
+    """Whether it is there, so that it need not be trained."""
+    splits: PlannedSplits
+    """What each split would take."""
+
+
 class PlanDocument(Document):
     """What `akd-dist cache-teacher --dry-run --json` prints."""
 
@@ -97,8 +126,10 @@ class PlanDocument(Document):
     """Size of all that is to be computed."""
     free: Count | None
     """Bytes free there; null for object storage."""
-    splits: dict[Literal["train", "validation", "test"], PlannedSplit]
+    splits: PlannedSplits
     """What each split would take."""
+    assistants: list[PlannedAssistant] = []
+    """The same for the teacher's assistants."""
 
 
 class Metrics(Document):
@@ -131,6 +162,15 @@ class FleetTeacher(Document):
     """The sha256 of its weights and architecture."""
 
 
+class FleetAssistant(FleetTeacher):
+    """A model between teacher and students, as its stores describe it."""
+
+    agreement: Share | None
+    """Share of test rows where assistant and teacher choose the same class."""
+    store: str
+    """The train store of its logits."""
+
+
 class FleetStudent(Document):
     """One student of a run."""
 
@@ -157,7 +197,8 @@ class FleetStudent(Document):
     test: Metrics | None
     """Metrics of the delivered weights on the test rows; measured once."""
     agreement: Share | None
-    """Share of test rows where student and teacher choose the same class; null for regression."""
+    """Share of test rows where it chooses the class of the recipe's teacher, whomever it learned from; null for
+    regression."""
     seconds: float
     """Time spent on its training."""
     path: str
@@ -165,7 +206,7 @@ class FleetStudent(Document):
     store: str
     """The store that it was trained from."""
     teacher: str
-    """Fingerprint of its teacher."""
+    """Fingerprint of the model that it learned from: the teacher, or its last assistant."""
 
 
 class FleetDocument(Document):
@@ -181,12 +222,107 @@ class FleetDocument(Document):
     """The primary metric: it picked the best epochs, and heads the tables."""
     teacher: FleetTeacher
     """Whom the students learned from."""
+    assistants: list[FleetAssistant] = []
+    """The models between it and the students of objective takd, from the one below the teacher to the last."""
     students: list[FleetStudent]
     """Every student of the recipe, in its order."""
     cohorts: Count
     """Ray Train runs that it took."""
     seconds: float
     """Wall-clock time of the command that finished the run."""
+
+
+class Estimate(Document):
+    """A mean over seeds and its 95 % interval by Student's t."""
+
+    n: Count
+    """Number of seeds."""
+    mean: float
+    """Their mean."""
+    low: float | None
+    """Lower end of the interval; null for one seed."""
+    high: float | None
+    """Upper end of the interval; null for one seed."""
+
+
+class ComparedModel(Document):
+    """The teacher, or an assistant, of a comparison."""
+
+    model: str
+    """Label of its architecture."""
+    parameters: Count
+    """Number of its weights."""
+    test: float
+    """Its primary metric on the test rows."""
+    agreement: Share | None
+    """Share of test rows where it chooses the teacher's class; null for the teacher."""
+
+
+class LostStudent(Document):
+    """A student that did not come to its end, and so is in no mean."""
+
+    name: str
+    """Its folder under students/."""
+    seed: int
+    """Its seed."""
+    state: Literal["diverged", "failed"]
+    """How it ended."""
+    reason: str | None
+    """Why."""
+
+
+class ComparedRow(Document):
+    """One student model under one objective, over its seeds."""
+
+    name: str
+    """What the names of its students begin with."""
+    model: str
+    """Label of its architecture."""
+    parameters: Count | None
+    """Number of its weights."""
+    objective: str
+    """Kind of its objective."""
+    tau_max: int | None
+    """The temperature that annealing starts from; null without annealing."""
+    epochs: Count
+    """Epochs over all stages."""
+    seeds: list[int]
+    """Seeds of the students that finished."""
+    test: Estimate | None
+    """The primary metric on the test rows."""
+    over_scratch: Estimate | None
+    """The difference to the same model from hard labels alone, paired by seed; null for that one itself."""
+    over_kd: Estimate | None
+    """The difference to the same model trained by KD, paired by seed; null for that one and from hard labels."""
+    agreement: Share | None
+    """Mean share of test rows where student and teacher choose the same class."""
+    lost: list[LostStudent]
+    """Students that diverged or failed."""
+
+
+class CompareDocument(Document):
+    """What `akd-dist compare --json` prints, and what its run keeps in comparison.json."""
+
+    run: str
+    """The run's folder."""
+    command: str
+    """What makes the same table again."""
+    task: Literal["classification", "regression"]
+    """What a label is."""
+    metric: str
+    """The primary metric, which all numbers of the table are of."""
+    confidence: float
+    """Of the intervals."""
+    rows: dict[Literal["train", "validation", "test"], Count]
+    """Rows of each split."""
+    teacher: ComparedModel
+    """Whom the students learned from."""
+    assistants: list[ComparedModel]
+    """The models between it and the students of objective takd."""
+    table: list[ComparedRow]
+    """The rows, model by model; from scratch, KD, TAKD, Annealing-KD, Continuation-KD."""
+    missing: list[Literal["takd"]]
+    """Objectives that the recipe cannot be compared under."""
 
 
 class Refusal(Document):
@@ -217,6 +353,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "cache": CacheDocument,
         "cache-plan": PlanDocument,
         "fleet": FleetDocument,
+        "compare": CompareDocument,
         "error": ErrorDocument,
     }
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}

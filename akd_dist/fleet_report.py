@@ -272,6 +272,15 @@ def fleet_table(fleet: dict[str, Any]) -> Table:
     table.add_column("seconds", justify="right", no_wrap=True)
     best = shown.text(teacher["test"][fleet["metric"]])
     table.add_row("teacher", f"{teacher['parameters']:,}", "100 %", "", best, style="bold")
+    for assistant in fleet.get("assistants", []):
+        table.add_row(
+            Text(f"assistant {assistant['model']}"),
+            f"{assistant['parameters']:,}",
+            share(assistant["parameters"], teacher["parameters"]),
+            "",
+            shown.text(assistant["test"][fleet["metric"]]),
+            *([percent(assistant["agreement"])] if agreeing else []),
+        )
     previous = None
     for group in groups:
         if group.model != previous:

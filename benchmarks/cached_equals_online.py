@@ -304,8 +304,6 @@ def equality(folder: Path) -> dict[str, dict[str, Difference]]:
 
 
 if __name__ == "__main__":
-    import sys
-
     with tempfile.TemporaryDirectory() as f:
         for name, forms in equality(Path(f)).items():
             for form, d in forms.items():

@@ -1,4 +1,4 @@
-"""Cache a teacher: plan the missing shards, run them as Ray tasks, verify, seal.
+"""Cache a teacher, and the assistants below it: plan the missing shards, run them as Ray tasks, verify, seal.
 
 akd-dist cache-teacher jobs/digits.yaml
 """
@@ -6,9 +6,9 @@ akd-dist cache-teacher jobs/digits.yaml
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +19,22 @@ from rich.console import Console
 from akd_dist import recipe as recipes
 from akd_dist.device import device_name, gpus_of
 from akd_dist.jobs.progress import Meter, meter, tell
-from akd_dist.jobs.train_teacher import TEACHERS, ensure_teacher, teacher_key
-from akd_dist.models import ModelCard, add_folder, load_card
+from akd_dist.jobs.train_teacher import (
+    Place,
+    Run,
+    Stores,
+    assistant_of,
+    ensure_teacher,
+    ensure_trained,
+    is_there,
+    run_in_process,
+    run_on_ray,
+    teacher_of,
+)
+from akd_dist.models import ModelCard, add_folder, build, load_card
 from akd_dist.recipe import NoAugmentation, Recipe
 from akd_dist.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference, prepare
 from akd_dist.storage import catalog
-from akd_dist.storage.claim import claim_store
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, Shard, StoreLayout
@@ -59,6 +69,36 @@ class SplitPlan:
         return sum(self.identity.layout.stored_bytes(shard) for shard in self.missing)
 
 
+@dataclass
+class Hop:
+    """A model whose logits are cached, the teacher or an assistant, and what that takes, split by split."""
+
+    name: str
+    """`the teacher`, or `the assistant mlp-64`."""
+    model_uri: str
+    """Its model folder."""
+    plans: list[SplitPlan]
+
+    @property
+    def stores(self) -> Stores:
+        """Where its sealed stores lie."""
+        return {plan.split: plan.store.uri for plan in self.plans if plan.store is not None}
+
+    @property
+    def taught(self) -> Identity:
+        """What those who learn from it learn: the train store that the recipe asks for. One of more views may serve."""
+        return next(plan.identity for plan in self.plans if plan.split == "train")
+
+    @property
+    def missing(self) -> bool:
+        """Whether there are shards to compute."""
+        return any(plan.missing for plan in self.plans)
+
+
+Compute = Callable[[Hop, Recipe, Place], None]
+"""Computes the missing shards of a hop."""
+
+
 def cache_teacher(
     recipe: Recipe,
     *,
@@ -70,6 +110,8 @@ def cache_teacher(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Make sure that sealed stores of the teacher's logits exist for the recipe's train, validation and test rows.
+
+    Where the teacher has assistants, each is trained from the store of the model above it, and cached alike.
 
     Args:
         store_root: folder or URI under which stores lie.
@@ -91,44 +133,71 @@ def cache_teacher(
     started = time.monotonic()
     add_folder(recipe.folder)
     splits = prepare_shown(recipe.data, cache_root, console)
+    check_assistants(recipe, splits)
     check_augmentation(recipe.data.augmentation, recipe.data.seed, splits.train.inputs, splits.train.tokens)
     if dry_run:
         return _dry_run(recipe, splits, store_root)
     with cluster.closing(), cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
-        teacher_uri = ensure_teacher(
-            recipe,
-            splits,
-            store_root=store_root,
-            cache_root=cache_root,
-            address=address,
-            wait=wait,
-            stop=stop,
-            console=console,
-        )
-        plans = plan_splits(recipe, splits, teacher_uri)
-        claim = functools.partial(
-            claim_store, store_root, wait=wait, on_wait=lambda text: tell(console, text), on_poll=stop.check
-        )
-        for plan in plans:
-            plan.store = catalog.find_store(store_root, plan.identity)
-        with contextlib.ExitStack() as claims:
-            for plan in plans:
-                if plan.store is None:
-                    claims.enter_context(claim(plan.identity.id))
-                    _open_for_writing(plan, recipe, store_root, console)
-            if any(plan.missing for plan in plans):
-                check_room(store_root, sum(plan.missing_bytes for plan in plans))
-                cluster.connect(address, tell=lambda text: tell(console, text))
-                stop.check()
-                _compute(plans, recipe, teacher_uri, cache_root, stop, console)
-            if stop:
-                told = f"stopped; the {sum(plan.computed for plan in plans)} shards that this run computed are kept"
-                raise stop.error(told, "the same command carries on with the missing shards")
-            for plan in plans:
-                if plan.writer is not None:
-                    seal_store(plan.writer)
-                    plan.store = catalog.find_store(store_root, plan.identity)
-    return _document(plans, time.monotonic() - started)
+        place = Place(store_root, cache_root, address, wait, stop, console)
+        teacher_uri = ensure_teacher(recipe, splits, place, run_on_ray)
+        hops = walk_chain(recipe, splits, teacher_uri, place, run_on_ray, compute_on_ray)
+    return _document(hops, time.monotonic() - started)
+
+
+def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache_root: str) -> dict[str, Any]:
+    """The same stores by a plain loop in this process, without Ray; the bytes are those of the Ray run."""
+    started = time.monotonic()
+    splits = prepare(recipe.data, Path(cache_root))
+    place = Place(store_root, cache_root, console=Console(stderr=True))
+    hops = walk_chain(recipe, splits, teacher_uri, place, run_in_process, compute_in_process)
+    return _document(hops, time.monotonic() - started)
+
+
+def walk_chain(recipe: Recipe, splits: Splits, teacher_uri: str, place: Place, run: Run, compute: Compute) -> list[Hop]:
+    """Cache the teacher; then train each assistant from the store of the model above it, and cache it in turn.
+
+    Args:
+        run: trains a model.
+        compute: computes the missing shards of a hop.
+    """
+    hops = [cache_model("the teacher", teacher_uri, recipe, splits, place, compute)]
+    for assistant in recipe.teacher.chain:
+        trained = assistant_of(recipe, splits, assistant, hops[-1].taught, hops[-1].stores)
+        uri = ensure_trained(trained, recipe, splits, place, run)
+        hops.append(cache_model(trained.name, uri, recipe, splits, place, compute))
+    return hops
+
+
+def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Place, compute: Compute) -> Hop:
+    """Sealed stores of one model's logits for every split; what is there already is not touched."""
+    hop = Hop(name, uri, plan_splits(recipe, splits, uri))
+    for plan in hop.plans:
+        plan.store = catalog.find_store(place.store_root, plan.identity)
+        if plan.store is not None:
+            place.sweep(plan.identity.id)
+    with contextlib.ExitStack() as claims:
+        for plan in hop.plans:
+            if plan.store is None:
+                claims.enter_context(place.claim(plan.identity.id))
+                _open_for_writing(plan, recipe, place.store_root, place.console)
+        if hop.missing:
+            check_room(place.store_root, sum(plan.missing_bytes for plan in hop.plans))
+            compute(hop, recipe, place)
+        for plan in hop.plans:
+            if plan.writer is not None:
+                seal_store(plan.writer)
+                plan.store = catalog.find_store(place.store_root, plan.identity)
+    return hop
+
+
+def check_assistants(recipe: Recipe, splits: Splits) -> None:
+    """Build each assistant once, so that one that does not fit is refused before the teacher runs.
+
+    Raises:
+        RefusedError: a model cannot be built, or does not give a logit per class.
+    """
+    for assistant in recipe.teacher.chain:
+        build(ModelCard.of(assistant.model, splits.train, recipe.data.normalize), seed=0)
 
 
 def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Splits:
@@ -241,20 +310,19 @@ def _tell_of_other_rows(plan: SplitPlan, store_root: str, console: Console) -> N
         )
 
 
-def _compute(
-    plans: list[SplitPlan], recipe: Recipe, teacher_uri: str, cache_root: str, stop: Any, console: Console
-) -> None:
+def compute_on_ray(hop: Hop, recipe: Recipe, place: Place) -> None:
     """Run the missing shards of all splits as one bounded stream of tasks."""
     from akd_dist.jobs import cluster
 
+    stop = place.connect()
     tasks = []
-    for plan in plans:
+    for plan in hop.plans:
         if plan.missing:
-            job = cache_job(plan, recipe, teacher_uri, cache_root)
-            tasks += [cluster.Task(f"{plan.split} rows, {shard}", job, shard) for shard in plan.missing]
-    by_split = {plan.split: plan for plan in plans}
+            job = cache_job(plan, recipe, hop.model_uri, place.cache_root)
+            tasks += [cluster.Task(f"{plan.split} rows of {hop.name}, {shard}", job, shard) for shard in plan.missing]
+    by_split = {plan.split: plan for plan in hop.plans}
     done = 0
-    with meter(console, "caching the teacher", sum(task.item.rows for task in tasks)) as shown:
+    with meter(place.console, f"caching {hop.name}", sum(task.item.rows for task in tasks)) as shown:
 
         def count(task: cluster.Task, _receipt: Receipt) -> None:
             nonlocal done
@@ -271,6 +339,19 @@ def _compute(
             stop=stop,
             on_result=count,
         )
+    if stop:
+        told = f"stopped; the {sum(plan.computed for plan in hop.plans)} shards that this run computed are kept"
+        raise stop.error(told, "the same command carries on with the missing shards")
+
+
+def compute_in_process(hop: Hop, recipe: Recipe, place: Place) -> None:
+    """The missing shards in a plain loop."""
+    for plan in hop.plans:
+        if plan.missing:
+            job = cache_job(plan, recipe, hop.model_uri, place.cache_root)
+            for shard in plan.missing:
+                cache_shard(job, shard)
+                plan.computed += 1
 
 
 def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str) -> CacheJob:
@@ -288,26 +369,6 @@ def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str
         folder=recipe.folder,
         device=recipe.device,
     )
-
-
-def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache_root: str) -> dict[str, Any]:
-    """The same stores by a plain loop in this process, without Ray; the bytes are those of the Ray run."""
-    console = Console(stderr=True)
-    started = time.monotonic()
-    splits = prepare(recipe.data, Path(cache_root))
-    plans = plan_splits(recipe, splits, teacher_uri)
-    for plan in plans:
-        with claim_store(store_root, plan.identity.id, wait=False):
-            _open_for_writing(plan, recipe, store_root, console)
-            if plan.writer is None:
-                continue
-            job = cache_job(plan, recipe, teacher_uri, cache_root)
-            for shard in plan.missing:
-                cache_shard(job, shard)
-                plan.computed += 1
-            seal_store(plan.writer)
-            plan.store = catalog.find_store(store_root, plan.identity)
-    return _document(plans, time.monotonic() - started)
 
 
 # ---- repair
@@ -331,24 +392,50 @@ def repair(
     split = source["split"]
     add_folder(recipe.folder)
     splits = prepare_shown(recipe.data, cache_root, console)
-    teacher_uri = recipe.teacher.weights or f"{store_root.rstrip('/')}/{TEACHERS}/{teacher_key(recipe, splits)}"
-    rows: Rows = getattr(splits, split)
-    card = load_card(teacher_uri)
-    creations = [creation_of(recipe, rows, split, card, number) for number in range(FORMAT_VERSION, 0, -1)]
-    creation = next((one for one in creations if one.identity.id == store_id), creations[0])
-    if creation.identity.id != store_id:
-        key = f"{store_id}/{CREATION_KEY}"
-        sealed = Creation.from_bytes(open_root(store_root).get(key), key).identity
-        raise RefusedError(
-            f"the store {store_id[:12]} cannot be recomputed from this data and teacher",
-            got="; ".join(creation.identity.differences(sealed)),
-            expected="the data and the teacher that the store was made from",
-            next="pass --recipe with their present places",
-        )
-    plan = SplitPlan(split, rows, creation, writer=StoreWriter(store_root, creation))
-    job = cache_job(plan, recipe, teacher_uri, cache_root)
+    uri, plan = _plan_of(store_id, split, recipe, splits, store_root)
+    plan.writer = StoreWriter(store_root, plan.creation)
+    job = cache_job(plan, recipe, uri, cache_root)
     repaired = catalog.repair_store(store_root, store_id, lambda shard: compute_shard(job, shard))
     return {"id": store_id, "repaired": [shard.key for shard in repaired]}
+
+
+def _plan_of(store_id: str, split: str, recipe: Recipe, splits: Splits, store_root: str) -> tuple[str, SplitPlan]:
+    """Which model of the chain a store holds the logits of: its folder, and how that split is cached."""
+    rows: Rows = getattr(splits, split)
+    uris = model_uris(recipe, splits, store_root)
+    known = uris if is_there(uris[-1]) else uris[:-1] or uris
+    plans = [
+        (uri, SplitPlan(split, rows, creation_of(recipe, rows, split, load_card(uri), number)))
+        for uri in known
+        for number in range(FORMAT_VERSION, 0, -1)
+    ]
+    found = next(((uri, plan) for uri, plan in plans if plan.identity.id == store_id), None)
+    if found is not None:
+        return found
+    key = f"{store_id}/{CREATION_KEY}"
+    sealed = Creation.from_bytes(open_root(store_root).get(key), key).identity
+    differing = [plan.identity.differences(sealed) for _, plan in plans]
+    raise RefusedError(
+        f"the store {store_id[:12]} cannot be recomputed from this data and teacher",
+        got="; ".join(sorted(differing, key=len)[0]),
+        expected="the data and the teacher that the store was made from",
+        next="pass --recipe with their present places",
+    )
+
+
+def model_uris(recipe: Recipe, splits: Splits, store_root: str) -> list[str]:
+    """Where the models of the chain lie, from the teacher on, as far as that is known; the last may not be there yet.
+
+    An assistant is found by what it learns from, so its place is not known before the model above it is there.
+    """
+    teacher = teacher_of(recipe, splits)
+    uris = [teacher.uri(store_root) if teacher else str(recipe.teacher.weights)]
+    for assistant in recipe.teacher.chain:
+        if not is_there(uris[-1]):
+            break
+        above = creation_of(recipe, splits.train, "train", load_card(uris[-1])).identity
+        uris.append(assistant_of(recipe, splits, assistant, above, {}).uri(store_root))
+    return uris
 
 
 # ---- what it says
@@ -367,13 +454,32 @@ def check_room(store_root: str, needed: int) -> None:
 
 
 def _dry_run(recipe: Recipe, splits: Splits, store_root: str) -> dict[str, Any]:
-    """What caching would compute: nothing of the stores and views that are there, as far as the teacher is."""
-    teacher_uri = recipe.teacher.weights or f"{store_root.rstrip('/')}/{TEACHERS}/{teacher_key(recipe, splits)}"
-    known = recipe.teacher.weights is not None or open_root(teacher_uri).exists("model.json")
+    """What caching would compute: nothing of the stores and views that are there, as far as their models are."""
+    uris = model_uris(recipe, splits, store_root)
+    known: list[str | None] = [uri for uri in uris if uri == recipe.teacher.weights or is_there(uri)]
+    unknown = [None] * (1 + len(recipe.teacher.chain) - len(known))
+    teacher, *assistants = [_planned(recipe, splits, uri, store_root) for uri in known + unknown]
+    needed = sum(split["bytes"] for splits in (teacher, *assistants) for split in splits.values())
+    check_room(store_root, needed)
+    return {
+        "dry_run": True,
+        "store_root": store_root,
+        "bytes": needed,
+        "free": open_root(store_root).free_bytes(),
+        "splits": teacher,
+        "assistants": [
+            {"model": assistant.model.label, "trained": number + 1 < len(known), "splits": planned}
+            for number, (assistant, planned) in enumerate(zip(recipe.teacher.chain, assistants, strict=True))
+        ],
+    }
+
+
+def _planned(recipe: Recipe, splits: Splits, uri: str | None, store_root: str) -> dict[str, dict[str, Any]]:
+    """What the stores of one model would still take; all of it where the model is not there yet."""
     stores: dict[str, LogitStore | None] = dict.fromkeys(SPLITS)
     there: dict[str, Manifest | None] = dict.fromkeys(SPLITS)
-    if known:
-        plans = plan_splits(recipe, splits, teacher_uri)
+    if uri is not None:
+        plans = plan_splits(recipe, splits, uri)
         stores = {plan.split: catalog.find_store(store_root, plan.identity) for plan in plans}
         there = {plan.split: _source(plan, catalog.narrower_stores(store_root, plan.identity)) for plan in plans}
     dtype = str(encoding_from_config({"name": recipe.cache.encoding}).dtype)
@@ -388,17 +494,28 @@ def _dry_run(recipe: Recipe, splits: Splits, store_root: str) -> dict[str, Any]:
         size = sum(layout.stored_bytes(shard) for shard in shards)
         hit = store is not None
         planned[split] = {"rows": len(rows), "views": views, "hit": hit, "shards": len(shards), "bytes": size}
-    needed = sum(plan["bytes"] for plan in planned.values())
-    check_room(store_root, needed)
-    free = open_root(store_root).free_bytes()
-    return {"dry_run": True, "store_root": store_root, "bytes": needed, "free": free, "splits": planned}
+    return planned
 
 
-def _document(plans: list[SplitPlan], seconds: float) -> dict[str, Any]:
-    parts = {plan.split: _part(plan) for plan in plans}
-    hit = all(plan.writer is None for plan in plans)
-    rest = {split: parts[split] for split in ("validation", "test")}
-    return parts["train"] | {"hit": hit, "seconds": round(seconds, 3), "splits": rest}
+def _document(hops: list[Hop], seconds: float) -> dict[str, Any]:
+    teacher, *assistants = hops
+    hit = all(plan.writer is None for hop in hops for plan in hop.plans)
+    return _cached(teacher) | {
+        "hit": hit,
+        "seconds": round(seconds, 3),
+        "assistants": [_named(hop) | _cached(hop) for hop in assistants],
+    }
+
+
+def _named(hop: Hop) -> dict[str, Any]:
+    card = load_card(hop.model_uri)
+    return {"model": card.model.label, "path": hop.model_uri, "fingerprint": card.fingerprint}
+
+
+def _cached(hop: Hop) -> dict[str, Any]:
+    """The train store of a model, and those of the other splits."""
+    parts = {plan.split: _part(plan) for plan in hop.plans}
+    return parts["train"] | {"splits": {split: parts[split] for split in SPLITS if split != "train"}}
 
 
 def _part(plan: SplitPlan) -> dict[str, Any]:

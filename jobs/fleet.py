@@ -23,8 +23,9 @@ from rich.console import Console
 from akd_dist.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
 from akd_dist.device import gpus_of
 from akd_dist.jobs import cluster
-from akd_dist.jobs.planner import Cohort, cpus_of
+from akd_dist.jobs.planner import Cohort, cohort_job, cpus_of
 from akd_dist.jobs.progress import Meter, meter, tell
+from akd_dist.jobs.train_teacher import Stores
 from akd_dist.storage.errors import AkdError, MachineError
 from akd_dist.storage.files import replace
 from akd_dist.student import Group, entry, write_note
@@ -41,10 +42,13 @@ class Fleet:
         base: what all cohorts have in common.
         rows: train rows, from which the number of steps follows.
         stop: once it is up, running cohorts checkpoint and return, and no other is started.
+        assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
     """
 
-    def __init__(self, base: CohortJob, rows: int, stop: cluster.StopFlag, console: Console) -> None:
-        self.base, self.rows, self.stop, self.console = base, rows, stop, console
+    def __init__(
+        self, base: CohortJob, rows: int, stop: cluster.StopFlag, console: Console, assistant: Stores | None = None
+    ) -> None:
+        self.base, self.rows, self.stop, self.console, self.assistant = base, rows, stop, console, assistant or {}
         self.jobs: list[CohortJob] = []
         self.threads: list[threading.Thread] = []
         self.errors: list[BaseException] = []
@@ -122,7 +126,8 @@ class Fleet:
 
     def _new_job(self, cohort: Cohort) -> CohortJob:
         with self.lock:
-            job = replaced(self.base, name=f"cohort-{self.base.attempt}-{len(self.jobs)}", students=cohort)
+            name = f"cohort-{self.base.attempt}-{len(self.jobs)}"
+            job = replaced(cohort_job(self.base, cohort, self.assistant), name=name)
             self.jobs.append(job)
         return job
 

@@ -7,10 +7,13 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
+from akd_dist.cohort import CohortJob
 from akd_dist.device import autocast, gpus_of, weights_dtype
+from akd_dist.jobs.train_teacher import Stores
 from akd_dist.models import ModelCard, build
 from akd_dist.recipe import Recipe, Student
 from akd_dist.rows import Splits
@@ -26,11 +29,24 @@ log = logging.getLogger(__name__)
 
 
 def groups_of(students: list[Student]) -> list[Cohort]:
-    """Students that can share a stream and a worker: those of one batch size, number of workers and threads."""
+    """Students that can share a stream and a worker: those of one batch size, number of workers, threads and store.
+
+    Those that learn from labels alone ride with the teacher's store.
+    """
     groups = defaultdict(list)
     for spec in students:
-        groups[spec.batch, spec.workers, spec.threads].append(spec)
+        groups[spec.batch, spec.workers, spec.threads, learns_from_assistant(spec)].append(spec)
     return [tuple(group) for group in groups.values()]
+
+
+def learns_from_assistant(spec: Student) -> bool:
+    """Whether a student reads the store of the last assistant, not the teacher's."""
+    return spec.objective.learns_from == "assistant"
+
+
+def cohort_job(base: CohortJob, cohort: Cohort, assistant: Stores) -> CohortJob:
+    """The job of a cohort: its students, and the stores that they learn from."""
+    return replace(base, students=cohort, stores=assistant if learns_from_assistant(cohort[0]) else base.stores)
 
 
 def cpus_of(cohort: Cohort) -> int:
@@ -53,8 +69,8 @@ def plan_cohorts(recipe: Recipe, students: list[Student], cpus: int, splits: Spl
         raise RecipeError(
             f"the students cannot be trained in {recipe.cohorts} cohorts",
             got=f"cohorts: {recipe.cohorts}",
-            expected=f"at least {len(groups)}: students of other batch, workers or threads cannot share a stream",
-            next="leave `cohorts` out, or give all students the same batch, workers and threads",
+            expected=f"at least {len(groups)}: other batch, workers, threads or store mean another stream",
+            next="leave `cohorts` out, or give all students the same batch, workers and threads; takd stays apart",
         )
     cost = _costs(recipe, students, splits)
     seconds = [sum(cost(spec) for spec in group) for group in groups]

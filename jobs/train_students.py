@@ -33,17 +33,21 @@ from akd_dist.cohort import (
     train_cohort,
 )
 from akd_dist.fleet_report import write_report
-from akd_dist.jobs.cache_teacher import cache_teacher, prepare_shown
-from akd_dist.jobs.planner import groups_of
+from akd_dist.jobs.cache_teacher import cache_teacher, check_assistants, prepare_shown
+from akd_dist.jobs.planner import cohort_job, groups_of, learns_from_assistant
 from akd_dist.jobs.progress import tell
+from akd_dist.jobs.train_teacher import Stores
 from akd_dist.metrics import measure
-from akd_dist.models import ModelCard, add_folder, build, num_parameters
+from akd_dist.models import ModelCard, add_folder, build, by_content, num_parameters
 from akd_dist.recipe import Recipe
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
 from akd_dist.storage.errors import RecipeError
 from akd_dist.storage.files import canonical_json, file_lock, replace
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.student import entry
+
+Chain = list[Stores]
+"""The stores of the teacher's logits, then of each assistant's: students learn from the first or from the last."""
 
 
 def train_students(
@@ -84,19 +88,21 @@ def train_students(
     run = Path(run_root) / recipe.name
     splits = prepare_shown(recipe.data, cache_root, console)
     parameters = check_students(recipe, splits)
+    check_assistants(recipe, splits)
     with held(run, wait, console), cluster.closing():
         if not fresh:
             check_same_run(run, recipe, run_identity(recipe, splits))
         cached = cache_teacher(
             recipe, store_root=store_root, cache_root=cache_root, address=address, wait=wait, console=console
         )
-        tell(console, f"the store {cached['id'][:12]} {_how_cached(cached)}")
-        stores = {"train": cached["store"]} | {split: cached["splits"][split]["store"] for split in SPLITS[1:]}
-        identity = run_identity(recipe, splits, open_store(stores["train"]))
+        for model in (cached, *cached["assistants"]):
+            tell(console, _how_cached(model))
+        chain = chain_of(cached)
+        identity = run_identity(recipe, splits, chain)
         if fresh:
             forget(run)
         check_same_run(run, recipe, identity)
-        base = fleet_job(recipe, splits, stores, run, cache_root)
+        base = fleet_job(recipe, splits, chain[0], run, cache_root)
         todo = [spec for spec in recipe.students if not ended(base, spec)]
         if not todo and (run / "fleet.json").exists() and (run / "report.html").exists():
             tell(console, f"the run {recipe.name} is done: these are its saved results")
@@ -104,9 +110,10 @@ def train_students(
             return saved
         begin_run(run, recipe, identity)
         # Decode once, and refuse a damaged store before anything starts; the driver may have no GPU.
-        open_stream(replaced(base, device="cpu"), splits)
-        cohorts = _train(base, recipe, todo, splits, address, console) if todo else 0
-        fleet = finish_run(run, recipe, splits, base, parameters, cohorts, time.monotonic() - started)
+        for group in groups_of(todo):
+            open_stream(replaced(cohort_job(base, group, chain[-1]), device="cpu"), splits)
+        cohorts = _train(base, recipe, todo, chain, splits, address, console) if todo else 0
+        fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - started)
         tell_failures(fleet, base, console)
     return fleet
 
@@ -115,6 +122,7 @@ def _train(
     base: CohortJob,
     recipe: Recipe,
     todo: list[recipes.Student],
+    chain: Chain,
     splits: Splits,
     address: str | None,
     console: Console,
@@ -128,21 +136,27 @@ def _train(
         cluster.connect(address, tell=lambda text: tell(console, text))
         stop.check()
         cohorts = plan_cohorts(recipe, todo, int(cluster.total_cpus()), splits, int(cluster.total_gpus()))
-        count = Fleet(base, len(splits.train), stop, console).train(cohorts)
+        count = Fleet(base, len(splits.train), stop, console, chain[-1]).train(cohorts)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")
     return count
 
 
-def train_in_process(recipe: Recipe, stores: dict[str, str], *, run: Path, cache_root: str) -> dict[str, Any]:
-    """The recipe's students by a plain loop in this process, without Ray; the weights are those of the Ray run."""
+def train_in_process(
+    recipe: Recipe, stores: Stores, *, run: Path, cache_root: str, assistant: Stores | None = None
+) -> dict[str, Any]:
+    """The recipe's students by a plain loop in this process, without Ray; the weights are those of the Ray run.
+
+    Args:
+        stores: those of the teacher.
+        assistant: those of the last assistant, where there are students of objective `takd`.
+    """
     splits = prepare(recipe.data, Path(cache_root))
     run.mkdir(parents=True, exist_ok=True)
     base = fleet_job(recipe, splits, stores, run, cache_root)
-    groups = groups_of(list(recipe.students))
-    results = [result for group in groups for result in train_cohort(replaced(base, students=group))["students"]]
-    return {result["name"]: result for result in results}
+    jobs = [cohort_job(base, group, assistant or {}) for group in groups_of(list(recipe.students))]
+    return {result["name"]: result for job in jobs for result in train_cohort(job)["students"]}
 
 
 # ---- before anything starts
@@ -178,18 +192,35 @@ def check_students(recipe: Recipe, splits: Splits) -> dict[str, int]:
     return {spec.name: counts[spec.model.model_dump_json()] for spec in recipe.students}
 
 
-def run_identity(recipe: Recipe, splits: Splits, store: LogitStore | None = None) -> dict[str, Any]:
+def chain_of(cached: dict[str, Any]) -> Chain:
+    """The stores of the teacher and of its assistants, from the document that `cache_teacher` returns."""
+    return [
+        {"train": model["store"]} | {split: part["store"] for split, part in model["splits"].items()}
+        for model in (cached, *cached["assistants"])
+    ]
+
+
+def run_identity(recipe: Recipe, splits: Splits, chain: Chain | None = None) -> dict[str, Any]:
     """What makes two runs the same, as JSON: the resolved recipe without placement and paths, and what these lead to.
 
     Args:
-        store: the train store, for the teacher's fingerprint; without it the teacher is left out.
+        chain: the stores, for the fingerprints of teacher and assistants; without them these are left out.
     """
     rows: dict[str, Rows] = {split: getattr(splits, split) for split in SPLITS}
     document = recipe.identity() | {"dataset": {split: rows[split].fingerprint for split in SPLITS}}
     # Not compared, but by it a difference is found: the fingerprints say only that there is one.
     document["rows"] = {split: rows[split].describe() for split in SPLITS}
-    if store is not None:
-        document["teacher"]["fingerprint"] = store.manifest.identity.teacher
+    for spec in recipe.students:
+        document["students"][spec.name]["model"] = by_content(spec.model)
+    node = document["teacher"]
+    if recipe.teacher.model is not None:
+        node["model"] = by_content(recipe.teacher.model)
+    for assistant in recipe.teacher.chain:
+        node = node["assistant"]
+        node["model"] = by_content(assistant.model)
+    if chain is not None:
+        teacher, *assistants = [open_store(stores["train"]).manifest.identity.teacher for stores in chain]
+        document["teacher"] |= {"fingerprint": teacher, "assistant_fingerprints": assistants}
     plain: dict[str, Any] = json.loads(canonical_json(document))
     return plain
 
@@ -200,7 +231,8 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
     if saved is None:
         return
     if "fingerprint" not in identity["teacher"]:
-        saved["teacher"].pop("fingerprint", None)
+        for key in ("fingerprint", "assistant_fingerprints"):
+            saved["teacher"].pop(key, None)
     before, now = saved.pop("rows", {}), identity["rows"]
     identity = {key: value for key, value in identity.items() if key != "rows"}
     if saved != identity:
@@ -250,8 +282,8 @@ def last_attempt(run: Path) -> int:
     return max((int(path.name.split("-")[1]) for path in (run / "control").glob("attempt-*")), default=0)
 
 
-def fleet_job(recipe: Recipe, splits: Splits, stores: dict[str, str], run: Path, cache_root: str) -> CohortJob:
-    """What all cohorts of the run have in common; its students are all of them."""
+def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_root: str) -> CohortJob:
+    """What all cohorts of the run have in common; its students are all of them, its stores those of the teacher."""
     control = run / "control"
     control.mkdir(parents=True, exist_ok=True)
     return CohortJob(
@@ -263,6 +295,7 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: dict[str, str], run: Path,
         logs=str(run / "logs"),
         cache_root=cache_root,
         stores=stores,
+        teacher_test=stores.get("test"),
         folder=recipe.folder,
         control=str(control),
         attempt=1 + last_attempt(run),
@@ -279,24 +312,27 @@ def finish_run(
     recipe: Recipe,
     splits: Splits,
     base: CohortJob,
+    chain: Chain,
     parameters: dict[str, int],
     cohorts: int,
     seconds: float,
 ) -> dict[str, Any]:
     """Collect every student's result into fleet.json and the report."""
-    store = open_store(base.stores["train"])
+    stores = [{split: open_store(uri) for split, uri in each.items()} for each in chain]
     results = []
     for spec in recipe.students:
         folder = Path(base.root) / spec.name
         result = read_result(base, spec) or entry(spec, "failed", "it never ended", folder)
         result["parameters"] = parameters[spec.name]
-        results.append(result | {"store": store.uri, "teacher": store.manifest.identity.teacher})
+        source = (stores[-1] if learns_from_assistant(spec) else stores[0])["train"]
+        results.append(result | {"store": source.uri, "teacher": source.manifest.identity.teacher})
     fleet = {
         "run": str(run),
-        "store": store.uri,
+        "store": stores[0]["train"].uri,
         "task": recipe.data.task,
         "metric": recipe.data.primary_metric,
-        "teacher": describe_teacher(store, open_store(base.stores["test"]), splits.test),
+        "teacher": describe_teacher(stores[0]["train"], stores[0]["test"], splits.test),
+        "assistants": [describe_assistant(each, stores[0]["test"], splits.test) for each in stores[1:]],
         "students": results,
         "cohorts": cohorts,
         "seconds": round(seconds, 3),
@@ -337,11 +373,23 @@ def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows) -> dict[st
     }
 
 
-def _how_cached(cached: dict[str, Any]) -> str:
-    if cached["hit"]:
-        return "is a hit: the teacher is not needed"
-    computed = cached["shards_computed"] + sum(part["shards_computed"] for part in cached["splits"].values())
-    return f"is sealed: {computed} shards computed"
+def describe_assistant(stores: dict[str, LogitStore], teacher_test: LogitStore, rows: Rows) -> dict[str, Any]:
+    """An assistant's row: as the teacher's, with its agreement with the teacher, and the store of its logits."""
+    agreement = None
+    if rows.task == "classification":
+        ours, theirs = (stored_predictions(store, rows) for store in (stores["test"], teacher_test))
+        agreement = float((ours == theirs).double().mean())
+    described = describe_teacher(stores["train"], stores["test"], rows)
+    return described | {"agreement": agreement, "store": stores["train"].uri}
+
+
+def _how_cached(model: dict[str, Any]) -> str:
+    """What came of the stores of the teacher, or of an assistant."""
+    whose = f"the store {model['id'][:12]}" + (f" of the assistant {model['model']}" if "model" in model else "")
+    computed = sum(part["shards_computed"] for part in (model, *model["splits"].values()))
+    if not computed:
+        return f"{whose} is a hit: {'it' if 'model' in model else 'the teacher'} is not needed"
+    return f"{whose} is sealed: {computed} shards computed"
 
 
 def _read_json(path: Path) -> Any | None:

@@ -1,23 +1,31 @@
-"""Train the teacher that a recipe describes: once, by the student loop in one Ray task, found again by content."""
+"""Train the models whose logits are cached: the teacher, where the recipe says how, and the assistants below it.
+
+Each is trained once, by the student loop in one Ray task, and found again by content under <store-root>/teachers/.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.cohort import CohortJob, read_progress, train_cohort
+from akd_dist.device import gpus_of
 from akd_dist.jobs.progress import Meter, meter, tell
-from akd_dist.models import load_card
+from akd_dist.models import by_content, load_card
 from akd_dist.recipe import HardLabels, Recipe
 from akd_dist.rows import SPLITS, Splits
-from akd_dist.storage.claim import claim_store
-from akd_dist.storage.errors import RefusedError
+from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store
+from akd_dist.storage.errors import HeldError, MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
+from akd_dist.storage.manifest import Identity
 from akd_dist.storage.objects import open_root
 
 if TYPE_CHECKING:
@@ -25,113 +33,228 @@ if TYPE_CHECKING:
 
 TEACHERS = "teachers"
 
+Stores = dict[str, str]
+"""The stores of one model's logits: split -> URI."""
 
-def ensure_teacher(
+
+@dataclass(frozen=True)
+class Place:
+    """Where a command works, who stops it and who is told."""
+
+    store_root: str
+    """Folder or URI of stores, and of the models that a recipe trains for them."""
+    cache_root: str
+    """Prepared data and decoded stores of this node."""
+    address: str | None = None
+    """A Ray cluster; None starts one on this machine."""
+    wait: bool = False
+    """Wait for somebody else's claim instead of leaving."""
+    stop: StopFlag | None = None
+    """The flag of Ctrl-C and SIGTERM; None for a plain loop in this process."""
+    console: Console = field(default_factory=lambda: Console(quiet=True))
+    """Where progress is told."""
+
+    def tell(self, text: str) -> None:
+        """Say something to the person who waits."""
+        tell(self.console, text)
+
+    def claim(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Hold a store, or a model under TEACHERS, while it is made."""
+        check = (lambda: None) if self.stop is None else self.stop.check
+        return claim_store(self.store_root, name, wait=self.wait, on_wait=self.tell, on_poll=check)
+
+    def sweep(self, name: str) -> None:
+        """Remove the claim that is left where a driver died when its work was just done. A living holder keeps his."""
+        if open_root(self.store_root).exists(name + CLAIM_SUFFIX):
+            with contextlib.suppress(HeldError, MachineError), claim_store(self.store_root, name):
+                pass
+
+    def connect(self) -> StopFlag:
+        """Connect to Ray, or start it; the flag that running tasks are to heed."""
+        from akd_dist.jobs import cluster
+
+        assert self.stop is not None, "whoever runs tasks watches for signals"
+        cluster.connect(self.address, tell=self.tell)
+        self.stop.check()
+        return self.stop
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that the recipe trains before its students: the teacher or an assistant."""
+
+    name: str
+    """`the teacher`, or `the assistant mlp-64`."""
+    setting: str
+    """The key of the recipe that says how it is trained."""
+    spec: recipes.Student
+    """How it is trained. Its name is what it is found by: the hash of everything that its weights depend on."""
+    views: int
+    """How many views its epochs go round."""
+    stores: Stores
+    """The logits of the model above it; empty for the teacher."""
+
+    def uri(self, store_root: str) -> str:
+        """Its model folder, whether it is there or not."""
+        return f"{store_root.rstrip('/')}/{TEACHERS}/{self.spec.name}"
+
+    def job(self, recipe: Recipe, splits: Splits, place: Place) -> CohortJob:
+        """The model as a cohort of one: the same loop as for students."""
+        root = Path(place.cache_root if "://" in place.store_root else place.store_root) / TEACHERS
+        return CohortJob(
+            name="teacher",
+            data=recipe.data.model_copy(update={"views": self.views}),
+            fingerprints={split: getattr(splits, split).fingerprint for split in SPLITS},
+            students=(self.spec,),
+            root=str(root),
+            logs=str(root / self.spec.name),
+            cache_root=place.cache_root,
+            stores=self.stores,
+            folder=recipe.folder,
+            control=str(root / self.spec.name / "checkpoints"),
+            checkpoint_seconds=recipe.checkpoint_seconds,
+            device=recipe.device,
+        )
+
+
+Run = Callable[[Trained, CohortJob, Place], dict[str, Any]]
+"""Trains a model as `train_cohort` does."""
+
+
+def teacher_of(recipe: Recipe, splits: Splits) -> Trained | None:
+    """The teacher that the recipe trains, on hard labels; None where its weights lie somewhere.
+
+    It needs no cached logits, so each of its epochs sees a fresh view; and it stays the same when `data.views` changes.
+    """
+    model, train = recipe.teacher.model, recipe.teacher.train
+    if model is None or train is None:
+        return None
+    spec = _spec(recipe, splits, train, model, HardLabels(epochs=train.epochs), "labels")
+    return Trained("the teacher", "teacher.train", spec, views=train.epochs, stores={})
+
+
+def assistant_of(
+    recipe: Recipe, splits: Splits, assistant: recipes.Assistant, above: Identity, stores: Stores
+) -> Trained:
+    """An assistant as the recipe has it.
+
+    Args:
+        above: the train store of the model above it: whose logits, which views, what encoding. In which format of
+            stores they are kept changes no weight.
+        stores: where that model's stores lie.
+    """
+    learns_from = above.model_dump(mode="json", exclude={"format"})
+    spec = _spec(recipe, splits, assistant, assistant.model, assistant.objective, learns_from)
+    name = f"the assistant {assistant.model.label}"
+    return Trained(name, "teacher.assistant", spec, views=recipe.data.views, stores=stores)
+
+
+def _spec(
     recipe: Recipe,
     splits: Splits,
-    *,
-    store_root: str,
-    cache_root: str,
-    address: str | None,
-    wait: bool,
-    stop: StopFlag,
-    console: Console,
-) -> str:
-    """The URI of the teacher's model folder; one that the recipe trains is trained once, and found again by content.
+    training: recipes.Training,
+    model: recipes.Model,
+    objective: recipes.Objective,
+    learns_from: str | dict[str, Any],
+) -> recipes.Student:
+    """A model of the chain as a student whose name is the hash of all that its weights depend on."""
+    common = {name: getattr(training, name) for name in recipes.Training.model_fields}
+    spec = recipes.Student(name="unnamed", model=model, objective=objective, **common)
+    data = recipe.data.model_dump(mode="json", include={"seed", "augmentation", "window", "normalize"})
+    document = {
+        "spec": spec.model_dump(mode="json", exclude={"name"}) | {"model": by_content(model)},
+        "rows": [splits.train.fingerprint, splits.validation.fingerprint],
+        "data": data | {"metric": recipe.data.primary_metric},
+        "device": recipe.device,
+        "learns_from": learns_from,
+    }
+    return spec.model_copy(update={"name": sha256(canonical_json(document))[:32]})
+
+
+def is_there(uri: str) -> bool:
+    """Whether a model folder is complete; its card is written last."""
+    return open_root(uri).exists("model.json")
+
+
+def ensure_teacher(recipe: Recipe, splits: Splits, place: Place, run: Run) -> str:
+    """The URI of the teacher's model folder, trained first if the recipe says how and it is not there yet.
 
     Raises:
         RefusedError: the teacher does not fit the data, or its training failed.
         HeldError: somebody else is training it.
     """
-    if recipe.teacher.weights is not None:
-        load_card(recipe.teacher.weights).check_rows(splits.train, f"the teacher in {recipe.teacher.weights}")
-        return recipe.teacher.weights
-    key = teacher_key(recipe, splits)
-    uri = f"{store_root.rstrip('/')}/{TEACHERS}/{key}"
-    if open_root(uri).exists("model.json"):
+    if (trained := teacher_of(recipe, splits)) is not None:
+        return ensure_trained(trained, recipe, splits, place, run)
+    assert recipe.teacher.weights is not None
+    load_card(recipe.teacher.weights).check_rows(splits.train, f"the teacher in {recipe.teacher.weights}")
+    return recipe.teacher.weights
+
+
+def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, place: Place, run: Run) -> str:
+    """The URI of a model's folder; it is trained if it is not there yet, by `run`.
+
+    Raises:
+        RefusedError: its training failed.
+        HeldError: somebody else is training it.
+    """
+    uri, claim = trained.uri(place.store_root), f"{TEACHERS}/{trained.spec.name}"
+    if is_there(uri):
+        place.sweep(claim)
         return uri
-    open_root(store_root).check_writable()
-    job = teacher_job(recipe, splits, key, store_root=store_root, cache_root=cache_root)
-    claim = f"{TEACHERS}/{key}"
-    with claim_store(store_root, claim, wait=wait, on_wait=lambda text: tell(console, text), on_poll=stop.check):
-        if not open_root(uri).exists("model.json"):
-            _train_teacher(job, address, stop, console)
-            _deliver(Path(job.root) / key, uri)
+    open_root(place.store_root).check_writable()
+    job = trained.job(recipe, splits, place)
+    with place.claim(claim):
+        if not is_there(uri):
+            Path(job.control).mkdir(parents=True, exist_ok=True)
+            job.stop_file.unlink(missing_ok=True)
+            result = _result(trained, job, run(trained, job, place))
+            shutil.rmtree(job.control, ignore_errors=True)
+            metric = recipe.data.primary_metric
+            place.tell(f"{trained.name} is trained: test {metric} {result['test'][metric]:.4f}")
+            _deliver(Path(job.root) / trained.spec.name, uri)
     return uri
 
 
-def teacher_key(recipe: Recipe, splits: Splits) -> str:
-    """The content that a trained teacher is found by: everything its weights depend on."""
-    model, train = recipe.teacher.model, recipe.teacher.train
-    assert model is not None
-    assert train is not None
-    document = {
-        "model": model.model_dump(mode="json"),
-        "train": train.model_dump(mode="json"),
-        "data": [splits.train.fingerprint, splits.validation.fingerprint],
-        "views": [recipe.data.seed, recipe.data.augmentation.model_dump(mode="json")],
-        "normalize": recipe.data.normalize and recipe.data.normalize.model_dump(mode="json"),
-    }
-    return sha256(canonical_json(document))[:32]
-
-
-def teacher_job(recipe: Recipe, splits: Splits, key: str, *, store_root: str, cache_root: str) -> CohortJob:
-    """The teacher as a cohort of one that trains on hard labels: the same loop as for students.
-
-    It needs no cached logits, so each of its epochs sees a fresh view; and it stays the same when `data.views` changes.
-    """
-    model, train = recipe.teacher.model, recipe.teacher.train
-    assert model is not None
-    assert train is not None
-    root = Path(cache_root) if "://" in store_root else Path(store_root)
-    spec = recipes.Student(
-        name=key,
-        model=model,
-        objective=HardLabels(kind="hard_labels", epochs=train.epochs),
-        optimizer=train.optimizer,
-        batch=train.batch,
-        seed=train.seed,
-        threads=train.threads,
-    )
-    return CohortJob(
-        name="teacher",
-        data=recipe.data.model_copy(update={"views": train.epochs}),
-        fingerprints={split: getattr(splits, split).fingerprint for split in SPLITS},
-        students=(spec,),
-        root=str(root / TEACHERS),
-        logs=str(root / TEACHERS / key),
-        cache_root=cache_root,
-        stores={},
-        folder=recipe.folder,
-        control=str(root / TEACHERS / key / "checkpoints"),
-        checkpoint_seconds=recipe.checkpoint_seconds,
-    )
-
-
-def _train_teacher(job: CohortJob, address: str | None, stop: StopFlag, console: Console) -> None:
+def run_on_ray(trained: Trained, job: CohortJob, place: Place) -> dict[str, Any]:
+    """Train a model in one Ray task, and show how far it is."""
     from akd_dist.jobs import cluster
 
-    Path(job.control).mkdir(parents=True, exist_ok=True)
-    job.stop_file.unlink(missing_ok=True)
-    cluster.connect(address, tell=lambda text: tell(console, text))
-    stop.check()
-    with meter(console, "training the teacher", total=1, unit="steps") as shown:
+    stop = place.connect()
+    with meter(place.console, f"training {trained.name}", total=1, unit="steps") as shown:
         poll = functools.partial(_follow, job, shown, stop)
-        threads = job.students[0].threads
-        outcome = cluster.run_one(train_cohort, job, threads=threads, stop=stop, on_poll=poll, name="the teacher")
+        outcome = cluster.run_one(
+            train_cohort,
+            job,
+            threads=trained.spec.threads,
+            gpus=gpus_of(job.device),
+            stop=stop,
+            on_poll=poll,
+            name=trained.name,
+        )
     job.stop_file.unlink(missing_ok=True)
     if outcome["stopped"]:
-        raise stop.error("stopped; the teacher's last checkpoint is kept", "the same command carries on from it")
+        raise stop.error(
+            f"stopped; the last checkpoint of {trained.name} is kept", "the same command carries on from it"
+        )
+    return dict(outcome)
+
+
+def run_in_process(_trained: Trained, job: CohortJob, _place: Place) -> dict[str, Any]:
+    """Train a model in this process, without Ray; the weights are those of the Ray task."""
+    return train_cohort(job)
+
+
+def _result(trained: Trained, job: CohortJob, outcome: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any]
     (result,) = outcome["students"]
     if result["state"] != "done":
         raise RefusedError(
-            f"the teacher's training ended as {result['state']}",
+            f"the training of {trained.name} ended as {result['state']}",
             got=result["reason"],
-            expected="a trained teacher",
-            next=f"see {Path(job.logs) / (job.students[0].name + '.log')}; then change teacher.train in the recipe",
+            expected="a trained model",
+            next=f"see {Path(job.logs) / (trained.spec.name + '.log')}; then change {trained.setting} in the recipe",
         )
-    shutil.rmtree(Path(job.control), ignore_errors=True)
-    tell(console, f"the teacher is trained: test accuracy {result['test']['accuracy']:.4f}")
+    return result
 
 
 def _follow(job: CohortJob, shown: Meter, stop: StopFlag) -> None:
@@ -139,13 +262,13 @@ def _follow(job: CohortJob, shown: Meter, stop: StopFlag) -> None:
     if stop:
         job.stop_file.touch()
     if (progress := read_progress(job)) is not None:
-        (teacher,) = progress["students"]
+        (model,) = progress["students"]
         note = f"{progress['rows_per_second']:,.0f} rows/s"
-        shown.update(teacher["steps"], total=teacher["steps_total"], note=note)
+        shown.update(model["steps"], total=model["steps_total"], note=note)
 
 
 def _deliver(folder: Path, uri: str) -> None:
-    """Put a teacher that was trained on this node into an object store; model.json last, since it says: I am there."""
+    """Put a model that was trained on this node into an object store; model.json last, since it says: I am there."""
     if "://" in uri:
         target = open_root(uri)
         for name in ("model.safetensors", "model.json"):

@@ -16,7 +16,7 @@ import pytest
 
 import akd_dist
 from akd_dist import cli
-from akd_dist.documents import CacheDocument, ErrorDocument, FleetDocument, PlanDocument, schemas
+from akd_dist.documents import CacheDocument, CompareDocument, ErrorDocument, FleetDocument, PlanDocument, schemas
 from akd_dist.recipe import load_recipe, recipe_schema
 from akd_dist.storage import errors
 from akd_dist.storage.errors import AkdError
@@ -29,11 +29,16 @@ PART = {
     "store": "stores/" + "ab" * 32, "id": "ab" * 32, "hit": False, "rows": 1168, "views": 4, "classes": 10,
     "encoding": "float32", "bytes": 186_880, "shards": 20, "shards_computed": 20,
 }  # fmt: skip
-CACHED = PART | {"seconds": 3.25, "splits": {"validation": PART | {"views": 1}, "test": PART | {"views": 1}}}
+SPLITS = {"validation": PART | {"views": 1}, "test": PART | {"views": 1}}
+CACHED = PART | {"seconds": 3.25, "splits": SPLITS, "assistants": []}
+ASSISTANT = PART | {
+    "store": "stores/" + "ef" * 32, "model": "mlp-64", "path": "stores/teachers/9", "fingerprint": "ef" * 32,
+    "splits": SPLITS,
+}  # fmt: skip
 PLANNED = {"rows": 1168, "views": 4, "hit": False, "shards": 20, "bytes": 186_880}
 PLAN = {
     "dry_run": True, "store_root": "stores", "bytes": 560_640, "free": 10**12,
-    "splits": {"train": PLANNED, "validation": PLANNED, "test": PLANNED},
+    "splits": {"train": PLANNED, "validation": PLANNED, "test": PLANNED}, "assistants": [],
 }  # fmt: skip
 STUDENT = {
     "name": "mlp-4-hard_labels-s0", "model": "mlp-4", "parameters": 310, "objective": "hard_labels", "tau_max": None,
@@ -45,6 +50,16 @@ FLEET = {
     "run": "runs/digits", "store": PART["store"], "students": [STUDENT], "cohorts": 1, "seconds": 12.5,
     "task": "classification", "metric": "accuracy",
     "teacher": {"model": "cnn-32", "parameters": 19_210, "test": {"accuracy": 0.98}, "fingerprint": "cd" * 32},
+}  # fmt: skip
+ESTIMATE = {"n": 2, "mean": 0.9, "low": 0.88, "high": 0.92}
+COMPARED = {
+    "run": "runs/digits-compare", "command": "akd-dist compare r.yaml", "task": "classification", "metric": "accuracy",
+    "confidence": 0.95, "rows": {"train": 1168, "validation": 269, "test": 360}, "assistants": [], "missing": ["takd"],
+    "teacher": {"model": "cnn-32", "parameters": 19_210, "test": 0.98, "agreement": None},
+    "table": [{
+        "name": "mlp-4-kd", "model": "mlp-4", "parameters": 310, "objective": "kd", "tau_max": None, "epochs": 40,
+        "seeds": [0, 1], "test": ESTIMATE, "over_scratch": ESTIMATE, "over_kd": None, "agreement": 0.93, "lost": [],
+    }],
 }  # fmt: skip
 
 
@@ -114,7 +129,7 @@ def test_a_group_alone_shows_its_help(words: tuple[str, ...], run: Any) -> None:
 
 def test_commands_stand_in_the_order_of_their_story(run: Any) -> None:
     listed = re.findall(r"^  ([a-z-]+)  ", run("--help").out.split("Commands:")[1], flags=re.MULTILINE)
-    assert listed == ["quickstart", "cache-teacher", "train-students", "stores", "report", "recipe"]
+    assert listed == ["quickstart", "cache-teacher", "train-students", "compare", "stores", "report", "recipe"]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +162,8 @@ def test_the_version(run: Any) -> None:
         (("train-students", "x.yaml"), "there is no recipe x.yaml"),
         (("train-students", DIGITS, "--set", "data.vews=3"), "--set data.vews=3: key data.vews is not known"),
         (("cache-teacher", DIGITS, "--set", "data.views"), "is not key=value"),
+        (("compare", DIGITS, "--seeds", "1"), "an interval needs two seeds or more"),
+        (("compare", DIGITS, "--seeds", "some"), "'some' is not a valid integer"),
         (("stores", "repair", "abc", "--set", "a=1"), "--set changes a recipe and none is given"),
     ],
     ids=lambda value: " ".join(value).replace(str(ROOT), "") if isinstance(value, tuple) else None,
@@ -275,6 +292,30 @@ def test_quickstart_runs_the_recipe_that_ships(run: Any, monkeypatch: pytest.Mon
     assert "akd-dist train-students my-digits.yaml --set name=my-digits\n" in outcome.out
 
 
+def test_a_comparison_is_a_table_and_says_where_it_lies(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    CompareDocument.model_validate(COMPARED)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(akd_dist, "compare", lambda recipe, **given: seen.update(given, recipe=recipe) or COMPARED)
+    outcome = run("compare", "r.yaml", "--seeds", "2", "--set", "data.views=2", "--run-root", "r")
+    assert outcome.code == 0
+    assert (seen["recipe"], seen["seeds"], seen["overrides"], seen["run_root"]) == ("r.yaml", 2, ("data.views=2",), "r")
+    assert re.search(r"KD +2 +90\.00 ± 2\.00 +\+90\.00 ± 2\.00 +93\.00", outcome.out)
+    assert "table   runs/digits-compare/comparison.md" in outcome.out
+    assert run("compare", "r.yaml", "--json").document == COMPARED
+    assert seen["seeds"] is None
+
+
+def test_a_comparison_that_lost_students_exits_1(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = {"name": "mlp-4-kd-s1", "seed": 1, "state": "diverged", "reason": "the loss is nan"}
+    document = COMPARED | {"table": [COMPARED["table"][0] | {"seeds": [0], "lost": [lost]}]}  # type: ignore[index]
+    CompareDocument.model_validate(document)
+    monkeypatch.setattr(akd_dist, "compare", lambda *_, **__: document)
+    outcome = run("compare", "r.yaml")
+    assert outcome.code == 1
+    assert "1 of 2" in outcome.out
+    assert "mlp-4-kd-s1 diverged" in outcome.out
+
+
 @pytest.mark.parametrize("hit", [False, True])
 def test_a_cached_teacher_is_summed_up(hit: bool, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     document = CACHED | {"hit": hit}
@@ -292,6 +333,15 @@ def test_a_cached_teacher_is_summed_up(hit: bool, run: Any, monkeypatch: pytest.
     assert run("cache-teacher", "r.yaml", "--json").document == document
 
 
+def test_cached_assistants_are_named(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = CACHED | {"assistants": [ASSISTANT]}
+    CacheDocument.model_validate(document)
+    monkeypatch.setattr(akd_dist, "cache_teacher", lambda *_, **__: document)
+    outcome = run("cache-teacher", "r.yaml")
+    assert re.search(rf"assistant mlp-64 +{ASSISTANT['store']}\n", outcome.out)
+    assert "1.1 MB in 120 shards" in outcome.out
+
+
 def test_a_plan_is_a_table(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     PlanDocument.model_validate(PLAN)
     monkeypatch.setattr(akd_dist, "cache_teacher", lambda *_, **given: PLAN if given["dry_run"] else CACHED)
@@ -299,6 +349,10 @@ def test_a_plan_is_a_table(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome.code == 0
     assert re.search(r"validation +1,168 +4 +20 +186\.9 kB", outcome.out)
     assert "needs 560.6 kB under stores, free 1.0 TB; nothing was computed" in outcome.out
+    planned = PLAN | {"assistants": [{"model": "mlp-64", "trained": False, "splits": PLAN["splits"]}]}
+    PlanDocument.model_validate(planned)
+    monkeypatch.setattr(akd_dist, "cache_teacher", lambda *_, **__: planned)
+    assert re.search(r"mlp-64, test +1,168 +4 +20 +186\.9 kB", run("cache-teacher", "r.yaml", "--dry-run").out)
 
 
 # ---- stores

@@ -266,6 +266,13 @@ def test_a_regressions_table_shows_correlations_and_no_agreement() -> None:
     assert "accuracy" not in text
 
 
+def test_table_has_the_assistants_below_the_teacher() -> None:
+    fleet = small_fleet()
+    fleet["assistants"] = [fleet["teacher"] | {"model": "mlp-99", "parameters": 5000, "agreement": 0.97, "store": "s"}]
+    FleetDocument.model_validate(fleet)
+    assert re.search(r"assistant mlp-99 +5,000 +25 % +98\.00 +97\.00", printed(fleet))
+
+
 def test_table_prints_names_as_they_are() -> None:
     assert "[red]x[/red]" in printed(fleet_of(student("[red]x[/red]-8", "hard_labels", 0)))
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from akd_dist.jobs.planner import START_SECONDS, allocate, groups_of, plan_cohorts, split_evenly
+from akd_dist.cohort import CohortJob
+from akd_dist.jobs.planner import START_SECONDS, allocate, cohort_job, groups_of, plan_cohorts, split_evenly
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import RecipeError
-from tests.fleets import a_recipe, a_student
+from tests.fleets import ADAMW, HARD, a_recipe, a_student
 
 
 def test_a_small_fleet_is_one_cohort_and_a_large_one_fills_the_cluster() -> None:
@@ -21,6 +22,29 @@ def test_a_small_fleet_is_one_cohort_and_a_large_one_fills_the_cluster() -> None
 def test_students_that_cannot_share_a_stream_are_apart() -> None:
     recipe = a_recipe([a_student("a"), a_student("b", batch=32), a_student("c"), a_student("d", threads=2)])
     assert [[spec.name for spec in group] for group in groups_of(list(recipe.students))] == [["a", "c"], ["b"], ["d"]]
+
+
+def test_students_of_an_assistant_read_another_stream_and_labels_ride_with_the_teachers(tmp_path: Path) -> None:
+    assistant = {"model": {"kind": "mlp", "hidden": 4}, "objective": {"kind": "kd", "epochs": 1}, "optimizer": ADAMW}
+    takd = {"kind": "takd", "epochs": 1}
+    students = [a_student("a", objective=takd), a_student("b", objective=HARD), a_student("c")]
+    students += [a_student("d", objective=takd), a_student("e", objective=takd, batch=32)]
+    teacher = {"weights": "somewhere", "assistant": assistant}
+    recipe = a_recipe(students, teacher=teacher)
+    groups = groups_of(list(recipe.students))
+    assert [[spec.name for spec in group] for group in groups] == [["a", "d"], ["b", "c"], ["e"]]
+    base = CohortJob(
+        name="fleet", data=recipe.data, fingerprints={}, students=(), root="", logs="", cache_root="", folder=None,
+        control="", stores={"train": "teacher's"}, teacher_test="teacher's test",
+    )  # fmt: skip
+    jobs = [cohort_job(base, group, {"train": "assistant's"}) for group in groups]
+    assert [job.stores["train"] for job in jobs] == ["assistant's", "teacher's", "assistant's"]
+    assert {job.teacher_test for job in jobs} == {"teacher's test"}
+    assert [job.students for job in jobs] == groups
+    with pytest.raises(RecipeError, match="at least 3"):
+        plan_cohorts(
+            a_recipe(students, teacher=teacher, cohorts=2), list(recipe.students), 2, prepare(recipe.data, tmp_path)
+        )
 
 
 def test_a_cohort_too_few_is_refused(tmp_path: Path) -> None:
