@@ -9,6 +9,8 @@ shares with the package only what defines the run: the views, the order of rows,
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -17,15 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from torch import nn
 
 from akd_dist import recipe as recipes
 from akd_dist.cohort import CohortJob, open_stream
+from akd_dist.comparison import estimate
 from akd_dist.device import settle, weights_dtype
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.train_students import fleet_job
+from akd_dist.jobs.train_teacher import Place, ensure_teacher, run_in_process
 from akd_dist.models import ModelCard, build, load_model, save_model
 from akd_dist.objectives import phi, temperature
 from akd_dist.recipe import Recipe
@@ -235,17 +240,17 @@ def both(recipe: Recipe, folder: Path, *, padded: bool) -> tuple[Trace, Trace]:
     assert model is not None
     card = ModelCard.of(model, splits.train, recipe.data.normalize)
     save_model(folder / "teacher", build(card, seed=7), card)
-    job = cached_job(recipe, splits, folder)
+    job = job_of(recipe, str(folder / "teacher"), splits, folder)
     teacher = load_model(folder / "teacher").to(weights_dtype(recipe.cache.precision))
     with own_generator():
         loop = online(recipe, teacher, splits, pad_to=recipe.cache.batch_rows if padded else None)
     return cached(job, splits, open_stream(job, splits)[0]), loop
 
 
-def cached_job(recipe: Recipe, splits: Splits, folder: Path) -> CohortJob:
-    """The recipe's cohort, its stores filled from the teacher in `folder`."""
+def job_of(recipe: Recipe, teacher: str, splits: Splits, folder: Path) -> CohortJob:
+    """The recipe's cohort, its stores filled by the teacher in a folder."""
     roots = {"store_root": str(folder / "stores"), "cache_root": str(folder / "cache")}
-    document = cache_in_process(recipe, str(folder / "teacher"), **roots)
+    document = cache_in_process(recipe, teacher, **roots)
     stores = {"train": document["store"]} | {split: part["store"] for split, part in document["splits"].items()}
     return fleet_job(recipe, splits, stores, folder / "run", roots["cache_root"])
 
@@ -303,8 +308,191 @@ def equality(folder: Path) -> dict[str, dict[str, Difference]]:
     return found
 
 
+# ---- what goes wrong otherwise
+
+SEEDS = range(5)
+WAYS = {
+    "a view per epoch": "each epoch a new view, on the teacher's logits of that view",
+    "one view": "one view for all epochs, on its logits",
+    "one view's logits": "each epoch a new view, on the logits of the first",
+    "plain logits": "each epoch a new view, on the logits of the row as it is",
+}
+
+
+def harm_recipe(seed: int) -> Recipe:
+    """A student of shifted digits, with as many views as stage I has epochs."""
+    adamw = {"kind": "adamw", "lr": 5e-3, "schedule": {"kind": "linear"}}
+    objective = {"kind": "annealing_kd", "tau_max": 5, "stage1_epochs": 30, "stage2_epochs": 5}
+    student = {"name": "student", "model": {"kind": "mlp", "hidden": 64}, "objective": objective, "optimizer": adamw}
+    return Recipe.model_validate(
+        {
+            "name": "harm",
+            "data": {"train": {"kind": "digits"}, "views": 30, "augmentation": {"kind": "shift", "pixels": 2}},
+            "teacher": {
+                "model": {"kind": "cnn", "width": 32, "depth": 3},
+                "train": {"epochs": 60, "optimizer": adamw},
+            },
+            "students": [student | {"seed": seed}],
+        }
+    )
+
+
+def harm(folder: Path) -> dict[str, dict[str, Any]]:
+    """How students do that are trained in each of the WAYS, over SEEDS; and how alike the logits are, as a cosine."""
+    recipe = harm_recipe(0)
+    splits = prepare(recipe.data, folder / "cache")
+    settle("cpu", 1)
+    place = Place(str(folder / "stores"), str(folder / "cache"))
+    teacher = ensure_teacher(recipe, splits, place, run_in_process)
+    still = recipe.data.model_copy(update={"views": 1, "augmentation": recipes.NoAugmentation()})
+    plain = stored_logits(recipe.model_copy(update={"data": still}), teacher, splits, folder)
+    found: dict[str, dict[str, Any]] = {}
+    for seed in SEEDS:
+        job = dataclasses.replace(job_of(harm_recipe(seed), teacher, splits, folder), root=str(folder / f"run-{seed}"))
+        stream, _ = open_stream(job, splits)
+        assert stream.logits is not None
+        streams = {
+            "a view per epoch": stream,
+            "one view": dataclasses.replace(stream, views=1),
+            "one view's logits": with_logits(stream, stream.logits[:1]),
+            "plain logits": with_logits(stream, plain[:1]),
+        }
+        for way, other in streams.items():
+            assert other.logits is not None
+            alike = found.setdefault(way, {"accuracy": [], "cosine": cosine(stream, other)})
+            alike["accuracy"].append(cached(job, splits, other).metric)
+    return found
+
+
+def with_logits(stream: Stream, one: np.ndarray) -> Stream:
+    """The same batches, with one view's logits [1, rows, classes] in every epoch."""
+    return dataclasses.replace(stream, logits=np.broadcast_to(one, (stream.views, *one.shape[1:])))
+
+
+def cosine(true: Stream, other: Stream) -> float:
+    """Mean cosine of the logits that the student is shown and those of the teacher for the very view it sees."""
+    assert true.logits is not None
+    assert other.logits is not None
+    shown = np.asarray(other.logits[: other.views], dtype=np.float64)
+    right = np.asarray(true.logits[: other.views], dtype=np.float64)
+    lengths = np.linalg.norm(shown, axis=2) * np.linalg.norm(right, axis=2)
+    return float(((shown * right).sum(axis=2) / lengths).mean())
+
+
+def stored_logits(recipe: Recipe, teacher: str, splits: Splits, folder: Path) -> np.ndarray:
+    """The teacher's logits of the train rows, [views, rows, classes]."""
+    stream, _ = open_stream(job_of(recipe, teacher, splits, folder), splits)
+    assert stream.logits is not None
+    return stream.logits
+
+
+# ---- what it says
+
+
+@click.command()
+@click.option("--plot", "plots", type=click.Path(file_okay=False, path_type=Path), help="Write the plots here, as SVG.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def main(plots: Path | None, as_json: bool) -> None:
+    """Show that training from the store is training with the teacher in the loop, and what is not."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        same = equality(folder)
+        wrong = harm(folder / "harm")
+        if plots is not None:
+            plots.mkdir(parents=True, exist_ok=True)
+            plot_equality(plots / "cached-equals-online.svg", folder / "plot")
+            plot_harm(plots / "one-view-cached.svg", wrong)
+    if as_json:
+        told = {
+            name: {form: dataclasses.asdict(apart) for form, apart in forms.items()} for name, forms in same.items()
+        }
+        click.echo(json.dumps({"equality": told, "harm": wrong}, indent=1))
+        return
+    click.echo("| case | form | first epoch's losses | all losses | final weights | same bits |")
+    click.echo("|---|---|--:|--:|--:|---|")
+    for name, forms in same.items():
+        for form, apart in forms.items():
+            figures = f"{apart.first_epoch:.1e} | {apart.losses:.1e} | {apart.weights:.1e}"
+            click.echo(f"| {name} | {form} | {figures} | {'yes' if apart.identical else 'no'} |")
+    click.echo("\n| what the student is shown | cosine | test accuracy % | against the first, paired |")
+    click.echo("|---|--:|--:|--:|")
+    first = wrong["a view per epoch"]["accuracy"]
+    for way, result in wrong.items():
+        apart_by_seed = [ours - theirs for ours, theirs in zip(result["accuracy"], first, strict=True)]
+        paired = "" if result["accuracy"] is first else shown_estimate(apart_by_seed)
+        click.echo(f"| {WAYS[way]} | {result['cosine']:.4f} | {shown_estimate(result['accuracy'])} | {paired} |")
+
+
+def shown_estimate(values: list[float]) -> str:
+    """Mean and half of the 95 % interval, in percent."""
+    found = estimate(values)
+    assert found is not None
+    return f"{100 * found['mean']:.2f} ± {100 * (found['high'] - found['mean']):.2f}"
+
+
+def plot_equality(path: Path, folder: Path) -> None:
+    """Each case's losses, step by step: a line from the store, dots with the teacher in the loop."""
+    figure, panels = new_figure(len(cases()))
+    for axes, (name, recipe) in zip(panels, cases().items(), strict=True):
+        ours, loop = both(recipe, folder / name, padded=True)
+        steps = np.arange(len(loop.losses))
+        sparse = slice(None, None, max(1, len(steps) // 60))
+        axes.plot(steps, ours.losses, color="#3b82d6", linewidth=1.2, label="from the store")
+        axes.plot(
+            steps[sparse],
+            np.array(loop.losses)[sparse],
+            "o",
+            color="#d14f7c",
+            markersize=2.5,
+            label="teacher in the loop",
+        )
+        axes.set(title=name, xlabel="step", yscale="log")
+    panels[0].set_ylabel("loss")
+    panels[0].legend(frameon=False)
+    save(figure, path)
+
+
+def plot_harm(path: Path, wrong: dict[str, dict[str, Any]]) -> None:
+    """Test accuracy of each seed, by what the student was shown."""
+    figure, (axes,) = new_figure(1)
+    for place, result in enumerate(wrong.values()):
+        values = 100 * np.array(result["accuracy"])
+        axes.plot(values, np.full(len(values), place), "o", color="#3b82d6", alpha=0.5)
+        axes.plot(values.mean(), place, "|", color="black", markersize=18)
+        axes.annotate(
+            f"cosine {result['cosine']:.3f}",
+            (values.min(), place),
+            xytext=(-8, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(wrong)), list(wrong))
+    axes.invert_yaxis()
+    axes.margins(x=0.35)
+    axes.set_xlabel("test accuracy, %")
+    save(figure, path)
+
+
+def new_figure(panels: int) -> tuple[Any, Any]:
+    """A figure whose bytes depend on nothing but what is drawn."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams.update(
+        {"svg.hashsalt": MODULE, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+    )
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * panels if panels > 1 else 6.4, 2.8), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def save(figure: Any, path: Path) -> None:
+    """As SVG without a date."""
+    figure.savefig(path, metadata={"Date": None})
+
+
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as f:
-        for name, forms in equality(Path(f)).items():
-            for form, d in forms.items():
-                print(name, form, d)
+    main()

@@ -55,7 +55,7 @@ def cpus_of(cohort: Cohort) -> int:
 
 
 def plan_cohorts(recipe: Recipe, students: list[Student], cpus: int, splits: Splits, gpus: int = 0) -> list[Cohort]:
-    """Cut the students into cohorts: as few as can be, one more only where it saves more time than its start costs.
+    """Cut the students into cohorts, the longest first: as few as can be, one more only where it saves time.
 
     Args:
         cpus: CPUs of the whole cluster.
@@ -79,24 +79,55 @@ def plan_cohorts(recipe: Recipe, students: list[Student], cpus: int, splits: Spl
     else:
         counts = allocate(seconds, [cpus_of(group) for group in groups], cpus, recipe.cohorts)
     parts = (split_evenly(group, count, cost) for group, count in zip(groups, counts, strict=True))
-    return [cohort for part in parts for cohort in part]
+    cohorts = [cohort for part in parts for cohort in part]
+    return sorted(cohorts, key=lambda cohort: sum(map(cost, cohort)), reverse=True)  # as `makespan` counts on
 
 
 def allocate(seconds: list[float], cpus_each: list[int], cpus: int, wanted: int | None) -> list[int]:
     """How many cohorts each group is cut into.
 
-    Every group has one; the next one goes where it saves most time, while it saves more than it costs to start and has
-    CPUs (or GPUs, where these are counted) of its own; or until there are as many as `wanted`.
+    Every group has one; the next one goes where the fleet then ends soonest, while that is sooner by more than a start
+    costs; or until there are as many as `wanted`. There may be more cohorts than run at a time: others wait their turn.
+
+    Args:
+        seconds: what the students of each group take together.
+        cpus_each: CPUs (or GPUs, where these are counted) of one cohort of each group.
+        cpus: those of the cluster.
     """
     counts = [1] * len(seconds)
-    while True:
-        saved = [total / count - total / (count + 1) for total, count in zip(seconds, counts, strict=True)]
-        best = saved.index(max(saved))
-        used = sum(count * each for count, each in zip(counts, cpus_each, strict=True))
-        worth = saved[best] > START_SECONDS and used + cpus_each[best] <= cpus
-        if not (worth if wanted is None else sum(counts) < wanted):
-            return counts
-        counts[best] += 1
+
+    def end(cut: list[int]) -> float:
+        return makespan(
+            [
+                (total / count + START_SECONDS, each)
+                for total, each, count in zip(seconds, cpus_each, cut, strict=True)
+                for _ in range(count)
+            ],
+            cpus,
+        )
+
+    while wanted is None or sum(counts) < wanted:
+        finer = [[count + (index == chosen) for index, count in enumerate(counts)] for chosen in range(len(counts))]
+        best = min(finer, key=end)
+        if wanted is None and end(counts) - end(best) <= START_SECONDS:
+            break
+        counts = best
+    return counts
+
+
+def makespan(cohorts: list[tuple[float, int]], cpus: int) -> float:
+    """When the last cohort ends, if the longest start first and each starts once there are CPUs for it.
+
+    Args:
+        cohorts: (seconds, CPUs) of each.
+        cpus: those of the cluster; a cohort that wants more is taken to have them all.
+    """
+    free_at = [0.0] * max(cpus, 1)
+    for seconds, each in sorted(cohorts, reverse=True):
+        wanted = min(each, len(free_at))
+        free_at.sort()
+        free_at[:wanted] = [free_at[wanted - 1] + seconds] * wanted
+    return max(free_at)
 
 
 def split_evenly(group: Cohort, count: int, cost: Callable[[Student], float]) -> list[Cohort]:

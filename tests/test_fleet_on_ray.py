@@ -275,7 +275,8 @@ def test_a_killed_caching_driver_carries_on_with_the_missing_shards(home: Home, 
     killed = run_until(home.command(marker, "cache-teacher"), shards, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     document = cache_teacher(home.recipe, console=Console(quiet=True), wait=True, **home.places(marker))
-    assert 0 < document["shards_computed"] <= document["shards"]
+    stores = [document, *document["splits"].values()]  # the driver may have died in any of them
+    assert 0 < sum(store["shards_computed"] for store in stores) < sum(store["shards"] for store in stores)
     assert store_bytes(marker / "stores") == home.store_bytes
     assert not list((marker / "stores").rglob("*.claim"))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from akd_dist.cohort import CohortJob
-from akd_dist.jobs.planner import START_SECONDS, allocate, cohort_job, groups_of, plan_cohorts, split_evenly
+from akd_dist.jobs.planner import START_SECONDS, allocate, cohort_job, groups_of, makespan, plan_cohorts, split_evenly
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import RecipeError
 from tests.fleets import ADAMW, HARD, a_recipe, a_student
@@ -15,8 +15,19 @@ def test_a_small_fleet_is_one_cohort_and_a_large_one_fills_the_cluster() -> None
     assert allocate([START_SECONDS], [1], cpus=8, wanted=None) == [1]
     assert allocate([100 * START_SECONDS], [1], cpus=4, wanted=None) == [4]
     assert allocate([4 * START_SECONDS], [1], cpus=8, wanted=None) == [2]  # a third would save 2/3 of a start
-    assert allocate([100 * START_SECONDS, 1.0], [1, 2], cpus=4, wanted=None) == [2, 1]
-    assert allocate([1.0, 2.0], [1, 1], cpus=2, wanted=5) == [2, 3]
+    assert allocate([100 * START_SECONDS, 1.0], [1, 2], cpus=4, wanted=None) == [4, 1]  # the small one waits
+    assert sum(allocate([1.0, 2.0], [1, 1], cpus=2, wanted=5)) == 5
+
+
+def test_groups_of_unequal_length_leave_no_cpu_idle() -> None:
+    """One cohort of each group would take 100 starts, with a CPU idle for most of it; each group is halved instead."""
+    start = START_SECONDS
+    assert allocate([100 * start, 25 * start], [1, 1], cpus=2, wanted=None) == [2, 2]
+    halves = [(51 * start, 1), (51 * start, 1), (13.5 * start, 1), (13.5 * start, 1)]
+    assert makespan(halves, cpus=2) == 64.5 * start
+    assert makespan([(30.0, 1), (10.0, 1), (10.0, 1), (10.0, 1)], cpus=2) == 30.0
+    assert makespan([(10.0, 2), (10.0, 1), (10.0, 1)], cpus=2) == 20.0
+    assert makespan([(10.0, 8)], cpus=2) == 10.0
 
 
 def test_students_that_cannot_share_a_stream_are_apart() -> None:
