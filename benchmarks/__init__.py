@@ -1,0 +1,1 @@
+"""Benchmarks: every figure of the documentation can be made again by one of these."""
