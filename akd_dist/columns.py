@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from akd_dist import recipe
 from akd_dist.storage.errors import RefusedError
@@ -292,9 +292,10 @@ class _Images:
         except RefusedError:
             raise
         except Exception as error:  # spoilt images make decoders raise all kinds
+            reason = "of none of these formats" if isinstance(error, UnidentifiedImageError) else error
             raise RefusedError(
                 f"cannot decode the image in {self._place(row)}",
-                got=f"{len(encoded):,} bytes: {error}",
+                got=f"{len(encoded):,} bytes: {reason}",
                 expected=f"an image of at most {MAX_PIXELS:,} pixels, as " + ", ".join(_IMAGE_FORMATS),
                 next="remove the row, or write the image again",
             ) from error
@@ -369,12 +370,8 @@ class _Numbers:
             raise _mixed(self._place, rows[0], values.shape[1:], self.shape, self._shape_said)
         if not self._shape_said and values.shape[1:] != self.shape:
             raise _mixed(self._place, rows[0], values.shape[1:], self.shape, False)
-        if self.dtype == np.uint8 and values.dtype != np.uint8:
-            raise RefusedError(
-                f"an input of another type than the first in {self._place(rows[0])}",
-                got=values.dtype,
-                expected="uint8",
-            )
+        if (values.dtype == np.uint8) != (self.dtype == np.uint8):
+            raise self._other_type(rows[0], values.dtype, self.dtype)
         with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused below
             values = values.astype(self.dtype, copy=False)
         if self.dtype == np.float32 and not np.isfinite(values).all():
@@ -388,6 +385,8 @@ class _Numbers:
         if isinstance(column, list):
             if len({values.shape for values in column}) > 1:
                 raise _mixed(self._place, row, column[-1].shape, column[0].shape, False)
+            if len({values.dtype == np.uint8 for values in column}) > 1:  # stacked, they would all be floats
+                raise self._other_type(row, column[-1].dtype, column[0].dtype)
             return np.stack(column)
         column = plain(column)
         refuse_nulls(column, self._place, row)
@@ -404,6 +403,15 @@ class _Numbers:
             raise self._not_finite(row)
         values: np.ndarray = column.to_numpy(zero_copy_only=False)
         return values.reshape(shape)
+
+    def _other_type(self, row: int, got: np.dtype[Any], expected: np.dtype[Any]) -> RefusedError:
+        """Bytes go from 0 to 255, and models divide them by it; other numbers are taken as they are."""
+        return RefusedError(
+            f"an input of another type than the first in {self._place(row)}",
+            got=got,
+            expected="uint8" if expected == np.uint8 else "not uint8",
+            next="bring all inputs to one type",
+        )
 
     def _not_finite(self, row: int) -> RefusedError:
         return RefusedError(

@@ -32,6 +32,7 @@ from akd_dist.storage.errors import RefusedError
 _BUFFER_BYTES = 1 << 20  # read ahead in a column; pre_buffer would hold whole row groups
 _BLOCK_BYTES = 1 << 21  # of a Parquet column, uncompressed, read at a time
 _STREAM_ROWS = 1 << 14  # of sources that can be read from any row
+_NEXT_PATH = "correct the path in the recipe; it is relative to the recipe's folder"
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def _nothing_at(place: Path, what: str, expected: str) -> RefusedError:
         f"no {what} at {place}",
         got=got,
         expected=expected,
-        next="correct the path in the recipe; it is relative to the recipe's folder",
+        next=_NEXT_PATH,
     )
 
 
@@ -357,11 +358,17 @@ def _find_files(path: str) -> list[Path]:
             next="copy the files to a folder, or read them in a function of your own (kind: custom)",
         )
     if place.is_dir():
-        files = sorted(place.rglob("*.parquet"))
+        found = place.rglob("*.parquet")
     elif any(character in path for character in "*?[") and not place.exists():
-        files = sorted(one for one in Path(place.anchor).glob(str(place.relative_to(place.anchor))) if one.is_file())
+        found = Path(place.anchor).glob(str(place.relative_to(place.anchor)))
     else:
-        files = [place] if place.is_file() else []
+        found = iter([place])
+    try:
+        files = sorted(one for one in found if one.is_file())  # folders may be called so, too
+    except ValueError as error:
+        raise RefusedError(
+            f"{path} cannot be read as a glob", got=error, expected="*, ?, [...], or ** for any folders", next=_NEXT_PATH
+        ) from error
     if not files:
         raise _nothing_at(place, "Parquet file", "a file, a folder with *.parquet files, or a glob")
     return files
@@ -570,8 +577,10 @@ class _Items:
                 raise self._useless("text", row, "half a surrogate pair", "text that UTF-8 can hold")
             return value
         if hasattr(value, "detach"):  # a tensor, known without importing torch
-            value = value.detach().cpu().numpy()
+            value = self._array(value, row)
         if isinstance(value, Image.Image):
+            if value.mode[0] in "IF":  # converting would cut its values off
+                raise self._useless("input", row, f"an image of mode {value.mode}", "8 bits a channel, or an array")
             grey = value.mode in ("1", "L")
             pixels = np.asarray(value.convert("L" if grey else "RGB"))
             value = pixels[np.newaxis] if grey else pixels.transpose(2, 0, 1)
@@ -581,6 +590,15 @@ class _Items:
             got = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
             raise self._useless("input", row, got, "a tensor or array of numbers, a PIL image, or text")
         return value
+
+    def _array(self, tensor: Any, row: int) -> np.ndarray:
+        """A tensor's numbers, float32 where they are floats: NumPy has no bfloat16."""
+        try:
+            plain = tensor.detach().cpu()
+            array: np.ndarray = (plain.float() if plain.is_floating_point() else plain).numpy()
+        except (TypeError, RuntimeError) as error:  # sparse ones, quantised ones
+            raise self._useless("input", row, error, "a dense tensor of numbers") from error
+        return array
 
     def _ask(self, question: Callable[[Any], Any], when: str) -> Any:
         try:

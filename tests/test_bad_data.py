@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from akd_dist import prepare as preparing
@@ -98,7 +99,7 @@ TABLES: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
     "a label of NaN": (lists(), but([0.5] * 10, 8, NAN), REGRESSION, ["row 8 of", "column label", "nan", "finite"]),
     "an infinite label": (lists(), but([0.5] * 10, 8, INF), REGRESSION, ["row 8 of", "column label", "inf"]),
     "a label beyond float32": (lists(), but([0.5] * 10, 1, 1e300), REGRESSION, ["row 1 of", "1e+300"]),
-    "not an image": (but(IMAGES, 7, b"GIF89a"), LABELS, {}, ["cannot decode", "row 7 of", "column input", "6 bytes"]),
+    "not an image": (but(IMAGES, 7, b"GIF89a"), LABELS, {}, ["cannot decode", "row 7 of", "column input", "6 bytes: of none"]),
     "no image at all": (but(IMAGES, 0, b""), LABELS, {}, ["cannot decode", "row 0 of", "column input"]),
     "a cut image": (but(IMAGES, 3, IMAGES[3][:-30]), LABELS, {}, ["cannot decode", "row 3 of", "column input"]),
     "a first image that bursts": (but(IMAGES, 0, bomb(9000)), LABELS, {}, ["cannot decode", "row 0 of"]),
@@ -259,6 +260,11 @@ FILES: dict[str, Case] = {
         ["not read from s3://bucket", "custom"],
     ),
     "parquet, no match": (lambda folder: Parquet(path=str(folder / "*.csv")), ["no Parquet file", "a glob"]),
+    "parquet, no glob": (lambda f: Parquet(path=str(f / "**x" / "*.parquet")), ["cannot be read as a glob", "any folders"]),
+    "parquet, second file, bytes": (
+        second_file(pa.table({"input": pa.array([[1, 2, 3, 4]] * 10, pa.list_(pa.uint8())), "label": LABELS})),
+        ["an input of another type than the first in row 10 of", "got: uint8", "not uint8"],
+    ),
     "parquet, empty folder": (lambda folder: Parquet(path=str(folder / "sub")), ["no Parquet file", "a folder"]),
     "parquet, empty": (lambda f: Parquet(path=file("a.parquet", b"")(f)), ["a.parquet cannot be read as Parquet"]),
     "parquet, other": (
@@ -421,6 +427,12 @@ OWN: dict[str, Case] = {
     "shapes": (items(but(ROWS, 4, np.zeros(5))), ["another shape in row 4 of", "[5]", "[4]"]),
     "types": (items(but(ROWS, 4, "text")), ["of the item in row 4 of", "['str', 'int']", "['ndarray', 'int']"]),
     "floats among bytes": (items(but(list(PIXELS), 4, np.zeros((4, 4)))), ["another type than the first in row 4 of"]),
+    "bytes among floats": (items(but(ROWS, 4, np.zeros(4, np.uint8))), ["another type than the first in row 4 of"]),
+    "an image of 16 bits": (
+        items([Image.fromarray(one) for one in but(list(PIXELS), 5, np.full((4, 4), 9999, np.uint16))]),
+        ["of the input in row 5 of", "mode I;16"],
+    ),
+    "a sparse tensor": (items([torch.eye(4).to_sparse()] * 10), ["of the input in row 0 of", "a dense tensor"]),
     "an input of NaN": (items(but(ROWS, 7, VECTORS[7] * NAN)), ["not finite in float32 in row 7 of"]),
     "no label": (items(ROWS, but(LABELS, 5, None)), ["of the label in row 5 of", "NoneType"]),
     "a list as a label": (items(ROWS, but(LABELS, 5, [1])), ["of the label in row 5 of", "list"]),

@@ -130,6 +130,13 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(cache_root: Path, monkeypa
         all_rows(HuggingFaceData(name="some/data", split="train"), cache_root)
 
 
+def test_folders_of_parquet_files_may_be_called_like_one(tmp_path: Path, cache_root: Path) -> None:
+    """As others write them: a folder part.parquet of files, or several of these in a folder."""
+    made = sources.parquet(tmp_path / "birds" / "part.parquet", pa.table({"input": [[1.0]] * 20, "label": LABELS}))
+    place = Parquet(path=str(Path(made.path).parent.parent))
+    assert len(all_rows(place, cache_root).train) == len(LABELS)
+
+
 # ---- the user's own
 
 
@@ -138,6 +145,13 @@ ITEMS: dict[str, list[Any]] = {
     "tensors": [torch.from_numpy(image) for image in IMAGES],
     "images": [Image.fromarray(image[0]) for image in IMAGES],
 }
+
+
+def test_numbers_of_half_precision_are_numbers(tmp_path: Path, cache_root: Path) -> None:
+    """NumPy has no bfloat16."""
+    half = [torch.from_numpy(image).to(torch.bfloat16) for image in IMAGES]
+    train = all_rows(sources.dataset(tmp_path, half, LABELS), cache_root).train
+    np.testing.assert_array_equal(train.inputs, np.stack([one.float().numpy() for one in half]))
 
 
 @pytest.mark.parametrize("kind", ITEMS)
