@@ -435,6 +435,8 @@ def render(fleet: dict[str, Any], metrics: dict[str, Metrics]) -> str:
         shown=shown,
         agreeing=fleet["task"] == "classification",
         teacher=fleet["teacher"],
+        assistants=fleet.get("assistants", []),
+        share=share,
         rows=_table_rows(fleet["teacher"], groups),
         tiles=_tiles(fleet, groups, shown),
         unfinished=unfinished(fleet["students"]),

@@ -35,7 +35,6 @@ MAX_STUDENTS = 10_000
 SHOWN_PROBLEMS = 5
 NEXT = "mend it and run the same command again; `akd-dist recipe schema` and docs/recipes.md list every key"
 
-
 # Keys whose values are paths.
 _PATHS = ("path", "images", "labels", "weights", "folder")
 
@@ -375,11 +374,14 @@ def _make_paths_absolute(node: Any, folder: Path) -> None:
     if not isinstance(node, dict):
         return
     for key, value in node.items():
-        if str(key).rpartition(".")[2] in _PATHS:  # in a grid, a dotted key with a list of paths
+        parts = str(key).split(".")  # in a grid, a dotted key with a list of values
+        if "arguments" in parts:
+            continue
+        if parts[-1] in _PATHS:
             node[key] = (
                 [_absolute(one, folder) for one in value] if isinstance(value, list) else _absolute(value, folder)
             )
-        elif key != "arguments":
+        else:
             _make_paths_absolute(value, folder)
 
 

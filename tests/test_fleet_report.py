@@ -370,6 +370,19 @@ def test_page_shows_every_objective_and_the_schedule_of_continuation_kd(tmp_path
     assert Page(text).open == []
 
 
+def test_page_has_the_assistants_and_their_stores(tmp_path: Path) -> None:
+    fleet = small_fleet()
+    assistant = {"model": "mlp-99", "parameters": 5000, "agreement": 0.97, "store": "stores/1a", "fingerprint": "9e" * 32}
+    fleet["assistants"] = [fleet["teacher"] | assistant]
+    write_run(tmp_path, fleet)
+    text = write_report(tmp_path).read_text()
+    row = re.search(r"<tr>\s*<td class=\"text\">assistant, mlp-99</td>.*?</tr>", text, re.DOTALL)
+    assert row is not None
+    assert re.findall(r">([^<>\s][^<>]*)</td>", row.group())[1:] == ["5,000", "25 %", "98.00", "97.00"]
+    assert f"<code>{'9e' * 32}</code>, store <code>stores/1a</code>" in text
+    assert Page(text).open == []
+
+
 def test_page_of_a_regression_speaks_of_its_metric(tmp_path: Path) -> None:
     fleet = regression_of(all_objectives())
     records = {

@@ -218,6 +218,17 @@ def test_paths_of_overrides_are_relative_to_the_working_directory(path: Path, mo
     assert recipe.folder == str(elsewhere / "code")
 
 
+def test_arguments_stay_as_they_are(path: Path) -> None:
+    """In a grid too, where the key of an argument is dotted."""
+    own = "{kind: custom, factory: 'mine:make', arguments: {path: a, labels: [b]}}"
+    text = TEXT.replace("{kind: cnn, width: 2}", own)
+    text = text.replace("{kind: mlp}", "{kind: custom, factory: 'mine:make'}")
+    path.write_text(text.replace("model.hidden: [4, 8]", "model.arguments.path: [c]"))
+    recipe = load_recipe(path)
+    found = [student.model.arguments for student in recipe.students if isinstance(student.model, Custom)]
+    assert found == [{"path": "c"}] * 3 + [{"path": "a", "labels": ["b"]}]
+
+
 def test_uris_stay_as_they_are(path: Path) -> None:
     assert load_recipe(path, ["teacher={weights: s3://bucket/model}"]).teacher.weights == "s3://bucket/model"
 
