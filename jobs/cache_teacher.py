@@ -42,6 +42,7 @@ from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Re
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
+from akd_dist.stream import Stream
 from akd_dist.teacher import CacheJob, cache_shard, compute_shard, served_fingerprint
 from akd_dist.views import check_augmentation
 
@@ -257,14 +258,27 @@ def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str, console:
     """Once the claim is held: whoever held it before may have sealed the store, or left part of it."""
     plan.store = catalog.find_store(store_root, plan.identity)
     if plan.store is None:
+        narrower = catalog.narrower_stores(store_root, plan.identity)
+        if (source := _source(plan, narrower)) is not None:
+            _check_views(source, plan.rows, recipe.data)
         open_root(store_root).check_writable()
         hint = {"recipe": json.loads(recipe.model_dump_json()), "split": plan.split}
         plan.writer = create_store(store_root, plan.creation, hint)
         plan.missing = missing_shards(plan.writer)
-        if narrower := catalog.narrower_stores(store_root, plan.identity):
+        if narrower:
             _take_views(plan, plan.writer, narrower, console)
         else:
             _tell_of_other_rows(plan, store_root, console)
+
+
+def _check_views(source: Manifest, rows: Rows, data: recipes.Data) -> None:
+    """Refuse to put new views beside those of a store that were drawn by other code: the identity does not know it.
+
+    Raises:
+        RefusedError: as `Stream.check_probes`.
+    """
+    stream = Stream(rows, None, data.augmentation, data.seed, views=source.identity.views, batch=1)
+    stream.check_probes(source)
 
 
 def _take_views(plan: SplitPlan, writer: StoreWriter, narrower: list[Manifest], console: Console) -> None:

@@ -31,6 +31,7 @@ from akd_dist.storage.errors import RecipeError, RefusedError
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.writer import create_store, missing_shards, seal_store
 from akd_dist.teacher import cache_shard
+from tests import sources
 from tests.fleets import a_recipe, a_student, a_teacher, store_bytes
 
 BATCH = {"batch_rows": 200}
@@ -120,6 +121,20 @@ def test_views_that_were_computed_in_another_way_are_computed_anew(place: Place)
         f"store {narrow['id'][:12]} has view 0, computed in another way (batch_rows: 200 != 256): "
         "all views are computed anew\n"
     )
+
+
+def test_views_drawn_by_other_code_are_not_extended(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a store of old and new views would be sealed under an id that says they are alike."""
+    code = "class Move:\n    words = 1\n    def draw(self, words, input_shape): return {}\n"
+    code += "    def apply(self, batch, params): return batch + STEP\nSTEP, make = 1, Move\n"
+    module = sources.module(place.root, code)
+    data = {"train": {"kind": "digits"}, "augmentation": {"kind": "custom", "factory": f"{module}:make"}}
+    place.cache(a_recipe([a_student("one")], data=data))
+    before = store_bytes(place.stores)
+    monkeypatch.setattr(f"{module}.STEP", 2)
+    with pytest.raises(RefusedError, match="view 0 of row 0 does not show what the teacher saw"):
+        place.cache(a_recipe([a_student("one")], data=data | {"views": 2}))
+    assert store_bytes(place.stores) == before
 
 
 def test_a_damaged_shard_is_told_of_and_computed_anew(place: Place) -> None:
