@@ -7,9 +7,11 @@ import importlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from akd_dist.storage.errors import RefusedError
+from akd_dist.storage.files import sha256
 
 
 def import_factory(name: str, signature: str) -> Callable[..., object]:
@@ -47,6 +49,27 @@ def import_factory(name: str, signature: str) -> Callable[..., object]:
             next="correct `factory` in the recipe, or write that function",
         )
     return factory  # type: ignore[no-any-return]
+
+
+def source_of(name: str, signature: str) -> Path | None:
+    """The file of the module that `module:function` names, which stands for its code; None where it has none.
+
+    Raises:
+        RefusedError: as `import_factory`.
+    """
+    import_factory(name, signature)
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return None if file is None else Path(file)
+
+
+def source_sha256(name: str, signature: str) -> str | None:
+    """sha256 of the file that a factory lies in; None where its module has none.
+
+    Raises:
+        RefusedError: as `import_factory`.
+    """
+    file = source_of(name, signature)
+    return None if file is None else sha256(file.read_bytes())
 
 
 def call_factory(name: str, signature: str, arguments: Mapping[str, Any]) -> object:

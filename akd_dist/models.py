@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from akd_dist import architectures, huggingface, recipe
-from akd_dist.factories import call_factory, import_factory
+from akd_dist.factories import call_factory, source_sha256
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import DamagedError, RefusedError
 from akd_dist.storage.files import canonical_json, replace, sha256
@@ -93,7 +93,7 @@ class ModelCard(BaseModel):
         if isinstance(model, recipe.HuggingFaceModel):
             return card.model_copy(update={"model": huggingface.resolve(model, _asked(card))})
         if isinstance(model, recipe.Custom):
-            return card.model_copy(update={"source_sha256": _source_sha256(model)})
+            return card.model_copy(update={"source_sha256": source_sha256(model.factory, _SIGNATURE)})
         return card
 
     @property
@@ -292,8 +292,20 @@ def by_content(model: recipe.Model) -> dict[str, Any]:
     if isinstance(model, recipe.HuggingFaceModel) and model.path is not None:
         return document | {"path": huggingface.content(model)}
     if isinstance(model, recipe.Custom):
-        return document | {"source": _source_sha256(model)}
+        return document | {"source": source_sha256(model.factory, _SIGNATURE)}
     return document
+
+
+def changed_source(card: ModelCard) -> str | None:
+    """sha256 of the file of a custom model's factory, where that is no longer the one that the model was saved with.
+
+    Raises:
+        RefusedError: the factory cannot be imported.
+    """
+    if not isinstance(card.model, recipe.Custom) or card.source_sha256 is None:
+        return None
+    now = source_sha256(card.model.factory, _SIGNATURE)
+    return None if now == card.source_sha256 else now
 
 
 def add_folder(folder: str | None) -> None:
@@ -345,15 +357,8 @@ def _custom(spec: recipe.Custom, input_shape: tuple[int, ...], classes: int) -> 
     return module
 
 
-def _source_sha256(spec: recipe.Custom) -> str | None:
-    """sha256 of the file that a factory lies in; None where its module has none."""
-    import_factory(spec.factory, _SIGNATURE)
-    path = getattr(sys.modules[spec.factory.partition(":")[0]], "__file__", None)
-    return None if path is None else sha256(Path(path).read_bytes())
-
-
 def _warn_of_other_source(card: ModelCard, uri: str | Path) -> None:
-    if isinstance(card.model, recipe.Custom) and card.source_sha256 not in (None, _source_sha256(card.model)):
+    if isinstance(card.model, recipe.Custom) and changed_source(card):
         log.warning("the file of %s has changed since the model in %s was saved", card.model.factory, uri)
 
 

@@ -10,7 +10,6 @@ import functools
 import gzip
 import math
 import struct
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from PIL import Image
 from akd_dist import hub, recipe
 from akd_dist.blocks import Block, Stream
 from akd_dist.columns import Place, check_schema, class_label_names, input_columns
-from akd_dist.factories import call_factory, import_factory, whole
+from akd_dist.factories import call_factory, source_of, whole
 from akd_dist.storage.errors import RefusedError
 
 _BUFFER_BYTES = 1 << 20  # read ahead in a column; pre_buffer would hold whole row groups
@@ -357,6 +356,7 @@ def _find_files(path: str) -> list[Path]:
             expected="files in a folder of each node",
             next="copy the files to a folder, or read them in a function of your own (kind: custom)",
         )
+    found: Iterator[Path]
     if place.is_dir():
         found = place.rglob("*.parquet")
     elif any(character in path for character in "*?[") and not place.exists():
@@ -367,7 +367,10 @@ def _find_files(path: str) -> list[Path]:
         files = sorted(one for one in found if one.is_file())  # folders may be called so, too
     except ValueError as error:
         raise RefusedError(
-            f"{path} cannot be read as a glob", got=error, expected="*, ?, [...], or ** for any folders", next=_NEXT_PATH
+            f"{path} cannot be read as a glob",
+            got=error,
+            expected="*, ?, [...], or ** for any folders",
+            next=_NEXT_PATH,
         ) from error
     if not files:
         raise _nothing_at(place, "Parquet file", "a file, a folder with *.parquet files, or a glob")
@@ -488,9 +491,8 @@ class _Custom:
 
     def key(self) -> dict[str, Any]:
         """The module's own file stands for its code; what it imports or reads is not looked at."""
-        import_factory(self.spec.factory, self.SIGNATURE)
-        file = getattr(sys.modules[self.spec.factory.partition(":")[0]], "__file__", None)
-        return {**self.spec.model_dump(mode="json"), "files": _stats([Path(file)] if file else [])}
+        file = source_of(self.spec.factory, self.SIGNATURE)
+        return {**self.spec.model_dump(mode="json"), "files": _stats([file] if file else [])}
 
     def open(self) -> Source:
         made = call_factory(self.spec.factory, self.SIGNATURE, self.spec.arguments)

@@ -20,7 +20,7 @@ from torch import nn
 
 from akd_dist import recipe
 from akd_dist.device import autocast, device_name, settle, weights_dtype
-from akd_dist.models import ModelCard, add_folder, read_model
+from akd_dist.models import ModelCard, add_folder, changed_source, read_model
 from akd_dist.rows import Rows, prepare
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
@@ -85,8 +85,16 @@ def teacher_logits(
 
 
 def served_fingerprint(card: ModelCard, precision: recipe.Precision) -> str:
-    """The teacher as stores know it: its own fingerprint in float32; in another precision it is another teacher."""
-    return card.fingerprint if precision == "float32" else sha256(canonical_json([card.fingerprint, precision]))
+    """The teacher as stores know it: its own fingerprint in float32, and by the code that it was saved with.
+
+    In another precision it is another teacher; so it is where the file of its factory has changed, as its logits may.
+
+    Raises:
+        RefusedError: its factory cannot be imported.
+    """
+    found = card.fingerprint if precision == "float32" else sha256(canonical_json([card.fingerprint, precision]))
+    source = changed_source(card)
+    return found if source is None else sha256(canonical_json([found, {"source": source}]))
 
 
 @functools.lru_cache(maxsize=2)

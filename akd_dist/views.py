@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from akd_dist.factories import call_factory, whole
+from akd_dist.factories import call_factory, source_sha256, whole
 from akd_dist.recipe import (
     Augmentation,
     CustomAugmentation,
@@ -36,6 +36,7 @@ from akd_dist.text import Tokens
 SAMPLED = 16
 """Values of a probe view that are remembered beside its digest, to tell how far pixels have drifted."""
 
+_SIGNATURE = "(**arguments) -> an object with words, draw(words, input_shape) and apply(batch, params)"
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)
 _KEY_STEPS = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
 _ROUNDS = 10
@@ -178,6 +179,18 @@ def check_augmentation(augmentation: Augmentation, seed: int, inputs: np.ndarray
             expected="the same view of a row every time, whatever rows are beside it",
             next="take all chance from `words`, and treat each row for itself",
         )
+
+
+def by_content(augmentation: Augmentation) -> dict[str, Any]:
+    """A spec as JSON, for keys of what is trained on its views: the file of a user's own belongs to it.
+
+    Raises:
+        RefusedError: its factory cannot be imported.
+    """
+    document = augmentation.model_dump(mode="json")
+    if isinstance(augmentation, CustomAugmentation):
+        return document | {"source": source_sha256(augmentation.factory, _SIGNATURE)}
+    return document
 
 
 def probe(
@@ -410,8 +423,7 @@ class _Custom:
 def _custom(spec: str) -> _Custom:
     """The user's object, made once in a process; `spec` is the CustomAugmentation as JSON."""
     augmentation = CustomAugmentation.model_validate_json(spec)
-    signature = "(**arguments) -> an object with words, draw(words, input_shape) and apply(batch, params)"
-    own = call_factory(augmentation.factory, signature, augmentation.arguments)
+    own = call_factory(augmentation.factory, _SIGNATURE, augmentation.arguments)
     words = getattr(own, "words", None)
     missing = [name for name in ("draw", "apply") if not callable(getattr(own, name, None))]
     if missing or type(words) is not int or words < 0:

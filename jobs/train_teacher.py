@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from akd_dist import recipe as recipes
+from akd_dist import views
 from akd_dist.cohort import CohortJob, read_progress, train_cohort
 from akd_dist.device import gpus_of
 from akd_dist.jobs.progress import Meter, meter, tell
@@ -161,6 +162,7 @@ def _spec(
     common = {name: getattr(training, name) for name in recipes.Training.model_fields}
     spec = recipes.Student(name="unnamed", model=model, objective=objective, **common)
     data = recipe.data.model_dump(mode="json", include={"seed", "augmentation", "window", "normalize"})
+    data["augmentation"] = views.by_content(recipe.data.augmentation)
     document = {
         "spec": spec.model_dump(mode="json", exclude={"name"}) | {"model": by_content(model)},
         "rows": [splits.train.fingerprint, splits.validation.fingerprint],

@@ -17,12 +17,14 @@ from rich.console import Console
 from akd_dist.documents import CacheDocument, FleetDocument, PlanDocument
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher, model_uris, repair
 from akd_dist.jobs.train_students import chain_of, run_identity, train_in_process, train_students
+from akd_dist.jobs.train_teacher import teacher_of
 from akd_dist.models import load_model
 from akd_dist.recipe import Recipe
 from akd_dist.rows import Splits, prepare
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.errors import RecipeError, RefusedError
 from akd_dist.storage.reader import open_store
+from tests import sources
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
 
 KD = {"kind": "kd", "epochs": 2}
@@ -159,6 +161,19 @@ def test_an_assistant_is_found_by_all_that_its_weights_depend_on(
         assert (found[1] == known[1]) is same_second
     else:
         assert len(found) == 1, "what lies below a model that is not there cannot be known"
+
+
+def test_a_teacher_trained_on_views_of_other_code_is_another_one(home: Home, tmp_path: Path) -> None:
+    name = sources.module(tmp_path, "def make(): ...\n")
+    own = {"kind": "custom", "factory": f"{name}:make"}
+    recipe = a_recipe(STUDENTS[:1], data=DATA | {"augmentation": own})
+    assert recipe.teacher.train is not None
+    before = teacher_of(recipe, home.splits)
+    (tmp_path / f"{name}.py").write_text("def make(): return 1\n")
+    after = teacher_of(recipe, home.splits)
+    assert before is not None
+    assert after is not None
+    assert before.spec.name != after.spec.name
 
 
 def test_another_assistant_is_another_run(home: Home) -> None:

@@ -22,11 +22,17 @@ from akd_dist.storage.manifest import Computed, Creation, Identity
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.writer import create_store, missing_shards, seal_store
 from akd_dist.stream import Stream
-from akd_dist.teacher import CacheJob, cache_shard, compute_shard, load_teacher, teacher_logits
+from akd_dist.teacher import CacheJob, cache_shard, compute_shard, load_teacher, served_fingerprint, teacher_logits
 from akd_dist.views import view_of
+from tests import sources
 
 DATA = recipe.Data(train=recipe.Digits(), views=2, augmentation=recipe.Shift(), seed=3)
 CNN = recipe.Cnn(width=4)
+LINEAR = """
+from torch import nn
+def make(input_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -278,6 +284,24 @@ def test_another_teacher_in_the_same_folder_is_refused(make_job: Callable[..., C
     save_model(Path(job.teacher_uri), build(card, seed=2), card)
     with pytest.raises(RefusedError, match=r"the teacher in .* has changed"):
         cache_shard(job, job.store.layout.shards()[0])
+
+
+def test_a_teacher_whose_code_has_changed_is_another_one(
+    make_job: Callable[..., CacheJob], splits: Splits, tmp_path: Path
+) -> None:
+    """Its logits may have changed with it, and its card does not know."""
+    name = sources.module(tmp_path / "own", LINEAR)
+    job = make_job(model=recipe.Custom(factory=f"{name}:make"))
+    shard = job.store.layout.shards()[0]
+    compute_shard(job, shard)
+    (tmp_path / "own" / f"{name}.py").write_text(f"{LINEAR}# another line\n")
+    teacher.forget()
+    with pytest.raises(RefusedError, match=r"the teacher in .* has changed"):
+        compute_shard(job, shard)
+    card = load_card(job.teacher_uri)
+    now = served_fingerprint(card, "float32")
+    assert len({job.teacher, now, served_fingerprint(card, "float64")}) == 3
+    compute_shard(replace(job, teacher=now), shard)
 
 
 def test_damaged_weights_are_refused(make_job: Callable[..., CacheJob]) -> None:
