@@ -99,7 +99,12 @@ TABLES: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
     "a label of NaN": (lists(), but([0.5] * 10, 8, NAN), REGRESSION, ["row 8 of", "column label", "nan", "finite"]),
     "an infinite label": (lists(), but([0.5] * 10, 8, INF), REGRESSION, ["row 8 of", "column label", "inf"]),
     "a label beyond float32": (lists(), but([0.5] * 10, 1, 1e300), REGRESSION, ["row 1 of", "1e+300"]),
-    "not an image": (but(IMAGES, 7, b"GIF89a"), LABELS, {}, ["cannot decode", "row 7 of", "column input", "6 bytes: of none"]),
+    "not an image": (
+        but(IMAGES, 7, b"GIF89a"),
+        LABELS,
+        {},
+        ["cannot decode", "row 7 of", "column input", "6 bytes: of none"],
+    ),
     "no image at all": (but(IMAGES, 0, b""), LABELS, {}, ["cannot decode", "row 0 of", "column input"]),
     "a cut image": (but(IMAGES, 3, IMAGES[3][:-30]), LABELS, {}, ["cannot decode", "row 3 of", "column input"]),
     "a first image that bursts": (but(IMAGES, 0, bomb(9000)), LABELS, {}, ["cannot decode", "row 0 of"]),
@@ -260,7 +265,10 @@ FILES: dict[str, Case] = {
         ["not read from s3://bucket", "custom"],
     ),
     "parquet, no match": (lambda folder: Parquet(path=str(folder / "*.csv")), ["no Parquet file", "a glob"]),
-    "parquet, no glob": (lambda f: Parquet(path=str(f / "**x" / "*.parquet")), ["cannot be read as a glob", "any folders"]),
+    "parquet, no glob": (
+        lambda f: Parquet(path=str(f / "**x" / "*.parquet")),
+        ["cannot be read as a glob", "any folders"],
+    ),
     "parquet, second file, bytes": (
         second_file(pa.table({"input": pa.array([[1, 2, 3, 4]] * 10, pa.list_(pa.uint8())), "label": LABELS})),
         ["an input of another type than the first in row 10 of", "got: uint8", "not uint8"],

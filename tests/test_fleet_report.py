@@ -372,7 +372,13 @@ def test_page_shows_every_objective_and_the_schedule_of_continuation_kd(tmp_path
 
 def test_page_has_the_assistants_and_their_stores(tmp_path: Path) -> None:
     fleet = small_fleet()
-    assistant = {"model": "mlp-99", "parameters": 5000, "agreement": 0.97, "store": "stores/1a", "fingerprint": "9e" * 32}
+    assistant = {
+        "model": "mlp-99",
+        "parameters": 5000,
+        "agreement": 0.97,
+        "store": "stores/1a",
+        "fingerprint": "9e" * 32,
+    }
     fleet["assistants"] = [fleet["teacher"] | assistant]
     write_run(tmp_path, fleet)
     text = write_report(tmp_path).read_text()
