@@ -59,9 +59,9 @@ class Batch:
     rows: np.ndarray
     """Row numbers, int64 [n]."""
     inputs: torch.Tensor
-    """The rows as the epoch's view shows them: uint8 or float32 [n, *shape]."""
+    """The rows as the epoch's view shows them: uint8, float32 or int32 [n, *shape]."""
     labels: torch.Tensor
-    """int64 [n]."""
+    """int64 [n]; float32 for regression."""
     logits: torch.Tensor | None
     """The teacher's logits of that view in their stored dtype, [n, classes]; None in a stream without a teacher."""
     global_rows: int

@@ -167,9 +167,11 @@ def check_augmentation(augmentation: Augmentation, seed: int, inputs: np.ndarray
     """Try the augmentation on the first few of some inputs [rows, *shape], before anything expensive starts.
 
     Raises:
-        RefusedError: it does not fit them, fails, or shows a row otherwise beside other rows than alone.
+        RefusedError: it does not fit them, fails, makes NaN or infinity, or shows a row otherwise beside other rows than
+            alone.
     """
     numbers = np.arange(min(len(inputs), 4))
+    probe(augmentation, seed, inputs, numbers, 0, tokens)
     together = view_of(augmentation, seed, inputs[: len(numbers)].copy(), numbers, 0, tokens)
     alone = [view_of(augmentation, seed, inputs[[row]], numbers[[row]], 0, tokens) for row in numbers]
     if not torch.equal(together, torch.cat(alone)):

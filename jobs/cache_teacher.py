@@ -195,10 +195,10 @@ def check_assistants(recipe: Recipe, splits: Splits) -> None:
     """Build each assistant once, so that one that does not fit is refused before the teacher runs.
 
     Raises:
-        RefusedError: a model cannot be built, or does not give a logit per class.
+        RefusedError: a model cannot be built, does not give a logit per class, or lacks its pretrained weights.
     """
     for assistant in recipe.teacher.chain:
-        build(ModelCard.of(assistant.model, splits.train, recipe.data.normalize), seed=0)
+        build(ModelCard.of(assistant.model, splits.train, recipe.data.normalize), seed=0, pretrained=True)
 
 
 def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Splits:

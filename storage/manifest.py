@@ -126,7 +126,7 @@ class Creation(Document):
     identity: Identity
     computed: Computed
     dataset: Json
-    """The dataset in words and block digests: fingerprint, rows, block_rows, blocks."""
+    """The dataset in words and block digests: fingerprint, rows, block_rows, blocks, meaning."""
     teacher: Json
     """The teacher in words: fingerprint, spec."""
 

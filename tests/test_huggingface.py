@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from akd_dist import recipe
+from akd_dist.jobs.cache_teacher import check_assistants
 from akd_dist.models import (
     CARD,
     WEIGHTS,
@@ -26,10 +27,11 @@ from akd_dist.models import (
     save_model,
     state_bytes,
 )
-from akd_dist.rows import Rows
+from akd_dist.rows import Rows, Splits
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.student import Student
 from akd_dist.text import Tokens
+from tests.fleets import ADAMW, a_recipe, a_student
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", *(f"word{number}" for number in range(35))]
 TINY = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
@@ -168,6 +170,18 @@ def test_a_student_starts_from_pretrained_weights(folders: Path, tmp_path: Path)
     student = Student(spec, card, tmp_path, log=tmp_path / "log")
     started, loaded = student.module.state_dict(), build(card, seed=0, pretrained=True).state_dict()
     assert all(torch.equal(started[key], loaded[key]) for key in started if "classifier" not in key)
+
+
+def test_an_assistant_without_its_pretrained_weights_is_refused_before_the_teacher_runs(
+    folders: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folders / "roberta", tmp_path / "bare", ignore=lambda *_: [WEIGHTS])
+    model = {"kind": "huggingface", "path": str(tmp_path / "bare")}
+    assistant = {"model": model, "objective": {"kind": "kd", "epochs": 1}, "optimizer": ADAMW}
+    students = [a_student("one", objective={"kind": "takd", "epochs": 1})]
+    checked = a_recipe(students, teacher={"weights": "teacher", "assistant": assistant})
+    with pytest.raises(RefusedError, match="the weights of bare cannot be read"):
+        check_assistants(checked, Splits(*[rows()] * 3))
 
 
 def test_a_head_of_another_size_is_replaced(folders: Path, tmp_path: Path) -> None:

@@ -411,6 +411,8 @@ def test_an_augmentation_that_is_none_is_refused(own: Any, name: str, told: str)
 def test_a_view_that_is_not_finite_is_refused_with_its_row(own: Any) -> None:
     with pytest.raises(RefusedError, match="view 2 of row 5 holds NaN or infinity"):
         probe(own("not_a_number"), 0, IMAGES.astype(np.float32), [5, 6], 2)
+    with pytest.raises(RefusedError, match="view 0 of row 0 holds NaN or infinity"):
+        check_augmentation(own("not_a_number"), 0, IMAGES.astype(np.float32))
 
 
 # ---- what does not fit
