@@ -13,9 +13,16 @@ from typing import Any
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.files import sha256
 
+# What akd-dist itself brings: no place for a factory, and some of it fetches and runs code (torch.hub:load).
+_LIBRARIES = {
+    *("akd_dist", "click", "datasets", "huggingface_hub", "joblib", "matplotlib", "numpy", "pandas", "pip", "pyarrow"),
+    *("ray", "safetensors", "scipy", "setuptools", "sklearn", "timm", "tokenizers", "torch", "torchmetrics"),
+    *("transformers", "zarr"),
+}
+
 
 def import_factory(name: str, signature: str) -> Callable[..., object]:
-    """The function that `module:function` names. Never one of Python's own, which a model folder could abuse.
+    """The function that `module:function` names. Never one of Python or of our libraries, which a model could abuse.
 
     Its folder must be on `sys.path` (see `models.add_folder`), or its package installed.
 
@@ -27,8 +34,10 @@ def import_factory(name: str, signature: str) -> Callable[..., object]:
         RefusedError: no such module or function, or the module fails to import; its exception is shown whole.
     """
     module_name, _, function = name.partition(":")
-    if module_name.partition(".")[0] in sys.stdlib_module_names:
-        raise RefusedError(f"{name} is not a factory", got="a module of Python itself", expected="a module of your own")
+    top = module_name.partition(".")[0]
+    if top in sys.stdlib_module_names or top in _LIBRARIES:
+        whose = "Python itself" if top in sys.stdlib_module_names else "a library of akd-dist's"
+        raise RefusedError(f"{name} is not a factory", got=f"a module of {whose}", expected="a module of your own")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:

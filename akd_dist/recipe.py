@@ -498,6 +498,16 @@ class Timm(Spec):
     arguments: dict[str, JsonValue] = {}
     """Further keyword arguments of `timm.create_model`."""
 
+    @field_validator("arguments")
+    @classmethod
+    def _name_no_weights(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        given = [name for name in arguments if name == "checkpoint_path" or name.startswith("pretrained")]
+        if given:
+            raise ValueError(
+                f"arguments cannot have {' and '.join(given)}: weights come by `pretrained: true`, never from a pickle"
+            )
+        return arguments
+
     @property
     def label(self) -> str:
         """Its name."""

@@ -167,7 +167,7 @@ def check_augmentation(augmentation: Augmentation, seed: int, inputs: np.ndarray
     """Try the augmentation on the first few of some inputs [rows, *shape], before anything expensive starts.
 
     Raises:
-        RefusedError: it does not fit them, fails, makes NaN or infinity, or shows a row otherwise beside other rows than
+        RefusedError: it does not fit them, fails, makes NaN or infinity, or shows a row otherwise beside others than
             alone.
     """
     numbers = np.arange(min(len(inputs), 4))

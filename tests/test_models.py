@@ -191,11 +191,30 @@ def test_a_custom_model_is_refused(custom: recipe.Custom, function: str, words: 
 
 
 @pytest.mark.parametrize(
-    ("factory", "message"), [("no_such_module:model", "cannot be imported"), ("os:system", "is not a factory")]
+    ("factory", "message"),
+    [
+        ("no_such_module:model", "cannot be imported"),
+        ("os:system", "is not a factory"),
+        ("torch.hub:load", "is not a factory"),
+        ("transformers:pipeline", "is not a factory"),
+    ],
 )
 def test_a_factory_that_cannot_be_is_refused(factory: str, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         build(card(recipe.Custom(factory=factory)))
+
+
+def test_a_model_folder_cannot_have_torch_run_code(tmp_path: Path) -> None:
+    """`torch.hub:load` takes any keyword, and runs the hubconf.py that it is pointed at."""
+    (tmp_path / "hubconf.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    save_model(tmp_path / "model", build(card(), seed=0), card())
+    document = json.loads((tmp_path / "model" / CARD).read_text())
+    arguments = {"repo_or_dir": str(tmp_path), "model": "model", "source": "local"}
+    document["model"] = {"kind": "custom", "factory": "torch.hub:load", "arguments": arguments}
+    (tmp_path / "model" / CARD).write_text(json.dumps(document))
+    with pytest.raises(RefusedError, match="is not a factory"):
+        load_model(tmp_path / "model")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_source_of_a_custom_model_is_part_of_it(
