@@ -173,6 +173,7 @@ def compare(
     words += [] if seeds is None else ["--seeds", str(seeds)]
     document = comparison.compare(expanded, fleet, rows, shlex.join(words))
     comparison.write_comparison(Path(fleet["run"]), document)
+    report(fleet["run"])  # now with the table
     return document
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from akd_dist.recipe import AnnealingKD, ContinuationKD, HardLabels, Kd, Objective, Recipe, Student, Takd
-from akd_dist.storage.errors import RecipeError
+from akd_dist.storage.errors import DamagedError, RecipeError
 from akd_dist.storage.files import replace
 
 if TYPE_CHECKING:
@@ -265,6 +265,30 @@ def _paired(results: dict[int, float], baseline: dict[int, float]) -> dict[str, 
 # --- as text --------------------------------------------------------------------------------------------------------
 
 
+def read_comparison(run: Path) -> dict[str, Any] | None:
+    """The comparison in a run's folder; None where there is none.
+
+    Raises:
+        DamagedError: the file is not what `write_comparison` writes.
+    """
+    from akd_dist.documents import CompareDocument
+
+    path = run / JSON_NAME
+    if not path.exists():
+        return None
+    try:
+        document: dict[str, Any] = json.loads(path.read_bytes())
+        CompareDocument.model_validate(document)
+    except ValueError as error:  # of json and of pydantic
+        raise DamagedError(
+            f"{path} is damaged",
+            got=str(error).partition("\n")[0],
+            expected="what akd-dist compare wrote",
+            next="remove it, and run akd-dist compare again: what is trained is kept",
+        ) from error
+    return document
+
+
 def write_comparison(run: Path, document: dict[str, Any]) -> None:
     """Keep a comparison in its run's folder, as JSON and as Markdown: equal results, equal bytes."""
     replace(run / JSON_NAME, json.dumps(document, indent=1, ensure_ascii=False).encode())
@@ -285,7 +309,7 @@ def comparison_table(document: dict[str, Any]) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
         show_edge=False,
-        caption=Text("\n".join(_remarks(document))) if _remarks(document) else None,
+        caption=Text("\n".join(remarks(document))) if remarks(document) else None,
         caption_justify="left",
     )
     table.add_column("trained by", overflow="fold")
@@ -313,17 +337,29 @@ def to_markdown(document: dict[str, Any]) -> str:
         f"{rows['test']:,} test rows that are read once. Seeds {', '.join(map(str, seeds))}: mean ± half of the 95 % "
         "interval (Student's t); differences are paired by seed.",
         "",
-        f"| model | trained by | seeds | {_title(document)} | over from scratch | over KD | agreement % |",
+        _markdown_row(columns(document)),
         "|---|---|--:|--:|--:|--:|--:|",
+        *map(_markdown_row, cells(document)),
     ]
-    lines += [_markdown_row(_sized(model), role, *_reference_cells(model)) for role, model in _references(document)]
-    lines += [_markdown_row(_sized(row), _label(row, document["table"]), *_cells(row)) for row in document["table"]]
-    lines += ["", *(f"- {remark}" for remark in _remarks(document))] if _remarks(document) else []
+    lines += ["", *(f"- {remark}" for remark in remarks(document))] if remarks(document) else []
     return "\n".join(lines) + "\n"
 
 
-def _markdown_row(*cells: str) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+def columns(document: dict[str, Any]) -> tuple[str, ...]:
+    """The headings of `cells`."""
+    return ("model", "trained by", "seeds", _title(document), "over from scratch", "over KD", "agreement %")
+
+
+def cells(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table as text: teacher, assistants, then each model under each objective."""
+    rows: list[tuple[str, ...]] = [
+        (_sized(model), role, *_reference_cells(model)) for role, model in _references(document)
+    ]
+    return rows + [(_sized(row), _label(row, document["table"]), *_cells(row)) for row in document["table"]]
+
+
+def _markdown_row(row: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
 
 
 def _title(document: dict[str, Any]) -> str:
@@ -374,7 +410,7 @@ def _hundredfold(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
 
 
-def _remarks(document: dict[str, Any]) -> list[str]:
+def remarks(document: dict[str, Any]) -> list[str]:
     """What the table does not hold, and why."""
     remarks = [
         f"{lost['name']} {lost['state']}, and is in no mean: {lost['reason'] or 'no reason recorded'}"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from akd_dist.comparison import cells, columns, read_comparison, remarks
 from akd_dist.storage.errors import DamagedError, RefusedError
 from akd_dist.storage.files import replace
 
@@ -407,16 +408,17 @@ def write_report(run_folder: Path) -> Path:
     fleet = read_fleet(run_folder)
     metrics = {student["name"]: read_metrics(run_folder, student["name"]) for student in fleet["students"]}
     path = run_folder / "report.html"
-    replace(path, render(fleet, metrics).encode())
+    replace(path, render(fleet, metrics, read_comparison(run_folder)).encode())
     return path
 
 
-def render(fleet: dict[str, Any], metrics: dict[str, Metrics]) -> str:
+def render(fleet: dict[str, Any], metrics: dict[str, Metrics], comparison: dict[str, Any] | None = None) -> str:
     """The page as text; the same results give the same bytes.
 
     Args:
         fleet: the document of `fleet.json`.
         metrics: student name -> its epochs, as `read_metrics` gives them.
+        comparison: the document of `comparison.json`, where objectives were compared.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -440,6 +442,7 @@ def render(fleet: dict[str, Any], metrics: dict[str, Metrics]) -> str:
         rows=_table_rows(fleet["teacher"], groups),
         tiles=_tiles(fleet, groups, shown),
         unfinished=unfinished(fleet["students"]),
+        comparison=comparison and (columns(comparison), cells(comparison), remarks(comparison)),
         figures=list(_figures(fleet, groups, metrics, shown)),
         objective_labels=OBJECTIVE_LABELS,
         papers={kind: paper for kind, paper in PAPERS.items() if any(group.objective == kind for group in groups)},

@@ -472,7 +472,7 @@ class _HuggingFace:
     def _refused(self, error: Exception) -> RefusedError:
         return RefusedError(
             f"{self.name} cannot be read as a Hugging Face dataset",
-            got=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            got=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}",
             expected="a folder that save_to_disk wrote, or a dataset with such a configuration and split",
             next="check that it was copied whole, and `config` and `split` in the recipe",
         )

@@ -154,7 +154,7 @@ def _load(spec: recipe.HuggingFaceText) -> Any:
             place, use_fast=True, trust_remote_code=False, local_files_only=spec.path is not None
         )
     except Exception as error:  # of many kinds, from many libraries
-        if spec.name is not None and isinstance(error, ConnectionError):
+        if spec.name is not None and isinstance(error, OSError):  # what it makes of files that did not come
             raise hub.unreachable("tokenizer", spec.name, error) from error
         raise RefusedError(
             f"{place} cannot be read as a tokenizer",

@@ -15,10 +15,19 @@ from rich.console import Console
 from scipy import stats
 
 import akd_dist
-from akd_dist.comparison import LABELS, compare, comparison_table, estimate, expand, to_markdown
+from akd_dist.comparison import (
+    LABELS,
+    cells,
+    compare,
+    comparison_table,
+    estimate,
+    expand,
+    read_comparison,
+    to_markdown,
+)
 from akd_dist.documents import CompareDocument
 from akd_dist.recipe import Recipe
-from akd_dist.storage.errors import RecipeError
+from akd_dist.storage.errors import DamagedError, RecipeError
 from tests.fleets import ADAMW, ANNEALING, a_recipe, a_student
 
 SGD = {"kind": "sgd", "lr": 0.1}
@@ -318,6 +327,18 @@ def test_a_comparison_from_recipe_to_table(compared: tuple[Path, dict[str, Any]]
     assert row(document, "hard_labels")["test"]["mean"] == pytest.approx(sum(scratch) / 2)
     assert document["command"] == f"akd-dist compare {root / 'tiny.yaml'}"
     assert document["rows"] == ROWS
+    page = (run / "report.html").read_text()
+    assert "Objectives compared" in page
+    assert "assistant, mlp" in page
+    for cell in (cell for line in cells(document) for cell in line):
+        assert cell in page
+
+
+def test_a_damaged_comparison_is_refused(tmp_path: Path) -> None:
+    assert read_comparison(tmp_path) is None
+    (tmp_path / "comparison.json").write_text('{"run": 3}')
+    with pytest.raises(DamagedError, match=r"comparison\.json is damaged"):
+        read_comparison(tmp_path)
 
 
 @pytest.mark.ray

@@ -100,6 +100,9 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.Monkey
     with pytest.raises(MachineError, match="cannot be had from the hub") as refused:
         tokenizer_of(HuggingFaceText(name="some/tokenizer"), pair=False)
     assert "`path` instead of `name`" in str(refused.value.next)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(MachineError, match="the tokenizer some/tokenizer cannot be had from the hub"):
+        tokenizer_of(HuggingFaceText(name="some/tokenizer"), pair=False)
 
 
 def test_a_missing_library_says_how_to_get_it() -> None:
