@@ -40,7 +40,7 @@ def import_factory(name: str, signature: str) -> Callable[..., object]:
         raise RefusedError(f"{name} is not a factory", got=f"a module of {whose}", expected="a module of your own")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(error.name or "\0")
         raise RefusedError(
             f"the factory {name} cannot be imported",
@@ -90,7 +90,7 @@ def call_factory(name: str, signature: str, arguments: Mapping[str, Any]) -> obj
     factory = import_factory(name, signature)
     try:
         return factory(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # whose code would be taken for one of ours
         raise RefusedError(f"the factory {name} failed", got=whole(error), expected=f"a function{signature}") from error
 
 

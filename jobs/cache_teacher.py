@@ -44,7 +44,7 @@ from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
 from akd_dist.stream import Stream
 from akd_dist.teacher import CacheJob, cache_shard, compute_shard, served_fingerprint
-from akd_dist.views import check_augmentation
+from akd_dist.views import by_content, check_augmentation
 
 
 @dataclass
@@ -238,7 +238,7 @@ def creation_of(
         dataset=rows.fingerprint,
         rows=len(rows),
         teacher=fingerprint,
-        augmentation=augmentation.model_dump(mode="json"),
+        augmentation=by_content(augmentation),
         data_seed=None if plain else recipe.data.seed,
         views=recipe.data.views if split == "train" else 1,
         encoding={"name": recipe.cache.encoding},
@@ -272,7 +272,9 @@ def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str, console:
 
 
 def _check_views(source: Manifest, rows: Rows, data: recipes.Data) -> None:
-    """Refuse to put new views beside those of a store that were drawn by other code: the identity does not know it.
+    """Refuse to put new views beside those of a store that were drawn otherwise.
+
+    An identity knows the file of a user's own augmentation, and not what it imports.
 
     Raises:
         RefusedError: as `Stream.check_probes`.

@@ -33,7 +33,7 @@ from akd_dist.cohort import (
     train_cohort,
 )
 from akd_dist.fleet_report import write_report
-from akd_dist.jobs.cache_teacher import cache_teacher, check_assistants, prepare_shown
+from akd_dist.jobs.cache_teacher import cache_teacher, prepare_shown
 from akd_dist.jobs.planner import cohort_job, groups_of, learns_from_assistant
 from akd_dist.jobs.progress import tell
 from akd_dist.jobs.train_teacher import Stores
@@ -41,7 +41,7 @@ from akd_dist.metrics import measure
 from akd_dist.models import ModelCard, add_folder, build, by_content, num_parameters
 from akd_dist.recipe import Recipe
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
-from akd_dist.storage.errors import RecipeError
+from akd_dist.storage.errors import RecipeError, RefusedError
 from akd_dist.storage.files import canonical_json, file_lock, replace
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.student import entry
@@ -88,7 +88,6 @@ def train_students(
     run = Path(run_root) / recipe.name
     splits = prepare_shown(recipe.data, cache_root, console)
     parameters = check_students(recipe, splits)
-    check_assistants(recipe, splits)
     with held(run, wait, console), cluster.closing():
         if not fresh:
             check_same_run(run, recipe, run_identity(recipe, splits))
@@ -226,7 +225,12 @@ def run_identity(recipe: Recipe, splits: Splits, chain: Chain | None = None) -> 
 
 
 def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
-    """Refuse to continue a run of this name that was made from another recipe, other data or another teacher."""
+    """Refuse to continue a run of this name that was made from another recipe, other data or another teacher.
+
+    Raises:
+        RefusedError: the data are others; names the first block of rows that differs.
+        RecipeError: the recipe or the teacher is another one.
+    """
     saved = _read_json(run / "identity.json")
     if saved is None:
         return
@@ -241,7 +245,8 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
             for split in SPLITS
             if split in before and before[split]["fingerprint"] != now[split]["fingerprint"]
         ]
-        raise RecipeError(
+        kind = RefusedError if saved["dataset"] != identity["dataset"] else RecipeError
+        raise kind(
             f"the run {recipe.name} in {run} was made from another recipe, data or teacher",
             got="\n       ".join([*differing, *recipes.differences(saved, identity)][:12]),
             expected="those that the run was started with",

@@ -27,7 +27,7 @@ from akd_dist.jobs.train_students import begin_run, check_same_run, run_identity
 from akd_dist.models import ModelCard, build, load_card, save_model
 from akd_dist.recipe import Mlp, Recipe, Teacher
 from akd_dist.rows import blocks_in_common, first_difference, prepare
-from akd_dist.storage.errors import RecipeError, RefusedError
+from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.writer import create_store, missing_shards, seal_store
 from akd_dist.teacher import cache_shard
@@ -137,6 +137,22 @@ def test_views_drawn_by_other_code_are_not_extended(place: Place, monkeypatch: p
     assert store_bytes(place.stores) == before
 
 
+def test_another_file_of_ones_own_augmentation_is_another_store(place: Place) -> None:
+    code = "class Same:\n    words = 0\n    def draw(self, words, input_shape): return {}\n"
+    code += "    def apply(self, batch, params): return batch\n"
+    module = sources.module(place.root, code)
+    data = {"train": {"kind": "digits"}, "augmentation": {"kind": "custom", "factory": f"{module}:Same"}}
+    recipe = a_recipe([a_student("one")], data=data)
+    first, _ = place.cache(recipe)
+    assert place.cache(recipe)[0]["hit"]
+    with open(place.root / f"{module}.py", "a") as file:
+        file.write("# another version\n")
+    second, _ = place.cache(recipe)
+    assert not second["hit"]
+    assert second["id"] != first["id"]
+    assert second["splits"]["test"]["id"] == first["splits"]["test"]["id"]  # test rows are not augmented
+
+
 def test_a_damaged_shard_is_told_of_and_computed_anew(place: Place) -> None:
     narrow, _ = place.cache(place.digits(2))
     shard = Path(narrow["store"]) / "arrays.zarr" / "logits" / "c" / "1" / "3" / "0"
@@ -202,7 +218,7 @@ def test_a_run_on_other_rows_is_refused_with_the_first_block(place: Place) -> No
     check_same_run(run, recipe, run_identity(recipe, prepare(recipe.data, place.cache_root)))
     pixels[:, 0] ^= 1
     changed = run_identity(place.table(label, pixels), prepare(recipe.data, place.cache_root))
-    with pytest.raises(RecipeError) as refused:
+    with pytest.raises(RefusedError) as refused:
         check_same_run(run, recipe, changed)
     got = str(refused.value.got)
     for split in ("train", "validation", "test"):
@@ -213,7 +229,7 @@ def test_a_run_on_other_rows_is_refused_with_the_first_block(place: Place) -> No
     del saved["rows"]  # as earlier versions wrote it
     (run / "identity.json").write_text(json.dumps(saved))
     check_same_run(run, recipe, changed | {"dataset": saved["dataset"]})
-    with pytest.raises(RecipeError, match=r"dataset\.train: "):
+    with pytest.raises(RefusedError, match=r"dataset\.train: "):
         check_same_run(run, recipe, changed)
 
 
