@@ -313,17 +313,18 @@ def comparison_table(document: dict[str, Any]) -> Table:
         caption_justify="left",
     )
     table.add_column("trained by", overflow="fold")
-    for heading in ("seeds", "test", "over\nscratch", "over KD", "agree-\nment %"):
+    agreeing = document["task"] == "classification"
+    for heading in ("seeds", "test", "over\nscratch", "over KD", *["agree-\nment %"] * agreeing):
         table.add_column(heading, justify="right", no_wrap=True)
     for role, model in _references(document):
-        table.add_row(Text(f"{role} {model['model']}"), *_reference_cells(model), style="bold")
+        table.add_row(Text(f"{role} {model['model']}"), *_reference_cells(model)[: 4 + agreeing], style="bold")
     previous = None
     for row in document["table"]:
         if row["model"] != previous:
             table.add_section()
             table.add_row(Text(_sized(row)), style="bold")
             previous = row["model"]
-        table.add_row(Text("  " + _label(row, document["table"])), *_cells(row))
+        table.add_row(Text("  " + _label(row, document["table"])), *_cells(row)[: 4 + agreeing])
     return table
 
 
@@ -338,7 +339,7 @@ def to_markdown(document: dict[str, Any]) -> str:
         "interval (Student's t); differences are paired by seed.",
         "",
         _markdown_row(columns(document)),
-        "|---|---|--:|--:|--:|--:|--:|",
+        "|---|---|" + "--:|" * (len(columns(document)) - 2),
         *map(_markdown_row, cells(document)),
     ]
     lines += ["", *(f"- {remark}" for remark in remarks(document))] if remarks(document) else []
@@ -346,8 +347,9 @@ def to_markdown(document: dict[str, Any]) -> str:
 
 
 def columns(document: dict[str, Any]) -> tuple[str, ...]:
-    """The headings of `cells`."""
-    return ("model", "trained by", "seeds", _title(document), "over from scratch", "over KD", "agreement %")
+    """The headings of `cells`; regression has no agreement."""
+    agreement = ("agreement %",) if document["task"] == "classification" else ()
+    return ("model", "trained by", "seeds", _title(document), "over from scratch", "over KD", *agreement)
 
 
 def cells(document: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -355,7 +357,8 @@ def cells(document: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         (_sized(model), role, *_reference_cells(model)) for role, model in _references(document)
     ]
-    return rows + [(_sized(row), _label(row, document["table"]), *_cells(row)) for row in document["table"]]
+    rows += [(_sized(row), _label(row, document["table"]), *_cells(row)) for row in document["table"]]
+    return [row[: len(columns(document))] for row in rows]
 
 
 def _markdown_row(row: tuple[str, ...]) -> str:

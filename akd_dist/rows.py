@@ -356,7 +356,7 @@ def _open(folder: Path) -> Splits | None:
     try:
         index = json.loads((folder / "index.json").read_bytes())
         splits = [_rows(folder, name, index) for name in SPLITS]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return Splits(*splits)
 

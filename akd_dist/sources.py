@@ -364,7 +364,8 @@ def _find_files(path: str) -> list[Path]:
     else:
         found = iter([place])
     try:
-        files = sorted(one for one in found if one.is_file())  # folders may be called so, too
+        # Folders may be called so, too; hidden files are what systems leave beside those of users.
+        files = sorted(one for one in found if one.is_file() and not one.name.startswith("."))
     except ValueError as error:
         raise RefusedError(
             f"{path} cannot be read as a glob",

@@ -142,7 +142,7 @@ class Fleet:
             rate = sum(progress["rows_per_second"] for progress in told if progress["training"])
             over = sum(student["state"] != "training" for student in latest.values())
             if not self.stop:
-                shown.update(done, note=f"{rate:,.0f} student rows/s, {over} students over")
+                shown.update(done, note=f"{rate:,.0f} student rows/s, {_counted(over, 'student')} over")
         self._watch(stopping=bool(self.stop or self.errors))
         time.sleep(cluster.POLL_SECONDS)
 

@@ -280,6 +280,15 @@ def test_without_an_assistant_a_line_says_what_takd_needs(four_seeds: dict[str, 
     assert [one["objective"] for one in document["table"]] == list(LABELS)
 
 
+def test_a_regression_has_no_agreement(four_seeds: dict[str, Any]) -> None:
+    numbers = four_seeds | {"task": "regression", "metric": "pearson"}
+    assert "agreement" not in to_markdown(numbers)
+    assert "agree" not in printed(numbers)
+    assert "pearson x 100" in to_markdown(numbers)
+    widths = {line.count("|") for line in to_markdown(numbers).splitlines() if line.startswith("|")}
+    assert widths == {7}
+
+
 def test_rows_of_one_objective_are_told_apart() -> None:
     recipe = expand(a_recipe([unnamed(ANNEALING), unnamed(ANNEALING | {"tau_max": 1})]), 2)
     results: dict[str, list[float | None]] = {kind: [0.8, 0.81] for kind in ("hard_labels", "kd", "continuation_kd")}

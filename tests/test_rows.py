@@ -107,6 +107,8 @@ def test_prepared_data_is_shared_and_survives_damage(cache_root: Path) -> None:
         again = prepare(DIGITS, cache_root).train
         assert fingerprint(again.inputs, again.labels, 10)[0] == again.fingerprint == first.train.fingerprint
         assert index.stat().st_mtime_ns > written
+    index.write_text("[]")
+    assert prepare(DIGITS, cache_root).train.fingerprint == first.train.fingerprint
 
 
 def test_a_killed_preparation_leaves_nothing_that_is_read(cache_root: Path) -> None:

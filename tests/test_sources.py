@@ -133,6 +133,7 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(cache_root: Path, monkeypa
 def test_folders_of_parquet_files_may_be_called_like_one(tmp_path: Path, cache_root: Path) -> None:
     """As others write them: a folder part.parquet of files, or several of these in a folder."""
     made = sources.parquet(tmp_path / "birds" / "part.parquet", pa.table({"input": [[1.0]] * 20, "label": LABELS}))
+    Path(made.path).with_name("._part.parquet").write_bytes(b"what a system left there")
     place = Parquet(path=str(Path(made.path).parent.parent))
     assert len(all_rows(place, cache_root).train) == len(LABELS)
 
