@@ -644,6 +644,8 @@ class AnnealingKD(Spec):
     """Epochs of stage I, at least tau_max."""
     stage2_epochs: Count
     """Epochs of stage II, which starts from stage I's best validation epoch."""
+    stage2_optimizer: Optimizer | None = None
+    """The optimizer of stage II, whose loss is another one; none takes the student's."""
     reduction: Literal["mean", "sum"] = "mean"
     """The squared norm over classes: `mean` as in the authors' code, to which their learning rates belong, or `sum` as
     in the paper."""
@@ -862,6 +864,10 @@ class Student(Training):
     """What it is trained on."""
     workers: Count = 1
     """Data-parallel workers that share each batch."""
+    sync_batchnorm: bool = False
+    """Whether the workers take batch statistics over the global batch; otherwise each over its own share."""
+    gpus: Positive = 1.0
+    """GPUs of each worker, where the recipe's device is cuda; cohorts share one by fractions. Changes no result."""
     name: str = Field(default_factory=_student_name, validate_default=True)
     """Its folder in the run; by default `<model>-<objective>-t<tau_max>-s<seed>`. Unique in the recipe."""
 
@@ -939,6 +945,8 @@ class Recipe(Spec):
         if document["data"]["text"] is not None:
             document["data"]["text"].pop("path", None)
         del document["teacher"]["weights"]
+        for student in document["students"]:
+            del student["gpus"]
         document["students"] = {student["name"]: student for student in document["students"]}
         return document
 

@@ -1,0 +1,134 @@
+"""The `akd-dist` command: options in, one message or one document out, and an exit code.
+
+    akd-dist quickstart          the whole story on real digits
+    akd-dist --help              every command
+
+Results go to stdout, everything else to stderr. Heavy imports happen inside commands, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from akd_dist.cli.options import Group
+from akd_dist.cli.recipes import recipe
+from akd_dist.cli.reports import report
+from akd_dist.cli.run import cache_teacher, compare, quickstart, train_students
+from akd_dist.cli.show import print_json
+from akd_dist.cli.stores import stores
+from akd_dist.storage.errors import AkdError, InterruptedByUser, RecipeError, TerminatedError
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="akd-dist", message="akd-dist %(version)s")
+def cli() -> None:
+    """One teacher, run once; fleets of students from its stored logits.
+
+    \b
+    Exit codes: 0 done, 1 some students did not succeed, 2 recipe or options
+    wrong, 3 held by someone else, 4 data, teacher or student refused, 5 damaged,
+    6 the machine, 70 a bug, 130 interrupted, 143 terminated.
+    """
+
+
+for command_line in (quickstart, cache_teacher, train_students, compare, report, stores, recipe):
+    cli.add_command(command_line)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: the one place where an error becomes a message and a code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with _terminable():
+            code = cli.main(args=given, prog_name="akd-dist", standalone_mode=False)
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        code = refuse(_as_refusal(error, given), as_json="--json" in given)
+    sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Leave with a message on SIGTERM as well, wherever nothing more careful is in charge of it."""
+
+    def leave(_number: int, _frame: object) -> None:
+        raise TerminatedError("terminated", next="run the same command again: what was written is kept")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _as_refusal(error: BaseException, arguments: list[str]) -> AkdError:
+    match error:
+        case AkdError():
+            return error
+        case click.UsageError():
+            command = error.ctx.command_path if error.ctx else "akd-dist"
+            return RecipeError(
+                error.format_message(), got=shlex.join(["akd-dist", *arguments]), next=f"{command} --help"
+            )
+        case click.ClickException():
+            return RecipeError(error.format_message(), next="akd-dist --help")
+        case click.Abort() | KeyboardInterrupt():
+            return InterruptedByUser("interrupted", next="run the same command again: what was written is kept")
+        case _:
+            return _bug(error, arguments)
+
+
+def _bug(error: BaseException, arguments: list[str]) -> AkdError:
+    """An error that nobody foresaw: the traceback goes to a file, its path into the message."""
+    log = _log_folder() / f"bug-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**6}.log"
+    from importlib.metadata import version
+
+    head = [
+        shlex.join(["akd-dist", *arguments]),
+        f"akd-dist {version('akd-dist')}, Python {platform.python_version()}, {platform.platform()}",
+    ]
+    log.write_text("\n".join([*head, "", *traceback.format_exception(error)]))
+    return AkdError(
+        "something went wrong that akd-dist did not foresee; this is a bug in it",
+        got=f"{type(error).__name__}: {error}",
+        next=f"report it with the log {log}; the same command may go on from what was written",
+    )
+
+
+def _log_folder() -> Path:
+    import platformdirs
+
+    try:
+        folder = platformdirs.user_log_path("akd-dist")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="akd-dist-"))
+    return folder
+
+
+def refuse(error: AkdError, *, as_json: bool) -> int:
+    """Say what is wrong on stderr, and on stdout as a document if one was asked for; the exit code."""
+    # click leaves the colours out where nobody would see them.
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {error.what}", err=True)
+    for label, text in (("got", error.got), ("expected", error.expected), ("next", error.next)):
+        if text is not None:
+            click.echo(f"  {click.style(f'{label}:', bold=True)} {text}", err=True)
+    if as_json:
+        print_json({"error": error.to_json()})
+    return error.code

@@ -1,0 +1,93 @@
+"""`akd-dist recipe`: check a recipe, or print the schema of all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from akd_dist.cli.options import Group, json_option, options, recipe_argument, set_option
+from akd_dist.cli.show import command_line, print_facts, print_json, result_console, table_of
+
+if TYPE_CHECKING:
+    from akd_dist.recipe import Assistant, Recipe, Source
+
+STUDENTS_SHOWN = 200
+
+
+@click.group("recipe", cls=Group)
+def recipe() -> None:
+    """Check a recipe, or print its JSON Schema."""
+
+
+@recipe.command("check")
+@options(recipe_argument, set_option, json_option)
+def recipe_check(recipe_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Read a recipe and list its students.
+
+    Every default is filled in and every key checked; no data is opened.
+    """
+    checked = load(recipe_path, overrides)
+    if as_json:
+        print_json({"recipe": checked.model_dump(mode="json"), "students": [one.name for one in checked.students]})
+        return
+    print_facts(_recipe_facts(checked))
+    table = table_of("student", "epochs", "optimizer", "batch", "workers")
+    for one in checked.students[:STUDENTS_SHOWN]:
+        optimizer = f"{one.optimizer.kind}, lr {one.optimizer.lr:g}, {one.optimizer.schedule.kind}"
+        table.add_row(one.name, str(one.objective.epochs), optimizer, str(one.batch), str(one.workers))
+    result_console().print(table)
+    if len(checked.students) > STUDENTS_SHOWN:
+        click.echo(f"and {len(checked.students) - STUDENTS_SHOWN:,} more")
+    click.echo(f"next: {command_line('train-students', recipe_path, overrides)}")
+
+
+@recipe.command("schema")
+def recipe_schema() -> None:
+    """Print the JSON Schema of recipes.
+
+    For completion and checks in an editor.
+    """
+    from akd_dist.recipe import recipe_schema as schema
+
+    print_json(schema())
+
+
+def load(recipe_path: str, overrides: tuple[str, ...]) -> Recipe:
+    """A recipe from its file, checked."""
+    from akd_dist.recipe import load_recipe
+
+    return load_recipe(recipe_path, overrides)
+
+
+def _recipe_facts(checked: Recipe) -> dict[str, Any]:
+    data, teacher = checked.data, checked.teacher
+    trained = (
+        f"{teacher.model.label}, trained for {teacher.train.epochs} epochs" if teacher.model and teacher.train else ""
+    )
+    return {
+        "recipe": checked.name,
+        "train": _source(data.train),
+        "validation": _source(data.validation),
+        "test": _source(data.test),
+        "views": f"{data.views}, augmentation {data.augmentation.kind}, seed {data.seed}",
+        "teacher": teacher.weights or trained,
+        **{
+            "assistant" if number == 1 else f"assistant {number}": _assistant(one)
+            for number, one in enumerate(teacher.chain, 1)
+        },
+        "cache": f"{checked.cache.encoding}, {checked.cache.batch_rows} rows at once",
+        "students": len(checked.students),
+        "epochs": f"{sum(one.objective.epochs for one in checked.students):,} over all students",
+        "cohorts": checked.cohorts or "as planned",
+    }
+
+
+def _assistant(one: Assistant) -> str:
+    return f"{one.model.label}, {one.objective.kind} for {one.objective.epochs} epochs"
+
+
+def _source(source: float | Source) -> str:
+    if isinstance(source, float):
+        return f"{source:g} of the train source"
+    return source.path if source.kind == "parquet" else source.kind

@@ -1,0 +1,215 @@
+"""The verbs that compute: quickstart, cache-teacher, train-students, compare."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import akd_dist
+from akd_dist.cli.options import cache_options, json_option, recipe_argument, train_options
+from akd_dist.cli.show import (
+    SHORT_ID,
+    command_line,
+    counted,
+    print_facts,
+    print_json,
+    progress_console,
+    result_console,
+    short_path,
+    size,
+    stdout_for_results,
+    table_of,
+)
+
+Roots = dict[str, str | None]
+
+
+@click.command("quickstart")
+@train_options
+def quickstart(**options: Any) -> int:
+    """The whole story on real digits.
+
+    Trains a teacher, caches it, trains students from the store and shows how they do, in under two minutes.
+    """
+    return _train(_packaged_recipe(), closing=after_quickstart, **options)
+
+
+@click.command("cache-teacher")
+@recipe_argument
+@cache_options
+@click.option("--dry-run", is_flag=True, help="Say what would be computed, and refuse what cannot fit.")
+@json_option
+def cache_teacher(
+    recipe_path: str,
+    overrides: tuple[str, ...],
+    store_root: str,
+    cache_root: str | None,
+    address: str | None,
+    wait: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Run the teacher once, store its logits.
+
+    A store that is there already is a hit; one that an interrupted run left behind is completed.
+    """
+    with stdout_for_results():
+        document = akd_dist.cache_teacher(
+            recipe_path,
+            overrides=overrides,
+            store_root=store_root,
+            cache_root=cache_root,
+            address=address,
+            wait=wait,
+            dry_run=dry_run,
+            console=progress_console(),
+        )
+    if as_json:
+        print_json(document)
+    elif dry_run:
+        print_plan(document)
+    else:
+        roots = {"store_root": store_root, "cache_root": cache_root, "address": address}
+        print_cached(document, command_line("train-students", recipe_path, overrides, **roots))
+
+
+@click.command("train-students")
+@recipe_argument
+@train_options
+def train_students(recipe_path: str, **options: Any) -> int:
+    """Train students from the stored logits.
+
+    Caches the teacher first if its store is missing. The same command again resumes, or shows the saved results.
+    """
+    return _train(recipe_path, closing=after_training, **options)
+
+
+def _train(
+    recipe_path: str,
+    *,
+    closing: Callable[[dict[str, Any], str, Iterable[str], Roots], list[str]],
+    overrides: tuple[str, ...],
+    store_root: str,
+    run_root: str,
+    cache_root: str | None,
+    address: str | None,
+    fresh: bool,
+    wait: bool,
+    as_json: bool,
+) -> int:
+    with stdout_for_results():
+        fleet = akd_dist.train_students(
+            recipe_path,
+            overrides=overrides,
+            store_root=store_root,
+            run_root=run_root,
+            cache_root=cache_root,
+            address=address,
+            fresh=fresh,
+            wait=wait,
+            console=progress_console(),
+        )
+    if as_json:
+        print_json(fleet)
+    else:
+        roots = {"store_root": store_root, "run_root": run_root, "cache_root": cache_root, "address": address}
+        print_fleet(fleet, closing(fleet, recipe_path, overrides, roots))
+    return int(any(student["state"] != "done" for student in fleet["students"]))
+
+
+def _packaged_recipe() -> str:
+    """The digits recipe as it ships, by the shortest path that leads there from here."""
+    from importlib.resources import files
+
+    path = Path(str(files("akd_dist.jobs") / "digits.yaml")).resolve()
+    return short_path(path)
+
+
+@click.command("compare")
+@recipe_argument
+@click.option("--seeds", metavar="N", type=int, help="Seeds 0..N-1.  [default: the recipe's if several, else 0, 1, 2]")
+@train_options
+def compare(recipe_path: str, as_json: bool, **options: Any) -> int:
+    """Train every objective, print the papers' table.
+
+    Each student model of the recipe, from scratch and by KD, TAKD, Annealing-KD and Continuation-KD, with several
+    seeds and from one store. What the recipe does not list takes its Annealing-KD student's optimizer and epochs. The
+    run is <name>-compare; the same command again resumes, or shows the saved results.
+    """
+    with stdout_for_results():
+        document = akd_dist.compare(recipe_path, **options, console=progress_console())
+    if as_json:
+        print_json(document)
+    else:
+        from akd_dist.comparison import MARKDOWN_NAME, comparison_table
+
+        run = Path(document["run"])
+        result_console().print(comparison_table(document))
+        click.echo(f"table   {short_path(run / MARKDOWN_NAME)}")
+        click.echo(f"report  {short_path(run / 'report.html')}")
+    return int(any(row["lost"] for row in document["table"]))
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """What caching would compute, as a table."""
+    table = table_of("split", "rows", "views", "shards to compute", "size", title="what caching would compute")
+    models = [("", plan["splits"]), *((f"{one['model']}, ", one["splits"]) for one in plan["assistants"])]
+    for split, part in [(whose + split, part) for whose, splits in models for split, part in splits.items()]:
+        shards = "none: a hit" if part["hit"] else f"{part['shards']:,}"
+        table.add_row(split, f"{part['rows']:,}", str(part["views"]), shards, size(part["bytes"]))
+    result_console().print(table)
+    free = "unknown" if plan["free"] is None else size(plan["free"])
+    click.echo(f"needs {size(plan['bytes'])} under {plan['store_root']}, free {free}; nothing was computed")
+
+
+def print_cached(document: dict[str, Any], next_command: str) -> None:
+    """What a caching command came to, and the command after it."""
+    models = [document, *document["assistants"]]
+    parts = [part for model in models for part in (model, *model["splits"].values())]
+    shards, computed = (sum(part[key] for part in parts) for key in ("shards", "shards_computed"))
+    how = "a hit: it was there already" if document["hit"] else f"{computed} of {counted(shards, 'shard')} computed now"
+    shape = f"{document['rows']:,} rows x {counted(document['views'], 'view')} x {document['classes']:,} classes"
+    facts = {
+        "store": short_path(document["store"]),
+        **{f"assistant {one['model']}": short_path(one["store"]) for one in document["assistants"]},
+        "holds": f"{shape}, {document['encoding']}; validation and test rows beside it",
+        "size": f"{size(sum(part['bytes'] for part in parts))} in {counted(shards, 'shard')}",
+        "took": f"{document['seconds']:.1f} s; {how}",
+        "next": next_command,
+    }
+    print_facts(facts)
+
+
+def print_fleet(fleet: dict[str, Any], next_commands: Iterable[str]) -> None:
+    """What a fleet came to, where its report lies, and what may come next."""
+    from akd_dist.fleet_report import fleet_table
+
+    result_console().print(fleet_table(fleet))
+    run = Path(fleet["run"])
+    click.echo(f"store   {short_path(fleet['store'])}")
+    click.echo(f"report  {short_path(run / 'report.html')}")
+    click.echo("next")
+    for command in next_commands:
+        click.echo(f"  {command}")
+
+
+def after_training(fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], roots: Roots) -> list[str]:
+    """What to type after train-students."""
+    again = [*overrides, "data.seed=1", f"name={Path(fleet['run']).name}-seed1"]
+    return [
+        command_line("stores show", Path(fleet["store"]).name[:SHORT_ID], store_root=roots["store_root"]),
+        command_line("train-students", recipe_path, again, **roots),
+    ]
+
+
+def after_quickstart(fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], roots: Roots) -> list[str]:
+    """What to type after the quickstart."""
+    copy = "my-digits.yaml"
+    return [
+        shlex.join(["cp", recipe_path, copy]) + "     # then change what you like",
+        command_line("train-students", copy, [*overrides, "name=my-digits"], **roots),
+    ]
