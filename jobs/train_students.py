@@ -110,6 +110,8 @@ def train_students(
         todo = [spec for spec in recipe.students if not ended(base, spec)]
         saved: dict[str, Any] | None = read_json(run / "fleet.json")
         if not todo and saved is not None and (run / "report.html").exists():
+            if not (run / "identity.json").exists():  # removed by hand, as a refusal of a damaged one says
+                replace(run / "identity.json", canonical_json(identity))
             tell(console, f"the run {recipe.name} is done: these are its saved results")
             return saved
         begin_run(run, recipe, identity)

@@ -96,7 +96,8 @@ def take_over(folder: Path, attempt: int, what: str) -> Writer:
         # Ours is there before we look: of two who come at once at least one sees the other, and the later name stays.
         for number, _, path in _writers(folder):
             if path.name > own.name:
-                own.rmdir()
+                with contextlib.suppress(FileNotFoundError):  # shut out meanwhile
+                    own.rmdir()
                 raise _lost(what, number)
             if path != own:
                 with contextlib.suppress(FileNotFoundError):  # shut out by somebody else
