@@ -263,11 +263,27 @@ class _Lockstep:
     def active(self) -> list[Student]:
         return [student for student in self.students if student.training]
 
+    @property
+    def moving(self) -> list[Student]:
+        """Those that take steps; others ride along until their leader's stage I is over."""
+        return [student for student in self.active if self._leader(student) is None]
+
+    def _leader(self, student: Student) -> Student | None:
+        """Whose stage I a student that has not begun waits for: it would train the very same one."""
+        if student.spec.stage1 is None or not student.untouched:
+            return None
+        alike = [other for other in self.active if other.stage_index == 0 and other.spec.stage1 == student.spec.stage1]
+        first = max(alike, key=lambda other: (other.epoch, other.step))  # of equals the first one
+        return None if first is student else first
+
     def run(self) -> bool:
         """Train until every student has ended; True if the stop file ended it first."""
+        for student in self.active:
+            if student.epochs == 0:
+                self._guarded(student, self._finish_untrained, student)
         stopped = False
-        while self.active and not stopped:
-            epoch = min(student.epoch for student in self.active)
+        while self.moving and not stopped:
+            epoch = min(student.epoch for student in self.moving)
             stopped = self._epoch(epoch)
             if not stopped and self.job.checkpoint_seconds == 0:
                 self._save()
@@ -275,7 +291,7 @@ class _Lockstep:
         return stopped
 
     def _epoch(self, epoch: int) -> bool:
-        here = [student for student in self.active if student.epoch == epoch]
+        here = [student for student in self.moving if student.epoch == epoch]
         stream = self.stream if any(student.stage.needs_logits for student in here) else self.stream.without_logits()
         first = min(student.step for student in here)
         for batch in stream.batches(epoch, first, self.group.rank, self.group.world):
@@ -290,12 +306,20 @@ class _Lockstep:
                 self._guarded(student, self._end_epoch, student)
         return False
 
+    def _finish_untrained(self, student: Student) -> None:
+        student.keep_initial(self.splits.validation)
+        student.finish(self.splits.test, self.teacher_classes)
+
     def _end_epoch(self, student: Student) -> None:
+        riders = [other for other in self.active if self._leader(other) is student]
         record, metric = student.end_epoch(self.splits.validation), self.job.data.primary_metric
         student.note(
             f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "
             f"validation {metric} {record['validation'][metric]:.4f}"
         )
+        if student.stage_index > 0:
+            for rider in riders:
+                self._guarded(rider, rider.fork_from, student)
         if student.epoch == student.epochs:
             student.finish(self.splits.test, self.teacher_classes)
 
@@ -319,14 +343,18 @@ class _Lockstep:
         return stop
 
     def _save(self) -> None:
-        for student in self.active:
+        for student in self.moving:
             student.save()
         self.saved_at = time.monotonic()
 
-    def _steps_of(self, student: Student) -> int:
-        """Steps behind a student; all of them once it has ended, however it did."""
+    def _steps_of(self, student: Student) -> tuple[int, int]:
+        """Steps behind a student and in all, without those that another takes for it; all once it has ended."""
         per_epoch = self.stream.steps_per_epoch
-        return student.epoch * per_epoch + student.step if student.training else student.epochs * per_epoch
+        leader = self._leader(student)
+        shared = student.stages[0].epochs if leader else student.epochs_shared
+        total = (student.epochs - shared) * per_epoch
+        done = 0 if leader else (student.epoch - shared) * per_epoch + student.step
+        return (done if student.training else total), total
 
     def _tell(self, *, force: bool = False) -> None:
         now = time.monotonic()
@@ -335,7 +363,6 @@ class _Lockstep:
         self.told_at = now
         for student in self.active:
             student.writer.check()  # a worker that was taken for dead has nothing to tell any more
-        per_epoch = self.stream.steps_per_epoch
         document = {
             "training": bool(self.active),
             "rows_per_second": self.rows_seen / max(now - self.started, 1e-9),
@@ -343,8 +370,9 @@ class _Lockstep:
                 {
                     "name": student.spec.name,
                     "state": "training" if student.result is None else student.result["state"],
-                    "steps": self._steps_of(student),
-                    "steps_total": student.epochs * per_epoch,
+                    "waits_for": leader.spec.name if (leader := self._leader(student)) else None,
+                    "steps": self._steps_of(student)[0],
+                    "steps_total": self._steps_of(student)[1],
                     "stage": student.stage.name,
                     "epoch": student.epoch,
                     "epochs": student.epochs,
