@@ -354,7 +354,7 @@ def export(
     Raises:
         AkdError: a refusal: options, model or data; the model cannot be exported, or the export does not agree.
     """
-    from akd_dist.export import export
+    from akd_dist.exports import export
 
     asked = None if data is None else _asked(data, split, input, "", tokenizer)
     with _meters(console) as on_progress:

@@ -120,9 +120,7 @@ def evaluate(
     """
     started = time.monotonic()
     ours, *theirs = [open_model(uri, device) for uri in (student, *others)]
-    with open_examples(
-        asked, ours.card, ours.home, cache_root, need_labels=True, on_progress=on_progress
-    ) as examples:
+    with open_examples(asked, ours.card, ours.home, cache_root, need_labels=True, on_progress=on_progress) as examples:
         for other in theirs:
             other.card.check_rows(examples.like, f"the model {other.home.uri}")
         tallies = [_Tally(model) for model in (ours, *theirs)]
@@ -137,9 +135,7 @@ def evaluate(
     first, *rest = [tally.measured(truth) for tally in tallies]
     return {
         "student": first,
-        "others": [
-            one | _agreement(tallies[0], tally, truth) for one, tally in zip(rest, tallies[1:], strict=True)
-        ],
+        "others": [one | _agreement(tallies[0], tally, truth) for one, tally in zip(rest, tallies[1:], strict=True)],
         "data": examples.name,
         "split": examples.split,
         "rows": examples.rows,
@@ -262,17 +258,27 @@ def predict(
     }
 
 
-def refuse_existing(out: Path, overwrite: bool) -> None:
+def refuse_existing(out: Path, overwrite: bool, instead_of: str | None = None) -> None:
     """Refuse a place to write to that is taken, or that is no local path.
+
+    Args:
+        out: the place.
+        overwrite: whether a file may be overwritten.
+        instead_of: a file by which a folder is known that may be overwritten as well; None spares every folder.
 
     Raises:
         RecipeError: so it is.
     """
-    if "://" in str(out) or str(out).startswith("s3:/"):
-        raise RecipeError("results are written to a local path", got=out, next="copy the file afterwards")
-    if out.exists() and not overwrite:
+    if "://" in str(out):
+        raise RecipeError("results are written to a local path", got=out, next="copy them afterwards")
+    if not out.exists():
+        return
+    if not overwrite:
         what = "a folder" if out.is_dir() else "a file"
         raise RecipeError(f"{out} is there already", got=what, expected="a new name", next="choose one, or add --force")
+    if out.is_dir() and (instead_of is None or not (out / instead_of).is_file()):
+        expected = "a file" if instead_of is None else f"a folder with {instead_of}"
+        raise RecipeError(f"{out} is not overwritten", got="a folder", expected=expected, next="choose another name")
 
 
 def _schema(card: ModelCard, examples: Examples, with_logits: bool) -> Any:

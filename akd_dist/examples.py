@@ -12,17 +12,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from akd_dist import recipe
 from akd_dist.blocks import Block, default_threads, first_block, map_blocks
-from akd_dist.columns import input_kind
-from akd_dist.labels import Classes, labels_of
+from akd_dist.columns import input_kind, inputs_of, label_kind
+from akd_dist.labels import Classes, Labels, labels_of
 from akd_dist.models import ModelCard, add_folder
 from akd_dist.prepare import READ_BYTES, Reading
-from akd_dist.columns import inputs_of, label_kind
 from akd_dist.rows import SPLITS, Progress, Rows, prepare
 from akd_dist.sources import Source, column_names, kind_of
 from akd_dist.storage.errors import RecipeError, RefusedError
@@ -110,11 +108,7 @@ def open_examples(
         return
     _refuse_options(asked, "split", *(("input", "label", "tokenizer") if asked.data == DIGITS else ()))
     with _local(asked.data, cache_root) as path:
-        if asked.data == DIGITS:
-            source = kind_of(recipe.Digits()).open()
-        else:
-            source = kind_of(_table(asked, path, home, need_labels)).open()
-        yield _of_source(source, asked, card, home)
+        yield _of_source(_source(asked, path, home, need_labels), asked, card, home)
 
 
 def _recipe_path(data: str) -> Path | None:
@@ -158,6 +152,16 @@ def _of_recipe(path: Path, asked: Asked, cache_root: Path, on_progress: Progress
 
 
 # ---- everything else, streamed
+
+
+def _source(asked: Asked, path: str, home: Home, need_labels: bool) -> Source:
+    if asked.data == DIGITS:
+        return kind_of(recipe.Digits()).open()
+    try:
+        return kind_of(_table(asked, path, home, need_labels)).open()
+    except RefusedError as error:  # which speaks of a recipe
+        advice = "check the path, and name the columns with --input and --label"
+        raise RefusedError(error.what, got=error.got, expected=error.expected, next=advice) from error
 
 
 def _table(asked: Asked, path: str, home: Home, need_labels: bool) -> recipe.Parquet:
@@ -208,7 +212,7 @@ def _of_source(source: Source, asked: Asked, card: ModelCard, home: Home) -> Exa
         convert = labels_of(first.labels, 0, source.label_place, card.task, classes, names)
 
     def read(block: Block) -> Batch:
-        return inputs(block.inputs, block.rows), None if convert is None else convert(block.labels, block.rows)
+        return inputs(block.inputs, block.rows), None if convert is None else _labels(convert, block, card)
 
     most = max(1, min(EVALUATION_ROWS, READ_BYTES // Reading(source, first, inputs).row_bytes))
     return Examples(
@@ -219,6 +223,16 @@ def _of_source(source: Source, asked: Asked, card: ModelCard, home: Home) -> Exa
         labelled,
         lambda: _regrouped(map_blocks(source.streams, most, read, default_threads())),
     )
+
+
+def _labels(convert: Labels, block: Block, card: ModelCard) -> np.ndarray:
+    try:
+        return convert(block.labels, block.rows)
+    except RefusedError as error:  # which speaks of a recipe
+        known = ", ".join(card.class_names or ()) or f"classes 0 to {card.classes - 1}"
+        expected = f"what the model knows: {known}" if card.task == "classification" else error.expected
+        advice = "correct the row, or remove it"
+        raise RefusedError(error.what, got=error.got, expected=expected, next=advice) from error
 
 
 def _regrouped(blocks: Iterator[Batch]) -> Iterator[Batch]:
@@ -278,26 +292,37 @@ def _tokenizer(asked: Asked, card: ModelCard, home: Home, *, pair: bool) -> Toke
                 "--tokenizer is for models of text", got=f"a model of {card.input_dtype}", next="leave out --tokenizer"
             )
         return None
+    text = known_text(asked.tokenizer, card, home)
+    if text is None:
+        raise RefusedError(
+            f"nobody knows which tokenizer made the ids that {home.uri} was trained on",
+            got=f"{card.tokens.vocabulary} tokens, in a folder outside of its run",
+            expected="the tokenizer: beside the model, in the recipe of its run, or named",
+            next="add --tokenizer FOLDER",
+        )
+    return tokenizer_of(text, pair)
+
+
+def known_text(tokenizer: str | None, card: ModelCard, home: Home) -> recipe.Text | None:
+    """How text becomes the ids of a model; None where nobody knows.
+
+    Args:
+        tokenizer: a folder, or a name on the hub, if one was given.
+    """
+    assert card.tokens is not None
     length = card.input_shape[-1]
-    return tokenizer_of(_text(asked, card, home, length), pair)
-
-
-def _text(asked: Asked, card: ModelCard, home: Home, length: int) -> recipe.Text:
-    if asked.tokenizer is not None:
-        place = {"path": asked.tokenizer} if Path(asked.tokenizer).is_dir() else {"name": asked.tokenizer}
-        return recipe.HuggingFaceText(**place, length=length)
+    if tokenizer is not None:
+        local = Path(tokenizer).is_dir()
+        return recipe.HuggingFaceText(
+            path=tokenizer if local else None, name=None if local else tokenizer, length=length
+        )
     if card.tokens == ByteTokenizer.tokens and len(card.input_shape) == 1:
         return recipe.ByteText(length=length)
-    if home.run is not None and home.run.data.text is not None:
+    if home.run is not None:
         return home.run.data.text
     if (Path(home.uri) / "tokenizer_config.json").is_file():
         return recipe.HuggingFaceText(path=home.uri, length=length)
-    raise RefusedError(
-        f"nobody knows which tokenizer made the ids that {home.uri} was trained on",
-        got=f"{card.tokens.vocabulary if card.tokens else 0} tokens, in a folder outside of its run",
-        expected="the tokenizer: beside the model, in the recipe of its run, or named",
-        next="add --tokenizer FOLDER",
-    )
+    return None
 
 
 # ---- object storage
