@@ -122,7 +122,7 @@ def _recipe_path(data: str) -> Path | None:
 
 def _refuse_options(asked: Asked, *names: str) -> None:
     for name in names:
-        if (value := getattr(asked, name)) not in (None, ()):
+        if (value := getattr(asked, name)) not in (None, (), ""):
             what = "a recipe, which says so itself" if name != "split" else "data other than a recipe"
             if asked.data == DIGITS and name != "split":
                 what = "the digits"
@@ -144,11 +144,14 @@ def _of_recipe(path: Path, asked: Asked, cache_root: Path, on_progress: Progress
     add_folder(loaded.folder)
     rows: Rows = getattr(prepare(loaded.data, cache_root, on_progress=on_progress), split)
 
+    labelled = asked.label != ""
+
     def batches() -> Iterator[Batch]:
         for start in range(0, len(rows), EVALUATION_ROWS):
-            yield rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
+            inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
+            yield inputs, labels if labelled else None
 
-    return Examples(asked.data, split, rows, len(rows), True, batches)
+    return Examples(asked.data, split, rows, len(rows), labelled, batches)
 
 
 # ---- everything else, streamed
@@ -204,7 +207,7 @@ def _of_source(source: Source, asked: Asked, card: ModelCard, home: Home) -> Exa
         tokens=inputs.tokens,
     )
     card.check_rows(like, f"the model {home.uri}")
-    labelled = bool(source.label) or source.classes is not None
+    labelled = bool(source.label) or (asked.data == DIGITS and asked.label != "")
     convert = None
     if labelled:
         _check_names(source, first, card, home)

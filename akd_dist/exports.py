@@ -109,7 +109,7 @@ def export(
     with _made_beside(out, to) as made:
         with _quiet():
             _WRITERS[to](model, made, tokenizer)
-        got = np.concatenate(_RUNNERS[to](made, _parts(rows.inputs)))
+        got = _run(model, to, made, rows.inputs)
         difference, tolerance = _compared(model, to, got, expected)
         refuse_existing(out, force, instead_of=CONFIG if to == "huggingface" else None)  # it may have come meanwhile
         _publish(made, out)
@@ -290,11 +290,11 @@ def _program(model: Served, to: str) -> Any:
 
 
 def _not_exportable(model: Served, to: str, error: Exception) -> RefusedError:
-    own = isinstance(model.card.model, recipe.Custom)  # whose traceback helps its author
-    first = next((line for line in str(error).strip().splitlines() if line.strip()), "")
+    """What torch says, in its words; an exception of the user's own code as a whole."""
+    own = isinstance(model.card.model, recipe.Custom) and not type(error).__module__.startswith("torch")
     return RefusedError(
         f"the model {model.card.model.label} cannot be exported to {to}",
-        got=whole(error) if own else f"{type(error).__name__}: {first[:300]}",
+        got=whole(error) if own else f"{type(error).__name__}: {str(error).strip()[:1000]}",
         expected="a model without Python that depends on the values of its inputs, or on the number of rows",
         next="use it as it is, with akd_dist.load_model",
     )
@@ -366,13 +366,30 @@ def _write_huggingface(model: Served, folder: Path, tokenizer: str | None) -> No
 # ---- running them, without akd-dist
 
 
+class _DoesNotRunError(Exception):
+    """An export fails, for this reason."""
+
+
+def _run(model: Served, to: str, path: Path, inputs: np.ndarray) -> np.ndarray:
+    """Logits [n, classes] that an export gives."""
+    try:
+        return np.concatenate(_RUNNERS[to](path, _parts(inputs)))
+    except _DoesNotRunError as error:
+        raise RefusedError(
+            f"the export of {model.home.uri} to {to} does not run, and is not kept",
+            got=error,
+            expected=f"logits of {len(inputs)} rows in {_precision(model)}",
+            next=_instead(model, to),
+        ) from error
+
+
 def _run_onnx(path: Path, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
     runtime = importlib.import_module("onnxruntime")  # it ships no types
     try:
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         return [session.run(["logits"], {"inputs": part})[0] for part in parts]
     except Exception as error:  # onnxruntime's own kinds, such as one for a missing kernel of float64
-        raise _does_not_run(str(error)) from error
+        raise _DoesNotRunError(str(error)) from error
 
 
 # Given: the export, then a file of inputs and a file for logits by turns.
@@ -408,19 +425,10 @@ def _run_apart(script: str) -> Callable[[Path, Sequence[np.ndarray]], list[np.nd
             command = [sys.executable, "-I", "-W", "ignore", "-c", script, *places]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise _does_not_run(done.stderr.strip()[-2000:] or f"exit code {done.returncode}")
+                raise _DoesNotRunError(done.stderr.strip()[-2000:] or f"exit code {done.returncode}")
             return [np.load(made) for _, made in files]
 
     return run
-
-
-def _does_not_run(reason: str) -> RefusedError:
-    return RefusedError(
-        "the export does not run, and is not kept",
-        got=reason,
-        expected="logits of the rows, without akd-dist",
-        next=f"try another format: {', '.join(TARGETS)}",
-    )
 
 
 @contextlib.contextmanager

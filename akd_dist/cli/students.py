@@ -152,10 +152,7 @@ def _print_shared(document: dict[str, Any]) -> None:
 
 
 def _print_export(document: dict[str, Any]) -> None:
-    if document["data"] is None:
-        rows = f"{document['rows']} random inputs"
-    else:
-        rows = _data(document)
+    rows = f"{document['rows']} random inputs" if document["data"] is None else _data(document)
     facts = {
         "written": f"{short_path(document['out'])}, {size(document['bytes'])}",
         "inputs": document["inputs"],
