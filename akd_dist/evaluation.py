@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from akd_dist import recipe
-from akd_dist.device import autocast, settle, weights_dtype
+from akd_dist.device import autocast, device_name, settle, weights_dtype
 from akd_dist.examples import Asked, Batch, Examples, Home, open_examples
 from akd_dist.metrics import measure, predictions
 from akd_dist.models import ModelCard, add_folder, num_parameters, read_model
@@ -64,7 +64,9 @@ def open_model(uri: str, device: str = "cpu") -> Served:
     Raises:
         RefusedError, DamagedError: as `models.load_model`.
         RecipeError: the recipe of its run cannot be read.
+        MachineError: there is no such device.
     """
+    device_name(device)  # a missing GPU is told first
     run = _run_of(uri)
     if run is not None:
         add_folder(run.folder)
@@ -123,15 +125,15 @@ def evaluate(
     with open_examples(asked, ours.card, ours.home, cache_root, need_labels=True, on_progress=on_progress) as examples:
         for other in theirs:
             other.card.check_rows(examples.like, f"the model {other.home.uri}")
-        tallies = [_Tally(model) for model in (ours, *theirs)]
-        labels = []
+        tallies = [_Tally(model, _Column(examples.rows)) for model in (ours, *theirs)]
+        labels = _Column(examples.rows)
         with _as_in_training(ours):
             for inputs, known in _shown(examples, "evaluating", on_progress):
                 assert known is not None
-                labels.append(known)
+                labels.add(known)
                 for tally in tallies:
                     tally.add(inputs, known)
-    truth = torch.from_numpy(np.concatenate(labels))
+    truth = torch.from_numpy(labels.values)
     first, *rest = [tally.measured(truth) for tally in tallies]
     return {
         "student": first,
@@ -145,30 +147,43 @@ def evaluate(
     }
 
 
+class _Column:
+    """A value for each row, in one array from the start: many small ones would cut the free memory to pieces."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.done = rows, 0
+        self.values: np.ndarray = np.empty(0)
+
+    def add(self, values: np.ndarray) -> None:
+        """The values of the next rows; the first decide on the dtype."""
+        if not self.done:
+            self.values = np.empty(self.rows, values.dtype)
+        self.values[self.done : self.done + len(values)] = values
+        self.done += len(values)
+
+
 @dataclass
 class _Tally:
-    """What a model has said so far. It takes a few bytes a row."""
+    """What a model has said so far: class ids int64, or numbers."""
 
     model: Served
+    said: _Column
     loss: float = 0.0
-    blocks: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, inputs: np.ndarray, labels: np.ndarray) -> None:
-        """Run the model on a batch; sums go as in `student.evaluate`."""
+        """Run the model on a batch, with its own threads; sums go as in `student.evaluate`."""
+        torch.set_num_threads(self.model.threads)
         logits = self.model.logits(inputs)
         truth = torch.from_numpy(np.array(labels)).to(logits.device)
         self.loss += float(label_losses(logits, truth).double().sum())
-        self.blocks.append(predictions(self.model.card.task, logits).cpu())
-
-    @property
-    def said(self) -> torch.Tensor:
-        """Class ids int64 [n], or numbers [n]."""
-        return torch.cat(self.blocks)
+        self.said.add(predictions(self.model.card.task, logits).cpu().numpy())
 
     def measured(self, truth: torch.Tensor) -> dict[str, Any]:
         """The model and its metrics, as a document; JSON has no infinite loss."""
         card = self.model.card
-        metrics = measure(card.task, self.said, truth, card.classes) | {"loss": self.loss / len(truth)}
+        metrics = measure(card.task, torch.from_numpy(self.said.values), truth, card.classes) | {
+            "loss": self.loss / len(truth)
+        }
         return {
             "path": self.model.home.uri,
             "model": card.model.label,
@@ -183,10 +198,10 @@ def _agreement(ours: _Tally, theirs: _Tally, truth: torch.Tensor) -> dict[str, A
     """How far another model says the same, and who is right; nothing of it where there are no classes."""
     if ours.model.card.task == "regression":
         return dict.fromkeys(("agreement", "both_right", "student_right", "other_right", "both_wrong"))
-    first, second = ours.said, theirs.said
-    right, other = first == truth, second == truth
+    first, second, labels = ours.said.values, theirs.said.values, truth.numpy()
+    right, other = first == labels, second == labels
     return {
-        "agreement": float(np.mean((first == second).numpy())),
+        "agreement": float(np.mean(first == second)),
         "both_right": int((right & other).sum()),
         "student_right": int((right & ~other).sum()),
         "other_right": int((~right & other).sum()),

@@ -57,7 +57,9 @@ def predictions_file(path: Path, schema: Any, *, overwrite: bool = True) -> Iter
                 waiting.clear()
 
         def write(table: Any) -> None:
-            waiting.append(table)
+            # A copy in Arrow's own memory: small arrays that live on between a model's large ones would keep the C
+            # library from using that memory again, 6 MB a batch (measured: 1.5 GB instead of 0.5 GB).
+            waiting.append(table.take(np.arange(len(table))))
             if sum(map(len, waiting)) >= GROUP_ROWS or sum(one.nbytes for one in waiting) >= GROUP_BYTES:
                 flush()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -297,6 +299,30 @@ def test_a_file_of_predictions_is_whole_or_absent(root: Path, tmp_path: Path, mo
     assert out.read_bytes() == before
     with pytest.raises(RecipeError, match="a folder"):
         akd_dist.predict(student(root), whole, tmp_path, force=True)
+
+
+PEAK = """
+import resource, sys
+import akd_dist
+akd_dist.predict(*sys.argv[1:4], label="")
+akd_dist.evaluate(*sys.argv[1:3])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    """Five times the rows, 245 MB more of them decoded and 980 MB as floats, in as much memory."""
+    folder = a_model(tmp_path / "m", recipe.Mlp(hidden=4), some_rows((3, 32, 32)))
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(20_000 * 3072, np.uint8)), 3072)
+    peaks = []
+    for parts in (1, 5):
+        table = pa.concat_tables([pa.table({"input": rows, "label": pa.array([0] * 20_000)})] * parts)
+        pq.write_table(table, tmp_path / f"{parts}.parquet", row_group_size=5_000, use_dictionary=False)
+        words = [str(folder), str(tmp_path / f"{parts}.parquet"), str(tmp_path / f"{parts}.out")]
+        done = subprocess.run([sys.executable, "-c", PEAK, *words], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 200, peaks
 
 
 def test_blocks_are_worked_on_in_order_and_not_far_ahead() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from akd_dist.cli.show import (
     stdout_for_results,
     table_of,
 )
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SPLITS = ["train", "validation", "test"]
 
@@ -127,7 +130,7 @@ def _print_evaluation(document: dict[str, Any]) -> None:
     models = [document["student"], *document["others"]]
     measured = list(dict.fromkeys(name for model in models for name in model["metrics"]))
     title = f"{_data(document)}, {document['seconds']:.1f} s"
-    table = table_of("model", title=title)
+    table = _named("model", title)
     agreeing = bool(document["others"]) and document["task"] == "classification"
     for heading in ("parameters", *measured, *["agreement"] * agreeing):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -140,9 +143,16 @@ def _print_evaluation(document: dict[str, Any]) -> None:
         _print_shared(document)
 
 
+def _named(first: str, title: str | None = None) -> Table:
+    """A table of models, whose long names are folded before a figure is cut off."""
+    table = table_of(first, title=title)
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    return table
+
+
 def _print_shared(document: dict[str, Any]) -> None:
     """Who is right where, against each other model."""
-    table = table_of("the student and")
+    table = _named("the student and")
     for heading in ("both right", "student alone", "other alone", "both wrong"):
         table.add_column(heading, justify="right", no_wrap=True)
     for other in document["others"]:
