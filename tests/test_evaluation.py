@@ -197,6 +197,31 @@ def test_text_goes_through_the_tokenizer(tmp_path: Path) -> None:
         akd_dist.evaluate(built_in, data, tokenizer=folder)
 
 
+def test_a_run_tells_which_columns_and_which_tokenizer(tmp_path: Path) -> None:
+    """So a student of pairs of texts needs no options for new data."""
+    words = a_tokenizer(tmp_path)
+    first, second = ["red", "green blue", "blue", "red red"] * 3, ["blue", "red", "green", "red"] * 3
+    data = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table({"one": first, "two": second, "same": [0, 1] * 6}), data)
+    source = {"kind": "parquet", "path": str(data), "input": ["one", "two"], "label": "same"}
+    text = {"kind": "huggingface", "path": str(words), "length": 8}
+    model = {"kind": "text_transformer", "width": 8, "heads": 2}
+    spec = a_recipe([a_student("s", model=model)], data={"train": source, "text": text})
+    rows = prepare(spec.data, tmp_path / "cache").test
+    folder = a_model(tmp_path / "run" / "students" / "s", spec.students[0].model, rows)
+    (tmp_path / "run" / "recipe.yaml").write_text(spec.to_yaml())
+    out = tmp_path / "p.parquet"
+    akd_dist.predict(folder, data, out)
+    ids = tokenizer_of(spec.data.text, True).encode([first, second])  # type: ignore[arg-type]
+    expected = akd_dist.load_model(folder)(torch.from_numpy(ids)).argmax(1)
+    assert pq.read_table(out)["predicted"].to_pylist() == expected.tolist()
+    assert pq.read_table(out)["label"].to_pylist() == [0, 1] * 6
+    swapped = akd_dist.evaluate(folder, data, input=["two", "one"], label="same", tokenizer=words)
+    assert swapped["rows"] == 12
+    with pytest.raises(RefusedError, match="no column answer"):
+        akd_dist.evaluate(folder, data, label="answer")
+
+
 def test_other_data_are_refused_with_both_sides(root: Path, tmp_path: Path) -> None:
     numbers = np.zeros((4, 64), np.uint8)
     refused: dict[str, tuple[dict[str, Any], str]] = {
