@@ -10,11 +10,11 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,17 +22,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from akd_dist import recipe
-from akd_dist.checkpoint import load_checkpoint, save_checkpoint
+from akd_dist.checkpoint import decode, newest_checkpoint, save_checkpoint
 from akd_dist.device import autocast, generator_states, set_generator_states, weights_dtype
 from akd_dist.metrics import measure, predictions
 from akd_dist.models import ModelCard, build, num_parameters, save_model
 from akd_dist.objectives import Stage, at_least_float32, label_losses, learning_rate, row_losses, stages
 from akd_dist.rows import Rows
-from akd_dist.storage.files import append, failpoint, replace, sha256
+from akd_dist.storage.errors import DamagedError
+from akd_dist.storage.fence import Writer
+from akd_dist.storage.files import append, failpoint, sha256
 from akd_dist.stream import Batch
 
 EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
 CPU = torch.device("cpu")
+
+Computed = TypeVar("Computed")
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,10 @@ class PeerFailedError(Exception):
     """Another rank of this student failed in the step; its log says why."""
 
 
+class OutOfStepError(Exception):
+    """This rank failed where others wait for it, so they cannot agree: all of them have to start again."""
+
+
 class Student:
     """The training state of one student.
 
@@ -102,6 +110,7 @@ class Student:
         log: its log file.
         attempt: which attempt of the run this is; part of checkpoint names.
         group: the data-parallel ranks it is trained on; rank 0 alone writes.
+        writer: what rank 0 writes through, so that a later worker can shut it out; None where there can be no other.
         metric: what picks the best epoch of each stage; None takes the usual one of the task.
         device: where module, optimizer and batches lie.
     """
@@ -115,12 +124,13 @@ class Student:
         log: Path,
         attempt: int = 1,
         group: Group | None = None,
+        writer: Writer | None = None,
         metric: recipe.Metric | None = None,
         device: torch.device = CPU,
     ) -> None:
         self.spec, self.card, self.folder, self.attempt = spec, card, folder, attempt
         self.metric, self.device = metric, device
-        self.group = group or Group()
+        self.group, self.writer = group or Group(), writer or Writer()
         self.log = log if self.group.rank == 0 else log.with_suffix(f".rank{self.group.rank}.log")
         self.stages = stages(spec.objective)
         self.epoch = self.step = self.stage_index = 0
@@ -183,7 +193,12 @@ class Student:
             value = float(total.detach())
             if self.group.any(not math.isfinite(value))[0]:
                 raise DivergedError(f"the loss is {value} in epoch {self.epoch}, step {self.step}, at lr {rate:g}")
-            self._descend(total * self.group.world / batch.global_rows)
+            try:
+                self._descend(total * self.group.world / batch.global_rows)
+            except Exception as error:
+                if self.group.world > 1:
+                    raise OutOfStepError(f"{self.spec.name}: {type(error).__name__}: {error}") from error
+                raise
         self.loss_sum += value
         self.loss_rows += len(batch.rows)
         self.step += 1
@@ -191,17 +206,26 @@ class Student:
 
     def _agreed_loss(self, batch: Batch) -> torch.Tensor:
         """The summed loss of this rank's rows; if any rank fails to compute it, every rank raises."""
-        failure: Exception | None = None
-        total = torch.zeros(())
-        try:
+
+        def loss() -> torch.Tensor:
             with autocast(self.device, self.spec.precision):
                 logits = self._forward(batch.inputs)
-            total = row_losses(self.stage, self.stage_epoch, logits, batch.logits, batch.labels).sum()
+            return row_losses(self.stage, self.stage_epoch, logits, batch.logits, batch.labels).sum()
+
+        return self._agreed(loss)
+
+    def _agreed(self, compute: Callable[[], Computed]) -> Computed:
+        """What this rank computes without the others; if it fails on any rank, every rank raises."""
+        failure: Exception | None = None
+        computed: Computed | None = None
+        try:
+            computed = compute()
         except Exception as error:
             failure = error
         if self.group.any(failure is not None)[0]:
             raise failure or PeerFailedError("another worker of this student failed")
-        return total
+        assert computed is not None
+        return computed
 
     def _descend(self, loss: torch.Tensor) -> None:
         """One step down the gradient of the global batch.
@@ -252,8 +276,8 @@ class Student:
         if epoch + 1 == stage.epochs and self.stage_index + 1 < len(self.stages):
             self._begin_stage(self.stage_index + 1)
         self.seconds += time.perf_counter() - started
-        if self.group.rank == 0:
-            append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
+        failpoint("student.before_metrics")
+        self._write_metrics()
         return record
 
     def _begin_stage(self, index: int) -> None:
@@ -261,6 +285,7 @@ class Student:
         assert self.best is not None
         self.module.load_state_dict(self.best)
         self.group.share_state(self.module)
+        failpoint("student.between_stages")
         self.optimizer, self.scaler = self._new_optimizer()
         self.rng = seeded_states(self.device, self.spec.seed, index, self.group.rank)
         self.stage_index, self.best, self.best_record = index, None, {}
@@ -279,7 +304,8 @@ class Student:
         metrics, chosen = self._evaluate(test)
         agreement = None if teacher_classes is None else float(np.mean(chosen == teacher_classes))
         if self.group.rank == 0:
-            save_model(self.folder, self.module, self.card)
+            failpoint("student.before_model")
+            save_model(self.folder, self.module, self.card, write=self.writer.replace)
         self._conclude(
             "done",
             None,
@@ -304,8 +330,10 @@ class Student:
         }
         self.note(f"{state}: {reason or measured.get('test')}")
         if self.group.rank == 0:
+            self._write_metrics(durable=True)
             failpoint("student.before_result")
-            replace(self.folder / "result.json", json.dumps(self.result, indent=1).encode())
+            self.writer.replace(self.folder / "result.json", json.dumps(self.result, indent=1).encode())
+            failpoint("student.after_result")
 
     # ---- to disk and back
 
@@ -330,13 +358,13 @@ class Student:
             "scaler": self.scaler.state_dict(),
         }
         name = f"{self.epoch:06d}-{self.step:08d}-{self.attempt:04d}"
-        save_checkpoint(self.folder / "checkpoints", name, tree)
+        save_checkpoint(self.folder / "checkpoints", name, tree, self.writer)
 
     def resume(self) -> bool:
         """Take up the newest intact checkpoint; False where there is none."""
-        tree = load_checkpoint(self.folder / "checkpoints")
+        tree = self._newest_checkpoint()
         if tree is None:
-            self._rewrite_metrics()
+            self._write_metrics()
             return False
         self.epoch, self.step, self.stage_index = tree["epoch"], tree["step"], tree["stage_index"]
         self.loss_sum, rows = tree["losses"][self.group.rank].tolist()
@@ -348,22 +376,39 @@ class Student:
         self.optimizer, self.scaler = self._new_optimizer()
         self.optimizer.load_state_dict(tree["optimizer"])
         self.scaler.load_state_dict(tree["scaler"])
-        self._rewrite_metrics()
+        self._write_metrics()  # without the epochs after the checkpoint: they are trained again
         self.note(f"resumed at epoch {self.epoch}, step {self.step}")
         return True
 
-    def _rewrite_metrics(self) -> None:
-        """Drop the lines of epochs after the checkpoint: they are trained again."""
+    def _newest_checkpoint(self) -> Any | None:
+        """The tree of the checkpoint that rank 0 chooses: it alone looks for damage, and sets aside what is damaged."""
+        folder = self.folder / "checkpoints"
+        found: tuple[Path, Any] | None = None
+        failure: DamagedError | None = None
+        if self.group.rank == 0:
+            try:
+                found = newest_checkpoint(folder, self.writer, self.note)
+            except DamagedError as error:
+                failure = error
+        name, failure = self.group.from_first((found and found[0].name, failure))
+        if failure is not None:
+            raise failure
+        if found is not None:
+            return found[1]
+        return None if name is None else decode((folder / name).read_bytes(), folder / name)
+
+    def _write_metrics(self, *, durable: bool = False) -> None:
+        """All epochs so far, whole: a line that is added to a file may be cut, and may be added by a late worker."""
         if self.group.rank == 0:
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
-            replace(self.folder / "metrics.jsonl", lines.encode(), durable=False)
+            self.writer.replace(self.folder / "metrics.jsonl", lines.encode(), durable=durable)
 
     def note(self, text: str) -> None:
         """Add a line to this student's log."""
         write_note(self.log, text)
 
     def _evaluate(self, rows: Rows) -> tuple[dict[str, float], np.ndarray]:
-        return evaluate(self.module, rows, self.device, self.spec.precision)
+        return self._agreed(lambda: evaluate(self.module, rows, self.device, self.spec.precision))
 
     def _new_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
         """A fresh optimizer, and what keeps float16's small gradients above zero; elsewhere that does nothing."""
@@ -474,11 +519,13 @@ def entry(spec: recipe.Student, state: str, reason: str | None, folder: Path) ->
     }
 
 
-def fail_before_start(spec: recipe.Student, folder: Path, log: Path, error: Exception) -> None:
+def fail_before_start(
+    spec: recipe.Student, folder: Path, log: Path, error: Exception, writer: Writer | None = None
+) -> None:
     """End a student that could not be set up as `failed`, so that the others go on."""
     write_note(log, "".join(traceback.format_exception(error)))
     result = entry(spec, "failed", f"{type(error).__name__}: {error}", folder)
-    replace(folder / "result.json", json.dumps(result, indent=1).encode())
+    (writer or Writer()).replace(folder / "result.json", json.dumps(result, indent=1).encode())
 
 
 def write_note(log: Path, text: str) -> None:
