@@ -144,7 +144,7 @@ def whole_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         fsync_folder(path.parent)
     except OSError as error:
         written_bytes = partial.stat().st_size if partial.exists() else 0
-        raise _machine_error(error, path, written_bytes + 1) from error
+        raise write_error(error, path, written_bytes + 1) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

@@ -28,7 +28,7 @@ from akd_dist.jobs.train_students import train_in_process
 from akd_dist.metrics import measure
 from akd_dist.models import ModelCard, build, save_model
 from akd_dist.rows import Rows, prepare
-from akd_dist.storage.errors import RecipeError, RefusedError
+from akd_dist.storage.errors import MachineError, RecipeError, RefusedError
 from akd_dist.storage.objects import open_root
 from akd_dist.text import ByteTokenizer, tokenizer_of
 from tests.fleets import KD, a_recipe, a_student, a_teacher, stores_of
@@ -329,6 +329,8 @@ def test_a_file_of_predictions_is_whole_or_absent(root: Path, tmp_path: Path, mo
     assert out.read_bytes() == before
     with pytest.raises(RecipeError, match="a folder"):
         akd_dist.predict(student(root), whole, tmp_path, force=True)
+    with pytest.raises(MachineError, match="cannot write"):
+        akd_dist.predict(student(root), whole, whole / "p.parquet")  # below a file
 
 
 PEAK = """
