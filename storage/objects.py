@@ -36,6 +36,8 @@ class Stat(NamedTuple):
     """Bytes."""
     token: str
     """Changes whenever the object does."""
+    modified: float
+    """When it was written, in seconds since 1970 by the storage's clock; for people, and for what is old."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ class LocalRoot(ObjectRoot):
                 with contextlib.suppress(FileNotFoundError):  # gone since the listing
                     stat = entry.stat()
                     token = f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_ctime_ns}"
-                    yield key, Stat(stat.st_size, token)
+                    yield key, Stat(stat.st_size, token, stat.st_mtime)
 
 
 def open_root(uri: str | Path) -> ObjectRoot:

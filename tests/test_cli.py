@@ -368,7 +368,7 @@ def root(tmp_path: Path) -> Path:
 def test_an_empty_root_has_no_stores(run: Any) -> None:
     assert "no stores under stores" in run("stores", "list").out
     assert run("stores", "list", "--json").document == {"store_root": str(Path.cwd() / "stores"), "stores": []}
-    assert run("stores", "gc", "--json").document == {"removed": []}
+    assert run("stores", "gc", "--json").document == {"dry_run": False, "removed": [], "stores": []}
 
 
 @pytest.mark.parametrize("command", ["show", "verify", "repair"])
@@ -381,7 +381,9 @@ def test_a_store_that_is_not_there_is_refused(command: str, run: Any) -> None:
 def test_a_sealed_store_is_listed_and_shown_by_a_short_id(root: Path, run: Any) -> None:
     (store,) = root.iterdir()
     listed = run("stores", "list")
-    assert re.search(rf"^{store.name[:12]} +sealed +\d", listed.out, flags=re.MULTILINE)
+    assert re.search(
+        rf"^{store.name[:12]} +sealed +mlp-16 1057a9 +train 300 b277fd +2 ", listed.out, flags=re.MULTILINE
+    )
     assert max(map(len, listed.out.splitlines())) <= 160
     shown = run("stores", "show", store.name[:6])
     assert store.name in shown.out
