@@ -112,7 +112,8 @@ def stores_of_other_rows(root_uri: str, identity: Identity, split: str) -> list[
 def list_stores(root_uri: str) -> list[StoreSummary]:
     """Every store under a root, sealed or not."""
     root = open_root(root_uri)
-    return [_summary(root, store_id) for store_id in _ids(root)]
+    found = (_summary(root, store_id) for store_id in _ids(root))
+    return [one for one in found if one.modified or one.uses or one.partials]  # not the folders of one just removed
 
 
 def summary_of(root_uri: str, store_id: str) -> StoreSummary:

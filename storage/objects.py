@@ -8,6 +8,7 @@ A new object is published create-only: whole or not at all, never over another o
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -185,12 +186,16 @@ class LocalRoot(ObjectRoot):
             raise storage_error("delete", self.path_of(key), error) from error
 
     def delete_folder(self, prefix: str) -> None:
-        try:
-            shutil.rmtree(self._path(prefix))
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise storage_error("delete", self.path_of(prefix), error) from error
+        for attempts_left in (2, 1, 0):
+            try:
+                shutil.rmtree(self._path(prefix))
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno == errno.ENOTEMPTY and attempts_left:  # somebody put something into it just now
+                    continue
+                raise storage_error("delete", self.path_of(prefix), error) from error
+            return
 
     def move(self, key: str, to: str) -> bool:
         source, target = self._path(key), self._path(to)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from akd_dist.storage.claim import holder_of
 from akd_dist.storage.errors import AkdError, RefusedError
 from akd_dist.storage.files import is_locked, sha256
 from akd_dist.storage.layout import MANIFEST_KEY
@@ -116,25 +117,34 @@ def _use(run: str, lock: Path | None) -> Use:
         user = getpass.getuser()
     except (OSError, KeyError):  # a user without a name, as in some containers
         user = None
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     now = datetime.now(UTC).isoformat(timespec="seconds")
     lock_path = None if lock is None else str(lock)
-    return Use(run=run, host=socket.gethostname(), user=user, time=now, command=command, lock=lock_path)
+    return Use(run=run, host=socket.gethostname(), user=user, time=now, command=_command(), lock=lock_path)
+
+
+def _command() -> str:
+    """The command line of this process, without the folder of its program."""
+    program, *arguments = sys.argv or [""]
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    words = ["python", "-m", module.parent] if module is not None and module.parent else [Path(program).name]
+    return shlex.join([*words, *arguments])
 
 
 def _begin(store: ObjectRoot, run: str, lock: Path | None) -> None:
     """Leave a record, then see that nobody is removing the store.
 
     Who removes one puts up his mark before he looks for records; here the record comes first. So one of the two sees
-    the other.
+    the other. Without a mark, or with one whose owner is gone, it is settled whether the store is there.
     """
     use = _use(run, lock)
     ours = store.exists(MANIFEST_KEY) and _note(store, use)
-    mark, patience = f"{store.name}{REMOVING_SUFFIX}", time.monotonic() + _PATIENCE_SECONDS
-    while store.exists(MANIFEST_KEY):
-        if not store.parent.exists(mark) or time.monotonic() > patience:
-            return
+    root, patience = store.parent, time.monotonic() + _PATIENCE_SECONDS
+    while root.exists(f"{store.name}{REMOVING_SUFFIX}") and holder_of(root.uri, store.name) is not None:
+        if time.monotonic() > patience:
+            break
         time.sleep(0.05)
+    if store.exists(MANIFEST_KEY):
+        return
     if ours:
         store.delete(use.key)
     raise RefusedError(
@@ -149,6 +159,6 @@ def _note(store: ObjectRoot, use: Use) -> bool:
     """Leave a record; whether this made it."""
     try:
         return store.put_new(use.key, use.to_bytes())
-    except AkdError as error:
+    except (AkdError, OSError) as error:  # OSError: its folder was removed under it
         log.info("no record of the use of %s: %s", store.uri, error)
         return False
