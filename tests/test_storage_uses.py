@@ -152,8 +152,9 @@ def test_stores_are_picked_by_age_and_by_use(tmp_path: Path, cache: Path) -> Non
     age(used, 40)
     elsewhere(used, days_ago=10)
 
-    def picked(**asked: float) -> set[str]:
-        found = disused(str(tmp_path), cache, **{name: days * DAY for name, days in asked.items()})
+    def picked(older_than: float | None = None, unused_for: float | None = None) -> set[str]:
+        older, unused = (None if days is None else days * DAY for days in (older_than, unused_for))
+        found = disused(str(tmp_path), cache, older_than=older, unused_for=unused)
         assert all(one.kept is None for one in found)
         return {one.store.id for one in found}
 

@@ -41,6 +41,8 @@ from akd_dist.cli.show import (
 from akd_dist.storage.errors import DamagedError, RecipeError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from akd_dist.documents import StoreDocument, StoreEntry
     from akd_dist.storage.catalog import StoreSummary
     from akd_dist.storage.removal import Candidate
@@ -94,7 +96,7 @@ def stores_list(store_root: str, as_json: bool) -> None:
             rest = (str(one.classes), one.encoding, one.augmentation.get("kind", ""), _when(one.modified))
             table.add_row(one.id[:SHORT_ID], _state(one), *_cells(one), *rest)
     else:
-        table = table_of("id", *COLUMNS, title=root)
+        table = _narrow(table_of("id", *COLUMNS, title=root))
         for one in found:
             *most, last = _cells(one)
             table.add_row(one.id[:8], *most, last if one.sealed and not one.problem else _short_state(one))
@@ -285,8 +287,8 @@ def _check_gc(store_ids: Sequence[str], *, asked: bool, silent: bool) -> None:
 def _print_candidates(candidates: Sequence[Candidate], *, asked: bool, to_stderr: bool) -> None:
     going = [one.store for one in candidates if one.kept is None]
     if going:
-        table = table_of("id", *COLUMNS)
-        for store in going:
+        table = _narrow(table_of("id", *COLUMNS))
+        for store in _in_order(going):
             table.add_row(store.id[:8], *_cells(store))
         (progress_console() if to_stderr else result_console()).print(table)
     for one in candidates:
@@ -358,6 +360,14 @@ def _data(summary: StoreSummary) -> str | None:
     return f"{short or source.get('kind', '')} {split}"
 
 
+def _narrow(table: Table) -> Table:
+    """The table for eighty characters: where teacher and dataset do not fit on a line, they take two."""
+    table.padding = 0
+    for column in table.columns:
+        column.no_wrap = column.header not in ("teacher", "dataset")
+    return table
+
+
 def _cells(one: StoreSummary) -> list[str]:
     """The row of a store under COLUMNS."""
     if one.problem:
@@ -375,19 +385,21 @@ def _cells(one: StoreSummary) -> list[str]:
 def _facts(document: StoreDocument, summary: StoreSummary) -> dict[str, Any]:
     seconds, hosts = document.receipts.seconds, document.receipts.hosts
     shards = ", ".join(f"{counted(count, 'shard')} by {host}" for host, count in hosts.items())
-    decoded = "nothing"
+    decoded = "nothing on this machine"
     if document.decoded is not None:
-        decoded = f"all of it, {size(document.decoded.bytes)}" + (", in use" if document.decoded.in_use else "")
+        in_use = ", in use" if document.decoded.in_use else ""
+        decoded = f"all of it on this machine, {size(document.decoded.bytes)}{in_use}"
+    drawn = in_words(document.augmentation).removeprefix("kind ")
     facts: dict[str, Any] = {
         "store": document.store,
         "state": _state(summary) + f", {_when(summary.modified)}",
         "size": f"{size(document.bytes)} in {document.shards_done} of {counted(document.shards, 'shard')}",
         "teacher": f"{document.model or 'of no known kind'}, fingerprint {document.teacher}",
         "dataset": f"{document.data or 'rows'}, {document.rows:,} rows, fingerprint {document.dataset}",
-        "views": f"{document.views}, drawn by {in_words(document.augmentation)}",
+        "views": f"{document.views}, drawn by {drawn}" if drawn != "none" else "1, the rows as they are",
         "logits": f"{document.classes} classes, {document.encoding}",
         "took": f"{seconds:,.1f} s of teacher passes; {shards}" if hosts else "not known: no receipts",
-        "decoded": f"{decoded} on this machine",
+        "decoded": decoded,
     }
     if document.manifest is not None:
         identity = document.manifest["identity"]
