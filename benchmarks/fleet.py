@@ -16,17 +16,20 @@ first one pays for imports. What is timed, each from nothing in its run folder t
   each; the start of these processes counts.
 
 `ratio` is separate / fleet and `loop_ratio` loop / fleet, wall times; the time that caching took is told beside them,
-since the loop does without. With --steps-zero, `ratio` (also `overhead_ratio`) is the wall time of a fleet of sixteen
-whose students have no epochs, over that of a fleet of one such; medians of --repeats.
+since the loop does without. `estimate_ratio` is what a dry run of the fleet foresaw over what it took. With
+--steps-zero, `ratio` (also `overhead_ratio`) is the wall time of a fleet of sixteen whose students have no epochs, over
+that of a fleet of one such; medians of --repeats.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -62,7 +65,8 @@ LIMIT = 1.5
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(data: str, epochs: int | None, steps_zero: bool, overhead_epochs: int, repeats: int, as_json: bool) -> None:
     """Time sixteen small students as one fleet against other ways to train them."""
-    with tempfile.TemporaryDirectory() as name:
+    # Ray tells of its workers on stdout, where the document belongs.
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         bench = Bench(Path(name), data, epochs)
         result = overhead(bench, overhead_epochs, repeats) if steps_zero else wall_times(bench)
     click.echo(json.dumps(result) if as_json else (overhead_table if steps_zero else wall_table)(result))
@@ -155,8 +159,8 @@ def wall_times(bench: Bench) -> dict[str, Any]:
         "loop_seconds": round(loop, 2),
         "cache_seconds": round(bench.cache_seconds, 2),
         "teacher_and_cache_seconds": round(bench.teacher_seconds, 2),
-        "estimated_seconds": None if estimate is None else round(estimate, 2),
-        "estimate_ratio": None if estimate is None else round(estimate / fleet, 3),
+        "estimated_seconds": round(estimate, 2),
+        "estimate_ratio": round(estimate / fleet, 3),
         "students": len(students),
         "cohorts": {"fleet": together["cohorts"], "separate": apart["cohorts"]},
         "steps": len(students) * steps_of(bench),
@@ -171,12 +175,12 @@ def wall_times(bench: Bench) -> dict[str, Any]:
     }
 
 
-def estimated_seconds(_bench: Bench) -> float | None:
-    """What `train-students --dry-run` says the fleet will take; None while there is no such estimate.
-
-    THE PLANNER'S ESTIMATE GOES HERE: the Plan of jobs/planner.py, for `_bench.recipe` on `_bench.cpus` CPUs.
-    """
-    return None
+def estimated_seconds(bench: Bench) -> float:
+    """What `train-students --dry-run` says of the fleet before it is trained."""
+    options: dict[str, Any] = {**bench.roots, "run_root": str(bench.folder / "runs"), "console": Console(quiet=True)}
+    options["dry_run"] = True
+    plan = akd_dist.train_students(bench.recipe.model_copy(update={"name": "fleet"}), **options)
+    return float(plan["seconds"])
 
 
 def steps_of(bench: Bench) -> int:
@@ -229,12 +233,8 @@ def wall_table(result: dict[str, Any]) -> str:
         seconds = result[f"{key}_seconds"]
         times = seconds / result["fleet_seconds"]
         lines.append(f"  {title:<20} {seconds:>8.1f} s  {times:>6.2f} x  mean test accuracy {accuracy[key]:.4f}  {how}")
-    if result["estimated_seconds"] is None:
-        lines.append("  the dry run's estimate: none yet")
-    else:
-        lines.append(
-            f"  the dry run's estimate: {result['estimated_seconds']} s, {result['estimate_ratio']} x the truth"
-        )
+    estimate = f"{result['estimated_seconds']} s, {result['estimate_ratio']} x the truth"
+    lines.append(f"  ratio {result['ratio']}, loop_ratio {result['loop_ratio']}; the dry run estimated {estimate}")
     return "\n".join(lines)
 
 
@@ -243,6 +243,8 @@ def wall_table(result: dict[str, Any]) -> str:
 
 def overhead(bench: Bench, epochs: int, repeats: int) -> dict[str, Any]:
     """Fleets of sixteen and of one, in turns; medians."""
+    if 0 < epochs < max(TAUS):
+        raise click.BadParameter(f"--overhead-epochs {epochs}: 0, or {max(TAUS)} and more")
     students = with_epochs(list(bench.recipe.students), epochs)
     seconds: dict[str, list[float]] = {"one": [], "sixteen": []}
     cohorts = 0
