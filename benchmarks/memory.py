@@ -4,18 +4,18 @@
     python benchmarks/memory.py --json      one JSON document whose main figure is `ratio`
 
 50,000 rows of 3 x 32 x 32 bytes with 100 float32 logits under four views, made from a seed in a temporary folder and
-cached by an untrained teacher. `akd-dist train-students` runs twice in a process of its own: one student, then eight in
-two cohorts; the students are MLPs, small beside the data. Meanwhile this process reads /proc/<pid>/smaps of every
-worker, that is of every process but the driver which has the decoded store mapped, about once a second. Counted is the
-proportional set size (PSS): a page that n processes map counts 1/n in each, so the sum over processes counts it once.
-Store and dataset are summed over all processes that map them, the driver too; everything else over the workers alone.
-A run goes on until, with all cohorts training, no more of store and dataset becomes resident for a while; the sample
-with the most of them stands for it. Then it is stopped as by Ctrl-C.
+cached by an untrained teacher. `akd-dist train-students` runs three times in a process of its own: one student, two in
+two cohorts, eight in two cohorts; the students are MLPs of 0.8 million weights. Meanwhile this process reads
+/proc/<pid>/smaps of every worker, that is of every process but the driver which has the decoded store mapped, about
+once a second. Counted is the proportional set size (PSS): a page that n processes map counts 1/n in each, so the sum
+over processes counts it once. Store and dataset are summed over all processes that map them, the driver too; everything
+else over the workers alone. A run goes on until, with all cohorts training, no more of store and dataset becomes
+resident for a while; the sample with the most of them stands for it. Then it is stopped as by Ctrl-C.
 
 `ratio` is this total with eight students over that with one. `counted` is the PSS of store and dataset as a share of
 their size on disk: 1 where all of it is resident and counted once, 2 if each cohort had a copy of its own; `mapped` is
-the same of the resident set size (RSS), which counts a shared page in every process. Private is what a worker has
-written itself (Private_Dirty): the interpreter, torch and Ray in the first place, then its students. Ray's own
+the same of the resident set size (RSS), which counts a shared page in every process. Private is what workers have
+written themselves (Pss_Anon): the interpreter, torch and Ray in the first place, then their students. Ray's own
 processes and what else the driver needs are in none of these. Linux only; needs two CPUs, about 1 GB of disk and a few
 minutes.
 """
@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Memory of eight students in two cohorts against that of one.")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--rows", type=int, default=50_000, help="train rows (default 50,000)")
-    parser.add_argument("--patience", type=float, default=300.0, help="seconds that a run may take (default 300)")
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds that a run may take (default 600)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), arguments.rows, arguments.patience)
@@ -100,15 +100,16 @@ def measure(folder: Path, rows: int, patience: float) -> dict[str, Any]:
     cache_in_process(fleets["one"], str(teacher), store_root=str(folder / "stores"), cache_root=str(folder / "cache"))
     samples = {name: watch(folder, fleets[name], cohorts, patience) for name, _, cohorts in runs()}
     sizes = sizes_on_disk(folder / "cache")
-    one, eight = samples["one"], samples["eight"]
+    one, two, eight = samples.values()
     return {
         "ratio": round(eight.total / one.total, 3),
         "counted": shares(eight.files_pss, sizes),
         "mapped": shares(eight.files_rss, sizes),
         "bytes_on_disk": sizes,
         "one": described(one, 1),
+        "two": described(two, COHORTS),
         "eight": described(eight, STUDENTS),
-        "private_of_another_student": round((eight.private - COHORTS * one.private) / (STUDENTS - COHORTS)),
+        "private_of_another_student": round((eight.private - two.private) / (STUDENTS - COHORTS)),
         "rows": rows,
         "views": VIEWS,
         "cohorts": COHORTS,
@@ -120,6 +121,7 @@ def measure(folder: Path, rows: int, patience: float) -> dict[str, Any]:
 def runs() -> Iterator[tuple[str, int, int]]:
     """(name, students, cohorts) of each run."""
     yield "one", 1, 1
+    yield "two", COHORTS, COHORTS
     yield "eight", STUDENTS, COHORTS
 
 
@@ -143,7 +145,7 @@ def recipe_of(folder: Path, name: str, students: int, cohorts: int) -> Recipe:
         split: {"kind": "idx", "images": str(folder / f"{split}-images"), "labels": str(folder / f"{split}-labels")}
         for split in ("train", "validation", "test")
     }
-    model = {"kind": "mlp", "hidden": 16}
+    model = {"kind": "mlp", "hidden": 256}
     objective = {"kind": "annealing_kd", "tau_max": 4, "stage1_epochs": VIEWS * MANY, "stage2_epochs": 1}
     student = {"model": model, "objective": objective, "optimizer": {"kind": "sgd", "lr": 0.001}, "batch": BATCH}
     return Recipe.model_validate(
@@ -214,7 +216,7 @@ def add(sample: Sample, folder: Path, cache: Path, *, worker: bool) -> None:
     if worker:
         sample.workers += 1
         sample.rest += rollup["Pss"] - files
-        sample.private += rollup["Private_Dirty"]
+        sample.private += rollup["Pss_Anon"]
 
 
 def kind_of(path: str) -> str:
@@ -264,11 +266,11 @@ def table(result: dict[str, Any]) -> str:
         f"prepared dataset {mb(result['bytes_on_disk']['dataset'])} on disk",
         "  students  workers       total       store     dataset     private  private a student",
     ]
-    for one in (result["one"], result["eight"]):
+    for one in (result["one"], result["two"], result["eight"]):
         sizes = [mb(one[key]) for key in ("total", "store_pss", "dataset_pss", "private", "private_per_student")]
         lines.append(f"  {one['students']:>8}  {one['workers']:>7}  " + "  ".join(f"{size:>10}" for size in sizes))
     lines += [
-        f"  ratio: eight students take {result['ratio']} times the memory of one",
+        f"  ratio: eight students take {result['ratio']} times the memory of one student",
         f"  store and dataset count {result['counted']['both']} times their size on disk (a sum of RSS would say "
         f"{result['mapped']['both']})",
         f"  each student beyond a cohort's first adds {mb(result['private_of_another_student'])} of private memory",
