@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow check clean
+.PHONY: help quickstart test test-slow test-browser check clean
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
@@ -23,6 +23,9 @@ test: $(VENV)/.installed-dev  ## every fast test
 
 test-slow: $(VENV)/.installed-dev  ## the tests that kill, wait and repeat
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(VENV)/.installed-dev  ## the report in a real chromium, where there is one
+	$(BIN)/python -m pytest -m browser
 
 check: $(VENV)/.installed-dev  ## lint, format and types
 	$(BIN)/python -m ruff check .
