@@ -131,6 +131,29 @@ def receipts_of(root_uri: str, store_id: str) -> list[Receipt]:
     return found
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What computing a store's shards took, as far as its receipts say."""
+
+    seconds: float
+    """Sum over the shards that were timed, of work in their tasks, not of wall-clock time."""
+    rows: int
+    """Rows of these shards, each view counted."""
+    hosts: tuple[str, ...]
+    """Where they were computed, sorted."""
+
+
+def time_spent(uri: str) -> Spent:
+    """What computing a store took. Shards that were taken from another store were not computed, and do not count."""
+    root = open_root(uri)
+    timed = [receipt for receipt in receipts_of(root.parent.uri, root.name) if receipt.seconds > 0]
+    return Spent(
+        seconds=sum(receipt.seconds for receipt in timed),
+        rows=sum(receipt.rows for receipt in timed),
+        hosts=tuple(sorted({receipt.host for receipt in timed})),
+    )
+
+
 def wider_unsealed(root_uri: str, store_id: str) -> list[str]:
     """Ids of unsealed stores that differ from a store in having more views: such a one takes those that are there."""
     root = open_root(root_uri)
