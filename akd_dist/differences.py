@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Classes:
     student_alone: int
     both_wrong_alike: int
     both_wrong_apart: int
+    _: KW_ONLY
     pairs: Counter[tuple[int, int]]
     """(the teacher's class, the student's) -> rows."""
     classes: int
@@ -94,7 +95,7 @@ def classes_of(together: Iterable[Said]) -> Classes | None:
         for (theirs, ours), number in zip(chosen.tolist(), numbers.tolist(), strict=True):
             pairs[theirs, ours] += number
         largest = max(largest, *(int(part.max()) for part in (said.label, said.student, said.teacher)))
-    return Classes(students, *counts.tolist(), pairs, largest + 1) if students else None
+    return Classes(students, *map(int, counts), pairs=pairs, classes=largest + 1) if students else None
 
 
 @dataclass(frozen=True)

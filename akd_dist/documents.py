@@ -385,11 +385,11 @@ class Economics(Document):
     timed_rows: Count
     """Rows of the train store whose time was measured, each view counted."""
     seconds_per_pass: float | None
-    """One pass over the train rows, at the measured speed; null where nothing was timed, like all that follows."""
+    """One pass over the train rows, at the speed of the median shard; null where nothing was timed, as what follows."""
     other_seconds: float
     """Measured time of the validation and test rows."""
     cache_seconds: float | None
-    """`passes_run` passes, and the validation and test rows."""
+    """What `passes_run` passes took, with what was loaded for them, and the validation and test rows."""
     in_the_loop_seconds: float | None
     """`epochs` passes: what the model would have taken in the loop."""
     seconds_saved: float | None

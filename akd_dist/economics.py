@@ -47,16 +47,18 @@ def economics(
 ) -> dict[str, Any]:
     """The balance of one model's stores, as documents.Economics.
 
-    With c = seconds per pass, v views, o the seconds of the other splits, e epochs that read logits and n students that
-    read some: the cache cost v c + o, the model in the loop would have cost e c; the cache is paid for after
-    (v c + o) / (e c / n) students, and after (v c + o) / c epochs.
+    With p the seconds of a pass in the loop (that of the median shard times the rows), s the seconds that filling the
+    store took, v views, o the seconds of the other splits, e epochs that read logits and n students that read some: the
+    cache cost C = s + o, the model in the loop would have cost e p; the cache is paid for after C / (e p / n) students,
+    and after C / p epochs. With one view stored, C = s / v + o.
     """
     train = stores["train"]
     spent = time_spent(train.uri)
     other = sum(time_spent(store.uri).seconds for split, store in stores.items() if split != "train")
-    per_pass = spent.seconds / spent.rows * train.num_rows if spent.rows else None
+    per_pass = None if spent.row_seconds is None else spent.row_seconds * train.num_rows
+    per_view = spent.seconds / max(spent.rows, 1) * train.num_rows  # with what was loaded besides
     epochs, students = sum(one.epochs for one in readings), sum(one.epochs > 0 for one in readings)
-    balances = [] if per_pass is None else _balances(train.views, per_pass, other, epochs, students)
+    balances = [] if per_pass is None else _balances(train.views, per_pass, per_view, other, epochs, students)
     whole = balances[-1] if balances else None
     computed = train.manifest.computed
     return {
@@ -77,7 +79,7 @@ def economics(
         "in_the_loop_seconds": None if per_pass is None else round(epochs * per_pass, 3),
         "seconds_saved": whole and whole["seconds_saved"],
         "break_even_students": whole and whole["break_even_students"],
-        "break_even_epochs": None if per_pass is None else round(train.views + other / per_pass, 3),
+        "break_even_epochs": None if per_pass is None else round((train.views * per_view + other) / per_pass, 3),
         "training_seconds": training_seconds,
         "by_views": balances,
     }
@@ -92,11 +94,13 @@ def _measured(spent: Spent, per_pass: float | None, other: float) -> dict[str, A
     }
 
 
-def _balances(views: int, per_pass: float, other: float, epochs: int, students: int) -> list[dict[str, Any]]:
+def _balances(
+    views: int, per_pass: float, per_view: float, other: float, epochs: int, students: int
+) -> list[dict[str, Any]]:
     """With one view stored, and with as many as are; the last one is the store as it is."""
     balances = []
     for count in sorted({1, views}):
-        cost = count * per_pass + other
+        cost = count * per_view + other
         balances.append(
             {
                 "views": count,

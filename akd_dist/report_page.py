@@ -248,6 +248,11 @@ def _effect_rows(effects: list[dict[str, Any]], shown: Shown) -> Iterator[dict[s
         previous = effect["family"]
 
 
+def first_of(texts: list[str], count: int = 6) -> list[str]:
+    """The first texts of a list, and how many more there are."""
+    return texts if len(texts) <= count else [*texts[:count], f"{len(texts) - count} more"]
+
+
 def _tau_notes(effects: list[dict[str, Any]]) -> list[str]:
     """What the numbers cannot say."""
     families: dict[str, list[dict[str, Any]]] = {}
@@ -256,17 +261,18 @@ def _tau_notes(effects: list[dict[str, Any]]) -> list[str]:
     notes = []
     if families and all(len(family) == 1 for family in families.values()):
         notes.append("Every family has one tau_max only: its effect cannot be seen in this run")
-    compared = [effect for family in families.values() for effect in family if len(family) > 1 or effect["seeds"]]
-    fewest = min((len(effect["seeds"]) for effect in compared), default=FEW_SEEDS)
-    if fewest < 2:
-        notes.append(
-            "Too few seeds: where fewer than two finished there is no interval, and a difference may be chance"
-        )
-    elif fewest < FEW_SEEDS:
-        notes.append(
-            f"Few seeds ({fewest} where there are the fewest): the intervals are wide, and rest on scores that "
-            "are normally distributed over seeds"
-        )
+    for fewest, told in (
+        (0, "Nobody finished of {}"),
+        (1, "Too few seeds of {}: with one there is no interval, and a difference may be chance"),
+        (FEW_SEEDS - 1, "Few seeds of {}: the intervals are wide, and rest on scores that are normally distributed"),
+    ):
+        few = [
+            f"{effect['family']}, τ {effect['tau_max']}"
+            for effect in effects
+            if len(effect["seeds"]) == fewest or 2 <= len(effect["seeds"]) <= fewest
+        ]
+        if few:
+            notes.append(told.format("every group" if len(few) == len(effects) else "; ".join(first_of(few))))
     return notes
 
 

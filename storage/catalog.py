@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -139,6 +140,9 @@ class Spent:
     """Sum over the shards that were timed, of work in their tasks, not of wall-clock time."""
     rows: int
     """Rows of these shards, each view counted."""
+    row_seconds: float | None
+    """Seconds a row in the median shard, so that what is loaded once in a task does not weigh; None if none was timed.
+    """
     hosts: tuple[str, ...]
     """Where they were computed, sorted."""
 
@@ -150,6 +154,7 @@ def time_spent(uri: str) -> Spent:
     return Spent(
         seconds=sum(receipt.seconds for receipt in timed),
         rows=sum(receipt.rows for receipt in timed),
+        row_seconds=statistics.median(receipt.seconds / receipt.rows for receipt in timed) if timed else None,
         hosts=tuple(sorted({receipt.host for receipt in timed})),
     )
 
