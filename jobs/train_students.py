@@ -406,7 +406,7 @@ def balances(
 
     def read(of_assistant: bool) -> list[Reading]:
         specs = [spec for spec in recipe.students if assisted[spec.name] == of_assistant]
-        return [reading(spec, read_metrics(run, spec.name), results[spec.name]["stage1_from"]) for spec in specs]
+        return [reading(spec, read_metrics(run, spec.name), results[spec.name].get("stage1_from")) for spec in specs]
 
     spent = training_seconds(recipe, splits, stores[0]["train"])
     found = [economics("teacher", fleet["teacher"]["model"], stores[0], read(False), spent)]
