@@ -254,7 +254,10 @@ class Run:
             stem = f"{family[0].model}, {OBJECTIVE_LABELS.get(family[0].objective, family[0].objective)}"
             alike = [other for other in families.values() if other[0].model == family[0].model]
             same = [other for other in alike if other[0].objective == family[0].objective]
-            named[stem if len(same) == 1 else f"{stem}: {_without_tau(family[0])}"] = family
+            common = [_without_tau(other[0]) for other in same]
+            unique = common.count(_without_tau(family[0])) == 1
+            apart = _without_tau(family[0]) if unique else family[0].stem
+            named[stem if len(same) == 1 else f"{stem}: {apart}"] = family
         return named
 
     def _but_for_tau(self, group: Group) -> str:

@@ -162,7 +162,7 @@ def render(run: Run) -> str:
         comparison=run.comparison and (columns(run.comparison), cells(run.comparison), remarks(run.comparison)),
         size_figures=list(figures.size_figures(run)),
         effects=list(_effect_rows(effects, shown)),
-        tau_notes=_tau_notes(effects),
+        tau_notes=tau_notes(effects),
         tau_figures=list(figures.tau_figures(effects, shown)),
         curve_figures=[*figures.stage_figures(run), *figures.schedule_figure(run), *figures.curve_figures(run)],
         schedules_left=max(0, len(figures.schedules_of(run)) - figures.SCHEDULES_DRAWN),
@@ -253,8 +253,8 @@ def first_of(texts: list[str], count: int = 6) -> list[str]:
     return texts if len(texts) <= count else [*texts[:count], f"{len(texts) - count} more"]
 
 
-def _tau_notes(effects: list[dict[str, Any]]) -> list[str]:
-    """What the numbers cannot say."""
+def tau_notes(effects: list[dict[str, Any]]) -> list[str]:
+    """What numbers of so few seeds or temperatures cannot say."""
     families: dict[str, list[dict[str, Any]]] = {}
     for effect in effects:
         families.setdefault(effect["family"], []).append(effect)

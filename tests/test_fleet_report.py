@@ -20,7 +20,7 @@ from rich.console import Console
 
 from akd_dist.documents import Economics, FleetDocument, ReportDocument
 from akd_dist.economics import Reading, economics, reading
-from akd_dist.figures import OBJECTIVE_COLOURS
+from akd_dist.figures import OBJECTIVE_COLOURS, stage_figures
 from akd_dist.fleet_report import (
     Group,
     Run,
@@ -35,12 +35,13 @@ from akd_dist.fleet_report import (
     read_metrics,
     read_run,
     runs_table,
+    same_test_rows,
     tau_effects,
 )
 from akd_dist.objectives import stages
 from akd_dist.predictions import encode_predictions
 from akd_dist.recipe import METRICS, AdamW, AnnealingKD, ContinuationKD, HardLabels, Kd, Mlp, Student, Takd
-from akd_dist.report_page import render, write_report, write_reports
+from akd_dist.report_page import render, tau_notes, write_report, write_reports
 from akd_dist.storage.errors import DamagedError, RecipeError, RefusedError
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.writer import create_store, seal_store, write_shard
@@ -599,15 +600,15 @@ def test_the_effect_of_tau_is_paired_by_seed() -> None:
 
 
 def test_too_few_seeds_are_told_plainly() -> None:
-    one, two, many = (html.unescape(render(run_of(temperatures(seeds)))) for seeds in (1, 2, 6))
+    one, two, many = (" ".join(tau_notes(tau_effects(run_of(temperatures(seeds))))) for seeds in (1, 2, 6))
     assert "Too few seeds of every group: with one there is no interval" in one
     assert "Few seeds of every group: the intervals are wide" in two
-    assert "ew seeds of" not in many
-    for text in (one, two, many):
-        assert "<h3>Difference to the smallest tau_max</h3>" in text
+    assert many == ""
     lost = temperatures(1)
     lost["students"][1] |= student("mlp-8", "annealing_kd", 0, None)
-    assert "Nobody finished of mlp-8, Annealing-KD, τ 4" in html.unescape(render(run_of(lost)))
+    text = html.unescape(render(run_of(lost)))
+    assert "Nobody finished of mlp-8, Annealing-KD, τ 4" in text
+    assert "<h3>Accuracy over tau_max</h3>" in text
 
 
 def test_what_differs_besides_tau_is_another_family() -> None:
@@ -628,13 +629,15 @@ def test_what_differs_besides_tau_is_another_family() -> None:
 
 def test_curves_show_the_temperature_the_boundary_and_shared_stages() -> None:
     fleet = temperatures(2)
-    plain = render(run_of(fleet))
-    for title in ("Loss", "Validation accuracy"):
-        assert f"<h3>{title}: Annealing-KD, τ 8, 12 + 8 epochs</h3>" in plain
-    assert "vertical: where stage II begins" in plain
-    assert "Diamonds" not in plain
     fleet["students"][0]["stage1_from"] = "somebody"
-    assert "Diamonds at the boundary: 1 of 2 students shared" in render(run_of(fleet))
+    riding, _, plain, validation = stage_figures(run_of(fleet))
+    assert plain.title == "Loss: Annealing-KD, τ 8, 12 + 8 epochs"
+    assert validation.title == "Validation accuracy: Annealing-KD, τ 8, 12 + 8 epochs"
+    assert "vertical: where stage II begins" in plain.caption
+    assert "temperature T" in plain.svg
+    assert "Diamonds" not in plain.caption
+    assert "Diamonds at the boundary: 1 of 2 students shared" in riding.caption
+    assert plain.rows[0][:3] == ("mlp-8", "Annealing-KD, τ 8", "1 to 20")
 
 
 # --- where student and teacher differ ---------------------------------------------------------------------------------
@@ -753,7 +756,7 @@ def test_economics_by_hand(tmp_path: Path) -> None:
     one, whole = balance["by_views"]
     assert (one["cache_seconds"], one["break_even_students"]) == (2.5, 0.25)
     assert whole["cache_seconds"] == balance["cache_seconds"]
-    text = render(run_of(dict(small_fleet(), economics=[balance])))
+    text = render(run_of(dict(fleet_of(student("mlp-8", "kd", 0, None)), economics=[balance])))
     assert "<strong>0.65 students</strong>" in text
     assert "<strong>13.5 s</strong>" in text
     assert "with one view stored instead of 3" in text
@@ -767,8 +770,9 @@ def test_a_store_that_nobody_read_or_timed(tmp_path: Path) -> None:
     assert untimed["passes_saved"] == 1
     for balance in (unread, untimed):
         Economics.model_validate(balance)
-        text = render(run_of(dict(small_fleet(), economics=[balance])))
-        assert ("never: nobody read it" in text) or ("No shard of this store was timed" in text)
+    text = render(run_of(dict(fleet_of(student("mlp-8", "kd", 0, None)), economics=[unread, untimed])))
+    assert text.count("never: nobody read it") == 1
+    assert text.count("No shard of this store was timed") == 1
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------
@@ -811,8 +815,7 @@ def test_runs_that_differ_are_told_apart_or_refused(tmp_path: Path) -> None:
     text = write_reports([one, two], tmp_path / "out.html")["comparison"]["report"]
     assert "different test rows" in Path(text).read_text()
     (two / "identity.json").unlink()
-    write_reports([one, two], tmp_path / "out.html")
-    assert "A run does not say which test rows" in (tmp_path / "out.html").read_text()
+    assert same_test_rows([read_run(one), read_run(two)]) is None
     write_run(two, regression_of(fleet_of(student("mlp-8", "hard_labels", 0))))
     with pytest.raises(RefusedError, match="different metrics"):
         write_reports([one, two])
@@ -833,8 +836,8 @@ def test_a_fleet_of_two_hundred_stays_light(tmp_path: Path) -> None:
     students = [
         student(f"mlp-{width}", "annealing_kd", seed, 0.9, tau_max=tau, name=f"mlp-{width}-annealing_kd-t{tau}-s{seed}")
         for width in (8, 16, 32, 64, 128)
-        for tau in range(2, 12)
-        for seed in range(4)
+        for tau in (2, 4, 8, 16)
+        for seed in range(10)
     ]
     fleet = fleet_of(*students)
     write_run(tmp_path, fleet)
