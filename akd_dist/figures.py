@@ -627,16 +627,12 @@ def runs_figure(runs: list[Run]) -> Iterator[Picture]:
 
     def fill(axes: Axes) -> None:
         _draw_front(axes, front, shown.scale, max(group.parameters for group in every))
-        for name, groups, run, colour in zip(names, finished, runs, itertools.cycle(SIZE_COLOURS), strict=False):
-            for scratch, marker in ((False, "o"), (True, "s")):
-                found = [group for group in groups if (group.objective == HARD_LABELS) == scratch]
-                means = [shown.scale * group.score.mean for group in found if group.score]
-                halves = [shown.scale * (group.score.deviation or 0.0) for group in found if group.score]
-                label = name if not scratch else f"{name}, from scratch"
-                if found:
-                    axes.errorbar([group.parameters for group in found], means, yerr=halves, color=colour,
-                                  linestyle="none", marker=marker, capsize=3, label=label)  # fmt: skip
-            level = shown.scale * run.fleet["teacher"]["test"][metric]
+        colours = itertools.cycle(SIZE_COLOURS)
+        for number, (name, groups, run) in enumerate(zip(names, finished, runs, strict=True)):
+            # Beside each other: runs often have the same sizes.
+            aside = 1.03 ** (number - (len(runs) - 1) / 2)
+            colour, level = next(colours), shown.scale * run.fleet["teacher"]["test"][metric]
+            _draw_run(axes, name, groups, shown.scale, colour, aside)
             axes.axhline(level, color=colour, linestyle=DASHED, linewidth=1.2)
         _size_axis(axes, every)
         axes.set_ylabel(f"test {shown.label}")
@@ -661,6 +657,22 @@ def runs_figure(runs: list[Run]) -> Iterator[Picture]:
             for group in groups
         ],
     )
+
+
+def _draw_run(axes: Axes, name: str, groups: list[Group], scale: float, colour: str, aside: float) -> None:
+    for kind, marker in ((name, "o"), (f"{name}, from scratch", "s")):
+        found = [group for group in groups if (group.objective == HARD_LABELS) == (kind != name)]
+        if found:
+            axes.errorbar(
+                [aside * group.parameters for group in found],
+                [scale * group.score.mean for group in found if group.score],
+                yerr=[scale * (group.score.deviation or 0.0) for group in found if group.score],
+                color=colour,
+                linestyle="none",
+                marker=marker,
+                capsize=3,
+                label=kind,
+            )
 
 
 # --- how all of them are drawn ----------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ MATRIX_CLASSES = 20
 GROUPS_IN_FULL = 24
 """The most groups whose pairs or scatters a page shows, the best ones; all are in the table."""
 PAIRS_SHOWN, HEAT_LEVELS = 10, 5
-FEW_SEEDS = 5
+FEW_SEEDS, NAMED = 5, 3
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -248,11 +248,6 @@ def _effect_rows(effects: list[dict[str, Any]], shown: Shown) -> Iterator[dict[s
         previous = effect["family"]
 
 
-def first_of(texts: list[str], count: int = 6) -> list[str]:
-    """The first texts of a list, and how many more there are."""
-    return texts if len(texts) <= count else [*texts[:count], f"{len(texts) - count} more"]
-
-
 def tau_notes(effects: list[dict[str, Any]]) -> list[str]:
     """What numbers of so few seeds or temperatures cannot say."""
     families: dict[str, list[dict[str, Any]]] = {}
@@ -272,7 +267,8 @@ def tau_notes(effects: list[dict[str, Any]]) -> list[str]:
             if len(effect["seeds"]) == fewest or 2 <= len(effect["seeds"]) <= fewest
         ]
         if few:
-            notes.append(told.format("every group" if len(few) == len(effects) else "; ".join(first_of(few))))
+            of_some = "; ".join(few) if len(few) <= NAMED else f"{len(few)} of {len(effects)} groups"
+            notes.append(told.format("every group" if len(few) == len(effects) else of_some))
     return notes
 
 
@@ -399,8 +395,18 @@ def render_runs(runs: list[Run]) -> str:
         rows=list(map(_run_row, names, runs)),
         warnings=list(_warnings(runs)),
         figures=list(figures.runs_figure(runs)),
+        group_columns=[
+            "students",
+            f"{names[0]}, {shown.label}",
+            *itertools.chain.from_iterable((f"{name}, {shown.label}", f"less {names[0]}") for name in names[1:]),
+        ],
         groups=[
-            [stem, *itertools.chain.from_iterable(_side(by_run.get((str(run.folder), stem)), shown) for run in runs)]
+            [
+                stem,
+                *itertools.chain.from_iterable(
+                    _side(by_run.get((str(run.folder), stem)), shown, run is runs[0]) for run in runs
+                ),
+            ]
             for stem in shared
         ],
         alone=len(stems) - len(shared),
@@ -422,7 +428,6 @@ def _run_row(name: str, run: Run) -> dict[str, Any]:
         "best": plus_minus(shown, best.score if best else None),
         "which": f"{best.model}, {best.objective_label}" if best else "-",
         "done": f"{len(students) - len(unfinished(students))} of {len(students)}",
-        "cohorts": run.fleet["cohorts"],
         "seconds": duration(run.fleet["seconds"]),
         "rate": "-" if run.rows_per_second is None else f"{run.rows_per_second:,.0f}",
         "saved": passes_saved(run),
@@ -430,10 +435,11 @@ def _run_row(name: str, run: Run) -> dict[str, Any]:
     }
 
 
-def _side(difference: dict[str, Any] | None, shown: Shown) -> Iterable[str]:
-    if difference is None:
-        return ("", "")
-    return interval(shown, difference["test"]), interval(shown, difference["over_first"], signed=True)
+def _side(difference: dict[str, Any] | None, shown: Shown, first: bool) -> Iterable[str]:
+    """A run's cells for a group; the first run has no difference to itself."""
+    test, over = (difference["test"], difference["over_first"]) if difference else (None, None)
+    told = interval(shown, test)
+    return (told,) if first else (told, interval(shown, over, signed=True))
 
 
 def _warnings(runs: list[Run]) -> Iterator[str]:
