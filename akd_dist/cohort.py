@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +17,14 @@ import torch
 
 from akd_dist import recipe
 from akd_dist.device import settle
+from akd_dist.documents import CohortProgress, StudentProgress
 from akd_dist.metrics import predictions
 from akd_dist.models import ModelCard, add_folder
 from akd_dist.rows import Rows, Splits, prepare
+from akd_dist.status import Pace, read_document, write_document
 from akd_dist.storage.errors import AkdError, HeldError, MachineError, RefusedError
 from akd_dist.storage.fence import Writer, take_over
-from akd_dist.storage.files import failpoint, file_lock, read_json, replace
+from akd_dist.storage.files import failpoint, file_lock, read_json
 from akd_dist.storage.node_cache import open_decoded
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.stream import Stream
@@ -236,10 +237,9 @@ def read_result(job: CohortJob, spec: recipe.Student) -> dict[str, Any] | None:
     return result
 
 
-def read_progress(job: CohortJob) -> dict[str, Any] | None:
+def read_progress(job: CohortJob) -> CohortProgress | None:
     """The latest progress document of a cohort; None before its first."""
-    document: dict[str, Any] | None = read_json(job.progress_file)
-    return document
+    return read_document(job.progress_file, CohortProgress)
 
 
 class _Lockstep:
@@ -257,7 +257,7 @@ class _Lockstep:
         self.job, self.group, self.stream, self.splits = job, group, stream, splits
         self.teacher_classes, self.students = teacher_classes, students
         self.saved_at = self.told_at = time.monotonic()
-        self.rows_seen, self.started = 0, time.monotonic()
+        self.paces = {student.spec.name: Pace(self._steps_of(student), self.told_at) for student in students}
 
     @property
     def active(self) -> list[Student]:
@@ -281,13 +281,13 @@ class _Lockstep:
         for batch in stream.batches(epoch, first, self.group.rank, self.group.world):
             for student in here:
                 if student.training and student.step == batch.step:
-                    self.rows_seen += batch.global_rows
                     self._guarded(student, student.take_step, batch, stream.steps_per_epoch)
             if self._pause():
                 return True
         for student in here:
             if student.training:
                 self._guarded(student, self._end_epoch, student)
+                self._tell()
         return False
 
     def _end_epoch(self, student: Student) -> None:
@@ -329,28 +329,36 @@ class _Lockstep:
         return student.epoch * per_epoch + student.step if student.training else student.epochs * per_epoch
 
     def _tell(self, *, force: bool = False) -> None:
+        """Leave the cohort's progress document, every half second."""
         now = time.monotonic()
         if self.group.rank != 0 or (now - self.told_at < PROGRESS_SECONDS and not force):
             return
         self.told_at = now
         for student in self.active:
             student.writer.check()  # a worker that was taken for dead has nothing to tell any more
-        per_epoch = self.stream.steps_per_epoch
-        document = {
-            "training": bool(self.active),
-            "rows_per_second": self.rows_seen / max(now - self.started, 1e-9),
-            "students": [
-                {
-                    "name": student.spec.name,
-                    "state": "training" if student.result is None else student.result["state"],
-                    "steps": self._steps_of(student),
-                    "steps_total": student.epochs * per_epoch,
-                    "stage": student.stage.name,
-                    "epoch": student.epoch,
-                    "epochs": student.epochs,
-                    "validation": student.history[-1]["validation"] if student.history else None,
-                }
-                for student in self.students
-            ],
-        }
-        replace(self.job.progress_file, json.dumps(document).encode(), durable=False)
+        students = [self._progress_of(student, now) for student in self.students]
+        document = CohortProgress(training=bool(self.active), at=time.time(), students=students)
+        write_document(self.job.progress_file, document)
+
+    def _progress_of(self, student: Student, now: float) -> StudentProgress:
+        steps, total = self._steps_of(student), student.epochs * self.stream.steps_per_epoch
+        pace = self.paces[student.spec.name].per_second(steps, now) if student.training else 0.0
+        last = student.history[-1] if student.history else None
+        # Past its last epoch, and before the first step of one, a student is told by the epoch behind it.
+        in_epoch = student.stage_epoch < student.stage.epochs
+        return StudentProgress(
+            name=student.spec.name,
+            state="training" if student.result is None else student.result["state"],
+            stage=student.stage.name,
+            epoch=student.epoch,
+            epochs=student.epochs,
+            temperature=student.stage.temperature(student.stage_epoch) if in_epoch else last and last["temperature"],
+            loss=student.loss_sum / student.loss_rows if student.loss_rows else last and last["train_loss"],
+            validation=last and last["validation"][self.job.data.primary_metric],
+            steps=steps,
+            steps_total=total,
+            rows_per_second=pace * len(self.splits.train) / self.stream.steps_per_epoch,
+            steps_per_second=pace,
+            seconds_left=(total - steps) / pace if pace > 0 else None,
+            reason=student.result["reason"] if student.result is not None else None,
+        )
