@@ -257,17 +257,34 @@ class _Lockstep:
         self.job, self.group, self.stream, self.splits = job, group, stream, splits
         self.teacher_classes, self.students = teacher_classes, students
         self.saved_at = self.told_at = time.monotonic()
-        self.paces = {student.spec.name: Pace(self._steps_of(student), self.told_at) for student in students}
+        self.paces: dict[str, Pace] = {}
 
     @property
     def active(self) -> list[Student]:
         return [student for student in self.students if student.training]
 
+    @property
+    def moving(self) -> list[Student]:
+        """Those that take steps; others ride along until their leader's stage I is over."""
+        return [student for student in self.active if self._leader(student) is None]
+
+    def _leader(self, student: Student) -> Student | None:
+        """Whose stage I a student that has not begun waits for: it would train the very same one."""
+        if student.spec.stage1 is None or not student.untouched:
+            return None
+        alike = [other for other in self.active if other.stage_index == 0 and other.spec.stage1 == student.spec.stage1]
+        first = max(alike, key=lambda other: (other.epoch, other.step))  # of equals the first one
+        return None if first is student else first
+
     def run(self) -> bool:
         """Train until every student has ended; True if the stop file ended it first."""
+        for student in self.active:
+            if student.epochs == 0:
+                self._guarded(student, self._finish_untrained, student)
         stopped = False
-        while self.active and not stopped:
-            epoch = min(student.epoch for student in self.active)
+        self._tell(force=True)
+        while self.moving and not stopped:
+            epoch = min(student.epoch for student in self.moving)
             stopped = self._epoch(epoch)
             if not stopped and self.job.checkpoint_seconds == 0:
                 self._save()
@@ -275,7 +292,7 @@ class _Lockstep:
         return stopped
 
     def _epoch(self, epoch: int) -> bool:
-        here = [student for student in self.active if student.epoch == epoch]
+        here = [student for student in self.moving if student.epoch == epoch]
         stream = self.stream if any(student.stage.needs_logits for student in here) else self.stream.without_logits()
         first = min(student.step for student in here)
         for batch in stream.batches(epoch, first, self.group.rank, self.group.world):
@@ -290,12 +307,20 @@ class _Lockstep:
                 self._tell()
         return False
 
+    def _finish_untrained(self, student: Student) -> None:
+        student.keep_initial(self.splits.validation)
+        student.finish(self.splits.test, self.teacher_classes)
+
     def _end_epoch(self, student: Student) -> None:
+        riders = [other for other in self.active if self._leader(other) is student]
         record, metric = student.end_epoch(self.splits.validation), self.job.data.primary_metric
         student.note(
             f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "
             f"validation {metric} {record['validation'][metric]:.4f}"
         )
+        if student.stage_index > 0:
+            for rider in riders:
+                self._guarded(rider, rider.fork_from, student)
         if student.epoch == student.epochs:
             student.finish(self.splits.test, self.teacher_classes)
 
@@ -319,14 +344,17 @@ class _Lockstep:
         return stop
 
     def _save(self) -> None:
-        for student in self.active:
+        for student in self.moving:
             student.save()
         self.saved_at = time.monotonic()
 
-    def _steps_of(self, student: Student) -> int:
-        """Steps behind a student; all of them once it has ended, however it did."""
+    def _steps_of(self, student: Student, leader: Student | None) -> tuple[int, int]:
+        """Steps behind a student and in all, without those that another takes for it; all once it has ended."""
         per_epoch = self.stream.steps_per_epoch
-        return student.epoch * per_epoch + student.step if student.training else student.epochs * per_epoch
+        shared = student.stages[0].epochs if leader else student.epochs_shared
+        total = (student.epochs - shared) * per_epoch
+        done = 0 if leader else (student.epoch - shared) * per_epoch + student.step
+        return (done if student.training else total), total
 
     def _tell(self, *, force: bool = False) -> None:
         """Leave the cohort's progress document, every half second."""
@@ -341,14 +369,18 @@ class _Lockstep:
         write_document(self.job.progress_file, document)
 
     def _progress_of(self, student: Student, now: float) -> StudentProgress:
-        steps, total = self._steps_of(student), student.epochs * self.stream.steps_per_epoch
-        pace = self.paces[student.spec.name].per_second(steps, now) if student.training else 0.0
+        leader = self._leader(student)
+        steps, total = self._steps_of(student, leader)
+        pace = 0.0
+        if student.training:
+            pace = self.paces.setdefault(student.spec.name, Pace(steps, now)).per_second(steps, now)
         last = student.history[-1] if student.history else None
         # Past its last epoch, and before the first step of one, a student is told by the epoch behind it.
         in_epoch = student.stage_epoch < student.stage.epochs
         return StudentProgress(
             name=student.spec.name,
-            state="training" if student.result is None else student.result["state"],
+            state=student.result["state"] if student.result else "waiting" if leader else "training",
+            waits_for=leader.spec.name if leader else None,
             stage=student.stage.name,
             epoch=student.epoch,
             epochs=student.epochs,

@@ -201,6 +201,8 @@ class FleetStudent(Document):
     regression."""
     seconds: float
     """Time spent on its training."""
+    stage1_from: str | None = None
+    """The student whose stage I it went on from, which would have been the same; null where it trained its own."""
     path: str
     """Its folder."""
     store: str

@@ -144,7 +144,7 @@ class FleetMeter:
             self.told_at = moment
 
     def _tell_ended(self) -> None:
-        """A line for each student that has ended since the last time, those that had ended before the first excepted."""
+        """A line for each student that has ended since the last time; none the first time."""
         assert self.status is not None
         over = {student.name: student for student in self.status.students if student.state in ENDED}
         for name in over.keys() - (over.keys() if self.ended is None else self.ended):

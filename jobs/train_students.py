@@ -93,7 +93,7 @@ def train_students(
     run = Path(run_root) / recipe.name
     splits = prepare_shown(recipe.data, cache_root, console)
     parameters = check_students(recipe, splits)
-    with held(run, wait, console), cluster.closing():
+    with held(run, wait, console), driving(run), cluster.closing():
         if not fresh:
             check_same_run(run, recipe, run_identity(recipe, splits))
         cached = cache_teacher(
