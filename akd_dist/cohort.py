@@ -374,7 +374,7 @@ class _Lockstep:
         pace = 0.0
         if student.training:
             pace = self.paces.setdefault(student.spec.name, Pace(steps, now)).per_second(steps, now)
-        last = student.history[-1] if student.history else None
+        last: dict[str, Any] = student.history[-1] if student.history else {"validation": {}}
         # Past its last epoch, and before the first step of one, a student is told by the epoch behind it.
         in_epoch = student.stage_epoch < student.stage.epochs
         return StudentProgress(
@@ -384,9 +384,9 @@ class _Lockstep:
             stage=student.stage.name,
             epoch=student.epoch,
             epochs=student.epochs,
-            temperature=student.stage.temperature(student.stage_epoch) if in_epoch else last and last["temperature"],
-            loss=student.loss_sum / student.loss_rows if student.loss_rows else last and last["train_loss"],
-            validation=last and last["validation"][self.job.data.primary_metric],
+            temperature=student.stage.temperature(student.stage_epoch) if in_epoch else last.get("temperature"),
+            loss=student.loss_sum / student.loss_rows if student.loss_rows else last.get("train_loss"),
+            validation=last["validation"].get(self.job.data.primary_metric),
             steps=steps,
             steps_total=total,
             rows_per_second=pace * len(self.splits.train) / self.stream.steps_per_epoch,
