@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from akd_dist.recipe import Metric, Task, recipe_schema
+from akd_dist.recipe import Metric, Precision, Task, recipe_schema
 
 SCHEMAS = Path(__file__).parent / "schemas"
 
@@ -451,6 +451,123 @@ class StatusDocument(Document):
     """Every student, in the order of the recipe."""
 
 
+class EvaluatedModel(Document):
+    """A model and what was measured of it."""
+
+    path: str
+    """Its folder or URI."""
+    model: str
+    """Label of its architecture."""
+    parameters: Count
+    """Number of its weights."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    precision: Precision
+    """What it computed with: as in its run, where it lies in one; else the precision of its weights."""
+    metrics: Metrics
+    """Its metrics on the data."""
+
+
+class OtherModel(EvaluatedModel):
+    """A model that was compared with the student; nothing is counted for regression."""
+
+    agreement: Share | None
+    """Share of rows where both choose the same class."""
+    both_right: Count | None
+    """Rows that both get right."""
+    student_right: Count | None
+    """Rows that the student alone gets right."""
+    other_right: Count | None
+    """Rows that this model alone gets right."""
+    both_wrong: Count | None
+    """Rows that both get wrong, alike or not."""
+
+
+class EvaluationDocument(Document):
+    """What `akd-dist evaluate --json` prints."""
+
+    student: EvaluatedModel
+    """The model that was asked for."""
+    others: list[OtherModel]
+    """Those that it was compared with."""
+    data: str
+    """The data, as named."""
+    split: Literal["train", "validation", "test"] | None
+    """Of a recipe; else null."""
+    rows: Count
+    """How many."""
+    task: Task
+    """What a label is."""
+    device: Literal["cpu", "cuda"]
+    """Where it was computed."""
+    seconds: float
+    """Wall-clock time."""
+
+
+class PredictionDocument(Document):
+    """What `akd-dist predict --json` prints."""
+
+    student: str
+    """The model's folder or URI."""
+    model: str
+    """Label of its architecture."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    data: str
+    """The data, as named."""
+    split: Literal["train", "validation", "test"] | None
+    """Of a recipe; else null."""
+    out: str
+    """The Parquet file."""
+    rows: Count
+    """How many."""
+    columns: list[Literal["row", "predicted", "probability", "logits", "label"]]
+    """What the file holds of each row."""
+    bytes: Count
+    """Size of the file."""
+    device: Literal["cpu", "cuda"]
+    """Where it was computed."""
+    seconds: float
+    """Wall-clock time."""
+
+
+class ExportDocument(Document):
+    """What `akd-dist export --json` prints."""
+
+    student: str
+    """The model's folder or URI."""
+    model: str
+    """Label of its architecture."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    to: Literal["onnx", "torch-export", "huggingface"]
+    """The format."""
+    out: str
+    """The file, or the folder of a Hugging Face model."""
+    bytes: Count
+    """Its size."""
+    inputs: str
+    """Dtype, shape and meaning of what it takes."""
+    outputs: str
+    """Dtype, shape and meaning of what it gives."""
+    data: str | None
+    """The data that it was compared on; null for random inputs."""
+    split: Literal["train", "validation", "test"] | None
+    """Of a recipe; else null."""
+    rows: Count
+    """How many of them."""
+    difference: float
+    """The largest difference between a logit of the export and torch's."""
+    tolerance: float
+    """The largest that would have been allowed."""
+    same_class: Count | None
+    """Rows for which both choose the same class; null for regression."""
+    notes: list[str]
+    """What to know besides."""
+    seconds: float
+    """Wall-clock time."""
+
+
 class Refusal(Document):
     """Why a command refused."""
 
@@ -481,6 +598,9 @@ def schemas() -> dict[str, dict[str, Any]]:
         "fleet": FleetDocument,
         "compare": CompareDocument,
         "status": StatusDocument,
+        "evaluate": EvaluationDocument,
+        "predict": PredictionDocument,
+        "export": ExportDocument,
         "error": ErrorDocument,
     }
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}

@@ -1,8 +1,8 @@
 """Students' metrics, forwarded to where people follow experiments: TensorBoard always, MLflow and W&B on request.
 
-Nobody who trains knows of it. A thread of the driver reads each student's metrics.jsonl and forwards what a tracker does
-not have yet, so that a slow or missing server slows no worker and workers need no credentials. How much a tracker has
-it is asked itself: that is how a resumed run continues where it was, without a point too many.
+Nobody who trains knows of it. A thread of the driver reads each student's metrics.jsonl and forwards what a tracker
+does not have yet, so that a slow or missing server slows no worker and workers need no credentials. How much a tracker
+has it is asked itself: that is how a resumed run continues where it was, without a point too many.
 """
 
 from __future__ import annotations

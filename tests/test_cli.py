@@ -129,7 +129,10 @@ def test_a_group_alone_shows_its_help(words: tuple[str, ...], run: Any) -> None:
 
 def test_commands_stand_in_the_order_of_their_story(run: Any) -> None:
     listed = re.findall(r"^  ([a-z-]+)  ", run("--help").out.split("Commands:")[1], flags=re.MULTILINE)
-    assert listed == ["quickstart", "cache-teacher", "train-students", "compare", "report", "stores", "recipe"]
+    assert listed == [
+        "quickstart", "cache-teacher", "train-students", "compare", "report", "evaluate", "predict", "export",
+        "stores", "recipe",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
