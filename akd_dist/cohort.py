@@ -374,7 +374,8 @@ class _Lockstep:
         pace = 0.0
         if student.training:
             pace = self.paces.setdefault(student.spec.name, Pace(steps, now)).per_second(steps, now)
-        last: dict[str, Any] = student.history[-1] if student.history else {"validation": {}}
+        last: dict[str, Any] = student.history[-1] if student.history else {}
+        measured = (student.result or {}).get("validation") or last.get("validation", {})
         # Past its last epoch, and before the first step of one, a student is told by the epoch behind it.
         in_epoch = student.stage_epoch < student.stage.epochs
         return StudentProgress(
@@ -386,7 +387,7 @@ class _Lockstep:
             epochs=student.epochs,
             temperature=student.stage.temperature(student.stage_epoch) if in_epoch else last.get("temperature"),
             loss=student.loss_sum / student.loss_rows if student.loss_rows else last.get("train_loss"),
-            validation=last["validation"].get(self.job.data.primary_metric),
+            validation=measured.get(self.job.data.primary_metric),
             steps=steps,
             steps_total=total,
             rows_per_second=pace * len(self.splits.train) / self.stream.steps_per_epoch,

@@ -249,7 +249,7 @@ class MLflow:
         import mlflow
 
         uri = None
-        if not mlflow.tracking.is_tracking_uri_set():
+        if not mlflow.tracking.is_tracking_uri_set():  # type: ignore[no-untyped-call]
             uri = (self.run / "mlruns").absolute().as_uri()
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # files need no database; MLflow prefers one
         client = mlflow.MlflowClient(tracking_uri=uri)

@@ -79,7 +79,6 @@ class Fleet:
             self.waiting = list(cohorts)
             while self.waiting:
                 self._start_when_free(self.waiting[0], shown)
-                self.waiting.pop(0)
             while any(thread.is_alive() for thread in self.threads):
                 self._follow(shown)
             self._follow(shown)
@@ -143,6 +142,7 @@ class Fleet:
                 tell(self.console, f"{cohort[0].name} and its cohort wait for {self._wants(cohort)}")
                 told = True
             self._follow(shown)
+        self.waiting.pop(0)
         if self.stop or self.errors:
             return
         job = self._new_job(cohort)

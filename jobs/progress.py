@@ -147,6 +147,7 @@ class FleetMeter:
         """A line for each student that has ended since the last time; none the first time."""
         assert self.status is not None
         over = {student.name: student for student in self.status.students if student.state in ENDED}
-        for name in over.keys() - (over.keys() if self.ended is None else self.ended):
-            tell(self.console, ended_line(over[name], self.status.metric))
+        for name, student in over.items():
+            if self.ended is not None and name not in self.ended:
+                tell(self.console, ended_line(student, self.status.metric))
         self.ended = set(over)

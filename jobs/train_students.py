@@ -363,7 +363,11 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
 def tracked(recipe: Recipe, spec: recipes.Student, base: CohortJob, parameters: int) -> Tracked:
     """A student as trackers know it."""
     said = spec.model_dump(mode="json", exclude_none=True)
-    params = {"model": spec.model.label, "parameters": parameters, "objective": spec.objective.kind}
+    params: dict[str, str | int | float | bool] = {
+        "model": spec.model.label,
+        "parameters": parameters,
+        "objective": spec.objective.kind,
+    }
     params |= {"epochs": spec.objective.epochs, "lr": spec.optimizer.lr, "batch": spec.batch, "seed": spec.seed}
     if (tau_max := getattr(spec.objective, "tau_max", None)) is not None:
         params["tau_max"] = tau_max
