@@ -19,7 +19,7 @@ ORDER = ("training", "stopped", "failed", "diverged", "waiting", "done")
 STYLES = {"failed": "red", "diverged": "red", "stopped": "yellow", "waiting": "dim", "done": "green"}
 HEAD_LINES, CURSOR_LINES = 2, 1
 NAMES_SHOWN, WAITING_SHOWN = 2, 3
-NARROWEST_NAME = 12
+NARROWEST_NAME, GAP = 12, 2
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _table(students: list[StudentProgress], metric: str, width: int) -> Table:
 
     headings = ("stage", "epoch", "T", "loss", metric, "rows/s", "left")
     rows = [cells_of(student) for student in students]
-    widths = [max(map(len, column)) + 1 for column in zip(headings, *rows, strict=True)]
+    widths = [max(map(len, column)) + GAP for column in zip(headings, *rows, strict=True)]
     room = max(width - sum(widths), NARROWEST_NAME)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("student", no_wrap=True)

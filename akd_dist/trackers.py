@@ -140,12 +140,13 @@ class EventFile:
         self.epochs += 1
 
     def end(self, result: Record) -> None:
-        """The test metrics, where there are any, and the end as text."""
+        """One event with the test metrics, where there are any, and the end as text."""
         from tensorboardX import summary
 
+        told = _scalar_summary(final_scalars(result))
+        told.MergeFrom(summary.text("end", end_of(result)))
+        self._append(result["epochs"], [told])
         self.ended = end_of(result)
-        test = [_scalar_summary(numbers)] if (numbers := final_scalars(result)) else []
-        self._append(result["epochs"], [*test, summary.text("end", self.ended)])
 
     def _write_head(self, student: Tracked) -> None:
         from tensorboardX import summary
@@ -187,14 +188,14 @@ class EventFile:
         for content, end in _frames(data):
             events.append(Event.FromString(content))
             whole = end
-        tags = [{value.tag for value in event.summary.value} for event in events]
-        if not any("recipe/text_summary" in each for each in tags):
+        values = [value for event in events for value in event.summary.value]
+        if not any(value.tag == "recipe/text_summary" for value in values):
             return False
         if whole < len(data):
             os.truncate(self.path, whole)
-        self.epochs = sum("train/loss" in each for each in tags)
-        ends = [event.summary.value[0] for event, each in zip(events, tags, strict=True) if "end/text_summary" in each]
-        self.ended = ends[-1].tensor.string_val[0].decode() if ends else None
+        self.epochs = sum(value.tag == "train/loss" for value in values)
+        ends = [value.tensor.string_val[0].decode() for value in values if value.tag == "end/text_summary"]
+        self.ended = ends[-1] if ends else None
         return True
 
 

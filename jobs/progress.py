@@ -98,10 +98,11 @@ class FleetMeter:
         self.live: Live | None = None
 
     def __enter__(self) -> FleetMeter:
-        tell(self.console, self.title)
         if self.console.is_terminal:
             self.live = Live(console=self.console, get_renderable=self._view, transient=True, refresh_per_second=2)
             self.live.start()
+        else:
+            tell(self.console, self.title)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -112,8 +113,7 @@ class FleetMeter:
             self.update([], now=True)
             assert self.status is not None
             took = duration(time.monotonic() - self.begun)
-            self._tell_ended()
-            tell(self.console, f"after {took}: {total_line(self.status)}")
+            tell(self.console, f"{self.title} took {took}: {total_line(self.status)}")
 
     def update(self, cohorts: list[CohortStatus], *, now: bool = False) -> None:
         """Show how far the fleet is; call it as often as you like.
