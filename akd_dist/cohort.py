@@ -103,14 +103,14 @@ def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
 
 def train_on(job: CohortJob, splits: Splits, device: torch.device, group: Group) -> dict[str, Any]:
     """`train_cohort` on rows that are at hand, in a process that `settle` has settled."""
-    stream, teacher_classes = open_stream(job, splits)
+    stream, teacher_said = open_stream(job, splits)
     with contextlib.ExitStack() as locks:
         writers = claim_students(job, locks) if group.rank == 0 else {}
         group.any(False)  # nobody reads a checkpoint before rank 0 is the only one to write
         opened = [open_student(job, spec, splits.train, group, device, writers.get(spec.name)) for spec in job.students]
         students = [student for student in opened if student is not None]
         failpoint("cohort.before_first_step")
-        stopped = _Lockstep(job, group, stream, splits, teacher_classes, students).run()
+        stopped = _Lockstep(job, group, stream, splits, teacher_said, students).run()
     return {"stopped": stopped, "students": [result for spec in job.students if (result := read_result(job, spec))]}
 
 
@@ -155,15 +155,11 @@ def check_fingerprints(job: CohortJob, splits: Splits) -> None:
 
 
 def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | None]:
-    """The cohort's stream, and the class that the teacher chooses for each test row, int64 [n], both from stores.
-
-    For regression there are no classes to agree on.
-    """
-    logits, teacher_classes = None, None
+    """The cohort's stream, and what the teacher says of each test row, as `stored_predictions`: both from stores."""
+    logits, teacher_said = None, None
     if job.stores:
-        test = open_store(job.teacher_test or job.stores["test"])  # opened, and so checked, whatever the task
-        if splits.test.task == "classification":
-            teacher_classes = stored_predictions(test, splits.test).numpy()
+        test = open_store(job.teacher_test or job.stores["test"])
+        teacher_said = stored_predictions(test, splits.test).numpy()
         logits = open_decoded(open_store(job.stores["train"]), Path(job.cache_root))
     stream = Stream(
         splits.train,
@@ -177,7 +173,7 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | No
     )
     if job.stores:
         stream.check_probes(open_store(job.stores["train"]).manifest)
-    return stream, teacher_classes
+    return stream, teacher_said
 
 
 def stored_predictions(store: LogitStore, rows: Rows) -> torch.Tensor:
@@ -251,11 +247,11 @@ class _Lockstep:
         group: Group,
         stream: Stream,
         splits: Splits,
-        teacher_classes: np.ndarray | None,
+        teacher_said: np.ndarray | None,
         students: list[Student],
     ) -> None:
         self.job, self.group, self.stream, self.splits = job, group, stream, splits
-        self.teacher_classes, self.students = teacher_classes, students
+        self.teacher_said, self.students = teacher_said, students
         self.saved_at = self.told_at = time.monotonic()
         self.paces: dict[str, Pace] = {}
 
@@ -309,7 +305,7 @@ class _Lockstep:
 
     def _finish_untrained(self, student: Student) -> None:
         student.keep_initial(self.splits.validation)
-        student.finish(self.splits.test, self.teacher_classes)
+        student.finish(self.splits.test, self.teacher_said)
 
     def _end_epoch(self, student: Student) -> None:
         riders = [other for other in self.active if self._leader(other) is student]
@@ -322,7 +318,7 @@ class _Lockstep:
             for rider in riders:
                 self._guarded(rider, rider.fork_from, student)
         if student.epoch == student.epochs:
-            student.finish(self.splits.test, self.teacher_classes)
+            student.finish(self.splits.test, self.teacher_said)
 
     def _guarded(self, student: Student, act: Callable[..., object], *arguments: object) -> None:
         """Let a student fail alone: its exception ends it, and nobody else."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,18 @@ GROUP_BYTES = 1 << 25
 """What a row group takes in memory, about: all that a writer holds, however many rows there are."""
 
 
-def write_predictions(path: Path, columns: Mapping[str, np.ndarray[Any, Any] | None]) -> None:
-    """Write columns of one length in place of an older file; a column that is None becomes one of nulls.
+def encode_predictions(columns: Mapping[str, np.ndarray[Any, Any] | None]) -> bytes:
+    """Columns of one length as the bytes of a Parquet file; a column that is None becomes one of nulls.
 
     Equal columns make equal bytes.
-
-    Raises:
-        MachineError: the folder cannot be written to, or the disk is full.
     """
     length = next(len(values) for values in columns.values() if values is not None)
     table = pa.table(
         {name: pa.nulls(length) if values is None else pa.array(values) for name, values in columns.items()}
     )
-    with predictions_file(path, table.schema) as write:
-        write(table)
+    encoded = io.BytesIO()
+    pq.write_table(table, encoded)
+    return encoded.getvalue()
 
 
 @contextlib.contextmanager

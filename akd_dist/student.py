@@ -27,6 +27,7 @@ from akd_dist.device import autocast, generator_states, set_generator_states, we
 from akd_dist.metrics import measure, predictions
 from akd_dist.models import ModelCard, build, num_parameters, save_model
 from akd_dist.objectives import Stage, at_least_float32, label_losses, learning_rate, row_losses, stages
+from akd_dist.predictions import encode_predictions
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import DamagedError
 from akd_dist.storage.fence import Writer
@@ -35,6 +36,8 @@ from akd_dist.stream import Batch
 
 EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
 CPU = torch.device("cpu")
+TEST_NAME = "test.parquet"
+"""What student and teacher say of each test row, beside its label."""
 
 Computed = TypeVar("Computed")
 
@@ -322,20 +325,28 @@ class Student:
 
     # ---- the end
 
-    def finish(self, test: Rows, teacher_classes: np.ndarray | None) -> None:
+    def finish(self, test: Rows, teacher_said: np.ndarray | None) -> None:
         """Deliver the best weights of the last stage and measure them on the test rows, once.
 
         Args:
-            teacher_classes: the class that the teacher chooses for each test row, int64 [n]; None without a teacher,
-                or without classes.
+            teacher_said: what the teacher says of each test row, as `metrics.predictions`; None without a teacher.
         """
         assert self.best is not None
         self.module.load_state_dict(self.best)
         metrics, chosen = self._evaluate(test)
-        agreement = None if teacher_classes is None else float(np.mean(chosen == teacher_classes))
+        agreement = None
+        if teacher_said is not None and test.task == "classification":
+            agreement = float(np.mean(chosen == teacher_said))
         if self.group.rank == 0:
             failpoint("student.before_model")
             save_model(self.folder, self.module, self.card, write=self.writer.replace)
+            columns = {
+                "row": np.arange(len(test)),
+                "label": np.array(test.labels),
+                "student": chosen,
+                "teacher": teacher_said,
+            }
+            self.writer.replace(self.folder / TEST_NAME, encode_predictions(columns))
         self._conclude(
             "done",
             None,
