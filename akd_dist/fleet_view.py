@@ -141,7 +141,7 @@ def headline(status: StatusDocument) -> str:
             return f"{name} is prepared (data, teacher, store): {who}, since {_when(driver.since if driver else None)}"
         case "done":
             return f"{name} is done" + (f", since {_when(status.at)}" if status.at else "")
-    how = "let go of it" if driver and driver.ended else "does not hold it any more" if status.alive is False else ""
+    how = "let go of it" if driver and driver.ended else "is gone" if status.alive is False else ""
     return f"{name} stopped at {_when(status.at)}: {who} {how or 'has not been heard of since'}"
 
 

@@ -154,7 +154,7 @@ DRIVER = RunDriver(
         ({"state": "training"}, "runs/fleet trains: process 4711 on far-away, since 2001-09-", False),
         ({"state": "preparing"}, "runs/fleet is prepared (data, teacher, store): process 4711 on far-away", False),
         ({"state": "done", "at": 1e9}, "runs/fleet is done, since 2001-09-", False),
-        ({"state": "stopped", "at": 1e9, "alive": False}, "process 4711 on far-away does not hold it any more", True),
+        ({"state": "stopped", "at": 1e9, "alive": False}, "process 4711 on far-away is gone", True),
         ({"state": "stopped", "at": 1e9, "alive": None}, "4711 on far-away has not been heard of since", True),
     ],
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,8 @@ from akd_dist.cli.options import json_option
 from akd_dist.cli.show import print_json, result_console
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from akd_dist.documents import StatusDocument
     from akd_dist.status import RunReader
 
@@ -42,27 +47,41 @@ def status(run: str, watch: bool, as_json: bool) -> None:
 
 
 def _follow(reader: RunReader, found: StatusDocument, *, quiet: bool) -> StatusDocument:
-    """Show a run until nothing happens to it any more: a table in a terminal, a line now and then elsewhere."""
+    """Show a run until nothing happens to it any more, or Ctrl-C; how far it is then."""
+    console = result_console()
+    shown = _lines if quiet or not console.is_terminal else _table
+    with contextlib.suppress(KeyboardInterrupt), shown(console, quiet) as show:
+        while found.state in GOING:
+            show(found)
+            time.sleep(LOOK_SECONDS)
+            found = reader.read()
+    return found
+
+
+@contextlib.contextmanager
+def _table(console: Console, _quiet: bool) -> Iterator[Callable[[StatusDocument], None]]:
     from rich.live import Live
 
-    from akd_dist.fleet_view import FleetView, headline, total_line
+    from akd_dist.fleet_view import FleetView, headline
 
-    console = result_console()
-    if console.is_terminal and not quiet:
-        with Live(console=console, transient=True, auto_refresh=False) as live:
-            while found.state in GOING:
-                live.update(FleetView(found, headline(found), fit=True), refresh=True)
-                time.sleep(LOOK_SECONDS)
-                found = reader.read()
-        return found
-    told = 0.0
-    while found.state in GOING:
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        yield lambda found: live.update(FleetView(found, headline(found), fit=True), refresh=True)
+
+
+@contextlib.contextmanager
+def _lines(_console: Console, quiet: bool) -> Iterator[Callable[[StatusDocument], None]]:
+    """A line every ten seconds; none where a document is to come."""
+    from akd_dist.fleet_view import headline, total_line
+
+    told = -math.inf
+
+    def show(found: StatusDocument) -> None:
+        nonlocal told
         if not quiet and time.monotonic() - told >= LINE_SECONDS:
             told = time.monotonic()
             click.echo(f"{headline(found)}; {total_line(found)}")
-        time.sleep(LOOK_SECONDS)
-        found = reader.read()
-    return found
+
+    yield show
 
 
 def _print(found: StatusDocument) -> None:
