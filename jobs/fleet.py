@@ -307,6 +307,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
     try:
         return train_cohort(job, group)
     except AkdError as error:
+        write_note(log, str(error))
         refusal = error
     except OutOfStepError as error:
         write_note(log, "".join(traceback.format_exception(error)))
