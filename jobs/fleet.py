@@ -206,7 +206,7 @@ class Fleet:
         for _death in range(DEATHS_BEFORE_SPLIT - 1):
             if not reason or self.stop:
                 return
-            tell(self.console, f"the workers of {job.name} died and are started again: {reason[-200:]}")
+            tell(self.console, f"the workers of {job.name} died and are started again: {reason}")
             job = self._new_job(job.students)
             reason = self._fit(job)
         left = tuple(spec for spec in job.students if not ended(self.base, spec))
@@ -274,12 +274,18 @@ def fit(job: CohortJob) -> str:
         except ray.train.TrainingFailedError as error:
             outcome = _refusal_among(getattr(error, "worker_failures", {}).values())
             if outcome is None:
-                return " ".join(str(error).split())[-400:] or type(error).__name__
+                return _cause(" ".join(str(error).split())) or type(error).__name__
         finally:
             shutil.rmtree(storage / name, ignore_errors=True)
     if isinstance(outcome, AkdError):
         raise outcome
     return ""
+
+
+def _cause(text: str) -> str:
+    """The part of Ray's account of a death that says why: what its own exception says, or else the end of the trace."""
+    start = text.find("ray.exceptions.")
+    return text[start : start + 400] if start >= 0 else text[-400:]
 
 
 def _refusal_among(failures: Any) -> AkdError | None:

@@ -124,7 +124,7 @@ def test_students_that_share_stage_one_are_killed_and_end_as_each_would_alone(pl
         for epochs in (1, 2, 3)
     ]
     fleet = a_recipe([*sharing, FLEET[1], FLEET[2]], teacher={"weights": place.teacher}, folder=str(place.root))
-    alone = {}
+    alone: dict[str, Any] = {}
     for spec in fleet.students:
         assert place.train(place.job(tmp_path / spec.name, fleet, students=(spec,))) == 0
         alone |= outcome(tmp_path / spec.name)

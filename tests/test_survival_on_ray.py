@@ -32,7 +32,8 @@ import os, signal, time, torch
 class Odd(torch.nn.Module):
     def __init__(self, inputs, classes, seconds, deadly):
         super().__init__()
-        self.layer, self.seconds, self.deadly, self.steps = torch.nn.Linear(inputs, classes), seconds, deadly, 0
+        self.layer, self.seconds, self.deadly = torch.nn.Linear(inputs, classes), seconds, deadly
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # checkpoints keep it: it is as deadly again
 
     def forward(self, x):
         time.sleep(self.seconds)
