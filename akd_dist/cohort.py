@@ -102,14 +102,14 @@ def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
 
 def train_on(job: CohortJob, splits: Splits, device: torch.device, group: Group) -> dict[str, Any]:
     """`train_cohort` on rows that are at hand, in a process that `settle` has settled."""
-    stream, teacher_classes = open_stream(job, splits)
+    stream, teacher_said = open_stream(job, splits)
     with contextlib.ExitStack() as locks:
         writers = claim_students(job, locks) if group.rank == 0 else {}
         group.any(False)  # nobody reads a checkpoint before rank 0 is the only one to write
         opened = [open_student(job, spec, splits.train, group, device, writers.get(spec.name)) for spec in job.students]
         students = [student for student in opened if student is not None]
         failpoint("cohort.before_first_step")
-        stopped = _Lockstep(job, group, stream, splits, teacher_classes, students).run()
+        stopped = _Lockstep(job, group, stream, splits, teacher_said, students).run()
     return {"stopped": stopped, "students": [result for spec in job.students if (result := read_result(job, spec))]}
 
 
@@ -154,15 +154,11 @@ def check_fingerprints(job: CohortJob, splits: Splits) -> None:
 
 
 def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | None]:
-    """The cohort's stream, and the class that the teacher chooses for each test row, int64 [n], both from stores.
-
-    For regression there are no classes to agree on.
-    """
-    logits, teacher_classes = None, None
+    """The cohort's stream, and what the teacher says of each test row, as `stored_predictions`: both from stores."""
+    logits, teacher_said = None, None
     if job.stores:
-        test = open_store(job.teacher_test or job.stores["test"])  # opened, and so checked, whatever the task
-        if splits.test.task == "classification":
-            teacher_classes = stored_predictions(test, splits.test).numpy()
+        test = open_store(job.teacher_test or job.stores["test"])
+        teacher_said = stored_predictions(test, splits.test).numpy()
         logits = open_decoded(open_store(job.stores["train"]), Path(job.cache_root))
     stream = Stream(
         splits.train,
@@ -176,7 +172,7 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | No
     )
     if job.stores:
         stream.check_probes(open_store(job.stores["train"]).manifest)
-    return stream, teacher_classes
+    return stream, teacher_said
 
 
 def stored_predictions(store: LogitStore, rows: Rows) -> torch.Tensor:
@@ -251,11 +247,11 @@ class _Lockstep:
         group: Group,
         stream: Stream,
         splits: Splits,
-        teacher_classes: np.ndarray | None,
+        teacher_said: np.ndarray | None,
         students: list[Student],
     ) -> None:
         self.job, self.group, self.stream, self.splits = job, group, stream, splits
-        self.teacher_classes, self.students = teacher_classes, students
+        self.teacher_said, self.students = teacher_said, students
         self.saved_at = self.told_at = time.monotonic()
         self.rows_seen, self.started = 0, time.monotonic()
 
@@ -263,11 +259,27 @@ class _Lockstep:
     def active(self) -> list[Student]:
         return [student for student in self.students if student.training]
 
+    @property
+    def moving(self) -> list[Student]:
+        """Those that take steps; others ride along until their leader's stage I is over."""
+        return [student for student in self.active if self._leader(student) is None]
+
+    def _leader(self, student: Student) -> Student | None:
+        """Whose stage I a student that has not begun waits for: it would train the very same one."""
+        if student.spec.stage1 is None or not student.untouched:
+            return None
+        alike = [other for other in self.active if other.stage_index == 0 and other.spec.stage1 == student.spec.stage1]
+        first = max(alike, key=lambda other: (other.epoch, other.step))  # of equals the first one
+        return None if first is student else first
+
     def run(self) -> bool:
         """Train until every student has ended; True if the stop file ended it first."""
+        for student in self.active:
+            if student.epochs == 0:
+                self._guarded(student, self._finish_untrained, student)
         stopped = False
-        while self.active and not stopped:
-            epoch = min(student.epoch for student in self.active)
+        while self.moving and not stopped:
+            epoch = min(student.epoch for student in self.moving)
             stopped = self._epoch(epoch)
             if not stopped and self.job.checkpoint_seconds == 0:
                 self._save()
@@ -275,7 +287,7 @@ class _Lockstep:
         return stopped
 
     def _epoch(self, epoch: int) -> bool:
-        here = [student for student in self.active if student.epoch == epoch]
+        here = [student for student in self.moving if student.epoch == epoch]
         stream = self.stream if any(student.stage.needs_logits for student in here) else self.stream.without_logits()
         first = min(student.step for student in here)
         for batch in stream.batches(epoch, first, self.group.rank, self.group.world):
@@ -290,14 +302,22 @@ class _Lockstep:
                 self._guarded(student, self._end_epoch, student)
         return False
 
+    def _finish_untrained(self, student: Student) -> None:
+        student.keep_initial(self.splits.validation)
+        student.finish(self.splits.test, self.teacher_said)
+
     def _end_epoch(self, student: Student) -> None:
+        riders = [other for other in self.active if self._leader(other) is student]
         record, metric = student.end_epoch(self.splits.validation), self.job.data.primary_metric
         student.note(
             f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "
             f"validation {metric} {record['validation'][metric]:.4f}"
         )
+        if student.stage_index > 0:
+            for rider in riders:
+                self._guarded(rider, rider.fork_from, student)
         if student.epoch == student.epochs:
-            student.finish(self.splits.test, self.teacher_classes)
+            student.finish(self.splits.test, self.teacher_said)
 
     def _guarded(self, student: Student, act: Callable[..., object], *arguments: object) -> None:
         """Let a student fail alone: its exception ends it, and nobody else."""
@@ -319,14 +339,18 @@ class _Lockstep:
         return stop
 
     def _save(self) -> None:
-        for student in self.active:
+        for student in self.moving:
             student.save()
         self.saved_at = time.monotonic()
 
-    def _steps_of(self, student: Student) -> int:
-        """Steps behind a student; all of them once it has ended, however it did."""
+    def _steps_of(self, student: Student) -> tuple[int, int]:
+        """Steps behind a student and in all, without those that another takes for it; all once it has ended."""
         per_epoch = self.stream.steps_per_epoch
-        return student.epoch * per_epoch + student.step if student.training else student.epochs * per_epoch
+        leader = self._leader(student)
+        shared = student.stages[0].epochs if leader else student.epochs_shared
+        total = (student.epochs - shared) * per_epoch
+        done = 0 if leader else (student.epoch - shared) * per_epoch + student.step
+        return (done if student.training else total), total
 
     def _tell(self, *, force: bool = False) -> None:
         now = time.monotonic()
@@ -335,7 +359,6 @@ class _Lockstep:
         self.told_at = now
         for student in self.active:
             student.writer.check()  # a worker that was taken for dead has nothing to tell any more
-        per_epoch = self.stream.steps_per_epoch
         document = {
             "training": bool(self.active),
             "rows_per_second": self.rows_seen / max(now - self.started, 1e-9),
@@ -343,8 +366,9 @@ class _Lockstep:
                 {
                     "name": student.spec.name,
                     "state": "training" if student.result is None else student.result["state"],
-                    "steps": self._steps_of(student),
-                    "steps_total": student.epochs * per_epoch,
+                    "waits_for": leader.spec.name if (leader := self._leader(student)) else None,
+                    "steps": self._steps_of(student)[0],
+                    "steps_total": self._steps_of(student)[1],
                     "stage": student.stage.name,
                     "epoch": student.epoch,
                     "epochs": student.epochs,

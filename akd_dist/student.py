@@ -27,6 +27,7 @@ from akd_dist.device import autocast, generator_states, set_generator_states, we
 from akd_dist.metrics import measure, predictions
 from akd_dist.models import ModelCard, build, num_parameters, save_model
 from akd_dist.objectives import Stage, at_least_float32, label_losses, learning_rate, row_losses, stages
+from akd_dist.predictions import encode_predictions
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import DamagedError
 from akd_dist.storage.fence import Writer
@@ -36,6 +37,8 @@ from akd_dist.sync_batch_norm import synchronise_batch_norms
 
 EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
 CPU = torch.device("cpu")
+TEST_NAME = "test.parquet"
+"""What student and teacher say of each test row, beside its label."""
 
 Computed = TypeVar("Computed")
 
@@ -146,6 +149,7 @@ class Student:
         self.epoch = self.step = self.stage_index = 0
         self.loss_sum, self.loss_rows = 0.0, 0
         self.seconds = 0.0
+        self.stage1_from: str | None = None
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, torch.Tensor] | None = None
         self.best_record: dict[str, Any] = {}
@@ -167,6 +171,21 @@ class Student:
     def stage(self) -> Stage:
         """The current stage."""
         return self.stages[self.stage_index]
+
+    @property
+    def descent(self) -> recipe.Optimizer:
+        """The optimizer of the current stage, as the recipe describes it."""
+        return self.stage.optimizer or self.spec.optimizer
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it stands where it was made."""
+        return self.training and self.epoch == self.step == 0
+
+    @property
+    def epochs_shared(self) -> int:
+        """Epochs that another student took for it."""
+        return self.stages[0].epochs if self.stage1_from else 0
 
     @property
     def stage_epoch(self) -> int:
@@ -192,9 +211,7 @@ class Student:
         """
         started = time.perf_counter()
         stage_step = self.stage_epoch * steps_per_epoch + self.step
-        rate = learning_rate(
-            self.spec.optimizer.lr, self.spec.optimizer.schedule, stage_step, self.stage.epochs * steps_per_epoch
-        )
+        rate = learning_rate(self.descent.lr, self.descent.schedule, stage_step, self.stage.epochs * steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.module.train()
@@ -244,7 +261,7 @@ class Student:
 
         After the backward pass every rank holds that gradient, so its norm is the same on all of them.
         """
-        clip = self.spec.optimizer.clip
+        clip = self.descent.clip
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if clip is not None:
@@ -286,38 +303,62 @@ class Student:
             self.best, self.best_record = copy_of(self.module.state_dict()), record
         self.epoch, self.step, self.loss_sum, self.loss_rows = self.epoch + 1, 0, 0.0, 0
         if epoch + 1 == stage.epochs and self.stage_index + 1 < len(self.stages):
-            self._begin_stage(self.stage_index + 1)
+            self._begin_stage(self.stage_index + 1, self.best)
         self.seconds += time.perf_counter() - started
         failpoint("student.before_metrics")
         self._write_metrics()
         return record
 
-    def _begin_stage(self, index: int) -> None:
-        """Start the next stage from the best validation weights of the one before, with a fresh optimizer and seed."""
-        assert self.best is not None
-        self.module.load_state_dict(self.best)
+    def _begin_stage(self, index: int, weights: dict[str, torch.Tensor]) -> None:
+        """Start a stage from the best validation weights of the one before, with a fresh optimizer and seed."""
+        self.module.load_state_dict(weights)
         self.group.share_state(self.module)
         failpoint("student.between_stages")
+        self.stage_index, self.best, self.best_record = index, None, {}
         self.optimizer, self.scaler = self._new_optimizer()
         self.rng = seeded_states(self.device, self.spec.seed, index, self.group.rank)
-        self.stage_index, self.best, self.best_record = index, None, {}
+
+    def fork_from(self, leader: Student) -> None:
+        """Enter stage II beside another student, which has just entered it: stage I would have been the same.
+
+        What is taken over is in a checkpoint before this returns; without it, stage I would have to be trained again.
+        """
+        self.stage1_from = leader.spec.name
+        self.epoch, self.history = leader.epoch, list(leader.history)
+        self._begin_stage(leader.stage_index, leader.module.state_dict())
+        self._write_metrics()
+        self.note(f"goes on from the stage I of {self.stage1_from}, which would have been the same")
+        self.save()
+
+    def keep_initial(self, validation: Rows) -> None:
+        """Where there are no epochs to choose from, the weights as they were made are the best."""
+        metrics = self.group.from_first(self._evaluate(validation)[0])
+        self.best, self.best_record = copy_of(self.module.state_dict()), {"validation": metrics}
 
     # ---- the end
 
-    def finish(self, test: Rows, teacher_classes: np.ndarray | None) -> None:
+    def finish(self, test: Rows, teacher_said: np.ndarray | None) -> None:
         """Deliver the best weights of the last stage and measure them on the test rows, once.
 
         Args:
-            teacher_classes: the class that the teacher chooses for each test row, int64 [n]; None without a teacher,
-                or without classes.
+            teacher_said: what the teacher says of each test row, as `metrics.predictions`; None without a teacher.
         """
         assert self.best is not None
         self.module.load_state_dict(self.best)
         metrics, chosen = self._evaluate(test)
-        agreement = None if teacher_classes is None else float(np.mean(chosen == teacher_classes))
+        agreement = None
+        if teacher_said is not None and test.task == "classification":
+            agreement = float(np.mean(chosen == teacher_said))
         if self.group.rank == 0:
             failpoint("student.before_model")
             save_model(self.folder, self.module, self.card, write=self.writer.replace)
+            columns = {
+                "row": np.arange(len(test)),
+                "label": np.array(test.labels),
+                "student": chosen,
+                "teacher": teacher_said,
+            }
+            self.writer.replace(self.folder / TEST_NAME, encode_predictions(columns))
         self._conclude(
             "done",
             None,
@@ -329,7 +370,7 @@ class Student:
     def fail(self, error: Exception) -> None:
         """End this student as `diverged` or `failed`; its last good checkpoint stays."""
         state = "diverged" if isinstance(error, DivergedError) else "failed"
-        reason = str(error) if state == "diverged" else f"{type(error).__name__}: {error}"
+        reason = str(error) if state == "diverged" else told(error)
         write_note(self.log, "".join(traceback.format_exception(error)))
         self._conclude(state, reason)
 
@@ -338,6 +379,7 @@ class Student:
             "parameters": num_parameters(self.module),
             "epochs": self.epoch,
             "seconds": round(self.seconds, 3),
+            "stage1_from": self.stage1_from,
             **measured,
         }
         self.note(f"{state}: {reason or measured.get('test')}")
@@ -346,6 +388,9 @@ class Student:
             failpoint("student.before_result")
             self.writer.replace(self.folder / "result.json", json.dumps(self.result, indent=1).encode())
             failpoint("student.after_result")
+        # What is told of it stays; its memory is left to the others of this worker.
+        del self._forward, self.module, self.optimizer, self.scaler
+        self.best = None
 
     # ---- to disk and back
 
@@ -361,6 +406,7 @@ class Student:
             "stage_index": self.stage_index,
             "losses": losses,
             "seconds": self.seconds,
+            "stage1_from": self.stage1_from,
             "history": self.history,
             "best": self.best,
             "best_record": self.best_record,
@@ -381,7 +427,7 @@ class Student:
         self.epoch, self.step, self.stage_index = tree["epoch"], tree["step"], tree["stage_index"]
         self.loss_sum, rows = tree["losses"][self.group.rank].tolist()
         self.loss_rows = int(rows)
-        self.seconds, self.history = tree["seconds"], tree["history"]
+        self.seconds, self.history, self.stage1_from = tree["seconds"], tree["history"], tree["stage1_from"]
         self.best, self.best_record = tree["best"], tree["best_record"]
         self.rng = [ranks[self.group.rank] for ranks in tree["rng"]]
         self.module.load_state_dict(tree["module"])
@@ -425,7 +471,7 @@ class Student:
     def _new_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
         """A fresh optimizer, and what keeps float16's small gradients above zero; elsewhere that does nothing."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.spec.precision == "float16")
-        return make_optimizer(self.module, self.spec.optimizer), scaler
+        return make_optimizer(self.module, self.descent), scaler
 
     # ---- its own randomness
 
@@ -529,6 +575,7 @@ def entry(spec: recipe.Student, state: str, reason: str | None, folder: Path) ->
         "test": None,
         "agreement": None,
         "seconds": 0.0,
+        "stage1_from": None,
         "path": str(folder),
     }
 
@@ -538,8 +585,14 @@ def fail_before_start(
 ) -> None:
     """End a student that could not be set up as `failed`, so that the others go on."""
     write_note(log, "".join(traceback.format_exception(error)))
-    result = entry(spec, "failed", f"{type(error).__name__}: {error}", folder)
+    result = entry(spec, "failed", told(error), folder)
     (writer or Writer()).replace(folder / "result.json", json.dumps(result, indent=1).encode())
+
+
+def told(error: Exception) -> str:
+    """An error as the reason that a student failed."""
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return ("out of memory: " if short else "") + f"{type(error).__name__}: {error}"
 
 
 def write_note(log: Path, text: str) -> None:

@@ -46,6 +46,7 @@ from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
 from akd_dist.storage.errors import DamagedError, RecipeError, RefusedError
 from akd_dist.storage.files import canonical_json, file_lock, read_json, replace
 from akd_dist.storage.reader import LogitStore, open_store
+from akd_dist.storage.uses import using
 from akd_dist.student import entry
 
 Chain = list[Stores]
@@ -93,7 +94,7 @@ def train_students(
     run = Path(run_root) / recipe.name
     splits = prepare_shown(recipe.data, cache_root, console)
     parameters = check_students(recipe, splits)
-    with held(run, wait, console), cluster.closing():
+    with held(run, wait, console), cluster.closing(), contextlib.ExitStack() as used:
         if not fresh:
             check_same_run(run, recipe, run_identity(recipe, splits))
         cached = cache_teacher(
@@ -114,6 +115,8 @@ def train_students(
                 replace(run / "identity.json", canonical_json(identity))
             tell(console, f"the run {recipe.name} is done: these are its saved results")
             return saved
+        uris = [uri for stores in chain for uri in stores.values()]
+        used.enter_context(using(uris, run=str(run.absolute()), lock=(run / "lock").absolute()))
         begin_run(run, recipe, identity)
         # Decode once, and refuse a damaged store before anything starts; the driver may have no GPU.
         for group in groups_of(todo):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from akd_dist.storage.errors import HeldError, MachineError
+from akd_dist.storage.errors import HeldError, MachineError, RecipeError
 
 # Names of files in the making. Readers skip them, `stores gc` removes those whose writer died.
 PARTIAL_SUFFIX = ".partial"
@@ -118,6 +118,44 @@ def replace(path: Path, data: bytes, *, durable: bool = True, by_way_of: Path | 
         fsync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def whole_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """A path to write a file of any size at, which takes the name `path` at the end of the block: whole or absent.
+
+    Args:
+        overwrite: whether it may take the place of another file.
+
+    Raises:
+        RecipeError: there is a file of that name, and it may not be overwritten.
+        MachineError: the disk is full, or the folder cannot be written.
+    """
+    if not overwrite and path.exists():
+        raise _there_already(path)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        if overwrite:
+            partial.replace(path)
+        elif not _link_or_create(partial, path):
+            raise _there_already(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        written_bytes = partial.stat().st_size if partial.exists() else 0
+        raise write_error(error, path, written_bytes + 1) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _there_already(path: Path) -> RecipeError:
+    return RecipeError(
+        f"{path} is there already", got="a file", expected="a new name", next="choose another name, or add --force"
+    )
+
+
 def read_json(path: Path) -> Any | None:
     """The JSON document in a file; None where there is no file, or none that is whole."""
     try:
@@ -186,6 +224,25 @@ def file_lock(
         handle.write(note or f"process {os.getpid()}")
         handle.flush()
         yield
+
+
+def is_locked(path: Path, *, shared: bool = False) -> bool:
+    """Whether a living process of this host holds an flock on a file; a look that changes nothing.
+
+    Args:
+        shared: whether a shared lock counts as well.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # gone, or not ours to see: no lock that we could know of
+        return False
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if shared else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _try_flock(descriptor: int) -> bool:
