@@ -33,7 +33,7 @@ from akd_dist.storage.errors import DamagedError
 from akd_dist.storage.fence import Writer
 from akd_dist.storage.files import append, failpoint, sha256
 from akd_dist.stream import Batch
-from akd_dist.sync_batch_norm import synchronise_batch_norms
+from akd_dist.sync_batch_norm import has_batch_norm, synchronise_batch_norms
 
 EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
 CPU = torch.device("cpu")
@@ -236,10 +236,20 @@ class Student:
 
         def loss() -> torch.Tensor:
             with autocast(self.device, self.spec.precision):
-                logits = self._forward(batch.inputs)
+                logits = self._logits(batch)
             return row_losses(self.stage, self.stage_epoch, logits, batch.logits, batch.labels).sum()
 
         return self._agreed(loss)
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        """What the student says of this rank's rows, [n, classes].
+
+        A rank without rows takes part all the same. Many models cannot reshape a batch of none, so they see a spare row,
+        of which nothing is kept and whose gradient is zero; where there is batch norm it would move the statistics.
+        """
+        if batch.spare is None or has_batch_norm(self.module):
+            return self._forward(batch.inputs)  # type: ignore[no-any-return]
+        return self._forward(batch.spare)[:0]  # type: ignore[no-any-return]
 
     def _agreed(self, compute: Callable[[], Computed]) -> Computed:
         """What this rank computes without the others; if it fails on any rank, every rank raises."""

@@ -104,6 +104,11 @@ _SYNCHRONISED: dict[type[nn.Module], type[_Synchronised]] = {
 }
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether what a module computes of a row depends on the rows beside it."""
+    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
+
+
 def synchronise_batch_norms(module: nn.Module, before: Callable[[], None]) -> None:
     """Let every batch norm of a module take its statistics over the rows of all workers.
 

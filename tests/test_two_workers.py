@@ -73,6 +73,22 @@ class Normed(nn.Module):
         return self.last(self.drop(self.norm(self.first(x)).relu().flatten(1)))  # type: ignore[no-any-return]
 
 
+class Reshaping(nn.Module):
+    """A model that cannot be shown a batch of no rows, as those of `transformers` cannot."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.view(x.shape[0], -1, 16)).mean(dim=1)  # type: ignore[no-any-return]
+
+
+def reshaping(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The factory of `Reshaping`."""
+    return Reshaping(classes)
+
+
 class OwnNorm(nn.BatchNorm2d):
     """A batch norm that computes something of its own."""
 
@@ -121,6 +137,14 @@ FLOAT64 = {
         for last in LAST
     },
     "adamw-single": (spec_of("annealing", precision="float64", optimizer=ADAMW), "single"),
+    "reshaping-single": (
+        spec_of(
+            "annealing",
+            precision="float64",
+            model={"kind": "custom", "factory": "tests.test_two_workers:reshaping"},
+        ),
+        "single",
+    ),
     "cnn-single": (spec_of("annealing", precision="float64", model={"kind": "cnn", "width": 4}), "single"),
     **{
         f"synchronised-{last}": (spec_of("annealing", precision="float64", model=RESNET, sync_batchnorm=True), last)
