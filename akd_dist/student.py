@@ -244,8 +244,8 @@ class Student:
     def _logits(self, batch: Batch) -> torch.Tensor:
         """What the student says of this rank's rows, [n, classes].
 
-        A rank without rows takes part all the same. Many models cannot reshape a batch of none, so they see a spare row,
-        of which nothing is kept and whose gradient is zero; where there is batch norm it would move the statistics.
+        A rank without rows takes part all the same. Many models cannot reshape a batch of none, so they see a spare
+        row, of which nothing is kept and whose gradient is zero. With batch norm it would move the statistics.
         """
         if batch.spare is None or has_batch_norm(self.module):
             return self._forward(batch.inputs)  # type: ignore[no-any-return]

@@ -205,7 +205,7 @@ def test_a_name_depends_on_its_block_alone(path: Path) -> None:
 
 def test_long_and_strange_values_make_names_of_folders() -> None:
     strange: list[Any] = ["x/y", "x:y", "z" * 200, "z" * 201, ["é", 1], {}, True]
-    given = [{("model", "arguments", "a b"): value} for value in strange]
+    given: list[dict[tuple[str, ...], Any]] = [{("model", "arguments", "a b"): value} for value in strange]
     names = names_of_grid(["net-kd-s7"] * len(given), given)
     assert len({name.casefold() for name in names}) == len(names)
     assert all(recipes.NAME.fullmatch(name) for name in names)
