@@ -22,9 +22,10 @@ from rich.console import Console
 
 from akd_dist.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
 from akd_dist.device import gpus_of
+from akd_dist.documents import CohortProgress, CohortStatus, FleetPlan, StudentProgress
 from akd_dist.jobs import cluster
 from akd_dist.jobs.planner import Cohort, cohort_job, cpus_of
-from akd_dist.jobs.progress import Meter, meter, tell
+from akd_dist.jobs.progress import FleetMeter, tell
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.storage.errors import AkdError, MachineError
 from akd_dist.storage.fence import take_over
@@ -33,6 +34,8 @@ from akd_dist.student import Group, OutOfStepError, entry, write_note
 DEATHS_BEFORE_SPLIT = 2
 # How long stopped cohorts may take to checkpoint without a sign of life, before the cluster counts as lost.
 GRACE_SECONDS = 30.0
+# How long Ray may look for room for workers whose node died, before the nodes count as gone; it would look for ever.
+GONE_SECONDS = 60.0
 
 
 class Fleet:
@@ -49,12 +52,15 @@ class Fleet:
         self, base: CohortJob, rows: int, stop: cluster.StopFlag, console: Console, assistant: Stores | None = None
     ) -> None:
         self.base, self.rows, self.stop, self.console, self.assistant = base, rows, stop, console, assistant or {}
+        self.waiting: list[Cohort] = []
         self.jobs: list[CohortJob] = []
         self.threads: list[threading.Thread] = []
         self.errors: list[BaseException] = []
         self.lock = threading.Lock()
         self.alive_at = time.monotonic()
-        self.last_told: list[dict[str, Any]] = []
+        self.moved_at = self.alive_at
+        self.last_told: list[CohortProgress] = []
+        self.running: list[CohortJob] = []
 
     def train(self, cohorts: list[Cohort]) -> int:
         """Train all cohorts to their end, or until the stop flag.
@@ -70,18 +76,48 @@ class Fleet:
             cluster.check_fits(cpus_of(cohort), f"the cohort of {cohort[0].name}", gpus=self._gpus(cohort))
         self._begin_attempt()
         students = [spec for cohort in cohorts for spec in cohort]
-        steps = sum(spec.objective.epochs * math.ceil(self.rows / spec.batch) for spec in students)
         title = f"training {_counted(len(students), 'student')} in {_counted(len(cohorts), 'cohort')}"
-        tell(self.console, f"starting the workers that train {_counted(len(students), 'student')}")
-        with meter(self.console, title, total=steps, unit="steps") as shown, self._stopping_on_errors():
-            for cohort in cohorts:
-                self._start_when_free(cohort, shown)
+        control = Path(self.base.control)
+        with FleetMeter(self.console, control, self._plan(), title) as shown, self._stopping_on_errors():
+            self.waiting = list(cohorts)
+            while self.waiting:
+                self._start_when_free(self.waiting[0], shown)
             while any(thread.is_alive() for thread in self.threads):
                 self._follow(shown)
             self._follow(shown)
         if self.errors:
             raise self.errors[0]
         return len(self.jobs)
+
+    def _plan(self) -> FleetPlan:
+        """What there is to do, for those who watch: every student of the run, as if none had begun."""
+        students = [
+            StudentProgress(
+                name=spec.name,
+                state="waiting",
+                epochs=spec.objective.epochs,
+                steps_total=spec.objective.epochs * math.ceil(self.rows / spec.batch),
+            )
+            for spec in self.base.students
+        ]
+        metric = self.base.data.primary_metric
+        return FleetPlan(attempt=self.base.attempt, at=time.time(), metric=metric, students=students, cohorts=[])
+
+    def _not_training(self) -> list[CohortStatus]:
+        """The cohorts that wait for room, and those whose workers start."""
+        starting = [
+            CohortStatus(state="starting", students=[spec.name for spec in job.students])
+            for job in list(self.running)
+            if not job.progress_file.exists()
+        ]
+        return starting + [
+            CohortStatus(state="waiting", students=[spec.name for spec in cohort], waits_for=self._wants(cohort))
+            for cohort in self.waiting
+        ]
+
+    def _wants(self, cohort: Cohort) -> str:
+        gpus = self._gpus(cohort)
+        return f"{cpus_of(cohort)} free CPUs" + (f" and {gpus} free GPUs" if gpus else "")
 
     def _begin_attempt(self) -> None:
         control = Path(self.base.control)
@@ -101,15 +137,15 @@ class Fleet:
                     time.sleep(cluster.POLL_SECONDS)
             raise
 
-    def _start_when_free(self, cohort: Cohort, shown: Meter) -> None:
+    def _start_when_free(self, cohort: Cohort, shown: FleetMeter) -> None:
         """Start a cohort once the cluster has room for it; not after a stop or an error."""
         told, cpus, gpus = False, cpus_of(cohort), self._gpus(cohort)
         while not self.stop and not self.errors and not cluster.are_free(cpus, gpus):
             if not told:
-                wanted = f"{cpus} free CPUs" + (f" and {gpus} free GPUs" if gpus else "")
-                tell(self.console, f"{cohort[0].name} and its cohort wait for {wanted}")
+                tell(self.console, f"{cohort[0].name} and its cohort wait for {self._wants(cohort)}")
                 told = True
             self._follow(shown)
+        self.waiting.pop(0)
         if self.stop or self.errors:
             return
         job = self._new_job(cohort)
@@ -131,18 +167,11 @@ class Fleet:
             self.jobs.append(job)
         return job
 
-    def _follow(self, shown: Meter) -> None:
+    def _follow(self, shown: FleetMeter) -> None:
         """Show how far all cohorts are, and pass the stop flag on."""
         if self.stop or self.errors:
             self.base.stop_file.touch()
-        told = [progress for job in list(self.jobs) if (progress := read_progress(job))]
-        if told:
-            latest = {student["name"]: student for progress in told for student in progress["students"]}
-            done = sum(student["steps"] for student in latest.values())
-            rate = sum(progress["rows_per_second"] for progress in told if progress["training"])
-            over = sum(student["state"] != "training" for student in latest.values())
-            if not self.stop:
-                shown.update(done, note=f"{rate:,.0f} student rows/s, {_counted(over, 'student')} over")
+        shown.update(self._not_training())
         self._watch(stopping=bool(self.stop or self.errors))
         time.sleep(cluster.POLL_SECONDS)
 
@@ -150,8 +179,12 @@ class Fleet:
         """Do not wait for ever for a cluster that is gone nor, once stopping, for workers without a sign of life."""
         cluster.check_alive(self.stop)
         told = [progress for job in list(self.jobs) if (progress := read_progress(job))]
+        now = time.monotonic()
+        self.moved_at = now if told != self.last_told else self.moved_at
+        if now - self.moved_at > GONE_SECONDS:
+            self._check_room()
         if told != self.last_told or not stopping:
-            self.alive_at, self.last_told = time.monotonic(), told
+            self.alive_at, self.last_told = now, told
         if time.monotonic() - self.alive_at > GRACE_SECONDS:
             if self.errors and not self.stop:
                 raise self.errors[0]
@@ -159,6 +192,23 @@ class Fleet:
                 "stopped; the workers did not answer any more, so only earlier checkpoints are kept",
                 "the same command goes on from there",
             )
+
+    def _check_room(self) -> None:
+        """Give up if the nodes that are left can never hold a cohort that was running.
+
+        Raises:
+            MachineError: there are too few CPUs or GPUs.
+        """
+        for job in list(self.running):
+            try:
+                cluster.check_fits(cpus_of(job.students), "what was training", gpus=self._gpus(job.students))
+            except MachineError as error:
+                raise MachineError(
+                    f"nodes were lost while {job.students[0].name} and its cohort trained",
+                    got=f"{error.got}, for {GONE_SECONDS:g} s",
+                    expected=error.expected,
+                    next="bring the nodes back; the same command goes on from the last checkpoints",
+                ) from error
 
     def _carry(self, job: CohortJob) -> None:
         """See a cohort through, off the main thread (on it, Ray would take over Ctrl-C)."""
@@ -177,13 +227,13 @@ class Fleet:
 
     def _train_or_split(self, job: CohortJob) -> None:
         """Run a cohort; after two deaths cut it in half, until only the guilty student fails."""
-        reason = fit(job)
+        reason = self._fit(job)
         for _death in range(DEATHS_BEFORE_SPLIT - 1):
             if not reason or self.stop:
                 return
-            tell(self.console, f"the workers of {job.name} died and are started again: {reason[-200:]}")
+            tell(self.console, f"the workers of {job.name} died and are started again: {reason}")
             job = self._new_job(job.students)
-            reason = fit(job)
+            reason = self._fit(job)
         left = tuple(spec for spec in job.students if not ended(self.base, spec))
         if not reason or self.stop or not left:
             return
@@ -196,9 +246,16 @@ class Fleet:
                 return
             self._train_or_split(self._new_job(half))
 
+    def _fit(self, job: CohortJob) -> str:
+        self.running.append(job)
+        try:
+            return fit(job)
+        finally:
+            self.running.remove(job)
+
     def _give_up(self, spec: Any, job: CohortJob, reason: str) -> None:
         folder = Path(self.base.root) / spec.name
-        told = f"its worker died again and again: {reason}"
+        told = f"its worker died again and again; memory may have run out. Ray says: {reason}"
         write_note(Path(self.base.logs) / f"{spec.name}.log", f"failed: {told}\nsee also {worker_log(job, 0)}")
         writer = take_over(folder / "checkpoints", job.attempt, f"the student {spec.name}")
         writer.replace(folder / "result.json", json.dumps(entry(spec, "failed", told, folder), indent=1).encode())
@@ -242,12 +299,18 @@ def fit(job: CohortJob) -> str:
         except ray.train.TrainingFailedError as error:
             outcome = _refusal_among(getattr(error, "worker_failures", {}).values())
             if outcome is None:
-                return " ".join(str(error).split())[-400:] or type(error).__name__
+                return _cause(" ".join(str(error).split())) or type(error).__name__
         finally:
             shutil.rmtree(storage / name, ignore_errors=True)
     if isinstance(outcome, AkdError):
         raise outcome
     return ""
+
+
+def _cause(text: str) -> str:
+    """The part of Ray's account of a death that says why: what its own exception says, or else the end of the trace."""
+    start = text.find("ray.exceptions.")
+    return text[start : start + 400] if start >= 0 else text[-400:]
 
 
 def _refusal_among(failures: Any) -> AkdError | None:
@@ -275,6 +338,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
     try:
         return train_cohort(job, group)
     except AkdError as error:
+        write_note(log, str(error))
         refusal = error
     except OutOfStepError as error:
         write_note(log, "".join(traceback.format_exception(error)))
