@@ -359,7 +359,7 @@ def _result(reference: Any, name: str, retries: int) -> Any:
 
 def total_cpus() -> float:
     """CPUs of the whole cluster."""
-    return float(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    return float(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
 
 
 def total_gpus() -> float:

@@ -308,9 +308,11 @@ def fit(job: CohortJob) -> str:
 
 
 def _cause(text: str) -> str:
-    """The part of Ray's account of a death that says why: what its own exception says, or else the end of the trace."""
-    start = text.find("ray.exceptions.")
-    return text[start : start + 400] if start >= 0 else text[-400:]
+    """The part of Ray's account of a death that says why; where there is none, the end of a trace."""
+    starts = [
+        text.find(mark) for mark in ("Worker exit detail: ", "was killed due to", "ray.exceptions.") if mark in text
+    ]
+    return text[starts[0] : starts[0] + 400] if starts else text[-400:]
 
 
 def _refusal_among(failures: Any) -> AkdError | None:
