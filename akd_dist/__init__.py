@@ -99,6 +99,7 @@ def train_students(
     address: str | None = None,
     fresh: bool = False,
     wait: bool = False,
+    trackers: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train a recipe's students from the teacher's stored logits, caching these first if they are missing.
@@ -114,6 +115,7 @@ def train_students(
         address: a Ray cluster; None starts one on this machine if there is anything to do.
         fresh: forget an earlier run of this name.
         wait: wait for somebody else who holds the store or the run, instead of leaving.
+        trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
 
     Returns:
@@ -123,6 +125,10 @@ def train_students(
         AkdError: a refusal; nothing that was trained is lost.
     """
     recipe = _recipe(recipe, overrides)
+    if trackers:
+        from akd_dist.trackers import check_trackers
+
+        check_trackers(trackers)
     from akd_dist.jobs.train_students import train_students
 
     return train_students(
@@ -133,6 +139,7 @@ def train_students(
         address=address,
         fresh=fresh,
         wait=wait,
+        trackers=trackers,
         console=console,
     )
 
@@ -148,6 +155,7 @@ def compare(
     address: str | None = None,
     fresh: bool = False,
     wait: bool = False,
+    trackers: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train a recipe's student models under every objective with several seeds, from one store, and compare them.
@@ -158,7 +166,7 @@ def compare(
         recipe: a recipe, or the path of its file; each model needs an Annealing-KD student.
         seeds: train with seeds 0..seeds - 1; None takes the recipe's, if a model has two or more, else 0, 1, 2.
         overrides: `key=value` for a recipe file, as the command's --set.
-        store_root, run_root, cache_root, address, fresh, wait, console: as for `train_students`.
+        store_root, run_root, cache_root, address, fresh, wait, trackers, console: as for `train_students`.
 
     Returns:
         The content of comparison.json (schemas/compare.schema.json).
@@ -178,6 +186,7 @@ def compare(
         address=address,
         fresh=fresh,
         wait=wait,
+        trackers=trackers,
         console=console,
     )
     from akd_dist.rows import SPLITS, prepare

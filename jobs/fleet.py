@@ -22,9 +22,10 @@ from rich.console import Console
 
 from akd_dist.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
 from akd_dist.device import gpus_of
+from akd_dist.documents import CohortProgress, CohortStatus, FleetPlan, StudentProgress
 from akd_dist.jobs import cluster
 from akd_dist.jobs.planner import Cohort, cohort_job, cpus_of
-from akd_dist.jobs.progress import Meter, meter, tell
+from akd_dist.jobs.progress import FleetMeter, tell
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.storage.errors import AkdError, MachineError
 from akd_dist.storage.fence import take_over
@@ -51,13 +52,14 @@ class Fleet:
         self, base: CohortJob, rows: int, stop: cluster.StopFlag, console: Console, assistant: Stores | None = None
     ) -> None:
         self.base, self.rows, self.stop, self.console, self.assistant = base, rows, stop, console, assistant or {}
+        self.waiting: list[Cohort] = []
         self.jobs: list[CohortJob] = []
         self.threads: list[threading.Thread] = []
         self.errors: list[BaseException] = []
         self.lock = threading.Lock()
         self.alive_at = time.monotonic()
         self.moved_at = self.alive_at
-        self.last_told: list[dict[str, Any]] = []
+        self.last_told: list[CohortProgress] = []
         self.running: list[CohortJob] = []
 
     def train(self, cohorts: list[Cohort]) -> int:
@@ -74,18 +76,48 @@ class Fleet:
             cluster.check_fits(cpus_of(cohort), f"the cohort of {cohort[0].name}", gpus=self._gpus(cohort))
         self._begin_attempt()
         students = [spec for cohort in cohorts for spec in cohort]
-        steps = sum(spec.objective.epochs * math.ceil(self.rows / spec.batch) for spec in students)
         title = f"training {_counted(len(students), 'student')} in {_counted(len(cohorts), 'cohort')}"
-        tell(self.console, f"starting the workers that train {_counted(len(students), 'student')}")
-        with meter(self.console, title, total=steps, unit="steps") as shown, self._stopping_on_errors():
-            for cohort in cohorts:
-                self._start_when_free(cohort, shown)
+        control = Path(self.base.control)
+        with FleetMeter(self.console, control, self._plan(), title) as shown, self._stopping_on_errors():
+            self.waiting = list(cohorts)
+            while self.waiting:
+                self._start_when_free(self.waiting[0], shown)
             while any(thread.is_alive() for thread in self.threads):
                 self._follow(shown)
             self._follow(shown)
         if self.errors:
             raise self.errors[0]
         return len(self.jobs)
+
+    def _plan(self) -> FleetPlan:
+        """What there is to do, for those who watch: every student of the run, as if none had begun."""
+        students = [
+            StudentProgress(
+                name=spec.name,
+                state="waiting",
+                epochs=spec.objective.epochs,
+                steps_total=spec.objective.epochs * math.ceil(self.rows / spec.batch),
+            )
+            for spec in self.base.students
+        ]
+        metric = self.base.data.primary_metric
+        return FleetPlan(attempt=self.base.attempt, at=time.time(), metric=metric, students=students, cohorts=[])
+
+    def _not_training(self) -> list[CohortStatus]:
+        """The cohorts that wait for room, and those whose workers start."""
+        starting = [
+            CohortStatus(state="starting", students=[spec.name for spec in job.students])
+            for job in list(self.running)
+            if not job.progress_file.exists()
+        ]
+        return starting + [
+            CohortStatus(state="waiting", students=[spec.name for spec in cohort], waits_for=self._wants(cohort))
+            for cohort in self.waiting
+        ]
+
+    def _wants(self, cohort: Cohort) -> str:
+        gpus = self._gpus(cohort)
+        return f"{cpus_of(cohort)} free CPUs" + (f" and {gpus} free GPUs" if gpus else "")
 
     def _begin_attempt(self) -> None:
         control = Path(self.base.control)
@@ -105,15 +137,15 @@ class Fleet:
                     time.sleep(cluster.POLL_SECONDS)
             raise
 
-    def _start_when_free(self, cohort: Cohort, shown: Meter) -> None:
+    def _start_when_free(self, cohort: Cohort, shown: FleetMeter) -> None:
         """Start a cohort once the cluster has room for it; not after a stop or an error."""
         told, cpus, gpus = False, cpus_of(cohort), self._gpus(cohort)
         while not self.stop and not self.errors and not cluster.are_free(cpus, gpus):
             if not told:
-                wanted = f"{cpus} free CPUs" + (f" and {gpus} free GPUs" if gpus else "")
-                tell(self.console, f"{cohort[0].name} and its cohort wait for {wanted}")
+                tell(self.console, f"{cohort[0].name} and its cohort wait for {self._wants(cohort)}")
                 told = True
             self._follow(shown)
+        self.waiting.pop(0)
         if self.stop or self.errors:
             return
         job = self._new_job(cohort)
@@ -135,18 +167,11 @@ class Fleet:
             self.jobs.append(job)
         return job
 
-    def _follow(self, shown: Meter) -> None:
+    def _follow(self, shown: FleetMeter) -> None:
         """Show how far all cohorts are, and pass the stop flag on."""
         if self.stop or self.errors:
             self.base.stop_file.touch()
-        told = [progress for job in list(self.jobs) if (progress := read_progress(job))]
-        if told:
-            latest = {student["name"]: student for progress in told for student in progress["students"]}
-            done = sum(student["steps"] for student in latest.values())
-            rate = sum(progress["rows_per_second"] for progress in told if progress["training"])
-            over = sum(student["state"] != "training" for student in latest.values())
-            if not self.stop:
-                shown.update(done, note=f"{rate:,.0f} student rows/s, {_counted(over, 'student')} over")
+        shown.update(self._not_training())
         self._watch(stopping=bool(self.stop or self.errors))
         time.sleep(cluster.POLL_SECONDS)
 

@@ -99,6 +99,7 @@ def _train(
     address: str | None,
     fresh: bool,
     wait: bool,
+    trackers: tuple[str, ...],
     as_json: bool,
 ) -> int:
     with stdout_for_results():
@@ -111,6 +112,7 @@ def _train(
             address=address,
             fresh=fresh,
             wait=wait,
+            trackers=trackers,
             console=progress_console(),
         )
     if as_json:
