@@ -132,7 +132,8 @@ def plan_table(plan: dict[str, Any], duration: Callable[[float], str], size: Cal
         table.add_column(column, no_wrap=True, justify="left" if column == "state" else "right")
     for number, cohort in enumerate(plan["cohorts"], 1):
         for student in cohort["students"]:
-            takes = "unknown" if student["seconds"] is None else duration(student["seconds"])
+            seconds = student["seconds"]
+            takes = "unknown" if seconds is None else duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
             state = student["standing"] + (f", stage I of {student['rides']}" if student["rides"] else "")
             table.add_row(student["name"], f"{student['parameters']:,}", f"{student['steps']:,}", takes, state)
         each = f"{cohort['cpus']:g} CPU" + (f" + {cohort['gpus']:g} GPU" if cohort["gpus"] else "")

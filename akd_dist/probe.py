@@ -28,7 +28,7 @@ from akd_dist.student import EVALUATION_ROWS, Student
 
 FIRST_ROWS = 16
 """Rows of a first step, by which it is seen whether a step on the whole batch is short enough to be measured."""
-PROBE_SECONDS = 0.3
+PROBE_SECONDS = 0.25
 """How long the timed steps of one model take at most, or one step of the first rows where that takes longer."""
 ALL_SECONDS = 30.0
 """How long the probes of a fleet take at most; further models are estimated from the nearest by size."""
@@ -181,11 +181,9 @@ def _measure(
     if few * share / rows <= PROBE_SECONDS:
         rows = share
     batch, stream = _batch(fleet, splits, rows, device)
-    deadline = time.perf_counter() + PROBE_SECONDS
     if rows > len(first.rows):
-        per_step = _timed(student, batch)
-    while time.perf_counter() + per_step < deadline:
-        per_step = min(per_step, _timed(student, batch))
+        _timed(student, batch)  # allocates
+        per_step = _mean_seconds(student, batch)
     evaluated = min(EVALUATION_ROWS, len(splits.validation), max(1, int(rows * PROBE_SECONDS / per_step)))
     evaluation = _evaluation_seconds(student, splits, evaluated)
     values = splits.train.inputs[0].size
@@ -204,7 +202,7 @@ def _measure(
             if isinstance(value, torch.Tensor)
         ),
         step_memory=math.ceil(share * (kept + 2 * saved.largest / len(first.rows))),
-        evaluation_memory=math.ceil(EVALUATION_ROWS * (3 * saved.largest / len(first.rows) + 4 * values)),
+        evaluation_memory=math.ceil(EVALUATION_ROWS * (2 * saved.largest / len(first.rows) + 4 * values)),
     )
 
 
@@ -227,6 +225,14 @@ def _timed(student: Student, batch: Batch) -> float:
     started = time.perf_counter()
     student.take_step(batch, steps_per_epoch=1 << 30)  # waits for a GPU, since it reads the loss
     return time.perf_counter() - started
+
+
+def _mean_seconds(student: Student, batch: Batch) -> float:
+    started, steps = time.perf_counter(), 0
+    while steps == 0 or time.perf_counter() - started < PROBE_SECONDS:
+        _timed(student, batch)
+        steps += 1
+    return (time.perf_counter() - started) / steps
 
 
 @torch.inference_mode()

@@ -440,7 +440,7 @@ class Shared:
         self.folders = {what: folder for what, folder in folders.items() if "://" not in folder}
         self.files = {what: file for what, file in (files or {}).items() if "://" not in file}
         self.cache_root, self.tell = cache_root, tell
-        self.tokens: list[Path] = []
+        self.tokens: dict[str, Path] = {}
         self.good: set[str] = set()
         self.asked: dict[str, Any] = {}
         self.bad: set[str] = set()
@@ -452,15 +452,7 @@ class Shared:
         Raises:
             MachineError: a node does not see a folder.
         """
-        seen = dict(self.files)
         try:
-            for what, folder in self.folders.items():
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                token = Path(folder) / f".seen-{secrets.token_hex(8)}.partial"
-                replace(token, b"", durable=False)
-                self.tokens.append(token)
-                seen[what] = str(token)
-            self.seen = seen
             while self.look(strict=True):
                 time.sleep(POLL_SECONDS)
         except BaseException:
@@ -469,7 +461,7 @@ class Shared:
         return self
 
     def __exit__(self, *leaving: object) -> None:
-        for token in self.tokens:
+        for token in self.tokens.values():
             token.unlink(missing_ok=True)
 
     def look(self, *, strict: bool = False) -> bool:
@@ -511,7 +503,16 @@ class Shared:
     def _ask(self, name: str) -> Any:
         pinned: Any = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(name, soft=False)
         remote = ray.remote(not_seen).options(num_cpus=0, max_retries=1, scheduling_strategy=pinned)
-        return remote.remote(self.seen, self.cache_root)
+        tokens = {what: str(token) for what, token in self._tokens().items()}
+        return remote.remote(self.files | tokens, self.cache_root)
+
+    def _tokens(self) -> dict[str, Path]:
+        """What other nodes must see; written for the first of them, since a driver that is alone needs none."""
+        for what, folder in self.folders.items():
+            if what not in self.tokens:
+                self.tokens[what] = Path(folder) / f".seen-{secrets.token_hex(8)}.partial"
+                replace(self.tokens[what], b"", durable=False)
+        return self.tokens
 
     def _judge(self, node: Node, answer: Any, strict: bool) -> None:
         try:

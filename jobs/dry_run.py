@@ -32,8 +32,6 @@ from akd_dist.rows import Splits
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.errors import MachineError
 
-CHECKPOINTS_AT_ONCE = 3  # the two that are kept, and the one that is being written
-
 
 def costs_of(recipe: Recipe, todo: Sequence[Student], splits: Splits, parameters: dict[str, int], run: Path) -> Costs:
     """What the students that are not done take, from a probe on this machine and from where their checkpoints stand."""
@@ -122,9 +120,13 @@ def draw_up(
 
 
 def disk(todo: Sequence[Student], costs: Costs) -> tuple[int, int]:
-    """Bytes of checkpoints, the most at a time, and of delivered models. Both stay with the run."""
+    """Bytes of checkpoints, the most at a time, and of delivered models. Both stay with the run.
+
+    Two checkpoints of each student are kept, and one is being written.
+    """
     takes = [costs.takes(spec) for spec in todo]
-    return sum(CHECKPOINTS_AT_ONCE * one.checkpoint for one in takes), sum(one.weights for one in takes)
+    sizes = [one.checkpoint for one in takes]
+    return 2 * sum(sizes) + max(sizes, default=0), sum(one.weights for one in takes)
 
 
 def check_disk(run: Path, todo: Sequence[Student], needed: int) -> int:

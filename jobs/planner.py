@@ -20,8 +20,8 @@ from akd_dist.storage.errors import MachineError, RecipeError, RefusedError
 # What starting and stopping one Ray Train run costs, whatever it trains (measured: 9 to 14 s on 2 cores, Ray 2.60).
 START_SECONDS = 14.0
 UNKNOWN_SECONDS = 1e-6  # of a step; not 0, by which all students would land in one cohort and leave the others empty
-# A worker before it has students: Python, torch, Ray, and what our modules import (measured: 420 to 470 MB).
-PROCESS_BYTES = 480_000_000
+# A worker beside its students: Python, our modules, and what torch loads for a first step (measured: 580 to 630 MB).
+PROCESS_BYTES = 650_000_000
 GPU_PROCESS_BYTES = 3_000_000_000
 """The same with CUDA loaded; as others report it, not measured by us."""
 
