@@ -7,15 +7,19 @@
     akd_dist.open_store(uri).rows(view, start, stop)     float32 [n, classes]
     akd_dist.load_model("runs/digits/students/...")      a torch.nn.Module
     akd_dist.report("runs/digits")                       report.html, written afresh
+    akd_dist.evaluate(student, "runs/digits")            a student's metrics on data, and its agreement with others
+    akd_dist.predict(student, "new.parquet", out)        what it says of every row, as Parquet
+    akd_dist.export(student, "onnx", out)                the student for those without akd-dist, checked
 
 Importing this module is instant: each verb imports what it needs when it is called.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +27,23 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from akd_dist.examples import Asked
     from akd_dist.recipe import Recipe
+    from akd_dist.rows import Progress
     from akd_dist.storage.reader import LogitStore
 
 
-__all__ = ["cache_teacher", "compare", "load_model", "open_store", "report", "train_students"]
+__all__ = [
+    "cache_teacher",
+    "compare",
+    "evaluate",
+    "export",
+    "load_model",
+    "open_store",
+    "predict",
+    "report",
+    "train_students",
+]
 
 
 def cache_teacher(
@@ -218,10 +234,188 @@ def report(run: str | Path) -> Path:
     return write_report(Path(run))
 
 
+def evaluate(
+    student: str | Path,
+    data: str | Path,
+    *,
+    others: Sequence[str | Path] = (),
+    split: str | None = None,
+    input: str | Sequence[str] | None = None,
+    label: str | None = None,
+    tokenizer: str | Path | None = None,
+    device: str = "cpu",
+    cache_root: str | Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Every metric of a model on data; and of others, with how far they agree with it.
+
+    Args:
+        student: a folder or URI with model.safetensors and model.json, as `<run>/students/<student>`.
+        data: a recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; or `digits`.
+        others: further model folders, for the same inputs and classes.
+        split: of a recipe; None takes `test`.
+        input: the column of inputs, or two of a pair of texts; None takes those of the student's run, or `input`.
+        label: the column of labels; None takes that of the student's run, or `label`.
+        tokenizer: a tokenizer's folder, or its name on the hub, where it lies neither beside the model nor in its run.
+        device: `cpu` or `cuda`.
+        cache_root: folder of this machine's prepared data; by default in the user's cache folder.
+        console: where progress is told; None tells nothing.
+
+    Returns:
+        The document that `akd-dist evaluate --json` prints (schemas/evaluate.schema.json).
+
+    Raises:
+        AkdError: a refusal: options, model or data.
+    """
+    from akd_dist.evaluation import evaluate
+
+    asked = _asked(data, split, input, label, tokenizer)
+    with _meters(console) as on_progress:
+        return evaluate(
+            absolute_root(student),
+            asked,
+            Path(_cache_root(cache_root)),
+            others=[absolute_root(other) for other in others],
+            device=device,
+            on_progress=on_progress,
+        )
+
+
+def predict(
+    student: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    split: str | None = None,
+    input: str | Sequence[str] | None = None,
+    label: str | None = None,
+    tokenizer: str | Path | None = None,
+    logits: bool = True,
+    force: bool = False,
+    device: str = "cpu",
+    cache_root: str | Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """What a model says of every row, as a Parquet file: whole, or absent.
+
+    Args:
+        student, data, split, input, tokenizer, device, cache_root, console: as for `evaluate`.
+        out: the file; see `evaluation.predict` for its columns.
+        label: the column of labels; None takes that of the student's run, or `label`, where there is one; an empty
+            name reads no labels.
+        logits: whether to write the column of logits.
+        force: whether `out` may take the place of another file.
+
+    Returns:
+        The document that `akd-dist predict --json` prints (schemas/predict.schema.json).
+
+    Raises:
+        AkdError: a refusal: options, model or data.
+    """
+    from akd_dist.evaluation import predict
+
+    asked = _asked(data, split, input, label, tokenizer)
+    with _meters(console) as on_progress:
+        return predict(
+            absolute_root(student),
+            asked,
+            Path(absolute_root(out)),
+            Path(_cache_root(cache_root)),
+            with_logits=logits,
+            overwrite=force,
+            device=device,
+            on_progress=on_progress,
+        )
+
+
+def export(
+    student: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    split: str | None = None,
+    input: str | Sequence[str] | None = None,
+    tokenizer: str | Path | None = None,
+    force: bool = False,
+    cache_root: str | Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """A model as others run it, without akd-dist; kept only if it gives the same logits as here.
+
+    Args:
+        student: as for `evaluate`.
+        to: `onnx`, `torch-export` or `huggingface`.
+        out: the file; a folder for `huggingface`.
+        data: rows to compare logits on; None takes those of the student's run, and random inputs outside of one.
+        split, input, tokenizer, cache_root, console: as for `evaluate`.
+        force: whether `out` may take the place of something else.
+
+    Returns:
+        The document that `akd-dist export --json` prints (schemas/export.schema.json).
+
+    Raises:
+        AkdError: a refusal: options, model or data; the model cannot be exported, or the export does not agree.
+    """
+    from akd_dist.exports import export
+
+    asked = None if data is None else _asked(data, split, input, "", tokenizer)
+    with _meters(console) as on_progress:
+        return export(
+            absolute_root(student),
+            to,
+            Path(absolute_root(out)),
+            Path(_cache_root(cache_root)),
+            asked=asked,
+            tokenizer=None if tokenizer is None else str(tokenizer),
+            force=force,
+            on_progress=on_progress,
+        )
+
+
 def absolute_root(root: str | Path) -> str:
     """A local root as an absolute path, before any worker changes directory; a URI as it is."""
     text = os.fspath(root)
     return text if "://" in text else str(Path(text).expanduser().absolute())
+
+
+def _asked(
+    data: str | Path,
+    split: str | None,
+    input: str | Sequence[str] | None,
+    label: str | None,
+    tokenizer: str | Path | None,
+) -> Asked:
+    from akd_dist.examples import DIGITS, Asked
+
+    return Asked(
+        data=DIGITS if str(data) == DIGITS else absolute_root(data),
+        split=split,
+        input=(input,) if isinstance(input, str) else tuple(input or ()),
+        label=label,
+        tokenizer=None if tokenizer is None else str(tokenizer),
+    )
+
+
+@contextlib.contextmanager
+def _meters(console: Console | None) -> Iterator[Progress | None]:
+    """Progress on a console, a meter for each thing that is done, one after the other."""
+    if console is None:
+        yield None
+        return
+    from akd_dist.jobs.progress import Meter, meter
+
+    with contextlib.ExitStack() as stack:
+        shown: dict[str, Meter] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                stack.close()
+                shown[what] = stack.enter_context(meter(console, what, total))
+                shown[what].update(0)
+            shown[what].update(done)
+
+        yield update
 
 
 def _cache_root(given: str | Path | None) -> str:

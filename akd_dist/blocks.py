@@ -8,13 +8,15 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from akd_dist.storage.errors import RefusedError
+
+T = TypeVar("T")
 
 MAX_THREADS = 16
 OPEN_BYTES = 1 << 28
@@ -178,6 +180,39 @@ class _Reading:
                 stream.at = block.start + len(block)
                 heapq.heappush(self.idle, stream)
             self.changed.notify_all()
+
+
+def map_blocks(streams: Sequence[Stream], rows: int, work: Callable[[Block], T], threads: int) -> Iterator[T]:
+    """What `work` makes of every block of all streams, in the order of rows; `threads` of them are worked on ahead.
+
+    Args:
+        streams: in the order of their rows.
+        rows: the most rows of a block.
+
+    Raises:
+        RefusedError: of the first row that fails: the block that fails is worked on again row by row.
+    """
+
+    def to_the_row(block: Block) -> T:
+        try:
+            return work(block)
+        except RefusedError:
+            for offset in range(len(block)):
+                work(block.single(offset))
+            raise
+
+    ahead: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for block in itertools.chain.from_iterable(stream.blocks(rows) for stream in streams):
+                ahead.append(pool.submit(to_the_row, block))
+                if len(ahead) > threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for waiting in ahead:
+                waiting.cancel()
 
 
 def first_block(streams: Sequence[Stream]) -> Block:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +17,63 @@ import torch
 from safetensors import SafetensorError
 
 from akd_dist.storage.errors import DamagedError
-from akd_dist.storage.files import failpoint, replace, sha256
+from akd_dist.storage.fence import Writer
+from akd_dist.storage.files import failpoint, sha256
 
 MAGIC = b"AKDCKPT1"
 _HEAD = len(MAGIC) + 64
 _KEEP = 2
+DAMAGED = ".damaged"
+"""The suffix of a checkpoint that was set aside."""
 
 log = logging.getLogger(__name__)
 
 
-def save_checkpoint(folder: Path, name: str, tree: Any) -> Path:
+def save_checkpoint(folder: Path, name: str, tree: Any, writer: Writer | None = None) -> Path:
     """Write a tree of dicts, lists, tuples, numbers, strings and tensors as `<name>.ckpt`, and keep the last two.
 
-    Names sort by progress; the file appears whole or not at all.
+    Names sort by progress; the file appears whole or not at all, and not if somebody took over from the writer.
     """
-    path = folder / f"{name}.ckpt"
+    path, writer = folder / f"{name}.ckpt", writer or Writer()
     failpoint("checkpoint.before_save")
-    replace(path, encode(tree))
+    writer.replace(path, encode(tree))
+    failpoint("checkpoint.after_save")
     for old in checkpoints(folder)[:-_KEEP]:
-        old.unlink(missing_ok=True)
+        writer.remove(old)
     return path
 
 
 def load_checkpoint(folder: Path) -> Any | None:
-    """The newest intact tree of a folder, None where there is no checkpoint.
+    """The newest intact tree of a folder, as `newest_checkpoint`; None where there is no checkpoint."""
+    found = newest_checkpoint(folder)
+    return None if found is None else found[1]
 
-    A damaged file is passed over, with a warning, for the one before it.
+
+def newest_checkpoint(
+    folder: Path, writer: Writer | None = None, tell: Callable[[str], None] = lambda text: None
+) -> tuple[Path, Any] | None:
+    """The newest intact file of a folder and its tree, None where there is no checkpoint.
+
+    A damaged file is passed over for the one before it, and set aside as `.damaged`.
+
+    Args:
+        tell: told of each that is passed over; a warning is logged besides.
 
     Raises:
         DamagedError: there are checkpoints and none of them is intact.
     """
-    found, damaged = checkpoints(folder), []
+    found, damaged, writer = checkpoints(folder), [], writer or Writer()
     for path in reversed(found):
         try:
             tree = decode(path.read_bytes(), path)
         except DamagedError as error:
             log.warning("%s; falling back to the one before", error)
+            tell(f"{error.what}; falling back to the one before")
             damaged.append(path)
             continue
         for bad in damaged:  # else it would be kept as one of the last two, and an intact one removed
-            bad.rename(bad.with_suffix(".damaged"))
-        return tree
+            writer.rename(bad, bad.with_suffix(DAMAGED).name)
+        return path, tree
     if not found:
         return None
     raise DamagedError(

@@ -21,16 +21,18 @@ from akd_dist.device import settle
 from akd_dist.metrics import predictions
 from akd_dist.models import ModelCard, add_folder
 from akd_dist.rows import Rows, Splits, prepare
-from akd_dist.storage.errors import AkdError, MachineError, RefusedError
-from akd_dist.storage.files import failpoint, file_lock, replace
+from akd_dist.storage.errors import AkdError, HeldError, MachineError, RefusedError
+from akd_dist.storage.fence import Writer, take_over
+from akd_dist.storage.files import failpoint, file_lock, read_json, replace
 from akd_dist.storage.node_cache import open_decoded
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.stream import Stream
-from akd_dist.student import Group, Student, fail_before_start
+from akd_dist.student import Group, OutOfStepError, Student, fail_before_start
 
 PROGRESS_SECONDS = 0.5
-# A worker of a killed driver may live on for half a minute (measured); the next attempt waits that long for its lock.
-ZOMBIE_SECONDS = 90.0
+# A worker may live on for half a minute after its driver or raylet was killed (measured). So long it may take to see
+# its stop file, checkpoint and leave; whoever is still there is shut out, and at most its last interval is lost.
+ZOMBIE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class CohortJob:
     """Time between checkpoints; 0 writes one at the end of every epoch and nowhere else."""
     device: str = "cpu"
     """Where the students compute: `cpu`, or `cuda` for this worker's GPU."""
+    patience: float = ZOMBIE_SECONDS
+    """How long to wait for workers of earlier attempts, in seconds."""
 
     @property
     def stop_file(self) -> Path:
@@ -92,6 +96,7 @@ def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
     Raises:
         RefusedError: the data of this node is not that of the driver, or a probe view's pixels differ.
         DamagedError: a store is damaged; no student has taken a step.
+        HeldError: a later worker has taken a student over; nothing was written since.
     """
     device = settle(job.device, job.students[0].threads)
     add_folder(job.folder)
@@ -102,18 +107,36 @@ def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
 
 def train_on(job: CohortJob, splits: Splits, device: torch.device, group: Group) -> dict[str, Any]:
     """`train_cohort` on rows that are at hand, in a process that `settle` has settled."""
-    stream, teacher_classes = open_stream(job, splits)
+    stream, teacher_said = open_stream(job, splits)
     with contextlib.ExitStack() as locks:
-        if group.rank == 0:
-            for spec in job.students:
-                lock = Path(job.root) / spec.name / "checkpoints" / "lock"
-                locks.enter_context(file_lock(lock, what=f"the student {spec.name}", wait=ZOMBIE_SECONDS))
-        group.any(False)  # nobody reads a checkpoint before rank 0 holds the locks
-        opened = [open_student(job, spec, splits.train, group, device) for spec in job.students]
+        writers = claim_students(job, locks) if group.rank == 0 else {}
+        group.any(False)  # nobody reads a checkpoint before rank 0 is the only one to write
+        opened = [open_student(job, spec, splits.train, group, device, writers.get(spec.name)) for spec in job.students]
         students = [student for student in opened if student is not None]
         failpoint("cohort.before_first_step")
-        stopped = _Lockstep(job, group, stream, splits, teacher_classes, students).run()
+        stopped = _Lockstep(job, group, stream, splits, teacher_said, students).run()
     return {"stopped": stopped, "students": [result for spec in job.students if (result := read_result(job, spec))]}
+
+
+def claim_students(job: CohortJob, locks: contextlib.ExitStack) -> dict[str, Writer]:
+    """Become the writer of each student that has not ended: once its earlier worker has left, or by shutting it out.
+
+    Raises:
+        HeldError: a later attempt has one of them.
+    """
+    writers, until = {}, time.monotonic() + job.patience
+    for spec in job.students:
+        if not ended(job, spec):
+            folder, what = Path(job.root) / spec.name / "checkpoints", f"the student {spec.name}"
+            wait_for_lock(folder / "lock", what, until, locks)
+            writers[spec.name] = take_over(folder, job.attempt, what)
+    return writers
+
+
+def wait_for_lock(lock: Path, what: str, until: float, locks: contextlib.ExitStack) -> None:
+    """Give whoever holds a student's lock until then, by the monotonic clock, to checkpoint and leave."""
+    with contextlib.suppress(HeldError):  # it does not answer: stopped, or cut off
+        locks.enter_context(file_lock(lock, what=what, wait=max(0.0, until - time.monotonic())))
 
 
 def stop_attempts(control: Path, last: int) -> None:
@@ -136,15 +159,11 @@ def check_fingerprints(job: CohortJob, splits: Splits) -> None:
 
 
 def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | None]:
-    """The cohort's stream, and the class that the teacher chooses for each test row, int64 [n], both from stores.
-
-    For regression there are no classes to agree on.
-    """
-    logits, teacher_classes = None, None
+    """The cohort's stream, and what the teacher says of each test row, as `stored_predictions`: both from stores."""
+    logits, teacher_said = None, None
     if job.stores:
-        test = open_store(job.teacher_test or job.stores["test"])  # opened, and so checked, whatever the task
-        if splits.test.task == "classification":
-            teacher_classes = stored_predictions(test, splits.test).numpy()
+        test = open_store(job.teacher_test or job.stores["test"])
+        teacher_said = stored_predictions(test, splits.test).numpy()
         logits = open_decoded(open_store(job.stores["train"]), Path(job.cache_root))
     stream = Stream(
         splits.train,
@@ -158,7 +177,7 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | No
     )
     if job.stores:
         stream.check_probes(open_store(job.stores["train"]).manifest)
-    return stream, teacher_classes
+    return stream, teacher_said
 
 
 def stored_predictions(store: LogitStore, rows: Rows) -> torch.Tensor:
@@ -169,7 +188,12 @@ def stored_predictions(store: LogitStore, rows: Rows) -> torch.Tensor:
 
 
 def open_student(
-    job: CohortJob, spec: recipe.Student, rows: Rows, group: Group, device: torch.device
+    job: CohortJob,
+    spec: recipe.Student,
+    rows: Rows,
+    group: Group,
+    device: torch.device,
+    writer: Writer | None = None,
 ) -> Student | None:
     """The student at its newest checkpoint; None if it has ended before, or ends here because it cannot be set up."""
     if ended(job, spec):
@@ -184,14 +208,16 @@ def open_student(
             log=log,
             attempt=job.attempt,
             group=group,
+            writer=writer,
             metric=job.data.primary_metric,
             device=device,
         )
         student.resume()
-    except MachineError:
+    except (MachineError, HeldError):
         raise
     except Exception as error:
-        fail_before_start(spec, folder, log, error)
+        if group.rank == 0:
+            fail_before_start(spec, folder, log, error, writer)
         return None
     return student
 
@@ -203,17 +229,17 @@ def ended(job: CohortJob, spec: recipe.Student) -> bool:
 
 
 def read_result(job: CohortJob, spec: recipe.Student) -> dict[str, Any] | None:
-    """The fleet.json entry that a student left when it ended, None if it has not ended."""
-    path = Path(job.root) / spec.name / "result.json"
-    return json.loads(path.read_bytes()) if path.exists() else None
+    """The fleet.json entry that a student left when it ended, None if it has not ended.
+
+    What is not whole counts as not there: the student goes on from its last checkpoint, and ends the same.
+    """
+    result: dict[str, Any] | None = read_json(Path(job.root) / spec.name / "result.json")
+    return result
 
 
 def read_progress(job: CohortJob) -> dict[str, Any] | None:
     """The latest progress document of a cohort; None before its first."""
-    try:
-        document: dict[str, Any] = json.loads(job.progress_file.read_bytes())
-    except FileNotFoundError:
-        return None
+    document: dict[str, Any] | None = read_json(job.progress_file)
     return document
 
 
@@ -226,11 +252,11 @@ class _Lockstep:
         group: Group,
         stream: Stream,
         splits: Splits,
-        teacher_classes: np.ndarray | None,
+        teacher_said: np.ndarray | None,
         students: list[Student],
     ) -> None:
         self.job, self.group, self.stream, self.splits = job, group, stream, splits
-        self.teacher_classes, self.students = teacher_classes, students
+        self.teacher_said, self.students = teacher_said, students
         self.saved_at = self.told_at = time.monotonic()
         self.rows_seen, self.started = 0, time.monotonic()
 
@@ -238,11 +264,27 @@ class _Lockstep:
     def active(self) -> list[Student]:
         return [student for student in self.students if student.training]
 
+    @property
+    def moving(self) -> list[Student]:
+        """Those that take steps; others ride along until their leader's stage I is over."""
+        return [student for student in self.active if self._leader(student) is None]
+
+    def _leader(self, student: Student) -> Student | None:
+        """Whose stage I a student that has not begun waits for: it would train the very same one."""
+        if student.spec.stage1 is None or not student.untouched:
+            return None
+        alike = [other for other in self.active if other.stage_index == 0 and other.spec.stage1 == student.spec.stage1]
+        first = max(alike, key=lambda other: (other.epoch, other.step))  # of equals the first one
+        return None if first is student else first
+
     def run(self) -> bool:
         """Train until every student has ended; True if the stop file ended it first."""
+        for student in self.active:
+            if student.epochs == 0:
+                self._guarded(student, self._finish_untrained, student)
         stopped = False
-        while self.active and not stopped:
-            epoch = min(student.epoch for student in self.active)
+        while self.moving and not stopped:
+            epoch = min(student.epoch for student in self.moving)
             stopped = self._epoch(epoch)
             if not stopped and self.job.checkpoint_seconds == 0:
                 self._save()
@@ -250,7 +292,7 @@ class _Lockstep:
         return stopped
 
     def _epoch(self, epoch: int) -> bool:
-        here = [student for student in self.active if student.epoch == epoch]
+        here = [student for student in self.moving if student.epoch == epoch]
         stream = self.stream if any(student.stage.needs_logits for student in here) else self.stream.without_logits()
         first = min(student.step for student in here)
         for batch in stream.batches(epoch, first, self.group.rank, self.group.world):
@@ -265,20 +307,28 @@ class _Lockstep:
                 self._guarded(student, self._end_epoch, student)
         return False
 
+    def _finish_untrained(self, student: Student) -> None:
+        student.keep_initial(self.splits.validation)
+        student.finish(self.splits.test, self.teacher_said)
+
     def _end_epoch(self, student: Student) -> None:
+        riders = [other for other in self.active if self._leader(other) is student]
         record, metric = student.end_epoch(self.splits.validation), self.job.data.primary_metric
         student.note(
             f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "
             f"validation {metric} {record['validation'][metric]:.4f}"
         )
+        if student.stage_index > 0:
+            for rider in riders:
+                self._guarded(rider, rider.fork_from, student)
         if student.epoch == student.epochs:
-            student.finish(self.splits.test, self.teacher_classes)
+            student.finish(self.splits.test, self.teacher_said)
 
     def _guarded(self, student: Student, act: Callable[..., object], *arguments: object) -> None:
         """Let a student fail alone: its exception ends it, and nobody else."""
         try:
             act(*arguments)
-        except AkdError:
+        except (AkdError, OutOfStepError):
             raise
         except Exception as error:
             student.fail(error)
@@ -294,21 +344,26 @@ class _Lockstep:
         return stop
 
     def _save(self) -> None:
-        for student in self.active:
+        for student in self.moving:
             student.save()
         self.saved_at = time.monotonic()
 
-    def _steps_of(self, student: Student) -> int:
-        """Steps behind a student; all of them once it has ended, however it did."""
+    def _steps_of(self, student: Student) -> tuple[int, int]:
+        """Steps behind a student and in all, without those that another takes for it; all once it has ended."""
         per_epoch = self.stream.steps_per_epoch
-        return student.epoch * per_epoch + student.step if student.training else student.epochs * per_epoch
+        leader = self._leader(student)
+        shared = student.stages[0].epochs if leader else student.epochs_shared
+        total = (student.epochs - shared) * per_epoch
+        done = 0 if leader else (student.epoch - shared) * per_epoch + student.step
+        return (done if student.training else total), total
 
     def _tell(self, *, force: bool = False) -> None:
         now = time.monotonic()
         if self.group.rank != 0 or (now - self.told_at < PROGRESS_SECONDS and not force):
             return
         self.told_at = now
-        per_epoch = self.stream.steps_per_epoch
+        for student in self.active:
+            student.writer.check()  # a worker that was taken for dead has nothing to tell any more
         document = {
             "training": bool(self.active),
             "rows_per_second": self.rows_seen / max(now - self.started, 1e-9),
@@ -316,8 +371,9 @@ class _Lockstep:
                 {
                     "name": student.spec.name,
                     "state": "training" if student.result is None else student.result["state"],
-                    "steps": self._steps_of(student),
-                    "steps_total": student.epochs * per_epoch,
+                    "waits_for": leader.spec.name if (leader := self._leader(student)) else None,
+                    "steps": self._steps_of(student)[0],
+                    "steps_total": self._steps_of(student)[1],
                     "stage": student.stage.name,
                     "epoch": student.epoch,
                     "epochs": student.epochs,

@@ -89,7 +89,7 @@ def check_schema(schema: Any, spec: recipe.Table, what: str, first: Any = None) 
     Raises:
         RefusedError: names the column and `what` it is missing from.
     """
-    for key, names, kind_of in (("input", input_columns(spec), input_kind), ("label", (spec.label,), label_kind)):
+    for key, names, kind_of in (("input", input_columns(spec), input_kind), ("label", label_columns(spec), label_kind)):
         for name in names:
             _check_column(schema, key, name, what, first, kind_of)
 
@@ -128,6 +128,11 @@ def _check_column(
 def input_columns(spec: recipe.Table) -> tuple[str, ...]:
     """The one or two columns of inputs."""
     return (spec.input,) if isinstance(spec.input, str) else tuple(spec.input)
+
+
+def label_columns(spec: recipe.Table) -> tuple[str, ...]:
+    """The column of labels; none where the spec names none, as for rows that are only predicted."""
+    return (spec.label,) if spec.label else ()
 
 
 def class_label_names(schema: Any, column: str) -> tuple[str, ...] | None:

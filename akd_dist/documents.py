@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from akd_dist.recipe import Metric, Task, recipe_schema
+from akd_dist.recipe import Metric, Precision, Task, recipe_schema
 
 SCHEMAS = Path(__file__).parent / "schemas"
 
@@ -217,6 +217,132 @@ class FleetPlanDocument(Document):
     """From the first start to the end of the last cohort; without the teacher and its caching."""
 
 
+class StoreUse(Document):
+    """A run that used a store on some day."""
+
+    run: str
+    """Path of the run's folder, or of the folder of a model that was trained from the store."""
+    host: str
+    """Where its driver ran."""
+    user: str | None
+    """Whose it was; null where the user has no name."""
+    time: str
+    """When it began to use the store, the first time on that day: ISO 8601, UTC."""
+    command: str
+    """The command line."""
+    lock: str | None
+    """A file that the run holds locked while it lives."""
+
+
+class StoreEntry(Document):
+    """A store in a list."""
+
+    id: str
+    """The sha256 of its identity."""
+    sealed: bool
+    """Whether all of it is there."""
+    problem: str | None
+    """Why it cannot be read, if so; the numbers are zero then."""
+    model: str | None
+    """Label of its teacher's architecture; null where it does not say."""
+    teacher: str
+    """Fingerprint of its teacher."""
+    data: str | None
+    """The dataset's source and the split, as the recipe had them; null where that is not known."""
+    split: str | None
+    """Which rows it was made for; null where that is not known."""
+    dataset: str
+    """Fingerprint of its rows."""
+    rows: Count
+    """Rows of the dataset."""
+    views: Count
+    """Augmented views of each row."""
+    augmentation: dict[str, Any]
+    """What the views are drawn by."""
+    classes: Count
+    """Logits a row."""
+    encoding: str
+    """Precision of the stored logits."""
+    bytes: Count
+    """Size of the shards that are there."""
+    shards: Count
+    """Number of shards of the whole store."""
+    shards_done: Count
+    """How many of them are there, with a receipt."""
+    partials: Count
+    """Files in the making, their writers alive or dead."""
+    modified: str
+    """When it was sealed, or its last object written if it is not: ISO 8601, UTC, by the storage's clock."""
+    runs: list[str]
+    """The runs that used it, the latest first."""
+    last_used: str | None
+    """When a run last began to use it; null if there is no record of any."""
+    uses: list[StoreUse]
+    """The records of its use, one a run and day, the latest first."""
+
+
+class StoresDocument(Document):
+    """What `akd-dist stores list --json` prints."""
+
+    store_root: str
+    """Where the stores lie."""
+    stores: list[StoreEntry]
+    """Every store, those of one teacher together, the teacher used last first."""
+
+
+class StoreReceipts(Document):
+    """What the writers of a store's shards said, in short."""
+
+    seconds: float
+    """Time that the teacher took for its logits, over all shards that were computed for this store."""
+    hosts: dict[str, Count]
+    """How many shards each host wrote."""
+
+
+class StoreDecoded(Document):
+    """The decoded, memory-mapped copy of a store on this node."""
+
+    bytes: Count
+    """Bytes that it takes."""
+    in_use: bool
+    """Whether a process of this node has it mapped."""
+
+
+class StoreDocument(StoreEntry):
+    """What `akd-dist stores show --json` prints."""
+
+    store: str
+    """Path or URI of its folder."""
+    receipts: StoreReceipts
+    """What its shards took, and who wrote them."""
+    decoded: StoreDecoded | None
+    """Its decoded copy under the cache root; null if there is none."""
+    manifest: dict[str, Any] | None
+    """The seal; null for an unsealed store."""
+
+
+class StoreRemoval(Document):
+    """A store that `akd-dist stores gc` was asked for."""
+
+    id: str
+    """Its id."""
+    bytes: Count
+    """Size of its shards."""
+    kept: str | None
+    """Why it stays; null if it went, or would go."""
+
+
+class GcDocument(Document):
+    """What `akd-dist stores gc --json` prints."""
+
+    dry_run: bool
+    """Whether nothing was removed."""
+    removed: list[str]
+    """Keys of what interrupted runs had left."""
+    stores: list[StoreRemoval]
+    """Stores as old, or unused for as long, as was asked for."""
+
+
 class Metrics(Document):
     """Metrics of a model on one split: those of the task, and the loss where it was measured. Higher is better."""
 
@@ -286,6 +412,8 @@ class FleetStudent(Document):
     regression."""
     seconds: float
     """Time spent on its training."""
+    stage1_from: str | None = None
+    """The student whose stage I it went on from, which would have been the same; null where it trained its own."""
     path: str
     """Its folder."""
     store: str
@@ -410,6 +538,123 @@ class CompareDocument(Document):
     """Objectives that the recipe cannot be compared under."""
 
 
+class EvaluatedModel(Document):
+    """A model and what was measured of it."""
+
+    path: str
+    """Its folder or URI."""
+    model: str
+    """Label of its architecture."""
+    parameters: Count
+    """Number of its weights."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    precision: Precision
+    """What it computed with: as in its run, where it lies in one; else the precision of its weights."""
+    metrics: Metrics
+    """Its metrics on the data."""
+
+
+class OtherModel(EvaluatedModel):
+    """A model that was compared with the student; nothing is counted for regression."""
+
+    agreement: Share | None
+    """Share of rows where both choose the same class."""
+    both_right: Count | None
+    """Rows that both get right."""
+    student_right: Count | None
+    """Rows that the student alone gets right."""
+    other_right: Count | None
+    """Rows that this model alone gets right."""
+    both_wrong: Count | None
+    """Rows that both get wrong, alike or not."""
+
+
+class EvaluationDocument(Document):
+    """What `akd-dist evaluate --json` prints."""
+
+    student: EvaluatedModel
+    """The model that was asked for."""
+    others: list[OtherModel]
+    """Those that it was compared with."""
+    data: str
+    """The data, as named."""
+    split: Literal["train", "validation", "test"] | None
+    """Of a recipe; else null."""
+    rows: Count
+    """How many."""
+    task: Task
+    """What a label is."""
+    device: Literal["cpu", "cuda"]
+    """Where it was computed."""
+    seconds: float
+    """Wall-clock time."""
+
+
+class PredictionDocument(Document):
+    """What `akd-dist predict --json` prints."""
+
+    student: str
+    """The model's folder or URI."""
+    model: str
+    """Label of its architecture."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    data: str
+    """The data, as named."""
+    split: Literal["train", "validation", "test"] | None
+    """Of a recipe; else null."""
+    out: str
+    """The Parquet file."""
+    rows: Count
+    """How many."""
+    columns: list[Literal["row", "predicted", "probability", "logits", "label"]]
+    """What the file holds of each row."""
+    bytes: Count
+    """Size of the file."""
+    device: Literal["cpu", "cuda"]
+    """Where it was computed."""
+    seconds: float
+    """Wall-clock time."""
+
+
+class ExportDocument(Document):
+    """What `akd-dist export --json` prints."""
+
+    student: str
+    """The model's folder or URI."""
+    model: str
+    """Label of its architecture."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    to: Literal["onnx", "torch-export", "huggingface"]
+    """The format."""
+    out: str
+    """The file, or the folder of a Hugging Face model."""
+    bytes: Count
+    """Its size."""
+    inputs: str
+    """Dtype, shape and meaning of what it takes."""
+    outputs: str
+    """Dtype, shape and meaning of what it gives."""
+    data: str | None
+    """The data that it was compared on; null for random inputs."""
+    split: Literal["train", "validation", "test"] | None
+    """Of a recipe; else null."""
+    rows: Count
+    """How many of them."""
+    difference: float
+    """The largest difference between a logit of the export and torch's."""
+    tolerance: float
+    """The largest that would have been allowed."""
+    same_class: Count | None
+    """Rows for which both choose the same class; null for regression."""
+    notes: list[str]
+    """What to know besides."""
+    seconds: float
+    """Wall-clock time."""
+
+
 class Refusal(Document):
     """Why a command refused."""
 
@@ -438,8 +683,14 @@ def schemas() -> dict[str, dict[str, Any]]:
         "cache": CacheDocument,
         "cache-plan": PlanDocument,
         "fleet-plan": FleetPlanDocument,
+        "stores": StoresDocument,
+        "store": StoreDocument,
+        "gc": GcDocument,
         "fleet": FleetDocument,
         "compare": CompareDocument,
+        "evaluate": EvaluationDocument,
+        "predict": PredictionDocument,
+        "export": ExportDocument,
         "error": ErrorDocument,
     }
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}

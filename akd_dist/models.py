@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,16 +205,21 @@ def state_bytes(module: nn.Module) -> bytes:
     return safetensors.torch.save(state)
 
 
-def save_model(folder: Path, module: nn.Module, card: ModelCard) -> None:
+def save_model(
+    folder: Path, module: nn.Module, card: ModelCard, *, write: Callable[[Path, bytes], None] = replace
+) -> None:
     """Write a module as a model folder. The card comes last, so a folder with a card is whole.
+
+    Args:
+        write: gives a file its content, atomically.
 
     Raises:
         MachineError: the folder cannot be written.
     """
     weights = state_bytes(module)
-    replace(folder / WEIGHTS, weights)
+    write(folder / WEIGHTS, weights)
     written = card.model_copy(update={"model": _placeless(card.model), "weights_sha256": sha256(weights)})
-    replace(folder / CARD, json.dumps(written.model_dump(mode="json"), indent=1).encode() + b"\n")
+    write(folder / CARD, json.dumps(written.model_dump(mode="json"), indent=1).encode() + b"\n")
 
 
 def load_model(uri: str | Path) -> nn.Module:

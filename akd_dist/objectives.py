@@ -10,13 +10,24 @@ classes. The dtype of the labels tells the task: int64 are class ids, a float ty
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 import torch
 from torch.nn import functional
 
-from akd_dist.recipe import AnnealingKD, ContinuationKD, HardLabels, Kd, Linear, Objective, Schedule, Steps, Takd
+from akd_dist.recipe import (
+    AnnealingKD,
+    ContinuationKD,
+    HardLabels,
+    Kd,
+    Linear,
+    Objective,
+    Optimizer,
+    Schedule,
+    Steps,
+    Takd,
+)
 from akd_dist.storage.errors import RecipeError
 
 # ---- stages
@@ -33,6 +44,9 @@ class Stage(ABC):
 
     epochs: int
     """Length in epochs."""
+    _: KW_ONLY
+    optimizer: Optimizer | None = None
+    """What its loss is descended by; None takes the student's."""
 
     @abstractmethod
     def losses(
@@ -173,7 +187,7 @@ def stages(objective: Objective) -> tuple[Stage, ...]:
     match objective:
         case AnnealingKD():
             annealing = AnnealingStage(objective.stage1_epochs, objective.tau_max, objective.reduction)
-            return (annealing, HardLabelStage(objective.stage2_epochs))
+            return (annealing, HardLabelStage(objective.stage2_epochs, optimizer=objective.stage2_optimizer))
         case HardLabels():
             return (HardLabelStage(objective.epochs),)
         case Kd() | Takd():

@@ -23,7 +23,8 @@ from akd_dist.storage.errors import RefusedError
 from akd_dist.text import tokenizer_of
 
 _READ_ROWS = 512  # the most rows read and decoded at a time
-_READ_BYTES = 1 << 20  # the most bytes of inputs decoded at a time, if more than one row
+READ_BYTES = 1 << 20
+"""The most bytes of inputs decoded at a time, if more than one row."""
 _LABEL_BYTES = 8  # at most
 
 
@@ -119,7 +120,7 @@ def write_source(
                 done += len(block)
                 tell(done, source.rows)
 
-        most = max(1, min(_READ_ROWS, _READ_BYTES // reading.row_bytes))
+        most = max(1, min(_READ_ROWS, READ_BYTES // reading.row_bytes))
         for_each_block(source.streams, most, work, default_threads())
     labels = convert.finished(labels)
     for rows, _, path in files:

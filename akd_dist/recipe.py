@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -872,6 +873,15 @@ class Student(Training):
     """Its folder in the run; by default `<model>-<objective>-t<tau_max>-s<seed>`. Unique in the recipe."""
 
     _valid_name = field_validator("name")(_folder_name)
+
+    @property
+    def stage1(self) -> str | None:
+        """What students that train the same stage I have in common; None where no further stage follows."""
+        if not isinstance(self.objective, AnnealingKD):
+            return None
+        document = self.model_dump(mode="json", exclude={"name", "gpus"})
+        del document["objective"]["stage2_epochs"], document["objective"]["stage2_optimizer"]
+        return json.dumps(document)
 
 
 class Cache(Spec):

@@ -24,7 +24,7 @@ from PIL import Image
 
 from akd_dist import hub, recipe
 from akd_dist.blocks import Block, Stream
-from akd_dist.columns import Place, check_schema, class_label_names, input_columns
+from akd_dist.columns import Place, check_schema, class_label_names, input_columns, label_columns
 from akd_dist.factories import call_factory, source_of, whole
 from akd_dist.storage.errors import RefusedError
 
@@ -324,11 +324,12 @@ class _Parquet:
 
 
 def _columns_of(spec: recipe.Table) -> list[str]:
-    return list(dict.fromkeys([*input_columns(spec), spec.label]))
+    return list(dict.fromkeys([*input_columns(spec), *label_columns(spec)]))
 
 
 def _columns(spec: recipe.Table, table: Any) -> tuple[list[Any], Any]:
-    return [table.column(name) for name in input_columns(spec)], table.column(spec.label)
+    labels = [table.column(name) for name in label_columns(spec)] or [pa.nulls(len(table))]
+    return [table.column(name) for name in input_columns(spec)], labels[0]
 
 
 def _table(
@@ -340,7 +341,7 @@ def _table(
         streams,
         where,
         inputs=input_columns(spec),
-        label=(spec.label,),
+        label=label_columns(spec),
         class_names=class_label_names(schema, spec.label),
         classes=spec.classes,
     )
@@ -376,6 +377,17 @@ def _find_files(path: str) -> list[Path]:
     if not files:
         raise _nothing_at(place, "Parquet file", "a file, a folder with *.parquet files, or a glob")
     return files
+
+
+def column_names(path: str) -> list[str]:
+    """The columns of the first Parquet file that a path, a folder or a glob names.
+
+    Raises:
+        RefusedError: there is no such file, or it is no Parquet file.
+    """
+    with _opened(_find_files(path)[0]) as parquet:
+        names: list[str] = parquet.schema_arrow.names
+    return names
 
 
 def _opened(file: Path) -> pq.ParquetFile:

@@ -10,11 +10,11 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,17 +22,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from akd_dist import recipe
-from akd_dist.checkpoint import load_checkpoint, save_checkpoint
+from akd_dist.checkpoint import decode, newest_checkpoint, save_checkpoint
 from akd_dist.device import autocast, generator_states, set_generator_states, weights_dtype
 from akd_dist.metrics import measure, predictions
 from akd_dist.models import ModelCard, build, num_parameters, save_model
 from akd_dist.objectives import Stage, at_least_float32, label_losses, learning_rate, row_losses, stages
+from akd_dist.predictions import encode_predictions
 from akd_dist.rows import Rows
-from akd_dist.storage.files import append, failpoint, replace, sha256
+from akd_dist.storage.errors import DamagedError
+from akd_dist.storage.fence import Writer
+from akd_dist.storage.files import append, failpoint, sha256
 from akd_dist.stream import Batch
 
 EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
 CPU = torch.device("cpu")
+TEST_NAME = "test.parquet"
+"""What student and teacher say of each test row, beside its label."""
+
+Computed = TypeVar("Computed")
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,10 @@ class PeerFailedError(Exception):
     """Another rank of this student failed in the step; its log says why."""
 
 
+class OutOfStepError(Exception):
+    """This rank failed where others wait for it, so they cannot agree: all of them have to start again."""
+
+
 class Student:
     """The training state of one student.
 
@@ -102,6 +113,7 @@ class Student:
         log: its log file.
         attempt: which attempt of the run this is; part of checkpoint names.
         group: the data-parallel ranks it is trained on; rank 0 alone writes.
+        writer: what rank 0 writes through, so that a later worker can shut it out; None where there can be no other.
         metric: what picks the best epoch of each stage; None takes the usual one of the task.
         device: where module, optimizer and batches lie.
     """
@@ -115,17 +127,19 @@ class Student:
         log: Path,
         attempt: int = 1,
         group: Group | None = None,
+        writer: Writer | None = None,
         metric: recipe.Metric | None = None,
         device: torch.device = CPU,
     ) -> None:
         self.spec, self.card, self.folder, self.attempt = spec, card, folder, attempt
         self.metric, self.device = metric, device
-        self.group = group or Group()
+        self.group, self.writer = group or Group(), writer or Writer()
         self.log = log if self.group.rank == 0 else log.with_suffix(f".rank{self.group.rank}.log")
         self.stages = stages(spec.objective)
         self.epoch = self.step = self.stage_index = 0
         self.loss_sum, self.loss_rows = 0.0, 0
         self.seconds = 0.0
+        self.stage1_from: str | None = None
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, torch.Tensor] | None = None
         self.best_record: dict[str, Any] = {}
@@ -147,6 +161,21 @@ class Student:
     def stage(self) -> Stage:
         """The current stage."""
         return self.stages[self.stage_index]
+
+    @property
+    def descent(self) -> recipe.Optimizer:
+        """The optimizer of the current stage, as the recipe describes it."""
+        return self.stage.optimizer or self.spec.optimizer
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it stands where it was made."""
+        return self.training and self.epoch == self.step == 0
+
+    @property
+    def epochs_shared(self) -> int:
+        """Epochs that another student took for it."""
+        return self.stages[0].epochs if self.stage1_from else 0
 
     @property
     def stage_epoch(self) -> int:
@@ -172,9 +201,7 @@ class Student:
         """
         started = time.perf_counter()
         stage_step = self.stage_epoch * steps_per_epoch + self.step
-        rate = learning_rate(
-            self.spec.optimizer.lr, self.spec.optimizer.schedule, stage_step, self.stage.epochs * steps_per_epoch
-        )
+        rate = learning_rate(self.descent.lr, self.descent.schedule, stage_step, self.stage.epochs * steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.module.train()
@@ -183,7 +210,12 @@ class Student:
             value = float(total.detach())
             if self.group.any(not math.isfinite(value))[0]:
                 raise DivergedError(f"the loss is {value} in epoch {self.epoch}, step {self.step}, at lr {rate:g}")
-            self._descend(total * self.group.world / batch.global_rows)
+            try:
+                self._descend(total * self.group.world / batch.global_rows)
+            except Exception as error:
+                if self.group.world > 1:
+                    raise OutOfStepError(f"{self.spec.name}: {type(error).__name__}: {error}") from error
+                raise
         self.loss_sum += value
         self.loss_rows += len(batch.rows)
         self.step += 1
@@ -191,24 +223,33 @@ class Student:
 
     def _agreed_loss(self, batch: Batch) -> torch.Tensor:
         """The summed loss of this rank's rows; if any rank fails to compute it, every rank raises."""
-        failure: Exception | None = None
-        total = torch.zeros(())
-        try:
+
+        def loss() -> torch.Tensor:
             with autocast(self.device, self.spec.precision):
                 logits = self._forward(batch.inputs)
-            total = row_losses(self.stage, self.stage_epoch, logits, batch.logits, batch.labels).sum()
+            return row_losses(self.stage, self.stage_epoch, logits, batch.logits, batch.labels).sum()
+
+        return self._agreed(loss)
+
+    def _agreed(self, compute: Callable[[], Computed]) -> Computed:
+        """What this rank computes without the others; if it fails on any rank, every rank raises."""
+        failure: Exception | None = None
+        computed: Computed | None = None
+        try:
+            computed = compute()
         except Exception as error:
             failure = error
         if self.group.any(failure is not None)[0]:
             raise failure or PeerFailedError("another worker of this student failed")
-        return total
+        assert computed is not None
+        return computed
 
     def _descend(self, loss: torch.Tensor) -> None:
         """One step down the gradient of the global batch.
 
         After the backward pass every rank holds that gradient, so its norm is the same on all of them.
         """
-        clip = self.spec.optimizer.clip
+        clip = self.descent.clip
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if clip is not None:
@@ -250,36 +291,62 @@ class Student:
             self.best, self.best_record = copy_of(self.module.state_dict()), record
         self.epoch, self.step, self.loss_sum, self.loss_rows = self.epoch + 1, 0, 0.0, 0
         if epoch + 1 == stage.epochs and self.stage_index + 1 < len(self.stages):
-            self._begin_stage(self.stage_index + 1)
+            self._begin_stage(self.stage_index + 1, self.best)
         self.seconds += time.perf_counter() - started
-        if self.group.rank == 0:
-            append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
+        failpoint("student.before_metrics")
+        self._write_metrics()
         return record
 
-    def _begin_stage(self, index: int) -> None:
-        """Start the next stage from the best validation weights of the one before, with a fresh optimizer and seed."""
-        assert self.best is not None
-        self.module.load_state_dict(self.best)
+    def _begin_stage(self, index: int, weights: dict[str, torch.Tensor]) -> None:
+        """Start a stage from the best validation weights of the one before, with a fresh optimizer and seed."""
+        self.module.load_state_dict(weights)
         self.group.share_state(self.module)
+        failpoint("student.between_stages")
+        self.stage_index, self.best, self.best_record = index, None, {}
         self.optimizer, self.scaler = self._new_optimizer()
         self.rng = seeded_states(self.device, self.spec.seed, index, self.group.rank)
-        self.stage_index, self.best, self.best_record = index, None, {}
+
+    def fork_from(self, leader: Student) -> None:
+        """Enter stage II beside another student, which has just entered it: stage I would have been the same.
+
+        What is taken over is in a checkpoint before this returns; without it, stage I would have to be trained again.
+        """
+        self.stage1_from = leader.spec.name
+        self.epoch, self.history = leader.epoch, list(leader.history)
+        self._begin_stage(leader.stage_index, leader.module.state_dict())
+        self._write_metrics()
+        self.note(f"goes on from the stage I of {self.stage1_from}, which would have been the same")
+        self.save()
+
+    def keep_initial(self, validation: Rows) -> None:
+        """Where there are no epochs to choose from, the weights as they were made are the best."""
+        metrics = self.group.from_first(self._evaluate(validation)[0])
+        self.best, self.best_record = copy_of(self.module.state_dict()), {"validation": metrics}
 
     # ---- the end
 
-    def finish(self, test: Rows, teacher_classes: np.ndarray | None) -> None:
+    def finish(self, test: Rows, teacher_said: np.ndarray | None) -> None:
         """Deliver the best weights of the last stage and measure them on the test rows, once.
 
         Args:
-            teacher_classes: the class that the teacher chooses for each test row, int64 [n]; None without a teacher,
-                or without classes.
+            teacher_said: what the teacher says of each test row, as `metrics.predictions`; None without a teacher.
         """
         assert self.best is not None
         self.module.load_state_dict(self.best)
         metrics, chosen = self._evaluate(test)
-        agreement = None if teacher_classes is None else float(np.mean(chosen == teacher_classes))
+        agreement = None
+        if teacher_said is not None and test.task == "classification":
+            agreement = float(np.mean(chosen == teacher_said))
         if self.group.rank == 0:
-            save_model(self.folder, self.module, self.card)
+            failpoint("student.before_model")
+            save_model(self.folder, self.module, self.card, write=self.writer.replace)
+            columns = {
+                "row": np.arange(len(test)),
+                "label": np.array(test.labels),
+                "student": chosen,
+                "teacher": teacher_said,
+            }
+            self.writer.replace(self.folder / TEST_NAME, encode_predictions(columns))
         self._conclude(
             "done",
             None,
@@ -291,7 +358,7 @@ class Student:
     def fail(self, error: Exception) -> None:
         """End this student as `diverged` or `failed`; its last good checkpoint stays."""
         state = "diverged" if isinstance(error, DivergedError) else "failed"
-        reason = str(error) if state == "diverged" else f"{type(error).__name__}: {error}"
+        reason = str(error) if state == "diverged" else told(error)
         write_note(self.log, "".join(traceback.format_exception(error)))
         self._conclude(state, reason)
 
@@ -300,12 +367,18 @@ class Student:
             "parameters": num_parameters(self.module),
             "epochs": self.epoch,
             "seconds": round(self.seconds, 3),
+            "stage1_from": self.stage1_from,
             **measured,
         }
         self.note(f"{state}: {reason or measured.get('test')}")
         if self.group.rank == 0:
+            self._write_metrics(durable=True)
             failpoint("student.before_result")
-            replace(self.folder / "result.json", json.dumps(self.result, indent=1).encode())
+            self.writer.replace(self.folder / "result.json", json.dumps(self.result, indent=1).encode())
+            failpoint("student.after_result")
+        # What is told of it stays; its memory is left to the others of this worker.
+        del self._forward, self.module, self.optimizer, self.scaler
+        self.best = None
 
     # ---- to disk and back
 
@@ -321,6 +394,7 @@ class Student:
             "stage_index": self.stage_index,
             "losses": losses,
             "seconds": self.seconds,
+            "stage1_from": self.stage1_from,
             "history": self.history,
             "best": self.best,
             "best_record": self.best_record,
@@ -330,45 +404,62 @@ class Student:
             "scaler": self.scaler.state_dict(),
         }
         name = f"{self.epoch:06d}-{self.step:08d}-{self.attempt:04d}"
-        save_checkpoint(self.folder / "checkpoints", name, tree)
+        save_checkpoint(self.folder / "checkpoints", name, tree, self.writer)
 
     def resume(self) -> bool:
         """Take up the newest intact checkpoint; False where there is none."""
-        tree = load_checkpoint(self.folder / "checkpoints")
+        tree = self._newest_checkpoint()
         if tree is None:
-            self._rewrite_metrics()
+            self._write_metrics()
             return False
         self.epoch, self.step, self.stage_index = tree["epoch"], tree["step"], tree["stage_index"]
         self.loss_sum, rows = tree["losses"][self.group.rank].tolist()
         self.loss_rows = int(rows)
-        self.seconds, self.history = tree["seconds"], tree["history"]
+        self.seconds, self.history, self.stage1_from = tree["seconds"], tree["history"], tree["stage1_from"]
         self.best, self.best_record = tree["best"], tree["best_record"]
         self.rng = [ranks[self.group.rank] for ranks in tree["rng"]]
         self.module.load_state_dict(tree["module"])
         self.optimizer, self.scaler = self._new_optimizer()
         self.optimizer.load_state_dict(tree["optimizer"])
         self.scaler.load_state_dict(tree["scaler"])
-        self._rewrite_metrics()
+        self._write_metrics()  # without the epochs after the checkpoint: they are trained again
         self.note(f"resumed at epoch {self.epoch}, step {self.step}")
         return True
 
-    def _rewrite_metrics(self) -> None:
-        """Drop the lines of epochs after the checkpoint: they are trained again."""
+    def _newest_checkpoint(self) -> Any | None:
+        """The tree of the checkpoint that rank 0 chooses: it alone looks for damage, and sets aside what is damaged."""
+        folder = self.folder / "checkpoints"
+        found: tuple[Path, Any] | None = None
+        failure: DamagedError | None = None
+        if self.group.rank == 0:
+            try:
+                found = newest_checkpoint(folder, self.writer, self.note)
+            except DamagedError as error:
+                failure = error
+        name, failure = self.group.from_first((found and found[0].name, failure))
+        if failure is not None:
+            raise failure
+        if found is not None:
+            return found[1]
+        return None if name is None else decode((folder / name).read_bytes(), folder / name)
+
+    def _write_metrics(self, *, durable: bool = False) -> None:
+        """All epochs so far, whole: a line that is added to a file may be cut, and may be added by a late worker."""
         if self.group.rank == 0:
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
-            replace(self.folder / "metrics.jsonl", lines.encode(), durable=False)
+            self.writer.replace(self.folder / "metrics.jsonl", lines.encode(), durable=durable)
 
     def note(self, text: str) -> None:
         """Add a line to this student's log."""
         write_note(self.log, text)
 
     def _evaluate(self, rows: Rows) -> tuple[dict[str, float], np.ndarray]:
-        return evaluate(self.module, rows, self.device, self.spec.precision)
+        return self._agreed(lambda: evaluate(self.module, rows, self.device, self.spec.precision))
 
     def _new_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
         """A fresh optimizer, and what keeps float16's small gradients above zero; elsewhere that does nothing."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.spec.precision == "float16")
-        return make_optimizer(self.module, self.spec.optimizer), scaler
+        return make_optimizer(self.module, self.descent), scaler
 
     # ---- its own randomness
 
@@ -470,15 +561,24 @@ def entry(spec: recipe.Student, state: str, reason: str | None, folder: Path) ->
         "test": None,
         "agreement": None,
         "seconds": 0.0,
+        "stage1_from": None,
         "path": str(folder),
     }
 
 
-def fail_before_start(spec: recipe.Student, folder: Path, log: Path, error: Exception) -> None:
+def fail_before_start(
+    spec: recipe.Student, folder: Path, log: Path, error: Exception, writer: Writer | None = None
+) -> None:
     """End a student that could not be set up as `failed`, so that the others go on."""
     write_note(log, "".join(traceback.format_exception(error)))
-    result = entry(spec, "failed", f"{type(error).__name__}: {error}", folder)
-    replace(folder / "result.json", json.dumps(result, indent=1).encode())
+    result = entry(spec, "failed", told(error), folder)
+    (writer or Writer()).replace(folder / "result.json", json.dumps(result, indent=1).encode())
+
+
+def told(error: Exception) -> str:
+    """An error as the reason that a student failed."""
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return ("out of memory: " if short else "") + f"{type(error).__name__}: {error}"
 
 
 def write_note(log: Path, text: str) -> None:

@@ -62,6 +62,26 @@ def tokenizer_of(spec: recipe.Text, pair: bool) -> Tokenizer:
             return _HuggingFaceTokenizer(spec, pair)
 
 
+def save_tokenizer(spec: recipe.HuggingFaceText, tokens: Tokens, folder: Path) -> None:
+    """Write a tokenizer's files into a folder.
+
+    Args:
+        tokens: what its ids must mean.
+
+    Raises:
+        RefusedError, MachineError: as `tokenizer_of`; or its ids mean something else.
+    """
+    found = _HuggingFaceTokenizer(spec, pair=False).tokens
+    if found != tokens:
+        raise RefusedError(
+            f"the tokenizer {spec.path or spec.name} is not the one that the model was trained with",
+            got=found.model_dump_json(),
+            expected=tokens.model_dump_json(),
+            next="choose the tokenizer of the model's recipe",
+        )
+    _load(spec).save_pretrained(folder)
+
+
 def text_key(spec: recipe.Text | None) -> dict[str, Any] | None:
     """JSON that changes when the same text may become other ids; cheap."""
     if not isinstance(spec, recipe.HuggingFaceText):

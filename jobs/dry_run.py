@@ -18,7 +18,6 @@ from akd_dist.jobs.planner import (
     Cohort,
     Costs,
     check_room_for,
-    families_of,
     groups_of,
     learns_from_assistant,
     plan_cohorts,
@@ -157,11 +156,11 @@ def check_disk(run: Path, todo: Sequence[Student], needed: int) -> int:
 
 def planned_cohort(recipe: Recipe, cohort: Cohort, ask: Ask, span: tuple[float, float], costs: Costs) -> PlannedCohort:
     """A cohort with its figures."""
-    leaders = {spec.name: max(family, key=costs.steps_left).name for family in families_of(cohort) for spec in family}
-    students = tuple(planned_student(spec, costs, leaders[spec.name]) for spec in cohort)
+    leaders = costs.leaders(cohort)
+    students = tuple(planned_student(spec, costs, leaders.get(spec.name)) for spec in cohort)
     return PlannedCohort(
         students=students,
-        why=why_together(cohort),
+        why=why_together(cohort, costs),
         waits=None,
         workers=ask.workers,
         cpus=ask.cpus,
@@ -176,7 +175,6 @@ def planned_cohort(recipe: Recipe, cohort: Cohort, ask: Ask, span: tuple[float, 
 
 def planned_student(spec: Student, costs: Costs, leader: str | None, standing: Any = None) -> PlannedStudent:
     """A student with its figures."""
-    rides = leader if leader != spec.name else None
     known = costs.measured.get(spec.name) is not None
     return PlannedStudent(
         name=spec.name,
@@ -184,9 +182,9 @@ def planned_student(spec: Student, costs: Costs, leader: str | None, standing: A
         objective=spec.objective.kind,
         parameters=costs.parameters[spec.name],
         standing=standing or ("resumes" if spec.name in costs.behind else "new"),
-        rides=rides,
-        steps=0 if standing == "ended" else costs.steps_left(spec, rides is not None),
-        seconds=round(costs.seconds(spec, rides is not None), 3) if known else None,
+        rides=leader,
+        steps=0 if standing == "ended" else costs.steps_left(spec, leader is not None),
+        seconds=round(costs.seconds(spec, leader is not None), 3) if known else None,
     )
 
 
@@ -205,7 +203,7 @@ def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: Costs) -> int:
 # ---- reasons
 
 
-def why_together(cohort: Cohort) -> str:
+def why_together(cohort: Cohort, costs: Costs) -> str:
     """What the students of a cohort share."""
     spec = cohort[0]
     store = "the last assistant's store" if learns_from_assistant(spec) else "the teacher's store"
@@ -213,7 +211,7 @@ def why_together(cohort: Cohort) -> str:
     alike = f"batches of {spec.batch} from {store} and {worker}"
     if len(cohort) == 1:
         return f"a student on its own: {alike}"
-    riders = len(cohort) - len(families_of(cohort))
+    riders = len(costs.leaders(cohort))
     forked = f"; {riders} of them go on from another one's stage I" if riders else ""
     return f"{len(cohort)} students share {alike}: each batch is read once for all{forked}"
 

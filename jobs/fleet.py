@@ -34,8 +34,8 @@ from akd_dist.jobs.progress import Meter, duration, meter, tell
 from akd_dist.jobs.room import Ask, next_to_start
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.storage.errors import AkdError, MachineError
-from akd_dist.storage.files import replace
-from akd_dist.student import Group, entry, write_note
+from akd_dist.storage.fence import take_over
+from akd_dist.student import Group, OutOfStepError, entry, write_note
 
 DEATHS_BEFORE_SPLIT = 2
 # How long stopped cohorts may take to checkpoint without a sign of life, before the cluster counts as lost.
@@ -348,7 +348,8 @@ class Fleet:
         folder = Path(self.base.root) / spec.name
         told = f"its worker died again and again: {reason}"
         write_note(Path(self.base.logs) / f"{spec.name}.log", f"failed: {told}\nsee also {worker_log(job, 0)}")
-        replace(folder / "result.json", json.dumps(entry(spec, "failed", told, folder), indent=1).encode())
+        writer = take_over(folder / "checkpoints", job.attempt, f"the student {spec.name}")
+        writer.replace(folder / "result.json", json.dumps(entry(spec, "failed", told, folder), indent=1).encode())
 
 
 def _counted(count: int, noun: str) -> str:
@@ -448,6 +449,9 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
         return train_cohort(job, group)
     except AkdError as error:
         refusal = error
+    except OutOfStepError as error:
+        write_note(log, "".join(traceback.format_exception(error)))
+        raise  # counts as a death of the workers: they start again, and the guilty student is found
     except Exception as error:
         write_note(log, "".join(traceback.format_exception(error)))
         refusal = AkdError(

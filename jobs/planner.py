@@ -13,7 +13,7 @@ from akd_dist.jobs.room import Ask, Node, fits, in_units, place, timetable
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.objectives import stages
 from akd_dist.probe import Measured, guessed
-from akd_dist.recipe import AnnealingKD, Recipe, Student
+from akd_dist.recipe import Recipe, Student
 from akd_dist.rows import Splits
 from akd_dist.storage.errors import MachineError, RecipeError, RefusedError
 
@@ -54,15 +54,8 @@ def families_of(students: Sequence[Student]) -> list[Cohort]:
     """Students that differ in nothing but stage II share one stage I, and so belong into one cohort; most are alone."""
     families = defaultdict(list)
     for spec in students:
-        families[_stage1_key(spec)].append(spec)
+        families[spec.stage1 or spec.name].append(spec)
     return [tuple(family) for family in families.values()]
-
-
-def _stage1_key(spec: Student) -> str:
-    if not isinstance(spec.objective, AnnealingKD):
-        return spec.name
-    plain = spec.objective.model_copy(update={"stage2_epochs": 1, "stage2_optimizer": None})
-    return spec.model_copy(update={"name": "", "gpus": 1.0, "objective": plain}).model_dump_json()
 
 
 # ---- what students cost
@@ -128,7 +121,7 @@ class Costs:
         epoch, step = self.behind.get(spec.name, (0, 0))
         behind = epoch * self.steps_per_epoch(spec) + step
         if rides:
-            behind = max(behind, spec.objective.stage1_epochs * self.steps_per_epoch(spec))  # type: ignore[union-attr]
+            behind = stages(spec.objective)[0].epochs * self.steps_per_epoch(spec)
         return max(0, sum(stage.epochs for stage in stages(spec.objective)) * self.steps_per_epoch(spec) - behind)
 
     def seconds(self, spec: Student, rides: bool = False) -> float:
@@ -137,10 +130,25 @@ class Costs:
         evaluations = steps / self.steps_per_epoch(spec) * self.evaluated + self.tested
         return takes.start + steps * (takes.step or UNKNOWN_SECONDS) + takes.evaluation * evaluations
 
+    def leaders(self, cohort: Cohort) -> dict[str, str]:
+        """Who goes on from whose stage I, by name: those that have not begun, from who of their family is furthest."""
+        found = {}
+        for family in families_of(cohort):
+            at_stage1 = [spec for spec in family if not self._is_past_stage1(spec)]
+            if len(at_stage1) > 1:
+                first = max(at_stage1, key=lambda spec: self.behind.get(spec.name, (0, 0)))  # of equals the first one
+                riders = [spec for spec in at_stage1 if spec is not first and spec.name not in self.behind]
+                found |= {spec.name: first.name for spec in riders}
+        return found
+
+    def _is_past_stage1(self, spec: Student) -> bool:
+        epoch, _ = self.behind.get(spec.name, (0, 0))
+        return epoch >= stages(spec.objective)[0].epochs
+
     def family_seconds(self, family: Cohort) -> float:
-        """The same for students that share a stage I: the one that has most before it computes it for all."""
-        leader = max(family, key=self.steps_left)
-        return sum(self.seconds(spec, rides=spec is not leader) for spec in family)
+        """The same for students that share a stage I: one of them computes it for those that have not begun."""
+        riders = self.leaders(family)
+        return sum(self.seconds(spec, rides=spec.name in riders) for spec in family)
 
     def stream_seconds(self, cohort: Cohort) -> float:
         """Seconds of the stream, once for all students of a cohort."""

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 
 from akd_dist import recipe as recipes
+from akd_dist.checkpoint import DAMAGED
 from akd_dist.cohort import (
     ZOMBIE_SECONDS,
     CohortJob,
@@ -32,6 +33,7 @@ from akd_dist.cohort import (
     stop_attempts,
     stored_predictions,
     train_cohort,
+    wait_for_lock,
 )
 from akd_dist.fleet_plan import Plan
 from akd_dist.fleet_report import write_report
@@ -44,13 +46,17 @@ from akd_dist.metrics import measure
 from akd_dist.models import ModelCard, add_folder, build, by_content, num_parameters
 from akd_dist.recipe import Recipe
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
-from akd_dist.storage.errors import RecipeError, RefusedError
-from akd_dist.storage.files import canonical_json, file_lock, replace
+from akd_dist.storage.errors import DamagedError, RecipeError, RefusedError
+from akd_dist.storage.files import canonical_json, file_lock, read_json, replace
 from akd_dist.storage.reader import LogitStore, open_store
+from akd_dist.storage.uses import using
 from akd_dist.student import entry
 
 Chain = list[Stores]
 """The stores of the teacher's logits, then of each assistant's: students learn from the first or from the last."""
+
+DIFFERENCES_SHOWN = 12
+NAMES_SHOWN = 6
 
 
 def train_students(
@@ -101,7 +107,7 @@ def train_students(
             if not fresh:
                 check_same_run(run, recipe, run_identity(recipe, splits))
             return foresee()[0].document()
-    with held(run, wait, console), cluster.closing():
+    with held(run, wait, console), cluster.closing(), contextlib.ExitStack() as used:
         if not fresh:
             check_same_run(run, recipe, run_identity(recipe, splits))
         _, costs = foresee()  # what cannot fit is refused before anything expensive starts
@@ -117,10 +123,14 @@ def train_students(
         check_same_run(run, recipe, identity)
         base = fleet_job(recipe, splits, chain[0], run, cache_root)
         todo = [spec for spec in recipe.students if not ended(base, spec)]
-        if not todo and (run / "fleet.json").exists() and (run / "report.html").exists():
+        saved: dict[str, Any] | None = read_json(run / "fleet.json")
+        if not todo and saved is not None and (run / "report.html").exists():
+            if not (run / "identity.json").exists():  # removed by hand, as a refusal of a damaged one says
+                replace(run / "identity.json", canonical_json(identity))
             tell(console, f"the run {recipe.name} is done: these are its saved results")
-            saved: dict[str, Any] = json.loads((run / "fleet.json").read_bytes())
             return saved
+        uris = [uri for stores in chain for uri in stores.values()]
+        used.enter_context(using(uris, run=str(run.absolute()), lock=(run / "lock").absolute()))
         begin_run(run, recipe, identity)
         # Decode once, and refuse a damaged store before anything starts; the driver may have no GPU.
         for group in groups_of(todo):
@@ -176,7 +186,10 @@ def _train(
         stop.check()
         cohorts, _ = plan_cohorts(recipe, todo, cluster.nodes(), costs)
         fixed = recipe.cohorts is not None
-        count = Fleet(base, costs.rows, stop, console, chain[-1], costs=costs, fixed=fixed).train(cohorts)
+        try:
+            count = Fleet(base, costs.rows, stop, console, chain[-1], costs=costs, fixed=fixed).train(cohorts)
+        finally:
+            tell_damage(base, todo, console)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")
@@ -271,10 +284,18 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
     Raises:
         RefusedError: the data are others; names the first block of rows that differs.
         RecipeError: the recipe or the teacher is another one.
+        DamagedError: what says how the run was made is not whole.
     """
-    saved = _read_json(run / "identity.json")
-    if saved is None:
+    if not (run / "identity.json").exists():
         return
+    saved = read_json(run / "identity.json")
+    if not isinstance(saved, dict):
+        raise DamagedError(
+            f"{run / 'identity.json'} is damaged, so nobody can tell whether {recipe.name} was made from this recipe",
+            got=f"{(run / 'identity.json').stat().st_size} bytes that are no JSON document",
+            expected="what the run wrote there when it began",
+            next="--fresh starts over; if you know that the recipe is the same, remove that file to go on",
+        )
     if "fingerprint" not in identity["teacher"]:
         for key in ("fingerprint", "assistant_fingerprints"):
             saved["teacher"].pop(key, None)
@@ -289,10 +310,33 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
         kind = RefusedError if saved["dataset"] != identity["dataset"] else RecipeError
         raise kind(
             f"the run {recipe.name} in {run} was made from another recipe, data or teacher",
-            got="\n       ".join([*differing, *recipes.differences(saved, identity)][:12]),
+            got="\n       ".join(first_of([*differing, *changes(saved, identity)], DIFFERENCES_SHOWN)),
             expected="those that the run was started with",
             next=f"give this one another name: --set name={recipe.name}-2 (or --fresh to start over)",
         )
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Where two identities of runs differ; students that differ in the same way share a line."""
+    old, new = before["students"], now["students"]
+    lines = recipes.differences(
+        *({key: value for key, value in each.items() if key != "students"} for each in (before, now))
+    )
+    alike: dict[str, list[str]] = {}
+    for name in old:
+        if name in new and (told := recipes.differences(old[name], new[name])):
+            alike.setdefault("; ".join(told), []).append(name)
+    groups = {
+        "students only in the run": [name for name in old if name not in new],
+        "students only in this recipe": [name for name in new if name not in old],
+    }
+    lines += [f"{told}: {', '.join(first_of(names, NAMES_SHOWN))}" for told, names in groups.items() if names]
+    return lines + [f"students {', '.join(first_of(names, NAMES_SHOWN))}: {told}" for told, names in alike.items()]
+
+
+def first_of(texts: list[str], count: int) -> list[str]:
+    """The first texts of a list, and how many more there are."""
+    return texts if len(texts) <= count else [*texts[:count], f"and {len(texts) - count} more"]
 
 
 def begin_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
@@ -303,15 +347,16 @@ def begin_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
 
 
 def forget(run: Path) -> None:
-    """Remove an earlier run, once no worker of it is alive any more.
+    """Remove an earlier run, once its workers had time to leave.
 
     Students go first, in one step, and the identity last: killed in between, the run cannot pass for another one's. The
     lock and the attempts stay, so that late workers of earlier attempts are still told to leave.
     """
     stop_attempts(run / "control", last_attempt(run))
+    until = time.monotonic() + ZOMBIE_SECONDS
     for lock in run.glob("students/*/checkpoints/lock"):
-        with file_lock(lock, what=f"the student {lock.parent.parent.name}", wait=ZOMBIE_SECONDS):
-            pass
+        with contextlib.ExitStack() as locks:  # one that does not leave is shut out: its folder goes
+            wait_for_lock(lock, f"the student {lock.parent.parent.name}", until, locks)
     if (run / "students").exists():
         (run / "students").rename(run / f"old-{secrets.token_hex(6)}")
     kept = ("lock", "control", "identity.json")
@@ -406,6 +451,15 @@ def tell_failures(fleet: dict[str, Any], base: CohortJob, console: Console) -> N
             tell(console, f"{student['name']} {student['state']}: {student['reason']}; log: {log}")
 
 
+def tell_damage(base: CohortJob, students: list[recipes.Student], console: Console) -> None:
+    """Name the checkpoints that were damaged: their students went on from the one before."""
+    for spec in students:
+        for path in sorted((Path(base.root) / spec.name / "checkpoints").glob(f"*{DAMAGED}")):
+            tell(
+                console, f"warning: a checkpoint of {spec.name} was damaged, the one before it was taken; it is {path}"
+            )
+
+
 def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows) -> dict[str, Any]:
     """The teacher's row of the table, from its stored logits of the test rows: it is not run again."""
     card = ModelCard.model_validate(train.manifest.teacher["spec"])
@@ -435,7 +489,3 @@ def _how_cached(model: dict[str, Any]) -> str:
     if not computed:
         return f"{whose} is a hit: {'it' if 'model' in model else 'the teacher'} is not needed"
     return f"{whose} is sealed: {computed} shards computed"
-
-
-def _read_json(path: Path) -> Any | None:
-    return json.loads(path.read_bytes()) if path.exists() else None

@@ -28,6 +28,7 @@ from akd_dist.storage.errors import HeldError, MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.storage.manifest import Identity
 from akd_dist.storage.objects import open_root
+from akd_dist.storage.uses import using
 
 if TYPE_CHECKING:
     from akd_dist.jobs.cluster import Shared, StopFlag
@@ -209,13 +210,16 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, place: Plac
     if is_there(uri):
         place.sweep(claim)
         return uri
-    open_root(place.store_root).check_writable()
+    root = open_root(place.store_root)
+    root.check_writable()
     job = trained.job(recipe, splits, place)
+    lock = root.local_path(claim + CLAIM_SUFFIX)  # where there are folders, the claim is a locked file
     with place.claim(claim):
         if not is_there(uri):
             Path(job.control).mkdir(parents=True, exist_ok=True)
             job.stop_file.unlink(missing_ok=True)
-            result = _result(trained, job, run(trained, job, place))
+            with using(trained.stores.values(), run=uri, lock=lock):
+                result = _result(trained, job, run(trained, job, place))
             shutil.rmtree(job.control, ignore_errors=True)
             metric = recipe.data.primary_metric
             place.tell(f"{trained.name} is trained: test {metric} {result['test'][metric]:.4f}")

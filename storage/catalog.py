@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from akd_dist.storage.arrays import metadata
-from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store
+from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store, holder_of
 from akd_dist.storage.errors import AkdError, DamagedError, HeldError, RefusedError
 from akd_dist.storage.files import PARTIAL_SUFFIX, sha256
-from akd_dist.storage.layout import ARRAYS, CREATION_KEY, DAMAGED_SUFFIX, MANIFEST_KEY, SOURCE_KEY, Shard
-from akd_dist.storage.manifest import Creation, Identity, Manifest, Probe
+from akd_dist.storage.layout import ARRAYS, CREATION_KEY, DAMAGED_SUFFIX, MANIFEST_KEY, RECEIPTS, SOURCE_KEY, Shard
+from akd_dist.storage.manifest import Creation, Identity, Manifest, Probe, Receipt
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot, open_root
 from akd_dist.storage.reader import Damage, LogitStore, open_store, read_manifest
+from akd_dist.storage.uses import REMOVING_SUFFIX, USES, Use, uses_of
 from akd_dist.storage.writer import StoreWriter, encode_logits, missing_shards, seal_store, set_aside, write_shard
 
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -33,23 +36,43 @@ class StoreSummary:
 
     id: str
     sealed: bool
-    rows: int
-    views: int
-    classes: int
-    encoding: str
-    bytes: int
-    """Bytes of the shards that are there."""
-    shards: int
-    shards_done: int
-    """Shards with a receipt."""
-    teacher: str
-    """Fingerprint."""
-    dataset: str
-    """Fingerprint."""
     partials: int
     """Files in the making, their writers alive or dead."""
+    modified: float
+    """When it was sealed, or its last object written if it is not; seconds since 1970, by the storage's clock."""
+    uses: list[Use]
+    """Which runs used it on which days, the latest first."""
+    rows: int = 0
+    views: int = 0
+    classes: int = 0
+    encoding: str = ""
+    bytes: int = 0
+    """Bytes of the shards that are there."""
+    shards: int = 0
+    shards_done: int = 0
+    """Shards with a receipt."""
+    teacher: str = ""
+    """Fingerprint."""
+    teacher_spec: dict[str, Any] = field(default_factory=dict)
+    """The teacher in words."""
+    dataset: str = ""
+    """Fingerprint."""
+    augmentation: dict[str, Any] = field(default_factory=dict)
+    """Specification of what the views are drawn by."""
+    hint: dict[str, Any] = field(default_factory=dict)
+    """How it was asked for, as the recipe and the split, where that is known."""
     problem: str | None = None
     """Why the store cannot be read, if so; the numbers are zero then."""
+
+    @property
+    def last_used(self) -> float | None:
+        """When a run last began to use it, in seconds since 1970; None if there is no record of any."""
+        return self.uses[0].at if self.uses else None
+
+    @property
+    def runs(self) -> list[str]:
+        """The runs that used it, each once, the latest first."""
+        return list(dict.fromkeys(use.run for use in self.uses))
 
 
 def find_store(root_uri: str, identity: Identity) -> LogitStore | None:
@@ -89,7 +112,39 @@ def stores_of_other_rows(root_uri: str, identity: Identity, split: str) -> list[
 def list_stores(root_uri: str) -> list[StoreSummary]:
     """Every store under a root, sealed or not."""
     root = open_root(root_uri)
-    return [_summary(root, store_id) for store_id in _ids(root)]
+    found = (_summary(root, store_id) for store_id in _ids(root))
+    return [one for one in found if one.modified or one.uses or one.partials]  # not the folders of one just removed
+
+
+def summary_of(root_uri: str, store_id: str) -> StoreSummary:
+    """One store as in a list."""
+    return _summary(open_root(root_uri), store_id)
+
+
+def receipts_of(root_uri: str, store_id: str) -> list[Receipt]:
+    """What the writers of a store's shards said of them; those that are gone or cannot be read are left out."""
+    store = open_root(root_uri).child(store_id)
+    found = []
+    for key in store.list(RECEIPTS):
+        with contextlib.suppress(ObjectMissing, AkdError):
+            found.append(Receipt.from_bytes(store.get(key), store.path_of(key)))
+    return found
+
+
+def wider_unsealed(root_uri: str, store_id: str) -> list[str]:
+    """Ids of unsealed stores that differ from a store in having more views: such a one takes those that are there."""
+    root = open_root(root_uri)
+    if (identity := _identity(root, store_id)) is None:
+        return []
+    others = ((other, _identity(root, other)) for other in _ids(root) if other != store_id)
+    return [
+        other
+        for other, found in others
+        if found is not None
+        and found.views > identity.views
+        and found.model_copy(update={"views": identity.views}) == identity
+        and not root.exists(f"{other}/{MANIFEST_KEY}")
+    ]
 
 
 def resolve_id(root_uri: str, prefix: str) -> str:
@@ -163,20 +218,29 @@ def repair_store(
     return mended
 
 
-def gc(root_uri: str) -> list[str]:
+def gc(root_uri: str, *, dry_run: bool = False) -> list[str]:
     """Remove what interrupted runs left behind: partial files, shards set aside, claims of dead holders.
 
-    A store that somebody holds is left alone. Returns the keys removed.
+    A store that somebody holds is left alone.
+
+    Args:
+        dry_run: only look.
+
+    Returns:
+        The keys removed.
     """
     root = open_root(root_uri)
     littered = {key.split("/")[0] for key in root.partials() if "/" in key}
     littered |= {name.removesuffix(DAMAGED_SUFFIX) for name in root.folders() if name.endswith(DAMAGED_SUFFIX)}
-    littered |= {name.removesuffix(CLAIM_SUFFIX) for name in root.files() if name.endswith(CLAIM_SUFFIX)}
-    removed = [key for store_id in sorted(littered) if _ID.fullmatch(store_id) for key in _collect(root, store_id)]
+    for suffix in (CLAIM_SUFFIX, REMOVING_SUFFIX):
+        littered |= {name.removesuffix(suffix) for name in root.files() if name.endswith(suffix)}
+    collect = _littering if dry_run else _collect
+    removed = [key for store_id in sorted(littered) if _ID.fullmatch(store_id) for key in collect(root, store_id)]
     for name in root.files():
         if name.endswith(PARTIAL_SUFFIX):
-            root.delete(name)
             removed.append(name)
+            if not dry_run:
+                root.delete(name)
     return removed
 
 
@@ -208,13 +272,18 @@ def _sealed_alike(root: ObjectRoot, identity: Identity, *but_for: str) -> Iterat
             yield found
 
 
-def _split(root: ObjectRoot, store_id: str) -> object:
-    """The split that a store was made for, as its hint says; None where there is no such hint."""
+def _hint(root: ObjectRoot, store_id: str) -> dict[str, Any]:
+    """How a store was asked for; nothing where there is no hint."""
     try:
         hint = json.loads(root.get(f"{store_id}/{SOURCE_KEY}"))
     except (ObjectMissing, ValueError):
-        return None
-    return hint.get("split") if isinstance(hint, dict) else None
+        return {}
+    return hint if isinstance(hint, dict) else {}
+
+
+def _split(root: ObjectRoot, store_id: str) -> object:
+    """The split that a store was made for, as its hint says; None where there is no such hint."""
+    return _hint(root, store_id).get("split")
 
 
 def _manifest(root: ObjectRoot, store_id: str) -> Manifest:
@@ -236,18 +305,28 @@ def _open_as(root: ObjectRoot, store_id: str) -> LogitStore:
 def _summary(root: ObjectRoot, store_id: str) -> StoreSummary:
     store = root.child(store_id)
     found = store.list()
-    partials, sealed = len(store.partials()), MANIFEST_KEY in found
+    seal = found.get(MANIFEST_KEY)
+    written = [stat.modified for key, stat in found.items() if not key.startswith(f"{USES}/")]
+    bare = StoreSummary(
+        id=store_id,
+        sealed=seal is not None,
+        partials=len(store.partials()),
+        modified=max(written, default=0.0) if seal is None else seal.modified,
+        uses=uses_of(store),
+        hint=_hint(root, store_id),
+    )
     try:
-        identity = _creation(root, store_id).identity
+        creation = _creation(root, store_id)
     except ObjectMissing:
-        return StoreSummary(store_id, sealed, 0, 0, 0, "", 0, 0, 0, "", "", partials, f"has no {CREATION_KEY}")
+        return replace(bare, problem=f"has no {CREATION_KEY}")
     except AkdError as error:
-        return StoreSummary(store_id, sealed, 0, 0, 0, "", 0, 0, 0, "", "", partials, str(error))
+        return replace(bare, problem=str(error))
+    identity = creation.identity
     shards = identity.layout.shards()
     there = [found[key].size for key in (f"{ARRAYS}/{shard.key}" for shard in shards) if key in found]
-    return StoreSummary(
-        id=store_id,
-        sealed=sealed,
+    spec = creation.teacher.get("spec")
+    return replace(
+        bare,
         rows=identity.rows,
         views=identity.views,
         classes=identity.classes,
@@ -256,8 +335,9 @@ def _summary(root: ObjectRoot, store_id: str) -> StoreSummary:
         shards=len(shards),
         shards_done=sum(shard.receipt_key in found for shard in shards),
         teacher=identity.teacher,
+        teacher_spec=spec if isinstance(spec, dict) else {},
         dataset=identity.dataset,
-        partials=partials,
+        augmentation=identity.augmentation,
     )
 
 
@@ -299,16 +379,29 @@ def _mend_shard(store: ObjectRoot, manifest: Manifest, shard: Shard, recompute: 
     store.put_new(f"{ARRAYS}/{shard.key}", data)
 
 
+def _littering(root: ObjectRoot, store_id: str) -> list[str]:
+    """What `_collect` would remove."""
+    if holder_of(root.uri, store_id) is not None:
+        return []
+    claim = f"{store_id}{CLAIM_SUFFIX}"
+    return [*([claim] if root.exists(claim) else []), *_litter(root, store_id)]
+
+
 def _collect(root: ObjectRoot, store_id: str) -> list[str]:
     claim = f"{store_id}{CLAIM_SUFFIX}"
     left = [claim] if root.exists(claim) else []
     try:
         with claim_store(root.uri, store_id):  # which takes a dead holder's claim, and leaves none
-            for key in root.partials(store_id):
+            litter = _litter(root, store_id)
+            for key in litter:
                 root.delete(key)
-                left.append(key)
-            left += root.list(f"{store_id}{DAMAGED_SUFFIX}")
             root.delete_folder(f"{store_id}{DAMAGED_SUFFIX}")
     except HeldError:
         return []
-    return left
+    return left + litter
+
+
+def _litter(root: ObjectRoot, store_id: str) -> list[str]:
+    mark = f"{store_id}{REMOVING_SUFFIX}"
+    marks = [mark] if root.exists(mark) else []
+    return [*marks, *root.partials(store_id), *root.list(f"{store_id}{DAMAGED_SUFFIX}")]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from akd_dist.storage.errors import AkdError, HeldError
-from akd_dist.storage.files import canonical_json
+from akd_dist.storage.files import canonical_json, is_locked
 from akd_dist.storage.objects import ObjectMissing, open_root, storage_error
 from akd_dist.storage.s3 import S3Root
 
@@ -43,6 +43,10 @@ class Holder:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+# A holder whose claim was caught half written.
+_UNREAD = Holder("this host", 0, "just now", "")
 
 
 @contextlib.contextmanager
@@ -93,6 +97,21 @@ def claim_store(
             yield
     finally:
         claim.release()
+
+
+def holder_of(root_uri: str, store_id: str) -> Holder | None:
+    """Who holds a store, as far as a look tells, which changes nothing; None if nobody does, or a dead process of this
+    host. A holder on another host may be dead: only its counter would tell.
+    """
+    root, key = open_root(root_uri), f"{store_id}{CLAIM_SUFFIX}"
+    try:
+        holder = _parse(root.get(key)) or _UNREAD
+    except ObjectMissing:
+        return None
+    path = root.local_path(key)
+    if path is not None and holder.host in (socket.gethostname(), _UNREAD.host) and not is_locked(path):
+        return None
+    return holder
 
 
 class _Claim(Protocol):
@@ -150,7 +169,7 @@ class _FileClaim:
         while True:
             descriptor = self._open()
             if not _locked(descriptor):
-                holder = _parse(os.pread(descriptor, 4096, 0)) or Holder("this host", 0, "just now", "")
+                holder = _parse(os.pread(descriptor, 4096, 0)) or _UNREAD
                 os.close(descriptor)
                 return holder
             if _is_still_at(descriptor, self.path):

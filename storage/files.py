@@ -9,12 +9,13 @@ import hashlib
 import json
 import os
 import secrets
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from akd_dist.storage.errors import HeldError, MachineError
+from akd_dist.storage.errors import HeldError, MachineError, RecipeError
 
 # Names of files in the making. Readers skip them, `stores gc` removes those whose writer died.
 PARTIAL_SUFFIX = ".partial"
@@ -33,16 +34,19 @@ def sha256(data: bytes | memoryview) -> str:
 
 
 def failpoint(site: str) -> None:
-    """Die here if a test asked for it: AKD_FAILPOINT=<site>:<nth> kills this process at the nth visit of the site."""
+    """Die here if a test asked for it: AKD_FAILPOINT=<site>:<nth> kills this process at the nth visit of the site.
+
+    AKD_FAILPOINT=<site>:<nth>:STOP suspends it there, until somebody sends SIGCONT.
+    """
     wanted = os.environ.get("AKD_FAILPOINT")
     if wanted is None:
         return
-    name, _, nth = wanted.partition(":")
+    name, nth, how = [*wanted.split(":"), "", ""][:3]
     if name != site:
         return
     _visits[site] = _visits.get(site, 0) + 1
     if _visits[site] == int(nth or 1):
-        os.kill(os.getpid(), 9)
+        os.kill(os.getpid(), signal.Signals[f"SIG{how or 'KILL'}"])
 
 
 _visits: dict[str, int] = {}
@@ -65,9 +69,9 @@ def publish_new(path: Path, data: bytes) -> bool:
         except FileNotFoundError as error:
             # Somebody took this writer for dead and swept its partial file away: write it again.
             if not attempts_left:
-                raise _machine_error(error, path, len(data)) from error
+                raise write_error(error, path, len(data)) from error
         except OSError as error:
-            raise _machine_error(error, path, len(data)) from error
+            raise write_error(error, path, len(data)) from error
         finally:
             partial.unlink(missing_ok=True)
             fsync_folder(path.parent)
@@ -89,25 +93,75 @@ def link_new(source: Path, path: Path, data: bytes) -> bool:
         return False
     except OSError as error:
         if error.errno not in _NO_LINKS:
-            raise _machine_error(error, path, len(data)) from error
+            raise write_error(error, path, len(data)) from error
         return publish_new(path, data)
     fsync_folder(path.parent)
     return True
 
 
-def replace(path: Path, data: bytes, *, durable: bool = True) -> None:
+def replace(path: Path, data: bytes, *, durable: bool = True, by_way_of: Path | None = None) -> None:
     """Give `path` the content `data`, atomically: a reader sees the old bytes or the new ones.
 
-    `durable=False` skips fsync, for files whose loss costs nothing (progress).
+    Args:
+        durable: False skips fsync, for files whose loss costs nothing (progress).
+        by_way_of: an existing folder of the same file system in which the file is made; by default that of `path`.
     """
-    partial = _write_partial(path, data, durable=durable)
+    partial = _write_partial(path, data, durable=durable, folder=by_way_of)
     try:
+        if durable:
+            failpoint("replace.before_rename")
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise _machine_error(error, path, len(data)) from error
+        raise write_error(error, path, len(data)) from error
     if durable:
         fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """A path to write a file of any size at, which takes the name `path` at the end of the block: whole or absent.
+
+    Args:
+        overwrite: whether it may take the place of another file.
+
+    Raises:
+        RecipeError: there is a file of that name, and it may not be overwritten.
+        MachineError: the disk is full, or the folder cannot be written.
+    """
+    if not overwrite and path.exists():
+        raise _there_already(path)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        if overwrite:
+            partial.replace(path)
+        elif not _link_or_create(partial, path):
+            raise _there_already(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        written_bytes = partial.stat().st_size if partial.exists() else 0
+        raise write_error(error, path, written_bytes + 1) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _there_already(path: Path) -> RecipeError:
+    return RecipeError(
+        f"{path} is there already", got="a file", expected="a new name", next="choose another name, or add --force"
+    )
+
+
+def read_json(path: Path) -> Any | None:
+    """The JSON document in a file; None where there is no file, or none that is whole."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def append(path: Path, text: str) -> None:
@@ -121,7 +175,7 @@ def append(path: Path, text: str) -> None:
         with open(path, "a") as lines:
             lines.write(text)
     except OSError as error:
-        raise _machine_error(error, path, len(text)) from error
+        raise write_error(error, path, len(text)) from error
 
 
 @contextlib.contextmanager
@@ -149,7 +203,7 @@ def file_lock(
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "a+")  # noqa: SIM115  # closed by the block below; here for its refusal
     except OSError as error:
-        raise _machine_error(error, path, 0) from error
+        raise write_error(error, path, 0) from error
     with lock as handle:
         started, told = time.monotonic(), False
         while not _try_flock(handle.fileno()):
@@ -172,6 +226,25 @@ def file_lock(
         yield
 
 
+def is_locked(path: Path, *, shared: bool = False) -> bool:
+    """Whether a living process of this host holds an flock on a file; a look that changes nothing.
+
+    Args:
+        shared: whether a shared lock counts as well.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # gone, or not ours to see: no lock that we could know of
+        return False
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if shared else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _try_flock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,10 +253,11 @@ def _try_flock(descriptor: int) -> bool:
     return True
 
 
-def _write_partial(path: Path, data: bytes, *, durable: bool = True) -> Path:
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+def _write_partial(path: Path, data: bytes, *, durable: bool = True, folder: Path | None = None) -> Path:
+    partial = (folder or path.parent) / f"{path.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if folder is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "xb") as handle:
             handle.write(data)
             handle.flush()
@@ -192,7 +266,7 @@ def _write_partial(path: Path, data: bytes, *, durable: bool = True) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):  # the first error is the one to tell
             partial.unlink()
-        raise _machine_error(error, path, len(data)) from error
+        raise write_error(error, path, len(data)) from error
     return partial
 
 
@@ -222,7 +296,8 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _machine_error(error: OSError, path: Path, size: int) -> MachineError:
+def write_error(error: OSError, path: Path, size: int) -> MachineError:
+    """What to say when `size` bytes could not be written to `path`."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return MachineError(

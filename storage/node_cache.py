@@ -16,7 +16,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,8 @@ import platformdirs
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from akd_dist.storage.errors import MachineError, RecipeError
-from akd_dist.storage.files import PARTIAL_SUFFIX, canonical_json, file_lock, replace
+from akd_dist.storage.files import PARTIAL_SUFFIX, canonical_json, file_lock, is_locked, replace
+from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.reader import LogitStore
 
 IN_USE = "in-use"
@@ -77,7 +78,7 @@ def open_decoded(
         DamagedError: a shard is not what was sealed; names its key.
         MachineError: no room within the budget or on the disk; names need, free and budget.
     """
-    entry = cache_root / "logits" / store.manifest.sha256[:32]
+    entry = _entry_of(store.manifest, cache_root)
     with file_lock(entry.with_name(f"{entry.name}.lock"), what=f"the decoded copy of store {store.id[:12]}"):
         with hold(entry) as keep:
             if _is_whole(entry):
@@ -86,6 +87,30 @@ def open_decoded(
         _decode(store, entry, budget, on_progress)
         with hold(entry) as keep:
             return _mapped(entry, keep)
+
+
+class Decoded(NamedTuple):
+    """A store's decoded copy on this node."""
+
+    bytes: int
+    """Bytes that it takes."""
+    in_use: bool
+    """Whether a living process has it mapped."""
+
+
+def find_decoded(manifest: Manifest, cache_root: Path) -> Decoded | None:
+    """The decoded copy of a sealed store on this node, if there is one."""
+    entry = _entry_of(manifest, cache_root)
+    try:
+        taken = (entry / _LOGITS_FILE).stat().st_size
+    except OSError:
+        return None
+    return Decoded(taken, is_locked(entry / IN_USE, shared=True))
+
+
+def drop_decoded(manifest: Manifest, cache_root: Path) -> None:
+    """Remove the decoded copy of a store from this node, unless somebody has it mapped."""
+    _evict(_entry_of(manifest, cache_root))
 
 
 class Keep:
@@ -142,6 +167,10 @@ def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[
                 expected=f"{need:,} bytes" + ("" if budget is None else f" within a budget of {budget:,}"),
                 next="free some space, raise AKD_DIST_CACHE_BUDGET, or choose another --cache-root",
             )
+
+
+def _entry_of(manifest: Manifest, cache_root: Path) -> Path:
+    return cache_root / "logits" / manifest.sha256[:32]
 
 
 def _decode(store: LogitStore, entry: Path, budget: int | None, on_progress: Progress | None) -> None:

@@ -8,6 +8,7 @@ A new object is published create-only: whole or not at all, never over another o
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -36,6 +37,8 @@ class Stat(NamedTuple):
     """Bytes."""
     token: str
     """Changes whenever the object does."""
+    modified: float
+    """When it was written, in seconds since 1970 by the storage's clock; for people, and for what is old."""
 
 
 @dataclass(frozen=True)
@@ -183,12 +186,16 @@ class LocalRoot(ObjectRoot):
             raise storage_error("delete", self.path_of(key), error) from error
 
     def delete_folder(self, prefix: str) -> None:
-        try:
-            shutil.rmtree(self._path(prefix))
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise storage_error("delete", self.path_of(prefix), error) from error
+        for attempts_left in (2, 1, 0):
+            try:
+                shutil.rmtree(self._path(prefix))
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno == errno.ENOTEMPTY and attempts_left:  # somebody put something into it just now
+                    continue
+                raise storage_error("delete", self.path_of(prefix), error) from error
+            return
 
     def move(self, key: str, to: str) -> bool:
         source, target = self._path(key), self._path(to)
@@ -236,7 +243,7 @@ class LocalRoot(ObjectRoot):
                 with contextlib.suppress(FileNotFoundError):  # gone since the listing
                     stat = entry.stat()
                     token = f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_ctime_ns}"
-                    yield key, Stat(stat.st_size, token)
+                    yield key, Stat(stat.st_size, token, stat.st_mtime)
 
 
 def open_root(uri: str | Path) -> ObjectRoot:

@@ -79,7 +79,9 @@ class S3Root(ObjectRoot):
             metas = _whole(lambda: obstore.list(self._store, self._path(prefix) or None).collect())
         found = {
             meta["path"].removeprefix(self._prefix): Stat(
-                meta["size"], f"{meta['e_tag']}-{meta['last_modified'].isoformat()}"
+                meta["size"],
+                f"{meta['e_tag']}-{meta['last_modified'].isoformat()}",
+                meta["last_modified"].timestamp(),
             )
             for meta in metas
         }

@@ -6,7 +6,6 @@ Ray knows one cluster a process, and the tests' own is another one.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from akd_dist.jobs.train_students import train_students
 from akd_dist.recipe import load_recipe
 from akd_dist.storage.errors import MachineError
 
-SMALL = {"object_store_memory": 80 * 2**20, "memory": 4 * 10**9}
+SMALL: dict[str, Any] = {"object_store_memory": 80 * 2**20, "memory": 4 * 10**9}
 
 
 def start(**head: Any) -> Any:
@@ -66,13 +65,8 @@ def hidden(root: Path) -> dict[str, Any]:
     with cluster.Shared(before, str(root / "cache"), told.append) as shared:
         alone = shared.selector()
         script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={made.address}", "--num-cpus=1"]
-        command += ["--block", f"--object-store-memory={80 * 2**20}"]
-        blind = subprocess.Popen(
-            ["unshare", "-m", "sh", "-c", script, "sh", str(root), *command],
-            env=os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},
-            stdout=subprocess.DEVNULL,
-        )
+        command = [sys.executable, "-W", "ignore", "-m", "tests.nodes", "raylet", made.gcs_address]
+        blind = subprocess.Popen(["unshare", "-m", "sh", "-c", script, "sh", str(root), *command])
         try:
             until(lambda: len(cluster.nodes()) == 2)
             cluster.LOOK_SECONDS = 0.1
@@ -114,8 +108,20 @@ def share(_root: Path) -> dict[str, Any]:
     return {"gpus": found, "cpus_free": free.cpus, "memory_taken": cluster.nodes()[0].memory - free.memory}
 
 
+def raylet(gcs_address: str) -> None:
+    """One more node, in this process's view of the file system, until it is killed."""
+    parameters = cluster.ray._private.parameter.RayParams(
+        gcs_address=gcs_address, num_cpus=1, min_worker_port=0, max_worker_port=0, include_log_monitor=False, **SMALL
+    )
+    cluster.ray._private.node.Node(parameters, head=False, shutdown_at_exit=True, spawn_reaper=True)
+    while True:
+        time.sleep(1)
+
+
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
+    if what == "raylet":
+        raylet(arguments[0])
     if what == "join":
         answer = join(arguments[0], Path(arguments[1]))
     else:

@@ -21,6 +21,7 @@ from akd_dist.jobs.train_teacher import teacher_of
 from akd_dist.models import load_model
 from akd_dist.recipe import Recipe
 from akd_dist.rows import Splits, prepare
+from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.errors import RecipeError, RefusedError
 from akd_dist.storage.reader import open_store
@@ -119,6 +120,15 @@ def test_takd_learns_from_the_last_assistant_and_agreement_is_with_the_teacher(h
     chosen = student(torch.from_numpy(inputs.copy())).argmax(dim=1).numpy()
     teacher = test.rows(0, 0, test.num_rows).argmax(axis=1)
     assert home.results["takd"]["agreement"] == pytest.approx(float(np.mean(chosen == teacher)))
+
+
+def test_the_training_of_an_assistant_is_recorded_with_the_stores_it_learned_from(home: Home) -> None:
+    stores = {store.id: store for store in list_stores(str(home.root / "plain"))}
+    above = [home.cached, *home.cached["assistants"]]
+    for taught, assistant in zip(above, home.cached["assistants"], strict=False):
+        for part in (taught, *taught["splits"].values()):
+            assert stores[part["id"]].runs == [assistant["path"]]
+    assert stores[above[-1]["id"]].runs == []
 
 
 def test_nothing_is_done_twice(home: Home) -> None:

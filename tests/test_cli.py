@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -16,10 +17,24 @@ import pytest
 
 import akd_dist
 from akd_dist import cli
-from akd_dist.documents import CacheDocument, CompareDocument, ErrorDocument, FleetDocument, PlanDocument, schemas
+from akd_dist.documents import (
+    CacheDocument,
+    CompareDocument,
+    ErrorDocument,
+    FleetDocument,
+    GcDocument,
+    PlanDocument,
+    StoreDocument,
+    StoresDocument,
+    schemas,
+)
 from akd_dist.recipe import load_recipe, recipe_schema
 from akd_dist.storage import errors
 from akd_dist.storage.errors import AkdError
+from akd_dist.storage.files import file_lock
+from akd_dist.storage.node_cache import default_cache_root, open_decoded
+from akd_dist.storage.reader import open_store
+from akd_dist.storage.uses import using
 from tests import stores
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +144,10 @@ def test_a_group_alone_shows_its_help(words: tuple[str, ...], run: Any) -> None:
 
 def test_commands_stand_in_the_order_of_their_story(run: Any) -> None:
     listed = re.findall(r"^  ([a-z-]+)  ", run("--help").out.split("Commands:")[1], flags=re.MULTILINE)
-    assert listed == ["quickstart", "cache-teacher", "train-students", "compare", "report", "stores", "recipe"]
+    assert listed == [
+        "quickstart", "cache-teacher", "train-students", "compare", "report", "evaluate", "predict", "export",
+        "stores", "recipe",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -368,7 +386,7 @@ def root(tmp_path: Path) -> Path:
 def test_an_empty_root_has_no_stores(run: Any) -> None:
     assert "no stores under stores" in run("stores", "list").out
     assert run("stores", "list", "--json").document == {"store_root": str(Path.cwd() / "stores"), "stores": []}
-    assert run("stores", "gc", "--json").document == {"removed": []}
+    assert run("stores", "gc", "--json").document == {"dry_run": False, "removed": [], "stores": []}
 
 
 @pytest.mark.parametrize("command", ["show", "verify", "repair"])
@@ -381,7 +399,9 @@ def test_a_store_that_is_not_there_is_refused(command: str, run: Any) -> None:
 def test_a_sealed_store_is_listed_and_shown_by_a_short_id(root: Path, run: Any) -> None:
     (store,) = root.iterdir()
     listed = run("stores", "list")
-    assert re.search(rf"^{store.name[:12]} +sealed +\d", listed.out, flags=re.MULTILINE)
+    assert re.search(
+        rf"^{store.name[:12]} +sealed +mlp-16 1057a9 +train 300 b277fd +2 ", listed.out, flags=re.MULTILINE
+    )
     assert max(map(len, listed.out.splitlines())) <= 160
     shown = run("stores", "show", store.name[:6])
     assert store.name in shown.out
@@ -399,6 +419,74 @@ def test_an_unsealed_store_says_how_far_it_is(root: Path, run: Any) -> None:
     assert shown.code == 0
     assert re.search(r"state +\d+ of \d+ shards", shown.out)
     assert run("stores", "verify", store.name[:12]).code == 4
+
+
+def test_a_list_fits_a_narrow_terminal_and_a_pipe_has_more(
+    root: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (store,) = root.iterdir()
+    hint = {"split": "validation", "recipe": {"data": {"train": {"kind": "parquet", "path": "/data/birds-of-europe"}}}}
+    (store / "source.json").write_text(json.dumps(hint))
+    with using([str(store)], run=str(Path.cwd() / "runs" / "one")):
+        pass
+    assert "birds-of-europe validation 300 b277fd" in run("stores", "list").out
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = re.sub("\x1b\\[[0-9;]*m", "", run("stores", "list").out)
+    assert max(len(line.rstrip()) for line in narrow.splitlines()[1:]) <= 80
+    for told in (store.name[:8], "mlp-16", "1057a9", "birds-of-europe", "b277fd", "6.2 kB", "just now"):
+        assert told in narrow, told
+    assert "…" not in narrow
+
+
+def test_documents_of_stores_say_who_used_them(root: Path, run: Any) -> None:
+    (store,) = root.iterdir()
+    one = Path.cwd() / "runs" / "one"
+    with using([str(store)], run=str(one), lock=one / "lock"):
+        pass
+    listed = StoresDocument.model_validate(run("stores", "list", "--json").document)
+    shown = StoreDocument.model_validate(run("stores", "show", store.name[:6], "--json").document)
+    assert listed.stores[0].runs == shown.runs == [str(one)]
+    assert shown.uses[0].lock == str(one / "lock")
+    assert shown.model == "mlp-16"
+    assert shown.receipts.hosts
+    assert shown.decoded is None
+    in_words = run("stores", "show", store.name[:6]).out
+    assert re.search(r"^used +20\d\d-\S+ \S+ +runs/one +\S+@\S+ ", in_words, re.MULTILINE)
+    open_decoded(open_store(str(store)), default_cache_root())
+    assert "all of it on this machine" in run("stores", "show", store.name[:6]).out
+
+
+def test_gc_removes_stores_only_when_it_may(root: Path, run: Any) -> None:
+    (store,) = root.iterdir()
+    assert run("stores", "gc").out == "0 files of interrupted runs removed\n"
+    for words in ((store.name[:6],), ("--older-than", "0h"), ("--older-than", "3x", "--yes"), ("--unused-for", "2d")):
+        assert run("stores", "gc", *words).code == 2, words
+    assert "no stores to remove" in run("stores", "gc", "--older-than", "20000w", "--yes").out
+    dry = run("stores", "gc", "--older-than", "0h", "--dry-run")
+    assert (dry.code, "1 store, 6.2 kB" in dry.out) == (0, True)
+    run_folder = Path.cwd() / "runs" / "one"
+    with file_lock(run_folder / "lock", what="x"), using([str(store)], run="runs/one", lock=run_folder / "lock"):
+        held = run("stores", "gc", store.name[:6], "--older-than", "0h", "--yes", "--json").document
+    GcDocument.model_validate(held)
+    assert "in use by the run runs/one" in held["stores"][0]["kept"]
+    assert open_store(str(store)).verify() == []
+    done = run("stores", "gc", "--older-than", "0h", "--yes")
+    assert f"removed store {store.name[:12]}, 6.2 kB" in done.out
+    assert list(root.iterdir()) == []
+
+
+def test_gc_asks_on_a_terminal(root: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for answer, left in (("n", 1), ("y", 0)):
+        monkeypatch.setattr("sys.stdin", Terminal(f"{answer}\n"))
+        outcome = run("stores", "gc", "--older-than", "0h")
+        assert outcome.code == 0
+        assert "remove 1 store, 6.2 kB? [y/N]" in outcome.err
+        assert len(list(root.iterdir())) == left
 
 
 def test_verify_finds_damage_and_exits_5(root: Path, run: Any) -> None:

@@ -22,8 +22,10 @@ from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
 from akd_dist.jobs.train_students import train_in_process, train_students
 from akd_dist.models import load_model
 from akd_dist.recipe import Recipe
+from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.errors import RecipeError, RefusedError
+from akd_dist.storage.removal import disused
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -128,6 +130,15 @@ def test_what_a_run_leaves(home: Home, trained: tuple[Path, dict[str, Any]]) -> 
     student = fleet["students"][0]
     assert student["parameters"] == sum(p.numel() for p in load_model(student["path"]).parameters())
     assert (run / "logs" / "annealing-0.log").exists()
+
+
+def test_a_run_is_recorded_with_every_store_it_used(trained: tuple[Path, dict[str, Any]]) -> None:
+    root, fleet = trained
+    for store in list_stores(str(root / "stores")):
+        (use,) = store.uses
+        assert (use.run, use.lock) == (fleet["run"], str(root / "runs" / "fleet" / "lock"))
+        assert not use.is_going_on(time.time()), "its lock was let go"
+    assert disused(str(root / "stores"), Path(root / "no-cache"), unused_for=86_400) == []
 
 
 def test_a_student_serves_as_a_teacher(home: Home, trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

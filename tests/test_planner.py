@@ -233,7 +233,12 @@ def test_students_that_share_a_stage_one_stay_together_and_pay_for_it_once() -> 
     costs = costs_for(recipe)
     assert costs.steps_left(parts[0][0]) == 2 * (2 + 1)
     assert costs.steps_left(parts[0][0], rides=True) == 2 * 1
-    assert costs.family_seconds(parts[0]) == 2 * (2 + 2) + 2 * 1  # the longer one computes stage I for both
+    assert costs.leaders(parts[0]) == {"0-2": "0-1"}
+    assert costs.family_seconds(parts[0]) == 2 * (2 + 1) + 2 * 2
+    resumed = replace(costs, behind={"0-2": (1, 1)})  # it has begun, so it leads; at stage II it could not
+    assert resumed.leaders(parts[0]) == {"0-1": "0-2"}
+    assert resumed.family_seconds(parts[0]) == (2 * 4 - 3) + 2 * 1
+    assert replace(costs, behind={"0-2": (2, 0)}).leaders(parts[0]) == {}
 
 
 def test_two_sizes_of_one_factory_have_two_labels() -> None:

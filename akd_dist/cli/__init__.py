@@ -28,6 +28,7 @@ from akd_dist.cli.reports import report
 from akd_dist.cli.run import cache_teacher, compare, quickstart, train_students
 from akd_dist.cli.show import print_json
 from akd_dist.cli.stores import stores
+from akd_dist.cli.students import evaluate, export, predict
 from akd_dist.storage.errors import AkdError, InterruptedByUser, RecipeError, TerminatedError
 
 
@@ -43,7 +44,18 @@ def cli() -> None:
     """
 
 
-for command_line in (quickstart, cache_teacher, train_students, compare, report, stores, recipe):
+for command_line in (
+    quickstart,
+    cache_teacher,
+    train_students,
+    compare,
+    report,
+    evaluate,
+    predict,
+    export,
+    stores,
+    recipe,
+):
     cli.add_command(command_line)
 
 

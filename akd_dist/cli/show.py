@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Enough of a store's id to tell stores apart, and accepted wherever an id is.
 SHORT_ID = 12
 # Columns whose digits stand below each other.
-NUMBERS = {"rows", "views", "classes", "shards", "size", "epochs", "batch", "workers"}
+NUMBERS = {"rows", "views", "classes", "shards", "size", "epochs", "batch", "workers", "runs"}
 
 
 def stdout_for_results() -> contextlib.AbstractContextManager[object]:

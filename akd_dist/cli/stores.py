@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,15 +28,42 @@ from akd_dist.cli.show import (
     SHORT_ID,
     command_line,
     counted,
+    in_words,
     print_facts,
     print_json,
     progress_console,
     result_console,
+    short_path,
     size,
     stdout_for_results,
     table_of,
 )
 from akd_dist.storage.errors import DamagedError, RecipeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from akd_dist.documents import StoreDocument, StoreEntry
+    from akd_dist.storage.catalog import StoreSummary
+    from akd_dist.storage.removal import Candidate
+
+# What a list says of each store, and how many columns of text it takes to say more.
+COLUMNS = ("teacher", "dataset", "views", "size", "runs", "last use")
+WIDE = 140
+DAY = 86_400.0
+
+
+UNITS = {"h": 3600.0, "d": DAY, "w": 7 * DAY}
+
+
+def _seconds(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
+    """Seconds, from `12h`, `30d` or `8w`."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no duration; give hours, days or weeks, such as 12h, 30d or 8w")
+    return float(found[1]) * UNITS[found[2]]
 
 
 @click.group("stores", cls=Group)
@@ -40,62 +74,71 @@ def stores() -> None:
 @stores.command("list")
 @options(store_root_option, json_option)
 def stores_list(store_root: str, as_json: bool) -> None:
-    """Every store under the root, sealed or not."""
-    from dataclasses import asdict
+    """Every store under the root, sealed or not.
 
+    Those of one teacher stand together, the teacher used last first.
+    """
+    from akd_dist.documents import StoresDocument
     from akd_dist.storage.catalog import list_stores
 
     root = akd_dist.absolute_root(store_root)
-    found = list_stores(root)
+    found = _in_order(list_stores(root))
     if as_json:
-        print_json({"store_root": root, "stores": [asdict(summary) for summary in found]})
+        print_json(StoresDocument(store_root=root, stores=[_entry(one) for one in found]).model_dump(mode="json"))
         return
     if not found:
         click.echo(f"no stores under {store_root}; `akd-dist cache-teacher RECIPE` makes one")
         return
-    table = table_of("id", "state", "rows", "views", "classes", "encoding", "size", "teacher", title=root)
-    for summary in found:
-        table.add_row(
-            summary.id[:SHORT_ID],
-            _state(summary),
-            f"{summary.rows:,}",
-            str(summary.views),
-            str(summary.classes),
-            summary.encoding,
-            size(summary.bytes),
-            summary.teacher[:SHORT_ID],
-        )
-    result_console().print(table)
+    console = result_console()
+    if console.width >= WIDE:
+        table = table_of("id", "state", *COLUMNS, "classes", "encoding", "augmentation", "sealed", title=root)
+        for one in found:
+            rest = (str(one.classes), one.encoding, one.augmentation.get("kind", ""), _when(one.modified))
+            table.add_row(one.id[:SHORT_ID], _state(one), *_cells(one), *rest)
+    else:
+        table = _narrow(table_of("id", *COLUMNS, title=root))
+        for one in found:
+            *most, last = _cells(one)
+            table.add_row(one.id[:8], *most, last if one.sealed and not one.problem else _short_state(one))
+    console.print(table)
 
 
 @stores.command("show")
-@options(id_argument, store_root_option, json_option)
-def stores_show(store_id: str, store_root: str, as_json: bool) -> None:
-    """What one store holds, how it was computed.
+@options(id_argument, store_root_option, cache_root_option, json_option)
+def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json: bool) -> None:
+    """What one store holds, how it was computed, who used it.
 
     ID may be shortened.
     """
-    from dataclasses import asdict
-
+    from akd_dist.documents import StoreDecoded, StoreDocument, StoreReceipts
     from akd_dist.storage import catalog
+    from akd_dist.storage.node_cache import find_decoded
     from akd_dist.storage.reader import read_manifest
 
     root = akd_dist.absolute_root(store_root)
     whole = catalog.resolve_id(root, store_id)
-    summary = next(summary for summary in catalog.list_stores(root) if summary.id == whole)
+    summary = catalog.summary_of(root, whole)
     uri = f"{root.rstrip('/')}/{whole}"
-    manifest = read_manifest(uri).model_dump(mode="json") if summary.sealed else None
+    manifest = read_manifest(uri) if summary.sealed else None
+    decoded = None if manifest is None else find_decoded(manifest, _cache(cache_root))
+    receipts = catalog.receipts_of(root, whole)
+    document = StoreDocument(
+        **_entry(summary).model_dump(),
+        store=uri,
+        receipts=StoreReceipts(
+            seconds=round(sum(receipt.seconds for receipt in receipts), 3),
+            hosts=dict(Counter(receipt.host for receipt in receipts)),
+        ),
+        decoded=None if decoded is None else StoreDecoded(bytes=decoded.bytes, in_use=decoded.in_use),
+        manifest=None if manifest is None else manifest.model_dump(mode="json"),
+    )
     if as_json:
-        print_json({"store": uri, **asdict(summary), "manifest": manifest})
-        return
-    facts = {"store": uri, "state": _state(summary), "size": size(summary.bytes), "shards": summary.shards}
-    if manifest is not None:
-        facts |= manifest["identity"] | manifest["computed"] | {"teacher is": manifest["teacher"].get("spec")}
+        print_json(document.model_dump(mode="json"))
     else:
-        facts |= {
-            name: getattr(summary, name) for name in ("rows", "views", "classes", "encoding", "teacher", "dataset")
-        }
-    print_facts(facts)
+        print_facts(_facts(document, summary))
+        for use in document.uses:
+            who = use.host if use.user is None else f"{use.user}@{use.host}"
+            click.echo(f"used        {use.time[:16].replace('T', ' ')}  {short_path(use.run)}  {who}  {use.command}")
 
 
 @stores.command("verify")
@@ -150,13 +193,11 @@ def stores_repair(
     recipe = load(recipe_path, overrides) if recipe_path else None
     from akd_dist.jobs.cache_teacher import repair
     from akd_dist.storage.catalog import resolve_id
-    from akd_dist.storage.node_cache import default_cache_root
 
     root = akd_dist.absolute_root(store_root)
     whole = resolve_id(root, store_id)
-    cache = akd_dist.absolute_root(cache_root or default_cache_root())
     with stdout_for_results():
-        document = repair(root, whole, recipe, cache, progress_console())
+        document = repair(root, whole, recipe, str(_cache(cache_root)), progress_console())
     if as_json:
         print_json(document)
         return
@@ -166,24 +207,242 @@ def stores_repair(
 
 
 @stores.command("gc")
-@options(store_root_option, json_option)
-def stores_gc(store_root: str, as_json: bool) -> None:
-    """Remove what interrupted runs left.
+@click.argument("store_ids", metavar="[IDS]", nargs=-1)
+@click.option(
+    "--older-than", metavar="TIME", callback=_seconds, help="Also remove stores sealed so long ago: 12h, 90d, 8w."
+)
+@click.option(
+    "--unused-for",
+    metavar="TIME",
+    callback=_seconds,
+    help="Also remove stores that no run has begun to use for so long.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--yes", is_flag=True, help="Remove stores without asking.")
+@options(store_root_option, cache_root_option, json_option)
+def stores_gc(
+    store_ids: tuple[str, ...],
+    older_than: float | None,
+    unused_for: float | None,
+    dry_run: bool,
+    yes: bool,
+    store_root: str,
+    cache_root: str | None,
+    as_json: bool,
+) -> None:
+    """Remove what interrupted runs left; on request, old stores.
 
-    Partial files, damaged shards set aside, claims of the dead. Stores that someone holds are left alone.
+    Without options: partial files, damaged shards set aside, claims of the dead. With --older-than or --unused-for
+    (with both, where both hold), whole stores as well, their decoded copies on this machine included; IDS keep this to
+    the stores named. A store that someone holds or uses stays.
     """
-    from akd_dist.storage.catalog import gc
+    from akd_dist.documents import GcDocument, StoreRemoval
+    from akd_dist.storage import catalog, removal
 
-    removed = gc(akd_dist.absolute_root(store_root))
+    root, cache = akd_dist.absolute_root(store_root), _cache(cache_root)
+    asked = older_than is not None or unused_for is not None
+    _check_gc(store_ids, asked=asked, silent=dry_run or yes)
+    ids = [catalog.resolve_id(root, store_id) for store_id in store_ids]
+    candidates = removal.disused(root, cache, older_than=older_than, unused_for=unused_for, ids=ids) if asked else []
+    going = [one.store for one in candidates if one.kept is None]
+    if not as_json or not (dry_run or yes):
+        _print_candidates(candidates, asked=asked, to_stderr=as_json)
+    if going and not (dry_run or yes):
+        freed = size(sum(one.bytes for one in going))
+        if not click.confirm(f"remove {counted(len(going), 'store')}, {freed}?", err=True):
+            click.echo("nothing was removed", err=as_json)
+            return
+    removed = catalog.gc(root, dry_run=dry_run)
+    kept = {one.store.id: one.kept for one in candidates}
+    for store in going if not dry_run else []:
+        kept[store.id] = removal.remove_store(root, store.id, cache)
+        if not as_json:
+            told = f"store {store.id[:SHORT_ID]}"
+            click.echo(f"kept {told}: {kept[store.id]}" if kept[store.id] else f"removed {told}, {size(store.bytes)}")
     if as_json:
-        print_json({"removed": removed})
+        parts = [StoreRemoval(id=one.store.id, bytes=one.store.bytes, kept=kept[one.store.id]) for one in candidates]
+        print_json(GcDocument(dry_run=dry_run, removed=removed, stores=parts).model_dump(mode="json"))
         return
     for key in removed:
-        click.echo(f"removed {key}")
-    click.echo(f"{counted(len(removed), 'file')} removed")
+        click.echo(f"{'would remove' if dry_run else 'removed'} {key}")
+    click.echo(f"{counted(len(removed), 'file')} of interrupted runs {'to remove' if dry_run else 'removed'}")
 
 
-def _state(summary: Any) -> str:
+def _check_gc(store_ids: Sequence[str], *, asked: bool, silent: bool) -> None:
+    if store_ids and not asked:
+        raise RecipeError(
+            "ids say which stores may go, and not when",
+            got=" ".join(store_ids),
+            expected="--older-than or --unused-for beside them",
+            next="--older-than 0h takes them however old they are",
+        )
+    if asked and not silent and not sys.stdin.isatty():
+        raise RecipeError(
+            "stores are not removed without asking, and there is no terminal to ask on",
+            expected="--yes",
+            next="look with --dry-run first, then give --yes",
+        )
+
+
+def _print_candidates(candidates: Sequence[Candidate], *, asked: bool, to_stderr: bool) -> None:
+    going = [one.store for one in candidates if one.kept is None]
+    if going:
+        table = _narrow(table_of("id", *COLUMNS))
+        for store in _in_order(going):
+            table.add_row(store.id[:8], *_cells(store))
+        (progress_console() if to_stderr else result_console()).print(table)
+    for one in candidates:
+        if one.kept is not None:
+            click.echo(f"stays: {one.store.id[:SHORT_ID]}, {one.kept}", err=to_stderr)
+    if asked and not going:
+        click.echo("no stores to remove", err=to_stderr)
+    elif going:
+        click.echo(f"{counted(len(going), 'store')}, {size(sum(store.bytes for store in going))}", err=to_stderr)
+
+
+# ---- stores in words
+
+
+def _in_order(found: Sequence[StoreSummary]) -> list[StoreSummary]:
+    """Those of one teacher together, the teacher used last first; train rows before those of the other splits."""
+    latest: dict[str, float] = {}
+    for one in found:
+        latest[one.teacher] = max(latest.get(one.teacher, 0.0), one.last_used or 0.0, one.modified)
+    splits = {"train": 0, "validation": 1, "test": 2}
+
+    def place(one: StoreSummary) -> tuple[float, str, int, float]:
+        return -latest[one.teacher], one.teacher, splits.get(one.hint.get("split", ""), 3), -one.modified
+
+    return sorted(found, key=place)
+
+
+def _entry(summary: StoreSummary) -> StoreEntry:
+    from akd_dist.documents import StoreEntry, StoreUse
+
+    same = ("id", "sealed", "problem", "teacher", "dataset", "rows", "views", "augmentation", "classes", "encoding")
+    counts = ("bytes", "shards", "shards_done", "partials", "runs")
+    return StoreEntry(
+        **{name: getattr(summary, name) for name in (*same, *counts)},
+        model=_model(summary),
+        data=_data(summary),
+        split=summary.hint.get("split"),
+        modified=_iso(summary.modified),
+        last_used=None if summary.last_used is None else _iso(summary.last_used),
+        uses=[StoreUse(**use.model_dump()) for use in summary.uses],
+    )
+
+
+def _model(summary: StoreSummary) -> str | None:
+    """The label of the teacher's architecture: its card says which."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from akd_dist.recipe import Model
+
+    spec = summary.teacher_spec.get("model", summary.teacher_spec)
+    try:
+        label: str = TypeAdapter(Model).validate_python(spec).label
+    except ValidationError:  # of a later version, or not made by akd-dist
+        kind = spec.get("kind") if isinstance(spec, dict) else None
+        return kind if isinstance(kind, str) else None
+    return label
+
+
+def _data(summary: StoreSummary) -> str | None:
+    """The source and the split: `digits test`, `fashion-mnist train`. Rows split off are of the train source."""
+    split = summary.hint.get("split")
+    data = summary.hint.get("recipe", {}).get("data", {})
+    source = data.get(split) if isinstance(data.get(split), dict) else data.get("train")
+    if not isinstance(source, dict):
+        return split
+    name = source.get("path") or source.get("name") or source.get("factory") or source.get("images") or ""
+    path = PurePosixPath(str(name).rstrip("/").rpartition(":")[2])
+    short = path.parent.name if source.get("kind") == "idx" else path.name
+    return f"{short or source.get('kind', '')} {split}"
+
+
+def _narrow(table: Table) -> Table:
+    """The table for eighty characters: where teacher and dataset do not fit on a line, they take two."""
+    table.padding = 0
+    for column in table.columns:
+        column.no_wrap = column.header not in ("teacher", "dataset")
+    return table
+
+
+def _cells(one: StoreSummary) -> list[str]:
+    """The row of a store under COLUMNS."""
+    if one.problem:
+        return ["", "", "", size(one.bytes), str(len(one.runs)), _ago(one.last_used)]
+    return [
+        f"{_model(one) or ''} {one.teacher[:6]}",
+        f"{_data(one) or ''} {one.rows:,} {one.dataset[:6]}".strip(),
+        str(one.views),
+        size(one.bytes),
+        str(len(one.runs)),
+        _ago(one.last_used),
+    ]
+
+
+def _facts(document: StoreDocument, summary: StoreSummary) -> dict[str, Any]:
+    seconds, hosts = document.receipts.seconds, document.receipts.hosts
+    shards = ", ".join(f"{counted(count, 'shard')} by {host}" for host, count in hosts.items())
+    decoded = "nothing on this machine"
+    if document.decoded is not None:
+        in_use = ", in use" if document.decoded.in_use else ""
+        decoded = f"all of it on this machine, {size(document.decoded.bytes)}{in_use}"
+    drawn = in_words(document.augmentation).removeprefix("kind ")
+    facts: dict[str, Any] = {
+        "store": document.store,
+        "state": _state(summary) + f", {_when(summary.modified)}",
+        "size": f"{size(document.bytes)} in {document.shards_done} of {counted(document.shards, 'shard')}",
+        "teacher": f"{document.model or 'of no known kind'}, fingerprint {document.teacher}",
+        "dataset": f"{document.data or 'rows'}, {document.rows:,} rows, fingerprint {document.dataset}",
+        "views": f"{document.views}, drawn by {drawn}" if drawn != "none" else "1, the rows as they are",
+        "logits": f"{document.classes} classes, {document.encoding}",
+        "took": f"{seconds:,.1f} s of teacher passes; {shards}" if hosts else "not known: no receipts",
+        "decoded": decoded,
+    }
+    if document.manifest is not None:
+        identity = document.manifest["identity"]
+        facts["data seed"] = identity["data_seed"]
+        facts["format"] = identity["format"]
+        facts["computed"] = document.manifest["computed"]
+        facts["teacher is"] = document.manifest["teacher"].get("spec", "")
+        facts["inputs"] = document.manifest["dataset"].get("meaning", "")
+        facts["sealed as"] = document.manifest["sha256"]
+    facts["runs"] = f"{len(document.runs)}, the last {_ago(summary.last_used)}" if document.runs else "none so far"
+    return {name: value for name, value in facts.items() if value not in ("", None)}
+
+
+def _state(summary: StoreSummary) -> str:
     if summary.problem:
         return str(summary.problem)
     return "sealed" if summary.sealed else f"{summary.shards_done} of {summary.shards} shards"
+
+
+def _short_state(summary: StoreSummary) -> str:
+    return "unreadable" if summary.problem else f"{summary.shards_done} of {summary.shards}"
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _when(seconds: float) -> str:
+    """A time on this machine's clock, to the minute."""
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+
+
+def _ago(seconds: float | None) -> str:
+    if seconds is None:
+        return "never"
+    past = max(0.0, time.time() - seconds)
+    for unit, length in (("d", DAY), ("h", 3600.0), ("min", 60.0)):
+        if past >= length:
+            return f"{past / length:.0f} {unit} ago"
+    return "just now"
+
+
+def _cache(given: str | None) -> Path:
+    from akd_dist.storage.node_cache import default_cache_root
+
+    return Path(akd_dist.absolute_root(given or default_cache_root()))

@@ -1,0 +1,164 @@
+"""Who used a store: a small record beside its shards for each run and day, written before the run opens the store.
+
+A courtesy to people and to `stores gc`: nothing that is read or trained depends on it, it is outside the seal, and a
+root that cannot be written stops nobody. Times are the writers' own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import logging
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from akd_dist.storage.claim import holder_of
+from akd_dist.storage.errors import AkdError, RefusedError
+from akd_dist.storage.files import is_locked, sha256
+from akd_dist.storage.layout import MANIFEST_KEY
+from akd_dist.storage.manifest import Document
+from akd_dist.storage.objects import ObjectMissing, ObjectRoot, open_root
+
+USES = "uses"
+# Beside a store that is about to be removed: who begins to use it meanwhile waits for what comes of that.
+REMOVING_SUFFIX = ".removing"
+# A run on another host, whose lock cannot be seen, counts as running for so long after its last record.
+REMOTE_RUN_SECONDS = 2 * 86_400.0
+# A run that goes on for days writes a record each day.
+_AGAIN_SECONDS = 6 * 3600.0
+# Whoever removes a store has only to look once more between his mark and the first object; later he counts as dead.
+_PATIENCE_SECONDS = 5.0
+
+log = logging.getLogger("akd_dist.storage")
+
+
+class Use(Document):
+    """A run that used a store on some day."""
+
+    run: str
+    """Path of the run's folder, or of the folder of a model that was trained from the store."""
+    host: str
+    user: str | None
+    time: str
+    """When the run began to use it, the first time on that day: ISO 8601, UTC."""
+    command: str
+    """The command line."""
+    lock: str | None
+    """A file that the run holds locked while it lives; None where there is none."""
+
+    @property
+    def at(self) -> float:
+        """Seconds since 1970; 0 for a time that cannot be read."""
+        try:
+            return datetime.fromisoformat(self.time).timestamp()
+        except ValueError:
+            return 0.0
+
+    @property
+    def key(self) -> str:
+        """Relative to the store: one a run and day."""
+        return f"{USES}/{self.time[:10]}-{sha256(f'{self.host} {self.run}'.encode())[:16]}.json"
+
+    def is_going_on(self, now: float) -> bool:
+        """Whether the run lives: by its lock on this host; elsewhere it is taken to, for two days."""
+        if self.lock is not None and self.host == socket.gethostname():
+            return is_locked(Path(self.lock))
+        return now - self.at < REMOTE_RUN_SECONDS
+
+
+@contextlib.contextmanager
+def using(uris: Iterable[str], *, run: str, lock: Path | None = None) -> Iterator[None]:
+    """Record that a run uses stores; to be entered before it opens them. While it goes on, each day has its record.
+
+    Args:
+        uris: paths or URIs of sealed stores.
+        run: the run's folder.
+        lock: a file that the run holds locked while it lives.
+
+    Raises:
+        RefusedError: a store was removed just now.
+    """
+    stores = [open_root(uri) for uri in dict.fromkeys(uris)]
+    for store in stores:
+        _begin(store, run, lock)
+    done = threading.Event()
+
+    def go_on() -> None:
+        while not done.wait(_AGAIN_SECONDS):
+            for store in stores:
+                _note(store, _use(run, lock))
+
+    thread = threading.Thread(target=go_on, name="store-uses", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def uses_of(store: ObjectRoot) -> list[Use]:
+    """The records of a store, the latest first; what cannot be read as one is passed over."""
+    found = []
+    for key in store.list(USES):
+        with contextlib.suppress(ObjectMissing, AkdError):
+            found.append(Use.from_bytes(store.get(key), store.path_of(key)))
+    return sorted(found, key=lambda use: use.at, reverse=True)
+
+
+def _use(run: str, lock: Path | None) -> Use:
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a user without a name, as in some containers
+        user = None
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    lock_path = None if lock is None else str(lock)
+    return Use(run=run, host=socket.gethostname(), user=user, time=now, command=_command(), lock=lock_path)
+
+
+def _command() -> str:
+    """The command line of this process, without the folder of its program."""
+    program, *arguments = sys.argv or [""]
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    words = ["python", "-m", module.parent] if module is not None and module.parent else [Path(program).name]
+    return shlex.join([*words, *arguments])
+
+
+def _begin(store: ObjectRoot, run: str, lock: Path | None) -> None:
+    """Leave a record, then see that nobody is removing the store.
+
+    Who removes one puts up his mark before he looks for records; here the record comes first. So one of the two sees
+    the other. Without a mark, or with one whose owner is gone, it is settled whether the store is there.
+    """
+    use = _use(run, lock)
+    ours = store.exists(MANIFEST_KEY) and _note(store, use)
+    root, patience = store.parent, time.monotonic() + _PATIENCE_SECONDS
+    while root.exists(f"{store.name}{REMOVING_SUFFIX}") and holder_of(root.uri, store.name) is not None:
+        if time.monotonic() > patience:
+            break
+        time.sleep(0.05)
+    if store.exists(MANIFEST_KEY):
+        return
+    if ours:
+        store.delete(use.key)
+    raise RefusedError(
+        f"the store {store.uri} is gone",
+        got=f"no {MANIFEST_KEY}: it was removed while the run began",
+        expected="a sealed store",
+        next="run the same command again: the teacher's logits are computed anew",
+    )
+
+
+def _note(store: ObjectRoot, use: Use) -> bool:
+    """Leave a record; whether this made it."""
+    try:
+        return store.put_new(use.key, use.to_bytes())
+    except (AkdError, OSError) as error:  # OSError: its folder was removed under it
+        log.info("no record of the use of %s: %s", store.uri, error)
+        return False

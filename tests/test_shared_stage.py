@@ -1,0 +1,162 @@
+"""Students that differ only in stage II: stage I is computed once, and every weight is as if each had trained alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from akd_dist.cohort import CohortJob, read_progress, train_cohort
+from akd_dist.jobs.train_students import train_in_process
+from akd_dist.recipe import Recipe
+from akd_dist.student import Student
+from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher, stores_of, weights
+from tests.test_cohort import job_of
+
+SGD = {"kind": "sgd", "lr": 0.05, "clip": 0.1, "schedule": {"kind": "steps"}}
+FLEET = [
+    a_student("other-seed", seed=1),
+    a_student("first"),
+    a_student("longer", objective=ANNEALING | {"stage2_epochs": 2}),
+    a_student("from-labels", objective=HARD),
+    a_student("slower", objective=ANNEALING | {"stage2_optimizer": ADAMW | {"lr": 1e-3}}),
+    a_student("other-kind", objective=ANNEALING | {"stage2_optimizer": SGD}),
+    a_student("other-tau", objective=ANNEALING | {"tau_max": 1}),
+]
+RIDERS = {"longer", "slower", "other-kind"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared-stage")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return a_recipe(FLEET)
+
+
+@pytest.fixture(scope="module")
+def stores(recipe: Recipe, home: Path) -> dict[str, str]:
+    return stores_of(recipe, a_teacher(recipe, home / "teacher", home / "cache"), home)
+
+
+@pytest.fixture(scope="module")
+def apart(recipe: Recipe, stores: dict[str, str], home: Path) -> dict[str, str]:
+    for spec in recipe.students:
+        train_cohort(job_of(recipe, stores, home, home / "apart", students=(spec,)))
+    return weights(home / "apart")
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Steps that each student takes from here on."""
+    taken: dict[str, int] = {}
+    take_step = Student.take_step
+
+    def counting(student: Student, *arguments: Any) -> None:
+        taken[student.spec.name] = taken.get(student.spec.name, 0) + 1
+        take_step(student, *arguments)
+
+    monkeypatch.setattr(Student, "take_step", counting)
+    return taken
+
+
+def records(run: Path, name: str) -> list[dict[str, Any]]:
+    lines = (run / "students" / name / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def test_one_stage_for_all_and_the_weights_of_each_alone(
+    recipe: Recipe, stores: dict[str, str], home: Path, apart: dict[str, str], tmp_path: Path, steps: dict[str, int]
+) -> None:
+    results = train_in_process(recipe, stores, run=tmp_path, cache_root=str(home / "cache"))
+    assert weights(tmp_path) == apart
+    assert len(set(apart.values())) == len(FLEET)
+    per_epoch = steps["first"] // 3
+    assert steps["longer"] == 2 * per_epoch
+    assert steps["slower"] == steps["other-kind"] == per_epoch
+    assert steps["other-seed"] == steps["from-labels"] == steps["other-tau"] == 3 * per_epoch
+    for name, result in results.items():
+        assert result["stage1_from"] == ("first" if name in RIDERS else None)
+        assert records(tmp_path, name) == records(home / "apart", name)
+        alone = json.loads((home / "apart" / "students" / name / "result.json").read_bytes())
+        assert result["test"] == alone["test"]
+        assert result["epochs"] == alone["epochs"]
+
+
+def test_progress_leaves_out_the_steps_that_another_takes(
+    recipe: Recipe, stores: dict[str, str], home: Path, tmp_path: Path, steps: dict[str, int]
+) -> None:
+    job = job_of(recipe, stores, home, tmp_path)
+    train_cohort(job)
+    document = read_progress(job)
+    assert document is not None
+    told = {student["name"]: student for student in document["students"]}
+    assert {name: student["steps_total"] for name, student in told.items()} == steps
+    assert {name: student["steps"] for name, student in told.items()} == steps
+
+
+def test_the_next_one_leads_where_the_first_fails(
+    recipe: Recipe,
+    stores: dict[str, str],
+    home: Path,
+    apart: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take_step = Student.take_step
+
+    def failing(student: Student, *arguments: Any) -> None:
+        if student.spec.name == "first" and student.epoch == 1:
+            raise MemoryError("of this one only")
+        take_step(student, *arguments)
+
+    monkeypatch.setattr(Student, "take_step", failing)
+    results = train_in_process(recipe, stores, run=tmp_path, cache_root=str(home / "cache"))
+    assert results["first"]["state"] == "failed"
+    assert results["first"]["reason"].startswith("out of memory: MemoryError")
+    assert weights(tmp_path) == {name: digest for name, digest in apart.items() if name != "first"}
+    assert [results[name]["stage1_from"] for name in ("longer", "slower", "other-kind")] == [None, "longer", "longer"]
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        "student.between_stages:3",  # the first of `first`'s riders: its leader has entered stage II, and nobody knows
+        "student.between_stages:4",  # the second one: the first has its checkpoint
+        "checkpoint.before_save:9",
+        "cohort.after_batch:30",
+        "cohort.after_batch:52",
+    ],
+)
+def test_killed_around_the_fork(
+    site: str, recipe: Recipe, stores: dict[str, str], home: Path, apart: dict[str, str], tmp_path: Path
+) -> None:
+    job = job_of(recipe, stores, home, tmp_path)
+    done = run_killed(job, site)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(weights(tmp_path)) < len(FLEET)
+    train_cohort(job_of(recipe, stores, home, tmp_path))
+    assert weights(tmp_path) == apart
+
+
+def run_killed(job: CohortJob, site: str) -> subprocess.CompletedProcess[str]:
+    """Train a cohort in a process of its own that dies at a failpoint."""
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom tests.test_shared_stage import FLEET, job_of, train_cohort\n"
+        "from tests.fleets import a_recipe\nimport json\nhome, run, stores = sys.argv[1:]\n"
+        "train_cohort(job_of(a_recipe(FLEET), json.loads(stores), Path(home), Path(run)))"
+    )
+    home, run = Path(job.cache_root).parent, Path(job.root).parent
+    return subprocess.run(
+        [sys.executable, "-c", script, str(home), str(run), json.dumps(job.stores)],
+        env=os.environ | {"AKD_FAILPOINT": site},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
