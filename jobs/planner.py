@@ -132,7 +132,7 @@ class Costs:
 
     def leaders(self, cohort: Cohort) -> dict[str, str]:
         """Who goes on from whose stage I, by name: those that have not begun, from who of their family is furthest."""
-        found = {}
+        found: dict[str, str] = {}
         for family in families_of(cohort):
             at_stage1 = [spec for spec in family if not self._is_past_stage1(spec)]
             if len(at_stage1) > 1:

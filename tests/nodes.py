@@ -33,6 +33,11 @@ def start(**head: Any) -> Any:
     return made
 
 
+def one_more(made: Any) -> list[str]:
+    """The command that is a further node of a cluster, for as long as it runs."""
+    return [sys.executable, "-W", "ignore", "-m", "tests.nodes", "raylet", made.gcs_address]
+
+
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -45,14 +50,22 @@ def join(recipe: str, root: Path) -> dict[str, Any]:
     planner.START_SECONDS, fleet.SPREAD_SECONDS, cluster.LOOK_SECONDS = 0.2, 1.0, 0.5
     made = start(num_cpus=1)
 
+    joined: list[subprocess.Popen[bytes]] = []
+
     def add() -> None:
         until(lambda: bool(list(root.glob("runs/*/students/*/checkpoints/*.ckpt"))), 120)
-        made.add_node(num_cpus=1, **SMALL)
+        joined.append(subprocess.Popen(one_more(made)))
 
     threading.Thread(target=add, daemon=True).start()
-    places = {"store_root": str(root / "stores"), "cache_root": str(root / "cache"), "run_root": str(root / "runs")}
+    places: dict[str, Any] = {
+        "store_root": str(root / "stores"),
+        "cache_root": str(root / "cache"),
+        "run_root": str(root / "runs"),
+    }
     with (root / "told").open("w") as told:
         result = train_students(load_recipe(recipe), console=Console(file=told, width=200), **places)
+    for node in joined:
+        node.terminate()
     return {"cohorts": result["cohorts"], "states": [student["state"] for student in result["students"]]}
 
 
@@ -65,8 +78,7 @@ def hidden(root: Path) -> dict[str, Any]:
     with cluster.Shared(before, str(root / "cache"), told.append) as shared:
         alone = shared.selector()
         script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
-        command = [sys.executable, "-W", "ignore", "-m", "tests.nodes", "raylet", made.gcs_address]
-        blind = subprocess.Popen(["unshare", "-m", "sh", "-c", script, "sh", str(root), *command])
+        blind = subprocess.Popen(["unshare", "-m", "sh", "-c", script, "sh", str(root), *one_more(made)])
         try:
             until(lambda: len(cluster.nodes()) == 2)
             cluster.LOOK_SECONDS = 0.1
@@ -97,7 +109,7 @@ def share(_root: Path) -> dict[str, Any]:
 
     found: list[Any] = []
     scaling = fleet.scaling(Ask(1, 1, gpus=0.5, memory=1e8))
-    run = lambda: found.append(DataParallelTrainer(work, scaling_config=scaling).fit().return_value)  # noqa: E731
+    run = lambda: found.append(DataParallelTrainer(work, scaling_config=scaling).fit().return_value)  # type: ignore[attr-defined]  # noqa: E731
     threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -111,7 +123,7 @@ def share(_root: Path) -> dict[str, Any]:
 def raylet(gcs_address: str) -> None:
     """One more node, in this process's view of the file system, until it is killed."""
     parameters = cluster.ray._private.parameter.RayParams(
-        gcs_address=gcs_address, num_cpus=1, min_worker_port=0, max_worker_port=0, include_log_monitor=False, **SMALL
+        gcs_address=gcs_address, num_cpus=1, min_worker_port=0, max_worker_port=0, **SMALL
     )
     cluster.ray._private.node.Node(parameters, head=False, shutdown_at_exit=True, spawn_reaper=True)
     while True:

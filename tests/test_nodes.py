@@ -64,7 +64,7 @@ def test_cohorts_share_the_gpu_that_ray_is_told_of(short: str, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_node_that_joins_gets_work_and_the_weights_are_those_of_the_plain_loop(short: str, tmp_path: Path) -> None:
     (tmp_path / "slow_models.py").write_text(SLOW_MODELS)
-    students = [a_student(f"s{seed}", seed=seed, model=a_slow_model(0.25), objective=HARD) for seed in range(4)]
+    students = [a_student(f"s{seed}", seed=seed, model=a_slow_model(0.15), objective=HARD) for seed in range(4)]
     teacher = a_teacher(a_recipe([a_student("any")]), tmp_path / "teacher", tmp_path / "cache")
     recipe = a_recipe(students, teacher={"weights": teacher}, folder=str(tmp_path), checkpoint_seconds=1.0)
     stores = stores_of(recipe, teacher, tmp_path)
