@@ -48,6 +48,8 @@ with warnings.catch_warnings():
     import ray as ray  # under its own name, so that other modules may take it from here: the environment is set then
 
 POLL_SECONDS = 0.2
+# Ray ends this process when the head of a cluster has not answered for 60 s: with a code and a message of its own.
+HEAD_SECONDS = 20.0
 _closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
 
 
@@ -206,14 +208,48 @@ class Task:
     """What this one is about; small."""
 
 
+@dataclass
+class _Head:
+    """Watches whether the head of a cluster that was joined still listens."""
+
+    address: str = ""
+    looked_at: float = 0.0
+    answered_at: float = 0.0
+
+    def check(self) -> None:
+        now, here = time.monotonic(), str(ray.get_runtime_context().gcs_address)
+        if here != self.address:
+            self.address, self.answered_at = here, now
+        if now - self.looked_at < HEAD_SECONDS / 4:
+            return
+        self.looked_at = now
+        host, _, port = here.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+            self.answered_at = now
+        except OSError as error:
+            if now - self.answered_at > HEAD_SECONDS:
+                raise MachineError(
+                    f"the head of the Ray cluster at {here} was lost",
+                    got=str(error),
+                    expected="a cluster that stays up",
+                    next="start it again; the same command goes on from what was done",
+                ) from None
+
+
+_head = _Head()
+
+
 def check_alive(stop: StopFlag) -> None:
-    """Notice that the Ray that was started here is gone; Ray itself would wait for it.
+    """Notice that the Ray that was started here, or the head of the cluster that was joined, is gone.
 
     Raises:
         InterruptedByUser: after a signal, which then went to Ray's processes as well.
         MachineError: without one.
     """
     node: Any = ray._private.worker._global_node
+    if node is not None and not node.all_processes:
+        _head.check()
     if node is None or node.remaining_processes_alive():
         return
     if stop:

@@ -43,6 +43,8 @@ GRACE_SECONDS = 30.0
 # How often it is asked whether a running cohort should be cut, and how long it must have trained for its pace to count.
 SPREAD_SECONDS = 5.0
 OVER = ("done", "diverged", "failed")
+# How long Ray may look for room for workers whose node died, before the nodes count as gone; it would look for ever.
+GONE_SECONDS = 60.0
 
 
 @dataclass(eq=False)
@@ -101,9 +103,11 @@ class Fleet:
         self.errors: list[BaseException] = []
         self.lock = threading.Lock()
         self.alive_at = time.monotonic()
+        self.moved_at = self.alive_at
         self.last_told: list[dict[str, Any]] = []
         self.waiting_told = ""
         self.spread_at = time.monotonic()
+        self.running: list[CohortJob] = []
 
     def train(self, cohorts: list[Cohort]) -> int:
         """Train all cohorts to their end, or until the stop flag.
@@ -295,8 +299,12 @@ class Fleet:
         """Do not wait for ever for a cluster that is gone nor, once stopping, for workers without a sign of life."""
         cluster.check_alive(self.stop)
         told = [progress for job in list(self.jobs) if (progress := read_progress(job))]
+        now = time.monotonic()
+        self.moved_at = now if told != self.last_told else self.moved_at
+        if now - self.moved_at > GONE_SECONDS:
+            self._check_room()
         if told != self.last_told or not stopping:
-            self.alive_at, self.last_told = time.monotonic(), told
+            self.alive_at, self.last_told = now, told
         if time.monotonic() - self.alive_at > GRACE_SECONDS:
             if self.errors and not self.stop:
                 raise self.errors[0]
@@ -304,6 +312,23 @@ class Fleet:
                 "stopped; the workers did not answer any more, so only earlier checkpoints are kept",
                 "the same command goes on from there",
             )
+
+    def _check_room(self) -> None:
+        """Give up if the nodes that are left can never hold a cohort that was running, or is to run.
+
+        Raises:
+            MachineError: there are too few CPUs or GPUs, or too little memory.
+        """
+        for cohort in [*(job.students for job in list(self.running)), *self.waiting]:
+            try:
+                check_room_for(self.costs.ask(cohort), cohort, self.shared.nodes())
+            except AkdError as error:
+                raise MachineError(
+                    f"nodes were lost while {cohort[0].name} and its cohort trained, or waited to",
+                    got=f"{error.got}, for {GONE_SECONDS:g} s",
+                    expected=error.expected,
+                    next="bring the nodes back; the same command goes on from the last checkpoints",
+                ) from error
 
     def _carry(self, job: CohortJob) -> None:
         """See a cohort through, off the main thread (on it, Ray would take over Ctrl-C)."""
@@ -326,7 +351,7 @@ class Fleet:
         for _death in range(DEATHS_BEFORE_SPLIT - 1):
             if not reason or self.stop:
                 return
-            tell(self.console, f"the workers of {job.name} died and are started again: {reason[-200:]}")
+            tell(self.console, f"the workers of {job.name} died and are started again: {reason}")
             job = self._new_job(job.students)
             reason = self._fit(job)
         left = tuple(spec for spec in job.students if not ended(self.base, spec))
@@ -342,11 +367,15 @@ class Fleet:
             self._train_or_split(self._new_job(half))
 
     def _fit(self, job: CohortJob) -> str:
-        return fit(job, self.costs.ask(job.students), self.shared.selector())
+        self.running.append(job)
+        try:
+            return fit(job, self.costs.ask(job.students), self.shared.selector())
+        finally:
+            self.running.remove(job)
 
     def _give_up(self, spec: Any, job: CohortJob, reason: str) -> None:
         folder = Path(self.base.root) / spec.name
-        told = f"its worker died again and again: {reason}"
+        told = f"its worker died again and again; memory may have run out. Ray says: {reason}"
         write_note(Path(self.base.logs) / f"{spec.name}.log", f"failed: {told}\nsee also {worker_log(job, 0)}")
         writer = take_over(folder / "checkpoints", job.attempt, f"the student {spec.name}")
         writer.replace(folder / "result.json", json.dumps(entry(spec, "failed", told, folder), indent=1).encode())
@@ -388,7 +417,7 @@ def fit(job: CohortJob, ask: Ask, selector: dict[str, str] | None = None) -> str
         except ray.train.TrainingFailedError as error:
             outcome = _refusal_among(getattr(error, "worker_failures", {}).values())
             if outcome is None:
-                return " ".join(str(error).split())[-400:] or type(error).__name__
+                return _cause(" ".join(str(error).split())) or type(error).__name__
         finally:
             shutil.rmtree(storage / name, ignore_errors=True)
     if isinstance(outcome, AkdError):
@@ -423,6 +452,12 @@ def shared_by(base: CohortJob, assistant: Stores, console: Console) -> cluster.S
     return cluster.Shared(folders, base.cache_root, lambda text: tell(console, text), stores)
 
 
+def _cause(text: str) -> str:
+    """The part of Ray's account of a death that says why: what its own exception says, or else the end of the trace."""
+    start = text.find("ray.exceptions.")
+    return text[start : start + 400] if start >= 0 else text[-400:]
+
+
 def _refusal_among(failures: Any) -> AkdError | None:
     """The refusal that a worker raised, however Ray wrapped it."""
     for failure in failures:
@@ -448,6 +483,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
     try:
         return train_cohort(job, group)
     except AkdError as error:
+        write_note(log, str(error))
         refusal = error
     except OutOfStepError as error:
         write_note(log, "".join(traceback.format_exception(error)))

@@ -25,6 +25,8 @@ from tests.fleets import ANNEALING, HARD, KD, a_recipe, a_student, a_teacher, st
 # Rows of a batch, so that an epoch of the digits' 1,149 train rows takes nine steps.
 BATCH = 128
 STEPS = "AKD_TEST_STEPS"
+# What a result says of where and when it was computed.
+ELSEWHERE = ("seconds", "path", "stage1_from")
 # Imported by all of them, late; imported before the fork, they cost nothing.
 PRELOADED = ["tests.survivors", "torchmetrics.functional", "torch._inductor", "sklearn.datasets"]
 
@@ -154,7 +156,7 @@ def outcome(run: Path) -> dict[str, Any]:
         records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         found[path.parent.name] = {
             "weights": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else None,
-            "result": {key: value for key, value in result.items() if key not in ("seconds", "path")},
+            "result": {key: value for key, value in result.items() if key not in ELSEWHERE},
             "metrics": [{key: value for key, value in record.items() if key != "seconds"} for record in records],
         }
     return found

@@ -25,8 +25,8 @@ from akd_dist.jobs.train_students import tell_damage
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import HeldError
 from akd_dist.stream import Stream
-from tests.fleets import a_recipe, a_student
-from tests.survivors import BATCH, FLEET, Place, outcome, snapshot, steps_kept, steps_taken
+from tests.fleets import ANNEALING, a_recipe, a_student
+from tests.survivors import BATCH, FLEET, Place, counted, outcome, snapshot, steps_kept, steps_taken
 
 KILL_POINTS = [
     *("fence.before_takeover:1", "fence.before_takeover:5", "cohort.before_first_step:1"),
@@ -116,6 +116,26 @@ def test_killed_again_and_again_with_checkpoints_inside_epochs(
     assert deaths >= 5
     assert place.train(job) == 0
     assert outcome(tmp_path) == undisturbed
+
+
+def test_students_that_share_stage_one_are_killed_and_end_as_each_would_alone(place: Place, tmp_path: Path) -> None:
+    sharing = [
+        counted("shared", objective=ANNEALING | {"stage2_epochs": epochs}) | {"name": f"fork-{epochs}"}
+        for epochs in (1, 2, 3)
+    ]
+    fleet = a_recipe([*sharing, FLEET[1], FLEET[2]], teacher={"weights": place.teacher}, folder=str(place.root))
+    alone: dict[str, Any] = {}
+    for spec in fleet.students:
+        assert place.train(place.job(tmp_path / spec.name, fleet, students=(spec,))) == 0
+        alone |= outcome(tmp_path / spec.name)
+    assert len({student["weights"] for student in alone.values()}) == len(fleet.students)
+    draw = random.Random(3)
+    boundaries = ["checkpoint.after_save:3", "student.between_stages:1", "student.between_stages:2"]
+    for failpoint in [*boundaries, *(f"cohort.after_batch:{draw.randint(1, 50)}" for _ in range(7))]:
+        job = place.job(tmp_path / failpoint, fleet)
+        assert place.train(job, failpoint) == -signal.SIGKILL
+        assert place.train(job) == 0
+        assert outcome(tmp_path / failpoint) == alone
 
 
 # ---- workers that were taken for dead

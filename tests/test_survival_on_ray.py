@@ -1,0 +1,270 @@
+"""Killed under Ray: raylets, nodes, workers and drivers; every run ends with the weights of the plain loop.
+
+A cluster of several raylets on this machine, and a command with `--address` that is its driver.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from akd_dist.jobs.cache_teacher import cache_in_process
+from akd_dist.jobs.train_students import train_in_process
+from akd_dist.recipe import Recipe
+from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher
+from tests.survivors import outcome, snapshot
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+MODELS = """
+import os, signal, time, torch
+
+class Odd(torch.nn.Module):
+    def __init__(self, inputs, classes, seconds, deadly):
+        super().__init__()
+        self.layer, self.seconds, self.deadly = torch.nn.Linear(inputs, classes), seconds, deadly
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # checkpoints keep it: it is as deadly again
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        self.steps += self.training
+        if self.deadly and self.steps == 15:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+        return self.layer(x.flatten(1))
+
+def odd(input_shape, classes, seconds=0.0, deadly=False):
+    return Odd(input_shape[0] * input_shape[1] * input_shape[2], classes, seconds, deadly)
+"""
+
+
+def odd(name: str, **arguments: Any) -> dict[str, Any]:
+    """A student that takes its time, or kills its worker in its second epoch."""
+    model = {"kind": "custom", "factory": "odd_models:odd", "arguments": arguments}
+    return a_student(name, batch=128, model=model)
+
+
+FLEET = [
+    a_student("annealing", batch=128),
+    a_student("hard", batch=128, objective=HARD),
+    a_student("long", batch=128, objective=ANNEALING | {"stage1_epochs": 3, "stage2_epochs": 2}),
+    odd("slow", seconds=0.2),
+]
+
+
+class Home:
+    """A recipe, its stores, and what the plain loop makes of it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.cache_root = root, str(root / "cache")
+        (root / "odd_models.py").write_text(MODELS)
+        self.teacher = a_teacher(a_recipe(FLEET), root / "teacher", root / "cache")
+        self.recipe = self.recipe_for(FLEET)
+        document = cache_in_process(
+            self.recipe, self.teacher, store_root=str(root / "stores"), cache_root=self.cache_root
+        )
+        stores = {"train": document["store"]} | {name: part["store"] for name, part in document["splits"].items()}
+        train_in_process(self.recipe, stores, run=root / "plain", cache_root=self.cache_root)
+        self.outcome = outcome(root / "plain")
+
+    def recipe_for(self, students: list[dict[str, Any]]) -> Recipe:
+        return a_recipe(students, teacher={"weights": self.teacher}, folder=str(self.root))
+
+    def command(self, root: Path, *more: str, recipe: Recipe | None = None) -> list[str]:
+        (root / "recipe.yaml").write_text((recipe or self.recipe).to_yaml())
+        places = {"store": self.root / "stores", "run": root / "runs", "cache": self.cache_root}
+        options = [part for key, path in places.items() for part in (f"--{key}-root", str(path))]
+        return [
+            sys.executable, "-m", "akd_dist.cli", "train-students", str(root / "recipe.yaml"), *options, *more
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(tmp_path_factory.mktemp("survival-on-ray"))
+
+
+class Driver:
+    """A command that trains, in a session of its own; it and all that it started are gone in the end."""
+
+    def __init__(self, command: list[str], root: Path) -> None:
+        self.root, self.errors = root, root / f"stderr-{time.monotonic_ns()}"
+        with open(self.errors, "w") as errors:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+                env=os.environ | {"AKD_TEST_MARKER": str(root)},
+            )  # fmt: skip
+
+    def __enter__(self) -> "Driver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        for process in self.children():
+            process.kill()
+
+    def children(self) -> list[psutil.Process]:
+        """Processes that carry the mark of this driver's test, itself left out."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                marked = process.environ().get("AKD_TEST_MARKER") == str(self.root)
+                if marked and process.pid != self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def until(self, ready: Callable[[], Any], seconds: float = 120) -> Any:
+        """What `ready` gives once it gives something."""
+        deadline = time.monotonic() + seconds
+        while not (found := ready()):
+            assert self.process.poll() is None, self.errors.read_text()
+            assert time.monotonic() < deadline, self.errors.read_text()
+            time.sleep(0.1)
+        return found
+
+    def trains(self) -> bool:
+        """Whether every student has a checkpoint."""
+        return len({path.parent for path in self.root.rglob("*.ckpt")}) == len(FLEET)
+
+    def end(self, seconds: float = 240) -> int:
+        self.process.communicate(timeout=seconds)
+        return int(self.process.returncode)
+
+
+@pytest.fixture
+def nodes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster whose head trains nothing, and that has two nodes with one CPU each."""
+    from akd_dist.jobs import cluster  # sets what Ray reads when it starts
+
+    assert cluster.ray
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            started.add_node(num_cpus=1)
+        yield started
+    finally:
+        started.shutdown()  # type: ignore[no-untyped-call]
+
+
+def raylet_of(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
+def training(cluster: Any) -> tuple[Any, psutil.Process] | None:
+    """The node that trains, and its worker."""
+    for node in cluster.worker_nodes:
+        try:
+            for process in psutil.Process(raylet_of(node)).children():
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    return node, process
+        except psutil.Error:
+            continue
+    return None
+
+
+def worker_logs(run: Path) -> str:
+    return "".join(path.read_text() for path in run.glob("logs/cohort-*.log"))
+
+
+def test_a_raylet_dies_and_its_worker_wakes_up_while_another_trains(home: Home, nodes: Any, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "fleet"
+    taken_over = lambda: len(list(run.glob("students/*/checkpoints/writer-*-000002-*"))) == len(FLEET)  # noqa: E731
+    with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:
+        driver.until(driver.trains)
+        node, worker = driver.until(lambda: training(nodes))
+        worker.suspend()
+        os.kill(raylet_of(node), signal.SIGKILL)
+        driver.until(taken_over)
+        with contextlib.suppress(psutil.NoSuchProcess):  # Ray ends such a process, sooner or later
+            worker.resume()
+        driver.until(lambda: not worker.is_running() or "taken over by a later worker" in worker_logs(run))
+        assert driver.end() == 0, driver.errors.read_text()
+    assert outcome(run) == home.outcome
+
+
+@pytest.mark.slow
+def test_a_node_dies_with_its_worker_and_the_other_one_carries_on(home: Home, nodes: Any, tmp_path: Path) -> None:
+    with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:
+        driver.until(driver.trains)
+        node, worker = driver.until(lambda: training(nodes))
+        worker.kill()
+        nodes.remove_node(node, allow_graceful=False)
+        assert driver.end() == 0, driver.errors.read_text()
+    assert outcome(tmp_path / "runs" / "fleet") == home.outcome
+
+
+@pytest.mark.slow
+def test_without_a_node_left_the_driver_says_so_and_the_next_command_resumes(
+    home: Home, nodes: Any, tmp_path: Path
+) -> None:
+    with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:
+        driver.until(driver.trains)
+        node, worker = driver.until(lambda: training(nodes))
+        other = next(one for one in nodes.worker_nodes if one is not node)
+        nodes.remove_node(other, allow_graceful=False)
+        worker.kill()
+        nodes.remove_node(node, allow_graceful=False)
+        assert driver.end() == 6, driver.errors.read_text()
+        assert "nodes were lost" in driver.errors.read_text()
+        assert "goes on from the last checkpoints" in driver.errors.read_text()
+    nodes.add_node(num_cpus=1)
+    with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:
+        assert driver.end() == 0, driver.errors.read_text()
+    assert outcome(tmp_path / "runs" / "fleet") == home.outcome
+
+
+@pytest.mark.slow
+def test_a_student_that_kills_its_worker_fails_alone(home: Home, tmp_path: Path) -> None:
+    recipe = home.recipe_for([FLEET[0], odd("deadly", deadly=True), *FLEET[1:]])
+    with Driver(home.command(tmp_path, "--json", recipe=recipe), tmp_path) as driver:
+        out, _ = driver.process.communicate(timeout=400)
+        told = driver.errors.read_text()
+        assert driver.process.returncode == 1, told
+    entries = {entry["name"]: entry for entry in json.loads(out)["students"]}
+    assert entries["deadly"]["state"] == "failed"
+    assert "memory may have run out. Ray says: " in entries["deadly"]["reason"]
+    assert "deadly.log" in told
+    assert list((tmp_path / "runs" / "fleet" / "students" / "deadly" / "checkpoints").glob("000001-*.ckpt"))
+    found = outcome(tmp_path / "runs" / "fleet")
+    del found["deadly"]
+    assert found == home.outcome
+
+
+def test_killed_with_its_worker_suspended_a_waiting_driver_carries_on(home: Home, tmp_path: Path) -> None:
+    """A driver dies, its worker stands still, a third waits, and Ray Train's own files are damaged."""
+    run, waiting = tmp_path / "runs" / "fleet", tmp_path / "waiting"
+    waiting.mkdir()
+    with Driver(home.command(tmp_path), tmp_path) as first:
+        first.until(first.trains)
+        (worker,) = [process for process in first.children() if "RayTrainWorker" in " ".join(process.cmdline())]
+        worker.suspend()
+        second = subprocess.run(home.command(tmp_path), capture_output=True, text=True, check=False)
+        assert second.returncode == 3
+        assert f"process {first.process.pid} on {socket.gethostname()}" in second.stderr
+        with Driver(home.command(tmp_path, "--wait"), waiting) as third:
+            third.until(lambda: "waiting for" in third.errors.read_text())
+            first.process.kill()
+            for file in (path for path in (run / "control" / "ray").rglob("*") if path.is_file()):
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+            assert third.end() == 0, third.errors.read_text()
+        assert outcome(run) == home.outcome
+        before = snapshot(run / "students")
+        with contextlib.suppress(psutil.NoSuchProcess):  # swept up by what is left of Ray
+            worker.resume()
+        psutil.wait_procs([worker], timeout=60)
+        assert not worker.is_running()
+        assert snapshot(run / "students") == before
