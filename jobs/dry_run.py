@@ -245,7 +245,7 @@ def _say_who_waits(cohorts: Sequence[PlannedCohort], asks: Sequence[Ask]) -> lis
     said = []
     for cohort, ask in zip(cohorts, asks, strict=True):
         ended = [str(number) for number, other in enumerate(cohorts, 1) if other.ends == cohort.begins]
-        waits = f"for {ask}, which is free once cohort {' and '.join(ended)} has ended" if cohort.begins > 0 else None
+        waits = f"for {ask}, which is free at the end of cohort {' and '.join(ended)}" if cohort.begins > 0 else None
         said.append(replace(cohort, waits=waits))
     return said
 
