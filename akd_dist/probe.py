@@ -143,6 +143,8 @@ def probe(fleet: Recipe, spec: recipe.Student, splits: Splits) -> Measured | Non
     """
     still = spec.optimizer.model_copy(update={"lr": 1e-12})  # weights that hardly move do not diverge
     alone = spec.model_copy(update={"workers": 1, "sync_batchnorm": False, "optimizer": still})
+    if spec.objective.epochs == 0:  # it takes no step, but the others do
+        alone = alone.model_copy(update={"objective": recipe.HardLabels(epochs=1)})
     with _settings_kept(), tempfile.TemporaryDirectory(prefix="akd-dist-probe-") as folder:
         try:
             device = settle(fleet.device, spec.threads)
