@@ -100,6 +100,7 @@ def train_students(
     fresh: bool = False,
     wait: bool = False,
     dry_run: bool = False,
+    trackers: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train a recipe's students from the teacher's stored logits, caching these first if they are missing.
@@ -116,6 +117,7 @@ def train_students(
         fresh: forget an earlier run of this name.
         wait: wait for somebody else who holds the store or the run, instead of leaving.
         dry_run: only say what would be done, and refuse what cannot fit.
+        trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
 
     Returns:
@@ -125,6 +127,10 @@ def train_students(
         AkdError: a refusal; nothing that was trained is lost.
     """
     recipe = _recipe(recipe, overrides)
+    if trackers:
+        from akd_dist.trackers import check_trackers
+
+        check_trackers(trackers)
     from akd_dist.jobs.train_students import train_students
 
     return train_students(
@@ -136,6 +142,7 @@ def train_students(
         fresh=fresh,
         wait=wait,
         dry_run=dry_run,
+        trackers=trackers,
         console=console,
     )
 
@@ -151,6 +158,7 @@ def compare(
     address: str | None = None,
     fresh: bool = False,
     wait: bool = False,
+    trackers: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train a recipe's student models under every objective with several seeds, from one store, and compare them.
@@ -161,7 +169,7 @@ def compare(
         recipe: a recipe, or the path of its file; each model needs an Annealing-KD student.
         seeds: train with seeds 0..seeds - 1; None takes the recipe's, if a model has two or more, else 0, 1, 2.
         overrides: `key=value` for a recipe file, as the command's --set.
-        store_root, run_root, cache_root, address, fresh, wait, console: as for `train_students`.
+        store_root, run_root, cache_root, address, fresh, wait, trackers, console: as for `train_students`.
 
     Returns:
         The content of comparison.json (schemas/compare.schema.json).
@@ -181,6 +189,7 @@ def compare(
         address=address,
         fresh=fresh,
         wait=wait,
+        trackers=trackers,
         console=console,
     )
     from akd_dist.rows import SPLITS, prepare

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +17,14 @@ import torch
 
 from akd_dist import recipe
 from akd_dist.device import settle
+from akd_dist.documents import CohortProgress, StudentProgress
 from akd_dist.metrics import predictions
 from akd_dist.models import ModelCard, add_folder
 from akd_dist.rows import Rows, Splits, prepare
+from akd_dist.status import Pace, read_document, write_document
 from akd_dist.storage.errors import AkdError, HeldError, MachineError, RefusedError
 from akd_dist.storage.fence import Writer, take_over
-from akd_dist.storage.files import failpoint, file_lock, read_json, replace
+from akd_dist.storage.files import failpoint, file_lock, read_json
 from akd_dist.storage.node_cache import open_decoded
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.stream import Stream
@@ -237,10 +238,9 @@ def read_result(job: CohortJob, spec: recipe.Student) -> dict[str, Any] | None:
     return result
 
 
-def read_progress(job: CohortJob) -> dict[str, Any] | None:
+def read_progress(job: CohortJob) -> CohortProgress | None:
     """The latest progress document of a cohort; None before its first."""
-    document: dict[str, Any] | None = read_json(job.progress_file)
-    return document
+    return read_document(job.progress_file, CohortProgress)
 
 
 class _Lockstep:
@@ -258,7 +258,7 @@ class _Lockstep:
         self.job, self.group, self.stream, self.splits = job, group, stream, splits
         self.teacher_said, self.students = teacher_said, students
         self.saved_at = self.told_at = time.monotonic()
-        self.rows_seen, self.started = 0, time.monotonic()
+        self.paces: dict[str, Pace] = {}
 
     @property
     def active(self) -> list[Student]:
@@ -283,6 +283,7 @@ class _Lockstep:
             if student.epochs == 0:
                 self._guarded(student, self._finish_untrained, student)
         stopped = False
+        self._tell(force=True)
         while self.moving and not stopped:
             epoch = min(student.epoch for student in self.moving)
             stopped = self._epoch(epoch)
@@ -298,13 +299,13 @@ class _Lockstep:
         for batch in stream.batches(epoch, first, self.group.rank, self.group.world):
             for student in here:
                 if student.training and student.step == batch.step:
-                    self.rows_seen += batch.global_rows
                     self._guarded(student, student.take_step, batch, stream.steps_per_epoch)
             if self._pause():
                 return True
         for student in here:
             if student.training:
                 self._guarded(student, self._end_epoch, student)
+                self._tell()
         return False
 
     def _finish_untrained(self, student: Student) -> None:
@@ -348,38 +349,50 @@ class _Lockstep:
             student.save()
         self.saved_at = time.monotonic()
 
-    def _steps_of(self, student: Student) -> tuple[int, int]:
+    def _steps_of(self, student: Student, leader: Student | None) -> tuple[int, int]:
         """Steps behind a student and in all, without those that another takes for it; all once it has ended."""
         per_epoch = self.stream.steps_per_epoch
-        leader = self._leader(student)
         shared = student.stages[0].epochs if leader else student.epochs_shared
         total = (student.epochs - shared) * per_epoch
         done = 0 if leader else (student.epoch - shared) * per_epoch + student.step
         return (done if student.training else total), total
 
     def _tell(self, *, force: bool = False) -> None:
+        """Leave the cohort's progress document, every half second."""
         now = time.monotonic()
         if self.group.rank != 0 or (now - self.told_at < PROGRESS_SECONDS and not force):
             return
         self.told_at = now
         for student in self.active:
             student.writer.check()  # a worker that was taken for dead has nothing to tell any more
-        document = {
-            "training": bool(self.active),
-            "rows_per_second": self.rows_seen / max(now - self.started, 1e-9),
-            "students": [
-                {
-                    "name": student.spec.name,
-                    "state": "training" if student.result is None else student.result["state"],
-                    "waits_for": leader.spec.name if (leader := self._leader(student)) else None,
-                    "steps": self._steps_of(student)[0],
-                    "steps_total": self._steps_of(student)[1],
-                    "stage": student.stage.name,
-                    "epoch": student.epoch,
-                    "epochs": student.epochs,
-                    "validation": student.history[-1]["validation"] if student.history else None,
-                }
-                for student in self.students
-            ],
-        }
-        replace(self.job.progress_file, json.dumps(document).encode(), durable=False)
+        students = [self._progress_of(student, now) for student in self.students]
+        document = CohortProgress(training=bool(self.active), at=time.time(), students=students)
+        write_document(self.job.progress_file, document)
+
+    def _progress_of(self, student: Student, now: float) -> StudentProgress:
+        leader = self._leader(student)
+        steps, total = self._steps_of(student, leader)
+        pace = 0.0
+        if student.training:
+            pace = self.paces.setdefault(student.spec.name, Pace(steps, now)).per_second(steps, now)
+        last: dict[str, Any] = student.history[-1] if student.history else {}
+        measured = (student.result or {}).get("validation") or last.get("validation", {})
+        # Past its last epoch, and before the first step of one, a student is told by the epoch behind it.
+        in_epoch = student.stage_epoch < student.stage.epochs
+        return StudentProgress(
+            name=student.spec.name,
+            state=student.result["state"] if student.result else "waiting" if leader else "training",
+            waits_for=leader.spec.name if leader else None,
+            stage=student.stage.name,
+            epoch=student.epoch,
+            epochs=student.epochs,
+            temperature=student.stage.temperature(student.stage_epoch) if in_epoch else last.get("temperature"),
+            loss=student.loss_sum / student.loss_rows if student.loss_rows else last.get("train_loss"),
+            validation=measured.get(self.job.data.primary_metric),
+            steps=steps,
+            steps_total=total,
+            rows_per_second=pace * len(self.splits.train) / self.stream.steps_per_epoch,
+            steps_per_second=pace,
+            seconds_left=(total - steps) / pace if pace > 0 else None,
+            reason=student.result["reason"] if student.result is not None else None,
+        )

@@ -929,7 +929,8 @@ class Recipe(Spec):
         if twice:
             raise ValueError(
                 f"several students are named {', '.join(twice[:3])}; a default name holds model, objective, tau_max "
-                "and seed, so students that differ in anything else need blocks with a `name:` of their own"
+                "and seed, and whatever else its block's grid varies, so students of different blocks that differ in "
+                "anything else need blocks with a `name:` of their own"
             )
         return students
 

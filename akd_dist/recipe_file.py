@@ -24,7 +24,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, ScalarEvent
 
-from akd_dist.recipe import Recipe
+from akd_dist.grid_names import names_of_grid
+from akd_dist.recipe import Recipe, Student
 from akd_dist.storage.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
@@ -171,14 +172,16 @@ class Document:
         written: dict[int, tuple[int, tuple[KeyPath, ...]]] = {}
         for number, block in enumerate(blocks):
             grid = self._grid(number, block)
-            for values in itertools.product(*grid.values()):
-                written[len(students)] = (number, tuple(grid))
-                students.append(_with_values(block, dict(zip(grid, values, strict=True))))
-                if len(students) > MAX_STUDENTS:
-                    where = self.where(("students", number, "grid"))
-                    raise RecipeError(
-                        f"{where}: the grids stand for more than {MAX_STUDENTS:,} students", next="shorten their lists"
-                    )
+            if len(students) + math.prod(map(len, grid.values())) > MAX_STUDENTS:
+                where = self.where(("students", number, "grid"))
+                raise RecipeError(
+                    f"{where}: the grids stand for more than {MAX_STUDENTS:,} students", next="shorten their lists"
+                )
+            given = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+            block_students = [_with_values(block, values) for values in given]
+            _name(block_students, given)
+            written |= {len(students) + place: (number, tuple(grid)) for place in range(len(given))}
+            students += block_students
         return Document(self.data | {"students": students}, self.places, written)
 
     def _grid(self, number: int, block: Any) -> dict[KeyPath, list[Any]]:
@@ -237,6 +240,20 @@ def _with_values(block: Any, values: dict[KeyPath, Any]) -> Any:
             node = node[parent]
         node[last] = copy.deepcopy(value)
     return student
+
+
+def _name(students: list[Any], given: list[dict[KeyPath, Any]]) -> None:
+    """Name the students of a block where their default names are not enough to tell them apart."""
+    if len(students) == 1 or any("name" in student for student in students):
+        return
+    try:
+        defaults = [Student.model_validate(student).name for student in students]
+    except ValidationError:
+        return  # told with everything else that is wrong
+    keys = [{tuple(map(str, key)): value for key, value in values.items()} for values in given]
+    for student, default, name in zip(students, defaults, names_of_grid(defaults, keys), strict=True):
+        if name != default:
+            student["name"] = name
 
 
 def _read(path: Path) -> str:

@@ -66,6 +66,8 @@ class Batch:
     """The teacher's logits of that view in their stored dtype, [n, classes]; None in a stream without a teacher."""
     global_rows: int
     """Rows of the whole batch, over all ranks."""
+    spare: torch.Tensor | None = None
+    """Where this rank has no rows: one row of the batch as input, for models that cannot take a batch of none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +133,7 @@ class Stream:
                 labels=torch.from_numpy(self.rows.labels.take(rows)).to(self.device),
                 logits=None if logits is None else torch.from_numpy(logits.take(rows, axis=0)).to(self.device),
                 global_rows=len(together),
+                spare=None if len(rows) else self._view(together[:1], view),
             )
 
     def check_probes(self, manifest: Manifest) -> None:

@@ -33,6 +33,7 @@ from akd_dist.storage.errors import DamagedError
 from akd_dist.storage.fence import Writer
 from akd_dist.storage.files import append, failpoint, sha256
 from akd_dist.stream import Batch
+from akd_dist.sync_batch_norm import has_batch_norm, synchronise_batch_norms
 
 EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
 CPU = torch.device("cpu")
@@ -58,6 +59,15 @@ class Group:
         shared = torch.tensor(flags, dtype=torch.int32, device=self.device)
         torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
         return tuple(bool(flag) for flag in shared)
+
+    def go_on(self) -> None:
+        """Before ranks exchange something within a step: raises if one of them has failed and will not take part.
+
+        Raises:
+            PeerFailedError: on every rank but the one that failed; they have agreed by this.
+        """
+        if self.any(False)[0]:
+            raise PeerFailedError("another worker of this student failed")
 
     def sum(self, value: float) -> float:
         """The sum of a number over the ranks."""
@@ -226,10 +236,20 @@ class Student:
 
         def loss() -> torch.Tensor:
             with autocast(self.device, self.spec.precision):
-                logits = self._forward(batch.inputs)
+                logits = self._logits(batch)
             return row_losses(self.stage, self.stage_epoch, logits, batch.logits, batch.labels).sum()
 
         return self._agreed(loss)
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        """What the student says of this rank's rows, [n, classes].
+
+        A rank without rows takes part all the same. Many models cannot reshape a batch of none, so they see a spare
+        row, of which nothing is kept and whose gradient is zero. With batch norm it would move the statistics.
+        """
+        if batch.spare is None or has_batch_norm(self.module):
+            return self._forward(batch.inputs)  # type: ignore[no-any-return]
+        return self._forward(batch.spare)[:0]  # type: ignore[no-any-return]
 
     def _agreed(self, compute: Callable[[], Computed]) -> Computed:
         """What this rank computes without the others; if it fails on any rank, every rank raises."""
@@ -237,6 +257,8 @@ class Student:
         computed: Computed | None = None
         try:
             computed = compute()
+        except PeerFailedError:
+            raise  # in `Group.go_on`, which the failed rank answered when it came to agree here
         except Exception as error:
             failure = error
         if self.group.any(failure is not None)[0]:
@@ -468,6 +490,8 @@ class Student:
         self.rng = seeded_states(self.device, self.spec.seed, 0, 0)
         with self._own_generator():
             module = build(self.card, pretrained=True)
+        if self.spec.sync_batchnorm and self.group.world > 1:
+            synchronise_batch_norms(module, self.group.go_on)
         first = self.group.rank == 0
         after = self.rng if first else seeded_states(self.device, self.spec.seed, 0, self.group.rank)
         return module.to(self.device, weights_dtype(self.spec.precision)), after

@@ -13,6 +13,7 @@ import numpy as np
 from akd_dist.checkpoint import checkpoints
 from akd_dist.device import gpus_of
 from akd_dist.fleet_plan import Alternative, Plan, PlannedCohort, PlannedStudent
+from akd_dist.fleet_view import duration
 from akd_dist.jobs.planner import (
     START_SECONDS,
     Cohort,
@@ -22,7 +23,6 @@ from akd_dist.jobs.planner import (
     learns_from_assistant,
     plan_cohorts,
 )
-from akd_dist.jobs.progress import duration
 from akd_dist.jobs.room import Ask, Node, fits, in_units, timetable
 from akd_dist.objectives import stages
 from akd_dist.probe import measure_all

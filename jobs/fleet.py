@@ -21,6 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from akd_dist.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
+from akd_dist.documents import CohortProgress, CohortStatus, FleetPlan, StudentProgress
+from akd_dist.fleet_view import duration
 from akd_dist.jobs import cluster
 from akd_dist.jobs.planner import (
     UNKNOWN_SECONDS,
@@ -30,7 +32,7 @@ from akd_dist.jobs.planner import (
     cohort_job,
     worth_splitting,
 )
-from akd_dist.jobs.progress import Meter, duration, meter, tell
+from akd_dist.jobs.progress import FleetMeter, tell
 from akd_dist.jobs.room import Ask, next_to_start
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.storage.errors import AkdError, MachineError
@@ -104,7 +106,7 @@ class Fleet:
         self.lock = threading.Lock()
         self.alive_at = time.monotonic()
         self.moved_at = self.alive_at
-        self.last_told: list[dict[str, Any]] = []
+        self.last_told: list[CohortProgress] = []
         self.waiting_told = ""
         self.spread_at = time.monotonic()
         self.running: list[CohortJob] = []
@@ -124,13 +126,12 @@ class Fleet:
             check_room_for(self.costs.ask(cohort), cohort, cluster.nodes())
         self._begin_attempt()
         students = [spec for cohort in cohorts for spec in cohort]
-        steps = sum(spec.objective.epochs * self.costs.steps_per_epoch(spec) for spec in students)
         title = f"training {_counted(len(students), 'student')} in {_counted(len(cohorts), 'cohort')}"
-        tell(self.console, f"starting the workers that train {_counted(len(students), 'student')}")
+        control = Path(self.base.control)
         self.waiting = list(cohorts)
         with (
             self.shared,
-            meter(self.console, title, total=steps, unit="steps") as shown,
+            FleetMeter(self.console, control, self._plan(), title) as shown,
             self._stopping_on_errors(),
         ):
             while self._keep_busy():
@@ -139,6 +140,34 @@ class Fleet:
         if self.errors:
             raise self.errors[0]
         return len(self.jobs)
+
+    def _plan(self) -> FleetPlan:
+        """What there is to do, for those who watch: every student of the run, as if none had begun."""
+        students = [
+            StudentProgress(
+                name=spec.name,
+                state="waiting",
+                epochs=spec.objective.epochs,
+                steps_total=spec.objective.epochs * self.costs.steps_per_epoch(spec),
+            )
+            for spec in self.base.students
+        ]
+        metric = self.base.data.primary_metric
+        return FleetPlan(attempt=self.base.attempt, at=time.time(), metric=metric, students=students, cohorts=[])
+
+    def _not_training(self) -> list[CohortStatus]:
+        """The cohorts that wait for room, and those whose workers start."""
+        starting = [
+            CohortStatus(state="starting", students=[spec.name for spec in job.students])
+            for job in list(self.running)
+            if not job.progress_file.exists()
+        ]
+        return starting + [
+            CohortStatus(
+                state="waiting", students=[spec.name for spec in cohort], waits_for=str(self.costs.ask(cohort))
+            )
+            for cohort in self.waiting
+        ]
 
     def _begin_attempt(self) -> None:
         control = Path(self.base.control)
@@ -247,7 +276,7 @@ class Fleet:
         progress = read_progress(job)
         if job is not one.job or progress is None:
             return {}
-        now, steps = time.monotonic(), {student["name"]: student["steps"] for student in progress["students"]}
+        now, steps = time.monotonic(), {student.name: student.steps for student in progress.students}
         if one.since is None:
             one.since = now, steps
         begun, first = one.since
@@ -256,10 +285,9 @@ class Fleet:
         if done <= 0 or now - begun < SPREAD_SECONDS:
             return {}
         pace = (now - begun) / done
+        unfinished = [student for student in progress.students if student.state not in OVER]
         return {
-            student["name"]: (student["steps_total"] - student["steps"]) * costs[student["name"]] * pace
-            for student in progress["students"]
-            if student["state"] not in OVER
+            student.name: (student.steps_total - student.steps) * costs[student.name] * pace for student in unfinished
         }
 
     def _gather_parts(self) -> None:
@@ -269,7 +297,7 @@ class Fleet:
             progress = read_progress(one.job)
             if not one.parts or self._latest_job(one) is not one.job or progress is None:
                 continue  # or it died when it was to leave, and then went on to its end as it was
-            unfinished = {student["name"] for student in progress["students"] if student["state"] not in OVER}
+            unfinished = {student.name for student in progress.students if student.state not in OVER}
             parts = (tuple(spec for spec in part if spec.name in unfinished) for part in one.parts)
             self.waiting += [part for part in parts if part]
 
@@ -280,18 +308,11 @@ class Fleet:
             self.jobs.append(job)
         return job
 
-    def _follow(self, shown: Meter) -> None:
+    def _follow(self, shown: FleetMeter) -> None:
         """Show how far all cohorts are, and pass the stop flag on."""
         if self.stop or self.errors:
             self.base.stop_file.touch()
-        told = [progress for job in list(self.jobs) if (progress := read_progress(job))]
-        if told:
-            latest = {student["name"]: student for progress in told for student in progress["students"]}
-            done = sum(student["steps"] for student in latest.values())
-            rate = sum(progress["rows_per_second"] for progress in told if progress["training"])
-            over = sum(student["state"] != "training" for student in latest.values())
-            if not self.stop:
-                shown.update(done, note=f"{rate:,.0f} student rows/s, {_counted(over, 'student')} over")
+        shown.update(self._not_training())
         self._watch(stopping=bool(self.stop or self.errors))
         time.sleep(cluster.POLL_SECONDS)
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from akd_dist.documents import CohortStatus, FleetPlan, StatusDocument
+from akd_dist.fleet_view import FleetView, duration, ended_line, total_line, waiting_lines
+from akd_dist.status import ENDED, RunReader, write_document
+
 LINE_SECONDS = 5.0
+# A fleet's documents are read once a second; without a terminal its lines come every ten.
+READ_SECONDS, FLEET_LINE_SECONDS = 1.0, 10.0
+# How often the plan is written although it has not changed: by that a driver on another machine is seen to live.
+BEAT_SECONDS = 5.0
 
 
 class Meter:
@@ -68,11 +79,75 @@ def meter(console: Console, title: str, total: float, unit: str = "rows") -> Ite
         yield shown
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 48 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+class FleetMeter:
+    """How far a fleet is, while it trains: a table in a terminal, a few lines elsewhere.
+
+    Args:
+        control: the run's control folder, where what the driver plans is left for `akd-dist status`.
+        plan: what there is to do; the cohorts that have not begun are told by `update`.
+        title: what the work is called.
+    """
+
+    def __init__(self, console: Console, control: Path, plan: FleetPlan, title: str) -> None:
+        self.console, self.control, self.plan, self.title = console, control, plan, title
+        self.reader = RunReader(control.parent)
+        self.read_at = self.written_at = self.told_at = -math.inf
+        self.begun = time.monotonic()
+        self.ended: set[str] | None = None
+        self.status: StatusDocument | None = None
+        self.live: Live | None = None
+
+    def __enter__(self) -> FleetMeter:
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, get_renderable=self._view, transient=True, refresh_per_second=2)
+            self.live.start()
+        else:
+            tell(self.console, self.title)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave the sum of it all on the screen."""
+        if self.live is not None:
+            self.live.stop()
+        if kind is None:
+            self.update([], now=True)
+            assert self.status is not None
+            took = duration(time.monotonic() - self.begun)
+            tell(self.console, f"{self.title} took {took}: {total_line(self.status)}")
+
+    def update(self, cohorts: list[CohortStatus], *, now: bool = False) -> None:
+        """Show how far the fleet is; call it as often as you like.
+
+        Args:
+            cohorts: those that do not train yet.
+        """
+        moment = time.monotonic()
+        if moment - self.read_at < READ_SECONDS and not now:
+            return
+        self.read_at = moment
+        if cohorts != self.plan.cohorts or moment - self.written_at >= BEAT_SECONDS:
+            self.written_at = moment
+            self.plan = self.plan.model_copy(update={"at": time.time(), "cohorts": cohorts})
+            write_document(self.control / "plan.json", self.plan)
+        self.status = self.reader.read()
+        if self.live is None:
+            self._tell_lines(moment)
+
+    def _view(self) -> RenderableType:
+        return "" if self.status is None else FleetView(self.status, self.title, fit=True)
+
+    def _tell_lines(self, moment: float) -> None:
+        self._tell_ended()
+        if moment - self.told_at >= FLEET_LINE_SECONDS and self.status is not None:
+            if self.told_at > -math.inf:
+                tell(self.console, "; ".join([total_line(self.status), *waiting_lines(self.status)]))
+            self.told_at = moment
+
+    def _tell_ended(self) -> None:
+        """A line for each student that has ended since the last time; none the first time."""
+        assert self.status is not None
+        over = {student.name: student for student in self.status.students if student.state in ENDED}
+        for name, student in over.items():
+            if self.ended is not None and name not in self.ended:
+                tell(self.console, ended_line(student, self.status.metric))
+        self.ended = set(over)

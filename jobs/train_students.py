@@ -13,7 +13,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,13 @@ from akd_dist.metrics import measure
 from akd_dist.models import ModelCard, add_folder, build, by_content, num_parameters
 from akd_dist.recipe import Recipe
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
+from akd_dist.status import driving
 from akd_dist.storage.errors import DamagedError, RecipeError, RefusedError
 from akd_dist.storage.files import canonical_json, file_lock, read_json, replace
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.uses import using
 from akd_dist.student import entry
+from akd_dist.trackers import Tracked, forwarding
 
 Chain = list[Stores]
 """The stores of the teacher's logits, then of each assistant's: students learn from the first or from the last."""
@@ -69,6 +71,7 @@ def train_students(
     fresh: bool = False,
     wait: bool = False,
     dry_run: bool = False,
+    trackers: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train every student of the recipe from the teacher's stored logits, caching these first if they are missing.
@@ -83,6 +86,7 @@ def train_students(
         fresh: forget an earlier run of this name.
         wait: wait for somebody else's claim instead of leaving.
         dry_run: only say what would be done, and refuse what cannot fit; takes no lock and leaves the run as it is.
+        trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
 
     Returns:
@@ -107,7 +111,7 @@ def train_students(
             if not fresh:
                 check_same_run(run, recipe, run_identity(recipe, splits))
             return foresee()[0].document()
-    with held(run, wait, console), cluster.closing(), contextlib.ExitStack() as used:
+    with held(run, wait, console), driving(run), cluster.closing(), contextlib.ExitStack() as used:
         if not fresh:
             check_same_run(run, recipe, run_identity(recipe, splits))
         _, costs = foresee()  # what cannot fit is refused before anything expensive starts
@@ -122,20 +126,24 @@ def train_students(
             forget(run)
         check_same_run(run, recipe, identity)
         base = fleet_job(recipe, splits, chain[0], run, cache_root)
+        followed = [tracked(recipe, spec, base, parameters[spec.name]) for spec in recipe.students]
+        forward = functools.partial(forwarding, run, followed, trackers, lambda text: tell(console, text))
         todo = [spec for spec in recipe.students if not ended(base, spec)]
         saved: dict[str, Any] | None = read_json(run / "fleet.json")
         if not todo and saved is not None and (run / "report.html").exists():
             if not (run / "identity.json").exists():  # removed by hand, as a refusal of a damaged one says
                 replace(run / "identity.json", canonical_json(identity))
             tell(console, f"the run {recipe.name} is done: these are its saved results")
-            return saved
+            with forward():
+                return saved
         uris = [uri for stores in chain for uri in stores.values()]
         used.enter_context(using(uris, run=str(run.absolute()), lock=(run / "lock").absolute()))
         begin_run(run, recipe, identity)
         # Decode once, and refuse a damaged store before anything starts; the driver may have no GPU.
         for group in groups_of(todo):
             open_stream(replaced(cohort_job(base, group, chain[-1]), device="cpu"), splits)
-        cohorts = _train(base, recipe, todo, chain, costs, address, console) if todo else 0
+        with forward():
+            cohorts = _train(base, recipe, todo, chain, costs, address, console) if todo else 0
         fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - started)
         tell_failures(fleet, base, console)
     return fleet
@@ -390,6 +398,27 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
         attempt=1 + last_attempt(run),
         checkpoint_seconds=recipe.checkpoint_seconds,
         device=recipe.device,
+    )
+
+
+def tracked(recipe: Recipe, spec: recipes.Student, base: CohortJob, parameters: int) -> Tracked:
+    """A student as trackers know it."""
+    said = spec.model_dump(mode="json", exclude_none=True)
+    params: dict[str, str | int | float | bool] = {
+        "model": spec.model.label,
+        "parameters": parameters,
+        "objective": spec.objective.kind,
+    }
+    params |= {"epochs": spec.objective.epochs, "lr": spec.optimizer.lr, "batch": spec.batch, "seed": spec.seed}
+    if (tau_max := getattr(spec.objective, "tau_max", None)) is not None:
+        params["tau_max"] = tau_max
+    return Tracked(
+        name=spec.name,
+        run=recipe.name,
+        folder=Path(base.root) / spec.name,
+        params=params,
+        recipe=json.dumps(said, indent=2),
+        metric=recipe.data.primary_metric,
     )
 
 

@@ -277,9 +277,8 @@ def _follow(job: CohortJob, shown: Meter, stop: StopFlag) -> None:
     if stop:
         job.stop_file.touch()
     if (progress := read_progress(job)) is not None:
-        (model,) = progress["students"]
-        note = f"{progress['rows_per_second']:,.0f} rows/s"
-        shown.update(model["steps"], total=model["steps_total"], note=note)
+        (model,) = progress.students
+        shown.update(model.steps, total=model.steps_total, note=f"{model.rows_per_second:,.0f} rows/s")
 
 
 def _deliver(folder: Path, uri: str) -> None:

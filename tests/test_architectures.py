@@ -49,6 +49,21 @@ def sentences(n: int = 16, length: int = 12) -> torch.Tensor:
     return ids
 
 
+@pytest.mark.parametrize("model", [RESNET, PLAIN, TEXT, recipe.Cnn(width=4), recipe.Mlp(hidden=8, dropout=0.5)])
+def test_a_worker_without_rows_takes_its_part_in_the_step(model: Any) -> None:
+    """The last batch may have fewer rows than there are workers; the gradient of none of them is zero."""
+    module = build(text() if model is TEXT else images(model), seed=0).train()
+    before = state_bytes(module)
+    logits = module(sentences(1)[:0] if model is TEXT else pixels(1)[:0])
+    assert logits.shape == (0, 3 if model is TEXT else 10)
+    logits.sum().backward()
+    assert all(one.grad is not None and not one.grad.any() for one in module.parameters())
+    for key in module.state_dict():  # running statistics do not move
+        if "running" in key:
+            assert torch.isfinite(module.state_dict()[key]).all()
+    assert isinstance(model, recipe.ResNet | recipe.PlainCnn) or state_bytes(module) == before
+
+
 # ---- residual networks
 
 

@@ -145,8 +145,8 @@ def test_a_group_alone_shows_its_help(words: tuple[str, ...], run: Any) -> None:
 def test_commands_stand_in_the_order_of_their_story(run: Any) -> None:
     listed = re.findall(r"^  ([a-z-]+)  ", run("--help").out.split("Commands:")[1], flags=re.MULTILINE)
     assert listed == [
-        "quickstart", "cache-teacher", "train-students", "compare", "report", "evaluate", "predict", "export",
-        "stores", "recipe",
+        "quickstart", "cache-teacher", "train-students", "compare", "status", "report", "evaluate", "predict",
+        "export", "stores", "recipe",
     ]  # fmt: skip
 
 
@@ -267,13 +267,13 @@ def test_options_reach_the_verb(run: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(akd_dist, "train_students", lambda recipe, **given: seen.update(given, recipe=recipe) or FLEET)
     outcome = run(
         "train-students", "r.yaml", "--set", "a=1", "--set", "b=2", "--store-root", "s3://b/s", "--run-root", "r",
-        "--cache-root", "c", "--address", "auto", "--fresh", "--wait", "--json",
+        "--cache-root", "c", "--address", "auto", "--fresh", "--wait", "--tracker", "wandb", "--json",
     )  # fmt: skip
     assert outcome.document == FLEET
     assert seen.pop("console").stderr
     assert seen == {
         "recipe": "r.yaml", "overrides": ("a=1", "b=2"), "store_root": "s3://b/s", "run_root": "r", "cache_root": "c",
-        "address": "auto", "fresh": True, "wait": True,
+        "address": "auto", "fresh": True, "wait": True, "trackers": ("wandb",),
     }  # fmt: skip
 
 

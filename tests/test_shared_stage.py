@@ -96,9 +96,9 @@ def test_progress_leaves_out_the_steps_that_another_takes(
     train_cohort(job)
     document = read_progress(job)
     assert document is not None
-    told = {student["name"]: student for student in document["students"]}
-    assert {name: student["steps_total"] for name, student in told.items()} == steps
-    assert {name: student["steps"] for name, student in told.items()} == steps
+    told = {student.name: student for student in document.students}
+    assert {name: student.steps_total for name, student in told.items()} == steps
+    assert {name: student.steps for name, student in told.items()} == steps
 
 
 def test_the_next_one_leads_where_the_first_fails(

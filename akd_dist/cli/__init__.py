@@ -29,6 +29,7 @@ from akd_dist.cli.run import cache_teacher, compare, quickstart, train_students
 from akd_dist.cli.show import print_json
 from akd_dist.cli.stores import stores
 from akd_dist.cli.students import evaluate, export, predict
+from akd_dist.cli.watch import status
 from akd_dist.storage.errors import AkdError, InterruptedByUser, RecipeError, TerminatedError
 
 
@@ -49,6 +50,7 @@ for command_line in (
     cache_teacher,
     train_students,
     compare,
+    status,
     report,
     evaluate,
     predict,

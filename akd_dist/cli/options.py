@@ -47,6 +47,13 @@ wait_option = click.option(
     "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
 )
 fresh_option = click.option("--fresh", is_flag=True, help="Forget an earlier run of this name and start over.")
+tracker_option = click.option(
+    "--tracker",
+    "trackers",
+    type=click.Choice(["mlflow", "wandb"]),
+    multiple=True,
+    help="Forward every student's metrics there too; repeatable.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 id_argument = click.argument("store_id", metavar="ID")
 
@@ -59,6 +66,7 @@ train_options = options(
     address_option,
     fresh_option,
     wait_option,
+    tracker_option,
     json_option,
 )
 

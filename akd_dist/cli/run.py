@@ -112,6 +112,7 @@ def _train(
     address: str | None,
     fresh: bool,
     wait: bool,
+    trackers: tuple[str, ...],
     as_json: bool,
 ) -> int:
     with stdout_for_results():
@@ -124,6 +125,7 @@ def _train(
             address=address,
             fresh=fresh,
             wait=wait,
+            trackers=trackers,
             console=progress_console(),
         )
     if as_json:
@@ -182,7 +184,7 @@ def print_plan(plan: dict[str, Any]) -> None:
 def print_fleet_plan(plan: dict[str, Any]) -> None:
     """What training would do, as a table, and why."""
     from akd_dist.fleet_plan import plan_lines, plan_table
-    from akd_dist.jobs.progress import duration
+    from akd_dist.fleet_view import duration
 
     result_console().print(plan_table(plan, duration, size))
     for line in plan_lines(plan, duration, size):

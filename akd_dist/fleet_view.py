@@ -1,0 +1,200 @@
+"""How far a fleet is, as people see it: a table that fits a terminal, or a plain line. Pure: from documents to text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from akd_dist.documents import StatusDocument, StudentProgress
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
+
+# Where not all have room: those that something happens to first, those that nothing happens to any more last.
+ORDER = ("training", "stopped", "failed", "diverged", "waiting", "done")
+STYLES = {"failed": "red", "diverged": "red", "stopped": "yellow", "waiting": "dim", "done": "green"}
+HEAD_LINES, CURSOR_LINES = 2, 1
+NAMES_SHOWN, WAITING_SHOWN = 2, 3
+NARROWEST_NAME, GAP = 12, 2
+
+
+@dataclass(frozen=True)
+class FleetView:
+    """A status as `rich` prints it: a table of students, who waits for what, and the sum of it all."""
+
+    status: StatusDocument
+    """How far the fleet is."""
+    title: str | None = None
+    """A line above the table."""
+    fit: bool = False
+    """Show no more students than the terminal has lines for, and how many more there are."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """The parts from top to bottom; no line is wider than the terminal."""
+        from rich.text import Text
+
+        below = [*waiting_lines(self.status), total_line(self.status)]
+        shown = list(self.status.students)
+        if self.fit:
+            shown.sort(key=lambda student: ORDER.index(student.state))
+            room = console.size.height - HEAD_LINES - CURSOR_LINES - len(below) - (self.title is not None)
+            if len(shown) > max(room, 0):
+                del shown[max(room - 1, 0) :]
+        if self.title is not None:
+            yield Text(self.title, style="bold", no_wrap=True, overflow="ellipsis")
+        if shown:
+            yield _table(shown, self.status.metric or "validation", options.max_width)
+        if hidden := len(self.status.students) - len(shown):
+            yield Text(f"and {hidden:,} more", style="dim")
+        for line in below:
+            yield Text(line, style="dim" if line is not below[-1] else "", no_wrap=True, overflow="ellipsis")
+
+
+def _table(students: list[StudentProgress], metric: str, width: int) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    headings = ("stage", "epoch", "T", "loss", metric, "rows/s", "left")
+    rows = [cells_of(student) for student in students]
+    widths = [max(map(len, column)) + GAP for column in zip(headings, *rows, strict=True)]
+    room = max(width - sum(widths), NARROWEST_NAME)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("student", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, no_wrap=True, justify="left" if heading == "stage" else "right")
+    for student, (stage, *numbers) in zip(students, rows, strict=True):
+        style = STYLES.get(student.state, "")
+        table.add_row(Text(shortened(student.name, room)), Text(stage, style=style), *numbers)
+    return table
+
+
+def cells_of(student: StudentProgress) -> tuple[str, ...]:
+    """Stage or state, epoch of total, temperature, loss, validation metric, rows per second and time left."""
+    training = student.state == "training"
+    epoch = min(student.epoch + training, student.epochs)
+    return (
+        (student.stage or "training") if training else student.state,
+        f"{epoch}/{student.epochs}",
+        "-" if student.temperature is None else str(student.temperature),
+        _number(student.loss),
+        _number(student.validation),
+        f"{student.rows_per_second:,.0f}" if training else "-",
+        "-" if student.seconds_left is None or not training else clock(student.seconds_left),
+    )
+
+
+def waiting_lines(status: StatusDocument) -> list[str]:
+    """Who waits for what: cohorts without room, workers that start, students that wait for another one."""
+    waits = [
+        (cohort.students, f"starting: {_names(cohort.students)}")
+        if cohort.state == "starting"
+        else (cohort.students, f"waiting for {cohort.waits_for or 'their turn'}: {_names(cohort.students)}")
+        for cohort in status.cohorts
+    ]
+    leaders: dict[str, list[str]] = {}
+    for student in status.students:
+        if student.state == "waiting" and student.waits_for is not None:
+            leaders.setdefault(student.waits_for, []).append(student.name)
+    waits += [(names, f"waiting for {leader}: {_names(names)}") for leader, names in leaders.items()]
+    lines = [line for _, line in waits[:WAITING_SHOWN]]
+    if more := waits[WAITING_SHOWN:]:
+        lines.append(f"and {sum(len(names) for names, _ in more):,} more students wait")
+    return lines
+
+
+def total_line(status: StatusDocument) -> str:
+    """The sum over all students: steps, their rate, time left, and how many are over."""
+    share = f" ({status.steps / status.steps_total:.0%})" if status.steps_total else ""
+    parts = [f"{status.steps:,} of {status.steps_total:,} steps{share}"]
+    if status.steps_per_second > 0:
+        parts.append(f"{status.steps_per_second:,.0f} steps/s")
+    if status.seconds_left is not None:
+        parts.append(f"{duration(status.seconds_left)} left")
+    over = f"{status.over:,} of {len(status.students):,} students over"
+    if bad := sum(student.state in ("failed", "diverged") for student in status.students):
+        over += f", {bad:,} of them without success"
+    return ", ".join(parts) + f"; {over}"
+
+
+def ended_line(student: StudentProgress, metric: str | None) -> str:
+    """What is told of a student when it ends."""
+    told = f"{student.name} is {student.state}" if student.state == "done" else f"{student.name} {student.state}"
+    told += f" after {student.epoch} of {student.epochs} epochs"
+    if student.reason:
+        return f"{told}: {student.reason}"
+    return told if student.validation is None else f"{told}: validation {metric} {student.validation:.4f}"
+
+
+def headline(status: StatusDocument) -> str:
+    """What is going on with a run, and who does it."""
+    driver, name = status.driver, status.run
+    who = f"process {driver.pid} on {driver.host}" if driver else "nobody that is known"
+    match status.state:
+        case "training":
+            return f"{name} trains: {who}, since {_when(driver.since if driver else None)}"
+        case "preparing":
+            return f"{name} is prepared (data, teacher, store): {who}, since {_when(driver.since if driver else None)}"
+        case "done":
+            return f"{name} is done" + (f", since {_when(status.at)}" if status.at else "")
+    how = "let go of it" if driver and driver.ended else "is gone" if status.alive is False else ""
+    return f"{name} stopped at {_when(status.at)}: {who} {how or 'has not been heard of since'}"
+
+
+def next_line(status: StatusDocument) -> str | None:
+    """What goes on with a run that stopped; None for others."""
+    if status.state != "stopped":
+        return None
+    if status.driver is None:
+        return "the command that it was started with goes on: akd-dist train-students RECIPE"
+    return f"the same command goes on: {status.driver.command} (in {status.driver.folder})"
+
+
+def shortened(name: str, room: int) -> str:
+    """A name cut in its middle: its beginning tells the model, its end the temperature and the seed."""
+    if len(name) <= room:
+        return name
+    end = (room - 1) * 2 // 3
+    return f"{name[: room - 1 - end]}…{name[-end:]}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds in little room: 0:48, 3:20, 2:05:00."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 48 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def _names(names: list[str]) -> str:
+    listed = ", ".join(names[:NAMES_SHOWN])
+    others = len(names) - NAMES_SHOWN
+    return listed + (f" and {others:,} more" if others > 0 else "")
+
+
+def _when(moment: float | None) -> str:
+    """A time of day, with its date if that is not today."""
+    if moment is None:
+        return "a time that nothing tells of"
+    then = datetime.fromtimestamp(moment)
+    today = then.date() == datetime.fromtimestamp(time.time()).date()
+    return f"{then:%H:%M:%S}" if today else f"{then:%Y-%m-%d %H:%M:%S}"

@@ -1,0 +1,286 @@
+"""How far a run is, from what lies in its folder: nothing is locked, nothing is written, and no one is asked.
+
+akd-dist status runs/digits
+
+While it trains, the driver leaves a plan in control/ and the worker of each cohort its progress. What these do not tell
+of is read from the students' folders, so that a run is seen as well after its driver was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from akd_dist.documents import CohortProgress, Document, FleetPlan, RunDriver, StatusDocument, StudentProgress
+from akd_dist.storage.errors import RefusedError
+from akd_dist.storage.files import read_json, replace
+
+# A pace is that of the last seconds: students that end make room for the others.
+PACE_SECONDS = 10.0
+# How long a driver on another machine may be silent before it counts as gone; it writes every few seconds.
+SILENT_SECONDS = 60.0
+ENDED = ("done", "diverged", "failed")
+
+AnyDocument = TypeVar("AnyDocument", bound=Document)
+
+
+class Pace:
+    """How fast a count grows, over the last seconds."""
+
+    def __init__(self, count: float, now: float) -> None:
+        self.samples = deque([(now, count)])
+
+    def per_second(self, count: float, now: float) -> float:
+        """Take the count in, and say by how much it grew in each of the last seconds; by `time.monotonic()`."""
+        self.samples.append((now, count))
+        while len(self.samples) > 2 and now - self.samples[1][0] > PACE_SECONDS:
+            self.samples.popleft()
+        since, before = self.samples[0]
+        return (count - before) / (now - since) if now > since else 0.0
+
+
+# ---- what a driver leaves
+
+
+@contextlib.contextmanager
+def driving(run: Path) -> Iterator[None]:
+    """Say for the time of the block who drives a run; whoever does holds its lock."""
+    driver = RunDriver(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        birth=birth_of(os.getpid()),
+        since=time.time(),
+        command=typed_command(sys.argv, sys.orig_argv),
+        folder=str(Path.cwd()),
+    )
+    path = run / "control" / "driver.json"
+    write_document(path, driver)
+    try:
+        yield
+    finally:
+        write_document(path, driver.model_copy(update={"ended": time.time()}))
+
+
+def typed_command(words: list[str], original: list[str]) -> str:
+    """What this process was started with, as one would type it again.
+
+    Args:
+        words: as in sys.argv.
+        original: the same with the interpreter, as in sys.orig_argv; for programs that are not ours.
+    """
+    program = Path(words[0])
+    ours = program.name == "akd-dist" or (program.parent.name == "cli" and program.parent.parent.name == "akd_dist")
+    return shlex.join(["akd-dist", *words[1:]] if ours else original)
+
+
+def birth_of(pid: int) -> str | None:
+    """When a process of this machine was started, in the system's own terms; None where that is not to be known."""
+    try:
+        # The name of the program stands in brackets and may hold anything; the 20th field after it is the start.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def write_document(path: Path, document: Document) -> None:
+    """A document that is worth nothing once the run is over: whole, but not made durable."""
+    replace(path, document.model_dump_json().encode(), durable=False)
+
+
+def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument | None:
+    """A document of control/; None where there is none, or one that another version of akd-dist wrote."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def is_alive(driver: RunDriver) -> bool | None:
+    """Whether the process still holds the run; None where that cannot be seen from this machine."""
+    if driver.ended is not None:
+        return False
+    if driver.host != socket.gethostname():
+        return None
+    if driver.birth is not None:
+        return birth_of(driver.pid) == driver.birth
+    try:
+        os.kill(driver.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+# ---- what there is to read
+
+
+class RunReader:
+    """Reads how far a run is, again and again; of students that have not changed since, nothing is read again."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._kept: dict[str, tuple[Any, StudentProgress]] = {}
+
+    def read(self) -> StatusDocument:
+        """How far it is now.
+
+        Raises:
+            RefusedError: there is no run.
+        """
+        self._check_is_there()
+        driver = read_document(self.run / "control" / "driver.json", RunDriver)
+        plan = read_document(self.run / "control" / "plan.json", FleetPlan)
+        saved: dict[str, Any] | None = read_json(self.run / "fleet.json")
+        told = self._told(plan) if plan else []
+        at = _last_sign(driver, plan, [progress for progress, _ in told])
+        alive = is_alive(driver) if driver else None
+        held = alive if alive is not None else at is not None and time.time() - at < SILENT_SECONDS
+        current = driver is not None and plan is not None and plan.at >= driver.since
+        training = held and current and saved is None
+        students = self._students(plan, saved, told if training else [])
+        if training and plan:
+            students = _in_line(students, plan)
+        return StatusDocument(
+            run=str(self.run),
+            state="training" if training else "done" if saved is not None else "preparing" if held else "stopped",
+            driver=driver,
+            alive=alive,
+            at=at,
+            metric=plan.metric if plan else saved["metric"] if saved else None,
+            steps=sum(student.steps for student in students),
+            steps_total=sum(student.steps_total for student in students),
+            steps_per_second=sum(student.steps_per_second for student in students),
+            rows_per_second=sum(student.rows_per_second for student in students),
+            seconds_left=_seconds_left(students),
+            over=sum(student.state in ENDED for student in students),
+            cohorts=plan.cohorts if plan and training else [],
+            students=students,
+        )
+
+    def _check_is_there(self) -> None:
+        if not any((self.run / name).exists() for name in ("control", "identity.json", "fleet.json")):
+            raise RefusedError(
+                f"there is no run in {self.run}",
+                got="a folder that holds none" if self.run.exists() else "no such folder",
+                expected="the folder of a run: its run root, and the name of its recipe",
+                next="akd-dist train-students RECIPE begins one, in runs/ unless told otherwise",
+            )
+
+    def _told(self, plan: FleetPlan) -> list[tuple[CohortProgress, int]]:
+        """What the cohorts of the plan's attempt tell, in the order in which they began, and when they did."""
+        paths = (self.run / "control").glob(f"progress-cohort-{plan.attempt}-*.json")
+        ordered = sorted(paths, key=lambda path: int(path.stem.rsplit("-", 1)[1]))
+        return [(told, _written(path)) for path in ordered if (told := read_document(path, CohortProgress))]
+
+    def _students(
+        self, plan: FleetPlan | None, saved: dict[str, Any] | None, told: list[tuple[CohortProgress, int]]
+    ) -> list[StudentProgress]:
+        # After a death a student is told of twice: the later cohort knows better.
+        live = {student.name: (student, when) for progress, when in told for student in progress.students}
+        metric = plan.metric if plan else saved["metric"] if saved else ""
+        found = []
+        for planned in plan.students if plan else _saved_students(saved):
+            progress, when = live.get(planned.name, (None, 0))
+            # Where workers died again and again the driver ends the student, and nobody tells of it any more.
+            if progress is not None and when >= _written(self.run / "students" / planned.name / "result.json"):
+                found.append(progress)
+            else:
+                found.append(self._standing(planned, metric))
+        return found
+
+    def _standing(self, planned: StudentProgress, metric: str) -> StudentProgress:
+        """How far a student is by its folder."""
+        folder = self.run / "students" / planned.name
+        checkpoint = max((path.name for path in folder.glob("checkpoints/*.ckpt")), default=None)
+        stamp = (planned, checkpoint, *(_written(folder / name) for name in ("result.json", "metrics.jsonl")))
+        if (kept := self._kept.get(planned.name)) is None or kept[0] != stamp:
+            kept = self._kept[planned.name] = stamp, standing(folder, planned, metric, checkpoint)
+        return kept[1]
+
+
+def standing(folder: Path, planned: StudentProgress, metric: str, checkpoint: str | None) -> StudentProgress:
+    """How far a student is by what lies in its folder.
+
+    Args:
+        planned: the student as if it had not begun.
+        checkpoint: the name of its newest one: `<epoch>-<step>-<attempt>.ckpt`.
+    """
+    result: dict[str, Any] | None = read_json(folder / "result.json")
+    records = read_metrics(folder)
+    last = records[-1] if records else {"validation": {}}
+    changes = {"stage": last.get("stage"), "temperature": last.get("temperature"), "loss": last.get("train_loss")}
+    changes["validation"] = last["validation"].get(metric)
+    if result is not None:
+        changes |= {"state": result["state"], "reason": result["reason"], "epoch": result["epochs"]}
+        changes |= {"steps": planned.steps_total}
+        if result["validation"] is not None:
+            changes["validation"] = result["validation"].get(metric)
+    elif checkpoint is not None:
+        epoch, step = (int(part) for part in checkpoint.split("-")[:2])
+        per_epoch = planned.steps_total // max(planned.epochs, 1)
+        changes |= {"state": "stopped", "epoch": epoch, "steps": epoch * per_epoch + step}
+    return planned.model_copy(update=changes)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a student's metrics.jsonl, one an epoch, in order; empty before its first."""
+    try:
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def _in_line(students: list[StudentProgress], plan: FleetPlan) -> list[StudentProgress]:
+    """Students whose turn will come wait, whatever an earlier attempt left of them."""
+    queued = {name for cohort in plan.cohorts for name in cohort.students}
+    waiting = {
+        "state": "waiting",
+        "reason": None,
+        "rows_per_second": 0.0,
+        "steps_per_second": 0.0,
+        "seconds_left": None,
+    }
+    return [
+        student.model_copy(update=waiting) if student.name in queued or student.state == "stopped" else student
+        for student in students
+    ]
+
+
+def _saved_students(saved: dict[str, Any] | None) -> list[StudentProgress]:
+    """The students of a run that was done before plans were left."""
+    entries = saved["students"] if saved else []
+    return [StudentProgress(name=one["name"], state="waiting", epochs=one["epochs"], steps_total=0) for one in entries]
+
+
+def _last_sign(driver: RunDriver | None, plan: FleetPlan | None, told: list[CohortProgress]) -> float | None:
+    signs = [one.at for one in told] + ([plan.at] if plan else []) + ([driver.ended or driver.since] if driver else [])
+    return max(signs, default=None)
+
+
+def _seconds_left(students: list[StudentProgress]) -> float | None:
+    """All steps that are left at today's pace, and no less than the student that takes longest."""
+    pace = sum(student.steps_per_second for student in students)
+    if pace <= 0:
+        return None
+    longest = max(student.seconds_left or 0.0 for student in students)
+    return max(longest, sum(student.steps_total - student.steps for student in students) / pace)
+
+
+def _written(path: Path) -> int:
+    """When a file was last written, in nanoseconds; 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
