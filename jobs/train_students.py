@@ -35,20 +35,23 @@ from akd_dist.cohort import (
     train_cohort,
     wait_for_lock,
 )
+from akd_dist.economics import Reading, economics, reading
 from akd_dist.fleet_plan import Plan
-from akd_dist.fleet_report import write_report
+from akd_dist.fleet_report import read_metrics
 from akd_dist.jobs.cache_teacher import cache_teacher, model_uris, prepare_shown
 from akd_dist.jobs.dry_run import costs_of, draw_up
 from akd_dist.jobs.planner import Costs, cohort_job, groups_of, learns_from_assistant
 from akd_dist.jobs.progress import tell
-from akd_dist.jobs.train_teacher import Stores, is_there
+from akd_dist.jobs.train_teacher import Stores, is_there, teacher_of
 from akd_dist.metrics import measure
 from akd_dist.models import ModelCard, add_folder, build, by_content, num_parameters
 from akd_dist.recipe import Recipe
+from akd_dist.report_page import write_report
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
 from akd_dist.status import driving
 from akd_dist.storage.errors import DamagedError, RecipeError, RefusedError
 from akd_dist.storage.files import canonical_json, file_lock, read_json, replace
+from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.uses import using
 from akd_dist.student import entry
@@ -455,10 +458,37 @@ def finish_run(
         "cohorts": cohorts,
         "seconds": round(seconds, 3),
     }
+    fleet["economics"] = balances(run, recipe, splits, fleet, stores)
     replace(run / "fleet.json", json.dumps(fleet, indent=1).encode())
     write_report(run)
     tidy(base)
     return fleet
+
+
+def balances(
+    run: Path, recipe: Recipe, splits: Splits, fleet: dict[str, Any], stores: list[dict[str, LogitStore]]
+) -> list[dict[str, Any]]:
+    """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read it."""
+    results = {result["name"]: result for result in fleet["students"]}
+    assisted = {spec.name: learns_from_assistant(spec) for spec in recipe.students}
+
+    def read(of_assistant: bool) -> list[Reading]:
+        specs = [spec for spec in recipe.students if assisted[spec.name] == of_assistant]
+        return [reading(spec, read_metrics(run, spec.name), results[spec.name].get("stage1_from")) for spec in specs]
+
+    spent = training_seconds(recipe, splits, stores[0]["train"])
+    found = [economics("teacher", fleet["teacher"]["model"], stores[0], read(False), spent)]
+    if any(assisted.values()):
+        found.append(economics("assistant", fleet["assistants"][-1]["model"], stores[-1], read(True)))
+    return found
+
+
+def training_seconds(recipe: Recipe, splits: Splits, store: LogitStore) -> float | None:
+    """What training the teacher took, where the recipe trained it and it left its result beside this store."""
+    trained = teacher_of(recipe, splits)
+    folder = None if trained is None else open_root(trained.uri(open_root(store.uri).parent.uri)).local_path("")
+    result = None if folder is None else read_json(folder / "result.json")
+    return float(result["seconds"]) if isinstance(result, dict) else None
 
 
 def tidy(base: CohortJob) -> None:
