@@ -99,6 +99,7 @@ def train_students(
     address: str | None = None,
     fresh: bool = False,
     wait: bool = False,
+    dry_run: bool = False,
     trackers: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -115,11 +116,12 @@ def train_students(
         address: a Ray cluster; None starts one on this machine if there is anything to do.
         fresh: forget an earlier run of this name.
         wait: wait for somebody else who holds the store or the run, instead of leaving.
+        dry_run: only say what would be done, and refuse what cannot fit.
         trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
 
     Returns:
-        The content of fleet.json (schemas/fleet.schema.json).
+        The content of fleet.json (schemas/fleet.schema.json); of a dry run the plan (schemas/fleet-plan.schema.json).
 
     Raises:
         AkdError: a refusal; nothing that was trained is lost.
@@ -139,6 +141,7 @@ def train_students(
         address=address,
         fresh=fresh,
         wait=wait,
+        dry_run=dry_run,
         trackers=trackers,
         console=console,
     )

@@ -231,12 +231,12 @@ def test_without_a_node_left_the_driver_says_so_and_the_next_command_resumes(
 def test_a_student_that_kills_its_worker_fails_alone(home: Home, tmp_path: Path) -> None:
     recipe = home.recipe_for([FLEET[0], odd("deadly", deadly=True), *FLEET[1:]])
     with Driver(home.command(tmp_path, "--json", recipe=recipe), tmp_path) as driver:
-        out, _ = driver.process.communicate(timeout=400)
+        out, _ = driver.process.communicate(timeout=500)
         told = driver.errors.read_text()
         assert driver.process.returncode == 1, told
     entries = {entry["name"]: entry for entry in json.loads(out)["students"]}
     assert entries["deadly"]["state"] == "failed"
-    assert "memory may have run out. Ray says: " in entries["deadly"]["reason"]
+    assert "memory may have run out. Ray says: Worker exit detail: " in entries["deadly"]["reason"]
     assert "deadly.log" in told
     assert list((tmp_path / "runs" / "fleet" / "students" / "deadly" / "checkpoints").glob("000001-*.ckpt"))
     found = outcome(tmp_path / "runs" / "fleet")
