@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from akd_dist.wording import house_table
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -120,13 +122,7 @@ def plan_table(plan: dict[str, Any], duration: Callable[[float], str], size: Cal
     Args:
         duration, size: how seconds and bytes are said.
     """
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title="what training would do", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    table = house_table("what training would do")
     table.add_column("student", overflow="fold")
     for column in ("parameters", "steps", "takes", "state"):
         table.add_column(column, no_wrap=True, justify="left" if column == "state" else "right")
