@@ -870,7 +870,8 @@ class Student(Training):
     gpus: Positive = 1.0
     """GPUs of each worker, where the recipe's device is cuda; cohorts share one by fractions. Changes no result."""
     name: str = Field(default_factory=_student_name, validate_default=True)
-    """Its folder in the run; by default `<model>-<objective>-t<tau_max>-s<seed>`. Unique in the recipe."""
+    """Its folder in the run; by default `<model>-<objective>-t<tau_max>-s<seed>`, with what else its grid varies before
+    the seed. Unique in the recipe."""
 
     _valid_name = field_validator("name")(_folder_name)
 
