@@ -6,7 +6,7 @@
     akd_dist.compare(recipe)                             runs/digits-compare/, every objective over several seeds
     akd_dist.open_store(uri).rows(view, start, stop)     float32 [n, classes]
     akd_dist.load_model("runs/digits/students/...")      a torch.nn.Module
-    akd_dist.report("runs/digits")                       report.html, written afresh
+    akd_dist.report("runs/digits")                       report.html, written afresh; of several runs, one more
     akd_dist.evaluate(student, "runs/digits")            a student's metrics on data, and its agreement with others
     akd_dist.predict(student, "new.parquet", out)        what it says of every row, as Parquet
     akd_dist.export(student, "onnx", out)                the student for those without akd-dist, checked
@@ -99,6 +99,7 @@ def train_students(
     address: str | None = None,
     fresh: bool = False,
     wait: bool = False,
+    dry_run: bool = False,
     trackers: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -115,11 +116,12 @@ def train_students(
         address: a Ray cluster; None starts one on this machine if there is anything to do.
         fresh: forget an earlier run of this name.
         wait: wait for somebody else who holds the store or the run, instead of leaving.
+        dry_run: only say what would be done, and refuse what cannot fit.
         trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
 
     Returns:
-        The content of fleet.json (schemas/fleet.schema.json).
+        The content of fleet.json (schemas/fleet.schema.json); of a dry run the plan (schemas/fleet-plan.schema.json).
 
     Raises:
         AkdError: a refusal; nothing that was trained is lost.
@@ -139,6 +141,7 @@ def train_students(
         address=address,
         fresh=fresh,
         wait=wait,
+        dry_run=dry_run,
         trackers=trackers,
         console=console,
     )
@@ -226,18 +229,27 @@ def load_model(folder: str | Path) -> nn.Module:
     return load_model(absolute_root(folder))
 
 
-def report(run: str | Path) -> Path:
-    """Write a run's report.html afresh from what lies in its folder.
+def report(*runs: str | Path, out: str | Path | None = None) -> Path:
+    """Write runs' report.html afresh from what lies in their folders; for several runs, one more that compares them.
+
+    Args:
+        runs: folders of runs.
+        out: where the page that is returned goes: by default `report.html` in the run's folder, or beside the first of
+            several.
 
     Returns:
-        The path of report.html.
+        The path of the run's page; of several runs, of the one that compares them.
 
     Raises:
-        RefusedError: there is no run, or it is not finished.
+        RecipeError: no run is named, or one twice.
+        RefusedError: there is no run, it is not finished, or several cannot be compared.
+        DamagedError: results are not what training wrote.
     """
-    from akd_dist.fleet_report import write_report
+    from akd_dist.report_page import write_reports
 
-    return write_report(Path(run))
+    document = write_reports([Path(run) for run in runs], None if out is None else Path(absolute_root(out)))
+    compared = document["comparison"]
+    return Path(compared["report"] if compared else document["runs"][0]["report"])
 
 
 def evaluate(

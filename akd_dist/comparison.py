@@ -20,18 +20,11 @@ from pydantic import ValidationError
 from akd_dist.recipe import AnnealingKD, ContinuationKD, HardLabels, Kd, Objective, Recipe, Student, Takd
 from akd_dist.storage.errors import DamagedError, RecipeError
 from akd_dist.storage.files import replace
+from akd_dist.wording import OBJECTIVE_LABELS, house_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-LABELS = {
-    "hard_labels": "from scratch",
-    "kd": "KD",
-    "takd": "TAKD",
-    "annealing_kd": "Annealing-KD",
-    "continuation_kd": "Continuation-KD",
-}
-"""How the papers call each objective, in the order of their tables."""
 SUFFIX = "-compare"
 CONFIDENCE = 0.95
 DEFAULT_SEEDS = (0, 1, 2)
@@ -65,7 +58,7 @@ def expand(recipe: Recipe, seeds: int | None = None) -> Recipe:
             expected="at least 2",
             next="say --seeds 3",
         )
-    kinds = [kind for kind in LABELS if kind != "takd" or recipe.teacher.assistant is not None]
+    kinds = [kind for kind in OBJECTIVE_LABELS if kind != "takd" or recipe.teacher.assistant is not None]
     try:
         students = [
             student
@@ -240,8 +233,8 @@ def _row(
         "epochs": first.objective.epochs,
         "seeds": sorted(results),
         "test": estimate([results[seed] for seed in sorted(results)]),
-        "over_scratch": None if first.objective.kind == "hard_labels" else _paired(results, baselines["hard_labels"]),
-        "over_kd": None if first.objective.kind in ("hard_labels", "kd") else _paired(results, baselines["kd"]),
+        "over_scratch": None if first.objective.kind == "hard_labels" else paired(results, baselines["hard_labels"]),
+        "over_kd": None if first.objective.kind in ("hard_labels", "kd") else paired(results, baselines["kd"]),
         "agreement": statistics.fmean(agreements) if agreements else None,
         "lost": [
             {key: entry[key] for key in ("name", "seed", "state", "reason")}
@@ -257,7 +250,7 @@ def _by_seed(group: list[Student], entries: dict[str, Any], metric: str) -> dict
     return {entry["seed"]: entry["test"][metric] for entry in done}
 
 
-def _paired(results: dict[int, float], baseline: dict[int, float]) -> dict[str, Any] | None:
+def paired(results: dict[int, float], baseline: dict[int, float]) -> dict[str, Any] | None:
     """The difference to a baseline, over the seeds that both have."""
     return estimate([results[seed] - baseline[seed] for seed in sorted(results.keys() & baseline.keys())])
 
@@ -297,20 +290,12 @@ def write_comparison(run: Path, document: dict[str, Any]) -> None:
 
 def comparison_table(document: dict[str, Any]) -> Table:
     """A comparison as a table for a terminal of eighty columns."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=f"{Path(document['run']).name}: {_title(document)}, mean ± 95 % interval over seeds",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-        caption=Text("\n".join(remarks(document))) if remarks(document) else None,
-        caption_justify="left",
+    told = remarks(document)
+    table = house_table(
+        f"{Path(document['run']).name}: {_title(document)}, mean ± 95 % interval over seeds",
+        Text("\n".join(told)) if told else None,
     )
     table.add_column("trained by", overflow="fold")
     agreeing = document["task"] == "classification"
@@ -394,7 +379,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
 def _label(row: dict[str, Any], table: list[dict[str, Any]]) -> str:
     """How the row was trained; where several rows of a model were trained so, also the students' common name."""
     alike = [other for other in table if (other["model"], other["objective"]) == (row["model"], row["objective"])]
-    label = LABELS[row["objective"]]
+    label = OBJECTIVE_LABELS[row["objective"]]
     return label if len(alike) == 1 else f"{label}: {row['name']}"
 
 

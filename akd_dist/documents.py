@@ -132,6 +132,91 @@ class PlanDocument(Document):
     """The same for the teacher's assistants."""
 
 
+class PlannedStudent(Document):
+    """A student, and what is before it."""
+
+    name: str
+    """Its folder under students/."""
+    model: str
+    """Label of its architecture."""
+    objective: str
+    """Kind of its objective."""
+    parameters: Count
+    """Number of its weights."""
+    standing: Literal["new", "resumes", "ended"]
+    """Whether it starts, resumes from a checkpoint, or has ended already."""
+    rides: str | None
+    """Whose stage I it goes on from; null if it computes its own."""
+    steps: Count
+    """Steps that it still computes."""
+    seconds: float | None
+    """What it adds to its cohort; null if its probe failed."""
+
+
+class PlannedCohort(Document):
+    """Students that train in lockstep, and what that takes."""
+
+    students: list[PlannedStudent]
+    """Who they are."""
+    why: str
+    """What they share."""
+    waits: str | None
+    """What it waits for; null if it starts at once."""
+    workers: Count
+    """Data-parallel workers."""
+    cpus: float
+    """CPUs of each worker."""
+    gpus: float
+    """GPUs of each worker."""
+    memory: Count
+    """Bytes of main memory of each worker, as estimated; memory maps that the whole node shares are not in it."""
+    steps: Count
+    """Steps of the stream."""
+    bytes_streamed: Count
+    """Inputs, labels and logits that the stream reads, once for all students."""
+    begins: float
+    """Seconds from the first start."""
+    ends: float
+    """Seconds from the first start."""
+
+
+class FleetPlanDocument(Document):
+    """What `akd-dist train-students --dry-run --json` prints."""
+
+    dry_run: Literal[True]
+    """Nothing was computed."""
+    run: str
+    """The run's folder."""
+    device: str
+    """Where it would compute."""
+    teacher: str
+    """What has to be done before students can start."""
+    cache_bytes: Count
+    """Logits that are still to be computed."""
+    nodes: Count
+    """Nodes of the cluster."""
+    cpus: float
+    """Their CPUs."""
+    gpus: float
+    """Their GPUs."""
+    memory: Count | None
+    """Main memory that they give to workers, in bytes; null where it is not known."""
+    why: str
+    """Why there are so many cohorts: what fewer and what more of them would come to."""
+    cohorts: list[PlannedCohort]
+    """In the order in which they queue."""
+    ended: list[PlannedStudent]
+    """Students that need no more training."""
+    checkpoint_bytes: Count
+    """The most that lies there of checkpoints at a time."""
+    model_bytes: Count
+    """What is delivered."""
+    free_bytes: Count
+    """Free under the run root."""
+    seconds: float
+    """From the first start to the end of the last cohort; without the teacher and its caching."""
+
+
 class StoreUse(Document):
     """A run that used a store on some day."""
 
@@ -337,6 +422,73 @@ class FleetStudent(Document):
     """Fingerprint of the model that it learned from: the teacher, or its last assistant."""
 
 
+class EconomicsOfViews(Document):
+    """What a store with so many views costs and saves with the run's students."""
+
+    views: Count
+    """Views of each train row, each of them one pass of the model."""
+    cache_seconds: float
+    """Computing such a store, with those of the validation and test rows."""
+    seconds_saved: float
+    """What training with the model in the loop would have taken more; less than nothing where it does not pay."""
+    break_even_students: float | None
+    """Students after which it is paid for; null where none read logits."""
+
+
+class Economics(Document):
+    """What storing one model's logits cost, and what it saved, from measured times. See docs/report.md for formulas.
+
+    Times are seconds of work in the tasks that computed shards, with `threads` threads each, not wall-clock time.
+    """
+
+    role: Literal["teacher", "assistant"]
+    """Whose logits."""
+    model: str
+    """Label of its architecture."""
+    store: str
+    """The train store of its logits."""
+    rows: Count
+    """Train rows: one pass goes over them once."""
+    views: Count
+    """Views in the store."""
+    students: Count
+    """Students that trained on its logits themselves."""
+    epochs: Count
+    """Epochs that read its logits, over all students; each would have been a pass with the model in the loop."""
+    shared_epochs: Count
+    """Such epochs that students did not train because another's stage I was theirs; not in `epochs`."""
+    passes_run: Count
+    """Passes that filled the store: one for each view."""
+    passes_saved: int
+    """`epochs` less `passes_run`."""
+    threads: Count
+    """Threads that the model computed with."""
+    device: str
+    """Kind of device that it computed on."""
+    hosts: list[str]
+    """Machines that computed timed shards."""
+    timed_rows: Count
+    """Rows of the train store whose time was measured, each view counted."""
+    seconds_per_pass: float | None
+    """One pass over the train rows, at the speed of the median shard; null where nothing was timed, as what follows."""
+    other_seconds: float
+    """Measured time of the validation and test rows."""
+    cache_seconds: float | None
+    """What `passes_run` passes took, with what was loaded for them, and the validation and test rows."""
+    in_the_loop_seconds: float | None
+    """`epochs` passes: what the model would have taken in the loop."""
+    seconds_saved: float | None
+    """`in_the_loop_seconds` less `cache_seconds`."""
+    break_even_students: float | None
+    """Students after which the cache is paid for, at this run's epochs a student; null where none read logits."""
+    break_even_epochs: float | None
+    """Epochs after which it is paid for."""
+    training_seconds: float | None
+    """What training the model took, where it was trained here; in no other number, as it has to exist anyhow."""
+    by_views: list[EconomicsOfViews]
+    """The same with one view stored, and with as many as are."""
+
+
 class FleetDocument(Document):
     """What `akd-dist train-students --json` prints, and what a run keeps in fleet.json."""
 
@@ -358,6 +510,9 @@ class FleetDocument(Document):
     """Ray Train runs that it took."""
     seconds: float
     """Wall-clock time of the command that finished the run."""
+    economics: list[Economics] = []
+    """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read them.
+    """
 
 
 class Estimate(Document):
@@ -451,6 +606,143 @@ class CompareDocument(Document):
     """The rows, model by model; from scratch, KD, TAKD, Annealing-KD, Continuation-KD."""
     missing: list[Literal["takd"]]
     """Objectives that the recipe cannot be compared under."""
+
+
+class ReportedGroup(Document):
+    """Students that differ in nothing but their seed."""
+
+    name: str
+    """What their names begin with."""
+    model: str
+    """Label of their architecture."""
+    parameters: Count
+    """Number of weights of one."""
+    objective: str
+    """Kind of their objective."""
+    tau_max: int | None
+    """The temperature that annealing starts from; null without annealing."""
+    students: Count
+    """How many there are."""
+    seeds: list[int]
+    """Seeds of those that finished."""
+    test: Estimate | None
+    """The primary metric on the test rows."""
+    agreement: Share | None
+    """Mean share of test rows where student and teacher choose the same class."""
+    seconds: float | None
+    """Mean training time of one."""
+    pareto: bool
+    """Whether no other group is better with as few parameters, or as good with fewer."""
+
+
+class TauEffect(Document):
+    """Students of one tau_max, beside others that differ in tau_max alone. Differences are paired by seed."""
+
+    family: str
+    """What the groups have in common."""
+    model: str
+    """Label of their architecture."""
+    objective: str
+    """Kind of their objective."""
+    tau_max: int
+    """The temperature that annealing starts from."""
+    seeds: list[int]
+    """Seeds of those that finished."""
+    test: Estimate | None
+    """The primary metric on the test rows."""
+    over_smallest: Estimate | None
+    """The difference to the smallest tau_max of the family; null for that one."""
+    over_scratch: Estimate | None
+    """The difference to the same model from hard labels alone, where the run has one such group."""
+    over_kd: Estimate | None
+    """The difference to the same model trained by KD, where the run has one such group."""
+
+
+class Difference(Document):
+    """Where the finished students of a group and the teacher differ on the test rows, all seeds together."""
+
+    name: str
+    """What the students' names begin with."""
+    rows: Count
+    """Test rows times students."""
+    both_right: Count
+    """Both choose the label."""
+    teacher_alone: Count
+    """Only the teacher does."""
+    student_alone: Count
+    """Only the student does."""
+    both_wrong_alike: Count
+    """Neither does, and they choose the same class."""
+    both_wrong_apart: Count
+    """Neither does, and they choose different classes."""
+    pairs: list[tuple[int, int, int]]
+    """The most frequent pairs of different classes: the teacher's, the student's, how often."""
+
+
+class ReportedRun(Document):
+    """What a run's page says, as numbers."""
+
+    run: str
+    """The run's folder, as it was named."""
+    report: str
+    """Its page."""
+    task: Task
+    """What a label is."""
+    metric: Metric
+    """The primary metric."""
+    teacher: float
+    """The teacher's, on the test rows."""
+    done: Count
+    """Students that finished."""
+    students: Count
+    """Students of the run."""
+    cohorts: Count
+    """Ray Train runs that it took."""
+    seconds: float
+    """Wall-clock time of the command that finished the run."""
+    rows_per_second: float | None
+    """Rows that students trained on by the second of their own time; null where it cannot be told."""
+    groups: list[ReportedGroup]
+    """The students, seeds gathered."""
+    tau_max: list[TauEffect]
+    """The effect of tau_max."""
+    differences: list[Difference]
+    """Where students and teacher differ; empty for regression, and for runs that did not keep it."""
+    economics: list[Economics]
+    """What the stored logits cost and saved; empty for runs that did not measure it."""
+
+
+class RunDifference(Document):
+    """A group that two runs have, and its difference, paired by seed."""
+
+    run: str
+    """The run's folder, as it was named."""
+    name: str
+    """What the students' names begin with."""
+    test: Estimate | None
+    """The primary metric on the test rows."""
+    over_first: Estimate | None
+    """The difference to the first run that has the group; null in that one, or where they share no seed."""
+
+
+class RunsCompared(Document):
+    """Several runs beside each other."""
+
+    report: str
+    """The page."""
+    same_test_rows: bool | None
+    """Whether all were measured on the same test rows; null where a run does not say."""
+    groups: list[RunDifference]
+    """The groups of all runs; those of one name are the same students in other runs."""
+
+
+class ReportDocument(Document):
+    """What `akd-dist report --json` prints."""
+
+    runs: list[ReportedRun]
+    """The runs, in the order in which they were named."""
+    comparison: RunsCompared | None
+    """Several runs in one page; null for a single run."""
 
 
 class StudentProgress(Document):
@@ -721,11 +1013,13 @@ def schemas() -> dict[str, dict[str, Any]]:
     documents: dict[str, type[Document]] = {
         "cache": CacheDocument,
         "cache-plan": PlanDocument,
+        "fleet-plan": FleetPlanDocument,
         "stores": StoresDocument,
         "store": StoreDocument,
         "gc": GcDocument,
         "fleet": FleetDocument,
         "compare": CompareDocument,
+        "report": ReportDocument,
         "status": StatusDocument,
         "evaluate": EvaluationDocument,
         "predict": PredictionDocument,

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from akd_dist.documents import StatusDocument, StudentProgress
+from akd_dist.wording import house_table
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -55,15 +56,13 @@ class FleetView:
 
 
 def _table(students: list[StudentProgress], metric: str, width: int) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     headings = ("stage", "epoch", "T", "loss", metric, "rows/s", "left")
     rows = [cells_of(student) for student in students]
     widths = [max(map(len, column)) + GAP for column in zip(headings, *rows, strict=True)]
     room = max(width - sum(widths), NARROWEST_NAME)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = house_table()
     table.add_column("student", no_wrap=True)
     for heading in headings:
         table.add_column(heading, no_wrap=True, justify="left" if heading == "stage" else "right")

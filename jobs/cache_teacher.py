@@ -338,7 +338,8 @@ def compute_on_ray(hop: Hop, recipe: Recipe, place: Place) -> None:
             tasks += [cluster.Task(f"{plan.split} rows of {hop.name}, {shard}", job, shard) for shard in plan.missing]
     by_split = {plan.split: plan for plan in hop.plans}
     done = 0
-    with meter(place.console, f"caching {hop.name}", sum(task.item.rows for task in tasks)) as shown:
+    rows = sum(task.item.rows for task in tasks)
+    with place.shared() as shared, meter(place.console, f"caching {hop.name}", rows) as shown:
 
         def count(task: cluster.Task, _receipt: Receipt) -> None:
             nonlocal done
@@ -354,6 +355,7 @@ def compute_on_ray(hop: Hop, recipe: Recipe, place: Place) -> None:
             gpus=gpus_of(recipe.device),
             stop=stop,
             on_result=count,
+            shared=shared,
         )
     if stop:
         told = f"stopped; the {sum(plan.computed for plan in hop.plans)} shards that this run computed are kept"

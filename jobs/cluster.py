@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -16,7 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from akd_dist.jobs.room import Ask, Node, fits
 from akd_dist.storage.errors import AkdError, InterruptedByUser, MachineError, RefusedError, TerminatedError
+from akd_dist.storage.files import replace
 
 # Read by Ray when it is imported or started, so they are set before either.
 _ENVIRONMENT = {
@@ -270,6 +273,7 @@ def run_tasks(
     stop: StopFlag,
     on_result: Callable[[Task, Any], None],
     retries: int = 3,
+    shared: Shared | None = None,
 ) -> None:
     """Run Ray tasks, a bounded number in flight; hand on results as they come.
 
@@ -282,6 +286,7 @@ def run_tasks(
         threads: CPUs that a task occupies.
         gpus: GPUs that a task has to itself.
         stop: once it is up, no other task is started and those in flight are dropped: they have published or not.
+        shared: the nodes that tasks may run on; None takes all.
 
     Raises:
         AkdError: as raised by a task.
@@ -289,19 +294,22 @@ def run_tasks(
         MachineError: an item's worker died more often than `retries` (names the item), or tasks need more threads or
             GPUs than the cluster has.
     """
-    check_fits(threads, "tasks of so many threads", gpus=gpus)
+    among = None if shared is None else shared.nodes()
+    check_fits(threads, "tasks of so many threads", gpus=gpus, among=among)
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries, max_calls=0)(function)
-    at_once = total_cpus() // threads if gpus == 0 else min(total_cpus() // threads, total_gpus() // gpus)
-    window = 2 * max(1, int(at_once))
     shipped: dict[int, Any] = {}
     waiting = iter(tasks)
     flying: dict[Any, Task] = {}
     try:
         while True:
+            if shared is not None:
+                shared.look()
+            window = 2 * _at_once(threads, gpus)  # nodes may join
             while not stop and len(flying) < window and (task := next(waiting, None)) is not None:
                 if id(task.job) not in shipped:
                     shipped[id(task.job)] = ray.put(task.job)
-                flying[remote.remote(shipped[id(task.job)], task.item)] = task
+                here = remote if shared is None else remote.options(label_selector=shared.selector())
+                flying[here.remote(shipped[id(task.job)], task.item)] = task
             if not flying or stop:
                 return
             check_alive(stop)
@@ -314,6 +322,11 @@ def run_tasks(
             ray.cancel(reference, force=False)
 
 
+def _at_once(cpus: float, gpus: float) -> int:
+    """How many tasks the cluster runs at a time."""
+    return max(1, int(total_cpus() // cpus if gpus == 0 else min(total_cpus() // cpus, total_gpus() // gpus)))
+
+
 def run_one(
     function: Callable[..., Any],
     *arguments: Any,
@@ -323,12 +336,14 @@ def run_one(
     on_poll: Callable[[], None],
     name: str,
     retries: int = 3,
+    shared: Shared | None = None,
 ) -> Any:
     """Run one Ray task and wait for it, calling `on_poll` several times a second; errors as in `run_tasks`."""
-    check_fits(threads, name, gpus=gpus)
+    check_fits(threads, name, gpus=gpus, among=None if shared is None else shared.nodes())
     once = 1 if gpus else 0  # a process that ends gives back the memory of its GPU
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries, max_calls=once)(function)
-    reference = remote.remote(*arguments)
+    here = remote if shared is None else remote.options(label_selector=shared.selector())
+    reference = here.remote(*arguments)
     while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
         check_alive(stop)
         on_poll()
@@ -357,39 +372,211 @@ def _result(reference: Any, name: str, retries: int) -> Any:
         ) from error
 
 
+# ---- room
+
+
+def this_machine() -> Node:
+    """What a Ray that is started here would have, without starting it."""
+    import torch
+
+    utils = ray._private.utils
+    available = int(utils.estimate_available_memory())  # type: ignore[no-untyped-call]
+    memory = available - utils.resolve_object_store_memory(available)
+    return Node("", float(utils.get_num_cpus()), float(torch.cuda.device_count()), float(memory), "this machine")
+
+
+def all_nodes(address: str | None = None) -> list[Node]:
+    """The nodes of the cluster: of the one that is connected, or would be started here."""
+    return nodes() if ray.is_initialized() or address is not None else [this_machine()]
+
+
+def nodes() -> list[Node]:
+    """The nodes that are alive, and what they have in all."""
+    found = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [_node(node["NodeID"], node["Resources"], _address(node)) for node in found]
+
+
+def free_nodes() -> list[Node]:
+    """What the nodes have free now, as far as Ray has heard."""
+    has = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return [_node(name, free) for name, free in has.items()]
+
+
+def _node(name: str, has: dict[str, float], address: str = "") -> Node:
+    return Node(name, has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0), address)
+
+
+def _address(node: dict[str, Any]) -> str:
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, node {node['NodeID'][:8]})"
+
+
 def total_cpus() -> float:
     """CPUs of the whole cluster."""
-    return float(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+    return sum(node.cpus for node in nodes())
 
 
 def total_gpus() -> float:
     """GPUs of the whole cluster."""
-    return float(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    return sum(node.gpus for node in nodes())
 
 
-def are_free(cpus: float, gpus: float = 0) -> bool:
-    """Whether the cluster has so many CPUs and GPUs free now."""
-    free = ray.available_resources()  # type: ignore[no-untyped-call]
-    return float(free.get("CPU", 0)) >= cpus and float(free.get("GPU", 0)) >= gpus
+def check_fits(cpus: float, what: str, *, gpus: float = 0, among: list[Node] | None = None) -> None:
+    """Refuse what would wait for ever: one worker of so many CPUs and GPUs.
 
-
-def check_fits(cpus: float, what: str, *, gpus: float = 0) -> None:
-    """Refuse what would wait for ever.
+    Args:
+        among: the nodes that it may run on; None takes all.
 
     Raises:
-        MachineError: the whole cluster has fewer CPUs, or fewer GPUs.
+        MachineError: none of them has so much.
     """
-    if gpus > total_gpus():
+    there = nodes() if among is None else among
+    if gpus > (in_all := sum(node.gpus for node in there)):
         raise MachineError(
             f"the cluster has too few GPUs for {what}",
-            got=f"{total_gpus():g} GPUs in all",
+            got=f"{in_all:g} GPUs in all",
             expected=f"{gpus:g} GPUs, as the recipe says device: cuda",
-            next="set device: cpu in the recipe (--set device=cpu), lower `workers`, or join nodes with GPUs",
+            next="set device: cpu in the recipe (--set device=cpu), or join nodes with GPUs",
         )
-    if cpus > total_cpus():
+    if not fits(there, Ask(1, cpus, gpus)):
+        largest = max((node.cpus for node in there), default=0.0)
         raise MachineError(
             f"the cluster is too small for {what}",
-            got=f"{total_cpus():g} CPUs in all",
-            expected=f"{cpus:g} CPUs",
-            next="lower `threads` or `workers` in the recipe, or join more nodes",
+            got=f"{sum(node.cpus for node in there):g} CPUs in all, {largest:g} on its largest node",
+            expected=str(Ask(1, cpus, gpus)),
+            next="lower `threads` in the recipe, or join larger nodes",
         )
+
+
+# ---- folders that every node sees
+
+LOOK_SECONDS = 2.0
+"""How often the cluster is asked for nodes that have joined."""
+
+
+class Shared:
+    """The nodes that may be given work: those that see the folders of a command. Use it as a context.
+
+    A local folder is shared if every node sees the token that is written there on entering. Nodes that join later are
+    looked at before they are used; one that does not see a folder is told of, once, and left alone.
+
+    Args:
+        folders: local folders by what they are; URIs are left out, since every node reaches them alike.
+        files: local files that are there already and have to be seen, by what they are.
+        cache_root: each node's own folder, which it must be able to write.
+        tell: told of nodes that are left alone.
+    """
+
+    def __init__(
+        self,
+        folders: dict[str, str],
+        cache_root: str,
+        tell: Callable[[str], None],
+        files: dict[str, str] | None = None,
+    ) -> None:
+        self.folders = {what: folder for what, folder in folders.items() if "://" not in folder}
+        self.files = {what: file for what, file in (files or {}).items() if "://" not in file}
+        self.cache_root, self.tell = cache_root, tell
+        self.tokens: dict[str, Path] = {}
+        self.good: set[str] = set()
+        self.asked: dict[str, Any] = {}
+        self.bad: set[str] = set()
+        self.looked_at = 0.0
+
+    def __enter__(self) -> Shared:
+        """Look at every node that is there.
+
+        Raises:
+            MachineError: a node does not see a folder.
+        """
+        try:
+            while self.look(strict=True):
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *leaving: object) -> None:
+        for token in self.tokens.values():
+            token.unlink(missing_ok=True)
+
+    def look(self, *, strict: bool = False) -> bool:
+        """Look at nodes that have joined; whether some have not answered yet. Does not wait for them.
+
+        Raises:
+            MachineError: if `strict`, where a node does not see a folder.
+        """
+        if strict or time.monotonic() - self.looked_at > LOOK_SECONDS:
+            self.looked_at = time.monotonic()
+            there = {node.name: node for node in nodes()}
+            self.good |= {ray.get_runtime_context().get_node_id()} & there.keys() - self.bad  # here they were written
+            for name in there.keys() - self.good - self.bad - self.asked.keys():
+                self.asked[name] = (there[name], self._ask(name))
+            self.good &= there.keys()
+        for name, (node, answer) in list(self.asked.items()):
+            if ray.wait([answer], timeout=0)[0]:
+                del self.asked[name]
+                self._judge(node, answer, strict)
+        return bool(self.asked)
+
+    def nodes(self) -> list[Node]:
+        """The nodes that may be given work, with all that they have."""
+        return [node for node in nodes() if node.name in self.good]
+
+    def free(self) -> list[Node]:
+        """The same nodes with what is free now."""
+        return [node for node in free_nodes() if node.name in self.good]
+
+    def stay_here(self) -> None:
+        """Use no node but the driver's: what is made there is read there."""
+        self.good &= {ray.get_runtime_context().get_node_id()}
+        self.bad |= {node.name for node in nodes()} - self.good
+
+    def selector(self) -> dict[str, str]:
+        """The label selector by which Ray keeps work on these nodes."""
+        return {"ray.io/node-id": f"in({','.join(sorted(self.good))})"}
+
+    def _ask(self, name: str) -> Any:
+        pinned: Any = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(name, soft=False)
+        remote = ray.remote(not_seen).options(num_cpus=0, max_retries=1, scheduling_strategy=pinned)
+        tokens = {what: str(token) for what, token in self._tokens().items()}
+        return remote.remote(self.files | tokens, self.cache_root)
+
+    def _tokens(self) -> dict[str, Path]:
+        """What other nodes must see; written for the first of them, since a driver that is alone needs none."""
+        for what, folder in self.folders.items():
+            if what not in self.tokens:
+                self.tokens[what] = Path(folder) / f".seen-{secrets.token_hex(8)}.partial"
+                replace(self.tokens[what], b"", durable=False)
+        return self.tokens
+
+    def _judge(self, node: Node, answer: Any, strict: bool) -> None:
+        try:
+            missing, where = ray.get(answer), node.address
+        except ray.exceptions.RayTaskError as error:
+            missing, where = [f"a task there failed: {str(error).strip().splitlines()[-1]}"], node.address
+        except ray.exceptions.RayError:
+            return  # it left again
+        if not missing:
+            self.good.add(node.name)
+            return
+        refusal = MachineError(
+            f"the node {where} does not see what this command works on",
+            got="; ".join(missing),
+            expected="folders that every node of the cluster sees under the same path",
+            next="mount a shared folder there, or pass one (--store-root, --run-root); stores may lie in s3:// too",
+        )
+        if strict:
+            raise refusal
+        self.bad.add(node.name)
+        self.tell(f"{refusal.what}, and gets no work: {refusal.got}")
+
+
+def not_seen(seen: dict[str, str], cache_root: str) -> list[str]:
+    """What a node misses: runs there, as a Ray task."""
+    missing = [f"{what}: no {path}" for what, path in seen.items() if not Path(path).exists()]
+    try:
+        Path(cache_root).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        missing.append(f"its cache root cannot be made: {error}")
+    return missing

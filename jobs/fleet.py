@@ -6,7 +6,6 @@ import contextlib
 import faulthandler
 import json
 import logging
-import math
 import os
 import shutil
 import threading
@@ -14,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,19 @@ from typing import Any
 from rich.console import Console
 
 from akd_dist.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
-from akd_dist.device import gpus_of
 from akd_dist.documents import CohortProgress, CohortStatus, FleetPlan, StudentProgress
+from akd_dist.fleet_view import duration
 from akd_dist.jobs import cluster
-from akd_dist.jobs.planner import Cohort, cohort_job, cpus_of
+from akd_dist.jobs.planner import (
+    UNKNOWN_SECONDS,
+    Cohort,
+    Costs,
+    check_room_for,
+    cohort_job,
+    worth_splitting,
+)
 from akd_dist.jobs.progress import FleetMeter, tell
+from akd_dist.jobs.room import Ask, next_to_start
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.storage.errors import AkdError, MachineError
 from akd_dist.storage.fence import take_over
@@ -34,8 +42,33 @@ from akd_dist.student import Group, OutOfStepError, entry, write_note
 DEATHS_BEFORE_SPLIT = 2
 # How long stopped cohorts may take to checkpoint without a sign of life, before the cluster counts as lost.
 GRACE_SECONDS = 30.0
+# How often it is asked whether a running cohort should be cut, and how long it must have trained for its pace to count.
+SPREAD_SECONDS = 5.0
+OVER = ("done", "diverged", "failed")
 # How long Ray may look for room for workers whose node died, before the nodes count as gone; it would look for ever.
 GONE_SECONDS = 60.0
+
+
+@dataclass(eq=False)
+class Carried:
+    """A cohort that has been started, and the thread that sees it through."""
+
+    job: CohortJob
+    """Its first job; after a death the thread makes others."""
+    ask: Ask
+    """What it occupies."""
+    overtook: bool
+    """Whether it was started before one that came first in line."""
+    thread: threading.Thread | None = None
+    parts: list[Cohort] = field(default_factory=list)
+    """What it is to be cut into, once it has left."""
+    since: tuple[float, dict[str, int]] | None = None
+    """When its first progress was seen, and the steps that its students had then."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self.thread is not None and self.thread.is_alive()
 
 
 class Fleet:
@@ -46,13 +79,27 @@ class Fleet:
         rows: train rows, from which the number of steps follows.
         stop: once it is up, running cohorts checkpoint and return, and no other is started.
         assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
+        costs: what students take, as far as that was measured.
+        fixed: whether the number of cohorts is the recipe's, so that none is cut again.
     """
 
     def __init__(
-        self, base: CohortJob, rows: int, stop: cluster.StopFlag, console: Console, assistant: Stores | None = None
+        self,
+        base: CohortJob,
+        rows: int,
+        stop: cluster.StopFlag,
+        console: Console,
+        assistant: Stores | None = None,
+        *,
+        costs: Costs | None = None,
+        fixed: bool = False,
     ) -> None:
         self.base, self.rows, self.stop, self.console, self.assistant = base, rows, stop, console, assistant or {}
+        self.costs = costs or Costs(base.device, rows)
+        self.fixed = fixed
+        self.shared = shared_by(base, self.assistant, console)
         self.waiting: list[Cohort] = []
+        self.carried: list[Carried] = []
         self.jobs: list[CohortJob] = []
         self.threads: list[threading.Thread] = []
         self.errors: list[BaseException] = []
@@ -60,6 +107,8 @@ class Fleet:
         self.alive_at = time.monotonic()
         self.moved_at = self.alive_at
         self.last_told: list[CohortProgress] = []
+        self.waiting_told = ""
+        self.spread_at = time.monotonic()
         self.running: list[CohortJob] = []
 
     def train(self, cohorts: list[Cohort]) -> int:
@@ -70,19 +119,22 @@ class Fleet:
 
         Raises:
             AkdError: what a cohort was refused for; the others have checkpointed.
-            MachineError: a cohort does not fit the cluster, or the cluster was lost.
+            MachineError: a cohort does not fit the cluster, a node does not see the run's folders, or the cluster was
+                lost.
         """
         for cohort in cohorts:
-            cluster.check_fits(cpus_of(cohort), f"the cohort of {cohort[0].name}", gpus=self._gpus(cohort))
+            check_room_for(self.costs.ask(cohort), cohort, cluster.nodes())
         self._begin_attempt()
         students = [spec for cohort in cohorts for spec in cohort]
         title = f"training {_counted(len(students), 'student')} in {_counted(len(cohorts), 'cohort')}"
         control = Path(self.base.control)
-        with FleetMeter(self.console, control, self._plan(), title) as shown, self._stopping_on_errors():
-            self.waiting = list(cohorts)
-            while self.waiting:
-                self._start_when_free(self.waiting[0], shown)
-            while any(thread.is_alive() for thread in self.threads):
+        self.waiting = list(cohorts)
+        with (
+            self.shared,
+            FleetMeter(self.console, control, self._plan(), title) as shown,
+            self._stopping_on_errors(),
+        ):
+            while self._keep_busy():
                 self._follow(shown)
             self._follow(shown)
         if self.errors:
@@ -96,7 +148,7 @@ class Fleet:
                 name=spec.name,
                 state="waiting",
                 epochs=spec.objective.epochs,
-                steps_total=spec.objective.epochs * math.ceil(self.rows / spec.batch),
+                steps_total=spec.objective.epochs * self.costs.steps_per_epoch(spec),
             )
             for spec in self.base.students
         ]
@@ -111,16 +163,15 @@ class Fleet:
             if not job.progress_file.exists()
         ]
         return starting + [
-            CohortStatus(state="waiting", students=[spec.name for spec in cohort], waits_for=self._wants(cohort))
+            CohortStatus(
+                state="waiting", students=[spec.name for spec in cohort], waits_for=str(self.costs.ask(cohort))
+            )
             for cohort in self.waiting
         ]
 
-    def _wants(self, cohort: Cohort) -> str:
-        gpus = self._gpus(cohort)
-        return f"{cpus_of(cohort)} free CPUs" + (f" and {gpus} free GPUs" if gpus else "")
-
     def _begin_attempt(self) -> None:
         control = Path(self.base.control)
+        control.mkdir(parents=True, exist_ok=True)
         (control / f"attempt-{self.base.attempt}").touch()
         stop_attempts(control, self.base.attempt - 1)
 
@@ -137,28 +188,118 @@ class Fleet:
                     time.sleep(cluster.POLL_SECONDS)
             raise
 
-    def _start_when_free(self, cohort: Cohort, shown: FleetMeter) -> None:
-        """Start a cohort once the cluster has room for it; not after a stop or an error."""
-        told, cpus, gpus = False, cpus_of(cohort), self._gpus(cohort)
-        while not self.stop and not self.errors and not cluster.are_free(cpus, gpus):
-            if not told:
-                tell(self.console, f"{cohort[0].name} and its cohort wait for {self._wants(cohort)}")
-                told = True
-            self._follow(shown)
-        self.waiting.pop(0)
-        if self.stop or self.errors:
-            return
-        job = self._new_job(cohort)
-        thread = threading.Thread(target=self._carry, args=(job,), daemon=True)
-        thread.start()
-        self.threads.append(thread)
-        # Until it trains its CPUs still count as free, and the next one would be started into them.
-        while thread.is_alive() and read_progress(job) is None:
-            self._follow(shown)
+    # ---- the queue
 
-    def _gpus(self, cohort: Cohort) -> int:
-        """GPUs that a cohort occupies: one a worker."""
-        return cohort[0].workers * gpus_of(self.base.device)
+    def _keep_busy(self) -> bool:
+        """Start what there is room for, and cut what is worth it; whether there is still something to wait for."""
+        self._gather_parts()
+        if self.stop or self.errors:
+            self.waiting.clear()
+        else:
+            self.shared.look()
+            self._start_what_fits()
+            self._spread()
+        return bool(self.waiting or self.carried)
+
+    def _start_what_fits(self) -> None:
+        """Start waiting cohorts in their order, as long as there is one that may start."""
+        nodes, free = self.shared.nodes(), self.shared.free()
+        while self.waiting:
+            running = [one.ask for one in self.carried] if self._starting() else []
+            overtook = [one.ask for one in self.carried if one.overtook]
+            asks = [self.costs.ask(cohort) for cohort in self.waiting]
+            chosen = next_to_start(asks, overtook, free, nodes, running)
+            if chosen is None:
+                break
+            if chosen == 0:  # nobody is overtaken any more
+                for one in self.carried:
+                    one.overtook = False
+            self._start(self.waiting.pop(chosen), asks[chosen], overtook=chosen > 0)
+        self._tell_who_waits()
+
+    def _start(self, cohort: Cohort, ask: Ask, *, overtook: bool) -> None:
+        one = Carried(self._new_job(cohort), ask, overtook)
+        one.thread = threading.Thread(target=self._carry, args=(one.job,), daemon=True)
+        one.thread.start()
+        self.carried.append(one)
+        self.threads.append(one.thread)
+
+    def _starting(self) -> bool:
+        """Whether there are cohorts that do not train yet: Ray may count what they will occupy as free."""
+        return any(one.alive and read_progress(self._latest_job(one)) is None for one in self.carried)
+
+    def _latest_job(self, one: Carried) -> CohortJob:
+        """The job that a cohort's thread is at: after a death it is another one."""
+        names = {spec.name for spec in one.job.students}
+        return next(job for job in reversed(self.jobs) if job.students[0].name in names)
+
+    def _tell_who_waits(self) -> None:
+        """Say who waits for what, once, and again when that has changed."""
+        if self._starting():
+            return
+        told = ""
+        if self.waiting:
+            first, others = self.waiting[0], len(self.waiting) - 1
+            told = f"{first[0].name} and its cohort wait for {self.costs.ask(first)}"
+            told += f"; {_counted(others, 'cohort')} behind it" if others else ""
+        if told and told != self.waiting_told:
+            tell(self.console, told)
+        self.waiting_told = told
+
+    # ---- cutting what runs, when there is room
+
+    def _spread(self) -> None:
+        """Where nobody waits and there is room, cut the running cohort that ends last, if that is worth it."""
+        if self.fixed or self.waiting or self._starting() or time.monotonic() - self.spread_at < SPREAD_SECONDS:
+            return
+        self.spread_at = time.monotonic()
+        free = self.shared.free()
+        candidates = [(self._left(one), one) for one in self.carried if one.alive and not one.parts]
+        for left, one in sorted(candidates, key=lambda pair: sum(pair[0].values()), reverse=True):
+            cohort = tuple(spec for spec in one.job.students if spec.name in left)
+            parts = worth_splitting(cohort, left, one.ask, free)
+            if len(parts) > 1:
+                told = (
+                    f"{_counted(len(cohort), 'student')} of {one.job.name} go on in {len(parts)} cohorts: there is room"
+                )
+                tell(self.console, f"{told}, and they have {duration(sum(left.values()))} to go")
+                one.parts = parts
+                one.job.leave_file.touch()
+                return
+
+    def _left(self, one: Carried) -> dict[str, float]:
+        """Seconds that each student of a cohort still takes in it, by the pace that it has kept so far.
+
+        Nothing is known of a cohort that has just begun, and one whose workers died is left alone.
+        """
+        job = self._latest_job(one)
+        progress = read_progress(job)
+        if job is not one.job or progress is None:
+            return {}
+        now, steps = time.monotonic(), {student.name: student.steps for student in progress.students}
+        if one.since is None:
+            one.since = now, steps
+        begun, first = one.since
+        costs = {spec.name: self.costs.takes(spec).step or UNKNOWN_SECONDS for spec in job.students}
+        done = sum((count - first.get(name, count)) * costs[name] for name, count in steps.items())
+        if done <= 0 or now - begun < SPREAD_SECONDS:
+            return {}
+        pace = (now - begun) / done
+        unfinished = [student for student in progress.students if student.state not in OVER]
+        return {
+            student.name: (student.steps_total - student.steps) * costs[student.name] * pace for student in unfinished
+        }
+
+    def _gather_parts(self) -> None:
+        """Let go of cohorts that have ended; what one was cut into joins the queue."""
+        for one in [one for one in self.carried if not one.alive]:
+            self.carried.remove(one)
+            progress = read_progress(one.job)
+            if not one.parts or self._latest_job(one) is not one.job or progress is None:
+                continue  # or it died when it was to leave, and then went on to its end as it was
+            unfinished = {student.name for student in progress.students if student.state not in OVER}
+            parts = (tuple(spec for spec in part if spec.name in unfinished) for part in one.parts)
+            self.waiting += [part for part in parts if part]
 
     def _new_job(self, cohort: Cohort) -> CohortJob:
         with self.lock:
@@ -194,17 +335,17 @@ class Fleet:
             )
 
     def _check_room(self) -> None:
-        """Give up if the nodes that are left can never hold a cohort that was running.
+        """Give up if the nodes that are left can never hold a cohort that was running, or is to run.
 
         Raises:
-            MachineError: there are too few CPUs or GPUs.
+            MachineError: there are too few CPUs or GPUs, or too little memory.
         """
-        for job in list(self.running):
+        for cohort in [*(job.students for job in list(self.running)), *self.waiting]:
             try:
-                cluster.check_fits(cpus_of(job.students), "what was training", gpus=self._gpus(job.students))
-            except MachineError as error:
+                check_room_for(self.costs.ask(cohort), cohort, self.shared.nodes())
+            except AkdError as error:
                 raise MachineError(
-                    f"nodes were lost while {job.students[0].name} and its cohort trained",
+                    f"nodes were lost while {cohort[0].name} and its cohort trained, or waited to",
                     got=f"{error.got}, for {GONE_SECONDS:g} s",
                     expected=error.expected,
                     next="bring the nodes back; the same command goes on from the last checkpoints",
@@ -249,7 +390,7 @@ class Fleet:
     def _fit(self, job: CohortJob) -> str:
         self.running.append(job)
         try:
-            return fit(job)
+            return fit(job, self.costs.ask(job.students), self.shared.selector())
         finally:
             self.running.remove(job)
 
@@ -265,8 +406,12 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def fit(job: CohortJob) -> str:
+def fit(job: CohortJob, ask: Ask, selector: dict[str, str] | None = None) -> str:
     """Run a cohort as one Ray Train run.
+
+    Args:
+        ask: what its workers occupy.
+        selector: the labels of the nodes that they may lie on; None takes all.
 
     Returns:
         Why its workers died; nothing if it came to its end.
@@ -277,21 +422,15 @@ def fit(job: CohortJob) -> str:
     ray = cluster.ray
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside Ray Train
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig
         from ray.train.torch import TorchTrainer
 
         storage = (Path(job.control) / "ray").absolute()
         name = f"{job.name}-{os.getpid()}-{time.time_ns()}"  # an old name would resume an old run's state
-        spec = job.students[0]
         trainer = TorchTrainer(
             run_worker,  # type: ignore[arg-type]  # what it returns is the run's return value
             train_loop_config={"job": job},
-            # With a GPU for each worker, Ray Train makes it torch's current one and lets the workers talk by NCCL.
-            scaling_config=ScalingConfig(
-                num_workers=spec.workers,
-                use_gpu=bool(gpus_of(job.device)),
-                resources_per_worker={"CPU": spec.threads},
-            ),
+            scaling_config=scaling(ask, selector),
             run_config=RunConfig(name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=1)),
         )
         try:
@@ -305,6 +444,33 @@ def fit(job: CohortJob) -> str:
     if isinstance(outcome, AkdError):
         raise outcome
     return ""
+
+
+def scaling(ask: Ask, selector: dict[str, str] | None = None) -> Any:
+    """What Ray Train is asked for: Ray places workers by CPUs, GPUs and memory, but does not hold them to these.
+
+    With a GPU for each worker, Ray Train makes it torch's current one and lets the workers talk by NCCL. Several
+    cohorts have the same GPU where each asks for a fraction of it.
+    """
+    from ray.train import ScalingConfig
+
+    each = {"CPU": ask.cpus, "memory": ask.memory} | ({"GPU": ask.gpus} if ask.gpus else {})
+    return ScalingConfig(  # type: ignore[call-arg]  # Ray declares an older one
+        num_workers=ask.workers, use_gpu=ask.gpus > 0, resources_per_worker=each, label_selector=selector
+    )
+
+
+def shared_by(base: CohortJob, assistant: Stores, console: Console) -> cluster.Shared:
+    """The nodes that see the run's folder and the stores that its students learn from.
+
+    A store is content under its own name and sealed, so a node may as well have a copy of its own.
+    """
+    stores = {
+        f"the store {Path(uri).name[:12]}": f"{uri}/manifest.json"
+        for uri in (*base.stores.values(), *assistant.values())
+    }
+    folders = {"the run's folder": base.control}
+    return cluster.Shared(folders, base.cache_root, lambda text: tell(console, text), stores)
 
 
 def _cause(text: str) -> str:

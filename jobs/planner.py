@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import replace
-
-import torch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from akd_dist.cohort import CohortJob
-from akd_dist.device import autocast, gpus_of, weights_dtype
+from akd_dist.device import gpus_of
+from akd_dist.fleet_plan import Alternative
+from akd_dist.jobs.room import Ask, Node, fits, in_units, place, timetable
 from akd_dist.jobs.train_teacher import Stores
-from akd_dist.models import ModelCard, build
+from akd_dist.objectives import stages
+from akd_dist.probe import Measured, guessed
 from akd_dist.recipe import Recipe, Student
 from akd_dist.rows import Splits
-from akd_dist.storage.errors import RecipeError
+from akd_dist.storage.errors import MachineError, RecipeError, RefusedError
 
 # What starting and stopping one Ray Train run costs, whatever it trains (measured: 9 to 14 s on 2 cores, Ray 2.60).
 START_SECONDS = 14.0
-PROBE_STEPS = 4
-UNKNOWN_SECONDS = 1e-6  # not 0, by which all students would land in one cohort and leave the others empty
+UNKNOWN_SECONDS = 1e-6  # of a step; not 0, by which all students would land in one cohort and leave the others empty
+# A worker beside its students: Python, our modules, and what torch loads for a first step (measured: 580 to 630 MB).
+PROCESS_BYTES = 650_000_000
+GPU_PROCESS_BYTES = 3_000_000_000
+"""The same with CUDA loaded; as others report it, not measured by us."""
 
 Cohort = tuple[Student, ...]
-log = logging.getLogger(__name__)
 
 
-def groups_of(students: list[Student]) -> list[Cohort]:
+def groups_of(students: Sequence[Student], device: str = "cpu") -> list[Cohort]:
     """Students that can share a stream and a worker: those of one batch size, number of workers, threads and store.
 
-    Those that learn from labels alone ride with the teacher's store.
+    Those that learn from labels alone ride with the teacher's store. On GPUs a worker's share of one counts too.
     """
     groups = defaultdict(list)
     for spec in students:
-        groups[spec.batch, spec.workers, spec.threads, learns_from_assistant(spec)].append(spec)
+        gpus = spec.gpus * gpus_of(device)
+        groups[spec.batch, spec.workers, spec.threads, gpus, learns_from_assistant(spec)].append(spec)
     return [tuple(group) for group in groups.values()]
 
 
@@ -49,142 +50,355 @@ def cohort_job(base: CohortJob, cohort: Cohort, assistant: Stores) -> CohortJob:
     return replace(base, students=cohort, stores=assistant if learns_from_assistant(cohort[0]) else base.stores)
 
 
-def cpus_of(cohort: Cohort) -> int:
-    """CPUs that a cohort occupies."""
-    return cohort[0].workers * cohort[0].threads
+def families_of(students: Sequence[Student]) -> list[Cohort]:
+    """Students that differ in nothing but stage II share one stage I, and so belong into one cohort; most are alone."""
+    families = defaultdict(list)
+    for spec in students:
+        families[spec.stage1 or spec.name].append(spec)
+    return [tuple(family) for family in families.values()]
 
 
-def plan_cohorts(recipe: Recipe, students: list[Student], cpus: int, splits: Splits, gpus: int = 0) -> list[Cohort]:
+# ---- what students cost
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What each student has before it, and what it takes: measured, and guessed where it could not be."""
+
+    device: str
+    """Where the students compute."""
+    rows: int
+    """Train rows."""
+    evaluated: int = 0
+    """Validation rows."""
+    tested: int = 0
+    """Test rows."""
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    """Of each student, by name."""
+    measured: Mapping[str, Measured | None] = field(default_factory=dict)
+    """The probe of each student, by name."""
+    row_bytes: int = 0
+    """Bytes of one row's inputs and label."""
+    classes: int = 0
+    """Logits of a row."""
+    behind: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """(epoch, step) of the last checkpoint of those that resume."""
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        splits: Splits,
+        parameters: Mapping[str, int],
+        measured: Mapping[str, Measured | None],
+        behind: Mapping[str, tuple[int, int]] | None = None,
+    ) -> Costs:
+        """The costs of a recipe's students on these rows."""
+        train = splits.train
+        return cls(
+            recipe.device,
+            len(train),
+            evaluated=len(splits.validation),
+            tested=len(splits.test),
+            parameters=parameters,
+            measured=measured,
+            row_bytes=train.inputs[0].nbytes + train.labels[:1].nbytes,
+            classes=train.classes,
+            behind=behind or {},
+        )
+
+    def takes(self, spec: Student) -> Measured:
+        """What was measured of a student, or is known of it without."""
+        found = self.measured.get(spec.name)
+        return found if found is not None else guessed(spec, self.parameters.get(spec.name, 0))
+
+    def steps_per_epoch(self, spec: Student) -> int:
+        """Batches of an epoch."""
+        return -(-self.rows // spec.batch)
+
+    def steps_left(self, spec: Student, rides: bool = False) -> int:
+        """Steps that a student still computes; one that rides computes no stage I."""
+        epoch, step = self.behind.get(spec.name, (0, 0))
+        behind = epoch * self.steps_per_epoch(spec) + step
+        if rides:
+            behind = stages(spec.objective)[0].epochs * self.steps_per_epoch(spec)
+        return max(0, sum(stage.epochs for stage in stages(spec.objective)) * self.steps_per_epoch(spec) - behind)
+
+    def seconds(self, spec: Student, rides: bool = False) -> float:
+        """Seconds that a student adds to its cohort: steps, evaluations, and its setting up."""
+        takes, steps = self.takes(spec), self.steps_left(spec, rides)
+        evaluations = steps / self.steps_per_epoch(spec) * self.evaluated + self.tested
+        return takes.start + steps * (takes.step or UNKNOWN_SECONDS) + takes.evaluation * evaluations
+
+    def leaders(self, cohort: Cohort) -> dict[str, str]:
+        """Who goes on from whose stage I, by name: those that have not begun, from who of their family is furthest."""
+        found: dict[str, str] = {}
+        for family in families_of(cohort):
+            at_stage1 = [spec for spec in family if not self._is_past_stage1(spec)]
+            if len(at_stage1) > 1:
+                first = max(at_stage1, key=lambda spec: self.behind.get(spec.name, (0, 0)))  # of equals the first one
+                riders = [spec for spec in at_stage1 if spec is not first and spec.name not in self.behind]
+                found |= {spec.name: first.name for spec in riders}
+        return found
+
+    def _is_past_stage1(self, spec: Student) -> bool:
+        epoch, _ = self.behind.get(spec.name, (0, 0))
+        return epoch >= stages(spec.objective)[0].epochs
+
+    def family_seconds(self, family: Cohort) -> float:
+        """The same for students that share a stage I: one of them computes it for those that have not begun."""
+        riders = self.leaders(family)
+        return sum(self.seconds(spec, rides=spec.name in riders) for spec in family)
+
+    def stream_seconds(self, cohort: Cohort) -> float:
+        """Seconds of the stream, once for all students of a cohort."""
+        return max(self.takes(spec).stream * self.steps_left(spec) for spec in cohort)
+
+    def cohort_seconds(self, cohort: Cohort) -> float:
+        """Seconds of a cohort, without its start."""
+        return self.stream_seconds(cohort) + sum(map(self.family_seconds, families_of(cohort)))
+
+    def memory(self, cohort: Cohort) -> int:
+        """Bytes of main memory of each worker of a cohort, beside memory maps that the whole node shares.
+
+        Students keep their state all the time, and step, evaluate and write one after the other. On a GPU the state
+        lies there, and only checkpoints pass through main memory.
+        """
+        takes = [self.takes(spec) for spec in cohort]
+        if gpus_of(self.device):
+            return GPU_PROCESS_BYTES + max(one.writing for one in takes)
+        passing = max(max(one.step_memory, one.evaluation_memory, one.writing) for one in takes)
+        return PROCESS_BYTES + sum(one.resident(cohort[0].workers) for one in takes) + passing
+
+    def ask(self, cohort: Cohort) -> Ask:
+        """What a cohort occupies."""
+        spec = cohort[0]
+        return Ask(spec.workers, spec.threads, spec.gpus * gpus_of(self.device), self.memory(cohort))
+
+
+# ---- cutting
+
+
+@dataclass(frozen=True)
+class Load:
+    """A group of students that can share a stream, as the cutting sees it."""
+
+    seconds: float
+    """What its students take together."""
+    ask: Ask
+    """What a cohort of it occupies."""
+    shared: float = 0.0
+    """What every cohort of it takes, however few students it has: its stream."""
+    longest: float = 0.0
+    """What its dearest student takes, which cannot be cut."""
+    parts: int = 1_000_000
+    """Into how many cohorts it can be cut."""
+    least: int = 1
+    """Into how many it must be cut, for memory."""
+
+    def each(self, count: int) -> float:
+        """Seconds of one of so many cohorts, its start included."""
+        return START_SECONDS + self.shared + max(self.seconds / count, self.longest)
+
+
+def plan_cohorts(
+    recipe: Recipe, students: Sequence[Student], nodes: Sequence[Node], costs: Costs
+) -> tuple[list[Cohort], list[Alternative]]:
     """Cut the students into cohorts, the longest first: as few as can be, one more only where it saves time.
 
-    Args:
-        cpus: CPUs of the whole cluster.
-        gpus: its GPUs; where the recipe computes on these, they are what cohorts are planned for.
+    Returns:
+        The cohorts, and what fewer and more of them would have come to.
 
     Raises:
-        RecipeError: `cohorts` is less than the number of groups that cannot share a stream.
+        RecipeError: `cohorts` is less than the number of groups that cannot share a stream or a node's memory, or a
+            student's share of a GPU is none that workers can have.
+        MachineError: a cohort of a single student cannot fit the cluster.
+        RefusedError: a student needs more memory than any node has.
     """
-    groups = groups_of(students)
+    groups = groups_of(students, recipe.device)
+    for group in groups:
+        check_gpus(group[0], recipe.device)
     if recipe.cohorts is not None and recipe.cohorts < len(groups):
         raise RecipeError(
             f"the students cannot be trained in {recipe.cohorts} cohorts",
             got=f"cohorts: {recipe.cohorts}",
-            expected=f"at least {len(groups)}: other batch, workers, threads or store mean another stream",
+            expected=f"at least {len(groups)}: other batch, workers, threads, gpus or store mean another stream",
             next="leave `cohorts` out, or give all students the same batch, workers and threads; takd stays apart",
         )
-    cost = _costs(recipe, students, splits)
-    seconds = [sum(cost(spec) for spec in group) for group in groups]
-    if gpus_of(recipe.device):
-        counts = allocate(seconds, [group[0].workers for group in groups], gpus, recipe.cohorts)
-    else:
-        counts = allocate(seconds, [cpus_of(group) for group in groups], cpus, recipe.cohorts)
-    parts = (split_evenly(group, count, cost) for group, count in zip(groups, counts, strict=True))
+    loads = [_load(group, nodes, costs) for group in groups]
+    least = sum(load.least for load in loads)
+    if recipe.cohorts is not None and recipe.cohorts < least:
+        raise RecipeError(
+            f"the students do not fit the memory of a node in {recipe.cohorts} cohorts",
+            got=f"cohorts: {recipe.cohorts}",
+            expected=f"at least {least}",
+            next="leave `cohorts` out, or raise it",
+        )
+    counts, tried = allocate(loads, nodes, recipe.cohorts)
+    parts = (split_evenly(group, count, costs.family_seconds) for group, count in zip(groups, counts, strict=True))
     cohorts = [cohort for part in parts for cohort in part]
-    return sorted(cohorts, key=lambda cohort: sum(map(cost, cohort)), reverse=True)  # as `makespan` counts on
+    return sorted(cohorts, key=costs.cohort_seconds, reverse=True), tried  # as `timetable` counts on
 
 
-def allocate(seconds: list[float], cpus_each: list[int], cpus: int, wanted: int | None) -> list[int]:
-    """How many cohorts each group is cut into.
+def check_gpus(spec: Student, device: str) -> None:
+    """Refuse shares of GPUs that cannot be had.
 
-    Every group has one; the next one goes where the fleet then ends soonest, while that is sooner by more than a start
-    costs; or until there are as many as `wanted`. There may be more cohorts than run at a time: others wait their turn.
-
-    Args:
-        seconds: what the students of each group take together.
-        cpus_each: CPUs (or GPUs, where these are counted) of one cohort of each group.
-        cpus: those of the cluster.
+    Raises:
+        RecipeError: more than one GPU and a fraction; or several workers on one GPU, which NCCL refuses.
     """
-    counts = [1] * len(seconds)
-
-    def end(cut: list[int]) -> float:
-        return makespan(
-            [
-                (total / count + START_SECONDS, each)
-                for total, each, count in zip(seconds, cpus_each, cut, strict=True)
-                for _ in range(count)
-            ],
-            cpus,
+    if not gpus_of(device):
+        return
+    if spec.gpus > 1 and spec.gpus != int(spec.gpus):
+        raise RecipeError(
+            f"{spec.name} asks for {spec.gpus:g} GPUs",
+            got=f"gpus: {spec.gpus:g}",
+            expected="a share of one GPU (0.5), or whole GPUs",
+            next="change `gpus` of that student",
+        )
+    if spec.gpus < 1 and spec.workers > 1:
+        raise RecipeError(
+            f"the workers of {spec.name} could come to share a GPU, and NCCL does not let them talk there",
+            got=f"workers: {spec.workers}, gpus: {spec.gpus:g}",
+            expected="gpus: 1 where there are several workers",
+            next="set `workers: 1` or `gpus: 1` for that student",
         )
 
-    while wanted is None or sum(counts) < wanted:
-        finer = [[count + (index == chosen) for index, count in enumerate(counts)] for chosen in range(len(counts))]
-        best = min(finer, key=end)
-        if wanted is None and end(counts) - end(best) <= START_SECONDS:
+
+def _load(group: Cohort, nodes: Sequence[Node], costs: Costs) -> Load:
+    families = families_of(group)
+    seconds = [costs.family_seconds(family) for family in families]
+    least = _least_parts(group, len(families), nodes, costs)
+    part = max(split_evenly(group, least, costs.family_seconds), key=costs.memory)
+    return Load(
+        sum(seconds), costs.ask(part), costs.stream_seconds(group), max(seconds), parts=len(families), least=least
+    )
+
+
+def _least_parts(group: Cohort, most: int, nodes: Sequence[Node], costs: Costs) -> int:
+    """Into how many cohorts a group must be cut so that each fits the cluster."""
+    for count in range(1, most + 1):
+        asks = [costs.ask(part) for part in split_evenly(group, count, costs.family_seconds)]
+        if all(fits(nodes, ask) for ask in asks):
+            return count
+        if not fits(nodes, replace(asks[0], memory=0.0)):
+            break  # not for memory
+    worst = max(families_of(group), key=costs.memory)
+    check_room_for(costs.ask(worst), worst, nodes)
+    raise AssertionError("it fits after all")
+
+
+def check_room_for(ask: Ask, cohort: Cohort, nodes: Sequence[Node]) -> None:
+    """Refuse what would wait for ever.
+
+    Raises:
+        MachineError: the cluster has too few CPUs or GPUs, or none of its nodes has enough of them together.
+        RefusedError: it has, and it is the memory that no node has.
+    """
+    if fits(nodes, ask):
+        return
+    what = f"the cohort of {cohort[0].name}"
+    gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    if ask.gpus * ask.workers > gpus:
+        raise MachineError(
+            f"the cluster has too few GPUs for {what}",
+            got=f"{gpus:g} GPUs in all",
+            expected=f"{ask.gpus * ask.workers:g} GPUs, as the recipe says device: cuda",
+            next="set device: cpu in the recipe (--set device=cpu), lower `workers` or `gpus`, or join nodes with GPUs",
+        )
+    if not fits(nodes, replace(ask, memory=0.0)):
+        largest = ", ".join(f"{node.cpus:g}" for node in sorted(nodes, key=lambda node: -node.cpus)[:5])
+        raise MachineError(
+            f"the cluster is too small for {what}",
+            got=f"{cpus:g} CPUs in all; on its nodes: {largest}" + (f"; {gpus:g} GPUs" if ask.gpus else ""),
+            expected=str(replace(ask, memory=0.0)),
+            next="lower `threads` or `workers` in the recipe, or join more nodes",
+        )
+    raise RefusedError(
+        f"{cohort[0].name} does not fit the memory of the cluster",
+        got=f"nodes that give workers {', '.join(in_units(node.memory) for node in nodes[:5])}",
+        expected=f"{in_units(ask.memory)} for each of its workers ({ask.workers}), as a probe estimates it",
+        next="lower its batch or take a smaller model; or join a node with more memory",
+    )
+
+
+def allocate(loads: Sequence[Load], nodes: Sequence[Node], wanted: int | None) -> tuple[list[int], list[Alternative]]:
+    """How many cohorts each group is cut into: so that the fleet ends soonest, where each start must save its cost.
+
+    Cuts are tried one by one, each where the fleet then ends soonest, and the best of them by end and starts together
+    is taken; or the one of as many cohorts as `wanted`. There may be more than run at a time: others wait their turn.
+
+    Returns:
+        The counts, and each number of cohorts that was tried, with the seconds to the end.
+    """
+
+    def end(cut: list[int]) -> tuple[float, float]:
+        queue = sorted(
+            ((load.each(count), load.ask) for load, count in zip(loads, cut, strict=True) for _ in range(count)),
+            key=lambda one: one[0],
+            reverse=True,
+        )
+        ends = [stop for _, stop in timetable(queue, nodes)]
+        return max(ends), sum(ends)
+
+    counts = [load.least for load in loads]
+    best, tried = counts, [Alternative(sum(counts), end(counts)[0])]
+    slots = 1 + sum(int(node.cpus) for node in nodes)
+    lowest = cost = tried[0].seconds + START_SECONDS * sum(counts)
+    while sum(counts) < (wanted or sum(best) + slots):
+        finer = [
+            [count + (index == chosen) for index, count in enumerate(counts)]
+            for chosen, load in enumerate(loads)
+            if counts[chosen] < load.parts
+        ]
+        if not finer:
             break
-        counts = best
-    return counts
+        counts = min(finer, key=end)
+        tried.append(Alternative(sum(counts), end(counts)[0]))
+        cost = tried[-1].seconds + START_SECONDS * sum(counts)
+        if wanted is not None or cost < lowest:
+            best, lowest = counts, cost
+    return best, tried
 
 
-def makespan(cohorts: list[tuple[float, int]], cpus: int) -> float:
-    """When the last cohort ends, if the longest start first and each starts once there are CPUs for it.
+def split_evenly(group: Cohort, count: int, cost: Callable[[Cohort], float]) -> list[Cohort]:
+    """Cut a group into at most `count` parts of about equal cost: the dearest first, each where there is least yet.
+
+    Students that share a stage I stay together.
 
     Args:
-        cohorts: (seconds, CPUs) of each.
-        cpus: those of the cluster; a cohort that wants more is taken to have them all.
+        cost: of such a family of students.
     """
-    free_at = [0.0] * max(cpus, 1)
-    for seconds, each in sorted(cohorts, reverse=True):
-        wanted = min(each, len(free_at))
-        free_at.sort()
-        free_at[:wanted] = [free_at[wanted - 1] + seconds] * wanted
-    return max(free_at)
-
-
-def split_evenly(group: Cohort, count: int, cost: Callable[[Student], float]) -> list[Cohort]:
-    """Cut a group into at most `count` parts of about equal cost: the dearest first, each where there is least yet."""
-    parts: list[list[Student]] = [[] for _ in range(min(count, len(group)))]
+    families = families_of(group)
+    parts: list[list[Student]] = [[] for _ in range(min(count, len(families)))]
     loads = [0.0] * len(parts)
-    for spec in sorted(group, key=cost, reverse=True):
+    for family in sorted(families, key=cost, reverse=True):
         lightest = loads.index(min(loads))
-        parts[lightest].append(spec)
-        loads[lightest] += cost(spec)
-    place = {spec.name: index for index, spec in enumerate(group)}
-    return [tuple(sorted(part, key=lambda spec: place[spec.name])) for part in parts]
+        parts[lightest].extend(family)
+        loads[lightest] += cost(family)
+    order = {spec.name: index for index, spec in enumerate(group)}
+    return [tuple(sorted(part, key=lambda spec: order[spec.name])) for part in parts]
 
 
-def _costs(recipe: Recipe, students: list[Student], splits: Splits) -> Callable[[Student], float]:
-    """Seconds that a student will train, from a probe of each distinct model and batch on this machine."""
-    probed: dict[str, float] = {}
-    for spec in students:
-        if (key := _probe_key(spec)) not in probed:
-            probed[key] = _probe(recipe, spec, splits)
+def worth_splitting(cohort: Cohort, left: Mapping[str, float], ask: Ask, free: Sequence[Node]) -> list[Cohort]:
+    """The cohorts into which a running one should be cut now that there is room; one, where it should stay as it is.
 
-    def cost(spec: Student) -> float:
-        steps = math.ceil(len(splits.train) / spec.batch) * spec.objective.epochs
-        return probed[_probe_key(spec)] * steps / spec.workers
+    All parts are started afresh, so a start and the longest of them must end sooner than the cohort would as it is, by
+    more than all their starts cost.
 
-    return cost
-
-
-def _probe_key(spec: Student) -> str:
-    return f"{spec.model.model_dump_json()} {spec.batch} {spec.threads} {spec.precision}"
-
-
-def _probe(recipe: Recipe, spec: Student, splits: Splits) -> float:
-    """Seconds of one training step, measured here and now.
-
-    A model that fails counts as next to nothing, and its worker will tell of it; so does every model of a recipe for
-    GPUs where this machine has none, and then all count alike.
+    Args:
+        left: seconds that each student still takes in it, by name.
+        ask: what it occupies.
+        free: what the nodes have free beside it.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(spec.threads)
-    device = torch.device(recipe.device)
-    try:
-        module = build(ModelCard.of(spec.model, splits.train, recipe.data.normalize), seed=0)
-        module.to(device, weights_dtype(spec.precision))
-        inputs = torch.from_numpy(splits.train.read(0, min(spec.batch, len(splits.train)))[0].copy()).to(device)
-        best = math.inf
-        for _ in range(PROBE_STEPS):
-            started = time.perf_counter()
-            with autocast(device, spec.precision):
-                logits = module(inputs)
-            loss = logits.float().square().mean()
-            loss.backward()
-            loss.item()  # waits for a GPU
-            best = min(best, time.perf_counter() - started)
-    except Exception as error:
-        log.warning("the probe of %s failed: %s", spec.name, error)
-        return UNKNOWN_SECONDS
-    finally:
-        torch.set_num_threads(threads)
-    return 1.5 * best  # an optimizer step and its bookkeeping come on top
+
+    def cost(students: Cohort) -> float:
+        return sum(left[spec.name] for spec in students)
+
+    best, lowest = [cohort], cost(cohort)
+    for count in range(2, len(families_of(cohort)) + 1):
+        if place(free, [ask] * (count - 1)) is None:
+            break
+        parts = split_evenly(cohort, count, cost)
+        if (spent := START_SECONDS * (1 + count) + max(map(cost, parts))) < lowest:
+            best, lowest = parts, spent
+    return best

@@ -35,18 +35,23 @@ from akd_dist.cohort import (
     train_cohort,
     wait_for_lock,
 )
-from akd_dist.fleet_report import write_report
-from akd_dist.jobs.cache_teacher import cache_teacher, prepare_shown
-from akd_dist.jobs.planner import cohort_job, groups_of, learns_from_assistant
+from akd_dist.economics import Reading, economics, reading
+from akd_dist.fleet_plan import Plan
+from akd_dist.fleet_report import read_metrics
+from akd_dist.jobs.cache_teacher import cache_teacher, model_uris, prepare_shown
+from akd_dist.jobs.dry_run import costs_of, draw_up
+from akd_dist.jobs.planner import Costs, cohort_job, groups_of, learns_from_assistant
 from akd_dist.jobs.progress import tell
-from akd_dist.jobs.train_teacher import Stores
+from akd_dist.jobs.train_teacher import Stores, is_there, teacher_of
 from akd_dist.metrics import measure
 from akd_dist.models import ModelCard, add_folder, build, by_content, num_parameters
 from akd_dist.recipe import Recipe
+from akd_dist.report_page import write_report
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
 from akd_dist.status import driving
 from akd_dist.storage.errors import DamagedError, RecipeError, RefusedError
 from akd_dist.storage.files import canonical_json, file_lock, read_json, replace
+from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.uses import using
 from akd_dist.student import entry
@@ -68,6 +73,7 @@ def train_students(
     address: str | None = None,
     fresh: bool = False,
     wait: bool = False,
+    dry_run: bool = False,
     trackers: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -82,11 +88,12 @@ def train_students(
         address: a Ray cluster; None starts one on this machine if there is anything to do.
         fresh: forget an earlier run of this name.
         wait: wait for somebody else's claim instead of leaving.
+        dry_run: only say what would be done, and refuse what cannot fit; takes no lock and leaves the run as it is.
         trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
 
     Returns:
-        The content of fleet.json.
+        The content of fleet.json; of a dry run the plan.
 
     Raises:
         AkdError: see the exit codes; nothing that was trained is lost.
@@ -99,9 +106,18 @@ def train_students(
     run = Path(run_root) / recipe.name
     splits = prepare_shown(recipe.data, cache_root, console)
     parameters = check_students(recipe, splits)
+    foresee = functools.partial(
+        _foresee, recipe, splits, parameters, run, store_root, cache_root, address, fresh, console
+    )
+    if dry_run:
+        with cluster.closing():
+            if not fresh:
+                check_same_run(run, recipe, run_identity(recipe, splits))
+            return foresee()[0].document()
     with held(run, wait, console), driving(run), cluster.closing(), contextlib.ExitStack() as used:
         if not fresh:
             check_same_run(run, recipe, run_identity(recipe, splits))
+        _, costs = foresee()  # what cannot fit is refused before anything expensive starts
         cached = cache_teacher(
             recipe, store_root=store_root, cache_root=cache_root, address=address, wait=wait, console=console
         )
@@ -130,10 +146,36 @@ def train_students(
         for group in groups_of(todo):
             open_stream(replaced(cohort_job(base, group, chain[-1]), device="cpu"), splits)
         with forward():
-            cohorts = _train(base, recipe, todo, chain, splits, address, console) if todo else 0
+            cohorts = _train(base, recipe, todo, chain, costs, address, console) if todo else 0
         fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - started)
         tell_failures(fleet, base, console)
     return fleet
+
+
+def _foresee(
+    recipe: Recipe,
+    splits: Splits,
+    parameters: dict[str, int],
+    run: Path,
+    store_root: str,
+    cache_root: str,
+    address: str | None,
+    fresh: bool,
+    console: Console,
+) -> tuple[Plan, Costs]:
+    """The plan of the fleet and what its students cost; refuses what cannot fit. Writes nothing under the run root."""
+    from akd_dist.jobs import cluster
+
+    cache = cache_teacher(recipe, store_root=store_root, cache_root=cache_root, dry_run=True, console=console)
+    base = fleet_job(recipe, splits, {}, run, cache_root)
+    todo = [spec for spec in recipe.students if fresh or not ended(base, spec)]
+    if todo:
+        tell(console, "probing what the students take")
+    costs = costs_of(recipe, todo, splits, parameters, Path("nowhere") if fresh else run)
+    if address is not None:
+        cluster.connect(address, tell=lambda text: tell(console, text))
+    trained = is_there(model_uris(recipe, splits, store_root)[0])
+    return draw_up(recipe, todo, cluster.all_nodes(), costs, run, cache, trained), costs
 
 
 def _train(
@@ -141,7 +183,7 @@ def _train(
     recipe: Recipe,
     todo: list[recipes.Student],
     chain: Chain,
-    splits: Splits,
+    costs: Costs,
     address: str | None,
     console: Console,
 ) -> int:
@@ -153,9 +195,10 @@ def _train(
     with cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
         cluster.connect(address, tell=lambda text: tell(console, text))
         stop.check()
-        cohorts = plan_cohorts(recipe, todo, int(cluster.total_cpus()), splits, int(cluster.total_gpus()))
+        cohorts, _ = plan_cohorts(recipe, todo, cluster.nodes(), costs)
+        fixed = recipe.cohorts is not None
         try:
-            count = Fleet(base, len(splits.train), stop, console, chain[-1]).train(cohorts)
+            count = Fleet(base, costs.rows, stop, console, chain[-1], costs=costs, fixed=fixed).train(cohorts)
         finally:
             tell_damage(base, todo, console)
         if stop:
@@ -343,8 +386,6 @@ def last_attempt(run: Path) -> int:
 
 def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_root: str) -> CohortJob:
     """What all cohorts of the run have in common; its students are all of them, its stores those of the teacher."""
-    control = run / "control"
-    control.mkdir(parents=True, exist_ok=True)
     return CohortJob(
         name="fleet",
         data=recipe.data,
@@ -356,7 +397,7 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
         stores=stores,
         teacher_test=stores.get("test"),
         folder=recipe.folder,
-        control=str(control),
+        control=str(run / "control"),
         attempt=1 + last_attempt(run),
         checkpoint_seconds=recipe.checkpoint_seconds,
         device=recipe.device,
@@ -417,16 +458,44 @@ def finish_run(
         "cohorts": cohorts,
         "seconds": round(seconds, 3),
     }
+    fleet["economics"] = balances(run, recipe, splits, fleet, stores)
     replace(run / "fleet.json", json.dumps(fleet, indent=1).encode())
     write_report(run)
     tidy(base)
     return fleet
 
 
+def balances(
+    run: Path, recipe: Recipe, splits: Splits, fleet: dict[str, Any], stores: list[dict[str, LogitStore]]
+) -> list[dict[str, Any]]:
+    """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read it."""
+    results = {result["name"]: result for result in fleet["students"]}
+    assisted = {spec.name: learns_from_assistant(spec) for spec in recipe.students}
+
+    def read(of_assistant: bool) -> list[Reading]:
+        specs = [spec for spec in recipe.students if assisted[spec.name] == of_assistant]
+        return [reading(spec, read_metrics(run, spec.name), results[spec.name].get("stage1_from")) for spec in specs]
+
+    spent = training_seconds(recipe, splits, stores[0]["train"])
+    found = [economics("teacher", fleet["teacher"]["model"], stores[0], read(False), spent)]
+    if any(assisted.values()):
+        found.append(economics("assistant", fleet["assistants"][-1]["model"], stores[-1], read(True)))
+    return found
+
+
+def training_seconds(recipe: Recipe, splits: Splits, store: LogitStore) -> float | None:
+    """What training the teacher took, where the recipe trained it and it left its result beside this store."""
+    trained = teacher_of(recipe, splits)
+    folder = None if trained is None else open_root(trained.uri(open_root(store.uri).parent.uri)).local_path("")
+    result = None if folder is None else read_json(folder / "result.json")
+    return float(result["seconds"]) if isinstance(result, dict) else None
+
+
 def tidy(base: CohortJob) -> None:
     """Remove what only a running fleet needs. The attempts stay, for late workers of theirs."""
-    for progress in Path(base.control).glob("progress-*.json"):
-        progress.unlink()
+    for pattern in ("progress-*.json", "leave-*"):
+        for path in Path(base.control).glob(pattern):
+            path.unlink()
     shutil.rmtree(Path(base.control) / "ray", ignore_errors=True)
     for log in Path(base.logs).glob("cohort-*.log"):
         if log.stat().st_size == 0:

@@ -31,7 +31,7 @@ from akd_dist.storage.objects import open_root
 from akd_dist.storage.uses import using
 
 if TYPE_CHECKING:
-    from akd_dist.jobs.cluster import StopFlag
+    from akd_dist.jobs.cluster import Shared, StopFlag
 
 TEACHERS = "teachers"
 
@@ -79,6 +79,12 @@ class Place:
         cluster.connect(self.address, tell=self.tell)
         self.stop.check()
         return self.stop
+
+    def shared(self) -> Shared:
+        """The nodes that see the store root, as a context: no other node may be given work."""
+        from akd_dist.jobs import cluster
+
+        return cluster.Shared({"the store root": self.store_root}, self.cache_root, self.tell)
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,9 @@ def run_on_ray(trained: Trained, job: CohortJob, place: Place) -> dict[str, Any]
     from akd_dist.jobs import cluster
 
     stop = place.connect()
-    with meter(place.console, f"training {trained.name}", total=1, unit="steps") as shown:
+    with place.shared() as shared, meter(place.console, f"training {trained.name}", total=1, unit="steps") as shown:
+        if "://" in place.store_root:
+            shared.stay_here()  # it is trained in the cache root, and delivered from there
         poll = functools.partial(_follow, job, shown, stop)
         outcome = cluster.run_one(
             train_cohort,
@@ -236,6 +244,7 @@ def run_on_ray(trained: Trained, job: CohortJob, place: Place) -> dict[str, Any]
             stop=stop,
             on_poll=poll,
             name=trained.name,
+            shared=shared,
         )
     job.stop_file.unlink(missing_ok=True)
     if outcome["stopped"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -129,6 +130,33 @@ def receipts_of(root_uri: str, store_id: str) -> list[Receipt]:
         with contextlib.suppress(ObjectMissing, AkdError):
             found.append(Receipt.from_bytes(store.get(key), store.path_of(key)))
     return found
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What computing a store's shards took, as far as its receipts say."""
+
+    seconds: float
+    """Sum over the shards that were timed, of work in their tasks, not of wall-clock time."""
+    rows: int
+    """Rows of these shards, each view counted."""
+    row_seconds: float | None
+    """Seconds a row in the median shard, so that what is loaded once in a task does not weigh; None if none was timed.
+    """
+    hosts: tuple[str, ...]
+    """Where they were computed, sorted."""
+
+
+def time_spent(uri: str) -> Spent:
+    """What computing a store took. Shards that were taken from another store were not computed, and do not count."""
+    root = open_root(uri)
+    timed = [receipt for receipt in receipts_of(root.parent.uri, root.name) if receipt.seconds > 0]
+    return Spent(
+        seconds=sum(receipt.seconds for receipt in timed),
+        rows=sum(receipt.rows for receipt in timed),
+        row_seconds=statistics.median(receipt.seconds / receipt.rows for receipt in timed) if timed else None,
+        hosts=tuple(sorted({receipt.host for receipt in timed})),
+    )
 
 
 def wider_unsealed(root_uri: str, store_id: str) -> list[str]:

@@ -24,6 +24,7 @@ from akd_dist.documents import (
     FleetDocument,
     GcDocument,
     PlanDocument,
+    ReportDocument,
     StoreDocument,
     StoresDocument,
     schemas,
@@ -530,9 +531,12 @@ def test_a_report_is_written_and_named(run: Any) -> None:
     assert outcome.code == 0
     assert "report  runs/digits/report.html" in outcome.out
     assert (folder / "report.html").exists()
-    assert run("report", folder, "--json").document == {
-        "reports": [{"run": str(folder), "report": f"{folder}/report.html"}]
-    }
+    document = run("report", folder, "--json").document
+    ReportDocument.model_validate_json(json.dumps(document))
+    assert document["comparison"] is None
+    assert [(one["run"], one["report"]) for one in document["runs"]] == [(str(folder), f"{folder}/report.html")]
+    (written,) = document["runs"][0]["groups"]
+    assert written["seeds"] == [0]
     assert akd_dist.report(folder) == folder / "report.html"
 
 

@@ -16,7 +16,6 @@ from scipy import stats
 
 import akd_dist
 from akd_dist.comparison import (
-    LABELS,
     cells,
     compare,
     comparison_table,
@@ -28,6 +27,7 @@ from akd_dist.comparison import (
 from akd_dist.documents import CompareDocument
 from akd_dist.recipe import Recipe
 from akd_dist.storage.errors import DamagedError, RecipeError
+from akd_dist.wording import OBJECTIVE_LABELS
 from tests.fleets import ADAMW, ANNEALING, a_recipe, a_student
 
 SGD = {"kind": "sgd", "lr": 0.1}
@@ -67,7 +67,7 @@ def test_a_chain_adds_takd_for_every_model_and_what_is_listed_stays_as_listed() 
     ]
     expanded = expand(a_recipe(students, teacher=TEACHER | {"assistant": ASSISTANT}))
     assert [spec.model.label for spec in expanded.students] == ["mlp-8"] * 15 + ["mlp-4"] * 15
-    assert [spec.objective.kind for spec in expanded.students[::3]] == 2 * list(LABELS)
+    assert [spec.objective.kind for spec in expanded.students[::3]] == 2 * list(OBJECTIVE_LABELS)
     takd = [spec for spec in expanded.students if spec.objective.kind == "takd"]
     assert [(spec.objective.epochs, spec.optimizer.kind) for spec in takd] == [(4, "sgd")] * 3 + [(3, "adamw")] * 3
     continuation = next(spec.objective for spec in expanded.students if spec.objective.kind == "continuation_kd")
@@ -234,7 +234,9 @@ def test_a_baseline_has_no_difference_to_itself(four_seeds: dict[str, Any]) -> N
 
 def test_nobody_finished() -> None:
     recipe = expand(a_recipe([unnamed(ANNEALING)]))
-    document = compare(recipe, fleet_of(recipe, {kind: [None] * 3 for kind in LABELS}), ROWS, "akd-dist compare")
+    document = compare(
+        recipe, fleet_of(recipe, {kind: [None] * 3 for kind in OBJECTIVE_LABELS}), ROWS, "akd-dist compare"
+    )
     CompareDocument.model_validate(document)
     assert "0 of 3" in printed(document)
 
@@ -272,12 +274,14 @@ def test_the_markdown_says_how_it_came_about(four_seeds: dict[str, Any]) -> None
 def test_without_an_assistant_a_line_says_what_takd_needs(four_seeds: dict[str, Any]) -> None:
     assert "TAKD is missing: give the recipe a teacher.assistant" in to_markdown(four_seeds)
     recipe = expand(a_recipe([unnamed(ANNEALING), unnamed(TAKD)], teacher=TEACHER | {"assistant": ASSISTANT}))
-    document = compare(recipe, fleet_of(recipe, {kind: [0.8, 0.81, 0.82] for kind in LABELS}), ROWS, "akd-dist compare")
+    document = compare(
+        recipe, fleet_of(recipe, {kind: [0.8, 0.81, 0.82] for kind in OBJECTIVE_LABELS}), ROWS, "akd-dist compare"
+    )
     CompareDocument.model_validate(document)
     text = to_markdown(document)
     assert "TAKD is missing" not in text
     assert "| mlp-16 (1,210) | assistant |  | 95.00 |  |  | 94.00 |" in text
-    assert [one["objective"] for one in document["table"]] == list(LABELS)
+    assert [one["objective"] for one in document["table"]] == list(OBJECTIVE_LABELS)
 
 
 def test_a_regression_has_no_agreement(four_seeds: dict[str, Any]) -> None:
@@ -328,7 +332,7 @@ def test_a_comparison_from_recipe_to_table(compared: tuple[Path, dict[str, Any]]
     run = root / "runs" / "tiny-compare"
     assert json.loads((run / "comparison.json").read_bytes()) == document
     assert (run / "comparison.md").read_text() == to_markdown(document)
-    assert [one["objective"] for one in document["table"]] == list(LABELS)
+    assert [one["objective"] for one in document["table"]] == list(OBJECTIVE_LABELS)
     assert {tuple(one["seeds"]) for one in document["table"]} == {(0, 1)}
     fleet = json.loads((run / "fleet.json").read_bytes())
     assert document["teacher"]["test"] == fleet["teacher"]["test"]["accuracy"]

@@ -12,7 +12,8 @@ from akd_dist.device import device_name, generator_states, gpus_of, set_generato
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_job, creation_of, plan_splits
 from akd_dist.jobs.fleet import Fleet
-from akd_dist.jobs.planner import plan_cohorts
+from akd_dist.jobs.planner import Costs, plan_cohorts
+from akd_dist.jobs.room import Ask, Node, fits
 from akd_dist.jobs.train_students import fleet_job, train_in_process
 from akd_dist.models import load_card, read_model
 from akd_dist.recipe import Cache, Precision, Recipe
@@ -85,16 +86,16 @@ def test_a_cluster_without_gpus_is_refused_before_anything_starts(recipe: Recipe
         fleet.train([tuple(recipe.students)])
     assert not fleet.jobs
     cluster.check_fits(1, "a CPU", gpus=0)
-    assert not cluster.are_free(1, gpus=1)
+    assert not fits(cluster.free_nodes(), Ask(1, 1, gpus=1))
 
 
-def test_cohorts_on_gpus_are_planned_by_gpus(home: Path) -> None:
+def test_cohorts_on_gpus_are_planned_by_gpus() -> None:
     recipe = a_recipe([a_student(f"s{seed}", seed=seed) for seed in range(4)], device="cuda", cohorts=2)
-    splits = prepare(recipe.data, home / "cache")
-    planned = plan_cohorts(recipe, list(recipe.students), 64, splits, gpus=1)
+    costs, nodes = Costs("cuda", 100), [Node("one", 64, gpus=1)]
+    planned, _ = plan_cohorts(recipe, list(recipe.students), nodes, costs)
     assert [len(cohort) for cohort in planned] == [2, 2]  # wanted: the second waits for the GPU
     free = recipe.model_copy(update={"cohorts": None})
-    assert len(plan_cohorts(free, list(recipe.students), 64, splits, gpus=1)) == 1
+    assert len(plan_cohorts(free, list(recipe.students), nodes, costs)[0]) == 1
 
 
 # ---- precision

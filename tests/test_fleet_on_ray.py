@@ -98,6 +98,11 @@ class Home:
         return [sys.executable, "-m", "akd_dist.cli", arguments[0], str(file), *places, *arguments[1:]]
 
 
+def said(run: Path) -> dict[str, bytes]:
+    """What each student and the teacher say of the test rows."""
+    return {path.parent.name: path.read_bytes() for path in run.glob("students/*/test.parquet")}
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return Home(tmp_path_factory.mktemp("fleet"))
@@ -115,6 +120,7 @@ def test_a_fleet_on_ray_has_the_bytes_of_the_plain_loop(home: Home, trained: tup
     assert store_bytes(root / "stores") == home.store_bytes
     assert weights(root / "runs" / "fleet") == home.weights
     assert len(home.weights) == 8
+    assert said(root / "runs" / "fleet") == said(home.root / "plain-run") != {}
     assert fleet["cohorts"] == 1
     assert {student["state"] for student in fleet["students"]} == {"done"}
     assert not list((root / "stores").rglob("*.claim"))
@@ -125,7 +131,13 @@ def test_what_a_run_leaves(home: Home, trained: tuple[Path, dict[str, Any]]) -> 
     root, fleet = trained
     run = root / "runs" / "fleet"
     assert json.loads((run / "fleet.json").read_bytes()) == fleet
-    assert "<svg" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "<svg" in page
+    assert "Who is right" in page  # from every student's test.parquet
+    (balance,) = fleet["economics"]
+    assert (balance["passes_run"], balance["epochs"], balance["students"]) == (2, 13, 6)
+    assert balance["hosts"]
+    assert balance["training_seconds"] is None  # the recipe names weights
     assert "views: 2" in (run / "recipe.yaml").read_text()
     student = fleet["students"][0]
     assert student["parameters"] == sum(p.numel() for p in load_model(student["path"]).parameters())

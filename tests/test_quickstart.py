@@ -32,7 +32,7 @@ def first(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_it_ends_with_a_table_and_says_where_things_lie(folder: Path, first: subprocess.CompletedProcess[str]) -> None:
     assert first.returncode == 0, first.stderr
-    for shown in ("teacher", "mlp-8", "mlp-64", "Annealing-KD", "hard labels", "report  runs/digits/report.html"):
+    for shown in ("teacher", "mlp-8", "mlp-64", "Annealing-KD", "from scratch", "report  runs/digits/report.html"):
         assert shown in first.stdout
     assert first.stdout.count("akd-dist train-students") + first.stdout.count("cp ") >= 2
     assert (folder / "runs" / "digits" / "report.html").exists()

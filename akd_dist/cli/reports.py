@@ -6,24 +6,34 @@ from pathlib import Path
 
 import click
 
-import akd_dist
 from akd_dist.cli.options import json_option
 from akd_dist.cli.show import print_json, result_console, short_path
 
 
 @click.command("report")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False),
+    help="Where the page goes that compares several runs (default: report.html beside the first), or a run's page.",
+)
 @json_option
-def report(runs: tuple[str, ...], as_json: bool) -> None:
-    """Print the tables of runs, write report.html."""
-    from akd_dist.fleet_report import fleet_table, read_fleet
+def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
+    """Print the tables of runs, write report.html.
 
-    written = []
-    for run in runs:
-        path = akd_dist.report(run)
-        written.append({"run": run, "report": str(path)})
-        if not as_json:
-            result_console().print(fleet_table(read_fleet(Path(run))))
-            click.echo(f"report  {short_path(path)}")
+    Each page is one file that opens offline. With several runs there is one page more, which compares them.
+    """
+    from akd_dist.fleet_report import fleet_table, read_run, runs_table
+    from akd_dist.report_page import write_reports
+
+    document = write_reports([Path(run) for run in runs], None if out is None else Path(out).absolute())
     if as_json:
-        print_json({"reports": written})
+        print_json(document)
+        return
+    read = [read_run(Path(run)) for run in runs]
+    for run, written in zip(read, document["runs"], strict=True):
+        result_console().print(fleet_table(run.fleet))
+        click.echo(f"report  {short_path(written['report'])}")
+    if document["comparison"] is not None:
+        result_console().print(runs_table(read))
+        click.echo(f"report  {short_path(document['comparison']['report'])}")

@@ -80,12 +80,25 @@ def cache_teacher(
 @click.command("train-students")
 @recipe_argument
 @train_options
-def train_students(recipe_path: str, **options: Any) -> int:
+@click.option("--dry-run", is_flag=True, help="Say what would be done and why, and refuse what cannot fit.")
+def train_students(recipe_path: str, dry_run: bool, **options: Any) -> int:
     """Train students from the stored logits.
 
     Caches the teacher first if its store is missing. The same command again resumes, or shows the saved results.
     """
+    if dry_run:
+        return _foresee(recipe_path, **options)
     return _train(recipe_path, closing=after_training, **options)
+
+
+def _foresee(recipe_path: str, *, as_json: bool, **options: Any) -> int:
+    with stdout_for_results():
+        plan = akd_dist.train_students(recipe_path, **options, dry_run=True, console=progress_console())
+    if as_json:
+        print_json(plan)
+    else:
+        print_fleet_plan(plan)
+    return 0
 
 
 def _train(
@@ -166,6 +179,16 @@ def print_plan(plan: dict[str, Any]) -> None:
     result_console().print(table)
     free = "unknown" if plan["free"] is None else size(plan["free"])
     click.echo(f"needs {size(plan['bytes'])} under {plan['store_root']}, free {free}; nothing was computed")
+
+
+def print_fleet_plan(plan: dict[str, Any]) -> None:
+    """What training would do, as a table, and why."""
+    from akd_dist.fleet_plan import plan_lines, plan_table
+    from akd_dist.fleet_view import duration
+
+    result_console().print(plan_table(plan, duration, size))
+    for line in plan_lines(plan, duration, size):
+        click.echo(line)
 
 
 def print_cached(document: dict[str, Any], next_command: str) -> None:

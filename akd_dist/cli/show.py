@@ -47,13 +47,9 @@ def result_console() -> Console:
 
 def table_of(first: str, *others: str, title: str | None = None) -> Table:
     """An empty table in the style of the house."""
-    from rich import box
-    from rich.table import Table
+    from akd_dist.wording import house_table
 
-    # No frame and little padding: eight columns fit into eighty characters.
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = house_table(title)
     for column in (first, *others):
         table.add_column(column, no_wrap=True, justify="right" if column in NUMBERS else "left")
     return table

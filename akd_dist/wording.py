@@ -1,0 +1,128 @@
+"""How results are told: the names of objectives and metrics, numbers as text, and the house's table for terminals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+ANNEALING, CONTINUATION, HARD_LABELS = "annealing_kd", "continuation_kd", "hard_labels"
+OBJECTIVE_LABELS = {
+    HARD_LABELS: "from scratch",
+    "kd": "KD",
+    "takd": "TAKD",
+    ANNEALING: "Annealing-KD",
+    CONTINUATION: "Continuation-KD",
+}
+"""How the papers call each objective, in the order of their tables."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A metric as a reader meets it: shares of rows in percent, correlations between -1 and 1 as they are."""
+
+    name: str
+    """As it stands in a sentence."""
+    short: str
+    """As it heads a narrow column."""
+    percent: bool
+    """Whether it is shown in percent."""
+
+    @property
+    def title(self) -> str:
+        """Its name as a title begins with it."""
+        return self.name[0].upper() + self.name[1:]
+
+    @property
+    def label(self) -> str:
+        """Its name with its unit, for columns and axes."""
+        return f"{self.name}, %" if self.percent else self.name
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied by to be shown."""
+        return 100.0 if self.percent else 1.0
+
+    @property
+    def difference(self) -> str:
+        """The unit of a difference, in words."""
+        return "percentage points" if self.percent else self.name
+
+    def text(self, value: float | None) -> str:
+        """0.98333 as `98.33` in percent, else as `0.9833`; a missing number as a dash."""
+        if self.percent or value is None or not math.isfinite(value):
+            return percent(value)
+        return f"{value:.4f}"
+
+    def with_unit(self, text: str) -> str:
+        """A text of these numbers with its unit, where it stands alone."""
+        return f"{text} %" if self.percent else text
+
+    def gain(self, value: float | None) -> str:
+        """A difference with its sign, in percentage points or as it is; a dash for none."""
+        if value is None:
+            return "-"
+        return f"{100 * value:+.2f}" if self.percent else f"{value:+.4f}"
+
+
+SHOWN = {
+    "accuracy": Shown("accuracy", "accuracy", percent=True),
+    "f1": Shown("F1", "F1", percent=True),
+    "matthews": Shown("Matthews' correlation", "Matthews", percent=False),
+    "pearson": Shown("Pearson's correlation", "Pearson", percent=False),
+    "spearman": Shown("Spearman's correlation", "Spearman", percent=False),
+}
+
+
+def percent(fraction: float | None, digits: int = 2) -> str:
+    """0.98333 as `98.33`; a missing number as a dash."""
+    return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.{digits}f}"
+
+
+def share(parameters: int, of: int) -> str:
+    """A student's size as a percentage of its teacher's, to two significant digits below ten."""
+    part = 100 * parameters / of if of else math.nan
+    if not math.isfinite(part):
+        return "-"
+    return f"{part:.0f} %" if part >= 10 else f"{part:.2g} %"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds to one decimal below a hundred, whole above; short ones to two digits; a dash for none."""
+    if value is None:
+        return "-"
+    if 0 < abs(value) < 1:
+        return f"{value:.2g}"
+    return f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def duration(value: float | None) -> str:
+    """Seconds with the unit that suits them: `0.35 s`, `2.5 min`, `7.1 h`; a dash for none."""
+    if value is None:
+        return "-"
+    for limit, unit, size in ((120.0, "s", 1.0), (7200.0, "min", 60.0)):
+        if abs(value) < limit:
+            return f"{seconds(value / size)} {unit}"
+    return f"{value / 3600:,.1f} h"
+
+
+def house_table(title: str | None = None, caption: Text | None = None) -> Table:
+    """An empty table in the style of the house: no frame and little padding, so that much fits eighty columns."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )

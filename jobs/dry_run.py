@@ -1,0 +1,263 @@
+"""What training a fleet would do, before it does: the plan with its reasons, and the refusal of what cannot fit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from akd_dist.checkpoint import checkpoints
+from akd_dist.device import gpus_of
+from akd_dist.fleet_plan import Alternative, Plan, PlannedCohort, PlannedStudent
+from akd_dist.fleet_view import duration
+from akd_dist.jobs.planner import (
+    START_SECONDS,
+    Cohort,
+    Costs,
+    check_room_for,
+    groups_of,
+    learns_from_assistant,
+    plan_cohorts,
+)
+from akd_dist.jobs.room import Ask, Node, fits, in_units, timetable
+from akd_dist.objectives import stages
+from akd_dist.probe import measure_all
+from akd_dist.recipe import Recipe, Student
+from akd_dist.rows import Splits
+from akd_dist.storage.encodings import encoding_from_config
+from akd_dist.storage.errors import MachineError
+
+
+def costs_of(recipe: Recipe, todo: Sequence[Student], splits: Splits, parameters: dict[str, int], run: Path) -> Costs:
+    """What the students that are not done take, from a probe on this machine and from where their checkpoints stand."""
+    measured = measure_all(recipe, list(todo), splits, parameters)
+    places = {spec.name: position(run / "students" / spec.name / "checkpoints") for spec in todo}
+    return Costs.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
+
+
+def position(folder: Path) -> tuple[int, int] | None:
+    """(epoch, step) of the newest checkpoint, as its name says; None where there is none."""
+    found = checkpoints(folder)
+    if not found:
+        return None
+    epoch, step, *_ = found[-1].stem.split("-")
+    return int(epoch), int(step)
+
+
+def check_caching(recipe: Recipe, nodes: Sequence[Node]) -> None:
+    """Refuse a cluster on which the teacher could not be trained or cached.
+
+    Raises:
+        MachineError: no node has the CPUs or the GPU for one of its tasks.
+    """
+    threads = [recipe.cache.threads, *(one.threads for one in recipe.teacher.chain)]
+    threads += [recipe.teacher.train.threads] if recipe.teacher.train else []
+    ask = Ask(1, max(threads), gpus_of(recipe.device))
+    if not fits(nodes, ask):
+        there = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in nodes[:5])
+        raise MachineError(
+            "the cluster is too small to train or cache the teacher",
+            got=f"nodes with {there}",
+            expected=str(ask),
+            next="lower `threads` of the teacher and of `cache`, set device: cpu, or join larger nodes",
+        )
+
+
+def draw_up(
+    recipe: Recipe, todo: Sequence[Student], nodes: Sequence[Node], costs: Costs, run: Path, cache: dict[str, Any],
+    trained: bool,
+) -> Plan:  # fmt: skip
+    """The plan of a fleet.
+
+    Args:
+        todo: the students that are not done.
+        nodes: what the cluster has.
+        costs: of those students.
+        run: the run's folder.
+        cache: what caching would compute, as `cache_teacher` says with `dry_run`.
+        trained: whether the teacher is there.
+
+    Raises:
+        AkdError: what cannot fit.
+    """
+    cohorts, tried = plan_cohorts(recipe, todo, nodes, costs) if todo else ([], [])
+    asks = [costs.ask(cohort) for cohort in cohorts]
+    for cohort, ask in zip(cohorts, asks, strict=True):
+        check_room_for(ask, cohort, nodes)
+    kept, delivered = disk(todo, costs)
+    free = check_disk(run, todo, kept + delivered)
+    missing = cache["bytes"] > 0
+    if missing:
+        check_caching(recipe, nodes)
+    times = timetable([(START_SECONDS + costs.cohort_seconds(c), a) for c, a in zip(cohorts, asks, strict=True)], nodes)
+    done = {spec.name for spec in todo}
+    planned = [
+        planned_cohort(recipe, cohort, ask, span, costs) for cohort, ask, span in zip(cohorts, asks, times, strict=True)
+    ]
+    memory = sum(node.memory for node in nodes)
+    return Plan(
+        run=str(run),
+        device=recipe.device,
+        teacher=_about_teacher(recipe, cache, trained),
+        cache_bytes=cache["bytes"],
+        nodes=len(nodes),
+        cpus=sum(node.cpus for node in nodes),
+        gpus=sum(node.gpus for node in nodes),
+        memory=round(memory) if memory < float("inf") else None,
+        why=why_so_many(recipe, todo, tried, len(cohorts)),
+        cohorts=tuple(_say_who_waits(planned, asks)),
+        ended=tuple(planned_student(spec, costs, None, "ended") for spec in recipe.students if spec.name not in done),
+        checkpoint_bytes=kept,
+        model_bytes=delivered,
+        free_bytes=free,
+        seconds=round(max((end for _, end in times), default=0.0), 1),
+    )
+
+
+def disk(todo: Sequence[Student], costs: Costs) -> tuple[int, int]:
+    """Bytes of checkpoints, the most at a time, and of delivered models. Both stay with the run.
+
+    Two checkpoints of each student are kept, and one is being written.
+    """
+    takes = [costs.takes(spec) for spec in todo]
+    sizes = [one.checkpoint for one in takes]
+    return 2 * sum(sizes) + max(sizes, default=0), sum(one.weights for one in takes)
+
+
+def check_disk(run: Path, todo: Sequence[Student], needed: int) -> int:
+    """Refuse what the disk cannot hold beside what lies there already; the bytes that are free.
+
+    Raises:
+        MachineError: too little is free under the run root.
+    """
+    there = sum(
+        path.stat().st_size for spec in todo for path in checkpoints(run / "students" / spec.name / "checkpoints")
+    )
+    folder = run
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed - there > free:
+        raise MachineError(
+            f"checkpoints and models of the students do not fit in {run.parent}",
+            got=f"{in_units(free)} free",
+            expected=f"{in_units(needed - there)}",
+            next="free space there, or choose another --run-root",
+        )
+    return free
+
+
+# ---- cohorts
+
+
+def planned_cohort(recipe: Recipe, cohort: Cohort, ask: Ask, span: tuple[float, float], costs: Costs) -> PlannedCohort:
+    """A cohort with its figures."""
+    leaders = costs.leaders(cohort)
+    students = tuple(planned_student(spec, costs, leaders.get(spec.name)) for spec in cohort)
+    return PlannedCohort(
+        students=students,
+        why=why_together(cohort, costs),
+        waits=None,
+        workers=ask.workers,
+        cpus=ask.cpus,
+        gpus=ask.gpus,
+        memory=round(ask.memory),
+        steps=max(costs.steps_left(spec) for spec in cohort),
+        bytes_streamed=bytes_streamed(recipe, cohort, costs),
+        begins=round(span[0], 1),
+        ends=round(span[1], 1),
+    )
+
+
+def planned_student(spec: Student, costs: Costs, leader: str | None, standing: Any = None) -> PlannedStudent:
+    """A student with its figures."""
+    known = costs.measured.get(spec.name) is not None
+    return PlannedStudent(
+        name=spec.name,
+        model=spec.model.label,
+        objective=spec.objective.kind,
+        parameters=costs.parameters[spec.name],
+        standing=standing or ("resumes" if spec.name in costs.behind else "new"),
+        rides=leader,
+        steps=0 if standing == "ended" else costs.steps_left(spec, leader is not None),
+        seconds=round(costs.seconds(spec, leader is not None), 3) if known else None,
+    )
+
+
+def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: Costs) -> int:
+    """Inputs, labels and logits that a cohort's stream reads over its epochs; logits only where somebody needs them."""
+    epochs: dict[int, bool] = {}
+    for spec in cohort:
+        needs = [stage.needs_logits for stage in stages(spec.objective) for _ in range(stage.epochs)]
+        for epoch in range(costs.behind.get(spec.name, (0, 0))[0], len(needs)):
+            epochs[epoch] = epochs.get(epoch, False) or needs[epoch]
+    dtype = np.dtype(encoding_from_config({"name": recipe.cache.encoding}).dtype)
+    plain, logits = costs.row_bytes, costs.classes * dtype.itemsize
+    return costs.rows * sum(plain + (logits if needed else 0) for needed in epochs.values())
+
+
+# ---- reasons
+
+
+def why_together(cohort: Cohort, costs: Costs) -> str:
+    """What the students of a cohort share."""
+    spec = cohort[0]
+    store = "the last assistant's store" if learns_from_assistant(spec) else "the teacher's store"
+    worker = f"{spec.workers} worker{'' if spec.workers == 1 else 's'} of {_counted(spec.threads, 'thread')}"
+    alike = f"batches of {spec.batch} from {store} and {worker}"
+    if len(cohort) == 1:
+        return f"a student on its own: {alike}"
+    riders = len(costs.leaders(cohort))
+    forked = f"; {riders} of them go on from another one's stage I" if riders else ""
+    return f"{len(cohort)} students share {alike}: each batch is read once for all{forked}"
+
+
+def why_so_many(recipe: Recipe, todo: Sequence[Student], tried: Sequence[Alternative], count: int) -> str:
+    """Why there are neither fewer nor more cohorts."""
+    if not todo:
+        return "no cohort: all students have ended"
+    if recipe.cohorts is not None:
+        return f"{_counted(count, 'cohort')}, as the recipe's `cohorts` says"
+    end = {one.cohorts: one.seconds for one in tried}
+    groups = len(groups_of(todo, recipe.device))
+    start = duration(START_SECONDS)
+    if count - 1 in end:
+        saved = end[count - 1] - end[count]
+        fewer = f"one fewer would end {duration(max(saved, 0))} later, and a start costs {start}"
+    elif count == groups:
+        fewer = "one has to be" if groups == 1 else "fewer cannot be: other batch, workers, threads or store do not mix"
+    else:
+        fewer = "fewer would not fit the memory of a node"
+    if count + 1 in end:
+        saved = end[count] - end[count + 1]
+        more = f"one more would end {duration(saved)} sooner" if saved > 0.5 else "one more would end no sooner"
+        more += f", and its start costs {start}"
+    else:
+        more = "no more are possible: each student has its own" if count > 1 else "there is nothing to cut"
+    return f"{_counted(count, 'cohort')}: {fewer}; {more}"
+
+
+def _say_who_waits(cohorts: Sequence[PlannedCohort], asks: Sequence[Ask]) -> list[PlannedCohort]:
+    said = []
+    for cohort, ask in zip(cohorts, asks, strict=True):
+        ended = [str(number) for number, other in enumerate(cohorts, 1) if other.ends == cohort.begins]
+        waits = f"for {ask}, which is free at the end of cohort {' and '.join(ended)}" if cohort.begins > 0 else None
+        said.append(replace(cohort, waits=waits))
+    return said
+
+
+def _about_teacher(recipe: Recipe, cache: dict[str, Any], trained: bool) -> str:
+    """What has to be done for the teacher and its assistants first."""
+    words = [] if trained else ["the teacher is to be trained"]
+    words += [f"the assistant {one['model']} is to be trained" for one in cache["assistants"] if not one["trained"]]
+    if cache["bytes"]:
+        words.append(f"{in_units(cache['bytes'])} of logits are to be cached")
+    return "; ".join(words) + ": first, and not in the time below" if words else "cached: it is not needed"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -1,0 +1,142 @@
+"""Clusters of several raylets on this machine, as processes of their own: `python -m tests.nodes WHAT ...`.
+
+Ray knows one cluster a process, and the tests' own is another one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from akd_dist.jobs import cluster, fleet, planner
+from akd_dist.jobs.train_students import train_students
+from akd_dist.recipe import load_recipe
+from akd_dist.storage.errors import MachineError
+
+SMALL: dict[str, Any] = {"object_store_memory": 80 * 2**20, "memory": 4 * 10**9}
+
+
+def start(**head: Any) -> Any:
+    """A cluster of one node, to which this process is connected."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"include_dashboard": False} | SMALL | head)
+    cluster.ray.init(address=made.address, log_to_driver=False, configure_logging=False)
+    return made
+
+
+def one_more(made: Any) -> list[str]:
+    """The command that is a further node of a cluster, for as long as it runs."""
+    return [sys.executable, "-W", "ignore", "-m", "tests.nodes", "raylet", made.gcs_address]
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.1)
+
+
+def join(recipe: str, root: Path) -> dict[str, Any]:
+    """Train a recipe on one CPU; once its students have checkpoints, a second node joins."""
+    planner.START_SECONDS, fleet.SPREAD_SECONDS, cluster.LOOK_SECONDS = 0.2, 1.0, 0.5
+    made = start(num_cpus=1)
+
+    joined: list[subprocess.Popen[bytes]] = []
+
+    def add() -> None:
+        until(lambda: bool(list(root.glob("runs/*/students/*/checkpoints/*.ckpt"))), 120)
+        joined.append(subprocess.Popen(one_more(made)))
+
+    threading.Thread(target=add, daemon=True).start()
+    places: dict[str, Any] = {
+        "store_root": str(root / "stores"),
+        "cache_root": str(root / "cache"),
+        "run_root": str(root / "runs"),
+    }
+    with (root / "told").open("w") as told:
+        result = train_students(load_recipe(recipe), console=Console(file=told, width=200), **places)
+    for node in joined:
+        node.terminate()
+    return {"cohorts": result["cohorts"], "states": [student["state"] for student in result["students"]]}
+
+
+def hidden(root: Path) -> dict[str, Any]:
+    """A node that does not see a folder: refused if it is there, told of and left alone if it joins."""
+    made = start(num_cpus=1)
+    told: list[str] = []
+    before = {"the run's folder": str(root)}
+    (root / "cache").mkdir()
+    with cluster.Shared(before, str(root / "cache"), told.append) as shared:
+        alone = shared.selector()
+        script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
+        blind = subprocess.Popen(["unshare", "-m", "sh", "-c", script, "sh", str(root), *one_more(made)])
+        try:
+            until(lambda: len(cluster.nodes()) == 2)
+            cluster.LOOK_SECONDS = 0.1
+            until(lambda: not shared.look() and bool(told))
+            kept = shared.selector() == alone and len(shared.nodes()) == 1
+            try:
+                cluster.Shared(before, str(root / "cache"), told.append).__enter__()
+                refusal = ""
+            except MachineError as error:
+                refusal = str(error)
+        finally:
+            blind.terminate()
+            blind.wait()
+    return {"told": told, "kept": kept, "refusal": refusal, "left": [path.name for path in root.glob(".seen-*")]}
+
+
+def share(_root: Path) -> dict[str, Any]:
+    """Two workers on half a GPU each, at the same time on the one GPU that Ray is told of."""
+    start(num_cpus=2, num_gpus=1)
+    ray = cluster.ray
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from akd_dist.jobs.room import Ask
+
+    def work() -> list[int]:
+        time.sleep(3)
+        return [int(one) for one in ray.get_gpu_ids()]
+
+    found: list[Any] = []
+    scaling = fleet.scaling(Ask(1, 1, gpus=0.5, memory=1e8))
+    run = lambda: found.append(DataParallelTrainer(work, scaling_config=scaling).fit().return_value)  # type: ignore[attr-defined]  # noqa: E731
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: cluster.free_nodes()[0].gpus == 0)
+    free = cluster.free_nodes()[0]
+    for thread in threads:
+        thread.join()
+    return {"gpus": found, "cpus_free": free.cpus, "memory_taken": cluster.nodes()[0].memory - free.memory}
+
+
+def raylet(gcs_address: str) -> None:
+    """One more node, in this process's view of the file system, until it is killed."""
+    parameters = cluster.ray._private.parameter.RayParams(
+        gcs_address=gcs_address, num_cpus=1, min_worker_port=0, max_worker_port=0, **SMALL
+    )
+    cluster.ray._private.node.Node(parameters, head=False, shutdown_at_exit=True, spawn_reaper=True)
+    while True:
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    what, *arguments = sys.argv[1:]
+    if what == "raylet":
+        raylet(arguments[0])
+    if what == "join":
+        answer = join(arguments[0], Path(arguments[1]))
+    else:
+        answer = {"hidden": hidden, "share": share}[what](Path(arguments[0]))
+    cluster.ray.shutdown()
+    print(json.dumps(answer))

@@ -1,0 +1,194 @@
+"""What a fleet would do, before it does: its plan, what cannot fit, and the probe that the estimates come from."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from akd_dist.cli import main
+from akd_dist.documents import FleetPlanDocument
+from akd_dist.jobs.cache_teacher import cache_in_process
+from akd_dist.jobs.planner import Costs
+from akd_dist.jobs.train_students import train_in_process
+from akd_dist.models import add_folder
+from akd_dist.probe import measure_all, probe, scaled
+from akd_dist.rows import prepare
+from akd_dist.storage.objects import LocalRoot
+from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher
+
+LONGER = ANNEALING | {"stage2_epochs": 2}
+
+
+class Place:
+    """A folder with a recipe file of three students, and the dry run of it."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root, self.capsys = root, capsys
+        students = [a_student("a"), a_student("b", objective=LONGER), a_student("c", objective=HARD, batch=32)]
+        teacher = a_teacher(a_recipe([a_student("any")]), root / "teacher", root / "cache")
+        self.recipe = a_recipe(students, teacher={"weights": teacher})
+        (root / "recipe.yaml").write_text(self.recipe.to_yaml())
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr; checked to leave the run root alone."""
+        roots = [f"--{name}-root={self.root / folder}" for name, folder in (("store", "stores"), ("cache", "cache"))]
+        before = sorted(self.root.glob("runs/**/*"))
+        run_root = f"--run-root={self.root / 'runs'}"
+        with pytest.raises(SystemExit) as left:
+            main(["train-students", str(self.root / "recipe.yaml"), *roots, run_root, "--dry-run", *arguments])
+        assert sorted(self.root.glob("runs/**/*")) == before
+        out, err = self.capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    def plan(self, *arguments: str) -> dict[str, Any]:
+        code, out, err = self.run("--json", *arguments)
+        assert code == 0, err
+        FleetPlanDocument.model_validate_json(out)
+        document: dict[str, Any] = json.loads(out)
+        return document
+
+
+@pytest.fixture
+def place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Place:
+    return Place(tmp_path, capsys)
+
+
+def test_a_plan_says_what_would_be_done_and_why(place: Place) -> None:
+    plan = place.plan()
+    assert not (place.root / "runs").exists()
+    assert "are to be cached" in plan["teacher"]
+    students = {student["name"]: student for cohort in plan["cohorts"] for student in cohort["students"]}
+    steps = 20  # of an epoch of 1,293 rows, in batches of 64
+    per_epoch = -(-len(prepare(place.recipe.data, place.root / "cache").train) // 64)
+    assert per_epoch in (steps, steps + 1, steps - 1)
+    assert students["a"]["steps"] == 3 * per_epoch
+    assert (students["b"]["rides"], students["b"]["steps"]) == ("a", 2 * per_epoch)
+    assert students["a"]["parameters"] == sum((64 * 8, 8, 8 * 10, 10))
+    assert [cohort["steps"] for cohort in plan["cohorts"] if len(cohort["students"]) == 2] == [4 * per_epoch]
+    assert "2 students share batches of 64" in " ".join(cohort["why"] for cohort in plan["cohorts"])
+    assert "do not mix" in plan["why"]
+    rows = len(prepare(place.recipe.data, place.root / "cache").train)
+    two = next(cohort for cohort in plan["cohorts"] if len(cohort["students"]) == 2)
+    row = 64 + 8  # a digit and its label; its logits in the two epochs of stage I
+    assert two["bytes_streamed"] == rows * (4 * row + 2 * 40)
+    assert plan["checkpoint_bytes"] == pytest.approx(7 * 4 * students["a"]["parameters"] * 4, rel=0.01)
+    assert plan["seconds"] >= max(cohort["ends"] for cohort in plan["cohorts"]) - 0.1
+
+
+def test_a_plan_tells_those_that_have_ended_and_resume_from_those_that_start(place: Place) -> None:
+    cached = cache_in_process(
+        place.recipe, str(place.root / "teacher"), store_root=str(place.root / "stores"),
+        cache_root=str(place.root / "cache"),
+    )  # fmt: skip
+    stores = {"train": cached["store"]} | {split: part["store"] for split, part in cached["splits"].items()}
+    run = place.root / "runs" / "fleet"
+    train_in_process(place.recipe, stores, run=run, cache_root=str(place.root / "cache"))
+    (run / "students" / "b" / "result.json").unlink()  # it had just taken its last step
+    plan = place.plan()
+    assert plan["teacher"] == "cached: it is not needed"
+    assert [student["name"] for student in plan["ended"]] == ["a", "c"]
+    (only,) = [student for cohort in plan["cohorts"] for student in cohort["students"]]
+    assert (only["name"], only["standing"], only["rides"]) == ("b", "resumes", None)
+    assert only["steps"] <= 20 * 2
+    assert {one["standing"] for cohort in place.plan("--fresh")["cohorts"] for one in cohort["students"]} == {"new"}
+
+
+def test_a_plan_as_text(place: Place) -> None:
+    code, out, err = place.run()
+    assert code == 0, err
+    for told in ("stage I of a", "= cohort 1", "teacher", "cluster", "disk", "time", "nothing was computed"):
+        assert told in out
+
+
+def test_what_cannot_fit_is_refused_before_anything_starts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = place.run("--set", "students.2.threads=999")
+    assert (code, "999 CPUs on one node" in err) == (6, True), err
+    code, _, err = place.run("--set", "cohorts=1")
+    assert (code, "at least 2" in err) == (2, True), err
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(LocalRoot, "free_bytes", lambda _root: 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9, 1000))
+    code, _, err = place.run()
+    assert (code, "do not fit in" in err, "--run-root" in err) == (6, True, True), err
+    assert not (place.root / "stores").exists()
+
+
+# ---- the probe
+
+BROKEN = """
+import torch
+
+class Broken(torch.nn.Module):
+    def __init__(self, inputs, classes):
+        super().__init__()
+        self.layer = torch.nn.Linear(inputs, classes)
+
+    def forward(self, x):
+        if len(x) > 2:
+            raise ZeroDivisionError("a mistake of the user's own")
+        return self.layer(x.flatten(1))
+
+def broken(input_shape, classes):
+    return Broken(input_shape[0] * input_shape[1] * input_shape[2], classes)
+"""
+
+
+def test_a_probe_leaves_nothing_behind_and_a_failing_model_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "broken_models.py").write_text(BROKEN)
+    add_folder(str(tmp_path))
+    broken = {"kind": "custom", "factory": "broken_models:broken"}
+    recipe = a_recipe([a_student("a", threads=2), a_student("b", model=broken)])
+    splits = prepare(recipe.data, tmp_path / "cache")
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_rng_state()
+    found = measure_all(recipe, list(recipe.students), splits, {"a": 610, "b": 650})
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert found["b"] is None
+    assert found["a"] is not None
+    assert found["a"].weights == found["a"].gradients == 4 * 610
+    assert found["a"].optimizer == pytest.approx(2 * 4 * 610, rel=0.01)
+    assert 0 < found["a"].step < 1
+    twice = scaled(found["a"], 2.0)
+    assert (twice.weights, twice.step, twice.stream) == (8 * 610, 2 * found["a"].step, found["a"].stream)
+    costs = Costs.of(recipe, splits, {"a": 610, "b": 650}, found)
+    assert costs.takes(recipe.students[1]).checkpoint == 2 * 4 * 650 + 2 * 4 * 650
+
+
+def test_a_learning_rate_that_diverges_is_probed_all_the_same(tmp_path: Path) -> None:
+    wild = {"kind": "sgd", "lr": 1e30}
+    recipe = a_recipe([a_student("wild", optimizer=wild)])
+    assert probe(recipe, recipe.students[0], prepare(recipe.data, tmp_path)) is not None
+
+
+def test_students_that_differ_in_seed_and_temperature_are_probed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from akd_dist import probe as probes
+
+    recipe = a_recipe([a_student(f"{seed}", seed=seed, objective=LONGER) for seed in range(50)] + [a_student("other")])
+    probed: list[str] = []
+    monkeypatch.setattr(probes, "probe", lambda _recipe, spec, _splits: probed.append(spec.name))
+    measure_all(
+        recipe, list(recipe.students), prepare(recipe.data, tmp_path), {str(one): 1 for one in range(50)} | {"other": 1}
+    )
+    assert probed == ["0"]
+
+
+@pytest.mark.parametrize("hidden", [8, 100_000])
+def test_the_estimate_of_memory_is_near_what_training_takes(hidden: int, tmp_path: Path) -> None:
+    model = {"kind": "mlp", "hidden": hidden}
+    student = a_student("one", model=model, objective={"kind": "hard_labels", "epochs": 1}, optimizer=ADAMW)
+    recipe = a_recipe([student])
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "tests.resident", str(tmp_path / "recipe.yaml"), str(tmp_path)]
+    measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    splits = prepare(recipe.data, tmp_path / "cache")
+    parameters = {"one": hidden * 75 + 10}
+    costs = Costs.of(recipe, splits, parameters, measure_all(recipe, list(recipe.students), splits, parameters))
+    assert 0.8 < costs.memory(tuple(recipe.students)) / measured < 1.6
