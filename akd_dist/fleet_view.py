@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ORDER = ("training", "stopped", "failed", "diverged", "waiting", "done")
 STYLES = {"failed": "red", "diverged": "red", "stopped": "yellow", "waiting": "dim", "done": "green"}
 HEAD_LINES, CURSOR_LINES = 2, 1
-NAMES_SHOWN, WAITING_SHOWN = 2, 3
+WAITING_SHOWN = 3
 NARROWEST_NAME, GAP = 12, 2
 
 
@@ -92,14 +92,14 @@ def waiting_lines(status: StatusDocument) -> list[str]:
     waits = [
         (cohort.students, f"starting: {_names(cohort.students)}")
         if cohort.state == "starting"
-        else (cohort.students, f"waiting for {cohort.waits_for or 'their turn'}: {_names(cohort.students)}")
+        else (cohort.students, _wait_for(cohort.students, cohort.waits_for or "their turn"))
         for cohort in status.cohorts
     ]
     leaders: dict[str, list[str]] = {}
     for student in status.students:
         if student.state == "waiting" and student.waits_for is not None:
             leaders.setdefault(student.waits_for, []).append(student.name)
-    waits += [(names, f"waiting for {leader}: {_names(names)}") for leader, names in leaders.items()]
+    waits += [(names, _wait_for(names, leader)) for leader, names in leaders.items()]
     lines = [line for _, line in waits[:WAITING_SHOWN]]
     if more := waits[WAITING_SHOWN:]:
         lines.append(f"and {sum(len(names) for names, _ in more):,} more students wait")
@@ -185,9 +185,11 @@ def _number(value: float | None) -> str:
 
 
 def _names(names: list[str]) -> str:
-    listed = ", ".join(names[:NAMES_SHOWN])
-    others = len(names) - NAMES_SHOWN
-    return listed + (f" and {others:,} more" if others > 0 else "")
+    return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
+
+
+def _wait_for(names: list[str], what: str) -> str:
+    return f"{_names(names)} {'wait' if len(names) > 1 else 'waits'} for {what}"
 
 
 def _when(moment: float | None) -> str:

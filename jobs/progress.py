@@ -113,7 +113,8 @@ class FleetMeter:
             self.update([], now=True)
             assert self.status is not None
             took = duration(time.monotonic() - self.begun)
-            tell(self.console, f"{self.title} took {took}: {total_line(self.status)}")
+            at_rest = self.status.model_copy(update={"steps_per_second": 0.0, "seconds_left": None})
+            tell(self.console, f"{self.title} took {took}: {total_line(at_rest)}")
 
     def update(self, cohorts: list[CohortStatus], *, now: bool = False) -> None:
         """Show how far the fleet is; call it as often as you like.

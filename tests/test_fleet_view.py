@@ -120,9 +120,9 @@ def test_who_waits_for_what() -> None:
         CohortStatus(state="waiting", students=["c", "d", "e"], waits_for="2 free CPUs"),
     ]
     assert waiting_lines(a_status(a_student("leader"), *riders, cohorts=cohorts)) == [
-        "starting: a, b",
-        "waiting for 2 free CPUs: c, d and 1 more",
-        "waiting for leader: rider-0, rider-1 and 2 more",
+        "starting: a and 1 more",
+        "c and 2 more wait for 2 free CPUs",
+        "rider-0 and 3 more wait for leader",
     ]
     many = [CohortStatus(state="waiting", students=[str(n), "x"], waits_for="4 free CPUs") for n in range(30)]
     lines = waiting_lines(a_status(cohorts=many))
@@ -203,7 +203,7 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path: Path, monkeypatch: p
     lines = out.splitlines()
     assert lines[0] == "training 2 students"
     assert lines.count("one failed after 1 of 2 epochs: it broke") == 1
-    assert "0 of 40 steps (0%); 0 of 2 students over; waiting for 1 free CPUs: two" in lines
+    assert "0 of 40 steps (0%); 0 of 2 students over; two waits for 1 free CPUs" in lines
     assert lines[-1].startswith("training 2 students took ")
     assert lines[-1].endswith("20 of 40 steps (50%); 1 of 2 students over, 1 of them without success")
 
