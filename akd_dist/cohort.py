@@ -271,9 +271,9 @@ class _Lockstep:
 
     def _leader(self, student: Student) -> Student | None:
         """Whose stage I a student that has not begun waits for: it would train the very same one."""
-        if student.spec.stage1 is None or not student.untouched:
+        if student.stage1 is None or not student.untouched:
             return None
-        alike = [other for other in self.active if other.stage_index == 0 and other.spec.stage1 == student.spec.stage1]
+        alike = [other for other in self.active if other.stage_index == 0 and other.stage1 == student.stage1]
         first = max(alike, key=lambda other: (other.epoch, other.step))  # of equals the first one
         return None if first is student else first
 

@@ -145,7 +145,7 @@ class Student:
         self.metric, self.device = metric, device
         self.group, self.writer = group or Group(), writer or Writer()
         self.log = log if self.group.rank == 0 else log.with_suffix(f".rank{self.group.rank}.log")
-        self.stages = stages(spec.objective)
+        self.stages, self.stage1 = stages(spec.objective), spec.stage1
         self.epoch = self.step = self.stage_index = 0
         self.loss_sum, self.loss_rows = 0.0, 0
         self.seconds = 0.0

@@ -71,7 +71,7 @@ def stores(recipe: Recipe, home: Path) -> dict[str, str]:
 
 
 def job_of(recipe: Recipe, stores: dict[str, str], home: Path, run: Path, **changes: Any) -> CohortJob:
-    run.mkdir(parents=True, exist_ok=True)
+    (run / "control").mkdir(parents=True, exist_ok=True)  # as a driver does when it begins
     splits = prepare(recipe.data, home / "cache")
     return replace(fleet_job(recipe, splits, stores, run, str(home / "cache")), **changes)
 
