@@ -9,8 +9,8 @@ two cohorts, eight in two cohorts; the students are MLPs of 0.8 million weights.
 /proc/<pid>/smaps of every worker, that is of every process but the driver which has the decoded store mapped, about
 once a second. Counted is the proportional set size (PSS): a page that n processes map counts 1/n in each, so the sum
 over processes counts it once. Store and dataset are summed over all processes that map them, the driver too; everything
-else over the workers alone. A run goes on until, with all cohorts training, no more of store and dataset becomes
-resident for a while; the sample with the most of them stands for it. Then it is stopped as by Ctrl-C.
+else over the workers alone. A run goes on until each student has ended as many epochs as there are views, by when every
+worker has read all of store and dataset; the largest of the samples after that stands for it. Then it is stopped as by Ctrl-C.
 
 `ratio` is this total with eight students over that with one. `counted` is the PSS of store and dataset as a share of
 their size on disk: 1 where all of it is resident and counted once, 2 if each cohort had a copy of its own; `mapped` is
@@ -38,6 +38,7 @@ from typing import Any
 
 import numpy as np
 
+from akd_dist.fleet_report import read_metrics
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.models import ModelCard, build, save_model
 from akd_dist.recipe import Recipe
@@ -46,8 +47,8 @@ from akd_dist.rows import prepare
 SHAPE, CLASSES, VIEWS, BATCH, SEED = (3, 32, 32), 100, 4, 128, 0
 STUDENTS, COHORTS = 8, 2
 SAMPLE_SECONDS = 1.0
-# Samples without anything more becoming resident, after which a run has shown what it takes.
-SETTLED = 12
+# Samples taken once every worker has read everything: one alone may fall between two checkpoints.
+SAMPLES = 8
 # Rounds over all views: more than a run is watched for.
 MANY = 10_000
 KIB = 1024
@@ -163,29 +164,33 @@ def recipe_of(folder: Path, name: str, students: int, cohorts: int) -> Recipe:
 
 
 def watch(folder: Path, recipe: Recipe, cohorts: int, patience: float) -> Sample:
-    """Train in a process of its own, and look at its workers until no more becomes resident; the largest sample."""
+    """Train in a process of its own, and look at its workers once they have read everything; the largest sample."""
     file, log_file = folder / f"{recipe.name}.yaml", folder / f"{recipe.name}.log"
     file.write_text(recipe.to_yaml())
     places = {"--store-root": "stores", "--run-root": "runs", "--cache-root": "cache"}
     words = [sys.executable, "-m", "akd_dist.cli", "train-students", str(file)]
     words += [word for option, place in places.items() for word in (option, str(folder / place))]
-    best, settled, deadline = Sample(), 0, time.monotonic() + patience
+    samples: list[Sample] = []
+    deadline = time.monotonic() + patience
     with open(log_file, "wb") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log)
-        while process.poll() is None and settled < SETTLED and time.monotonic() < deadline:
+        while process.poll() is None and len(samples) < SAMPLES and time.monotonic() < deadline:
             time.sleep(SAMPLE_SECONDS)
-            sample = sample_of(folder / "cache", process.pid)
-            if sample.workers == cohorts:
-                settled += 1
-                if sample.shared > 1.002 * best.shared:
-                    best, settled = sample, 0
+            if have_read_all(folder / "runs" / recipe.name, recipe):
+                sample = sample_of(folder / "cache", process.pid)
+                samples += [sample] * (sample.workers == cohorts)
         process.send_signal(signal.SIGINT)
         process.wait()
-    if settled < SETTLED:
+    if len(samples) < SAMPLES:
         raise SystemExit(
             f"{log_file.read_text()[-2000:]}\nthe run {recipe.name} ended before it was measured: see above"
         )
-    return best
+    return max(samples, key=lambda sample: sample.total)
+
+
+def have_read_all(run: Path, recipe: Recipe) -> bool:
+    """Whether every student has ended an epoch on each view."""
+    return all(len(read_metrics(run, spec.name)) >= VIEWS for spec in recipe.students)
 
 
 def sample_of(cache: Path, driver: int) -> Sample:
