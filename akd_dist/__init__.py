@@ -302,7 +302,7 @@ def evaluate(
 def predict(
     student: str | Path,
     data: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     split: str | None = None,
     input: str | Sequence[str] | None = None,
@@ -318,7 +318,7 @@ def predict(
 
     Args:
         student, data, split, input, tokenizer, device, cache_root, console: as for `evaluate`.
-        out: the file; see `evaluation.predict` for its columns.
+        out: the file; None takes `<student>.parquet` in the working folder. See `evaluation.predict` for its columns.
         label: the column of labels; None takes that of the student's run, or `label`, where there is one; an empty
             name reads no labels.
         logits: whether to write the column of logits.
@@ -337,7 +337,7 @@ def predict(
         return predict(
             absolute_root(student),
             asked,
-            Path(absolute_root(out)),
+            Path(absolute_root(out or f"{_name_of(student)}.parquet")),
             Path(_cache_root(cache_root)),
             with_logits=logits,
             overwrite=force,
@@ -349,7 +349,7 @@ def predict(
 def export(
     student: str | Path,
     to: str,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     data: str | Path | None = None,
     split: str | None = None,
@@ -364,7 +364,8 @@ def export(
     Args:
         student: as for `evaluate`.
         to: `onnx`, `torch-export` or `huggingface`.
-        out: the file; a folder for `huggingface`.
+        out: the file; a folder for `huggingface`. None takes `<student>.onnx`, `<student>.pt2` or
+            `<student>-huggingface` in the working folder.
         data: rows to compare logits on; None takes those of the student's run, and random inputs outside of one.
         split, input, tokenizer, cache_root, console: as for `evaluate`.
         force: whether `out` may take the place of something else.
@@ -375,14 +376,14 @@ def export(
     Raises:
         AkdError: a refusal: options, model or data; the model cannot be exported, or the export does not agree.
     """
-    from akd_dist.exports import export
+    from akd_dist.exports import EXPORT_SUFFIXES, export
 
     asked = None if data is None else _asked(data, split, input, "", tokenizer)
     with _meters(console) as on_progress:
         return export(
             absolute_root(student),
             to,
-            Path(absolute_root(out)),
+            Path(absolute_root(out or f"{_name_of(student)}{EXPORT_SUFFIXES.get(to, '')}")),
             Path(_cache_root(cache_root)),
             asked=asked,
             tokenizer=None if tokenizer is None else str(tokenizer),
@@ -395,6 +396,11 @@ def absolute_root(root: str | Path) -> str:
     """A local root as an absolute path, before any worker changes directory; a URI as it is."""
     text = os.fspath(root)
     return text if "://" in text else str(Path(text).expanduser().absolute())
+
+
+def _name_of(folder: str | Path) -> str:
+    """The last part of a model folder's path or URI, after which files that are made of it are named."""
+    return Path(absolute_root(folder)).name
 
 
 def _asked(

@@ -38,6 +38,8 @@ from akd_dist.storage.files import PARTIAL_SUFFIX, fsync_folder
 from akd_dist.text import save_tokenizer
 
 Target = Literal["onnx", "torch-export", "huggingface"]
+EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "huggingface": "-huggingface"}
+"""How an export is named after its model, where nobody names it."""
 TARGETS: tuple[Target, ...] = get_args(Target)
 CHECK_ROWS = 256
 """The most rows that an export is compared on."""

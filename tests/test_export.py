@@ -240,6 +240,17 @@ def test_other_kinds_are_told_what_they_can_be(tmp_path: Path) -> None:
 # ---- around it
 
 
+def test_what_nobody_named_lies_here_under_the_name_of_the_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_model(tmp_path / "models" / "half-t2.5-s0", recipe.Mlp(hidden=4))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(folder), "--to", "torch-export"])
+    assert not ended.value.code
+    assert (tmp_path / "half-t2.5-s0.pt2").is_file()
+
+
 def test_a_student_of_a_run_is_compared_on_its_test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = a_recipe([a_student("half", precision="bfloat16")])
     folder = a_model(tmp_path / "run" / "students" / "half", recipe.Mlp(hidden=8, dropout=0.1))

@@ -61,7 +61,7 @@ def evaluate(student: str, data: str, as_json: bool, **chosen: Any) -> None:
 
 @click.command("predict")
 @options(student_argument, data_argument)
-@click.option("--out", metavar="FILE", required=True, help="The Parquet file to write.")
+@click.option("--out", metavar="FILE", help="The file to write.  [default: the student's name and .parquet, here]")
 @click.option("--no-logits", is_flag=True, help="Leave out the column of logits, the largest of many classes.")
 @click.option("--no-label", is_flag=True, help="Read no labels, although there is such a column.")
 @options(split_option, input_option, label_option, tokenizer_option, device_option, cache_root_option)
@@ -69,7 +69,7 @@ def evaluate(student: str, data: str, as_json: bool, **chosen: Any) -> None:
 def predict(
     student: str,
     data: str,
-    out: str,
+    out: str | None,
     no_logits: bool,
     no_label: bool,
     label: str | None,
@@ -109,7 +109,12 @@ def predict(
 @click.option(
     "--to", type=click.Choice(["onnx", "torch-export", "huggingface"]), required=True, help="The format to write."
 )
-@click.option("--out", metavar="PATH", required=True, help="The file to write; a folder for huggingface.")
+@click.option(
+    "--out",
+    metavar="PATH",
+    help="The file to write; a folder for huggingface.  [default: the student's name and .onnx, .pt2 or -huggingface, "
+    "here]",
+)
 @click.option("--data", metavar="DATA", help="Rows to compare logits on.  [default: those of the student's run]")
 @options(split_option, input_option, tokenizer_option, cache_root_option, force_option, json_option)
 def export(student: str, as_json: bool, **chosen: Any) -> None:
