@@ -10,7 +10,8 @@ two cohorts, eight in two cohorts; the students are MLPs of 0.8 million weights.
 once a second. Counted is the proportional set size (PSS): a page that n processes map counts 1/n in each, so the sum
 over processes counts it once. Store and dataset are summed over all processes that map them, the driver too; everything
 else over the workers alone. A run goes on until each student has ended as many epochs as there are views, by when every
-worker has read all of store and dataset; the largest of the samples after that stands for it. Then it is stopped as by Ctrl-C.
+worker has read all of store and dataset; the largest of the samples after that stands for it. Then it is stopped as by
+Ctrl-C.
 
 `ratio` is this total with eight students over that with one. `counted` is the PSS of store and dataset as a share of
 their size on disk: 1 where all of it is resident and counted once, 2 if each cohort had a copy of its own; `mapped` is
