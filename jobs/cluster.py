@@ -117,7 +117,20 @@ def _init(options: dict[str, Any]) -> Exception | None:
     threading.Thread(target=start, name="ray-parent", daemon=True).start()
     while not tried.wait(POLL_SECONDS):  # in slices, so that signals are handled meanwhile
         pass
+    _take_signals_back()
     return failures[0] if failures else None
+
+
+def _take_signals_back() -> None:
+    """Make Python's handlers the first that a signal meets again.
+
+    Below Python, Ray has put a handler of its own before them, which prints a stack and sets an alarm: whoever has not
+    left three seconds after a SIGTERM is aborted, in the middle of a checkpoint if it must be.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if (ours := signal.getsignal(number)) is not None:
+                signal.signal(number, ours)
 
 
 def _check_answers(address: str) -> None:

@@ -353,6 +353,7 @@ def test_sigterm_while_the_teacher_trains_leaves_with_143_and_keeps_its_checkpoi
     assert stopped.returncode == 143, stopped.stderr
     assert "stopped" in stopped.stderr
     assert "Traceback" not in stopped.stderr
+    assert "SIGTERM received" not in stopped.stderr  # Ray's handler, which aborts whoever takes longer than 3 s
     assert not list((marker / "stores").rglob("*.claim"))
     if phase == "metrics":
         assert list((marker / "stores").glob("teachers/*/checkpoints/*.ckpt"))
