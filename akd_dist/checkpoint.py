@@ -43,12 +43,6 @@ def save_checkpoint(folder: Path, name: str, tree: Any, writer: Writer | None = 
     return path
 
 
-def load_checkpoint(folder: Path) -> Any | None:
-    """The newest intact tree of a folder, as `newest_checkpoint`; None where there is no checkpoint."""
-    found = newest_checkpoint(folder)
-    return None if found is None else found[1]
-
-
 def newest_checkpoint(
     folder: Path, writer: Writer | None = None, tell: Callable[[str], None] = lambda text: None
 ) -> tuple[Path, Any] | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from akd_dist import recipe as recipes
+from akd_dist.checkpoint import newest_checkpoint
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.models import ModelCard, build, save_model
 from akd_dist.recipe import Recipe
@@ -47,6 +48,13 @@ def stores_of(recipe: Recipe, teacher: str, root: Path) -> dict[str, str]:
     """The stores of a recipe's splits, cached by a plain loop."""
     document = cache_in_process(recipe, teacher, store_root=str(root / "stores"), cache_root=str(root / "cache"))
     return {"train": document["store"]} | {split: part["store"] for split, part in document["splits"].items()}
+
+
+def newest_tree(folder: Path) -> Any:
+    """What the newest intact checkpoint of a folder holds."""
+    found = newest_checkpoint(folder)
+    assert found is not None
+    return found[1]
 
 
 def weights(run: Path) -> dict[str, str]:

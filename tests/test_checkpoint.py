@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from akd_dist.checkpoint import checkpoints, decode, encode, load_checkpoint, save_checkpoint
+from akd_dist.checkpoint import checkpoints, decode, encode, newest_checkpoint, save_checkpoint
 from akd_dist.storage.errors import DamagedError
+from tests.fleets import newest_tree
 
 
 def a_tree() -> dict[str, Any]:
@@ -56,19 +57,21 @@ def test_the_last_two_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) 
     assert [path.stem for path in checkpoints(tmp_path)] == ["0002", "0003"]
     newest = checkpoints(tmp_path)[-1]
     newest.write_bytes(newest.read_bytes()[:-3])
-    assert load_checkpoint(tmp_path) == {"number": 2}
+    told: list[str] = []
+    assert newest_checkpoint(tmp_path, tell=told.append) == (tmp_path / "0002.ckpt", {"number": 2})
+    assert [text.endswith("0003.ckpt is damaged; falling back to the one before") for text in told] == [True]
     for number in (4, 5):  # the damaged one does not count as one of the last two
         save_checkpoint(tmp_path, f"{number:04d}", {"number": number})
         assert len(checkpoints(tmp_path)) == 2
     for path in checkpoints(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(DamagedError, match=r"0005\.ckpt, 0004\.ckpt|0004\.ckpt, 0005\.ckpt") as refused:
-        load_checkpoint(tmp_path)
+        newest_checkpoint(tmp_path)
     assert refused.value.code == 5
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
-    assert load_checkpoint(tmp_path / "absent") is None
+    assert newest_checkpoint(tmp_path / "absent") is None
 
 
 def test_a_kill_while_saving_leaves_the_one_before(tmp_path: Path) -> None:
@@ -79,4 +82,4 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path: Path) -> None:
     environment = os.environ | {"AKD_FAILPOINT": "checkpoint.before_save:3"}
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert load_checkpoint(tmp_path) == {"number": 1}
+    assert newest_tree(tmp_path) == {"number": 1}

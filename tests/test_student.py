@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from akd_dist.checkpoint import checkpoints, load_checkpoint
+from akd_dist.checkpoint import checkpoints
 from akd_dist.cohort import CohortJob, train_on
 from akd_dist.device import settle
 from akd_dist.documents import Metrics
@@ -21,7 +21,7 @@ from akd_dist.rows import Rows, Splits
 from akd_dist.storage.files import sha256
 from akd_dist.stream import Stream
 from akd_dist.student import Group, Student, evaluate
-from tests.fleets import ANNEALING, CONTINUATION, HARD, KD
+from tests.fleets import ANNEALING, CONTINUATION, HARD, KD, newest_tree
 
 CPU = torch.device("cpu")
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -180,8 +180,7 @@ def test_float16_scales_its_loss_and_keeps_the_scale(tmp_path: Path) -> None:
     train(student, 1)
     assert student.scaler.get_scale() < before  # it begins at 65,536, too much for float16, and finds what fits
     student.save()
-    tree = load_checkpoint(tmp_path / "checkpoints")
-    assert tree is not None
+    tree = newest_tree(tmp_path / "checkpoints")
     assert tree["scaler"]["scale"] == student.scaler.get_scale()
     again = a_student(a_spec(HARD, precision="float16"), tmp_path)
     assert again.resume()

@@ -19,13 +19,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from akd_dist.checkpoint import checkpoints, encode, load_checkpoint
+from akd_dist.checkpoint import checkpoints, encode
 from akd_dist.cohort import CohortJob, ended, read_progress, train_cohort
 from akd_dist.jobs.train_students import tell_damage
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import HeldError
 from akd_dist.stream import Stream
-from tests.fleets import ANNEALING, a_recipe, a_student
+from tests.fleets import ANNEALING, a_recipe, a_student, newest_tree
 from tests.survivors import BATCH, FLEET, Place, counted, outcome, snapshot, steps_kept, steps_taken
 
 KILL_POINTS = [
@@ -308,8 +308,7 @@ def test_whoever_fails_fails_alone_and_the_others_end_as_in_solo_runs(
         assert reason in result["reason"]
         assert reason.split(": ")[-1] in (tmp_path / "run" / "logs" / f"{student.name}.log").read_text()
         if how != "construction":  # the last good checkpoint: that of the first epoch
-            tree = load_checkpoint(student / "checkpoints")
-            assert tree is not None
+            tree = newest_tree(student / "checkpoints")
             assert (tree["epoch"], len(found[student.name]["metrics"])) == (1, 1)
             assert all(torch.isfinite(tensor).all() for tensor in tree["module"].values())
     for spec in place.recipe.students:
@@ -339,11 +338,11 @@ def test_every_flip_and_cut_of_a_checkpoint_falls_back_to_the_one_before(halfway
         bad.append(bytes(flipped))
     for content in bad:
         newest.write_bytes(content)
-        assert encode(load_checkpoint(folder)) == expected
+        assert encode(newest_tree(folder)) == expected
         assert checkpoints(folder) == [before]
         newest.with_suffix(".damaged").unlink()
     newest.write_bytes(data)
-    assert encode(load_checkpoint(folder)) == data
+    assert encode(newest_tree(folder)) == data
 
 
 def test_a_damaged_checkpoint_costs_an_epoch_and_the_user_is_told(
