@@ -6,8 +6,12 @@ import os
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from akd_dist.recipe import Recipe
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +38,20 @@ def ray_cluster(isolated_home: Path) -> Iterator[None]:
     connect(None, num_cpus=4)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tests of a module share: a teacher, its stores, a cache."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def stores(recipe: Recipe, home: Path) -> dict[str, str]:
+    """The stores of a module's own `recipe`, of a teacher with random weights."""
+    from tests.fleets import a_teacher, stores_of
+
+    return stores_of(recipe, a_teacher(recipe, home / "teacher", home / "cache"), home)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,6 @@ from tests.fleets import (
     KD,
     a_recipe,
     a_student,
-    a_teacher,
     stores_of,
     weights,
 )
@@ -56,18 +55,8 @@ EXPLODING = ADAMW | {"lr": 1e30, "schedule": {"kind": "constant"}}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cohort")
-
-
-@pytest.fixture(scope="module")
 def recipe() -> Recipe:
     return a_recipe(FLEET)
-
-
-@pytest.fixture(scope="module")
-def stores(recipe: Recipe, home: Path) -> dict[str, str]:
-    return stores_of(recipe, a_teacher(recipe, home / "teacher", home / "cache"), home)
 
 
 def job_of(recipe: Recipe, stores: dict[str, str], home: Path, run: Path, **changes: Any) -> CohortJob:

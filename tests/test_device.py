@@ -29,11 +29,6 @@ PRECISIONS: list[Precision] = ["float32", "float64", "bfloat16", "float16"]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("device")
-
-
-@pytest.fixture(scope="module")
 def recipe() -> Recipe:
     return a_recipe([a_student("one")])
 

@@ -1,20 +1,16 @@
 """Students that differ only in stage II: stage I is computed once, and every weight is as if each had trained alone."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from akd_dist.cohort import CohortJob, read_progress, train_cohort
+from akd_dist.cohort import read_progress, train_cohort
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.recipe import Recipe
 from akd_dist.student import Student
-from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher, stores_of, weights
+from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, weights
 from tests.test_cohort import job_of
 
 SGD = {"kind": "sgd", "lr": 0.05, "clip": 0.1, "schedule": {"kind": "steps"}}
@@ -31,18 +27,8 @@ RIDERS = {"longer", "slower", "other-kind"}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("shared-stage")
-
-
-@pytest.fixture(scope="module")
 def recipe() -> Recipe:
     return a_recipe(FLEET)
-
-
-@pytest.fixture(scope="module")
-def stores(recipe: Recipe, home: Path) -> dict[str, str]:
-    return stores_of(recipe, a_teacher(recipe, home / "teacher", home / "cache"), home)
 
 
 @pytest.fixture(scope="module")
@@ -122,41 +108,3 @@ def test_the_next_one_leads_where_the_first_fails(
     assert results["first"]["reason"].startswith("out of memory: MemoryError")
     assert weights(tmp_path) == {name: digest for name, digest in apart.items() if name != "first"}
     assert [results[name]["stage1_from"] for name in ("longer", "slower", "other-kind")] == [None, "longer", "longer"]
-
-
-@pytest.mark.parametrize(
-    "site",
-    [
-        "student.between_stages:3",  # the first of `first`'s riders: its leader has entered stage II, and nobody knows
-        "student.between_stages:4",  # the second one: the first has its checkpoint
-        "checkpoint.before_save:9",
-        "cohort.after_batch:30",
-        "cohort.after_batch:52",
-    ],
-)
-def test_killed_around_the_fork(
-    site: str, recipe: Recipe, stores: dict[str, str], home: Path, apart: dict[str, str], tmp_path: Path
-) -> None:
-    job = job_of(recipe, stores, home, tmp_path)
-    done = run_killed(job, site)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(weights(tmp_path)) < len(FLEET)
-    train_cohort(job_of(recipe, stores, home, tmp_path))
-    assert weights(tmp_path) == apart
-
-
-def run_killed(job: CohortJob, site: str) -> subprocess.CompletedProcess[str]:
-    """Train a cohort in a process of its own that dies at a failpoint."""
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom tests.test_shared_stage import FLEET, job_of, train_cohort\n"
-        "from tests.fleets import a_recipe\nimport json\nhome, run, stores = sys.argv[1:]\n"
-        "train_cohort(job_of(a_recipe(FLEET), json.loads(stores), Path(home), Path(run)))"
-    )
-    home, run = Path(job.cache_root).parent, Path(job.root).parent
-    return subprocess.run(
-        [sys.executable, "-c", script, str(home), str(run), json.dumps(job.stores)],
-        env=os.environ | {"AKD_FAILPOINT": site},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )

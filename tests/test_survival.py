@@ -130,7 +130,9 @@ def test_students_that_share_stage_one_are_killed_and_end_as_each_would_alone(pl
         alone |= outcome(tmp_path / spec.name)
     assert len({student["weights"] for student in alone.values()}) == len(fleet.students)
     draw = random.Random(3)
-    boundaries = ["checkpoint.after_save:3", "student.between_stages:1", "student.between_stages:2"]
+    # Their leader enters stage II, then one rider, then the other; the second rider's checkpoint, and the leader's own.
+    boundaries = ["checkpoint.after_save:3", *(f"student.between_stages:{nth}" for nth in (1, 2, 3))]
+    boundaries += ["checkpoint.before_save:5", "checkpoint.before_save:6"]
     for failpoint in [*boundaries, *(f"cohort.after_batch:{draw.randint(1, 50)}" for _ in range(7))]:
         job = place.job(tmp_path / failpoint, fleet)
         assert place.train(job, failpoint) == -signal.SIGKILL
