@@ -118,12 +118,7 @@ def train_students(
         if not fresh:
             check_same_run(run, recipe, run_identity(recipe, splits))
         _, costs = foresee()  # what cannot fit is refused before anything expensive starts
-        cached = cache_teacher(
-            recipe, store_root=store_root, cache_root=cache_root, address=address, wait=wait, console=console
-        )
-        for model in (cached, *cached["assistants"]):
-            tell(console, _how_cached(model))
-        chain = chain_of(cached)
+        chain = _cache(recipe, store_root, cache_root, address, wait, console)
         identity = run_identity(recipe, splits, chain)
         if fresh:
             forget(run)
@@ -132,10 +127,8 @@ def train_students(
         followed = [tracked(recipe, spec, base, parameters[spec.name]) for spec in recipe.students]
         forward = functools.partial(forwarding, run, followed, trackers, lambda text: tell(console, text))
         todo = [spec for spec in recipe.students if not ended(base, spec)]
-        saved: dict[str, Any] | None = read_json(run / "fleet.json")
-        if not todo and saved is not None and (run / "report.html").exists():
-            if not (run / "identity.json").exists():  # removed by hand, as a refusal of a damaged one says
-                replace(run / "identity.json", canonical_json(identity))
+        saved = None if todo else saved_results(run, identity)
+        if saved is not None:
             tell(console, f"the run {recipe.name} is done: these are its saved results")
             with forward():
                 return saved
@@ -176,6 +169,18 @@ def _foresee(
         cluster.connect(address, tell=lambda text: tell(console, text))
     trained = is_there(model_uris(recipe, splits, store_root)[0])
     return draw_up(recipe, todo, cluster.all_nodes(), costs, run, cache, trained), costs
+
+
+def _cache(
+    recipe: Recipe, store_root: str, cache_root: str, address: str | None, wait: bool, console: Console
+) -> Chain:
+    """Cache what is missing, and say what came of it."""
+    cached = cache_teacher(
+        recipe, store_root=store_root, cache_root=cache_root, address=address, wait=wait, console=console
+    )
+    for model in (cached, *cached["assistants"]):
+        tell(console, _how_cached(model))
+    return chain_of(cached)
 
 
 def _train(
@@ -355,6 +360,16 @@ def begin_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
     replace(run / "identity.json", canonical_json(identity))
     replace(run / "recipe.yaml", recipe.to_yaml().encode())
     (run / "fleet.json").unlink(missing_ok=True)
+
+
+def saved_results(run: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The fleet.json of a run whose students have all ended; None where it, or the report, has to be made again."""
+    saved: dict[str, Any] | None = read_json(run / "fleet.json")
+    if saved is None or not (run / "report.html").exists():
+        return None
+    if not (run / "identity.json").exists():  # removed by hand, as a refusal of a damaged one says
+        replace(run / "identity.json", canonical_json(identity))
+    return saved
 
 
 def forget(run: Path) -> None:
