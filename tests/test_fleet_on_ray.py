@@ -27,6 +27,7 @@ from akd_dist.storage.claim import claim_store
 from akd_dist.storage.errors import RecipeError, RefusedError
 from akd_dist.storage.removal import disused
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
+from tests.survivors import plant_snapshots
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -308,6 +309,7 @@ def test_a_killed_training_driver_resumes_to_the_very_weights(home: Home, traine
     started = lambda: len(list(marker.rglob("*.ckpt"))) > 4  # noqa: E731
     killed = run_until(home.command(marker, "train-students"), started, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
+    plant_snapshots(marker / "runs" / "fleet", b"")
     fleet = home.train(marker)
     assert weights(marker / "runs" / "fleet") == home.weights
     assert {student["state"] for student in fleet["students"]} == {"done"}
