@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from akd_dist.storage.files import failpoint, file_lock, read_json
 from akd_dist.storage.node_cache import open_decoded
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.stream import Stream
-from akd_dist.student import Group, OutOfStepError, Student, fail_before_start
+from akd_dist.student import Group, OutOfStepError, Student, fail_from_outside, told, write_note
 
 PROGRESS_SECONDS = 0.5
 # A worker may live on for half a minute after its driver or raylet was killed (measured). So long it may take to see
@@ -201,7 +202,7 @@ def open_student(
         return None
     folder, log = Path(job.root) / spec.name, Path(job.logs) / f"{spec.name}.log"
     try:
-        card = ModelCard.of(spec.model, rows, job.data.normalize)
+        card = group.agree(lambda: ModelCard.of(spec.model, rows, job.data.normalize))
         student = Student(
             spec,
             card,
@@ -217,8 +218,9 @@ def open_student(
     except (MachineError, HeldError):
         raise
     except Exception as error:
+        write_note(group.log_beside(log), "".join(traceback.format_exception(error)))
         if group.rank == 0:
-            fail_before_start(spec, folder, log, error, writer)
+            fail_from_outside(spec, folder, told(error), writer or Writer())
         return None
     return student
 

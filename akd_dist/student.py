@@ -29,7 +29,7 @@ from akd_dist.models import ModelCard, build, num_parameters, save_model
 from akd_dist.objectives import Stage, at_least_float32, label_losses, learning_rate, row_losses, stages
 from akd_dist.predictions import encode_predictions
 from akd_dist.rows import Rows
-from akd_dist.storage.errors import DamagedError
+from akd_dist.status import read_metrics
 from akd_dist.storage.fence import Writer
 from akd_dist.storage.files import append, failpoint, sha256
 from akd_dist.stream import Batch
@@ -69,6 +69,33 @@ class Group:
         if self.any(False)[0]:
             raise PeerFailedError("another worker of this student failed")
 
+    def agree(self, compute: Callable[[], Computed]) -> Computed:
+        """What this rank computes without the others; if it fails on any rank, every rank raises.
+
+        Raises:
+            PeerFailedError: it failed on another rank, not here; says on which, and why.
+        """
+        if self.world == 1:
+            return compute()
+        failure: Exception | None = None
+        try:
+            computed = compute()
+        except Exception as error:
+            failure = error
+        # Who was in `go_on` knows already: the failed rank answered it when it came to agree here.
+        heard = isinstance(failure, PeerFailedError)
+        if not heard and not self.any(failure is not None)[0]:
+            return computed
+        reasons: list[str | None] = [None] * self.world
+        torch.distributed.all_gather_object(reasons, None if failure is None or heard else told(failure))
+        if failure is not None and not heard:
+            raise failure
+        raise PeerFailedError("; ".join(f"on worker {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
+
+    def log_beside(self, log: Path) -> Path:
+        """This rank's own log of a student: rank 0 has the student's."""
+        return log if self.rank == 0 else log.with_suffix(f".rank{self.rank}.log")
+
     def sum(self, value: float) -> float:
         """The sum of a number over the ranks."""
         if self.world == 1:
@@ -106,7 +133,7 @@ class DivergedError(Exception):
 
 
 class PeerFailedError(Exception):
-    """Another rank of this student failed in the step; its log says why."""
+    """Another rank of this student failed, where all of them have to go on together."""
 
 
 class OutOfStepError(Exception):
@@ -144,7 +171,7 @@ class Student:
         self.spec, self.card, self.folder, self.attempt = spec, card, folder, attempt
         self.metric, self.device = metric, device
         self.group, self.writer = group or Group(), writer or Writer()
-        self.log = log if self.group.rank == 0 else log.with_suffix(f".rank{self.group.rank}.log")
+        self.log = self.group.log_beside(log)
         self.stages, self.stage1 = stages(spec.objective), spec.stage1
         self.epoch = self.step = self.stage_index = 0
         self.loss_sum, self.loss_rows = 0.0, 0
@@ -154,7 +181,7 @@ class Student:
         self.best: dict[str, torch.Tensor] | None = None
         self.best_record: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None
-        self.module, self.rng = self._initialise()
+        self.module, self.rng = self.group.agree(self._initialise)
         self.optimizer, self.scaler = self._new_optimizer()
         self._forward: nn.Module = self.module
         if self.group.world > 1:
@@ -219,6 +246,7 @@ class Student:
             total = self._agreed_loss(batch)
             value = float(total.detach())
             if self.group.any(not math.isfinite(value))[0]:
+                value = self.group.sum(value)
                 raise DivergedError(f"the loss is {value} in epoch {self.epoch}, step {self.step}, at lr {rate:g}")
             try:
                 self._descend(total * self.group.world / batch.global_rows)
@@ -232,14 +260,14 @@ class Student:
         self.seconds += time.perf_counter() - started
 
     def _agreed_loss(self, batch: Batch) -> torch.Tensor:
-        """The summed loss of this rank's rows; if any rank fails to compute it, every rank raises."""
+        """The summed loss of this rank's rows."""
 
         def loss() -> torch.Tensor:
             with autocast(self.device, self.spec.precision):
                 logits = self._logits(batch)
             return row_losses(self.stage, self.stage_epoch, logits, batch.logits, batch.labels).sum()
 
-        return self._agreed(loss)
+        return self.group.agree(loss)
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         """What the student says of this rank's rows, [n, classes].
@@ -250,21 +278,6 @@ class Student:
         if batch.spare is None or has_batch_norm(self.module):
             return self._forward(batch.inputs)  # type: ignore[no-any-return]
         return self._forward(batch.spare)[:0]  # type: ignore[no-any-return]
-
-    def _agreed(self, compute: Callable[[], Computed]) -> Computed:
-        """What this rank computes without the others; if it fails on any rank, every rank raises."""
-        failure: Exception | None = None
-        computed: Computed | None = None
-        try:
-            computed = compute()
-        except PeerFailedError:
-            raise  # in `Group.go_on`, which the failed rank answered when it came to agree here
-        except Exception as error:
-            failure = error
-        if self.group.any(failure is not None)[0]:
-            raise failure or PeerFailedError("another worker of this student failed")
-        assert computed is not None
-        return computed
 
     def _descend(self, loss: torch.Tensor) -> None:
         """One step down the gradient of the global batch.
@@ -450,20 +463,12 @@ class Student:
 
     def _newest_checkpoint(self) -> Any | None:
         """The tree of the checkpoint that rank 0 chooses: it alone looks for damage, and sets aside what is damaged."""
-        folder = self.folder / "checkpoints"
-        found: tuple[Path, Any] | None = None
-        failure: DamagedError | None = None
-        if self.group.rank == 0:
-            try:
-                found = newest_checkpoint(folder, self.writer, self.note)
-            except DamagedError as error:
-                failure = error
-        name, failure = self.group.from_first((found and found[0].name, failure))
-        if failure is not None:
-            raise failure
-        if found is not None:
-            return found[1]
-        return None if name is None else decode((folder / name).read_bytes(), folder / name)
+        folder, first = self.folder / "checkpoints", self.group.rank == 0
+        found = self.group.agree(lambda: newest_checkpoint(folder, self.writer, self.note) if first else None)
+        name = self.group.from_first(found and found[0].name)
+        if name is None:
+            return None
+        return self.group.agree(lambda: found[1] if found else decode((folder / name).read_bytes(), folder / name))
 
     def _write_metrics(self, *, durable: bool = False) -> None:
         """All epochs so far, whole: a line that is added to a file may be cut, and may be added by a late worker."""
@@ -476,7 +481,8 @@ class Student:
         write_note(self.log, text)
 
     def _evaluate(self, rows: Rows) -> tuple[dict[str, float], np.ndarray]:
-        return self._agreed(lambda: evaluate(self.module, rows, self.device, self.spec.precision))
+        with self._own_generator():  # some models draw numbers here as well
+            return self.group.agree(lambda: evaluate(self.module, rows, self.device, self.spec.precision))
 
     def _new_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
         """A fresh optimizer, and what keeps float16's small gradients above zero; elsewhere that does nothing."""
@@ -590,13 +596,17 @@ def entry(spec: recipe.Student, state: str, reason: str | None, folder: Path) ->
     }
 
 
-def fail_before_start(
-    spec: recipe.Student, folder: Path, log: Path, error: Exception, writer: Writer | None = None
-) -> None:
-    """End a student that could not be set up as `failed`, so that the others go on."""
-    write_note(log, "".join(traceback.format_exception(error)))
-    result = entry(spec, "failed", told(error), folder)
-    (writer or Writer()).replace(folder / "result.json", json.dumps(result, indent=1).encode())
+def failed_entry(spec: recipe.Student, reason: str, folder: Path) -> dict[str, Any]:
+    """The entry of a student that failed and cannot say how far it was: its folder does."""
+    records = read_metrics(folder)
+    seconds = records[-1]["seconds"] if records else 0.0
+    return entry(spec, "failed", reason, folder) | {"epochs": len(records), "seconds": seconds}
+
+
+def fail_from_outside(spec: recipe.Student, folder: Path, reason: str, writer: Writer) -> None:
+    """End a student as `failed` that could not be set up, or whose worker dies again and again: the others go on."""
+    result = failed_entry(spec, reason, folder)
+    writer.replace(folder / "result.json", json.dumps(result, indent=1).encode())
 
 
 def told(error: Exception) -> str:

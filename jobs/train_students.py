@@ -54,7 +54,7 @@ from akd_dist.storage.files import canonical_json, file_lock, read_json, replace
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.uses import using
-from akd_dist.student import entry
+from akd_dist.student import failed_entry
 from akd_dist.trackers import Tracked, forwarding
 
 Chain = list[Stores]
@@ -458,7 +458,7 @@ def finish_run(
     results = []
     for spec in recipe.students:
         folder = Path(base.root) / spec.name
-        result = read_result(base, spec) or entry(spec, "failed", "it never ended", folder)
+        result = read_result(base, spec) or failed_entry(spec, "it never ended", folder)
         result["parameters"] = parameters[spec.name]
         source = (stores[-1] if learns_from_assistant(spec) else stores[0])["train"]
         results.append(result | {"store": source.uri, "teacher": source.manifest.identity.teacher})

@@ -132,6 +132,33 @@ def replaced(spec: Spec, name: str, **changes: Any) -> Spec:
     return spec.model_copy(update={"name": name} | changes)
 
 
+class Dropping(torch.nn.Module):
+    """A model that drops units whenever it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.nn.functional.dropout(x, 0.5, training=True))  # type: ignore[no-any-return]
+
+
+def dropping(input_shape: tuple[int, ...], classes: int) -> torch.nn.Module:
+    """The factory of `Dropping`."""
+    return Dropping()
+
+
+def test_a_model_that_draws_numbers_in_evaluations_draws_its_own(tmp_path: Path) -> None:
+    """Else its best epoch would depend on who is evaluated beside it."""
+    spec = a_spec(HARD, model={"kind": "custom", "factory": "tests.test_student:dropping"})
+    found = []
+    for others in (0, 1):
+        student = a_student(spec, tmp_path / str(others))
+        torch.manual_seed(others)
+        found.append([record["validation"] for record in train(student).history])
+    assert found[0] == found[1]
+
+
 def test_a_constant_model_scores_zero_and_writes_no_nan(tmp_path: Path) -> None:
     student = a_student(a_spec(HARD), tmp_path)
     for parameter in student.module.parameters():

@@ -376,6 +376,7 @@ def test_without_an_intact_checkpoint_a_student_fails_alone_and_says_what_to_do(
     assert failed["state"] == "failed"
     assert "2 damaged" in failed["reason"]
     assert "remove that folder to train this student from its start" in failed["reason"]
+    assert failed["epochs"] == 2  # of which its metrics are there
     assert found == {name: student for name, student in undisturbed.items() if name != "long"}
     shutil.rmtree(folder)  # as the message says
     assert place.train(halfway) == 0

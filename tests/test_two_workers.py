@@ -1,5 +1,6 @@
 """Two data-parallel workers, in plain processes over gloo, against one worker and against themselves resumed."""
 
+import math
 import multiprocessing
 import socket
 import traceback
@@ -21,7 +22,7 @@ from akd_dist.rows import Rows
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.files import sha256
 from akd_dist.stream import Stream
-from akd_dist.student import Group, PeerFailedError, Student
+from akd_dist.student import DivergedError, Group, OutOfStepError, PeerFailedError, Student
 from akd_dist.sync_batch_norm import synchronise_batch_norms
 from tests.fleets import ANNEALING, CONTINUATION, HARD, KD
 
@@ -93,8 +94,12 @@ class OwnNorm(nn.BatchNorm2d):
     """A batch norm that computes something of its own."""
 
 
-def normed(input_shape: tuple[int, ...], classes: int, own: bool = False, fail: bool = False) -> nn.Module:
+def normed(
+    input_shape: tuple[int, ...], classes: int, own: bool = False, fail: bool = False, unmade: bool = False
+) -> nn.Module:
     """The factory of `Normed`, as a recipe names it."""
+    if unmade and torch.distributed.get_rank() == 1:
+        raise RuntimeError("only on worker 1")
     return Normed(classes, OwnNorm if own else nn.BatchNorm2d, fail)
 
 
@@ -230,10 +235,49 @@ def one_failure_is_everybodys(_: str, folder: Path, group: Group) -> None:
     student = made(spec, folder, group, stream.rows)
     train(student, stream, until=(0, 2))
     batches = stream.batches(0, 2, group.rank, group.world)
-    with pytest.raises(PeerFailedError if group.rank == 0 else RuntimeError):
+    with pytest.raises(
+        PeerFailedError if group.rank == 0 else RuntimeError,
+        match="^on worker 1: RuntimeError: out of luck$" if group.rank == 0 else "^out of luck$",
+    ):
         student.take_step(next(batches), stream.steps_per_epoch)
     assert group.sum(1.0) == 2.0  # and they understand each other still
     student.take_step(next(batches), stream.steps_per_epoch)
+
+
+def one_that_cannot_be_set_up(what: str, folder: Path, group: Group) -> None:
+    """Where rank 1 cannot make the model, or rank 0 cannot read the checkpoint, neither of them goes on alone."""
+    guilty, model = (1, normed_model(unmade=True)) if what == "model" else (0, MLP)
+    if what == "checkpoint" and group.rank == 0:
+        (folder / "checkpoints" / "1.ckpt").mkdir(parents=True)
+    with pytest.raises(
+        Exception, match="IsADirectoryError|Is a directory" if what == "checkpoint" else "only on worker 1"
+    ) as raised:
+        made(spec_of("annealing", model=model), folder, group, VALIDATION).resume()
+    assert (type(raised.value) is PeerFailedError) == (group.rank != guilty)
+    assert group.sum(1.0) == 2.0
+
+
+def a_loss_that_is_no_number_on_one(_: str, folder: Path, group: Group) -> None:
+    """The reason tells the loss of the whole batch, also on the rank whose own share is fine."""
+    stream = stream_of("partial")
+    student = made(spec_of("annealing"), folder, group, stream.rows)
+    student.module.register_forward_hook(lambda *called: called[-1] * (math.nan if group.rank == 1 else 1.0))
+    with pytest.raises(DivergedError, match="the loss is nan in epoch 0, step 0"):
+        student.take_step(next(stream.batches(0, 0, group.rank, group.world)), stream.steps_per_epoch)
+
+
+def out_of_step(_: str, folder: Path, group: Group) -> None:
+    """Rank 1 fails in the backward pass, where rank 0 waits for its gradients: only its leaving ends that."""
+    stream = stream_of("partial")
+    student = made(spec_of("annealing"), folder, group, stream.rows)
+
+    def unlucky(gradient: torch.Tensor) -> None:
+        raise RuntimeError("out of luck")
+
+    if group.rank == 1:
+        student.module.register_forward_hook(lambda *called: called[-1].register_hook(unlucky) and None)
+    with pytest.raises(OutOfStepError, match="^student: RuntimeError: " + ("out of luck" if group.rank == 1 else "")):
+        student.take_step(next(stream.batches(0, 0, group.rank, group.world)), stream.steps_per_epoch)
 
 
 NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -291,6 +335,9 @@ SCENARIOS: dict[str, tuple[Scenario, list[str]]] = {
     "resumes": (resumes, RESUMES),
     "stages": (shares_at_stage_boundaries, [""]),
     "failure": (one_failure_is_everybodys, [""]),
+    "setting up": (one_that_cannot_be_set_up, ["model", "checkpoint"]),
+    "no number": (a_loss_that_is_no_number_on_one, [""]),
+    "out of step": (out_of_step, [""]),  # the last one: afterwards they cannot talk any more
 }
 
 
@@ -372,6 +419,19 @@ def test_stage_two_starts_from_the_weights_and_statistics_of_rank_0(together: Pa
 
 def test_a_worker_that_fails_before_a_batch_norm_leaves_nobody_waiting(together: Path) -> None:
     went_well(together, "failure")
+
+
+@pytest.mark.parametrize("what", ["model", "checkpoint"])
+def test_a_worker_that_cannot_set_up_a_student_leaves_nobody_waiting(what: str, together: Path) -> None:
+    went_well(together, "setting up", what)
+
+
+def test_a_loss_that_is_no_number_on_one_worker_is_told_by_both(together: Path) -> None:
+    went_well(together, "no number")
+
+
+def test_a_failure_that_workers_cannot_agree_on_ends_the_workers(together: Path) -> None:
+    went_well(together, "out of step")
 
 
 @pytest.mark.parametrize("name", NORMS)
