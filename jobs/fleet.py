@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import shutil
@@ -12,11 +11,11 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -37,7 +36,9 @@ from akd_dist.jobs.room import Ask, next_to_start
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.storage.errors import AkdError, MachineError
 from akd_dist.storage.fence import take_over
-from akd_dist.student import Group, OutOfStepError, entry, write_note
+from akd_dist.student import Group, OutOfStepError, fail_from_outside, write_note
+
+Raised = TypeVar("Raised", bound=Exception)
 
 DEATHS_BEFORE_SPLIT = 2
 # How long stopped cohorts may take to checkpoint without a sign of life, before the cluster counts as lost.
@@ -45,6 +46,7 @@ GRACE_SECONDS = 30.0
 # How often it is asked whether a running cohort should be cut, and how long it must have trained for its pace to count.
 SPREAD_SECONDS = 5.0
 OVER = ("done", "diverged", "failed")
+OUT_OF_STEP = "its workers fell out of step: "
 # How long Ray may look for room for workers whose node died, before the nodes count as gone; it would look for ever.
 GONE_SECONDS = 60.0
 
@@ -396,10 +398,11 @@ class Fleet:
 
     def _give_up(self, spec: Any, job: CohortJob, reason: str) -> None:
         folder = Path(self.base.root) / spec.name
-        told = f"its worker died again and again; memory may have run out. Ray says: {reason}"
+        hint = "" if reason.startswith(OUT_OF_STEP) else "memory may have run out. "
+        told = f"its worker died again and again; {hint}{reason}"
         write_note(Path(self.base.logs) / f"{spec.name}.log", f"failed: {told}\nsee also {worker_log(job, 0)}")
         writer = take_over(folder / "checkpoints", job.attempt, f"the student {spec.name}")
-        writer.replace(folder / "result.json", json.dumps(entry(spec, "failed", told, folder), indent=1).encode())
+        fail_from_outside(spec, folder, told, writer)
 
 
 def _counted(count: int, noun: str) -> str:
@@ -436,9 +439,11 @@ def fit(job: CohortJob, ask: Ask, selector: dict[str, str] | None = None) -> str
         try:
             outcome = trainer.fit().return_value  # type: ignore[attr-defined]
         except ray.train.TrainingFailedError as error:
-            outcome = _refusal_among(getattr(error, "worker_failures", {}).values())
+            failures = getattr(error, "worker_failures", {}).values()
+            outcome = next(iter(_among(failures, AkdError)), None)
             if outcome is None:
-                return _cause(" ".join(str(error).split())) or type(error).__name__
+                told = "; ".join(str(one) for one in _among(failures, OutOfStepError))
+                return OUT_OF_STEP + told if told else "Ray says: " + _cause(" ".join(str(error).split()))
         finally:
             shutil.rmtree(storage / name, ignore_errors=True)
     if isinstance(outcome, AkdError):
@@ -481,15 +486,14 @@ def _cause(text: str) -> str:
     return text[starts[0] : starts[0] + 400] if starts else text[-400:]
 
 
-def _refusal_among(failures: Any) -> AkdError | None:
-    """The refusal that a worker raised, however Ray wrapped it."""
+def _among(failures: Iterable[Exception], kind: type[Raised]) -> Iterator[Raised]:
+    """What workers raised of one kind, however Ray wrapped it."""
     for failure in failures:
         cause: Any = failure
-        while cause is not None:
-            if isinstance(cause, AkdError):
-                return cause
+        while cause is not None and not isinstance(cause, kind):
             cause = getattr(cause, "_base_exc", None) or getattr(cause, "cause", None) or cause.__cause__
-    return None
+        if cause is not None:
+            yield cause
 
 
 def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:

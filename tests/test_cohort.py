@@ -23,7 +23,7 @@ from akd_dist.models import load_model
 from akd_dist.recipe import Recipe, Sgd, Takd
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import DamagedError, RefusedError
-from akd_dist.student import Group
+from akd_dist.student import Group, OutOfStepError, Student
 from tests.fleets import (
     ADAMW,
     ANNEALING,
@@ -227,6 +227,20 @@ def test_one_that_diverges_and_one_that_fails_leave_the_others_as_they_were(
     assert checkpoints(tmp_path / "run" / "students" / "failing" / "checkpoints")
     assert "out of luck" in (tmp_path / "run" / "logs" / "failing.log").read_text()
     assert weights(tmp_path / "run") == undisturbed
+
+
+def test_who_fails_out_of_step_ends_the_worker_and_not_the_student(
+    recipe: Recipe, stores: dict[str, str], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers start again; which student is to blame is found by cutting the cohort."""
+
+    def out_of_step(*_: object) -> None:
+        raise OutOfStepError("in the backward pass")
+
+    monkeypatch.setattr(Student, "take_step", out_of_step)
+    with pytest.raises(OutOfStepError):
+        train_cohort(job_of(recipe, stores, home, tmp_path))
+    assert not list(tmp_path.rglob("result.json"))
 
 
 def test_a_student_without_an_intact_checkpoint_fails_alone(

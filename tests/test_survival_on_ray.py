@@ -29,10 +29,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 MODELS = """
 import os, signal, time, torch
 
+def unlucky(gradient):
+    raise RuntimeError("out of luck in the backward pass")
+
 class Odd(torch.nn.Module):
-    def __init__(self, inputs, classes, seconds, deadly):
+    def __init__(self, inputs, classes, seconds, deadly, stumbles):
         super().__init__()
-        self.layer, self.seconds, self.deadly = torch.nn.Linear(inputs, classes), seconds, deadly
+        self.layer, self.seconds = torch.nn.Linear(inputs, classes), seconds
+        self.deadly, self.stumbles = deadly, stumbles
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # checkpoints keep it: it is as deadly again
 
     def forward(self, x):
@@ -40,17 +44,20 @@ class Odd(torch.nn.Module):
         self.steps += self.training
         if self.deadly and self.steps == 15:
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
-        return self.layer(x.flatten(1))
+        logits = self.layer(x.flatten(1))
+        if self.stumbles and self.training and self.steps == 15 and torch.distributed.get_rank() == 1:
+            logits.register_hook(unlucky)
+        return logits
 
-def odd(input_shape, classes, seconds=0.0, deadly=False):
-    return Odd(input_shape[0] * input_shape[1] * input_shape[2], classes, seconds, deadly)
+def odd(input_shape, classes, seconds=0.0, deadly=False, stumbles=False):
+    return Odd(input_shape[0] * input_shape[1] * input_shape[2], classes, seconds, deadly, stumbles)
 """
 
 
-def odd(name: str, **arguments: Any) -> dict[str, Any]:
-    """A student that takes its time, or kills its worker in its second epoch."""
+def odd(name: str, workers: int = 1, **arguments: Any) -> dict[str, Any]:
+    """A student that takes its time, or in its second epoch kills its worker, or fails in the backward pass of one."""
     model = {"kind": "custom", "factory": "odd_models:odd", "arguments": arguments}
-    return a_student(name, batch=128, model=model)
+    return a_student(name, batch=128, workers=workers, model=model)
 
 
 FLEET = [
@@ -237,11 +244,26 @@ def test_a_student_that_kills_its_worker_fails_alone(home: Home, tmp_path: Path)
     entries = {entry["name"]: entry for entry in json.loads(out)["students"]}
     assert entries["deadly"]["state"] == "failed"
     assert "memory may have run out. Ray says: Worker exit detail: " in entries["deadly"]["reason"]
+    assert entries["deadly"]["epochs"] == 1
     assert "deadly.log" in told
     assert list((tmp_path / "runs" / "fleet" / "students" / "deadly" / "checkpoints").glob("000001-*.ckpt"))
     found = outcome(tmp_path / "runs" / "fleet")
     del found["deadly"]
     assert found == {name: home.outcome[name] for name in ("annealing", "hard")}
+
+
+@pytest.mark.slow
+def test_a_student_whose_workers_fall_out_of_step_fails_alone(home: Home, tmp_path: Path) -> None:
+    recipe = home.recipe_for([odd("steady", workers=2), odd("stumbling", workers=2, stumbles=True)])
+    with Driver(home.command(tmp_path, "--json", recipe=recipe), tmp_path) as driver:
+        out, _ = driver.process.communicate(timeout=500)
+        assert driver.process.returncode == 1, driver.errors.read_text()
+    entries = {entry["name"]: entry for entry in json.loads(out)["students"]}
+    assert (entries["steady"]["state"], entries["steady"]["epochs"]) == ("done", 3)
+    assert (entries["stumbling"]["state"], entries["stumbling"]["epochs"]) == ("failed", 1)
+    reason = entries["stumbling"]["reason"]
+    assert reason.startswith("its worker died again and again; its workers fell out of step: stumbling: RuntimeError: ")
+    assert "out of luck in the backward pass" in reason
 
 
 def test_killed_with_its_worker_suspended_a_waiting_driver_carries_on(home: Home, tmp_path: Path) -> None:
