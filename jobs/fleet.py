@@ -182,6 +182,8 @@ class Fleet:
         """Whatever ends the driver's loop, let running cohorts checkpoint first, as long as they answer."""
         try:
             yield
+        except KeyboardInterrupt:
+            raise  # the second Ctrl-C, which stops at once
         except BaseException:
             self.base.stop_file.touch()
             with contextlib.suppress(AkdError):

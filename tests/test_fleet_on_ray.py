@@ -19,9 +19,12 @@ import pytest
 from rich.console import Console
 
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
-from akd_dist.jobs.train_students import train_in_process, train_students
+from akd_dist.jobs.cluster import StopFlag
+from akd_dist.jobs.fleet import Fleet
+from akd_dist.jobs.train_students import fleet_job, train_in_process, train_students
 from akd_dist.models import load_model
 from akd_dist.recipe import Recipe
+from akd_dist.rows import prepare
 from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.errors import RecipeError, RefusedError
@@ -328,6 +331,18 @@ def test_ctrl_c_checkpoints_says_how_to_go_on_and_leaves_no_process(home: Home, 
     assert ray_processes(marker) == []
     home.train(marker)
     assert weights(marker / "runs" / "fleet") == home.weights
+
+
+def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = prepare(home.recipe.data, Path(home.cache_root))
+    base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
+    fleet, over = Fleet(base, len(splits.train), StopFlag(), Console(quiet=True)), threading.Event()
+    fleet.threads.append(threading.Thread(target=over.wait, daemon=True))
+    fleet.threads[0].start()
+    monkeypatch.setattr(fleet, "_watch", lambda **_: pytest.fail("it waits"))
+    with pytest.raises(KeyboardInterrupt), fleet._stopping_on_errors():
+        raise KeyboardInterrupt
+    over.set()
 
 
 def test_sigterm_to_the_whole_group_leaves_with_143_and_the_next_command_goes_on(
