@@ -30,6 +30,9 @@ ELSEWHERE = ("seconds", "path", "stage1_from")
 # Imported by all of them, late; imported before the fork, they cost nothing.
 PRELOADED = ["tests.survivors", "torchmetrics.functional", "torch._inductor", "sklearn.datasets"]
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(PRELOADED)
+
 MODELS = """
 import os, torch
 
@@ -79,8 +82,7 @@ class Place:
         self.teacher = a_teacher(a_recipe(FLEET), root / "teacher", self.cache_root)
         self.recipe = a_recipe(FLEET, teacher={"weights": self.teacher}, folder=str(root))
         self.stores = stores_of(self.recipe, self.teacher, root)
-        self.forks = multiprocessing.get_context("forkserver")
-        self.forks.set_forkserver_preload(PRELOADED)
+        self.forks = FORKS
 
     def job(self, run: Path, recipe: Recipe | None = None, **changes: Any) -> CohortJob:
         recipe = recipe or self.recipe

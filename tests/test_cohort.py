@@ -1,11 +1,8 @@
 """Students in a plain loop: lockstep equals solo, resumes equal undisturbed runs, and one student's end is its own."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ from tests.fleets import (
     stores_of,
     weights,
 )
+from tests.survivors import FORKS, train
 
 FLEET = [
     *(a_student(f"annealing-{seed}", seed=seed) for seed in range(3)),
@@ -154,19 +152,13 @@ def test_the_best_epoch_is_the_first_with_the_highest_primary_metric(
 def test_sigkill_then_the_same_call_ends_with_the_very_weights(
     recipe: Recipe, stores: dict[str, str], home: Path, undisturbed: dict[str, str], tmp_path: Path, nth: int
 ) -> None:
-    program = (
-        "import json, sys; from pathlib import Path; from akd_dist.recipe import Recipe\n"
-        "from akd_dist.jobs.train_students import train_in_process\n"
-        "recipe, stores = Recipe.model_validate_json(sys.argv[1]), json.loads(sys.argv[2])\n"
-        "train_in_process(recipe, stores, run=Path(sys.argv[3]), cache_root=sys.argv[4])"
-    )
     # Half a student's time between checkpoints also falls inside epochs.
-    disturbed = recipe.model_copy(update={"checkpoint_seconds": 0.05})
-    arguments = [disturbed.model_dump_json(), json.dumps(stores), str(tmp_path), str(home / "cache")]
-    environment = os.environ | {"AKD_FAILPOINT": f"cohort.after_batch:{nth}"}
-    killed = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    train_in_process(disturbed, stores, run=tmp_path, cache_root=str(home / "cache"))
+    job = job_of(recipe, stores, home, tmp_path, checkpoint_seconds=0.05)
+    process = FORKS.Process(target=train, args=(job, f"cohort.after_batch:{nth}"))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    train_cohort(job)
     assert weights(tmp_path) == undisturbed
     records = (tmp_path / "students" / "long" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in records] == list(range(5))
