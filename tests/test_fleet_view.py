@@ -165,6 +165,12 @@ def test_the_headline_says_what_goes_on_and_who_does_it(changes: dict[str, Any],
     assert next_line(status) == expected
 
 
+def test_a_run_that_nobody_is_known_to_have_driven() -> None:
+    told = headline(a_status(state="stopped", at=1e9, alive=None))
+    assert told.startswith("runs/fleet stopped at 2001-09-")
+    assert told.endswith(", and nothing tells who worked on it")
+
+
 def test_seconds_in_little_room_and_in_words() -> None:
     assert [clock(seconds) for seconds in (0, 48.4, 200, 7500)] == ["0:00", "0:48", "3:20", "2:05:00"]
     assert [duration(seconds) for seconds in (48.4, 200, 7500)] == ["48 s", "3 min 20 s", "2 h 5 min"]
