@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from akd_dist.wording import house_table
+from akd_dist.fleet_view import duration
+from akd_dist.wording import counted, house_table, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,12 +116,8 @@ class Plan:
         return {"dry_run": True} | plain | {"ended": list(plain["ended"])}
 
 
-def plan_table(plan: dict[str, Any], duration: Callable[[float], str], size: Callable[[float], str]) -> Table:
-    """The cohorts of a plan's document and their students, a line each.
-
-    Args:
-        duration, size: how seconds and bytes are said.
-    """
+def plan_table(plan: dict[str, Any]) -> Table:
+    """The cohorts of a plan's document and their students, a line each."""
     table = house_table("what training would do")
     table.add_column("student", overflow="fold")
     for column in ("parameters", "steps", "takes", "state"):
@@ -146,7 +142,7 @@ def plan_table(plan: dict[str, Any], duration: Callable[[float], str], size: Cal
     return table
 
 
-def plan_lines(plan: dict[str, Any], duration: Callable[[float], str], size: Callable[[float], str]) -> list[str]:
+def plan_lines(plan: dict[str, Any]) -> list[str]:
     """What a table does not say: the reasons, and the sums."""
     cohorts = [f"cohort {number}: {cohort['why']}" for number, cohort in enumerate(plan["cohorts"], 1)]
     waits = [
@@ -154,17 +150,23 @@ def plan_lines(plan: dict[str, Any], duration: Callable[[float], str], size: Cal
         for number, cohort in enumerate(plan["cohorts"], 1)
         if cohort["waits"]
     ]
+    unknown = [one["name"] for cohort in plan["cohorts"] for one in cohort["students"] if one["seconds"] is None]
     memory = "" if plan["memory"] is None else f", {size(plan['memory'])} of memory for workers"
     gpus = f", {plan['gpus']:g} GPUs" if plan["gpus"] else ""
-    nodes = f"{plan['nodes']} node{'' if plan['nodes'] == 1 else 's'}"
     return [
         f"teacher  {plan['teacher']}",
         *cohorts,
         plan["why"],
         *waits,
-        f"cluster  {nodes} with {plan['cpus']:g} CPUs{gpus}{memory}",
+        f"cluster  {counted(plan['nodes'], 'node')} with {plan['cpus']:g} CPUs{gpus}{memory}",
         f"disk     {size(plan['checkpoint_bytes'])} of checkpoints and {size(plan['model_bytes'])} of models at most, "
         f"{size(plan['free_bytes'])} free",
-        f"time     about {duration(plan['seconds'])} from the first start, by a probe on this machine; "
-        "nothing was computed",
+        f"time     {_how_long(plan, unknown)}; nothing was computed",
     ]
+
+
+def _how_long(plan: dict[str, Any], unknown: list[str]) -> str:
+    if not unknown:
+        return f"about {duration(plan['seconds'])} from the first start, by a probe on this machine"
+    whose = f"{unknown[0]} and {len(unknown) - 1:,} more" if unknown[1:] else unknown[0]
+    return f"more than {duration(plan['seconds'])} from the first start: the probe of {whose} failed"

@@ -13,11 +13,12 @@ import torch
 
 from akd_dist.cli import main
 from akd_dist.documents import FleetPlanDocument
+from akd_dist.fleet_plan import plan_lines
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planner import Costs
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models import add_folder
-from akd_dist.probe import measure_all, probe, scaled
+from akd_dist.probe import guessed, measure_all, probe, scaled
 from akd_dist.rows import prepare
 from akd_dist.storage.objects import LocalRoot
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher
@@ -119,6 +120,40 @@ def test_what_cannot_fit_is_refused_before_anything_starts(place: Place, monkeyp
     assert not (place.root / "stores").exists()
 
 
+def test_logits_and_checkpoints_on_one_disk_must_fit_together(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = place.plan()
+    students = plan["checkpoint_bytes"] + plan["model_bytes"]
+    usage = namedtuple("usage", "total used free")
+    for free, code in ((students + plan["cache_bytes"], 0), (max(students, plan["cache_bytes"]), 6)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path, free=free: usage(10**9, 0, free))
+        left, _, err = place.run()
+        assert left == code, err
+    assert "of logits on the same disk" in err
+
+
+def test_what_an_interrupted_run_cached_is_not_counted_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = place.plan()["cache_bytes"]
+    roots = {"store_root": str(place.root / "stores"), "cache_root": str(place.root / "cache")}
+    train = Path(cache_in_process(place.recipe, str(place.root / "teacher"), **roots)["store"])
+    for name in ("manifest.json", "receipts/0-0.json"):
+        (train / name).unlink()
+    left = place.plan()["cache_bytes"]
+    assert 0 < left < everything / 2
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(LocalRoot, "free_bytes", lambda _root: left)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 0, 10**8))
+    code, _, err = place.run()
+    assert code == 0, err
+
+
+def test_a_plan_of_students_that_could_not_be_probed_claims_no_time(place: Place) -> None:
+    plan = place.plan()
+    assert "about" in plan_lines(plan)[-1]
+    plan["cohorts"][0]["students"][0]["seconds"] = None
+    assert "more than" in plan_lines(plan)[-1]
+    assert plan["cohorts"][0]["students"][0]["name"] in plan_lines(plan)[-1]
+
+
 # ---- the probe
 
 BROKEN = """
@@ -164,6 +199,15 @@ def test_a_learning_rate_that_diverges_is_probed_all_the_same(tmp_path: Path) ->
     wild = {"kind": "sgd", "lr": 1e30}
     recipe = a_recipe([a_student("wild", optimizer=wild)])
     assert probe(recipe, recipe.students[0], prepare(recipe.data, tmp_path)) is not None
+
+
+def test_the_larger_optimizer_of_two_stages_counts(tmp_path: Path) -> None:
+    objective = ANNEALING | {"stage2_optimizer": ADAMW}
+    (spec,) = a_recipe([a_student("one", objective=objective, optimizer={"kind": "sgd", "lr": 0.1})]).students
+    found = probe(a_recipe([a_student("one")]), spec, prepare(a_recipe([a_student("one")]).data, tmp_path))
+    assert found is not None
+    assert found.optimizer == pytest.approx(2 * found.weights, rel=0.01)
+    assert guessed(spec, 610).optimizer == 2 * 4 * 610
 
 
 def test_students_that_differ_in_seed_and_temperature_are_probed_once(
