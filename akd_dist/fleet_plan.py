@@ -126,25 +126,19 @@ def plan_table(plan: dict[str, Any]) -> Table:
         for student in cohort["students"]:
             seconds = student["seconds"]
             takes = "unknown" if seconds is None else duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
-            state = student["standing"] + (f", stage I of {student['rides']}" if student["rides"] else "")
-            table.add_row(student["name"], f"{student['parameters']:,}", f"{student['steps']:,}", takes, state)
-        each = f"{cohort['cpus']:g} CPU" + (f" + {cohort['gpus']:g} GPU" if cohort["gpus"] else "")
-        table.add_row(
-            f"= cohort {number}: {cohort['workers']} x ({each}, {size(cohort['memory'])})",
-            "",
-            f"{cohort['steps']:,}",
-            duration(cohort["ends"] - cohort["begins"]),
-            f"{duration(cohort['begins'])} to {duration(cohort['ends'])}; reads {size(cohort['bytes_streamed'])}",
-            end_section=True,
-        )
+            name = student["name"] + (f"\n  stage I of {student['rides']}" if student["rides"] else "")
+            figures = (f"{student['parameters']:,}", f"{student['steps']:,}", takes)
+            table.add_row(name, *figures, student["standing"])
+        took = duration(cohort["ends"] - cohort["begins"])
+        table.add_row(f"= cohort {number}", "", f"{cohort['steps']:,}", took, "", end_section=True)
     for student in plan["ended"]:
-        table.add_row(student["name"], f"{student['parameters']:,}", "0", "", "ended: is not touched")
+        table.add_row(student["name"], f"{student['parameters']:,}", "0", "", "ended")
     return table
 
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """What a table does not say: the reasons, and the sums."""
-    cohorts = [f"cohort {number}: {cohort['why']}" for number, cohort in enumerate(plan["cohorts"], 1)]
+    cohorts = [f"cohort {number}: {_about(cohort)}" for number, cohort in enumerate(plan["cohorts"], 1)]
     waits = [
         f"cohort {number} waits: {cohort['waits']}"
         for number, cohort in enumerate(plan["cohorts"], 1)
@@ -163,6 +157,13 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"{size(plan['free_bytes'])} free",
         f"time     {_how_long(plan, unknown)}; nothing was computed",
     ]
+
+
+def _about(cohort: dict[str, Any]) -> str:
+    each = f"{cohort['cpus']:g} CPU" + (f" + {cohort['gpus']:g} GPU" if cohort["gpus"] else "")
+    when = f"{duration(cohort['begins'])} to {duration(cohort['ends'])}"
+    where = f"{cohort['workers']} x ({each}, {size(cohort['memory'])})"
+    return f"{when} on {where}, reads {size(cohort['bytes_streamed'])}; {cohort['why']}"
 
 
 def _how_long(plan: dict[str, Any], unknown: list[str]) -> str:

@@ -1,5 +1,6 @@
 """What a fleet would do, before it does: its plan, what cannot fit, and the probe that the estimates come from."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from akd_dist.cli import main
 from akd_dist.documents import FleetPlanDocument
-from akd_dist.fleet_plan import plan_lines
+from akd_dist.fleet_plan import plan_lines, plan_table
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planner import Costs
 from akd_dist.jobs.train_students import train_in_process
@@ -105,6 +107,23 @@ def test_a_plan_as_text(place: Place) -> None:
     assert code == 0, err
     for told in ("stage I of a", "= cohort 1", "teacher", "cluster", "disk", "time", "nothing was computed"):
         assert told in out
+
+
+def test_a_plan_fits_eighty_columns(place: Place) -> None:
+    plan = place.plan()
+    names = {"a": "mlp-8-annealing_kd-t5-m20-s0", "b": "mlp-8-annealing_kd-t5-m40-s0", "c": "from-scratch"}
+    for cohort in plan["cohorts"]:
+        cohort |= {"begins": 3000.0, "ends": 6500.0, "steps": 40_000}
+        for student in cohort["students"]:
+            leader = names.get(student["rides"])
+            student |= {"name": names[student["name"]], "rides": leader, "steps": 40_000, "parameters": 250_000}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(plan_table(plan))
+    assert isinstance(console.file, io.StringIO)
+    told = console.file.getvalue()
+    assert set(told.split()) >= set(names.values())  # none of them cut or folded
+    assert "  stage I of" in told
+    assert "58 min 20 s" in told
 
 
 def test_what_cannot_fit_is_refused_before_anything_starts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
