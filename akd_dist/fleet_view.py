@@ -38,7 +38,7 @@ class FleetView:
         """The parts from top to bottom; no line is wider than the terminal."""
         from rich.text import Text
 
-        below = [*waiting_lines(self.status), total_line(self.status)]
+        below = [*waiting_lines(self.status), total_line(self.status)] if self.status.students else []
         shown = list(self.status.students)
         if self.fit:
             shown.sort(key=lambda student: ORDER.index(student.state))

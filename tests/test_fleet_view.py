@@ -88,6 +88,10 @@ def test_a_fleet_of_hundreds_fits_the_terminal_and_says_how_many_more_there_are(
         assert [line.split()[1] for line in rows[30:33]] == ["failed", "failed", "waiting"]
 
 
+def test_of_a_run_that_is_prepared_there_are_no_sums() -> None:
+    assert shown(FleetView(a_status(state="preparing", steps=0, steps_total=0), "training", fit=True)) == ["training"]
+
+
 def test_without_a_height_everybody_is_listed_in_the_order_of_the_recipe() -> None:
     students = [a_student(f"s{n}", "done" if n % 2 else "training") for n in range(99)]
     lines = shown(FleetView(a_status(*students)), width=160)
