@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from akd_dist.wording import house_table
+from akd_dist.fleet_view import duration
+from akd_dist.wording import counted, house_table, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,12 +116,8 @@ class Plan:
         return {"dry_run": True} | plain | {"ended": list(plain["ended"])}
 
 
-def plan_table(plan: dict[str, Any], duration: Callable[[float], str], size: Callable[[float], str]) -> Table:
-    """The cohorts of a plan's document and their students, a line each.
-
-    Args:
-        duration, size: how seconds and bytes are said.
-    """
+def plan_table(plan: dict[str, Any]) -> Table:
+    """The cohorts of a plan's document and their students, a line each."""
     table = house_table("what training would do")
     table.add_column("student", overflow="fold")
     for column in ("parameters", "steps", "takes", "state"):
@@ -130,41 +126,48 @@ def plan_table(plan: dict[str, Any], duration: Callable[[float], str], size: Cal
         for student in cohort["students"]:
             seconds = student["seconds"]
             takes = "unknown" if seconds is None else duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
-            state = student["standing"] + (f", stage I of {student['rides']}" if student["rides"] else "")
-            table.add_row(student["name"], f"{student['parameters']:,}", f"{student['steps']:,}", takes, state)
-        each = f"{cohort['cpus']:g} CPU" + (f" + {cohort['gpus']:g} GPU" if cohort["gpus"] else "")
-        table.add_row(
-            f"= cohort {number}: {cohort['workers']} x ({each}, {size(cohort['memory'])})",
-            "",
-            f"{cohort['steps']:,}",
-            duration(cohort["ends"] - cohort["begins"]),
-            f"{duration(cohort['begins'])} to {duration(cohort['ends'])}; reads {size(cohort['bytes_streamed'])}",
-            end_section=True,
-        )
+            name = student["name"] + (f"\n  stage I of {student['rides']}" if student["rides"] else "")
+            figures = (f"{student['parameters']:,}", f"{student['steps']:,}", takes)
+            table.add_row(name, *figures, student["standing"])
+        took = duration(cohort["ends"] - cohort["begins"])
+        table.add_row(f"= cohort {number}", "", f"{cohort['steps']:,}", took, "", end_section=True)
     for student in plan["ended"]:
-        table.add_row(student["name"], f"{student['parameters']:,}", "0", "", "ended: is not touched")
+        table.add_row(student["name"], f"{student['parameters']:,}", "0", "", "ended")
     return table
 
 
-def plan_lines(plan: dict[str, Any], duration: Callable[[float], str], size: Callable[[float], str]) -> list[str]:
+def plan_lines(plan: dict[str, Any]) -> list[str]:
     """What a table does not say: the reasons, and the sums."""
-    cohorts = [f"cohort {number}: {cohort['why']}" for number, cohort in enumerate(plan["cohorts"], 1)]
+    cohorts = [f"cohort {number}: {_about(cohort)}" for number, cohort in enumerate(plan["cohorts"], 1)]
     waits = [
         f"cohort {number} waits: {cohort['waits']}"
         for number, cohort in enumerate(plan["cohorts"], 1)
         if cohort["waits"]
     ]
+    unknown = [one["name"] for cohort in plan["cohorts"] for one in cohort["students"] if one["seconds"] is None]
     memory = "" if plan["memory"] is None else f", {size(plan['memory'])} of memory for workers"
     gpus = f", {plan['gpus']:g} GPUs" if plan["gpus"] else ""
-    nodes = f"{plan['nodes']} node{'' if plan['nodes'] == 1 else 's'}"
     return [
         f"teacher  {plan['teacher']}",
         *cohorts,
         plan["why"],
         *waits,
-        f"cluster  {nodes} with {plan['cpus']:g} CPUs{gpus}{memory}",
+        f"cluster  {counted(plan['nodes'], 'node')} with {plan['cpus']:g} CPUs{gpus}{memory}",
         f"disk     {size(plan['checkpoint_bytes'])} of checkpoints and {size(plan['model_bytes'])} of models at most, "
         f"{size(plan['free_bytes'])} free",
-        f"time     about {duration(plan['seconds'])} from the first start, by a probe on this machine; "
-        "nothing was computed",
+        f"time     {_how_long(plan, unknown)}; nothing was computed",
     ]
+
+
+def _about(cohort: dict[str, Any]) -> str:
+    each = f"{cohort['cpus']:g} CPU" + (f" + {cohort['gpus']:g} GPU" if cohort["gpus"] else "")
+    when = f"{duration(cohort['begins'])} to {duration(cohort['ends'])}"
+    where = f"{cohort['workers']} x ({each}, {size(cohort['memory'])})"
+    return f"{when} on {where}, reads {size(cohort['bytes_streamed'])}; {cohort['why']}"
+
+
+def _how_long(plan: dict[str, Any], unknown: list[str]) -> str:
+    if not unknown:
+        return f"about {duration(plan['seconds'])} from the first start, by a probe on this machine"
+    whose = f"{unknown[0]} and {len(unknown) - 1:,} more" if unknown[1:] else unknown[0]
+    return f"more than {duration(plan['seconds'])} from the first start: the probe of {whose} failed"

@@ -38,7 +38,7 @@ class FleetView:
         """The parts from top to bottom; no line is wider than the terminal."""
         from rich.text import Text
 
-        below = [*waiting_lines(self.status), total_line(self.status)]
+        below = [*waiting_lines(self.status), total_line(self.status)] if self.status.students else []
         shown = list(self.status.students)
         if self.fit:
             shown.sort(key=lambda student: ORDER.index(student.state))
@@ -140,7 +140,9 @@ def headline(status: StatusDocument) -> str:
             return f"{name} is prepared (data, teacher, store): {who}, since {_when(driver.since if driver else None)}"
         case "done":
             return f"{name} is done" + (f", since {_when(status.at)}" if status.at else "")
-    how = "let go of it" if driver and driver.ended else "is gone" if status.alive is False else ""
+    if driver is None:
+        return f"{name} stopped at {_when(status.at)}, and nothing tells who worked on it"
+    how = "let go of it" if driver.ended else "is gone" if status.alive is False else ""
     return f"{name} stopped at {_when(status.at)}: {who} {how or 'has not been heard of since'}"
 
 

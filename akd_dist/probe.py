@@ -21,6 +21,7 @@ from torch import nn
 from akd_dist import recipe
 from akd_dist.device import settle, weights_dtype
 from akd_dist.models import ModelCard
+from akd_dist.objectives import stages
 from akd_dist.recipe import Recipe
 from akd_dist.rows import Splits
 from akd_dist.stream import Batch, Stream
@@ -113,13 +114,24 @@ def measure_all(
 
 def probe_key(spec: recipe.Student) -> str:
     """What the cost of a student's step depends on. Neither its seed nor its learning rate nor its temperature do."""
+    optimizer = largest_optimizer(spec)
     return "\n".join(
         [
             spec.model.model_dump_json(),
             f"{spec.batch} {spec.workers} {spec.threads} {spec.precision}",
-            f"{spec.optimizer.kind} {getattr(spec.optimizer, 'momentum', 1) > 0} {spec.optimizer.clip is None}",
+            f"{optimizer.kind} {moments(optimizer)} {optimizer.clip is None}",
         ]
     )
+
+
+def largest_optimizer(spec: recipe.Student) -> recipe.Optimizer:
+    """Of the optimizers of its stages the one that keeps most: all of it has to fit."""
+    return max((stage.optimizer or spec.optimizer for stage in stages(spec.objective)), key=moments)
+
+
+def moments(optimizer: recipe.Optimizer) -> int:
+    """How many numbers an optimizer keeps for each weight."""
+    return 2 if isinstance(optimizer, recipe.AdamW) else int(optimizer.momentum > 0)
 
 
 def scaled(known: Measured, ratio: float) -> Measured:
@@ -132,8 +144,7 @@ def scaled(known: Measured, ratio: float) -> Measured:
 def guessed(spec: recipe.Student, parameters: int) -> Measured:
     """What can be said of a student whose probe failed: its weights and optimizer by their number, and no time."""
     weights = parameters * weights_dtype(spec.precision).itemsize
-    moments = 2 if isinstance(spec.optimizer, recipe.AdamW) else int(spec.optimizer.momentum > 0)
-    return Measured(0.0, 0.0, 0.0, 0.0, weights, weights, moments * weights, 0, 0)
+    return Measured(0.0, 0.0, 0.0, 0.0, weights, weights, moments(largest_optimizer(spec)) * weights, 0, 0)
 
 
 def probe(fleet: Recipe, spec: recipe.Student, splits: Splits) -> Measured | None:
@@ -141,11 +152,11 @@ def probe(fleet: Recipe, spec: recipe.Student, splits: Splits) -> Measured | Non
 
     Threads, torch's settings and its generators are afterwards what they were, and nothing is left on the disk.
     """
-    still = spec.optimizer.model_copy(update={"lr": 1e-12})  # weights that hardly move do not diverge
+    still = largest_optimizer(spec).model_copy(update={"lr": 1e-12})  # weights that hardly move do not diverge
     alone = spec.model_copy(update={"workers": 1, "sync_batchnorm": False, "optimizer": still})
     if spec.objective.epochs == 0:  # it takes no step, but the others do
         alone = alone.model_copy(update={"objective": recipe.HardLabels(epochs=1)})
-    with _settings_kept(), tempfile.TemporaryDirectory(prefix="akd-dist-probe-") as folder:
+    with _settings_kept(fleet.device), tempfile.TemporaryDirectory(prefix="akd-dist-probe-") as folder:
         try:
             device = settle(fleet.device, spec.threads)
             return _measure(fleet, alone, splits, device, Path(folder), share=-(-spec.batch // spec.workers))
@@ -155,16 +166,18 @@ def probe(fleet: Recipe, spec: recipe.Student, splits: Splits) -> Measured | Non
 
 
 @contextlib.contextmanager
-def _settings_kept() -> Iterator[None]:
+def _settings_kept(device: str) -> Iterator[None]:
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     try:
-        with torch.random.fork_rng():
+        # Without a GPU in the recipe none is touched: a driver would hold part of its memory.
+        with torch.random.fork_rng([0] if device == "cuda" and torch.cuda.is_available() else []):
             yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+        torch.cuda.empty_cache()  # what the probe took of a GPU is the workers' now
 
 
 def _measure(

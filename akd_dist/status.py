@@ -85,11 +85,15 @@ def typed_command(words: list[str], original: list[str]) -> str:
 
 
 def birth_of(pid: int) -> str | None:
-    """When a process of this machine was started, in the system's own terms; None where that is not to be known."""
+    """When a process of this machine was started, in the system's own terms; None where that is not to be known.
+
+    Nor is it of a process that is dead, although its parent has not asked for its end yet.
+    """
     try:
         # The name of the program stands in brackets and may hold anything; the 20th field after it is the start.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in ("Z", "X") else fields[18]
+    except (OSError, ValueError, IndexError):
         return None
 
 
@@ -157,7 +161,7 @@ class RunReader:
             state="training" if training else "done" if saved is not None else "preparing" if held else "stopped",
             driver=driver,
             alive=alive,
-            at=at,
+            at=_written(self.run / "fleet.json") / 1e9 if saved is not None else at,
             metric=plan.metric if plan else saved["metric"] if saved else None,
             steps=sum(student.steps for student in students),
             steps_total=sum(student.steps_total for student in students),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -346,7 +347,11 @@ class Wandb:
 
 
 class WandbLog:
-    """One student's W&B run. W&B cannot be asked while it is offline, so what it has is noted beside the student."""
+    """One student's W&B run. W&B cannot be asked while it is offline, so what it has is noted beside the student.
+
+    It is noted when W&B has finished. Of a session that was killed the files say what came to them: W&B writes them in
+    blocks, and loses the last one.
+    """
 
     def __init__(self, tracker: Wandb, student: Tracked) -> None:
         self.tracker, self.student = tracker, student
@@ -354,7 +359,7 @@ class WandbLog:
         self.note = student.folder / "wandb.json"
         noted = read_json(self.note) or {}
         same = noted.get("id") == self.id
-        self.epochs: int = noted["epochs"] if same else 0
+        self.epochs: int = max(noted["epochs"] if same else 0, _epochs_in_files(tracker.run, self.id))
         self.ended: str | None = noted["ended"] if same else None
         self.run: Any = None
 
@@ -362,20 +367,20 @@ class WandbLog:
         """One line of its history."""
         self._begin().log(scalars(record), step=record["epoch"])
         self.epochs += 1
-        self._write_down()
 
     def end(self, result: Record) -> None:
         """The test metrics and the end as its summary."""
         self._begin().summary.update(final_scalars(result) | {"end": end_of(result)})
-        self.finish(0 if result["state"] == "done" else 1)
         self.ended = end_of(result)
-        self._write_down()
+        self.finish(0 if result["state"] == "done" else 1)
 
     def finish(self, code: int) -> None:
-        """Let W&B send what it still has."""
+        """Let W&B send what it still has, and note that it has it."""
         if self.run is not None:
             self.run.finish(exit_code=code)
             self.run = None
+            noted = {"id": self.id, "epochs": self.epochs, "ended": self.ended}
+            replace(self.note, json.dumps(noted).encode(), durable=False)
 
     def _begin(self) -> Any:
         if self.run is None:
@@ -398,9 +403,30 @@ class WandbLog:
             )
         return self.run
 
-    def _write_down(self) -> None:
-        noted = {"id": self.id, "epochs": self.epochs, "ended": self.ended}
-        replace(self.note, json.dumps(noted).encode(), durable=False)
+
+def _epochs_in_files(run: Path, name: str) -> int:
+    """How many epochs of a run are in the files that W&B wrote while it was offline."""
+    steps = [-1]
+    for path in run.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"):
+        written: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
+        records = [written.FromString(data) for data in wandb_records(path.read_bytes())]
+        steps += [one.history.step.num for one in records if one.HasField("history")]
+    return 1 + max(steps)
+
+
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """The whole records of W&B's file, a LevelDB log: blocks of 32 KiB, chunks of checksum, length, type, content."""
+    record, position, block = b"", 7, 32 * 1024
+    while position + 7 <= len(data):
+        if block - position % block < 7:  # no chunk begins there
+            position += block - position % block
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4) and position <= len(data):  # whole, or its last part
+            yield record
+            record = b""
 
 
 # ---- which

@@ -110,6 +110,20 @@ def duration(value: float | None) -> str:
     return f"{value / 3600:,.1f} h"
 
 
+def size(count: float) -> str:
+    """Bytes, as people say them: 812 B, 34.5 kB, 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: `1 student`, `2 students`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def house_table(title: str | None = None, caption: Text | None = None) -> Table:
     """An empty table in the style of the house: no frame and little padding, so that much fits eighty columns."""
     from rich import box

@@ -37,7 +37,7 @@ from akd_dist.rows import SPLITS, Rows, Splits, blocks_in_common, first_differen
 from akd_dist.storage import catalog
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.errors import MachineError, RefusedError
-from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, Shard, StoreLayout
+from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, RECEIPTS, Shard, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Receipt, differences
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore
@@ -496,8 +496,10 @@ def _planned(recipe: Recipe, splits: Splits, uri: str | None, store_root: str) -
     """What the stores of one model would still take; all of it where the model is not there yet."""
     stores: dict[str, LogitStore | None] = dict.fromkeys(SPLITS)
     there: dict[str, Manifest | None] = dict.fromkeys(SPLITS)
+    receipts: dict[str, set[str]] = {split: set() for split in SPLITS}
     if uri is not None:
         plans = plan_splits(recipe, splits, uri)
+        receipts = {plan.split: set(StoreWriter(store_root, plan.creation).store.list(RECEIPTS)) for plan in plans}
         stores = {plan.split: catalog.find_store(store_root, plan.identity) for plan in plans}
         there = {plan.split: _source(plan, catalog.narrower_stores(store_root, plan.identity)) for plan in plans}
     dtype = str(encoding_from_config({"name": recipe.cache.encoding}).dtype)
@@ -508,7 +510,9 @@ def _planned(recipe: Recipe, splits: Splits, uri: str | None, store_root: str) -
         layout = StoreLayout(views, len(rows), rows.classes, dtype)
         source = there[split]
         taken = 0 if source is None else source.identity.views
-        shards = [] if store is not None else [shard for shard in layout.shards() if shard.view >= taken]
+        done = receipts[split]
+        missing = [one for one in layout.shards() if one.view >= taken and one.receipt_key not in done]
+        shards = [] if store is not None else missing
         size = sum(layout.stored_bytes(shard) for shard in shards)
         hit = store is not None
         planned[split] = {"rows": len(rows), "views": views, "hit": hit, "shards": len(shards), "bytes": size}

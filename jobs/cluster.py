@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from akd_dist.jobs.room import Ask, Node, fits
+from akd_dist.jobs.room import Ask, Node, check_room
 from akd_dist.storage.errors import AkdError, InterruptedByUser, MachineError, RefusedError, TerminatedError
 from akd_dist.storage.files import replace
 
@@ -307,8 +307,7 @@ def run_tasks(
         MachineError: an item's worker died more often than `retries` (names the item), or tasks need more threads or
             GPUs than the cluster has.
     """
-    among = None if shared is None else shared.nodes()
-    check_fits(threads, "tasks of so many threads", gpus=gpus, among=among)
+    check_room(_may_use(shared), Ask(1, threads, gpus), "tasks of so many threads")
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries, max_calls=0)(function)
     shipped: dict[int, Any] = {}
     waiting = iter(tasks)
@@ -335,6 +334,10 @@ def run_tasks(
             ray.cancel(reference, force=False)
 
 
+def _may_use(shared: Shared | None) -> list[Node]:
+    return nodes() if shared is None else shared.nodes()
+
+
 def _at_once(cpus: float, gpus: float) -> int:
     """How many tasks the cluster runs at a time."""
     return max(1, int(total_cpus() // cpus if gpus == 0 else min(total_cpus() // cpus, total_gpus() // gpus)))
@@ -352,7 +355,7 @@ def run_one(
     shared: Shared | None = None,
 ) -> Any:
     """Run one Ray task and wait for it, calling `on_poll` several times a second; errors as in `run_tasks`."""
-    check_fits(threads, name, gpus=gpus, among=None if shared is None else shared.nodes())
+    check_room(_may_use(shared), Ask(1, threads, gpus), name)
     once = 1 if gpus else 0  # a process that ends gives back the memory of its GPU
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries, max_calls=once)(function)
     here = remote if shared is None else remote.options(label_selector=shared.selector())
@@ -398,9 +401,9 @@ def this_machine() -> Node:
     return Node("", float(utils.get_num_cpus()), float(torch.cuda.device_count()), float(memory), "this machine")
 
 
-def all_nodes(address: str | None = None) -> list[Node]:
+def all_nodes() -> list[Node]:
     """The nodes of the cluster: of the one that is connected, or would be started here."""
-    return nodes() if ray.is_initialized() or address is not None else [this_machine()]
+    return nodes() if ray.is_initialized() else [this_machine()]
 
 
 def nodes() -> list[Node]:
@@ -431,33 +434,6 @@ def total_cpus() -> float:
 def total_gpus() -> float:
     """GPUs of the whole cluster."""
     return sum(node.gpus for node in nodes())
-
-
-def check_fits(cpus: float, what: str, *, gpus: float = 0, among: list[Node] | None = None) -> None:
-    """Refuse what would wait for ever: one worker of so many CPUs and GPUs.
-
-    Args:
-        among: the nodes that it may run on; None takes all.
-
-    Raises:
-        MachineError: none of them has so much.
-    """
-    there = nodes() if among is None else among
-    if gpus > (in_all := sum(node.gpus for node in there)):
-        raise MachineError(
-            f"the cluster has too few GPUs for {what}",
-            got=f"{in_all:g} GPUs in all",
-            expected=f"{gpus:g} GPUs, as the recipe says device: cuda",
-            next="set device: cpu in the recipe (--set device=cpu), or join nodes with GPUs",
-        )
-    if not fits(there, Ask(1, cpus, gpus)):
-        largest = max((node.cpus for node in there), default=0.0)
-        raise MachineError(
-            f"the cluster is too small for {what}",
-            got=f"{sum(node.cpus for node in there):g} CPUs in all, {largest:g} on its largest node",
-            expected=str(Ask(1, cpus, gpus)),
-            next="lower `threads` in the recipe, or join larger nodes",
-        )
 
 
 # ---- folders that every node sees

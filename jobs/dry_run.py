@@ -18,18 +18,19 @@ from akd_dist.jobs.planner import (
     START_SECONDS,
     Cohort,
     Costs,
-    check_room_for,
     groups_of,
     learns_from_assistant,
     plan_cohorts,
 )
-from akd_dist.jobs.room import Ask, Node, fits, in_units, timetable
+from akd_dist.jobs.room import Ask, Node, check_room, timetable
 from akd_dist.objectives import stages
 from akd_dist.probe import measure_all
 from akd_dist.recipe import Recipe, Student
 from akd_dist.rows import Splits
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.errors import MachineError
+from akd_dist.storage.objects import open_root
+from akd_dist.wording import counted, size
 
 
 def costs_of(recipe: Recipe, todo: Sequence[Student], splits: Splits, parameters: dict[str, int], run: Path) -> Costs:
@@ -56,15 +57,7 @@ def check_caching(recipe: Recipe, nodes: Sequence[Node]) -> None:
     """
     threads = [recipe.cache.threads, *(one.threads for one in recipe.teacher.chain)]
     threads += [recipe.teacher.train.threads] if recipe.teacher.train else []
-    ask = Ask(1, max(threads), gpus_of(recipe.device))
-    if not fits(nodes, ask):
-        there = ", ".join(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in nodes[:5])
-        raise MachineError(
-            "the cluster is too small to train or cache the teacher",
-            got=f"nodes with {there}",
-            expected=str(ask),
-            next="lower `threads` of the teacher and of `cache`, set device: cpu, or join larger nodes",
-        )
+    check_room(nodes, Ask(1, max(threads), gpus_of(recipe.device)), "training or caching the teacher")
 
 
 def draw_up(
@@ -86,15 +79,12 @@ def draw_up(
     """
     cohorts, tried = plan_cohorts(recipe, todo, nodes, costs) if todo else ([], [])
     asks = [costs.ask(cohort) for cohort in cohorts]
-    for cohort, ask in zip(cohorts, asks, strict=True):
-        check_room_for(ask, cohort, nodes)
     kept, delivered = disk(todo, costs)
-    free = check_disk(run, todo, kept + delivered)
-    missing = cache["bytes"] > 0
-    if missing:
+    free = check_disk(run, todo, kept + delivered, cache)
+    if cache["bytes"]:
         check_caching(recipe, nodes)
     times = timetable([(START_SECONDS + costs.cohort_seconds(c), a) for c, a in zip(cohorts, asks, strict=True)], nodes)
-    done = {spec.name for spec in todo}
+    left = {spec.name for spec in todo}
     planned = [
         planned_cohort(recipe, cohort, ask, span, costs) for cohort, ask, span in zip(cohorts, asks, times, strict=True)
     ]
@@ -110,7 +100,7 @@ def draw_up(
         memory=round(memory) if memory < float("inf") else None,
         why=why_so_many(recipe, todo, tried, len(cohorts)),
         cohorts=tuple(_say_who_waits(planned, asks)),
-        ended=tuple(planned_student(spec, costs, None, "ended") for spec in recipe.students if spec.name not in done),
+        ended=tuple(planned_student(spec, costs, None, "ended") for spec in recipe.students if spec.name not in left),
         checkpoint_bytes=kept,
         model_bytes=delivered,
         free_bytes=free,
@@ -128,8 +118,12 @@ def disk(todo: Sequence[Student], costs: Costs) -> tuple[int, int]:
     return 2 * sum(sizes) + max(sizes, default=0), sum(one.weights for one in takes)
 
 
-def check_disk(run: Path, todo: Sequence[Student], needed: int) -> int:
+def check_disk(run: Path, todo: Sequence[Student], needed: int, cache: dict[str, Any]) -> int:
     """Refuse what the disk cannot hold beside what lies there already; the bytes that are free.
+
+    Args:
+        needed: bytes of checkpoints and models.
+        cache: what caching would compute: its logits may go to the same disk.
 
     Raises:
         MachineError: too little is free under the run root.
@@ -137,18 +131,27 @@ def check_disk(run: Path, todo: Sequence[Student], needed: int) -> int:
     there = sum(
         path.stat().st_size for spec in todo for path in checkpoints(run / "students" / spec.name / "checkpoints")
     )
-    folder = run
-    while not folder.exists():
-        folder = folder.parent
+    folder = _nearest(run)
     free = shutil.disk_usage(folder).free
-    if needed - there > free:
+    logits = cache["bytes"] if _same_disk(folder, cache["store_root"]) else 0
+    if needed - there + logits > free:
         raise MachineError(
             f"checkpoints and models of the students do not fit in {run.parent}",
-            got=f"{in_units(free)} free",
-            expected=f"{in_units(needed - there)}",
+            got=f"{size(free)} free",
+            expected=f"{size(needed - there)}" + (f", and {size(logits)} of logits on the same disk" if logits else ""),
             next="free space there, or choose another --run-root",
         )
     return free
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _same_disk(folder: Path, store_root: str) -> bool:
+    there = open_root(store_root).local_path("")
+    return there is not None and _nearest(there).stat().st_dev == folder.stat().st_dev
 
 
 # ---- cohorts
@@ -207,7 +210,7 @@ def why_together(cohort: Cohort, costs: Costs) -> str:
     """What the students of a cohort share."""
     spec = cohort[0]
     store = "the last assistant's store" if learns_from_assistant(spec) else "the teacher's store"
-    worker = f"{spec.workers} worker{'' if spec.workers == 1 else 's'} of {_counted(spec.threads, 'thread')}"
+    worker = f"{spec.workers} worker{'' if spec.workers == 1 else 's'} of {counted(spec.threads, 'thread')}"
     alike = f"batches of {spec.batch} from {store} and {worker}"
     if len(cohort) == 1:
         return f"a student on its own: {alike}"
@@ -221,7 +224,7 @@ def why_so_many(recipe: Recipe, todo: Sequence[Student], tried: Sequence[Alterna
     if not todo:
         return "no cohort: all students have ended"
     if recipe.cohorts is not None:
-        return f"{_counted(count, 'cohort')}, as the recipe's `cohorts` says"
+        return f"{counted(count, 'cohort')}, as the recipe's `cohorts` says"
     end = {one.cohorts: one.seconds for one in tried}
     groups = len(groups_of(todo, recipe.device))
     start = duration(START_SECONDS)
@@ -238,7 +241,7 @@ def why_so_many(recipe: Recipe, todo: Sequence[Student], tried: Sequence[Alterna
         more += f", and its start costs {start}"
     else:
         more = "no more are possible: each student has its own" if count > 1 else "there is nothing to cut"
-    return f"{_counted(count, 'cohort')}: {fewer}; {more}"
+    return f"{counted(count, 'cohort')}: {fewer}; {more}"
 
 
 def _say_who_waits(cohorts: Sequence[PlannedCohort], asks: Sequence[Ask]) -> list[PlannedCohort]:
@@ -255,9 +258,5 @@ def _about_teacher(recipe: Recipe, cache: dict[str, Any], trained: bool) -> str:
     words = [] if trained else ["the teacher is to be trained"]
     words += [f"the assistant {one['model']} is to be trained" for one in cache["assistants"] if not one["trained"]]
     if cache["bytes"]:
-        words.append(f"{in_units(cache['bytes'])} of logits are to be cached")
+        words.append(f"{size(cache['bytes'])} of logits are to be cached")
     return "; ".join(words) + ": first, and not in the time below" if words else "cached: it is not needed"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from akd_dist.cohort import CohortJob
 from akd_dist.device import gpus_of
 from akd_dist.fleet_plan import Alternative
-from akd_dist.jobs.room import Ask, Node, fits, in_units, place, timetable
+from akd_dist.jobs.room import Ask, Node, check_room, fits, place, timetable
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.objectives import stages
 from akd_dist.probe import Measured, guessed
 from akd_dist.recipe import Recipe, Student
 from akd_dist.rows import Splits
-from akd_dist.storage.errors import MachineError, RecipeError, RefusedError
+from akd_dist.storage.errors import RecipeError
 
 # What starting and stopping one Ray Train run costs, whatever it trains (measured: 9 to 14 s on 2 cores, Ray 2.60).
 START_SECONDS = 14.0
@@ -235,8 +235,9 @@ def plan_cohorts(
             next="leave `cohorts` out, or raise it",
         )
     counts, tried = allocate(loads, nodes, recipe.cohorts)
-    parts = (split_evenly(group, count, costs.family_seconds) for group, count in zip(groups, counts, strict=True))
-    cohorts = [cohort for part in parts for cohort in part]
+    cohorts = [
+        cohort for group, count in zip(groups, counts, strict=True) for cohort in cut(group, count, nodes, costs)
+    ]
     return sorted(cohorts, key=costs.cohort_seconds, reverse=True), tried  # as `timetable` counts on
 
 
@@ -267,58 +268,50 @@ def check_gpus(spec: Student, device: str) -> None:
 def _load(group: Cohort, nodes: Sequence[Node], costs: Costs) -> Load:
     families = families_of(group)
     seconds = [costs.family_seconds(family) for family in families]
-    least = _least_parts(group, len(families), nodes, costs)
+    least = _least_parts(group, nodes, costs)
     part = max(split_evenly(group, least, costs.family_seconds), key=costs.memory)
     return Load(
         sum(seconds), costs.ask(part), costs.stream_seconds(group), max(seconds), parts=len(families), least=least
     )
 
 
-def _least_parts(group: Cohort, most: int, nodes: Sequence[Node], costs: Costs) -> int:
-    """Into how many cohorts a group must be cut so that each fits the cluster."""
-    for count in range(1, most + 1):
-        asks = [costs.ask(part) for part in split_evenly(group, count, costs.family_seconds)]
-        if all(fits(nodes, ask) for ask in asks):
-            return count
-        if not fits(nodes, replace(asks[0], memory=0.0)):
-            break  # not for memory
-    worst = max(families_of(group), key=costs.memory)
-    check_room_for(costs.ask(worst), worst, nodes)
-    raise AssertionError("it fits after all")
+def _least_parts(group: Cohort, nodes: Sequence[Node], costs: Costs) -> int:
+    """Into how many cohorts a group must be cut so that each fits the cluster.
+
+    Raises:
+        AkdError: one of them would not even fit alone; as `check_room`.
+    """
+    families = families_of(group)
+    largest = max(families, key=costs.memory)  # all else they ask for is the same
+    check_room_for(costs.ask(largest), largest, nodes)
+    count = 1
+    while not _all_fit(split_evenly(group, count, costs.family_seconds), nodes, costs):
+        count += 1  # each family alone fits
+    return count
+
+
+def _all_fit(parts: Sequence[Cohort], nodes: Sequence[Node], costs: Costs) -> bool:
+    return all(fits(nodes, costs.ask(part)) for part in parts)
+
+
+def cut(group: Cohort, count: int, nodes: Sequence[Node], costs: Costs) -> list[Cohort]:
+    """Cut a group into so many cohorts of about equal time, each of which fits the cluster.
+
+    More parts are not always smaller ones: they are of equal time, and students that take little of it and much memory
+    may come together where they were apart. Then the longest parts of a cut that fits are halved instead.
+    """
+    cuts = (split_evenly(group, fewer, costs.family_seconds) for fewer in range(count, 0, -1))
+    parts = next(parts for parts in cuts if _all_fit(parts, nodes, costs))
+    while len(parts) < count:
+        longest = max((part for part in parts if len(families_of(part)) > 1), key=costs.cohort_seconds)
+        parts.remove(longest)
+        parts += split_evenly(longest, 2, costs.family_seconds)
+    return parts
 
 
 def check_room_for(ask: Ask, cohort: Cohort, nodes: Sequence[Node]) -> None:
-    """Refuse what would wait for ever.
-
-    Raises:
-        MachineError: the cluster has too few CPUs or GPUs, or none of its nodes has enough of them together.
-        RefusedError: it has, and it is the memory that no node has.
-    """
-    if fits(nodes, ask):
-        return
-    what = f"the cohort of {cohort[0].name}"
-    gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
-    if ask.gpus * ask.workers > gpus:
-        raise MachineError(
-            f"the cluster has too few GPUs for {what}",
-            got=f"{gpus:g} GPUs in all",
-            expected=f"{ask.gpus * ask.workers:g} GPUs, as the recipe says device: cuda",
-            next="set device: cpu in the recipe (--set device=cpu), lower `workers` or `gpus`, or join nodes with GPUs",
-        )
-    if not fits(nodes, replace(ask, memory=0.0)):
-        largest = ", ".join(f"{node.cpus:g}" for node in sorted(nodes, key=lambda node: -node.cpus)[:5])
-        raise MachineError(
-            f"the cluster is too small for {what}",
-            got=f"{cpus:g} CPUs in all; on its nodes: {largest}" + (f"; {gpus:g} GPUs" if ask.gpus else ""),
-            expected=str(replace(ask, memory=0.0)),
-            next="lower `threads` or `workers` in the recipe, or join more nodes",
-        )
-    raise RefusedError(
-        f"{cohort[0].name} does not fit the memory of the cluster",
-        got=f"nodes that give workers {', '.join(in_units(node.memory) for node in nodes[:5])}",
-        expected=f"{in_units(ask.memory)} for each of its workers ({ask.workers}), as a probe estimates it",
-        next="lower its batch or take a smaller model; or join a node with more memory",
-    )
+    """Refuse a cohort that would wait for ever; as `check_room`."""
+    check_room(nodes, ask, f"the cohort of {cohort[0].name}")
 
 
 def allocate(loads: Sequence[Load], nodes: Sequence[Node], wanted: int | None) -> tuple[list[int], list[Alternative]]:
@@ -326,6 +319,7 @@ def allocate(loads: Sequence[Load], nodes: Sequence[Node], wanted: int | None) -
 
     Cuts are tried one by one, each where the fleet then ends soonest, and the best of them by end and starts together
     is taken; or the one of as many cohorts as `wanted`. There may be more than run at a time: others wait their turn.
+    It is over when the starts alone of one more would cost what the best of them saves; one more is always tried.
 
     Returns:
         The counts, and each number of cohorts that was tried, with the seconds to the end.
@@ -343,8 +337,16 @@ def allocate(loads: Sequence[Load], nodes: Sequence[Node], wanted: int | None) -
     counts = [load.least for load in loads]
     best, tried = counts, [Alternative(sum(counts), end(counts)[0])]
     slots = 1 + sum(int(node.cpus) for node in nodes)
-    lowest = cost = tried[0].seconds + START_SECONDS * sum(counts)
-    while sum(counts) < (wanted or sum(best) + slots):
+    work = sum(load.seconds * load.ask.workers * load.ask.cpus for load in loads)
+    soonest = max(work / sum(node.cpus for node in nodes), *(load.each(load.parts) for load in loads))
+    lowest = tried[0].seconds + START_SECONDS * sum(counts)
+
+    def goes_on(total: int) -> bool:
+        if wanted is not None:
+            return total < wanted
+        return total <= sum(best) or (total < sum(best) + slots and soonest + START_SECONDS * (total + 1) < lowest)
+
+    while goes_on(sum(counts)):
         finer = [
             [count + (index == chosen) for index, count in enumerate(counts)]
             for chosen, load in enumerate(loads)
@@ -352,8 +354,8 @@ def allocate(loads: Sequence[Load], nodes: Sequence[Node], wanted: int | None) -
         ]
         if not finer:
             break
-        counts = min(finer, key=end)
-        tried.append(Alternative(sum(counts), end(counts)[0]))
+        (seconds, _), counts = min(((end(cut), cut) for cut in finer), key=lambda one: one[0])
+        tried.append(Alternative(sum(counts), seconds))
         cost = tried[-1].seconds + START_SECONDS * sum(counts)
         if wanted is not None or cost < lowest:
             best, lowest = counts, cost

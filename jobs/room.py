@@ -8,7 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from akd_dist.storage.errors import MachineError, RefusedError
+from akd_dist.wording import size
+
 _DUST = 1e-6  # fractions of GPUs do not add up to 1 exactly
+NODES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,7 @@ class Node:
 
     def holds(self, ask: Ask) -> bool:
         """Whether one worker fits here."""
-        has, wanted = (self.cpus, self.gpus, self.memory), (ask.cpus, ask.gpus, ask.memory)
-        return all(have + _DUST >= want for have, want in zip(has, wanted, strict=True))
+        return self.cpus + _DUST >= ask.cpus and self.gpus + _DUST >= ask.gpus and self.memory + _DUST >= ask.memory
 
     def without(self, ask: Ask, workers: int = 1) -> Node:
         """What is left beside so many workers; a negative number gives their room back."""
@@ -57,18 +60,9 @@ class Ask:
     def __str__(self) -> str:
         parts = [f"{self.cpus:g} {'CPU' if self.cpus == 1 else 'CPUs'}"]
         parts += [f"{self.gpus:g} {'GPU' if self.gpus == 1 else 'GPUs'}"] if self.gpus else []
-        parts += [f"{in_units(self.memory)} of memory"] if self.memory else []
+        parts += [f"{size(self.memory)} of memory"] if self.memory else []
         each = f"{', '.join(parts[:-1])} and {parts[-1]}" if parts[1:] else parts[0]
         return f"{each} on one node" if self.workers == 1 else f"{self.workers} workers, each with {each} on one node"
-
-
-def in_units(size: float) -> str:
-    """Bytes as people say them: 812 B, 34.5 kB, 1.2 GB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError
 
 
 def place(nodes: Sequence[Node], asks: Iterable[Ask]) -> list[Node] | None:
@@ -110,6 +104,43 @@ def fits(nodes: Sequence[Node], ask: Ask) -> bool:
     return place(nodes, [ask]) is not None
 
 
+def check_room(nodes: Sequence[Node], ask: Ask, what: str) -> None:
+    """Refuse what would wait for ever.
+
+    Args:
+        what: who asks, for the message.
+
+    Raises:
+        MachineError: the nodes have too few CPUs or GPUs, or none of them has enough of both together.
+        RefusedError: they have, and it is the memory that no node has.
+    """
+    if fits(nodes, ask):
+        return
+    bare = replace(ask, memory=0.0)
+    gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    if ask.gpus * ask.workers > gpus:
+        raise MachineError(
+            f"the cluster has too few GPUs for {what}",
+            got=f"{gpus:g} GPUs in all",
+            expected=f"{ask.gpus * ask.workers:g} GPUs, as the recipe says device: cuda",
+            next="set device: cpu in the recipe (--set device=cpu), lower `workers` or `gpus`, or join nodes with GPUs",
+        )
+    if not fits(nodes, bare):
+        largest = ", ".join(f"{node.cpus:g}" for node in sorted(nodes, key=lambda node: -node.cpus)[:NODES_SHOWN])
+        raise MachineError(
+            f"the cluster is too small for {what}",
+            got=f"{cpus:g} CPUs in all; on its nodes: {largest}" + (f"; {gpus:g} GPUs" if ask.gpus else ""),
+            expected=str(bare),
+            next="lower `threads` or `workers` in the recipe, or join more or larger nodes",
+        )
+    raise RefusedError(
+        f"{what} does not fit the memory of the cluster",
+        got=f"nodes that give workers {', '.join(size(node.memory) for node in nodes[:NODES_SHOWN])}",
+        expected=f"{size(ask.memory)} for each of its workers ({ask.workers}), as a probe estimates it",
+        next="lower its batch or take a smaller model; or join a node with more memory",
+    )
+
+
 def next_to_start(
     waiting: Sequence[Ask],
     overtook: Sequence[Ask],
@@ -129,13 +160,17 @@ def next_to_start(
         nodes: what they have in all.
         running: the cohorts that run, where some of them are not placed yet and still count as free.
     """
-    hopeless = bool(waiting) and not fits(nodes, waiting[0])  # a node was lost: it waits for another one to join
+
+    def may_overtake(ask: Ask) -> bool:
+        first = waiting[0]  # if a node was lost, it waits for another one to join
+        return not fits(nodes, first) or place(nodes, [first, *overtook, ask]) is not None
+
     refused: set[Ask] = set()  # a long queue holds few different asks
     for index, ask in enumerate(waiting):
         if ask in refused:
             continue
         has_room = fits(free, ask) and (not running or place(nodes, [*running, ask]) is not None)
-        if has_room and (index == 0 or hopeless or place(nodes, [waiting[0], *overtook, ask]) is not None):
+        if has_room and (index == 0 or may_overtake(ask)):
             return index
         refused.add(ask)
     return None

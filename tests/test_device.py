@@ -13,7 +13,7 @@ from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_job, creation_of, plan_splits
 from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.planner import Costs, plan_cohorts
-from akd_dist.jobs.room import Ask, Node, fits
+from akd_dist.jobs.room import Ask, Node, check_room, fits
 from akd_dist.jobs.train_students import fleet_job, train_in_process
 from akd_dist.models import load_card, read_model
 from akd_dist.recipe import Cache, Precision, Recipe
@@ -80,7 +80,7 @@ def test_a_cluster_without_gpus_is_refused_before_anything_starts(recipe: Recipe
     with pytest.raises(MachineError, match=r"(?s)too few GPUs for the cohort of one.*0 GPUs.*device=cpu"):
         fleet.train([tuple(recipe.students)])
     assert not fleet.jobs
-    cluster.check_fits(1, "a CPU", gpus=0)
+    check_room(cluster.nodes(), Ask(1, 1), "a CPU")
     assert not fits(cluster.free_nodes(), Ask(1, 1, gpus=1))
 
 

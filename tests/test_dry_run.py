@@ -1,5 +1,6 @@
 """What a fleet would do, before it does: its plan, what cannot fit, and the probe that the estimates come from."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -10,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from akd_dist.cli import main
 from akd_dist.documents import FleetPlanDocument
+from akd_dist.fleet_plan import plan_lines, plan_table
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planner import Costs
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models import add_folder
-from akd_dist.probe import measure_all, probe, scaled
+from akd_dist.probe import guessed, measure_all, probe, scaled
 from akd_dist.rows import prepare
 from akd_dist.storage.objects import LocalRoot
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher
@@ -106,6 +109,23 @@ def test_a_plan_as_text(place: Place) -> None:
         assert told in out
 
 
+def test_a_plan_fits_eighty_columns(place: Place) -> None:
+    plan = place.plan()
+    names = {"a": "mlp-8-annealing_kd-t5-m20-s0", "b": "mlp-8-annealing_kd-t5-m40-s0", "c": "from-scratch"}
+    for cohort in plan["cohorts"]:
+        cohort |= {"begins": 3000.0, "ends": 6500.0, "steps": 40_000}
+        for student in cohort["students"]:
+            leader = names.get(student["rides"])
+            student |= {"name": names[student["name"]], "rides": leader, "steps": 40_000, "parameters": 250_000}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(plan_table(plan))
+    assert isinstance(console.file, io.StringIO)
+    told = console.file.getvalue()
+    assert set(told.split()) >= set(names.values())  # none of them cut or folded
+    assert "  stage I of" in told
+    assert "58 min 20 s" in told
+
+
 def test_what_cannot_fit_is_refused_before_anything_starts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = place.run("--set", "students.2.threads=999")
     assert (code, "999 CPUs on one node" in err) == (6, True), err
@@ -117,6 +137,40 @@ def test_what_cannot_fit_is_refused_before_anything_starts(place: Place, monkeyp
     code, _, err = place.run()
     assert (code, "do not fit in" in err, "--run-root" in err) == (6, True, True), err
     assert not (place.root / "stores").exists()
+
+
+def test_logits_and_checkpoints_on_one_disk_must_fit_together(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = place.plan()
+    students = plan["checkpoint_bytes"] + plan["model_bytes"]
+    usage = namedtuple("usage", "total used free")
+    for free, code in ((students + plan["cache_bytes"], 0), (max(students, plan["cache_bytes"]), 6)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path, free=free: usage(10**9, 0, free))
+        left, _, err = place.run()
+        assert left == code, err
+    assert "of logits on the same disk" in err
+
+
+def test_what_an_interrupted_run_cached_is_not_counted_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = place.plan()["cache_bytes"]
+    roots = {"store_root": str(place.root / "stores"), "cache_root": str(place.root / "cache")}
+    train = Path(cache_in_process(place.recipe, str(place.root / "teacher"), **roots)["store"])
+    for name in ("manifest.json", "receipts/0-0.json"):
+        (train / name).unlink()
+    left = place.plan()["cache_bytes"]
+    assert 0 < left < everything / 2
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(LocalRoot, "free_bytes", lambda _root: left)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 0, 10**8))
+    code, _, err = place.run()
+    assert code == 0, err
+
+
+def test_a_plan_of_students_that_could_not_be_probed_claims_no_time(place: Place) -> None:
+    plan = place.plan()
+    assert "about" in plan_lines(plan)[-1]
+    plan["cohorts"][0]["students"][0]["seconds"] = None
+    assert "more than" in plan_lines(plan)[-1]
+    assert plan["cohorts"][0]["students"][0]["name"] in plan_lines(plan)[-1]
 
 
 # ---- the probe
@@ -164,6 +218,15 @@ def test_a_learning_rate_that_diverges_is_probed_all_the_same(tmp_path: Path) ->
     wild = {"kind": "sgd", "lr": 1e30}
     recipe = a_recipe([a_student("wild", optimizer=wild)])
     assert probe(recipe, recipe.students[0], prepare(recipe.data, tmp_path)) is not None
+
+
+def test_the_larger_optimizer_of_two_stages_counts(tmp_path: Path) -> None:
+    objective = ANNEALING | {"stage2_optimizer": ADAMW}
+    (spec,) = a_recipe([a_student("one", objective=objective, optimizer={"kind": "sgd", "lr": 0.1})]).students
+    found = probe(a_recipe([a_student("one")]), spec, prepare(a_recipe([a_student("one")]).data, tmp_path))
+    assert found is not None
+    assert found.optimizer == pytest.approx(2 * found.weights, rel=0.01)
+    assert guessed(spec, 610).optimizer == 2 * 4 * 610
 
 
 def test_students_that_differ_in_seed_and_temperature_are_probed_once(

@@ -88,6 +88,10 @@ def test_a_fleet_of_hundreds_fits_the_terminal_and_says_how_many_more_there_are(
         assert [line.split()[1] for line in rows[30:33]] == ["failed", "failed", "waiting"]
 
 
+def test_of_a_run_that_is_prepared_there_are_no_sums() -> None:
+    assert shown(FleetView(a_status(state="preparing", steps=0, steps_total=0), "training", fit=True)) == ["training"]
+
+
 def test_without_a_height_everybody_is_listed_in_the_order_of_the_recipe() -> None:
     students = [a_student(f"s{n}", "done" if n % 2 else "training") for n in range(99)]
     lines = shown(FleetView(a_status(*students)), width=160)
@@ -163,6 +167,12 @@ def test_the_headline_says_what_goes_on_and_who_does_it(changes: dict[str, Any],
     assert said in headline(status)
     expected = "the same command goes on: akd-dist train-students r.yaml (in somewhere)" if goes_on else None
     assert next_line(status) == expected
+
+
+def test_a_run_that_nobody_is_known_to_have_driven() -> None:
+    told = headline(a_status(state="stopped", at=1e9, alive=None))
+    assert told.startswith("runs/fleet stopped at 2001-09-")
+    assert told.endswith(", and nothing tells who worked on it")
 
 
 def test_seconds_in_little_room_and_in_words() -> None:

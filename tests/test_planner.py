@@ -77,6 +77,14 @@ def test_a_student_that_cannot_be_cut_and_the_stream_bound_what_another_cohort_s
     assert [one.cohorts for one in tried][:3] == [1, 2, 3]
 
 
+def test_no_more_cuts_are_tried_than_can_pay() -> None:
+    """Or planning would take minutes where there are hundreds of CPUs."""
+    counts, tried = allocate([Load(300 * 400.0, Ask(1, 1), longest=400.0, parts=300)], nodes(256), None)
+    assert counts == [93]
+    assert len(tried) < 200
+    assert len(allocate([Load(1.0, Ask(1, 1))], nodes(256), None)[1]) == 2  # of which the plan tells
+
+
 # ---- room
 
 
@@ -146,6 +154,24 @@ def test_cohorts_are_cut_until_they_fit_the_memory_of_a_node() -> None:
     one = recipe.model_copy(update={"cohorts": 1})
     with pytest.raises(RecipeError, match="at least 2"):
         plan_cohorts(one, students, nodes(4, memory=alone + 600e6), costs)
+
+
+def test_more_cohorts_fit_where_fewer_do() -> None:
+    """Cut in three by time, the two large ones would share what fits neither: `a`, `b` and `c, d`."""
+    recipe = a_recipe([a_student(name, seed=seed) for seed, name in enumerate("abcd")], cohorts=3)
+    long, large = (costs_for(recipe, **each).measured["a"] for each in ({"step": 9.0}, {"step": 0.1, "weights": 10**9}))
+    costs = replace(costs_for(recipe), measured={"a": long, "b": long, "c": large, "d": large})
+    cluster = nodes(4, memory=costs.memory(tuple(recipe.students)[2:3]) + 1e8)
+    cohorts, _ = plan_cohorts(recipe, list(recipe.students), cluster, costs)
+    assert len(cohorts) == 3
+    assert all(fits(cluster, costs.ask(cohort)) for cohort in cohorts)
+    assert sorted(spec.name for cohort in cohorts for spec in cohort) == list("abcd")
+
+
+def test_one_too_large_is_found_at_once_among_many() -> None:
+    recipe = a_recipe([a_student(f"s{seed}", seed=seed) for seed in range(400)])
+    with pytest.raises(RefusedError, match="the cohort of s0 does not fit the memory"):
+        plan_cohorts(recipe, list(recipe.students), nodes(8, memory=1e9), costs_for(recipe, weights=10**12))
 
 
 @pytest.mark.parametrize(("changes", "told"), [({"threads": 3}, "3 CPUs on one node"), ({"workers": 9}, "9 workers")])

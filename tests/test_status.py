@@ -142,6 +142,33 @@ def test_a_driver_that_was_killed_is_seen_to_be_gone_also_when_its_number_is_use
     assert birth_of(os.getpid()) == driver.birth
 
 
+def test_a_driver_that_is_dead_but_not_buried_is_gone(tmp_path: Path) -> None:
+    """Its parent has not asked for its end, as the first process of many containers never does."""
+    child = subprocess.Popen(["sleep", "60"])
+    with driving(tmp_path):
+        driver = read_document(tmp_path / "control" / "driver.json", RunDriver)
+    assert driver is not None
+    its = {"pid": child.pid, "birth": birth_of(child.pid), "ended": None}
+    write_document(tmp_path / "control" / "driver.json", driver.model_copy(update=its))
+    a_run(tmp_path, "one")
+    assert RunReader(tmp_path).read().state == "training"
+    child.kill()
+    while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    status = RunReader(tmp_path).read()
+    child.wait()
+    assert (status.alive, status.state) == (False, "stopped")
+
+
+def test_a_run_is_done_since_its_results_were_written(tmp_path: Path) -> None:
+    (tmp_path / "fleet.json").write_text(json.dumps({"metric": "accuracy", "students": []}))
+    os.utime(tmp_path / "fleet.json", (1e9, 1e9))
+    with driving(tmp_path):
+        pass  # a command that only showed the results
+    status = RunReader(tmp_path).read()
+    assert (status.state, status.at) == ("done", 1e9)
+
+
 @pytest.mark.parametrize(("silent", "state"), [(1.0, "training"), (3600.0, "stopped")])
 def test_a_driver_on_another_machine_lives_as_long_as_it_gives_signs(tmp_path: Path, silent: float, state: str) -> None:
     with driving(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,16 @@ import pytest
 
 from akd_dist import trackers
 from akd_dist.storage.errors import RecipeError
-from akd_dist.trackers import Follower, MLflow, TensorBoard, Tracked, Wandb, check_trackers, forwarding
+from akd_dist.trackers import (
+    Follower,
+    MLflow,
+    TensorBoard,
+    Tracked,
+    Wandb,
+    check_trackers,
+    forwarding,
+    wandb_records,
+)
 
 EPOCHS = 5
 
@@ -318,21 +326,6 @@ def wandb_history(run: Path, student: str) -> tuple[list[dict[str, Any]], dict[s
     return lines, summary, ids
 
 
-def wandb_records(data: bytes) -> list[bytes]:
-    """The records of W&B's file: a LevelDB log, blocks of 32 KiB with chunks of checksum, length, type and content."""
-    found, position, block = [b""], 7, 32 * 1024
-    while position + 7 <= len(data):
-        if block - position % block < 7:  # no chunk begins there
-            position += block - position % block
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        found[-1] += data[position + 7 : position + 7 + length]
-        if kind in (1, 4):  # whole, or its last part
-            found.append(b"")
-        position += 7 + length
-    return found[:-1]
-
-
 def test_wandb_has_every_point_once_in_one_run(tmp_path: Path) -> None:
     run = tmp_path / "fleet"
     one, two = a_student(run, "one"), a_student(run, "two")
@@ -348,6 +341,25 @@ def test_wandb_has_every_point_once_in_one_run(tmp_path: Path) -> None:
     assert summary["test/accuracy"] == 0.75
     assert len(ids) == 1
     assert wandb_history(run, "two")[2].isdisjoint(ids)
+
+
+@pytest.mark.parametrize("epochs", [EPOCHS, 150])
+def test_wandb_loses_nothing_and_repeats_nothing_when_its_driver_is_killed(tmp_path: Path, epochs: int) -> None:
+    """W&B writes blocks of 32 KiB: of a killed session they hold nothing, or not the last epochs."""
+    student = a_student(tmp_path / "fleet", "one")
+    train(student, epochs)
+    code = (
+        "import os\nfrom pathlib import Path\nfrom akd_dist.trackers import Follower, Tracked, Wandb\n"
+        f"run = Path({str(tmp_path / 'fleet')!r})\n"
+        "one = Tracked('one', 'fleet', run / 'students' / 'one', {}, '', 'accuracy')\n"
+        "Follower(Wandb(run), [one], print).forward()\nos.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False)
+    assert killed.returncode == -9
+    train(student, epochs + 1)
+    forward(Wandb(tmp_path / "fleet"), student)
+    lines, _, _ = wandb_history(tmp_path / "fleet", "one")
+    assert sorted(line["_step"] for line in lines) == list(range(epochs + 1))
 
 
 # ---- refused at once

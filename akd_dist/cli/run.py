@@ -184,10 +184,9 @@ def print_plan(plan: dict[str, Any]) -> None:
 def print_fleet_plan(plan: dict[str, Any]) -> None:
     """What training would do, as a table, and why."""
     from akd_dist.fleet_plan import plan_lines, plan_table
-    from akd_dist.fleet_view import duration
 
-    result_console().print(plan_table(plan, duration, size))
-    for line in plan_lines(plan, duration, size):
+    result_console().print(plan_table(plan))
+    for line in plan_lines(plan):
         click.echo(line)
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from akd_dist.cli.options import DEFAULT_ROOTS
+from akd_dist.wording import counted as counted
+from akd_dist.wording import size as size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,20 +86,6 @@ def command_line(verb: str, target: str, overrides: Iterable[str] = (), **roots:
         if value not in (None, DEFAULT_ROOTS.get(name)):
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
-
-
-def size(count: float) -> str:
-    """Bytes, as people say them: `12.3 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
-
-
-def counted(count: int, noun: str) -> str:
-    """A number with its noun: `1 student`, `2 students`."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def short_path(path: str | Path) -> str:
