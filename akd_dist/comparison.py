@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from akd_dist.damage import reading
 from akd_dist.recipe import AnnealingKD, ContinuationKD, HardLabels, Kd, Objective, Recipe, Student, Takd
-from akd_dist.storage.errors import DamagedError, RecipeError
+from akd_dist.storage.errors import RecipeError
 from akd_dist.storage.files import replace
 from akd_dist.wording import OBJECTIVE_LABELS, house_table
 
@@ -269,16 +270,10 @@ def read_comparison(run: Path) -> dict[str, Any] | None:
     path = run / JSON_NAME
     if not path.exists():
         return None
-    try:
+    advice = "remove it, and run akd-dist compare again: what is trained is kept"
+    with reading(path, expected="what akd-dist compare wrote", next=advice):
         document: dict[str, Any] = json.loads(path.read_bytes())
         CompareDocument.model_validate(document)
-    except ValueError as error:  # of json and of pydantic
-        raise DamagedError(
-            f"{path} is damaged",
-            got=str(error).partition("\n")[0],
-            expected="what akd-dist compare wrote",
-            next="remove it, and run akd-dist compare again: what is trained is kept",
-        ) from error
     return document
 
 

@@ -360,6 +360,27 @@ class Metrics(Document):
     """Mean cross-entropy, or mean squared error for regression, where it was measured and is finite."""
 
 
+class EpochRecord(Document):
+    """A line of a student's metrics.jsonl: an epoch behind it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    epoch: Count
+    """Its number over all stages, from 0."""
+    stage: str
+    """The stage that it belongs to."""
+    temperature: int | None = None
+    """The temperature; null where nothing is annealed."""
+    phi: float | None = None
+    """The factor on the teacher's logits; null where nothing is annealed."""
+    psi: float | None = None
+    """The weight of the labels; null but in Continuation-KD."""
+    train_loss: float
+    """Mean loss over the train rows."""
+    validation: Metrics | None
+    """Metrics on the validation rows."""
+
+
 class FleetTeacher(Document):
     """The teacher of a run, as its stores describe it."""
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from akd_dist.differences import read_said
 from akd_dist.documents import Economics, FleetDocument, ReportDocument
 from akd_dist.economics import Reading, economics, reading
 from akd_dist.figures import OBJECTIVE_COLOURS, stage_figures
@@ -42,7 +43,7 @@ from akd_dist.objectives import stages
 from akd_dist.predictions import encode_predictions
 from akd_dist.recipe import METRICS, AdamW, AnnealingKD, ContinuationKD, HardLabels, Kd, Mlp, Student, Takd
 from akd_dist.report_page import render, tau_notes, write_report, write_reports
-from akd_dist.storage.errors import DamagedError, RecipeError, RefusedError
+from akd_dist.storage.errors import DamagedError, MachineError, RecipeError, RefusedError
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.writer import create_store, seal_store, write_shard
 from akd_dist.wording import OBJECTIVE_LABELS, SHOWN, duration, seconds, share
@@ -538,19 +539,42 @@ def test_a_damaged_field_is_named(tmp_path: Path) -> None:
 def test_metrics_keep_the_last_word_on_an_epoch_and_drop_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "students" / "a" / "metrics.jsonl"
     path.parent.mkdir(parents=True)
-    path.write_text('{"epoch": 0, "n": 1}\n{"epoch": 1, "n": 2}\n{"epoch": 0, "n": 3}\n{"epoch": 2, "n"')
-    assert read_metrics(tmp_path, "a") == [{"epoch": 0, "n": 3}, {"epoch": 1, "n": 2}]
+    first, second, third = epochs_of(student("mlp-8", "kd", 0))[:3]
+    again = dict(first, train_loss=3.0)
+    path.write_text("\n".join(map(json.dumps, (first, second, again, third)))[:-20])
+    assert read_metrics(tmp_path, "a") == [again, second]
     assert read_metrics(tmp_path, "b") == []
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"loss": 1}'])
-def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize("line", [b"nonsense", b"[1]", b'{"epoch": 1}', b"\xff\xfe", "loss"])
+def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: bytes | str) -> None:
     path = tmp_path / "students" / "a" / "metrics.jsonl"
     path.parent.mkdir(parents=True)
-    path.write_text(f'{{"epoch": 0}}\n{line}\n')
+    first, second = epochs_of(student("mlp-8", "kd", 0))[:2]
+    if isinstance(line, str):
+        line = json.dumps(dict(second, train_loss=line)).encode()
+    path.write_bytes(json.dumps(first).encode() + b"\n" + line + b"\n")
     with pytest.raises(DamagedError, match="damaged") as caught:
         read_metrics(tmp_path, "a")
     assert "line 2" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"students": 3, "dataset": {}}', '{"dataset": {}}'])
+def test_a_damaged_identity_is_named(tmp_path: Path, text: str) -> None:
+    write_run(tmp_path)
+    assert read_run(tmp_path).identity == {}
+    (tmp_path / "identity.json").write_text(text)
+    with pytest.raises(DamagedError, match=r"identity\.json is damaged"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fleet.json", "comparison.json", "identity.json"])
+def test_what_cannot_be_read_is_no_bug(tmp_path: Path, name: str) -> None:
+    write_run(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(MachineError, match=f"cannot read .*{name}"):
+        read_run(tmp_path)
 
 
 def test_groups_carry_what_the_table_shows() -> None:
@@ -712,6 +736,26 @@ def test_damaged_answers_are_named(tmp_path: Path, content: bytes | None) -> Non
         path.write_bytes(content)
     with pytest.raises(DamagedError, match=r"test\.parquet is damaged"):
         write_report(tmp_path)
+
+
+def test_a_flipped_bit_of_the_answers_is_told_or_harmless(tmp_path: Path) -> None:
+    path, generator = tmp_path / "test.parquet", np.random.default_rng(0)
+    label, said, teacher = generator.integers(0, 10, (3, 300))
+    whole = encode_predictions({"row": np.arange(300), "label": label, "student": said, "teacher": teacher})
+    told = 0
+    for place in generator.integers(0, len(whole), 150):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        try:
+            found = read_said(path)
+        except DamagedError:
+            told += 1
+            continue
+        assert found is not None
+        for read, written in ((found.label, label), (found.student, said), (found.teacher, teacher)):
+            assert np.array_equal(read, written), f"byte {place}"
+    assert told > 30
 
 
 # --- economics --------------------------------------------------------------------------------------------------------
