@@ -29,6 +29,8 @@ from akd_dist.wording import HARD_LABELS, OBJECTIVE_LABELS, SHOWN, Shown, house_
 if TYPE_CHECKING:
     from rich.table import Table
 
+SAME = 5e-7
+"""Scores that differ by less are the same: metrics are kept to seven digits."""
 PAIRS_TOLD = 20
 """The most pairs of classes that a document names of each group."""
 
@@ -165,16 +167,17 @@ def gain_over_scratch(group: Group, groups: Iterable[Group]) -> float | None:
 
 
 def pareto_front(groups: Iterable[Group]) -> list[Group]:
-    """The groups that no other beats: better with as few parameters, or as good with fewer. Smallest first."""
+    """The groups that no other beats: better with as few parameters, or as good with fewer. Smallest first.
+
+    Of one size those that are equally good are all on it.
+    """
     front: list[Group] = []
-    best = -math.inf
-    for group in sorted(
-        (group for group in groups if group.score),
-        key=lambda group: (group.parameters, -(group.score.mean if group.score else 0.0)),
-    ):
-        if group.score is not None and group.score.mean > best:
+    best, size = -math.inf, 0
+    scored = [(group, group.score.mean) for group in groups if group.score is not None]
+    for group, mean in sorted(scored, key=lambda pair: (pair[0].parameters, -pair[1])):
+        if mean > best + SAME or (mean > best - SAME and group.parameters == size):
             front.append(group)
-            best = group.score.mean
+            best, size = max(best, mean), group.parameters
     return front
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from akd_dist.differences import read_said
 from akd_dist.documents import Economics, FleetDocument, ReportDocument
 from akd_dist.economics import Reading, economics, reading
-from akd_dist.figures import OBJECTIVE_COLOURS, stage_figures
+from akd_dist.figures import OBJECTIVE_COLOURS, _beside_each_other, runs_figure, stage_figures, tau_figures
 from akd_dist.fleet_report import (
     Group,
     Run,
@@ -46,7 +46,7 @@ from akd_dist.report_page import render, tau_notes, write_report, write_reports
 from akd_dist.storage.errors import DamagedError, MachineError, RecipeError, RefusedError
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.writer import create_store, seal_store, write_shard
-from akd_dist.wording import OBJECTIVE_LABELS, SHOWN, duration, seconds, share
+from akd_dist.wording import OBJECTIVE_LABELS, SHOWN, amount, duration, seconds, share
 from tests import stores
 
 TRAINED: dict[str, Any] = {"optimizer": AdamW(lr=0.1)}
@@ -250,6 +250,10 @@ def test_gain_needs_exactly_one_baseline() -> None:
         (duration(-9000), "-2.5 h"),
         (ACCURACY.gain(0.0123), "+1.23"),
         (ACCURACY.gain(-0.0123), "-1.23"),
+        (ACCURACY.gain(-0.00001), "0.00"),
+        (amount(0.654), "0.65"),
+        (amount(25.81), "26"),
+        (amount(1234.5), "1,234"),
         (PEARSON.gain(-0.0123), "-0.0123"),
         (PEARSON.gain(None), "-"),
     ],
@@ -497,6 +501,24 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert page.count("&lt;script&gt;") >= 4
 
 
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path: Path) -> None:
+    fleet = fleet_of(
+        *(student("mlp-8", "annealing_kd", 0, tau_max=tau, name=f"a-t{tau}-s0") | {"model": "_own"} for tau in (2, 4))
+    )
+    (figure,) = runs_figure([run_of(dict(fleet, run=f"runs/{name}")) for name in ("_one", "two")])
+    assert [name for name in ("_one", "two") if name in figure.svg] == ["_one", "two"]
+    assert "_own</text>" in next(stage_figures(run_of(fleet))).svg
+    assert "_own, Annealing-KD" in next(tau_figures(tau_effects(run_of(fleet)), ACCURACY)).svg
+
+
+def test_groups_of_one_size_stand_beside_each_other() -> None:
+    drawn = [student("mlp-8", "kd", 0), student("mlp-8", "hard_labels", 0), student("mlp-64", "kd", 0)]
+    groups = group_students(drawn)
+    places = _beside_each_other(groups)
+    assert len(set(places.values())) == 3
+    assert all(places[id(group)] == pytest.approx(group.parameters, rel=0.02) for group in groups)
+
+
 def test_every_kind_of_fleet_draws_without_a_warning() -> None:
     one_size = fleet_of(*(student("mlp-8", "annealing_kd", 0, tau_max=tau, name=f"t{tau}") for tau in (2, 4)))
     two_close = fleet_of(student("mlp-100", "hard_labels", 0), student("mlp-101", "hard_labels", 0))
@@ -593,6 +615,13 @@ def test_the_front_holds_what_no_group_beats() -> None:
     assert [group.model for group in pareto_front(groups)] == ["mlp-8", "mlp-32"]
     same_size = group_students([student("mlp-8", "kd", 0, 0.9), student("mlp-8", "hard_labels", 0, 0.8)])
     assert [group.objective for group in pareto_front(same_size)] == ["kd"]
+    # A third of 359 rows each, as metrics have it: equal but for the seventh digit.
+    alike = [student("mlp-8", "kd", seed, 0.3342619 + seed / 1e7) for seed in range(2)]
+    equal = group_students([*alike, student("mlp-8", "hard_labels", 0, 0.3342619), student("mlp-9", "kd", 0, 0.334262)])
+    assert sorted((group.model, group.objective) for group in pareto_front(equal)) == [
+        ("mlp-8", "hard_labels"),
+        ("mlp-8", "kd"),
+    ]
     assert pareto_front(group_students([student("mlp-8", "kd", 0, None)])) == []
 
 
