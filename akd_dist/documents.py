@@ -321,6 +321,33 @@ class StoreDocument(StoreEntry):
     """The seal; null for an unsealed store."""
 
 
+class StoreDamage(Document):
+    """A part of a store that is not what was sealed."""
+
+    key: str
+    """The object, relative to the store's folder."""
+    problem: str
+    """What is wrong with it."""
+
+
+class VerifyDocument(Document):
+    """What `akd-dist stores verify --json` prints, damaged or not."""
+
+    id: str
+    """The store's id."""
+    damages: list[StoreDamage]
+    """What is damaged; empty for a store that is what was sealed."""
+
+
+class RepairDocument(Document):
+    """What `akd-dist stores repair --json` prints."""
+
+    id: str
+    """The store's id."""
+    repaired: list[str]
+    """Keys of the shards that were computed again, relative to the store's arrays."""
+
+
 class StoreRemoval(Document):
     """A store that `akd-dist stores gc` was asked for."""
 
@@ -1037,6 +1064,8 @@ def schemas() -> dict[str, dict[str, Any]]:
         "fleet-plan": FleetPlanDocument,
         "stores": StoresDocument,
         "store": StoreDocument,
+        "verify": VerifyDocument,
+        "repair": RepairDocument,
         "gc": GcDocument,
         "fleet": FleetDocument,
         "compare": CompareDocument,
