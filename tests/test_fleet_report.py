@@ -841,6 +841,8 @@ def test_a_store_that_nobody_read_or_timed(tmp_path: Path) -> None:
     untimed = economics("teacher", "cnn", {"train": store_of(tmp_path / "b", 100, 2, [0.0, 0.0])}, [Reading(3, 0)])
     assert (untimed["seconds_per_pass"], untimed["cache_seconds"], untimed["by_views"]) == (None, None, [])
     assert untimed["passes_saved"] == 1
+    quick = economics("teacher", "cnn", {"train": store_of(tmp_path / "c", 100, 2, [0.0003, 0.002])}, [Reading(3, 0)])
+    assert quick["timed_rows"] == 200, "a shard of less than a millisecond was timed, too"
     for balance in (unread, untimed):
         Economics.model_validate(balance)
     text = render(run_of(dict(fleet_of(student("mlp-8", "kd", 0, None)), economics=[unread, untimed])))
