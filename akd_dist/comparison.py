@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from akd_dist.damage import reading
 from akd_dist.recipe import AnnealingKD, ContinuationKD, HardLabels, Kd, Objective, Recipe, Student, Takd
-from akd_dist.storage.errors import DamagedError, RecipeError
+from akd_dist.storage.errors import RecipeError
 from akd_dist.storage.files import replace
-from akd_dist.wording import OBJECTIVE_LABELS, house_table
+from akd_dist.wording import OBJECTIVE_LABELS, house_table, signed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -269,16 +270,10 @@ def read_comparison(run: Path) -> dict[str, Any] | None:
     path = run / JSON_NAME
     if not path.exists():
         return None
-    try:
+    advice = "remove it, and run akd-dist compare again: what is trained is kept"
+    with reading(path, expected="what akd-dist compare wrote", next=advice):
         document: dict[str, Any] = json.loads(path.read_bytes())
         CompareDocument.model_validate(document)
-    except ValueError as error:  # of json and of pydantic
-        raise DamagedError(
-            f"{path} is damaged",
-            got=str(error).partition("\n")[0],
-            expected="what akd-dist compare wrote",
-            next="remove it, and run akd-dist compare again: what is trained is kept",
-        ) from error
     return document
 
 
@@ -370,8 +365,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
     return (
         str(done) if done == asked else f"{done} of {asked}",
         _plus_minus(row["test"]),
-        _plus_minus(row["over_scratch"], signed=True),
-        _plus_minus(row["over_kd"], signed=True),
+        _plus_minus(row["over_scratch"], difference=True),
+        _plus_minus(row["over_kd"], difference=True),
         _hundredfold(row["agreement"]),
     )
 
@@ -387,10 +382,10 @@ def _sized(model: dict[str, Any]) -> str:
     return f"{model['model']} ({model['parameters'] or 0:,})"
 
 
-def _plus_minus(value: dict[str, Any] | None, *, signed: bool = False) -> str:
+def _plus_minus(value: dict[str, Any] | None, *, difference: bool = False) -> str:
     if value is None:
         return ""
-    mean = f"{100 * value['mean']:{'+' if signed else ''}.2f}"
+    mean = signed(100 * value["mean"], 2) if difference else _hundredfold(value["mean"])
     return mean if value["high"] is None else f"{mean} ± {100 * (value['high'] - value['mean']):.2f}"
 
 

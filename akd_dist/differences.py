@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from akd_dist.storage.errors import DamagedError
+from akd_dist.damage import reading
 
 Array = npt.NDArray[Any]
 POINTS = 600
@@ -34,24 +34,16 @@ def read_said(path: Path) -> Said | None:
     Raises:
         DamagedError: it is not what training wrote.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.exists():
         return None
-    try:
-        table = pq.read_table(path, columns=["label", "student", "teacher"])
+    expected = "what train-students wrote: row, label, student, teacher"
+    with reading(path, expected=expected, next="remove it: the report then does without it"):
+        table = pq.read_table(path, columns=["label", "student", "teacher"], page_checksum_verification=True)
         if table.column("teacher").null_count == len(table):
             return None
-        said = Said(*(np.asarray(table.column(name).to_numpy()) for name in ("label", "student", "teacher")))
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise DamagedError(
-            f"{path} is damaged",
-            got=str(error).partition("\n")[0],
-            expected="what train-students wrote: row, label, student, teacher",
-            next="remove it: the report then does without it",
-        ) from error
-    return said
+        return Said(*(np.asarray(table.column(name).to_numpy()) for name in ("label", "student", "teacher")))
 
 
 @dataclass(frozen=True)

@@ -321,6 +321,33 @@ class StoreDocument(StoreEntry):
     """The seal; null for an unsealed store."""
 
 
+class StoreDamage(Document):
+    """A part of a store that is not what was sealed."""
+
+    key: str
+    """The object, relative to the store's folder."""
+    problem: str
+    """What is wrong with it."""
+
+
+class VerifyDocument(Document):
+    """What `akd-dist stores verify --json` prints, damaged or not."""
+
+    id: str
+    """The store's id."""
+    damages: list[StoreDamage]
+    """What is damaged; empty for a store that is what was sealed."""
+
+
+class RepairDocument(Document):
+    """What `akd-dist stores repair --json` prints."""
+
+    id: str
+    """The store's id."""
+    repaired: list[str]
+    """Keys of the shards that were computed again, relative to the store's arrays."""
+
+
 class StoreRemoval(Document):
     """A store that `akd-dist stores gc` was asked for."""
 
@@ -358,6 +385,27 @@ class Metrics(Document):
     """Regression: Spearman's correlation, of ranks; 0 where it is undefined."""
     loss: float | None = None
     """Mean cross-entropy, or mean squared error for regression, where it was measured and is finite."""
+
+
+class EpochRecord(Document):
+    """A line of a student's metrics.jsonl: an epoch behind it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    epoch: Count
+    """Its number over all stages, from 0."""
+    stage: str
+    """The stage that it belongs to."""
+    temperature: int | None = None
+    """The temperature; null where nothing is annealed."""
+    phi: float | None = None
+    """The factor on the teacher's logits; null where nothing is annealed."""
+    psi: float | None = None
+    """The weight of the labels; null but in Continuation-KD."""
+    train_loss: float
+    """Mean loss over the train rows."""
+    validation: Metrics | None
+    """Metrics on the validation rows."""
 
 
 class FleetTeacher(Document):
@@ -1016,6 +1064,8 @@ def schemas() -> dict[str, dict[str, Any]]:
         "fleet-plan": FleetPlanDocument,
         "stores": StoresDocument,
         "store": StoreDocument,
+        "verify": VerifyDocument,
+        "repair": RepairDocument,
         "gc": GcDocument,
         "fleet": FleetDocument,
         "compare": CompareDocument,

@@ -448,11 +448,11 @@ def _made_beside(out: Path, to: str) -> Iterator[Path]:
 
 
 def _publish(made: Path, out: Path) -> None:
-    """Give an export its name; what had it, as --force allows, goes with the folder that the export was made in."""
+    """Give an export its name, a file in one step; a folder goes with the one that the export was made in."""
     try:
-        if out.exists():
+        if out.exists() and (out.is_dir() or made.is_dir()):
             out.rename(made.with_name("before"))
-        made.rename(out)
+        made.replace(out)
         fsync_folder(out.parent)
     except OSError as error:
         raise _cannot_write(out, error) from error

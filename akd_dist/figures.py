@@ -135,6 +135,7 @@ def _against_size(
     lines: Sequence[tuple[str, float]] = (),
     front: Sequence[Group] = (),
 ) -> None:
+    places = _beside_each_other(groups)
     if front:
         _draw_front(axes, front, scale, max(group.parameters for group in groups))
     for objective in dict.fromkeys(group.objective for group in groups):
@@ -142,14 +143,15 @@ def _against_size(
         of_kind = [group for group in groups if group.objective == objective]
         found = [(group, [scale * one for one in map(value, group.done) if one is not None]) for group in of_kind]
         for group, values in found:
-            axes.plot([group.parameters] * len(values), values, "o", color=colour, alpha=0.35, markersize=3.5, mew=0)
+            across = [places[id(group)]] * len(values)
+            axes.plot(across, values, "o", color=colour, alpha=0.35, markersize=3.5, mew=0)
         line = [(group, spread) for group, values in found if (spread := Spread.of(values))]
         if not line:
             continue
         scratch = objective == HARD_LABELS
         sizes = {group.parameters for group, _ in line}
         axes.errorbar(
-            [group.parameters for group, _ in line],
+            [places[id(group)] for group, _ in line],
             [spread.mean for _, spread in line],
             yerr=[spread.deviation or 0.0 for _, spread in line],
             color=colour,
@@ -169,6 +171,20 @@ def _against_size(
     _size_axis(axes, groups)
     axes.set_ylabel(label)
     _legend_above(axes)
+
+
+def _beside_each_other(groups: Sequence[Group]) -> dict[int, float]:
+    """Where on the axis each group is drawn, by its id(): those of one size a little apart, or their bars would hide
+    each other.
+    """
+    sizes: dict[int, list[Group]] = {}
+    for group in groups:
+        sizes.setdefault(group.parameters, []).append(group)
+    return {
+        id(group): size * (1 + min(0.03, 0.2 / len(alike))) ** (number - (len(alike) - 1) / 2)
+        for size, alike in sizes.items()
+        for number, group in enumerate(alike)
+    }
 
 
 def _draw_front(axes: Axes, front: Sequence[Group], scale: float, right: int) -> None:
@@ -260,7 +276,7 @@ def _draw_taus(axes: Axes, families: dict[str, list[dict[str, Any]]], key: str, 
             marker="o",
             linewidth=1.4,
             capsize=3,
-            label=name,
+            label=_legible(name),
         )
     if key == "over_smallest":
         axes.axhline(0.0, color=INK, linewidth=1.0, alpha=0.5)
@@ -555,7 +571,7 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], ylabel: str, scale: float 
         axes.fill_between(curve.epochs, low, high, color=curve.colour, alpha=0.13, linewidth=0)
         axes.plot(curve.epochs, mean, color=curve.colour, linestyle=style, linewidth=1.6, marker=marker)
     for model, colour in {curve.group.model: curve.colour for curve in curves}.items():
-        axes.plot([], [], color=colour, label=model)
+        axes.plot([], [], color=colour, label=_legible(model))
     for label, style in styles.items() if len(styles) > 1 else ():
         axes.plot([], [], color=INK, linestyle=style, linewidth=1.2, label=label)
     axes.set_xlabel("epoch")
@@ -627,12 +643,10 @@ def runs_figure(runs: list[Run]) -> Iterator[Picture]:
 
     def fill(axes: Axes) -> None:
         _draw_front(axes, front, shown.scale, max(group.parameters for group in every))
-        colours = itertools.cycle(SIZE_COLOURS)
-        for number, (name, groups, run) in enumerate(zip(names, finished, runs, strict=True)):
-            # Beside each other: runs often have the same sizes.
-            aside = 1.03 ** (number - (len(runs) - 1) / 2)
+        colours, places = itertools.cycle(SIZE_COLOURS), _beside_each_other(every)
+        for name, groups, run in zip(names, finished, runs, strict=True):
             colour, level = next(colours), shown.scale * run.fleet["teacher"]["test"][metric]
-            _draw_run(axes, name, groups, shown.scale, colour, aside)
+            _draw_run(axes, name, groups, shown.scale, colour, places)
             axes.axhline(level, color=colour, linestyle=DASHED, linewidth=1.2)
         _size_axis(axes, every)
         axes.set_ylabel(f"test {shown.label}")
@@ -659,19 +673,19 @@ def runs_figure(runs: list[Run]) -> Iterator[Picture]:
     )
 
 
-def _draw_run(axes: Axes, name: str, groups: list[Group], scale: float, colour: str, aside: float) -> None:
+def _draw_run(axes: Axes, name: str, groups: list[Group], scale: float, colour: str, places: dict[int, float]) -> None:
     for kind, marker in ((name, "o"), (f"{name}, from scratch", "s")):
         found = [group for group in groups if (group.objective == HARD_LABELS) == (kind != name)]
         if found:
             axes.errorbar(
-                [aside * group.parameters for group in found],
+                [places[id(group)] for group in found],
                 [scale * group.score.mean for group in found if group.score],
                 yerr=[scale * (group.score.deviation or 0.0) for group in found if group.score],
                 color=colour,
                 linestyle="none",
                 marker=marker,
                 capsize=3,
-                label=kind,
+                label=_legible(kind),
             )
 
 
@@ -684,6 +698,11 @@ def _legend_above(axes: Axes, *others: Axes) -> None:
     if handles and len(handles) <= LEGEND_ENTRIES:
         long = max(len(str(handle.get_label())) for handle in handles) > LEGEND_LETTERS
         axes.figure.legend(handles=handles, loc="outside upper left", ncols=2 if long else 3)
+
+
+def _legible(name: str) -> str:
+    """A name as a legend takes it: what begins with an underscore would be left out of it."""
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def _logarithmic(axes: Axes) -> None:

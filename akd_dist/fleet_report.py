@@ -8,6 +8,7 @@ Nothing is computed but means, spreads, intervals and counts. `report_page` make
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -17,18 +18,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from akd_dist.comparison import estimate, paired, read_comparison
+from akd_dist.damage import reading
 from akd_dist.differences import Classes, Numbers, classes_of, numbers_of, read_said
-from akd_dist.storage.errors import DamagedError, RefusedError
-from akd_dist.storage.files import canonical_json, read_json
+from akd_dist.storage.errors import RefusedError
+from akd_dist.storage.files import canonical_json
 from akd_dist.student import TEST_NAME
 from akd_dist.wording import HARD_LABELS, OBJECTIVE_LABELS, SHOWN, Shown, house_table, percent, seconds, share
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+SAME = 5e-7
+"""Scores that differ by less are the same: metrics are kept to seven digits."""
 PAIRS_TOLD = 20
 """The most pairs of classes that a document names of each group."""
 
@@ -165,16 +167,17 @@ def gain_over_scratch(group: Group, groups: Iterable[Group]) -> float | None:
 
 
 def pareto_front(groups: Iterable[Group]) -> list[Group]:
-    """The groups that no other beats: better with as few parameters, or as good with fewer. Smallest first."""
+    """The groups that no other beats: better with as few parameters, or as good with fewer. Smallest first.
+
+    Of one size those that are equally good are all on it.
+    """
     front: list[Group] = []
-    best = -math.inf
-    for group in sorted(
-        (group for group in groups if group.score),
-        key=lambda group: (group.parameters, -(group.score.mean if group.score else 0.0)),
-    ):
-        if group.score is not None and group.score.mean > best:
+    best, size = -math.inf, 0
+    scored = [(group, group.score.mean) for group in groups if group.score is not None]
+    for group, mean in sorted(scored, key=lambda pair: (pair[0].parameters, -pair[1])):
+        if mean > best + SAME or (mean > best - SAME and group.parameters == size):
             front.append(group)
-            best = group.score.mean
+            best, size = max(best, mean), group.parameters
     return front
 
 
@@ -529,8 +532,7 @@ def read_run(folder: Path) -> Run:
     """
     fleet = read_fleet(folder)
     metrics = {student["name"]: read_metrics(folder, student["name"]) for student in fleet["students"]}
-    identity = read_json(folder / "identity.json")
-    return Run(folder, fleet, metrics, read_comparison(folder), identity if isinstance(identity, dict) else {})
+    return Run(folder, fleet, metrics, read_comparison(folder), read_identity(folder))
 
 
 def read_fleet(run_folder: Path) -> dict[str, Any]:
@@ -544,8 +546,9 @@ def read_fleet(run_folder: Path) -> dict[str, Any]:
 
     path = run_folder / "fleet.json"
     try:
-        fleet: dict[str, Any] = json.loads(path.read_bytes())
-        FleetDocument.model_validate(fleet)
+        with _reading(path):
+            fleet: dict[str, Any] = json.loads(path.read_bytes())
+            FleetDocument.model_validate(fleet)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RefusedError(
             f"there are no results in {run_folder}",
@@ -553,12 +556,24 @@ def read_fleet(run_folder: Path) -> dict[str, Any]:
             expected="the folder of a run that has ended, for example runs/digits",
             next=f"akd-dist train-students {run_folder / 'recipe.yaml'}",
         ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _damaged(path, f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}") from error
-    except ValueError as error:
-        raise _damaged(path, str(error)) from error
     return fleet
+
+
+def read_identity(run_folder: Path) -> dict[str, Any]:
+    """What made a run what it is; nothing where it did not keep it.
+
+    Raises:
+        DamagedError: the file is not the JSON document that a run writes.
+    """
+    path = run_folder / "identity.json"
+    if not path.exists():
+        return {}
+    advice = "restore it; or remove it: students are then told apart by their names"
+    with reading(path, expected="what train-students wrote", next=advice):
+        identity: dict[str, Any] = json.loads(path.read_bytes())
+        if not all(isinstance(identity[part], dict) for part in ("students", "dataset")):
+            raise TypeError("students and dataset are no objects")
+    return identity
 
 
 def read_metrics(run_folder: Path, student: str) -> Metrics:
@@ -568,28 +583,26 @@ def read_metrics(run_folder: Path, student: str) -> Metrics:
     resume counts once, as it was trained last.
 
     Raises:
-        DamagedError: a line is not a JSON object with an epoch.
+        DamagedError: a line is not an epoch as training writes it.
     """
+    from akd_dist.documents import EpochRecord
+
     path = run_folder / "students" / student / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text("utf-8").splitlines(keepends=True)
     epochs: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            record = json.loads(line)
-            epochs[int(record["epoch"])] = record
-        except (ValueError, KeyError, TypeError) as error:
-            raise _damaged(path, f"line {number}: {line.strip()[:80]}") from error
+    with _reading(path):
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = json.loads(line)
+                epochs[EpochRecord.model_validate(record).epoch] = record
+            except ValueError as error:  # of json and of pydantic
+                raise ValueError(f"line {number}: {line.decode(errors='replace').strip()[:80]}") from error
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
-def _damaged(path: Path, got: str) -> DamagedError:
-    return DamagedError(
-        f"{path} is damaged",
-        got=got,
-        expected="what train-students wrote",
-        next="akd-dist train-students RECIPE --fresh trains the run again",
-    )
+def _reading(path: Path) -> contextlib.AbstractContextManager[None]:
+    advice = "akd-dist train-students RECIPE --fresh trains the run again"
+    return reading(path, expected="what train-students wrote", next=advice)

@@ -278,15 +278,6 @@ def load_card(uri: str | Path) -> ModelCard:
     return _read(uri)[0]
 
 
-def teacher_fingerprint(uri: str | Path) -> str:
-    """sha256 over a model folder's card and weights: changes with one bit of a weight, a layer or the preprocessing.
-
-    Raises:
-        RefusedError, DamagedError: as `load_model`.
-    """
-    return load_card(uri).fingerprint
-
-
 def by_content(model: recipe.Model) -> dict[str, Any]:
     """A spec as JSON, for keys of what is trained from it: what lies in files is named by content, not by place.
 
@@ -442,7 +433,7 @@ def _read(uri: str | Path) -> tuple[ModelCard, bytes, bool]:
     except ObjectMissing as error:
         raise RefusedError(
             f"{uri} is not a model folder",
-            got=error,
+            got=f"no {error.args[0]}",
             expected=f"{WEIGHTS} and {CARD}",
             next="name a student's folder (runs/<name>/students/<student>), or let the recipe train the teacher",
         ) from error

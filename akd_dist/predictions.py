@@ -30,7 +30,7 @@ def encode_predictions(columns: Mapping[str, np.ndarray[Any, Any] | None]) -> by
         {name: pa.nulls(length) if values is None else pa.array(values) for name, values in columns.items()}
     )
     encoded = io.BytesIO()
-    pq.write_table(table, encoded)
+    pq.write_table(table, encoded, write_page_checksum=True)
     return encoded.getvalue()
 
 

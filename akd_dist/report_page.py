@@ -16,6 +16,7 @@ from akd_dist import figures
 from akd_dist.comparison import cells, columns, remarks
 from akd_dist.differences import Classes, Numbers
 from akd_dist.fleet_report import (
+    SAME,
     Group,
     Run,
     best_of,
@@ -39,6 +40,7 @@ from akd_dist.wording import (
     CONTINUATION,
     OBJECTIVE_LABELS,
     Shown,
+    amount,
     duration,
     percent,
     seconds,
@@ -137,7 +139,7 @@ def _template(name: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, seconds=seconds, duration=duration)
+    environment.filters.update(percent=percent, seconds=seconds, duration=duration, amount=amount)
     return environment.get_template(name)
 
 
@@ -179,12 +181,14 @@ def render(run: Run) -> str:
 def _table_rows(teacher: dict[str, Any], groups: list[Group], shown: Shown) -> Iterator[dict[str, Any]]:
     previous, front = None, pareto_front(groups)
     for group in groups:
+        gain = gain_over_scratch(group, groups)
         yield {
             "label": group_label(group, groups),
             "group": group,
             "score": plus_minus(shown, group.score),
             "share": share(group.parameters, teacher["parameters"]),
-            "gain": gain_over_scratch(group, groups),
+            "gain": None if gain is None else shown.gain(gain),
+            "tone": "" if gain is None or abs(gain) < SAME else "up" if gain > 0 else "down",
             "front": group in front,
             "colour": figures.OBJECTIVE_COLOURS.get(group.objective, figures.OTHER_COLOUR),
             "first_of_model": group.model != previous,
@@ -211,14 +215,14 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         tiles.append((number, "best student", f"{best.model}, {best.objective_label}"))
     gains = [gain for group in groups if (gain := gain_over_scratch(group, groups)) is not None]
     if gains:
-        ahead = sum(gain > 0 for gain in gains)
+        ahead = sum(gain > SAME for gain in gains)
         told = f"mean of {len(gains)}, ahead in {ahead}"
         what = "points over from scratch" if shown.percent else f"{shown.short} over from scratch"
         tiles.append((shown.gain(statistics.fmean(gains)), what, told))
     for balance in fleet.get("economics", [])[:1]:
         after = balance["break_even_students"]
         more = f"{balance['passes_run']} run for {balance['epochs']:,} epochs"
-        more += "" if after is None else f"; paid for after {after:.2g} students"
+        more += "" if after is None else f"; paid for after {amount(after)} students"
         tiles.append((f"{balance['passes_saved']:,}", "teacher passes saved", more))
     return tiles
 

@@ -66,7 +66,7 @@ class Shown:
         """A difference with its sign, in percentage points or as it is; a dash for none."""
         if value is None:
             return "-"
-        return f"{100 * value:+.2f}" if self.percent else f"{value:+.4f}"
+        return signed(100 * value, 2) if self.percent else signed(value, 4)
 
 
 SHOWN = {
@@ -81,6 +81,17 @@ SHOWN = {
 def percent(fraction: float | None, digits: int = 2) -> str:
     """0.98333 as `98.33`; a missing number as a dash."""
     return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.{digits}f}"
+
+
+def signed(value: float, digits: int) -> str:
+    """`+1.50`, `-0.02`; what is shown as nothing has no sign."""
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text[1:]
+
+
+def amount(value: float) -> str:
+    """A number to two significant digits below a hundred, whole above: `0.65`, `2.6`, `1,234`."""
+    return f"{value:.2g}" if abs(value) < 99.5 else f"{value:,.0f}"
 
 
 def share(parameters: int, of: int) -> str:

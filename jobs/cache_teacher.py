@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from akd_dist import recipe as recipes
@@ -37,7 +38,7 @@ from akd_dist.rows import SPLITS, Rows, Splits, blocks_in_common, first_differen
 from akd_dist.storage import catalog
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.errors import MachineError, RefusedError
-from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, RECEIPTS, Shard, StoreLayout
+from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, RECEIPTS, SOURCE_KEY, Shard, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Receipt, differences
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore
@@ -401,29 +402,44 @@ def repair(
         recipe: how to recompute; None takes the recipe that the store was made with.
 
     Raises:
-        RefusedError: the data or the teacher is not what the store was made from.
+        RefusedError: the data or the teacher is not what the store was made from, or nobody knows the recipe.
         DamagedError: the recomputed bytes differ from the sealed ones.
     """
     console = console or Console(stderr=True)
-    source = json.loads(open_root(store_root).get(f"{store_id}/source.json"))
-    recipe = recipe or Recipe.model_validate(source["recipe"])
-    split = source["split"]
+    hint = catalog.hint_of(store_root, store_id)
+    recipe = recipe or _recipe_of(store_id, hint)
     add_folder(recipe.folder)
     splits = prepare_shown(recipe.data, cache_root, console)
-    uri, plan = _plan_of(store_id, split, recipe, splits, store_root)
+    known = [hint["split"]] if hint.get("split") in SPLITS else SPLITS
+    uri, plan = _plan_of(store_id, known, recipe, splits, store_root)
     plan.writer = StoreWriter(store_root, plan.creation)
     job = cache_job(plan, recipe, uri, cache_root)
     repaired = catalog.repair_store(store_root, store_id, lambda shard: compute_shard(job, shard))
     return {"id": store_id, "repaired": [shard.key for shard in repaired]}
 
 
-def _plan_of(store_id: str, split: str, recipe: Recipe, splits: Splits, store_root: str) -> tuple[str, SplitPlan]:
-    """Which model of the chain a store holds the logits of: its folder, and how that split is cached."""
-    rows: Rows = getattr(splits, split)
+def _recipe_of(store_id: str, hint: dict[str, Any]) -> Recipe:
+    """The recipe that a store was asked for with."""
+    try:
+        return Recipe.model_validate(hint["recipe"])
+    except (KeyError, ValidationError) as error:
+        raise RefusedError(
+            f"nobody knows which recipe the store {store_id[:12]} was made with",
+            got=f"no {SOURCE_KEY} beside its shards that says so",
+            expected="the recipe: it names the data and the teacher",
+            next="add --recipe RECIPE",
+        ) from error
+
+
+def _plan_of(
+    store_id: str, names: Iterable[str], recipe: Recipe, splits: Splits, store_root: str
+) -> tuple[str, SplitPlan]:
+    """Which model of the chain a store holds the logits of: its folder, and how the split is cached, one of `names`."""
     uris = model_uris(recipe, splits, store_root)
     known = uris if is_there(uris[-1]) else uris[:-1] or uris
     plans = [
         (uri, SplitPlan(split, rows, creation_of(recipe, rows, split, load_card(uri), number)))
+        for split, rows in ((name, getattr(splits, name)) for name in names)
         for uri in known
         for number in range(FORMAT_VERSION, 0, -1)
     ]

@@ -122,6 +122,11 @@ def summary_of(root_uri: str, store_id: str) -> StoreSummary:
     return _summary(open_root(root_uri), store_id)
 
 
+def hint_of(root_uri: str, store_id: str) -> dict[str, Any]:
+    """How a store was asked for, as the recipe and the split; nothing where that is not known."""
+    return _hint(open_root(root_uri), store_id)
+
+
 def receipts_of(root_uri: str, store_id: str) -> list[Receipt]:
     """What the writers of a store's shards said of them; those that are gone or cannot be read are left out."""
     store = open_root(root_uri).child(store_id)
@@ -301,12 +306,14 @@ def _sealed_alike(root: ObjectRoot, identity: Identity, *but_for: str) -> Iterat
 
 
 def _hint(root: ObjectRoot, store_id: str) -> dict[str, Any]:
-    """How a store was asked for; nothing where there is no hint."""
+    """How a store was asked for; nothing where there is no hint, or none of its shape."""
     try:
         hint = json.loads(root.get(f"{store_id}/{SOURCE_KEY}"))
     except (ObjectMissing, ValueError):
         return {}
-    return hint if isinstance(hint, dict) else {}
+    if not isinstance(hint, dict) or not isinstance(hint.get("recipe", {}), dict):
+        return {}
+    return hint if isinstance(hint.get("split", ""), str) else {}
 
 
 def _split(root: ObjectRoot, store_id: str) -> object:

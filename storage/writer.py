@@ -186,7 +186,7 @@ def write_shard(
         finite=True,
         label_agreement=None if label_agreement is None else float(label_agreement),
         probes=_as_in_format(writer.creation.identity.format, probes),
-        seconds=round(float(seconds), 3),
+        seconds=round(float(seconds), 6),
         host=socket.gethostname(),
     )
     failpoint("shard.before_publish")

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from akd_dist import teacher
+from akd_dist.documents import RepairDocument
 from akd_dist.jobs.cache_teacher import (
     SplitPlan,
     cache_in_process,
@@ -270,8 +271,19 @@ def test_a_store_of_format_1_is_no_hit_and_is_repaired_as_what_it_is(place: Plac
     data = shard_file.read_bytes()
     shard_file.write_bytes(data[:-1] + b"!")
     mended = repair(str(place.stores), sealed.id, None, str(place.cache_root), Console(quiet=True))
-    assert mended["repaired"] == [sealed.shards[2].key]
+    assert RepairDocument.model_validate(mended).repaired == [sealed.shards[2].key]
     assert shard_file.read_bytes() == data
+    # Nothing but the recipe is missed where nobody knows any more how the store was asked for.
+    hint_file = Path(plan.writer.uri) / "source.json"
+    for left in (None, b"{", b'{"split": "train", "recipe": {}}'):
+        shard_file.write_bytes(data[:-1] + b"!")
+        hint_file.unlink(missing_ok=True)
+        if left is not None:
+            hint_file.write_bytes(left)
+        with pytest.raises(RefusedError, match=r"(?s)nobody knows which recipe.*add --recipe"):
+            repair(str(place.stores), sealed.id, None, str(place.cache_root), Console(quiet=True))
+        assert repair(str(place.stores), sealed.id, recipe, str(place.cache_root), Console(quiet=True)) == mended
+        assert shard_file.read_bytes() == data
     document, _ = place.cache(recipe)
     assert not document["hit"]
     assert document["id"] != sealed.id

@@ -27,6 +27,7 @@ from akd_dist.documents import (
     ReportDocument,
     StoreDocument,
     StoresDocument,
+    VerifyDocument,
     schemas,
 )
 from akd_dist.recipe import load_recipe, recipe_schema
@@ -412,6 +413,15 @@ def test_a_sealed_store_is_listed_and_shown_by_a_short_id(root: Path, run: Any) 
     assert document["store"] == str(store)
 
 
+def test_a_hint_of_another_shape_stops_nothing(root: Path, run: Any) -> None:
+    (store,) = root.iterdir()
+    for hint in ('{"split": [1]}', '{"recipe": 4}', "[]", "{"):
+        (store / "source.json").write_text(hint)
+        assert run("stores", "list").code == 0, hint
+        refused = run("stores", "repair", store.name[:6], "--json")
+        assert (refused.code, refused.error["next"]) == (4, "add --recipe RECIPE"), hint
+
+
 def test_an_unsealed_store_says_how_far_it_is(root: Path, run: Any) -> None:
     (store,) = root.iterdir()
     (store / "manifest.json").unlink()
@@ -482,6 +492,9 @@ def test_gc_asks_on_a_terminal(root: Path, run: Any, monkeypatch: pytest.MonkeyP
         def isatty(self) -> bool:
             return True
 
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    refused = run("stores", "gc", "--older-than", "0h", "--json")
+    assert (refused.code, refused.document["dry_run"], len(refused.document["stores"])) == (0, True, 1)
     for answer, left in (("n", 1), ("y", 0)):
         monkeypatch.setattr("sys.stdin", Terminal(f"{answer}\n"))
         outcome = run("stores", "gc", "--older-than", "0h")
@@ -507,7 +520,7 @@ def test_verify_finds_damage_and_exits_5(root: Path, run: Any) -> None:
     assert f"next: akd-dist stores repair {store.name[:12]}" in outcome.err
     as_json = run("stores", "verify", store.name[:12], "--json")
     assert as_json.code == 5
-    assert [damage["key"] for damage in as_json.document["damages"]] == [key]
+    assert [damage.key for damage in VerifyDocument.model_validate(as_json.document).damages] == [key]
     assert run("stores", "verify", store.name[:12], "--shallow").code == 0
 
 

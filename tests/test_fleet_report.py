@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from akd_dist.differences import read_said
 from akd_dist.documents import Economics, FleetDocument, ReportDocument
 from akd_dist.economics import Reading, economics, reading
-from akd_dist.figures import OBJECTIVE_COLOURS, stage_figures
+from akd_dist.figures import OBJECTIVE_COLOURS, _beside_each_other, runs_figure, stage_figures, tau_figures
 from akd_dist.fleet_report import (
     Group,
     Run,
@@ -42,10 +43,10 @@ from akd_dist.objectives import stages
 from akd_dist.predictions import encode_predictions
 from akd_dist.recipe import METRICS, AdamW, AnnealingKD, ContinuationKD, HardLabels, Kd, Mlp, Student, Takd
 from akd_dist.report_page import render, tau_notes, write_report, write_reports
-from akd_dist.storage.errors import DamagedError, RecipeError, RefusedError
+from akd_dist.storage.errors import DamagedError, MachineError, RecipeError, RefusedError
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.writer import create_store, seal_store, write_shard
-from akd_dist.wording import OBJECTIVE_LABELS, SHOWN, duration, seconds, share
+from akd_dist.wording import OBJECTIVE_LABELS, SHOWN, amount, duration, seconds, share
 from tests import stores
 
 TRAINED: dict[str, Any] = {"optimizer": AdamW(lr=0.1)}
@@ -249,6 +250,10 @@ def test_gain_needs_exactly_one_baseline() -> None:
         (duration(-9000), "-2.5 h"),
         (ACCURACY.gain(0.0123), "+1.23"),
         (ACCURACY.gain(-0.0123), "-1.23"),
+        (ACCURACY.gain(-0.00001), "0.00"),
+        (amount(0.654), "0.65"),
+        (amount(25.81), "26"),
+        (amount(1234.5), "1,234"),
         (PEARSON.gain(-0.0123), "-0.0123"),
         (PEARSON.gain(None), "-"),
     ],
@@ -496,6 +501,24 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert page.count("&lt;script&gt;") >= 4
 
 
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path: Path) -> None:
+    fleet = fleet_of(
+        *(student("mlp-8", "annealing_kd", 0, tau_max=tau, name=f"a-t{tau}-s0") | {"model": "_own"} for tau in (2, 4))
+    )
+    (figure,) = runs_figure([run_of(dict(fleet, run=f"runs/{name}")) for name in ("_one", "two")])
+    assert [name for name in ("_one", "two") if name in figure.svg] == ["_one", "two"]
+    assert "_own</text>" in next(stage_figures(run_of(fleet))).svg
+    assert "_own, Annealing-KD" in next(tau_figures(tau_effects(run_of(fleet)), ACCURACY)).svg
+
+
+def test_groups_of_one_size_stand_beside_each_other() -> None:
+    drawn = [student("mlp-8", "kd", 0), student("mlp-8", "hard_labels", 0), student("mlp-64", "kd", 0)]
+    groups = group_students(drawn)
+    places = _beside_each_other(groups)
+    assert len(set(places.values())) == 3
+    assert all(places[id(group)] == pytest.approx(group.parameters, rel=0.02) for group in groups)
+
+
 def test_every_kind_of_fleet_draws_without_a_warning() -> None:
     one_size = fleet_of(*(student("mlp-8", "annealing_kd", 0, tau_max=tau, name=f"t{tau}") for tau in (2, 4)))
     two_close = fleet_of(student("mlp-100", "hard_labels", 0), student("mlp-101", "hard_labels", 0))
@@ -538,19 +561,42 @@ def test_a_damaged_field_is_named(tmp_path: Path) -> None:
 def test_metrics_keep_the_last_word_on_an_epoch_and_drop_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "students" / "a" / "metrics.jsonl"
     path.parent.mkdir(parents=True)
-    path.write_text('{"epoch": 0, "n": 1}\n{"epoch": 1, "n": 2}\n{"epoch": 0, "n": 3}\n{"epoch": 2, "n"')
-    assert read_metrics(tmp_path, "a") == [{"epoch": 0, "n": 3}, {"epoch": 1, "n": 2}]
+    first, second, third = epochs_of(student("mlp-8", "kd", 0))[:3]
+    again = dict(first, train_loss=3.0)
+    path.write_text("\n".join(map(json.dumps, (first, second, again, third)))[:-20])
+    assert read_metrics(tmp_path, "a") == [again, second]
     assert read_metrics(tmp_path, "b") == []
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"loss": 1}'])
-def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize("line", [b"nonsense", b"[1]", b'{"epoch": 1}', b"\xff\xfe", "loss"])
+def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: bytes | str) -> None:
     path = tmp_path / "students" / "a" / "metrics.jsonl"
     path.parent.mkdir(parents=True)
-    path.write_text(f'{{"epoch": 0}}\n{line}\n')
+    first, second = epochs_of(student("mlp-8", "kd", 0))[:2]
+    if isinstance(line, str):
+        line = json.dumps(dict(second, train_loss=line)).encode()
+    path.write_bytes(json.dumps(first).encode() + b"\n" + line + b"\n")
     with pytest.raises(DamagedError, match="damaged") as caught:
         read_metrics(tmp_path, "a")
     assert "line 2" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"students": 3, "dataset": {}}', '{"dataset": {}}'])
+def test_a_damaged_identity_is_named(tmp_path: Path, text: str) -> None:
+    write_run(tmp_path)
+    assert read_run(tmp_path).identity == {}
+    (tmp_path / "identity.json").write_text(text)
+    with pytest.raises(DamagedError, match=r"identity\.json is damaged"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fleet.json", "comparison.json", "identity.json"])
+def test_what_cannot_be_read_is_no_bug(tmp_path: Path, name: str) -> None:
+    write_run(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(MachineError, match=f"cannot read .*{name}"):
+        read_run(tmp_path)
 
 
 def test_groups_carry_what_the_table_shows() -> None:
@@ -569,6 +615,13 @@ def test_the_front_holds_what_no_group_beats() -> None:
     assert [group.model for group in pareto_front(groups)] == ["mlp-8", "mlp-32"]
     same_size = group_students([student("mlp-8", "kd", 0, 0.9), student("mlp-8", "hard_labels", 0, 0.8)])
     assert [group.objective for group in pareto_front(same_size)] == ["kd"]
+    # A third of 359 rows each, as metrics have it: equal but for the seventh digit.
+    alike = [student("mlp-8", "kd", seed, 0.3342619 + seed / 1e7) for seed in range(2)]
+    equal = group_students([*alike, student("mlp-8", "hard_labels", 0, 0.3342619), student("mlp-9", "kd", 0, 0.334262)])
+    assert sorted((group.model, group.objective) for group in pareto_front(equal)) == [
+        ("mlp-8", "hard_labels"),
+        ("mlp-8", "kd"),
+    ]
     assert pareto_front(group_students([student("mlp-8", "kd", 0, None)])) == []
 
 
@@ -714,6 +767,26 @@ def test_damaged_answers_are_named(tmp_path: Path, content: bytes | None) -> Non
         write_report(tmp_path)
 
 
+def test_a_flipped_bit_of_the_answers_is_told_or_harmless(tmp_path: Path) -> None:
+    path, generator = tmp_path / "test.parquet", np.random.default_rng(0)
+    label, said, teacher = generator.integers(0, 10, (3, 300))
+    whole = encode_predictions({"row": np.arange(300), "label": label, "student": said, "teacher": teacher})
+    told = 0
+    for place in generator.integers(0, len(whole), 150):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        try:
+            found = read_said(path)
+        except DamagedError:
+            told += 1
+            continue
+        assert found is not None
+        for read, written in ((found.label, label), (found.student, said), (found.teacher, teacher)):
+            assert np.array_equal(read, written), f"byte {place}"
+    assert told > 30
+
+
 # --- economics --------------------------------------------------------------------------------------------------------
 
 
@@ -768,6 +841,8 @@ def test_a_store_that_nobody_read_or_timed(tmp_path: Path) -> None:
     untimed = economics("teacher", "cnn", {"train": store_of(tmp_path / "b", 100, 2, [0.0, 0.0])}, [Reading(3, 0)])
     assert (untimed["seconds_per_pass"], untimed["cache_seconds"], untimed["by_views"]) == (None, None, [])
     assert untimed["passes_saved"] == 1
+    quick = economics("teacher", "cnn", {"train": store_of(tmp_path / "c", 100, 2, [0.0003, 0.002])}, [Reading(3, 0)])
+    assert quick["timed_rows"] == 200, "a shard of less than a millisecond was timed, too"
     for balance in (unread, untimed):
         Economics.model_validate(balance)
     text = render(run_of(dict(fleet_of(student("mlp-8", "kd", 0, None)), economics=[unread, untimed])))

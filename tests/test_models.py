@@ -25,7 +25,6 @@ from akd_dist.models import (
     num_parameters,
     save_model,
     state_bytes,
-    teacher_fingerprint,
 )
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import AkdError, DamagedError, RefusedError
@@ -270,7 +269,7 @@ def test_tied_weights_are_kept(custom: recipe.Custom, tmp_path: Path) -> None:
 def test_the_fingerprint_changes_with_one_bit_and_with_the_preprocessing(tmp_path: Path) -> None:
     def of(module: nn.Module, written: ModelCard) -> str:
         save_model(tmp_path, module, written)
-        return teacher_fingerprint(tmp_path)
+        return load_card(tmp_path).fingerprint
 
     module = build(card(), seed=0)
     first = of(module, card())
@@ -310,7 +309,7 @@ def test_a_pickle_is_never_unpickled(name: str, write: Any, tmp_path: Path, monk
     if path.name == WEIGHTS:
         written = card().model_copy(update={"weights_sha256": sha256(path.read_bytes())})
         (path.parent / CARD).write_text(written.model_dump_json())
-    for read in (load_model, load_card, teacher_fingerprint):
+    for read in (load_model, load_card):
         with pytest.raises(RefusedError, match="never unpickled"):
             read(path.parent if "/" in name else path)
     assert not canary.exists()

@@ -24,6 +24,7 @@ from akd_dist.storage.claim import claim_store
 from akd_dist.storage.errors import DamagedError, HeldError, RefusedError
 from akd_dist.storage.layout import Shard
 from akd_dist.storage.manifest import Probe
+from akd_dist.storage.objects import LocalRoot, open_root
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.writer import create_store
 from tests import stores
@@ -111,6 +112,21 @@ def test_an_id_is_known_by_its_beginning(root: Path, folder: Path) -> None:
     (root / f"{folder.name[:-1]}0").mkdir()
     with pytest.raises(RefusedError, match="several stores begin with"):
         catalog.resolve_id(str(root), folder.name[:6])
+
+
+def test_gc_stops_no_run_that_begins_meanwhile(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run tries out whether it can publish; what it tries with looks as if somebody had left it."""
+    publish, collected = LocalRoot.put_new, list[str]()
+
+    def put_new(self: LocalRoot, key: str, data: bytes) -> bool:
+        made = publish(self, key, data)
+        collected.extend([] if collected else catalog.gc(str(root)))
+        return made
+
+    monkeypatch.setattr(LocalRoot, "put_new", put_new)
+    open_root(root).check_writable()
+    assert len(collected) == 1
+    assert collected[0].startswith(".check-")
 
 
 # ---- repair

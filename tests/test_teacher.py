@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from akd_dist import recipe, teacher, views
-from akd_dist.models import ModelCard, build, load_card, load_model, save_model, teacher_fingerprint
+from akd_dist.models import ModelCard, build, load_card, load_model, save_model
 from akd_dist.rows import Rows, Splits, prepare
 from akd_dist.storage.errors import DamagedError, RefusedError
 from akd_dist.storage.files import sha256
@@ -69,7 +69,7 @@ def make_job(tmp_path: Path, cache_root: Path, splits: Splits) -> Callable[..., 
             format=FORMAT_VERSION,
             dataset=rows.fingerprint,
             rows=len(rows),
-            teacher=teacher_fingerprint(folder),
+            teacher=load_card(folder).fingerprint,
             augmentation=augmentation.model_dump(mode="json"),
             data_seed=DATA.seed if split == "train" else None,
             views=DATA.views if split == "train" else 1,

@@ -150,13 +150,15 @@ def stores_verify(store_id: str, store_root: str, shallow: bool, as_json: bool) 
 
     Exit code 5 if anything is not what was sealed. ID may be shortened.
     """
+    from akd_dist.documents import StoreDamage, VerifyDocument
     from akd_dist.storage import catalog
 
     root = akd_dist.absolute_root(store_root)
     whole = catalog.resolve_id(root, store_id)
     damages = catalog.verify_store(root, whole, deep=not shallow)
     if as_json:
-        print_json({"id": whole, "damages": [{"key": damage.key, "problem": damage.problem} for damage in damages]})
+        parts = [StoreDamage(key=damage.key, problem=damage.problem) for damage in damages]
+        print_json(VerifyDocument(id=whole, damages=parts).model_dump(mode="json"))
         return DamagedError.code if damages else 0
     if damages:
         listed = "\n       ".join(f"{damage.key}: {damage.problem}" for damage in damages)
@@ -251,7 +253,9 @@ def stores_gc(
         freed = size(sum(one.bytes for one in going))
         if not click.confirm(f"remove {counted(len(going), 'store')}, {freed}?", err=True):
             click.echo("nothing was removed", err=as_json)
-            return
+            if not as_json:
+                return
+            dry_run = True
     removed = catalog.gc(root, dry_run=dry_run)
     kept = {one.store.id: one.kept for one in candidates}
     for store in going if not dry_run else []:
