@@ -115,6 +115,7 @@ def train_on(job: CohortJob, splits: Splits, device: torch.device, group: Group)
         group.any(False)  # nobody reads a checkpoint before rank 0 is the only one to write
         opened = [open_student(job, spec, splits.train, group, device, writers.get(spec.name)) for spec in job.students]
         students = [student for student in opened if student is not None]
+        torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports torch's compiler: not on a student's clock
         failpoint("cohort.before_first_step")
         stopped = _Lockstep(job, group, stream, splits, teacher_said, students).run()
     return {"stopped": stopped, "students": [result for spec in job.students if (result := read_result(job, spec))]}
