@@ -34,9 +34,11 @@ from akd_dist.jobs.planner import (
 from akd_dist.jobs.progress import FleetMeter, tell
 from akd_dist.jobs.room import Ask, next_to_start
 from akd_dist.jobs.train_teacher import Stores
+from akd_dist.status import ENDED
 from akd_dist.storage.errors import AkdError, MachineError
 from akd_dist.storage.fence import take_over
 from akd_dist.student import Group, OutOfStepError, fail_from_outside, write_note
+from akd_dist.wording import counted
 
 Raised = TypeVar("Raised", bound=Exception)
 
@@ -45,7 +47,6 @@ DEATHS_BEFORE_SPLIT = 2
 GRACE_SECONDS = 30.0
 # How often it is asked whether a running cohort should be cut, and how long it must have trained for its pace to count.
 SPREAD_SECONDS = 5.0
-OVER = ("done", "diverged", "failed")
 OUT_OF_STEP = "its workers fell out of step: "
 # How long Ray may look for room for workers whose node died, before the nodes count as gone; it would look for ever.
 GONE_SECONDS = 60.0
@@ -128,7 +129,7 @@ class Fleet:
             check_room_for(self.costs.ask(cohort), cohort, cluster.nodes())
         self._begin_attempt()
         students = [spec for cohort in cohorts for spec in cohort]
-        title = f"training {_counted(len(students), 'student')} in {_counted(len(cohorts), 'cohort')}"
+        title = f"training {counted(len(students), 'student')} in {counted(len(cohorts), 'cohort')}"
         control = Path(self.base.control)
         self.waiting = list(cohorts)
         with (
@@ -245,7 +246,7 @@ class Fleet:
         if self.waiting:
             first, others = self.waiting[0], len(self.waiting) - 1
             told = f"{first[0].name} and its cohort wait for {self.costs.ask(first)}"
-            told += f"; {_counted(others, 'cohort')} behind it" if others else ""
+            told += f"; {counted(others, 'cohort')} behind it" if others else ""
         if told and told != self.waiting_told:
             tell(self.console, told)
         self.waiting_told = told
@@ -264,7 +265,7 @@ class Fleet:
             parts = worth_splitting(cohort, left, one.ask, free)
             if len(parts) > 1:
                 told = (
-                    f"{_counted(len(cohort), 'student')} of {one.job.name} go on in {len(parts)} cohorts: there is room"
+                    f"{counted(len(cohort), 'student')} of {one.job.name} go on in {len(parts)} cohorts: there is room"
                 )
                 tell(self.console, f"{told}, and they have {duration(sum(left.values()))} to go")
                 one.parts = parts
@@ -289,7 +290,7 @@ class Fleet:
         if done <= 0 or now - begun < SPREAD_SECONDS:
             return {}
         pace = (now - begun) / done
-        unfinished = [student for student in progress.students if student.state not in OVER]
+        unfinished = [student for student in progress.students if student.state not in ENDED]
         return {
             student.name: (student.steps_total - student.steps) * costs[student.name] * pace for student in unfinished
         }
@@ -301,7 +302,7 @@ class Fleet:
             progress = read_progress(one.job)
             if not one.parts or self._latest_job(one) is not one.job or progress is None:
                 continue  # or it died when it was to leave, and then went on to its end as it was
-            unfinished = {student.name for student in progress.students if student.state not in OVER}
+            unfinished = {student.name for student in progress.students if student.state not in ENDED}
             parts = (tuple(spec for spec in part if spec.name in unfinished) for part in one.parts)
             self.waiting += [part for part in parts if part]
 
@@ -405,10 +406,6 @@ class Fleet:
         write_note(Path(self.base.logs) / f"{spec.name}.log", f"failed: {told}\nsee also {worker_log(job, 0)}")
         writer = take_over(folder / "checkpoints", job.attempt, f"the student {spec.name}")
         fail_from_outside(spec, folder, told, writer)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def fit(job: CohortJob, ask: Ask, selector: dict[str, str] | None = None) -> str:
