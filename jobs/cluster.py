@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from akd_dist.jobs.room import Ask, Node, check_room
 from akd_dist.storage.errors import AkdError, InterruptedByUser, MachineError, RefusedError, TerminatedError
 from akd_dist.storage.files import replace
@@ -99,11 +101,16 @@ def _init(options: dict[str, Any]) -> Exception | None:
     """`ray.init` on a thread of its own, where it leaves our signal handlers alone; returns what it raised.
 
     The thread lives on as long as the process: Ray's processes are told to die with the thread that started them.
+
+    Those processes inherit its blocked SIGTERM. `timeout` and service managers send that to everybody, and a driver
+    whose raylet leaves is ended by Ray, without a word and with exit code 1, before or after it has seen the signal.
+    As it is, the driver alone decides: workers checkpoint, and then Ray is shut down.
     """
     failures: list[Exception] = []
     tried = threading.Event()
 
     def start() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -161,7 +168,28 @@ def closing() -> Iterator[None]:
         if ours:
             _closers.clear()
             if ray.is_initialized():
-                ray.shutdown()
+                shut_down()
+
+
+def shut_down() -> None:
+    """Leave the cluster, and end every process of one that was started here.
+
+    Not left to `ray.shutdown`, which asks each with a SIGTERM and waits a second: they have it blocked. A raylet that
+    is killed leaves its agents behind for a minute.
+    """
+    node: Any = ray._private.worker._global_node
+    ray._private.worker._global_node = None
+    raylets = node.all_processes.get("raylet", []) if node is not None else []
+    below = []
+    for raylet in raylets:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below += psutil.Process(raylet.process.pid).children(recursive=True)
+    ray.shutdown()
+    if raylets:
+        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+    for process in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 class StopFlag:

@@ -33,11 +33,11 @@ def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def ray_cluster(isolated_home: Path) -> Iterator[None]:
     """One Ray for the whole session, started by the first test that needs it; four logical CPUs on any machine."""
 
-    from akd_dist.jobs.cluster import connect, ray
+    from akd_dist.jobs.cluster import connect, shut_down
 
     connect(None, num_cpus=4)
     yield
-    ray.shutdown()
+    shut_down()
 
 
 @pytest.fixture(scope="module")

@@ -138,5 +138,5 @@ if __name__ == "__main__":
         answer = join(arguments[0], Path(arguments[1]))
     else:
         answer = {"hidden": hidden, "share": share}[what](Path(arguments[0]))
-    cluster.ray.shutdown()
+    cluster.shut_down()
     print(json.dumps(answer))

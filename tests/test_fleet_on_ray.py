@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
-from akd_dist.jobs.cluster import StopFlag
+from akd_dist.jobs.cluster import StopFlag, ray
 from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.train_students import fleet_job, train_in_process, train_students
 from akd_dist.models import load_model
@@ -352,6 +352,8 @@ def test_sigterm_to_the_whole_group_leaves_with_143_and_the_next_command_goes_on
     stopped = run_until(home.command(marker, "train-students"), started, signal.SIGTERM, group=True)
     assert stopped.returncode == 143, stopped.stderr
     assert "the same command goes on" in stopped.stderr
+    assert "and Ray with it" not in stopped.stderr  # Ray leaves with the driver, not before it: workers checkpoint
+    assert ray_processes(marker) == []
     home.train(marker)
     assert weights(marker / "runs" / "fleet") == home.weights
 
@@ -383,6 +385,24 @@ def test_the_second_driver_leaves_with_3_and_names_the_holder(home: Home, tmp_pa
     assert second.returncode == 3, second.stderr
     assert str(os.getpid()) in second.stderr
     assert "Traceback" not in second.stderr
+
+
+def test_a_signal_to_the_group_leaves_ray_to_the_driver(ray_cluster: None) -> None:
+    def blocks(process: psutil.Process, number: int) -> bool:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+        return bool(int(mask, 16) >> (number - 1) & 1)
+
+    @ray.remote
+    def worker() -> int:
+        return os.getpid()
+
+    (raylet,) = (one for one in psutil.Process().children() if one.name() == "raylet")
+    others = [one for one in psutil.Process().children() if one.name() == "gcs_server"]
+    for process in [raylet, *others, psutil.Process(ray.get(worker.remote()))]:
+        assert blocks(process, signal.SIGTERM), process
+        assert blocks(process, signal.SIGINT), process
+    assert not blocks(psutil.Process(), signal.SIGTERM)
 
 
 def test_ray_listens_on_loopback_only(ray_cluster: None) -> None:
