@@ -6,6 +6,7 @@ import contextlib
 import os
 from typing import Any
 
+import psutil
 import torch
 
 from akd_dist.recipe import Precision
@@ -46,6 +47,11 @@ def device_name(device: str) -> str:
         return device
     _check_gpu()
     return f"cuda:{torch.cuda.get_device_name()}"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process could still take of a device's memory, as far as the system knows."""
+    return int(psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0])
 
 
 def gpus_of(device: str) -> int:

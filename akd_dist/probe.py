@@ -5,13 +5,10 @@ The step is the student's own (its module, loss, optimizer and precision), on a 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import math
-import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +16,9 @@ import torch
 from torch import nn
 
 from akd_dist import recipe
-from akd_dist.device import settle, weights_dtype
+from akd_dist.device import free_memory, settle, weights_dtype
 from akd_dist.models import ModelCard
 from akd_dist.objectives import stages
-from akd_dist.recipe import Recipe
 from akd_dist.rows import Splits
 from akd_dist.stream import Batch, Stream
 from akd_dist.student import EVALUATION_ROWS, Student
@@ -31,10 +27,6 @@ FIRST_ROWS = 16
 """Rows of a first step, by which it is seen whether a step on the whole batch is short enough to be measured."""
 PROBE_SECONDS = 0.25
 """How long the timed steps of one model take at most, or one step of the first rows where that takes longer."""
-ALL_SECONDS = 30.0
-"""How long the probes of a fleet take at most; further models are estimated from the nearest by size."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,52 +70,6 @@ class Measured:
         return 3 * self.checkpoint
 
 
-def measure_all(
-    fleet: Recipe, students: list[recipe.Student], splits: Splits, parameters: dict[str, int]
-) -> dict[str, Measured | None]:
-    """What each student takes, from one probe of each distinct model, batch and optimizer on this machine.
-
-    Once the probes have taken ALL_SECONDS, models that are still unknown are estimated from the one nearest in
-    parameters, in proportion.
-
-    Args:
-        parameters: of each student, by name.
-
-    Returns:
-        By the name of the student; None where the probe failed: its worker will tell why, as it would without a probe.
-    """
-    found: dict[str, Measured | None] = {}
-    sizes: dict[str, int] = {}
-    late: dict[str, recipe.Student] = {}
-    started = time.monotonic()
-    for spec in students:
-        key = probe_key(spec)
-        if key in found or key in late:
-            continue
-        sizes[key] = parameters[spec.name]
-        if time.monotonic() - started < ALL_SECONDS:
-            found[key] = probe(fleet, spec, splits)
-        else:
-            late[key] = spec
-    known = {key: one for key, one in found.items() if one is not None}
-    for key in late:
-        nearest = min(known, key=lambda other: abs(sizes[other] - sizes[key]), default=None)
-        found[key] = None if nearest is None else scaled(known[nearest], sizes[key] / max(sizes[nearest], 1))
-    return {spec.name: found[probe_key(spec)] for spec in students}
-
-
-def probe_key(spec: recipe.Student) -> str:
-    """What the cost of a student's step depends on. Neither its seed nor its learning rate nor its temperature do."""
-    optimizer = largest_optimizer(spec)
-    return "\n".join(
-        [
-            spec.model.model_dump_json(),
-            f"{spec.batch} {spec.workers} {spec.threads} {spec.precision}",
-            f"{optimizer.kind} {moments(optimizer)} {optimizer.clip is None}",
-        ]
-    )
-
-
 def largest_optimizer(spec: recipe.Student) -> recipe.Optimizer:
     """Of the optimizers of its stages the one that keeps most: all of it has to fit."""
     return max((stage.optimizer or spec.optimizer for stage in stages(spec.objective)), key=moments)
@@ -134,75 +80,55 @@ def moments(optimizer: recipe.Optimizer) -> int:
     return 2 if isinstance(optimizer, recipe.AdamW) else int(optimizer.momentum > 0)
 
 
-def scaled(known: Measured, ratio: float) -> Measured:
-    """The measurement of a model that is so many times as large; the stream stays as it is."""
-    seconds = {name: getattr(known, name) * ratio for name in ("step", "evaluation", "start")}
-    sizes = [one.name for one in dataclasses.fields(known) if one.name not in (*seconds, "stream")]
-    return dataclasses.replace(known, **seconds, **{name: round(getattr(known, name) * ratio) for name in sizes})
-
-
 def guessed(spec: recipe.Student, parameters: int) -> Measured:
     """What can be said of a student whose probe failed: its weights and optimizer by their number, and no time."""
     weights = parameters * weights_dtype(spec.precision).itemsize
     return Measured(0.0, 0.0, 0.0, 0.0, weights, weights, moments(largest_optimizer(spec)) * weights, 0, 0)
 
 
-def probe(fleet: Recipe, spec: recipe.Student, splits: Splits) -> Measured | None:
-    """Take a few steps of a student, here and now; None if it fails, whatever it raises.
+def probe(data: recipe.Data, device: str, spec: recipe.Student, splits: Splits, folder: Path) -> Measured:
+    """Take a few steps of a student, here and now; torch's settings are afterwards those of the student.
 
-    Threads, torch's settings and its generators are afterwards what they were, and nothing is left on the disk.
+    Args:
+        data: how the stream makes the rows.
+        device: `cpu` or `cuda`, as the recipe says.
+        folder: an empty one, for the student's files.
+
+    Raises:
+        Exception: whatever the model raises.
     """
     still = largest_optimizer(spec).model_copy(update={"lr": 1e-12})  # weights that hardly move do not diverge
     alone = spec.model_copy(update={"workers": 1, "sync_batchnorm": False, "optimizer": still})
     if spec.objective.epochs == 0:  # it takes no step, but the others do
         alone = alone.model_copy(update={"objective": recipe.HardLabels(epochs=1)})
-    with _settings_kept(fleet.device), tempfile.TemporaryDirectory(prefix="akd-dist-probe-") as folder:
-        try:
-            device = settle(fleet.device, spec.threads)
-            return _measure(fleet, alone, splits, device, Path(folder), share=-(-spec.batch // spec.workers))
-        except Exception as error:
-            log.warning("the probe of %s failed: %s", spec.name, error)
-            return None
-
-
-@contextlib.contextmanager
-def _settings_kept(device: str) -> Iterator[None]:
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    try:
-        # Without a GPU in the recipe none is touched: a driver would hold part of its memory.
-        with torch.random.fork_rng([0] if device == "cuda" and torch.cuda.is_available() else []):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
-        torch.cuda.empty_cache()  # what the probe took of a GPU is the workers' now
+    settled = settle(device, spec.threads)
+    return _measure(data, alone, splits, settled, folder, share=-(-spec.batch // spec.workers))
 
 
 def _measure(
-    fleet: Recipe, spec: recipe.Student, splits: Splits, device: torch.device, folder: Path, share: int
+    data: recipe.Data, spec: recipe.Student, splits: Splits, device: torch.device, folder: Path, share: int
 ) -> Measured:
     started = time.perf_counter()
-    card = ModelCard.of(spec.model, splits.train, fleet.data.normalize)
+    card = ModelCard.of(spec.model, splits.train, data.normalize)
     student = Student(spec, card, folder, log=folder / "log", device=device)
     start = time.perf_counter() - started
     share = min(share, len(splits.train))
-    first = _batch(fleet, splits, min(FIRST_ROWS, share), device)[0]
+    first = _batch(data, splits, min(FIRST_ROWS, share), device)[0]
     warm = _timed(student, first)  # the first step of a process also loads what torch needs
     with _SavedTensors(student.module) as saved:
         few = min(warm, _timed(student, first))
     rows, per_step = len(first.rows), few
-    if few * share / rows <= PROBE_SECONDS:
+    values = splits.train.inputs[0].size
+    kept = saved.total / rows + 4 * values
+    step_memory = math.ceil(share * (kept + 2 * saved.largest / rows))
+    if few * share / rows <= PROBE_SECONDS and step_memory <= free_memory(device):
         rows = share
-    batch, stream = _batch(fleet, splits, rows, device)
+    batch, stream = _batch(data, splits, rows, device)
     if rows > len(first.rows):
         _timed(student, batch)  # allocates
         per_step = _mean_seconds(student, batch)
     evaluated = min(EVALUATION_ROWS, len(splits.validation), max(1, int(rows * PROBE_SECONDS / per_step)))
     evaluation = _evaluation_seconds(student, splits, evaluated)
-    values = splits.train.inputs[0].size
-    kept = saved.total / len(first.rows) + 4 * values
     return Measured(
         step=per_step * share / rows,
         stream=stream * share / rows,
@@ -216,14 +142,13 @@ def _measure(
             for value in state.values()
             if isinstance(value, torch.Tensor)
         ),
-        step_memory=math.ceil(share * (kept + 2 * saved.largest / len(first.rows))),
+        step_memory=step_memory,
         evaluation_memory=math.ceil(EVALUATION_ROWS * (2 * saved.largest / len(first.rows) + 4 * values)),
     )
 
 
-def _batch(fleet: Recipe, splits: Splits, rows: int, device: torch.device) -> tuple[Batch, float]:
+def _batch(data: recipe.Data, splits: Splits, rows: int, device: torch.device) -> tuple[Batch, float]:
     """A batch of so many rows, with logits that nobody computed, and the seconds that the stream took for it."""
-    data = fleet.data
     stream = Stream(
         splits.train, None, data.augmentation, data.seed, data.views, batch=rows, window=data.window, device=device
     )

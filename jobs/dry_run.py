@@ -22,9 +22,9 @@ from akd_dist.jobs.planner import (
     learns_from_assistant,
     plan_cohorts,
 )
+from akd_dist.jobs.probing import measure_all
 from akd_dist.jobs.room import Ask, Node, check_room, timetable
 from akd_dist.objectives import stages
-from akd_dist.probe import measure_all
 from akd_dist.recipe import Recipe, Student
 from akd_dist.rows import Splits
 from akd_dist.storage.encodings import encoding_from_config
@@ -33,9 +33,11 @@ from akd_dist.storage.objects import open_root
 from akd_dist.wording import counted, size
 
 
-def costs_of(recipe: Recipe, todo: Sequence[Student], splits: Splits, parameters: dict[str, int], run: Path) -> Costs:
+def costs_of(
+    recipe: Recipe, todo: Sequence[Student], splits: Splits, parameters: dict[str, int], run: Path, cache_root: str
+) -> Costs:
     """What the students that are not done take, from a probe on this machine and from where their checkpoints stand."""
-    measured = measure_all(recipe, list(todo), splits, parameters)
+    measured = measure_all(recipe, todo, parameters, cache_root)
     places = {spec.name: position(run / "students" / spec.name / "checkpoints") for spec in todo}
     return Costs.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
 

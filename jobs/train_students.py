@@ -164,7 +164,7 @@ def _foresee(
     todo = [spec for spec in recipe.students if fresh or not ended(base, spec)]
     if todo:
         tell(console, "probing what the students take")
-    costs = costs_of(recipe, todo, splits, parameters, Path("nowhere") if fresh else run)
+    costs = costs_of(recipe, todo, splits, parameters, Path("nowhere") if fresh else run, cache_root)
     if address is not None:
         cluster.connect(address, tell=lambda text: tell(console, text))
     trained = is_there(model_uris(recipe, splits, store_root)[0])

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
+from akd_dist import probe as probes
 from akd_dist.cli import main
 from akd_dist.documents import FleetPlanDocument
+from akd_dist.factories import import_factory
 from akd_dist.fleet_plan import plan_lines, plan_table
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planner import Costs
+from akd_dist.jobs.probing import Prober, measure_all, scaled
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models import add_folder
-from akd_dist.probe import guessed, measure_all, probe, scaled
+from akd_dist.probe import guessed, probe
 from akd_dist.rows import prepare
 from akd_dist.storage.objects import LocalRoot
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher
@@ -175,34 +177,53 @@ def test_a_plan_of_students_that_could_not_be_probed_claims_no_time(place: Place
 
 # ---- the probe
 
-BROKEN = """
-import torch
+MODELS = """
+import os, torch
 
 class Broken(torch.nn.Module):
-    def __init__(self, inputs, classes):
+    def __init__(self, inputs, classes, deadly):
         super().__init__()
-        self.layer = torch.nn.Linear(inputs, classes)
+        self.layer, self.deadly = torch.nn.Linear(inputs, classes), deadly
 
     def forward(self, x):
         if len(x) > 2:
+            print("what a model prints is no answer")
+            if self.deadly:
+                os.kill(os.getpid(), 9)
             raise ZeroDivisionError("a mistake of the user's own")
         return self.layer(x.flatten(1))
 
-def broken(input_shape, classes):
-    return Broken(input_shape[0] * input_shape[1] * input_shape[2], classes)
+def broken(input_shape, classes, deadly):
+    return Broken(input_shape[0] * input_shape[1] * input_shape[2], classes, deadly)
+
+class Counting(torch.nn.Linear):
+    seen = []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        return super().forward(x.flatten(1))
+
+def counting(input_shape, classes):
+    return Counting(input_shape[0] * input_shape[1] * input_shape[2], classes)
 """
 
 
-def test_a_probe_leaves_nothing_behind_and_a_failing_model_is_unknown(tmp_path: Path) -> None:
-    (tmp_path / "broken_models.py").write_text(BROKEN)
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    (tmp_path / "probed_models.py").write_text(MODELS)
     add_folder(str(tmp_path))
-    broken = {"kind": "custom", "factory": "broken_models:broken"}
-    recipe = a_recipe([a_student("a", threads=2), a_student("b", model=broken)])
-    splits = prepare(recipe.data, tmp_path / "cache")
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_rng_state()
-    found = measure_all(recipe, list(recipe.students), splits, {"a": 610, "b": 650})
-    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before[:2]
-    assert torch.equal(torch.get_rng_state(), before[2])
+    return tmp_path
+
+
+@pytest.mark.parametrize("deadly", [False, True])
+def test_a_model_that_fails_in_the_probe_or_kills_it_is_unknown(
+    deadly: bool, models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = {"kind": "custom", "factory": "probed_models:broken", "arguments": {"deadly": deadly}}
+    recipe = a_recipe([a_student("b", model=broken), a_student("a", threads=2)], folder=str(models))
+    splits = prepare(recipe.data, models / "cache")
+    found = measure_all(recipe, recipe.students, {"a": 610, "b": 650}, str(models / "cache"))
+    assert ("its process ended with code -9" if deadly else "a mistake of the user's own") in caplog.text
     assert found["b"] is None
     assert found["a"] is not None
     assert found["a"].weights == found["a"].gradients == 4 * 610
@@ -211,20 +232,35 @@ def test_a_probe_leaves_nothing_behind_and_a_failing_model_is_unknown(tmp_path: 
     twice = scaled(found["a"], 2.0)
     assert (twice.weights, twice.step, twice.stream) == (8 * 610, 2 * found["a"].step, found["a"].stream)
     costs = Costs.of(recipe, splits, {"a": 610, "b": 650}, found)
-    assert costs.takes(recipe.students[1]).checkpoint == 2 * 4 * 650 + 2 * 4 * 650
+    assert costs.takes(recipe.students[0]).checkpoint == 2 * 4 * 650 + 2 * 4 * 650
+
+
+def test_a_batch_that_memory_would_not_hold_is_not_tried(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = a_recipe([a_student("one", model={"kind": "custom", "factory": "probed_models:counting"})])
+    splits = prepare(recipe.data, models / "cache")
+    seen = import_factory("probed_models:counting", "").__globals__["Counting"].seen
+    measured = []
+    for free in (1 << 40, 0):
+        monkeypatch.setattr(probes, "free_memory", lambda _device, free=free: free)
+        scratch = models / f"{free}"
+        scratch.mkdir()
+        seen.clear()
+        measured.append(probe(recipe.data, "cpu", recipe.students[0], splits, scratch))
+        assert (64 in seen) == bool(free)
+    assert measured[0].step_memory == measured[1].step_memory > 0
 
 
 def test_a_learning_rate_that_diverges_is_probed_all_the_same(tmp_path: Path) -> None:
     wild = {"kind": "sgd", "lr": 1e30}
     recipe = a_recipe([a_student("wild", optimizer=wild)])
-    assert probe(recipe, recipe.students[0], prepare(recipe.data, tmp_path)) is not None
+    assert probe(recipe.data, "cpu", recipe.students[0], prepare(recipe.data, tmp_path), tmp_path).step > 0
 
 
 def test_the_larger_optimizer_of_two_stages_counts(tmp_path: Path) -> None:
     objective = ANNEALING | {"stage2_optimizer": ADAMW}
     (spec,) = a_recipe([a_student("one", objective=objective, optimizer={"kind": "sgd", "lr": 0.1})]).students
-    found = probe(a_recipe([a_student("one")]), spec, prepare(a_recipe([a_student("one")]).data, tmp_path))
-    assert found is not None
+    data = a_recipe([a_student("one")]).data
+    found = probe(data, "cpu", spec, prepare(data, tmp_path), tmp_path)
     assert found.optimizer == pytest.approx(2 * found.weights, rel=0.01)
     assert guessed(spec, 610).optimizer == 2 * 4 * 610
 
@@ -232,14 +268,10 @@ def test_the_larger_optimizer_of_two_stages_counts(tmp_path: Path) -> None:
 def test_students_that_differ_in_seed_and_temperature_are_probed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from akd_dist import probe as probes
-
     recipe = a_recipe([a_student(f"{seed}", seed=seed, objective=LONGER) for seed in range(50)] + [a_student("other")])
     probed: list[str] = []
-    monkeypatch.setattr(probes, "probe", lambda _recipe, spec, _splits: probed.append(spec.name))
-    measure_all(
-        recipe, list(recipe.students), prepare(recipe.data, tmp_path), {str(one): 1 for one in range(50)} | {"other": 1}
-    )
+    monkeypatch.setattr(Prober, "probe", lambda _prober, spec: probed.append(spec.name))
+    measure_all(recipe, recipe.students, {str(one): 1 for one in range(50)} | {"other": 1}, str(tmp_path))
     assert probed == ["0"]
 
 
@@ -253,5 +285,7 @@ def test_the_estimate_of_memory_is_near_what_training_takes(hidden: int, tmp_pat
     measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     splits = prepare(recipe.data, tmp_path / "cache")
     parameters = {"one": hidden * 75 + 10}
-    costs = Costs.of(recipe, splits, parameters, measure_all(recipe, list(recipe.students), splits, parameters))
+    costs = Costs.of(
+        recipe, splits, parameters, measure_all(recipe, recipe.students, parameters, str(tmp_path / "cache"))
+    )
     assert 0.8 < costs.memory(tuple(recipe.students)) / measured < 1.6

@@ -42,7 +42,7 @@ class Odd(torch.nn.Module):
     def forward(self, x):
         time.sleep(self.seconds)
         self.steps += self.training
-        if self.deadly and self.steps == 15 and "RayTrainWorker" in open("/proc/self/cmdline").read():  # not in a probe
+        if self.deadly and self.steps == 15:  # in the probe already
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
         logits = self.layer(x.flatten(1))
         if self.stumbles and self.training and self.steps == 15 and torch.distributed.get_rank() == 1:

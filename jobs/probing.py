@@ -1,0 +1,161 @@
+"""What a fleet's students take: each distinct model is probed once, in a process that may die of it.
+
+A model that takes all memory, or crashes below Python, ends that process and not the command; then its cost is unknown,
+and its worker says why, as it would have anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from akd_dist.models import add_folder
+from akd_dist.probe import Measured, largest_optimizer, moments, probe
+from akd_dist.recipe import Data, Recipe, Student
+from akd_dist.rows import prepare
+
+ALL_SECONDS = 30.0
+"""How long the probes of a fleet take at most; further models are estimated from the nearest by size."""
+
+log = logging.getLogger(__name__)
+
+
+def measure_all(
+    recipe: Recipe, students: Sequence[Student], parameters: dict[str, int], cache_root: str
+) -> dict[str, Measured | None]:
+    """What each student takes, from one probe of each distinct model, batch and optimizer on this machine.
+
+    Once the probes have taken ALL_SECONDS, models that are still unknown are estimated from the one nearest in
+    parameters, in proportion.
+
+    Args:
+        parameters: of each student, by name.
+        cache_root: this node's own folder, where the rows are prepared.
+
+    Returns:
+        By the name of the student; None where the probe failed.
+    """
+    distinct: dict[str, Student] = {}
+    for spec in students:
+        distinct.setdefault(probe_key(spec), spec)
+    found: dict[str, Measured | None] = {}
+    started = time.monotonic()
+    with Prober(recipe, cache_root) as prober:
+        for key, spec in distinct.items():
+            if time.monotonic() - started < ALL_SECONDS:
+                found[key] = prober.probe(spec)
+    known = {key: one for key, one in found.items() if one is not None}
+    sizes = {key: parameters[spec.name] for key, spec in distinct.items()}
+    for key in distinct.keys() - found.keys():
+        nearest = min(known, key=lambda other: abs(sizes[other] - sizes[key]), default=None)
+        found[key] = None if nearest is None else scaled(known[nearest], sizes[key] / max(sizes[nearest], 1))
+    return {spec.name: found[probe_key(spec)] for spec in students}
+
+
+def probe_key(spec: Student) -> str:
+    """What the cost of a student's step depends on. Neither its seed nor its learning rate nor its temperature do."""
+    optimizer = largest_optimizer(spec)
+    return "\n".join(
+        [
+            spec.model.model_dump_json(),
+            f"{spec.batch} {spec.workers} {spec.threads} {spec.precision}",
+            f"{optimizer.kind} {moments(optimizer)} {optimizer.clip is None}",
+        ]
+    )
+
+
+def scaled(known: Measured, ratio: float) -> Measured:
+    """The measurement of a model that is so many times as large; the stream stays as it is."""
+    seconds = {name: getattr(known, name) * ratio for name in ("step", "evaluation", "start")}
+    sizes = [one.name for one in fields(known) if one.name not in (*seconds, "stream")]
+    return replace(known, **seconds, **{name: round(getattr(known, name) * ratio) for name in sizes})
+
+
+class Prober:
+    """Probes students one after the other in a process of its own, and starts another when a model has killed it."""
+
+    def __init__(self, recipe: Recipe, cache_root: str) -> None:
+        self.job = {
+            "data": recipe.data.model_dump(mode="json"),
+            "device": recipe.device,
+            "folder": recipe.folder,
+            "cache_root": cache_root,
+        }
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *leaving: object) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+
+    def probe(self, spec: Student) -> Measured | None:
+        """What a student takes; None, and a warning, if its probe fails or kills its process."""
+        with tempfile.TemporaryDirectory(prefix="akd-dist-probe-") as scratch:
+            answer = self._ask({"student": spec.model_dump(mode="json"), "scratch": scratch})
+        if "failed" in answer:
+            log.warning("the probe of %s failed: %s", spec.name, answer["failed"])
+            return None
+        return Measured(**answer)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.process = process = self.process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(request | self.job) + "\n")
+            process.stdin.flush()
+        if line := process.stdout.readline():
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        self.process = None
+        process.communicate()
+        return {"failed": f"its process ended with code {process.returncode}"}
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "akd_dist.jobs.probing"],  # -P: only this process's own path counts
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+
+def answer_probes() -> None:
+    """The process of a `Prober`: answers each student that stands in a line of its input with a line of its output."""
+    with os.fdopen(os.dup(1), "w") as answers, contextlib.suppress(KeyboardInterrupt):
+        os.dup2(2, 1)  # what a model prints is no answer
+        with contextlib.suppress(OSError):  # not on Linux
+            Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this process that goes
+        for line in sys.stdin:
+            try:
+                answer = asdict(_answer(**json.loads(line)))
+            except Exception as error:
+                answer = {"failed": str(error) or type(error).__name__}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+def _answer(
+    student: dict[str, Any], data: dict[str, Any], device: str, folder: str | None, cache_root: str, scratch: str
+) -> Measured:
+    add_folder(folder)
+    rows = Data.model_validate(data)
+    return probe(rows, device, Student.model_validate(student), prepare(rows, Path(cache_root)), Path(scratch))
+
+
+if __name__ == "__main__":
+    answer_probes()
