@@ -125,6 +125,7 @@ def _init(options: dict[str, Any]) -> Exception | None:
     while not tried.wait(POLL_SECONDS):  # in slices, so that signals are handled meanwhile
         pass
     _take_signals_back()
+    ray._private.worker._worker_logs_enabled = False  # Ray's long words on each death: we say what comes of it
     return failures[0] if failures else None
 
 

@@ -482,7 +482,8 @@ def _cause(text: str) -> str:
     starts = [
         text.find(mark) for mark in ("Worker exit detail: ", "was killed due to", "ray.exceptions.") if mark in text
     ]
-    return text[starts[0] : starts[0] + 400] if starts else text[-400:]
+    said = text[starts[0] : starts[0] + 400] if starts else text[-400:]
+    return said.partition(" Some common causes include")[0].rstrip(".")  # any of them: it does not know
 
 
 def _among(failures: Iterable[Exception], kind: type[Raised]) -> Iterator[Raised]:

@@ -248,7 +248,9 @@ def a_slow_teacher(home: Home, folder: Path) -> Path:
     return folder
 
 
-def test_killed_train_workers_resume_also_before_their_first_step(home: Home, trained: Any, tmp_path: Path) -> None:
+def test_killed_train_workers_resume_also_before_their_first_step(
+    home: Home, trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpointed = lambda: len(list(tmp_path.rglob("*.ckpt"))) > 4  # noqa: E731
     with Killer("ray::RayTrainWorker", 1) as early, Killer("ray::RayTrainWorker", 2, checkpointed) as late:
         fleet = home.train(tmp_path)
@@ -256,6 +258,7 @@ def test_killed_train_workers_resume_also_before_their_first_step(home: Home, tr
     assert len(late.killed) == 2
     assert {student["state"] for student in fleet["students"]} == {"done"}
     assert weights(tmp_path / "runs" / "fleet") == home.weights
+    assert "raylet" not in "".join(capsys.readouterr())  # Ray's own words
 
 
 def run_until(
