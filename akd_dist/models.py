@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from akd_dist import architectures, huggingface, recipe
+from akd_dist.device import free_memory
 from akd_dist.factories import call_factory, source_sha256
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import DamagedError, RefusedError
@@ -191,6 +192,28 @@ def build(card: ModelCard, seed: int | None = None, *, pretrained: bool = False)
     module = Classifier(_body(card, pretrained), card)
     _check_output(module, card)
     return module.train()
+
+
+def check_memory(card: ModelCard) -> None:
+    """Refuse weights that free memory cannot hold before they take it, and the process with it.
+
+    Nothing is known of models by other people's code before it runs.
+
+    Raises:
+        RefusedError: the weights do not fit; or the model does not fit the inputs.
+    """
+    if isinstance(card.model, recipe.HuggingFaceModel | recipe.Timm | recipe.Custom):
+        return
+    with torch.device("meta"):  # without memory
+        needed = 4 * num_parameters(_body(card, pretrained=False))
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        raise RefusedError(
+            f"the model {card.model.label} does not fit the memory of this machine",
+            got=f"{needed / 1e9:,.1f} GB of weights",
+            expected=f"at most the {free / 1e9:,.1f} GB that are free",
+            next="take a smaller one, or train where there is more memory",
+        )
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -44,7 +44,7 @@ from akd_dist.jobs.planner import Costs, cohort_job, groups_of, learns_from_assi
 from akd_dist.jobs.progress import tell
 from akd_dist.jobs.train_teacher import Stores, is_there, teacher_of
 from akd_dist.metrics import measure
-from akd_dist.models import ModelCard, add_folder, build, by_content, num_parameters
+from akd_dist.models import ModelCard, add_folder, build, by_content, check_memory, num_parameters
 from akd_dist.recipe import Recipe
 from akd_dist.report_page import write_report
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
@@ -251,12 +251,13 @@ def check_students(recipe: Recipe, splits: Splits) -> dict[str, int]:
         The number of parameters by student.
 
     Raises:
-        RefusedError: a model cannot be built, or does not give a logit per class.
+        RefusedError: a model cannot be built, does not give a logit per class, or fits no memory.
     """
     counts: dict[str, int] = {}
     for spec in recipe.students:
         if (key := spec.model.model_dump_json()) not in counts:
             card = ModelCard.of(spec.model, splits.train, recipe.data.normalize)
+            check_memory(card)
             counts[key] = num_parameters(build(card, seed=0, pretrained=True))
     return {spec.name: counts[spec.model.model_dump_json()] for spec in recipe.students}
 

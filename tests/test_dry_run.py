@@ -20,10 +20,11 @@ from akd_dist.fleet_plan import plan_lines, plan_table
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planner import Costs
 from akd_dist.jobs.probing import Prober, measure_all, scaled
-from akd_dist.jobs.train_students import train_in_process
+from akd_dist.jobs.train_students import check_students, train_in_process
 from akd_dist.models import add_folder
 from akd_dist.probe import guessed, probe
 from akd_dist.rows import prepare
+from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.objects import LocalRoot
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher
 
@@ -248,6 +249,13 @@ def test_a_batch_that_memory_would_not_hold_is_not_tried(models: Path, monkeypat
         measured.append(probe(recipe.data, "cpu", recipe.students[0], splits, scratch))
         assert (64 in seen) == bool(free)
     assert measured[0].step_memory == measured[1].step_memory > 0
+
+
+def test_weights_that_no_memory_holds_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    recipe = a_recipe([a_student("one", model={"kind": "mlp", "hidden": 10**11})])
+    with pytest.raises(RefusedError, match="mlp-100000000000 does not fit the memory") as refused:
+        check_students(recipe, prepare(recipe.data, tmp_path))
+    assert "30,000.0 GB of weights" in str(refused.value.got)
 
 
 def test_a_learning_rate_that_diverges_is_probed_all_the_same(tmp_path: Path) -> None:
