@@ -78,6 +78,21 @@ def newest_checkpoint(
     )
 
 
+def glance(path: Path) -> dict[str, Any]:
+    """What stands at the top of a checkpoint's tree besides tensors and what holds some; unchecked, for display.
+
+    Only the head of the file is read. Empty where it cannot be.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(_HEAD)
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        pairs = json.loads(header["__metadata__"]["tree"])["dict"]
+        return {key: value for key, value in pairs if not isinstance(value, dict | list)}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        return {}
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, oldest first."""
     return sorted(folder.glob("*.ckpt"))

@@ -352,10 +352,13 @@ class _Lockstep:
             student.save()
         self.saved_at = time.monotonic()
 
+    def _shared_epochs(self, student: Student, leader: Student | None) -> int:
+        """Epochs that another student takes for it."""
+        return student.stages[0].epochs if leader else student.epochs_shared
+
     def _steps_of(self, student: Student, leader: Student | None) -> tuple[int, int]:
         """Steps behind a student and in all, without those that another takes for it; all once it has ended."""
-        per_epoch = self.stream.steps_per_epoch
-        shared = student.stages[0].epochs if leader else student.epochs_shared
+        per_epoch, shared = self.stream.steps_per_epoch, self._shared_epochs(student, leader)
         total = (student.epochs - shared) * per_epoch
         done = 0 if leader else (student.epoch - shared) * per_epoch + student.step
         return (done if student.training else total), total
@@ -389,6 +392,7 @@ class _Lockstep:
             stage=student.stage.name,
             epoch=student.epoch,
             epochs=student.epochs,
+            epochs_shared=self._shared_epochs(student, leader),
             temperature=student.stage.temperature(student.stage_epoch) if in_epoch else last.get("temperature"),
             loss=student.loss_sum / student.loss_rows if student.loss_rows else last.get("train_loss"),
             validation=measured.get(self.job.data.primary_metric),

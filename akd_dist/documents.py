@@ -808,6 +808,8 @@ class StudentProgress(Document):
     """Epochs behind it, over all stages."""
     epochs: Count
     """Epochs of all its stages."""
+    epochs_shared: Count = 0
+    """Those that another student computes for it: of a stage I that they share."""
     temperature: int | None = None
     """The temperature of its epoch; null where nothing is annealed."""
     loss: float | None = None
@@ -817,7 +819,7 @@ class StudentProgress(Document):
     steps: Count = 0
     """Steps behind it; all of them once it has ended, however it did."""
     steps_total: Count
-    """Steps of all its epochs."""
+    """Steps of all epochs that it computes itself."""
     rows_per_second: float = 0.0
     """Train rows that it has learned from per second, lately."""
     steps_per_second: float = 0.0

@@ -226,15 +226,20 @@ def standing(folder: Path, planned: StudentProgress, metric: str, checkpoint: st
     last = records[-1] if records else {"validation": {}}
     changes = {"stage": last.get("stage"), "temperature": last.get("temperature"), "loss": last.get("train_loss")}
     changes["validation"] = last["validation"].get(metric)
+    per_epoch = planned.steps_total // max(planned.epochs - planned.epochs_shared, 1)
     if result is not None:
         changes |= {"state": result["state"], "reason": result["reason"], "epoch": result["epochs"]}
-        changes |= {"steps": planned.steps_total}
+        # Who was to compute its stage I may have failed before.
+        shared = planned.epochs_shared if result.get("stage1_from") else 0
+        steps = (planned.epochs - shared) * per_epoch
+        changes |= {"epochs_shared": shared, "steps": steps, "steps_total": steps}
         if result["validation"] is not None:
             changes["validation"] = result["validation"].get(metric)
     elif checkpoint is not None:
         epoch, step = (int(part) for part in checkpoint.split("-")[:2])
-        per_epoch = planned.steps_total // max(planned.epochs, 1)
-        changes |= {"state": "stopped", "epoch": epoch, "steps": epoch * per_epoch + step}
+        shared = planned.epochs_shared if epoch >= planned.epochs_shared else 0
+        changes |= {"state": "stopped", "epoch": epoch, "steps": (epoch - shared) * per_epoch + step}
+        changes |= {"epochs_shared": shared, "steps_total": (planned.epochs - shared) * per_epoch}
     return planned.model_copy(update=changes)
 
 

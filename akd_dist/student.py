@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from akd_dist import recipe
-from akd_dist.checkpoint import decode, newest_checkpoint, save_checkpoint
+from akd_dist.checkpoint import checkpoints, decode, glance, newest_checkpoint, save_checkpoint
 from akd_dist.device import autocast, generator_states, set_generator_states, weights_dtype
 from akd_dist.metrics import measure, predictions
 from akd_dist.models import ModelCard, build, num_parameters, save_model
@@ -600,7 +600,14 @@ def failed_entry(spec: recipe.Student, reason: str, folder: Path) -> dict[str, A
     """The entry of a student that failed and cannot say how far it was: its folder does."""
     records = read_metrics(folder)
     seconds = records[-1]["seconds"] if records else 0.0
-    return entry(spec, "failed", reason, folder) | {"epochs": len(records), "seconds": seconds}
+    known = {"epochs": len(records), "seconds": seconds, "stage1_from": forked_from(folder)}
+    return entry(spec, "failed", reason, folder) | known
+
+
+def forked_from(folder: Path) -> str | None:
+    """Whose stage I a student went on from, by its newest checkpoint; None if by none's, or there is no checkpoint."""
+    found = checkpoints(folder / "checkpoints")
+    return glance(found[-1]).get("stage1_from") if found else None
 
 
 def fail_from_outside(spec: recipe.Student, folder: Path, reason: str, writer: Writer) -> None:

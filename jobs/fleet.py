@@ -34,10 +34,12 @@ from akd_dist.jobs.planner import (
 from akd_dist.jobs.progress import FleetMeter, tell
 from akd_dist.jobs.room import Ask, next_to_start
 from akd_dist.jobs.train_teacher import Stores
+from akd_dist.objectives import stages
+from akd_dist.recipe import Student
 from akd_dist.status import ENDED
 from akd_dist.storage.errors import AkdError, MachineError
 from akd_dist.storage.fence import take_over
-from akd_dist.student import Group, OutOfStepError, fail_from_outside, write_note
+from akd_dist.student import Group, OutOfStepError, fail_from_outside, forked_from, write_note
 from akd_dist.wording import counted
 
 Raised = TypeVar("Raised", bound=Exception)
@@ -146,17 +148,22 @@ class Fleet:
 
     def _plan(self) -> FleetPlan:
         """What there is to do, for those who watch: every student of the run, as if none had begun."""
-        students = [
-            StudentProgress(
-                name=spec.name,
-                state="waiting",
-                epochs=spec.objective.epochs,
-                steps_total=spec.objective.epochs * self.costs.steps_per_epoch(spec),
-            )
-            for spec in self.base.students
-        ]
+        riders = {name for cohort in self.waiting for name in self.costs.leaders(cohort)}
+        students = [self._planned(spec, spec.name in riders) for spec in self.base.students]
         metric = self.base.data.primary_metric
         return FleetPlan(attempt=self.base.attempt, at=time.time(), metric=metric, students=students, cohorts=[])
+
+    def _planned(self, spec: Student, rides: bool) -> StudentProgress:
+        """A student as if it had not begun; steps that another computes for it count there."""
+        rides = rides or forked_from(Path(self.base.root) / spec.name) is not None
+        shared = stages(spec.objective)[0].epochs if rides else 0
+        return StudentProgress(
+            name=spec.name,
+            state="waiting",
+            epochs=spec.objective.epochs,
+            epochs_shared=shared,
+            steps_total=(spec.objective.epochs - shared) * self.costs.steps_per_epoch(spec),
+        )
 
     def _not_training(self) -> list[CohortStatus]:
         """The cohorts that wait for room, and those whose workers start."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from akd_dist.checkpoint import checkpoints, decode, encode, newest_checkpoint, save_checkpoint
+from akd_dist.checkpoint import checkpoints, decode, encode, glance, newest_checkpoint, save_checkpoint
 from akd_dist.storage.errors import DamagedError
 from tests.fleets import newest_tree
 
@@ -68,6 +68,17 @@ def test_the_last_two_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) 
     with pytest.raises(DamagedError, match=r"0005\.ckpt, 0004\.ckpt|0004\.ckpt, 0005\.ckpt") as refused:
         newest_checkpoint(tmp_path)
     assert refused.value.code == 5
+
+
+def test_the_head_tells_what_is_no_tensor_and_nothing_where_it_is_cut(tmp_path: Path) -> None:
+    tree = {"epoch": 3, "stage1_from": "leader", "best": None, "module": {"weight": torch.zeros(1000)}, "rng": [1]}
+    path = save_checkpoint(tmp_path, "000003", tree)
+    assert glance(path) == {"epoch": 3, "stage1_from": "leader", "best": None}
+    whole = path.read_bytes()
+    for length in (0, 8, 72, 76, 80, 100):
+        path.write_bytes(whole[:length])
+        assert glance(path) == {}
+    assert glance(tmp_path / "none.ckpt") == {}
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from akd_dist.cohort import read_progress, train_cohort
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.recipe import Recipe
-from akd_dist.student import Student
+from akd_dist.student import Student, failed_entry
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, weights
 from tests.test_cohort import job_of
 
@@ -108,3 +108,12 @@ def test_the_next_one_leads_where_the_first_fails(
     assert results["first"]["reason"].startswith("out of memory: MemoryError")
     assert weights(tmp_path) == {name: digest for name, digest in apart.items() if name != "first"}
     assert [results[name]["stage1_from"] for name in ("longer", "slower", "other-kind")] == [None, "longer", "longer"]
+
+
+def test_a_student_that_is_given_up_keeps_whose_stage_it_went_on_from(
+    recipe: Recipe, stores: dict[str, str], home: Path, tmp_path: Path
+) -> None:
+    train_cohort(job_of(recipe, stores, home, tmp_path))
+    for spec in recipe.students:
+        given_up = failed_entry(spec, "its worker died", tmp_path / "students" / spec.name)
+        assert given_up["stage1_from"] == ("first" if spec.name in RIDERS else None)

@@ -26,13 +26,15 @@ from akd_dist.documents import (
     StudentProgress,
     schemas,
 )
+from akd_dist.jobs.cluster import StopFlag
+from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.planner import cohort_job
 from akd_dist.jobs.train_students import fleet_job, train_students
 from akd_dist.recipe import Recipe
 from akd_dist.rows import prepare
 from akd_dist.status import Pace, RunReader, birth_of, driving, read_document, standing, typed_command, write_document
 from akd_dist.storage.errors import RefusedError
-from tests.fleets import HARD, a_recipe, a_student, a_teacher, stores_of
+from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, stores_of
 
 
 def planned(name: str, **changes: Any) -> StudentProgress:
@@ -286,6 +288,47 @@ def test_a_cohort_tells_of_every_student_as_it_goes(
     assert middle.rows_per_second == pytest.approx(middle.steps_per_second * len(splits.train) * 3 / middle.steps_total)
     result = json.loads((tmp_path / "students" / "annealing" / "result.json").read_bytes())
     assert story[-1].validation == result["validation"]["accuracy"]
+
+
+def test_a_stage_that_students_share_is_counted_once_before_during_and_after(
+    home: Path, stores: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objectives = [ANNEALING | {"stage2_epochs": epochs} for epochs in (1, 2, 3)]
+    students = [a_student(f"fork-{index}", objective=one) for index, one in enumerate(objectives)]
+    recipe = a_recipe(students, teacher={"weights": str(home / "teacher")})
+    splits = prepare(recipe.data, home / "cache")
+    base = fleet_job(recipe, splits, stores, tmp_path, str(home / "cache"))
+    fleet = Fleet(base, len(splits.train), StopFlag(), Console(quiet=True))
+    fleet.waiting = [tuple(recipe.students)]
+    before = fleet._plan()
+    told: list[CohortProgress] = []
+    monkeypatch.setattr("akd_dist.cohort.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("akd_dist.cohort.write_document", lambda _path, document: told.append(document))
+    train_cohort(cohort_job(base, tuple(recipe.students), {}))
+    fleet.waiting = []
+    resumed = fleet._plan()
+    stage1 = recipe.students[0].objective.epochs - 1
+    own = [stage1 + 1, 2, 3]
+    per_epoch = fleet.costs.steps_per_epoch(recipe.students[0])
+    documents: list[FleetPlan | CohortProgress] = [before, *told, resumed]
+    for document in documents:
+        assert [student.steps_total for student in document.students] == [per_epoch * epochs for epochs in own]
+    write_document(tmp_path / "control" / "plan.json", before)
+    after = RunReader(tmp_path).read()
+    assert (after.steps, after.steps_total) == (per_epoch * sum(own), per_epoch * sum(own))
+    assert {student.epochs_shared for student in after.students[1:]} == {stage1}
+
+
+def test_whoever_lost_the_student_that_computed_its_stage_counts_it_itself(tmp_path: Path) -> None:
+    rider = {"epochs": 4, "epochs_shared": 3, "steps_total": 10}
+    a_run(tmp_path, students=[planned(name, **rider) for name in ("rode", "alone", "rides", "began")])
+    leave(tmp_path, "rode", result={"stage1_from": "first"})
+    leave(tmp_path, "alone", result={"stage1_from": None})
+    leave(tmp_path, "rides", checkpoint="000003-000002-1")
+    leave(tmp_path, "began", checkpoint="000002-000005-1")
+    students = by_name(RunReader(tmp_path).read())
+    counts = {name: (one.steps, one.steps_total) for name, one in students.items()}
+    assert counts == {"rode": (10, 10), "alone": (40, 40), "rides": (2, 10), "began": (25, 40)}
 
 
 def test_what_a_cohort_wrote_is_what_is_read(
