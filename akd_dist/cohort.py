@@ -19,6 +19,7 @@ import torch
 from akd_dist import recipe
 from akd_dist.device import settle
 from akd_dist.documents import CohortProgress, StudentProgress
+from akd_dist.group import Group, OutOfStepError, told
 from akd_dist.metrics import predictions
 from akd_dist.models import ModelCard, add_folder
 from akd_dist.rows import Rows, Splits, prepare
@@ -29,7 +30,7 @@ from akd_dist.storage.files import failpoint, file_lock, read_json
 from akd_dist.storage.node_cache import open_decoded
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.stream import Stream
-from akd_dist.student import Group, OutOfStepError, Student, fail_from_outside, told, write_note
+from akd_dist.student import Student, fail_from_outside, write_note
 
 PROGRESS_SECONDS = 0.5
 # A worker may live on for half a minute after its driver or raylet was killed (measured). So long it may take to see

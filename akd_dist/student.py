@@ -10,11 +10,10 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from akd_dist import recipe
 from akd_dist.checkpoint import checkpoints, decode, glance, newest_checkpoint, save_checkpoint
 from akd_dist.device import autocast, generator_states, set_generator_states, weights_dtype
+from akd_dist.group import Group, OutOfStepError, told
 from akd_dist.metrics import measure, predictions
 from akd_dist.models import ModelCard, build, num_parameters, save_model
 from akd_dist.objectives import Stage, at_least_float32, label_losses, learning_rate, row_losses, stages
@@ -40,104 +40,9 @@ CPU = torch.device("cpu")
 TEST_NAME = "test.parquet"
 """What student and teacher say of each test row, beside its label."""
 
-Computed = TypeVar("Computed")
-
-
-@dataclass(frozen=True)
-class Group:
-    """The data-parallel workers of a cohort, as this one sees them; alone by default."""
-
-    rank: int = 0
-    world: int = 1
-    device: str = "cpu"
-    """Where what they exchange has to lie: NCCL, the backend of GPUs, takes nothing else."""
-
-    def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Each flag, true if it is true on any rank: how ranks agree before one of them leaves the step."""
-        if self.world == 1:
-            return flags
-        shared = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-        return tuple(bool(flag) for flag in shared)
-
-    def go_on(self) -> None:
-        """Before ranks exchange something within a step: raises if one of them has failed and will not take part.
-
-        Raises:
-            PeerFailedError: on every rank but the one that failed; they have agreed by this.
-        """
-        if self.any(False)[0]:
-            raise PeerFailedError("another worker of this student failed")
-
-    def agree(self, compute: Callable[[], Computed]) -> Computed:
-        """What this rank computes without the others; if it fails on any rank, every rank raises.
-
-        Raises:
-            PeerFailedError: it failed on another rank, not here; says on which, and why.
-        """
-        if self.world == 1:
-            return compute()
-        failure: Exception | None = None
-        try:
-            computed = compute()
-        except Exception as error:
-            failure = error
-        # Who was in `go_on` knows already: the failed rank answered it when it came to agree here.
-        heard = isinstance(failure, PeerFailedError)
-        if not heard and not self.any(failure is not None)[0]:
-            return computed
-        reasons: list[str | None] = [None] * self.world
-        torch.distributed.all_gather_object(reasons, None if failure is None or heard else told(failure))
-        if failure is not None and not heard:
-            raise failure
-        raise PeerFailedError("; ".join(f"on worker {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
-
-    def log_beside(self, log: Path) -> Path:
-        """This rank's own log of a student: rank 0 has the student's."""
-        return log if self.rank == 0 else log.with_suffix(f".rank{self.rank}.log")
-
-    def sum(self, value: float) -> float:
-        """The sum of a number over the ranks."""
-        if self.world == 1:
-            return value
-        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(shared)
-        return float(shared)
-
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's value of something small."""
-        if self.world == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def share_state(self, module: nn.Module) -> None:
-        """Give every rank the weights and buffers of rank 0: batch statistics differ between ranks."""
-        if self.world > 1:
-            for tensor in module.state_dict().values():
-                torch.distributed.broadcast(tensor, src=0)
-
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """A tensor from every rank, in rank order, each on the device that this one lies on."""
-        if self.world == 1:
-            return [tensor]
-        sent = tensor.to(self.device)
-        gathered = [torch.empty_like(sent) for _ in range(self.world)]
-        torch.distributed.all_gather(gathered, sent)
-        return [received.to(tensor.device) for received in gathered]
-
 
 class DivergedError(Exception):
     """The loss of a student is no longer a number."""
-
-
-class PeerFailedError(Exception):
-    """Another rank of this student failed, where all of them have to go on together."""
-
-
-class OutOfStepError(Exception):
-    """This rank failed where others wait for it, so they cannot agree: all of them have to start again."""
 
 
 class Student:
@@ -614,12 +519,6 @@ def fail_from_outside(spec: recipe.Student, folder: Path, reason: str, writer: W
     """End a student as `failed` that could not be set up, or whose worker dies again and again: the others go on."""
     result = failed_entry(spec, reason, folder)
     writer.replace(folder / "result.json", json.dumps(result, indent=1).encode())
-
-
-def told(error: Exception) -> str:
-    """An error as the reason that a student failed."""
-    short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    return ("out of memory: " if short else "") + f"{type(error).__name__}: {error}"
 
 
 def write_note(log: Path, text: str) -> None:

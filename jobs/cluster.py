@@ -469,6 +469,8 @@ def total_gpus() -> float:
 
 LOOK_SECONDS = 2.0
 """How often the cluster is asked for nodes that have joined."""
+ANSWER_SECONDS = 60.0
+"""How long a command waits for the answers of all nodes before it begins without some."""
 
 
 class Shared:
@@ -501,13 +503,18 @@ class Shared:
         self.looked_at = 0.0
 
     def __enter__(self) -> Shared:
-        """Look at every node that is there.
+        """Look at every node that is there. One that does not answer gets no work until it does.
 
         Raises:
             MachineError: a node does not see a folder.
         """
+        began = time.monotonic()
         try:
             while self.look(strict=True):
+                if time.monotonic() - began > ANSWER_SECONDS:
+                    silent = ", ".join(node.address for node, _ in self.asked.values())
+                    self.tell(f"no answer for {ANSWER_SECONDS:g} s, so no work until there is one: {silent}")
+                    break
                 time.sleep(POLL_SECONDS)
         except BaseException:
             self.__exit__()

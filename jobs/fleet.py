@@ -22,6 +22,7 @@ from rich.console import Console
 from akd_dist.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
 from akd_dist.documents import CohortProgress, CohortStatus, FleetPlan, StudentProgress
 from akd_dist.fleet_view import duration
+from akd_dist.group import Group, OutOfStepError
 from akd_dist.jobs import cluster
 from akd_dist.jobs.planner import (
     UNKNOWN_SECONDS,
@@ -39,7 +40,7 @@ from akd_dist.recipe import Student
 from akd_dist.status import ENDED
 from akd_dist.storage.errors import AkdError, MachineError
 from akd_dist.storage.fence import take_over
-from akd_dist.student import Group, OutOfStepError, fail_from_outside, forked_from, write_note
+from akd_dist.student import fail_from_outside, forked_from, write_note
 from akd_dist.wording import counted
 
 Raised = TypeVar("Raised", bound=Exception)
@@ -58,8 +59,10 @@ GONE_SECONDS = 60.0
 class Carried:
     """A cohort that has been started, and the thread that sees it through."""
 
+    first: CohortJob
+    """Its first job."""
     job: CohortJob
-    """Its first job; after a death the thread makes others."""
+    """The one that it is at: after a death another one."""
     ask: Ask
     """What it occupies."""
     overtook: bool
@@ -106,7 +109,6 @@ class Fleet:
         self.waiting: list[Cohort] = []
         self.carried: list[Carried] = []
         self.jobs: list[CohortJob] = []
-        self.threads: list[threading.Thread] = []
         self.errors: list[BaseException] = []
         self.lock = threading.Lock()
         self.alive_at = time.monotonic()
@@ -114,7 +116,6 @@ class Fleet:
         self.last_told: list[CohortProgress] = []
         self.waiting_told = ""
         self.spread_at = time.monotonic()
-        self.running: list[CohortJob] = []
 
     def train(self, cohorts: list[Cohort]) -> int:
         """Train all cohorts to their end, or until the stop flag.
@@ -168,9 +169,9 @@ class Fleet:
     def _not_training(self) -> list[CohortStatus]:
         """The cohorts that wait for room, and those whose workers start."""
         starting = [
-            CohortStatus(state="starting", students=[spec.name for spec in job.students])
-            for job in list(self.running)
-            if not job.progress_file.exists()
+            CohortStatus(state="starting", students=[spec.name for spec in one.job.students])
+            for one in self.carried
+            if one.alive and not one.job.progress_file.exists()
         ]
         return starting + [
             CohortStatus(
@@ -195,7 +196,7 @@ class Fleet:
         except BaseException:
             self.base.stop_file.touch()
             with contextlib.suppress(AkdError):
-                while any(thread.is_alive() for thread in self.threads):
+                while any(one.alive for one in self.carried):
                     self._watch(stopping=True)
                     time.sleep(cluster.POLL_SECONDS)
             raise
@@ -230,20 +231,15 @@ class Fleet:
         self._tell_who_waits()
 
     def _start(self, cohort: Cohort, ask: Ask, *, overtook: bool) -> None:
-        one = Carried(self._new_job(cohort), ask, overtook)
-        one.thread = threading.Thread(target=self._carry, args=(one.job,), daemon=True)
+        job = self._new_job(cohort)
+        one = Carried(job, job, ask, overtook)
+        one.thread = threading.Thread(target=self._carry, args=(one,), daemon=True)
         one.thread.start()
         self.carried.append(one)
-        self.threads.append(one.thread)
 
     def _starting(self) -> bool:
         """Whether there are cohorts that do not train yet: Ray may count what they will occupy as free."""
-        return any(one.alive and read_progress(self._latest_job(one)) is None for one in self.carried)
-
-    def _latest_job(self, one: Carried) -> CohortJob:
-        """The job that a cohort's thread is at: after a death it is another one."""
-        names = {spec.name for spec in one.job.students}
-        return next(job for job in reversed(self.jobs) if job.students[0].name in names)
+        return any(one.alive and read_progress(one.job) is None for one in self.carried)
 
     def _tell_who_waits(self) -> None:
         """Say who waits for what, once, and again when that has changed."""
@@ -268,15 +264,13 @@ class Fleet:
         free = self.shared.free()
         candidates = [(self._left(one), one) for one in self.carried if one.alive and not one.parts]
         for left, one in sorted(candidates, key=lambda pair: sum(pair[0].values()), reverse=True):
-            cohort = tuple(spec for spec in one.job.students if spec.name in left)
+            cohort = tuple(spec for spec in one.first.students if spec.name in left)
             parts = worth_splitting(cohort, left, one.ask, free)
             if len(parts) > 1:
-                told = (
-                    f"{counted(len(cohort), 'student')} of {one.job.name} go on in {len(parts)} cohorts: there is room"
-                )
-                tell(self.console, f"{told}, and they have {duration(sum(left.values()))} to go")
+                told = f"{counted(len(cohort), 'student')} of {one.first.name} go on in {len(parts)} cohorts"
+                tell(self.console, f"{told}: there is room, and they have {duration(sum(left.values()))} to go")
                 one.parts = parts
-                one.job.leave_file.touch()
+                one.first.leave_file.touch()
                 return
 
     def _left(self, one: Carried) -> dict[str, float]:
@@ -284,15 +278,14 @@ class Fleet:
 
         Nothing is known of a cohort that has just begun, and one whose workers died is left alone.
         """
-        job = self._latest_job(one)
-        progress = read_progress(job)
-        if job is not one.job or progress is None:
+        progress = read_progress(one.first)
+        if one.job is not one.first or progress is None:
             return {}
         now, steps = time.monotonic(), {student.name: student.steps for student in progress.students}
         if one.since is None:
             one.since = now, steps
         begun, first = one.since
-        costs = {spec.name: self.costs.takes(spec).step or UNKNOWN_SECONDS for spec in job.students}
+        costs = {spec.name: self.costs.takes(spec).step or UNKNOWN_SECONDS for spec in one.first.students}
         done = sum((count - first.get(name, count)) * costs[name] for name, count in steps.items())
         if done <= 0 or now - begun < SPREAD_SECONDS:
             return {}
@@ -306,8 +299,8 @@ class Fleet:
         """Let go of cohorts that have ended; what one was cut into joins the queue."""
         for one in [one for one in self.carried if not one.alive]:
             self.carried.remove(one)
-            progress = read_progress(one.job)
-            if not one.parts or self._latest_job(one) is not one.job or progress is None:
+            progress = read_progress(one.first)
+            if not one.parts or one.job is not one.first or progress is None:
                 continue  # or it died when it was to leave, and then went on to its end as it was
             unfinished = {student.name for student in progress.students if student.state not in ENDED}
             parts = (tuple(spec for spec in part if spec.name in unfinished) for part in one.parts)
@@ -352,7 +345,7 @@ class Fleet:
         Raises:
             MachineError: there are too few CPUs or GPUs, or too little memory.
         """
-        for cohort in [*(job.students for job in list(self.running)), *self.waiting]:
+        for cohort in [*(one.job.students for one in self.carried if one.alive), *self.waiting]:
             try:
                 check_room_for(self.costs.ask(cohort), cohort, self.shared.nodes())
             except AkdError as error:
@@ -363,10 +356,10 @@ class Fleet:
                     next="bring the nodes back; the same command goes on from the last checkpoints",
                 ) from error
 
-    def _carry(self, job: CohortJob) -> None:
+    def _carry(self, one: Carried) -> None:
         """See a cohort through, off the main thread (on it, Ray would take over Ctrl-C)."""
         try:
-            self._train_or_split(job)
+            self._train_or_split(one, one.first)
         except cluster.ray.exceptions.RayError as error:
             lost = MachineError(
                 "the Ray cluster was lost while students trained",
@@ -378,15 +371,15 @@ class Fleet:
         except BaseException as error:
             self.errors.append(error)
 
-    def _train_or_split(self, job: CohortJob) -> None:
+    def _train_or_split(self, one: Carried, job: CohortJob) -> None:
         """Run a cohort; after two deaths cut it in half, until only the guilty student fails."""
-        reason = self._fit(job)
+        reason = self._fit(one, job)
         for _death in range(DEATHS_BEFORE_SPLIT - 1):
             if not reason or self.stop:
                 return
             tell(self.console, f"the workers of {job.name} died and are started again: {reason}")
             job = self._new_job(job.students)
-            reason = self._fit(job)
+            reason = self._fit(one, job)
         left = tuple(spec for spec in job.students if not ended(self.base, spec))
         if not reason or self.stop or not left:
             return
@@ -397,14 +390,11 @@ class Fleet:
         for half in (left[: len(left) // 2], left[len(left) // 2 :]):
             if self.stop:
                 return
-            self._train_or_split(self._new_job(half))
+            self._train_or_split(one, self._new_job(half))
 
-    def _fit(self, job: CohortJob) -> str:
-        self.running.append(job)
-        try:
-            return fit(job, self.costs.ask(job.students), self.shared.selector())
-        finally:
-            self.running.remove(job)
+    def _fit(self, one: Carried, job: CohortJob) -> str:
+        one.job = job
+        return fit(job, self.costs.ask(job.students), self.shared.selector())
 
     def _give_up(self, spec: Any, job: CohortJob, reason: str) -> None:
         folder = Path(self.base.root) / spec.name

@@ -14,6 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,24 @@ DIFFERENCES_SHOWN = 12
 NAMES_SHOWN = 6
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the command was asked for besides its recipe; see `train_students`."""
+
+    run: Path
+    """The run's folder."""
+    store_root: str
+    cache_root: str
+    address: str | None
+    fresh: bool
+    wait: bool
+    console: Console
+
+    def tell(self, text: str) -> None:
+        """Say a line."""
+        tell(self.console, text)
+
+
 def train_students(
     recipe: Recipe,
     *,
@@ -104,21 +123,21 @@ def train_students(
     started = time.monotonic()
     add_folder(recipe.folder)
     run = Path(run_root) / recipe.name
+    asked = Asked(run, store_root, cache_root, address, fresh, wait, console)
     splits = prepare_shown(recipe.data, cache_root, console)
     parameters = check_students(recipe, splits)
-    foresee = functools.partial(
-        _foresee, recipe, splits, parameters, run, store_root, cache_root, address, fresh, console
-    )
     if dry_run:
         with cluster.closing():
             if not fresh:
                 check_same_run(run, recipe, run_identity(recipe, splits))
-            return foresee()[0].document()
+            return _foresee(recipe, splits, parameters, asked)[0].document()
     with held(run, wait, console), driving(run), cluster.closing(), contextlib.ExitStack() as used:
         if not fresh:
             check_same_run(run, recipe, run_identity(recipe, splits))
-        _, costs = foresee()  # what cannot fit is refused before anything expensive starts
-        chain = _cache(recipe, store_root, cache_root, address, wait, console)
+        _, costs = _foresee(
+            recipe, splits, parameters, asked
+        )  # what cannot fit is refused before anything expensive starts
+        chain = _cache(recipe, asked)
         identity = run_identity(recipe, splits, chain)
         if fresh:
             forget(run)
@@ -139,73 +158,63 @@ def train_students(
         for group in groups_of(todo):
             open_stream(replaced(cohort_job(base, group, chain[-1]), device="cpu"), splits)
         with forward():
-            cohorts = _train(base, recipe, todo, chain, costs, address, console) if todo else 0
+            cohorts = _train(base, recipe, todo, chain, costs, asked) if todo else 0
         fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - started)
         tell_failures(fleet, base, console)
     return fleet
 
 
-def _foresee(
-    recipe: Recipe,
-    splits: Splits,
-    parameters: dict[str, int],
-    run: Path,
-    store_root: str,
-    cache_root: str,
-    address: str | None,
-    fresh: bool,
-    console: Console,
-) -> tuple[Plan, Costs]:
+def _foresee(recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: Asked) -> tuple[Plan, Costs]:
     """The plan of the fleet and what its students cost; refuses what cannot fit. Writes nothing under the run root."""
     from akd_dist.jobs import cluster
 
-    cache = cache_teacher(recipe, store_root=store_root, cache_root=cache_root, dry_run=True, console=console)
-    base = fleet_job(recipe, splits, {}, run, cache_root)
-    todo = [spec for spec in recipe.students if fresh or not ended(base, spec)]
+    cache = cache_teacher(
+        recipe, store_root=asked.store_root, cache_root=asked.cache_root, dry_run=True, console=asked.console
+    )
+    base = fleet_job(recipe, splits, {}, asked.run, asked.cache_root)
+    todo = [spec for spec in recipe.students if asked.fresh or not ended(base, spec)]
     if todo:
-        tell(console, "probing what the students take")
-    costs = costs_of(recipe, todo, splits, parameters, Path("nowhere") if fresh else run, cache_root)
-    if address is not None:
-        cluster.connect(address, tell=lambda text: tell(console, text))
-    trained = is_there(model_uris(recipe, splits, store_root)[0])
-    return draw_up(recipe, todo, cluster.all_nodes(), costs, run, cache, trained), costs
+        asked.tell("probing what the students take")
+    run = Path("nowhere") if asked.fresh else asked.run
+    costs = costs_of(recipe, todo, splits, parameters, run, asked.cache_root)
+    if asked.address is not None:
+        cluster.connect(asked.address, tell=asked.tell)
+    trained = is_there(model_uris(recipe, splits, asked.store_root)[0])
+    return draw_up(recipe, todo, cluster.all_nodes(), costs, asked.run, cache, trained), costs
 
 
-def _cache(
-    recipe: Recipe, store_root: str, cache_root: str, address: str | None, wait: bool, console: Console
-) -> Chain:
+def _cache(recipe: Recipe, asked: Asked) -> Chain:
     """Cache what is missing, and say what came of it."""
     cached = cache_teacher(
-        recipe, store_root=store_root, cache_root=cache_root, address=address, wait=wait, console=console
+        recipe,
+        store_root=asked.store_root,
+        cache_root=asked.cache_root,
+        address=asked.address,
+        wait=asked.wait,
+        console=asked.console,
     )
     for model in (cached, *cached["assistants"]):
-        tell(console, _how_cached(model))
+        asked.tell(_how_cached(model))
     return chain_of(cached)
 
 
 def _train(
-    base: CohortJob,
-    recipe: Recipe,
-    todo: list[recipes.Student],
-    chain: Chain,
-    costs: Costs,
-    address: str | None,
-    console: Console,
+    base: CohortJob, recipe: Recipe, todo: list[recipes.Student], chain: Chain, costs: Costs, asked: Asked
 ) -> int:
     """Train those that have not ended; the number of Ray Train runs it took."""
     from akd_dist.jobs import cluster
     from akd_dist.jobs.fleet import Fleet
     from akd_dist.jobs.planner import plan_cohorts
 
-    with cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
-        cluster.connect(address, tell=lambda text: tell(console, text))
+    with cluster.stop_on_signals(asked.tell) as stop:
+        cluster.connect(asked.address, tell=asked.tell)
         stop.check()
         cohorts, _ = plan_cohorts(recipe, todo, cluster.nodes(), costs)
         fixed = recipe.cohorts is not None
         try:
-            count = Fleet(base, costs.rows, stop, console, chain[-1], costs=costs, fixed=fixed).train(cohorts)
+            count = Fleet(base, costs.rows, stop, asked.console, chain[-1], costs=costs, fixed=fixed).train(cohorts)
         finally:
-            tell_damage(base, todo, console)
+            tell_damage(base, todo, asked.console)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")

@@ -14,13 +14,14 @@ import torch
 
 from akd_dist.checkpoint import checkpoints
 from akd_dist.cohort import CohortJob, train_cohort
+from akd_dist.group import Group, OutOfStepError
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.train_students import fleet_job, train_in_process
 from akd_dist.models import load_model
 from akd_dist.recipe import Recipe, Sgd, Takd
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import DamagedError, RefusedError
-from akd_dist.student import Group, OutOfStepError, Student
+from akd_dist.student import Student
 from tests.fleets import (
     ADAMW,
     ANNEALING,

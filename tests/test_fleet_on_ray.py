@@ -18,9 +18,11 @@ import psutil
 import pytest
 from rich.console import Console
 
+from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
 from akd_dist.jobs.cluster import StopFlag, ray
-from akd_dist.jobs.fleet import Fleet
+from akd_dist.jobs.fleet import Carried, Fleet
+from akd_dist.jobs.room import Ask, Node
 from akd_dist.jobs.train_students import fleet_job, train_in_process, train_students
 from akd_dist.models import load_model
 from akd_dist.recipe import Recipe
@@ -340,8 +342,9 @@ def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeyp
     splits = prepare(home.recipe.data, Path(home.cache_root))
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
     fleet, over = Fleet(base, len(splits.train), StopFlag(), Console(quiet=True)), threading.Event()
-    fleet.threads.append(threading.Thread(target=over.wait, daemon=True))
-    fleet.threads[0].start()
+    thread = threading.Thread(target=over.wait, daemon=True)
+    thread.start()
+    fleet.carried.append(Carried(base, base, Ask(1, 1), overtook=False, thread=thread))
     monkeypatch.setattr(fleet, "_watch", lambda **_: pytest.fail("it waits"))
     with pytest.raises(KeyboardInterrupt), fleet._stopping_on_errors():
         raise KeyboardInterrupt
@@ -388,6 +391,20 @@ def test_the_second_driver_leaves_with_3_and_names_the_holder(home: Home, tmp_pa
     assert second.returncode == 3, second.stderr
     assert str(os.getpid()) in second.stderr
     assert "Traceback" not in second.stderr
+
+
+def test_a_node_that_does_not_answer_gets_no_work_and_holds_up_nobody(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, told = cluster.nodes(), list[str]()
+    answer = ray.remote(num_cpus=0)(lambda: time.sleep(60)).remote()
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(cluster, "nodes", lambda: [*there, Node("silent", 4, 0, 1e9, "the silent one")])
+    monkeypatch.setattr(cluster.Shared, "_ask", lambda _shared, _name: answer)
+    with cluster.Shared({}, str(tmp_path), told.append) as shared:
+        assert [node.name for node in shared.nodes()] == [node.name for node in there]
+    assert told == ["no answer for 0.5 s, so no work until there is one: the silent one"]
+    ray.cancel(answer, force=True)
 
 
 def test_a_signal_to_the_group_leaves_ray_to_the_driver(ray_cluster: None) -> None:

@@ -14,13 +14,14 @@ from akd_dist.checkpoint import checkpoints
 from akd_dist.cohort import CohortJob, train_on
 from akd_dist.device import settle
 from akd_dist.documents import Metrics
+from akd_dist.group import Group
 from akd_dist.models import ModelCard, load_model
 from akd_dist.recipe import AdamW, Data, Digits, HardLabels, Mlp, NoAugmentation, Precision, Sgd
 from akd_dist.recipe import Student as Spec
 from akd_dist.rows import Rows, Splits
 from akd_dist.storage.files import sha256
 from akd_dist.stream import Stream
-from akd_dist.student import Group, Student, evaluate
+from akd_dist.student import Student, evaluate
 from tests.fleets import ANNEALING, CONTINUATION, HARD, KD, newest_tree
 
 CPU = torch.device("cpu")

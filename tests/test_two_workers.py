@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from akd_dist.device import settle
+from akd_dist.group import Group, OutOfStepError, PeerFailedError
 from akd_dist.models import ModelCard, load_model
 from akd_dist.recipe import NoAugmentation
 from akd_dist.recipe import Student as Spec
@@ -22,7 +23,7 @@ from akd_dist.rows import Rows
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.files import sha256
 from akd_dist.stream import Stream
-from akd_dist.student import DivergedError, Group, OutOfStepError, PeerFailedError, Student
+from akd_dist.student import DivergedError, Student
 from akd_dist.sync_batch_norm import synchronise_batch_norms
 from tests.fleets import ANNEALING, CONTINUATION, HARD, KD
 

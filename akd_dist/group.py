@@ -1,0 +1,112 @@
+"""The data-parallel workers of a cohort: what they exchange, and how they agree when one of them fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Computed = TypeVar("Computed")
+
+
+class PeerFailedError(Exception):
+    """Another rank of this student failed, where all of them have to go on together."""
+
+
+class OutOfStepError(Exception):
+    """This rank failed where others wait for it, so they cannot agree: all of them have to start again."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The data-parallel workers of a cohort, as this one sees them; alone by default."""
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+    """Where what they exchange has to lie: NCCL, the backend of GPUs, takes nothing else."""
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, true if it is true on any rank: how ranks agree before one of them leaves the step."""
+        if self.world == 1:
+            return flags
+        shared = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+        return tuple(bool(flag) for flag in shared)
+
+    def go_on(self) -> None:
+        """Before ranks exchange something within a step: raises if one of them has failed and will not take part.
+
+        Raises:
+            PeerFailedError: on every rank but the one that failed; they have agreed by this.
+        """
+        if self.any(False)[0]:
+            raise PeerFailedError("another worker of this student failed")
+
+    def agree(self, compute: Callable[[], Computed]) -> Computed:
+        """What this rank computes without the others; if it fails on any rank, every rank raises.
+
+        Raises:
+            PeerFailedError: it failed on another rank, not here; says on which, and why.
+        """
+        if self.world == 1:
+            return compute()
+        failure: Exception | None = None
+        try:
+            computed = compute()
+        except Exception as error:
+            failure = error
+        # Who was in `go_on` knows already: the failed rank answered it when it came to agree here.
+        heard = isinstance(failure, PeerFailedError)
+        if not heard and not self.any(failure is not None)[0]:
+            return computed
+        reasons: list[str | None] = [None] * self.world
+        torch.distributed.all_gather_object(reasons, None if failure is None or heard else told(failure))
+        if failure is not None and not heard:
+            raise failure
+        raise PeerFailedError("; ".join(f"on worker {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
+
+    def log_beside(self, log: Path) -> Path:
+        """This rank's own log of a student: rank 0 has the student's."""
+        return log if self.rank == 0 else log.with_suffix(f".rank{self.rank}.log")
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over the ranks."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(shared)
+        return float(shared)
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value of something small."""
+        if self.world == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def share_state(self, module: nn.Module) -> None:
+        """Give every rank the weights and buffers of rank 0: batch statistics differ between ranks."""
+        if self.world > 1:
+            for tensor in module.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """A tensor from every rank, in rank order, each on the device that this one lies on."""
+        if self.world == 1:
+            return [tensor]
+        sent = tensor.to(self.device)
+        gathered = [torch.empty_like(sent) for _ in range(self.world)]
+        torch.distributed.all_gather(gathered, sent)
+        return [received.to(tensor.device) for received in gathered]
+
+
+def told(error: Exception) -> str:
+    """An error as the reason that a student failed."""
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return ("out of memory: " if short else "") + f"{type(error).__name__}: {error}"
