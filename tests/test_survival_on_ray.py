@@ -272,6 +272,7 @@ def test_a_student_whose_workers_fall_out_of_step_fails_alone(home: Home, tmp_pa
     assert "out of luck in the backward pass" in reason
 
 
+@pytest.mark.slow
 def test_killed_with_its_worker_suspended_a_waiting_driver_carries_on(home: Home, tmp_path: Path) -> None:
     """A driver dies, its worker stands still, a third waits, and Ray Train's own snapshot is cut."""
     run, waiting = tmp_path / "runs" / "fleet", tmp_path / "waiting"
