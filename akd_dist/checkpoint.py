@@ -79,7 +79,7 @@ def newest_checkpoint(
 
 
 def glance(path: Path) -> dict[str, Any]:
-    """What stands at the top of a checkpoint's tree besides tensors and what holds some; unchecked, for display.
+    """What stands at the top of a checkpoint's tree besides tensors and what holds some; not checked for flipped bits.
 
     Only the head of the file is read. Empty where it cannot be.
     """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -51,7 +53,19 @@ def device_name(device: str) -> str:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that a process could still take of a device's memory, as far as the system knows."""
-    return int(psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(int(psutil.virtual_memory().available), left_in_container(Path("/sys/fs/cgroup")))
+
+
+def left_in_container(cgroup: Path) -> int:
+    """Bytes that are left of a container's own limit of memory, by its folder of cgroup v2; endless without one."""
+    try:
+        limit, used = ((cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        counts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return sys.maxsize if limit == "max" else int(limit) - int(used) + int(counts["file"])  # a cache is given back
+    except (OSError, ValueError, KeyError):
+        return sys.maxsize
 
 
 def gpus_of(device: str) -> int:

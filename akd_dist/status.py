@@ -229,8 +229,8 @@ def standing(folder: Path, planned: StudentProgress, metric: str, checkpoint: st
     per_epoch = planned.steps_total // max(planned.epochs - planned.epochs_shared, 1)
     if result is not None:
         changes |= {"state": result["state"], "reason": result["reason"], "epoch": result["epochs"]}
-        # Who was to compute its stage I may have failed before.
-        shared = planned.epochs_shared if result.get("stage1_from") else 0
+        # Who was to compute its stage I may have failed before; it may itself have failed before its first step.
+        shared = planned.epochs_shared if result.get("stage1_from") or not result["epochs"] else 0
         steps = (planned.epochs - shared) * per_epoch
         changes |= {"epochs_shared": shared, "steps": steps, "steps_total": steps}
         if result["validation"] is not None:

@@ -180,17 +180,21 @@ def shut_down() -> None:
     """
     node: Any = ray._private.worker._global_node
     ray._private.worker._global_node = None
-    raylets = node.all_processes.get("raylet", []) if node is not None else []
+    raylets = [one.process for one in node.all_processes.get("raylet", [])] if node is not None else []
     below = []
     for raylet in raylets:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            below += psutil.Process(raylet.process.pid).children(recursive=True)
-    ray.shutdown()
-    if raylets:
-        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
-    for process in below:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+        if raylet.poll() is None:  # else its number may be another's by now
+            with contextlib.suppress(psutil.NoSuchProcess):
+                below += psutil.Process(raylet.pid).children(recursive=True)
+    try:
+        ray.shutdown()
+    finally:
+        if raylets:
+            node.destroy_external_storage()
+            node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 class StopFlag:
@@ -286,8 +290,8 @@ def check_alive(stop: StopFlag) -> None:
     """Notice that the Ray that was started here, or the head of the cluster that was joined, is gone.
 
     Raises:
-        InterruptedByUser: after a signal, which then went to Ray's processes as well.
-        MachineError: without one.
+        InterruptedByUser: while the command stops.
+        MachineError: otherwise.
     """
     node: Any = ray._private.worker._global_node
     if node is not None and not node.all_processes:

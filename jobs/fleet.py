@@ -140,6 +140,7 @@ class Fleet:
             FleetMeter(self.console, control, self._plan(), title) as shown,
             self._stopping_on_errors(),
         ):
+            self.alive_at = self.moved_at = time.monotonic()  # nodes may have been waited for
             while self._keep_busy():
                 self._follow(shown)
             self._follow(shown)

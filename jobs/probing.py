@@ -7,6 +7,7 @@ and its worker says why, as it would have anyway.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -14,15 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from akd_dist.models import add_folder
 from akd_dist.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.recipe import Data, Recipe, Student
-from akd_dist.rows import prepare
+from akd_dist.rows import Splits, prepare
 
 ALL_SECONDS = 30.0
 """How long the probes of a fleet take at most; further models are estimated from the nearest by size."""
@@ -92,6 +96,7 @@ class Prober:
             "cache_root": cache_root,
         }
         self.process: subprocess.Popen[str] | None = None
+        self.words = tempfile.TemporaryFile("w+")  # noqa: SIM115  # what the process says besides its answers
 
     def __enter__(self) -> Self:
         return self
@@ -100,6 +105,7 @@ class Prober:
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
+        self.words.close()
 
     def probe(self, spec: Student) -> Measured | None:
         """What a student takes; None, and a warning, if its probe fails or kills its process."""
@@ -122,14 +128,18 @@ class Prober:
             return answer
         self.process = None
         process.communicate()
-        return {"failed": f"its process ended with code {process.returncode}"}
+        self.words.seek(0)
+        last = "".join(line.strip() for line in deque(self.words, maxlen=1))
+        return {"failed": f"its process ended with code {process.returncode}" + (last and f": {last}")}
 
     def _start(self) -> subprocess.Popen[str]:
+        self.words.seek(0)
+        self.words.truncate()
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "akd_dist.jobs.probing"],  # -P: only this process's own path counts
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.words,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
@@ -139,6 +149,8 @@ def answer_probes() -> None:
     """The process of a `Prober`: answers each student that stands in a line of its input with a line of its output."""
     with os.fdopen(os.dup(1), "w") as answers, contextlib.suppress(KeyboardInterrupt):
         os.dup2(2, 1)  # what a model prints is no answer
+        # Whatever a model forks may outlive this process: the driver waits for the end of these answers.
+        os.register_at_fork(after_in_child=lambda: os.close(answers.fileno()))
         with contextlib.suppress(OSError):  # not on Linux
             Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this process that goes
         for line in sys.stdin:
@@ -153,8 +165,17 @@ def _answer(
     student: dict[str, Any], data: dict[str, Any], device: str, folder: str | None, cache_root: str, scratch: str
 ) -> Measured:
     add_folder(folder)
-    rows = Data.model_validate(data)
-    return probe(rows, device, Student.model_validate(student), prepare(rows, Path(cache_root)), Path(scratch))
+    rows, splits = _prepared(json.dumps(data), cache_root)
+    try:
+        return probe(rows, device, Student.model_validate(student), splits, Path(scratch))
+    finally:
+        torch.cuda.empty_cache()  # else it would count as taken in the next probe
+
+
+@functools.cache
+def _prepared(data: str, cache_root: str) -> tuple[Data, Splits]:
+    rows = Data.model_validate_json(data)
+    return rows, prepare(rows, Path(cache_root))
 
 
 if __name__ == "__main__":

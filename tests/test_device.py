@@ -1,6 +1,7 @@
 """Device and precision: a GPU that is not there is refused before anything starts, and another precision is another
 teacher. What a GPU computes is not tested here."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from akd_dist.device import device_name, generator_states, gpus_of, set_generator_states, settle, weights_dtype
+from akd_dist.device import (
+    device_name,
+    free_memory,
+    generator_states,
+    gpus_of,
+    left_in_container,
+    set_generator_states,
+    settle,
+    weights_dtype,
+)
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_job, creation_of, plan_splits
 from akd_dist.jobs.fleet import Fleet
@@ -147,3 +157,14 @@ def test_a_card_other_than_the_stores_is_refused(recipe: Recipe, teacher: str, h
     job = cache_job(plan, recipe, teacher, str(home / "cache"))
     with pytest.raises(MachineError, match=r"(?s)another device.*cpu.*cuda:another card"):
         compute_shard(job, plan.identity.layout.shards()[0])
+
+
+def test_the_memory_of_a_container_is_what_its_limit_leaves(tmp_path: Path) -> None:
+    assert left_in_container(tmp_path) == sys.maxsize
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\nfile 200\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert left_in_container(tmp_path) == sys.maxsize
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert left_in_container(tmp_path) == 500
+    assert 0 < free_memory(torch.device("cpu")) < sys.maxsize

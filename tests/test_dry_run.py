@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def test_a_plan_of_students_that_could_not_be_probed_claims_no_time(place: Place
 # ---- the probe
 
 MODELS = """
-import os, torch
+import os, time, torch
 
 class Broken(torch.nn.Module):
     def __init__(self, inputs, classes, deadly):
@@ -188,8 +189,11 @@ class Broken(torch.nn.Module):
 
     def forward(self, x):
         if len(x) > 2:
-            print("what a model prints is no answer")
+            print("what a model prints is no answer", flush=True)
             if self.deadly:
+                if os.fork() == 0:  # outlives its parent, and holds what it inherited
+                    time.sleep(20)
+                    os._exit(0)
                 os.kill(os.getpid(), 9)
             raise ZeroDivisionError("a mistake of the user's own")
         return self.layer(x.flatten(1))
@@ -223,8 +227,11 @@ def test_a_model_that_fails_in_the_probe_or_kills_it_is_unknown(
     broken = {"kind": "custom", "factory": "probed_models:broken", "arguments": {"deadly": deadly}}
     recipe = a_recipe([a_student("b", model=broken), a_student("a", threads=2)], folder=str(models))
     splits = prepare(recipe.data, models / "cache")
+    started = time.monotonic()
     found = measure_all(recipe, recipe.students, {"a": 610, "b": 650}, str(models / "cache"))
-    assert ("its process ended with code -9" if deadly else "a mistake of the user's own") in caplog.text
+    assert time.monotonic() - started < 15
+    died = "its process ended with code -9: what a model prints is no answer"
+    assert (died if deadly else "a mistake of the user's own") in caplog.text
     assert found["b"] is None
     assert found["a"] is not None
     assert found["a"].weights == found["a"].gradients == 4 * 610

@@ -321,14 +321,15 @@ def test_a_stage_that_students_share_is_counted_once_before_during_and_after(
 
 def test_whoever_lost_the_student_that_computed_its_stage_counts_it_itself(tmp_path: Path) -> None:
     rider = {"epochs": 4, "epochs_shared": 3, "steps_total": 10}
-    a_run(tmp_path, students=[planned(name, **rider) for name in ("rode", "alone", "rides", "began")])
+    a_run(tmp_path, students=[planned(name, **rider) for name in ("rode", "alone", "unmade", "rides", "began")])
     leave(tmp_path, "rode", result={"stage1_from": "first"})
     leave(tmp_path, "alone", result={"stage1_from": None})
+    leave(tmp_path, "unmade", result={"stage1_from": None, "epochs": 0, "state": "failed"})
     leave(tmp_path, "rides", checkpoint="000003-000002-1")
     leave(tmp_path, "began", checkpoint="000002-000005-1")
     students = by_name(RunReader(tmp_path).read())
     counts = {name: (one.steps, one.steps_total) for name, one in students.items()}
-    assert counts == {"rode": (10, 10), "alone": (40, 40), "rides": (2, 10), "began": (25, 40)}
+    assert counts == {"rode": (10, 10), "alone": (40, 40), "unmade": (10, 10), "rides": (2, 10), "began": (25, 40)}
 
 
 def test_what_a_cohort_wrote_is_what_is_read(
