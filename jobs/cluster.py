@@ -102,7 +102,7 @@ def _init(options: dict[str, Any]) -> Exception | None:
 
     The thread lives on as long as the process: Ray's processes are told to die with the thread that started them.
 
-    Those processes inherit its blocked SIGTERM. `timeout` and service managers send that to everybody, and a driver
+    Those processes inherit its blocked SIGTERM. Service managers send that to everybody, and a driver
     whose raylet leaves is ended by Ray, without a word and with exit code 1, before or after it has seen the signal.
     As it is, the driver alone decides: workers checkpoint, and then Ray is shut down.
     """
