@@ -43,7 +43,7 @@ from akd_dist.jobs.cache_teacher import cache_teacher, model_uris, prepare_shown
 from akd_dist.jobs.dry_run import costs_of, draw_up
 from akd_dist.jobs.planner import Costs, cohort_job, groups_of, learns_from_assistant
 from akd_dist.jobs.progress import tell
-from akd_dist.jobs.train_teacher import Stores, is_there, teacher_of
+from akd_dist.jobs.train_teacher import Place, Stores, is_there, teacher_of
 from akd_dist.metrics import measure
 from akd_dist.models import ModelCard, add_folder, build, by_content, check_memory, num_parameters
 from akd_dist.recipe import Recipe
@@ -65,22 +65,16 @@ DIFFERENCES_SHOWN = 12
 NAMES_SHOWN = 6
 
 
-@dataclass(frozen=True)
-class Asked:
+@dataclass(frozen=True, kw_only=True)
+class Asked(Place):
     """What the command was asked for besides its recipe; see `train_students`."""
 
     run: Path
     """The run's folder."""
-    store_root: str
-    cache_root: str
-    address: str | None
     fresh: bool
-    wait: bool
-    console: Console
-
-    def tell(self, text: str) -> None:
-        """Say a line."""
-        tell(self.console, text)
+    """Forget an earlier run of this name."""
+    began: float
+    """When the command began, by the monotonic clock."""
 
 
 def train_students(
@@ -119,48 +113,59 @@ def train_students(
     """
     from akd_dist.jobs import cluster
 
-    console = console or Console(stderr=True)
-    started = time.monotonic()
+    console, began = console or Console(stderr=True), time.monotonic()
     add_folder(recipe.folder)
     run = Path(run_root) / recipe.name
-    asked = Asked(run, store_root, cache_root, address, fresh, wait, console)
+    asked = Asked(
+        store_root, cache_root, address=address, wait=wait, console=console, run=run, fresh=fresh, began=began
+    )
     splits = prepare_shown(recipe.data, cache_root, console)
     parameters = check_students(recipe, splits)
     if dry_run:
-        with cluster.closing():
-            if not fresh:
-                check_same_run(run, recipe, run_identity(recipe, splits))
-            return _foresee(recipe, splits, parameters, asked)[0].document()
-    with held(run, wait, console), driving(run), cluster.closing(), contextlib.ExitStack() as used:
         if not fresh:
             check_same_run(run, recipe, run_identity(recipe, splits))
-        _, costs = _foresee(
-            recipe, splits, parameters, asked
-        )  # what cannot fit is refused before anything expensive starts
-        chain = _cache(recipe, asked)
-        identity = run_identity(recipe, splits, chain)
-        if fresh:
-            forget(run)
-        check_same_run(run, recipe, identity)
-        base = fleet_job(recipe, splits, chain[0], run, cache_root)
-        followed = [tracked(recipe, spec, base, parameters[spec.name]) for spec in recipe.students]
-        forward = functools.partial(forwarding, run, followed, trackers, lambda text: tell(console, text))
-        todo = [spec for spec in recipe.students if not ended(base, spec)]
-        saved = None if todo else saved_results(run, identity)
-        if saved is not None:
-            tell(console, f"the run {recipe.name} is done: these are its saved results")
-            with forward():
-                return saved
-        uris = [uri for stores in chain for uri in stores.values()]
-        used.enter_context(using(uris, run=str(run.absolute()), lock=(run / "lock").absolute()))
+        with cluster.closing():
+            return _foresee(recipe, splits, parameters, asked)[0].document()
+    with held(run, wait, console):
+        if not fresh:  # before `driving`: whoever is sent away is not who goes on with the run
+            check_same_run(run, recipe, run_identity(recipe, splits))
+        with driving(run), cluster.closing():
+            return _train_held(recipe, splits, parameters, asked, trackers)
+
+
+def _train_held(
+    recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: Asked, trackers: Sequence[str]
+) -> dict[str, Any]:
+    """The whole way of a run that is held: cache, train who has not ended, collect; the content of fleet.json."""
+    run = asked.run
+    _, costs = _foresee(recipe, splits, parameters, asked)  # refuses what cannot fit before anything expensive starts
+    chain = _cache(recipe, asked)
+    identity = run_identity(recipe, splits, chain)
+    if asked.fresh:
+        forget(run)
+    check_same_run(run, recipe, identity)
+    base = fleet_job(recipe, splits, chain[0], run, asked.cache_root)
+    followed = [tracked(recipe, spec, base, parameters[spec.name]) for spec in recipe.students]
+    forward = functools.partial(forwarding, run, followed, trackers, asked.tell)
+    todo = [spec for spec in recipe.students if not ended(base, spec)]
+    saved = None if todo else saved_results(run, identity)
+    if saved is not None:
+        asked.tell(f"the run {recipe.name} is done: these are its saved results")
+        with forward():
+            return saved
+    with using(
+        [uri for stores in chain for uri in stores.values()],
+        run=str(run.absolute()),
+        lock=(run / "lock").absolute(),
+    ):
         begin_run(run, recipe, identity)
         # Decode once, and refuse a damaged store before anything starts; the driver may have no GPU.
         for group in groups_of(todo):
             open_stream(replaced(cohort_job(base, group, chain[-1]), device="cpu"), splits)
         with forward():
             cohorts = _train(base, recipe, todo, chain, costs, asked) if todo else 0
-        fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - started)
-        tell_failures(fleet, base, console)
+        fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - asked.began)
+    tell_failures(fleet, base, asked.console)
     return fleet
 
 
@@ -207,8 +212,7 @@ def _train(
     from akd_dist.jobs.planner import plan_cohorts
 
     with cluster.stop_on_signals(asked.tell) as stop:
-        cluster.connect(asked.address, tell=asked.tell)
-        stop.check()
+        replaced(asked, stop=stop).connect()
         cohorts, _ = plan_cohorts(recipe, todo, cluster.nodes(), costs)
         fixed = recipe.cohorts is not None
         try:
