@@ -21,7 +21,6 @@ from rich.console import Console
 
 from akd_dist.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
 from akd_dist.documents import CohortProgress, CohortStatus, FleetPlan, StudentProgress
-from akd_dist.fleet_view import duration
 from akd_dist.group import Group, OutOfStepError
 from akd_dist.jobs import cluster
 from akd_dist.jobs.planner import (
@@ -41,10 +40,11 @@ from akd_dist.status import ENDED
 from akd_dist.storage.errors import AkdError, MachineError
 from akd_dist.storage.fence import take_over
 from akd_dist.student import fail_from_outside, forked_from, write_note
-from akd_dist.wording import counted
+from akd_dist.wording import counted, duration
 
 Raised = TypeVar("Raised", bound=Exception)
 
+# Of a cohort's workers, each with all of them started again once by Ray itself: so four times in all.
 DEATHS_BEFORE_SPLIT = 2
 # How long stopped cohorts may take to checkpoint without a sign of life, before the cluster counts as lost.
 GRACE_SECONDS = 30.0
@@ -84,27 +84,24 @@ class Fleet:
 
     Args:
         base: what all cohorts have in common.
-        rows: train rows, from which the number of steps follows.
+        costs: what students take, as far as that was measured.
         stop: once it is up, running cohorts checkpoint and return, and no other is started.
         assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
-        costs: what students take, as far as that was measured.
         fixed: whether the number of cohorts is the recipe's, so that none is cut again.
     """
 
     def __init__(
         self,
         base: CohortJob,
-        rows: int,
+        costs: Costs,
         stop: cluster.StopFlag,
         console: Console,
         assistant: Stores | None = None,
         *,
-        costs: Costs | None = None,
         fixed: bool = False,
     ) -> None:
-        self.base, self.rows, self.stop, self.console, self.assistant = base, rows, stop, console, assistant or {}
-        self.costs = costs or Costs(base.device, rows)
-        self.fixed = fixed
+        self.base, self.costs, self.stop, self.console, self.fixed = base, costs, stop, console, fixed
+        self.assistant = assistant or {}
         self.shared = shared_by(base, self.assistant, console)
         self.waiting: list[Cohort] = []
         self.carried: list[Carried] = []

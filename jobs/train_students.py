@@ -216,7 +216,7 @@ def _train(
         cohorts, _ = plan_cohorts(recipe, todo, cluster.nodes(), costs)
         fixed = recipe.cohorts is not None
         try:
-            count = Fleet(base, costs.rows, stop, asked.console, chain[-1], costs=costs, fixed=fixed).train(cohorts)
+            count = Fleet(base, costs, stop, asked.console, chain[-1], fixed=fixed).train(cohorts)
         finally:
             tell_damage(base, todo, asked.console)
         if stop:

@@ -22,6 +22,7 @@ from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
 from akd_dist.jobs.cluster import StopFlag, ray
 from akd_dist.jobs.fleet import Carried, Fleet
+from akd_dist.jobs.planner import Costs
 from akd_dist.jobs.room import Ask, Node
 from akd_dist.jobs.train_students import fleet_job, train_in_process, train_students
 from akd_dist.models import load_model
@@ -346,7 +347,7 @@ def test_ctrl_c_checkpoints_says_how_to_go_on_and_leaves_no_process(home: Home, 
 def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = prepare(home.recipe.data, Path(home.cache_root))
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
-    fleet, over = Fleet(base, len(splits.train), StopFlag(), Console(quiet=True)), threading.Event()
+    fleet, over = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True)), threading.Event()
     thread = threading.Thread(target=over.wait, daemon=True)
     thread.start()
     fleet.carried.append(Carried(base, base, Ask(1, 1), overtook=False, thread=thread))
