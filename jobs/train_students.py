@@ -319,10 +319,10 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
     if not (run / "identity.json").exists():
         return
     saved = read_json(run / "identity.json")
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not {"teacher", "dataset", "students"} <= saved.keys():
         raise DamagedError(
             f"{run / 'identity.json'} is damaged, so nobody can tell whether {recipe.name} was made from this recipe",
-            got=f"{(run / 'identity.json').stat().st_size} bytes that are no JSON document",
+            got=f"{(run / 'identity.json').stat().st_size} bytes that are no document of a run",
             expected="what the run wrote there when it began",
             next="--fresh starts over; if you know that the recipe is the same, remove that file to go on",
         )

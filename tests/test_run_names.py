@@ -105,7 +105,7 @@ def _given(block: dict[str, Any]) -> dict[str, Any]:
     return {key: block[key] for key in ("objective", "seed") if key in block}
 
 
-@pytest.mark.parametrize("left", [b"", b'{"data": {"aug'])
+@pytest.mark.parametrize("left", [b"", b"{}", b'{"data": {"aug'])
 def test_a_torn_identity_is_told_and_not_believed(
     place: Place, runs: Path, capsys: pytest.CaptureFixture[str], left: bytes
 ) -> None:
