@@ -68,6 +68,8 @@ class Carried:
     overtook: bool
     """Whether it was started before one that came first in line."""
     thread: threading.Thread | None = None
+    nodes: frozenset[str] = frozenset()
+    """The nodes that its workers may lie on: Ray is told them when a job begins, and looks on no others."""
     parts: list[Cohort] = field(default_factory=list)
     """What it is to be cut into, once it has left."""
     since: tuple[float, dict[str, int]] | None = None
@@ -340,18 +342,24 @@ class Fleet:
     def _check_room(self) -> None:
         """Give up if the nodes that are left can never hold a cohort that was running, or is to run.
 
+        Nodes that joined in the place of those that a running cohort lost are of no use to it, before it starts again.
+
         Raises:
             MachineError: there are too few CPUs or GPUs, or too little memory.
         """
-        for cohort in [*(one.job.students for one in self.carried if one.alive), *self.waiting]:
+        nodes = self.shared.nodes()
+        running = [
+            (one.job.students, [node for node in nodes if node.name in one.nodes]) for one in self.carried if one.alive
+        ]
+        for cohort, reached in [*running, *((cohort, nodes) for cohort in self.waiting)]:
             try:
-                check_room_for(self.costs.ask(cohort), cohort, self.shared.nodes())
+                check_room_for(self.costs.ask(cohort), cohort, reached)
             except AkdError as error:
                 raise MachineError(
                     f"nodes were lost while {cohort[0].name} and its cohort trained, or waited to",
                     got=f"{error.got}, for {GONE_SECONDS:g} s",
                     expected=error.expected,
-                    next="bring the nodes back; the same command goes on from the last checkpoints",
+                    next="the same command goes on from the last checkpoints, once they are back or others have joined",
                 ) from error
 
     def _carry(self, one: Carried) -> None:
@@ -391,7 +399,7 @@ class Fleet:
             self._train_or_split(one, self._new_job(half))
 
     def _fit(self, one: Carried, job: CohortJob) -> str:
-        one.job = job
+        one.job, one.nodes = job, frozenset(node.name for node in self.shared.nodes())
         return fit(job, self.costs.ask(job.students), self.shared.selector())
 
     def _give_up(self, spec: Any, job: CohortJob, reason: str) -> None:

@@ -30,7 +30,7 @@ from akd_dist.recipe import Recipe
 from akd_dist.rows import prepare
 from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
-from akd_dist.storage.errors import RecipeError, RefusedError
+from akd_dist.storage.errors import MachineError, RecipeError, RefusedError
 from akd_dist.storage.removal import disused
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
 from tests.survivors import plant_snapshots
@@ -355,6 +355,24 @@ def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt), fleet._stopping_on_errors():
         raise KeyboardInterrupt
     over.set()
+
+
+def test_a_node_that_joins_in_the_place_of_a_lost_one_is_none_to_wait_for(home: Home, tmp_path: Path) -> None:
+    """Ray places a cohort's workers again on the nodes that it was begun with, and there is none of these left."""
+    splits = prepare(home.recipe.data, Path(home.cache_root))
+    base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
+    fleet, over = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True)), threading.Event()
+    fleet.shared.nodes = lambda: [Node("joined", 4)]  # type: ignore[method-assign]
+    thread = threading.Thread(target=over.wait, daemon=True)
+    thread.start()
+    one = Carried(base, base, Ask(1, 1), overtook=False, thread=thread, nodes=frozenset({"joined"}))
+    fleet.carried.append(one)
+    fleet._check_room()
+    one.nodes = frozenset({"lost"})
+    with pytest.raises(MachineError, match="nodes were lost") as told:
+        fleet._check_room()
+    over.set()
+    assert "others have joined" in str(told.value.next)
 
 
 def test_sigterm_to_the_whole_group_leaves_with_143_and_the_next_command_goes_on(
