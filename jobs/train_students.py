@@ -45,7 +45,7 @@ from akd_dist.jobs.planner import Costs, cohort_job, groups_of, learns_from_assi
 from akd_dist.jobs.progress import tell
 from akd_dist.jobs.train_teacher import Place, Stores, is_there, teacher_of
 from akd_dist.metrics import measure
-from akd_dist.models import ModelCard, add_folder, build, by_content, check_memory, num_parameters
+from akd_dist.models import ModelCard, add_folder, build, by_content, num_parameters, try_out
 from akd_dist.recipe import Recipe
 from akd_dist.report_page import write_report
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
@@ -269,9 +269,7 @@ def check_students(recipe: Recipe, splits: Splits) -> dict[str, int]:
     counts: dict[str, int] = {}
     for spec in recipe.students:
         if (key := spec.model.model_dump_json()) not in counts:
-            card = ModelCard.of(spec.model, splits.train, recipe.data.normalize)
-            check_memory(card)
-            counts[key] = num_parameters(build(card, seed=0, pretrained=True))
+            counts[key] = try_out(ModelCard.of(spec.model, splits.train, recipe.data.normalize))
     return {spec.name: counts[spec.model.model_dump_json()] for spec in recipe.students}
 
 
