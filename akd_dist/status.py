@@ -73,7 +73,7 @@ def driving(run: Path) -> Iterator[None]:
 
 
 def typed_command(words: list[str], original: list[str]) -> str:
-    """What this process was started with, as one would type it again.
+    """What this process was started with, as one would type it to go on: with --fresh that would start over again.
 
     Args:
         words: as in sys.argv.
@@ -81,7 +81,7 @@ def typed_command(words: list[str], original: list[str]) -> str:
     """
     program = Path(words[0])
     ours = program.name == "akd-dist" or (program.parent.name == "cli" and program.parent.parent.name == "akd_dist")
-    return shlex.join(["akd-dist", *words[1:]] if ours else original)
+    return shlex.join(["akd-dist", *(word for word in words[1:] if word != "--fresh")] if ours else original)
 
 
 def birth_of(pid: int) -> str | None:

@@ -50,7 +50,7 @@ from akd_dist.recipe import Recipe
 from akd_dist.report_page import write_report
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
 from akd_dist.status import driving
-from akd_dist.storage.errors import DamagedError, RecipeError, RefusedError
+from akd_dist.storage.errors import AkdError, DamagedError, RecipeError, RefusedError
 from akd_dist.storage.files import canonical_json, file_lock, read_json, replace
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore, open_store
@@ -162,7 +162,7 @@ def _train_held(
         # Decode once, and refuse a damaged store before anything starts; the driver may have no GPU.
         for group in groups_of(todo):
             open_stream(replaced(cohort_job(base, group, chain[-1]), device="cpu"), splits)
-        with forward():
+        with forward(), _going_on(asked.fresh):
             cohorts = _train(base, recipe, todo, chain, costs, asked) if todo else 0
         fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - asked.began)
     tell_failures(fleet, base, asked.console)
@@ -223,6 +223,17 @@ def _train(
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")
     return count
+
+
+@contextlib.contextmanager
+def _going_on(fresh: bool) -> Iterator[None]:
+    """Where a refusal says that the same command goes on, leave `--fresh` out of it: that would start over again."""
+    try:
+        yield
+    except AkdError as error:
+        if fresh and error.next is not None:
+            error.next = error.next.replace("the same command", "the same command without --fresh")
+        raise
 
 
 def train_in_process(

@@ -379,9 +379,9 @@ def test_sigterm_to_the_whole_group_leaves_with_143_and_the_next_command_goes_on
     home: Home, trained: Any, marker: Path
 ) -> None:
     started = lambda: len(list(marker.rglob("*.ckpt"))) > 4  # noqa: E731
-    stopped = run_until(home.command(marker, "train-students"), started, signal.SIGTERM, group=True)
+    stopped = run_until(home.command(marker, "train-students", "--fresh"), started, signal.SIGTERM, group=True)
     assert stopped.returncode == 143, stopped.stderr
-    assert "the same command goes on" in stopped.stderr
+    assert "the same command without --fresh goes on" in stopped.stderr
     assert "and Ray with it" not in stopped.stderr  # Ray leaves with the driver, not before it: workers checkpoint
     assert ray_processes(marker) == []
     home.train(marker)

@@ -237,7 +237,7 @@ def test_a_pace_is_that_of_the_last_seconds() -> None:
 
 
 def test_the_command_is_told_as_one_would_type_it() -> None:
-    given = ["train-students", "my recipe.yaml"]
+    given = ["train-students", "my recipe.yaml", "--fresh"]  # which would not go on, but start over again
     for program in ("/env/bin/akd-dist", "/env/lib/akd_dist/cli/__main__.py"):
         assert typed_command([program, *given], ["python", "x"]) == "akd-dist train-students 'my recipe.yaml'"
     assert typed_command(["mine.py"], ["python", "-u", "mine.py"]) == "python -u mine.py"
