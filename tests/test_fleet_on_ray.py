@@ -344,6 +344,17 @@ def test_ctrl_c_checkpoints_says_how_to_go_on_and_leaves_no_process(home: Home, 
     assert weights(marker / "runs" / "fleet") == home.weights
 
 
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    with cluster.stop_on_signals(told.append) as stop:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert (stop.signal, len(told)) == (signal.SIGTERM, 1)
+        monkeypatch.setattr(cluster, "ONCE_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = prepare(home.recipe.data, Path(home.cache_root))
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
