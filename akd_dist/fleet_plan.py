@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from akd_dist.fleet_view import duration
-from akd_dist.wording import counted, house_table, size
+from akd_dist.wording import counted, duration, house_table, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -124,8 +123,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
         table.add_column(column, no_wrap=True, justify="left" if column == "state" else "right")
     for number, cohort in enumerate(plan["cohorts"], 1):
         for student in cohort["students"]:
-            seconds = student["seconds"]
-            takes = "unknown" if seconds is None else duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
+            takes = "unknown" if student["seconds"] is None else duration(student["seconds"])
             name = student["name"] + (f"\n  stage I of {student['rides']}" if student["rides"] else "")
             figures = (f"{student['parameters']:,}", f"{student['steps']:,}", takes)
             table.add_row(name, *figures, student["standing"])

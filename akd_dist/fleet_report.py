@@ -579,8 +579,7 @@ def read_identity(run_folder: Path) -> dict[str, Any]:
 def read_metrics(run_folder: Path, student: str) -> Metrics:
     """A student's epochs in order, one dict each; none if it never finished one.
 
-    A last line without its newline is a writer that died, and is left out. An epoch that was trained again after a
-    resume counts once, as it was trained last.
+    A last line without its newline was cut by a loss of power, and is left out.
 
     Raises:
         DamagedError: a line is not an epoch as training writes it.
@@ -590,17 +589,18 @@ def read_metrics(run_folder: Path, student: str) -> Metrics:
     path = run_folder / "students" / student / "metrics.jsonl"
     if not path.exists():
         return []
-    epochs: dict[int, dict[str, Any]] = {}
+    records: Metrics = []
     with _reading(path):
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break
             try:
                 record = json.loads(line)
-                epochs[EpochRecord.model_validate(record).epoch] = record
+                EpochRecord.model_validate(record)
             except ValueError as error:  # of json and of pydantic
                 raise ValueError(f"line {number}: {line.decode(errors='replace').strip()[:80]}") from error
-    return [epochs[epoch] for epoch in sorted(epochs)]
+            records.append(record)
+    return records
 
 
 def _reading(path: Path) -> contextlib.AbstractContextManager[None]:

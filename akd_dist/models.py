@@ -194,13 +194,20 @@ def build(card: ModelCard, seed: int | None = None, *, pretrained: bool = False)
     return module.train()
 
 
-def check_memory(card: ModelCard) -> None:
+def try_out(card: ModelCard) -> int:
+    """Build a model once, to see that it can be: how many trained numbers it has.
+
+    Raises:
+        RefusedError: it does not fit memory, cannot be built, or does not give a logit per class.
+    """
+    _check_memory(card)
+    return num_parameters(build(card, seed=0, pretrained=True))
+
+
+def _check_memory(card: ModelCard) -> None:
     """Refuse weights that free memory cannot hold before they take it, and the process with it.
 
     Nothing is known of models by other people's code before it runs.
-
-    Raises:
-        RefusedError: the weights do not fit; or the model does not fit the inputs.
     """
     if isinstance(card.model, recipe.HuggingFaceModel | recipe.Timm | recipe.Custom):
         return

@@ -73,7 +73,7 @@ def driving(run: Path) -> Iterator[None]:
 
 
 def typed_command(words: list[str], original: list[str]) -> str:
-    """What this process was started with, as one would type it again.
+    """What this process was started with, as one would type it to go on: with --fresh that would start over again.
 
     Args:
         words: as in sys.argv.
@@ -81,7 +81,7 @@ def typed_command(words: list[str], original: list[str]) -> str:
     """
     program = Path(words[0])
     ours = program.name == "akd-dist" or (program.parent.name == "cli" and program.parent.parent.name == "akd_dist")
-    return shlex.join(["akd-dist", *words[1:]] if ours else original)
+    return shlex.join(["akd-dist", *(word for word in words[1:] if word != "--fresh")] if ours else original)
 
 
 def birth_of(pid: int) -> str | None:
@@ -161,7 +161,7 @@ class RunReader:
             state="training" if training else "done" if saved is not None else "preparing" if held else "stopped",
             driver=driver,
             alive=alive,
-            at=_written(self.run / "fleet.json") / 1e9 if saved is not None else at,
+            at=written(self.run / "fleet.json") / 1e9 if saved is not None else at,
             metric=plan.metric if plan else saved["metric"] if saved else None,
             steps=sum(student.steps for student in students),
             steps_total=sum(student.steps_total for student in students),
@@ -186,7 +186,7 @@ class RunReader:
         """What the cohorts of the plan's attempt tell, in the order in which they began, and when they did."""
         paths = (self.run / "control").glob(f"progress-cohort-{plan.attempt}-*.json")
         ordered = sorted(paths, key=lambda path: int(path.stem.rsplit("-", 1)[1]))
-        return [(told, _written(path)) for path in ordered if (told := read_document(path, CohortProgress))]
+        return [(told, written(path)) for path in ordered if (told := read_document(path, CohortProgress))]
 
     def _students(
         self, plan: FleetPlan | None, saved: dict[str, Any] | None, told: list[tuple[CohortProgress, int]]
@@ -198,7 +198,7 @@ class RunReader:
         for planned in plan.students if plan else _saved_students(saved):
             progress, when = live.get(planned.name, (None, 0))
             # Where workers died again and again the driver ends the student, and nobody tells of it any more.
-            if progress is not None and when >= _written(self.run / "students" / planned.name / "result.json"):
+            if progress is not None and when >= written(self.run / "students" / planned.name / "result.json"):
                 found.append(progress)
             else:
                 found.append(self._standing(planned, metric))
@@ -208,7 +208,7 @@ class RunReader:
         """How far a student is by its folder."""
         folder = self.run / "students" / planned.name
         checkpoint = max((path.name for path in folder.glob("checkpoints/*.ckpt")), default=None)
-        stamp = (planned, checkpoint, *(_written(folder / name) for name in ("result.json", "metrics.jsonl")))
+        stamp = (planned, checkpoint, *(written(folder / name) for name in ("result.json", "metrics.jsonl")))
         if (kept := self._kept.get(planned.name)) is None or kept[0] != stamp:
             kept = self._kept[planned.name] = stamp, standing(folder, planned, metric, checkpoint)
         return kept[1]
@@ -244,7 +244,10 @@ def standing(folder: Path, planned: StudentProgress, metric: str, checkpoint: st
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a student's metrics.jsonl, one an epoch, in order; empty before its first."""
+    """The lines of a student's metrics.jsonl, one an epoch; none before its first, nor of a torn file.
+
+    So it is for display; results are made of what `fleet_report.read_metrics` reads, which refuses a torn one.
+    """
     try:
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (FileNotFoundError, ValueError):
@@ -287,7 +290,7 @@ def _seconds_left(students: list[StudentProgress]) -> float | None:
     return max(longest, sum(student.steps_total - student.steps for student in students) / pace)
 
 
-def _written(path: Path) -> int:
+def written(path: Path) -> int:
     """When a file was last written, in nanoseconds; 0 where there is none."""
     try:
         return path.stat().st_mtime_ns

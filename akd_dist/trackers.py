@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from akd_dist.status import read_metrics
+from akd_dist.status import read_metrics, written
 from akd_dist.storage.errors import RecipeError
 from akd_dist.storage.files import read_json, replace
 
@@ -516,7 +516,7 @@ class Follower:
     def forward(self) -> None:
         """Forward everything that the tracker does not have; raises whatever it raises."""
         for student in self.students:
-            stamp = (_stamp(student.folder / "metrics.jsonl"), _stamp(student.folder / "result.json"))
+            stamp = (written(student.folder / "metrics.jsonl"), written(student.folder / "result.json"))
             if stamp != (0, 0) and self.stamps.get(student.name) != stamp:
                 self._forward(student)
                 self.stamps[student.name] = stamp
@@ -570,10 +570,3 @@ def forwarding(
     finally:
         for follower in followers:
             follower.finish()
-
-
-def _stamp(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0

@@ -112,13 +112,15 @@ def seconds(value: float | None) -> str:
 
 
 def duration(value: float | None) -> str:
-    """Seconds with the unit that suits them: `0.35 s`, `2.5 min`, `7.1 h`; a dash for none."""
+    """Seconds as people say them: `0.35 s`, `48 s`, `3 min 20 s`, `2 h 5 min`; a dash for none."""
     if value is None:
         return "-"
-    for limit, unit, size in ((120.0, "s", 1.0), (7200.0, "min", 60.0)):
-        if abs(value) < limit:
-            return f"{seconds(value / size)} {unit}"
-    return f"{value / 3600:,.1f} h"
+    whole, sign = round(abs(value)), "-" if value < 0 else ""
+    if whole < 60:
+        return f"{value:.2g} s" if whole < 10 else f"{sign}{whole} s"
+    if whole < 3600:
+        return f"{sign}{whole // 60} min {whole % 60} s"
+    return f"{sign}{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def size(count: float) -> str:

@@ -32,7 +32,7 @@ from akd_dist.jobs.train_teacher import (
     run_on_ray,
     teacher_of,
 )
-from akd_dist.models import ModelCard, add_folder, build, load_card
+from akd_dist.models import ModelCard, add_folder, load_card, try_out
 from akd_dist.recipe import NoAugmentation, Recipe
 from akd_dist.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference, prepare
 from akd_dist.storage import catalog
@@ -196,10 +196,11 @@ def check_assistants(recipe: Recipe, splits: Splits) -> None:
     """Build each assistant once, so that one that does not fit is refused before the teacher runs.
 
     Raises:
-        RefusedError: a model cannot be built, does not give a logit per class, or lacks its pretrained weights.
+        RefusedError: a model cannot be built, does not give a logit per class, lacks its pretrained weights, or fits no
+            memory.
     """
     for assistant in recipe.teacher.chain:
-        build(ModelCard.of(assistant.model, splits.train, recipe.data.normalize), seed=0, pretrained=True)
+        try_out(ModelCard.of(assistant.model, splits.train, recipe.data.normalize))
 
 
 def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Splits:

@@ -50,6 +50,8 @@ with warnings.catch_warnings():
     import ray as ray  # under its own name, so that other modules may take it from here: the environment is set then
 
 POLL_SECONDS = 0.2
+# `timeout` signals the command it started, and then the whole group, with that command in it: one wish and not two.
+ONCE_SECONDS = 1.0
 # Ray ends this process when the head of a cluster has not answered for 60 s: with a code and a message of its own.
 HEAD_SECONDS = 20.0
 _closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
@@ -219,7 +221,7 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_on_signals(tell: Callable[[str], None]) -> Iterator[StopFlag]:
-    """Turn the first SIGINT or SIGTERM into a flag; the second stops at once.
+    """Turn the first SIGINT or SIGTERM into a flag; one that comes ONCE_SECONDS later or more stops at once.
 
     Signals can only be handled on the main thread: elsewhere the flag stays down.
     """
@@ -228,10 +230,15 @@ def stop_on_signals(tell: Callable[[str], None]) -> Iterator[StopFlag]:
         yield flag
         return
 
+    first = 0.0
+
     def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal first
+        if flag and time.monotonic() - first < ONCE_SECONDS:
+            return
         if flag:
             raise KeyboardInterrupt
-        flag.signal = number
+        flag.signal, first = number, time.monotonic()
         tell("stopping: keeping what is done (once more to stop at once)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -21,7 +21,6 @@ from rich.console import Console
 
 from akd_dist.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
 from akd_dist.documents import CohortProgress, CohortStatus, FleetPlan, StudentProgress
-from akd_dist.fleet_view import duration
 from akd_dist.group import Group, OutOfStepError
 from akd_dist.jobs import cluster
 from akd_dist.jobs.planner import (
@@ -41,10 +40,11 @@ from akd_dist.status import ENDED
 from akd_dist.storage.errors import AkdError, MachineError
 from akd_dist.storage.fence import take_over
 from akd_dist.student import fail_from_outside, forked_from, write_note
-from akd_dist.wording import counted
+from akd_dist.wording import counted, duration
 
 Raised = TypeVar("Raised", bound=Exception)
 
+# Of a cohort's workers, each with all of them started again once by Ray itself: so four times in all.
 DEATHS_BEFORE_SPLIT = 2
 # How long stopped cohorts may take to checkpoint without a sign of life, before the cluster counts as lost.
 GRACE_SECONDS = 30.0
@@ -68,6 +68,8 @@ class Carried:
     overtook: bool
     """Whether it was started before one that came first in line."""
     thread: threading.Thread | None = None
+    nodes: frozenset[str] = frozenset()
+    """The nodes that its workers may lie on: Ray is told them when a job begins, and looks on no others."""
     parts: list[Cohort] = field(default_factory=list)
     """What it is to be cut into, once it has left."""
     since: tuple[float, dict[str, int]] | None = None
@@ -84,27 +86,24 @@ class Fleet:
 
     Args:
         base: what all cohorts have in common.
-        rows: train rows, from which the number of steps follows.
+        costs: what students take, as far as that was measured.
         stop: once it is up, running cohorts checkpoint and return, and no other is started.
         assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
-        costs: what students take, as far as that was measured.
         fixed: whether the number of cohorts is the recipe's, so that none is cut again.
     """
 
     def __init__(
         self,
         base: CohortJob,
-        rows: int,
+        costs: Costs,
         stop: cluster.StopFlag,
         console: Console,
         assistant: Stores | None = None,
         *,
-        costs: Costs | None = None,
         fixed: bool = False,
     ) -> None:
-        self.base, self.rows, self.stop, self.console, self.assistant = base, rows, stop, console, assistant or {}
-        self.costs = costs or Costs(base.device, rows)
-        self.fixed = fixed
+        self.base, self.costs, self.stop, self.console, self.fixed = base, costs, stop, console, fixed
+        self.assistant = assistant or {}
         self.shared = shared_by(base, self.assistant, console)
         self.waiting: list[Cohort] = []
         self.carried: list[Carried] = []
@@ -343,18 +342,24 @@ class Fleet:
     def _check_room(self) -> None:
         """Give up if the nodes that are left can never hold a cohort that was running, or is to run.
 
+        Nodes that joined in the place of those that a running cohort lost are of no use to it, before it starts again.
+
         Raises:
             MachineError: there are too few CPUs or GPUs, or too little memory.
         """
-        for cohort in [*(one.job.students for one in self.carried if one.alive), *self.waiting]:
+        nodes = self.shared.nodes()
+        running = [
+            (one.job.students, [node for node in nodes if node.name in one.nodes]) for one in self.carried if one.alive
+        ]
+        for cohort, reached in [*running, *((cohort, nodes) for cohort in self.waiting)]:
             try:
-                check_room_for(self.costs.ask(cohort), cohort, self.shared.nodes())
+                check_room_for(self.costs.ask(cohort), cohort, reached)
             except AkdError as error:
                 raise MachineError(
                     f"nodes were lost while {cohort[0].name} and its cohort trained, or waited to",
                     got=f"{error.got}, for {GONE_SECONDS:g} s",
                     expected=error.expected,
-                    next="bring the nodes back; the same command goes on from the last checkpoints",
+                    next="the same command goes on from the last checkpoints, once they are back or others have joined",
                 ) from error
 
     def _carry(self, one: Carried) -> None:
@@ -394,7 +399,7 @@ class Fleet:
             self._train_or_split(one, self._new_job(half))
 
     def _fit(self, one: Carried, job: CohortJob) -> str:
-        one.job = job
+        one.job, one.nodes = job, frozenset(node.name for node in self.shared.nodes())
         return fit(job, self.costs.ask(job.students), self.shared.selector())
 
     def _give_up(self, spec: Any, job: CohortJob, reason: str) -> None:

@@ -13,8 +13,9 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from akd_dist.documents import CohortStatus, FleetPlan, StatusDocument
-from akd_dist.fleet_view import FleetView, duration, ended_line, total_line, waiting_lines
+from akd_dist.fleet_view import FleetView, ended_line, total_line, waiting_lines
 from akd_dist.status import ENDED, RunReader, write_document
+from akd_dist.wording import duration
 
 LINE_SECONDS = 5.0
 # A fleet's documents are read once a second; without a terminal its lines come every ten.

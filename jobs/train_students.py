@@ -43,14 +43,14 @@ from akd_dist.jobs.cache_teacher import cache_teacher, model_uris, prepare_shown
 from akd_dist.jobs.dry_run import costs_of, draw_up
 from akd_dist.jobs.planner import Costs, cohort_job, groups_of, learns_from_assistant
 from akd_dist.jobs.progress import tell
-from akd_dist.jobs.train_teacher import Stores, is_there, teacher_of
+from akd_dist.jobs.train_teacher import Place, Stores, is_there, teacher_of
 from akd_dist.metrics import measure
-from akd_dist.models import ModelCard, add_folder, build, by_content, check_memory, num_parameters
+from akd_dist.models import ModelCard, add_folder, build, by_content, num_parameters, try_out
 from akd_dist.recipe import Recipe
 from akd_dist.report_page import write_report
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
 from akd_dist.status import driving
-from akd_dist.storage.errors import DamagedError, RecipeError, RefusedError
+from akd_dist.storage.errors import AkdError, DamagedError, RecipeError, RefusedError
 from akd_dist.storage.files import canonical_json, file_lock, read_json, replace
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore, open_store
@@ -65,22 +65,16 @@ DIFFERENCES_SHOWN = 12
 NAMES_SHOWN = 6
 
 
-@dataclass(frozen=True)
-class Asked:
+@dataclass(frozen=True, kw_only=True)
+class Asked(Place):
     """What the command was asked for besides its recipe; see `train_students`."""
 
     run: Path
     """The run's folder."""
-    store_root: str
-    cache_root: str
-    address: str | None
     fresh: bool
-    wait: bool
-    console: Console
-
-    def tell(self, text: str) -> None:
-        """Say a line."""
-        tell(self.console, text)
+    """Forget an earlier run of this name."""
+    began: float
+    """When the command began, by the monotonic clock."""
 
 
 def train_students(
@@ -119,48 +113,59 @@ def train_students(
     """
     from akd_dist.jobs import cluster
 
-    console = console or Console(stderr=True)
-    started = time.monotonic()
+    console, began = console or Console(stderr=True), time.monotonic()
     add_folder(recipe.folder)
     run = Path(run_root) / recipe.name
-    asked = Asked(run, store_root, cache_root, address, fresh, wait, console)
+    asked = Asked(
+        store_root, cache_root, address=address, wait=wait, console=console, run=run, fresh=fresh, began=began
+    )
     splits = prepare_shown(recipe.data, cache_root, console)
     parameters = check_students(recipe, splits)
     if dry_run:
-        with cluster.closing():
-            if not fresh:
-                check_same_run(run, recipe, run_identity(recipe, splits))
-            return _foresee(recipe, splits, parameters, asked)[0].document()
-    with held(run, wait, console), driving(run), cluster.closing(), contextlib.ExitStack() as used:
         if not fresh:
             check_same_run(run, recipe, run_identity(recipe, splits))
-        _, costs = _foresee(
-            recipe, splits, parameters, asked
-        )  # what cannot fit is refused before anything expensive starts
-        chain = _cache(recipe, asked)
-        identity = run_identity(recipe, splits, chain)
-        if fresh:
-            forget(run)
-        check_same_run(run, recipe, identity)
-        base = fleet_job(recipe, splits, chain[0], run, cache_root)
-        followed = [tracked(recipe, spec, base, parameters[spec.name]) for spec in recipe.students]
-        forward = functools.partial(forwarding, run, followed, trackers, lambda text: tell(console, text))
-        todo = [spec for spec in recipe.students if not ended(base, spec)]
-        saved = None if todo else saved_results(run, identity)
-        if saved is not None:
-            tell(console, f"the run {recipe.name} is done: these are its saved results")
-            with forward():
-                return saved
-        uris = [uri for stores in chain for uri in stores.values()]
-        used.enter_context(using(uris, run=str(run.absolute()), lock=(run / "lock").absolute()))
+        with cluster.closing():
+            return _foresee(recipe, splits, parameters, asked)[0].document()
+    with held(run, wait, console):
+        if not fresh:  # before `driving`: whoever is sent away is not who goes on with the run
+            check_same_run(run, recipe, run_identity(recipe, splits))
+        with driving(run), cluster.closing():
+            return _train_held(recipe, splits, parameters, asked, trackers)
+
+
+def _train_held(
+    recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: Asked, trackers: Sequence[str]
+) -> dict[str, Any]:
+    """The whole way of a run that is held: cache, train who has not ended, collect; the content of fleet.json."""
+    run = asked.run
+    _, costs = _foresee(recipe, splits, parameters, asked)  # refuses what cannot fit before anything expensive starts
+    chain = _cache(recipe, asked)
+    identity = run_identity(recipe, splits, chain)
+    if asked.fresh:
+        forget(run)
+    check_same_run(run, recipe, identity)
+    base = fleet_job(recipe, splits, chain[0], run, asked.cache_root)
+    followed = [tracked(recipe, spec, base, parameters[spec.name]) for spec in recipe.students]
+    forward = functools.partial(forwarding, run, followed, trackers, asked.tell)
+    todo = [spec for spec in recipe.students if not ended(base, spec)]
+    saved = None if todo else saved_results(run, identity)
+    if saved is not None:
+        asked.tell(f"the run {recipe.name} is done: these are its saved results")
+        with forward():
+            return saved
+    with using(
+        [uri for stores in chain for uri in stores.values()],
+        run=str(run.absolute()),
+        lock=(run / "lock").absolute(),
+    ):
         begin_run(run, recipe, identity)
         # Decode once, and refuse a damaged store before anything starts; the driver may have no GPU.
         for group in groups_of(todo):
             open_stream(replaced(cohort_job(base, group, chain[-1]), device="cpu"), splits)
-        with forward():
+        with forward(), _going_on(asked.fresh):
             cohorts = _train(base, recipe, todo, chain, costs, asked) if todo else 0
-        fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - started)
-        tell_failures(fleet, base, console)
+        fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - asked.began)
+    tell_failures(fleet, base, asked.console)
     return fleet
 
 
@@ -207,18 +212,28 @@ def _train(
     from akd_dist.jobs.planner import plan_cohorts
 
     with cluster.stop_on_signals(asked.tell) as stop:
-        cluster.connect(asked.address, tell=asked.tell)
-        stop.check()
+        replaced(asked, stop=stop).connect()
         cohorts, _ = plan_cohorts(recipe, todo, cluster.nodes(), costs)
         fixed = recipe.cohorts is not None
         try:
-            count = Fleet(base, costs.rows, stop, asked.console, chain[-1], costs=costs, fixed=fixed).train(cohorts)
+            count = Fleet(base, costs, stop, asked.console, chain[-1], fixed=fixed).train(cohorts)
         finally:
             tell_damage(base, todo, asked.console)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")
     return count
+
+
+@contextlib.contextmanager
+def _going_on(fresh: bool) -> Iterator[None]:
+    """Where a refusal says that the same command goes on, leave `--fresh` out of it: that would start over again."""
+    try:
+        yield
+    except AkdError as error:
+        if fresh and error.next is not None:
+            error.next = error.next.replace("the same command", "the same command without --fresh")
+        raise
 
 
 def train_in_process(
@@ -265,9 +280,7 @@ def check_students(recipe: Recipe, splits: Splits) -> dict[str, int]:
     counts: dict[str, int] = {}
     for spec in recipe.students:
         if (key := spec.model.model_dump_json()) not in counts:
-            card = ModelCard.of(spec.model, splits.train, recipe.data.normalize)
-            check_memory(card)
-            counts[key] = num_parameters(build(card, seed=0, pretrained=True))
+            counts[key] = try_out(ModelCard.of(spec.model, splits.train, recipe.data.normalize))
     return {spec.name: counts[spec.model.model_dump_json()] for spec in recipe.students}
 
 
@@ -315,10 +328,10 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
     if not (run / "identity.json").exists():
         return
     saved = read_json(run / "identity.json")
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not {"teacher", "dataset", "students"} <= saved.keys():
         raise DamagedError(
             f"{run / 'identity.json'} is damaged, so nobody can tell whether {recipe.name} was made from this recipe",
-            got=f"{(run / 'identity.json').stat().st_size} bytes that are no JSON document",
+            got=f"{(run / 'identity.json').stat().st_size} bytes that are no document of a run",
             expected="what the run wrote there when it began",
             next="--fresh starts over; if you know that the recipe is the same, remove that file to go on",
         )

@@ -8,7 +8,6 @@ storage, counts as gone when the counter in its claim has stood still for a whil
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from akd_dist.storage.errors import AkdError, HeldError
-from akd_dist.storage.files import canonical_json, is_locked
+from akd_dist.storage.files import canonical_json, is_locked, try_lock
 from akd_dist.storage.objects import ObjectMissing, open_root, storage_error
 from akd_dist.storage.s3 import S3Root
 
@@ -168,7 +167,7 @@ class _FileClaim:
     def take(self, stale: Holder | None) -> Holder | None:
         while True:
             descriptor = self._open()
-            if not _locked(descriptor):
+            if not try_lock(descriptor):
                 holder = _parse(os.pread(descriptor, 4096, 0)) or _UNREAD
                 os.close(descriptor)
                 return holder
@@ -268,14 +267,6 @@ def _heartbeat(claim: _Claim, every: float) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is_still_at(descriptor: int, path: Path) -> bool:

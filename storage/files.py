@@ -206,7 +206,7 @@ def file_lock(
         raise write_error(error, path, 0) from error
     with lock as handle:
         started, told = time.monotonic(), False
-        while not _try_flock(handle.fileno()):
+        while not try_lock(handle.fileno()):
             handle.seek(0)
             holder = handle.read().strip() or "another process"
             if wait is not None and time.monotonic() - started >= wait:
@@ -245,7 +245,8 @@ def is_locked(path: Path, *, shared: bool = False) -> bool:
     return False
 
 
-def _try_flock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file, if nobody holds it; whether it is locked now."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -213,9 +213,11 @@ def test_a_plan_knows_what_is_there(home: Home) -> None:
 
 def test_an_assistant_that_does_not_fit_is_refused_before_the_teacher_runs(home: Home, tmp_path: Path) -> None:
     nobody = {"kind": "custom", "factory": "nowhere_at_all:model"}
-    misfit = an_assistant(8, assistant=an_assistant(4) | {"model": nobody})
-    with pytest.raises(RefusedError, match="nowhere_at_all"):
-        cache_teacher(home.recipe_for(misfit), **home.options(tmp_path))
+    too_large = {"kind": "mlp", "hidden": 100_000_000_000}
+    for model, told in ((nobody, "nowhere_at_all"), (too_large, "does not fit the memory of this machine")):
+        misfit = an_assistant(8, assistant=an_assistant(4) | {"model": model})
+        with pytest.raises(RefusedError, match=told):
+            cache_teacher(home.recipe_for(misfit), **home.options(tmp_path))
     assert not (tmp_path / "stores").exists()
 
 

@@ -86,7 +86,7 @@ def test_a_cluster_without_gpus_is_refused_before_anything_starts(recipe: Recipe
     with pytest.raises(MachineError, match="too few GPUs for the teacher"):
         cluster.run_one(never, threads=1, gpus=1, stop=stop, on_poll=never, name="the teacher")
     base = fleet_job(recipe.model_copy(update={"device": "cuda"}), splits, {}, tmp_path, str(home / "cache"))
-    fleet = Fleet(base, len(splits.train), stop, Console(quiet=True))
+    fleet = Fleet(base, Costs(base.device, len(splits.train)), stop, Console(quiet=True))
     with pytest.raises(MachineError, match=r"(?s)too few GPUs for the cohort of one.*0 GPUs.*device=cpu"):
         fleet.train([tuple(recipe.students)])
     assert not fleet.jobs

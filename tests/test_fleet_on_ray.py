@@ -22,6 +22,7 @@ from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
 from akd_dist.jobs.cluster import StopFlag, ray
 from akd_dist.jobs.fleet import Carried, Fleet
+from akd_dist.jobs.planner import Costs
 from akd_dist.jobs.room import Ask, Node
 from akd_dist.jobs.train_students import fleet_job, train_in_process, train_students
 from akd_dist.models import load_model
@@ -29,7 +30,7 @@ from akd_dist.recipe import Recipe
 from akd_dist.rows import prepare
 from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
-from akd_dist.storage.errors import RecipeError, RefusedError
+from akd_dist.storage.errors import MachineError, RecipeError, RefusedError
 from akd_dist.storage.removal import disused
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
 from tests.survivors import plant_snapshots
@@ -343,10 +344,21 @@ def test_ctrl_c_checkpoints_says_how_to_go_on_and_leaves_no_process(home: Home, 
     assert weights(marker / "runs" / "fleet") == home.weights
 
 
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    with cluster.stop_on_signals(told.append) as stop:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert (stop.signal, len(told)) == (signal.SIGTERM, 1)
+        monkeypatch.setattr(cluster, "ONCE_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = prepare(home.recipe.data, Path(home.cache_root))
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
-    fleet, over = Fleet(base, len(splits.train), StopFlag(), Console(quiet=True)), threading.Event()
+    fleet, over = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True)), threading.Event()
     thread = threading.Thread(target=over.wait, daemon=True)
     thread.start()
     fleet.carried.append(Carried(base, base, Ask(1, 1), overtook=False, thread=thread))
@@ -356,13 +368,31 @@ def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeyp
     over.set()
 
 
+def test_a_node_that_joins_in_the_place_of_a_lost_one_is_none_to_wait_for(home: Home, tmp_path: Path) -> None:
+    """Ray places a cohort's workers again on the nodes that it was begun with, and there is none of these left."""
+    splits = prepare(home.recipe.data, Path(home.cache_root))
+    base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
+    fleet, over = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True)), threading.Event()
+    fleet.shared.nodes = lambda: [Node("joined", 4)]  # type: ignore[method-assign]
+    thread = threading.Thread(target=over.wait, daemon=True)
+    thread.start()
+    one = Carried(base, base, Ask(1, 1), overtook=False, thread=thread, nodes=frozenset({"joined"}))
+    fleet.carried.append(one)
+    fleet._check_room()
+    one.nodes = frozenset({"lost"})
+    with pytest.raises(MachineError, match="nodes were lost") as told:
+        fleet._check_room()
+    over.set()
+    assert "others have joined" in str(told.value.next)
+
+
 def test_sigterm_to_the_whole_group_leaves_with_143_and_the_next_command_goes_on(
     home: Home, trained: Any, marker: Path
 ) -> None:
     started = lambda: len(list(marker.rglob("*.ckpt"))) > 4  # noqa: E731
-    stopped = run_until(home.command(marker, "train-students"), started, signal.SIGTERM, group=True)
+    stopped = run_until(home.command(marker, "train-students", "--fresh"), started, signal.SIGTERM, group=True)
     assert stopped.returncode == 143, stopped.stderr
-    assert "the same command goes on" in stopped.stderr
+    assert "the same command without --fresh goes on" in stopped.stderr
     assert "and Ray with it" not in stopped.stderr  # Ray leaves with the driver, not before it: workers checkpoint
     assert ray_processes(marker) == []
     home.train(marker)

@@ -13,7 +13,6 @@ from akd_dist.documents import CohortStatus, FleetPlan, RunDriver, StatusDocumen
 from akd_dist.fleet_view import (
     FleetView,
     clock,
-    duration,
     ended_line,
     headline,
     next_line,
@@ -175,9 +174,8 @@ def test_a_run_that_nobody_is_known_to_have_driven() -> None:
     assert told.endswith(", and nothing tells who worked on it")
 
 
-def test_seconds_in_little_room_and_in_words() -> None:
+def test_seconds_in_little_room() -> None:
     assert [clock(seconds) for seconds in (0, 48.4, 200, 7500)] == ["0:00", "0:48", "3:20", "2:05:00"]
-    assert [duration(seconds) for seconds in (48.4, 200, 7500)] == ["48 s", "3 min 20 s", "2 h 5 min"]
 
 
 # ---- while it runs

@@ -73,7 +73,8 @@ def again(place: Place, students: list[dict[str, Any]], **changes: Any) -> Recip
 def test_another_recipe_is_refused_before_anything_starts(
     place: Place, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = snapshot(runs / "fleet" / "students")
+    before, driver = snapshot(runs / "fleet" / "students"), runs / "fleet" / "control" / "driver.json"
+    whose = driver.read_bytes()
     renamed = [*FLEET[1:], *(counted(f"new-{number}") for number in range(9))]
     error = refused(2, place.command("train-students", runs, recipe=again(place, renamed)), capsys)
     told = [line.strip() for line in error["got"].splitlines()]
@@ -83,6 +84,7 @@ def test_another_recipe_is_refused_before_anything_starts(
     ]
     assert "--set name=fleet-2" in error["next"]
     assert snapshot(runs / "fleet" / "students") == before
+    assert driver.read_bytes() == whose  # by which `status` tells what command goes on
 
 
 def test_students_that_changed_in_the_same_way_share_a_line(
@@ -103,7 +105,7 @@ def _given(block: dict[str, Any]) -> dict[str, Any]:
     return {key: block[key] for key in ("objective", "seed") if key in block}
 
 
-@pytest.mark.parametrize("left", [b"", b'{"data": {"aug'])
+@pytest.mark.parametrize("left", [b"", b"{}", b'{"data": {"aug'])
 def test_a_torn_identity_is_told_and_not_believed(
     place: Place, runs: Path, capsys: pytest.CaptureFixture[str], left: bytes
 ) -> None:

@@ -28,7 +28,7 @@ from akd_dist.documents import (
 )
 from akd_dist.jobs.cluster import StopFlag
 from akd_dist.jobs.fleet import Fleet
-from akd_dist.jobs.planner import cohort_job
+from akd_dist.jobs.planner import Costs, cohort_job
 from akd_dist.jobs.train_students import fleet_job, train_students
 from akd_dist.recipe import Recipe
 from akd_dist.rows import prepare
@@ -237,7 +237,7 @@ def test_a_pace_is_that_of_the_last_seconds() -> None:
 
 
 def test_the_command_is_told_as_one_would_type_it() -> None:
-    given = ["train-students", "my recipe.yaml"]
+    given = ["train-students", "my recipe.yaml", "--fresh"]  # which would not go on, but start over again
     for program in ("/env/bin/akd-dist", "/env/lib/akd_dist/cli/__main__.py"):
         assert typed_command([program, *given], ["python", "x"]) == "akd-dist train-students 'my recipe.yaml'"
     assert typed_command(["mine.py"], ["python", "-u", "mine.py"]) == "python -u mine.py"
@@ -298,7 +298,7 @@ def test_a_stage_that_students_share_is_counted_once_before_during_and_after(
     recipe = a_recipe(students, teacher={"weights": str(home / "teacher")})
     splits = prepare(recipe.data, home / "cache")
     base = fleet_job(recipe, splits, stores, tmp_path, str(home / "cache"))
-    fleet = Fleet(base, len(splits.train), StopFlag(), Console(quiet=True))
+    fleet = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
     fleet.waiting = [tuple(recipe.students)]
     before = fleet._plan()
     told: list[CohortProgress] = []

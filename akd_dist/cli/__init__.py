@@ -103,7 +103,8 @@ def _as_refusal(error: BaseException, arguments: list[str]) -> AkdError:
         case click.ClickException():
             return RecipeError(error.format_message(), next="akd-dist --help")
         case click.Abort() | KeyboardInterrupt():
-            return InterruptedByUser("interrupted", next="run the same command again: what was written is kept")
+            again = "without --fresh" if "--fresh" in arguments else "again"
+            return InterruptedByUser("interrupted", next=f"run the same command {again}: what was written is kept")
         case _:
             return _bug(error, arguments)
 
