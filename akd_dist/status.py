@@ -153,9 +153,10 @@ class RunReader:
         held = alive if alive is not None else at is not None and time.time() - at < SILENT_SECONDS
         current = driver is not None and plan is not None and plan.at >= driver.since
         training = held and current and saved is None
-        students = self._students(plan, saved, told if training else [])
-        if training and plan:
-            students = _in_line(students, plan)
+        queued = {name for cohort in plan.cohorts for name in cohort.students} if plan and training else set()
+        students = self._students(plan, saved, told if training else [], queued)
+        if training:
+            students = _in_line(students, queued)
         return StatusDocument(
             run=str(self.run),
             state="training" if training else "done" if saved is not None else "preparing" if held else "stopped",
@@ -189,7 +190,11 @@ class RunReader:
         return [(told, written(path)) for path in ordered if (told := read_document(path, CohortProgress))]
 
     def _students(
-        self, plan: FleetPlan | None, saved: dict[str, Any] | None, told: list[tuple[CohortProgress, int]]
+        self,
+        plan: FleetPlan | None,
+        saved: dict[str, Any] | None,
+        told: list[tuple[CohortProgress, int]],
+        queued: set[str],
     ) -> list[StudentProgress]:
         # After a death a student is told of twice: the later cohort knows better.
         live = {student.name: (student, when) for progress, when in told for student in progress.students}
@@ -197,31 +202,39 @@ class RunReader:
         found = []
         for planned in plan.students if plan else _saved_students(saved):
             progress, when = live.get(planned.name, (None, 0))
+            again = planned.name in queued
+            if again and progress is not None and progress.state == "failed":
+                progress = None
             # Where workers died again and again the driver ends the student, and nobody tells of it any more.
             if progress is not None and when >= written(self.run / "students" / planned.name / "result.json"):
                 found.append(progress)
             else:
-                found.append(self._standing(planned, metric))
+                found.append(self._standing(planned, metric, again))
         return found
 
-    def _standing(self, planned: StudentProgress, metric: str) -> StudentProgress:
+    def _standing(self, planned: StudentProgress, metric: str, again: bool) -> StudentProgress:
         """How far a student is by its folder."""
         folder = self.run / "students" / planned.name
         checkpoint = max((path.name for path in folder.glob("checkpoints/*.ckpt")), default=None)
-        stamp = (planned, checkpoint, *(written(folder / name) for name in ("result.json", "metrics.jsonl")))
+        stamp = (planned, checkpoint, again, *(written(folder / name) for name in ("result.json", "metrics.jsonl")))
         if (kept := self._kept.get(planned.name)) is None or kept[0] != stamp:
-            kept = self._kept[planned.name] = stamp, standing(folder, planned, metric, checkpoint)
+            kept = self._kept[planned.name] = stamp, standing(folder, planned, metric, checkpoint, again)
         return kept[1]
 
 
-def standing(folder: Path, planned: StudentProgress, metric: str, checkpoint: str | None) -> StudentProgress:
+def standing(
+    folder: Path, planned: StudentProgress, metric: str, checkpoint: str | None, again: bool
+) -> StudentProgress:
     """How far a student is by what lies in its folder.
 
     Args:
         planned: the student as if it had not begun.
         checkpoint: the name of its newest one: `<epoch>-<step>-<attempt>.ckpt`.
+        again: whether it is in line: had it failed, it will go on from its checkpoint, and what is left counts again.
     """
     result: dict[str, Any] | None = read_json(folder / "result.json")
+    if again and result is not None and result["state"] == "failed":
+        result = None
     records = read_metrics(folder)
     last = records[-1] if records else {"validation": {}}
     changes = {"stage": last.get("stage"), "temperature": last.get("temperature"), "loss": last.get("train_loss")}
@@ -254,18 +267,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _in_line(students: list[StudentProgress], plan: FleetPlan) -> list[StudentProgress]:
+def _in_line(students: list[StudentProgress], queued: set[str]) -> list[StudentProgress]:
     """Students whose turn will come wait, whatever an earlier attempt left of them."""
-    queued = {name for cohort in plan.cohorts for name in cohort.students}
-    waiting = {
-        "state": "waiting",
-        "reason": None,
-        "rows_per_second": 0.0,
-        "steps_per_second": 0.0,
-        "seconds_left": None,
-    }
+    waiting = {"state": "waiting", "rows_per_second": 0.0, "steps_per_second": 0.0, "seconds_left": None}
     return [
-        student.model_copy(update=waiting) if student.name in queued or student.state == "stopped" else student
+        student.model_copy(update=waiting)
+        if student.state == "stopped" or (student.name in queued and student.state not in ENDED)
+        else student
         for student in students
     ]
 

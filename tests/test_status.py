@@ -113,6 +113,31 @@ def test_a_student_that_the_driver_gave_up_is_failed_although_its_worker_told_ot
         assert by_name(reader.read())["one"].reason == "again and again"
 
 
+def test_a_student_that_failed_and_is_tried_again_has_before_it_what_its_checkpoint_leaves(tmp_path: Path) -> None:
+    failed = {"state": "failed", "reason": "once before", "epochs": 3}
+    names = ["one", "two", "three", "over"]
+    with driving(tmp_path):
+        a_run(tmp_path, *names, cohorts=[CohortStatus(state="starting", students=names)])
+        leave(tmp_path, "one", result=failed)
+        leave(tmp_path, "two", result=failed, checkpoint="000002-00000003-0001")
+        leave(tmp_path, "three", result=failed, checkpoint="000001-00000000-0002")
+        tell(tmp_path, "2-0", planned("three", state="failed", reason="just before its workers died", steps=40))
+        leave(tmp_path, "over", result={})  # its workers start again for the others
+        status = RunReader(tmp_path).read()
+    told = {student.name: (student.state, student.steps, student.reason) for student in status.students}
+    assert told == {
+        "one": ("waiting", 0, None),
+        "two": ("waiting", 23, None),
+        "three": ("waiting", 10, None),
+        "over": ("done", 40, None),
+    }
+    assert (status.steps, status.steps_total, status.over) == (73, 160, 1)
+    stopped = by_name(RunReader(tmp_path).read())
+    assert {name: (one.state, one.steps) for name, one in stopped.items()} == {
+        name: ("done" if name == "over" else "failed", 40) for name in names
+    }
+
+
 def test_a_run_whose_driver_let_go_of_it_is_stopped(tmp_path: Path) -> None:
     with driving(tmp_path):
         a_run(tmp_path, "one", "two")
