@@ -96,7 +96,7 @@ class Prober:
             "cache_root": cache_root,
         }
         self.process: subprocess.Popen[str] | None = None
-        self.words = tempfile.TemporaryFile("w+")  # noqa: SIM115  # what the process says besides its answers
+        self.words = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # what the process says besides its answers
 
     def __enter__(self) -> Self:
         return self

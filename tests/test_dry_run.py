@@ -189,6 +189,7 @@ class Broken(torch.nn.Module):
 
     def forward(self, x):
         if len(x) > 2:
+            os.write(1, bytes([255, 10]))  # no text
             print("what a model prints is no answer", flush=True)
             if self.deadly:
                 if os.fork() == 0:  # outlives its parent, and holds what it inherited
