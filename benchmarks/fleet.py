@@ -83,7 +83,7 @@ class Bench:
         self.recipe = recipe_of(JOBS / file, epochs or stage1, stage2)
         self.roots: dict[str, Any] = {"store_root": str(folder / "stores"), "cache_root": str(folder / "cache")}
         cluster.connect()
-        self.cpus = int(cluster.total_cpus())
+        self.cpus = int(sum(node.cpus for node in cluster.nodes()))
         started = time.perf_counter()
         document = akd_dist.cache_teacher(self.recipe, **self.roots, console=Console(quiet=True))
         self.teacher_seconds = time.perf_counter() - started

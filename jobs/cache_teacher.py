@@ -330,27 +330,27 @@ def _tell_of_other_rows(plan: SplitPlan, store_root: str, console: Console) -> N
 
 def compute_on_ray(hop: Hop, recipe: Recipe, place: Place) -> None:
     """Run the missing shards of all splits as one bounded stream of tasks."""
-    from akd_dist.jobs import cluster
+    from akd_dist.jobs.tasks import Task, run_tasks
 
     stop = place.connect()
     tasks = []
     for plan in hop.plans:
         if plan.missing:
             job = cache_job(plan, recipe, hop.model_uri, place.cache_root)
-            tasks += [cluster.Task(f"{plan.split} rows of {hop.name}, {shard}", job, shard) for shard in plan.missing]
+            tasks += [Task(f"{plan.split} rows of {hop.name}, {shard}", job, shard) for shard in plan.missing]
     by_split = {plan.split: plan for plan in hop.plans}
     done = 0
     rows = sum(task.item.rows for task in tasks)
     with place.shared() as shared, meter(place.console, f"caching {hop.name}", rows) as shown:
 
-        def count(task: cluster.Task, _receipt: Receipt) -> None:
+        def count(task: Task, _receipt: Receipt) -> None:
             nonlocal done
             by_split[task.job.split].computed += 1
             done += task.item.rows
             shown.update(done)
 
         shown.update(0)
-        cluster.run_tasks(
+        run_tasks(
             cache_shard,
             tasks,
             threads=recipe.cache.threads,

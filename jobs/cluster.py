@@ -1,17 +1,16 @@
-"""The Ray cluster: connect to one or start one on loopback, run tasks in a bounded window, stop without losing work."""
+"""The Ray cluster: connect to one or start one on loopback, see what it has, stop without losing work."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import secrets
 import signal
 import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,9 +18,8 @@ from typing import Any
 
 import psutil
 
-from akd_dist.jobs.room import Ask, Node, check_room
-from akd_dist.storage.errors import AkdError, InterruptedByUser, MachineError, RefusedError, TerminatedError
-from akd_dist.storage.files import replace
+from akd_dist.jobs.room import Node
+from akd_dist.storage.errors import InterruptedByUser, MachineError, TerminatedError
 
 # Read by Ray when it is imported or started, so they are set before either.
 _ENVIRONMENT = {
@@ -249,18 +247,6 @@ def stop_on_signals(tell: Callable[[str], None]) -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
-@dataclass(frozen=True)
-class Task:
-    """One call of a Ray task: `function(job, item)`."""
-
-    name: str
-    """Names the item in messages."""
-    job: Any
-    """What many items have in common; shipped to the cluster once."""
-    item: Any
-    """What this one is about; small."""
-
-
 @dataclass
 class _Head:
     """Watches whether the head of a cluster that was joined still listens."""
@@ -317,117 +303,6 @@ def check_alive(stop: StopFlag) -> None:
     )
 
 
-def run_tasks(
-    function: Callable[[Any, Any], Any],
-    tasks: Iterable[Task],
-    *,
-    threads: int,
-    gpus: int = 0,
-    stop: StopFlag,
-    on_result: Callable[[Task, Any], None],
-    retries: int = 3,
-    shared: Shared | None = None,
-) -> None:
-    """Run Ray tasks, a bounded number in flight; hand on results as they come.
-
-    A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next; on a GPU too,
-    where Ray would start a new process for each. A task whose worker died is run again up to `retries` times; one that
-    raised is not, since its inputs would be the same.
-
-    Args:
-        function: called as function(job, item) in a worker.
-        threads: CPUs that a task occupies.
-        gpus: GPUs that a task has to itself.
-        stop: once it is up, no other task is started and those in flight are dropped: they have published or not.
-        shared: the nodes that tasks may run on; None takes all.
-
-    Raises:
-        AkdError: as raised by a task.
-        RefusedError: a task raised something else, as a user's own model may; names the item, shows it whole.
-        MachineError: an item's worker died more often than `retries` (names the item), or tasks need more threads or
-            GPUs than the cluster has.
-    """
-    check_room(_may_use(shared), Ask(1, threads, gpus), "tasks of so many threads")
-    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries, max_calls=0)(function)
-    shipped: dict[int, Any] = {}
-    waiting = iter(tasks)
-    flying: dict[Any, Task] = {}
-    try:
-        while True:
-            if shared is not None:
-                shared.look()
-            window = 2 * _at_once(threads, gpus)  # nodes may join
-            while not stop and len(flying) < window and (task := next(waiting, None)) is not None:
-                if id(task.job) not in shipped:
-                    shipped[id(task.job)] = ray.put(task.job)
-                here = remote if shared is None else remote.options(label_selector=shared.selector())
-                flying[here.remote(shipped[id(task.job)], task.item)] = task
-            if not flying or stop:
-                return
-            check_alive(stop)
-            done, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
-            for reference in done:
-                task = flying.pop(reference)
-                on_result(task, _result(reference, task.name, retries))
-    finally:
-        for reference in flying:
-            ray.cancel(reference, force=False)
-
-
-def _may_use(shared: Shared | None) -> list[Node]:
-    return nodes() if shared is None else shared.nodes()
-
-
-def _at_once(cpus: float, gpus: float) -> int:
-    """How many tasks the cluster runs at a time."""
-    return max(1, int(total_cpus() // cpus if gpus == 0 else min(total_cpus() // cpus, total_gpus() // gpus)))
-
-
-def run_one(
-    function: Callable[..., Any],
-    *arguments: Any,
-    threads: int,
-    gpus: int = 0,
-    stop: StopFlag,
-    on_poll: Callable[[], None],
-    name: str,
-    retries: int = 3,
-    shared: Shared | None = None,
-) -> Any:
-    """Run one Ray task and wait for it, calling `on_poll` several times a second; errors as in `run_tasks`."""
-    check_room(_may_use(shared), Ask(1, threads, gpus), name)
-    once = 1 if gpus else 0  # a process that ends gives back the memory of its GPU
-    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries, max_calls=once)(function)
-    here = remote if shared is None else remote.options(label_selector=shared.selector())
-    reference = here.remote(*arguments)
-    while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
-        check_alive(stop)
-        on_poll()
-    return _result(reference, name, retries)
-
-
-def _result(reference: Any, name: str, retries: int) -> Any:
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, AkdError):
-            raise cause from None
-        raise RefusedError(
-            f"{name}: computing this raised an error",
-            got=str(error),
-            expected="code that runs",
-            next="mend it, then run the same command again: what is done is kept",
-        ) from None
-    except (ray.exceptions.RayError, ConnectionError) as error:
-        raise MachineError(
-            f"{name}: its worker died again and again",
-            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-            expected=f"a worker that survives, within {retries} retries",
-            next="see whether memory ran out; the same command carries on with what is missing",
-        ) from error
-
-
 # ---- room
 
 
@@ -464,155 +339,3 @@ def _node(name: str, has: dict[str, float], address: str = "") -> Node:
 
 def _address(node: dict[str, Any]) -> str:
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, node {node['NodeID'][:8]})"
-
-
-def total_cpus() -> float:
-    """CPUs of the whole cluster."""
-    return sum(node.cpus for node in nodes())
-
-
-def total_gpus() -> float:
-    """GPUs of the whole cluster."""
-    return sum(node.gpus for node in nodes())
-
-
-# ---- folders that every node sees
-
-LOOK_SECONDS = 2.0
-"""How often the cluster is asked for nodes that have joined."""
-ANSWER_SECONDS = 60.0
-"""How long a command waits for the answers of all nodes before it begins without some."""
-
-
-class Shared:
-    """The nodes that may be given work: those that see the folders of a command. Use it as a context.
-
-    A local folder is shared if every node sees the token that is written there on entering. Nodes that join later are
-    looked at before they are used; one that does not see a folder is told of, once, and left alone.
-
-    Args:
-        folders: local folders by what they are; URIs are left out, since every node reaches them alike.
-        files: local files that are there already and have to be seen, by what they are.
-        cache_root: each node's own folder, which it must be able to write.
-        tell: told of nodes that are left alone.
-    """
-
-    def __init__(
-        self,
-        folders: dict[str, str],
-        cache_root: str,
-        tell: Callable[[str], None],
-        files: dict[str, str] | None = None,
-    ) -> None:
-        self.folders = {what: folder for what, folder in folders.items() if "://" not in folder}
-        self.files = {what: file for what, file in (files or {}).items() if "://" not in file}
-        self.cache_root, self.tell = cache_root, tell
-        self.tokens: dict[str, Path] = {}
-        self.good: set[str] = set()
-        self.asked: dict[str, Any] = {}
-        self.bad: set[str] = set()
-        self.looked_at = 0.0
-
-    def __enter__(self) -> Shared:
-        """Look at every node that is there. One that does not answer gets no work until it does.
-
-        Raises:
-            MachineError: a node does not see a folder.
-        """
-        began = time.monotonic()
-        try:
-            while self.look(strict=True):
-                if time.monotonic() - began > ANSWER_SECONDS:
-                    silent = ", ".join(node.address for node, _ in self.asked.values())
-                    self.tell(f"no answer for {ANSWER_SECONDS:g} s, so no work until there is one: {silent}")
-                    break
-                time.sleep(POLL_SECONDS)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *leaving: object) -> None:
-        for token in self.tokens.values():
-            token.unlink(missing_ok=True)
-
-    def look(self, *, strict: bool = False) -> bool:
-        """Look at nodes that have joined; whether some have not answered yet. Does not wait for them.
-
-        Raises:
-            MachineError: if `strict`, where a node does not see a folder.
-        """
-        if strict or time.monotonic() - self.looked_at > LOOK_SECONDS:
-            self.looked_at = time.monotonic()
-            there = {node.name: node for node in nodes()}
-            self.good |= {ray.get_runtime_context().get_node_id()} & there.keys() - self.bad  # here they were written
-            for name in there.keys() - self.good - self.bad - self.asked.keys():
-                self.asked[name] = (there[name], self._ask(name))
-            self.good &= there.keys()
-        for name, (node, answer) in list(self.asked.items()):
-            if ray.wait([answer], timeout=0)[0]:
-                del self.asked[name]
-                self._judge(node, answer, strict)
-        return bool(self.asked)
-
-    def nodes(self) -> list[Node]:
-        """The nodes that may be given work, with all that they have."""
-        return [node for node in nodes() if node.name in self.good]
-
-    def free(self) -> list[Node]:
-        """The same nodes with what is free now."""
-        return [node for node in free_nodes() if node.name in self.good]
-
-    def stay_here(self) -> None:
-        """Use no node but the driver's: what is made there is read there."""
-        self.good &= {ray.get_runtime_context().get_node_id()}
-        self.bad |= {node.name for node in nodes()} - self.good
-
-    def selector(self) -> dict[str, str]:
-        """The label selector by which Ray keeps work on these nodes."""
-        return {"ray.io/node-id": f"in({','.join(sorted(self.good))})"}
-
-    def _ask(self, name: str) -> Any:
-        pinned: Any = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(name, soft=False)
-        remote = ray.remote(not_seen).options(num_cpus=0, max_retries=1, scheduling_strategy=pinned)
-        tokens = {what: str(token) for what, token in self._tokens().items()}
-        return remote.remote(self.files | tokens, self.cache_root)
-
-    def _tokens(self) -> dict[str, Path]:
-        """What other nodes must see; written for the first of them, since a driver that is alone needs none."""
-        for what, folder in self.folders.items():
-            if what not in self.tokens:
-                self.tokens[what] = Path(folder) / f".seen-{secrets.token_hex(8)}.partial"
-                replace(self.tokens[what], b"", durable=False)
-        return self.tokens
-
-    def _judge(self, node: Node, answer: Any, strict: bool) -> None:
-        try:
-            missing, where = ray.get(answer), node.address
-        except ray.exceptions.RayTaskError as error:
-            missing, where = [f"a task there failed: {str(error).strip().splitlines()[-1]}"], node.address
-        except ray.exceptions.RayError:
-            return  # it left again
-        if not missing:
-            self.good.add(node.name)
-            return
-        refusal = MachineError(
-            f"the node {where} does not see what this command works on",
-            got="; ".join(missing),
-            expected="folders that every node of the cluster sees under the same path",
-            next="mount a shared folder there, or pass one (--store-root, --run-root); stores may lie in s3:// too",
-        )
-        if strict:
-            raise refusal
-        self.bad.add(node.name)
-        self.tell(f"{refusal.what}, and gets no work: {refusal.got}")
-
-
-def not_seen(seen: dict[str, str], cache_root: str) -> list[str]:
-    """What a node misses: runs there, as a Ray task."""
-    missing = [f"{what}: no {path}" for what, path in seen.items() if not Path(path).exists()]
-    try:
-        Path(cache_root).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        missing.append(f"its cache root cannot be made: {error}")
-    return missing

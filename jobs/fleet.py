@@ -33,6 +33,7 @@ from akd_dist.jobs.planner import (
 )
 from akd_dist.jobs.progress import FleetMeter, tell
 from akd_dist.jobs.room import Ask, next_to_start
+from akd_dist.jobs.shared import Shared, nodes_lost
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.objectives import stages
 from akd_dist.recipe import Student
@@ -355,12 +356,8 @@ class Fleet:
             try:
                 check_room_for(self.costs.ask(cohort), cohort, reached)
             except AkdError as error:
-                raise MachineError(
-                    f"nodes were lost while {cohort[0].name} and its cohort trained, or waited to",
-                    got=f"{error.got}, for {GONE_SECONDS:g} s",
-                    expected=error.expected,
-                    next="the same command goes on from the last checkpoints, once they are back or others have joined",
-                ) from error
+                doing = f"{cohort[0].name} and its cohort trained, or waited to"
+                raise nodes_lost(doing, f"{error.got}, for {GONE_SECONDS:g} s", error.expected) from error
 
     def _carry(self, one: Carried) -> None:
         """See a cohort through, off the main thread (on it, Ray would take over Ctrl-C)."""
@@ -467,7 +464,7 @@ def scaling(ask: Ask, selector: dict[str, str] | None = None) -> Any:
     )
 
 
-def shared_by(base: CohortJob, assistant: Stores, console: Console) -> cluster.Shared:
+def shared_by(base: CohortJob, assistant: Stores, console: Console) -> Shared:
     """The nodes that see the run's folder and the stores that its students learn from.
 
     A store is content under its own name and sealed, so a node may as well have a copy of its own.
@@ -477,7 +474,7 @@ def shared_by(base: CohortJob, assistant: Stores, console: Console) -> cluster.S
         for uri in (*base.stores.values(), *assistant.values())
     }
     folders = {"the run's folder": base.control}
-    return cluster.Shared(folders, base.cache_root, lambda text: tell(console, text), stores)
+    return Shared(folders, base.cache_root, lambda text: tell(console, text), stores)
 
 
 def _cause(text: str) -> str:

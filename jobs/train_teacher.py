@@ -31,7 +31,8 @@ from akd_dist.storage.objects import open_root
 from akd_dist.storage.uses import using
 
 if TYPE_CHECKING:
-    from akd_dist.jobs.cluster import Shared, StopFlag
+    from akd_dist.jobs.cluster import StopFlag
+    from akd_dist.jobs.shared import Shared
 
 TEACHERS = "teachers"
 
@@ -82,9 +83,9 @@ class Place:
 
     def shared(self) -> Shared:
         """The nodes that see the store root, as a context: no other node may be given work."""
-        from akd_dist.jobs import cluster
+        from akd_dist.jobs.shared import Shared
 
-        return cluster.Shared({"the store root": self.store_root}, self.cache_root, self.tell)
+        return Shared({"the store root": self.store_root}, self.cache_root, self.tell)
 
 
 @dataclass(frozen=True)
@@ -229,14 +230,14 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, place: Plac
 
 def run_on_ray(trained: Trained, job: CohortJob, place: Place) -> dict[str, Any]:
     """Train a model in one Ray task, and show how far it is."""
-    from akd_dist.jobs import cluster
+    from akd_dist.jobs.tasks import run_one
 
     stop = place.connect()
     with place.shared() as shared, meter(place.console, f"training {trained.name}", total=1, unit="steps") as shown:
         if "://" in place.store_root:
             shared.stay_here()  # it is trained in the cache root, and delivered from there
         poll = functools.partial(_follow, job, shown, stop)
-        outcome = cluster.run_one(
+        outcome = run_one(
             train_cohort,
             job,
             threads=trained.spec.threads,

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from akd_dist.jobs import cluster, fleet, planner
+from akd_dist.jobs import cluster, fleet, planner, shared
 from akd_dist.jobs.train_students import train_students
 from akd_dist.recipe import load_recipe
 from akd_dist.storage.errors import MachineError
@@ -47,7 +47,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 def join(recipe: str, root: Path) -> dict[str, Any]:
     """Train a recipe on one CPU; once its students have checkpoints, a second node joins."""
-    planner.START_SECONDS, fleet.SPREAD_SECONDS, cluster.LOOK_SECONDS = 0.2, 1.0, 0.5
+    planner.START_SECONDS, fleet.SPREAD_SECONDS, shared.LOOK_SECONDS = 0.2, 1.0, 0.5
     made = start(num_cpus=1)
 
     joined: list[subprocess.Popen[bytes]] = []
@@ -75,17 +75,17 @@ def hidden(root: Path) -> dict[str, Any]:
     told: list[str] = []
     before = {"the run's folder": str(root)}
     (root / "cache").mkdir()
-    with cluster.Shared(before, str(root / "cache"), told.append) as shared:
-        alone = shared.selector()
+    with shared.Shared(before, str(root / "cache"), told.append) as seeing:
+        alone = seeing.selector()
         script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
         blind = subprocess.Popen(["unshare", "-m", "sh", "-c", script, "sh", str(root), *one_more(made)])
         try:
             until(lambda: len(cluster.nodes()) == 2)
-            cluster.LOOK_SECONDS = 0.1
-            until(lambda: not shared.look() and bool(told))
-            kept = shared.selector() == alone and len(shared.nodes()) == 1
+            shared.LOOK_SECONDS = 0.1
+            until(lambda: not seeing.look() and bool(told))
+            kept = seeing.selector() == alone and len(seeing.nodes()) == 1
             try:
-                cluster.Shared(before, str(root / "cache"), told.append).__enter__()
+                shared.Shared(before, str(root / "cache"), told.append).__enter__()
                 refusal = ""
             except MachineError as error:
                 refusal = str(error)

@@ -24,6 +24,8 @@ from akd_dist.jobs.cache_teacher import cache_job, creation_of, plan_splits
 from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.planner import Costs, plan_cohorts
 from akd_dist.jobs.room import Ask, Node, check_room, fits
+from akd_dist.jobs.shared import Shared
+from akd_dist.jobs.tasks import Task, run_one, run_tasks
 from akd_dist.jobs.train_students import fleet_job, train_in_process
 from akd_dist.models import load_card, read_model
 from akd_dist.recipe import Cache, Precision, Recipe
@@ -75,16 +77,17 @@ def test_a_recipe_for_a_gpu_is_refused_before_a_step(recipe: Recipe, teacher: st
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_cluster_without_gpus_is_refused_before_anything_starts(recipe: Recipe, home: Path, tmp_path: Path) -> None:
     stop, splits = cluster.StopFlag(), prepare(recipe.data, home / "cache")
-    tasks = [cluster.Task("one", None, None)]
+    tasks, shared = [Task("one", None, None)], Shared({}, str(tmp_path), print)
+    shared.look()
 
     def never(*_: object) -> None:
         raise AssertionError("it started")
 
     with pytest.raises(MachineError, match="too few GPUs for tasks") as refused:
-        cluster.run_tasks(never, tasks, threads=1, gpus=1, stop=stop, on_result=never)
+        run_tasks(never, tasks, threads=1, gpus=1, shared=shared, stop=stop, on_result=never)
     assert refused.value.code == 6
     with pytest.raises(MachineError, match="too few GPUs for the teacher"):
-        cluster.run_one(never, threads=1, gpus=1, stop=stop, on_poll=never, name="the teacher")
+        run_one(never, threads=1, gpus=1, shared=shared, stop=stop, on_poll=never, name="the teacher")
     base = fleet_job(recipe.model_copy(update={"device": "cuda"}), splits, {}, tmp_path, str(home / "cache"))
     fleet = Fleet(base, Costs(base.device, len(splits.train)), stop, Console(quiet=True))
     with pytest.raises(MachineError, match=r"(?s)too few GPUs for the cohort of one.*0 GPUs.*device=cpu"):

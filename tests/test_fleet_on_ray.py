@@ -24,6 +24,7 @@ from akd_dist.jobs.cluster import StopFlag, ray
 from akd_dist.jobs.fleet import Carried, Fleet
 from akd_dist.jobs.planner import Costs
 from akd_dist.jobs.room import Ask, Node
+from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.train_students import fleet_job, train_in_process, train_students
 from akd_dist.models import load_model
 from akd_dist.recipe import Recipe
@@ -433,10 +434,10 @@ def test_a_node_that_does_not_answer_gets_no_work_and_holds_up_nobody(
 ) -> None:
     there, told = cluster.nodes(), list[str]()
     answer = ray.remote(num_cpus=0)(lambda: time.sleep(60)).remote()
-    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("akd_dist.jobs.shared.ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(cluster, "nodes", lambda: [*there, Node("silent", 4, 0, 1e9, "the silent one")])
-    monkeypatch.setattr(cluster.Shared, "_ask", lambda _shared, _name: answer)
-    with cluster.Shared({}, str(tmp_path), told.append) as shared:
+    monkeypatch.setattr(Shared, "_ask", lambda _shared, _name: answer)
+    with Shared({}, str(tmp_path), told.append) as shared:
         assert [node.name for node in shared.nodes()] == [node.name for node in there]
     assert told == ["no answer for 0.5 s, so no work until there is one: the silent one"]
     ray.cancel(answer, force=True)

@@ -234,10 +234,34 @@ def test_without_a_node_left_the_driver_says_so_and_the_next_command_resumes(
         nodes.add_node(num_cpus=1)  # of no use to workers that were started without it
         assert driver.end() == 6, driver.errors.read_text()
         assert "nodes were lost" in driver.errors.read_text()
-        assert "goes on from the last checkpoints" in driver.errors.read_text()
+        assert "goes on from what was kept" in driver.errors.read_text()
     with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:
         assert driver.end() == 0, driver.errors.read_text()
     assert outcome(tmp_path / "runs" / "fleet") == home.outcome
+
+
+@pytest.mark.slow
+def test_a_teacher_whose_node_is_lost_is_not_waited_for_and_goes_on_elsewhere(
+    home: Home, nodes: Any, tmp_path: Path
+) -> None:
+    slow = {"kind": "custom", "factory": "odd_models:odd", "arguments": {"seconds": 0.2}}
+    train = {"epochs": 2, "optimizer": {"kind": "adamw", "lr": 1e-3}, "batch": 128}
+    recipe = a_recipe(FLEET[:1], teacher={"model": slow, "train": train}, folder=str(home.root), checkpoint_seconds=0)
+    command = [*home.command(tmp_path, "--address", nodes.address, recipe=recipe), "--store-root", str(tmp_path / "s")]
+
+    def checkpoints() -> list[Path]:
+        return list(tmp_path.glob("s/teachers/**/*.ckpt"))
+
+    with Driver(command, tmp_path) as driver:
+        driver.until(checkpoints)
+        for node in list(nodes.worker_nodes):
+            nodes.remove_node(node, allow_graceful=False)
+        nodes.add_node(num_cpus=1)  # of no use to a task that was sent without it
+        assert driver.end() == 6, driver.errors.read_text()
+        assert "nodes were lost while the teacher ran" in driver.errors.read_text()
+    assert checkpoints()
+    with Driver(command, tmp_path) as driver:
+        assert driver.end() == 0, driver.errors.read_text()
 
 
 @pytest.mark.slow

@@ -1,0 +1,134 @@
+"""Run Ray tasks: one, or a bounded window of many; what they raise comes back as it is, what kills them is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from akd_dist.jobs.cluster import POLL_SECONDS, StopFlag, check_alive, ray
+from akd_dist.jobs.room import Ask, Node, check_room
+from akd_dist.jobs.shared import Shared, nodes_lost
+from akd_dist.storage.errors import AkdError, MachineError, RefusedError
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of a Ray task: `function(job, item)`."""
+
+    name: str
+    """Names the item in messages."""
+    job: Any
+    """What many items have in common; shipped to the cluster once."""
+    item: Any
+    """What this one is about; small."""
+
+
+def run_tasks(
+    function: Callable[[Any, Any], Any],
+    tasks: Iterable[Task],
+    *,
+    threads: int,
+    gpus: int,
+    shared: Shared,
+    stop: StopFlag,
+    on_result: Callable[[Task, Any], None],
+    retries: int = 3,
+) -> None:
+    """Run Ray tasks, a bounded number in flight; hand on results as they come.
+
+    A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next; on a GPU too,
+    where Ray would start a new process for each. A task whose worker died is run again up to `retries` times; one that
+    raised is not, since its inputs would be the same.
+
+    Args:
+        function: called as function(job, item) in a worker.
+        threads: CPUs that a task occupies.
+        gpus: GPUs that a task has to itself.
+        shared: the nodes that tasks may run on; those that join are used too.
+        stop: once it is up, no other task is started and those in flight are dropped: they have published or not.
+
+    Raises:
+        AkdError: as raised by a task.
+        RefusedError: a task raised something else, as a user's own model may; names the item, shows it whole.
+        MachineError: an item's worker died more often than `retries` (names the item); or tasks need more threads or
+            GPUs than the cluster has, or has left after a loss of nodes.
+    """
+    ask = Ask(1, threads, gpus)
+    check_room(shared.nodes(), ask, "tasks of so many threads")
+    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries, max_calls=0)(function)
+    shipped: dict[int, Any] = {}
+    waiting = iter(tasks)
+    flying: dict[Any, Task] = {}
+    try:
+        while True:
+            shared.look()
+            window = 2 * _at_once(shared.nodes(), ask)  # nodes may join
+            while not stop and len(flying) < window and (task := next(waiting, None)) is not None:
+                if id(task.job) not in shipped:
+                    shipped[id(task.job)] = ray.put(task.job)
+                here = remote.options(label_selector=shared.selector())
+                flying[here.remote(shipped[id(task.job)], task.item)] = task
+            if not flying or stop:
+                return
+            check_alive(stop)
+            done, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
+            for reference in done:
+                task = flying.pop(reference)
+                on_result(task, _result(reference, task.name, retries))
+    finally:
+        for reference in flying:
+            ray.cancel(reference, force=False)
+
+
+def _at_once(nodes: list[Node], ask: Ask) -> int:
+    """How many calls run at a time; one at least, where nodes are lost and may come back."""
+    fit = [min(node.cpus // ask.cpus, node.gpus // ask.gpus if ask.gpus else node.cpus) for node in nodes]
+    return max(1, int(sum(fit)))
+
+
+def run_one(
+    function: Callable[..., Any],
+    *arguments: Any,
+    threads: int,
+    gpus: int,
+    shared: Shared,
+    stop: StopFlag,
+    on_poll: Callable[[], None],
+    name: str,
+    retries: int = 3,
+) -> Any:
+    """Run one Ray task and wait for it, calling `on_poll` several times a second; errors as in `run_tasks`."""
+    check_room(shared.nodes(), Ask(1, threads, gpus), name)
+    once = 1 if gpus else 0  # a process that ends gives back the memory of its GPU
+    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries, max_calls=once)(function)
+    reference = remote.options(label_selector=shared.selector()).remote(*arguments)
+    while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
+        check_alive(stop)
+        on_poll()
+    return _result(reference, name, retries)
+
+
+def _result(reference: Any, name: str, retries: int) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, AkdError):
+            raise cause from None
+        raise RefusedError(
+            f"{name}: computing this raised an error",
+            got=str(error),
+            expected="code that runs",
+            next="mend it, then run the same command again: what is done is kept",
+        ) from None
+    except ray.exceptions.TaskUnschedulableError as error:
+        found = "none is left of those that were there when it was sent, or none that has room for it"
+        raise nodes_lost(f"{name} ran, or waited to", found, "a node that is shared and large enough") from error
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise MachineError(
+            f"{name}: its worker died again and again",
+            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            expected=f"a worker that survives, within {retries} retries",
+            next="see whether memory ran out; the same command carries on with what is missing",
+        ) from error
