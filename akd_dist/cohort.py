@@ -19,7 +19,7 @@ import torch
 from akd_dist import recipe
 from akd_dist.device import settle
 from akd_dist.documents import CohortProgress, StudentProgress
-from akd_dist.group import Group, OutOfStepError, told
+from akd_dist.group import Group, told
 from akd_dist.metrics import predictions
 from akd_dist.models import ModelCard, add_folder
 from akd_dist.rows import Rows, Splits, prepare
@@ -220,6 +220,7 @@ def open_student(
     except (MachineError, HeldError):
         raise
     except Exception as error:
+        group.check_agreed(error, spec.name)
         write_note(group.log_beside(log), "".join(traceback.format_exception(error)))
         if group.rank == 0:
             fail_from_outside(spec, folder, told(error), writer or Writer())
@@ -333,9 +334,10 @@ class _Lockstep:
         """Let a student fail alone: its exception ends it, and nobody else."""
         try:
             act(*arguments)
-        except (AkdError, OutOfStepError):
+        except AkdError:
             raise
         except Exception as error:
+            self.group.check_agreed(error, student.spec.name)
             student.fail(error)
 
     def _pause(self) -> bool:
@@ -350,7 +352,7 @@ class _Lockstep:
 
     def _save(self) -> None:
         for student in self.moving:
-            student.save()
+            self._guarded(student, student.save)
         self.saved_at = time.monotonic()
 
     def _shared_epochs(self, student: Student, leader: Student | None) -> int:

@@ -13,7 +13,11 @@ from torch import nn
 Computed = TypeVar("Computed")
 
 
-class PeerFailedError(Exception):
+class AgreedError(Exception):
+    """A failure that every rank of a student knows of: it can end that student alone."""
+
+
+class PeerFailedError(AgreedError):
     """Another rank of this student failed, where all of them have to go on together."""
 
 
@@ -61,14 +65,25 @@ class Group:
         except Exception as error:
             failure = error
         # Who was in `go_on` knows already: the failed rank answered it when it came to agree here.
-        heard = isinstance(failure, PeerFailedError)
+        heard = isinstance(failure, AgreedError)
         if not heard and not self.any(failure is not None)[0]:
             return computed
         reasons: list[str | None] = [None] * self.world
         torch.distributed.all_gather_object(reasons, None if failure is None or heard else told(failure))
         if failure is not None and not heard:
+            failure.agreed = True  # type: ignore[attr-defined]  # read by `check_agreed`
             raise failure
         raise PeerFailedError("; ".join(f"on worker {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
+
+    def check_agreed(self, error: Exception, who: str) -> None:
+        """Before a student ends by an error: refuse where the other ranks do not know of it, and would train it on.
+
+        Raises:
+            OutOfStepError: this rank may be the only one that failed.
+        """
+        agreed = isinstance(error, AgreedError) or getattr(error, "agreed", False)
+        if self.world > 1 and not agreed:
+            raise OutOfStepError(f"{who}: {told(error)}") from error
 
     def log_beside(self, log: Path) -> Path:
         """This rank's own log of a student: rank 0 has the student's."""

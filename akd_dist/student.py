@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from akd_dist import recipe
 from akd_dist.checkpoint import checkpoints, decode, glance, newest_checkpoint, save_checkpoint
 from akd_dist.device import autocast, generator_states, set_generator_states, weights_dtype
-from akd_dist.group import Group, OutOfStepError, told
+from akd_dist.group import AgreedError, Group, told
 from akd_dist.metrics import measure, predictions
 from akd_dist.models import ModelCard, build, num_parameters, save_model
 from akd_dist.objectives import Stage, at_least_float32, label_losses, learning_rate, row_losses, stages
@@ -41,7 +41,7 @@ TEST_NAME = "test.parquet"
 """What student and teacher say of each test row, beside its label."""
 
 
-class DivergedError(Exception):
+class DivergedError(AgreedError):
     """The loss of a student is no longer a number."""
 
 
@@ -153,12 +153,7 @@ class Student:
             if self.group.any(not math.isfinite(value))[0]:
                 value = self.group.sum(value)
                 raise DivergedError(f"the loss is {value} in epoch {self.epoch}, step {self.step}, at lr {rate:g}")
-            try:
-                self._descend(total * self.group.world / batch.global_rows)
-            except Exception as error:
-                if self.group.world > 1:
-                    raise OutOfStepError(f"{self.spec.name}: {type(error).__name__}: {error}") from error
-                raise
+            self._descend(total * self.group.world / batch.global_rows)
         self.loss_sum += value
         self.loss_rows += len(batch.rows)
         self.step += 1

@@ -24,7 +24,6 @@ from akd_dist.jobs.planner import (
 )
 from akd_dist.jobs.probing import measure_all
 from akd_dist.jobs.room import Ask, Node, check_room, timetable
-from akd_dist.objectives import stages
 from akd_dist.recipe import Recipe, Student
 from akd_dist.rows import Splits
 from akd_dist.storage.encodings import encoding_from_config
@@ -81,7 +80,7 @@ def draw_up(
     """
     cohorts, tried = plan_cohorts(recipe, todo, nodes, costs) if todo else ([], [])
     asks = [costs.ask(cohort) for cohort in cohorts]
-    kept, delivered = disk(todo, costs)
+    kept, delivered = disk(cohorts, costs)
     free = check_disk(run, todo, kept + delivered, cache)
     if cache["bytes"]:
         check_caching(recipe, nodes)
@@ -110,14 +109,14 @@ def draw_up(
     )
 
 
-def disk(todo: Sequence[Student], costs: Costs) -> tuple[int, int]:
+def disk(cohorts: Sequence[Cohort], costs: Costs) -> tuple[int, int]:
     """Bytes of checkpoints, the most at a time, and of delivered models. Both stay with the run.
 
-    Two checkpoints of each student are kept, and one is being written.
+    Two checkpoints of each student are kept, and each cohort may be writing one.
     """
-    takes = [costs.takes(spec) for spec in todo]
-    sizes = [one.checkpoint for one in takes]
-    return 2 * sum(sizes) + max(sizes, default=0), sum(one.weights for one in takes)
+    takes = [[costs.takes(spec) for spec in cohort] for cohort in cohorts]
+    sizes = [[one.checkpoint for one in cohort] for cohort in takes]
+    return sum(2 * sum(each) + max(each) for each in sizes), sum(one.weights for cohort in takes for one in cohort)
 
 
 def check_disk(run: Path, todo: Sequence[Student], needed: int, cache: dict[str, Any]) -> int:
@@ -171,7 +170,7 @@ def planned_cohort(recipe: Recipe, cohort: Cohort, ask: Ask, span: tuple[float, 
         cpus=ask.cpus,
         gpus=ask.gpus,
         memory=round(ask.memory),
-        steps=max(costs.steps_left(spec) for spec in cohort),
+        steps=costs.stream_steps(cohort),
         bytes_streamed=bytes_streamed(recipe, cohort, costs),
         begins=round(span[0], 1),
         ends=round(span[1], 1),
@@ -195,14 +194,11 @@ def planned_student(spec: Student, costs: Costs, leader: str | None, standing: A
 
 def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: Costs) -> int:
     """Inputs, labels and logits that a cohort's stream reads over its epochs; logits only where somebody needs them."""
-    epochs: dict[int, bool] = {}
-    for spec in cohort:
-        needs = [stage.needs_logits for stage in stages(spec.objective) for _ in range(stage.epochs)]
-        for epoch in range(costs.behind.get(spec.name, (0, 0))[0], len(needs)):
-            epochs[epoch] = epochs.get(epoch, False) or needs[epoch]
     dtype = np.dtype(encoding_from_config({"name": recipe.cache.encoding}).dtype)
     plain, logits = costs.row_bytes, costs.classes * dtype.itemsize
-    return costs.rows * sum(plain + (logits if needed else 0) for needed in epochs.values())
+    passes = costs.streamed(cohort).values()
+    batch = cohort[0].batch
+    return sum((costs.rows - first * batch) * (plain + (logits if needed else 0)) for first, needed in passes)
 
 
 # ---- reasons
@@ -226,6 +222,10 @@ def why_so_many(recipe: Recipe, todo: Sequence[Student], tried: Sequence[Alterna
     if not todo:
         return "no cohort: all students have ended"
     if recipe.cohorts is not None:
+        if count < recipe.cohorts:
+            return (
+                f"{counted(count, 'cohort')}: the recipe's `cohorts` says {recipe.cohorts}, but nothing more can be cut"
+            )
         return f"{counted(count, 'cohort')}, as the recipe's `cohorts` says"
     end = {one.cohorts: one.seconds for one in tried}
     groups = len(groups_of(todo, recipe.device))

@@ -116,13 +116,14 @@ class Costs:
         """Batches of an epoch."""
         return -(-self.rows // spec.batch)
 
+    def place(self, spec: Student, rides: bool = False) -> tuple[int, int]:
+        """(epoch, step) from which a student computes; one that rides computes no stage I."""
+        return (stages(spec.objective)[0].epochs, 0) if rides else self.behind.get(spec.name, (0, 0))
+
     def steps_left(self, spec: Student, rides: bool = False) -> int:
-        """Steps that a student still computes; one that rides computes no stage I."""
-        epoch, step = self.behind.get(spec.name, (0, 0))
-        behind = epoch * self.steps_per_epoch(spec) + step
-        if rides:
-            behind = stages(spec.objective)[0].epochs * self.steps_per_epoch(spec)
-        return max(0, sum(stage.epochs for stage in stages(spec.objective)) * self.steps_per_epoch(spec) - behind)
+        """Steps that a student still computes."""
+        epoch, step = self.place(spec, rides)
+        return max(0, (spec.objective.epochs - epoch) * self.steps_per_epoch(spec) - step)
 
     def seconds(self, spec: Student, rides: bool = False) -> float:
         """Seconds that a student adds to its cohort: steps, evaluations, and its setting up."""
@@ -150,9 +151,30 @@ class Costs:
         riders = self.leaders(family)
         return sum(self.seconds(spec, rides=spec.name in riders) for spec in family)
 
+    def streamed(self, cohort: Cohort) -> dict[int, tuple[int, bool]]:
+        """The epochs that a cohort's stream still passes: from which step on, and whether somebody needs logits there.
+
+        Students that stand at different places join where the stream reaches them.
+        """
+        epochs: dict[int, tuple[int, bool]] = {}
+        riders = self.leaders(cohort)
+        for spec in cohort:
+            begins, step = self.place(spec, spec.name in riders)
+            needs = [stage.needs_logits for stage in stages(spec.objective) for _ in range(stage.epochs)]
+            for epoch in range(begins, len(needs)):
+                mine = step if epoch == begins else 0
+                first, needed = epochs.get(epoch, (mine, False))
+                epochs[epoch] = min(first, mine), needed or needs[epoch]
+        return epochs
+
+    def stream_steps(self, cohort: Cohort) -> int:
+        """Batches of a cohort's stream, each of them once for all of its students."""
+        per_epoch = self.steps_per_epoch(cohort[0])
+        return sum(per_epoch - first for first, _ in self.streamed(cohort).values())
+
     def stream_seconds(self, cohort: Cohort) -> float:
         """Seconds of the stream, once for all students of a cohort."""
-        return max(self.takes(spec).stream * self.steps_left(spec) for spec in cohort)
+        return max(self.takes(spec).stream for spec in cohort) * self.stream_steps(cohort)
 
     def cohort_seconds(self, cohort: Cohort) -> float:
         """Seconds of a cohort, without its start."""

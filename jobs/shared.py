@@ -17,7 +17,7 @@ from akd_dist.storage.files import replace
 LOOK_SECONDS = 2.0
 """How often the cluster is asked for nodes that have joined."""
 ANSWER_SECONDS = 60.0
-"""How long a command waits for the answers of all nodes before it begins without some."""
+"""How long a node is given to say what it sees, before a command begins without it."""
 
 
 class Shared:
@@ -45,7 +45,8 @@ class Shared:
         self.cache_root, self.tell = cache_root, tell
         self.tokens: dict[str, Path] = {}
         self.good: set[str] = set()
-        self.asked: dict[str, Any] = {}
+        self.asked: dict[str, tuple[Node, Any, float]] = {}  # the node, its answer, since when
+        self.silent: set[str] = set()
         self.bad: set[str] = set()
         self.looked_at = 0.0
 
@@ -55,13 +56,8 @@ class Shared:
         Raises:
             MachineError: a node does not see a folder.
         """
-        began = time.monotonic()
         try:
             while self.look(strict=True):
-                if time.monotonic() - began > ANSWER_SECONDS:
-                    silent = ", ".join(node.address for node, _ in self.asked.values())
-                    self.tell(f"no answer for {ANSWER_SECONDS:g} s, so no work until there is one: {silent}")
-                    break
                 time.sleep(cluster.POLL_SECONDS)
         except BaseException:
             self.__exit__()
@@ -73,23 +69,27 @@ class Shared:
             token.unlink(missing_ok=True)
 
     def look(self, *, strict: bool = False) -> bool:
-        """Look at nodes that have joined; whether some have not answered yet. Does not wait for them.
+        """Look at nodes that have joined; whether an answer is still waited for. Does not wait for it.
 
         Raises:
             MachineError: if `strict`, where a node does not see a folder.
         """
-        if strict or time.monotonic() - self.looked_at > LOOK_SECONDS:
-            self.looked_at = time.monotonic()
+        now = time.monotonic()
+        if strict or now - self.looked_at > LOOK_SECONDS:
+            self.looked_at = now
             there = {node.name: node for node in cluster.nodes()}
             self.good |= {ray.get_runtime_context().get_node_id()} & there.keys() - self.bad  # here they were written
             for name in there.keys() - self.good - self.bad - self.asked.keys():
-                self.asked[name] = (there[name], self._ask(name))
+                self.asked[name] = (there[name], self._ask(name), now)
             self.good &= there.keys()
-        for name, (node, answer) in list(self.asked.items()):
+        for name, (node, answer, asked_at) in list(self.asked.items()):
             if ray.wait([answer], timeout=0)[0]:
                 del self.asked[name]
                 self._judge(node, answer, strict)
-        return bool(self.asked)
+            elif now - asked_at > ANSWER_SECONDS and name not in self.silent:
+                self.silent.add(name)
+                self.tell(f"no answer for {ANSWER_SECONDS:g} s, so no work until there is one: {node.address}")
+        return bool(self.asked.keys() - self.silent)
 
     def nodes(self) -> list[Node]:
         """The nodes that may be given work, with all that they have."""

@@ -222,18 +222,25 @@ def test_one_that_diverges_and_one_that_fails_leave_the_others_as_they_were(
     assert weights(tmp_path / "run") == undisturbed
 
 
-def test_who_fails_out_of_step_ends_the_worker_and_not_the_student(
-    recipe: Recipe, stores: dict[str, str], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["take_step", "end_epoch", "save"])
+def test_who_fails_without_the_other_workers_ends_them_all_and_not_the_student(
+    where: str, recipe: Recipe, stores: dict[str, str], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The workers start again; which student is to blame is found by cutting the cohort."""
+    """They start again; which student is to blame is found by cutting the cohort. Who trains alone fails alone."""
 
-    def out_of_step(*_: object) -> None:
-        raise OutOfStepError("in the backward pass")
+    def short(*_: object) -> None:
+        raise MemoryError("here and nowhere else")
 
-    monkeypatch.setattr(Student, "take_step", out_of_step)
-    with pytest.raises(OutOfStepError):
-        train_cohort(job_of(recipe, stores, home, tmp_path))
+    monkeypatch.setattr(Student, where, short)
+    job, check = job_of(recipe, stores, home, tmp_path, checkpoint_seconds=1e-6), Group.check_agreed
+    with monkeypatch.context() as patched:
+        patched.setattr(Group, "check_agreed", lambda _alone, error, who: check(Group(0, 2), error, who))
+        with pytest.raises(OutOfStepError, match=r"^annealing-0: out of memory: MemoryError: here and nowhere else"):
+            train_cohort(job)
     assert not list(tmp_path.rglob("result.json"))
+    results = train_cohort(job)["students"]
+    assert [result["state"] for result in results] == ["failed"] * len(recipe.students)
+    assert {result["reason"] for result in results} == {"out of memory: MemoryError: here and nowhere else"}
 
 
 def test_a_student_without_an_intact_checkpoint_fails_alone(

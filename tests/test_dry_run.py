@@ -84,7 +84,13 @@ def test_a_plan_says_what_would_be_done_and_why(place: Place) -> None:
     two = next(cohort for cohort in plan["cohorts"] if len(cohort["students"]) == 2)
     row = 64 + 8  # a digit and its label; its logits in the two epochs of stage I
     assert two["bytes_streamed"] == rows * (4 * row + 2 * 40)
-    assert plan["checkpoint_bytes"] == pytest.approx(7 * 4 * students["a"]["parameters"] * 4, rel=0.01)
+    assert plan["checkpoint_bytes"] == pytest.approx(
+        (2 * 3 + len(plan["cohorts"])) * 4 * students["a"]["parameters"] * 4, rel=0.01
+    )
+    assert (
+        place.plan("--set", "cohorts=9")["why"]
+        == "2 cohorts: the recipe's `cohorts` says 9, but nothing more can be cut"
+    )
     assert plan["seconds"] >= max(cohort["ends"] for cohort in plan["cohorts"]) - 0.1
 
 

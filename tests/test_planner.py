@@ -264,6 +264,7 @@ def test_students_that_share_a_stage_one_stay_together_and_pay_for_it_once() -> 
     resumed = replace(costs, behind={"0-2": (1, 1)})  # it has begun, so it leads; at stage II it could not
     assert resumed.leaders(parts[0]) == {"0-1": "0-2"}
     assert resumed.family_seconds(parts[0]) == (2 * 4 - 3) + 2 * 1
+    assert (costs.stream_steps(parts[0]), resumed.stream_steps(parts[0])) == (2 * 4, 2 * 4 - 3)
     assert replace(costs, behind={"0-2": (2, 0)}).leaders(parts[0]) == {}
 
 
