@@ -153,16 +153,19 @@ class RunReader:
         held = alive if alive is not None else at is not None and time.time() - at < SILENT_SECONDS
         current = driver is not None and plan is not None and plan.at >= driver.since
         training = held and current and saved is None
+        ended_at = written(self.run / "fleet.json") / 1e9 if saved is not None else None
+        # Results that lay there when the driver began are an earlier attempt's: it tries those that failed again.
+        preparing = held and not training and (ended_at is None or (driver is not None and ended_at < driver.since))
         queued = {name for cohort in plan.cohorts for name in cohort.students} if plan and training else set()
         students = self._students(plan, saved, told if training else [], queued)
         if training:
             students = _in_line(students, queued)
         return StatusDocument(
             run=str(self.run),
-            state="training" if training else "done" if saved is not None else "preparing" if held else "stopped",
+            state="training" if training else "preparing" if preparing else "stopped" if saved is None else "done",
             driver=driver,
             alive=alive,
-            at=written(self.run / "fleet.json") / 1e9 if saved is not None else at,
+            at=at if ended_at is None or preparing else ended_at,
             metric=plan.metric if plan else saved["metric"] if saved else None,
             steps=sum(student.steps for student in students),
             steps_total=sum(student.steps_total for student in students),

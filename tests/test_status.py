@@ -190,8 +190,11 @@ def test_a_driver_that_is_dead_but_not_buried_is_gone(tmp_path: Path) -> None:
 def test_a_run_is_done_since_its_results_were_written(tmp_path: Path) -> None:
     (tmp_path / "fleet.json").write_text(json.dumps({"metric": "accuracy", "students": []}))
     os.utime(tmp_path / "fleet.json", (1e9, 1e9))
-    with driving(tmp_path):
-        pass  # a command that only showed the results
+    with driving(tmp_path):  # it tries again who failed, or only shows the results
+        assert RunReader(tmp_path).read().state == "preparing"
+        (tmp_path / "fleet.json").touch()
+        assert RunReader(tmp_path).read().state == "done"
+        os.utime(tmp_path / "fleet.json", (1e9, 1e9))
     status = RunReader(tmp_path).read()
     assert (status.state, status.at) == ("done", 1e9)
 
