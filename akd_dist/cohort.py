@@ -75,6 +75,11 @@ class CohortJob:
     """How long to wait for workers of earlier attempts, in seconds."""
 
     @property
+    def attempt_file(self) -> Path:
+        """What says that this attempt has begun: the next one is another."""
+        return Path(self.control) / f"attempt-{self.attempt}"
+
+    @property
     def stop_file(self) -> Path:
         """While this file exists, the attempt's cohorts checkpoint and return."""
         return Path(self.control) / f"stop-{self.attempt}"
@@ -223,15 +228,20 @@ def open_student(
         group.check_agreed(error, spec.name)
         write_note(group.log_beside(log), "".join(traceback.format_exception(error)))
         if group.rank == 0:
-            fail_from_outside(spec, folder, told(error), writer or Writer())
+            fail_from_outside(spec, folder, told(error), job.attempt, writer or Writer())
         return None
     return student
 
 
 def ended(job: CohortJob, spec: recipe.Student) -> bool:
-    """Whether a student needs no more training. One that failed is tried again: its reason may be gone."""
+    """Whether a student needs no more training in this attempt.
+
+    One that failed is tried again by the next attempt, since its reason may be gone by then.
+    """
     result = read_result(job, spec)
-    return result is not None and result["state"] in ("done", "diverged")
+    if result is None:
+        return False
+    return result["state"] in ("done", "diverged") or result.get("attempt") == job.attempt
 
 
 def read_result(job: CohortJob, spec: recipe.Student) -> dict[str, Any] | None:
@@ -305,6 +315,8 @@ class _Lockstep:
             for student in here:
                 if student.training and student.step == batch.step:
                     self._guarded(student, student.take_step, batch, stream.steps_per_epoch)
+            if not any(student.training for student in here):
+                break
             if self._pause():
                 return True
         for student in here:
@@ -353,6 +365,7 @@ class _Lockstep:
     def _save(self) -> None:
         for student in self.moving:
             self._guarded(student, student.save)
+            self._tell()  # a sign of life: a stopped driver waits for no one who gives none
         self.saved_at = time.monotonic()
 
     def _shared_epochs(self, student: Student, leader: Student | None) -> int:

@@ -462,6 +462,8 @@ class FleetStudent(Document):
     """Time spent on its training."""
     stage1_from: str | None = None
     """The student whose stage I it went on from, which would have been the same; null where it trained its own."""
+    attempt: int | None = None
+    """The attempt of the run, from 1, in which it ended."""
     path: str
     """Its folder."""
     store: str

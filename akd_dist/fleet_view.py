@@ -9,8 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from akd_dist.documents import StatusDocument, StudentProgress
-from akd_dist.wording import duration as duration
-from akd_dist.wording import house_table
+from akd_dist.wording import duration, house_table
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType

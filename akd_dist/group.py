@@ -121,7 +121,8 @@ class Group:
         return [received.to(tensor.device) for received in gathered]
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """An error as the reason that a student failed."""
     short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    return ("out of memory: " if short else "") + f"{type(error).__name__}: {error}"
+    said = type(error).__name__ + (f": {error}" if str(error) else "")
+    return f"out of memory: {said}" if short else said

@@ -16,17 +16,19 @@ import torch
 from torch import nn
 
 from akd_dist import recipe
-from akd_dist.device import free_memory, settle, weights_dtype
+from akd_dist.device import autocast, free_memory, settle, weights_dtype
 from akd_dist.models import ModelCard
 from akd_dist.objectives import stages
 from akd_dist.rows import Splits
 from akd_dist.stream import Batch, Stream
-from akd_dist.student import EVALUATION_ROWS, Student
+from akd_dist.student import EVALUATION_ROWS, DivergedError, Student
 
 FIRST_ROWS = 16
 """Rows of a first step, by which it is seen whether a step on the whole batch is short enough to be measured."""
 PROBE_SECONDS = 0.25
 """How long the timed steps of one model take at most, or one step of the first rows where that takes longer."""
+KEPT_BYTES = 64_000_000
+"""The largest weights that a probe writes to the disk, to see what that takes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Measured:
     """Seconds of one row of the validation or test rows."""
     start: float
     """Seconds in which the student is set up."""
+    keeping: float
+    """Seconds in which a checkpoint is written; 0 for one of more than KEPT_BYTES, which is not written for a probe."""
     weights: int
     """Bytes of all weights and buffers."""
     gradients: int
@@ -83,7 +87,7 @@ def moments(optimizer: recipe.Optimizer) -> int:
 def guessed(spec: recipe.Student, parameters: int) -> Measured:
     """What can be said of a student whose probe failed: its weights and optimizer by their number, and no time."""
     weights = parameters * weights_dtype(spec.precision).itemsize
-    return Measured(0.0, 0.0, 0.0, 0.0, weights, weights, moments(largest_optimizer(spec)) * weights, 0, 0)
+    return Measured(0.0, 0.0, 0.0, 0.0, 0.0, weights, weights, moments(largest_optimizer(spec)) * weights, 0, 0)
 
 
 def probe(data: recipe.Data, device: str, spec: recipe.Student, splits: Splits, folder: Path) -> Measured:
@@ -95,6 +99,7 @@ def probe(data: recipe.Data, device: str, spec: recipe.Student, splits: Splits, 
         folder: an empty one, for the student's files.
 
     Raises:
+        DivergedError: the loss is no number.
         Exception: whatever the model raises.
     """
     still = largest_optimizer(spec).model_copy(update={"lr": 1e-12})  # weights that hardly move do not diverge
@@ -102,7 +107,10 @@ def probe(data: recipe.Data, device: str, spec: recipe.Student, splits: Splits, 
     if spec.objective.epochs == 0:  # it takes no step, but the others do
         alone = alone.model_copy(update={"objective": recipe.HardLabels(epochs=1)})
     settled = settle(device, spec.threads)
-    return _measure(data, alone, splits, settled, folder, share=-(-spec.batch // spec.workers))
+    try:
+        return _measure(data, alone, splits, settled, folder, share=-(-spec.batch // spec.workers))
+    except DivergedError:
+        raise DivergedError("the loss is no number, with weights that have hardly moved") from None
 
 
 def _measure(
@@ -129,12 +137,14 @@ def _measure(
         per_step = _mean_seconds(student, batch)
     evaluated = min(EVALUATION_ROWS, len(splits.validation), max(1, int(rows * PROBE_SECONDS / per_step)))
     evaluation = _evaluation_seconds(student, splits, evaluated)
+    weights = _bytes_of(student.module.state_dict().values())
     return Measured(
         step=per_step * share / rows,
         stream=stream * share / rows,
         evaluation=evaluation / evaluated,
         start=start,
-        weights=_bytes_of(student.module.state_dict().values()),
+        keeping=min(_saved(student), _saved(student)) if weights <= KEPT_BYTES else 0.0,
+        weights=weights,
         gradients=_bytes_of(one.grad for one in student.module.parameters() if one.grad is not None),
         optimizer=_bytes_of(
             value
@@ -180,7 +190,14 @@ def _evaluation_seconds(student: Student, splits: Splits, rows: int) -> float:
     student.module.eval()
     started = time.perf_counter()
     inputs = torch.from_numpy(splits.validation.read(0, rows)[0].copy()).to(student.device)
-    student.module(inputs).sum().item()
+    with autocast(student.device, student.spec.precision):
+        student.module(inputs).sum().item()
+    return time.perf_counter() - started
+
+
+def _saved(student: Student) -> float:
+    started = time.perf_counter()
+    student.save()
     return time.perf_counter() - started
 
 

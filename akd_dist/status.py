@@ -262,7 +262,7 @@ def standing(
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a student's metrics.jsonl, one an epoch; none before its first, nor of a torn file.
 
-    So it is for display; results are made of what `fleet_report.read_metrics` reads, which refuses a torn one.
+    So it is for display, and for a student that failed; reports take those of `fleet_report`, which refuses a torn one.
     """
     try:
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

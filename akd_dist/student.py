@@ -298,7 +298,7 @@ class Student:
         self._conclude(state, reason)
 
     def _conclude(self, state: str, reason: str | None, **measured: Any) -> None:
-        self.result = entry(self.spec, state, reason, self.folder) | {
+        self.result = entry(self.spec, state, reason, self.folder, self.attempt) | {
             "parameters": num_parameters(self.module),
             "epochs": self.epoch,
             "seconds": round(self.seconds, 3),
@@ -475,7 +475,7 @@ def copy_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
-def entry(spec: recipe.Student, state: str, reason: str | None, folder: Path) -> dict[str, Any]:
+def entry(spec: recipe.Student, state: str, reason: str | None, folder: Path, attempt: int) -> dict[str, Any]:
     """A student's entry of fleet.json before anything of it was measured."""
     return {
         "name": spec.name,
@@ -492,16 +492,17 @@ def entry(spec: recipe.Student, state: str, reason: str | None, folder: Path) ->
         "agreement": None,
         "seconds": 0.0,
         "stage1_from": None,
+        "attempt": attempt,
         "path": str(folder),
     }
 
 
-def failed_entry(spec: recipe.Student, reason: str, folder: Path) -> dict[str, Any]:
+def failed_entry(spec: recipe.Student, reason: str, folder: Path, attempt: int) -> dict[str, Any]:
     """The entry of a student that failed and cannot say how far it was: its folder does."""
     records = read_metrics(folder)
     seconds = records[-1]["seconds"] if records else 0.0
     known = {"epochs": len(records), "seconds": seconds, "stage1_from": forked_from(folder)}
-    return entry(spec, "failed", reason, folder) | known
+    return entry(spec, "failed", reason, folder, attempt) | known
 
 
 def forked_from(folder: Path) -> str | None:
@@ -510,9 +511,9 @@ def forked_from(folder: Path) -> str | None:
     return glance(found[-1]).get("stage1_from") if found else None
 
 
-def fail_from_outside(spec: recipe.Student, folder: Path, reason: str, writer: Writer) -> None:
+def fail_from_outside(spec: recipe.Student, folder: Path, reason: str, attempt: int, writer: Writer) -> None:
     """End a student as `failed` that could not be set up, or whose worker dies again and again: the others go on."""
-    result = failed_entry(spec, reason, folder)
+    result = failed_entry(spec, reason, folder, attempt)
     writer.replace(folder / "result.json", json.dumps(result, indent=1).encode())
 
 

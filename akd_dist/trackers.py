@@ -30,6 +30,7 @@ TrackerName = Literal["mlflow", "wandb"]
 POLL_SECONDS = 2.0
 # A tracker that failed is tried again after a while, and once more at the end; there it may be silent for so long.
 RETRY_SECONDS, PATIENCE_SECONDS = 30.0, 60.0
+FAILURES_IN_ROW = 3
 
 Record = dict[str, Any]
 
@@ -182,13 +183,15 @@ class EventFile:
 
     def _take_stock(self) -> bool:
         """See what is there and cut off what was written in part; False where the beginning is missing."""
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
         from tensorboardX.proto.event_pb2 import Event
 
         data = self.path.read_bytes() if self.path.exists() else b""
         events, whole = [], 0
-        for content, end in _frames(data):
-            events.append(Event.FromString(content))
-            whole = end
+        with contextlib.suppress(DecodeError):  # what follows a flipped byte is written again
+            for content, end in _frames(data):
+                events.append(Event.FromString(content))
+                whole = end
         values = [value for event in events for value in event.summary.value]
         if not any(value.tag == "recipe/text_summary" for value in values):
             return False
@@ -514,12 +517,27 @@ class Follower:
             self.tell(f"{self.tracker.name} does not have everything yet: the same command again forwards the rest")
 
     def forward(self) -> None:
-        """Forward everything that the tracker does not have; raises whatever it raises."""
+        """Forward everything that the tracker does not have.
+
+        Raises:
+            Exception: whatever the tracker raised for the first student that it did not take; the others it has. If it
+                takes none of the first FAILURES_IN_ROW, it is gone, and not asked for the rest.
+        """
+        first: Exception | None = None
+        in_row = 0
         for student in self.students:
             stamp = (written(student.folder / "metrics.jsonl"), written(student.folder / "result.json"))
-            if stamp != (0, 0) and self.stamps.get(student.name) != stamp:
+            if stamp == (0, 0) or self.stamps.get(student.name) == stamp:
+                continue
+            try:
                 self._forward(student)
-                self.stamps[student.name] = stamp
+                self.stamps[student.name], in_row = stamp, 0
+            except Exception as error:
+                first, in_row = first or error, in_row + 1
+                if in_row == FAILURES_IN_ROW:
+                    break
+        if first is not None:
+            raise first
 
     def _forward(self, student: Tracked) -> None:
         if student.name not in self.logs:

@@ -50,6 +50,8 @@ with warnings.catch_warnings():
 POLL_SECONDS = 0.2
 # `timeout` signals the command it started, and then the whole group, with that command in it: one wish and not two.
 ONCE_SECONDS = 1.0
+# How long workers that were told to stop may take to checkpoint without a sign of life, before they count as lost.
+GRACE_SECONDS = 30.0
 # Ray ends this process when the head of a cluster has not answered for 60 s: with a code and a message of its own.
 HEAD_SECONDS = 20.0
 _closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
@@ -261,6 +263,8 @@ class _Head:
             self.address, self.answered_at = here, now
         if now - self.looked_at < HEAD_SECONDS / 4:
             return
+        if now - self.looked_at > HEAD_SECONDS:  # nobody has asked for a while, so nothing is known of its silence
+            self.answered_at = now
         self.looked_at = now
         host, _, port = here.rpartition(":")
         try:

@@ -12,8 +12,7 @@ import numpy as np
 
 from akd_dist.checkpoint import checkpoints
 from akd_dist.device import gpus_of
-from akd_dist.fleet_plan import Alternative, Plan, PlannedCohort, PlannedStudent
-from akd_dist.fleet_view import duration
+from akd_dist.fleet_plan import Alternative, Plan, PlannedCohort, PlannedStudent, Standing
 from akd_dist.jobs.planner import (
     START_SECONDS,
     Cohort,
@@ -29,15 +28,24 @@ from akd_dist.rows import Splits
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.errors import MachineError
 from akd_dist.storage.objects import open_root
-from akd_dist.wording import counted, size
+from akd_dist.wording import counted, duration, size
 
 
 def costs_of(
-    recipe: Recipe, todo: Sequence[Student], splits: Splits, parameters: dict[str, int], run: Path, cache_root: str
+    recipe: Recipe,
+    todo: Sequence[Student],
+    splits: Splits,
+    parameters: dict[str, int],
+    root: Path | None,
+    cache_root: str,
 ) -> Costs:
-    """What the students that are not done take, from a probe on this machine and from where their checkpoints stand."""
+    """What the students that are not done take, from a probe on this machine and from where their checkpoints stand.
+
+    Args:
+        root: the folder of student folders; None for a run that begins afresh.
+    """
     measured = measure_all(recipe, todo, parameters, cache_root)
-    places = {spec.name: position(run / "students" / spec.name / "checkpoints") for spec in todo}
+    places = {spec.name: position(root / spec.name / "checkpoints") for spec in todo} if root else {}
     return Costs.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
 
 
@@ -177,7 +185,9 @@ def planned_cohort(recipe: Recipe, cohort: Cohort, ask: Ask, span: tuple[float, 
     )
 
 
-def planned_student(spec: Student, costs: Costs, leader: str | None, standing: Any = None) -> PlannedStudent:
+def planned_student(
+    spec: Student, costs: Costs, leader: str | None, standing: Standing | None = None
+) -> PlannedStudent:
     """A student with its figures."""
     known = costs.measured.get(spec.name) is not None
     return PlannedStudent(

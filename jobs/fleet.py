@@ -47,8 +47,6 @@ Raised = TypeVar("Raised", bound=Exception)
 
 # Of a cohort's workers, each with all of them started again once by Ray itself: so four times in all.
 DEATHS_BEFORE_SPLIT = 2
-# How long stopped cohorts may take to checkpoint without a sign of life, before the cluster counts as lost.
-GRACE_SECONDS = 30.0
 # How often it is asked whether a running cohort should be cut, and how long it must have trained for its pace to count.
 SPREAD_SECONDS = 5.0
 OUT_OF_STEP = "its workers fell out of step: "
@@ -129,13 +127,14 @@ class Fleet:
                 lost.
         """
         for cohort in cohorts:
-            check_room_for(self.costs.ask(cohort), cohort, cluster.nodes())
+            check_room_for(cohort, self.costs, cluster.nodes())
         self._begin_attempt()
         students = [spec for cohort in cohorts for spec in cohort]
         title = f"training {counted(len(students), 'student')} in {counted(len(cohorts), 'cohort')}"
         control = Path(self.base.control)
         self.waiting = list(cohorts)
         with (
+            warnings.catch_warnings(action="ignore"),  # deprecations inside Ray Train; it is the whole process's
             self.shared,
             FleetMeter(self.console, control, self._plan(), title) as shown,
             self._stopping_on_errors(),
@@ -147,6 +146,10 @@ class Fleet:
         if self.errors:
             raise self.errors[0]
         return len(self.jobs)
+
+    def _is_over(self) -> bool:
+        """Whether no cohort is started any more: the user stops, or one was refused."""
+        return bool(self.stop or self.errors)
 
     def _plan(self) -> FleetPlan:
         """What there is to do, for those who watch: every student of the run, as if none had begun."""
@@ -184,7 +187,7 @@ class Fleet:
     def _begin_attempt(self) -> None:
         control = Path(self.base.control)
         control.mkdir(parents=True, exist_ok=True)
-        (control / f"attempt-{self.base.attempt}").touch()
+        self.base.attempt_file.touch()
         stop_attempts(control, self.base.attempt - 1)
 
     @contextlib.contextmanager
@@ -207,9 +210,11 @@ class Fleet:
     def _keep_busy(self) -> bool:
         """Start what there is room for, and cut what is worth it; whether there is still something to wait for."""
         self._gather_parts()
-        if self.stop or self.errors:
+        if self._is_over():
             self.waiting.clear()
         else:
+            if time.monotonic() - self.moved_at > GONE_SECONDS:
+                self._check_room()
             self.shared.look()
             self._start_what_fits()
             self._spread()
@@ -287,7 +292,9 @@ class Fleet:
             one.since = now, steps
         begun, first = one.since
         costs = {spec.name: self.costs.takes(spec).step or UNKNOWN_SECONDS for spec in one.first.students}
-        done = sum((count - first.get(name, count)) * costs[name] for name, count in steps.items())
+        # Who ended early has no more steps before it, but has not taken them.
+        took = [one.name for one in progress.students if one.state not in ("failed", "diverged")]
+        done = sum((steps[name] - first.get(name, steps[name])) * costs[name] for name in took)
         if done <= 0 or now - begun < SPREAD_SECONDS:
             return {}
         pace = (now - begun) / done
@@ -316,10 +323,10 @@ class Fleet:
 
     def _follow(self, shown: FleetMeter) -> None:
         """Show how far all cohorts are, and pass the stop flag on."""
-        if self.stop or self.errors:
+        if self._is_over():
             self.base.stop_file.touch()
         shown.update(self._not_training())
-        self._watch(stopping=bool(self.stop or self.errors))
+        self._watch(stopping=self._is_over())
         time.sleep(cluster.POLL_SECONDS)
 
     def _watch(self, *, stopping: bool) -> None:
@@ -328,11 +335,9 @@ class Fleet:
         told = [progress for job in list(self.jobs) if (progress := read_progress(job))]
         now = time.monotonic()
         self.moved_at = now if told != self.last_told else self.moved_at
-        if now - self.moved_at > GONE_SECONDS:
-            self._check_room()
         if told != self.last_told or not stopping:
             self.alive_at, self.last_told = now, told
-        if time.monotonic() - self.alive_at > GRACE_SECONDS:
+        if now - self.alive_at > cluster.GRACE_SECONDS:
             if self.errors and not self.stop:
                 raise self.errors[0]
             raise self.stop.error(
@@ -354,7 +359,7 @@ class Fleet:
         ]
         for cohort, reached in [*running, *((cohort, nodes) for cohort in self.waiting)]:
             try:
-                check_room_for(self.costs.ask(cohort), cohort, reached)
+                check_room_for(cohort, self.costs, reached)
             except AkdError as error:
                 doing = f"{cohort[0].name} and its cohort trained, or waited to"
                 raise nodes_lost(doing, f"{error.got}, for {GONE_SECONDS:g} s", error.expected) from error
@@ -378,20 +383,20 @@ class Fleet:
         """Run a cohort; after two deaths cut it in half, until only the guilty student fails."""
         reason = self._fit(one, job)
         for _death in range(DEATHS_BEFORE_SPLIT - 1):
-            if not reason or self.stop:
+            if not reason or self._is_over():
                 return
             tell(self.console, f"the workers of {job.name} died and are started again: {reason}")
             job = self._new_job(job.students)
             reason = self._fit(one, job)
         left = tuple(spec for spec in job.students if not ended(self.base, spec))
-        if not reason or self.stop or not left:
+        if not reason or self._is_over() or not left:
             return
         if len(left) == 1:
             self._give_up(left[0], job, reason)
             return
         tell(self.console, f"the workers of {job.name} died again: its {len(left)} students go on in two halves")
         for half in (left[: len(left) // 2], left[len(left) // 2 :]):
-            if self.stop:
+            if self._is_over():
                 return
             self._train_or_split(one, self._new_job(half))
 
@@ -405,15 +410,15 @@ class Fleet:
         told = f"its worker died again and again; {hint}{reason}"
         write_note(Path(self.base.logs) / f"{spec.name}.log", f"failed: {told}\nsee also {worker_log(job, 0)}")
         writer = take_over(folder / "checkpoints", job.attempt, f"the student {spec.name}")
-        fail_from_outside(spec, folder, told, writer)
+        fail_from_outside(spec, folder, told, job.attempt, writer)
 
 
-def fit(job: CohortJob, ask: Ask, selector: dict[str, str] | None = None) -> str:
+def fit(job: CohortJob, ask: Ask, selector: dict[str, str]) -> str:
     """Run a cohort as one Ray Train run.
 
     Args:
         ask: what its workers occupy.
-        selector: the labels of the nodes that they may lie on; None takes all.
+        selector: the labels of the nodes that they may lie on.
 
     Returns:
         Why its workers died; nothing if it came to its end.
@@ -422,29 +427,27 @@ def fit(job: CohortJob, ask: Ask, selector: dict[str, str] | None = None) -> str
         AkdError: what a worker was refused for.
     """
     ray = cluster.ray
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside Ray Train
-        from ray.train import FailureConfig, RunConfig
-        from ray.train.torch import TorchTrainer
+    from ray.train import FailureConfig, RunConfig
+    from ray.train.torch import TorchTrainer
 
-        storage = (Path(job.control) / "ray").absolute()
-        name = f"{job.name}-{os.getpid()}-{time.time_ns()}"  # an old name would resume an old run's state
-        trainer = TorchTrainer(
-            run_worker,  # type: ignore[arg-type]  # what it returns is the run's return value
-            train_loop_config={"job": job},
-            scaling_config=scaling(ask, selector),
-            run_config=RunConfig(name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=1)),
-        )
-        try:
-            outcome = trainer.fit().return_value  # type: ignore[attr-defined]
-        except ray.train.TrainingFailedError as error:
-            failures = getattr(error, "worker_failures", {}).values()
-            outcome = next(iter(_among(failures, AkdError)), None)
-            if outcome is None:
-                told = "; ".join(str(one) for one in _among(failures, OutOfStepError))
-                return OUT_OF_STEP + told if told else "Ray says: " + _cause(" ".join(str(error).split()))
-        finally:
-            shutil.rmtree(storage / name, ignore_errors=True)
+    storage = (Path(job.control) / "ray").absolute()
+    name = f"{job.name}-{os.getpid()}-{time.time_ns()}"  # an old name would resume an old run's state
+    trainer = TorchTrainer(
+        run_worker,  # type: ignore[arg-type]  # what it returns is the run's return value
+        train_loop_config={"job": job},
+        scaling_config=scaling(ask, selector),
+        run_config=RunConfig(name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=1)),
+    )
+    try:
+        outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+    except ray.train.TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {}).values()
+        outcome = next(iter(_among(failures, AkdError)), None)
+        if outcome is None:
+            told = "; ".join(str(one) for one in _among(failures, OutOfStepError))
+            return OUT_OF_STEP + told if told else "Ray says: " + _cause(str(error))
+    finally:
+        shutil.rmtree(storage / name, ignore_errors=True)
     if isinstance(outcome, AkdError):
         raise outcome
     return ""
@@ -477,13 +480,14 @@ def shared_by(base: CohortJob, assistant: Stores, console: Console) -> Shared:
     return Shared(folders, base.cache_root, lambda text: tell(console, text), stores)
 
 
-def _cause(text: str) -> str:
-    """The part of Ray's account of a death that says why; where there is none, the end of a trace."""
+def _cause(told: str) -> str:
+    """The part of Ray's account of a death that says why; where there is none, the last line, which ends a trace."""
+    text = " ".join(told.split())
     starts = [
         text.find(mark) for mark in ("Worker exit detail: ", "was killed due to", "ray.exceptions.") if mark in text
     ]
-    said = text[starts[0] : starts[0] + 400] if starts else text[-400:]
-    return said.partition(" Some common causes include")[0].rstrip(".")  # any of them: it does not know
+    said = text[starts[0] :] if starts else told.strip().rpartition("\n")[2]
+    return said[:400].partition(" Some common causes include")[0].rstrip(".")  # any of them: it does not know
 
 
 def _among(failures: Iterable[Exception], kind: type[Raised]) -> Iterator[Raised]:

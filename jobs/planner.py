@@ -83,6 +83,9 @@ class Costs:
     """Logits of a row."""
     behind: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(epoch, step) of the last checkpoint of those that resume."""
+    each_epoch: bool = False
+    """Whether a checkpoint is written at the end of every epoch, which may take small students longer than the epoch;
+    those at intervals of time hardly count."""
 
     @classmethod
     def of(
@@ -105,6 +108,7 @@ class Costs:
             row_bytes=train.inputs[0].nbytes + train.labels[:1].nbytes,
             classes=train.classes,
             behind=behind or {},
+            each_epoch=recipe.checkpoint_seconds == 0,
         )
 
     def takes(self, spec: Student) -> Measured:
@@ -126,10 +130,12 @@ class Costs:
         return max(0, (spec.objective.epochs - epoch) * self.steps_per_epoch(spec) - step)
 
     def seconds(self, spec: Student, rides: bool = False) -> float:
-        """Seconds that a student adds to its cohort: steps, evaluations, and its setting up."""
+        """Seconds that a student adds to its cohort: steps, evaluations, checkpoints, and its setting up."""
         takes, steps = self.takes(spec), self.steps_left(spec, rides)
-        evaluations = steps / self.steps_per_epoch(spec) * self.evaluated + self.tested
-        return takes.start + steps * (takes.step or UNKNOWN_SECONDS) + takes.evaluation * evaluations
+        epochs = steps / self.steps_per_epoch(spec)
+        evaluated, kept = epochs * self.evaluated + self.tested, epochs if self.each_epoch else 0.0
+        stepping = steps * (takes.step or UNKNOWN_SECONDS)
+        return takes.start + stepping + takes.evaluation * evaluated + takes.keeping * kept
 
     def leaders(self, cohort: Cohort) -> dict[str, str]:
         """Who goes on from whose stage I, by name: those that have not begun, from who of their family is furthest."""
@@ -305,7 +311,7 @@ def _least_parts(group: Cohort, nodes: Sequence[Node], costs: Costs) -> int:
     """
     families = families_of(group)
     largest = max(families, key=costs.memory)  # all else they ask for is the same
-    check_room_for(costs.ask(largest), largest, nodes)
+    check_room_for(largest, costs, nodes)
     count = 1
     while not _all_fit(split_evenly(group, count, costs.family_seconds), nodes, costs):
         count += 1  # each family alone fits
@@ -331,9 +337,9 @@ def cut(group: Cohort, count: int, nodes: Sequence[Node], costs: Costs) -> list[
     return parts
 
 
-def check_room_for(ask: Ask, cohort: Cohort, nodes: Sequence[Node]) -> None:
+def check_room_for(cohort: Cohort, costs: Costs, nodes: Sequence[Node]) -> None:
     """Refuse a cohort that would wait for ever; as `check_room`."""
-    check_room(nodes, ask, f"the cohort of {cohort[0].name}")
+    check_room(nodes, costs.ask(cohort), f"the cohort of {cohort[0].name}")
 
 
 def allocate(loads: Sequence[Load], nodes: Sequence[Node], wanted: int | None) -> tuple[list[int], list[Alternative]]:

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import torch
 
+from akd_dist.group import told
 from akd_dist.models import add_folder
 from akd_dist.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.recipe import Data, Recipe, Student
@@ -80,7 +81,7 @@ def probe_key(spec: Student) -> str:
 
 def scaled(known: Measured, ratio: float) -> Measured:
     """The measurement of a model that is so many times as large; the stream stays as it is."""
-    seconds = {name: getattr(known, name) * ratio for name in ("step", "evaluation", "start")}
+    seconds = {name: getattr(known, name) * ratio for name in ("step", "evaluation", "start", "keeping")}
     sizes = [one.name for one in fields(known) if one.name not in (*seconds, "stream")]
     return replace(known, **seconds, **{name: round(getattr(known, name) * ratio) for name in sizes})
 
@@ -156,8 +157,8 @@ def answer_probes() -> None:
         for line in sys.stdin:
             try:
                 answer = asdict(_answer(**json.loads(line)))
-            except Exception as error:
-                answer = {"failed": str(error) or type(error).__name__}
+            except (Exception, SystemExit) as error:
+                answer = {"failed": told(error)}
             print(json.dumps(answer), file=answers, flush=True)
 
 

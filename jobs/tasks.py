@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from akd_dist.jobs.cluster import POLL_SECONDS, StopFlag, check_alive, ray
+from akd_dist.jobs.cluster import GRACE_SECONDS, POLL_SECONDS, StopFlag, check_alive, ray
 from akd_dist.jobs.room import Ask, Node, check_room
 from akd_dist.jobs.shared import Shared, nodes_lost
 from akd_dist.storage.errors import AkdError, MachineError, RefusedError
+
+RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,11 @@ def run_tasks(
     shared: Shared,
     stop: StopFlag,
     on_result: Callable[[Task, Any], None],
-    retries: int = 3,
 ) -> None:
     """Run Ray tasks, a bounded number in flight; hand on results as they come.
 
     A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next; on a GPU too,
-    where Ray would start a new process for each. A task whose worker died is run again up to `retries` times; one that
+    where Ray would start a new process for each. A task whose worker died is run again up to RETRIES times; one that
     raised is not, since its inputs would be the same.
 
     Args:
@@ -51,12 +53,12 @@ def run_tasks(
     Raises:
         AkdError: as raised by a task.
         RefusedError: a task raised something else, as a user's own model may; names the item, shows it whole.
-        MachineError: an item's worker died more often than `retries` (names the item); or tasks need more threads or
+        MachineError: an item's worker died more often than that (names the item); or tasks need more threads or
             GPUs than the cluster has, or has left after a loss of nodes.
     """
     ask = Ask(1, threads, gpus)
     check_room(shared.nodes(), ask, "tasks of so many threads")
-    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries, max_calls=0)(function)
+    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(function)
     shipped: dict[int, Any] = {}
     waiting = iter(tasks)
     flying: dict[Any, Task] = {}
@@ -75,7 +77,7 @@ def run_tasks(
             done, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
             for reference in done:
                 task = flying.pop(reference)
-                on_result(task, _result(reference, task.name, retries))
+                on_result(task, _result(reference, task.name))
     finally:
         for reference in flying:
             ray.cancel(reference, force=False)
@@ -96,20 +98,35 @@ def run_one(
     stop: StopFlag,
     on_poll: Callable[[], None],
     name: str,
-    retries: int = 3,
 ) -> Any:
-    """Run one Ray task and wait for it, calling `on_poll` several times a second; errors as in `run_tasks`."""
+    """Run one Ray task and wait for it, calling `on_poll` several times a second; errors as in `run_tasks`.
+
+    Once `stop` is up, it is the task that ends, with what it returns; it has GRACE_SECONDS.
+
+    Raises:
+        InterruptedByUser: it did not end in that time, or had not even begun.
+    """
     check_room(shared.nodes(), Ask(1, threads, gpus), name)
     once = 1 if gpus else 0  # a process that ends gives back the memory of its GPU
-    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries, max_calls=once)(function)
+    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=once)(function)
     reference = remote.options(label_selector=shared.selector()).remote(*arguments)
-    while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
-        check_alive(stop)
-        on_poll()
-    return _result(reference, name, retries)
+    going_at = time.monotonic()
+    try:
+        while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
+            check_alive(stop)
+            on_poll()
+            going_at = going_at if stop else time.monotonic()
+            if time.monotonic() - going_at > GRACE_SECONDS:
+                raise stop.error(
+                    f"stopped; {name} did not answer any more, so only earlier checkpoints are kept",
+                    "the same command goes on from there",
+                )
+        return _result(reference, name)
+    finally:
+        ray.cancel(reference, force=False)  # nothing, once it has ended
 
 
-def _result(reference: Any, name: str, retries: int) -> Any:
+def _result(reference: Any, name: str) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -129,6 +146,6 @@ def _result(reference: Any, name: str, retries: int) -> Any:
         raise MachineError(
             f"{name}: its worker died again and again",
             got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-            expected=f"a worker that survives, within {retries} retries",
+            expected=f"a worker that survives, within {RETRIES} retries",
             next="see whether memory ran out; the same command carries on with what is missing",
         ) from error

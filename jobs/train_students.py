@@ -160,8 +160,8 @@ def _train_held(
     ):
         begin_run(run, recipe, identity)
         # Decode once, and refuse a damaged store before anything starts; the driver may have no GPU.
-        for group in groups_of(todo):
-            open_stream(replaced(cohort_job(base, group, chain[-1]), device="cpu"), splits)
+        for one in {learns_from_assistant(spec): spec for spec in todo}.values():
+            open_stream(replaced(cohort_job(base, (one,), chain[-1]), device="cpu"), splits)
         with forward(), _going_on(asked.fresh):
             cohorts = _train(base, recipe, todo, chain, costs, asked) if todo else 0
         fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - asked.began)
@@ -180,8 +180,7 @@ def _foresee(recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: 
     todo = [spec for spec in recipe.students if asked.fresh or not ended(base, spec)]
     if todo:
         asked.tell("probing what the students take")
-    run = Path("nowhere") if asked.fresh else asked.run
-    costs = costs_of(recipe, todo, splits, parameters, run, asked.cache_root)
+    costs = costs_of(recipe, todo, splits, parameters, None if asked.fresh else Path(base.root), asked.cache_root)
     if asked.address is not None:
         cluster.connect(asked.address, tell=asked.tell)
     trained = is_there(model_uris(recipe, splits, asked.store_root)[0])
@@ -215,10 +214,8 @@ def _train(
         replaced(asked, stop=stop).connect()
         cohorts, _ = plan_cohorts(recipe, todo, cluster.nodes(), costs)
         fixed = recipe.cohorts is not None
-        try:
+        with telling_damage(base, todo, asked.console):
             count = Fleet(base, costs, stop, asked.console, chain[-1], fixed=fixed).train(cohorts)
-        finally:
-            tell_damage(base, todo, asked.console)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")
@@ -246,8 +243,9 @@ def train_in_process(
         assistant: those of the last assistant, where there are students of objective `takd`.
     """
     splits = prepare(recipe.data, Path(cache_root))
-    run.mkdir(parents=True, exist_ok=True)
     base = fleet_job(recipe, splits, stores, run, cache_root)
+    Path(base.control).mkdir(parents=True, exist_ok=True)
+    base.attempt_file.touch()
     jobs = [cohort_job(base, group, assistant or {}) for group in groups_of(list(recipe.students))]
     return {result["name"]: result for job in jobs for result in train_cohort(job)["students"]}
 
@@ -481,7 +479,7 @@ def finish_run(
     results = []
     for spec in recipe.students:
         folder = Path(base.root) / spec.name
-        result = read_result(base, spec) or failed_entry(spec, "it never ended", folder)
+        result = read_result(base, spec) or failed_entry(spec, "it never ended", folder, base.attempt)
         result["parameters"] = parameters[spec.name]
         source = (stores[-1] if learns_from_assistant(spec) else stores[0])["train"]
         results.append(result | {"store": source.uri, "teacher": source.manifest.identity.teacher})
@@ -548,13 +546,21 @@ def tell_failures(fleet: dict[str, Any], base: CohortJob, console: Console) -> N
             tell(console, f"{student['name']} {student['state']}: {student['reason']}; log: {log}")
 
 
-def tell_damage(base: CohortJob, students: list[recipes.Student], console: Console) -> None:
-    """Name the checkpoints that were damaged: their students went on from the one before."""
-    for spec in students:
-        for path in sorted((Path(base.root) / spec.name / "checkpoints").glob(f"*{DAMAGED}")):
-            tell(
-                console, f"warning: a checkpoint of {spec.name} was damaged, the one before it was taken; it is {path}"
-            )
+@contextlib.contextmanager
+def telling_damage(base: CohortJob, students: list[recipes.Student], console: Console) -> Iterator[None]:
+    """Name the checkpoints that are found damaged meanwhile: their students went on from the one before."""
+
+    def aside() -> dict[Path, tuple[str, int]]:
+        folders = {spec.name: Path(base.root) / spec.name / "checkpoints" for spec in students}
+        found = ((path, name) for name, folder in folders.items() for path in sorted(folder.glob(f"*{DAMAGED}")))
+        return {path: (name, path.stat().st_mtime_ns) for path, name in found}
+
+    before = aside()
+    try:
+        yield
+    finally:
+        for path, (name, _) in sorted(aside().items() - before.items()):
+            tell(console, f"warning: a checkpoint of {name} was damaged, the one before it was taken; it is {path}")
 
 
 def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist import views
-from akd_dist.cohort import CohortJob, read_progress, train_cohort
+from akd_dist.cohort import CohortJob, read_progress, read_result, train_cohort
 from akd_dist.device import gpus_of
 from akd_dist.jobs.progress import Meter, meter, tell
 from akd_dist.models import by_content, load_card
@@ -219,6 +219,7 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, place: Plac
         if not is_there(uri):
             Path(job.control).mkdir(parents=True, exist_ok=True)
             job.stop_file.unlink(missing_ok=True)
+            _forget_failure(job)
             with using(trained.stores.values(), run=uri, lock=lock):
                 result = _result(trained, job, run(trained, job, place))
             shutil.rmtree(job.control, ignore_errors=True)
@@ -226,6 +227,13 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, place: Plac
             place.tell(f"{trained.name} is trained: test {metric} {result['test'][metric]:.4f}")
             _deliver(Path(job.root) / trained.spec.name, uri)
     return uri
+
+
+def _forget_failure(job: CohortJob) -> None:
+    """A model that failed is tried again by the next command: its reason may be gone."""
+    (spec,) = job.students
+    if (result := read_result(job, spec)) is not None and result["state"] == "failed":
+        (Path(job.root) / spec.name / "result.json").unlink()
 
 
 def run_on_ray(trained: Trained, job: CohortJob, place: Place) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tests.fleets import ANNEALING, HARD, KD, a_recipe, a_student, a_teacher, st
 BATCH = 128
 STEPS = "AKD_TEST_STEPS"
 # What a result says of where and when it was computed.
-ELSEWHERE = ("seconds", "path", "stage1_from")
+ELSEWHERE = ("seconds", "path", "stage1_from", "attempt")
 # Imported by all of them, late; imported before the fork, they cost nothing.
 PRELOADED = ["tests.survivors", "torchmetrics.functional", "torch._inductor", "sklearn.datasets"]
 

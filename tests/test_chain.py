@@ -25,6 +25,7 @@ from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.errors import RecipeError, RefusedError
 from akd_dist.storage.reader import open_store
+from akd_dist.student import Student
 from tests import sources
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
 
@@ -246,6 +247,17 @@ def test_an_assistant_that_diverges_ends_the_chain_with_its_log(home: Home, tmp_
     assert "teacher.assistant" in str(refused.value.next)
     assert Path(str(refused.value.next).split(";")[0].removeprefix("see ")).exists()
     assert not list((tmp_path / "stores").rglob("*.claim"))
+
+
+def test_an_assistant_that_failed_is_tried_again_by_the_next_command(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = home.recipe_for(an_assistant(9))
+    with monkeypatch.context() as today:
+        today.setattr(Student, "take_step", lambda *_: (_ for _ in ()).throw(MemoryError("not today")))
+        with pytest.raises(RefusedError, match=r"(?s)the assistant mlp-9 ended as failed.*not today"):
+            home.cache(tmp_path / "stores", recipe)
+    assert home.cache(tmp_path / "stores", recipe)["assistants"]
 
 
 def test_a_damaged_store_of_an_assistant_is_repaired_to_the_same_bytes(home: Home, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from akd_dist.models import load_model
 from akd_dist.recipe import Recipe, Sgd, Takd
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import DamagedError, RefusedError
+from akd_dist.stream import Stream
 from akd_dist.student import Student
 from tests.fleets import (
     ADAMW,
@@ -240,7 +241,28 @@ def test_who_fails_without_the_other_workers_ends_them_all_and_not_the_student(
     assert not list(tmp_path.rglob("result.json"))
     results = train_cohort(job)["students"]
     assert [result["state"] for result in results] == ["failed"] * len(recipe.students)
+    monkeypatch.undo()
+    assert train_cohort(job)["students"] == results  # workers of the same attempt that were started again
+    next_attempt = train_cohort(replace(job, attempt=2))["students"]
+    assert [(result["state"], result["attempt"]) for result in next_attempt] == [("done", 2)] * len(recipe.students)
     assert {result["reason"] for result in results} == {"out of memory: MemoryError: here and nowhere else"}
+
+
+def test_nobody_left_in_an_epoch_ends_its_stream(
+    stores: dict[str, str], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = a_recipe([a_student("one", optimizer=EXPLODING)])
+    made, batches = [], Stream.batches
+
+    def counted(*arguments: Any) -> Any:
+        for batch in batches(*arguments):
+            made.append(batch.step)
+            yield batch
+
+    monkeypatch.setattr(Stream, "batches", counted)
+    (result,) = train_cohort(job_of(recipe, stores, home, tmp_path))["students"]
+    assert result["state"] == "diverged"
+    assert f"step {made[-1]}," in result["reason"]
 
 
 def test_a_student_without_an_intact_checkpoint_fails_alone(

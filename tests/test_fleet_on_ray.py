@@ -18,20 +18,23 @@ import psutil
 import pytest
 from rich.console import Console
 
+from akd_dist.documents import CohortProgress, StudentProgress
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
 from akd_dist.jobs.cluster import StopFlag, ray
-from akd_dist.jobs.fleet import Carried, Fleet
+from akd_dist.jobs.fleet import Carried, Fleet, _cause
 from akd_dist.jobs.planner import Costs
 from akd_dist.jobs.room import Ask, Node
 from akd_dist.jobs.shared import Shared
+from akd_dist.jobs.tasks import run_one
 from akd_dist.jobs.train_students import fleet_job, train_in_process, train_students
 from akd_dist.models import load_model
 from akd_dist.recipe import Recipe
 from akd_dist.rows import prepare
+from akd_dist.status import write_document
 from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
-from akd_dist.storage.errors import MachineError, RecipeError, RefusedError
+from akd_dist.storage.errors import MachineError, RecipeError, RefusedError, TerminatedError
 from akd_dist.storage.removal import disused
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
 from tests.survivors import plant_snapshots
@@ -387,6 +390,68 @@ def test_a_node_that_joins_in_the_place_of_a_lost_one_is_none_to_wait_for(home: 
     assert "others have joined" in str(told.value.next)
 
 
+def test_lost_nodes_end_the_run_once_the_cohorts_on_others_have_checkpointed(home: Home, tmp_path: Path) -> None:
+    splits, saved = prepare(home.recipe.data, Path(home.cache_root)), list[str]()
+    base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
+    fleet = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
+    fleet.shared.nodes = lambda: [Node("here", 4)]  # type: ignore[method-assign]
+    base.stop_file.parent.mkdir(parents=True)
+
+    def healthy() -> None:
+        while not base.stop_file.exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        saved.append("it has checkpointed")
+
+    for node, act in (("here", healthy), ("lost", lambda: time.sleep(2))):
+        thread = threading.Thread(target=act, daemon=True)
+        thread.start()
+        fleet.carried.append(Carried(base, base, Ask(1, 1), overtook=False, thread=thread, nodes=frozenset({node})))
+    fleet.moved_at -= 61  # the healthy one is silent as well: a long evaluation
+    with pytest.raises(MachineError, match="nodes were lost"), fleet._stopping_on_errors():
+        fleet._keep_busy()
+    assert saved == ["it has checkpointed"]
+
+
+def test_the_pace_of_a_cohort_is_not_that_of_who_ended_early(home: Home, tmp_path: Path) -> None:
+    splits = prepare(home.recipe.data, Path(home.cache_root))
+    base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
+    fleet = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
+    one = Carried(base, base, Ask(1, 1), overtook=False)
+    first, second = (spec.name for spec in base.students[:2])
+    base.progress_file.parent.mkdir(parents=True)
+
+    def tell(steps: int, other: int, state: Any) -> float:
+        students = [
+            StudentProgress(name=first, state="training", epochs=1, steps=steps, steps_total=1000),
+            StudentProgress(name=second, state=state, epochs=1, steps=other, steps_total=1000),
+        ]
+        write_document(base.progress_file, CohortProgress(training=True, at=time.time(), students=students))
+        return fleet._left(one).get(first, 0.0)
+
+    tell(10, 10, "training")
+    assert one.since is not None
+    one.since = (one.since[0] - 10, one.since[1])  # seconds ago
+    assert tell(60, 1000, "diverged") == pytest.approx(940 / 5, rel=0.01)
+
+
+def test_a_task_that_does_not_begin_does_not_hold_up_who_stops(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("akd_dist.jobs.tasks.GRACE_SECONDS", 0.5)
+    busy = ray.remote(num_cpus=4)(lambda: time.sleep(60)).remote()
+    while cluster.free_nodes()[0].cpus > 0:
+        time.sleep(0.1)
+    stop, began = StopFlag(), time.monotonic()
+    stop.signal = signal.SIGTERM
+    with Shared({}, str(tmp_path), print) as shared, pytest.raises(TerminatedError, match="the teacher did not answer"):
+        run_one(
+            lambda: None, threads=4, gpus=0, shared=shared, stop=stop, on_poll=lambda: None, name="the teacher"
+        )  # fmt: skip
+    assert time.monotonic() - began < 20
+    ray.cancel(busy, force=True)
+
+
 def test_sigterm_to_the_whole_group_leaves_with_143_and_the_next_command_goes_on(
     home: Home, trained: Any, marker: Path
 ) -> None:
@@ -441,6 +506,20 @@ def test_a_node_that_does_not_answer_gets_no_work_and_holds_up_nobody(
         assert [node.name for node in shared.nodes()] == [node.name for node in there]
     assert told == ["no answer for 0.5 s, so no work until there is one: the silent one"]
     ray.cancel(answer, force=True)
+
+
+@pytest.mark.parametrize(
+    ("told", "cause"),
+    [
+        ('Training failed.\nFile "model.py", line 3, in forward\n    ^^^^\nSystemExit: 3\n', "SystemExit: 3"),
+        (
+            "It died.\nWorker exit detail: SIGKILL received.\n Some common causes include: (1) memory",
+            "Worker exit detail: SIGKILL received",
+        ),
+    ],
+)
+def test_of_what_ray_says_of_a_death_the_cause_is_told(told: str, cause: str) -> None:
+    assert _cause(told) == cause
 
 
 def test_a_signal_to_the_group_leaves_ray_to_the_driver(ray_cluster: None) -> None:

@@ -40,7 +40,7 @@ def end(cohorts: list[tuple[float, int]], cpus: int) -> float:
 
 def costs_for(recipe: Recipe, **measured: Any) -> Costs:
     """Costs of a recipe's students that nobody measured, or as given: 1 s a step unless said otherwise."""
-    known: dict[str, Any] = {"step": 1.0, "stream": 0.0, "evaluation": 0.0, "start": 0.0}
+    known: dict[str, Any] = {"step": 1.0, "stream": 0.0, "evaluation": 0.0, "start": 0.0, "keeping": 0.0}
     known |= dict.fromkeys(("weights", "gradients", "optimizer", "step_memory", "evaluation_memory"), 0) | measured
     names = [spec.name for spec in recipe.students]
     return Costs(
@@ -238,6 +238,13 @@ def test_a_cohort_too_few_is_refused() -> None:
     recipe = a_recipe([a_student("a"), a_student("b", batch=32)], cohorts=1)
     with pytest.raises(RecipeError, match="at least 2"):
         plan_cohorts(recipe, list(recipe.students), nodes(2), costs_for(recipe))
+
+
+def test_checkpoints_of_every_epoch_count() -> None:
+    recipe = a_recipe([a_student("one")])  # three epochs of two steps
+    costs = costs_for(recipe, keeping=0.5)
+    (spec,) = recipe.students
+    assert (costs.seconds(spec), replace(costs, each_epoch=True).seconds(spec)) == (6.0, 6.0 + 3 * 0.5)
 
 
 def test_parts_cost_about_the_same_and_keep_their_order() -> None:

@@ -172,6 +172,42 @@ def test_a_file_that_was_cut_is_mended(tmp_path: Path) -> None:
         check_complete(student)
 
 
+def test_a_file_with_a_flipped_byte_is_mended_from_there_on(tmp_path: Path) -> None:
+    student = a_student(tmp_path)
+    train(student, EPOCHS)
+    end(student)
+    forward(TensorBoard(), student)
+    (file,) = (student.folder / "tensorboard").iterdir()
+    broken = bytearray(file.read_bytes())
+    broken[12] ^= 0xFF  # the first byte of the first event
+    file.write_bytes(broken)
+    forward(TensorBoard(), student)
+    check_complete(student)
+
+
+def test_a_student_that_a_tracker_refuses_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    students, tracker = [a_student(tmp_path, name) for name in "abcdef"], TensorBoard()
+    for student in students:
+        train(student, EPOCHS)
+    opened, asked, refused = tracker.open, list[str](), {"b"}
+
+    def open_most(student: trackers.Tracked) -> trackers.Log:
+        asked.append(student.name)
+        if student.name in refused:
+            raise OSError(f"not {student.name}")
+        return opened(student)
+
+    monkeypatch.setattr(tracker, "open", open_most)
+    with pytest.raises(OSError, match="not b"):
+        Follower(tracker, students, print).forward()
+    assert "".join(asked) == "abcdef"
+    refused |= set("abcdef")
+    asked.clear()
+    with pytest.raises(OSError, match="not a"):  # it is gone: each of thousands would wait for it in vain
+        Follower(tracker, students, print).forward()
+    assert "".join(asked) == "abc"
+
+
 def test_a_student_that_failed_and_is_tried_again_goes_on_in_its_file(tmp_path: Path) -> None:
     student = a_student(tmp_path)
     train(student, 2)

@@ -223,7 +223,8 @@ def print_fleet(fleet: dict[str, Any], next_commands: Iterable[str]) -> None:
 
 def after_training(fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], roots: Roots) -> list[str]:
     """What to type after train-students."""
-    again = [*overrides, "data.seed=1", f"name={Path(fleet['run']).name}-seed1"]
+    kept = [one for one in overrides if not one.startswith(("data.seed=", "name="))]
+    again = [*kept, "data.seed=1", f"name={Path(fleet['run']).name}-seed1"]
     return [
         command_line("stores show", Path(fleet["store"]).name[:SHORT_ID], store_root=roots["store_root"]),
         command_line("train-students", recipe_path, again, **roots),
