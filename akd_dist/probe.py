@@ -104,8 +104,6 @@ def probe(data: recipe.Data, device: str, spec: recipe.Student, splits: Splits, 
     """
     still = largest_optimizer(spec).model_copy(update={"lr": 1e-12})  # weights that hardly move do not diverge
     alone = spec.model_copy(update={"workers": 1, "sync_batchnorm": False, "optimizer": still})
-    if spec.objective.epochs == 0:  # it takes no step, but the others do
-        alone = alone.model_copy(update={"objective": recipe.HardLabels(epochs=1)})
     settled = settle(device, spec.threads)
     try:
         return _measure(data, alone, splits, settled, folder, share=-(-spec.batch // spec.workers))

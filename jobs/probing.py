@@ -26,7 +26,7 @@ import torch
 from akd_dist.group import told
 from akd_dist.models import add_folder
 from akd_dist.probe import Measured, largest_optimizer, moments, probe
-from akd_dist.recipe import Data, Recipe, Student
+from akd_dist.recipe import Data, HardLabels, Recipe, Student
 from akd_dist.rows import Splits, prepare
 
 ALL_SECONDS = 30.0
@@ -110,6 +110,8 @@ class Prober:
 
     def probe(self, spec: Student) -> Measured | None:
         """What a student takes; None, and a warning, if its probe fails or kills its process."""
+        if spec.objective.epochs == 0:  # it takes no step, but its fleet may be measured; no recipe can say so
+            spec = spec.model_copy(update={"objective": HardLabels(epochs=1)})
         with tempfile.TemporaryDirectory(prefix="akd-dist-probe-") as scratch:
             answer = self._ask({"student": spec.model_dump(mode="json"), "scratch": scratch})
         if "failed" in answer:

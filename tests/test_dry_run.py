@@ -250,6 +250,18 @@ def test_a_model_that_fails_in_the_probe_or_kills_it_is_unknown(
     assert costs.takes(recipe.students[0]).checkpoint == 2 * 4 * 650 + 2 * 4 * 650
 
 
+def test_a_student_that_takes_no_step_is_probed_all_the_same(tmp_path: Path) -> None:
+    """No recipe has one; `benchmarks.fleet --steps-zero` does."""
+    recipe = a_recipe([a_student("one")])
+    (one,) = recipe.students
+    stages = {"stage1_epochs": 0, "stage2_epochs": 0}
+    none = one.model_copy(update={"objective": one.objective.model_copy(update=stages)})
+    found = measure_all(recipe, [none], {"one": 650}, str(tmp_path / "cache"))["one"]
+    assert found is not None
+    assert found.step > 0
+    assert found.keeping > 0
+
+
 def test_a_batch_that_memory_would_not_hold_is_not_tried(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = a_recipe([a_student("one", model={"kind": "custom", "factory": "probed_models:counting"})])
     splits = prepare(recipe.data, models / "cache")
