@@ -395,7 +395,7 @@ class _Lockstep:
         leader = self._leader(student)
         steps, total = self._steps_of(student, leader)
         pace = 0.0
-        if student.training:
+        if student.training and leader is None:  # who has waited would seem to be slow, once it goes
             pace = self.paces.setdefault(student.spec.name, Pace(steps, now)).per_second(steps, now)
         last: dict[str, Any] = student.history[-1] if student.history else {}
         measured = (student.result or {}).get("validation") or last.get("validation", {})

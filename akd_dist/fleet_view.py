@@ -102,7 +102,8 @@ def waiting_lines(status: StatusDocument) -> list[str]:
     waits += [(names, _wait_for(names, leader)) for leader, names in leaders.items()]
     lines = [line for _, line in waits[:WAITING_SHOWN]]
     if more := waits[WAITING_SHOWN:]:
-        lines.append(f"and {sum(len(names) for names, _ in more):,} more students wait")
+        count = sum(len(names) for names, _ in more)
+        lines.append(f"and {count:,} more {'student waits' if count == 1 else 'students wait'}")
     return lines
 
 

@@ -239,7 +239,7 @@ def stop_on_signals(tell: Callable[[str], None]) -> Iterator[StopFlag]:
         if flag:
             raise KeyboardInterrupt
         flag.signal, first = number, time.monotonic()
-        tell("stopping: keeping what is done (once more to stop at once)")
+        tell("stopping: keeping what is done (once more, a second later or more, to stop at once)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

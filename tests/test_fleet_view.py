@@ -131,6 +131,8 @@ def test_who_waits_for_what() -> None:
     lines = waiting_lines(a_status(cohorts=many))
     assert len(lines) == 4
     assert lines[-1] == "and 54 more students wait"
+    four = [CohortStatus(state="waiting", students=[str(n)], waits_for="4 free CPUs") for n in range(4)]
+    assert waiting_lines(a_status(cohorts=four))[-1] == "and 1 more student waits"
 
 
 def test_those_without_success_are_counted() -> None:

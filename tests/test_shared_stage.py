@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from akd_dist.cohort import read_progress, train_cohort
+from akd_dist.cohort import _Lockstep, read_progress, train_cohort
+from akd_dist.documents import StudentProgress
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.recipe import Recipe
 from akd_dist.student import Student, failed_entry
@@ -55,6 +56,23 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def records(run: Path, name: str) -> list[dict[str, Any]]:
     lines = (run / "students" / name / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def test_the_time_that_a_rider_waits_is_not_part_of_its_pace(
+    recipe: Recipe, stores: dict[str, str], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress_of, waited = _Lockstep._progress_of, set[str]()
+
+    def watched(lockstep: _Lockstep, student: Student, now: float) -> StudentProgress:
+        progress = progress_of(lockstep, student, now)
+        if progress.state == "waiting":
+            waited.add(student.spec.name)
+            assert student.spec.name not in lockstep.paces
+        return progress
+
+    monkeypatch.setattr(_Lockstep, "_progress_of", watched)
+    train_cohort(job_of(recipe, stores, home, tmp_path))
+    assert waited == RIDERS
 
 
 def test_one_stage_for_all_and_the_weights_of_each_alone(
