@@ -1,4 +1,8 @@
-"""Run Ray tasks: one, or a bounded window of many; what they raise comes back as it is, what kills them is named."""
+"""Run Ray tasks: one, or a bounded window of many; what they raise comes back as it is, what kills them is named.
+
+None is ever cancelled: Ray 2.60 aborts the whole driver if a task is cancelled just as it ends (within 60 tries,
+where `ray.cancel` follows `ray.wait`). Those in flight when a command leaves end with it, like all of its job.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +52,7 @@ def run_tasks(
         threads: CPUs that a task occupies.
         gpus: GPUs that a task has to itself.
         shared: the nodes that tasks may run on; those that join are used too.
-        stop: once it is up, no other task is started and those in flight are dropped: they have published or not.
+        stop: once it is up, no other task is started and those in flight are left alone: they publish whole, or not.
 
     Raises:
         AkdError: as raised by a task.
@@ -62,25 +66,21 @@ def run_tasks(
     shipped: dict[int, Any] = {}
     waiting = iter(tasks)
     flying: dict[Any, Task] = {}
-    try:
-        while True:
-            shared.look()
-            window = 2 * _at_once(shared.nodes(), ask)  # nodes may join
-            while not stop and len(flying) < window and (task := next(waiting, None)) is not None:
-                if id(task.job) not in shipped:
-                    shipped[id(task.job)] = ray.put(task.job)
-                here = remote.options(label_selector=shared.selector())
-                flying[here.remote(shipped[id(task.job)], task.item)] = task
-            if not flying or stop:
-                return
-            check_alive(stop)
-            done, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
-            for reference in done:
-                task = flying.pop(reference)
-                on_result(task, _result(reference, task.name))
-    finally:
-        for reference in flying:
-            ray.cancel(reference, force=False)
+    while True:
+        shared.look()
+        window = 2 * _at_once(shared.nodes(), ask)  # nodes may join
+        while not stop and len(flying) < window and (task := next(waiting, None)) is not None:
+            if id(task.job) not in shipped:
+                shipped[id(task.job)] = ray.put(task.job)
+            here = remote.options(label_selector=shared.selector())
+            flying[here.remote(shipped[id(task.job)], task.item)] = task
+        if not flying or stop:
+            return
+        check_alive(stop)
+        done, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
+        for reference in done:
+            task = flying.pop(reference)
+            on_result(task, _result(reference, task.name))
 
 
 def _at_once(nodes: list[Node], ask: Ask) -> int:
@@ -111,19 +111,16 @@ def run_one(
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=once)(function)
     reference = remote.options(label_selector=shared.selector()).remote(*arguments)
     going_at = time.monotonic()
-    try:
-        while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
-            check_alive(stop)
-            on_poll()
-            going_at = going_at if stop else time.monotonic()
-            if time.monotonic() - going_at > GRACE_SECONDS:
-                raise stop.error(
-                    f"stopped; {name} did not answer any more, so only earlier checkpoints are kept",
-                    "the same command goes on from there",
-                )
-        return _result(reference, name)
-    finally:
-        ray.cancel(reference, force=False)  # nothing, once it has ended
+    while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
+        check_alive(stop)
+        on_poll()
+        going_at = going_at if stop else time.monotonic()
+        if time.monotonic() - going_at > GRACE_SECONDS:
+            raise stop.error(
+                f"stopped; {name} did not answer any more, so only earlier checkpoints are kept",
+                "the same command goes on from there",
+            )
+    return _result(reference, name)
 
 
 def _result(reference: Any, name: str) -> Any:

@@ -148,6 +148,13 @@ def test_the_safety_test_sees_what_it_should(source: str) -> None:
     assert list(unsafe(ast.parse(source)))
 
 
+@pytest.mark.parametrize("path", [path for floor, path in MODULES if floor == "jobs"], ids=named)
+def test_no_task_is_cancelled(path: Path) -> None:
+    """Ray 2.60 aborts the driver where that meets the task's end."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert "ray.cancel" not in map(ast.unparse, calls)
+
+
 # --- the folders ------------------------------------------------------------------------------------------------------
 
 
