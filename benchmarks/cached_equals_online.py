@@ -2,6 +2,7 @@
 
     python benchmarks/cached_equals_online.py                       the figures of docs/cached-equals-online.md
     python benchmarks/cached_equals_online.py --plot docs/figures   ... and its plots; --json prints a document
+    python benchmarks/cached_equals_online.py --device cuda         the same claim on a GPU, and nothing else
 
 `online` is the other side of the claim: a plain loop, as short as can be, that calls the teacher on every batch. It
 shares with the package only what defines the run: the views, the order of rows, the first weights.
@@ -27,7 +28,7 @@ from torch import nn
 from akd_dist import recipe as recipes
 from akd_dist.cohort import CohortJob, open_stream
 from akd_dist.comparison import estimate
-from akd_dist.device import settle, weights_dtype
+from akd_dist.device import generator_states, set_generator_states, settle, weights_dtype
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.train_students import fleet_job
 from akd_dist.jobs.train_teacher import Place, ensure_teacher, run_in_process
@@ -36,11 +37,10 @@ from akd_dist.objectives import phi, temperature
 from akd_dist.recipe import Recipe
 from akd_dist.rows import Splits, prepare
 from akd_dist.stream import Stream, epoch_order
-from akd_dist.student import Student, evaluate, seeded_state
+from akd_dist.student import Student, evaluate, seeded_states
 from akd_dist.teacher import teacher_logits
 from akd_dist.views import view_of
 
-CPU = torch.device("cpu")
 MODULE = Path(__file__).stem
 SGD = {"kind": "sgd", "lr": 0.02, "weight_decay": 1e-4, "schedule": {"kind": "linear"}}
 ADAMW = {"kind": "adamw", "lr": 2e-3, "clip": 1.0, "schedule": {"kind": "linear"}}
@@ -58,23 +58,26 @@ class Trace:
 # ---- the cases
 
 
-def annealing_recipe(data: dict[str, Any], teacher: Any, student: Any, optimizer: Any, **changes: Any) -> Recipe:
+def annealing_recipe(
+    data: dict[str, Any], teacher: Any, student: Any, optimizer: Any, *, precision: str, device: str
+) -> Recipe:
     """A recipe of one student with one view per epoch of stage I."""
     objective = {"kind": "annealing_kd", "tau_max": 4, "stage1_epochs": 4, "stage2_epochs": 2}
-    block = {"name": "student", "model": student, "objective": objective, "optimizer": optimizer} | changes
+    block = {"name": "student", "model": student, "objective": objective, "optimizer": optimizer}
     return Recipe.model_validate(
         {
             "name": "equality",
             "data": {"views": 4, **data},
             "teacher": {"model": teacher, "train": {"epochs": 1, "optimizer": optimizer}},
-            "students": [block | {"batch": 48, "seed": 3}],
-            "cache": {"precision": changes.get("precision", "float32")},
+            "students": [block | {"batch": 48, "seed": 3, "precision": precision}],
+            "cache": {"precision": precision},
+            "device": device,
             "folder": str(Path(__file__).parent),
         }
     )
 
 
-def cases(precision: str = "float32") -> dict[str, Recipe]:
+def cases(precision: str = "float32", device: str = "cpu") -> dict[str, Recipe]:
     """Images with augmentation, text, and regression; each on data that come with Python or scikit-learn."""
     text = {"train": {"kind": "custom", "factory": f"{MODULE}:passages", "input": "text", "label": "package"}}
     numbers = {"train": {"kind": "custom", "factory": f"{MODULE}:diabetes"}, "task": "regression"}
@@ -88,6 +91,7 @@ def cases(precision: str = "float32") -> dict[str, Recipe]:
             {"kind": "resnet", "depth": 8, "width": 4},
             SGD,
             precision=precision,
+            device=device,
         ),
         "text": annealing_recipe(
             text | {"text": {"kind": "bytes", "length": 48}, "augmentation": {"kind": "token_mask", "share": 0.1}},
@@ -95,9 +99,15 @@ def cases(precision: str = "float32") -> dict[str, Recipe]:
             transformer | {"width": 16, "dropout": 0.1},
             ADAMW,
             precision=precision,
+            device=device,
         ),
         "regression": annealing_recipe(
-            numbers | {"augmentation": noise}, mlp | {"hidden": 32}, mlp | {"hidden": 8}, ADAMW, precision=precision
+            numbers | {"augmentation": noise},
+            mlp | {"hidden": 32},
+            mlp | {"hidden": 8},
+            ADAMW,
+            precision=precision,
+            device=device,
         ),
     }
 
@@ -149,9 +159,9 @@ def online(recipe: Recipe, teacher: nn.Module, splits: Splits, *, pad_to: int | 
     spec, data = recipe.students[0], recipe.data
     objective, rows = spec.objective, splits.train
     assert isinstance(objective, recipes.AnnealingKD)
-    dtype = weights_dtype(spec.precision)
-    torch.set_rng_state(seeded_state(spec.seed, 0, 0))
-    module = build(ModelCard.of(spec.model, rows, data.normalize)).to(dtype)
+    dtype, device = weights_dtype(spec.precision), torch.device(recipe.device)
+    set_generator_states(device, seeded_states(device, spec.seed, 0, 0))
+    module = build(ModelCard.of(spec.model, rows, data.normalize)).to(device, dtype)
     losses: list[float] = []
     best: dict[str, torch.Tensor] = {}
     for stage, (first, epochs) in enumerate(
@@ -159,7 +169,7 @@ def online(recipe: Recipe, teacher: nn.Module, splits: Splits, *, pad_to: int | 
     ):
         if stage == 1:
             module.load_state_dict(best)
-            torch.set_rng_state(seeded_state(spec.seed, 1, 0))
+            set_generator_states(device, seeded_states(device, spec.seed, 1, 0))
         optimizer, total = plain_optimizer(module, spec.optimizer), epochs * math.ceil(len(rows) / spec.batch)
         best_metric, step = -math.inf, 0
         for epoch in range(first, first + epochs):
@@ -167,12 +177,11 @@ def online(recipe: Recipe, teacher: nn.Module, splits: Splits, *, pad_to: int | 
             module.train()
             for start in range(0, len(rows), spec.batch):
                 batch = order[start : start + spec.batch]
-                inputs = view_of(data.augmentation, data.seed, rows.inputs[batch], batch, view, tokens=rows.tokens)
-                outputs, labels = module(inputs), torch.from_numpy(rows.labels[batch])
+                inputs = view_of(data.augmentation, data.seed, rows.inputs[batch], batch, view, rows.tokens, device)
+                outputs, labels = module(inputs), torch.from_numpy(rows.labels[batch]).to(device)
                 if stage == 0:
-                    targets = torch.from_numpy(
-                        teacher_logits(teacher, inputs, pad_to or len(batch), recipe.cache.precision)
-                    )
+                    said = teacher_logits(teacher, inputs, pad_to or len(batch), recipe.cache.precision)
+                    targets = torch.from_numpy(said).to(device)
                     factor = phi(temperature(epoch + 1, epochs, objective.tau_max), objective.tau_max)
                     each = (outputs - factor * targets.to(dtype)).square().mean(dim=1)
                 elif data.task == "regression":
@@ -189,12 +198,12 @@ def online(recipe: Recipe, teacher: nn.Module, splits: Splits, *, pad_to: int | 
                 optimizer.step()
                 losses.append(float(each.detach().sum()) / len(batch))
                 step += 1
-            metric = evaluate(module, splits.validation, CPU)[0][data.primary_metric]
+            metric = evaluate(module, splits.validation, device)[0][data.primary_metric]
             if metric > best_metric:
                 best_metric = metric
                 best = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
     module.load_state_dict(best)
-    return Trace(losses, best, evaluate(module, splits.test, CPU)[0][data.primary_metric])
+    return Trace(losses, best, evaluate(module, splits.test, device)[0][data.primary_metric])
 
 
 def plain_optimizer(module: nn.Module, spec: recipes.Optimizer) -> torch.optim.Optimizer:
@@ -212,7 +221,8 @@ def cached(job: CohortJob, splits: Splits, stream: Stream) -> Trace:
     """The job's first student from the store, as a worker trains it; every step's loss is kept."""
     spec = job.students[0]
     card = ModelCard.of(spec.model, splits.train, job.data.normalize)
-    student = Student(spec, card, Path(job.root) / spec.name, log=Path(job.logs) / "log")
+    device = torch.device(job.device)
+    student = Student(spec, card, Path(job.root) / spec.name, log=Path(job.logs) / "log", device=device)
     losses = []
     while student.epoch < student.epochs:
         for batch in stream.batches(student.epoch):
@@ -222,7 +232,7 @@ def cached(job: CohortJob, splits: Splits, stream: Stream) -> Trace:
         student.end_epoch(splits.validation)
     assert student.best is not None
     student.module.load_state_dict(student.best)
-    return Trace(losses, student.best, evaluate(student.module, splits.test, CPU)[0][job.data.primary_metric])
+    return Trace(losses, student.best, evaluate(student.module, splits.test, device)[0][job.data.primary_metric])
 
 
 # ---- the claim
@@ -235,14 +245,14 @@ def both(recipe: Recipe, folder: Path, *, padded: bool) -> tuple[Trace, Trace]:
         padded: whether the loop pads the teacher's batches to the store's batch rows.
     """
     splits = prepare(recipe.data, folder / "cache")
-    settle("cpu", 1)
+    device = settle(recipe.device, 1)
     model = recipe.teacher.model
     assert model is not None
     card = ModelCard.of(model, splits.train, recipe.data.normalize)
     save_model(folder / "teacher", build(card, seed=7), card)
     job = job_of(recipe, str(folder / "teacher"), splits, folder)
-    teacher = load_model(folder / "teacher").to(weights_dtype(recipe.cache.precision))
-    with own_generator():
+    teacher = load_model(folder / "teacher").to(device, weights_dtype(recipe.cache.precision))
+    with own_generator(device):
         loop = online(recipe, teacher, splits, pad_to=recipe.cache.batch_rows if padded else None)
     return cached(job, splits, open_stream(job, splits)[0]), loop
 
@@ -256,13 +266,13 @@ def job_of(recipe: Recipe, teacher: str, splits: Splits, folder: Path) -> Cohort
 
 
 @contextmanager
-def own_generator() -> Iterator[None]:
-    """Leave torch's generator as it was."""
-    before = torch.get_rng_state()
+def own_generator(device: torch.device) -> Iterator[None]:
+    """Leave torch's generators as they were."""
+    before = generator_states(device)
     try:
         yield
     finally:
-        torch.set_rng_state(before)
+        set_generator_states(device, before)
 
 
 @dataclass(frozen=True)
@@ -292,7 +302,7 @@ def difference(ours: Trace, theirs: Trace, epochs: int) -> Difference:
     )
 
 
-def equality(folder: Path) -> dict[str, dict[str, Difference]]:
+def equality(folder: Path, device: str) -> dict[str, dict[str, Difference]]:
     """Each case under the three forms of the claim."""
     forms = {
         "float32, teacher's batches padded": ("float32", True),
@@ -302,7 +312,7 @@ def equality(folder: Path) -> dict[str, dict[str, Difference]]:
     found: dict[str, dict[str, Difference]] = {}
     for name in cases():
         for form, (precision, padded) in forms.items():
-            recipe = cases(precision)[name]
+            recipe = cases(precision, device)[name]
             ours, theirs = both(recipe, folder / f"{name}-{precision}-{padded}", padded=padded)
             found.setdefault(name, {})[form] = difference(ours, theirs, recipe.students[0].objective.epochs)
     return found
@@ -392,12 +402,13 @@ def stored_logits(recipe: Recipe, teacher: str, splits: Splits, folder: Path) ->
 @click.command()
 @click.option("--plot", "plots", type=click.Path(file_okay=False, path_type=Path), help="Write the plots here, as SVG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def main(plots: Path | None, as_json: bool) -> None:
+@click.option("--device", default="cpu", help="On a GPU (cuda) only the claim itself is tried.")
+def main(plots: Path | None, as_json: bool, device: str) -> None:
     """Show that training from the store is training with the teacher in the loop, and what is not."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        same = equality(folder)
-        wrong = harm(folder / "harm")
+        same = equality(folder, device)
+        wrong = harm(folder / "harm") if device == "cpu" else {}
         if plots is not None:
             plots.mkdir(parents=True, exist_ok=True)
             plot_equality(plots / "cached-equals-online.svg", folder / "plot")
@@ -414,6 +425,8 @@ def main(plots: Path | None, as_json: bool) -> None:
         for form, apart in forms.items():
             figures = f"{apart.first_epoch:.1e} | {apart.losses:.1e} | {apart.weights:.1e}"
             click.echo(f"| {name} | {form} | {figures} | {'yes' if apart.identical else 'no'} |")
+    if not wrong:
+        return
     click.echo("\n| what the student is shown | cosine | test accuracy % | against the first, paired |")
     click.echo("|---|--:|--:|--:|")
     first = wrong["a view per epoch"]["accuracy"]

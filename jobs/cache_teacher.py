@@ -138,7 +138,9 @@ def cache_teacher(
     check_assistants(recipe, splits)
     check_augmentation(recipe.data.augmentation, recipe.data.seed, splits.train.inputs, splits.train.tokens)
     if dry_run:
-        return _dry_run(recipe, splits, store_root)
+        # Which card the nodes of a cluster have is not asked: views that a store has already may count as missing.
+        device = device_name(recipe.device) if address is None else recipe.device
+        return _dry_run(recipe, splits, store_root, device)
     with cluster.closing(), cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
         place = Place(store_root, cache_root, address, wait, stop, console)
         teacher_uri = ensure_teacher(recipe, splits, place, run_on_ray)
@@ -172,7 +174,7 @@ def walk_chain(recipe: Recipe, splits: Splits, teacher_uri: str, place: Place, r
 
 def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Place, compute: Compute) -> Hop:
     """Sealed stores of one model's logits for every split; what is there already is not touched."""
-    hop = Hop(name, uri, plan_splits(recipe, splits, uri))
+    hop = Hop(name, uri, plan_splits(recipe, splits, uri, recipe.device))
     for plan in hop.plans:
         plan.store = catalog.find_store(place.store_root, plan.identity)
         if plan.store is not None:
@@ -181,6 +183,7 @@ def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Plac
         for plan in hop.plans:
             if plan.store is None:
                 claims.enter_context(place.claim(plan.identity.id))
+                plan.creation = computed_on(place.device(recipe.device), plan.creation)
                 _open_for_writing(plan, recipe, place.store_root, place.console)
         if hop.missing:
             check_room(place.store_root, sum(plan.missing_bytes for plan in hop.plans))
@@ -218,20 +221,24 @@ def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Spli
         return prepare(data, Path(cache_root), on_progress=update)
 
 
-def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str) -> list[SplitPlan]:
-    """What the recipe asks for, split by split."""
+def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str, device: str) -> list[SplitPlan]:
+    """What the recipe asks for, split by split; `device` as in `creation_of`."""
     card = load_card(teacher_uri)
     plans = []
     for split in SPLITS:
         rows: Rows = getattr(splits, split)
-        plans.append(SplitPlan(split, rows, creation_of(recipe, rows, split, card)))
+        plans.append(SplitPlan(split, rows, creation_of(recipe, rows, split, card, device)))
     return plans
 
 
 def creation_of(
-    recipe: Recipe, rows: Rows, split: str, card: ModelCard, store_format: int = FORMAT_VERSION
+    recipe: Recipe, rows: Rows, split: str, card: ModelCard, device: str, store_format: int = FORMAT_VERSION
 ) -> Creation:
-    """The identity of a split's store and how it is to be computed. Only train rows are augmented."""
+    """The identity of a split's store and how it is to be computed. Only train rows are augmented.
+
+    Args:
+        device: as `device_name` says it, where a store is to be written; no part of its identity.
+    """
     augmentation = recipe.data.augmentation if split == "train" else NoAugmentation()
     plain = isinstance(augmentation, NoAugmentation)
     fingerprint = served_fingerprint(card, recipe.cache.precision)
@@ -249,11 +256,16 @@ def creation_of(
     computed = Computed(
         batch_rows=recipe.cache.batch_rows,
         threads=recipe.cache.threads,
-        device=device_name(recipe.device),
+        device=device,
         versions={name: version(name) for name in ("akd-dist", "numpy", "torch", "zarr")},
     )
     teacher = {"fingerprint": fingerprint, "spec": card.model_dump(mode="json")}
     return Creation(identity=identity, computed=computed, dataset=rows.describe(), teacher=teacher)
+
+
+def computed_on(device: str, creation: Creation) -> Creation:
+    """The same store, computed on this device."""
+    return creation.model_copy(update={"computed": creation.computed.model_copy(update={"device": device})})
 
 
 def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str, console: Console) -> None:
@@ -413,6 +425,7 @@ def repair(
     splits = prepare_shown(recipe.data, cache_root, console)
     known = [hint["split"]] if hint.get("split") in SPLITS else SPLITS
     uri, plan = _plan_of(store_id, known, recipe, splits, store_root)
+    plan.creation = computed_on(device_name(recipe.device), plan.creation)  # it is this process that computes
     plan.writer = StoreWriter(store_root, plan.creation)
     job = cache_job(plan, recipe, uri, cache_root)
     repaired = catalog.repair_store(store_root, store_id, lambda shard: compute_shard(job, shard))
@@ -439,7 +452,7 @@ def _plan_of(
     uris = model_uris(recipe, splits, store_root)
     known = uris if is_there(uris[-1]) else uris[:-1] or uris
     plans = [
-        (uri, SplitPlan(split, rows, creation_of(recipe, rows, split, load_card(uri), number)))
+        (uri, SplitPlan(split, rows, creation_of(recipe, rows, split, load_card(uri), recipe.device, number)))
         for split, rows in ((name, getattr(splits, name)) for name in names)
         for uri in known
         for number in range(FORMAT_VERSION, 0, -1)
@@ -468,7 +481,7 @@ def model_uris(recipe: Recipe, splits: Splits, store_root: str) -> list[str]:
     for assistant in recipe.teacher.chain:
         if not is_there(uris[-1]):
             break
-        above = creation_of(recipe, splits.train, "train", load_card(uris[-1])).identity
+        above = creation_of(recipe, splits.train, "train", load_card(uris[-1]), recipe.device).identity
         uris.append(assistant_of(recipe, splits, assistant, above, {}).uri(store_root))
     return uris
 
@@ -488,12 +501,12 @@ def check_room(store_root: str, needed: int) -> None:
         )
 
 
-def _dry_run(recipe: Recipe, splits: Splits, store_root: str) -> dict[str, Any]:
+def _dry_run(recipe: Recipe, splits: Splits, store_root: str, device: str) -> dict[str, Any]:
     """What caching would compute: nothing of the stores and views that are there, as far as their models are."""
     uris = model_uris(recipe, splits, store_root)
     known: list[str | None] = [uri for uri in uris if uri == recipe.teacher.weights or is_there(uri)]
     unknown = [None] * (1 + len(recipe.teacher.chain) - len(known))
-    teacher, *assistants = [_planned(recipe, splits, uri, store_root) for uri in known + unknown]
+    teacher, *assistants = [_planned(recipe, splits, uri, store_root, device) for uri in known + unknown]
     needed = sum(split["bytes"] for splits in (teacher, *assistants) for split in splits.values())
     check_room(store_root, needed)
     return {
@@ -509,13 +522,15 @@ def _dry_run(recipe: Recipe, splits: Splits, store_root: str) -> dict[str, Any]:
     }
 
 
-def _planned(recipe: Recipe, splits: Splits, uri: str | None, store_root: str) -> dict[str, dict[str, Any]]:
+def _planned(
+    recipe: Recipe, splits: Splits, uri: str | None, store_root: str, device: str
+) -> dict[str, dict[str, Any]]:
     """What the stores of one model would still take; all of it where the model is not there yet."""
     stores: dict[str, LogitStore | None] = dict.fromkeys(SPLITS)
     there: dict[str, Manifest | None] = dict.fromkeys(SPLITS)
     receipts: dict[str, set[str]] = {split: set() for split in SPLITS}
     if uri is not None:
-        plans = plan_splits(recipe, splits, uri)
+        plans = plan_splits(recipe, splits, uri, device)
         receipts = {plan.split: set(StoreWriter(store_root, plan.creation).store.list(RECEIPTS)) for plan in plans}
         stores = {plan.split: catalog.find_store(store_root, plan.identity) for plan in plans}
         there = {plan.split: _source(plan, catalog.narrower_stores(store_root, plan.identity)) for plan in plans}

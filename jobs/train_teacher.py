@@ -18,7 +18,7 @@ from rich.console import Console
 from akd_dist import recipe as recipes
 from akd_dist import views
 from akd_dist.cohort import CohortJob, read_progress, read_result, train_cohort
-from akd_dist.device import gpus_of
+from akd_dist.device import device_name, gpus_of
 from akd_dist.jobs.progress import Meter, meter, tell
 from akd_dist.models import by_content, load_card
 from akd_dist.recipe import HardLabels, Recipe
@@ -80,6 +80,26 @@ class Place:
         cluster.connect(self.address, tell=self.tell)
         self.stop.check()
         return self.stop
+
+    def device(self, device: str) -> str:
+        """What `device_name` says where this recipe's device computes: a driver's machine needs no GPU of its own."""
+        if self.stop is None or not gpus_of(device):
+            return device_name(device)
+        from akd_dist.jobs.tasks import Task, run_tasks
+
+        stop, found = self.connect(), list[str]()
+        with self.shared() as shared:
+            run_tasks(
+                lambda device, _: device_name(device),
+                [Task("the teacher's GPU", device, None)],
+                threads=1,
+                gpus=gpus_of(device),
+                shared=shared,
+                stop=stop,
+                on_result=lambda _, name: found.append(name),
+            )
+        stop.check()
+        return found[0]
 
     def shared(self) -> Shared:
         """The nodes that see the store root, as a context: no other node may be given work."""

@@ -1,6 +1,10 @@
-"""Small recipes on real digits, and the digests that bit-for-bit tests compare."""
+"""Small recipes on real digits, and the digests that bit-for-bit tests compare.
+
+AKD_DIST_TEST_DEVICE=cuda has the students of all tests that use these trained on a GPU: `make test-gpu`.
+"""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from akd_dist.models import ModelCard, build, save_model
 from akd_dist.recipe import Recipe
 from akd_dist.rows import prepare
 
+DEVICE = os.environ.get("AKD_DIST_TEST_DEVICE", "cpu")
 ANNEALING = {"kind": "annealing_kd", "tau_max": 2, "stage1_epochs": 2, "stage2_epochs": 1}
 HARD = {"kind": "hard_labels", "epochs": 3}
 KD = {"kind": "kd", "epochs": 3}
@@ -21,7 +26,8 @@ ADAMW = {"kind": "adamw", "lr": 5e-3, "schedule": {"kind": "linear"}}
 def a_student(name: str, **changes: Any) -> dict[str, Any]:
     """A student block with small defaults."""
     defaults = {"model": {"kind": "mlp", "hidden": 8, "dropout": 0.1}, "objective": ANNEALING, "optimizer": ADAMW}
-    return {"name": name} | defaults | changes
+    share = {"gpus": 0.125} if DEVICE == "cuda" and changes.get("workers", 1) == 1 else {}
+    return {"name": name} | defaults | share | changes
 
 
 def a_recipe(students: list[dict[str, Any]], **changes: Any) -> Recipe:
@@ -32,6 +38,7 @@ def a_recipe(students: list[dict[str, Any]], **changes: Any) -> Recipe:
         "teacher": {"model": {"kind": "cnn", "width": 8}, "train": {"epochs": 1, "optimizer": ADAMW}},
         "students": students,
         "checkpoint_seconds": 0,
+        "device": DEVICE,
     }
     return Recipe.model_validate(document | changes)
 

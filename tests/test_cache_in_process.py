@@ -259,7 +259,7 @@ def test_a_store_of_format_1_is_no_hit_and_is_repaired_as_what_it_is(place: Plac
     uri = a_teacher(recipe, place.root / "teacher", place.cache_root)
     recipe = recipe.model_copy(update={"teacher": Teacher(weights=uri)})
     rows = prepare(recipe.data, place.cache_root).train
-    creation = creation_of(recipe, rows, "train", load_card(uri), 1)
+    creation = creation_of(recipe, rows, "train", load_card(uri), "cpu", 1)
     hint = {"recipe": json.loads(recipe.model_dump_json()), "split": "train"}
     plan = SplitPlan("train", rows, creation, writer=create_store(str(place.stores), creation, hint))
     assert plan.writer is not None

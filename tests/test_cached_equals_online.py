@@ -19,13 +19,14 @@ from akd_dist.models import load_model
 from akd_dist.recipe import Recipe
 from akd_dist.rows import prepare
 from benchmarks.cached_equals_online import both, cached, cases, difference, job_of, online, own_generator, with_logits
+from tests.fleets import DEVICE
 
 CASES = tuple(cases())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_bit_for_bit_where_the_loop_pads_the_teachers_batches(tmp_path: Path, name: str) -> None:
-    recipe = cases()[name]
+    recipe = cases(device=DEVICE)[name]
     ours, loop = both(recipe, tmp_path, padded=True)
     steps = -(-len(prepare(recipe.data, tmp_path / "cache").train) // recipe.students[0].batch)
     assert len(ours.losses) == steps * recipe.students[0].objective.epochs
@@ -36,32 +37,32 @@ def test_bit_for_bit_where_the_loop_pads_the_teachers_batches(tmp_path: Path, na
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_first_epochs_losses_where_it_does_not(tmp_path: Path, name: str) -> None:
-    recipe = cases()[name]
+    recipe = cases(device=DEVICE)[name]
     ours, loop = both(recipe, tmp_path, padded=False)
     assert difference(ours, loop, recipe.students[0].objective.epochs).first_epoch <= 1e-5
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_final_weights_in_float64(tmp_path: Path, name: str) -> None:
-    ours, loop = both(cases("float64")[name], tmp_path, padded=False)
+    ours, loop = both(cases("float64", DEVICE)[name], tmp_path, padded=False)
     assert next(iter(loop.weights.values())).dtype == torch.float64
     assert max(float((ours.weights[key] - loop.weights[key]).abs().max()) for key in loop.weights) <= 1e-9
 
 
 def test_the_student_that_is_delivered_is_that_of_the_loop(tmp_path: Path) -> None:
     """The whole way: stores on disk, a cohort, the weights of model.safetensors."""
-    recipe = cases()["images"]
+    recipe = cases(device=DEVICE)["images"]
     _, loop = both(recipe, tmp_path, padded=True)
     splits = prepare(recipe.data, tmp_path / "cache")
     job = job_of(recipe, str(tmp_path / "teacher"), splits, tmp_path)
     train_in_process(recipe, job.stores, run=tmp_path / "whole", cache_root=str(tmp_path / "cache"))
     delivered = load_model(tmp_path / "whole" / "students" / "student").state_dict()
-    assert all(torch.equal(delivered[key], loop.weights[key]) for key in delivered)
+    assert all(torch.equal(delivered[key], loop.weights[key].cpu()) for key in delivered)
 
 
 @pytest.mark.parametrize("wrong", ["another view's logits", "another order"])
 def test_the_comparison_sees_what_it_should(tmp_path: Path, wrong: str) -> None:
-    recipe = cases()["images"]
+    recipe = cases(device=DEVICE)["images"]
     ours, _ = both(recipe, tmp_path, padded=True)
     splits = prepare(recipe.data, tmp_path / "cache")
     job = dataclasses.replace(job_of(recipe, str(tmp_path / "teacher"), splits, tmp_path), root=str(tmp_path / "other"))
@@ -75,12 +76,12 @@ def test_the_comparison_sees_what_it_should(tmp_path: Path, wrong: str) -> None:
 
 
 def test_the_loop_really_runs_the_teacher(tmp_path: Path) -> None:
-    recipe: Recipe = cases()["regression"]
+    recipe: Recipe = cases(device=DEVICE)["regression"]
     ours, _ = both(recipe, tmp_path, padded=True)
     splits = prepare(recipe.data, tmp_path / "cache")
-    settle("cpu", 1)
-    teacher = load_model(tmp_path / "teacher")
+    device = settle(DEVICE, 1)
+    teacher = load_model(tmp_path / "teacher").to(device)
     with torch.no_grad():
         next(teacher.parameters()).mul_(1.01)
-    with own_generator():
+    with own_generator(device):
         assert online(recipe, teacher, splits, pad_to=recipe.cache.batch_rows).losses != ours.losses

@@ -1,5 +1,5 @@
 """Device and precision: a GPU that is not there is refused before anything starts, and another precision is another
-teacher. What a GPU computes is not tested here."""
+teacher. What a GPU computes: tests/test_gpu.py."""
 
 import sys
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_a_recipe_for_a_gpu_is_refused_before_a_step(recipe: Recipe, teacher: st
         train_in_process(on_gpu, stores, run=tmp_path, cache_root=str(home / "cache"))
     assert not list(tmp_path.rglob("*.ckpt"))
     with pytest.raises(MachineError, match="there is none here"):
-        plan_splits(on_gpu, prepare(recipe.data, home / "cache"), teacher)
+        stores_of(on_gpu, teacher, tmp_path)
 
 
 @pytest.mark.ray
@@ -123,7 +123,7 @@ def test_another_precision_is_another_teacher(recipe: Recipe, teacher: str, home
     assert len(set(served.values())) == 4
     for precision in PRECISIONS:
         other = recipe.model_copy(update={"cache": Cache(precision=precision)})
-        assert creation_of(other, splits.test, "test", card).identity.teacher == served[precision]
+        assert creation_of(other, splits.test, "test", card, "cpu").identity.teacher == served[precision]
         module = load_teacher(teacher, served[precision], precision)
         assert {tensor.dtype for tensor in module.parameters()} == {weights_dtype(precision)}
     with pytest.raises(RefusedError, match="has changed"):
@@ -154,7 +154,7 @@ def test_a_store_in_another_precision_stands_beside_the_first(recipe: Recipe, te
 
 
 def test_a_card_other_than_the_stores_is_refused(recipe: Recipe, teacher: str, home: Path) -> None:
-    plan = plan_splits(recipe, prepare(recipe.data, home / "cache"), teacher)[2]
+    plan = plan_splits(recipe, prepare(recipe.data, home / "cache"), teacher, "cpu")[2]
     computed = plan.creation.computed.model_copy(update={"device": "cuda:another card"})
     plan.writer = StoreWriter(str(home / "stores"), plan.creation.model_copy(update={"computed": computed}))
     job = cache_job(plan, recipe, teacher, str(home / "cache"))

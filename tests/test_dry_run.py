@@ -27,7 +27,7 @@ from akd_dist.probe import guessed, probe
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.objects import LocalRoot
-from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher
+from tests.fleets import ADAMW, ANNEALING, DEVICE, HARD, a_recipe, a_student, a_teacher
 
 LONGER = ANNEALING | {"stage2_epochs": 2}
 
@@ -272,7 +272,7 @@ def test_a_batch_that_memory_would_not_hold_is_not_tried(models: Path, monkeypat
         scratch = models / f"{free}"
         scratch.mkdir()
         seen.clear()
-        measured.append(probe(recipe.data, "cpu", recipe.students[0], splits, scratch))
+        measured.append(probe(recipe.data, DEVICE, recipe.students[0], splits, scratch))
         assert (64 in seen) == bool(free)
     assert measured[0].step_memory == measured[1].step_memory > 0
 
@@ -287,14 +287,14 @@ def test_weights_that_no_memory_holds_are_refused_before_they_are_made(tmp_path:
 def test_a_learning_rate_that_diverges_is_probed_all_the_same(tmp_path: Path) -> None:
     wild = {"kind": "sgd", "lr": 1e30}
     recipe = a_recipe([a_student("wild", optimizer=wild)])
-    assert probe(recipe.data, "cpu", recipe.students[0], prepare(recipe.data, tmp_path), tmp_path).step > 0
+    assert probe(recipe.data, DEVICE, recipe.students[0], prepare(recipe.data, tmp_path), tmp_path).step > 0
 
 
 def test_the_larger_optimizer_of_two_stages_counts(tmp_path: Path) -> None:
     objective = ANNEALING | {"stage2_optimizer": ADAMW}
     (spec,) = a_recipe([a_student("one", objective=objective, optimizer={"kind": "sgd", "lr": 0.1})]).students
     data = a_recipe([a_student("one")]).data
-    found = probe(data, "cpu", spec, prepare(data, tmp_path), tmp_path)
+    found = probe(data, DEVICE, spec, prepare(data, tmp_path), tmp_path)
     assert found.optimizer == pytest.approx(2 * found.weights, rel=0.01)
     assert guessed(spec, 610).optimizer == 2 * 4 * 610
 

@@ -22,9 +22,9 @@ from akd_dist.rows import Rows, Splits
 from akd_dist.storage.files import sha256
 from akd_dist.stream import Stream
 from akd_dist.student import Student, evaluate
-from tests.fleets import ANNEALING, CONTINUATION, HARD, KD, newest_tree
+from tests.fleets import ANNEALING, CONTINUATION, DEVICE, HARD, KD, newest_tree
 
-CPU = torch.device("cpu")
+ON = torch.device(DEVICE)
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "annealing": ANNEALING | {"stage1_epochs": 4, "stage2_epochs": 4},
     "hard": HARD | {"epochs": 8},
@@ -45,7 +45,7 @@ SPLITS = Splits(some_rows(256, 0), some_rows(64, 1), some_rows(64, 2))
 # A teacher that is right but for a little noise, in the store's narrow dtype, at two views that are the same.
 NOISE = np.random.default_rng(3).normal(scale=0.1, size=(2, 256, 1))
 LOGITS = (SPLITS.train.labels[None, :, None] + NOISE).astype(np.float16)
-STREAM = Stream(SPLITS.train, LOGITS, NoAugmentation(), seed=0, views=2, batch=32)
+STREAM = Stream(SPLITS.train, LOGITS, NoAugmentation(), seed=0, views=2, batch=32, device=ON)
 
 
 def a_spec(objective: dict[str, Any], **changes: Any) -> Spec:
@@ -55,9 +55,9 @@ def a_spec(objective: dict[str, Any], **changes: Any) -> Spec:
 
 
 def a_student(spec: Spec, folder: Path) -> Student:
-    settle("cpu", 1)
+    settle(DEVICE, 1)
     card = ModelCard.of(spec.model, SPLITS.train, None)
-    return Student(spec, card, folder, log=folder / "log", metric="spearman")
+    return Student(spec, card, folder, log=folder / "log", metric="spearman", device=ON)
 
 
 def train(student: Student, epochs: int | None = None) -> Student:
@@ -121,11 +121,12 @@ def test_a_cohort_trains_a_regression(tmp_path: Path) -> None:
         folder=None,
         control=str(tmp_path),
         checkpoint_seconds=0,
+        device=DEVICE,
     )
-    first, second = train_on(job, SPLITS, settle("cpu", 1), Group())["students"]
+    first, second = train_on(job, SPLITS, settle(DEVICE, 1), Group())["students"]
     assert first["test"]["pearson"] > 0.8
     assert "validation pearson" in (tmp_path / "logs" / "student.log").read_text()
-    alone = train_on(replace(job, root=str(tmp_path / "alone")), SPLITS, settle("cpu", 1), Group())["students"]
+    alone = train_on(replace(job, root=str(tmp_path / "alone")), SPLITS, settle(DEVICE, 1), Group())["students"]
     assert [one["test"] for one in alone] == [first["test"], second["test"]]
 
 
@@ -164,7 +165,7 @@ def test_a_constant_model_scores_zero_and_writes_no_nan(tmp_path: Path) -> None:
     student = a_student(a_spec(HARD), tmp_path)
     for parameter in student.module.parameters():
         parameter.data.zero_()
-    metrics, said = evaluate(student.module, SPLITS.test, CPU)
+    metrics, said = evaluate(student.module, SPLITS.test, ON)
     assert (metrics["pearson"], metrics["spearman"]) == (0.0, 0.0)
     assert said.tolist() == [0.0] * 64
     # A loss beyond float64's range is left out of what is written: JSON has no infinity.

@@ -262,7 +262,7 @@ class Guilty(torch.nn.Module):
             if self.how == "memory":
                 bytearray(1 << 60)
             if self.how == "tensor":
-                torch.empty(1 << 56)
+                torch.empty(1 << 56, device=x.device)
             if self.how == "nan":
                 return logits * float("nan")
         if not self.training and self.steps >= 15:
@@ -284,7 +284,7 @@ REASONS = {
     "optimizer": ("failed", "RuntimeError"),
     "evaluation": ("failed", "RuntimeError: out of luck in the evaluation"),
     "memory": ("failed", "MemoryError"),
-    "tensor": ("failed", "can't allocate memory"),
+    "tensor": ("failed", "llocate"),  # "DefaultCPUAllocator: can't allocate", "CUDA out of memory. Tried to allocate"
     "nan": ("diverged", "the loss is nan in epoch 1, step 4"),
     "nan in evaluation": ("diverged", "the validation loss is nan after epoch 1"),
 }

@@ -1,0 +1,111 @@
+"""On a real GPU: it computes what a CPU does, cohorts share it, and the driver needs none of its own.
+
+That a GPU's students are the same alone, in a cohort, killed, or trained with the teacher in the loop is shown by the
+tests of all that: `make test-gpu` runs them there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import akd_dist
+from akd_dist.device import device_name
+from akd_dist.jobs.train_students import train_in_process
+from akd_dist.recipe import Recipe
+from akd_dist.storage.reader import open_store
+from tests.fleets import ADAMW, ANNEALING, KD, a_recipe, a_student, a_teacher, stores_of, weights
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+SETTINGS = {
+    "annealing": a_student("annealing", model={"kind": "mlp", "hidden": 8}),
+    "kd": a_student("kd", model={"kind": "cnn", "width": 4}, objective=KD),
+}
+
+
+def on(device: str, precision: str, **changes: Any) -> Recipe:
+    """Students without chance of their own, in one precision, as is their teacher."""
+    students = [student | {"precision": precision, "gpus": 1.0} for student in SETTINGS.values()]
+    teacher = {"model": {"kind": "cnn", "width": 8}, "train": {"epochs": 1, "optimizer": ADAMW, "precision": precision}}
+    cache = {"precision": precision}
+    return a_recipe(students, **{"teacher": teacher, "cache": cache, "device": device} | changes)
+
+
+def trained(recipe: Recipe, root: Path, teacher: str) -> Path:
+    """A run of the recipe in a plain loop."""
+    stores = stores_of(recipe, teacher, root)
+    train_in_process(recipe, stores, run=root / "run", cache_root=str(root / "cache"))
+    assert open_store(stores["train"]).manifest.computed.device == device_name(recipe.device)
+    return root / "run"
+
+
+@pytest.mark.parametrize(("precision", "within"), [("float64", 1e-9), ("float32", 1e-3)])
+def test_a_gpu_computes_what_a_cpu_does(precision: str, within: float, tmp_path: Path) -> None:
+    teacher = a_teacher(on("cpu", precision), tmp_path / "teacher", tmp_path / "cache")
+    here, there = (trained(on(device, precision), tmp_path / device, teacher) for device in ("cpu", "cuda"))
+    for name in SETTINGS:
+        ours, theirs = (
+            safetensors.torch.load_file(run / "students" / name / "model.safetensors") for run in (here, there)
+        )
+        assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) <= within
+        results = [json.loads((run / "students" / name / "result.json").read_text()) for run in (here, there)]
+        assert results[0]["test"]["accuracy"] == pytest.approx(results[1]["test"]["accuracy"], abs=0.01)
+
+
+def test_a_student_of_a_gpu_is_evaluated_on_either(tmp_path: Path) -> None:
+    recipe = on("cuda", "float32")
+    teacher = a_teacher(recipe, tmp_path / "teacher", tmp_path / "cache")
+    run = trained(recipe, tmp_path, teacher)
+    result = json.loads((run / "students" / "kd" / "result.json").read_text())
+    found = {
+        device: akd_dist.evaluate(result["path"], "digits", cache_root=tmp_path / "cache", device=device)["student"]
+        for device in ("cpu", "cuda")
+    }
+    assert found["cuda"]["metrics"]["loss"] == pytest.approx(found["cpu"]["metrics"]["loss"], rel=1e-4)
+
+
+def test_cohorts_share_the_gpu_of_a_cluster_whose_driver_has_none(tmp_path: Path) -> None:
+    """The whole line, command by command, on a cluster that was started with the GPU, by drivers that do not see it."""
+    students = [
+        a_student(f"s{seed}", seed=seed, gpus=0.25, objective=ANNEALING | {"stage1_epochs": 4}) for seed in range(4)
+    ]
+    recipe = a_recipe(students, device="cuda", cohorts=4)
+    (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json())
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "RAY_USAGE_STATS_ENABLED": "0"}
+    ray = [sys.executable, "-c", "import sys; from ray.scripts.scripts import main; sys.exit(main())"]
+    start = [
+        *ray,
+        "start",
+        "--head",
+        "--include-dashboard=false",
+        "--num-cpus=4",
+        "--port=0",
+        f"--temp-dir=/tmp/ray-gpu-{os.getpid()}",
+    ]
+    started = subprocess.run(start, env=environment, capture_output=True, text=True, check=False)
+    assert started.returncode == 0, started.stdout + started.stderr
+    address = started.stdout.split("--address='")[1].split("'")[0]
+    blind = environment | {"CUDA_VISIBLE_DEVICES": ""}
+    roots = ["--store-root", str(tmp_path / "stores"), "--cache-root", str(tmp_path / "cache"), "--address", address]
+    try:
+        for command, more in (("cache-teacher", []), ("train-students", ["--run-root", str(tmp_path / "runs")])):
+            line = [sys.executable, "-m", "akd_dist.cli", command, str(tmp_path / "recipe.yaml"), *roots, *more]
+            told = subprocess.run(line, env=blind, capture_output=True, text=True, check=False)
+            assert told.returncode == 0, told.stderr
+    finally:
+        subprocess.run([*ray, "stop", "--force"], env=environment, capture_output=True, check=False)
+    document = json.loads((tmp_path / "runs" / "fleet" / "fleet.json").read_text())
+    assert document["cohorts"] == 4
+    (teacher,) = (path for path in (tmp_path / "stores" / "teachers").iterdir() if path.is_dir())
+    stores, alone = stores_of(recipe, str(teacher), tmp_path), tmp_path / "alone"
+    assert stores["train"] == document["store"]
+    train_in_process(recipe, stores, run=alone, cache_root=str(tmp_path / "cache"))
+    assert weights(tmp_path / "runs" / "fleet") == weights(alone)
