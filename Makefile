@@ -6,7 +6,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-browser check clean
+.PHONY: help quickstart test test-slow test-browser test-gpu check clean
+
+# What trains and caches: on a GPU it has to hold as well.
+ON_GPU := gpu views stream device teacher student cohort shared_stage checkpoint survival chain cached_equals_online dry_run \
+	evaluation fleet_on_ray
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
@@ -26,6 +30,9 @@ test-slow: $(VENV)/.installed-dev  ## the tests that kill, wait and repeat
 
 test-browser: $(VENV)/.installed-dev  ## the report in a real chromium, where there is one
 	$(BIN)/python -m pytest -m browser
+
+test-gpu: $(VENV)/.installed-dev  ## the tests of training and caching on the GPU of this machine
+	AKD_DIST_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "not slow" $(ON_GPU:%=tests/test_%.py)
 
 check: $(VENV)/.installed-dev  ## lint, format and types
 	$(BIN)/python -m ruff check .

@@ -4,13 +4,14 @@
         z = model(batch.inputs)
 
 The order is a pure function of (data seed, epoch), so a position (epoch, step) is all that a checkpoint has to keep. A
-batch is one gather from a memory map for the inputs and one for the logits, and no other copy.
+batch is one gather from a memory map for the inputs and one for the logits, and no other copy. For a GPU several are
+made in one go.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,10 @@ from akd_dist.views import probe, view_of
 _UNITS = {"uint8": "on a scale of 0 to 255", "float32": "in the units of the inputs", "int32": "in ids of tokens"}
 WINDOWS_AT_ONCE = 4
 """How many windows a windowed shuffle mixes: reads stay within that many."""
+STEPS_AT_ONCE = 8
+"""Batches that are made in one go for a GPU, where a small one takes hardly more than the launches of its kernels..."""
+BYTES_AT_ONCE = 64_000_000
+"""... as long as their inputs are no larger than that together."""
 
 
 def epoch_order(rows: int, seed: int, epoch: int, window: int | None = None) -> np.ndarray:
@@ -120,20 +125,38 @@ class Stream:
         batch of a single rank. Sizes differ by at most one row; the slice of a small last batch may be empty.
         """
         order = epoch_order(len(self.rows), self.seed, epoch, self.window)
-        view = epoch % self.views
-        logits = None if self.logits is None else self.logits[view].view(np.ndarray)
-        for step in range(start_step, self.steps_per_epoch):
-            together = order[step * self.batch : (step + 1) * self.batch]
-            rows = together[len(together) * rank // world : len(together) * (rank + 1) // world]
+        for first in range(start_step, self.steps_per_epoch, self.steps_at_once):
+            steps = range(first, min(first + self.steps_at_once, self.steps_per_epoch))
+            whole = [order[step * self.batch : (step + 1) * self.batch] for step in steps]
+            shares = [rows[len(rows) * rank // world : len(rows) * (rank + 1) // world] for rows in whole]
+            yield from self._made(epoch, first, whole, shares)
+
+    @property
+    def steps_at_once(self) -> int:
+        """Batches that are made in one go; their views are the same as one by one, being functions of each row."""
+        if torch.device(self.device).type == "cpu":
+            return 1
+        return max(1, min(STEPS_AT_ONCE, BYTES_AT_ONCE // (self.batch * self.rows.inputs[:1].nbytes)))
+
+    def _made(self, epoch: int, first: int, whole: list[np.ndarray], shares: list[np.ndarray]) -> Iterator[Batch]:
+        """The batches of consecutive steps: their global batches' rows, and this rank's share of each."""
+        view, together, sizes = epoch % self.views, np.concatenate(shares), [len(rows) for rows in shares]
+        inputs = self._view(together, view).split_with_sizes(sizes)
+        labels = torch.from_numpy(self.rows.labels.take(together)).to(self.device).split_with_sizes(sizes)
+        logits: Iterable[torch.Tensor | None] = [None] * len(shares)
+        if self.logits is not None:
+            taken = self.logits[view].view(np.ndarray).take(together, axis=0)
+            logits = torch.from_numpy(taken).to(self.device).split_with_sizes(sizes)
+        for number, (rows, seen, known, said) in enumerate(zip(shares, inputs, labels, logits, strict=True)):
             yield Batch(
                 epoch=epoch,
-                step=step,
+                step=first + number,
                 rows=rows,
-                inputs=self._view(rows, view),
-                labels=torch.from_numpy(self.rows.labels.take(rows)).to(self.device),
-                logits=None if logits is None else torch.from_numpy(logits.take(rows, axis=0)).to(self.device),
-                global_rows=len(together),
-                spare=None if len(rows) else self._view(together[:1], view),
+                inputs=seen if len(shares) == 1 else seen.clone(),  # kernels may depend on where a tensor begins
+                labels=known,
+                logits=said,
+                global_rows=len(whole[number]),
+                spare=None if len(rows) else self._view(whole[number][:1], view),
             )
 
     def check_probes(self, manifest: Manifest) -> None:

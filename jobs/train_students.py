@@ -174,7 +174,12 @@ def _foresee(recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: 
     from akd_dist.jobs import cluster
 
     cache = cache_teacher(
-        recipe, store_root=asked.store_root, cache_root=asked.cache_root, dry_run=True, console=asked.console
+        recipe,
+        store_root=asked.store_root,
+        cache_root=asked.cache_root,
+        address=asked.address,
+        dry_run=True,
+        console=asked.console,
     )
     base = fleet_job(recipe, splits, {}, asked.run, asked.cache_root)
     todo = [spec for spec in recipe.students if asked.fresh or not ended(base, spec)]

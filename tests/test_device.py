@@ -154,11 +154,11 @@ def test_a_store_in_another_precision_stands_beside_the_first(recipe: Recipe, te
 
 
 def test_a_card_other_than_the_stores_is_refused(recipe: Recipe, teacher: str, home: Path) -> None:
-    plan = plan_splits(recipe, prepare(recipe.data, home / "cache"), teacher, "cpu")[2]
+    plan = plan_splits(recipe, prepare(recipe.data, home / "cache"), teacher, recipe.device)[2]
     computed = plan.creation.computed.model_copy(update={"device": "cuda:another card"})
     plan.writer = StoreWriter(str(home / "stores"), plan.creation.model_copy(update={"computed": computed}))
     job = cache_job(plan, recipe, teacher, str(home / "cache"))
-    with pytest.raises(MachineError, match=r"(?s)another device.*cpu.*cuda:another card"):
+    with pytest.raises(MachineError, match=rf"(?s)another device.*{device_name(recipe.device)}.*cuda:another card"):
         compute_shard(job, plan.identity.layout.shards()[0])
 
 

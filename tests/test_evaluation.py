@@ -31,7 +31,7 @@ from akd_dist.rows import Rows, prepare
 from akd_dist.storage.errors import MachineError, RecipeError, RefusedError
 from akd_dist.storage.objects import open_root
 from akd_dist.text import ByteTokenizer, tokenizer_of
-from tests.fleets import KD, a_recipe, a_student, a_teacher, stores_of
+from tests.fleets import DEVICE, KD, a_recipe, a_student, a_teacher, stores_of
 from tests.tokenizers import a_tokenizer
 
 
@@ -66,7 +66,7 @@ test_rows.__test__ = False  # type: ignore[attr-defined]  # rows of the split te
 
 
 def evaluate(root: Path, data: str | Path, name: str = "plain", **more: Any) -> dict[str, Any]:
-    return akd_dist.evaluate(student(root, name), data, cache_root=root / "cache", **more)
+    return akd_dist.evaluate(student(root, name), data, cache_root=root / "cache", **{"device": DEVICE} | more)
 
 
 def a_model(folder: Path, spec: Any, rows: Rows, normalize: recipe.Normalize | None = None) -> Path:

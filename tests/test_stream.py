@@ -18,7 +18,7 @@ from akd_dist.rows import Rows, fingerprint
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.layout import FORMAT_VERSION
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, ShardRecord
-from akd_dist.stream import WINDOWS_AT_ONCE, Stream, epoch_order
+from akd_dist.stream import BYTES_AT_ONCE, STEPS_AT_ONCE, WINDOWS_AT_ONCE, Stream, epoch_order
 from akd_dist.text import Tokens
 from akd_dist.views import probe, view_of
 
@@ -172,6 +172,32 @@ def test_batches_are_made_on_the_streams_device() -> None:
     assert {tensor.device.type for tensor in (batch.inputs, batch.labels, batch.logits)} == {"meta"}
     assert batch.inputs.shape == (16, 1, 4, 4)
     assert batch.logits.dtype == torch.float16
+
+
+@pytest.mark.parametrize(("start", "rank", "world"), [(0, 0, 1), (5, 0, 1), (1, 0, 3), (2, 2, 3)])
+def test_batches_made_in_one_go_are_those_made_one_by_one(
+    start: int, rank: int, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = a_stream(batch=6)  # the last batch has one row: less than there are ranks
+    one_by_one = list(stream.batches(1, start, rank, world))
+    monkeypatch.setattr(Stream, "steps_at_once", 4)
+    in_one_go = list(stream.batches(1, start, rank, world))
+    assert [batch.step for batch in in_one_go] == list(range(start, 18))
+    for ours, theirs in zip(in_one_go, one_by_one, strict=True):
+        assert (ours.epoch, ours.step, ours.global_rows) == (theirs.epoch, theirs.step, theirs.global_rows)
+        np.testing.assert_array_equal(ours.rows, theirs.rows)
+        assert ours.inputs.storage_offset() == 0
+        for name in ("inputs", "labels", "logits", "spare"):
+            a, b = getattr(ours, name), getattr(theirs, name)
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+
+
+def test_as_many_are_made_in_one_go_as_pay_and_fit() -> None:
+    assert a_stream().steps_at_once == 1
+    assert a_stream(device="meta").steps_at_once == STEPS_AT_ONCE
+    assert a_stream(device="meta", batch=BYTES_AT_ONCE // 16 // 3).steps_at_once == 3
+    assert a_stream(device="meta", batch=BYTES_AT_ONCE).steps_at_once == 1
 
 
 def test_text_is_masked_as_its_tokens_say() -> None:

@@ -237,7 +237,7 @@ def test_the_learning_rate_starts_again_with_each_stage(tmp_path: Path) -> None:
 
 def test_without_a_metric_the_usual_one_picks(tmp_path: Path) -> None:
     spec = Spec(model=Mlp(hidden=4), objective=HardLabels(epochs=1), optimizer=AdamW(lr=0.01), name="plain")
-    student = Student(spec, ModelCard.of(spec.model, SPLITS.train, None), tmp_path, log=tmp_path / "log")
+    student = Student(spec, ModelCard.of(spec.model, SPLITS.train, None), tmp_path, log=tmp_path / "log", device=ON)
     record = train(student).history[0]
     assert math.isfinite(record["validation"]["pearson"])
     assert student.best_record == record
