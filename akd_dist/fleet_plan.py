@@ -144,7 +144,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     ]
     unknown = [one["name"] for cohort in plan["cohorts"] for one in cohort["students"] if one["seconds"] is None]
     memory = "" if plan["memory"] is None else f", {size(plan['memory'])} of memory for workers"
-    gpus = f", {plan['gpus']:g} GPUs" if plan["gpus"] else ""
+    gpus = f", {plan['gpus']:g} GPU{'' if plan['gpus'] == 1 else 's'}" if plan["gpus"] else ""
     return [
         f"teacher  {plan['teacher']}",
         *cohorts,
@@ -168,4 +168,4 @@ def _how_long(plan: dict[str, Any], unknown: list[str]) -> str:
     if not unknown:
         return f"about {duration(plan['seconds'])} from the first start, by a probe on this machine"
     whose = f"{unknown[0]} and {len(unknown) - 1:,} more" if unknown[1:] else unknown[0]
-    return f"more than {duration(plan['seconds'])} from the first start: the probe of {whose} failed"
+    return f"more than {duration(plan['seconds'])} from the first start: {whose} could not be probed"

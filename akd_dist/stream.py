@@ -11,7 +11,7 @@ made in one go.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,8 @@ STEPS_AT_ONCE = 8
 """Batches that are made in one go for a GPU, where a small one takes hardly more than the launches of its kernels..."""
 BYTES_AT_ONCE = 64_000_000
 """... as long as their inputs are no larger than that together."""
+Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Inputs, labels and logits of some rows."""
 
 
 def epoch_order(rows: int, seed: int, epoch: int, window: int | None = None) -> np.ndarray:
@@ -125,39 +127,42 @@ class Stream:
         batch of a single rank. Sizes differ by at most one row; the slice of a small last batch may be empty.
         """
         order = epoch_order(len(self.rows), self.seed, epoch, self.window)
-        for first in range(start_step, self.steps_per_epoch, self.steps_at_once):
-            steps = range(first, min(first + self.steps_at_once, self.steps_per_epoch))
+        view, at_once = epoch % self.views, self.steps_at_once
+        stored = None if self.logits is None else self.logits[view].view(np.ndarray)
+        for first in range(start_step, self.steps_per_epoch, at_once):
+            steps = range(first, min(first + at_once, self.steps_per_epoch))
             whole = [order[step * self.batch : (step + 1) * self.batch] for step in steps]
             shares = [rows[len(rows) * rank // world : len(rows) * (rank + 1) // world] for rows in whole]
-            yield from self._made(epoch, first, whole, shares)
+            for step, together, rows, gathered in zip(
+                steps, whole, shares, self._cut(shares, view, stored), strict=True
+            ):
+                inputs, labels, logits = gathered
+                spare = None if len(rows) else self._view(together[:1], view)
+                yield Batch(epoch, step, rows, inputs, labels, logits, global_rows=len(together), spare=spare)
 
     @property
     def steps_at_once(self) -> int:
-        """Batches that are made in one go; their views are the same as one by one, being functions of each row."""
+        """Batches that are made in one go; they are the same as one by one, since a view is a function of its row."""
         if torch.device(self.device).type == "cpu":
             return 1
         return max(1, min(STEPS_AT_ONCE, BYTES_AT_ONCE // (self.batch * self.rows.inputs[:1].nbytes)))
 
-    def _made(self, epoch: int, first: int, whole: list[np.ndarray], shares: list[np.ndarray]) -> Iterator[Batch]:
-        """The batches of consecutive steps: their global batches' rows, and this rank's share of each."""
-        view, together, sizes = epoch % self.views, np.concatenate(shares), [len(rows) for rows in shares]
-        inputs = self._view(together, view).split_with_sizes(sizes)
-        labels = torch.from_numpy(self.rows.labels.take(together)).to(self.device).split_with_sizes(sizes)
-        logits: Iterable[torch.Tensor | None] = [None] * len(shares)
-        if self.logits is not None:
-            taken = self.logits[view].view(np.ndarray).take(together, axis=0)
-            logits = torch.from_numpy(taken).to(self.device).split_with_sizes(sizes)
-        for number, (rows, seen, known, said) in enumerate(zip(shares, inputs, labels, logits, strict=True)):
-            yield Batch(
-                epoch=epoch,
-                step=first + number,
-                rows=rows,
-                inputs=seen if len(shares) == 1 else seen.clone(),  # kernels may depend on where a tensor begins
-                labels=known,
-                logits=said,
-                global_rows=len(whole[number]),
-                spare=None if len(rows) else self._view(whole[number][:1], view),
-            )
+    def _cut(self, shares: list[np.ndarray], view: int, stored: np.ndarray | None) -> Iterator[Gathered]:
+        """Inputs, labels and logits of each of several batches, gathered together."""
+        if len(shares) == 1:
+            yield self._gather(shares[0], view, stored)
+            return
+        inputs, labels, logits = self._gather(np.concatenate(shares), view, stored)
+        end = 0
+        for rows in shares:
+            part = slice(end, end := end + len(rows))
+            # Kernels may depend on where in memory a tensor begins: inputs begin one of their own.
+            yield inputs[part].clone(), labels[part], None if logits is None else logits[part]
+
+    def _gather(self, rows: np.ndarray, view: int, stored: np.ndarray | None) -> Gathered:
+        labels = torch.from_numpy(self.rows.labels.take(rows)).to(self.device)
+        logits = None if stored is None else torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
+        return self._view(rows, view), labels, logits
 
     def check_probes(self, manifest: Manifest) -> None:
         """Compare rows and views with those that the teacher saw, as a store's manifest remembers them.

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import torch
 
+from akd_dist.device import gpus_of
 from akd_dist.group import told
 from akd_dist.models import add_folder
 from akd_dist.probe import Measured, largest_optimizer, moments, probe
@@ -48,8 +49,11 @@ def measure_all(
         cache_root: this node's own folder, where the rows are prepared.
 
     Returns:
-        By the name of the student; None where the probe failed.
+        By the name of the student; None where the probe failed, or the GPU that it needs is on other machines only.
     """
+    if gpus_of(recipe.device) and not torch.cuda.is_available():
+        log.warning("there is no GPU on this machine to probe the students on, so how long they take is not known")
+        return dict.fromkeys(spec.name for spec in students)
     distinct: dict[str, Student] = {}
     for spec in students:
         distinct.setdefault(probe_key(spec), spec)

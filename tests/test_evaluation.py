@@ -66,7 +66,7 @@ test_rows.__test__ = False  # type: ignore[attr-defined]  # rows of the split te
 
 
 def evaluate(root: Path, data: str | Path, name: str = "plain", **more: Any) -> dict[str, Any]:
-    return akd_dist.evaluate(student(root, name), data, cache_root=root / "cache", **{"device": DEVICE} | more)
+    return akd_dist.evaluate(student(root, name), data, cache_root=root / "cache", **more)
 
 
 def a_model(folder: Path, spec: Any, rows: Rows, normalize: recipe.Normalize | None = None) -> Path:
@@ -96,13 +96,13 @@ def test_a_student_has_the_figures_of_its_run_to_the_last_bit(root: Path, name: 
     results = json.loads((root / "results.json").read_text())[name]
     torch.use_deterministic_algorithms(False)
     threads = torch.get_num_threads()
-    document = evaluate(root, root / "runs" / "fleet", name, others=[root / "teacher"])
+    document = evaluate(root, root / "runs" / "fleet", name, others=[root / "teacher"], device=DEVICE)
     assert document["student"]["metrics"] == results["test"]
     assert document["others"][0]["agreement"] == results["agreement"]
     assert (document["split"], document["rows"]) == ("test", len(test_rows(root)))
     assert torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()
-    validation = evaluate(root, root / "runs" / "fleet" / "recipe.yaml", name, split="validation")
+    validation = evaluate(root, root / "runs" / "fleet" / "recipe.yaml", name, split="validation", device=DEVICE)
     assert validation["student"]["metrics"] == results["validation"]
 
 

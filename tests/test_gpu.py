@@ -74,34 +74,32 @@ def test_a_student_of_a_gpu_is_evaluated_on_either(tmp_path: Path) -> None:
 
 def test_cohorts_share_the_gpu_of_a_cluster_whose_driver_has_none(tmp_path: Path) -> None:
     """The whole line, command by command, on a cluster that was started with the GPU, by drivers that do not see it."""
+    from ray.cluster_utils import Cluster
+
+    import akd_dist.jobs.cluster  # noqa: F401  # sets what Ray reads of the environment
+
     students = [
         a_student(f"s{seed}", seed=seed, gpus=0.25, objective=ANNEALING | {"stage1_epochs": 4}) for seed in range(4)
     ]
     recipe = a_recipe(students, device="cuda", cohorts=4)
     (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json())
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "RAY_USAGE_STATS_ENABLED": "0"}
-    ray = [sys.executable, "-c", "import sys; from ray.scripts.scripts import main; sys.exit(main())"]
-    start = [
-        *ray,
-        "start",
-        "--head",
-        "--include-dashboard=false",
-        "--num-cpus=4",
-        "--port=0",
-        f"--temp-dir=/tmp/ray-gpu-{os.getpid()}",
+    blind = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 1, "include_dashboard": False})
+    roots = [
+        "--store-root",
+        str(tmp_path / "stores"),
+        "--cache-root",
+        str(tmp_path / "cache"),
+        "--address",
+        nodes.address,
     ]
-    started = subprocess.run(start, env=environment, capture_output=True, text=True, check=False)
-    assert started.returncode == 0, started.stdout + started.stderr
-    address = started.stdout.split("--address='")[1].split("'")[0]
-    blind = environment | {"CUDA_VISIBLE_DEVICES": ""}
-    roots = ["--store-root", str(tmp_path / "stores"), "--cache-root", str(tmp_path / "cache"), "--address", address]
     try:
         for command, more in (("cache-teacher", []), ("train-students", ["--run-root", str(tmp_path / "runs")])):
             line = [sys.executable, "-m", "akd_dist.cli", command, str(tmp_path / "recipe.yaml"), *roots, *more]
             told = subprocess.run(line, env=blind, capture_output=True, text=True, check=False)
             assert told.returncode == 0, told.stderr
     finally:
-        subprocess.run([*ray, "stop", "--force"], env=environment, capture_output=True, check=False)
+        nodes.shutdown()  # type: ignore[no-untyped-call]
     document = json.loads((tmp_path / "runs" / "fleet" / "fleet.json").read_text())
     assert document["cohorts"] == 4
     (teacher,) = (path for path in (tmp_path / "stores" / "teachers").iterdir() if path.is_dir())
