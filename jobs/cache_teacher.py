@@ -180,11 +180,13 @@ def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Plac
         if plan.store is not None:
             place.sweep(plan.identity.id)
     with contextlib.ExitStack() as claims:
-        for plan in hop.plans:
-            if plan.store is None:
-                claims.enter_context(place.claim(plan.identity.id))
-                plan.creation = computed_on(place.device(recipe.device), plan.creation)
-                _open_for_writing(plan, recipe, place.store_root, place.console)
+        wanted = [plan for plan in hop.plans if plan.store is None]
+        for plan in wanted:
+            claims.enter_context(place.claim(plan.identity.id))
+        device = place.device(recipe.device) if wanted else recipe.device
+        for plan in wanted:
+            plan.creation = computed_on(device, plan.creation)
+            _open_for_writing(plan, recipe, place.store_root, place.console)
         if hop.missing:
             check_room(place.store_root, sum(plan.missing_bytes for plan in hop.plans))
             compute(hop, recipe, place)

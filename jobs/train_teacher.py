@@ -82,7 +82,11 @@ class Place:
         return self.stop
 
     def device(self, device: str) -> str:
-        """What `device_name` says where this recipe's device computes: a driver's machine needs no GPU of its own."""
+        """What `device_name` says where this recipe's device computes: a driver's machine needs no GPU of its own.
+
+        Raises:
+            MachineError: no node has one.
+        """
         if self.stop is None or not gpus_of(device):
             return device_name(device)
         from akd_dist.jobs.tasks import Task, run_tasks

@@ -27,6 +27,7 @@ from akd_dist.jobs.room import Ask, Node, check_room, fits
 from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.tasks import Task, run_one, run_tasks
 from akd_dist.jobs.train_students import fleet_job, train_in_process
+from akd_dist.jobs.train_teacher import Place
 from akd_dist.models import load_card, read_model
 from akd_dist.recipe import Cache, Precision, Recipe
 from akd_dist.rows import prepare
@@ -86,6 +87,8 @@ def test_a_cluster_without_gpus_is_refused_before_anything_starts(recipe: Recipe
     with pytest.raises(MachineError, match="too few GPUs for tasks") as refused:
         run_tasks(never, tasks, threads=1, gpus=1, shared=shared, stop=stop, on_result=never)
     assert refused.value.code == 6
+    with pytest.raises(MachineError, match="too few GPUs"):
+        Place(str(tmp_path), str(tmp_path), stop=stop).device("cuda")
     with pytest.raises(MachineError, match="too few GPUs for the teacher"):
         run_one(never, threads=1, gpus=1, shared=shared, stop=stop, on_poll=never, name="the teacher")
     base = fleet_job(recipe.model_copy(update={"device": "cuda"}), splits, {}, tmp_path, str(home / "cache"))
