@@ -166,6 +166,6 @@ def _about(cohort: dict[str, Any]) -> str:
 
 def _how_long(plan: dict[str, Any], unknown: list[str]) -> str:
     if not unknown:
-        return f"about {duration(plan['seconds'])} from the first start, by a probe on this machine"
+        return f"about {duration(plan['seconds'])} from the first start, by a short probe"
     whose = f"{unknown[0]} and {len(unknown) - 1:,} more" if unknown[1:] else unknown[0]
     return f"more than {duration(plan['seconds'])} from the first start: {whose} could not be probed"

@@ -21,8 +21,9 @@ from akd_dist.jobs.planner import (
     learns_from_assistant,
     plan_cohorts,
 )
-from akd_dist.jobs.probing import measure_all
+from akd_dist.jobs.probing import measure
 from akd_dist.jobs.room import Ask, Node, check_room, timetable
+from akd_dist.jobs.train_teacher import Place
 from akd_dist.recipe import Recipe, Student
 from akd_dist.rows import Splits
 from akd_dist.storage.encodings import encoding_from_config
@@ -37,14 +38,14 @@ def costs_of(
     splits: Splits,
     parameters: dict[str, int],
     root: Path | None,
-    cache_root: str,
+    place: Place,
 ) -> Costs:
-    """What the students that are not done take, from a probe on this machine and from where their checkpoints stand.
+    """What the students that are not done take, from a short probe and from where their checkpoints stand.
 
     Args:
         root: the folder of student folders; None for a run that begins afresh.
     """
-    measured = measure_all(recipe, todo, parameters, cache_root)
+    measured = measure(recipe, todo, parameters, place.cache_root, place.tell)
     places = {spec.name: position(root / spec.name / "checkpoints") for spec in todo} if root else {}
     return Costs.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -29,11 +29,66 @@ from akd_dist.models import add_folder
 from akd_dist.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.recipe import Data, HardLabels, Recipe, Student
 from akd_dist.rows import Splits, prepare
+from akd_dist.storage.errors import AkdError, MachineError
 
 ALL_SECONDS = 30.0
 """How long the probes of a fleet take at most; further models are estimated from the nearest by size."""
 
 log = logging.getLogger(__name__)
+
+
+def measure(
+    recipe: Recipe,
+    students: Sequence[Student],
+    parameters: dict[str, int],
+    cache_root: str,
+    tell: Callable[[str], None],
+) -> dict[str, Measured | None]:
+    """What each student takes: `measure_all` on this machine, or on one with a GPU where it takes one and has none.
+
+    The cluster is connected by then, if it was joined: Ray that is started here finds no more than there is.
+    """
+    if not students or not gpus_of(recipe.device) or torch.cuda.is_available():
+        return measure_all(recipe, students, parameters, cache_root)
+    return measure_there(recipe, students, parameters, cache_root, tell)
+
+
+def measure_there(
+    recipe: Recipe,
+    students: Sequence[Student],
+    parameters: dict[str, int],
+    cache_root: str,
+    tell: Callable[[str], None],
+) -> dict[str, Measured | None]:
+    """`measure_all` in a Ray task; nothing is known where that fails, or would wait for others to end.
+
+    Args:
+        tell: told of it.
+    """
+    from akd_dist.jobs.cluster import StopFlag, free_nodes
+    from akd_dist.jobs.room import Ask, fits
+    from akd_dist.jobs.shared import Shared
+    from akd_dist.jobs.tasks import run_one
+
+    threads, gpus = max(spec.threads for spec in students), gpus_of(recipe.device)
+    try:
+        if not fits(free_nodes(), Ask(1, threads, gpus)):
+            raise MachineError("no GPU is free to probe the students on")
+        with Shared({}, cache_root, tell) as shared:
+            found: dict[str, Measured | None] = run_one(
+                measure_all,
+                *(recipe, students, parameters, cache_root),
+                threads=threads,
+                gpus=gpus,
+                shared=shared,
+                stop=StopFlag(),
+                on_poll=lambda: None,
+                name="probing the students",
+            )
+        return found
+    except AkdError as error:
+        tell(f"how long the students take is not known: {error}")
+        return dict.fromkeys(spec.name for spec in students)
 
 
 def measure_all(
@@ -49,11 +104,8 @@ def measure_all(
         cache_root: this node's own folder, where the rows are prepared.
 
     Returns:
-        By the name of the student; None where the probe failed, or the GPU that it needs is on other machines only.
+        By the name of the student; None where the probe failed.
     """
-    if gpus_of(recipe.device) and not torch.cuda.is_available():
-        log.warning("there is no GPU on this machine to probe the students on, so how long they take is not known")
-        return dict.fromkeys(spec.name for spec in students)
     distinct: dict[str, Student] = {}
     for spec in students:
         distinct.setdefault(probe_key(spec), spec)

@@ -183,11 +183,11 @@ def _foresee(recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: 
     )
     base = fleet_job(recipe, splits, {}, asked.run, asked.cache_root)
     todo = [spec for spec in recipe.students if asked.fresh or not ended(base, spec)]
-    if todo:
-        asked.tell("probing what the students take")
-    costs = costs_of(recipe, todo, splits, parameters, None if asked.fresh else Path(base.root), asked.cache_root)
     if asked.address is not None:
         cluster.connect(asked.address, tell=asked.tell)
+    if todo:
+        asked.tell("probing what the students take")
+    costs = costs_of(recipe, todo, splits, parameters, None if asked.fresh else Path(base.root), asked)
     trained = is_there(model_uris(recipe, splits, asked.store_root)[0])
     return draw_up(recipe, todo, cluster.all_nodes(), costs, asked.run, cache, trained), costs
 

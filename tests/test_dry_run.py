@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from akd_dist import probe as probes
@@ -20,7 +21,7 @@ from akd_dist.factories import import_factory
 from akd_dist.fleet_plan import plan_lines, plan_table
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planner import Costs
-from akd_dist.jobs.probing import Prober, measure_all, scaled
+from akd_dist.jobs.probing import Prober, measure, measure_all, measure_there, scaled
 from akd_dist.jobs.train_students import check_students, train_in_process
 from akd_dist.models import add_folder
 from akd_dist.probe import guessed, probe
@@ -248,6 +249,24 @@ def test_a_model_that_fails_in_the_probe_or_kills_it_is_unknown(
     assert (twice.weights, twice.step, twice.stream) == (8 * 610, 2 * found["a"].step, found["a"].stream)
     costs = Costs.of(recipe, splits, {"a": 610, "b": 650}, found)
     assert costs.takes(recipe.students[0]).checkpoint == 2 * 4 * 650 + 2 * 4 * 650
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_students_are_probed_where_the_gpus_are(models: Path) -> None:
+    broken = {"kind": "custom", "factory": "probed_models:broken", "arguments": {"deadly": True}}
+    recipe = a_recipe([a_student("b", model=broken), a_student("a")], folder=str(models), device="cpu")
+    parameters, cache, told = {"a": 610, "b": 650}, str(models / "cache"), list[str]()
+    # As a task, which needs no GPU on a CPU.
+    found = measure_there(recipe, recipe.students, parameters, cache, told.append)
+    assert found["a"] is not None
+    assert found["a"].weights == 4 * 610
+    assert (found["b"], told) == (None, [])
+    if not torch.cuda.is_available():
+        on_gpu = recipe.model_copy(update={"device": "cuda"})
+        found = measure(on_gpu, recipe.students, parameters, cache, told.append)
+        assert found == {"a": None, "b": None}
+        assert told == ["how long the students take is not known: no GPU is free to probe the students on"]
 
 
 def test_a_student_that_takes_no_step_is_probed_all_the_same(tmp_path: Path) -> None:

@@ -94,10 +94,12 @@ def test_cohorts_share_the_gpu_of_a_cluster_whose_driver_has_none(tmp_path: Path
         nodes.address,
     ]
     try:
-        for command, more in (("cache-teacher", []), ("train-students", ["--run-root", str(tmp_path / "runs")])):
-            line = [sys.executable, "-m", "akd_dist.cli", command, str(tmp_path / "recipe.yaml"), *roots, *more]
+        train = ["train-students", "--run-root", str(tmp_path / "runs")]
+        for command in (["cache-teacher"], [*train, "--dry-run"], train):
+            line = [sys.executable, "-m", "akd_dist.cli", *command, str(tmp_path / "recipe.yaml"), *roots]
             told = subprocess.run(line, env=blind, capture_output=True, text=True, check=False)
             assert told.returncode == 0, told.stderr
+            assert "not known" not in told.stderr  # the students were probed where the GPU is
     finally:
         nodes.shutdown()  # type: ignore[no-untyped-call]
     document = json.loads((tmp_path / "runs" / "fleet" / "fleet.json").read_text())
