@@ -103,8 +103,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Every metric of a model on data; and of others, with how far they agree with it.
 
-    On the test rows of its own recipe, and on the device of its run, these are the figures in fleet.json to the last
-    bit: batches, threads and precision are the same.
+    On the test rows of its own recipe, and on the device of its run, these are the figures in fleet.json, on a CPU to
+    the last bit: batches, threads and precision are the same.
 
     Args:
         student: a model folder, absolute or `s3://`.
