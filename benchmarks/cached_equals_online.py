@@ -402,7 +402,7 @@ def stored_logits(recipe: Recipe, teacher: str, splits: Splits, folder: Path) ->
 @click.command()
 @click.option("--plot", "plots", type=click.Path(file_okay=False, path_type=Path), help="Write the plots here, as SVG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--device", default="cpu", help="On a GPU (cuda) only the claim itself is tried.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="On a GPU, only the claim itself.")
 def main(plots: Path | None, as_json: bool, device: str) -> None:
     """Show that training from the store is training with the teacher in the loop, and what is not."""
     with tempfile.TemporaryDirectory() as name:

@@ -54,7 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time that the stream takes out of a training step.")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--steps", type=int, default=64, help="steps that count, for each setting (default 64)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where students and views are computed"
+    )
     arguments = parser.parse_args()
     device = settle(arguments.device, 1)
     with tempfile.TemporaryDirectory() as folder:

@@ -179,11 +179,13 @@ def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Plac
         plan.store = catalog.find_store(place.store_root, plan.identity)
         if plan.store is not None:
             place.sweep(plan.identity.id)
+    wanted = [plan for plan in hop.plans if plan.store is None]
+    if not wanted:
+        return hop
     with contextlib.ExitStack() as claims:
-        wanted = [plan for plan in hop.plans if plan.store is None]
         for plan in wanted:
             claims.enter_context(place.claim(plan.identity.id))
-        device = place.device(recipe.device) if wanted else recipe.device
+        device = place.device(recipe.device)
         for plan in wanted:
             plan.creation = computed_on(device, plan.creation)
             _open_for_writing(plan, recipe, place.store_root, place.console)

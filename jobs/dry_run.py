@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from akd_dist.checkpoint import checkpoints
 from akd_dist.device import gpus_of
@@ -21,7 +22,7 @@ from akd_dist.jobs.planner import (
     learns_from_assistant,
     plan_cohorts,
 )
-from akd_dist.jobs.probing import measure
+from akd_dist.jobs.probing import measure_all, measure_there
 from akd_dist.jobs.room import Ask, Node, check_room, timetable
 from akd_dist.jobs.train_teacher import Place
 from akd_dist.recipe import Recipe, Student
@@ -42,10 +43,14 @@ def costs_of(
 ) -> Costs:
     """What the students that are not done take, from a short probe and from where their checkpoints stand.
 
+    They are probed on this machine; on another one of the cluster if they take a GPU and it has none.
+
     Args:
         root: the folder of student folders; None for a run that begins afresh.
     """
-    measured = measure(recipe, todo, parameters, place.cache_root, place.tell)
+    probed = (recipe, todo, parameters, place.cache_root)
+    elsewhere = todo and gpus_of(recipe.device) and not torch.cuda.is_available()
+    measured = measure_there(*probed, place.tell) if elsewhere else measure_all(*probed)
     places = {spec.name: position(root / spec.name / "checkpoints") for spec in todo} if root else {}
     return Costs.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
 

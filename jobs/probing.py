@@ -37,22 +37,6 @@ ALL_SECONDS = 30.0
 log = logging.getLogger(__name__)
 
 
-def measure(
-    recipe: Recipe,
-    students: Sequence[Student],
-    parameters: dict[str, int],
-    cache_root: str,
-    tell: Callable[[str], None],
-) -> dict[str, Measured | None]:
-    """What each student takes: `measure_all` on this machine, or on one with a GPU where it takes one and has none.
-
-    The cluster is connected by then, if it was joined: Ray that is started here finds no more than there is.
-    """
-    if not students or not gpus_of(recipe.device) or torch.cuda.is_available():
-        return measure_all(recipe, students, parameters, cache_root)
-    return measure_there(recipe, students, parameters, cache_root, tell)
-
-
 def measure_there(
     recipe: Recipe,
     students: Sequence[Student],
@@ -60,10 +44,10 @@ def measure_there(
     cache_root: str,
     tell: Callable[[str], None],
 ) -> dict[str, Measured | None]:
-    """`measure_all` in a Ray task; nothing is known where that fails, or would wait for others to end.
+    """`measure_all` on a node of the cluster that has what the students take; where that fails, all are unknown.
 
     Args:
-        tell: told of it.
+        tell: told if it fails. It does not wait for others to end.
     """
     from akd_dist.jobs.cluster import StopFlag, free_nodes
     from akd_dist.jobs.room import Ask, fits

@@ -21,7 +21,7 @@ from akd_dist.factories import import_factory
 from akd_dist.fleet_plan import plan_lines, plan_table
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planner import Costs
-from akd_dist.jobs.probing import Prober, measure, measure_all, measure_there, scaled
+from akd_dist.jobs.probing import Prober, measure_all, measure_there, scaled
 from akd_dist.jobs.train_students import check_students, train_in_process
 from akd_dist.models import add_folder
 from akd_dist.probe import guessed, probe
@@ -264,7 +264,7 @@ def test_students_are_probed_where_the_gpus_are(models: Path) -> None:
     assert (found["b"], told) == (None, [])
     if not torch.cuda.is_available():
         on_gpu = recipe.model_copy(update={"device": "cuda"})
-        found = measure(on_gpu, recipe.students, parameters, cache, told.append)
+        found = measure_there(on_gpu, recipe.students, parameters, cache, told.append)
         assert found == {"a": None, "b": None}
         assert told == ["how long the students take is not known: no GPU is free to probe the students on"]
 
