@@ -20,6 +20,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from akd_dist.rows import Progress
     from akd_dist.storage.reader import LogitStore
 
+    __version__: str
 
 __all__ = [
     "cache_teacher",
@@ -46,11 +48,42 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class Root:
+    """A folder that commands and functions share when none is named: a variable of the environment, or a default."""
+
+    variable: str
+    """The variable; empty counts as not set."""
+    default: str
+    """Relative to the working folder."""
+
+    def chosen(self, given: str | Path | None = None) -> str:
+        """What was given, else the variable, else the default; a local one as an absolute path, a URI as it is."""
+        return absolute_root(given or os.environ.get(self.variable) or self.default)
+
+
+STORE_ROOT = Root("AKD_DIST_STORE_ROOT", "stores")
+"""Where stores lie."""
+RUN_ROOT = Root("AKD_DIST_RUN_ROOT", "runs")
+"""Where runs lie."""
+
+
+if not TYPE_CHECKING:  # to type checkers, names that do not exist stay mistakes
+
+    def __getattr__(name: str) -> str:
+        """`__version__` of the package that is installed; looked up when asked for, so that the import is instant."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import version
+
+        return version("akd-dist")
+
+
 def cache_teacher(
     recipe: Recipe | str | Path,
     *,
     overrides: Sequence[str] = (),
-    store_root: str | Path = "stores",
+    store_root: str | Path | None = None,
     cache_root: str | Path | None = None,
     address: str | None = None,
     wait: bool = False,
@@ -62,7 +95,7 @@ def cache_teacher(
     Args:
         recipe: a recipe, or the path of its file.
         overrides: `key=value` for a recipe file, as the command's --set.
-        store_root: folder or `s3://` URI under which stores lie.
+        store_root: folder or `s3://` URI under which stores lie; None takes $AKD_DIST_STORE_ROOT, or `stores`.
         cache_root: folder of this machine's prepared data; by default in the user's cache folder.
         address: a Ray cluster; None starts one on this machine if there is anything to compute.
         wait: wait for somebody else who writes the same store, instead of leaving.
@@ -80,7 +113,7 @@ def cache_teacher(
 
     return cache_teacher(
         recipe,
-        store_root=absolute_root(store_root),
+        store_root=STORE_ROOT.chosen(store_root),
         cache_root=_cache_root(cache_root),
         address=address,
         wait=wait,
@@ -93,8 +126,8 @@ def train_students(
     recipe: Recipe | str | Path,
     *,
     overrides: Sequence[str] = (),
-    store_root: str | Path = "stores",
-    run_root: str | Path = "runs",
+    store_root: str | Path | None = None,
+    run_root: str | Path | None = None,
     cache_root: str | Path | None = None,
     address: str | None = None,
     fresh: bool = False,
@@ -110,8 +143,8 @@ def train_students(
     Args:
         recipe: a recipe, or the path of its file.
         overrides: `key=value` for a recipe file, as the command's --set.
-        store_root: folder or `s3://` URI under which stores lie.
-        run_root: folder of runs; this one is `<run_root>/<recipe.name>/`.
+        store_root: folder or `s3://` URI under which stores lie; None takes $AKD_DIST_STORE_ROOT, or `stores`.
+        run_root: folder of runs, this one is `<run_root>/<recipe.name>/`; None takes $AKD_DIST_RUN_ROOT, or `runs`.
         cache_root: folder of this machine's prepared data; by default in the user's cache folder.
         address: a Ray cluster; None starts one on this machine if there is anything to do.
         fresh: forget an earlier run of this name.
@@ -135,8 +168,8 @@ def train_students(
 
     return train_students(
         recipe,
-        store_root=absolute_root(store_root),
-        run_root=absolute_root(run_root),
+        store_root=STORE_ROOT.chosen(store_root),
+        run_root=RUN_ROOT.chosen(run_root),
         cache_root=_cache_root(cache_root),
         address=address,
         fresh=fresh,
@@ -152,8 +185,8 @@ def compare(
     *,
     seeds: int | None = None,
     overrides: Sequence[str] = (),
-    store_root: str | Path = "stores",
-    run_root: str | Path = "runs",
+    store_root: str | Path | None = None,
+    run_root: str | Path | None = None,
     cache_root: str | Path | None = None,
     address: str | None = None,
     fresh: bool = False,

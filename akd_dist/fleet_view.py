@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from akd_dist.documents import StatusDocument, StudentProgress
-from akd_dist.wording import duration, house_table
+from akd_dist.wording import NARROWEST, duration, house_table, shortened, uncut
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -20,19 +20,23 @@ ORDER = ("training", "stopped", "failed", "diverged", "waiting", "done")
 STYLES = {"failed": "red", "diverged": "red", "stopped": "yellow", "waiting": "dim", "done": "green"}
 HEAD_LINES, CURSOR_LINES = 2, 1
 WAITING_SHOWN = 3
-NARROWEST_NAME, GAP = 12, 2
+GAP = 2
 
 
 @dataclass(frozen=True)
 class FleetView:
-    """A status as `rich` prints it: a table of students, who waits for what, and the sum of it all."""
+    """A status as `rich` prints it: a table of students, who waits for what, and the sum of it all.
+
+    A live view has one line for each student, its name cut in the middle where it is too long; printed once, nothing is
+    cut and long lines are folded.
+    """
 
     status: StatusDocument
     """How far the fleet is."""
     title: str | None = None
     """A line above the table."""
     fit: bool = False
-    """Show no more students than the terminal has lines for, and how many more there are."""
+    """Live: show no more students than the terminal has lines for, and how many more there are; one line for each."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """The parts from top to bottom; no line is wider than the terminal."""
@@ -48,28 +52,30 @@ class FleetView:
         if self.title is not None:
             yield Text(self.title, style="bold", no_wrap=True, overflow="ellipsis")
         if shown:
-            yield _table(shown, self.status.metric or "validation", options.max_width)
+            yield _table(shown, self.status.metric or "validation", options.max_width, fit=self.fit)
         if hidden := len(self.status.students) - len(shown):
             yield Text(f"and {hidden:,} more", style="dim")
         for line in below:
-            yield Text(line, style="dim" if line is not below[-1] else "", no_wrap=True, overflow="ellipsis")
+            style = "dim" if line is not below[-1] else ""
+            yield Text(line, style=style, no_wrap=self.fit, overflow="ellipsis" if self.fit else "fold")
 
 
-def _table(students: list[StudentProgress], metric: str, width: int) -> Table:
+def _table(students: list[StudentProgress], metric: str, width: int, *, fit: bool) -> Table:
     from rich.text import Text
 
     headings = ("stage", "epoch", "T", "loss", metric, "rows/s", "left")
     rows = [cells_of(student) for student in students]
     widths = [max(map(len, column)) + GAP for column in zip(headings, *rows, strict=True)]
-    room = max(width - sum(widths), NARROWEST_NAME)
+    names = [student.name for student in students]
+    if fit:
+        names = shortened(names, max(width - sum(widths), NARROWEST))
     table = house_table()
-    table.add_column("student", no_wrap=True)
+    table.add_column("student", no_wrap=fit)
     for heading in headings:
         table.add_column(heading, no_wrap=True, justify="left" if heading == "stage" else "right")
-    for student, (stage, *numbers) in zip(students, rows, strict=True):
-        style = STYLES.get(student.state, "")
-        table.add_row(Text(shortened(student.name, room)), Text(stage, style=style), *numbers)
-    return table
+    for student, name, (stage, *numbers) in zip(students, names, rows, strict=True):
+        table.add_row(Text(name), Text(stage, style=STYLES.get(student.state, "")), *numbers)
+    return table if fit else uncut(table, width)
 
 
 def cells_of(student: StudentProgress) -> tuple[str, ...]:
@@ -154,14 +160,6 @@ def next_line(status: StatusDocument) -> str | None:
     if status.driver is None:
         return "the command that it was started with goes on: akd-dist train-students RECIPE"
     return f"the same command goes on: {status.driver.command} (in {status.driver.folder})"
-
-
-def shortened(name: str, room: int) -> str:
-    """A name cut in its middle: its beginning tells the model, its end the temperature and the seed."""
-    if len(name) <= room:
-        return name
-    end = (room - 1) * 2 // 3
-    return f"{name[: room - 1 - end]}…{name[-end:]}"
 
 
 def clock(seconds: float) -> str:

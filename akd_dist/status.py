@@ -80,7 +80,8 @@ def typed_command(words: list[str], original: list[str]) -> str:
         original: the same with the interpreter, as in sys.orig_argv; for programs that are not ours.
     """
     program = Path(words[0])
-    ours = program.name == "akd-dist" or (program.parent.name == "cli" and program.parent.parent.name == "akd_dist")
+    # By `python -m`, what runs is a __main__.py: the package's, or that of its command line.
+    ours = program.name == "akd-dist" or (program.name == "__main__.py" and "akd_dist" in program.parts[-3:-1])
     return shlex.join(["akd-dist", *(word for word in words[1:] if word != "--fresh")] if ours else original)
 
 

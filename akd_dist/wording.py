@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -153,3 +155,49 @@ def house_table(title: str | None = None, caption: Text | None = None) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
+
+
+NARROWEST = 12
+"""Characters to which a column of text is folded at most, before those of numbers have to give way as well."""
+
+
+def uncut(table: Table, width: int) -> Table:
+    """The table so that a terminal of `width` characters shows all of it: text is folded, and nothing is cut off."""
+    from rich.cells import cell_len
+
+    _, right, _, left = table.padding
+    needed = (right + left + 1) * len(table.columns)
+    for column in table.columns:
+        cells = [str(cell) for cell in (column.header, *column.cells)]
+        widest = max(cell_len(line) for cell in cells for line in cell.split("\n"))
+        needed += widest if column.no_wrap else min(widest, NARROWEST)
+        if not column.no_wrap:
+            column.overflow = "fold"
+    if needed > width:
+        for column in table.columns:
+            column.no_wrap, column.overflow = False, "fold"
+    return table
+
+
+def shortened(names: Sequence[str], room: int) -> list[str]:
+    """Names cut in their middle to `room` characters, so that those that differ still do, as far as that can be.
+
+    The beginning of a student's name tells its model, its end the temperature and the seed: by default twice as much of
+    the end is kept. Where that makes different names equal, another place is cut, or what all have in common.
+    """
+    room = max(room, 3)
+    usual = (room - 1) * 2 // 3
+    ends = sorted(range(room), key=lambda end: abs(end - usual))
+    cuts = [[_cut(name, room, end) for name in names] for end in ends]
+    if len({name for name in names if len(name) > room}) > 1:
+        start = len(os.path.commonprefix(list(names)))
+        end = min(len(os.path.commonprefix([name[::-1] for name in names])), min(map(len, names)) - start)
+        inner = [f"…{name[start : len(name) - end]}…" for name in names]
+        cuts.append(
+            [name if len(name) <= room else _cut(part, room, usual) for name, part in zip(names, inner, strict=True)]
+        )
+    return max(cuts, key=lambda cut: len(set(cut)))  # of equals the first
+
+
+def _cut(name: str, room: int, end: int) -> str:
+    return name if len(name) <= room else f"{name[: room - 1 - end]}…{name[len(name) - end :]}"

@@ -172,7 +172,7 @@ def append(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as lines:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as lines:
             lines.write(text)
     except OSError as error:
         raise write_error(error, path, len(text)) from error

@@ -105,11 +105,38 @@ def test_a_tiny_terminal_breaks_nothing(height: int) -> None:
 
 def test_a_long_name_keeps_its_beginning_and_its_end() -> None:
     name = "resnet-110-annealing_kd-with-much-to-say-t10-s12"
-    assert shortened(name, 60) == name
-    short = shortened(name, 20)
+    assert shortened([name], 60) == [name]
+    (short,) = shortened([name], 20)
     assert len(short) == 20
     assert short.startswith("resnet")
     assert short.endswith("t10-s12")
+
+
+@pytest.mark.parametrize("room", [12, 16, 20, 31])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{}-annealing_kd-with-much-to-say-t10-s12",
+        "resnet-110-annealing_kd-with-much-{}-to-say",
+        "resnet-110-annealing_kd-with-much-to-say-s{}",
+        "resnet-110-width-{}-annealing_kd-with-more-to-say-than-there-is-room-t10-s12",
+    ],
+)
+def test_names_that_differ_are_cut_where_they_do_not(pattern: str, room: int) -> None:
+    short = shortened([pattern.format(word) for word in ("10", "11", "200", "2")], room)
+    assert len(set(short)) == 4
+    assert max(map(len, short)) <= room
+
+
+@pytest.mark.parametrize("width", [80, 40, 20])
+def test_printed_once_nothing_is_cut_however_narrow_the_terminal_is(width: int) -> None:
+    names = [f"resnet-110-width-{number}-annealing_kd-with-much-to-say-t10-s12" for number in (10, 11)]
+    lines = shown(FleetView(a_status(*map(a_student, names))), width)
+    assert "…" not in "".join(lines)
+    assert max(map(len, lines)) <= width
+    folded = max(line.find("  ") for line in lines if line[:6] == names[0][:6]) if width == 80 else 0
+    if folded:
+        assert all(name in "".join(line[:folded].strip() for line in lines[2:]) for name in names)
 
 
 def test_names_are_not_taken_for_markup() -> None:

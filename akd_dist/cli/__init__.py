@@ -26,15 +26,19 @@ from akd_dist.cli.options import Group
 from akd_dist.cli.recipes import recipe
 from akd_dist.cli.reports import report
 from akd_dist.cli.run import cache_teacher, compare, quickstart, train_students
-from akd_dist.cli.show import print_json
+from akd_dist.cli.show import plain_output, print_json, reader_is_gone, settle_streams, silence_streams
 from akd_dist.cli.stores import stores
 from akd_dist.cli.students import evaluate, export, predict
 from akd_dist.cli.watch import status
 from akd_dist.storage.errors import AkdError, InterruptedByUser, RecipeError, TerminatedError
 
 
+# As a shell tells of a program that SIGPIPE ended.
+PIPE_CLOSED = 128 + signal.SIGPIPE
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="akd-dist", message="akd-dist %(version)s")
+@click.version_option(None, "-V", "--version", package_name="akd-dist", message="akd-dist %(version)s")
 def cli() -> None:
     """One teacher, run once; fleets of students from its stored logits.
 
@@ -64,13 +68,22 @@ for command_line in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: the one place where an error becomes a message and a code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    settle_streams()
     try:
-        with _terminable():
-            code = cli.main(args=given, prog_name="akd-dist", standalone_mode=False)
-    except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
-        code = refuse(_as_refusal(error, given), as_json="--json" in given)
+        try:
+            with _terminable():
+                code = cli.main(args=given, prog_name="akd-dist", standalone_mode=False)
+        except BaseException as error:
+            if isinstance(error, SystemExit | BrokenPipeError) and reader_is_gone():  # click has made the former of it
+                raise BrokenPipeError from error
+            if isinstance(error, SystemExit):
+                raise
+            code = refuse(_as_refusal(error, given), as_json="--json" in given)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what we print has seen enough
+        silence_streams()
+        code = PIPE_CLOSED
     sys.exit(code or 0)
 
 
@@ -139,11 +152,12 @@ def _log_folder() -> Path:
 
 def refuse(error: AkdError, *, as_json: bool) -> int:
     """Say what is wrong on stderr, and on stdout as a document if one was asked for; the exit code."""
-    # click leaves the colours out where nobody would see them.
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {error.what}", err=True)
+    # click leaves the colours out where stderr is no terminal, and so do we where they are not wanted.
+    colour = False if plain_output() else None
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {error.what}", err=True, color=colour)
     for label, text in (("got", error.got), ("expected", error.expected), ("next", error.next)):
         if text is not None:
-            click.echo(f"  {click.style(f'{label}:', bold=True)} {text}", err=True)
+            click.echo(f"  {click.style(f'{label}:', bold=True)} {text}", err=True, color=colour)
     if as_json:
         print_json({"error": error.to_json()})
     return error.code

@@ -1,4 +1,4 @@
-"""`python -m akd_dist.cli`, the same as `akd-dist`."""
+"""`python -m akd_dist.cli`, the same as `akd-dist` and `python -m akd_dist`."""
 
 from akd_dist.cli import main
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-DEFAULT_ROOTS = {"store_root": "stores", "run_root": "runs"}
+import akd_dist
+from akd_dist import RUN_ROOT, STORE_ROOT
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+DEFAULT_ROOTS = {"store_root": STORE_ROOT.default, "run_root": RUN_ROOT.default}
+STORE_ID = re.compile("[0-9a-f]{64}")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -23,6 +32,25 @@ def options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return decorate
 
 
+def complete_folder(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Have the shell complete a folder: a run, a student's, one of stores."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="dir")]
+
+
+def complete_store(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The ids of the stores under a local root that begin so: of their folders' names alone, so that it is instant."""
+    from click.shell_completion import CompletionItem
+
+    root = akd_dist.absolute_root(context.params.get("store_root") or STORE_ROOT.chosen())
+    try:
+        names = [] if "://" in root else sorted(os.listdir(root))
+    except OSError:
+        names = []
+    return [CompletionItem(name) for name in names if STORE_ID.fullmatch(name) and name.startswith(incomplete)]
+
+
 recipe_argument = click.argument("recipe_path", metavar="RECIPE", type=click.Path())
 set_option = click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
@@ -30,15 +58,28 @@ set_option = click.option(
 store_root_option = click.option(
     "--store-root",
     metavar="URI",
-    default=DEFAULT_ROOTS["store_root"],
+    envvar=STORE_ROOT.variable,
+    show_envvar=True,
+    default=STORE_ROOT.default,
     show_default=True,
+    shell_complete=complete_folder,
     help="Where stores lie: a folder or s3://...",
 )
 run_root_option = click.option(
-    "--run-root", metavar="DIR", default=DEFAULT_ROOTS["run_root"], show_default=True, help="Where runs lie."
+    "--run-root",
+    metavar="DIR",
+    envvar=RUN_ROOT.variable,
+    show_envvar=True,
+    default=RUN_ROOT.default,
+    show_default=True,
+    shell_complete=complete_folder,
+    help="Where runs lie.",
 )
 cache_root_option = click.option(
-    "--cache-root", metavar="DIR", help="Prepared data.  [default: the user's cache folder]"
+    "--cache-root",
+    metavar="DIR",
+    shell_complete=complete_folder,
+    help="Prepared data.  [default: AKD_DIST_CACHE, or the user's cache folder]",
 )
 address_option = click.option(
     "--address", metavar="ADDRESS", help="A Ray cluster.  [default: one is started here, on loopback]"
@@ -55,7 +96,7 @@ tracker_option = click.option(
     help="Forward every student's metrics there too; repeatable.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-id_argument = click.argument("store_id", metavar="ID")
+id_argument = click.argument("store_id", metavar="ID", shell_complete=complete_store)
 
 cache_options = options(set_option, store_root_option, cache_root_option, address_option, wait_option)
 train_options = options(
@@ -79,8 +120,8 @@ class Group(click.Group):
         return list(self.commands)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Without a word, print the help and leave with 0."""
-        if not args:
+        """Without a word, print the help and leave with 0; a shell that completes one asks for no help."""
+        if not args and not ctx.resilient_parsing:
             click.echo(ctx.get_help())
             ctx.exit()
         return super().parse_args(ctx, args)

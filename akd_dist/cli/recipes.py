@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from akd_dist.cli.options import Group, json_option, options, recipe_argument, set_option
-from akd_dist.cli.show import command_line, print_facts, print_json, result_console, table_of
+from akd_dist.cli.show import command_line, print_facts, print_json, print_table, table_of
 
 if TYPE_CHECKING:
     from akd_dist.recipe import Assistant, Recipe, Source
@@ -36,7 +36,7 @@ def recipe_check(recipe_path: str, overrides: tuple[str, ...], as_json: bool) ->
     for one in checked.students[:STUDENTS_SHOWN]:
         optimizer = f"{one.optimizer.kind}, lr {one.optimizer.lr:g}, {one.optimizer.schedule.kind}"
         table.add_row(one.name, str(one.objective.epochs), optimizer, str(one.batch), str(one.workers))
-    result_console().print(table)
+    print_table(table)
     if len(checked.students) > STUDENTS_SHOWN:
         click.echo(f"and {len(checked.students) - STUDENTS_SHOWN:,} more")
     click.echo(f"next: {command_line('train-students', recipe_path, overrides)}")

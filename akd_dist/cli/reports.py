@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from akd_dist.cli.options import json_option
-from akd_dist.cli.show import print_json, result_console, short_path
+from akd_dist.cli.options import complete_folder, json_option
+from akd_dist.cli.show import print_json, print_table, short_path
 
 
 @click.command("report")
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path())
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(), shell_complete=complete_folder)
 @click.option(
     "--out",
     type=click.Path(dir_okay=False),
@@ -32,8 +32,8 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
         return
     read = [read_run(Path(run)) for run in runs]
     for run, written in zip(read, document["runs"], strict=True):
-        result_console().print(fleet_table(run.fleet))
+        print_table(fleet_table(run.fleet))
         click.echo(f"report  {short_path(written['report'])}")
     if document["comparison"] is not None:
-        result_console().print(runs_table(read))
+        print_table(runs_table(read))
         click.echo(f"report  {short_path(document['comparison']['report'])}")

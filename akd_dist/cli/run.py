@@ -18,7 +18,7 @@ from akd_dist.cli.show import (
     print_facts,
     print_json,
     progress_console,
-    result_console,
+    print_table,
     short_path,
     size,
     stdout_for_results,
@@ -163,7 +163,7 @@ def compare(recipe_path: str, as_json: bool, **options: Any) -> int:
         from akd_dist.comparison import MARKDOWN_NAME, comparison_table
 
         run = Path(document["run"])
-        result_console().print(comparison_table(document))
+        print_table(comparison_table(document))
         click.echo(f"table   {short_path(run / MARKDOWN_NAME)}")
         click.echo(f"report  {short_path(run / 'report.html')}")
     return int(any(row["lost"] for row in document["table"]))
@@ -176,7 +176,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     for split, part in [(whose + split, part) for whose, splits in models for split, part in splits.items()]:
         shards = "none: a hit" if part["hit"] else f"{part['shards']:,}"
         table.add_row(split, f"{part['rows']:,}", str(part["views"]), shards, size(part["bytes"]))
-    result_console().print(table)
+    print_table(table)
     free = "unknown" if plan["free"] is None else size(plan["free"])
     click.echo(f"needs {size(plan['bytes'])} under {plan['store_root']}, free {free}; nothing was computed")
 
@@ -185,7 +185,7 @@ def print_fleet_plan(plan: dict[str, Any]) -> None:
     """What training would do, as a table, and why."""
     from akd_dist.fleet_plan import plan_lines, plan_table
 
-    result_console().print(plan_table(plan))
+    print_table(plan_table(plan))
     for line in plan_lines(plan):
         click.echo(line)
 
@@ -212,7 +212,7 @@ def print_fleet(fleet: dict[str, Any], next_commands: Iterable[str]) -> None:
     """What a fleet came to, where its report lies, and what may come next."""
     from akd_dist.fleet_report import fleet_table
 
-    result_console().print(fleet_table(fleet))
+    print_table(fleet_table(fleet))
     run = Path(fleet["run"])
     click.echo(f"store   {short_path(fleet['store'])}")
     click.echo(f"report  {short_path(run / 'report.html')}")

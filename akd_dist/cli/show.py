@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import json
+import os
+import select
 import shlex
 import sys
 from collections.abc import Iterable
@@ -15,6 +19,7 @@ import click
 from akd_dist.cli.options import DEFAULT_ROOTS
 from akd_dist.wording import counted as counted
 from akd_dist.wording import size as size
+from akd_dist.wording import uncut
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 # Enough of a store's id to tell stores apart, and accepted wherever an id is.
 SHORT_ID = 12
 # Columns whose digits stand below each other.
+UNLIMITED = 1_000_000
 NUMBERS = {"rows", "views", "classes", "shards", "size", "epochs", "batch", "workers", "runs"}
 
 
@@ -31,20 +37,74 @@ def stdout_for_results() -> contextlib.AbstractContextManager[object]:
     return contextlib.redirect_stdout(sys.stderr)
 
 
+def settle_streams() -> None:
+    """Make stdout and stderr fit to print on, whatever the shell handed down.
+
+    A stream that is closed becomes /dev/null: else the next file that is opened would take its place. Where the locale
+    says ASCII, or nothing, UTF-8 is written, and names of files that are no UTF-8 byte by byte. What another encoding
+    cannot show is written as an escape (`\\xe9`), instead of ending the command.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            if codecs.lookup(stream.encoding).name in ("ascii", "utf-8"):
+                stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+            else:
+                stream.reconfigure(errors="backslashreplace")
+
+
+def reader_is_gone() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more, as in `akd-dist stores list | head -1`."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def silence_streams() -> None:
+    """Let whatever is still to be written to a pipe without a reader vanish, so that nothing complains at the end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+def plain_output() -> bool:
+    """Whether the user wants no colours: NO_COLOR is set, or the terminal knows none."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+
+
+def _console(*, stderr: bool = False, width: int | None = None) -> Console:
+    from rich.console import Console
+
+    class _Console(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would leave with 1; `main` decides
+
+    # rich honours NO_COLOR itself. A dumb terminal cannot go back over what it shows, so it gets plain lines.
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return _Console(stderr=stderr, width=width, force_terminal=False if dumb else None)
+
+
 def progress_console() -> Console:
     """Where progress is told: stderr."""
-    from rich.console import Console
-
-    return Console(stderr=True)
+    return _console(stderr=True)
 
 
-def result_console() -> Console:
-    """Where tables go: stdout."""
-    from rich.console import Console
+def result_console(*, stderr: bool = False) -> Console:
+    """Where tables go: stdout, or stderr. A pipe or a file has no width, so that nothing is ever cut there."""
+    stream = sys.stderr if stderr else sys.stdout
+    return _console(stderr=stderr, width=None if stream is not None and stream.isatty() else UNLIMITED)
 
-    console = Console()
-    # A pipe has no width: a table that is cut off would help nobody.
-    return console if console.is_terminal else Console(width=max(console.width, 160))
+
+def print_table(table: Table, *, stderr: bool = False) -> None:
+    """A table; where it does not fit the terminal, its text is folded and nothing is cut off."""
+    console = result_console(stderr=stderr)
+    console.print(uncut(table, console.width))
 
 
 def table_of(first: str, *others: str, title: str | None = None) -> Table:
@@ -53,13 +113,19 @@ def table_of(first: str, *others: str, title: str | None = None) -> Table:
 
     table = house_table(title)
     for column in (first, *others):
-        table.add_column(column, no_wrap=True, justify="right" if column in NUMBERS else "left")
+        number = column in NUMBERS
+        table.add_column(column, no_wrap=number, justify="right" if number else "left")
     return table
 
 
 def print_json(document: Any) -> None:
     """A document on stdout."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:  # JSON has escapes of its own
+        text = json.dumps(document, indent=2)
+    click.echo(text)
 
 
 def print_facts(facts: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import akd_dist
 from akd_dist.cli.options import (
     Group,
     cache_root_option,
+    complete_store,
     id_argument,
     json_option,
     options,
@@ -32,6 +33,7 @@ from akd_dist.cli.show import (
     print_facts,
     print_json,
     progress_console,
+    print_table,
     result_console,
     short_path,
     size,
@@ -89,8 +91,7 @@ def stores_list(store_root: str, as_json: bool) -> None:
     if not found:
         click.echo(f"no stores under {store_root}; `akd-dist cache-teacher RECIPE` makes one")
         return
-    console = result_console()
-    if console.width >= WIDE:
+    if result_console().width >= WIDE:
         table = table_of("id", "state", *COLUMNS, "classes", "encoding", "augmentation", "sealed", title=root)
         for one in found:
             rest = (str(one.classes), one.encoding, one.augmentation.get("kind", ""), _when(one.modified))
@@ -100,7 +101,7 @@ def stores_list(store_root: str, as_json: bool) -> None:
         for one in found:
             *most, last = _cells(one)
             table.add_row(one.id[:8], *most, last if one.sealed and not one.problem else _short_state(one))
-    console.print(table)
+    print_table(table)
 
 
 @stores.command("show")
@@ -209,7 +210,7 @@ def stores_repair(
 
 
 @stores.command("gc")
-@click.argument("store_ids", metavar="[IDS]", nargs=-1)
+@click.argument("store_ids", metavar="[IDS]", nargs=-1, shell_complete=complete_store)
 @click.option(
     "--older-than", metavar="TIME", callback=_seconds, help="Also remove stores sealed so long ago: 12h, 90d, 8w."
 )
@@ -294,7 +295,7 @@ def _print_candidates(candidates: Sequence[Candidate], *, asked: bool, to_stderr
         table = _narrow(table_of("id", *COLUMNS))
         for store in _in_order(going):
             table.add_row(store.id[:8], *_cells(store))
-        (progress_console() if to_stderr else result_console()).print(table)
+        print_table(table, stderr=to_stderr)
     for one in candidates:
         if one.kept is not None:
             click.echo(f"stays: {one.store.id[:SHORT_ID]}, {one.kept}", err=to_stderr)

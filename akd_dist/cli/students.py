@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import akd_dist
-from akd_dist.cli.options import cache_root_option, json_option, options
+from akd_dist.cli.options import cache_root_option, complete_folder, json_option, options
 from akd_dist.cli.show import (
     print_facts,
     print_json,
     progress_console,
-    result_console,
+    print_table,
     short_path,
     size,
     stdout_for_results,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SPLITS = ["train", "validation", "test"]
 
-student_argument = click.argument("student", metavar="STUDENT", type=click.Path())
+student_argument = click.argument("student", metavar="STUDENT", type=click.Path(), shell_complete=complete_folder)
 data_argument = click.argument("data", metavar="DATA", type=click.Path())
 split_option = click.option(
     "--split", metavar="SPLIT", type=click.Choice(SPLITS), help="Of a recipe: train, validation or test (the default)."
@@ -43,7 +43,14 @@ force_option = click.option("--force", is_flag=True, help="Overwrite what is the
 
 @click.command("evaluate")
 @options(student_argument, data_argument)
-@click.option("--with", "others", metavar="MODEL", multiple=True, help="Another model to compare with; repeatable.")
+@click.option(
+    "--with",
+    "others",
+    metavar="MODEL",
+    multiple=True,
+    shell_complete=complete_folder,
+    help="Another model to compare with; repeatable.",
+)
 @options(split_option, input_option, label_option, tokenizer_option, device_option, cache_root_option, json_option)
 def evaluate(student: str, data: str, as_json: bool, **chosen: Any) -> None:
     """Measure a student on data.
@@ -143,16 +150,14 @@ def _print_evaluation(document: dict[str, Any]) -> None:
         figures = [f"{model['metrics'][name]:.4f}" if name in model["metrics"] else "infinite" for name in measured]
         shared = [f"{model['agreement']:.4f}" if "agreement" in model else ""] if agreeing else []
         table.add_row(Path(model["path"]).name, f"{model['parameters']:,}", *figures, *shared)
-    result_console().print(table)
+    print_table(table)
     if agreeing:
         _print_shared(document)
 
 
 def _named(first: str, title: str | None = None) -> Table:
     """A table of models, whose long names are folded before a figure is cut off."""
-    table = table_of(first, title=title)
-    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
-    return table
+    return table_of(first, title=title)
 
 
 def _print_shared(document: dict[str, Any]) -> None:
@@ -163,7 +168,7 @@ def _print_shared(document: dict[str, Any]) -> None:
     for other in document["others"]:
         counts = [other[name] for name in ("both_right", "student_right", "other_right", "both_wrong")]
         table.add_row(Path(other["path"]).name, *(f"{count:,}" for count in counts))
-    result_console().print(table)
+    print_table(table)
 
 
 def _print_export(document: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from akd_dist.cli.options import json_option
+from akd_dist.cli.options import complete_folder, json_option
 from akd_dist.cli.show import print_json, result_console
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ GOING = ("preparing", "training")
 
 
 @click.command("status")
-@click.argument("run", metavar="RUN", type=click.Path())
+@click.argument("run", metavar="RUN", type=click.Path(), shell_complete=complete_folder)
 @click.option("--watch", is_flag=True, help="Follow it until it ends or stops.")
 @json_option
 def status(run: str, watch: bool, as_json: bool) -> None:
