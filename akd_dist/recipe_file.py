@@ -33,7 +33,7 @@ KeyPath = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
 MAX_STUDENTS = 10_000
-SHOWN_PROBLEMS = 5
+SHOWN_PROBLEMS = 20
 NEXT = "mend it and run the same command again; `akd-dist recipe schema` and docs/recipes.md list every key"
 
 # Keys whose values are paths.
@@ -44,7 +44,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override, expand and check; see `recipe.load_recipe`.
 
     Raises:
-        RecipeError: everything that is wrong, the first five problems in one message.
+        RecipeError: everything that is wrong, in one message.
     """
     document = parse(_read(path), str(path))
     folder = path.resolve().parent
@@ -57,7 +57,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(expanded.data)
     except ValidationError as error:
-        raise _recipe_error(str(path), _problems(error, expanded)) from None
+        raise _recipe_error(str(path), list(_problems(error, expanded).values())) from None
 
 
 @dataclass
@@ -411,15 +411,82 @@ def _absolute(path: Any, folder: Path) -> Any:
 # ---- pydantic's errors to problems
 
 
-def _problems(error: ValidationError, document: Document) -> list[Problem]:
-    """Each problem once, in file order as far as pydantic keeps it; a grid repeats its problems for every student."""
+def _problems(error: ValidationError, document: Document) -> dict[str, Problem]:
+    """Each problem once, in the order of the file; a grid repeats its problems for every student.
+
+    Of a block with an unknown kind pydantic looks at nothing else: its other keys are checked as of the kind that was
+    meant. Where that cannot be told, only those are named that no kind knows.
+    """
     found: dict[str, Problem] = {}
-    for details in error.errors(include_url=False):
-        # Follows from another error of the same student.
-        if details["type"] != "default_factory_not_called":
-            problem = _problem(details, document)
+    guessed: set[KeyPath] = set()
+    for _ in range(MAX_DEPTH):
+        meant: dict[KeyPath, str] = {}
+        for details in error.errors(include_url=False):
+            # Follows from another error of the same student.
+            if details["type"] == "default_factory_not_called":
+                continue
+            path = _keys(details["loc"], document.data)
+            if of_kind := details["type"] in ("union_tag_invalid", "union_tag_not_found"):
+                meant[path], sure = _meant_kind(path, document.data)
+                if not sure:
+                    guessed.add(path)
+            block = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in guessed), None)
+            if block is None or of_kind:
+                problem = _problem(details, document)
+            elif details["type"] != "extra_forbidden" or (told := _of_no_kind(block, path, document)) is None:
+                continue
+            else:
+                problem = told
             found.setdefault(str(problem), problem)
-    return list(found.values())
+        if not meant:
+            break
+        document = _with_kinds(document, meant)
+        try:
+            Recipe.model_validate(document.data)
+            break
+        except ValidationError as further:
+            error = further
+    order: dict[str, int] = {}
+    for place in document.places.values():
+        order.setdefault(place, len(order))
+    return dict(sorted(found.items(), key=lambda item: order[item[1].where]))
+
+
+def _meant_kind(path: KeyPath, data: Any) -> tuple[str, bool]:
+    """The kind that a block with an unknown one, or with none, probably is of; and whether its name says so.
+
+    Else it is the one that knows most of the block's keys.
+    """
+    choices = _choices_at(path, data)
+    block = data
+    for element in path:
+        block = block[element]
+    names = [str(model.model_fields["kind"].default) for model in choices]
+    if near := difflib.get_close_matches(str(block.get("kind")), names, n=1):
+        return near[0], True
+    best = max(choices, key=lambda model: len(block.keys() & model.model_fields.keys()))
+    return str(best.model_fields["kind"].default), False
+
+
+def _of_no_kind(block: KeyPath, path: KeyPath, document: Document) -> Problem | None:
+    """A key that none of the kinds knows that a block could be of; None if one of them does."""
+    known = list(dict.fromkeys(key for model in _choices_at(block, document.data) for key in model.model_fields))
+    if len(path) != len(block) + 1 or path[-1] in known:
+        return None
+    key = f"key {_dotted(document.as_written(path))}"
+    what = f"{key} is not known{_nearest(str(path[-1]), known)}"
+    return Problem(document.where(path), what, str(path[-1]), f"one of {', '.join(known)}")
+
+
+def _with_kinds(document: Document, kinds: dict[KeyPath, str]) -> Document:
+    """A copy whose blocks at these paths are of these kinds."""
+    data = copy.deepcopy(document.data)
+    for path, kind in kinds.items():
+        node: Any = data
+        for element in path:
+            node = node[element]
+        node["kind"] = kind
+    return Document(data, document.places, document.written)
 
 
 def _problem(details: ErrorDetails, document: Document) -> Problem:

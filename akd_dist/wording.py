@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -190,13 +189,20 @@ def shortened(names: Sequence[str], room: int) -> list[str]:
     ends = sorted(range(room), key=lambda end: abs(end - usual))
     cuts = [[_cut(name, room, end) for name in names] for end in ends]
     if len({name for name in names if len(name) > room}) > 1:
-        start = len(os.path.commonprefix(list(names)))
-        end = min(len(os.path.commonprefix([name[::-1] for name in names])), min(map(len, names)) - start)
+        start = _alike(names)
+        end = min(_alike([name[::-1] for name in names]), min(map(len, names)) - start)
         inner = [f"…{name[start : len(name) - end]}…" for name in names]
         cuts.append(
             [name if len(name) <= room else _cut(part, room, usual) for name, part in zip(names, inner, strict=True)]
         )
     return max(cuts, key=lambda cut: len(set(cut)))  # of equals the first
+
+
+def _alike(names: Sequence[str]) -> int:
+    """With how many letters all of them begin alike."""
+    return next(
+        (n for n, letters in enumerate(zip(*names, strict=False)) if len(set(letters)) > 1), min(map(len, names))
+    )
 
 
 def _cut(name: str, room: int, end: int) -> str:

@@ -726,7 +726,7 @@ def test_names_beyond_the_encoding_of_the_terminal_end_no_command(encoding: str,
     root = os.fsencode(tmp_path) + "/Bücher-τ".encode() + (b"-\xff" if encoding == "utf-8" else b"")
     given = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"} if encoding == "ascii" else {}
     environment = {**os.environ, **given} | ({"PYTHONIOENCODING": encoding} if encoding == "latin-1" else {})
-    command = [sys.executable, "-m", "akd_dist", "stores", "list", "--store-root", root]
+    command: list[str | bytes] = [sys.executable, "-m", "akd_dist", "stores", "list", "--store-root", root]
     plain, document = (
         subprocess.run(words, env=environment, capture_output=True, timeout=60, check=True)
         for words in (command, [*command, "--json"])

@@ -16,13 +16,13 @@ from akd_dist.fleet_view import (
     ended_line,
     headline,
     next_line,
-    shortened,
     total_line,
     waiting_lines,
 )
 from akd_dist.jobs import progress
 from akd_dist.jobs.progress import FleetMeter, tell
 from akd_dist.status import driving
+from akd_dist.wording import shortened
 
 
 def a_student(name: str, state: str = "training", **changes: Any) -> StudentProgress:

@@ -465,8 +465,52 @@ def test_all_problems_of_a_file_come_in_one_message(path: Path) -> None:
     text = TEXT.replace("views: 2", "views: 0\n  sed: 1").replace("kind: shift", "kind: shift, pixel: 1")
     error = refusal(path, text, "cache.encoding=float15", "teacher.train.epochs=0", "checkpoint_seconds=-1", "name=3")
     assert "has 7 problems" in error.what
-    assert "and 2 more" in error.what
     assert "did you mean seed?" in error.what
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "kind: shift, pixels: 1",
+            "kind: shft, pixel: 1",
+            ["augmentation has an unknown kind; did you mean shift?", "augmentation.pixel is not known; did you mean"],
+        ),
+        (
+            "kind: cnn, width: 8",
+            "kind: cn, widht: 8",
+            ["did you mean cnn?", "model.width is missing", "model.widht is not known; did you mean width?"],
+        ),
+        (  # not even the second is told of one only: `width` is a key of some kind
+            "kind: cnn, width: 8",
+            "kind: frobnicate, width: 8, hiden: 8",
+            ["teacher.model has an unknown kind", "teacher.model.hiden is not known; did you mean hidden?"],
+        ),
+        (
+            "kind: cnn, width: 8",
+            "widht: 8",
+            ["key teacher.model needs a kind", "widht is not known; did you mean width?"],
+        ),
+        (
+            "kind: adamw, lr: 1e-4",
+            "kind: adamw, lr: 1e-4, schedule: {kind: linaer, steps: 3}",
+            ["optimizer.schedule has an unknown kind; did you mean linear?", "optimizer.schedule.steps is not known"],
+        ),
+    ],
+)
+def test_an_unknown_kind_hides_no_further_mistake(path: Path, old: str, new: str, words: list[str]) -> None:
+    assert old in TEXT
+    error = refusal(path, TEXT.replace(old, new, 1))
+    assert f"has {len(words)} problems" in error.what
+    for word in words:
+        assert word in error.what
+
+
+def test_unknown_kinds_within_unknown_kinds_are_told_at_once(path: Path) -> None:
+    text = TEXT.replace("kind: adamw, lr: 1e-4", "kind: adam, learn: 1e-4, schedule: {kind: linaer}")
+    told = refusal(path, text).what
+    for word in ("did you mean adamw?", "optimizer.learn is not known", "optimizer.lr is missing", "mean linear?"):
+        assert word in told
 
 
 def test_a_problem_of_a_grid_is_told_once(path: Path) -> None:

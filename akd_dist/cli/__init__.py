@@ -32,7 +32,6 @@ from akd_dist.cli.students import evaluate, export, predict
 from akd_dist.cli.watch import status
 from akd_dist.storage.errors import AkdError, InterruptedByUser, RecipeError, TerminatedError
 
-
 # As a shell tells of a program that SIGPIPE ended.
 PIPE_CLOSED = 128 + signal.SIGPIPE
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -45,7 +45,7 @@ def complete_store(context: click.Context, _parameter: click.Parameter, incomple
 
     root = akd_dist.absolute_root(context.params.get("store_root") or STORE_ROOT.chosen())
     try:
-        names = [] if "://" in root else sorted(os.listdir(root))
+        names = [] if "://" in root else sorted(entry.name for entry in Path(root).iterdir())
     except OSError:
         names = []
     return [CompletionItem(name) for name in names if STORE_ID.fullmatch(name) and name.startswith(incomplete)]

@@ -12,8 +12,8 @@ from akd_dist.cli.options import cache_root_option, complete_folder, json_option
 from akd_dist.cli.show import (
     print_facts,
     print_json,
-    progress_console,
     print_table,
+    progress_console,
     short_path,
     size,
     stdout_for_results,
