@@ -17,12 +17,13 @@ Importing this module is instant: each verb imports what it needs when it is cal
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from akd_dist.storage import places
+from akd_dist.storage.places import RUN_ROOT, STORE_ROOT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,26 +47,6 @@ __all__ = [
     "report",
     "train_students",
 ]
-
-
-@dataclass(frozen=True)
-class Root:
-    """A folder that commands and functions share when none is named: a variable of the environment, or a default."""
-
-    variable: str
-    """The variable; empty counts as not set."""
-    default: str
-    """Relative to the working folder."""
-
-    def chosen(self, given: str | Path | None = None) -> str:
-        """What was given, else the variable, else the default; a local one as an absolute path, a URI as it is."""
-        return absolute_root(given or os.environ.get(self.variable) or self.default)
-
-
-STORE_ROOT = Root("AKD_DIST_STORE_ROOT", "stores")
-"""Where stores lie."""
-RUN_ROOT = Root("AKD_DIST_RUN_ROOT", "runs")
-"""Where runs lie."""
 
 
 if not TYPE_CHECKING:  # to type checkers, names that do not exist stay mistakes
@@ -427,8 +408,7 @@ def export(
 
 def absolute_root(root: str | Path) -> str:
     """A local root as an absolute path, before any worker changes directory; a URI as it is."""
-    text = os.fspath(root)
-    return text if "://" in text else str(Path(text).expanduser().absolute())
+    return places.absolute(root)
 
 
 def _name_of(folder: str | Path) -> str:

@@ -274,12 +274,13 @@ def read_comparison(run: Path) -> dict[str, Any] | None:
     with reading(path, expected="what akd-dist compare wrote", next=advice):
         document: dict[str, Any] = json.loads(path.read_bytes())
         CompareDocument.model_validate(document)
-    return document
+    return document | {"run": str(run.absolute())}
 
 
 def write_comparison(run: Path, document: dict[str, Any]) -> None:
     """Keep a comparison in its run's folder, as JSON and as Markdown: equal results, equal bytes."""
-    replace(run / JSON_NAME, json.dumps(document, indent=1, ensure_ascii=False).encode())
+    in_the_run = document | {"run": "."}
+    replace(run / JSON_NAME, json.dumps(in_the_run, indent=1, ensure_ascii=False).encode())
     replace(run / MARKDOWN_NAME, to_markdown(document).encode())
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from akd_dist.comparison import estimate, paired, read_comparison
 from akd_dist.damage import reading
 from akd_dist.differences import Classes, Numbers, classes_of, numbers_of, read_said
+from akd_dist.storage import places
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.files import canonical_json
 from akd_dist.student import TEST_NAME
@@ -536,7 +537,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_fleet(run_folder: Path) -> dict[str, Any]:
-    """The document of `fleet.json`.
+    """The document of `fleet.json`, its places absolute: those of the run as it lies here.
 
     Raises:
         RefusedError: the run has no results (yet).
@@ -556,6 +557,27 @@ def read_fleet(run_folder: Path) -> dict[str, Any]:
             expected="the folder of a run that has ended, for example runs/digits",
             next=f"akd-dist train-students {run_folder / 'recipe.yaml'}",
         ) from error
+    return _located(fleet, run_folder.absolute())
+
+
+def _located(fleet: dict[str, Any], run: Path) -> dict[str, Any]:
+    """The document with its places resolved.
+
+    Runs of older versions named them as absolute paths: where such a store is not there any more, it is looked for
+    where it lay as seen from the run, which may have been moved together with it.
+    """
+    before = fleet["run"]
+
+    def here(place: str) -> str:
+        now = places.found(place, run)
+        if "://" in now or not Path(before).is_absolute() or Path(now).exists():
+            return now
+        moved = places.found(places.written(now, before), run)
+        return moved if Path(moved).exists() else now
+
+    fleet = {**places.each(fleet, here), "run": str(run)}
+    for student in fleet["students"]:
+        student["path"] = str(run / "students" / student["name"])
     return fleet
 
 

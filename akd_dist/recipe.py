@@ -10,6 +10,7 @@ under a field is its documentation, here and in the JSON Schema. How a file is r
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import re
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
+
+from akd_dist.storage import places
 
 # Names become folders, on any file system.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -962,18 +965,43 @@ class Recipe(Spec):
         document["students"] = {student["name"]: student for student in document["students"]}
         return document
 
-    def to_yaml(self) -> str:
-        """The resolved recipe as a file that `load_recipe` reads back, every default written out."""
-        from ruamel.yaml import YAML
+    def document(self, folder: str | Path) -> dict[str, Any]:
+        """The resolved recipe as JSON for a document in `folder`, its places as `storage.places.written` names them."""
+        from akd_dist.recipe_file import change_paths
 
         document = self.model_dump(mode="json")
+        change_paths(document, functools.partial(places.written, folder=folder))
+        return document
+
+    @classmethod
+    def of_document(cls, document: dict[str, Any], folder: str | Path) -> Recipe:
+        """What `document` gave, read back in the same folder, wherever that has been moved to.
+
+        Raises:
+            ValidationError: it is none.
+        """
+        from akd_dist.recipe_file import change_paths
+
+        document = copy.deepcopy(document)
+        change_paths(document, functools.partial(places.found, folder=folder))
+        return cls.model_validate(document)
+
+    def to_yaml(self, folder: Path | None = None) -> str:
+        """The resolved recipe as a file that `load_recipe` reads back, every default written out.
+
+        Args:
+            folder: where the file will lie, so that its places can be named relative to it; None names them absolutely.
+        """
+        from ruamel.yaml import YAML
+
+        document = self.model_dump(mode="json") if folder is None else self.document(folder)
         document["students"] = [{"name": student.pop("name"), **student} for student in document["students"]]
         yaml = YAML(typ="safe", pure=True)
         yaml.default_flow_style = False
         yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
         yaml.width = 120
         text = io.StringIO()
-        text.write("# The resolved recipe: every default and every derived value written out, paths absolute.\n")
+        text.write("# The resolved recipe: every default and every derived value written out.\n")
         yaml.dump(document, text)
         return text.getvalue()
 

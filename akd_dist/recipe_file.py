@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -385,9 +386,14 @@ def _plain(node: Any, path: KeyPath, places: dict[KeyPath, str], name: str) -> A
 
 def _make_paths_absolute(node: Any, folder: Path) -> None:
     """Workers change directory, so no relative path leaves this module. URIs stay as they are, and so do arguments."""
+    change_paths(node, functools.partial(_absolute, folder=folder))
+
+
+def change_paths(node: Any, change: Callable[[str], str]) -> None:
+    """Change every path of a recipe as plain data, in place; arguments of functions are none."""
     if isinstance(node, list):
         for entry in node:
-            _make_paths_absolute(entry, folder)
+            change_paths(entry, change)
     if not isinstance(node, dict):
         return
     for key, value in node.items():
@@ -395,17 +401,21 @@ def _make_paths_absolute(node: Any, folder: Path) -> None:
         if "arguments" in parts:
             continue
         if parts[-1] in _PATHS:
-            node[key] = (
-                [_absolute(one, folder) for one in value] if isinstance(value, list) else _absolute(value, folder)
-            )
+            several = value if isinstance(value, list) else [value]
+            changed = [change(one) if isinstance(one, str) else one for one in several]
+            node[key] = changed if isinstance(value, list) else changed[0]
         else:
-            _make_paths_absolute(value, folder)
+            change_paths(value, change)
 
 
-def _absolute(path: Any, folder: Path) -> Any:
-    if not isinstance(path, str) or "://" in path:
+def _absolute(path: str, folder: Path) -> str:
+    """An absolute path, or a URI as it is. The folder has no links in it: `..` at the beginning can be resolved."""
+    if "://" in path:
         return path
-    return str(folder.joinpath(Path(path).expanduser()))
+    parts = Path(path).expanduser().parts
+    while parts[:1] == ("..",):
+        folder, parts = folder.parent, parts[1:]
+    return str(folder.joinpath(*parts))
 
 
 # ---- pydantic's errors to problems

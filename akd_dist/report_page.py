@@ -6,6 +6,7 @@ loading anything. The same results give the same bytes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +36,7 @@ from akd_dist.fleet_report import (
 )
 from akd_dist.storage.errors import RecipeError
 from akd_dist.storage.files import replace
+from akd_dist.storage.places import written
 from akd_dist.wording import (
     ANNEALING,
     CONTINUATION,
@@ -153,6 +155,7 @@ def render(run: Run) -> str:
     text: str = _template("report.html.j2").render(
         run=run.name,
         fleet=fleet,
+        written=functools.partial(written, folder=run.folder),
         shown=shown,
         agreeing=not run.regression,
         teacher=fleet["teacher"],

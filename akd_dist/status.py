@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from akd_dist.documents import CohortProgress, Document, FleetPlan, RunDriver, StatusDocument, StudentProgress
+from akd_dist.storage import places
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.files import read_json, replace
 
@@ -62,7 +63,7 @@ def driving(run: Path) -> Iterator[None]:
         birth=birth_of(os.getpid()),
         since=time.time(),
         command=typed_command(sys.argv, sys.orig_argv),
-        folder=str(Path.cwd()),
+        folder=places.written(Path.cwd(), run),
     )
     path = run / "control" / "driver.json"
     write_document(path, driver)
@@ -146,6 +147,8 @@ class RunReader:
         """
         self._check_is_there()
         driver = read_document(self.run / "control" / "driver.json", RunDriver)
+        if driver is not None:
+            driver = driver.model_copy(update={"folder": places.found(driver.folder, self.run)})
         plan = read_document(self.run / "control" / "plan.json", FleetPlan)
         saved: dict[str, Any] | None = read_json(self.run / "fleet.json")
         told = self._told(plan) if plan else []

@@ -493,7 +493,7 @@ def entry(spec: recipe.Student, state: str, reason: str | None, folder: Path, at
         "seconds": 0.0,
         "stage1_from": None,
         "attempt": attempt,
-        "path": str(folder),
+        "path": ".",  # the student's folder, relative to the document in it
     }
 
 

@@ -6,7 +6,6 @@ akd-dist cache-teacher jobs/digits.yaml
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -280,7 +279,7 @@ def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str, console:
         if (source := _source(plan, narrower)) is not None:
             _check_views(source, plan.rows, recipe.data)
         open_root(store_root).check_writable()
-        hint = {"recipe": json.loads(recipe.model_dump_json()), "split": plan.split}
+        hint = {"recipe": recipe.document(f"{store_root}/{plan.identity.id}"), "split": plan.split}
         plan.writer = create_store(store_root, plan.creation, hint)
         plan.missing = missing_shards(plan.writer)
         if narrower:
@@ -424,7 +423,7 @@ def repair(
     """
     console = console or Console(stderr=True)
     hint = catalog.hint_of(store_root, store_id)
-    recipe = recipe or _recipe_of(store_id, hint)
+    recipe = recipe or _recipe_of(store_root, store_id, hint)
     add_folder(recipe.folder)
     splits = prepare_shown(recipe.data, cache_root, console)
     known = [hint["split"]] if hint.get("split") in SPLITS else SPLITS
@@ -436,10 +435,10 @@ def repair(
     return {"id": store_id, "repaired": [shard.key for shard in repaired]}
 
 
-def _recipe_of(store_id: str, hint: dict[str, Any]) -> Recipe:
+def _recipe_of(store_root: str, store_id: str, hint: dict[str, Any]) -> Recipe:
     """The recipe that a store was asked for with."""
     try:
-        return Recipe.model_validate(hint["recipe"])
+        return Recipe.of_document(hint["recipe"], f"{store_root}/{store_id}")
     except (KeyError, ValidationError) as error:
         raise RefusedError(
             f"nobody knows which recipe the store {store_id[:12]} was made with",

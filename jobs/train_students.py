@@ -38,7 +38,7 @@ from akd_dist.cohort import (
 )
 from akd_dist.economics import Reading, economics, reading
 from akd_dist.fleet_plan import Plan
-from akd_dist.fleet_report import read_metrics
+from akd_dist.fleet_report import read_fleet, read_metrics
 from akd_dist.jobs.cache_teacher import cache_teacher, model_uris, prepare_shown
 from akd_dist.jobs.dry_run import costs_of, draw_up
 from akd_dist.jobs.planner import Costs, cohort_job, groups_of, learns_from_assistant
@@ -50,6 +50,7 @@ from akd_dist.recipe import Recipe
 from akd_dist.report_page import write_report
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
 from akd_dist.status import driving
+from akd_dist.storage import places
 from akd_dist.storage.errors import AkdError, DamagedError, RecipeError, RefusedError
 from akd_dist.storage.files import canonical_json, file_lock, read_json, replace
 from akd_dist.storage.objects import open_root
@@ -150,6 +151,7 @@ def _train_held(
     todo = [spec for spec in recipe.students if not ended(base, spec)]
     saved = None if todo else saved_results(run, identity)
     if saved is not None:
+        saved = _with_stores_found(saved, chain)
         asked.tell(f"the run {recipe.name} is done: these are its saved results")
         with forward():
             return saved
@@ -384,18 +386,23 @@ def first_of(texts: list[str], count: int) -> list[str]:
 def begin_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
     """Write down what the run is, before its first step; results of an earlier attempt no longer hold."""
     replace(run / "identity.json", canonical_json(identity))
-    replace(run / "recipe.yaml", recipe.to_yaml().encode())
+    replace(run / "recipe.yaml", recipe.to_yaml(run).encode())
     (run / "fleet.json").unlink(missing_ok=True)
 
 
 def saved_results(run: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The fleet.json of a run whose students have all ended; None where it, or the report, has to be made again."""
-    saved: dict[str, Any] | None = read_json(run / "fleet.json")
-    if saved is None or not (run / "report.html").exists():
+    if read_json(run / "fleet.json") is None or not (run / "report.html").exists():
         return None
     if not (run / "identity.json").exists():  # removed by hand, as a refusal of a damaged one says
         replace(run / "identity.json", canonical_json(identity))
-    return saved
+    return read_fleet(run)
+
+
+def _with_stores_found(fleet: dict[str, Any], chain: Chain) -> dict[str, Any]:
+    """Results whose stores are named where they are now, for a run that was moved without them, or they without it."""
+    now = {Path(uri).name: uri for stores in chain for uri in stores.values()}
+    return {**places.each(fleet, lambda place: now.get(Path(place).name, place)), "run": fleet["run"]}
 
 
 def forget(run: Path) -> None:
@@ -487,7 +494,8 @@ def finish_run(
         result = read_result(base, spec) or failed_entry(spec, "it never ended", folder, base.attempt)
         result["parameters"] = parameters[spec.name]
         source = (stores[-1] if learns_from_assistant(spec) else stores[0])["train"]
-        results.append(result | {"store": source.uri, "teacher": source.manifest.identity.teacher})
+        where = {"path": str(folder), "store": source.uri}
+        results.append(result | where | {"teacher": source.manifest.identity.teacher})
     fleet = {
         "run": str(run),
         "store": stores[0]["train"].uri,
@@ -500,10 +508,11 @@ def finish_run(
         "seconds": round(seconds, 3),
     }
     fleet["economics"] = balances(run, recipe, splits, fleet, stores)
-    replace(run / "fleet.json", json.dumps(fleet, indent=1).encode())
+    in_the_run = places.each(fleet, functools.partial(places.written, folder=run))
+    replace(run / "fleet.json", json.dumps(in_the_run, indent=1).encode())
     write_report(run)
     tidy(base)
-    return fleet
+    return read_fleet(run)
 
 
 def balances(

@@ -24,6 +24,7 @@ from akd_dist.storage.files import is_locked, sha256
 from akd_dist.storage.layout import MANIFEST_KEY
 from akd_dist.storage.manifest import Document
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot, open_root
+from akd_dist.storage.places import found, written
 
 USES = "uses"
 # Beside a store that is about to be removed: who begins to use it meanwhile waits for what comes of that.
@@ -42,7 +43,8 @@ class Use(Document):
     """A run that used a store on some day."""
 
     run: str
-    """Path of the run's folder, or of the folder of a model that was trained from the store."""
+    """The run's folder, or the folder of a model that was trained from the store: in the record relative to the store.
+    """
     host: str
     user: str | None
     time: str
@@ -50,7 +52,8 @@ class Use(Document):
     command: str
     """The command line."""
     lock: str | None
-    """A file that the run holds locked while it lives; None where there is none."""
+    """A file that the run holds locked while it lives, in the record relative to the store; None where there is none.
+    """
 
     @property
     def at(self) -> float:
@@ -92,7 +95,7 @@ def using(uris: Iterable[str], *, run: str, lock: Path | None = None) -> Iterato
     def go_on() -> None:
         while not done.wait(_AGAIN_SECONDS):
             for store in stores:
-                _note(store, _use(run, lock))
+                _note(store, _use(store, run, lock))
 
     thread = threading.Thread(target=go_on, name="store-uses", daemon=True)
     thread.start()
@@ -104,22 +107,32 @@ def using(uris: Iterable[str], *, run: str, lock: Path | None = None) -> Iterato
 
 
 def uses_of(store: ObjectRoot) -> list[Use]:
-    """The records of a store, the latest first; what cannot be read as one is passed over."""
-    found = []
+    """The records of a store, their places absolute, the latest first; what cannot be read as one is passed over."""
+    uses = []
     for key in store.list(USES):
         with contextlib.suppress(ObjectMissing, AkdError):
-            found.append(Use.from_bytes(store.get(key), store.path_of(key)))
-    return sorted(found, key=lambda use: use.at, reverse=True)
+            use = Use.from_bytes(store.get(key), store.path_of(key))
+            lock = None if use.lock is None else found(use.lock, store.uri)
+            uses.append(use.model_copy(update={"run": found(use.run, store.uri), "lock": lock}))
+    return sorted(uses, key=lambda use: use.at, reverse=True)
 
 
-def _use(run: str, lock: Path | None) -> Use:
+def _use(store: ObjectRoot, run: str, lock: Path | None) -> Use:
+    """The record as it is written: a store and its runs may be moved together."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # a user without a name, as in some containers
         user = None
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    lock_path = None if lock is None else str(lock)
-    return Use(run=run, host=socket.gethostname(), user=user, time=now, command=_command(), lock=lock_path)
+    lock_path = None if lock is None else written(lock, store.uri)
+    return Use(
+        run=written(run, store.uri),
+        host=socket.gethostname(),
+        user=user,
+        time=now,
+        command=_command(),
+        lock=lock_path,
+    )
 
 
 def _command() -> str:
@@ -136,7 +149,7 @@ def _begin(store: ObjectRoot, run: str, lock: Path | None) -> None:
     Who removes one puts up his mark before he looks for records; here the record comes first. So one of the two sees
     the other. Without a mark, or with one whose owner is gone, it is settled whether the store is there.
     """
-    use = _use(run, lock)
+    use = _use(store, run, lock)
     ours = store.exists(MANIFEST_KEY) and _note(store, use)
     root, patience = store.parent, time.monotonic() + _PATIENCE_SECONDS
     while root.exists(f"{store.name}{REMOVING_SUFFIX}") and holder_of(root.uri, store.name) is not None:

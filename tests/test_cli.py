@@ -41,6 +41,7 @@ from akd_dist.storage import errors
 from akd_dist.storage.errors import AkdError
 from akd_dist.storage.files import file_lock
 from akd_dist.storage.node_cache import default_cache_root, open_decoded
+from akd_dist.storage.places import STORE_ROOT
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.uses import using
 from tests import stores
@@ -682,7 +683,7 @@ def test_roots_come_from_the_environment_for_commands_and_functions_alike(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def where() -> tuple[str, str]:
-        return run("stores", "list", "--json").document["store_root"], akd_dist.STORE_ROOT.chosen()
+        return run("stores", "list", "--json").document["store_root"], STORE_ROOT.chosen()
 
     asked: dict[str, Any] = {}
     monkeypatch.setattr("akd_dist.jobs.train_students.train_students", lambda _, **given: asked.update(given) or FLEET)

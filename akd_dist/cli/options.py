@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import akd_dist
-from akd_dist import RUN_ROOT, STORE_ROOT
+from akd_dist.storage.places import RUN_ROOT, STORE_ROOT
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
