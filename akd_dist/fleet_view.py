@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from akd_dist.documents import StatusDocument, StudentProgress
+from akd_dist.storage.places import RUN_ROOT
 from akd_dist.wording import NARROWEST, duration, house_table, shortened, uncut
 
 if TYPE_CHECKING:
@@ -159,7 +162,22 @@ def next_line(status: StatusDocument) -> str | None:
         return None
     if status.driver is None:
         return "the command that it was started with goes on: akd-dist train-students RECIPE"
-    return f"the same command goes on: {status.driver.command} (in {status.driver.folder})"
+    command = f"{status.driver.command} (in {status.driver.folder})"
+    run = Path(status.run).resolve()
+    if (Path(status.driver.folder) / _run_root(status.driver.command)).resolve() == run.parent:
+        return f"the same command goes on: {command}"
+    roots = f"--run-root {run.parent}, and with --store-root where its stores are now"
+    return f"the run was moved since it was started: the same command goes on with {roots}: {command}"
+
+
+def _run_root(command: str) -> str:
+    """Where a command that was typed has its runs."""
+    root, words = RUN_ROOT.default, shlex.split(command)
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option == "--run-root":
+            root = value if equals else following
+    return root
 
 
 def clock(seconds: float) -> str:

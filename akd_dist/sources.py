@@ -31,7 +31,7 @@ from akd_dist.storage.errors import RefusedError
 _BUFFER_BYTES = 1 << 20  # read ahead in a column; pre_buffer would hold whole row groups
 _BLOCK_BYTES = 1 << 21  # of a Parquet column, uncompressed, read at a time
 _STREAM_ROWS = 1 << 14  # of sources that can be read from any row
-_NEXT_PATH = "correct the path in the recipe; it is relative to the recipe's folder"
+_NEXT_PATH = "correct the path in the recipe; one that is not absolute starts from the recipe's folder"
 
 
 @dataclass(frozen=True)

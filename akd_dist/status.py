@@ -83,7 +83,13 @@ def typed_command(words: list[str], original: list[str]) -> str:
     program = Path(words[0])
     # By `python -m`, what runs is a __main__.py: the package's, or that of its command line.
     ours = program.name == "akd-dist" or (program.name == "__main__.py" and "akd_dist" in program.parts[-3:-1])
-    return shlex.join(["akd-dist", *(word for word in words[1:] if word != "--fresh")] if ours else original)
+    if not ours:
+        return shlex.join(original)
+    typed = [word for word in words[1:] if word != "--fresh"]
+    for option, root in (("--store-root", places.STORE_ROOT), ("--run-root", places.RUN_ROOT)):
+        if (chosen := os.environ.get(root.variable)) and not any(word.split("=")[0] == option for word in typed):
+            typed += [option, chosen]  # another shell may not have the variable
+    return shlex.join(["akd-dist", *typed])
 
 
 def birth_of(pid: int) -> str | None:

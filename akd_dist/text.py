@@ -191,7 +191,7 @@ def _folder(path: str | None) -> Path:
             f"no tokenizer at {path}",
             got="a file" if folder.exists() else "nothing there",
             expected="a folder that tokenizer.save_pretrained wrote",
-            next="correct data.text.path in the recipe; it is relative to the recipe's folder",
+            next="correct data.text.path in the recipe; one that is not absolute starts from the recipe's folder",
         )
     return folder
 

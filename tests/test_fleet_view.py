@@ -176,7 +176,7 @@ def test_the_end_of_a_student_is_a_line() -> None:
 
 
 DRIVER = RunDriver(
-    host="far-away", pid=4711, birth=None, since=1e9, command="akd-dist train-students r.yaml", folder="somewhere"
+    host="far-away", pid=4711, birth=None, since=1e9, command="akd-dist train-students r.yaml", folder=str(Path.cwd())
 )
 
 
@@ -193,7 +193,7 @@ DRIVER = RunDriver(
 def test_the_headline_says_what_goes_on_and_who_does_it(changes: dict[str, Any], said: str, goes_on: bool) -> None:
     status = a_status(driver=DRIVER, **changes)
     assert said in headline(status)
-    expected = "the same command goes on: akd-dist train-students r.yaml (in somewhere)" if goes_on else None
+    expected = f"the same command goes on: akd-dist train-students r.yaml (in {Path.cwd()})" if goes_on else None
     assert next_line(status) == expected
 
 
