@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 
 from akd_dist.storage.errors import DamagedError
 from akd_dist.storage.fence import Writer
-from akd_dist.storage.files import failpoint, sha256
+from akd_dist.storage.files import failpoint, parse_json, sha256
 
 MAGIC = b"AKDCKPT1"
 _HEAD = len(MAGIC) + 64
@@ -86,10 +87,11 @@ def glance(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             file.seek(_HEAD)
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            length = int.from_bytes(file.read(8), "little")
+            header = parse_json(file.read(length) if length <= os.fstat(file.fileno()).st_size else b"")
         pairs = json.loads(header["__metadata__"]["tree"])["dict"]
         return {key: value for key, value in pairs if not isinstance(value, dict | list)}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
@@ -121,9 +123,9 @@ def decode(data: bytes, path: Path | str = "a checkpoint") -> Any:
         )
     try:
         tensors = safetensors.torch.load(payload)
-        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+        header = parse_json(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         return _restore(json.loads(header["__metadata__"]["tree"]), tensors)
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise DamagedError(f"the checkpoint {path} cannot be read", got=error, expected="a checkpoint") from error
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from akd_dist import recipe
+from akd_dist import damage, recipe
 from akd_dist.device import settle
 from akd_dist.documents import CohortProgress, StudentProgress
 from akd_dist.group import Group, told
@@ -26,7 +26,7 @@ from akd_dist.rows import Rows, Splits, prepare
 from akd_dist.status import Pace, read_document, write_document
 from akd_dist.storage.errors import AkdError, HeldError, MachineError, RefusedError
 from akd_dist.storage.fence import Writer, take_over
-from akd_dist.storage.files import failpoint, file_lock, read_json
+from akd_dist.storage.files import failpoint, file_lock
 from akd_dist.storage.node_cache import open_decoded
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.stream import Stream
@@ -247,10 +247,10 @@ def ended(job: CohortJob, spec: recipe.Student) -> bool:
 def read_result(job: CohortJob, spec: recipe.Student) -> dict[str, Any] | None:
     """The fleet.json entry that a student left when it ended, None if it has not ended.
 
-    What is not whole counts as not there: the student goes on from its last checkpoint, and ends the same.
+    Raises:
+        DamagedError: as `damage.read_result`.
     """
-    result: dict[str, Any] | None = read_json(Path(job.root) / spec.name / "result.json")
-    return result
+    return damage.read_result(Path(job.root) / spec.name)
 
 
 def read_progress(job: CohortJob) -> CohortProgress | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from akd_dist.damage import reading
+from akd_dist.damage import load
 from akd_dist.recipe import AnnealingKD, ContinuationKD, HardLabels, Kd, Objective, Recipe, Student, Takd
 from akd_dist.storage.errors import RecipeError
 from akd_dist.storage.files import replace
@@ -271,9 +271,7 @@ def read_comparison(run: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     advice = "remove it, and run akd-dist compare again: what is trained is kept"
-    with reading(path, expected="what akd-dist compare wrote", next=advice):
-        document: dict[str, Any] = json.loads(path.read_bytes())
-        CompareDocument.model_validate(document)
+    document = load(path, CompareDocument, expected="what akd-dist compare wrote", next=advice)
     return document | {"run": str(run.absolute())}
 
 

@@ -17,13 +17,17 @@ SCHEMAS = Path(__file__).parent / "schemas"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Correlation = Annotated[float, Field(ge=-1, le=1)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
+Moment = Annotated[float, Field(ge=0, le=253_370_764_800)]
+"""Seconds since 1970, until the last day of 9999 or so: what a calendar can show."""
 
 
 class Document(BaseModel):
     """A JSON document of a fixed shape."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class CachedSplit(Document):
@@ -430,8 +434,8 @@ class FleetAssistant(FleetTeacher):
     """The train store of its logits."""
 
 
-class FleetStudent(Document):
-    """One student of a run."""
+class StudentResult(Document):
+    """What a student leaves in result.json when it ends."""
 
     name: str
     """Its folder under students/."""
@@ -466,6 +470,11 @@ class FleetStudent(Document):
     """The attempt of the run, from 1, in which it ended."""
     path: str
     """Its folder."""
+
+
+class FleetStudent(StudentResult):
+    """One student of a run."""
+
     store: str
     """The store that it was trained from."""
     teacher: str
@@ -563,6 +572,34 @@ class FleetDocument(Document):
     economics: list[Economics] = []
     """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read them.
     """
+
+
+class RunRows(Document):
+    """The rows of a split, by which a run is compared with another one of its name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    fingerprint: str
+    """The sha256 of their content and order."""
+    blocks: list[str]
+    """The sha256 of each block of rows."""
+    meaning: dict[str, Any] = {}
+    """What inputs and labels are."""
+
+
+class RunIdentity(Document):
+    """What a run keeps in identity.json: the resolved recipe without placement and places, and what these lead to."""
+
+    model_config = ConfigDict(extra="allow")
+
+    teacher: dict[str, Any]
+    """The recipe's teacher, and its fingerprint."""
+    dataset: dict[Literal["train", "validation", "test"], str]
+    """The fingerprint of each split."""
+    students: dict[str, dict[str, Any]]
+    """The students of the recipe, by name."""
+    rows: dict[Literal["train", "validation", "test"], RunRows] = {}
+    """What is known of the rows of each split."""
 
 
 class Estimate(Document):
@@ -760,6 +797,8 @@ class ReportedRun(Document):
     """Where students and teacher differ; empty for regression, and for runs that did not keep it."""
     economics: list[Economics]
     """What the stored logits cost and saved; empty for runs that did not measure it."""
+    problems: list[str] = []
+    """Files of students that could not be read, one line each; the page does without them."""
 
 
 class RunDifference(Document):
@@ -786,6 +825,21 @@ class RunsCompared(Document):
     """The groups of all runs; those of one name are the same students in other runs."""
 
 
+class Refusal(Document):
+    """Why a command refused."""
+
+    code: int
+    """The exit code."""
+    what: str
+    """What is wrong, with the name of the thing."""
+    got: str | None
+    """What was found."""
+    expected: str | None
+    """What would have been right."""
+    next: str | None
+    """What to do about it."""
+
+
 class ReportDocument(Document):
     """What `akd-dist report --json` prints."""
 
@@ -793,6 +847,8 @@ class ReportDocument(Document):
     """The runs, in the order in which they were named."""
     comparison: RunsCompared | None
     """Several runs in one page; null for a single run."""
+    refused: list[Refusal] = []
+    """Runs that could not be reported, and why; the others were."""
 
 
 class StudentProgress(Document):
@@ -837,7 +893,7 @@ class CohortProgress(Document):
 
     training: bool
     """Whether any of its students has steps left to take."""
-    at: float
+    at: Moment
     """When it was written, in seconds since 1970."""
     students: list[StudentProgress]
     """Every student of the cohort that had not ended before."""
@@ -859,7 +915,7 @@ class FleetPlan(Document):
 
     attempt: Count
     """Which attempt of the run this is: progress of others does not count."""
-    at: float
+    at: Moment
     """When it was written, in seconds since 1970."""
     metric: str
     """The primary metric."""
@@ -878,13 +934,13 @@ class RunDriver(Document):
     """Its process id there."""
     birth: str | None
     """What tells it from a later process of that id, where the system says so."""
-    since: float
+    since: Moment
     """When it took the run, in seconds since 1970."""
     command: str
     """What was typed."""
     folder: str
     """Where it was typed."""
-    ended: float | None = None
+    ended: Moment | None = None
     """When it let go of the run; null while it holds it, and if it was killed."""
 
 
@@ -919,6 +975,8 @@ class StatusDocument(Document):
     """The cohorts that do not train yet."""
     students: list[StudentProgress]
     """Every student, in the order of the recipe."""
+    problems: list[str] = []
+    """What could not be read of it, one line each; the rest is told without it."""
 
 
 class EvaluatedModel(Document):
@@ -1036,21 +1094,6 @@ class ExportDocument(Document):
     """What to know besides."""
     seconds: float
     """Wall-clock time."""
-
-
-class Refusal(Document):
-    """Why a command refused."""
-
-    code: int
-    """The exit code."""
-    what: str
-    """What is wrong, with the name of the thing."""
-    got: str | None
-    """What was found."""
-    expected: str | None
-    """What would have been right."""
-    next: str | None
-    """What to do about it."""
 
 
 class ErrorDocument(Document):

@@ -9,21 +9,21 @@ Nothing is computed but means, spreads, intervals and counts. `report_page` make
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from akd_dist.comparison import estimate, paired, read_comparison
-from akd_dist.damage import reading
-from akd_dist.differences import Classes, Numbers, classes_of, numbers_of, read_said
+from akd_dist.damage import load, read_epochs, reading
+from akd_dist.differences import Classes, Numbers, Said, classes_of, numbers_of, read_said
+from akd_dist.documents import FleetDocument
 from akd_dist.storage import places
-from akd_dist.storage.errors import RefusedError
-from akd_dist.storage.files import canonical_json
+from akd_dist.storage.errors import DamagedError, MachineError, RefusedError
+from akd_dist.storage.files import canonical_json, parse_json, read_small
 from akd_dist.student import TEST_NAME
 from akd_dist.wording import HARD_LABELS, OBJECTIVE_LABELS, SHOWN, Shown, house_table, percent, seconds, share
 
@@ -208,6 +208,18 @@ class Run:
     """The document of comparison.json, where objectives were compared."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What made the run what it is: the resolved recipe by student, and the rows."""
+    problems: list[str] = field(default_factory=list)
+    """Files of students that could not be read, one line each: one that is damaged takes nothing from the others."""
+
+    @contextlib.contextmanager
+    def without_damaged(self) -> Iterator[None]:
+        """Leave out what this block reads, and note the problem, if it is not what training wrote."""
+        try:
+            yield
+        except (DamagedError, MachineError) as error:
+            told = f"{error.what}: {error.got}".replace(f"{self.folder}/", "")
+            if told not in self.problems:
+                self.problems.append(told)
 
     @property
     def name(self) -> str:
@@ -231,19 +243,20 @@ class Run:
 
     @cached_property
     def differences(self) -> dict[str, Classes | Numbers]:
-        """Where the finished students of each group and the teacher differ, by stem; older runs did not keep it.
-
-        Raises:
-            DamagedError: a student's test.parquet is not what training wrote.
-        """
+        """Where the finished students of each group and the teacher differ, by stem; older runs did not keep it."""
         found: dict[str, Classes | Numbers] = {}
         for group in self.groups:
-            paths = (self.folder / "students" / student["name"] / TEST_NAME for student in group.done)
-            said = (one for one in map(read_said, paths) if one is not None)
+            said = (one for one in map(self._said, group.done) if one is not None)
             counted = numbers_of(said) if self.regression else classes_of(said)
             if counted is not None:
                 found[group.stem] = counted
         return found
+
+    def _said(self, student: dict[str, Any]) -> Said | None:
+        found: list[Said | None] = [None]
+        with self.without_damaged():
+            found.append(read_said(self.folder / "students" / student["name"] / TEST_NAME))
+        return found[-1]
 
     @cached_property
     def tau_families(self) -> dict[str, list[Group]]:
@@ -321,6 +334,7 @@ class Run:
                 if isinstance(counted, Classes)
             ],
             "economics": self.fleet.get("economics", []),
+            "problems": self.problems,
         }
 
 
@@ -525,15 +539,18 @@ def passes_saved(run: Run) -> str:
 
 
 def read_run(folder: Path) -> Run:
-    """All that a run left of its results.
+    """All that a run left of its results; what of its students cannot be read is left out, and told in `problems`.
 
     Raises:
         RefusedError: the run has no results (yet).
         DamagedError: they are not what training wrote.
     """
     fleet = read_fleet(folder)
-    metrics = {student["name"]: read_metrics(folder, student["name"]) for student in fleet["students"]}
-    return Run(folder, fleet, metrics, read_comparison(folder), read_identity(folder))
+    run = Run(folder, fleet, {}, read_comparison(folder), read_identity(folder))
+    for student in fleet["students"]:
+        with run.without_damaged():
+            run.metrics[student["name"]] = read_metrics(folder, student["name"])
+    return run
 
 
 def read_fleet(run_folder: Path) -> dict[str, Any]:
@@ -543,13 +560,9 @@ def read_fleet(run_folder: Path) -> dict[str, Any]:
         RefusedError: the run has no results (yet).
         DamagedError: the file is not the JSON document that a run writes.
     """
-    from akd_dist.documents import FleetDocument
-
     path = run_folder / "fleet.json"
     try:
-        with _reading(path):
-            fleet: dict[str, Any] = json.loads(path.read_bytes())
-            FleetDocument.model_validate(fleet)
+        fleet = load(path, FleetDocument, next="akd-dist train-students RECIPE collects it again from the students")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RefusedError(
             f"there are no results in {run_folder}",
@@ -592,7 +605,7 @@ def read_identity(run_folder: Path) -> dict[str, Any]:
         return {}
     advice = "restore it; or remove it: students are then told apart by their names"
     with reading(path, expected="what train-students wrote", next=advice):
-        identity: dict[str, Any] = json.loads(path.read_bytes())
+        identity: dict[str, Any] = parse_json(read_small(path))
         if not all(isinstance(identity[part], dict) for part in ("students", "dataset")):
             raise TypeError("students and dataset are no objects")
     return identity
@@ -601,30 +614,7 @@ def read_identity(run_folder: Path) -> dict[str, Any]:
 def read_metrics(run_folder: Path, student: str) -> Metrics:
     """A student's epochs in order, one dict each; none if it never finished one.
 
-    A last line without its newline was cut by a loss of power, and is left out.
-
     Raises:
-        DamagedError: a line is not an epoch as training writes it.
+        DamagedError: as `read_epochs`.
     """
-    from akd_dist.documents import EpochRecord
-
-    path = run_folder / "students" / student / "metrics.jsonl"
-    if not path.exists():
-        return []
-    records: Metrics = []
-    with _reading(path):
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = json.loads(line)
-                EpochRecord.model_validate(record)
-            except ValueError as error:  # of json and of pydantic
-                raise ValueError(f"line {number}: {line.decode(errors='replace').strip()[:80]}") from error
-            records.append(record)
-    return records
-
-
-def _reading(path: Path) -> contextlib.AbstractContextManager[None]:
-    advice = "akd-dist train-students RECIPE --fresh trains the run again"
-    return reading(path, expected="what train-students wrote", next=advice)
+    return read_epochs(run_folder / "students" / student)

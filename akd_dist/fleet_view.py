@@ -163,8 +163,8 @@ def next_line(status: StatusDocument) -> str | None:
     if status.driver is None:
         return "the command that it was started with goes on: akd-dist train-students RECIPE"
     command = f"{status.driver.command} (in {status.driver.folder})"
-    run = Path(status.run).resolve()
-    if (Path(status.driver.folder) / _run_root(status.driver.command)).resolve() == run.parent:
+    run, ours = Path(status.run).resolve(), status.driver.command.startswith("akd-dist ")
+    if not ours or (Path(status.driver.folder) / _run_root(status.driver.command)).resolve() == run.parent:
         return f"the same command goes on: {command}"
     roots = f"--run-root {run.parent}, and with --store-root where its stores are now"
     return f"the run was moved since it was started: the same command goes on with {roots}: {command}"

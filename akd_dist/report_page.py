@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from akd_dist.fleet_report import (
     tau_effects,
     unfinished,
 )
-from akd_dist.storage.errors import RecipeError
+from akd_dist.storage.errors import AkdError, DamagedError, MachineError, RecipeError, RefusedError
 from akd_dist.storage.files import replace
 from akd_dist.storage.places import written
 from akd_dist.wording import (
@@ -72,8 +72,11 @@ FEW_SEEDS, NAMED = 5, 3
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_report(run_folder: Path, out: Path | None = None) -> Path:
+def write_report(run_folder: Path, out: Path | None = None, tell: Callable[[str], None] | None = None) -> Path:
     """Write a run's page, `report.html` in its folder or `out`, in place of an older one.
+
+    Args:
+        tell: told of each file of a student that cannot be read, and that the page does without.
 
     Returns:
         The page's path.
@@ -85,15 +88,23 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
     """
     run_folder = Path(run_folder)
     path = out or run_folder / PAGE
-    replace(path, render(read_run(run_folder)).encode())
+    run = read_run(run_folder)
+    replace(path, render(run).encode())
+    if tell is not None:
+        for problem in run.problems:
+            tell(f"warning: {problem}")
     return path
 
 
-def write_reports(folders: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
+def write_reports(
+    folders: Sequence[Path], out: Path | None = None, *, refused: list[AkdError] | None = None
+) -> dict[str, Any]:
     """Write the page of each run, and of several runs one more that compares them.
 
     Args:
         out: where that one goes; None takes `report.html` beside the first run's folder. Of a single run, its page.
+        refused: takes the refusals of runs that cannot be read, so that the others are reported all the same; without
+            it, or if no run can be read, the first is raised.
 
     Returns:
         The document that `akd-dist report --json` prints (documents.ReportDocument).
@@ -111,7 +122,16 @@ def write_reports(folders: Sequence[Path], out: Path | None = None) -> dict[str,
             expected="folders of runs, each once",
             next="akd-dist report runs/digits",
         )
-    runs = [read_run(folder) for folder in folders]
+    runs, failures = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except (RefusedError, DamagedError, MachineError) as error:
+            failures.append(error)
+    if failures and (refused is None or not runs):
+        raise failures[0]
+    if refused is not None:
+        refused += failures
     check_comparable(runs)
     together = (out or folders[0].absolute().parent / PAGE) if len(runs) > 1 else None
     comparison = None
@@ -128,7 +148,8 @@ def write_reports(folders: Sequence[Path], out: Path | None = None) -> dict[str,
         documents.append(run.document(str(run.folder), path))
     if together is not None:
         replace(together, render_runs(runs).encode())
-    return {"runs": documents, "comparison": comparison}
+    told = [error.to_json() for error in failures]
+    return {"runs": documents, "comparison": comparison, "refused": told}
 
 
 def _template(name: str) -> Any:
@@ -151,7 +172,7 @@ def _template(name: str) -> Any:
 def render(run: Run) -> str:
     """A run's page as text."""
     fleet, shown, groups = run.fleet, run.shown, run.groups
-    effects = tau_effects(run)
+    effects, differences = tau_effects(run), _differences(run)
     text: str = _template("report.html.j2").render(
         run=run.name,
         fleet=fleet,
@@ -172,7 +193,8 @@ def render(run: Run) -> str:
         curve_figures=[*figures.stage_figures(run), *figures.schedule_figure(run), *figures.curve_figures(run)],
         schedules_left=max(0, len(figures.schedules_of(run)) - figures.SCHEDULES_DRAWN),
         schedules_drawn=figures.SCHEDULES_DRAWN,
-        differences=_differences(run),
+        differences=differences,
+        problems=run.problems,
         economics=[(_owner(one), one) for one in fleet.get("economics", [])],
         totals=list(_totals(run)),
         objective_labels=OBJECTIVE_LABELS,

@@ -9,8 +9,8 @@ of is read from the students' folders, so that a run is seen as well after its d
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import shlex
 import socket
 import sys
@@ -20,18 +20,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
-from akd_dist.documents import CohortProgress, Document, FleetPlan, RunDriver, StatusDocument, StudentProgress
+from akd_dist.damage import load, read_epochs, read_result
+from akd_dist.documents import (
+    CohortProgress,
+    Document,
+    FleetDocument,
+    FleetPlan,
+    RunDriver,
+    StatusDocument,
+    StudentProgress,
+)
 from akd_dist.storage import places
-from akd_dist.storage.errors import RefusedError
-from akd_dist.storage.files import read_json, replace
+from akd_dist.storage.errors import AkdError, RefusedError
+from akd_dist.storage.files import read_json, read_small, replace
 
 # A pace is that of the last seconds: students that end make room for the others.
 PACE_SECONDS = 10.0
 # How long a driver on another machine may be silent before it counts as gone; it writes every few seconds.
 SILENT_SECONDS = 60.0
 ENDED = ("done", "diverged", "failed")
+CHECKPOINT = re.compile(r"(\d{1,12})-(\d{1,12})-")
 
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
@@ -113,8 +121,8 @@ def write_document(path: Path, document: Document) -> None:
 def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument | None:
     """A document of control/; None where there is none, or one that another version of akd-dist wrote."""
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
+        return kind.model_validate_json(read_small(path))
+    except (OSError, ValueError):  # of files that are none, and of pydantic
         return None
 
 
@@ -143,7 +151,7 @@ class RunReader:
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        self._kept: dict[str, tuple[Any, StudentProgress]] = {}
+        self._kept: dict[str, tuple[Any, StudentProgress, list[str]]] = {}
 
     def read(self) -> StatusDocument:
         """How far it is now.
@@ -156,7 +164,8 @@ class RunReader:
         if driver is not None:
             driver = driver.model_copy(update={"folder": places.found(driver.folder, self.run)})
         plan = read_document(self.run / "control" / "plan.json", FleetPlan)
-        saved: dict[str, Any] | None = read_json(self.run / "fleet.json")
+        problems: list[str] = []
+        saved = self._saved(problems)
         told = self._told(plan) if plan else []
         at = _last_sign(driver, plan, [progress for progress, _ in told])
         alive = is_alive(driver) if driver else None
@@ -170,6 +179,7 @@ class RunReader:
         students = self._students(plan, saved, told if training else [], queued)
         if training:
             students = _in_line(students, queued)
+        problems += [problem for _, _, told_of in self._kept.values() for problem in told_of]
         return StatusDocument(
             run=str(self.run),
             state="training" if training else "preparing" if preparing else "stopped" if saved is None else "done",
@@ -185,7 +195,17 @@ class RunReader:
             over=sum(student.state in ENDED for student in students),
             cohorts=plan.cohorts if plan and training else [],
             students=students,
+            problems=problems,
         )
+
+    def _saved(self, problems: list[str]) -> dict[str, Any] | None:
+        """The results of a run that is done; None where there are none, or none that can be read."""
+        path = self.run / "fleet.json"
+        try:
+            return None if read_json(path) is None else load(path, FleetDocument, next="")
+        except AkdError as error:
+            problems.append(_one_line(error, self.run))
+            return None
 
     def _check_is_there(self) -> None:
         if not any((self.run / name).exists() for name in ("control", "identity.json", "fleet.json")):
@@ -199,7 +219,8 @@ class RunReader:
     def _told(self, plan: FleetPlan) -> list[tuple[CohortProgress, int]]:
         """What the cohorts of the plan's attempt tell, in the order in which they began, and when they did."""
         paths = (self.run / "control").glob(f"progress-cohort-{plan.attempt}-*.json")
-        ordered = sorted(paths, key=lambda path: int(path.stem.rsplit("-", 1)[1]))
+        numbered = {path: path.stem.rsplit("-", 1)[1] for path in paths}
+        ordered = sorted((path for path, number in numbered.items() if number.isdecimal()), key=_number_of)
         return [(told, written(path)) for path in ordered if (told := read_document(path, CohortProgress))]
 
     def _students(
@@ -228,15 +249,32 @@ class RunReader:
     def _standing(self, planned: StudentProgress, metric: str, again: bool) -> StudentProgress:
         """How far a student is by its folder."""
         folder = self.run / "students" / planned.name
-        checkpoint = max((path.name for path in folder.glob("checkpoints/*.ckpt")), default=None)
+        names = (path.name for path in folder.glob("checkpoints/*.ckpt"))
+        checkpoint = max((name for name in names if CHECKPOINT.match(name)), default=None)
         stamp = (planned, checkpoint, again, *(written(folder / name) for name in ("result.json", "metrics.jsonl")))
         if (kept := self._kept.get(planned.name)) is None or kept[0] != stamp:
-            kept = self._kept[planned.name] = stamp, standing(folder, planned, metric, checkpoint, again)
+            problems: list[AkdError] = []
+            found = standing(folder, planned, metric, checkpoint, again, problems)
+            told = [_one_line(error, self.run) for error in problems]
+            kept = self._kept[planned.name] = stamp, found, told
         return kept[1]
 
 
+def _number_of(path: Path) -> int:
+    return int(path.stem.rsplit("-", 1)[1])
+
+
+def _one_line(error: AkdError, run: Path) -> str:
+    return f"{error.what}: {error.got}".replace(f"{run}/", "")
+
+
 def standing(
-    folder: Path, planned: StudentProgress, metric: str, checkpoint: str | None, again: bool
+    folder: Path,
+    planned: StudentProgress,
+    metric: str,
+    checkpoint: str | None,
+    again: bool,
+    problems: list[AkdError] | None = None,
 ) -> StudentProgress:
     """How far a student is by what lies in its folder.
 
@@ -244,14 +282,24 @@ def standing(
         planned: the student as if it had not begun.
         checkpoint: the name of its newest one: `<epoch>-<step>-<attempt>.ckpt`.
         again: whether it is in line: had it failed, it will go on from its checkpoint, and what is left counts again.
+        problems: takes what could not be read; the student is told of by what is left.
     """
-    result: dict[str, Any] | None = read_json(folder / "result.json")
+    problems = [] if problems is None else problems
+    try:
+        result = read_result(folder)
+    except AkdError as error:
+        problems.append(error)
+        result = None
     if again and result is not None and result["state"] == "failed":
         result = None
-    records = read_metrics(folder)
-    last = records[-1] if records else {"validation": {}}
+    try:
+        records = read_epochs(folder)
+    except AkdError as error:
+        problems.append(error)
+        records = []
+    last = records[-1] if records else {}
     changes = {"stage": last.get("stage"), "temperature": last.get("temperature"), "loss": last.get("train_loss")}
-    changes["validation"] = last["validation"].get(metric)
+    changes["validation"] = (last.get("validation") or {}).get(metric)
     per_epoch = planned.steps_total // max(planned.epochs - planned.epochs_shared, 1)
     if result is not None:
         changes |= {"state": result["state"], "reason": result["reason"], "epoch": result["epochs"]}
@@ -270,13 +318,13 @@ def standing(
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a student's metrics.jsonl, one an epoch; none before its first, nor of a torn file.
+    """The lines of a student's metrics.jsonl, one an epoch; none before its first, nor of a damaged file.
 
-    So it is for display, and for a student that failed; reports take those of `fleet_report`, which refuses a torn one.
+    So it is for trackers, and for a student that failed; reports tell of a damaged one.
     """
     try:
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (FileNotFoundError, ValueError):
+        return read_epochs(folder)
+    except AkdError:
         return []
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+from akd_dist.damage import read_result
 from akd_dist.status import read_metrics, written
 from akd_dist.storage.errors import RecipeError
 from akd_dist.storage.files import read_json, replace
@@ -360,10 +361,11 @@ class WandbLog:
         self.tracker, self.student = tracker, student
         self.id = hashlib.sha256(f"{tracker.key}/{student.name}".encode()).hexdigest()[:16]
         self.note = student.folder / "wandb.json"
-        noted = read_json(self.note) or {}
-        same = noted.get("id") == self.id
-        self.epochs: int = max(noted["epochs"] if same else 0, _epochs_in_files(tracker.run, self.id))
-        self.ended: str | None = noted["ended"] if same else None
+        noted = read_json(self.note)
+        if not isinstance(noted, dict) or noted.get("id") != self.id or not isinstance(noted.get("epochs"), int):
+            noted = {}
+        self.epochs: int = max(noted.get("epochs", 0), _epochs_in_files(tracker.run, self.id))
+        self.ended: str | None = noted.get("ended")
         self.run: Any = None
 
     def epoch(self, record: Record) -> None:
@@ -477,7 +479,8 @@ def _check_wandb_login() -> None:
 def run_key(run: Path) -> str:
     """What a run is known by to trackers on other machines: drawn once, and anew when it is started over."""
     path = run / "trackers.json"
-    if (noted := read_json(path)) is None:
+    noted = read_json(path)
+    if not isinstance(noted, dict) or not isinstance(noted.get("key"), str):
         noted = {"key": secrets.token_hex(16)}
         replace(path, json.dumps(noted).encode())
     key: str = noted["key"]
@@ -543,7 +546,7 @@ class Follower:
         if student.name not in self.logs:
             self.logs[student.name] = self.tracker.open(student)
         log = self.logs[student.name]
-        result = read_json(student.folder / "result.json")
+        result = read_result(student.folder)
         for record in read_metrics(student.folder)[log.epochs :]:
             log.epoch(record)
             self.sent_at = time.monotonic()

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -36,6 +36,8 @@ from akd_dist.cohort import (
     train_cohort,
     wait_for_lock,
 )
+from akd_dist.damage import load
+from akd_dist.documents import RunIdentity
 from akd_dist.economics import Reading, economics, reading
 from akd_dist.fleet_plan import Plan
 from akd_dist.fleet_report import read_fleet, read_metrics
@@ -51,7 +53,7 @@ from akd_dist.report_page import write_report
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
 from akd_dist.status import driving
 from akd_dist.storage import places
-from akd_dist.storage.errors import AkdError, DamagedError, RecipeError, RefusedError
+from akd_dist.storage.errors import AkdError, RecipeError, RefusedError
 from akd_dist.storage.files import canonical_json, file_lock, read_json, replace
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore, open_store
@@ -166,7 +168,8 @@ def _train_held(
             open_stream(replaced(cohort_job(base, (one,), chain[-1]), device="cpu"), splits)
         with forward(), _going_on(asked.fresh):
             cohorts = _train(base, recipe, todo, chain, costs, asked) if todo else 0
-        fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - asked.began)
+        took = time.monotonic() - asked.began
+        fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, took, asked.tell)
     tell_failures(fleet, base, asked.console)
     return fleet
 
@@ -328,18 +331,12 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
     Raises:
         RefusedError: the data are others; names the first block of rows that differs.
         RecipeError: the recipe or the teacher is another one.
-        DamagedError: what says how the run was made is not whole.
+        DamagedError: what says how the run was made is not whole; names the field.
     """
     if not (run / "identity.json").exists():
         return
-    saved = read_json(run / "identity.json")
-    if not isinstance(saved, dict) or not {"teacher", "dataset", "students"} <= saved.keys():
-        raise DamagedError(
-            f"{run / 'identity.json'} is damaged, so nobody can tell whether {recipe.name} was made from this recipe",
-            got=f"{(run / 'identity.json').stat().st_size} bytes that are no document of a run",
-            expected="what the run wrote there when it began",
-            next="--fresh starts over; if you know that the recipe is the same, remove that file to go on",
-        )
+    advice = "--fresh starts over; if you know that the recipe is the same, remove that file to go on"
+    saved = load(run / "identity.json", RunIdentity, expected="what the run wrote there when it began", next=advice)
     if "fingerprint" not in identity["teacher"]:
         for key in ("fingerprint", "assistant_fingerprints"):
             saved["teacher"].pop(key, None)
@@ -485,8 +482,13 @@ def finish_run(
     parameters: dict[str, int],
     cohorts: int,
     seconds: float,
+    told: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Collect every student's result into fleet.json and the report."""
+    """Collect every student's result into fleet.json and the report.
+
+    Args:
+        told: told of each file of a student that the report has to do without.
+    """
     stores = [{split: open_store(uri) for split, uri in each.items()} for each in chain]
     results = []
     for spec in recipe.students:
@@ -510,7 +512,7 @@ def finish_run(
     fleet["economics"] = balances(run, recipe, splits, fleet, stores)
     in_the_run = places.each(fleet, functools.partial(places.written, folder=run))
     replace(run / "fleet.json", json.dumps(in_the_run, indent=1).encode())
-    write_report(run)
+    write_report(run, tell=told)
     tidy(base)
     return read_fleet(run)
 

@@ -10,15 +10,18 @@ import json
 import os
 import secrets
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from akd_dist.storage.errors import HeldError, MachineError, RecipeError
 
 # Names of files in the making. Readers skip them, `stores gc` removes those whose writer died.
 PARTIAL_SUFFIX = ".partial"
+# The most bytes that a document of a run has: more than the results of ten thousand students take.
+MAX_DOCUMENT = 1 << 28
 # What link(2) answers on file systems that have no hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 
@@ -156,12 +159,56 @@ def _there_already(path: Path) -> RecipeError:
     )
 
 
-def read_json(path: Path) -> Any | None:
-    """The JSON document in a file; None where there is no file, or none that is whole."""
+def read_small(path: Path) -> bytes:
+    """The content of a document: of a regular file, of no more than MAX_DOCUMENT bytes.
+
+    Raises:
+        ValueError: it is something else, or larger.
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe of that name would be waited for
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("no regular file")
+        if status.st_size > MAX_DOCUMENT:
+            raise ValueError(f"{status.st_size:,} bytes, where {MAX_DOCUMENT:,} are the most that a document has")
+        return file.read()
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, holds NaN or an infinity, or is nested too deeply.
+    """
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def read_json(path: Path) -> Any | None:
+    """The JSON document in a file; None where there is no file, or none that is whole.
+
+    Raises:
+        MachineError: it cannot be read.
+    """
+    try:
+        return parse_json(read_small(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    except OSError as error:
+        raise MachineError(
+            f"cannot read {path}",
+            got=error.strerror or str(error),
+            expected="a file that this user may read",
+            next="mend its permissions, or the disk",
+        ) from error
 
 
 def append(path: Path, text: str) -> None:

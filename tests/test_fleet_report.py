@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import akd_dist
+from akd_dist import cli
 from akd_dist.differences import read_said
 from akd_dist.documents import Economics, FleetDocument, ReportDocument
 from akd_dist.economics import Reading, economics, reading
@@ -481,8 +483,8 @@ def test_page_of_a_regression_speaks_of_its_metric(tmp_path: Path) -> None:
 
 
 def test_same_results_same_bytes(page_text: str, tmp_path: Path) -> None:
-    write_run(tmp_path)
-    assert write_report(tmp_path).read_text() == page_text
+    write_run(tmp_path / "run0")
+    assert write_report(tmp_path / "run0").read_text() == page_text
 
 
 def test_figures_that_have_no_data_are_left_out(tmp_path: Path) -> None:
@@ -768,7 +770,46 @@ def test_damaged_answers_are_named(tmp_path: Path, content: bytes | None) -> Non
     else:
         path.write_bytes(content)
     with pytest.raises(DamagedError, match=r"test\.parquet is damaged"):
-        write_report(tmp_path)
+        read_said(path)
+    told: list[str] = []
+    page = write_report(tmp_path, tell=told.append).read_text()
+    assert f"students/{entry['name']}/test.parquet is damaged" in page
+    assert [line.partition(": ")[2].partition(" is ")[0] for line in told] == [f"students/{entry['name']}/test.parquet"]
+
+
+def test_one_damaged_run_takes_nothing_from_the_report_of_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two", "bad"):
+        write_run(tmp_path / name)
+    metrics = next((tmp_path / "two" / "students").glob("*/metrics.jsonl"))
+    metrics.write_bytes(b"[" * 200_000 + b"\n")
+    fleet = json.loads((tmp_path / "bad" / "fleet.json").read_bytes())
+    (tmp_path / "bad" / "fleet.json").write_text(json.dumps(fleet | {"cohots": 1}))
+    folders = [str(tmp_path / name) for name in ("one", "bad", "two", "gone")]
+    code, out, err = report_of(*folders, capsys=capsys)
+    assert code == 5
+    assert [line.split()[0] for line in err.splitlines()] == ["warning:", "error:", "error:"]
+    assert "cohots" in err
+    for name in ("one", "two"):
+        assert (tmp_path / name / "report.html").exists()
+    assert not (tmp_path / "bad" / "report.html").exists()
+    code, out, _ = report_of(*folders, "--json", capsys=capsys)
+    document = ReportDocument.model_validate(json.loads(out))
+    assert code == 5
+    assert [one.code for one in document.refused] == [5, 4]
+    assert [len(run.problems) for run in document.runs] == [0, 1]
+    assert report_of(str(tmp_path / "bad"), capsys=capsys)[0] == 5
+    with pytest.raises(DamagedError):
+        akd_dist.report(*folders)
+
+
+def report_of(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", *words])
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
 
 
 def test_a_flipped_bit_of_the_answers_is_told_or_harmless(tmp_path: Path) -> None:

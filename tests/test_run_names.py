@@ -124,6 +124,38 @@ def test_a_torn_identity_is_told_and_not_believed(
     assert snapshot(runs / "fleet" / "students") == before
 
 
+FOREIGN_IDENTITIES = {
+    "brackets": (b"[" * 200_000, "nested too deeply"),
+    "teacher": (b'{"teacher": 3, "dataset": {}, "students": {}}', "teacher: Input should be"),
+    "rows": (
+        b'{"teacher": {}, "dataset": {}, "students": {}, "rows": {"train": {"fingerprint": "ab"}}}',
+        "rows.train.blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_IDENTITIES)
+def test_a_damaged_identity_names_its_field(
+    case: str, place: Place, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, field = FOREIGN_IDENTITIES[case]
+    (runs / "fleet" / "identity.json").write_bytes(content)
+    assert field in refused(5, place.command("train-students", runs), capsys)["got"]
+
+
+def test_a_damaged_result_names_its_field_and_trains_nobody_again(
+    place: Place, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = runs / "fleet" / "students" / "hard" / "result.json"
+    path.write_text(path.read_text().replace('"epochs"', '"epohcs"'))
+    before = snapshot(runs / "fleet" / "students")
+    error = refused(5, place.command("train-students", runs), capsys)
+    assert "hard/result.json is damaged" in error["what"]
+    assert "epohcs" in error["got"] or "epochs" in error["got"]
+    assert "remove it" in error["next"]
+    assert snapshot(runs / "fleet" / "students") == before
+
+
 @pytest.mark.parametrize("left", [b"", b'{"students": ['])
 def test_torn_results_are_collected_again(place: Place, runs: Path, left: bytes) -> None:
     before, fleet = snapshot(runs / "fleet" / "students"), json.loads((runs / "fleet" / "fleet.json").read_bytes())

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from akd_dist import cli
 from akd_dist.cohort import read_progress, train_cohort
+from akd_dist.damage import read_result
 from akd_dist.documents import (
     CohortProgress,
     CohortStatus,
@@ -32,8 +33,18 @@ from akd_dist.jobs.planner import Costs, cohort_job
 from akd_dist.jobs.train_students import fleet_job, train_students
 from akd_dist.recipe import Recipe
 from akd_dist.rows import prepare
-from akd_dist.status import Pace, RunReader, birth_of, driving, read_document, standing, typed_command, write_document
-from akd_dist.storage.errors import RefusedError
+from akd_dist.status import (
+    Pace,
+    RunReader,
+    birth_of,
+    driving,
+    read_document,
+    read_metrics,
+    standing,
+    typed_command,
+    write_document,
+)
+from akd_dist.storage.errors import DamagedError, MachineError, RefusedError
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, stores_of
 
 
@@ -57,13 +68,30 @@ def tell(run: Path, cohort: str, *students: StudentProgress) -> None:
 def leave(run: Path, name: str, *, result: dict[str, Any] | None = None, checkpoint: str | None = None) -> None:
     folder = run / "students" / name
     (folder / "checkpoints").mkdir(parents=True)
-    record = {"stage": "annealing", "temperature": 3, "train_loss": 0.5, "validation": {"accuracy": 0.25}}
+    record = {"epoch": 0, "stage": "annealing", "temperature": 3, "train_loss": 0.5, "validation": {"accuracy": 0.25}}
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     if result is not None:
-        whole = {"state": "done", "reason": None, "epochs": 4, "validation": {"accuracy": 0.75}} | result
-        (folder / "result.json").write_text(json.dumps(whole))
+        (folder / "result.json").write_text(json.dumps(a_result(name, **result)))
     if checkpoint is not None:
         (folder / "checkpoints" / f"{checkpoint}.ckpt").touch()
+
+
+def a_result(name: str, **changes: Any) -> dict[str, Any]:
+    """What a student leaves when it ends."""
+    ended = {
+        "name": name, "model": "mlp-8", "parameters": 610, "objective": "annealing_kd", "tau_max": 3, "seed": 0,
+        "state": "done", "reason": None, "epochs": 4, "validation": {"accuracy": 0.75}, "test": {"accuracy": 0.7},
+        "agreement": 0.8, "seconds": 1.0, "stage1_from": None, "attempt": 1, "path": ".",
+    }  # fmt: skip
+    return ended | changes
+
+
+def a_fleet(*students: str) -> dict[str, Any]:
+    """What a run that is done leaves."""
+    entries = [a_result(name) | {"store": "../stores/id", "teacher": "ab"} for name in students]
+    teacher = {"model": "cnn-8", "parameters": 1, "test": {"accuracy": 0.9}, "fingerprint": "ab"}
+    known = {"run": ".", "store": "../stores/id", "task": "classification", "metric": "accuracy", "teacher": teacher}
+    return known | {"students": entries, "cohorts": 1, "seconds": 1.0}
 
 
 def by_name(status: StatusDocument) -> dict[str, StudentProgress]:
@@ -108,7 +136,7 @@ def test_a_student_that_the_driver_gave_up_is_failed_although_its_worker_told_ot
         reader = RunReader(tmp_path)
         assert by_name(reader.read())["one"].state == "training"
         time.sleep(0.02)
-        again = {"state": "failed", "reason": "again and again", "epochs": 1, "validation": None}
+        again = a_result("one", state="failed", reason="again and again", epochs=1, validation=None)
         (tmp_path / "students" / "one" / "result.json").write_text(json.dumps(again))
         assert by_name(reader.read())["one"].reason == "again and again"
 
@@ -188,7 +216,7 @@ def test_a_driver_that_is_dead_but_not_buried_is_gone(tmp_path: Path) -> None:
 
 
 def test_a_run_is_done_since_its_results_were_written(tmp_path: Path) -> None:
-    (tmp_path / "fleet.json").write_text(json.dumps({"metric": "accuracy", "students": []}))
+    (tmp_path / "fleet.json").write_text(json.dumps(a_fleet()))
     os.utime(tmp_path / "fleet.json", (1e9, 1e9))
     with driving(tmp_path):  # it tries again who failed, or only shows the results
         assert RunReader(tmp_path).read().state == "preparing"
@@ -484,3 +512,129 @@ def test_a_fleet_is_watched_while_it_trains_and_leaves_event_files(
         assert [event.step for event in events.Scalars("train/loss")] == list(range(40))
         assert len(events.Scalars("test/accuracy")) == 1
     assert len(list((run / "mlruns").glob("*/*/tags/akd_dist.student"))) == 3
+
+
+# ---- documents from elsewhere
+
+
+BRACKETS = b"[" * 200_000
+FOREIGN: dict[str, bytes | dict[str, Any] | None] = {
+    "no JSON": b'{"state": "do',
+    "brackets": BRACKETS,
+    "brackets in a key": b'{"name": "one", "state": ' + BRACKETS,
+    "another shape": b"[1, 2]",
+    "a number": b"3",
+    "a misspelt key": {"epohcs": 4},
+    "another type": {"epochs": "four"},
+    "a number without end": b'{"epochs": ' + b"9" * 100_000 + b"}",
+    "a huge number": {"epochs": 10**30},
+    "not a number": {"seconds": float("nan")},
+    "no end": {"seconds": float("inf")},
+    "another student's": {"name": "two"},
+    "a folder": None,
+}
+
+
+# What is no JSON at all was cut by a loss of power: the student goes on from its last checkpoint.
+TORN = ("no JSON", "brackets", "brackets in a key", "a number without end", "not a number", "no end")
+CONTROL = ("driver", "plan", "progress-cohort-2-0")
+
+
+def put(path: Path, content: bytes | dict[str, Any] | None, whole: dict[str, Any]) -> None:
+    """A document as somebody else would leave it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(json.dumps(whole | content))
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_damaged_result_is_a_line_and_takes_nothing_from_the_others(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with driving(tmp_path):
+        a_run(tmp_path, "one", "two")
+    leave(tmp_path, "two", result={})
+    put(tmp_path / "students" / "one" / "result.json", FOREIGN[case], a_result("one"))
+    code, out, err = status_of(tmp_path, capsys=capsys)
+    assert code == 0
+    assert ("one", "waiting") in [tuple(line.split()[:2]) for line in out.splitlines()]
+    assert ("two", "done") in [tuple(line.split()[:2]) for line in out.splitlines()]
+    result = tmp_path / "students" / "one" / "result.json"
+    if case in TORN:
+        assert err == ""
+        assert read_result(result.parent) is None
+        return
+    assert err.startswith("warning: ")
+    assert err.count("\n") == 1
+    assert ("epohcs" if case == "a misspelt key" else "students/one/result.json") in err
+    with pytest.raises((DamagedError, MachineError)):
+        read_result(result.parent)
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+@pytest.mark.parametrize("name", ["fleet.json", *(f"control/{name}.json" for name in CONTROL)])
+def test_status_tells_what_it_can_whatever_a_document_holds(
+    name: str, case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with driving(tmp_path):
+        a_run(tmp_path, "one")
+        tell(tmp_path, "2-0", planned("one", state="training"))
+    leave(tmp_path, "one", checkpoint="000001-00000005-0001")
+    (tmp_path / "fleet.json").write_text(json.dumps(a_fleet("one")))
+    path = tmp_path / name
+    whole = json.loads(path.read_bytes())
+    path.unlink()
+    put(path, FOREIGN[case], whole)
+    code, _, err = status_of(tmp_path, capsys=capsys)
+    assert code == 0
+    assert "error" not in err
+
+
+@pytest.mark.parametrize("moment", [1e30, -1.0, 1e18])
+def test_a_time_that_no_calendar_has_is_not_believed(
+    moment: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with driving(tmp_path):
+        a_run(tmp_path, "one")
+    path = tmp_path / "control" / "driver.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"since": moment}))
+    assert status_of(tmp_path, capsys=capsys)[0] == 0
+
+
+def test_files_that_only_look_like_ours_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with driving(tmp_path):
+        a_run(tmp_path, "one", cohorts=[CohortStatus(state="starting", students=["one"])])
+        (tmp_path / "control" / "progress-cohort-2-mine.json").write_text("{}")
+        leave(tmp_path, "one", checkpoint="mine")
+        os.mkfifo(tmp_path / "students" / "one" / "result.json")
+        assert by_name(RunReader(tmp_path).read())["one"].state == "waiting"
+
+
+LINES = {
+    "brackets": BRACKETS,
+    "another shape": b"[1]",
+    "a misspelt key": b'{"epohc": 0, "stage": "kd", "train_loss": 0.5, "validation": null}',
+    "not a number": b'{"epoch": 0, "stage": "kd", "train_loss": NaN, "validation": null}',
+    "no validation": b'{"epoch": 0, "stage": "kd", "train_loss": 0.5, "validation": 3}',
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_a_damaged_line_of_metrics_is_a_line_of_status(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with driving(tmp_path):
+        a_run(tmp_path, "one", "two")
+    for name in ("one", "two"):
+        leave(tmp_path, name, result={})
+    (tmp_path / "students" / "one" / "metrics.jsonl").write_bytes(LINES[case] + b"\n")
+    code, out, err = status_of(tmp_path, capsys=capsys)
+    assert code == 0
+    assert out.count(" done ") == 2
+    assert err.startswith("warning: students/one/metrics.jsonl is damaged: line 1: ")
+    assert err.count("\n") == 1
+    assert read_metrics(tmp_path / "students" / "one") == []

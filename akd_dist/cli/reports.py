@@ -8,6 +8,7 @@ import click
 
 from akd_dist.cli.options import complete_folder, json_option
 from akd_dist.cli.show import print_json, print_table, short_path
+from akd_dist.storage.errors import AkdError
 
 
 @click.command("report")
@@ -18,22 +19,32 @@ from akd_dist.cli.show import print_json, print_table, short_path
     help="Where the page goes that compares several runs (default: report.html beside the first), or a run's page.",
 )
 @json_option
-def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
+def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> int:
     """Print the tables of runs, write report.html.
 
-    Each page is one file that opens offline. With several runs there is one page more, which compares them.
+    Each page is one file that opens offline. With several runs there is one page more, which compares them; a run that
+    cannot be read takes nothing from the others.
     """
     from akd_dist.fleet_report import fleet_table, read_run, runs_table
     from akd_dist.report_page import write_reports
 
-    document = write_reports([Path(run) for run in runs], None if out is None else Path(out).absolute())
+    refused: list[AkdError] = []
+    document = write_reports(
+        [Path(run) for run in runs], None if out is None else Path(out).absolute(), refused=refused
+    )
+    code = refused[0].code if refused else 0
     if as_json:
         print_json(document)
-        return
-    read = [read_run(Path(run)) for run in runs]
+        return code
+    read = [read_run(Path(one["run"])) for one in document["runs"]]
     for run, written in zip(read, document["runs"], strict=True):
         print_table(fleet_table(run.fleet))
         click.echo(f"report  {short_path(written['report'])}")
+        for problem in written["problems"]:
+            click.echo(f"warning: {run.folder}: {problem}", err=True)
     if document["comparison"] is not None:
         print_table(runs_table(read))
         click.echo(f"report  {short_path(document['comparison']['report'])}")
+    for error in refused:
+        click.echo(f"error: {error.what}: {error.got}", err=True)
+    return code

@@ -90,5 +90,7 @@ def _print(found: StatusDocument) -> None:
     # Not a line of the table: commands and paths in it are to be copied.
     click.echo(headline(found))
     result_console().print(FleetView(found))
+    for problem in found.problems:
+        click.echo(f"warning: {problem}", err=True)
     if told := next_line(found):
         click.echo(told)
