@@ -18,12 +18,14 @@ from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
+# What of akd_dist/ is the top floor, besides its command line.
+TOP = ("__init__", "__main__")
 # Floor -> its modules, each once: the symlinks in akd_dist are not followed.
 FLOORS = {
     "storage": sorted((ROOT / "storage").glob("**/*.py")),
-    "akd_dist": sorted(path for path in (ROOT / "akd_dist").glob("*.py") if path.stem != "__init__"),
+    "akd_dist": sorted(path for path in (ROOT / "akd_dist").glob("*.py") if path.stem not in TOP),
     "jobs": sorted((ROOT / "jobs").glob("**/*.py")),
-    "top": [ROOT / "akd_dist" / "__init__.py", *sorted((ROOT / "akd_dist" / "cli").glob("*.py"))],
+    "top": [*(ROOT / "akd_dist" / f"{stem}.py" for stem in TOP), *sorted((ROOT / "akd_dist" / "cli").glob("*.py"))],
 }
 # What a floor may not import, as dotted prefixes, and what it may import although a prefix forbids it.
 FORBIDDEN = {

@@ -33,14 +33,14 @@ from tests.fleets import HARD, a_recipe, a_student, a_teacher, stores_of
 @pytest.mark.parametrize(
     ("place", "folder", "text"),
     [
-        ("/work/stores/id", "/work/runs/one", "../../stores/id"),
-        ("/work/runs/one", "/work/runs/one", "."),
-        ("/work/runs/one/students/a", "/work/runs/one", "students/a"),
-        ("/work/runs", "/work/runs/one", ".."),
-        ("/stores/id", "/work/runs/one", "/stores/id"),  # nothing in common: they are not moved together
-        ("s3://bucket/stores/id", "/work/runs/one", "s3://bucket/stores/id"),
-        ("/work/runs/one", "s3://bucket/stores/id", "/work/runs/one"),
-        ("../data", "/work/runs/one", "../data"),
+        ("/data/stores/id", "/data/runs/one", "../../stores/id"),
+        ("/data/runs/one", "/data/runs/one", "."),
+        ("/data/runs/one/students/a", "/data/runs/one", "students/a"),
+        ("/data/runs", "/data/runs/one", ".."),
+        ("/stores/id", "/data/runs/one", "/stores/id"),  # nothing in common: they are not moved together
+        ("s3://bucket/stores/id", "/data/runs/one", "s3://bucket/stores/id"),
+        ("/data/runs/one", "s3://bucket/stores/id", "/data/runs/one"),
+        ("../data", "/data/runs/one", "../data"),
     ],
 )
 def test_a_place_is_named_relative_to_the_document(place: str, folder: str, text: str) -> None:

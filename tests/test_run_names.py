@@ -166,7 +166,7 @@ def test_torn_results_are_collected_again(place: Place, runs: Path, left: bytes)
     after = json.loads((runs / "fleet" / "fleet.json").read_bytes())
     for document in (fleet, after):
         for student in document["students"]:
-            del student["path"]  # the folder was copied
+            del student["store"]  # named from the folder, which was copied
     assert after["students"] == fleet["students"]
     assert snapshot(runs / "fleet" / "students") == before
 
