@@ -14,6 +14,7 @@ from akd_dist.storage.errors import DamagedError
 from akd_dist.storage.files import parse_json, read_json, read_small
 from akd_dist.storage.objects import storage_error
 
+FIELDS_TOLD = 3
 WROTE = "what train-students wrote"
 
 
@@ -103,8 +104,8 @@ def read_epochs(folder: Path) -> list[dict[str, Any]]:
 def _told(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
         return str(error).partition("\n")[0]
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"
+    told = [f"{'.'.join(map(str, one['loc'])) or 'the document'}: {one['msg']}" for one in error.errors()]
+    return "; ".join(told[:FIELDS_TOLD])
 
 
 def _damaged(path: Path, got: str, expected: str, next: str) -> DamagedError:
