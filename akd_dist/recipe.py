@@ -970,7 +970,8 @@ class Recipe(Spec):
         from akd_dist.recipe_file import change_paths
 
         document = self.model_dump(mode="json")
-        change_paths(document, functools.partial(places.written, folder=folder))
+        # Verbatim: prepared rows are known by the path that they were asked for.
+        change_paths(document, functools.partial(places.written, folder=folder, verbatim=True))
         return document
 
     @classmethod

@@ -27,6 +27,7 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 
 from akd_dist.grid_names import names_of_grid
 from akd_dist.recipe import Recipe, Student
+from akd_dist.storage import places
 from akd_dist.storage.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
@@ -49,6 +50,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     document = parse(_read(path), str(path))
     folder = path.resolve().parent
+    if (folder / "identity.json").is_file():  # a run left it: its paths become the very ones that the run was given
+        change_paths(document.data, functools.partial(places.found, folder=folder))
     _make_paths_absolute(document.data, folder)
     for override in overrides:
         document.override(override)
@@ -409,13 +412,7 @@ def change_paths(node: Any, change: Callable[[str], str]) -> None:
 
 
 def _absolute(path: str, folder: Path) -> str:
-    """An absolute path, or a URI as it is. The folder has no links in it: `..` at the beginning can be resolved."""
-    if "://" in path:
-        return path
-    parts = Path(path).expanduser().parts
-    while parts[:1] == ("..",):
-        folder, parts = folder.parent, parts[1:]
-    return str(folder.joinpath(*parts))
+    return path if "://" in path else str(folder.joinpath(Path(path).expanduser()))
 
 
 # ---- pydantic's errors to problems

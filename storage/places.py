@@ -42,13 +42,20 @@ RUN_ROOT = Root("AKD_DIST_RUN_ROOT", "runs")
 """Where runs lie."""
 
 
-def written(place: str | Path, folder: str | Path) -> str:
-    """How a document in `folder` names a place: relative to it, if the two share more than the root of all files."""
+def written(place: str | Path, folder: str | Path, *, verbatim: bool = False) -> str:
+    """How a document in `folder` names a place: relative to it, if the two share more than the root of all files.
+
+    Args:
+        verbatim: whether `found` is to give back the very text, `..` in the middle of it included.
+    """
     there, here = os.fspath(place), os.fspath(folder)
     if "://" in there or "://" in here or not os.path.isabs(there):
         return there
-    there, here = _real(there), os.path.realpath(here)
-    return os.path.relpath(there, here) if os.path.commonpath([there, here]) != os.sep else there
+    head, *rest = there.split("/../", 1) if verbatim else [there]
+    head, here = _real(head or os.sep), os.path.realpath(here)
+    if os.path.commonpath([head, here]) == os.sep:
+        return there
+    return "/../".join([os.path.relpath(head, here), *rest])
 
 
 def found(place: str, folder: str | Path) -> str:
@@ -56,7 +63,10 @@ def found(place: str, folder: str | Path) -> str:
     here = os.fspath(folder)
     if "://" in place or "://" in here or os.path.isabs(place):
         return place
-    return os.path.normpath(os.path.join(os.path.realpath(here), place))
+    parent, parts = Path(os.path.realpath(here)), Path(place).parts
+    while parts[:1] == ("..",):
+        parent, parts = parent.parent, parts[1:]
+    return str(parent.joinpath(*parts))
 
 
 def each(document: Any, change: Callable[[str], str]) -> Any:

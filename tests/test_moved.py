@@ -49,6 +49,13 @@ def test_a_place_is_named_relative_to_the_document(place: str, folder: str, text
         assert places.found(text, folder) == place
 
 
+def test_a_path_of_a_recipe_comes_back_as_it_was_given() -> None:
+    given, run = "/data/recipes/../rows.parquet", "/data/runs/one"
+    assert places.written(given, run) == "../../rows.parquet"
+    assert places.written(given, run, verbatim=True) == "../../recipes/../rows.parquet"
+    assert places.found("../../recipes/../rows.parquet", run) == given
+
+
 def test_links_are_followed_before_a_place_is_named(tmp_path: Path) -> None:
     for name in ("disk/runs/one", "home", "disk/stores/id"):
         (tmp_path / name).mkdir(parents=True)
