@@ -24,7 +24,7 @@ from akd_dist.storage.files import is_locked, sha256
 from akd_dist.storage.layout import MANIFEST_KEY
 from akd_dist.storage.manifest import Document
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot, open_root
-from akd_dist.storage.places import found, written
+from akd_dist.storage.places import absolute, found, written
 
 USES = "uses"
 # Beside a store that is about to be removed: who begins to use it meanwhile waits for what comes of that.
@@ -124,9 +124,9 @@ def _use(store: ObjectRoot, run: str, lock: Path | None) -> Use:
     except (OSError, KeyError):  # a user without a name, as in some containers
         user = None
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    lock_path = None if lock is None else written(lock, store.uri)
+    lock_path = None if lock is None else written(absolute(lock), store.uri)
     return Use(
-        run=written(run, store.uri),
+        run=written(absolute(run), store.uri),
         host=socket.gethostname(),
         user=user,
         time=now,
