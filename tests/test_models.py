@@ -17,7 +17,6 @@ from akd_dist.models import (
     CARD,
     WEIGHTS,
     ModelCard,
-    add_folder,
     build,
     by_content,
     load_card,
@@ -30,6 +29,7 @@ from akd_dist.rows import Rows
 from akd_dist.storage.errors import AkdError, DamagedError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.text import Tokens
+from tests.fleets import own
 
 MLP = recipe.Mlp(hidden=[6, 5], dropout=0.1)
 CNN = recipe.Cnn(width=4)
@@ -73,8 +73,7 @@ def failing(input_shape, classes):
     raise ValueError("my own mistake")
 """
     )
-    add_folder(str(tmp_path))
-    return recipe.Custom(factory=f"{name}:linear")
+    return own(recipe.Custom(factory=f"{name}:linear"), tmp_path)
 
 
 # ---- building
@@ -90,6 +89,7 @@ torch.rand(100)
 from akd_dist.models import ModelCard, build, state_bytes
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.text import Tokens
+from tests.fleets import own
 print(sha256(state_bytes(build(ModelCard.model_validate_json({card(spec).model_dump_json()!r}), seed=3))))
 """
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
@@ -169,7 +169,7 @@ def test_a_custom_model_is_built_saved_and_loaded(custom: recipe.Custom, tmp_pat
     module = build(card(spec), seed=0)
     assert num_parameters(module) == 640
     save_model(tmp_path / "model", module, card(spec))
-    assert torch.equal(load_model(tmp_path / "model")(images()), module(images()))
+    assert torch.equal(load_model(tmp_path / "model", custom.trusted)(images()), module(images()))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_custom_model_is_built_saved_and_loaded(custom: recipe.Custom, tmp_pat
     ],
 )
 def test_a_custom_model_is_refused(custom: recipe.Custom, function: str, words: list[str]) -> None:
-    spec = recipe.Custom(factory=custom.factory.replace("linear", function))
+    spec = own(recipe.Custom(factory=custom.factory.replace("linear", function)), Path(str(custom.trusted.folder)))
     with pytest.raises(RefusedError) as refused:
         build(card(spec))
     for word in words:
@@ -223,12 +223,12 @@ def test_the_source_of_a_custom_model_is_part_of_it(
     first = ModelCard.of(custom, rows(), None)
     assert first.source_sha256 == sha256(source.read_bytes())
     save_model(tmp_path / "model", build(first, seed=0), first)
-    load_model(tmp_path / "model")
+    load_model(tmp_path / "model", custom.trusted)
     assert not caplog.records
     source.write_text(source.read_text() + "# another line\n")
     assert ModelCard.of(custom, rows(), None).fingerprint != first.fingerprint
     assert by_content(custom)["source"] == sha256(source.read_bytes()) != first.source_sha256
-    load_model(tmp_path / "model")
+    load_model(tmp_path / "model", custom.trusted)
     (record,) = caplog.records
     assert f"{custom.factory} has changed" in record.getMessage()
 
@@ -526,9 +526,9 @@ def bag(input_shape, classes, vocabulary, special):
     return Bag(classes, vocabulary, special)
 """
     )
-    add_folder(str(tmp_path))
     arguments: dict[str, Any] = {"vocabulary": tokens.vocabulary, "special": list(tokens.special)}
-    build(ModelCard.of(recipe.Custom(factory=f"{name}:bag", arguments=arguments), texts(tokens=tokens), None), seed=0)
+    spec = own(recipe.Custom(factory=f"{name}:bag", arguments=arguments), tmp_path)
+    build(ModelCard.of(spec, texts(tokens=tokens), None), seed=0)
     arguments["vocabulary"] -= 3  # ids beyond it are refused before training
     with pytest.raises(RefusedError, match="does not take these inputs"):
-        build(ModelCard.of(recipe.Custom(factory=f"{name}:bag", arguments=arguments), texts(tokens=tokens), None))
+        build(ModelCard.of(spec.model_copy(update={"arguments": arguments}), texts(tokens=tokens), None))

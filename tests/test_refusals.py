@@ -13,10 +13,10 @@ import torch
 
 from akd_dist.cli import main
 from akd_dist.jobs.cache_teacher import cache_in_process
-from akd_dist.models import ModelCard, add_folder, build, save_model
+from akd_dist.models import ModelCard, build, save_model
 from akd_dist.recipe import Custom
 from akd_dist.rows import prepare
-from tests.fleets import a_recipe, a_student, a_teacher
+from tests.fleets import a_recipe, a_student, a_teacher, own
 
 MODELS = """
 import torch
@@ -233,8 +233,7 @@ def test_a_damaged_store_is_refused_found_and_repaired(
 @pytest.mark.ray
 @pytest.mark.parametrize(("logit", "encoding"), [("NaN", "float32"), (70000.0, "float16")])
 def test_a_teacher_that_is_not_finite(place: Place, ray_cluster: None, logit: Any, encoding: str) -> None:
-    add_folder(str(place.root))
-    model = Custom(factory="user_models:blank", arguments={"logit": logit})
+    model = own(Custom(factory="user_models:blank", arguments={"logit": logit}), place.root)
     card = ModelCard.of(model, prepare(place.recipe.data, place.cache).train, None)
     save_model(place.root / "nan", build(card), card)
     overrides = ["--set", f"teacher={{weights: {place.root / 'nan'}}}", "--set", f"cache.encoding={encoding}"]
