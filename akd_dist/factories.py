@@ -129,8 +129,9 @@ def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
 def _check_own(name: str, module: str, trusted: Trusted) -> None:
     """Refuse what the recipe does not list, unless Python would find it in the recipe's folder."""
     top = module.partition(".")[0]
-    found = _found(top)
-    if found is None and not _shipped(top):
+    shipped = _shipped(top)
+    found = None if shipped else _found(top)
+    if found is None and not shipped:
         raise RefusedError(
             f"the factory {name} cannot be imported",
             got=f"no module {top}",
@@ -138,20 +139,20 @@ def _check_own(name: str, module: str, trusted: Trusted) -> None:
             next=f"put {top}.py beside the recipe, or name its place with `folder:`",
         )
     places = _places(found)
-    if places and not _shipped(top) and all(_in_folder(place, trusted.folder) for place in places):
+    if places and all(_in_folder(place, trusted.folder) for place in places):
         return
-    where = places[0] if places else "Python itself"
+    where = places[0] if places else "akd-dist" if top == "akd_dist" else "Python itself"
     beside = None if trusted.folder is None else PathFinder.find_spec(top, [trusted.folder])
     if any(_in_folder(place, trusted.folder) for place in _places(beside)):
         raise RefusedError(
             f"the factory {name} is not the one in the recipe's folder",
-            got=f"the module {top} at {where}, which Python finds before the one in {trusted.folder}",
+            got=f"the module {top} of {where}, which Python finds before the one in {trusted.folder}",
             expected="a module whose name nothing else has",
             next=f"give yours another name; or, if the other is meant, add `code: [{module}]` to the recipe",
         )
     raise RefusedError(
         f"the factory {name} is not one of the recipe's own",
-        got=f"the module {top} at {where}",
+        got=f"the module {top} of {where}",
         expected=f"{top}.py in {trusted.folder or 'the folder of the recipe'}, or a module that `code:` lists",
         next=f"where you trust it, add `code: [{module}]` to the recipe",
     )

@@ -14,6 +14,7 @@ from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.models import ModelCard, build, save_model
 from akd_dist.recipe import Recipe
 from akd_dist.rows import prepare
+from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.trusted import Trusted
 
 DEVICE = os.environ.get("AKD_DIST_TEST_DEVICE", "cpu")
@@ -85,3 +86,9 @@ def store_bytes(root: Path) -> dict[str, str]:
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and "teachers" not in path.parts]
     kept = [path for path in files if path.parent.name not in ("receipts", "uses") and path.name != "source.json"]
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def resealed(document: dict[str, Any]) -> dict[str, Any]:
+    """A card's document with the checksum of what it says now, as somebody who forges one would write it."""
+    fields = {name: value for name, value in document.items() if name != "sha256"}
+    return fields | {"sha256": sha256(canonical_json(fields))}

@@ -28,8 +28,8 @@ from akd_dist.storage.errors import DamagedError, RecipeError, RefusedError
 from akd_dist.storage.files import parse_json
 from akd_dist.storage.reader import open_store
 from akd_dist.trusted import Trusted
-from tests.fleets import HARD, a_recipe, a_student, own
-from tests.test_models import CNN, card, images, resealed
+from tests.fleets import HARD, a_recipe, a_student, own, resealed
+from tests.test_models import CNN, card, images
 
 NETS = """
 from torch import nn

@@ -29,7 +29,7 @@ from akd_dist.rows import Rows
 from akd_dist.storage.errors import AkdError, DamagedError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.text import Tokens
-from tests.fleets import own
+from tests.fleets import own, resealed
 
 MLP = recipe.Mlp(hidden=[6, 5], dropout=0.1)
 CNN = recipe.Cnn(width=4)
@@ -46,12 +46,6 @@ SPECS: list[recipe.Model] = [
 def card(model: Any = CNN, **changes: Any) -> ModelCard:
     fields: dict[str, Any] = {"input_shape": (1, 8, 8), "input_dtype": "uint8", "classes": 10}
     return ModelCard(model=model, **fields | changes)
-
-
-def resealed(document: dict[str, Any]) -> dict[str, Any]:
-    """A card's document with the checksum of what it says now, as somebody who forges one would write it."""
-    fields = {name: value for name, value in document.items() if name != "sha256"}
-    return fields | {"sha256": sha256(canonical_json(fields))}
 
 
 def images(n: int = 3) -> torch.Tensor:
@@ -95,7 +89,7 @@ torch.rand(100)
 from akd_dist.models import ModelCard, build, state_bytes
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.text import Tokens
-from tests.fleets import own
+from tests.fleets import own, resealed
 print(sha256(state_bytes(build(ModelCard.model_validate_json({card(spec).model_dump_json()!r}), seed=3))))
 """
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
