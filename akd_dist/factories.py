@@ -148,7 +148,8 @@ def _check_own(name: str, module: str, trusted: Trusted) -> None:
             f"the factory {name} is not the one in the recipe's folder",
             got=f"the module {top} of {where}, which Python finds before the one in {trusted.folder}",
             expected="a module whose name nothing else has",
-            next=f"give yours another name; or, if the other is meant, add `code: [{module}]` to the recipe",
+            next=f"give yours another name (or start Python afresh, if this process met the other before); if the other "
+            f"is meant, add `code: [{module}]` to the recipe",
         )
     raise RefusedError(
         f"the factory {name} is not one of the recipe's own",

@@ -264,11 +264,11 @@ def _without_numbers(card: ModelCard) -> nn.Module | None:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return _body(card, pretrained=False)
-    except RefusedError:
-        raise
     except Exception as error:  # of torch, where sizes are beyond its integers; of timm, where values are looked at
         if isinstance(card.model, recipe.Timm):
             return None
+        if isinstance(error, RefusedError):
+            raise
         raise RefusedError(
             f"the model {card.model.label} cannot be built",
             got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",

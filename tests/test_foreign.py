@@ -6,7 +6,6 @@ import json
 import pickle
 import pkgutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +38,11 @@ other = net
 """
 
 
-@pytest.fixture(autouse=True)
-def python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Python's path and modules as they were before."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "OURS", False) or name.startswith("foreign_"):
-            del sys.modules[name]
-
-
 def a_module(folder: Path, name: str, code: str = NETS) -> Path:
     """A module that leaves a file beside itself when it is imported."""
     path = folder / f"{name}.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"import pathlib\nOURS = True\npathlib.Path(__file__ + '.ran').touch()\n{code}")
+    path.write_text(f"import pathlib\npathlib.Path(__file__ + '.ran').touch()\n{code}")
     return path
 
 
