@@ -39,6 +39,7 @@ def import_factory(spec: Factory, signature: str) -> Callable[..., object]:
     name = spec.factory
     module_name, _, function = name.partition(":")
     _check_trusted(name, module_name, spec.trusted)
+    where = "on Python's path" if spec.trusted.folder is None else "beside the recipe, or name its place with `folder:`"
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -47,7 +48,7 @@ def import_factory(spec: Factory, signature: str) -> Callable[..., object]:
             f"the factory {name} cannot be imported",
             got=error if missing else whole(error),
             expected=f"a module {module_name} that imports",
-            next=f"put {module_name.partition('.')[0]}.py beside the recipe, or name its place with `folder:`",
+            next=f"put {module_name.partition('.')[0]}.py {where}",
         ) from error
     factory = getattr(module, function, None)
     if not callable(factory):
@@ -148,7 +149,7 @@ def _check_own(name: str, module: str, trusted: Trusted) -> None:
             f"the factory {name} is not the one in the recipe's folder",
             got=f"the module {top} of {where}, which Python finds before the one in {trusted.folder}",
             expected="a module whose name nothing else has",
-            next=f"give yours another name (or start Python afresh, if this process met the other before); if the other "
+            next="give yours another name, or start Python afresh if this process met the other before; if the other "
             f"is meant, add `code: [{module}]` to the recipe",
         )
     raise RefusedError(
