@@ -21,7 +21,7 @@ from akd_dist.device import settle
 from akd_dist.documents import CohortProgress, StudentProgress
 from akd_dist.group import Group, told
 from akd_dist.metrics import predictions
-from akd_dist.models import ModelCard, add_folder
+from akd_dist.models import ModelCard
 from akd_dist.rows import Rows, Splits, prepare
 from akd_dist.status import Pace, read_document, write_document
 from akd_dist.storage.errors import AkdError, HeldError, MachineError, RefusedError
@@ -49,7 +49,8 @@ class CohortJob:
     fingerprints: dict[str, str]
     """The dataset fingerprint of each split as the driver saw it."""
     students: tuple[recipe.Student, ...]
-    """Who trains: one batch size, one number of workers and threads for all."""
+    """Who trains: one batch size, one number of workers and threads for all. They and `data` carry whose code may run
+    for them."""
     root: str
     """The folder of student folders."""
     logs: str
@@ -58,8 +59,6 @@ class CohortJob:
     """Prepared data and decoded stores of this node."""
     stores: dict[str, str]
     """Store URI of each split, of the model that they learn from; empty where no student has a teacher."""
-    folder: str | None
-    """The recipe's folder, put on sys.path for custom code."""
     control: str
     """The folder of progress files and of the stop file of this attempt."""
     teacher_test: str | None = None
@@ -107,7 +106,6 @@ def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
         HeldError: a later worker has taken a student over; nothing was written since.
     """
     device = settle(job.device, job.students[0].threads)
-    add_folder(job.folder)
     splits = prepare(job.data, Path(job.cache_root))
     check_fingerprints(job, splits)
     return train_on(job, splits, device, group or Group())

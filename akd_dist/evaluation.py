@@ -23,11 +23,12 @@ from akd_dist import recipe
 from akd_dist.device import autocast, device_name, settle, weights_dtype
 from akd_dist.examples import Asked, Batch, Examples, Home, open_examples
 from akd_dist.metrics import measure, predictions
-from akd_dist.models import ModelCard, add_folder, num_parameters, read_model
+from akd_dist.models import NOBODY, ModelCard, num_parameters, read_model
 from akd_dist.objectives import at_least_float32, label_losses
 from akd_dist.predictions import predictions_file
 from akd_dist.rows import Progress
 from akd_dist.storage.errors import RecipeError
+from akd_dist.trusted import Trusted
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class Served:
         return at_least_float32(logits)
 
 
-def open_model(uri: str, device: str = "cpu") -> Served:
+def open_model(uri: str, device: str = "cpu", trusted: Trusted = NOBODY) -> Served:
     """A model for use, computing as it did in its run where it lies in one: `<run>/students/<student>`.
 
     Args:
         uri: a model folder, absolute or `s3://`; or a local folder with a fine-tuned Hugging Face model.
         device: `cpu` or `cuda`.
+        trusted: which factories may be imported for it. The recipe of its run has no say in that.
 
     Raises:
         RefusedError, DamagedError: as `models.load_model`.
@@ -68,9 +70,9 @@ def open_model(uri: str, device: str = "cpu") -> Served:
     """
     device_name(device)  # a missing GPU is told first
     run = _run_of(uri)
-    if run is not None:
-        add_folder(run.folder)
-    module, card = read_model(uri)
+    if run is not None:  # it says where trusted modules may lie
+        trusted = trusted.seen_from(trusted.named_by, run.folder)
+    module, card = read_model(uri, trusted)
     known = {student.name: student for student in run.students} if run is not None else {}
     student = known.get(Path(uri).name)
     double = any(parameter.dtype == torch.float64 for parameter in module.parameters())
@@ -121,7 +123,8 @@ def evaluate(
         RecipeError, RefusedError, DamagedError, MachineError: as `open_model` and `examples.open_examples`.
     """
     started = time.monotonic()
-    ours, *theirs = [open_model(uri, device) for uri in (student, *others)]
+    trusted = asked.trusted()
+    ours, *theirs = [open_model(uri, device, trusted) for uri in (student, *others)]
     with open_examples(asked, ours.card, ours.home, cache_root, need_labels=True, on_progress=on_progress) as examples:
         for other in theirs:
             other.card.check_rows(examples.like, f"the model {other.home.uri}")
@@ -250,7 +253,7 @@ def predict(
     """
     started = time.monotonic()
     refuse_existing(out, overwrite)
-    model = open_model(student, device)
+    model = open_model(student, device, asked.trusted())
     with open_examples(asked, model.card, model.home, cache_root, on_progress=on_progress) as examples:
         schema = _schema(model.card, examples, with_logits)
         at = 0

@@ -19,7 +19,7 @@ from akd_dist import recipe
 from akd_dist.blocks import Block, default_threads, first_block, map_blocks
 from akd_dist.columns import input_kind, inputs_of, label_kind
 from akd_dist.labels import Classes, Labels, labels_of
-from akd_dist.models import ModelCard, add_folder
+from akd_dist.models import ModelCard
 from akd_dist.prepare import READ_BYTES, Reading
 from akd_dist.rows import SPLITS, Progress, Rows, prepare
 from akd_dist.sources import Source, column_names, kind_of
@@ -27,8 +27,10 @@ from akd_dist.storage.errors import RecipeError, RefusedError
 from akd_dist.storage.objects import ObjectMissing, open_root
 from akd_dist.student import EVALUATION_ROWS
 from akd_dist.text import ByteTokenizer, Tokenizer, tokenizer_of
+from akd_dist.trusted import Trusted
 
 DIGITS = "digits"
+RECIPES = (".yaml", ".yml")
 Batch = tuple[np.ndarray, np.ndarray | None]
 """Inputs [n, *shape], and labels [n] where there are any."""
 
@@ -47,6 +49,18 @@ class Asked:
     """The column of labels; none takes that of the student's run, or `label`. An empty name means no labels."""
     tokenizer: str | None = None
     """Where text becomes ids as for the model: a folder, or a name on the hub."""
+    trust: tuple[str, ...] = ()
+    """Modules that model folders and runs may name."""
+
+    def trusted(self) -> Trusted:
+        """Whose code may run: what a recipe file says, where the user names one, and the modules that they trust.
+
+        The recipe in a run's folder is not the user's word: the run may come from anywhere.
+        """
+        own = Trusted()
+        if "://" not in self.data and Path(self.data).suffix in RECIPES:
+            own = recipe.load_recipe(self.data).own().trusted
+        return own.model_copy(update={"modules": (*own.modules, *self.trust)})
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,7 @@ def _recipe_path(data: str) -> Path | None:
     if "://" in data:
         return None
     path = Path(data)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in RECIPES:
         return path
     return path / "recipe.yaml" if (path / "recipe.yaml").is_file() else None
 
@@ -141,7 +155,7 @@ def _of_recipe(path: Path, asked: Asked, cache_root: Path, on_progress: Progress
     if split not in SPLITS:
         raise RecipeError("there is no such split", got=split, expected=f"one of {', '.join(SPLITS)}")
     loaded = recipe.load_recipe(path)
-    add_folder(loaded.folder)
+    recipe.trust(loaded, asked.trusted().seen_from(f"the recipe {path}", loaded.folder))
     rows: Rows = getattr(prepare(loaded.data, cache_root, on_progress=on_progress), split)
 
     labelled = asked.label != ""

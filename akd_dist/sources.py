@@ -504,11 +504,11 @@ class _Custom:
 
     def key(self) -> dict[str, Any]:
         """The module's own file stands for its code; what it imports or reads is not looked at."""
-        file = source_of(self.spec.factory, self.SIGNATURE)
+        file = source_of(self.spec, self.SIGNATURE)
         return {**self.spec.model_dump(mode="json"), "files": _stats([file] if file else [])}
 
     def open(self) -> Source:
-        made = call_factory(self.spec.factory, self.SIGNATURE, self.spec.arguments)
+        made = call_factory(self.spec, self.SIGNATURE, self.spec.arguments)
         if hasattr(made, "__arrow_c_stream__"):
             return self._of_table(self._read(made))
         if hasattr(made, "__getitem__") and hasattr(made, "__len__"):

@@ -20,13 +20,14 @@ from torch import nn
 
 from akd_dist import recipe
 from akd_dist.device import autocast, device_name, settle, weights_dtype
-from akd_dist.models import ModelCard, add_folder, changed_source, read_model
+from akd_dist.models import NOBODY, ModelCard, changed_source, read_model
 from akd_dist.rows import Rows, prepare
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.storage.layout import Shard
 from akd_dist.storage.manifest import Probe, Receipt
 from akd_dist.storage.writer import StoreWriter, adopt_shard, write_shard
+from akd_dist.trusted import Trusted
 from akd_dist.views import probe, view_of
 
 PROBES = 4
@@ -53,8 +54,8 @@ class CacheJob:
     """Batch rows, threads and precision."""
     cache_root: str
     """Prepared data of this node."""
-    folder: str | None = None
-    """The recipe's folder, put on sys.path for a custom teacher."""
+    trusted: Trusted = NOBODY
+    """Which factories the teacher's folder may name, as the driver's recipe has it."""
     device: str = "cpu"
     """Where the teacher computes: `cpu`, or `cuda` for this process's GPU."""
 
@@ -98,14 +99,20 @@ def served_fingerprint(card: ModelCard, precision: recipe.Precision) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def load_teacher(uri: str, fingerprint: str, precision: recipe.Precision = "float32", device: str = "cpu") -> nn.Module:
+def load_teacher(
+    uri: str,
+    fingerprint: str,
+    precision: recipe.Precision = "float32",
+    device: str = "cpu",
+    trusted: Trusted = NOBODY,
+) -> nn.Module:
     """The teacher in eval mode, on a device and in the dtype of a precision, loaded once in a process.
 
     Raises:
         RefusedError: the folder holds another teacher than `fingerprint` says, or none.
         DamagedError: its weights are not those that were saved.
     """
-    module, card = read_model(uri)
+    module, card = read_model(uri, trusted)
     found = served_fingerprint(card, precision)
     if found != fingerprint:
         raise RefusedError(
@@ -145,7 +152,8 @@ def compute_shard(job: CacheJob, shard: Shard) -> tuple[np.ndarray, float | None
     settle(job.device, job.cache.threads)
     _check_device(job)
     precision = job.cache.precision
-    rows, module = _rows_of(job), load_teacher(job.teacher_uri, job.teacher, precision, job.device)
+    rows = _rows_of(job)
+    module = load_teacher(job.teacher_uri, job.teacher, precision, job.device, job.trusted)
     blocks = []
     for start in range(shard.start, shard.stop, job.cache.batch_rows):
         numbers = np.arange(start, min(start + job.cache.batch_rows, shard.stop))
@@ -183,8 +191,7 @@ _rows: dict[str, Rows] = {}
 
 
 def _rows_of(job: CacheJob) -> Rows:
-    """The job's rows, opened once in a process; what the user wrote for them can be imported from here on."""
-    add_folder(job.folder)
+    """The job's rows, opened once in a process."""
     fingerprint = job.store.creation.identity.dataset
     if fingerprint not in _rows:
         rows: Rows = getattr(prepare(job.data, Path(job.cache_root)), job.split)

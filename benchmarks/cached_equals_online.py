@@ -74,7 +74,7 @@ def annealing_recipe(
             "device": device,
             "folder": str(Path(__file__).parent),
         }
-    )
+    ).own()
 
 
 def cases(precision: str = "float32", device: str = "cpu") -> dict[str, Recipe]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,7 @@ from akd_dist.jobs.train_teacher import (
     run_on_ray,
     teacher_of,
 )
-from akd_dist.models import ModelCard, add_folder, load_card, try_out
+from akd_dist.models import ModelCard, load_card, try_out
 from akd_dist.recipe import NoAugmentation, Recipe
 from akd_dist.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference, prepare
 from akd_dist.storage import catalog
@@ -45,6 +45,7 @@ from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
 from akd_dist.stream import Stream
 from akd_dist.teacher import CacheJob, cache_shard, compute_shard, served_fingerprint
+from akd_dist.trusted import Trusted
 from akd_dist.views import by_content, check_augmentation
 
 
@@ -133,8 +134,7 @@ def cache_teacher(
 
     console = console or Console(stderr=True)
     started = time.monotonic()
-    add_folder(recipe.folder)
-    splits = prepare_shown(recipe.data, cache_root, console)
+    splits = prepare_shown(recipe.own().data, cache_root, console)
     check_assistants(recipe, splits)
     check_augmentation(recipe.data.augmentation, recipe.data.seed, splits.train.inputs, splits.train.tokens)
     if dry_run:
@@ -151,7 +151,7 @@ def cache_teacher(
 def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache_root: str) -> dict[str, Any]:
     """The same stores by a plain loop in this process, without Ray; the bytes are those of the Ray run."""
     started = time.monotonic()
-    splits = prepare(recipe.data, Path(cache_root))
+    splits = prepare(recipe.own().data, Path(cache_root))
     place = Place(store_root, cache_root, console=Console(stderr=True))
     hops = walk_chain(recipe, splits, teacher_uri, place, run_in_process, compute_in_process)
     return _document(hops, time.monotonic() - started)
@@ -227,7 +227,7 @@ def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Spli
 
 def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str, device: str) -> list[SplitPlan]:
     """What the recipe asks for, split by split; `device` as in `creation_of`."""
-    card = load_card(teacher_uri)
+    card = load_card(teacher_uri, recipe.trusted)
     plans = []
     for split in SPLITS:
         rows: Rows = getattr(splits, split)
@@ -402,7 +402,7 @@ def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str
         augmentation=recipe.data.augmentation if plan.split == "train" else NoAugmentation(),
         cache=recipe.cache,
         cache_root=cache_root,
-        folder=recipe.folder,
+        trusted=recipe.trusted,
         device=recipe.device,
     )
 
@@ -411,12 +411,19 @@ def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str
 
 
 def repair(
-    store_root: str, store_id: str, recipe: Recipe | None, cache_root: str, console: Console | None = None
+    store_root: str,
+    store_id: str,
+    recipe: Recipe | None,
+    cache_root: str,
+    console: Console | None = None,
+    *,
+    trust: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Recompute the damaged shards of a sealed store, and only these; they must arrive at the manifest's sha256.
 
     Args:
         recipe: how to recompute; None takes the recipe that the store was made with.
+        trust: modules that the store's recipe may name: it is not the user's word, as `recipe` is.
 
     Raises:
         RefusedError: the data or the teacher is not what the store was made from, or nobody knows the recipe.
@@ -424,8 +431,12 @@ def repair(
     """
     console = console or Console(stderr=True)
     hint = catalog.hint_of(store_root, store_id)
-    recipe = recipe or _recipe_of(store_id, hint)
-    add_folder(recipe.folder)
+    if recipe is None:
+        recipe = _recipe_of(store_id, hint)
+        told = Trusted(modules=tuple(trust)).seen_from(f"the store {store_id[:12]}", recipe.folder)
+        recipe = recipes.trust(recipe, told)
+    else:
+        recipe = recipe.own()
     splits = prepare_shown(recipe.data, cache_root, console)
     known = [hint["split"]] if hint.get("split") in SPLITS else SPLITS
     uri, plan = _plan_of(store_id, known, recipe, splits, store_root)
@@ -455,8 +466,9 @@ def _plan_of(
     """Which model of the chain a store holds the logits of: its folder, and how the split is cached, one of `names`."""
     uris = model_uris(recipe, splits, store_root)
     known = uris if is_there(uris[-1]) else uris[:-1] or uris
+    cards = {uri: load_card(uri, recipe.trusted) for uri in known}
     plans = [
-        (uri, SplitPlan(split, rows, creation_of(recipe, rows, split, load_card(uri), recipe.device, number)))
+        (uri, SplitPlan(split, rows, creation_of(recipe, rows, split, cards[uri], recipe.device, number)))
         for split, rows in ((name, getattr(splits, name)) for name in names)
         for uri in known
         for number in range(FORMAT_VERSION, 0, -1)
@@ -485,7 +497,8 @@ def model_uris(recipe: Recipe, splits: Splits, store_root: str) -> list[str]:
     for assistant in recipe.teacher.chain:
         if not is_there(uris[-1]):
             break
-        above = creation_of(recipe, splits.train, "train", load_card(uris[-1]), recipe.device).identity
+        card = load_card(uris[-1], recipe.trusted)
+        above = creation_of(recipe, splits.train, "train", card, recipe.device).identity
         uris.append(assistant_of(recipe, splits, assistant, above, {}).uri(store_root))
     return uris
 

@@ -45,7 +45,7 @@ from akd_dist.jobs.planner import Costs, cohort_job, groups_of, learns_from_assi
 from akd_dist.jobs.progress import tell
 from akd_dist.jobs.train_teacher import Place, Stores, is_there, teacher_of
 from akd_dist.metrics import measure
-from akd_dist.models import ModelCard, add_folder, build, by_content, num_parameters, try_out
+from akd_dist.models import ModelCard, build, by_content, check_memory, num_parameters, try_out
 from akd_dist.recipe import Recipe
 from akd_dist.report_page import write_report
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
@@ -57,6 +57,7 @@ from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.uses import using
 from akd_dist.student import failed_entry
 from akd_dist.trackers import Tracked, forwarding
+from akd_dist.trusted import Trusted
 
 Chain = list[Stores]
 """The stores of the teacher's logits, then of each assistant's: students learn from the first or from the last."""
@@ -114,7 +115,7 @@ def train_students(
     from akd_dist.jobs import cluster
 
     console, began = console or Console(stderr=True), time.monotonic()
-    add_folder(recipe.folder)
+    recipe = recipe.own()
     run = Path(run_root) / recipe.name
     asked = Asked(
         store_root, cache_root, address=address, wait=wait, console=console, run=run, fresh=fresh, began=began
@@ -247,7 +248,7 @@ def train_in_process(
         stores: those of the teacher.
         assistant: those of the last assistant, where there are students of objective `takd`.
     """
-    splits = prepare(recipe.data, Path(cache_root))
+    splits = prepare(recipe.own().data, Path(cache_root))
     base = fleet_job(recipe, splits, stores, run, cache_root)
     Path(base.control).mkdir(parents=True, exist_ok=True)
     base.attempt_file.touch()
@@ -437,7 +438,6 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
         cache_root=cache_root,
         stores=stores,
         teacher_test=stores.get("test"),
-        folder=recipe.folder,
         control=str(run / "control"),
         attempt=1 + last_attempt(run),
         checkpoint_seconds=recipe.checkpoint_seconds,
@@ -493,8 +493,8 @@ def finish_run(
         "store": stores[0]["train"].uri,
         "task": recipe.data.task,
         "metric": recipe.data.primary_metric,
-        "teacher": describe_teacher(stores[0]["train"], stores[0]["test"], splits.test),
-        "assistants": [describe_assistant(each, stores[0]["test"], splits.test) for each in stores[1:]],
+        "teacher": describe_teacher(stores[0]["train"], stores[0]["test"], splits.test, recipe.trusted),
+        "assistants": [describe_assistant(each, stores[0]["test"], splits.test, recipe.trusted) for each in stores[1:]],
         "students": results,
         "cohorts": cohorts,
         "seconds": round(seconds, 3),
@@ -568,9 +568,11 @@ def telling_damage(base: CohortJob, students: list[recipes.Student], console: Co
             tell(console, f"warning: a checkpoint of {name} was damaged, the one before it was taken; it is {path}")
 
 
-def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows) -> dict[str, Any]:
+def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows, trusted: Trusted) -> dict[str, Any]:
     """The teacher's row of the table, from its stored logits of the test rows: it is not run again."""
     card = ModelCard.model_validate(train.manifest.teacher["spec"])
+    recipes.trust(card.model, trusted.seen_from(f"the store {train.uri}"))
+    check_memory(card)
     labels = torch.from_numpy(np.array(rows.labels))
     return {
         "model": card.model.label,
@@ -580,13 +582,15 @@ def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows) -> dict[st
     }
 
 
-def describe_assistant(stores: dict[str, LogitStore], teacher_test: LogitStore, rows: Rows) -> dict[str, Any]:
+def describe_assistant(
+    stores: dict[str, LogitStore], teacher_test: LogitStore, rows: Rows, trusted: Trusted
+) -> dict[str, Any]:
     """An assistant's row: as the teacher's, with its agreement with the teacher, and the store of its logits."""
     agreement = None
     if rows.task == "classification":
         ours, theirs = (stored_predictions(store, rows) for store in (stores["test"], teacher_test))
         agreement = float((ours == theirs).double().mean())
-    described = describe_teacher(stores["train"], stores["test"], rows)
+    described = describe_teacher(stores["train"], stores["test"], rows, trusted)
     return described | {"agreement": agreement, "store": stores["train"].uri}
 
 

@@ -143,7 +143,6 @@ class Trained:
             logs=str(root / self.spec.name),
             cache_root=place.cache_root,
             stores=self.stores,
-            folder=recipe.folder,
             control=str(root / self.spec.name / "checkpoints"),
             checkpoint_seconds=recipe.checkpoint_seconds,
             device=recipe.device,

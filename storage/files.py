@@ -156,10 +156,30 @@ def _there_already(path: Path) -> RecipeError:
     )
 
 
+def parse_json(data: bytes | str) -> Any:
+    """A JSON document from elsewhere.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply to be read, or has a key twice, which readers take differently.
+    """
+    try:
+        return json.loads(data, object_pairs_hook=_each_key_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return found
+
+
 def read_json(path: Path) -> Any | None:
     """The JSON document in a file; None where there is no file, or none that is whole."""
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
 

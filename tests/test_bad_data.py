@@ -23,6 +23,7 @@ from akd_dist.recipe import ByteText, CustomData, Data, HuggingFaceData, Idx, Pa
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import RefusedError
 from tests import sources
+from tests.fleets import own
 from tests.sources import idx, idx_bytes
 
 LABELS = [0, 1] * 5
@@ -401,12 +402,15 @@ def items(inputs: Any, labels: Any = LABELS, **data: Any) -> Maker:
 
 
 def code(text: str) -> Maker:
-    return lambda folder: CustomData(factory=f"{sources.module(folder / 'own', text)}:make")
+    return lambda folder: own(CustomData(factory=f"{sources.module(folder / 'own', text)}:make"), folder / "own")
 
 
 ROWS = list(VECTORS)
 OWN: dict[str, Case] = {
-    "no module": (lambda folder: CustomData(factory="nowhere:make"), ["nowhere:make cannot be imported", "nowhere.py"]),
+    "no module": (
+        lambda folder: own(CustomData(factory="nowhere:make"), folder),
+        ["nowhere:make cannot be imported", "nowhere.py"],
+    ),
     "no function": (code("def mak(): ..."), ["has no function make", "mak"]),
     "a module that fails": (code("1 / 0"), ["cannot be imported", "ZeroDivisionError", "Traceback"]),
     "a function that fails": (code("def make():\n    1 / 0"), ["failed", "ZeroDivisionError", "in make"]),

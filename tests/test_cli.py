@@ -270,12 +270,13 @@ def test_options_reach_the_verb(run: Any, monkeypatch: pytest.MonkeyPatch) -> No
     outcome = run(
         "train-students", "r.yaml", "--set", "a=1", "--set", "b=2", "--store-root", "s3://b/s", "--run-root", "r",
         "--cache-root", "c", "--address", "auto", "--fresh", "--wait", "--tracker", "wandb", "--json",
+        "--trust", "mine",
     )  # fmt: skip
     assert outcome.document == FLEET
     assert seen.pop("console").stderr
     assert seen == {
         "recipe": "r.yaml", "overrides": ("a=1", "b=2"), "store_root": "s3://b/s", "run_root": "r", "cache_root": "c",
-        "address": "auto", "fresh": True, "wait": True, "trackers": ("wandb",),
+        "address": "auto", "fresh": True, "wait": True, "trackers": ("wandb",), "trust": ("mine",),
     }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.errors import MachineError, RecipeError, RefusedError, TerminatedError
 from akd_dist.storage.removal import disused
-from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
+from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, own, store_bytes, weights
 from tests.survivors import plant_snapshots
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -245,12 +245,13 @@ def test_a_killed_cache_worker_changes_no_byte(home: Home, ray_cluster: None, tm
 
 
 def a_slow_teacher(home: Home, folder: Path) -> Path:
-    from akd_dist.models import ModelCard, add_folder, build, save_model
+    from akd_dist.models import ModelCard, build, save_model
     from akd_dist.recipe import Custom
     from akd_dist.rows import prepare
 
-    add_folder(str(home.root))
-    card = ModelCard.of(Custom(**a_slow_model(0.1)), prepare(home.recipe.data, Path(home.cache_root)).train, None)
+    card = ModelCard.of(
+        own(Custom(**a_slow_model(0.1)), home.root), prepare(home.recipe.data, Path(home.cache_root)).train, None
+    )
     save_model(folder, build(card, seed=1), card)
     return folder
 

@@ -46,6 +46,7 @@ def quickstart(**options: Any) -> int:
 def cache_teacher(
     recipe_path: str,
     overrides: tuple[str, ...],
+    trust: tuple[str, ...],
     store_root: str,
     cache_root: str | None,
     address: str | None,
@@ -61,6 +62,7 @@ def cache_teacher(
         document = akd_dist.cache_teacher(
             recipe_path,
             overrides=overrides,
+            trust=trust,
             store_root=store_root,
             cache_root=cache_root,
             address=address,
@@ -74,7 +76,7 @@ def cache_teacher(
         print_plan(document)
     else:
         roots = {"store_root": store_root, "cache_root": cache_root, "address": address}
-        print_cached(document, command_line("train-students", recipe_path, overrides, **roots))
+        print_cached(document, command_line("train-students", recipe_path, overrides, trust, **roots))
 
 
 @click.command("train-students")
@@ -104,8 +106,9 @@ def _foresee(recipe_path: str, *, as_json: bool, **options: Any) -> int:
 def _train(
     recipe_path: str,
     *,
-    closing: Callable[[dict[str, Any], str, Iterable[str], Roots], list[str]],
+    closing: Callable[[dict[str, Any], str, Iterable[str], Iterable[str], Roots], list[str]],
     overrides: tuple[str, ...],
+    trust: tuple[str, ...],
     store_root: str,
     run_root: str,
     cache_root: str | None,
@@ -119,6 +122,7 @@ def _train(
         fleet = akd_dist.train_students(
             recipe_path,
             overrides=overrides,
+            trust=trust,
             store_root=store_root,
             run_root=run_root,
             cache_root=cache_root,
@@ -132,7 +136,7 @@ def _train(
         print_json(fleet)
     else:
         roots = {"store_root": store_root, "run_root": run_root, "cache_root": cache_root, "address": address}
-        print_fleet(fleet, closing(fleet, recipe_path, overrides, roots))
+        print_fleet(fleet, closing(fleet, recipe_path, overrides, trust, roots))
     return int(any(student["state"] != "done" for student in fleet["students"]))
 
 
@@ -221,20 +225,24 @@ def print_fleet(fleet: dict[str, Any], next_commands: Iterable[str]) -> None:
         click.echo(f"  {command}")
 
 
-def after_training(fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], roots: Roots) -> list[str]:
+def after_training(
+    fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], trust: Iterable[str], roots: Roots
+) -> list[str]:
     """What to type after train-students."""
     kept = [one for one in overrides if not one.startswith(("data.seed=", "name="))]
     again = [*kept, "data.seed=1", f"name={Path(fleet['run']).name}-seed1"]
     return [
         command_line("stores show", Path(fleet["store"]).name[:SHORT_ID], store_root=roots["store_root"]),
-        command_line("train-students", recipe_path, again, **roots),
+        command_line("train-students", recipe_path, again, trust, **roots),
     ]
 
 
-def after_quickstart(fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], roots: Roots) -> list[str]:
+def after_quickstart(
+    fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], trust: Iterable[str], roots: Roots
+) -> list[str]:
     """What to type after the quickstart."""
     copy = "my-digits.yaml"
     return [
         shlex.join(["cp", recipe_path, copy]) + "     # then change what you like",
-        command_line("train-students", copy, [*overrides, "name=my-digits"], **roots),
+        command_line("train-students", copy, [*overrides, "name=my-digits"], trust, **roots),
     ]

@@ -22,6 +22,7 @@ from akd_dist.cli.options import (
     options,
     set_option,
     store_root_option,
+    trust_option,
 )
 from akd_dist.cli.recipes import load
 from akd_dist.cli.show import (
@@ -177,11 +178,12 @@ def stores_verify(store_id: str, store_root: str, shallow: bool, as_json: bool) 
     id_argument,
     click.option("--recipe", "recipe_path", metavar="RECIPE", help="How to recompute, if paths have changed."),
 )
-@options(set_option, store_root_option, cache_root_option, json_option)
+@options(set_option, trust_option, store_root_option, cache_root_option, json_option)
 def stores_repair(
     store_id: str,
     recipe_path: str | None,
     overrides: tuple[str, ...],
+    trust: tuple[str, ...],
     store_root: str,
     cache_root: str | None,
     as_json: bool,
@@ -199,7 +201,7 @@ def stores_repair(
     root = akd_dist.absolute_root(store_root)
     whole = resolve_id(root, store_id)
     with stdout_for_results():
-        document = repair(root, whole, recipe, str(_cache(cache_root)), progress_console())
+        document = repair(root, whole, recipe, str(_cache(cache_root)), progress_console(), trust=trust)
     if as_json:
         print_json(document)
         return
