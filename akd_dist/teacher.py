@@ -26,7 +26,7 @@ from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.storage.layout import Shard
 from akd_dist.storage.manifest import Probe, Receipt
-from akd_dist.storage.writer import StoreWriter, adopt_shard, write_shard
+from akd_dist.storage.writer import StoreWriter, adopt_shard, as_stored, write_shard
 from akd_dist.trusted import Trusted
 from akd_dist.views import probe, view_of
 
@@ -133,22 +133,27 @@ def cache_shard(job: CacheJob, shard: Shard) -> Receipt:
         DamagedError, MachineError: as `write_shard`.
     """
     started = time.perf_counter()
-    logits = adopt_shard(job.store, shard)
-    if logits is None:
-        logits, agreement, probes = compute_shard(job, shard)
-    else:
-        agreement, probes = _remember(job, shard, logits)
-    seconds = time.perf_counter() - started
+    adopted = adopt_shard(job.store, shard)
+    logits, agreement, probes = compute_shard(job, shard, adopted)
+    seconds = time.perf_counter() - started if adopted is None else 0.0  # what was found was not timed
     return write_shard(job.store, shard, logits, label_agreement=agreement, probes=probes, seconds=seconds)
 
 
-def compute_shard(job: CacheJob, shard: Shard) -> tuple[np.ndarray, float | None, list[Probe]]:
+def compute_shard(
+    job: CacheJob, shard: Shard, adopted: np.ndarray | None = None
+) -> tuple[np.ndarray, float | None, list[Probe]]:
     """A shard's logits, float32 [shard.rows, classes], the share of rows whose label they choose, and probe views.
 
-    The share is None for regression, where no label is chosen.
+    The logits are those that a reader of the store will have: rounded as its encoding rounds them. So the share is a
+    function of the stored bytes, whoever works it out. It is None for regression, where no label is chosen.
 
     A pure function of the job and the shard, down to the last bit: threads and batch rows are fixed by the recipe.
+
+    Args:
+        adopted: the logits as they were found stored, where only what is to be said of them is missing.
     """
+    if adopted is not None:
+        return adopted, *_remember(job, shard, adopted)
     settle(job.device, job.cache.threads)
     _check_device(job)
     precision = job.cache.precision
@@ -160,7 +165,7 @@ def compute_shard(job: CacheJob, shard: Shard) -> tuple[np.ndarray, float | None
         block = rows.inputs.take(numbers, axis=0)
         inputs = view_of(job.augmentation, job.data.seed, block, numbers, shard.view, rows.tokens, job.device)
         blocks.append(teacher_logits(module, inputs, job.cache.batch_rows, precision))
-    logits = np.concatenate(blocks)
+    logits = as_stored(job.store.creation.identity, np.concatenate(blocks), shard.start)
     return logits, *_remember(job, shard, logits)
 
 

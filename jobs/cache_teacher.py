@@ -6,6 +6,7 @@ akd-dist cache-teacher jobs/digits.yaml
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -35,9 +36,9 @@ from akd_dist.jobs.train_teacher import (
 from akd_dist.models import ModelCard, load_card, try_out
 from akd_dist.recipe import NoAugmentation, Recipe
 from akd_dist.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference, prepare
-from akd_dist.storage import catalog
+from akd_dist.storage import catalog, removal
 from akd_dist.storage.encodings import encoding_from_config
-from akd_dist.storage.errors import MachineError, RefusedError
+from akd_dist.storage.errors import AkdError, MachineError, RefusedError
 from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, RECEIPTS, SOURCE_KEY, Shard, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Receipt, differences
 from akd_dist.storage.objects import open_root
@@ -186,6 +187,7 @@ def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Plac
         for plan in wanted:
             claims.enter_context(place.claim(plan.identity.id))
         device = place.device(recipe.device)
+        claims.push(functools.partial(_leave_nothing, wanted, place.store_root))
         for plan in wanted:
             plan.creation = computed_on(device, plan.creation)
             _open_for_writing(plan, recipe, place.store_root, place.console)
@@ -197,6 +199,14 @@ def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Plac
                 seal_store(plan.writer)
                 plan.store = catalog.find_store(place.store_root, plan.identity)
     return hop
+
+
+def _leave_nothing(plans: list[SplitPlan], store_root: str, kind: type[BaseException] | None, *_: object) -> None:
+    """After a refusal: stores that were begun, and have no shard yet, would only be in the way."""
+    if kind is not None:
+        for plan in plans:
+            with contextlib.suppress(AkdError):  # the first error is the one to tell
+                removal.discard_if_empty(store_root, plan.identity.id)
 
 
 def check_assistants(recipe: Recipe, splits: Splits) -> None:
@@ -443,7 +453,8 @@ def repair(
     plan.creation = computed_on(device_name(recipe.device), plan.creation)  # it is this process that computes
     plan.writer = StoreWriter(store_root, plan.creation)
     job = cache_job(plan, recipe, uri, cache_root)
-    repaired = catalog.repair_store(store_root, store_id, lambda shard: compute_shard(job, shard))
+    recompute = functools.partial(compute_shard, job)
+    repaired = catalog.repair_store(store_root, store_id, recompute, computed=plan.creation.computed)
     return {"id": store_id, "repaired": [shard.key for shard in repaired]}
 
 
@@ -476,9 +487,9 @@ def _plan_of(
     found = next(((uri, plan) for uri, plan in plans if plan.identity.id == store_id), None)
     if found is not None:
         return found
-    key = f"{store_id}/{CREATION_KEY}"
-    sealed = Creation.from_bytes(open_root(store_root).get(key), key).identity
-    differing = [plan.identity.differences(sealed) for _, plan in plans]
+    sealed = catalog.identity_of(store_root, store_id)
+    unknown = [f"another id, and no {CREATION_KEY} that says why"]
+    differing = [plan.identity.differences(sealed) if sealed else unknown for _, plan in plans]
     raise RefusedError(
         f"the store {store_id[:12]} cannot be recomputed from this data and teacher",
         got="; ".join(sorted(differing, key=len)[0]),

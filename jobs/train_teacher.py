@@ -26,6 +26,7 @@ from akd_dist.rows import SPLITS, Splits
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store
 from akd_dist.storage.errors import HeldError, MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
+from akd_dist.storage.layout import TEACHERS
 from akd_dist.storage.manifest import Identity
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.uses import using
@@ -33,8 +34,6 @@ from akd_dist.storage.uses import using
 if TYPE_CHECKING:
     from akd_dist.jobs.cluster import StopFlag
     from akd_dist.jobs.shared import Shared
-
-TEACHERS = "teachers"
 
 Stores = dict[str, str]
 """The stores of one model's logits: split -> URI."""
@@ -243,13 +242,24 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, place: Plac
             Path(job.control).mkdir(parents=True, exist_ok=True)
             job.stop_file.unlink(missing_ok=True)
             _forget_failure(job)
-            with using(trained.stores.values(), run=uri, lock=lock):
-                result = _result(trained, job, run(trained, job, place))
+            try:
+                with using(trained.stores.values(), run=uri, lock=lock):
+                    result = _result(trained, job, run(trained, job, place))
+            except BaseException:
+                _leave_no_empty_folder(job)
+                raise
             shutil.rmtree(job.control, ignore_errors=True)
             metric = recipe.data.primary_metric
             place.tell(f"{trained.name} is trained: test {metric} {result['test'][metric]:.4f}")
             _deliver(Path(job.root) / trained.spec.name, uri)
     return uri
+
+
+def _leave_no_empty_folder(job: CohortJob) -> None:
+    """Where nothing was trained yet, as after a refusal, nothing is left; a log or a checkpoint stays."""
+    with contextlib.suppress(OSError):
+        Path(job.control).rmdir()
+        Path(job.control).parent.rmdir()
 
 
 def _forget_failure(job: CohortJob) -> None:

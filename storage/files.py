@@ -28,6 +28,18 @@ def canonical_json(document: Any) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
+def parse_json(data: bytes | str) -> Any:
+    """A JSON document that somebody else may have written.
+
+    Raises:
+        ValueError: it is not JSON, or nested deeper than Python follows.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def sha256(data: bytes | memoryview) -> str:
     """Hexadecimal sha256 of bytes."""
     return hashlib.sha256(data).hexdigest()
@@ -253,8 +265,8 @@ def is_locked(path: Path, *, shared: bool = False) -> bool:
         shared: whether a shared lock counts as well.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # gone, or not ours to see: no lock that we could know of
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would be waited for
+    except (OSError, ValueError):  # gone, not ours to see, or no path at all: no lock that we could know of
         return False
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if shared else fcntl.LOCK_SH) | fcntl.LOCK_NB)

@@ -389,7 +389,7 @@ def root(tmp_path: Path) -> Path:
 def test_an_empty_root_has_no_stores(run: Any) -> None:
     assert "no stores under stores" in run("stores", "list").out
     assert run("stores", "list", "--json").document == {"store_root": str(Path.cwd() / "stores"), "stores": []}
-    assert run("stores", "gc", "--json").document == {"dry_run": False, "removed": [], "stores": []}
+    assert run("stores", "gc", "--json").document == {"dry_run": False, "removed": [], "stores": [], "problems": []}
 
 
 @pytest.mark.parametrize("command", ["show", "verify", "repair"])
@@ -486,6 +486,41 @@ def test_gc_removes_stores_only_when_it_may(root: Path, run: Any) -> None:
     done = run("stores", "gc", "--older-than", "0h", "--yes")
     assert f"removed store {store.name[:12]}, 6.2 kB" in done.out
     assert list(root.iterdir()) == []
+
+
+def test_a_bad_store_is_a_line_and_the_others_are_shown_and_collected(root: Path, run: Any) -> None:
+    """One whose folder cannot be listed, one of deep JSON, one whose words are markup to the table that shows them."""
+    (store,) = root.iterdir()
+    (store / "arrays.zarr/logits/c/0/0/0.0123456789ab.partial").touch()
+    closed, deep = root / ("c" * 64), root / ("d" * 64)
+    closed.mkdir()
+    (closed / "creation.json").symlink_to("creation.json")  # which no user can follow
+    deep.mkdir()
+    (deep / "creation.json").write_bytes(b"[" * 200_000)
+    source = {"kind": "parquet", "path": "/data/[/birds]"}
+    (store / "source.json").write_text(json.dumps({"split": "train", "recipe": {"data": {"train": source}}}))
+    listed = run("stores", "list")
+    assert listed.code == 0
+    assert "birds] train 300" in listed.out
+    assert f"{'c' * 12}: cannot read {closed}/creation.json: Too many levels of symbolic links" in listed.err
+    assert f"{'d' * 12}: {deep}/creation.json is damaged: " in listed.err
+    problems = {one["id"]: one["problem"] for one in run("stores", "list", "--json").document["stores"]}
+    assert problems[store.name] is None
+    assert "symbolic links" in problems[closed.name]
+    assert "is damaged" in problems[deep.name]
+    assert run("stores", "verify", store.name[:6]).code == 0
+    partial = str(next(root.rglob("*.partial")).relative_to(root))
+    collected = run("stores", "gc", "--json", "--dry-run").document
+    GcDocument.model_validate(collected)
+    assert (collected["removed"], [one["id"] for one in collected["problems"]]) == (
+        [partial, f"{'d' * 64}/"],
+        ["c" * 64],
+    )
+    outcome = run("stores", "gc", "--older-than", "0h", "--yes")
+    assert outcome.code == 0
+    assert f"{'c' * 12}: cannot read" in outcome.err
+    assert f"stays: {'c' * 12}, cannot read" in outcome.out
+    assert [path.name for path in root.iterdir()] == ["c" * 64]
 
 
 def test_gc_asks_on_a_terminal(root: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
