@@ -35,7 +35,7 @@ class SourceCheck:
 
     Args:
         believed: sha256 of each when the rows were prepared.
-        forget: called where one differs, so that the prepared rows are not believed again.
+        forget: called before that is told of one, so that the prepared rows are not believed again.
     """
 
     def __init__(self, believed: Mapping[Path, str], forget: Callable[[], None]) -> None:
@@ -52,6 +52,7 @@ class SourceCheck:
     def look(self) -> None:
         """Refuse to go on if it is known by now that a file differs; see `finish`."""
         if self._error is not None:
+            self._forget()
             raise self._error
 
     def finish(self) -> None:
@@ -69,13 +70,12 @@ class SourceCheck:
         try:
             for path, expected in self._believed.items():
                 if (found := _sha256(path)) != expected:
-                    self._forget()
                     raise RefusedError(
                         f"{path} has changed since its rows were prepared, though neither its size nor its times have",
                         got=f"sha256 {found[:16]}",
                         expected=f"sha256 {expected[:16]}, as when it was read",
-                        next="bring the file back; or give the same command again, which prepares the rows anew: if they "
-                        "are other data then, a run of this name needs --fresh or another name",
+                        next="bring the file back; or give the same command again, which prepares the rows anew: if "
+                        "they are other data then, a run of this name needs --fresh or another name",
                     )
         except Exception as error:
             self._error = error

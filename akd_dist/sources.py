@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from akd_dist import hub, recipe
+from akd_dist.arguments import listing, named, placed
 from akd_dist.blocks import Block, Stream
 from akd_dist.columns import Place, check_schema, class_label_names, input_columns, label_columns
 from akd_dist.factories import call_factory, source_of, whole
@@ -509,9 +510,14 @@ class _Custom:
         self.spec = spec
 
     def key(self) -> dict[str, Any]:
-        """The module's own file stands for its code; what it imports or reads is not looked at."""
+        """The module's own file stands for its code, and what its arguments name for what it reads.
+
+        What else it imports or reads is not looked at.
+        """
         file = source_of(self.spec, self.SIGNATURE)
-        return {**self.spec.model_dump(mode="json"), "files": _stats([file] if file else [])}
+        files, folders = named(placed(self.spec.arguments, self.spec.trusted.folder))
+        key = {**self.spec.model_dump(mode="json"), "files": _stats([*([file] if file else []), *files])}
+        return key | ({"folders": [listing(folder) for folder in folders]} if folders else {})
 
     def open(self) -> Source:
         made = call_factory(self.spec, self.SIGNATURE, self.spec.arguments)
