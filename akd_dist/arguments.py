@@ -37,7 +37,7 @@ def placed(arguments: Mapping[str, Any], folder: str | None) -> dict[str, Any]:
 
 def named(arguments: Mapping[str, Any]) -> tuple[list[Path], list[Path]]:
     """The files and the folders that strings among arguments name, as `placed` returns them."""
-    found = [Path(text).absolute() for text in _strings(arguments) if _is_path(text) and os.path.exists(text)]
+    found = [Path(text).absolute() for text in _strings(arguments) if _is_path(text) and stamp_of(Path(text))]
     return [path for path in found if not path.is_dir()], [path for path in found if path.is_dir()]
 
 
@@ -62,7 +62,7 @@ def _strings(node: Any) -> Iterator[str]:
 
 
 def _is_path(text: str) -> bool:
-    return 0 < len(text) <= _MOST_CHARACTERS and "\0" not in text and "://" not in text
+    return 0 < len(text) <= _MOST_CHARACTERS and text.isprintable() and "://" not in text
 
 
 def _placed(node: Any, folder: str | None, name: str) -> Any:
@@ -70,7 +70,7 @@ def _placed(node: Any, folder: str | None, name: str) -> Any:
         return {key: _placed(value, folder, f"{name}.{key}") for key, value in node.items()}
     if isinstance(node, list):
         return [_placed(value, folder, f"{name}.{number}") for number, value in enumerate(node)]
-    if not isinstance(node, str) or not _is_path(node) or os.path.isabs(node):
+    if not isinstance(node, str) or not _is_path(node) or Path(node).is_absolute():
         return node
     if node in (".", "..") or node.startswith(("./", "../")):
         if folder is None:
@@ -79,8 +79,8 @@ def _placed(node: Any, folder: str | None, name: str) -> Any:
                 got=node,
                 expected="a recipe, or an absolute path",
             )
-        return os.path.normpath(os.path.join(folder, node))
-    if folder is not None and os.path.exists(node) and not _same(node, os.path.join(folder, node)):
+        return os.path.normpath(Path(folder) / node)
+    if folder is not None and stamp_of(Path(node)) and not _same(Path(node), Path(folder) / node):
         raise RefusedError(
             f"the argument {name} names something in the working directory",
             got=f"{node}, which is there in {Path.cwd()}, and not the same in the recipe's folder {folder}",
@@ -91,5 +91,5 @@ def _placed(node: Any, folder: str | None, name: str) -> Any:
     return node
 
 
-def _same(one: str, other: str) -> bool:
-    return os.path.exists(other) and os.path.samefile(one, other)
+def _same(one: Path, other: Path) -> bool:
+    return stamp_of(other) is not None and one.samefile(other)

@@ -19,11 +19,13 @@ from akd_dist import cohort, evaluation, origins, teacher
 from akd_dist.checkpoint import checkpoints
 from akd_dist.examples import Asked
 from akd_dist.jobs.train_students import begin_run, run_identity, train_in_process
+from akd_dist.prepare import open_sources
 from akd_dist.recipe import CustomData, Data, Parquet, Recipe
 from akd_dist.rows import SPLITS, Rows, Splits, prepare
 from akd_dist.storage import content
 from akd_dist.storage.errors import CorruptCacheError, RefusedError
 from akd_dist.storage.files import stamp_of
+from akd_dist.student import Student
 from tests import sources
 from tests.fleets import HARD, a_recipe, a_student, a_teacher, store_bytes, stores_of, weights
 
@@ -217,9 +219,13 @@ def test_no_checkpoint_is_published_before_everything_was_hashed(
         yield from verifying(self)
         events.append("hashed")
 
-    save = cohort.Student.save
+    def saved(*given: Any) -> None:
+        events.append("saved")
+        save(*given)
+
+    save = Student.save
     monkeypatch.setattr(content.Content, "verifying", noted)
-    monkeypatch.setattr(cohort.Student, "save", lambda *given: (events.append("saved"), save(*given))[1])
+    monkeypatch.setattr(Student, "save", saved)
     home.train(home.cache(tmp_path / "cache"), tmp_path / "run")
     assert events.index("saved") >= 4  # three splits and the logits
     assert events.count("saved") >= 3
@@ -336,10 +342,9 @@ def test_a_source_that_is_written_while_it_is_read_is_refused(tmp_path: Path, mo
 
     data = table(tmp_path / "x.parquet", 1)
     table(tmp_path / "y.parquet", 2)
-    opening = rows.open_sources
 
     def written_after(*given: Any) -> Any:
-        readings = opening(*given)
+        readings = open_sources(*given)
         if (tmp_path / "y.parquet").exists():
             put_over(tmp_path / "x.parquet", tmp_path / "y.parquet", "as a copy")
         return readings
