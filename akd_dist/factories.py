@@ -84,10 +84,10 @@ def source_sha256(spec: Factory, signature: str) -> str | None:
 
 
 def call_factory(spec: Factory, signature: str, arguments: Mapping[str, Any]) -> object:
-    """What the function that a spec names returns for these keyword arguments; `./x` is relative to the recipe's folder.
+    """What the function that a spec names returns for these keyword arguments, their paths as `arguments.placed` says.
 
     Raises:
-        RefusedError: as `import_factory` and `arguments.placed`; or the function fails, and its exception is shown whole.
+        RefusedError: as `import_factory` and `placed`; or the function fails, and its exception is shown whole.
     """
     factory = import_factory(spec, signature)
     given = placed(arguments, spec.trusted.folder)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from akd_dist import cohort, evaluation, origins, teacher
+from akd_dist.arguments import placed
 from akd_dist.checkpoint import checkpoints
 from akd_dist.examples import Asked
 from akd_dist.jobs.train_students import begin_run, run_identity, train_in_process
@@ -27,7 +28,7 @@ from akd_dist.storage.errors import CorruptCacheError, RefusedError
 from akd_dist.storage.files import stamp_of
 from akd_dist.student import Student
 from tests import sources
-from tests.fleets import HARD, a_recipe, a_student, a_teacher, store_bytes, stores_of, weights
+from tests.fleets import HARD, a_recipe, a_student, a_teacher, own, store_bytes, stores_of, weights
 
 STUDENTS = [a_student("annealing", batch=128), a_student("hard", batch=128, objective=HARD | {"epochs": 2})]
 PREPARED = [f"{split}-{part}" for split in SPLITS for part in ("inputs", "labels")]
@@ -414,7 +415,8 @@ def pictures(tmp_path: Path) -> Path:
 
 def custom(tmp_path: Path, factory: str, **arguments: Any) -> tuple[Data, Any]:
     name = sources.module(tmp_path, READER)
-    return Data(train=CustomData(factory=f"{name}:{factory}", arguments=arguments)), importlib.import_module(name)
+    spec = own(CustomData(factory=f"{name}:{factory}", arguments=arguments), tmp_path)
+    return Data(train=spec), importlib.import_module(name)
 
 
 @pytest.mark.parametrize("what", ["replaced", "added", "removed", "renamed"])
@@ -448,7 +450,7 @@ def test_a_table_of_the_users_own_shows_itself_too(tmp_path: Path) -> None:
     code = "import pathlib, pyarrow.parquet\n"
     code += "def table():\n    return pyarrow.parquet.read_table(pathlib.Path(__file__).with_name('x.parquet'))\n"
     table(tmp_path / "x.parquet", 1)
-    data = Data(train=CustomData(factory=f"{sources.module(tmp_path, code)}:table"))
+    data = Data(train=own(CustomData(factory=f"{sources.module(tmp_path, code)}:table"), tmp_path))
     assert prepare(data, tmp_path / "cache").train.inputs.max() == 1
     table(tmp_path / "x.parquet", 2)
     assert prepare(data, tmp_path / "cache").train.inputs.max() == 2
@@ -489,3 +491,75 @@ def test_rows_that_are_not_those_of_the_driver_are_prepared_once_more(pictures: 
     (pictures / "007").write_bytes(b"more")
     known = prepare(data, tmp_path / "driver").fingerprints
     assert prepare(data, tmp_path / "node", expected=known).fingerprints == known
+
+
+# ---- paths among arguments
+
+
+def test_a_path_among_arguments_follows_the_recipes_folder(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the command is given; and the recipe says the same after it was moved."""
+    data, module = custom(tmp_path, "named", folder="./pictures")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "pictures").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    before = prepare(data, tmp_path / "cache")
+    assert module.Items.asked[-1] == str(pictures)
+    assert data.model_dump()["train"]["arguments"] == {"folder": "./pictures"}
+    put_over(pictures / "007", pictures / "008", "in place")
+    assert prepare(data, tmp_path / "cache").fingerprints != before.fingerprints
+
+
+def test_a_path_that_would_follow_the_working_directory_is_refused(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = custom(tmp_path, "named", folder="pictures")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "pictures").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(RefusedError, match="names something in the working directory") as refused:
+        prepare(data, tmp_path / "cache")
+    assert "./pictures" in str(refused.value.next)
+    monkeypatch.chdir(pictures.parent)  # here it is what lies beside the recipe
+    assert len(prepare(data, tmp_path / "cache").test) == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ({"a": ["./x", {"b": "../y"}], "c": 1}, {"a": ["/here/folder/x", {"b": "/here/y"}], "c": 1}),
+        ({"a": "."}, {"a": "/here/folder"}),
+        *(
+            ({"a": text},) * 2
+            for text in ("train", "s3://./x", "/x", "", ".hidden", "~/x", "a\nb", "\ud800", "x" * 9999)
+        ),
+    ],
+)
+def test_only_what_says_so_is_taken_for_a_path(given: dict[str, Any], got: dict[str, Any]) -> None:
+    assert placed(given, "/here/folder") == got
+
+
+def test_a_path_without_a_recipes_folder_is_refused() -> None:
+    with pytest.raises(RefusedError, match=r"the argument a\.0 is a path relative to a recipe's folder"):
+        placed({"a": ["./x"]}, None)
+
+
+def test_models_and_augmentations_get_paths_in_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import torch\ngot = []\n\nclass Still:\n    words = 0\n    def draw(self, words, shape): return {}\n"
+    code += "    def apply(self, batch, params): return batch\n\n"
+    code += "def still(table):\n    got.append(table)\n    return Still()\n\n"
+    code += "def linear(input_shape, classes, table):\n    got.append(table)\n"
+    code += "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))\n"
+    name = sources.module(tmp_path, code)
+    augmentation = {"kind": "custom", "factory": f"{name}:still", "arguments": {"table": "./table.csv"}}
+    model = {"kind": "custom", "factory": f"{name}:linear", "arguments": {"table": "../table.csv"}}
+    document = a_recipe([a_student("hard", model=model, objective=HARD | {"epochs": 1})]).model_dump(mode="json")
+    document["data"]["augmentation"], document["folder"] = augmentation, str(tmp_path)
+    recipe = Recipe.model_validate(document).own()
+    monkeypatch.chdir("/")
+    results = train_in_process(recipe, {}, run=tmp_path / "run", cache_root=str(tmp_path / "cache"))
+    assert results["hard"]["state"] == "done"
+    assert set(importlib.import_module(name).got) == {f"{tmp_path}/table.csv", f"{tmp_path.parent}/table.csv"}
+    card = json.loads((tmp_path / "run" / "students" / "hard" / "model.json").read_bytes())
+    assert card["model"]["arguments"] == {"table": "../table.csv"}
