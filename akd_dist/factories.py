@@ -95,7 +95,8 @@ def call_factory(spec: Factory, signature: str, arguments: Mapping[str, Any]) ->
         return factory(**given)
     except (Exception, SystemExit) as error:  # whose code would be taken for one of ours
         failed = f"the factory {spec.factory} failed"
-        raise RefusedError(failed, got=whole(error), expected=f"a function{signature}") from error
+        hint = "a path beside the recipe is written ./name in arguments" if isinstance(error, FileNotFoundError) else None
+        raise RefusedError(failed, got=whole(error), expected=f"a function{signature}", next=hint) from error
 
 
 def whole(error: BaseException) -> str:
