@@ -95,7 +95,8 @@ def call_factory(spec: Factory, signature: str, arguments: Mapping[str, Any]) ->
         return factory(**given)
     except (Exception, SystemExit) as error:  # whose code would be taken for one of ours
         failed = f"the factory {spec.factory} failed"
-        hint = "a path beside the recipe is written ./name in arguments" if isinstance(error, FileNotFoundError) else None
+        missing = isinstance(error, FileNotFoundError)
+        hint = "a path beside the recipe is written ./name in arguments" if missing else None
         raise RefusedError(failed, got=whole(error), expected=f"a function{signature}", next=hint) from error
 
 
