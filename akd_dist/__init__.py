@@ -56,6 +56,7 @@ def cache_teacher(
     address: str | None = None,
     wait: bool = False,
     dry_run: bool = False,
+    prepare_again: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Make sure that sealed stores of the teacher's logits exist for a recipe's train, validation and test rows.
@@ -69,6 +70,7 @@ def cache_teacher(
         address: a Ray cluster; None starts one on this machine if there is anything to compute.
         wait: wait for somebody else who writes the same store, instead of leaving.
         dry_run: only say what would be computed, and refuse what cannot fit.
+        prepare_again: prepare this machine's data afresh, whatever was prepared before.
         console: where progress is told; stderr by default.
 
     Returns:
@@ -87,6 +89,7 @@ def cache_teacher(
         address=address,
         wait=wait,
         dry_run=dry_run,
+        prepare_again=prepare_again,
         console=console,
     )
 
@@ -103,6 +106,7 @@ def train_students(
     fresh: bool = False,
     wait: bool = False,
     dry_run: bool = False,
+    prepare_again: bool = False,
     trackers: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -121,6 +125,7 @@ def train_students(
         fresh: forget an earlier run of this name.
         wait: wait for somebody else who holds the store or the run, instead of leaving.
         dry_run: only say what would be done, and refuse what cannot fit.
+        prepare_again: prepare this machine's data afresh, whatever was prepared before.
         trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
 
@@ -146,6 +151,7 @@ def train_students(
         fresh=fresh,
         wait=wait,
         dry_run=dry_run,
+        prepare_again=prepare_again,
         trackers=trackers,
         console=console,
     )
@@ -200,7 +206,7 @@ def compare(
     )
     from akd_dist.rows import SPLITS, prepare
 
-    splits = prepare(expanded.data, Path(_cache_root(cache_root)))  # done already: this only looks
+    splits = prepare(expanded.data, Path(_cache_root(cache_root)), expected={})  # done already: this only looks
     rows = {split: len(getattr(splits, split)) for split in SPLITS}
     words = ["akd-dist", "compare", f"{read.name}.yaml" if read is recipe else str(recipe)]
     words += [word for override in overrides for word in ("--set", override)]

@@ -156,14 +156,17 @@ def _of_recipe(path: Path, asked: Asked, cache_root: Path, on_progress: Progress
         raise RecipeError("there is no such split", got=split, expected=f"one of {', '.join(SPLITS)}")
     loaded = recipe.load_recipe(path)
     recipe.trust(loaded, asked.trusted().seen_from(f"the recipe {path}", loaded.folder))
-    rows: Rows = getattr(prepare(loaded.data, cache_root, on_progress=on_progress), split)
-
+    splits = prepare(loaded.data, cache_root, on_progress=on_progress)
+    rows: Rows = getattr(splits, split)
     labelled = asked.label != ""
 
     def batches() -> Iterator[Batch]:
+        splits.sources.begin()
         for start in range(0, len(rows), EVALUATION_ROWS):
             inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
             yield inputs, labels if labelled else None
+        rows.content().verify()
+        splits.sources.finish()
 
     return Examples(asked.data, split, rows, len(rows), labelled, batches)
 

@@ -16,6 +16,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from akd_dist.arguments import placed
 from akd_dist.recipe import Factory
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.files import sha256
@@ -84,17 +85,20 @@ def source_sha256(spec: Factory, signature: str) -> str | None:
 
 
 def call_factory(spec: Factory, signature: str, arguments: Mapping[str, Any]) -> object:
-    """What the function that a spec names returns for these keyword arguments.
+    """What the function that a spec names returns for these keyword arguments, their paths as `arguments.placed` says.
 
     Raises:
-        RefusedError: as `import_factory`; or the function fails, and its exception is shown whole.
+        RefusedError: as `import_factory` and `placed`; or the function fails, and its exception is shown whole.
     """
     factory = import_factory(spec, signature)
+    given = placed(arguments, spec.trusted.folder)
     try:
-        return factory(**arguments)
+        return factory(**given)
     except (Exception, SystemExit) as error:  # whose code would be taken for one of ours
         failed = f"the factory {spec.factory} failed"
-        raise RefusedError(failed, got=whole(error), expected=f"a function{signature}") from error
+        missing = isinstance(error, FileNotFoundError)
+        hint = "a path beside the recipe is written ./name in arguments" if missing else None
+        raise RefusedError(failed, got=whole(error), expected=f"a function{signature}", next=hint) from error
 
 
 def whole(error: BaseException) -> str:

@@ -174,7 +174,8 @@ class CustomData(Table, Factory):
     factory: str = Field(pattern=FACTORY)
     """`module:function`, called as function(**arguments)."""
     arguments: dict[str, JsonValue] = {}
-    """Keyword arguments of the function. A change of them, or of the module's file, prepares the data anew."""
+    """Keyword arguments of the function; `./x` in them is a path relative to the recipe's folder. A change of them, of
+    what they name or of the module's file prepares the data anew."""
 
 
 Source = Annotated[Digits | Idx | Parquet | HuggingFaceData | CustomData, Discriminator("kind")]
@@ -277,7 +278,7 @@ class CustomAugmentation(Factory):
     factory: str = Field(pattern=FACTORY)
     """`module:function`, called as function(**arguments)."""
     arguments: dict[str, JsonValue] = {}
-    """Keyword arguments of the function."""
+    """Keyword arguments of the function; `./x` in them is a path relative to the recipe's folder."""
 
 
 Augmentation = Annotated[
@@ -554,7 +555,7 @@ class Custom(Factory):
     factory: str = Field(pattern=FACTORY)
     """`module:function`, called as function(input_shape=..., classes=..., **arguments); returns a torch.nn.Module."""
     arguments: dict[str, JsonValue] = {}
-    """Further keyword arguments of the function."""
+    """Further keyword arguments of the function; `./x` in them is a path relative to the recipe's folder."""
 
     @property
     def label(self) -> str:

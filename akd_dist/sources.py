@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import gzip
+import hashlib
 import math
 import struct
 import zlib
@@ -23,14 +25,17 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from akd_dist import hub, recipe
+from akd_dist.arguments import listing, named, placed
 from akd_dist.blocks import Block, Stream
 from akd_dist.columns import Place, check_schema, class_label_names, input_columns, label_columns
 from akd_dist.factories import call_factory, source_of, whole
 from akd_dist.storage.errors import RefusedError
+from akd_dist.storage.files import sha256
 
 _BUFFER_BYTES = 1 << 20  # read ahead in a column; pre_buffer would hold whole row groups
 _BLOCK_BYTES = 1 << 21  # of a Parquet column, uncompressed, read at a time
 _STREAM_ROWS = 1 << 14  # of sources that can be read from any row
+_SAMPLE_ROWS = 18
 _NEXT_PATH = "correct the path in the recipe; it is relative to the recipe's folder"
 
 
@@ -54,6 +59,8 @@ class Source:
     """What the source calls its class ids."""
     classes: int | None = None
     """How many classes there are, if it is known beforehand."""
+    sample: Callable[[], str] | None = None
+    """A hash of a few rows, by which a change is noticed that no file shows; of sources of the user's own."""
 
     def __post_init__(self) -> None:
         if self.rows == 0:
@@ -503,9 +510,14 @@ class _Custom:
         self.spec = spec
 
     def key(self) -> dict[str, Any]:
-        """The module's own file stands for its code; what it imports or reads is not looked at."""
+        """The module's own file stands for its code, and what its arguments name for what it reads.
+
+        What else it imports or reads is not looked at.
+        """
         file = source_of(self.spec, self.SIGNATURE)
-        return {**self.spec.model_dump(mode="json"), "files": _stats([file] if file else [])}
+        files, folders = named(placed(self.spec.arguments, self.spec.trusted.folder))
+        key = {**self.spec.model_dump(mode="json"), "files": _stats([*([file] if file else []), *files])}
+        return key | ({"folders": [listing(folder) for folder in folders]} if folders else {})
 
     def open(self) -> Source:
         made = call_factory(self.spec, self.SIGNATURE, self.spec.arguments)
@@ -514,7 +526,7 @@ class _Custom:
         if hasattr(made, "__getitem__") and hasattr(made, "__len__"):
             items = _Items(made, self.spec)
             streams = [Stream(0, items.blocks)]
-            return Source(items.name, items.rows, streams, items.where, classes=self.spec.classes)
+            return Source(items.name, items.rows, streams, items.where, classes=self.spec.classes, sample=items.sample)
         raise RefusedError(
             f"the factory {self.spec.factory} returned something else than data",
             got=type(made).__name__,
@@ -538,8 +550,13 @@ class _Custom:
             inputs, labels = _columns(self.spec, table.slice(start, stop - start))
             return [one.combine_chunks() for one in inputs], labels.combine_chunks()
 
+        def sample() -> str:
+            rows = [table.select(_columns_of(self.spec)).slice(row, 1).to_pylist() for row in _few(len(table))]
+            return sha256(repr(rows).encode())
+
         streams = _slices(len(table), read, _STREAM_ROWS)
-        return _table(self.spec, name, len(table), streams, _row_of(name), table.schema)
+        source = _table(self.spec, name, len(table), streams, _row_of(name), table.schema)
+        return dataclasses.replace(source, sample=sample)
 
 
 class _Items:
@@ -567,6 +584,18 @@ class _Items:
                 yield _block_of_items(start, items)
             if failed is not None:
                 raise failed
+
+    def sample(self) -> str:
+        """A hash of a few items."""
+        hashed = hashlib.sha256()
+        for row in _few(self.rows):
+            inputs, label = self._item(row)
+            for value in inputs:
+                plain = isinstance(value, str)
+                hashed.update(repr(value if plain else (value.dtype.str, value.shape)).encode())
+                hashed.update(b"" if plain else value.tobytes())
+            hashed.update(repr(label).encode())
+        return hashed.hexdigest()
 
     def _item(self, row: int) -> tuple[list[Any], Any]:
         """An item as one array, one string or two, and a label: int, float, bool or str."""
@@ -630,6 +659,11 @@ class _Items:
             expected=expected,
             next="let the dataset return pairs (input, label), all of the same types",
         )
+
+
+def _few(rows: int) -> list[int]:
+    """Which rows of a source are a sample: the first, the last and some between."""
+    return [int(row) for row in np.unique(np.linspace(0, rows - 1, _SAMPLE_ROWS).astype(np.int64))]
 
 
 def _block_of_items(start: int, items: list[tuple[list[Any], Any]]) -> Block:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,16 @@ from akd_dist import recipe
 from akd_dist.device import autocast, device_name, settle, weights_dtype
 from akd_dist.models import NOBODY, ModelCard, changed_source, read_model
 from akd_dist.rows import Rows, prepare
-from akd_dist.storage.errors import MachineError, RefusedError
+from akd_dist.storage.content import renewing
+from akd_dist.storage.errors import CorruptCacheError, MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.storage.layout import Shard
 from akd_dist.storage.manifest import Probe, Receipt
 from akd_dist.storage.writer import StoreWriter, adopt_shard, as_stored, write_shard
 from akd_dist.trusted import Trusted
 from akd_dist.views import probe, view_of
+
+log = logging.getLogger(__name__)
 
 PROBES = 4
 """Rows of each shard whose augmented pixels are remembered."""
@@ -131,10 +135,11 @@ def cache_shard(job: CacheJob, shard: Shard) -> Receipt:
         RefusedError: data or teacher are not what the store is for, or logits are not finite; names the rows.
         MachineError: this process has not the device that the store is computed on.
         DamagedError, MachineError: as `write_shard`.
+        CorruptCacheError: the rows are not what was prepared, and were not when they were prepared anew.
     """
     started = time.perf_counter()
     adopted = adopt_shard(job.store, shard)
-    logits, agreement, probes = compute_shard(job, shard, adopted)
+    logits, agreement, probes = renewing(functools.partial(compute_shard, job, shard, adopted), log.warning)
     seconds = time.perf_counter() - started if adopted is None else 0.0  # what was found was not timed
     return write_shard(job.store, shard, logits, label_agreement=agreement, probes=probes, seconds=seconds)
 
@@ -182,13 +187,22 @@ def _check_device(job: CacheJob) -> None:
 
 
 def _remember(job: CacheJob, shard: Shard, logits: np.ndarray) -> tuple[float | None, list[Probe]]:
-    """What a receipt says of a shard's rows: agreement with the labels, and a few views."""
+    """What a receipt says of a shard's rows: agreement with the labels, and a few views.
+
+    Raises:
+        CorruptCacheError: the rows that were read for the shard are not what was prepared.
+    """
     rows = _rows_of(job)
     agreement = None
     if rows.task == "classification":
         agreement = float(np.mean(logits.argmax(axis=1) == rows.labels[shard.start : shard.stop]))
     numbers = np.unique(np.linspace(shard.start, shard.stop - 1, PROBES).astype(np.int64))
     shown = probe(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view, rows.tokens, job.device)
+    try:
+        rows.content(shard.start, shard.stop).verify()
+    except CorruptCacheError:
+        del _rows[rows.fingerprint]
+        raise
     return agreement, shown
 
 
@@ -199,7 +213,8 @@ def _rows_of(job: CacheJob) -> Rows:
     """The job's rows, opened once in a process."""
     fingerprint = job.store.creation.identity.dataset
     if fingerprint not in _rows:
-        rows: Rows = getattr(prepare(job.data, Path(job.cache_root)), job.split)
+        splits = prepare(job.data, Path(job.cache_root), expected={job.split: fingerprint})
+        rows: Rows = getattr(splits, job.split)
         rows.check_same(job.store.creation.dataset)
         _rows[fingerprint] = rows
     return _rows[fingerprint]

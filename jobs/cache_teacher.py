@@ -111,7 +111,9 @@ def cache_teacher(
     address: str | None = None,
     wait: bool = False,
     dry_run: bool = False,
+    prepare_again: bool = False,
     console: Console | None = None,
+    splits: Splits | None = None,
 ) -> dict[str, Any]:
     """Make sure that sealed stores of the teacher's logits exist for the recipe's train, validation and test rows.
 
@@ -123,7 +125,9 @@ def cache_teacher(
         address: a Ray cluster; None starts one on this machine if there is anything to compute.
         wait: wait for somebody else's claim instead of leaving.
         dry_run: only say what would be computed, and refuse what cannot fit.
+        prepare_again: prepare this machine's data afresh, whatever was prepared before.
         console: where progress is told; stderr by default.
+        splits: the rows, where the caller has them and sees to their sources.
 
     Returns:
         The document that `akd-dist cache-teacher --json` prints.
@@ -135,17 +139,25 @@ def cache_teacher(
 
     console = console or Console(stderr=True)
     started = time.monotonic()
-    splits = prepare_shown(recipe.own().data, cache_root, console)
+    recipe.own()
+    sources = None
+    if splits is None:
+        splits = prepare_shown(recipe.data, cache_root, console, again=prepare_again)
+        sources = splits.sources
     check_assistants(recipe, splits)
     check_augmentation(recipe.data.augmentation, recipe.data.seed, splits.train.inputs, splits.train.tokens)
     if dry_run:
         # Which card the nodes of a cluster have is not asked: views that a store has already may count as missing.
         device = device_name(recipe.device) if address is None else recipe.device
         return _dry_run(recipe, splits, store_root, device)
+    if sources is not None:
+        sources.begin()
     with cluster.closing(), cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
         place = Place(store_root, cache_root, address, wait, stop, console)
         teacher_uri = ensure_teacher(recipe, splits, place, run_on_ray)
         hops = walk_chain(recipe, splits, teacher_uri, place, run_on_ray, compute_on_ray)
+    if sources is not None:
+        sources.finish()
     return _document(hops, time.monotonic() - started)
 
 
@@ -155,6 +167,7 @@ def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache
     splits = prepare(recipe.own().data, Path(cache_root))
     place = Place(store_root, cache_root, console=Console(stderr=True))
     hops = walk_chain(recipe, splits, teacher_uri, place, run_in_process, compute_in_process)
+    splits.sources.finish()
     return _document(hops, time.monotonic() - started)
 
 
@@ -220,7 +233,7 @@ def check_assistants(recipe: Recipe, splits: Splits) -> None:
         try_out(ModelCard.of(assistant.model, splits.train, recipe.data.normalize))
 
 
-def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Splits:
+def prepare_shown(data: recipes.Data, cache_root: str, console: Console, *, again: bool = False) -> Splits:
     """`rows.prepare`, with a meter for each source and each fingerprint, one after the other."""
     with contextlib.ExitStack() as stack:
         shown: dict[str, Meter] = {}
@@ -232,7 +245,7 @@ def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Spli
                 shown[what].update(0)
             shown[what].update(done)
 
-        return prepare(data, Path(cache_root), on_progress=update)
+        return prepare(data, Path(cache_root), on_progress=update, again=again)
 
 
 def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str, device: str) -> list[SplitPlan]:

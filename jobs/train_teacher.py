@@ -17,7 +17,7 @@ from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist import views
-from akd_dist.cohort import CohortJob, read_progress, read_result, train_cohort
+from akd_dist.cohort import CohortJob, read_progress, read_result, renewals, train_cohort
 from akd_dist.device import device_name, gpus_of
 from akd_dist.jobs.progress import Meter, meter, tell
 from akd_dist.models import by_content, load_card
@@ -244,7 +244,10 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, place: Plac
             _forget_failure(job)
             try:
                 with using(trained.stores.values(), run=uri, lock=lock):
-                    result = _result(trained, job, run(trained, job, place))
+                    outcome = run(trained, job, place)
+                for line in renewals(job):
+                    place.tell(f"warning: {line}")
+                result = _result(trained, job, outcome)
             except BaseException:
                 _leave_no_empty_folder(job)
                 raise

@@ -80,6 +80,10 @@ class DamagedError(AkdError):
     code = 5
 
 
+class CorruptCacheError(DamagedError):
+    """What this node prepared or decoded is not what it was when it was written. It can be made anew."""
+
+
 class MachineError(AkdError):
     """The environment: disk, permission, cluster, a worker lost after its retries."""
 

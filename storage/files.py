@@ -19,6 +19,8 @@ from akd_dist.storage.errors import HeldError, MachineError, RecipeError
 
 # Names of files in the making. Readers skip them, `stores gc` removes those whose writer died.
 PARTIAL_SUFFIX = ".partial"
+# More than a tick of any file system's clock; the coarsest, FAT's, is 2 s.
+_TICK_NS = 2_500_000_000
 # What link(2) answers on file systems that have no hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 
@@ -43,6 +45,43 @@ def parse_json(data: bytes | str) -> Any:
 def sha256(data: bytes | memoryview) -> str:
     """Hexadecimal sha256 of bytes."""
     return hashlib.sha256(data).hexdigest()
+
+
+def with_checksum(document: dict[str, Any]) -> bytes:
+    """A JSON document that carries the sha256 of its canonical spelling, so that a flipped bit is noticed."""
+    return canonical_json({**document, "sha256": sha256(canonical_json(document))})
+
+
+def without_checksum(data: bytes) -> dict[str, Any]:
+    """The document that `with_checksum` wrote.
+
+    Raises:
+        ValueError: it is not that document.
+    """
+    document = json.loads(data)
+    if not isinstance(document, dict) or document.pop("sha256", None) != sha256(canonical_json(document)):
+        raise ValueError("the document is not what was written")
+    return document
+
+
+def stamp_of(path: Path) -> list[int] | None:
+    """Size, times of content and of inode in ns, and inode of a file: what changes with it; None where there is none.
+
+    The time of the inode can be set by nobody, unlike that of the content.
+    """
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def is_settled(stamp: list[int] | None) -> bool:
+    """Whether a file was changed so long ago that another change, from now on, would show in its times.
+
+    Two changes within a tick of the file system's clock show as one.
+    """
+    return stamp is None or time.time_ns() - max(stamp[1], stamp[2]) > _TICK_NS
 
 
 def failpoint(site: str) -> None:

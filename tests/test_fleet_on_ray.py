@@ -3,8 +3,10 @@
 Workers are killed for real, on one cluster for all tests; drivers are commands with a cluster of their own.
 """
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,9 +37,11 @@ from akd_dist.status import write_document
 from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.errors import MachineError, RecipeError, RefusedError, TerminatedError
+from akd_dist.storage.reader import open_store
 from akd_dist.storage.removal import disused
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, own, store_bytes, weights
 from tests.survivors import plant_snapshots
+from tests.test_verification import flip
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -550,3 +554,18 @@ def test_ray_listens_on_loopback_only(ray_cluster: None) -> None:
             continue
     assert listening
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_wrong_bytes_in_a_nodes_cache_reach_no_student_and_are_told(home: Home, tmp_path: Path) -> None:
+    """In the decoded logits they are found by the workers, while they train; sizes and times stay as they are."""
+    shutil.copytree(home.root / "plain", tmp_path / "stores")
+    store = open_store(home.stores["train"])
+    flip(Path(home.cache_root) / "logits" / store.manifest.sha256[:32] / "logits.npy")
+    flip(prepare(home.recipe.data, Path(home.cache_root)).test.files[0])
+    told = io.StringIO()
+    train_students(
+        home.recipe, run_root=str(tmp_path / "runs"), console=Console(file=told, width=1000), **home.places(tmp_path)
+    )
+    assert weights(tmp_path / "runs" / home.recipe.name) == home.weights
+    lines = [line for line in told.getvalue().splitlines() if "made anew" in line]
+    assert any("logits.npy is no longer what was written there" in line for line in lines)

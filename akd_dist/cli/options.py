@@ -53,6 +53,9 @@ wait_option = click.option(
     "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
 )
 fresh_option = click.option("--fresh", is_flag=True, help="Forget an earlier run of this name and start over.")
+prepare_again_option = click.option(
+    "--prepare-again", is_flag=True, help="Prepare the data afresh, whatever was prepared before."
+)
 tracker_option = click.option(
     "--tracker",
     "trackers",

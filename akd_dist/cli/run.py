@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import akd_dist
-from akd_dist.cli.options import cache_options, json_option, recipe_argument, train_options
+from akd_dist.cli.options import cache_options, json_option, prepare_again_option, recipe_argument, train_options
 from akd_dist.cli.show import (
     SHORT_ID,
     command_line,
@@ -41,6 +41,7 @@ def quickstart(**options: Any) -> int:
 @click.command("cache-teacher")
 @recipe_argument
 @cache_options
+@prepare_again_option
 @click.option("--dry-run", is_flag=True, help="Say what would be computed, and refuse what cannot fit.")
 @json_option
 def cache_teacher(
@@ -52,6 +53,7 @@ def cache_teacher(
     address: str | None,
     wait: bool,
     dry_run: bool,
+    prepare_again: bool,
     as_json: bool,
 ) -> None:
     """Run the teacher once, store its logits.
@@ -68,6 +70,7 @@ def cache_teacher(
             address=address,
             wait=wait,
             dry_run=dry_run,
+            prepare_again=prepare_again,
             console=progress_console(),
         )
     if as_json:
@@ -82,6 +85,7 @@ def cache_teacher(
 @click.command("train-students")
 @recipe_argument
 @train_options
+@prepare_again_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done and why, and refuse what cannot fit.")
 def train_students(recipe_path: str, dry_run: bool, **options: Any) -> int:
     """Train students from the stored logits.
@@ -117,6 +121,7 @@ def _train(
     wait: bool,
     trackers: tuple[str, ...],
     as_json: bool,
+    prepare_again: bool = False,
 ) -> int:
     with stdout_for_results():
         fleet = akd_dist.train_students(
@@ -129,6 +134,7 @@ def _train(
             address=address,
             fresh=fresh,
             wait=wait,
+            prepare_again=prepare_again,
             trackers=trackers,
             console=progress_console(),
         )
