@@ -12,19 +12,20 @@ import itertools
 import json
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from akd_dist import recipe
+from akd_dist import findings, recipe, splitting
 from akd_dist.blocks import default_threads
 from akd_dist.labels import Classes
-from akd_dist.prepare import open_sources, write_source
-from akd_dist.sources import Kind, Source, kind_of
+from akd_dist.prepare import open_sources, read_labels, write_source
+from akd_dist.sources import Kind, kind_of
+from akd_dist.splitting import LEFT_OUT, is_drawn, split_of_source
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.files import PARTIAL_SUFFIX, canonical_json, file_lock, replace, sha256
 from akd_dist.storage.node_cache import IN_USE, hold, make_room
@@ -32,11 +33,9 @@ from akd_dist.text import Tokens, text_key
 
 BLOCK_ROWS = 4096
 """Rows of one block of the fingerprint."""
-SPLITS = ("train", "validation", "test")
-LEFT_OUT = len(SPLITS)
-"""In place of a split: a train row that is not in the subset."""
+SPLITS = splitting.SPLITS
+"""The names of the splits."""
 _FORMAT = 2  # of the prepared folder; part of its key
-_SUBSET_KEY = 1 << 62  # of the generator that draws a subset; key 0 splits, and epochs have the keys from 1 on
 
 
 Progress = Callable[[str, int, int], None]
@@ -135,6 +134,8 @@ class Splits:
     """What picks the best epoch."""
     test: Rows
     """What is reported, once."""
+    findings: tuple[str, ...] = field(default=(), kw_only=True)
+    """What a user should know of them, a line each: found when they were prepared, and kept with them."""
 
 
 def prepare(
@@ -156,7 +157,7 @@ def prepare(
     Raises:
         RecipeError: data.text.length leaves no room for text.
         RefusedError: a file or column is missing, a label out of range, an image not decodable; names the column and
-            the first such row. Nothing is left behind.
+            the first such row. Or a class has rows, and none of them are train rows. Nothing is left behind.
         MachineError: no room under `cache_root`, or it cannot be written; a hub cannot be reached.
     """
     tell = on_progress or (lambda what, done, total: None)
@@ -228,59 +229,6 @@ def _meaning(
     return meaning
 
 
-# ---- splitting
-
-
-def split_of_rows(rows: int, validation: float, test: float, seed: int) -> np.ndarray:
-    """Which split each row belongs to: uint8 [rows], an index into SPLITS.
-
-    A function of its arguments alone: raw Philox words are the same in every version of NumPy.
-    """
-    order = np.argsort(np.random.Philox(key=[seed, 0]).random_raw(rows), kind="stable")
-    for_test, for_validation = round(rows * test), round(rows * validation)
-    split = np.zeros(rows, dtype=np.uint8)
-    split[order[:for_test]] = SPLITS.index("test")
-    split[order[for_test : for_test + for_validation]] = SPLITS.index("validation")
-    return split
-
-
-def subset_of_rows(rows: int, wanted: int, seed: int) -> np.ndarray:
-    """Which rows belong to a subset of `wanted`: bool [rows]. A smaller subset lies within a larger one."""
-    order = np.argsort(np.random.Philox(key=[seed, _SUBSET_KEY]).random_raw(rows), kind="stable")
-    chosen = np.zeros(rows, dtype=np.bool_)
-    chosen[order[:wanted]] = True
-    return chosen
-
-
-def _split_of_source(name: str, data: recipe.Data, source: Source) -> np.ndarray:
-    """Which split each row of a source belongs to, uint8 [rows]: all to its own, but shares of the train source."""
-    if name != "train":
-        return np.full(source.rows, SPLITS.index(name), dtype=np.uint8)
-    given = {other: getattr(data, other) for other in ("validation", "test")}
-    shares = {other: share if isinstance(share, float) else 0.0 for other, share in given.items()}
-    split = split_of_rows(source.rows, seed=data.seed, **shares)
-    needed = {"train", *(other for other, share in shares.items() if share)}
-    empty = [other for other in SPLITS if other in needed and not (split == SPLITS.index(other)).any()]
-    if empty:
-        raise RefusedError(
-            f"no rows are left for {' and '.join(empty)}",
-            got=f"{source.rows:,} rows in {source.name}, with the shares {shares}",
-            expected="at least one row in each split",
-            next="change data.validation and data.test, or add rows",
-        )
-    train = np.flatnonzero(split == SPLITS.index("train"))
-    if data.subset is not None:
-        if data.subset > len(train):
-            raise RefusedError(
-                "data.subset is larger than what there is",
-                got=f"{data.subset:,} of {len(train):,} train rows in {source.name}",
-                expected=f"at most {len(train):,}",
-                next="lower data.subset, or leave it out to train on all rows",
-            )
-        split[train[~subset_of_rows(len(train), data.subset, data.seed)]] = LEFT_OUT
-    return split
-
-
 # ---- preparing
 
 
@@ -288,6 +236,7 @@ def _key(data: recipe.Data, kinds: dict[str, Kind]) -> dict[str, Any]:
     fractions = {name: getattr(data, name) for name in SPLITS if name not in kinds}
     return {
         "format": _FORMAT,
+        **({"stratify": True} if data.stratify and is_drawn(data) else {}),
         "sources": {name: kind.key() for name, kind in kinds.items()},
         "fractions": fractions,
         "subset": data.subset,
@@ -302,7 +251,10 @@ def _write(
 ) -> None:
     """Prepare all splits in a folder beside `folder`, then give it its name: it appears whole or not at all."""
     readings = open_sources(data, kinds)
-    splits = {name: _split_of_source(name, data, reading.source) for name, reading in readings.items()}
+    stratified = None
+    if data.stratify and is_drawn(data):
+        stratified = read_labels(readings["train"], functools.partial(tell, "the labels of data.train"))
+    splits = {name: split_of_source(name, data, one.source, stratified) for name, one in readings.items()}
     needed = sum(reading.bytes_of(splits[name] != LEFT_OUT) for name, reading in readings.items())
     make_room(cache_root, needed, budget)
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
@@ -310,16 +262,24 @@ def _write(
         # Left by killed processes: the lock is ours.
         _remove(folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}"))
         partial.mkdir(parents=True)
-        classes = Classes()
+        classes, counts = Classes(), np.zeros((), dtype=np.int64)
         for name, reading in readings.items():
             parts = {
                 number: splits[name] == number for number in np.unique(splits[name]).tolist() if number != LEFT_OUT
             }
             files = [(part, *_files(partial, SPLITS[number])) for number, part in parts.items()]
-            classes = write_source(
-                reading, files, data.task, classes, functools.partial(tell, f"the rows of data.{name}")
-            )
-        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, tell)
+            told = functools.partial(tell, f"the rows of data.{name}")
+            classes, labels = write_source(reading, files, data.task, classes, told)
+            if data.task == "classification":
+                counts = counts + splitting.count(splits[name], labels, classes.number or 0)
+        lines = [note for reading in readings.values() for note in reading.source.notes]
+        if data.task == "classification":
+            splitting.check_classes(data, counts, classes.names)
+            lines += findings.of_classes(counts[0], classes.names)
+        lines += findings.in_two_splits(
+            {name: _arrays(partial, name)[0] for name in SPLITS}, functools.partial(tell, "rows in two splits")
+        )
+        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, lines, tell)
         (partial / IN_USE).touch()
         partial.rename(folder)
     except OSError as error:
@@ -338,7 +298,9 @@ def _remove(*folders: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_index(folder: Path, task: recipe.Task, classes: Classes, tokens: Tokens | None, tell: Progress) -> None:
+def _write_index(
+    folder: Path, task: recipe.Task, classes: Classes, tokens: Tokens | None, lines: Sequence[str], tell: Progress
+) -> None:
     assert classes.number is not None
     index: dict[str, Any] = _meaning(classes.number, task, classes.names, tokens)
     for name in SPLITS:
@@ -348,6 +310,7 @@ def _write_index(folder: Path, task: recipe.Task, classes: Classes, tokens: Toke
             inputs, labels, classes.number, task=task, class_names=classes.names, tokens=tokens, on_progress=told
         )
         index[name] = {"fingerprint": digest, "blocks": blocks, "files": _stats(folder, name)}
+    index["findings"] = list(dict.fromkeys(lines))
     replace(folder / "index.json", json.dumps(index, indent=1).encode())
 
 
@@ -356,9 +319,10 @@ def _open(folder: Path) -> Splits | None:
     try:
         index = json.loads((folder / "index.json").read_bytes())
         splits = [_rows(folder, name, index) for name in SPLITS]
+        lines = tuple(map(str, index.get("findings", ())))  # rows of before have none
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Splits(*splits)
+    return Splits(*splits, findings=lines)
 
 
 def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:
