@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -102,6 +103,25 @@ def in_two_splits(inputs: Mapping[str, np.ndarray], tell: Callable[[int, int], N
     if not found:
         return []
     return [f"{' and '.join(found)} have the very inputs of a {train} row: they do not show how models do on new rows"]
+
+
+def near_chance(name: str, agreement: float, counts: np.ndarray) -> str | None:
+    """A line on a model that agrees with the labels hardly more often than the most frequent class does.
+
+    Args:
+        name: of the model.
+        agreement: share of the rows where its first class is the label.
+        counts: rows of each class, int64 [classes]; where there is one class only, there is nothing to say.
+    """
+    rows = int(counts.sum())
+    most = float(counts.max()) / rows
+    noise = 2 * math.sqrt(most * (1 - most) / rows)  # two standard errors
+    if np.count_nonzero(counts) < 2 or agreement > most + max(noise, min((1 - most) / 20, most / 2)):
+        return None
+    return (
+        f"{name} is near chance: it agrees with the labels of {agreement:.1%} of {rows:,} train rows, and naming the most "
+        f"frequent class each time would with {most:.1%}; are its classes and inputs those of the data?"
+    )
 
 
 def _further(tell: Callable[[int, int], None], before: int, rows: int, done: int) -> None:

@@ -97,7 +97,8 @@ def is_skipped(relative: str) -> bool:
 
 def may_be_parquet(name: str) -> bool:
     """Whether a file of this name may hold Parquet, whatever it holds: what is copied from where looking is dear."""
-    return any(suffix in name.lower() for suffix in _SUFFIXES) or not Path(name).suffix
+    name = name.rpartition("/")[2].lower()
+    return any(suffix in name for suffix in _SUFFIXES) or not Path(name).suffix
 
 
 def _in_folder(place: Path) -> Found:

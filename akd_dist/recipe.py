@@ -998,8 +998,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file or an override is wrong; names file, line and key, and the nearest known key.
     """
     from akd_dist.recipe_file import read_recipe
+    from akd_dist.storage.files import expanded
 
-    return read_recipe(Path(path), overrides)
+    return read_recipe(expanded(path), overrides)
 
 
 def differences(ours: Any, theirs: Any) -> list[str]:

@@ -14,12 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.device import device_name, gpus_of
-from akd_dist.jobs.progress import Meter, meter, tell
+from akd_dist.findings import near_chance
+from akd_dist.jobs.progress import Meter, meter, tell, tell_once
 from akd_dist.jobs.train_teacher import (
     Place,
     Run,
@@ -165,10 +167,12 @@ def walk_chain(recipe: Recipe, splits: Splits, teacher_uri: str, place: Place, r
         compute: computes the missing shards of a hop.
     """
     hops = [cache_model("the teacher", teacher_uri, recipe, splits, place, compute)]
+    _tell_of_chance(hops[-1], place.console)
     for assistant in recipe.teacher.chain:
         trained = assistant_of(recipe, splits, assistant, hops[-1].taught, hops[-1].stores)
         uri = ensure_trained(trained, recipe, splits, place, run)
         hops.append(cache_model(trained.name, uri, recipe, splits, place, compute))
+        _tell_of_chance(hops[-1], place.console)
     return hops
 
 
@@ -199,6 +203,19 @@ def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Plac
     return hop
 
 
+def _tell_of_chance(hop: Hop, console: Console) -> None:
+    """Say so if a model, by what its train store's shards say, knows little more of the labels than nobody would."""
+    plan = next(plan for plan in hop.plans if plan.split == "train")
+    assert plan.store is not None
+    shards = [shard for shard in plan.store.manifest.shards if shard.label_agreement is not None]
+    if shards:
+        rows = sum(shard.rows for shard in shards)
+        agreement = sum(shard.rows * (shard.label_agreement or 0.0) for shard in shards) / rows
+        line = near_chance(hop.name, agreement, np.bincount(plan.rows.labels, minlength=plan.rows.classes))
+        if line is not None:
+            tell_once(console, line)
+
+
 def check_assistants(recipe: Recipe, splits: Splits) -> None:
     """Build each assistant once, so that one that does not fit is refused before the teacher runs.
 
@@ -211,7 +228,7 @@ def check_assistants(recipe: Recipe, splits: Splits) -> None:
 
 
 def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Splits:
-    """`rows.prepare`, with a meter for each source and each fingerprint, one after the other."""
+    """`rows.prepare`, with a meter for each source and each fingerprint, and a line for each finding."""
     with contextlib.ExitStack() as stack:
         shown: dict[str, Meter] = {}
 
@@ -222,7 +239,10 @@ def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Spli
                 shown[what].update(0)
             shown[what].update(done)
 
-        return prepare(data, Path(cache_root), on_progress=update)
+        splits = prepare(data, Path(cache_root), on_progress=update)
+    for line in splits.findings:
+        tell_once(console, line)
+    return splits
 
 
 def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str, device: str) -> list[SplitPlan]:

@@ -23,6 +23,23 @@ PARTIAL_SUFFIX = ".partial"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with `~` and `~user` written out.
+
+    Raises:
+        RecipeError: nobody knows the home folder that it means.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise RecipeError(
+            f"the home folder in {path} is not known",
+            got=error,
+            expected="HOME, or a user of this machine",
+            next="write the path out",
+        ) from error
+
+
 def canonical_json(document: Any) -> bytes:
     """The one spelling of a JSON document that is hashed: sorted keys, no spaces, UTF-8, no NaN."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

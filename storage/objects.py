@@ -20,7 +20,7 @@ from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 from akd_dist.storage.errors import MachineError, RecipeError
-from akd_dist.storage.files import PARTIAL_SUFFIX, fsync_folder, link_new, publish_new, replace
+from akd_dist.storage.files import PARTIAL_SUFFIX, expanded, fsync_folder, link_new, publish_new, replace
 
 Keys = list[str]
 Entries = list[os.DirEntry[str]]
@@ -267,7 +267,7 @@ def open_root(uri: str | Path) -> ObjectRoot:
             expected="a folder, or s3://bucket/prefix",
             next="give another --store-root",
         )
-    return LocalRoot(str(Path(text).expanduser().absolute()))
+    return LocalRoot(str(expanded(text).absolute()))
 
 
 def storage_error(verb: str, where: str, reason: object) -> MachineError:
