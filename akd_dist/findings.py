@@ -119,8 +119,8 @@ def near_chance(name: str, agreement: float, counts: np.ndarray) -> str | None:
     if np.count_nonzero(counts) < 2 or agreement > most + max(noise, min((1 - most) / 20, most / 2)):
         return None
     return (
-        f"{name} is near chance: it agrees with the labels of {agreement:.1%} of {rows:,} train rows, and naming the most "
-        f"frequent class each time would with {most:.1%}; are its classes and inputs those of the data?"
+        f"{name} is near chance: it agrees with the labels of {agreement:.1%} of {rows:,} train rows, and naming the "
+        f"most frequent class each time would with {most:.1%}; are its classes and inputs those of the data?"
     )
 
 

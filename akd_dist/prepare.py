@@ -225,7 +225,7 @@ def _count_classes(source: Source, labels: np.ndarray, convert: Labels) -> int:
             f"label out of range in {source.label_place(row)}",
             got=f"{labels[row]}, which makes {labels[row] + 1:,} classes for {len(labels):,} rows",
             expected="labels 0 to classes - 1",
-            next="correct the labels, or remove rows that it marks as without one; set `classes` if there really are so many",
+            next="correct the labels, or remove rows that it marks as without one; set `classes` if there are so many",
         )
     return int(labels[row]) + 1
 

@@ -142,7 +142,7 @@ def cache_teacher(
     if dry_run:
         # Which card the nodes of a cluster have is not asked: views that a store has already may count as missing.
         device = device_name(recipe.device) if address is None else recipe.device
-        return _dry_run(recipe, splits, store_root, device)
+        return _dry_run(recipe, splits, store_root, device, console)
     with cluster.closing(), cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
         place = Place(store_root, cache_root, address, wait, stop, console)
         teacher_uri = ensure_teacher(recipe, splits, place, run_on_ray)
@@ -167,25 +167,32 @@ def walk_chain(recipe: Recipe, splits: Splits, teacher_uri: str, place: Place, r
         compute: computes the missing shards of a hop.
     """
     hops = [cache_model("the teacher", teacher_uri, recipe, splits, place, compute)]
-    _tell_of_chance(hops[-1], place.console)
     for assistant in recipe.teacher.chain:
         trained = assistant_of(recipe, splits, assistant, hops[-1].taught, hops[-1].stores)
         uri = ensure_trained(trained, recipe, splits, place, run)
         hops.append(cache_model(trained.name, uri, recipe, splits, place, compute))
-        _tell_of_chance(hops[-1], place.console)
     return hops
 
 
 def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Place, compute: Compute) -> Hop:
     """Sealed stores of one model's logits for every split; what is there already is not touched."""
     hop = Hop(name, uri, plan_splits(recipe, splits, uri, recipe.device))
+    _fill(hop, recipe, place, compute)
+    for plan in hop.plans:
+        if plan.split == "train" and plan.store is not None:
+            _tell_of_chance(name, plan.rows, plan.store, place.console)
+    return hop
+
+
+def _fill(hop: Hop, recipe: Recipe, place: Place, compute: Compute) -> None:
+    """Find the stores of a hop, and compute and seal those that are not there."""
     for plan in hop.plans:
         plan.store = catalog.find_store(place.store_root, plan.identity)
         if plan.store is not None:
             place.sweep(plan.identity.id)
     wanted = [plan for plan in hop.plans if plan.store is None]
     if not wanted:
-        return hop
+        return
     with contextlib.ExitStack() as claims:
         for plan in wanted:
             claims.enter_context(place.claim(plan.identity.id))
@@ -200,20 +207,17 @@ def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Plac
             if plan.writer is not None:
                 seal_store(plan.writer)
                 plan.store = catalog.find_store(place.store_root, plan.identity)
-    return hop
 
 
-def _tell_of_chance(hop: Hop, console: Console) -> None:
-    """Say so if a model, by what its train store's shards say, knows little more of the labels than nobody would."""
-    plan = next(plan for plan in hop.plans if plan.split == "train")
-    assert plan.store is not None
-    shards = [shard for shard in plan.store.manifest.shards if shard.label_agreement is not None]
-    if shards:
-        rows = sum(shard.rows for shard in shards)
-        agreement = sum(shard.rows * (shard.label_agreement or 0.0) for shard in shards) / rows
-        line = near_chance(hop.name, agreement, np.bincount(plan.rows.labels, minlength=plan.rows.classes))
-        if line is not None:
-            tell_once(console, line)
+def _tell_of_chance(name: str, rows: Rows, store: LogitStore, console: Console) -> None:
+    """Say so if a model, by what the shards of its train store say, knows hardly anything of the labels."""
+    agreed = [(shard.rows, shard.label_agreement) for shard in store.manifest.shards]
+    if any(share is None for _, share in agreed):
+        return  # regression
+    agreement = sum(n * (share or 0.0) for n, share in agreed) / sum(n for n, _ in agreed)
+    line = near_chance(name, agreement, np.bincount(rows.labels, minlength=rows.classes))
+    if line is not None:
+        tell_once(console, line)
 
 
 def check_assistants(recipe: Recipe, splits: Splits) -> None:
@@ -525,12 +529,16 @@ def check_room(store_root: str, needed: int) -> None:
         )
 
 
-def _dry_run(recipe: Recipe, splits: Splits, store_root: str, device: str) -> dict[str, Any]:
+def _dry_run(recipe: Recipe, splits: Splits, store_root: str, device: str, console: Console) -> dict[str, Any]:
     """What caching would compute: nothing of the stores and views that are there, as far as their models are."""
     uris = model_uris(recipe, splits, store_root)
     known: list[str | None] = [uri for uri in uris if uri == recipe.teacher.weights or is_there(uri)]
-    unknown = [None] * (1 + len(recipe.teacher.chain) - len(known))
-    teacher, *assistants = [_planned(recipe, splits, uri, store_root, device) for uri in known + unknown]
+    unknown: list[str | None] = [None] * (1 + len(recipe.teacher.chain) - len(known))
+    names = ["the teacher", *(f"the assistant {one.model.label}" for one in recipe.teacher.chain)]
+    teacher, *assistants = [
+        _planned(name, recipe, splits, uri, store_root, device, console)
+        for name, uri in zip(names, known + unknown, strict=True)
+    ]
     needed = sum(split["bytes"] for splits in (teacher, *assistants) for split in splits.values())
     check_room(store_root, needed)
     return {
@@ -547,7 +555,7 @@ def _dry_run(recipe: Recipe, splits: Splits, store_root: str, device: str) -> di
 
 
 def _planned(
-    recipe: Recipe, splits: Splits, uri: str | None, store_root: str, device: str
+    name: str, recipe: Recipe, splits: Splits, uri: str | None, store_root: str, device: str, console: Console
 ) -> dict[str, dict[str, Any]]:
     """What the stores of one model would still take; all of it where the model is not there yet."""
     stores: dict[str, LogitStore | None] = dict.fromkeys(SPLITS)
@@ -558,6 +566,8 @@ def _planned(
         receipts = {plan.split: set(StoreWriter(store_root, plan.creation).store.list(RECEIPTS)) for plan in plans}
         stores = {plan.split: catalog.find_store(store_root, plan.identity) for plan in plans}
         there = {plan.split: _source(plan, catalog.narrower_stores(store_root, plan.identity)) for plan in plans}
+    if (sealed := stores["train"]) is not None:
+        _tell_of_chance(name, splits.train, sealed, console)
     dtype = str(encoding_from_config({"name": recipe.cache.encoding}).dtype)
     planned = {}
     for split, store in stores.items():
