@@ -164,7 +164,9 @@ def _source(asked: Asked, path: str, home: Home, need_labels: bool) -> Source:
         return kind_of(recipe.Digits()).open()
     try:
         return kind_of(_table(asked, path, home, need_labels)).open()
-    except RefusedError as error:  # which speaks of a recipe
+    except RefusedError as error:
+        if error.next is None or ("recipe" not in error.next and "set `" not in error.next):
+            raise
         advice = "check the path, and name the columns with --input and --label"
         raise RefusedError(error.what, got=error.got, expected=error.expected, next=advice) from error
 

@@ -291,6 +291,7 @@ class _Parquet:
         for file in self.files:
             with _opened(file) as parquet:
                 whole = _with_path_columns(parquet.schema_arrow, self.found.columns)
+                self._check_above(whole)
                 check_schema(whole, self.spec, str(file), schema)
                 schema = schema or whole
                 at = starts[-1]
@@ -338,6 +339,19 @@ class _Parquet:
             elif self.found.whole and field.name in in_path:
                 _check_agrees(file, field.name, value, batch.column(field.name))
         return batch
+
+    def _check_above(self, schema: Any) -> None:
+        """Refuse a column that stands in the path of the folder itself: there it would have one value for all rows."""
+        parts = Path(self.spec.path).parts
+        for name in _columns_of(self.spec):
+            at = next((number for number, part in enumerate(parts) if part.startswith(f"{name}=")), None)
+            if name not in schema.names and at is not None:
+                raise RefusedError(
+                    f"the column {name} stands in the path above what is read",
+                    got=f"{parts[at]} in {self.spec.path}",
+                    expected=f"a folder that holds folders {name}=...",
+                    next=f"set `path` to {Path(*parts[:at])}",
+                )
 
     def _notes(self) -> tuple[str, ...]:
         others = self.found.left_out

@@ -235,6 +235,13 @@ def test_a_label_may_stand_in_the_path(tmp_path: Path) -> None:
     assert column_names(str(tmp_path / "rows")) == ["x", "y"]
 
 
+def test_the_folder_above_is_named_where_the_column_stands_in_the_path_to_the_folder(tmp_path: Path) -> None:
+    write(tmp_path / "rows" / "y=0" / "more" / "a.parquet", 0, label=False)
+    with pytest.raises(RefusedError, match="the column y stands in the path above what is read") as refused:
+        read(tmp_path / "rows" / "y=0" / "more", tmp_path / "cache")
+    assert refused.value.next == f"set `path` to {tmp_path / 'rows'}"
+
+
 def test_values_in_paths_have_the_types_of_pyarrow(tmp_path: Path) -> None:
     """Integers if all are: then they are class ids."""
     for number, name in enumerate(["y=0", "y=01", "y=2"]):
