@@ -264,8 +264,9 @@ def report(*runs: str | Path, out: str | Path | None = None) -> Path:
         DamagedError: results are not what training wrote.
     """
     from akd_dist.report_page import write_reports
+    from akd_dist.storage.files import expanded
 
-    document = write_reports([Path(run) for run in runs], None if out is None else Path(absolute_root(out)))
+    document = write_reports([expanded(run) for run in runs], None if out is None else Path(absolute_root(out)))
     compared = document["comparison"]
     return Path(compared["report"] if compared else document["runs"][0]["report"])
 
@@ -418,7 +419,11 @@ def export(
 def absolute_root(root: str | Path) -> str:
     """A local root as an absolute path, before any worker changes directory; a URI as it is."""
     text = os.fspath(root)
-    return text if "://" in text else str(Path(text).expanduser().absolute())
+    if "://" in text:
+        return text
+    from akd_dist.storage.files import expanded
+
+    return str(expanded(text).absolute())
 
 
 def _name_of(folder: str | Path) -> str:

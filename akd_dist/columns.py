@@ -107,14 +107,13 @@ def _check_column(
         )
     kind = schema.field(name).type
     if kind_of(kind) is None:
-        scalar = key == "input" and (pa.types.is_integer(kind) or pa.types.is_floating(kind))
         raise RefusedError(
             f"column {name} of {what} cannot be the {key}",
             got=f"type {kind}",
             expected="integers, class names, or numbers where data.task is regression"
             if key == "label"
             else "encoded images (binary), text, or lists of numbers",
-            next="write the numbers of a row into one column of lists" if scalar else f"set `{key}` to another column",
+            next=_advice(key, kind),
         )
     if first is not None and kind_of(kind) != kind_of(first.field(name).type):
         raise RefusedError(
@@ -123,6 +122,29 @@ def _check_column(
             expected=f"type {first.field(name).type}",
             next="write all files with one schema",
         )
+
+
+def _advice(key: str, kind: Any) -> str:
+    """What to do about a column of a type that nothing can be made of."""
+    inner = _stored(kind)
+    while _is_list(inner):
+        inner = _stored(inner.value_type)
+    if key == "input" and inner is _stored(kind) and (pa.types.is_integer(inner) or pa.types.is_floating(inner)):
+        return "write the numbers of a row into one column of lists"
+    if pa.types.is_decimal(inner):
+        floats = "floats (pyarrow: float64)"
+        return (
+            f"cast decimals to {'integers (int64) if they are class ids, else to ' if key == 'label' else ''}{floats}"
+        )
+    if pa.types.is_temporal(inner):
+        return f"write dates and times as numbers, such as days as integers, or set `{key}` to another column"
+    if pa.types.is_boolean(inner):
+        return "cast booleans to uint8 or to floats"
+    if key == "input" and inner is not _stored(kind) and _is_text(inner):
+        return "write numbers as numbers, not as text"
+    if pa.types.is_null(inner):
+        return f"fill the column in: all its values are missing; or set `{key}` to another column"
+    return f"set `{key}` to another column"
 
 
 def input_columns(spec: recipe.Table) -> tuple[str, ...]:
@@ -377,6 +399,8 @@ class _Numbers:
             raise _mixed(self._place, rows[0], values.shape[1:], self.shape, False)
         if (values.dtype == np.uint8) != (self.dtype == np.uint8):
             raise self._other_type(rows[0], values.dtype, self.dtype)
+        if self.dtype == np.float32:
+            refuse_inexact(values, self._place, rows[0], "input")
         with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused below
             values = values.astype(self.dtype, copy=False)
         if self.dtype == np.float32 and not np.isfinite(values).all():
@@ -434,6 +458,21 @@ def _mixed(place: Place, row: int, got: tuple[int, ...], expected: tuple[int, ..
         expected=f"{list(expected)}, as " + ("`shape` says" if shape_said else "the first row has"),
         next="bring all inputs to one shape",
     )
+
+
+def refuse_inexact(values: np.ndarray, place: Place, row: int, what: str) -> None:
+    """Refuse integers that float32 cannot hold: rounded, neighbours become one. Floats are always rounded."""
+    if values.dtype.kind not in "iu" or values.dtype.itemsize < 4:
+        return
+    with np.errstate(invalid="ignore"):
+        wrong = values.astype(np.float32).astype(values.dtype) != values
+    if wrong.any():
+        raise RefusedError(
+            f"an integer {what} that float32 cannot hold exactly in {place(row)}",
+            got=int(values[wrong][0]),
+            expected="integers up to 16,777,216 (2^24), or floats",
+            next="scale the numbers, or split them; cast them to floats where rounding is meant",
+        )
 
 
 def refuse_nulls(column: Any, place: Place, row: int, hint: str = "remove the row, or fill it in") -> None:

@@ -20,10 +20,12 @@ from akd_dist.blocks import Block, default_threads, first_block, map_blocks
 from akd_dist.columns import input_kind, inputs_of, label_kind
 from akd_dist.labels import Classes, Labels, labels_of
 from akd_dist.models import ModelCard
+from akd_dist.parquet_files import is_skipped, may_be_parquet
 from akd_dist.prepare import READ_BYTES, Reading
 from akd_dist.rows import SPLITS, Progress, Rows, prepare
 from akd_dist.sources import Source, column_names, kind_of
 from akd_dist.storage.errors import RecipeError, RefusedError
+from akd_dist.storage.files import expanded
 from akd_dist.storage.objects import ObjectMissing, open_root
 from akd_dist.student import EVALUATION_ROWS
 from akd_dist.text import ByteTokenizer, Tokenizer, tokenizer_of
@@ -179,7 +181,9 @@ def _source(asked: Asked, path: str, home: Home, need_labels: bool) -> Source:
         return kind_of(recipe.Digits()).open()
     try:
         return kind_of(_table(asked, path, home, need_labels)).open()
-    except RefusedError as error:  # which speaks of a recipe
+    except RefusedError as error:
+        if error.next is None or ("recipe" not in error.next and "set `" not in error.next):
+            raise
         advice = "check the path, and name the columns with --input and --label"
         raise RefusedError(error.what, got=error.got, expected=error.expected, next=advice) from error
 
@@ -332,9 +336,10 @@ def known_text(tokenizer: str | None, card: ModelCard, home: Home) -> recipe.Tex
     assert card.tokens is not None
     length = card.input_shape[-1]
     if tokenizer is not None:
-        local = Path(tokenizer).is_dir()
+        folder = expanded(tokenizer)
+        local = folder.is_dir()
         return recipe.HuggingFaceText(
-            path=tokenizer if local else None, name=None if local else tokenizer, length=length
+            path=str(folder) if local else None, name=None if local else tokenizer, length=length
         )
     if card.tokens == ByteTokenizer.tokens and len(card.input_shape) == 1:
         return recipe.ByteText(length=length)
@@ -357,9 +362,9 @@ def _local(data: str, cache_root: Path) -> Iterator[str]:
     parent, _, name = data.rstrip("/").rpartition("/")
     one_file = name.endswith(".parquet")
     root = open_root(parent if one_file else data)
-    keys = [name] if one_file else [key for key in root.list() if key.endswith(".parquet")]
+    keys = [name] if one_file else [key for key in root.list() if not is_skipped(key) and may_be_parquet(key)]
     if not keys:
-        raise RefusedError(f"no Parquet file under {data}", got="0 objects", expected="objects named *.parquet")
+        raise RefusedError(f"no Parquet file under {data}", got="0 objects", expected="objects that hold Parquet")
     cache_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="examples-", dir=cache_root) as folder:
         for key in keys:

@@ -25,6 +25,7 @@ from akd_dist.text import tokenizer_of
 _READ_ROWS = 512  # the most rows read and decoded at a time
 READ_BYTES = 1 << 20
 """The most bytes of inputs decoded at a time, if more than one row."""
+_LABEL_ROWS = 1 << 14  # the most labels read at a time, where inputs are not needed
 _LABEL_BYTES = 8  # at most
 
 
@@ -42,6 +43,11 @@ class Reading:
     def row_bytes(self) -> int:
         """Bytes of one input."""
         return math.prod(self.inputs.shape) * self.inputs.dtype.itemsize
+
+    @property
+    def block_rows(self) -> int:
+        """The most rows that are read and decoded at a time."""
+        return max(1, min(_READ_ROWS, READ_BYTES // self.row_bytes))
 
     def bytes_of(self, chosen: np.ndarray) -> int:
         """Bytes of the arrays of chosen rows, bool [rows]."""
@@ -75,13 +81,40 @@ def open_sources(data: recipe.Data, kinds: dict[str, Kind]) -> dict[str, Reading
     return readings
 
 
+def read_labels(reading: Reading, tell: Callable[[int, int], None]) -> np.ndarray:
+    """The class ids of a source, int64 [rows]; without its inputs, where the kind of source allows it.
+
+    Args:
+        reading: the source of the train rows.
+        tell: called with rows done, and rows in all.
+
+    Raises:
+        RefusedError: names the first row whose label is wrong.
+    """
+    source = reading.source
+    convert = reading.labels("classification", Classes(source.classes))
+    labels = np.zeros(source.rows, dtype=np.int64)
+    done, counting = 0, threading.Lock()
+
+    def work(block: Block) -> None:
+        nonlocal done
+        labels[block.rows] = convert(block.labels, block.rows)
+        with counting:
+            done += len(block)
+            tell(done, source.rows)
+
+    most = _LABEL_ROWS if source.label_streams else reading.block_rows
+    for_each_block(source.label_streams or source.streams, most, work, default_threads())
+    return convert.finished(labels)
+
+
 def write_source(
     reading: Reading,
     files: Sequence[tuple[np.ndarray, Path, Path]],
     task: recipe.Task,
     classes: Classes,
     tell: Callable[[int, int], None],
-) -> Classes:
+) -> tuple[Classes, np.ndarray]:
     """Write rows of a source to array files.
 
     Args:
@@ -92,7 +125,7 @@ def write_source(
         tell: called with rows done, and rows in all.
 
     Returns:
-        What is known of the classes now.
+        What is known of the classes now, and the labels of all rows of the source: int64 or float32 [rows].
 
     Raises:
         RefusedError: names the first row in the source's order that is wrong.
@@ -120,14 +153,14 @@ def write_source(
                 done += len(block)
                 tell(done, source.rows)
 
-        most = max(1, min(_READ_ROWS, READ_BYTES // reading.row_bytes))
-        for_each_block(source.streams, most, work, default_threads())
+        for_each_block(source.streams, reading.block_rows, work, default_threads())
     labels = convert.finished(labels)
     for rows, _, path in files:
         np.save(path, labels[rows])
     if classes.complete:
-        return classes
-    return Classes(1 if task == "regression" else _count_classes(source, labels, convert), convert.names, complete=True)
+        return classes, labels
+    number = 1 if task == "regression" else _count_classes(source, labels, convert)
+    return Classes(number, convert.names, complete=True), labels
 
 
 def _chosen(column: Any, wanted: np.ndarray) -> Any:
@@ -192,7 +225,7 @@ def _count_classes(source: Source, labels: np.ndarray, convert: Labels) -> int:
             f"label out of range in {source.label_place(row)}",
             got=f"{labels[row]}, which makes {labels[row] + 1:,} classes for {len(labels):,} rows",
             expected="labels 0 to classes - 1",
-            next="correct the labels, or set `classes` of data.train if there really are so many",
+            next="correct the labels, or remove rows that it marks as without one; set `classes` if there are so many",
         )
     return int(labels[row]) + 1
 

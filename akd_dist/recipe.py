@@ -331,6 +331,9 @@ class Data(Spec):
     """Rows that are reported once: a share of the train source, or a source of their own."""
     subset: Count | None = None
     """Train on so many of the train rows, drawn by the seed; none takes all. Validation and test stay as they are."""
+    stratify: bool = False
+    """Whether shares and subsets are drawn class by class, each with at least one train row; for classification. It is
+    another split than without."""
     seed: Seed = 0
     """Governs the split, the order of rows and the views, for all students alike."""
     task: Task = "classification"
@@ -375,6 +378,12 @@ class Data(Spec):
         if self.task == "regression" and any(given.values()):
             names = " and ".join(name for name, classes in given.items() if classes)
             raise ValueError(f"{names} says how many classes there are, but task is regression: leave `classes` out")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_are_not_stratified(self) -> Data:
+        if self.task == "regression" and self.stratify:
+            raise ValueError("stratify draws rows class by class, but task is regression: leave it out")
         return self
 
     @model_validator(mode="after")
@@ -1007,6 +1016,8 @@ class Recipe(Spec):
                     source.pop(key, None)
         if document["data"]["text"] is not None:
             document["data"]["text"].pop("path", None)
+        if not self.data.stratify:  # as recipes of before say nothing of it
+            del document["data"]["stratify"]
         del document["teacher"]["weights"]
         for student in document["students"]:
             del student["gpus"]
@@ -1038,8 +1049,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file or an override is wrong; names file, line and key, and the nearest known key.
     """
     from akd_dist.recipe_file import read_recipe
+    from akd_dist.storage.files import expanded
 
-    return read_recipe(Path(path), overrides)
+    return read_recipe(expanded(path), overrides)
 
 
 Part = TypeVar("Part", bound=BaseModel)

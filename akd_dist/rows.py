@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from akd_dist import recipe
+from akd_dist import findings, recipe, splitting
 from akd_dist.blocks import default_threads
 from akd_dist.labels import Classes
 from akd_dist.origins import Origins, SourceCheck, check_unchanged, compare, look_at, show
-from akd_dist.prepare import open_sources, write_source
-from akd_dist.sources import Kind, Source, kind_of
+from akd_dist.prepare import open_sources, read_labels, write_source
+from akd_dist.sources import Kind, kind_of
+from akd_dist.splitting import LEFT_OUT, is_drawn, split_of_source
 from akd_dist.storage.content import Content, Part, digest, discard, inodes_of, map_array
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.files import (
@@ -41,12 +42,10 @@ from akd_dist.text import Tokens, text_key
 
 BLOCK_ROWS = 4096
 """Rows of one block of the fingerprint."""
-SPLITS = ("train", "validation", "test")
-LEFT_OUT = len(SPLITS)
-"""In place of a split: a train row that is not in the subset."""
+SPLITS = splitting.SPLITS
+"""The names of the splits."""
 _INDEX = "index.json"
 _FORMAT = 2  # of the prepared folder; part of its key
-_SUBSET_KEY = 1 << 62  # of the generator that draws a subset; key 0 splits, and epochs have the keys from 1 on
 
 
 Progress = Callable[[str, int, int], None]
@@ -163,6 +162,8 @@ class Splits:
     """What is reported, once."""
     sources: SourceCheck = field(default_factory=lambda: SourceCheck({}, lambda: None), kw_only=True)
     """Files that the rows are believed to be made from, still to be read."""
+    findings: tuple[str, ...] = field(default=(), kw_only=True)
+    """What a user should know of them, a line each: found when they were prepared, and kept with them."""
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -187,7 +188,7 @@ def prepare(
 
     A fraction is cut from the train source by an order seeded with `data.seed`; within a split rows keep the order of
     their source. All cores decode. Memory stays bounded: a few megabytes of inputs for each thread, and about 40 bytes
-    for each row of the source.
+    for each row of the source; about 80 while a stratified split is drawn.
 
     Args:
         data: sources, split and seed.
@@ -202,7 +203,7 @@ def prepare(
     Raises:
         RecipeError: data.text.length leaves no room for text.
         RefusedError: a file or column is missing, a label out of range, an image not decodable; names the column and
-            the first such row. Nothing is left behind.
+            the first such row. Or a class has rows, and none of them are train rows. Nothing is left behind.
         MachineError: no room under `cache_root`, or it cannot be written; a hub cannot be reached.
     """
     tell = on_progress or (lambda what, done, total: None)
@@ -282,59 +283,6 @@ def _meaning(
     return meaning
 
 
-# ---- splitting
-
-
-def split_of_rows(rows: int, validation: float, test: float, seed: int) -> np.ndarray:
-    """Which split each row belongs to: uint8 [rows], an index into SPLITS.
-
-    A function of its arguments alone: raw Philox words are the same in every version of NumPy.
-    """
-    order = np.argsort(np.random.Philox(key=[seed, 0]).random_raw(rows), kind="stable")
-    for_test, for_validation = round(rows * test), round(rows * validation)
-    split = np.zeros(rows, dtype=np.uint8)
-    split[order[:for_test]] = SPLITS.index("test")
-    split[order[for_test : for_test + for_validation]] = SPLITS.index("validation")
-    return split
-
-
-def subset_of_rows(rows: int, wanted: int, seed: int) -> np.ndarray:
-    """Which rows belong to a subset of `wanted`: bool [rows]. A smaller subset lies within a larger one."""
-    order = np.argsort(np.random.Philox(key=[seed, _SUBSET_KEY]).random_raw(rows), kind="stable")
-    chosen = np.zeros(rows, dtype=np.bool_)
-    chosen[order[:wanted]] = True
-    return chosen
-
-
-def _split_of_source(name: str, data: recipe.Data, source: Source) -> np.ndarray:
-    """Which split each row of a source belongs to, uint8 [rows]: all to its own, but shares of the train source."""
-    if name != "train":
-        return np.full(source.rows, SPLITS.index(name), dtype=np.uint8)
-    given = {other: getattr(data, other) for other in ("validation", "test")}
-    shares = {other: share if isinstance(share, float) else 0.0 for other, share in given.items()}
-    split = split_of_rows(source.rows, seed=data.seed, **shares)
-    needed = {"train", *(other for other, share in shares.items() if share)}
-    empty = [other for other in SPLITS if other in needed and not (split == SPLITS.index(other)).any()]
-    if empty:
-        raise RefusedError(
-            f"no rows are left for {' and '.join(empty)}",
-            got=f"{source.rows:,} rows in {source.name}, with the shares {shares}",
-            expected="at least one row in each split",
-            next="change data.validation and data.test, or add rows",
-        )
-    train = np.flatnonzero(split == SPLITS.index("train"))
-    if data.subset is not None:
-        if data.subset > len(train):
-            raise RefusedError(
-                "data.subset is larger than what there is",
-                got=f"{data.subset:,} of {len(train):,} train rows in {source.name}",
-                expected=f"at most {len(train):,}",
-                next="lower data.subset, or leave it out to train on all rows",
-            )
-        split[train[~subset_of_rows(len(train), data.subset, data.seed)]] = LEFT_OUT
-    return split
-
-
 # ---- preparing
 
 
@@ -342,6 +290,7 @@ def _key(data: recipe.Data, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
     fractions = {name: getattr(data, name) for name in SPLITS if name not in keys}
     return {
         "format": _FORMAT,
+        **({"stratify": True} if data.stratify and is_drawn(data) else {}),
         "sources": keys,
         "fractions": fractions,
         "subset": data.subset,
@@ -363,7 +312,10 @@ def _write(
     """Prepare all splits in a folder beside `folder`, then give it its name: it appears whole or not at all."""
     origins, stamps = look_at(files)
     readings = open_sources(data, kinds)
-    splits = {name: _split_of_source(name, data, reading.source) for name, reading in readings.items()}
+    stratified = None
+    if data.stratify and is_drawn(data):
+        stratified = read_labels(readings["train"], functools.partial(tell, "the labels of data.train"))
+    splits = {name: split_of_source(name, data, one.source, stratified) for name, one in readings.items()}
     needed = sum(reading.bytes_of(splits[name] != LEFT_OUT) for name, reading in readings.items())
     make_room(cache_root, needed, budget)
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
@@ -371,18 +323,27 @@ def _write(
         # Left by killed processes: the lock is ours.
         _remove(folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}"))
         partial.mkdir(parents=True)
-        classes = Classes()
+        classes, counts = Classes(), np.zeros((), dtype=np.int64)
         for name, reading in readings.items():
             parts = {
                 number: splits[name] == number for number in np.unique(splits[name]).tolist() if number != LEFT_OUT
             }
             outputs = [(part, *_files(partial, SPLITS[number])) for number, part in parts.items()]
-            classes = write_source(
-                reading, outputs, data.task, classes, functools.partial(tell, f"the rows of data.{name}")
-            )
+            told = functools.partial(tell, f"the rows of data.{name}")
+            classes, labels = write_source(reading, outputs, data.task, classes, told)
+            if data.task == "classification":
+                counts = counts + splitting.count(splits[name], labels, classes.number or 0)
+            del labels  # eight bytes a row
+        lines = [note for reading in readings.values() for note in reading.source.notes]
+        if data.task == "classification":
+            splitting.check_classes(data, counts, classes.names)
+            lines += findings.of_classes(counts[0], classes.names)
+        lines += findings.in_two_splits(
+            {name: _arrays(partial, name)[0] for name in SPLITS}, functools.partial(tell, "rows in two splits")
+        )
         origins["shown"] = show({name: reading.source for name, reading in readings.items()})
         check_unchanged(origins, stamps)
-        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, origins, tell)
+        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, lines, origins, tell)
         (partial / IN_USE).touch()
         partial.rename(folder)
     except OSError as error:
@@ -402,7 +363,13 @@ def _remove(*folders: Path) -> None:
 
 
 def _write_index(
-    folder: Path, task: recipe.Task, classes: Classes, tokens: Tokens | None, origins: Origins, tell: Progress
+    folder: Path,
+    task: recipe.Task,
+    classes: Classes,
+    tokens: Tokens | None,
+    lines: Sequence[str],
+    origins: Origins,
+    tell: Progress,
 ) -> None:
     assert classes.number is not None
     index: dict[str, Any] = _meaning(classes.number, task, classes.names, tokens)
@@ -413,6 +380,7 @@ def _write_index(
             inputs, labels, classes.number, task=task, class_names=classes.names, tokens=tokens, on_progress=told
         )
         index[name] = {"fingerprint": digest, "blocks": blocks, "files": _stats(folder, name)}
+    index["findings"] = list(dict.fromkeys(lines))
     replace(folder / _INDEX, with_checksum(index | {"origins": origins}))
 
 
@@ -421,9 +389,10 @@ def _open(folder: Path) -> Splits | None:
     try:
         index = without_checksum((folder / _INDEX).read_bytes())
         splits = [_rows(folder, name, index) for name in SPLITS]
+        lines = tuple(map(str, index.get("findings", ())))  # rows of before have none
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Splits(*splits)
+    return Splits(*splits, findings=lines)
 
 
 def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:

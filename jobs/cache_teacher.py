@@ -15,12 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.device import device_name, gpus_of
-from akd_dist.jobs.progress import Meter, meter, tell
+from akd_dist.findings import near_chance
+from akd_dist.jobs.progress import Meter, meter, tell, tell_once
 from akd_dist.jobs.train_teacher import (
     Place,
     Run,
@@ -149,7 +151,7 @@ def cache_teacher(
     if dry_run:
         # Which card the nodes of a cluster have is not asked: views that a store has already may count as missing.
         device = device_name(recipe.device) if address is None else recipe.device
-        return _dry_run(recipe, splits, store_root, device)
+        return _dry_run(recipe, splits, store_root, device, console)
     if sources is not None:
         sources.begin()
     with cluster.closing(), cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
@@ -189,13 +191,22 @@ def walk_chain(recipe: Recipe, splits: Splits, teacher_uri: str, place: Place, r
 def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Place, compute: Compute) -> Hop:
     """Sealed stores of one model's logits for every split; what is there already is not touched."""
     hop = Hop(name, uri, plan_splits(recipe, splits, uri, recipe.device))
+    _fill(hop, recipe, place, compute)
+    for plan in hop.plans:
+        if plan.split == "train" and plan.store is not None:
+            _tell_of_chance(name, plan.rows, plan.store, place.console)
+    return hop
+
+
+def _fill(hop: Hop, recipe: Recipe, place: Place, compute: Compute) -> None:
+    """Find the stores of a hop, and compute and seal those that are not there."""
     for plan in hop.plans:
         plan.store = catalog.find_store(place.store_root, plan.identity)
         if plan.store is not None:
             place.sweep(plan.identity.id)
     wanted = [plan for plan in hop.plans if plan.store is None]
     if not wanted:
-        return hop
+        return
     with contextlib.ExitStack() as claims:
         for plan in wanted:
             claims.enter_context(place.claim(plan.identity.id))
@@ -211,7 +222,17 @@ def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Plac
             if plan.writer is not None:
                 seal_store(plan.writer)
                 plan.store = catalog.find_store(place.store_root, plan.identity)
-    return hop
+
+
+def _tell_of_chance(name: str, rows: Rows, store: LogitStore, console: Console) -> None:
+    """Say so if a model, by what the shards of its train store say, knows hardly anything of the labels."""
+    agreed = [(shard.rows, shard.label_agreement) for shard in store.manifest.shards]
+    if any(share is None for _, share in agreed):
+        return  # regression
+    agreement = sum(n * (share or 0.0) for n, share in agreed) / sum(n for n, _ in agreed)
+    line = near_chance(name, agreement, np.bincount(rows.labels, minlength=rows.classes))
+    if line is not None:
+        tell_once(console, line)
 
 
 def _leave_nothing(plans: list[SplitPlan], store_root: str, kind: type[BaseException] | None, *_: object) -> None:
@@ -234,7 +255,7 @@ def check_assistants(recipe: Recipe, splits: Splits) -> None:
 
 
 def prepare_shown(data: recipes.Data, cache_root: str, console: Console, *, again: bool = False) -> Splits:
-    """`rows.prepare`, with a meter for each source and each fingerprint, one after the other."""
+    """`rows.prepare`, with a meter for each source and each fingerprint, and a line for each finding."""
     with contextlib.ExitStack() as stack:
         shown: dict[str, Meter] = {}
 
@@ -245,7 +266,10 @@ def prepare_shown(data: recipes.Data, cache_root: str, console: Console, *, agai
                 shown[what].update(0)
             shown[what].update(done)
 
-        return prepare(data, Path(cache_root), on_progress=update, again=again)
+        splits = prepare(data, Path(cache_root), on_progress=update, again=again)
+    for line in splits.findings:
+        tell_once(console, line)
+    return splits
 
 
 def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str, device: str) -> list[SplitPlan]:
@@ -542,12 +566,16 @@ def check_room(store_root: str, needed: int) -> None:
         )
 
 
-def _dry_run(recipe: Recipe, splits: Splits, store_root: str, device: str) -> dict[str, Any]:
+def _dry_run(recipe: Recipe, splits: Splits, store_root: str, device: str, console: Console) -> dict[str, Any]:
     """What caching would compute: nothing of the stores and views that are there, as far as their models are."""
     uris = model_uris(recipe, splits, store_root)
     known: list[str | None] = [uri for uri in uris if uri == recipe.teacher.weights or is_there(uri)]
-    unknown = [None] * (1 + len(recipe.teacher.chain) - len(known))
-    teacher, *assistants = [_planned(recipe, splits, uri, store_root, device) for uri in known + unknown]
+    unknown: list[str | None] = [None] * (1 + len(recipe.teacher.chain) - len(known))
+    names = ["the teacher", *(f"the assistant {one.model.label}" for one in recipe.teacher.chain)]
+    teacher, *assistants = [
+        _planned(name, recipe, splits, uri, store_root, device, console)
+        for name, uri in zip(names, known + unknown, strict=True)
+    ]
     needed = sum(split["bytes"] for splits in (teacher, *assistants) for split in splits.values())
     check_room(store_root, needed)
     return {
@@ -564,7 +592,7 @@ def _dry_run(recipe: Recipe, splits: Splits, store_root: str, device: str) -> di
 
 
 def _planned(
-    recipe: Recipe, splits: Splits, uri: str | None, store_root: str, device: str
+    name: str, recipe: Recipe, splits: Splits, uri: str | None, store_root: str, device: str, console: Console
 ) -> dict[str, dict[str, Any]]:
     """What the stores of one model would still take; all of it where the model is not there yet."""
     stores: dict[str, LogitStore | None] = dict.fromkeys(SPLITS)
@@ -575,6 +603,8 @@ def _planned(
         receipts = {plan.split: set(StoreWriter(store_root, plan.creation).store.list(RECEIPTS)) for plan in plans}
         stores = {plan.split: catalog.find_store(store_root, plan.identity) for plan in plans}
         there = {plan.split: _source(plan, catalog.narrower_stores(store_root, plan.identity)) for plan in plans}
+    if (sealed := stores["train"]) is not None:
+        _tell_of_chance(name, splits.train, sealed, console)
     dtype = str(encoding_from_config({"name": recipe.cache.encoding}).dtype)
     planned = {}
     for split, store in stores.items():

@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,26 @@ _TICK_NS = 2_500_000_000
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with `~` and `~user` written out.
+
+    Raises:
+        RecipeError: nobody knows the home folder that it means.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise RecipeError(
+            f"the home folder in {path} is not known",
+            got=error,
+            expected="HOME, or a user of this machine",
+            next="write the path out",
+        ) from error
+
+
 def canonical_json(document: Any) -> bytes:
     """The one spelling of a JSON document that is hashed: sorted keys, no spaces, UTF-8, no NaN."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def parse_json(data: bytes | str) -> Any:
-    """A JSON document that somebody else may have written.
-
-    Raises:
-        ValueError: it is not JSON, or nested deeper than Python follows.
-    """
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -222,8 +228,8 @@ def parse_json(data: bytes | str) -> Any:
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} stands twice")
     return found
 
 

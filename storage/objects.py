@@ -21,7 +21,7 @@ from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 from akd_dist.storage.errors import MachineError, RecipeError
-from akd_dist.storage.files import PARTIAL_SUFFIX, fsync_folder, link_new, publish_new, replace
+from akd_dist.storage.files import PARTIAL_SUFFIX, expanded, fsync_folder, link_new, publish_new, replace
 
 # The last second of the year 9999: a file's time may lie beyond what a date can say.
 _LAST_SECOND = 253_402_300_799.0
@@ -299,7 +299,7 @@ def open_root(uri: str | Path) -> ObjectRoot:
             expected="a folder, or s3://bucket/prefix",
             next="give another --store-root",
         )
-    return LocalRoot(str(Path(text).expanduser().absolute()))
+    return LocalRoot(str(expanded(text).absolute()))
 
 
 def storage_error(verb: str, where: str, reason: object) -> MachineError:

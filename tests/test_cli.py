@@ -285,6 +285,17 @@ def test_roots_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest
     assert akd_dist.absolute_root("stores") == str(tmp_path / "stores")
     assert akd_dist.absolute_root("~/stores") == "/somewhere/stores"
     assert akd_dist.absolute_root("s3://bucket/stores") == "s3://bucket/stores"
+    with pytest.raises(errors.RecipeError, match=r"the home folder in ~nobody-of-this-name/stores is not known"):
+        akd_dist.absolute_root("~nobody-of-this-name/stores")
+
+
+def test_runs_are_found_under_the_home_folder(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave a ~ alone that stands in quotes, or after an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for verb in ("status", "report"):
+        outcome = run(verb, "~/runs/mine")
+        assert outcome.code == 4
+        assert str(tmp_path / "home" / "runs" / "mine") in outcome.err
 
 
 @pytest.mark.parametrize(("state", "code"), [("done", 0), ("diverged", 1), ("failed", 1)])
