@@ -14,16 +14,17 @@ import secrets
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from akd_dist import recipe
+from akd_dist import pictures, recipe
 from akd_dist.blocks import default_threads
+from akd_dist.columns import NotGreyError, notes_of
 from akd_dist.labels import Classes
-from akd_dist.prepare import open_sources, write_source
+from akd_dist.prepare import Reading, in_colour, open_sources, write_source
 from akd_dist.sources import Kind, Source, kind_of
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.files import PARTIAL_SUFFIX, canonical_json, file_lock, replace, sha256
@@ -135,6 +136,8 @@ class Splits:
     """What picks the best epoch."""
     test: Rows
     """What is reported, once."""
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+    """What of their sources is left out without being wrong, a line each."""
 
 
 def prepare(
@@ -149,7 +152,7 @@ def prepare(
     Args:
         data: sources, split and seed.
         cache_root: prepared data lies in `<cache_root>/rows/<key>/`; the key is over sources, sizes and times of files,
-            the split, the task and the tokenizer.
+            the split, the task, the tokenizer, and how images become pixels.
         budget: bytes that everything under `cache_root` may take; None for the default budget of the node cache.
         on_progress: called with what is being read, rows done, and rows in all.
 
@@ -286,7 +289,7 @@ def _split_of_source(name: str, data: recipe.Data, source: Source) -> np.ndarray
 
 def _key(data: recipe.Data, kinds: dict[str, Kind]) -> dict[str, Any]:
     fractions = {name: getattr(data, name) for name in SPLITS if name not in kinds}
-    return {
+    key = {
         "format": _FORMAT,
         "sources": {name: kind.key() for name, kind in kinds.items()},
         "fractions": fractions,
@@ -295,6 +298,9 @@ def _key(data: recipe.Data, kinds: dict[str, Kind]) -> dict[str, Any]:
         "task": data.task,
         "text": text_key(data.text),
     }
+    if data.text is None and any(isinstance(getattr(data, name), recipe.Table) for name in kinds):
+        key["image"] = {"rules": pictures.RULES, **data.image.model_dump(mode="json")}
+    return key
 
 
 def _write(
@@ -303,6 +309,25 @@ def _write(
     """Prepare all splits in a folder beside `folder`, then give it its name: it appears whole or not at all."""
     readings = open_sources(data, kinds)
     splits = {name: _split_of_source(name, data, reading.source) for name, reading in readings.items()}
+    try:
+        _write_readings(folder, data, readings, splits, cache_root, budget, tell)
+    except NotGreyError:  # an image has colours, and those before it were grey
+
+        def tell_again(what: str, done: int, total: int) -> None:
+            tell(f"{what}, in colour", done, total)
+
+        _write_readings(folder, data, in_colour(readings), splits, cache_root, budget, tell_again)
+
+
+def _write_readings(
+    folder: Path,
+    data: recipe.Data,
+    readings: dict[str, Reading],
+    splits: dict[str, np.ndarray],
+    cache_root: Path,
+    budget: int | None,
+    tell: Progress,
+) -> None:
     needed = sum(reading.bytes_of(splits[name] != LEFT_OUT) for name, reading in readings.items())
     make_room(cache_root, needed, budget)
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
@@ -319,7 +344,8 @@ def _write(
             classes = write_source(
                 reading, files, data.task, classes, functools.partial(tell, f"the rows of data.{name}")
             )
-        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, tell)
+        notes = [note for name, reading in readings.items() for note in notes_of(reading.inputs, f"data.{name}")]
+        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, notes, tell)
         (partial / IN_USE).touch()
         partial.rename(folder)
     except OSError as error:
@@ -338,9 +364,11 @@ def _remove(*folders: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_index(folder: Path, task: recipe.Task, classes: Classes, tokens: Tokens | None, tell: Progress) -> None:
+def _write_index(
+    folder: Path, task: recipe.Task, classes: Classes, tokens: Tokens | None, notes: list[str], tell: Progress
+) -> None:
     assert classes.number is not None
-    index: dict[str, Any] = _meaning(classes.number, task, classes.names, tokens)
+    index: dict[str, Any] = _meaning(classes.number, task, classes.names, tokens) | {"notes": notes}
     for name in SPLITS:
         inputs, labels = _arrays(folder, name)
         told = functools.partial(tell, f"the fingerprint of the {name} rows")
@@ -356,9 +384,10 @@ def _open(folder: Path) -> Splits | None:
     try:
         index = json.loads((folder / "index.json").read_bytes())
         splits = [_rows(folder, name, index) for name in SPLITS]
+        notes = tuple(index.get("notes", ()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Splits(*splits)
+    return Splits(*splits, notes=notes)
 
 
 def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:

@@ -207,7 +207,7 @@ def check_assistants(recipe: Recipe, splits: Splits) -> None:
             memory.
     """
     for assistant in recipe.teacher.chain:
-        try_out(ModelCard.of(assistant.model, splits.train, recipe.data.normalize))
+        try_out(ModelCard.of(assistant.model, splits.train, recipe.data.normalize, recipe.data.image))
 
 
 def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Splits:
@@ -222,7 +222,10 @@ def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Spli
                 shown[what].update(0)
             shown[what].update(done)
 
-        return prepare(data, Path(cache_root), on_progress=update)
+        splits = prepare(data, Path(cache_root), on_progress=update)
+    for note in splits.notes:
+        tell(console, note)
+    return splits
 
 
 def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str, device: str) -> list[SplitPlan]:
