@@ -372,8 +372,8 @@ def notes_of(inputs: Inputs, source: str) -> list[str]:
     """What a converter has left out without refusing it, a line each; `source` is where the inputs come from."""
     if not isinstance(inputs, Images) or not inputs.with_frames:
         return []
-    which = "1 image" if inputs.with_frames == 1 else f"each of {inputs.with_frames:,} images"
-    return [f"of {which} in {source} only the first frame or page is taken"]
+    several = "1 image has" if inputs.with_frames == 1 else f"{inputs.with_frames:,} images have"
+    return [f"{source}: {several} several frames or pages, of which the first one is taken"]
 
 
 class _Texts:

@@ -331,7 +331,7 @@ def test_the_first_frame_is_taken_and_said(kind: str, tmp_path: Path) -> None:
     for _ in range(2):  # also where they are prepared already
         console = Console(file=io.StringIO(), width=200)
         prepare_shown(data, str(tmp_path / "cache"), console)
-        line = "of each of 3 images in data.train only the first frame or page is taken"
+        line = "data.train: 3 images have several frames or pages, of which the first one is taken"
         assert console.file.getvalue().splitlines().count(line) == 1  # type: ignore[attr-defined]
 
 
@@ -580,8 +580,8 @@ def test_frames_are_told_where_a_model_is_asked(tmp_path: Path) -> None:
         label="",
         console=console,
     )
-    assert "of 1 image in" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert "only the first frame or page is taken" in console.file.getvalue()  # type: ignore[attr-defined]
+    line = "rows.parquet: 1 image has several frames or pages, of which the first one is taken"
+    assert line in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_cards_keep_their_bytes(tmp_path: Path) -> None:
