@@ -17,9 +17,10 @@ Importing this module is instant: each verb imports what it needs when it is cal
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -317,6 +318,7 @@ def evaluate(
             others=[absolute_root(other) for other in others],
             device=device,
             on_progress=on_progress,
+            on_note=_notes(console),
         )
 
 
@@ -365,6 +367,7 @@ def predict(
             overwrite=force,
             device=device,
             on_progress=on_progress,
+            on_note=_notes(console),
         )
 
 
@@ -470,6 +473,15 @@ def _meters(console: Console | None) -> Iterator[Progress | None]:
             shown[what].update(done)
 
         yield update
+
+
+def _notes(console: Console | None) -> Callable[[str], None] | None:
+    """Lines for whoever waits, on a console."""
+    if console is None:
+        return None
+    from akd_dist.jobs.progress import tell
+
+    return functools.partial(tell, console)
 
 
 def _cache_root(given: str | Path | None) -> str:

@@ -240,7 +240,7 @@ def open_student(
         return None
     folder, log = Path(job.root) / spec.name, Path(job.logs) / f"{spec.name}.log"
     try:
-        card = group.agree(lambda: ModelCard.of(spec.model, rows, job.data.normalize))
+        card = group.agree(lambda: ModelCard.of(spec.model, rows, job.data.normalize, job.data.image))
         student = Student(
             spec,
             card,

@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ def evaluate(
     others: Sequence[str] = (),
     device: str = "cpu",
     on_progress: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Every metric of a model on data; and of others, with how far they agree with it.
 
@@ -115,6 +116,7 @@ def evaluate(
         others: further model folders, for the same inputs and classes.
         device: `cpu` or `cuda`.
         on_progress: called with what is being done, rows done, and rows in all.
+        on_note: called with a line, where something of the data is left out without being wrong.
 
     Returns:
         The document that `akd-dist evaluate --json` prints (documents.EvaluationDocument).
@@ -131,7 +133,7 @@ def evaluate(
         tallies = [_Tally(model, _Column(examples.rows)) for model in (ours, *theirs)]
         labels = _Column(examples.rows)
         with _as_in_training(ours):
-            for inputs, known in _shown(examples, "evaluating", on_progress):
+            for inputs, known in _shown(examples, "evaluating", on_progress, on_note):
                 assert known is not None
                 labels.add(known)
                 for tally in tallies:
@@ -225,6 +227,7 @@ def predict(
     overwrite: bool = False,
     device: str = "cpu",
     on_progress: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """What a model says of every row, as a Parquet file: whole, or absent.
 
@@ -242,6 +245,7 @@ def predict(
         overwrite: whether `out` may take the place of another file.
         device: `cpu` or `cuda`.
         on_progress: called with what is being done, rows done, and rows in all.
+        on_note: called with a line, where something of the data is left out without being wrong.
 
     Returns:
         The document that `akd-dist predict --json` prints (documents.PredictionDocument).
@@ -258,7 +262,7 @@ def predict(
         schema = _schema(model.card, examples, with_logits)
         at = 0
         with _as_in_training(model), predictions_file(out, schema, overwrite=overwrite) as write:
-            for inputs, labels in _shown(examples, "predicting", on_progress):
+            for inputs, labels in _shown(examples, "predicting", on_progress, on_note):
                 write(_table(schema, model, at, inputs, labels))
                 at += len(inputs)
     return {
@@ -338,14 +342,19 @@ def _table(schema: Any, model: Served, start: int, inputs: np.ndarray, labels: n
 # ---- both
 
 
-def _shown(examples: Examples, what: str, on_progress: Progress | None) -> Iterator[Batch]:
-    """The batches, each told of once it is done with."""
+def _shown(
+    examples: Examples, what: str, on_progress: Progress | None, on_note: Callable[[str], None] | None
+) -> Iterator[Batch]:
+    """The batches, each told of once it is done with; what was left out is told at the end."""
     done = 0
     for batch in examples.batches():
         yield batch
         done += len(batch[0])
         if on_progress is not None:
             on_progress(what, done, examples.rows)
+    if on_note is not None:
+        for note in examples.notes():
+            on_note(note)
 
 
 @contextlib.contextmanager

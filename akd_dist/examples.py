@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from akd_dist import recipe
 from akd_dist.blocks import Block, default_threads, first_block, map_blocks
-from akd_dist.columns import input_kind, inputs_of, label_kind
+from akd_dist.columns import Images, input_kind, inputs_of, label_kind, notes_of
 from akd_dist.labels import Classes, Labels, labels_of
 from akd_dist.models import ModelCard
 from akd_dist.parquet_files import is_skipped, may_be_parquet
@@ -91,6 +91,8 @@ class Examples:
     """Whether they have labels."""
     batches: Callable[[], Iterator[Batch]]
     """All rows, EVALUATION_ROWS at a time, whatever the files are cut into."""
+    notes: Callable[[], Sequence[str]]
+    """What of the data is left out without being wrong, a line each; known once all batches are read."""
 
 
 @contextlib.contextmanager
@@ -170,7 +172,7 @@ def _of_recipe(path: Path, asked: Asked, cache_root: Path, on_progress: Progress
         rows.content().verify()
         splits.sources.finish()
 
-    return Examples(asked.data, split, rows, len(rows), labelled, batches)
+    return Examples(asked.data, split, rows, len(rows), labelled, batches, lambda: splits.findings)
 
 
 # ---- everything else, streamed
@@ -212,9 +214,11 @@ def _of_source(source: Source, asked: Asked, card: ModelCard, home: Home) -> Exa
     first = first_block(source.streams)
     _check_kind(source, first, card, home)
     tokenizer = _tokenizer(asked, card, home, pair=len(first.inputs) == 2)
-    inputs = inputs_of(first.inputs, 0, source.input_place, None, tokenizer)
-    if len(inputs.shape) == 1 and math.prod(inputs.shape) == math.prod(card.input_shape) and tokenizer is None:
-        inputs = inputs_of(first.inputs, 0, source.input_place, card.input_shape, tokenizer)
+    inputs = inputs_of(first.inputs, 0, source.input_place, None, tokenizer, card.image)
+    if isinstance(inputs, Images):  # grey or in colour as the model's own, which grey images fit as well
+        inputs = inputs.in_colour() if card.input_shape[:1] == (3,) else inputs.as_first()
+    elif len(inputs.shape) == 1 and math.prod(inputs.shape) == math.prod(card.input_shape) and tokenizer is None:
+        inputs = inputs_of(first.inputs, 0, source.input_place, card.input_shape, tokenizer, card.image)
     names = source.class_names if card.class_names is not None else None
     like = Rows(
         np.empty((0, *inputs.shape), inputs.dtype),
@@ -246,6 +250,7 @@ def _of_source(source: Source, asked: Asked, card: ModelCard, home: Home) -> Exa
         source.rows,
         labelled,
         lambda: _regrouped(map_blocks(source.streams, most, read, default_threads())),
+        lambda: notes_of(inputs, source.name),
     )
 
 

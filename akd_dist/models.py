@@ -20,7 +20,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from safetensors import SafetensorError
 from torch import nn
 
@@ -72,6 +81,8 @@ class ModelCard(BaseModel):
     """What ids mean, where inputs are text."""
     normalize: recipe.Normalize | None = None
     """Mean and standard deviation taken out inside the module."""
+    image: recipe.Image = recipe.Image()
+    """How encoded images become raw inputs."""
     source_sha256: str | None = None
     """sha256 of the file of a custom model's factory."""
     weights_sha256: str | None = None
@@ -91,7 +102,13 @@ class ModelCard(BaseModel):
         return self
 
     @classmethod
-    def of(cls, model: recipe.Model, rows: Rows, normalize: recipe.Normalize | None) -> ModelCard:
+    def of(
+        cls,
+        model: recipe.Model,
+        rows: Rows,
+        normalize: recipe.Normalize | None,
+        image: recipe.Image = recipe.Image(),  # noqa: B008  # frozen
+    ) -> ModelCard:
         """The card of a model for the inputs and classes of a dataset.
 
         Raises:
@@ -110,12 +127,19 @@ class ModelCard(BaseModel):
             class_names=rows.class_names,
             tokens=rows.tokens,
             normalize=normalize,
+            image=image,
         )
         if isinstance(model, recipe.HuggingFaceModel):
             return card.model_copy(update={"model": huggingface.resolve(model, _asked(card))})
         if isinstance(model, recipe.Custom):
             return card.model_copy(update={"source_sha256": source_sha256(model, _SIGNATURE)})
         return card
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, document: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Cards and manifests of before knew no `image`: at its default it is left out, and they keep their bytes."""
+        said: dict[str, Any] = document(self)
+        return said if self.image != recipe.Image() else {name: said[name] for name in said if name != "image"}
 
     @property
     def fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import threading
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from akd_dist import recipe
 from akd_dist.blocks import Block, default_threads, first_block, for_each_block
-from akd_dist.columns import Inputs, inputs_of
+from akd_dist.columns import Images, Inputs, inputs_of
 from akd_dist.labels import Classes, Labels, labels_of
 from akd_dist.sources import Kind, Source
 from akd_dist.storage.errors import RefusedError
@@ -62,7 +63,7 @@ def open_sources(data: recipe.Data, kinds: dict[str, Kind]) -> dict[str, Reading
     """Look at all sources and their first rows: what they have in common is checked before anything long begins.
 
     Args:
-        data: task, text and shapes.
+        data: task, text, images and shapes.
         kinds: the sources by split, that of the train rows first.
 
     Raises:
@@ -75,9 +76,18 @@ def open_sources(data: recipe.Data, kinds: dict[str, Kind]) -> dict[str, Reading
     readings: dict[str, Reading] = {}
     for name, source in sources.items():
         shape = getattr(getattr(data, name), "shape", None)
-        inputs = inputs_of(first[name].inputs, 0, source.input_place, shape, tokenizer)
+        inputs = inputs_of(first[name].inputs, 0, source.input_place, shape, tokenizer, data.image)
         readings[name] = Reading(source, first[name], inputs)
-        _check_alike(name, readings[name], readings["train"], data.task)
+    if data.image != recipe.Image() and not any(isinstance(one.inputs, Images) for one in readings.values()):
+        raise RefusedError(
+            "data.image is given, and the inputs are not images",
+            got=f"{readings['train'].inputs.dtype} {list(readings['train'].inputs.shape)} in {sources['train'].name}",
+            expected="encoded images, or those of Pillow",
+            next="leave out data.image",
+        )
+    readings = _of_one_colour(readings)
+    for name, reading in readings.items():
+        _check_alike(name, reading, readings["train"], data.task)
     return readings
 
 
@@ -106,6 +116,26 @@ def read_labels(reading: Reading, tell: Callable[[int, int], None]) -> np.ndarra
     most = _LABEL_ROWS if source.label_streams else reading.block_rows
     for_each_block(source.label_streams or source.streams, most, work, default_threads())
     return convert.finished(labels)
+
+
+def in_colour(readings: dict[str, Reading]) -> dict[str, Reading]:
+    """The same sources, whose grey images get three channels as well."""
+    return {
+        name: dataclasses.replace(one, inputs=one.inputs.in_colour()) if isinstance(one.inputs, Images) else one
+        for name, one in readings.items()
+    }
+
+
+def _of_one_colour(readings: dict[str, Reading]) -> dict[str, Reading]:
+    """Grey or in colour as a whole: grey sources go with coloured ones, where nothing holds one of them to be grey."""
+    inputs = [one.inputs for one in readings.values()]
+    free = [isinstance(one, Images) and (one.may_turn or one.shape[0] == 3) for one in inputs]
+    if not all(free):  # numbers, or images whose `shape` is given, are what they are
+        return {
+            name: dataclasses.replace(one, inputs=one.inputs.as_first()) if isinstance(one.inputs, Images) else one
+            for name, one in readings.items()
+        }
+    return in_colour(readings) if any(one.shape[0] == 3 for one in inputs) else readings
 
 
 def write_source(

@@ -60,6 +60,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 LearningRate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class Spec(BaseModel):
@@ -212,6 +213,13 @@ class HuggingFaceText(Spec):
 Text = Annotated[ByteText | HuggingFaceText, Discriminator("kind")]
 
 
+class Image(Spec):
+    """How encoded images become pixels: one definition for teacher, students and finished models."""
+
+    background: Annotated[list[Byte], Field(min_length=3, max_length=3)] = [255, 255, 255]
+    """What is seen through transparent images: red, green and blue, 0 to 255; white as in browsers and on paper."""
+
+
 class NoAugmentation(Spec):
     """Rows are used as they are."""
 
@@ -342,6 +350,8 @@ class Data(Spec):
     """What picks the best epoch and heads the tables; none takes accuracy, or Pearson's correlation for regression."""
     text: Text | None = None
     """How text becomes tokens; needed where inputs are text."""
+    image: Image = Image()
+    """How encoded images become pixels."""
     views: Count = 1
     """How many augmented views of each train row the teacher is cached on; epoch e trains on view e mod views."""
     augmentation: Augmentation = NoAugmentation()
@@ -370,6 +380,8 @@ class Data(Spec):
             raise ValueError("the augmentation token_mask is for text; say how text becomes tokens with data.text")
         if self.text is not None and self.normalize is not None:
             raise ValueError("normalize is for images and numbers; leave it out where data.text is given")
+        if self.text is not None and self.image != Image():
+            raise ValueError("image is for encoded images; leave it out where data.text is given")
         return self
 
     @model_validator(mode="after")
@@ -1018,6 +1030,10 @@ class Recipe(Spec):
             document["data"]["text"].pop("path", None)
         if not self.data.stratify:  # as recipes of before say nothing of it
             del document["data"]["stratify"]
+        # Runs of before knew no such key: what is as by default is left out, each key for itself.
+        document["data"]["image"] = self.data.image.model_dump(mode="json", exclude_defaults=True)
+        if not document["data"]["image"]:
+            del document["data"]["image"]
         del document["teacher"]["weights"]
         for student in document["students"]:
             del student["gpus"]

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from akd_dist import findings, recipe, splitting
+from akd_dist import findings, pictures, recipe, splitting
 from akd_dist.blocks import default_threads
+from akd_dist.columns import NotGreyError, notes_of
 from akd_dist.labels import Classes
-from akd_dist.origins import Origins, SourceCheck, check_unchanged, compare, look_at, show
-from akd_dist.prepare import open_sources, read_labels, write_source
+from akd_dist.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
+from akd_dist.prepare import Reading, in_colour, open_sources, read_labels, write_source
 from akd_dist.sources import Kind, kind_of
 from akd_dist.splitting import LEFT_OUT, is_drawn, split_of_source
 from akd_dist.storage.content import Content, Part, digest, discard, inodes_of, map_array
@@ -193,7 +194,7 @@ def prepare(
     Args:
         data: sources, split and seed.
         cache_root: prepared data lies in `<cache_root>/rows/<key>/`; the key is over sources, sizes and times of files,
-            the split, the task and the tokenizer.
+            the split, the task, the tokenizer, and how images become pixels.
         again: prepare them afresh, whatever is there.
         expected: the fingerprints of splits, of those who know them. Sources are not looked at then, as rows are known
             by these; rows that have others are prepared afresh.
@@ -288,7 +289,7 @@ def _meaning(
 
 def _key(data: recipe.Data, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
     fractions = {name: getattr(data, name) for name in SPLITS if name not in keys}
-    return {
+    key = {
         "format": _FORMAT,
         **({"stratify": True} if data.stratify and is_drawn(data) else {}),
         "sources": keys,
@@ -298,6 +299,9 @@ def _key(data: recipe.Data, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "task": data.task,
         "text": text_key(data.text),
     }
+    if data.text is None and any(isinstance(getattr(data, name), recipe.Table) for name in kinds):
+        key["image"] = {"rules": pictures.RULES, **data.image.model_dump(mode="json")}
+    return key
 
 
 def _write(
@@ -316,6 +320,27 @@ def _write(
     if data.stratify and is_drawn(data):
         stratified = read_labels(readings["train"], functools.partial(tell, "the labels of data.train"))
     splits = {name: split_of_source(name, data, one.source, stratified) for name, one in readings.items()}
+
+    def write(readings: dict[str, Reading], tell: Progress) -> None:
+        _write_readings(folder, data, readings, splits, origins, stamps, cache_root, budget, tell)
+
+    try:
+        write(readings, tell)
+    except NotGreyError:  # an image has colours, and those before it were grey
+        write(in_colour(readings), lambda what, done, total: tell(f"{what}, in colour", done, total))
+
+
+def _write_readings(
+    folder: Path,
+    data: recipe.Data,
+    readings: dict[str, Reading],
+    splits: dict[str, np.ndarray],
+    origins: Origins,
+    stamps: Stamps,
+    cache_root: Path,
+    budget: int | None,
+    tell: Progress,
+) -> None:
     needed = sum(reading.bytes_of(splits[name] != LEFT_OUT) for name, reading in readings.items())
     make_room(cache_root, needed, budget)
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
@@ -335,6 +360,7 @@ def _write(
                 counts = counts + splitting.count(splits[name], labels, classes.number or 0)
             del labels  # eight bytes a row
         lines = [note for reading in readings.values() for note in reading.source.notes]
+        lines += [note for name, reading in readings.items() for note in notes_of(reading.inputs, f"data.{name}")]
         if data.task == "classification":
             splitting.check_classes(data, counts, classes.names)
             lines += findings.of_classes(counts[0], classes.names)

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from akd_dist import hub, recipe
+from akd_dist import hub, pictures, recipe
 from akd_dist.arguments import listing, named, placed
 from akd_dist.blocks import Block, Stream
 from akd_dist.columns import Place, check_schema, class_label_names, input_columns, label_columns, plain
@@ -656,7 +656,7 @@ class _Items:
         return hashed.hexdigest()
 
     def _item(self, row: int) -> tuple[list[Any], Any]:
-        """An item as one array, one string or two, and a label: int, float, bool or str."""
+        """An item as one array, one image, one string or two, and a label: int, float, bool or str."""
         item = self._ask(lambda items: items[row], f"at row {row}")
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise self._useless("item", row, type(item).__name__, "a pair (input, label)")
@@ -666,7 +666,7 @@ class _Items:
         label = self._input(label, row) if isinstance(label, str) else label
         if type(label) not in (int, float, bool, str) or (type(label) is int and abs(label) >= 2**63):
             raise self._useless("label", row, type(label).__name__, "a class id, a class name or a number")
-        types = [type(one) for one in (*inputs, label)]
+        types = [Image.Image if isinstance(one, Image.Image) else type(one) for one in (*inputs, label)]
         self.types = self.types or types
         if types != self.types:
             names = [[one.__name__ for one in several] for several in (types, self.types)]
@@ -681,17 +681,22 @@ class _Items:
         if hasattr(value, "detach"):  # a tensor, known without importing torch
             value = self._array(value, row)
         if isinstance(value, Image.Image):
-            if value.mode[0] in "IF":  # converting would cut its values off
-                raise self._useless("input", row, f"an image of mode {value.mode}", "8 bits a channel, or an array")
-            grey = value.mode in ("1", "L")
-            pixels = np.asarray(value.convert("L" if grey else "RGB"))
-            value = pixels[np.newaxis] if grey else pixels.transpose(2, 0, 1)
+            return self._decoded(value, row)
         if isinstance(value, np.generic | int | float):
             value = np.asarray(value)
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "uif":
             got = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
             raise self._useless("input", row, got, "a tensor or array of numbers, a PIL image, or text")
         return value
+
+    def _decoded(self, image: Image.Image, row: int) -> Image.Image:
+        """Loaded here: the dataset may give the same image again, and threads must not load it at once."""
+        try:
+            pictures.check(image)
+            pictures.decode(image)
+        except Exception as error:  # of many kinds: it may not have been read yet
+            raise self._useless("input", row, error, "an image of 8 bits a channel, or an array") from error
+        return image
 
     def _array(self, tensor: Any, row: int) -> np.ndarray:
         """A tensor's numbers, float32 where they are floats: NumPy has no bfloat16."""

@@ -251,7 +251,7 @@ def check_assistants(recipe: Recipe, splits: Splits) -> None:
             memory.
     """
     for assistant in recipe.teacher.chain:
-        try_out(ModelCard.of(assistant.model, splits.train, recipe.data.normalize))
+        try_out(ModelCard.of(assistant.model, splits.train, recipe.data.normalize, recipe.data.image))
 
 
 def prepare_shown(data: recipes.Data, cache_root: str, console: Console, *, again: bool = False) -> Splits:

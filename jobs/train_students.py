@@ -328,7 +328,7 @@ def check_students(recipe: Recipe, splits: Splits) -> dict[str, int]:
     counts: dict[str, int] = {}
     for spec in recipe.students:
         if (key := spec.model.model_dump_json()) not in counts:
-            counts[key] = try_out(ModelCard.of(spec.model, splits.train, recipe.data.normalize))
+            counts[key] = try_out(ModelCard.of(spec.model, splits.train, recipe.data.normalize, recipe.data.image))
     return {spec.name: counts[spec.model.model_dump_json()] for spec in recipe.students}
 
 

@@ -192,6 +192,8 @@ def _spec(
     common = {name: getattr(training, name) for name in recipes.Training.model_fields}
     spec = recipes.Student(name="unnamed", model=model, objective=objective, **common)
     data = recipe.data.model_dump(mode="json", include={"seed", "augmentation", "window", "normalize"})
+    if recipe.data.image != recipes.Image():  # the card says so
+        data["image"] = recipe.data.image.model_dump(mode="json")
     data["augmentation"] = views.by_content(recipe.data.augmentation)
     document = {
         "spec": spec.model_dump(mode="json", exclude={"name"}) | {"model": by_content(model)},

@@ -143,7 +143,12 @@ TABLES: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
         {},
         ["another shape in row 5 of", "column input", "[3, 4, 5]", "[3, 4, 4]"],
     ),
-    "colour among grey": ([png(PIXELS[0])] * 5 + IMAGES[5:], LABELS, {}, ["row 5 of", "[3, 4, 4]", "[1, 4, 4]"]),
+    "colour where shape says grey": (
+        [png(PIXELS[0])] * 5 + IMAGES[5:],
+        LABELS,
+        {"shape": [1, 4, 4]},
+        ["row 5 of", "[3, 4, 4]", "[1, 4, 4]", "`shape` says"],
+    ),
     "shape of images": (IMAGES, LABELS, {"shape": [3, 8, 8]}, ["row 0 of", "`shape` says"]),
     "lengths": (pa.array(but(VECTORS.tolist(), 4, [1.0])), LABELS, {}, ["another shape in row 4 of", "[1]", "[4]"]),
     "nested lengths": ([[[1, 2], [3, 4]]] * 4 + [[[1, 2], [3]]] * 6, LABELS, {}, ["another shape in row 4 of"]),
