@@ -117,6 +117,13 @@ def open_examples(
             tokenizer made the model's ids.
         MachineError: object storage, the hub or the disk does not do what it should.
     """
+    if need_labels and asked.label == "":
+        raise RecipeError(
+            "rows without labels cannot be evaluated",
+            got="an empty --label",
+            expected="a column of labels",
+            next="name it with --label, or use `akd-dist predict`",
+        )
     recipe_path = _recipe_path(asked.data)
     if recipe_path is not None:
         _refuse_options(asked, "input", "label", "tokenizer")
