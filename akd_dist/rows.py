@@ -299,7 +299,7 @@ def _key(data: recipe.Data, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "task": data.task,
         "text": text_key(data.text),
     }
-    if data.text is None and any(isinstance(getattr(data, name), recipe.Table) for name in kinds):
+    if data.text is None and any(isinstance(getattr(data, name), recipe.Table) for name in keys):
         key["image"] = {"rules": pictures.RULES, **data.image.model_dump(mode="json")}
     return key
 
