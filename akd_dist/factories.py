@@ -144,11 +144,18 @@ def _check_own(name: str, module: str, trusted: Trusted) -> None:
             next=f"put {top}.py beside the recipe, or name its place with `folder:`",
         )
     places = _places(found)
-    if places and all(_in_folder(place, trusted.folder) for place in places):
+    own = bool(places) and all(_in_folder(place, trusted.folder) for place in places)
+    inner = Path(trusted.folder or "", *module.split("."))
+    led_out = [  # by a link below a package of the folder
+        str(place)
+        for place in (inner, inner.with_suffix(".py"))
+        if own and place.exists() and not _in_folder(str(place), trusted.folder)
+    ]
+    if own and not led_out:
         return
-    where = places[0] if places else "akd-dist" if top == "akd_dist" else "Python itself"
+    where = [*led_out, *places, "akd-dist" if top == "akd_dist" else "Python itself"][0]
     beside = None if trusted.folder is None else PathFinder.find_spec(top, [trusted.folder])
-    if any(_in_folder(place, trusted.folder) for place in _places(beside)):
+    if not own and any(_in_folder(place, trusted.folder) for place in _places(beside)):
         raise RefusedError(
             f"the factory {name} is not the one in the recipe's folder",
             got=f"the module {top} of {where}, which Python finds before the one in {trusted.folder}",
@@ -158,7 +165,7 @@ def _check_own(name: str, module: str, trusted: Trusted) -> None:
         )
     raise RefusedError(
         f"the factory {name} is not one of the recipe's own",
-        got=f"the module {top} of {where}",
+        got=f"the module {module if own else top} of {where}",
         expected=f"{top}.py in {trusted.folder or 'the folder of the recipe'}, or a module that `code:` lists",
         next=f"where you trust it, add `code: [{module}]` to the recipe",
     )

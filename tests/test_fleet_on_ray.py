@@ -240,7 +240,7 @@ class Killer:
 def test_a_killed_cache_worker_changes_no_byte(home: Home, ray_cluster: None, tmp_path: Path) -> None:
     with Killer("ray::cache_shard", 2) as killer:
         teacher = home.root / "slow-teacher"
-        slow = home.recipe_for(str(a_slow_teacher(home, teacher)))
+        slow = home.recipe_for(str(a_slow_teacher(home, teacher)), code=["slow_models"])
         cache_teacher(slow, console=Console(quiet=True), **home.places(tmp_path))
     assert len(killer.killed) == 2
     cache_in_process(slow, str(teacher), store_root=str(tmp_path / "plain"), cache_root=home.cache_root)

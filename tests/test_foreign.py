@@ -162,6 +162,10 @@ def test_a_link_out_of_the_recipes_folder_is_not_the_recipes_own(tmp_path: Path)
     (tmp_path / "recipe" / "foreign_linked.py").symlink_to(tmp_path / "elsewhere" / "foreign_linked.py")
     with pytest.raises(RefusedError, match="not one of the recipe's own"):
         import_factory(own(recipe.Custom(factory="foreign_linked:net"), tmp_path / "recipe"), "()")
+    (tmp_path / "recipe" / "foreign_pack").mkdir()
+    (tmp_path / "recipe" / "foreign_pack" / "deep.py").symlink_to(tmp_path / "elsewhere" / "foreign_linked.py")
+    with pytest.raises(RefusedError, match="not one of the recipe's own"):
+        import_factory(own(recipe.Custom(factory="foreign_pack.deep:net"), tmp_path / "recipe"), "()")
     assert not ran(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")  # but the folder itself may be one
     import_factory(own(recipe.Custom(factory="foreign_linked:net"), tmp_path / "link"), "()")

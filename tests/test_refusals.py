@@ -240,7 +240,9 @@ def test_a_teacher_that_is_not_finite(place: Place, ray_cluster: None, logit: An
     card = ModelCard.of(model, prepare(place.recipe.data, place.cache).train, None)
     save_model(place.root / "nan", build(card), card)
     overrides = ["--set", f"teacher={{weights: {place.root / 'nan'}}}", "--set", f"cache.encoding={encoding}"]
-    message = place.refuse(4, *overrides, "--set", f"folder={place.root}")
+    overrides += ["--set", f"folder={place.root}"]
+    assert f"--trust {place.models}" in place.refuse(4, *overrides)  # the recipe does not name its code
+    message = place.refuse(4, *overrides, "--trust", place.models)
     assert "not finite" in message
     assert "row" in message
 
