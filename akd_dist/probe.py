@@ -116,7 +116,7 @@ def _measure(
     data: recipe.Data, spec: recipe.Student, splits: Splits, device: torch.device, folder: Path, share: int
 ) -> Measured:
     started = time.perf_counter()
-    card = ModelCard.of(spec.model, splits.train, data.normalize)
+    card = ModelCard.of(spec.model, splits.train, data.normalize, data.image)
     student = Student(spec, card, folder, log=folder / "log", device=device)
     start = time.perf_counter() - started
     share = min(share, len(splits.train))

@@ -29,6 +29,7 @@ from akd_dist.grid_names import names_of_grid
 from akd_dist.recipe import Recipe, Student
 from akd_dist.storage import places
 from akd_dist.storage.errors import RecipeError
+from akd_dist.storage.files import expanded
 
 KeyPath = tuple[str | int, ...]
 
@@ -412,7 +413,7 @@ def change_paths(node: Any, change: Callable[[str], str]) -> None:
 
 
 def _absolute(path: str, folder: Path) -> str:
-    return path if "://" in path else str(folder.joinpath(Path(path).expanduser()))
+    return path if "://" in path else str(folder.joinpath(expanded(path)))
 
 
 # ---- pydantic's errors to problems

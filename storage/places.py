@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from akd_dist.storage.files import expanded
+
 
 def absolute(place: str | Path) -> str:
     """A local place as an absolute path, before any worker changes directory; a URI as it is."""
     text = os.fspath(place)
-    return text if "://" in text else str(Path(text).expanduser().absolute())
+    return text if "://" in text else str(expanded(text).absolute())
 
 
 @dataclass(frozen=True)

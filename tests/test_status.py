@@ -536,7 +536,7 @@ FOREIGN: dict[str, bytes | dict[str, Any] | None] = {
 
 
 # What is no JSON at all was cut by a loss of power: the student goes on from its last checkpoint.
-TORN = ("no JSON", "brackets", "brackets in a key", "a number without end", "not a number", "no end")
+TORN = ("no JSON", "brackets", "brackets in a key", "a number without end")
 CONTROL = ("driver", "plan", "progress-cohort-2-0")
 
 

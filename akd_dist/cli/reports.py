@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from akd_dist.cli.options import complete_folder, json_option
@@ -27,16 +25,16 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> int:
     """
     from akd_dist.fleet_report import fleet_table, read_run, runs_table
     from akd_dist.report_page import write_reports
+    from akd_dist.storage.files import expanded
 
     refused: list[AkdError] = []
-    document = write_reports(
-        [Path(run) for run in runs], None if out is None else Path(out).absolute(), refused=refused
-    )
+    page = None if out is None else expanded(out).absolute()
+    document = write_reports([expanded(run) for run in runs], page, refused=refused)
     code = refused[0].code if refused else 0
     if as_json:
         print_json(document)
         return code
-    read = [read_run(Path(one["run"])) for one in document["runs"]]
+    read = [read_run(expanded(one["run"])) for one in document["runs"]]
     for run, written in zip(read, document["runs"], strict=True):
         print_table(fleet_table(run.fleet))
         click.echo(f"report  {short_path(written['report'])}")
