@@ -341,7 +341,8 @@ def test_previews_are_no_frames(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(picture)).format == "MPO"
     first = np.asarray(Image.open(io.BytesIO(encoded(FRAMES[0], "JPEG"))))
     np.testing.assert_array_equal(decoded(picture), chw(first))
-    assert prepare(parquet(tmp_path / "data", [picture] * 10), tmp_path / "cache").findings == ()
+    findings = prepare(parquet(tmp_path / "data", [picture] * 10), tmp_path / "cache").findings
+    assert not any("frame" in line for line in findings)
 
 
 @row("colour profiles (ICC), gamma, resolution, comments")
