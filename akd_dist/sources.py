@@ -649,12 +649,11 @@ class _Items:
         for row in _few(self.rows):
             inputs, label = self._item(row)
             for value in inputs:
-                if isinstance(value, Image.Image):
-                    hashed.update(repr((value.mode, value.size)).encode() + value.tobytes())
-                elif isinstance(value, str):
-                    hashed.update(repr(value).encode())
-                else:
-                    hashed.update(repr((value.dtype.str, value.shape)).encode() + value.tobytes())
+                if isinstance(value, Image.Image):  # with its palette, and turned
+                    value = np.asarray(pictures.shown(value, recipe.Image().background))
+                plain = isinstance(value, str)
+                hashed.update(repr(value if plain else (value.dtype.str, value.shape)).encode())
+                hashed.update(b"" if plain else value.tobytes())
             hashed.update(repr(label).encode())
         return hashed.hexdigest()
 
