@@ -330,7 +330,7 @@ def test_a_comparison_from_recipe_to_table(compared: tuple[Path, dict[str, Any]]
     root, document = compared
     CompareDocument.model_validate(document)
     run = root / "runs" / "tiny-compare"
-    assert json.loads((run / "comparison.json").read_bytes()) == document
+    assert json.loads((run / "comparison.json").read_bytes()) == document | {"run": "."}
     assert (run / "comparison.md").read_text() == to_markdown(document)
     assert [one["objective"] for one in document["table"]] == list(OBJECTIVE_LABELS)
     assert {tuple(one["seeds"]) for one in document["table"]} == {(0, 1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +228,12 @@ def follow(console: Console, run: Path, monkeypatch: pytest.MonkeyPatch, times: 
             tell(console, f"message {count}")
             if count == 1:
                 (run / "students" / "one").mkdir(parents=True)
-                result = '{"state": "failed", "reason": "it broke", "epochs": 1, "validation": null}'
-                (run / "students" / "one" / "result.json").write_text(result)
+                result = {
+                    "name": "one", "model": "mlp-8", "parameters": 1, "objective": "kd", "tau_max": None, "seed": 0,
+                    "state": "failed", "reason": "it broke", "epochs": 1, "validation": None, "test": None,
+                    "agreement": None, "seconds": 1.0, "path": ".",
+                }  # fmt: skip
+                (run / "students" / "one" / "result.json").write_text(json.dumps(result))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -70,8 +70,9 @@ def train(student: Tracked, epochs: int) -> None:
 def end(student: Tracked, state: str = "done") -> None:
     test = {"accuracy": 0.75, "f1": 0.5, "loss": 0.9} if state == "done" else None
     result = {
-        "state": state, "reason": None if state == "done" else "it broke", "epochs": EPOCHS, "test": test,
-        "agreement": 0.875 if state == "done" else None,
+        "name": student.folder.name, "model": "mlp-8", "parameters": 610, "objective": "kd", "tau_max": None, "seed": 0,
+        "state": state, "reason": None if state == "done" else "it broke", "epochs": EPOCHS, "validation": None,
+        "test": test, "agreement": 0.875 if state == "done" else None, "seconds": 1.0, "path": ".",
     }  # fmt: skip
     (student.folder / "result.json").write_text(json.dumps(result))
 
