@@ -195,8 +195,10 @@ def _spec(
     spec = recipes.Student(name="unnamed", model=model, objective=objective, **common)
     data = recipe.data.model_dump(mode="json", include={"seed", "augmentation", "window", "normalize"})
     data["augmentation"] = views.by_content(recipe.data.augmentation)
+    dumped = spec.model_dump(mode="json", exclude={"name"}) | {"model": by_content(model)}
+    recipes.forget_later_keys(dumped)
     document = {
-        "spec": spec.model_dump(mode="json", exclude={"name"}) | {"model": by_content(model)},
+        "spec": dumped,
         "rows": [splits.train.fingerprint, splits.validation.fingerprint],
         "data": data | {"metric": recipe.data.primary_metric},
         "device": recipe.device,
