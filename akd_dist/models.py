@@ -26,7 +26,7 @@ from torch import nn
 from akd_dist import architectures, huggingface, recipe
 from akd_dist.device import free_memory
 from akd_dist.factories import call_factory, source_sha256
-from akd_dist.outputs import logits_of
+from akd_dist.outputs import EXPECTED, NoLogitsError, logits_of
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import DamagedError, RefusedError
 from akd_dist.storage.files import canonical_json, replace, sha256
@@ -157,7 +157,7 @@ class Classifier(nn.Module):
 
     def __init__(self, body: nn.Module, card: ModelCard) -> None:
         super().__init__()
-        self.body, self.on_tokens, self.label = body, card.input_dtype == "int32", card.model.label
+        self.body, self.on_tokens = body, card.input_dtype == "int32"
         if self.on_tokens:
             return
         mean, std = (card.normalize.mean, card.normalize.std) if card.normalize else ([0.0], [1.0])
@@ -169,11 +169,11 @@ class Classifier(nn.Module):
         """Logits [n, classes] of raw inputs [n, *shape], in the dtype of the weights; float32 under autocast.
 
         Raises:
-            RefusedError: the body returns no logits, see `outputs.logits_of`.
+            NoLogitsError: the body returns something else, see `outputs.logits_of`.
         """
         if not self.on_tokens:
             inputs = (inputs.to(self.scale.dtype) - self.offset) / self.scale
-        logits = logits_of(self.body(inputs), self.label)
+        logits = logits_of(self.body(inputs))
         # Losses and stores want more than the half precision that autocast leaves.
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
@@ -430,8 +430,13 @@ def check_output(module: nn.Module, card: ModelCard, inputs: torch.Tensor | None
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             logits: torch.Tensor = module(inputs)
-        except RefusedError:
-            raise
+        except NoLogitsError as error:
+            raise RefusedError(
+                f"the model {card.model.label} returns something else than logits",
+                got=error,
+                expected=EXPECTED,
+                next="let its forward return the logits",
+            ) from error
         except Exception as error:
             raise RefusedError(
                 f"the model {card.model.label} does not take these inputs",
@@ -439,7 +444,11 @@ def check_output(module: nn.Module, card: ModelCard, inputs: torch.Tensor | None
                 expected=f"a model of {card.input_dtype} inputs of shape {list(card.input_shape)}",
             ) from error
     if logits.shape != (len(inputs), card.classes):
-        other = "has another number of classes than the data" if logits.dim() == 2 else "gives no row of logits a row"
+        other = (
+            "has another number of classes than the data"
+            if logits.dim() == 2
+            else "does not give one row of logits for each input"
+        )
         raise RefusedError(
             f"the model {card.model.label} {other}",
             got=f"logits of shape {list(logits.shape)} for {len(inputs)} rows",

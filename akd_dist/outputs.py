@@ -1,6 +1,6 @@
 """What a model returns -> its logits: one rule for training, caching, evaluation and exports alike.
 
-    logits = logits_of(body(inputs), "my-net")
+    logits = logits_of(body(inputs))
 
 Libraries differ in what `forward` gives: a tensor; a tuple or list that begins with the logits; a dict, a named tuple
 or an object such as transformers' ModelOutput that calls them `logits`. A name counts for more than a place: a named
@@ -14,42 +14,34 @@ from typing import Any
 
 import torch
 
-from akd_dist.storage.errors import RefusedError
-
 NAME = "logits"
 """What a dict or an object calls them."""
+EXPECTED = f"a tensor of floats; a tuple or list that begins with it; or a dict or an object that calls it `{NAME}`"
+"""What a model may return, for messages."""
 SUM_TOLERANCE = 1e-3
 """How far the sum of a row may be from 1 to count as one of probabilities; half precision is that coarse."""
 _SHOWN = 8
 
 
-def logits_of(returned: Any, whose: str) -> torch.Tensor:
-    """The logits in what a model returned.
+class NoLogitsError(TypeError):
+    """A model returned something in which there are no logits; says what it was, by type."""
 
-    Args:
-        returned: what its `forward` gave.
-        whose: the model, for the message.
+
+def logits_of(returned: Any) -> torch.Tensor:
+    """The logits in what a model's `forward` returned.
 
     Raises:
-        RefusedError: there are none, by type; says what was there instead.
+        NoLogitsError: there are none.
     """
     found = returned
-    if not isinstance(returned, torch.Tensor):
-        if isinstance(returned, Mapping):
-            found = returned.get(NAME)
-        elif hasattr(returned, NAME):
-            found = getattr(returned, NAME)
-        elif isinstance(returned, tuple | list) and returned:
-            found = returned[0]
+    if isinstance(returned, Mapping):
+        found = returned.get(NAME)
+    elif not isinstance(returned, torch.Tensor):
+        first = returned[0] if isinstance(returned, tuple | list) and returned else None
+        found = getattr(returned, NAME, first)
     if isinstance(found, torch.Tensor) and found.is_floating_point():
         return found
-    raise RefusedError(
-        f"the model {whose} returns something else than logits",
-        got=_in_words(returned),
-        expected="a tensor of floats; a tuple or list whose first item it is; or a dict or an object that has it as "
-        f"`{NAME}`",
-        next=f"let its forward return the logits, or {{'{NAME}': logits}}",
-    )
+    raise NoLogitsError(_in_words(returned))
 
 
 def are_probabilities(logits: torch.Tensor) -> bool:
