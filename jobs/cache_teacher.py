@@ -226,7 +226,6 @@ def check_models(recipe: Recipe, splits: Splits, store_root: str) -> None:
         DamagedError: weights or a store are not what was written.
     """
     rows, normalize = splits.train, recipe.data.normalize
-    check_augmentation(recipe.data.augmentation, recipe.data.seed, rows.inputs, rows.tokens)
     if (uri := recipe.teacher.weights) is not None:
         load_card(uri).check_rows(rows, f"the teacher in {uri}")
         plans = plan_splits(recipe, splits, uri, recipe.device)
@@ -237,6 +236,7 @@ def check_models(recipe: Recipe, splits: Splits, store_root: str) -> None:
         try_training(teacher.spec.model, [(teacher.setting, recipe.teacher.train)], rows, normalize)
     for number, assistant in enumerate(recipe.teacher.chain, 1):
         try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, normalize)
+    check_augmentation(recipe.data.augmentation, recipe.data.seed, rows.inputs, rows.tokens)
 
 
 def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Splits:

@@ -1,4 +1,4 @@
-"""What a command refuses, its dry run refuses with the same words and exit code; and both before anything is computed."""
+"""What a command refuses, its dry run refuses: the same words and exit code, and before anything is computed."""
 
 import json
 import sys
@@ -36,8 +36,8 @@ class Net(nn.Module):
         z = self.layer(x.flatten(1))
         if self.how == "moody" and not self.training:
             return z
-        return {"dict": {"scores": z}, "moody": [], "none": None, "pair": (3, z), "ids": z.argmax(1), "cube": z[:, None],
-                "nan": z / 0 * 0, "large": z * 0 + 1e5, "one": z[:, 0], "fine": z}[self.how]
+        return {"dict": {"scores": z}, "moody": [], "none": None, "pair": (3, z), "ids": z.argmax(1),
+                "cube": z[:, None], "nan": z / 0 * 0, "large": z * 0 + 1e5, "one": z[:, 0], "fine": z}[self.how]
 
 def net(input_shape, classes, how="fine"):
     return Net(64, classes, how)
