@@ -66,7 +66,7 @@ def cache_teacher(
         cache_root: folder of this machine's prepared data; by default in the user's cache folder.
         address: a Ray cluster; None starts one on this machine if there is anything to compute.
         wait: wait for somebody else who writes the same store, instead of leaving.
-        dry_run: only say what would be computed, and refuse what cannot fit.
+        dry_run: only say what would be computed, and refuse what the command would.
         console: where progress is told; stderr by default.
 
     Returns:
@@ -116,7 +116,7 @@ def train_students(
         address: a Ray cluster; None starts one on this machine if there is anything to do.
         fresh: forget an earlier run of this name.
         wait: wait for somebody else who holds the store or the run, instead of leaving.
-        dry_run: only say what would be done, and refuse what cannot fit.
+        dry_run: only say what would be done, and refuse what the command would.
         trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
 

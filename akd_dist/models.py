@@ -32,6 +32,7 @@ from akd_dist.storage.errors import DamagedError, RefusedError
 from akd_dist.storage.files import canonical_json, replace, sha256
 from akd_dist.storage.objects import ObjectMissing, open_root
 from akd_dist.text import Tokens
+from akd_dist.wording import some_of
 
 log = logging.getLogger(__name__)
 
@@ -126,11 +127,13 @@ class ModelCard(BaseModel):
                 "as the dataset has them",
                 next="choose a model of the same inputs and classes, or the dataset it was trained on",
             )
-        if None not in (self.class_names, rows.class_names) and self.class_names != rows.class_names:
+        names, wanted = self.class_names or (), rows.class_names or ()
+        if names and wanted and names != wanted:
+            first = next((at for at, pair in enumerate(zip(names, wanted, strict=False)) if pair[0] != pair[1]), 0)
             raise RefusedError(
                 f"{what} was made for other classes, or for another order of them",
-                got=f"classes {', '.join(self.class_names or ())}",
-                expected=f"classes {', '.join(rows.class_names or ())}, as the dataset has them",
+                got=f"classes {some_of(names, first)}",
+                expected=f"classes {some_of(wanted, first)}, as the dataset has them",
                 next="choose a model of the same classes, or give the labels as numbers in the model's order",
             )
 

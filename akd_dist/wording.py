@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -135,6 +136,14 @@ def size(count: float) -> str:
 def counted(count: int, noun: str) -> str:
     """A number with its noun: `1 student`, `2 students`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def some_of(names: Sequence[str], at: int = 0, most: int = 10) -> str:
+    """Names in a row, for a message; of very many a few from one of them on, and how many there are."""
+    if len(names) <= most:
+        return ", ".join(names)
+    before, after = ("..., " if at else ""), (", ..." if at + most < len(names) else "")
+    return f"{before}{', '.join(names[at : at + most])}{after} ({len(names):,} in all)"
 
 
 def house_table(title: str | None = None, caption: Text | None = None) -> Table:

@@ -124,7 +124,7 @@ def cache_teacher(
         cache_root: folder of this node's prepared data.
         address: a Ray cluster; None starts one on this machine if there is anything to compute.
         wait: wait for somebody else's claim instead of leaving.
-        dry_run: only say what would be computed, and refuse what cannot fit.
+        dry_run: only say what would be computed, and refuse what the command would.
         console: where progress is told; stderr by default.
 
     Returns:

@@ -110,8 +110,8 @@ def train_students(
         address: a Ray cluster; None starts one on this machine if there is anything to do.
         fresh: forget an earlier run of this name.
         wait: wait for somebody else's claim instead of leaving.
-        dry_run: only say what would be done, and refuse what the command would refuse before its first step; takes no
-            lock and leaves the run as it is.
+        dry_run: only say what would be done, and refuse what the command would; takes no lock and leaves the run as
+            it is.
         trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
 
