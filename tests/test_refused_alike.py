@@ -19,6 +19,7 @@ from akd_dist.jobs.train_students import begin_run, run_identity
 from akd_dist.models import ModelCard, build, save_model
 from akd_dist.recipe import load_recipe
 from akd_dist.rows import Rows, prepare
+from akd_dist.storage.files import file_lock
 from akd_dist.storage.objects import LocalRoot
 from tests.fleets import ADAMW, HARD, a_recipe, a_student, a_teacher
 
@@ -301,3 +302,10 @@ def test_a_missing_gpu_is_refused_alike(place: Place, monkeypatch: pytest.Monkey
         foreseen = place.run(command, "--dry-run", "--set", "device=cuda")
         assert (foreseen[0], "GPU" in foreseen[1]["what"]) == (6, True)
         assert place.run(command, "--set", "device=cuda")[:2] == foreseen[:2]
+
+
+def test_a_run_that_is_held_is_refused_alike(place: Place) -> None:
+    with file_lock(place.root / "runs" / "fleet" / "lock", what="the run", note="process 7 on another machine"):
+        foreseen = place.run("train-students", "--dry-run")
+        assert (foreseen[0], foreseen[1]["got"]) == (3, "process 7 on another machine")
+        assert place.run("train-students")[:2] == foreseen[:2]
