@@ -57,8 +57,11 @@ def try_training(
     card = ModelCard.of(model, rows, normalize)
     module = try_out(card)
     _warn_of_probabilities(check_output(module.eval(), card, _some(rows, 2)), card)
+    tried = set()
     for whose, training in trainings:
-        _try_batches(module, card, rows, whose, training)
+        if (alike := (training.batch, training.last_batch, _workers(training))) not in tried:
+            _try_batches(module, card, rows, whose, training)
+            tried.add(alike)
     return num_parameters(module)
 
 
