@@ -66,17 +66,17 @@ def try_training(
 
 
 def try_teacher(uri: str, rows: Rows, cache: recipe.Cache) -> None:
-    """Run trained weights on two rows, as they will be for a store.
+    """Run trained weights on two rows, as they will be for a store; in float32 where that is in half precision.
 
     Raises:
         RefusedError, DamagedError: as `models.load_model`; or it returns no logits, not one for each class, or such as
             cannot be stored.
     """
     module, card = read_model(uri)
-    module = module.to(weights_dtype(cache.precision))
+    module = module.to(weights_dtype(cache.precision))  # which is not half: autocast lacks some kernels on a CPU
     inputs = _some(rows, 2)
     _warn_of_probabilities(check_output(module, card, inputs), card)
-    logits = teacher_logits(module, inputs, len(inputs), cache.precision)
+    logits = teacher_logits(module, inputs, len(inputs))
     encoding_from_config({"name": cache.encoding}).encode(logits, first_row=0)
 
 
