@@ -17,9 +17,10 @@ Importing this module is instant: each verb imports what it needs when it is cal
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +51,13 @@ def cache_teacher(
     recipe: Recipe | str | Path,
     *,
     overrides: Sequence[str] = (),
+    trust: Sequence[str] = (),
     store_root: str | Path = "stores",
     cache_root: str | Path | None = None,
     address: str | None = None,
     wait: bool = False,
     dry_run: bool = False,
+    prepare_again: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Make sure that sealed stores of the teacher's logits exist for a recipe's train, validation and test rows.
@@ -62,11 +65,13 @@ def cache_teacher(
     Args:
         recipe: a recipe, or the path of its file.
         overrides: `key=value` for a recipe file, as the command's --set.
+        trust: modules that may run besides those under the recipe's `code`, as the command's --trust.
         store_root: folder or `s3://` URI under which stores lie.
         cache_root: folder of this machine's prepared data; by default in the user's cache folder.
         address: a Ray cluster; None starts one on this machine if there is anything to compute.
         wait: wait for somebody else who writes the same store, instead of leaving.
         dry_run: only say what would be computed, and refuse what the command would.
+        prepare_again: prepare this machine's data afresh, whatever was prepared before.
         console: where progress is told; stderr by default.
 
     Returns:
@@ -75,7 +80,7 @@ def cache_teacher(
     Raises:
         AkdError: a refusal; nothing that was computed is lost.
     """
-    recipe = _recipe(recipe, overrides)  # a mistake in it is told before the heavy imports
+    recipe = _recipe(recipe, overrides, trust)  # a mistake in it is told before the heavy imports
     from akd_dist.jobs.cache_teacher import cache_teacher
 
     return cache_teacher(
@@ -85,6 +90,7 @@ def cache_teacher(
         address=address,
         wait=wait,
         dry_run=dry_run,
+        prepare_again=prepare_again,
         console=console,
     )
 
@@ -93,6 +99,7 @@ def train_students(
     recipe: Recipe | str | Path,
     *,
     overrides: Sequence[str] = (),
+    trust: Sequence[str] = (),
     store_root: str | Path = "stores",
     run_root: str | Path = "runs",
     cache_root: str | Path | None = None,
@@ -100,6 +107,7 @@ def train_students(
     fresh: bool = False,
     wait: bool = False,
     dry_run: bool = False,
+    prepare_again: bool = False,
     trackers: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -110,6 +118,7 @@ def train_students(
     Args:
         recipe: a recipe, or the path of its file.
         overrides: `key=value` for a recipe file, as the command's --set.
+        trust: modules that may run besides those under the recipe's `code`, as the command's --trust.
         store_root: folder or `s3://` URI under which stores lie.
         run_root: folder of runs; this one is `<run_root>/<recipe.name>/`.
         cache_root: folder of this machine's prepared data; by default in the user's cache folder.
@@ -117,6 +126,7 @@ def train_students(
         fresh: forget an earlier run of this name.
         wait: wait for somebody else who holds the store or the run, instead of leaving.
         dry_run: only say what would be done, and refuse what the command would.
+        prepare_again: prepare this machine's data afresh, whatever was prepared before.
         trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
 
@@ -126,7 +136,7 @@ def train_students(
     Raises:
         AkdError: a refusal; nothing that was trained is lost.
     """
-    recipe = _recipe(recipe, overrides)
+    recipe = _recipe(recipe, overrides, trust)
     if trackers:
         from akd_dist.trackers import check_trackers
 
@@ -142,6 +152,7 @@ def train_students(
         fresh=fresh,
         wait=wait,
         dry_run=dry_run,
+        prepare_again=prepare_again,
         trackers=trackers,
         console=console,
     )
@@ -152,6 +163,7 @@ def compare(
     *,
     seeds: int | None = None,
     overrides: Sequence[str] = (),
+    trust: Sequence[str] = (),
     store_root: str | Path = "stores",
     run_root: str | Path = "runs",
     cache_root: str | Path | None = None,
@@ -169,6 +181,7 @@ def compare(
         recipe: a recipe, or the path of its file; each model needs an Annealing-KD student.
         seeds: train with seeds 0..seeds - 1; None takes the recipe's, if a model has two or more, else 0, 1, 2.
         overrides: `key=value` for a recipe file, as the command's --set.
+        trust: modules that may run besides those under the recipe's `code`, as the command's --trust.
         store_root, run_root, cache_root, address, fresh, wait, trackers, console: as for `train_students`.
 
     Returns:
@@ -177,7 +190,7 @@ def compare(
     Raises:
         AkdError: a refusal; nothing that was trained is lost.
     """
-    read = _recipe(recipe, overrides)
+    read = _recipe(recipe, overrides, trust)
     from akd_dist import comparison
 
     expanded = comparison.expand(read, seeds)
@@ -194,10 +207,11 @@ def compare(
     )
     from akd_dist.rows import SPLITS, prepare
 
-    splits = prepare(expanded.data, Path(_cache_root(cache_root)))  # done already: this only looks
+    splits = prepare(expanded.data, Path(_cache_root(cache_root)), expected={})  # done already: this only looks
     rows = {split: len(getattr(splits, split)) for split in SPLITS}
     words = ["akd-dist", "compare", f"{read.name}.yaml" if read is recipe else str(recipe)]
     words += [word for override in overrides for word in ("--set", override)]
+    words += [word for module in _modules(trust) for word in ("--trust", module)]
     words += [] if seeds is None else ["--seeds", str(seeds)]
     document = comparison.compare(expanded, fleet, rows, shlex.join(words))
     comparison.write_comparison(Path(fleet["run"]), document)
@@ -217,16 +231,21 @@ def open_store(uri: str | Path) -> LogitStore:
     return open_store(absolute_root(uri))
 
 
-def load_model(folder: str | Path) -> nn.Module:
+def load_model(folder: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
     """A trained model, in eval mode, from a folder or URI with model.safetensors and model.json.
 
+    Args:
+        trust: modules of your own whose code the folder may name, on Python's path; others are not imported.
+
     Raises:
-        RefusedError: there is no model, or its weights would have to be unpickled.
-        DamagedError: the weights are not those that were written.
+        RefusedError: there is no model, it names code that you do not trust, it fits no memory, or its weights would
+            have to be unpickled.
+        DamagedError: card and weights are not those that were written.
     """
     from akd_dist.models import load_model
+    from akd_dist.trusted import Trusted
 
-    return load_model(absolute_root(folder))
+    return load_model(absolute_root(folder), Trusted(modules=_modules(trust)))
 
 
 def report(*runs: str | Path, out: str | Path | None = None) -> Path:
@@ -246,8 +265,9 @@ def report(*runs: str | Path, out: str | Path | None = None) -> Path:
         DamagedError: results are not what training wrote.
     """
     from akd_dist.report_page import write_reports
+    from akd_dist.storage.files import expanded
 
-    document = write_reports([Path(run) for run in runs], None if out is None else Path(absolute_root(out)))
+    document = write_reports([expanded(run) for run in runs], None if out is None else Path(absolute_root(out)))
     compared = document["comparison"]
     return Path(compared["report"] if compared else document["runs"][0]["report"])
 
@@ -261,6 +281,7 @@ def evaluate(
     input: str | Sequence[str] | None = None,
     label: str | None = None,
     tokenizer: str | Path | None = None,
+    trust: Sequence[str] = (),
     device: str = "cpu",
     cache_root: str | Path | None = None,
     console: Console | None = None,
@@ -275,6 +296,7 @@ def evaluate(
         input: the column of inputs, or two of a pair of texts; None takes those of the student's run, or `input`.
         label: the column of labels; None takes that of the student's run, or `label`.
         tokenizer: a tokenizer's folder, or its name on the hub, where it lies neither beside the model nor in its run.
+        trust: modules of your own whose code model folders and runs may name; a recipe file as `data` may name its own.
         device: `cpu` or `cuda`.
         cache_root: folder of this machine's prepared data; by default in the user's cache folder.
         console: where progress is told; None tells nothing.
@@ -287,7 +309,7 @@ def evaluate(
     """
     from akd_dist.evaluation import evaluate
 
-    asked = _asked(data, split, input, label, tokenizer)
+    asked = _asked(data, split, input, label, tokenizer, trust)
     with _meters(console) as on_progress:
         return evaluate(
             absolute_root(student),
@@ -296,6 +318,7 @@ def evaluate(
             others=[absolute_root(other) for other in others],
             device=device,
             on_progress=on_progress,
+            on_note=_notes(console),
         )
 
 
@@ -308,6 +331,7 @@ def predict(
     input: str | Sequence[str] | None = None,
     label: str | None = None,
     tokenizer: str | Path | None = None,
+    trust: Sequence[str] = (),
     logits: bool = True,
     force: bool = False,
     device: str = "cpu",
@@ -317,7 +341,7 @@ def predict(
     """What a model says of every row, as a Parquet file: whole, or absent.
 
     Args:
-        student, data, split, input, tokenizer, device, cache_root, console: as for `evaluate`.
+        student, data, split, input, tokenizer, trust, device, cache_root, console: as for `evaluate`.
         out: the file; None takes `<student>.parquet` in the working folder. See `evaluation.predict` for its columns.
         label: the column of labels; None takes that of the student's run, or `label`, where there is one; an empty
             name reads no labels.
@@ -332,7 +356,7 @@ def predict(
     """
     from akd_dist.evaluation import predict
 
-    asked = _asked(data, split, input, label, tokenizer)
+    asked = _asked(data, split, input, label, tokenizer, trust)
     with _meters(console) as on_progress:
         return predict(
             absolute_root(student),
@@ -343,6 +367,7 @@ def predict(
             overwrite=force,
             device=device,
             on_progress=on_progress,
+            on_note=_notes(console),
         )
 
 
@@ -355,6 +380,7 @@ def export(
     split: str | None = None,
     input: str | Sequence[str] | None = None,
     tokenizer: str | Path | None = None,
+    trust: Sequence[str] = (),
     force: bool = False,
     cache_root: str | Path | None = None,
     console: Console | None = None,
@@ -367,7 +393,7 @@ def export(
         out: the file; a folder for `huggingface`. None takes `<student>.onnx`, `<student>.pt2` or
             `<student>-huggingface` in the working folder.
         data: rows to compare logits on; None takes those of the student's run, and random inputs outside of one.
-        split, input, tokenizer, cache_root, console: as for `evaluate`.
+        split, input, tokenizer, trust, cache_root, console: as for `evaluate`.
         force: whether `out` may take the place of something else.
 
     Returns:
@@ -378,7 +404,7 @@ def export(
     """
     from akd_dist.exports import EXPORT_SUFFIXES, export
 
-    asked = None if data is None else _asked(data, split, input, "", tokenizer)
+    asked = None if data is None else _asked(data, split, input, "", tokenizer, trust)
     with _meters(console) as on_progress:
         return export(
             absolute_root(student),
@@ -387,6 +413,7 @@ def export(
             Path(_cache_root(cache_root)),
             asked=asked,
             tokenizer=None if tokenizer is None else str(tokenizer),
+            trust=_modules(trust),
             force=force,
             on_progress=on_progress,
         )
@@ -395,7 +422,11 @@ def export(
 def absolute_root(root: str | Path) -> str:
     """A local root as an absolute path, before any worker changes directory; a URI as it is."""
     text = os.fspath(root)
-    return text if "://" in text else str(Path(text).expanduser().absolute())
+    if "://" in text:
+        return text
+    from akd_dist.storage.files import expanded
+
+    return str(expanded(text).absolute())
 
 
 def _name_of(folder: str | Path) -> str:
@@ -409,6 +440,7 @@ def _asked(
     input: str | Sequence[str] | None,
     label: str | None,
     tokenizer: str | Path | None,
+    trust: Sequence[str],
 ) -> Asked:
     from akd_dist.examples import DIGITS, Asked
 
@@ -418,6 +450,7 @@ def _asked(
         input=(input,) if isinstance(input, str) else tuple(input or ()),
         label=label,
         tokenizer=None if tokenizer is None else str(tokenizer),
+        trust=_modules(trust),
     )
 
 
@@ -442,13 +475,37 @@ def _meters(console: Console | None) -> Iterator[Progress | None]:
         yield update
 
 
+def _notes(console: Console | None) -> Callable[[str], None] | None:
+    """Lines for whoever waits, on a console."""
+    if console is None:
+        return None
+    from akd_dist.jobs.progress import tell
+
+    return functools.partial(tell, console)
+
+
 def _cache_root(given: str | Path | None) -> str:
     from akd_dist.storage.node_cache import default_cache_root
 
     return absolute_root(given or default_cache_root())
 
 
-def _recipe(recipe: Recipe | str | Path, overrides: Sequence[str]) -> Recipe:
+def _recipe(recipe: Recipe | str | Path, overrides: Sequence[str], trust: Sequence[str]) -> Recipe:
     from akd_dist.recipe import Recipe, load_recipe
 
-    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    read = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    return read.model_copy(update={"code": [*read.code, *_modules(trust)]}) if trust else read
+
+
+def _modules(trust: Sequence[str]) -> tuple[str, ...]:
+    """The names of modules, checked.
+
+    Raises:
+        RecipeError: one is no module's name.
+    """
+    from akd_dist.trusted import check_module
+
+    names = (trust,) if isinstance(trust, str) else tuple(trust)
+    for name in names:
+        check_module(name)
+    return names

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -281,6 +283,7 @@ def timm_model(spec: recipe.Timm, input_shape: Shape, classes: int, *, pretraine
             expected="a name that timm.list_models() lists",
             next="correct `name`, or install a timm that has it",
         )
+    check_numbers(spec.arguments, f"arguments of the model {spec.label}")
     options = dict(spec.arguments)
     if pretrained:
         published = timm.get_pretrained_cfg(spec.name)
@@ -315,6 +318,33 @@ def _safetensors_of(name: str, published: Any) -> str:
 
 
 # ---- refusals
+
+MOST_LAYERS = 2_000
+_COUNTS = re.compile(r"layer|depth|block|stage|group|expert|repeat")
+
+
+def check_numbers(settings: Mapping[str, Any], what: str) -> None:
+    """Refuse numbers for a library's model that no model has, before anything is made of them.
+
+    Args:
+        settings: as a config.json or a recipe has them, at any depth.
+        what: names them, for messages.
+
+    Raises:
+        RefusedError: names the first key.
+    """
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            check_numbers(value, what)
+        most = MOST_LAYERS if _COUNTS.search(key) else 2**31 - 1
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > most:
+                raise RefusedError(
+                    f"{what} have a number that no model has",
+                    got=f"{key}: {number}",
+                    expected=f"at most {most:,}",
+                    next=f"correct {key}",
+                )
 
 
 def refuse_inputs(spec: recipe.Model, tokens: Tokens | None, input_shape: Shape) -> None:

@@ -30,7 +30,8 @@ class Block:
     start: int
     """Number of the first row."""
     inputs: Sequence[Any]
-    """One or two columns of as many rows: each an Arrow array, a NumPy array [n, *shape], or a list of arrays."""
+    """One or two columns of as many rows: each an Arrow array, a NumPy array [n, *shape], or a list of arrays or
+    of images of Pillow."""
     labels: Any
     """An Arrow array."""
 

@@ -21,16 +21,17 @@ from akd_dist.device import settle
 from akd_dist.documents import CohortProgress, StudentProgress
 from akd_dist.group import Group, told
 from akd_dist.metrics import predictions
-from akd_dist.models import ModelCard, add_folder
+from akd_dist.models import ModelCard
 from akd_dist.rows import Rows, Splits, prepare
 from akd_dist.status import Pace, read_document, write_document
-from akd_dist.storage.errors import AkdError, HeldError, MachineError, RefusedError
+from akd_dist.storage.content import Content, Guard, renewing
+from akd_dist.storage.errors import AkdError, CorruptCacheError, HeldError, MachineError, RefusedError
 from akd_dist.storage.fence import Writer, take_over
-from akd_dist.storage.files import failpoint, file_lock, read_json
-from akd_dist.storage.node_cache import open_decoded
+from akd_dist.storage.files import append, failpoint, file_lock, read_json
+from akd_dist.storage.node_cache import map_decoded
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.stream import Stream
-from akd_dist.student import Student, fail_from_outside, write_note
+from akd_dist.student import Student, drop_doubtful, fail_from_outside, write_note
 
 PROGRESS_SECONDS = 0.5
 # A worker may live on for half a minute after its driver or raylet was killed (measured). So long it may take to see
@@ -49,7 +50,8 @@ class CohortJob:
     fingerprints: dict[str, str]
     """The dataset fingerprint of each split as the driver saw it."""
     students: tuple[recipe.Student, ...]
-    """Who trains: the same batches, one number of workers and threads for all."""
+    """Who trains: the same batches, one number of workers and threads for all. They and `data` carry whose code may run
+    for them."""
     root: str
     """The folder of student folders."""
     logs: str
@@ -58,8 +60,6 @@ class CohortJob:
     """Prepared data and decoded stores of this node."""
     stores: dict[str, str]
     """Store URI of each split, of the model that they learn from; empty where no student has a teacher."""
-    folder: str | None
-    """The recipe's folder, put on sys.path for custom code."""
     control: str
     """The folder of progress files and of the stop file of this attempt."""
     teacher_test: str | None = None
@@ -90,6 +90,15 @@ class CohortJob:
         return Path(self.control) / f"leave-{self.name}"
 
     @property
+    def renewed_file(self) -> Path:
+        """A line for each time that something which was prepared or decoded had to be made anew."""
+        return Path(self.control) / "renewed.txt"
+
+    def tell_renewed(self, text: str) -> None:
+        """Note in a line that something which was prepared or decoded is made anew; see `telling_damage`."""
+        append(self.renewed_file, f"{self.name}: {text}\n")
+
+    @property
     def progress_file(self) -> Path:
         """The cohort's latest progress document."""
         return Path(self.control) / f"progress-{self.name}.json"
@@ -103,27 +112,44 @@ def train_cohort(job: CohortJob, group: Group | None = None) -> dict[str, Any]:
 
     Raises:
         RefusedError: the data of this node is not that of the driver, or a probe view's pixels differ.
-        DamagedError: a store is damaged; no student has taken a step.
+        DamagedError: a store is damaged; no student has taken a step. Or what is prepared and decoded on this node was
+            found corrupt again and again.
         HeldError: a later worker has taken a student over; nothing was written since.
     """
-    device = settle(job.device, job.students[0].threads)
-    add_folder(job.folder)
-    splits = prepare(job.data, Path(job.cache_root))
-    check_fingerprints(job, splits)
-    return train_on(job, splits, device, group or Group())
+    device, workers = settle(job.device, job.students[0].threads), group or Group()
+
+    def train() -> dict[str, Any]:
+        splits = prepare(job.data, Path(job.cache_root), expected=job.fingerprints)
+        check_fingerprints(job, splits)
+        return train_on(job, splits, device, workers)
+
+    return renewing(train, job.tell_renewed)
 
 
 def train_on(job: CohortJob, splits: Splits, device: torch.device, group: Group) -> dict[str, Any]:
-    """`train_cohort` on rows that are at hand, in a process that `settle` has settled."""
-    stream, teacher_said = open_stream(job, splits)
-    with contextlib.ExitStack() as locks:
+    """`train_cohort` on rows that are at hand, in a process that `settle` has settled.
+
+    Raises:
+        CorruptCacheError: they, or the decoded logits, are not what was written; they are to be prepared anew.
+    """
+    stream, teacher_said, contents = open_stream(job, splits)
+    with Guard(contents) as guard, contextlib.ExitStack() as locks:
         writers = claim_students(job, locks) if group.rank == 0 else {}
         group.any(False)  # nobody reads a checkpoint before rank 0 is the only one to write
-        opened = [open_student(job, spec, splits.train, group, device, writers.get(spec.name)) for spec in job.students]
-        students = [student for student in opened if student is not None]
+        lockstep = _Lockstep(job, group, guard, stream, splits, teacher_said)
+        opened = [
+            open_student(job, spec, splits.train, group, device, writers.get(spec.name), lockstep.vouch)
+            for spec in job.students
+        ]
+        lockstep.students = [student for student in opened if student is not None]
         torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports torch's compiler: not on a student's clock
         failpoint("cohort.before_first_step")
-        stopped = _Lockstep(job, group, stream, splits, teacher_said, students).run()
+        try:
+            stopped = lockstep.run()
+        except CorruptCacheError:
+            for name, writer in writers.items():
+                drop_doubtful(Path(job.root) / name, writer)
+            raise
     return {"stopped": stopped, "students": [result for spec in job.students if (result := read_result(job, spec))]}
 
 
@@ -167,13 +193,17 @@ def check_fingerprints(job: CohortJob, splits: Splits) -> None:
             )
 
 
-def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | None]:
-    """The cohort's stream, and what the teacher says of each test row, as `stored_predictions`: both from stores."""
-    logits, teacher_said = None, None
+def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | None, list[Content]]:
+    """The cohort's stream, and what the teacher says of each test row, as `stored_predictions`: both from stores.
+
+    And the content of all that is mapped for it.
+    """
+    logits, teacher_said, contents = None, None, splits.contents()
     if job.stores:
         test = open_store(job.teacher_test or job.stores["test"])
         teacher_said = stored_predictions(test, splits.test).numpy()
-        logits = open_decoded(open_store(job.stores["train"]), Path(job.cache_root))
+        logits, decoded = map_decoded(open_store(job.stores["train"]), Path(job.cache_root))
+        contents.append(decoded)
     stream = Stream(
         splits.train,
         logits,
@@ -187,7 +217,7 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | No
     )
     if job.stores:
         stream.check_probes(open_store(job.stores["train"]).manifest)
-    return stream, teacher_said
+    return stream, teacher_said, contents
 
 
 def stored_predictions(store: LogitStore, rows: Rows) -> torch.Tensor:
@@ -204,13 +234,14 @@ def open_student(
     group: Group,
     device: torch.device,
     writer: Writer | None = None,
+    vouch: Callable[[], bool] = lambda: True,
 ) -> Student | None:
     """The student at its newest checkpoint; None if it has ended before, or ends here because it cannot be set up."""
     if ended(job, spec):
         return None
     folder, log = Path(job.root) / spec.name, Path(job.logs) / f"{spec.name}.log"
     try:
-        card = group.agree(lambda: ModelCard.of(spec.model, rows, job.data.normalize))
+        card = group.agree(lambda: ModelCard.of(spec.model, rows, job.data.normalize, job.data.image))
         student = Student(
             spec,
             card,
@@ -221,6 +252,7 @@ def open_student(
             writer=writer,
             metric=job.data.primary_metric,
             device=device,
+            vouch=vouch,
         )
         student.resume()
     except (MachineError, HeldError):
@@ -254,6 +286,11 @@ def read_result(job: CohortJob, spec: recipe.Student) -> dict[str, Any] | None:
     return result
 
 
+def renewals(job: CohortJob) -> list[str]:
+    """What cohorts noted of what was corrupt on their nodes, a line each, oldest first."""
+    return job.renewed_file.read_text().splitlines() if job.renewed_file.exists() else []
+
+
 def read_progress(job: CohortJob) -> CohortProgress | None:
     """The latest progress document of a cohort; None before its first."""
     return read_document(job.progress_file, CohortProgress)
@@ -266,13 +303,14 @@ class _Lockstep:
         self,
         job: CohortJob,
         group: Group,
+        guard: Guard,
         stream: Stream,
         splits: Splits,
         teacher_said: np.ndarray | None,
-        students: list[Student],
     ) -> None:
-        self.job, self.group, self.stream, self.splits = job, group, stream, splits
-        self.teacher_said, self.students = teacher_said, students
+        self.job, self.group, self.guard, self.stream, self.splits = job, group, guard, stream, splits
+        self.teacher_said = teacher_said
+        self.students: list[Student] = []
         self.saved_at = self.told_at = time.monotonic()
         self.paces: dict[str, Pace] = {}
 
@@ -363,9 +401,25 @@ class _Lockstep:
             self._save()
         return stop
 
+    def vouch(self) -> bool:
+        """As `Guard.vouch`, for the bytes of all ranks: what one publishes depends on those of the others."""
+        corrupt, fresh = None, False
+        try:
+            fresh = self.guard.vouch(self._tell)
+        except CorruptCacheError as error:
+            corrupt = error
+        found, stale = self.group.any(corrupt is not None, not fresh)
+        if found:
+            raise corrupt or CorruptCacheError(
+                "what another worker's node has prepared or decoded is no longer what was written there",
+                got=f"found by another worker than {self.group.rank}",
+            )
+        return not stale
+
     def _save(self) -> None:
+        vouched = self.vouch()
         for student in self.moving:
-            self._guarded(student, student.save)
+            self._guarded(student, student.save, vouched)
             self._tell()  # a sign of life: a stopped driver waits for no one who gives none
         self.saved_at = time.monotonic()
 

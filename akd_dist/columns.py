@@ -6,28 +6,26 @@ it refuses in a block it blames on the block's first row: callers narrow a block
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
-import io
 import json
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, UnidentifiedImageError
 
-from akd_dist import recipe
+from akd_dist import pictures, recipe
 from akd_dist.storage.errors import RefusedError
 from akd_dist.text import Tokenizer, Tokens
 
-# Decoders without an interpreter inside (Pillow hands EPS to Ghostscript).
-_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 1 << 26
-"""Of one image, before it is decoded."""
+T = TypeVar("T")
 TEXT_HINT = "say how text becomes tokens, with `data: text: {kind: bytes, length: 256}`"
 
 
@@ -107,14 +105,13 @@ def _check_column(
         )
     kind = schema.field(name).type
     if kind_of(kind) is None:
-        scalar = key == "input" and (pa.types.is_integer(kind) or pa.types.is_floating(kind))
         raise RefusedError(
             f"column {name} of {what} cannot be the {key}",
             got=f"type {kind}",
             expected="integers, class names, or numbers where data.task is regression"
             if key == "label"
             else "encoded images (binary), text, or lists of numbers",
-            next="write the numbers of a row into one column of lists" if scalar else f"set `{key}` to another column",
+            next=_advice(key, kind),
         )
     if first is not None and kind_of(kind) != kind_of(first.field(name).type):
         raise RefusedError(
@@ -123,6 +120,29 @@ def _check_column(
             expected=f"type {first.field(name).type}",
             next="write all files with one schema",
         )
+
+
+def _advice(key: str, kind: Any) -> str:
+    """What to do about a column of a type that nothing can be made of."""
+    inner = _stored(kind)
+    while _is_list(inner):
+        inner = _stored(inner.value_type)
+    if key == "input" and inner is _stored(kind) and (pa.types.is_integer(inner) or pa.types.is_floating(inner)):
+        return "write the numbers of a row into one column of lists"
+    if pa.types.is_decimal(inner):
+        floats = "floats (pyarrow: float64)"
+        return (
+            f"cast decimals to {'integers (int64) if they are class ids, else to ' if key == 'label' else ''}{floats}"
+        )
+    if pa.types.is_temporal(inner):
+        return f"write dates and times as numbers, such as days as integers, or set `{key}` to another column"
+    if pa.types.is_boolean(inner):
+        return "cast booleans to uint8 or to floats"
+    if key == "input" and inner is not _stored(kind) and _is_text(inner):
+        return "write numbers as numbers, not as text"
+    if pa.types.is_null(inner):
+        return f"fill the column in: all its values are missing; or set `{key}` to another column"
+    return f"set `{key}` to another column"
 
 
 def input_columns(spec: recipe.Table) -> tuple[str, ...]:
@@ -197,8 +217,17 @@ class Inputs(Protocol):
         """Inputs of these rows: [n, *shape]."""
 
 
+class NotGreyError(Exception):
+    """A coloured picture came after grey ones only: all of them are to be converted again, `Images.in_colour`."""
+
+
 def inputs_of(
-    columns: Sequence[Any], row: int, place: Place, shape: Sequence[int] | None, tokenizer: Tokenizer | None
+    columns: Sequence[Any],
+    row: int,
+    place: Place,
+    shape: Sequence[int] | None,
+    tokenizer: Tokenizer | None,
+    image: recipe.Image,
 ) -> Inputs:
     """The converter of a source's inputs.
 
@@ -208,6 +237,7 @@ def inputs_of(
         place: for messages.
         shape: what the recipe says one input has, if it does.
         tokenizer: None where the recipe says nothing of text.
+        image: how images become pixels.
 
     Raises:
         RefusedError: nothing can be made of the columns, or not what the recipe says.
@@ -224,12 +254,14 @@ def inputs_of(
     if tokenizer is not None:
         return _Texts(tokenizer, place)
     of_one = (columns[0], row, place, tuple(shape) if shape else None)
-    return _Images(*of_one) if kind == "images" else _Numbers(*of_one)
+    return Images(*of_one, image) if kind == "images" else _Numbers(*of_one)
 
 
 def _kind_of_values(column: Any) -> str | None:
     if isinstance(column, pa.Array | pa.ChunkedArray):
         return input_kind(column.type)
+    if isinstance(column[0], Image.Image):
+        return "images"
     return "numbers" if np.asarray(column[0]).dtype.kind in "uif" else None
 
 
@@ -254,30 +286,62 @@ def _not_what_text_says(kind: str, columns: int, place: Place, row: int) -> Refu
     )
 
 
-class _Images:
-    """Encoded images -> uint8 [channels, height, width], all of one size; grey if the first one is, else RGB."""
+class Images:
+    """Images, encoded or of Pillow -> uint8 [channels, height, width], all of one size, as `pictures` shows them.
+
+    They have one channel if all of them are grey, else three. The first one stands for all until a coloured one comes.
+    """
 
     dtype: np.dtype[Any] = np.dtype(np.uint8)
     tokens: Tokens | None = None
 
-    def __init__(self, column: Any, row: int, place: Place, shape: tuple[int, ...] | None) -> None:
-        self._place, self._shape_said = place, shape is not None
+    def __init__(self, column: Any, row: int, place: Place, shape: tuple[int, ...] | None, image: recipe.Image) -> None:
+        self._place, self._shape_said, self._background = place, shape is not None, image.background
         if shape is None:
-            encoded = self._encoded(column, row)[0]
-            shape = self._open(encoded, row, lambda image: (1 if _is_grey(image) else 3, image.height, image.width))
+            shape = self._read(self._given(column, row)[0], row, self._shape_of)
         self.shape: tuple[int, ...] = shape
-        self._grey = len(shape) == 3 and shape[0] == 1
+        self.may_turn = not self._shape_said and shape[0] == 1
+        """Whether a coloured image raises `NotGreyError`; else one is refused where the shape is that of grey ones."""
+        self.with_frames = 0
+        """How many of those converted have several frames."""
+        self._counting = threading.Lock()
+
+    def in_colour(self) -> Images:
+        """The same with three channels."""
+        return self._turned((3, *self.shape[1:]))
+
+    def as_first(self) -> Images:
+        """The same that stays grey if its first image is: the others have to be as well."""
+        return self._turned(self.shape)
+
+    def _turned(self, shape: tuple[int, ...]) -> Images:
+        turned = copy.copy(self)
+        turned.shape, turned.may_turn, turned.with_frames = shape, False, 0
+        turned._counting = threading.Lock()
+        return turned
 
     def __call__(self, columns: Sequence[Any], rows: np.ndarray) -> np.ndarray:
-        """Decode; memory is taken for images of the right size only."""
-        encoded = self._encoded(columns[0], rows[0])
+        """Decode; memory is taken for images of the right size only.
+
+        Raises:
+            RefusedError: an image cannot be decoded, or has another size.
+            NotGreyError: an image has colours, and all before it were grey.
+        """
+        given = self._given(columns[0], rows[0])
         pixels = np.empty((len(rows), *self.shape[1:], self.shape[0]), dtype=self.dtype)
+        with_frames = 0
         for number, row in enumerate(rows.tolist()):
-            decoded = self._open(encoded[number], row, functools.partial(self._pixels, row))
+            decoded, frames = self._read(given[number], row, functools.partial(self._decoded, row))
             pixels[number] = decoded.reshape(pixels.shape[1:])
+            with_frames += frames
+        with self._counting:
+            self.with_frames += with_frames
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
-    def _encoded(self, column: Any, row: int) -> list[bytes]:
+    def _given(self, column: Any, row: int) -> list[Any]:
+        """Images as the source has them: bytes, or those of Pillow."""
+        if isinstance(column, list):
+            return column
         column = plain(column)
         refuse_nulls(column, self._place, row)
         if pa.types.is_struct(column.type):
@@ -286,36 +350,52 @@ class _Images:
         encoded: list[bytes] = column.to_pylist()
         return encoded
 
-    def _open(self, encoded: bytes, row: int, read: Callable[[Any], Any]) -> Any:
+    def _read(self, given: Any, row: int, read: Callable[[Image.Image], T]) -> T:
         try:
-            with Image.open(io.BytesIO(encoded), formats=_IMAGE_FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width:,} x {image.height:,} pixels are too many")
-                if image.mode[0] in "IF":
-                    raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-                return read(image)
-        except RefusedError:
+            if isinstance(given, Image.Image):
+                return read(given)
+            with pictures.open_picture(given) as picture:
+                return read(picture)
+        except (RefusedError, NotGreyError):
             raise
         except Exception as error:  # spoilt images make decoders raise all kinds
             reason = "of none of these formats" if isinstance(error, UnidentifiedImageError) else error
             raise RefusedError(
                 f"cannot decode the image in {self._place(row)}",
-                got=f"{len(encoded):,} bytes: {reason}",
-                expected=f"an image of at most {MAX_PIXELS:,} pixels, as " + ", ".join(_IMAGE_FORMATS),
+                got=f"{len(given):,} bytes: {reason}" if isinstance(given, bytes) else reason,
+                expected=f"an image of at most {pictures.MAX_PIXELS:,} pixels and 8 bits a channel, as "
+                + ", ".join(pictures.FORMATS),
                 next="remove the row, or write the image again",
             ) from error
 
-    def _pixels(self, row: int, image: Any) -> np.ndarray:
-        """uint8 [height, width], or [height, width, 3]."""
-        size = (1 if self._grey and _is_grey(image) else 3, image.height, image.width)
-        if size != self.shape:
+    def _shape_of(self, picture: Image.Image) -> tuple[int, int, int]:
+        shown = pictures.shown(picture, self._background)
+        return (1 if shown.mode == "L" else 3, shown.height, shown.width)
+
+    def _decoded(self, row: int, picture: Image.Image) -> tuple[np.ndarray, bool]:
+        """uint8 [height, width] or [height, width, 3], and whether there are more frames than this one."""
+        grey = self.shape[0] == 1 and pictures.is_grey(picture, self._background)
+        size = (1 if grey else 3, *pictures.size(picture))
+        turns = self.may_turn and not grey
+        expected = (3, *self.shape[1:]) if turns else self.shape
+        if expected not in (size, (size[0], size[2], size[1])):
             raise _mixed(self._place, row, size, self.shape, self._shape_said)
-        mode = "L" if self._grey else "RGB"
-        return np.asarray(image if image.mode == mode else image.convert(mode))
+        if turns:
+            raise NotGreyError
+        frames = pictures.has_frames(picture)
+        shown = pictures.shown(picture, self._background)
+        if (shown.height, shown.width) != self.shape[1:]:
+            raise _mixed(self._place, row, (size[0], shown.height, shown.width), self.shape, self._shape_said)
+        mode = "L" if grey else "RGB"
+        return np.asarray(shown if shown.mode == mode else shown.convert(mode)), frames
 
 
-def _is_grey(image: Any) -> bool:
-    return image.mode in ("1", "L")
+def notes_of(inputs: Inputs, source: str) -> list[str]:
+    """What a converter has left out without refusing it, a line each; `source` is where the inputs come from."""
+    if not isinstance(inputs, Images) or not inputs.with_frames:
+        return []
+    several = "1 image has" if inputs.with_frames == 1 else f"{inputs.with_frames:,} images have"
+    return [f"{source}: {several} several frames or pages, of which the first one is taken"]
 
 
 class _Texts:
@@ -377,6 +457,8 @@ class _Numbers:
             raise _mixed(self._place, rows[0], values.shape[1:], self.shape, False)
         if (values.dtype == np.uint8) != (self.dtype == np.uint8):
             raise self._other_type(rows[0], values.dtype, self.dtype)
+        if self.dtype == np.float32:
+            refuse_inexact(values, self._place, rows[0], "input")
         with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused below
             values = values.astype(self.dtype, copy=False)
         if self.dtype == np.float32 and not np.isfinite(values).all():
@@ -434,6 +516,21 @@ def _mixed(place: Place, row: int, got: tuple[int, ...], expected: tuple[int, ..
         expected=f"{list(expected)}, as " + ("`shape` says" if shape_said else "the first row has"),
         next="bring all inputs to one shape",
     )
+
+
+def refuse_inexact(values: np.ndarray, place: Place, row: int, what: str) -> None:
+    """Refuse integers that float32 cannot hold: rounded, neighbours become one. Floats are always rounded."""
+    if values.dtype.kind not in "iu" or values.dtype.itemsize < 4:
+        return
+    with np.errstate(invalid="ignore"):
+        wrong = values.astype(np.float32).astype(values.dtype) != values
+    if wrong.any():
+        raise RefusedError(
+            f"an integer {what} that float32 cannot hold exactly in {place(row)}",
+            got=int(values[wrong][0]),
+            expected="integers up to 16,777,216 (2^24), or floats",
+            next="scale the numbers, or split them; cast them to floats where rounding is meant",
+        )
 
 
 def refuse_nulls(column: Any, place: Place, row: int, hint: str = "remove the row, or fill it in") -> None:

@@ -359,6 +359,15 @@ class StoreRemoval(Document):
     """Why it stays; null if it went, or would go."""
 
 
+class StoreProblem(Document):
+    """What could not be looked at; everything else was."""
+
+    id: str
+    """Its name under the store root."""
+    problem: str
+    """Why it could not."""
+
+
 class GcDocument(Document):
     """What `akd-dist stores gc --json` prints."""
 
@@ -368,6 +377,8 @@ class GcDocument(Document):
     """Keys of what interrupted runs had left."""
     stores: list[StoreRemoval]
     """Stores as old, or unused for as long, as was asked for."""
+    problems: list[StoreProblem]
+    """What could not be read or removed: damaged, or not this user's."""
 
 
 class Metrics(Document):

@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from akd_dist import recipe
 from akd_dist.device import autocast, device_name, settle, weights_dtype
 from akd_dist.examples import Asked, Batch, Examples, Home, open_examples
 from akd_dist.metrics import measure, predictions
-from akd_dist.models import ModelCard, add_folder, num_parameters, read_model
+from akd_dist.models import NOBODY, ModelCard, num_parameters, read_model
 from akd_dist.objectives import at_least_float32, label_losses
 from akd_dist.predictions import predictions_file
 from akd_dist.rows import Progress
 from akd_dist.storage.errors import RecipeError
+from akd_dist.trusted import Trusted
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class Served:
         return at_least_float32(logits)
 
 
-def open_model(uri: str, device: str = "cpu") -> Served:
+def open_model(uri: str, device: str = "cpu", trusted: Trusted = NOBODY) -> Served:
     """A model for use, computing as it did in its run where it lies in one: `<run>/students/<student>`.
 
     Args:
         uri: a model folder, absolute or `s3://`; or a local folder with a fine-tuned Hugging Face model.
         device: `cpu` or `cuda`.
+        trusted: which factories may be imported for it. The recipe of its run has no say in that.
 
     Raises:
         RefusedError, DamagedError: as `models.load_model`.
@@ -68,9 +70,9 @@ def open_model(uri: str, device: str = "cpu") -> Served:
     """
     device_name(device)  # a missing GPU is told first
     run = _run_of(uri)
-    if run is not None:
-        add_folder(run.folder)
-    module, card = read_model(uri)
+    if run is not None:  # it says where trusted modules may lie
+        trusted = trusted.seen_from(trusted.named_by, run.folder)
+    module, card = read_model(uri, trusted)
     known = {student.name: student for student in run.students} if run is not None else {}
     student = known.get(Path(uri).name)
     double = any(parameter.dtype == torch.float64 for parameter in module.parameters())
@@ -100,6 +102,7 @@ def evaluate(
     others: Sequence[str] = (),
     device: str = "cpu",
     on_progress: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Every metric of a model on data; and of others, with how far they agree with it.
 
@@ -113,6 +116,7 @@ def evaluate(
         others: further model folders, for the same inputs and classes.
         device: `cpu` or `cuda`.
         on_progress: called with what is being done, rows done, and rows in all.
+        on_note: called with a line, where something of the data is left out without being wrong.
 
     Returns:
         The document that `akd-dist evaluate --json` prints (documents.EvaluationDocument).
@@ -121,14 +125,15 @@ def evaluate(
         RecipeError, RefusedError, DamagedError, MachineError: as `open_model` and `examples.open_examples`.
     """
     started = time.monotonic()
-    ours, *theirs = [open_model(uri, device) for uri in (student, *others)]
+    trusted = asked.trusted()
+    ours, *theirs = [open_model(uri, device, trusted) for uri in (student, *others)]
     with open_examples(asked, ours.card, ours.home, cache_root, need_labels=True, on_progress=on_progress) as examples:
         for other in theirs:
             other.card.check_rows(examples.like, f"the model {other.home.uri}")
         tallies = [_Tally(model, _Column(examples.rows)) for model in (ours, *theirs)]
         labels = _Column(examples.rows)
         with _as_in_training(ours):
-            for inputs, known in _shown(examples, "evaluating", on_progress):
+            for inputs, known in _shown(examples, "evaluating", on_progress, on_note):
                 assert known is not None
                 labels.add(known)
                 for tally in tallies:
@@ -222,6 +227,7 @@ def predict(
     overwrite: bool = False,
     device: str = "cpu",
     on_progress: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """What a model says of every row, as a Parquet file: whole, or absent.
 
@@ -239,6 +245,7 @@ def predict(
         overwrite: whether `out` may take the place of another file.
         device: `cpu` or `cuda`.
         on_progress: called with what is being done, rows done, and rows in all.
+        on_note: called with a line, where something of the data is left out without being wrong.
 
     Returns:
         The document that `akd-dist predict --json` prints (documents.PredictionDocument).
@@ -250,12 +257,12 @@ def predict(
     """
     started = time.monotonic()
     refuse_existing(out, overwrite)
-    model = open_model(student, device)
+    model = open_model(student, device, asked.trusted())
     with open_examples(asked, model.card, model.home, cache_root, on_progress=on_progress) as examples:
         schema = _schema(model.card, examples, with_logits)
         at = 0
         with _as_in_training(model), predictions_file(out, schema, overwrite=overwrite) as write:
-            for inputs, labels in _shown(examples, "predicting", on_progress):
+            for inputs, labels in _shown(examples, "predicting", on_progress, on_note):
                 write(_table(schema, model, at, inputs, labels))
                 at += len(inputs)
     return {
@@ -335,14 +342,19 @@ def _table(schema: Any, model: Served, start: int, inputs: np.ndarray, labels: n
 # ---- both
 
 
-def _shown(examples: Examples, what: str, on_progress: Progress | None) -> Iterator[Batch]:
-    """The batches, each told of once it is done with."""
+def _shown(
+    examples: Examples, what: str, on_progress: Progress | None, on_note: Callable[[str], None] | None
+) -> Iterator[Batch]:
+    """The batches, each told of once it is done with; what was left out is told at the end."""
     done = 0
     for batch in examples.batches():
         yield batch
         done += len(batch[0])
         if on_progress is not None:
             on_progress(what, done, examples.rows)
+    if on_note is not None:
+        for note in examples.notes():
+            on_note(note)
 
 
 @contextlib.contextmanager

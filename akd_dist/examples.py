@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,19 +17,23 @@ import numpy as np
 
 from akd_dist import recipe
 from akd_dist.blocks import Block, default_threads, first_block, map_blocks
-from akd_dist.columns import input_kind, inputs_of, label_kind
+from akd_dist.columns import Images, input_kind, inputs_of, label_kind, notes_of
 from akd_dist.labels import Classes, Labels, labels_of
-from akd_dist.models import ModelCard, add_folder
+from akd_dist.models import ModelCard
+from akd_dist.parquet_files import is_skipped, may_be_parquet
 from akd_dist.prepare import READ_BYTES, Reading
 from akd_dist.rows import SPLITS, Progress, Rows, prepare
 from akd_dist.sources import Source, column_names, kind_of
 from akd_dist.storage.errors import RecipeError, RefusedError
+from akd_dist.storage.files import expanded
 from akd_dist.storage.objects import ObjectMissing, open_root
 from akd_dist.student import EVALUATION_ROWS
 from akd_dist.text import ByteTokenizer, Tokenizer, tokenizer_of
+from akd_dist.trusted import Trusted
 from akd_dist.wording import some_of
 
 DIGITS = "digits"
+RECIPES = (".yaml", ".yml")
 Batch = tuple[np.ndarray, np.ndarray | None]
 """Inputs [n, *shape], and labels [n] where there are any."""
 
@@ -48,6 +52,18 @@ class Asked:
     """The column of labels; none takes that of the student's run, or `label`. An empty name means no labels."""
     tokenizer: str | None = None
     """Where text becomes ids as for the model: a folder, or a name on the hub."""
+    trust: tuple[str, ...] = ()
+    """Modules that model folders and runs may name."""
+
+    def trusted(self) -> Trusted:
+        """Whose code may run: what a recipe file says, where the user names one, and the modules that they trust.
+
+        The recipe in a run's folder is not the user's word: the run may come from anywhere.
+        """
+        own = Trusted()
+        if "://" not in self.data and Path(self.data).suffix in RECIPES:
+            own = recipe.load_recipe(self.data).own().trusted
+        return own.model_copy(update={"modules": (*own.modules, *self.trust)})
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,8 @@ class Examples:
     """Whether they have labels."""
     batches: Callable[[], Iterator[Batch]]
     """All rows, EVALUATION_ROWS at a time, whatever the files are cut into."""
+    notes: Callable[[], Sequence[str]]
+    """What of the data is left out without being wrong, a line each; known once all batches are read."""
 
 
 @contextlib.contextmanager
@@ -100,6 +118,13 @@ def open_examples(
             tokenizer made the model's ids.
         MachineError: object storage, the hub or the disk does not do what it should.
     """
+    if need_labels and asked.label == "":
+        raise RecipeError(
+            "rows without labels cannot be evaluated",
+            got="an empty --label",
+            expected="a column of labels",
+            next="name it with --label, or use `akd-dist predict`",
+        )
     recipe_path = _recipe_path(asked.data)
     if recipe_path is not None:
         _refuse_options(asked, "input", "label", "tokenizer")
@@ -116,7 +141,7 @@ def _recipe_path(data: str) -> Path | None:
     if "://" in data:
         return None
     path = Path(data)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in RECIPES:
         return path
     return path / "recipe.yaml" if (path / "recipe.yaml").is_file() else None
 
@@ -142,17 +167,20 @@ def _of_recipe(path: Path, asked: Asked, cache_root: Path, on_progress: Progress
     if split not in SPLITS:
         raise RecipeError("there is no such split", got=split, expected=f"one of {', '.join(SPLITS)}")
     loaded = recipe.load_recipe(path)
-    add_folder(loaded.folder)
-    rows: Rows = getattr(prepare(loaded.data, cache_root, on_progress=on_progress), split)
-
+    recipe.trust(loaded, asked.trusted().seen_from(f"the recipe {path}", loaded.folder))
+    splits = prepare(loaded.data, cache_root, on_progress=on_progress)
+    rows: Rows = getattr(splits, split)
     labelled = asked.label != ""
 
     def batches() -> Iterator[Batch]:
+        splits.sources.begin()
         for start in range(0, len(rows), EVALUATION_ROWS):
             inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
             yield inputs, labels if labelled else None
+        rows.content().verify()
+        splits.sources.finish()
 
-    return Examples(asked.data, split, rows, len(rows), labelled, batches)
+    return Examples(asked.data, split, rows, len(rows), labelled, batches, lambda: splits.findings)
 
 
 # ---- everything else, streamed
@@ -163,7 +191,9 @@ def _source(asked: Asked, path: str, home: Home, need_labels: bool) -> Source:
         return kind_of(recipe.Digits()).open()
     try:
         return kind_of(_table(asked, path, home, need_labels)).open()
-    except RefusedError as error:  # which speaks of a recipe
+    except RefusedError as error:
+        if error.next is None or ("recipe" not in error.next and "set `" not in error.next):
+            raise
         advice = "check the path, and name the columns with --input and --label"
         raise RefusedError(error.what, got=error.got, expected=error.expected, next=advice) from error
 
@@ -192,9 +222,11 @@ def _of_source(source: Source, asked: Asked, card: ModelCard, home: Home) -> Exa
     first = first_block(source.streams)
     _check_kind(source, first, card, home)
     tokenizer = _tokenizer(asked, card, home, pair=len(first.inputs) == 2)
-    inputs = inputs_of(first.inputs, 0, source.input_place, None, tokenizer)
-    if len(inputs.shape) == 1 and math.prod(inputs.shape) == math.prod(card.input_shape) and tokenizer is None:
-        inputs = inputs_of(first.inputs, 0, source.input_place, card.input_shape, tokenizer)
+    inputs = inputs_of(first.inputs, 0, source.input_place, None, tokenizer, card.image)
+    if isinstance(inputs, Images):  # grey or in colour as the model's own, which grey images fit as well
+        inputs = inputs.in_colour() if card.input_shape[:1] == (3,) else inputs.as_first()
+    elif len(inputs.shape) == 1 and math.prod(inputs.shape) == math.prod(card.input_shape) and tokenizer is None:
+        inputs = inputs_of(first.inputs, 0, source.input_place, card.input_shape, tokenizer, card.image)
     names = source.class_names if card.class_names is not None else None
     like = Rows(
         np.empty((0, *inputs.shape), inputs.dtype),
@@ -226,6 +258,7 @@ def _of_source(source: Source, asked: Asked, card: ModelCard, home: Home) -> Exa
         source.rows,
         labelled,
         lambda: _regrouped(map_blocks(source.streams, most, read, default_threads())),
+        lambda: notes_of(inputs, source.name),
     )
 
 
@@ -316,9 +349,10 @@ def known_text(tokenizer: str | None, card: ModelCard, home: Home) -> recipe.Tex
     assert card.tokens is not None
     length = card.input_shape[-1]
     if tokenizer is not None:
-        local = Path(tokenizer).is_dir()
+        folder = expanded(tokenizer)
+        local = folder.is_dir()
         return recipe.HuggingFaceText(
-            path=tokenizer if local else None, name=None if local else tokenizer, length=length
+            path=str(folder) if local else None, name=None if local else tokenizer, length=length
         )
     if card.tokens == ByteTokenizer.tokens and len(card.input_shape) == 1:
         return recipe.ByteText(length=length)
@@ -341,9 +375,9 @@ def _local(data: str, cache_root: Path) -> Iterator[str]:
     parent, _, name = data.rstrip("/").rpartition("/")
     one_file = name.endswith(".parquet")
     root = open_root(parent if one_file else data)
-    keys = [name] if one_file else [key for key in root.list() if key.endswith(".parquet")]
+    keys = [name] if one_file else [key for key in root.list() if not is_skipped(key) and may_be_parquet(key)]
     if not keys:
-        raise RefusedError(f"no Parquet file under {data}", got="0 objects", expected="objects named *.parquet")
+        raise RefusedError(f"no Parquet file under {data}", got="0 objects", expected="objects that hold Parquet")
     cache_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="examples-", dir=cache_root) as folder:
         for key in keys:

@@ -36,6 +36,7 @@ from akd_dist.rows import Progress
 from akd_dist.storage.errors import MachineError, RecipeError, RefusedError
 from akd_dist.storage.files import PARTIAL_SUFFIX, fsync_folder
 from akd_dist.text import save_tokenizer
+from akd_dist.trusted import Trusted
 
 Target = Literal["onnx", "torch-export", "huggingface"]
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "huggingface": "-huggingface"}
@@ -72,6 +73,7 @@ def export(
     *,
     asked: Asked | None = None,
     tokenizer: str | None = None,
+    trust: tuple[str, ...] = (),
     force: bool = False,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -85,6 +87,7 @@ def export(
         asked: the rows to compare on; None takes the test rows of the run that the student lies in, and random inputs
             of the right shape where it lies in none.
         tokenizer: of a model of text: a folder, or a name on the hub.
+        trust: modules that the model's folder and its run may name, where there is no `asked` to say so.
         force: whether `out` may take the place of something else.
         on_progress: told while a recipe's rows are prepared.
 
@@ -101,12 +104,13 @@ def export(
         raise RecipeError("there is no such format", got=to, expected=f"one of {', '.join(TARGETS)}")
     refuse_existing(out, force, instead_of=CONFIG if to == "huggingface" else None)
     _require(to)
-    model = open_model(student)
+    trusted = Trusted(modules=trust) if asked is None else asked.trusted()
+    model = open_model(student, trusted=trusted)
     # What a run computes in half precision is exported in float32, as its weights are.
     trained_in = model.precision
     model = replace(model, precision="float64" if model.precision == "float64" else "float32")
     _refuse_kind(model, to)
-    rows = _rows_of(model, asked, cache_root, on_progress)
+    rows = _rows_of(model, asked, trust, cache_root, on_progress)
     expected = _logits(model, rows.inputs)
     with _made_beside(out, to) as made:
         with _quiet():
@@ -163,10 +167,12 @@ def _refuse_kind(model: Served, to: str) -> None:
         )
 
 
-def _rows_of(model: Served, asked: Asked | None, cache_root: Path, on_progress: Progress | None) -> _Rows:
+def _rows_of(
+    model: Served, asked: Asked | None, trust: tuple[str, ...], cache_root: Path, on_progress: Progress | None
+) -> _Rows:
     """Real rows where there are any."""
     if asked is None and model.home.run is not None:
-        asked = Asked(str(Path(model.home.uri).parent.parent))
+        asked = Asked(str(Path(model.home.uri).parent.parent), trust=trust)
     if asked is None:
         return _Rows(_random_inputs(model.card), None)
     with open_examples(asked, model.card, model.home, cache_root, on_progress=on_progress) as examples:
@@ -404,7 +410,9 @@ with torch.inference_mode():
 """
 _HUGGINGFACE_SCRIPT = """
 import sys, numpy, torch, transformers
-model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1], local_files_only=True).eval()
+model = transformers.AutoModelForSequenceClassification.from_pretrained(
+    sys.argv[1], local_files_only=True, trust_remote_code=False
+).eval()
 with torch.inference_mode():
     for given, made in zip(sys.argv[2::2], sys.argv[3::2]):
         inputs = torch.from_numpy(numpy.load(given)).long()

@@ -1,43 +1,46 @@
-"""Code of the user's own, named in a recipe as `module:function`: models, data and augmentations."""
+"""Code of the user's own, named as `module:function`: models, data and augmentations; imported only if it is trusted.
+
+The decision is made by names, and by where a module would be found, before anything is imported: importing is running.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from akd_dist.arguments import placed
+from akd_dist.recipe import Factory
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.files import sha256
+from akd_dist.trusted import Trusted
 
-# What akd-dist itself brings: no place for a factory, and some of it fetches and runs code (torch.hub:load).
-_LIBRARIES = {
-    *("akd_dist", "click", "datasets", "huggingface_hub", "joblib", "matplotlib", "numpy", "pandas", "pip", "pyarrow"),
-    *("ray", "safetensors", "scipy", "setuptools", "sklearn", "timm", "tokenizers", "torch", "torchmetrics"),
-    *("transformers", "zarr"),
-}
+# Where installed modules lie, also those of an environment that lies in a recipe's folder.
+_INSTALLED = ("site-packages", "dist-packages")
 
 
-def import_factory(name: str, signature: str) -> Callable[..., object]:
-    """The function that `module:function` names. Never one of Python or of our libraries, which a model could abuse.
-
-    Its folder must be on `sys.path` (see `models.add_folder`), or its package installed.
+def import_factory(spec: Factory, signature: str) -> Callable[..., object]:
+    """The function that a spec names as `module:function`, if the spec's `trusted` allows it.
 
     Args:
-        name: as the recipe has it.
+        spec: a source, an augmentation or a model of kind `custom`.
         signature: what the function should look like, for messages: `(input_shape, classes, ...) -> torch.nn.Module`.
 
     Raises:
-        RefusedError: no such module or function, or the module fails to import; its exception is shown whole.
+        RefusedError: nobody trusts it, and then nothing was imported; there is no such module or function, or the
+            module fails to import; its exception is shown whole.
     """
+    name = spec.factory
     module_name, _, function = name.partition(":")
-    top = module_name.partition(".")[0]
-    if top in sys.stdlib_module_names or top in _LIBRARIES:
-        whose = "Python itself" if top in sys.stdlib_module_names else "a library of akd-dist's"
-        raise RefusedError(f"{name} is not a factory", got=f"a module of {whose}", expected="a module of your own")
+    _check_trusted(name, module_name, spec.trusted)
+    where = "on Python's path" if spec.trusted.folder is None else "beside the recipe, or name its place with `folder:`"
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -46,7 +49,7 @@ def import_factory(name: str, signature: str) -> Callable[..., object]:
             f"the factory {name} cannot be imported",
             got=error if missing else whole(error),
             expected=f"a module {module_name} that imports",
-            next=f"put {module_name.partition('.')[0]}.py beside the recipe, or name its place with `folder:`",
+            next=f"put {module_name.partition('.')[0]}.py {where}",
         ) from error
     factory = getattr(module, function, None)
     if not callable(factory):
@@ -60,40 +63,137 @@ def import_factory(name: str, signature: str) -> Callable[..., object]:
     return factory  # type: ignore[no-any-return]
 
 
-def source_of(name: str, signature: str) -> Path | None:
-    """The file of the module that `module:function` names, which stands for its code; None where it has none.
+def source_of(spec: Factory, signature: str) -> Path | None:
+    """The file of the module that a spec names, which stands for its code; None where it has none.
 
     Raises:
         RefusedError: as `import_factory`.
     """
-    import_factory(name, signature)
-    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    import_factory(spec, signature)
+    file = getattr(sys.modules[spec.factory.partition(":")[0]], "__file__", None)
     return None if file is None else Path(file)
 
 
-def source_sha256(name: str, signature: str) -> str | None:
+def source_sha256(spec: Factory, signature: str) -> str | None:
     """sha256 of the file that a factory lies in; None where its module has none.
 
     Raises:
         RefusedError: as `import_factory`.
     """
-    file = source_of(name, signature)
+    file = source_of(spec, signature)
     return None if file is None else sha256(file.read_bytes())
 
 
-def call_factory(name: str, signature: str, arguments: Mapping[str, Any]) -> object:
-    """What the function that `module:function` names returns for these keyword arguments.
+def call_factory(spec: Factory, signature: str, arguments: Mapping[str, Any]) -> object:
+    """What the function that a spec names returns for these keyword arguments, their paths as `arguments.placed` says.
 
     Raises:
-        RefusedError: as `import_factory`; or the function fails, and its exception is shown whole.
+        RefusedError: as `import_factory` and `placed`; or the function fails, and its exception is shown whole.
     """
-    factory = import_factory(name, signature)
+    factory = import_factory(spec, signature)
+    given = placed(arguments, spec.trusted.folder)
     try:
-        return factory(**arguments)
+        return factory(**given)
     except (Exception, SystemExit) as error:  # whose code would be taken for one of ours
-        raise RefusedError(f"the factory {name} failed", got=whole(error), expected=f"a function{signature}") from error
+        failed = f"the factory {spec.factory} failed"
+        missing = isinstance(error, FileNotFoundError)
+        hint = "a path beside the recipe is written ./name in arguments" if missing else None
+        raise RefusedError(failed, got=whole(error), expected=f"a function{signature}", next=hint) from error
 
 
 def whole(error: BaseException) -> str:
     """An exception of the user's own code with its traceback, as they need it to find their mistake."""
     return "".join(traceback.format_exception(error)).rstrip()
+
+
+# ---- who may be imported
+
+
+def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
+    """Refuse a factory that nobody trusts, without importing anything, packages above it included.
+
+    A folder comes on Python's path only once something in it is trusted, and last, so that it hides no installed
+    module: libraries look for modules that may be there or not, and would run those that they find.
+    """
+    listed = trusted.lists(module)
+    if not listed and name not in trusted.factories:
+        raise RefusedError(
+            f"the factory {name} is not run: {trusted.named_by} names it, and no recipe of yours does",
+            got=f"{name}, whose code would run here",
+            expected="a factory that your own recipe names, or one of a module that you trust",
+            next=f"once you have read that code: --trust {module} (in Python trust=({module!r},)), "
+            f"or `code: [{module}]` in your recipe",
+        )
+    if trusted.folder is not None and trusted.folder not in sys.path:
+        sys.path.append(trusted.folder)
+    importlib.invalidate_caches()
+    if not listed:
+        _check_own(name, module, trusted)
+
+
+def _check_own(name: str, module: str, trusted: Trusted) -> None:
+    """Refuse what the recipe does not list, unless Python would find it in the recipe's folder."""
+    top = module.partition(".")[0]
+    shipped = _shipped(top)
+    found = None if shipped else _found(top)
+    if found is None and not shipped:
+        raise RefusedError(
+            f"the factory {name} cannot be imported",
+            got=f"no module {top}",
+            expected=f"{top}.py in {trusted.folder or 'the folder of the recipe'}, or a module that `code:` lists",
+            next=f"put {top}.py beside the recipe, or name its place with `folder:`",
+        )
+    places = _places(found)
+    own = bool(places) and all(_in_folder(place, trusted.folder) for place in places)
+    inner = Path(trusted.folder or "", *module.split("."))
+    led_out = [  # by a link below a package of the folder
+        str(place)
+        for place in (inner, inner.with_suffix(".py"))
+        if own and place.exists() and not _in_folder(str(place), trusted.folder)
+    ]
+    if own and not led_out:
+        return
+    where = [*led_out, *places, "akd-dist" if top == "akd_dist" else "Python itself"][0]
+    beside = None if trusted.folder is None else PathFinder.find_spec(top, [trusted.folder])
+    if not own and any(_in_folder(place, trusted.folder) for place in _places(beside)):
+        raise RefusedError(
+            f"the factory {name} is not the one in the recipe's folder",
+            got=f"the module {top} of {where}, which Python finds before the one in {trusted.folder}",
+            expected="a module whose name nothing else has",
+            next="give yours another name, or start Python afresh if this process met the other before; if the other "
+            f"is meant, add `code: [{module}]` to the recipe",
+        )
+    raise RefusedError(
+        f"the factory {name} is not one of the recipe's own",
+        got=f"the module {module if own else top} of {where}",
+        expected=f"{top}.py in {trusted.folder or 'the folder of the recipe'}, or a module that `code:` lists",
+        next=f"where you trust it, add `code: [{module}]` to the recipe",
+    )
+
+
+def _found(top: str) -> ModuleSpec | None:
+    """Where Python would find a top-level module, or has found it. Looking for one does not run it."""
+    try:
+        return importlib.util.find_spec(top)
+    except (ImportError, ValueError):  # ValueError: one of this process that came from nowhere, such as __main__
+        return ModuleSpec(top, None)
+
+
+def _places(found: ModuleSpec | None) -> list[str]:
+    """The files and folders that a module would be read from; none for one that is built in."""
+    if found is None:
+        return []
+    return [*([found.origin] if found.origin and found.has_location else []), *(found.submodule_search_locations or ())]
+
+
+def _shipped(top: str) -> bool:
+    """Whether a name belongs to Python or to akd-dist, wherever that is found: a checkout may be a recipe's folder."""
+    return top in sys.stdlib_module_names or top in sys.builtin_module_names or top in ("akd_dist", "__main__")
+
+
+def _in_folder(place: str, folder: str | None) -> bool:
+    """Whether a place lies in the folder, links followed, and is not of what is installed there, as in a `.venv`."""
+    path = Path(place).resolve()
+    if folder is None or any(part in _INSTALLED for part in path.parts):
+        return False
+    return path.is_relative_to(Path(folder).resolve()) and not path.is_relative_to(sysconfig.get_path("stdlib"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from akd_dist import hub, recipe
+from akd_dist.architectures import check_numbers
 from akd_dist.storage.errors import RefusedError
+from akd_dist.storage.files import parse_json
 from akd_dist.text import Tokens, tokenizer_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -146,7 +147,7 @@ def parse_config(document: bytes, where: object) -> dict[str, Any]:
         RefusedError: it is not JSON, or names no model type.
     """
     try:
-        found = json.loads(document)
+        found = parse_json(document)
     except ValueError as error:
         raise RefusedError(f"{where} is not JSON", got=error, expected=f"a {CONFIG} of transformers") from error
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
@@ -233,6 +234,7 @@ def _configuration(config: Mapping[str, Any], label: str) -> Any:
             got=", ".join(unsafe or ["quantization_config"]),
             expected="the plain architecture: no code, no quantisation",
         )
+    check_numbers(config, f"config.json of the model {label}: settings")
     config_class = _config_class(config, label)
     try:
         with _quiet():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from akd_dist import recipe
-from akd_dist.columns import Place, label_kind, plain, refuse_nulls
+from akd_dist.columns import Place, label_kind, plain, refuse_inexact, refuse_nulls
 from akd_dist.storage.errors import RefusedError
 
 
@@ -66,13 +67,25 @@ def labels_of(
     if task == "regression" or kind not in ("ids", "names"):
         raise RefusedError(
             f"labels that do not go with data.task: {task} in {place(row)}",
-            got=f"type {column.type}",
+            got=f"type {column.type}: {column[0]}",
             expected="numbers" if task == "regression" else "class ids (integers) or class names",
-            next="set data.task: regression" if kind == "numbers" else "set `label` to another column",
+            next=_advice(column) if kind == "numbers" else "set `label` to another column, or cast it to numbers",
         )
     if kind == "names":
         return _Names(place, classes)
     return _Ids(place, classes, own_names)
+
+
+def _advice(column: Any) -> str:
+    """What to do about floats where classes are wanted."""
+    value = column[0].as_py()
+    if value is None or not math.isfinite(value):
+        return (
+            "cast the column to integers if these are class ids: missing values make floats of them; remove such rows"
+        )
+    if float(value).is_integer():
+        return "cast the column to integers if these are class ids; set data.task: regression if they are quantities"
+    return "set data.task: regression"
 
 
 class _Ids:
@@ -112,11 +125,21 @@ class _Ids:
 
     def _out_of_range(self, row: int, got: object) -> RefusedError:
         last = "classes - 1" if self._number is None else self._number - 1
+        value = int(str(got))
+        advice = "correct the labels, or set `classes` of data.train"
+        if value == -1:
+            advice = "remove the row if -1 marks rows without a label, as it does in many datasets"
+        elif value < 0:
+            advice = "correct the labels: class ids are counted from 0"
+        elif value == self._number:
+            advice = "if labels are counted from 1, subtract 1 from all; else correct the row, or set `classes`"
+        elif value == 255:
+            advice = "remove the row if 255 marks rows without a label; else correct it, or set `classes` of data.train"
         return RefusedError(
             f"label out of range in {self._place(row)}",
             got=got,
             expected=f"0 to {last}" + ("" if self._number is None else f", as the data has {self._number} classes"),
-            next="correct the labels, or set `classes` of data.train",
+            next=advice,
         )
 
 
@@ -175,8 +198,10 @@ class _Values:
         """Cast and check."""
         column = plain(column)
         refuse_nulls(column, self._place, rows[0])
+        stored = column.to_numpy(zero_copy_only=False)
+        refuse_inexact(stored, self._place, rows[0], "label")
         with np.errstate(over="ignore"):
-            values: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float32)
+            values: np.ndarray = stored.astype(np.float32)
         if not np.isfinite(values).all():
             raise RefusedError(
                 f"a label that is not finite in float32 in {self._place(rows[0])}",

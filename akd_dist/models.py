@@ -9,17 +9,27 @@ it is ever unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import sys
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from safetensors import SafetensorError
 from torch import nn
 
@@ -29,15 +39,21 @@ from akd_dist.factories import call_factory, source_sha256
 from akd_dist.outputs import EXPECTED, NoLogitsError, logits_of
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import DamagedError, RefusedError
-from akd_dist.storage.files import canonical_json, replace, sha256
+from akd_dist.storage.files import canonical_json, parse_json, replace, sha256
 from akd_dist.storage.objects import ObjectMissing, open_root
 from akd_dist.text import Tokens
+from akd_dist.trusted import Trusted
 from akd_dist.wording import some_of
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of model.json: a checksum of its own since 2."""
+MOST_INPUT = 2**33
+"""The most numbers that one input may have; within that, memory decides."""
 WEIGHTS, CARD = huggingface.WEIGHTS, "model.json"
+NOBODY = Trusted()
+Shape = tuple[int, ...]
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _SIGNATURE = "(input_shape, classes, ...) -> torch.nn.Module"
 # Where a model's first weights came from; what they became is known by their sha256.
@@ -49,15 +65,15 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = FORMAT_VERSION
-    """Version of this document."""
+    format: Literal[1] = 1
+    """Version of these fields; the file counts on, as it has a checksum besides."""
     model: recipe.Model
     """The spec, as the recipe has it."""
-    input_shape: tuple[int, ...]
+    input_shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(max_length=16)]
     """Shape of one raw input."""
     input_dtype: Literal["uint8", "float32", "int32"]
     """Dtype of raw inputs; uint8 is divided by 255 inside the module, int32 are ids of tokens."""
-    classes: int
+    classes: recipe.Classes
     """Number of logits: 1 for regression."""
     task: recipe.Task = "classification"
     """What the logits are: scores of classes, or a value."""
@@ -67,13 +83,34 @@ class ModelCard(BaseModel):
     """What ids mean, where inputs are text."""
     normalize: recipe.Normalize | None = None
     """Mean and standard deviation taken out inside the module."""
+    image: recipe.Image = recipe.Image()
+    """How encoded images become raw inputs."""
     source_sha256: str | None = None
     """sha256 of the file of a custom model's factory."""
     weights_sha256: str | None = None
     """sha256 of `model.safetensors`; None before there are weights."""
 
+    @field_validator("input_shape")
     @classmethod
-    def of(cls, model: recipe.Model, rows: Rows, normalize: recipe.Normalize | None) -> ModelCard:
+    def _can_be_held(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if math.prod(shape) > MOST_INPUT:
+            raise ValueError(f"one input of shape {list(shape)} has more than {MOST_INPUT:,} numbers")
+        return shape
+
+    @model_validator(mode="after")
+    def _a_name_for_each_class(self) -> ModelCard:
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise ValueError(f"class_names has {len(self.class_names):,} names for {self.classes:,} classes")
+        return self
+
+    @classmethod
+    def of(
+        cls,
+        model: recipe.Model,
+        rows: Rows,
+        normalize: recipe.Normalize | None,
+        image: recipe.Image = recipe.Image(),  # noqa: B008  # frozen
+    ) -> ModelCard:
         """The card of a model for the inputs and classes of a dataset.
 
         Raises:
@@ -83,7 +120,7 @@ class ModelCard(BaseModel):
         """
         architectures.refuse_inputs(model, rows.tokens, rows.shape)
         dtype: Any = rows.inputs.dtype.name
-        card = cls(
+        card = _checked(
             model=model,
             input_shape=rows.shape,
             input_dtype=dtype,
@@ -92,12 +129,19 @@ class ModelCard(BaseModel):
             class_names=rows.class_names,
             tokens=rows.tokens,
             normalize=normalize,
+            image=image,
         )
         if isinstance(model, recipe.HuggingFaceModel):
             return card.model_copy(update={"model": huggingface.resolve(model, _asked(card))})
         if isinstance(model, recipe.Custom):
-            return card.model_copy(update={"source_sha256": source_sha256(model.factory, _SIGNATURE)})
+            return card.model_copy(update={"source_sha256": source_sha256(model, _SIGNATURE)})
         return card
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, document: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Cards and manifests of before knew no `image`: at its default it is left out, and they keep their bytes."""
+        said: dict[str, Any] = document(self)
+        return said if self.image != recipe.Image() else {name: said[name] for name in said if name != "image"}
 
     @property
     def fingerprint(self) -> str:
@@ -140,6 +184,17 @@ class ModelCard(BaseModel):
     def _takes_shorter(self, shape: tuple[int, ...]) -> bool:
         masked = isinstance(self.model, recipe.TextTransformer | recipe.HuggingFaceModel)
         return masked and shape[:-1] == self.input_shape[:-1] and shape[-1:] <= self.input_shape[-1:]
+
+
+def _checked(**fields: Any) -> ModelCard:
+    """A card of what was found elsewhere: in rows, in a config.json."""
+    try:
+        return ModelCard(**fields)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise RefusedError(
+            f"there is no model {fields['model'].label} for such inputs and classes", got=problems, expected="less"
+        ) from error
 
 
 def _in_words(dtype: object, shape: tuple[int, ...], classes: int, task: str, tokens: Tokens | None) -> str:
@@ -208,27 +263,82 @@ def try_out(card: ModelCard) -> nn.Module:
     Raises:
         RefusedError: it does not fit memory, cannot be built, or does not give a logit per class.
     """
-    _check_memory(card)
+    check_memory(card)
     return build(card, seed=0, pretrained=True)
 
 
-def _check_memory(card: ModelCard) -> None:
-    """Refuse weights that free memory cannot hold before they take it, and the process with it.
+def check_memory(card: ModelCard) -> dict[str, Shape] | None:
+    """Refuse what free memory cannot hold before it takes it, and the process with it: weights, and a run of two rows.
 
-    Nothing is known of models by other people's code before it runs.
+    Returns:
+        The shapes of the weights by name; None where nothing can be known of a model before its code runs: of a user's
+        own, and of those of timm that cannot be built without numbers.
+
+    Raises:
+        RefusedError: too little is free; or a built-in model, or one of transformers, cannot be built.
     """
-    if isinstance(card.model, recipe.HuggingFaceModel | recipe.Timm | recipe.Custom):
-        return
-    with torch.device("meta"):  # without memory
-        needed = 4 * num_parameters(_body(card, pretrained=False))
-    free = free_memory(torch.device("cpu"))
-    if needed > free:
+    rows = 8 * math.prod(card.input_shape)  # two, in float32
+    body = _without_numbers(card)
+    if body is None:
+        _refuse_beyond_memory(card, 0, rows)
+        return None
+    shapes = {name: tuple(tensor.shape) for name, tensor in body.state_dict().items()}
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in body.state_dict().values())
+    _refuse_beyond_memory(card, weights, rows)
+    _refuse_beyond_memory(card, weights, rows + 2 * _largest_output(body, card))
+    return shapes
+
+
+def _without_numbers(card: ModelCard) -> nn.Module | None:
+    """A model's body on torch's meta device, which has shapes and takes no memory."""
+    if isinstance(card.model, recipe.Custom):
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return _body(card, pretrained=False)
+    except Exception as error:  # of torch, where sizes are beyond its integers; of timm, where values are looked at
+        if isinstance(card.model, recipe.Timm):
+            return None
+        if isinstance(error, RefusedError):
+            raise
         raise RefusedError(
-            f"the model {card.model.label} does not fit the memory of this machine",
-            got=f"{needed / 1e9:,.1f} GB of weights",
-            expected=f"at most the {free / 1e9:,.1f} GB that are free",
-            next="take a smaller one, or train where there is more memory",
-        )
+            f"the model {card.model.label} cannot be built",
+            got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            expected="sizes whose product torch can count",
+            next="take a smaller one",
+        ) from error
+
+
+def _largest_output(body: nn.Module, card: ModelCard) -> int:
+    """Bytes of the largest output of a layer for two rows; 0 for models of libraries, which may look at values."""
+    if isinstance(card.model, recipe.HuggingFaceModel | recipe.Timm):
+        return 0
+    largest = 0
+
+    def measure(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, output.numel() * output.element_size())
+
+    hooks = [module.register_forward_hook(measure) for module in body.modules()]
+    dtype = torch.int32 if card.input_dtype == "int32" else torch.float32
+    with torch.no_grad(), contextlib.suppress(RuntimeError):  # what does not fit is told when it runs
+        body.eval()(torch.empty((2, *card.input_shape), dtype=dtype, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return largest
+
+
+def _refuse_beyond_memory(card: ModelCard, weights: int, rows: int) -> None:
+    free = free_memory(torch.device("cpu"))
+    if weights + rows <= free:
+        return
+    of_rows = "" if weights > free else f"{' and ' if weights else ''}{rows / 1e9:,.1f} GB for two rows"
+    raise RefusedError(
+        f"the model {card.model.label} does not fit the memory of this machine",
+        got=(f"{weights / 1e9:,.1f} GB of weights" if weights else "") + of_rows,
+        expected=f"at most the {free / 1e9:,.1f} GB that are free",
+        next="take a smaller one, or train where there is more memory",
+    )
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -257,33 +367,43 @@ def save_model(
     weights = state_bytes(module)
     write(folder / WEIGHTS, weights)
     written = card.model_copy(update={"model": _placeless(card.model), "weights_sha256": sha256(weights)})
-    write(folder / CARD, json.dumps(written.model_dump(mode="json"), indent=1).encode() + b"\n")
+    write(folder / CARD, card_bytes(written))
 
 
-def load_model(uri: str | Path) -> nn.Module:
+def card_bytes(card: ModelCard) -> bytes:
+    """The content of model.json: the card, and the checksum of what the card says."""
+    fields = card.model_dump(mode="json") | {"format": FORMAT_VERSION}
+    return json.dumps(fields | {"sha256": sha256(canonical_json(fields))}, indent=1).encode() + b"\n"
+
+
+def load_model(uri: str | Path, trusted: Trusted = NOBODY) -> nn.Module:
     """The module of a model folder, in eval mode: raw inputs [n, *shape] -> logits [n, classes], in float32.
 
     Weights that were trained in float64 stay so, and give float64.
 
-    A model of kind `custom` imports its factory, so its folder must be on `sys.path` (see `add_folder`).
-
     Args:
         uri: a folder, local or `s3://`; or a local folder with a fine-tuned Hugging Face model and its tokenizer.
+        trusted: which factories may be imported: a model of kind `custom` names one.
 
     Raises:
-        RefusedError: it is not a model folder, or offers a pickle; nothing is ever unpickled.
-        DamagedError: the weights are not those that the card describes.
+        RefusedError: it is not a model folder, its factory is not trusted, it fits no memory, or it offers a pickle;
+            nothing is ever unpickled.
+        DamagedError: card and weights are not those that were written.
     """
-    return read_model(uri)[0]
+    return read_model(uri, trusted)[0]
 
 
-def read_model(uri: str | Path) -> tuple[nn.Module, ModelCard]:
+def read_model(uri: str | Path, trusted: Trusted = NOBODY) -> tuple[nn.Module, ModelCard]:
     """The module of a model folder, in eval mode, and its card, from one reading of the files.
+
+    Args:
+        trusted: as for `load_model`.
 
     Raises:
         RefusedError, DamagedError: as `load_model`.
     """
-    card, weights, foreign = _read(uri)
+    card, weights, foreign = _read(uri, trusted)
+    shapes = check_memory(card)
     if foreign:
         assert isinstance(card.model, recipe.HuggingFaceModel)
         with torch.random.fork_rng(devices=[]):
@@ -291,9 +411,10 @@ def read_model(uri: str | Path) -> tuple[nn.Module, ModelCard]:
         check_output(module.eval(), card)
         return module, card
     _warn_of_other_source(card, uri)
-    module = build(card, seed=0)
     try:
         tensors = safetensors.torch.load(weights)
+        _check_shapes(shapes, tensors)
+        module = build(card, seed=0)
         if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
             module.double()  # else loading would round them
         module.load_state_dict(tensors)
@@ -307,13 +428,27 @@ def read_model(uri: str | Path) -> tuple[nn.Module, ModelCard]:
     return module.eval(), card
 
 
-def load_card(uri: str | Path) -> ModelCard:
-    """The card of a model folder.
+def _check_shapes(shapes: dict[str, Shape] | None, tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse weights of other names and shapes than a body has, before the module is made, if these are known.
+
+    Raises:
+        RuntimeError: as `load_state_dict` would.
+    """
+    found = {name.removeprefix("body."): tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes is None or found == shapes:
+        return
+    different = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+    told = [f"{name} {found.get(name, 'missing')} instead of {shapes.get(name, 'nothing')}" for name in different[:3]]
+    raise RuntimeError("; ".join(told) + (f"; and {len(different) - 3} more" if len(different) > 3 else ""))
+
+
+def load_card(uri: str | Path, trusted: Trusted = NOBODY) -> ModelCard:
+    """The card of a model folder. Nothing is imported for it; what it names may be later, as far as it is trusted.
 
     Raises:
         RefusedError, DamagedError: as `load_model`.
     """
-    return _read(uri)[0]
+    return _read(uri, trusted)[0]
 
 
 def by_content(model: recipe.Model) -> dict[str, Any]:
@@ -326,7 +461,7 @@ def by_content(model: recipe.Model) -> dict[str, Any]:
     if isinstance(model, recipe.HuggingFaceModel) and model.path is not None:
         return document | {"path": huggingface.content(model)}
     if isinstance(model, recipe.Custom):
-        return document | {"source": source_sha256(model.factory, _SIGNATURE)}
+        return document | {"source": source_sha256(model, _SIGNATURE)}
     return document
 
 
@@ -338,14 +473,8 @@ def changed_source(card: ModelCard) -> str | None:
     """
     if not isinstance(card.model, recipe.Custom) or card.source_sha256 is None:
         return None
-    now = source_sha256(card.model.factory, _SIGNATURE)
+    now = source_sha256(card.model, _SIGNATURE)
     return None if now == card.source_sha256 else now
-
-
-def add_folder(folder: str | None) -> None:
-    """Let custom models be imported from a folder. Last on the path, so that it hides no installed module."""
-    if folder is not None and folder not in sys.path:
-        sys.path.append(folder)
 
 
 # ---- building
@@ -381,7 +510,7 @@ def _asked(card: ModelCard) -> huggingface.Interface:
 
 def _custom(spec: recipe.Custom, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     arguments = {"input_shape": input_shape, "classes": classes, **spec.arguments}
-    module = call_factory(spec.factory, _SIGNATURE, arguments)
+    module = call_factory(spec, _SIGNATURE, arguments)
     if not isinstance(module, nn.Module):
         raise RefusedError(
             f"the model factory {spec.factory} returned something else than a model",
@@ -468,9 +597,10 @@ def _two_rows(card: ModelCard) -> np.ndarray:
         rows = rows[..., :64]
     if card.tokens is not None:
         special = {card.tokens.padding, *card.tokens.special}
-        ordinary = [number for number in range(card.tokens.vocabulary) if number not in special] or [0]
         ids = rows if rows.ndim == 2 else rows[:, 0]
-        ids[0], ids[1] = ordinary[0], ordinary[-1]
+        every = range(card.tokens.vocabulary)
+        ids[0] = next((number for number in every if number not in special), 0)
+        ids[1] = next((number for number in reversed(every) if number not in special), 0)
         if rows.ndim == 3:
             rows[1, 1] = 1
     return rows
@@ -479,7 +609,7 @@ def _two_rows(card: ModelCard) -> np.ndarray:
 # ---- reading
 
 
-def _read(uri: str | Path) -> tuple[ModelCard, bytes, bool]:
+def _read(uri: str | Path, trusted: Trusted) -> tuple[ModelCard, bytes, bool]:
     """Card and weights of a model folder, checked against each other, and whether it is one of Hugging Face."""
     _refuse_other_than_folder(uri)
     root = open_root(uri)
@@ -504,6 +634,7 @@ def _read(uri: str | Path) -> tuple[ModelCard, bytes, bool]:
     if foreign:
         return _card_of_huggingface(Path(uri), document, weights), weights, True
     card = _parse(document, uri)
+    recipe.trust(card.model, trusted.seen_from(f"the model folder {uri}"))
     if sha256(weights) != card.weights_sha256:
         raise DamagedError(
             f"the weights {uri}/{WEIGHTS} are not those that were saved",
@@ -517,7 +648,7 @@ def _read(uri: str | Path) -> tuple[ModelCard, bytes, bool]:
 def _card_of_huggingface(folder: Path, document: bytes, weights: bytes) -> ModelCard:
     """The card of a fine-tuned model that was saved with its tokenizer: a function of these files' content alone."""
     spec, asked, names = huggingface.describe_folder(folder, document)
-    return ModelCard(
+    return _checked(
         model=spec,
         input_shape=asked.input_shape,
         input_dtype="int32",
@@ -531,20 +662,28 @@ def _card_of_huggingface(folder: Path, document: bytes, weights: bytes) -> Model
 
 def _parse(document: bytes, uri: str | Path) -> ModelCard:
     try:
-        fields = json.loads(document)
-        if isinstance(fields, dict) and isinstance(fields.get("format"), int) and fields["format"] > FORMAT_VERSION:
+        fields = parse_json(document)
+        if not isinstance(fields, dict):
+            raise ValueError("it is no JSON object")
+        said, version = fields.pop("sha256", None), fields.get("format", 1)
+        if said is not None and said != sha256(canonical_json(fields)):
+            raise ValueError("it has changed since it was written: its sha256 is another")
+        if type(version) is int and version > FORMAT_VERSION:
             raise RefusedError(
                 f"{uri}/{CARD} was written by a newer akd-dist",
-                got=f"format {fields['format']}",
+                got=f"format {version}",
                 expected=f"format {FORMAT_VERSION}",
                 next="upgrade akd-dist",
             )
-        return ModelCard.model_validate(fields)
+        if (said is not None) != (version == FORMAT_VERSION):
+            raise ValueError(f"format {version} {'without' if said is None else 'with'} a sha256")
+        return ModelCard.model_validate(fields | {"format": 1} if version == FORMAT_VERSION else fields)
     except ValueError as error:  # of json and of pydantic
         raise DamagedError(
             f"the model card {uri}/{CARD} cannot be read",
             got=str(error),
             expected=f"a {CARD} as akd-dist writes it",
+            next="copy the folder again, or train the model again",
         ) from error
 
 

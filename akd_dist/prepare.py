@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import threading
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from akd_dist import recipe
 from akd_dist.blocks import Block, default_threads, first_block, for_each_block
-from akd_dist.columns import Inputs, inputs_of
+from akd_dist.columns import Images, Inputs, inputs_of
 from akd_dist.labels import Classes, Labels, labels_of
 from akd_dist.sources import Kind, Source
 from akd_dist.storage.errors import RefusedError
@@ -25,6 +26,7 @@ from akd_dist.text import tokenizer_of
 _READ_ROWS = 512  # the most rows read and decoded at a time
 READ_BYTES = 1 << 20
 """The most bytes of inputs decoded at a time, if more than one row."""
+_LABEL_ROWS = 1 << 14  # the most labels read at a time, where inputs are not needed
 _LABEL_BYTES = 8  # at most
 
 
@@ -43,6 +45,11 @@ class Reading:
         """Bytes of one input."""
         return math.prod(self.inputs.shape) * self.inputs.dtype.itemsize
 
+    @property
+    def block_rows(self) -> int:
+        """The most rows that are read and decoded at a time."""
+        return max(1, min(_READ_ROWS, READ_BYTES // self.row_bytes))
+
     def bytes_of(self, chosen: np.ndarray) -> int:
         """Bytes of the arrays of chosen rows, bool [rows]."""
         return int(np.count_nonzero(chosen)) * (self.row_bytes + _LABEL_BYTES)
@@ -56,7 +63,7 @@ def open_sources(data: recipe.Data, kinds: dict[str, Kind]) -> dict[str, Reading
     """Look at all sources and their first rows: what they have in common is checked before anything long begins.
 
     Args:
-        data: task, text and shapes.
+        data: task, text, images and shapes.
         kinds: the sources by split, that of the train rows first.
 
     Raises:
@@ -69,10 +76,66 @@ def open_sources(data: recipe.Data, kinds: dict[str, Kind]) -> dict[str, Reading
     readings: dict[str, Reading] = {}
     for name, source in sources.items():
         shape = getattr(getattr(data, name), "shape", None)
-        inputs = inputs_of(first[name].inputs, 0, source.input_place, shape, tokenizer)
+        inputs = inputs_of(first[name].inputs, 0, source.input_place, shape, tokenizer, data.image)
         readings[name] = Reading(source, first[name], inputs)
-        _check_alike(name, readings[name], readings["train"], data.task)
+    if data.image != recipe.Image() and not any(isinstance(one.inputs, Images) for one in readings.values()):
+        raise RefusedError(
+            "data.image is given, and the inputs are not images",
+            got=f"{readings['train'].inputs.dtype} {list(readings['train'].inputs.shape)} in {sources['train'].name}",
+            expected="encoded images, or those of Pillow",
+            next="leave out data.image",
+        )
+    readings = _of_one_colour(readings)
+    for name, reading in readings.items():
+        _check_alike(name, reading, readings["train"], data.task)
     return readings
+
+
+def read_labels(reading: Reading, tell: Callable[[int, int], None]) -> np.ndarray:
+    """The class ids of a source, int64 [rows]; without its inputs, where the kind of source allows it.
+
+    Args:
+        reading: the source of the train rows.
+        tell: called with rows done, and rows in all.
+
+    Raises:
+        RefusedError: names the first row whose label is wrong.
+    """
+    source = reading.source
+    convert = reading.labels("classification", Classes(source.classes))
+    labels = np.zeros(source.rows, dtype=np.int64)
+    done, counting = 0, threading.Lock()
+
+    def work(block: Block) -> None:
+        nonlocal done
+        labels[block.rows] = convert(block.labels, block.rows)
+        with counting:
+            done += len(block)
+            tell(done, source.rows)
+
+    most = _LABEL_ROWS if source.label_streams else reading.block_rows
+    for_each_block(source.label_streams or source.streams, most, work, default_threads())
+    return convert.finished(labels)
+
+
+def in_colour(readings: dict[str, Reading]) -> dict[str, Reading]:
+    """The same sources, whose grey images get three channels as well."""
+    return {
+        name: dataclasses.replace(one, inputs=one.inputs.in_colour()) if isinstance(one.inputs, Images) else one
+        for name, one in readings.items()
+    }
+
+
+def _of_one_colour(readings: dict[str, Reading]) -> dict[str, Reading]:
+    """Grey or in colour as a whole: grey sources go with coloured ones, where nothing holds one of them to be grey."""
+    inputs = [one.inputs for one in readings.values()]
+    free = [isinstance(one, Images) and (one.may_turn or one.shape[0] == 3) for one in inputs]
+    if not all(free):  # numbers, or images whose `shape` is given, are what they are
+        return {
+            name: dataclasses.replace(one, inputs=one.inputs.as_first()) if isinstance(one.inputs, Images) else one
+            for name, one in readings.items()
+        }
+    return in_colour(readings) if any(one.shape[0] == 3 for one in inputs) else readings
 
 
 def write_source(
@@ -81,7 +144,7 @@ def write_source(
     task: recipe.Task,
     classes: Classes,
     tell: Callable[[int, int], None],
-) -> Classes:
+) -> tuple[Classes, np.ndarray]:
     """Write rows of a source to array files.
 
     Args:
@@ -92,7 +155,7 @@ def write_source(
         tell: called with rows done, and rows in all.
 
     Returns:
-        What is known of the classes now.
+        What is known of the classes now, and the labels of all rows of the source: int64 or float32 [rows].
 
     Raises:
         RefusedError: names the first row in the source's order that is wrong.
@@ -120,14 +183,14 @@ def write_source(
                 done += len(block)
                 tell(done, source.rows)
 
-        most = max(1, min(_READ_ROWS, READ_BYTES // reading.row_bytes))
-        for_each_block(source.streams, most, work, default_threads())
+        for_each_block(source.streams, reading.block_rows, work, default_threads())
     labels = convert.finished(labels)
     for rows, _, path in files:
         np.save(path, labels[rows])
     if classes.complete:
-        return classes
-    return Classes(1 if task == "regression" else _count_classes(source, labels, convert), convert.names, complete=True)
+        return classes, labels
+    number = 1 if task == "regression" else _count_classes(source, labels, convert)
+    return Classes(number, convert.names, complete=True), labels
 
 
 def _chosen(column: Any, wanted: np.ndarray) -> Any:
@@ -192,7 +255,7 @@ def _count_classes(source: Source, labels: np.ndarray, convert: Labels) -> int:
             f"label out of range in {source.label_place(row)}",
             got=f"{labels[row]}, which makes {labels[row] + 1:,} classes for {len(labels):,} rows",
             expected="labels 0 to classes - 1",
-            next="correct the labels, or set `classes` of data.train if there really are so many",
+            next="correct the labels, or remove rows that it marks as without one; set `classes` if there are so many",
         )
     return int(labels[row]) + 1
 

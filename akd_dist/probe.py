@@ -132,7 +132,7 @@ def _measure(
         largest: the most that it ever has at once, as in a merged last batch, by which memory is.
     """
     started = time.perf_counter()
-    card = ModelCard.of(spec.model, splits.train, data.normalize)
+    card = ModelCard.of(spec.model, splits.train, data.normalize, data.image)
     student = Student(spec, card, folder, log=folder / "log", device=device)
     start = time.perf_counter() - started
     first = _batch(data, splits, min(FIRST_ROWS, share), device)[0]

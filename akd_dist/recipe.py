@@ -16,14 +16,26 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+from akd_dist.trusted import MODULE, Trusted
 
 # Names become folders, on any file system.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Where a run is placed, not what it computes: left out of its identity.
-PLACEMENT = ("cohorts", "checkpoint_seconds", "folder")
+PLACEMENT = ("cohorts", "checkpoint_seconds", "folder", "code")
 
 # A function of the user's, as `module:function`.
 FACTORY = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
@@ -37,12 +49,18 @@ METRICS: dict[Task, tuple[Metric, ...]] = {
 """The metrics of each task, its usual primary one first."""
 
 Count = Annotated[int, Field(ge=1)]
+# Bounds of what a document may ask for, far above any model: within them, memory decides (`models.check_memory`).
+Width = Annotated[int, Field(ge=1, le=10**12)]
+Layers = Annotated[int, Field(ge=1, le=2_000)]
+Classes = Annotated[int, Field(ge=1, le=10**9)]
+Length = Annotated[int, Field(ge=1, le=10**7)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 LearningRate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class Spec(BaseModel):
@@ -51,6 +69,20 @@ class Spec(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+class Factory(Spec):
+    """What may name code of the user's own. It runs nothing before `trust` has said on whose word it may."""
+
+    _trusted: Trusted = PrivateAttr(default_factory=Trusted)
+
+    if TYPE_CHECKING:  # a field of each kind, in its own place among the others
+        factory: str
+
+    @property
+    def trusted(self) -> Trusted:
+        """Which factories may be imported for it; no part of what it says, and gone when it is read back."""
+        return self._trusted
 
 
 # ---- data
@@ -72,7 +104,7 @@ class Idx(Spec):
     """The file of inputs, uint8 of two dimensions or more; relative to the recipe's folder."""
     labels: str
     """The file of labels, counted from 0."""
-    classes: Count | None = None
+    classes: Classes | None = None
     """How many classes there are; none takes the largest label plus one."""
 
 
@@ -96,7 +128,7 @@ class Table(Spec):
     """The column of labels: class ids counted from 0, class names, or numbers where data.task is regression."""
     shape: list[Count] | None = None
     """The shape of one input, for columns of flat lists; none keeps the list as a vector."""
-    classes: Count | None = None
+    classes: Classes | None = None
     """How many classes there are; none takes the largest label plus one, or the names there are."""
 
 
@@ -132,8 +164,8 @@ class HuggingFaceData(Table):
         return self
 
 
-class CustomData(Table):
-    """Rows by your own function, in the recipe's folder or in an installed package.
+class CustomData(Table, Factory):
+    """Rows by your own function, in the recipe's folder or in a module that `code:` lists.
 
     It returns an Arrow table, or a map-style `torch.utils.data.Dataset` whose items are (input, label).
     """
@@ -143,7 +175,8 @@ class CustomData(Table):
     factory: str = Field(pattern=FACTORY)
     """`module:function`, called as function(**arguments)."""
     arguments: dict[str, JsonValue] = {}
-    """Keyword arguments of the function. A change of them, or of the module's file, prepares the data anew."""
+    """Keyword arguments of the function; `./x` in them is a path relative to the recipe's folder. A change of them, of
+    what they name or of the module's file prepares the data anew."""
 
 
 Source = Annotated[Digits | Idx | Parquet | HuggingFaceData | CustomData, Discriminator("kind")]
@@ -154,7 +187,7 @@ class ByteText(Spec):
 
     kind: Literal["bytes"] = "bytes"
     """Which kind of tokenizer this is."""
-    length: Count = 256
+    length: Length = 256
     """Tokens of an input; longer texts are cut, shorter ones padded."""
 
 
@@ -167,7 +200,7 @@ class HuggingFaceText(Spec):
     """A folder with the tokenizer's files; relative to the recipe's folder."""
     name: str | None = None
     """A tokenizer on the hub, where one can be reached."""
-    length: Count = 128
+    length: Length = 128
     """Tokens of an input; longer texts are cut, shorter ones padded."""
 
     @model_validator(mode="after")
@@ -178,6 +211,13 @@ class HuggingFaceText(Spec):
 
 
 Text = Annotated[ByteText | HuggingFaceText, Discriminator("kind")]
+
+
+class Image(Spec):
+    """How encoded images become pixels: one definition for teacher, students and finished models."""
+
+    background: Annotated[list[Byte], Field(min_length=3, max_length=3)] = [255, 255, 255]
+    """What is seen through transparent images: red, green and blue, 0 to 255; white as in browsers and on paper."""
 
 
 class NoAugmentation(Spec):
@@ -235,7 +275,7 @@ class TokenMask(Spec):
     """The chance of each token."""
 
 
-class CustomAugmentation(Spec):
+class CustomAugmentation(Factory):
     """Your own augmentation: a draw from (seed, row, view), and how it is applied to a batch.
 
     The factory returns an object with `words`, `draw(words, input_shape)` and `apply(batch, params)`; see docs/data.md.
@@ -246,7 +286,7 @@ class CustomAugmentation(Spec):
     factory: str = Field(pattern=FACTORY)
     """`module:function`, called as function(**arguments)."""
     arguments: dict[str, JsonValue] = {}
-    """Keyword arguments of the function."""
+    """Keyword arguments of the function; `./x` in them is a path relative to the recipe's folder."""
 
 
 Augmentation = Annotated[
@@ -299,6 +339,9 @@ class Data(Spec):
     """Rows that are reported once: a share of the train source, or a source of their own."""
     subset: Count | None = None
     """Train on so many of the train rows, drawn by the seed; none takes all. Validation and test stay as they are."""
+    stratify: bool = False
+    """Whether shares and subsets are drawn class by class, each with at least one train row; for classification. It is
+    another split than without."""
     seed: Seed = 0
     """Governs the split, the order of rows and the views, for all students alike."""
     task: Task = "classification"
@@ -307,6 +350,8 @@ class Data(Spec):
     """What picks the best epoch and heads the tables; none takes accuracy, or Pearson's correlation for regression."""
     text: Text | None = None
     """How text becomes tokens; needed where inputs are text."""
+    image: Image = Image()
+    """How encoded images become pixels."""
     views: Count = 1
     """How many augmented views of each train row the teacher is cached on; epoch e trains on view e mod views."""
     augmentation: Augmentation = NoAugmentation()
@@ -335,6 +380,8 @@ class Data(Spec):
             raise ValueError("the augmentation token_mask is for text; say how text becomes tokens with data.text")
         if self.text is not None and self.normalize is not None:
             raise ValueError("normalize is for images and numbers; leave it out where data.text is given")
+        if self.text is not None and self.image != Image():
+            raise ValueError("image is for encoded images; leave it out where data.text is given")
         return self
 
     @model_validator(mode="after")
@@ -343,6 +390,12 @@ class Data(Spec):
         if self.task == "regression" and any(given.values()):
             names = " and ".join(name for name, classes in given.items() if classes)
             raise ValueError(f"{names} says how many classes there are, but task is regression: leave `classes` out")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_are_not_stratified(self) -> Data:
+        if self.task == "regression" and self.stratify:
+            raise ValueError("stratify draws rows class by class, but task is regression: leave it out")
         return self
 
     @model_validator(mode="after")
@@ -368,7 +421,7 @@ class Mlp(Spec):
     kind: Literal["mlp"] = "mlp"
     """Which kind of model this is."""
     hidden: Annotated[
-        Annotated[Count, Tag("one")] | Annotated[list[Count], Field(min_length=1), Tag("several")],
+        Annotated[Width, Tag("one")] | Annotated[list[Width], Field(min_length=1, max_length=2_000), Tag("several")],
         Discriminator(_one_or_several),
     ]
     """Units of the hidden layer, or a list: one entry a layer."""
@@ -387,9 +440,9 @@ class Cnn(Spec):
 
     kind: Literal["cnn"] = "cnn"
     """Which kind of model this is."""
-    width: Count
+    width: Width
     """Channels of the first block."""
-    depth: Count = 2
+    depth: Annotated[int, Field(ge=1, le=30)] = 2
     """Number of blocks."""
 
     @property
@@ -403,9 +456,9 @@ class ResNet(Spec):
 
     kind: Literal["resnet"] = "resnet"
     """Which kind of model this is."""
-    depth: Count
+    depth: Layers
     """Number of layers, 6n + 2: 8, 14, 20, 32, 44, 56, 110."""
-    width: Count = 16
+    width: Width = 16
     """Channels of the first third; the others have twice and four times as many."""
 
     @field_validator("depth")
@@ -440,11 +493,11 @@ class TextTransformer(Spec):
 
     kind: Literal["text_transformer"] = "text_transformer"
     """Which kind of model this is."""
-    width: Count
+    width: Width
     """Numbers that stand for a token; a multiple of the heads."""
-    depth: Count = 2
+    depth: Layers = 2
     """Number of encoder blocks."""
-    heads: Count = 4
+    heads: Width = 4
     """Attention heads of each block."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of units dropped while training."""
@@ -515,15 +568,15 @@ class Timm(Spec):
         return _label(self.name)
 
 
-class Custom(Spec):
-    """Your own model, built by a function in the recipe's folder or in an installed package."""
+class Custom(Factory):
+    """Your own model, built by a function in the recipe's folder or in a module that `code:` lists."""
 
     kind: Literal["custom"] = "custom"
     """Which kind of model this is."""
     factory: str = Field(pattern=FACTORY)
     """`module:function`, called as function(input_shape=..., classes=..., **arguments); returns a torch.nn.Module."""
     arguments: dict[str, JsonValue] = {}
-    """Further keyword arguments of the function."""
+    """Further keyword arguments of the function; `./x` in them is a path relative to the recipe's folder."""
 
     @property
     def label(self) -> str:
@@ -922,9 +975,28 @@ class Recipe(Spec):
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0
     """Time between checkpoints; 0 writes one at the end of every epoch. Changes no result."""
     folder: str | None = None
-    """Put on the path of Python for custom models; by default the recipe's own folder."""
+    """Where modules of your own lie, which `factory` may name; by default the recipe's own folder."""
+    code: list[Annotated[str, Field(pattern=MODULE)]] = []
+    """Modules elsewhere that `factory` may name as well, such as an installed package of your own, with all that lies
+    below them. A teacher in `weights` may name them, too."""
+
+    _trusted: Trusted = PrivateAttr(default_factory=Trusted)
 
     _valid_name = field_validator("name")(_folder_name)
+
+    @property
+    def trusted(self) -> Trusted:
+        """Which factories may be imported for it, as `trust` was told; nothing until then."""
+        return self._trusted
+
+    def own(self) -> Self:
+        """This recipe, given by the user to a command: what it names may be imported from its folder and from `code`.
+
+        A recipe that a store or a run holds is not the user's word; see `trust`.
+        """
+        factories = tuple(sorted({part.factory for part in _factories(self)}))
+        own = Trusted(factories=factories, folder=self.folder, modules=tuple(self.code), named_by="the recipe")
+        return trust(self, own)
 
     @field_validator("students")
     @classmethod
@@ -960,6 +1032,12 @@ class Recipe(Spec):
                     source.pop(key, None)
         if document["data"]["text"] is not None:
             document["data"]["text"].pop("path", None)
+        if not self.data.stratify:  # as recipes of before say nothing of it
+            del document["data"]["stratify"]
+        # Runs of before knew no such key: what is as by default is left out, each key for itself.
+        document["data"]["image"] = self.data.image.model_dump(mode="json", exclude_defaults=True)
+        if not document["data"]["image"]:
+            del document["data"]["image"]
         del document["teacher"]["weights"]
         for training in _trainings(document):
             forget_later_keys(training)
@@ -1013,8 +1091,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file or an override is wrong; names file, line and key, and the nearest known key.
     """
     from akd_dist.recipe_file import read_recipe
+    from akd_dist.storage.files import expanded
 
-    return read_recipe(Path(path), overrides)
+    return read_recipe(expanded(path), overrides)
+
+
+Part = TypeVar("Part", bound=BaseModel)
+
+
+def trust(part: Part, trusted: Trusted) -> Part:
+    """The same object, all of whose factories may run as far as `trusted` says: a recipe, or a part of one."""
+    if isinstance(part, Recipe):
+        part._trusted = trusted
+    for one in _factories(part):
+        one._trusted = trusted
+    return part
+
+
+def _factories(part: object) -> Iterator[Factory]:
+    """Every factory in a recipe, or in a part of one."""
+    if isinstance(part, Factory):
+        yield part
+    elif isinstance(part, BaseModel):
+        for name in type(part).model_fields:
+            yield from _factories(getattr(part, name))
+    elif isinstance(part, list):
+        for one in part:
+            yield from _factories(one)
 
 
 def differences(ours: Any, theirs: Any) -> list[str]:

@@ -27,6 +27,7 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 from akd_dist.grid_names import names_of_grid
 from akd_dist.recipe import Recipe, Student
 from akd_dist.storage.errors import RecipeError
+from akd_dist.storage.files import expanded
 
 KeyPath = tuple[str | int, ...]
 
@@ -405,7 +406,7 @@ def _make_paths_absolute(node: Any, folder: Path) -> None:
 def _absolute(path: Any, folder: Path) -> Any:
     if not isinstance(path, str) or "://" in path:
         return path
-    return str(folder.joinpath(Path(path).expanduser()))
+    return str(folder.joinpath(expanded(path)))
 
 
 # ---- pydantic's errors to problems

@@ -6,37 +6,47 @@ shares them. The fingerprint of a split is over content and order, not over file
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from akd_dist import recipe
+from akd_dist import findings, pictures, recipe, splitting
 from akd_dist.blocks import default_threads
+from akd_dist.columns import NotGreyError, notes_of
 from akd_dist.labels import Classes
-from akd_dist.prepare import open_sources, write_source
-from akd_dist.sources import Kind, Source, kind_of
+from akd_dist.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
+from akd_dist.prepare import Reading, in_colour, open_sources, read_labels, write_source
+from akd_dist.sources import Kind, kind_of
+from akd_dist.splitting import LEFT_OUT, is_drawn, split_of_source
+from akd_dist.storage.content import Content, Part, digest, discard, inodes_of, map_array
 from akd_dist.storage.errors import MachineError, RefusedError
-from akd_dist.storage.files import PARTIAL_SUFFIX, canonical_json, file_lock, replace, sha256
+from akd_dist.storage.files import (
+    PARTIAL_SUFFIX,
+    canonical_json,
+    file_lock,
+    replace,
+    sha256,
+    with_checksum,
+    without_checksum,
+)
 from akd_dist.storage.node_cache import IN_USE, hold, make_room
 from akd_dist.text import Tokens, text_key
 
 BLOCK_ROWS = 4096
 """Rows of one block of the fingerprint."""
-SPLITS = ("train", "validation", "test")
-LEFT_OUT = len(SPLITS)
-"""In place of a split: a train row that is not in the subset."""
+SPLITS = splitting.SPLITS
+"""The names of the splits."""
+_INDEX = "index.json"
 _FORMAT = 2  # of the prepared folder; part of its key
-_SUBSET_KEY = 1 << 62  # of the generator that draws a subset; key 0 splits, and epochs have the keys from 1 on
 
 
 Progress = Callable[[str, int, int], None]
@@ -65,6 +75,10 @@ class Rows:
     """The names of classes 0, 1, ..., where the data has names."""
     tokens: Tokens | None = None
     """What ids mean, where inputs are text."""
+    files: tuple[Path, ...] = ()
+    """The files that are mapped; none for rows that are not prepared."""
+    inodes: tuple[int | None, ...] = ()
+    """Theirs."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,6 +91,18 @@ class Rows:
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and labels of rows start..stop - 1, without a copy."""
         return self.inputs[start:stop], self.labels[start:stop]
+
+    def content(self, start: int = 0, stop: int | None = None) -> Content:
+        """What the blocks that hold rows start..stop - 1 must hash to; by default all."""
+        last = len(self) if stop is None else stop
+
+        def parts() -> Iterator[Part]:
+            for number in range(start // BLOCK_ROWS, min(-(-last // BLOCK_ROWS), len(self.blocks))):
+                arrays = _block(self.inputs, self.labels, number * BLOCK_ROWS)
+                end = number * BLOCK_ROWS + len(arrays[1])
+                yield Part(f"rows {number * BLOCK_ROWS:,} to {end - 1:,}", arrays, self.blocks[number])
+
+        return Content(self.files, parts, self.inodes)
 
     def describe(self) -> dict[str, Any]:
         """What a store remembers of its dataset, enough to name the first block that differs."""
@@ -135,39 +161,64 @@ class Splits:
     """What picks the best epoch."""
     test: Rows
     """What is reported, once."""
+    sources: SourceCheck = field(default_factory=lambda: SourceCheck({}, lambda: None), kw_only=True)
+    """Files that the rows are believed to be made from, still to be read."""
+    findings: tuple[str, ...] = field(default=(), kw_only=True)
+    """What a user should know of them, a line each: found when they were prepared, and kept with them."""
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each split."""
+        return {name: getattr(self, name).fingerprint for name in SPLITS}
+
+    def contents(self) -> list[Content]:
+        """What all rows must hash to."""
+        return [getattr(self, name).content() for name in SPLITS]
 
 
 def prepare(
-    data: recipe.Data, cache_root: Path, *, budget: int | None = None, on_progress: Progress | None = None
+    data: recipe.Data,
+    cache_root: Path,
+    *,
+    budget: int | None = None,
+    on_progress: Progress | None = None,
+    again: bool = False,
+    expected: Mapping[str, str] | None = None,
 ) -> Splits:
     """The splits of a recipe's data as memory-mapped arrays, prepared on this node if they are not yet.
 
     A fraction is cut from the train source by an order seeded with `data.seed`; within a split rows keep the order of
     their source. All cores decode. Memory stays bounded: a few megabytes of inputs for each thread, and about 40 bytes
-    for each row of the source.
+    for each row of the source; about 80 while a stratified split is drawn.
 
     Args:
         data: sources, split and seed.
         cache_root: prepared data lies in `<cache_root>/rows/<key>/`; the key is over sources, sizes and times of files,
-            the split, the task and the tokenizer.
+            the split, the task, the tokenizer, and how images become pixels.
+        again: prepare them afresh, whatever is there.
+        expected: the fingerprints of splits, of those who know them. Sources are not looked at then, as rows are known
+            by these; rows that have others are prepared afresh.
         budget: bytes that everything under `cache_root` may take; None for the default budget of the node cache.
         on_progress: called with what is being read, rows done, and rows in all.
 
     Raises:
         RecipeError: data.text.length leaves no room for text.
         RefusedError: a file or column is missing, a label out of range, an image not decodable; names the column and
-            the first such row. Nothing is left behind.
+            the first such row. Or a class has rows, and none of them are train rows. Nothing is left behind.
         MachineError: no room under `cache_root`, or it cannot be written; a hub cannot be reached.
     """
     tell = on_progress or (lambda what, done, total: None)
     specs = {name: getattr(data, name) for name in SPLITS}
     kinds = {name: kind_of(spec) for name, spec in specs.items() if not isinstance(spec, float)}
-    key = sha256(canonical_json(_key(data, kinds)))[:32]
-    folder = cache_root / "rows" / key
+    keys = {name: kind.key() for name, kind in kinds.items()}
+    files = [Path(path) for path in dict.fromkeys(file[0] for key in keys.values() for file in key.get("files", []))]
+    folder = cache_root / "rows" / sha256(canonical_json(_key(data, keys)))[:32]
     with file_lock(folder.with_suffix(".lock"), what=f"the prepared data {folder}"):
-        splits = _open(folder)
+        splits = None if again else _open(folder)
+        if splits is not None:
+            splits = _believed(splits, folder, files, kinds) if expected is None else _as_expected(splits, expected)
         if splits is None:
-            _write(folder, data, kinds, cache_root, budget, tell)
+            _write(folder, data, kinds, files, cache_root, budget, tell)
             splits = _open(folder)
     if splits is None:
         raise MachineError(
@@ -191,27 +242,32 @@ def fingerprint(
     Args:
         on_progress: called with rows done, and rows in all.
     """
+    blocks = []
+    with ThreadPoolExecutor(default_threads()) as pool:
+        found = pool.map(lambda start: digest(_block(inputs, labels, start)), range(0, len(labels), BLOCK_ROWS))
+        for number, block in enumerate(found, 1):
+            blocks.append(block)
+            if on_progress is not None:
+                on_progress(min(number * BLOCK_ROWS, len(labels)), len(labels))
+    meaning = _meaning(classes, task, class_names, tokens)
+    return _fingerprint(inputs, labels, meaning, blocks), tuple(blocks)
+
+
+def _fingerprint(inputs: np.ndarray, labels: np.ndarray, meaning: dict[str, Any], blocks: Sequence[str]) -> str:
+    """The fingerprint of rows whose blocks have these digests."""
     header = {
         "dtype": inputs.dtype.str,
         "shape": list(inputs.shape[1:]),
         "rows": len(labels),
         "block_rows": BLOCK_ROWS,
-        **_meaning(classes, task, class_names, tokens),
+        **meaning,
     }
+    return sha256(canonical_json({**header, "blocks": list(blocks)}))
 
-    def digest(start: int) -> str:
-        block = hashlib.sha256()
-        for array in (inputs, labels):
-            block.update(np.ascontiguousarray(array[start : start + BLOCK_ROWS]).data)
-        return block.hexdigest()
 
-    blocks = []
-    with ThreadPoolExecutor(default_threads()) as pool:
-        for start, block in enumerate(pool.map(digest, range(0, len(labels), BLOCK_ROWS)), 1):
-            blocks.append(block)
-            if on_progress is not None:
-                on_progress(min(start * BLOCK_ROWS, len(labels)), len(labels))
-    return sha256(canonical_json({**header, "blocks": blocks})), tuple(blocks)
+def _block(inputs: np.ndarray, labels: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """What one digest is over."""
+    return inputs[start : start + BLOCK_ROWS], labels[start : start + BLOCK_ROWS]
 
 
 def _meaning(
@@ -228,81 +284,63 @@ def _meaning(
     return meaning
 
 
-# ---- splitting
-
-
-def split_of_rows(rows: int, validation: float, test: float, seed: int) -> np.ndarray:
-    """Which split each row belongs to: uint8 [rows], an index into SPLITS.
-
-    A function of its arguments alone: raw Philox words are the same in every version of NumPy.
-    """
-    order = np.argsort(np.random.Philox(key=[seed, 0]).random_raw(rows), kind="stable")
-    for_test, for_validation = round(rows * test), round(rows * validation)
-    split = np.zeros(rows, dtype=np.uint8)
-    split[order[:for_test]] = SPLITS.index("test")
-    split[order[for_test : for_test + for_validation]] = SPLITS.index("validation")
-    return split
-
-
-def subset_of_rows(rows: int, wanted: int, seed: int) -> np.ndarray:
-    """Which rows belong to a subset of `wanted`: bool [rows]. A smaller subset lies within a larger one."""
-    order = np.argsort(np.random.Philox(key=[seed, _SUBSET_KEY]).random_raw(rows), kind="stable")
-    chosen = np.zeros(rows, dtype=np.bool_)
-    chosen[order[:wanted]] = True
-    return chosen
-
-
-def _split_of_source(name: str, data: recipe.Data, source: Source) -> np.ndarray:
-    """Which split each row of a source belongs to, uint8 [rows]: all to its own, but shares of the train source."""
-    if name != "train":
-        return np.full(source.rows, SPLITS.index(name), dtype=np.uint8)
-    given = {other: getattr(data, other) for other in ("validation", "test")}
-    shares = {other: share if isinstance(share, float) else 0.0 for other, share in given.items()}
-    split = split_of_rows(source.rows, seed=data.seed, **shares)
-    needed = {"train", *(other for other, share in shares.items() if share)}
-    empty = [other for other in SPLITS if other in needed and not (split == SPLITS.index(other)).any()]
-    if empty:
-        raise RefusedError(
-            f"no rows are left for {' and '.join(empty)}",
-            got=f"{source.rows:,} rows in {source.name}, with the shares {shares}",
-            expected="at least one row in each split",
-            next="change data.validation and data.test, or add rows",
-        )
-    train = np.flatnonzero(split == SPLITS.index("train"))
-    if data.subset is not None:
-        if data.subset > len(train):
-            raise RefusedError(
-                "data.subset is larger than what there is",
-                got=f"{data.subset:,} of {len(train):,} train rows in {source.name}",
-                expected=f"at most {len(train):,}",
-                next="lower data.subset, or leave it out to train on all rows",
-            )
-        split[train[~subset_of_rows(len(train), data.subset, data.seed)]] = LEFT_OUT
-    return split
-
-
 # ---- preparing
 
 
-def _key(data: recipe.Data, kinds: dict[str, Kind]) -> dict[str, Any]:
-    fractions = {name: getattr(data, name) for name in SPLITS if name not in kinds}
-    return {
+def _key(data: recipe.Data, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    fractions = {name: getattr(data, name) for name in SPLITS if name not in keys}
+    key = {
         "format": _FORMAT,
-        "sources": {name: kind.key() for name, kind in kinds.items()},
+        **({"stratify": True} if data.stratify and is_drawn(data) else {}),
+        "sources": keys,
         "fractions": fractions,
         "subset": data.subset,
         "seed": data.seed if fractions or data.subset else None,
         "task": data.task,
         "text": text_key(data.text),
     }
+    if data.text is None and any(isinstance(getattr(data, name), recipe.Table) for name in keys):
+        key["image"] = {"rules": pictures.RULES, **data.image.model_dump(mode="json")}
+    return key
 
 
 def _write(
-    folder: Path, data: recipe.Data, kinds: dict[str, Kind], cache_root: Path, budget: int | None, tell: Progress
+    folder: Path,
+    data: recipe.Data,
+    kinds: dict[str, Kind],
+    files: list[Path],
+    cache_root: Path,
+    budget: int | None,
+    tell: Progress,
 ) -> None:
     """Prepare all splits in a folder beside `folder`, then give it its name: it appears whole or not at all."""
+    origins, stamps = look_at(files)
     readings = open_sources(data, kinds)
-    splits = {name: _split_of_source(name, data, reading.source) for name, reading in readings.items()}
+    stratified = None
+    if data.stratify and is_drawn(data):
+        stratified = read_labels(readings["train"], functools.partial(tell, "the labels of data.train"))
+    splits = {name: split_of_source(name, data, one.source, stratified) for name, one in readings.items()}
+
+    def write(readings: dict[str, Reading], tell: Progress) -> None:
+        _write_readings(folder, data, readings, splits, origins, stamps, cache_root, budget, tell)
+
+    try:
+        write(readings, tell)
+    except NotGreyError:  # an image has colours, and those before it were grey
+        write(in_colour(readings), lambda what, done, total: tell(f"{what}, in colour", done, total))
+
+
+def _write_readings(
+    folder: Path,
+    data: recipe.Data,
+    readings: dict[str, Reading],
+    splits: dict[str, np.ndarray],
+    origins: Origins,
+    stamps: Stamps,
+    cache_root: Path,
+    budget: int | None,
+    tell: Progress,
+) -> None:
     needed = sum(reading.bytes_of(splits[name] != LEFT_OUT) for name, reading in readings.items())
     make_room(cache_root, needed, budget)
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
@@ -310,16 +348,28 @@ def _write(
         # Left by killed processes: the lock is ours.
         _remove(folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}"))
         partial.mkdir(parents=True)
-        classes = Classes()
+        classes, counts = Classes(), np.zeros((), dtype=np.int64)
         for name, reading in readings.items():
             parts = {
                 number: splits[name] == number for number in np.unique(splits[name]).tolist() if number != LEFT_OUT
             }
-            files = [(part, *_files(partial, SPLITS[number])) for number, part in parts.items()]
-            classes = write_source(
-                reading, files, data.task, classes, functools.partial(tell, f"the rows of data.{name}")
-            )
-        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, tell)
+            outputs = [(part, *_files(partial, SPLITS[number])) for number, part in parts.items()]
+            told = functools.partial(tell, f"the rows of data.{name}")
+            classes, labels = write_source(reading, outputs, data.task, classes, told)
+            if data.task == "classification":
+                counts = counts + splitting.count(splits[name], labels, classes.number or 0)
+            del labels  # eight bytes a row
+        lines = [note for reading in readings.values() for note in reading.source.notes]
+        lines += [note for name, reading in readings.items() for note in notes_of(reading.inputs, f"data.{name}")]
+        if data.task == "classification":
+            splitting.check_classes(data, counts, classes.names)
+            lines += findings.of_classes(counts[0], classes.names)
+        lines += findings.in_two_splits(
+            {name: _arrays(partial, name)[0] for name in SPLITS}, functools.partial(tell, "rows in two splits")
+        )
+        origins["shown"] = show({name: reading.source for name, reading in readings.items()})
+        check_unchanged(origins, stamps)
+        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, lines, origins, tell)
         (partial / IN_USE).touch()
         partial.rename(folder)
     except OSError as error:
@@ -338,7 +388,15 @@ def _remove(*folders: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_index(folder: Path, task: recipe.Task, classes: Classes, tokens: Tokens | None, tell: Progress) -> None:
+def _write_index(
+    folder: Path,
+    task: recipe.Task,
+    classes: Classes,
+    tokens: Tokens | None,
+    lines: Sequence[str],
+    origins: Origins,
+    tell: Progress,
+) -> None:
     assert classes.number is not None
     index: dict[str, Any] = _meaning(classes.number, task, classes.names, tokens)
     for name in SPLITS:
@@ -348,24 +406,27 @@ def _write_index(folder: Path, task: recipe.Task, classes: Classes, tokens: Toke
             inputs, labels, classes.number, task=task, class_names=classes.names, tokens=tokens, on_progress=told
         )
         index[name] = {"fingerprint": digest, "blocks": blocks, "files": _stats(folder, name)}
-    replace(folder / "index.json", json.dumps(index, indent=1).encode())
+    index["findings"] = list(dict.fromkeys(lines))
+    replace(folder / _INDEX, with_checksum(index | {"origins": origins}))
 
 
 def _open(folder: Path) -> Splits | None:
     """The prepared splits; None where there are none, or not whole ones."""
     try:
-        index = json.loads((folder / "index.json").read_bytes())
+        index = without_checksum((folder / _INDEX).read_bytes())
         splits = [_rows(folder, name, index) for name in SPLITS]
+        lines = tuple(map(str, index.get("findings", ())))  # rows of before have none
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Splits(*splits)
+    return Splits(*splits, findings=lines)
 
 
 def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:
+    """The rows of a split as they were written, as far as that is known without reading them."""
     split = index[name]
     if _stats(folder, name) != split["files"]:
         raise ValueError(f"{folder}: the arrays of {name} are not the files that were fingerprinted")
-    return Rows(
+    rows = Rows(
         *_arrays(folder, name),
         classes=index["classes"],
         fingerprint=split["fingerprint"],
@@ -374,7 +435,36 @@ def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:
         task=index.get("task", "classification"),
         class_names=tuple(index["class_names"]) if "class_names" in index else None,
         tokens=Tokens.model_validate(index["tokens"]) if "tokens" in index else None,
+        files=_files(folder, name),
+        inodes=inodes_of(_files(folder, name)),
     )
+    label = np.dtype(np.int64 if rows.task == "classification" else np.float32)
+    meaning = _meaning(rows.classes, rows.task, rows.class_names, rows.tokens)
+    if (
+        (rows.labels.shape, rows.labels.dtype) != ((len(rows.inputs),), label)
+        or len(rows.blocks) != -(-len(rows) // BLOCK_ROWS)
+        or _fingerprint(rows.inputs, rows.labels, meaning, rows.blocks) != rows.fingerprint
+    ):
+        raise ValueError(f"{folder}: the arrays of {name} are not those that were fingerprinted")
+    return rows
+
+
+def _believed(splits: Splits, folder: Path, files: list[Path], kinds: dict[str, Kind]) -> Splits | None:
+    """Prepared splits, unless their sources are seen to have changed: then None."""
+    index = without_checksum((folder / _INDEX).read_bytes())
+    origins, believed = compare(index["origins"], files, kinds)
+    if origins is None:
+        return None
+    if origins != index["origins"]:
+        replace(folder / _INDEX, with_checksum(index | {"origins": origins}))
+    forget = functools.partial(discard, splits.train.files, splits.train.inodes)
+    return dataclasses.replace(splits, sources=SourceCheck(believed, forget))
+
+
+def _as_expected(splits: Splits, expected: Mapping[str, str]) -> Splits | None:
+    """Prepared splits, unless they are others than those that somebody has seen: then None."""
+    same = all(getattr(splits, name).fingerprint == fingerprint for name, fingerprint in expected.items())
+    return splits if same else None
 
 
 def _files(folder: Path, name: str) -> tuple[Path, Path]:
@@ -395,6 +485,6 @@ def _arrays(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 def _mapped(file: Path) -> np.ndarray:
     """A read-only map that keeps its folder from being evicted; a plain array, as indexing np.memmap costs more."""
     with hold(file.parent) as keep:
-        mapped = np.load(file, mmap_mode="r")
+        mapped = map_array(file)
         keep.until_unmapped(mapped)
     return np.asarray(mapped)

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import functools
 import gzip
+import hashlib
 import math
 import struct
 import zlib
@@ -22,16 +23,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from akd_dist import hub, recipe
+from akd_dist import hub, pictures, recipe
+from akd_dist.arguments import listing, named, placed
 from akd_dist.blocks import Block, Stream
-from akd_dist.columns import Place, check_schema, class_label_names, input_columns, label_columns
+from akd_dist.columns import Place, check_schema, class_label_names, input_columns, label_columns, plain
 from akd_dist.factories import call_factory, source_of, whole
+from akd_dist.parquet_files import find_parquet, nothing_at
 from akd_dist.storage.errors import RefusedError
+from akd_dist.storage.files import sha256
 
 _BUFFER_BYTES = 1 << 20  # read ahead in a column; pre_buffer would hold whole row groups
 _BLOCK_BYTES = 1 << 21  # of a Parquet column, uncompressed, read at a time
 _STREAM_ROWS = 1 << 14  # of sources that can be read from any row
-_NEXT_PATH = "correct the path in the recipe; it is relative to the recipe's folder"
+_SAMPLE_ROWS = 18
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Source:
     """How to read them."""
     where: Callable[[int], str]
     """A row's place, for messages."""
+    label_streams: Sequence[Stream] = ()
+    """How to read labels alone, in blocks without columns of inputs; none where they come with the inputs only."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of the source, a line each."""
     inputs: tuple[str, ...] = ()
     """The columns of inputs, if they have names."""
     label: tuple[str, ...] = ()
@@ -54,6 +62,8 @@ class Source:
     """What the source calls its class ids."""
     classes: int | None = None
     """How many classes there are, if it is known beforehand."""
+    sample: Callable[[], str] | None = None
+    """A hash of a few rows, by which a change is noticed that no file shows; of sources of the user's own."""
 
     def __post_init__(self) -> None:
         if self.rows == 0:
@@ -181,15 +191,24 @@ class _Idx:
         shape = images.shape[1:] if len(images.shape) != 3 else (1, *images.shape[1:])
 
         def blocks(most: int) -> Iterator[Block]:
+            for inputs, block in zip(images.blocks(most), labels_alone(most), strict=True):
+                yield Block(block.start, [inputs.reshape(len(block), *shape)], block.labels)
+
+        def labels_alone(most: int) -> Iterator[Block]:
             start = 0
-            for inputs, ids in zip(images.blocks(most), labels.blocks(most), strict=True):
-                yield Block(
-                    start, [inputs.reshape(len(ids), *shape)], pa.array(ids.astype(ids.dtype.newbyteorder("=")))
-                )
+            for ids in labels.blocks(most):
+                yield Block(start, [], pa.array(ids.astype(ids.dtype.newbyteorder("="))))
                 start += len(ids)
 
         rows, name = images.shape[0], f"{images.path} and {labels.path.name}"
-        return Source(name, rows, [Stream(0, blocks)], _row_of(name), classes=self.spec.classes)
+        return Source(
+            name,
+            rows,
+            [Stream(0, blocks)],
+            _row_of(name),
+            label_streams=[Stream(0, labels_alone)],
+            classes=self.spec.classes,
+        )
 
 
 class _IdxFile:
@@ -254,20 +273,8 @@ class _IdxFile:
 def _existing_file(path: str, what: str) -> Path:
     place = Path(path)
     if not place.is_file():
-        raise _nothing_at(place, what, f"a{'n' * (what[0] in 'AEIOU')} {what}")
+        raise nothing_at(place, what, f"a{'n' * (what[0] in 'AEIOU')} {what}")
     return place
-
-
-def _nothing_at(place: Path, what: str, expected: str) -> RefusedError:
-    beside = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
-    near = difflib.get_close_matches(place.name, beside, n=3)
-    got = "a folder" if place.is_dir() else f"near it: {', '.join(near)}" if near else "nothing there"
-    return RefusedError(
-        f"no {what} at {place}",
-        got=got,
-        expected=expected,
-        next=_NEXT_PATH,
-    )
 
 
 # ---- Parquet
@@ -278,23 +285,28 @@ class _Parquet:
 
     def __init__(self, spec: recipe.Parquet) -> None:
         self.spec = spec
-        self.files = _find_files(spec.path)
+        self.found = find_parquet(spec.path)
+        self.files = self.found.files
 
     def key(self) -> dict[str, Any]:
         return {**self.spec.model_dump(mode="json"), "files": _stats(self.files)}
 
     def open(self) -> Source:
         streams: list[Stream] = []
+        label_streams: list[Stream] = []
         starts, schema = [0], None
         for file in self.files:
             with _opened(file) as parquet:
-                check_schema(parquet.schema_arrow, self.spec, str(file), schema)
-                schema = schema or parquet.schema_arrow
+                whole = _with_path_columns(parquet.schema_arrow, self.found.columns)
+                self._check_above(whole)
+                check_schema(whole, self.spec, str(file), schema)
+                schema = schema or whole
                 at = starts[-1]
                 for number in range(parquet.num_row_groups):
                     group = parquet.metadata.row_group(number)
-                    blocks = functools.partial(self._blocks, file, number, at)
-                    streams.append(Stream(at, blocks, open_bytes=sum(self._sizes(group))))
+                    for into, spec in ((streams, self.spec), (label_streams, _labels_alone(self.spec))):
+                        blocks = functools.partial(self._blocks, spec, file, number, at)
+                        into.append(Stream(at, blocks, open_bytes=sum(_sizes(group, _columns_of(spec)))))
                     at += group.num_rows
                 starts.append(at)
 
@@ -303,24 +315,88 @@ class _Parquet:
             inside = f" ({self.files[file].name}, row {row - starts[file]})" if len(self.files) > 1 else ""
             return f"row {row} of {self.spec.path}{inside}"
 
-        return _table(self.spec, self.spec.path, starts[-1], streams, where, schema)
+        return _table(self.spec, self.spec.path, starts[-1], (streams, label_streams), where, schema, self._notes())
 
-    def _blocks(self, file: Path, group: int, start: int, most: int) -> Iterator[Block]:
+    def _blocks(self, spec: recipe.Table, file: Path, group: int, start: int, most: int) -> Iterator[Block]:
+        columns = _columns_of(spec)
         with _opened(file) as parquet:
             # Long texts and large images do not add up.
             metadata = parquet.metadata.row_group(group)
-            fitting = _BLOCK_BYTES * metadata.num_rows // max(self._sizes(metadata)[0], 1)
+            fitting = _BLOCK_BYTES * metadata.num_rows // max(_sizes(metadata, columns)[0], 1)
             most = max(1, min(most, fitting))
-            batches = parquet.iter_batches(most, row_groups=[group], columns=_columns_of(self.spec))
+            stored = [name for name in columns if name in parquet.schema_arrow.names]
+            batches = parquet.iter_batches(most, row_groups=[group], columns=stored)
             while (batch := _next_batch(file, batches)) is not None:
-                yield Block(start, *_columns(self.spec, batch))
+                yield Block(start, *_columns(spec, self._with_path(file, batch, columns)))
                 start += len(batch)
 
-    def _sizes(self, group: Any) -> tuple[int, int]:
-        """Bytes of the columns in a row group, uncompressed and as stored. A page may be all of it."""
-        columns = [group.column(number) for number in range(group.num_columns)]
-        ours = [one for one in columns if one.path_in_schema.partition(".")[0] in _columns_of(self.spec)]
-        return sum(one.total_uncompressed_size for one in ours), sum(one.total_compressed_size for one in ours)
+    def _with_path(self, file: Path, batch: Any, columns: Sequence[str]) -> Any:
+        """The columns of a batch, and those that stand in the file's path.
+
+        Raises:
+            RefusedError: a column stands in both, and they differ.
+        """
+        in_path = self.found.values[file]
+        for field in self.found.columns:
+            if field.name not in columns:
+                continue
+            value = pa.scalar(in_path.get(field.name), field.type)
+            if field.name not in batch.schema.names:
+                batch = batch.append_column(field.name, pa.repeat(value, len(batch)))
+            elif self.found.whole and field.name in in_path:
+                _check_agrees(file, field.name, value, batch.column(field.name))
+        return batch
+
+    def _check_above(self, schema: Any) -> None:
+        """Refuse a column that stands in the path of the folder itself: there it would have one value for all rows."""
+        parts = Path(self.spec.path).parts
+        for name in _columns_of(self.spec):
+            at = next((number for number, part in enumerate(parts) if part.startswith(f"{name}=")), None)
+            if name not in schema.names and at is not None:
+                raise RefusedError(
+                    f"the column {name} stands in the path above what is read",
+                    got=f"{parts[at]} in {self.spec.path}",
+                    expected=f"a folder that holds folders {name}=...",
+                    next=f"set `path` to {Path(*parts[:at])}",
+                )
+
+    def _notes(self) -> tuple[str, ...]:
+        others = self.found.left_out
+        if not others:
+            return ()
+        shown = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
+        return (f"left out of {self.spec.path}, as they hold no Parquet: {shown}",)
+
+
+def _with_path_columns(schema: Any, columns: Any) -> Any:
+    """The schema of a file with the columns that stand in its path, if it does not have them itself."""
+    for column in columns:
+        if column.name not in schema.names:
+            schema = schema.append(column)
+    return schema
+
+
+def _check_agrees(file: Path, name: str, value: Any, column: Any) -> None:
+    """Refuse a column that says something else than the path of its file, as far as types go: 1 is 1 in any of them."""
+    expected = pa.repeat(value, len(column))
+    try:
+        same = plain(column).cast(value.type).equals(expected)
+    except pa.ArrowException:
+        same = False
+    if not same:
+        raise RefusedError(
+            f"column {name} of {file} is not what its path says",
+            got=f"{column[0]} in the file",
+            expected=f"{value}, as in the path",
+            next=f"leave the column {name} out of the files, or move them to folders that are called otherwise",
+        )
+
+
+def _sizes(group: Any, names: Sequence[str]) -> tuple[int, int]:
+    """Bytes of columns in a row group, uncompressed and as stored. A page may be all of it."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    ours = [one for one in columns if one.path_in_schema.partition(".")[0] in names]
+    return sum(one.total_uncompressed_size for one in ours), sum(one.total_compressed_size for one in ours)
 
 
 def _columns_of(spec: recipe.Table) -> list[str]:
@@ -332,14 +408,29 @@ def _columns(spec: recipe.Table, table: Any) -> tuple[list[Any], Any]:
     return [table.column(name) for name in input_columns(spec)], labels[0]
 
 
+def _combined(spec: recipe.Table, table: Any) -> tuple[list[Any], Any]:
+    """The same of a table of chunks: each column as one array."""
+    inputs, labels = _columns(spec, table)
+    return [one.combine_chunks() for one in inputs], labels.combine_chunks()
+
+
+def _labels_alone(spec: recipe.Table) -> recipe.Table:
+    """The same table without its inputs."""
+    return spec.model_copy(update={"input": []})
+
+
 def _table(
-    spec: recipe.Table, name: str, rows: int, streams: Sequence[Stream], where: Callable[[int], str], schema: Any
-) -> Source:
+    spec: recipe.Table, name: str, rows: int, streams: tuple[Sequence[Stream], Sequence[Stream]],
+    where: Callable[[int], str], schema: Any, notes: tuple[str, ...] = (),
+) -> Source:  # fmt: skip
+    """A source of a table: `streams` are those of its rows, and those of its labels alone."""
     return Source(
         name,
         rows,
-        streams,
+        streams[0],
         where,
+        label_streams=streams[1],
+        notes=notes,
         inputs=input_columns(spec),
         label=label_columns(spec),
         class_names=class_label_names(schema, spec.label),
@@ -347,46 +438,15 @@ def _table(
     )
 
 
-def _find_files(path: str) -> list[Path]:
-    """The Parquet files that a path, a folder or a glob names, in order."""
-    place = Path(path)
-    if "://" in path:
-        raise RefusedError(
-            f"rows are not read from {path}",
-            got="a URI",
-            expected="files in a folder of each node",
-            next="copy the files to a folder, or read them in a function of your own (kind: custom)",
-        )
-    found: Iterator[Path]
-    if place.is_dir():
-        found = place.rglob("*.parquet")
-    elif any(character in path for character in "*?[") and not place.exists():
-        found = Path(place.anchor).glob(str(place.relative_to(place.anchor)))
-    else:
-        found = iter([place])
-    try:
-        # Folders may be called so, too; hidden files are what systems leave beside those of users.
-        files = sorted(one for one in found if one.is_file() and not one.name.startswith("."))
-    except ValueError as error:
-        raise RefusedError(
-            f"{path} cannot be read as a glob",
-            got=error,
-            expected="*, ?, [...], or ** for any folders",
-            next=_NEXT_PATH,
-        ) from error
-    if not files:
-        raise _nothing_at(place, "Parquet file", "a file, a folder with *.parquet files, or a glob")
-    return files
-
-
 def column_names(path: str) -> list[str]:
-    """The columns of the first Parquet file that a path, a folder or a glob names.
+    """The columns of the first Parquet file that a path, a folder or a glob names, those in its path included.
 
     Raises:
         RefusedError: there is no such file, or it is no Parquet file.
     """
-    with _opened(_find_files(path)[0]) as parquet:
-        names: list[str] = parquet.schema_arrow.names
+    found = find_parquet(path)
+    with _opened(found.files[0]) as parquet:
+        names: list[str] = _with_path_columns(parquet.schema_arrow, found.columns).names
     return names
 
 
@@ -431,23 +491,27 @@ class _HuggingFace:
         dataset = self._from_folder() if self.spec.path is not None else self._from_hub()
         schema = dataset.features.arrow_schema
         check_schema(schema, self.spec, self.name)
-        dataset = dataset.select_columns(_columns_of(self.spec)).with_format("arrow")
-
-        def read(start: int, stop: int) -> tuple[list[Any], Any]:
-            try:
-                table = dataset[start:stop]
-            except (pa.ArrowException, OSError) as error:
-                raise self._refused(error) from error
-            inputs, labels = _columns(self.spec, table)
-            return [one.combine_chunks() for one in inputs], labels.combine_chunks()
-
         rows: int = len(dataset)
-        return _table(self.spec, self.name, rows, _slices(rows, read, _STREAM_ROWS), _row_of(self.name), schema)
+
+        def streams(spec: recipe.Table) -> list[Stream]:
+            chosen = dataset.select_columns(_columns_of(spec)).with_format("arrow")
+
+            def read(start: int, stop: int) -> tuple[list[Any], Any]:
+                try:
+                    table = chosen[start:stop]
+                except (pa.ArrowException, OSError) as error:
+                    raise self._refused(error) from error
+                return _combined(spec, table)
+
+            return _slices(rows, read, _STREAM_ROWS)
+
+        both = streams(self.spec), streams(_labels_alone(self.spec))
+        return _table(self.spec, self.name, rows, both, _row_of(self.name), schema)
 
     def _folder(self) -> Path:
         folder = Path(self.spec.path or "")
         if not folder.is_dir():
-            raise _nothing_at(folder, "dataset", "a folder that save_to_disk wrote")
+            raise nothing_at(folder, "dataset", "a folder that save_to_disk wrote")
         return folder
 
     def _from_folder(self) -> Any:
@@ -503,18 +567,23 @@ class _Custom:
         self.spec = spec
 
     def key(self) -> dict[str, Any]:
-        """The module's own file stands for its code; what it imports or reads is not looked at."""
-        file = source_of(self.spec.factory, self.SIGNATURE)
-        return {**self.spec.model_dump(mode="json"), "files": _stats([file] if file else [])}
+        """The module's own file stands for its code, and what its arguments name for what it reads.
+
+        What else it imports or reads is not looked at.
+        """
+        file = source_of(self.spec, self.SIGNATURE)
+        files, folders = named(placed(self.spec.arguments, self.spec.trusted.folder))
+        key = {**self.spec.model_dump(mode="json"), "files": _stats([*([file] if file else []), *files])}
+        return key | ({"folders": [listing(folder) for folder in folders]} if folders else {})
 
     def open(self) -> Source:
-        made = call_factory(self.spec.factory, self.SIGNATURE, self.spec.arguments)
+        made = call_factory(self.spec, self.SIGNATURE, self.spec.arguments)
         if hasattr(made, "__arrow_c_stream__"):
             return self._of_table(self._read(made))
         if hasattr(made, "__getitem__") and hasattr(made, "__len__"):
             items = _Items(made, self.spec)
             streams = [Stream(0, items.blocks)]
-            return Source(items.name, items.rows, streams, items.where, classes=self.spec.classes)
+            return Source(items.name, items.rows, streams, items.where, classes=self.spec.classes, sample=items.sample)
         raise RefusedError(
             f"the factory {self.spec.factory} returned something else than data",
             got=type(made).__name__,
@@ -534,12 +603,18 @@ class _Custom:
         name = f"the table of {self.spec.factory}"
         check_schema(table.schema, self.spec, name)
 
-        def read(start: int, stop: int) -> tuple[list[Any], Any]:
-            inputs, labels = _columns(self.spec, table.slice(start, stop - start))
-            return [one.combine_chunks() for one in inputs], labels.combine_chunks()
+        def streams(spec: recipe.Table) -> list[Stream]:
+            return _slices(
+                len(table), lambda start, stop: _combined(spec, table.slice(start, stop - start)), _STREAM_ROWS
+            )
 
-        streams = _slices(len(table), read, _STREAM_ROWS)
-        return _table(self.spec, name, len(table), streams, _row_of(name), table.schema)
+        def sample() -> str:
+            rows = [table.select(_columns_of(self.spec)).slice(row, 1).to_pylist() for row in _few(len(table))]
+            return sha256(repr(rows).encode())
+
+        both = streams(self.spec), streams(_labels_alone(self.spec))
+        source = _table(self.spec, name, len(table), both, _row_of(name), table.schema)
+        return dataclasses.replace(source, sample=sample)
 
 
 class _Items:
@@ -568,8 +643,20 @@ class _Items:
             if failed is not None:
                 raise failed
 
+    def sample(self) -> str:
+        """A hash of a few items."""
+        hashed = hashlib.sha256()
+        for row in _few(self.rows):
+            inputs, label = self._item(row)
+            for value in inputs:
+                plain = isinstance(value, str)
+                hashed.update(repr(value if plain else (value.dtype.str, value.shape)).encode())
+                hashed.update(b"" if plain else value.tobytes())
+            hashed.update(repr(label).encode())
+        return hashed.hexdigest()
+
     def _item(self, row: int) -> tuple[list[Any], Any]:
-        """An item as one array, one string or two, and a label: int, float, bool or str."""
+        """An item as one array, one image, one string or two, and a label: int, float, bool or str."""
         item = self._ask(lambda items: items[row], f"at row {row}")
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise self._useless("item", row, type(item).__name__, "a pair (input, label)")
@@ -579,7 +666,7 @@ class _Items:
         label = self._input(label, row) if isinstance(label, str) else label
         if type(label) not in (int, float, bool, str) or (type(label) is int and abs(label) >= 2**63):
             raise self._useless("label", row, type(label).__name__, "a class id, a class name or a number")
-        types = [type(one) for one in (*inputs, label)]
+        types = [Image.Image if isinstance(one, Image.Image) else type(one) for one in (*inputs, label)]
         self.types = self.types or types
         if types != self.types:
             names = [[one.__name__ for one in several] for several in (types, self.types)]
@@ -594,17 +681,22 @@ class _Items:
         if hasattr(value, "detach"):  # a tensor, known without importing torch
             value = self._array(value, row)
         if isinstance(value, Image.Image):
-            if value.mode[0] in "IF":  # converting would cut its values off
-                raise self._useless("input", row, f"an image of mode {value.mode}", "8 bits a channel, or an array")
-            grey = value.mode in ("1", "L")
-            pixels = np.asarray(value.convert("L" if grey else "RGB"))
-            value = pixels[np.newaxis] if grey else pixels.transpose(2, 0, 1)
+            return self._decoded(value, row)
         if isinstance(value, np.generic | int | float):
             value = np.asarray(value)
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "uif":
             got = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
             raise self._useless("input", row, got, "a tensor or array of numbers, a PIL image, or text")
         return value
+
+    def _decoded(self, image: Image.Image, row: int) -> Image.Image:
+        """Loaded here: the dataset may give the same image again, and threads must not load it at once."""
+        try:
+            pictures.check(image)
+            pictures.decode(image)
+        except Exception as error:  # of many kinds: it may not have been read yet
+            raise self._useless("input", row, error, "an image of 8 bits a channel, or an array") from error
+        return image
 
     def _array(self, tensor: Any, row: int) -> np.ndarray:
         """A tensor's numbers, float32 where they are floats: NumPy has no bfloat16."""
@@ -630,6 +722,11 @@ class _Items:
             expected=expected,
             next="let the dataset return pairs (input, label), all of the same types",
         )
+
+
+def _few(rows: int) -> list[int]:
+    """Which rows of a source are a sample: the first, the last and some between."""
+    return [int(row) for row in np.unique(np.linspace(0, rows - 1, _SAMPLE_ROWS).astype(np.int64))]
 
 
 def _block_of_items(start: int, items: list[tuple[list[Any], Any]]) -> Block:

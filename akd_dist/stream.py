@@ -197,6 +197,7 @@ class Stream:
         Raises:
             RefusedError: another dataset, or probe views whose pixels differ; names the first, and says how far they
                 have drifted.
+            CorruptCacheError: they differ because the rows are not what was prepared.
         """
         self.rows.check_same(manifest.dataset)
         per_view = manifest.identity.layout.shards_per_view
@@ -208,6 +209,7 @@ class Stream:
             compared += len(seen)
             changed += [(view, *pair) for pair in zip(seen, now, strict=True) if pair[0].sha256 != pair[1].sha256]
         if changed:
+            self.rows.content().verify()
             view, first, _ = changed[0]
             raise RefusedError(
                 f"view {view} of row {first.row} does not show what the teacher saw",

@@ -10,7 +10,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ class Student:
         writer: what rank 0 writes through, so that a later worker can shut it out; None where there can be no other.
         metric: what picks the best epoch of each stage; None takes the usual one of the task.
         device: where module, optimizer and batches lie.
+        vouch: called before anything is published that depends on rows or logits: returns once these are known to be
+            what was prepared and decoded, see `Guard.vouch`, or raises.
     """
 
     def __init__(
@@ -72,8 +74,9 @@ class Student:
         writer: Writer | None = None,
         metric: recipe.Metric | None = None,
         device: torch.device = CPU,
+        vouch: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.spec, self.card, self.folder, self.attempt = spec, card, folder, attempt
+        self.spec, self.card, self.folder, self.attempt, self.vouch = spec, card, folder, attempt, vouch
         self.metric, self.device = metric, device
         self.group, self.writer = group or Group(), writer or Writer()
         self.log = self.group.log_beside(log)
@@ -251,7 +254,7 @@ class Student:
         self._begin_stage(leader.stage_index, leader.module.state_dict())
         self._write_metrics()
         self.note(f"goes on from the stage I of {self.stage1_from}, which would have been the same")
-        self.save()
+        self.save(self.vouch())
 
     def keep_initial(self, validation: Rows) -> None:
         """Where there are no epochs to choose from, the weights as they were made are the best."""
@@ -272,6 +275,7 @@ class Student:
         agreement = None
         if teacher_said is not None and test.task == "classification":
             agreement = float(np.mean(chosen == teacher_said))
+        self.vouch()
         if self.group.rank == 0:
             failpoint("student.before_model")
             save_model(self.folder, self.module, self.card, write=self.writer.replace)
@@ -292,6 +296,7 @@ class Student:
 
     def fail(self, error: Exception) -> None:
         """End this student as `diverged` or `failed`; its last good checkpoint stays."""
+        self.vouch()  # wrong bytes are no fault of its own
         state = "diverged" if isinstance(error, DivergedError) else "failed"
         reason = str(error) if state == "diverged" else told(error)
         write_note(self.log, "".join(traceback.format_exception(error)))
@@ -317,8 +322,12 @@ class Student:
 
     # ---- to disk and back
 
-    def save(self) -> None:
-        """Checkpoint everything that the next step depends on. Every rank calls it; rank 0 writes."""
+    def save(self, vouched: bool = True) -> None:
+        """Checkpoint everything that the next step depends on. Every rank calls it; rank 0 writes.
+
+        Args:
+            vouched: what `vouch` returned since the last step: whether all bytes behind it were hashed after it.
+        """
         states = [self.group.gather(state) for state in self.rng]
         losses = self.group.gather(torch.tensor([self.loss_sum, self.loss_rows], dtype=torch.float64))
         if self.group.rank != 0:
@@ -330,6 +339,7 @@ class Student:
             "losses": losses,
             "seconds": self.seconds,
             "stage1_from": self.stage1_from,
+            "vouched": vouched,
             "history": self.history,
             "best": self.best,
             "best_record": self.best_record,
@@ -509,6 +519,13 @@ def forked_from(folder: Path) -> str | None:
     """Whose stage I a student went on from, by its newest checkpoint; None if by none's, or there is no checkpoint."""
     found = checkpoints(folder / "checkpoints")
     return glance(found[-1]).get("stage1_from") if found else None
+
+
+def drop_doubtful(folder: Path, writer: Writer) -> None:
+    """Remove a student's checkpoints that rest on bytes of which nobody knows whether they were already wrong."""
+    for path in checkpoints(folder / "checkpoints"):
+        if glance(path).get("vouched") is False:
+            writer.remove(path)
 
 
 def fail_from_outside(spec: recipe.Student, folder: Path, reason: str, attempt: int, writer: Writer) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,18 @@ from torch import nn
 
 from akd_dist import recipe
 from akd_dist.device import autocast, device_name, settle, weights_dtype
-from akd_dist.models import ModelCard, add_folder, changed_source, read_model
+from akd_dist.models import NOBODY, ModelCard, changed_source, read_model
 from akd_dist.rows import Rows, prepare
-from akd_dist.storage.errors import MachineError, RefusedError
+from akd_dist.storage.content import renewing
+from akd_dist.storage.errors import CorruptCacheError, MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.storage.layout import Shard
 from akd_dist.storage.manifest import Probe, Receipt
-from akd_dist.storage.writer import StoreWriter, adopt_shard, write_shard
+from akd_dist.storage.writer import StoreWriter, adopt_shard, as_stored, write_shard
+from akd_dist.trusted import Trusted
 from akd_dist.views import probe, view_of
+
+log = logging.getLogger(__name__)
 
 PROBES = 4
 """Rows of each shard whose augmented pixels are remembered."""
@@ -53,8 +58,8 @@ class CacheJob:
     """Batch rows, threads and precision."""
     cache_root: str
     """Prepared data of this node."""
-    folder: str | None = None
-    """The recipe's folder, put on sys.path for a custom teacher."""
+    trusted: Trusted = NOBODY
+    """Which factories the teacher's folder may name, as the driver's recipe has it."""
     device: str = "cpu"
     """Where the teacher computes: `cpu`, or `cuda` for this process's GPU."""
 
@@ -98,14 +103,20 @@ def served_fingerprint(card: ModelCard, precision: recipe.Precision) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def load_teacher(uri: str, fingerprint: str, precision: recipe.Precision = "float32", device: str = "cpu") -> nn.Module:
+def load_teacher(
+    uri: str,
+    fingerprint: str,
+    precision: recipe.Precision = "float32",
+    device: str = "cpu",
+    trusted: Trusted = NOBODY,
+) -> nn.Module:
     """The teacher in eval mode, on a device and in the dtype of a precision, loaded once in a process.
 
     Raises:
         RefusedError: the folder holds another teacher than `fingerprint` says, or none.
         DamagedError: its weights are not those that were saved.
     """
-    module, card = read_model(uri)
+    module, card = read_model(uri, trusted)
     found = served_fingerprint(card, precision)
     if found != fingerprint:
         raise RefusedError(
@@ -124,35 +135,42 @@ def cache_shard(job: CacheJob, shard: Shard) -> Receipt:
         RefusedError: data or teacher are not what the store is for, or logits are not finite; names the rows.
         MachineError: this process has not the device that the store is computed on.
         DamagedError, MachineError: as `write_shard`.
+        CorruptCacheError: the rows are not what was prepared, and were not when they were prepared anew.
     """
     started = time.perf_counter()
-    logits = adopt_shard(job.store, shard)
-    if logits is None:
-        logits, agreement, probes = compute_shard(job, shard)
-    else:
-        agreement, probes = _remember(job, shard, logits)
-    seconds = time.perf_counter() - started
+    adopted = adopt_shard(job.store, shard)
+    logits, agreement, probes = renewing(functools.partial(compute_shard, job, shard, adopted), log.warning)
+    seconds = time.perf_counter() - started if adopted is None else 0.0  # what was found was not timed
     return write_shard(job.store, shard, logits, label_agreement=agreement, probes=probes, seconds=seconds)
 
 
-def compute_shard(job: CacheJob, shard: Shard) -> tuple[np.ndarray, float | None, list[Probe]]:
+def compute_shard(
+    job: CacheJob, shard: Shard, adopted: np.ndarray | None = None
+) -> tuple[np.ndarray, float | None, list[Probe]]:
     """A shard's logits, float32 [shard.rows, classes], the share of rows whose label they choose, and probe views.
 
-    The share is None for regression, where no label is chosen.
+    The logits are those that a reader of the store will have: rounded as its encoding rounds them. So the share is a
+    function of the stored bytes, whoever works it out. It is None for regression, where no label is chosen.
 
     A pure function of the job and the shard, down to the last bit: threads and batch rows are fixed by the recipe.
+
+    Args:
+        adopted: the logits as they were found stored, where only what is to be said of them is missing.
     """
+    if adopted is not None:
+        return adopted, *_remember(job, shard, adopted)
     settle(job.device, job.cache.threads)
     _check_device(job)
     precision = job.cache.precision
-    rows, module = _rows_of(job), load_teacher(job.teacher_uri, job.teacher, precision, job.device)
+    rows = _rows_of(job)
+    module = load_teacher(job.teacher_uri, job.teacher, precision, job.device, job.trusted)
     blocks = []
     for start in range(shard.start, shard.stop, job.cache.batch_rows):
         numbers = np.arange(start, min(start + job.cache.batch_rows, shard.stop))
         block = rows.inputs.take(numbers, axis=0)
         inputs = view_of(job.augmentation, job.data.seed, block, numbers, shard.view, rows.tokens, job.device)
         blocks.append(teacher_logits(module, inputs, job.cache.batch_rows, precision))
-    logits = np.concatenate(blocks)
+    logits = as_stored(job.store.creation.identity, np.concatenate(blocks), shard.start)
     return logits, *_remember(job, shard, logits)
 
 
@@ -169,13 +187,22 @@ def _check_device(job: CacheJob) -> None:
 
 
 def _remember(job: CacheJob, shard: Shard, logits: np.ndarray) -> tuple[float | None, list[Probe]]:
-    """What a receipt says of a shard's rows: agreement with the labels, and a few views."""
+    """What a receipt says of a shard's rows: agreement with the labels, and a few views.
+
+    Raises:
+        CorruptCacheError: the rows that were read for the shard are not what was prepared.
+    """
     rows = _rows_of(job)
     agreement = None
     if rows.task == "classification":
         agreement = float(np.mean(logits.argmax(axis=1) == rows.labels[shard.start : shard.stop]))
     numbers = np.unique(np.linspace(shard.start, shard.stop - 1, PROBES).astype(np.int64))
     shown = probe(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view, rows.tokens, job.device)
+    try:
+        rows.content(shard.start, shard.stop).verify()
+    except CorruptCacheError:
+        del _rows[rows.fingerprint]
+        raise
     return agreement, shown
 
 
@@ -183,11 +210,11 @@ _rows: dict[str, Rows] = {}
 
 
 def _rows_of(job: CacheJob) -> Rows:
-    """The job's rows, opened once in a process; what the user wrote for them can be imported from here on."""
-    add_folder(job.folder)
+    """The job's rows, opened once in a process."""
     fingerprint = job.store.creation.identity.dataset
     if fingerprint not in _rows:
-        rows: Rows = getattr(prepare(job.data, Path(job.cache_root)), job.split)
+        splits = prepare(job.data, Path(job.cache_root), expected={job.split: fingerprint})
+        rows: Rows = getattr(splits, job.split)
         rows.check_same(job.store.creation.dataset)
         _rows[fingerprint] = rows
     return _rows[fingerprint]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from akd_dist import hub, recipe
 from akd_dist.storage.errors import RecipeError, RefusedError
@@ -25,9 +25,9 @@ class Tokens(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    vocabulary: int
+    vocabulary: Annotated[int, Field(ge=1, lt=2**31)]
     """Ids are 0 to vocabulary - 1."""
-    padding: int
+    padding: Annotated[int, Field(ge=0, lt=2**31)]
     """The id that fills inputs up to their length; attention leaves it out."""
     mask: int | None = None
     """The id that stands for a hidden token; None if the tokenizer has none."""

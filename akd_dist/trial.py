@@ -23,6 +23,7 @@ from akd_dist.storage.errors import RefusedError
 from akd_dist.stream import batch_ends
 from akd_dist.sync_batch_norm import has_batch_norm, refuse_own_batch_norms
 from akd_dist.teacher import teacher_logits
+from akd_dist.trusted import Trusted
 from akd_dist.wording import counted
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def try_training(
     model: recipe.Model,
     trainings: Iterable[tuple[str, recipe.Training]],
     rows: Rows,
-    normalize: recipe.Normalize | None,
+    data: recipe.Data,
 ) -> int:
     """Build a model that is to be trained, and run it as its trainings will.
 
@@ -45,7 +46,7 @@ def try_training(
         model: what is trained.
         trainings: how, each with whose it is, for the message: `teacher.train`, `the student mlp-8`.
         rows: the train rows.
-        normalize: as the recipe has it.
+        data: how the recipe has them.
 
     Returns:
         How many trained numbers it has.
@@ -54,7 +55,7 @@ def try_training(
         RefusedError: it does not fit memory, cannot be built, does not give a logit per class, or cannot be trained on
             batches of the size that it will meet.
     """
-    card = ModelCard.of(model, rows, normalize)
+    card = ModelCard.of(model, rows, data.normalize, data.image)
     module = try_out(card)
     _warn_of_probabilities(check_output(module.eval(), card, _some(rows, 2)), card)
     tried = set()
@@ -65,14 +66,14 @@ def try_training(
     return num_parameters(module)
 
 
-def try_teacher(uri: str, rows: Rows, cache: recipe.Cache) -> None:
+def try_teacher(uri: str, rows: Rows, cache: recipe.Cache, trusted: Trusted) -> None:
     """Run trained weights on two rows, as they will be for a store; in float32 where that is in half precision.
 
     Raises:
         RefusedError, DamagedError: as `models.load_model`; or it returns no logits, not one for each class, or such as
             cannot be stored.
     """
-    module, card = read_model(uri)
+    module, card = read_model(uri, trusted)
     module = module.to(weights_dtype(cache.precision))  # which is not half: autocast lacks some kernels on a CPU
     inputs = _some(rows, 2)
     _warn_of_probabilities(check_output(module, card, inputs), card)

@@ -27,11 +27,13 @@ from akd_dist.recipe import (
     RandomResizedCropFlip,
     Shift,
     TokenMask,
+    trust,
 )
 from akd_dist.storage.errors import AkdError, RefusedError
 from akd_dist.storage.files import sha256
 from akd_dist.storage.manifest import Probe
 from akd_dist.text import Tokens
+from akd_dist.trusted import Trusted
 
 SAMPLED = 16
 """Values of a probe view that are remembered beside its digest, to tell how far pixels have drifted."""
@@ -191,7 +193,7 @@ def by_content(augmentation: Augmentation) -> dict[str, Any]:
     """
     document = augmentation.model_dump(mode="json")
     if isinstance(augmentation, CustomAugmentation):
-        return document | {"source": source_sha256(augmentation.factory, _SIGNATURE)}
+        return document | {"source": source_sha256(augmentation, _SIGNATURE)}
     return document
 
 
@@ -250,7 +252,7 @@ def _augmenter(augmentation: Augmentation, input_shape: tuple[int, ...], tokens:
         case TokenMask(share=share):
             return _token_mask(share, input_shape, tokens)
         case CustomAugmentation():
-            return _custom(augmentation.model_dump_json())
+            return _custom(augmentation.model_dump_json(), augmentation.trusted)
 
 
 def _name(augmentation: Augmentation) -> str:
@@ -422,10 +424,10 @@ class _Custom:
 
 
 @functools.lru_cache(maxsize=8)
-def _custom(spec: str) -> _Custom:
+def _custom(spec: str, trusted: Trusted) -> _Custom:
     """The user's object, made once in a process; `spec` is the CustomAugmentation as JSON."""
-    augmentation = CustomAugmentation.model_validate_json(spec)
-    own = call_factory(augmentation.factory, _SIGNATURE, augmentation.arguments)
+    augmentation = trust(CustomAugmentation.model_validate_json(spec), trusted)
+    own = call_factory(augmentation, _SIGNATURE, augmentation.arguments)
     words = getattr(own, "words", None)
     missing = [name for name in ("draw", "apply") if not callable(getattr(own, name, None))]
     if missing or type(words) is not int or words < 0:

@@ -74,7 +74,7 @@ def annealing_recipe(
             "device": device,
             "folder": str(Path(__file__).parent),
         }
-    )
+    ).own()
 
 
 def cases(precision: str = "float32", device: str = "cpu") -> dict[str, Recipe]:
@@ -359,7 +359,7 @@ def harm(folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for seed in SEEDS:
         job = dataclasses.replace(job_of(harm_recipe(seed), teacher, splits, folder), root=str(folder / f"run-{seed}"))
-        stream, _ = open_stream(job, splits)
+        stream, *_ = open_stream(job, splits)
         assert stream.logits is not None
         streams = {
             "a view per epoch": stream,
@@ -391,7 +391,7 @@ def cosine(true: Stream, other: Stream) -> float:
 
 def stored_logits(recipe: Recipe, teacher: str, splits: Splits, folder: Path) -> np.ndarray:
     """The teacher's logits of the train rows, [views, rows, classes]."""
-    stream, _ = open_stream(job_of(recipe, teacher, splits, folder), splits)
+    stream, *_ = open_stream(job_of(recipe, teacher, splits, folder), splits)
     assert stream.logits is not None
     return stream.logits
 

@@ -6,6 +6,7 @@ akd-dist cache-teacher jobs/digits.yaml
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,13 +15,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.device import device_name, gpus_of
+from akd_dist.findings import near_chance
 from akd_dist.jobs import room
-from akd_dist.jobs.progress import Meter, meter, tell
+from akd_dist.jobs.progress import Meter, meter, tell, tell_once
 from akd_dist.jobs.room import Node
 from akd_dist.jobs.train_teacher import (
     Place,
@@ -34,12 +37,12 @@ from akd_dist.jobs.train_teacher import (
     run_on_ray,
     teacher_of,
 )
-from akd_dist.models import ModelCard, add_folder, load_card
+from akd_dist.models import ModelCard, load_card
 from akd_dist.recipe import NoAugmentation, Recipe
 from akd_dist.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference, prepare
-from akd_dist.storage import catalog
+from akd_dist.storage import catalog, removal
 from akd_dist.storage.encodings import encoding_from_config
-from akd_dist.storage.errors import MachineError, RefusedError
+from akd_dist.storage.errors import AkdError, MachineError, RefusedError
 from akd_dist.storage.files import check_folder
 from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, RECEIPTS, SOURCE_KEY, Shard, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Receipt, differences
@@ -49,6 +52,7 @@ from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, s
 from akd_dist.stream import Stream
 from akd_dist.teacher import CacheJob, cache_shard, compute_shard, served_fingerprint
 from akd_dist.trial import try_teacher, try_training
+from akd_dist.trusted import Trusted
 from akd_dist.views import by_content, check_augmentation
 
 
@@ -113,6 +117,7 @@ def cache_teacher(
     address: str | None = None,
     wait: bool = False,
     dry_run: bool = False,
+    prepare_again: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Make sure that sealed stores of the teacher's logits exist for the recipe's train, validation and test rows.
@@ -125,6 +130,7 @@ def cache_teacher(
         address: a Ray cluster; None starts one on this machine if there is anything to compute.
         wait: wait for somebody else's claim instead of leaving.
         dry_run: only say what would be computed, and refuse what the command would.
+        prepare_again: prepare this machine's data afresh, whatever was prepared before.
         console: where progress is told; stderr by default.
 
     Returns:
@@ -137,16 +143,18 @@ def cache_teacher(
 
     console = console or Console(stderr=True)
     started = time.monotonic()
-    add_folder(recipe.folder)
-    splits = prepare_shown(recipe.data, cache_root, console)
+    recipe.own()
+    splits = prepare_shown(recipe.data, cache_root, console, again=prepare_again)
     check_models(recipe, splits, store_root)
     with cluster.closing():
         if address is not None:
             cluster.connect(address, tell=lambda text: tell(console, text))
-        plan = foresee_caching(recipe, splits, store_root, address)
+        plan = foresee_caching(recipe, splits, store_root, address, console)
         if dry_run:
             return plan
+        splits.sources.begin()
         hops = cache_checked(recipe, splits, Place(store_root, cache_root, address, wait, console=console))
+    splits.sources.finish()
     return document_of(hops, time.monotonic() - started)
 
 
@@ -167,9 +175,10 @@ def cache_checked(recipe: Recipe, splits: Splits, place: Place) -> list[Hop]:
 def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache_root: str) -> dict[str, Any]:
     """The same stores by a plain loop in this process, without Ray; the bytes are those of the Ray run."""
     started = time.monotonic()
-    splits = prepare(recipe.data, Path(cache_root))
+    splits = prepare(recipe.own().data, Path(cache_root))
     place = Place(store_root, cache_root, console=Console(stderr=True))
     hops = walk_chain(recipe, splits, teacher_uri, place, run_in_process, compute_in_process)
+    splits.sources.finish()
     return document_of(hops, time.monotonic() - started)
 
 
@@ -191,17 +200,27 @@ def walk_chain(recipe: Recipe, splits: Splits, teacher_uri: str, place: Place, r
 def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Place, compute: Compute) -> Hop:
     """Sealed stores of one model's logits for every split; what is there already is not touched."""
     hop = Hop(name, uri, plan_splits(recipe, splits, uri, recipe.device))
+    _fill(hop, recipe, place, compute)
+    for plan in hop.plans:
+        if plan.split == "train" and plan.store is not None:
+            _tell_of_chance(name, plan.rows, plan.store, place.console)
+    return hop
+
+
+def _fill(hop: Hop, recipe: Recipe, place: Place, compute: Compute) -> None:
+    """Find the stores of a hop, and compute and seal those that are not there."""
     for plan in hop.plans:
         plan.store = catalog.find_store(place.store_root, plan.identity)
         if plan.store is not None:
             place.sweep(plan.identity.id)
     wanted = [plan for plan in hop.plans if plan.store is None]
     if not wanted:
-        return hop
+        return
     with contextlib.ExitStack() as claims:
         for plan in wanted:
             claims.enter_context(place.claim(plan.identity.id))
         device = place.device(recipe.device)
+        claims.push(functools.partial(_leave_nothing, wanted, place.store_root))
         for plan in wanted:
             plan.creation = computed_on(device, plan.creation)
             _open_for_writing(plan, recipe, place.store_root, place.console)
@@ -212,7 +231,25 @@ def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Plac
             if plan.writer is not None:
                 seal_store(plan.writer)
                 plan.store = catalog.find_store(place.store_root, plan.identity)
-    return hop
+
+
+def _tell_of_chance(name: str, rows: Rows, store: LogitStore, console: Console) -> None:
+    """Say so if a model, by what the shards of its train store say, knows hardly anything of the labels."""
+    agreed = [(shard.rows, shard.label_agreement) for shard in store.manifest.shards]
+    if any(share is None for _, share in agreed):
+        return  # regression
+    agreement = sum(n * (share or 0.0) for n, share in agreed) / sum(n for n, _ in agreed)
+    line = near_chance(name, agreement, np.bincount(rows.labels, minlength=rows.classes))
+    if line is not None:
+        tell_once(console, line)
+
+
+def _leave_nothing(plans: list[SplitPlan], store_root: str, kind: type[BaseException] | None, *_: object) -> None:
+    """After a refusal: stores that were begun, and have no shard yet, would only be in the way."""
+    if kind is not None:
+        for plan in plans:
+            with contextlib.suppress(AkdError):  # the first error is the one to tell
+                removal.discard_if_empty(store_root, plan.identity.id)
 
 
 def check_models(recipe: Recipe, splits: Splits, store_root: str) -> None:
@@ -225,22 +262,22 @@ def check_models(recipe: Recipe, splits: Splits, store_root: str) -> None:
             pretrained weights, fits no memory, or cannot be trained on its batches; or an augmentation does not fit.
         DamagedError: weights or a store are not what was written.
     """
-    rows, normalize = splits.train, recipe.data.normalize
+    rows, data = splits.train, recipe.data
     if (uri := recipe.teacher.weights) is not None:
-        load_card(uri).check_rows(rows, f"the teacher in {uri}")
+        load_card(uri, recipe.trusted).check_rows(rows, f"the teacher in {uri}")
         plans = plan_splits(recipe, splits, uri, recipe.device)
         if any(catalog.find_store(store_root, plan.identity) is None for plan in plans):
-            try_teacher(uri, rows, recipe.cache)
+            try_teacher(uri, rows, recipe.cache, recipe.trusted)
     elif (teacher := teacher_of(recipe, splits)) is not None and not is_there(teacher.uri(store_root)):
         assert recipe.teacher.train is not None
-        try_training(teacher.spec.model, [(teacher.setting, recipe.teacher.train)], rows, normalize)
+        try_training(teacher.spec.model, [(teacher.setting, recipe.teacher.train)], rows, data)
     for number, assistant in enumerate(recipe.teacher.chain, 1):
-        try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, normalize)
-    check_augmentation(recipe.data.augmentation, recipe.data.seed, rows.inputs, rows.tokens)
+        try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, data)
+    check_augmentation(data.augmentation, data.seed, rows.inputs, rows.tokens)
 
 
-def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Splits:
-    """`rows.prepare`, with a meter for each source and each fingerprint, one after the other."""
+def prepare_shown(data: recipes.Data, cache_root: str, console: Console, *, again: bool = False) -> Splits:
+    """`rows.prepare`, with a meter for each source and each fingerprint, and a line for each finding."""
     with contextlib.ExitStack() as stack:
         shown: dict[str, Meter] = {}
 
@@ -251,12 +288,15 @@ def prepare_shown(data: recipes.Data, cache_root: str, console: Console) -> Spli
                 shown[what].update(0)
             shown[what].update(done)
 
-        return prepare(data, Path(cache_root), on_progress=update)
+        splits = prepare(data, Path(cache_root), on_progress=update, again=again)
+    for line in splits.findings:
+        tell_once(console, line)
+    return splits
 
 
 def plan_splits(recipe: Recipe, splits: Splits, teacher_uri: str, device: str) -> list[SplitPlan]:
     """What the recipe asks for, split by split; `device` as in `creation_of`."""
-    card = load_card(teacher_uri)
+    card = load_card(teacher_uri, recipe.trusted)
     plans = []
     for split in SPLITS:
         rows: Rows = getattr(splits, split)
@@ -431,7 +471,7 @@ def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str
         augmentation=recipe.data.augmentation if plan.split == "train" else NoAugmentation(),
         cache=recipe.cache,
         cache_root=cache_root,
-        folder=recipe.folder,
+        trusted=recipe.trusted,
         device=recipe.device,
     )
 
@@ -440,12 +480,19 @@ def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str
 
 
 def repair(
-    store_root: str, store_id: str, recipe: Recipe | None, cache_root: str, console: Console | None = None
+    store_root: str,
+    store_id: str,
+    recipe: Recipe | None,
+    cache_root: str,
+    console: Console | None = None,
+    *,
+    trust: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Recompute the damaged shards of a sealed store, and only these; they must arrive at the manifest's sha256.
 
     Args:
         recipe: how to recompute; None takes the recipe that the store was made with.
+        trust: modules that the store's recipe may name: it is not the user's word, as `recipe` is.
 
     Raises:
         RefusedError: the data or the teacher is not what the store was made from, or nobody knows the recipe.
@@ -453,15 +500,20 @@ def repair(
     """
     console = console or Console(stderr=True)
     hint = catalog.hint_of(store_root, store_id)
-    recipe = recipe or _recipe_of(store_id, hint)
-    add_folder(recipe.folder)
+    if recipe is None:
+        recipe = _recipe_of(store_id, hint)
+        told = Trusted(modules=tuple(trust)).seen_from(f"the store {store_id[:12]}", recipe.folder)
+        recipe = recipes.trust(recipe, told)
+    else:
+        recipe = recipe.own()
     splits = prepare_shown(recipe.data, cache_root, console)
     known = [hint["split"]] if hint.get("split") in SPLITS else SPLITS
     uri, plan = _plan_of(store_id, known, recipe, splits, store_root)
     plan.creation = computed_on(device_name(recipe.device), plan.creation)  # it is this process that computes
     plan.writer = StoreWriter(store_root, plan.creation)
     job = cache_job(plan, recipe, uri, cache_root)
-    repaired = catalog.repair_store(store_root, store_id, lambda shard: compute_shard(job, shard))
+    recompute = functools.partial(compute_shard, job)
+    repaired = catalog.repair_store(store_root, store_id, recompute, computed=plan.creation.computed)
     return {"id": store_id, "repaired": [shard.key for shard in repaired]}
 
 
@@ -484,8 +536,9 @@ def _plan_of(
     """Which model of the chain a store holds the logits of: its folder, and how the split is cached, one of `names`."""
     uris = model_uris(recipe, splits, store_root)
     known = uris if is_there(uris[-1]) else uris[:-1] or uris
+    cards = {uri: load_card(uri, recipe.trusted) for uri in known}
     plans = [
-        (uri, SplitPlan(split, rows, creation_of(recipe, rows, split, load_card(uri), recipe.device, number)))
+        (uri, SplitPlan(split, rows, creation_of(recipe, rows, split, cards[uri], recipe.device, number)))
         for split, rows in ((name, getattr(splits, name)) for name in names)
         for uri in known
         for number in range(FORMAT_VERSION, 0, -1)
@@ -493,9 +546,9 @@ def _plan_of(
     found = next(((uri, plan) for uri, plan in plans if plan.identity.id == store_id), None)
     if found is not None:
         return found
-    key = f"{store_id}/{CREATION_KEY}"
-    sealed = Creation.from_bytes(open_root(store_root).get(key), key).identity
-    differing = [plan.identity.differences(sealed) for _, plan in plans]
+    sealed = catalog.identity_of(store_root, store_id)
+    unknown = [f"another id, and no {CREATION_KEY} that says why"]
+    differing = [plan.identity.differences(sealed) if sealed else unknown for _, plan in plans]
     raise RefusedError(
         f"the store {store_id[:12]} cannot be recomputed from this data and teacher",
         got="; ".join(sorted(differing, key=len)[0]),
@@ -514,7 +567,8 @@ def model_uris(recipe: Recipe, splits: Splits, store_root: str) -> list[str]:
     for assistant in recipe.teacher.chain:
         if not is_there(uris[-1]):
             break
-        above = creation_of(recipe, splits.train, "train", load_card(uris[-1]), recipe.device).identity
+        card = load_card(uris[-1], recipe.trusted)
+        above = creation_of(recipe, splits.train, "train", card, recipe.device).identity
         uris.append(assistant_of(recipe, splits, assistant, above, {}).uri(store_root))
     return uris
 
@@ -545,7 +599,9 @@ def check_room(store_root: str, needed: int) -> None:
         )
 
 
-def foresee_caching(recipe: Recipe, splits: Splits, store_root: str, address: str | None) -> dict[str, Any]:
+def foresee_caching(
+    recipe: Recipe, splits: Splits, store_root: str, address: str | None, console: Console
+) -> dict[str, Any]:
     """What caching would compute: nothing of the stores and views that are there, as far as their models are.
 
     Returns:
@@ -559,8 +615,12 @@ def foresee_caching(recipe: Recipe, splits: Splits, store_root: str, address: st
 
     uris = model_uris(recipe, splits, store_root)
     known: list[str | None] = [uri for uri in uris if uri == recipe.teacher.weights or is_there(uri)]
-    unknown = [None] * (1 + len(recipe.teacher.chain) - len(known))
-    teacher, *assistants = [_planned(recipe, splits, uri, store_root, address) for uri in known + unknown]
+    unknown: list[str | None] = [None] * (1 + len(recipe.teacher.chain) - len(known))
+    names = ["the teacher", *(f"the assistant {one.model.label}" for one in recipe.teacher.chain)]
+    teacher, *assistants = [
+        _planned(name, recipe, splits, uri, store_root, address, console)
+        for name, uri in zip(names, known + unknown, strict=True)
+    ]
     needed = sum(split["bytes"] for splits in (teacher, *assistants) for split in splits.values())
     if needed:
         check_folder(open_root(store_root).local_path(""))
@@ -580,7 +640,7 @@ def foresee_caching(recipe: Recipe, splits: Splits, store_root: str, address: st
 
 
 def _planned(
-    recipe: Recipe, splits: Splits, uri: str | None, store_root: str, address: str | None
+    name: str, recipe: Recipe, splits: Splits, uri: str | None, store_root: str, address: str | None, console: Console
 ) -> dict[str, dict[str, Any]]:
     """What the stores of one model would still take; all of it where the model is not there yet."""
     stores: dict[str, LogitStore | None] = dict.fromkeys(SPLITS)
@@ -595,6 +655,8 @@ def _planned(
                 # Which card the nodes of a cluster have is not asked: views that are there may count as missing.
                 plan.creation = computed_on(device_name(recipe.device), plan.creation)
         there = {plan.split: _source(plan, catalog.narrower_stores(store_root, plan.identity)) for plan in plans}
+    if (sealed := stores["train"]) is not None:
+        _tell_of_chance(name, splits.train, sealed, console)
     dtype = str(encoding_from_config({"name": recipe.cache.encoding}).dtype)
     planned = {}
     for split, store in stores.items():

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -89,6 +89,7 @@ class Fleet:
         stop: once it is up, running cohorts checkpoint and return, and no other is started.
         assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
         fixed: whether the number of cohorts is the recipe's, so that none is cut again.
+        look: called several times a second; what it raises ends the run once the cohorts have checkpointed.
     """
 
     def __init__(
@@ -100,9 +101,10 @@ class Fleet:
         assistant: Stores | None = None,
         *,
         fixed: bool = False,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         self.base, self.costs, self.stop, self.console, self.fixed = base, costs, stop, console, fixed
-        self.assistant = assistant or {}
+        self.assistant, self.look = assistant or {}, look
         self.shared = shared_by(base, self.assistant, console)
         self.waiting: list[Cohort] = []
         self.carried: list[Carried] = []
@@ -142,6 +144,7 @@ class Fleet:
             self.alive_at = self.moved_at = time.monotonic()  # nodes may have been waited for
             while self._keep_busy():
                 self._follow(shown)
+                self.look()
             self._follow(shown)
         if self.errors:
             raise self.errors[0]

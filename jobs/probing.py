@@ -25,11 +25,11 @@ import torch
 
 from akd_dist.device import gpus_of
 from akd_dist.group import told
-from akd_dist.models import add_folder
 from akd_dist.probe import Measured, largest_optimizer, moments, probe
-from akd_dist.recipe import Data, HardLabels, Recipe, Student
+from akd_dist.recipe import Data, HardLabels, Recipe, Student, trust
 from akd_dist.rows import Splits, prepare
 from akd_dist.storage.errors import AkdError, MachineError
+from akd_dist.trusted import Trusted
 
 ALL_SECONDS = 30.0
 """How long the probes of a fleet take at most; further models are estimated from the nearest by size."""
@@ -133,7 +133,7 @@ class Prober:
         self.job = {
             "data": recipe.data.model_dump(mode="json"),
             "device": recipe.device,
-            "folder": recipe.folder,
+            "trusted": recipe.trusted.model_dump(mode="json"),
             "cache_root": cache_root,
         }
         self.process: subprocess.Popen[str] | None = None
@@ -205,20 +205,20 @@ def answer_probes() -> None:
 
 
 def _answer(
-    student: dict[str, Any], data: dict[str, Any], device: str, folder: str | None, cache_root: str, scratch: str
+    student: dict[str, Any], data: dict[str, Any], device: str, trusted: dict[str, Any], cache_root: str, scratch: str
 ) -> Measured:
-    add_folder(folder)
-    rows, splits = _prepared(json.dumps(data), cache_root)
+    told = Trusted.model_validate(trusted)
+    rows, splits = _prepared(json.dumps(data), told, cache_root)
     try:
-        return probe(rows, device, Student.model_validate(student), splits, Path(scratch))
+        return probe(rows, device, trust(Student.model_validate(student), told), splits, Path(scratch))
     finally:
         torch.cuda.empty_cache()  # else it would count as taken in the next probe
 
 
 @functools.cache
-def _prepared(data: str, cache_root: str) -> tuple[Data, Splits]:
-    rows = Data.model_validate_json(data)
-    return rows, prepare(rows, Path(cache_root))
+def _prepared(data: str, trusted: Trusted, cache_root: str) -> tuple[Data, Splits]:
+    rows = trust(Data.model_validate_json(data), trusted)
+    return rows, prepare(rows, Path(cache_root), expected={})  # what is trained on is looked at elsewhere
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,17 @@ class Meter:
 def tell(console: Console, text: str) -> None:
     """A line for the person who waits: never folded, so that paths in it can be copied, and never taken for markup."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+_told: weakref.WeakKeyDictionary[Console, set[str]] = weakref.WeakKeyDictionary()
+
+
+def tell_once(console: Console, text: str) -> None:
+    """`tell`, but what a console has told already it does not tell again: a command may pass here several times."""
+    told = _told.setdefault(console, set())
+    if text not in told:
+        told.add(text)
+        tell(console, text)
 
 
 @contextlib.contextmanager

@@ -28,9 +28,11 @@ from akd_dist.checkpoint import DAMAGED
 from akd_dist.cohort import (
     ZOMBIE_SECONDS,
     CohortJob,
+    check_fingerprints,
     ended,
     open_stream,
     read_result,
+    renewals,
     stop_attempts,
     stored_predictions,
     train_cohort,
@@ -52,11 +54,12 @@ from akd_dist.jobs.planner import Costs, cohort_job, groups_of, learns_from_assi
 from akd_dist.jobs.progress import tell
 from akd_dist.jobs.train_teacher import Place, Stores, is_there, teacher_of
 from akd_dist.metrics import measure
-from akd_dist.models import ModelCard, add_folder, build, by_content, load_card, num_parameters
+from akd_dist.models import ModelCard, build, by_content, check_memory, load_card, num_parameters
 from akd_dist.recipe import Recipe
 from akd_dist.report_page import write_report
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
 from akd_dist.status import driving
+from akd_dist.storage.content import renewing
 from akd_dist.storage.errors import AkdError, DamagedError, RecipeError, RefusedError
 from akd_dist.storage.files import canonical_json, check_folder, file_lock, read_json, refuse_held, replace
 from akd_dist.storage.objects import open_root
@@ -66,6 +69,7 @@ from akd_dist.student import failed_entry
 from akd_dist.teacher import served_fingerprint
 from akd_dist.trackers import Tracked, forwarding
 from akd_dist.trial import try_training
+from akd_dist.trusted import Trusted
 
 Chain = list[Stores]
 """The stores of the teacher's logits, then of each assistant's: students learn from the first or from the last."""
@@ -96,6 +100,7 @@ def train_students(
     fresh: bool = False,
     wait: bool = False,
     dry_run: bool = False,
+    prepare_again: bool = False,
     trackers: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -112,6 +117,7 @@ def train_students(
         wait: wait for somebody else's claim instead of leaving.
         dry_run: only say what would be done, and refuse what the command would; takes no lock and leaves the run as
             it is.
+        prepare_again: prepare this machine's data afresh, whatever was prepared before.
         trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
 
@@ -124,12 +130,13 @@ def train_students(
     from akd_dist.jobs import cluster
 
     console, began = console or Console(stderr=True), time.monotonic()
-    add_folder(recipe.folder)
+    recipe = recipe.own()
     run = Path(run_root) / recipe.name
     asked = Asked(
         store_root, cache_root, address=address, wait=wait, console=console, run=run, fresh=fresh, began=began
     )
-    splits = prepare_shown(recipe.data, cache_root, console)
+    splits = prepare_shown(recipe.data, cache_root, console, again=prepare_again)
+    splits.sources.begin()
     parameters = check_students(recipe, splits)
     check_models(recipe, splits, store_root)
     check_folder(run)
@@ -175,12 +182,38 @@ def _train_held(
         begin_run(run, recipe, identity)
         # Decode once, and refuse a damaged store before anything starts; the driver may have no GPU.
         for one in {learns_from_assistant(spec): spec for spec in todo}.values():
-            open_stream(replaced(cohort_job(base, (one,), chain[-1]), device="cpu"), splits)
+            job = replaced(cohort_job(base, (one,), chain[-1]), device="cpu")
+            renewing(functools.partial(_open_here, job), asked.tell)
         with forward(), _going_on(asked.fresh):
-            cohorts = _train(base, recipe, todo, chain, costs, asked) if todo else 0
+            cohorts = _train(base, recipe, todo, chain, costs, splits, asked) if todo else 0
+        splits.sources.finish()
+        splits = renewing(functools.partial(_with_sound_test_rows, base), asked.tell)
         fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, time.monotonic() - asked.began)
     tell_failures(fleet, base, asked.console)
     return fleet
+
+
+def _open_here(job: CohortJob) -> None:
+    """Open what a cohort reads, on this machine.
+
+    Raises:
+        CorruptCacheError: rows are seen not to be what was prepared.
+    """
+    splits = prepare(job.data, Path(job.cache_root), expected=job.fingerprints)
+    check_fingerprints(job, splits)
+    open_stream(job, splits)
+
+
+def _with_sound_test_rows(base: CohortJob) -> Splits:
+    """The splits, of which the driver itself measures on the test rows.
+
+    Raises:
+        CorruptCacheError: these are not what was prepared.
+    """
+    splits = prepare(base.data, Path(base.cache_root), expected=base.fingerprints)
+    check_fingerprints(base, splits)
+    splits.test.content().verify()
+    return splits
 
 
 def _foresee(recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: Asked) -> tuple[Plan, Costs]:
@@ -189,7 +222,7 @@ def _foresee(recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: 
 
     if asked.address is not None:
         cluster.connect(asked.address, tell=asked.tell)
-    cache = foresee_caching(recipe, splits, asked.store_root, asked.address)
+    cache = foresee_caching(recipe, splits, asked.store_root, asked.address, asked.console)
     base = fleet_job(recipe, splits, {}, asked.run, asked.cache_root)
     todo = [spec for spec in recipe.students if asked.fresh or not ended(base, spec)]
     if todo:
@@ -209,7 +242,13 @@ def _cache(recipe: Recipe, splits: Splits, asked: Asked) -> Chain:
 
 
 def _train(
-    base: CohortJob, recipe: Recipe, todo: list[recipes.Student], chain: Chain, costs: Costs, asked: Asked
+    base: CohortJob,
+    recipe: Recipe,
+    todo: list[recipes.Student],
+    chain: Chain,
+    costs: Costs,
+    splits: Splits,
+    asked: Asked,
 ) -> int:
     """Train those that have not ended; the number of Ray Train runs it took."""
     from akd_dist.jobs import cluster
@@ -221,7 +260,8 @@ def _train(
         cohorts, _ = plan_cohorts(recipe, todo, cluster.nodes(), costs)
         fixed = recipe.cohorts is not None
         with telling_damage(base, todo, asked.console):
-            count = Fleet(base, costs, stop, asked.console, chain[-1], fixed=fixed).train(cohorts)
+            fleet = Fleet(base, costs, stop, asked.console, chain[-1], fixed=fixed, look=splits.sources.look)
+            count = fleet.train(cohorts)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")
@@ -248,12 +288,15 @@ def train_in_process(
         stores: those of the teacher.
         assistant: those of the last assistant, where there are students of objective `takd`.
     """
-    splits = prepare(recipe.data, Path(cache_root))
+    splits = prepare(recipe.own().data, Path(cache_root))
     base = fleet_job(recipe, splits, stores, run, cache_root)
     Path(base.control).mkdir(parents=True, exist_ok=True)
     base.attempt_file.touch()
     jobs = [cohort_job(base, group, assistant or {}) for group in groups_of(list(recipe.students))]
-    return {result["name"]: result for job in jobs for result in train_cohort(job)["students"]}
+    splits.sources.begin()
+    results = {result["name"]: result for job in jobs for result in train_cohort(job)["students"]}
+    splits.sources.finish()
+    return results
 
 
 # ---- before anything starts
@@ -287,7 +330,7 @@ def check_students(recipe: Recipe, splits: Splits) -> dict[str, int]:
     counts: dict[str, int] = {}
     for group in alike.values():
         trainings = [(f"the student {spec.name}", spec) for spec in group]
-        count = try_training(group[0].model, trainings, splits.train, recipe.data.normalize)
+        count = try_training(group[0].model, trainings, splits.train, recipe.data)
         counts |= {spec.name: count for spec in group}
     return {spec.name: counts[spec.name] for spec in recipe.students}
 
@@ -304,7 +347,9 @@ def foreseen_identity(recipe: Recipe, splits: Splits, store_root: str) -> dict[s
     """What `run_identity` will be, as far as it is known before anything is trained: teachers that are there count."""
     document, uris = run_identity(recipe, splits), model_uris(recipe, splits, store_root)
     if len(uris) > len(recipe.teacher.chain) and is_there(uris[-1]):
-        document["teacher"] |= _taught_by(served_fingerprint(load_card(uri), recipe.cache.precision) for uri in uris)
+        document["teacher"] |= _taught_by(
+            served_fingerprint(load_card(uri, recipe.trusted), recipe.cache.precision) for uri in uris
+        )
     return document
 
 
@@ -454,7 +499,6 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
         cache_root=cache_root,
         stores=stores,
         teacher_test=stores.get("test"),
-        folder=recipe.folder,
         control=str(run / "control"),
         attempt=1 + last_attempt(run),
         checkpoint_seconds=recipe.checkpoint_seconds,
@@ -510,8 +554,8 @@ def finish_run(
         "store": stores[0]["train"].uri,
         "task": recipe.data.task,
         "metric": recipe.data.primary_metric,
-        "teacher": describe_teacher(stores[0]["train"], stores[0]["test"], splits.test),
-        "assistants": [describe_assistant(each, stores[0]["test"], splits.test) for each in stores[1:]],
+        "teacher": describe_teacher(stores[0]["train"], stores[0]["test"], splits.test, recipe.trusted),
+        "assistants": [describe_assistant(each, stores[0]["test"], splits.test, recipe.trusted) for each in stores[1:]],
         "students": results,
         "cohorts": cohorts,
         "seconds": round(seconds, 3),
@@ -570,24 +614,28 @@ def tell_failures(fleet: dict[str, Any], base: CohortJob, console: Console) -> N
 
 @contextlib.contextmanager
 def telling_damage(base: CohortJob, students: list[recipes.Student], console: Console) -> Iterator[None]:
-    """Name the checkpoints that are found damaged meanwhile: their students went on from the one before."""
+    """Name what is found damaged meanwhile: checkpoints, in whose place the one before was taken; caches, made anew."""
 
     def aside() -> dict[Path, tuple[str, int]]:
         folders = {spec.name: Path(base.root) / spec.name / "checkpoints" for spec in students}
         found = ((path, name) for name, folder in folders.items() for path in sorted(folder.glob(f"*{DAMAGED}")))
         return {path: (name, path.stat().st_mtime_ns) for path, name in found}
 
-    before = aside()
+    before, lines = aside(), len(renewals(base))
     try:
         yield
     finally:
+        for line in renewals(base)[lines:]:
+            tell(console, f"warning: {line}")
         for path, (name, _) in sorted(aside().items() - before.items()):
             tell(console, f"warning: a checkpoint of {name} was damaged, the one before it was taken; it is {path}")
 
 
-def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows) -> dict[str, Any]:
+def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows, trusted: Trusted) -> dict[str, Any]:
     """The teacher's row of the table, from its stored logits of the test rows: it is not run again."""
     card = ModelCard.model_validate(train.manifest.teacher["spec"])
+    recipes.trust(card.model, trusted.seen_from(f"the store {train.uri}"))
+    check_memory(card)
     labels = torch.from_numpy(np.array(rows.labels))
     return {
         "model": card.model.label,
@@ -597,13 +645,15 @@ def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows) -> dict[st
     }
 
 
-def describe_assistant(stores: dict[str, LogitStore], teacher_test: LogitStore, rows: Rows) -> dict[str, Any]:
+def describe_assistant(
+    stores: dict[str, LogitStore], teacher_test: LogitStore, rows: Rows, trusted: Trusted
+) -> dict[str, Any]:
     """An assistant's row: as the teacher's, with its agreement with the teacher, and the store of its logits."""
     agreement = None
     if rows.task == "classification":
         ours, theirs = (stored_predictions(store, rows) for store in (stores["test"], teacher_test))
         agreement = float((ours == theirs).double().mean())
-    described = describe_teacher(stores["train"], stores["test"], rows)
+    described = describe_teacher(stores["train"], stores["test"], rows, trusted)
     return described | {"agreement": agreement, "store": stores["train"].uri}
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist import views
-from akd_dist.cohort import CohortJob, read_progress, read_result, train_cohort
+from akd_dist.cohort import CohortJob, read_progress, read_result, renewals, train_cohort
 from akd_dist.device import device_name, gpus_of
 from akd_dist.jobs.progress import Meter, meter, tell
 from akd_dist.models import by_content, load_card
@@ -26,6 +26,7 @@ from akd_dist.rows import SPLITS, Splits
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store
 from akd_dist.storage.errors import HeldError, MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
+from akd_dist.storage.layout import TEACHERS
 from akd_dist.storage.manifest import Identity
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.uses import using
@@ -33,8 +34,6 @@ from akd_dist.storage.uses import using
 if TYPE_CHECKING:
     from akd_dist.jobs.cluster import StopFlag
     from akd_dist.jobs.shared import Shared
-
-TEACHERS = "teachers"
 
 Stores = dict[str, str]
 """The stores of one model's logits: split -> URI."""
@@ -143,7 +142,6 @@ class Trained:
             logs=str(root / self.spec.name),
             cache_root=place.cache_root,
             stores=self.stores,
-            folder=recipe.folder,
             control=str(root / self.spec.name / "checkpoints"),
             checkpoint_seconds=recipe.checkpoint_seconds,
             device=recipe.device,
@@ -194,6 +192,8 @@ def _spec(
     common = {name: getattr(training, name) for name in recipes.Training.model_fields}
     spec = recipes.Student(name="unnamed", model=model, objective=objective, **common)
     data = recipe.data.model_dump(mode="json", include={"seed", "augmentation", "window", "normalize"})
+    if recipe.data.image != recipes.Image():  # the card says so
+        data["image"] = recipe.data.image.model_dump(mode="json")
     data["augmentation"] = views.by_content(recipe.data.augmentation)
     dumped = spec.model_dump(mode="json", exclude={"name"}) | {"model": by_content(model)}
     recipes.forget_later_keys(dumped)
@@ -246,13 +246,27 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, place: Plac
             Path(job.control).mkdir(parents=True, exist_ok=True)
             job.stop_file.unlink(missing_ok=True)
             _forget_failure(job)
-            with using(trained.stores.values(), run=uri, lock=lock):
-                result = _result(trained, job, run(trained, job, place))
+            try:
+                with using(trained.stores.values(), run=uri, lock=lock):
+                    outcome = run(trained, job, place)
+                for line in renewals(job):
+                    place.tell(f"warning: {line}")
+                result = _result(trained, job, outcome)
+            except BaseException:
+                _leave_no_empty_folder(job)
+                raise
             shutil.rmtree(job.control, ignore_errors=True)
             metric = recipe.data.primary_metric
             place.tell(f"{trained.name} is trained: test {metric} {result['test'][metric]:.4f}")
             _deliver(Path(job.root) / trained.spec.name, uri)
     return uri
+
+
+def _leave_no_empty_folder(job: CohortJob) -> None:
+    """Where nothing was trained yet, as after a refusal, nothing is left; a log or a checkpoint stays."""
+    with contextlib.suppress(OSError):
+        Path(job.control).rmdir()
+        Path(job.control).parent.rmdir()
 
 
 def _forget_failure(job: CohortJob) -> None:

@@ -19,11 +19,8 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from akd_dist.storage.layout import LOGITS, Shard
+from akd_dist.storage.layout import ARRAY_KEY, GROUP_KEY, LOGITS, Shard
 from akd_dist.storage.manifest import Identity
-
-GROUP_KEY = "zarr.json"
-ARRAY_KEY = f"{LOGITS}/zarr.json"
 
 _PINNED = {
     # Other pipelines (zarrs) skip the checksum on partial reads and write shards in place.

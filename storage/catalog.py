@@ -1,34 +1,63 @@
-"""The stores under a root: find one by identity, list, verify, repair, and collect what interrupted runs left."""
+"""The stores under a root: find one by identity, list, verify and repair.
+
+A store that is damaged, foreign or not ours to read stands in nobody's way but of those who ask for that very store.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from akd_dist.storage.arrays import metadata
-from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store, holder_of
-from akd_dist.storage.errors import AkdError, DamagedError, HeldError, RefusedError
-from akd_dist.storage.files import PARTIAL_SUFFIX, sha256
-from akd_dist.storage.layout import ARRAYS, CREATION_KEY, DAMAGED_SUFFIX, MANIFEST_KEY, RECEIPTS, SOURCE_KEY, Shard
-from akd_dist.storage.manifest import Creation, Identity, Manifest, Probe, Receipt
+from akd_dist.storage.claim import claim_store
+from akd_dist.storage.errors import AkdError, DamagedError, MachineError, RefusedError
+from akd_dist.storage.files import canonical_json, parse_json, sha256
+from akd_dist.storage.layout import (
+    ARRAYS,
+    CREATION_KEY,
+    DAMAGED_SUFFIX,
+    LOGITS,
+    MANIFEST_KEY,
+    RECEIPTS,
+    SOURCE_KEY,
+    Shard,
+)
+from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Probe, Receipt, differences
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot, open_root
 from akd_dist.storage.reader import Damage, LogitStore, open_store, read_manifest
-from akd_dist.storage.uses import REMOVING_SUFFIX, USES, Use, uses_of
-from akd_dist.storage.writer import StoreWriter, encode_logits, missing_shards, seal_store, set_aside, write_shard
+from akd_dist.storage.uses import USES, Use, uses_of
+from akd_dist.storage.writer import (
+    StoreWriter,
+    adopt_shard,
+    begun_as,
+    encode_logits,
+    missing_shards,
+    seal_store,
+    set_aside,
+    write_shard,
+)
 
-_ID = re.compile(r"[0-9a-f]{64}")
+T = TypeVar("T")
+STORE_ID = re.compile(r"[0-9a-f]{64}")
 
-# Computes a shard anew: logits float32 [shard.rows, classes], label agreement, probes, as for `write_shard`.
-Recompute = Callable[[Shard], tuple[npt.NDArray[np.float32], float | None, Sequence[Probe]]]
+# Computes a shard anew: logits float32 [shard.rows, classes], label agreement, probes, as for `write_shard`. Given the
+# logits as they are stored, it adds the rest alone.
+Recompute = Callable[
+    [Shard, npt.NDArray[np.float32] | None], tuple[npt.NDArray[np.float32], float | None, Sequence[Probe]]
+]
 Progress = Callable[[int, int], None]
+# A store's folder with nothing in it, as a removal leaves for a moment.
+_NOTHING = "has nothing in it"
+
+log = logging.getLogger("akd_dist.storage")
 
 
 @dataclass(frozen=True)
@@ -80,41 +109,44 @@ def find_store(root_uri: str, identity: Identity) -> LogitStore | None:
     """A sealed store that holds what `identity` describes: the same but for as many views or more; the fewest of these.
 
     Raises:
-        DamagedError: there is one, and it is not what was sealed.
+        DamagedError: the very store is there, and is not what was sealed. One of more views is passed over, with a
+            warning.
     """
     root = open_root(root_uri)
     if root.exists(f"{identity.id}/{MANIFEST_KEY}"):
         return _open_as(root, identity.id)
     wider = [found for found in _sealed_alike(root, identity, "views") if found.views > identity.views]
-    return _open_as(root, min(wider, key=lambda found: found.views).id) if wider else None
+    opened = (_unless_bad(_open_as, root, found.id) for found in sorted(wider, key=lambda found: found.views))
+    return next((store for store in opened if store is not None), None)
 
 
 def narrower_stores(root_uri: str, identity: Identity) -> list[Manifest]:
     """The seals of stores that hold some of what `identity` describes: the same but for fewer views; the most first.
 
-    Raises:
-        DamagedError: a seal is not what was written.
+    One that is damaged is passed over, with a warning.
     """
     root = open_root(root_uri)
     narrower = [found for found in _sealed_alike(root, identity, "views") if found.views < identity.views]
-    return [_manifest(root, found.id) for found in sorted(narrower, key=lambda found: -found.views)]
+    seals = [_unless_bad(_manifest, root, found.id) for found in sorted(narrower, key=lambda found: -found.views)]
+    return [seal for seal in seals if seal is not None]
 
 
 def stores_of_other_rows(root_uri: str, identity: Identity, split: str) -> list[Creation]:
     """What sealed stores are that differ from `identity` in their dataset alone, and were made for the same split."""
     root = open_root(root_uri)
-    return [
-        _creation(root, found.id)
+    seals = [
+        _unless_bad(_manifest, root, found.id)
         for found in _sealed_alike(root, identity, "dataset", "rows", "views")
         if found.dataset != identity.dataset and found.views >= identity.views and _split(root, found.id) == split
     ]
+    return [seal.creation() for seal in seals if seal is not None]
 
 
 def list_stores(root_uri: str) -> list[StoreSummary]:
-    """Every store under a root, sealed or not."""
+    """Every store under a root, sealed or not; one that cannot be read is among them, with its problem."""
     root = open_root(root_uri)
     found = (_summary(root, store_id) for store_id in _ids(root))
-    return [one for one in found if one.modified or one.uses or one.partials]  # not the folders of one just removed
+    return [one for one in found if one.problem != _NOTHING]  # not the folders of one just removed
 
 
 def summary_of(root_uri: str, store_id: str) -> StoreSummary:
@@ -127,13 +159,23 @@ def hint_of(root_uri: str, store_id: str) -> dict[str, Any]:
     return _hint(open_root(root_uri), store_id)
 
 
+def identity_of(root_uri: str, store_id: str) -> Identity | None:
+    """What a store holds, as its creation document says; None where that is missing, damaged or another store's."""
+    return _identity(open_root(root_uri), store_id)
+
+
 def receipts_of(root_uri: str, store_id: str) -> list[Receipt]:
-    """What the writers of a store's shards said of them; those that are gone or cannot be read are left out."""
+    """What the writers of a store's shards said of them; those that are gone or damaged are left out.
+
+    Receipts of earlier versions have no checksum. They are told as they are: nothing but times depends on that here.
+    """
     store = open_root(root_uri).child(store_id)
     found = []
     for key in store.list(RECEIPTS):
         with contextlib.suppress(ObjectMissing, AkdError):
-            found.append(Receipt.from_bytes(store.get(key), store.path_of(key)))
+            receipt = Receipt.from_bytes(store.get(key), store.path_of(key))
+            if receipt.checksum is None or receipt.is_intact:
+                found.append(receipt)
     return found
 
 
@@ -153,7 +195,7 @@ class Spent:
 
 
 def time_spent(uri: str) -> Spent:
-    """What computing a store took. Shards that were taken from another store were not computed, and do not count."""
+    """What computing a store took. Shards that were taken from another store, or found, do not count."""
     root = open_root(uri)
     timed = [receipt for receipt in receipts_of(root.parent.uri, root.name) if receipt.seconds > 0]
     return Spent(
@@ -217,19 +259,26 @@ def verify_store(
 
 
 def repair_store(
-    root_uri: str, store_id: str, recompute: Recompute, on_progress: Progress | None = None
+    root_uri: str,
+    store_id: str,
+    recompute: Recompute,
+    on_progress: Progress | None = None,
+    *,
+    computed: Computed | None = None,
 ) -> list[Shard]:
     """Mend a sealed store: damaged shards are computed again, and must arrive at the bytes that were sealed.
 
     Args:
         recompute: called for each damaged shard, and for no other.
         on_progress: called with how many shards are mended, and of how many.
+        computed: how `recompute` computes; None where that is known to be how the store was computed.
 
     Returns:
         The shards that were computed again.
 
     Raises:
         DamagedError: a shard came out different (the store is left as it was), or the manifest cannot be made again.
+        RefusedError: manifest and shards are damaged, and these would be computed in another way: no seal would tell.
         HeldError: somebody else is writing the store.
     """
     root = open_root(root_uri)
@@ -237,7 +286,7 @@ def repair_store(
     with claim_store(root.uri, store_id):
         damages = {damage.key for damage in verify_store(root.uri, store_id)}
         if MANIFEST_KEY in damages:
-            mended = _finish_again(root, store_id, recompute, on_progress)
+            mended = _finish_again(root, store_id, recompute, on_progress, computed)
         else:
             manifest = read_manifest(store.uri)
             _mend_documents(store, manifest, damages)
@@ -251,34 +300,22 @@ def repair_store(
     return mended
 
 
-def gc(root_uri: str, *, dry_run: bool = False) -> list[str]:
-    """Remove what interrupted runs left behind: partial files, shards set aside, claims of dead holders.
-
-    A store that somebody holds is left alone.
-
-    Args:
-        dry_run: only look.
-
-    Returns:
-        The keys removed.
-    """
-    root = open_root(root_uri)
-    littered = {key.split("/")[0] for key in root.partials() if "/" in key}
-    littered |= {name.removesuffix(DAMAGED_SUFFIX) for name in root.folders() if name.endswith(DAMAGED_SUFFIX)}
-    for suffix in (CLAIM_SUFFIX, REMOVING_SUFFIX):
-        littered |= {name.removesuffix(suffix) for name in root.files() if name.endswith(suffix)}
-    collect = _littering if dry_run else _collect
-    removed = [key for store_id in sorted(littered) if _ID.fullmatch(store_id) for key in collect(root, store_id)]
-    for name in root.files():
-        if name.endswith(PARTIAL_SUFFIX):
-            removed.append(name)
-            if not dry_run:
-                root.delete(name)
-    return removed
-
-
 def _ids(root: ObjectRoot) -> list[str]:
-    return [name for name in root.folders() if _ID.fullmatch(name)]
+    return [name for name in root.folders() if STORE_ID.fullmatch(name)]
+
+
+def _unless_bad(read: Callable[[ObjectRoot, str], T], root: ObjectRoot, store_id: str) -> T | None:
+    """What is read of a store; None, with a warning, where it is damaged or cannot be read."""
+    try:
+        return read(root, store_id)
+    except AkdError as error:
+        warn(store_id, error)
+        return None
+
+
+def warn(name: str, error: AkdError) -> None:
+    """Say that something is bad and nothing else waits for it."""
+    log.warning("%s is passed over: %s%s", name[:12], error.line, f" ({error.next})" if error.next else "")
 
 
 def _creation(root: ObjectRoot, store_id: str) -> Creation:
@@ -308,10 +345,13 @@ def _sealed_alike(root: ObjectRoot, identity: Identity, *but_for: str) -> Iterat
 def _hint(root: ObjectRoot, store_id: str) -> dict[str, Any]:
     """How a store was asked for; nothing where there is no hint, or none of its shape."""
     try:
-        hint = json.loads(root.get(f"{store_id}/{SOURCE_KEY}"))
-    except (ObjectMissing, ValueError):
+        hint = parse_json(root.get(f"{store_id}/{SOURCE_KEY}"))
+        canonical_json(hint)  # which refuses what could not be shown either
+    except (ObjectMissing, MachineError, ValueError, RecursionError):
         return {}
     if not isinstance(hint, dict) or not isinstance(hint.get("recipe", {}), dict):
+        return {}
+    if not isinstance(hint.get("recipe", {}).get("data", {}), dict):
         return {}
     return hint if isinstance(hint.get("split", ""), str) else {}
 
@@ -338,6 +378,14 @@ def _open_as(root: ObjectRoot, store_id: str) -> LogitStore:
 
 
 def _summary(root: ObjectRoot, store_id: str) -> StoreSummary:
+    """A store in a list, whatever state it is in."""
+    try:
+        return _read_summary(root, store_id)
+    except AkdError as error:
+        return StoreSummary(id=store_id, sealed=False, partials=0, modified=0.0, uses=[], problem=error.line)
+
+
+def _read_summary(root: ObjectRoot, store_id: str) -> StoreSummary:
     store = root.child(store_id)
     found = store.list()
     seal = found.get(MANIFEST_KEY)
@@ -352,23 +400,25 @@ def _summary(root: ObjectRoot, store_id: str) -> StoreSummary:
     )
     try:
         creation = _creation(root, store_id)
+        identity, encoding, shards = creation.identity, creation.identity.codec, creation.identity.layout.shard_count
     except ObjectMissing:
-        return replace(bare, problem=f"has no {CREATION_KEY}")
+        return replace(bare, problem=f"has no {CREATION_KEY}" if found or bare.partials else _NOTHING)
     except AkdError as error:
-        return replace(bare, problem=str(error))
-    identity = creation.identity
-    shards = identity.layout.shards()
-    there = [found[key].size for key in (f"{ARRAYS}/{shard.key}" for shard in shards) if key in found]
+        return replace(bare, problem=error.line)
+    if identity.id != store_id:
+        return replace(bare, problem=f"its {CREATION_KEY} is that of store {identity.id}")
+    # What is there is counted, and not looked for: how many shards there should be, a foreign document may say.
+    there = [stat.size for key, stat in found.items() if key.startswith(f"{ARRAYS}/{LOGITS}/c/")]
     spec = creation.teacher.get("spec")
     return replace(
         bare,
         rows=identity.rows,
         views=identity.views,
         classes=identity.classes,
-        encoding=identity.codec.name,
+        encoding=encoding.name,
         bytes=sum(there),
-        shards=len(shards),
-        shards_done=sum(shard.receipt_key in found for shard in shards),
+        shards=shards,
+        shards_done=sum(key.startswith(f"{RECEIPTS}/") for key in found),
         teacher=identity.teacher,
         teacher_spec=spec if isinstance(spec, dict) else {},
         dataset=identity.dataset,
@@ -376,18 +426,66 @@ def _summary(root: ObjectRoot, store_id: str) -> StoreSummary:
     )
 
 
-def _finish_again(root: ObjectRoot, store_id: str, recompute: Recompute, on_progress: Progress | None) -> list[Shard]:
-    """Make a damaged manifest again from what it was sealed from: the creation document and the receipts."""
-    writer = StoreWriter(root.uri, _creation(root, store_id))
-    root.move(f"{store_id}/{MANIFEST_KEY}", f"{store_id}{DAMAGED_SUFFIX}/{MANIFEST_KEY}")
-    missing = missing_shards(writer)
-    for number, shard in enumerate(missing, 1):
-        logits, label_agreement, probes = recompute(shard)
-        write_shard(writer, shard, logits, label_agreement=label_agreement, probes=probes, seconds=0.0)
-        if on_progress is not None:
-            on_progress(number, len(missing))
-    seal_store(writer)
-    return missing
+def _finish_again(
+    root: ObjectRoot, store_id: str, recompute: Recompute, on_progress: Progress | None, how: Computed | None
+) -> list[Shard]:
+    """Make a damaged manifest again from what it was sealed from: the creation document and the receipts.
+
+    Where that fails, the store is left as it was.
+
+    Returns:
+        The shards that had to be computed.
+    """
+    writer = StoreWriter(root.uri, _creation_as_receipted(root, store_id))
+    seal, aside = f"{store_id}/{MANIFEST_KEY}", f"{store_id}{DAMAGED_SUFFIX}/{MANIFEST_KEY}"
+    root.move(seal, aside)
+    computed = []
+    try:
+        missing = missing_shards(writer)
+        for number, shard in enumerate(missing, 1):
+            adopted = adopt_shard(writer, shard)
+            if adopted is None and how is not None and how != writer.creation.computed:
+                raise RefusedError(
+                    f"{shard} of {writer.uri} is damaged, and so is {MANIFEST_KEY}: it cannot be computed as it was",
+                    got=f"this run against the store: {'; '.join(differences(how, writer.creation.computed))}",
+                    expected="the same batch rows, threads, device and versions, since no seal tells a difference",
+                    next=f"repair it as it was computed, or delete {writer.uri} to compute it anew",
+                )
+            logits, label_agreement, probes = recompute(shard, adopted)
+            write_shard(writer, shard, logits, label_agreement=label_agreement, probes=probes, seconds=0.0)
+            computed += [shard] if adopted is None else []
+            if on_progress is not None:
+                on_progress(number, len(missing))
+        seal_store(writer)
+    except BaseException:
+        if not root.exists(seal):
+            root.move(aside, seal)
+        raise
+    return computed
+
+
+def _creation_as_receipted(root: ObjectRoot, store_id: str) -> Creation:
+    """The creation document of a store whose manifest cannot vouch for it any more: its id and its receipts must.
+
+    Raises:
+        DamagedError: it is missing, or not what the shards were computed under.
+    """
+    store = root.child(store_id)
+    next_step = f"bring {CREATION_KEY} or {MANIFEST_KEY} back from a copy, or delete {store.uri} to compute it anew"
+    where = store.path_of(CREATION_KEY)
+    try:
+        creation = _creation(root, store_id)
+    except ObjectMissing:
+        raise DamagedError(f"{where} is missing, and {MANIFEST_KEY} is damaged as well", next=next_step) from None
+    told = begun_as(store)
+    if creation.identity.id != store_id or not told <= {creation.sha256}:
+        raise DamagedError(
+            f"{where} is damaged, and {MANIFEST_KEY} as well",
+            got=f"sha256 {creation.sha256}, of store {creation.identity.id[:12]}",
+            expected=f"sha256 {', '.join(told) or 'unknown'}, as the receipts say, of store {store_id[:12]}",
+            next=next_step,
+        )
+    return creation
 
 
 def _mend_documents(store: ObjectRoot, manifest: Manifest, damages: set[str]) -> None:
@@ -401,7 +499,7 @@ def _mend_documents(store: ObjectRoot, manifest: Manifest, damages: set[str]) ->
 
 def _mend_shard(store: ObjectRoot, manifest: Manifest, shard: Shard, recompute: Recompute) -> None:
     sealed = manifest.record(shard).sha256
-    logits, _, _ = recompute(shard)
+    logits, _, _ = recompute(shard, None)
     data = encode_logits(manifest.creation(), shard, logits)
     if sha256(data) != sealed:
         raise DamagedError(
@@ -412,31 +510,3 @@ def _mend_shard(store: ObjectRoot, manifest: Manifest, shard: Shard, recompute: 
         )
     set_aside(store, f"{ARRAYS}/{shard.key}")
     store.put_new(f"{ARRAYS}/{shard.key}", data)
-
-
-def _littering(root: ObjectRoot, store_id: str) -> list[str]:
-    """What `_collect` would remove."""
-    if holder_of(root.uri, store_id) is not None:
-        return []
-    claim = f"{store_id}{CLAIM_SUFFIX}"
-    return [*([claim] if root.exists(claim) else []), *_litter(root, store_id)]
-
-
-def _collect(root: ObjectRoot, store_id: str) -> list[str]:
-    claim = f"{store_id}{CLAIM_SUFFIX}"
-    left = [claim] if root.exists(claim) else []
-    try:
-        with claim_store(root.uri, store_id):  # which takes a dead holder's claim, and leaves none
-            litter = _litter(root, store_id)
-            for key in litter:
-                root.delete(key)
-            root.delete_folder(f"{store_id}{DAMAGED_SUFFIX}")
-    except HeldError:
-        return []
-    return left + litter
-
-
-def _litter(root: ObjectRoot, store_id: str) -> list[str]:
-    mark = f"{store_id}{REMOVING_SUFFIX}"
-    marks = [mark] if root.exists(mark) else []
-    return [*marks, *root.partials(store_id), *root.list(f"{store_id}{DAMAGED_SUFFIX}")]

@@ -8,10 +8,10 @@ storage, counts as gone when the counter in its claim has stood still for a whil
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Protocol
 
 from akd_dist.storage.errors import AkdError, HeldError
-from akd_dist.storage.files import canonical_json, is_locked, try_lock
+from akd_dist.storage.files import canonical_json, is_locked, parse_json, try_lock
 from akd_dist.storage.objects import ObjectMissing, open_root, storage_error
 from akd_dist.storage.s3 import S3Root
 
 CLAIM_SUFFIX = ".claim"
 # A remote holder's lock does not reach us, so its file may be caught half written; it is whole again in a moment.
 _READS, _READ_AGAIN = 5, 0.02
+_LAST_BEAT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,13 @@ class _FileClaim:
     def _open(self) -> int:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
         except OSError as error:
             raise storage_error("write", str(self.path), error) from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise storage_error("write", str(self.path), "it is no file")
+        return descriptor
 
     def _write(self) -> None:
         os.pwrite(self._descriptor, canonical_json(asdict(self.me)), 0)  # in place: the lock is on this very file
@@ -266,7 +271,7 @@ def _heartbeat(claim: _Claim, every: float) -> Iterator[None]:
         yield
     finally:
         done.set()
-        thread.join()
+        thread.join(_LAST_BEAT_SECONDS)  # a beat that storage does not answer holds nobody up: its tag is out of date
 
 
 def _is_still_at(descriptor: int, path: Path) -> bool:
@@ -287,6 +292,8 @@ def _left_by_another(descriptor: int) -> Holder | None:
 
 def _parse(data: bytes) -> Holder | None:
     try:
-        return Holder(**json.loads(data))
+        holder = Holder(**parse_json(data))
     except (ValueError, TypeError):  # caught between two writes
         return None
+    kinds = {"host": str, "pid": int, "since": str, "token": str, "counter": int}
+    return holder if all(isinstance(getattr(holder, name), kind) for name, kind in kinds.items()) else None

@@ -32,6 +32,12 @@ class AkdError(Exception):
         labelled = (("got", self.got), ("expected", self.expected), ("next", self.next))
         return "\n".join([self.what, *(f"  {label}: {text}" for label, text in labelled if text is not None)])
 
+    @property
+    def line(self) -> str:
+        """What is wrong and what was got, on one line: for a list in which the other entries are well."""
+        told = f"{self.what}: {self.got}" if self.got else self.what
+        return "; ".join(line.strip() for line in told.splitlines())
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.what, self.got, self.expected, self.next))
 
@@ -72,6 +78,10 @@ class DamagedError(AkdError):
     """A sealed store or a checkpoint is not what it was when it was written."""
 
     code = 5
+
+
+class CorruptCacheError(DamagedError):
+    """What this node prepared or decoded is not what it was when it was written. It can be made anew."""
 
 
 class MachineError(AkdError):

@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,27 @@ from akd_dist.storage.errors import HeldError, MachineError, RecipeError
 
 # Names of files in the making. Readers skip them, `stores gc` removes those whose writer died.
 PARTIAL_SUFFIX = ".partial"
+# More than a tick of any file system's clock; the coarsest, FAT's, is 2 s.
+_TICK_NS = 2_500_000_000
 # What link(2) answers on file systems that have no hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` and `~user` written out.
+
+    Raises:
+        RecipeError: nobody knows the home folder that it means.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise RecipeError(
+            f"the home folder in {path} is not known",
+            got=error,
+            expected="HOME, or a user of this machine",
+            next="write the path out",
+        ) from error
 
 
 def canonical_json(document: Any) -> bytes:
@@ -31,6 +51,43 @@ def canonical_json(document: Any) -> bytes:
 def sha256(data: bytes | memoryview) -> str:
     """Hexadecimal sha256 of bytes."""
     return hashlib.sha256(data).hexdigest()
+
+
+def with_checksum(document: dict[str, Any]) -> bytes:
+    """A JSON document that carries the sha256 of its canonical spelling, so that a flipped bit is noticed."""
+    return canonical_json({**document, "sha256": sha256(canonical_json(document))})
+
+
+def without_checksum(data: bytes) -> dict[str, Any]:
+    """The document that `with_checksum` wrote.
+
+    Raises:
+        ValueError: it is not that document.
+    """
+    document = json.loads(data)
+    if not isinstance(document, dict) or document.pop("sha256", None) != sha256(canonical_json(document)):
+        raise ValueError("the document is not what was written")
+    return document
+
+
+def stamp_of(path: Path) -> list[int] | None:
+    """Size, times of content and of inode in ns, and inode of a file: what changes with it; None where there is none.
+
+    The time of the inode can be set by nobody, unlike that of the content.
+    """
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def is_settled(stamp: list[int] | None) -> bool:
+    """Whether a file was changed so long ago that another change, from now on, would show in its times.
+
+    Two changes within a tick of the file system's clock show as one.
+    """
+    return stamp is None or time.time_ns() - max(stamp[1], stamp[2]) > _TICK_NS
 
 
 def failpoint(site: str) -> None:
@@ -156,10 +213,30 @@ def _there_already(path: Path) -> RecipeError:
     )
 
 
+def parse_json(data: bytes | str) -> Any:
+    """A JSON document from elsewhere.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply to be read, or has a key twice, which readers take differently.
+    """
+    try:
+        return json.loads(data, object_pairs_hook=_each_key_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} stands twice")
+    return found
+
+
 def read_json(path: Path) -> Any | None:
     """The JSON document in a file; None where there is no file, or none that is whole."""
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
 
@@ -262,8 +339,8 @@ def is_locked(path: Path, *, shared: bool = False) -> bool:
         shared: whether a shared lock counts as well.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # gone, or not ours to see: no lock that we could know of
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would be waited for
+    except (OSError, ValueError):  # gone, not ours to see, or no path at all: no lock that we could know of
         return False
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if shared else fcntl.LOCK_SH) | fcntl.LOCK_NB)

@@ -17,8 +17,12 @@ RECEIPTS = "receipts"
 CREATION_KEY = "creation.json"
 MANIFEST_KEY = "manifest.json"
 SOURCE_KEY = "source.json"
+GROUP_KEY = "zarr.json"
+ARRAY_KEY = f"{LOGITS}/zarr.json"
 # Beside it: objects of the store that were found to be no good.
 DAMAGED_SUFFIX = ".damaged"
+# The folder beside stores of the models that recipes trained for them.
+TEACHERS = "teachers"
 
 _SHARD_TARGET_BYTES = 16 * 2**20
 _SHARDS_OF_A_SMALL_VIEW = 16
@@ -97,6 +101,11 @@ class StoreLayout:
             raise IndexError(f"no shard ({view}, {index}) in {self.views} views of {self.shards_per_view} shards")
         start = index * self.shard_rows
         return Shard(view, index, start, min(start + self.shard_rows, self.rows))
+
+    @property
+    def shard_count(self) -> int:
+        """How many shards there are, without naming them: a foreign document may speak of any number."""
+        return self.views * self.shards_per_view
 
     def shards(self) -> list[Shard]:
         """Every shard, view by view, in row order."""

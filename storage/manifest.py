@@ -6,7 +6,6 @@ a missing one or a number where text should be is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Self
 
@@ -24,13 +23,16 @@ from pydantic import (
 
 from akd_dist.storage.encodings import Encoding, encoding_from_config
 from akd_dist.storage.errors import AkdError, DamagedError, RefusedError
-from akd_dist.storage.files import canonical_json, sha256
-from akd_dist.storage.layout import FORMAT_VERSION, Shard, StoreLayout
+from akd_dist.storage.files import canonical_json, parse_json, sha256
+from akd_dist.storage.layout import ARRAY_KEY, FORMAT_VERSION, GROUP_KEY, Shard, StoreLayout
+
+# A field, what it holds, and what follows from the fields beside it.
+Account = tuple[str, object, object]
 
 
 def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
     # What cannot be spelled canonically (NaN, a tuple, a Path) must not get into something that is hashed.
-    if json.loads(canonical_json(value)) != value:
+    if parse_json(canonical_json(value)) != value:
         raise ValueError("holds something that JSON does not keep as it is")
     return value
 
@@ -132,11 +134,15 @@ class Creation(Document):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        for name in ("dataset", "teacher"):
-            told = getattr(self, name).get("fingerprint")
-            if told is not None and told != getattr(self.identity, name):
-                raise ValueError(f"{name}.fingerprint is not identity.{name}")
+        for field, got, expected in _described(self.identity, self.dataset, self.teacher):
+            if got != expected:
+                raise ValueError(f"{field} is {_short(got)}, and should be {_short(expected)}")
         return self
+
+    @property
+    def sha256(self) -> str:
+        """The sha256 of its bytes, which the receipts of the store name."""
+        return sha256(self.to_bytes())
 
 
 class Probe(Document):
@@ -169,11 +175,35 @@ class Receipt(ShardRecord):
     """What the writer of a shard says of it, once it is durable."""
 
     seconds: float = Field(ge=0)
+    """What computing the shard took; 0 where it was found, or taken from another store."""
     host: str
+    creation: Sha256 | None = None
+    """sha256 of the creation document that it was written under."""
+    checksum: Sha256 | None = None
+    """sha256 of the canonical JSON of all the other fields. Receipts of earlier versions have neither."""
+
+    @classmethod
+    def of(cls, record: ShardRecord, creation: str, seconds: float, host: str) -> Receipt:
+        """The receipt of a shard that was written under the creation document of this sha256."""
+        told = cls(**record.model_dump(), seconds=round(seconds, 6), host=host, creation=creation)
+        return told.model_copy(update={"checksum": told._digest()})
 
     def record(self) -> ShardRecord:
         """The part that goes into the seal: nothing of when and where."""
-        return ShardRecord.model_validate(self.model_dump(exclude={"seconds", "host"}))
+        return ShardRecord.model_validate(self.model_dump(include=set(ShardRecord.model_fields)))
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether it is what was written. One without a checksum is not known to be."""
+        return self.checksum is not None and self.checksum == self._digest()
+
+    def _digest(self) -> str:
+        return sha256(canonical_json(self.model_dump(mode="json", exclude={"checksum"})))
+
+    @model_serializer(mode="wrap")
+    def _as_before_without_a_checksum(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        late = ("creation", "checksum")
+        return {field: value for field, value in spell(self).items() if value is not None or field not in late}
 
 
 class Manifest(Document):
@@ -218,12 +248,27 @@ class Manifest(Document):
                 raise _damaged(where, f"{field}: {got}", expected)
         return manifest
 
-    def _accounts(self) -> Iterator[tuple[str, object, object]]:
-        """What the manifest says of itself, and what follows from its other fields; its own sha256 first."""
+    def _accounts(self) -> Iterator[Account]:
+        """What the manifest says of itself, and what follows from its other fields; its own sha256 first.
+
+        Whoever reads on has compared what came before: shards are not enumerated before their number is known to be
+        that of the records, since a foreign document may speak of any number.
+        """
         yield "sha256", self.sha256, sha256(canonical_json(self.model_dump(mode="json", exclude={"sha256"})))
         yield "id", self.id, self.identity.id
         yield "format", self.format, self.identity.format
-        yield "shards", _keys(self.shards), _keys(self.identity.layout.shards())
+        yield from _described(self.identity, self.dataset, self.teacher)
+        yield "zarr_json", sorted(self.zarr_json), sorted([GROUP_KEY, ARRAY_KEY])
+        layout = self.identity.layout
+        yield "shards", f"{len(self.shards)} of them", f"{layout.shard_count} of them"
+        for number, (record, shard) in enumerate(zip(self.shards, layout.shards(), strict=True)):
+            where = f"shards.{number}"
+            yield f"{where}.key", record.key, shard.key
+            yield f"{where}.rows", record.rows, shard.rows
+            yield f"{where}.size", record.size, layout.stored_bytes(shard)
+            yield f"{where}.finite", record.finite, True
+            rows = [probe.row for probe in record.probes]
+            yield f"{where}.probes", rows, [row for row in rows if shard.start <= row < shard.stop]
 
     def record(self, shard: Shard) -> ShardRecord:
         """What the seal says of a shard."""
@@ -257,13 +302,22 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _keys(shards: Iterable[Shard | ShardRecord]) -> list[str]:
-    return [shard.key for shard in shards]
+def _described(identity: Identity, dataset: dict[str, Any], teacher: dict[str, Any]) -> Iterator[Account]:
+    """What the descriptions of dataset and teacher repeat of the identity, as far as they do."""
+    yield "dataset.fingerprint", dataset.get("fingerprint", identity.dataset), identity.dataset
+    yield "teacher.fingerprint", teacher.get("fingerprint", identity.teacher), identity.teacher
+    yield "dataset.rows", dataset.get("rows", identity.rows), identity.rows
+    for field, part in (("dataset.meaning", dataset.get("meaning", {})), ("teacher.spec", teacher.get("spec", {}))):
+        yield field, part if not isinstance(part, dict) else {}, {}
+        yield f"{field}.classes", part.get("classes", identity.classes), identity.classes
+    blocks = dataset.get("blocks", [])
+    plain = isinstance(blocks, list) and all(isinstance(block, str) for block in blocks)
+    yield "dataset.blocks", "digests" if plain else blocks, "digests"
 
 
 def _refuse_newer(data: bytes, where: str) -> None:
     try:
-        fields = json.loads(data)
+        fields = parse_json(data)
     except ValueError:
         return
     inner = fields.get("identity") if isinstance(fields, dict) else None

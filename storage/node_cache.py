@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -23,8 +22,9 @@ import numpy.typing as npt
 import platformdirs
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from akd_dist.storage.content import Content, Part, digest, inodes_of, map_array
 from akd_dist.storage.errors import MachineError, RecipeError
-from akd_dist.storage.files import PARTIAL_SUFFIX, canonical_json, file_lock, is_locked, replace
+from akd_dist.storage.files import PARTIAL_SUFFIX, file_lock, is_locked, replace, with_checksum, without_checksum
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.reader import LogitStore
 
@@ -62,17 +62,24 @@ def default_budget() -> int | None:
 def open_decoded(
     store: LogitStore, cache_root: Path, *, budget: int | None = None, on_progress: Progress | None = None
 ) -> np.memmap[Any, Any]:
-    """The store's logits as a read-only memory map, decoded once per node.
+    """The store's logits as a read-only memory map, decoded once per node; see `map_decoded`."""
+    return map_decoded(store, cache_root, budget=budget, on_progress=on_progress)[0]
+
+
+def map_decoded(
+    store: LogitStore, cache_root: Path, *, budget: int | None = None, on_progress: Progress | None = None
+) -> tuple[np.memmap[Any, Any], Content]:
+    """The store's logits as a read-only memory map, decoded once per node, and what they must hash to.
 
     The store itself is looked at every time: a shard whose object changed since it was decoded is read again and must
-    still be what was sealed, whether there is a decoded copy or not.
+    still be what was sealed, whether there is a decoded copy or not. The copy is not read here: that is for a `Guard`.
 
     Args:
         budget: bytes that all entries together may take; None for the default budget.
         on_progress: called with how many shards are read or checked, and of how many.
 
     Returns:
-        [views, rows, classes] in the stored dtype. The entry is not evicted while the map is alive.
+        [views, rows, classes] in the stored dtype. The entry is not evicted while the map is alive. And its content.
 
     Raises:
         DamagedError: a shard is not what was sealed; names its key.
@@ -81,12 +88,13 @@ def open_decoded(
     entry = _entry_of(store.manifest, cache_root)
     with file_lock(entry.with_name(f"{entry.name}.lock"), what=f"the decoded copy of store {store.id[:12]}"):
         with hold(entry) as keep:
-            if _is_whole(entry):
-                _check_again(store, entry, on_progress)
-                return _mapped(entry, keep)
-        _decode(store, entry, budget, on_progress)
+            verified = _verified(store, entry)
+            if verified is not None:
+                _check_again(store, entry, verified, on_progress)
+                return _mapped(store, entry, verified, keep)
+        verified = _decode(store, entry, budget, on_progress)
         with hold(entry) as keep:
-            return _mapped(entry, keep)
+            return _mapped(store, entry, verified, keep)
 
 
 class Decoded(NamedTuple):
@@ -173,7 +181,7 @@ def _entry_of(manifest: Manifest, cache_root: Path) -> Path:
     return cache_root / "logits" / manifest.sha256[:32]
 
 
-def _decode(store: LogitStore, entry: Path, budget: int | None, on_progress: Progress | None) -> None:
+def _decode(store: LogitStore, entry: Path, budget: int | None, on_progress: Progress | None) -> dict[str, Any]:
     for left in entry.parent.glob(f"{entry.name}.*{PARTIAL_SUFFIX}"):  # ours is the only live one: we hold the lock
         shutil.rmtree(left)
     if entry.exists():
@@ -185,17 +193,20 @@ def _decode(store: LogitStore, entry: Path, budget: int | None, on_progress: Pro
     try:
         building.mkdir(parents=True)
         tokens = {key: stat.token for key, stat in store.stats().items()}  # before reading, so that no change is missed
-        _fill(store, building / _LOGITS_FILE, on_progress)
+        digests = _fill(store, building / _LOGITS_FILE, on_progress)
         (building / IN_USE).touch()
-        _note_verified(building, tokens)
+        verified = {"decoded": _token(building / _LOGITS_FILE), "shards": tokens, "digests": digests}
+        _note_verified(building, verified)
         building.rename(entry)
+        return verified
     except OSError as error:
         raise _no_room(error, entry, need) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _fill(store: LogitStore, path: Path, on_progress: Progress | None) -> None:
+def _fill(store: LogitStore, path: Path, on_progress: Progress | None) -> dict[str, str]:
+    """Write all logits; the sha256 of each shard's, as they came out of the shard."""
     layout = store.layout
     shape = (layout.views, layout.rows, layout.classes)
     with open(path, "xb") as handle:
@@ -206,40 +217,48 @@ def _fill(store: LogitStore, path: Path, on_progress: Progress | None) -> None:
         # A full disk must be an error here: in a memory map it would be a SIGBUS.
         os.posix_fallocate(handle.fileno(), 0, handle.tell() + layout.nbytes)
     decoded = np.load(path, mmap_mode="r+")
-    shards = layout.shards()
+    shards, digests = layout.shards(), {}
     for number, shard in enumerate(shards, 1):
-        decoded[shard.view, shard.start : shard.stop] = store.shard(shard.view, shard.index)
+        logits = store.shard(shard.view, shard.index)
+        decoded[shard.view, shard.start : shard.stop] = logits
+        digests[shard.key] = digest([logits])
         if on_progress is not None:
             on_progress(number, len(shards))
     decoded.flush()
     path.chmod(0o444)
+    return digests
 
 
-def _check_again(store: LogitStore, entry: Path, on_progress: Progress | None) -> None:
+def _check_again(store: LogitStore, entry: Path, verified: dict[str, Any], on_progress: Progress | None) -> None:
     """Read every shard again whose object is another one than when it was verified."""
-    verified = json.loads((entry / _VERIFIED_FILE).read_bytes())["shards"]
     tokens = {key: stat.token for key, stat in store.stats().items()}
-    changed = [shard for shard in store.layout.shards() if verified.get(shard.key) != tokens[shard.key]]
+    changed = [shard for shard in store.layout.shards() if verified["shards"].get(shard.key) != tokens[shard.key]]
     for number, shard in enumerate(changed, 1):
         store.shard(shard.view, shard.index)
         if on_progress is not None:
             on_progress(number, len(changed))
     if changed:
-        _note_verified(entry, tokens)
+        _note_verified(entry, verified | {"shards": tokens})
 
 
-def _note_verified(entry: Path, tokens: dict[str, str]) -> None:
-    document = {"decoded": _token(entry / _LOGITS_FILE), "shards": tokens}
-    replace(entry / _VERIFIED_FILE, canonical_json(document), durable=False)
+def _note_verified(entry: Path, verified: dict[str, Any]) -> None:
+    replace(entry / _VERIFIED_FILE, with_checksum(verified), durable=False)
 
 
-def _is_whole(entry: Path) -> bool:
-    """Whether the decoded copy is there, and the very file that was written."""
+def _verified(store: LogitStore, entry: Path) -> dict[str, Any] | None:
+    """What was noted of the decoded copy; None where there is none, not a whole one, or not the file that was written.
+
+    Whether the file holds what it should is not looked at.
+    """
     try:
-        verified = json.loads((entry / _VERIFIED_FILE).read_bytes())
-        return bool(verified["decoded"] == _token(entry / _LOGITS_FILE) and isinstance(verified["shards"], dict))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        verified = without_checksum((entry / _VERIFIED_FILE).read_bytes())
+        layout, logits = store.layout, map_array(entry / _LOGITS_FILE)
+        shape = (layout.views, layout.rows, layout.classes)
+        same = (logits.shape, logits.dtype) == (shape, np.dtype(layout.dtype))
+        whole = verified["digests"].keys() == {shard.key for shard in layout.shards()}
+        return verified if same and whole and verified["decoded"] == _token(entry / _LOGITS_FILE) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the last: digests that are none
+        return None
 
 
 def _token(path: Path) -> str:
@@ -247,10 +266,19 @@ def _token(path: Path) -> str:
     return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
-def _mapped(entry: Path, keep: Keep) -> np.memmap[Any, Any]:
-    mapped: np.memmap[Any, Any] = np.load(entry / _LOGITS_FILE, mmap_mode="r")
+def _mapped(
+    store: LogitStore, entry: Path, verified: dict[str, Any], keep: Keep
+) -> tuple[np.memmap[Any, Any], Content]:
+    path = entry / _LOGITS_FILE
+    mapped = map_array(path)
     keep.until_unmapped(mapped)
-    return mapped
+    bare, digests = np.asarray(mapped), verified["digests"]
+
+    def parts() -> Iterator[Part]:
+        for shard in store.layout.shards():
+            yield Part(f"the logits of {shard}", (bare[shard.view, shard.start : shard.stop],), digests[shard.key])
+
+    return mapped, Content((path,), parts, inodes_of([path]))
 
 
 def _shared_lock(path: Path) -> int | None:

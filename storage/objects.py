@@ -12,15 +12,19 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 from akd_dist.storage.errors import MachineError, RecipeError
-from akd_dist.storage.files import PARTIAL_SUFFIX, fsync_folder, link_new, publish_new, replace
+from akd_dist.storage.files import PARTIAL_SUFFIX, expanded, fsync_folder, link_new, publish_new, replace
+
+# The last second of the year 9999: a file's time may lie beyond what a date can say.
+_LAST_SECOND = 253_402_300_799.0
 
 Keys = list[str]
 Entries = list[os.DirEntry[str]]
@@ -133,9 +137,12 @@ class ObjectRoot(ABC):
         """
         for _ in range(2):  # `stores gc` may take what we try with for left behind, and remove it in between
             probe = f".check-{secrets.token_hex(6)}{PARTIAL_SUFFIX}"
-            created = self.put_new(probe, b"1")
-            again = self.put_new(probe, b"2")
-            self.delete(probe)
+            try:
+                created = self.put_new(probe, b"1")
+                again = self.put_new(probe, b"2")
+            finally:
+                with contextlib.suppress(MachineError):  # what could not be written is not there
+                    self.delete(probe)
             if created and not again:
                 return
         raise MachineError(
@@ -161,11 +168,16 @@ class LocalRoot(ObjectRoot):
 
     def get(self, key: str) -> bytes:
         try:
-            return self._path(key).read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            with open(os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a folder; a pipe would be waited for
+                    raise ObjectMissing(key)
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise ObjectMissing(key) from None
         except OSError as error:
             raise storage_error("read", self.path_of(key), error) from error
+        except MemoryError as error:
+            raise storage_error("read", self.path_of(key), "more bytes than there is memory") from error
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
         return {key: stat for key, stat in self._walk(prefix) if not key.endswith(PARTIAL_SUFFIX)}
@@ -174,10 +186,10 @@ class LocalRoot(ObjectRoot):
         return [key for key, _ in self._walk(prefix) if key.endswith(PARTIAL_SUFFIX)]
 
     def folders(self) -> Keys:
-        return [entry.name for entry in self._entries("") if entry.is_dir()]
+        return [entry.name for entry in self._entries("") if _leads_to(entry.is_dir)]
 
     def files(self) -> Keys:
-        return [entry.name for entry in self._entries("") if entry.is_file()]
+        return [entry.name for entry in self._entries("") if _leads_to(entry.is_file)]
 
     def delete(self, key: str) -> None:
         try:
@@ -212,13 +224,21 @@ class LocalRoot(ObjectRoot):
         return True
 
     def exists(self, key: str) -> bool:
-        return self._path(key).is_file()
+        try:
+            return stat.S_ISREG(self._path(key).stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise storage_error("read", self.path_of(key), error) from error
 
     def free_bytes(self) -> int | None:
         folder = Path(self.uri)
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
+        try:
+            while not folder.exists():
+                folder = folder.parent
+            return shutil.disk_usage(folder).free
+        except OSError as error:
+            raise storage_error("read", str(folder), error) from error
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
@@ -242,10 +262,22 @@ class LocalRoot(ObjectRoot):
             if entry.is_dir(follow_symlinks=False):
                 yield from self._walk(key)
             else:
-                with contextlib.suppress(FileNotFoundError):  # gone since the listing
-                    stat = entry.stat()
-                    token = f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_ctime_ns}"
-                    yield key, Stat(stat.st_size, token, stat.st_mtime)
+                try:
+                    found = entry.stat()
+                except FileNotFoundError:  # gone since the listing
+                    continue
+                except OSError as error:
+                    raise storage_error("read", self.path_of(key), error) from error
+                token = f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}-{found.st_ctime_ns}"
+                yield key, Stat(found.st_size, token, min(max(found.st_mtime, 0.0), _LAST_SECOND))
+
+
+def _leads_to(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind; one that cannot be followed is of none."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def open_root(uri: str | Path) -> ObjectRoot:
@@ -267,7 +299,7 @@ def open_root(uri: str | Path) -> ObjectRoot:
             expected="a folder, or s3://bucket/prefix",
             next="give another --store-root",
         )
-    return LocalRoot(str(Path(text).expanduser().absolute()))
+    return LocalRoot(str(expanded(text).absolute()))
 
 
 def storage_error(verb: str, where: str, reason: object) -> MachineError:

@@ -212,10 +212,15 @@ def read_manifest(uri: str) -> Manifest:
     except ObjectMissing:
         raise _not_sealed(root) from None
     try:
-        return Manifest.from_bytes(data, root.path_of(MANIFEST_KEY))
+        manifest = Manifest.from_bytes(data, root.path_of(MANIFEST_KEY))
+        for key, content in metadata(manifest.identity).items():
+            if manifest.zarr_json[key] != sha256(content):
+                told = f"zarr_json.{key}: {manifest.zarr_json[key]}"
+                raise DamagedError(f"{root.path_of(MANIFEST_KEY)} is damaged", got=told, expected=sha256(content))
     except DamagedError as error:
         error.next = f"akd-dist stores repair {root.name} --store-root {root.parent.uri}"
         raise
+    return manifest
 
 
 def _not_sealed(root: ObjectRoot) -> AkdError:

@@ -1,4 +1,4 @@
-"""Stores that nobody needs any more: which they are, what keeps one from going, and removing it safely.
+"""Stores that nobody needs any more, and what interrupted commands left: what keeps it, and removing it safely.
 
 A store goes manifest first, so that what is left of it after a crash is an unsealed store: never taken for a whole one,
 and gone after the same command. Who opens it meanwhile is refused by name, as for any missing shard.
@@ -6,21 +6,38 @@ and gone after the same command. Who opens it meanwhile is refused by name, as f
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from akd_dist.storage.catalog import StoreSummary, list_stores, wider_unsealed
-from akd_dist.storage.claim import claim_store, holder_of
-from akd_dist.storage.errors import DamagedError, HeldError, RefusedError
-from akd_dist.storage.files import failpoint
-from akd_dist.storage.layout import ARRAYS, DAMAGED_SUFFIX, MANIFEST_KEY, RECEIPTS
+from akd_dist.storage.catalog import STORE_ID, StoreSummary, list_stores, warn, wider_unsealed
+from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store, holder_of
+from akd_dist.storage.errors import AkdError, DamagedError, HeldError, MachineError, RefusedError
+from akd_dist.storage.files import PARTIAL_SUFFIX, failpoint
+from akd_dist.storage.layout import (
+    ARRAY_KEY,
+    ARRAYS,
+    CREATION_KEY,
+    DAMAGED_SUFFIX,
+    GROUP_KEY,
+    MANIFEST_KEY,
+    RECEIPTS,
+    SOURCE_KEY,
+    TEACHERS,
+)
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.node_cache import drop_decoded, find_decoded
 from akd_dist.storage.objects import ObjectRoot, open_root
 from akd_dist.storage.reader import read_manifest
-from akd_dist.storage.uses import REMOVING_SUFFIX, uses_of
+from akd_dist.storage.uses import REMOVING_SUFFIX, USES, uses_of
+
+# A model that a recipe trained, under the folder TEACHERS.
+_MODEL_ID = re.compile(r"[0-9a-f]{32}")
+
+# Told of what cannot be read or removed: its name, and why.
+Problem = Callable[[str, AkdError], None]
 
 
 @dataclass(frozen=True)
@@ -59,9 +76,15 @@ def disused(
     root = open_root(root_uri)
     candidates: dict[str, Candidate] = {}
     for store in sorted(found, key=lambda store: store.sealed):  # an unsealed one that goes needs nobody's views
-        kept = _held(root, store.id) or _used(root, store.id, cache_root)
         going = {one.store.id for one in candidates.values() if one.kept is None}
-        candidates[store.id] = Candidate(store, kept or _needed(root, store.id, going))
+        try:
+            unseen = store.problem if not store.modified else None  # its age is not known
+            kept = (
+                unseen or _held(root, store.id) or _used(root, store.id, cache_root) or _needed(root, store.id, going)
+            )
+        except MachineError as error:
+            kept = error.line
+        candidates[store.id] = Candidate(store, kept)
     return [candidates[store.id] for store in found]
 
 
@@ -84,6 +107,8 @@ def remove_store(root_uri: str, store_id: str, cache_root: Path) -> str | None:
                 root.delete(mark)
     except HeldError as error:
         return f"held by {error.got}"
+    except MachineError as error:  # of this store: the others may go
+        return error.line
     return kept
 
 
@@ -128,3 +153,97 @@ def _manifest(root: ObjectRoot, store_id: str) -> Manifest | None:
         return read_manifest(root.child(store_id).uri)
     except (RefusedError, DamagedError):
         return None
+
+
+# ---- what interrupted commands left
+
+
+def gc(root_uri: str, *, dry_run: bool = False, on_problem: Problem = warn) -> list[str]:
+    """Remove what interrupted runs left behind: partial files, shards set aside, claims of the dead, empty stores.
+
+    What somebody holds is left alone.
+
+    Args:
+        dry_run: only look.
+        on_problem: called with the name and the error of what cannot be read or removed; the others are collected.
+
+    Returns:
+        The keys removed; a folder's end in a slash.
+    """
+    root = open_root(root_uri)
+    removed = []
+    names = _names(root, STORE_ID)
+    try:
+        names += [f"{TEACHERS}/{name}" for name in _names(root.child(TEACHERS), _MODEL_ID)]
+    except AkdError as error:
+        on_problem(TEACHERS, error)
+    for name in names:
+        try:
+            removed += _littering(root, name) if dry_run else _collect(root, name)
+        except AkdError as error:
+            on_problem(name, error)
+    for name in root.files():
+        if name.endswith(PARTIAL_SUFFIX):
+            removed.append(name)
+            if not dry_run:
+                root.delete(name)
+    return removed
+
+
+def _names(root: ObjectRoot, kind: re.Pattern[str]) -> list[str]:
+    """Stores, or models that were trained for them, that are there or have something beside them."""
+    names = {name.removesuffix(DAMAGED_SUFFIX) for name in root.folders()}
+    names |= {name.removesuffix(CLAIM_SUFFIX).removesuffix(REMOVING_SUFFIX) for name in root.files()}
+    return [name for name in sorted(names) if kind.fullmatch(name)]
+
+
+def _littering(root: ObjectRoot, name: str) -> list[str]:
+    """What `_collect` would remove."""
+    if holder_of(root.uri, name) is not None:
+        return []
+    claim = f"{name}{CLAIM_SUFFIX}"
+    return [*([claim] if root.exists(claim) else []), *_litter(root, name)]
+
+
+def _collect(root: ObjectRoot, name: str) -> list[str]:
+    if not _littering(root, name):
+        return []
+    claim = f"{name}{CLAIM_SUFFIX}"
+    left = [claim] if root.exists(claim) else []
+    try:
+        with claim_store(root.uri, name):  # which takes a dead holder's claim, and leaves none
+            litter = _litter(root, name)
+            for key in litter:
+                root.delete_folder(key.rstrip("/")) if key.endswith("/") else root.delete(key)
+            root.delete_folder(f"{name}{DAMAGED_SUFFIX}")
+    except HeldError:
+        return []
+    return left + litter
+
+
+def _litter(root: ObjectRoot, name: str) -> list[str]:
+    """What is of no use of a store, or of a model, that nobody holds."""
+    mark = f"{name}{REMOVING_SUFFIX}"
+    found = [mark] if root.exists(mark) else []
+    found += root.partials(name)
+    found += root.list(f"{name}{DAMAGED_SUFFIX}")
+    there = root.list(name)
+    if f"{name}/model.json" in there:
+        found += [key for key in there if key.startswith(f"{name}/checkpoints/")]  # it is trained: they served
+    parent, _, last = name.rpartition("/")
+    if not any(_is_of_use(key.removeprefix(f"{name}/")) for key in there):
+        found += [f"{name}/"] if last in (root.child(parent) if parent else root).folders() else []
+    return found
+
+
+def _is_of_use(key: str) -> bool:
+    """Whether an object is worth something by itself: descriptions of a store, and who used it, are not."""
+    descriptions = {CREATION_KEY, SOURCE_KEY, f"{ARRAYS}/{GROUP_KEY}", f"{ARRAYS}/{ARRAY_KEY}"}
+    return key not in descriptions and not key.startswith(f"{USES}/")
+
+
+def discard_if_empty(root_uri: str, store_id: str) -> None:
+    """Remove a store that was begun and has no shard; for whoever holds its claim, and leaves with an error."""
+    root = open_root(root_uri)
+    if f"{store_id}/" in _litter(root, store_id):
+        root.delete_folder(store_id)

@@ -6,8 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import logging
+import math
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +24,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
 from obstore.store import S3Store
 
+from akd_dist.storage.errors import MachineError, RecipeError
 from akd_dist.storage.files import PARTIAL_SUFFIX
 from akd_dist.storage.objects import Keys, ObjectMissing, ObjectRoot, Stat, storage_error
 
@@ -28,6 +34,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # obstore says "not found" with either of these.
 _MISSING = (NotFoundError, FileNotFoundError)
+# Storage that does not answer for so long is given up; asked again after half of it.
+_TIMEOUT_SECONDS = 30.0
+# A body on its way has more time: what a slow line takes for it.
+_SLOWEST_BYTES_PER_SECOND = 256 * 2**10
+# One answer in all, however slowly its body comes.
+_ANSWER_SECONDS = 600.0
+
+log = logging.getLogger("akd_dist.storage")
+# Endpoints that did not answer a thread, and when it knew: what it tidies up after that does not wait for them again.
+_silent: dict[tuple[str, int], float] = {}
 
 
 @dataclass(frozen=True)
@@ -35,17 +51,21 @@ class S3Root(ObjectRoot):
     """Objects under a prefix of a bucket; credentials and endpoint from the usual AWS_* environment."""
 
     def put_new(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+
+        def publish(store: S3Store) -> None:
+            # A retry after a lost answer meets its own object and gets False: callers compare, so that is no loss.
+            obstore.put(store, path, data, mode="create", use_multipart=False)
+
         try:
-            with self._errors("write", key, AlreadyExistsError):
-                # A retry after a lost answer meets its own object and gets False: callers compare, so that is no loss.
-                obstore.put(self._store, self._path(key), data, mode="create", use_multipart=False)
+            self._ask("write", key, publish, AlreadyExistsError, body=len(data))
         except AlreadyExistsError:
             return False
         return True
 
     def put(self, key: str, data: bytes) -> None:
-        with self._errors("write", key):
-            obstore.put(self._store, self._path(key), data, use_multipart=False)
+        path = self._path(key)
+        self._ask("write", key, lambda store: obstore.put(store, path, data, use_multipart=False), body=len(data))
 
     def get(self, key: str) -> bytes:
         return self.get_tagged(key)[0]
@@ -53,13 +73,14 @@ class S3Root(ObjectRoot):
     def get_tagged(self, key: str) -> tuple[bytes, str]:
         """The whole object and its entity tag; ObjectMissing if there is none."""
 
-        def read() -> tuple[bytes, ObjectMeta]:
-            answer = obstore.get(self._store, self._path(key))
+        path = self._path(key)
+
+        def read(store: S3Store) -> tuple[bytes, ObjectMeta]:
+            answer = obstore.get(store, path)
             return bytes(answer.bytes()), answer.meta
 
         try:
-            with self._errors("read", key, *_MISSING):
-                data, meta = _whole(read)
+            data, meta = self._ask("read", key, read, *_MISSING)
         except _MISSING:
             raise ObjectMissing(key) from None
         if len(data) != meta["size"]:
@@ -68,15 +89,22 @@ class S3Root(ObjectRoot):
 
     def put_if_unchanged(self, key: str, data: bytes, tag: str) -> str | None:
         """Overwrite the object that has this entity tag; the new tag, or None if it has another one by now."""
+        path = self._path(key)
         try:
-            with self._errors("write", key, PreconditionError, *_MISSING):
-                return obstore.put(self._store, self._path(key), data, mode={"e_tag": tag})["e_tag"] or ""
+            put = self._ask(
+                "write",
+                key,
+                lambda store: obstore.put(store, path, data, mode={"e_tag": tag}),
+                PreconditionError,
+                *_MISSING,
+            )
         except (PreconditionError, *_MISSING):
             return None
+        return put["e_tag"] or ""
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
-        with self._errors("list", prefix):
-            metas = _whole(lambda: obstore.list(self._store, self._path(prefix) or None).collect())
+        path = self._path(prefix) or None
+        metas = self._ask("list", prefix, lambda store: obstore.list(store, path).collect())
         found = {
             meta["path"].removeprefix(self._prefix): Stat(
                 meta["size"],
@@ -91,37 +119,34 @@ class S3Root(ObjectRoot):
         return []  # a put is whole or nothing
 
     def folders(self) -> Keys:
-        with self._errors("list", ""):
-            found = self._top_level()["common_prefixes"]
-        return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in found)
+        return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in self._top_level()["common_prefixes"])
 
     def files(self) -> Keys:
-        with self._errors("list", ""):
-            found = self._top_level()["objects"]
-        return sorted(meta["path"].rpartition("/")[2] for meta in found)
+        return sorted(meta["path"].rpartition("/")[2] for meta in self._top_level()["objects"])
 
     def delete(self, key: str) -> None:
-        with contextlib.suppress(*_MISSING), self._errors("delete", key, *_MISSING):
-            obstore.delete(self._store, self._path(key))
+        path = self._path(key)
+        with contextlib.suppress(*_MISSING):
+            self._ask("delete", key, lambda store: obstore.delete(store, path), *_MISSING)
 
     def delete_folder(self, prefix: str) -> None:
         keys = [self._path(key) for key in self.list(prefix)]
         if keys:
-            with contextlib.suppress(*_MISSING), self._errors("delete", prefix, *_MISSING):
-                obstore.delete(self._store, keys)
+            with contextlib.suppress(*_MISSING):
+                self._ask("delete", prefix, lambda store: obstore.delete(store, keys), *_MISSING)
 
     def move(self, key: str, to: str) -> bool:
+        source, target = self._path(key), self._path(to)
         try:
-            with self._errors("move", key, *_MISSING):
-                obstore.rename(self._store, self._path(key), self._path(to))
+            self._ask("move", key, lambda store: obstore.rename(store, source, target), *_MISSING)
         except _MISSING:
             return False
         return True
 
     def exists(self, key: str) -> bool:
+        path = self._path(key)
         try:
-            with self._errors("read", key, *_MISSING):
-                obstore.head(self._store, self._path(key))
+            self._ask("read", key, lambda store: obstore.head(store, path), *_MISSING)
         except _MISSING:
             return False
         return True
@@ -131,11 +156,6 @@ class S3Root(ObjectRoot):
 
     def local_path(self, key: str) -> Path | None:
         return None
-
-    @property
-    def _store(self) -> S3Store:
-        environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
-        return _s3_store(urlsplit(self.uri).netloc, environment)
 
     @property
     def _prefix(self) -> str:
@@ -148,28 +168,109 @@ class S3Root(ObjectRoot):
         return f"{self._prefix}{key}".rstrip("/")
 
     def _top_level(self) -> ListResult[Sequence[ObjectMeta]]:
-        return _whole(lambda: obstore.list_with_delimiter(self._store, self._prefix or None))
+        return self._ask("list", "", lambda store: obstore.list_with_delimiter(store, self._prefix or None))
 
-    @contextlib.contextmanager
-    def _errors(self, verb: str, key: str, *answers: type[Exception]) -> Iterator[None]:
-        """Let the answers through that the caller knows what to make of; everything else becomes one refusal."""
-        try:
-            yield
-        except (BaseError, OSError, TimeoutError) as error:
-            if isinstance(error, answers) and "NoSuchBucket" not in str(error):
-                raise
-            raise storage_error(verb, self.path_of(key), _reason(error)) from error
+    def _ask(self, verb: str, key: str, call: Callable[[S3Store], T], *answers: type[Exception], body: int = 0) -> T:
+        """Ask the storage for something, and again where it may be asked again, in bounded time.
+
+        Args:
+            answers: errors that the caller knows what to make of; every other one becomes a refusal.
+            body: bytes that are sent.
+        """
+        environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+        bucket = urlsplit(self.uri).netloc
+        endpoint = dict(environment).get("AWS_ENDPOINT_URL") or f"the endpoint of {bucket}"
+        limit = timeout_seconds()
+        attempt = limit / 2 + _sending_seconds(body)
+        me = (endpoint, threading.get_ident())
+        if time.monotonic() - _silent.get(me, -math.inf) < limit:
+            raise _unanswered(verb, self.path_of(key), f"{endpoint} did not answer just now")
+        client, started = _s3_store(bucket, environment, limit, attempt), time.monotonic()
+        with _told_if_silent(endpoint, attempt, attempt + limit / 2):
+            for asked in itertools.count(1):
+                began = time.monotonic()
+                try:
+                    found = call(client)
+                except (BaseError, OSError, TimeoutError) as error:
+                    if isinstance(error, answers) and "NoSuchBucket" not in str(error):
+                        raise
+                    now = time.monotonic()
+                    silent = "error sending request" in str(error) and now - began > 0.9 * _connect_seconds(limit)
+                    if _worth_repeating(error, silent, asked) and now - started < attempt + limit / 2:
+                        continue
+                    if not silent:
+                        raise storage_error(verb, self.path_of(key), _reason(error)) from error
+                    _silent[me] = now
+                    told = f"no answer from {endpoint} within {now - started:.3g} s, in {asked + _repeats(error)} tries"
+                    raise _unanswered(verb, self.path_of(key), told) from error
+                _silent.pop(me, None)
+                return found
+        raise AssertionError("unreachable")
 
 
-def _whole(read: Callable[[], T]) -> T:
-    """Read again where an answer's body was cut short: obstore repeats a request that failed, not such a one."""
-    for _ in range(3):
-        try:
-            return read()
-        except BaseError as error:
-            if "response body" not in str(error):
-                raise
-    return read()
+def _worth_repeating(error: Exception, silent: bool, asked: int) -> bool:
+    """Whether to ask once more: obstore repeats a request that failed, but no answer whose body was cut short, and no
+    create-only put that was not answered. Every write here may be made twice.
+    """
+    if "response body" in str(error):
+        return asked < 4
+    return silent and asked < 2 and not _repeats(error)
+
+
+def _repeats(error: Exception) -> int:
+    """How often obstore has repeated a request."""
+    told = re.search(r"after (\d+) retries", str(error))
+    return int(told[1]) if told else 0
+
+
+def timeout_seconds() -> float:
+    """$AKD_DIST_S3_TIMEOUT: seconds after which storage that does not answer is given up; 30 by default.
+
+    Raises:
+        RecipeError: it is no positive number.
+    """
+    text = os.environ.get("AKD_DIST_S3_TIMEOUT", "").strip()
+    try:
+        seconds = float(text or _TIMEOUT_SECONDS)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise RecipeError(
+            "AKD_DIST_S3_TIMEOUT is no time", got=text, expected="seconds, such as 30", next="correct or unset it"
+        )
+    return seconds
+
+
+def _sending_seconds(body: int) -> float:
+    """What sending so many bytes may take beside the answer: a power of two, so that few clients are made; 0 for small
+    ones.
+    """
+    seconds = body / _SLOWEST_BYTES_PER_SECOND
+    return 2.0 ** math.ceil(math.log2(seconds)) if seconds > 1 else 0.0
+
+
+@contextlib.contextmanager
+def _told_if_silent(endpoint: str, after: float, until: float) -> Iterator[None]:
+    """A line for the person who waits, if that takes longer."""
+    told = f"no answer from {endpoint} for {after:g} s: asking again, until {until:g} s are over"
+    timer = threading.Timer(after, log.warning, (told,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _unanswered(verb: str, where: str, reason: str) -> MachineError:
+    error = storage_error(verb, where, reason)
+    error.next = "check AWS_ENDPOINT_URL and the network; for a slow one, set AKD_DIST_S3_TIMEOUT to more seconds"
+    return error
+
+
+def _connect_seconds(limit: float) -> float:
+    """Seconds that a connection may take."""
+    return min(10.0, limit / 2)
 
 
 def _reason(error: Exception) -> str:
@@ -179,19 +280,26 @@ def _reason(error: Exception) -> str:
     return f"{first} ({code[1]})" if code else first
 
 
-@functools.lru_cache(maxsize=8)
-def _s3_store(bucket: str, environment: tuple[tuple[str, str], ...]) -> S3Store:
+@functools.lru_cache(maxsize=16)
+def _s3_store(bucket: str, environment: tuple[tuple[str, str], ...], limit: float, attempt: float) -> S3Store:
+    """A client.
+
+    Args:
+        limit: seconds after which storage that does not answer is given up.
+        attempt: seconds for each attempt until an answer begins, and between two parts of it.
+    """
     endpoint = dict(environment).get("AWS_ENDPOINT_URL", "")
     return S3Store(
         bucket,
         client_options={
             "allow_http": endpoint.startswith("http://"),
-            "connect_timeout": timedelta(seconds=10),
-            "timeout": timedelta(seconds=60),
+            "connect_timeout": timedelta(seconds=_connect_seconds(limit)),
+            "read_timeout": timedelta(seconds=attempt),
+            "timeout": timedelta(seconds=max(_ANSWER_SECONDS, 2 * attempt)),
         },
         retry_config={
             "max_retries": 6,
-            "retry_timeout": timedelta(seconds=90),
+            "retry_timeout": timedelta(seconds=0.7 * (attempt + limit / 2)),  # no third attempt
             "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
         },
     )

@@ -54,11 +54,12 @@ class Use(Document):
 
     @property
     def at(self) -> float:
-        """Seconds since 1970; 0 for a time that cannot be read."""
+        """Seconds since 1970; 0 for a time that cannot be read, or that lies in the future: nobody has used it yet."""
         try:
-            return datetime.fromisoformat(self.time).timestamp()
-        except ValueError:
+            seconds = datetime.fromisoformat(self.time).timestamp()
+        except (ValueError, OverflowError):
             return 0.0
+        return seconds if seconds < time.time() + REMOTE_RUN_SECONDS else 0.0
 
     @property
     def key(self) -> str:

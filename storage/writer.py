@@ -6,17 +6,18 @@ shard or none. Every step may be repeated, by another process as well: resuming 
 
 from __future__ import annotations
 
+import functools
 import secrets
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from akd_dist.storage.arrays import decode_shard, encode_shard, metadata
-from akd_dist.storage.errors import AkdError, DamagedError, MachineError, RefusedError
+from akd_dist.storage.errors import DamagedError, MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, failpoint, sha256
 from akd_dist.storage.layout import (
     ARRAYS,
@@ -29,7 +30,7 @@ from akd_dist.storage.layout import (
     Shard,
     StoreLayout,
 )
-from akd_dist.storage.manifest import Creation, Identity, Manifest, Probe, Receipt, differences
+from akd_dist.storage.manifest import Creation, Identity, Manifest, Probe, Receipt, ShardRecord, differences
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot, open_root
 
 
@@ -49,6 +50,11 @@ class StoreWriter:
     def layout(self) -> StoreLayout:
         """How the store is cut into shards."""
         return self.creation.identity.layout
+
+    @functools.cached_property
+    def creation_sha256(self) -> str:
+        """The sha256 of the creation document: the receipts of this store name it."""
+        return self.creation.sha256
 
     @property
     def store(self) -> ObjectRoot:
@@ -86,8 +92,8 @@ def create_store(root_uri: str, creation: Creation, hint: dict[str, Any] | None 
 def missing_shards(writer: StoreWriter, *, deep: bool = True) -> list[Shard]:
     """Shards still to be computed: all but those with a valid receipt. A sealed store misses none.
 
-    A shard that is not what its receipt says is moved to `<id>.damaged/` and counts as missing; one without a receipt
-    stays where it is, for `adopt_shard`.
+    A shard that is not what its receipt says, or was computed in another way, is moved to `<id>.damaged/` and counts as
+    missing; one without a receipt, or with a damaged one, stays where it is, for `adopt_shard`.
 
     Args:
         deep: compare every sha256, not only every size.
@@ -144,7 +150,7 @@ def _take_shard(writer: StoreWriter, shard: Shard, source: Manifest) -> bool:
         return False
     if sha256(data) != record.sha256:
         return False
-    receipt = Receipt(**record.model_dump(), seconds=0.0, host=socket.gethostname())
+    receipt = Receipt.of(record, writer.creation_sha256, 0.0, socket.gethostname())
     published = _publish(writer, shard, data, linked_to=key)
     failpoint("shard.before_receipt")
     if published is None:
@@ -165,9 +171,11 @@ def write_shard(
 
     Args:
         logits: float32 [shard.rows, classes].
-        label_agreement: share of the rows where the teacher's first class is the label; None for regression.
+        label_agreement: share of the rows where the teacher's first class is the label, of the logits as they are
+            stored (`as_stored`), so that whoever finds the shard without its receipt arrives at the same; None for
+            regression.
         probes: augmented views of a few rows, as digests and samples.
-        seconds: how long the logits took, for the receipt.
+        seconds: how long the logits took, for the receipt; 0 for those of `adopt_shard`.
 
     Returns:
         The receipt; the other writer's if the shard was published and receipted already.
@@ -178,7 +186,7 @@ def write_shard(
         MachineError: the disk is full or cannot be written.
     """
     data = encode_logits(writer.creation, shard, logits)
-    receipt = Receipt(
+    record = ShardRecord(
         key=shard.key,
         size=len(data),
         sha256=sha256(data),
@@ -186,9 +194,10 @@ def write_shard(
         finite=True,
         label_agreement=None if label_agreement is None else float(label_agreement),
         probes=_as_in_format(writer.creation.identity.format, probes),
-        seconds=round(float(seconds), 6),
-        host=socket.gethostname(),
     )
+    receipt = Receipt.of(record, writer.creation_sha256, float(seconds), socket.gethostname())
+    if not writer.store.exists(CREATION_KEY):  # removed by whoever took this writer for dead: leave no loose end
+        raise RefusedError(f"the store {writer.uri} is gone", next="run the same command again: it is begun anew")
     failpoint("shard.before_publish")
     published = _publish(writer, shard, data)
     failpoint("shard.before_receipt")
@@ -214,6 +223,18 @@ def seal_store(writer: StoreWriter) -> Manifest:
     return manifest
 
 
+def as_stored(identity: Identity, logits: npt.NDArray[np.float32], first_row: int) -> npt.NDArray[np.float32]:
+    """Logits as a reader of the store will have them, float32 [n, classes]: encoded, and decoded again.
+
+    Args:
+        first_row: the dataset row number of `logits[0]`, for the message.
+
+    Raises:
+        RefusedError: they are not finite in the stored dtype; names the rows.
+    """
+    return identity.codec.decode(identity.codec.encode(logits, first_row))
+
+
 def encode_logits(creation: Creation, shard: Shard, logits: npt.NDArray[np.float32]) -> bytes:
     """The bytes of a shard's object, a pure function of the logits.
 
@@ -228,7 +249,22 @@ def encode_logits(creation: Creation, shard: Shard, logits: npt.NDArray[np.float
 
 
 def _check_same_creation(store: ObjectRoot, creation: Creation) -> None:
-    found = Creation.from_bytes(store.get(CREATION_KEY), store.path_of(CREATION_KEY))
+    """Refuse to go on with a store that was begun in another way.
+
+    Where the receipts say that it was begun in this very way, it is the document that was damaged: it is put back.
+    """
+    data, ours = _get_whatever(store, CREATION_KEY), creation.to_bytes()
+    if data == ours:
+        return
+    if begun_as(store) == {creation.sha256}:
+        set_aside(store, CREATION_KEY)
+        store.put_new(CREATION_KEY, ours)
+        return
+    try:
+        found = Creation.from_bytes(data, store.path_of(CREATION_KEY))
+    except DamagedError as error:
+        error.next = f"bring the file back from a copy, or delete {store.uri} to compute it anew"
+        raise
     differing = differences(creation, found)
     if differing:
         raise RefusedError(
@@ -237,6 +273,12 @@ def _check_same_creation(store: ObjectRoot, creation: Creation) -> None:
             expected="the same batch rows, threads, device and versions until the store is sealed",
             next=f"run as the store was begun, or delete {store.uri} to compute it anew",
         )
+
+
+def begun_as(store: ObjectRoot) -> set[str]:
+    """The sha256 of the creation document, as a store's intact receipts name it; nothing where there are none."""
+    found = (_intact_receipt(store, key) for key in store.list(RECEIPTS))
+    return {receipt.creation for receipt in found if receipt is not None and receipt.creation is not None}
 
 
 def _put_metadata(store: ObjectRoot, identity: Identity) -> dict[str, str]:
@@ -249,19 +291,29 @@ def _put_metadata(store: ObjectRoot, identity: Identity) -> dict[str, str]:
 
 def _put_same(store: ObjectRoot, key: str, data: bytes) -> None:
     """Publish, or find the very same bytes."""
-    if not store.put_new(key, data) and store.get(key) != data:
+    if not store.put_new(key, data) and (found := _get_whatever(store, key)) != data:
         raise DamagedError(
             f"{store.path_of(key)} is not what this store's description makes it",
-            got=f"sha256 {sha256(store.get(key))}",
+            got=f"sha256 {sha256(found)}" if found else "nothing, or no file",
             expected=f"sha256 {sha256(data)}",
             next=f"delete {store.uri} to compute it anew, or bring the file back from a copy",
         )
 
 
+def _get_whatever(store: ObjectRoot, key: str) -> bytes:
+    """What is in the place of an object: nothing, if it is a folder or a pipe."""
+    try:
+        return store.get(key)
+    except ObjectMissing:
+        return b""
+
+
 def _keeps_its_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int], deep: bool) -> bool:
-    receipt = _read_receipt(writer, shard)
+    receipt = _intact_receipt(writer.store, shard.receipt_key)
     key = f"{ARRAYS}/{shard.key}"
-    whole = receipt is not None and sizes.get(key) == receipt.size == writer.layout.stored_bytes(shard)
+    whole = _is_receipt_of(receipt, writer, shard) and sizes.get(key) == receipt.size == writer.layout.stored_bytes(
+        shard
+    )
     if receipt and whole and deep:
         try:
             whole = sha256(writer.store.get(key)) == receipt.sha256
@@ -276,12 +328,25 @@ def _keeps_its_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int],
 
 def _read_receipt(writer: StoreWriter, shard: Shard) -> Receipt | None:
     """The shard's receipt; None if there is none, or none that can be believed."""
+    receipt = _intact_receipt(writer.store, shard.receipt_key)
+    return receipt if _is_receipt_of(receipt, writer, shard) else None
+
+
+def _intact_receipt(store: ObjectRoot, key: str) -> Receipt | None:
+    """A receipt that is what was written; None for any other, one of before checksums included."""
     try:
-        data = writer.store.get(shard.receipt_key)
-        receipt = Receipt.from_bytes(data, writer.store.path_of(shard.receipt_key))
-    except (ObjectMissing, AkdError):
+        receipt = Receipt.from_bytes(store.get(key), store.path_of(key))
+    except (ObjectMissing, DamagedError, RefusedError):
         return None
-    return receipt if (receipt.key, receipt.rows, receipt.finite) == (shard.key, shard.rows, True) else None
+    return receipt if receipt.is_intact else None
+
+
+def _is_receipt_of(receipt: Receipt | None, writer: StoreWriter, shard: Shard) -> TypeGuard[Receipt]:
+    """Whether it is of this shard, and of this way to compute it."""
+    if receipt is None:
+        return False
+    told = (receipt.key, receipt.rows, receipt.finite, receipt.creation)
+    return told == (shard.key, shard.rows, True, writer.creation_sha256)
 
 
 def _as_in_format(version: int, probes: Sequence[Probe]) -> list[Probe]:
@@ -340,7 +405,7 @@ def _complete_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int]) 
         raise RefusedError(
             f"{writer.uri} cannot be sealed: {shard} is missing",
             got="no receipt" if receipt is None else "no object",
-            expected=f"{len(writer.layout.shards())} shards, each with its receipt",
+            expected=f"{writer.layout.shard_count} shards, each with its receipt",
             next="run akd-dist cache-teacher again: it computes what is missing",
         )
     if found != receipt.size:

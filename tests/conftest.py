@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,18 @@ def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("AKD_DIST_CACHE", str(home / "cache" / "akd-dist"))
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         yield home
+
+
+@pytest.fixture(autouse=True)
+def forgotten_code(isolated_home: Path) -> Iterator[None]:
+    """Modules that a test had imported from its folder are forgotten: another's may have the same name."""
+    before, path = set(sys.modules), list(sys.path)
+    yield
+    tests = str(isolated_home.parent)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(tests):
+            del sys.modules[name]
+    sys.path[:] = [place for place in sys.path if place in path or not place.startswith(tests)]
 
 
 @pytest.fixture(scope="session")

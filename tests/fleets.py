@@ -6,7 +6,7 @@ AKD_DIST_TEST_DEVICE=cuda has the students of all tests that use these trained o
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from akd_dist import recipe as recipes
 from akd_dist.checkpoint import newest_checkpoint
@@ -14,6 +14,8 @@ from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.models import ModelCard, build, save_model
 from akd_dist.recipe import Recipe
 from akd_dist.rows import prepare
+from akd_dist.storage.files import canonical_json, sha256
+from akd_dist.trusted import Trusted
 
 DEVICE = os.environ.get("AKD_DIST_TEST_DEVICE", "cpu")
 ANNEALING = {"kind": "annealing_kd", "tau_max": 2, "stage1_epochs": 2, "stage2_epochs": 1}
@@ -40,7 +42,16 @@ def a_recipe(students: list[dict[str, Any]], **changes: Any) -> Recipe:
         "checkpoint_seconds": 0,
         "device": DEVICE,
     }
-    return Recipe.model_validate(document | changes)
+    return Recipe.model_validate(document | changes).own()
+
+
+Own = TypeVar("Own", bound=recipes.Factory)
+TESTS = Trusted(modules=("tests",))
+
+
+def own(spec: Own, folder: Path) -> Own:
+    """A factory that a recipe of the user's names, whose module lies in this folder."""
+    return recipes.trust(spec, Trusted(factories=(spec.factory,), folder=str(folder), named_by="the recipe"))
 
 
 def a_teacher(recipe: Recipe, folder: Path, cache_root: Path) -> str:
@@ -75,3 +86,9 @@ def store_bytes(root: Path) -> dict[str, str]:
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and "teachers" not in path.parts]
     kept = [path for path in files if path.parent.name not in ("receipts", "uses") and path.name != "source.json"]
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def resealed(document: dict[str, Any]) -> dict[str, Any]:
+    """A card's document with the checksum of what it says now, as somebody who forges one would write it."""
+    fields = {name: value for name, value in document.items() if name != "sha256"}
+    return fields | {"sha256": sha256(canonical_json(fields))}

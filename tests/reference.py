@@ -19,7 +19,7 @@ BEGIN, END = "## Every key\n", "## What is refused\n"
 # A heading, then its parts: with the key they stand under, or none where they are told apart by their kind.
 SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
     "Top level": {recipe.Recipe: "top level"},
-    "Data": {recipe.Data: "data", recipe.Normalize: "data.normalize"},
+    "Data": {recipe.Data: "data", recipe.Image: "data.image", recipe.Normalize: "data.normalize"},
     "Sources": dict.fromkeys(
         [recipe.Digits, recipe.Idx, recipe.Parquet, recipe.HuggingFaceData, recipe.CustomData], None
     ),

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from akd_dist import hub, recipe
+from tests.fleets import own
 
 KINDS = ("parquet", "idx", "idx.gz", "huggingface", "table", "dataset")
 _names = itertools.count()
@@ -43,7 +44,7 @@ def module(folder: Path, code: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.py").write_text(code)
     if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+        sys.path.append(str(folder))  # for tests that import it themselves
     importlib.invalidate_caches()
     return name
 
@@ -67,14 +68,14 @@ def dataset(folder: Path, inputs: Any, labels: Any, **options: Any) -> recipe.Cu
     """A map-style dataset over two sequences."""
     name = module(folder, f"{DATASET}\ndata = []\ndef make():\n    return Items(*data)\n")
     importlib.import_module(name).data.extend([inputs, labels])
-    return recipe.CustomData(factory=f"{name}:make", **options)
+    return own(recipe.CustomData(factory=f"{name}:make", **options), folder)
 
 
 def table(folder: Path, made: Any, **options: Any) -> recipe.CustomData:
     """A function that returns what it is given."""
     name = module(folder, "data = []\ndef make():\n    return data[0]\n")
     importlib.import_module(name).data.append(made)
-    return recipe.CustomData(factory=f"{name}:make", **options)
+    return own(recipe.CustomData(factory=f"{name}:make", **options), folder)
 
 
 def parquet(folder: Path, made: Any, **options: Any) -> recipe.Parquet:

@@ -8,6 +8,8 @@ import itertools
 import struct
 import zlib
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from akd_dist.recipe import ByteText, CustomData, Data, HuggingFaceData, Idx, Pa
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import RefusedError
 from tests import sources
+from tests.fleets import own
 from tests.sources import idx, idx_bytes
 
 LABELS = [0, 1] * 5
@@ -77,6 +80,19 @@ TABLES: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
     "no such label": (lists(), LABELS, {"label": "lable"}, ["no column lable", "set `label` to label"]),
     "labels of lists": (lists(), lists(), {}, ["column label of", "cannot be the label", "list"]),
     "labels of floats": (lists(), [0.5, 1.0] * 5, {}, ["row 0 of", "column label", "double", "data.task: regression"]),
+    "ids as floats": (lists(), [1.0, 2.0] * 5, {}, ["row 0 of", "double: 1.0", "cast the column to integers"]),
+    "ids with a gap": (lists(), pa.array([None] + [1.0] * 9), {}, ["row 0 of", "missing values make floats of them"]),
+    "decimal labels": (lists(), [Decimal(1)] * 10, {}, ["decimal128(1, 0)", "cast decimals to integers (int64)"]),
+    "decimal inputs": (pa.array([[Decimal("1.5")]] * 10), LABELS, {}, ["decimal128", "cast decimals to floats"]),
+    "dates as labels": (lists(), [date(2020, 1, 1)] * 10, {}, ["date32", "days as integers"]),
+    "labels of nothing": (lists(), pa.nulls(10), {}, ["type null", "all its values are missing"]),
+    "numbers as text": ([["1", "2"]] * 10, LABELS, {}, ["list<", "write numbers as numbers"]),
+    "booleans as inputs": ([[True]] * 10, LABELS, {}, ["cast booleans to uint8"]),
+    "the mark -1": (lists(), but(LABELS, 6, -1), {}, ["row 6 of", "-1 marks rows without a label"]),
+    "counted from 1": (lists(), but(LABELS, 6, 2), {"classes": 2}, ["row 6 of", "counted from 1, subtract 1"]),
+    "the mark 255": (lists(), but(LABELS, 6, 255), {"classes": 2}, ["row 6 of", "255 marks rows without a label"]),
+    "an integer beyond 2^24": ([[2**24]] * 4 + [[2**24 + 1]] * 6, LABELS, {}, ["row 4 of", "16777217", "to floats"]),
+    "a quantity beyond 2^24": (lists(), but([1] * 10, 3, 2**40 + 1), REGRESSION, ["row 3 of", "1099511627777"]),
     "names in regression": (lists(), ["a", "b"] * 5, REGRESSION, ["row 0 of", "column label", "string"]),
     "a column of numbers": (list(range(10)), LABELS, {}, ["column input of", "cannot be the input", "column of lists"]),
     "a struct": ([{"path": "a.png"}] * 10, LABELS, {}, ["column input of", "cannot be the input", "struct"]),
@@ -90,7 +106,12 @@ TABLES: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
         {},
         ["no value in row 0 of", "bytes embedded"],
     ),
-    "a negative label": (lists(), but(LABELS, 6, -3), {}, ["label out of range in row 6 of", "column label", "-3"]),
+    "a negative label": (
+        lists(),
+        but(LABELS, 6, -3),
+        {},
+        ["out of range in row 6 of", "column label", "-3", "from 0"],
+    ),
     "a label of no class": (lists(), but(LABELS, 4, 4), {"classes": 4}, ["row 4 of", "got: 4", "0 to 3"]),
     "an enormous label": (lists(), but(LABELS, 9, 2**31), {}, ["row 9 of", "2147483648", "set `classes`"]),
     "an unsigned label": (lists(), pa.array(but(LABELS, 3, 2**63), pa.uint64()), {}, ["range in row 3 of", f"{2**63}"]),
@@ -122,7 +143,12 @@ TABLES: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
         {},
         ["another shape in row 5 of", "column input", "[3, 4, 5]", "[3, 4, 4]"],
     ),
-    "colour among grey": ([png(PIXELS[0])] * 5 + IMAGES[5:], LABELS, {}, ["row 5 of", "[3, 4, 4]", "[1, 4, 4]"]),
+    "colour where shape says grey": (
+        [png(PIXELS[0])] * 5 + IMAGES[5:],
+        LABELS,
+        {"shape": [1, 4, 4]},
+        ["row 5 of", "[3, 4, 4]", "[1, 4, 4]", "`shape` says"],
+    ),
     "shape of images": (IMAGES, LABELS, {"shape": [3, 8, 8]}, ["row 0 of", "`shape` says"]),
     "lengths": (pa.array(but(VECTORS.tolist(), 4, [1.0])), LABELS, {}, ["another shape in row 4 of", "[1]", "[4]"]),
     "nested lengths": ([[[1, 2], [3, 4]]] * 4 + [[[1, 2], [3]]] * 6, LABELS, {}, ["another shape in row 4 of"]),
@@ -401,12 +427,15 @@ def items(inputs: Any, labels: Any = LABELS, **data: Any) -> Maker:
 
 
 def code(text: str) -> Maker:
-    return lambda folder: CustomData(factory=f"{sources.module(folder / 'own', text)}:make")
+    return lambda folder: own(CustomData(factory=f"{sources.module(folder / 'own', text)}:make"), folder / "own")
 
 
 ROWS = list(VECTORS)
 OWN: dict[str, Case] = {
-    "no module": (lambda folder: CustomData(factory="nowhere:make"), ["nowhere:make cannot be imported", "nowhere.py"]),
+    "no module": (
+        lambda folder: own(CustomData(factory="nowhere:make"), folder),
+        ["nowhere:make cannot be imported", "nowhere.py"],
+    ),
     "no function": (code("def mak(): ..."), ["has no function make", "mak"]),
     "a module that fails": (code("1 / 0"), ["cannot be imported", "ZeroDivisionError", "Traceback"]),
     "a function that fails": (code("def make():\n    1 / 0"), ["failed", "ZeroDivisionError", "in make"]),

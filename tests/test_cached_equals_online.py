@@ -66,7 +66,7 @@ def test_the_comparison_sees_what_it_should(tmp_path: Path, wrong: str) -> None:
     ours, _ = both(recipe, tmp_path, padded=True)
     splits = prepare(recipe.data, tmp_path / "cache")
     job = dataclasses.replace(job_of(recipe, str(tmp_path / "teacher"), splits, tmp_path), root=str(tmp_path / "other"))
-    stream, _ = open_stream(job, splits)
+    stream, *_ = open_stream(job, splits)
     assert stream.logits is not None
     other = with_logits(stream, stream.logits[:1])
     if wrong == "another order":

@@ -177,7 +177,7 @@ def test_an_assistant_is_found_by_all_that_its_weights_depend_on(
 def test_a_teacher_trained_on_views_of_other_code_is_another_one(home: Home, tmp_path: Path) -> None:
     name = sources.module(tmp_path, "def make(): ...\n")
     own = {"kind": "custom", "factory": f"{name}:make"}
-    recipe = a_recipe(STUDENTS[:1], data=DATA | {"augmentation": own})
+    recipe = a_recipe(STUDENTS[:1], data=DATA | {"augmentation": own}, folder=str(tmp_path))
     assert recipe.teacher.train is not None
     before = teacher_of(recipe, home.splits)
     (tmp_path / f"{name}.py").write_text("def make(): return 1\n")

@@ -270,12 +270,13 @@ def test_options_reach_the_verb(run: Any, monkeypatch: pytest.MonkeyPatch) -> No
     outcome = run(
         "train-students", "r.yaml", "--set", "a=1", "--set", "b=2", "--store-root", "s3://b/s", "--run-root", "r",
         "--cache-root", "c", "--address", "auto", "--fresh", "--wait", "--tracker", "wandb", "--json",
+        "--trust", "mine",
     )  # fmt: skip
     assert outcome.document == FLEET
     assert seen.pop("console").stderr
     assert seen == {
         "recipe": "r.yaml", "overrides": ("a=1", "b=2"), "store_root": "s3://b/s", "run_root": "r", "cache_root": "c",
-        "address": "auto", "fresh": True, "wait": True, "trackers": ("wandb",),
+        "address": "auto", "fresh": True, "wait": True, "trackers": ("wandb",), "trust": ("mine",),
     }  # fmt: skip
 
 
@@ -284,6 +285,17 @@ def test_roots_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest
     assert akd_dist.absolute_root("stores") == str(tmp_path / "stores")
     assert akd_dist.absolute_root("~/stores") == "/somewhere/stores"
     assert akd_dist.absolute_root("s3://bucket/stores") == "s3://bucket/stores"
+    with pytest.raises(errors.RecipeError, match=r"the home folder in ~nobody-of-this-name/stores is not known"):
+        akd_dist.absolute_root("~nobody-of-this-name/stores")
+
+
+def test_runs_are_found_under_the_home_folder(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave a ~ alone that stands in quotes, or after an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for verb in ("status", "report"):
+        outcome = run(verb, "~/runs/mine")
+        assert outcome.code == 4
+        assert str(tmp_path / "home" / "runs" / "mine") in outcome.err
 
 
 @pytest.mark.parametrize(("state", "code"), [("done", 0), ("diverged", 1), ("failed", 1)])
@@ -388,7 +400,7 @@ def root(tmp_path: Path) -> Path:
 def test_an_empty_root_has_no_stores(run: Any) -> None:
     assert "no stores under stores" in run("stores", "list").out
     assert run("stores", "list", "--json").document == {"store_root": str(Path.cwd() / "stores"), "stores": []}
-    assert run("stores", "gc", "--json").document == {"dry_run": False, "removed": [], "stores": []}
+    assert run("stores", "gc", "--json").document == {"dry_run": False, "removed": [], "stores": [], "problems": []}
 
 
 @pytest.mark.parametrize("command", ["show", "verify", "repair"])
@@ -485,6 +497,41 @@ def test_gc_removes_stores_only_when_it_may(root: Path, run: Any) -> None:
     done = run("stores", "gc", "--older-than", "0h", "--yes")
     assert f"removed store {store.name[:12]}, 6.2 kB" in done.out
     assert list(root.iterdir()) == []
+
+
+def test_a_bad_store_is_a_line_and_the_others_are_shown_and_collected(root: Path, run: Any) -> None:
+    """One whose folder cannot be listed, one of deep JSON, one whose words are markup to the table that shows them."""
+    (store,) = root.iterdir()
+    (store / "arrays.zarr/logits/c/0/0/0.0123456789ab.partial").touch()
+    closed, deep = root / ("c" * 64), root / ("d" * 64)
+    closed.mkdir()
+    (closed / "creation.json").symlink_to("creation.json")  # which no user can follow
+    deep.mkdir()
+    (deep / "creation.json").write_bytes(b"[" * 200_000)
+    source = {"kind": "parquet", "path": "/data/[/birds]"}
+    (store / "source.json").write_text(json.dumps({"split": "train", "recipe": {"data": {"train": source}}}))
+    listed = run("stores", "list")
+    assert listed.code == 0
+    assert "birds] train 300" in listed.out
+    assert f"{'c' * 12}: cannot read {closed}/creation.json: Too many levels of symbolic links" in listed.err
+    assert f"{'d' * 12}: {deep}/creation.json is damaged: " in listed.err
+    problems = {one["id"]: one["problem"] for one in run("stores", "list", "--json").document["stores"]}
+    assert problems[store.name] is None
+    assert "symbolic links" in problems[closed.name]
+    assert "is damaged" in problems[deep.name]
+    assert run("stores", "verify", store.name[:6]).code == 0
+    partial = str(next(root.rglob("*.partial")).relative_to(root))
+    collected = run("stores", "gc", "--json", "--dry-run").document
+    GcDocument.model_validate(collected)
+    assert (collected["removed"], [one["id"] for one in collected["problems"]]) == (
+        [partial, f"{'d' * 64}/"],
+        ["c" * 64],
+    )
+    outcome = run("stores", "gc", "--older-than", "0h", "--yes")
+    assert outcome.code == 0
+    assert f"{'c' * 12}: cannot read" in outcome.err
+    assert f"stays: {'c' * 12}, cannot read" in outcome.out
+    assert [path.name for path in root.iterdir()] == ["c" * 64]
 
 
 def test_gc_asks_on_a_terminal(root: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,8 @@ from akd_dist.jobs.dry_run import bytes_streamed
 from akd_dist.jobs.planner import Costs, groups_of
 from akd_dist.jobs.probing import Prober, measure_all, measure_there, scaled
 from akd_dist.jobs.train_students import check_students, train_in_process
-from akd_dist.models import add_folder
 from akd_dist.probe import guessed, probe
+from akd_dist.recipe import Custom
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.objects import LocalRoot
@@ -225,7 +225,6 @@ def counting(input_shape, classes):
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     (tmp_path / "probed_models.py").write_text(MODELS)
-    add_folder(str(tmp_path))
     return tmp_path
 
 
@@ -283,9 +282,11 @@ def test_a_student_that_takes_no_step_is_probed_all_the_same(tmp_path: Path) -> 
 
 
 def test_a_batch_that_memory_would_not_hold_is_not_tried(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = a_recipe([a_student("one", model={"kind": "custom", "factory": "probed_models:counting"})])
+    counting = {"kind": "custom", "factory": "probed_models:counting"}
+    recipe = a_recipe([a_student("one", model=counting)], folder=str(models))
     splits = prepare(recipe.data, models / "cache")
-    seen = import_factory("probed_models:counting", "").__globals__["Counting"].seen
+    (model,) = [spec.model for spec in recipe.students if isinstance(spec.model, Custom)]
+    seen = import_factory(model, "").__globals__["Counting"].seen
     measured = []
     for free in (1 << 40, 0):
         monkeypatch.setattr(probes, "free_memory", lambda _device, free=free: free)

@@ -258,6 +258,8 @@ def test_other_data_are_refused_with_both_sides(root: Path, tmp_path: Path) -> N
         ("d.parquet", {"tokenizer": "words"}),
         ("recipe.yaml", {"label": "y"}),
         ("d.parquet", {"input": ["a", "b", "c"]}),
+        ("d.parquet", {"label": ""}),
+        ("digits", {"label": ""}),
     ],
 )
 def test_options_that_do_not_go_together(root: Path, tmp_path: Path, data: str, options: dict[str, Any]) -> None:
@@ -280,6 +282,28 @@ def test_models_and_rows_come_from_object_storage(root: Path, bucket: str) -> No
     assert not list((root / "cache").glob("examples-*"))
     with pytest.raises(RefusedError, match="no Parquet file"):
         akd_dist.evaluate(student(root), f"{bucket}/nothing", cache_root=root / "cache")
+
+
+def test_a_label_may_stand_in_the_path_here_and_in_object_storage(root: Path, bucket: str, tmp_path: Path) -> None:
+    """Files are found as those of a recipe; what a system leaves beside them is not read."""
+    rows = test_rows(root)
+    expected = evaluate(root, root / "runs" / "fleet")["student"]["metrics"]
+    there = open_root(f"{bucket}/parts")
+    for label in range(10):
+        place = tmp_path / "parts" / f"label={label}" / "part-0"
+        place.parent.mkdir(parents=True)
+        write(place, flat(rows.inputs[rows.labels == label]))
+        there.put(f"label={label}/part-0", place.read_bytes())
+    for name in ("_SUCCESS", "README.md", ".part-0.parquet.crc", "_temporary/0/part-1.parquet"):
+        (tmp_path / "parts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "parts" / name).write_bytes(b"no rows")
+        there.put(name, b"no rows")
+    for data in (tmp_path / "parts", f"{bucket}/parts"):
+        found = evaluate(root, data)
+        assert (found["rows"], found["student"]["metrics"]) == (len(rows), expected)
+    (tmp_path / "parts" / "b.parquet.part").write_bytes(b"PAR1")
+    with pytest.raises(RefusedError, match=r"(?s)looks like a copy.*wait for the copy"):
+        evaluate(root, tmp_path / "parts")
 
 
 # ---- predict

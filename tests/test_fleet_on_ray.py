@@ -3,8 +3,10 @@
 Workers are killed for real, on one cluster for all tests; drivers are commands with a cluster of their own.
 """
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,9 +37,11 @@ from akd_dist.status import write_document
 from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.errors import MachineError, RecipeError, RefusedError, TerminatedError
+from akd_dist.storage.reader import open_store
 from akd_dist.storage.removal import disused
-from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
+from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, own, store_bytes, weights
 from tests.survivors import plant_snapshots
+from tests.test_verification import flip
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -236,7 +240,7 @@ class Killer:
 def test_a_killed_cache_worker_changes_no_byte(home: Home, ray_cluster: None, tmp_path: Path) -> None:
     with Killer("ray::cache_shard", 2) as killer:
         teacher = home.root / "slow-teacher"
-        slow = home.recipe_for(str(a_slow_teacher(home, teacher)))
+        slow = home.recipe_for(str(a_slow_teacher(home, teacher)), code=["slow_models"])
         cache_teacher(slow, console=Console(quiet=True), **home.places(tmp_path))
     assert len(killer.killed) == 2
     cache_in_process(slow, str(teacher), store_root=str(tmp_path / "plain"), cache_root=home.cache_root)
@@ -245,12 +249,13 @@ def test_a_killed_cache_worker_changes_no_byte(home: Home, ray_cluster: None, tm
 
 
 def a_slow_teacher(home: Home, folder: Path) -> Path:
-    from akd_dist.models import ModelCard, add_folder, build, save_model
+    from akd_dist.models import ModelCard, build, save_model
     from akd_dist.recipe import Custom
     from akd_dist.rows import prepare
 
-    add_folder(str(home.root))
-    card = ModelCard.of(Custom(**a_slow_model(0.1)), prepare(home.recipe.data, Path(home.cache_root)).train, None)
+    card = ModelCard.of(
+        own(Custom(**a_slow_model(0.1)), home.root), prepare(home.recipe.data, Path(home.cache_root)).train, None
+    )
     save_model(folder, build(card, seed=1), card)
     return folder
 
@@ -549,3 +554,18 @@ def test_ray_listens_on_loopback_only(ray_cluster: None) -> None:
             continue
     assert listening
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_wrong_bytes_in_a_nodes_cache_reach_no_student_and_are_told(home: Home, tmp_path: Path) -> None:
+    """In the decoded logits they are found by the workers, while they train; sizes and times stay as they are."""
+    shutil.copytree(home.root / "plain", tmp_path / "stores")
+    store = open_store(home.stores["train"])
+    flip(Path(home.cache_root) / "logits" / store.manifest.sha256[:32] / "logits.npy")
+    flip(prepare(home.recipe.data, Path(home.cache_root)).test.files[0])
+    told = io.StringIO()
+    train_students(
+        home.recipe, run_root=str(tmp_path / "runs"), console=Console(file=told, width=1000), **home.places(tmp_path)
+    )
+    assert weights(tmp_path / "runs" / home.recipe.name) == home.weights
+    lines = [line for line in told.getvalue().splitlines() if "made anew" in line]
+    assert any("logits.npy is no longer what was written there" in line for line in lines)

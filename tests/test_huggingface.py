@@ -31,7 +31,7 @@ from akd_dist.rows import Rows, Splits
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.student import Student
 from akd_dist.text import Tokens
-from tests.fleets import ADAMW, a_recipe, a_student
+from tests.fleets import ADAMW, a_recipe, a_student, resealed
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", *(f"word{number}" for number in range(35))]
 TINY = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
@@ -508,7 +508,7 @@ def test_a_card_that_names_code_is_refused(folders: Path, tmp_path: Path, keys: 
     save_model(tmp_path, build(card, seed=0), card)
     document = json.loads((tmp_path / CARD).read_text())
     document["model"]["config"] |= keys
-    (tmp_path / CARD).write_text(json.dumps(document))
+    (tmp_path / CARD).write_text(json.dumps(resealed(document)))
     with pytest.raises(RefusedError, match="keys that are not taken"):
         load_model(tmp_path)
 

@@ -17,7 +17,6 @@ from akd_dist.models import (
     CARD,
     WEIGHTS,
     ModelCard,
-    add_folder,
     build,
     by_content,
     load_card,
@@ -30,6 +29,7 @@ from akd_dist.rows import Rows
 from akd_dist.storage.errors import AkdError, DamagedError, RefusedError
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.text import Tokens
+from tests.fleets import own, resealed
 
 MLP = recipe.Mlp(hidden=[6, 5], dropout=0.1)
 CNN = recipe.Cnn(width=4)
@@ -73,8 +73,7 @@ def failing(input_shape, classes):
     raise ValueError("my own mistake")
 """
     )
-    add_folder(str(tmp_path))
-    return recipe.Custom(factory=f"{name}:linear")
+    return own(recipe.Custom(factory=f"{name}:linear"), tmp_path)
 
 
 # ---- building
@@ -90,6 +89,7 @@ torch.rand(100)
 from akd_dist.models import ModelCard, build, state_bytes
 from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.text import Tokens
+from tests.fleets import own, resealed
 print(sha256(state_bytes(build(ModelCard.model_validate_json({card(spec).model_dump_json()!r}), seed=3))))
 """
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
@@ -169,7 +169,7 @@ def test_a_custom_model_is_built_saved_and_loaded(custom: recipe.Custom, tmp_pat
     module = build(card(spec), seed=0)
     assert num_parameters(module) == 640
     save_model(tmp_path / "model", module, card(spec))
-    assert torch.equal(load_model(tmp_path / "model")(images()), module(images()))
+    assert torch.equal(load_model(tmp_path / "model", custom.trusted)(images()), module(images()))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_custom_model_is_built_saved_and_loaded(custom: recipe.Custom, tmp_pat
     ],
 )
 def test_a_custom_model_is_refused(custom: recipe.Custom, function: str, words: list[str]) -> None:
-    spec = recipe.Custom(factory=custom.factory.replace("linear", function))
+    spec = own(recipe.Custom(factory=custom.factory.replace("linear", function)), Path(str(custom.trusted.folder)))
     with pytest.raises(RefusedError) as refused:
         build(card(spec))
     for word in words:
@@ -193,14 +193,14 @@ def test_a_custom_model_is_refused(custom: recipe.Custom, function: str, words: 
     ("factory", "message"),
     [
         ("no_such_module:model", "cannot be imported"),
-        ("os:system", "is not a factory"),
-        ("torch.hub:load", "is not a factory"),
-        ("transformers:pipeline", "is not a factory"),
+        ("os:system", "is not one of the recipe's own"),
+        ("torch.hub:load", "is not one of the recipe's own"),
+        ("transformers:pipeline", "is not one of the recipe's own"),
     ],
 )
-def test_a_factory_that_cannot_be_is_refused(factory: str, message: str) -> None:
+def test_a_factory_that_cannot_be_is_refused(factory: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=message):
-        build(card(recipe.Custom(factory=factory)))
+        build(card(own(recipe.Custom(factory=factory), tmp_path)))
 
 
 def test_a_model_folder_cannot_have_torch_run_code(tmp_path: Path) -> None:
@@ -209,9 +209,9 @@ def test_a_model_folder_cannot_have_torch_run_code(tmp_path: Path) -> None:
     save_model(tmp_path / "model", build(card(), seed=0), card())
     document = json.loads((tmp_path / "model" / CARD).read_text())
     arguments = {"repo_or_dir": str(tmp_path), "model": "model", "source": "local"}
-    document["model"] = {"kind": "custom", "factory": "torch.hub:load", "arguments": arguments}
-    (tmp_path / "model" / CARD).write_text(json.dumps(document))
-    with pytest.raises(RefusedError, match="is not a factory"):
+    spec = {"kind": "custom", "factory": "torch.hub:load", "arguments": arguments}
+    (tmp_path / "model" / CARD).write_text(json.dumps(resealed(document | {"model": spec})))
+    with pytest.raises(RefusedError, match=r"torch.hub:load is not run: the model folder .* names it"):
         load_model(tmp_path / "model")
     assert not (tmp_path / "ran").exists()
 
@@ -223,12 +223,12 @@ def test_the_source_of_a_custom_model_is_part_of_it(
     first = ModelCard.of(custom, rows(), None)
     assert first.source_sha256 == sha256(source.read_bytes())
     save_model(tmp_path / "model", build(first, seed=0), first)
-    load_model(tmp_path / "model")
+    load_model(tmp_path / "model", custom.trusted)
     assert not caplog.records
     source.write_text(source.read_text() + "# another line\n")
     assert ModelCard.of(custom, rows(), None).fingerprint != first.fingerprint
     assert by_content(custom)["source"] == sha256(source.read_bytes()) != first.source_sha256
-    load_model(tmp_path / "model")
+    load_model(tmp_path / "model", custom.trusted)
     (record,) = caplog.records
     assert f"{custom.factory} has changed" in record.getMessage()
 
@@ -349,7 +349,7 @@ def unknown_key(folder: Path) -> None:
 
 
 def newer_format(folder: Path) -> None:
-    edit_card(folder, format=2)
+    edit_card(folder, format=3)
 
 
 def other_model(folder: Path) -> None:
@@ -357,7 +357,7 @@ def other_model(folder: Path) -> None:
 
 
 def edit_card(folder: Path, **changes: Any) -> None:
-    (folder / CARD).write_text(json.dumps(json.loads((folder / CARD).read_text()) | changes))
+    (folder / CARD).write_text(json.dumps(resealed(json.loads((folder / CARD).read_text()) | changes)))
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,8 @@ def test_classes_in_another_order_are_refused_with_both_lists() -> None:
 def test_a_card_without_the_later_fields_still_reads(tmp_path: Path) -> None:
     """As the first ones were written."""
     save_model(tmp_path, build(card(), seed=0), card())
-    document = json.loads((tmp_path / CARD).read_text())
+    document = json.loads((tmp_path / CARD).read_text()) | {"format": 1}
+    del document["sha256"]
     earlier = ("format", "model", "input_shape", "input_dtype", "classes", "normalize", "weights_sha256")
     (tmp_path / CARD).write_text(json.dumps({key: document[key] for key in earlier}))
     whole = ModelCard.model_validate(document)
@@ -484,7 +485,7 @@ def test_a_fingerprint_leaves_out_defaults_of_the_card_and_nothing_of_the_model(
     assert card().fingerprint == sha256(canonical_json(document))
     others: list[dict[str, Any]] = [
         {"task": "regression"},
-        {"class_names": ("a", "b")},
+        {"class_names": tuple("abcdefghij")},
         {"tokens": TOKENS},
         {"source_sha256": "0"},
         {"normalize": recipe.Normalize(mean=[0.0], std=[1.0])},
@@ -532,9 +533,9 @@ def bag(input_shape, classes, vocabulary, special):
     return Bag(classes, vocabulary, special)
 """
     )
-    add_folder(str(tmp_path))
     arguments: dict[str, Any] = {"vocabulary": tokens.vocabulary, "special": list(tokens.special)}
-    build(ModelCard.of(recipe.Custom(factory=f"{name}:bag", arguments=arguments), texts(tokens=tokens), None), seed=0)
+    spec = own(recipe.Custom(factory=f"{name}:bag", arguments=arguments), tmp_path)
+    build(ModelCard.of(spec, texts(tokens=tokens), None), seed=0)
     arguments["vocabulary"] -= 3  # ids beyond it are refused before training
     with pytest.raises(RefusedError, match="does not take these inputs"):
-        build(ModelCard.of(recipe.Custom(factory=f"{name}:bag", arguments=arguments), texts(tokens=tokens), None))
+        build(ModelCard.of(spec.model_copy(update={"arguments": arguments}), texts(tokens=tokens), None))

@@ -14,12 +14,12 @@ from torch import nn
 from akd_dist import recipe
 from akd_dist.exports import export
 from akd_dist.jobs.train_students import train_in_process
-from akd_dist.models import ModelCard, add_folder, build, load_model, save_model
+from akd_dist.models import ModelCard, build, load_model, save_model
 from akd_dist.outputs import NoLogitsError, are_probabilities, logits_of
 from akd_dist.rows import prepare
 from akd_dist.storage.errors import RefusedError
 from akd_dist.teacher import teacher_logits
-from tests.fleets import a_recipe, a_student, stores_of
+from tests.fleets import a_recipe, a_student, own, stores_of
 
 Z = torch.arange(6.0).view(2, 3)
 LossFirst = namedtuple("LossFirst", "loss logits")
@@ -96,16 +96,15 @@ def net(input_shape, classes, how="plain"):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nets")
     (folder / "returning_nets.py").write_text(MODELS)
-    add_folder(str(folder))
     return folder
 
 
-def net(how: str) -> recipe.Custom:
-    return recipe.Custom(factory="returning_nets:net", arguments={"how": how})
+def net(how: str, folder: Path) -> recipe.Custom:
+    return own(recipe.Custom(factory="returning_nets:net", arguments={"how": how}), folder)
 
 
 def made(how: str, folder: Path) -> tuple[nn.Module, ModelCard]:
-    card = ModelCard.of(net(how), prepare(a_recipe([a_student("any")]).data, folder / "cache").train, None)
+    card = ModelCard.of(net(how, folder), prepare(a_recipe([a_student("any")]).data, folder / "cache").train, None)
     return build(card, seed=3), card
 
 
@@ -125,13 +124,16 @@ def test_such_a_model_teaches_learns_and_is_loaded_as_a_plain_one(how: str, fold
     stores = stores_of(taught, str(tmp_path / "teacher"), tmp_path)
     result = train_in_process(taught, stores, run=tmp_path / "run", cache_root=str(tmp_path / "cache"))["one"]
     assert (result["state"], result["test"]["accuracy"] > 0.2) == ("done", True)
-    delivered = load_model(tmp_path / "run" / "students" / "one")
+    delivered = load_model(tmp_path / "run" / "students" / "one", net(how, folder).trusted)
     assert delivered(inputs).shape == (5, 10)
 
 
-def test_such_a_model_is_exported(folder: Path, tmp_path: Path) -> None:
+def test_such_a_model_is_exported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
     save_model(tmp_path / "dict", *made("dict", folder))
-    document = export(str(tmp_path / "dict"), "torch-export", tmp_path / "dict.pt2", tmp_path / "cache")
+    document = export(
+        str(tmp_path / "dict"), "torch-export", tmp_path / "dict.pt2", tmp_path / "cache", trust=("returning_nets",)
+    )
     assert document["difference"] <= document["tolerance"]
 
 
@@ -146,5 +148,5 @@ def test_probabilities_are_a_warning(folder: Path, caplog: pytest.LogCaptureFixt
 
     rows = prepare(a_recipe([a_student("any")]).data, folder / "cache").train
     for how, count in (("plain", 0), ("probabilities", 1)):
-        try_training(net(how), [], rows, None)
+        try_training(net(how, folder), [], rows, a_recipe([a_student("any")]).data)
         assert caplog.text.count("seems to return probabilities") == count

@@ -223,7 +223,7 @@ def test_students_of_an_assistant_read_another_stream_and_labels_ride_with_the_t
     groups = groups_of(list(recipe.students))
     assert [[spec.name for spec in group] for group in groups] == [["a", "d"], ["b", "c"], ["e"]]
     base = CohortJob(
-        name="fleet", data=recipe.data, fingerprints={}, students=(), root="", logs="", cache_root="", folder=None,
+        name="fleet", data=recipe.data, fingerprints={}, students=(), root="", logs="", cache_root="",
         control="", stores={"train": "teacher's"}, teacher_test="teacher's test",
     )  # fmt: skip
     jobs = [cohort_job(base, group, {"train": "assistant's"}) for group in groups]

@@ -569,8 +569,21 @@ def test_every_key_is_documented_with_its_default() -> None:
 def test_every_part_of_a_recipe_is_documented() -> None:
     listed = {spec for specs in SECTIONS.values() for spec in specs}
     found = [value for value in vars(recipes).values() if isinstance(value, type) and issubclass(value, recipes.Spec)]
-    shared = (recipes.Spec, recipes.Training, recipes.Table, recipes.Distilled)
+    shared = (recipes.Spec, recipes.Factory, recipes.Training, recipes.Table, recipes.Distilled)
     assert {spec for spec in found if spec not in shared} == listed
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the file, in overrides and as the recipe's own path; one that nobody knows is a refusal."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    read = load_recipe("~/small.yaml", ["teacher={weights: ~/teacher}", "data.train={kind: parquet, path: ~/rows}"])
+    assert read.teacher.weights == str(tmp_path / "teacher")
+    assert isinstance(read.data.train, recipes.Parquet)
+    assert read.data.train.path == str(tmp_path / "rows")
+    assert read.folder == str(tmp_path)
+    for unknown in (["teacher={weights: ~nobody-of-this-name/teacher}"], []):
+        with pytest.raises(RecipeError, match=r"the home folder in ~nobody-of-this-name/.* is not known"):
+            load_recipe(path if unknown else "~nobody-of-this-name/small.yaml", unknown)
 
 
 def test_a_key_that_came_later_leaves_what_was_made_before_as_it_is(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a user may get wrong, one case each: the exit code, and a message with what, got, expected and the next step."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 
 from akd_dist.cli import main
 from akd_dist.jobs.cache_teacher import cache_in_process
-from akd_dist.models import ModelCard, add_folder, build, save_model
+from akd_dist.models import ModelCard, build, save_model
 from akd_dist.recipe import Custom
 from akd_dist.rows import prepare
-from tests.fleets import a_recipe, a_student, a_teacher
+from tests.fleets import a_recipe, a_student, a_teacher, own
 
+NUMBERS = itertools.count()
 MODELS = """
 import torch
 
@@ -43,7 +45,8 @@ class Place:
     def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.root, self.capsys = root, capsys
         self.stores, self.cache = root / "stores", root / "cache"
-        (root / "user_models.py").write_text(MODELS)
+        self.models = f"user_models_{next(NUMBERS)}"  # a process imports a name from one folder only
+        (root / f"{self.models}.py").write_text(MODELS)
         self.recipe = a_recipe(
             [a_student("one")],
             teacher={"weights": a_teacher(a_recipe([a_student("any")]), root / "teacher", self.cache)},
@@ -125,7 +128,7 @@ def test_a_teacher_for_other_data(place: Place) -> None:
 
 
 def test_a_student_with_another_class_count(place: Place) -> None:
-    custom = "students.0.model={kind: custom, factory: user_models:blank, arguments: {more_classes: 3}}"
+    custom = f"students.0.model={{kind: custom, factory: {place.models}:blank, arguments: {{more_classes: 3}}}}"
     message = place.refuse(4, "--set", custom)
     assert "13" in message
     assert "[2, 10]" in message
@@ -139,15 +142,15 @@ def test_an_unknown_model_suggests_the_nearest(place: Place) -> None:
 
 
 def test_an_unknown_factory(place: Place) -> None:
-    message = place.refuse(4, "--set", "students.0.model={kind: custom, factory: user_models:blanck}")
+    message = place.refuse(4, "--set", f"students.0.model={{kind: custom, factory: {place.models}:blanck}}")
     assert "blank" in message
 
 
 def test_a_mistake_in_a_users_own_code_is_shown_whole(place: Place) -> None:
-    code, error, _ = place.run("--set", "students.0.model={kind: custom, factory: user_models:broken}")
+    code, error, _ = place.run("--set", f"students.0.model={{kind: custom, factory: {place.models}:broken}}")
     assert code == 4
     assert "a mistake of the user's own" in error["got"]
-    assert "user_models.py" in error["got"]
+    assert f"{place.models}.py" in error["got"]
 
 
 @pytest.mark.parametrize(
@@ -233,12 +236,13 @@ def test_a_damaged_store_is_refused_found_and_repaired(
 @pytest.mark.ray
 @pytest.mark.parametrize(("logit", "encoding"), [("NaN", "float32"), (70000.0, "float16")])
 def test_a_teacher_that_is_not_finite(place: Place, ray_cluster: None, logit: Any, encoding: str) -> None:
-    add_folder(str(place.root))
-    model = Custom(factory="user_models:blank", arguments={"logit": logit})
+    model = own(Custom(factory=f"{place.models}:blank", arguments={"logit": logit}), place.root)
     card = ModelCard.of(model, prepare(place.recipe.data, place.cache).train, None)
     save_model(place.root / "nan", build(card), card)
     overrides = ["--set", f"teacher={{weights: {place.root / 'nan'}}}", "--set", f"cache.encoding={encoding}"]
-    message = place.refuse(4, *overrides, "--set", f"folder={place.root}")
+    overrides += ["--set", f"folder={place.root}"]
+    assert f"--trust {place.models}" in place.refuse(4, *overrides)  # the recipe does not name its code
+    message = place.refuse(4, *overrides, "--trust", place.models)
     assert "not finite" in message
     assert "row" in message
 

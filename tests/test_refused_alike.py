@@ -21,7 +21,7 @@ from akd_dist.recipe import load_recipe
 from akd_dist.rows import Rows, prepare
 from akd_dist.storage.files import file_lock
 from akd_dist.storage.objects import LocalRoot
-from tests.fleets import ADAMW, HARD, a_recipe, a_student, a_teacher
+from tests.fleets import ADAMW, HARD, a_recipe, a_student, a_teacher, own
 
 MODELS = """
 from collections import OrderedDict
@@ -61,6 +61,7 @@ class Place:
             [a_student("one", objective=HARD)],
             teacher={"weights": a_teacher(a_recipe([a_student("any")]), root / "teacher", root / "cache")},
             folder=str(root),
+            code=["alike_nets"],
         )
         self.rows = prepare(self.recipe.data, root / "cache").train
         (root / "recipe.yaml").write_text(self.recipe.to_yaml())
@@ -82,7 +83,7 @@ class Place:
         return ["--set", f"teacher.weights={self.root / 'other'}"]
 
     def weights_of(self, how: str) -> list[str]:
-        spec = recipes.Custom(factory="alike_nets:net", arguments={"how": how})
+        spec = own(recipes.Custom(factory="alike_nets:net", arguments={"how": how}), self.root)
         return self.teacher(ModelCard.of(spec, self.rows, None))
 
     def batch(self, last: int) -> int:

@@ -15,7 +15,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from akd_dist.recipe import Data, Digits, Parquet
-from akd_dist.rows import BLOCK_ROWS, SPLITS, Rows, Splits, fingerprint, prepare, split_of_rows, subset_of_rows
+from akd_dist.rows import BLOCK_ROWS, SPLITS, Rows, Splits, fingerprint, prepare
+from akd_dist.splitting import split_of_rows, subset_of_rows
 from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.text import Tokens
 
@@ -302,6 +303,7 @@ def test_progress_tells_of_each_source_and_fingerprint(cache_root: Path) -> None
     prepare(DIGITS, cache_root, on_progress=lambda *what: told.append(what))
     assert [what for what, done, total in told if done == total] == [
         "the rows of data.train",
+        "rows in two splits",
         *(f"the fingerprint of the {split} rows" for split in SPLITS),
     ]
     assert {total for what, _, total in told if what == "the rows of data.train"} == {1797}
@@ -314,7 +316,7 @@ def test_progress_tells_of_each_source_and_fingerprint(cache_root: Path) -> None
 def test_images_are_decoded_from_bytes_and_structs(tmp_path: Path, cache_root: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (30, 5, 6, 3), dtype=np.uint8)
     encoded = [png(image) for image in pixels]
-    plain = write(tmp_path / "plain.parquet", pa.array(encoded), list(range(10)) * 3)
+    plain = write(tmp_path / "plain.parquet", pa.array(encoded), [0, 9] * 15)
     struct = write(
         tmp_path / "struct.parquet", pa.array([{"bytes": one, "path": None} for one in encoded]), [0, 9] * 15
     )
@@ -329,7 +331,8 @@ def test_images_are_decoded_from_bytes_and_structs(tmp_path: Path, cache_root: P
 def test_images_may_have_alpha_a_palette_or_grey_levels_of_one_bit(tmp_path: Path, cache_root: Path) -> None:
     coloured = [png(np.full((4, 4, 4), 51, np.uint8)), png(np.full((4, 4, 3), 51, np.uint8), mode="P")] * 5
     path = write(tmp_path / "colour.parquet", coloured, [0, 1] * 5)
-    assert (together(prepare(parquet(path), cache_root)) == 51).all()
+    values = together(prepare(parquet(path), cache_root))
+    assert set(np.unique(values).tolist()) == {51, 214}  # with an alpha of a fifth: a fifth of 51 and four of white
     path = write(tmp_path / "grey.parquet", [png(np.full((4, 4), 255, np.uint8), mode="1")] * 10, [0, 1] * 5)
     splits = prepare(parquet(path), cache_root)
     assert (splits.train.shape, splits.train.inputs.max()) == ((1, 4, 4), 255)

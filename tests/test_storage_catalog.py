@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from akd_dist.storage import catalog
+from akd_dist.storage import catalog, removal
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.errors import DamagedError, HeldError, RefusedError
 from akd_dist.storage.layout import Shard
@@ -39,9 +39,13 @@ class Recomputing:
     def __init__(self, error: float = 0.0) -> None:
         self.error, self.asked = error, list[Shard]()
 
-    def __call__(self, shard: Shard) -> tuple[npt.NDArray[np.float32], float | None, Sequence[Probe]]:
-        self.asked.append(shard)
+    def __call__(
+        self, shard: Shard, adopted: npt.NDArray[np.float32] | None
+    ) -> tuple[npt.NDArray[np.float32], float | None, Sequence[Probe]]:
         logits, label_agreement, probes = stores.recompute(stores.identity(), shard)
+        if adopted is not None:
+            return adopted, label_agreement, probes
+        self.asked.append(shard)
         return logits + self.error, label_agreement, probes
 
 
@@ -120,7 +124,7 @@ def test_gc_stops_no_run_that_begins_meanwhile(root: Path, monkeypatch: pytest.M
 
     def put_new(self: LocalRoot, key: str, data: bytes) -> bool:
         made = publish(self, key, data)
-        collected.extend([] if collected else catalog.gc(str(root)))
+        collected.extend([] if collected else removal.gc(str(root)))
         return made
 
     monkeypatch.setattr(LocalRoot, "put_new", put_new)
@@ -212,12 +216,48 @@ def test_gc_removes_what_interrupted_runs_left_and_nothing_of_a_held_store(root:
         path.touch()
     before = stores.sealed_files(root)
     with claim_store(str(root), held.id):
-        removed = catalog.gc(str(root))
+        removed = removal.gc(str(root))
     assert sorted(removed) == sorted(str(path.relative_to(root)) for path in litter)
     assert [path.exists() for path in litter] == [False] * len(litter)
     assert [path.exists() for path in kept] == [True] * len(kept)
     assert stores.sealed_files(root) == before
-    assert catalog.gc(str(root)) == [str(kept[0].relative_to(root))]
+    assert removal.gc(str(root)) == [str(kept[0].relative_to(root)), f"{held.id}/"]  # it was begun, and has no shard
+
+
+def test_gc_removes_what_killed_trainings_left_and_no_checkpoint_of_use(root: Path) -> None:
+    """Models that recipes train, under `teachers/`: one trained, one half way, one not begun, one that is held."""
+    trained, half, bare, held = (root / "teachers" / (letter * 32) for letter in "0123")
+    kept = [trained / "model.json", trained / "model.safetensors", half / "checkpoints/000001.safetensors"]
+    kept += [half / "log", held / "checkpoints/writer-000000-000001-x/a.partial"]
+    litter = [
+        trained / "checkpoints/000001.safetensors",
+        half / "checkpoints/writer-000000-000001-x/a.partial",
+        root / "teachers" / f"{'1' * 32}.claim",
+        root / "teachers" / f"{'4' * 32}.claim",
+    ]
+    for path in kept + litter:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (bare / "checkpoints").mkdir(parents=True)
+    with claim_store(str(root), f"teachers/{'3' * 32}"):
+        would = removal.gc(str(root), dry_run=True)
+        assert removal.gc(str(root)) == would
+    assert sorted(would) == sorted([*(str(path.relative_to(root)) for path in litter), f"teachers/{'2' * 32}/"])
+    assert [path.exists() for path in litter + kept] == [False] * len(litter) + [True] * len(kept)
+    assert not bare.exists()
+    assert removal.gc(str(root)) == [str(kept[-1].relative_to(root)), f"teachers/{'3' * 32}/"]
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_check_of_the_root_that_was_killed_is_collected(tmp_path: Path, nth: int) -> None:
+    code = "import sys; from akd_dist.storage.objects import open_root; open_root(sys.argv[1]).check_writable()"
+    environment = {**os.environ, "AKD_FAILPOINT": f"publish.before_link:{nth}"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == -signal.SIGKILL
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert len(left) == nth
+    assert sorted(removal.gc(str(tmp_path), dry_run=True)) == sorted(removal.gc(str(tmp_path))) == left
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- claims

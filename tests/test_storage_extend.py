@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from akd_dist.storage import catalog
-from akd_dist.storage.errors import DamagedError
 from akd_dist.storage.layout import Shard
-from akd_dist.storage.manifest import Receipt
+from akd_dist.storage.manifest import Identity, Receipt
 from akd_dist.storage.objects import ObjectRoot, open_root
 from akd_dist.storage.writer import create_store, missing_shards, take_shards
 from tests import stores
@@ -49,6 +48,10 @@ def from_nothing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def objects(root: ObjectRoot, store_id: str) -> dict[str, bytes]:
     return {key: root.get(key) for key in root.list(store_id) if "/receipts/" not in key and "/source.json" not in key}
+
+
+def recompute_of(one: Identity) -> catalog.Recompute:
+    return lambda shard, _: stores.recompute(one, shard)
 
 
 def shard_file(root: Path, store_id: str, shard: Shard) -> Path:
@@ -123,11 +126,12 @@ def test_a_damaged_shard_is_not_taken_but_computed(local: Path, damage: str, fro
     assert stores.litter(local) == []
 
 
-def test_a_damaged_seal_is_refused(local: Path) -> None:
+def test_a_damaged_seal_is_passed_over_with_a_line(local: Path, caplog: pytest.LogCaptureFixture) -> None:
     (local / NARROW.identity.id / "manifest.json").write_bytes(b"{}")
-    with pytest.raises(DamagedError, match=r"manifest\.json is damaged") as refused:
-        catalog.narrower_stores(str(local), WIDE.identity)
-    assert f"akd-dist stores repair {NARROW.identity.id}" in str(refused.value.next)
+    assert catalog.narrower_stores(str(local), WIDE.identity) == []
+    (line,) = caplog.messages
+    assert re.search(r"^\w{12} is passed over: .*manifest\.json is damaged", line)
+    assert f"akd-dist stores repair {NARROW.identity.id}" in line
 
 
 @pytest.mark.parametrize("failpoint", ["shard.before_receipt:1", "shard.before_receipt:3", "shard.before_receipt:6"])
@@ -169,7 +173,7 @@ def test_each_of_two_linked_stores_is_repaired_for_itself(local: Path) -> None:
     path.write_bytes(b"!" + path.read_bytes()[1:])  # in place, so that both stores are hit
     for one in (WIDE.identity, NARROW.identity):
         assert [damage.key for damage in catalog.verify_store(str(local), one.id)] == [f"arrays.zarr/{shard.key}"]
-        mended = catalog.repair_store(str(local), one.id, functools.partial(stores.recompute, one))
+        mended = catalog.repair_store(str(local), one.id, recompute_of(one))
         assert mended == [shard]
         assert catalog.verify_store(str(local), one.id) == []
 

@@ -1,22 +1,29 @@
-"""Object storage that errs now and then: a proxy on loopback before a moto server refuses, cuts and loses answers."""
+"""Object storage that errs now and then: a proxy on loopback before a moto server refuses, cuts and loses answers; and
+one that never answers.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import random
+import re
+import socket
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from akd_dist.storage import catalog
-from akd_dist.storage.errors import MachineError
-from akd_dist.storage.objects import open_root
+from akd_dist.storage import catalog, s3
+from akd_dist.storage.errors import MachineError, RecipeError
+from akd_dist.storage.objects import ObjectRoot, open_root
 from akd_dist.storage.reader import open_store
 from tests import stores
 
@@ -132,3 +139,83 @@ def test_storage_that_only_errs_is_given_up_naming_the_key(faults: Faults) -> No
         open_store(uri)
     assert "SlowDown" in str(refused.value.got) or "503" in str(refused.value.got)
     assert faults.seen["busy"] == 7  # the request and six retries
+
+
+# ---- storage that accepts and never answers
+
+
+@pytest.fixture
+def silence(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The endpoint of a server that accepts every connection and says nothing; given up after 0.4 s."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        kept = list[socket.socket]()
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    kept.append(server.accept()[0])
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        for name, value in {"ENDPOINT_URL": endpoint, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        monkeypatch.setenv("AKD_DIST_S3_TIMEOUT", "0.4")
+        yield endpoint
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        for connection in kept:
+            connection.close()
+
+
+ASKED: dict[str, Callable[[ObjectRoot], object]] = {
+    "get": lambda root: root.get("key"),
+    "exists": lambda root: root.exists("key"),
+    "list": lambda root: root.list(),
+    "folders": lambda root: root.folders(),
+    "put_new": lambda root: root.put_new("key", b""),
+    "put": lambda root: root.put("key", b""),
+    "move": lambda root: root.move("key", "to"),
+    "delete": lambda root: root.delete("key"),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_silent_storage_is_told_of_after_half_its_time_and_given_up_after_all(
+    silence: str, asked: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = open_root("s3://bucket/stores")
+    with pytest.raises(MachineError) as refused:
+        ASKED[asked](root)
+    assert refused.value.code == 6
+    assert refused.value.what.startswith("cannot ")
+    assert "s3://bucket/stores" in refused.value.what
+    assert re.fullmatch(rf"no answer from {silence} within [\d.]+ s, in 2 tries", str(refused.value.got))
+    assert "AKD_DIST_S3_TIMEOUT" in str(refused.value.next)
+    assert caplog.messages == [f"no answer from {silence} for 0.2 s: asking again, until 0.4 s are over"]
+    with pytest.raises(MachineError, match="did not answer just now"):  # whoever tidies up does not wait again
+        root.delete("key")
+
+
+def test_a_command_on_silent_storage_ends_with_exit_code_6(silence: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "akd_dist.cli", "stores", "list", "--store-root", "s3://bucket/stores"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 6, done.stderr
+    line, error, *_ = done.stderr.splitlines()
+    assert line == f"no answer from {silence} for 0.2 s: asking again, until 0.4 s are over"
+    assert error == "error: cannot list s3://bucket/stores/"
+    assert f"no answer from {silence} within" in done.stderr
+
+
+def test_the_time_for_storage_is_a_number_and_grows_with_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert s3.timeout_seconds() == 30.0
+    assert [s3._sending_seconds(size) for size in (0, 2**18, 2**19, 16 * 2**20)] == [0.0, 0.0, 2.0, 64.0]
+    for text in ("soon", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("AKD_DIST_S3_TIMEOUT", text)
+        with pytest.raises(RecipeError, match="AKD_DIST_S3_TIMEOUT is no time"):
+            s3.timeout_seconds()

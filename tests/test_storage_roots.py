@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from akd_dist.storage import catalog
+from akd_dist.storage import catalog, removal
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.errors import DamagedError, HeldError, MachineError, RecipeError, RefusedError
 from akd_dist.storage.layout import Shard
@@ -121,7 +121,7 @@ def test_a_stores_life_is_the_same_everywhere(root: ObjectRoot, tmp_path: Path) 
     with pytest.raises(DamagedError, match="logits/c/1/0/0"):
         open_store(writer.uri)
     assert [entry.key for entry in catalog.verify_store(root.uri, store.id)] == [key]
-    mended = catalog.repair_store(root.uri, store.id, lambda shard: stores.recompute(stores.identity(), shard))
+    mended = catalog.repair_store(root.uri, store.id, lambda shard, _: stores.recompute(stores.identity(), shard))
     assert mended == [Shard(1, 0, 0, 256)]
     assert {name: writer.store.get(name) for name in golden} == golden
     assert root.folders() == [store.id]
@@ -136,7 +136,7 @@ def test_damage_before_the_seal_is_set_aside_and_collected(root: ObjectRoot) -> 
     assert shard in missing_shards(writer)
     assert len(root.list(f"{writer.id}.damaged")) == 1
     stores.build(root.uri)
-    assert len(catalog.gc(root.uri)) == 1
+    assert len(removal.gc(root.uri)) == 1
     assert root.folders() == [writer.id]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from akd_dist.storage.catalog import receipts_of, repair_store
 from akd_dist.storage.errors import DamagedError, MachineError, RefusedError
 from akd_dist.storage.files import publish_new
+from akd_dist.storage.layout import Shard
 from akd_dist.storage.manifest import Manifest, Receipt
 from akd_dist.storage.objects import LocalRoot, open_root
 from akd_dist.storage.reader import open_store
@@ -290,7 +294,7 @@ def test_receipts_tell_host_and_seconds_and_the_manifest_does_not(tmp_path: Path
     stores.write(writer, shard)
     receipt = Receipt.from_bytes(writer.store.get(shard.receipt_key), "receipt")
     assert receipt.host
-    assert set(receipt.model_dump()) - set(receipt.record().model_dump()) == {"host", "seconds"}
+    assert set(receipt.model_dump()) - set(receipt.record().model_dump()) == {"host", "seconds", "creation", "checksum"}
     for rest in writer.layout.shards()[1:]:
         stores.write(writer, rest)
     assert seal_store(writer) == Manifest.from_bytes(writer.store.get("manifest.json"), "manifest")
@@ -339,3 +343,122 @@ def test_without_hard_links_o_excl_decides(tmp_path: Path, monkeypatch: pytest.M
     stores.build(tmp_path)
     assert stores.sealed_files(tmp_path) == stores.sealed_files(stores.GOLDEN)
     assert not publish_new(next(tmp_path.rglob("manifest.json")), b"other")
+
+
+# ---- receipts, and what they say of the creation document
+
+
+def flipped(data: bytes, position: int) -> bytes:
+    """The same with one character changed, to another one of its kind: such a change is no syntax error."""
+    alike = {range(48, 58): b"0123456789", range(97, 123): b"abcdef", range(65, 91): b"ABCDEF"}
+    letters = next((letters for kind, letters in alike.items() if data[position] in kind), b"!?")
+    other = letters[(letters.find(data[position : position + 1]) + 1) % len(letters)]
+    return data[:position] + bytes([other]) + data[position + 1 :]
+
+
+@pytest.fixture
+def unsealed(tmp_path: Path) -> StoreWriter:
+    """A store whose shards are all there, and not sealed."""
+    writer = create_store(str(tmp_path / "stores"), stores.creation())
+    for shard in writer.layout.shards():
+        stores.write(writer, shard)
+    return writer
+
+
+def test_a_receipt_with_any_character_changed_counts_as_not_there(unsealed: StoreWriter) -> None:
+    """Every position is found; for each field, all ends as undisturbed: in a shard of whole numbers, and of others."""
+    for shard in (unsealed.layout.shard(0, 0), unsealed.layout.shard(1, 1)):
+        path = Path(unsealed.uri) / shard.receipt_key
+        data, object_time = path.read_bytes(), (Path(unsealed.uri) / "arrays.zarr" / shard.key).stat().st_mtime_ns
+        for position in range(len(data)):
+            path.write_bytes(flipped(data, position))
+            assert missing_shards(unsealed, deep=False) == [shard], flipped(data, position)
+        for field in Receipt.model_fields:
+            path.write_bytes(flipped(data, data.index(f'"{field}":'.encode()) + len(field) + 4))
+            assert missing_shards(unsealed) == [shard]
+            stores.write(unsealed, shard)
+            assert path.read_bytes() == data
+        assert (Path(unsealed.uri) / "arrays.zarr" / shard.key).stat().st_mtime_ns == object_time
+    seal_store(unsealed)
+    assert stores.sealed_files(Path(unsealed.root_uri)) == stores.sealed_files(stores.GOLDEN)
+
+
+def test_a_damaged_receipt_is_not_sealed(unsealed: StoreWriter) -> None:
+    path = Path(unsealed.uri) / unsealed.layout.shard(1, 0).receipt_key
+    path.write_bytes(path.read_bytes().replace(b'"label_agreement":0.75', b'"label_agreement":0.74'))
+    with pytest.raises(RefusedError, match=r"view 1, shard 0 .* is missing"):
+        seal_store(unsealed)
+
+
+def test_a_receipt_of_before_checksums_counts_as_not_there(unsealed: StoreWriter) -> None:
+    shutil.rmtree(Path(unsealed.uri) / "receipts")
+    golden = next(stores.GOLDEN.iterdir())
+    shutil.copytree(golden / "receipts", Path(unsealed.uri) / "receipts")
+    assert missing_shards(unsealed) == unsealed.layout.shards()
+    stores.build(unsealed.root_uri)
+    assert stores.sealed_files(Path(unsealed.root_uri)) == stores.sealed_files(stores.GOLDEN)
+    told = receipts_of(str(stores.GOLDEN), golden.name)  # of a sealed store it is told all the same
+    assert [receipt.host for receipt in told] == ["golden"] * 4
+
+
+def test_a_shard_that_was_computed_in_another_way_is_set_aside(tmp_path: Path) -> None:
+    """As where somebody removed `creation.json` and began again with other pins: a last bit may differ."""
+    writer = create_store(str(tmp_path), stores.creation(stores.COMPUTED.model_copy(update={"threads": 2})))
+    stores.write(writer, writer.layout.shard(0, 0))
+    writer.store.delete("creation.json")
+    writer = create_store(str(tmp_path), stores.creation())
+    assert missing_shards(writer) == writer.layout.shards()
+    assert adopt_shard(writer, writer.layout.shard(0, 0)) is None
+    stores.build(tmp_path)
+    assert stores.sealed_files(tmp_path) == stores.sealed_files(stores.GOLDEN)
+
+
+def test_a_creation_document_that_changed_is_put_back_if_receipts_vouch_for_it(unsealed: StoreWriter) -> None:
+    path = Path(unsealed.uri) / "creation.json"
+    data = path.read_bytes()
+    for position in [*range(0, len(data), 37), len(data) - 1]:
+        path.write_bytes(flipped(data, position))
+        create_store(unsealed.root_uri, unsealed.creation)
+        assert path.read_bytes() == data
+    path.unlink()
+    path.mkdir()
+    create_store(unsealed.root_uri, unsealed.creation)
+    assert path.read_bytes() == data
+    shutil.rmtree(path.parent / "receipts")  # nothing vouches for what was settled any more
+    for spoilt in (b"", data[:-1], flipped(data, data.index(b"threads") + 9)):
+        path.write_bytes(spoilt)
+        with pytest.raises((DamagedError, RefusedError), match=r"creation\.json is damaged|begun in another way"):
+            create_store(unsealed.root_uri, unsealed.creation)
+
+
+def test_repair_from_receipts_believes_no_creation_document_that_they_do_not_name(unsealed: StoreWriter) -> None:
+    """The manifest is damaged, and a digit of how the logits were computed has changed: nothing wrong is sealed."""
+    seal_store(unsealed)
+    root, folder = Path(unsealed.root_uri), Path(unsealed.uri)
+    seal, data = folder / "manifest.json", (folder / "creation.json").read_bytes()
+    (folder / "manifest.json").write_bytes(b"{")
+    for field in (b'"batch_rows":256', b'"threads":1', b'"torch":"2.13.0"', b'"block_rows":4096', b'"hidden":[16]'):
+        assert field in data
+        (folder / "creation.json").write_bytes(
+            data.replace(field, flipped(field, max(i for i, byte in enumerate(field) if 48 <= byte < 58)))
+        )
+        with pytest.raises(DamagedError, match=r"creation\.json is damaged, and manifest\.json as well"):
+            repair_store(unsealed.root_uri, unsealed.id, never)
+        assert seal.read_bytes() == b"{"
+        assert not list(root.glob("*.claim"))
+    (folder / "creation.json").write_bytes(data)
+    assert repair_store(unsealed.root_uri, unsealed.id, never) == []
+    assert stores.sealed_files(root) == stores.sealed_files(stores.GOLDEN)
+
+
+def test_a_repair_that_is_refused_leaves_the_store_as_it_was(unsealed: StoreWriter) -> None:
+    seal_store(unsealed)
+    (Path(unsealed.uri) / "manifest.json").write_bytes(b"{")
+    (Path(unsealed.uri) / "arrays.zarr/logits/c/0/0/0").unlink()
+    with pytest.raises(RefusedError, match="no data"):
+        repair_store(unsealed.root_uri, unsealed.id, never)
+    assert (Path(unsealed.uri) / "manifest.json").read_bytes() == b"{"
+
+
+def never(_shard: Shard, _adopted: object) -> Any:
+    raise RefusedError("no data to compute it from")

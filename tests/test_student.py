@@ -16,13 +16,13 @@ from akd_dist.device import settle
 from akd_dist.documents import Metrics
 from akd_dist.group import Group
 from akd_dist.models import ModelCard, load_model
-from akd_dist.recipe import AdamW, Data, Digits, HardLabels, Mlp, NoAugmentation, Precision, Sgd
+from akd_dist.recipe import AdamW, Data, Digits, HardLabels, Mlp, NoAugmentation, Precision, Sgd, trust
 from akd_dist.recipe import Student as Spec
 from akd_dist.rows import Rows, Splits
 from akd_dist.storage.files import sha256
 from akd_dist.stream import Stream
 from akd_dist.student import Student, evaluate
-from tests.fleets import ANNEALING, CONTINUATION, DEVICE, HARD, KD, newest_tree
+from tests.fleets import ANNEALING, CONTINUATION, DEVICE, HARD, KD, TESTS, newest_tree
 
 ON = torch.device(DEVICE)
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ STREAM = Stream(SPLITS.train, LOGITS, NoAugmentation(), seed=0, views=2, batch=3
 def a_spec(objective: dict[str, Any], **changes: Any) -> Spec:
     document = {"model": {"kind": "mlp", "hidden": 16, "dropout": 0.1}, "objective": objective, "name": "student"}
     optimizer = {"kind": "adamw", "lr": 0.02, "schedule": {"kind": "linear"}, "clip": 5.0}
-    return Spec.model_validate(document | {"optimizer": optimizer} | changes)
+    return trust(Spec.model_validate(document | {"optimizer": optimizer} | changes), TESTS)
 
 
 def a_student(spec: Spec, folder: Path) -> Student:
@@ -118,7 +118,6 @@ def test_a_cohort_trains_a_regression(tmp_path: Path) -> None:
         logs=str(tmp_path / "logs"),
         cache_root=str(tmp_path),
         stores={},
-        folder=None,
         control=str(tmp_path),
         checkpoint_seconds=0,
         device=DEVICE,

@@ -25,6 +25,7 @@ from akd_dist.stream import Stream
 from akd_dist.teacher import CacheJob, cache_shard, compute_shard, load_teacher, served_fingerprint, teacher_logits
 from akd_dist.views import view_of
 from tests import sources
+from tests.fleets import own
 
 DATA = recipe.Data(train=recipe.Digits(), views=2, augmentation=recipe.Shift(), seed=3)
 CNN = recipe.Cnn(width=4)
@@ -224,8 +225,7 @@ def negative():
     return Negative()
 """
     )
-    own = recipe.CustomAugmentation(factory=f"{name}:negative")
-    job = make_job(augmentation=own, folder=str(tmp_path))
+    job = make_job(augmentation=own(recipe.CustomAugmentation(factory=f"{name}:negative"), tmp_path))
     shard = job.store.layout.shards()[0]
     receipt = cache_shard(job, shard)
     (Path(job.store.uri) / shard.receipt_key).unlink()
@@ -265,8 +265,8 @@ def moody(input_shape, classes):
     return Moody(classes)
 """
     )
-    sys.path.append(str(tmp_path))
-    job = make_job("validation", model=recipe.Custom(factory=f"{name}:moody"), folder=str(tmp_path))
+    model = own(recipe.Custom(factory=f"{name}:moody"), tmp_path)
+    job = make_job("validation", model=model, trusted=model.trusted)
     full = np.flatnonzero(splits.validation.inputs[:, 0, 2, 2] == 255)
     shard = next(shard for shard in job.store.layout.shards() if ((shard.start <= full) & (full < shard.stop)).any())
     rows = full[(shard.start <= full) & (full < shard.stop)]
@@ -291,14 +291,15 @@ def test_a_teacher_whose_code_has_changed_is_another_one(
 ) -> None:
     """Its logits may have changed with it, and its card does not know."""
     name = sources.module(tmp_path / "own", LINEAR)
-    job = make_job(model=recipe.Custom(factory=f"{name}:make"))
+    model = own(recipe.Custom(factory=f"{name}:make"), tmp_path / "own")
+    job = make_job(model=model, trusted=model.trusted)
     shard = job.store.layout.shards()[0]
     compute_shard(job, shard)
     (tmp_path / "own" / f"{name}.py").write_text(f"{LINEAR}# another line\n")
     teacher.forget()
     with pytest.raises(RefusedError, match=r"the teacher in .* has changed"):
         compute_shard(job, shard)
-    card = load_card(job.teacher_uri)
+    card = load_card(job.teacher_uri, model.trusted)
     now = served_fingerprint(card, "float32")
     assert len({job.teacher, now, served_fingerprint(card, "float64")}) == 3
     compute_shard(replace(job, teacher=now), shard)

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from akd_dist import recipe
-from akd_dist.models import ModelCard, add_folder
+from akd_dist.models import ModelCard
 from akd_dist.rows import Rows, fingerprint
 from akd_dist.storage.errors import RefusedError
 from akd_dist.stream import Stream
 from akd_dist.student import Student
 from akd_dist.trial import try_training
+from akd_dist.trusted import Trusted
 from tests.fleets import HARD, a_student
 
 MODELS = """
@@ -39,11 +40,14 @@ def own(input_shape, classes):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _models(tmp_path_factory: pytest.TempPathFactory) -> None:
+DATA = recipe.Data(train=recipe.Digits())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nets")
     (folder / "tried_nets.py").write_text(MODELS)
-    add_folder(str(folder))
+    return folder
 
 
 def some_rows(count: int) -> Rows:
@@ -52,14 +56,15 @@ def some_rows(count: int) -> Rows:
     return Rows(inputs.astype(np.float32), labels, 3, *fingerprint(inputs.astype(np.float32), labels, 3), folder=Path())
 
 
-def spec_of(function: str, **changes: Any) -> recipe.Student:
+def spec_of(folder: Path, function: str, **changes: Any) -> recipe.Student:
     model = {"kind": "custom", "factory": f"tried_nets:{function}"}
-    return recipe.Student.model_validate(a_student("one", model=model, objective=HARD) | changes)
+    spec = recipe.Student.model_validate(a_student("one", model=model, objective=HARD) | changes)
+    return recipe.trust(spec, Trusted(modules=("tried_nets",), folder=str(folder)))
 
 
-def tried(function: str, rows: int, **changes: Any) -> int:
-    spec = spec_of(function, **changes)
-    return try_training(spec.model, [("the student one", spec)], some_rows(rows), None)
+def tried(folder: Path, function: str, rows: int, **changes: Any) -> int:
+    spec = spec_of(folder, function, **changes)
+    return try_training(spec.model, [("the student one", spec)], some_rows(rows), DATA)
 
 
 FINE: list[tuple[str, int, dict[str, Any]]] = [
@@ -90,23 +95,23 @@ REFUSED: list[tuple[str, int, dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("function", "rows", "changes"), FINE)
-def test_batches_with_a_spread_are_fine(function: str, rows: int, changes: dict[str, Any]) -> None:
-    assert tried(function, rows, **changes) > 0
+def test_batches_with_a_spread_are_fine(folder: Path, function: str, rows: int, changes: dict[str, Any]) -> None:
+    assert tried(folder, function, rows, **changes) > 0
 
 
 @pytest.mark.parametrize(("function", "rows", "changes", "told"), REFUSED)
 def test_a_batch_without_a_spread_is_refused(
-    function: str, rows: int, changes: dict[str, Any], told: list[str]
+    folder: Path, function: str, rows: int, changes: dict[str, Any], told: list[str]
 ) -> None:
     with pytest.raises(RefusedError) as refused:
-        tried(function, rows, **changes)
+        tried(folder, function, rows, **changes)
     for words in (*told, "the student one"):
         assert words in str(refused.value)
 
 
 @pytest.mark.parametrize("last_batch", ["merge", "drop"])
-def test_what_the_hint_says_trains(last_batch: recipe.LastBatch, tmp_path: Path) -> None:
-    rows, spec = some_rows(65), spec_of("normed", batch=32, last_batch=last_batch)
+def test_what_the_hint_says_trains(folder: Path, last_batch: recipe.LastBatch, tmp_path: Path) -> None:
+    rows, spec = some_rows(65), spec_of(folder, "normed", batch=32, last_batch=last_batch)
     student = Student(spec, ModelCard.of(spec.model, rows, None), tmp_path, log=tmp_path / "log")
     stream = Stream(rows, None, recipe.NoAugmentation(), seed=0, views=1, batch=32, last_batch=last_batch)
     while student.epoch < student.epochs:

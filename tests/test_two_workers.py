@@ -17,7 +17,7 @@ from torch import nn
 from akd_dist.device import settle
 from akd_dist.group import Group, OutOfStepError, PeerFailedError
 from akd_dist.models import ModelCard, load_model
-from akd_dist.recipe import NoAugmentation
+from akd_dist.recipe import NoAugmentation, trust
 from akd_dist.recipe import Student as Spec
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import RefusedError
@@ -25,7 +25,7 @@ from akd_dist.storage.files import sha256
 from akd_dist.stream import Stream
 from akd_dist.student import DivergedError, Student
 from akd_dist.sync_batch_norm import synchronise_batch_norms
-from tests.fleets import ANNEALING, CONTINUATION, HARD, KD
+from tests.fleets import ANNEALING, CONTINUATION, HARD, KD, TESTS
 
 BATCH = 32
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -114,7 +114,7 @@ RESNET = {"kind": "resnet", "depth": 8, "width": 4}
 
 def spec_of(objective: str, **changes: Any) -> Spec:
     document = {"name": "student", "model": MLP, "objective": OBJECTIVES[objective], "optimizer": SGD, "batch": BATCH}
-    return Spec.model_validate(document | changes)
+    return trust(Spec.model_validate(document | changes), TESTS)
 
 
 def made(spec: Spec, folder: Path, group: Group, rows: Rows) -> Student:

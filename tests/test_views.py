@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from akd_dist import views
-from akd_dist.models import add_folder
 from akd_dist.recipe import (
     Augmentation,
     CustomAugmentation,
@@ -28,6 +27,7 @@ from akd_dist.recipe import (
 from akd_dist.storage.errors import RefusedError
 from akd_dist.text import Tokens
 from akd_dist.views import SAMPLED, apply, check_augmentation, draw, philox4x32, probe, random_words, view_of
+from tests import fleets
 
 # Known answers of Random123 1.14, kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 KNOWN = [
@@ -366,8 +366,11 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Names a factory in a user's module."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "own_views.py").write_text(OWN)
-    add_folder(str(tmp_path))
-    yield lambda name, **arguments: CustomAugmentation(factory=f"own_views:{name}", arguments=arguments)
+
+    def named(name: str, **arguments: Any) -> CustomAugmentation:
+        return fleets.own(CustomAugmentation(factory=f"own_views:{name}", arguments=arguments), tmp_path)
+
+    yield named
     sys.modules.pop("own_views", None)
     views._custom.cache_clear()
 

@@ -27,6 +27,12 @@ recipe_argument = click.argument("recipe_path", metavar="RECIPE", type=click.Pat
 set_option = click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
 )
+trust_option = click.option(
+    "--trust",
+    metavar="MODULE",
+    multiple=True,
+    help="Let a model folder, a store or a run name code of this module; repeatable.",
+)
 store_root_option = click.option(
     "--store-root",
     metavar="URI",
@@ -47,6 +53,9 @@ wait_option = click.option(
     "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
 )
 fresh_option = click.option("--fresh", is_flag=True, help="Forget an earlier run of this name and start over.")
+prepare_again_option = click.option(
+    "--prepare-again", is_flag=True, help="Prepare the data afresh, whatever was prepared before."
+)
 tracker_option = click.option(
     "--tracker",
     "trackers",
@@ -57,9 +66,10 @@ tracker_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 id_argument = click.argument("store_id", metavar="ID")
 
-cache_options = options(set_option, store_root_option, cache_root_option, address_option, wait_option)
+cache_options = options(set_option, trust_option, store_root_option, cache_root_option, address_option, wait_option)
 train_options = options(
     set_option,
+    trust_option,
     store_root_option,
     run_root_option,
     cache_root_option,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from akd_dist.cli.options import json_option
@@ -25,12 +23,13 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
     """
     from akd_dist.fleet_report import fleet_table, read_run, runs_table
     from akd_dist.report_page import write_reports
+    from akd_dist.storage.files import expanded
 
-    document = write_reports([Path(run) for run in runs], None if out is None else Path(out).absolute())
+    document = write_reports([expanded(run) for run in runs], None if out is None else expanded(out).absolute())
     if as_json:
         print_json(document)
         return
-    read = [read_run(Path(run)) for run in runs]
+    read = [read_run(expanded(run)) for run in runs]
     for run, written in zip(read, document["runs"], strict=True):
         result_console().print(fleet_table(run.fleet))
         click.echo(f"report  {short_path(written['report'])}")

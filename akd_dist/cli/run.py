@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import akd_dist
-from akd_dist.cli.options import cache_options, json_option, recipe_argument, train_options
+from akd_dist.cli.options import cache_options, json_option, prepare_again_option, recipe_argument, train_options
 from akd_dist.cli.show import (
     SHORT_ID,
     command_line,
@@ -41,16 +41,19 @@ def quickstart(**options: Any) -> int:
 @click.command("cache-teacher")
 @recipe_argument
 @cache_options
+@prepare_again_option
 @click.option("--dry-run", is_flag=True, help="Say what would be computed; refuse what the command would.")
 @json_option
 def cache_teacher(
     recipe_path: str,
     overrides: tuple[str, ...],
+    trust: tuple[str, ...],
     store_root: str,
     cache_root: str | None,
     address: str | None,
     wait: bool,
     dry_run: bool,
+    prepare_again: bool,
     as_json: bool,
 ) -> None:
     """Run the teacher once, store its logits.
@@ -61,11 +64,13 @@ def cache_teacher(
         document = akd_dist.cache_teacher(
             recipe_path,
             overrides=overrides,
+            trust=trust,
             store_root=store_root,
             cache_root=cache_root,
             address=address,
             wait=wait,
             dry_run=dry_run,
+            prepare_again=prepare_again,
             console=progress_console(),
         )
     if as_json:
@@ -74,12 +79,13 @@ def cache_teacher(
         print_plan(document)
     else:
         roots = {"store_root": store_root, "cache_root": cache_root, "address": address}
-        print_cached(document, command_line("train-students", recipe_path, overrides, **roots))
+        print_cached(document, command_line("train-students", recipe_path, overrides, trust, **roots))
 
 
 @click.command("train-students")
 @recipe_argument
 @train_options
+@prepare_again_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done and why; refuse what the command would.")
 def train_students(recipe_path: str, dry_run: bool, **options: Any) -> int:
     """Train students from the stored logits.
@@ -104,8 +110,9 @@ def _foresee(recipe_path: str, *, as_json: bool, **options: Any) -> int:
 def _train(
     recipe_path: str,
     *,
-    closing: Callable[[dict[str, Any], str, Iterable[str], Roots], list[str]],
+    closing: Callable[[dict[str, Any], str, Iterable[str], Iterable[str], Roots], list[str]],
     overrides: tuple[str, ...],
+    trust: tuple[str, ...],
     store_root: str,
     run_root: str,
     cache_root: str | None,
@@ -114,17 +121,20 @@ def _train(
     wait: bool,
     trackers: tuple[str, ...],
     as_json: bool,
+    prepare_again: bool = False,
 ) -> int:
     with stdout_for_results():
         fleet = akd_dist.train_students(
             recipe_path,
             overrides=overrides,
+            trust=trust,
             store_root=store_root,
             run_root=run_root,
             cache_root=cache_root,
             address=address,
             fresh=fresh,
             wait=wait,
+            prepare_again=prepare_again,
             trackers=trackers,
             console=progress_console(),
         )
@@ -132,7 +142,7 @@ def _train(
         print_json(fleet)
     else:
         roots = {"store_root": store_root, "run_root": run_root, "cache_root": cache_root, "address": address}
-        print_fleet(fleet, closing(fleet, recipe_path, overrides, roots))
+        print_fleet(fleet, closing(fleet, recipe_path, overrides, trust, roots))
     return int(any(student["state"] != "done" for student in fleet["students"]))
 
 
@@ -221,20 +231,24 @@ def print_fleet(fleet: dict[str, Any], next_commands: Iterable[str]) -> None:
         click.echo(f"  {command}")
 
 
-def after_training(fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], roots: Roots) -> list[str]:
+def after_training(
+    fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], trust: Iterable[str], roots: Roots
+) -> list[str]:
     """What to type after train-students."""
     kept = [one for one in overrides if not one.startswith(("data.seed=", "name="))]
     again = [*kept, "data.seed=1", f"name={Path(fleet['run']).name}-seed1"]
     return [
         command_line("stores show", Path(fleet["store"]).name[:SHORT_ID], store_root=roots["store_root"]),
-        command_line("train-students", recipe_path, again, **roots),
+        command_line("train-students", recipe_path, again, trust, **roots),
     ]
 
 
-def after_quickstart(fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], roots: Roots) -> list[str]:
+def after_quickstart(
+    fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], trust: Iterable[str], roots: Roots
+) -> list[str]:
     """What to type after the quickstart."""
     copy = "my-digits.yaml"
     return [
         shlex.join(["cp", recipe_path, copy]) + "     # then change what you like",
-        command_line("train-students", copy, [*overrides, "name=my-digits"], **roots),
+        command_line("train-students", copy, [*overrides, "name=my-digits"], trust, **roots),
     ]

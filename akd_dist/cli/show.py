@@ -77,11 +77,15 @@ def in_words(value: Any) -> str:
     return ", ".join(f"{key} {inner}" for key, inner in shown.items())
 
 
-def command_line(verb: str, target: str, overrides: Iterable[str] = (), **roots: str | None) -> str:
+def command_line(
+    verb: str, target: str, overrides: Iterable[str] = (), trust: Iterable[str] = (), **roots: str | None
+) -> str:
     """A command to type next, with what this one was given."""
     words = ["akd-dist", *verb.split(), target]
     for override in overrides:
         words += ["--set", override]
+    for module in trust:
+        words += ["--trust", module]
     for name, value in roots.items():
         if value not in (None, DEFAULT_ROOTS.get(name)):
             words += [f"--{name.replace('_', '-')}", str(value)]

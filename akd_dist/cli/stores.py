@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from akd_dist.cli.options import (
     options,
     set_option,
     store_root_option,
+    trust_option,
 )
 from akd_dist.cli.recipes import load
 from akd_dist.cli.show import (
@@ -89,18 +90,21 @@ def stores_list(store_root: str, as_json: bool) -> None:
     if not found:
         click.echo(f"no stores under {store_root}; `akd-dist cache-teacher RECIPE` makes one")
         return
+    from rich.markup import escape
+
     console = result_console()
     if console.width >= WIDE:
         table = table_of("id", "state", *COLUMNS, "classes", "encoding", "augmentation", "sealed", title=root)
         for one in found:
-            rest = (str(one.classes), one.encoding, one.augmentation.get("kind", ""), _when(one.modified))
-            table.add_row(one.id[:SHORT_ID], _state(one), *_cells(one), *rest)
+            rest = (str(one.classes), one.encoding, escape(str(one.augmentation.get("kind", ""))), _when(one.modified))
+            table.add_row(one.id[:SHORT_ID], "unreadable" if one.problem else _state(one), *_cells(one), *rest)
     else:
         table = _narrow(table_of("id", *COLUMNS, title=root))
         for one in found:
             *most, last = _cells(one)
             table.add_row(one.id[:8], *most, last if one.sealed and not one.problem else _short_state(one))
     console.print(table)
+    _tell_problems({one.id: one.problem for one in found if one.problem})
 
 
 @stores.command("show")
@@ -177,11 +181,12 @@ def stores_verify(store_id: str, store_root: str, shallow: bool, as_json: bool) 
     id_argument,
     click.option("--recipe", "recipe_path", metavar="RECIPE", help="How to recompute, if paths have changed."),
 )
-@options(set_option, store_root_option, cache_root_option, json_option)
+@options(set_option, trust_option, store_root_option, cache_root_option, json_option)
 def stores_repair(
     store_id: str,
     recipe_path: str | None,
     overrides: tuple[str, ...],
+    trust: tuple[str, ...],
     store_root: str,
     cache_root: str | None,
     as_json: bool,
@@ -199,7 +204,7 @@ def stores_repair(
     root = akd_dist.absolute_root(store_root)
     whole = resolve_id(root, store_id)
     with stdout_for_results():
-        document = repair(root, whole, recipe, str(_cache(cache_root)), progress_console())
+        document = repair(root, whole, recipe, str(_cache(cache_root)), progress_console(), trust=trust)
     if as_json:
         print_json(document)
         return
@@ -238,7 +243,7 @@ def stores_gc(
     (with both, where both hold), whole stores as well, their decoded copies on this machine included; IDS keep this to
     the stores named. A store that someone holds or uses stays.
     """
-    from akd_dist.documents import GcDocument, StoreRemoval
+    from akd_dist.documents import GcDocument, StoreProblem, StoreRemoval
     from akd_dist.storage import catalog, removal
 
     root, cache = akd_dist.absolute_root(store_root), _cache(cache_root)
@@ -256,7 +261,8 @@ def stores_gc(
             if not as_json:
                 return
             dry_run = True
-    removed = catalog.gc(root, dry_run=dry_run)
+    problems = dict[str, str]()
+    removed = removal.gc(root, dry_run=dry_run, on_problem=lambda name, error: problems.update({name: error.line}))
     kept = {one.store.id: one.kept for one in candidates}
     for store in going if not dry_run else []:
         kept[store.id] = removal.remove_store(root, store.id, cache)
@@ -265,8 +271,10 @@ def stores_gc(
             click.echo(f"kept {told}: {kept[store.id]}" if kept[store.id] else f"removed {told}, {size(store.bytes)}")
     if as_json:
         parts = [StoreRemoval(id=one.store.id, bytes=one.store.bytes, kept=kept[one.store.id]) for one in candidates]
-        print_json(GcDocument(dry_run=dry_run, removed=removed, stores=parts).model_dump(mode="json"))
+        bad = [StoreProblem(id=name, problem=problem) for name, problem in problems.items()]
+        print_json(GcDocument(dry_run=dry_run, removed=removed, stores=parts, problems=bad).model_dump(mode="json"))
         return
+    _tell_problems(problems)
     for key in removed:
         click.echo(f"{'would remove' if dry_run else 'removed'} {key}")
     click.echo(f"{counted(len(removed), 'file')} of interrupted runs {'to remove' if dry_run else 'removed'}")
@@ -302,6 +310,12 @@ def _print_candidates(candidates: Sequence[Candidate], *, asked: bool, to_stderr
         click.echo("no stores to remove", err=to_stderr)
     elif going:
         click.echo(f"{counted(len(going), 'store')}, {size(sum(store.bytes for store in going))}", err=to_stderr)
+
+
+def _tell_problems(problems: Mapping[str, str]) -> None:
+    """One line for each store that is bad; the others are shown and collected all the same."""
+    for name, problem in problems.items():
+        click.echo(f"{name[:SHORT_ID]}: {problem}", err=True)
 
 
 # ---- stores in words
@@ -374,11 +388,13 @@ def _narrow(table: Table) -> Table:
 
 def _cells(one: StoreSummary) -> list[str]:
     """The row of a store under COLUMNS."""
+    from rich.markup import escape
+
     if one.problem:
         return ["", "", "", size(one.bytes), str(len(one.runs)), _ago(one.last_used)]
     return [
-        f"{_model(one) or ''} {one.teacher[:6]}",
-        f"{_data(one) or ''} {one.rows:,} {one.dataset[:6]}".strip(),
+        escape(f"{_model(one) or ''} {one.teacher[:6]}"),
+        escape(f"{_data(one) or ''} {one.rows:,} {one.dataset[:6]}".strip()),
         str(one.views),
         size(one.bytes),
         str(len(one.runs)),
@@ -419,7 +435,7 @@ def _facts(document: StoreDocument, summary: StoreSummary) -> dict[str, Any]:
 
 def _state(summary: StoreSummary) -> str:
     if summary.problem:
-        return str(summary.problem)
+        return summary.problem
     return "sealed" if summary.sealed else f"{summary.shards_done} of {summary.shards} shards"
 
 
@@ -432,8 +448,8 @@ def _iso(seconds: float) -> str:
 
 
 def _when(seconds: float) -> str:
-    """A time on this machine's clock, to the minute."""
-    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+    """A time on this machine's clock, to the minute; nothing for one that is not known."""
+    return "" if not seconds else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
 
 
 def _ago(seconds: float | None) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import akd_dist
-from akd_dist.cli.options import cache_root_option, json_option, options
+from akd_dist.cli.options import cache_root_option, json_option, options, trust_option
 from akd_dist.cli.show import (
     print_facts,
     print_json,
@@ -44,7 +44,8 @@ force_option = click.option("--force", is_flag=True, help="Overwrite what is the
 @click.command("evaluate")
 @options(student_argument, data_argument)
 @click.option("--with", "others", metavar="MODEL", multiple=True, help="Another model to compare with; repeatable.")
-@options(split_option, input_option, label_option, tokenizer_option, device_option, cache_root_option, json_option)
+@options(split_option, input_option, label_option, tokenizer_option, trust_option, device_option, cache_root_option)
+@json_option
 def evaluate(student: str, data: str, as_json: bool, **chosen: Any) -> None:
     """Measure a student on data.
 
@@ -64,7 +65,7 @@ def evaluate(student: str, data: str, as_json: bool, **chosen: Any) -> None:
 @click.option("--out", metavar="FILE", help="The file to write.  [default: the student's name and .parquet, here]")
 @click.option("--no-logits", is_flag=True, help="Leave out the column of logits, the largest of many classes.")
 @click.option("--no-label", is_flag=True, help="Read no labels, although there is such a column.")
-@options(split_option, input_option, label_option, tokenizer_option, device_option, cache_root_option)
+@options(split_option, input_option, label_option, tokenizer_option, trust_option, device_option, cache_root_option)
 @options(force_option, json_option)
 def predict(
     student: str,
@@ -116,7 +117,7 @@ def predict(
     "here]",
 )
 @click.option("--data", metavar="DATA", help="Rows to compare logits on.  [default: those of the student's run]")
-@options(split_option, input_option, tokenizer_option, cache_root_option, force_option, json_option)
+@options(split_option, input_option, tokenizer_option, trust_option, cache_root_option, force_option, json_option)
 def export(student: str, as_json: bool, **chosen: Any) -> None:
     """Hand a student to those without akd-dist.
 

@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -35,8 +34,9 @@ def status(run: str, watch: bool, as_json: bool) -> None:
     RUN is its folder, such as runs/NAME. Only files are read, so that it may be asked from anywhere, at any time.
     """
     from akd_dist.status import RunReader
+    from akd_dist.storage.files import expanded
 
-    reader = RunReader(Path(run))
+    reader = RunReader(expanded(run))
     found = reader.read()
     if watch:
         found = _follow(reader, found, quiet=as_json)
