@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import nn
 
 Computed = TypeVar("Computed")
+
+# How long a rank waits for the others in one exchange: rank 0 may write a large checkpoint, or evaluate, meanwhile.
+EXCHANGE_TIMEOUT = timedelta(minutes=30)
 
 
 class AgreedError(Exception):
@@ -119,6 +128,49 @@ class Group:
         gathered = [torch.empty_like(sent) for _ in range(self.world)]
         torch.distributed.all_gather(gathered, sent)
         return [received.to(tensor.device) for received in gathered]
+
+
+@contextlib.contextmanager
+def joined(rank: int, world: int, device: str, host: str, broadcast: Callable[[Any], Any]) -> Iterator[Group]:
+    """The group of a cohort's workers, for the time of the block; one that is alone needs no process group.
+
+    Args:
+        rank: of this worker.
+        world: how many there are.
+        device: where they compute: `cpu` lets them talk by gloo, `cuda` by NCCL.
+        host: this node's own address. Rank 0 listens there and nowhere else; if it is a loopback address, whatever
+            the workers say to each other stays on loopback.
+        broadcast: hands rank 0's value of something small to every rank, and returns it; whatever the others pass.
+    """
+    if world == 1:
+        yield Group(rank, world, device)
+        return
+    if ip_address(host).is_loopback:
+        (interface,) = (name for name, has in psutil.net_if_addrs().items() if host in [one.address for one in has])
+        os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    store = _meeting_point(rank, world, host, broadcast)
+    backend = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=EXCHANGE_TIMEOUT)
+    yield Group(rank, world, device)
+    # Not after an error: the others would fail by a connection that was lost, before anybody hears of the reason.
+    torch.distributed.destroy_process_group()
+
+
+def _meeting_point(rank: int, world: int, host: str, broadcast: Callable[[Any], Any]) -> torch.distributed.Store:
+    """The store by which ranks find each other. Left to itself, torch would listen on all interfaces of rank 0's node."""
+    listening, place = None, None
+    if rank == 0:
+        listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        place = host, listening.getsockname()[1]
+    host, port = broadcast(place)
+    return torch.distributed.TCPStore(
+        host,
+        port,
+        world,
+        is_master=rank == 0,
+        timeout=EXCHANGE_TIMEOUT,
+        master_listen_fd=None if listening is None else listening.detach(),  # torch closes it
+    )
 
 
 def told(error: BaseException) -> str:

@@ -29,6 +29,8 @@ _ENVIRONMENT = {
     "RAY_task_oom_retries": "3",
     # `ray.train.report` and the end of a run wait for this interval, 2 s by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Several workers of a node see each other's GPUs, so that NCCL can move data from one to the other.
+    "TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES": "1",
     # Workers stay where they are; all our paths are absolute anyway.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -2,7 +2,6 @@
 
 import math
 import multiprocessing
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from akd_dist.device import settle
-from akd_dist.group import Group, OutOfStepError, PeerFailedError
+from akd_dist.group import Group, OutOfStepError, PeerFailedError, joined
 from akd_dist.models import ModelCard, load_model
 from akd_dist.recipe import NoAugmentation, trust
 from akd_dist.recipe import Student as Spec
@@ -344,31 +343,35 @@ SCENARIOS: dict[str, tuple[Scenario, list[str]]] = {
 }
 
 
-def both(rank: int, port: int, folder: Path) -> None:
+def both(rank: int, folder: Path, queue: "multiprocessing.Queue[Any]") -> None:
     """One of two workers: every scenario, one after the other; what went wrong in one goes into a file of its own."""
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    for name, (scenario, cases) in SCENARIOS.items():
-        for case in cases:
-            place, problem = folder / name / case, ""
-            try:
-                scenario(case, place, Group(rank, 2))
-            except Exception:
-                problem = traceback.format_exc()
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"problem-{rank}").write_text(problem)
-    torch.distributed.destroy_process_group()
+
+    def broadcast(value: Any) -> Any:
+        if rank > 0:
+            return queue.get()
+        queue.put(value)
+        return value
+
+    with joined(rank, 2, "cpu", "127.0.0.1", broadcast) as group:
+        for name, (scenario, cases) in SCENARIOS.items():
+            for case in cases:
+                place, problem = folder / name / case, ""
+                try:
+                    scenario(case, place, group)
+                except Exception:
+                    problem = traceback.format_exc()
+                place.mkdir(parents=True, exist_ok=True)
+                (place / f"problem-{rank}").write_text(problem)
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of what two workers left."""
     folder = tmp_path_factory.mktemp("together")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["tests.test_two_workers", "torchmetrics.functional", "torch._inductor"])
-    workers = [forks.Process(target=both, args=(rank, port, folder)) for rank in range(2)]
+    queue = forks.Queue()
+    workers = [forks.Process(target=both, args=(rank, folder, queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
