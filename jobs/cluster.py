@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -56,6 +57,8 @@ ONCE_SECONDS = 1.0
 GRACE_SECONDS = 30.0
 # Ray ends this process when the head of a cluster has not answered for 60 s: with a code and a message of its own.
 HEAD_SECONDS = 20.0
+# How long Ray may take to start or to be joined; on a machine with many times its load it takes half a minute.
+START_SECONDS = 120.0
 _closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
 
 
@@ -90,27 +93,32 @@ def connect(
         options |= {"address": address, "runtime_env": {"env_vars": _ENVIRONMENT | passed_on}}
     failure = _init(options)
     if failure is not None:
-        told = [line for line in str(failure).strip().splitlines() if line] or [type(failure).__name__]
+        reason = failure.__cause__ or failure  # Ray's own wrapper says only that it failed
+        lines = [line for line in str(reason).strip().splitlines() if line]
+        logs = Path(ray._common.utils.get_default_ray_temp_dir(), "session_latest", "logs")
         raise MachineError(
             "no Ray cluster" + (f" at {address}" if address else " could be started on this machine"),
-            got=told[0],
+            got=": ".join([type(reason).__name__, *lines[:1]]),
             expected="a running Ray of the same version" if address else "room for a few Ray processes",
             next="check --address; a cluster with tokens wants RAY_AUTH_MODE=token and its token in ~/.ray/auth_token"
             if address
-            else "close other Ray clusters, or pass --address of one",
+            else f"see whether memory or disk ran out, and Ray's logs in {logs}; or pass --address of a cluster that runs",
         ) from failure
 
 
-def _init(options: dict[str, Any]) -> Exception | None:
-    """`ray.init` on a thread of its own, where it leaves our signal handlers alone; returns what it raised.
+def _init(options: dict[str, Any]) -> BaseException | None:
+    """`ray.init` on a thread of its own, where it leaves our signal handlers alone.
 
     The thread lives on as long as the process: Ray's processes are told to die with the thread that started them.
 
     Those processes inherit its blocked SIGTERM. Service managers send that to everybody, and a driver
     whose raylet leaves is ended by Ray, without a word and with exit code 1, before or after it has seen the signal.
     As it is, the driver alone decides: workers checkpoint, and then Ray is shut down.
+
+    Returns:
+        Why it failed, whatever that was; then nothing of Ray is left. None where Ray is up.
     """
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
     tried = threading.Event()
 
     def start() -> None:
@@ -119,18 +127,63 @@ def _init(options: dict[str, Any]) -> Exception | None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        except BaseException as error:  # Ray raises plain exceptions, too; and here nobody else would hear of any
             failures.append(error)
         tried.set()
-        threading.Event().wait()
+        if not failures:
+            threading.Event().wait()
 
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that a thread cannot set a handler
+    before = {child.pid for child in psutil.Process().children()}
     threading.Thread(target=start, name="ray-parent", daemon=True).start()
-    while not tried.wait(POLL_SECONDS):  # in slices, so that signals are handled meanwhile
-        pass
+    up = False
+    try:
+        failure = _wait_for(tried, before) or (failures[0] if failures else None)
+        up = failure is None
+    finally:
+        if not up:
+            _end_what_was_started(before)
     _take_signals_back()
     ray._private.worker._worker_logs_enabled = False  # Ray's long words on each death: we say what comes of it
-    return failures[0] if failures else None
+    return failure
+
+
+def _wait_for(tried: threading.Event, before: set[int]) -> BaseException | None:
+    """Wait for `ray.init` to come back; a reason not to wait any longer, if there is one before.
+
+    In slices, so that signals are handled meanwhile.
+    """
+    began = time.monotonic()
+    while not tried.wait(POLL_SECONDS):
+        if dead := [child.name() for child in _started_since(before) if child.status() == psutil.STATUS_ZOMBIE]:
+            return RuntimeError(f"its {dead[0]} ended as soon as it was started")  # Ray would wait for half a minute
+        if time.monotonic() - began > START_SECONDS:
+            return TimeoutError(f"it did not answer within {START_SECONDS:g} s")
+    return None
+
+
+def _started_since(before: set[int]) -> list[psutil.Process]:
+    """The children of this process that Ray has started and that were not there before."""
+    ours = ("raylet", "gcs_server")
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # Its helpers are Python programs of its own folder; of one that is dead, only the name is left.
+            if child.pid not in before and (child.name() in ours or ray.__path__[0] in " ".join(child.cmdline())):
+                found.append(child)
+    return found
+
+
+def _end_what_was_started(before: set[int]) -> None:
+    """End the processes of a Ray that failed to start, and have none be taken for one that is up."""
+    atexit.unregister(ray.shutdown)  # it waits for a `ray.init` that has not come back, and this process would with it
+    for child in _started_since(before):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*child.children(recursive=True), child]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            child.wait(timeout=GRACE_SECONDS)
+    ray._private.worker._global_node = None
 
 
 def _take_signals_back() -> None:
