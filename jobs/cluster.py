@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -83,10 +84,11 @@ def connect(
         tell("starting Ray on this machine")
         # As the environment above says, also for a ray that was imported before it was set.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+        _ensure_token()
         options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
     else:
         tell(f"connecting to Ray at {address}")
-        if os.environ.get("RAY_AUTH_TOKEN") or Path("~/.ray/auth_token").expanduser().exists():
+        if os.environ.get("RAY_AUTH_TOKEN") or _home_has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray itself leaves it off for an explicit address
         _check_answers(address)
         passed_on = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
@@ -102,8 +104,34 @@ def connect(
             expected="a running Ray of the same version" if address else "room for a few Ray processes",
             next="check --address; a cluster with tokens wants RAY_AUTH_MODE=token and its token in ~/.ray/auth_token"
             if address
-            else f"see whether memory or disk ran out, and Ray's logs in {logs}; or pass --address of a cluster that runs",
+            else f"see whether memory or disk ran out, and Ray's logs in {logs}; RAY_TMPDIR moves them, to a short path; "
+            "or pass --address of a cluster that runs",
         ) from failure
+
+
+def _home_has_token() -> bool:
+    try:
+        return Path("~/.ray/auth_token").expanduser().exists()
+    except (OSError, RuntimeError):  # a user without a home, or with somebody else's
+        return False
+
+
+def _ensure_token() -> None:
+    """Where Ray could not keep the token of a cluster that it starts in the user's home, have one that is kept nowhere.
+
+    Ray goes by HOME alone. Without it, or where it cannot be written, Ray would not start.
+    """
+    given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if given or os.environ.get("RAY_AUTH_MODE", "token") != "token" or _home_has_token():
+        return
+    try:
+        folder = Path(os.environ["HOME"], ".ray")
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return
+    except (OSError, KeyError):
+        pass
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _init(options: dict[str, Any]) -> BaseException | None:
