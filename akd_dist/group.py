@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # as its documentation has it
 
 Computed = TypeVar("Computed")
 
@@ -156,14 +157,14 @@ def joined(rank: int, world: int, device: str, host: str, broadcast: Callable[[A
     torch.distributed.destroy_process_group()
 
 
-def _meeting_point(rank: int, world: int, host: str, broadcast: Callable[[Any], Any]) -> torch.distributed.Store:
-    """The store by which ranks find each other. Left to itself, torch would listen on all interfaces of rank 0's node."""
+def _meeting_point(rank: int, world: int, host: str, broadcast: Callable[[Any], Any]) -> TCPStore:
+    """The store by which ranks find each other. Left to itself, torch listens on all of a node's interfaces."""
     listening, place = None, None
     if rank == 0:
         listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         place = host, listening.getsockname()[1]
     host, port = broadcast(place)
-    return torch.distributed.TCPStore(
+    return TCPStore(
         host,
         port,
         world,

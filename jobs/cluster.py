@@ -97,14 +97,15 @@ def connect(
     if failure is not None:
         reason = failure.__cause__ or failure  # Ray's own wrapper says only that it failed
         lines = [line for line in str(reason).strip().splitlines() if line]
-        logs = Path(ray._common.utils.get_default_ray_temp_dir(), "session_latest", "logs")
+        folder: Any = ray._common.utils.get_default_ray_temp_dir()  # type: ignore[no-untyped-call]
+        logs = Path(folder, "session_latest", "logs")
         raise MachineError(
             "no Ray cluster" + (f" at {address}" if address else " could be started on this machine"),
             got=": ".join([type(reason).__name__, *lines[:1]]),
             expected="a running Ray of the same version" if address else "room for a few Ray processes",
             next="check --address; a cluster with tokens wants RAY_AUTH_MODE=token and its token in ~/.ray/auth_token"
             if address
-            else f"see whether memory or disk ran out, and Ray's logs in {logs}; RAY_TMPDIR moves them, to a short path; "
+            else f"see whether memory or disk ran out, and Ray's logs in {logs} (RAY_TMPDIR moves them); "
             "or pass --address of a cluster that runs",
         ) from failure
 
@@ -124,13 +125,12 @@ def _ensure_token() -> None:
     given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if given or os.environ.get("RAY_AUTH_MODE", "token") != "token" or _home_has_token():
         return
-    try:
-        folder = Path(os.environ["HOME"], ".ray")
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return
-    except (OSError, KeyError):
-        pass
+    if home := os.environ.get("HOME"):
+        with contextlib.suppress(OSError):
+            folder = Path(home, ".ray")
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 

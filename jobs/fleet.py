@@ -444,7 +444,7 @@ def fit(job: CohortJob, ask: Ask, selector: dict[str, str]) -> str:
         run_config=RunConfig(name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=1)),
     )
     try:
-        outcome = trainer.fit().return_value
+        outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {}).values()
         outcome = next(iter(_among(failures, AkdError)), None)
@@ -543,7 +543,8 @@ def joining(rank: int, world: int, device: str) -> contextlib.AbstractContextMan
         import ray.train.torch
 
         torch.cuda.set_device(ray.train.torch.get_device())  # each sees all of its node's that the cohort has
-    return joined(rank, world, device, cluster.ray.util.get_node_ip_address(), broadcast_from_rank_zero)
+    here = cluster.ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return joined(rank, world, device, here, broadcast_from_rank_zero)
 
 
 def worker_log(job: CohortJob, rank: int) -> Path:

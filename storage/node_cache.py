@@ -60,8 +60,11 @@ def ensure_home(cache_root: Path) -> None:
     A user without any, as in a container whose user is a bare number, gets one below the cache root.
     """
     if not os.environ.get("HOME"):
-        home = os.path.expanduser("~")  # as the system knows it; unchanged if it knows none
-        os.environ["HOME"] = home if os.path.isabs(home) else str(cache_root / "home")
+        try:
+            home = Path.home()  # as the system knows it
+        except RuntimeError:
+            home = cache_root / "home"
+        os.environ["HOME"] = str(home)
 
 
 def default_budget() -> int | None:

@@ -88,7 +88,7 @@ def seen(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     ]
     teacher = {"model": a_waiting_model("teacher"), "train": {"epochs": 1, "optimizer": ADAMW}}
     recipe = a_recipe(students, teacher=teacher, folder=str(root))
-    places = {f"{kind}_root": str(root / kind) for kind in ("store", "run", "cache")}
+    places: dict[str, Any] = {f"{kind}_root": str(root / kind) for kind in ("store", "run", "cache")}
     ended: list[dict[str, Any]] = []
 
     def train() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 import akd_dist
 from akd_dist.cli import main
+from akd_dist.jobs import cluster
 from tests.fleets import HARD, a_recipe, a_student
 
 needs_setpriv = pytest.mark.skipif(
@@ -46,7 +47,9 @@ def work() -> Any:
 
 
 @needs_setpriv
-@pytest.mark.parametrize("home", [{}, {"HOME": "/nonexistent"}, {"HOME": "/proc"}], ids=["none", "nowhere", "read-only"])
+@pytest.mark.parametrize(
+    "home", [{}, {"HOME": "/nonexistent"}, {"HOME": "/proc"}], ids=["none", "nowhere", "read-only"]
+)
 def test_without_a_home_the_refusal_says_how_to_do_without(home: dict[str, str], work: Path) -> None:
     told = as_nobody(work, "train-students", "recipe.yaml", "--dry-run", **home)
     assert told.returncode == 6, told.stderr
@@ -59,9 +62,8 @@ def test_without_a_home_the_refusal_says_how_to_do_without(home: dict[str, str],
 @needs_setpriv
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("home", [{}, {"HOME": "/nonexistent"}], ids=["none", "nowhere"])
-def test_with_a_cache_root_a_whole_run_needs_no_home(home: dict[str, str], work: Path) -> None:
-    told = as_nobody(work, "train-students", "recipe.yaml", "--cache-root", "cache", **home)
+def test_with_a_cache_root_a_whole_run_needs_no_home(work: Path) -> None:
+    told = as_nobody(work, "train-students", "recipe.yaml", "--cache-root", "cache")
     assert told.returncode == 0, told.stderr
     assert (work / "runs" / "fleet" / "report.html").is_file()
     assert "Traceback" not in told.stderr
@@ -124,3 +126,16 @@ def test_a_folder_that_is_gone_is_refused(tmp_path: Path) -> None:
     assert told.returncode == 6, told.stderr
     assert "the folder that this command was started in" in told.stderr
     assert "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize("home", ["", "/proc", None])
+def test_where_rays_token_cannot_be_kept_it_is_kept_nowhere(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")  # restored afterwards, whatever it is then
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if home is None:
+        monkeypatch.delenv("HOME")
+    else:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(cluster, "_home_has_token", lambda: False)
+    cluster._ensure_token()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64

@@ -77,7 +77,7 @@ RAISED = [Exception("it timed out"), SystemExit(1), KeyboardInterrupt(), Generat
 def unconnected(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No Ray in this process, as far as anybody asks; one that the session has goes on."""
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.atexit, "unregister", lambda _function: None)
+    monkeypatch.setattr("atexit.unregister", lambda _function: None)
     monkeypatch.setattr(cluster.ray._private.worker, "_global_node", cluster.ray._private.worker._global_node)
     return monkeypatch
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import platform
 import shlex
 import signal
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _check_folder() -> None:
     """Refuse to work in a folder that is gone: paths, and whatever this starts, begin there."""
     try:
-        os.getcwd()
+        Path.cwd()
     except OSError as error:
         raise MachineError(
             "the folder that this command was started in cannot be used",
@@ -162,9 +161,10 @@ def _kept(told: str) -> Path | None:
     import platformdirs
 
     name = f"bug-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**6}.log"
-    for folder in (lambda: platformdirs.user_log_path("akd-dist"), lambda: Path(tempfile.mkdtemp(prefix="akd-dist-"))):
+    for temporary in (False, True):
         with contextlib.suppress(OSError, RuntimeError):  # the latter where there is no home
-            log = folder() / name
+            folder = tempfile.mkdtemp(prefix="akd-dist-") if temporary else platformdirs.user_log_path("akd-dist")
+            log = Path(folder, name)
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(told)
             return log
