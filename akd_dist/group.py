@@ -15,12 +15,16 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from torch import nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # as its documentation has it
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # as its documentation has it
+
+from akd_dist.storage.errors import MachineError
 
 Computed = TypeVar("Computed")
 
 # How long a rank waits for the others in one exchange: rank 0 may write a large checkpoint, or evaluate, meanwhile.
 EXCHANGE_TIMEOUT = timedelta(minutes=30)
+# How long they may take to meet; all of them are there already.
+MEETING_TIMEOUT = timedelta(minutes=2)
 
 
 class AgreedError(Exception):
@@ -142,6 +146,9 @@ def joined(rank: int, world: int, device: str, host: str, broadcast: Callable[[A
         host: this node's own address. Rank 0 listens there and nowhere else; if it is a loopback address, whatever
             the workers say to each other stays on loopback.
         broadcast: hands rank 0's value of something small to every rank, and returns it; whatever the others pass.
+
+    Raises:
+        MachineError: they cannot reach each other.
     """
     if world == 1:
         yield Group(rank, world, device)
@@ -164,14 +171,18 @@ def _meeting_point(rank: int, world: int, host: str, broadcast: Callable[[Any], 
         listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         place = host, listening.getsockname()[1]
     host, port = broadcast(place)
-    return TCPStore(
-        host,
-        port,
-        world,
-        is_master=rank == 0,
-        timeout=EXCHANGE_TIMEOUT,
-        master_listen_fd=None if listening is None else listening.detach(),  # torch closes it
-    )
+    fd = None if listening is None else listening.detach()  # torch closes it
+    try:
+        store = TCPStore(host, port, world, is_master=rank == 0, timeout=MEETING_TIMEOUT, master_listen_fd=fd)
+    except DistError as error:
+        raise MachineError(
+            "the workers of a student cannot reach each other",
+            got=str(error).strip().partition("\n")[0],
+            expected=f"a connection to {host}, port {port}, from every node that they lie on",
+            next="see whether a firewall is between them, and whether other nodes reach the address by which Ray knows each",
+        ) from error
+    store.set_timeout(EXCHANGE_TIMEOUT)
+    return store
 
 
 def told(error: BaseException) -> str:

@@ -2,8 +2,10 @@
 
 import math
 import multiprocessing
+import socket
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from akd_dist.models import ModelCard, load_model
 from akd_dist.recipe import NoAugmentation, trust
 from akd_dist.recipe import Student as Spec
 from akd_dist.rows import Rows
-from akd_dist.storage.errors import RefusedError
+from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.files import sha256
 from akd_dist.stream import Stream
 from akd_dist.student import DivergedError, Student
@@ -387,6 +389,19 @@ def went_well(together: Path, name: str, case: str = "") -> Path:
     problems = [(folder / f"problem-{rank}").read_text() for rank in range(2)]
     assert problems == ["", ""], "\n".join(problems)
     return folder
+
+
+def test_workers_that_cannot_reach_each_other_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("akd_dist.group.MEETING_TIMEOUT", timedelta(seconds=1))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        place = closed.getsockname()
+    with (
+        pytest.raises(MachineError, match="cannot reach each other"),
+        joined(1, 2, "cpu", "127.0.0.1", lambda _: place),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("name", FLOAT64)
