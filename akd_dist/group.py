@@ -179,7 +179,7 @@ def _meeting_point(rank: int, world: int, host: str, broadcast: Callable[[Any], 
             "the workers of a student cannot reach each other",
             got=str(error).strip().partition("\n")[0],
             expected=f"a connection to {host}, port {port}, from every node that they lie on",
-            next="see whether a firewall is between them, and whether other nodes reach the address by which Ray knows each",
+            next="see whether a firewall is between them, and whether Ray knows each node by an address that all reach",
         ) from error
     store.set_timeout(EXCHANGE_TIMEOUT)
     return store
