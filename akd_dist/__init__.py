@@ -485,9 +485,11 @@ def _notes(console: Console | None) -> Callable[[str], None] | None:
 
 
 def _cache_root(given: str | Path | None) -> str:
-    from akd_dist.storage.node_cache import default_cache_root
+    from akd_dist.storage.node_cache import default_cache_root, ensure_home
 
-    return absolute_root(given or default_cache_root())
+    root = absolute_root(given or default_cache_root())
+    ensure_home(Path(root))
+    return root
 
 
 def _recipe(recipe: Recipe | str | Path, overrides: Sequence[str], trust: Sequence[str]) -> Recipe:

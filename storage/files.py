@@ -417,5 +417,6 @@ def write_error(error: OSError, path: Path, size: int) -> MachineError:
         f"cannot write {path}",
         got=reason,
         expected="a folder that this user can write to",
-        next="choose another folder (--store-root, --run-root, --cache-root) or mend its permissions",
+        next="choose another folder (--store-root, --run-root; --cache-root, AKD_DIST_CACHE or HOME for caches) or "
+        "mend its permissions",
     )

@@ -134,10 +134,20 @@ class Creation(Document):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        for field, got, expected in _described(self.identity, self.dataset, self.teacher):
-            if got != expected:
-                raise ValueError(f"{field} is {_short(got)}, and should be {_short(expected)}")
+        for name in ("dataset", "teacher"):
+            told = getattr(self, name).get("fingerprint")
+            if told is not None and told != getattr(self.identity, name):
+                raise ValueError(f"{name}.fingerprint is not identity.{name}")
         return self
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Self:
+        """Read a creation document, and check what its parts repeat of each other; refusals as of every document."""
+        creation = super().from_bytes(data, where)
+        for field, got, expected in _described(creation.identity, creation.dataset, creation.teacher):
+            if got != expected:
+                raise _damaged(where, f"{field}: {got}", expected)
+        return creation
 
     @property
     def sha256(self) -> str:

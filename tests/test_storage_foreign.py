@@ -19,6 +19,7 @@ from akd_dist.storage import catalog, removal
 from akd_dist.storage.claim import claim_store, holder_of
 from akd_dist.storage.errors import AkdError, DamagedError, MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, parse_json, sha256
+from akd_dist.storage.manifest import Creation
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.uses import Use, uses_of
@@ -330,3 +331,21 @@ def test_a_store_that_cannot_be_read_is_one_line(
             os.seteuid(0)
         for store in (private, wider):
             (Path(store.uri) / closed).chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"dataset": {"rows": 301}}, "dataset.rows: 301"),
+        ({"dataset": {"meaning": {"classes": 2}}}, "dataset.meaning.classes: 2"),
+        ({"dataset": {"blocks": [1]}}, "dataset.blocks: [1]"),
+        ({"teacher": {"spec": {"classes": 2}}}, "teacher.spec.classes: 2"),
+        ({"teacher": {"fingerprint": "0" * 64}}, "the document: Value error, teacher.fingerprint"),
+    ],
+    ids=str,
+)
+def test_a_creation_document_that_contradicts_itself_is_refused_by_field(changes: dict[str, Any], named: str) -> None:
+    document = stores.creation().model_dump(mode="json") | changes
+    with pytest.raises(DamagedError) as refused:
+        Creation.from_bytes(canonical_json(document), "creation.json")
+    assert str(refused.value.got).startswith(named)

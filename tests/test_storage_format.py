@@ -229,7 +229,7 @@ def test_documents_are_canonical_and_strict() -> None:
     assert stores.identity(views=3).id != stores.identity().id
     with pytest.raises(ValueError, match="does not keep"):
         stores.identity(augmentation={"kind": ("a", "tuple")})
-    with pytest.raises(ValueError, match=r"dataset\.fingerprint is other, and should be"):
+    with pytest.raises(ValueError, match=r"dataset\.fingerprint is not identity\.dataset"):
         Creation(identity=stores.identity(), computed=stores.COMPUTED, dataset={"fingerprint": "other"}, teacher={})
 
 
