@@ -277,6 +277,7 @@ def test_options_reach_the_verb(run: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == {
         "recipe": "r.yaml", "overrides": ("a=1", "b=2"), "store_root": "s3://b/s", "run_root": "r", "cache_root": "c",
         "address": "auto", "fresh": True, "wait": True, "trackers": ("wandb",), "trust": ("mine",),
+        "prepare_again": False,
     }  # fmt: skip
 
 

@@ -413,7 +413,7 @@ def test_in_float64_two_workers_deliver_what_one_does(name: str, together: Path,
     assert {tensor.dtype for tensor in alone.values()} <= {torch.float64, torch.int64}
     for key, tensor in alone.items():
         assert torch.allclose(tensor, shared[key], rtol=0, atol=1e-9), key
-    assert type(load_model(folder)) is type(load_model(tmp_path))
+    assert type(load_model(folder, TESTS)) is type(load_model(tmp_path, TESTS))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
