@@ -84,7 +84,7 @@ def cache_teacher(
         cache_root: folder of this machine's prepared data; by default in the user's cache folder.
         address: a Ray cluster; None starts one on this machine if there is anything to compute.
         wait: wait for somebody else who writes the same store, instead of leaving.
-        dry_run: only say what would be computed, and refuse what cannot fit.
+        dry_run: only say what would be computed, and refuse what the command would.
         prepare_again: prepare this machine's data afresh, whatever was prepared before.
         console: where progress is told; stderr by default.
 
@@ -139,7 +139,7 @@ def train_students(
         address: a Ray cluster; None starts one on this machine if there is anything to do.
         fresh: forget an earlier run of this name.
         wait: wait for somebody else who holds the store or the run, instead of leaving.
-        dry_run: only say what would be done, and refuse what cannot fit.
+        dry_run: only say what would be done, and refuse what the command would.
         prepare_again: prepare this machine's data afresh, whatever was prepared before.
         trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
@@ -494,9 +494,11 @@ def _notes(console: Console | None) -> Callable[[str], None] | None:
 
 
 def _cache_root(given: str | Path | None) -> str:
-    from akd_dist.storage.node_cache import default_cache_root
+    from akd_dist.storage.node_cache import default_cache_root, ensure_home
 
-    return absolute_root(given or default_cache_root())
+    root = absolute_root(given or default_cache_root())
+    ensure_home(Path(root))
+    return root
 
 
 def _recipe(recipe: Recipe | str | Path, overrides: Sequence[str], trust: Sequence[str]) -> Recipe:

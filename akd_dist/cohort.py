@@ -50,7 +50,7 @@ class CohortJob:
     fingerprints: dict[str, str]
     """The dataset fingerprint of each split as the driver saw it."""
     students: tuple[recipe.Student, ...]
-    """Who trains: one batch size, one number of workers and threads for all. They and `data` carry whose code may run
+    """Who trains: the same batches, one number of workers and threads for all. They and `data` carry whose code may run
     for them."""
     root: str
     """The folder of student folders."""
@@ -211,6 +211,7 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[Stream, np.ndarray | No
         seed=job.data.seed,
         views=job.data.views,
         batch=job.students[0].batch,
+        last_batch=job.students[0].last_batch,
         window=job.data.window,
         device=job.device,
     )
@@ -468,7 +469,7 @@ class _Lockstep:
             validation=measured.get(self.job.data.primary_metric),
             steps=steps,
             steps_total=total,
-            rows_per_second=pace * len(self.splits.train) / self.stream.steps_per_epoch,
+            rows_per_second=pace * self.stream.rows_per_epoch / self.stream.steps_per_epoch,
             steps_per_second=pace,
             seconds_left=(total - steps) / pace if pace > 0 else None,
             reason=student.result["reason"] if student.result is not None else None,

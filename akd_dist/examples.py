@@ -30,6 +30,7 @@ from akd_dist.storage.objects import ObjectMissing, open_root
 from akd_dist.student import EVALUATION_ROWS
 from akd_dist.text import ByteTokenizer, Tokenizer, tokenizer_of
 from akd_dist.trusted import Trusted
+from akd_dist.wording import some_of
 
 DIGITS = "digits"
 RECIPES = (".yaml", ".yml")
@@ -265,7 +266,7 @@ def _labels(convert: Labels, block: Block, card: ModelCard) -> np.ndarray:
     try:
         return convert(block.labels, block.rows)
     except RefusedError as error:  # which speaks of a recipe
-        known = ", ".join(card.class_names or ()) or f"classes 0 to {card.classes - 1}"
+        known = some_of(card.class_names or ()) or f"classes 0 to {card.classes - 1}"
         expected = f"what the model knows: {known}" if card.task == "classification" else error.expected
         advice = "correct the row, or remove it"
         raise RefusedError(error.what, got=error.got, expected=expected, next=advice) from error

@@ -24,6 +24,8 @@ STYLES = {"failed": "red", "diverged": "red", "stopped": "yellow", "waiting": "d
 HEAD_LINES, CURSOR_LINES = 2, 1
 WAITING_SHOWN = 3
 GAP = 2
+# The longest that a log is silent of what stands still.
+STILL_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,46 @@ class FleetView:
         for line in below:
             style = "dim" if line is not below[-1] else ""
             yield Text(line, style=style, no_wrap=self.fit, overflow="ellipsis" if self.fit else "fold")
+
+
+class Ticker:
+    """When a log is told how far something is: every few seconds while it moves, else ever more rarely.
+
+    What stands still is told again after twice as long each time, with how long it has stood: a log shows that somebody
+    is there, and is not filled with the same line.
+
+    Args:
+        every: seconds between two lines while it moves.
+        now: when it began, by any clock that does not go back.
+    """
+
+    def __init__(self, every: float, now: float) -> None:
+        self.every = self.wait = every
+        self.told_at = self.moved_at = now
+        self.state: object = None
+        self.told: object = None
+
+    def due(self, state: object, now: float) -> str | None:
+        """What to add to the line that is to be told now, with a semicolon before it, if anything; None if none is.
+
+        Args:
+            state: how far it is; the same as before means that nothing has moved.
+        """
+        if state != self.state:
+            self.state, self.moved_at, self.wait = state, now, self.every
+        if now - self.told_at < self.wait:
+            return None
+        self.told_at = now
+        if state != self.told:
+            self.told = state
+            return ""
+        self.wait = min(2 * self.wait, STILL_SECONDS)
+        return f"; nothing has moved for {duration(now - self.moved_at)}"
+
+
+def moved(status: StatusDocument) -> object:
+    """How far a fleet is, to be compared with how far it was: without rates, which change while it stands."""
+    return status.state, status.steps, status.over, waiting_lines(status)
 
 
 def _table(students: list[StudentProgress], metric: str, width: int, *, fit: bool) -> Table:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import nn
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # as its documentation has it
+
+from akd_dist.storage.errors import MachineError
 
 Computed = TypeVar("Computed")
+
+# How long a rank waits for the others in one exchange: rank 0 may write a large checkpoint, or evaluate, meanwhile.
+EXCHANGE_TIMEOUT = timedelta(minutes=30)
+# How long they may take to meet; all of them are there already.
+MEETING_TIMEOUT = timedelta(minutes=2)
 
 
 class AgreedError(Exception):
@@ -119,6 +133,56 @@ class Group:
         gathered = [torch.empty_like(sent) for _ in range(self.world)]
         torch.distributed.all_gather(gathered, sent)
         return [received.to(tensor.device) for received in gathered]
+
+
+@contextlib.contextmanager
+def joined(rank: int, world: int, device: str, host: str, broadcast: Callable[[Any], Any]) -> Iterator[Group]:
+    """The group of a cohort's workers, for the time of the block; one that is alone needs no process group.
+
+    Args:
+        rank: of this worker.
+        world: how many there are.
+        device: where they compute: `cpu` lets them talk by gloo, `cuda` by NCCL.
+        host: this node's own address. Rank 0 listens there and nowhere else; if it is a loopback address, whatever
+            the workers say to each other stays on loopback.
+        broadcast: hands rank 0's value of something small to every rank, and returns it; whatever the others pass.
+
+    Raises:
+        MachineError: they cannot reach each other.
+    """
+    if world == 1:
+        yield Group(rank, world, device)
+        return
+    if ip_address(host).is_loopback:
+        (interface,) = (name for name, has in psutil.net_if_addrs().items() if host in [one.address for one in has])
+        os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    store = _meeting_point(rank, world, host, broadcast)
+    backend = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=EXCHANGE_TIMEOUT)
+    yield Group(rank, world, device)
+    # Not after an error: the others would fail by a connection that was lost, before anybody hears of the reason.
+    torch.distributed.destroy_process_group()
+
+
+def _meeting_point(rank: int, world: int, host: str, broadcast: Callable[[Any], Any]) -> TCPStore:
+    """The store by which ranks find each other. Left to itself, torch listens on all of a node's interfaces."""
+    listening, place = None, None
+    if rank == 0:
+        listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        place = host, listening.getsockname()[1]
+    host, port = broadcast(place)
+    fd = None if listening is None else listening.detach()  # torch closes it
+    try:
+        store = TCPStore(host, port, world, is_master=rank == 0, timeout=MEETING_TIMEOUT, master_listen_fd=fd)
+    except DistError as error:
+        raise MachineError(
+            "the workers of a student cannot reach each other",
+            got=str(error).strip().partition("\n")[0],
+            expected=f"a connection to {host}, port {port}, from every node that they lie on",
+            next="see whether a firewall is between them, and whether Ray knows each node by an address that all reach",
+        ) from error
+    store.set_timeout(EXCHANGE_TIMEOUT)
+    return store
 
 
 def told(error: BaseException) -> str:

@@ -1,13 +1,12 @@
 """Metrics of a model on a split: accuracy, F1 and Matthews for classes, Pearson and Spearman for numbers.
 
-torchmetrics computes them. It takes more than a second to import, so it is imported where it is first needed.
+torchmetrics computes them, as far as it counts class by class. It takes more than a second to import, so it is imported
+where it is first needed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,19 +44,42 @@ def measure(
 
 
 def _of_classes(predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, float]:
+    """From counts per class: memory and time grow with rows + classes, never with classes x classes.
+
+    torchmetrics has that for accuracy and for the F1 of two classes. Its macro F1 and its Matthews go by the confusion
+    matrix, so these two are worked out here: the F1 in its own float32, to the same bits as ever; Matthews in whole
+    numbers, where its float32 loses digits beyond some thousand rows.
+    """
     from torchmetrics.functional import classification
 
     several: dict[str, Any] = {"num_classes": max(classes, 2), "validate_args": False}
-    with _counting_plainly():
-        accuracy = classification.multiclass_accuracy(predictions, labels, average="micro", **several)
-        if classes <= 2:
-            f1 = classification.binary_f1_score(predictions, labels, validate_args=False)
-        else:
-            f1 = classification.multiclass_f1_score(predictions, labels, average="macro", **several)
-        matthews = torch.zeros(())
-        if _varies(predictions) and _varies(labels):  # where not, torchmetrics gives small numbers other than 0
-            matthews = classification.multiclass_matthews_corrcoef(predictions, labels, **several)
-    return {"accuracy": float(accuracy), "f1": float(f1), "matthews": float(matthews)}
+    accuracy = classification.multiclass_accuracy(predictions, labels, average="micro", **several)
+    true, said = (torch.bincount(chosen, minlength=classes) for chosen in (labels, predictions))
+    hits = torch.bincount(labels[labels == predictions], minlength=classes)
+    if classes <= 2:
+        f1 = classification.binary_f1_score(predictions, labels, validate_args=False)
+    else:
+        f1 = _macro_f1(true, said, hits)
+    return {"accuracy": float(accuracy), "f1": float(f1), "matthews": _matthews(true, said, hits)}
+
+
+def _macro_f1(true: torch.Tensor, said: torch.Tensor, hits: torch.Tensor) -> torch.Tensor:
+    """The mean F1 of the classes that occur among labels or predictions, float32, from counts int64 [classes]."""
+    occurring = (true + said > 0).float()
+    scores = 2.0 * hits / (true + said).clamp(min=1)
+    return (occurring * scores / occurring.sum()).sum()
+
+
+def _matthews(true: torch.Tensor, said: torch.Tensor, hits: torch.Tensor) -> float:
+    """R_K (Gorodkin, 2004) from counts int64 [classes]; 0.0 where one class takes all of the labels or predictions.
+
+    With n rows, of class k t_k true and p_k predicted, and c hits in all:
+    (c n - sum_k t_k p_k) / sqrt((n^2 - sum_k t_k^2) (n^2 - sum_k p_k^2)).
+    """
+    rows, right = int(true.sum()), int(hits.sum())
+    together = right * rows - int((true * said).sum())
+    spread = [rows * rows - int((counts * counts).sum()) for counts in (true, said)]
+    return together / math.sqrt(spread[0] * spread[1]) if all(spread) else 0.0
 
 
 def _of_numbers(predictions: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -89,18 +111,3 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     counts = counts.double()
     ranks: torch.Tensor = counts.cumsum(0) - (counts - 1) / 2
     return ranks[places]
-
-
-@contextlib.contextmanager
-def _counting_plainly() -> Iterator[None]:
-    """Let torchmetrics count with `bincount`, which is exact on the CPU anyway.
-
-    Where deterministic algorithms are asked for, it compares every row with every pair of classes instead: 0.8 GB and
-    most of a second for 10,000 rows of 100 classes (measured).
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)

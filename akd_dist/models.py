@@ -36,12 +36,14 @@ from torch import nn
 from akd_dist import architectures, huggingface, recipe
 from akd_dist.device import free_memory
 from akd_dist.factories import call_factory, source_sha256
+from akd_dist.outputs import EXPECTED, NoLogitsError, logits_of
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import DamagedError, RefusedError
 from akd_dist.storage.files import canonical_json, parse_json, replace, sha256
 from akd_dist.storage.objects import ObjectMissing, open_root
 from akd_dist.text import Tokens
 from akd_dist.trusted import Trusted
+from akd_dist.wording import some_of
 
 log = logging.getLogger(__name__)
 
@@ -169,11 +171,13 @@ class ModelCard(BaseModel):
                 "as the dataset has them",
                 next="choose a model of the same inputs and classes, or the dataset it was trained on",
             )
-        if None not in (self.class_names, rows.class_names) and self.class_names != rows.class_names:
+        names, wanted = self.class_names or (), rows.class_names or ()
+        if names and wanted and names != wanted:
+            first = next((at for at, pair in enumerate(zip(names, wanted, strict=False)) if pair[0] != pair[1]), 0)
             raise RefusedError(
                 f"{what} was made for other classes, or for another order of them",
-                got=f"classes {', '.join(self.class_names or ())}",
-                expected=f"classes {', '.join(rows.class_names or ())}, as the dataset has them",
+                got=f"classes {some_of(names, first)}",
+                expected=f"classes {some_of(wanted, first)}, as the dataset has them",
                 next="choose a model of the same classes, or give the labels as numbers in the model's order",
             )
 
@@ -220,10 +224,14 @@ class Classifier(nn.Module):
         self.register_buffer("scale", _per_channel(std, unit, card), persistent=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Logits [n, classes] of raw inputs [n, *shape], in the dtype of the weights; float32 under autocast."""
+        """Logits [n, classes] of raw inputs [n, *shape], in the dtype of the weights; float32 under autocast.
+
+        Raises:
+            NoLogitsError: the body returns something else, see `outputs.logits_of`.
+        """
         if not self.on_tokens:
             inputs = (inputs.to(self.scale.dtype) - self.offset) / self.scale
-        logits: torch.Tensor = self.body(inputs)
+        logits = logits_of(self.body(inputs))
         # Losses and stores want more than the half precision that autocast leaves.
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
@@ -245,18 +253,18 @@ def build(card: ModelCard, seed: int | None = None, *, pretrained: bool = False)
             torch.manual_seed(seed)
             return build(card, pretrained=pretrained)
     module = Classifier(_body(card, pretrained), card)
-    _check_output(module, card)
+    check_output(module.eval(), card)
     return module.train()
 
 
-def try_out(card: ModelCard) -> int:
-    """Build a model once, to see that it can be: how many trained numbers it has.
+def try_out(card: ModelCard) -> nn.Module:
+    """Build a model once, to see that it can be; in training mode.
 
     Raises:
         RefusedError: it does not fit memory, cannot be built, or does not give a logit per class.
     """
     check_memory(card)
-    return num_parameters(build(card, seed=0, pretrained=True))
+    return build(card, seed=0, pretrained=True)
 
 
 def check_memory(card: ModelCard) -> dict[str, Shape] | None:
@@ -400,8 +408,8 @@ def read_model(uri: str | Path, trusted: Trusted = NOBODY) -> tuple[nn.Module, M
         assert isinstance(card.model, recipe.HuggingFaceModel)
         with torch.random.fork_rng(devices=[]):
             module: nn.Module = Classifier(huggingface.trained_body(card.model, _asked(card), weights), card)
-        _check_output(module, card)
-        return module.eval(), card
+        check_output(module.eval(), card)
+        return module, card
     _warn_of_other_source(card, uri)
     try:
         tensors = safetensors.torch.load(weights)
@@ -537,25 +545,49 @@ def _per_channel(values: Sequence[float], unit: float, card: ModelCard) -> torch
     return scaled.float().view(1, -1, *[1] * (len(card.input_shape) - 1))
 
 
-def _check_output(module: nn.Module, card: ModelCard) -> None:
-    """Run two rows: the cheapest way to see that any model, a custom one too, fits inputs and classes."""
-    inputs = torch.from_numpy(_two_rows(card))
+def check_output(module: nn.Module, card: ModelCard, inputs: torch.Tensor | None = None) -> torch.Tensor:
+    """Run a few rows: the cheapest way to see that any model, a custom one too, fits inputs and classes.
+
+    Args:
+        module: in the mode that it is to be tried in.
+        inputs: raw inputs [n, *shape] on its device; None takes two blank rows.
+
+    Returns:
+        Its logits [n, classes].
+
+    Raises:
+        RefusedError: it raises, returns no logits, or another number of them.
+    """
+    inputs = torch.from_numpy(_two_rows(card)) if inputs is None else inputs
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            shape = tuple(module.eval()(inputs).shape)
+            logits: torch.Tensor = module(inputs)
+        except NoLogitsError as error:
+            raise RefusedError(
+                f"the model {card.model.label} returns something else than logits",
+                got=error,
+                expected=EXPECTED,
+                next="let its forward return the logits",
+            ) from error
         except Exception as error:
             raise RefusedError(
                 f"the model {card.model.label} does not take these inputs",
                 got=f"{type(error).__name__}: {error}",
                 expected=f"a model of {card.input_dtype} inputs of shape {list(card.input_shape)}",
             ) from error
-    if shape != (2, card.classes):
+    if logits.shape != (len(inputs), card.classes):
+        other = (
+            "has another number of classes than the data"
+            if logits.dim() == 2
+            else "does not give one row of logits for each input"
+        )
         raise RefusedError(
-            f"the model {card.model.label} has another number of classes than the data",
-            got=f"logits of shape {list(shape)} for two rows",
-            expected=f"[2, {card.classes}]",
+            f"the model {card.model.label} {other}",
+            got=f"logits of shape {list(logits.shape)} for {len(inputs)} rows",
+            expected=f"[{len(inputs)}, {card.classes}]",
             next="let the factory use its argument `classes` for the last layer",
         )
+    return logits
 
 
 def _two_rows(card: ModelCard) -> np.ndarray:

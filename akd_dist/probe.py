@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,7 +22,7 @@ from akd_dist.device import autocast, free_memory, settle, weights_dtype
 from akd_dist.models import ModelCard
 from akd_dist.objectives import stages
 from akd_dist.rows import Splits
-from akd_dist.stream import Batch, Stream
+from akd_dist.stream import Batch, Stream, batch_ends
 from akd_dist.student import EVALUATION_ROWS, DivergedError, Student
 
 FIRST_ROWS = 16
@@ -106,20 +107,34 @@ def probe(data: recipe.Data, device: str, spec: recipe.Student, splits: Splits, 
     still = largest_optimizer(spec).model_copy(update={"lr": 1e-12})  # weights that hardly move do not diverge
     alone = spec.model_copy(update={"workers": 1, "sync_batchnorm": False, "optimizer": still})
     settled = settle(device, spec.threads)
+    ends = batch_ends(len(splits.train), spec.batch, spec.last_batch)
+    usual, largest = (-(-int(rows) // spec.workers) for rows in (ends[0], np.diff(ends, prepend=0).max()))
     try:
-        return _measure(data, alone, splits, settled, folder, share=-(-spec.batch // spec.workers))
+        return _measure(data, alone, splits, settled, folder, share=usual, largest=largest)
     except DivergedError:
         raise DivergedError("the loss is no number, with weights that have hardly moved") from None
 
 
 def _measure(
-    data: recipe.Data, spec: recipe.Student, splits: Splits, device: torch.device, folder: Path, share: int
+    data: recipe.Data,
+    spec: recipe.Student,
+    splits: Splits,
+    device: torch.device,
+    folder: Path,
+    *,
+    share: int,
+    largest: int,
 ) -> Measured:
+    """What a student takes.
+
+    Args:
+        share: rows of a worker in a step, by which time is told.
+        largest: the most that it ever has at once, as in a merged last batch, by which memory is.
+    """
     started = time.perf_counter()
     card = ModelCard.of(spec.model, splits.train, data.normalize, data.image)
     student = Student(spec, card, folder, log=folder / "log", device=device)
     start = time.perf_counter() - started
-    share = min(share, len(splits.train))
     first = _batch(data, splits, min(FIRST_ROWS, share), device)[0]
     warm = _timed(student, first)  # the first step of a process also loads what torch needs
     with _SavedTensors(student.module) as saved:
@@ -127,7 +142,7 @@ def _measure(
     rows, per_step = len(first.rows), few
     values = splits.train.inputs[0].size
     kept = saved.total / rows + 4 * values
-    step_memory = math.ceil(share * (kept + 2 * saved.largest / rows))
+    step_memory = math.ceil(largest * (kept + 2 * saved.largest / rows))
     if few * share / rows <= PROBE_SECONDS and step_memory <= free_memory(device):
         rows = share
     batch, stream = _batch(data, splits, rows, device)

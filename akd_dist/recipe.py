@@ -825,6 +825,7 @@ Objective = Annotated[AnnealingKD | HardLabels | Kd | Takd | ContinuationKD, Dis
 # ---- who is trained
 
 Precision = Literal["float32", "float64", "bfloat16", "float16"]
+LastBatch = Literal["keep", "drop", "merge"]
 
 
 class Training(Spec):
@@ -834,6 +835,9 @@ class Training(Spec):
     """The optimizer, made afresh for each stage."""
     batch: Count = 64
     """Rows of a global batch, over all workers."""
+    last_batch: LastBatch = "keep"
+    """What becomes of an epoch's last batch where fewer rows are left for it than `batch` says: it is kept; or dropped,
+    so that other rows are left out in each epoch; or merged with the batch before it."""
     seed: Seed = 0
     """Governs initialisation and dropout; the order of rows belongs to data.seed."""
     threads: Count = 1
@@ -1037,6 +1041,8 @@ class Recipe(Spec):
         if not document["data"]["image"]:
             del document["data"]["image"]
         del document["teacher"]["weights"]
+        for training in _trainings(document):
+            forget_later_keys(training)
         for student in document["students"]:
             del student["gpus"]
         document["students"] = {student["name"]: student for student in document["students"]}
@@ -1082,6 +1088,26 @@ class Recipe(Spec):
         text.write("# The resolved recipe: every default and every derived value written out.\n")
         yaml.dump(document, text)
         return text.getvalue()
+
+
+def forget_later_keys(training: dict[str, Any]) -> None:
+    """Take out of a dumped `Training` what recipes had not from the start, where it holds its default.
+
+    Runs and trained models are found by what their recipe says: they stay the same when recipes learn a new key.
+    """
+    if training["last_batch"] == "keep":
+        del training["last_batch"]
+
+
+def _trainings(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every `Training` of a dumped recipe."""
+    yield from document["students"]
+    if (train := document["teacher"]["train"]) is not None:
+        yield train
+    link = document["teacher"]["assistant"]
+    while link is not None:
+        yield link
+        link = link["assistant"]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -11,13 +11,14 @@ made in one go.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from akd_dist.recipe import Augmentation
+from akd_dist.recipe import Augmentation, LastBatch
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.manifest import Manifest, Probe
@@ -53,6 +54,18 @@ def epoch_order(rows: int, seed: int, epoch: int, window: int | None = None) -> 
     order = np.argsort(generator.random_raw(-(-rows // window)), kind="stable")
     group = np.argsort(order)[np.arange(rows) // window] // WINDOWS_AT_ONCE
     return np.lexsort((words, group))
+
+
+def batch_ends(rows: int, batch: int, last_batch: LastBatch = "keep") -> np.ndarray:
+    """Where the batches of an epoch end, int64 [steps]: the first begins at 0, each other where the one before ended.
+
+    What `drop` leaves over, and all of an epoch that is shorter than a batch, is in none. An epoch that short has no
+    batch before the last, so `merge` keeps it.
+    """
+    ends = np.arange(batch, rows + 1, batch)
+    if rows % batch == 0 or last_batch == "drop":
+        return ends
+    return np.append(ends if last_batch == "keep" else ends[:-1], rows)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -96,7 +109,9 @@ class Stream:
     views: int
     """How many views the epochs go round."""
     batch: int
-    """Rows of a global batch; the last one of an epoch may have fewer."""
+    """Rows of a global batch; the last one of an epoch may have fewer or more, as `last_batch` says."""
+    last_batch: LastBatch = "keep"
+    """What becomes of a last batch that is not full."""
     window: int | None = None
     """Rows of a window of the shuffle; None shuffles globally."""
     device: torch.device | str = "cpu"
@@ -111,10 +126,20 @@ class Stream:
                 next="cache the teacher for this recipe: akd-dist cache-teacher",
             )
 
+    @functools.cached_property
+    def ends(self) -> np.ndarray:
+        """Where the batches of an epoch end, as `batch_ends` says."""
+        return batch_ends(len(self.rows), self.batch, self.last_batch)
+
     @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch, the last one perhaps partial."""
-        return -(-len(self.rows) // self.batch)
+        return len(self.ends)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that an epoch shows: all of them, unless a last batch is dropped."""
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def without_logits(self) -> Stream:
         """The same batches, for students that learn from hard labels: the logits are not read."""
@@ -131,7 +156,7 @@ class Stream:
         stored = None if self.logits is None else self.logits[view].view(np.ndarray)
         for first in range(start_step, self.steps_per_epoch, at_once):
             steps = range(first, min(first + at_once, self.steps_per_epoch))
-            whole = [order[step * self.batch : (step + 1) * self.batch] for step in steps]
+            whole = [order[step * self.batch : self.ends[step]] for step in steps]
             shares = [rows[len(rows) * rank // world : len(rows) * (rank + 1) // world] for rows in whole]
             for step, together, rows, gathered in zip(
                 steps, whole, shares, self._cut(shares, view, stored), strict=True

@@ -118,13 +118,27 @@ def synchronise_batch_norms(module: nn.Module, before: Callable[[], None]) -> No
         before: called before a layer waits for the other workers; raises where one has failed and will not come.
 
     Raises:
-        RefusedError: a batch norm of a further kind, whose own computation cannot be cut into shares.
+        RefusedError: as `refuse_own_batch_norms`.
     """
-    for name, layer in module.named_modules():
+    refuse_own_batch_norms(module)
+    for layer in module.modules():
         if type(layer) in _SYNCHRONISED:
             layer.__class__ = _SYNCHRONISED[type(layer)]
             vars(layer)["_before"] = before
-        elif isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm):
+
+
+def refuse_own_batch_norms(module: nn.Module) -> None:
+    """Refuse what cannot be synchronised.
+
+    Raises:
+        RefusedError: a batch norm of a further kind, whose own computation cannot be cut into shares.
+    """
+    for name, layer in module.named_modules():
+        if (
+            isinstance(layer, _BatchNorm)
+            and type(layer) not in _SYNCHRONISED
+            and not isinstance(layer, nn.SyncBatchNorm)
+        ):
             raise RefusedError(
                 f"the layer {name} cannot take batch statistics over several workers",
                 got=f"a {type(layer).__module__}.{type(layer).__qualname__}",

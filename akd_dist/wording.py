@@ -138,6 +138,14 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
+def some_of(names: Sequence[str], at: int = 0, most: int = 10) -> str:
+    """Names in a row, for a message; of very many a few from one of them on, and how many there are."""
+    if len(names) <= most:
+        return ", ".join(names)
+    before, after = ("..., " if at else ""), (", ..." if at + most < len(names) else "")
+    return f"{before}{', '.join(names[at : at + most])}{after} ({len(names):,} in all)"
+
+
 def house_table(title: str | None = None, caption: Text | None = None) -> Table:
     """An empty table in the style of the house: no frame and little padding, so that much fits eighty columns."""
     from rich import box

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from rich.console import Console
 from akd_dist import recipe as recipes
 from akd_dist.device import device_name, gpus_of
 from akd_dist.findings import near_chance
+from akd_dist.jobs import room
 from akd_dist.jobs.progress import Meter, meter, tell, tell_once
+from akd_dist.jobs.room import Node
 from akd_dist.jobs.train_teacher import (
     Place,
     Run,
@@ -34,12 +36,13 @@ from akd_dist.jobs.train_teacher import (
     run_on_ray,
     teacher_of,
 )
-from akd_dist.models import ModelCard, load_card, try_out
+from akd_dist.models import ModelCard, load_card
 from akd_dist.recipe import NoAugmentation, Recipe
 from akd_dist.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference, prepare
 from akd_dist.storage import catalog, removal
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.errors import AkdError, MachineError, RefusedError
+from akd_dist.storage.files import check_folder
 from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, RECEIPTS, SOURCE_KEY, Shard, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Receipt, differences
 from akd_dist.storage.objects import open_root
@@ -47,6 +50,7 @@ from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
 from akd_dist.stream import Stream
 from akd_dist.teacher import CacheJob, cache_shard, compute_shard, served_fingerprint
+from akd_dist.trial import try_teacher, try_training
 from akd_dist.trusted import Trusted
 from akd_dist.views import by_content, check_augmentation
 
@@ -114,7 +118,6 @@ def cache_teacher(
     dry_run: bool = False,
     prepare_again: bool = False,
     console: Console | None = None,
-    splits: Splits | None = None,
 ) -> dict[str, Any]:
     """Make sure that sealed stores of the teacher's logits exist for the recipe's train, validation and test rows.
 
@@ -125,10 +128,9 @@ def cache_teacher(
         cache_root: folder of this node's prepared data.
         address: a Ray cluster; None starts one on this machine if there is anything to compute.
         wait: wait for somebody else's claim instead of leaving.
-        dry_run: only say what would be computed, and refuse what cannot fit.
+        dry_run: only say what would be computed, and refuse what the command would.
         prepare_again: prepare this machine's data afresh, whatever was prepared before.
         console: where progress is told; stderr by default.
-        splits: the rows, where the caller has them and sees to their sources.
 
     Returns:
         The document that `akd-dist cache-teacher --json` prints.
@@ -141,25 +143,32 @@ def cache_teacher(
     console = console or Console(stderr=True)
     started = time.monotonic()
     recipe.own()
-    sources = None
-    if splits is None:
-        splits = prepare_shown(recipe.data, cache_root, console, again=prepare_again)
-        sources = splits.sources
-    check_assistants(recipe, splits)
-    check_augmentation(recipe.data.augmentation, recipe.data.seed, splits.train.inputs, splits.train.tokens)
-    if dry_run:
-        # Which card the nodes of a cluster have is not asked: views that a store has already may count as missing.
-        device = device_name(recipe.device) if address is None else recipe.device
-        return _dry_run(recipe, splits, store_root, device, console)
-    if sources is not None:
-        sources.begin()
-    with cluster.closing(), cluster.stop_on_signals(lambda text: tell(console, text)) as stop:
-        place = Place(store_root, cache_root, address, wait, stop, console)
+    splits = prepare_shown(recipe.data, cache_root, console, again=prepare_again)
+    check_models(recipe, splits, store_root)
+    with cluster.closing():
+        if address is not None:
+            cluster.connect(address, tell=lambda text: tell(console, text))
+        plan = foresee_caching(recipe, splits, store_root, address, console)
+        if dry_run:
+            return plan
+        splits.sources.begin()
+        hops = cache_checked(recipe, splits, Place(store_root, cache_root, address, wait, console=console))
+    splits.sources.finish()
+    return document_of(hops, time.monotonic() - started)
+
+
+def cache_checked(recipe: Recipe, splits: Splits, place: Place) -> list[Hop]:
+    """Cache what is missing, once `check_models` and `foresee_caching` have passed: train, compute and seal on Ray.
+
+    Args:
+        place: where; whoever stops it is found here.
+    """
+    from akd_dist.jobs import cluster
+
+    with cluster.closing(), cluster.stop_on_signals(place.tell) as stop:
+        place = replace(place, stop=stop)
         teacher_uri = ensure_teacher(recipe, splits, place, run_on_ray)
-        hops = walk_chain(recipe, splits, teacher_uri, place, run_on_ray, compute_on_ray)
-    if sources is not None:
-        sources.finish()
-    return _document(hops, time.monotonic() - started)
+        return walk_chain(recipe, splits, teacher_uri, place, run_on_ray, compute_on_ray)
 
 
 def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache_root: str) -> dict[str, Any]:
@@ -169,7 +178,7 @@ def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache
     place = Place(store_root, cache_root, console=Console(stderr=True))
     hops = walk_chain(recipe, splits, teacher_uri, place, run_in_process, compute_in_process)
     splits.sources.finish()
-    return _document(hops, time.monotonic() - started)
+    return document_of(hops, time.monotonic() - started)
 
 
 def walk_chain(recipe: Recipe, splits: Splits, teacher_uri: str, place: Place, run: Run, compute: Compute) -> list[Hop]:
@@ -242,15 +251,28 @@ def _leave_nothing(plans: list[SplitPlan], store_root: str, kind: type[BaseExcep
                 removal.discard_if_empty(store_root, plan.identity.id)
 
 
-def check_assistants(recipe: Recipe, splits: Splits) -> None:
-    """Build each assistant once, so that one that does not fit is refused before the teacher runs.
+def check_models(recipe: Recipe, splits: Splits, store_root: str) -> None:
+    """Try the teacher and its assistants on these rows before anything is trained or cached.
+
+    What is trained already is not tried again, and weights whose logits are stored are not loaded.
 
     Raises:
-        RefusedError: a model cannot be built, does not give a logit per class, lacks its pretrained weights, or fits no
-            memory.
+        RefusedError: a model cannot be built or read, is for other rows, does not give a logit per class, lacks its
+            pretrained weights, fits no memory, or cannot be trained on its batches; or an augmentation does not fit.
+        DamagedError: weights or a store are not what was written.
     """
-    for assistant in recipe.teacher.chain:
-        try_out(ModelCard.of(assistant.model, splits.train, recipe.data.normalize, recipe.data.image))
+    rows, data = splits.train, recipe.data
+    if (uri := recipe.teacher.weights) is not None:
+        load_card(uri, recipe.trusted).check_rows(rows, f"the teacher in {uri}")
+        plans = plan_splits(recipe, splits, uri, recipe.device)
+        if any(catalog.find_store(store_root, plan.identity) is None for plan in plans):
+            try_teacher(uri, rows, recipe.cache, recipe.trusted)
+    elif (teacher := teacher_of(recipe, splits)) is not None and not is_there(teacher.uri(store_root)):
+        assert recipe.teacher.train is not None
+        try_training(teacher.spec.model, [(teacher.setting, recipe.teacher.train)], rows, data)
+    for number, assistant in enumerate(recipe.teacher.chain, 1):
+        try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, data)
+    check_augmentation(data.augmentation, data.seed, rows.inputs, rows.tokens)
 
 
 def prepare_shown(data: recipes.Data, cache_root: str, console: Console, *, again: bool = False) -> Splits:
@@ -553,6 +575,17 @@ def model_uris(recipe: Recipe, splits: Splits, store_root: str) -> list[str]:
 # ---- what it says
 
 
+def check_nodes(recipe: Recipe, nodes: Sequence[Node]) -> None:
+    """Refuse a cluster on which the teacher could not be trained or cached.
+
+    Raises:
+        MachineError: no node has the CPUs or the GPU for one of its tasks.
+    """
+    threads = [recipe.cache.threads, *(one.threads for one in recipe.teacher.chain)]
+    threads += [recipe.teacher.train.threads] if recipe.teacher.train else []
+    room.check_room(nodes, room.Ask(1, max(threads), gpus_of(recipe.device)), "training or caching the teacher")
+
+
 def check_room(store_root: str, needed: int) -> None:
     """Refuse before the teacher runs what the disk cannot hold. Object stores do not say how much is free."""
     free = open_root(store_root).free_bytes()
@@ -565,18 +598,33 @@ def check_room(store_root: str, needed: int) -> None:
         )
 
 
-def _dry_run(recipe: Recipe, splits: Splits, store_root: str, device: str, console: Console) -> dict[str, Any]:
-    """What caching would compute: nothing of the stores and views that are there, as far as their models are."""
+def foresee_caching(
+    recipe: Recipe, splits: Splits, store_root: str, address: str | None, console: Console
+) -> dict[str, Any]:
+    """What caching would compute: nothing of the stores and views that are there, as far as their models are.
+
+    Returns:
+        The document that `akd-dist cache-teacher --dry-run --json` prints.
+
+    Raises:
+        MachineError: there is something to compute, and the disk, the store root or the cluster cannot take it; on
+            this machine without an `address`, else on the cluster that is connected.
+    """
+    from akd_dist.jobs import cluster
+
     uris = model_uris(recipe, splits, store_root)
     known: list[str | None] = [uri for uri in uris if uri == recipe.teacher.weights or is_there(uri)]
     unknown: list[str | None] = [None] * (1 + len(recipe.teacher.chain) - len(known))
     names = ["the teacher", *(f"the assistant {one.model.label}" for one in recipe.teacher.chain)]
     teacher, *assistants = [
-        _planned(name, recipe, splits, uri, store_root, device, console)
+        _planned(name, recipe, splits, uri, store_root, address, console)
         for name, uri in zip(names, known + unknown, strict=True)
     ]
     needed = sum(split["bytes"] for splits in (teacher, *assistants) for split in splits.values())
-    check_room(store_root, needed)
+    if needed:
+        check_folder(open_root(store_root).local_path(""))
+        check_room(store_root, needed)
+        check_nodes(recipe, cluster.all_nodes())
     return {
         "dry_run": True,
         "store_root": store_root,
@@ -591,16 +639,20 @@ def _dry_run(recipe: Recipe, splits: Splits, store_root: str, device: str, conso
 
 
 def _planned(
-    name: str, recipe: Recipe, splits: Splits, uri: str | None, store_root: str, device: str, console: Console
+    name: str, recipe: Recipe, splits: Splits, uri: str | None, store_root: str, address: str | None, console: Console
 ) -> dict[str, dict[str, Any]]:
     """What the stores of one model would still take; all of it where the model is not there yet."""
     stores: dict[str, LogitStore | None] = dict.fromkeys(SPLITS)
     there: dict[str, Manifest | None] = dict.fromkeys(SPLITS)
     receipts: dict[str, set[str]] = {split: set() for split in SPLITS}
     if uri is not None:
-        plans = plan_splits(recipe, splits, uri, device)
+        plans = plan_splits(recipe, splits, uri, recipe.device)
         receipts = {plan.split: set(StoreWriter(store_root, plan.creation).store.list(RECEIPTS)) for plan in plans}
         stores = {plan.split: catalog.find_store(store_root, plan.identity) for plan in plans}
+        for plan in plans:
+            if stores[plan.split] is None and address is None:
+                # Which card the nodes of a cluster have is not asked: views that are there may count as missing.
+                plan.creation = computed_on(device_name(recipe.device), plan.creation)
         there = {plan.split: _source(plan, catalog.narrower_stores(store_root, plan.identity)) for plan in plans}
     if (sealed := stores["train"]) is not None:
         _tell_of_chance(name, splits.train, sealed, console)
@@ -621,7 +673,8 @@ def _planned(
     return planned
 
 
-def _document(hops: list[Hop], seconds: float) -> dict[str, Any]:
+def document_of(hops: list[Hop], seconds: float) -> dict[str, Any]:
+    """What `cache-teacher` prints of the stores of all models."""
     teacher, *assistants = hops
     hit = all(plan.writer is None for hop in hops for plan in hop.plans)
     return _cached(teacher) | {

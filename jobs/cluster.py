@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -29,6 +31,8 @@ _ENVIRONMENT = {
     "RAY_task_oom_retries": "3",
     # `ray.train.report` and the end of a run wait for this interval, 2 s by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Several workers of a node see each other's GPUs, so that NCCL can move data from one to the other.
+    "TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES": "1",
     # Workers stay where they are; all our paths are absolute anyway.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -54,6 +58,8 @@ ONCE_SECONDS = 1.0
 GRACE_SECONDS = 30.0
 # Ray ends this process when the head of a cluster has not answered for 60 s: with a code and a message of its own.
 HEAD_SECONDS = 20.0
+# How long Ray may take to start or to be joined; on a machine with many times its load it takes half a minute.
+START_SECONDS = 120.0
 _closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
 
 
@@ -78,37 +84,69 @@ def connect(
         tell("starting Ray on this machine")
         # As the environment above says, also for a ray that was imported before it was set.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+        _ensure_token()
         options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
     else:
         tell(f"connecting to Ray at {address}")
-        if os.environ.get("RAY_AUTH_TOKEN") or Path("~/.ray/auth_token").expanduser().exists():
+        if os.environ.get("RAY_AUTH_TOKEN") or _home_has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray itself leaves it off for an explicit address
         _check_answers(address)
         passed_on = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
         options |= {"address": address, "runtime_env": {"env_vars": _ENVIRONMENT | passed_on}}
     failure = _init(options)
     if failure is not None:
-        told = [line for line in str(failure).strip().splitlines() if line] or [type(failure).__name__]
+        reason = failure.__cause__ or failure  # Ray's own wrapper says only that it failed
+        lines = [line for line in str(reason).strip().splitlines() if line]
+        folder: Any = ray._common.utils.get_default_ray_temp_dir()  # type: ignore[no-untyped-call]
+        logs = Path(folder, "session_latest", "logs")
         raise MachineError(
             "no Ray cluster" + (f" at {address}" if address else " could be started on this machine"),
-            got=told[0],
+            got=": ".join([type(reason).__name__, *lines[:1]]),
             expected="a running Ray of the same version" if address else "room for a few Ray processes",
             next="check --address; a cluster with tokens wants RAY_AUTH_MODE=token and its token in ~/.ray/auth_token"
             if address
-            else "close other Ray clusters, or pass --address of one",
+            else f"see whether memory or disk ran out, and Ray's logs in {logs} (RAY_TMPDIR moves them); "
+            "or pass --address of a cluster that runs",
         ) from failure
 
 
-def _init(options: dict[str, Any]) -> Exception | None:
-    """`ray.init` on a thread of its own, where it leaves our signal handlers alone; returns what it raised.
+def _home_has_token() -> bool:
+    try:
+        return Path("~/.ray/auth_token").expanduser().exists()
+    except (OSError, RuntimeError):  # a user without a home, or with somebody else's
+        return False
+
+
+def _ensure_token() -> None:
+    """Where Ray could not keep the token of a cluster that it starts in the user's home, have one that is kept nowhere.
+
+    Ray goes by HOME alone. Without it, or where it cannot be written, Ray would not start.
+    """
+    given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if given or os.environ.get("RAY_AUTH_MODE", "token") != "token" or _home_has_token():
+        return
+    if home := os.environ.get("HOME"):
+        with contextlib.suppress(OSError):
+            folder = Path(home, ".ray")
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _init(options: dict[str, Any]) -> BaseException | None:
+    """`ray.init` on a thread of its own, where it leaves our signal handlers alone.
 
     The thread lives on as long as the process: Ray's processes are told to die with the thread that started them.
 
     Those processes inherit its blocked SIGTERM. Service managers send that to everybody, and a driver
     whose raylet leaves is ended by Ray, without a word and with exit code 1, before or after it has seen the signal.
     As it is, the driver alone decides: workers checkpoint, and then Ray is shut down.
+
+    Returns:
+        Why it failed, whatever that was; then nothing of Ray is left. None where Ray is up.
     """
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
     tried = threading.Event()
 
     def start() -> None:
@@ -117,18 +155,63 @@ def _init(options: dict[str, Any]) -> Exception | None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        except BaseException as error:  # Ray raises plain exceptions, too; and here nobody else would hear of any
             failures.append(error)
         tried.set()
-        threading.Event().wait()
+        if not failures:
+            threading.Event().wait()
 
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that a thread cannot set a handler
+    before = {child.pid for child in psutil.Process().children()}
     threading.Thread(target=start, name="ray-parent", daemon=True).start()
-    while not tried.wait(POLL_SECONDS):  # in slices, so that signals are handled meanwhile
-        pass
+    up = False
+    try:
+        failure = _wait_for(tried, before) or (failures[0] if failures else None)
+        up = failure is None
+    finally:
+        if not up:
+            _end_what_was_started(before)
     _take_signals_back()
     ray._private.worker._worker_logs_enabled = False  # Ray's long words on each death: we say what comes of it
-    return failures[0] if failures else None
+    return failure
+
+
+def _wait_for(tried: threading.Event, before: set[int]) -> BaseException | None:
+    """Wait for `ray.init` to come back; a reason not to wait any longer, if there is one before.
+
+    In slices, so that signals are handled meanwhile.
+    """
+    began = time.monotonic()
+    while not tried.wait(POLL_SECONDS):
+        if dead := [child.name() for child in _started_since(before) if child.status() == psutil.STATUS_ZOMBIE]:
+            return RuntimeError(f"its {dead[0]} ended as soon as it was started")  # Ray would wait for half a minute
+        if time.monotonic() - began > START_SECONDS:
+            return TimeoutError(f"it did not answer within {START_SECONDS:g} s")
+    return None
+
+
+def _started_since(before: set[int]) -> list[psutil.Process]:
+    """The children of this process that Ray has started and that were not there before."""
+    ours = ("raylet", "gcs_server")
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # Its helpers are Python programs of its own folder; of one that is dead, only the name is left.
+            if child.pid not in before and (child.name() in ours or ray.__path__[0] in " ".join(child.cmdline())):
+                found.append(child)
+    return found
+
+
+def _end_what_was_started(before: set[int]) -> None:
+    """End the processes of a Ray that failed to start, and have none be taken for one that is up."""
+    atexit.unregister(ray.shutdown)  # it waits for a `ray.init` that has not come back, and this process would with it
+    for child in _started_since(before):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*child.children(recursive=True), child]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            child.wait(timeout=GRACE_SECONDS)
+    ray._private.worker._global_node = None
 
 
 def _take_signals_back() -> None:

@@ -23,13 +23,14 @@ from akd_dist.jobs.planner import (
     plan_cohorts,
 )
 from akd_dist.jobs.probing import measure_all, measure_there
-from akd_dist.jobs.room import Ask, Node, check_room, timetable
+from akd_dist.jobs.room import Ask, Node, timetable
 from akd_dist.jobs.train_teacher import Place
 from akd_dist.recipe import Recipe, Student
 from akd_dist.rows import Splits
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.errors import MachineError
 from akd_dist.storage.objects import open_root
+from akd_dist.stream import batch_ends
 from akd_dist.wording import counted, duration, size
 
 
@@ -64,17 +65,6 @@ def position(folder: Path) -> tuple[int, int] | None:
     return int(epoch), int(step)
 
 
-def check_caching(recipe: Recipe, nodes: Sequence[Node]) -> None:
-    """Refuse a cluster on which the teacher could not be trained or cached.
-
-    Raises:
-        MachineError: no node has the CPUs or the GPU for one of its tasks.
-    """
-    threads = [recipe.cache.threads, *(one.threads for one in recipe.teacher.chain)]
-    threads += [recipe.teacher.train.threads] if recipe.teacher.train else []
-    check_room(nodes, Ask(1, max(threads), gpus_of(recipe.device)), "training or caching the teacher")
-
-
 def draw_up(
     recipe: Recipe, todo: Sequence[Student], nodes: Sequence[Node], costs: Costs, run: Path, cache: dict[str, Any],
     trained: bool,
@@ -86,7 +76,7 @@ def draw_up(
         nodes: what the cluster has.
         costs: of those students.
         run: the run's folder.
-        cache: what caching would compute, as `cache_teacher` says with `dry_run`.
+        cache: what caching would compute, as `foresee_caching` says.
         trained: whether the teacher is there.
 
     Raises:
@@ -96,8 +86,6 @@ def draw_up(
     asks = [costs.ask(cohort) for cohort in cohorts]
     kept, delivered = disk(cohorts, costs)
     free = check_disk(run, todo, kept + delivered, cache)
-    if cache["bytes"]:
-        check_caching(recipe, nodes)
     times = timetable([(START_SECONDS + costs.cohort_seconds(c), a) for c, a in zip(cohorts, asks, strict=True)], nodes)
     left = {spec.name for spec in todo}
     planned = [
@@ -214,7 +202,8 @@ def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: Costs) -> int:
     plain, logits = costs.row_bytes, costs.classes * dtype.itemsize
     passes = costs.streamed(cohort).values()
     batch = cohort[0].batch
-    return sum((costs.rows - first * batch) * (plain + (logits if needed else 0)) for first, needed in passes)
+    shown = batch_ends(costs.rows, batch, cohort[0].last_batch)[-1]
+    return sum((int(shown) - first * batch) * (plain + (logits if needed else 0)) for first, needed in passes)
 
 
 # ---- reasons
@@ -225,7 +214,8 @@ def why_together(cohort: Cohort, costs: Costs) -> str:
     spec = cohort[0]
     store = "the last assistant's store" if learns_from_assistant(spec) else "the teacher's store"
     worker = f"{spec.workers} worker{'' if spec.workers == 1 else 's'} of {counted(spec.threads, 'thread')}"
-    alike = f"batches of {spec.batch} from {store} and {worker}"
+    last = {"keep": "", "drop": ", the last dropped,", "merge": ", the last merged,"}[spec.last_batch]
+    alike = f"batches of {spec.batch}{last} from {store} and {worker}"
     if len(cohort) == 1:
         return f"a student on its own: {alike}"
     riders = len(costs.leaders(cohort))

@@ -17,11 +17,12 @@ from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
 
 from akd_dist.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
 from akd_dist.documents import CohortProgress, CohortStatus, FleetPlan, StudentProgress
-from akd_dist.group import Group, OutOfStepError
+from akd_dist.group import Group, OutOfStepError, joined
 from akd_dist.jobs import cluster
 from akd_dist.jobs.planner import (
     UNKNOWN_SECONDS,
@@ -431,12 +432,13 @@ def fit(job: CohortJob, ask: Ask, selector: dict[str, str]) -> str:
     """
     ray = cluster.ray
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     storage = (Path(job.control) / "ray").absolute()
     name = f"{job.name}-{os.getpid()}-{time.time_ns()}"  # an old name would resume an old run's state
-    trainer = TorchTrainer(
-        run_worker,  # type: ignore[arg-type]  # what it returns is the run's return value
+    # Not its torch trainer: that has a process group even for one worker, and listens on all interfaces for it.
+    trainer = DataParallelTrainer(
+        run_worker,
         train_loop_config={"job": job},
         scaling_config=scaling(ask, selector),
         run_config=RunConfig(name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=1)),
@@ -459,8 +461,7 @@ def fit(job: CohortJob, ask: Ask, selector: dict[str, str]) -> str:
 def scaling(ask: Ask, selector: dict[str, str] | None = None) -> Any:
     """What Ray Train is asked for: Ray places workers by CPUs, GPUs and memory, but does not hold them to these.
 
-    With a GPU for each worker, Ray Train makes it torch's current one and lets the workers talk by NCCL. Several
-    cohorts have the same GPU where each asks for a fraction of it.
+    Several cohorts have the same GPU where each asks for a fraction of it.
     """
     from ray.train import ScalingConfig
 
@@ -510,12 +511,12 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
     so that Ray ends them too and none waits for this one.
     """
     context = cluster.ray.train.get_context()
-    job = config["job"]
-    group = Group(context.get_world_rank(), context.get_world_size(), job.device)
-    log = worker_log(job, group.rank)
+    job, rank, world = config["job"], context.get_world_rank(), context.get_world_size()
+    log = worker_log(job, rank)
     keep_log(log)
     try:
-        return train_cohort(job, group)
+        with joining(rank, world, job.device) as group:
+            return train_cohort(job, group)
     except AkdError as error:
         write_note(log, str(error))
         refusal = error
@@ -529,9 +530,21 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
             got=f"{type(error).__name__}: {error}",
             next=f"report it with the log {log}; the same command goes on from the last checkpoints",
         )
-    if group.world > 1:
+    if world > 1:
         raise refusal
     return refusal
+
+
+def joining(rank: int, world: int, device: str) -> contextlib.AbstractContextManager[Group]:
+    """The group of this Ray Train worker and the others of its cohort, as a context."""
+    from ray.train.collective import broadcast_from_rank_zero
+
+    if world > 1 and device == "cuda":
+        import ray.train.torch
+
+        torch.cuda.set_device(ray.train.torch.get_device())  # each sees all of its node's that the cohort has
+    here = cluster.ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return joined(rank, world, device, here, broadcast_from_rank_zero)
 
 
 def worker_log(job: CohortJob, rank: int) -> Path:

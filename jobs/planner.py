@@ -16,6 +16,7 @@ from akd_dist.probe import Measured, guessed
 from akd_dist.recipe import Recipe, Student
 from akd_dist.rows import Splits
 from akd_dist.storage.errors import RecipeError
+from akd_dist.stream import batch_ends
 
 # What starting and stopping one Ray Train run costs, whatever it trains (measured: 9 to 14 s on 2 cores, Ray 2.60).
 START_SECONDS = 14.0
@@ -29,14 +30,15 @@ Cohort = tuple[Student, ...]
 
 
 def groups_of(students: Sequence[Student], device: str = "cpu") -> list[Cohort]:
-    """Students that can share a stream and a worker: those of one batch size, number of workers, threads and store.
+    """Students that can share a stream and a worker: those of the same batches, number of workers, threads and store.
 
     Those that learn from labels alone ride with the teacher's store. On GPUs a worker's share of one counts too.
     """
     groups = defaultdict(list)
     for spec in students:
         gpus = spec.gpus * gpus_of(device)
-        groups[spec.batch, spec.workers, spec.threads, gpus, learns_from_assistant(spec)].append(spec)
+        batches = spec.batch, spec.last_batch
+        groups[batches, spec.workers, spec.threads, gpus, learns_from_assistant(spec)].append(spec)
     return [tuple(group) for group in groups.values()]
 
 
@@ -118,7 +120,7 @@ class Costs:
 
     def steps_per_epoch(self, spec: Student) -> int:
         """Batches of an epoch."""
-        return -(-self.rows // spec.batch)
+        return len(batch_ends(self.rows, spec.batch, spec.last_batch))
 
     def place(self, spec: Student, rides: bool = False) -> tuple[int, int]:
         """(epoch, step) from which a student computes; one that rides computes no stage I."""
@@ -251,7 +253,7 @@ def plan_cohorts(
             f"the students cannot be trained in {recipe.cohorts} cohorts",
             got=f"cohorts: {recipe.cohorts}",
             expected=f"at least {len(groups)}: other batch, workers, threads, gpus or store mean another stream",
-            next="leave `cohorts` out, or give all students the same batch, workers and threads; takd stays apart",
+            next="leave `cohorts` out, or give all students the same batches, workers and threads; takd stays apart",
         )
     loads = [_load(group, nodes, costs) for group in groups]
     least = sum(load.least for load in loads)

@@ -113,7 +113,7 @@ def probe_key(spec: Student) -> str:
     return "\n".join(
         [
             spec.model.model_dump_json(),
-            f"{spec.batch} {spec.workers} {spec.threads} {spec.precision}",
+            f"{spec.batch} {spec.last_batch} {spec.workers} {spec.threads} {spec.precision}",
             f"{optimizer.kind} {moments(optimizer)} {optimizer.clip is None}",
         ]
     )

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from akd_dist.documents import CohortStatus, FleetPlan, StatusDocument
-from akd_dist.fleet_view import FleetView, ended_line, total_line, waiting_lines
+from akd_dist.fleet_view import FleetView, Ticker, ended_line, moved, total_line, waiting_lines
 from akd_dist.status import ENDED, RunReader, write_document
 from akd_dist.wording import duration
 
@@ -28,11 +28,14 @@ BEAT_SECONDS = 5.0
 class Meter:
     """How far a piece of work is: `update(done)` as often as you like."""
 
-    def __init__(self, console: Console, title: str, total: float, unit: str) -> None:
-        self.console, self.title, self.total, self.unit = console, title, total, unit
+    def __init__(
+        self, console: Console, title: str, total: float, unit: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.console, self.title, self.total, self.unit, self.clock = console, title, total, unit, clock
         self.done = 0.0
         self.first: float | None = None
-        self.started = self.told = time.monotonic()
+        self.started = clock()
+        self.ticker = Ticker(LINE_SECONDS, self.started)
         self.bar: Progress | None = None
         if console.is_terminal:
             self.bar = Progress(
@@ -51,18 +54,18 @@ class Meter:
         """Say how much is done; what was done before the first call counts as done, not as speed."""
         self.total = total or self.total
         if self.first is None:
-            self.first, self.started = done, time.monotonic()
+            self.first, self.started = done, self.clock()
         self.done = done
-        elapsed = time.monotonic() - self.started
+        now = self.clock()
+        elapsed = now - self.started
         rate = (done - self.first) / elapsed if elapsed > 0.2 else 0.0
         if self.bar is not None:
             self.bar.update(self.task, completed=done, total=self.total, rate=self._rate(rate), note=note)
-        elif time.monotonic() - self.told >= LINE_SECONDS:
-            self.told = time.monotonic()
+        elif (still := self.ticker.due((done, self.total), now)) is not None:
             left = f", {self._rate(rate)}, {duration((self.total - done) / rate)} left" if rate > 0 else ""
             share = f"{done / self.total:.0%}" if self.total else ""
             line = f"{self.title}: {done:,.0f} of {self.total:,.0f} {self.unit} ({share}){left}"
-            tell(self.console, line + (f"; {note}" if note else ""))
+            tell(self.console, line + (f"; {note}" if note and not still else "") + still)
 
     def _rate(self, rate: float) -> str:
         return f"{rate:,.0f} {self.unit}/s"
@@ -99,13 +102,22 @@ class FleetMeter:
         control: the run's control folder, where what the driver plans is left for `akd-dist status`.
         plan: what there is to do; the cohorts that have not begun are told by `update`.
         title: what the work is called.
+        clock: seconds, by a clock that does not go back.
     """
 
-    def __init__(self, console: Console, control: Path, plan: FleetPlan, title: str) -> None:
-        self.console, self.control, self.plan, self.title = console, control, plan, title
+    def __init__(
+        self,
+        console: Console,
+        control: Path,
+        plan: FleetPlan,
+        title: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.console, self.control, self.plan, self.title, self.clock = console, control, plan, title, clock
         self.reader = RunReader(control.parent)
-        self.read_at = self.written_at = self.told_at = -math.inf
-        self.begun = time.monotonic()
+        self.read_at = self.written_at = -math.inf
+        self.begun = clock()
+        self.ticker = Ticker(FLEET_LINE_SECONDS, self.begun)
         self.ended: set[str] | None = None
         self.status: StatusDocument | None = None
         self.live: Live | None = None
@@ -125,7 +137,7 @@ class FleetMeter:
         if kind is None:
             self.update([], now=True)
             assert self.status is not None
-            took = duration(time.monotonic() - self.begun)
+            took = duration(self.clock() - self.begun)
             at_rest = self.status.model_copy(update={"steps_per_second": 0.0, "seconds_left": None})
             tell(self.console, f"{self.title} took {took}: {total_line(at_rest)}")
 
@@ -135,7 +147,7 @@ class FleetMeter:
         Args:
             cohorts: those that do not train yet.
         """
-        moment = time.monotonic()
+        moment = self.clock()
         if moment - self.read_at < READ_SECONDS and not now:
             return
         self.read_at = moment
@@ -152,10 +164,8 @@ class FleetMeter:
 
     def _tell_lines(self, moment: float) -> None:
         self._tell_ended()
-        if moment - self.told_at >= FLEET_LINE_SECONDS and self.status is not None:
-            if self.told_at > -math.inf:
-                tell(self.console, "; ".join([total_line(self.status), *waiting_lines(self.status)]))
-            self.told_at = moment
+        if self.status is not None and (still := self.ticker.due(moved(self.status), moment)) is not None:
+            tell(self.console, "; ".join([total_line(self.status), *waiting_lines(self.status)]) + still)
 
     def _tell_ended(self) -> None:
         """A line for each student that has ended since the last time; none the first time."""

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -43,13 +43,20 @@ from akd_dist.documents import RunIdentity
 from akd_dist.economics import Reading, economics, reading
 from akd_dist.fleet_plan import Plan
 from akd_dist.fleet_report import read_fleet, read_metrics
-from akd_dist.jobs.cache_teacher import cache_teacher, model_uris, prepare_shown
+from akd_dist.jobs.cache_teacher import (
+    cache_checked,
+    check_models,
+    document_of,
+    foresee_caching,
+    model_uris,
+    prepare_shown,
+)
 from akd_dist.jobs.dry_run import costs_of, draw_up
 from akd_dist.jobs.planner import Costs, cohort_job, groups_of, learns_from_assistant
 from akd_dist.jobs.progress import tell
 from akd_dist.jobs.train_teacher import Place, Stores, is_there, teacher_of
 from akd_dist.metrics import measure
-from akd_dist.models import ModelCard, build, by_content, check_memory, num_parameters, try_out
+from akd_dist.models import ModelCard, build, by_content, check_memory, load_card, num_parameters
 from akd_dist.recipe import Recipe
 from akd_dist.report_page import write_report
 from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
@@ -57,12 +64,14 @@ from akd_dist.status import driving
 from akd_dist.storage import places
 from akd_dist.storage.content import renewing
 from akd_dist.storage.errors import AkdError, RecipeError, RefusedError
-from akd_dist.storage.files import canonical_json, file_lock, read_json, replace
+from akd_dist.storage.files import canonical_json, check_folder, file_lock, read_json, refuse_held, replace
 from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.uses import using
 from akd_dist.student import failed_entry
+from akd_dist.teacher import served_fingerprint
 from akd_dist.trackers import Tracked, forwarding
+from akd_dist.trial import try_training
 from akd_dist.trusted import Trusted
 
 Chain = list[Stores]
@@ -109,7 +118,8 @@ def train_students(
         address: a Ray cluster; None starts one on this machine if there is anything to do.
         fresh: forget an earlier run of this name.
         wait: wait for somebody else's claim instead of leaving.
-        dry_run: only say what would be done, and refuse what cannot fit; takes no lock and leaves the run as it is.
+        dry_run: only say what would be done, and refuse what the command would; takes no lock and leaves the run as
+            it is.
         prepare_again: prepare this machine's data afresh, whatever was prepared before.
         trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
         console: where progress is told; stderr by default.
@@ -131,14 +141,18 @@ def train_students(
     splits = prepare_shown(recipe.data, cache_root, console, again=prepare_again)
     splits.sources.begin()
     parameters = check_students(recipe, splits)
+    check_models(recipe, splits, store_root)
+    check_folder(run)
     if dry_run:
+        if not wait:
+            refuse_held(run / "lock", what=f"the run {run.name}")
         if not fresh:
-            check_same_run(run, recipe, run_identity(recipe, splits))
+            check_same_run(run, recipe, foreseen_identity(recipe, splits, store_root))
         with cluster.closing():
             return _foresee(recipe, splits, parameters, asked)[0].document()
     with held(run, wait, console):
         if not fresh:  # before `driving`: whoever is sent away is not who goes on with the run
-            check_same_run(run, recipe, run_identity(recipe, splits))
+            check_same_run(run, recipe, foreseen_identity(recipe, splits, store_root))
         with driving(run), cluster.closing():
             return _train_held(recipe, splits, parameters, asked, trackers)
 
@@ -211,19 +225,11 @@ def _foresee(recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: 
     """The plan of the fleet and what its students cost; refuses what cannot fit. Writes nothing under the run root."""
     from akd_dist.jobs import cluster
 
-    cache = cache_teacher(
-        recipe,
-        store_root=asked.store_root,
-        cache_root=asked.cache_root,
-        address=asked.address,
-        dry_run=True,
-        console=asked.console,
-        splits=splits,
-    )
-    base = fleet_job(recipe, splits, {}, asked.run, asked.cache_root)
-    todo = [spec for spec in recipe.students if asked.fresh or not ended(base, spec)]
     if asked.address is not None:
         cluster.connect(asked.address, tell=asked.tell)
+    cache = foresee_caching(recipe, splits, asked.store_root, asked.address, asked.console)
+    base = fleet_job(recipe, splits, {}, asked.run, asked.cache_root)
+    todo = [spec for spec in recipe.students if asked.fresh or not ended(base, spec)]
     if todo:
         asked.tell("probing what the students take")
     costs = costs_of(recipe, todo, splits, parameters, None if asked.fresh else Path(base.root), asked)
@@ -233,15 +239,8 @@ def _foresee(recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: 
 
 def _cache(recipe: Recipe, splits: Splits, asked: Asked) -> Chain:
     """Cache what is missing, and say what came of it."""
-    cached = cache_teacher(
-        recipe,
-        store_root=asked.store_root,
-        cache_root=asked.cache_root,
-        address=asked.address,
-        wait=asked.wait,
-        console=asked.console,
-        splits=splits,
-    )
+    started = time.monotonic()
+    cached = document_of(cache_checked(recipe, splits, asked), time.monotonic() - started)
     for model in (cached, *cached["assistants"]):
         asked.tell(_how_cached(model))
     return chain_of(cached)
@@ -328,13 +327,17 @@ def check_students(recipe: Recipe, splits: Splits) -> dict[str, int]:
         The number of parameters by student.
 
     Raises:
-        RefusedError: a model cannot be built, does not give a logit per class, or fits no memory.
+        RefusedError: as `trial.try_training`.
     """
-    counts: dict[str, int] = {}
+    alike: dict[str, list[recipes.Student]] = {}
     for spec in recipe.students:
-        if (key := spec.model.model_dump_json()) not in counts:
-            counts[key] = try_out(ModelCard.of(spec.model, splits.train, recipe.data.normalize, recipe.data.image))
-    return {spec.name: counts[spec.model.model_dump_json()] for spec in recipe.students}
+        alike.setdefault(spec.model.model_dump_json(), []).append(spec)
+    counts: dict[str, int] = {}
+    for group in alike.values():
+        trainings = [(f"the student {spec.name}", spec) for spec in group]
+        count = try_training(group[0].model, trainings, splits.train, recipe.data)
+        counts |= {spec.name: count for spec in group}
+    return {spec.name: counts[spec.name] for spec in recipe.students}
 
 
 def chain_of(cached: dict[str, Any]) -> Chain:
@@ -343,6 +346,16 @@ def chain_of(cached: dict[str, Any]) -> Chain:
         {"train": model["store"]} | {split: part["store"] for split, part in model["splits"].items()}
         for model in (cached, *cached["assistants"])
     ]
+
+
+def foreseen_identity(recipe: Recipe, splits: Splits, store_root: str) -> dict[str, Any]:
+    """What `run_identity` will be, as far as it is known before anything is trained: teachers that are there count."""
+    document, uris = run_identity(recipe, splits), model_uris(recipe, splits, store_root)
+    if len(uris) > len(recipe.teacher.chain) and is_there(uris[-1]):
+        document["teacher"] |= _taught_by(
+            served_fingerprint(load_card(uri, recipe.trusted), recipe.cache.precision) for uri in uris
+        )
+    return document
 
 
 def run_identity(recipe: Recipe, splits: Splits, chain: Chain | None = None) -> dict[str, Any]:
@@ -364,10 +377,14 @@ def run_identity(recipe: Recipe, splits: Splits, chain: Chain | None = None) -> 
         node = node["assistant"]
         node["model"] = by_content(assistant.model)
     if chain is not None:
-        teacher, *assistants = [open_store(stores["train"]).manifest.identity.teacher for stores in chain]
-        document["teacher"] |= {"fingerprint": teacher, "assistant_fingerprints": assistants}
+        document["teacher"] |= _taught_by(open_store(each["train"]).manifest.identity.teacher for each in chain)
     plain: dict[str, Any] = json.loads(canonical_json(document))
     return plain
+
+
+def _taught_by(fingerprints: Iterable[str]) -> dict[str, Any]:
+    teacher, *assistants = fingerprints
+    return {"fingerprint": teacher, "assistant_fingerprints": assistants}
 
 
 def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:

@@ -195,8 +195,10 @@ def _spec(
     if recipe.data.image != recipes.Image():  # the card says so
         data["image"] = recipe.data.image.model_dump(mode="json")
     data["augmentation"] = views.by_content(recipe.data.augmentation)
+    dumped = spec.model_dump(mode="json", exclude={"name"}) | {"model": by_content(model)}
+    recipes.forget_later_keys(dumped)
     document = {
-        "spec": spec.model_dump(mode="json", exclude={"name"}) | {"model": by_content(model)},
+        "spec": dumped,
         "rows": [splits.train.fingerprint, splits.validation.fingerprint],
         "data": data | {"metric": recipe.data.primary_metric},
         "device": recipe.device,

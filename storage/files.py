@@ -286,6 +286,21 @@ def append(path: Path, text: str) -> None:
         raise write_error(error, path, len(text)) from error
 
 
+def check_folder(folder: Path | None) -> None:
+    """Refuse a folder that could not be made or written, without making it; None, a place that is no folder, passes.
+
+    Raises:
+        MachineError: something else is there, or it is not this user's to write.
+    """
+    if folder is None:
+        return
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise write_error(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)), folder, 0)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise write_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), folder, 0)
+
+
 @contextlib.contextmanager
 def file_lock(
     path: Path,
@@ -318,12 +333,7 @@ def file_lock(
             handle.seek(0)
             holder = handle.read().strip() or "another process"
             if wait is not None and time.monotonic() - started >= wait:
-                raise HeldError(
-                    f"{what} is held by someone else",
-                    got=holder,
-                    expected="nobody holding it",
-                    next="run again with --wait, or stop that process",
-                )
+                raise _held(what, holder)
             if on_wait is not None and not told:
                 on_wait(holder)
                 told = True
@@ -332,6 +342,25 @@ def file_lock(
         handle.write(note or f"process {os.getpid()}")
         handle.flush()
         yield
+
+
+def refuse_held(path: Path, *, what: str) -> None:
+    """Raise what `file_lock` would, where another process holds it now; a look that changes nothing.
+
+    Raises:
+        HeldError: so it is.
+    """
+    if is_locked(path):
+        raise _held(what, path.read_text().strip() or "another process")
+
+
+def _held(what: str, holder: str) -> HeldError:
+    return HeldError(
+        f"{what} is held by someone else",
+        got=holder,
+        expected="nobody holding it",
+        next="run again with --wait, or stop that process",
+    )
 
 
 def is_locked(path: Path, *, shared: bool = False) -> bool:
@@ -419,5 +448,6 @@ def write_error(error: OSError, path: Path, size: int) -> MachineError:
         f"cannot write {path}",
         got=reason,
         expected="a folder that this user can write to",
-        next="choose another folder (--store-root, --run-root, --cache-root) or mend its permissions",
+        next="choose another folder (--store-root, --run-root; --cache-root, AKD_DIST_CACHE or HOME for caches) or "
+        "mend its permissions",
     )

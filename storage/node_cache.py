@@ -38,8 +38,33 @@ Progress = Callable[[int, int], None]
 
 
 def default_cache_root() -> Path:
-    """$AKD_DIST_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("AKD_DIST_CACHE") or platformdirs.user_cache_path("akd-dist")).absolute()
+    """$AKD_DIST_CACHE, or the user's cache folder.
+
+    Raises:
+        MachineError: the user has no home, as in a container whose user is a bare number.
+    """
+    try:
+        return Path(os.environ.get("AKD_DIST_CACHE") or platformdirs.user_cache_path("akd-dist")).absolute()
+    except RuntimeError as error:
+        raise MachineError(
+            "there is no folder for prepared data and decoded stores",
+            got=str(error),
+            expected="a user with a home, or a folder that is named",
+            next="pass --cache-root, or set AKD_DIST_CACHE or HOME",
+        ) from None
+
+
+def ensure_home(cache_root: Path) -> None:
+    """Have a HOME in this process and all that it starts: Ray and others look for one when they are imported, and fail.
+
+    A user without any, as in a container whose user is a bare number, gets one below the cache root.
+    """
+    if not os.environ.get("HOME"):
+        try:
+            home = Path.home()  # as the system knows it
+        except RuntimeError:
+            home = cache_root / "home"
+        os.environ["HOME"] = str(home)
 
 
 def default_budget() -> int | None:

@@ -1,6 +1,5 @@
 """Chains of assistants: every hop a store, found again by content; the same bytes with and without Ray, and kills."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 
 from akd_dist.documents import CacheDocument, FleetDocument, PlanDocument
+from akd_dist.fleet_report import read_fleet
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher, model_uris, repair
 from akd_dist.jobs.train_students import chain_of, run_identity, train_in_process, train_students
 from akd_dist.jobs.train_teacher import teacher_of
@@ -308,8 +308,7 @@ def test_the_fleet_names_every_hop(home: Home, trained: tuple[Path, dict[str, An
     last = (fleet["assistants"][-1]["store"], fleet["assistants"][-1]["fingerprint"])
     assert learned == {"annealing": teacher, "hard": teacher, "takd": last, "takd-1": last}
     assert fleet["cohorts"] == 2, "students of two stores cannot share a stream"
-    saved = json.loads((root / "runs" / "fleet" / "fleet.json").read_bytes())
-    assert saved == fleet
+    assert read_fleet(root / "runs" / "fleet") == fleet
 
 
 @pytest.mark.ray

@@ -20,7 +20,8 @@ from akd_dist.documents import FleetPlanDocument
 from akd_dist.factories import import_factory
 from akd_dist.fleet_plan import plan_lines, plan_table
 from akd_dist.jobs.cache_teacher import cache_in_process
-from akd_dist.jobs.planner import Costs
+from akd_dist.jobs.dry_run import bytes_streamed
+from akd_dist.jobs.planner import Costs, groups_of
 from akd_dist.jobs.probing import Prober, measure_all, measure_there, scaled
 from akd_dist.jobs.train_students import check_students, train_in_process
 from akd_dist.probe import guessed, probe
@@ -317,6 +318,25 @@ def test_the_larger_optimizer_of_two_stages_counts(tmp_path: Path) -> None:
     found = probe(data, DEVICE, spec, prepare(data, tmp_path), tmp_path)
     assert found.optimizer == pytest.approx(2 * found.weights, rel=0.01)
     assert guessed(spec, 610).optimizer == 2 * 4 * 610
+
+
+def test_a_plan_counts_the_memory_and_the_steps_of_a_last_batch(tmp_path: Path) -> None:
+    """1,258 train rows in batches of 700: the last has 558, or joins the first, or is left out."""
+    students = [a_student(how, batch=700, last_batch=how, objective=HARD) for how in ("keep", "merge", "drop")]
+    recipe = a_recipe(students)
+    splits = prepare(recipe.data, tmp_path / "cache")
+    rows, found = len(splits.train), {}
+    for spec in recipe.students:
+        (tmp_path / spec.name).mkdir()
+        found[spec.name] = probe(recipe.data, DEVICE, spec, splits, tmp_path / spec.name)
+    memory = {name: one.step_memory for name, one in found.items()}
+    assert memory["merge"] == pytest.approx(memory["keep"] * rows / 700, rel=0.01)
+    assert memory["drop"] == memory["keep"]
+    costs = Costs.of(recipe, splits, dict.fromkeys(found, 1), dict(found))
+    assert [costs.steps_left(spec) for spec in recipe.students] == [6, 3, 3]
+    assert len(groups_of(recipe.students)) == 3
+    streamed = [bytes_streamed(recipe, (spec,), costs) for spec in recipe.students]
+    assert streamed == [3 * (64 + 8) * shown for shown in (rows, rows, 700)]
 
 
 def test_students_that_differ_in_seed_and_temperature_are_probed_once(

@@ -211,7 +211,7 @@ def test_fresh_asks_before_it_forgets(home: Home, trained: Any) -> None:
 
 
 class Killer:
-    """Kills the first `count` processes whose title contains `title`, each once `when()` says so."""
+    """Kills the first `count` of our processes whose title contains `title`, each once `when()` says so."""
 
     def __init__(self, title: str, count: int, when: Callable[[], bool] = lambda: True) -> None:
         self.title, self.count, self.when = title, count, when
@@ -229,8 +229,11 @@ class Killer:
 
     def _hunt(self) -> None:
         while not self.over.wait(0.05) and len(self.killed) < self.count:
-            for process in psutil.process_iter(["cmdline"]):
-                title = " ".join(process.info["cmdline"] or [])
+            for process in psutil.Process().children(recursive=True):  # others may run these tests as well
+                try:
+                    title = " ".join(process.cmdline())
+                except psutil.Error:
+                    continue
                 if self.title in title and process.pid not in self.killed and self.when():
                     process.kill()
                     self.killed.add(process.pid)
@@ -543,17 +546,6 @@ def test_a_signal_to_the_group_leaves_ray_to_the_driver(ray_cluster: None) -> No
         assert blocks(process, signal.SIGTERM), process
         assert blocks(process, signal.SIGINT), process
     assert not blocks(psutil.Process(), signal.SIGTERM)
-
-
-def test_ray_listens_on_loopback_only(ray_cluster: None) -> None:
-    listening = set()
-    for process in [*psutil.Process().children(recursive=True), psutil.Process()]:
-        try:
-            listening |= {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
-        except psutil.Error:
-            continue
-    assert listening
-    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_wrong_bytes_in_a_nodes_cache_reach_no_student_and_are_told(home: Home, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from rich.console import Console
 
 from akd_dist.documents import CohortStatus, FleetPlan, RunDriver, StatusDocument, StudentProgress
 from akd_dist.fleet_view import (
+    STILL_SECONDS,
     FleetView,
+    Ticker,
     clock,
     ended_line,
     headline,
@@ -23,7 +26,7 @@ from akd_dist.fleet_view import (
 from akd_dist.jobs import progress
 from akd_dist.jobs.progress import FleetMeter, tell
 from akd_dist.status import driving
-from akd_dist.wording import shortened
+from akd_dist.wording import duration, shortened
 
 
 def a_student(name: str, state: str = "training", **changes: Any) -> StudentProgress:
@@ -261,6 +264,51 @@ def test_without_a_terminal_lines_are_few(tmp_path: Path, monkeypatch: pytest.Mo
             meter.update([])
     assert isinstance(console.file, io.StringIO)
     assert len(console.file.getvalue().splitlines()) == 2
+
+
+def test_what_stands_still_is_told_ever_more_rarely_with_how_long_it_has_stood(tmp_path: Path) -> None:
+    console, now, run = Console(file=io.StringIO(), width=80), 1000.0, tmp_path / "run"
+    (run / "control").mkdir(parents=True)
+    starting = [CohortStatus(state="starting", students=["one"])]
+    with driving(run):
+        meter = FleetMeter(console, run / "control", a_plan("one"), "title", clock=lambda: now)
+        for _ in range(200):
+            now += 1
+            meter.update(starting)
+        now += 1
+        meter.update([])  # something moves, and is told without waiting for what was to be the next line
+    assert isinstance(console.file, io.StringIO)
+    still = "0 of 20 steps (0%); 0 of 1 students over; starting: one"
+    assert console.file.getvalue().splitlines() == [
+        still,
+        f"{still}; nothing has moved for {duration(19)}",
+        f"{still}; nothing has moved for {duration(39)}",
+        f"{still}; nothing has moved for {duration(79)}",
+        f"{still}; nothing has moved for {duration(159)}",
+        "0 of 20 steps (0%); 0 of 1 students over",
+    ]
+
+
+def test_a_meter_that_moves_tells_so_every_few_seconds_and_then_that_it_stands() -> None:
+    console, now = Console(file=io.StringIO(), width=80), 0.0
+    shown = progress.Meter(console, "reading", 100, "rows", clock=lambda: now)
+    for done in (*range(21), *[20] * 40):
+        shown.update(done, note="here")
+        now += 1
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert [line.split(" of ")[0] for line in lines] == [f"reading: {done}" for done in (5, 10, 15, 20, 20, 20, 20)]
+    for seconds, line in zip((5, 15, 35), lines[-3:], strict=True):
+        assert line.endswith(f"; nothing has moved for {duration(seconds)}")
+    assert "nothing" not in "".join(lines[:4])
+
+
+def test_the_longest_silence_has_an_end() -> None:
+    ticker, told = Ticker(10.0, 0.0), list[int]()
+    for second in range(20_000):
+        if ticker.due("the same", float(second)) is not None:
+            told.append(second)
+    assert max(later - earlier for earlier, later in itertools.pairwise(told)) == STILL_SECONDS
 
 
 def test_in_a_terminal_messages_stand_whole_and_the_table_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

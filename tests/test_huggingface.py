@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from akd_dist import recipe
-from akd_dist.jobs.cache_teacher import check_assistants
+from akd_dist.jobs.cache_teacher import check_models
 from akd_dist.models import (
     CARD,
     WEIGHTS,
@@ -179,9 +179,10 @@ def test_an_assistant_without_its_pretrained_weights_is_refused_before_the_teach
     model = {"kind": "huggingface", "path": str(tmp_path / "bare")}
     assistant = {"model": model, "objective": {"kind": "kd", "epochs": 1}, "optimizer": ADAMW}
     students = [a_student("one", objective={"kind": "takd", "epochs": 1})]
-    checked = a_recipe(students, teacher={"weights": "teacher", "assistant": assistant})
+    trained = {"model": {"kind": "text_transformer", "width": 8}, "train": {"epochs": 1, "optimizer": ADAMW}}
+    checked = a_recipe(students, teacher=trained | {"assistant": assistant})
     with pytest.raises(RefusedError, match="the weights of bare cannot be read"):
-        check_assistants(checked, Splits(*[rows()] * 3))
+        check_models(checked, Splits(*[rows()] * 3), str(tmp_path / "stores"))
 
 
 def test_a_head_of_another_size_is_replaced(folders: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from sklearn import metrics as sklearn_metrics
 from akd_dist.metrics import measure, predictions
 from akd_dist.recipe import METRICS, Task
 
+classification: Any = importlib.import_module("torchmetrics.functional.classification")
 stats: Any = importlib.import_module("scipy.stats")  # it ships no types
 
 
@@ -111,13 +112,40 @@ def test_predictions() -> None:
     assert predictions("regression", torch.tensor([[2.5], [-1.0]])).tolist() == [2.5, -1.0]
 
 
-def test_determinism_costs_neither_memory_nor_its_setting() -> None:
-    """torchmetrics compares all rows with all pairs of classes where determinism is asked for: here 16 GB."""
+def confusion_matrix(measured: Any, predicted: torch.Tensor, labels: torch.Tensor, classes: int, **how: Any) -> float:
+    """What torchmetrics makes of the whole confusion matrix."""
+    return float(measured(predicted, labels, num_classes=max(classes, 2), **how))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_counts_per_class_say_what_the_confusion_matrix_says(seed: int) -> None:
+    """Also where classes do not occur, where hardly a row is there, and where all or none of them are right."""
+    draw = torch.Generator().manual_seed(seed)
+    rows, classes = (int(torch.randint(1, high, (), generator=draw)) for high in (60, 12))
+    labels, predicted = (torch.randint(classes, (rows,), generator=draw) for _ in range(2))
+    if seed % 3:
+        predicted = torch.where(torch.rand(rows, generator=draw) < seed % 7 / 6, labels, predicted)
+    found = measure("classification", predicted, labels, classes)
+    micro = confusion_matrix(classification.multiclass_accuracy, predicted, labels, classes, average="micro")
+    assert found["accuracy"] == round(micro, 7)
+    if classes > 2:
+        macro = confusion_matrix(classification.multiclass_f1_score, predicted, labels, classes, average="macro")
+        assert found["f1"] == round(macro, 7)
+    varied = len(set(labels.tolist())) > 1 and len(set(predicted.tolist())) > 1
+    expected = confusion_matrix(classification.multiclass_matthews_corrcoef, predicted, labels, classes)
+    assert found["matthews"] == pytest.approx(expected if varied else 0.0, abs=2e-6)
+    if varied:
+        assert found["matthews"] == pytest.approx(sklearn_metrics.matthews_corrcoef(labels, predicted), abs=1e-7)
+
+
+def test_memory_and_time_do_not_grow_with_classes_squared() -> None:
+    """A table of a million by a million would take 8 TB; determinism, where torchmetrics compares rows with classes."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        labels = torch.arange(20_000) % 316
-        assert measure("classification", labels, labels, 316) == {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0}
+        labels = torch.arange(20_000) * 50
+        assert measure("classification", labels, labels, 1_000_000) == {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0}
+        assert measure("classification", labels.flip(0), labels, 1_000_000)["accuracy"] == 0.0
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(before)

@@ -453,6 +453,12 @@ def test_classes_in_another_order_are_refused_with_both_lists() -> None:
         named.check_rows(rows(classes=3, class_names=("dog", "cat", "eel")), "the teacher")
     assert "cat, dog, eel" in str(refused.value.got)
     assert "dog, cat, eel" in str(refused.value.expected)
+    many = tuple(f"person {number}" for number in range(1000))
+    other = (*many[:500], "nobody", *many[501:])
+    with pytest.raises(RefusedError) as refused:
+        card(classes=1000, class_names=many).check_rows(rows(classes=1000, class_names=other), "the teacher")
+    assert refused.value.got == f"classes ..., {', '.join(many[500:510])}, ... (1,000 in all)"
+    assert "classes ..., nobody, person 501" in str(refused.value)
 
 
 def test_a_card_without_the_later_fields_still_reads(tmp_path: Path) -> None:

@@ -19,8 +19,12 @@ from ruamel.yaml import YAML
 from akd_dist import recipe as recipes
 from akd_dist.documents import SCHEMAS, schema_text, schemas
 from akd_dist.grid_names import names_of_grid
+from akd_dist.jobs.train_teacher import teacher_of
 from akd_dist.recipe import AdamW, AnnealingKD, Cnn, Custom, HardLabels, Mlp, Recipe, Sgd, Student, load_recipe
+from akd_dist.rows import prepare
 from akd_dist.storage.errors import RecipeError
+from akd_dist.storage.files import canonical_json, sha256
+from tests.fleets import ADAMW, KD, a_recipe, a_student
 from tests.reference import SECTIONS, every_key
 
 ROOT = Path(__file__).parent.parent
@@ -624,3 +628,34 @@ def test_the_home_folder_may_be_written_as_a_tilde(path: Path, tmp_path: Path, m
     for unknown in (["teacher={weights: ~nobody-of-this-name/teacher}"], []):
         with pytest.raises(RecipeError, match=r"the home folder in ~nobody-of-this-name/.* is not known"):
             load_recipe(path if unknown else "~nobody-of-this-name/small.yaml", unknown)
+
+
+def test_a_key_that_came_later_leaves_what_was_made_before_as_it_is(tmp_path: Path) -> None:
+    """The identity of a run and the name of a trained teacher, as they were before there was `last_batch`."""
+    plain = {"model": {"kind": "mlp", "hidden": 4}, "objective": KD, "optimizer": ADAMW}
+    train: dict[str, Any] = {"epochs": 1, "optimizer": ADAMW}
+    teacher: dict[str, Any] = {"model": {"kind": "cnn", "width": 8}, "train": train, "assistant": plain}
+    students = [a_student("one"), a_student("two", objective={"kind": "takd", "epochs": 1})]
+    ours = a_recipe(students, teacher=teacher, device="cpu")
+    assert sha256(canonical_json(ours.identity())) == IDENTITY
+    splits = prepare(ours.data, tmp_path)
+
+    def name_of(recipe: Recipe) -> str:
+        trained = teacher_of(recipe, splits)
+        assert trained is not None
+        return trained.spec.name
+
+    assert name_of(ours) == TEACHER
+    other = a_recipe(students, teacher=teacher | {"train": train | {"last_batch": "merge"}}, device="cpu")
+    assert name_of(other) != TEACHER
+    dropped = {"last_batch": "drop"}
+    for changed in (
+        other,
+        a_recipe([students[0], students[1] | dropped], teacher=teacher, device="cpu"),
+        a_recipe(students, teacher=teacher | {"assistant": plain | dropped}, device="cpu"),
+    ):
+        assert changed.identity() != ours.identity()
+
+
+IDENTITY = "912f106014aee16c112d96b3a47001167847f0eec0add1d73e51af1123bf1d3e"
+TEACHER = "0d51d787c8d43c532c5978ec845f75dd"

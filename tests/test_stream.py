@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from akd_dist.recipe import Augmentation, NoAugmentation, Shift, TokenMask
+from akd_dist.recipe import Augmentation, LastBatch, NoAugmentation, Shift, TokenMask
 from akd_dist.rows import Rows, fingerprint
 from akd_dist.storage.errors import RefusedError
 from akd_dist.storage.layout import FORMAT_VERSION
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, ShardRecord
-from akd_dist.stream import BYTES_AT_ONCE, STEPS_AT_ONCE, WINDOWS_AT_ONCE, Stream, epoch_order
+from akd_dist.stream import BYTES_AT_ONCE, STEPS_AT_ONCE, WINDOWS_AT_ONCE, Stream, batch_ends, epoch_order
 from akd_dist.text import Tokens
 from akd_dist.views import probe, view_of
 
@@ -112,6 +112,36 @@ def test_an_epoch_shows_every_row_once_with_its_own_view_label_and_logits() -> N
             expected = view_of(Shift(), 5, stream.rows.inputs[batch.rows], batch.rows, epoch % VIEWS)
             assert torch.equal(batch.inputs, expected)
             assert batch.inputs.dtype == torch.uint8
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 60))
+def test_where_batches_end(rows: int, batch: int) -> None:
+    sizes = {how: np.diff(batch_ends(rows, batch, how), prepend=0).tolist() for how in get_args(LastBatch)}
+    whole, rest = divmod(rows, batch)
+    assert sizes["keep"] == [batch] * whole + [rest] * (rest > 0)
+    assert sizes["drop"] == [batch] * whole
+    assert sizes["merge"] == ([batch] * (whole - 1) + [batch + rest] if whole else [rows])
+
+
+@pytest.mark.parametrize(("last_batch", "sizes"), [("drop", [16] * 6), ("merge", [16] * 5 + [23])])
+def test_a_last_batch_that_is_dropped_or_merged(last_batch: LastBatch, sizes: list[int]) -> None:
+    """The other batches are those of before; the same from any position, and over any number of ranks."""
+    stream, kept = a_stream(last_batch=last_batch), a_stream()
+    for epoch in range(2):
+        batches, before = list(stream.batches(epoch)), list(kept.batches(epoch))
+        assert [batch.global_rows for batch in batches] == sizes
+        assert (stream.steps_per_epoch, stream.rows_per_epoch) == (len(sizes), sum(sizes))
+        assert all(same(*pair) for pair in zip(batches[:5], before[:5], strict=True))
+        shown = np.concatenate([batch.rows for batch in batches])
+        np.testing.assert_array_equal(shown, epoch_order(N, 5, epoch)[: sum(sizes)])
+        assert batches[-1].labels.tolist() == batches[-1].rows.tolist()
+        assert all(same(*pair) for pair in zip(stream.batches(epoch, start_step=4), batches[4:], strict=True))
+        for world in (2, 3):
+            ranks = [list(stream.batches(epoch, 0, rank, world)) for rank in range(world)]
+            for step, batch in enumerate(batches):
+                assert np.concatenate([rank[step].rows for rank in ranks]).tolist() == batch.rows.tolist()
+                assert {rank[step].global_rows for rank in ranks} == {batch.global_rows}
 
 
 def same(one: Any, other: Any) -> bool:

@@ -5,6 +5,7 @@ import multiprocessing
 import socket
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import torch
 from torch import nn
 
 from akd_dist.device import settle
-from akd_dist.group import Group, OutOfStepError, PeerFailedError
+from akd_dist.group import Group, OutOfStepError, PeerFailedError, joined
 from akd_dist.models import ModelCard, load_model
 from akd_dist.recipe import NoAugmentation, trust
 from akd_dist.recipe import Student as Spec
 from akd_dist.rows import Rows
-from akd_dist.storage.errors import RefusedError
+from akd_dist.storage.errors import MachineError, RefusedError
 from akd_dist.storage.files import sha256
 from akd_dist.stream import Stream
 from akd_dist.student import DivergedError, Student
@@ -344,31 +345,35 @@ SCENARIOS: dict[str, tuple[Scenario, list[str]]] = {
 }
 
 
-def both(rank: int, port: int, folder: Path) -> None:
+def both(rank: int, folder: Path, queue: "multiprocessing.Queue[Any]") -> None:
     """One of two workers: every scenario, one after the other; what went wrong in one goes into a file of its own."""
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    for name, (scenario, cases) in SCENARIOS.items():
-        for case in cases:
-            place, problem = folder / name / case, ""
-            try:
-                scenario(case, place, Group(rank, 2))
-            except Exception:
-                problem = traceback.format_exc()
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"problem-{rank}").write_text(problem)
-    torch.distributed.destroy_process_group()
+
+    def broadcast(value: Any) -> Any:
+        if rank > 0:
+            return queue.get()
+        queue.put(value)
+        return value
+
+    with joined(rank, 2, "cpu", "127.0.0.1", broadcast) as group:
+        for name, (scenario, cases) in SCENARIOS.items():
+            for case in cases:
+                place, problem = folder / name / case, ""
+                try:
+                    scenario(case, place, group)
+                except Exception:
+                    problem = traceback.format_exc()
+                place.mkdir(parents=True, exist_ok=True)
+                (place / f"problem-{rank}").write_text(problem)
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of what two workers left."""
     folder = tmp_path_factory.mktemp("together")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["tests.test_two_workers", "torchmetrics.functional", "torch._inductor"])
-    workers = [forks.Process(target=both, args=(rank, port, folder)) for rank in range(2)]
+    queue = forks.Queue()
+    workers = [forks.Process(target=both, args=(rank, folder, queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -386,6 +391,19 @@ def went_well(together: Path, name: str, case: str = "") -> Path:
     return folder
 
 
+def test_workers_that_cannot_reach_each_other_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("akd_dist.group.MEETING_TIMEOUT", timedelta(seconds=1))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        place = closed.getsockname()
+    with (
+        pytest.raises(MachineError, match="cannot reach each other"),
+        joined(1, 2, "cpu", "127.0.0.1", lambda _: place),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("name", FLOAT64)
 def test_in_float64_two_workers_deliver_what_one_does(name: str, together: Path, tmp_path: Path) -> None:
     train_float64(name, tmp_path, Group())
@@ -395,7 +413,7 @@ def test_in_float64_two_workers_deliver_what_one_does(name: str, together: Path,
     assert {tensor.dtype for tensor in alone.values()} <= {torch.float64, torch.int64}
     for key, tensor in alone.items():
         assert torch.allclose(tensor, shared[key], rtol=0, atol=1e-9), key
-    assert type(load_model(folder)) is type(load_model(tmp_path))
+    assert type(load_model(folder, TESTS)) is type(load_model(tmp_path, TESTS))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -9,6 +9,7 @@ Results go to stdout, everything else to stderr. Heavy imports happen inside com
 from __future__ import annotations
 
 import contextlib
+import errno
 import platform
 import shlex
 import signal
@@ -30,7 +31,7 @@ from akd_dist.cli.show import plain_output, print_json, reader_is_gone, settle_s
 from akd_dist.cli.stores import stores
 from akd_dist.cli.students import evaluate, export, predict
 from akd_dist.cli.watch import status
-from akd_dist.storage.errors import AkdError, InterruptedByUser, RecipeError, TerminatedError
+from akd_dist.storage.errors import AkdError, InterruptedByUser, MachineError, RecipeError, TerminatedError
 
 # As a shell tells of a program that SIGPIPE ended.
 PIPE_CLOSED = 128 + signal.SIGPIPE
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settle_streams()
     try:
         try:
+            _check_folder()
             with _terminable():
                 code = cli.main(args=given, prog_name="akd-dist", standalone_mode=False)
         except BaseException as error:
@@ -84,6 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         silence_streams()
         code = PIPE_CLOSED
     sys.exit(code or 0)
+
+
+def _check_folder() -> None:
+    """Refuse to work in a folder that is gone: paths, and whatever this starts, begin there."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise MachineError(
+            "the folder that this command was started in cannot be used",
+            got=str(error),
+            expected="a working directory that exists",
+            next="cd to another folder",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -117,36 +132,64 @@ def _as_refusal(error: BaseException, arguments: list[str]) -> AkdError:
         case click.Abort() | KeyboardInterrupt():
             again = "without --fresh" if "--fresh" in arguments else "again"
             return InterruptedByUser("interrupted", next=f"run the same command {again}: what was written is kept")
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EROFS):
+            from akd_dist.storage.files import write_error
+
+            return write_error(error, Path(error.filename or tempfile.gettempdir()), 1)
+        case FileNotFoundError(strerror=str(reason)) if reason.startswith("No usable temporary directory"):
+            return MachineError(
+                "there is no folder for temporary files",
+                got=reason,
+                expected="one that this user can write to",
+                next="set TMPDIR to such a folder",
+            )
         case _:
             return _bug(error, arguments)
 
 
 def _bug(error: BaseException, arguments: list[str]) -> AkdError:
     """An error that nobody foresaw: the traceback goes to a file, its path into the message."""
-    log = _log_folder() / f"bug-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**6}.log"
-    from importlib.metadata import version
-
     head = [
         shlex.join(["akd-dist", *arguments]),
-        f"akd-dist {version('akd-dist')}, Python {platform.python_version()}, {platform.platform()}",
+        f"akd-dist {_version()}, Python {platform.python_version()}, {platform.platform()}",
     ]
-    log.write_text("\n".join([*head, "", *traceback.format_exception(error)]))
+    told = "\n".join([*head, "", *traceback.format_exception(error)])
+    log = _kept(told)
+    if log is None:
+        click.echo(told, err=True)
     return AkdError(
         "something went wrong that akd-dist did not foresee; this is a bug in it",
         got=f"{type(error).__name__}: {error}",
-        next=f"report it with the log {log}; the same command may go on from what was written",
+        next=f"report it with {f'the log {log}' if log else 'what is told above'}; "
+        "the same command may go on from what was written",
     )
 
 
-def _log_folder() -> Path:
+def _kept(told: str) -> Path | None:
+    """Where a report was written: the user's folder of logs, else a temporary one; None where neither can be.
+
+    Whatever is wrong with this machine must not hide what is reported.
+    """
     import platformdirs
 
+    name = f"bug-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**6}.log"
+    for temporary in (False, True):
+        with contextlib.suppress(OSError, RuntimeError):  # the latter where there is no home
+            folder = tempfile.mkdtemp(prefix="akd-dist-") if temporary else platformdirs.user_log_path("akd-dist")
+            log = Path(folder, name)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(told)
+            return log
+    return None
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        folder = platformdirs.user_log_path("akd-dist")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="akd-dist-"))
-    return folder
+        return version("akd-dist")
+    except PackageNotFoundError:  # its source alone
+        return "of a version that is not known"
 
 
 def refuse(error: AkdError, *, as_json: bool) -> int:

@@ -42,7 +42,7 @@ def quickstart(**options: Any) -> int:
 @recipe_argument
 @cache_options
 @prepare_again_option
-@click.option("--dry-run", is_flag=True, help="Say what would be computed, and refuse what cannot fit.")
+@click.option("--dry-run", is_flag=True, help="Say what would be computed; refuse what the command would.")
 @json_option
 def cache_teacher(
     recipe_path: str,
@@ -86,7 +86,7 @@ def cache_teacher(
 @recipe_argument
 @train_options
 @prepare_again_option
-@click.option("--dry-run", is_flag=True, help="Say what would be done and why, and refuse what cannot fit.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and why; refuse what the command would.")
 def train_students(recipe_path: str, dry_run: bool, **options: Any) -> int:
     """Train students from the stored logits.
 

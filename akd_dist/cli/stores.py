@@ -464,6 +464,8 @@ def _ago(seconds: float | None) -> str:
 
 
 def _cache(given: str | None) -> Path:
-    from akd_dist.storage.node_cache import default_cache_root
+    from akd_dist.storage.node_cache import default_cache_root, ensure_home
 
-    return Path(akd_dist.absolute_root(given or default_cache_root()))
+    root = Path(akd_dist.absolute_root(given or default_cache_root()))
+    ensure_home(root)
+    return root

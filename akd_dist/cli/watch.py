@@ -70,16 +70,14 @@ def _table(console: Console, _quiet: bool) -> Iterator[Callable[[StatusDocument]
 
 @contextlib.contextmanager
 def _lines(_console: Console, quiet: bool) -> Iterator[Callable[[StatusDocument], None]]:
-    """A line every ten seconds; none where a document is to come."""
-    from akd_dist.fleet_view import headline, total_line
+    """A line every ten seconds, or more rarely while nothing moves; none where a document is to come."""
+    from akd_dist.fleet_view import Ticker, headline, moved, total_line
 
-    told = -math.inf
+    ticker = Ticker(LINE_SECONDS, -math.inf)
 
     def show(found: StatusDocument) -> None:
-        nonlocal told
-        if not quiet and time.monotonic() - told >= LINE_SECONDS:
-            told = time.monotonic()
-            click.echo(f"{headline(found)}; {total_line(found)}")
+        if not quiet and (still := ticker.due(moved(found), time.monotonic())) is not None:
+            click.echo(f"{headline(found)}; {total_line(found)}{still}")
 
     yield show
 
