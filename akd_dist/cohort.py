@@ -137,6 +137,8 @@ def train_on(job: CohortJob, splits: Splits, device: torch.device, group: Group)
         writers = claim_students(job, locks) if group.rank == 0 else {}
         group.any(False)  # nobody reads a checkpoint before rank 0 is the only one to write
         lockstep = _Lockstep(job, group, guard, stream, splits, teacher_said)
+        for name, writer in writers.items():
+            drop_doubtful(Path(job.root) / name, writer, lockstep.mark)
         opened = [
             open_student(job, spec, splits.train, group, device, writers.get(spec.name), lockstep.vouch)
             for spec in job.students
@@ -234,7 +236,7 @@ def open_student(
     group: Group,
     device: torch.device,
     writer: Writer | None = None,
-    vouch: Callable[[], bool] = lambda: True,
+    vouch: Callable[[], str | None] = lambda: None,
 ) -> Student | None:
     """The student at its newest checkpoint; None if it has ended before, or ends here because it cannot be set up."""
     if ended(job, spec):
@@ -310,6 +312,7 @@ class _Lockstep:
     ) -> None:
         self.job, self.group, self.guard, self.stream, self.splits = job, group, guard, stream, splits
         self.teacher_said = teacher_said
+        self.mark = "+".join(group.from_all(guard.mark))
         self.students: list[Student] = []
         self.saved_at = self.told_at = time.monotonic()
         self.paces: dict[str, Pace] = {}
@@ -401,8 +404,12 @@ class _Lockstep:
             self._save()
         return stop
 
-    def vouch(self) -> bool:
-        """As `Guard.vouch`, for the bytes of all ranks: what one publishes depends on those of the others."""
+    def vouch(self) -> str | None:
+        """As `Guard.vouch`, for the bytes of all ranks: what one publishes depends on those of the others.
+
+        Returns:
+            None where everything was hashed since the call; else the mark of the files that it rests on.
+        """
         corrupt, fresh = None, False
         try:
             fresh = self.guard.vouch(self._tell)
@@ -414,12 +421,12 @@ class _Lockstep:
                 "what another worker's node has prepared or decoded is no longer what was written there",
                 got=f"found by another worker than {self.group.rank}",
             )
-        return not stale
+        return self.mark if stale else None
 
     def _save(self) -> None:
-        vouched = self.vouch()
+        rests_on = self.vouch()
         for student in self.moving:
-            self._guarded(student, student.save, vouched)
+            self._guarded(student, student.save, rests_on)
             self._tell()  # a sign of life: a stopped driver waits for no one who gives none
         self.saved_at = time.monotonic()
 

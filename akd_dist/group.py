@@ -119,6 +119,14 @@ class Group:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def from_all(self, value: str) -> list[str]:
+        """Something small of every rank, in rank order."""
+        if self.world == 1:
+            return [value]
+        gathered = [value] * self.world
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
     def share_state(self, module: nn.Module) -> None:
         """Give every rank the weights and buffers of rank 0: batch statistics differ between ranks."""
         if self.world > 1:

@@ -59,7 +59,7 @@ class Student:
         metric: what picks the best epoch of each stage; None takes the usual one of the task.
         device: where module, optimizer and batches lie.
         vouch: called before anything is published that depends on rows or logits: returns once these are known to be
-            what was prepared and decoded, see `Guard.vouch`, or raises.
+            what was prepared and decoded, see `_Lockstep.vouch`, or raises.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Student:
         writer: Writer | None = None,
         metric: recipe.Metric | None = None,
         device: torch.device = CPU,
-        vouch: Callable[[], bool] = lambda: True,
+        vouch: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.spec, self.card, self.folder, self.attempt, self.vouch = spec, card, folder, attempt, vouch
         self.metric, self.device = metric, device
@@ -322,11 +322,12 @@ class Student:
 
     # ---- to disk and back
 
-    def save(self, vouched: bool = True) -> None:
+    def save(self, rests_on: str | None = None) -> None:
         """Checkpoint everything that the next step depends on. Every rank calls it; rank 0 writes.
 
         Args:
-            vouched: what `vouch` returned since the last step: whether all bytes behind it were hashed after it.
+            rests_on: what `vouch` returned since the last step: None where all bytes behind it were hashed after it,
+                else the mark of the files that they lie in.
         """
         states = [self.group.gather(state) for state in self.rng]
         losses = self.group.gather(torch.tensor([self.loss_sum, self.loss_rows], dtype=torch.float64))
@@ -339,7 +340,7 @@ class Student:
             "losses": losses,
             "seconds": self.seconds,
             "stage1_from": self.stage1_from,
-            "vouched": vouched,
+            "rests_on": rests_on,
             "history": self.history,
             "best": self.best,
             "best_record": self.best_record,
@@ -521,10 +522,15 @@ def forked_from(folder: Path) -> str | None:
     return glance(found[-1]).get("stage1_from") if found else None
 
 
-def drop_doubtful(folder: Path, writer: Writer) -> None:
-    """Remove a student's checkpoints that rest on bytes of which nobody knows whether they were already wrong."""
+def drop_doubtful(folder: Path, writer: Writer, mark: str | None = None) -> None:
+    """Remove a student's checkpoints that rest on bytes of which nobody knows whether they were already wrong.
+
+    Args:
+        mark: of files that are still to be hashed: a checkpoint that rests on these very ones stays, since wrong bytes
+            in them will be found. Any other cache entry, made since, says nothing of the bytes behind a checkpoint.
+    """
     for path in checkpoints(folder / "checkpoints"):
-        if glance(path).get("vouched") is False:
+        if glance(path).get("rests_on") not in (None, mark):
             writer.remove(path)
 
 

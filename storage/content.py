@@ -1,8 +1,9 @@
 """Whether what a process has mapped from this node's cache is still what was written there: by hash, not by time.
 
 A `Guard` hashes everything once in the background while training begins. Nothing may be published before that is over:
-`vouch` waits for it, and from then on looks at size, times and inode of the files. Where these have changed, or where
-the last pass is long ago, it hashes everything again.
+`vouch` waits for it, and from then on looks at size, times and inode of the files. Where the last pass is long ago, it
+hashes everything again. Where a file was touched, it vouches for nothing that was read since it was mapped: bytes that
+are right now may have been wrong in between.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any, NamedTuple, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from akd_dist.storage.errors import CorruptCacheError
-from akd_dist.storage.files import PARTIAL_SUFFIX, failpoint, file_lock, is_settled, stamp_of
+from akd_dist.storage.errors import CorruptCacheError, TouchedCacheError
+from akd_dist.storage.files import PARTIAL_SUFFIX, canonical_json, failpoint, file_lock, is_settled, sha256, stamp_of
 
 SHARE = 100
 """Everything is hashed again once so many times the duration of a pass have gone by: 1 % of the time, at most."""
 _WAIT_SECONDS = 0.25
-_TRIES = 3
+_TRIES = 3  # of what was wrong, ...
+_TOUCHES = 10  # ... and of what was right, but touched
 
 Returned = TypeVar("Returned")
 
@@ -132,16 +134,22 @@ def renewing(act: Callable[[], Returned], tell: Callable[[str], None]) -> Return
         tell: told in a line of each time.
 
     Raises:
-        CorruptCacheError: it was corrupt again and again, as on a failing disk.
+        CorruptCacheError: it was corrupt again and again, as on a failing disk, or touched all the time.
     """
-    for left in reversed(range(_TRIES)):
+    wrong = touched = 0
+    while True:
         try:
             return act()
+        except TouchedCacheError as error:
+            touched += 1
+            if touched == _TOUCHES:
+                raise
+            tell(f"{error.what}: {error.got}; all goes on from what was kept before")
         except CorruptCacheError as error:
-            if not left:
+            wrong += 1
+            if wrong == _TRIES:
                 raise
             tell(f"{error.what}: {error.got}; it is made anew, and all goes on from what was kept before")
-    raise AssertionError("unreachable")
 
 
 class Guard:
@@ -153,6 +161,7 @@ class Guard:
 
     def __init__(self, contents: Sequence[Content]) -> None:
         self._contents = contents
+        self._files = [file for content in contents for file in content.files]
         self._leaving = threading.Event()
         self._error: Exception | None = None
         self._seconds, self._passed_at, self._seen, self._settled = 0.0, 0.0, self._look(), False
@@ -184,10 +193,27 @@ class Guard:
         if self._error is not None:
             raise self._error
         recent = time.monotonic() - self._passed_at < SHARE * self._seconds
-        if recent and self._settled and self._look() == self._seen:
+        if recent and self._settled and not self._touched():
             return False
         self._pass(on_wait)
+        if touched := self._touched():
+            raise TouchedCacheError(
+                f"{touched} was touched while it was in use",
+                got="what was written there, but another time, inode or size of the file than when it was mapped",
+                expected="a file that nothing else writes to, moves or changes the mode of",
+                next="keep other programs off this --cache-root, or choose another; the same command goes on",
+            )
         return True
+
+    @property
+    def mark(self) -> str:
+        """Names the very files that are mapped: another one after each change that shows."""
+        return sha256(canonical_json([[str(file), stamp] for file, stamp in zip(self._files, self._seen, strict=True)]))
+
+    def _touched(self) -> Path | None:
+        """The first file that is another one than when it was mapped, as far as that shows."""
+        both = zip(self._files, self._look(), self._seen, strict=True)
+        return next((file for file, now, before in both if now != before), None)
 
     def _first(self) -> None:
         failpoint("verification.before_pass")
@@ -197,9 +223,9 @@ class Guard:
             self._error = error
 
     def _pass(self, on_wait: Callable[[], None]) -> None:
-        # Looked at before anything is read: what is written meanwhile shows the next time.
-        began, seen = time.monotonic(), self._look()
-        settled, told = all(map(is_settled, seen)), began
+        began = told = time.monotonic()
+        # What is written within a tick of the file's own time does not show in it; a pass that begins later sees it.
+        settled = all(map(is_settled, self._seen))
         for content in self._contents:
             for _ in content.verifying():
                 if self._leaving.is_set():
@@ -207,8 +233,8 @@ class Guard:
                 if time.monotonic() - told > _WAIT_SECONDS:
                     on_wait()
                     told = time.monotonic()
-        self._seen, self._settled, self._passed_at = seen, settled, time.monotonic()
+        self._settled, self._passed_at = settled, time.monotonic()
         self._seconds = self._passed_at - began
 
     def _look(self) -> list[list[int] | None]:
-        return [stamp_of(file) for content in self._contents for file in content.files]
+        return [stamp_of(file) for file in self._files]

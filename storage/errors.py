@@ -84,6 +84,11 @@ class CorruptCacheError(DamagedError):
     """What this node prepared or decoded is not what it was when it was written. It can be made anew."""
 
 
+class TouchedCacheError(CorruptCacheError):
+    """What this node prepared or decoded was touched while it was in use. It holds what it should, but may not have
+    held it all the time."""
+
+
 class MachineError(AkdError):
     """The environment: disk, permission, cluster, a worker lost after its retries."""
 

@@ -1,5 +1,6 @@
 """Nobody is trained, cached or measured on bytes that are not what was prepared, whatever sizes and times say."""
 
+import contextlib
 import gc
 import importlib
 import json
@@ -26,6 +27,8 @@ from akd_dist.rows import SPLITS, Rows, Splits, prepare
 from akd_dist.storage import content
 from akd_dist.storage.errors import CorruptCacheError, RefusedError
 from akd_dist.storage.files import stamp_of
+from akd_dist.storage.node_cache import map_decoded
+from akd_dist.storage.reader import open_store
 from akd_dist.student import Student
 from tests import sources
 from tests.fleets import HARD, a_recipe, a_student, a_teacher, own, store_bytes, stores_of, weights
@@ -165,6 +168,83 @@ def at_batch(monkeypatch: pytest.MonkeyPatch, acts: dict[int, Callable[[], objec
 
     monkeypatch.setattr(cohort, "failpoint", failpoint)
     return passed
+
+
+@pytest.mark.parametrize(("name", "batches"), [("train-inputs.npy", (2, 5)), ("logits.npy", (12, 17))])
+def test_what_was_wrong_for_a_while_changes_no_student(
+    name: str, batches: tuple[int, int], home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that are put back before anybody looks are right again: what was trained on them in between is not."""
+    cache = home.cache(tmp_path / "cache")
+    path = entry_file(cache, name)
+
+    def turn() -> None:
+        data, stat = path.read_bytes(), path.stat()
+        path.chmod(0o644)
+        with open(path, "r+b") as file:
+            file.seek(END)
+            file.write(bytes(byte ^ 8 for byte in data[END:]))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    at_batch(monkeypatch, dict.fromkeys(batches, turn))
+    assert home.train(cache, tmp_path / "run") == home.expected
+    (line,) = renewed(tmp_path / "run")
+    assert "was touched while it was in use" in line
+
+
+def test_files_that_are_touched_all_the_time_end_the_run(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = home.cache(tmp_path / "cache")
+    monkeypatch.setattr(cohort, "failpoint", lambda site: entry_file(cache, "train-inputs.npy").chmod(0o600))
+    with pytest.raises(CorruptCacheError, match="was touched while it was in use"):
+        home.train(cache, tmp_path / "run")
+    assert len(renewed(tmp_path / "run")) == 9
+
+
+class StoppedError(BaseException):
+    """Leaves a run as a killed process does, but for its locks."""
+
+
+@pytest.mark.parametrize("between", ["nothing", "evicted", "found by another"])
+@pytest.mark.parametrize("name", ["train-labels.npy", "train-inputs.npy", "logits.npy"])
+def test_a_checkpoint_that_rests_on_rotten_bytes_is_never_gone_on_from(
+    name: str, between: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever they are found, or if they are gone unfound: a probe, another command, or an eviction may be first."""
+    cache, run = home.cache(tmp_path / "cache"), tmp_path / "run"
+    stamps = {path: [0, 10**18, 10**18, path.stat().st_ino] for path in cache.rglob("*")}
+    path = entry_file(cache, name)
+
+    def rot() -> None:
+        for one in threading.enumerate():
+            if one.name == "verification":
+                one.join()
+        path.chmod(0o644)
+        array = np.load(path, mmap_mode="r+")
+        array[...] = (array + 1) % 10
+
+    def stop() -> None:
+        raise StoppedError
+
+    with monkeypatch.context() as patch:  # nothing shows, and nobody looks again
+        patch.setattr(content, "stamp_of", lambda path: stamps.get(path) or stamp_of(path))
+        patch.setattr(content, "SHARE", 1e9)
+        at_batch(patch, {1: rot, 18: stop})
+        with pytest.raises(StoppedError):
+            home.train(cache, run)
+        assert list(run.rglob("*.ckpt"))
+        if between == "evicted":
+            shutil.rmtree(path.parent)
+        elif between == "found by another":
+            for one in [*prepare(home.recipe.data, cache).contents(), decoded_content(home, cache)]:
+                with contextlib.suppress(CorruptCacheError):
+                    one.verify()
+    assert home.train(cache, run) == home.expected
+
+
+def decoded_content(home: Home, cache: Path) -> content.Content:
+    return map_decoded(open_store(home.stores["train"]), cache)[1]
 
 
 def test_a_disk_that_changes_what_it_reads_costs_only_what_was_kept_since_the_last_pass(
