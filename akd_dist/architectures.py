@@ -356,9 +356,9 @@ def refuse_inputs(spec: recipe.Model, tokens: Tokens | None, input_shape: Shape)
     if isinstance(spec, recipe.Custom):
         return
     for_text = isinstance(spec, recipe.TextTransformer | recipe.HuggingFaceModel)
-    if for_text == (tokens is not None):
+    if for_text == (tokens is not None) and input_shape:
         return
-    theirs = "ids of tokens" if tokens is not None else "images or numbers"
+    theirs = "ids of tokens" if tokens is not None else "images or numbers" if input_shape else "single numbers"
     advice = "data.text says how text becomes tokens" if for_text else "for text, choose kind: text_transformer"
     raise RefusedError(
         f"the model {spec.label} does not fit the inputs",

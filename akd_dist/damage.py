@@ -11,10 +11,9 @@ from pydantic import ValidationError
 
 from akd_dist.documents import Document, EpochRecord, StudentResult
 from akd_dist.storage.errors import DamagedError
-from akd_dist.storage.files import parse_json, read_json, read_small
+from akd_dist.storage.files import mistakes, parse_json, read_json, read_small
 from akd_dist.storage.objects import storage_error
 
-FIELDS_TOLD = 3
 WROTE = "what train-students wrote"
 
 
@@ -35,7 +34,7 @@ def reading(path: Path, *, expected: str, next: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError):
         raise
     except ValidationError as error:
-        raise _damaged(path, _told(error), expected, next) from error
+        raise _damaged(path, mistakes(error), expected, next) from error
     # Arrow's errors are of these kinds; those about content are OSErrors without a number, too.
     except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -96,16 +95,9 @@ def read_epochs(folder: Path) -> list[dict[str, Any]]:
                 EpochRecord.model_validate(record)
             except ValueError as error:  # of JSON and of pydantic
                 told = line[:80].decode(errors="replace").strip()
-                raise ValueError(f"line {number}: {_told(error)}: {told}") from error
+                raise ValueError(f"line {number}: {mistakes(error)}: {told}") from error
             records.append(record)
     return records
-
-
-def _told(error: ValueError) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error).partition("\n")[0]
-    told = [f"{'.'.join(map(str, one['loc'])) or 'the document'}: {one['msg']}" for one in error.errors()]
-    return "; ".join(told[:FIELDS_TOLD])
 
 
 def _damaged(path: Path, got: str, expected: str, next: str) -> DamagedError:

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def import_factory(spec: Factory, signature: str) -> Callable[..., object]:
     name = spec.factory
     module_name, _, function = name.partition(":")
     _check_trusted(name, module_name, spec.trusted)
-    where = "on Python's path" if spec.trusted.folder is None else "beside the recipe, or name its place with `folder:`"
+    where = "on Python's path" if spec.trusted.place is None else "beside the recipe, or name its place with `folder:`"
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -91,7 +92,7 @@ def call_factory(spec: Factory, signature: str, arguments: Mapping[str, Any]) ->
         RefusedError: as `import_factory` and `placed`; or the function fails, and its exception is shown whole.
     """
     factory = import_factory(spec, signature)
-    given = placed(arguments, spec.trusted.folder)
+    given = placed(arguments, spec.trusted.place)
     try:
         return factory(**given)
     except (Exception, SystemExit) as error:  # whose code would be taken for one of ours
@@ -112,8 +113,9 @@ def whole(error: BaseException) -> str:
 def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
     """Refuse a factory that nobody trusts, without importing anything, packages above it included.
 
-    A folder comes on Python's path only once something in it is trusted, and last, so that it hides no installed
-    module: libraries look for modules that may be there or not, and would run those that they find.
+    The folder of the user's recipe comes on Python's path only once something in it is trusted, and last, so that it
+    hides no installed module. A folder that somebody else names never does: libraries look for modules that may be
+    there or not, and would run those that they find.
     """
     listed = trusted.lists(module)
     if not listed and name not in trusted.factories:
@@ -126,9 +128,24 @@ def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
         )
     if trusted.folder is not None and trusted.folder not in sys.path:
         sys.path.append(trusted.folder)
+    if listed and trusted.elsewhere is not None:
+        finder = _Listed(trusted.elsewhere, module.partition(".")[0])
+        if finder not in sys.meta_path:
+            sys.meta_path.append(finder)
     importlib.invalidate_caches()
     if not listed:
         _check_own(name, module, trusted)
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """Finds one module that the user lists in a folder that they did not name, after all others, and nothing else."""
+
+    folder: str
+    top: str
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [self.folder]) if name == self.top else None
 
 
 def _check_own(name: str, module: str, trusted: Trusted) -> None:

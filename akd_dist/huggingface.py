@@ -31,11 +31,13 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _LEFT_OUT = {
     "architectures",
     "attn_implementation",
+    "attribute_map",
     "auto_map",
     "dtype",
     "experts_implementation",
     "fusion_config",
     "id2label",
+    "kernel_config",
     "label2id",
     "name_or_path",
     "num_labels",
@@ -43,6 +45,7 @@ _LEFT_OUT = {
     "torch_dtype",
     "transformers_version",
     "transformers_weights",
+    "use_kernels",
 }
 _BY_DATA = ("num_labels", "problem_type")
 

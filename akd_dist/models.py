@@ -39,7 +39,7 @@ from akd_dist.factories import call_factory, source_sha256
 from akd_dist.outputs import EXPECTED, NoLogitsError, logits_of
 from akd_dist.rows import Rows
 from akd_dist.storage.errors import DamagedError, RefusedError
-from akd_dist.storage.files import canonical_json, parse_json, replace, sha256
+from akd_dist.storage.files import canonical_json, mistakes, parse_json, replace, sha256
 from akd_dist.storage.objects import ObjectMissing, open_root
 from akd_dist.text import Tokens
 from akd_dist.trusted import Trusted
@@ -621,7 +621,7 @@ def _read(uri: str | Path, trusted: Trusted) -> tuple[ModelCard, bytes, bool]:
             next="copy it to this machine",
         )
     try:
-        weights, document = root.get(WEIGHTS), root.get(huggingface.CONFIG if foreign else CARD)
+        weights, document = root.get(WEIGHTS), root.document(huggingface.CONFIG if foreign else CARD)
     except ObjectMissing as error:
         raise RefusedError(
             f"{uri} is not a model folder",
@@ -681,7 +681,7 @@ def _parse(document: bytes, uri: str | Path) -> ModelCard:
     except ValueError as error:  # of json and of pydantic
         raise DamagedError(
             f"the model card {uri}/{CARD} cannot be read",
-            got=str(error),
+            got=mistakes(error),
             expected=f"a {CARD} as akd-dist writes it",
             next="copy the folder again, or train the model again",
         ) from error

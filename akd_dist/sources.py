@@ -572,7 +572,7 @@ class _Custom:
         What else it imports or reads is not looked at.
         """
         file = source_of(self.spec, self.SIGNATURE)
-        files, folders = named(placed(self.spec.arguments, self.spec.trusted.folder))
+        files, folders = named(placed(self.spec.arguments, self.spec.trusted.place))
         key = {**self.spec.model_dump(mode="json"), "files": _stats([*([file] if file else []), *files])}
         return key | ({"folders": [listing(folder) for folder in folders]} if folders else {})
 

@@ -25,7 +25,9 @@ class Trusted(BaseModel):
     factories: tuple[str, ...] = ()
     """What the user's recipe names, as `module:function`: allowed where the module lies in `folder`."""
     folder: str | None = None
-    """The recipe's folder: modules are looked for there after all that is installed."""
+    """The folder of the user's recipe: modules are looked for there after all that is installed."""
+    elsewhere: str | None = None
+    """The folder that a run or a store names: of its modules, only those that the user lists may be imported."""
     modules: tuple[str, ...] = ()
     """Modules that the user lists: they and all that lies below them, wherever Python finds them."""
     named_by: str = "a document"
@@ -38,7 +40,12 @@ class Trusted(BaseModel):
             named_by: who names it, for messages.
             folder: where listed modules may lie as well, if the user's recipe has no folder of its own.
         """
-        return self.model_copy(update={"named_by": named_by, "folder": self.folder or folder})
+        return self.model_copy(update={"named_by": named_by, "elsewhere": folder})
+
+    @property
+    def place(self) -> str | None:
+        """The folder that relative paths in arguments start from."""
+        return self.folder or self.elsewhere
 
     def lists(self, module: str) -> bool:
         """Whether the user lists a module, or a package above it."""

@@ -9,10 +9,11 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -93,7 +94,9 @@ def connect(
         _check_answers(address)
         passed_on = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
         options |= {"address": address, "runtime_env": {"env_vars": _ENVIRONMENT | passed_on}}
-    failure = _init(options)
+    job = ray.job_config.JobConfig()
+    job._py_driver_sys_path = _DriversPath()
+    failure = _init(options | {"job_config": job})
     if failure is not None:
         reason = failure.__cause__ or failure  # Ray's own wrapper says only that it failed
         lines = [line for line in str(reason).strip().splitlines() if line]
@@ -108,6 +111,18 @@ def connect(
             else f"see whether memory or disk ran out, and Ray's logs in {logs} (RAY_TMPDIR moves them); "
             "or pass --address of a cluster that runs",
         ) from failure
+
+
+class _DriversPath(list[str]):
+    """Folders that workers look for modules in, besides those of their Python.
+
+    Ray adds the driver's working directory, and has workers look there first: whatever lies in it under the name of a
+    module that a library looks for would run. It stays away, unless this process itself looks there.
+    """
+
+    def extend(self, folders: Iterable[str]) -> None:
+        looked_in = {os.path.realpath(place or os.curdir) for place in sys.path}
+        super().extend(folder for folder in folders if os.path.realpath(folder) in looked_in)
 
 
 def _home_has_token() -> bool:

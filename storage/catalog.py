@@ -173,7 +173,7 @@ def receipts_of(root_uri: str, store_id: str) -> list[Receipt]:
     found = []
     for key in store.list(RECEIPTS):
         with contextlib.suppress(ObjectMissing, AkdError):
-            receipt = Receipt.from_bytes(store.get(key), store.path_of(key))
+            receipt = Receipt.from_bytes(store.document(key), store.path_of(key))
             if receipt.checksum is None or receipt.is_intact:
                 found.append(receipt)
     return found
@@ -320,7 +320,7 @@ def warn(name: str, error: AkdError) -> None:
 
 def _creation(root: ObjectRoot, store_id: str) -> Creation:
     key = f"{store_id}/{CREATION_KEY}"
-    return Creation.from_bytes(root.get(key), root.path_of(key))
+    return Creation.from_bytes(root.document(key), root.path_of(key))
 
 
 def _identity(root: ObjectRoot, store_id: str) -> Identity | None:
@@ -345,7 +345,7 @@ def _sealed_alike(root: ObjectRoot, identity: Identity, *but_for: str) -> Iterat
 def _hint(root: ObjectRoot, store_id: str) -> dict[str, Any]:
     """How a store was asked for; nothing where there is no hint, or none of its shape."""
     try:
-        hint = parse_json(root.get(f"{store_id}/{SOURCE_KEY}"))
+        hint = parse_json(root.document(f"{store_id}/{SOURCE_KEY}"))
         canonical_json(hint)  # which refuses what could not be shown either
     except (ObjectMissing, MachineError, ValueError, RecursionError):
         return {}

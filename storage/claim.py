@@ -105,7 +105,7 @@ def holder_of(root_uri: str, store_id: str) -> Holder | None:
     """
     root, key = open_root(root_uri), f"{store_id}{CLAIM_SUFFIX}"
     try:
-        holder = _parse(root.get(key)) or _UNREAD
+        holder = _parse(root.document(key)) or _UNREAD
     except ObjectMissing:
         return None
     path = root.local_path(key)

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+LONGEST = 20_000
+"""Characters of the longest text that is shown of anything: some are taken from documents that somebody else wrote."""
+LONGEST_LINE = 1_000
+"""Characters of the longest line in a list."""
+
 
 class AkdError(Exception):
     """A refusal with an exit code; never shown as a traceback.
@@ -23,10 +28,10 @@ class AkdError(Exception):
 
     def __init__(self, what: str, *, got: object = None, expected: object = None, next: str | None = None) -> None:
         super().__init__(what)
-        self.what = what
-        self.got = None if got is None else str(got)
-        self.expected = None if expected is None else str(expected)
-        self.next = next
+        self.what = _cut(what)
+        self.got = None if got is None else _cut(str(got))
+        self.expected = None if expected is None else _cut(str(expected))
+        self.next = None if next is None else _cut(next)
 
     def __str__(self) -> str:
         labelled = (("got", self.got), ("expected", self.expected), ("next", self.next))
@@ -36,7 +41,7 @@ class AkdError(Exception):
     def line(self) -> str:
         """What is wrong and what was got, on one line: for a list in which the other entries are well."""
         told = f"{self.what}: {self.got}" if self.got else self.what
-        return "; ".join(line.strip() for line in told.splitlines())
+        return _cut("; ".join(line.strip() for line in told.splitlines()), LONGEST_LINE)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.what, self.got, self.expected, self.next))
@@ -50,6 +55,13 @@ class AkdError(Exception):
             "expected": self.expected,
             "next": self.next,
         }
+
+
+def _cut(text: str, most: int = LONGEST) -> str:
+    """A text without its middle, where it is longer than anybody reads."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]} [... {len(text) - most:,} characters ...] {text[-most // 2 :]}"
 
 
 def _rebuild(cls: type[AkdError], what: str, got: str | None, expected: str | None, next_step: str | None) -> AkdError:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from akd_dist.storage.errors import HeldError, MachineError, RecipeError
 
 # Names of files in the making. Readers skip them, `stores gc` removes those whose writer died.
@@ -243,6 +245,17 @@ def parse_json(data: bytes | str) -> Any:
         return json.loads(data, object_pairs_hook=_each_key_once)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def mistakes(error: ValueError, most: int = 3) -> str:
+    """What is wrong with a document, in a line: the first fields that pydantic names, or what JSON says."""
+    if not isinstance(error, ValidationError):
+        return str(error).partition("\n")[0]
+    named = error.errors(include_url=False, include_context=False, include_input=False)
+    more = [f"and {len(named) - most:,} more"] if len(named) > most else []
+    return "; ".join(
+        [*(f"{'.'.join(map(str, one['loc'])) or 'the document'}: {one['msg']}" for one in named[:most]), *more]
+    )
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

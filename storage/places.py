@@ -66,9 +66,9 @@ def found(place: str, folder: str | Path) -> str:
     if "://" in place or "://" in here or os.path.isabs(place):
         return place
     parent, parts = Path(os.path.realpath(here)), Path(place).parts
-    while parts[:1] == ("..",):
-        parent, parts = parent.parent, parts[1:]
-    return str(parent.joinpath(*parts))
+    up = next((number for number, part in enumerate(parts) if part != ".."), len(parts))
+    above = [parent, *parent.parents]
+    return str(above[min(up, len(above) - 1)].joinpath(*parts[up:]))
 
 
 def each(document: Any, change: Callable[[str], str]) -> Any:

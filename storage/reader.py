@@ -173,7 +173,7 @@ class LogitStore:
         problems = []
         for key in metadata(self.manifest.identity):
             try:
-                digest = sha256(self._objects.get(key))
+                digest = sha256(self._objects.document(key))
             except ObjectMissing:
                 problems.append((key, _missing(self._objects, key)))
                 continue
@@ -184,7 +184,7 @@ class LogitStore:
 
     def _creation_damage(self) -> list[Damage]:
         try:
-            data = open_root(self.uri).get(CREATION_KEY)
+            data = open_root(self.uri).document(CREATION_KEY)
         except ObjectMissing:
             return [Damage(CREATION_KEY, "is missing")]
         same = data == self.manifest.creation().to_bytes()
@@ -208,7 +208,7 @@ def read_manifest(uri: str) -> Manifest:
     """The manifest of a sealed store, checked in itself; refusals as in `open_store`."""
     root = open_root(uri)
     try:
-        data = root.get(MANIFEST_KEY)
+        data = root.document(MANIFEST_KEY)
     except ObjectMissing:
         raise _not_sealed(root) from None
     try:

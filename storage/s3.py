@@ -26,7 +26,7 @@ from obstore.store import S3Store
 
 from akd_dist.storage.errors import MachineError, RecipeError
 from akd_dist.storage.files import PARTIAL_SUFFIX
-from akd_dist.storage.objects import Keys, ObjectMissing, ObjectRoot, Stat, storage_error
+from akd_dist.storage.objects import Keys, ObjectMissing, ObjectRoot, Stat, storage_error, too_large
 
 if TYPE_CHECKING:
     from obstore import ListResult, ObjectMeta
@@ -67,22 +67,25 @@ class S3Root(ObjectRoot):
         path = self._path(key)
         self._ask("write", key, lambda store: obstore.put(store, path, data, use_multipart=False), body=len(data))
 
-    def get(self, key: str) -> bytes:
-        return self.get_tagged(key)[0]
+    def get(self, key: str, most: int | None = None) -> bytes:
+        return self.get_tagged(key, most)[0]
 
-    def get_tagged(self, key: str) -> tuple[bytes, str]:
-        """The whole object and its entity tag; ObjectMissing if there is none."""
+    def get_tagged(self, key: str, most: int | None = None) -> tuple[bytes, str]:
+        """The whole object and its entity tag; `most` and errors as for `get`."""
 
         path = self._path(key)
 
         def read(store: S3Store) -> tuple[bytes, ObjectMeta]:
             answer = obstore.get(store, path)
-            return bytes(answer.bytes()), answer.meta
+            fits = most is None or answer.meta["size"] <= most
+            return bytes(answer.bytes()) if fits else b"", answer.meta
 
         try:
             data, meta = self._ask("read", key, read, *_MISSING)
         except _MISSING:
             raise ObjectMissing(key) from None
+        if most is not None and meta["size"] > most:
+            raise too_large(self.path_of(key), meta["size"], most)
         if len(data) != meta["size"]:
             raise storage_error("read", self.path_of(key), f"{len(data)} of {meta['size']} bytes came")
         return data, meta["e_tag"] or ""

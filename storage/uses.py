@@ -17,6 +17,9 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import StringConstraints
 
 from akd_dist.storage.claim import holder_of
 from akd_dist.storage.errors import AkdError, RefusedError
@@ -39,19 +42,22 @@ _PATIENCE_SECONDS = 5.0
 log = logging.getLogger("akd_dist.storage")
 
 
+Text = Annotated[str, StringConstraints(max_length=4096)]
+
+
 class Use(Document):
     """A run that used a store on some day."""
 
-    run: str
+    run: Text
     """The run's folder, or the folder of a model that was trained from the store: in the record relative to the store.
     """
-    host: str
-    user: str | None
+    host: Text
+    user: Text | None
     time: str
     """When the run began to use it, the first time on that day: ISO 8601, UTC."""
     command: str
     """The command line."""
-    lock: str | None
+    lock: Text | None
     """A file that the run holds locked while it lives, in the record relative to the store; None where there is none.
     """
 
@@ -112,7 +118,7 @@ def uses_of(store: ObjectRoot) -> list[Use]:
     uses = []
     for key in store.list(USES):
         with contextlib.suppress(ObjectMissing, AkdError):
-            use = Use.from_bytes(store.get(key), store.path_of(key))
+            use = Use.from_bytes(store.document(key), store.path_of(key))
             lock = None if use.lock is None else found(use.lock, store.uri)
             uses.append(use.model_copy(update={"run": found(use.run, store.uri), "lock": lock}))
     return sorted(uses, key=lambda use: use.at, reverse=True)

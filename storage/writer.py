@@ -303,7 +303,7 @@ def _put_same(store: ObjectRoot, key: str, data: bytes) -> None:
 def _get_whatever(store: ObjectRoot, key: str) -> bytes:
     """What is in the place of an object: nothing, if it is a folder or a pipe."""
     try:
-        return store.get(key)
+        return store.document(key)
     except ObjectMissing:
         return b""
 
@@ -335,7 +335,7 @@ def _read_receipt(writer: StoreWriter, shard: Shard) -> Receipt | None:
 def _intact_receipt(store: ObjectRoot, key: str) -> Receipt | None:
     """A receipt that is what was written; None for any other, one of before checksums included."""
     try:
-        receipt = Receipt.from_bytes(store.get(key), store.path_of(key))
+        receipt = Receipt.from_bytes(store.document(key), store.path_of(key))
     except (ObjectMissing, DamagedError, RefusedError):
         return None
     return receipt if receipt.is_intact else None

@@ -21,6 +21,7 @@ import pytest
 from rich.console import Console
 
 from akd_dist.documents import CohortProgress, StudentProgress
+from akd_dist.fleet_report import read_fleet
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
 from akd_dist.jobs.cluster import StopFlag, ray
@@ -145,7 +146,7 @@ def test_a_fleet_on_ray_has_the_bytes_of_the_plain_loop(home: Home, trained: tup
 def test_what_a_run_leaves(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
     root, fleet = trained
     run = root / "runs" / "fleet"
-    assert json.loads((run / "fleet.json").read_bytes()) == fleet
+    assert read_fleet(run) == fleet
     page = (run / "report.html").read_text()
     assert "<svg" in page
     assert "Who is right" in page  # from every student's test.parquet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import pkgutil
@@ -209,6 +210,33 @@ def test_a_run_is_not_the_users_word_and_a_recipe_file_is(tmp_path: Path) -> Non
     assert found["split"] == "test"
 
 
+def test_the_folder_of_a_foreign_run_gives_the_module_that_is_trusted_and_no_other(tmp_path: Path) -> None:
+    """Libraries look for modules that may be missing here, such as triton: those of the folder would run."""
+    theirs, mine = tmp_path / "theirs", tmp_path / "mine"
+    for name in ("foreign_listed", "foreign_optional"):
+        a_module(theirs, name)
+    a_module(mine, "foreign_installed")
+    sys.path.append(str(mine))
+    try:
+        for name in ("foreign_listed", "foreign_installed"):
+            trusted = Trusted(modules=(name,)).seen_from("the run", str(theirs))
+            import_factory(a_factory(f"{name}:net", trusted), "()")
+        assert str(theirs) not in sys.path
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("foreign_optional")
+        assert ran(tmp_path) == [mine / "foreign_installed.py.ran", theirs / "foreign_listed.py.ran"]
+    finally:
+        sys.path.remove(str(mine))
+
+
+def test_what_a_recipe_without_a_folder_names_is_not_taken_from_a_foreign_run(tmp_path: Path) -> None:
+    a_module(tmp_path, "foreign_beside")
+    said = Trusted(factories=("foreign_beside:net",)).seen_from("the run", str(tmp_path))
+    with pytest.raises(RefusedError, match="cannot be imported"):
+        import_factory(a_factory("foreign_beside:net", said), "()")
+    assert not ran(tmp_path)
+
+
 def test_a_runs_own_data_are_not_read_by_its_code(tmp_path: Path) -> None:
     code = "import pyarrow as pa\nTABLE = pa.table({'input': [[1.0] * 4] * 20, 'label': [0, 1] * 10})\n"
     code += "def rows():\n    return TABLE\n"
@@ -331,6 +359,23 @@ def test_sizes_that_no_model_has_are_refused_with_their_field(
     with pytest.raises(DamagedError, match=field) as damaged:
         load_model(forged(tmp_path / "folder", **changes))
     assert len(str(damaged.value)) < 3_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"class_names": list(range(10**5))}, {"format": "a" * 10**6}, {f"key{number}": 0 for number in range(10**4)}],
+    ids=["a wrong name for each class", "a long value", "many keys"],
+)
+def test_what_is_told_of_a_card_is_short(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DamagedError, match="cannot be read") as damaged:
+        load_model(forged(tmp_path / "folder", **changes))
+    assert len(str(damaged.value)) < 25_000
+
+
+def test_a_model_of_single_numbers_is_refused(tmp_path: Path) -> None:
+    folder = forged(tmp_path / "folder", input_shape=[], model=recipe.Mlp(hidden=4).model_dump(mode="json"))
+    with pytest.raises(RefusedError, match="does not fit the inputs"):
+        load_model(folder)
 
 
 BEYOND_MEMORY: list[dict[str, Any]] = [

@@ -487,6 +487,7 @@ HOSTILE: list[dict[str, Any]] = [
     {"_attn_implementation": "someone/kernels"},
     {"attn_implementation": "someone/kernels"},
     {"auto_map": {"AutoModelForSequenceClassification": "theirs.Model"}},
+    {"attribute_map": {"alias": "_attn_implementation_internal"}, "alias": "someone/kernels"},
     {"nested": {"_attn_implementation": "someone/kernels"}},
 ]
 
@@ -499,7 +500,8 @@ def test_code_that_a_configuration_names_is_left_out(tuned: Path, tmp_path: Path
     (folder / "theirs.py").write_text("raise SystemExit('executed')")
     loaded = load_model(folder)
     assert state_bytes(loaded) == state_bytes(load_model(tuned))
-    assert "kernels" not in load_card(folder).model_dump_json()
+    said = load_card(folder).model_dump_json()
+    assert not [key for key in ("attn_implementation", "auto_map", "attribute_map") if f'{key}"' in said]
 
 
 @pytest.mark.parametrize("keys", HOSTILE, ids=lambda keys: next(iter(keys)))

@@ -122,3 +122,35 @@ def test_a_ray_that_never_answers_is_given_up_and_what_it_started_is_ended(uncon
         for process in (*started, theirs):
             process.kill()
             process.wait()
+
+
+LOOKING = """
+import sys
+sys.path[:] = [place for place in sys.path if place]  # as where a console script is run
+from akd_dist.jobs import cluster
+cluster.connect(num_cpus=1)
+try:
+    print(cluster.ray.get(cluster.ray.remote(lambda: __import__("sys").path).remote()))
+finally:
+    cluster.shut_down()
+"""
+
+
+def test_workers_do_not_look_for_modules_in_the_working_directory(tmp_path: Path) -> None:
+    """Ray would have them look there first, and libraries look for modules that may be missing, such as triton."""
+    told = subprocess.run(
+        [sys.executable, "-c", LOOKING], capture_output=True, text=True, check=False, timeout=200, cwd=tmp_path
+    )
+    assert told.returncode == 0, told.stderr
+    assert "site-packages" in told.stdout
+    assert str(tmp_path) not in told.stdout
+
+
+def test_workers_look_where_the_driver_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for place, looked_in in ((str(tmp_path), True), ("", True), (None, False)):
+        monkeypatch.chdir(tmp_path)
+        path = [one for one in sys.path if one not in ("", str(tmp_path))]
+        monkeypatch.setattr(sys, "path", path if place is None else [place, *path])
+        folders = cluster._DriversPath()
+        folders.extend([str(tmp_path)])
+        assert folders == ([str(tmp_path)] if looked_in else [])

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from akd_dist.storage import catalog, removal
+from akd_dist.storage import catalog, places, removal
 from akd_dist.storage.claim import claim_store, holder_of
 from akd_dist.storage.errors import AkdError, DamagedError, MachineError, RefusedError
 from akd_dist.storage.files import canonical_json, parse_json, sha256
@@ -225,6 +225,24 @@ def test_a_wider_store_that_is_bad_is_passed_over_with_a_line(tmp_path: Path, ca
     found = catalog.find_store(str(tmp_path), stores.identity())
     assert found is not None
     assert found.id == whole.id
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "creation.json", "source.json"])
+def test_a_document_that_fills_the_memory_is_not_read(name: str, tmp_path: Path) -> None:
+    root, good = tmp_path / "stores", tmp_path / "good"
+    bad, fine = stores.build(root), stores.build(good)
+    shutil.copytree(good / fine.id, root / ("0" * 64))
+    with open(root / bad.id / name, "r+b" if (root / bad.id / name).exists() else "wb") as file:
+        file.truncate(1 << 40)  # sparse
+    found = {one.id: one for one in catalog.list_stores(str(root))}
+    assert found[bad.id].problem or name != "creation.json"
+    if name == "manifest.json":
+        assert "bytes" in catalog.verify_store(str(root), bad.id)[0].problem
+
+
+def test_a_record_that_leads_far_up_is_read_at_once(tmp_path: Path) -> None:
+    assert places.found("../" * 10**6 + "x", tmp_path) == "/x"
+    assert places.found("../" * 2 + "x", "/a/b/c") == "/a/x"
 
 
 def test_deep_json_is_no_json() -> None:

@@ -135,7 +135,14 @@ def _as_refusal(error: BaseException, arguments: list[str]) -> AkdError:
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EROFS):
             from akd_dist.storage.files import write_error
 
-            return write_error(error, Path(error.filename or tempfile.gettempdir()), 1)
+            if error.filename is not None:
+                return write_error(error, Path(error.filename), 1)
+            return MachineError(
+                "there is no room to write to",
+                got=error.strerror,
+                expected=f"some where the output of this command goes, and in {tempfile.gettempdir()}",
+                next="free some space, or let the output go elsewhere",
+            )
         case FileNotFoundError(strerror=str(reason)) if reason.startswith("No usable temporary directory"):
             return MachineError(
                 "there is no folder for temporary files",
