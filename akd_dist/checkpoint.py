@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from akd_dist.storage.errors import DamagedError
 from akd_dist.storage.fence import Writer
-from akd_dist.storage.files import failpoint, parse_json, sha256
+from akd_dist.storage.files import MAX_DOCUMENT, failpoint, parse_json, sha256
 
 MAGIC = b"AKDCKPT1"
 _HEAD = len(MAGIC) + 64
@@ -85,10 +85,13 @@ def glance(path: Path) -> dict[str, Any]:
     Only the head of the file is read. Empty where it cannot be.
     """
     try:
-        with path.open("rb") as file:
+        with open(
+            os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb"
+        ) as file:  # a pipe would be waited for
             file.seek(_HEAD)
             length = int.from_bytes(file.read(8), "little")
-            header = parse_json(file.read(length) if length <= os.fstat(file.fileno()).st_size else b"")
+            size = min(os.fstat(file.fileno()).st_size, MAX_DOCUMENT)
+            header = parse_json(file.read(length) if length <= size else b"")
         pairs = json.loads(header["__metadata__"]["tree"])["dict"]
         return {key: value for key, value in pairs if not isinstance(value, dict | list)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

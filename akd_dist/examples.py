@@ -58,10 +58,11 @@ class Asked:
     def trusted(self) -> Trusted:
         """Whose code may run: what a recipe file says, where the user names one, and the modules that they trust.
 
-        The recipe in a run's folder is not the user's word: the run may come from anywhere.
+        The recipe in a run's folder is not the user's word, named as a file or not: the run may come from anywhere.
         """
-        own = Trusted()
-        if "://" not in self.data and Path(self.data).suffix in RECIPES:
+        own, path = Trusted(), Path(self.data)
+        of_run = (path.parent / "identity.json").exists()
+        if "://" not in self.data and path.suffix in RECIPES and not of_run:
             own = recipe.load_recipe(self.data).own().trusted
         return own.model_copy(update={"modules": (*own.modules, *self.trust)})
 

@@ -11,7 +11,7 @@ import importlib.util
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -162,12 +162,7 @@ def _check_own(name: str, module: str, trusted: Trusted) -> None:
         )
     places = _places(found)
     own = bool(places) and all(_in_folder(place, trusted.folder) for place in places)
-    inner = Path(trusted.folder or "", *module.split("."))
-    led_out = [  # by a link below a package of the folder
-        str(place)
-        for place in (inner, inner.with_suffix(".py"))
-        if own and place.exists() and not _in_folder(str(place), trusted.folder)
-    ]
+    led_out = [place for place in _on_the_way(trusted.folder, module) if own and not _in_folder(place, trusted.folder)]
     if own and not led_out:
         return
     where = [*led_out, *places, "akd-dist" if top == "akd_dist" else "Python itself"][0]
@@ -206,6 +201,17 @@ def _places(found: ModuleSpec | None) -> list[str]:
 def _shipped(top: str) -> bool:
     """Whether a name belongs to Python or to akd-dist, wherever that is found: a checkout may be a recipe's folder."""
     return top in sys.stdlib_module_names or top in sys.builtin_module_names or top in ("akd_dist", "__main__")
+
+
+def _on_the_way(folder: str | None, module: str) -> Iterator[str]:
+    """The files and folders of a recipe's folder that a module may be read from: its own, and those of its packages."""
+    above = Path(folder or "")
+    for part in module.split("."):
+        for place in above.glob(f"{part}*"):
+            if place.name.partition(".")[0] == part:
+                yield str(place)
+        above /= part
+        yield from map(str, above.glob("__init__.*"))
 
 
 def _in_folder(place: str, folder: str | None) -> bool:

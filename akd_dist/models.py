@@ -625,8 +625,8 @@ def _read(uri: str | Path, trusted: Trusted) -> tuple[ModelCard, bytes, bool]:
     except ObjectMissing as error:
         raise RefusedError(
             f"{uri} is not a model folder",
-            got=f"no {error.args[0]}",
-            expected=f"{WEIGHTS} and {CARD}",
+            got=f"no {error.args[0]}" if "://" in str(uri) or Path(uri).exists() else "nothing there",
+            expected=f"a folder with {WEIGHTS} and {CARD}",
             next="name a student's folder (runs/<name>/students/<student>), or let the recipe train the teacher",
         ) from error
     if _is_pickle(weights):

@@ -75,7 +75,9 @@ class Problem:
     expected: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f" (expected {self.expected})" if self.expected else "")
+        said = [f"got {self.got}"] if self.got and self.got not in self.what else []
+        said += [f"expected {self.expected}"] if self.expected else []
+        return f"{self.where}: {self.what}" + (f" ({', '.join(said)})" if said else "")
 
 
 def _recipe_error(name: str, problems: list[Problem]) -> RecipeError:
@@ -524,7 +526,8 @@ def _problem(details: ErrorDetails, document: Document) -> Problem:
         case "too_short":
             return Problem(where, f"{key} is too short", got, f"at least {context['min_length']} in the list")
         case "value_error":
-            return Problem(where, f"{key} is not right", got, details["msg"].removeprefix("Value error, "))
+            reason = details["msg"].removeprefix("Value error, ")
+            return Problem(where, f"{key} is not right: {reason}", got)
         case "model_type" | "model_attributes_type" | "dict_type":
             return Problem(where, f"{key} cannot be {got}", got, "a mapping")
         case _:

@@ -28,6 +28,8 @@ from akd_dist.wording import counted
 
 log = logging.getLogger(__name__)
 
+_SEVERAL = 8  # rows, to see that a model gives logits for each of more than two
+
 _REMEDIES: tuple[tuple[recipe.LastBatch, str], ...] = (
     ("merge", "merge (its rows join the batch before)"),
     ("drop", "drop (they are left out)"),
@@ -114,11 +116,37 @@ def _try_batches(module: nn.Module, card: ModelCard, rows: Rows, whose: str, tra
     two = _refusal(module, card, rows, 2)
     if two is not None and ((usual := first // workers) <= 2 or _refusal(module, card, rows, usual) is not None):
         raise two
+    if isinstance(card.model, recipe.Custom):
+        if (refused := _refusal(module, card, rows, max(2, min(_SEVERAL, first // workers)))) is not None:
+            raise refused
+        _check_trainable(module, card, rows)
     for size in {first, last}:
         for share in _few(size, workers, together):
             seen = share if share or has_batch_norm(module) else 1  # a worker without rows is shown a spare one
             if (refused := _refusal(module, card, rows, seen)) is not None:
                 raise _too_few(card, rows, whose, training, size, share, refused)
+
+
+def _check_trainable(module: nn.Module, card: ModelCard, rows: Rows) -> None:
+    """Refuse code of the user's own that gives a loss nothing to improve, or no loss at all."""
+    logits = module(_some(rows, 2))
+    problem = None
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        problem = "no parameter that requires a gradient", "return a module with weights, not all of them frozen"
+    elif not logits.requires_grad:
+        problem = "logits that are cut off from the weights", "leave out detach() and torch.no_grad() in `forward`"
+    elif not bool(torch.isfinite(logits).all()):
+        problem = (
+            "logits that are not finite, of two rows and fresh weights",
+            "see how the weights are initialised",
+        )
+    if problem is not None:
+        raise RefusedError(
+            f"the model {card.model.label} cannot be trained",
+            got=problem[0],
+            expected="weights that a gradient reaches, and a finite loss",
+            next=problem[1],
+        )
 
 
 def _few(size: int, workers: int, together: bool) -> set[int]:

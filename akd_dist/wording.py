@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from akd_dist.storage.errors import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -151,7 +153,11 @@ def house_table(title: str | None = None, caption: Text | None = None) -> Table:
     from rich import box
     from rich.table import Table
 
-    return Table(
+    class HouseTable(Table):
+        def add_row(self, *cells: Any, **style: Any) -> None:
+            super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **style)
+
+    return HouseTable(
         title=title,
         title_justify="left",
         title_style="bold",

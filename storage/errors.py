@@ -6,7 +6,11 @@ and its exit code, and a Ray task may raise one (they pickle).
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
+
+# All but line feeds and tabs, of both sets.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 LONGEST = 20_000
 """Characters of the longest text that is shown of anything: some are taken from documents that somebody else wrote."""
@@ -57,11 +61,16 @@ class AkdError(Exception):
         }
 
 
+def printable(text: str) -> str:
+    """A text whose control characters are written as escapes: from a foreign document, a terminal would obey them."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def _cut(text: str, most: int = LONGEST) -> str:
     """A text without its middle, where it is longer than anybody reads."""
     if len(text) <= most:
-        return text
-    return f"{text[: most // 2]} [... {len(text) - most:,} characters ...] {text[-most // 2 :]}"
+        return printable(text)
+    return printable(f"{text[: most // 2]} [... {len(text) - most:,} characters ...] {text[-most // 2 :]}")
 
 
 def _rebuild(cls: type[AkdError], what: str, got: str | None, expected: str | None, next_step: str | None) -> AkdError:

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from akd_dist.storage.errors import HeldError, MachineError, RecipeError
 
 # Names of files in the making. Readers skip them, `stores gc` removes those whose writer died.
@@ -249,6 +247,8 @@ def parse_json(data: bytes | str) -> Any:
 
 def mistakes(error: ValueError, most: int = 3) -> str:
     """What is wrong with a document, in a line: the first fields that pydantic names, or what JSON says."""
+    from pydantic import ValidationError  # here, so that `--help` does not wait for it
+
     if not isinstance(error, ValidationError):
         return str(error).partition("\n")[0]
     named = error.errors(include_url=False, include_context=False, include_input=False)

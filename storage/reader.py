@@ -35,7 +35,7 @@ class LogitStore:
     """A sealed store, open for reading; made by `open_store`."""
 
     uri: str
-    manifest: Manifest
+    manifest: Manifest = field(repr=False)
     # The shard read last: rows are mostly asked for in order.
     _last: dict[Shard, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 

@@ -20,9 +20,11 @@ from typing import Any, NoReturn
 import click
 import jsonschema
 import pytest
+from rich.console import Console
 
 import akd_dist
 from akd_dist import cli
+from akd_dist.cli.show import table_of
 from akd_dist.documents import (
     CacheDocument,
     CompareDocument,
@@ -843,3 +845,17 @@ def test_no_table_is_cut(width: int | None, tmp_path: Path, monkeypatch: pytest.
         r"[^a-z-]", "", "".join(line[: len(line) // 2] if width == 80 else line for line in table.splitlines())
     )
     assert width == 40 or all(name in letters for name in names)
+
+
+def test_a_terminal_obeys_no_foreign_document() -> None:
+    hostile = "\x1b]0;owned\x07\x9b2J\r plain\n\ttext é"
+    error = AkdError(hostile, got=hostile)
+    for told in (str(error), error.line, error.what):
+        assert not set(told) & {"\x1b", "\x07", "\x9b", "\r"}
+        assert "\\x1b]0;owned" in told
+        assert "text é" in told
+    table = table_of("name")
+    table.add_row(hostile)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    assert "\x1b" not in console.file.getvalue()  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ import importlib
 import json
 import pickle
 import pkgutil
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,23 @@ def test_a_run_is_not_the_users_word_and_a_recipe_file_is(tmp_path: Path) -> Non
         assert trusting["student"]["model"] == "net"
     found = evaluate(str(folder), Asked(str(tmp_path / "recipe.yaml")), Path(cache))
     assert found["split"] == "test"
+
+
+@pytest.mark.parametrize("link", ["linked/sub/__init__.py", "linked/mid", "linked/sub/leaf.py", "linked/__init__.py"])
+def test_no_link_on_the_way_to_a_module_leads_out_of_the_folder(link: str, tmp_path: Path) -> None:
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    for package in ("linked", "linked/sub", "linked/mid"):
+        for name in ("__init__", "leaf"):
+            a_module(mine / package, name)
+            a_module(theirs / package, name)
+    path = mine / link
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to(theirs / link)
+    module = "linked.mid.leaf" if "mid" in link else "linked.sub.leaf"
+    said = Trusted(factories=(f"{module}:net",), folder=str(mine))
+    with pytest.raises(RefusedError, match=r"is not (one of the recipe's own|the one in)"):
+        import_factory(a_factory(f"{module}:net", said), "()")
+    assert not ran(tmp_path)
 
 
 def test_the_folder_of_a_foreign_run_gives_the_module_that_is_trusted_and_no_other(tmp_path: Path) -> None:

@@ -35,10 +35,13 @@ class Net(nn.Module):
 
     def forward(self, x):
         z = self.layer(x.flatten(1))
+        if self.how == "frozen":
+            self.requires_grad_(False)
         if self.how == "moody" and not self.training:
             return z
         return {"dict": {"scores": z}, "moody": [], "none": None, "pair": (3, z), "ids": z.argmax(1),
-                "cube": z[:, None], "nan": z / 0 * 0, "large": z * 0 + 1e5, "one": z[:, 0], "fine": z}[self.how]
+                "cube": z[:, None], "nan": z / 0 * 0, "large": z * 0 + 1e5, "one": z[:, 0], "fine": z, "frozen": z,
+                "detached": z.detach(), "fewer": z if len(x) == 2 else z[:-1]}[self.how]
 
 def net(input_shape, classes, how="fine"):
     return Net(64, classes, how)
@@ -216,6 +219,10 @@ CASES: dict[str, tuple[tuple[str, ...], int, str, Callable[[Place], list[str]]]]
     "student: three dimensions": (STUDENTS, 4, "[2, 1, 10]", lambda _: custom("students.0", "cube")),
     "student: one dimension": (STUDENTS, 4, "one row of logits for each", lambda _: custom("students.0", "one")),
     "student: other when it trains": (STUDENTS, 4, "a list of nothing", lambda _: custom("students.0", "moody")),
+    "student: frozen": (STUDENTS, 4, "no parameter that requires", lambda _: custom("students.0", "frozen")),
+    "student: detached": (STUDENTS, 4, "cut off from the weights", lambda _: custom("students.0", "detached")),
+    "student: not finite": (STUDENTS, 4, "not finite, of two", lambda _: custom("students.0", "nan")),
+    "student: fewer rows": (STUDENTS, 4, "[7, 10] for 8 rows", lambda _: custom("students.0", "fewer")),
     "student: one row left": (STUDENTS, 4, "last_batch: merge", one_row_left),
     "student: one row of a worker": (
         STUDENTS,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from akd_dist.cli.options import DEFAULT_ROOTS
+from akd_dist.storage.errors import printable
 from akd_dist.wording import counted as counted
 from akd_dist.wording import size as size
 from akd_dist.wording import uncut
@@ -132,7 +133,7 @@ def print_facts(facts: dict[str, Any]) -> None:
     """Names and values below each other."""
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
-        click.echo(f"{name:<{width}}{in_words(value)}")
+        click.echo(f"{name:<{width}}{printable(in_words(value))}")
 
 
 def in_words(value: Any) -> str:

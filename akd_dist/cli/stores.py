@@ -41,7 +41,7 @@ from akd_dist.cli.show import (
     stdout_for_results,
     table_of,
 )
-from akd_dist.storage.errors import DamagedError, RecipeError
+from akd_dist.storage.errors import DamagedError, RecipeError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -143,7 +143,8 @@ def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json:
         print_facts(_facts(document, summary))
         for use in document.uses:
             who = use.host if use.user is None else f"{use.user}@{use.host}"
-            click.echo(f"used        {use.time[:16].replace('T', ' ')}  {short_path(use.run)}  {who}  {use.command}")
+            when = use.time[:16].replace("T", " ")
+            click.echo(printable(f"used        {when}  {short_path(use.run)}  {who}  {use.command}"))
 
 
 @stores.command("verify")

@@ -190,4 +190,5 @@ def _print_export(document: dict[str, Any]) -> None:
 
 def _data(document: dict[str, Any]) -> str:
     split = f"{document['split']} " if document["split"] else ""
-    return f"{document['rows']:,} {split}rows of {short_path(document['data'])}"
+    rows = "row" if document["rows"] == 1 else "rows"
+    return f"{document['rows']:,} {split}{rows} of {short_path(document['data'])}"
