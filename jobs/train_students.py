@@ -299,9 +299,9 @@ def train_in_process(
     base.attempt_file.touch()
     jobs = [cohort_job(base, group, assistant or {}) for group in groups_of(list(recipe.students))]
     splits.sources.begin()
-    results = {result["name"]: result for job in jobs for result in train_cohort(job)["students"]}
+    results = [result for job in jobs for result in train_cohort(job)["students"]]
     splits.sources.finish()
-    return results
+    return {result["name"]: result | {"path": str(Path(base.root) / result["name"])} for result in results}
 
 
 # ---- before anything starts

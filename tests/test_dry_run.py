@@ -237,7 +237,7 @@ def test_a_model_that_fails_in_the_probe_or_kills_it_is_unknown(
     splits = prepare(recipe.data, models / "cache")
     started = time.monotonic()
     found = measure_all(recipe, recipe.students, {"a": 610, "b": 650}, str(models / "cache"))
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 120  # a probe that waits for ever is given up after the test's own limit
     died = "its process ended with code -9: what a model prints is no answer"
     assert (died if deadly else "a mistake of the user's own") in caplog.text
     assert found["b"] is None
