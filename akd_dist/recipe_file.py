@@ -32,6 +32,7 @@ from akd_dist.storage.errors import RecipeError
 from akd_dist.storage.files import expanded
 
 KeyPath = tuple[str | int, ...]
+_NOT_RIGHT = " is not right"
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
@@ -75,6 +76,8 @@ class Problem:
     expected: str | None = None
 
     def __str__(self) -> str:
+        if self.what.endswith(_NOT_RIGHT):  # what is expected is a sentence of its own
+            return f"{self.where}: {self.what}: {self.expected}"
         said = [f"got {self.got}"] if self.got and self.got not in self.what else []
         said += [f"expected {self.expected}"] if self.expected else []
         return f"{self.where}: {self.what}" + (f" ({', '.join(said)})" if said else "")
@@ -526,8 +529,7 @@ def _problem(details: ErrorDetails, document: Document) -> Problem:
         case "too_short":
             return Problem(where, f"{key} is too short", got, f"at least {context['min_length']} in the list")
         case "value_error":
-            reason = details["msg"].removeprefix("Value error, ")
-            return Problem(where, f"{key} is not right: {reason}", got)
+            return Problem(where, f"{key}{_NOT_RIGHT}", got, details["msg"].removeprefix("Value error, "))
         case "model_type" | "model_attributes_type" | "dict_type":
             return Problem(where, f"{key} cannot be {got}", got, "a mapping")
         case _:

@@ -287,6 +287,8 @@ def test_a_dry_run_refuses_what_the_command_refuses(
             raise AssertionError("Ray was started before this was refused")
 
         monkeypatch.setattr(cluster, "connect", started)
+    else:  # other tests of this process may be connected to a Ray of theirs
+        monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     before = sorted(place.root.glob("store/**/*")) + sorted(place.root.glob("runs/**/*"))
     foreseen = place.run(command, *settings, "--dry-run")
     assert (foreseen[0], "Traceback" in foreseen[2]) == (code, False), foreseen[2]
