@@ -409,6 +409,7 @@ def test_wandb_loses_nothing_and_repeats_nothing_when_its_driver_is_killed(tmp_p
     while is_served(killed.pid):  # W&B's own process still writes what came to it
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    time.sleep(1.1)  # W&B names a session's folder by the second; no command starts again within one
     train(student, epochs + 1)
     forward(Wandb(tmp_path / "fleet"), student)
     lines, _, _ = wandb_history(tmp_path / "fleet", "one")
