@@ -27,7 +27,8 @@ BATCH = 128
 STEPS = "AKD_TEST_STEPS"
 # What a result says of where and when it was computed.
 ELSEWHERE = ("seconds", "path", "stage1_from", "attempt")
-# Imported by all of them, late; imported before the fork, they cost nothing.
+# Imported by all of them, late; imported before the fork, they cost nothing. There is one such server for all tests, so
+# whoever forks takes this context: the list of another one is not looked at once the server has started.
 PRELOADED = ["tests.survivors", "torchmetrics.functional", "torch._inductor", "sklearn.datasets"]
 
 FORKS = multiprocessing.get_context("forkserver")

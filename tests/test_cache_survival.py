@@ -5,7 +5,6 @@ Each kill is a SIGKILL of a process of its own, forked from one that has loaded 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from akd_dist.storage.reader import read_manifest
 from akd_dist.storage.writer import create_store, missing_shards, seal_store
 from akd_dist.teacher import cache_shard
 from tests.fleets import a_recipe, a_student
+from tests.survivors import FORKS
 
 SHARDS = 5
 # The creation document, two of metadata, a shard and a receipt each, the manifest; beside them, the hint.
@@ -95,9 +95,7 @@ def own_process_state() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def forks() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._inductor"])  # which deterministic algorithms import
-    return context
+    return FORKS
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from akd_dist.stream import Stream
 from akd_dist.student import DivergedError, Student
 from akd_dist.sync_batch_norm import synchronise_batch_norms
 from tests.fleets import ANNEALING, CONTINUATION, HARD, KD, TESTS
+from tests.survivors import FORKS
 
 BATCH = 32
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -370,10 +371,8 @@ def both(rank: int, folder: Path, queue: "multiprocessing.Queue[Any]") -> None:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of what two workers left."""
     folder = tmp_path_factory.mktemp("together")
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["tests.test_two_workers", "torchmetrics.functional", "torch._inductor"])
-    queue = forks.Queue()
-    workers = [forks.Process(target=both, args=(rank, folder, queue)) for rank in range(2)]
+    queue = FORKS.Queue()
+    workers = [FORKS.Process(target=both, args=(rank, folder, queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
