@@ -9,8 +9,8 @@ SHELL := /bin/bash
 .PHONY: help quickstart test test-slow test-browser test-gpu check clean
 
 # What trains and caches: on a GPU it has to hold as well.
-ON_GPU := gpu views stream device teacher student cohort shared_stage checkpoint survival chain cached_equals_online dry_run \
-	evaluation fleet_on_ray
+ON_GPU := distill models/test_device.py data/test_views.py serve/test_evaluation.py jobs/test_chain.py jobs/test_dry_run.py \
+	jobs/test_fleet_on_ray.py
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
@@ -32,12 +32,13 @@ test-browser: $(VENV)/.installed-dev  ## the report in a real chromium, where th
 	$(BIN)/python -m pytest -m browser
 
 test-gpu: $(VENV)/.installed-dev  ## the tests of training and caching on the GPU of this machine
-	AKD_DIST_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "not slow" $(ON_GPU:%=tests/test_%.py)
+	AKD_DIST_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "not slow" $(ON_GPU:%=tests/%)
 
-check: $(VENV)/.installed-dev  ## lint, format and types
+check: $(VENV)/.installed-dev  ## lint, format, types, and who imports whom
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-cache
 
 clean:  ## remove the environment and caches, never stores or runs
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

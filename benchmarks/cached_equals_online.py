@@ -26,20 +26,22 @@ import torch
 from torch import nn
 
 from akd_dist import recipe as recipes
-from akd_dist.cohort import CohortJob, open_stream
-from akd_dist.comparison import estimate
-from akd_dist.device import generator_states, set_generator_states, settle, weights_dtype
+from akd_dist.data.rows import Splits, prepare
+from akd_dist.data.views import view_of
+from akd_dist.distill.cohort import CohortJob, open_stream
+from akd_dist.distill.objectives import phi, temperature
+from akd_dist.distill.stream import BatchStream, epoch_order
+from akd_dist.distill.student import Student, evaluate, seeded_states
+from akd_dist.distill.teacher import teacher_logits
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.train_students import fleet_job
-from akd_dist.jobs.train_teacher import Place, ensure_teacher, run_in_process
-from akd_dist.models import ModelCard, build, load_model, save_model
-from akd_dist.objectives import phi, temperature
+from akd_dist.jobs.train_teacher import Workspace, ensure_teacher, run_in_process
+from akd_dist.models.build import build
+from akd_dist.models.card import ModelCard
+from akd_dist.models.device import generator_states, set_deterministic, set_generator_states, weights_dtype
+from akd_dist.models.folder import load_model, save_model
 from akd_dist.recipe import Recipe
-from akd_dist.rows import Splits, prepare
-from akd_dist.stream import Stream, epoch_order
-from akd_dist.student import Student, evaluate, seeded_states
-from akd_dist.teacher import teacher_logits
-from akd_dist.views import view_of
+from akd_dist.reporting.comparison import estimate
 
 MODULE = Path(__file__).stem
 SGD = {"kind": "sgd", "lr": 0.02, "weight_decay": 1e-4, "schedule": {"kind": "linear"}}
@@ -217,7 +219,7 @@ def plain_optimizer(module: nn.Module, spec: recipes.Optimizer) -> torch.optim.O
     )
 
 
-def cached(job: CohortJob, splits: Splits, stream: Stream) -> Trace:
+def cached(job: CohortJob, splits: Splits, stream: BatchStream) -> Trace:
     """The job's first student from the store, as a worker trains it; every step's loss is kept."""
     spec = job.students[0]
     card = ModelCard.of(spec.model, splits.train, job.data.normalize)
@@ -245,7 +247,7 @@ def both(recipe: Recipe, folder: Path, *, padded: bool) -> tuple[Trace, Trace]:
         padded: whether the loop pads the teacher's batches to the store's batch rows.
     """
     splits = prepare(recipe.data, folder / "cache")
-    device = settle(recipe.device, 1)
+    device = set_deterministic(recipe.device, 1)
     model = recipe.teacher.model
     assert model is not None
     card = ModelCard.of(model, splits.train, recipe.data.normalize)
@@ -351,8 +353,8 @@ def harm(folder: Path) -> dict[str, dict[str, Any]]:
     """How students do that are trained in each of the WAYS, over SEEDS; and how alike the logits are, as a cosine."""
     recipe = harm_recipe(0)
     splits = prepare(recipe.data, folder / "cache")
-    settle("cpu", 1)
-    place = Place(str(folder / "stores"), str(folder / "cache"))
+    set_deterministic("cpu", 1)
+    place = Workspace(str(folder / "stores"), str(folder / "cache"))
     teacher = ensure_teacher(recipe, splits, place, run_in_process)
     still = recipe.data.model_copy(update={"views": 1, "augmentation": recipes.NoAugmentation()})
     plain = stored_logits(recipe.model_copy(update={"data": still}), teacher, splits, folder)
@@ -374,12 +376,12 @@ def harm(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def with_logits(stream: Stream, one: np.ndarray) -> Stream:
+def with_logits(stream: BatchStream, one: np.ndarray) -> BatchStream:
     """The same batches, with one view's logits [1, rows, classes] in every epoch."""
     return dataclasses.replace(stream, logits=np.broadcast_to(one, (stream.views, *one.shape[1:])))
 
 
-def cosine(true: Stream, other: Stream) -> float:
+def cosine(true: BatchStream, other: BatchStream) -> float:
     """Mean cosine of the logits that the student is shown and those of the teacher for the very view it sees."""
     assert true.logits is not None
     assert other.logits is not None

@@ -40,7 +40,7 @@ import click
 from rich.console import Console
 
 import akd_dist
-from akd_dist.recipe import AnnealingKD, Recipe, Student, load_recipe
+from akd_dist.recipe import AnnealingKD, Recipe, StudentSpec, load_recipe
 
 JOBS = Path(__file__).parent.parent / "jobs"
 # Recipe of data and teacher, views, and epochs of both stages: a view for each epoch of stage I.
@@ -90,7 +90,7 @@ class Bench:
         self.cache_seconds = seconds_of_passes(document)
         self.train("warm-up", with_epochs(self.recipe.students[:1], max(TAUS)))
 
-    def train(self, name: str, students: list[Student], **changes: Any) -> tuple[float, dict[str, Any]]:
+    def train(self, name: str, students: list[StudentSpec], **changes: Any) -> tuple[float, dict[str, Any]]:
         """Seconds of a fleet, and its fleet.json."""
         recipe = self.recipe.model_copy(update={"name": name, "students": students, **changes})
         options: dict[str, Any] = {**self.roots, "run_root": str(self.folder / "runs"), "console": Console(quiet=True)}
@@ -107,7 +107,7 @@ def recipe_of(file: Path, stage1: int, stage2: int) -> Recipe:
     """Data and teacher of a recipe that ships, with sixteen students."""
     read = load_recipe(file, [f"data.views={stage1}"])
     students = [
-        Student.model_validate(
+        StudentSpec.model_validate(
             {
                 "model": {"kind": "mlp", "hidden": size},
                 "objective": {"kind": "annealing_kd", "tau_max": tau, "stage1_epochs": stage1, "stage2_epochs": stage2},
@@ -123,7 +123,7 @@ def recipe_of(file: Path, stage1: int, stage2: int) -> Recipe:
     return read.model_copy(update={"students": students, "teacher": teacher})
 
 
-def with_epochs(students: list[Student], epochs: int) -> list[Student]:
+def with_epochs(students: list[StudentSpec], epochs: int) -> list[StudentSpec]:
     """Students of so many epochs, all in stage I; 0 for such that take no step, which no recipe file may ask for."""
     changed = []
     for spec in students:
@@ -185,7 +185,7 @@ def estimated_seconds(bench: Bench) -> float:
 
 def steps_of(bench: Bench) -> int:
     """Steps of one student."""
-    from akd_dist.rows import prepare
+    from akd_dist.data.rows import prepare
 
     spec = bench.recipe.students[0]
     rows = len(prepare(bench.recipe.data, Path(bench.roots["cache_root"])).train)
@@ -207,13 +207,13 @@ def in_loops(bench: Bench) -> tuple[float, list[float]]:
 
 def one_loop(job: tuple[Recipe, str, str]) -> float:
     """Train one student with the teacher called on every batch; its test accuracy."""
-    from akd_dist.device import settle
-    from akd_dist.models import load_model
-    from akd_dist.rows import prepare
+    from akd_dist.data.rows import prepare
+    from akd_dist.models.device import set_deterministic
+    from akd_dist.models.folder import load_model
     from benchmarks.cached_equals_online import online
 
     recipe, teacher, cache_root = job
-    settle("cpu", recipe.students[0].threads)
+    set_deterministic("cpu", recipe.students[0].threads)
     return online(recipe, load_model(teacher), prepare(recipe.data, Path(cache_root)), pad_to=None).metric
 
 

@@ -39,11 +39,13 @@ from typing import Any
 
 import numpy as np
 
-from akd_dist.fleet_report import read_metrics
+from akd_dist.data.rows import prepare
 from akd_dist.jobs.cache_teacher import cache_in_process
-from akd_dist.models import ModelCard, build, save_model
+from akd_dist.models.build import build
+from akd_dist.models.card import ModelCard
+from akd_dist.models.folder import save_model
 from akd_dist.recipe import Recipe
-from akd_dist.rows import prepare
+from akd_dist.reporting.results import read_metrics
 
 SHAPE, CLASSES, VIEWS, BATCH, SEED = (3, 32, 32), 100, 4, 128, 0
 STUDENTS, COHORTS = 8, 2

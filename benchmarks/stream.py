@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from akd_dist.data.rows import Rows
+from akd_dist.distill.stream import BatchStream
 from akd_dist.recipe import NoAugmentation
-from akd_dist.rows import Rows
-from akd_dist.stream import Stream
 
 ROWS, SHAPE, CLASSES, BATCH = 60_000, (1, 28, 28), 1_000, 256
 
@@ -45,7 +45,7 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
     """Alternating epochs of all sides; medians."""
     inputs, labels, logits = arrays(folder)
     rows = Rows(inputs, labels, CLASSES, fingerprint="", blocks=(), folder=folder)
-    stream = Stream(rows, logits, NoAugmentation(), seed=0, views=1, batch=BATCH)
+    stream = BatchStream(rows, logits, NoAugmentation(), seed=0, views=1, batch=BATCH)
 
     bare_inputs, bare_labels, bare_logits = np.asarray(inputs), np.asarray(labels), np.asarray(logits[0])
 

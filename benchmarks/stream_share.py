@@ -34,13 +34,13 @@ import numpy as np
 import torch
 
 from akd_dist import recipe as recipes
-from akd_dist.device import device_name, settle
-from akd_dist.models import ModelCard
+from akd_dist.data.rows import Rows
+from akd_dist.data.views import view_of
+from akd_dist.distill.stream import STEPS_AT_ONCE, Batch, BatchStream, epoch_order
+from akd_dist.distill.student import Student
+from akd_dist.models.card import ModelCard
+from akd_dist.models.device import device_name, set_deterministic
 from akd_dist.recipe import PadCropFlip
-from akd_dist.rows import Rows
-from akd_dist.stream import STEPS_AT_ONCE, Batch, Stream, epoch_order
-from akd_dist.student import Student
-from akd_dist.views import view_of
 
 ROWS, SHAPE, BATCH, SEED, WARM = 25_600, (3, 32, 32), 128, 0, 2 * STEPS_AT_ONCE
 # Classes, and students in lockstep.
@@ -58,7 +58,7 @@ def main() -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="where students and views are computed"
     )
     arguments = parser.parse_args()
-    device = settle(arguments.device, 1)
+    device = set_deterministic(arguments.device, 1)
     with tempfile.TemporaryDirectory() as folder:
         measured = [measure(Path(folder), device, arguments.steps, *setting) for setting in SETTINGS]
     result = {
@@ -104,7 +104,7 @@ def measure(folder: Path, device: torch.device, steps: int, classes: int, studen
     }
 
 
-def paid(stream: Stream, students: list[Student], steps: int) -> float:
+def paid(stream: BatchStream, students: list[Student], steps: int) -> float:
     """The share of a loop's time that goes when all its steps take the same batch; the median of five tries in turn."""
     same = next(stream.batches(epoch=0))
 
@@ -121,7 +121,7 @@ def paid(stream: Stream, students: list[Student], steps: int) -> float:
     return statistics.median(tries)
 
 
-def a_stream(folder: Path, classes: int, device: torch.device) -> Stream:
+def a_stream(folder: Path, classes: int, device: torch.device) -> BatchStream:
     """Rows and one view's logits, memory-mapped from files as a node has them."""
     generator = np.random.default_rng(SEED)
     arrays: dict[str, np.ndarray] = {
@@ -136,14 +136,14 @@ def a_stream(folder: Path, classes: int, device: torch.device) -> Stream:
             np.save(path, array)
         mapped[name] = np.load(path, mmap_mode="r")
     rows = Rows(mapped["inputs"], mapped["labels"], classes, fingerprint="", blocks=(), folder=folder)
-    return Stream(rows, mapped["logits"], AUGMENTATION, seed=SEED, views=1, batch=BATCH, device=device)
+    return BatchStream(rows, mapped["logits"], AUGMENTATION, seed=SEED, views=1, batch=BATCH, device=device)
 
 
 def a_student(rows: Rows, folder: Path, seed: int, device: torch.device) -> Student:
     """A ResNet-8 in stage I of Annealing-KD."""
     objective = recipes.AnnealingKD(tau_max=4, stage1_epochs=10, stage2_epochs=1)
     model = recipes.ResNet(depth=8)
-    spec = recipes.Student(
+    spec = recipes.StudentSpec(
         name=f"student-{seed}",
         model=model,
         objective=objective,
@@ -160,7 +160,7 @@ def step_all(students: list[Student], batch: Batch, steps_per_epoch: int) -> Non
         student.take_step(batch, steps_per_epoch)
 
 
-def by_parts(stream: Stream, step: int) -> dict[str, float]:
+def by_parts(stream: BatchStream, step: int) -> dict[str, float]:
     """Seconds of each part of a batch of the next epoch, made by hand."""
     assert stream.logits is not None
     rows = epoch_order(ROWS, SEED, 1)[step * BATCH : (step + 1) * BATCH]

@@ -91,10 +91,12 @@ def _median(values: list[dict[str, float]], key: str) -> float:
 
 def set_up(folder: Path) -> None:
     """Sources, the recipe, its store, prepared rows and decoded logits; then wait until no file is new any more."""
+    from akd_dist.data.rows import prepare
     from akd_dist.jobs.cache_teacher import cache_in_process
-    from akd_dist.models import ModelCard, build, save_model
+    from akd_dist.models.build import build
+    from akd_dist.models.card import ModelCard
+    from akd_dist.models.folder import save_model
     from akd_dist.recipe import Mlp
-    from akd_dist.rows import prepare
 
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (ROWS, SIDE, SIDE), dtype=np.uint8)
@@ -166,7 +168,7 @@ def one(folder: Path, what: str, side: str) -> dict[str, float]:
 
 def counting() -> list[float]:
     """CPU seconds of each hashing from here on, in whatever thread."""
-    from akd_dist import origins
+    from akd_dist.data import origins
     from akd_dist.storage import content
 
     spent: list[float] = []
@@ -187,8 +189,8 @@ def counting() -> list[float]:
 
 def start(folder: Path) -> dict[str, float]:
     """From this process's begin to its first batch, and until its sources have been read."""
+    from akd_dist.data.rows import prepare
     from akd_dist.jobs.train_students import check_students
-    from akd_dist.rows import prepare
 
     recipe = recipe_of(folder)
     splits = prepare(recipe.data, folder / "cache")
@@ -213,7 +215,7 @@ def born() -> float:
 
 def opened(folder: Path, recipe: Any, splits: Any) -> Any:
     """What a cohort reads."""
-    from akd_dist.cohort import open_stream
+    from akd_dist.distill.cohort import open_stream
     from akd_dist.jobs.train_students import fleet_job
 
     stores = json.loads((folder / "stores.json").read_text())
@@ -224,9 +226,9 @@ def opened(folder: Path, recipe: Any, splits: Any) -> Any:
 
 def train(folder: Path, model: str) -> dict[str, float]:
     """Train the student from its start to its delivery, torch and all else warm."""
-    from akd_dist.cohort import train_cohort
+    from akd_dist.data.rows import prepare
+    from akd_dist.distill.cohort import train_cohort
     from akd_dist.jobs.train_students import fleet_job
-    from akd_dist.rows import prepare
 
     recipe = recipe_of(folder, model)
     splits = prepare(recipe.data, folder / "cache")
@@ -242,7 +244,8 @@ def train(folder: Path, model: str) -> dict[str, float]:
 
 def without() -> list[float]:
     """Believe everything, as before: what is mapped is not hashed, and what sources hold is not looked at."""
-    from akd_dist import cohort, rows
+    from akd_dist.data import rows
+    from akd_dist.distill import cohort
     from akd_dist.storage import content
 
     class Believing(content.Guard):

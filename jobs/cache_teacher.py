@@ -19,15 +19,21 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from akd_dist import recipe as recipes
-from akd_dist.device import device_name, gpus_of
-from akd_dist.findings import near_chance
-from akd_dist.jobs import room
-from akd_dist.jobs.progress import Meter, meter, tell, tell_once
-from akd_dist.jobs.room import Node
+from akd_dist.base.errors import AkdError, MachineError, RefusedError
+from akd_dist.base.files import check_folder
+from akd_dist.base.trusted import Trusted
+from akd_dist.data.findings import near_chance
+from akd_dist.data.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference, prepare
+from akd_dist.data.views import by_content, check_augmentation
+from akd_dist.distill.stream import BatchStream
+from akd_dist.distill.teacher import CacheJob, cache_shard, compute_shard, served_fingerprint
+from akd_dist.distill.trial import try_teacher, try_training
+from akd_dist.jobs import packing
+from akd_dist.jobs.packing import Node
 from akd_dist.jobs.train_teacher import (
-    Place,
     Run,
     Stores,
+    Workspace,
     assistant_of,
     ensure_teacher,
     ensure_trained,
@@ -36,23 +42,18 @@ from akd_dist.jobs.train_teacher import (
     run_on_ray,
     teacher_of,
 )
-from akd_dist.models import ModelCard, load_card
+from akd_dist.models.card import ModelCard
+from akd_dist.models.device import device_name, gpus_of
+from akd_dist.models.folder import load_card
 from akd_dist.recipe import NoAugmentation, Recipe
-from akd_dist.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference, prepare
 from akd_dist.storage import catalog, removal
 from akd_dist.storage.encodings import encoding_from_config
-from akd_dist.storage.errors import AkdError, MachineError, RefusedError
-from akd_dist.storage.files import check_folder
 from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, RECEIPTS, SOURCE_KEY, Shard, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Receipt, differences
-from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore
+from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
-from akd_dist.stream import Stream
-from akd_dist.teacher import CacheJob, cache_shard, compute_shard, served_fingerprint
-from akd_dist.trial import try_teacher, try_training
-from akd_dist.trusted import Trusted
-from akd_dist.views import by_content, check_augmentation
+from akd_dist.tracking.progress import Meter, meter, tell, tell_once
 
 
 @dataclass
@@ -79,7 +80,7 @@ class SplitPlan:
 
 
 @dataclass
-class Hop:
+class CachedModel:
     """A model whose logits are cached, the teacher or an assistant, and what that takes, split by split."""
 
     name: str
@@ -104,7 +105,7 @@ class Hop:
         return any(plan.missing for plan in self.plans)
 
 
-Compute = Callable[[Hop, Recipe, Place], None]
+Compute = Callable[[CachedModel, Recipe, Workspace], None]
 """Computes the missing shards of a hop."""
 
 
@@ -152,12 +153,12 @@ def cache_teacher(
         if dry_run:
             return plan
         splits.sources.begin()
-        hops = cache_checked(recipe, splits, Place(store_root, cache_root, address, wait, console=console))
+        cached_models = cache_checked(recipe, splits, Workspace(store_root, cache_root, address, wait, console=console))
     splits.sources.finish()
-    return document_of(hops, time.monotonic() - started)
+    return document_of(cached_models, time.monotonic() - started)
 
 
-def cache_checked(recipe: Recipe, splits: Splits, place: Place) -> list[Hop]:
+def cache_checked(recipe: Recipe, splits: Splits, workspace: Workspace) -> list[CachedModel]:
     """Cache what is missing, once `check_models` and `foresee_caching` have passed: train, compute and seal on Ray.
 
     Args:
@@ -165,71 +166,75 @@ def cache_checked(recipe: Recipe, splits: Splits, place: Place) -> list[Hop]:
     """
     from akd_dist.jobs import cluster
 
-    with cluster.closing(), cluster.stop_on_signals(place.tell) as stop:
-        place = replace(place, stop=stop)
-        teacher_uri = ensure_teacher(recipe, splits, place, run_on_ray)
-        return walk_chain(recipe, splits, teacher_uri, place, run_on_ray, compute_on_ray)
+    with cluster.closing(), cluster.stop_on_signals(workspace.tell) as stop:
+        workspace = replace(workspace, stop=stop)
+        teacher_uri = ensure_teacher(recipe, splits, workspace, run_on_ray)
+        return walk_chain(recipe, splits, teacher_uri, workspace, run_on_ray, compute_on_ray)
 
 
 def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache_root: str) -> dict[str, Any]:
     """The same stores by a plain loop in this process, without Ray; the bytes are those of the Ray run."""
     started = time.monotonic()
     splits = prepare(recipe.own().data, Path(cache_root))
-    place = Place(store_root, cache_root, console=Console(stderr=True))
-    hops = walk_chain(recipe, splits, teacher_uri, place, run_in_process, compute_in_process)
+    workspace = Workspace(store_root, cache_root, console=Console(stderr=True))
+    cached_models = walk_chain(recipe, splits, teacher_uri, workspace, run_in_process, compute_in_process)
     splits.sources.finish()
-    return document_of(hops, time.monotonic() - started)
+    return document_of(cached_models, time.monotonic() - started)
 
 
-def walk_chain(recipe: Recipe, splits: Splits, teacher_uri: str, place: Place, run: Run, compute: Compute) -> list[Hop]:
+def walk_chain(
+    recipe: Recipe, splits: Splits, teacher_uri: str, workspace: Workspace, run: Run, compute: Compute
+) -> list[CachedModel]:
     """Cache the teacher; then train each assistant from the store of the model above it, and cache it in turn.
 
     Args:
         run: trains a model.
         compute: computes the missing shards of a hop.
     """
-    hops = [cache_model("the teacher", teacher_uri, recipe, splits, place, compute)]
+    cached_models = [cache_model("the teacher", teacher_uri, recipe, splits, workspace, compute)]
     for assistant in recipe.teacher.chain:
-        trained = assistant_of(recipe, splits, assistant, hops[-1].taught, hops[-1].stores)
-        uri = ensure_trained(trained, recipe, splits, place, run)
-        hops.append(cache_model(trained.name, uri, recipe, splits, place, compute))
-    return hops
+        trained = assistant_of(recipe, splits, assistant, cached_models[-1].taught, cached_models[-1].stores)
+        uri = ensure_trained(trained, recipe, splits, workspace, run)
+        cached_models.append(cache_model(trained.name, uri, recipe, splits, workspace, compute))
+    return cached_models
 
 
-def cache_model(name: str, uri: str, recipe: Recipe, splits: Splits, place: Place, compute: Compute) -> Hop:
+def cache_model(
+    name: str, uri: str, recipe: Recipe, splits: Splits, workspace: Workspace, compute: Compute
+) -> CachedModel:
     """Sealed stores of one model's logits for every split; what is there already is not touched."""
-    hop = Hop(name, uri, plan_splits(recipe, splits, uri, recipe.device))
-    _fill(hop, recipe, place, compute)
-    for plan in hop.plans:
+    cached = CachedModel(name, uri, plan_splits(recipe, splits, uri, recipe.device))
+    _fill(cached, recipe, workspace, compute)
+    for plan in cached.plans:
         if plan.split == "train" and plan.store is not None:
-            _tell_of_chance(name, plan.rows, plan.store, place.console)
-    return hop
+            _tell_of_chance(name, plan.rows, plan.store, workspace.console)
+    return cached
 
 
-def _fill(hop: Hop, recipe: Recipe, place: Place, compute: Compute) -> None:
+def _fill(cached: CachedModel, recipe: Recipe, workspace: Workspace, compute: Compute) -> None:
     """Find the stores of a hop, and compute and seal those that are not there."""
-    for plan in hop.plans:
-        plan.store = catalog.find_store(place.store_root, plan.identity)
+    for plan in cached.plans:
+        plan.store = catalog.find_store(workspace.store_root, plan.identity)
         if plan.store is not None:
-            place.sweep(plan.identity.id)
-    wanted = [plan for plan in hop.plans if plan.store is None]
+            workspace.sweep(plan.identity.id)
+    wanted = [plan for plan in cached.plans if plan.store is None]
     if not wanted:
         return
     with contextlib.ExitStack() as claims:
         for plan in wanted:
-            claims.enter_context(place.claim(plan.identity.id))
-        device = place.device(recipe.device)
-        claims.push(functools.partial(_leave_nothing, wanted, place.store_root))
+            claims.enter_context(workspace.claim(plan.identity.id))
+        device = workspace.device(recipe.device)
+        claims.push(functools.partial(_leave_nothing, wanted, workspace.store_root))
         for plan in wanted:
             plan.creation = computed_on(device, plan.creation)
-            _open_for_writing(plan, recipe, place.store_root, place.console)
-        if hop.missing:
-            check_room(place.store_root, sum(plan.missing_bytes for plan in hop.plans))
-            compute(hop, recipe, place)
-        for plan in hop.plans:
+            _open_for_writing(plan, recipe, workspace.store_root, workspace.console)
+        if cached.missing:
+            check_room(workspace.store_root, sum(plan.missing_bytes for plan in cached.plans))
+            compute(cached, recipe, workspace)
+        for plan in cached.plans:
             if plan.writer is not None:
                 seal_store(plan.writer)
-                plan.store = catalog.find_store(place.store_root, plan.identity)
+                plan.store = catalog.find_store(workspace.store_root, plan.identity)
 
 
 def _tell_of_chance(name: str, rows: Rows, store: LogitStore, console: Console) -> None:
@@ -275,7 +280,7 @@ def check_models(recipe: Recipe, splits: Splits, store_root: str) -> None:
     check_augmentation(data.augmentation, data.seed, rows.inputs, rows.tokens)
 
 
-def prepare_shown(data: recipes.Data, cache_root: str, console: Console, *, again: bool = False) -> Splits:
+def prepare_shown(data: recipes.DataSpec, cache_root: str, console: Console, *, again: bool = False) -> Splits:
     """`rows.prepare`, with a meter for each source and each fingerprint, and a line for each finding."""
     with contextlib.ExitStack() as stack:
         shown: dict[str, Meter] = {}
@@ -357,7 +362,7 @@ def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str, console:
             _tell_of_other_rows(plan, store_root, console)
 
 
-def _check_views(source: Manifest, rows: Rows, data: recipes.Data) -> None:
+def _check_views(source: Manifest, rows: Rows, data: recipes.DataSpec) -> None:
     """Refuse to put new views beside those of a store that were drawn otherwise.
 
     An identity knows the file of a user's own augmentation, and not what it imports.
@@ -365,7 +370,7 @@ def _check_views(source: Manifest, rows: Rows, data: recipes.Data) -> None:
     Raises:
         RefusedError: as `Stream.check_probes`.
     """
-    stream = Stream(rows, None, data.augmentation, data.seed, views=source.identity.views, batch=1)
+    stream = BatchStream(rows, None, data.augmentation, data.seed, views=source.identity.views, batch=1)
     stream.check_probes(source)
 
 
@@ -412,20 +417,20 @@ def _tell_of_other_rows(plan: SplitPlan, store_root: str, console: Console) -> N
         )
 
 
-def compute_on_ray(hop: Hop, recipe: Recipe, place: Place) -> None:
+def compute_on_ray(cached: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
     """Run the missing shards of all splits as one bounded stream of tasks."""
     from akd_dist.jobs.tasks import Task, run_tasks
 
-    stop = place.connect()
+    stop = workspace.connect()
     tasks = []
-    for plan in hop.plans:
+    for plan in cached.plans:
         if plan.missing:
-            job = cache_job(plan, recipe, hop.model_uri, place.cache_root)
-            tasks += [Task(f"{plan.split} rows of {hop.name}, {shard}", job, shard) for shard in plan.missing]
-    by_split = {plan.split: plan for plan in hop.plans}
+            job = cache_job(plan, recipe, cached.model_uri, workspace.cache_root)
+            tasks += [Task(f"{plan.split} rows of {cached.name}, {shard}", job, shard) for shard in plan.missing]
+    by_split = {plan.split: plan for plan in cached.plans}
     done = 0
     rows = sum(task.item.rows for task in tasks)
-    with place.shared() as shared, meter(place.console, f"caching {hop.name}", rows) as shown:
+    with workspace.shared() as shared, meter(workspace.console, f"caching {cached.name}", rows) as shown:
 
         def count(task: Task, _receipt: Receipt) -> None:
             nonlocal done
@@ -444,15 +449,15 @@ def compute_on_ray(hop: Hop, recipe: Recipe, place: Place) -> None:
             shared=shared,
         )
     if stop:
-        told = f"stopped; the {sum(plan.computed for plan in hop.plans)} shards that this run computed are kept"
+        told = f"stopped; the {sum(plan.computed for plan in cached.plans)} shards that this run computed are kept"
         raise stop.error(told, "the same command carries on with the missing shards")
 
 
-def compute_in_process(hop: Hop, recipe: Recipe, place: Place) -> None:
+def compute_in_process(cached: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
     """The missing shards in a plain loop."""
-    for plan in hop.plans:
+    for plan in cached.plans:
         if plan.missing:
-            job = cache_job(plan, recipe, hop.model_uri, place.cache_root)
+            job = cache_job(plan, recipe, cached.model_uri, workspace.cache_root)
             for shard in plan.missing:
                 cache_shard(job, shard)
                 plan.computed += 1
@@ -583,7 +588,9 @@ def check_nodes(recipe: Recipe, nodes: Sequence[Node]) -> None:
     """
     threads = [recipe.cache.threads, *(one.threads for one in recipe.teacher.chain)]
     threads += [recipe.teacher.train.threads] if recipe.teacher.train else []
-    room.check_room(nodes, room.Ask(1, max(threads), gpus_of(recipe.device)), "training or caching the teacher")
+    packing.check_room(
+        nodes, packing.ResourceRequest(1, max(threads), gpus_of(recipe.device)), "training or caching the teacher"
+    )
 
 
 def check_room(store_root: str, needed: int) -> None:
@@ -673,25 +680,25 @@ def _planned(
     return planned
 
 
-def document_of(hops: list[Hop], seconds: float) -> dict[str, Any]:
+def document_of(cached_models: list[CachedModel], seconds: float) -> dict[str, Any]:
     """What `cache-teacher` prints of the stores of all models."""
-    teacher, *assistants = hops
-    hit = all(plan.writer is None for hop in hops for plan in hop.plans)
+    teacher, *assistants = cached_models
+    hit = all(plan.writer is None for cached in cached_models for plan in cached.plans)
     return _cached(teacher) | {
         "hit": hit,
         "seconds": round(seconds, 3),
-        "assistants": [_named(hop) | _cached(hop) for hop in assistants],
+        "assistants": [_named(cached) | _cached(cached) for cached in assistants],
     }
 
 
-def _named(hop: Hop) -> dict[str, Any]:
-    card = load_card(hop.model_uri)
-    return {"model": card.model.label, "path": hop.model_uri, "fingerprint": card.fingerprint}
+def _named(cached: CachedModel) -> dict[str, Any]:
+    card = load_card(cached.model_uri)
+    return {"model": card.model.label, "path": cached.model_uri, "fingerprint": card.fingerprint}
 
 
-def _cached(hop: Hop) -> dict[str, Any]:
+def _cached(cached: CachedModel) -> dict[str, Any]:
     """The train store of a model, and those of the other splits."""
-    parts = {plan.split: _part(plan) for plan in hop.plans}
+    parts = {plan.split: _part(plan) for plan in cached.plans}
     return parts["train"] | {"splits": {split: parts[split] for split in SPLITS if split != "train"}}
 
 

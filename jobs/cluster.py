@@ -21,8 +21,8 @@ from typing import Any
 
 import psutil
 
-from akd_dist.jobs.room import Node
-from akd_dist.storage.errors import InterruptedByUser, MachineError, TerminatedError
+from akd_dist.base.errors import InterruptedByUser, MachineError, TerminatedError
+from akd_dist.jobs.packing import Node
 
 # Read by Ray when it is imported or started, so they are set before either.
 _ENVIRONMENT = {

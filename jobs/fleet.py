@@ -20,29 +20,22 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
-from akd_dist.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
-from akd_dist.documents import CohortProgress, CohortStatus, FleetPlan, StudentProgress
-from akd_dist.group import Group, OutOfStepError, joined
+from akd_dist.base.errors import AkdError, MachineError
+from akd_dist.base.fence import take_over
+from akd_dist.base.formatting import counted, duration
+from akd_dist.distill.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
+from akd_dist.distill.objectives import stages
+from akd_dist.distill.ranks import OutOfStepError, Ranks, joined
+from akd_dist.distill.student import fail_from_outside, forked_from, write_note
+from akd_dist.documents.status import CohortProgress, CohortStatus, FleetPlan, StudentProgress
 from akd_dist.jobs import cluster
-from akd_dist.jobs.planner import (
-    UNKNOWN_SECONDS,
-    Cohort,
-    Costs,
-    check_room_for,
-    cohort_job,
-    worth_splitting,
-)
-from akd_dist.jobs.progress import FleetMeter, tell
-from akd_dist.jobs.room import Ask, next_to_start
+from akd_dist.jobs.packing import ResourceRequest, next_to_start
+from akd_dist.jobs.planning.planner import UNKNOWN_SECONDS, Cohort, Costs, check_room_for, cohort_job, worth_splitting
 from akd_dist.jobs.shared import Shared, nodes_lost
 from akd_dist.jobs.train_teacher import Stores
-from akd_dist.objectives import stages
-from akd_dist.recipe import Student
-from akd_dist.status import ENDED
-from akd_dist.storage.errors import AkdError, MachineError
-from akd_dist.storage.fence import take_over
-from akd_dist.student import fail_from_outside, forked_from, write_note
-from akd_dist.wording import counted, duration
+from akd_dist.recipe import StudentSpec
+from akd_dist.tracking.progress import FleetMeter, tell
+from akd_dist.tracking.status import ENDED
 
 Raised = TypeVar("Raised", bound=Exception)
 
@@ -56,14 +49,14 @@ GONE_SECONDS = 60.0
 
 
 @dataclass(eq=False)
-class Carried:
+class RunningCohort:
     """A cohort that has been started, and the thread that sees it through."""
 
     first: CohortJob
     """Its first job."""
     job: CohortJob
     """The one that it is at: after a death another one."""
-    ask: Ask
+    ask: ResourceRequest
     """What it occupies."""
     overtook: bool
     """Whether it was started before one that came first in line."""
@@ -108,7 +101,7 @@ class Fleet:
         self.assistant, self.look = assistant or {}, look
         self.shared = shared_by(base, self.assistant, console)
         self.waiting: list[Cohort] = []
-        self.carried: list[Carried] = []
+        self.carried: list[RunningCohort] = []
         self.jobs: list[CohortJob] = []
         self.errors: list[BaseException] = []
         self.lock = threading.Lock()
@@ -162,7 +155,7 @@ class Fleet:
         metric = self.base.data.primary_metric
         return FleetPlan(attempt=self.base.attempt, at=time.time(), metric=metric, students=students, cohorts=[])
 
-    def _planned(self, spec: Student, rides: bool) -> StudentProgress:
+    def _planned(self, spec: StudentSpec, rides: bool) -> StudentProgress:
         """A student as if it had not begun; steps that another computes for it count there."""
         rides = rides or forked_from(Path(self.base.root) / spec.name) is not None
         shared = stages(spec.objective)[0].epochs if rides else 0
@@ -240,9 +233,9 @@ class Fleet:
             self._start(self.waiting.pop(chosen), asks[chosen], overtook=chosen > 0)
         self._tell_who_waits()
 
-    def _start(self, cohort: Cohort, ask: Ask, *, overtook: bool) -> None:
+    def _start(self, cohort: Cohort, ask: ResourceRequest, *, overtook: bool) -> None:
         job = self._new_job(cohort)
-        one = Carried(job, job, ask, overtook)
+        one = RunningCohort(job, job, ask, overtook)
         one.thread = threading.Thread(target=self._carry, args=(one,), daemon=True)
         one.thread.start()
         self.carried.append(one)
@@ -283,7 +276,7 @@ class Fleet:
                 one.first.leave_file.touch()
                 return
 
-    def _left(self, one: Carried) -> dict[str, float]:
+    def _left(self, one: RunningCohort) -> dict[str, float]:
         """Seconds that each student of a cohort still takes in it, by the pace that it has kept so far.
 
         Nothing is known of a cohort that has just begun, and one whose workers died is left alone.
@@ -368,7 +361,7 @@ class Fleet:
                 doing = f"{cohort[0].name} and its cohort trained, or waited to"
                 raise nodes_lost(doing, f"{error.got}, for {GONE_SECONDS:g} s", error.expected) from error
 
-    def _carry(self, one: Carried) -> None:
+    def _carry(self, one: RunningCohort) -> None:
         """See a cohort through, off the main thread (on it, Ray would take over Ctrl-C)."""
         try:
             self._train_or_split(one, one.first)
@@ -383,7 +376,7 @@ class Fleet:
         except BaseException as error:
             self.errors.append(error)
 
-    def _train_or_split(self, one: Carried, job: CohortJob) -> None:
+    def _train_or_split(self, one: RunningCohort, job: CohortJob) -> None:
         """Run a cohort; after two deaths cut it in half, until only the guilty student fails."""
         reason = self._fit(one, job)
         for _death in range(DEATHS_BEFORE_SPLIT - 1):
@@ -404,7 +397,7 @@ class Fleet:
                 return
             self._train_or_split(one, self._new_job(half))
 
-    def _fit(self, one: Carried, job: CohortJob) -> str:
+    def _fit(self, one: RunningCohort, job: CohortJob) -> str:
         one.job, one.nodes = job, frozenset(node.name for node in self.shared.nodes())
         return fit(job, self.costs.ask(job.students), self.shared.selector())
 
@@ -417,7 +410,7 @@ class Fleet:
         fail_from_outside(spec, folder, told, job.attempt, writer)
 
 
-def fit(job: CohortJob, ask: Ask, selector: dict[str, str]) -> str:
+def fit(job: CohortJob, ask: ResourceRequest, selector: dict[str, str]) -> str:
     """Run a cohort as one Ray Train run.
 
     Args:
@@ -458,7 +451,7 @@ def fit(job: CohortJob, ask: Ask, selector: dict[str, str]) -> str:
     return ""
 
 
-def scaling(ask: Ask, selector: dict[str, str] | None = None) -> Any:
+def scaling(ask: ResourceRequest, selector: dict[str, str] | None = None) -> Any:
     """What Ray Train is asked for: Ray places workers by CPUs, GPUs and memory, but does not hold them to these.
 
     Several cohorts have the same GPU where each asks for a fraction of it.
@@ -535,7 +528,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
     return refusal
 
 
-def joining(rank: int, world: int, device: str) -> contextlib.AbstractContextManager[Group]:
+def joining(rank: int, world: int, device: str) -> contextlib.AbstractContextManager[Ranks]:
     """The group of this Ray Train worker and the others of its cohort, as a context."""
     from ray.train.collective import broadcast_from_rank_zero
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from akd_dist.base.errors import MachineError
+from akd_dist.base.files import replace
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cluster import ray
-from akd_dist.jobs.room import Node
-from akd_dist.storage.errors import MachineError
-from akd_dist.storage.files import replace
+from akd_dist.jobs.packing import Node
 
 LOOK_SECONDS = 2.0
 """How often the cluster is asked for nodes that have joined."""

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from akd_dist.base.errors import AkdError, MachineError, RefusedError
 from akd_dist.jobs.cluster import GRACE_SECONDS, POLL_SECONDS, StopFlag, check_alive, ray
-from akd_dist.jobs.room import Ask, Node, check_room
+from akd_dist.jobs.packing import Node, ResourceRequest, check_room
 from akd_dist.jobs.shared import Shared, nodes_lost
-from akd_dist.storage.errors import AkdError, MachineError, RefusedError
 
 RETRIES = 3
 
@@ -60,7 +60,7 @@ def run_tasks(
         MachineError: an item's worker died more often than that (names the item); or tasks need more threads or
             GPUs than the cluster has, or has left after a loss of nodes.
     """
-    ask = Ask(1, threads, gpus)
+    ask = ResourceRequest(1, threads, gpus)
     check_room(shared.nodes(), ask, "tasks of so many threads")
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(function)
     shipped: dict[int, Any] = {}
@@ -83,7 +83,7 @@ def run_tasks(
             on_result(task, _result(reference, task.name))
 
 
-def _at_once(nodes: list[Node], ask: Ask) -> int:
+def _at_once(nodes: list[Node], ask: ResourceRequest) -> int:
     """How many calls run at a time; one at least, where nodes are lost and may come back."""
     fit = [min(node.cpus // ask.cpus, node.gpus // ask.gpus if ask.gpus else node.cpus) for node in nodes]
     return max(1, int(sum(fit)))
@@ -106,7 +106,7 @@ def run_one(
     Raises:
         InterruptedByUser: it did not end in that time, or had not even begun.
     """
-    check_room(shared.nodes(), Ask(1, threads, gpus), name)
+    check_room(shared.nodes(), ResourceRequest(1, threads, gpus), name)
     once = 1 if gpus else 0  # a process that ends gives back the memory of its GPU
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=once)(function)
     reference = remote.options(label_selector=shared.selector()).remote(*arguments)

@@ -24,8 +24,13 @@ import torch
 from rich.console import Console
 
 from akd_dist import recipe as recipes
-from akd_dist.checkpoint import DAMAGED
-from akd_dist.cohort import (
+from akd_dist.base import places
+from akd_dist.base.errors import AkdError, RecipeError, RefusedError
+from akd_dist.base.files import canonical_json, check_folder, file_lock, read_json, refuse_held, replace
+from akd_dist.base.trusted import Trusted
+from akd_dist.data.rows import SPLITS, Rows, Splits, first_difference, prepare
+from akd_dist.distill.checkpoint import DAMAGED
+from akd_dist.distill.cohort import (
     ZOMBIE_SECONDS,
     CohortJob,
     check_fingerprints,
@@ -38,11 +43,12 @@ from akd_dist.cohort import (
     train_cohort,
     wait_for_lock,
 )
-from akd_dist.damage import load
-from akd_dist.documents import RunIdentity
-from akd_dist.economics import Reading, economics, reading
-from akd_dist.fleet_plan import Plan
-from akd_dist.fleet_report import read_fleet, read_metrics
+from akd_dist.distill.metrics import measure
+from akd_dist.distill.student import failed_entry
+from akd_dist.distill.teacher import served_fingerprint
+from akd_dist.distill.trial import try_training
+from akd_dist.documents.damage import load
+from akd_dist.documents.fleet import RunIdentity
 from akd_dist.jobs.cache_teacher import (
     cache_checked,
     check_models,
@@ -51,28 +57,24 @@ from akd_dist.jobs.cache_teacher import (
     model_uris,
     prepare_shown,
 )
-from akd_dist.jobs.dry_run import costs_of, draw_up
-from akd_dist.jobs.planner import Costs, cohort_job, groups_of, learns_from_assistant
-from akd_dist.jobs.progress import tell
-from akd_dist.jobs.train_teacher import Place, Stores, is_there, teacher_of
-from akd_dist.metrics import measure
-from akd_dist.models import ModelCard, build, by_content, check_memory, load_card, num_parameters
+from akd_dist.jobs.planning.dry_run import costs_of, draw_up
+from akd_dist.jobs.planning.plan import Plan
+from akd_dist.jobs.planning.planner import Costs, cohort_job, groups_of, learns_from_assistant
+from akd_dist.jobs.train_teacher import Stores, Workspace, is_there, teacher_of
+from akd_dist.models.build import build, by_content, check_memory, num_parameters
+from akd_dist.models.card import ModelCard
+from akd_dist.models.folder import load_card
 from akd_dist.recipe import Recipe
-from akd_dist.report_page import write_report
-from akd_dist.rows import SPLITS, Rows, Splits, first_difference, prepare
-from akd_dist.status import driving
-from akd_dist.storage import places
+from akd_dist.reporting.economics import StudentUsage, economics, reading
+from akd_dist.reporting.page import write_report
+from akd_dist.reporting.results import read_fleet, read_metrics
 from akd_dist.storage.content import renewing
-from akd_dist.storage.errors import AkdError, RecipeError, RefusedError
-from akd_dist.storage.files import canonical_json, check_folder, file_lock, read_json, refuse_held, replace
-from akd_dist.storage.objects import open_root
 from akd_dist.storage.reader import LogitStore, open_store
+from akd_dist.storage.roots import open_root
 from akd_dist.storage.uses import using
-from akd_dist.student import failed_entry
-from akd_dist.teacher import served_fingerprint
-from akd_dist.trackers import Tracked, forwarding
-from akd_dist.trial import try_training
-from akd_dist.trusted import Trusted
+from akd_dist.tracking.progress import tell
+from akd_dist.tracking.status import driving
+from akd_dist.tracking.trackers import Tracked, forwarding
 
 Chain = list[Stores]
 """The stores of the teacher's logits, then of each assistant's: students learn from the first or from the last."""
@@ -82,7 +84,7 @@ NAMES_SHOWN = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked(Place):
+class TrainRequest(Workspace):
     """What the command was asked for besides its recipe; see `train_students`."""
 
     run: Path
@@ -135,7 +137,7 @@ def train_students(
     console, began = console or Console(stderr=True), time.monotonic()
     recipe = recipe.own()
     run = Path(run_root) / recipe.name
-    asked = Asked(
+    asked = TrainRequest(
         store_root, cache_root, address=address, wait=wait, console=console, run=run, fresh=fresh, began=began
     )
     splits = prepare_shown(recipe.data, cache_root, console, again=prepare_again)
@@ -158,7 +160,7 @@ def train_students(
 
 
 def _train_held(
-    recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: Asked, trackers: Sequence[str]
+    recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: TrainRequest, trackers: Sequence[str]
 ) -> dict[str, Any]:
     """The whole way of a run that is held: cache, train who has not ended, collect; the content of fleet.json."""
     run = asked.run
@@ -221,7 +223,7 @@ def _with_sound_test_rows(base: CohortJob) -> Splits:
     return splits
 
 
-def _foresee(recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: Asked) -> tuple[Plan, Costs]:
+def _foresee(recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: TrainRequest) -> tuple[Plan, Costs]:
     """The plan of the fleet and what its students cost; refuses what cannot fit. Writes nothing under the run root."""
     from akd_dist.jobs import cluster
 
@@ -237,7 +239,7 @@ def _foresee(recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: 
     return draw_up(recipe, todo, cluster.all_nodes(), costs, asked.run, cache, trained), costs
 
 
-def _cache(recipe: Recipe, splits: Splits, asked: Asked) -> Chain:
+def _cache(recipe: Recipe, splits: Splits, asked: TrainRequest) -> Chain:
     """Cache what is missing, and say what came of it."""
     started = time.monotonic()
     cached = document_of(cache_checked(recipe, splits, asked), time.monotonic() - started)
@@ -249,16 +251,16 @@ def _cache(recipe: Recipe, splits: Splits, asked: Asked) -> Chain:
 def _train(
     base: CohortJob,
     recipe: Recipe,
-    todo: list[recipes.Student],
+    todo: list[recipes.StudentSpec],
     chain: Chain,
     costs: Costs,
     splits: Splits,
-    asked: Asked,
+    asked: TrainRequest,
 ) -> int:
     """Train those that have not ended; the number of Ray Train runs it took."""
     from akd_dist.jobs import cluster
     from akd_dist.jobs.fleet import Fleet
-    from akd_dist.jobs.planner import plan_cohorts
+    from akd_dist.jobs.planning.planner import plan_cohorts
 
     with cluster.stop_on_signals(asked.tell) as stop:
         replaced(asked, stop=stop).connect()
@@ -329,7 +331,7 @@ def check_students(recipe: Recipe, splits: Splits) -> dict[str, int]:
     Raises:
         RefusedError: as `trial.try_training`.
     """
-    alike: dict[str, list[recipes.Student]] = {}
+    alike: dict[str, list[recipes.StudentSpec]] = {}
     for spec in recipe.students:
         alike.setdefault(spec.model.model_dump_json(), []).append(spec)
     counts: dict[str, int] = {}
@@ -510,7 +512,7 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
     )
 
 
-def tracked(recipe: Recipe, spec: recipes.Student, base: CohortJob, parameters: int) -> Tracked:
+def tracked(recipe: Recipe, spec: recipes.StudentSpec, base: CohortJob, parameters: int) -> Tracked:
     """A student as trackers know it."""
     said = spec.model_dump(mode="json", exclude_none=True)
     params: dict[str, str | int | float | bool] = {
@@ -585,7 +587,7 @@ def balances(
     results = {result["name"]: result for result in fleet["students"]}
     assisted = {spec.name: learns_from_assistant(spec) for spec in recipe.students}
 
-    def read(of_assistant: bool) -> list[Reading]:
+    def read(of_assistant: bool) -> list[StudentUsage]:
         specs = [spec for spec in recipe.students if assisted[spec.name] == of_assistant]
         return [reading(spec, read_metrics(run, spec.name), results[spec.name].get("stage1_from")) for spec in specs]
 
@@ -624,7 +626,7 @@ def tell_failures(fleet: dict[str, Any], base: CohortJob, console: Console) -> N
 
 
 @contextlib.contextmanager
-def telling_damage(base: CohortJob, students: list[recipes.Student], console: Console) -> Iterator[None]:
+def telling_damage(base: CohortJob, students: list[recipes.StudentSpec], console: Console) -> Iterator[None]:
     """Name what is found damaged meanwhile: checkpoints, in whose place the one before was taken; caches, made anew."""
 
     def aside() -> dict[Path, tuple[str, int]]:

@@ -16,20 +16,21 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from akd_dist import recipe as recipes
-from akd_dist import views
-from akd_dist.cohort import CohortJob, read_progress, read_result, renewals, train_cohort
-from akd_dist.device import device_name, gpus_of
-from akd_dist.jobs.progress import Meter, meter, tell
-from akd_dist.models import by_content, load_card
+from akd_dist.base.errors import HeldError, MachineError, RefusedError
+from akd_dist.base.files import canonical_json, sha256
+from akd_dist.data import views
+from akd_dist.data.rows import SPLITS, Splits
+from akd_dist.distill.cohort import CohortJob, read_progress, read_result, renewals, train_cohort
+from akd_dist.models.build import by_content
+from akd_dist.models.device import device_name, gpus_of
+from akd_dist.models.folder import load_card
 from akd_dist.recipe import HardLabels, Recipe
-from akd_dist.rows import SPLITS, Splits
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store
-from akd_dist.storage.errors import HeldError, MachineError, RefusedError
-from akd_dist.storage.files import canonical_json, sha256
 from akd_dist.storage.layout import TEACHERS
 from akd_dist.storage.manifest import Identity
-from akd_dist.storage.objects import open_root
+from akd_dist.storage.roots import open_root
 from akd_dist.storage.uses import using
+from akd_dist.tracking.progress import Meter, meter, tell
 
 if TYPE_CHECKING:
     from akd_dist.jobs.cluster import StopFlag
@@ -40,7 +41,7 @@ Stores = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Place:
+class Workspace:
     """Where a command works, who stops it and who is told."""
 
     store_root: str
@@ -119,7 +120,7 @@ class Trained:
     """`the teacher`, or `the assistant mlp-64`."""
     setting: str
     """The key of the recipe that says how it is trained."""
-    spec: recipes.Student
+    spec: recipes.StudentSpec
     """How it is trained. Its name is what it is found by: the hash of everything that its weights depend on."""
     views: int
     """How many views its epochs go round."""
@@ -130,9 +131,9 @@ class Trained:
         """Its model folder, whether it is there or not."""
         return f"{store_root.rstrip('/')}/{TEACHERS}/{self.spec.name}"
 
-    def job(self, recipe: Recipe, splits: Splits, place: Place) -> CohortJob:
+    def job(self, recipe: Recipe, splits: Splits, workspace: Workspace) -> CohortJob:
         """The model as a cohort of one: the same loop as for students."""
-        root = Path(place.cache_root if "://" in place.store_root else place.store_root) / TEACHERS
+        root = Path(workspace.cache_root if "://" in workspace.store_root else workspace.store_root) / TEACHERS
         return CohortJob(
             name="teacher",
             data=recipe.data.model_copy(update={"views": self.views}),
@@ -140,7 +141,7 @@ class Trained:
             students=(self.spec,),
             root=str(root),
             logs=str(root / self.spec.name),
-            cache_root=place.cache_root,
+            cache_root=workspace.cache_root,
             stores=self.stores,
             control=str(root / self.spec.name / "checkpoints"),
             checkpoint_seconds=recipe.checkpoint_seconds,
@@ -148,7 +149,7 @@ class Trained:
         )
 
 
-Run = Callable[[Trained, CohortJob, Place], dict[str, Any]]
+Run = Callable[[Trained, CohortJob, Workspace], dict[str, Any]]
 """Trains a model as `train_cohort` does."""
 
 
@@ -165,7 +166,7 @@ def teacher_of(recipe: Recipe, splits: Splits) -> Trained | None:
 
 
 def assistant_of(
-    recipe: Recipe, splits: Splits, assistant: recipes.Assistant, above: Identity, stores: Stores
+    recipe: Recipe, splits: Splits, assistant: recipes.AssistantSpec, above: Identity, stores: Stores
 ) -> Trained:
     """An assistant as the recipe has it.
 
@@ -187,10 +188,10 @@ def _spec(
     model: recipes.Model,
     objective: recipes.Objective,
     learns_from: str | dict[str, Any],
-) -> recipes.Student:
+) -> recipes.StudentSpec:
     """A model of the chain as a student whose name is the hash of all that its weights depend on."""
     common = {name: getattr(training, name) for name in recipes.Training.model_fields}
-    spec = recipes.Student(name="unnamed", model=model, objective=objective, **common)
+    spec = recipes.StudentSpec(name="unnamed", model=model, objective=objective, **common)
     data = recipe.data.model_dump(mode="json", include={"seed", "augmentation", "window", "normalize"})
     if recipe.data.image != recipes.Image():  # the card says so
         data["image"] = recipe.data.image.model_dump(mode="json")
@@ -212,7 +213,7 @@ def is_there(uri: str) -> bool:
     return open_root(uri).exists("model.json")
 
 
-def ensure_teacher(recipe: Recipe, splits: Splits, place: Place, run: Run) -> str:
+def ensure_teacher(recipe: Recipe, splits: Splits, workspace: Workspace, run: Run) -> str:
     """The URI of the teacher's model folder, trained first if the recipe says how and it is not there yet.
 
     Raises:
@@ -220,44 +221,44 @@ def ensure_teacher(recipe: Recipe, splits: Splits, place: Place, run: Run) -> st
         HeldError: somebody else is training it.
     """
     if (trained := teacher_of(recipe, splits)) is not None:
-        return ensure_trained(trained, recipe, splits, place, run)
+        return ensure_trained(trained, recipe, splits, workspace, run)
     assert recipe.teacher.weights is not None
     load_card(recipe.teacher.weights).check_rows(splits.train, f"the teacher in {recipe.teacher.weights}")
     return recipe.teacher.weights
 
 
-def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, place: Place, run: Run) -> str:
+def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, workspace: Workspace, run: Run) -> str:
     """The URI of a model's folder; it is trained if it is not there yet, by `run`.
 
     Raises:
         RefusedError: its training failed.
         HeldError: somebody else is training it.
     """
-    uri, claim = trained.uri(place.store_root), f"{TEACHERS}/{trained.spec.name}"
+    uri, claim = trained.uri(workspace.store_root), f"{TEACHERS}/{trained.spec.name}"
     if is_there(uri):
-        place.sweep(claim)
+        workspace.sweep(claim)
         return uri
-    root = open_root(place.store_root)
+    root = open_root(workspace.store_root)
     root.check_writable()
-    job = trained.job(recipe, splits, place)
+    job = trained.job(recipe, splits, workspace)
     lock = root.local_path(claim + CLAIM_SUFFIX)  # where there are folders, the claim is a locked file
-    with place.claim(claim):
+    with workspace.claim(claim):
         if not is_there(uri):
             Path(job.control).mkdir(parents=True, exist_ok=True)
             job.stop_file.unlink(missing_ok=True)
             _forget_failure(job)
             try:
                 with using(trained.stores.values(), run=uri, lock=lock):
-                    outcome = run(trained, job, place)
+                    outcome = run(trained, job, workspace)
                 for line in renewals(job):
-                    place.tell(f"warning: {line}")
+                    workspace.tell(f"warning: {line}")
                 result = _result(trained, job, outcome)
             except BaseException:
                 _leave_no_empty_folder(job)
                 raise
             shutil.rmtree(job.control, ignore_errors=True)
             metric = recipe.data.primary_metric
-            place.tell(f"{trained.name} is trained: test {metric} {result['test'][metric]:.4f}")
+            workspace.tell(f"{trained.name} is trained: test {metric} {result['test'][metric]:.4f}")
             _deliver(Path(job.root) / trained.spec.name, uri)
     return uri
 
@@ -276,13 +277,16 @@ def _forget_failure(job: CohortJob) -> None:
         (Path(job.root) / spec.name / "result.json").unlink()
 
 
-def run_on_ray(trained: Trained, job: CohortJob, place: Place) -> dict[str, Any]:
+def run_on_ray(trained: Trained, job: CohortJob, workspace: Workspace) -> dict[str, Any]:
     """Train a model in one Ray task, and show how far it is."""
     from akd_dist.jobs.tasks import run_one
 
-    stop = place.connect()
-    with place.shared() as shared, meter(place.console, f"training {trained.name}", total=1, unit="steps") as shown:
-        if "://" in place.store_root:
+    stop = workspace.connect()
+    with (
+        workspace.shared() as shared,
+        meter(workspace.console, f"training {trained.name}", total=1, unit="steps") as shown,
+    ):
+        if "://" in workspace.store_root:
             shared.stay_here()  # it is trained in the cache root, and delivered from there
         poll = functools.partial(_follow, job, shown, stop)
         outcome = run_one(
@@ -303,7 +307,7 @@ def run_on_ray(trained: Trained, job: CohortJob, place: Place) -> dict[str, Any]
     return dict(outcome)
 
 
-def run_in_process(_trained: Trained, job: CohortJob, _place: Place) -> dict[str, Any]:
+def run_in_process(_trained: Trained, job: CohortJob, _place: Workspace) -> dict[str, Any]:
     """Train a model in this process, without Ray; the weights are those of the Ray task."""
     return train_cohort(job)
 

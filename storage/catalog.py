@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from akd_dist.base.errors import AkdError, DamagedError, MachineError, RefusedError
+from akd_dist.base.files import canonical_json, parse_json, sha256
 from akd_dist.storage.arrays import metadata
 from akd_dist.storage.claim import claim_store
-from akd_dist.storage.errors import AkdError, DamagedError, MachineError, RefusedError
-from akd_dist.storage.files import canonical_json, parse_json, sha256
 from akd_dist.storage.layout import (
     ARRAYS,
     CREATION_KEY,
@@ -31,8 +31,9 @@ from akd_dist.storage.layout import (
     Shard,
 )
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Probe, Receipt, differences
-from akd_dist.storage.objects import ObjectMissing, ObjectRoot, open_root
+from akd_dist.storage.objects import ObjectMissing, ObjectRoot
 from akd_dist.storage.reader import Damage, LogitStore, open_store, read_manifest
+from akd_dist.storage.roots import open_root
 from akd_dist.storage.uses import USES, Use, uses_of
 from akd_dist.storage.writer import (
     StoreWriter,

@@ -20,9 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from akd_dist.storage.errors import AkdError, HeldError
-from akd_dist.storage.files import canonical_json, is_locked, parse_json, try_lock
-from akd_dist.storage.objects import ObjectMissing, open_root, storage_error
+from akd_dist.base.errors import AkdError, HeldError
+from akd_dist.base.files import canonical_json, is_locked, parse_json, try_lock
+from akd_dist.storage.objects import ObjectMissing, storage_error
+from akd_dist.storage.roots import open_root
 from akd_dist.storage.s3 import S3Root
 
 CLAIM_SUFFIX = ".claim"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from akd_dist.storage.errors import RefusedError
+from akd_dist.base.errors import RefusedError
 from akd_dist.storage.layout import LOGITS
 
 _ROWS_NAMED = 8

@@ -21,9 +21,9 @@ from pydantic import (
     model_validator,
 )
 
+from akd_dist.base.errors import AkdError, DamagedError, RefusedError
+from akd_dist.base.files import canonical_json, parse_json, sha256
 from akd_dist.storage.encodings import Encoding, encoding_from_config
-from akd_dist.storage.errors import AkdError, DamagedError, RefusedError
-from akd_dist.storage.files import canonical_json, parse_json, sha256
 from akd_dist.storage.layout import ARRAY_KEY, FORMAT_VERSION, GROUP_KEY, Shard, StoreLayout
 
 # A field, what it holds, and what follows from the fields beside it.

@@ -18,18 +18,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
-from urllib.parse import urlsplit
 
-from akd_dist.storage.errors import DamagedError, MachineError, RecipeError
-from akd_dist.storage.files import PARTIAL_SUFFIX, expanded, fsync_folder, link_new, publish_new, replace
+from akd_dist.base.errors import DamagedError, MachineError
+from akd_dist.base.files import PARTIAL_SUFFIX, fsync_folder, link_new, publish_new, replace
 
 # The last second of the year 9999: a file's time may lie beyond what a date can say.
 _LAST_SECOND = 253_402_300_799.0
-
 # A store of 21,000 classes and ten views of a million rows has a manifest of 0.4 GB; nothing else comes near that.
 MOST_DOCUMENT = 1 << 30
 """Bytes of the largest JSON document that is read."""
-
 Keys = list[str]
 Entries = list[os.DirEntry[str]]
 
@@ -293,28 +290,6 @@ def _leads_to(kind: Callable[[], bool]) -> bool:
         return kind()
     except OSError:
         return False
-
-
-def open_root(uri: str | Path) -> ObjectRoot:
-    """The root that a path or URI names; nothing is opened or created yet.
-
-    Raises:
-        RecipeError: a scheme other than s3://, or a URI that names no place.
-    """
-    text = str(uri)
-    scheme = urlsplit(text).scheme if "://" in text else ""
-    if scheme == "s3" and urlsplit(text).netloc:
-        from akd_dist.storage.s3 import S3Root  # here, since s3 builds on this module, and local stores need no obstore
-
-        return S3Root(text.rstrip("/"))
-    if scheme or not text or "\0" in text:
-        raise RecipeError(
-            f"{text!r} is no place for stores",
-            got=f"{scheme}://" if scheme else repr(text),
-            expected="a folder, or s3://bucket/prefix",
-            next="give another --store-root",
-        )
-    return LocalRoot(str(expanded(text).absolute()))
 
 
 def storage_error(verb: str, where: str, reason: object) -> MachineError:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from akd_dist.base.errors import AkdError, DamagedError, RefusedError
+from akd_dist.base.files import sha256
 from akd_dist.storage.arrays import decode_shard, metadata
-from akd_dist.storage.errors import AkdError, DamagedError, RefusedError
-from akd_dist.storage.files import sha256
 from akd_dist.storage.layout import ARRAYS, CREATION_KEY, LOGITS, MANIFEST_KEY, Shard, StoreLayout
 from akd_dist.storage.manifest import Manifest, ShardRecord
-from akd_dist.storage.objects import ObjectMissing, ObjectRoot, Stat, open_root
+from akd_dist.storage.objects import ObjectMissing, ObjectRoot, Stat
+from akd_dist.storage.roots import open_root
 
 
 @dataclass(frozen=True)

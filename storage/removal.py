@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from akd_dist.base.errors import AkdError, DamagedError, HeldError, MachineError, RefusedError
+from akd_dist.base.files import PARTIAL_SUFFIX, failpoint
 from akd_dist.storage.catalog import STORE_ID, StoreSummary, list_stores, warn, wider_unsealed
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store, holder_of
-from akd_dist.storage.errors import AkdError, DamagedError, HeldError, MachineError, RefusedError
-from akd_dist.storage.files import PARTIAL_SUFFIX, failpoint
 from akd_dist.storage.layout import (
     ARRAY_KEY,
     ARRAYS,
@@ -29,8 +29,9 @@ from akd_dist.storage.layout import (
 )
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.node_cache import drop_decoded, find_decoded
-from akd_dist.storage.objects import ObjectRoot, open_root
+from akd_dist.storage.objects import ObjectRoot
 from akd_dist.storage.reader import read_manifest
+from akd_dist.storage.roots import open_root
 from akd_dist.storage.uses import REMOVING_SUFFIX, USES, uses_of
 
 # A model that a recipe trained, under the folder TEACHERS.

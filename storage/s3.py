@@ -24,8 +24,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
 from obstore.store import S3Store
 
-from akd_dist.storage.errors import MachineError, RecipeError
-from akd_dist.storage.files import PARTIAL_SUFFIX
+from akd_dist.base.errors import MachineError, RecipeError
+from akd_dist.base.files import PARTIAL_SUFFIX
 from akd_dist.storage.objects import Keys, ObjectMissing, ObjectRoot, Stat, storage_error, too_large
 
 if TYPE_CHECKING:

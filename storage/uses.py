@@ -21,13 +21,14 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
+from akd_dist.base.errors import AkdError, RefusedError
+from akd_dist.base.files import is_locked, sha256
+from akd_dist.base.places import absolute, found, written
 from akd_dist.storage.claim import holder_of
-from akd_dist.storage.errors import AkdError, RefusedError
-from akd_dist.storage.files import is_locked, sha256
 from akd_dist.storage.layout import MANIFEST_KEY
 from akd_dist.storage.manifest import Document
-from akd_dist.storage.objects import ObjectMissing, ObjectRoot, open_root
-from akd_dist.storage.places import absolute, found, written
+from akd_dist.storage.objects import ObjectMissing, ObjectRoot
+from akd_dist.storage.roots import open_root
 
 USES = "uses"
 # Beside a store that is about to be removed: who begins to use it meanwhile waits for what comes of that.

@@ -16,9 +16,9 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from akd_dist.base.errors import DamagedError, MachineError, RefusedError
+from akd_dist.base.files import canonical_json, failpoint, sha256
 from akd_dist.storage.arrays import decode_shard, encode_shard, metadata
-from akd_dist.storage.errors import DamagedError, MachineError, RefusedError
-from akd_dist.storage.files import canonical_json, failpoint, sha256
 from akd_dist.storage.layout import (
     ARRAYS,
     CREATION_KEY,
@@ -31,7 +31,8 @@ from akd_dist.storage.layout import (
     StoreLayout,
 )
 from akd_dist.storage.manifest import Creation, Identity, Manifest, Probe, Receipt, ShardRecord, differences
-from akd_dist.storage.objects import ObjectMissing, ObjectRoot, open_root
+from akd_dist.storage.objects import ObjectMissing, ObjectRoot
+from akd_dist.storage.roots import open_root
 
 
 @dataclass(frozen=True)

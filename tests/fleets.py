@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from akd_dist import recipe as recipes
-from akd_dist.checkpoint import newest_checkpoint
+from akd_dist.base.files import canonical_json, sha256
+from akd_dist.base.trusted import Trusted
+from akd_dist.data.rows import prepare
+from akd_dist.distill.checkpoint import newest_checkpoint
 from akd_dist.jobs.cache_teacher import cache_in_process
-from akd_dist.models import ModelCard, build, save_model
+from akd_dist.models.build import build
+from akd_dist.models.card import ModelCard
+from akd_dist.models.folder import save_model
 from akd_dist.recipe import Recipe
-from akd_dist.rows import prepare
-from akd_dist.storage.files import canonical_json, sha256
-from akd_dist.trusted import Trusted
 
 DEVICE = os.environ.get("AKD_DIST_TEST_DEVICE", "cpu")
 ANNEALING = {"kind": "annealing_kd", "tau_max": 2, "stage1_epochs": 2, "stage2_epochs": 1}

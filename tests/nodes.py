@@ -16,10 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
-from akd_dist.jobs import cluster, fleet, planner, shared
+from akd_dist.base.errors import MachineError
+from akd_dist.jobs import cluster, fleet, shared
+from akd_dist.jobs.planning import planner
 from akd_dist.jobs.train_students import train_students
 from akd_dist.recipe import load_recipe
-from akd_dist.storage.errors import MachineError
 
 SMALL: dict[str, Any] = {"object_store_memory": 80 * 2**20, "memory": 4 * 10**9}
 
@@ -101,14 +102,14 @@ def share(_root: Path) -> dict[str, Any]:
     ray = cluster.ray
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from akd_dist.jobs.room import Ask
+    from akd_dist.jobs.packing import ResourceRequest
 
     def work() -> list[int]:
         time.sleep(3)
         return [int(one) for one in ray.get_gpu_ids()]
 
     found: list[Any] = []
-    scaling = fleet.scaling(Ask(1, 1, gpus=0.5, memory=1e8))
+    scaling = fleet.scaling(ResourceRequest(1, 1, gpus=0.5, memory=1e8))
     run = lambda: found.append(DataParallelTrainer(work, scaling_config=scaling).fit().return_value)  # type: ignore[attr-defined]  # noqa: E731
     threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
     for thread in threads:

@@ -19,7 +19,7 @@ BEGIN, END = "## Every key\n", "## What is refused\n"
 # A heading, then its parts: with the key they stand under, or none where they are told apart by their kind.
 SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
     "Top level": {recipe.Recipe: "top level"},
-    "Data": {recipe.Data: "data", recipe.Image: "data.image", recipe.Normalize: "data.normalize"},
+    "Data": {recipe.DataSpec: "data", recipe.Image: "data.image", recipe.Normalize: "data.normalize"},
     "Sources": dict.fromkeys(
         [recipe.Digits, recipe.Idx, recipe.Parquet, recipe.HuggingFaceData, recipe.CustomData], None
     ),
@@ -36,12 +36,12 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
         None,
     ),
     "Teacher": {
-        recipe.Teacher: "teacher",
+        recipe.TeacherSpec: "teacher",
         recipe.TeacherTraining: "teacher.train",
-        recipe.Assistant: "teacher.assistant",
+        recipe.AssistantSpec: "teacher.assistant",
     },
-    "Cache": {recipe.Cache: "cache"},
-    "Students": {recipe.Student: "students"},
+    "Cache": {recipe.CacheSpec: "cache"},
+    "Students": {recipe.StudentSpec: "students"},
     "Models": dict.fromkeys(
         [
             recipe.Mlp,

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from akd_dist import hub, recipe
+from akd_dist import recipe
+from akd_dist.data import hub
 from tests.fleets import own
 
 KINDS = ("parquet", "idx", "idx.gz", "huggingface", "table", "dataset")
@@ -87,7 +88,7 @@ def parquet(folder: Path, made: Any, **options: Any) -> recipe.Parquet:
 
 def huggingface(folder: Path, made: Any, **options: Any) -> recipe.HuggingFaceData:
     """A dataset that was saved to disk."""
-    hub.extra("datasets").Dataset(made).save_to_disk(str(folder))
+    hub.require_extra("datasets").Dataset(made).save_to_disk(str(folder))
     return recipe.HuggingFaceData(path=str(folder), **options)
 
 

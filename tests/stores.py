@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from akd_dist.base.files import sha256
 from akd_dist.storage.catalog import narrower_stores
 from akd_dist.storage.claim import claim_store
-from akd_dist.storage.files import sha256
 from akd_dist.storage.layout import FORMAT_VERSION, Shard
 from akd_dist.storage.manifest import Computed, Creation, Identity, Probe
 from akd_dist.storage.reader import LogitStore, open_store

@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from akd_dist.checkpoint import checkpoints
-from akd_dist.cohort import CohortJob, train_cohort
+from akd_dist.base.errors import AkdError
+from akd_dist.data.rows import prepare
+from akd_dist.distill.checkpoint import checkpoints
+from akd_dist.distill.cohort import CohortJob, train_cohort
 from akd_dist.jobs.train_students import fleet_job
 from akd_dist.recipe import Recipe
-from akd_dist.rows import prepare
-from akd_dist.storage.errors import AkdError
 from tests.fleets import ANNEALING, HARD, KD, a_recipe, a_student, a_teacher, stores_of
 
 # Rows of a batch, so that an epoch of the digits' 1,149 train rows takes nine steps.

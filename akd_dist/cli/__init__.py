@@ -23,6 +23,7 @@ from pathlib import Path
 
 import click
 
+from akd_dist.base.errors import AkdError, InterruptedByUser, MachineError, RecipeError, TerminatedError
 from akd_dist.cli.options import Group
 from akd_dist.cli.recipes import recipe
 from akd_dist.cli.reports import report
@@ -31,7 +32,6 @@ from akd_dist.cli.show import plain_output, print_json, reader_is_gone, settle_s
 from akd_dist.cli.stores import stores
 from akd_dist.cli.students import evaluate, export, predict
 from akd_dist.cli.watch import status
-from akd_dist.storage.errors import AkdError, InterruptedByUser, MachineError, RecipeError, TerminatedError
 
 # As a shell tells of a program that SIGPIPE ended.
 PIPE_CLOSED = 128 + signal.SIGPIPE
@@ -133,7 +133,7 @@ def _as_refusal(error: BaseException, arguments: list[str]) -> AkdError:
             again = "without --fresh" if "--fresh" in arguments else "again"
             return InterruptedByUser("interrupted", next=f"run the same command {again}: what was written is kept")
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EROFS):
-            from akd_dist.storage.files import write_error
+            from akd_dist.base.files import write_error
 
             if error.filename is not None:
                 return write_error(error, Path(error.filename), 1)

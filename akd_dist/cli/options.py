@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-import akd_dist
-from akd_dist.storage.places import RUN_ROOT, STORE_ROOT
+from akd_dist.base import places
+from akd_dist.base.places import RUN_ROOT, STORE_ROOT
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -43,7 +43,7 @@ def complete_store(context: click.Context, _parameter: click.Parameter, incomple
     """The ids of the stores under a local root that begin so: of their folders' names alone, so that it is instant."""
     from click.shell_completion import CompletionItem
 
-    root = akd_dist.absolute_root(context.params.get("store_root") or STORE_ROOT.chosen())
+    root = places.absolute(context.params.get("store_root") or STORE_ROOT.chosen())
     try:
         names = [] if "://" in root else sorted(entry.name for entry in Path(root).iterdir())
     except OSError:

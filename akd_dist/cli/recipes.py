@@ -10,7 +10,7 @@ from akd_dist.cli.options import Group, json_option, options, recipe_argument, s
 from akd_dist.cli.show import command_line, print_facts, print_json, print_table, table_of
 
 if TYPE_CHECKING:
-    from akd_dist.recipe import Assistant, Recipe, Source
+    from akd_dist.recipe import AssistantSpec, Recipe, Source
 
 STUDENTS_SHOWN = 200
 
@@ -83,7 +83,7 @@ def _recipe_facts(checked: Recipe) -> dict[str, Any]:
     }
 
 
-def _assistant(one: Assistant) -> str:
+def _assistant(one: AssistantSpec) -> str:
     return f"{one.model.label}, {one.objective.kind} for {one.objective.epochs} epochs"
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
+from akd_dist.base.errors import AkdError
 from akd_dist.cli.options import complete_folder, json_option
 from akd_dist.cli.show import print_json, print_table, short_path
-from akd_dist.storage.errors import AkdError
 
 
 @click.command("report")
@@ -23,9 +23,9 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> int:
     Each page is one file that opens offline. With several runs there is one page more, which compares them; a run that
     cannot be read takes nothing from the others.
     """
-    from akd_dist.fleet_report import fleet_table, read_run, runs_table
-    from akd_dist.report_page import write_reports
-    from akd_dist.storage.files import expanded
+    from akd_dist.base.files import expanded
+    from akd_dist.reporting.page import write_reports
+    from akd_dist.reporting.results import fleet_table, read_run, runs_table
 
     refused: list[AkdError] = []
     page = None if out is None else expanded(out).absolute()

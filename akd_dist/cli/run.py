@@ -170,7 +170,7 @@ def compare(recipe_path: str, as_json: bool, **options: Any) -> int:
     if as_json:
         print_json(document)
     else:
-        from akd_dist.comparison import MARKDOWN_NAME, comparison_table
+        from akd_dist.reporting.comparison import MARKDOWN_NAME, comparison_table
 
         run = Path(document["run"])
         print_table(comparison_table(document))
@@ -193,7 +193,7 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 def print_fleet_plan(plan: dict[str, Any]) -> None:
     """What training would do, as a table, and why."""
-    from akd_dist.fleet_plan import plan_lines, plan_table
+    from akd_dist.jobs.planning.plan import plan_lines, plan_table
 
     print_table(plan_table(plan))
     for line in plan_lines(plan):
@@ -220,7 +220,7 @@ def print_cached(document: dict[str, Any], next_command: str) -> None:
 
 def print_fleet(fleet: dict[str, Any], next_commands: Iterable[str]) -> None:
     """What a fleet came to, where its report lies, and what may come next."""
-    from akd_dist.fleet_report import fleet_table
+    from akd_dist.reporting.results import fleet_table
 
     print_table(fleet_table(fleet))
     run = Path(fleet["run"])

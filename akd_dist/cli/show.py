@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from akd_dist.base.errors import printable
+from akd_dist.base.formatting import counted as counted
+from akd_dist.base.formatting import size as size
+from akd_dist.base.formatting import uncut
 from akd_dist.cli.options import DEFAULT_ROOTS
-from akd_dist.storage.errors import printable
-from akd_dist.wording import counted as counted
-from akd_dist.wording import size as size
-from akd_dist.wording import uncut
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,7 +110,7 @@ def print_table(table: Table, *, stderr: bool = False) -> None:
 
 def table_of(first: str, *others: str, title: str | None = None) -> Table:
     """An empty table in the style of the house."""
-    from akd_dist.wording import house_table
+    from akd_dist.base.formatting import house_table
 
     table = house_table(title)
     for column in (first, *others):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import akd_dist
+from akd_dist.base import places
+from akd_dist.base.errors import DamagedError, RecipeError, printable
 from akd_dist.cli.options import (
     Group,
     cache_root_option,
@@ -41,12 +42,11 @@ from akd_dist.cli.show import (
     stdout_for_results,
     table_of,
 )
-from akd_dist.storage.errors import DamagedError, RecipeError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from akd_dist.documents import StoreDocument, StoreEntry
+    from akd_dist.documents.stores import StoreDocument, StoreEntry
     from akd_dist.storage.catalog import StoreSummary
     from akd_dist.storage.removal import Candidate
 
@@ -81,10 +81,10 @@ def stores_list(store_root: str, as_json: bool) -> None:
 
     Those of one teacher stand together, the teacher used last first.
     """
-    from akd_dist.documents import StoresDocument
+    from akd_dist.documents.stores import StoresDocument
     from akd_dist.storage.catalog import list_stores
 
-    root = akd_dist.absolute_root(store_root)
+    root = places.absolute(store_root)
     found = _in_order(list_stores(root))
     if as_json:
         print_json(StoresDocument(store_root=root, stores=[_entry(one) for one in found]).model_dump(mode="json"))
@@ -115,12 +115,12 @@ def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json:
 
     ID may be shortened.
     """
-    from akd_dist.documents import StoreDecoded, StoreDocument, StoreReceipts
+    from akd_dist.documents.stores import StoreDecoded, StoreDocument, StoreReceipts
     from akd_dist.storage import catalog
     from akd_dist.storage.node_cache import find_decoded
     from akd_dist.storage.reader import read_manifest
 
-    root = akd_dist.absolute_root(store_root)
+    root = places.absolute(store_root)
     whole = catalog.resolve_id(root, store_id)
     summary = catalog.summary_of(root, whole)
     uri = f"{root.rstrip('/')}/{whole}"
@@ -156,10 +156,10 @@ def stores_verify(store_id: str, store_root: str, shallow: bool, as_json: bool) 
 
     Exit code 5 if anything is not what was sealed. ID may be shortened.
     """
-    from akd_dist.documents import StoreDamage, VerifyDocument
+    from akd_dist.documents.stores import StoreDamage, VerifyDocument
     from akd_dist.storage import catalog
 
-    root = akd_dist.absolute_root(store_root)
+    root = places.absolute(store_root)
     whole = catalog.resolve_id(root, store_id)
     damages = catalog.verify_store(root, whole, deep=not shallow)
     if as_json:
@@ -203,7 +203,7 @@ def stores_repair(
     from akd_dist.jobs.cache_teacher import repair
     from akd_dist.storage.catalog import resolve_id
 
-    root = akd_dist.absolute_root(store_root)
+    root = places.absolute(store_root)
     whole = resolve_id(root, store_id)
     with stdout_for_results():
         document = repair(root, whole, recipe, str(_cache(cache_root)), progress_console(), trust=trust)
@@ -245,10 +245,10 @@ def stores_gc(
     (with both, where both hold), whole stores as well, their decoded copies on this machine included; IDS keep this to
     the stores named. A store that someone holds or uses stays.
     """
-    from akd_dist.documents import GcDocument, StoreProblem, StoreRemoval
+    from akd_dist.documents.stores import GcDocument, StoreProblem, StoreRemoval
     from akd_dist.storage import catalog, removal
 
-    root, cache = akd_dist.absolute_root(store_root), _cache(cache_root)
+    root, cache = places.absolute(store_root), _cache(cache_root)
     asked = older_than is not None or unused_for is not None
     _check_gc(store_ids, asked=asked, silent=dry_run or yes)
     ids = [catalog.resolve_id(root, store_id) for store_id in store_ids]
@@ -337,7 +337,7 @@ def _in_order(found: Sequence[StoreSummary]) -> list[StoreSummary]:
 
 
 def _entry(summary: StoreSummary) -> StoreEntry:
-    from akd_dist.documents import StoreEntry, StoreUse
+    from akd_dist.documents.stores import StoreEntry, StoreUse
 
     same = ("id", "sealed", "problem", "teacher", "dataset", "rows", "views", "augmentation", "classes", "encoding")
     counts = ("bytes", "shards", "shards_done", "partials", "runs")
@@ -467,6 +467,6 @@ def _ago(seconds: float | None) -> str:
 def _cache(given: str | None) -> Path:
     from akd_dist.storage.node_cache import default_cache_root, ensure_home
 
-    root = Path(akd_dist.absolute_root(given or default_cache_root()))
+    root = Path(places.absolute(given or default_cache_root()))
     ensure_home(root)
     return root

@@ -17,8 +17,8 @@ from akd_dist.cli.show import print_json, result_console
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from akd_dist.documents import StatusDocument
-    from akd_dist.status import RunReader
+    from akd_dist.documents.status import StatusDocument
+    from akd_dist.tracking.status import RunReader
 
 LOOK_SECONDS, LINE_SECONDS = 1.0, 10.0
 GOING = ("preparing", "training")
@@ -33,8 +33,8 @@ def status(run: str, watch: bool, as_json: bool) -> None:
 
     RUN is its folder, such as runs/NAME. Only files are read, so that it may be asked from anywhere, at any time.
     """
-    from akd_dist.status import RunReader
-    from akd_dist.storage.files import expanded
+    from akd_dist.base.files import expanded
+    from akd_dist.tracking.status import RunReader
 
     reader = RunReader(expanded(run))
     found = reader.read()
@@ -62,7 +62,7 @@ def _follow(reader: RunReader, found: StatusDocument, *, quiet: bool) -> StatusD
 def _table(console: Console, _quiet: bool) -> Iterator[Callable[[StatusDocument], None]]:
     from rich.live import Live
 
-    from akd_dist.fleet_view import FleetView, headline
+    from akd_dist.tracking.view import FleetView, headline
 
     with Live(console=console, transient=True, auto_refresh=False) as live:
         yield lambda found: live.update(FleetView(found, headline(found), fit=True), refresh=True)
@@ -71,7 +71,7 @@ def _table(console: Console, _quiet: bool) -> Iterator[Callable[[StatusDocument]
 @contextlib.contextmanager
 def _lines(_console: Console, quiet: bool) -> Iterator[Callable[[StatusDocument], None]]:
     """A line every ten seconds, or more rarely while nothing moves; none where a document is to come."""
-    from akd_dist.fleet_view import Ticker, headline, moved, total_line
+    from akd_dist.tracking.view import Ticker, headline, moved, total_line
 
     ticker = Ticker(LINE_SECONDS, -math.inf)
 
@@ -83,7 +83,7 @@ def _lines(_console: Console, quiet: bool) -> Iterator[Callable[[StatusDocument]
 
 
 def _print(found: StatusDocument) -> None:
-    from akd_dist.fleet_view import FleetView, headline, next_line
+    from akd_dist.tracking.view import FleetView, headline, next_line
 
     # Not a line of the table: commands and paths in it are to be copied.
     click.echo(headline(found))

@@ -1,0 +1,89 @@
+"""Places: where stores and runs lie by default, and how what is left behind names a place so that both can be moved.
+
+A document names a place on the same file system relative to its own folder: `../../stores/<id>`. Move a run and its
+stores together, and every document is right as it is. What shares no folder with the document, and a URI, is named as
+it is.
+"""
+
+# ruff: noqa: PTH100, PTH117, PTH118  -- places are text, and may be URIs: only os.path leaves them as they are
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from akd_dist.base.files import expanded
+
+
+def absolute(place: str | Path) -> str:
+    """A local place as an absolute path, before any worker changes directory; a URI as it is."""
+    text = os.fspath(place)
+    return text if "://" in text else str(expanded(text).absolute())
+
+
+@dataclass(frozen=True)
+class Root:
+    """A folder that commands and functions share when none is named: a variable of the environment, or a default."""
+
+    variable: str
+    """The variable; empty counts as not set."""
+    default: str
+    """Relative to the working folder."""
+
+    def chosen(self, given: str | Path | None = None) -> str:
+        """What was given, else the variable, else the default; a local one as an absolute path, a URI as it is."""
+        return absolute(given or os.environ.get(self.variable) or self.default)
+
+
+STORE_ROOT = Root("AKD_DIST_STORE_ROOT", "stores")
+"""Where stores lie."""
+RUN_ROOT = Root("AKD_DIST_RUN_ROOT", "runs")
+"""Where runs lie."""
+
+
+def written(place: str | Path, folder: str | Path, *, verbatim: bool = False) -> str:
+    """How a document in `folder` names a place: relative to it, if the two share more than the root of all files.
+
+    Args:
+        verbatim: whether `found` is to give back the very text, `..` in the middle of it included.
+    """
+    there, here = os.fspath(place), os.fspath(folder)
+    if "://" in there or "://" in here or not os.path.isabs(there):
+        return there
+    head, *rest = there.split("/../", 1) if verbatim else [there]
+    head, here = _real(head or os.sep), os.path.realpath(here)
+    if os.path.commonpath([head, here]) == os.sep:
+        return there
+    return "/../".join([os.path.relpath(head, here), *rest])
+
+
+def found(place: str, folder: str | Path) -> str:
+    """The place that a document in `folder` names, absolute; also one that was written as an absolute path."""
+    here = os.fspath(folder)
+    if "://" in place or "://" in here or os.path.isabs(place):
+        return place
+    parent, parts = Path(os.path.realpath(here)), Path(place).parts
+    up = next((number for number, part in enumerate(parts) if part != ".."), len(parts))
+    above = [parent, *parent.parents]
+    return str(above[min(up, len(above) - 1)].joinpath(*parts[up:]))
+
+
+def each(document: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a run's JSON document with every place in it changed: what stands under `run`, `store` and `path`."""
+    if isinstance(document, list):
+        return [each(entry, change) for entry in document]
+    if not isinstance(document, dict):
+        return document
+    return {
+        key: change(value) if key in ("run", "store", "path") and isinstance(value, str) else each(value, change)
+        for key, value in document.items()
+    }
+
+
+def _real(path: str) -> str:
+    """A path whose folders are no links, so that `..` leads back; what it leads to keeps its name."""
+    parent, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(parent), name)

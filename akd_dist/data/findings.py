@@ -1,0 +1,151 @@
+"""What a user should know of prepared rows, a line each, and the refusal of classes that nobody could learn."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from akd_dist.base.errors import RefusedError
+
+_SHOWN = 5  # classes named in a message
+_HASHED_BYTES = 1 << 22  # of rows, at a time
+_NO_VALUE = ("nan", "none", "null", "n/a", "na", "<na>")  # what missing values turn into as text
+
+
+def refuse_lost_classes(counts: np.ndarray, names: Sequence[str] | None, parts: Sequence[str], hint: str) -> None:
+    """Refuse classes that have rows, but none among the train rows.
+
+    Args:
+        counts: rows by part and class, int64 [parts, classes]; the train rows are the first part.
+        names: of classes, where they have names.
+        parts: what the parts are called.
+        hint: what to do about it.
+
+    Raises:
+        RefusedError: names the classes, and where their rows are.
+    """
+    lost = np.flatnonzero((counts[0] == 0) & counts.any(axis=0))
+    if not len(lost):
+        return
+    several = len(lost) > 1
+    shown = []
+    for number in lost[:_SHOWN].tolist():
+        there = [f"{n:,} {part}" for n, part in zip(counts[:, number].tolist(), parts, strict=True) if n]
+        shown.append(f"{_name(number, names)} ({', '.join(there)})")
+    raise RefusedError(
+        f"{len(lost):,} classes have no row in the train split" if several else "a class has no row in the train split",
+        got=", ".join(shown) + (f" and {len(lost) - _SHOWN:,} more" if len(lost) > _SHOWN else ""),
+        expected="a train row of every class that has rows",
+        next=hint,
+    )
+
+
+def of_classes(counts: np.ndarray, names: Sequence[str] | None) -> list[str]:
+    """Lines on classes: those without rows, a single one, names that look like something else.
+
+    Args:
+        counts: train rows of each class, int64 [classes].
+    """
+    there, missing = np.flatnonzero(counts), np.flatnonzero(counts == 0)
+    lines = []
+    if len(missing):
+        shown = ", ".join(_name(number, names) for number in missing[:_SHOWN].tolist())
+        more = f" and {len(missing) - _SHOWN:,} more" if len(missing) > _SHOWN else ""
+        have = "class" if len(missing) == 1 else f"{len(missing):,} of {len(counts):,} classes"
+        verb = f"{have} {shown} has" if len(missing) == 1 else f"{have} have"
+        rest = "" if len(missing) == 1 else f": {shown}{more}"
+        lines.append(f"{verb} no row in the train split{rest}{_guess(missing, there, names)}")
+    if len(there) == 1:
+        only = _name(int(there[0]), names)
+        lines.append(f"all {counts.sum():,} train rows are of one class, {only}: there is nothing to learn")
+    if names is not None:
+        empty = [name for name in names if name.strip().lower() in _NO_VALUE]
+        lines += [f"a class is called {name!r}: are these rows without a label?" for name in empty]
+        if all(name.isdecimal() for name in names) and sorted(names) != sorted(names, key=int):
+            first = ", ".join(names[:4])
+            lines.append(f"class names are numbers, and are in the order of text: {first}; integers would be class ids")
+    return lines
+
+
+def _guess(missing: np.ndarray, there: np.ndarray, names: Sequence[str] | None) -> str:
+    """What ids without rows may mean."""
+    if names is not None:
+        return ""
+    if missing.tolist() == [0]:
+        return ": are labels counted from 1?"
+    last, gap = int(there[-1]), int(there[-1] - there[-2]) - 1 if len(there) > 1 else 0
+    if gap == len(missing) and gap > len(there):
+        return f": is {last} a mark of rows without a label?"
+    return ""
+
+
+def in_two_splits(inputs: Mapping[str, np.ndarray], tell: Callable[[int, int], None]) -> list[str]:
+    """A line on the rows of other splits whose inputs are, bit for bit, those of a train row; none if there are none.
+
+    Takes 8 bytes a row, and a second for five million small rows, or for two gigabytes of large ones.
+
+    Args:
+        inputs: rows by split, arrays [rows, *shape]; the train rows first.
+        tell: called with rows done, and rows in all.
+    """
+    (train, learnt), *others = inputs.items()
+    rows, done = sum(map(len, inputs.values())), len(learnt)
+    known = _hashes(learnt, functools.partial(_further, tell, 0, rows))
+    found = []
+    for split, array in others:
+        common = _how_many(_hashes(array, functools.partial(_further, tell, done, rows)), known)
+        found += [f"{common:,} of {len(array):,} {split} rows"] if common else []
+        done += len(array)
+    if not found:
+        return []
+    return [f"{' and '.join(found)} have the very inputs of a {train} row: they do not show how models do on new rows"]
+
+
+def near_chance(name: str, agreement: float, counts: np.ndarray) -> str | None:
+    """A line on a model that agrees with the labels hardly more often than the most frequent class does.
+
+    Args:
+        name: of the model.
+        agreement: share of the rows where its first class is the label.
+        counts: rows of each class, int64 [classes]; where there is one class only, there is nothing to say.
+    """
+    rows = int(counts.sum())
+    most = float(counts.max()) / rows
+    noise = 2 * math.sqrt(most * (1 - most) / rows)  # two standard errors
+    if np.count_nonzero(counts) < 2 or agreement > most + max(noise, min((1 - most) / 20, most / 2)):
+        return None
+    return (
+        f"{name} is near chance: it agrees with the labels of {agreement:.1%} of {rows:,} train rows, and naming the "
+        f"most frequent class each time would with {most:.1%}; are its classes and inputs those of the data?"
+    )
+
+
+def _further(tell: Callable[[int, int], None], before: int, rows: int, done: int) -> None:
+    tell(before + done, rows)
+
+
+def _how_many(values: np.ndarray, known: np.ndarray) -> int:
+    """How many values are among the known ones; both sorted, which is many times as fast as `np.isin`."""
+    places = np.searchsorted(known, values)
+    return int((known[np.minimum(places, len(known) - 1)] == values).sum())
+
+
+def _hashes(array: np.ndarray, tell: Callable[[int], None]) -> np.ndarray:
+    """The hashes of rows' bytes, int64 [rows], sorted. Python's own has 64 bits, and a key that nobody knows."""
+    size = array[:1].nbytes
+    hashes = np.empty(len(array), dtype=np.int64)
+    step = max(1, _HASHED_BYTES // size)
+    for start in range(0, len(array), step):
+        block = np.ascontiguousarray(array[start : start + step])
+        rows = block.reshape(len(block), -1).view(f"V{size}").ravel().tolist()
+        hashes[start : start + len(block)] = np.fromiter(map(hash, rows), np.int64, len(rows))
+        tell(start + len(block))
+    hashes.sort()
+    return hashes
+
+
+def _name(number: int, names: Sequence[str] | None) -> str:
+    return str(number) if names is None else names[number]

@@ -1,0 +1,230 @@
+"""Columns of labels -> arrays: class ids, class names, or numbers. Converters are used as those of `columns`."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
+from akd_dist.data.columns import Place, label_kind, plain, refuse_inexact, refuse_nulls
+
+
+class Labels(Protocol):
+    """One source's labels -> arrays."""
+
+    named: bool
+    """Whether the source has names of classes."""
+    names: tuple[str, ...] | None
+    """Those of classes 0, 1, ..., as far as they are known."""
+
+    def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
+        """Labels of these rows: int64 or float32 [n]."""
+
+    def finished(self, labels: np.ndarray) -> np.ndarray:
+        """The labels of the whole source, once all rows were seen."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What is known of the classes of a dataset."""
+
+    number: int | None = None
+    """How many there are."""
+    names: tuple[str, ...] | None = None
+    """What they are called."""
+    complete: bool = False
+    """Whether the train rows were seen: then there are no other classes, and no other names."""
+
+
+def labels_of(
+    column: Any, row: int, place: Place, task: recipe.Task, classes: Classes, own_names: tuple[str, ...] | None
+) -> Labels:
+    """The converter of a source's labels.
+
+    Args:
+        column: the first row.
+        row: its number, for messages.
+        place: for messages.
+        task: what labels are.
+        classes: of the dataset, as far as they are known.
+        own_names: what the source calls its class ids.
+
+    Raises:
+        RefusedError: the column is nothing for this task.
+    """
+    kind = label_kind(column.type)
+    if task == "regression" and kind in ("ids", "numbers"):
+        return _Values(place)
+    if task == "regression" or kind not in ("ids", "names"):
+        raise RefusedError(
+            f"labels that do not go with data.task: {task} in {place(row)}",
+            got=f"type {column.type}: {column[0]}",
+            expected="numbers" if task == "regression" else "class ids (integers) or class names",
+            next=_advice(column) if kind == "numbers" else "set `label` to another column, or cast it to numbers",
+        )
+    if kind == "names":
+        return _Names(place, classes)
+    return _Ids(place, classes, own_names)
+
+
+def _advice(column: Any) -> str:
+    """What to do about floats where classes are wanted."""
+    value = column[0].as_py()
+    if value is None or not math.isfinite(value):
+        return (
+            "cast the column to integers if these are class ids: missing values make floats of them; remove such rows"
+        )
+    if float(value).is_integer():
+        return "cast the column to integers if these are class ids; set data.task: regression if they are quantities"
+    return "set data.task: regression"
+
+
+class _Ids:
+    """Integers, or booleans as 0 and 1 -> int64 from 0 to classes - 1."""
+
+    def __init__(self, place: Place, classes: Classes, own_names: tuple[str, ...] | None) -> None:
+        self._place, self.named = place, own_names is not None
+        self.names = classes.names if classes.complete else own_names
+        self._number = classes.number if own_names is None else len(own_names)
+        self._own = own_names or ()
+        self._translated: np.ndarray | None = None  # ids of the train rows, -1 where they have none
+        if classes.complete and self.named and own_names != classes.names:
+            known = {name: number for number, name in enumerate(classes.names or ())}
+            self._translated = np.array([known.get(name, -1) for name in self._own], dtype=np.int64)
+
+    def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
+        """Cast and check."""
+        column = plain(column)
+        refuse_nulls(column, self._place, rows[0])
+        try:
+            ids: np.ndarray = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid:  # uint64 beyond int64
+            raise self._out_of_range(rows[0], column[0]) from None
+        wrong = ids < 0 if self._number is None else (ids < 0) | (ids >= self._number)
+        if wrong.any():
+            raise self._out_of_range(rows[0], ids[0])
+        if self._translated is None:
+            return ids
+        translated: np.ndarray = self._translated[ids]
+        if (translated < 0).any():
+            raise _unknown_name(self._place(rows[0]), self._own[ids[0]], self.names or ())
+        return translated
+
+    def finished(self, labels: np.ndarray) -> np.ndarray:
+        """As they are."""
+        return labels
+
+    def _out_of_range(self, row: int, got: object) -> RefusedError:
+        last = "classes - 1" if self._number is None else self._number - 1
+        value = int(str(got))
+        advice = "correct the labels, or set `classes` of data.train"
+        if value == -1:
+            advice = "remove the row if -1 marks rows without a label, as it does in many datasets"
+        elif value < 0:
+            advice = "correct the labels: class ids are counted from 0"
+        elif value == self._number:
+            advice = "if labels are counted from 1, subtract 1 from all; else correct the row, or set `classes`"
+        elif value == 255:
+            advice = "remove the row if 255 marks rows without a label; else correct it, or set `classes` of data.train"
+        return RefusedError(
+            f"label out of range in {self._place(row)}",
+            got=got,
+            expected=f"0 to {last}" + ("" if self._number is None else f", as the data has {self._number} classes"),
+            next=advice,
+        )
+
+
+class _Names:
+    """Class names -> int64: the places of the names in sorted order, or in that of the train rows."""
+
+    named = True
+
+    def __init__(self, place: Place, classes: Classes) -> None:
+        self._place, self._complete = place, classes.complete
+        self.names = classes.names
+        self._ids = {name: number for number, name in enumerate(classes.names or ())}
+        self._lock = threading.Lock()
+
+    def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
+        """Ids; of train rows in the order in which threads met the names."""
+        column = plain(column)
+        refuse_nulls(column, self._place, rows[0])
+        encoded = pc.dictionary_encode(column)
+        ids = [self._id(name, rows[0]) for name in encoded.dictionary.to_pylist()]
+        places: np.ndarray = np.array(ids, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
+        return places
+
+    def finished(self, labels: np.ndarray) -> np.ndarray:
+        """Numbered in sorted order."""
+        if self._complete:
+            return labels
+        self.names = tuple(sorted(self._ids))
+        places = {name: place for place, name in enumerate(self.names)}
+        renumbered: np.ndarray = np.array([places[name] for name in self._ids], dtype=np.int64)[labels]
+        return renumbered
+
+    def _id(self, name: str, row: int) -> int:
+        if not name.strip():
+            raise RefusedError(
+                f"no value in {self._place(row)}", got=repr(name), expected="a class name", next="fill it in"
+            )
+        if self._complete:
+            if name not in self._ids:
+                raise _unknown_name(self._place(row), name, self.names or ())
+            return self._ids[name]
+        with self._lock:
+            return self._ids.setdefault(name, len(self._ids))
+
+
+class _Values:
+    """Numbers -> float32."""
+
+    named = False
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self.names: tuple[str, ...] | None = None
+
+    def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
+        """Cast and check."""
+        column = plain(column)
+        refuse_nulls(column, self._place, rows[0])
+        stored = column.to_numpy(zero_copy_only=False)
+        refuse_inexact(stored, self._place, rows[0], "label")
+        with np.errstate(over="ignore"):
+            values: np.ndarray = stored.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise RefusedError(
+                f"a label that is not finite in float32 in {self._place(rows[0])}",
+                got=column[0],
+                expected="a finite number",
+                next="remove the row, or correct it",
+            )
+        return values
+
+    def finished(self, labels: np.ndarray) -> np.ndarray:
+        """As they are."""
+        return labels
+
+
+def _unknown_name(where: str, name: str, names: Sequence[str]) -> RefusedError:
+    """A class of a validation or test row that no train row has."""
+    near = difflib.get_close_matches(name, names, n=1)
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    return RefusedError(
+        f"unknown class name in {where}",
+        got=repr(name),
+        expected=f"one of those in data.train: {shown}",
+        next=f"correct it to {near[0]}, or remove the row"
+        if near
+        else "remove the row, or add such rows to data.train",
+    )

@@ -1,0 +1,190 @@
+"""Which Parquet files a path names, and the columns that stand in their paths: what `pyarrow.dataset` finds there."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import itertools
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+from pyarrow import fs
+
+from akd_dist.base.errors import RefusedError
+
+NEXT_PATH = "correct the path in the recipe; one that is not absolute starts from the recipe's folder"
+SKIPPED_PREFIXES = (".", "_")
+"""Files and folders of such names are none of the data: _SUCCESS, _metadata, .part-0.crc, .ipynb_checkpoints."""
+_SUFFIXES = (".parquet", ".parq", ".pq")
+_MAGIC = (b"PAR1", b"PARE")  # the latter of files whose footer is encrypted
+# Names of copies: those under way, and those that editors and people keep.
+_COPIES = ("~", ".bak", ".orig", ".old", ".swp", ".tmp", ".temp", ".part", ".partial", ".crdownload", ".filepart")
+_COMPANIONS = (".crc", ".md5", ".sha1", ".sha256", ".json", ".txt")  # of a Parquet file, as rows.parquet.md5
+
+
+@dataclass(frozen=True)
+class Found:
+    """The Parquet files that a path names."""
+
+    files: list[Path]
+    """In the order of their rows: by name, folder by folder."""
+    columns: Any = field(default_factory=lambda: pa.schema([]))
+    """Those that stand in paths, as `y` in `y=cat/part-0.parquet`: an Arrow schema, of types that pyarrow infers."""
+    values: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    """A file's values of these columns; null where it is not named."""
+    whole: bool = True
+    """Whether the path names a dataset, so that what stands in it must agree with columns in the files; else it is the
+    path of a single file, which may lie anywhere."""
+    left_out: tuple[str, ...] = ()
+    """Names of other files there, which hold no Parquet."""
+
+
+def find_parquet(path: str) -> Found:
+    """The Parquet files that a path, a folder or a glob names.
+
+    Raises:
+        RefusedError: there is none; a file looks like a copy that is under way; links lead in a circle.
+    """
+    place = Path(path)
+    if "://" in path:
+        raise RefusedError(
+            f"rows are not read from {path}",
+            got="a URI",
+            expected="files in a folder of each node",
+            next="copy the files to a folder, or read them in a function of your own (kind: custom)",
+        )
+    try:
+        if place.is_dir():
+            found = _in_folder(place)
+        elif any(character in path for character in "*?[") and not place.exists():
+            found = _of_glob(place)
+        else:
+            found = _discovered([str(place)] if place.is_file() else [], "", whole=False)
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise RefusedError(
+            f"the files of {path} cannot be listed",
+            got=str(error).partition("\n")[0],
+            expected="files that pyarrow.dataset can list, with columns as name=value in their paths",
+            next="correct the name or the permissions of what is named there",
+        ) from error
+    if not found.files:
+        raise nothing_at(place, "Parquet file", "a file, a folder with Parquet files, or a glob", found.left_out)
+    return found
+
+
+def nothing_at(place: Path, what: str, expected: str, left_out: Iterable[str] = ()) -> RefusedError:
+    """The refusal for a path where nothing is, or not what should be."""
+    beside = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
+    near = difflib.get_close_matches(place.name, beside, n=3)
+    got = f"near it: {', '.join(near)}" if near else "nothing there"
+    if place.is_dir():
+        others = ", ".join(itertools.islice(left_out, 5))
+        got = f"a folder with other files: {others}" if others else "a folder"
+        if any(one.name.startswith(SKIPPED_PREFIXES) for one in place.iterdir()):
+            got += "; names that begin with . or _ are skipped"
+    return RefusedError(f"no {what} at {place}", got=got, expected=expected, next=NEXT_PATH)
+
+
+def is_skipped(relative: str) -> bool:
+    """Whether a file at this path below the folder that is read is none of the data, as pyarrow.dataset has it."""
+    return any(part.startswith(SKIPPED_PREFIXES) for part in Path(relative).parts)
+
+
+def may_be_parquet(name: str) -> bool:
+    """Whether a file of this name may hold Parquet, whatever it holds: what is copied from where looking is dear."""
+    name = name.rpartition("/")[2].lower()
+    return any(suffix in name for suffix in _SUFFIXES) or not Path(name).suffix
+
+
+def _in_folder(place: Path) -> Found:
+    _refuse_circles(place)
+    return _discovered(fs.FileSelector(str(place), recursive=True), str(place), whole=True)
+
+
+def _of_glob(place: Path) -> Found:
+    """Files that match. Wildcards match no names that pyarrow.dataset would skip, but these may be spelt out."""
+    parts = place.parts
+    first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    if any("**" in part and part != "**" for part in parts):
+        raise RefusedError(
+            f"{place} cannot be read as a glob",
+            got=next(part for part in parts if "**" in part and part != "**"),
+            expected="*, ?, [...], or ** for any folders",
+            next=NEXT_PATH,
+        )
+    base = Path(*parts[:first])
+    if "**" in parts:
+        _refuse_circles(base)
+    spelt_out = any(part.startswith(SKIPPED_PREFIXES) for part in parts[first:])
+    # Path.glob would not follow links through **.
+    matches = [Path(one) for one in glob.glob(str(place), recursive=True)]  # noqa: PTH207
+    files = [one for one in matches if one.is_file() and (spelt_out or not is_skipped(str(one.relative_to(base))))]
+    return _discovered([str(file) for file in files], str(base), whole=True)
+
+
+def _discovered(selected: Any, base: str, *, whole: bool) -> Found:
+    """What pyarrow.dataset makes of files, or of a selector; no file is opened for it but those of other names."""
+    if not selected:
+        return Found([])
+    options = ds.FileSystemFactoryOptions(base, partitioning=ds.HivePartitioning.discover())
+    factory = ds.FileSystemDatasetFactory(fs.LocalFileSystem(), selected, ds.ParquetFileFormat(), options)
+    columns = factory.inspect(fragments=0)
+    values = {
+        Path(one.path): ds.get_partition_keys(one.partition_expression)
+        for one in factory.finish(columns).get_fragments()
+    }
+    files = sorted(file for file in values if not whole or _is_parquet(file))
+    left_out = sorted(str(file.relative_to(base)) for file in values.keys() - set(files))
+    return Found(files, columns, values, whole, tuple(left_out))
+
+
+def _is_parquet(file: Path) -> bool:
+    """Whether a file is read as Parquet; what is damaged is, too, and is refused when it is opened.
+
+    Raises:
+        RefusedError: it may be rows that are on their way, or that are there already under another name.
+    """
+    name = file.name.lower()
+    if name.endswith(_SUFFIXES):
+        return True
+    with open(file, "rb") as opened:
+        holds_parquet = opened.read(4) in _MAGIC
+    called_parquet = any(suffix in name for suffix in _SUFFIXES)
+    if name.endswith(_COPIES) and (holds_parquet or called_parquet):
+        raise RefusedError(
+            f"{file} looks like a copy of rows, or one that is under way",
+            got=f"a name that ends in {next(suffix for suffix in _COPIES if name.endswith(suffix))}",
+            expected="Parquet files that are whole, each once",
+            next="wait for the copy, remove the file, or name the files with a glob such as *.parquet",
+        )
+    if called_parquet and not holds_parquet and not name.endswith(_COMPANIONS):
+        raise RefusedError(
+            f"{file} is not Parquet, although its name says so",
+            got=f"{file.stat().st_size:,} bytes of another format",
+            expected="a Parquet file",
+            next="unpack it or remove it, or name the files with a glob such as *.parquet",
+        )
+    return holds_parquet
+
+
+def _refuse_circles(folder: Path) -> None:
+    """Refuse links to a folder that they lie in: following them, the same files would be found again and again."""
+    above = {str(folder): {folder.resolve()}}
+    for place, names, _ in os.walk(folder, followlinks=True):
+        seen = above.pop(place)
+        names[:] = [name for name in names if not name.startswith(SKIPPED_PREFIXES)]
+        for inside in (Path(place, name) for name in names):
+            real = inside.resolve()
+            if real in seen:
+                raise RefusedError(
+                    f"links lead in a circle in {folder}",
+                    got=f"{inside}, which is {real}",
+                    expected="links that do not lead to a folder that they lie in",
+                    next="remove the link",
+                )
+            above[str(inside)] = seen | {real}

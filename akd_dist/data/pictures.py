@@ -1,0 +1,148 @@
+"""One encoded picture -> the pixels that a viewer shows: turned as it says, laid over a background, 8 bits a channel.
+
+The table in docs/data.md says what becomes of which kind of picture; tests/data/test_pictures.py has a case for each.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+
+from PIL import ExifTags, Image
+
+RULES = 2
+"""Number of these rules, part of the key of prepared rows: raise it with every change of the pixels that come out."""
+# Decoders without an interpreter inside (Pillow hands EPS to Ghostscript).
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 1 << 26
+"""Of one picture, before it is decoded."""
+
+# ImageOps.exif_transpose writes the other EXIF tags anew as well, and fails where one of them is spoilt.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+_GREY_STEPS = {"L;2": 255 // 3, "L;4": 255 // 15}  # of PNG with 2 and 4 bits
+_BITS_PER_SAMPLE = 258  # a TIFF tag
+
+# Pillow warns of pictures that are larger than those that are refused here, and of EXIF that is read as if it were not
+# there.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
+
+
+def open_picture(encoded: bytes) -> Image.Image:
+    """Read the header of a picture; to be closed.
+
+    Raises:
+        ValueError: it has more than MAX_PIXELS, or more than 8 bits a channel.
+        Exception: of many kinds, whatever a spoilt picture makes a decoder raise.
+    """
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    check(image)
+    return image
+
+
+def check(image: Image.Image) -> None:
+    """Refuse what is too large, and what has more than 8 bits a channel: by the header, before it is decoded.
+
+    Raises:
+        ValueError: says what it has.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width:,} x {image.height:,} pixels are too many")
+    bits = _bits(image)
+    if bits > 8:
+        raise ValueError(f"mode {image.mode} with {bits} bits a channel, and more than 8 bits are not taken")
+
+
+def is_grey(image: Image.Image, background: Sequence[int]) -> bool:
+    """Whether `shown` makes one channel of a picture, by its header: it is grey without alpha.
+
+    Where one grey level is transparent and the background has a colour, the picture has that colour as well.
+    """
+    return image.mode in ("1", "L") and ("transparency" not in image.info or len(set(background)) == 1)
+
+
+def size(image: Image.Image) -> tuple[int, int]:
+    """Height and width as `shown` gives them, as far as the header tells: a PNG may tell at its end that it lies."""
+    turned = "exif" in image.info and _orientation(image) in _SIDEWAYS
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def has_frames(image: Image.Image) -> bool:
+    """Whether a picture that is not yet decoded has several frames or pages. Previews within a JPEG are none."""
+    return bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+
+
+def shown(image: Image.Image, background: Sequence[int]) -> Image.Image:
+    """What a viewer shows of a picture: mode L if it `is_grey`, else RGB. Of several frames, the first one.
+
+    Args:
+        image: as `open_picture` gives it, or any other that `check` lets pass; it is left as it is, but decoded.
+        background: red, green and blue behind what is transparent, 0 to 255.
+
+    Raises:
+        Exception: of many kinds, as `open_picture`.
+    """
+    decode(image)
+    grey = is_grey(image, background)
+    turn = _TURNS.get(_orientation(image))
+    if image.has_transparency_data:
+        image = _laid_over(image, background, "L" if grey else "RGB")
+    elif image.mode != (mode := "L" if grey else "RGB"):
+        image = image.convert(mode)
+    return image if turn is None else image.transpose(turn)
+
+
+def decode(image: Image.Image) -> None:
+    """Load pixels and EXIF, so that threads may share the picture: from then on it is only read."""
+    stored = _stored(image) if image.format == "PNG" else None
+    if isinstance(stored, str) and stored in _GREY_STEPS and "transparency" in image.info:
+        image.info["transparency"] *= _GREY_STEPS[stored]  # Pillow spreads the grey levels, but not the transparent one
+    image.load()
+    _orientation(image)
+
+
+def _laid_over(image: Image.Image, background: Sequence[int], mode: str) -> Image.Image:
+    """An image with alpha, or with a transparent colour, over a background; what is opaque stays to the bit."""
+    straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)  # their colours are multiplied by alpha
+    layer = (image.convert(straight) if straight else image).convert("LA" if mode == "L" else "RGBA")
+    below = Image.new(mode, image.size, background[0] if mode == "L" else tuple(background))
+    below.paste(layer.convert(mode), mask=layer.getchannel("A"))
+    return below
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # spoilt EXIF makes it raise all kinds, and viewers show such a picture as it is stored
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits a channel as they are stored: of colours with 16 bits Pillow keeps 8 without a word."""
+    if image.mode[0] in "IF":
+        return 16 if image.mode.startswith("I;16") else 32
+    if image.format == "TIFF":
+        return max(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (1,)), default=1)
+    stored = _stored(image)
+    if image.format == "PNG":
+        return 16 if "16" in str(stored) else 8
+    if image.format == "PPM" and isinstance(stored, tuple):
+        return int(stored[-1]).bit_length()  # of the largest value
+    return 8
+
+
+def _stored(image: Image.Image) -> object:
+    """What Pillow is about to tell the decoder of PNG and PPM: how a pixel is stored. None once it is decoded."""
+    tiles = getattr(image, "tile", None)
+    return tiles[0].args if tiles else None

@@ -1,0 +1,1 @@
+"""Where rows come from: one small class for each kind of source, which yields its rows as they are stored."""

@@ -1,0 +1,102 @@
+"""Where rows come from: one small class per kind of source. A source yields its rows as they are stored.
+
+`key` is cheap and says when rows may have changed; `open` looks at the rows without reading them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from akd_dist.base.errors import RefusedError
+from akd_dist.data.blocks import Block, RowStream
+from akd_dist.data.columns import Place
+
+STREAM_ROWS = 1 << 14  # of sources that can be read from any row
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows in an order that never changes, looked at and not yet read."""
+
+    name: str
+    """For messages."""
+    rows: int
+    """How many."""
+    streams: Sequence[RowStream]
+    """How to read them."""
+    where: Callable[[int], str]
+    """A row's place, for messages."""
+    label_streams: Sequence[RowStream] = ()
+    """How to read labels alone, in blocks without columns of inputs; none where they come with the inputs only."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of the source, a line each."""
+    inputs: tuple[str, ...] = ()
+    """The columns of inputs, if they have names."""
+    label: tuple[str, ...] = ()
+    """The column of labels, if it has a name."""
+    class_names: tuple[str, ...] | None = None
+    """What the source calls its class ids."""
+    classes: int | None = None
+    """How many classes there are, if it is known beforehand."""
+    sample: Callable[[], str] | None = None
+    """A hash of a few rows, by which a change is noticed that no file shows; of sources of the user's own."""
+
+    def __post_init__(self) -> None:
+        if self.rows == 0:
+            raise _no_rows(self.name)
+
+    @property
+    def input_place(self) -> Place:
+        """Where inputs stand."""
+        return Place(self.where, self.inputs)
+
+    @property
+    def label_place(self) -> Place:
+        """Where labels stand."""
+        return Place(self.where, self.label)
+
+
+def _no_rows(name: str) -> RefusedError:
+    return RefusedError(
+        f"{name} has no rows",
+        got="0 rows",
+        expected="at least one",
+        next="correct the source in the recipe",
+    )
+
+
+class Kind(Protocol):
+    """A place that rows may come from."""
+
+    def key(self) -> dict[str, Any]:
+        """JSON that changes when the rows may have changed; cheap. Refuses what is not there."""
+
+    def open(self) -> Source:
+        """Look at the rows: how many there are, and whether they have the columns that the recipe names."""
+
+
+def slices(rows: int, read: Callable[[int, int], tuple[Sequence[Any], Any]], per_stream: int) -> list[RowStream]:
+    """Streams over rows that can be read from anywhere: `read(start, stop)` gives columns of inputs, and labels."""
+
+    def blocks(first: int, last: int, most: int) -> Iterator[Block]:
+        for start in range(first, last, most):
+            yield Block(start, *read(start, min(start + most, last)))
+
+    return [
+        RowStream(first, functools.partial(blocks, first, min(first + per_stream, rows)))
+        for first in range(0, rows, per_stream)
+    ]
+
+
+def stats_of(files: Sequence[Path]) -> list[list[Any]]:
+    """Path, size and time of each file: cheap, and different when its content may be."""
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def row_of(name: str) -> Callable[[int], str]:
+    """How a row of a source is named in messages."""
+    return lambda row: f"row {row} of {name}"

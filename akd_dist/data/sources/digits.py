@@ -1,0 +1,31 @@
+"""scikit-learn's handwritten digits: real data that come with a package."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from akd_dist.data.sources.base import Source, row_of, slices
+
+
+class DigitsSource:
+    """scikit-learn's 1,797 handwritten digits, the built-in example: uint8 [1, 8, 8], ten classes."""
+
+    def key(self) -> dict[str, Any]:
+        """JSON that changes when the rows may have changed."""
+        return {"kind": "digits", "scikit-learn": version("scikit-learn")}
+
+    def open(self) -> Source:
+        """Look at the rows, without reading them."""
+        # Here, because it takes a second.
+        from sklearn.datasets import load_digits
+
+        grey, labels = load_digits(return_X_y=True)
+        # Their grey levels are 0 to 16.
+        inputs, ids = np.rint(grey * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8), pa.array(labels)
+        name = "the digits of scikit-learn"
+        streams = slices(len(ids), lambda start, stop: ([inputs[start:stop]], ids[start:stop]), len(ids))
+        return Source(name, len(ids), streams, row_of(name), classes=10)

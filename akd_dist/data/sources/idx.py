@@ -1,0 +1,146 @@
+"""IDX files, plain or gzipped: the MNIST family."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import pyarrow as pa
+
+from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
+from akd_dist.data.blocks import Block, RowStream
+from akd_dist.data.parquet_files import nothing_at
+from akd_dist.data.sources.base import Source, row_of, stats_of
+
+_IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_IDX_DIMENSIONS = 8  # more than anybody has, and fewer than NumPy takes
+_MOST_GZIP_SAVES = 1032  # times; deflate cannot do better
+
+
+class IdxSource:
+    """Images and labels in IDX files: [n, height, width] become [n, 1, height, width]."""
+
+    def __init__(self, spec: recipe.Idx) -> None:
+        self.spec = spec
+
+    def key(self) -> dict[str, Any]:
+        """JSON that changes when the rows may have changed."""
+        files = [existing_file(path, "IDX file") for path in (self.spec.images, self.spec.labels)]
+        return {**self.spec.model_dump(mode="json"), "files": stats_of(files)}
+
+    def open(self) -> Source:
+        """Look at the rows, without reading them."""
+        images, labels = _IdxFile(self.spec.images), _IdxFile(self.spec.labels)
+        if images.dtype != np.uint8 or len(images.shape) < 2:
+            raise images.refused(
+                "inputs are uint8 of two dimensions or more", f"{images.dtype.name} {list(images.shape)}"
+            )
+        if len(labels.shape) != 1:
+            raise labels.refused("labels have one dimension", list(labels.shape))
+        if images.shape[0] != labels.shape[0]:
+            raise RefusedError(
+                f"{images.path} and {labels.path} do not belong together",
+                got=f"{images.shape[0]:,} inputs and {labels.shape[0]:,} labels",
+                expected="as many labels as inputs",
+                next="correct `images` and `labels` in the recipe",
+            )
+        shape = images.shape[1:] if len(images.shape) != 3 else (1, *images.shape[1:])
+
+        def blocks(most: int) -> Iterator[Block]:
+            for inputs, block in zip(images.blocks(most), labels_alone(most), strict=True):
+                yield Block(block.start, [inputs.reshape(len(block), *shape)], block.labels)
+
+        def labels_alone(most: int) -> Iterator[Block]:
+            start = 0
+            for ids in labels.blocks(most):
+                yield Block(start, [], pa.array(ids.astype(ids.dtype.newbyteorder("="))))
+                start += len(ids)
+
+        rows, name = images.shape[0], f"{images.path} and {labels.path.name}"
+        return Source(
+            name,
+            rows,
+            [RowStream(0, blocks)],
+            row_of(name),
+            label_streams=[RowStream(0, labels_alone)],
+            classes=self.spec.classes,
+        )
+
+
+class _IdxFile:
+    """The header of an IDX file, plain or gzip-compressed, checked against the size of the file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = existing_file(path, "IDX file")
+        with self._reading() as file:
+            zeros, code, dimensions = struct.unpack(">HBB", self._exactly(file, 4))
+            if zeros or code not in _IDX_TYPES or not 0 < dimensions <= _IDX_DIMENSIONS:
+                raise self.refused(
+                    "an IDX file: two zero bytes, a type and a number of dimensions", "another beginning"
+                )
+            self.shape = struct.unpack(f">{dimensions}I", self._exactly(file, 4 * dimensions))
+        self.dtype = np.dtype(_IDX_TYPES[code])
+        self._header = 4 + 4 * dimensions
+        self._check_size()
+
+    def blocks(self, most: int) -> Iterator[np.ndarray]:
+        """Its values, so many at a time."""
+        size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        with self._reading() as file:
+            self._exactly(file, self._header)
+            for start in range(0, self.shape[0], most):
+                rows = min(most, self.shape[0] - start)
+                values = np.frombuffer(self._exactly(file, rows * size), dtype=self.dtype)
+                yield values.reshape(rows, *self.shape[1:])
+            if self._exactly(file, 1, at_least=0):  # also lets gzip check its sum
+                raise self.refused(f"no more than {list(self.shape)} values, as its header says", "more bytes")
+
+    def refused(self, expected: object, got: object) -> RefusedError:
+        """This file is not what it should be."""
+        return RefusedError(
+            f"{self.path} cannot be used", got=got, expected=expected, next="check that it is the right file, and whole"
+        )
+
+    def _check_size(self) -> None:
+        """A header may claim anything: nothing is allocated by it that the file could not hold."""
+        claimed = self._header + math.prod(self.shape) * self.dtype.itemsize
+        size = self.path.stat().st_size
+        if claimed > size * _MOST_GZIP_SAVES if self._compressed else claimed != size:
+            raise self.refused(f"{claimed:,} bytes, as its header says: {list(self.shape)}", f"{size:,} bytes")
+
+    @functools.cached_property
+    def _compressed(self) -> bool:
+        with open(self.path, "rb") as file:
+            return file.read(2) == b"\x1f\x8b"
+
+    def _reading(self) -> BinaryIO:
+        return cast(BinaryIO, gzip.open(self.path)) if self._compressed else open(self.path, "rb")
+
+    def _exactly(self, file: BinaryIO, size: int, at_least: int | None = None) -> bytes:
+        try:
+            data = file.read(size)
+        except (EOFError, OSError, zlib.error) as error:  # cut, or damaged
+            raise self.refused("a file that reads to its end", error) from error
+        if len(data) < (size if at_least is None else at_least):
+            raise self.refused("a file that reads to its end", f"{size - len(data):,} bytes are missing")
+        return data
+
+
+def existing_file(path: str, what: str) -> Path:
+    """The path of a file that is there.
+
+    Raises:
+        RefusedError: it is not.
+    """
+    place = Path(path)
+    if not place.is_file():
+        raise nothing_at(place, what, f"a{'n' * (what[0] in 'AEIOU')} {what}")
+    return place

@@ -1,0 +1,54 @@
+"""What Parquet files and Hugging Face datasets have in common: Arrow tables with columns of inputs and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from akd_dist import recipe
+from akd_dist.data.blocks import RowStream
+from akd_dist.data.columns import class_label_names, input_columns, label_columns
+from akd_dist.data.sources.base import Source
+
+
+def columns_of(spec: recipe.Table) -> list[str]:
+    """The names of all columns that a recipe reads of a table, each once."""
+    return list(dict.fromkeys([*input_columns(spec), *label_columns(spec)]))
+
+
+def columns_of_table(spec: recipe.Table, table: Any) -> tuple[list[Any], Any]:
+    """The columns of inputs of a table, and the one of labels: nulls where it has none."""
+    labels = [table.column(name) for name in label_columns(spec)] or [pa.nulls(len(table))]
+    return [table.column(name) for name in input_columns(spec)], labels[0]
+
+
+def combined(spec: recipe.Table, table: Any) -> tuple[list[Any], Any]:
+    """The same of a table of chunks: each column as one array."""
+    inputs, labels = columns_of_table(spec, table)
+    return [one.combine_chunks() for one in inputs], labels.combine_chunks()
+
+
+def labels_alone(spec: recipe.Table) -> recipe.Table:
+    """The same table without its inputs."""
+    return spec.model_copy(update={"input": []})
+
+
+def source_of_table(
+    spec: recipe.Table, name: str, rows: int, streams: tuple[Sequence[RowStream], Sequence[RowStream]],
+    where: Callable[[int], str], schema: Any, notes: tuple[str, ...] = (),
+) -> Source:  # fmt: skip
+    """A source of a table: `streams` are those of its rows, and those of its labels alone."""
+    return Source(
+        name,
+        rows,
+        streams[0],
+        where,
+        label_streams=streams[1],
+        notes=notes,
+        inputs=input_columns(spec),
+        label=label_columns(spec),
+        class_names=class_label_names(schema, spec.label),
+        classes=spec.classes,
+    )

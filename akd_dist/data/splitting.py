@@ -1,0 +1,158 @@
+"""Which rows train, validate and test: a function of the seed, and of the labels where that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
+from akd_dist.data.findings import refuse_lost_classes
+from akd_dist.data.sources.base import Source
+
+SPLITS = ("train", "validation", "test")
+LEFT_OUT = len(SPLITS)
+"""In place of a split: a train row that is not in the subset."""
+_SUBSET_KEY = 1 << 62  # of the generator that draws a subset; key 0 splits, and epochs have the keys from 1 on
+
+
+def split_of_rows(rows: int, validation: float, test: float, seed: int) -> np.ndarray:
+    """Which split each row belongs to: uint8 [rows], an index into SPLITS.
+
+    A function of its arguments alone: raw Philox words are the same in every version of NumPy.
+    """
+    order = np.argsort(np.random.Philox(key=[seed, 0]).random_raw(rows), kind="stable")
+    for_test, for_validation = round(rows * test), round(rows * validation)
+    split = np.zeros(rows, dtype=np.uint8)
+    split[order[:for_test]] = SPLITS.index("test")
+    split[order[for_test : for_test + for_validation]] = SPLITS.index("validation")
+    return split
+
+
+def subset_of_rows(rows: int, wanted: int, seed: int) -> np.ndarray:
+    """Which rows belong to a subset of `wanted`: bool [rows]. A smaller subset lies within a larger one."""
+    order = np.argsort(np.random.Philox(key=[seed, _SUBSET_KEY]).random_raw(rows), kind="stable")
+    chosen = np.zeros(rows, dtype=np.bool_)
+    chosen[order[:wanted]] = True
+    return chosen
+
+
+def stratified_split(labels: np.ndarray, validation: float, test: float, seed: int) -> np.ndarray:
+    """As `split_of_rows`, with each class's rows shared out alike, and at least one of each class left to train.
+
+    Args:
+        labels: class ids, int64 [rows].
+    """
+    order, classes = _class_by_class(labels, seed, 0)
+    for_test, for_validation = round(len(labels) * test), round(len(labels) * validation)
+    spare = len(labels) - classes
+    if for_test + for_validation > spare:  # nearly as many classes as rows
+        for_validation = round(spare * for_validation / (for_test + for_validation))
+        for_test = spare - for_validation
+    split = np.zeros(len(labels), dtype=np.uint8)
+    split[order[:for_test]] = SPLITS.index("test")
+    split[order[for_test : for_test + for_validation]] = SPLITS.index("validation")
+    return split
+
+
+def stratified_subset(labels: np.ndarray, wanted: int, seed: int) -> np.ndarray:
+    """As `subset_of_rows`, with each class's share of rows, and at least one: `wanted` are no fewer than classes."""
+    order, _ = _class_by_class(labels, seed, _SUBSET_KEY)
+    chosen = np.zeros(len(labels), dtype=np.bool_)
+    chosen[order[::-1][:wanted]] = True
+    return chosen
+
+
+def _class_by_class(labels: np.ndarray, seed: int, key: int) -> tuple[np.ndarray, int]:
+    """Row numbers in an order of which every part holds of each class what it has in all, and the number of classes.
+
+    A class's rows stand in the order of their Philox words, as far from each other as its number of rows says: the k-th
+    of n at (k + 1/2) / n of the way. The last row of each class stands at the end.
+    """
+    words = np.random.Philox(key=[seed, key]).random_raw(len(labels))
+    by_class = np.lexsort((words, labels))
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    rank = np.arange(len(labels)) - np.repeat(starts, counts)
+    place = (rank + 0.5) / np.repeat(counts, counts)
+    place[starts + counts - 1] = 1
+    return by_class[np.lexsort((words[by_class], place))], len(counts)
+
+
+def split_of_source(name: str, data: recipe.DataSpec, source: Source, labels: np.ndarray | None) -> np.ndarray:
+    """Which split each row of a source belongs to, uint8 [rows]: all to its own, but shares of the train source.
+
+    Args:
+        labels: class ids of the train source, where its split is stratified.
+    """
+    if name != "train":
+        return np.full(source.rows, SPLITS.index(name), dtype=np.uint8)
+    given = {other: getattr(data, other) for other in ("validation", "test")}
+    shares = {other: share if isinstance(share, float) else 0.0 for other, share in given.items()}
+    if labels is None:
+        split = split_of_rows(source.rows, seed=data.seed, **shares)
+    else:
+        split = stratified_split(labels, seed=data.seed, **shares)
+    needed = {"train", *(other for other, share in shares.items() if share)}
+    empty = [other for other in SPLITS if other in needed and not (split == SPLITS.index(other)).any()]
+    if empty:
+        raise RefusedError(
+            f"no rows are left for {' and '.join(empty)}",
+            got=f"{source.rows:,} rows in {source.name}, with the shares {shares}",
+            expected="at least one row in each split",
+            next="change data.validation and data.test, or add rows",
+        )
+    train = np.flatnonzero(split == SPLITS.index("train"))
+    if data.subset is not None:
+        if data.subset > len(train):
+            raise RefusedError(
+                "data.subset is larger than what there is",
+                got=f"{data.subset:,} of {len(train):,} train rows in {source.name}",
+                expected=f"at most {len(train):,}",
+                next="lower data.subset, or leave it out to train on all rows",
+            )
+        if labels is None:
+            chosen = subset_of_rows(len(train), data.subset, data.seed)
+        elif (classes := len(np.unique(labels))) > data.subset:
+            raise RefusedError(
+                "data.subset is smaller than the number of classes",
+                got=f"{data.subset:,} rows of {classes:,} classes",
+                expected="at least a row of each class, as data.stratify says",
+                next="raise data.subset",
+            )
+        else:
+            chosen = stratified_subset(labels[train], data.subset, data.seed)
+        split[train[~chosen]] = LEFT_OUT
+    return split
+
+
+def is_drawn(data: recipe.DataSpec) -> bool:
+    """Whether the train source is split, or only a part of it taken."""
+    return data.subset is not None or isinstance(data.validation, float) or isinstance(data.test, float)
+
+
+def check_classes(data: recipe.DataSpec, counts: np.ndarray, names: Sequence[str] | None) -> None:
+    """Refuse classes that have rows, and none in the train split.
+
+    Args:
+        counts: as `count` gives them, of all sources.
+        names: of classes, where they have names.
+
+    Raises:
+        RefusedError: names the classes, and where their rows are.
+    """
+    hint = "add such rows to data.train, or remove them from data.validation and data.test"
+    if not data.stratify and is_drawn(data):
+        hint = "set data.stratify: true, which draws another split, with train rows of each class; or add such rows"
+    refuse_lost_classes(counts, names, (*SPLITS, "outside of data.subset"), hint)
+
+
+def count(split: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Rows by split and class, int64 [splits and what is left out, classes].
+
+    Args:
+        split: of each row, uint8 [rows].
+        labels: class ids, int64 [rows].
+    """
+    counts = np.bincount(split * np.int64(classes) + labels, minlength=(LEFT_OUT + 1) * classes)
+    return counts.reshape(LEFT_OUT + 1, classes)

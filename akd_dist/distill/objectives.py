@@ -1,0 +1,349 @@
+"""The objectives as pure functions: a student's stages, the schedules, the losses, the learning rate.
+
+Nothing here holds state. Every loss is returned per row, so that the caller can take the exact mean of a global batch
+however it is cut into ranks. A further objective is a small frozen class with `losses`, and a line in `stages`.
+
+In formulas z_s and z_t are the raw logits of student and teacher, y the label, and ||.||^2 the squared norm over
+classes. The dtype of the labels tells the task: int64 are class ids, a float type is the numbers of a regression.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import functional
+
+from akd_dist.base.errors import RecipeError
+from akd_dist.recipe import (
+    AnnealingKD,
+    ContinuationKD,
+    HardLabels,
+    Kd,
+    Linear,
+    Objective,
+    Optimizer,
+    Schedule,
+    Steps,
+    Takd,
+)
+
+# ---- stages
+
+
+@dataclass(frozen=True)
+class Stage(ABC):
+    """One stage of training. It starts from the best validation weights of the stage before, with a fresh optimizer."""
+
+    name: ClassVar[str]
+    """The kind of stage, as metrics and logs call it."""
+    needs_logits: ClassVar[bool] = True
+    """Whether the loss reads the teacher's logits."""
+
+    epochs: int
+    """Length in epochs."""
+    _: KW_ONLY
+    optimizer: Optimizer | None = None
+    """What its loss is descended by; None takes the student's."""
+
+    @abstractmethod
+    def losses(
+        self, epoch: int, z_student: torch.Tensor, z_teacher: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of each row in a 0-based epoch of this stage.
+
+        Args:
+            z_student: float32 or float64 [n, classes].
+            z_teacher: [n, classes] of the same dtype; None only where `needs_logits` is False.
+            labels: int64 [n], or [n] of the same dtype as the logits for regression, where there is one "class".
+
+        Returns:
+            [n], of the dtype of the logits.
+        """
+
+    def temperature(self, epoch: int) -> int | None:
+        """T of a 0-based epoch of this stage, None where nothing is annealed."""
+        return None
+
+    def phi(self, epoch: int) -> float | None:
+        """Phi(T), the factor on the teacher's logits in a 0-based epoch; None where nothing is annealed."""
+        return None
+
+    def psi(self, epoch: int) -> float | None:
+        """The weight of the labels in a 0-based epoch, where it changes; else None."""
+        return None
+
+
+@dataclass(frozen=True)
+class HardLabelStage(Stage):
+    """The labels alone: stage II of Annealing-KD, and the whole of training from scratch."""
+
+    name: ClassVar[str] = "hard_labels"
+    needs_logits: ClassVar[bool] = False
+
+    def losses(
+        self, epoch: int, z_student: torch.Tensor, z_teacher: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross-entropy; the squared error for regression."""
+        return label_losses(z_student, labels)
+
+
+@dataclass(frozen=True)
+class AnnealingStage(Stage):
+    """Stage I of Annealing-KD (Jafari et al., EACL 2021): || z_s - Phi(T_i) z_t ||^2, the labels unread."""
+
+    name: ClassVar[str] = "annealing"
+
+    tau_max: int
+    """The temperature of the first epoch."""
+    reduction: str = "mean"
+    """How the squared norm is reduced over classes: `mean` or `sum`."""
+
+    def losses(
+        self, epoch: int, z_student: torch.Tensor, z_teacher: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The squared distance to the annealed logits; the same for regression, with its one number."""
+        assert z_teacher is not None
+        return annealing_losses(z_student, z_teacher, self.phi(epoch), self.reduction)
+
+    def temperature(self, epoch: int) -> int:
+        """T of a 0-based epoch: see `temperature`."""
+        return temperature(epoch + 1, self.epochs, self.tau_max)
+
+    def phi(self, epoch: int) -> float:
+        """Phi(T) of a 0-based epoch."""
+        return phi(self.temperature(epoch), self.tau_max)
+
+
+@dataclass(frozen=True)
+class KdStage(Stage):
+    """KD (Hinton et al., 2015), and a hop of TAKD (Mirzadeh et al., 2020), where the teacher is an assistant."""
+
+    name: ClassVar[str] = "kd"
+
+    softening: float
+    """The temperature that both sides' logits are divided by before the softmax."""
+    alpha: float
+    """Share of the teacher in the loss."""
+
+    def losses(
+        self, epoch: int, z_student: torch.Tensor, z_teacher: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """(1 - a) CE(y, z_s) + a T^2 KL(softmax(z_t / T) || softmax(z_s / T)).
+
+        A regression has no softmax to soften; there it is (1 - a) (y - z_s)^2 + a (z_s - z_t)^2, without a temperature.
+        """
+        assert z_teacher is not None
+        if labels.is_floating_point():
+            from_teacher = annealing_losses(z_student, z_teacher, 1.0)
+        else:
+            from_teacher = softened_losses(z_student, z_teacher, self.softening)
+        return (1 - self.alpha) * label_losses(z_student, labels) + self.alpha * from_teacher
+
+
+@dataclass(frozen=True)
+class ContinuationStage(Stage):
+    """Continuation-KD (Jafari et al., EMNLP 2022, arXiv 2212.05998), in one stage from annealed logits to labels."""
+
+    name: ClassVar[str] = "continuation"
+
+    tau_max: int
+    """The temperature of the first epoch."""
+    ramp: int
+    """psi is i / ramp in epoch i = 1, 2, ..."""
+    ramp_until: int
+    """... up to this epoch, and 1 afterwards."""
+    margin: float = 0.0
+    """m: what the distance to the annealed logits may be at Phi = 1 without a cost."""
+    reduction: str = "mean"
+    """How the squared norm is reduced over classes, before the margin is taken off: `mean` or `sum`."""
+
+    def losses(
+        self, epoch: int, z_student: torch.Tensor, z_teacher: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """psi_i CE(y, z_s) + (1 - psi_i) max(0, || z_s - Phi z_t ||^2 - m Phi); squared error for CE in regression."""
+        assert z_teacher is not None
+        distances = annealing_losses(z_student, z_teacher, self.phi(epoch), self.reduction)
+        hinged = (distances - self.margin * self.phi(epoch)).clamp(min=0)
+        return self.psi(epoch) * label_losses(z_student, labels) + (1 - self.psi(epoch)) * hinged
+
+    def temperature(self, epoch: int) -> int:
+        """T of a 0-based epoch: see `continuation_temperature`."""
+        return continuation_temperature(epoch + 1, self.epochs, self.tau_max)
+
+    def phi(self, epoch: int) -> float:
+        """Phi(T) of a 0-based epoch."""
+        return phi(self.temperature(epoch), self.tau_max)
+
+    def psi(self, epoch: int) -> float:
+        """psi of a 0-based epoch: see `psi`."""
+        return psi(epoch + 1, self.ramp, self.ramp_until)
+
+
+def stages(objective: Objective) -> tuple[Stage, ...]:
+    """The stages of an objective, in order."""
+    match objective:
+        case AnnealingKD():
+            annealing = AnnealingStage(objective.stage1_epochs, objective.tau_max, objective.reduction)
+            return (annealing, HardLabelStage(objective.stage2_epochs, optimizer=objective.stage2_optimizer))
+        case HardLabels():
+            return (HardLabelStage(objective.epochs),)
+        case Kd() | Takd():
+            return (KdStage(objective.epochs, objective.temperature, objective.alpha),)
+        case ContinuationKD():
+            ramp = objective.ramp or max(1, 3 * objective.epochs // 4)
+            until = objective.ramp_until or ramp
+            return (
+                ContinuationStage(
+                    objective.epochs, objective.tau_max, ramp, until, objective.margin, objective.reduction
+                ),
+            )
+
+
+def row_losses(
+    stage: Stage, epoch: int, z_student: torch.Tensor, z_teacher: torch.Tensor | None, labels: torch.Tensor
+) -> torch.Tensor:
+    """The loss of each row in a 0-based epoch of a stage, computed in float64 where the student is, else in float32.
+
+    Args:
+        z_student: float [n, classes], of half precision too.
+        z_teacher: [n, classes] in its stored dtype; None where the stage does not need it.
+        labels: int64 [n], or float [n] for regression.
+
+    Returns:
+        float32 or float64 [n].
+    """
+    z_student = at_least_float32(z_student)
+    if z_teacher is not None:
+        z_teacher = z_teacher.to(z_student.dtype)
+    if labels.is_floating_point():
+        labels = labels.to(z_student.dtype)
+    return stage.losses(epoch, z_student, z_teacher, labels)
+
+
+def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 where they are of half precision; float32 and float64 as they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+# ---- schedules
+
+
+def temperature(i: int, n: int, tau_max: int) -> int:
+    """T_i = max(1, tau_max - floor((i - 1) * tau_max / n)): the temperature of epoch i = 1..n of stage I.
+
+    It starts at tau_max, falls in steps as even as whole epochs allow, and always lands on 1. Where tau_max divides n
+    it equals the schedule of the authors' code (Jafari et al., EACL 2021), which overshoots elsewhere.
+
+    Raises:
+        RecipeError: n < tau_max, where the temperature could not reach 1.
+    """
+    _check_reaches_one(n, tau_max, "stage1_epochs")
+    return max(1, tau_max - (i - 1) * tau_max // n)
+
+
+def continuation_temperature(i: int, n: int, tau_max: int) -> int:
+    """The temperature of epoch i = 1..n of Continuation-KD: it falls by 1 every k = floor(n / tau_max) epochs, to 1.
+
+    T_i = max(1, tau_max - floor((i - 1) / k)). Where tau_max does not divide n, the epochs left over have T = 1 too.
+
+    Raises:
+        RecipeError: n < tau_max, where the temperature could not reach 1.
+    """
+    _check_reaches_one(n, tau_max, "epochs")
+    return max(1, tau_max - (i - 1) // (n // tau_max))
+
+
+def _check_reaches_one(n: int, tau_max: int, name: str) -> None:
+    if n < tau_max:
+        raise RecipeError(
+            "there are too few epochs for the temperatures",
+            got=f"{name} = {n}, tau_max = {tau_max}",
+            expected=f"{name} at least tau_max: every temperature from tau_max to 1 needs an epoch",
+            next=f"raise {name} or lower tau_max",
+        )
+
+
+def phi(temperature: int, tau_max: int) -> float:
+    """Phi(T) = 1 - (T - 1) / tau_max, the paper's annealing function: from 1 / tau_max at T = tau_max to 1 at T = 1."""
+    return 1 - (temperature - 1) / tau_max
+
+
+def psi(i: int, ramp: int, until: int) -> float:
+    """psi_i = min(1, i / ramp) up to epoch i = `until` and 1 after it: the weight of the labels in Continuation-KD.
+
+    In the paper's settings (arXiv 2212.05998) ramp = until = 150 for CIFAR, and ramp = 40, until = 20 for GLUE.
+    """
+    return min(1.0, i / ramp) if i <= until else 1.0
+
+
+def learning_rate(base: float, schedule: Schedule, step: int, total: int) -> float:
+    """The learning rate of a 0-based step in a stage of `total` steps."""
+    match schedule:
+        case Steps():
+            drops = sum(step >= share * total for share in schedule.at)
+            return float(base * schedule.factor**drops)
+        case Linear():
+            return base * (1 - step / total)
+        case _:
+            return base
+
+
+# ---- losses
+
+
+def label_losses(z_student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each row, or its squared error (y - z_s)^2 for regression.
+
+    Args:
+        z_student: float [n, classes]; [n, 1] for regression.
+        labels: int64 [n], or float [n] for regression.
+
+    Returns:
+        float [n].
+    """
+    if labels.is_floating_point():
+        return (z_student[:, 0] - labels).square()
+    return functional.cross_entropy(z_student, labels, reduction="none")
+
+
+def annealing_losses(
+    z_student: torch.Tensor, z_teacher: torch.Tensor, phi: float, reduction: str = "mean"
+) -> torch.Tensor:
+    """|| z_s(x) - Phi(T) z_t(x) ||^2 of each row: the loss of stage I (Jafari et al., EACL 2021), on raw logits.
+
+    The paper writes the squared norm, a sum over classes; the authors' code takes the mean over batch and classes. The
+    mean is the default here because the paper's learning rates belong to it.
+
+    Args:
+        z_student: float [n, classes].
+        z_teacher: float [n, classes] of the same dtype.
+        phi: the annealing factor.
+        reduction: `mean` or `sum` over classes.
+
+    Returns:
+        float [n].
+    """
+    squares = (z_student - phi * z_teacher).square()
+    return squares.mean(dim=1) if reduction == "mean" else squares.sum(dim=1)
+
+
+def softened_losses(z_student: torch.Tensor, z_teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 KL(softmax(z_t / T) || softmax(z_s / T)) of each row (Hinton et al., 2015, arXiv 1503.02531).
+
+    T^2 keeps the size of the gradient when T changes.
+
+    Args:
+        z_student: float [n, classes].
+        z_teacher: float [n, classes] of the same dtype.
+        temperature: T, above 0.
+
+    Returns:
+        float [n].
+    """
+    student = functional.log_softmax(z_student / temperature, dim=1)
+    teacher = functional.log_softmax(z_teacher / temperature, dim=1)
+    divergence = functional.kl_div(student, teacher, reduction="none", log_target=True)
+    return temperature**2 * divergence.sum(dim=1)

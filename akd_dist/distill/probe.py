@@ -1,0 +1,244 @@
+"""A short measured probe of a student: seconds of its step, of the stream and of evaluation, and the memory it takes.
+
+The step is the student's own (its module, loss, optimizer and precision), on a share of a batch of the real rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from akd_dist import recipe
+from akd_dist.data.rows import Splits
+from akd_dist.distill.objectives import stages
+from akd_dist.distill.stream import Batch, BatchStream, batch_ends
+from akd_dist.distill.student import EVALUATION_ROWS, DivergedError, Student
+from akd_dist.models.card import ModelCard
+from akd_dist.models.device import autocast, free_memory, set_deterministic, weights_dtype
+
+FIRST_ROWS = 16
+"""Rows of a first step, by which it is seen whether a step on the whole batch is short enough to be measured."""
+PROBE_SECONDS = 0.25
+"""How long the timed steps of one model take at most, or one step of the first rows where that takes longer."""
+KEPT_BYTES = 64_000_000
+"""The largest weights that a probe writes to the disk, to see what that takes."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a probe found: seconds and bytes of one worker."""
+
+    step: float
+    """Seconds of a step of one student, on a worker's share of a batch."""
+    stream: float
+    """Seconds in which the stream makes that share; once for all students of a cohort."""
+    evaluation: float
+    """Seconds of one row of the validation or test rows."""
+    start: float
+    """Seconds in which the student is set up."""
+    keeping: float
+    """Seconds in which a checkpoint is written; 0 for one of more than KEPT_BYTES, which is not written for a probe."""
+    weights: int
+    """Bytes of all weights and buffers."""
+    gradients: int
+    """Bytes of all gradients."""
+    optimizer: int
+    """Bytes of the optimizer's state."""
+    step_memory: int
+    """Bytes that a step needs beside these, and gives back."""
+    evaluation_memory: int
+    """Bytes that evaluating a block of rows needs, and gives back."""
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint: weights, the best weights, the optimizer's state."""
+        return 2 * self.weights + self.optimizer
+
+    def resident(self, workers: int) -> int:
+        """Bytes that a student keeps on its device as long as it trains: as a checkpoint, and gradients.
+
+        With several workers DistributedDataParallel exchanges gradients through buckets, another copy of them.
+        """
+        return self.checkpoint + self.gradients * (1 if workers == 1 else 2)
+
+    @property
+    def writing(self) -> int:
+        """Bytes that writing a checkpoint takes for a moment: the tensors cloned, as safetensors, and with a head."""
+        return 3 * self.checkpoint
+
+
+def largest_optimizer(spec: recipe.StudentSpec) -> recipe.Optimizer:
+    """Of the optimizers of its stages the one that keeps most: all of it has to fit."""
+    return max((stage.optimizer or spec.optimizer for stage in stages(spec.objective)), key=moments)
+
+
+def moments(optimizer: recipe.Optimizer) -> int:
+    """How many numbers an optimizer keeps for each weight."""
+    return 2 if isinstance(optimizer, recipe.AdamW) else int(optimizer.momentum > 0)
+
+
+def guessed(spec: recipe.StudentSpec, parameters: int) -> Measured:
+    """What can be said of a student whose probe failed: its weights and optimizer by their number, and no time."""
+    weights = parameters * weights_dtype(spec.precision).itemsize
+    return Measured(0.0, 0.0, 0.0, 0.0, 0.0, weights, weights, moments(largest_optimizer(spec)) * weights, 0, 0)
+
+
+def probe(data: recipe.DataSpec, device: str, spec: recipe.StudentSpec, splits: Splits, folder: Path) -> Measured:
+    """Take a few steps of a student, here and now; torch's settings are afterwards those of the student.
+
+    Args:
+        data: how the stream makes the rows.
+        device: `cpu` or `cuda`, as the recipe says.
+        folder: an empty one, for the student's files.
+
+    Raises:
+        DivergedError: the loss is no number.
+        Exception: whatever the model raises.
+    """
+    still = largest_optimizer(spec).model_copy(update={"lr": 1e-12})  # weights that hardly move do not diverge
+    alone = spec.model_copy(update={"workers": 1, "sync_batchnorm": False, "optimizer": still})
+    settled = set_deterministic(device, spec.threads)
+    ends = batch_ends(len(splits.train), spec.batch, spec.last_batch)
+    usual, largest = (-(-int(rows) // spec.workers) for rows in (ends[0], np.diff(ends, prepend=0).max()))
+    try:
+        return _measure(data, alone, splits, settled, folder, share=usual, largest=largest)
+    except DivergedError:
+        raise DivergedError("the loss is no number, with weights that have hardly moved") from None
+
+
+def _measure(
+    data: recipe.DataSpec,
+    spec: recipe.StudentSpec,
+    splits: Splits,
+    device: torch.device,
+    folder: Path,
+    *,
+    share: int,
+    largest: int,
+) -> Measured:
+    """What a student takes.
+
+    Args:
+        share: rows of a worker in a step, by which time is told.
+        largest: the most that it ever has at once, as in a merged last batch, by which memory is.
+    """
+    started = time.perf_counter()
+    card = ModelCard.of(spec.model, splits.train, data.normalize, data.image)
+    student = Student(spec, card, folder, log=folder / "log", device=device)
+    start = time.perf_counter() - started
+    first = _batch(data, splits, min(FIRST_ROWS, share), device)[0]
+    warm = _timed(student, first)  # the first step of a process also loads what torch needs
+    with _SavedTensors(student.module) as saved:
+        few = min(warm, _timed(student, first))
+    rows, per_step = len(first.rows), few
+    values = splits.train.inputs[0].size
+    kept = saved.total / rows + 4 * values
+    step_memory = math.ceil(largest * (kept + 2 * saved.largest / rows))
+    if few * share / rows <= PROBE_SECONDS and step_memory <= free_memory(device):
+        rows = share
+    batch, stream = _batch(data, splits, rows, device)
+    if rows > len(first.rows):
+        _timed(student, batch)  # allocates
+        per_step = _mean_seconds(student, batch)
+    evaluated = min(EVALUATION_ROWS, len(splits.validation), max(1, int(rows * PROBE_SECONDS / per_step)))
+    evaluation = _evaluation_seconds(student, splits, evaluated)
+    weights = _bytes_of(student.module.state_dict().values())
+    return Measured(
+        step=per_step * share / rows,
+        stream=stream * share / rows,
+        evaluation=evaluation / evaluated,
+        start=start,
+        keeping=min(_saved(student), _saved(student)) if weights <= KEPT_BYTES else 0.0,
+        weights=weights,
+        gradients=_bytes_of(one.grad for one in student.module.parameters() if one.grad is not None),
+        optimizer=_bytes_of(
+            value
+            for state in student.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ),
+        step_memory=step_memory,
+        evaluation_memory=math.ceil(EVALUATION_ROWS * (2 * saved.largest / len(first.rows) + 4 * values)),
+    )
+
+
+def _batch(data: recipe.DataSpec, splits: Splits, rows: int, device: torch.device) -> tuple[Batch, float]:
+    """A batch of so many rows, with logits that nobody computed, and the seconds that the stream took for it."""
+    stream = BatchStream(
+        splits.train, None, data.augmentation, data.seed, data.views, batch=rows, window=data.window, device=device
+    )
+    batches = stream.batches(0)
+    batch = next(batches)
+    started, made = time.perf_counter(), 0
+    for _ in itertools.islice(batches, stream.steps_at_once):
+        made += 1
+    seconds = (time.perf_counter() - started) / max(made, 1)
+    logits = torch.zeros(len(batch.rows), splits.train.classes, device=device)
+    return dataclasses.replace(batch, logits=logits, global_rows=len(batch.rows)), seconds
+
+
+def _timed(student: Student, batch: Batch) -> float:
+    started = time.perf_counter()
+    student.take_step(batch, steps_per_epoch=1 << 30)  # waits for a GPU, since it reads the loss
+    return time.perf_counter() - started
+
+
+def _mean_seconds(student: Student, batch: Batch) -> float:
+    started, steps = time.perf_counter(), 0
+    while steps == 0 or time.perf_counter() - started < PROBE_SECONDS:
+        _timed(student, batch)
+        steps += 1
+    return (time.perf_counter() - started) / steps
+
+
+@torch.inference_mode()
+def _evaluation_seconds(student: Student, splits: Splits, rows: int) -> float:
+    student.module.eval()
+    started = time.perf_counter()
+    inputs = torch.from_numpy(splits.validation.read(0, rows)[0].copy()).to(student.device)
+    with autocast(student.device, student.spec.precision):
+        student.module(inputs).sum().item()
+    return time.perf_counter() - started
+
+
+def _saved(student: Student) -> float:
+    started = time.perf_counter()
+    student.save()
+    return time.perf_counter() - started
+
+
+class _SavedTensors:
+    """Counts the bytes that autograd keeps from the forward to the backward pass, each storage once; not weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in module.state_dict().values()}
+        self.total = self.largest = 0
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.known:
+            self.known.add(storage.data_ptr())
+            self.total += storage.nbytes()
+            self.largest = max(self.largest, storage.nbytes())
+        return tensor
+
+    def __enter__(self) -> _SavedTensors:
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *leaving: object) -> None:
+        self.hooks.__exit__(*leaving)
+
+
+def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,237 @@
+"""The stream: rows joined with the teacher's logits -> shuffled batches that carry their position.
+
+    for batch in stream.batches(epoch=3, start_step=17):
+        z = model(batch.inputs)
+
+The order is a pure function of (data seed, epoch), so a position (epoch, step) is all that a checkpoint has to keep. A
+batch is one gather from a memory map for the inputs and one for the logits, and no other copy. For a GPU several are
+made in one go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from akd_dist.base.errors import RefusedError
+from akd_dist.data.rows import Rows
+from akd_dist.data.views import probe, view_of
+from akd_dist.recipe import Augmentation, LastBatch
+from akd_dist.storage.manifest import Manifest, Probe
+
+_UNITS = {"uint8": "on a scale of 0 to 255", "float32": "in the units of the inputs", "int32": "in ids of tokens"}
+WINDOWS_AT_ONCE = 4
+"""How many windows a windowed shuffle mixes: reads stay within that many."""
+STEPS_AT_ONCE = 8
+"""Batches that are made in one go for a GPU, where a small one takes hardly more than the launches of its kernels..."""
+BYTES_AT_ONCE = 64_000_000
+"""... as long as their inputs are no larger than that together."""
+Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Inputs, labels and logits of some rows."""
+
+
+def epoch_order(rows: int, seed: int, epoch: int, window: int | None = None) -> np.ndarray:
+    """The order of the rows in a 0-based epoch: a permutation, int64 [rows], that depends on the arguments alone.
+
+    It sorts raw Philox words, which every version of NumPy draws alike; `Generator.permutation` promises no such thing.
+
+    Args:
+        rows: number of rows.
+        seed: the recipe's `data.seed`.
+        epoch: 0-based epoch, counted on through all stages.
+        window: None shuffles globally. A number of rows keeps reads local, for memory maps larger than memory: windows
+            of so many consecutive rows are shuffled, then the rows within each WINDOWS_AT_ONCE windows that follow.
+    """
+    generator = np.random.Philox(key=[seed, epoch + 1])  # key 0 splits the dataset
+    words = generator.random_raw(rows)
+    if window is None:
+        return np.argsort(words, kind="stable")
+    order = np.argsort(generator.random_raw(-(-rows // window)), kind="stable")
+    group = np.argsort(order)[np.arange(rows) // window] // WINDOWS_AT_ONCE
+    return np.lexsort((words, group))
+
+
+def batch_ends(rows: int, batch: int, last_batch: LastBatch = "keep") -> np.ndarray:
+    """Where the batches of an epoch end, int64 [steps]: the first begins at 0, each other where the one before ended.
+
+    What `drop` leaves over, and all of an epoch that is shorter than a batch, is in none. An epoch that short has no
+    batch before the last, so `merge` keeps it.
+    """
+    ends = np.arange(batch, rows + 1, batch)
+    if rows % batch == 0 or last_batch == "drop":
+        return ends
+    return np.append(ends if last_batch == "keep" else ends[:-1], rows)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Batch:
+    """One rank's share of a global batch, and where in the stream it lies."""
+
+    epoch: int
+    """0-based epoch."""
+    step: int
+    """0-based step within the epoch."""
+    rows: np.ndarray
+    """Row numbers, int64 [n]."""
+    inputs: torch.Tensor
+    """The rows as the epoch's view shows them: uint8, float32 or int32 [n, *shape]."""
+    labels: torch.Tensor
+    """int64 [n]; float32 for regression."""
+    logits: torch.Tensor | None
+    """The teacher's logits of that view in their stored dtype, [n, classes]; None in a stream without a teacher."""
+    global_rows: int
+    """Rows of the whole batch, over all ranks."""
+    spare: torch.Tensor | None = None
+    """Where this rank has no rows: one row of the batch as input, for models that cannot take a batch of none."""
+
+
+@dataclass(frozen=True, eq=False)
+class BatchStream:
+    """A split and its teacher's logits as shuffled batches. Epoch e shows view e mod views.
+
+    Raises:
+        RefusedError: the logits are of other rows, or of too few views.
+    """
+
+    rows: Rows
+    """The train rows."""
+    logits: np.ndarray | None
+    """[at least `views`, rows, classes], as `open_decoded` maps them; None for a stream without a teacher."""
+    augmentation: Augmentation
+    """How a view is drawn."""
+    seed: int
+    """The recipe's `data.seed`: order and views."""
+    views: int
+    """How many views the epochs go round."""
+    batch: int
+    """Rows of a global batch; the last one of an epoch may have fewer or more, as `last_batch` says."""
+    last_batch: LastBatch = "keep"
+    """What becomes of a last batch that is not full."""
+    window: int | None = None
+    """Rows of a window of the shuffle; None shuffles globally."""
+    device: torch.device | str = "cpu"
+    """Where batches are wanted: rows are moved there as they are stored, and augmented there."""
+
+    def __post_init__(self) -> None:
+        if self.logits is not None and (self.logits.shape[0] < self.views or self.logits.shape[1] != len(self.rows)):
+            raise RefusedError(
+                "the teacher's logits are not of these rows and views",
+                got=f"{self.logits.shape[0]} views of {self.logits.shape[1]:,} rows",
+                expected=f"{self.views} views of {len(self.rows):,} rows",
+                next="cache the teacher for this recipe: akd-dist cache-teacher",
+            )
+
+    @functools.cached_property
+    def ends(self) -> np.ndarray:
+        """Where the batches of an epoch end, as `batch_ends` says."""
+        return batch_ends(len(self.rows), self.batch, self.last_batch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch, the last one perhaps partial."""
+        return len(self.ends)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that an epoch shows: all of them, unless a last batch is dropped."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def without_logits(self) -> BatchStream:
+        """The same batches, for students that learn from hard labels: the logits are not read."""
+        return dataclasses.replace(self, logits=None)
+
+    def batches(self, epoch: int, start_step: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """The batches of an epoch from a step on.
+
+        A rank takes a contiguous slice of each global batch, so the slices of all ranks, one after the other, are the
+        batch of a single rank. Sizes differ by at most one row; the slice of a small last batch may be empty.
+        """
+        order = epoch_order(len(self.rows), self.seed, epoch, self.window)
+        view, at_once = epoch % self.views, self.steps_at_once
+        stored = None if self.logits is None else self.logits[view].view(np.ndarray)
+        for first in range(start_step, self.steps_per_epoch, at_once):
+            steps = range(first, min(first + at_once, self.steps_per_epoch))
+            whole = [order[step * self.batch : self.ends[step]] for step in steps]
+            shares = [rows[len(rows) * rank // world : len(rows) * (rank + 1) // world] for rows in whole]
+            for step, together, rows, gathered in zip(
+                steps, whole, shares, self._cut(shares, view, stored), strict=True
+            ):
+                inputs, labels, logits = gathered
+                spare = None if len(rows) else self._view(together[:1], view)
+                yield Batch(epoch, step, rows, inputs, labels, logits, global_rows=len(together), spare=spare)
+
+    @property
+    def steps_at_once(self) -> int:
+        """Batches that are made in one go; they are the same as one by one, since a view is a function of its row."""
+        if torch.device(self.device).type == "cpu":
+            return 1
+        return max(1, min(STEPS_AT_ONCE, BYTES_AT_ONCE // (self.batch * self.rows.inputs[:1].nbytes)))
+
+    def _cut(self, shares: list[np.ndarray], view: int, stored: np.ndarray | None) -> Iterator[Gathered]:
+        """Inputs, labels and logits of each of several batches, gathered together."""
+        if len(shares) == 1:
+            yield self._gather(shares[0], view, stored)
+            return
+        inputs, labels, logits = self._gather(np.concatenate(shares), view, stored)
+        end = 0
+        for rows in shares:
+            part = slice(end, end := end + len(rows))
+            # Kernels may depend on where in memory a tensor begins: inputs begin one of their own.
+            yield inputs[part].clone(), labels[part], None if logits is None else logits[part]
+
+    def _gather(self, rows: np.ndarray, view: int, stored: np.ndarray | None) -> Gathered:
+        labels = torch.from_numpy(self.rows.labels.take(rows)).to(self.device)
+        logits = None if stored is None else torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
+        return self._view(rows, view), labels, logits
+
+    def check_probes(self, manifest: Manifest) -> None:
+        """Compare rows and views with those that the teacher saw, as a store's manifest remembers them.
+
+        The views are made on the stream's device, where students will see them.
+
+        Raises:
+            RefusedError: another dataset, or probe views whose pixels differ; names the first, and says how far they
+                have drifted.
+            CorruptCacheError: they differ because the rows are not what was prepared.
+        """
+        self.rows.check_same(manifest.dataset)
+        per_view = manifest.identity.layout.shards_per_view
+        compared, changed = 0, list[tuple[int, Probe, Probe]]()
+        for view in range(min(self.views, manifest.identity.views)):
+            records = manifest.shards[view * per_view : (view + 1) * per_view]
+            seen = [one for record in records for one in record.probes]
+            now = self._probe([one.row for one in seen], view)
+            compared += len(seen)
+            changed += [(view, *pair) for pair in zip(seen, now, strict=True) if pair[0].sha256 != pair[1].sha256]
+        if changed:
+            self.rows.content().verify()
+            view, first, _ = changed[0]
+            raise RefusedError(
+                f"view {view} of row {first.row} does not show what the teacher saw",
+                got=f"{len(changed):,} of {compared:,} probe views differ; {self._drift(changed)}",
+                expected=f"the inputs that the store {manifest.id[:12]} was computed from, bit for bit",
+                next="use the code and versions that the store was made with; or give an augmentation of your own that "
+                "changed another name or argument, so that it makes another store",
+            )
+
+    def _view(self, rows: np.ndarray, view: int) -> torch.Tensor:
+        inputs = self.rows.inputs.take(rows, axis=0)
+        return view_of(self.augmentation, self.seed, inputs, rows, view, self.rows.tokens, self.device)
+
+    def _probe(self, rows: list[int], view: int) -> list[Probe]:
+        return probe(self.augmentation, self.seed, self.rows.inputs, rows, view, self.rows.tokens, self.device)
+
+    def _drift(self, changed: list[tuple[int, Probe, Probe]]) -> str:
+        """How far probes (as the teacher saw them, and as they are now) are apart, in the units of the inputs."""
+        samples = [(np.array(then.sample or []), np.array(now.sample or [])) for _, then, now in changed]
+        apart = [np.abs(now.astype(np.float64) - then) for then, now in samples if then.shape == now.shape]
+        if not any(map(len, apart)):
+            return "how far is not known, as the store keeps no sample of them"
+        every = np.concatenate(apart)
+        unit = _UNITS[self.rows.inputs.dtype.name]
+        return f"their sampled values are apart by {every.mean():.3g} on average and {every.max():.3g} at most, {unit}"

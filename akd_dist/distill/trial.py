@@ -1,0 +1,197 @@
+"""Models tried before anything starts: on real rows, in the mode and on the smallest batch that they will meet.
+
+What a worker would find out at the last step of an epoch, or a caching task after the teacher was trained, is known
+here within a second. A command and its `--dry-run` call the same functions, so they refuse the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
+from akd_dist.base.formatting import counted
+from akd_dist.base.trusted import Trusted
+from akd_dist.data.rows import Rows
+from akd_dist.distill.batch_norm import has_batch_norm, refuse_own_batch_norms
+from akd_dist.distill.stream import batch_ends
+from akd_dist.distill.teacher import teacher_logits
+from akd_dist.models.build import check_model, check_output, num_parameters
+from akd_dist.models.card import ModelCard
+from akd_dist.models.device import weights_dtype
+from akd_dist.models.folder import read_model
+from akd_dist.models.outputs import are_probabilities
+from akd_dist.storage.encodings import encoding_from_config
+
+log = logging.getLogger(__name__)
+
+_SEVERAL = 8  # rows, to see that a model gives logits for each of more than two
+
+_REMEDIES: tuple[tuple[recipe.LastBatch, str], ...] = (
+    ("merge", "merge (its rows join the batch before)"),
+    ("drop", "drop (they are left out)"),
+)
+
+
+def try_training(
+    model: recipe.Model,
+    trainings: Iterable[tuple[str, recipe.Training]],
+    rows: Rows,
+    data: recipe.DataSpec,
+) -> int:
+    """Build a model that is to be trained, and run it as its trainings will.
+
+    Args:
+        model: what is trained.
+        trainings: how, each with whose it is, for the message: `teacher.train`, `the student mlp-8`.
+        rows: the train rows.
+        data: how the recipe has them.
+
+    Returns:
+        How many trained numbers it has.
+
+    Raises:
+        RefusedError: it does not fit memory, cannot be built, does not give a logit per class, or cannot be trained on
+            batches of the size that it will meet.
+    """
+    card = ModelCard.of(model, rows, data.normalize, data.image)
+    module = check_model(card)
+    _warn_of_probabilities(check_output(module.eval(), card, _some(rows, 2)), card)
+    tried = set()
+    for whose, training in trainings:
+        if (alike := (training.batch, training.last_batch, _workers(training))) not in tried:
+            _try_batches(module, card, rows, whose, training)
+            tried.add(alike)
+    return num_parameters(module)
+
+
+def try_teacher(uri: str, rows: Rows, cache: recipe.CacheSpec, trusted: Trusted) -> None:
+    """Run trained weights on two rows, as they will be for a store; in float32 where that is in half precision.
+
+    Raises:
+        RefusedError, DamagedError: as `models.folder.load_model`; or it returns no logits, not one for each class, or
+            such as cannot be stored.
+    """
+    module, card = read_model(uri, trusted)
+    module = module.to(weights_dtype(cache.precision))  # which is not half: autocast lacks some kernels on a CPU
+    inputs = _some(rows, 2)
+    _warn_of_probabilities(check_output(module, card, inputs), card)
+    logits = teacher_logits(module, inputs, len(inputs))
+    encoding_from_config({"name": cache.encoding}).encode(logits, first_row=0)
+
+
+def _some(rows: Rows, count: int) -> torch.Tensor:
+    """The first rows, over again where there are fewer: raw inputs [count, *shape]."""
+    return torch.from_numpy(rows.inputs.take(np.arange(count) % len(rows), axis=0))
+
+
+def _warn_of_probabilities(logits: torch.Tensor, card: ModelCard) -> None:
+    """Say so where a softmax seems to have been taken. It is no mistake for sure, so it is not refused."""
+    if card.task == "classification" and card.classes > 1 and are_probabilities(logits):
+        log.warning(
+            "the model %s seems to return probabilities: each of two rows sums to 1. Losses and stores take logits, "
+            "from before the softmax: leave it out of the model",
+            card.model.label,
+        )
+
+
+def _try_batches(module: nn.Module, card: ModelCard, rows: Rows, whose: str, training: recipe.Training) -> None:
+    """Refuse batches that a model cannot be trained on: too few rows for its batch statistics, or none at all."""
+    ends = batch_ends(len(rows), training.batch, training.last_batch)
+    if not len(ends):
+        raise RefusedError(
+            f"there is no batch to train {card.model.label} on",
+            got=f"{len(rows):,} train rows, batch: {training.batch}, last_batch: drop",
+            expected=f"a batch of at most {len(rows):,} rows",
+            next=f"lower `batch`, or leave `last_batch` out, in {whose}",
+        )
+    workers, together = _workers(training)
+    if together:
+        refuse_own_batch_norms(module)
+    module.train()
+    first, last = int(ends[0]), int(np.diff(ends, prepend=0)[-1])
+    two = _refusal(module, card, rows, 2)
+    if two is not None and ((usual := first // workers) <= 2 or _refusal(module, card, rows, usual) is not None):
+        raise two
+    if isinstance(card.model, recipe.Custom):
+        if (refused := _refusal(module, card, rows, max(2, min(_SEVERAL, first // workers)))) is not None:
+            raise refused
+        _check_trainable(module, card, rows)
+    for size in {first, last}:
+        for share in _few(size, workers, together):
+            seen = share if share or has_batch_norm(module) else 1  # a worker without rows is shown a spare one
+            if (refused := _refusal(module, card, rows, seen)) is not None:
+                raise _too_few(card, rows, whose, training, size, share, refused)
+
+
+def _check_trainable(module: nn.Module, card: ModelCard, rows: Rows) -> None:
+    """Refuse code of the user's own that gives a loss nothing to improve, or no loss at all."""
+    logits = module(_some(rows, 2))
+    problem = None
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        problem = "no parameter that requires a gradient", "return a module with weights, not all of them frozen"
+    elif not logits.requires_grad:
+        problem = "logits that are cut off from the weights", "leave out detach() and torch.no_grad() in `forward`"
+    elif not bool(torch.isfinite(logits).all()):
+        problem = (
+            "logits that are not finite, of two rows and fresh weights",
+            "see how the weights are initialised",
+        )
+    if problem is not None:
+        raise RefusedError(
+            f"the model {card.model.label} cannot be trained",
+            got=problem[0],
+            expected="weights that a gradient reaches, and a finite loss",
+            next=problem[1],
+        )
+
+
+def _few(size: int, workers: int, together: bool) -> set[int]:
+    """The numbers of rows, 0 or 1, over which batch statistics are taken in some worker's part of a batch."""
+    shares = {size // workers, -(-size // workers)}
+    if together:  # a worker may have one row of several, or none
+        shares = (shares & {0}) | {size}
+    return {share for share in shares if share < 2}
+
+
+def _workers(training: recipe.Training) -> tuple[int, bool]:
+    """How many workers share a batch, and whether they take batch statistics together."""
+    if not isinstance(training, recipe.StudentSpec):
+        return 1, False
+    return training.workers, training.sync_batchnorm and training.workers > 1
+
+
+def _refusal(module: nn.Module, card: ModelCard, rows: Rows, count: int) -> RefusedError | None:
+    """Why a module in training mode does not take so many rows; None where it does."""
+    try:
+        check_output(module, card, _some(rows, count))
+    except RefusedError as error:
+        return error
+    return None
+
+
+def _too_few(
+    card: ModelCard, rows: Rows, whose: str, training: recipe.Training, size: int, share: int, why: RefusedError
+) -> RefusedError:
+    workers, together = _workers(training)
+    which = "the last batch of an epoch has" if size < training.batch else "a batch has"
+    part = "" if workers == 1 else f", and a worker's part of it {counted(share, 'row')}"
+    remedies = [
+        f"last_batch: {words}"
+        for last_batch, words in _REMEDIES
+        if len(ends := batch_ends(len(rows), training.batch, last_batch))
+        and not any(_few(int(one), workers, together) for one in np.diff(ends, prepend=0))
+    ]
+    if workers > 1 and not together:
+        remedies += ["sync_batchnorm: true"] * (size > 1) + ["fewer workers"]
+    return RefusedError(
+        f"the model {card.model.label} cannot be trained on {counted(share, 'row')} alone",
+        got=f"{len(rows):,} train rows in batches of {training.batch}: {which} {counted(size, 'row')}{part}; {why.got}",
+        expected="two rows or more at a time, since the model takes statistics of them",
+        next=f"set {', or '.join(remedies or ['another batch'])} in {whose}",
+    )

@@ -1,0 +1,21 @@
+"""What every document is made of: fields that are known, types with bounds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Correlation = Annotated[float, Field(ge=-1, le=1)]
+Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
+Moment = Annotated[float, Field(ge=0, le=253_370_764_800)]
+"""Seconds since 1970, until the last day of 9999 or so: what a calendar can show."""
+
+
+class Document(BaseModel):
+    """A JSON document of a fixed shape."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )

@@ -1,0 +1,113 @@
+"""What `cache-teacher` prints: the stores that there are now, and what `--dry-run` foresees."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from akd_dist.documents.base import Count, Document
+
+
+class CachedSplit(Document):
+    """One sealed store of logits."""
+
+    store: str
+    """Path or URI of the store's `<id>` folder."""
+    id: str
+    """The sha256 of the store's identity."""
+    hit: bool
+    """Whether it was there already."""
+    rows: Count
+    """Rows of the split."""
+    views: Count
+    """Augmented views of each row; at least as many as the recipe asks for."""
+    classes: Count
+    """Logits a row."""
+    encoding: str
+    """Precision of the stored logits."""
+    bytes: Count
+    """Size of all shards."""
+    shards: Count
+    """Number of shards."""
+    shards_computed: Count
+    """How many of them this command computed."""
+
+
+class CachedSplits(Document):
+    """The stores of the rows that nobody trains on."""
+
+    validation: CachedSplit
+    """The validation rows, one view, not augmented."""
+    test: CachedSplit
+    """The test rows, one view, not augmented."""
+
+
+class CachedAssistant(CachedSplit):
+    """An assistant, and the stores of its logits: the train store, and those of the other splits."""
+
+    model: str
+    """Label of its architecture."""
+    path: str
+    """Its model folder."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    splits: CachedSplits
+    """The same for the validation and test rows."""
+
+
+class CacheDocument(CachedSplit):
+    """What `akd-dist cache-teacher --json` prints: the train store, and those of the other splits."""
+
+    hit: bool
+    """Whether all stores were there already, those of the assistants too."""
+    seconds: float
+    """Wall-clock time of the command."""
+    splits: CachedSplits
+    """The same for the validation and test rows."""
+    assistants: list[CachedAssistant] = []
+    """The stores of the teacher's assistants, from the one below the teacher to the last."""
+
+
+class PlannedSplit(Document):
+    """What one store would take."""
+
+    rows: Count
+    """Rows of the split."""
+    views: Count
+    """Augmented views of each row."""
+    hit: bool
+    """Whether a store is there that serves it, so that nothing is to be computed."""
+    shards: Count
+    """Number of shards to compute."""
+    bytes: Count
+    """Size of these shards."""
+
+
+PlannedSplits = dict[Literal["train", "validation", "test"], PlannedSplit]
+
+
+class PlannedAssistant(Document):
+    """What an assistant and its stores would take."""
+
+    model: str
+    """Label of its architecture."""
+    trained: bool
+    """Whether it is there, so that it need not be trained."""
+    splits: PlannedSplits
+    """What each split would take."""
+
+
+class PlanDocument(Document):
+    """What `akd-dist cache-teacher --dry-run --json` prints."""
+
+    dry_run: Literal[True]
+    """Nothing was computed."""
+    store_root: str
+    """Where the stores would lie."""
+    bytes: Count
+    """Size of all that is to be computed."""
+    free: Count | None
+    """Bytes free there; null for object storage."""
+    splits: PlannedSplits
+    """What each split would take."""
+    assistants: list[PlannedAssistant] = []
+    """The same for the teacher's assistants."""

@@ -1,0 +1,238 @@
+"""What training leaves in a run and prints: a record for each epoch, a result for each student, `fleet.json`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+from akd_dist.documents.base import Correlation, Count, Document, Share
+from akd_dist.recipe import Metric, Task
+
+
+class Metrics(Document):
+    """Metrics of a model on one split: those of the task, and the loss where it was measured. Higher is better."""
+
+    accuracy: Share | None = None
+    """Classification: share of rows whose first class is the label."""
+    f1: Share | None = None
+    """Classification: F1 of class 1 where there are two classes, else the mean of all that occur."""
+    matthews: Correlation | None = None
+    """Classification: Matthews' correlation of predicted and true classes; 0 where it is undefined."""
+    pearson: Correlation | None = None
+    """Regression: Pearson's correlation of predictions and labels; 0 where it is undefined."""
+    spearman: Correlation | None = None
+    """Regression: Spearman's correlation, of ranks; 0 where it is undefined."""
+    loss: float | None = None
+    """Mean cross-entropy, or mean squared error for regression, where it was measured and is finite."""
+
+
+class EpochRecord(Document):
+    """A line of a student's metrics.jsonl: an epoch behind it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    epoch: Count
+    """Its number over all stages, from 0."""
+    stage: str
+    """The stage that it belongs to."""
+    temperature: int | None = None
+    """The temperature; null where nothing is annealed."""
+    phi: float | None = None
+    """The factor on the teacher's logits; null where nothing is annealed."""
+    psi: float | None = None
+    """The weight of the labels; null but in Continuation-KD."""
+    train_loss: float
+    """Mean loss over the train rows."""
+    validation: Metrics | None
+    """Metrics on the validation rows."""
+
+
+class FleetTeacher(Document):
+    """The teacher of a run, as its stores describe it."""
+
+    model: str
+    """Label of its architecture."""
+    parameters: Count
+    """Number of its weights."""
+    test: Metrics
+    """Its metrics on the test rows."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+
+
+class FleetAssistant(FleetTeacher):
+    """A model between teacher and students, as its stores describe it."""
+
+    agreement: Share | None
+    """Share of test rows where assistant and teacher choose the same class."""
+    store: str
+    """The train store of its logits."""
+
+
+class StudentResult(Document):
+    """What a student leaves in result.json when it ends."""
+
+    name: str
+    """Its folder under students/."""
+    model: str
+    """Label of its architecture."""
+    parameters: Count | None
+    """Number of its weights."""
+    objective: str
+    """Kind of its objective."""
+    tau_max: int | None
+    """The temperature that annealing starts from; null without annealing."""
+    seed: int
+    """Governs initialisation and dropout."""
+    state: Literal["done", "diverged", "failed"]
+    """How its training ended."""
+    reason: str | None
+    """Why it did not succeed, and the log that says more."""
+    epochs: Count
+    """Epochs trained, over all stages."""
+    validation: Metrics | None
+    """Metrics of the delivered weights on the validation rows, which picked them."""
+    test: Metrics | None
+    """Metrics of the delivered weights on the test rows; measured once."""
+    agreement: Share | None
+    """Share of test rows where it chooses the class of the recipe's teacher, whomever it learned from; null for
+    regression."""
+    seconds: float
+    """Time spent on its training."""
+    stage1_from: str | None = None
+    """The student whose stage I it went on from, which would have been the same; null where it trained its own."""
+    attempt: int | None = None
+    """The attempt of the run, from 1, in which it ended."""
+    path: str
+    """Its folder."""
+
+
+class FleetStudent(StudentResult):
+    """One student of a run."""
+
+    store: str
+    """The store that it was trained from."""
+    teacher: str
+    """Fingerprint of the model that it learned from: the teacher, or its last assistant."""
+
+
+class EconomicsOfViews(Document):
+    """What a store with so many views costs and saves with the run's students."""
+
+    views: Count
+    """Views of each train row, each of them one pass of the model."""
+    cache_seconds: float
+    """Computing such a store, with those of the validation and test rows."""
+    seconds_saved: float
+    """What training with the model in the loop would have taken more; less than nothing where it does not pay."""
+    break_even_students: float | None
+    """Students after which it is paid for; null where none read logits."""
+
+
+class Economics(Document):
+    """What storing one model's logits cost, and what it saved, from measured times. See docs/report.md for formulas.
+
+    Times are seconds of work in the tasks that computed shards, with `threads` threads each, not wall-clock time.
+    """
+
+    role: Literal["teacher", "assistant"]
+    """Whose logits."""
+    model: str
+    """Label of its architecture."""
+    store: str
+    """The train store of its logits."""
+    rows: Count
+    """Train rows: one pass goes over them once."""
+    views: Count
+    """Views in the store."""
+    students: Count
+    """Students that trained on its logits themselves."""
+    epochs: Count
+    """Epochs that read its logits, over all students; each would have been a pass with the model in the loop."""
+    shared_epochs: Count
+    """Such epochs that students did not train because another's stage I was theirs; not in `epochs`."""
+    passes_run: Count
+    """Passes that filled the store: one for each view."""
+    passes_saved: int
+    """`epochs` less `passes_run`."""
+    threads: Count
+    """Threads that the model computed with."""
+    device: str
+    """Kind of device that it computed on."""
+    hosts: list[str]
+    """Machines that computed timed shards."""
+    timed_rows: Count
+    """Rows of the train store whose time was measured, each view counted."""
+    seconds_per_pass: float | None
+    """One pass over the train rows, at the speed of the median shard; null where nothing was timed, as what follows."""
+    other_seconds: float
+    """Measured time of the validation and test rows."""
+    cache_seconds: float | None
+    """What `passes_run` passes took, with what was loaded for them, and the validation and test rows."""
+    in_the_loop_seconds: float | None
+    """`epochs` passes: what the model would have taken in the loop."""
+    seconds_saved: float | None
+    """`in_the_loop_seconds` less `cache_seconds`."""
+    break_even_students: float | None
+    """Students after which the cache is paid for, at this run's epochs a student; null where none read logits."""
+    break_even_epochs: float | None
+    """Epochs after which it is paid for."""
+    training_seconds: float | None
+    """What training the model took, where it was trained here; in no other number, as it has to exist anyhow."""
+    by_views: list[EconomicsOfViews]
+    """The same with one view stored, and with as many as are."""
+
+
+class FleetDocument(Document):
+    """What `akd-dist train-students --json` prints, and what a run keeps in fleet.json."""
+
+    run: str
+    """The run's folder."""
+    store: str
+    """The train store."""
+    task: Task
+    """What a label is."""
+    metric: Metric
+    """The primary metric: it picked the best epochs, and heads the tables."""
+    teacher: FleetTeacher
+    """Whom the students learned from."""
+    assistants: list[FleetAssistant] = []
+    """The models between it and the students of objective takd, from the one below the teacher to the last."""
+    students: list[FleetStudent]
+    """Every student of the recipe, in its order."""
+    cohorts: Count
+    """Ray Train runs that it took."""
+    seconds: float
+    """Wall-clock time of the command that finished the run."""
+    economics: list[Economics] = []
+    """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read them.
+    """
+
+
+class RunRows(Document):
+    """The rows of a split, by which a run is compared with another one of its name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    fingerprint: str
+    """The sha256 of their content and order."""
+    blocks: list[str]
+    """The sha256 of each block of rows."""
+    meaning: dict[str, Any] = {}
+    """What inputs and labels are."""
+
+
+class RunIdentity(Document):
+    """What a run keeps in identity.json: the resolved recipe without placement and places, and what these lead to."""
+
+    model_config = ConfigDict(extra="allow")
+
+    teacher: dict[str, Any]
+    """The recipe's teacher, and its fingerprint."""
+    dataset: dict[Literal["train", "validation", "test"], str]
+    """The fingerprint of each split."""
+    students: dict[str, dict[str, Any]]
+    """The students of the recipe, by name."""
+    rows: dict[Literal["train", "validation", "test"], RunRows] = {}
+    """What is known of the rows of each split."""

@@ -1,0 +1,92 @@
+"""What `train-students --dry-run` prints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from akd_dist.documents.base import Count, Document
+
+
+class PlannedStudent(Document):
+    """A student, and what is before it."""
+
+    name: str
+    """Its folder under students/."""
+    model: str
+    """Label of its architecture."""
+    objective: str
+    """Kind of its objective."""
+    parameters: Count
+    """Number of its weights."""
+    standing: Literal["new", "resumes", "ended"]
+    """Whether it starts, resumes from a checkpoint, or has ended already."""
+    rides: str | None
+    """Whose stage I it goes on from; null if it computes its own."""
+    steps: Count
+    """Steps that it still computes."""
+    seconds: float | None
+    """What it adds to its cohort; null if its probe failed."""
+
+
+class PlannedCohort(Document):
+    """Students that train in lockstep, and what that takes."""
+
+    students: list[PlannedStudent]
+    """Who they are."""
+    why: str
+    """What they share."""
+    waits: str | None
+    """What it waits for; null if it starts at once."""
+    workers: Count
+    """Data-parallel workers."""
+    cpus: float
+    """CPUs of each worker."""
+    gpus: float
+    """GPUs of each worker."""
+    memory: Count
+    """Bytes of main memory of each worker, as estimated; memory maps that the whole node shares are not in it."""
+    steps: Count
+    """Steps of the stream."""
+    bytes_streamed: Count
+    """Inputs, labels and logits that the stream reads, once for all students."""
+    begins: float
+    """Seconds from the first start."""
+    ends: float
+    """Seconds from the first start."""
+
+
+class FleetPlanDocument(Document):
+    """What `akd-dist train-students --dry-run --json` prints."""
+
+    dry_run: Literal[True]
+    """Nothing was computed."""
+    run: str
+    """The run's folder."""
+    device: str
+    """Where it would compute."""
+    teacher: str
+    """What has to be done before students can start."""
+    cache_bytes: Count
+    """Logits that are still to be computed."""
+    nodes: Count
+    """Nodes of the cluster."""
+    cpus: float
+    """Their CPUs."""
+    gpus: float
+    """Their GPUs."""
+    memory: Count | None
+    """Main memory that they give to workers, in bytes; null where it is not known."""
+    why: str
+    """Why there are so many cohorts: what fewer and what more of them would come to."""
+    cohorts: list[PlannedCohort]
+    """In the order in which they queue."""
+    ended: list[PlannedStudent]
+    """Students that need no more training."""
+    checkpoint_bytes: Count
+    """The most that lies there of checkpoints at a time."""
+    model_bytes: Count
+    """What is delivered."""
+    free_bytes: Count
+    """Free under the run root."""
+    seconds: float
+    """From the first start to the end of the last cohort; without the teacher and its caching."""

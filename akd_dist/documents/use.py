@@ -1,0 +1,126 @@
+"""What `evaluate`, `predict` and `export` print."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from akd_dist.documents.base import Count, Document, Share
+from akd_dist.documents.fleet import Metrics
+from akd_dist.recipe import Precision, Task
+
+
+class EvaluatedModel(Document):
+    """A model and what was measured of it."""
+
+    path: str
+    """Its folder or URI."""
+    model: str
+    """Label of its architecture."""
+    parameters: Count
+    """Number of its weights."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    precision: Precision
+    """What it computed with: as in its run, where it lies in one; else the precision of its weights."""
+    metrics: Metrics
+    """Its metrics on the data."""
+
+
+class OtherModel(EvaluatedModel):
+    """A model that was compared with the student; nothing is counted for regression."""
+
+    agreement: Share | None
+    """Share of rows where both choose the same class."""
+    both_right: Count | None
+    """Rows that both get right."""
+    student_right: Count | None
+    """Rows that the student alone gets right."""
+    other_right: Count | None
+    """Rows that this model alone gets right."""
+    both_wrong: Count | None
+    """Rows that both get wrong, alike or not."""
+
+
+class EvaluationDocument(Document):
+    """What `akd-dist evaluate --json` prints."""
+
+    student: EvaluatedModel
+    """The model that was asked for."""
+    others: list[OtherModel]
+    """Those that it was compared with."""
+    data: str
+    """The data, as named."""
+    split: Literal["train", "validation", "test"] | None
+    """Of a recipe; else null."""
+    rows: Count
+    """How many."""
+    task: Task
+    """What a label is."""
+    device: Literal["cpu", "cuda"]
+    """Where it was computed."""
+    seconds: float
+    """Wall-clock time."""
+
+
+class PredictionDocument(Document):
+    """What `akd-dist predict --json` prints."""
+
+    student: str
+    """The model's folder or URI."""
+    model: str
+    """Label of its architecture."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    data: str
+    """The data, as named."""
+    split: Literal["train", "validation", "test"] | None
+    """Of a recipe; else null."""
+    out: str
+    """The Parquet file."""
+    rows: Count
+    """How many."""
+    columns: list[Literal["row", "predicted", "probability", "logits", "label"]]
+    """What the file holds of each row."""
+    bytes: Count
+    """Size of the file."""
+    device: Literal["cpu", "cuda"]
+    """Where it was computed."""
+    seconds: float
+    """Wall-clock time."""
+
+
+class ExportDocument(Document):
+    """What `akd-dist export --json` prints."""
+
+    student: str
+    """The model's folder or URI."""
+    model: str
+    """Label of its architecture."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    to: Literal["onnx", "torch-export", "huggingface"]
+    """The format."""
+    out: str
+    """The file, or the folder of a Hugging Face model."""
+    bytes: Count
+    """Its size."""
+    inputs: str
+    """Dtype, shape and meaning of what it takes."""
+    outputs: str
+    """Dtype, shape and meaning of what it gives."""
+    data: str | None
+    """The data that it was compared on; null for random inputs."""
+    split: Literal["train", "validation", "test"] | None
+    """Of a recipe; else null."""
+    rows: Count
+    """How many of them."""
+    difference: float
+    """The largest difference between a logit of the export and torch's."""
+    tolerance: float
+    """The largest that would have been allowed."""
+    same_class: Count | None
+    """Rows for which both choose the same class; null for regression."""
+    notes: list[str]
+    """What to know besides."""
+    seconds: float
+    """Wall-clock time."""

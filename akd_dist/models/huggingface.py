@@ -1,0 +1,511 @@
+"""Hugging Face sequence classification: a config.json -> a card's configuration -> a module, with pretrained weights.
+
+The extra `akd-dist[huggingface]` is imported only inside functions. Nothing that comes with a model is executed: no
+remote code, no attention kernels by name, and weights only as safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
+from akd_dist.base.files import parse_json
+from akd_dist.data import hub
+from akd_dist.data.text import Tokens, tokenizer_of
+from akd_dist.models.architectures import check_numbers
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+# What the data decides, what is no architecture, and what would load code or weights from elsewhere.
+_LEFT_OUT = {
+    "architectures",
+    "attn_implementation",
+    "attribute_map",
+    "auto_map",
+    "dtype",
+    "experts_implementation",
+    "fusion_config",
+    "id2label",
+    "kernel_config",
+    "label2id",
+    "name_or_path",
+    "num_labels",
+    "problem_type",
+    "torch_dtype",
+    "transformers_version",
+    "transformers_weights",
+    "use_kernels",
+}
+_BY_DATA = ("num_labels", "problem_type")
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What the data asks of a model."""
+
+    input_shape: tuple[int, ...]
+    """[length], or [2, length] with token types."""
+    classes: int
+    """Number of logits."""
+    task: recipe.Task
+    """What they are."""
+    tokens: Tokens
+    """What ids mean."""
+
+
+class SequenceClassifier(nn.Module):
+    """A transformers model on ids of tokens: the attention mask is where ids are not padding."""
+
+    def __init__(self, model: nn.Module, padding: int) -> None:
+        super().__init__()
+        self.model, self.padding = model, padding
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Logits [n, classes] of ids int32 [n, length], or [n, 2, length] with token types in the second row."""
+        ids, *types = [inputs] if inputs.dim() == 2 else inputs.unbind(dim=1)
+        extra = {"token_type_ids": types[0].long()} if types else {}
+        mask = (ids != self.padding).long()
+        logits: torch.Tensor = self.model(input_ids=ids.long(), attention_mask=mask, return_dict=True, **extra).logits
+        return logits
+
+
+def content(spec: recipe.HuggingFaceModel) -> str | None:
+    """sha256 over what a spec takes from its folder: configuration and, where pretrained, weights. None for the hub.
+
+    Raises:
+        RefusedError: the folder has no configuration.
+    """
+    if spec.path is None:
+        return None
+    digest = hashlib.sha256()
+    weights = sorted(Path(spec.path).glob("*.safetensors")) if spec.pretrained else []
+    try:
+        for path in [Path(spec.path) / CONFIG, *weights]:
+            with open(path, "rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+    except OSError as error:
+        raise _no_folder(spec, error) from error
+    return digest.hexdigest()
+
+
+# ---- configuration
+
+
+def resolve(spec: recipe.HuggingFaceModel, asked: Interface) -> recipe.HuggingFaceModel:
+    """The spec with its whole configuration in it, from its folder or the hub, so that a card needs neither again.
+
+    Raises:
+        RefusedError: there is no configuration, it is not of sequence classification, or does not fit the tokens; or
+            transformers is not installed.
+        MachineError: the hub cannot be reached.
+    """
+    found = _read_config(spec)
+    defaults = _config_class(found, spec.label)()
+    names: dict[str, str] = getattr(defaults, "attribute_map", {})
+    changes = {names.get(key, key): value for key, value in spec.config.items()}
+    _check_changes(spec, changes, {*defaults.to_dict(), *found})
+    config = _kept(found) | changes | _by_data(asked)
+    _check_tokens(spec, _configuration(config, spec.label), asked.tokens)
+    return spec.model_copy(update={"config": config})
+
+
+def _by_data(asked: Interface) -> dict[str, Any]:
+    kind = "regression" if asked.task == "regression" else "single_label_classification"
+    return {"num_labels": asked.classes, "problem_type": kind}
+
+
+def _read_config(spec: recipe.HuggingFaceModel) -> dict[str, Any]:
+    """config.json as it is."""
+    if spec.path is not None:
+        path = Path(spec.path) / CONFIG
+        try:
+            return parse_config(path.read_bytes(), path)
+        except OSError as error:
+            raise _no_folder(spec, error) from error
+    assert spec.name is not None
+    hub.reach("model", spec.name)
+    try:
+        with _quiet():
+            found: dict[str, Any] = hub.require_extra("transformers").PretrainedConfig.get_config_dict(spec.name)[0]
+    except Exception as error:
+        raise hub.unreachable("model", spec.name, error) from error
+    return found
+
+
+def parse_config(document: bytes, where: object) -> dict[str, Any]:
+    """The content of a config.json.
+
+    Raises:
+        RefusedError: it is not JSON, or names no model type.
+    """
+    try:
+        found = parse_json(document)
+    except ValueError as error:
+        raise RefusedError(f"{where} is not JSON", got=error, expected=f"a {CONFIG} of transformers") from error
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
+        raise RefusedError(
+            f"{where} does not say what model it is of",
+            got=f"no `model_type` in {str(found)[:80]}",
+            expected=f"a {CONFIG} of transformers",
+        )
+    return found
+
+
+def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what is left out, at any depth."""
+    return {
+        key: _kept(value) if isinstance(value, dict) else value for key, value in config.items() if not _left_out(key)
+    }
+
+
+def _left_out(key: str) -> bool:
+    return key in _LEFT_OUT or key.startswith("_")
+
+
+def _keys(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in config.items():
+        yield key
+        if isinstance(value, dict):
+            yield from _keys(value)
+
+
+def _check_changes(spec: recipe.HuggingFaceModel, changes: Mapping[str, Any], known: set[str]) -> None:
+    for key in changes:
+        if _left_out(key) or key == "model_type" or key not in known:
+            usable = sorted(name for name in known if not _left_out(name))
+            raise RefusedError(
+                f"config of the model {spec.label} has a key that cannot be set",
+                got=key,
+                expected=", ".join(difflib.get_close_matches(key, usable)) or f"a key of its {CONFIG}",
+                next="correct it, or leave it out: labels, classes and dtype are taken from the data and the recipe",
+            )
+
+
+def _check_tokens(spec: recipe.HuggingFaceModel, config: Any, tokens: Tokens) -> None:
+    """Refuse ids that the model would take for others than the tokenizer meant."""
+    theirs = f"{tokens.vocabulary} tokens with padding {tokens.padding}"
+    size, padding = getattr(config, "vocab_size", 0), getattr(config, "pad_token_id", None)
+    if size < tokens.vocabulary or padding != tokens.padding:
+        raise RefusedError(
+            f"the model {spec.label} was made for another tokenizer",
+            got=f"{size} tokens with padding {padding}, as its {CONFIG} says",
+            expected=f"{theirs}, as the tokenizer makes them",
+            next="use the model's own tokenizer as data.text; where pretrained is false, "
+            f"config: {{vocab_size: {tokens.vocabulary}, pad_token_id: {tokens.padding}}} will do",
+        )
+
+
+def _config_class(config: Mapping[str, Any], label: str) -> Any:
+    """The class of a configuration, which must be one that transformers itself has for sequence classification."""
+    hub.require_extra("transformers")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KINDS
+
+    kind = str(config.get("model_type"))
+    if kind not in KINDS or kind not in CONFIG_MAPPING:
+        raise RefusedError(
+            f"the model {label} cannot classify text",
+            got=f"model_type {kind}",
+            expected="a model type that transformers has sequence classification for, such as "
+            + (", ".join(difflib.get_close_matches(kind, KINDS)) or "bert or roberta"),
+            next="choose another model; for a class of your own, choose kind: custom",
+        )
+    return CONFIG_MAPPING[kind]
+
+
+def _configuration(config: Mapping[str, Any], label: str) -> Any:
+    """A card's configuration as transformers has it.
+
+    Raises:
+        RefusedError: it has a key that could load code, or values that do not go together.
+    """
+    unsafe = [key for key in _keys(config) if _left_out(key) and key not in _BY_DATA]
+    if unsafe or "quantization_config" in config:
+        raise RefusedError(
+            f"the configuration of the model {label} has keys that are not taken",
+            got=", ".join(unsafe or ["quantization_config"]),
+            expected="the plain architecture: no code, no quantisation",
+        )
+    check_numbers(config, f"config.json of the model {label}: settings")
+    config_class = _config_class(config, label)
+    try:
+        with _quiet():
+            return config_class.from_dict(dict(config))
+    except Exception as error:
+        raise _bad_config(label, error) from error
+
+
+# ---- modules
+
+
+def body(spec: recipe.HuggingFaceModel, asked: Interface, *, pretrained: bool = False) -> nn.Module:
+    """The module of a resolved spec.
+
+    Args:
+        spec: as `resolve` gives it.
+        asked: what the data asks of it.
+        pretrained: load the weights that lie in its folder or at the hub, as far as the spec asks for them; a new head
+            is drawn from torch's generator. Otherwise all weights are.
+
+    Raises:
+        RefusedError: the configuration makes no model, texts are too long for it, or weights are missing or of another
+            shape; names them.
+    """
+    config = _configuration(spec.config, spec.label)
+    _check_inputs(spec, config, asked)
+    model_class = _model_class(config)
+    if pretrained and spec.pretrained:
+        place = spec.path or spec.name
+        model, info = _load(model_class, config, spec.label, place, use_safetensors=True)
+        _check_loaded(info, spec.label, model.base_model_prefix, new_head=True)
+    else:
+        with _quiet():
+            model = model_class._from_config(config, dtype=torch.float32)
+    return SequenceClassifier(model, asked.tokens.padding)
+
+
+def trained_body(spec: recipe.HuggingFaceModel, asked: Interface, weights: bytes) -> nn.Module:
+    """The module of a resolved spec with all its weights, head included, from the bytes of a safetensors file.
+
+    Raises:
+        RefusedError: as `body`; or the head is missing, as in models that were only pretrained.
+    """
+    config = _configuration(spec.config, spec.label)
+    try:
+        state = safetensors.torch.load(weights)
+    except SafetensorError as error:
+        raise _unreadable(spec.label, error) from error
+    model, info = _load(_model_class(config), config, spec.label, None, state_dict=state)
+    _check_loaded(info, spec.label, model.base_model_prefix, new_head=False)
+    return SequenceClassifier(model, asked.tokens.padding)
+
+
+def _load(model_class: Any, config: Any, label: str, place: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
+    try:
+        with _quiet():
+            loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(
+                place,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
+            )
+    except Exception as error:
+        raise _unreadable(label, error) from error
+    return loaded
+
+
+def _model_class(config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+
+
+def _check_loaded(info: dict[str, Any], label: str, prefix: str, *, new_head: bool) -> None:
+    """Refuse weights that are not there or have another shape. A pooler belongs to the head: it is trained with it."""
+
+    def forgiven(name: str) -> bool:
+        return new_head and (not name.startswith(f"{prefix}.") or ".pooler." in name)
+
+    missing = sorted(name for name in info["missing_keys"] if not forgiven(name))
+    other = sorted(
+        f"{name} {list(there)} instead of {list(here)}"
+        for name, there, here in info["mismatched_keys"]
+        if not forgiven(name)
+    )
+    if not missing and not other:
+        return
+    found = [f"{what}: {_some(names)}" for what, names in (("missing", missing), ("of another shape", other)) if names]
+    if new_head:
+        but, advice = " but its head", "check `path` or `name`, and `config`"
+    else:
+        but, advice = ", its head included", f"fine-tune it first, or let the recipe do it:\n{recipe_lines('...')}"
+    raise RefusedError(
+        f"the weights of {label} do not fit its configuration",
+        got="; ".join(found),
+        expected=f"a weight for every part of the model{but}",
+        next=advice,
+    )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def _check_inputs(spec: recipe.HuggingFaceModel, config: Any, asked: Interface) -> None:
+    length, most = asked.input_shape[-1], _positions(config, spec.label)
+    if most is not None and length > most:
+        raise RefusedError(
+            f"the model {spec.label} does not take texts of this length",
+            got=f"{length} tokens",
+            expected=f"at most {most}",
+            next=f"set data.text.length to {most} or less",
+        )
+    if len(asked.input_shape) == 2 and getattr(config, "type_vocab_size", 0) < 2:
+        raise RefusedError(
+            f"the model {spec.label} takes no token types",
+            got=f"inputs of shape {list(asked.input_shape)}, ids and token types",
+            expected="ids alone",
+            next="use the model's own tokenizer as data.text",
+        )
+
+
+def _positions(config: Any, label: str) -> int | None:
+    """The longest text that a model was made for, None where it does not say.
+
+    In models of RoBERTa's kind the positions of tokens come after the one of padding.
+
+    Raises:
+        RefusedError: the configuration makes no model; found here because a model without numbers costs nothing.
+    """
+    try:
+        with _quiet(), torch.device("meta"):
+            model = _model_class(config)._from_config(config)
+    except Exception as error:
+        raise _bad_config(label, error) from error
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    return most
+
+
+# ---- fine-tuned folders
+
+
+def describe_folder(folder: Path, document: bytes) -> tuple[recipe.HuggingFaceModel, Interface, tuple[str, ...] | None]:
+    """What a folder with a fine-tuned model and its tokenizer is for: resolved spec, interface, names of classes.
+
+    Args:
+        folder: where config.json, model.safetensors and the tokenizer's files lie.
+        document: the content of its config.json.
+
+    Raises:
+        RefusedError: the tokenizer is missing, or the configuration makes no model of classification or regression.
+    """
+    found = parse_config(document, folder / CONFIG)
+    spec = recipe.HuggingFaceModel(path=folder.name)
+    config = _configuration(_kept(found) | {"num_labels": _labels(found)}, spec.label)
+    tokens, types = _tokenizer(folder)
+    _check_tokens(spec, config, tokens)
+    length = _positions(config, spec.label)
+    if length is None:
+        raise RefusedError(
+            f"{folder} does not tell how long texts may be",
+            got=f"a {found['model_type']}, which has no longest text",
+            expected="a model with positions, such as BERT or RoBERTa",
+            next=f"let the recipe name its architecture:\n{recipe_lines(str(folder))}",
+        )
+    classes, kind = config.num_labels, found.get("problem_type")
+    if kind == "multi_label_classification" or (kind == "regression" and classes > 1):
+        raise RefusedError(
+            f"{folder} has a model of another task",
+            got=f"{kind} with {classes} labels, as its {CONFIG} says",
+            expected="one class of several, or one number",
+            next="choose another teacher",
+        )
+    task: recipe.Task = "regression" if kind == "regression" or classes == 1 else "classification"
+    asked = Interface((2, length) if types else (length,), classes, task, tokens)
+    whole = _kept(found) | _by_data(asked)
+    return spec.model_copy(update={"config": whole}), asked, _class_names(found, classes)
+
+
+def _labels(found: Mapping[str, Any]) -> int:
+    """The number of classes; transformers writes their names only, and no names where there are two unnamed ones."""
+    names = found.get("id2label")
+    return len(names) if isinstance(names, dict) else int(found.get("num_labels", 2))
+
+
+def _class_names(found: Mapping[str, Any], classes: int) -> tuple[str, ...] | None:
+    """The names of the classes in order; None where they are the ones that transformers makes up."""
+    names = found.get("id2label")
+    if not isinstance(names, dict) or classes == 1:
+        return None
+    ordered = tuple(str(names.get(str(number))) for number in range(classes))
+    return None if all(name == f"LABEL_{number}" for number, name in enumerate(ordered)) else ordered
+
+
+def _tokenizer(folder: Path) -> tuple[Tokens, bool]:
+    """What a folder's tokenizer makes: its tokens, and whether token types come with them."""
+    try:
+        if not (folder / "tokenizer_config.json").exists():  # without it transformers makes up an empty tokenizer
+            raise FileNotFoundError("no tokenizer_config.json")
+        with _quiet():
+            tokenizer = tokenizer_of(recipe.HuggingFaceText(path=str(folder)), pair=False)
+    except (OSError, RefusedError) as error:
+        raise RefusedError(
+            f"{folder} has no tokenizer, so nobody knows what its ids mean",
+            got=error,
+            expected=f"the tokenizer's files beside {CONFIG}",
+            next="save it there (tokenizer.save_pretrained), or let the recipe train the teacher:\n"
+            + recipe_lines(str(folder)),
+        ) from error
+    return tokenizer.tokens, len(tokenizer.shape) == 2
+
+
+def recipe_lines(path: str) -> str:
+    """How a recipe fine-tunes a pretrained model as its teacher."""
+    return (
+        f"    teacher:\n      model: {{kind: huggingface, path: {path}}}\n"
+        "      train: {epochs: 3, batch: 32, optimizer: {kind: adamw, lr: 2e-5, schedule: {kind: linear}}}"
+    )
+
+
+# ---- the library
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and reports: what matters of them is checked here, and told by refusals."""
+    logging = hub.require_extra("transformers").utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _no_folder(spec: recipe.HuggingFaceModel, error: OSError) -> RefusedError:
+    return RefusedError(
+        f"there is no {CONFIG} in {spec.path}",
+        got=error.strerror or error,
+        expected=f"a folder that save_pretrained wrote: {CONFIG}, and {WEIGHTS} where pretrained",
+        next="correct `path`; for a model of the hub, use `name`",
+    )
+
+
+def _bad_config(label: str, error: Exception) -> RefusedError:
+    return RefusedError(
+        f"the configuration of the model {label} makes no model",
+        got=f"{type(error).__name__}: {error}",
+        expected="values that go together",
+        next="correct `config` in the recipe",
+    )
+
+
+def _unreadable(label: str, error: Exception) -> RefusedError:
+    return RefusedError(
+        f"the weights of {label} cannot be read",
+        got=f"{type(error).__name__}: {error}",
+        expected=f"{WEIGHTS}; pickles (pytorch_model.bin) are never unpickled",
+        next="where you trust it, load the model yourself and save it with model.save_pretrained",
+    )

@@ -1,0 +1,60 @@
+"""What every part of a recipe is made of: frozen objects that know every key, and types with bounds."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from akd_dist.base.trusted import Trusted
+
+# A function of the user's, as `module:function`.
+FACTORY = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+Task = Literal["classification", "regression"]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+METRICS: dict[Task, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+}
+"""The metrics of each task, its usual primary one first."""
+Count = Annotated[int, Field(ge=1)]
+# Bounds of what a document may ask for, far above any model: within them, memory decides (`models.build.check_memory`).
+Width = Annotated[int, Field(ge=1, le=10**12)]
+Layers = Annotated[int, Field(ge=1, le=2_000)]
+Classes = Annotated[int, Field(ge=1, le=10**9)]
+Length = Annotated[int, Field(ge=1, le=10**7)]
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+LearningRate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+class Spec(BaseModel):
+    """A part of a recipe: frozen, every key known, no silent conversion of types, no NaN."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Factory(Spec):
+    """What may name code of the user's own. It runs nothing before `trust` has said on whose word it may."""
+
+    _trusted: Trusted = PrivateAttr(default_factory=Trusted)
+
+    if TYPE_CHECKING:  # a field of each kind, in its own place among the others
+        factory: str
+
+    @property
+    def trusted(self) -> Trusted:
+        """Which factories may be imported for it; no part of what it says, and gone when it is read back."""
+        return self._trusted
+
+
+def label_of(text: str) -> str:
+    """Text as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:60]

@@ -1,0 +1,348 @@
+"""The rows of a recipe: where they come from, how they are split, read and augmented."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
+
+from akd_dist.recipe.base import (
+    FACTORY,
+    METRICS,
+    Byte,
+    Classes,
+    Count,
+    Factory,
+    Length,
+    Metric,
+    Positive,
+    Seed,
+    Share,
+    Spec,
+    Task,
+)
+
+
+class Digits(Spec):
+    """The 1,797 handwritten digits that come with scikit-learn: 8 x 8 grey images, 10 classes."""
+
+    kind: Literal["digits"] = "digits"
+    """Which kind of source this is."""
+
+
+class Idx(Spec):
+    """Images and labels in IDX files, as MNIST and its family come; plain or gzip-compressed."""
+
+    kind: Literal["idx"] = "idx"
+    """Which kind of source this is."""
+    images: str
+    """The file of inputs, uint8 of two dimensions or more; relative to the recipe's folder."""
+    labels: str
+    """The file of labels, counted from 0."""
+    classes: Classes | None = None
+    """How many classes there are; none takes the largest label plus one."""
+
+
+def _one_or_several(value: object) -> str:
+    return "several" if isinstance(value, list) else "one"
+
+
+Columns = Annotated[
+    Annotated[str, Tag("one")] | Annotated[list[str], Field(min_length=1, max_length=2), Tag("several")],
+    Discriminator(_one_or_several),
+]
+
+
+class Table(Spec):
+    """Named columns: one of inputs (two of text make a pair), one of labels."""
+
+    input: Columns = "input"
+    """The column of inputs: encoded images (bytes, or a struct with bytes), text, or lists of numbers. A list of two
+    names is a pair of texts."""
+    label: str = "label"
+    """The column of labels: class ids counted from 0, class names, or numbers where data.task is regression."""
+    shape: list[Count] | None = None
+    """The shape of one input, for columns of flat lists; none keeps the list as a vector."""
+    classes: Classes | None = None
+    """How many classes there are; none takes the largest label plus one, or the names there are."""
+
+
+class Parquet(Table):
+    """A dataset in Parquet. Row order is the order of the files."""
+
+    kind: Literal["parquet"] = "parquet"
+    """Which kind of source this is."""
+    path: str
+    """A file, a folder or a glob; relative to the recipe's folder."""
+
+
+class HuggingFaceData(Table):
+    """A dataset of the Hugging Face `datasets` library (extra: akd-dist[huggingface])."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    """Which kind of source this is."""
+    path: str | None = None
+    """A folder that `save_to_disk` wrote; relative to the recipe's folder."""
+    name: str | None = None
+    """A dataset on the hub, where one can be reached."""
+    config: str | None = None
+    """Its configuration, if it has several."""
+    split: str | None = None
+    """Which of its splits; needed unless the folder holds a single one."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> HuggingFaceData:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give either a path or a name")
+        if self.name is not None and self.split is None:
+            raise ValueError("a dataset by name needs a split, such as `split: train`")
+        return self
+
+
+class CustomData(Table, Factory):
+    """Rows by your own function, in the recipe's folder or in a module that `code:` lists.
+
+    It returns an Arrow table, or a map-style `torch.utils.data.Dataset` whose items are (input, label).
+    """
+
+    kind: Literal["custom"] = "custom"
+    """Which kind of source this is."""
+    factory: str = Field(pattern=FACTORY)
+    """`module:function`, called as function(**arguments)."""
+    arguments: dict[str, JsonValue] = {}
+    """Keyword arguments of the function; `./x` in them is a path relative to the recipe's folder. A change of them, of
+    what they name or of the module's file prepares the data anew."""
+
+
+Source = Annotated[Digits | Idx | Parquet | HuggingFaceData | CustomData, Discriminator("kind")]
+
+
+class ByteText(Spec):
+    """Text as its UTF-8 bytes: the built-in tokenizer, for any language and without a vocabulary file."""
+
+    kind: Literal["bytes"] = "bytes"
+    """Which kind of tokenizer this is."""
+    length: Length = 256
+    """Tokens of an input; longer texts are cut, shorter ones padded."""
+
+
+class HuggingFaceText(Spec):
+    """Text through a Hugging Face tokenizer (extra: akd-dist[huggingface])."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    """Which kind of tokenizer this is."""
+    path: str | None = None
+    """A folder with the tokenizer's files; relative to the recipe's folder."""
+    name: str | None = None
+    """A tokenizer on the hub, where one can be reached."""
+    length: Length = 128
+    """Tokens of an input; longer texts are cut, shorter ones padded."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> HuggingFaceText:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give either a path or a name")
+        return self
+
+
+Text = Annotated[ByteText | HuggingFaceText, Discriminator("kind")]
+
+
+class Image(Spec):
+    """How encoded images become pixels: one definition for teacher, students and finished models."""
+
+    background: Annotated[list[Byte], Field(min_length=3, max_length=3)] = [255, 255, 255]
+    """What is seen through transparent images: red, green and blue, 0 to 255; white as in browsers and on paper."""
+
+
+class NoAugmentation(Spec):
+    """Rows are used as they are."""
+
+    kind: Literal["none"] = "none"
+    """Which kind of augmentation this is."""
+
+
+class Shift(Spec):
+    """Each view moves the image by a random whole number of pixels each way, filled with zeros."""
+
+    kind: Literal["shift"] = "shift"
+    """Which kind of augmentation this is."""
+    pixels: Count = 1
+    """The farthest move in each direction, in pixels."""
+
+
+class PadCropFlip(Spec):
+    """The paper's augmentation of CIFAR: pad with zeros, crop the old size at random, flip left to right by chance."""
+
+    kind: Literal["pad_crop_flip"] = "pad_crop_flip"
+    """Which kind of augmentation this is."""
+    pixels: Count = 4
+    """Zeros added on each side."""
+    flip: bool = True
+    """Whether half of the views are mirrored."""
+
+
+class RandomResizedCropFlip(Spec):
+    """A random part of the image, brought back to its size by bilinear interpolation, flipped by chance."""
+
+    kind: Literal["random_resized_crop_flip"] = "random_resized_crop_flip"
+    """Which kind of augmentation this is."""
+    scale: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.08, 1.0)
+    """Least and largest share of the image's area."""
+    ratio: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.75, 4 / 3)
+    """Least and largest width divided by height, drawn evenly on a logarithmic scale."""
+    flip: bool = True
+    """Whether half of the views are mirrored."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RandomResizedCropFlip:
+        if self.scale[0] > self.scale[1] or self.scale[1] > 1 or self.ratio[0] > self.ratio[1]:
+            raise ValueError(f"scale is {self.scale} and ratio is {self.ratio}: both must rise, and scale end by 1")
+        return self
+
+
+class TokenMask(Spec):
+    """Each token but special ones is replaced by the tokenizer's mask by chance."""
+
+    kind: Literal["token_mask"] = "token_mask"
+    """Which kind of augmentation this is."""
+    share: Share = 0.15
+    """The chance of each token."""
+
+
+class CustomAugmentation(Factory):
+    """Your own augmentation: a draw from (seed, row, view), and how it is applied to a batch.
+
+    The factory returns an object with `words`, `draw(words, input_shape)` and `apply(batch, params)`; see docs/data.md.
+    """
+
+    kind: Literal["custom"] = "custom"
+    """Which kind of augmentation this is."""
+    factory: str = Field(pattern=FACTORY)
+    """`module:function`, called as function(**arguments)."""
+    arguments: dict[str, JsonValue] = {}
+    """Keyword arguments of the function; `./x` in them is a path relative to the recipe's folder."""
+
+
+Augmentation = Annotated[
+    NoAugmentation | Shift | PadCropFlip | RandomResizedCropFlip | TokenMask | CustomAugmentation,
+    Discriminator("kind"),
+]
+
+
+class Normalize(Spec):
+    """(x - mean) / std for each channel, inside every model; x is the input, divided by 255 where it is uint8."""
+
+    mean: list[float] = Field(min_length=1)
+    """One number a channel, or one for all."""
+    std: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    """One number a channel, or one for all; above 0."""
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Normalize:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} numbers and std has {len(self.std)}; they need as many")
+        return self
+
+
+def _share_or_source(value: object) -> str | None:
+    """Tell a share from a source by its shape, so that an error speaks of the one that was meant."""
+    if isinstance(value, Mapping):
+        return value.get("kind")
+    return getattr(value, "kind", "share")
+
+
+ShareOrSource = Annotated[
+    Annotated[Share, Tag("share")]
+    | Annotated[Digits, Tag("digits")]
+    | Annotated[Idx, Tag("idx")]
+    | Annotated[Parquet, Tag("parquet")]
+    | Annotated[HuggingFaceData, Tag("huggingface")]
+    | Annotated[CustomData, Tag("custom")],
+    Discriminator(_share_or_source),
+]
+
+
+class DataSpec(Spec):
+    """The rows that teacher and students see, how they are split and how augmented. One for the whole recipe."""
+
+    train: Source
+    """The rows to train on; validation and test rows are split off where they have no source of their own."""
+    validation: ShareOrSource = 0.1
+    """Rows that pick the best epoch: a share of the train source, or a source of their own."""
+    test: ShareOrSource = 0.2
+    """Rows that are reported once: a share of the train source, or a source of their own."""
+    subset: Count | None = None
+    """Train on so many of the train rows, drawn by the seed; none takes all. Validation and test stay as they are."""
+    stratify: bool = False
+    """Whether shares and subsets are drawn class by class, each with at least one train row; for classification. It is
+    another split than without."""
+    seed: Seed = 0
+    """Governs the split, the order of rows and the views, for all students alike."""
+    task: Task = "classification"
+    """What a label is: one of some classes, or a number."""
+    metric: Metric | None = None
+    """What picks the best epoch and heads the tables; none takes accuracy, or Pearson's correlation for regression."""
+    text: Text | None = None
+    """How text becomes tokens; needed where inputs are text."""
+    image: Image = Image()
+    """How encoded images become pixels."""
+    views: Count = 1
+    """How many augmented views of each train row the teacher is cached on; epoch e trains on view e mod views."""
+    augmentation: Augmentation = NoAugmentation()
+    """How a view is drawn from a row; a pure function of (seed, row, view)."""
+    window: Count | None = None
+    """Rows that are shuffled as one window, for data larger than memory; none shuffles all rows together."""
+    normalize: Normalize | None = None
+    """Applied inside the models; none leaves inputs between 0 and 1 (uint8) or as they are (float)."""
+
+    @property
+    def primary_metric(self) -> Metric:
+        """The metric that picks the best epoch: the higher the better."""
+        return self.metric or METRICS[self.task][0]
+
+    @model_validator(mode="after")
+    def _metric_fits(self) -> DataSpec:
+        if self.primary_metric not in METRICS[self.task]:
+            raise ValueError(
+                f"metric {self.metric} is not one of {self.task}, which has {', '.join(METRICS[self.task])}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_text(self) -> DataSpec:
+        if self.text is None and isinstance(self.augmentation, TokenMask):
+            raise ValueError("the augmentation token_mask is for text; say how text becomes tokens with data.text")
+        if self.text is not None and self.normalize is not None:
+            raise ValueError("normalize is for images and numbers; leave it out where data.text is given")
+        if self.text is not None and self.image != Image():
+            raise ValueError("image is for encoded images; leave it out where data.text is given")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_have_no_classes(self) -> DataSpec:
+        given = {name: getattr(getattr(self, name), "classes", None) for name in ("train", "validation", "test")}
+        if self.task == "regression" and any(given.values()):
+            names = " and ".join(name for name, classes in given.items() if classes)
+            raise ValueError(f"{names} says how many classes there are, but task is regression: leave `classes` out")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_are_not_stratified(self) -> DataSpec:
+        if self.task == "regression" and self.stratify:
+            raise ValueError("stratify draws rows class by class, but task is regression: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _leaves_train_rows(self) -> DataSpec:
+        shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
+        if sum(shares) >= 1:
+            raise ValueError(f"validation and test take {' + '.join(map(str, shares))} of the rows; train needs some")
+        return self
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> DataSpec:
+        if self.views > 1 and isinstance(self.augmentation, NoAugmentation):
+            raise ValueError(f"views is {self.views} without an augmentation: all views of a row would be the same")
+        return self

@@ -1,0 +1,82 @@
+"""From a recipe file to a `Recipe`: YAML with line numbers, overrides, grids, paths; messages name file and line.
+
+    text -> plain data and the line of every key -> overrides -> grids expanded -> Recipe, or a RecipeError
+
+Only plain YAML 1.2 is read: no tags, no anchors, no merge keys. A grid expands; nothing else does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from akd_dist.base import places
+from akd_dist.base.errors import RecipeError
+from akd_dist.base.files import expanded
+from akd_dist.recipe.explain import problems_of, recipe_error
+from akd_dist.recipe.paths import change_paths
+from akd_dist.recipe.recipe import Recipe
+from akd_dist.recipe.yaml_text import MAX_BYTES, parse
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply `key=value` overrides, expand grids, and resolve every path and default.
+
+    Paths in the file are relative to its folder, paths in overrides to the working directory.
+
+    Raises:
+        RecipeError: everything that is wrong with the file or an override, in one message; names file, line and key,
+            and the nearest known key.
+    """
+    path = expanded(path)
+    document = parse(_read(path), str(path))
+    folder = path.resolve().parent
+    if (folder / "identity.json").is_file():  # a run left it: its paths become the very ones that the run was given
+        change_paths(document.data, functools.partial(places.found, folder=folder))
+    _make_paths_absolute(document.data, folder)
+    for override in overrides:
+        document.override(override)
+    _make_paths_absolute(document.data, Path.cwd())
+    document.data["folder"] = document.data.get("folder") or str(folder)
+    resolved = document.expanded()
+    try:
+        return Recipe.model_validate(resolved.data)
+    except ValidationError as error:
+        raise recipe_error(str(path), list(problems_of(error, resolved).values())) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        raise RecipeError(
+            f"the recipe {path} cannot be read", got=error.strerror, expected="a file this user may read"
+        ) from None
+    if data is None:
+        raise RecipeError(
+            f"there is no recipe {path}",
+            got="a folder" if path.is_dir() else "no such file",
+            expected="a YAML file",
+            next="check the path; `akd-dist quickstart` names a recipe that you can copy",
+        )
+    try:
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"{len(data):,} bytes")
+        return data.decode()
+    except ValueError as error:
+        raise RecipeError(
+            f"{path} is not a recipe", got=error, expected=f"UTF-8 text of at most {MAX_BYTES:,} bytes"
+        ) from None
+
+
+def _make_paths_absolute(node: Any, folder: Path) -> None:
+    """Workers change directory, so no relative path leaves this module. URIs stay as they are, and so do arguments."""
+    change_paths(node, functools.partial(_absolute, folder=folder))
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return path if "://" in path else str(folder.joinpath(expanded(path)))

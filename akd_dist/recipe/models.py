@@ -1,0 +1,186 @@
+"""The models that a recipe may name, one class a kind."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
+
+from akd_dist.recipe.base import FACTORY, Factory, Layers, Spec, Width, label_of
+from akd_dist.recipe.data import _one_or_several
+
+
+class Mlp(Spec):
+    """A multilayer perceptron on the flattened input, with ReLU between layers."""
+
+    kind: Literal["mlp"] = "mlp"
+    """Which kind of model this is."""
+    hidden: Annotated[
+        Annotated[Width, Tag("one")] | Annotated[list[Width], Field(min_length=1, max_length=2_000), Tag("several")],
+        Discriminator(_one_or_several),
+    ]
+    """Units of the hidden layer, or a list: one entry a layer."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of hidden units dropped while training."""
+
+    @property
+    def label(self) -> str:
+        """`mlp-16`, `mlp-32x16`, `mlp-16d0.1` with dropout."""
+        widths = self.hidden if isinstance(self.hidden, list) else [self.hidden]
+        return "mlp-" + "x".join(map(str, widths)) + (f"d{self.dropout:g}" if self.dropout else "")
+
+
+class Cnn(Spec):
+    """Blocks of 3 x 3 convolution and ReLU, image halved and channels doubled between them; then a linear layer."""
+
+    kind: Literal["cnn"] = "cnn"
+    """Which kind of model this is."""
+    width: Width
+    """Channels of the first block."""
+    depth: Annotated[int, Field(ge=1, le=30)] = 2
+    """Number of blocks."""
+
+    @property
+    def label(self) -> str:
+        """`cnn-8`, or `cnn-8d3` where the depth is not 2."""
+        return f"cnn-{self.width}" + ("" if self.depth == 2 else f"d{self.depth}")
+
+
+class ResNet(Spec):
+    """The residual network of He et al. (2016) for 32 x 32 images: 6n + 2 layers, shortcuts without parameters."""
+
+    kind: Literal["resnet"] = "resnet"
+    """Which kind of model this is."""
+    depth: Layers
+    """Number of layers, 6n + 2: 8, 14, 20, 32, 44, 56, 110."""
+    width: Width = 16
+    """Channels of the first third; the others have twice and four times as many."""
+
+    @field_validator("depth")
+    @classmethod
+    def _is_6n_plus_2(cls, depth: int) -> int:
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth {depth} is not 6n + 2, as 8, 14, 20, 32, 44, 56 or 110 are")
+        return depth
+
+    @property
+    def label(self) -> str:
+        """`resnet-8`, or `resnet-8w32` where the width is not 16."""
+        return f"resnet-{self.depth}" + ("" if self.width == 16 else f"w{self.width}")
+
+
+class PlainCnn(Spec):
+    """A plain network of the papers on teacher assistants (Mirzadeh et al., 2020): 3 x 3 convolutions, then linear."""
+
+    kind: Literal["plain_cnn"] = "plain_cnn"
+    """Which kind of model this is."""
+    layers: Literal[2, 4, 6, 8, 10]
+    """Number of convolutions."""
+
+    @property
+    def label(self) -> str:
+        """`plain-2`."""
+        return f"plain-{self.layers}"
+
+
+class TextTransformer(Spec):
+    """A small transformer encoder over tokens, trained from nothing."""
+
+    kind: Literal["text_transformer"] = "text_transformer"
+    """Which kind of model this is."""
+    width: Width
+    """Numbers that stand for a token; a multiple of the heads."""
+    depth: Layers = 2
+    """Number of encoder blocks."""
+    heads: Width = 4
+    """Attention heads of each block."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of units dropped while training."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TextTransformer:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads, {self.heads}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """`transformer-64x2`: width and depth; `transformer-64x2d0.1` with dropout."""
+        return f"transformer-{self.width}x{self.depth}" + (f"d{self.dropout:g}" if self.dropout else "")
+
+
+class HuggingFaceModel(Spec):
+    """Sequence classification by the Hugging Face `transformers` library (extra: akd-dist[huggingface])."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    """Which kind of model this is."""
+    path: str | None = None
+    """A folder with config.json and, for pretrained models, model.safetensors; relative to the recipe's folder."""
+    name: str | None = None
+    """A model on the hub, where one can be reached."""
+    pretrained: bool = True
+    """Whether training starts from its weights; else from random ones. Only safetensors are read."""
+    config: dict[str, JsonValue] = {}
+    """Keys of its configuration that are set otherwise. A trained model's card holds the whole configuration here."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> HuggingFaceModel:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give either a path or a name")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The last part of its name or path."""
+        return label_of((self.name or self.path or "").rstrip("/").rpartition("/")[2])
+
+
+class Timm(Spec):
+    """An image model of the `timm` library (extra: akd-dist[timm])."""
+
+    kind: Literal["timm"] = "timm"
+    """Which kind of model this is."""
+    name: str
+    """Its name there, as `timm.list_models()` has it."""
+    pretrained: bool = False
+    """Whether training starts from its published weights, where the hub can be reached."""
+    arguments: dict[str, JsonValue] = {}
+    """Further keyword arguments of `timm.create_model`."""
+
+    @field_validator("arguments")
+    @classmethod
+    def _name_no_weights(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        given = [name for name in arguments if name == "checkpoint_path" or name.startswith("pretrained")]
+        if given:
+            raise ValueError(
+                f"arguments cannot have {' and '.join(given)}: weights come by `pretrained: true`, never from a pickle"
+            )
+        return arguments
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return label_of(self.name)
+
+
+class Custom(Factory):
+    """Your own model, built by a function in the recipe's folder or in a module that `code:` lists."""
+
+    kind: Literal["custom"] = "custom"
+    """Which kind of model this is."""
+    factory: str = Field(pattern=FACTORY)
+    """`module:function`, called as function(input_shape=..., classes=..., **arguments); returns a torch.nn.Module."""
+    arguments: dict[str, JsonValue] = {}
+    """Further keyword arguments of the function; `./x` in them is a path relative to the recipe's folder."""
+
+    @property
+    def label(self) -> str:
+        """The function's name, and its arguments as far as they are plain: `resnet-depth8`."""
+        plain = {key: value for key, value in self.arguments.items() if isinstance(value, str | int | float)}
+        words = [self.factory.partition(":")[2], *(f"{key}{value}" for key, value in plain.items())]
+        return label_of("-".join(words))
+
+
+Model = Annotated[
+    Mlp | Cnn | PlainCnn | ResNet | TextTransformer | HuggingFaceModel | Timm | Custom, Discriminator("kind")
+]

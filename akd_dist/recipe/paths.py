@@ -1,0 +1,28 @@
+"""Which keys of a recipe are paths, and how they are changed together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+# Keys whose values are paths.
+_PATHS = ("path", "images", "labels", "weights", "folder")
+
+
+def change_paths(node: Any, change: Callable[[str], str]) -> None:
+    """Change every path of a recipe as plain data, in place; arguments of functions are none."""
+    if isinstance(node, list):
+        for entry in node:
+            change_paths(entry, change)
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        parts = str(key).split(".")  # in a grid, a dotted key with a list of values
+        if "arguments" in parts:
+            continue
+        if parts[-1] in _PATHS:
+            several = value if isinstance(value, list) else [value]
+            changed = [change(one) if isinstance(one, str) else one for one in several]
+            node[key] = changed if isinstance(value, list) else changed[0]
+        else:
+            change_paths(value, change)

@@ -1,0 +1,340 @@
+"""The recipe: one YAML file that says everything a run depends on, as typed, frozen objects.
+
+    akd-dist recipe check jobs/digits.yaml      read it, fill in every default, list the students
+    akd-dist recipe schema                      its JSON Schema, for completion in an editor
+
+Unknown keys are refused, numbers must be numbers, and the resolved recipe is saved beside every result. The docstring
+under a field is its documentation, here and in the JSON Schema. How a file is read lies in `load`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_validator
+
+from akd_dist.base import places
+from akd_dist.base.trusted import MODULE, Trusted
+from akd_dist.recipe.base import Count, Factory, Positive, Spec
+from akd_dist.recipe.data import DataSpec
+from akd_dist.recipe.models import Model
+from akd_dist.recipe.paths import change_paths
+from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Objective, Precision, Takd, Training
+
+# Names become folders, on any file system.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# Where a run is placed, not what it computes: left out of its identity.
+PLACEMENT = ("cohorts", "checkpoint_seconds", "folder", "code")
+
+
+class TeacherTraining(Training):
+    """How the teacher is trained, from hard labels, before it is cached."""
+
+    epochs: Count
+    """Epochs; the best validation epoch is kept."""
+
+
+class AssistantSpec(Training):
+    """A model between teacher and students: it learns from the teacher's store and is cached like a teacher."""
+
+    model: Model
+    """Its architecture."""
+    objective: Objective
+    """What it is trained on: the logits of the model it stands under, or labels."""
+    assistant: AssistantSpec | None = None
+    """A further one, which learns from this one; students of objective `takd` learn from the last of the chain."""
+
+    @field_validator("objective")
+    @classmethod
+    def _not_takd(cls, objective: Objective) -> Objective:
+        if isinstance(objective, Takd):
+            raise ValueError("an assistant learns from the model it stands under: use kind: kd")
+        return objective
+
+
+class TeacherSpec(Spec):
+    """The teacher: weights that lie somewhere, or a model that the recipe trains first."""
+
+    weights: str | None = None
+    """A folder or URI with model.safetensors and model.json, such as a student's; relative to the recipe's folder."""
+    model: Model | None = None
+    """The architecture of a teacher that this recipe trains."""
+    train: TeacherTraining | None = None
+    """How this recipe trains it."""
+    assistant: AssistantSpec | None = None
+    """A model of a size between, for students of objective `takd`."""
+
+    @property
+    def chain(self) -> list[AssistantSpec]:
+        """The assistants, from the one under the teacher to the last."""
+        found, link = [], self.assistant
+        while link is not None:
+            found.append(link)
+            link = link.assistant
+        return found
+
+    @model_validator(mode="after")
+    def _one_way(self) -> TeacherSpec:
+        given = [name for name in ("weights", "model", "train") if getattr(self, name) is not None]
+        if given not in (["weights"], ["model", "train"]):
+            raise ValueError(f"give either weights, or model and train; got {' and '.join(given) or 'neither'}")
+        return self
+
+
+def _student_name(student: dict[str, Any]) -> str:
+    objective = student["objective"]
+    tau = f"-t{objective.tau_max}" if isinstance(objective, AnnealingKD | ContinuationKD) else ""
+    return f"{student['model'].label}-{objective.label}{tau}-s{student['seed']}"
+
+
+def _folder_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} cannot be a folder's name: use letters, digits, '.', '_' and '-', a letter or digit first"
+        )
+    return name
+
+
+class StudentSpec(Training):
+    """One student. In the file, a block may have a `grid:` and then stands for several."""
+
+    model: Model
+    """Its architecture."""
+    objective: Objective
+    """What it is trained on."""
+    workers: Count = 1
+    """Data-parallel workers that share each batch."""
+    sync_batchnorm: bool = False
+    """Whether the workers take batch statistics over the global batch; otherwise each over its own share."""
+    gpus: Positive = 1.0
+    """GPUs of each worker, where the recipe's device is cuda; cohorts share one by fractions. Changes no result."""
+    name: str = Field(default_factory=_student_name, validate_default=True)
+    """Its folder in the run; by default `<model>-<objective>-t<tau_max>-s<seed>`, with what else its grid varies before
+    the seed. Unique in the recipe."""
+
+    _valid_name = field_validator("name")(_folder_name)
+
+    @property
+    def stage1(self) -> str | None:
+        """What students that train the same stage I have in common; None where no further stage follows."""
+        if not isinstance(self.objective, AnnealingKD):
+            return None
+        document = self.model_dump(mode="json", exclude={"name", "gpus"})
+        del document["objective"]["stage2_epochs"], document["objective"]["stage2_optimizer"]
+        return json.dumps(document)
+
+
+class CacheSpec(Spec):
+    """How the teacher's logits are computed and stored."""
+
+    encoding: Literal["float32", "float16"] = "float32"
+    """Precision of the stored logits."""
+    batch_rows: Count = 256
+    """Rows that the teacher sees at once. Part of how a store is computed: another number may change the last bits."""
+    threads: Count = 1
+    """CPU threads of each caching task. As batch_rows, part of how a store is computed."""
+    precision: Precision = "float32"
+    """Numbers that the teacher computes with; another precision is another teacher, with a store of its own."""
+
+
+class Recipe(Spec):
+    """Everything a run depends on."""
+
+    name: str
+    """The run's folder under --run-root."""
+    data: DataSpec
+    """The rows that everyone sees."""
+    teacher: TeacherSpec
+    """Whose logits are cached."""
+    cache: CacheSpec = CacheSpec()
+    """How its logits are stored."""
+    students: list[StudentSpec] = Field(min_length=1)
+    """Who is trained, in this order."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where teacher and students compute. Part of the result: the last bits of the weights differ."""
+    cohorts: Count | None = None
+    """How many groups of students train at the same time; none leaves it to the planner. Changes no result."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0
+    """Time between checkpoints; 0 writes one at the end of every epoch. Changes no result."""
+    folder: str | None = None
+    """Where modules of your own lie, which `factory` may name; by default the recipe's own folder."""
+    code: list[Annotated[str, Field(pattern=MODULE)]] = []
+    """Modules elsewhere that `factory` may name as well, such as an installed package of your own, with all that lies
+    below them. A teacher in `weights` may name them, too."""
+
+    _trusted: Trusted = PrivateAttr(default_factory=Trusted)
+
+    _valid_name = field_validator("name")(_folder_name)
+
+    @property
+    def trusted(self) -> Trusted:
+        """Which factories may be imported for it, as `trust` was told; nothing until then."""
+        return self._trusted
+
+    def own(self) -> Self:
+        """This recipe, given by the user to a command: what it names may be imported from its folder and from `code`.
+
+        A recipe that a store or a run holds is not the user's word; see `trust`.
+        """
+        factories = tuple(sorted({part.factory for part in _factories(self)}))
+        own = Trusted(factories=factories, folder=self.folder, modules=tuple(self.code), named_by="the recipe")
+        return trust(self, own)
+
+    @field_validator("students")
+    @classmethod
+    def _unique_names(cls, students: list[StudentSpec]) -> list[StudentSpec]:
+        # Two names that differ only in case are one folder on some file systems.
+        twice = [name for name, count in Counter(student.name.casefold() for student in students).items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"several students are named {', '.join(twice[:3])}; a default name holds model, objective, tau_max "
+                "and seed, and whatever else its block's grid varies, so students of different blocks that differ in "
+                "anything else need blocks with a `name:` of their own"
+            )
+        return students
+
+    @model_validator(mode="after")
+    def _assistant_and_takd(self) -> Recipe:
+        taught = [student.name for student in self.students if student.objective.learns_from == "assistant"]
+        if taught and self.teacher.assistant is None:
+            raise ValueError(f"{taught[0]} learns by takd, which needs a teacher.assistant")
+        if self.teacher.assistant is not None and not taught:
+            raise ValueError("teacher.assistant is there and no student has the objective takd: nobody would use it")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What the run computes, as JSON: the resolved recipe without placement and without paths.
+
+        Paths are left out because data and teacher are known by their content, wherever they lie.
+        """
+        document = self.model_dump(mode="json", exclude=set(PLACEMENT))
+        for source in (document["data"][split] for split in ("train", "validation", "test")):
+            if isinstance(source, dict):
+                for key in ("path", "images", "labels"):
+                    source.pop(key, None)
+        if document["data"]["text"] is not None:
+            document["data"]["text"].pop("path", None)
+        if not self.data.stratify:  # as recipes of before say nothing of it
+            del document["data"]["stratify"]
+        # Runs of before knew no such key: what is as by default is left out, each key for itself.
+        document["data"]["image"] = self.data.image.model_dump(mode="json", exclude_defaults=True)
+        if not document["data"]["image"]:
+            del document["data"]["image"]
+        del document["teacher"]["weights"]
+        for training in _trainings(document):
+            forget_later_keys(training)
+        for student in document["students"]:
+            del student["gpus"]
+        document["students"] = {student["name"]: student for student in document["students"]}
+        return document
+
+    def document(self, folder: str | Path) -> dict[str, Any]:
+        """The resolved recipe as JSON for a document in `folder`, its places as `storage.places.written` names them."""
+        document = self.model_dump(mode="json")
+        # Verbatim: prepared rows are known by the path that they were asked for.
+        change_paths(document, functools.partial(places.written, folder=folder, verbatim=True))
+        return document
+
+    @classmethod
+    def of_document(cls, document: dict[str, Any], folder: str | Path) -> Recipe:
+        """What `document` gave, read back in the same folder, wherever that has been moved to.
+
+        Raises:
+            ValidationError: it is none.
+        """
+        document = copy.deepcopy(document)
+        change_paths(document, functools.partial(places.found, folder=folder))
+        return cls.model_validate(document)
+
+    def to_yaml(self, folder: Path | None = None) -> str:
+        """The resolved recipe as a file that `load_recipe` reads back, every default written out.
+
+        Args:
+            folder: where the file will lie, so that its places can be named relative to it; None names them absolutely.
+        """
+        from ruamel.yaml import YAML
+
+        document = self.model_dump(mode="json") if folder is None else self.document(folder)
+        document["students"] = [{"name": student.pop("name"), **student} for student in document["students"]]
+        yaml = YAML(typ="safe", pure=True)
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
+        yaml.width = 120
+        text = io.StringIO()
+        text.write("# The resolved recipe: every default and every derived value written out.\n")
+        yaml.dump(document, text)
+        return text.getvalue()
+
+
+def forget_later_keys(training: dict[str, Any]) -> None:
+    """Take out of a dumped `Training` what recipes had not from the start, where it holds its default.
+
+    Runs and trained models are found by what their recipe says: they stay the same when recipes learn a new key.
+    """
+    if training["last_batch"] == "keep":
+        del training["last_batch"]
+
+
+def _trainings(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every `Training` of a dumped recipe."""
+    yield from document["students"]
+    if (train := document["teacher"]["train"]) is not None:
+        yield train
+    link = document["teacher"]["assistant"]
+    while link is not None:
+        yield link
+        link = link["assistant"]
+
+
+Part = TypeVar("Part", bound=BaseModel)
+
+
+def trust(part: Part, trusted: Trusted) -> Part:
+    """The same object, all of whose factories may run as far as `trusted` says: a recipe, or a part of one."""
+    if isinstance(part, Recipe):
+        part._trusted = trusted
+    for one in _factories(part):
+        one._trusted = trusted
+    return part
+
+
+def _factories(part: object) -> Iterator[Factory]:
+    """Every factory in a recipe, or in a part of one."""
+    if isinstance(part, Factory):
+        yield part
+    elif isinstance(part, BaseModel):
+        for name in type(part).model_fields:
+            yield from _factories(getattr(part, name))
+    elif isinstance(part, list):
+        for one in part:
+            yield from _factories(one)
+
+
+def differences(ours: Any, theirs: Any) -> list[str]:
+    """Where two documents differ, as `data.seed: 0 -> 1`; named entries of a list are compared by name."""
+    left, right = dict(_leaves(ours)), dict(_leaves(theirs))
+    return [
+        f"{key}: {left.get(key, 'nothing')} -> {right.get(key, 'nothing')}"
+        for key in left | right
+        if key not in left or key not in right or left[key] != right[key]
+    ]
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        items = list(node.items())
+    elif isinstance(node, list) and all(isinstance(entry, Mapping) and "name" in entry for entry in node):
+        items = [(entry["name"], entry) for entry in node]
+    else:
+        yield prefix, node
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))

@@ -1,0 +1,247 @@
+"""How a model is trained: optimizers, schedules, objectives, and what every training has."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Discriminator, Field, field_validator, model_validator
+
+from akd_dist.recipe.base import Count, Decay, LearningRate, Momentum, Positive, Seed, Share, Spec
+
+
+class Constant(Spec):
+    """The learning rate stays as it is."""
+
+    kind: Literal["constant"] = "constant"
+    """Which kind of schedule this is."""
+
+
+class Steps(Spec):
+    """The learning rate is multiplied by `factor` at each of the given shares of every stage."""
+
+    kind: Literal["steps"] = "steps"
+    """Which kind of schedule this is."""
+    at: list[Share] = Field(default=[0.5, 0.75], min_length=1)
+    """Shares of the stage, rising."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """What the learning rate is multiplied by."""
+
+    @field_validator("at")
+    @classmethod
+    def _rising(cls, at: list[float]) -> list[float]:
+        if sorted(set(at)) != at:
+            raise ValueError("the shares must rise")
+        return at
+
+
+class Linear(Spec):
+    """The learning rate falls to 0 along a straight line over every stage."""
+
+    kind: Literal["linear"] = "linear"
+    """Which kind of schedule this is."""
+
+
+Schedule = Annotated[Constant | Steps | Linear, Discriminator("kind")]
+
+
+class Sgd(Spec):
+    """Stochastic gradient descent with momentum."""
+
+    kind: Literal["sgd"] = "sgd"
+    """Which kind of optimizer this is."""
+    lr: LearningRate
+    """Learning rate at the start of each stage."""
+    momentum: Momentum = 0.9
+    """Momentum."""
+    weight_decay: Decay = 0.0
+    """Weight decay, added to the gradient."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
+    clip: Positive | None = None
+    """The largest norm of the gradient over all weights; longer ones are scaled down to it. None does not clip."""
+    schedule: Schedule = Constant()
+    """How the learning rate changes within a stage."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Sgd:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class AdamW(Spec):
+    """Adam with decoupled weight decay."""
+
+    kind: Literal["adamw"] = "adamw"
+    """Which kind of optimizer this is."""
+    lr: LearningRate
+    """Learning rate at the start of each stage."""
+    betas: Annotated[tuple[Momentum, Momentum], Field(strict=False)] = (0.9, 0.999)
+    """Decay rates of the running mean and of the running square."""
+    weight_decay: Decay = 0.01
+    """Weight decay, apart from the gradient."""
+    clip: Positive | None = None
+    """The largest norm of the gradient over all weights; longer ones are scaled down to it. None does not clip."""
+    schedule: Schedule = Constant()
+    """How the learning rate changes within a stage."""
+
+
+Optimizer = Annotated[Sgd | AdamW, Discriminator("kind")]
+# Whose word a student takes: the labels alone, or also the logits of the teacher or of its last assistant.
+LearnsFrom = Literal["labels", "teacher", "assistant"]
+
+
+class AnnealingKD(Spec):
+    """Annealing-KD (Jafari et al., EACL 2021, arXiv 2104.07163): stage I on logits, stage II on labels."""
+
+    learns_from: ClassVar[LearnsFrom] = "teacher"
+
+    kind: Literal["annealing_kd"] = "annealing_kd"
+    """Which kind of objective this is."""
+    tau_max: Count
+    """The temperature of the first epoch; it falls to 1 over stage I."""
+    stage1_epochs: Count
+    """Epochs of stage I, at least tau_max."""
+    stage2_epochs: Count
+    """Epochs of stage II, which starts from stage I's best validation epoch."""
+    stage2_optimizer: Optimizer | None = None
+    """The optimizer of stage II, whose loss is another one; none takes the student's."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """The squared norm over classes: `mean` as in the authors' code, to which their learning rates belong, or `sum` as
+    in the paper."""
+
+    @model_validator(mode="after")
+    def _reaches_one(self) -> AnnealingKD:
+        if self.stage1_epochs < self.tau_max:
+            raise ValueError(
+                f"stage1_epochs is {self.stage1_epochs} and tau_max is {self.tau_max}: "
+                "stage I needs at least tau_max epochs for the temperature to reach 1"
+            )
+        return self
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of both stages."""
+        return self.stage1_epochs + self.stage2_epochs
+
+    @property
+    def label(self) -> str:
+        """The objective as it stands in a student's name."""
+        return self.kind
+
+
+class HardLabels(Spec):
+    """The labels alone (cross-entropy; squared error for regression): from scratch, and how a teacher is trained."""
+
+    learns_from: ClassVar[LearnsFrom] = "labels"
+
+    kind: Literal["hard_labels"] = "hard_labels"
+    """Which kind of objective this is."""
+    epochs: Count
+    """Epochs; as many as both stages of Annealing-KD make a fair comparison."""
+
+    @property
+    def label(self) -> str:
+        """The objective as it stands in a student's name."""
+        return self.kind
+
+
+class Distilled(Spec):
+    """What KD and TAKD have in common: labels and softened logits, mixed."""
+
+    epochs: Count
+    """Epochs; as many as both stages of Annealing-KD make a fair comparison."""
+    temperature: Positive = 5.0
+    """What logits of student and teacher are divided by before the softmax."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the teacher in the loss; the rest is the labels'."""
+
+
+class Kd(Distilled):
+    """Knowledge distillation (Hinton et al., 2015, arXiv 1503.02531): labels and softened teacher, mixed.
+
+    For regression, where there is no softmax, the squared errors to the label and to the teacher, mixed.
+    """
+
+    learns_from: ClassVar[LearnsFrom] = "teacher"
+
+    kind: Literal["kd"] = "kd"
+    """Which kind of objective this is."""
+
+    @property
+    def label(self) -> str:
+        """The objective as it stands in a student's name."""
+        return self.kind
+
+
+class Takd(Distilled):
+    """KD from the last assistant of `teacher.assistant` (TAKD: Mirzadeh et al., AAAI 2020, arXiv 1902.03393)."""
+
+    learns_from: ClassVar[LearnsFrom] = "assistant"
+
+    kind: Literal["takd"] = "takd"
+    """Which kind of objective this is."""
+
+    @property
+    def label(self) -> str:
+        """The objective as it stands in a student's name."""
+        return self.kind
+
+
+class ContinuationKD(Spec):
+    """Continuation-KD (Jafari et al., EMNLP 2022, arXiv 2212.05998): one stage, from annealed logits to the labels."""
+
+    learns_from: ClassVar[LearnsFrom] = "teacher"
+
+    kind: Literal["continuation_kd"] = "continuation_kd"
+    """Which kind of objective this is."""
+    tau_max: Count
+    """The temperature of the first epoch; it falls by 1 every floor(epochs / tau_max) epochs."""
+    epochs: Count
+    """Epochs, at least tau_max."""
+    ramp: Count | None = None
+    """psi, the weight of the labels, is i / ramp in epoch i = 1, 2, ...; none takes three quarters of the epochs."""
+    ramp_until: Count | None = None
+    """The last epoch of the ramp, after which psi is 1; none takes the epoch in which it arrives there."""
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    """m: distances to the teacher's logits below m * Phi cost nothing."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """The squared norm over classes, to which the margin applies: `mean` or `sum`."""
+
+    @model_validator(mode="after")
+    def _reaches_one(self) -> ContinuationKD:
+        if self.epochs < self.tau_max:
+            raise ValueError(
+                f"epochs is {self.epochs} and tau_max is {self.tau_max}: "
+                "at least tau_max epochs are needed for the temperature to reach 1"
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        """The objective as it stands in a student's name."""
+        return self.kind
+
+
+Objective = Annotated[AnnealingKD | HardLabels | Kd | Takd | ContinuationKD, Discriminator("kind")]
+Precision = Literal["float32", "float64", "bfloat16", "float16"]
+LastBatch = Literal["keep", "drop", "merge"]
+
+
+class Training(Spec):
+    """What every training run has."""
+
+    optimizer: Optimizer
+    """The optimizer, made afresh for each stage."""
+    batch: Count = 64
+    """Rows of a global batch, over all workers."""
+    last_batch: LastBatch = "keep"
+    """What becomes of an epoch's last batch where fewer rows are left for it than `batch` says: it is kept; or dropped,
+    so that other rows are left out in each epoch; or merged with the batch before it."""
+    seed: Seed = 0
+    """Governs initialisation and dropout; the order of rows belongs to data.seed."""
+    threads: Count = 1
+    """CPU threads of each worker. Part of the result: another number may change the last bits of the weights."""
+    precision: Precision = "float32"
+    """Numbers that it computes with: float32 or float64 throughout, or bfloat16 or float16 where autocast allows it,
+    on weights kept in float32."""

@@ -1,0 +1,481 @@
+"""The pages of `akd-dist report`: one for each run, and one that compares several.
+
+Each is one HTML file that opens offline: figures are inline SVG, there are no scripts, and its content policy forbids
+loading anything. The same results give the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from akd_dist.base.errors import AkdError, DamagedError, MachineError, RecipeError, RefusedError
+from akd_dist.base.files import replace
+from akd_dist.base.formatting import (
+    ANNEALING,
+    CONTINUATION,
+    OBJECTIVE_LABELS,
+    MetricFormat,
+    amount,
+    duration,
+    percent,
+    seconds,
+    share,
+)
+from akd_dist.base.places import written
+from akd_dist.reporting import figures
+from akd_dist.reporting.comparison import cells, columns, remarks
+from akd_dist.reporting.differences import Classes, Numbers
+from akd_dist.reporting.results import (
+    SAME,
+    Run,
+    SeedGroup,
+    best_of,
+    check_comparable,
+    differences_of_runs,
+    gain_over_scratch,
+    group_label,
+    names_of,
+    pareto_front,
+    passes_saved,
+    plus_minus,
+    read_run,
+    same_test_rows,
+    tau_effects,
+    unfinished,
+)
+
+PAGE = "report.html"
+PAPERS = {
+    ANNEALING: (
+        "Jafari, Rezagholizadeh, Sharma, Ghodsi",
+        "Annealing Knowledge Distillation",
+        "EACL 2021, arXiv 2104.07163",
+    ),
+    CONTINUATION: ("Jafari et al.", "Continuation KD", "EMNLP 2022, arXiv 2212.05998"),
+    "takd": ("Mirzadeh et al.", "Improved Knowledge Distillation via Teacher Assistant", "AAAI 2020, arXiv 1902.03393"),
+    "kd": ("Hinton, Vinyals, Dean", "Distilling the Knowledge in a Neural Network", "2015, arXiv 1503.02531"),
+}
+"""Authors, title, and where it appeared."""
+MATRIX_CLASSES = 20
+"""The most classes that a matrix shows; of more, only the most frequent pairs."""
+GROUPS_IN_FULL = 24
+"""The most groups whose pairs or scatters a page shows, the best ones; all are in the table."""
+PAIRS_SHOWN, HEAT_LEVELS = 10, 5
+FEW_SEEDS, NAMED = 5, 3
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_report(run_folder: Path, out: Path | None = None, tell: Callable[[str], None] | None = None) -> Path:
+    """Write a run's page, `report.html` in its folder or `out`, in place of an older one.
+
+    Args:
+        tell: told of each file of a student that cannot be read, and that the page does without.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        RefusedError: the run has no results (yet).
+        DamagedError: its results are not what training wrote.
+        MachineError: the page cannot be written.
+    """
+    run_folder = Path(run_folder)
+    path = out or run_folder / PAGE
+    run = read_run(run_folder)
+    replace(path, render(run).encode())
+    if tell is not None:
+        for problem in run.problems:
+            tell(f"warning: {problem}")
+    return path
+
+
+def write_reports(
+    folders: Sequence[Path], out: Path | None = None, *, refused: list[AkdError] | None = None
+) -> dict[str, Any]:
+    """Write the page of each run, and of several runs one more that compares them.
+
+    Args:
+        out: where that one goes; None takes `report.html` beside the first run's folder. Of a single run, its page.
+        refused: takes the refusals of runs that cannot be read, so that the others are reported all the same; without
+            it, or if no run can be read, the first is raised.
+
+    Returns:
+        The document that `akd-dist report --json` prints (documents.ReportDocument).
+
+    Raises:
+        RecipeError: a run is named twice.
+        RefusedError: a run has no results (yet), or several cannot be compared.
+        DamagedError: results are not what training wrote.
+        MachineError: a page cannot be written.
+    """
+    if len({folder.resolve() for folder in folders}) < max(len(folders), 1):
+        raise RecipeError(
+            "no run is named" if not folders else "a run is named twice",
+            got=", ".join(map(str, folders)),
+            expected="folders of runs, each once",
+            next="akd-dist report runs/digits",
+        )
+    runs, failures = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except (RefusedError, DamagedError, MachineError) as error:
+            failures.append(error)
+    if failures and (refused is None or not runs):
+        raise failures[0]
+    if refused is not None:
+        refused += failures
+    check_comparable(runs)
+    together = (out or folders[0].absolute().parent / PAGE) if len(runs) > 1 else None
+    comparison = None
+    if together is not None:
+        comparison = {
+            "report": str(together),
+            "same_test_rows": same_test_rows(runs),
+            "groups": differences_of_runs(runs),
+        }
+    documents = []
+    for run in runs:
+        path = out if out is not None and together is None else run.folder / PAGE
+        replace(path, render(run).encode())
+        documents.append(run.document(str(run.folder), path))
+    if together is not None:
+        replace(together, render_runs(runs).encode())
+    told = [error.to_json() for error in failures]
+    return {"runs": documents, "comparison": comparison, "refused": told}
+
+
+def _template(name: str) -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, seconds=seconds, duration=duration, amount=amount)
+    return environment.get_template(name)
+
+
+# --- a run's page -----------------------------------------------------------------------------------------------------
+
+
+def render(run: Run) -> str:
+    """A run's page as text."""
+    fleet, shown, groups = run.fleet, run.shown, run.groups
+    effects, differences = tau_effects(run), _differences(run)
+    text: str = _template("report.html.j2").render(
+        run=run.name,
+        fleet=fleet,
+        written=functools.partial(written, folder=run.folder),
+        shown=shown,
+        agreeing=not run.regression,
+        teacher=fleet["teacher"],
+        assistants=fleet.get("assistants", []),
+        share=share,
+        rows=list(_table_rows(fleet["teacher"], groups, shown)),
+        tiles=_tiles(run),
+        unfinished=unfinished(fleet["students"]),
+        comparison=run.comparison and (columns(run.comparison), cells(run.comparison), remarks(run.comparison)),
+        size_figures=list(figures.size_figures(run)),
+        effects=list(_effect_rows(effects, shown)),
+        tau_notes=tau_notes(effects),
+        tau_figures=list(figures.tau_figures(effects, shown)),
+        curve_figures=[*figures.stage_figures(run), *figures.schedule_figure(run), *figures.curve_figures(run)],
+        schedules_left=max(0, len(figures.schedules_of(run)) - figures.SCHEDULES_DRAWN),
+        schedules_drawn=figures.SCHEDULES_DRAWN,
+        differences=differences,
+        problems=run.problems,
+        economics=[(_owner(one), one) for one in fleet.get("economics", [])],
+        totals=list(_totals(run)),
+        objective_labels=OBJECTIVE_LABELS,
+        papers={kind: paper for kind, paper in PAPERS.items() if any(group.objective == kind for group in groups)},
+    )
+    return text
+
+
+def _table_rows(teacher: dict[str, Any], groups: list[SeedGroup], shown: MetricFormat) -> Iterator[dict[str, Any]]:
+    previous, front = None, pareto_front(groups)
+    for group in groups:
+        gain = gain_over_scratch(group, groups)
+        yield {
+            "label": group_label(group, groups),
+            "group": group,
+            "score": plus_minus(shown, group.score),
+            "share": share(group.parameters, teacher["parameters"]),
+            "gain": None if gain is None else shown.gain(gain),
+            "tone": "" if gain is None or abs(gain) < SAME else "up" if gain > 0 else "down",
+            "front": group in front,
+            "colour": figures.OBJECTIVE_COLOURS.get(group.objective, figures.OTHER_COLOUR),
+            "first_of_model": group.model != previous,
+        }
+        previous = group.model
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """The page's headline figures: (number, what it is, one line more)."""
+    fleet, groups, shown = run.fleet, run.groups, run.shown
+    teacher, students = fleet["teacher"], fleet["students"]
+    done = len(students) - len(unfinished(students))
+    tiles = [
+        (
+            shown.with_unit(shown.text(teacher["test"][fleet["metric"]])),
+            f"teacher's test {shown.name}",
+            f"{teacher['model']}, {teacher['parameters']:,} parameters",
+        ),
+        (f"{done} of {len(students)}", "students trained", f"{len({group.model for group in groups})} sizes"),
+    ]
+    best = best_of(groups)
+    if best is not None:
+        number = shown.with_unit(plus_minus(shown, best.score))
+        tiles.append((number, "best student", f"{best.model}, {best.objective_label}"))
+    gains = [gain for group in groups if (gain := gain_over_scratch(group, groups)) is not None]
+    if gains:
+        ahead = sum(gain > SAME for gain in gains)
+        told = f"mean of {len(gains)}, ahead in {ahead}"
+        what = "points over from scratch" if shown.percent else f"{shown.short} over from scratch"
+        tiles.append((shown.gain(statistics.fmean(gains)), what, told))
+    for balance in fleet.get("economics", [])[:1]:
+        after = balance["break_even_students"]
+        more = f"{balance['passes_run']} run for {balance['epochs']:,} epochs"
+        more += "" if after is None else f"; paid for after {amount(after)} students"
+        tiles.append((f"{balance['passes_saved']:,}", "teacher passes saved", more))
+    return tiles
+
+
+# --- the effect of tau_max --------------------------------------------------------------------------------------------
+
+
+def interval(shown: MetricFormat, value: dict[str, Any] | None, *, signed: bool = False) -> str:
+    """`97.41 ± 0.57`, the mean and half of its interval; the mean alone for one seed; nothing for none."""
+    if value is None:
+        return ""
+    mean = shown.gain(value["mean"]) if signed else shown.text(value["mean"])
+    return mean if value["high"] is None else f"{mean} ± {shown.text(value['high'] - value['mean'])}"
+
+
+def _effect_rows(effects: list[dict[str, Any]], shown: MetricFormat) -> Iterator[dict[str, Any]]:
+    previous = None
+    for effect in effects:
+        yield {
+            "family": effect["family"],
+            "tau_max": effect["tau_max"],
+            "seeds": len(effect["seeds"]),
+            "test": interval(shown, effect["test"]),
+            **{key: interval(shown, effect[key], signed=True) for key in ("over_smallest", "over_scratch", "over_kd")},
+            "first": effect["family"] != previous,
+        }
+        previous = effect["family"]
+
+
+def tau_notes(effects: list[dict[str, Any]]) -> list[str]:
+    """What numbers of so few seeds or temperatures cannot say."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for effect in effects:
+        families.setdefault(effect["family"], []).append(effect)
+    notes = []
+    if families and all(len(family) == 1 for family in families.values()):
+        notes.append("Every family has one tau_max only: its effect cannot be seen in this run")
+    for fewest, told in (
+        (0, "Nobody finished of {}"),
+        (1, "Too few seeds of {}: with one there is no interval, and a difference may be chance"),
+        (FEW_SEEDS - 1, "Few seeds of {}: the intervals are wide, and rest on scores that are normally distributed"),
+    ):
+        few = [
+            f"{effect['family']}, τ {effect['tau_max']}"
+            for effect in effects
+            if len(effect["seeds"]) == fewest or 2 <= len(effect["seeds"]) <= fewest
+        ]
+        if few:
+            of_some = "; ".join(few) if len(few) <= NAMED else f"{len(few)} of {len(effects)} groups"
+            notes.append(told.format("every group" if len(few) == len(effects) else of_some))
+    return notes
+
+
+# --- where student and teacher differ ---------------------------------------------------------------------------------
+
+
+def _differences(run: Run) -> dict[str, Any]:
+    """The section's tables and figures; `older` where students left nothing to compare."""
+    found = run.differences
+    by_stem = {group.stem: group for group in run.groups}
+    ordered = sorted((by_stem[stem] for stem in found), key=lambda group: -(group.score.mean if group.score else 0.0))
+    detailed = ordered[:GROUPS_IN_FULL]
+    section: dict[str, Any] = {
+        "older": not found,
+        "left": len(ordered) - len(detailed),
+        "in_full": GROUPS_IN_FULL,
+        "rows": [],
+        "matrices": [],
+        "figures": [],
+    }
+    for group in run.groups:
+        match found.get(group.stem):
+            case Classes() as counted:
+                section["rows"].append(_cases(group, run.groups, counted))
+            case Numbers() as told:
+                section["rows"].append(_errors(group, run.groups, told))
+    for group in detailed:
+        match found[group.stem]:
+            case Classes() as counted:
+                section["matrices"].append(_pairs(group, run.groups, counted))
+            case Numbers() as told:
+                name = _name(group, run.groups)
+                section["figures"] += figures.scatter_figures(name, told) if group is detailed[0] else []
+    return section
+
+
+def _name(group: SeedGroup, groups: list[SeedGroup]) -> str:
+    return f"{group_label(group, groups)}, {group.objective_label}"
+
+
+def _cases(group: SeedGroup, groups: list[SeedGroup], counted: Classes) -> tuple[str, ...]:
+    numbers = (
+        counted.both_right,
+        counted.teacher_alone,
+        counted.student_alone,
+        counted.both_wrong_alike,
+        counted.both_wrong_apart,
+    )
+    label = (group_label(group, groups), group.objective_label, str(counted.students))
+    return (*label, *(percent(number / counted.rows) for number in numbers))
+
+
+def _errors(group: SeedGroup, groups: list[SeedGroup], told: Numbers) -> tuple[str, ...]:
+    numbers = (told.student_error, told.teacher_error, told.apart, told.correlation)
+    label = (group_label(group, groups), group.objective_label, str(told.students))
+    return (*label, *("-" if number is None else f"{number:.4g}" for number in numbers))
+
+
+def _pairs(group: SeedGroup, groups: list[SeedGroup], counted: Classes) -> dict[str, Any]:
+    """The most frequent pairs of different classes, and the whole matrix where it can be read."""
+    differing = counted.rows - sum(number for (a, b), number in counted.pairs.items() if a == b)
+    matrix = None
+    if counted.classes <= MATRIX_CLASSES:
+        most = max((number for (a, b), number in counted.pairs.items() if a != b), default=0)
+        matrix = [
+            [_cell(counted.pairs[theirs, ours], theirs == ours, most) for ours in range(counted.classes)]
+            for theirs in range(counted.classes)
+        ]
+    return {
+        "name": _name(group, groups),
+        "students": counted.students,
+        "differing": differing,
+        "rows": counted.rows,
+        "pairs": [
+            (theirs, ours, number, percent(number / differing, 1)) for theirs, ours, number in counted.top(PAIRS_SHOWN)
+        ],
+        "matrix": matrix,
+    }
+
+
+def _cell(number: int, same: bool, most: int) -> tuple[str, str]:
+    """A cell's text and its shade: `same` on the diagonal, else 0 to HEAT_LEVELS."""
+    if same:
+        return f"{number:,}", "same"
+    level = -(-HEAT_LEVELS * number // most) if most else 0
+    return (f"{number:,}" if number else "·"), f"heat{level}"
+
+
+def _owner(balance: dict[str, Any]) -> str:
+    return f"{balance['role']}, {balance['model']}"
+
+
+# --- totals -----------------------------------------------------------------------------------------------------------
+
+
+def _totals(run: Run) -> Iterator[tuple[str, str]]:
+    """What the run took, by name."""
+    fleet, students = run.fleet, run.fleet["students"]
+    states = {state: sum(one["state"] == state for one in students) for state in ("done", "diverged", "failed")}
+    yield "students", ", ".join(f"{count:,} {state}" for state, count in states.items() if count or state == "done")
+    yield "wall-clock time of the command that finished the run", duration(fleet["seconds"])
+    yield "cohorts (Ray Train runs) that it took", f"{fleet['cohorts']:,}"
+    yield "time of the students' own training, together", duration(sum(one["seconds"] for one in students))
+    yield "epochs trained, shared ones once", f"{run.epochs:,}"
+    if run.rows_per_second is not None:
+        yield "rows a student trains on in a second of its own time", f"{run.rows_per_second:,.0f}"
+    if shared := [one for one in students if one.get("stage1_from")]:
+        yield "students that shared another's stage I", f"{len(shared):,}"
+
+
+# --- several runs -----------------------------------------------------------------------------------------------------
+
+
+def render_runs(runs: list[Run]) -> str:
+    """The page that compares runs, as text."""
+    shown, names = runs[0].shown, names_of(runs)
+    compared = differences_of_runs(runs)
+    stems = list(dict.fromkeys(difference["name"] for difference in compared))
+    by_run = {(difference["run"], difference["name"]): difference for difference in compared}
+    shared = [stem for stem in stems if sum((str(run.folder), stem) in by_run for run in runs) > 1]
+    text: str = _template("runs.html.j2").render(
+        names=names,
+        shown=shown,
+        rows=list(map(_run_row, names, runs)),
+        warnings=list(_warnings(runs)),
+        figures=list(figures.runs_figure(runs)),
+        group_columns=[
+            "students",
+            f"{names[0]}, {shown.label}",
+            *itertools.chain.from_iterable((f"{name}, {shown.label}", f"less {names[0]}") for name in names[1:]),
+        ],
+        groups=[
+            [
+                stem,
+                *itertools.chain.from_iterable(
+                    _side(by_run.get((str(run.folder), stem)), shown, run is runs[0]) for run in runs
+                ),
+            ]
+            for stem in shared
+        ],
+        alone=len(stems) - len(shared),
+        economics=[
+            (f"{name}: {_owner(one)}", one)
+            for name, run in zip(names, runs, strict=True)
+            for one in run.fleet.get("economics", [])
+        ],
+    )
+    return text
+
+
+def _run_row(name: str, run: Run) -> dict[str, Any]:
+    best, students, shown = best_of(run.groups), run.fleet["students"], run.shown
+    return {
+        "name": name,
+        "teacher": shown.text(run.fleet["teacher"]["test"][run.fleet["metric"]]),
+        "model": run.fleet["teacher"]["model"],
+        "best": plus_minus(shown, best.score if best else None),
+        "which": f"{best.model}, {best.objective_label}" if best else "-",
+        "done": f"{len(students) - len(unfinished(students))} of {len(students)}",
+        "seconds": duration(run.fleet["seconds"]),
+        "rate": "-" if run.rows_per_second is None else f"{run.rows_per_second:,.0f}",
+        "saved": passes_saved(run),
+        "lost": [(one["name"], one["state"], one["reason"]) for one in unfinished(students)],
+    }
+
+
+def _side(difference: dict[str, Any] | None, shown: MetricFormat, first: bool) -> Iterable[str]:
+    """A run's cells for a group; the first run has no difference to itself."""
+    test, over = (difference["test"], difference["over_first"]) if difference else (None, None)
+    told = interval(shown, test)
+    return (told,) if first else (told, interval(shown, over, signed=True))
+
+
+def _warnings(runs: list[Run]) -> Iterator[str]:
+    match same_test_rows(runs):
+        case False:
+            yield "These runs were measured on different test rows: their numbers are not of the same thing."
+        case None:
+            yield "A run does not say which test rows it was measured on, so they may differ."
+    if len({run.fleet["teacher"]["fingerprint"] for run in runs}) > 1:
+        yield "Their teachers differ."

@@ -1,0 +1,1 @@
+"""Finished students at work: metrics on other data, predictions, exports."""

@@ -1,0 +1,373 @@
+"""A finished model at work: its metrics on data, its agreement with others, and what it says of every row.
+
+evaluate("runs/digits/students/mlp-16-annealing_kd-t5-s0", Asked("runs/digits"), cache_root)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from akd_dist import recipe
+from akd_dist.base.errors import RecipeError
+from akd_dist.base.trusted import Trusted
+from akd_dist.data.predictions import predictions_file
+from akd_dist.data.rows import Progress
+from akd_dist.distill.metrics import measure, predictions
+from akd_dist.distill.objectives import at_least_float32, label_losses
+from akd_dist.models.build import num_parameters
+from akd_dist.models.card import ModelCard
+from akd_dist.models.device import autocast, device_name, set_deterministic, weights_dtype
+from akd_dist.models.folder import NOBODY, read_model
+from akd_dist.serve.examples import Batch, DataRequest, Examples, Home, open_examples
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model folder, opened for use."""
+
+    home: Home
+    """Its folder, and the recipe of its run."""
+    module: nn.Module
+    """In eval mode, on its device: raw inputs [n, *shape] -> logits [n, classes]."""
+    card: ModelCard
+    """What it was made for."""
+    precision: recipe.Precision
+    """What it computes with: as in its run; elsewhere the precision of its weights."""
+    threads: int
+    """CPU threads, as in its run; elsewhere 1."""
+    device: torch.device
+    """Where it computes."""
+
+    def logits(self, inputs: np.ndarray) -> torch.Tensor:
+        """Logits [n, classes] of raw inputs [n, *shape], float32 or float64, on its device."""
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            logits: torch.Tensor = self.module(torch.from_numpy(np.array(inputs)).to(self.device))
+        return at_least_float32(logits)
+
+
+def open_model(uri: str, device: str = "cpu", trusted: Trusted = NOBODY) -> Served:
+    """A model for use, computing as it did in its run where it lies in one: `<run>/students/<student>`.
+
+    Args:
+        uri: a model folder, absolute or `s3://`; or a local folder with a fine-tuned Hugging Face model.
+        device: `cpu` or `cuda`.
+        trusted: which factories may be imported for it. The recipe of its run has no say in that.
+
+    Raises:
+        RefusedError, DamagedError: as `models.folder.load_model`.
+        RecipeError: the recipe of its run cannot be read.
+        MachineError: there is no such device.
+    """
+    device_name(device)  # a missing GPU is told first
+    run = _run_of(uri)
+    if run is not None:  # it says where trusted modules may lie
+        trusted = trusted.seen_from(trusted.named_by, run.folder)
+    module, card = read_model(uri, trusted)
+    known = {student.name: student for student in run.students} if run is not None else {}
+    student = known.get(Path(uri).name)
+    double = any(parameter.dtype == torch.float64 for parameter in module.parameters())
+    precision = student.precision if student else "float64" if double else "float32"
+    placed = torch.device(device)
+    module = module.to(placed, weights_dtype(precision))
+    return Served(Home(uri, run), module, card, precision, student.threads if student else 1, placed)
+
+
+def _run_of(uri: str) -> recipe.Recipe | None:
+    """The recipe of the run that a model folder lies in; None where it lies in none."""
+    folder = Path(uri)
+    path = folder.parent.parent / "recipe.yaml"
+    if "://" in uri or folder.parent.name != "students" or not path.is_file():
+        return None
+    return recipe.load_recipe(path)
+
+
+# ---- evaluate
+
+
+def evaluate(
+    student: str,
+    asked: DataRequest,
+    cache_root: Path,
+    *,
+    others: Sequence[str] = (),
+    device: str = "cpu",
+    on_progress: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Every metric of a model on data; and of others, with how far they agree with it.
+
+    On the test rows of its own recipe, and on the device of its run, these are the figures in fleet.json, on a CPU to
+    the last bit: batches, threads and precision are the same.
+
+    Args:
+        student: a model folder, absolute or `s3://`.
+        asked: the data, which must have labels.
+        cache_root: where a recipe's rows are prepared.
+        others: further model folders, for the same inputs and classes.
+        device: `cpu` or `cuda`.
+        on_progress: called with what is being done, rows done, and rows in all.
+        on_note: called with a line, where something of the data is left out without being wrong.
+
+    Returns:
+        The document that `akd-dist evaluate --json` prints (documents.EvaluationDocument).
+
+    Raises:
+        RecipeError, RefusedError, DamagedError, MachineError: as `open_model` and `examples.open_examples`.
+    """
+    started = time.monotonic()
+    trusted = asked.trusted()
+    ours, *theirs = [open_model(uri, device, trusted) for uri in (student, *others)]
+    with open_examples(asked, ours.card, ours.home, cache_root, need_labels=True, on_progress=on_progress) as examples:
+        for other in theirs:
+            other.card.check_rows(examples.like, f"the model {other.home.uri}")
+        tallies = [_Tally(model, _Column(examples.rows)) for model in (ours, *theirs)]
+        labels = _Column(examples.rows)
+        with _as_in_training(ours):
+            for inputs, known in _shown(examples, "evaluating", on_progress, on_note):
+                assert known is not None
+                labels.add(known)
+                for tally in tallies:
+                    tally.add(inputs, known)
+    truth = torch.from_numpy(labels.values)
+    first, *rest = [tally.measured(truth) for tally in tallies]
+    return {
+        "student": first,
+        "others": [one | _agreement(tallies[0], tally, truth) for one, tally in zip(rest, tallies[1:], strict=True)],
+        "data": examples.name,
+        "split": examples.split,
+        "rows": examples.rows,
+        "task": ours.card.task,
+        "device": device,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+class _Column:
+    """A value for each row, in one array from the start: many small ones would cut the free memory to pieces."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.done = rows, 0
+        self.values: np.ndarray = np.empty(0)
+
+    def add(self, values: np.ndarray) -> None:
+        """The values of the next rows; the first decide on the dtype."""
+        if not self.done:
+            self.values = np.empty(self.rows, values.dtype)
+        self.values[self.done : self.done + len(values)] = values
+        self.done += len(values)
+
+
+@dataclass
+class _Tally:
+    """What a model has said so far: class ids int64, or numbers."""
+
+    model: Served
+    said: _Column
+    loss: float = 0.0
+
+    def add(self, inputs: np.ndarray, labels: np.ndarray) -> None:
+        """Run the model on a batch, with its own threads; sums go as in `student.evaluate`."""
+        torch.set_num_threads(self.model.threads)
+        logits = self.model.logits(inputs)
+        truth = torch.from_numpy(np.array(labels)).to(logits.device)
+        self.loss += float(label_losses(logits, truth).double().sum())
+        self.said.add(predictions(self.model.card.task, logits).cpu().numpy())
+
+    def measured(self, truth: torch.Tensor) -> dict[str, Any]:
+        """The model and its metrics, as a document; JSON has no infinite loss."""
+        card = self.model.card
+        metrics = measure(card.task, torch.from_numpy(self.said.values), truth, card.classes) | {
+            "loss": self.loss / len(truth)
+        }
+        return {
+            "path": self.model.home.uri,
+            "model": card.model.label,
+            "parameters": num_parameters(self.model.module),
+            "fingerprint": card.fingerprint,
+            "precision": self.model.precision,
+            "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+        }
+
+
+def _agreement(ours: _Tally, theirs: _Tally, truth: torch.Tensor) -> dict[str, Any]:
+    """How far another model says the same, and who is right; nothing of it where there are no classes."""
+    if ours.model.card.task == "regression":
+        return dict.fromkeys(("agreement", "both_right", "student_right", "other_right", "both_wrong"))
+    first, second, labels = ours.said.values, theirs.said.values, truth.numpy()
+    right, other = first == labels, second == labels
+    return {
+        "agreement": float(np.mean(first == second)),
+        "both_right": int((right & other).sum()),
+        "student_right": int((right & ~other).sum()),
+        "other_right": int((~right & other).sum()),
+        "both_wrong": int((~right & ~other).sum()),
+    }
+
+
+# ---- predict
+
+
+def predict(
+    student: str,
+    asked: DataRequest,
+    out: Path,
+    cache_root: Path,
+    *,
+    with_logits: bool = True,
+    overwrite: bool = False,
+    device: str = "cpu",
+    on_progress: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """What a model says of every row, as a Parquet file: whole, or absent.
+
+    Columns: `row` int64, counted from 0; `predicted`, the class id int64, or a number, float64, for regression;
+    `probability` float32, of that class, by softmax (classification); `logits`, float32 [classes]; `label`, int64 or
+    float32, where the data have one. The file's metadata say under `akd_dist` which model it was, and the names of its
+    classes. Memory does not grow with the rows.
+
+    Args:
+        student: a model folder, absolute or `s3://`.
+        asked: the data, with labels or without.
+        out: the file.
+        cache_root: where a recipe's rows are prepared.
+        with_logits: whether to write the column of logits, the largest where there are many classes.
+        overwrite: whether `out` may take the place of another file.
+        device: `cpu` or `cuda`.
+        on_progress: called with what is being done, rows done, and rows in all.
+        on_note: called with a line, where something of the data is left out without being wrong.
+
+    Returns:
+        The document that `akd-dist predict --json` prints (documents.PredictionDocument).
+
+    Raises:
+        RecipeError: `out` is there already, or options do not go together.
+        RefusedError, DamagedError, MachineError: as `open_model` and `examples.open_examples`; or `out` cannot be
+            written.
+    """
+    started = time.monotonic()
+    refuse_existing(out, overwrite)
+    model = open_model(student, device, asked.trusted())
+    with open_examples(asked, model.card, model.home, cache_root, on_progress=on_progress) as examples:
+        schema = _schema(model.card, examples, with_logits)
+        at = 0
+        with _as_in_training(model), predictions_file(out, schema, overwrite=overwrite) as write:
+            for inputs, labels in _shown(examples, "predicting", on_progress, on_note):
+                write(_table(schema, model, at, inputs, labels))
+                at += len(inputs)
+    return {
+        "student": student,
+        "model": model.card.model.label,
+        "fingerprint": model.card.fingerprint,
+        "data": examples.name,
+        "split": examples.split,
+        "out": str(out),
+        "rows": examples.rows,
+        "columns": schema.names,
+        "bytes": out.stat().st_size,
+        "device": device,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def refuse_existing(out: Path, overwrite: bool, instead_of: str | None = None) -> None:
+    """Refuse a place to write to that is taken, or that is no local path.
+
+    Args:
+        out: the place.
+        overwrite: whether a file may be overwritten.
+        instead_of: a file by which a folder is known that may be overwritten as well; None spares every folder.
+
+    Raises:
+        RecipeError: so it is.
+    """
+    if "://" in str(out):
+        raise RecipeError("results are written to a local path", got=out, next="copy them afterwards")
+    if not out.exists():
+        return
+    if not overwrite:
+        what = "a folder" if out.is_dir() else "a file"
+        raise RecipeError(f"{out} is there already", got=what, expected="a new name", next="choose one, or add --force")
+    if out.is_dir() and (instead_of is None or not (out / instead_of).is_file()):
+        expected = "a file" if instead_of is None else f"a folder with {instead_of}"
+        raise RecipeError(f"{out} is not overwritten", got="a folder", expected=expected, next="choose another name")
+
+
+def _schema(card: ModelCard, examples: Examples, with_logits: bool) -> Any:
+    classes = card.task == "classification"
+    fields = [("row", pa.int64()), ("predicted", pa.int64() if classes else pa.float64())]
+    if classes:
+        fields.append(("probability", pa.float32()))
+    if with_logits:
+        fields.append(("logits", pa.list_(pa.float32())))
+    if examples.labelled:
+        fields.append(("label", pa.int64() if classes else pa.float32()))
+    told = {
+        "model": card.model.label,
+        "fingerprint": card.fingerprint,
+        "task": card.task,
+        "class_names": card.class_names,
+    }
+    return pa.schema(fields, metadata={"akd_dist": json.dumps(told)})
+
+
+def _table(schema: Any, model: Served, start: int, inputs: np.ndarray, labels: np.ndarray | None) -> Any:
+    """A batch as the file has it."""
+    logits = model.logits(inputs).cpu()
+    said = predictions(model.card.task, logits)
+    columns: dict[str, Any] = {
+        "row": np.arange(start, start + len(inputs)),
+        "predicted": said.numpy(),
+        "label": labels,
+    }
+    if "probability" in schema.names:
+        shares = logits.double().softmax(dim=1)
+        columns["probability"] = shares.gather(1, said[:, None])[:, 0].float().numpy()
+    if "logits" in schema.names:
+        ends = np.arange(len(logits) + 1, dtype=np.int32) * logits.shape[1]
+        columns["logits"] = pa.ListArray.from_arrays(ends, logits.float().numpy().reshape(-1))
+    return pa.table([pa.array(columns[one.name], one.type) for one in schema], schema=schema)
+
+
+# ---- both
+
+
+def _shown(
+    examples: Examples, what: str, on_progress: Progress | None, on_note: Callable[[str], None] | None
+) -> Iterator[Batch]:
+    """The batches, each told of once it is done with; what was left out is told at the end."""
+    done = 0
+    for batch in examples.batches():
+        yield batch
+        done += len(batch[0])
+        if on_progress is not None:
+            on_progress(what, done, examples.rows)
+    if on_note is not None:
+        for note in examples.notes():
+            on_note(note)
+
+
+@contextlib.contextmanager
+def _as_in_training(model: Served) -> Iterator[None]:
+    """Threads and algorithms as where the model was trained; afterwards as they were in this process."""
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    set_deterministic(model.device.type, model.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -1,0 +1,394 @@
+"""Rows to run a finished model on: a split of a recipe, Parquet files, or the digits; in batches, in order.
+
+A recipe's rows are the memory maps that training used. All others are read and decoded batch by batch, so that neither
+memory nor disk grows with them, and they may lack labels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from akd_dist import recipe
+from akd_dist.base.errors import RecipeError, RefusedError
+from akd_dist.base.files import expanded
+from akd_dist.base.formatting import some_of
+from akd_dist.base.trusted import Trusted
+from akd_dist.data.blocks import Block, default_threads, first_block, map_blocks
+from akd_dist.data.columns import Images, input_kind, inputs_of, label_kind, notes_of
+from akd_dist.data.labels import Classes, Labels, labels_of
+from akd_dist.data.parquet_files import is_skipped, may_be_parquet
+from akd_dist.data.prepare import READ_BYTES, OpenedSource
+from akd_dist.data.rows import SPLITS, Progress, Rows, prepare
+from akd_dist.data.sources.base import Source
+from akd_dist.data.sources.kinds import kind_of
+from akd_dist.data.sources.parquet import column_names
+from akd_dist.data.text import ByteTokenizer, Tokenizer, tokenizer_of
+from akd_dist.distill.student import EVALUATION_ROWS
+from akd_dist.models.card import ModelCard
+from akd_dist.storage.objects import ObjectMissing
+from akd_dist.storage.roots import open_root
+
+DIGITS = "digits"
+RECIPES = (".yaml", ".yml")
+Batch = tuple[np.ndarray, np.ndarray | None]
+"""Inputs [n, *shape], and labels [n] where there are any."""
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """Which data a user means, and what the data themselves do not tell."""
+
+    data: str
+    """A recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; or `digits`."""
+    split: str | None = None
+    """Of a recipe: `train`, `validation` or `test`, the one by default."""
+    input: tuple[str, ...] = ()
+    """The column of inputs, or two of a pair of texts; none takes those of the student's run, or `input`."""
+    label: str | None = None
+    """The column of labels; none takes that of the student's run, or `label`. An empty name means no labels."""
+    tokenizer: str | None = None
+    """Where text becomes ids as for the model: a folder, or a name on the hub."""
+    trust: tuple[str, ...] = ()
+    """Modules that model folders and runs may name."""
+
+    def trusted(self) -> Trusted:
+        """Whose code may run: what a recipe file says, where the user names one, and the modules that they trust.
+
+        The recipe in a run's folder is not the user's word, named as a file or not: the run may come from anywhere.
+        """
+        own, path = Trusted(), Path(self.data)
+        of_run = (path.parent / "identity.json").exists()
+        if "://" not in self.data and path.suffix in RECIPES and not of_run:
+            own = recipe.load_recipe(self.data).own().trusted
+        return own.model_copy(update={"modules": (*own.modules, *self.trust)})
+
+
+@dataclass(frozen=True)
+class Home:
+    """What the surroundings of a model tell of its data, beyond its card."""
+
+    uri: str
+    """The model's folder."""
+    run: recipe.Recipe | None
+    """The recipe of the run that the folder lies in."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows to run models on."""
+
+    name: str
+    """For messages and documents."""
+    split: str | None
+    """Of a recipe."""
+    like: Rows
+    """Rows of the same meaning, shape and dtype; not all of them where they are streamed."""
+    rows: int
+    """How many."""
+    labelled: bool
+    """Whether they have labels."""
+    batches: Callable[[], Iterator[Batch]]
+    """All rows, EVALUATION_ROWS at a time, whatever the files are cut into."""
+    notes: Callable[[], Sequence[str]]
+    """What of the data is left out without being wrong, a line each; known once all batches are read."""
+
+
+@contextlib.contextmanager
+def open_examples(
+    asked: DataRequest,
+    card: ModelCard,
+    home: Home,
+    cache_root: Path,
+    *,
+    need_labels: bool = False,
+    on_progress: Progress | None = None,
+) -> Iterator[Examples]:
+    """The rows that a user names, checked against the model they are for before any long reading.
+
+    Args:
+        need_labels: refuse rows without labels; otherwise labels are read where the default column is there.
+        on_progress: told while a recipe's rows are prepared.
+
+    Raises:
+        RecipeError: options that do not go together.
+        RefusedError: there are no such data, they are not for this model (names both sides), or nobody knows which
+            tokenizer made the model's ids.
+        MachineError: object storage, the hub or the disk does not do what it should.
+    """
+    if need_labels and asked.label == "":
+        raise RecipeError(
+            "rows without labels cannot be evaluated",
+            got="an empty --label",
+            expected="a column of labels",
+            next="name it with --label, or use `akd-dist predict`",
+        )
+    recipe_path = _recipe_path(asked.data)
+    if recipe_path is not None:
+        _refuse_options(asked, "input", "label", "tokenizer")
+        examples = _of_recipe(recipe_path, asked, cache_root, on_progress)
+        card.check_rows(examples.like, f"the model {home.uri}")
+        yield examples
+        return
+    _refuse_options(asked, "split", *(("input", "label", "tokenizer") if asked.data == DIGITS else ()))
+    with _local(asked.data, cache_root) as path:
+        yield _of_source(_source(asked, path, home, need_labels), asked, card, home)
+
+
+def _recipe_path(data: str) -> Path | None:
+    if "://" in data:
+        return None
+    path = Path(data)
+    if path.suffix in RECIPES:
+        return path
+    return path / "recipe.yaml" if (path / "recipe.yaml").is_file() else None
+
+
+def _refuse_options(asked: DataRequest, *names: str) -> None:
+    for name in names:
+        if (value := getattr(asked, name)) not in (None, (), ""):
+            what = "a recipe, which says so itself" if name != "split" else "data other than a recipe"
+            if asked.data == DIGITS and name != "split":
+                what = "the digits"
+            raise RecipeError(
+                f"--{name} is not for {what}",
+                got=f"--{name} {value if isinstance(value, str) else ' '.join(value)} with {asked.data}",
+                next=f"leave out --{name}",
+            )
+
+
+# ---- a recipe
+
+
+def _of_recipe(path: Path, asked: DataRequest, cache_root: Path, on_progress: Progress | None) -> Examples:
+    split = asked.split or "test"
+    if split not in SPLITS:
+        raise RecipeError("there is no such split", got=split, expected=f"one of {', '.join(SPLITS)}")
+    loaded = recipe.load_recipe(path)
+    recipe.trust(loaded, asked.trusted().seen_from(f"the recipe {path}", loaded.folder))
+    splits = prepare(loaded.data, cache_root, on_progress=on_progress)
+    rows: Rows = getattr(splits, split)
+    labelled = asked.label != ""
+
+    def batches() -> Iterator[Batch]:
+        splits.sources.begin()
+        for start in range(0, len(rows), EVALUATION_ROWS):
+            inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
+            yield inputs, labels if labelled else None
+        rows.content().verify()
+        splits.sources.finish()
+
+    return Examples(asked.data, split, rows, len(rows), labelled, batches, lambda: splits.findings)
+
+
+# ---- everything else, streamed
+
+
+def _source(asked: DataRequest, path: str, home: Home, need_labels: bool) -> Source:
+    if asked.data == DIGITS:
+        return kind_of(recipe.Digits()).open()
+    try:
+        return kind_of(_table(asked, path, home, need_labels)).open()
+    except RefusedError as error:
+        if error.next is None or ("recipe" not in error.next and "set `" not in error.next):
+            raise
+        advice = "check the path, and name the columns with --input and --label"
+        raise RefusedError(error.what, got=error.got, expected=error.expected, next=advice) from error
+
+
+def _table(asked: DataRequest, path: str, home: Home, need_labels: bool) -> recipe.Parquet:
+    """Which columns are read: those asked for, else those of the run's recipe, else `input` and `label`."""
+    known = recipe.Table()
+    if home.run is not None:
+        tables = [one for one in (home.run.data.test, home.run.data.train) if isinstance(one, recipe.Table)]
+        known = tables[0] if tables else known
+    label = known.label if asked.label is None else asked.label
+    if asked.label is None and not need_labels and label not in column_names(path):
+        label = ""
+    return recipe.Parquet(path=path, input=_one_or_two(asked.input) if asked.input else known.input, label=label)
+
+
+def _one_or_two(columns: tuple[str, ...]) -> str | list[str]:
+    if len(columns) > 2:
+        raise RecipeError(
+            "there are too many columns of inputs", got=", ".join(columns), expected="one, or two of a pair of texts"
+        )
+    return columns[0] if len(columns) == 1 else list(columns)
+
+
+def _of_source(source: Source, asked: DataRequest, card: ModelCard, home: Home) -> Examples:
+    first = first_block(source.streams)
+    _check_kind(source, first, card, home)
+    tokenizer = _tokenizer(asked, card, home, pair=len(first.inputs) == 2)
+    inputs = inputs_of(first.inputs, 0, source.input_place, None, tokenizer, card.image)
+    if isinstance(inputs, Images):  # grey or in colour as the model's own, which grey images fit as well
+        inputs = inputs.in_colour() if card.input_shape[:1] == (3,) else inputs.as_first()
+    elif len(inputs.shape) == 1 and math.prod(inputs.shape) == math.prod(card.input_shape) and tokenizer is None:
+        inputs = inputs_of(first.inputs, 0, source.input_place, card.input_shape, tokenizer, card.image)
+    names = source.class_names if card.class_names is not None else None
+    like = Rows(
+        np.empty((0, *inputs.shape), inputs.dtype),
+        np.empty(0),
+        classes=card.classes if names is not None else source.classes or len(source.class_names or ()) or card.classes,
+        fingerprint="",
+        blocks=(),
+        folder=Path(),
+        task=card.task,
+        class_names=card.class_names,
+        tokens=inputs.tokens,
+    )
+    card.check_rows(like, f"the model {home.uri}")
+    labelled = bool(source.label) or (asked.data == DIGITS and asked.label != "")
+    convert = None
+    if labelled:
+        _check_names(source, first, card, home)
+        classes = Classes(card.classes, card.class_names, complete=True)
+        convert = labels_of(first.labels, 0, source.label_place, card.task, classes, names)
+
+    def read(block: Block) -> Batch:
+        return inputs(block.inputs, block.rows), None if convert is None else _labels(convert, block, card)
+
+    most = max(1, min(EVALUATION_ROWS, READ_BYTES // OpenedSource(source, first, inputs).row_bytes))
+    return Examples(
+        asked.data,
+        None,
+        like,
+        source.rows,
+        labelled,
+        lambda: _regrouped(map_blocks(source.streams, most, read, default_threads())),
+        lambda: notes_of(inputs, source.name),
+    )
+
+
+def _labels(convert: Labels, block: Block, card: ModelCard) -> np.ndarray:
+    try:
+        return convert(block.labels, block.rows)
+    except RefusedError as error:  # which speaks of a recipe
+        known = some_of(card.class_names or ()) or f"classes 0 to {card.classes - 1}"
+        expected = f"what the model knows: {known}" if card.task == "classification" else error.expected
+        advice = "correct the row, or remove it"
+        raise RefusedError(error.what, got=error.got, expected=expected, next=advice) from error
+
+
+def _regrouped(blocks: Iterator[Batch]) -> Iterator[Batch]:
+    """The same rows in batches of EVALUATION_ROWS: kernels choose their order of summation by the batch's shape."""
+    waiting: list[Batch] = []
+    count = 0
+    for block in blocks:
+        while count + len(block[0]) >= EVALUATION_ROWS:
+            cut = EVALUATION_ROWS - count
+            yield _joined([*waiting, _part(block, slice(cut))])
+            block, waiting, count = _part(block, slice(cut, None)), [], 0
+        waiting.append(block)
+        count += len(block[0])
+    if count:
+        yield _joined(waiting)
+
+
+def _part(batch: Batch, rows: slice) -> Batch:
+    inputs, labels = batch
+    return inputs[rows], None if labels is None else labels[rows]
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    inputs = np.concatenate([inputs for inputs, _ in batches])
+    labels = [labels for _, labels in batches if labels is not None]
+    return inputs, np.concatenate(labels) if labels else None
+
+
+def _check_kind(source: Source, first: Block, card: ModelCard, home: Home) -> None:
+    """Text for a model of text, and only there: told before a tokenizer is looked for."""
+    kind = input_kind(first.inputs[0].type) if hasattr(first.inputs[0], "type") else "numbers"
+    if (kind == "text") != (card.tokens is not None):
+        raise RefusedError(
+            f"the model {home.uri} was made for other data",
+            got="a model of text" if card.tokens else f"a model of {card.input_dtype} {list(card.input_shape)}",
+            expected=f"a model of {kind}, as in {source.input_place(0)}",
+            next="choose a model of such inputs, or another column with --input",
+        )
+
+
+def _check_names(source: Source, first: Block, card: ModelCard, home: Home) -> None:
+    named = label_kind(first.labels.type) == "names" and card.task == "classification"
+    if named and card.class_names is None:
+        raise RefusedError(
+            f"the model {home.uri} knows its classes by number, and the labels are names",
+            got=f"{first.labels[0]} in {source.label_place(0)}",
+            expected=f"class ids 0 to {card.classes - 1}",
+            next="write the labels as numbers, in the model's order",
+        )
+
+
+def _tokenizer(asked: DataRequest, card: ModelCard, home: Home, *, pair: bool) -> Tokenizer | None:
+    """What makes ids of text as the model knows them. Its card says what ids mean, and not how they are made."""
+    if card.tokens is None:
+        if asked.tokenizer is not None:
+            raise RecipeError(
+                "--tokenizer is for models of text", got=f"a model of {card.input_dtype}", next="leave out --tokenizer"
+            )
+        return None
+    text = known_text(asked.tokenizer, card, home)
+    if text is None:
+        raise RefusedError(
+            f"nobody knows which tokenizer made the ids that {home.uri} was trained on",
+            got=f"{card.tokens.vocabulary} tokens, in a folder outside of its run",
+            expected="the tokenizer: beside the model, in the recipe of its run, or named",
+            next="add --tokenizer FOLDER",
+        )
+    return tokenizer_of(text, pair)
+
+
+def known_text(tokenizer: str | None, card: ModelCard, home: Home) -> recipe.Text | None:
+    """How text becomes the ids of a model; None where nobody knows.
+
+    Args:
+        tokenizer: a folder, or a name on the hub, if one was given.
+    """
+    assert card.tokens is not None
+    length = card.input_shape[-1]
+    if tokenizer is not None:
+        folder = expanded(tokenizer)
+        local = folder.is_dir()
+        return recipe.HuggingFaceText(
+            path=str(folder) if local else None, name=None if local else tokenizer, length=length
+        )
+    if card.tokens == ByteTokenizer.tokens and len(card.input_shape) == 1:
+        return recipe.ByteText(length=length)
+    if home.run is not None:
+        return home.run.data.text
+    if (Path(home.uri) / "tokenizer_config.json").is_file():
+        return recipe.HuggingFaceText(path=home.uri, length=length)
+    return None
+
+
+# ---- object storage
+
+
+@contextlib.contextmanager
+def _local(data: str, cache_root: Path) -> Iterator[str]:
+    """A path for what lies in object storage: its Parquet files are copied to this machine while they are read."""
+    if "://" not in data:
+        yield data
+        return
+    parent, _, name = data.rstrip("/").rpartition("/")
+    one_file = name.endswith(".parquet")
+    root = open_root(parent if one_file else data)
+    keys = [name] if one_file else [key for key in root.list() if not is_skipped(key) and may_be_parquet(key)]
+    if not keys:
+        raise RefusedError(f"no Parquet file under {data}", got="0 objects", expected="objects that hold Parquet")
+    cache_root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="examples-", dir=cache_root) as folder:
+        for key in keys:
+            target = Path(folder) / key
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                target.write_bytes(root.get(key))
+            except ObjectMissing as error:
+                raise RefusedError(f"no Parquet file at {data}", got="nothing there", expected="an object") from error
+        yield str(Path(folder) / name) if one_file else folder

@@ -1,0 +1,507 @@
+"""A model as others run it, without akd-dist: ONNX, a program of torch.export, or a Hugging Face folder.
+
+What is exported is the whole module on raw inputs, preprocessing included. An export is run on rows, in batches of
+several sizes, and kept only if its logits are those of torch. torch.export loads its files by pickle, so one is loaded
+here only fresh from our own hands, and in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from akd_dist import recipe
+from akd_dist.base.errors import MachineError, RecipeError, RefusedError
+from akd_dist.base.files import PARTIAL_SUFFIX, fsync_folder
+from akd_dist.base.trusted import Trusted
+from akd_dist.data.factories import whole
+from akd_dist.data.rows import Progress
+from akd_dist.data.text import save_tokenizer
+from akd_dist.models.card import ModelCard
+from akd_dist.models.huggingface import CONFIG
+from akd_dist.serve.evaluation import Served, open_model, refuse_existing
+from akd_dist.serve.examples import DataRequest, known_text, open_examples
+
+Target = Literal["onnx", "torch-export", "huggingface"]
+EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "huggingface": "-huggingface"}
+"""How an export is named after its model, where nobody names it."""
+TARGETS: tuple[Target, ...] = get_args(Target)
+CHECK_ROWS = 256
+"""The most rows that an export is compared on."""
+TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
+"""The largest difference to torch's logits that is forgiven, as a share of the largest of them, or of 1."""
+_PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "torch-export": (),
+    "huggingface": ("transformers",),
+}
+_ONNX_BYTES = (1 << 31) - (1 << 20)  # a protocol buffer ends there
+_OPSET = 20
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Raw inputs that an export is compared on."""
+
+    inputs: np.ndarray
+    data: str | None
+    """Where they come from; None for random ones."""
+    split: str | None = None
+
+
+def export(
+    student: str,
+    to: str,
+    out: Path,
+    cache_root: Path,
+    *,
+    asked: DataRequest | None = None,
+    tokenizer: str | None = None,
+    trust: tuple[str, ...] = (),
+    force: bool = False,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a model in another format, run that on rows, and keep it only if the logits agree.
+
+    Args:
+        student: a model folder, absolute or `s3://`.
+        to: one of TARGETS.
+        out: the file, or the folder of `huggingface`: whole, or absent.
+        cache_root: where a recipe's rows are prepared.
+        asked: the rows to compare on; None takes the test rows of the run that the student lies in, and random inputs
+            of the right shape where it lies in none.
+        tokenizer: of a model of text: a folder, or a name on the hub.
+        trust: modules that the model's folder and its run may name, where there is no `asked` to say so.
+        force: whether `out` may take the place of something else.
+        on_progress: told while a recipe's rows are prepared.
+
+    Returns:
+        The document that `akd-dist export --json` prints (documents.ExportDocument).
+
+    Raises:
+        RecipeError: no such format, a package is missing, or `out` is there already.
+        RefusedError: the model cannot be exported so, or the export does not give the same logits; nothing is left.
+        DamagedError, MachineError: as `evaluation.open_model` and `examples.open_examples`.
+    """
+    started = time.monotonic()
+    if to not in TARGETS:
+        raise RecipeError("there is no such format", got=to, expected=f"one of {', '.join(TARGETS)}")
+    refuse_existing(out, force, instead_of=CONFIG if to == "huggingface" else None)
+    _require(to)
+    trusted = Trusted(modules=trust) if asked is None else asked.trusted()
+    model = open_model(student, trusted=trusted)
+    # What a run computes in half precision is exported in float32, as its weights are.
+    trained_in = model.precision
+    model = replace(model, precision="float64" if model.precision == "float64" else "float32")
+    _refuse_kind(model, to)
+    rows = _rows_of(model, asked, trust, cache_root, on_progress)
+    expected = _logits(model, rows.inputs)
+    with _made_beside(out, to) as made:
+        with _quiet():
+            _WRITERS[to](model, made, tokenizer)
+        got = _run(model, to, made, rows.inputs)
+        difference, tolerance = _compared(model, to, got, expected)
+        refuse_existing(out, force, instead_of=CONFIG if to == "huggingface" else None)  # it may have come meanwhile
+        _publish(made, out)
+    return {
+        "student": student,
+        "model": model.card.model.label,
+        "fingerprint": model.card.fingerprint,
+        "to": to,
+        "out": str(out),
+        "bytes": sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*")) if path.is_file()),
+        "inputs": _inputs_in_words(model.card),
+        "outputs": _outputs_in_words(model),
+        "data": rows.data,
+        "split": rows.split,
+        "rows": len(rows.inputs),
+        "difference": difference,
+        "tolerance": tolerance,
+        "notes": _notes(model, trained_in, to, rows, tokenizer),
+        "same_class": None if model.card.task == "regression" else int((got.argmax(1) == expected.argmax(1)).sum()),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+# ---- before
+
+
+def _require(to: str) -> None:
+    for package in _PACKAGES[to]:
+        try:
+            with _quiet():
+                importlib.import_module(package)
+        except ImportError as error:
+            raise RecipeError(
+                f"--to {to} needs the package {package}",
+                got=error,
+                expected=f"akd-dist with its extra `{to}`",
+                next=f"pip install 'akd-dist[{to}]'",
+            ) from error
+
+
+def _refuse_kind(model: Served, to: str) -> None:
+    kind = model.card.model.kind
+    if to == "huggingface" and kind != "huggingface":
+        raise RefusedError(
+            f"the model {model.home.uri} is none of Hugging Face's",
+            got=f"kind {kind}",
+            expected="kind huggingface, which transformers has the code of",
+            next="export it --to onnx or --to torch-export",
+        )
+
+
+def _rows_of(
+    model: Served, asked: DataRequest | None, trust: tuple[str, ...], cache_root: Path, on_progress: Progress | None
+) -> _Rows:
+    """Real rows where there are any."""
+    if asked is None and model.home.run is not None:
+        asked = DataRequest(str(Path(model.home.uri).parent.parent), trust=trust)
+    if asked is None:
+        return _Rows(_random_inputs(model.card), None)
+    with open_examples(asked, model.card, model.home, cache_root, on_progress=on_progress) as examples:
+        inputs, _ = next(examples.batches())
+        return _Rows(np.array(inputs[:CHECK_ROWS]), examples.name, examples.split)
+
+
+def _random_inputs(card: ModelCard) -> np.ndarray:
+    """Inputs of the right shape and dtype; of tokens, ordinary ones, and padding at the end of half of the rows."""
+    draw, shape = np.random.default_rng(0), (64, *card.input_shape)
+    if card.tokens is None:
+        if card.input_dtype == "uint8":
+            return draw.integers(0, 256, shape, dtype=np.uint8)
+        return draw.standard_normal(shape, dtype=np.float32)
+    ordinary = np.setdiff1d(np.arange(card.tokens.vocabulary), [card.tokens.padding, *card.tokens.special])
+    inputs = np.zeros(shape, dtype=np.int32)
+    ids = inputs if inputs.ndim == 2 else inputs[:, 0]
+    ids[:] = draw.choice(ordinary if len(ordinary) else [0], ids.shape)
+    ids[::2, ids.shape[1] // 2 :] = card.tokens.padding
+    return inputs
+
+
+def _parts(inputs: np.ndarray) -> list[np.ndarray]:
+    """The rows in batches of one, two, and all that is left: an export must take any number."""
+    return [part for part in np.split(inputs, [1, 3]) if len(part)]
+
+
+def _logits(model: Served, inputs: np.ndarray) -> np.ndarray:
+    return np.concatenate([model.logits(part).numpy() for part in _parts(inputs)])
+
+
+def _compared(model: Served, to: str, got: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    """The largest difference, and what was forgiven."""
+    tolerance = TOLERANCE[_precision(model)] * max(1.0, float(np.abs(expected).max()))
+    if got.shape != expected.shape:
+        raise _disagrees(model, to, f"logits of shape {list(got.shape)}", f"shape {list(expected.shape)}")
+    difference = float(np.abs(got.astype(np.float64) - expected).max())
+    if not difference <= tolerance:  # NaN, too
+        found = f"logits that differ by {difference:.2g} at most, over {len(expected)} rows"
+        raise _disagrees(model, to, found, f"at most {tolerance:.2g}")
+    return difference, tolerance
+
+
+def _notes(model: Served, trained_in: str, to: str, rows: _Rows, tokenizer: str | None) -> list[str]:
+    notes = []
+    if rows.data is None:
+        notes.append("compared on random inputs: the model lies in no run, and --data names no rows")
+    if trained_in != model.precision:
+        notes.append(f"computes in float32; its run computed in {trained_in}, whose logits differ in the third digit")
+    if to == "huggingface" and not isinstance(known_text(tokenizer, model.card, model.home), recipe.HuggingFaceText):
+        notes.append("without a tokenizer: none is known here; --tokenizer FOLDER adds one")
+    return notes
+
+
+def _disagrees(model: Served, to: str, got: str, expected: str) -> RefusedError:
+    return RefusedError(
+        f"the export of {model.home.uri} to {to} does not give the same logits, and is not kept",
+        got=got,
+        expected=f"{expected}, as torch has them",
+        next=_instead(model, to),
+    )
+
+
+def _precision(model: Served) -> str:
+    return "float64" if model.precision == "float64" else "float32"
+
+
+def _instead(model: Served, to: str) -> str:
+    others = [one for one in TARGETS if one != to and (one != "huggingface" or model.card.model.kind == one)]
+    return f"try --to {' or --to '.join(others)}"
+
+
+# ---- what it says of itself
+
+
+def _inputs_in_words(card: ModelCard) -> str:
+    shape = ", ".join(["rows", *map(str, card.input_shape)])
+    if card.tokens is not None:
+        types = "; the second channel are token types" if len(card.input_shape) == 2 else ""
+        return f"int32 [{shape}], ids of tokens, filled up with {card.tokens.padding}{types}"
+    inside = [
+        *["division by 255"] * (card.input_dtype == "uint8"),
+        *["normalisation"] * (card.normalize is not None),
+    ]
+    return f"{card.input_dtype} [{shape}], raw" + (f"; {' and '.join(inside)} inside" if inside else "")
+
+
+def _outputs_in_words(model: Served) -> str:
+    card = model.card
+    meaning = "the number" if card.task == "regression" else "logits of the classes, a softmax makes probabilities"
+    return f"{_precision(model)} [rows, {card.classes}], {meaning}"
+
+
+def _told(model: Served) -> dict[str, str]:
+    """Metadata that go with an export, as text."""
+    card = model.card
+    told = {
+        "inputs": _inputs_in_words(card),
+        "outputs": _outputs_in_words(model),
+        "task": card.task,
+        "fingerprint": card.fingerprint,
+        "model.json": json.dumps(card.model_dump(mode="json")),
+    }
+    return told if card.class_names is None else told | {"class_names": json.dumps(card.class_names)}
+
+
+# ---- programs
+
+
+def _program(model: Served, to: str) -> Any:
+    """The module as a torch.export program, of any number of rows, without the places of this machine."""
+    example = torch.from_numpy(_random_inputs(model.card)[:2])
+    try:
+        program = torch.export.export(
+            model.module, (example,), dynamic_shapes=({0: torch.export.Dim("rows", min=1)},), strict=False
+        )
+    except Exception as error:  # whatever the code of a model leads to
+        raise _not_exportable(model, to, error) from error
+    for graph in program.graph_module.modules():
+        for node in getattr(graph, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)
+    return program
+
+
+def _not_exportable(model: Served, to: str, error: Exception) -> RefusedError:
+    """What torch says, in its words; an exception of the user's own code as a whole."""
+    own = isinstance(model.card.model, recipe.Custom) and not type(error).__module__.startswith("torch")
+    return RefusedError(
+        f"the model {model.card.model.label} cannot be exported to {to}",
+        got=whole(error) if own else f"{type(error).__name__}: {str(error).strip()[:1000]}",
+        expected="a model without Python that depends on the values of its inputs, or on the number of rows",
+        next="use it as it is, with akd_dist.load_model",
+    )
+
+
+def _write_torch(model: Served, path: Path, _tokenizer: str | None) -> None:
+    program = _program(model, "torch-export")
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(_told(model), indent=1)})
+
+
+def _write_onnx(model: Served, path: Path, _tokenizer: str | None) -> None:
+    import onnx
+
+    size = sum(tensor.nbytes for tensor in [*model.module.parameters(), *model.module.buffers()])
+    if size > _ONNX_BYTES:
+        raise RefusedError(
+            f"the model {model.home.uri} is too large for one ONNX file",
+            got=f"{size:,} bytes of weights",
+            expected=f"at most {_ONNX_BYTES:,}",
+            next=_instead(model, "onnx"),
+        )
+    program = _program(model, "onnx")
+    try:
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            opset_version=_OPSET,
+            input_names=["inputs"],
+            output_names=["logits"],
+        )
+        assert made is not None
+        document = made.model_proto
+    except Exception as error:
+        raise _not_exportable(model, "onnx", error) from error
+    _name_rows(document.graph)
+    document.producer_name = "akd-dist"
+    for name, text in _told(model).items():
+        document.metadata_props.add(key=name, value=text)
+    onnx.checker.check_model(document)
+    onnx.save_model(document, str(path))
+
+
+def _name_rows(graph: Any) -> None:
+    """Call the free dimension `rows`, and forget which line of which file a node comes from."""
+    invented = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = "rows" if dim.dim_param == invented else dim.dim_param.replace(invented, "rows")
+    for part in [*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
+def _write_huggingface(model: Served, folder: Path, tokenizer: str | None) -> None:
+    card = model.card
+    library: Any = model.module.body.model  # type: ignore[union-attr]
+    if card.class_names is not None:
+        library.config.id2label = dict(enumerate(card.class_names))
+        library.config.label2id = {name: number for number, name in enumerate(card.class_names)}
+    library.save_pretrained(folder)
+    spec = known_text(tokenizer, card, model.home)
+    if isinstance(spec, recipe.HuggingFaceText):
+        assert card.tokens is not None
+        save_tokenizer(spec, card.tokens, folder)
+
+
+# ---- running them, without akd-dist
+
+
+class _DoesNotRunError(Exception):
+    """An export fails, for this reason."""
+
+
+def _run(model: Served, to: str, path: Path, inputs: np.ndarray) -> np.ndarray:
+    """Logits [n, classes] that an export gives."""
+    try:
+        return np.concatenate(_RUNNERS[to](path, _parts(inputs)))
+    except _DoesNotRunError as error:
+        raise RefusedError(
+            f"the export of {model.home.uri} to {to} does not run, and is not kept",
+            got=error,
+            expected=f"logits of {len(inputs)} rows in {_precision(model)}",
+            next=_instead(model, to),
+        ) from error
+
+
+def _run_onnx(path: Path, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    runtime = importlib.import_module("onnxruntime")  # it ships no types
+    try:
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return [session.run(["logits"], {"inputs": part})[0] for part in parts]
+    except Exception as error:  # onnxruntime's own kinds, such as one for a missing kernel of float64
+        raise _DoesNotRunError(str(error)) from error
+
+
+# Given: the export, then a file of inputs and a file for logits by turns.
+_TORCH_SCRIPT = """
+import sys, numpy, torch
+program = torch.export.load(sys.argv[1]).module()
+with torch.inference_mode():
+    for given, made in zip(sys.argv[2::2], sys.argv[3::2]):
+        numpy.save(made, program(torch.from_numpy(numpy.load(given))).numpy())
+"""
+_HUGGINGFACE_SCRIPT = """
+import sys, numpy, torch, transformers
+model = transformers.AutoModelForSequenceClassification.from_pretrained(
+    sys.argv[1], local_files_only=True, trust_remote_code=False
+).eval()
+with torch.inference_mode():
+    for given, made in zip(sys.argv[2::2], sys.argv[3::2]):
+        inputs = torch.from_numpy(numpy.load(given)).long()
+        ids, *types = [inputs] if inputs.dim() == 2 else inputs.unbind(1)
+        more = {"token_type_ids": types[0]} if types else {}
+        mask = (ids != model.config.pad_token_id).long()
+        numpy.save(made, model(input_ids=ids, attention_mask=mask, **more).logits.numpy())
+"""
+
+
+def _run_apart(script: str) -> Callable[[Path, Sequence[np.ndarray]], list[np.ndarray]]:
+    """A script in a fresh Python that sees installed packages alone: no akd-dist of a checkout, no code of the user."""
+
+    def run(path: Path, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        with tempfile.TemporaryDirectory() as folder:
+            files = [(Path(folder) / f"inputs-{n}.npy", Path(folder) / f"logits-{n}.npy") for n in range(len(parts))]
+            for (given, _), part in zip(files, parts, strict=True):
+                np.save(given, part)
+            places = [str(path), *(str(file) for pair in files for file in pair)]
+            command = [sys.executable, "-I", "-W", "ignore", "-c", script, *places]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise _DoesNotRunError(done.stderr.strip()[-2000:] or f"exit code {done.returncode}")
+            return [np.load(made) for _, made in files]
+
+    return run
+
+
+@contextlib.contextmanager
+def _made_beside(out: Path, to: str) -> Iterator[Path]:
+    """Where to make an export, on the file system of its place; whatever is left there goes away."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f".{out.name}.", suffix=PARTIAL_SUFFIX, dir=out.parent)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    try:
+        yield Path(folder) / {"onnx": "made.onnx", "torch-export": "made.pt2", "huggingface": "made"}[to]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(made: Path, out: Path) -> None:
+    """Give an export its name, a file in one step; a folder goes with the one that the export was made in."""
+    try:
+        if out.exists() and (out.is_dir() or made.is_dir()):
+            out.rename(made.with_name("before"))
+        made.replace(out)
+        fsync_folder(out.parent)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+
+
+def _cannot_write(out: Path, error: OSError) -> MachineError:
+    return MachineError(
+        f"cannot write {out}",
+        got=error.strerror or str(error),
+        expected="a folder that this user can write to",
+        next="choose another place with --out",
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the libraries print of their inner workings: what matters is in the document."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+_WRITERS: dict[str, Callable[[Served, Path, str | None], None]] = {
+    "onnx": _write_onnx,
+    "torch-export": _write_torch,
+    "huggingface": _write_huggingface,
+}
+_RUNNERS = {
+    "onnx": _run_onnx,
+    "torch-export": _run_apart(_TORCH_SCRIPT),
+    "huggingface": _run_apart(_HUGGINGFACE_SCRIPT),
+}

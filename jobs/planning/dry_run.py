@@ -1,0 +1,265 @@
+"""What training a fleet would do, before it does: the plan with its reasons, and the refusal of what cannot fit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from akd_dist.base.errors import MachineError
+from akd_dist.base.formatting import counted, duration, size
+from akd_dist.data.rows import Splits
+from akd_dist.distill.checkpoint import checkpoints
+from akd_dist.distill.stream import batch_ends
+from akd_dist.jobs.packing import Node, ResourceRequest, timetable
+from akd_dist.jobs.planning.plan import Alternative, Plan, PlannedCohort, PlannedStudent, Standing
+from akd_dist.jobs.planning.planner import START_SECONDS, Cohort, Costs, groups_of, learns_from_assistant, plan_cohorts
+from akd_dist.jobs.planning.probing import measure_all, measure_there
+from akd_dist.jobs.train_teacher import Workspace
+from akd_dist.models.device import gpus_of
+from akd_dist.recipe import Recipe, StudentSpec
+from akd_dist.storage.encodings import encoding_from_config
+from akd_dist.storage.roots import open_root
+
+
+def costs_of(
+    recipe: Recipe,
+    todo: Sequence[StudentSpec],
+    splits: Splits,
+    parameters: dict[str, int],
+    root: Path | None,
+    workspace: Workspace,
+) -> Costs:
+    """What the students that are not done take, from a short probe and from where their checkpoints stand.
+
+    They are probed on this machine; on another one of the cluster if they take a GPU and it has none.
+
+    Args:
+        root: the folder of student folders; None for a run that begins afresh.
+    """
+    probed = (recipe, todo, parameters, workspace.cache_root)
+    elsewhere = todo and gpus_of(recipe.device) and not torch.cuda.is_available()
+    measured = measure_there(*probed, workspace.tell) if elsewhere else measure_all(*probed)
+    places = {spec.name: position(root / spec.name / "checkpoints") for spec in todo} if root else {}
+    return Costs.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
+
+
+def position(folder: Path) -> tuple[int, int] | None:
+    """(epoch, step) of the newest checkpoint, as its name says; None where there is none."""
+    found = checkpoints(folder)
+    if not found:
+        return None
+    epoch, step, *_ = found[-1].stem.split("-")
+    return int(epoch), int(step)
+
+
+def draw_up(
+    recipe: Recipe, todo: Sequence[StudentSpec], nodes: Sequence[Node], costs: Costs, run: Path, cache: dict[str, Any],
+    trained: bool,
+) -> Plan:  # fmt: skip
+    """The plan of a fleet.
+
+    Args:
+        todo: the students that are not done.
+        nodes: what the cluster has.
+        costs: of those students.
+        run: the run's folder.
+        cache: what caching would compute, as `foresee_caching` says.
+        trained: whether the teacher is there.
+
+    Raises:
+        AkdError: what cannot fit.
+    """
+    cohorts, tried = plan_cohorts(recipe, todo, nodes, costs) if todo else ([], [])
+    asks = [costs.ask(cohort) for cohort in cohorts]
+    kept, delivered = disk(cohorts, costs)
+    free = check_disk(run, todo, kept + delivered, cache)
+    times = timetable([(START_SECONDS + costs.cohort_seconds(c), a) for c, a in zip(cohorts, asks, strict=True)], nodes)
+    left = {spec.name for spec in todo}
+    planned = [
+        planned_cohort(recipe, cohort, ask, span, costs) for cohort, ask, span in zip(cohorts, asks, times, strict=True)
+    ]
+    memory = sum(node.memory for node in nodes)
+    return Plan(
+        run=str(run),
+        device=recipe.device,
+        teacher=_about_teacher(recipe, cache, trained),
+        cache_bytes=cache["bytes"],
+        nodes=len(nodes),
+        cpus=sum(node.cpus for node in nodes),
+        gpus=sum(node.gpus for node in nodes),
+        memory=round(memory) if memory < float("inf") else None,
+        why=why_so_many(recipe, todo, tried, len(cohorts)),
+        cohorts=tuple(_say_who_waits(planned, asks)),
+        ended=tuple(planned_student(spec, costs, None, "ended") for spec in recipe.students if spec.name not in left),
+        checkpoint_bytes=kept,
+        model_bytes=delivered,
+        free_bytes=free,
+        seconds=round(max((end for _, end in times), default=0.0), 1),
+    )
+
+
+def disk(cohorts: Sequence[Cohort], costs: Costs) -> tuple[int, int]:
+    """Bytes of checkpoints, the most at a time, and of delivered models. Both stay with the run.
+
+    Two checkpoints of each student are kept, and each cohort may be writing one.
+    """
+    takes = [[costs.takes(spec) for spec in cohort] for cohort in cohorts]
+    sizes = [[one.checkpoint for one in cohort] for cohort in takes]
+    return sum(2 * sum(each) + max(each) for each in sizes), sum(one.weights for cohort in takes for one in cohort)
+
+
+def check_disk(run: Path, todo: Sequence[StudentSpec], needed: int, cache: dict[str, Any]) -> int:
+    """Refuse what the disk cannot hold beside what lies there already; the bytes that are free.
+
+    Args:
+        needed: bytes of checkpoints and models.
+        cache: what caching would compute: its logits may go to the same disk.
+
+    Raises:
+        MachineError: too little is free under the run root.
+    """
+    there = sum(
+        path.stat().st_size for spec in todo for path in checkpoints(run / "students" / spec.name / "checkpoints")
+    )
+    folder = _nearest(run)
+    free = shutil.disk_usage(folder).free
+    logits = cache["bytes"] if _same_disk(folder, cache["store_root"]) else 0
+    if needed - there + logits > free:
+        raise MachineError(
+            f"checkpoints and models of the students do not fit in {run.parent}",
+            got=f"{size(free)} free",
+            expected=f"{size(needed - there)}" + (f", and {size(logits)} of logits on the same disk" if logits else ""),
+            next="free space there, or choose another --run-root",
+        )
+    return free
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _same_disk(folder: Path, store_root: str) -> bool:
+    there = open_root(store_root).local_path("")
+    return there is not None and _nearest(there).stat().st_dev == folder.stat().st_dev
+
+
+# ---- cohorts
+
+
+def planned_cohort(
+    recipe: Recipe, cohort: Cohort, ask: ResourceRequest, span: tuple[float, float], costs: Costs
+) -> PlannedCohort:
+    """A cohort with its figures."""
+    leaders = costs.leaders(cohort)
+    students = tuple(planned_student(spec, costs, leaders.get(spec.name)) for spec in cohort)
+    return PlannedCohort(
+        students=students,
+        why=why_together(cohort, costs),
+        waits=None,
+        workers=ask.workers,
+        cpus=ask.cpus,
+        gpus=ask.gpus,
+        memory=round(ask.memory),
+        steps=costs.stream_steps(cohort),
+        bytes_streamed=bytes_streamed(recipe, cohort, costs),
+        begins=round(span[0], 1),
+        ends=round(span[1], 1),
+    )
+
+
+def planned_student(
+    spec: StudentSpec, costs: Costs, leader: str | None, standing: Standing | None = None
+) -> PlannedStudent:
+    """A student with its figures."""
+    known = costs.measured.get(spec.name) is not None
+    return PlannedStudent(
+        name=spec.name,
+        model=spec.model.label,
+        objective=spec.objective.kind,
+        parameters=costs.parameters[spec.name],
+        standing=standing or ("resumes" if spec.name in costs.behind else "new"),
+        rides=leader,
+        steps=0 if standing == "ended" else costs.steps_left(spec, leader is not None),
+        seconds=round(costs.seconds(spec, leader is not None), 3) if known else None,
+    )
+
+
+def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: Costs) -> int:
+    """Inputs, labels and logits that a cohort's stream reads over its epochs; logits only where somebody needs them."""
+    dtype = np.dtype(encoding_from_config({"name": recipe.cache.encoding}).dtype)
+    plain, logits = costs.row_bytes, costs.classes * dtype.itemsize
+    passes = costs.streamed(cohort).values()
+    batch = cohort[0].batch
+    shown = batch_ends(costs.rows, batch, cohort[0].last_batch)[-1]
+    return sum((int(shown) - first * batch) * (plain + (logits if needed else 0)) for first, needed in passes)
+
+
+# ---- reasons
+
+
+def why_together(cohort: Cohort, costs: Costs) -> str:
+    """What the students of a cohort share."""
+    spec = cohort[0]
+    store = "the last assistant's store" if learns_from_assistant(spec) else "the teacher's store"
+    worker = f"{spec.workers} worker{'' if spec.workers == 1 else 's'} of {counted(spec.threads, 'thread')}"
+    last = {"keep": "", "drop": ", the last dropped,", "merge": ", the last merged,"}[spec.last_batch]
+    alike = f"batches of {spec.batch}{last} from {store} and {worker}"
+    if len(cohort) == 1:
+        return f"a student on its own: {alike}"
+    riders = len(costs.leaders(cohort))
+    forked = f"; {riders} of them go on from another one's stage I" if riders else ""
+    return f"{len(cohort)} students share {alike}: each batch is read once for all{forked}"
+
+
+def why_so_many(recipe: Recipe, todo: Sequence[StudentSpec], tried: Sequence[Alternative], count: int) -> str:
+    """Why there are neither fewer nor more cohorts."""
+    if not todo:
+        return "no cohort: all students have ended"
+    if recipe.cohorts is not None:
+        if count < recipe.cohorts:
+            return (
+                f"{counted(count, 'cohort')}: the recipe's `cohorts` says {recipe.cohorts}, but nothing more can be cut"
+            )
+        return f"{counted(count, 'cohort')}, as the recipe's `cohorts` says"
+    end = {one.cohorts: one.seconds for one in tried}
+    groups = len(groups_of(todo, recipe.device))
+    start = duration(START_SECONDS)
+    if count - 1 in end:
+        saved = end[count - 1] - end[count]
+        fewer = f"one fewer would end {duration(max(saved, 0))} later, and a start costs {start}"
+    elif count == groups:
+        fewer = "one has to be" if groups == 1 else "fewer cannot be: other batch, workers, threads or store do not mix"
+    else:
+        fewer = "fewer would not fit the memory of a node"
+    if count + 1 in end:
+        saved = end[count] - end[count + 1]
+        more = f"one more would end {duration(saved)} sooner" if saved > 0.5 else "one more would end no sooner"
+        more += f", and its start costs {start}"
+    else:
+        more = "no more are possible: each student has its own" if count > 1 else "there is nothing to cut"
+    return f"{counted(count, 'cohort')}: {fewer}; {more}"
+
+
+def _say_who_waits(cohorts: Sequence[PlannedCohort], asks: Sequence[ResourceRequest]) -> list[PlannedCohort]:
+    said = []
+    for cohort, ask in zip(cohorts, asks, strict=True):
+        ended = [str(number) for number, other in enumerate(cohorts, 1) if other.ends == cohort.begins]
+        waits = f"for {ask}, which is free at the end of cohort {' and '.join(ended)}" if cohort.begins > 0 else None
+        said.append(replace(cohort, waits=waits))
+    return said
+
+
+def _about_teacher(recipe: Recipe, cache: dict[str, Any], trained: bool) -> str:
+    """What has to be done for the teacher and its assistants first."""
+    words = [] if trained else ["the teacher is to be trained"]
+    words += [f"the assistant {one['model']} is to be trained" for one in cache["assistants"] if not one["trained"]]
+    if cache["bytes"]:
+        words.append(f"{size(cache['bytes'])} of logits are to be cached")
+    return "; ".join(words) + ": first, and not in the time below" if words else "cached: it is not needed"

@@ -1,0 +1,438 @@
+"""Plan cohorts: which students share a stream and a worker, and whether another cohort is worth its start."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from akd_dist.base.errors import RecipeError
+from akd_dist.data.rows import Splits
+from akd_dist.distill.cohort import CohortJob
+from akd_dist.distill.objectives import stages
+from akd_dist.distill.probe import Measured, guessed
+from akd_dist.distill.stream import batch_ends
+from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits, pack, timetable
+from akd_dist.jobs.planning.plan import Alternative
+from akd_dist.jobs.train_teacher import Stores
+from akd_dist.models.device import gpus_of
+from akd_dist.recipe import Recipe, StudentSpec
+
+# What starting and stopping one Ray Train run costs, whatever it trains (measured: 9 to 14 s on 2 cores, Ray 2.60).
+START_SECONDS = 14.0
+UNKNOWN_SECONDS = 1e-6  # of a step; not 0, by which all students would land in one cohort and leave the others empty
+# A worker beside its students: Python, our modules, and what torch loads for a first step (measured: 580 to 630 MB).
+PROCESS_BYTES = 650_000_000
+GPU_PROCESS_BYTES = 1_500_000_000
+"""The same with CUDA, cuBLAS and cuDNN loaded (measured: 1.27 to 1.43 GB, torch 2.11, CUDA 13, H200)."""
+
+Cohort = tuple[StudentSpec, ...]
+
+
+def groups_of(students: Sequence[StudentSpec], device: str = "cpu") -> list[Cohort]:
+    """Students that can share a stream and a worker: those of the same batches, number of workers, threads and store.
+
+    Those that learn from labels alone ride with the teacher's store. On GPUs a worker's share of one counts too.
+    """
+    groups = defaultdict(list)
+    for spec in students:
+        gpus = spec.gpus * gpus_of(device)
+        batches = spec.batch, spec.last_batch
+        groups[batches, spec.workers, spec.threads, gpus, learns_from_assistant(spec)].append(spec)
+    return [tuple(group) for group in groups.values()]
+
+
+def learns_from_assistant(spec: StudentSpec) -> bool:
+    """Whether a student reads the store of the last assistant, not the teacher's."""
+    return spec.objective.learns_from == "assistant"
+
+
+def cohort_job(base: CohortJob, cohort: Cohort, assistant: Stores) -> CohortJob:
+    """The job of a cohort: its students, and the stores that they learn from."""
+    return replace(base, students=cohort, stores=assistant if learns_from_assistant(cohort[0]) else base.stores)
+
+
+def families_of(students: Sequence[StudentSpec]) -> list[Cohort]:
+    """Students that differ in nothing but stage II share one stage I, and so belong into one cohort; most are alone."""
+    families = defaultdict(list)
+    for spec in students:
+        families[spec.stage1 or spec.name].append(spec)
+    return [tuple(family) for family in families.values()]
+
+
+# ---- what students cost
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What each student has before it, and what it takes: measured, and guessed where it could not be."""
+
+    device: str
+    """Where the students compute."""
+    rows: int
+    """Train rows."""
+    evaluated: int = 0
+    """Validation rows."""
+    tested: int = 0
+    """Test rows."""
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    """Of each student, by name."""
+    measured: Mapping[str, Measured | None] = field(default_factory=dict)
+    """The probe of each student, by name."""
+    row_bytes: int = 0
+    """Bytes of one row's inputs and label."""
+    classes: int = 0
+    """Logits of a row."""
+    behind: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """(epoch, step) of the last checkpoint of those that resume."""
+    each_epoch: bool = False
+    """Whether a checkpoint is written at the end of every epoch, which may take small students longer than the epoch;
+    those at intervals of time hardly count."""
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        splits: Splits,
+        parameters: Mapping[str, int],
+        measured: Mapping[str, Measured | None],
+        behind: Mapping[str, tuple[int, int]] | None = None,
+    ) -> Costs:
+        """The costs of a recipe's students on these rows."""
+        train = splits.train
+        return cls(
+            recipe.device,
+            len(train),
+            evaluated=len(splits.validation),
+            tested=len(splits.test),
+            parameters=parameters,
+            measured=measured,
+            row_bytes=train.inputs[0].nbytes + train.labels[:1].nbytes,
+            classes=train.classes,
+            behind=behind or {},
+            each_epoch=recipe.checkpoint_seconds == 0,
+        )
+
+    def takes(self, spec: StudentSpec) -> Measured:
+        """What was measured of a student, or is known of it without."""
+        found = self.measured.get(spec.name)
+        return found if found is not None else guessed(spec, self.parameters.get(spec.name, 0))
+
+    def steps_per_epoch(self, spec: StudentSpec) -> int:
+        """Batches of an epoch."""
+        return len(batch_ends(self.rows, spec.batch, spec.last_batch))
+
+    def starts_at(self, spec: StudentSpec, rides: bool = False) -> tuple[int, int]:
+        """(epoch, step) from which a student computes; one that rides computes no stage I."""
+        return (stages(spec.objective)[0].epochs, 0) if rides else self.behind.get(spec.name, (0, 0))
+
+    def steps_left(self, spec: StudentSpec, rides: bool = False) -> int:
+        """Steps that a student still computes."""
+        epoch, step = self.starts_at(spec, rides)
+        return max(0, (spec.objective.epochs - epoch) * self.steps_per_epoch(spec) - step)
+
+    def seconds(self, spec: StudentSpec, rides: bool = False) -> float:
+        """Seconds that a student adds to its cohort: steps, evaluations, checkpoints, and its setting up."""
+        takes, steps = self.takes(spec), self.steps_left(spec, rides)
+        epochs = steps / self.steps_per_epoch(spec)
+        evaluated, kept = epochs * self.evaluated + self.tested, epochs if self.each_epoch else 0.0
+        stepping = steps * (takes.step or UNKNOWN_SECONDS)
+        return takes.start + stepping + takes.evaluation * evaluated + takes.keeping * kept
+
+    def leaders(self, cohort: Cohort) -> dict[str, str]:
+        """Who goes on from whose stage I, by name: those that have not begun, from who of their family is furthest."""
+        found: dict[str, str] = {}
+        for family in families_of(cohort):
+            at_stage1 = [spec for spec in family if not self._is_past_stage1(spec)]
+            if len(at_stage1) > 1:
+                first = max(at_stage1, key=lambda spec: self.behind.get(spec.name, (0, 0)))  # of equals the first one
+                riders = [spec for spec in at_stage1 if spec is not first and spec.name not in self.behind]
+                found |= {spec.name: first.name for spec in riders}
+        return found
+
+    def _is_past_stage1(self, spec: StudentSpec) -> bool:
+        epoch, _ = self.behind.get(spec.name, (0, 0))
+        return epoch >= stages(spec.objective)[0].epochs
+
+    def family_seconds(self, family: Cohort) -> float:
+        """The same for students that share a stage I: one of them computes it for those that have not begun."""
+        riders = self.leaders(family)
+        return sum(self.seconds(spec, rides=spec.name in riders) for spec in family)
+
+    def streamed(self, cohort: Cohort) -> dict[int, tuple[int, bool]]:
+        """The epochs that a cohort's stream still passes: from which step on, and whether somebody needs logits there.
+
+        Students that stand at different places join where the stream reaches them.
+        """
+        epochs: dict[int, tuple[int, bool]] = {}
+        riders = self.leaders(cohort)
+        for spec in cohort:
+            begins, step = self.starts_at(spec, spec.name in riders)
+            needs = [stage.needs_logits for stage in stages(spec.objective) for _ in range(stage.epochs)]
+            for epoch in range(begins, len(needs)):
+                mine = step if epoch == begins else 0
+                first, needed = epochs.get(epoch, (mine, False))
+                epochs[epoch] = min(first, mine), needed or needs[epoch]
+        return epochs
+
+    def stream_steps(self, cohort: Cohort) -> int:
+        """Batches of a cohort's stream, each of them once for all of its students."""
+        per_epoch = self.steps_per_epoch(cohort[0])
+        return sum(per_epoch - first for first, _ in self.streamed(cohort).values())
+
+    def stream_seconds(self, cohort: Cohort) -> float:
+        """Seconds of the stream, once for all students of a cohort."""
+        return max(self.takes(spec).stream for spec in cohort) * self.stream_steps(cohort)
+
+    def cohort_seconds(self, cohort: Cohort) -> float:
+        """Seconds of a cohort, without its start."""
+        return self.stream_seconds(cohort) + sum(map(self.family_seconds, families_of(cohort)))
+
+    def memory(self, cohort: Cohort) -> int:
+        """Bytes of main memory of each worker of a cohort, beside memory maps that the whole node shares.
+
+        Students keep their state all the time, and step, evaluate and write one after the other. On a GPU the state
+        lies there, and only checkpoints pass through main memory.
+        """
+        takes = [self.takes(spec) for spec in cohort]
+        if gpus_of(self.device):
+            return GPU_PROCESS_BYTES + max(one.writing for one in takes)
+        passing = max(max(one.step_memory, one.evaluation_memory, one.writing) for one in takes)
+        return PROCESS_BYTES + sum(one.resident(cohort[0].workers) for one in takes) + passing
+
+    def ask(self, cohort: Cohort) -> ResourceRequest:
+        """What a cohort occupies."""
+        spec = cohort[0]
+        return ResourceRequest(spec.workers, spec.threads, spec.gpus * gpus_of(self.device), self.memory(cohort))
+
+
+# ---- cutting
+
+
+@dataclass(frozen=True)
+class Load:
+    """A group of students that can share a stream, as the cutting sees it."""
+
+    seconds: float
+    """What its students take together."""
+    ask: ResourceRequest
+    """What a cohort of it occupies."""
+    shared: float = 0.0
+    """What every cohort of it takes, however few students it has: its stream."""
+    longest: float = 0.0
+    """What its dearest student takes, which cannot be cut."""
+    parts: int = 1_000_000
+    """Into how many cohorts it can be cut."""
+    least: int = 1
+    """Into how many it must be cut, for memory."""
+
+    def each(self, count: int) -> float:
+        """Seconds of one of so many cohorts, its start included."""
+        return START_SECONDS + self.shared + max(self.seconds / count, self.longest)
+
+
+def plan_cohorts(
+    recipe: Recipe, students: Sequence[StudentSpec], nodes: Sequence[Node], costs: Costs
+) -> tuple[list[Cohort], list[Alternative]]:
+    """Cut the students into cohorts, the longest first: as few as can be, one more only where it saves time.
+
+    Returns:
+        The cohorts, and what fewer and more of them would have come to.
+
+    Raises:
+        RecipeError: `cohorts` is less than the number of groups that cannot share a stream or a node's memory, or a
+            student's share of a GPU is none that workers can have.
+        MachineError: a cohort of a single student cannot fit the cluster.
+        RefusedError: a student needs more memory than any node has.
+    """
+    groups = groups_of(students, recipe.device)
+    for group in groups:
+        check_gpus(group[0], recipe.device)
+    if recipe.cohorts is not None and recipe.cohorts < len(groups):
+        raise RecipeError(
+            f"the students cannot be trained in {recipe.cohorts} cohorts",
+            got=f"cohorts: {recipe.cohorts}",
+            expected=f"at least {len(groups)}: other batch, workers, threads, gpus or store mean another stream",
+            next="leave `cohorts` out, or give all students the same batches, workers and threads; takd stays apart",
+        )
+    loads = [_load(group, nodes, costs) for group in groups]
+    least = sum(load.least for load in loads)
+    if recipe.cohorts is not None and recipe.cohorts < least:
+        raise RecipeError(
+            f"the students do not fit the memory of a node in {recipe.cohorts} cohorts",
+            got=f"cohorts: {recipe.cohorts}",
+            expected=f"at least {least}",
+            next="leave `cohorts` out, or raise it",
+        )
+    counts, tried = allocate(loads, nodes, recipe.cohorts)
+    cohorts = [
+        cohort for group, count in zip(groups, counts, strict=True) for cohort in cut(group, count, nodes, costs)
+    ]
+    return sorted(cohorts, key=costs.cohort_seconds, reverse=True), tried  # as `timetable` counts on
+
+
+def check_gpus(spec: StudentSpec, device: str) -> None:
+    """Refuse shares of GPUs that cannot be had.
+
+    Raises:
+        RecipeError: more than one GPU and a fraction; or several workers on one GPU, which NCCL refuses.
+    """
+    if not gpus_of(device):
+        return
+    if spec.gpus > 1 and spec.gpus != int(spec.gpus):
+        raise RecipeError(
+            f"{spec.name} asks for {spec.gpus:g} GPUs",
+            got=f"gpus: {spec.gpus:g}",
+            expected="a share of one GPU (0.5), or whole GPUs",
+            next="change `gpus` of that student",
+        )
+    if spec.gpus < 1 and spec.workers > 1:
+        raise RecipeError(
+            f"the workers of {spec.name} could come to share a GPU, and NCCL does not let them talk there",
+            got=f"workers: {spec.workers}, gpus: {spec.gpus:g}",
+            expected="gpus: 1 where there are several workers",
+            next="set `workers: 1` or `gpus: 1` for that student",
+        )
+
+
+def _load(group: Cohort, nodes: Sequence[Node], costs: Costs) -> Load:
+    families = families_of(group)
+    seconds = [costs.family_seconds(family) for family in families]
+    least = _least_parts(group, nodes, costs)
+    part = max(split_evenly(group, least, costs.family_seconds), key=costs.memory)
+    return Load(
+        sum(seconds), costs.ask(part), costs.stream_seconds(group), max(seconds), parts=len(families), least=least
+    )
+
+
+def _least_parts(group: Cohort, nodes: Sequence[Node], costs: Costs) -> int:
+    """Into how many cohorts a group must be cut so that each fits the cluster.
+
+    Raises:
+        AkdError: one of them would not even fit alone; as `check_room`.
+    """
+    families = families_of(group)
+    largest = max(families, key=costs.memory)  # all else they ask for is the same
+    check_room_for(largest, costs, nodes)
+    count = 1
+    while not _all_fit(split_evenly(group, count, costs.family_seconds), nodes, costs):
+        count += 1  # each family alone fits
+    return count
+
+
+def _all_fit(parts: Sequence[Cohort], nodes: Sequence[Node], costs: Costs) -> bool:
+    return all(fits(nodes, costs.ask(part)) for part in parts)
+
+
+def cut(group: Cohort, count: int, nodes: Sequence[Node], costs: Costs) -> list[Cohort]:
+    """Cut a group into so many cohorts of about equal time, each of which fits the cluster.
+
+    More parts are not always smaller ones: they are of equal time, and students that take little of it and much memory
+    may come together where they were apart. Then the longest parts of a cut that fits are halved instead.
+    """
+    cuts = (split_evenly(group, fewer, costs.family_seconds) for fewer in range(count, 0, -1))
+    parts = next(parts for parts in cuts if _all_fit(parts, nodes, costs))
+    while len(parts) < count:
+        longest = max((part for part in parts if len(families_of(part)) > 1), key=costs.cohort_seconds)
+        parts.remove(longest)
+        parts += split_evenly(longest, 2, costs.family_seconds)
+    return parts
+
+
+def check_room_for(cohort: Cohort, costs: Costs, nodes: Sequence[Node]) -> None:
+    """Refuse a cohort that would wait for ever; as `check_room`."""
+    check_room(nodes, costs.ask(cohort), f"the cohort of {cohort[0].name}")
+
+
+def allocate(loads: Sequence[Load], nodes: Sequence[Node], wanted: int | None) -> tuple[list[int], list[Alternative]]:
+    """How many cohorts each group is cut into: so that the fleet ends soonest, where each start must save its cost.
+
+    Cuts are tried one by one, each where the fleet then ends soonest, and the best of them by end and starts together
+    is taken; or the one of as many cohorts as `wanted`. There may be more than run at a time: others wait their turn.
+    It is over when the starts alone of one more would cost what the best of them saves; one more is always tried.
+
+    Returns:
+        The counts, and each number of cohorts that was tried, with the seconds to the end.
+    """
+
+    def end(cut: list[int]) -> tuple[float, float]:
+        queue = sorted(
+            ((load.each(count), load.ask) for load, count in zip(loads, cut, strict=True) for _ in range(count)),
+            key=lambda one: one[0],
+            reverse=True,
+        )
+        ends = [stop for _, stop in timetable(queue, nodes)]
+        return max(ends), sum(ends)
+
+    counts = [load.least for load in loads]
+    best, tried = counts, [Alternative(sum(counts), end(counts)[0])]
+    slots = 1 + sum(int(node.cpus) for node in nodes)
+    work = sum(load.seconds * load.ask.workers * load.ask.cpus for load in loads)
+    soonest = max(work / sum(node.cpus for node in nodes), *(load.each(load.parts) for load in loads))
+    lowest = tried[0].seconds + START_SECONDS * sum(counts)
+
+    def goes_on(total: int) -> bool:
+        if wanted is not None:
+            return total < wanted
+        return total <= sum(best) or (total < sum(best) + slots and soonest + START_SECONDS * (total + 1) < lowest)
+
+    while goes_on(sum(counts)):
+        finer = [
+            [count + (index == chosen) for index, count in enumerate(counts)]
+            for chosen, load in enumerate(loads)
+            if counts[chosen] < load.parts
+        ]
+        if not finer:
+            break
+        (seconds, _), counts = min(((end(cut), cut) for cut in finer), key=lambda one: one[0])
+        tried.append(Alternative(sum(counts), seconds))
+        cost = tried[-1].seconds + START_SECONDS * sum(counts)
+        if wanted is not None or cost < lowest:
+            best, lowest = counts, cost
+    return best, tried
+
+
+def split_evenly(group: Cohort, count: int, cost: Callable[[Cohort], float]) -> list[Cohort]:
+    """Cut a group into at most `count` parts of about equal cost: the dearest first, each where there is least yet.
+
+    Students that share a stage I stay together.
+
+    Args:
+        cost: of such a family of students.
+    """
+    families = families_of(group)
+    parts: list[list[StudentSpec]] = [[] for _ in range(min(count, len(families)))]
+    loads = [0.0] * len(parts)
+    for family in sorted(families, key=cost, reverse=True):
+        lightest = loads.index(min(loads))
+        parts[lightest].extend(family)
+        loads[lightest] += cost(family)
+    order = {spec.name: index for index, spec in enumerate(group)}
+    return [tuple(sorted(part, key=lambda spec: order[spec.name])) for part in parts]
+
+
+def worth_splitting(
+    cohort: Cohort, left: Mapping[str, float], ask: ResourceRequest, free: Sequence[Node]
+) -> list[Cohort]:
+    """The cohorts into which a running one should be cut now that there is room; one, where it should stay as it is.
+
+    All parts are started afresh, so a start and the longest of them must end sooner than the cohort would as it is, by
+    more than all their starts cost.
+
+    Args:
+        left: seconds that each student still takes in it, by name.
+        ask: what it occupies.
+        free: what the nodes have free beside it.
+    """
+
+    def cost(students: Cohort) -> float:
+        return sum(left[spec.name] for spec in students)
+
+    best, lowest = [cohort], cost(cohort)
+    for count in range(2, len(families_of(cohort)) + 1):
+        if pack(free, [ask] * (count - 1)) is None:
+            break
+        parts = split_evenly(cohort, count, cost)
+        if (spent := START_SECONDS * (1 + count) + max(map(cost, parts))) < lowest:
+            best, lowest = parts, spent
+    return best

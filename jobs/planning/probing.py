@@ -1,0 +1,225 @@
+"""What a fleet's students take: each distinct model is probed once, in a process that may die of it.
+
+A model that takes all memory, or crashes below Python, ends that process and not the command; then its cost is unknown,
+and its worker says why, as it would have anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from akd_dist.base.errors import AkdError, MachineError
+from akd_dist.base.trusted import Trusted
+from akd_dist.data.rows import Splits, prepare
+from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
+from akd_dist.distill.ranks import told
+from akd_dist.models.device import gpus_of
+from akd_dist.recipe import DataSpec, HardLabels, Recipe, StudentSpec, trust
+
+ALL_SECONDS = 30.0
+"""How long the probes of a fleet take at most; further models are estimated from the nearest by size."""
+
+log = logging.getLogger(__name__)
+
+
+def measure_there(
+    recipe: Recipe,
+    students: Sequence[StudentSpec],
+    parameters: dict[str, int],
+    cache_root: str,
+    tell: Callable[[str], None],
+) -> dict[str, Measured | None]:
+    """`measure_all` on a node of the cluster that has what the students take; where that fails, all are unknown.
+
+    Args:
+        tell: told if it fails. It does not wait for others to end.
+    """
+    from akd_dist.jobs.cluster import StopFlag, free_nodes
+    from akd_dist.jobs.packing import ResourceRequest, fits
+    from akd_dist.jobs.shared import Shared
+    from akd_dist.jobs.tasks import run_one
+
+    threads, gpus = max(spec.threads for spec in students), gpus_of(recipe.device)
+    try:
+        if not fits(free_nodes(), ResourceRequest(1, threads, gpus)):
+            raise MachineError("no GPU is free to probe the students on")
+        with Shared({}, cache_root, tell) as shared:
+            found: dict[str, Measured | None] = run_one(
+                measure_all,
+                *(recipe, students, parameters, cache_root),
+                threads=threads,
+                gpus=gpus,
+                shared=shared,
+                stop=StopFlag(),
+                on_poll=lambda: None,
+                name="probing the students",
+            )
+        return found
+    except AkdError as error:
+        tell(f"how long the students take is not known: {error}")
+        return dict.fromkeys(spec.name for spec in students)
+
+
+def measure_all(
+    recipe: Recipe, students: Sequence[StudentSpec], parameters: dict[str, int], cache_root: str
+) -> dict[str, Measured | None]:
+    """What each student takes, from one probe of each distinct model, batch and optimizer on this machine.
+
+    Once the probes have taken ALL_SECONDS, models that are still unknown are estimated from the one nearest in
+    parameters, in proportion.
+
+    Args:
+        parameters: of each student, by name.
+        cache_root: this node's own folder, where the rows are prepared.
+
+    Returns:
+        By the name of the student; None where the probe failed.
+    """
+    distinct: dict[str, StudentSpec] = {}
+    for spec in students:
+        distinct.setdefault(probe_key(spec), spec)
+    found: dict[str, Measured | None] = {}
+    started = time.monotonic()
+    with Prober(recipe, cache_root) as prober:
+        for key, spec in distinct.items():
+            if time.monotonic() - started < ALL_SECONDS:
+                found[key] = prober.probe(spec)
+    known = {key: one for key, one in found.items() if one is not None}
+    sizes = {key: parameters[spec.name] for key, spec in distinct.items()}
+    for key in distinct.keys() - found.keys():
+        nearest = min(known, key=lambda other: abs(sizes[other] - sizes[key]), default=None)
+        found[key] = None if nearest is None else scaled(known[nearest], sizes[key] / max(sizes[nearest], 1))
+    return {spec.name: found[probe_key(spec)] for spec in students}
+
+
+def probe_key(spec: StudentSpec) -> str:
+    """What the cost of a student's step depends on. Neither its seed nor its learning rate nor its temperature do."""
+    optimizer = largest_optimizer(spec)
+    return "\n".join(
+        [
+            spec.model.model_dump_json(),
+            f"{spec.batch} {spec.last_batch} {spec.workers} {spec.threads} {spec.precision}",
+            f"{optimizer.kind} {moments(optimizer)} {optimizer.clip is None}",
+        ]
+    )
+
+
+def scaled(known: Measured, ratio: float) -> Measured:
+    """The measurement of a model that is so many times as large; the stream stays as it is."""
+    seconds = {name: getattr(known, name) * ratio for name in ("step", "evaluation", "start", "keeping")}
+    sizes = [one.name for one in fields(known) if one.name not in (*seconds, "stream")]
+    return replace(known, **seconds, **{name: round(getattr(known, name) * ratio) for name in sizes})
+
+
+class Prober:
+    """Probes students one after the other in a process of its own, and starts another when a model has killed it."""
+
+    def __init__(self, recipe: Recipe, cache_root: str) -> None:
+        self.job = {
+            "data": recipe.data.model_dump(mode="json"),
+            "device": recipe.device,
+            "trusted": recipe.trusted.model_dump(mode="json"),
+            "cache_root": cache_root,
+        }
+        self.process: subprocess.Popen[str] | None = None
+        self.words = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # what the process says besides its answers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *leaving: object) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+        self.words.close()
+
+    def probe(self, spec: StudentSpec) -> Measured | None:
+        """What a student takes; None, and a warning, if its probe fails or kills its process."""
+        if spec.objective.epochs == 0:  # it takes no step, but its fleet may be measured; no recipe can say so
+            spec = spec.model_copy(update={"objective": HardLabels(epochs=1)})
+        with tempfile.TemporaryDirectory(prefix="akd-dist-probe-") as scratch:
+            answer = self._ask({"student": spec.model_dump(mode="json"), "scratch": scratch})
+        if "failed" in answer:
+            log.warning("the probe of %s failed: %s", spec.name, answer["failed"])
+            return None
+        return Measured(**answer)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.process = process = self.process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(request | self.job) + "\n")
+            process.stdin.flush()
+        if line := process.stdout.readline():
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        self.process = None
+        process.communicate()
+        self.words.seek(0)
+        last = "".join(line.strip() for line in deque(self.words, maxlen=1))
+        return {"failed": f"its process ended with code {process.returncode}" + (last and f": {last}")}
+
+    def _start(self) -> subprocess.Popen[str]:
+        self.words.seek(0)
+        self.words.truncate()
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "akd_dist.jobs.planning.probing"],  # -P: only this process's own path counts
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.words,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+
+def answer_probes() -> None:
+    """The process of a `Prober`: answers each student that stands in a line of its input with a line of its output."""
+    with os.fdopen(os.dup(1), "w") as answers, contextlib.suppress(KeyboardInterrupt):
+        os.dup2(2, 1)  # what a model prints is no answer
+        # Whatever a model forks may outlive this process: the driver waits for the end of these answers.
+        os.register_at_fork(after_in_child=lambda: os.close(answers.fileno()))
+        with contextlib.suppress(OSError):  # not on Linux
+            Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this process that goes
+        for line in sys.stdin:
+            try:
+                answer = asdict(_answer(**json.loads(line)))
+            except (Exception, SystemExit) as error:
+                answer = {"failed": told(error)}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+def _answer(
+    student: dict[str, Any], data: dict[str, Any], device: str, trusted: dict[str, Any], cache_root: str, scratch: str
+) -> Measured:
+    told = Trusted.model_validate(trusted)
+    rows, splits = _prepared(json.dumps(data), told, cache_root)
+    try:
+        return probe(rows, device, trust(StudentSpec.model_validate(student), told), splits, Path(scratch))
+    finally:
+        torch.cuda.empty_cache()  # else it would count as taken in the next probe
+
+
+@functools.cache
+def _prepared(data: str, trusted: Trusted, cache_root: str) -> tuple[DataSpec, Splits]:
+    rows = trust(DataSpec.model_validate_json(data), trusted)
+    return rows, prepare(rows, Path(cache_root), expected={})  # what is trained on is looked at elsewhere
+
+
+if __name__ == "__main__":
+    answer_probes()

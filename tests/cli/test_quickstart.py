@@ -1,0 +1,84 @@
+"""The whole story as a newcomer runs it: one command, its table, its folders, and the same command again."""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quickstart")
+
+
+def akd_dist(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "akd_dist.cli", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "arning" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def first(folder: Path) -> subprocess.CompletedProcess[str]:
+    return akd_dist(folder, "quickstart")
+
+
+def test_it_ends_with_a_table_and_says_where_things_lie(folder: Path, first: subprocess.CompletedProcess[str]) -> None:
+    assert first.returncode == 0, first.stderr
+    for shown in ("teacher", "mlp-8", "mlp-64", "Annealing-KD", "from scratch", "report  runs/digits/report.html"):
+        assert shown in first.stdout
+    assert first.stdout.count("akd-dist train-students") + first.stdout.count("cp ") >= 2
+    assert (folder / "runs" / "digits" / "report.html").exists()
+    for shown in ("training the teacher", "training 24 students"):
+        assert shown in first.stderr
+
+
+def test_it_trains_what_it_promises_in_at_most_two_ray_train_runs(
+    folder: Path, first: subprocess.CompletedProcess[str]
+) -> None:
+    fleet = json.loads((folder / "runs" / "digits" / "fleet.json").read_bytes())
+    assert fleet["cohorts"] <= 2
+    done = Counter(
+        (student["model"], student["objective"]) for student in fleet["students"] if student["state"] == "done"
+    )
+    assert len(done) == 8
+    assert set(done.values()) == {3}
+    assert fleet["teacher"]["test"]["accuracy"] > 0.95
+    best = max(student["test"]["accuracy"] for student in fleet["students"])
+    assert best > 0.93
+
+
+def test_again_it_is_a_hit_and_done_in_seconds(folder: Path, first: subprocess.CompletedProcess[str]) -> None:
+    started = time.monotonic()
+    again = akd_dist(folder, "quickstart")
+    assert again.returncode == 0
+    assert time.monotonic() - started < 20
+    assert "is a hit" in again.stderr
+    assert "is done" in again.stderr
+    assert "training" not in again.stderr
+    assert again.stdout == first.stdout
+
+
+def test_cache_teacher_then_is_a_hit_whose_document_fits_its_schema(
+    folder: Path, first: subprocess.CompletedProcess[str]
+) -> None:
+    import jsonschema
+
+    from akd_dist.documents.json_schema import SCHEMAS
+
+    recipe = Path(__file__).parents[2] / "jobs" / "digits.yaml"
+    hit = akd_dist(folder, "cache-teacher", str(recipe), "--json")
+    document = json.loads(hit.stdout)
+    jsonschema.validate(document, json.loads((SCHEMAS / "cache.schema.json").read_text()))
+    assert (document["hit"], document["views"], document["shards_computed"]) == (True, 4, 0)
+    fewer = json.loads(akd_dist(folder, "cache-teacher", str(recipe), "--set", "data.views=2", "--json").stdout)
+    assert (fewer["hit"], fewer["id"]) == (True, document["id"])  # a store of more views serves fewer
+    fleet = json.loads((folder / "runs" / "digits" / "fleet.json").read_bytes())
+    jsonschema.validate(fleet, json.loads((SCHEMAS / "fleet.schema.json").read_text()))

@@ -1,0 +1,568 @@
+"""Under Ray: the bytes of the plain loop, through killed workers, killed drivers, Ctrl-C and second comers.
+
+Workers are killed for real, on one cluster for all tests; drivers are commands with a cluster of their own.
+"""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from rich.console import Console
+
+from akd_dist.base.errors import MachineError, RecipeError, RefusedError, TerminatedError
+from akd_dist.data.rows import prepare
+from akd_dist.documents.status import CohortProgress, StudentProgress
+from akd_dist.jobs import cluster
+from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
+from akd_dist.jobs.cluster import StopFlag, ray
+from akd_dist.jobs.fleet import Fleet, RunningCohort, _cause
+from akd_dist.jobs.packing import Node, ResourceRequest
+from akd_dist.jobs.planning.planner import Costs
+from akd_dist.jobs.shared import Shared
+from akd_dist.jobs.tasks import run_one
+from akd_dist.jobs.train_students import fleet_job, train_in_process, train_students
+from akd_dist.models.folder import load_model
+from akd_dist.recipe import Recipe
+from akd_dist.reporting.results import read_fleet
+from akd_dist.storage.catalog import list_stores
+from akd_dist.storage.claim import claim_store
+from akd_dist.storage.reader import open_store
+from akd_dist.storage.removal import disused
+from akd_dist.tracking.status import write_document
+from tests.data.test_verification import flip
+from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, own, store_bytes, weights
+from tests.survivors import plant_snapshots
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+SLOW_MODELS = """
+import time, torch
+
+class Slow(torch.nn.Module):
+    def __init__(self, inputs, classes, seconds):
+        super().__init__()
+        self.layer, self.seconds = torch.nn.Linear(inputs, classes), seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        return self.layer(x.flatten(1))
+
+def slow(input_shape, classes, seconds):
+    return Slow(input_shape[0] * input_shape[1] * input_shape[2], classes, seconds)
+"""
+
+
+def a_slow_model(seconds: float) -> dict[str, Any]:
+    return {"kind": "custom", "factory": "slow_models:slow", "arguments": {"seconds": seconds}}
+
+
+FLEET = [
+    *(a_student(f"annealing-{seed}", seed=seed) for seed in range(3)),
+    *(a_student(f"hard-{seed}", seed=seed, objective=HARD) for seed in range(2)),
+    a_student("slow", model=a_slow_model(0.02)),
+    a_student("cnn", model={"kind": "cnn", "width": 4}),
+    a_student("long", objective=ANNEALING | {"stage1_epochs": 3, "stage2_epochs": 2}),
+]
+
+
+class Home:
+    """One folder with a teacher, the recipe file, and what the plain loop makes of it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.cache_root = root, str(root / "cache")
+        (root / "slow_models.py").write_text(SLOW_MODELS)
+        self.recipe = self.recipe_for(a_teacher(a_recipe([a_student("any")]), root / "teacher", root / "cache"))
+        document = cache_in_process(
+            self.recipe, str(root / "teacher"), store_root=str(root / "plain"), cache_root=self.cache_root
+        )
+        self.stores = {"train": document["store"]} | {name: part["store"] for name, part in document["splits"].items()}
+        train_in_process(self.recipe, self.stores, run=root / "plain-run", cache_root=self.cache_root)
+        self.store_bytes, self.weights = store_bytes(root / "plain"), weights(root / "plain-run")
+
+    def recipe_for(self, teacher: str, **changes: Any) -> Recipe:
+        return a_recipe(FLEET, teacher={"weights": teacher}, folder=str(self.root), **changes)
+
+    def places(self, root: Path) -> dict[str, Any]:
+        return {"store_root": str(root / "stores"), "cache_root": self.cache_root}
+
+    def train(self, root: Path, recipe: Recipe | None = None, **options: Any) -> dict[str, Any]:
+        return train_students(
+            recipe or self.recipe,
+            run_root=str(root / "runs"),
+            console=Console(quiet=True),
+            **self.places(root),
+            **options,
+        )
+
+    def command(self, root: Path, *arguments: str) -> list[str]:
+        file = root / "recipe.yaml"
+        file.write_text(self.recipe.to_yaml())
+        places = ["--store-root", str(root / "stores"), "--cache-root", self.cache_root]
+        if arguments[0] == "train-students":
+            places += ["--run-root", str(root / "runs")]
+        return [sys.executable, "-m", "akd_dist.cli", arguments[0], str(file), *places, *arguments[1:]]
+
+
+def said(run: Path) -> dict[str, bytes]:
+    """What each student and the teacher say of the test rows."""
+    return {path.parent.name: path.read_bytes() for path in run.glob("students/*/test.parquet")}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(tmp_path_factory.mktemp("fleet"))
+
+
+@pytest.fixture(scope="module")
+def trained(home: Home, ray_cluster: None) -> tuple[Path, dict[str, Any]]:
+    """The fleet, cached and trained on the session's cluster, with nothing killed."""
+    root = home.root / "undisturbed"
+    return root, home.train(root)
+
+
+def test_a_fleet_on_ray_has_the_bytes_of_the_plain_loop(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
+    root, fleet = trained
+    assert store_bytes(root / "stores") == home.store_bytes
+    assert weights(root / "runs" / "fleet") == home.weights
+    assert len(home.weights) == 8
+    assert said(root / "runs" / "fleet") == said(home.root / "plain-run") != {}
+    assert fleet["cohorts"] == 1
+    assert {student["state"] for student in fleet["students"]} == {"done"}
+    assert not list((root / "stores").rglob("*.claim"))
+    assert not list(root.rglob("*.partial"))
+
+
+def test_what_a_run_leaves(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
+    root, fleet = trained
+    run = root / "runs" / "fleet"
+    assert read_fleet(run) == fleet
+    page = (run / "report.html").read_text()
+    assert "<svg" in page
+    assert "Who is right" in page  # from every student's test.parquet
+    (balance,) = fleet["economics"]
+    assert (balance["passes_run"], balance["epochs"], balance["students"]) == (2, 13, 6)
+    assert balance["hosts"]
+    assert balance["training_seconds"] is None  # the recipe names weights
+    assert "views: 2" in (run / "recipe.yaml").read_text()
+    student = fleet["students"][0]
+    assert student["parameters"] == sum(p.numel() for p in load_model(student["path"]).parameters())
+    assert (run / "logs" / "annealing-0.log").exists()
+
+
+def test_a_run_is_recorded_with_every_store_it_used(trained: tuple[Path, dict[str, Any]]) -> None:
+    root, fleet = trained
+    for store in list_stores(str(root / "stores")):
+        (use,) = store.uses
+        assert (use.run, use.lock) == (fleet["run"], str(root / "runs" / "fleet" / "lock"))
+        assert not use.is_going_on(time.time()), "its lock was let go"
+    assert disused(str(root / "stores"), Path(root / "no-cache"), unused_for=86_400) == []
+
+
+def test_a_student_serves_as_a_teacher(home: Home, trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    chained = home.recipe_for(trained[1]["students"][0]["path"])
+    document = cache_in_process(chained, chained.teacher.weights or "", **home.places(tmp_path))
+    assert not document["hit"]
+    assert document["id"] != Path(home.stores["train"]).name
+
+
+def test_the_same_command_again_touches_nothing(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
+    root, fleet = trained
+    before = {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("*.safetensors")}
+    assert home.train(root) == fleet
+    assert {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("*.safetensors")} == before
+
+
+def test_another_recipe_under_the_same_name_is_refused(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
+    other = home.recipe_for(home.recipe.teacher.weights or "", data=home.recipe.data.model_copy(update={"views": 1}))
+    with pytest.raises(RecipeError, match=r"(?s)data\.views: 2 -> 1.*--set name=") as refused:
+        home.train(trained[0], other)
+    assert refused.value.code == 2
+
+
+def test_another_teacher_under_the_same_name_is_refused(home: Home, trained: Any) -> None:
+    student = trained[1]["students"][0]["path"]
+    with pytest.raises(RecipeError, match=r"(?s)teacher\.fingerprint: \w+ -> \w+"):
+        home.train(trained[0], home.recipe_for(student))
+
+
+def test_saved_results_that_lag_behind_their_students_are_collected_again(home: Home, trained: Any) -> None:
+    root, fleet = trained
+    (root / "runs" / "fleet" / "report.html").unlink()  # as if killed just before it was written
+    again = home.train(root)
+    assert again["students"] == fleet["students"]
+    assert (root / "runs" / "fleet" / "report.html").exists()
+
+
+def test_fresh_asks_before_it_forgets(home: Home, trained: Any) -> None:
+    before = weights(trained[0] / "runs" / "fleet")
+    with pytest.raises(RefusedError):
+        home.train(trained[0], home.recipe_for(str(home.root / "nowhere")), fresh=True)
+    assert weights(trained[0] / "runs" / "fleet") == before
+
+
+class Killer:
+    """Kills the first `count` of our processes whose title contains `title`, each once `when()` says so."""
+
+    def __init__(self, title: str, count: int, when: Callable[[], bool] = lambda: True) -> None:
+        self.title, self.count, self.when = title, count, when
+        self.killed: set[int] = set()
+        self.over = threading.Event()
+
+    def __enter__(self) -> "Killer":
+        self.thread = threading.Thread(target=self._hunt, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _hunt(self) -> None:
+        while not self.over.wait(0.05) and len(self.killed) < self.count:
+            for process in psutil.Process().children(recursive=True):  # others may run these tests as well
+                try:
+                    title = " ".join(process.cmdline())
+                except psutil.Error:
+                    continue
+                if self.title in title and process.pid not in self.killed and self.when():
+                    process.kill()
+                    self.killed.add(process.pid)
+                    break
+
+
+def test_a_killed_cache_worker_changes_no_byte(home: Home, ray_cluster: None, tmp_path: Path) -> None:
+    with Killer("ray::cache_shard", 2) as killer:
+        teacher = home.root / "slow-teacher"
+        slow = home.recipe_for(str(a_slow_teacher(home, teacher)), code=["slow_models"])
+        cache_teacher(slow, console=Console(quiet=True), **home.places(tmp_path))
+    assert len(killer.killed) == 2
+    cache_in_process(slow, str(teacher), store_root=str(tmp_path / "plain"), cache_root=home.cache_root)
+    assert store_bytes(tmp_path / "stores") == store_bytes(tmp_path / "plain")
+    assert not [path for path in (tmp_path / "stores").rglob("*") if path.suffix in (".claim", ".partial")]
+
+
+def a_slow_teacher(home: Home, folder: Path) -> Path:
+    from akd_dist.data.rows import prepare
+    from akd_dist.models.build import build
+    from akd_dist.models.card import ModelCard
+    from akd_dist.models.folder import save_model
+    from akd_dist.recipe import Custom
+
+    card = ModelCard.of(
+        own(Custom(**a_slow_model(0.1)), home.root), prepare(home.recipe.data, Path(home.cache_root)).train, None
+    )
+    save_model(folder, build(card, seed=1), card)
+    return folder
+
+
+def test_killed_train_workers_resume_also_before_their_first_step(
+    home: Home, trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpointed = lambda: len(list(tmp_path.rglob("*.ckpt"))) > 4  # noqa: E731
+    with Killer("ray::RayTrainWorker", 1) as early, Killer("ray::RayTrainWorker", 2, checkpointed) as late:
+        fleet = home.train(tmp_path)
+    assert len(early.killed) == 1
+    assert len(late.killed) == 2
+    assert {student["state"] for student in fleet["students"]} == {"done"}
+    assert weights(tmp_path / "runs" / "fleet") == home.weights
+    assert "raylet" not in "".join(capsys.readouterr())  # Ray's own words
+
+
+def run_until(
+    command: list[str], ready: Callable[[], bool], number: int, *, group: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Start a command, send it a signal once `ready`, and give what came of it."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()
+    if number == signal.SIGINT or group:  # as a terminal or a service manager does: to everybody
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def ray_processes(root: Path) -> list[psutil.Process]:
+    """Processes that carry this test's marker in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("AKD_TEST_MARKER") == str(root) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("AKD_TEST_MARKER", str(tmp_path))
+    yield tmp_path
+    for process in ray_processes(tmp_path):
+        process.kill()
+
+
+def test_a_killed_caching_driver_carries_on_with_the_missing_shards(
+    home: Home, trained: Any, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = lambda: len(list(marker.rglob("receipts/*.json"))) >= 2  # noqa: E731
+    # All shards are done within milliseconds: its workers stand still at their third ones.
+    monkeypatch.setenv("AKD_FAILPOINT", "shard.before_receipt:3:STOP")
+    killed = run_until(home.command(marker, "cache-teacher"), shards, signal.SIGKILL)
+    monkeypatch.delenv("AKD_FAILPOINT")
+    assert killed.returncode == -signal.SIGKILL
+    document = cache_teacher(home.recipe, console=Console(quiet=True), wait=True, **home.places(marker))
+    stores = [document, *document["splits"].values()]  # the driver may have died in any of them
+    assert 0 < sum(store["shards_computed"] for store in stores) < sum(store["shards"] for store in stores)
+    assert store_bytes(marker / "stores") == home.store_bytes
+    assert not list((marker / "stores").rglob("*.claim"))
+
+
+def test_a_killed_training_driver_resumes_to_the_very_weights(home: Home, trained: Any, marker: Path) -> None:
+    started = lambda: len(list(marker.rglob("*.ckpt"))) > 4  # noqa: E731
+    killed = run_until(home.command(marker, "train-students"), started, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    plant_snapshots(marker / "runs" / "fleet", b"")
+    fleet = home.train(marker)
+    assert weights(marker / "runs" / "fleet") == home.weights
+    assert {student["state"] for student in fleet["students"]} == {"done"}
+
+
+def test_ctrl_c_checkpoints_says_how_to_go_on_and_leaves_no_process(home: Home, trained: Any, marker: Path) -> None:
+    started = lambda: len(list(marker.rglob("*.ckpt"))) > 4  # noqa: E731
+    stopped = run_until(home.command(marker, "train-students", "--json"), started, signal.SIGINT)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "the same command goes on" in stopped.stderr
+    assert json.loads(stopped.stdout)["error"]["code"] == 130
+    assert "Traceback" not in stopped.stderr
+    deadline = time.monotonic() + 10
+    while ray_processes(marker) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray_processes(marker) == []
+    home.train(marker)
+    assert weights(marker / "runs" / "fleet") == home.weights
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    with cluster.stop_on_signals(told.append) as stop:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert (stop.signal, len(told)) == (signal.SIGTERM, 1)
+        monkeypatch.setattr(cluster, "ONCE_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = prepare(home.recipe.data, Path(home.cache_root))
+    base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
+    fleet, over = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True)), threading.Event()
+    thread = threading.Thread(target=over.wait, daemon=True)
+    thread.start()
+    fleet.carried.append(RunningCohort(base, base, ResourceRequest(1, 1), overtook=False, thread=thread))
+    monkeypatch.setattr(fleet, "_watch", lambda **_: pytest.fail("it waits"))
+    with pytest.raises(KeyboardInterrupt), fleet._stopping_on_errors():
+        raise KeyboardInterrupt
+    over.set()
+
+
+def test_a_node_that_joins_in_the_place_of_a_lost_one_is_none_to_wait_for(home: Home, tmp_path: Path) -> None:
+    """Ray places a cohort's workers again on the nodes that it was begun with, and there is none of these left."""
+    splits = prepare(home.recipe.data, Path(home.cache_root))
+    base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
+    fleet, over = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True)), threading.Event()
+    fleet.shared.nodes = lambda: [Node("joined", 4)]  # type: ignore[method-assign]
+    thread = threading.Thread(target=over.wait, daemon=True)
+    thread.start()
+    one = RunningCohort(base, base, ResourceRequest(1, 1), overtook=False, thread=thread, nodes=frozenset({"joined"}))
+    fleet.carried.append(one)
+    fleet._check_room()
+    one.nodes = frozenset({"lost"})
+    with pytest.raises(MachineError, match="nodes were lost") as told:
+        fleet._check_room()
+    over.set()
+    assert "others have joined" in str(told.value.next)
+
+
+def test_lost_nodes_end_the_run_once_the_cohorts_on_others_have_checkpointed(home: Home, tmp_path: Path) -> None:
+    splits, saved = prepare(home.recipe.data, Path(home.cache_root)), list[str]()
+    base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
+    fleet = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
+    fleet.shared.nodes = lambda: [Node("here", 4)]  # type: ignore[method-assign]
+    base.stop_file.parent.mkdir(parents=True)
+
+    def healthy() -> None:
+        while not base.stop_file.exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        saved.append("it has checkpointed")
+
+    for node, act in (("here", healthy), ("lost", lambda: time.sleep(2))):
+        thread = threading.Thread(target=act, daemon=True)
+        thread.start()
+        fleet.carried.append(
+            RunningCohort(base, base, ResourceRequest(1, 1), overtook=False, thread=thread, nodes=frozenset({node}))
+        )
+    fleet.moved_at -= 61  # the healthy one is silent as well: a long evaluation
+    with pytest.raises(MachineError, match="nodes were lost"), fleet._stopping_on_errors():
+        fleet._keep_busy()
+    assert saved == ["it has checkpointed"]
+
+
+def test_the_pace_of_a_cohort_is_not_that_of_who_ended_early(home: Home, tmp_path: Path) -> None:
+    splits = prepare(home.recipe.data, Path(home.cache_root))
+    base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
+    fleet = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
+    one = RunningCohort(base, base, ResourceRequest(1, 1), overtook=False)
+    first, second = (spec.name for spec in base.students[:2])
+    base.progress_file.parent.mkdir(parents=True)
+
+    def tell(steps: int, other: int, state: Any) -> float:
+        students = [
+            StudentProgress(name=first, state="training", epochs=1, steps=steps, steps_total=1000),
+            StudentProgress(name=second, state=state, epochs=1, steps=other, steps_total=1000),
+        ]
+        write_document(base.progress_file, CohortProgress(training=True, at=time.time(), students=students))
+        return fleet._left(one).get(first, 0.0)
+
+    tell(10, 10, "training")
+    assert one.since is not None
+    one.since = (one.since[0] - 10, one.since[1])  # seconds ago
+    assert tell(60, 1000, "diverged") == pytest.approx(940 / 5, rel=0.01)
+
+
+def test_a_task_that_does_not_begin_does_not_hold_up_who_stops(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("akd_dist.jobs.tasks.GRACE_SECONDS", 0.5)
+    busy = ray.remote(num_cpus=4)(lambda: time.sleep(60)).remote()
+    while cluster.free_nodes()[0].cpus > 0:
+        time.sleep(0.1)
+    stop, began = StopFlag(), time.monotonic()
+    stop.signal = signal.SIGTERM
+    with Shared({}, str(tmp_path), print) as shared, pytest.raises(TerminatedError, match="the teacher did not answer"):
+        run_one(
+            lambda: None, threads=4, gpus=0, shared=shared, stop=stop, on_poll=lambda: None, name="the teacher"
+        )  # fmt: skip
+    assert time.monotonic() - began < 20
+    ray.cancel(busy, force=True)
+
+
+def test_sigterm_to_the_whole_group_leaves_with_143_and_the_next_command_goes_on(
+    home: Home, trained: Any, marker: Path
+) -> None:
+    started = lambda: len(list(marker.rglob("*.ckpt"))) > 4  # noqa: E731
+    stopped = run_until(home.command(marker, "train-students", "--fresh"), started, signal.SIGTERM, group=True)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "the same command without --fresh goes on" in stopped.stderr
+    assert "and Ray with it" not in stopped.stderr  # Ray leaves with the driver, not before it: workers checkpoint
+    assert ray_processes(marker) == []
+    home.train(marker)
+    assert weights(marker / "runs" / "fleet") == home.weights
+
+
+@pytest.mark.parametrize("phase", ["claim", "metrics"])
+def test_sigterm_while_the_teacher_trains_leaves_with_143_and_keeps_its_checkpoint(
+    marker: Path, home: Home, phase: str
+) -> None:
+    teacher = {"model": a_slow_model(0.02), "train": {"epochs": 3, "optimizer": {"kind": "adamw", "lr": 1e-2}}}
+    recipe = a_recipe([a_student("one")], teacher=teacher, folder=str(home.root))
+    home.recipe, kept = recipe, home.recipe
+    command = home.command(marker, "cache-teacher")
+    home.recipe = kept
+    found = {"claim": "teachers/*.claim", "metrics": "teachers/*/metrics.jsonl"}[phase]
+    stopped = run_until(command, lambda: bool(list((marker / "stores").glob(found))), signal.SIGTERM)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "stopped" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert "SIGTERM received" not in stopped.stderr  # Ray's handler, which aborts whoever takes longer than 3 s
+    assert not list((marker / "stores").rglob("*.claim"))
+    if phase == "metrics":
+        assert list((marker / "stores").glob("teachers/*/checkpoints/*.ckpt"))
+
+
+def test_the_second_driver_leaves_with_3_and_names_the_holder(home: Home, tmp_path: Path) -> None:
+    store_id = Path(home.stores["train"]).name
+    with claim_store(str(tmp_path / "stores"), store_id, wait=False):
+        second = subprocess.run(home.command(tmp_path, "cache-teacher"), capture_output=True, text=True, check=False)
+    assert second.returncode == 3, second.stderr
+    assert str(os.getpid()) in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_a_node_that_does_not_answer_gets_no_work_and_holds_up_nobody(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, told = cluster.nodes(), list[str]()
+    answer = ray.remote(num_cpus=0)(lambda: time.sleep(60)).remote()
+    monkeypatch.setattr("akd_dist.jobs.shared.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(cluster, "nodes", lambda: [*there, Node("silent", 4, 0, 1e9, "the silent one")])
+    monkeypatch.setattr(Shared, "_ask", lambda _shared, _name: answer)
+    with Shared({}, str(tmp_path), told.append) as shared:
+        assert [node.name for node in shared.nodes()] == [node.name for node in there]
+    assert told == ["no answer for 0.5 s, so no work until there is one: the silent one"]
+    ray.cancel(answer, force=True)
+
+
+@pytest.mark.parametrize(
+    ("told", "cause"),
+    [
+        ('Training failed.\nFile "model.py", line 3, in forward\n    ^^^^\nSystemExit: 3\n', "SystemExit: 3"),
+        (
+            "It died.\nWorker exit detail: SIGKILL received.\n Some common causes include: (1) memory",
+            "Worker exit detail: SIGKILL received",
+        ),
+    ],
+)
+def test_of_what_ray_says_of_a_death_the_cause_is_told(told: str, cause: str) -> None:
+    assert _cause(told) == cause
+
+
+def test_a_signal_to_the_group_leaves_ray_to_the_driver(ray_cluster: None) -> None:
+    def blocks(process: psutil.Process, number: int) -> bool:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+        return bool(int(mask, 16) >> (number - 1) & 1)
+
+    @ray.remote
+    def worker() -> int:
+        return os.getpid()
+
+    (raylet,) = (one for one in psutil.Process().children() if one.name() == "raylet")
+    others = [one for one in psutil.Process().children() if one.name() == "gcs_server"]
+    for process in [raylet, *others, psutil.Process(ray.get(worker.remote()))]:
+        assert blocks(process, signal.SIGTERM), process
+        assert blocks(process, signal.SIGINT), process
+    assert not blocks(psutil.Process(), signal.SIGTERM)
+
+
+def test_wrong_bytes_in_a_nodes_cache_reach_no_student_and_are_told(home: Home, tmp_path: Path) -> None:
+    """In the decoded logits they are found by the workers, while they train; sizes and times stay as they are."""
+    shutil.copytree(home.root / "plain", tmp_path / "stores")
+    store = open_store(home.stores["train"])
+    flip(Path(home.cache_root) / "logits" / store.manifest.sha256[:32] / "logits.npy")
+    flip(prepare(home.recipe.data, Path(home.cache_root)).test.files[0])
+    told = io.StringIO()
+    train_students(
+        home.recipe, run_root=str(tmp_path / "runs"), console=Console(file=told, width=1000), **home.places(tmp_path)
+    )
+    assert weights(tmp_path / "runs" / home.recipe.name) == home.weights
+    lines = [line for line in told.getvalue().splitlines() if "made anew" in line]
+    assert any("logits.npy is no longer what was written there" in line for line in lines)

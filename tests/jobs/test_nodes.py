@@ -1,0 +1,77 @@
+"""Clusters of several nodes: those that join are used, those that see no shared folder are not; GPUs are shared."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from akd_dist.jobs.train_students import train_in_process
+from tests.fleets import HARD, a_recipe, a_student, a_teacher, stores_of, weights
+from tests.jobs.test_fleet_on_ray import SLOW_MODELS, a_slow_model
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def short() -> Iterator[str]:
+    """A folder for Ray: the paths of its sockets must be short."""
+    folder = tempfile.mkdtemp(prefix="ray-")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def on_nodes(short: str, *arguments: str) -> dict[str, Any]:
+    """What a cluster of its own says, in a process of its own."""
+    environment = os.environ | {"RAY_TMPDIR": short, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.nodes", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def unshare_works() -> bool:
+    tried = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
+    return tried.returncode == 0
+
+
+def test_a_node_that_does_not_see_a_folder_gets_no_work(short: str, tmp_path: Path) -> None:
+    if shutil.which("unshare") is None or not unshare_works():
+        pytest.skip("hiding a folder from one process takes unshare and mount, which are not permitted here")
+    answer = on_nodes(short, "hidden", str(tmp_path))
+    assert len(answer["told"]) == 1, answer
+    assert "gets no work" in answer["told"][0]
+    assert answer["kept"]
+    for part in ("does not see", "the run's folder", str(tmp_path), "--run-root", "s3://"):
+        assert part in answer["refusal"]
+    assert answer["left"] == []
+
+
+def test_cohorts_share_the_gpu_that_ray_is_told_of(short: str, tmp_path: Path) -> None:
+    answer = on_nodes(short, "share", str(tmp_path))
+    assert answer["gpus"] == [[0], [0]]
+    assert answer["cpus_free"] == 0
+    assert answer["memory_taken"] == 2e8
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_gets_work_and_the_weights_are_those_of_the_plain_loop(short: str, tmp_path: Path) -> None:
+    (tmp_path / "slow_models.py").write_text(SLOW_MODELS)
+    students = [a_student(f"s{seed}", seed=seed, model=a_slow_model(0.15), objective=HARD) for seed in range(4)]
+    teacher = a_teacher(a_recipe([a_student("any")]), tmp_path / "teacher", tmp_path / "cache")
+    recipe = a_recipe(students, teacher={"weights": teacher}, folder=str(tmp_path), checkpoint_seconds=1.0)
+    stores = stores_of(recipe, teacher, tmp_path)
+    train_in_process(recipe, stores, run=tmp_path / "plain", cache_root=str(tmp_path / "cache"))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    answer = on_nodes(short, "join", str(tmp_path / "recipe.yaml"), str(tmp_path))
+    assert answer["states"] == ["done"] * 4
+    assert answer["cohorts"] >= 3, (tmp_path / "told").read_text()  # one, and the two that it was cut into
+    assert "go on in 2 cohorts" in (tmp_path / "told").read_text()
+    assert weights(tmp_path / "runs" / recipe.name) == weights(tmp_path / "plain")

@@ -1,0 +1,291 @@
+"""The planner: who shares a cohort, how many there are, what fits where, and what a running one is cut into."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from akd_dist.base.errors import MachineError, RecipeError, RefusedError
+from akd_dist.distill.cohort import CohortJob
+from akd_dist.distill.probe import Measured
+from akd_dist.jobs.packing import Node, ResourceRequest, fits, next_to_start, pack, timetable
+from akd_dist.jobs.planning.planner import (
+    PROCESS_BYTES,
+    START_SECONDS,
+    Costs,
+    Load,
+    allocate,
+    cohort_job,
+    groups_of,
+    plan_cohorts,
+    split_evenly,
+    worth_splitting,
+)
+from akd_dist.recipe import Recipe
+from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student
+
+
+def nodes(*cpus: float, gpus: float = 0, memory: float = float("inf")) -> list[Node]:
+    return [Node(str(index), each, gpus, memory) for index, each in enumerate(cpus)]
+
+
+def cut(seconds: list[float], cpus_each: list[int], cpus: int, wanted: int | None) -> list[int]:
+    loads = [Load(total, ResourceRequest(1, each)) for total, each in zip(seconds, cpus_each, strict=True)]
+    return allocate(loads, nodes(cpus), wanted)[0]
+
+
+def end(cohorts: list[tuple[float, int]], cpus: int) -> float:
+    return max(
+        stop for _, stop in timetable([(seconds, ResourceRequest(1, each)) for seconds, each in cohorts], nodes(cpus))
+    )
+
+
+def costs_for(recipe: Recipe, **measured: Any) -> Costs:
+    """Costs of a recipe's students that nobody measured, or as given: 1 s a step unless said otherwise."""
+    known: dict[str, Any] = {"step": 1.0, "stream": 0.0, "evaluation": 0.0, "start": 0.0, "keeping": 0.0}
+    known |= dict.fromkeys(("weights", "gradients", "optimizer", "step_memory", "evaluation_memory"), 0) | measured
+    names = [spec.name for spec in recipe.students]
+    return Costs(
+        recipe.device, 100, parameters=dict.fromkeys(names, 10), measured=dict.fromkeys(names, Measured(**known))
+    )
+
+
+def test_a_small_fleet_is_one_cohort_and_a_large_one_fills_the_cluster() -> None:
+    assert cut([START_SECONDS], [1], cpus=8, wanted=None) == [1]
+    assert cut([100 * START_SECONDS], [1], cpus=4, wanted=None) == [4]
+    assert cut([4 * START_SECONDS], [1], cpus=8, wanted=None) == [2]  # a third would save 2/3 of a start
+    assert cut([100 * START_SECONDS, 1.0], [1, 2], cpus=4, wanted=None) == [4, 1]  # the small one waits
+    assert sum(cut([1.0, 2.0], [1, 1], cpus=2, wanted=5)) == 5
+
+
+def test_groups_of_unequal_length_leave_no_cpu_idle() -> None:
+    """One cohort of each group would take 100 starts, with a CPU idle for most of it; each group is halved instead."""
+    start = START_SECONDS
+    assert cut([100 * start, 25 * start], [1, 1], cpus=2, wanted=None) == [2, 2]
+    assert cut([100 * start, 100 * start], [1, 1], cpus=4, wanted=None) == [2, 2]  # one cut alone would save nothing
+    halves = [(51 * start, 1), (51 * start, 1), (13.5 * start, 1), (13.5 * start, 1)]
+    assert end(halves, cpus=2) == 64.5 * start
+    assert end([(30.0, 1), (10.0, 1), (10.0, 1), (10.0, 1)], cpus=2) == 30.0
+    assert end([(10.0, 2), (10.0, 1), (10.0, 1)], cpus=2) == 20.0
+    assert end([(10.0, 8)], cpus=2) == 10.0
+
+
+def test_a_student_that_cannot_be_cut_and_the_stream_bound_what_another_cohort_saves() -> None:
+    ask = ResourceRequest(1, 1)
+    longest = Load(100 * START_SECONDS, ask, longest=90 * START_SECONDS, parts=5)
+    assert allocate([longest], nodes(8), None)[0] == [2]
+    counts, tried = allocate([Load(10 * START_SECONDS, ask, shared=50 * START_SECONDS)], nodes(8), None)
+    assert counts == [3]
+    assert [one.cohorts for one in tried][:3] == [1, 2, 3]
+
+
+def test_no_more_cuts_are_tried_than_can_pay() -> None:
+    """Or planning would take minutes where there are hundreds of CPUs."""
+    counts, tried = allocate([Load(300 * 400.0, ResourceRequest(1, 1), longest=400.0, parts=300)], nodes(256), None)
+    assert counts == [93]
+    assert len(tried) < 200
+    assert len(allocate([Load(1.0, ResourceRequest(1, 1))], nodes(256), None)[1]) == 2  # of which the plan tells
+
+
+# ---- room
+
+
+def test_a_worker_needs_its_cpus_on_one_node() -> None:
+    assert fits(nodes(1, 1), ResourceRequest(2, 1))
+    assert not fits(nodes(1, 1), ResourceRequest(1, 2))
+    assert not fits(nodes(3, 3), ResourceRequest(3, 2))
+    assert fits(nodes(2, 2, 2), ResourceRequest(3, 2))
+    assert not fits(nodes(8, memory=5.0), ResourceRequest(2, 1, memory=3.0))
+    assert fits(nodes(8, 8, memory=5.0), ResourceRequest(2, 1, memory=3.0))
+
+
+def test_cohorts_share_a_gpu_by_fractions() -> None:
+    gpu = nodes(16, gpus=1)
+    assert pack(gpu, [ResourceRequest(1, 1, gpus=0.25)] * 4) is not None
+    assert pack(gpu, [ResourceRequest(1, 1, gpus=0.1)] * 10) is not None  # which floats do not add up to 1
+    assert pack(gpu, [ResourceRequest(1, 1, gpus=0.25)] * 5) is None
+    assert pack(gpu, [ResourceRequest(1, 1, gpus=0.5), ResourceRequest(1, 1, gpus=1)]) is None
+    assert pack(nodes(1, 1, gpus=1), [ResourceRequest(2, 1, gpus=1)]) is not None
+
+
+def test_a_small_cohort_overtakes_a_large_one_only_where_both_fit() -> None:
+    cluster, large, small = nodes(4), ResourceRequest(1, 3), ResourceRequest(1, 1)
+    free = [replace(cluster[0], cpus=2.0)]  # two CPUs are taken by others, who will end
+    assert next_to_start([large, small], [], free, cluster) == 1
+    assert next_to_start([large, small], [small], [replace(cluster[0], cpus=1.0)], cluster) is None
+    assert next_to_start([ResourceRequest(1, 4), small], [], free, cluster) is None  # it would wait for the small one
+    assert next_to_start([small, large], [], free, cluster) == 0
+    assert (
+        next_to_start([ResourceRequest(1, 9), small], [], free, cluster) == 1
+    )  # its node was lost: nobody waits with it
+    assert next_to_start([small], [], free, cluster, running=[large, small]) is None  # free only until they are placed
+    spans = timetable([(10.0, ResourceRequest(1, 2)), (10.0, large), (30.0, small), (5.0, small)], cluster)
+    assert spans == [(0.0, 10.0), (10.0, 20.0), (0.0, 30.0), (20.0, 25.0)]
+
+
+# ---- running cohorts
+
+
+def test_a_running_cohort_is_cut_only_when_far_more_is_left_than_starts_cost() -> None:
+    cohort = tuple(a_recipe([a_student(name, seed=seed) for seed, name in enumerate("abcd")]).students)
+    ask = ResourceRequest(1, 1)
+    lasting = dict.fromkeys("abcd", 10 * START_SECONDS)
+    assert worth_splitting(cohort, lasting, ask, []) == [cohort]
+    assert [len(part) for part in worth_splitting(cohort, lasting, ask, nodes(1))] == [2, 2]
+    assert [len(part) for part in worth_splitting(cohort, lasting, ask, nodes(8))] == [1, 1, 1, 1]
+    assert worth_splitting(cohort, dict.fromkeys("abcd", START_SECONDS), ask, nodes(8)) == [cohort]
+    assert worth_splitting(cohort, lasting, ResourceRequest(1, 2), nodes(1, 1, 1)) == [cohort]
+    one_long = dict.fromkeys("abcd", 1.0) | {"c": 10 * START_SECONDS}
+    assert worth_splitting(cohort, one_long, ask, nodes(8)) == [cohort]  # the long one would start again for nothing
+
+
+# ---- memory
+
+
+def test_cohorts_are_cut_until_they_fit_the_memory_of_a_node() -> None:
+    recipe = a_recipe([a_student(f"s{seed}", seed=seed) for seed in range(4)])
+    students = list(recipe.students)
+    costs = costs_for(recipe, step=1e-3, weights=100_000_000, gradients=100_000_000, optimizer=200_000_000)
+    alone = costs.memory((students[0],))
+    assert alone == PROCESS_BYTES + 500_000_000 + 3 * 400_000_000
+    assert costs.memory(tuple(students)) == alone + 3 * 500_000_000
+    wide, _ = plan_cohorts(recipe, students, nodes(4, memory=1e12), costs)
+    assert [len(cohort) for cohort in wide] == [4]
+    narrow, _ = plan_cohorts(recipe, students, nodes(4, memory=alone + 600e6), costs)
+    assert [len(cohort) for cohort in narrow] == [2, 2]
+    with pytest.raises(RefusedError, match=r"(?s)s0 does not fit the memory.*2\.0 GB.*2\.\d GB"):
+        plan_cohorts(recipe, students, nodes(4, 4, memory=2e9), costs)
+    one = recipe.model_copy(update={"cohorts": 1})
+    with pytest.raises(RecipeError, match="at least 2"):
+        plan_cohorts(one, students, nodes(4, memory=alone + 600e6), costs)
+
+
+def test_more_cohorts_fit_where_fewer_do() -> None:
+    """Cut in three by time, the two large ones would share what fits neither: `a`, `b` and `c, d`."""
+    recipe = a_recipe([a_student(name, seed=seed) for seed, name in enumerate("abcd")], cohorts=3)
+    long, large = (costs_for(recipe, **each).measured["a"] for each in ({"step": 9.0}, {"step": 0.1, "weights": 10**9}))
+    costs = replace(costs_for(recipe), measured={"a": long, "b": long, "c": large, "d": large})
+    cluster = nodes(4, memory=costs.memory(tuple(recipe.students)[2:3]) + 1e8)
+    cohorts, _ = plan_cohorts(recipe, list(recipe.students), cluster, costs)
+    assert len(cohorts) == 3
+    assert all(fits(cluster, costs.ask(cohort)) for cohort in cohorts)
+    assert sorted(spec.name for cohort in cohorts for spec in cohort) == list("abcd")
+
+
+def test_one_too_large_is_found_at_once_among_many() -> None:
+    recipe = a_recipe([a_student(f"s{seed}", seed=seed) for seed in range(400)])
+    with pytest.raises(RefusedError, match="the cohort of s0 does not fit the memory"):
+        plan_cohorts(recipe, list(recipe.students), nodes(8, memory=1e9), costs_for(recipe, weights=10**12))
+
+
+@pytest.mark.parametrize(("changes", "told"), [({"threads": 3}, "3 CPUs on one node"), ({"workers": 9}, "9 workers")])
+def test_what_can_never_fit_is_refused(changes: dict[str, Any], told: str) -> None:
+    recipe = a_recipe([a_student("a"), a_student("b", **changes)])
+    with pytest.raises(MachineError, match=f"(?s)too small for the cohort of b.*{told}"):
+        plan_cohorts(recipe, list(recipe.students), nodes(2, 2), costs_for(recipe))
+
+
+# ---- GPUs
+
+
+def test_shares_of_a_gpu_keep_students_apart_on_gpus_only() -> None:
+    recipe = a_recipe([a_student("a", gpus=0.5), a_student("b", gpus=0.25), a_student("c", gpus=0.5)])
+    students = list(recipe.students)
+    assert [len(group) for group in groups_of(students)] == [3]
+    assert [len(group) for group in groups_of(students, "cuda")] == [2, 1]
+    on_gpu = recipe.model_copy(update={"device": "cuda"})
+    costs = costs_for(on_gpu)
+    asks = [costs.ask(cohort) for cohort in plan_cohorts(on_gpu, students, nodes(8, gpus=1), costs)[0]]
+    assert sorted(ask.gpus for ask in asks) == [0.25, 0.5]
+    assert {costs_for(recipe).ask(tuple(students)).gpus} == {0.0}
+
+
+@pytest.mark.parametrize("changes", [{"gpus": 1.5}, {"gpus": 0.5, "workers": 2}])
+def test_shares_of_gpus_that_cannot_be_had(changes: dict[str, Any]) -> None:
+    recipe = a_recipe([a_student("a", **changes)], device="cuda")
+    with pytest.raises(RecipeError, match="gpus"):
+        plan_cohorts(recipe, list(recipe.students), nodes(8, gpus=4), costs_for(recipe))
+    on_cpu = recipe.model_copy(update={"device": "cpu"})
+    plan_cohorts(on_cpu, list(recipe.students), nodes(9), costs_for(on_cpu))
+
+
+# ---- who shares a cohort
+
+
+def test_students_that_cannot_share_a_stream_are_apart() -> None:
+    recipe = a_recipe([a_student("a"), a_student("b", batch=32), a_student("c"), a_student("d", threads=2)])
+    assert [[spec.name for spec in group] for group in groups_of(list(recipe.students))] == [["a", "c"], ["b"], ["d"]]
+
+
+def test_students_of_an_assistant_read_another_stream_and_labels_ride_with_the_teachers() -> None:
+    assistant = {"model": {"kind": "mlp", "hidden": 4}, "objective": {"kind": "kd", "epochs": 1}, "optimizer": ADAMW}
+    takd = {"kind": "takd", "epochs": 1}
+    students = [a_student("a", objective=takd), a_student("b", objective=HARD), a_student("c")]
+    students += [a_student("d", objective=takd), a_student("e", objective=takd, batch=32)]
+    teacher = {"weights": "somewhere", "assistant": assistant}
+    recipe = a_recipe(students, teacher=teacher)
+    groups = groups_of(list(recipe.students))
+    assert [[spec.name for spec in group] for group in groups] == [["a", "d"], ["b", "c"], ["e"]]
+    base = CohortJob(
+        name="fleet", data=recipe.data, fingerprints={}, students=(), root="", logs="", cache_root="",
+        control="", stores={"train": "teacher's"}, teacher_test="teacher's test",
+    )  # fmt: skip
+    jobs = [cohort_job(base, group, {"train": "assistant's"}) for group in groups]
+    assert [job.stores["train"] for job in jobs] == ["assistant's", "teacher's", "assistant's"]
+    assert {job.teacher_test for job in jobs} == {"teacher's test"}
+    assert [job.students for job in jobs] == groups
+    with pytest.raises(RecipeError, match="at least 3"):
+        plan_cohorts(a_recipe(students, teacher=teacher, cohorts=2), list(recipe.students), nodes(2), costs_for(recipe))
+
+
+def test_a_cohort_too_few_is_refused() -> None:
+    recipe = a_recipe([a_student("a"), a_student("b", batch=32)], cohorts=1)
+    with pytest.raises(RecipeError, match="at least 2"):
+        plan_cohorts(recipe, list(recipe.students), nodes(2), costs_for(recipe))
+
+
+def test_checkpoints_of_every_epoch_count() -> None:
+    recipe = a_recipe([a_student("one")])  # three epochs of two steps
+    costs = costs_for(recipe, keeping=0.5)
+    (spec,) = recipe.students
+    assert (costs.seconds(spec), replace(costs, each_epoch=True).seconds(spec)) == (6.0, 6.0 + 3 * 0.5)
+
+
+def test_parts_cost_about_the_same_and_keep_their_order() -> None:
+    recipe = a_recipe([a_student(str(cost), seed=cost) for cost in (5, 1, 4, 2, 3)])
+    parts = split_evenly(tuple(recipe.students), 2, lambda family: float(family[0].name))
+    assert [[spec.name for spec in part] for part in parts] == [["5", "1", "2"], ["4", "3"]]
+    assert len(split_evenly(tuple(recipe.students), 9, lambda family: 1.0)) == 5
+
+
+def test_students_that_share_a_stage_one_stay_together_and_pay_for_it_once() -> None:
+    students = [
+        a_student(f"{seed}-{length}", seed=seed, objective=ANNEALING | {"stage2_epochs": length})
+        for length in (1, 2)
+        for seed in (0, 1)
+    ]
+    recipe = a_recipe(students)
+    parts = split_evenly(tuple(recipe.students), 4, lambda family: 1.0)
+    assert [[spec.name for spec in part] for part in parts] == [["0-1", "0-2"], ["1-1", "1-2"]]
+    costs = costs_for(recipe)
+    assert costs.steps_left(parts[0][0]) == 2 * (2 + 1)
+    assert costs.steps_left(parts[0][0], rides=True) == 2 * 1
+    assert costs.leaders(parts[0]) == {"0-2": "0-1"}
+    assert costs.family_seconds(parts[0]) == 2 * (2 + 1) + 2 * 2
+    resumed = replace(costs, behind={"0-2": (1, 1)})  # it has begun, so it leads; at stage II it could not
+    assert resumed.leaders(parts[0]) == {"0-1": "0-2"}
+    assert resumed.family_seconds(parts[0]) == (2 * 4 - 3) + 2 * 1
+    assert (costs.stream_steps(parts[0]), resumed.stream_steps(parts[0])) == (2 * 4, 2 * 4 - 3)
+    assert replace(costs, behind={"0-2": (2, 0)}).leaders(parts[0]) == {}
+
+
+def test_two_sizes_of_one_factory_have_two_labels() -> None:
+    students = [
+        {"model": {"kind": "custom", "factory": "m:wide", "arguments": {"width": width}}} | common
+        for width in (4, 400)
+        for common in [{key: value for key, value in a_student("x").items() if key not in ("name", "model")}]
+    ]
+    assert [spec.name for spec in a_recipe(students).students] == [
+        "wide-width4-annealing_kd-t2-s0",
+        "wide-width400-annealing_kd-t2-s0",
+    ]

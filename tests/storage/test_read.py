@@ -1,0 +1,376 @@
+"""Reading a sealed store: whatever happened to it, rows come back as they were sealed, or not at all."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from akd_dist.base.errors import AkdError, DamagedError, MachineError, RecipeError, RefusedError
+from akd_dist.base.files import canonical_json, sha256
+from akd_dist.storage.manifest import Manifest
+from akd_dist.storage.node_cache import default_budget, default_cache_root, make_room, open_decoded
+from akd_dist.storage.reader import LogitStore, open_store
+from tests import stores
+
+SHARD = "logits/c/1/0/0"
+OTHER = "logits/c/0/0/0"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sealed store of the test's own."""
+    shutil.copytree(stores.GOLDEN, tmp_path / "stores")
+    return next((tmp_path / "stores").iterdir())
+
+
+@pytest.fixture
+def cache_root(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def expected() -> np.ndarray[Any, np.dtype[np.float32]]:
+    return stores.logits(stores.identity())
+
+
+def all_rows(store: LogitStore) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.stack([store.rows(view, 0, store.num_rows) for view in range(store.views)])
+
+
+def missing(arrays: Path) -> None:
+    (arrays / SHARD).unlink()
+
+
+def all_missing(arrays: Path) -> None:
+    shutil.rmtree(arrays / "logits" / "c")
+
+
+def empty(arrays: Path) -> None:
+    (arrays / SHARD).write_bytes(b"")
+
+
+def truncated(arrays: Path) -> None:
+    (arrays / SHARD).write_bytes((arrays / SHARD).read_bytes()[:-1])
+
+
+def grown(arrays: Path) -> None:
+    (arrays / SHARD).write_bytes((arrays / SHARD).read_bytes() + b"\0")
+
+
+def is_a_folder(arrays: Path) -> None:
+    missing(arrays)
+    (arrays / SHARD).mkdir()
+
+
+def swapped(arrays: Path) -> None:
+    (arrays / SHARD).rename(arrays / "aside")
+    (arrays / OTHER).rename(arrays / SHARD)
+    (arrays / "aside").rename(arrays / OTHER)
+
+
+def flipped(arrays: Path) -> None:
+    data = bytearray((arrays / SHARD).read_bytes())
+    data[100] ^= 4
+    (arrays / SHARD).write_bytes(data)
+
+
+def another_stores(arrays: Path) -> None:
+    (arrays / SHARD).write_bytes((arrays / "logits/c/1/1/0").read_bytes())
+
+
+BY_SIZE = [missing, all_missing, empty, truncated, grown, is_a_folder]
+BY_CONTENT = [swapped, flipped, another_stores]
+Damaging = Callable[[Path], None]
+
+
+# ---- rows
+
+
+def test_rows_are_what_was_written_across_shards(folder: Path, expected: np.ndarray[Any, Any]) -> None:
+    store = open_store(str(folder))
+    for view, start, stop in [(0, 0, 300), (1, 250, 260), (0, 256, 256), (1, 299, 300), (0, 0, 1)]:
+        rows = store.rows(view, start, stop)
+        assert rows.dtype == np.float32
+        np.testing.assert_array_equal(rows, expected[view, start:stop])
+    assert store.shard(1, 1).shape == (44, 3)
+    assert store.shard(1, 1).dtype == np.float16
+    assert (store.views, store.num_rows, store.classes) == (2, 300, 3)
+    for view, start, stop in [(2, 0, 1), (0, 0, 301), (0, -1, 3), (0, 5, 4)]:
+        with pytest.raises(IndexError):
+            store.rows(view, start, stop)
+
+
+def test_a_store_travels_to_another_folder_name(folder: Path, tmp_path: Path, expected: np.ndarray[Any, Any]) -> None:
+    folder.rename(tmp_path / "copied")
+    np.testing.assert_array_equal(all_rows(open_store(str(tmp_path / "copied"))), expected)
+
+
+# ---- damaged shards
+
+
+@pytest.mark.parametrize("damage", BY_SIZE)
+def test_a_shard_that_is_not_there_whole_is_refused_by_name_at_open(folder: Path, damage: Damaging) -> None:
+    damage(folder / "arrays.zarr")
+    with pytest.raises(DamagedError) as refused:
+        open_store(str(folder))
+    assert refused.value.code == 5
+    assert "/logits/c/" in refused.value.what
+    assert refused.value.next == f"akd-dist stores repair {folder.name} --store-root {folder.parent}"
+
+
+@pytest.mark.parametrize("damage", BY_CONTENT)
+def test_a_shard_of_other_content_is_refused_by_name_before_a_row(folder: Path, damage: Damaging) -> None:
+    damage(folder / "arrays.zarr")
+    store = open_store(str(folder))
+    with pytest.raises(DamagedError, match=SHARD):
+        store.rows(1, 0, 1)
+    assert {entry.key for entry in store.verify(deep=True)} >= {f"arrays.zarr/{SHARD}"}
+    assert store.verify(deep=False) == []
+
+
+@pytest.mark.parametrize("damage", BY_SIZE + BY_CONTENT)
+@pytest.mark.parametrize("decoded", [False, True], ids=["no decoded copy", "decoded copy"])
+def test_decoding_refuses_a_damaged_store_even_with_a_decoded_copy(
+    folder: Path, cache_root: Path, damage: Damaging, decoded: bool
+) -> None:
+    store = open_store(str(folder))
+    if decoded:
+        open_decoded(store, cache_root)
+    damage(folder / "arrays.zarr")
+    with pytest.raises(DamagedError, match=r"logits/c/\d/0/0 is damaged"):
+        open_decoded(store, cache_root)
+    if not decoded:
+        assert not list(cache_root.rglob("logits.npy*"))
+
+
+def test_every_bit_flip_is_found(folder: Path, expected: np.ndarray[Any, Any]) -> None:
+    """300 seeded flips over all sealed files: refused, or (never seen) harmless; wrong rows, never."""
+    flips = random.Random(7)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "arrays.zarr" in str(path)]
+    files.append(folder / "manifest.json")
+    caught = 0
+    for _ in range(300):
+        path = flips.choice(files)
+        good = path.read_bytes()
+        bad = bytearray(good)
+        bad[flips.randrange(len(bad))] ^= 1 << flips.randrange(8)
+        path.write_bytes(bad)
+        try:
+            np.testing.assert_array_equal(all_rows(open_store(str(folder))), expected)
+        except AkdError:
+            caught += 1
+        path.write_bytes(good)
+    assert caught == 300
+
+
+# ---- damaged documents
+
+
+@pytest.mark.parametrize("key", ["zarr.json", "logits/zarr.json"])
+def test_edited_zarr_metadata_is_refused(folder: Path, key: str) -> None:
+    path = folder / "arrays.zarr" / key
+    path.write_text(path.read_text().replace("zarr_format", "zarr_fornat"))
+    with pytest.raises(DamagedError, match=rf"arrays\.zarr/{key} is damaged"):
+        open_store(str(folder))
+    path.unlink()
+    with pytest.raises(DamagedError, match=rf"arrays\.zarr/{key} is damaged"):
+        open_store(str(folder))
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from leaves(value[key], (*path, key))
+    else:
+        yield path
+
+
+def changed(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return f"{value[:-1]}0" if value[-1:] != "0" else f"{value[:-1]}1"
+
+
+MANIFEST = json.loads(next(stores.GOLDEN.glob("*/manifest.json")).read_bytes())
+
+
+@pytest.mark.parametrize("reseal", [False, True], ids=["edited", "edited and hashed again"])
+def test_no_edited_field_of_a_manifest_is_accepted(folder: Path, reseal: bool) -> None:
+    """Hashed again, only what the reader has no second account of can pass: what was computed how, and about what."""
+    vouched_by_the_hash_alone = ("computed", "dataset", "teacher", "finite", "label_agreement", "probes", "shards")
+    for path in leaves(MANIFEST):
+        manifest = json.loads(json.dumps(MANIFEST))
+        holder = manifest
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = changed(holder[path[-1]])
+        if reseal:
+            if path[0] in vouched_by_the_hash_alone or path == ("sha256",):
+                continue
+            rest = {key: value for key, value in manifest.items() if key != "sha256"}
+            manifest["sha256"] = sha256(canonical_json(rest))
+        (folder / "manifest.json").write_bytes(canonical_json(manifest))
+        with pytest.raises((DamagedError, RefusedError)) as refused:
+            open_store(str(folder))
+        named = ("manifest.json", "arrays.zarr", "encoding") if reseal else ("manifest.json",)
+        assert any(name in refused.value.what for name in named), path
+
+
+@pytest.mark.parametrize(
+    ("spoil", "got"),
+    [
+        (lambda manifest: manifest | {"note": "x"}, "note: Extra inputs are not permitted"),
+        (lambda manifest: {key: value for key, value in manifest.items() if key != "id"}, "id: Field required"),
+        (lambda manifest: manifest | {"id": 7}, "id: Input should be a valid string"),
+        (lambda manifest: manifest | {"shards": []}, "sha256: "),
+        (lambda manifest: [], "the document: "),
+    ],
+)
+def test_a_manifest_of_other_fields_is_refused_by_field(folder: Path, spoil: Callable[[Any], Any], got: str) -> None:
+    (folder / "manifest.json").write_bytes(canonical_json(spoil(MANIFEST)))
+    with pytest.raises(DamagedError) as refused:
+        open_store(str(folder))
+    assert str(refused.value.got).startswith(got)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"null", canonical_json(MANIFEST) + b"\n"])
+def test_a_manifest_of_other_bytes_is_refused(folder: Path, data: bytes) -> None:
+    (folder / "manifest.json").write_bytes(data)
+    with pytest.raises(DamagedError, match=r"manifest\.json is damaged"):
+        open_store(str(folder))
+
+
+def test_a_manifest_that_leads_out_of_the_store_is_refused(folder: Path) -> None:
+    manifest = json.loads(json.dumps(MANIFEST))
+    manifest["shards"][0]["key"] = "../../../../etc/passwd"
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    (folder / "manifest.json").write_bytes(canonical_json({**rest, "sha256": sha256(canonical_json(rest))}))
+    with pytest.raises(DamagedError, match="damaged"):
+        open_store(str(folder))
+
+
+@pytest.mark.parametrize("newer", [{"format": 3}, {"format": 3, "something": "new"}])
+def test_a_newer_format_is_refused_naming_both_versions(folder: Path, newer: dict[str, Any]) -> None:
+    (folder / "manifest.json").write_bytes(canonical_json({**MANIFEST, **newer}))
+    with pytest.raises(RefusedError) as refused:
+        open_store(str(folder))
+    assert (refused.value.code, refused.value.got, refused.value.expected) == (4, "format 3", "format 2 or older")
+
+
+def test_manifests_know_their_shards_and_creation() -> None:
+    manifest = Manifest.from_bytes(canonical_json(MANIFEST), "manifest.json")
+    assert manifest.creation() == stores.creation()
+    for shard in manifest.identity.layout.shards():
+        assert manifest.record(shard).key == shard.key
+
+
+# ---- the decoded copy
+
+
+def test_decoded_is_the_stored_array_once_per_node(
+    folder: Path, cache_root: Path, expected: np.ndarray[Any, Any]
+) -> None:
+    store = open_store(str(folder))
+    steps: list[tuple[int, int]] = []
+    first = open_decoded(store, cache_root, on_progress=lambda done, of: steps.append((done, of)))
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert (first.dtype, first.flags.writeable) == (np.float16, False)
+    np.testing.assert_array_equal(first, expected)
+    again = open_decoded(store, cache_root, on_progress=lambda done, of: steps.append((done, of)))
+    np.testing.assert_array_equal(again, expected)
+    assert len(steps) == 4  # nothing was read again
+    assert len(list(cache_root.glob("logits/*/logits.npy"))) == 1
+
+
+def test_a_shard_touched_since_is_read_again_and_only_it(folder: Path, cache_root: Path) -> None:
+    store = open_store(str(folder))
+    open_decoded(store, cache_root)
+    path = folder / "arrays.zarr" / SHARD
+    path.write_bytes(path.read_bytes())  # another object, the same content
+    steps: list[tuple[int, int]] = []
+    for _ in range(2):
+        open_decoded(store, cache_root, on_progress=lambda done, of: steps.append((done, of)))
+    assert steps == [(1, 1)]
+
+
+def test_a_decoded_copy_that_was_changed_is_decoded_again(
+    folder: Path, cache_root: Path, expected: np.ndarray[Any, Any]
+) -> None:
+    store = open_store(str(folder))
+    open_decoded(store, cache_root)
+    path = next(cache_root.glob("logits/*/logits.npy"))
+    data = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(data[:-6] + bytes(6))
+    np.testing.assert_array_equal(open_decoded(store, cache_root), expected)
+    next(cache_root.glob("logits/*/verified.json")).write_text("{}")
+    np.testing.assert_array_equal(open_decoded(store, cache_root), expected)
+
+
+def test_entries_in_use_stay_and_others_go_when_room_is_needed(tmp_path: Path, cache_root: Path) -> None:
+    open_stores = [stores.build(tmp_path, stores.creation(data_seed=seed)) for seed in range(3)]
+    entries = [cache_root / "logits" / store.manifest.sha256[:32] for store in open_stores]
+    oldest = open_decoded(open_stores[0], cache_root)[1:, 5:7]  # a view of the map keeps it, too
+    open_decoded(open_stores[1], cache_root)
+    os.utime(entries[1] / "in-use", (1, 1))
+    gc.collect()
+    open_decoded(open_stores[2], cache_root, budget=15_000)
+    assert [entry.exists() for entry in entries] == [True, False, True]
+    with pytest.raises(MachineError) as refused:
+        make_room(cache_root, 10_000, budget=12_000, keep=[entries[2]])
+    assert "10,000 bytes within a budget of 12,000" in str(refused.value.expected)
+    assert [entry.exists() for entry in entries] == [True, False, True]
+    del oldest
+    gc.collect()
+    make_room(cache_root, 10_000, budget=12_000)
+    assert not any(entry.exists() for entry in entries)
+
+
+def test_what_cannot_fit_is_refused_with_need_free_and_budget(folder: Path, cache_root: Path) -> None:
+    with pytest.raises(MachineError) as refused:
+        open_decoded(open_store(str(folder)), cache_root, budget=1000)
+    assert refused.value.code == 6
+    assert "bytes free" in str(refused.value.got)
+    assert str(refused.value.expected) == "7,696 bytes within a budget of 1,000"
+    with pytest.raises(MachineError):
+        make_room(cache_root, 2**62, budget=None)
+
+
+@pytest.mark.parametrize(("text", "size"), [("", None), ("1500", 1500), ("50GB", 50 * 10**9), ("1.5KiB", 1536)])
+def test_the_default_budget(monkeypatch: pytest.MonkeyPatch, text: str, size: int | None) -> None:
+    monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", text)
+    assert default_budget() == size
+
+
+@pytest.mark.parametrize("text", ["much", "5 XB", "-1"])
+def test_a_budget_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch, cache_root: Path, text: str) -> None:
+    monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", text)
+    with pytest.raises(RecipeError, match="AKD_DIST_CACHE_BUDGET"):
+        make_room(cache_root, 1, None)
+
+
+def test_what_a_killed_decoder_left_is_removed(folder: Path, cache_root: Path) -> None:
+    store = open_store(str(folder))
+    left = cache_root / "logits" / f"{store.manifest.sha256[:32]}.0123456789ab.partial"
+    left.mkdir(parents=True)
+    (left / "logits.npy").write_bytes(b"half")
+    open_decoded(store, cache_root)
+    assert not left.exists()
+
+
+def test_the_cache_root_is_the_users_or_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AKD_DIST_CACHE", "/somewhere")
+    assert default_cache_root() == Path("/somewhere")
+    monkeypatch.delenv("AKD_DIST_CACHE")
+    assert default_cache_root().name == "akd-dist"
