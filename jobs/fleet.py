@@ -12,8 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from dataclasses import replace as replaced
+from dataclasses import dataclass, field, replace as replaced
 from pathlib import Path
 from typing import Any, TypeVar
 

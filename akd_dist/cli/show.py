@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from akd_dist.base.errors import printable
-from akd_dist.base.formatting import counted as counted
-from akd_dist.base.formatting import size as size
-from akd_dist.base.formatting import uncut
+from akd_dist.base.formatting import counted as counted, size as size, uncut
 from akd_dist.cli.options import DEFAULT_ROOTS
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.rows import Rows, fingerprint

@@ -21,8 +21,18 @@ from akd_dist.documents.fleet import Metrics
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import set_deterministic
 from akd_dist.models.folder import load_model
-from akd_dist.recipe import AdamW, DataSpec, Digits, HardLabels, Mlp, NoAugmentation, Precision, Sgd, trust
-from akd_dist.recipe import StudentSpec as Spec
+from akd_dist.recipe import (
+    AdamW,
+    DataSpec,
+    Digits,
+    HardLabels,
+    Mlp,
+    NoAugmentation,
+    Precision,
+    Sgd,
+    StudentSpec as Spec,
+    trust,
+)
 from tests.fleets import ANNEALING, CONTINUATION, DEVICE, HARD, KD, TESTS, newest_tree
 
 ON = torch.device(DEVICE)

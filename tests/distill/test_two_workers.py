@@ -25,8 +25,7 @@ from akd_dist.distill.student import DivergedError, Student
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import set_deterministic
 from akd_dist.models.folder import load_model
-from akd_dist.recipe import NoAugmentation, trust
-from akd_dist.recipe import StudentSpec as Spec
+from akd_dist.recipe import NoAugmentation, StudentSpec as Spec, trust
 from tests.fleets import ANNEALING, CONTINUATION, HARD, KD, TESTS
 from tests.survivors import FORKS
 
