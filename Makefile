@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow test-browser test-gpu check clean
+.PHONY: help quickstart test test-slow test-browser test-gpu check docs clean
 
 # What trains and caches: on a GPU it has to hold as well.
 ON_GPU := distill models/test_device.py data/test_views.py serve/test_evaluation.py jobs/test_chain.py jobs/test_dry_run.py \
@@ -34,14 +34,17 @@ test-browser: $(VENV)/.installed-dev  ## the report in a real chromium, where th
 test-gpu: $(VENV)/.installed-dev  ## the tests of training and caching on the GPU of this machine
 	AKD_DIST_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "not slow" $(ON_GPU:%=tests/%)
 
-check: $(VENV)/.installed-dev  ## lint, format, types, and who imports whom
+docs: $(VENV)/.installed-dev  ## the documentation as a site, in site/; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+check: $(VENV)/.installed-dev docs  ## lint, format, types, who imports whom, documentation
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports --no-cache
 
 clean:  ## remove the environment and caches, never stores or runs
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamps below are written when an installation is complete, so a second call has nothing to do.
 $(BIN)/python:

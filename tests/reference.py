@@ -1,4 +1,4 @@
-"""The key tables of docs/recipes.md, from the types of a recipe.
+"""The key tables of docs/reference/recipe.md, from the types of a recipe.
 
 python -m tests.reference        writes them afresh
 """
@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from akd_dist import recipe
 
-PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "recipe.md"
 BEGIN, END = "## Every key\n", "## What is refused\n"
 # A heading, then its parts: with the key they stand under, or none where they are told apart by their kind.
 SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
@@ -71,7 +71,7 @@ must not."""
 
 
 def every_key() -> str:
-    """The text of docs/recipes.md between BEGIN and END."""
+    """The text of docs/reference/recipe.md between BEGIN and END."""
     parts = [BEGIN, _INTRODUCTION]
     for heading, specs in SECTIONS.items():
         parts += [f"### {heading}\n", *(section(spec, key) + "\n" for spec, key in specs.items())]

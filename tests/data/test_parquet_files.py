@@ -1,4 +1,4 @@
-"""A path of Parquet: what is taken, what is left out, what is refused, as the tables of docs/data.md say.
+"""A path of Parquet: what is taken, what is left out, what is refused, as the tables of docs/reference/data.md say.
 
 What is taken is compared with what pyarrow.dataset reads of the same folder.
 """

@@ -1,4 +1,4 @@
-"""Pictures are what every viewer shows: a case for each row of the table in docs/data.md, and what follows from it."""
+"""Pictures are what every viewer shows: a case for each row of the table in docs/reference/data.md."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def over(colours: np.ndarray, alpha: np.ndarray, background: Sequence[int]) -> n
     return np.rint(colours * share + np.array(background)[: colours.shape[-1]] * (1 - share)).astype(np.uint8)
 
 
-# ---- the table in docs/data.md, row by row
+# ---- the table in docs/reference/data.md, row by row
 
 # By its definition in EXIF: where row 0 and column 0 of what is stored are seen.
 TURNED = {
@@ -131,7 +131,7 @@ def row(says: str) -> Callable[[T], T]:
 
 
 def test_each_row_of_the_table_has_its_test() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "data.md").read_text()
     table = text.partition("### Images")[2].partition("\n#")[0]
     said = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
     assert said[2:] == list(TABLE)

@@ -281,7 +281,7 @@ def test_hooks_are_valid_and_need_no_downloads() -> None:
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:
-    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
             if "://" not in target:
                 assert (document.parent / target).exists(), f"{named(document)} links to {target}"
@@ -290,7 +290,7 @@ def test_links_in_the_documents_lead_somewhere() -> None:
 def test_recipes_in_the_documents_are_valid(tmp_path: Path) -> None:
     from akd_dist.recipe import load_recipe
 
-    text = (ROOT / "docs" / "recipes.md").read_text()
+    text = (ROOT / "docs" / "howto" / "recipes.md").read_text()
     whole, *teachers = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     paths = [tmp_path / f"{number}.yaml" for number in range(3)]
     paths[0].write_text(whole)
@@ -303,7 +303,7 @@ def test_recipes_in_the_documents_are_valid(tmp_path: Path) -> None:
 
 
 def test_the_tree_in_the_architecture_is_the_tree() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text()
+    text = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
     tree = re.search(r"^    base/.*?(?=^\S)", text, flags=re.DOTALL | re.MULTILINE)
     assert tree is not None
     room, shown = "", set()
@@ -313,5 +313,5 @@ def test_the_tree_in_the_architecture_is_the_tree() -> None:
         elif found := re.match(r"      ([\w./]+\.py) ", line):
             shown.add(f"{room}/{found.group(1)}")
     real = {named(path).removeprefix("akd_dist/") for path in MODULES if path.name != "__init__.py"} - FLAT
-    assert real - shown == set(), "files that docs/architecture.md does not explain"
-    assert shown - real == set(), "files that docs/architecture.md explains and that are not there"
+    assert real - shown == set(), "files that docs/explanation/architecture.md does not explain"
+    assert shown - real == set(), "files that docs/explanation/architecture.md explains and that are not there"
