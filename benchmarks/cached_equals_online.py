@@ -1,6 +1,6 @@
 """Training from the store is the same computation as training with the teacher in the loop; and what is not.
 
-    python benchmarks/cached_equals_online.py                       the figures of docs/cached-equals-online.md
+    python benchmarks/cached_equals_online.py                       the figures of its page in docs/explanation
     python benchmarks/cached_equals_online.py --plot docs/figures   ... and its plots; --json prints a document
     python benchmarks/cached_equals_online.py --device cuda         the same claim on a GPU, and nothing else
 

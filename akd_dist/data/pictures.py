@@ -1,6 +1,7 @@
 """One encoded picture -> the pixels that a viewer shows: turned as it says, laid over a background, 8 bits a channel.
 
-The table in docs/data.md says what becomes of which kind of picture; tests/data/test_pictures.py has a case for each.
+The table in docs/reference/data.md says what becomes of which kind of picture; tests/data/test_pictures.py has a case
+for each.
 """
 
 from __future__ import annotations

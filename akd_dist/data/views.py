@@ -419,7 +419,7 @@ class _Custom:
                 f"{method} of the augmentation {self.name} returned something else than it should",
                 got=got,
                 expected=expected,
-                next="see docs/data.md for what an augmentation of your own must give",
+                next="see docs/howto/data.md for what an augmentation of your own must give",
             )
 
 
@@ -435,7 +435,7 @@ def _custom(spec: str, trusted: Trusted) -> _Custom:
             f"the factory {augmentation.factory} did not return an augmentation",
             got=f"a {type(own).__name__} " + (f"without {' and '.join(missing)}" if missing else f"of words {words!r}"),
             expected="an object with words (how many a row takes), draw(words, input_shape) and apply(batch, params)",
-            next="see docs/data.md for what an augmentation of your own must give",
+            next="see docs/howto/data.md for what an augmentation of your own must give",
         )
     return _Custom(augmentation.factory, own)
 

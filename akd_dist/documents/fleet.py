@@ -131,7 +131,7 @@ class EconomicsOfViews(Document):
 
 
 class Economics(Document):
-    """What storing one model's logits cost, and what it saved, from measured times. See docs/report.md for formulas.
+    """What storing one model's logits cost, and what it saved, from measured times. Formulas: docs/howto/report.md.
 
     Times are seconds of work in the tasks that computed shards, with `threads` threads each, not wall-clock time.
     """

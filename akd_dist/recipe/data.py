@@ -214,7 +214,8 @@ class TokenMask(Spec):
 class CustomAugmentation(Factory):
     """Your own augmentation: a draw from (seed, row, view), and how it is applied to a batch.
 
-    The factory returns an object with `words`, `draw(words, input_shape)` and `apply(batch, params)`; see docs/data.md.
+    The factory returns an object with `words`, `draw(words, input_shape)` and `apply(batch, params)`, as
+    docs/howto/data.md shows.
     """
 
     kind: Literal["custom"] = "custom"

@@ -27,7 +27,7 @@ KeyPath = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
 MAX_STUDENTS = 10_000
-NEXT = "mend it and run the same command again; `akd-dist recipe schema` and docs/recipes.md list every key"
+NEXT = "mend it and run the same command again; `akd-dist recipe schema` and docs/reference/recipe.md list every key"
 
 
 @dataclass
