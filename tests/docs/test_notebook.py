@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -11,7 +12,7 @@ from nbclient import NotebookClient
 from tests.docs.notebook import NOTEBOOK
 
 
-def read() -> nbformat.NotebookNode:
+def read() -> Any:
     return nbformat.reads(NOTEBOOK.read_text(), as_version=4)  # type: ignore[no-untyped-call]  # it has no annotations
 
 
