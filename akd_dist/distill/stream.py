@@ -215,8 +215,8 @@ class BatchStream:
                 f"view {view} of row {first.row} does not show what the teacher saw",
                 got=f"{len(changed):,} of {compared:,} probe views differ; {self._drift(changed)}",
                 expected=f"the inputs that the store {manifest.id[:12]} was computed from, bit for bit",
-                next="use the code and versions that the store was made with; or give an augmentation of your own that "
-                "changed another name or argument, so that it makes another store",
+                next="use the code and versions that the store was made with; or, if code changed that your own "
+                "augmentation imports, rename its function or change an argument: that makes another store",
             )
 
     def _view(self, rows: np.ndarray, view: int) -> torch.Tensor:
