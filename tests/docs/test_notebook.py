@@ -24,7 +24,7 @@ def test_the_committed_notebook_has_no_outputs() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_it_runs(tmp_path: Path) -> None:
     notebook = read()
     # A kernel takes a second to start, and on a busy machine more than the minute that is allowed by default.
