@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def both_ranks(worker: Callable[..., None], *arguments: Any) -> None:
+    processes = [FORKS.Process(target=worker, args=(rank, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 def two_ranks(rank: int, port: int, job: CohortJob) -> None:
     """One of two data-parallel workers, as Ray Train would start it."""
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
@@ -348,7 +358,7 @@ def shared_state(rank: int, port: int) -> None:
 
 
 def test_ranks_share_state_decisions_and_sums(free_port: int) -> None:
-    torch.multiprocessing.spawn(shared_state, (free_port,), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+    both_ranks(shared_state, free_port)
 
 
 def test_two_workers_follow_one_worker(home: Path, tmp_path: Path, free_port: int) -> None:
@@ -366,7 +376,7 @@ def test_two_workers_follow_one_worker(home: Path, tmp_path: Path, free_port: in
     stores = stores_of(recipe, str(home / "teacher"), home)
     train_in_process(recipe, stores, run=tmp_path / "one", cache_root=str(home / "cache"))
     job = job_of(recipe, stores, home, tmp_path / "two")
-    torch.multiprocessing.spawn(two_ranks, (free_port, job), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+    both_ranks(two_ranks, free_port, job)
     for spec in recipe.students:
         alone = load_model(str(tmp_path / "one" / "students" / spec.name)).state_dict()
         together = load_model(str(tmp_path / "two" / "students" / spec.name)).state_dict()

@@ -90,7 +90,7 @@ def test_killed_at_a_boundary_it_ends_as_if_undisturbed(
 
 
 @pytest.mark.parametrize(
-    ("kills", "seed"), [(20, 0), pytest.param(100, 1, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    ("kills", "seed"), [(8, 0), pytest.param(100, 1, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
 def test_killed_at_random_steps_it_ends_as_if_undisturbed(
     place: Place, undisturbed: dict[str, Any], per_epoch: int, tmp_path: Path, kills: int, seed: int
@@ -119,7 +119,7 @@ def test_killed_again_and_again_with_checkpoints_inside_epochs(
     assert outcome(tmp_path) == undisturbed
 
 
-def test_students_that_share_stage_one_are_killed_and_end_as_each_would_alone(place: Place, tmp_path: Path) -> None:
+def test_killed_students_of_one_stage_end_as_each_would_alone(place: Place, tmp_path: Path) -> None:
     sharing = [
         counted("shared", objective=ANNEALING | {"stage2_epochs": epochs}) | {"name": f"fork-{epochs}"}
         for epochs in (1, 2, 3)
@@ -134,7 +134,7 @@ def test_students_that_share_stage_one_are_killed_and_end_as_each_would_alone(pl
     # Their leader enters stage II, then one rider, then the other; the second rider's checkpoint, and the leader's own.
     boundaries = ["checkpoint.after_save:3", *(f"student.between_stages:{nth}" for nth in (1, 2, 3))]
     boundaries += ["checkpoint.before_save:5", "checkpoint.before_save:6"]
-    for failpoint in [*boundaries, *(f"cohort.after_batch:{draw.randint(1, 50)}" for _ in range(7))]:
+    for failpoint in [*boundaries, *(f"cohort.after_batch:{draw.randint(1, 50)}" for _ in range(3))]:
         job = place.job(tmp_path / failpoint, fleet)
         assert place.train(job, failpoint) == -signal.SIGKILL
         assert place.train(job) == 0
@@ -157,7 +157,7 @@ def suspended(place: Place, run: Path, failpoint: str) -> Iterator[psutil.Proces
     process = place.start(place.job(run, attempt=1), f"{failpoint}:STOP")
     worker = psutil.Process(process.pid)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while worker.status() != psutil.STATUS_STOPPED:
             assert process.is_alive(), f"{failpoint} was never reached"
             assert time.monotonic() < deadline
@@ -172,7 +172,7 @@ def end_of(worker: psutil.Process, place: Place) -> int:
     """Let a suspended worker go on; the code that it leaves with, by itself."""
     worker.send_signal(signal.SIGCONT)
     process = next(child for child in place.forks.active_children() if child.pid == worker.pid)
-    process.join(30)
+    process.join(240)
     assert process.exitcode is not None, "the worker lives on"
     return int(process.exitcode)
 
@@ -204,7 +204,7 @@ def test_a_worker_that_wakes_up_while_a_later_one_trains_disturbs_nothing(
         assert end_of(early, place) == HeldError.code
         assert snapshot(tmp_path / "students") == before
         process.send_signal(signal.SIGCONT)
-        late.join(60)
+        late.join(240)
         assert late.exitcode == 0
     assert outcome(tmp_path) == undisturbed
 

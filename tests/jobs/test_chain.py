@@ -1,10 +1,9 @@
 """Chains of assistants: every hop a store, found again by content; the same bytes with and without Ray, and kills."""
 
+import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from akd_dist.storage.claim import claim_store
 from akd_dist.storage.reader import open_store
 from tests import sources
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
+from tests.survivors import FORKS
 
 KD = {"kind": "kd", "epochs": 2}
 TAKD = {"kind": "takd", "epochs": 2}
@@ -329,26 +329,24 @@ def test_another_chain_under_the_same_name_is_refused(home: Home, trained: tuple
         train_students(other, run_root=str(root / "runs"), **home.options(root))
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("moment", ["an assistant trains", "between two hops"])
-def test_a_driver_killed_in_the_chain_carries_on_to_the_same_bytes(
-    home: Home, ray_cluster: None, tmp_path: Path, moment: str
-) -> None:
-    (tmp_path / "recipe.yaml").write_text(home.recipe.to_yaml())
+# ---- killed
+
+
+def cache_and_die(recipe: Recipe, teacher: str, stores: str, cache_root: str, failpoint: str) -> None:
+    os.environ["AKD_FAILPOINT"] = failpoint
+    cache_in_process(recipe, teacher, store_root=stores, cache_root=cache_root)
+
+
+# In the second epoch of the first assistant and of the second; between the hops, as the sixth of nine stores is sealed.
+@pytest.mark.parametrize("failpoint", ["cohort.after_batch:25", "seal.before_manifest:6", "cohort.after_batch:70"])
+def test_killed_in_the_chain_it_goes_on_to_the_same_bytes(home: Home, tmp_path: Path, failpoint: str) -> None:
     stores = tmp_path / "stores"
-    ready: Callable[[], Any] = {
-        "an assistant trains": lambda: list(stores.glob("teachers/*/metrics.jsonl")),
-        "between two hops": lambda: len(list(stores.glob("*/manifest.json"))) > 3,
-    }[moment]
-    places = ["--store-root", str(stores), "--cache-root", home.cache_root]
-    command = [sys.executable, "-m", "akd_dist.cli", "cache-teacher", str(tmp_path / "recipe.yaml"), *places]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not ready() and driver.poll() is None:
-        time.sleep(0.002)
-    driver.kill()
-    assert driver.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    cache_teacher(home.recipe, wait=True, **home.options(tmp_path))
+    arguments = (home.recipe, home.teacher, str(stores), home.cache_root, failpoint)
+    driver = FORKS.Process(target=cache_and_die, args=arguments)
+    driver.start()
+    driver.join()
+    assert driver.exitcode == -signal.SIGKILL
+    home.cache(stores)
     assert assistants(stores) == assistants(home.root / "plain")
     assert store_bytes(stores) == store_bytes(home.root / "plain")
     assert not [path for path in stores.rglob("*") if path.suffix in (".claim", ".partial")]

@@ -125,7 +125,7 @@ def test_a_run_of_several_days_has_a_record_of_each(tmp_path: Path, monkeypatch:
     with using([store.uri], run="/runs/long"):
         (use,) = uses_of(open_root(store.uri))
         (tmp_path / store.id / use.key).unlink()  # a new day has no record yet
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 240
         while not uses_of(open_root(store.uri)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -257,10 +257,10 @@ def test_a_removal_may_die_at_any_moment(tmp_path: Path, cache: Path, site: str,
 
 def test_a_run_that_begins_while_its_store_is_removed_finds_it_whole_or_is_told(tmp_path: Path, cache: Path) -> None:
     """A run and a removal at once, many times: one of them wins, and the other one knows."""
+    first = list[tuple[float | None, float | None]]([(0.0, None), (None, 0.0)])
     shuffled = np.random.default_rng(0).uniform(0, 0.006, (20, 2))
-    delays = [(0.0, 0.2), (0.2, 0.0), *map(tuple, shuffled)]
     outcomes = list[tuple[bool, bool]]()
-    for number, (before_run, before_removal) in enumerate(delays):
+    for number, (before_run, before_removal) in enumerate([*first, *map(tuple, shuffled)]):
         root = tmp_path / f"stores-{number}"
         shutil.copytree(stores.GOLDEN, root)
         store = open_store(str(next(root.iterdir())))
@@ -271,22 +271,26 @@ def test_a_run_that_begins_while_its_store_is_removed_finds_it_whole_or_is_told(
     assert all(used != removed for used, removed in outcomes), outcomes
 
 
-def race(store: LogitStore, run: Path, cache: Path, before_run: float, before_removal: float) -> tuple[bool, bool]:
-    """(whether the run used the store, whether it was removed)."""
+def race(
+    store: LogitStore, run: Path, cache: Path, before_run: float | None, before_removal: float | None
+) -> tuple[bool, bool]:
+    """(whether the run used the store, whether it was removed); None waits until the other one is there, or done."""
     root, removed, over, start = open_root(store.uri).parent, list[bool](), threading.Event(), threading.Barrier(2)
+    runs = threading.Event()
 
     def remove() -> None:
         start.wait()
-        time.sleep(before_removal)
+        runs.wait() if before_removal is None else time.sleep(before_removal)
         removed.append(remove_store(root.uri, store.id, cache) is None)
         over.set()
 
     thread = threading.Thread(target=remove)
     thread.start()
     start.wait()
-    time.sleep(before_run)
+    over.wait() if before_run is None else time.sleep(before_run)
     try:
         with running(run, store.uri):
+            runs.set()
             found = open_store(store.uri)
             assert found.verify() == []
             over.wait()

@@ -46,6 +46,7 @@ from akd_dist.tracking.status import (
     write_document,
 )
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, stores_of
+from tests.survivors import HELD_MODELS, a_held_model
 
 
 def planned(name: str, **changes: Any) -> StudentProgress:
@@ -459,18 +460,21 @@ def test_it_imports_nothing_heavy(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_fleet_is_watched_while_it_trains_and_leaves_event_files(
+def test_a_fleet_is_watched_while_it_trains(
     home: Path, recipe: Recipe, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    students = [a_student(f"s{seed}", seed=seed, objective=HARD | {"epochs": 40}) for seed in range(3)]
-    fleet = recipe.model_copy(update={"students": a_recipe(students).students})
+    (tmp_path / "held_models.py").write_text(HELD_MODELS)
+    hold, run = tmp_path / "hold", tmp_path / "runs" / "fleet"
+    hold.touch()
+    students = [a_student(f"s{seed}", seed=seed, objective=HARD | {"epochs": 8}) for seed in range(2)]
+    students.append(a_student("held", objective=HARD | {"epochs": 8}, model=a_held_model(at=150)))
+    fleet = a_recipe(students, teacher={"weights": recipe.teacher.weights}, folder=str(tmp_path))
     seen: list[StatusDocument] = []
     over = threading.Event()
-    run = tmp_path / "runs" / "fleet"
 
     def watch() -> None:
         reader = RunReader(run)
@@ -479,6 +483,9 @@ def test_a_fleet_is_watched_while_it_trains_and_leaves_event_files(
                 seen.append(reader.read())
             except RefusedError:
                 continue
+            training = [one for one in seen[-1].students if one.state == "training"]
+            if any(one.rows_per_second > 0 and one.loss is not None for one in training):
+                hold.unlink(missing_ok=True)  # until here, a student of them waits
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -497,19 +504,18 @@ def test_a_fleet_is_watched_while_it_trains_and_leaves_event_files(
     states = list(dict.fromkeys(status.state for status in seen))
     assert states[:2] == ["preparing", "training"]
     assert any(cohort.state == "starting" for status in seen for cohort in status.cohorts)
-    live = [student for status in seen for student in status.students if student.state == "training"]
-    assert any(student.rows_per_second > 0 and student.loss is not None for student in live)
+    assert not hold.exists(), "nobody was seen to train"
     done = RunReader(run).read()
     assert (done.state, done.over, done.steps) == ("done", 3, done.steps_total)
 
     told = (tmp_path / "err").read_text()
     assert "\r" not in told
     assert "training 3 students in 1 cohort" in told
-    assert "s1 is done after 40 of 40 epochs: validation accuracy" in told
-    for name in ("s0", "s1", "s2"):
+    assert "s1 is done after 8 of 8 epochs: validation accuracy" in told
+    for name in ("s0", "s1", "held"):
         events = EventAccumulator(str(run / "students" / name / "tensorboard"), size_guidance={"scalars": 0})
         events.Reload()
-        assert [event.step for event in events.Scalars("train/loss")] == list(range(40))
+        assert [event.step for event in events.Scalars("train/loss")] == list(range(8))
         assert len(events.Scalars("test/accuracy")) == 1
     assert len(list((run / "mlruns").glob("*/*/tags/akd_dist.student"))) == 3
 

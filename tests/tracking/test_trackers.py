@@ -405,7 +405,7 @@ def test_wandb_loses_nothing_and_repeats_nothing_when_its_driver_is_killed(tmp_p
     )
     killed = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
     assert killed.wait() == -9
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while is_served(killed.pid):  # W&B's own process still writes what came to it
         assert time.monotonic() < deadline
         time.sleep(0.05)
