@@ -500,7 +500,7 @@ def test_gc_removes_stores_only_when_it_may(root: Path, run: Any) -> None:
     assert list(root.iterdir()) == []
 
 
-def test_a_bad_store_is_a_line_and_the_others_are_shown_and_collected(root: Path, run: Any) -> None:
+def test_a_bad_store_is_a_line_beside_the_others(root: Path, run: Any) -> None:
     """One whose folder cannot be listed, one of deep JSON, one whose words are markup to the table that shows them."""
     (store,) = root.iterdir()
     (store / "arrays.zarr/logits/c/0/0/0.0123456789ab.partial").touch()
@@ -727,9 +727,7 @@ def test_the_version_is_that_of_the_package(words: tuple[str, ...], run: Any) ->
     assert started(*words).stdout == f"akd-dist {akd_dist.__version__}\n"
 
 
-def test_roots_come_from_the_environment_for_commands_and_functions_alike(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_roots_come_from_the_environment(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def where() -> tuple[str, str]:
         return run("stores", "list", "--json").document["store_root"], STORE_ROOT.chosen()
 
@@ -771,7 +769,7 @@ def test_closed_streams_end_no_command(words: tuple[str, ...], closed: str) -> N
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_names_beyond_the_encoding_of_the_terminal_end_no_command(encoding: str, tmp_path: Path) -> None:
+def test_names_beyond_the_terminals_encoding_are_shown(encoding: str, tmp_path: Path) -> None:
     root = os.fsencode(tmp_path) + "/Bücher-τ".encode() + (b"-\xff" if encoding == "utf-8" else b"")
     given = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"} if encoding == "ascii" else {}
     environment = {**os.environ, **given} | ({"PYTHONIOENCODING": encoding} if encoding == "latin-1" else {})

@@ -78,7 +78,7 @@ def test_the_first_bad_row_is_named_whatever_the_threads_do(seed: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_rows_before_those_that_cannot_be_read_are_worked_on_first(threads: int) -> None:
+def test_rows_before_unreadable_ones_come_first(threads: int) -> None:
     def work(block: Block) -> None:
         if block.start <= 30 < block.start + len(block):
             raise RefusedError(f"bad row {block.start}")

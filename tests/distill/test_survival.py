@@ -192,9 +192,7 @@ def test_a_worker_that_wakes_up_after_its_time_writes_nothing(
         assert snapshot(tmp_path / "students") == before
 
 
-def test_a_worker_that_wakes_up_while_a_later_one_trains_disturbs_nothing(
-    place: Place, undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_woken_worker_disturbs_no_later_one(place: Place, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     with suspended(place, tmp_path, "replace.before_rename:7") as early:
         late = place.start(place.job(tmp_path, attempt=2), "cohort.after_batch:20:STOP")
         process = psutil.Process(late.pid)
@@ -296,9 +294,7 @@ def guilty(how: str) -> dict[str, Any]:
     return a_student(how.replace(" ", "-"), batch=BATCH, model=model)
 
 
-def test_whoever_fails_fails_alone_and_the_others_end_as_in_solo_runs(
-    place: Place, undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
+def test_whoever_fails_fails_alone(place: Place, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     (place.root / "guilty_models.py").write_text(GUILTY)
     pairs = itertools.zip_longest(map(guilty, REASONS), FLEET)
     fleet = a_recipe([student for pair in pairs for student in pair if student is not None], folder=str(place.root))
@@ -330,7 +326,7 @@ def halfway(place: Place, tmp_path: Path) -> CohortJob:
     return job
 
 
-def test_every_flip_and_cut_of_a_checkpoint_falls_back_to_the_one_before(halfway: CohortJob) -> None:
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(halfway: CohortJob) -> None:
     folder, draw = Path(halfway.root) / "long" / "checkpoints", random.Random(0)
     before, newest = checkpoints(folder)
     data, expected = newest.read_bytes(), before.read_bytes()
@@ -348,7 +344,7 @@ def test_every_flip_and_cut_of_a_checkpoint_falls_back_to_the_one_before(halfway
     assert encode(newest_tree(folder)) == data
 
 
-def test_a_damaged_checkpoint_costs_an_epoch_and_the_user_is_told(
+def test_a_damaged_checkpoint_costs_an_epoch_and_is_told(
     place: Place, undisturbed: dict[str, Any], halfway: CohortJob
 ) -> None:
     for name in ("long", "kd"):
@@ -367,7 +363,7 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_the_user_is_told(
     assert told.count("warning") == 2
 
 
-def test_without_an_intact_checkpoint_a_student_fails_alone_and_says_what_to_do(
+def test_without_an_intact_checkpoint_a_student_fails_alone(
     place: Place, undisturbed: dict[str, Any], halfway: CohortJob
 ) -> None:
     folder, run = Path(halfway.root) / "long" / "checkpoints", Path(halfway.root).parent

@@ -270,7 +270,7 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
         assert requirement.specifier.contains(version), f"{text} refuses the pinned {version}"
 
 
-def test_continuous_integration_runs_make_check_and_make_test_and_nothing_else() -> None:
+def test_ci_runs_make_check_and_make_test_alone() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]

@@ -190,9 +190,7 @@ def test_shards_that_were_found_count_as_not_timed(tmp_path: Path, cache_root: s
     assert 0 < after.seconds < before.seconds
 
 
-def test_a_manifest_is_made_again_from_shards_without_believable_receipts(
-    tmp_path: Path, cache_root: str, teacher_uri: str
-) -> None:
+def test_a_manifest_is_made_again_from_shards_alone(tmp_path: Path, cache_root: str, teacher_uri: str) -> None:
     case = Case(str(tmp_path), cache_root, teacher_uri, "float16", FORMAT_VERSION)
     undisturbed = case.fill()
     (store,) = tmp_path.iterdir()
@@ -205,9 +203,7 @@ def test_a_manifest_is_made_again_from_shards_without_believable_receipts(
     assert sha256((store / "manifest.json").read_bytes()) == undisturbed
 
 
-def test_shards_are_not_computed_in_another_way_under_a_manifest_that_is_made_again(
-    tmp_path: Path, cache_root: str, teacher_uri: str
-) -> None:
+def test_a_remade_manifest_allows_no_other_computation(tmp_path: Path, cache_root: str, teacher_uri: str) -> None:
     """No sealed sha256 would tell a last bit that differs."""
     case = Case(str(tmp_path), cache_root, teacher_uri, "float16", FORMAT_VERSION)
     undisturbed = case.fill()

@@ -108,7 +108,7 @@ def test_an_assistant_learns_from_the_one_above_it(home: Home) -> None:
     assert trained.read_bytes() == (Path(last["path"]) / "model.safetensors").read_bytes()
 
 
-def test_takd_learns_from_the_last_assistant_and_agreement_is_with_the_teacher(home: Home) -> None:
+def test_takd_learns_from_the_last_assistant(home: Home) -> None:
     """What a takd student is, told without takd: a kd student in a recipe whose teacher is the assistant."""
     last = home.cached["assistants"][-1]
     below = a_recipe([a_student("takd", objective=KD)], teacher={"weights": last["path"]})
@@ -124,7 +124,7 @@ def test_takd_learns_from_the_last_assistant_and_agreement_is_with_the_teacher(h
     assert home.results["takd"]["agreement"] == pytest.approx(float(np.mean(chosen == teacher)))
 
 
-def test_the_training_of_an_assistant_is_recorded_with_the_stores_it_learned_from(home: Home) -> None:
+def test_an_assistants_training_is_recorded_with_its_stores(home: Home) -> None:
     stores = {store.id: store for store in list_stores(str(home.root / "plain"))}
     above = [home.cached, *home.cached["assistants"]]
     for taught, assistant in zip(above, home.cached["assistants"], strict=False):
@@ -213,7 +213,7 @@ def test_a_plan_knows_what_is_there(home: Home) -> None:
     assert not (home.root / "nowhere").exists()
 
 
-def test_an_assistant_that_does_not_fit_is_refused_before_the_teacher_runs(home: Home, tmp_path: Path) -> None:
+def test_an_assistant_that_does_not_fit_is_refused_first(home: Home, tmp_path: Path) -> None:
     nobody = {"kind": "custom", "factory": "nowhere_at_all:model"}
     too_large = {"kind": "mlp", "hidden": 100_000_000_000}
     for model, told in ((nobody, "nowhere_at_all"), (too_large, "does not fit the memory of this machine")):
@@ -223,9 +223,7 @@ def test_an_assistant_that_does_not_fit_is_refused_before_the_teacher_runs(home:
     assert not (tmp_path / "stores").exists()
 
 
-def test_the_claim_of_a_driver_that_died_when_it_was_done_is_swept_and_a_living_ones_is_kept(
-    home: Home, tmp_path: Path
-) -> None:
+def test_a_dead_drivers_claim_is_swept_a_living_ones_kept(home: Home, tmp_path: Path) -> None:
     cached = home.cache(tmp_path / "stores")
     model = Path(cached["assistants"][0]["path"])
     root, names = str(tmp_path / "stores"), [f"teachers/{model.name}", cached["assistants"][1]["id"]]
@@ -250,9 +248,7 @@ def test_an_assistant_that_diverges_ends_the_chain_with_its_log(home: Home, tmp_
     assert not list((tmp_path / "stores").rglob("*.claim"))
 
 
-def test_an_assistant_that_failed_is_tried_again_by_the_next_command(
-    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_assistant_is_tried_again(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = home.recipe_for(an_assistant(9))
     with monkeypatch.context() as today:
         today.setattr(Student, "take_step", lambda *_: (_ for _ in ()).throw(MemoryError("not today")))
@@ -261,7 +257,7 @@ def test_an_assistant_that_failed_is_tried_again_by_the_next_command(
     assert home.cache(tmp_path / "stores", recipe)["assistants"]
 
 
-def test_a_damaged_store_of_an_assistant_is_repaired_to_the_same_bytes(home: Home, tmp_path: Path) -> None:
+def test_an_assistants_store_is_repaired_to_the_same_bytes(home: Home, tmp_path: Path) -> None:
     cached = home.cache(tmp_path / "stores")
     for one in cached["assistants"]:
         shard = next(path for path in Path(one["store"]).glob("arrays.zarr/logits/c/1/*/0"))

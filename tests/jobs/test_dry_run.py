@@ -96,7 +96,7 @@ def test_a_plan_says_what_would_be_done_and_why(place: Place) -> None:
     assert plan["seconds"] >= max(cohort["ends"] for cohort in plan["cohorts"]) - 0.1
 
 
-def test_a_plan_tells_those_that_have_ended_and_resume_from_those_that_start(place: Place) -> None:
+def test_a_plan_tells_ended_resumed_and_new_students(place: Place) -> None:
     cached = cache_in_process(
         place.recipe, str(place.root / "teacher"), store_root=str(place.root / "stores"),
         cache_root=str(place.root / "cache"),
@@ -177,7 +177,7 @@ def test_what_an_interrupted_run_cached_is_not_counted_again(place: Place, monke
     assert code == 0, err
 
 
-def test_a_plan_of_students_that_could_not_be_probed_claims_no_time(place: Place) -> None:
+def test_a_plan_without_probes_claims_no_time(place: Place) -> None:
     plan = place.plan()
     assert "about" in plan_lines(plan)[-1]
     plan["cohorts"][0]["students"][0]["seconds"] = None
@@ -298,7 +298,7 @@ def test_a_batch_that_memory_would_not_hold_is_not_tried(models: Path, monkeypat
     assert measured[0].step_memory == measured[1].step_memory > 0
 
 
-def test_weights_that_no_memory_holds_are_refused_before_they_are_made(tmp_path: Path) -> None:
+def test_weights_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
     recipe = a_recipe([a_student("one", model={"kind": "mlp", "hidden": 10**11})])
     with pytest.raises(RefusedError, match="mlp-100000000000 does not fit the memory") as refused:
         check_students(recipe, prepare(recipe.data, tmp_path))
@@ -339,9 +339,7 @@ def test_a_plan_counts_the_memory_and_the_steps_of_a_last_batch(tmp_path: Path) 
     assert streamed == [3 * (64 + 8) * shown for shown in (rows, rows, 700)]
 
 
-def test_students_that_differ_in_seed_and_temperature_are_probed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_students_that_cost_the_same_are_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = a_recipe([a_student(f"{seed}", seed=seed, objective=LONGER) for seed in range(50)] + [a_student("other")])
     probed: list[str] = []
     monkeypatch.setattr(Prober, "probe", lambda _prober, spec: probed.append(spec.name))

@@ -187,7 +187,7 @@ def test_another_teacher_under_the_same_name_is_refused(home: Home, trained: Any
         home.train(trained[0], home.recipe_for(student))
 
 
-def test_saved_results_that_lag_behind_their_students_are_collected_again(home: Home, trained: Any) -> None:
+def test_lagging_results_are_collected_again(home: Home, trained: Any) -> None:
     root, fleet = trained
     (root / "runs" / "fleet" / "report.html").unlink()  # as if killed just before it was written
     again = home.train(root)
@@ -372,7 +372,7 @@ def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeyp
     over.set()
 
 
-def test_a_node_that_joins_in_the_place_of_a_lost_one_is_none_to_wait_for(home: Home, tmp_path: Path) -> None:
+def test_a_new_node_does_not_replace_a_lost_one(home: Home, tmp_path: Path) -> None:
     """Ray places a cohort's workers again on the nodes that it was begun with, and there is none of these left."""
     splits = prepare(home.recipe.data, Path(home.cache_root))
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
@@ -390,7 +390,7 @@ def test_a_node_that_joins_in_the_place_of_a_lost_one_is_none_to_wait_for(home: 
     assert "others have joined" in str(told.value.next)
 
 
-def test_lost_nodes_end_the_run_once_the_cohorts_on_others_have_checkpointed(home: Home, tmp_path: Path) -> None:
+def test_lost_nodes_end_the_run_after_others_checkpoint(home: Home, tmp_path: Path) -> None:
     splits, saved = prepare(home.recipe.data, Path(home.cache_root)), list[str]()
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
     fleet = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
@@ -477,9 +477,7 @@ def test_the_second_driver_leaves_with_3_and_names_the_holder(home: Home, tmp_pa
     assert "Traceback" not in second.stderr
 
 
-def test_a_node_that_does_not_answer_gets_no_work_and_holds_up_nobody(
-    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_node_gets_no_work(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there, told = cluster.nodes(), list[str]()
     answer = ray.remote(num_cpus=0)(lambda: time.sleep(600)).remote()
     monkeypatch.setattr("akd_dist.jobs.shared.ANSWER_SECONDS", 0.5)

@@ -43,7 +43,7 @@ def processes_of(marker: str) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("part", ["raylet", *(pytest.param(part, marks=pytest.mark.slow) for part in [*DEADLY][1:])])
-def test_a_ray_that_does_not_start_ends_the_command_and_holds_nothing(part: str, tmp_path: Path) -> None:
+def test_a_ray_that_does_not_start_holds_nothing(part: str, tmp_path: Path) -> None:
     recipe = a_recipe([a_student("one", objective=HARD)])
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     places = [word for kind in ("store", "run", "cache") for word in (f"--{kind}-root", str(tmp_path / kind))]
@@ -96,7 +96,7 @@ def test_whatever_ray_raises_is_a_refusal(error: BaseException, unconnected: pyt
     )
 
 
-def test_a_ray_that_never_answers_is_given_up_and_what_it_started_is_ended(unconnected: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_never_answers_is_given_up_and_ended(unconnected: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[bytes]] = []
     over = threading.Event()
 
@@ -133,7 +133,7 @@ finally:
 """
 
 
-def test_workers_do_not_look_for_modules_in_the_working_directory(tmp_path: Path) -> None:
+def test_workers_do_not_import_from_the_working_folder(tmp_path: Path) -> None:
     """Ray would have them look there first, and libraries look for modules that may be missing, such as triton."""
     told = subprocess.run(
         [sys.executable, "-c", LOOKING], capture_output=True, text=True, check=False, timeout=200, cwd=tmp_path

@@ -58,7 +58,7 @@ def test_what_is_missing_is_derived_from_annealing_kd() -> None:
         assert spec.objective.epochs == 3, "every row has the budget of both stages"
 
 
-def test_a_chain_adds_takd_for_every_model_and_what_is_listed_stays_as_listed() -> None:
+def test_a_chain_adds_takd_for_every_model() -> None:
     students = [
         unnamed(ANNEALING | {"reduction": "sum"}),
         unnamed(TAKD, optimizer=SGD),
@@ -101,7 +101,7 @@ def test_seeds(listed: list[int], asked: int | None, expected: list[int]) -> Non
         assert [spec.seed for spec in expanded.students if spec.objective.kind == kind] == expected
 
 
-def test_seeds_of_all_objectives_of_a_model_count_so_that_all_can_be_paired() -> None:
+def test_seeds_of_all_objectives_are_paired() -> None:
     expanded = expand(a_recipe([unnamed(ANNEALING, seed=4), unnamed({"kind": "kd", "epochs": 9}, seed=2)]))
     assert [spec.seed for spec in expanded.students] == [2, 4] * 4
 

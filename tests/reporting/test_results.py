@@ -434,7 +434,7 @@ def all_objectives() -> dict[str, Any]:
     )
 
 
-def test_page_shows_every_objective_and_the_schedule_of_continuation_kd(tmp_path: Path) -> None:
+def test_the_page_shows_every_objective(tmp_path: Path) -> None:
     write_run(tmp_path, all_objectives())
     text = write_report(tmp_path).read_text()
     for label in ("Annealing-KD, τ 4", "Continuation-KD, τ 4", "TAKD", "KD", "from scratch"):
@@ -687,7 +687,7 @@ def test_what_differs_besides_tau_is_another_family() -> None:
     assert [effect["over_smallest"] for effect in apart] == [None, None]
 
 
-def test_curves_show_the_temperature_the_boundary_and_shared_stages() -> None:
+def test_curves_show_temperature_boundary_and_stages() -> None:
     fleet = temperatures(2)
     fleet["students"][0]["stage1_from"] = "somebody"
     riding, _, plain, validation = stage_figures(run_of(fleet))

@@ -66,7 +66,7 @@ def folder(root: Path) -> Path:
 # ---- find, list, resolve
 
 
-def test_a_request_is_a_hit_on_the_same_identity_with_as_many_views_or_more(tmp_path: Path) -> None:
+def test_a_hit_has_the_same_identity_and_enough_views(tmp_path: Path) -> None:
     for views in (4, 3):
         stores.build(tmp_path, stores.creation(views=views))
     create_store(str(tmp_path), stores.creation(views=2))  # begun, not sealed
@@ -139,9 +139,7 @@ def test_gc_stops_no_run_that_begins_meanwhile(root: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "folder", "swapped"])
-def test_repair_computes_the_damaged_shard_alone_and_reaches_what_was_sealed(
-    root: Path, folder: Path, damage: str
-) -> None:
+def test_repair_computes_the_damaged_shard_alone(root: Path, folder: Path, damage: str) -> None:
     path = folder / "arrays.zarr/logits/c/1/1/0"
     data = path.read_bytes()
     path.unlink()
@@ -161,7 +159,7 @@ def test_repair_computes_the_damaged_shard_alone_and_reaches_what_was_sealed(
     assert catalog.verify_store(str(root), folder.name) == []
 
 
-def test_a_repair_that_comes_out_different_is_refused_and_changes_nothing(root: Path, folder: Path) -> None:
+def test_a_repair_that_comes_out_different_changes_nothing(root: Path, folder: Path) -> None:
     path = folder / "arrays.zarr/logits/c/0/1/0"
     path.write_bytes(b"x" + path.read_bytes()[1:])
     before = stores.sealed_files(root)
@@ -203,7 +201,7 @@ def test_repair_of_a_held_or_unsealed_store_is_refused(root: Path, folder: Path)
 # ---- gc
 
 
-def test_gc_removes_what_interrupted_runs_left_and_nothing_of_a_held_store(root: Path, folder: Path) -> None:
+def test_gc_removes_leftovers_and_nothing_that_is_held(root: Path, folder: Path) -> None:
     held = create_store(str(root), stores.creation(views=3))
     litter = [
         root / folder.name / "arrays.zarr/logits/c/0/0/0.0123456789ab.partial",
@@ -226,7 +224,7 @@ def test_gc_removes_what_interrupted_runs_left_and_nothing_of_a_held_store(root:
     assert removal.gc(str(root)) == [str(kept[0].relative_to(root)), f"{held.id}/"]  # it was begun, and has no shard
 
 
-def test_gc_removes_what_killed_trainings_left_and_no_checkpoint_of_use(root: Path) -> None:
+def test_gc_keeps_checkpoints_of_use(root: Path) -> None:
     """Models that recipes train, under `teachers/`: one trained, one half way, one not begun, one that is held."""
     trained, half, bare, held = (root / "teachers" / (letter * 32) for letter in "0123")
     kept = [trained / "model.json", trained / "model.safetensors", half / "checkpoints/000001.safetensors"]
@@ -341,9 +339,7 @@ def remote_claim(root: Path, counter: int) -> None:
     (root / f"{STORE}.claim").write_text(json.dumps(holder))
 
 
-def test_another_hosts_claim_counts_until_its_counter_has_stood_still(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_hosts_claim_counts_until_it_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remote_claim(tmp_path, 1)
     with pytest.raises(HeldError) as refused, claim_store(str(tmp_path), STORE):
         pass

@@ -105,9 +105,7 @@ def test_a_manifest_that_contradicts_itself_is_refused_by_field(
     ],
     ids=str,
 )
-def test_a_store_that_was_begun_with_any_numbers_is_listed_at_once(
-    tmp_path: Path, changes: dict[str, Any], named: str | None
-) -> None:
+def test_a_store_of_any_numbers_is_listed_at_once(tmp_path: Path, changes: dict[str, Any], named: str | None) -> None:
     writer = create_store(str(tmp_path), stores.creation())
     document = json.loads(writer.store.get("creation.json"))
     document["identity"] |= changes
@@ -253,7 +251,7 @@ def test_deep_json_is_no_json() -> None:
             parse_json(data)
 
 
-def test_a_record_of_the_future_or_with_a_strange_lock_holds_no_store(tmp_path: Path) -> None:
+def test_a_strange_record_holds_no_store(tmp_path: Path) -> None:
     store = stores.build(tmp_path / "stores")
     os.mkfifo(tmp_path / "pipe")
     plain = Use(run="/runs/x", host=socket.gethostname(), user=None, time="2026-01-01", command="", lock=None)
@@ -363,7 +361,7 @@ def test_a_store_that_cannot_be_read_is_one_line(
     ],
     ids=str,
 )
-def test_a_creation_document_that_contradicts_itself_is_refused_by_field(changes: dict[str, Any], named: str) -> None:
+def test_a_contradictory_creation_is_refused_by_field(changes: dict[str, Any], named: str) -> None:
     document = stores.creation().model_dump(mode="json") | changes
     with pytest.raises(DamagedError) as refused:
         Creation.from_bytes(canonical_json(document), "creation.json")

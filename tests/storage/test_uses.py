@@ -131,7 +131,7 @@ def test_a_run_of_several_days_has_a_record_of_each(tmp_path: Path, monkeypatch:
             time.sleep(0.01)
 
 
-def test_a_run_goes_on_while_its_lock_is_held_here_or_for_two_days_elsewhere(tmp_path: Path) -> None:
+def test_a_run_goes_on_while_its_lock_is_held(tmp_path: Path) -> None:
     store, now = stores.build(tmp_path / "stores"), time.time()
     with running(tmp_path / "run", store.uri):
         (use,) = uses_of(open_root(store.uri))
@@ -201,7 +201,7 @@ def test_a_store_that_is_held_used_mapped_or_needed_stays(tmp_path: Path, cache:
 # ---- removal
 
 
-def test_a_store_is_removed_with_its_decoded_copy_and_nothing_else(root: ObjectRoot, cache: Path) -> None:
+def test_a_store_is_removed_with_its_decoded_copy(root: ObjectRoot, cache: Path) -> None:
     gone, other = (stores.build(root.uri, stores.creation(views=views)) for views in (1, 3))
     linked, _ = stores.extend(root.uri, stores.creation(views=2))  # shares files with `gone` where there are links
     for store in (gone, other):
@@ -255,7 +255,7 @@ def test_a_removal_may_die_at_any_moment(tmp_path: Path, cache: Path, site: str,
         assert [path.name for path in root.iterdir()] == [store.id]
 
 
-def test_a_run_that_begins_while_its_store_is_removed_finds_it_whole_or_is_told(tmp_path: Path, cache: Path) -> None:
+def test_a_run_racing_a_removal_finds_the_store_or_is_told(tmp_path: Path, cache: Path) -> None:
     """A run and a removal at once, many times: one of them wins, and the other one knows."""
     first = list[tuple[float | None, float | None]]([(0.0, None), (None, 0.0)])
     shuffled = np.random.default_rng(0).uniform(0, 0.006, (20, 2))

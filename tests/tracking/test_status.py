@@ -128,7 +128,7 @@ def test_a_cohort_that_was_started_again_knows_better(tmp_path: Path) -> None:
         assert by_name(RunReader(tmp_path).read())["one"].steps == 20
 
 
-def test_a_student_that_the_driver_gave_up_is_failed_although_its_worker_told_otherwise(tmp_path: Path) -> None:
+def test_a_student_the_driver_gave_up_is_failed(tmp_path: Path) -> None:
     with driving(tmp_path):
         a_run(tmp_path, "one")
         leave(tmp_path, "one", result={"state": "failed", "reason": "once before"})
@@ -142,7 +142,7 @@ def test_a_student_that_the_driver_gave_up_is_failed_although_its_worker_told_ot
         assert by_name(reader.read())["one"].reason == "again and again"
 
 
-def test_a_student_that_failed_and_is_tried_again_has_before_it_what_its_checkpoint_leaves(tmp_path: Path) -> None:
+def test_a_retried_student_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     failed = {"state": "failed", "reason": "once before", "epochs": 3}
     names = ["one", "two", "three", "over"]
     with driving(tmp_path):
@@ -181,7 +181,7 @@ def test_a_run_whose_driver_let_go_of_it_is_stopped(tmp_path: Path) -> None:
     assert status.at == status.driver.ended
 
 
-def test_a_driver_that_was_killed_is_seen_to_be_gone_also_when_its_number_is_used_again(tmp_path: Path) -> None:
+def test_a_killed_driver_is_gone_though_its_pid_is_reused(tmp_path: Path) -> None:
     with driving(tmp_path):
         driver = read_document(tmp_path / "control" / "driver.json", RunDriver)
     assert driver is not None
@@ -229,7 +229,7 @@ def test_a_run_is_done_since_its_results_were_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("silent", "state"), [(1.0, "training"), (3600.0, "stopped")])
-def test_a_driver_on_another_machine_lives_as_long_as_it_gives_signs(tmp_path: Path, silent: float, state: str) -> None:
+def test_a_remote_driver_lives_while_it_gives_signs(tmp_path: Path, silent: float, state: str) -> None:
     with driving(tmp_path):
         driver = read_document(tmp_path / "control" / "driver.json", RunDriver)
     assert driver is not None
@@ -347,7 +347,7 @@ def test_a_cohort_tells_of_every_student_as_it_goes(
     assert story[-1].validation == result["validation"]["accuracy"]
 
 
-def test_a_stage_that_students_share_is_counted_once_before_during_and_after(
+def test_a_shared_stage_is_counted_once(
     home: Path, stores: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objectives = [ANNEALING | {"stage2_epochs": epochs} for epochs in (1, 2, 3)]
@@ -376,7 +376,7 @@ def test_a_stage_that_students_share_is_counted_once_before_during_and_after(
     assert {student.epochs_shared for student in after.students[1:]} == {stage1}
 
 
-def test_whoever_lost_the_student_that_computed_its_stage_counts_it_itself(tmp_path: Path) -> None:
+def test_without_its_leader_a_student_counts_the_stage(tmp_path: Path) -> None:
     rider = {"epochs": 4, "epochs_shared": 3, "steps_total": 10}
     a_run(tmp_path, students=[planned(name, **rider) for name in ("rode", "alone", "unmade", "rides", "began")])
     leave(tmp_path, "rode", result={"stage1_from": "first"})
@@ -558,9 +558,7 @@ def put(path: Path, content: bytes | dict[str, Any] | None, whole: dict[str, Any
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_a_damaged_result_is_a_line_and_takes_nothing_from_the_others(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_result_is_a_line(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with driving(tmp_path):
         a_run(tmp_path, "one", "two")
     leave(tmp_path, "two", result={})
