@@ -114,6 +114,6 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
         patch.setenv("AWS_REGION", "us-east-1")
         request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
-        urllib.request.urlopen(request, timeout=240).close()
+        urllib.request.urlopen(request, timeout=900).close()
         yield "s3://bucket"
     server.stop()

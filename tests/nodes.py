@@ -39,7 +39,7 @@ def one_more(made: Any) -> list[str]:
     return [sys.executable, "-W", "ignore", "-m", "tests.nodes", "raylet", made.gcs_address]
 
 
-def until(condition: Callable[[], bool], seconds: float = 240.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 900.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came to that"

@@ -120,7 +120,7 @@ class Place:
     def train(self, job: CohortJob, failpoint: str | None = None) -> int | None:
         """The exit code of a process that trains, negative if it was killed."""
         process = self.start(job, failpoint)
-        process.join(240)
+        process.join(900)
         code: int | None = process.exitcode
         return code
 
@@ -250,7 +250,7 @@ def marked(marker: Path) -> list[psutil.Process]:
 
 def until(ready: Callable[[], Any], command: subprocess.Popen[str], errors: Path) -> Any:
     """What `ready` gives once it gives something; a command that ends before, or takes minutes, fails the test."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not (found := ready()):
         assert command.poll() is None, errors.read_text()
         assert time.monotonic() < deadline, errors.read_text()

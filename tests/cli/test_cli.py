@@ -646,7 +646,7 @@ def test_open_store_reads_rows(root: Path) -> None:
 def started(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """A command as a shell starts it."""
     command = [sys.executable, "-m", "akd_dist", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, **options)
 
 
 COMPLETED = {
@@ -716,7 +716,7 @@ def test_completion_works_in_bash(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.stdout == "verify\n"
 
@@ -755,7 +755,7 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(words: tuple[str, 
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "akd_dist", *words]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=240, check=False)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=900, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -764,7 +764,7 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(words: tuple[str, 
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_end_no_command(words: tuple[str, ...], closed: str) -> None:
     script = f'"$0" -m akd_dist "$@" {closed}'
-    done = subprocess.run(["sh", "-c", script, sys.executable, *words], capture_output=True, timeout=240, check=False)
+    done = subprocess.run(["sh", "-c", script, sys.executable, *words], capture_output=True, timeout=900, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
@@ -775,14 +775,14 @@ def test_names_beyond_the_terminals_encoding_are_shown(encoding: str, tmp_path: 
     environment = {**os.environ, **given} | ({"PYTHONIOENCODING": encoding} if encoding == "latin-1" else {})
     command: list[str | bytes] = [sys.executable, "-m", "akd_dist", "stores", "list", "--store-root", root]
     plain, document = (
-        subprocess.run(words, env=environment, capture_output=True, timeout=240, check=True)
+        subprocess.run(words, env=environment, capture_output=True, timeout=900, check=True)
         for words in (command, [*command, "--json"])
     )
     shown = "Bücher-\\u03c4".encode("latin-1") if encoding == "latin-1" else root
     assert shown in plain.stdout
     assert os.fsencode(json.loads(document.stdout.decode(encoding))["store_root"]) == root
     table = subprocess.run(
-        [sys.executable, "-m", "akd_dist", "recipe", "check", DIGITS], env=environment, capture_output=True, timeout=240
+        [sys.executable, "-m", "akd_dist", "recipe", "check", DIGITS], env=environment, capture_output=True, timeout=900
     )
     assert (table.returncode, table.stderr) == (0, b"")
 
@@ -814,7 +814,7 @@ def in_a_terminal(*words: str, width: int = 80) -> str:
         while data := os.read(ours, 65536):
             seen += data
     os.close(ours)
-    process.wait(timeout=240)
+    process.wait(timeout=900)
     return seen.decode()
 
 

@@ -13,7 +13,7 @@ import pytest
 from akd_dist.cli import main
 from akd_dist.documents.json_schema import SCHEMAS
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")

@@ -38,12 +38,12 @@ def test_every_row_is_worked_on_once(threads: int, streams: list[RowStream]) -> 
 
 
 def test_a_single_stream_is_worked_on_in_parallel() -> None:
-    barrier = threading.Barrier(3, timeout=240)  # falls apart unless three blocks are worked on at a time
+    barrier = threading.Barrier(3, timeout=900)  # falls apart unless three blocks are worked on at a time
     for_each_block([stream(0, 9)], 1, lambda block: void(barrier.wait()), 3)
 
 
 def test_several_streams_are_read_in_parallel() -> None:
-    barrier = threading.Barrier(3, timeout=240)
+    barrier = threading.Barrier(3, timeout=900)
 
     def read(start: int, most: int) -> Iterator[Block]:
         barrier.wait()

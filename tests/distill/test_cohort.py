@@ -159,7 +159,7 @@ def test_sigkill_then_the_same_call_ends_with_the_very_weights(
     job = job_of(recipe, stores, home, tmp_path, checkpoint_seconds=0.05)
     process = FORKS.Process(target=train, args=(job, f"cohort.after_batch:{nth}"))
     process.start()
-    process.join(120)
+    process.join(900)
     assert process.exitcode == -signal.SIGKILL
     train_cohort(job)
     assert weights(tmp_path) == undisturbed

@@ -89,9 +89,7 @@ def test_killed_at_a_boundary_it_ends_as_if_undisturbed(
     assert outcome(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize(
-    ("kills", "seed"), [(8, 0), pytest.param(100, 1, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
-)
+@pytest.mark.parametrize(("kills", "seed"), [(8, 0), pytest.param(100, 1, marks=pytest.mark.slow)])
 def test_killed_at_random_steps_it_ends_as_if_undisturbed(
     place: Place, undisturbed: dict[str, Any], per_epoch: int, tmp_path: Path, kills: int, seed: int
 ) -> None:
@@ -157,7 +155,7 @@ def suspended(place: Place, run: Path, failpoint: str) -> Iterator[psutil.Proces
     process = place.start(place.job(run, attempt=1), f"{failpoint}:STOP")
     worker = psutil.Process(process.pid)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while worker.status() != psutil.STATUS_STOPPED:
             assert process.is_alive(), f"{failpoint} was never reached"
             assert time.monotonic() < deadline
@@ -172,7 +170,7 @@ def end_of(worker: psutil.Process, place: Place) -> int:
     """Let a suspended worker go on; the code that it leaves with, by itself."""
     worker.send_signal(signal.SIGCONT)
     process = next(child for child in place.forks.active_children() if child.pid == worker.pid)
-    process.join(240)
+    process.join(900)
     assert process.exitcode is not None, "the worker lives on"
     return int(process.exitcode)
 
@@ -202,7 +200,7 @@ def test_a_woken_worker_disturbs_no_later_one(place: Place, undisturbed: dict[st
         assert end_of(early, place) == HeldError.code
         assert snapshot(tmp_path / "students") == before
         process.send_signal(signal.SIGCONT)
-        late.join(240)
+        late.join(900)
         assert late.exitcode == 0
     assert outcome(tmp_path) == undisturbed
 

@@ -376,7 +376,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(180)
+        worker.join(900)
     yield folder
     for worker in workers:
         worker.kill()

@@ -19,7 +19,7 @@ import pytest
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial" / "index.md"
 QUICKSTART = "make quickstart"  # a checkout, a minute: tests/cli/test_quickstart.py runs what the Makefile does for it
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 
 class Block(NamedTuple):

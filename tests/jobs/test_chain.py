@@ -279,7 +279,6 @@ def trained(home: Home, ray_cluster: None) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
 def test_a_chain_on_ray_has_the_bytes_of_the_plain_loop(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
     root, _ = trained
     assert assistants(root / "stores") == assistants(home.root / "plain")

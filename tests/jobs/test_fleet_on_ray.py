@@ -46,7 +46,7 @@ from tests.data.test_verification import flip
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, own, store_bytes, weights
 from tests.survivors import HELD_MODELS, a_held_model, marked, plant_snapshots, stands_still, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 FLEET = [
     *(a_student(f"annealing-{seed}", seed=seed) for seed in range(3)),
@@ -293,7 +293,7 @@ def interrupt(
         until(lambda: set(marker.rglob("stop-*")) - stops, process, errors)
     for one in held:
         one.kill() if number == signal.SIGKILL else one.resume()
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=900)
     return subprocess.CompletedProcess(command, process.returncode, out, errors.read_text())
 
 
@@ -307,7 +307,7 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def leave_no_process(marker: Path) -> bool:
     """Whether all that a command has started is gone; Ray's own helpers may take a moment."""
-    return not psutil.wait_procs(marked(marker), timeout=60)[1]
+    return not psutil.wait_procs(marked(marker), timeout=900)[1]
 
 
 def test_a_killed_caching_driver_leaves_shards_to_go_on_from(home: Home, trained: Any, marker: Path) -> None:

@@ -213,5 +213,5 @@ def test_wait_waits_until_the_first_driver_is_gone(place: Place, runs: Path) -> 
         time.sleep(0.5)
         assert second.poll() is None
         first.kill()
-        second.communicate(timeout=240)
+        second.communicate(timeout=900)
         assert second.returncode == 0

@@ -324,7 +324,6 @@ def again(root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
 def test_a_comparison_from_recipe_to_table(compared: tuple[Path, dict[str, Any]]) -> None:
     root, document = compared
     CompareDocument.model_validate(document)

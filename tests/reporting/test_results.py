@@ -1026,7 +1026,7 @@ def opened(page: Path, folder: Path) -> tuple[dict[str, Any], str, list[str]]:
         f"--user-data-dir={folder / 'profile'}", f"--log-net-log={requests}", "--window-size=1700,2400",
         "--virtual-time-budget=20000", "--dump-dom", harness.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     found = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
     assert found, f"the harness did not finish: {done.stdout[-500:]} {done.stderr[-2000:]}"
     return json.loads(html.unescape(found.group(1))), done.stderr, asked_for(requests)
@@ -1041,7 +1041,6 @@ def asked_for(log: Path) -> list[str]:
 
 
 @pytest.mark.browser
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("page", ["run", "runs"])
 def test_page_in_a_browser(tmp_path: Path, page: str) -> None:
     one, two = two_runs(tmp_path)

@@ -54,7 +54,7 @@ class Proxy(BaseHTTPRequestHandler):
         if fault == "busy":
             self.reply(503, {}, b"<Error><Code>SlowDown</Code></Error>")
             return
-        connection = http.client.HTTPConnection(self.upstream, timeout=240)
+        connection = http.client.HTTPConnection(self.upstream, timeout=900)
         connection.request(self.command, self.path, body, dict(self.headers))
         answer = connection.getresponse()
         data, headers = answer.read(), dict(answer.getheaders())
@@ -90,7 +90,7 @@ def faults() -> Iterator[Faults]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT"), timeout=240).close()
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT"), timeout=900).close()
     faulty = Faults()
     handler = type("Handler", (Proxy,), {"faults": faulty, "upstream": f"{host}:{port}"})
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), handler)

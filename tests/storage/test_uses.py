@@ -125,7 +125,7 @@ def test_a_run_of_several_days_has_a_record_of_each(tmp_path: Path, monkeypatch:
     with using([store.uri], run="/runs/long"):
         (use,) = uses_of(open_root(store.uri))
         (tmp_path / store.id / use.key).unlink()  # a new day has no record yet
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while not uses_of(open_root(store.uri)):
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -459,7 +459,6 @@ def test_it_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
 def test_a_fleet_is_watched_while_it_trains(
     home: Path, recipe: Recipe, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
