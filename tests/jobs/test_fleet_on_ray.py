@@ -307,7 +307,7 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def leave_no_process(marker: Path) -> bool:
     """Whether all that a command has started is gone; Ray's own helpers may take a moment."""
-    return not psutil.wait_procs(marked(marker), timeout=900)[1]
+    return not psutil.wait_procs(marked(marker), timeout=60)[1]
 
 
 def test_a_killed_caching_driver_leaves_shards_to_go_on_from(home: Home, trained: Any, marker: Path) -> None:
