@@ -292,7 +292,7 @@ def interrupt(
     if number != signal.SIGKILL:
         until(lambda: set(marker.rglob("stop-*")) - stops, process, errors)
     for one in held:
-        one.kill() if number == signal.SIGKILL else one.resume()
+        one.send_signal(signal.SIGKILL if number == signal.SIGKILL else signal.SIGCONT)
     out, _ = process.communicate(timeout=900)
     return subprocess.CompletedProcess(command, process.returncode, out, errors.read_text())
 
@@ -405,7 +405,10 @@ def test_lost_nodes_end_the_run_after_others_checkpoint(home: Home, tmp_path: Pa
         saved.append("it has checkpointed")
         over.set()
 
-    for node, act in (("here", healthy), ("lost", over.wait)):
+    def lost() -> None:
+        over.wait()
+
+    for node, act in (("here", healthy), ("lost", lost)):
         thread = threading.Thread(target=act, daemon=True)
         thread.start()
         fleet.carried.append(

@@ -280,14 +280,14 @@ def race(
 
     def remove() -> None:
         start.wait()
-        runs.wait() if before_removal is None else time.sleep(before_removal)
+        wait(runs, before_removal)
         removed.append(remove_store(root.uri, store.id, cache) is None)
         over.set()
 
     thread = threading.Thread(target=remove)
     thread.start()
     start.wait()
-    over.wait() if before_run is None else time.sleep(before_run)
+    wait(over, before_run)
     try:
         with running(run, store.uri):
             runs.set()
