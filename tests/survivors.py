@@ -5,6 +5,7 @@ Killing in a process of its own is the only honest way; forking makes it cheap, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -245,6 +246,16 @@ def marked(marker: Path) -> list[psutil.Process]:
                 found.append(process)
         except psutil.Error:
             continue
+    return found
+
+
+def standing_still(marker: Path) -> list[psutil.Process]:
+    """Those of them that are suspended."""
+    found = []
+    for process in marked(marker):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if stands_still(process):
+                found.append(process)
     return found
 
 

@@ -44,7 +44,7 @@ from akd_dist.storage.removal import disused
 from akd_dist.tracking.status import write_document
 from tests.data.test_verification import flip
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, own, store_bytes, weights
-from tests.survivors import HELD_MODELS, a_held_model, marked, plant_snapshots, stands_still, until
+from tests.survivors import HELD_MODELS, a_held_model, marked, plant_snapshots, standing_still, until
 
 pytestmark = pytest.mark.ray
 
@@ -276,14 +276,14 @@ def interrupt(
 ) -> subprocess.CompletedProcess[str]:
     """Send a command a signal while a process of its stands still at a failpoint, and give what came of it.
 
-    That process goes on as soon as the command has told it to stop; if the command is killed, it is killed as well.
+    Such a process goes on as soon as the command has told its workers to stop.
     """
     errors, environment = marker / "stderr", os.environ | {"AKD_FAILPOINT": failpoint}
     with open(errors, "w") as err:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=err, text=True, start_new_session=True, env=environment
         )
-    held = until(lambda: [one for one in marked(marker) if stands_still(one)], process, errors)
+    until(lambda: standing_still(marker), process, errors)
     stops = set(marker.rglob("stop-*"))
     if group:  # as a terminal or a service manager does: to everybody
         os.killpg(process.pid, number)
@@ -291,8 +291,10 @@ def interrupt(
         process.send_signal(number)
     if number != signal.SIGKILL:
         until(lambda: set(marker.rglob("stop-*")) - stops, process, errors)
-    for one in held:
-        one.send_signal(signal.SIGKILL if number == signal.SIGKILL else signal.SIGCONT)
+        while process.poll() is None:
+            for one in standing_still(marker):
+                one.resume()
+            time.sleep(0.1)
     out, _ = process.communicate(timeout=900)
     return subprocess.CompletedProcess(command, process.returncode, out, errors.read_text())
 

@@ -23,7 +23,16 @@ from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.recipe import Recipe
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher
-from tests.survivors import SECOND_EPOCH, marked, outcome, plant_snapshots, snapshot, stands_still, until
+from tests.survivors import (
+    SECOND_EPOCH,
+    marked,
+    outcome,
+    plant_snapshots,
+    snapshot,
+    standing_still,
+    stands_still,
+    until,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -272,7 +281,7 @@ def test_a_waiting_driver_carries_on_from_a_killed_one(home: Home, tmp_path: Pat
     run, waiting = tmp_path / "runs" / "fleet", tmp_path / "waiting"
     waiting.mkdir()
     with Driver(home.command(tmp_path), tmp_path, AKD_FAILPOINT=SECOND_EPOCH) as first:
-        (worker,) = first.until(lambda: [process for process in marked(tmp_path) if stands_still(process)])
+        (worker,) = first.until(lambda: standing_still(tmp_path))
         second = subprocess.run(home.command(tmp_path), capture_output=True, text=True, check=False)
         assert second.returncode == 3
         assert f"process {first.process.pid} on {socket.gethostname()}" in second.stderr

@@ -271,6 +271,14 @@ def test_a_run_racing_a_removal_finds_the_store_or_is_told(tmp_path: Path, cache
     assert all(used != removed for used, removed in outcomes), outcomes
 
 
+def wait(other: threading.Event, seconds: float | None) -> None:
+    """So many seconds, or for what the other one does."""
+    if seconds is None:
+        other.wait()
+    else:
+        time.sleep(seconds)
+
+
 def race(
     store: LogitStore, run: Path, cache: Path, before_run: float | None, before_removal: float | None
 ) -> tuple[bool, bool]:
