@@ -37,9 +37,10 @@ def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
         patch.setenv("AKD_DIST_CACHE", str(home / "cache" / "akd-dist"))
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv(
-            "RAY_worker_niceness", "0"
-        )  # beside other work, workers that give way would take many times as long
+        # Beside other work, workers that give way to it take many times as long, and longer than Ray waits for them.
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_worker_register_timeout_seconds", "600")
+        patch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
         yield home
 
 
