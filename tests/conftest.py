@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from akd_dist.recipe import Recipe
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With several processes (`-n 2 --dist loadgroup`), a file is one's, and one has all files that need the Ray."""
     if not config.pluginmanager.hasplugin("xdist"):
