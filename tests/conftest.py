@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from akd_dist.recipe import Recipe
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several processes (`-n 2 --dist loadgroup`), a file is one's, and one has all files that need the Ray."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else str(item.path)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +38,10 @@ def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
         patch.setenv("AKD_DIST_CACHE", str(home / "cache" / "akd-dist"))
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        # Beside other work, workers that give way to it take many times as long, and longer than Ray waits for them.
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_worker_register_timeout_seconds", "600")
+        patch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
         yield home
 
 
@@ -40,6 +55,26 @@ def forgotten_code(isolated_home: Path) -> Iterator[None]:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(tests):
             del sys.modules[name]
     sys.path[:] = [place for place in sys.path if place in path or not place.startswith(tests)]
+
+
+_probed: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of students that are alike, one is probed in a session: each command would start a process that imports torch."""
+    probing = sys.modules.get("akd_dist.jobs.planning.probing")
+    if probing is None:  # nobody has planned a fleet yet
+        return
+    probe = probing.Prober.probe
+
+    def once(prober: Any, spec: Any) -> Any:
+        key = json.dumps(prober.job) + probing.probe_key(spec)
+        if _probed.get(key) is None:
+            _probed[key] = probe(prober, spec)
+        return _probed[key]
+
+    monkeypatch.setattr(probing.Prober, "probe", once)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +116,6 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
         patch.setenv("AWS_REGION", "us-east-1")
         request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
-        urllib.request.urlopen(request, timeout=10).close()
+        urllib.request.urlopen(request, timeout=900).close()
         yield "s3://bucket"
     server.stop()

@@ -60,7 +60,7 @@ def in_a_process_of_its_own(folder: Path) -> dict[str, Any]:
     """The same, where nothing has yet chosen the instructions that torch uses."""
     line = [sys.executable, "-m", "tests.golden_bytes", str(folder)]
     done = subprocess.run(
-        line, env=os.environ | AVX2, capture_output=True, text=True, timeout=240, cwd=GOLDEN.parents[2]
+        line, env=os.environ | AVX2, capture_output=True, text=True, timeout=900, cwd=GOLDEN.parents[2]
     )
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

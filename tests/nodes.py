@@ -39,7 +39,7 @@ def one_more(made: Any) -> list[str]:
     return [sys.executable, "-W", "ignore", "-m", "tests.nodes", "raylet", made.gcs_address]
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 900.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came to that"
@@ -54,7 +54,7 @@ def join(recipe: str, root: Path) -> dict[str, Any]:
     joined: list[subprocess.Popen[bytes]] = []
 
     def add() -> None:
-        until(lambda: bool(list(root.glob("runs/*/students/*/checkpoints/*.ckpt"))), 120)
+        until(lambda: bool(list(root.glob("runs/*/students/*/checkpoints/*.ckpt"))))
         joined.append(subprocess.Popen(one_more(made)))
 
     threading.Thread(target=add, daemon=True).start()
@@ -96,8 +96,8 @@ def hidden(root: Path) -> dict[str, Any]:
     return {"told": told, "kept": kept, "refusal": refusal, "left": [path.name for path in root.glob(".seen-*")]}
 
 
-def share(_root: Path) -> dict[str, Any]:
-    """Two workers on half a GPU each, at the same time on the one GPU that Ray is told of."""
+def share(root: Path) -> dict[str, Any]:
+    """Two workers on half a GPU each, at the same time on the one GPU that Ray is told of; they wait for a file."""
     start(num_cpus=2, num_gpus=1)
     ray = cluster.ray
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -105,7 +105,7 @@ def share(_root: Path) -> dict[str, Any]:
     from akd_dist.jobs.packing import ResourceRequest
 
     def work() -> list[int]:
-        time.sleep(3)
+        until((root / "seen").exists)
         return [int(one) for one in ray.get_gpu_ids()]
 
     found: list[Any] = []
@@ -116,6 +116,7 @@ def share(_root: Path) -> dict[str, Any]:
         thread.start()
     until(lambda: cluster.free_nodes()[0].gpus == 0)
     free = cluster.free_nodes()[0]
+    (root / "seen").touch()
     for thread in threads:
         thread.join()
     return {"gpus": found, "cpus_free": free.cpus, "memory_taken": cluster.nodes()[0].memory - free.memory}

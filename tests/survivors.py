@@ -5,14 +5,20 @@ Killing in a process of its own is the only honest way; forking makes it cheap, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from akd_dist.base.errors import AkdError
 from akd_dist.data.rows import prepare
@@ -25,6 +31,8 @@ from tests.fleets import ANNEALING, HARD, KD, a_recipe, a_student, a_teacher, st
 # Rows of a batch, so that an epoch of the digits' 1,149 train rows takes nine steps.
 BATCH = 128
 STEPS = "AKD_TEST_STEPS"
+# Where a worker stands still in its second epoch, in batches of that size or of twice as few rows.
+SECOND_EPOCH = "cohort.after_batch:12:STOP"
 # What a result says of where and when it was computed.
 ELSEWHERE = ("seconds", "path", "stage1_from", "attempt")
 # Imported by all of them, late; imported before the fork, they cost nothing. There is one such server for all tests, so
@@ -113,7 +121,7 @@ class Place:
     def train(self, job: CohortJob, failpoint: str | None = None) -> int | None:
         """The exit code of a process that trains, negative if it was killed."""
         process = self.start(job, failpoint)
-        process.join(120)
+        process.join(900)
         code: int | None = process.exitcode
         return code
 
@@ -188,3 +196,74 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, str]]:
         )
         for path in [folder, *sorted(folder.rglob("*"))]
     }
+
+
+# ---- processes that stand still
+
+HELD_MODELS = """
+import pathlib, ray, time, torch
+
+class Held(torch.nn.Module):
+    '''While a file `hold` lies beside this one: slow in Ray's workers, and from its `at`th call on it does not return.
+
+    Elsewhere it is only tried out, probed, or trained in a plain loop.
+    '''
+
+    def __init__(self, inputs, classes, at, pause):
+        super().__init__()
+        self.layer, self.at, self.pause, self.calls = torch.nn.Linear(inputs, classes), at, pause, 0
+
+    def forward(self, x):
+        hold = pathlib.Path(__file__).with_name("hold")
+        self.calls += 1
+        if ray._private.worker.global_worker.mode == ray.WORKER_MODE and hold.exists():
+            time.sleep(self.pause)
+            while self.calls >= self.at and hold.exists():
+                time.sleep(0.02)
+        return self.layer(x.flatten(1))
+
+def held(input_shape, classes, at, pause):
+    return Held(input_shape[0] * input_shape[1] * input_shape[2], classes, at, pause)
+"""
+
+
+def a_held_model(at: int, pause: float = 0.02) -> dict[str, Any]:
+    """A model of `held_models.py` with that content, beside the recipe."""
+    return {"kind": "custom", "factory": "held_models:held", "arguments": {"at": at, "pause": pause}}
+
+
+def stands_still(process: psutil.Process) -> bool:
+    """Whether a process is suspended, as by a failpoint with STOP."""
+    return bool(process.status() == psutil.STATUS_STOPPED)
+
+
+def marked(marker: Path) -> list[psutil.Process]:
+    """Living processes that have this AKD_TEST_MARKER in their environment: what a command of a test has started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("AKD_TEST_MARKER") == str(marker) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def standing_still(marker: Path) -> list[psutil.Process]:
+    """Those of them that are suspended."""
+    found = []
+    for process in marked(marker):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if stands_still(process):
+                found.append(process)
+    return found
+
+
+def until(ready: Callable[[], Any], command: subprocess.Popen[str], errors: Path) -> Any:
+    """What `ready` gives once it gives something; a command that ends before, or takes minutes, fails the test."""
+    deadline = time.monotonic() + 900
+    while not (found := ready()):
+        assert command.poll() is None, errors.read_text()
+        assert time.monotonic() < deadline, errors.read_text()
+        time.sleep(0.05)
+    return found

@@ -500,7 +500,7 @@ def test_gc_removes_stores_only_when_it_may(root: Path, run: Any) -> None:
     assert list(root.iterdir()) == []
 
 
-def test_a_bad_store_is_a_line_and_the_others_are_shown_and_collected(root: Path, run: Any) -> None:
+def test_a_bad_store_is_a_line_beside_the_others(root: Path, run: Any) -> None:
     """One whose folder cannot be listed, one of deep JSON, one whose words are markup to the table that shows them."""
     (store,) = root.iterdir()
     (store / "arrays.zarr/logits/c/0/0/0.0123456789ab.partial").touch()
@@ -646,7 +646,7 @@ def test_open_store_reads_rows(root: Path) -> None:
 def started(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """A command as a shell starts it."""
     command = [sys.executable, "-m", "akd_dist", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, **options)
 
 
 COMPLETED = {
@@ -711,7 +711,12 @@ def test_completion_works_in_bash(tmp_path: Path) -> None:
     )
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", script], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True, timeout=60
+        ["bash", "-c", script],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=900,
     )
     assert done.stdout == "verify\n"
 
@@ -722,9 +727,7 @@ def test_the_version_is_that_of_the_package(words: tuple[str, ...], run: Any) ->
     assert started(*words).stdout == f"akd-dist {akd_dist.__version__}\n"
 
 
-def test_roots_come_from_the_environment_for_commands_and_functions_alike(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_roots_come_from_the_environment(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def where() -> tuple[str, str]:
         return run("stores", "list", "--json").document["store_root"], STORE_ROOT.chosen()
 
@@ -752,7 +755,7 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(words: tuple[str, 
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "akd_dist", *words]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=900, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -761,25 +764,25 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(words: tuple[str, 
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_end_no_command(words: tuple[str, ...], closed: str) -> None:
     script = f'"$0" -m akd_dist "$@" {closed}'
-    done = subprocess.run(["sh", "-c", script, sys.executable, *words], capture_output=True, timeout=60, check=False)
+    done = subprocess.run(["sh", "-c", script, sys.executable, *words], capture_output=True, timeout=900, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_names_beyond_the_encoding_of_the_terminal_end_no_command(encoding: str, tmp_path: Path) -> None:
+def test_names_beyond_the_terminals_encoding_are_shown(encoding: str, tmp_path: Path) -> None:
     root = os.fsencode(tmp_path) + "/Bücher-τ".encode() + (b"-\xff" if encoding == "utf-8" else b"")
     given = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"} if encoding == "ascii" else {}
     environment = {**os.environ, **given} | ({"PYTHONIOENCODING": encoding} if encoding == "latin-1" else {})
     command: list[str | bytes] = [sys.executable, "-m", "akd_dist", "stores", "list", "--store-root", root]
     plain, document = (
-        subprocess.run(words, env=environment, capture_output=True, timeout=60, check=True)
+        subprocess.run(words, env=environment, capture_output=True, timeout=900, check=True)
         for words in (command, [*command, "--json"])
     )
     shown = "Bücher-\\u03c4".encode("latin-1") if encoding == "latin-1" else root
     assert shown in plain.stdout
     assert os.fsencode(json.loads(document.stdout.decode(encoding))["store_root"]) == root
     table = subprocess.run(
-        [sys.executable, "-m", "akd_dist", "recipe", "check", DIGITS], env=environment, capture_output=True, timeout=60
+        [sys.executable, "-m", "akd_dist", "recipe", "check", DIGITS], env=environment, capture_output=True, timeout=900
     )
     assert (table.returncode, table.stderr) == (0, b"")
 
@@ -811,7 +814,7 @@ def in_a_terminal(*words: str, width: int = 80) -> str:
         while data := os.read(ours, 65536):
             seen += data
     os.close(ours)
-    process.wait(timeout=60)
+    process.wait(timeout=900)
     return seen.decode()
 
 

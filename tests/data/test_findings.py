@@ -117,7 +117,7 @@ PINNED_SUBSET = [5, 6, 7, 11, 12, 14, 16]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_stratified_shares_are_proportional_exact_and_leave_train_a_row_of_each_class(seed: int) -> None:
+def test_stratified_shares_are_exact_and_leave_train_rows(seed: int) -> None:
     labels = np.random.default_rng(seed).choice(30, 2000, p=np.arange(1, 31) / 465)
     split = stratified_split(labels, 0.1, 0.25, seed)
     assert np.bincount(split).tolist() == [1300, 200, 500]
@@ -233,7 +233,7 @@ CHANCE: dict[str, tuple[float, list[int], bool]] = {
 
 
 @pytest.mark.parametrize("case", CHANCE)
-def test_a_teacher_near_chance_is_known_by_its_agreement_with_labels(case: str) -> None:
+def test_a_teacher_near_chance_is_told(case: str) -> None:
     agreement, counts, near = CHANCE[case]
     line = near_chance("the teacher", agreement, np.array(counts))
     assert (line is not None) == near
@@ -248,7 +248,7 @@ def a_teacher(recipe: Recipe, root: Path) -> None:
     save_model(root / "teacher", build(card, seed=0), card)
 
 
-def test_a_command_tells_each_finding_once_also_of_what_is_cached(
+def test_a_command_tells_each_finding_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dry run of rows that are prepared and of a store that is there, on stderr."""

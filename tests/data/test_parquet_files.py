@@ -204,7 +204,7 @@ GLOBS: dict[str, list[int]] = {
 
 
 @pytest.mark.parametrize("pattern", GLOBS)
-def test_wildcards_match_no_names_that_are_skipped_and_follow_links(pattern: str, tmp_path: Path) -> None:
+def test_wildcards_skip_hidden_names_and_follow_links(pattern: str, tmp_path: Path) -> None:
     for number, name in enumerate(
         ["a.parquet", "k/b.parquet", "_c.parquet", "../other/d.parquet", ".hidden/e.parquet"]
     ):
@@ -236,7 +236,7 @@ def test_a_label_may_stand_in_the_path(tmp_path: Path) -> None:
     assert column_names(str(tmp_path / "rows")) == ["x", "y"]
 
 
-def test_the_folder_above_is_named_where_the_column_stands_in_the_path_to_the_folder(tmp_path: Path) -> None:
+def test_a_column_in_the_path_to_the_folder_names_the_parent(tmp_path: Path) -> None:
     write(tmp_path / "rows" / "y=0" / "more" / "a.parquet", 0, label=False)
     with pytest.raises(RefusedError, match="the column y stands in the path above what is read") as refused:
         read(tmp_path / "rows" / "y=0" / "more", tmp_path / "cache")
@@ -298,7 +298,7 @@ def test_columns_in_paths_that_nobody_names_change_nothing(tmp_path: Path) -> No
 # ---- schemas that differ, and labels alone
 
 
-def test_files_may_differ_in_integer_types_and_in_columns_that_nobody_names(tmp_path: Path) -> None:
+def test_files_may_differ_in_types_and_unnamed_columns(tmp_path: Path) -> None:
     write(tmp_path / "rows" / "a.parquet", 0, z=["text"] * ROWS)
     write(tmp_path / "rows" / "b.parquet", 1, label=False, y=pa.array([1, 0, 1, 0], pa.uint8()))
     assert read(tmp_path / "rows", tmp_path / "cache").train.labels.tolist() == [0, 1, 0, 1, 1, 0, 1, 0]

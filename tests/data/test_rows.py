@@ -180,7 +180,7 @@ def mutate(what: str, inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
 
 
 @pytest.mark.parametrize("what", ["byte", "label", "swap", "drop", "add", "cut"])
-def test_other_rows_are_refused_with_the_first_block_that_differs(what: str) -> None:
+def test_other_rows_are_refused_with_their_first_block(what: str) -> None:
     described = json.loads(json.dumps(made_of(*some_rows()).describe()))
     made_of(*some_rows()).check_same(described)
     with pytest.raises(RefusedError, match="not the one the store was made from") as refused:
@@ -223,7 +223,7 @@ def test_the_fingerprint_is_pinned() -> None:
 PINNED_FINGERPRINT = "1799c7becc8e5291e8c42e9fcb34656baa0265b2cdccce40617f804cb254c832"
 
 
-def test_a_dataset_is_the_same_wherever_and_however_it_is_written(tmp_path: Path, cache_root: Path) -> None:
+def test_a_dataset_is_the_same_however_it_is_written(tmp_path: Path, cache_root: Path) -> None:
     """Another folder, compression, row group size, number of files, or type of integers; changed data is not."""
     inputs, labels = np.random.default_rng(0).random((9000, 3), dtype=np.float32), np.arange(9000) % 7
     column = pa.FixedSizeListArray.from_arrays(pa.array(inputs.reshape(-1)), 3)
@@ -328,7 +328,7 @@ def test_images_are_decoded_from_bytes_and_structs(tmp_path: Path, cache_root: P
         assert splits.train.classes == 10
 
 
-def test_images_may_have_alpha_a_palette_or_grey_levels_of_one_bit(tmp_path: Path, cache_root: Path) -> None:
+def test_images_with_alpha_palette_or_one_bit(tmp_path: Path, cache_root: Path) -> None:
     coloured = [png(np.full((4, 4, 4), 51, np.uint8)), png(np.full((4, 4, 3), 51, np.uint8), mode="P")] * 5
     path = write(tmp_path / "colour.parquet", coloured, [0, 1] * 5)
     values = together(prepare(parquet(path), cache_root))

@@ -41,7 +41,7 @@ def test_of_a_pair_the_longer_text_is_cut(first: str, second: str, left: tuple[s
     assert ids == expected + [PADDING] * (10 - len(expected))
 
 
-def test_a_length_without_room_for_text_is_a_mistake_in_the_recipe(tmp_path: Path) -> None:
+def test_a_length_without_room_for_text_is_refused(tmp_path: Path) -> None:
     tokenizer_of(ByteText(length=3), pair=False)
     cases: list[tuple[Text, bool]] = [
         (ByteText(length=2), False),

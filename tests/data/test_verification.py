@@ -210,7 +210,7 @@ class StoppedError(BaseException):
 
 @pytest.mark.parametrize("between", ["nothing", "evicted", "found by another"])
 @pytest.mark.parametrize("name", ["train-labels.npy", "train-inputs.npy", "logits.npy"])
-def test_a_checkpoint_that_rests_on_rotten_bytes_is_never_gone_on_from(
+def test_nobody_goes_on_from_a_checkpoint_of_rotten_bytes(
     name: str, between: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever they are found, or if they are gone unfound: a probe, another command, or an eviction may be first."""
@@ -249,7 +249,7 @@ def decoded_content(home: Home, cache: Path) -> content.Content:
     return map_decoded(open_store(home.stores["train"]), cache)[1]
 
 
-def test_a_disk_that_changes_what_it_reads_costs_only_what_was_kept_since_the_last_pass(
+def test_a_lying_disk_costs_what_was_kept_since_a_pass(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing shows in sizes, times or inodes: only a pass finds it, and it cannot say since when."""
@@ -275,7 +275,7 @@ def test_a_disk_that_changes_what_it_reads_costs_only_what_was_kept_since_the_la
     assert passed.count("cohort.after_batch") == 20 + 30  # so all was trained again
 
 
-def test_what_is_corrupt_again_and_again_is_told_and_nothing_is_delivered(
+def test_what_stays_corrupt_is_told_and_not_delivered(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, run = home.cache(tmp_path / "cache"), tmp_path / "run"
@@ -360,7 +360,7 @@ def put_over(path: Path, other: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["in place", "as a copy"])
-def test_a_source_that_changed_is_prepared_anew_whatever_its_times_say(how: str, tmp_path: Path) -> None:
+def test_a_changed_source_is_prepared_anew(how: str, tmp_path: Path) -> None:
     data = table(tmp_path / "x.parquet", 1)
     table(tmp_path / "y.parquet", 2)
     first = prepare(data, tmp_path / "cache").train
@@ -439,7 +439,7 @@ def test_a_source_that_is_written_while_it_is_read_is_refused(tmp_path: Path, mo
     assert prepare(data, tmp_path / "cache").train.inputs.max() == 2
 
 
-def test_what_was_prepared_before_sources_were_noted_is_prepared_once_more(tmp_path: Path) -> None:
+def test_rows_prepared_without_noted_sources_are_made_anew(tmp_path: Path) -> None:
     data = table(tmp_path / "x.parquet", 1)
     rows = prepare(data, tmp_path / "cache").train
     index = rows.folder / "index.json"
@@ -539,7 +539,7 @@ def test_a_table_of_the_users_own_shows_itself_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("pictures")
-def test_items_that_are_drawn_at_random_are_not_taken_for_changed(tmp_path: Path) -> None:
+def test_items_drawn_at_random_do_not_count_as_changed(tmp_path: Path) -> None:
     data, _ = custom(tmp_path, "drawn")
     before = prepare(data, tmp_path / "cache").train
     assert prepare(data, tmp_path / "cache").train.inodes == before.inodes
@@ -567,7 +567,7 @@ def test_all_is_prepared_afresh_where_that_is_asked_for(pictures: Path, tmp_path
     assert prepare(data, tmp_path / "cache", again=True).fingerprints != before.fingerprints
 
 
-def test_rows_that_are_not_those_of_the_driver_are_prepared_once_more(pictures: Path, tmp_path: Path) -> None:
+def test_rows_unlike_the_drivers_are_prepared_once_more(pictures: Path, tmp_path: Path) -> None:
     data, _ = custom(tmp_path, "hidden")
     prepare(data, tmp_path / "node")
     (pictures / "007").write_bytes(b"more")
@@ -593,7 +593,7 @@ def test_a_path_among_arguments_follows_the_recipes_folder(
     assert prepare(data, tmp_path / "cache").fingerprints != before.fingerprints
 
 
-def test_a_path_that_would_follow_the_working_directory_is_refused(
+def test_a_path_that_follows_the_working_folder_is_refused(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, _ = custom(tmp_path, "named", folder="pictures")

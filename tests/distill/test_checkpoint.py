@@ -70,7 +70,7 @@ def test_the_last_two_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) 
     assert refused.value.code == 5
 
 
-def test_the_head_tells_what_is_no_tensor_and_nothing_where_it_is_cut(tmp_path: Path) -> None:
+def test_the_head_tells_what_is_no_tensor(tmp_path: Path) -> None:
     tree = {"epoch": 3, "stage1_from": "leader", "best": None, "module": {"weight": torch.zeros(1000)}, "rng": [1]}
     path = save_checkpoint(tmp_path, "000003", tree)
     assert read_header(path) == {"epoch": 3, "stage1_from": "leader", "best": None}

@@ -72,7 +72,7 @@ def test_a_student_of_a_gpu_is_evaluated_on_either(tmp_path: Path) -> None:
     assert found["cuda"]["metrics"]["loss"] == pytest.approx(found["cpu"]["metrics"]["loss"], rel=1e-4)
 
 
-def test_cohorts_share_the_gpu_of_a_cluster_whose_driver_has_none(tmp_path: Path) -> None:
+def test_cohorts_share_a_gpu_that_the_driver_lacks(tmp_path: Path) -> None:
     """The whole line, command by command, on a cluster that was started with the GPU, by drivers that do not see it."""
     from ray.cluster_utils import Cluster
 

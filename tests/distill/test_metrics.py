@@ -65,7 +65,7 @@ def test_numbers_by_hand() -> None:
     )
 
 
-def test_numbers_as_scipy_measures_them_with_more_ties_than_int32_could_rank() -> None:
+def test_metrics_equal_scipys_with_very_many_ties() -> None:
     draw = np.random.default_rng(0)
     labels = draw.integers(1, 4, size=200_000).astype(np.float32)  # a third of them equal: ranks that sum to 1e10
     predicted = labels + draw.normal(size=len(labels)).astype(np.float32)

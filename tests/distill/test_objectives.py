@@ -47,7 +47,7 @@ def test_temperature_starts_at_tau_max_falls_and_ends_at_one(n: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "tau_max"), [(200, 10), (14, 7), (20, 20), (12, 1)])
-def test_temperature_equals_the_authors_counter_where_tau_max_divides_n(n: int, tau_max: int) -> None:
+def test_temperature_equals_the_authors_counter(n: int, tau_max: int) -> None:
     counter, theirs = 1, []
     for epoch in range(n):  # their counter t climbs by one every n / tau_max epochs, and Phi = t / tau_max
         if epoch and epoch % (n // tau_max) == 0:
@@ -78,7 +78,7 @@ def test_continuation_kd_on_glue_as_in_the_paper() -> None:
     assert [stage.psi(i - 1) for i in (1, 10, 20, 21, 30)] == pytest.approx([1 / 40, 0.25, 0.5, 1, 1])
 
 
-def test_continuation_kd_where_tau_max_does_not_divide_the_epochs() -> None:
+def test_continuation_kd_with_an_odd_tau_max() -> None:
     # k = floor(7 / 3) = 2
     assert [continuation_temperature(i, 7, 3) for i in range(1, 8)] == [3, 3, 2, 2, 1, 1, 1]
     (stage,) = stages(ContinuationKD(epochs=7, tau_max=3))  # ramp = floor(3/4 * 7) = 5

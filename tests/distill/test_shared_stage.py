@@ -128,7 +128,7 @@ def test_the_next_one_leads_where_the_first_fails(
     assert [results[name]["stage1_from"] for name in ("longer", "slower", "other-kind")] == [None, "longer", "longer"]
 
 
-def test_a_student_that_is_given_up_keeps_whose_stage_it_went_on_from(
+def test_a_failed_student_keeps_whose_stage_it_shared(
     recipe: Recipe, stores: dict[str, str], home: Path, tmp_path: Path
 ) -> None:
     train_cohort(job_of(recipe, stores, home, tmp_path))

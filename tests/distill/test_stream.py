@@ -94,7 +94,7 @@ def test_a_windowed_order_stays_within_a_few_windows() -> None:
 # ---- batches
 
 
-def test_an_epoch_shows_every_row_once_with_its_own_view_label_and_logits() -> None:
+def test_an_epoch_shows_every_row_once_with_its_logits() -> None:
     stream = a_stream()
     for epoch in range(3):
         batches = list(stream.batches(epoch))

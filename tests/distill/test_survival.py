@@ -89,9 +89,7 @@ def test_killed_at_a_boundary_it_ends_as_if_undisturbed(
     assert outcome(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize(
-    ("kills", "seed"), [(20, 0), pytest.param(100, 1, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
-)
+@pytest.mark.parametrize(("kills", "seed"), [(8, 0), pytest.param(100, 1, marks=pytest.mark.slow)])
 def test_killed_at_random_steps_it_ends_as_if_undisturbed(
     place: Place, undisturbed: dict[str, Any], per_epoch: int, tmp_path: Path, kills: int, seed: int
 ) -> None:
@@ -119,7 +117,7 @@ def test_killed_again_and_again_with_checkpoints_inside_epochs(
     assert outcome(tmp_path) == undisturbed
 
 
-def test_students_that_share_stage_one_are_killed_and_end_as_each_would_alone(place: Place, tmp_path: Path) -> None:
+def test_killed_students_of_one_stage_end_as_each_would_alone(place: Place, tmp_path: Path) -> None:
     sharing = [
         counted("shared", objective=ANNEALING | {"stage2_epochs": epochs}) | {"name": f"fork-{epochs}"}
         for epochs in (1, 2, 3)
@@ -134,7 +132,7 @@ def test_students_that_share_stage_one_are_killed_and_end_as_each_would_alone(pl
     # Their leader enters stage II, then one rider, then the other; the second rider's checkpoint, and the leader's own.
     boundaries = ["checkpoint.after_save:3", *(f"student.between_stages:{nth}" for nth in (1, 2, 3))]
     boundaries += ["checkpoint.before_save:5", "checkpoint.before_save:6"]
-    for failpoint in [*boundaries, *(f"cohort.after_batch:{draw.randint(1, 50)}" for _ in range(7))]:
+    for failpoint in [*boundaries, *(f"cohort.after_batch:{draw.randint(1, 50)}" for _ in range(3))]:
         job = place.job(tmp_path / failpoint, fleet)
         assert place.train(job, failpoint) == -signal.SIGKILL
         assert place.train(job) == 0
@@ -157,7 +155,7 @@ def suspended(place: Place, run: Path, failpoint: str) -> Iterator[psutil.Proces
     process = place.start(place.job(run, attempt=1), f"{failpoint}:STOP")
     worker = psutil.Process(process.pid)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 900
         while worker.status() != psutil.STATUS_STOPPED:
             assert process.is_alive(), f"{failpoint} was never reached"
             assert time.monotonic() < deadline
@@ -172,7 +170,7 @@ def end_of(worker: psutil.Process, place: Place) -> int:
     """Let a suspended worker go on; the code that it leaves with, by itself."""
     worker.send_signal(signal.SIGCONT)
     process = next(child for child in place.forks.active_children() if child.pid == worker.pid)
-    process.join(30)
+    process.join(900)
     assert process.exitcode is not None, "the worker lives on"
     return int(process.exitcode)
 
@@ -192,9 +190,7 @@ def test_a_worker_that_wakes_up_after_its_time_writes_nothing(
         assert snapshot(tmp_path / "students") == before
 
 
-def test_a_worker_that_wakes_up_while_a_later_one_trains_disturbs_nothing(
-    place: Place, undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_woken_worker_disturbs_no_later_one(place: Place, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     with suspended(place, tmp_path, "replace.before_rename:7") as early:
         late = place.start(place.job(tmp_path, attempt=2), "cohort.after_batch:20:STOP")
         process = psutil.Process(late.pid)
@@ -204,7 +200,7 @@ def test_a_worker_that_wakes_up_while_a_later_one_trains_disturbs_nothing(
         assert end_of(early, place) == HeldError.code
         assert snapshot(tmp_path / "students") == before
         process.send_signal(signal.SIGCONT)
-        late.join(60)
+        late.join(900)
         assert late.exitcode == 0
     assert outcome(tmp_path) == undisturbed
 
@@ -296,9 +292,7 @@ def guilty(how: str) -> dict[str, Any]:
     return a_student(how.replace(" ", "-"), batch=BATCH, model=model)
 
 
-def test_whoever_fails_fails_alone_and_the_others_end_as_in_solo_runs(
-    place: Place, undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
+def test_whoever_fails_fails_alone(place: Place, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     (place.root / "guilty_models.py").write_text(GUILTY)
     pairs = itertools.zip_longest(map(guilty, REASONS), FLEET)
     fleet = a_recipe([student for pair in pairs for student in pair if student is not None], folder=str(place.root))
@@ -330,7 +324,7 @@ def halfway(place: Place, tmp_path: Path) -> CohortJob:
     return job
 
 
-def test_every_flip_and_cut_of_a_checkpoint_falls_back_to_the_one_before(halfway: CohortJob) -> None:
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(halfway: CohortJob) -> None:
     folder, draw = Path(halfway.root) / "long" / "checkpoints", random.Random(0)
     before, newest = checkpoints(folder)
     data, expected = newest.read_bytes(), before.read_bytes()
@@ -348,7 +342,7 @@ def test_every_flip_and_cut_of_a_checkpoint_falls_back_to_the_one_before(halfway
     assert encode(newest_tree(folder)) == data
 
 
-def test_a_damaged_checkpoint_costs_an_epoch_and_the_user_is_told(
+def test_a_damaged_checkpoint_costs_an_epoch_and_is_told(
     place: Place, undisturbed: dict[str, Any], halfway: CohortJob
 ) -> None:
     for name in ("long", "kd"):
@@ -367,7 +361,7 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_the_user_is_told(
     assert told.count("warning") == 2
 
 
-def test_without_an_intact_checkpoint_a_student_fails_alone_and_says_what_to_do(
+def test_without_an_intact_checkpoint_a_student_fails_alone(
     place: Place, undisturbed: dict[str, Any], halfway: CohortJob
 ) -> None:
     folder, run = Path(halfway.root) / "long" / "checkpoints", Path(halfway.root).parent

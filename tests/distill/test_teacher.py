@@ -196,7 +196,7 @@ def test_the_bytes_do_not_depend_on_order_or_on_the_process(make_job: Callable[.
     assert digests(again) == first
 
 
-def test_a_shard_without_a_receipt_is_adopted_without_the_teacher(make_job: Callable[..., CacheJob]) -> None:
+def test_a_shard_is_adopted_without_the_teacher(make_job: Callable[..., CacheJob]) -> None:
     job = make_job()
     shard = job.store.layout.shards()[0]
     receipt = cache_shard(job, shard)
@@ -218,7 +218,7 @@ def test_a_shard_is_computed_alone_for_repair(make_job: Callable[..., CacheJob])
     assert (record.label_agreement, record.probes) == (agreement, probes)
 
 
-def test_a_users_own_augmentation_is_found_where_a_shard_is_only_adopted(
+def test_own_augmentations_are_found_for_adopted_shards(
     make_job: Callable[..., CacheJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fresh worker that finds a published shard needs the recipe's folder too: it makes the probe views."""

@@ -19,7 +19,7 @@ import pytest
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial" / "index.md"
 QUICKSTART = "make quickstart"  # a checkout, a minute: tests/cli/test_quickstart.py runs what the Makefile does for it
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.ray
 
 
 class Block(NamedTuple):
@@ -62,7 +62,7 @@ def missing(shown: str, printed: str) -> list[str]:
     ]
 
 
-def test_everything_on_the_page_works_and_prints_what_is_shown(tmp_path: Path) -> None:
+def test_the_page_works_and_prints_what_it_shows(tmp_path: Path) -> None:
     printed = ""
     for language, title, text in blocks():
         if title is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +53,7 @@ def under(name: str, prefixes: tuple[str, ...]) -> bool:
 
 def lint_imports(*more: str) -> subprocess.CompletedProcess[str]:
     script = Path(sys.executable).with_name("lint-imports")
-    return subprocess.run([script, "--no-cache", *more], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run([script, "--no-cache", *more], cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 def test_imports_keep_the_contracts() -> None:
@@ -213,7 +213,13 @@ def test_no_file_names_a_machine() -> None:
 
 
 def run_python(code: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=900)
+
+
+def children_cpu() -> float:
+    """CPU seconds of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 HEAVY = ("torch", "ray", "zarr", "obstore", "pyarrow", "sklearn", "matplotlib", "numpy", "pydantic")
@@ -221,11 +227,10 @@ REPORT_HEAVY = f"import sys; print(*[name for name in {HEAVY!r} if name in sys.m
 
 
 def test_import_is_instant() -> None:
-    started = time.perf_counter()
+    before = children_cpu()
     done = run_python(f"import akd_dist\n{REPORT_HEAVY}")
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
-    # A third of a second on an idle machine; the bound forgives a busy one, and still no torch fits under it.
-    assert time.perf_counter() - started < 5
+    assert children_cpu() - before < 2  # a third of a second; torch alone takes longer than two
 
 
 def test_help_is_instant(tmp_path: Path) -> None:
@@ -233,13 +238,13 @@ def test_help_is_instant(tmp_path: Path) -> None:
         "import sys\nfrom akd_dist.cli import main\nsys.argv = ['akd-dist', '--help']\n"
         f"try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n{REPORT_HEAVY}"
     )
-    started = time.perf_counter()
+    before = children_cpu()
     done = run_python(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "cache-teacher" in done.stdout
     assert "train-students" in done.stdout
     assert not {"torch", "ray", "zarr", "sklearn", "matplotlib"} & set(done.stdout.splitlines()[-1].split())
-    assert time.perf_counter() - started < 5
+    assert children_cpu() - before < 2
 
 
 # --- pins and ways in -------------------------------------------------------------------------------------------------
@@ -265,7 +270,7 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
         assert requirement.specifier.contains(version), f"{text} refuses the pinned {version}"
 
 
-def test_continuous_integration_runs_make_check_and_make_test_and_nothing_else() -> None:
+def test_ci_runs_make_check_and_make_test_alone() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
@@ -274,7 +279,7 @@ def test_continuous_integration_runs_make_check_and_make_test_and_nothing_else()
 
 def test_hooks_are_valid_and_need_no_downloads() -> None:
     path = ROOT / ".pre-commit-config.yaml"
-    subprocess.run([sys.executable, "-m", "pre_commit", "validate-config", str(path)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "pre_commit", "validate-config", str(path)], check=True, timeout=900)
     repos = YAML(typ="safe", pure=True).load(path)["repos"]
     assert {repo["repo"] for repo in repos} == {"local"}
     assert {hook["language"] for repo in repos for hook in repo["hooks"]} <= {"system", "pygrep", "fail"}

@@ -117,7 +117,7 @@ def test_more_views_compute_the_new_ones_alone(place: Place) -> None:
         assert (hit["hit"], hit["views"], said) == (True, max(views, 2), "")
 
 
-def test_views_that_were_computed_in_another_way_are_computed_anew(place: Place) -> None:
+def test_views_computed_in_another_way_are_computed_anew(place: Place) -> None:
     narrow, _ = place.cache(place.digits(1))
     wide, said = place.cache(place.digits(2, cache=BATCH))
     assert wide["shards_computed"] == wide["shards"]
@@ -240,7 +240,7 @@ def test_a_run_on_other_rows_is_refused_with_the_first_block(place: Place) -> No
 # ---- before anything starts
 
 
-def test_an_augmentation_that_does_not_fit_is_refused_before_the_teacher(place: Place) -> None:
+def test_an_augmentation_that_does_not_fit_is_refused_first(place: Place) -> None:
     recipe = place.digits(2)
     augmentation = recipe.data.augmentation.model_copy(update={"pixels": 8})
     data = recipe.data.model_copy(update={"augmentation": augmentation})
@@ -257,7 +257,7 @@ def test_an_augmentation_that_does_not_fit_is_refused_before_the_teacher(place: 
 # ---- stores of an older format
 
 
-def test_a_store_of_format_1_is_no_hit_and_is_repaired_as_what_it_is(place: Place) -> None:
+def test_a_store_of_format_1_is_repaired_as_such(place: Place) -> None:
     recipe = place.digits(1)
     uri = a_teacher(recipe, place.root / "teacher", place.cache_root)
     recipe = recipe.model_copy(update={"teacher": TeacherSpec(weights=uri)})

@@ -1,10 +1,9 @@
 """Chains of assistants: every hop a store, found again by content; the same bytes with and without Ray, and kills."""
 
+import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from akd_dist.storage.claim import claim_store
 from akd_dist.storage.reader import open_store
 from tests import sources
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
+from tests.survivors import FORKS
 
 KD = {"kind": "kd", "epochs": 2}
 TAKD = {"kind": "takd", "epochs": 2}
@@ -108,7 +108,7 @@ def test_an_assistant_learns_from_the_one_above_it(home: Home) -> None:
     assert trained.read_bytes() == (Path(last["path"]) / "model.safetensors").read_bytes()
 
 
-def test_takd_learns_from_the_last_assistant_and_agreement_is_with_the_teacher(home: Home) -> None:
+def test_takd_learns_from_the_last_assistant(home: Home) -> None:
     """What a takd student is, told without takd: a kd student in a recipe whose teacher is the assistant."""
     last = home.cached["assistants"][-1]
     below = a_recipe([a_student("takd", objective=KD)], teacher={"weights": last["path"]})
@@ -124,7 +124,7 @@ def test_takd_learns_from_the_last_assistant_and_agreement_is_with_the_teacher(h
     assert home.results["takd"]["agreement"] == pytest.approx(float(np.mean(chosen == teacher)))
 
 
-def test_the_training_of_an_assistant_is_recorded_with_the_stores_it_learned_from(home: Home) -> None:
+def test_an_assistants_training_is_recorded_with_its_stores(home: Home) -> None:
     stores = {store.id: store for store in list_stores(str(home.root / "plain"))}
     above = [home.cached, *home.cached["assistants"]]
     for taught, assistant in zip(above, home.cached["assistants"], strict=False):
@@ -213,7 +213,7 @@ def test_a_plan_knows_what_is_there(home: Home) -> None:
     assert not (home.root / "nowhere").exists()
 
 
-def test_an_assistant_that_does_not_fit_is_refused_before_the_teacher_runs(home: Home, tmp_path: Path) -> None:
+def test_an_assistant_that_does_not_fit_is_refused_first(home: Home, tmp_path: Path) -> None:
     nobody = {"kind": "custom", "factory": "nowhere_at_all:model"}
     too_large = {"kind": "mlp", "hidden": 100_000_000_000}
     for model, told in ((nobody, "nowhere_at_all"), (too_large, "does not fit the memory of this machine")):
@@ -223,9 +223,7 @@ def test_an_assistant_that_does_not_fit_is_refused_before_the_teacher_runs(home:
     assert not (tmp_path / "stores").exists()
 
 
-def test_the_claim_of_a_driver_that_died_when_it_was_done_is_swept_and_a_living_ones_is_kept(
-    home: Home, tmp_path: Path
-) -> None:
+def test_a_dead_drivers_claim_is_swept_a_living_ones_kept(home: Home, tmp_path: Path) -> None:
     cached = home.cache(tmp_path / "stores")
     model = Path(cached["assistants"][0]["path"])
     root, names = str(tmp_path / "stores"), [f"teachers/{model.name}", cached["assistants"][1]["id"]]
@@ -250,9 +248,7 @@ def test_an_assistant_that_diverges_ends_the_chain_with_its_log(home: Home, tmp_
     assert not list((tmp_path / "stores").rglob("*.claim"))
 
 
-def test_an_assistant_that_failed_is_tried_again_by_the_next_command(
-    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_assistant_is_tried_again(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = home.recipe_for(an_assistant(9))
     with monkeypatch.context() as today:
         today.setattr(Student, "take_step", lambda *_: (_ for _ in ()).throw(MemoryError("not today")))
@@ -261,7 +257,7 @@ def test_an_assistant_that_failed_is_tried_again_by_the_next_command(
     assert home.cache(tmp_path / "stores", recipe)["assistants"]
 
 
-def test_a_damaged_store_of_an_assistant_is_repaired_to_the_same_bytes(home: Home, tmp_path: Path) -> None:
+def test_an_assistants_store_is_repaired_to_the_same_bytes(home: Home, tmp_path: Path) -> None:
     cached = home.cache(tmp_path / "stores")
     for one in cached["assistants"]:
         shard = next(path for path in Path(one["store"]).glob("arrays.zarr/logits/c/1/*/0"))
@@ -283,7 +279,6 @@ def trained(home: Home, ray_cluster: None) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
 def test_a_chain_on_ray_has_the_bytes_of_the_plain_loop(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
     root, _ = trained
     assert assistants(root / "stores") == assistants(home.root / "plain")
@@ -329,26 +324,24 @@ def test_another_chain_under_the_same_name_is_refused(home: Home, trained: tuple
         train_students(other, run_root=str(root / "runs"), **home.options(root))
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("moment", ["an assistant trains", "between two hops"])
-def test_a_driver_killed_in_the_chain_carries_on_to_the_same_bytes(
-    home: Home, ray_cluster: None, tmp_path: Path, moment: str
-) -> None:
-    (tmp_path / "recipe.yaml").write_text(home.recipe.to_yaml())
+# ---- killed
+
+
+def cache_and_die(recipe: Recipe, teacher: str, stores: str, cache_root: str, failpoint: str) -> None:
+    os.environ["AKD_FAILPOINT"] = failpoint
+    cache_in_process(recipe, teacher, store_root=stores, cache_root=cache_root)
+
+
+# In the second epoch of the first assistant and of the second; between the hops, as the sixth of nine stores is sealed.
+@pytest.mark.parametrize("failpoint", ["cohort.after_batch:25", "seal.before_manifest:6", "cohort.after_batch:70"])
+def test_killed_in_the_chain_it_goes_on_to_the_same_bytes(home: Home, tmp_path: Path, failpoint: str) -> None:
     stores = tmp_path / "stores"
-    ready: Callable[[], Any] = {
-        "an assistant trains": lambda: list(stores.glob("teachers/*/metrics.jsonl")),
-        "between two hops": lambda: len(list(stores.glob("*/manifest.json"))) > 3,
-    }[moment]
-    places = ["--store-root", str(stores), "--cache-root", home.cache_root]
-    command = [sys.executable, "-m", "akd_dist.cli", "cache-teacher", str(tmp_path / "recipe.yaml"), *places]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not ready() and driver.poll() is None:
-        time.sleep(0.002)
-    driver.kill()
-    assert driver.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    cache_teacher(home.recipe, wait=True, **home.options(tmp_path))
+    arguments = (home.recipe, home.teacher, str(stores), home.cache_root, failpoint)
+    driver = FORKS.Process(target=cache_and_die, args=arguments)
+    driver.start()
+    driver.join()
+    assert driver.exitcode == -signal.SIGKILL
+    home.cache(stores)
     assert assistants(stores) == assistants(home.root / "plain")
     assert store_bytes(stores) == store_bytes(home.root / "plain")
     assert not [path for path in stores.rglob("*") if path.suffix in (".claim", ".partial")]

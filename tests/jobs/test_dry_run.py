@@ -5,8 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def test_a_plan_says_what_would_be_done_and_why(place: Place) -> None:
     assert plan["seconds"] >= max(cohort["ends"] for cohort in plan["cohorts"]) - 0.1
 
 
-def test_a_plan_tells_those_that_have_ended_and_resume_from_those_that_start(place: Place) -> None:
+def test_a_plan_tells_ended_resumed_and_new_students(place: Place) -> None:
     cached = cache_in_process(
         place.recipe, str(place.root / "teacher"), store_root=str(place.root / "stores"),
         cache_root=str(place.root / "cache"),
@@ -177,7 +177,7 @@ def test_what_an_interrupted_run_cached_is_not_counted_again(place: Place, monke
     assert code == 0, err
 
 
-def test_a_plan_of_students_that_could_not_be_probed_claims_no_time(place: Place) -> None:
+def test_a_plan_without_probes_claims_no_time(place: Place) -> None:
     plan = place.plan()
     assert "about" in plan_lines(plan)[-1]
     plan["cohorts"][0]["students"][0]["seconds"] = None
@@ -201,7 +201,8 @@ class Broken(torch.nn.Module):
             print("what a model prints is no answer", flush=True)
             if self.deadly:
                 if os.fork() == 0:  # outlives its parent, and holds what it inherited
-                    time.sleep(20)
+                    while not os.path.exists(os.path.join(os.path.dirname(__file__), "over")):
+                        time.sleep(0.1)
                     os._exit(0)
                 os.kill(os.getpid(), 9)
             raise ZeroDivisionError("a mistake of the user's own")
@@ -223,9 +224,10 @@ def counting(input_shape, classes):
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
+def models(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "probed_models.py").write_text(MODELS)
-    return tmp_path
+    yield tmp_path
+    (tmp_path / "over").touch()
 
 
 @pytest.mark.parametrize("deadly", [False, True])
@@ -235,9 +237,7 @@ def test_a_model_that_fails_in_the_probe_or_kills_it_is_unknown(
     broken = {"kind": "custom", "factory": "probed_models:broken", "arguments": {"deadly": deadly}}
     recipe = a_recipe([a_student("b", model=broken), a_student("a", threads=2)], folder=str(models))
     splits = prepare(recipe.data, models / "cache")
-    started = time.monotonic()
     found = measure_all(recipe, recipe.students, {"a": 610, "b": 650}, str(models / "cache"))
-    assert time.monotonic() - started < 120  # a probe that waits for ever is given up after the test's own limit
     died = "its process ended with code -9: what a model prints is no answer"
     assert (died if deadly else "a mistake of the user's own") in caplog.text
     assert found["b"] is None
@@ -298,7 +298,7 @@ def test_a_batch_that_memory_would_not_hold_is_not_tried(models: Path, monkeypat
     assert measured[0].step_memory == measured[1].step_memory > 0
 
 
-def test_weights_that_no_memory_holds_are_refused_before_they_are_made(tmp_path: Path) -> None:
+def test_weights_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
     recipe = a_recipe([a_student("one", model={"kind": "mlp", "hidden": 10**11})])
     with pytest.raises(RefusedError, match="mlp-100000000000 does not fit the memory") as refused:
         check_students(recipe, prepare(recipe.data, tmp_path))
@@ -339,9 +339,7 @@ def test_a_plan_counts_the_memory_and_the_steps_of_a_last_batch(tmp_path: Path) 
     assert streamed == [3 * (64 + 8) * shown for shown in (rows, rows, 700)]
 
 
-def test_students_that_differ_in_seed_and_temperature_are_probed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_students_that_cost_the_same_are_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = a_recipe([a_student(f"{seed}", seed=seed, objective=LONGER) for seed in range(50)] + [a_student("other")])
     probed: list[str] = []
     monkeypatch.setattr(Prober, "probe", lambda _prober, spec: probed.append(spec.name))

@@ -32,8 +32,10 @@ from akd_dist.jobs.planning.planner import Costs
 from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.tasks import run_one
 from akd_dist.jobs.train_students import fleet_job, train_in_process, train_students
-from akd_dist.models.folder import load_model
-from akd_dist.recipe import Recipe
+from akd_dist.models.build import build
+from akd_dist.models.card import ModelCard
+from akd_dist.models.folder import load_model, save_model
+from akd_dist.recipe import Custom, Recipe
 from akd_dist.reporting.results import read_fleet
 from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
@@ -42,38 +44,21 @@ from akd_dist.storage.removal import disused
 from akd_dist.tracking.status import write_document
 from tests.data.test_verification import flip
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, own, store_bytes, weights
-from tests.survivors import plant_snapshots
+from tests.survivors import HELD_MODELS, a_held_model, marked, plant_snapshots, standing_still, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-SLOW_MODELS = """
-import time, torch
-
-class Slow(torch.nn.Module):
-    def __init__(self, inputs, classes, seconds):
-        super().__init__()
-        self.layer, self.seconds = torch.nn.Linear(inputs, classes), seconds
-
-    def forward(self, x):
-        time.sleep(self.seconds)
-        return self.layer(x.flatten(1))
-
-def slow(input_shape, classes, seconds):
-    return Slow(input_shape[0] * input_shape[1] * input_shape[2], classes, seconds)
-"""
-
-
-def a_slow_model(seconds: float) -> dict[str, Any]:
-    return {"kind": "custom", "factory": "slow_models:slow", "arguments": {"seconds": seconds}}
-
+pytestmark = pytest.mark.ray
 
 FLEET = [
     *(a_student(f"annealing-{seed}", seed=seed) for seed in range(3)),
     *(a_student(f"hard-{seed}", seed=seed, objective=HARD) for seed in range(2)),
-    a_student("slow", model=a_slow_model(0.02)),
+    a_student("held", model=a_held_model(at=30)),
     a_student("cnn", model={"kind": "cnn", "width": 4}),
     a_student("long", objective=ANNEALING | {"stage1_epochs": 3, "stage2_epochs": 2}),
 ]
+# Enough of them where a run is disturbed: what becomes of a student does not depend on the others.
+FEW = [student for student in FLEET if student["name"] in ("annealing-0", "hard-0", "held", "long")]
+# Where workers stand still in the second epoch of these students, or of the teacher: one has 20 batches.
+SECOND_EPOCH = "cohort.after_batch:25:STOP"
 
 
 class Home:
@@ -81,8 +66,10 @@ class Home:
 
     def __init__(self, root: Path) -> None:
         self.root, self.cache_root = root, str(root / "cache")
-        (root / "slow_models.py").write_text(SLOW_MODELS)
+        (root / "held_models.py").write_text(HELD_MODELS)
+        self.hold = root / "hold"
         self.recipe = self.recipe_for(a_teacher(a_recipe([a_student("any")]), root / "teacher", root / "cache"))
+        self.few = a_recipe(FEW, teacher={"weights": str(root / "teacher")}, folder=str(root))
         document = cache_in_process(
             self.recipe, str(root / "teacher"), store_root=str(root / "plain"), cache_root=self.cache_root
         )
@@ -105,9 +92,13 @@ class Home:
             **options,
         )
 
-    def command(self, root: Path, *arguments: str) -> list[str]:
+    def has_weights(self, run: Path) -> bool:
+        """Whether the few students have the weights that the plain loop gave them."""
+        return weights(run) == {student["name"]: self.weights[student["name"]] for student in FEW}
+
+    def command(self, root: Path, *arguments: str, recipe: Recipe | None = None) -> list[str]:
         file = root / "recipe.yaml"
-        file.write_text(self.recipe.to_yaml())
+        file.write_text((recipe or self.few).to_yaml())
         places = ["--store-root", str(root / "stores"), "--cache-root", self.cache_root]
         if arguments[0] == "train-students":
             places += ["--run-root", str(root / "runs")]
@@ -196,7 +187,7 @@ def test_another_teacher_under_the_same_name_is_refused(home: Home, trained: Any
         home.train(trained[0], home.recipe_for(student))
 
 
-def test_saved_results_that_lag_behind_their_students_are_collected_again(home: Home, trained: Any) -> None:
+def test_lagging_results_are_collected_again(home: Home, trained: Any) -> None:
     root, fleet = trained
     (root / "runs" / "fleet" / "report.html").unlink()  # as if killed just before it was written
     again = home.train(root)
@@ -212,14 +203,18 @@ def test_fresh_asks_before_it_forgets(home: Home, trained: Any) -> None:
 
 
 class Killer:
-    """Kills the first `count` of our processes whose title contains `title`, each once `when()` says so."""
+    """Kills the first `count` of our processes whose title contains `title`, each once `when()` says so.
 
-    def __init__(self, title: str, count: int, when: Callable[[], bool] = lambda: True) -> None:
-        self.title, self.count, self.when = title, count, when
+    As long as `hold` lies there, held models do not go on: it is put there at once, and taken away after the last kill.
+    """
+
+    def __init__(self, title: str, count: int, hold: Path, when: Callable[[], bool] = lambda: True) -> None:
+        self.title, self.count, self.hold, self.when = title, count, hold, when
         self.killed: set[int] = set()
         self.over = threading.Event()
 
     def __enter__(self) -> "Killer":
+        self.hold.touch()
         self.thread = threading.Thread(target=self._hunt, daemon=True)
         self.thread.start()
         return self
@@ -227,6 +222,7 @@ class Killer:
     def __exit__(self, *_: object) -> None:
         self.over.set()
         self.thread.join()
+        self.hold.unlink(missing_ok=True)
 
     def _hunt(self) -> None:
         while not self.over.wait(0.05) and len(self.killed) < self.count:
@@ -239,93 +235,86 @@ class Killer:
                     process.kill()
                     self.killed.add(process.pid)
                     break
+        self.hold.unlink(missing_ok=True)
 
 
 def test_a_killed_cache_worker_changes_no_byte(home: Home, ray_cluster: None, tmp_path: Path) -> None:
-    with Killer("ray::cache_shard", 2) as killer:
-        teacher = home.root / "slow-teacher"
-        slow = home.recipe_for(str(a_slow_teacher(home, teacher)), code=["slow_models"])
-        cache_teacher(slow, console=Console(quiet=True), **home.places(tmp_path))
+    teacher = a_held_teacher(home, home.root / "held-teacher")
+    held = home.recipe_for(str(teacher), code=["held_models"])
+    with Killer("ray::cache_shard", 2, home.hold) as killer:
+        cache_teacher(held, console=Console(quiet=True), **home.places(tmp_path))
     assert len(killer.killed) == 2
-    cache_in_process(slow, str(teacher), store_root=str(tmp_path / "plain"), cache_root=home.cache_root)
+    cache_in_process(held, str(teacher), store_root=str(tmp_path / "plain"), cache_root=home.cache_root)
     assert store_bytes(tmp_path / "stores") == store_bytes(tmp_path / "plain")
     assert not [path for path in (tmp_path / "stores").rglob("*") if path.suffix in (".claim", ".partial")]
 
 
-def a_slow_teacher(home: Home, folder: Path) -> Path:
-    from akd_dist.data.rows import prepare
-    from akd_dist.models.build import build
-    from akd_dist.models.card import ModelCard
-    from akd_dist.models.folder import save_model
-    from akd_dist.recipe import Custom
-
-    card = ModelCard.of(
-        own(Custom(**a_slow_model(0.1)), home.root), prepare(home.recipe.data, Path(home.cache_root)).train, None
-    )
+def a_held_teacher(home: Home, folder: Path) -> Path:
+    rows = prepare(home.recipe.data, Path(home.cache_root)).train
+    card = ModelCard.of(own(Custom(**a_held_model(at=1)), home.root), rows, None)
     save_model(folder, build(card, seed=1), card)
     return folder
 
 
-def test_killed_train_workers_resume_also_before_their_first_step(
+def test_killed_train_workers_resume_also_before_a_step(
     home: Home, trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpointed = lambda: len(list(tmp_path.rglob("*.ckpt"))) > 4  # noqa: E731
-    with Killer("ray::RayTrainWorker", 1) as early, Killer("ray::RayTrainWorker", 2, checkpointed) as late:
-        fleet = home.train(tmp_path)
-    assert len(early.killed) == 1
-    assert len(late.killed) == 2
+    checkpointed = lambda: len(list(tmp_path.rglob("*.ckpt"))) >= len(FEW)  # noqa: E731
+    with (
+        Killer("ray::RayTrainWorker", 1, tmp_path / "nobody-waits") as early,
+        Killer("ray::RayTrainWorker", 1, home.hold, checkpointed) as late,
+    ):
+        fleet = home.train(tmp_path, home.few)
+    assert len(early.killed) == len(late.killed) == 1
     assert {student["state"] for student in fleet["students"]} == {"done"}
-    assert weights(tmp_path / "runs" / "fleet") == home.weights
+    assert home.has_weights(tmp_path / "runs" / "fleet")
     assert "raylet" not in "".join(capsys.readouterr())  # Ray's own words
 
 
-def run_until(
-    command: list[str], ready: Callable[[], bool], number: int, *, group: bool = False
+def interrupt(
+    command: list[str], marker: Path, failpoint: str, number: int, *, group: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Start a command, send it a signal once `ready`, and give what came of it."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not ready() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert process.poll() is None, process.communicate()
-    if number == signal.SIGINT or group:  # as a terminal or a service manager does: to everybody
+    """Send a command a signal while a process of its stands still at a failpoint, and give what came of it.
+
+    Such a process goes on as soon as the command has told its workers to stop.
+    """
+    errors, environment = marker / "stderr", os.environ | {"AKD_FAILPOINT": failpoint}
+    with open(errors, "w") as err:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=err, text=True, start_new_session=True, env=environment
+        )
+    until(lambda: standing_still(marker), process, errors)
+    stops = set(marker.rglob("stop-*"))
+    if group:  # as a terminal or a service manager does: to everybody
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def ray_processes(root: Path) -> list[psutil.Process]:
-    """Processes that carry this test's marker in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("AKD_TEST_MARKER") == str(root) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    if number != signal.SIGKILL:
+        until(lambda: set(marker.rglob("stop-*")) - stops, process, errors)
+        while process.poll() is None:
+            for one in standing_still(marker):
+                one.resume()
+            time.sleep(0.1)
+    out, _ = process.communicate(timeout=900)
+    return subprocess.CompletedProcess(command, process.returncode, out, errors.read_text())
 
 
 @pytest.fixture
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("AKD_TEST_MARKER", str(tmp_path))
     yield tmp_path
-    for process in ray_processes(tmp_path):
+    for process in marked(tmp_path):
         process.kill()
 
 
-def test_a_killed_caching_driver_carries_on_with_the_missing_shards(
-    home: Home, trained: Any, marker: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shards = lambda: len(list(marker.rglob("receipts/*.json"))) >= 2  # noqa: E731
+def leave_no_process(marker: Path) -> bool:
+    """Whether all that a command has started is gone; Ray's own helpers may take a moment."""
+    return not psutil.wait_procs(marked(marker), timeout=60)[1]
+
+
+def test_a_killed_caching_driver_leaves_shards_to_go_on_from(home: Home, trained: Any, marker: Path) -> None:
     # All shards are done within milliseconds: its workers stand still at their third ones.
-    monkeypatch.setenv("AKD_FAILPOINT", "shard.before_receipt:3:STOP")
-    killed = run_until(home.command(marker, "cache-teacher"), shards, signal.SIGKILL)
-    monkeypatch.delenv("AKD_FAILPOINT")
+    killed = interrupt(home.command(marker, "cache-teacher"), marker, "shard.before_receipt:3:STOP", signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     document = cache_teacher(home.recipe, console=Console(quiet=True), wait=True, **home.places(marker))
     stores = [document, *document["splits"].values()]  # the driver may have died in any of them
@@ -334,29 +323,31 @@ def test_a_killed_caching_driver_carries_on_with_the_missing_shards(
     assert not list((marker / "stores").rglob("*.claim"))
 
 
-def test_a_killed_training_driver_resumes_to_the_very_weights(home: Home, trained: Any, marker: Path) -> None:
-    started = lambda: len(list(marker.rglob("*.ckpt"))) > 4  # noqa: E731
-    killed = run_until(home.command(marker, "train-students"), started, signal.SIGKILL)
+def test_drivers_are_terminated_interrupted_and_killed(home: Home, trained: Any, marker: Path) -> None:
+    """One after the other, each in the midst of what the one before has left; the weights are as if none had been."""
+    command = home.command(marker, "train-students")
+    shutil.copytree(home.root / "plain", marker / "stores")
+
+    terminated = interrupt([*command, "--fresh"], marker, SECOND_EPOCH, signal.SIGTERM, group=True)
+    assert terminated.returncode == 143, terminated.stderr
+    assert "the same command without --fresh goes on" in terminated.stderr
+    assert "and Ray with it" not in terminated.stderr  # Ray leaves with the driver, not before it: workers checkpoint
+    assert leave_no_process(marker)
+
+    interrupted = interrupt([*command, "--json"], marker, SECOND_EPOCH, signal.SIGINT, group=True)
+    assert interrupted.returncode == 130, interrupted.stderr
+    assert "the same command goes on" in interrupted.stderr
+    assert json.loads(interrupted.stdout)["error"]["code"] == 130
+    assert "Traceback" not in interrupted.stderr
+    assert leave_no_process(marker)
+
+    killed = interrupt(command, marker, SECOND_EPOCH, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     plant_snapshots(marker / "runs" / "fleet", b"")
-    fleet = home.train(marker)
-    assert weights(marker / "runs" / "fleet") == home.weights
+
+    fleet = home.train(marker, home.few)
     assert {student["state"] for student in fleet["students"]} == {"done"}
-
-
-def test_ctrl_c_checkpoints_says_how_to_go_on_and_leaves_no_process(home: Home, trained: Any, marker: Path) -> None:
-    started = lambda: len(list(marker.rglob("*.ckpt"))) > 4  # noqa: E731
-    stopped = run_until(home.command(marker, "train-students", "--json"), started, signal.SIGINT)
-    assert stopped.returncode == 130, stopped.stderr
-    assert "the same command goes on" in stopped.stderr
-    assert json.loads(stopped.stdout)["error"]["code"] == 130
-    assert "Traceback" not in stopped.stderr
-    deadline = time.monotonic() + 10
-    while ray_processes(marker) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert ray_processes(marker) == []
-    home.train(marker)
-    assert weights(marker / "runs" / "fleet") == home.weights
+    assert home.has_weights(marker / "runs" / "fleet")
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +374,7 @@ def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeyp
     over.set()
 
 
-def test_a_node_that_joins_in_the_place_of_a_lost_one_is_none_to_wait_for(home: Home, tmp_path: Path) -> None:
+def test_a_new_node_does_not_replace_a_lost_one(home: Home, tmp_path: Path) -> None:
     """Ray places a cohort's workers again on the nodes that it was begun with, and there is none of these left."""
     splits = prepare(home.recipe.data, Path(home.cache_root))
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
@@ -401,11 +392,12 @@ def test_a_node_that_joins_in_the_place_of_a_lost_one_is_none_to_wait_for(home: 
     assert "others have joined" in str(told.value.next)
 
 
-def test_lost_nodes_end_the_run_once_the_cohorts_on_others_have_checkpointed(home: Home, tmp_path: Path) -> None:
+def test_lost_nodes_end_the_run_after_others_checkpoint(home: Home, tmp_path: Path) -> None:
     splits, saved = prepare(home.recipe.data, Path(home.cache_root)), list[str]()
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
     fleet = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
     fleet.shared.nodes = lambda: [Node("here", 4)]  # type: ignore[method-assign]
+    over = threading.Event()
     base.stop_file.parent.mkdir(parents=True)
 
     def healthy() -> None:
@@ -413,8 +405,12 @@ def test_lost_nodes_end_the_run_once_the_cohorts_on_others_have_checkpointed(hom
             time.sleep(0.05)
         time.sleep(0.5)
         saved.append("it has checkpointed")
+        over.set()
 
-    for node, act in (("here", healthy), ("lost", lambda: time.sleep(2))):
+    def lost() -> None:
+        over.wait()
+
+    for node, act in (("here", healthy), ("lost", lost)):
         thread = threading.Thread(target=act, daemon=True)
         thread.start()
         fleet.carried.append(
@@ -452,50 +448,29 @@ def test_a_task_that_does_not_begin_does_not_hold_up_who_stops(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("akd_dist.jobs.tasks.GRACE_SECONDS", 0.5)
-    busy = ray.remote(num_cpus=4)(lambda: time.sleep(60)).remote()
+    busy = ray.remote(num_cpus=4)(lambda: time.sleep(600)).remote()
     while cluster.free_nodes()[0].cpus > 0:
         time.sleep(0.1)
-    stop, began = StopFlag(), time.monotonic()
+    stop = StopFlag()
     stop.signal = signal.SIGTERM
     with Shared({}, str(tmp_path), print) as shared, pytest.raises(TerminatedError, match="the teacher did not answer"):
         run_one(
             lambda: None, threads=4, gpus=0, shared=shared, stop=stop, on_poll=lambda: None, name="the teacher"
         )  # fmt: skip
-    assert time.monotonic() - began < 20
     ray.cancel(busy, force=True)
 
 
-def test_sigterm_to_the_whole_group_leaves_with_143_and_the_next_command_goes_on(
-    home: Home, trained: Any, marker: Path
-) -> None:
-    started = lambda: len(list(marker.rglob("*.ckpt"))) > 4  # noqa: E731
-    stopped = run_until(home.command(marker, "train-students", "--fresh"), started, signal.SIGTERM, group=True)
-    assert stopped.returncode == 143, stopped.stderr
-    assert "the same command without --fresh goes on" in stopped.stderr
-    assert "and Ray with it" not in stopped.stderr  # Ray leaves with the driver, not before it: workers checkpoint
-    assert ray_processes(marker) == []
-    home.train(marker)
-    assert weights(marker / "runs" / "fleet") == home.weights
-
-
-@pytest.mark.parametrize("phase", ["claim", "metrics"])
-def test_sigterm_while_the_teacher_trains_leaves_with_143_and_keeps_its_checkpoint(
-    marker: Path, home: Home, phase: str
-) -> None:
-    teacher = {"model": a_slow_model(0.02), "train": {"epochs": 3, "optimizer": {"kind": "adamw", "lr": 1e-2}}}
-    recipe = a_recipe([a_student("one")], teacher=teacher, folder=str(home.root))
-    home.recipe, kept = recipe, home.recipe
-    command = home.command(marker, "cache-teacher")
-    home.recipe = kept
-    found = {"claim": "teachers/*.claim", "metrics": "teachers/*/metrics.jsonl"}[phase]
-    stopped = run_until(command, lambda: bool(list((marker / "stores").glob(found))), signal.SIGTERM)
+def test_sigterm_while_the_teacher_trains_keeps_its_checkpoint(marker: Path, home: Home) -> None:
+    train = {"epochs": 3, "optimizer": {"kind": "adamw", "lr": 1e-2}}
+    recipe = a_recipe([a_student("one")], teacher={"model": {"kind": "mlp", "hidden": 8}, "train": train})
+    command = home.command(marker, "cache-teacher", recipe=recipe)
+    stopped = interrupt(command, marker, SECOND_EPOCH, signal.SIGTERM)
     assert stopped.returncode == 143, stopped.stderr
     assert "stopped" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert "SIGTERM received" not in stopped.stderr  # Ray's handler, which aborts whoever takes longer than 3 s
     assert not list((marker / "stores").rglob("*.claim"))
-    if phase == "metrics":
-        assert list((marker / "stores").glob("teachers/*/checkpoints/*.ckpt"))
+    assert list((marker / "stores").glob("teachers/*/checkpoints/*.ckpt"))
 
 
 def test_the_second_driver_leaves_with_3_and_names_the_holder(home: Home, tmp_path: Path) -> None:
@@ -507,11 +482,9 @@ def test_the_second_driver_leaves_with_3_and_names_the_holder(home: Home, tmp_pa
     assert "Traceback" not in second.stderr
 
 
-def test_a_node_that_does_not_answer_gets_no_work_and_holds_up_nobody(
-    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_node_gets_no_work(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there, told = cluster.nodes(), list[str]()
-    answer = ray.remote(num_cpus=0)(lambda: time.sleep(60)).remote()
+    answer = ray.remote(num_cpus=0)(lambda: time.sleep(600)).remote()
     monkeypatch.setattr("akd_dist.jobs.shared.ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(cluster, "nodes", lambda: [*there, Node("silent", 4, 0, 1e9, "the silent one")])
     monkeypatch.setattr(Shared, "_ask", lambda _shared, _name: answer)
@@ -553,7 +526,7 @@ def test_a_signal_to_the_group_leaves_ray_to_the_driver(ray_cluster: None) -> No
     assert not blocks(psutil.Process(), signal.SIGTERM)
 
 
-def test_wrong_bytes_in_a_nodes_cache_reach_no_student_and_are_told(home: Home, tmp_path: Path) -> None:
+def test_wrong_bytes_in_a_cache_reach_no_student(home: Home, ray_cluster: None, tmp_path: Path) -> None:
     """In the decoded logits they are found by the workers, while they train; sizes and times stay as they are."""
     shutil.copytree(home.root / "plain", tmp_path / "stores")
     store = open_store(home.stores["train"])
@@ -561,8 +534,8 @@ def test_wrong_bytes_in_a_nodes_cache_reach_no_student_and_are_told(home: Home, 
     flip(prepare(home.recipe.data, Path(home.cache_root)).test.files[0])
     told = io.StringIO()
     train_students(
-        home.recipe, run_root=str(tmp_path / "runs"), console=Console(file=told, width=1000), **home.places(tmp_path)
+        home.few, run_root=str(tmp_path / "runs"), console=Console(file=told, width=1000), **home.places(tmp_path)
     )
-    assert weights(tmp_path / "runs" / home.recipe.name) == home.weights
+    assert home.has_weights(tmp_path / "runs" / "fleet")
     lines = [line for line in told.getvalue().splitlines() if "made anew" in line]
     assert any("logits.npy is no longer what was written there" in line for line in lines)

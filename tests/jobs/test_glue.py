@@ -320,7 +320,7 @@ def a_hub_folder(folder: Path, name: str, dataset: Any) -> None:
     (folder / "README.md").write_text("\n".join(["---", *lines, "---", ""]))
 
 
-def test_of_the_train_rows_of_qqp_the_two_with_an_empty_question_are_left_out() -> None:
+def test_two_rows_of_qqp_with_empty_questions_are_left_out() -> None:
     train = load_recipe(JOBS / "glue" / "qqp.yaml").data.train
     assert isinstance(train, HuggingFaceData)
     parts = hub.require_extra("datasets").ReadInstruction.from_spec(train.split).to_absolute({"train": 363_846})

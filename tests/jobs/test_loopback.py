@@ -18,7 +18,7 @@ from rich.console import Console
 from akd_dist.jobs.train_students import train_students
 from tests.fleets import ADAMW, HARD, a_recipe, a_student
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 MODEL = """
 import os, pathlib, time
@@ -69,7 +69,7 @@ def reachable_from_outside() -> tuple[int, list[str]]:
 
 
 def until_wait(folder: Path, name: str, workers: int, run: threading.Thread) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while len(list(folder.glob(f"{name}-waits-*"))) < workers:
         assert run.is_alive(), f"the run ended before {name} trained"
         assert time.monotonic() < deadline, f"{name} never trained"
@@ -81,11 +81,8 @@ def seen(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """What is reachable while each of the models is held in a step, by its name."""
     root = tmp_path_factory.mktemp("loopback")
     (root / "waiting_model.py").write_text(MODEL)
-    workers = {"teacher": 1, "alone": 1, "pair": 2}
-    students = [
-        a_student(name, model=a_waiting_model(name), workers=workers[name], objective=HARD, batch=256)
-        for name in ("alone", "pair")
-    ]
+    workers = {"teacher": 1, "pair": 2}
+    students = [a_student("pair", model=a_waiting_model("pair"), workers=2, objective=HARD | {"epochs": 1}, batch=256)]
     teacher = {"model": a_waiting_model("teacher"), "train": {"epochs": 1, "optimizer": ADAMW}}
     recipe = a_recipe(students, teacher=teacher, folder=str(root))
     places: dict[str, Any] = {f"{kind}_root": str(root / kind) for kind in ("store", "run", "cache")}
@@ -101,11 +98,11 @@ def seen(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         found[name] = reachable_from_outside()
         (root / f"{name}-goes-on").touch()
     yield found
-    run.join(300)
-    assert [student["state"] for student in ended[0]["students"]] == ["done", "done"]
+    run.join(900)
+    assert [student["state"] for student in ended[0]["students"]] == ["done"]
 
 
-@pytest.mark.parametrize("name", ["teacher", "alone", "pair"])
+@pytest.mark.parametrize("name", ["teacher", "pair"])
 def test_a_run_on_one_machine_listens_on_loopback_only(name: str, seen: dict[str, tuple[int, list[str]]]) -> None:
     taking, outside = seen[name]
     assert taking > 0, "Ray's own processes take connections"

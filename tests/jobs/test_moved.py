@@ -218,7 +218,7 @@ def as_before(run: Path, was: Path) -> None:
     (run / "fleet.json").write_text(json.dumps(absolute))
 
 
-def test_results_of_older_versions_are_found_where_they_were_moved_to(
+def test_moved_results_of_older_versions_are_found(
     moved: Moved, tmp_path: Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     copy = tmp_path / "new"
@@ -232,7 +232,7 @@ def test_results_of_older_versions_are_found_where_they_were_moved_to(
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_a_store_that_was_moved_alone_is_named_where_the_command_finds_it(
+def test_a_moved_store_is_named_where_it_is_found(
     older: bool, moved: Moved, tmp_path: Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     copy = tmp_path / "new"

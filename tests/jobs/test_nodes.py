@@ -14,9 +14,9 @@ import pytest
 
 from akd_dist.jobs.train_students import train_in_process
 from tests.fleets import HARD, a_recipe, a_student, a_teacher, stores_of, weights
-from tests.jobs.test_fleet_on_ray import SLOW_MODELS, a_slow_model
+from tests.survivors import HELD_MODELS, a_held_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def on_nodes(short: str, *arguments: str) -> dict[str, Any]:
     """What a cluster of its own says, in a process of its own."""
     environment = os.environ | {"RAY_TMPDIR": short, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.nodes", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
@@ -62,9 +62,11 @@ def test_cohorts_share_the_gpu_that_ray_is_told_of(short: str, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_node_that_joins_gets_work_and_the_weights_are_those_of_the_plain_loop(short: str, tmp_path: Path) -> None:
-    (tmp_path / "slow_models.py").write_text(SLOW_MODELS)
-    students = [a_student(f"s{seed}", seed=seed, model=a_slow_model(0.15), objective=HARD) for seed in range(4)]
+def test_a_node_that_joins_gets_work_and_changes_no_weight(short: str, tmp_path: Path) -> None:
+    (tmp_path / "held_models.py").write_text(HELD_MODELS)
+    (tmp_path / "hold").touch()  # it stays: they are slow, and never wait
+    model = a_held_model(at=10**6, pause=0.15)
+    students = [a_student(f"s{seed}", seed=seed, model=model, objective=HARD) for seed in range(4)]
     teacher = a_teacher(a_recipe([a_student("any")]), tmp_path / "teacher", tmp_path / "cache")
     recipe = a_recipe(students, teacher={"weights": teacher}, folder=str(tmp_path), checkpoint_seconds=1.0)
     stores = stores_of(recipe, teacher, tmp_path)

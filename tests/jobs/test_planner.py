@@ -50,7 +50,7 @@ def costs_for(recipe: Recipe, **measured: Any) -> Costs:
     )
 
 
-def test_a_small_fleet_is_one_cohort_and_a_large_one_fills_the_cluster() -> None:
+def test_small_fleets_are_one_cohort_large_ones_fill_all() -> None:
     assert cut([START_SECONDS], [1], cpus=8, wanted=None) == [1]
     assert cut([100 * START_SECONDS], [1], cpus=4, wanted=None) == [4]
     assert cut([4 * START_SECONDS], [1], cpus=8, wanted=None) == [2]  # a third would save 2/3 of a start
@@ -70,7 +70,7 @@ def test_groups_of_unequal_length_leave_no_cpu_idle() -> None:
     assert end([(10.0, 8)], cpus=2) == 10.0
 
 
-def test_a_student_that_cannot_be_cut_and_the_stream_bound_what_another_cohort_saves() -> None:
+def test_what_another_cohort_saves_is_bounded() -> None:
     ask = ResourceRequest(1, 1)
     longest = Load(100 * START_SECONDS, ask, longest=90 * START_SECONDS, parts=5)
     assert allocate([longest], nodes(8), None)[0] == [2]
@@ -108,7 +108,7 @@ def test_cohorts_share_a_gpu_by_fractions() -> None:
     assert pack(nodes(1, 1, gpus=1), [ResourceRequest(2, 1, gpus=1)]) is not None
 
 
-def test_a_small_cohort_overtakes_a_large_one_only_where_both_fit() -> None:
+def test_a_small_cohort_overtakes_only_where_both_fit() -> None:
     cluster, large, small = nodes(4), ResourceRequest(1, 3), ResourceRequest(1, 1)
     free = [replace(cluster[0], cpus=2.0)]  # two CPUs are taken by others, who will end
     assert next_to_start([large, small], [], free, cluster) == 1
@@ -126,7 +126,7 @@ def test_a_small_cohort_overtakes_a_large_one_only_where_both_fit() -> None:
 # ---- running cohorts
 
 
-def test_a_running_cohort_is_cut_only_when_far_more_is_left_than_starts_cost() -> None:
+def test_a_running_cohort_is_cut_only_when_it_pays() -> None:
     cohort = tuple(a_recipe([a_student(name, seed=seed) for seed, name in enumerate("abcd")]).students)
     ask = ResourceRequest(1, 1)
     lasting = dict.fromkeys("abcd", 10 * START_SECONDS)
@@ -217,7 +217,7 @@ def test_students_that_cannot_share_a_stream_are_apart() -> None:
     assert [[spec.name for spec in group] for group in groups_of(list(recipe.students))] == [["a", "c"], ["b"], ["d"]]
 
 
-def test_students_of_an_assistant_read_another_stream_and_labels_ride_with_the_teachers() -> None:
+def test_students_of_an_assistant_read_another_stream() -> None:
     assistant = {"model": {"kind": "mlp", "hidden": 4}, "objective": {"kind": "kd", "epochs": 1}, "optimizer": ADAMW}
     takd = {"kind": "takd", "epochs": 1}
     students = [a_student("a", objective=takd), a_student("b", objective=HARD), a_student("c")]
@@ -258,7 +258,7 @@ def test_parts_cost_about_the_same_and_keep_their_order() -> None:
     assert len(split_evenly(tuple(recipe.students), 9, lambda family: 1.0)) == 5
 
 
-def test_students_that_share_a_stage_one_stay_together_and_pay_for_it_once() -> None:
+def test_students_that_share_stage_one_stay_together() -> None:
     students = [
         a_student(f"{seed}-{length}", seed=seed, objective=ANNEALING | {"stage2_epochs": length})
         for length in (1, 2)

@@ -143,9 +143,7 @@ def test_a_damaged_identity_names_its_field(
     assert field in refused(5, place.command("train-students", runs), capsys)["got"]
 
 
-def test_a_damaged_result_names_its_field_and_trains_nobody_again(
-    place: Place, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_result_names_its_field(place: Place, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = runs / "fleet" / "students" / "hard" / "result.json"
     path.write_text(path.read_text().replace('"epochs"', '"epohcs"'))
     before = snapshot(runs / "fleet" / "students")
@@ -192,7 +190,7 @@ def first_driver(place: Place, folder: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("command", "name"), [("train-students", "fleet"), ("compare", "fleet-compare")])
-def test_a_second_driver_leaves_with_3_and_names_the_first_whose_lock_dies_with_it(
+def test_a_second_driver_leaves_with_3_and_names_the_first(
     place: Place, runs: Path, capsys: pytest.CaptureFixture[str], command: str, name: str
 ) -> None:
     with first_driver(place, runs / name) as first:
@@ -215,5 +213,5 @@ def test_wait_waits_until_the_first_driver_is_gone(place: Place, runs: Path) -> 
         time.sleep(0.5)
         assert second.poll() is None
         first.kill()
-        second.communicate(timeout=60)
+        second.communicate(timeout=900)
         assert second.returncode == 0

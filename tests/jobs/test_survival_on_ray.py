@@ -1,6 +1,7 @@
 """Killed under Ray: raylets, nodes, workers and drivers; every run ends with the weights of the plain loop.
 
-A cluster of several raylets on this machine, and a command with `--address` that is its driver.
+A cluster of several raylets on this machine, and a command with `--address` that is its driver. Workers stand still at
+a batch of their second epoch, so that whoever is killed is killed there, whatever the pace of the machine.
 """
 
 import contextlib
@@ -22,25 +23,33 @@ from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.recipe import Recipe
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher
-from tests.survivors import outcome, plant_snapshots, snapshot
+from tests.survivors import (
+    SECOND_EPOCH,
+    marked,
+    outcome,
+    plant_snapshots,
+    snapshot,
+    standing_still,
+    stands_still,
+    until,
+)
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 MODELS = """
-import os, signal, time, torch
+import os, signal, torch
 
 def unlucky(gradient):
     raise RuntimeError("out of luck in the backward pass")
 
 class Odd(torch.nn.Module):
-    def __init__(self, inputs, classes, seconds, deadly, stumbles):
+    def __init__(self, inputs, classes, deadly, stumbles):
         super().__init__()
-        self.layer, self.seconds = torch.nn.Linear(inputs, classes), seconds
+        self.layer = torch.nn.Linear(inputs, classes)
         self.deadly, self.stumbles = deadly, stumbles
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # checkpoints keep it: it is as deadly again
 
     def forward(self, x):
-        time.sleep(self.seconds)
         self.steps += self.training
         if self.deadly and self.steps == 15:  # in the probe already
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
@@ -49,13 +58,13 @@ class Odd(torch.nn.Module):
             logits.register_hook(unlucky)
         return logits
 
-def odd(input_shape, classes, seconds=0.0, deadly=False, stumbles=False):
-    return Odd(input_shape[0] * input_shape[1] * input_shape[2], classes, seconds, deadly, stumbles)
+def odd(input_shape, classes, deadly=False, stumbles=False):
+    return Odd(input_shape[0] * input_shape[1] * input_shape[2], classes, deadly, stumbles)
 """
 
 
 def odd(name: str, workers: int = 1, **arguments: Any) -> dict[str, Any]:
-    """A student that takes its time, or in its second epoch kills its worker, or fails in the backward pass of one."""
+    """A student that in its second epoch kills its worker, or fails in the backward pass of one."""
     model = {"kind": "custom", "factory": "odd_models:odd", "arguments": arguments}
     return a_student(name, batch=128, workers=workers, model=model)
 
@@ -64,7 +73,7 @@ FLEET = [
     a_student("annealing", batch=128),
     a_student("hard", batch=128, objective=HARD),
     a_student("long", batch=128, objective=ANNEALING | {"stage1_epochs": 3, "stage2_epochs": 2}),
-    odd("slow", seconds=0.4),
+    odd("custom"),
 ]
 
 
@@ -103,12 +112,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 class Driver:
     """A command that trains, in a session of its own; it and all that it started are gone in the end."""
 
-    def __init__(self, command: list[str], root: Path) -> None:
+    def __init__(self, command: list[str], root: Path, **environment: str) -> None:
         self.root, self.errors = root, root / f"stderr-{time.monotonic_ns()}"
         with open(self.errors, "w") as errors:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
-                env=os.environ | {"AKD_TEST_MARKER": str(root)},
+                env=os.environ | {"AKD_TEST_MARKER": str(root)} | environment,
             )  # fmt: skip
 
     def __enter__(self) -> "Driver":
@@ -117,45 +126,25 @@ class Driver:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.communicate()
-        for process in self.children():
+        for process in marked(self.root):
             process.kill()
 
-    def children(self) -> list[psutil.Process]:
-        """Processes that carry the mark of this driver's test, itself left out."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                marked = process.environ().get("AKD_TEST_MARKER") == str(self.root)
-                if marked and process.pid != self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def until(self, ready: Callable[[], Any], seconds: float = 120) -> Any:
+    def until(self, ready: Callable[[], Any]) -> Any:
         """What `ready` gives once it gives something."""
-        deadline = time.monotonic() + seconds
-        while not (found := ready()):
-            assert self.process.poll() is None, self.errors.read_text()
-            assert time.monotonic() < deadline, self.errors.read_text()
-            time.sleep(0.1)
-        return found
+        return until(ready, self.process, self.errors)
 
-    def trains(self) -> bool:
-        """Whether every student has a checkpoint."""
-        return len({path.parent for path in self.root.rglob("*.ckpt")}) == len(FLEET)
-
-    def end(self, seconds: float = 240) -> int:
+    def end(self, seconds: float = 900) -> int:
         self.process.communicate(timeout=seconds)
         return int(self.process.returncode)
 
 
 @pytest.fixture
 def nodes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A cluster whose head trains nothing, and that has two nodes with one CPU each."""
+    """A cluster whose head trains nothing, and that has two nodes with one CPU each, where workers stand still once."""
     from akd_dist.jobs import cluster  # sets what Ray reads when it starts
 
     assert cluster.ray
+    monkeypatch.setenv("AKD_FAILPOINT", SECOND_EPOCH)
     from ray.cluster_utils import Cluster
 
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -171,15 +160,13 @@ def raylet_of(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
 
-def training(cluster: Any) -> tuple[Any, psutil.Process] | None:
-    """The node that trains, and its worker."""
+def held(cluster: Any) -> tuple[Any, psutil.Process] | None:
+    """The node whose worker stands still in its second epoch, and that worker."""
     for node in cluster.worker_nodes:
-        try:
+        with contextlib.suppress(psutil.Error):
             for process in psutil.Process(raylet_of(node)).children():
-                if "RayTrainWorker" in " ".join(process.cmdline()):
+                if stands_still(process):
                     return node, process
-        except psutil.Error:
-            continue
     return None
 
 
@@ -187,50 +174,45 @@ def worker_logs(run: Path) -> str:
     return "".join(path.read_text() for path in run.glob("logs/cohort-*.log"))
 
 
-def test_a_raylet_dies_and_its_worker_wakes_up_while_another_trains(home: Home, nodes: Any, tmp_path: Path) -> None:
+def test_a_raylet_dies_and_its_worker_wakes_up_later(home: Home, nodes: Any, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "fleet"
-
-    def taken_over() -> bool:
-        """Whether another worker has every student that has not ended: by its second writer, or a later one."""
-        folders = list(run.glob("students/*"))
-        again = [folder for folder in folders if list(folder.glob("checkpoints/writer-*-00000[2-9]-*"))]
-        return bool(again) and all(folder in again or (folder / "result.json").exists() for folder in folders)
-
     with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:
-        driver.until(driver.trains)
-        node, worker = driver.until(lambda: training(nodes))
-        worker.suspend()
+        node, worker = driver.until(lambda: held(nodes))
         os.kill(raylet_of(node), signal.SIGKILL)
-        driver.until(taken_over)
+        _, second = driver.until(lambda: held(nodes))  # it trains another node's way, and stands still in its turn
+        for folder in run.glob("students/*"):
+            assert list(folder.glob("checkpoints/writer-*-000002-*")), f"nobody has taken over {folder.name}"
         with contextlib.suppress(psutil.NoSuchProcess):  # Ray ends such a process, sooner or later
             worker.resume()
         driver.until(lambda: not worker.is_running() or "taken over by a later worker" in worker_logs(run))
+        second.resume()
         assert driver.end() == 0, driver.errors.read_text()
     assert outcome(run) == home.outcome
 
 
 @pytest.mark.slow
-def test_a_node_dies_with_its_worker_and_the_other_one_carries_on(home: Home, nodes: Any, tmp_path: Path) -> None:
+def test_a_node_dies_with_its_worker_and_the_other_goes_on(home: Home, nodes: Any, tmp_path: Path) -> None:
     with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:
-        driver.until(driver.trains)
-        node, worker = driver.until(lambda: training(nodes))
+        node, worker = driver.until(lambda: held(nodes))
         worker.kill()
         nodes.remove_node(node, allow_graceful=False)
+        _, second = driver.until(lambda: held(nodes))
+        second.resume()
         assert driver.end() == 0, driver.errors.read_text()
     assert outcome(tmp_path / "runs" / "fleet") == home.outcome
 
 
 @pytest.mark.slow
-def test_without_a_node_left_the_driver_says_so_and_the_next_command_resumes(
-    home: Home, nodes: Any, tmp_path: Path
+def test_without_a_node_left_the_next_command_resumes(
+    home: Home, nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:
-        driver.until(driver.trains)
-        node, worker = driver.until(lambda: training(nodes))
+        node, worker = driver.until(lambda: held(nodes))
         other = next(one for one in nodes.worker_nodes if one is not node)
         nodes.remove_node(other, allow_graceful=False)
         worker.kill()
         nodes.remove_node(node, allow_graceful=False)
+        monkeypatch.delenv("AKD_FAILPOINT")
         nodes.add_node(num_cpus=1)  # of no use to workers that were started without it
         assert driver.end() == 6, driver.errors.read_text()
         assert "nodes were lost" in driver.errors.read_text()
@@ -241,25 +223,22 @@ def test_without_a_node_left_the_driver_says_so_and_the_next_command_resumes(
 
 
 @pytest.mark.slow
-def test_a_teacher_whose_node_is_lost_is_not_waited_for_and_goes_on_elsewhere(
-    home: Home, nodes: Any, tmp_path: Path
+def test_a_teacher_whose_node_is_lost_goes_on_elsewhere(
+    home: Home, nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = {"kind": "custom", "factory": "odd_models:odd", "arguments": {"seconds": 0.2}}
+    model = {"kind": "custom", "factory": "odd_models:odd", "arguments": {}}
     train = {"epochs": 2, "optimizer": {"kind": "adamw", "lr": 1e-3}, "batch": 128}
-    recipe = a_recipe(FLEET[:1], teacher={"model": slow, "train": train}, folder=str(home.root), checkpoint_seconds=0)
+    recipe = a_recipe(FLEET[:1], teacher={"model": model, "train": train}, folder=str(home.root), checkpoint_seconds=0)
     command = [*home.command(tmp_path, "--address", nodes.address, recipe=recipe), "--store-root", str(tmp_path / "s")]
-
-    def checkpoints() -> list[Path]:
-        return list(tmp_path.glob("s/teachers/**/*.ckpt"))
-
     with Driver(command, tmp_path) as driver:
-        driver.until(checkpoints)
+        driver.until(lambda: held(nodes))
         for node in list(nodes.worker_nodes):
             nodes.remove_node(node, allow_graceful=False)
+        monkeypatch.delenv("AKD_FAILPOINT")
         nodes.add_node(num_cpus=1)  # of no use to a task that was sent without it
         assert driver.end() == 6, driver.errors.read_text()
         assert "nodes were lost while the teacher ran" in driver.errors.read_text()
-    assert checkpoints()
+    assert list(tmp_path.glob("s/teachers/**/*.ckpt"))
     with Driver(command, tmp_path) as driver:
         assert driver.end() == 0, driver.errors.read_text()
 
@@ -268,7 +247,7 @@ def test_a_teacher_whose_node_is_lost_is_not_waited_for_and_goes_on_elsewhere(
 def test_a_student_that_kills_its_worker_fails_alone(home: Home, tmp_path: Path) -> None:
     recipe = home.recipe_for([FLEET[0], odd("deadly", deadly=True), FLEET[1]])
     with Driver(home.command(tmp_path, "--json", recipe=recipe), tmp_path) as driver:
-        out, _ = driver.process.communicate(timeout=500)
+        out, _ = driver.process.communicate(timeout=900)
         told = driver.errors.read_text()
         assert driver.process.returncode == 1, told
     entries = {entry["name"]: entry for entry in json.loads(out)["students"]}
@@ -283,10 +262,10 @@ def test_a_student_that_kills_its_worker_fails_alone(home: Home, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_student_whose_workers_fall_out_of_step_fails_alone(home: Home, tmp_path: Path) -> None:
+def test_a_student_whose_workers_lose_step_fails_alone(home: Home, tmp_path: Path) -> None:
     recipe = home.recipe_for([odd("steady", workers=2), odd("stumbling", workers=2, stumbles=True)])
     with Driver(home.command(tmp_path, "--json", recipe=recipe), tmp_path) as driver:
-        out, _ = driver.process.communicate(timeout=500)
+        out, _ = driver.process.communicate(timeout=900)
         assert driver.process.returncode == 1, driver.errors.read_text()
     entries = {entry["name"]: entry for entry in json.loads(out)["students"]}
     assert (entries["steady"]["state"], entries["steady"]["epochs"]) == ("done", 3)
@@ -297,14 +276,12 @@ def test_a_student_whose_workers_fall_out_of_step_fails_alone(home: Home, tmp_pa
 
 
 @pytest.mark.slow
-def test_killed_with_its_worker_suspended_a_waiting_driver_carries_on(home: Home, tmp_path: Path) -> None:
-    """A driver dies, its worker stands still, a third waits, and Ray Train's own snapshot is cut."""
+def test_a_waiting_driver_carries_on_from_a_killed_one(home: Home, tmp_path: Path) -> None:
+    """A driver dies, its worker stands still, a third driver waits, and Ray Train's own snapshot is cut."""
     run, waiting = tmp_path / "runs" / "fleet", tmp_path / "waiting"
     waiting.mkdir()
-    with Driver(home.command(tmp_path), tmp_path) as first:
-        first.until(first.trains)
-        (worker,) = [process for process in first.children() if "RayTrainWorker" in " ".join(process.cmdline())]
-        worker.suspend()
+    with Driver(home.command(tmp_path), tmp_path, AKD_FAILPOINT=SECOND_EPOCH) as first:
+        (worker,) = first.until(lambda: standing_still(tmp_path))
         second = subprocess.run(home.command(tmp_path), capture_output=True, text=True, check=False)
         assert second.returncode == 3
         assert f"process {first.process.pid} on {socket.gethostname()}" in second.stderr
@@ -317,6 +294,6 @@ def test_killed_with_its_worker_suspended_a_waiting_driver_carries_on(home: Home
         before = snapshot(run / "students")
         with contextlib.suppress(psutil.NoSuchProcess):  # swept up by what is left of Ray
             worker.resume()
-        psutil.wait_procs([worker], timeout=60)
+        psutil.wait_procs([worker], timeout=900)
         assert not worker.is_running()
         assert snapshot(run / "students") == before

@@ -76,7 +76,7 @@ def test_a_recipe_for_a_gpu_is_refused_before_a_step(recipe: Recipe, teacher: st
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_cluster_without_gpus_is_refused_before_anything_starts(recipe: Recipe, home: Path, tmp_path: Path) -> None:
+def test_a_cluster_without_gpus_is_refused_at_once(recipe: Recipe, home: Path, tmp_path: Path) -> None:
     stop, splits = cluster.StopFlag(), prepare(recipe.data, home / "cache")
     tasks, shared = [Task("one", None, None)], Shared({}, str(tmp_path), print)
     shared.look()

@@ -114,7 +114,7 @@ def test_a_model_folder_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert word in said
 
 
-def test_a_factory_comes_from_the_recipes_folder_or_from_listed_code(tmp_path: Path) -> None:
+def test_a_factory_comes_from_the_folder_or_listed_code(tmp_path: Path) -> None:
     a_module(tmp_path, "foreign_near")
     a_module(tmp_path / "foreign_pack", "deep")
     a_module(tmp_path / "elsewhere", "foreign_far")
@@ -137,7 +137,7 @@ def test_listed_code_is_a_module_and_what_lies_below(listed: str, allowed: bool)
     assert Trusted(modules=(listed,)).lists("mine.nets.deep") is allowed
 
 
-def test_a_file_with_the_name_of_an_installed_module_does_not_lead_there(tmp_path: Path) -> None:
+def test_a_file_named_like_an_installed_module_is_refused(tmp_path: Path) -> None:
     for name in ("yaml", "sympy", "colorsys"):
         a_module(tmp_path, name)
         loaded = name in sys.modules
@@ -148,7 +148,7 @@ def test_a_file_with_the_name_of_an_installed_module_does_not_lead_there(tmp_pat
     assert not ran(tmp_path)
 
 
-def test_an_environment_in_the_recipes_folder_is_not_the_recipes_own(tmp_path: Path) -> None:
+def test_an_environment_in_the_folder_is_not_the_recipes(tmp_path: Path) -> None:
     packages = tmp_path / ".venv" / "lib" / "python3.11" / "site-packages"
     a_module(packages, "foreign_installed")
     a_module(packages / "foreign_parent", "__init__")
@@ -176,7 +176,7 @@ def test_a_link_out_of_the_recipes_folder_is_not_the_recipes_own(tmp_path: Path)
     import_factory(own(recipe.Custom(factory="foreign_linked:net"), tmp_path / "link"), "()")
 
 
-def test_a_model_folder_is_run_as_far_as_the_recipe_names_the_same(tmp_path: Path) -> None:
+def test_a_model_folder_runs_what_the_recipe_names(tmp_path: Path) -> None:
     a_module(tmp_path, "foreign_same")
     said = own(recipe.Custom(factory="foreign_same:net"), tmp_path).trusted
     mine = a_folder(tmp_path / "mine", a_factory("foreign_same:net", said))
@@ -231,7 +231,7 @@ def test_no_link_on_the_way_to_a_module_leads_out_of_the_folder(link: str, tmp_p
     assert not ran(tmp_path)
 
 
-def test_the_folder_of_a_foreign_run_gives_the_module_that_is_trusted_and_no_other(tmp_path: Path) -> None:
+def test_a_foreign_run_gives_the_trusted_module_alone(tmp_path: Path) -> None:
     """Libraries look for modules that may be missing here, such as triton: those of the folder would run."""
     theirs, mine = tmp_path / "theirs", tmp_path / "mine"
     for name in ("foreign_listed", "foreign_optional"):
@@ -250,7 +250,7 @@ def test_the_folder_of_a_foreign_run_gives_the_module_that_is_trusted_and_no_oth
         sys.path.remove(str(mine))
 
 
-def test_what_a_recipe_without_a_folder_names_is_not_taken_from_a_foreign_run(tmp_path: Path) -> None:
+def test_a_recipe_without_folder_takes_no_foreign_code(tmp_path: Path) -> None:
     a_module(tmp_path, "foreign_beside")
     said = Trusted(factories=("foreign_beside:net",)).seen_from("the run", str(tmp_path))
     with pytest.raises(RefusedError, match="cannot be imported"):
@@ -304,7 +304,7 @@ def test_a_teacher_and_a_store_are_run_on_the_recipes_word(tmp_path: Path) -> No
     assert repair(stores, store["id"], None, cache, trust=(module,))["repaired"]
 
 
-def test_trust_goes_with_a_spec_to_other_processes_and_not_into_documents(tmp_path: Path) -> None:
+def test_trust_goes_to_other_processes_not_into_documents(tmp_path: Path) -> None:
     fleet = a_recipe([a_student("one", model={"kind": "custom", "factory": "m:net"})], folder=str(tmp_path))
     (spec,) = pickle.loads(pickle.dumps(fleet.students))  # as Ray sends them
     assert isinstance(spec.model, recipe.Custom)
@@ -339,7 +339,7 @@ def test_any_flip_in_a_card_is_found(tmp_path: Path) -> None:
     assert damaged.value.code == 5
 
 
-def test_a_card_of_another_folder_or_without_its_checksum_is_refused(tmp_path: Path) -> None:
+def test_a_foreign_or_unsigned_card_is_refused(tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("two", 1)):
         save_model(tmp_path / name, build(card(), seed=seed), card())
     whole = (tmp_path / "one" / CARD).read_bytes()
@@ -420,9 +420,7 @@ def test_what_no_memory_holds_is_refused_before_a_model_is_read(changes: dict[st
         load_model(folder)
 
 
-def test_weights_of_other_shapes_are_refused_before_the_model_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_of_other_shapes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = forged(tmp_path / "folder", model={"kind": "mlp", "hidden": 10})
     monkeypatch.setattr(models, "build", lambda *_, **__: pytest.fail("it was made"))
     with pytest.raises(RefusedError, match=r"do not fit the model") as refused:
@@ -448,7 +446,7 @@ def test_the_memory_of_ordinary_models_is_known_beforehand() -> None:
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "n_layers", "vocab_size"])
-def test_numbers_of_a_configuration_are_refused_before_it_is_made(key: str) -> None:
+def test_bad_numbers_of_a_configuration_are_refused(key: str) -> None:
     from akd_dist.models import huggingface
 
     with pytest.raises(RefusedError, match="a number that no model has") as refused:

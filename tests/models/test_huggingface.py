@@ -92,7 +92,7 @@ kinds = pytest.mark.parametrize(("name", "types"), KINDS, ids=lambda value: valu
 
 
 @kinds
-def test_pretrained_weights_are_loaded_and_a_new_head_follows_the_seed(folders: Path, name: str, types: bool) -> None:
+def test_pretrained_weights_get_a_new_head_by_the_seed(folders: Path, name: str, types: bool) -> None:
     from safetensors.torch import load_file
 
     card = ModelCard.of(pretrained(folders / name), rows(types=types), None)
@@ -163,9 +163,7 @@ def test_a_student_starts_from_pretrained_weights(folders: Path, tmp_path: Path)
     assert all(torch.equal(started[key], loaded[key]) for key in started if "classifier" not in key)
 
 
-def test_an_assistant_without_its_pretrained_weights_is_refused_before_the_teacher_runs(
-    folders: Path, tmp_path: Path
-) -> None:
+def test_missing_pretrained_assistant_weights_are_refused(folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "roberta", tmp_path / "bare", ignore=lambda *_: [WEIGHTS])
     model = {"kind": "huggingface", "path": str(tmp_path / "bare")}
     assistant = {"model": model, "objective": {"kind": "kd", "epochs": 1}, "optimizer": ADAMW}
@@ -228,7 +226,7 @@ def test_a_saved_model_needs_neither_hub_nor_folder(folders: Path, name: str, ty
     read.check_rows(data, "the teacher")
 
 
-def test_the_fingerprint_knows_the_architecture_and_not_the_place(folders: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_knows_the_architecture_alone(folders: Path, tmp_path: Path) -> None:
     def of(folder: Path, **changes: Any) -> str:
         return ModelCard.of(pretrained(folder, **changes), rows(), None).fingerprint
 

@@ -90,7 +90,7 @@ print(sha256(state_bytes(build(ModelCard.model_validate_json({card(spec).model_d
     assert here != sha256(state_bytes(build(card(spec), seed=4)))
 
 
-def test_a_seed_leaves_the_generator_alone_and_none_draws_from_it() -> None:
+def test_a_seed_leaves_the_generator_alone() -> None:
     torch.manual_seed(3)
     state = torch.get_rng_state()
     seeded = build(card(), seed=3)
@@ -226,7 +226,7 @@ def test_the_source_of_a_custom_model_is_part_of_it(
     assert f"{custom.factory} has changed" in record.getMessage()
 
 
-def test_pretrained_asks_nothing_of_models_without_pretrained_weights() -> None:
+def test_only_pretrained_models_are_asked_for_weights() -> None:
     assert state_bytes(build(card(), seed=1, pretrained=True)) == state_bytes(build(card(), seed=1))
 
 
@@ -259,7 +259,7 @@ def test_tied_weights_are_kept(custom: recipe.Custom, tmp_path: Path) -> None:
     assert len(state_bytes(module)) > 2 * 640 * 4
 
 
-def test_the_fingerprint_changes_with_one_bit_and_with_the_preprocessing(tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_one_bit(tmp_path: Path) -> None:
     def of(module: nn.Module, written: ModelCard) -> str:
         save_model(tmp_path, module, written)
         return load_card(tmp_path).fingerprint
@@ -467,7 +467,7 @@ def test_a_card_without_the_later_fields_still_reads(tmp_path: Path) -> None:
     assert (whole.task, whole.tokens, whole.class_names) == ("classification", None, None)
 
 
-def test_a_fingerprint_leaves_out_defaults_of_the_card_and_nothing_of_the_model() -> None:
+def test_a_fingerprint_leaves_out_defaults_of_the_card() -> None:
     document = {
         "format": 1,
         "model": {"kind": "cnn", "width": 4, "depth": 2},

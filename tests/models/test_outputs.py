@@ -111,7 +111,7 @@ def made(how: str, folder: Path) -> tuple[nn.Module, ModelCard]:
 
 
 @pytest.mark.parametrize("how", ["dict", "tuple", "half"])
-def test_such_a_model_teaches_learns_and_is_loaded_as_a_plain_one(how: str, folder: Path, tmp_path: Path) -> None:
+def test_such_a_model_teaches_and_learns_like_a_plain_one(how: str, folder: Path, tmp_path: Path) -> None:
     inputs = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8))
     plain, module = made("plain", folder)[0].eval(), made(how, folder)[0]
     said = teacher_logits(module, inputs, 5)

@@ -333,7 +333,7 @@ def test_paths_of_the_file_are_relative_to_its_folder(path: Path, monkeypatch: p
     assert recipe.folder == str(path.parent)
 
 
-def test_paths_of_overrides_are_relative_to_the_working_directory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_of_overrides_start_at_the_working_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = path.parent / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -629,7 +629,7 @@ def test_the_home_folder_may_be_written_as_a_tilde(path: Path, tmp_path: Path, m
             load_recipe(path if unknown else "~nobody-of-this-name/small.yaml", unknown)
 
 
-def test_a_key_that_came_later_leaves_what_was_made_before_as_it_is(tmp_path: Path) -> None:
+def test_a_later_key_leaves_earlier_results_as_they_are(tmp_path: Path) -> None:
     """The identity of a run and the name of a trained teacher, as they were before there was `last_batch`."""
     plain = {"model": {"kind": "mlp", "hidden": 4}, "objective": KD, "optimizer": ADAMW}
     train: dict[str, Any] = {"epochs": 1, "optimizer": ADAMW}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def test_what_is_missing_is_derived_from_annealing_kd() -> None:
         assert spec.objective.epochs == 3, "every row has the budget of both stages"
 
 
-def test_a_chain_adds_takd_for_every_model_and_what_is_listed_stays_as_listed() -> None:
+def test_a_chain_adds_takd_for_every_model() -> None:
     students = [
         unnamed(ANNEALING | {"reduction": "sum"}),
         unnamed(TAKD, optimizer=SGD),
@@ -102,7 +101,7 @@ def test_seeds(listed: list[int], asked: int | None, expected: list[int]) -> Non
         assert [spec.seed for spec in expanded.students if spec.objective.kind == kind] == expected
 
 
-def test_seeds_of_all_objectives_of_a_model_count_so_that_all_can_be_paired() -> None:
+def test_seeds_of_all_objectives_are_paired() -> None:
     expanded = expand(a_recipe([unnamed(ANNEALING, seed=4), unnamed({"kind": "kd", "epochs": 9}, seed=2)]))
     assert [spec.seed for spec in expanded.students] == [2, 4] * 4
 
@@ -325,7 +324,6 @@ def again(root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
 def test_a_comparison_from_recipe_to_table(compared: tuple[Path, dict[str, Any]]) -> None:
     root, document = compared
     CompareDocument.model_validate(document)
@@ -359,7 +357,7 @@ def test_the_second_time_it_only_reads(compared: tuple[Path, dict[str, Any]]) ->
     root, document = compared
     run = root / "runs" / "tiny-compare"
     before = {name: (run / name).read_bytes() for name in ("comparison.json", "comparison.md", "fleet.json")}
-    started = time.monotonic()
+    attempts = sorted(run.glob("control/attempt-*"))
     assert again(root) == document
-    assert time.monotonic() - started < 10
     assert {name: (run / name).read_bytes() for name in before} == before
+    assert sorted(run.glob("control/attempt-*")) == attempts != []  # nobody was trained

@@ -434,7 +434,7 @@ def all_objectives() -> dict[str, Any]:
     )
 
 
-def test_page_shows_every_objective_and_the_schedule_of_continuation_kd(tmp_path: Path) -> None:
+def test_the_page_shows_every_objective(tmp_path: Path) -> None:
     write_run(tmp_path, all_objectives())
     text = write_report(tmp_path).read_text()
     for label in ("Annealing-KD, τ 4", "Continuation-KD, τ 4", "TAKD", "KD", "from scratch"):
@@ -687,7 +687,7 @@ def test_what_differs_besides_tau_is_another_family() -> None:
     assert [effect["over_smallest"] for effect in apart] == [None, None]
 
 
-def test_curves_show_the_temperature_the_boundary_and_shared_stages() -> None:
+def test_curves_show_temperature_boundary_and_stages() -> None:
     fleet = temperatures(2)
     fleet["students"][0]["stage1_from"] = "somebody"
     riding, _, plain, validation = stage_figures(run_of(fleet))
@@ -1026,7 +1026,7 @@ def opened(page: Path, folder: Path) -> tuple[dict[str, Any], str, list[str]]:
         f"--user-data-dir={folder / 'profile'}", f"--log-net-log={requests}", "--window-size=1700,2400",
         "--virtual-time-budget=20000", "--dump-dom", harness.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     found = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
     assert found, f"the harness did not finish: {done.stdout[-500:]} {done.stderr[-2000:]}"
     return json.loads(html.unescape(found.group(1))), done.stderr, asked_for(requests)
@@ -1041,7 +1041,6 @@ def asked_for(log: Path) -> list[str]:
 
 
 @pytest.mark.browser
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("page", ["run", "runs"])
 def test_page_in_a_browser(tmp_path: Path, page: str) -> None:
     one, two = two_runs(tmp_path)

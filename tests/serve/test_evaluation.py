@@ -288,7 +288,7 @@ def test_models_and_rows_come_from_object_storage(root: Path, bucket: str) -> No
         akd_dist.evaluate(student(root), f"{bucket}/nothing", cache_root=root / "cache")
 
 
-def test_a_label_may_stand_in_the_path_here_and_in_object_storage(root: Path, bucket: str, tmp_path: Path) -> None:
+def test_a_label_may_stand_in_a_path_or_a_key(root: Path, bucket: str, tmp_path: Path) -> None:
     """Files are found as those of a recipe; what a system leaves beside them is not read."""
     rows = test_rows(root)
     expected = evaluate(root, root / "runs" / "fleet")["student"]["metrics"]

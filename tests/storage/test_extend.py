@@ -59,9 +59,7 @@ def shard_file(root: Path, store_id: str, shard: Shard) -> Path:
     return root / store_id / "arrays.zarr" / shard.key
 
 
-def test_only_the_new_views_are_computed_and_the_old_store_is_left_alone(
-    root: ObjectRoot, from_nothing: dict[str, bytes]
-) -> None:
+def test_only_the_new_views_are_computed(root: ObjectRoot, from_nothing: dict[str, bytes]) -> None:
     before = {key: (stat.size, root.get(key)) for key, stat in root.list(NARROW.identity.id).items()}
     store, computed = stores.extend(root.uri, WIDE)
     assert computed == NEW
@@ -182,7 +180,7 @@ def test_each_of_two_linked_stores_is_repaired_for_itself(local: Path) -> None:
 # ---- which stores there are to take from
 
 
-def test_narrower_stores_are_sealed_alike_and_the_widest_comes_first(tmp_path: Path) -> None:
+def test_of_narrower_stores_the_widest_comes_first(tmp_path: Path) -> None:
     for views in (1, 3, 2, 6):
         stores.build(tmp_path, stores.creation(views=views))
     stores.build(tmp_path, stores.creation(views=4, data_seed=1))

@@ -54,7 +54,7 @@ class Proxy(BaseHTTPRequestHandler):
         if fault == "busy":
             self.reply(503, {}, b"<Error><Code>SlowDown</Code></Error>")
             return
-        connection = http.client.HTTPConnection(self.upstream, timeout=10)
+        connection = http.client.HTTPConnection(self.upstream, timeout=900)
         connection.request(self.command, self.path, body, dict(self.headers))
         answer = connection.getresponse()
         data, headers = answer.read(), dict(answer.getheaders())
@@ -90,7 +90,7 @@ def faults() -> Iterator[Faults]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT"), timeout=10).close()
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT"), timeout=900).close()
     faulty = Faults()
     handler = type("Handler", (Proxy,), {"faults": faulty, "upstream": f"{host}:{port}"})
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -183,7 +183,7 @@ ASKED: dict[str, Callable[[ObjectRoot], object]] = {
 
 
 @pytest.mark.parametrize("asked", ASKED)
-def test_silent_storage_is_told_of_after_half_its_time_and_given_up_after_all(
+def test_silent_storage_is_told_of_and_then_given_up(
     silence: str, asked: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = open_root("s3://bucket/stores")
@@ -213,7 +213,7 @@ def test_a_command_on_silent_storage_ends_with_exit_code_6(silence: str) -> None
     assert f"no answer from {silence} within" in done.stderr
 
 
-def test_the_time_for_storage_is_a_number_and_grows_with_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_for_storage_grows_with_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert s3.timeout_seconds() == 30.0
     assert [s3._sending_seconds(size) for size in (0, 2**18, 2**19, 16 * 2**20)] == [0.0, 0.0, 2.0, 64.0]
     for text in ("soon", "0", "-1", "nan", "inf"):

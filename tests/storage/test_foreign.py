@@ -30,7 +30,7 @@ from tests import stores
 GOLDEN = stores.identity().id
 DEEP = b"[" * 200_000
 AT_ONCE = 5.0
-"""Seconds that a refusal may take on a busy machine; to enumerate what these documents speak of takes hours."""
+"""CPU seconds that a refusal may take; to enumerate what these documents speak of takes hours."""
 
 # ---- manifests whose parts contradict each other, each with the sha256 that it should have
 
@@ -87,12 +87,12 @@ def test_a_manifest_that_contradicts_itself_is_refused_by_field(
     tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
     folder = forged(tmp_path / "stores", changes)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises((DamagedError, RefusedError)) as refused:
         open_store(str(folder))
     assert str(refused.value.got).startswith(named)
     assert [one.id for one in catalog.list_stores(str(tmp_path / "stores"))] == [folder.name]
-    assert time.monotonic() - began < AT_ONCE
+    assert time.process_time() - began < AT_ONCE
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,7 @@ def test_a_manifest_that_contradicts_itself_is_refused_by_field(
     ],
     ids=str,
 )
-def test_a_store_that_was_begun_with_any_numbers_is_listed_at_once(
-    tmp_path: Path, changes: dict[str, Any], named: str | None
-) -> None:
+def test_a_store_of_any_numbers_is_listed_at_once(tmp_path: Path, changes: dict[str, Any], named: str | None) -> None:
     writer = create_store(str(tmp_path), stores.creation())
     document = json.loads(writer.store.get("creation.json"))
     document["identity"] |= changes
@@ -115,12 +113,12 @@ def test_a_store_that_was_begun_with_any_numbers_is_listed_at_once(
     folder = tmp_path / sha256(canonical_json(document["identity"]))
     folder.mkdir()
     (folder / "creation.json").write_bytes(canonical_json(document))
-    began = time.monotonic()
+    began = time.process_time()
     (found,) = [one for one in catalog.list_stores(str(tmp_path)) if one.id == folder.name]
     assert (found.problem is None) == (named is None)
     assert named is None or named in str(found.problem)
     assert found.shards >= (named is None)
-    assert time.monotonic() - began < AT_ONCE
+    assert time.process_time() - began < AT_ONCE
 
 
 # ---- one bad store beside good ones
@@ -186,7 +184,7 @@ def test_one_bad_store_spoils_nothing_beside_it(tmp_path: Path, kind: str, caplo
     beside = "b" * 64
     for name in (f"{beside}.claim", f"{'c' * 64}.removing", f"{'d' * 64}.damaged", "e" * 64, "notes", "teachers"):
         BAD[kind](root / name)
-    began = time.monotonic()
+    began = time.process_time()
 
     listed = {one.id: one for one in catalog.list_stores(str(root))}
     assert listed[good.id].problem is None
@@ -211,7 +209,7 @@ def test_one_bad_store_spoils_nothing_beside_it(tmp_path: Path, kind: str, caplo
         with contextlib.suppress(MachineError, RefusedError):  # it cannot be read, or is no file and so not sealed
             assert catalog.verify_store(str(root), spoilt[key]) != []
     assert open_store(good.uri).verify() == []
-    assert time.monotonic() - began < 4 * AT_ONCE
+    assert time.process_time() - began < 4 * AT_ONCE
 
 
 def test_a_wider_store_that_is_bad_is_passed_over_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -253,7 +251,7 @@ def test_deep_json_is_no_json() -> None:
             parse_json(data)
 
 
-def test_a_record_of_the_future_or_with_a_strange_lock_holds_no_store(tmp_path: Path) -> None:
+def test_a_strange_record_holds_no_store(tmp_path: Path) -> None:
     store = stores.build(tmp_path / "stores")
     os.mkfifo(tmp_path / "pipe")
     plain = Use(run="/runs/x", host=socket.gethostname(), user=None, time="2026-01-01", command="", lock=None)
@@ -363,7 +361,7 @@ def test_a_store_that_cannot_be_read_is_one_line(
     ],
     ids=str,
 )
-def test_a_creation_document_that_contradicts_itself_is_refused_by_field(changes: dict[str, Any], named: str) -> None:
+def test_a_contradictory_creation_is_refused_by_field(changes: dict[str, Any], named: str) -> None:
     document = stores.creation().model_dump(mode="json") | changes
     with pytest.raises(DamagedError) as refused:
         Creation.from_bytes(canonical_json(document), "creation.json")

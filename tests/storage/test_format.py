@@ -92,7 +92,7 @@ def test_an_encoding_of_the_future_is_refused_with_those_known() -> None:
 
 
 @pytest.mark.parametrize(("rows", "encoding"), [(300, "float16"), (4100, "float32"), (8193, "float16")])
-def test_a_shard_encoded_in_memory_has_the_bytes_that_zarr_writes(tmp_path: Path, rows: int, encoding: str) -> None:
+def test_a_shard_has_the_bytes_that_zarr_writes(tmp_path: Path, rows: int, encoding: str) -> None:
     identity = stores.identity(rows=rows, encoding={"name": encoding})
     for key, data in metadata(identity).items():
         (tmp_path / key).parent.mkdir(exist_ok=True)
@@ -180,7 +180,7 @@ def test_plain_zarr_reads_a_golden_store(golden: Path, store_format: int) -> Non
     assert group.attrs["akd_dist"] == {"format": store_format, "identity": identity}
 
 
-def test_a_golden_store_reads_as_docs_store_format_says_without_zarr(golden: Path) -> None:
+def test_a_golden_store_reads_as_documented_without_zarr(golden: Path) -> None:
     """A reader written from the document alone: JSON, sha256, crc32c, an index, and numbers."""
     manifest = json.loads((golden / "manifest.json").read_bytes())
     sealed = {key: value for key, value in manifest.items() if key != "sha256"}

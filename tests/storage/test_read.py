@@ -118,7 +118,7 @@ def test_a_store_travels_to_another_folder_name(folder: Path, tmp_path: Path, ex
 
 
 @pytest.mark.parametrize("damage", BY_SIZE)
-def test_a_shard_that_is_not_there_whole_is_refused_by_name_at_open(folder: Path, damage: Damaging) -> None:
+def test_a_shard_that_is_not_whole_is_refused_at_open(folder: Path, damage: Damaging) -> None:
     damage(folder / "arrays.zarr")
     with pytest.raises(DamagedError) as refused:
         open_store(str(folder))
@@ -128,7 +128,7 @@ def test_a_shard_that_is_not_there_whole_is_refused_by_name_at_open(folder: Path
 
 
 @pytest.mark.parametrize("damage", BY_CONTENT)
-def test_a_shard_of_other_content_is_refused_by_name_before_a_row(folder: Path, damage: Damaging) -> None:
+def test_a_shard_of_other_content_is_refused_by_name(folder: Path, damage: Damaging) -> None:
     damage(folder / "arrays.zarr")
     store = open_store(str(folder))
     with pytest.raises(DamagedError, match=SHARD):
@@ -139,7 +139,7 @@ def test_a_shard_of_other_content_is_refused_by_name_before_a_row(folder: Path, 
 
 @pytest.mark.parametrize("damage", BY_SIZE + BY_CONTENT)
 @pytest.mark.parametrize("decoded", [False, True], ids=["no decoded copy", "decoded copy"])
-def test_decoding_refuses_a_damaged_store_even_with_a_decoded_copy(
+def test_a_damaged_store_is_refused_though_decoded(
     folder: Path, cache_root: Path, damage: Damaging, decoded: bool
 ) -> None:
     store = open_store(str(folder))

@@ -155,7 +155,7 @@ def test_a_claim_is_held_counted_waited_for_and_given_back(root: ObjectRoot) -> 
 # ---- what only object storage has
 
 
-def test_a_dead_holders_claim_is_taken_over_once_it_has_stood_still(bucket: str) -> None:
+def test_a_dead_holders_claim_is_taken_over(bucket: str) -> None:
     root = open_root(f"{bucket}/stale")
     root.put("store.claim", b'{"host":"elsewhere","pid":1,"since":"2026-01-01","token":"t","counter":5}')
     told: list[str] = []

@@ -62,7 +62,7 @@ def test_killed_at_a_failpoint_then_resumed_is_the_same_store(tmp_path: Path, fa
     assert stores.litter(tmp_path) == []
 
 
-def test_killed_at_random_moments_then_resumed_is_the_same_store(tmp_path: Path) -> None:
+def test_killed_at_random_then_resumed_is_the_same_store(tmp_path: Path) -> None:
     moments = random.Random(0)
     for _ in range(4):
         process = run_writer(tmp_path)
@@ -74,7 +74,7 @@ def test_killed_at_random_moments_then_resumed_is_the_same_store(tmp_path: Path)
     assert stores.litter(tmp_path) == []
 
 
-def test_a_published_shard_without_receipt_is_adopted_not_computed_again(tmp_path: Path) -> None:
+def test_a_shard_without_receipt_is_adopted(tmp_path: Path) -> None:
     writer = create_store(str(tmp_path), stores.creation())
     shard = missing_shards(writer)[0]
     stores.write(writer, shard)
@@ -165,7 +165,7 @@ def test_a_partial_file_that_was_swept_away_is_written_again(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped", "swapped", "folder", "bad receipt"])
-def test_an_unsealed_shard_that_fails_its_receipt_is_set_aside_and_redone(tmp_path: Path, damage: str) -> None:
+def test_a_shard_that_fails_its_receipt_is_redone(tmp_path: Path, damage: str) -> None:
     writer = create_store(str(tmp_path), stores.creation())
     for shard in writer.layout.shards():
         stores.write(writer, shard)
@@ -289,7 +289,7 @@ def test_foreign_metadata_is_refused(tmp_path: Path) -> None:
         create_store(str(tmp_path), stores.creation())
 
 
-def test_receipts_tell_host_and_seconds_and_the_manifest_does_not(tmp_path: Path) -> None:
+def test_receipts_and_not_manifests_tell_host_and_seconds(tmp_path: Path) -> None:
     writer = create_store(str(tmp_path), stores.creation())
     shard = writer.layout.shard(0, 0)
     stores.write(writer, shard)
@@ -366,7 +366,7 @@ def unsealed(tmp_path: Path) -> StoreWriter:
     return writer
 
 
-def test_a_receipt_with_any_character_changed_counts_as_not_there(unsealed: StoreWriter) -> None:
+def test_a_receipt_with_any_change_counts_as_missing(unsealed: StoreWriter) -> None:
     """Every position is found; for each field, all ends as undisturbed: in a shard of whole numbers, and of others."""
     for shard in (unsealed.layout.shard(0, 0), unsealed.layout.shard(1, 1)):
         path = Path(unsealed.uri) / shard.receipt_key
@@ -414,7 +414,7 @@ def test_a_shard_that_was_computed_in_another_way_is_set_aside(tmp_path: Path) -
     assert stores.sealed_files(tmp_path) == stores.sealed_files(stores.GOLDEN)
 
 
-def test_a_creation_document_that_changed_is_put_back_if_receipts_vouch_for_it(unsealed: StoreWriter) -> None:
+def test_a_changed_creation_is_put_back_by_its_receipts(unsealed: StoreWriter) -> None:
     path = Path(unsealed.uri) / "creation.json"
     data = path.read_bytes()
     for position in [*range(0, len(data), 37), len(data) - 1]:
@@ -432,7 +432,7 @@ def test_a_creation_document_that_changed_is_put_back_if_receipts_vouch_for_it(u
             create_store(unsealed.root_uri, unsealed.creation)
 
 
-def test_repair_from_receipts_believes_no_creation_document_that_they_do_not_name(unsealed: StoreWriter) -> None:
+def test_repair_needs_receipts_that_name_the_creation(unsealed: StoreWriter) -> None:
     """The manifest is damaged, and a digit of how the logits were computed has changed: nothing wrong is sealed."""
     seal_store(unsealed)
     root, folder = Path(unsealed.root_uri), Path(unsealed.uri)

@@ -209,7 +209,7 @@ def test_a_student_that_a_tracker_refuses_holds_up_no_other(tmp_path: Path, monk
     assert "".join(asked) == "abc"
 
 
-def test_a_student_that_failed_and_is_tried_again_goes_on_in_its_file(tmp_path: Path) -> None:
+def test_a_retried_student_goes_on_in_its_file(tmp_path: Path) -> None:
     student = a_student(tmp_path)
     train(student, 2)
     end(student, "failed")
@@ -294,9 +294,7 @@ def test_a_run_that_is_started_over_is_another_one(tmp_path: Path, monkeypatch: 
     assert sorted(entry.data.tags["akd_dist.epochs"] for entry in found) == ["1", str(EPOCHS)]
 
 
-def test_a_server_that_is_gone_is_told_of_once_and_gets_the_rest_when_it_is_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_server_gets_the_rest_when_it_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "fleet"
     student = a_student(run)
     monkeypatch.setattr(trackers, "RETRY_SECONDS", 0.05)
@@ -320,7 +318,7 @@ def test_a_server_that_is_gone_is_told_of_once_and_gets_the_rest_when_it_is_back
     assert runs["fleet/mlp-8"].info.status == "FINISHED"
 
 
-def test_a_tracker_that_fails_in_the_middle_asks_again_what_is_there(tmp_path: Path) -> None:
+def test_a_failed_tracker_asks_again_what_is_there(tmp_path: Path) -> None:
     run = tmp_path / "fleet"
     student, tracker = a_student(run), MLflow(run)
     train(student, 2)
@@ -393,7 +391,7 @@ def is_served(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("epochs", [EPOCHS, 150])
-def test_wandb_loses_nothing_and_repeats_nothing_when_its_driver_is_killed(tmp_path: Path, epochs: int) -> None:
+def test_a_killed_driver_loses_nothing_in_wandb(tmp_path: Path, epochs: int) -> None:
     """W&B writes blocks of 32 KiB: of a killed session they hold nothing, or not the last epochs."""
     student = a_student(tmp_path / "fleet", "one")
     train(student, epochs)
@@ -405,7 +403,7 @@ def test_wandb_loses_nothing_and_repeats_nothing_when_its_driver_is_killed(tmp_p
     )
     killed = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
     assert killed.wait() == -9
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 900
     while is_served(killed.pid):  # W&B's own process still writes what came to it
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -419,7 +417,7 @@ def test_wandb_loses_nothing_and_repeats_nothing_when_its_driver_is_killed(tmp_p
 # ---- refused at once
 
 
-def test_a_tracker_whose_package_is_missing_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(RecipeError, match=r"pip install 'akd-dist\[mlflow\]'") as refused:
         check_trackers(["mlflow"])

@@ -77,7 +77,7 @@ def test_what_is_not_known_yet_is_a_dash() -> None:
 
 
 @pytest.mark.parametrize("height", [10, 24, 50])
-def test_a_fleet_of_hundreds_fits_the_terminal_and_says_how_many_more_there_are(height: int) -> None:
+def test_a_fleet_of_hundreds_fits_the_terminal(height: int) -> None:
     states = ["done"] * 100 + ["waiting"] * 100 + ["failed"] * 2 + ["training"] * 30
     students = [a_student(f"a-student-with-quite-a-long-name-t10-s{n}", state) for n, state in enumerate(states)]
     cohorts = [CohortStatus(state="waiting", students=["x", "y", "z"], waits_for="2 free CPUs")]
@@ -95,7 +95,7 @@ def test_of_a_run_that_is_prepared_there_are_no_sums() -> None:
     assert shown(FleetView(a_status(state="preparing", steps=0, steps_total=0), "training", fit=True)) == ["training"]
 
 
-def test_without_a_height_everybody_is_listed_in_the_order_of_the_recipe() -> None:
+def test_without_a_height_everybody_is_listed() -> None:
     students = [a_student(f"s{n}", "done" if n % 2 else "training") for n in range(99)]
     lines = shown(FleetView(a_status(*students)), width=160)
     assert [line.split()[0] for line in lines[2:-1]] == [f"s{n}" for n in range(99)]
@@ -133,7 +133,7 @@ def test_names_that_differ_are_cut_where_they_do_not(pattern: str, room: int) ->
 
 
 @pytest.mark.parametrize("width", [80, 40, 20])
-def test_printed_once_nothing_is_cut_however_narrow_the_terminal_is(width: int) -> None:
+def test_printed_once_nothing_is_cut(width: int) -> None:
     names = [f"resnet-110-width-{number}-annealing_kd-with-much-to-say-t10-s12" for number in (10, 11)]
     lines = shown(FleetView(a_status(*map(a_student, names))), width)
     assert "…" not in "".join(lines)
@@ -266,7 +266,7 @@ def test_without_a_terminal_lines_are_few(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(console.file.getvalue().splitlines()) == 2
 
 
-def test_what_stands_still_is_told_ever_more_rarely_with_how_long_it_has_stood(tmp_path: Path) -> None:
+def test_what_stands_still_is_told_ever_more_rarely(tmp_path: Path) -> None:
     console, now, run = Console(file=io.StringIO(), width=80), 1000.0, tmp_path / "run"
     (run / "control").mkdir(parents=True)
     starting = [CohortStatus(state="starting", students=["one"])]
@@ -289,7 +289,7 @@ def test_what_stands_still_is_told_ever_more_rarely_with_how_long_it_has_stood(t
     ]
 
 
-def test_a_meter_that_moves_tells_so_every_few_seconds_and_then_that_it_stands() -> None:
+def test_a_meter_tells_that_it_moves_and_that_it_stands() -> None:
     console, now = Console(file=io.StringIO(), width=80), 0.0
     shown = progress.Meter(console, "reading", 100, "rows", clock=lambda: now)
     for done in (*range(21), *[20] * 40):
