@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import importlib.util
 import json
 import os
+import re
 import secrets
+import shutil
 import struct
 import threading
 import time
@@ -353,20 +354,24 @@ class Wandb:
 class WandbLog:
     """One student's W&B run. W&B cannot be asked while it is offline, so what it has is noted beside the student.
 
-    It is noted when W&B has finished. Of a session that was killed the files say what came to them: W&B writes them in
-    blocks, and loses the last one.
+    It is noted when W&B has finished. A session that was killed has a part of what it was given, and nobody knows
+    which: what it left offline is thrown away, and all since the last note is sent again. A server does that by itself:
+    it refuses steps that it has.
     """
 
     def __init__(self, tracker: Wandb, student: Tracked) -> None:
         self.tracker, self.student = tracker, student
         self.id = hashlib.sha256(f"{tracker.key}/{student.name}".encode()).hexdigest()[:16]
-        self.note = student.folder / "wandb.json"
-        noted = read_json(self.note)
+        self.path = student.folder / "wandb.json"
+        noted = read_json(self.path)
         if not isinstance(noted, dict) or noted.get("id") != self.id or not isinstance(noted.get("epochs"), int):
             noted = {}
-        self.epochs: int = max(noted.get("epochs", 0), _epochs_in_files(tracker.run, self.id))
+        self.epochs: int = noted.get("epochs", 0)
         self.ended: str | None = noted.get("ended")
         self.run: Any = None
+        # A note may come from elsewhere, with its run: nothing but a session of this student is deleted by its word.
+        if re.fullmatch(rf"offline-run-\w+-{self.id}", session := str(noted.get("session"))):
+            shutil.rmtree(tracker.run / "wandb" / session, ignore_errors=True)
 
     def epoch(self, record: Record) -> None:
         """One line of its history."""
@@ -384,8 +389,11 @@ class WandbLog:
         if self.run is not None:
             self.run.finish(exit_code=code)
             self.run = None
-            noted = {"id": self.id, "epochs": self.epochs, "ended": self.ended}
-            replace(self.note, json.dumps(noted).encode(), durable=False)
+            self._note(session=None)
+
+    def _note(self, session: str | None) -> None:
+        noted = {"id": self.id, "epochs": self.epochs, "ended": self.ended, "session": session}
+        replace(self.path, json.dumps(noted).encode(), durable=False)
 
     def _begin(self) -> Any:
         if self.run is None:
@@ -406,32 +414,8 @@ class WandbLog:
                 reinit="create_new",
                 settings=quiet,
             )
+            self._note(Path(self.run.dir).parent.name)
         return self.run
-
-
-def _epochs_in_files(run: Path, name: str) -> int:
-    """How many epochs of a run are in the files that W&B wrote while it was offline."""
-    steps = [-1]
-    for path in run.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"):
-        written: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
-        records = [written.FromString(data) for data in wandb_records(path.read_bytes())]
-        steps += [one.history.step.num for one in records if one.HasField("history")]
-    return 1 + max(steps)
-
-
-def wandb_records(data: bytes) -> Iterator[bytes]:
-    """The whole records of W&B's file, a LevelDB log: blocks of 32 KiB, chunks of checksum, length, type, content."""
-    record, position, block = b"", 7, 32 * 1024
-    while position + 7 <= len(data):
-        if block - position % block < 7:  # no chunk begins there
-            position += block - position % block
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4) and position <= len(data):  # whole, or its last part
-            yield record
-            record = b""
 
 
 # ---- which

@@ -6,9 +6,11 @@ import contextlib
 import importlib
 import json
 import os
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,6 @@ from akd_dist.tracking.trackers import (
     Wandb,
     check_trackers,
     forwarding,
-    wandb_records,
 )
 
 EPOCHS = 5
@@ -346,6 +347,21 @@ def test_a_tracker_that_fails_in_the_middle_asks_again_what_is_there(tmp_path: P
 # ---- Weights & Biases
 
 
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """The whole records of W&B's file, a LevelDB log: blocks of 32 KiB, chunks of checksum, length, type, content."""
+    record, position, block = b"", 7, 32 * 1024
+    while position + 7 <= len(data):
+        if block - position % block < 7:  # no chunk begins there
+            position += block - position % block
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4) and position <= len(data):  # whole, or its last part
+            yield record
+            record = b""
+
+
 def wandb_history(run: Path, student: str) -> tuple[list[dict[str, Any]], dict[str, Any], set[str]]:
     """What lies in W&B's own files of all sessions: lines of history, the summary, and ids."""
     record_of: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
@@ -414,6 +430,21 @@ def test_wandb_loses_nothing_and_repeats_nothing_when_its_driver_is_killed(tmp_p
     forward(Wandb(tmp_path / "fleet"), student)
     lines, _, _ = wandb_history(tmp_path / "fleet", "one")
     assert sorted(line["_step"] for line in lines) == list(range(epochs + 1))
+
+
+def test_a_note_from_elsewhere_deletes_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "fleet"
+    student = a_student(run, "one")
+    train(student, 1)
+    forward(Wandb(run), student)
+    note = student.folder / "wandb.json"
+    mine = json.loads(note.read_text())
+    (run / "wandb" / "offline-run-1-2").mkdir()
+    for session in ("..", "../students", "offline-run-1-2", f"../wandb/offline-run-1-{mine['id']}"):
+        note.write_text(json.dumps(mine | {"session": session}))
+        forward(Wandb(run), student)
+    assert len(wandb_history(run, "one")[0]) == 1
+    assert (run / "wandb" / "offline-run-1-2").is_dir()
 
 
 # ---- refused at once
