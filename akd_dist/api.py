@@ -116,7 +116,7 @@ def train_students(
     """
     recipe = _recipe(recipe, overrides, trust)
     if trackers:
-        from akd_dist.tracking.trackers import check_trackers
+        from akd_dist.tracking.follower import check_trackers
 
         check_trackers(trackers)
     from akd_dist.jobs.train_students import train_students

@@ -71,9 +71,10 @@ from akd_dist.storage.content import renewing
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.uses import using
+from akd_dist.tracking.follower import forwarding
 from akd_dist.tracking.progress import tell
 from akd_dist.tracking.status import driving
-from akd_dist.tracking.trackers import Tracked, forwarding
+from akd_dist.tracking.trackers import Tracked
 
 Chain = list[Stores]
 """The stores of the teacher's logits, then of each assistant's: students learn from the first or from the last."""

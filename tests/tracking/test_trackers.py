@@ -18,16 +18,12 @@ import psutil
 import pytest
 
 from akd_dist.base.errors import RecipeError
-from akd_dist.tracking import trackers
-from akd_dist.tracking.trackers import (
-    Follower,
-    MLflow,
-    TensorBoard,
-    Tracked,
-    Wandb,
-    check_trackers,
-    forwarding,
-)
+from akd_dist.tracking import follower, trackers
+from akd_dist.tracking.follower import Follower, check_trackers, forwarding
+from akd_dist.tracking.mlflow import MLflow, MLflowLog
+from akd_dist.tracking.tensorboard import TensorBoard
+from akd_dist.tracking.trackers import Tracked
+from akd_dist.tracking.wandb import Wandb
 
 EPOCHS = 5
 
@@ -40,7 +36,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # also so that what the tracker sets goes with the test
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(trackers, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(follower, "POLL_SECONDS", 0.05)
 
 
 def a_student(run: Path, name: str = "mlp-8") -> Tracked:
@@ -300,7 +296,7 @@ def test_a_server_that_is_gone_is_told_of_once_and_gets_the_rest_when_it_is_back
 ) -> None:
     run = tmp_path / "fleet"
     student = a_student(run)
-    monkeypatch.setattr(trackers, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(follower, "RETRY_SECONDS", 0.05)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
     told: list[str] = []
     with forwarding(run, [student], ["mlflow"], told.append):
@@ -325,19 +321,19 @@ def test_a_tracker_that_fails_in_the_middle_asks_again_what_is_there(tmp_path: P
     run = tmp_path / "fleet"
     student, tracker = a_student(run), MLflow(run)
     train(student, 2)
-    follower = Follower(tracker, [student], print)
-    follower.forward()
-    log = follower.logs[student.name]
+    following = Follower(tracker, [student], print)
+    following.forward()
+    log = following.logs[student.name]
     forward(MLflow(run), student)
     train(student, EPOCHS)
-    assert isinstance(log, trackers.MLflowLog)
+    assert isinstance(log, MLflowLog)
     log.epoch(a_record(2))  # it arrives, and its answer does not
     log.epochs = 2
     log.client = None
     failures = []
     for _ in range(2):
-        follower._try()
-        failures.append(follower.failure is not None)
+        following._try()
+        failures.append(following.failure is not None)
     assert failures == [True, False]
     client, runs = mlflow_runs((run / "mlruns").as_uri())
     history = client.get_metric_history(runs["fleet/mlp-8"].info.run_id, "train/loss")
@@ -414,7 +410,8 @@ def test_wandb_loses_nothing_and_repeats_nothing_when_its_driver_is_killed(tmp_p
     student = a_student(tmp_path / "fleet", "one")
     train(student, epochs)
     code = (
-        "import os\nfrom pathlib import Path\nfrom akd_dist.tracking.trackers import Follower, Tracked, Wandb\n"
+        "import os\nfrom pathlib import Path\nfrom akd_dist.tracking.follower import Follower\n"
+        "from akd_dist.tracking.trackers import Tracked\nfrom akd_dist.tracking.wandb import Wandb\n"
         f"run = Path({str(tmp_path / 'fleet')!r})\n"
         "one = Tracked('one', 'fleet', run / 'students' / 'one', {}, '', 'accuracy')\n"
         "Follower(Wandb(run), [one], print).forward()\nos.kill(os.getpid(), 9)\n"
@@ -463,7 +460,7 @@ def test_a_tracker_that_there_is_not_is_refused() -> None:
 
 
 def test_wandb_without_a_key_is_refused_before_anything_begins(tmp_path: Path) -> None:
-    code = "from akd_dist.tracking.trackers import check_trackers; check_trackers(['wandb'])"
+    code = "from akd_dist.tracking.follower import check_trackers; check_trackers(['wandb'])"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"PYTHONWARNINGS": "ignore", "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
     done = subprocess.run(
