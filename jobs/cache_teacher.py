@@ -51,6 +51,7 @@ from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, RECEIPTS, SOURCE_KEY, Shard, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Receipt, differences
 from akd_dist.storage.reader import LogitStore
+from akd_dist.storage.repair import repair_store
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
 from akd_dist.tracking.progress import Meter, meter, tell, tell_once
@@ -517,7 +518,7 @@ def repair(
     plan.writer = StoreWriter(store_root, plan.creation)
     job = cache_job(plan, recipe, uri, cache_root)
     recompute = functools.partial(compute_shard, job)
-    repaired = catalog.repair_store(store_root, store_id, recompute, computed=plan.creation.computed)
+    repaired = repair_store(store_root, store_id, recompute, computed=plan.creation.computed)
     return {"id": store_id, "repaired": [shard.key for shard in repaired]}
 
 

@@ -25,7 +25,8 @@ from rich.console import Console
 from akd_dist import recipe as recipes
 from akd_dist.base import places
 from akd_dist.base.errors import AkdError, RecipeError, RefusedError
-from akd_dist.base.files import canonical_json, check_folder, file_lock, read_json, refuse_held, replace
+from akd_dist.base.files import canonical_json, check_folder, read_json, replace
+from akd_dist.base.locks import file_lock, refuse_held
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.rows import SPLITS, Rows, Splits, first_difference, prepare
 from akd_dist.distill.checkpoint import DAMAGED

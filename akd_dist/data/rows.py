@@ -21,15 +21,8 @@ import numpy as np
 
 from akd_dist import recipe
 from akd_dist.base.errors import MachineError, RefusedError
-from akd_dist.base.files import (
-    PARTIAL_SUFFIX,
-    canonical_json,
-    file_lock,
-    replace,
-    sha256,
-    with_checksum,
-    without_checksum,
-)
+from akd_dist.base.files import PARTIAL_SUFFIX, canonical_json, replace, sha256, with_checksum, without_checksum
+from akd_dist.base.locks import file_lock
 from akd_dist.data import findings, pictures, splitting
 from akd_dist.data.blocks import default_threads
 from akd_dist.data.columns import NotGreyError, notes_of

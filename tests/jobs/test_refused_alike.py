@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from akd_dist import recipe as recipes
-from akd_dist.base.files import file_lock
+from akd_dist.base.locks import file_lock
 from akd_dist.cli import main
 from akd_dist.data.rows import Rows, prepare
 from akd_dist.jobs import cluster

@@ -449,10 +449,10 @@ def test_the_memory_of_ordinary_models_is_known_beforehand() -> None:
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "n_layers", "vocab_size"])
 def test_numbers_of_a_configuration_are_refused_before_it_is_made(key: str) -> None:
-    from akd_dist.models import huggingface
+    from akd_dist.models import huggingface_config
 
     with pytest.raises(RefusedError, match="a number that no model has") as refused:
-        huggingface._configuration({"model_type": "bert", key: 10**12}, "theirs")
+        huggingface_config.configuration({"model_type": "bert", key: 10**12}, "theirs")
     assert key in str(refused.value.got)
 
 
