@@ -23,7 +23,8 @@ from akd_dist.base.errors import AkdError, MachineError, RefusedError
 from akd_dist.base.files import check_folder
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.findings import near_chance
-from akd_dist.data.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference
 from akd_dist.data.views import by_content, check_augmentation
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.teacher import CacheJob, cache_shard, compute_shard, served_fingerprint

@@ -28,7 +28,8 @@ from akd_dist.base.errors import AkdError, RecipeError, RefusedError
 from akd_dist.base.files import canonical_json, check_folder, read_json, replace
 from akd_dist.base.locks import file_lock, refuse_held
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.rows import SPLITS, Rows, Splits, first_difference, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import SPLITS, Rows, Splits, first_difference
 from akd_dist.distill.checkpoint import DAMAGED
 from akd_dist.distill.cohort import (
     ZOMBIE_SECONDS,

@@ -27,10 +27,10 @@ from akd_dist.models.huggingface_config import (
     by_data,
     check_tokens,
     configuration,
+    kept,
     no_folder,
     parse_config,
     quiet,
-    without_left_out,
 )
 
 
@@ -216,7 +216,7 @@ def describe_folder(folder: Path, document: bytes) -> tuple[recipe.HuggingFaceMo
     """
     found = parse_config(document, folder / CONFIG)
     spec = recipe.HuggingFaceModel(path=folder.name)
-    config = configuration(without_left_out(found) | {"num_labels": _labels(found)}, spec.label)
+    config = configuration(kept(found) | {"num_labels": _labels(found)}, spec.label)
     tokens, types = _tokenizer(folder)
     check_tokens(spec, config, tokens)
     length = _positions(config, spec.label)
@@ -237,7 +237,7 @@ def describe_folder(folder: Path, document: bytes) -> tuple[recipe.HuggingFaceMo
         )
     task: recipe.Task = "regression" if kind == "regression" or classes == 1 else "classification"
     asked = Interface((2, length) if types else (length,), classes, task, tokens)
-    whole = without_left_out(found) | by_data(asked)
+    whole = kept(found) | by_data(asked)
     return spec.model_copy(update={"config": whole}), asked, _class_names(found, classes)
 
 

@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from akd_dist.base.errors import MachineError, RecipeError, RefusedError, TerminatedError
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.documents.status import CohortProgress, StudentProgress
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
@@ -253,7 +253,7 @@ def test_a_killed_cache_worker_changes_no_byte(home: Home, ray_cluster: None, tm
 
 
 def a_slow_teacher(home: Home, folder: Path) -> Path:
-    from akd_dist.data.rows import prepare
+    from akd_dist.data.row_cache import prepare
     from akd_dist.models.build import build
     from akd_dist.models.card import ModelCard
     from akd_dist.models.folder import save_model

@@ -22,7 +22,7 @@ from akd_dist.base.files import parse_json
 from akd_dist.base.trusted import Trusted
 from akd_dist.cli import main
 from akd_dist.data.factories import import_factory, source_sha256
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher, repair
 from akd_dist.jobs.train_students import describe_teacher, train_in_process
 from akd_dist.models import folder as models
