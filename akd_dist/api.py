@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from akd_dist.data.rows import Progress
+    from akd_dist.data.row_cache import Progress
     from akd_dist.recipe import Recipe
     from akd_dist.serve.examples import DataRequest
     from akd_dist.storage.reader import LogitStore
@@ -116,7 +116,7 @@ def train_students(
     """
     recipe = _recipe(recipe, overrides, trust)
     if trackers:
-        from akd_dist.tracking.trackers import check_trackers
+        from akd_dist.tracking.follower import check_trackers
 
         check_trackers(trackers)
     from akd_dist.jobs.train_students import train_students
@@ -183,7 +183,8 @@ def compare(
         trackers=trackers,
         console=console,
     )
-    from akd_dist.data.rows import SPLITS, prepare
+    from akd_dist.data.row_cache import prepare
+    from akd_dist.data.rows import SPLITS
 
     splits = prepare(expanded.data, Path(_cache_root(cache_root)), expected={})  # done already: this only looks
     rows = {split: len(getattr(splits, split)) for split in SPLITS}

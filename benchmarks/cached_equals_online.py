@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from akd_dist import recipe as recipes
-from akd_dist.data.rows import Splits, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import Splits
 from akd_dist.data.views import view_of
 from akd_dist.distill.cohort import CohortJob, open_stream
 from akd_dist.distill.objectives import phi, temperature

@@ -185,7 +185,7 @@ def estimated_seconds(bench: Bench) -> float:
 
 def steps_of(bench: Bench) -> int:
     """Steps of one student."""
-    from akd_dist.data.rows import prepare
+    from akd_dist.data.row_cache import prepare
 
     spec = bench.recipe.students[0]
     rows = len(prepare(bench.recipe.data, Path(bench.roots["cache_root"])).train)
@@ -207,7 +207,7 @@ def in_loops(bench: Bench) -> tuple[float, list[float]]:
 
 def one_loop(job: tuple[Recipe, str, str]) -> float:
     """Train one student with the teacher called on every batch; its test accuracy."""
-    from akd_dist.data.rows import prepare
+    from akd_dist.data.row_cache import prepare
     from akd_dist.models.device import set_deterministic
     from akd_dist.models.folder import load_model
     from benchmarks.cached_equals_online import online

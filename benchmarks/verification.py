@@ -91,7 +91,7 @@ def _median(values: list[dict[str, float]], key: str) -> float:
 
 def set_up(folder: Path) -> None:
     """Sources, the recipe, its store, prepared rows and decoded logits; then wait until no file is new any more."""
-    from akd_dist.data.rows import prepare
+    from akd_dist.data.row_cache import prepare
     from akd_dist.jobs.cache_teacher import cache_in_process
     from akd_dist.models.build import build
     from akd_dist.models.card import ModelCard
@@ -189,7 +189,7 @@ def counting() -> list[float]:
 
 def start(folder: Path) -> dict[str, float]:
     """From this process's begin to its first batch, and until its sources have been read."""
-    from akd_dist.data.rows import prepare
+    from akd_dist.data.row_cache import prepare
     from akd_dist.jobs.train_students import check_students
 
     recipe = recipe_of(folder)
@@ -226,7 +226,7 @@ def opened(folder: Path, recipe: Any, splits: Any) -> Any:
 
 def train(folder: Path, model: str) -> dict[str, float]:
     """Train the student from its start to its delivery, torch and all else warm."""
-    from akd_dist.data.rows import prepare
+    from akd_dist.data.row_cache import prepare
     from akd_dist.distill.cohort import train_cohort
     from akd_dist.jobs.train_students import fleet_job
 

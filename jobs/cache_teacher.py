@@ -23,7 +23,8 @@ from akd_dist.base.errors import AkdError, MachineError, RefusedError
 from akd_dist.base.files import check_folder
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.findings import near_chance
-from akd_dist.data.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import SPLITS, Rows, Splits, blocks_in_common, first_difference
 from akd_dist.data.views import by_content, check_augmentation
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.teacher import CacheJob, cache_shard, compute_shard, served_fingerprint
@@ -51,6 +52,7 @@ from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, RECEIPTS, SOURCE_KEY, Shard, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, Receipt, differences
 from akd_dist.storage.reader import LogitStore
+from akd_dist.storage.repair import repair_store
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
 from akd_dist.tracking.progress import Meter, meter, tell, tell_once
@@ -517,7 +519,7 @@ def repair(
     plan.writer = StoreWriter(store_root, plan.creation)
     job = cache_job(plan, recipe, uri, cache_root)
     recompute = functools.partial(compute_shard, job)
-    repaired = catalog.repair_store(store_root, store_id, recompute, computed=plan.creation.computed)
+    repaired = repair_store(store_root, store_id, recompute, computed=plan.creation.computed)
     return {"id": store_id, "repaired": [shard.key for shard in repaired]}
 
 

@@ -22,36 +22,12 @@ from typing import Any
 import psutil
 
 from akd_dist.base.errors import InterruptedByUser, MachineError, TerminatedError
+from akd_dist.jobs import ray_internals
 from akd_dist.jobs.packing import Node
+from akd_dist.jobs.ray_internals import ray as ray  # others take it from here
 
-# Read by Ray when it is imported or started, so they are set before either.
-_ENVIRONMENT = {
-    # Only with this does every Ray process listen on 127.0.0.1 (measured with Ray 2.60).
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Out-of-memory kills have a retry budget of their own, endless by default.
-    "RAY_task_oom_retries": "3",
-    # `ray.train.report` and the end of a run wait for this interval, 2 s by default.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Several workers of a node see each other's GPUs, so that NCCL can move data from one to the other.
-    "TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES": "1",
-    # Workers stay where they are; all our paths are absolute anyway.
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Announces a change of behaviour that only concerns jobs which ask for zero GPUs.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Failed tasks are told of here. Ray tells again when their references are collected, in the middle of anything:
-    # within ast.parse, Python 3.11 then raises a SystemError (seen).
-    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
-}
 # Ours that workers on other nodes need to know.
 _PASSED_ON = ("AKD_DIST_CACHE_BUDGET",)
-for _name, _value in _ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # deprecations inside Ray, at import
-    import ray as ray  # under its own name, so that other modules may take it from here: the environment is set then
-
 POLL_SECONDS = 0.2
 # `timeout` signals the command it started, and then the whole group, with that command in it: one wish and not two.
 ONCE_SECONDS = 1.0
@@ -83,8 +59,7 @@ def connect(
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
         tell("starting Ray on this machine")
-        # As the environment above says, also for a ray that was imported before it was set.
-        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+        ray_internals.listen_on_loopback()
         _ensure_token()
         options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
     else:
@@ -93,23 +68,19 @@ def connect(
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray itself leaves it off for an explicit address
         _check_answers(address)
         passed_on = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
-        options |= {"address": address, "runtime_env": {"env_vars": _ENVIRONMENT | passed_on}}
-    job = ray.job_config.JobConfig()
-    job._py_driver_sys_path = _DriversPath()
-    failure = _init(options | {"job_config": job})
+        options |= {"address": address, "runtime_env": {"env_vars": ray_internals.ENVIRONMENT | passed_on}}
+    failure = _init(options | {"job_config": ray_internals.job_with_path(_DriversPath())})
     if failure is not None:
         reason = failure.__cause__ or failure  # Ray's own wrapper says only that it failed
         lines = [line for line in str(reason).strip().splitlines() if line]
-        folder: Any = ray._common.utils.get_default_ray_temp_dir()  # type: ignore[no-untyped-call]
-        logs = Path(folder, "session_latest", "logs")
         raise MachineError(
             "no Ray cluster" + (f" at {address}" if address else " could be started on this machine"),
             got=": ".join([type(reason).__name__, *lines[:1]]),
             expected="a running Ray of the same version" if address else "room for a few Ray processes",
             next="check --address; a cluster with tokens wants RAY_AUTH_MODE=token and its token in ~/.ray/auth_token"
             if address
-            else f"see whether memory or disk ran out, and Ray's logs in {logs} (RAY_TMPDIR moves them); "
-            "or pass --address of a cluster that runs",
+            else "see whether memory or disk ran out, and Ray's logs in "
+            f"{ray_internals.logs_folder()} (RAY_TMPDIR moves them); or pass --address of a cluster that runs",
         ) from failure
 
 
@@ -176,7 +147,7 @@ def _init(options: dict[str, Any]) -> BaseException | None:
         if not failures:
             threading.Event().wait()
 
-    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that a thread cannot set a handler
+    ray_internals.quiet(connected=False)
     before = {child.pid for child in psutil.Process().children()}
     threading.Thread(target=start, name="ray-parent", daemon=True).start()
     up = False
@@ -187,7 +158,7 @@ def _init(options: dict[str, Any]) -> BaseException | None:
         if not up:
             _end_what_was_started(before)
     _take_signals_back()
-    ray._private.worker._worker_logs_enabled = False  # Ray's long words on each death: we say what comes of it
+    ray_internals.quiet(connected=True)
     return failure
 
 
@@ -226,7 +197,7 @@ def _end_what_was_started(before: set[int]) -> None:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             child.wait(timeout=GRACE_SECONDS)
-    ray._private.worker._global_node = None
+    ray_internals.forget_node()
 
 
 def _take_signals_back() -> None:
@@ -278,8 +249,8 @@ def shut_down() -> None:
     Not left to `ray.shutdown`, which asks each with a SIGTERM and waits a second: they have it blocked. A raylet that
     is killed leaves its agents behind for a minute.
     """
-    node: Any = ray._private.worker._global_node
-    ray._private.worker._global_node = None
+    node = ray_internals.started_node()
+    ray_internals.forget_node()
     raylets = [one.process for one in node.all_processes.get("raylet", [])] if node is not None else []
     below = []
     for raylet in raylets:
@@ -388,7 +359,7 @@ def check_alive(stop: StopFlag) -> None:
         InterruptedByUser: while the command stops.
         MachineError: otherwise.
     """
-    node: Any = ray._private.worker._global_node
+    node = ray_internals.started_node()
     if node is not None and not node.all_processes:
         _head.check()
     if node is None or node.remaining_processes_alive():
@@ -412,10 +383,8 @@ def this_machine() -> Node:
     """What a Ray that is started here would have, without starting it."""
     import torch
 
-    utils = ray._private.utils
-    available = int(utils.estimate_available_memory())  # type: ignore[no-untyped-call]
-    memory = available - utils.resolve_object_store_memory(available)
-    return Node("", float(utils.get_num_cpus()), float(torch.cuda.device_count()), float(memory), "this machine")
+    cpus, memory = ray_internals.machine_resources()
+    return Node("", cpus, float(torch.cuda.device_count()), memory, "this machine")
 
 
 def all_nodes() -> list[Node]:
@@ -431,8 +400,7 @@ def nodes() -> list[Node]:
 
 def free_nodes() -> list[Node]:
     """What the nodes have free now, as far as Ray has heard."""
-    has = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
-    return [_node(name, free) for name, free in has.items()]
+    return [_node(name, free) for name, free in ray_internals.free_resources().items()]
 
 
 def _node(name: str, has: dict[str, float], address: str = "") -> Node:

@@ -25,9 +25,11 @@ from rich.console import Console
 from akd_dist import recipe as recipes
 from akd_dist.base import places
 from akd_dist.base.errors import AkdError, RecipeError, RefusedError
-from akd_dist.base.files import canonical_json, check_folder, file_lock, read_json, refuse_held, replace
+from akd_dist.base.files import canonical_json, check_folder, read_json, replace
+from akd_dist.base.locks import file_lock, refuse_held
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.rows import SPLITS, Rows, Splits, first_difference, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import SPLITS, Rows, Splits, first_difference
 from akd_dist.distill.checkpoint import DAMAGED
 from akd_dist.distill.cohort import (
     ZOMBIE_SECONDS,
@@ -71,9 +73,10 @@ from akd_dist.storage.content import renewing
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.uses import using
+from akd_dist.tracking.follower import forwarding
 from akd_dist.tracking.progress import tell
 from akd_dist.tracking.status import driving
-from akd_dist.tracking.trackers import Tracked, forwarding
+from akd_dist.tracking.trackers import Tracked
 
 Chain = list[Stores]
 """The stores of the teacher's logits, then of each assistant's: students learn from the first or from the last."""

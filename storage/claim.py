@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Protocol
 
 from akd_dist.base.errors import AkdError, HeldError
-from akd_dist.base.files import canonical_json, is_locked, parse_json, try_lock
+from akd_dist.base.files import canonical_json, parse_json
+from akd_dist.base.locks import is_locked, try_lock
 from akd_dist.storage.objects import ObjectMissing, storage_error
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.s3 import S3Root

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from akd_dist.base.errors import CorruptCacheError, TouchedCacheError
-from akd_dist.base.files import PARTIAL_SUFFIX, canonical_json, failpoint, file_lock, is_settled, sha256, stamp_of
+from akd_dist.base.files import PARTIAL_SUFFIX, canonical_json, failpoint, is_settled, sha256, stamp_of
+from akd_dist.base.locks import file_lock
 
 SHARE = 100
 """Everything is hashed again once so many times the duration of a pass have gone by: 1 % of the time, at most."""

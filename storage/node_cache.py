@@ -23,7 +23,8 @@ import platformdirs
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from akd_dist.base.errors import MachineError, RecipeError
-from akd_dist.base.files import PARTIAL_SUFFIX, file_lock, is_locked, replace, with_checksum, without_checksum
+from akd_dist.base.files import PARTIAL_SUFFIX, replace, with_checksum, without_checksum
+from akd_dist.base.locks import file_lock, is_locked
 from akd_dist.storage.content import Content, Part, digest, inodes_of, map_array
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.reader import LogitStore

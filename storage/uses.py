@@ -22,7 +22,8 @@ from typing import Annotated
 from pydantic import StringConstraints
 
 from akd_dist.base.errors import AkdError, RefusedError
-from akd_dist.base.files import is_locked, sha256
+from akd_dist.base.files import sha256
+from akd_dist.base.locks import is_locked
 from akd_dist.base.places import absolute, found, written
 from akd_dist.storage.claim import holder_of
 from akd_dist.storage.layout import MANIFEST_KEY

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from akd_dist import recipe as recipes
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.distill.checkpoint import newest_checkpoint
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.models.build import build

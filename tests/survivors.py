@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from akd_dist.base.errors import AkdError
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.distill.checkpoint import checkpoints
 from akd_dist.distill.cohort import CohortJob, train_cohort
 from akd_dist.jobs.train_students import fleet_job

@@ -157,11 +157,11 @@ def stores_verify(store_id: str, store_root: str, shallow: bool, as_json: bool) 
     Exit code 5 if anything is not what was sealed. ID may be shortened.
     """
     from akd_dist.documents.stores import StoreDamage, VerifyDocument
-    from akd_dist.storage import catalog
+    from akd_dist.storage import catalog, repair
 
     root = places.absolute(store_root)
     whole = catalog.resolve_id(root, store_id)
-    damages = catalog.verify_store(root, whole, deep=not shallow)
+    damages = repair.verify_store(root, whole, deep=not shallow)
     if as_json:
         parts = [StoreDamage(key=damage.key, problem=damage.problem) for damage in damages]
         print_json(VerifyDocument(id=whole, damages=parts).model_dump(mode="json"))

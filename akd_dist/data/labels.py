@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.columns import Place, label_kind, plain, refuse_inexact, refuse_nulls
+from akd_dist.data.columns import Place, refuse_inexact, refuse_nulls
+from akd_dist.data.schemas import label_kind, plain
 
 
 class Labels(Protocol):

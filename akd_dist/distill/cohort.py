@@ -19,8 +19,10 @@ import torch
 from akd_dist import recipe
 from akd_dist.base.errors import AkdError, CorruptCacheError, HeldError, MachineError, RefusedError
 from akd_dist.base.fence import FencedWriter, take_over
-from akd_dist.base.files import append, failpoint, file_lock
-from akd_dist.data.rows import Rows, Splits, prepare
+from akd_dist.base.files import append, failpoint
+from akd_dist.base.locks import file_lock
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import Rows, Splits
 from akd_dist.distill.metrics import predictions
 from akd_dist.distill.ranks import Ranks, told
 from akd_dist.distill.stream import BatchStream

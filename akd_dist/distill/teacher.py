@@ -23,7 +23,8 @@ from akd_dist import recipe
 from akd_dist.base.errors import CorruptCacheError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.rows import Rows, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import Rows
 from akd_dist.data.views import probe, view_of
 from akd_dist.models.build import changed_source
 from akd_dist.models.card import ModelCard

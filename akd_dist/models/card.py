@@ -25,13 +25,13 @@ from akd_dist.base.formatting import some_of
 from akd_dist.data.factories import source_sha256
 from akd_dist.data.rows import Rows
 from akd_dist.data.text import Tokens
-from akd_dist.models import architectures, huggingface
+from akd_dist.models import architectures, huggingface, huggingface_config
 
 FORMAT_VERSION = 2
 """Of model.json: a checksum of its own since 2."""
 MOST_INPUT = 2**33
 """The most numbers that one input may have; within that, memory decides."""
-WEIGHTS = huggingface.WEIGHTS
+WEIGHTS = huggingface_config.WEIGHTS
 CARD = "model.json"
 Shape = tuple[int, ...]
 SIGNATURE = "(input_shape, classes, ...) -> torch.nn.Module"
@@ -112,7 +112,7 @@ class ModelCard(BaseModel):
             image=image,
         )
         if isinstance(model, recipe.HuggingFaceModel):
-            return card.model_copy(update={"model": huggingface.resolve(model, interface_of(card))})
+            return card.model_copy(update={"model": huggingface_config.resolve(model, interface_of(card))})
         if isinstance(model, recipe.Custom):
             return card.model_copy(update={"source_sha256": source_sha256(model, SIGNATURE)})
         return card
@@ -183,10 +183,10 @@ def _in_words(dtype: object, shape: tuple[int, ...], classes: int, task: str, to
     return f"inputs {dtype} {list(shape)}{ids}, {what}"
 
 
-def interface_of(card: ModelCard) -> huggingface.Interface:
+def interface_of(card: ModelCard) -> huggingface_config.Interface:
     """What a model of transformers must take and give."""
     assert card.tokens is not None
-    return huggingface.Interface(card.input_shape, card.classes, card.task, card.tokens)
+    return huggingface_config.Interface(card.input_shape, card.classes, card.task, card.tokens)
 
 
 def card_bytes(card: ModelCard) -> bytes:

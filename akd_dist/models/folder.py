@@ -19,7 +19,7 @@ from akd_dist import recipe
 from akd_dist.base.errors import DamagedError, RefusedError
 from akd_dist.base.files import replace, sha256
 from akd_dist.base.trusted import Trusted
-from akd_dist.models import huggingface
+from akd_dist.models import huggingface, huggingface_config
 from akd_dist.models.build import Classifier, build, changed_source, check_memory, check_output
 from akd_dist.models.card import (
     CARD,
@@ -148,15 +148,15 @@ def _read(uri: str | Path, trusted: Trusted) -> tuple[ModelCard, bytes, bool]:
     """Card and weights of a model folder, checked against each other, and whether it is one of Hugging Face."""
     _refuse_other_than_folder(uri)
     root = open_root(uri)
-    if (foreign := not root.exists(CARD) and root.exists(huggingface.CONFIG)) and "://" in str(uri):
+    if (foreign := not root.exists(CARD) and root.exists(huggingface_config.CONFIG)) and "://" in str(uri):
         raise RefusedError(
             f"{uri} is a Hugging Face model, which is read from a local folder only",
-            got=huggingface.CONFIG,
+            got=huggingface_config.CONFIG,
             expected=f"{WEIGHTS} and {CARD}, or a local folder",
             next="copy it to this machine",
         )
     try:
-        weights, document = root.get(WEIGHTS), root.document(huggingface.CONFIG if foreign else CARD)
+        weights, document = root.get(WEIGHTS), root.document(huggingface_config.CONFIG if foreign else CARD)
     except ObjectMissing as error:
         raise RefusedError(
             f"{uri} is not a model folder",

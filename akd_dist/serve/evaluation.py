@@ -23,7 +23,7 @@ from akd_dist import recipe
 from akd_dist.base.errors import RecipeError
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.predictions import predictions_file
-from akd_dist.data.rows import Progress
+from akd_dist.data.row_cache import Progress
 from akd_dist.distill.metrics import measure, predictions
 from akd_dist.distill.objectives import at_least_float32, label_losses
 from akd_dist.models.build import num_parameters

@@ -21,11 +21,13 @@ from akd_dist.base.files import expanded
 from akd_dist.base.formatting import some_of
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.blocks import Block, default_threads, first_block, map_blocks
-from akd_dist.data.columns import Images, input_kind, inputs_of, label_kind, notes_of
+from akd_dist.data.columns import Images, inputs_of, notes_of
 from akd_dist.data.labels import Classes, Labels, labels_of
 from akd_dist.data.parquet_files import is_skipped, may_be_parquet
 from akd_dist.data.prepare import READ_BYTES, OpenedSource
-from akd_dist.data.rows import SPLITS, Progress, Rows, prepare
+from akd_dist.data.row_cache import Progress, prepare
+from akd_dist.data.rows import SPLITS, Rows
+from akd_dist.data.schemas import input_kind, label_kind
 from akd_dist.data.sources.base import Source
 from akd_dist.data.sources.kinds import kind_of
 from akd_dist.data.sources.parquet import column_names

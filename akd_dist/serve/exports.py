@@ -31,10 +31,10 @@ from akd_dist.base.errors import MachineError, RecipeError, RefusedError
 from akd_dist.base.files import PARTIAL_SUFFIX, fsync_folder
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.factories import whole
-from akd_dist.data.rows import Progress
+from akd_dist.data.row_cache import Progress
 from akd_dist.data.text import save_tokenizer
 from akd_dist.models.card import ModelCard
-from akd_dist.models.huggingface import CONFIG
+from akd_dist.models.huggingface_config import CONFIG
 from akd_dist.serve.evaluation import Served, open_model, refuse_existing
 from akd_dist.serve.examples import DataRequest, known_text, open_examples
 

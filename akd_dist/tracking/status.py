@@ -99,6 +99,8 @@ def birth_of(pid: int) -> str | None:
 
     Nor is it of a process that is dead, although its parent has not asked for its end yet.
     """
+    # Not psutil's `create_time`: that is ticks since boot plus the time of boot by the clock as it is set now. When the
+    # clock is set, another process reads another birth, and would take a driver that lives for dead.
     try:
         # The name of the program stands in brackets and may hold anything; the 20th field after it is the start.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

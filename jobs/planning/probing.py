@@ -25,7 +25,8 @@ import torch
 
 from akd_dist.base.errors import AkdError, MachineError
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.rows import Splits, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import Splits
 from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.distill.ranks import told
 from akd_dist.models.device import gpus_of

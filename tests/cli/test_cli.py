@@ -26,7 +26,7 @@ import akd_dist
 from akd_dist import cli
 from akd_dist.base import errors, places
 from akd_dist.base.errors import AkdError
-from akd_dist.base.files import file_lock
+from akd_dist.base.locks import file_lock
 from akd_dist.base.places import STORE_ROOT
 from akd_dist.cli.show import table_of
 from akd_dist.documents.cache import CacheDocument, PlanDocument

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from akd_dist.cli import main
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard

@@ -22,7 +22,7 @@ from PIL import Image
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import prepare as preparing
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.recipe import ByteText, CustomData, DataSpec, HuggingFaceData, Idx, Parquet
 from tests import sources
 from tests.fleets import own

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.findings import in_two_splits, near_chance, of_classes
-from akd_dist.data.rows import SPLITS, Splits, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.data.splitting import LEFT_OUT, count, split_of_rows, stratified_split, stratified_subset
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
 from akd_dist.models.build import build

@@ -19,7 +19,8 @@ import pytest
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.parquet_files import find_parquet
 from akd_dist.data.prepare import open_sources
-from akd_dist.data.rows import Splits, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import Splits
 from akd_dist.data.sources.kinds import kind_of
 from akd_dist.data.sources.parquet import column_names
 from akd_dist.recipe import ByteText, DataSpec, Parquet

@@ -26,7 +26,8 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import prepare as preparing
 from akd_dist.data.columns import Place, inputs_of
-from akd_dist.data.rows import Rows, Splits, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import Rows, Splits
 from akd_dist.jobs.cache_teacher import prepare_shown
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard

@@ -15,7 +15,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from akd_dist.base.errors import MachineError, RefusedError
-from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Rows, Splits, fingerprint, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Rows, Splits, fingerprint
 from akd_dist.data.splitting import split_of_rows, subset_of_rows
 from akd_dist.data.text import Tokens
 from akd_dist.recipe import DataSpec, Digits, Parquet

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.data import hub
-from akd_dist.data.rows import SPLITS, Splits, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.data.text import BEGIN, END, PADDING
 from akd_dist.recipe import ByteText, CustomData, DataSpec, HuggingFaceData, HuggingFaceText, Idx, Parquet
 from tests import sources

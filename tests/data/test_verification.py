@@ -21,7 +21,8 @@ from akd_dist.base.files import stamp_of
 from akd_dist.data import origins
 from akd_dist.data.arguments import placed
 from akd_dist.data.prepare import open_sources
-from akd_dist.data.rows import SPLITS, Rows, Splits, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.distill import cohort, teacher
 from akd_dist.distill.checkpoint import checkpoints
 from akd_dist.distill.student import Student

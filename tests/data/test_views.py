@@ -14,9 +14,10 @@ from hypothesis import given, settings, strategies as st
 from torch.nn import functional
 
 from akd_dist.base.errors import RefusedError
-from akd_dist.data import views
+from akd_dist.data import augmenters
+from akd_dist.data.philox import philox4x32, random_words
 from akd_dist.data.text import Tokens
-from akd_dist.data.views import SAMPLED, apply, check_augmentation, draw, philox4x32, probe, random_words, view_of
+from akd_dist.data.views import SAMPLED, apply, check_augmentation, draw, probe, view_of
 from akd_dist.recipe import (
     Augmentation,
     CustomAugmentation,
@@ -371,7 +372,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield named
     sys.modules.pop("own_views", None)
-    views._custom.cache_clear()
+    augmenters._custom.cache_clear()
 
 
 def test_a_users_own_augmentation_draws_and_applies(own: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.distill.cohort import open_stream
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models.device import set_deterministic

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from akd_dist.base.errors import DamagedError, RefusedError
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.distill.checkpoint import checkpoints
 from akd_dist.distill.cohort import CohortJob, train_cohort
 from akd_dist.distill.ranks import OutOfStepError, Ranks

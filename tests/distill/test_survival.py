@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from akd_dist.base.errors import HeldError
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.distill.checkpoint import checkpoints, encode
 from akd_dist.distill.cohort import CohortJob, ended, read_progress, train_cohort
 from akd_dist.distill.stream import BatchStream

@@ -15,8 +15,9 @@ import torch
 from akd_dist import recipe
 from akd_dist.base.errors import DamagedError, RefusedError
 from akd_dist.base.files import sha256
-from akd_dist.data import views
-from akd_dist.data.rows import Rows, Splits, prepare
+from akd_dist.data import augmenters
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import Rows, Splits
 from akd_dist.data.views import view_of
 from akd_dist.distill import teacher
 from akd_dist.distill.stream import BatchStream
@@ -241,7 +242,7 @@ def negative():
     receipt = cache_shard(job, shard)
     (Path(job.store.uri) / shard.receipt_key).unlink()
     teacher.forget()
-    views._custom.cache_clear()
+    augmenters._custom.cache_clear()
     sys.modules.pop(name)
     sys.path.remove(str(tmp_path))
     assert cache_shard(job, shard).record() == receipt.record()

@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.rows import blocks_in_common, first_difference, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import blocks_in_common, first_difference
 from akd_dist.distill import teacher
 from akd_dist.distill.teacher import cache_shard
 from akd_dist.documents.stores import RepairDocument

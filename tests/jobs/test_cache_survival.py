@@ -19,7 +19,7 @@ from rich.console import Console
 
 from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.base.files import sha256
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.distill import teacher
 from akd_dist.distill.teacher import cache_shard
 from akd_dist.jobs.cache_teacher import SplitPlan, cache_in_process, cache_job, creation_of, repair

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from akd_dist.base.errors import RecipeError, RefusedError
-from akd_dist.data.rows import Splits, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import Splits
 from akd_dist.distill.student import Student
 from akd_dist.documents.cache import CacheDocument, PlanDocument
 from akd_dist.documents.fleet import FleetDocument

@@ -17,7 +17,7 @@ from rich.console import Console
 from akd_dist.base.errors import RefusedError
 from akd_dist.cli import main
 from akd_dist.data.factories import import_factory
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.distill import probe as probes
 from akd_dist.distill.probe import guessed, probe
 from akd_dist.documents.plan import FleetPlanDocument

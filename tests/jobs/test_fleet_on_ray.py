@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from akd_dist.base.errors import MachineError, RecipeError, RefusedError, TerminatedError
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.documents.status import CohortProgress, StudentProgress
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher

@@ -18,7 +18,8 @@ import torch
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import hub
-from akd_dist.data.rows import Rows, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import Rows
 from akd_dist.distill import teacher
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.train_students import chain_of, train_in_process

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from akd_dist import cli
 from akd_dist.base import places
 from akd_dist.base.files import read_json
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.jobs.train_students import begin_run, finish_run, fleet_job, run_identity, train_in_process
 from akd_dist.recipe import Recipe, load_recipe
 from akd_dist.reporting.results import read_fleet

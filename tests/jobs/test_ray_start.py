@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from akd_dist.base.errors import MachineError
-from akd_dist.base.files import file_lock
+from akd_dist.base.locks import file_lock
 from akd_dist.jobs import cluster
 from akd_dist.tracking.status import RunReader
 from tests.fleets import HARD, a_recipe, a_student

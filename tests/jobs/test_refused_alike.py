@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from akd_dist import recipe as recipes
-from akd_dist.base.files import file_lock
+from akd_dist.base.locks import file_lock
 from akd_dist.cli import main
-from akd_dist.data.rows import Rows, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import Rows
 from akd_dist.jobs import cluster
 from akd_dist.jobs.train_students import begin_run, run_identity
 from akd_dist.models.build import build

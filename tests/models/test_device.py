@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from akd_dist.base.errors import MachineError, RefusedError
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.distill.teacher import compute_shard, load_teacher, served_fingerprint, teacher_logits
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_job, creation_of, plan_splits

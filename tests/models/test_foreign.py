@@ -22,7 +22,7 @@ from akd_dist.base.files import parse_json
 from akd_dist.base.trusted import Trusted
 from akd_dist.cli import main
 from akd_dist.data.factories import import_factory, source_sha256
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher, repair
 from akd_dist.jobs.train_students import describe_teacher, train_in_process
 from akd_dist.models import folder as models
@@ -447,10 +447,10 @@ def test_the_memory_of_ordinary_models_is_known_beforehand() -> None:
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "n_layers", "vocab_size"])
 def test_bad_numbers_of_a_configuration_are_refused(key: str) -> None:
-    from akd_dist.models import huggingface
+    from akd_dist.models import huggingface_config
 
     with pytest.raises(RefusedError, match="a number that no model has") as refused:
-        huggingface._configuration({"model_type": "bert", key: 10**12}, "theirs")
+        huggingface_config.configuration({"model_type": "bert", key: 10**12}, "theirs")
     assert key in str(refused.value.got)
 
 

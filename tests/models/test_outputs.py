@@ -13,7 +13,7 @@ from torch import nn
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.distill.teacher import teacher_logits
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models.build import build

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from akd_dist import recipe as recipes
 from akd_dist.base.errors import RecipeError
 from akd_dist.base.files import canonical_json, sha256
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.documents.json_schema import SCHEMAS, schema_text, schemas
 from akd_dist.jobs.train_teacher import teacher_of
 from akd_dist.recipe import AdamW, AnnealingKD, Cnn, Custom, HardLabels, Mlp, Recipe, Sgd, StudentSpec, load_recipe

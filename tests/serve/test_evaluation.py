@@ -23,7 +23,8 @@ from akd_dist import cli, recipe
 from akd_dist.base.errors import MachineError, RecipeError, RefusedError
 from akd_dist.data import predictions
 from akd_dist.data.blocks import Block, RowStream, map_blocks
-from akd_dist.data.rows import Rows, prepare
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import Rows
 from akd_dist.data.text import ByteTokenizer, tokenizer_of
 from akd_dist.distill.metrics import measure
 from akd_dist.documents.json_schema import schemas

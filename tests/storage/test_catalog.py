@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pytest
 
 from akd_dist.base.errors import DamagedError, HeldError, RefusedError
-from akd_dist.storage import catalog, removal
+from akd_dist.storage import catalog, removal, repair
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.layout import Shard
 from akd_dist.storage.manifest import Probe
@@ -91,7 +91,7 @@ def test_a_store_under_another_stores_name_is_no_hit(root: Path, folder: Path) -
     folder.rename(root / wanted.id)
     with pytest.raises(DamagedError, match="is another store's"):
         catalog.find_store(str(root), wanted)
-    assert [entry.key for entry in catalog.verify_store(str(root), wanted.id)] == ["manifest.json"]
+    assert [entry.key for entry in repair.verify_store(str(root), wanted.id)] == ["manifest.json"]
 
 
 def test_stores_are_listed_with_what_is_done(root: Path, folder: Path) -> None:
@@ -149,14 +149,14 @@ def test_repair_computes_the_damaged_shard_alone(root: Path, folder: Path, damag
         path.mkdir()
     elif damage == "swapped":
         path.write_bytes((folder / "arrays.zarr/logits/c/0/1/0").read_bytes())
-    assert [entry.key for entry in catalog.verify_store(str(root), folder.name)] == ["arrays.zarr/logits/c/1/1/0"]
+    assert [entry.key for entry in repair.verify_store(str(root), folder.name)] == ["arrays.zarr/logits/c/1/1/0"]
     recomputing, steps = Recomputing(), list[tuple[int, int]]()
-    mended = catalog.repair_store(str(root), folder.name, recomputing, lambda done, of: steps.append((done, of)))
+    mended = repair.repair_store(str(root), folder.name, recomputing, lambda done, of: steps.append((done, of)))
     assert mended == recomputing.asked == [Shard(1, 1, 256, 300)]
     assert steps == [(1, 1)]
     assert stores.sealed_files(root) == stores.sealed_files(stores.GOLDEN)
     assert stores.litter(root) == []
-    assert catalog.verify_store(str(root), folder.name) == []
+    assert repair.verify_store(str(root), folder.name) == []
 
 
 def test_a_repair_that_comes_out_different_changes_nothing(root: Path, folder: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_repair_that_comes_out_different_changes_nothing(root: Path, folder: P
     path.write_bytes(b"x" + path.read_bytes()[1:])
     before = stores.sealed_files(root)
     with pytest.raises(DamagedError, match=r"view 0, shard 1 .* came out different") as refused:
-        catalog.repair_store(str(root), folder.name, Recomputing(error=0.125))
+        repair.repair_store(str(root), folder.name, Recomputing(error=0.125))
     assert str(refused.value.got).startswith("sha256 ")
     assert str(refused.value.expected).startswith("sha256 5077ab13")
     assert stores.sealed_files(root) == before
@@ -175,9 +175,9 @@ def test_a_repair_that_comes_out_different_changes_nothing(root: Path, folder: P
 @pytest.mark.parametrize("gone", [False, True])
 def test_repair_makes_the_documents_again(root: Path, folder: Path, name: str, gone: bool) -> None:
     (folder / name).unlink() if gone else (folder / name).write_text("{}")
-    assert [entry.key for entry in catalog.verify_store(str(root), folder.name)] == [name]
+    assert [entry.key for entry in repair.verify_store(str(root), folder.name)] == [name]
     recomputing = Recomputing()
-    assert catalog.repair_store(str(root), folder.name, recomputing) == []
+    assert repair.repair_store(str(root), folder.name, recomputing) == []
     assert recomputing.asked == []
     assert stores.sealed_files(root) == stores.sealed_files(stores.GOLDEN)
 
@@ -185,17 +185,17 @@ def test_repair_makes_the_documents_again(root: Path, folder: Path, name: str, g
 def test_repair_seals_again_from_the_receipts(root: Path, folder: Path) -> None:
     (folder / "manifest.json").write_bytes(b"")
     (folder / "arrays.zarr/logits/c/0/1/0").unlink()
-    assert [entry.key for entry in catalog.verify_store(str(root), folder.name)] == ["manifest.json"]
-    assert catalog.repair_store(str(root), folder.name, Recomputing()) == [Shard(0, 1, 256, 300)]
+    assert [entry.key for entry in repair.verify_store(str(root), folder.name)] == ["manifest.json"]
+    assert repair.repair_store(str(root), folder.name, Recomputing()) == [Shard(0, 1, 256, 300)]
     assert stores.sealed_files(root) == stores.sealed_files(stores.GOLDEN)
 
 
 def test_repair_of_a_held_or_unsealed_store_is_refused(root: Path, folder: Path) -> None:
     with claim_store(str(root), folder.name), pytest.raises(HeldError):
-        catalog.repair_store(str(root), folder.name, Recomputing())
+        repair.repair_store(str(root), folder.name, Recomputing())
     (folder / "manifest.json").unlink()
     with pytest.raises(RefusedError, match="not sealed"):
-        catalog.repair_store(str(root), folder.name, Recomputing())
+        repair.repair_store(str(root), folder.name, Recomputing())
 
 
 # ---- gc

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from akd_dist.storage import catalog
+from akd_dist.storage import catalog, repair
 from akd_dist.storage.layout import Shard
 from akd_dist.storage.manifest import Identity, Receipt
 from akd_dist.storage.objects import ObjectRoot
@@ -51,7 +51,7 @@ def objects(root: ObjectRoot, store_id: str) -> dict[str, bytes]:
     return {key: root.get(key) for key in root.list(store_id) if "/receipts/" not in key and "/source.json" not in key}
 
 
-def recompute_of(one: Identity) -> catalog.Recompute:
+def recompute_of(one: Identity) -> repair.Recompute:
     return lambda shard, _: stores.recompute(one, shard)
 
 
@@ -121,7 +121,7 @@ def test_a_damaged_shard_is_not_taken_but_computed(local: Path, damage: str, fro
     store, computed = stores.extend(local, WIDE)
     assert computed == [shard, *NEW]
     assert objects(open_root(local), store.id) == from_nothing
-    assert [one.key for one in catalog.verify_store(str(local), NARROW.identity.id)] == [f"arrays.zarr/{shard.key}"]
+    assert [one.key for one in repair.verify_store(str(local), NARROW.identity.id)] == [f"arrays.zarr/{shard.key}"]
     assert stores.litter(local) == []
 
 
@@ -171,10 +171,10 @@ def test_each_of_two_linked_stores_is_repaired_for_itself(local: Path) -> None:
     path = shard_file(local, store.id, shard)
     path.write_bytes(b"!" + path.read_bytes()[1:])  # in place, so that both stores are hit
     for one in (WIDE.identity, NARROW.identity):
-        assert [damage.key for damage in catalog.verify_store(str(local), one.id)] == [f"arrays.zarr/{shard.key}"]
-        mended = catalog.repair_store(str(local), one.id, recompute_of(one))
+        assert [damage.key for damage in repair.verify_store(str(local), one.id)] == [f"arrays.zarr/{shard.key}"]
+        mended = repair.repair_store(str(local), one.id, recompute_of(one))
         assert mended == [shard]
-        assert catalog.verify_store(str(local), one.id) == []
+        assert repair.verify_store(str(local), one.id) == []
 
 
 # ---- which stores there are to take from

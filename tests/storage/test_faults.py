@@ -22,7 +22,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from akd_dist.base.errors import MachineError, RecipeError
-from akd_dist.storage import catalog, s3
+from akd_dist.storage import catalog, repair, s3
 from akd_dist.storage.objects import ObjectRoot
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.roots import open_root
@@ -115,7 +115,7 @@ def test_a_third_of_the_requests_failing_changes_no_byte(faults: Faults) -> None
     assert store is not None
     rows = np.stack([store.rows(view, 0, 300) for view in range(2)])
     np.testing.assert_array_equal(rows, stores.logits(stores.identity()))
-    assert catalog.verify_store("s3://bucket/stores", store.id) == []
+    assert repair.verify_store("s3://bucket/stores", store.id) == []
     assert set(faults.seen) == {"none", "busy", "cut", "lost"}, faults.seen
     faults.share = 0.0
     golden = {name.partition("/")[2]: data for name, data in stores.sealed_files(stores.GOLDEN).items()}

@@ -18,7 +18,7 @@ import pytest
 from akd_dist.base import places
 from akd_dist.base.errors import AkdError, DamagedError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, parse_json, sha256
-from akd_dist.storage import catalog, removal
+from akd_dist.storage import catalog, removal, repair
 from akd_dist.storage.claim import claim_store, holder_of
 from akd_dist.storage.manifest import Creation
 from akd_dist.storage.reader import open_store
@@ -192,7 +192,7 @@ def test_one_bad_store_spoils_nothing_beside_it(tmp_path: Path, kind: str, caplo
     assert {"creation.json", "manifest.json"} <= {key for key in DOCUMENTS if spoilt[key] in listed}
     found = catalog.find_store(str(root), good.manifest.identity)
     assert found is not None
-    assert catalog.verify_store(str(root), good.id) == []
+    assert repair.verify_store(str(root), good.id) == []
     for views in (1, 3):
         wanted = good.manifest.identity.model_copy(update={"views": views})
         assert (catalog.find_store(str(root), wanted) is None) == (views == 3)
@@ -207,7 +207,7 @@ def test_one_bad_store_spoils_nothing_beside_it(tmp_path: Path, kind: str, caplo
     assert kept[good.id] is None
     for key in ("manifest.json", "zarr.json"):
         with contextlib.suppress(MachineError, RefusedError):  # it cannot be read, or is no file and so not sealed
-            assert catalog.verify_store(str(root), spoilt[key]) != []
+            assert repair.verify_store(str(root), spoilt[key]) != []
     assert open_store(good.uri).verify() == []
     assert time.process_time() - began < 4 * AT_ONCE
 
@@ -236,7 +236,7 @@ def test_a_document_that_fills_the_memory_is_not_read(name: str, tmp_path: Path)
     found = {one.id: one for one in catalog.list_stores(str(root))}
     assert found[bad.id].problem or name != "creation.json"
     if name == "manifest.json":
-        assert "bytes" in catalog.verify_store(str(root), bad.id)[0].problem
+        assert "bytes" in repair.verify_store(str(root), bad.id)[0].problem
 
 
 def test_a_record_that_leads_far_up_is_read_at_once(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_store_that_cannot_be_read_is_one_line(
         if closed != "manifest.json":  # which is not looked into
             assert f"{private.id}" in str(listed[private.id])
             assert "Permission denied" in str(listed[private.id])
-        assert catalog.verify_store(str(shared), good.id) == []
+        assert repair.verify_store(str(shared), good.id) == []
         assert catalog.find_store(str(shared), good.manifest.identity) is not None
         assert catalog.find_store(str(shared), stores.identity(data_seed=1, views=3, rows=301)) is None
         narrow = catalog.find_store(str(shared), stores.identity(data_seed=1, views=1))
@@ -342,7 +342,7 @@ def test_a_store_that_cannot_be_read_is_one_line(
             assert "Permission denied" in str(kept[private.id])
         if closed in ("", "arrays.zarr", "manifest.json"):
             with pytest.raises(MachineError, match="Permission denied"):
-                catalog.verify_store(str(shared), private.id)
+                repair.verify_store(str(shared), private.id)
     finally:
         if os.getuid() == 0:
             os.seteuid(0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from akd_dist.base.errors import DamagedError, HeldError, MachineError, RecipeError, RefusedError
-from akd_dist.storage import catalog, removal
+from akd_dist.storage import catalog, removal, repair
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.layout import Shard
 from akd_dist.storage.node_cache import open_decoded
@@ -121,8 +121,8 @@ def test_a_stores_life_is_the_same_everywhere(root: ObjectRoot, tmp_path: Path) 
     writer.store.delete(key)
     with pytest.raises(DamagedError, match="logits/c/1/0/0"):
         open_store(writer.uri)
-    assert [entry.key for entry in catalog.verify_store(root.uri, store.id)] == [key]
-    mended = catalog.repair_store(root.uri, store.id, lambda shard, _: stores.recompute(stores.identity(), shard))
+    assert [entry.key for entry in repair.verify_store(root.uri, store.id)] == [key]
+    mended = repair.repair_store(root.uri, store.id, lambda shard, _: stores.recompute(stores.identity(), shard))
     assert mended == [Shard(1, 0, 0, 256)]
     assert {name: writer.store.get(name) for name in golden} == golden
     assert root.folders() == [store.id]

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from akd_dist.base.errors import DamagedError, RefusedError
-from akd_dist.base.files import file_lock
-from akd_dist.storage import catalog, removal, uses
+from akd_dist.base.locks import file_lock
+from akd_dist.storage import catalog, removal, repair, uses
 from akd_dist.storage.claim import claim_store, holder_of
 from akd_dist.storage.node_cache import find_decoded, open_decoded
 from akd_dist.storage.objects import ObjectRoot
@@ -85,7 +85,7 @@ def test_a_use_is_recorded_once_a_run_and_day_outside_the_seal(root: ObjectRoot,
     assert {key: after[key] for key in before} == before
     assert len(after) == len(before) + 2
     assert open_store(store.uri).verify() == []
-    assert catalog.repair_store(root.uri, store.id, lambda *_: pytest.fail("nothing is damaged")) == []
+    assert repair.repair_store(root.uri, store.id, lambda *_: pytest.fail("nothing is damaged")) == []
     assert removal.gc(root.uri) == []
     (summary,) = catalog.list_stores(root.uri)
     assert (summary.shards, summary.shards_done, summary.bytes) == (4, 4, 4 * 1560)

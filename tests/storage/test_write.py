@@ -20,11 +20,12 @@ import pytest
 
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
 from akd_dist.base.files import publish_new
-from akd_dist.storage.catalog import receipts_of, repair_store
+from akd_dist.storage.catalog import receipts_of
 from akd_dist.storage.layout import Shard
 from akd_dist.storage.manifest import Manifest, Receipt
 from akd_dist.storage.objects import LocalRoot
 from akd_dist.storage.reader import open_store
+from akd_dist.storage.repair import repair_store
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import StoreWriter, adopt_shard, create_store, missing_shards, seal_store, write_shard
 from tests import stores

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from akd_dist import cli
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
-from akd_dist.data.rows import prepare
+from akd_dist.data.row_cache import prepare
 from akd_dist.distill.cohort import read_progress, train_cohort
 from akd_dist.documents.damage import read_result
 from akd_dist.documents.json_schema import schemas

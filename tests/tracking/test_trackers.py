@@ -6,9 +6,11 @@ import contextlib
 import importlib
 import json
 import os
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,12 @@ import psutil
 import pytest
 
 from akd_dist.base.errors import RecipeError
-from akd_dist.tracking import trackers
-from akd_dist.tracking.trackers import (
-    Follower,
-    MLflow,
-    TensorBoard,
-    Tracked,
-    Wandb,
-    check_trackers,
-    forwarding,
-    wandb_records,
-)
+from akd_dist.tracking import follower, trackers
+from akd_dist.tracking.follower import Follower, check_trackers, forwarding
+from akd_dist.tracking.mlflow import MLflow, MLflowLog
+from akd_dist.tracking.tensorboard import TensorBoard
+from akd_dist.tracking.trackers import Tracked
+from akd_dist.tracking.wandb import Wandb
 
 EPOCHS = 5
 
@@ -39,7 +36,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # also so that what the tracker sets goes with the test
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(trackers, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(follower, "POLL_SECONDS", 0.05)
 
 
 def a_student(run: Path, name: str = "mlp-8") -> Tracked:
@@ -297,7 +294,7 @@ def test_a_run_that_is_started_over_is_another_one(tmp_path: Path, monkeypatch: 
 def test_a_lost_server_gets_the_rest_when_it_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "fleet"
     student = a_student(run)
-    monkeypatch.setattr(trackers, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(follower, "RETRY_SECONDS", 0.05)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
     told: list[str] = []
     with forwarding(run, [student], ["mlflow"], told.append):
@@ -322,19 +319,19 @@ def test_a_failed_tracker_asks_again_what_is_there(tmp_path: Path) -> None:
     run = tmp_path / "fleet"
     student, tracker = a_student(run), MLflow(run)
     train(student, 2)
-    follower = Follower(tracker, [student], print)
-    follower.forward()
-    log = follower.logs[student.name]
+    following = Follower(tracker, [student], print)
+    following.forward()
+    log = following.logs[student.name]
     forward(MLflow(run), student)
     train(student, EPOCHS)
-    assert isinstance(log, trackers.MLflowLog)
+    assert isinstance(log, MLflowLog)
     log.epoch(a_record(2))  # it arrives, and its answer does not
     log.epochs = 2
     log.client = None
     failures = []
     for _ in range(2):
-        follower._try()
-        failures.append(follower.failure is not None)
+        following._try()
+        failures.append(following.failure is not None)
     assert failures == [True, False]
     client, runs = mlflow_runs((run / "mlruns").as_uri())
     history = client.get_metric_history(runs["fleet/mlp-8"].info.run_id, "train/loss")
@@ -342,6 +339,21 @@ def test_a_failed_tracker_asks_again_what_is_there(tmp_path: Path) -> None:
 
 
 # ---- Weights & Biases
+
+
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """The whole records of W&B's file, a LevelDB log: blocks of 32 KiB, chunks of checksum, length, type, content."""
+    record, position, block = b"", 7, 32 * 1024
+    while position + 7 <= len(data):
+        if block - position % block < 7:  # no chunk begins there
+            position += block - position % block
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4) and position <= len(data):  # whole, or its last part
+            yield record
+            record = b""
 
 
 def wandb_history(run: Path, student: str) -> tuple[list[dict[str, Any]], dict[str, Any], set[str]]:
@@ -396,7 +408,8 @@ def test_a_killed_driver_loses_nothing_in_wandb(tmp_path: Path, epochs: int) -> 
     student = a_student(tmp_path / "fleet", "one")
     train(student, epochs)
     code = (
-        "import os\nfrom pathlib import Path\nfrom akd_dist.tracking.trackers import Follower, Tracked, Wandb\n"
+        "import os\nfrom pathlib import Path\nfrom akd_dist.tracking.follower import Follower\n"
+        "from akd_dist.tracking.trackers import Tracked\nfrom akd_dist.tracking.wandb import Wandb\n"
         f"run = Path({str(tmp_path / 'fleet')!r})\n"
         "one = Tracked('one', 'fleet', run / 'students' / 'one', {}, '', 'accuracy')\n"
         "Follower(Wandb(run), [one], print).forward()\nos.kill(os.getpid(), 9)\n"
@@ -412,6 +425,21 @@ def test_a_killed_driver_loses_nothing_in_wandb(tmp_path: Path, epochs: int) -> 
     forward(Wandb(tmp_path / "fleet"), student)
     lines, _, _ = wandb_history(tmp_path / "fleet", "one")
     assert sorted(line["_step"] for line in lines) == list(range(epochs + 1))
+
+
+def test_a_note_from_elsewhere_deletes_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "fleet"
+    student = a_student(run, "one")
+    train(student, 1)
+    forward(Wandb(run), student)
+    note = student.folder / "wandb.json"
+    mine = json.loads(note.read_text())
+    (run / "wandb" / "offline-run-1-2").mkdir()
+    for session in ("..", "../students", "offline-run-1-2", f"../wandb/offline-run-1-{mine['id']}"):
+        note.write_text(json.dumps(mine | {"session": session}))
+        forward(Wandb(run), student)
+    assert len(wandb_history(run, "one")[0]) == 1
+    assert (run / "wandb" / "offline-run-1-2").is_dir()
 
 
 # ---- refused at once
@@ -430,7 +458,7 @@ def test_a_tracker_that_there_is_not_is_refused() -> None:
 
 
 def test_wandb_without_a_key_is_refused_before_anything_begins(tmp_path: Path) -> None:
-    code = "from akd_dist.tracking.trackers import check_trackers; check_trackers(['wandb'])"
+    code = "from akd_dist.tracking.follower import check_trackers; check_trackers(['wandb'])"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"PYTHONWARNINGS": "ignore", "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
     done = subprocess.run(

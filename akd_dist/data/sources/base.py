@@ -47,7 +47,7 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.rows == 0:
-            raise _no_rows(self.name)
+            raise no_rows(self.name)
 
     @property
     def input_place(self) -> Place:
@@ -60,7 +60,8 @@ class Source:
         return Place(self.where, self.label)
 
 
-def _no_rows(name: str) -> RefusedError:
+def no_rows(name: str) -> RefusedError:
+    """What to say of a source that is empty."""
     return RefusedError(
         f"{name} has no rows",
         got="0 rows",

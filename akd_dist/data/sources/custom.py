@@ -17,8 +17,8 @@ from akd_dist.base.files import sha256
 from akd_dist.data import pictures
 from akd_dist.data.arguments import listing, named, placed
 from akd_dist.data.blocks import Block, RowStream
-from akd_dist.data.columns import check_schema
 from akd_dist.data.factories import call_factory, source_of, whole
+from akd_dist.data.schemas import check_schema
 from akd_dist.data.sources.base import STREAM_ROWS, Source, row_of, slices, stats_of
 from akd_dist.data.sources.tables import columns_of, combined, labels_alone, source_of_table
 

@@ -11,9 +11,9 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import hub
 from akd_dist.data.blocks import RowStream
-from akd_dist.data.columns import check_schema
 from akd_dist.data.parquet_files import nothing_at
-from akd_dist.data.sources.base import STREAM_ROWS, Source, _no_rows, row_of, slices, stats_of
+from akd_dist.data.schemas import check_schema
+from akd_dist.data.sources.base import STREAM_ROWS, Source, no_rows, row_of, slices, stats_of
 from akd_dist.data.sources.tables import columns_of, combined, labels_alone, source_of_table
 
 
@@ -63,7 +63,7 @@ class HuggingFaceSource:
         try:
             found = datasets.load_from_disk(str(folder))
         except IndexError as error:  # what the library says of a dataset without rows
-            raise _no_rows(self.name) from error
+            raise no_rows(self.name) from error
         except Exception as error:  # of many kinds: whatever a damaged folder leads to
             raise self._refused(error) from error
         splits = dict(found) if isinstance(found, datasets.DatasetDict) else {str(found.split or "train"): found}

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.blocks import Block, RowStream
-from akd_dist.data.columns import check_schema, plain
 from akd_dist.data.parquet_files import find_parquet
+from akd_dist.data.schemas import check_schema, plain
 from akd_dist.data.sources.base import Source, stats_of
 from akd_dist.data.sources.tables import columns_of, columns_of_table, labels_alone, source_of_table
 

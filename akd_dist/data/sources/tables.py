@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from akd_dist import recipe
 from akd_dist.data.blocks import RowStream
-from akd_dist.data.columns import class_label_names, input_columns, label_columns
+from akd_dist.data.schemas import class_label_names, input_columns, label_columns
 from akd_dist.data.sources.base import Source
 
 

@@ -1,0 +1,83 @@
+"""A canary: the private names of Ray that are used here are there, and are called as they were."""
+
+import ast
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from akd_dist.jobs import ray_internals
+from akd_dist.jobs.ray_internals import SEEN_WITH, ray
+
+ROOT = Path(__file__).parents[2]
+VERSION = f"of Ray {ray.__version__} (ray_internals.py was written for {SEEN_WITH})"
+
+USED: dict[str, tuple[Callable[[], Any], str]] = {
+    "kill_all_processes": (
+        lambda: ray._private.node.Node.kill_all_processes,
+        "(self, check_alive: bool = True, allow_graceful: bool = False, wait: bool = False)",
+    ),
+    "destroy_external_storage": (lambda: ray._private.node.Node.destroy_external_storage, "(self)"),
+    "remaining_processes_alive": (lambda: ray._private.node.Node.remaining_processes_alive, "(self)"),
+    "dead_processes": (lambda: ray._private.node.Node.dead_processes, "(self)"),
+    "estimate_available_memory": (lambda: ray._private.utils.estimate_available_memory, "()"),
+    "resolve_object_store_memory": (
+        lambda: ray._private.utils.resolve_object_store_memory,
+        "(available_memory_bytes: int, object_store_memory: Optional[int] = None) -> int",
+    ),
+    "get_num_cpus": (
+        lambda: ray._private.utils.get_num_cpus,
+        "(override_docker_cpu_warning: bool = False, truncate: bool = True) -> float",
+    ),
+    "available_resources_per_node": (lambda: ray._private.state.available_resources_per_node, "()"),
+    "get_default_ray_temp_dir": (lambda: ray._common.utils.get_default_ray_temp_dir, "()"),
+}
+SET: dict[str, Callable[[], Any]] = {
+    "ENABLE_RAY_CLUSTER": lambda: ray._private.ray_constants.ENABLE_RAY_CLUSTER,
+    "_global_node": lambda: ray._private.worker._global_node,
+    "_worker_logs_enabled": lambda: ray._private.worker._worker_logs_enabled,
+    "_py_driver_sys_path": lambda: ray.job_config.JobConfig()._py_driver_sys_path,
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_it_is_called_as_before(name: str) -> None:
+    find, expected = USED[name]
+    try:
+        got = str(inspect.signature(find()))
+    except AttributeError as error:
+        pytest.fail(f"{name} is gone {VERSION}: {error}")
+    assert got == expected, f"{name} has another signature {VERSION}"
+
+
+@pytest.mark.parametrize("name", SET)
+def test_it_is_there_to_be_set(name: str) -> None:
+    try:
+        SET[name]()
+    except AttributeError as error:
+        pytest.fail(f"{name} is gone {VERSION}: {error}")
+
+
+def test_nodes_know_their_processes() -> None:
+    assert "self.all_processes" in inspect.getsource(ray._private.node.Node.__init__), f"renamed {VERSION}"
+
+
+def test_workers_look_where_a_job_says() -> None:
+    """The list itself is extended, by `extend`: that is where folders of the driver are turned away."""
+    source = inspect.getsource(ray._private.worker.connect)
+    assert "_py_driver_sys_path.extend(" in source, f"it is no longer extended {VERSION}"
+
+
+def test_no_other_module_uses_private_names() -> None:
+    files = [*ROOT.glob("akd_dist/**/*.py"), *ROOT.glob("jobs/**/*.py"), *ROOT.glob("storage/**/*.py")]
+    assert len(files) > 80
+    users = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            private = isinstance(node, ast.Attribute) and node.attr in ("_private", "_common")
+            imported = isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("ray._", "ray.train._"))
+            if private or imported:
+                users.add(file.name)
+    assert users == {Path(ray_internals.__file__).name}
