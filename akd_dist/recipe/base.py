@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
@@ -31,6 +31,9 @@ LearningRate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
+
+# What a block's `kind` may be; `ModelKind[Literal["mlp"]]` and its like add the description that editors show.
+Name = TypeVar("Name")
 
 
 class Spec(BaseModel):

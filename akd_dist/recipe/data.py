@@ -16,6 +16,7 @@ from akd_dist.recipe.base import (
     Factory,
     Length,
     Metric,
+    Name,
     Positive,
     Seed,
     Share,
@@ -23,19 +24,21 @@ from akd_dist.recipe.base import (
     Task,
 )
 
+SourceKind = Annotated[Name, Field(description="Which kind of source this is.")]
+TokenizerKind = Annotated[Name, Field(description="Which kind of tokenizer this is.")]
+AugmentationKind = Annotated[Name, Field(description="Which kind of augmentation this is.")]
+
 
 class Digits(Spec):
     """The 1,797 handwritten digits that come with scikit-learn: 8 x 8 grey images, 10 classes."""
 
-    kind: Literal["digits"] = "digits"
-    """Which kind of source this is."""
+    kind: SourceKind[Literal["digits"]] = "digits"
 
 
 class Idx(Spec):
     """Images and labels in IDX files, as MNIST and its family come; plain or gzip-compressed."""
 
-    kind: Literal["idx"] = "idx"
-    """Which kind of source this is."""
+    kind: SourceKind[Literal["idx"]] = "idx"
     images: str
     """The file of inputs, uint8 of two dimensions or more; relative to the recipe's folder."""
     labels: str
@@ -71,8 +74,7 @@ class Table(Spec):
 class Parquet(Table):
     """A dataset in Parquet. Row order is the order of the files."""
 
-    kind: Literal["parquet"] = "parquet"
-    """Which kind of source this is."""
+    kind: SourceKind[Literal["parquet"]] = "parquet"
     path: str
     """A file, a folder or a glob; relative to the recipe's folder."""
 
@@ -80,8 +82,7 @@ class Parquet(Table):
 class HuggingFaceData(Table):
     """A dataset of the Hugging Face `datasets` library (extra: akd-dist[huggingface])."""
 
-    kind: Literal["huggingface"] = "huggingface"
-    """Which kind of source this is."""
+    kind: SourceKind[Literal["huggingface"]] = "huggingface"
     path: str | None = None
     """A folder that `save_to_disk` wrote; relative to the recipe's folder."""
     name: str | None = None
@@ -106,8 +107,7 @@ class CustomData(Table, Factory):
     It returns an Arrow table, or a map-style `torch.utils.data.Dataset` whose items are (input, label).
     """
 
-    kind: Literal["custom"] = "custom"
-    """Which kind of source this is."""
+    kind: SourceKind[Literal["custom"]] = "custom"
     factory: str = Field(pattern=FACTORY)
     """`module:function`, called as function(**arguments)."""
     arguments: dict[str, JsonValue] = {}
@@ -121,8 +121,7 @@ Source = Annotated[Digits | Idx | Parquet | HuggingFaceData | CustomData, Discri
 class ByteText(Spec):
     """Text as its UTF-8 bytes: the built-in tokenizer, for any language and without a vocabulary file."""
 
-    kind: Literal["bytes"] = "bytes"
-    """Which kind of tokenizer this is."""
+    kind: TokenizerKind[Literal["bytes"]] = "bytes"
     length: Length = 256
     """Tokens of an input; longer texts are cut, shorter ones padded."""
 
@@ -130,8 +129,7 @@ class ByteText(Spec):
 class HuggingFaceText(Spec):
     """Text through a Hugging Face tokenizer (extra: akd-dist[huggingface])."""
 
-    kind: Literal["huggingface"] = "huggingface"
-    """Which kind of tokenizer this is."""
+    kind: TokenizerKind[Literal["huggingface"]] = "huggingface"
     path: str | None = None
     """A folder with the tokenizer's files; relative to the recipe's folder."""
     name: str | None = None
@@ -159,15 +157,13 @@ class Image(Spec):
 class NoAugmentation(Spec):
     """Rows are used as they are."""
 
-    kind: Literal["none"] = "none"
-    """Which kind of augmentation this is."""
+    kind: AugmentationKind[Literal["none"]] = "none"
 
 
 class Shift(Spec):
     """Each view moves the image by a random whole number of pixels each way, filled with zeros."""
 
-    kind: Literal["shift"] = "shift"
-    """Which kind of augmentation this is."""
+    kind: AugmentationKind[Literal["shift"]] = "shift"
     pixels: Count = 1
     """The farthest move in each direction, in pixels."""
 
@@ -175,8 +171,7 @@ class Shift(Spec):
 class PadCropFlip(Spec):
     """The paper's augmentation of CIFAR: pad with zeros, crop the old size at random, flip left to right by chance."""
 
-    kind: Literal["pad_crop_flip"] = "pad_crop_flip"
-    """Which kind of augmentation this is."""
+    kind: AugmentationKind[Literal["pad_crop_flip"]] = "pad_crop_flip"
     pixels: Count = 4
     """Zeros added on each side."""
     flip: bool = True
@@ -186,8 +181,7 @@ class PadCropFlip(Spec):
 class RandomResizedCropFlip(Spec):
     """A random part of the image, brought back to its size by bilinear interpolation, flipped by chance."""
 
-    kind: Literal["random_resized_crop_flip"] = "random_resized_crop_flip"
-    """Which kind of augmentation this is."""
+    kind: AugmentationKind[Literal["random_resized_crop_flip"]] = "random_resized_crop_flip"
     scale: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.08, 1.0)
     """Least and largest share of the image's area."""
     ratio: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.75, 4 / 3)
@@ -205,8 +199,7 @@ class RandomResizedCropFlip(Spec):
 class TokenMask(Spec):
     """Each token but special ones is replaced by the tokenizer's mask by chance."""
 
-    kind: Literal["token_mask"] = "token_mask"
-    """Which kind of augmentation this is."""
+    kind: AugmentationKind[Literal["token_mask"]] = "token_mask"
     share: Share = 0.15
     """The chance of each token."""
 
@@ -218,8 +211,7 @@ class CustomAugmentation(Factory):
     docs/howto/data.md shows.
     """
 
-    kind: Literal["custom"] = "custom"
-    """Which kind of augmentation this is."""
+    kind: AugmentationKind[Literal["custom"]] = "custom"
     factory: str = Field(pattern=FACTORY)
     """`module:function`, called as function(**arguments)."""
     arguments: dict[str, JsonValue] = {}

@@ -6,15 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
-from akd_dist.recipe.base import FACTORY, Factory, Layers, Spec, Width, label_of
+from akd_dist.recipe.base import FACTORY, Factory, Layers, Name, Spec, Width, label_of
 from akd_dist.recipe.data import _one_or_several
+
+ModelKind = Annotated[Name, Field(description="Which kind of model this is.")]
 
 
 class Mlp(Spec):
     """A multilayer perceptron on the flattened input, with ReLU between layers."""
 
-    kind: Literal["mlp"] = "mlp"
-    """Which kind of model this is."""
+    kind: ModelKind[Literal["mlp"]] = "mlp"
     hidden: Annotated[
         Annotated[Width, Tag("one")] | Annotated[list[Width], Field(min_length=1, max_length=2_000), Tag("several")],
         Discriminator(_one_or_several),
@@ -33,8 +34,7 @@ class Mlp(Spec):
 class Cnn(Spec):
     """Blocks of 3 x 3 convolution and ReLU, image halved and channels doubled between them; then a linear layer."""
 
-    kind: Literal["cnn"] = "cnn"
-    """Which kind of model this is."""
+    kind: ModelKind[Literal["cnn"]] = "cnn"
     width: Width
     """Channels of the first block."""
     depth: Annotated[int, Field(ge=1, le=30)] = 2
@@ -49,8 +49,7 @@ class Cnn(Spec):
 class ResNet(Spec):
     """The residual network of He et al. (2016) for 32 x 32 images: 6n + 2 layers, shortcuts without parameters."""
 
-    kind: Literal["resnet"] = "resnet"
-    """Which kind of model this is."""
+    kind: ModelKind[Literal["resnet"]] = "resnet"
     depth: Layers
     """Number of layers, 6n + 2: 8, 14, 20, 32, 44, 56, 110."""
     width: Width = 16
@@ -72,8 +71,7 @@ class ResNet(Spec):
 class PlainCnn(Spec):
     """A plain network of the papers on teacher assistants (Mirzadeh et al., 2020): 3 x 3 convolutions, then linear."""
 
-    kind: Literal["plain_cnn"] = "plain_cnn"
-    """Which kind of model this is."""
+    kind: ModelKind[Literal["plain_cnn"]] = "plain_cnn"
     layers: Literal[2, 4, 6, 8, 10]
     """Number of convolutions."""
 
@@ -86,8 +84,7 @@ class PlainCnn(Spec):
 class TextTransformer(Spec):
     """A small transformer encoder over tokens, trained from nothing."""
 
-    kind: Literal["text_transformer"] = "text_transformer"
-    """Which kind of model this is."""
+    kind: ModelKind[Literal["text_transformer"]] = "text_transformer"
     width: Width
     """Numbers that stand for a token; a multiple of the heads."""
     depth: Layers = 2
@@ -112,8 +109,7 @@ class TextTransformer(Spec):
 class HuggingFaceModel(Spec):
     """Sequence classification by the Hugging Face `transformers` library (extra: akd-dist[huggingface])."""
 
-    kind: Literal["huggingface"] = "huggingface"
-    """Which kind of model this is."""
+    kind: ModelKind[Literal["huggingface"]] = "huggingface"
     path: str | None = None
     """A folder with config.json and, for pretrained models, model.safetensors; relative to the recipe's folder."""
     name: str | None = None
@@ -138,8 +134,7 @@ class HuggingFaceModel(Spec):
 class Timm(Spec):
     """An image model of the `timm` library (extra: akd-dist[timm])."""
 
-    kind: Literal["timm"] = "timm"
-    """Which kind of model this is."""
+    kind: ModelKind[Literal["timm"]] = "timm"
     name: str
     """Its name there, as `timm.list_models()` has it."""
     pretrained: bool = False
@@ -166,8 +161,7 @@ class Timm(Spec):
 class Custom(Factory):
     """Your own model, built by a function in the recipe's folder or in a module that `code:` lists."""
 
-    kind: Literal["custom"] = "custom"
-    """Which kind of model this is."""
+    kind: ModelKind[Literal["custom"]] = "custom"
     factory: str = Field(pattern=FACTORY)
     """`module:function`, called as function(input_shape=..., classes=..., **arguments); returns a torch.nn.Module."""
     arguments: dict[str, JsonValue] = {}

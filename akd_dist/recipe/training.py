@@ -6,21 +6,23 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, field_validator, model_validator
 
-from akd_dist.recipe.base import Count, Decay, LearningRate, Momentum, Positive, Seed, Share, Spec
+from akd_dist.recipe.base import Count, Decay, LearningRate, Momentum, Name, Positive, Seed, Share, Spec
+
+ScheduleKind = Annotated[Name, Field(description="Which kind of schedule this is.")]
+OptimizerKind = Annotated[Name, Field(description="Which kind of optimizer this is.")]
+ObjectiveKind = Annotated[Name, Field(description="Which kind of objective this is.")]
 
 
 class Constant(Spec):
     """The learning rate stays as it is."""
 
-    kind: Literal["constant"] = "constant"
-    """Which kind of schedule this is."""
+    kind: ScheduleKind[Literal["constant"]] = "constant"
 
 
 class Steps(Spec):
     """The learning rate is multiplied by `factor` at each of the given shares of every stage."""
 
-    kind: Literal["steps"] = "steps"
-    """Which kind of schedule this is."""
+    kind: ScheduleKind[Literal["steps"]] = "steps"
     at: list[Share] = Field(default=[0.5, 0.75], min_length=1)
     """Shares of the stage, rising."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -37,8 +39,7 @@ class Steps(Spec):
 class Linear(Spec):
     """The learning rate falls to 0 along a straight line over every stage."""
 
-    kind: Literal["linear"] = "linear"
-    """Which kind of schedule this is."""
+    kind: ScheduleKind[Literal["linear"]] = "linear"
 
 
 Schedule = Annotated[Constant | Steps | Linear, Discriminator("kind")]
@@ -47,8 +48,7 @@ Schedule = Annotated[Constant | Steps | Linear, Discriminator("kind")]
 class Sgd(Spec):
     """Stochastic gradient descent with momentum."""
 
-    kind: Literal["sgd"] = "sgd"
-    """Which kind of optimizer this is."""
+    kind: OptimizerKind[Literal["sgd"]] = "sgd"
     lr: LearningRate
     """Learning rate at the start of each stage."""
     momentum: Momentum = 0.9
@@ -72,8 +72,7 @@ class Sgd(Spec):
 class AdamW(Spec):
     """Adam with decoupled weight decay."""
 
-    kind: Literal["adamw"] = "adamw"
-    """Which kind of optimizer this is."""
+    kind: OptimizerKind[Literal["adamw"]] = "adamw"
     lr: LearningRate
     """Learning rate at the start of each stage."""
     betas: Annotated[tuple[Momentum, Momentum], Field(strict=False)] = (0.9, 0.999)
@@ -96,8 +95,7 @@ class AnnealingKD(Spec):
 
     learns_from: ClassVar[LearnsFrom] = "teacher"
 
-    kind: Literal["annealing_kd"] = "annealing_kd"
-    """Which kind of objective this is."""
+    kind: ObjectiveKind[Literal["annealing_kd"]] = "annealing_kd"
     tau_max: Count
     """The temperature of the first epoch; it falls to 1 over stage I."""
     stage1_epochs: Count
@@ -135,8 +133,7 @@ class HardLabels(Spec):
 
     learns_from: ClassVar[LearnsFrom] = "labels"
 
-    kind: Literal["hard_labels"] = "hard_labels"
-    """Which kind of objective this is."""
+    kind: ObjectiveKind[Literal["hard_labels"]] = "hard_labels"
     epochs: Count
     """Epochs; as many as both stages of Annealing-KD make a fair comparison."""
 
@@ -165,8 +162,7 @@ class Kd(Distilled):
 
     learns_from: ClassVar[LearnsFrom] = "teacher"
 
-    kind: Literal["kd"] = "kd"
-    """Which kind of objective this is."""
+    kind: ObjectiveKind[Literal["kd"]] = "kd"
 
     @property
     def label(self) -> str:
@@ -179,8 +175,7 @@ class Takd(Distilled):
 
     learns_from: ClassVar[LearnsFrom] = "assistant"
 
-    kind: Literal["takd"] = "takd"
-    """Which kind of objective this is."""
+    kind: ObjectiveKind[Literal["takd"]] = "takd"
 
     @property
     def label(self) -> str:
@@ -193,8 +188,7 @@ class ContinuationKD(Spec):
 
     learns_from: ClassVar[LearnsFrom] = "teacher"
 
-    kind: Literal["continuation_kd"] = "continuation_kd"
-    """Which kind of objective this is."""
+    kind: ObjectiveKind[Literal["continuation_kd"]] = "continuation_kd"
     tau_max: Count
     """The temperature of the first epoch; it falls by 1 every floor(epochs / tau_max) epochs."""
     epochs: Count
