@@ -22,10 +22,9 @@ help:  ## show this list
 quickstart: $(VENV)/.installed  ## train a teacher and a fleet of students on real digits
 	$(BIN)/akd-dist quickstart
 
-# Two processes: one has all tests of the session's Ray, the other the rest. A few tests take most of the time: the
-# twenty slowest are told in the end.
+# Two processes, each with a Ray of its own if it comes to that; the tests of a file share what they are about.
 test: $(VENV)/.installed-dev  ## every fast test
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --durations=20
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=20
 
 test-slow: $(VENV)/.installed-dev  ## the tests that kill, wait and repeat
 	$(BIN)/python -m pytest -m slow

@@ -16,16 +16,6 @@ if TYPE_CHECKING:
     from akd_dist.recipe import Recipe
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several processes (`-n 2 --dist loadgroup`), a file is one's, and one has all files that need the Ray."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else str(item.path)))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """No test, nor a process it starts, reads or writes the user's home, caches or credentials."""
@@ -40,6 +30,7 @@ def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         # Beside other work, workers that give way to it take many times as long, and longer than Ray waits for them.
         patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_agent_register_timeout_ms", "600000")
         patch.setenv("RAY_worker_register_timeout_seconds", "600")
         patch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
         yield home
