@@ -347,7 +347,7 @@ def test_students_that_cost_the_same_are_probed_once(tmp_path: Path, monkeypatch
     assert probed == ["0"]
 
 
-@pytest.mark.parametrize("hidden", [8, 100_000])
+@pytest.mark.parametrize("hidden", [100_000, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_estimate_of_memory_is_near_what_training_takes(hidden: int, tmp_path: Path) -> None:
     model = {"kind": "mlp", "hidden": hidden}
     student = a_student("one", model=model, objective={"kind": "hard_labels", "epochs": 1}, optimizer=ADAMW)
