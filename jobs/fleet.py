@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace as replaced
+from dataclasses import dataclass, replace as replaced
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from akd_dist.base.errors import AkdError, MachineError
 from akd_dist.base.fence import take_over
-from akd_dist.base.formatting import counted, duration
+from akd_dist.base.formatting import counted
 from akd_dist.distill.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
 from akd_dist.distill.objectives import stages
 from akd_dist.distill.ranks import OutOfStepError, Ranks, joined
@@ -29,19 +29,16 @@ from akd_dist.distill.student import fail_from_outside, forked_from, write_note
 from akd_dist.documents.status import CohortProgress, CohortStatus, FleetPlan, StudentProgress
 from akd_dist.jobs import cluster
 from akd_dist.jobs.packing import ResourceRequest, next_to_start
-from akd_dist.jobs.planning.planner import UNKNOWN_SECONDS, Cohort, Costs, check_room_for, cohort_job, worth_splitting
+from akd_dist.jobs.planning.planner import Cohort, Costs, check_room_for, cohort_job
 from akd_dist.jobs.shared import Shared, nodes_lost
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.recipe import StudentSpec
 from akd_dist.tracking.progress import FleetMeter, tell
-from akd_dist.tracking.status import ENDED
 
 Raised = TypeVar("Raised", bound=Exception)
 
 # Of a cohort's workers, each with all of them started again once by Ray itself: so four times in all.
 DEATHS_BEFORE_SPLIT = 2
-# How often it is asked whether a running cohort should be cut, and how long it must have trained for its pace to count.
-SPREAD_SECONDS = 5.0
 OUT_OF_STEP = "its workers fell out of step: "
 # How long Ray may look for room for workers whose node died, before the nodes count as gone; it would look for ever.
 GONE_SECONDS = 60.0
@@ -51,21 +48,13 @@ GONE_SECONDS = 60.0
 class RunningCohort:
     """A cohort that has been started, and the thread that sees it through."""
 
-    first: CohortJob
-    """Its first job."""
     job: CohortJob
-    """The one that it is at: after a death another one."""
+    """The job that runs for it now. After a death it is another one, of all of its students or of half of them."""
     ask: ResourceRequest
     """What it occupies."""
-    overtook: bool
-    """Whether it was started before one that came first in line."""
     thread: threading.Thread | None = None
     nodes: frozenset[str] = frozenset()
     """The nodes that its workers may lie on: Ray is told them when a job begins, and looks on no others."""
-    parts: list[Cohort] = field(default_factory=list)
-    """What it is to be cut into, once it has left."""
-    since: tuple[float, dict[str, int]] | None = None
-    """When its first progress was seen, and the steps that its students had then."""
 
     @property
     def alive(self) -> bool:
@@ -81,7 +70,6 @@ class Fleet:
         costs: what students take, as far as that was measured.
         stop: once it is up, running cohorts checkpoint and return, and no other is started.
         assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
-        fixed: whether the number of cohorts is the recipe's, so that none is cut again.
         look: called several times a second; what it raises ends the run once the cohorts have checkpointed.
     """
 
@@ -93,14 +81,13 @@ class Fleet:
         console: Console,
         assistant: Stores | None = None,
         *,
-        fixed: bool = False,
         look: Callable[[], None] = lambda: None,
     ) -> None:
-        self.base, self.costs, self.stop, self.console, self.fixed = base, costs, stop, console, fixed
+        self.base, self.costs, self.stop, self.console = base, costs, stop, console
         self.assistant, self.look = assistant or {}, look
         self.shared = shared_by(base, self.assistant, console)
         self.waiting: list[Cohort] = []
-        self.carried: list[RunningCohort] = []
+        self.running: list[RunningCohort] = []
         self.jobs: list[CohortJob] = []
         self.errors: list[BaseException] = []
         self.lock = threading.Lock()
@@ -108,7 +95,6 @@ class Fleet:
         self.moved_at = self.alive_at
         self.last_told: list[CohortProgress] = []
         self.waiting_told = ""
-        self.spread_at = time.monotonic()
 
     def train(self, cohorts: list[Cohort]) -> int:
         """Train all cohorts to their end, or until the stop flag.
@@ -170,7 +156,7 @@ class Fleet:
         """The cohorts that wait for room, and those whose workers start."""
         starting = [
             CohortStatus(state="starting", students=[spec.name for spec in one.job.students])
-            for one in self.carried
+            for one in self.running
             if one.alive and not one.job.progress_file.exists()
         ]
         return starting + [
@@ -196,7 +182,7 @@ class Fleet:
         except BaseException:
             self.base.stop_file.touch()
             with contextlib.suppress(AkdError):
-                while any(one.alive for one in self.carried):
+                while any(one.alive for one in self.running):
                     self._watch(stopping=True)
                     time.sleep(cluster.POLL_SECONDS)
             raise
@@ -204,8 +190,8 @@ class Fleet:
     # ---- the queue
 
     def _keep_busy(self) -> bool:
-        """Start what there is room for, and cut what is worth it; whether there is still something to wait for."""
-        self._gather_parts()
+        """Start the waiting cohorts that there is room for; whether there is still something to wait for."""
+        self.running = [one for one in self.running if one.alive]
         if self._is_over():
             self.waiting.clear()
         else:
@@ -213,35 +199,30 @@ class Fleet:
                 self._check_room()
             self.shared.look()
             self._start_what_fits()
-            self._spread()
-        return bool(self.waiting or self.carried)
+        return bool(self.waiting or self.running)
 
     def _start_what_fits(self) -> None:
-        """Start waiting cohorts in their order, as long as there is one that may start."""
+        """Start waiting cohorts, the first in line that fits, and so on as long as one does."""
         nodes, free = self.shared.nodes(), self.shared.free()
         while self.waiting:
-            running = [one.ask for one in self.carried] if self._starting() else []
-            overtook = [one.ask for one in self.carried if one.overtook]
             asks = [self.costs.ask(cohort) for cohort in self.waiting]
-            chosen = next_to_start(asks, overtook, free, nodes, running)
+            # Ray may still count as free what cohorts occupy whose workers it has not placed yet.
+            unplaced = [one.ask for one in self.running] if self._starting() else []
+            chosen = next_to_start(asks, free, nodes, unplaced)
             if chosen is None:
                 break
-            if chosen == 0:  # nobody is overtaken any more
-                for one in self.carried:
-                    one.overtook = False
-            self._start(self.waiting.pop(chosen), asks[chosen], overtook=chosen > 0)
+            self._start(self.waiting.pop(chosen), asks[chosen])
         self._tell_who_waits()
 
-    def _start(self, cohort: Cohort, ask: ResourceRequest, *, overtook: bool) -> None:
-        job = self._new_job(cohort)
-        one = RunningCohort(job, job, ask, overtook)
-        one.thread = threading.Thread(target=self._carry, args=(one,), daemon=True)
+    def _start(self, cohort: Cohort, ask: ResourceRequest) -> None:
+        one = RunningCohort(self._new_job(cohort), ask)
+        one.thread = threading.Thread(target=self._see_through, args=(one,), daemon=True)
         one.thread.start()
-        self.carried.append(one)
+        self.running.append(one)
 
     def _starting(self) -> bool:
-        """Whether there are cohorts that do not train yet: Ray may count what they will occupy as free."""
-        return any(one.alive and read_progress(one.job) is None for one in self.carried)
+        """Whether there are cohorts whose workers do not train yet."""
+        return any(one.alive and read_progress(one.job) is None for one in self.running)
 
     def _tell_who_waits(self) -> None:
         """Say who waits for what, once, and again when that has changed."""
@@ -255,60 +236,6 @@ class Fleet:
         if told and told != self.waiting_told:
             tell(self.console, told)
         self.waiting_told = told
-
-    # ---- cutting what runs, when there is room
-
-    def _spread(self) -> None:
-        """Where nobody waits and there is room, cut the running cohort that ends last, if that is worth it."""
-        if self.fixed or self.waiting or self._starting() or time.monotonic() - self.spread_at < SPREAD_SECONDS:
-            return
-        self.spread_at = time.monotonic()
-        free = self.shared.free()
-        candidates = [(self._left(one), one) for one in self.carried if one.alive and not one.parts]
-        for left, one in sorted(candidates, key=lambda pair: sum(pair[0].values()), reverse=True):
-            cohort = tuple(spec for spec in one.first.students if spec.name in left)
-            parts = worth_splitting(cohort, left, one.ask, free)
-            if len(parts) > 1:
-                told = f"{counted(len(cohort), 'student')} of {one.first.name} go on in {len(parts)} cohorts"
-                tell(self.console, f"{told}: there is room, and they have {duration(sum(left.values()))} to go")
-                one.parts = parts
-                one.first.leave_file.touch()
-                return
-
-    def _left(self, one: RunningCohort) -> dict[str, float]:
-        """Seconds that each student of a cohort still takes in it, by the pace that it has kept so far.
-
-        Nothing is known of a cohort that has just begun, and one whose workers died is left alone.
-        """
-        progress = read_progress(one.first)
-        if one.job is not one.first or progress is None:
-            return {}
-        now, steps = time.monotonic(), {student.name: student.steps for student in progress.students}
-        if one.since is None:
-            one.since = now, steps
-        begun, first = one.since
-        costs = {spec.name: self.costs.takes(spec).step or UNKNOWN_SECONDS for spec in one.first.students}
-        # Who ended early has no more steps before it, but has not taken them.
-        took = [one.name for one in progress.students if one.state not in ("failed", "diverged")]
-        done = sum((steps[name] - first.get(name, steps[name])) * costs[name] for name in took)
-        if done <= 0 or now - begun < SPREAD_SECONDS:
-            return {}
-        pace = (now - begun) / done
-        unfinished = [student for student in progress.students if student.state not in ENDED]
-        return {
-            student.name: (student.steps_total - student.steps) * costs[student.name] * pace for student in unfinished
-        }
-
-    def _gather_parts(self) -> None:
-        """Let go of cohorts that have ended; what one was cut into joins the queue."""
-        for one in [one for one in self.carried if not one.alive]:
-            self.carried.remove(one)
-            progress = read_progress(one.first)
-            if not one.parts or one.job is not one.first or progress is None:
-                continue  # or it died when it was to leave, and then went on to its end as it was
-            unfinished = {student.name for student in progress.students if student.state not in ENDED}
-            parts = (tuple(spec for spec in part if spec.name in unfinished) for part in one.parts)
-            self.waiting += [part for part in parts if part]
 
     def _new_job(self, cohort: Cohort) -> CohortJob:
         with self.lock:
@@ -351,7 +278,7 @@ class Fleet:
         """
         nodes = self.shared.nodes()
         running = [
-            (one.job.students, [node for node in nodes if node.name in one.nodes]) for one in self.carried if one.alive
+            (one.job.students, [node for node in nodes if node.name in one.nodes]) for one in self.running if one.alive
         ]
         for cohort, reached in [*running, *((cohort, nodes) for cohort in self.waiting)]:
             try:
@@ -360,10 +287,10 @@ class Fleet:
                 doing = f"{cohort[0].name} and its cohort trained, or waited to"
                 raise nodes_lost(doing, f"{error.got}, for {GONE_SECONDS:g} s", error.expected) from error
 
-    def _carry(self, one: RunningCohort) -> None:
+    def _see_through(self, one: RunningCohort) -> None:
         """See a cohort through, off the main thread (on it, Ray would take over Ctrl-C)."""
         try:
-            self._train_or_split(one, one.first)
+            self._train_or_split(one, one.job)
         except cluster.ray.exceptions.RayError as error:
             lost = MachineError(
                 "the Ray cluster was lost while students trained",

@@ -267,9 +267,8 @@ def _train(
     with cluster.stop_on_signals(asked.tell) as stop:
         replaced(asked, stop=stop).connect()
         cohorts, _ = plan_cohorts(recipe, todo, cluster.nodes(), costs)
-        fixed = recipe.cohorts is not None
         with telling_damage(base, todo, asked.console):
-            fleet = Fleet(base, costs, stop, asked.console, chain[-1], fixed=fixed, look=splits.sources.look)
+            fleet = Fleet(base, costs, stop, asked.console, chain[-1], look=splits.sources.look)
             count = fleet.train(cohorts)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
@@ -610,9 +609,8 @@ def training_seconds(recipe: Recipe, splits: Splits, store: LogitStore) -> float
 
 def tidy(base: CohortJob) -> None:
     """Remove what only a running fleet needs. The attempts stay, for late workers of theirs."""
-    for pattern in ("progress-*.json", "leave-*"):
-        for path in Path(base.control).glob(pattern):
-            path.unlink()
+    for path in Path(base.control).glob("progress-*.json"):
+        path.unlink()
     shutil.rmtree(Path(base.control) / "ray", ignore_errors=True)
     for log in Path(base.logs).glob("cohort-*.log"):
         if log.stat().st_size == 0:

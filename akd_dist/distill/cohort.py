@@ -88,11 +88,6 @@ class CohortJob:
         return Path(self.control) / f"stop-{self.attempt}"
 
     @property
-    def leave_file(self) -> Path:
-        """While this file exists, this cohort alone checkpoints and returns: its students go on elsewhere."""
-        return Path(self.control) / f"leave-{self.name}"
-
-    @property
     def renewed_file(self) -> Path:
         """A line for each time that something which was prepared or decoded had to be made anew."""
         return Path(self.control) / "renewed.txt"
@@ -402,7 +397,7 @@ class _Lockstep:
         failpoint("cohort.after_batch")
         self._tell()
         due = 0 < self.job.checkpoint_seconds < time.monotonic() - self.saved_at
-        stop, due = self.group.any(self.job.stop_file.exists() or self.job.leave_file.exists(), due)
+        stop, due = self.group.any(self.job.stop_file.exists(), due)
         if stop or due:
             self._save()
         return stop
