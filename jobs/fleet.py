@@ -22,10 +22,11 @@ from rich.console import Console
 from akd_dist.base.errors import AkdError, MachineError
 from akd_dist.base.fence import take_over
 from akd_dist.base.formatting import counted
-from akd_dist.distill.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
+from akd_dist.distill.cohort import train_cohort
+from akd_dist.distill.delivery import fail_from_outside, forked_from, write_note
+from akd_dist.distill.job import CohortJob, ended, read_progress, stop_attempts
 from akd_dist.distill.objectives import stages
 from akd_dist.distill.ranks import OutOfStepError, Ranks, joined
-from akd_dist.distill.student import fail_from_outside, forked_from, write_note
 from akd_dist.documents.status import CohortProgress, CohortStatus, FleetPlan, StudentProgress
 from akd_dist.jobs import cluster
 from akd_dist.jobs.packing import ResourceRequest, next_to_start
@@ -109,10 +110,11 @@ class Fleet:
         """
         for cohort in cohorts:
             check_room_for(cohort, self.costs, cluster.nodes())
-        self._begin_attempt()
-        students = [spec for cohort in cohorts for spec in cohort]
-        title = f"training {counted(len(students), 'student')} in {counted(len(cohorts), 'cohort')}"
         control = Path(self.base.control)
+        control.mkdir(parents=True, exist_ok=True)
+        self.base.attempt_file.touch()
+        stop_attempts(control, self.base.attempt - 1)
+        title = f"training {counted(sum(map(len, cohorts)), 'student')} in {counted(len(cohorts), 'cohort')}"
         self.waiting = list(cohorts)
         with (
             warnings.catch_warnings(action="ignore"),  # deprecations inside Ray Train; it is the whole process's
@@ -135,15 +137,19 @@ class Fleet:
 
     def _plan(self) -> FleetPlan:
         """What there is to do, for those who watch: every student of the run, as if none had begun."""
-        riders = {name for cohort in self.waiting for name in self.costs.leaders(cohort)}
-        students = [self._planned(spec, spec.name in riders) for spec in self.base.students]
+        followers = {name for cohort in self.waiting for name in self.costs.leaders(cohort)}
+        students = [self._planned(spec, spec.name in followers) for spec in self.base.students]
         metric = self.base.data.primary_metric
         return FleetPlan(attempt=self.base.attempt, at=time.time(), metric=metric, students=students, cohorts=[])
 
-    def _planned(self, spec: StudentSpec, rides: bool) -> StudentProgress:
-        """A student as if it had not begun; steps that another computes for it count there."""
-        rides = rides or forked_from(Path(self.base.root) / spec.name) is not None
-        shared = stages(spec.objective)[0].epochs if rides else 0
+    def _planned(self, spec: StudentSpec, follows: bool) -> StudentProgress:
+        """A student as if it had not begun; steps that another computes for it count there.
+
+        Args:
+            follows: whether it will go on from another student's stage I.
+        """
+        follows = follows or forked_from(Path(self.base.root) / spec.name) is not None
+        shared = stages(spec.objective)[0].epochs if follows else 0
         return StudentProgress(
             name=spec.name,
             state="waiting",
@@ -165,12 +171,6 @@ class Fleet:
             )
             for cohort in self.waiting
         ]
-
-    def _begin_attempt(self) -> None:
-        control = Path(self.base.control)
-        control.mkdir(parents=True, exist_ok=True)
-        self.base.attempt_file.touch()
-        stop_attempts(control, self.base.attempt - 1)
 
     @contextlib.contextmanager
     def _stopping_on_errors(self) -> Iterator[None]:
@@ -331,7 +331,7 @@ class Fleet:
         folder = Path(self.base.root) / spec.name
         hint = "" if reason.startswith(OUT_OF_STEP) else "memory may have run out. "
         told = f"its worker died again and again; {hint}{reason}"
-        write_note(Path(self.base.logs) / f"{spec.name}.log", f"failed: {told}\nsee also {worker_log(job, 0)}")
+        write_note(self.base.log_of(spec.name), f"failed: {told}\nsee also {worker_log(job, 0)}")
         writer = take_over(folder / "checkpoints", job.attempt, f"the student {spec.name}")
         fail_from_outside(spec, folder, told, job.attempt, writer)
 
@@ -434,8 +434,8 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
     log = worker_log(job, rank)
     keep_log(log)
     try:
-        with joining(rank, world, job.device) as group:
-            return train_cohort(job, group)
+        with joining(rank, world, job.device) as ranks:
+            return train_cohort(job, ranks)
     except AkdError as error:
         write_note(log, str(error))
         refusal = error
@@ -455,7 +455,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
 
 
 def joining(rank: int, world: int, device: str) -> contextlib.AbstractContextManager[Ranks]:
-    """The group of this Ray Train worker and the others of its cohort, as a context."""
+    """This Ray Train worker and the others of its cohort as ranks, for the time of a block."""
     from ray.train.collective import broadcast_from_rank_zero
 
     if world > 1 and device == "cuda":

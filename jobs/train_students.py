@@ -32,20 +32,15 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import SPLITS, Rows, Splits, first_difference
 from akd_dist.distill.checkpoint import DAMAGED
 from akd_dist.distill.cohort import (
-    ZOMBIE_SECONDS,
-    CohortJob,
     check_fingerprints,
-    ended,
     open_stream,
-    read_result,
-    renewals,
-    stop_attempts,
     stored_predictions,
     train_cohort,
     wait_for_lock,
 )
+from akd_dist.distill.delivery import failed_entry
+from akd_dist.distill.job import ZOMBIE_SECONDS, CohortJob, ended, read_result, renewals, stop_attempts
 from akd_dist.distill.metrics import measure
-from akd_dist.distill.student import failed_entry
 from akd_dist.distill.teacher import served_fingerprint
 from akd_dist.distill.trial import try_training
 from akd_dist.documents.damage import load

@@ -19,9 +19,10 @@ from torch import nn
 
 from akd_dist import recipe
 from akd_dist.data.rows import Splits
+from akd_dist.distill.metrics import EVALUATION_ROWS
 from akd_dist.distill.objectives import stages
 from akd_dist.distill.stream import Batch, BatchStream, batch_ends
-from akd_dist.distill.student import EVALUATION_ROWS, DivergedError, Student
+from akd_dist.distill.student import DivergedError, Student
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, free_memory, set_deterministic, weights_dtype
 
@@ -133,7 +134,7 @@ def _measure(
     """
     started = time.perf_counter()
     card = ModelCard.of(spec.model, splits.train, data.normalize, data.image)
-    student = Student(spec, card, folder, log=folder / "log", device=device)
+    student = Student(spec, card, folder, device=device)
     start = time.perf_counter() - started
     first = _batch(data, splits, min(FIRST_ROWS, share), device)[0]
     warm = _timed(student, first)  # the first step of a process also loads what torch needs

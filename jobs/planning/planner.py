@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from akd_dist.base.errors import RecipeError
 from akd_dist.data.rows import Splits
-from akd_dist.distill.cohort import CohortJob
+from akd_dist.distill.job import CohortJob
 from akd_dist.distill.objectives import stages
 from akd_dist.distill.probe import Measured, guessed
 from akd_dist.distill.stream import batch_ends

@@ -23,7 +23,8 @@ from rich.console import Console
 from akd_dist.base.errors import HeldError
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill.checkpoint import checkpoints, encode
-from akd_dist.distill.cohort import CohortJob, ended, read_progress, train_cohort
+from akd_dist.distill.cohort import train_cohort
+from akd_dist.distill.job import CohortJob, ended, read_progress
 from akd_dist.distill.stream import BatchStream
 from akd_dist.jobs.train_students import telling_damage
 from tests.fleets import ANNEALING, a_recipe, a_student, newest_tree

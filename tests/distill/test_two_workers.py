@@ -19,6 +19,7 @@ from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.base.files import sha256
 from akd_dist.data.rows import Rows
 from akd_dist.distill.batch_norm import synchronise_batch_norms
+from akd_dist.distill.delivery import deliver
 from akd_dist.distill.ranks import OutOfStepError, PeerFailedError, Ranks, joined
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import DivergedError, Student
@@ -121,12 +122,12 @@ def spec_of(objective: str, **changes: Any) -> Spec:
 
 def made(spec: Spec, folder: Path, group: Ranks, rows: Rows) -> Student:
     set_deterministic("cpu", 1)
-    return Student(spec, ModelCard.of(spec.model, rows, None), folder, log=folder / "log", group=group)
+    return Student(spec, ModelCard.of(spec.model, rows, None), folder, ranks=group)
 
 
 def train(student: Student, stream: BatchStream, until: tuple[int, int] | None = None) -> Student:
     """Train on; before the step (epoch, step), stop."""
-    group = student.group
+    group = student.ranks
     while student.epoch < student.epochs:
         for batch in stream.batches(student.epoch, student.step, group.rank, group.world):
             if (student.epoch, student.step) == until:
@@ -165,7 +166,7 @@ def train_float64(name: str, folder: Path, group: Ranks) -> None:
     """Train to the end and deliver."""
     spec, last = FLOAT64[name]
     stream = stream_of(last)
-    train(made(spec, folder, group, stream.rows), stream).finish(TEST, None)
+    deliver(train(made(spec, folder, group, stream.rows), stream), TEST, None, folder / "log")
 
 
 def first_gradients(objective: str, folder: Path, group: Ranks) -> None:
@@ -203,8 +204,8 @@ def resumes(place: str, folder: Path, group: Ranks) -> None:
         assert one | {"seconds": 0} == other | {"seconds": 0}
     generators = group.gather(whole.rng[0])
     assert not torch.equal(generators[0], generators[1])  # ranks drop other units
-    whole.finish(TEST, None)
-    resumed.finish(TEST, None)
+    deliver(whole, TEST, None, folder / "log")
+    deliver(resumed, TEST, None, folder / "log")
 
 
 def running_mean(module: nn.Module) -> torch.Tensor:

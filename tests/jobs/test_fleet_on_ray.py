@@ -411,9 +411,7 @@ def test_lost_nodes_end_the_run_after_others_checkpoint(home: Home, tmp_path: Pa
     for node, act in (("here", healthy), ("lost", lost)):
         thread = threading.Thread(target=act, daemon=True)
         thread.start()
-        fleet.running.append(
-            RunningCohort(base, ResourceRequest(1, 1), thread=thread, nodes=frozenset({node}))
-        )
+        fleet.running.append(RunningCohort(base, ResourceRequest(1, 1), thread=thread, nodes=frozenset({node})))
     fleet.moved_at -= 61  # the healthy one is silent as well: a long evaluation
     with pytest.raises(MachineError, match="nodes were lost"), fleet._stopping_on_errors():
         fleet._keep_busy()

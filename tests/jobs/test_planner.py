@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from akd_dist.base.errors import MachineError, RecipeError, RefusedError
-from akd_dist.distill.cohort import CohortJob
+from akd_dist.distill.job import CohortJob
 from akd_dist.distill.probe import Measured
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, next_to_start, pack, timetable
 from akd_dist.jobs.planning.planner import (
