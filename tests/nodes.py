@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from akd_dist.base.errors import MachineError
-from akd_dist.jobs import cluster, fleet, shared
+from akd_dist.jobs import cluster, ray_train, shared
 from akd_dist.jobs.train_students import train_students
 from akd_dist.recipe import load_recipe
 
@@ -113,7 +113,7 @@ def share(root: Path) -> dict[str, Any]:
         return [int(one) for one in ray.get_gpu_ids()]
 
     found: list[Any] = []
-    scaling = fleet.scaling(ResourceRequest(1, 1, gpus=0.5, memory=1e8))
+    scaling = ray_train.scaling(ResourceRequest(1, 1, gpus=0.5, memory=1e8))
     run = lambda: found.append(DataParallelTrainer(work, scaling_config=scaling).fit().return_value)  # type: ignore[attr-defined]  # noqa: E731
     threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
     for thread in threads:

@@ -26,7 +26,7 @@ from akd_dist.distill.delivery import fail_from_outside, write_metrics, write_no
 from akd_dist.distill.job import CohortJob, ended, read_result
 from akd_dist.distill.lockstep import Lockstep
 from akd_dist.distill.metrics import predictions
-from akd_dist.distill.ranks import Ranks, told
+from akd_dist.distill.ranks import Ranks, reason_of
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import Student
 from akd_dist.models.card import ModelCard
@@ -182,6 +182,6 @@ def open_student(
         ranks.check_agreed(error, spec.name)
         write_note(log, "".join(traceback.format_exception(error)))
         if ranks.rank == 0:
-            fail_from_outside(spec, folder, told(error), job.attempt, writer or FencedWriter())
+            fail_from_outside(spec, folder, reason_of(error), job.attempt, writer or FencedWriter())
         return None
     return student

@@ -22,7 +22,7 @@ from akd_dist.base.files import append, failpoint
 from akd_dist.data.predictions import encode_predictions
 from akd_dist.data.rows import Rows
 from akd_dist.distill.checkpoint import checkpoints, read_header
-from akd_dist.distill.ranks import told
+from akd_dist.distill.ranks import reason_of
 from akd_dist.distill.student import DivergedError, Student
 from akd_dist.models.build import num_parameters
 from akd_dist.models.folder import save_model
@@ -73,7 +73,7 @@ def end_by(student: Student, error: Exception, log: Path) -> None:
     """End a student as `diverged` or `failed`; its last good checkpoint stays."""
     state = "diverged" if isinstance(error, DivergedError) else "failed"
     write_note(log, "".join(traceback.format_exception(error)))
-    _conclude(student, state, str(error) if state == "diverged" else told(error), log)
+    _conclude(student, state, str(error) if state == "diverged" else reason_of(error), log)
 
 
 def _conclude(student: Student, state: str, reason: str | None, log: Path, **measured: Any) -> None:
@@ -132,7 +132,7 @@ def failed_entry(spec: recipe.StudentSpec, reason: str, folder: Path, attempt: i
 
 
 def forked_from(folder: Path) -> str | None:
-    """Whose stage I a student went on from, by its newest checkpoint; None if by none's, or there is no checkpoint."""
+    """The student whose stage I this one went on from, by its newest checkpoint; None if it trained its own."""
     found = checkpoints(folder / "checkpoints")
     return read_header(found[-1]).get("stage1_from") if found else None
 

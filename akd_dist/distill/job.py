@@ -1,4 +1,4 @@
-"""What a cohort is told, where its files lie, and what the driver reads of them while it trains and afterwards."""
+"""The job of a cohort, where its files lie, and what the driver reads of them while it trains and afterwards."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from akd_dist.documents import damage
 from akd_dist.documents.status import CohortProgress
 from akd_dist.tracking.status import read_document
 
-# A worker may live on for half a minute after its driver or raylet was killed (measured). So long it may take to see
-# its stop file, checkpoint and leave; whoever is still there is shut out, and at most its last interval is lost.
+# A worker lives on for up to half a minute after its driver or raylet was killed (measured). It gets this long to see
+# its stop file, checkpoint and leave. One that is still there afterwards is shut out: no more than the steps since its
+# last checkpoint are lost.
 ZOMBIE_SECONDS = 20.0
 
 
@@ -28,8 +29,8 @@ class CohortJob:
     fingerprints: dict[str, str]
     """The dataset fingerprint of each split as the driver saw it."""
     students: tuple[recipe.StudentSpec, ...]
-    """Who trains: the same batches, one number of workers and threads for all. They and `data` carry whose code may run
-    for them."""
+    """The students: of the same batches, number of workers and threads. They and `data` name the code of the user's own
+    that may be imported."""
     root: str
     """The folder of student folders."""
     logs: str
@@ -41,8 +42,8 @@ class CohortJob:
     control: str
     """The folder of progress files and of the stop file of this attempt."""
     teacher_test: str | None = None
-    """Store URI of the teacher's logits of the test rows, for agreement; none takes that in `stores`. Students of an
-    assistant are compared with the teacher as well."""
+    """Store URI of the teacher's logits of the test rows, for agreement; None takes the one in `stores`. Students that
+    learn from an assistant are compared with the teacher, too."""
     attempt: int = 1
     """Which attempt of the run this is."""
     checkpoint_seconds: float = 20.0
@@ -54,7 +55,7 @@ class CohortJob:
 
     @property
     def attempt_file(self) -> Path:
-        """What says that this attempt has begun: the next one is another."""
+        """Exists once this attempt has begun: the next command is another attempt."""
         return Path(self.control) / f"attempt-{self.attempt}"
 
     @property

@@ -71,7 +71,7 @@ class Lockstep:
                         with self._failing_alone(student):
                             student.take_step(batch, stream.steps_per_epoch)
                 if not any(student.training for student in here):
-                    break  # none of them came through its step: nobody is there to read on for
+                    break  # all of them have failed or diverged: the rest of the epoch is not read
                 if stopped := self._stops_after_batch():
                     break
             if not stopped:
@@ -120,7 +120,7 @@ class Lockstep:
             f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "
             f"validation {metric} {record['validation'][metric]:.4f}",
         )
-        if student.stage_index > 0:  # stage I has just ended: it would have been the very same for these
+        if student.stage_index > 0:  # stage I is over, and is the same for those that have waited for it
             for follower in followers:
                 with self._failing_alone(follower):
                     follower.fork_from(student)
@@ -135,14 +135,14 @@ class Lockstep:
 
     @contextlib.contextmanager
     def _failing_alone(self, student: Student) -> Iterator[None]:
-        """A block whose exception ends this student, and nobody else; what is no fault of its own is raised."""
+        """A block whose exception ends this student and no other; but an `AkdError` is no fault of a student."""
         try:
             yield
         except AkdError:
             raise
         except Exception as error:
             self.ranks.check_agreed(error, student.spec.name)
-            self.vouch()  # where its bytes were wrong, that is the reason
+            self.vouch()  # raises where the bytes that it was trained on were wrong: then it is to be trained again
             end_by(student, error, self._log(student))
 
     def vouch(self) -> str | None:
@@ -172,7 +172,7 @@ class Lockstep:
         for student in self.stepping:
             with self._failing_alone(student):
                 student.save(rests_on)
-            self.progress.tell()  # a sign of life: a driver that stops waits for no one who gives none
+            self.progress.tell()  # a driver that stops gives up on workers that show no progress for a while
         self.saved_at = time.monotonic()
 
     def _log(self, student: Student) -> Path:

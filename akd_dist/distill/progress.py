@@ -19,11 +19,7 @@ class Progress:
     """Leaves the progress document of a cohort, every half second; rank 0 alone does.
 
     Args:
-        path: the document.
-        students: all of the cohort that were opened.
-        stream: what they are trained on.
-        metric: the one that is told of the last validation.
-        rank: of this worker.
+        metric: the validation metric that is shown.
     """
 
     def __init__(self, path: Path, students: Sequence[Student], stream: BatchStream, metric: str, rank: int) -> None:
@@ -52,7 +48,7 @@ class Progress:
         """How far a student is.
 
         Args:
-            leader: whose stage I it waits for, if it does; the steps of that count there.
+            leader: the student whose stage I it waits for, if it does; those steps count there.
         """
         per_epoch, shared = self.stream.steps_per_epoch, student.epochs_shared
         if leader is not None:
@@ -60,9 +56,9 @@ class Progress:
         total = (student.epochs - shared) * per_epoch
         steps = 0 if leader else (student.epoch - shared) * per_epoch + student.step
         if not student.training:
-            steps = total  # who ended early has no more steps before it
+            steps = total  # also of one that failed: it has no steps left
         pace = 0.0
-        if student.training and leader is None:  # who has waited would seem to be slow, once it goes
+        if student.training and leader is None:  # while it waits it makes no steps, which would make it look slow later
             pace = self.paces.setdefault(student.spec.name, Pace(steps, now)).per_second(steps, now)
         last: dict[str, Any] = student.history[-1] if student.history else {}
         result: dict[str, Any] = student.result or {}

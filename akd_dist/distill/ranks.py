@@ -77,12 +77,13 @@ class Ranks:
             yield
         except Exception as error:
             failure = error
-        # Who was in `go_on` knows already: the failed rank answered it when it came to agree here.
+        # A rank that was in `go_on` knows of the failure already: the exchange that it waited in there was answered by
+        # the failed rank here. It must not begin another exchange, which nobody would answer.
         heard = isinstance(failure, AgreedError)
         if not heard and not self.any(failure is not None)[0]:
             return
         reasons: list[str | None] = [None] * self.world
-        torch.distributed.all_gather_object(reasons, None if failure is None or heard else told(failure))
+        torch.distributed.all_gather_object(reasons, None if failure is None or heard else reason_of(failure))
         if failure is not None and not heard:
             failure.agreed = True  # type: ignore[attr-defined]  # read by `check_agreed`
             raise failure
@@ -96,7 +97,7 @@ class Ranks:
         """
         agreed = isinstance(error, AgreedError) or getattr(error, "agreed", False)
         if self.world > 1 and not agreed:
-            raise OutOfStepError(f"{who}: {told(error)}") from error
+            raise OutOfStepError(f"{who}: {reason_of(error)}") from error
 
     def sum(self, value: float) -> float:
         """The sum of a number over the ranks."""
@@ -188,8 +189,8 @@ def _meeting_point(rank: int, world: int, host: str, broadcast: Callable[[Any], 
     return store
 
 
-def told(error: BaseException) -> str:
-    """An error as the reason that a student failed."""
+def reason_of(error: BaseException) -> str:
+    """An error as the reason for which a student failed, as results and logs have it."""
     short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     said = type(error).__name__ + (f": {error}" if str(error) else "")
     return f"out of memory: {said}" if short else said

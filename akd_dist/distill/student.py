@@ -73,7 +73,7 @@ class Student:
         self.epoch = self.step = self.stage_index = 0
         self.loss_sum, self.loss_rows = 0.0, 0  # of this rank's rows, in the epoch so far
         self.seconds = 0.0
-        self.stage1_from: str | None = None  # whose stage I it goes on from, by name
+        self.stage1_from: str | None = None  # the student whose stage I it goes on from, by name
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, torch.Tensor] | None = None  # the weights of the stage's best epoch so far
         self.best_record: dict[str, Any] = {}
@@ -344,7 +344,7 @@ class Student:
 
 
 def stage1_leader(student: Student, students: Iterable[Student]) -> Student | None:
-    """Who trains stage I for a student that has not begun: of those with the very same stage I, who is furthest.
+    """The student that trains stage I for one that has not begun: of those with the same stage I, the furthest.
 
     Args:
         students: those of its cohort that have not ended, itself among them.

@@ -25,9 +25,10 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
 from akd_dist.jobs.cluster import StopFlag, ray
-from akd_dist.jobs.fleet import Fleet, RunningCohort, _cause
+from akd_dist.jobs.fleet import Fleet, RunningCohort
 from akd_dist.jobs.packing import Node, ResourceRequest
 from akd_dist.jobs.planning.planner import Costs
+from akd_dist.jobs.ray_train import _cause
 from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.tasks import run_one
 from akd_dist.jobs.train_students import fleet_job, train_in_process, train_students
