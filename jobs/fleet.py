@@ -26,7 +26,6 @@ from akd_dist.jobs.planning.planner import Cohort, Costs, check_room_for, cohort
 from akd_dist.jobs.ray_train import OUT_OF_STEP, fit, worker_log
 from akd_dist.jobs.shared import Shared, nodes_lost
 from akd_dist.jobs.train_teacher import Stores
-from akd_dist.recipe import StudentSpec
 from akd_dist.tracking.progress import FleetMeter, tell
 
 # How often a cohort's run may fail. Ray starts the workers of a run again once, so they have died four times by then.
@@ -126,27 +125,20 @@ class Fleet:
         return bool(self.stop or self.errors)
 
     def _plan(self) -> FleetPlan:
-        """The plan that `status` and the live view read: every student of the run, as if none had begun."""
+        """The plan that `status` and the live view read: every student of the run, as if none had begun.
+
+        Steps of a stage I that another student computes count there.
+        """
         followers = {name for cohort in self.waiting for name in self.costs.leaders(cohort)}
-        students = [self._planned(spec, spec.name in followers) for spec in self.base.students]
+        students = []
+        for spec in self.base.students:
+            follows = spec.name in followers or forked_from(Path(self.base.root) / spec.name) is not None
+            shared = stages(spec.objective)[0].epochs if follows else 0
+            steps = (spec.objective.epochs - shared) * self.costs.steps_per_epoch(spec)
+            epochs = {"epochs": spec.objective.epochs, "epochs_shared": shared}
+            students.append(StudentProgress(name=spec.name, state="waiting", steps_total=steps, **epochs))
         metric = self.base.data.primary_metric
         return FleetPlan(attempt=self.base.attempt, at=time.time(), metric=metric, students=students, cohorts=[])
-
-    def _planned(self, spec: StudentSpec, follows: bool) -> StudentProgress:
-        """A student as if it had not begun; steps that another computes for it count there.
-
-        Args:
-            follows: whether it will go on from another student's stage I.
-        """
-        follows = follows or forked_from(Path(self.base.root) / spec.name) is not None
-        shared = stages(spec.objective)[0].epochs if follows else 0
-        return StudentProgress(
-            name=spec.name,
-            state="waiting",
-            epochs=spec.objective.epochs,
-            epochs_shared=shared,
-            steps_total=(spec.objective.epochs - shared) * self.costs.steps_per_epoch(spec),
-        )
 
     def _not_training(self) -> list[CohortStatus]:
         """The cohorts that wait for room, and those whose workers start."""

@@ -73,7 +73,7 @@ def train_on(job: CohortJob, splits: Splits, device: torch.device, ranks: Ranks)
             drop_doubtful(Path(job.root) / name / "checkpoints", writer, mark)
         opened = [open_student(job, spec, splits.train, ranks, device, writers.get(spec.name)) for spec in job.students]
         students = [student for student in opened if student is not None]
-        lockstep = Lockstep(job, students, stream, splits, teacher_said, ranks=ranks, guard=guard, mark=mark)
+        lockstep = Lockstep(job, ranks, students, stream, splits, teacher_said, guard, mark)
         torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports torch's compiler: not on a student's clock
         failpoint("cohort.before_first_step")
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,31 +22,26 @@ from akd_dist.distill.student import Student, stage1_leader
 from akd_dist.storage.content import Guard
 
 
+@dataclass
 class Lockstep:
-    """The loop over epochs and batches, as one rank runs it.
+    """The loop over epochs and batches, as one rank runs it."""
 
-    Args:
-        students: those that have not ended, each at its newest checkpoint.
-        guard: of all files behind rows and logits.
-        mark: names the files that all ranks read, as `Guard.mark`.
-        teacher_said: what the teacher says of each test row, as `metrics.predictions`; None without a teacher.
-    """
+    job: CohortJob
+    ranks: Ranks
+    students: list[Student]
+    """Those that have not ended, each at its newest checkpoint."""
+    stream: BatchStream
+    splits: Splits
+    teacher_said: np.ndarray | None
+    """What the teacher says of each test row, as `metrics.predictions`; None without a teacher."""
+    guard: Guard
+    """Of all files that rows and logits of this rank lie in."""
+    mark: str
+    """Names the files that all ranks read, as `Guard.mark`."""
 
-    def __init__(
-        self,
-        job: CohortJob,
-        students: list[Student],
-        stream: BatchStream,
-        splits: Splits,
-        teacher_said: np.ndarray | None,
-        *,
-        ranks: Ranks,
-        guard: Guard,
-        mark: str,
-    ) -> None:
-        self.job, self.students, self.stream, self.splits = job, students, stream, splits
-        self.teacher_said, self.ranks, self.guard, self.mark = teacher_said, ranks, guard, mark
-        self.progress = Progress(job.progress_file, students, stream, job.data.primary_metric, ranks.rank)
+    def __post_init__(self) -> None:
+        metric = self.job.data.primary_metric
+        self.progress = Progress(self.job.progress_file, self.students, self.stream, metric, self.ranks.rank)
         self.saved_at = time.monotonic()
 
     def run(self) -> bool:

@@ -75,7 +75,9 @@ def measure(
     else:
         found = _of_classes(predictions, labels, classes or int(torch.cat([predictions, labels]).max()) + 1)
     # torchmetrics divides in float32, whose digits beyond the seventh mean nothing and may end just outside of -1 to 1.
-    return {name: _within_one(round(value, 7)) if math.isfinite(value) else 0.0 for name, value in found.items()}
+    return {
+        name: max(-1.0, min(1.0, round(value, 7))) if math.isfinite(value) else 0.0 for name, value in found.items()
+    }
 
 
 def _of_classes(predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, float]:
@@ -129,10 +131,6 @@ def _of_numbers(predictions: torch.Tensor, labels: torch.Tensor) -> dict[str, fl
         "pearson": float(pearson_corrcoef(scaled, labels)),
         "spearman": float(pearson_corrcoef(_ranks(predictions), _ranks(labels))),
     }
-
-
-def _within_one(value: float) -> float:
-    return max(-1.0, min(1.0, value))
 
 
 def _varies(values: torch.Tensor) -> bool:

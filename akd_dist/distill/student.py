@@ -68,7 +68,7 @@ class Student:
         self.spec, self.card, self.folder, self.attempt = spec, card, folder, attempt
         self.ranks, self.writer = ranks or Ranks(), writer or FencedWriter()
         self.metric, self.device = metric, device
-        self.stages = stages(spec.objective)
+        self.stages, self.stage1 = stages(spec.objective), spec.stage1
         # Where it stands: `epoch` counts on through all stages, `step` within the epoch.
         self.epoch = self.step = self.stage_index = 0
         self.loss_sum, self.loss_rows = 0.0, 0  # of this rank's rows, in the epoch so far
@@ -352,9 +352,9 @@ def stage1_leader(student: Student, students: Iterable[Student]) -> Student | No
     Returns:
         None if it trains its own stage I.
     """
-    if student.spec.stage1 is None or not student.not_started:
+    if student.stage1 is None or not student.not_started:
         return None
-    alike = [other for other in students if other.stage_index == 0 and other.spec.stage1 == student.spec.stage1]
+    alike = [other for other in students if other.stage_index == 0 and other.stage1 == student.stage1]
     first = max(alike, key=lambda other: (other.epoch, other.step))  # of equals the first one
     return None if first is student else first
 
