@@ -130,7 +130,7 @@ def test_killed_students_of_one_stage_end_as_each_would_alone(place: Place, tmp_
         alone |= outcome(tmp_path / spec.name)
     assert len({student["weights"] for student in alone.values()}) == len(fleet.students)
     draw = random.Random(3)
-    # Their leader enters stage II, then one rider, then the other; the second rider's checkpoint, and the leader's own.
+    # The first enters stage II, then its two followers; checkpoints of the second follower, and of the first itself.
     boundaries = ["checkpoint.after_save:3", *(f"student.between_stages:{nth}" for nth in (1, 2, 3))]
     boundaries += ["checkpoint.before_save:5", "checkpoint.before_save:6"]
     for failpoint in [*boundaries, *(f"cohort.after_batch:{draw.randint(1, 50)}" for _ in range(3))]:
