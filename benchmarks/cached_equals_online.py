@@ -29,10 +29,12 @@ from akd_dist import recipe as recipes
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Splits
 from akd_dist.data.views import view_of
-from akd_dist.distill.cohort import CohortJob, open_stream
+from akd_dist.distill.cohort import open_stream
+from akd_dist.distill.job import CohortJob
+from akd_dist.distill.metrics import evaluate
 from akd_dist.distill.objectives import phi, temperature
 from akd_dist.distill.stream import BatchStream, epoch_order
-from akd_dist.distill.student import Student, evaluate, seeded_states
+from akd_dist.distill.student import Student, seeded_states
 from akd_dist.distill.teacher import teacher_logits
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.train_students import fleet_job
@@ -225,7 +227,7 @@ def cached(job: CohortJob, splits: Splits, stream: BatchStream) -> Trace:
     spec = job.students[0]
     card = ModelCard.of(spec.model, splits.train, job.data.normalize)
     device = torch.device(job.device)
-    student = Student(spec, card, Path(job.root) / spec.name, log=Path(job.logs) / "log", device=device)
+    student = Student(spec, card, Path(job.root) / spec.name, device=device)
     losses = []
     while student.epoch < student.epochs:
         for batch in stream.batches(student.epoch):

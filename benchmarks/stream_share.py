@@ -151,7 +151,7 @@ def a_student(rows: Rows, folder: Path, seed: int, device: torch.device) -> Stud
         batch=BATCH,
         seed=seed,
     )
-    return Student(spec, ModelCard.of(model, rows, None), folder / spec.name, log=folder / "log", device=device)
+    return Student(spec, ModelCard.of(model, rows, None), folder / spec.name, device=device)
 
 
 def step_all(students: list[Student], batch: Batch, steps_per_epoch: int) -> None:

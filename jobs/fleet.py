@@ -1,48 +1,35 @@
-"""Run cohorts: each as one Ray Train run, where there is room; follow them, retry and split what died."""
+"""The queue of cohorts: start them where there is room, follow them, retry and split those whose workers die."""
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import logging
-import os
-import shutil
 import threading
 import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace as replaced
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace as replaced
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from rich.console import Console
 
 from akd_dist.base.errors import AkdError, MachineError
 from akd_dist.base.fence import take_over
-from akd_dist.base.formatting import counted, duration
-from akd_dist.distill.cohort import CohortJob, ended, read_progress, stop_attempts, train_cohort
+from akd_dist.base.formatting import counted
+from akd_dist.distill.delivery import fail_from_outside, forked_from, write_note
+from akd_dist.distill.job import CohortJob, ended, read_progress, stop_attempts
 from akd_dist.distill.objectives import stages
-from akd_dist.distill.ranks import OutOfStepError, Ranks, joined
-from akd_dist.distill.student import fail_from_outside, forked_from, write_note
 from akd_dist.documents.status import CohortProgress, CohortStatus, FleetPlan, StudentProgress
 from akd_dist.jobs import cluster
 from akd_dist.jobs.packing import ResourceRequest, next_to_start
-from akd_dist.jobs.planning.planner import UNKNOWN_SECONDS, Cohort, Costs, check_room_for, cohort_job, worth_splitting
+from akd_dist.jobs.planning.planner import Cohort, Costs, check_room_for, cohort_job
+from akd_dist.jobs.ray_train import OUT_OF_STEP, fit, worker_log
 from akd_dist.jobs.shared import Shared, nodes_lost
 from akd_dist.jobs.train_teacher import Stores
-from akd_dist.recipe import StudentSpec
 from akd_dist.tracking.progress import FleetMeter, tell
-from akd_dist.tracking.status import ENDED
 
-Raised = TypeVar("Raised", bound=Exception)
-
-# Of a cohort's workers, each with all of them started again once by Ray itself: so four times in all.
+# How often a cohort's run may fail. Ray starts the workers of a run again once, so they have died four times by then.
 DEATHS_BEFORE_SPLIT = 2
-# How often it is asked whether a running cohort should be cut, and how long it must have trained for its pace to count.
-SPREAD_SECONDS = 5.0
-OUT_OF_STEP = "its workers fell out of step: "
 # How long Ray may look for room for workers whose node died, before the nodes count as gone; it would look for ever.
 GONE_SECONDS = 60.0
 
@@ -51,21 +38,13 @@ GONE_SECONDS = 60.0
 class RunningCohort:
     """A cohort that has been started, and the thread that sees it through."""
 
-    first: CohortJob
-    """Its first job."""
     job: CohortJob
-    """The one that it is at: after a death another one."""
+    """The job that runs for it now. After a death it is another one, of all of its students or of half of them."""
     ask: ResourceRequest
     """What it occupies."""
-    overtook: bool
-    """Whether it was started before one that came first in line."""
     thread: threading.Thread | None = None
     nodes: frozenset[str] = frozenset()
     """The nodes that its workers may lie on: Ray is told them when a job begins, and looks on no others."""
-    parts: list[Cohort] = field(default_factory=list)
-    """What it is to be cut into, once it has left."""
-    since: tuple[float, dict[str, int]] | None = None
-    """When its first progress was seen, and the steps that its students had then."""
 
     @property
     def alive(self) -> bool:
@@ -81,7 +60,6 @@ class Fleet:
         costs: what students take, as far as that was measured.
         stop: once it is up, running cohorts checkpoint and return, and no other is started.
         assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
-        fixed: whether the number of cohorts is the recipe's, so that none is cut again.
         look: called several times a second; what it raises ends the run once the cohorts have checkpointed.
     """
 
@@ -93,14 +71,13 @@ class Fleet:
         console: Console,
         assistant: Stores | None = None,
         *,
-        fixed: bool = False,
         look: Callable[[], None] = lambda: None,
     ) -> None:
-        self.base, self.costs, self.stop, self.console, self.fixed = base, costs, stop, console, fixed
+        self.base, self.costs, self.stop, self.console = base, costs, stop, console
         self.assistant, self.look = assistant or {}, look
         self.shared = shared_by(base, self.assistant, console)
         self.waiting: list[Cohort] = []
-        self.carried: list[RunningCohort] = []
+        self.running: list[RunningCohort] = []
         self.jobs: list[CohortJob] = []
         self.errors: list[BaseException] = []
         self.lock = threading.Lock()
@@ -108,7 +85,6 @@ class Fleet:
         self.moved_at = self.alive_at
         self.last_told: list[CohortProgress] = []
         self.waiting_told = ""
-        self.spread_at = time.monotonic()
 
     def train(self, cohorts: list[Cohort]) -> int:
         """Train all cohorts to their end, or until the stop flag.
@@ -123,10 +99,11 @@ class Fleet:
         """
         for cohort in cohorts:
             check_room_for(cohort, self.costs, cluster.nodes())
-        self._begin_attempt()
-        students = [spec for cohort in cohorts for spec in cohort]
-        title = f"training {counted(len(students), 'student')} in {counted(len(cohorts), 'cohort')}"
         control = Path(self.base.control)
+        control.mkdir(parents=True, exist_ok=True)
+        self.base.attempt_file.touch()
+        stop_attempts(control, self.base.attempt - 1)
+        title = f"training {counted(sum(map(len, cohorts)), 'student')} in {counted(len(cohorts), 'cohort')}"
         self.waiting = list(cohorts)
         with (
             warnings.catch_warnings(action="ignore"),  # deprecations inside Ray Train; it is the whole process's
@@ -148,29 +125,26 @@ class Fleet:
         return bool(self.stop or self.errors)
 
     def _plan(self) -> FleetPlan:
-        """What there is to do, for those who watch: every student of the run, as if none had begun."""
-        riders = {name for cohort in self.waiting for name in self.costs.leaders(cohort)}
-        students = [self._planned(spec, spec.name in riders) for spec in self.base.students]
+        """The plan that `status` and the live view read: every student of the run, as if none had begun.
+
+        Steps of a stage I that another student computes count there.
+        """
+        followers = {name for cohort in self.waiting for name in self.costs.leaders(cohort)}
+        students = []
+        for spec in self.base.students:
+            follows = spec.name in followers or forked_from(Path(self.base.root) / spec.name) is not None
+            shared = stages(spec.objective)[0].epochs if follows else 0
+            steps = (spec.objective.epochs - shared) * self.costs.steps_per_epoch(spec)
+            epochs = {"epochs": spec.objective.epochs, "epochs_shared": shared}
+            students.append(StudentProgress(name=spec.name, state="waiting", steps_total=steps, **epochs))
         metric = self.base.data.primary_metric
         return FleetPlan(attempt=self.base.attempt, at=time.time(), metric=metric, students=students, cohorts=[])
-
-    def _planned(self, spec: StudentSpec, rides: bool) -> StudentProgress:
-        """A student as if it had not begun; steps that another computes for it count there."""
-        rides = rides or forked_from(Path(self.base.root) / spec.name) is not None
-        shared = stages(spec.objective)[0].epochs if rides else 0
-        return StudentProgress(
-            name=spec.name,
-            state="waiting",
-            epochs=spec.objective.epochs,
-            epochs_shared=shared,
-            steps_total=(spec.objective.epochs - shared) * self.costs.steps_per_epoch(spec),
-        )
 
     def _not_training(self) -> list[CohortStatus]:
         """The cohorts that wait for room, and those whose workers start."""
         starting = [
             CohortStatus(state="starting", students=[spec.name for spec in one.job.students])
-            for one in self.carried
+            for one in self.running
             if one.alive and not one.job.progress_file.exists()
         ]
         return starting + [
@@ -179,12 +153,6 @@ class Fleet:
             )
             for cohort in self.waiting
         ]
-
-    def _begin_attempt(self) -> None:
-        control = Path(self.base.control)
-        control.mkdir(parents=True, exist_ok=True)
-        self.base.attempt_file.touch()
-        stop_attempts(control, self.base.attempt - 1)
 
     @contextlib.contextmanager
     def _stopping_on_errors(self) -> Iterator[None]:
@@ -196,7 +164,7 @@ class Fleet:
         except BaseException:
             self.base.stop_file.touch()
             with contextlib.suppress(AkdError):
-                while any(one.alive for one in self.carried):
+                while any(one.alive for one in self.running):
                     self._watch(stopping=True)
                     time.sleep(cluster.POLL_SECONDS)
             raise
@@ -204,8 +172,8 @@ class Fleet:
     # ---- the queue
 
     def _keep_busy(self) -> bool:
-        """Start what there is room for, and cut what is worth it; whether there is still something to wait for."""
-        self._gather_parts()
+        """Start the waiting cohorts that there is room for; whether there is still something to wait for."""
+        self.running = [one for one in self.running if one.alive]
         if self._is_over():
             self.waiting.clear()
         else:
@@ -213,38 +181,33 @@ class Fleet:
                 self._check_room()
             self.shared.look()
             self._start_what_fits()
-            self._spread()
-        return bool(self.waiting or self.carried)
+        return bool(self.waiting or self.running)
 
     def _start_what_fits(self) -> None:
-        """Start waiting cohorts in their order, as long as there is one that may start."""
+        """Start waiting cohorts, the first in line that fits, and so on as long as one does."""
         nodes, free = self.shared.nodes(), self.shared.free()
         while self.waiting:
-            running = [one.ask for one in self.carried] if self._starting() else []
-            overtook = [one.ask for one in self.carried if one.overtook]
             asks = [self.costs.ask(cohort) for cohort in self.waiting]
-            chosen = next_to_start(asks, overtook, free, nodes, running)
+            # Ray may still count as free what cohorts occupy whose workers it has not placed yet.
+            unplaced = [one.ask for one in self.running] if self._starting() else []
+            chosen = next_to_start(asks, free, nodes, unplaced)
             if chosen is None:
                 break
-            if chosen == 0:  # nobody is overtaken any more
-                for one in self.carried:
-                    one.overtook = False
-            self._start(self.waiting.pop(chosen), asks[chosen], overtook=chosen > 0)
+            self._start(self.waiting.pop(chosen), asks[chosen])
         self._tell_who_waits()
 
-    def _start(self, cohort: Cohort, ask: ResourceRequest, *, overtook: bool) -> None:
-        job = self._new_job(cohort)
-        one = RunningCohort(job, job, ask, overtook)
-        one.thread = threading.Thread(target=self._carry, args=(one,), daemon=True)
+    def _start(self, cohort: Cohort, ask: ResourceRequest) -> None:
+        one = RunningCohort(self._new_job(cohort), ask)
+        one.thread = threading.Thread(target=self._see_through, args=(one,), daemon=True)
         one.thread.start()
-        self.carried.append(one)
+        self.running.append(one)
 
     def _starting(self) -> bool:
-        """Whether there are cohorts that do not train yet: Ray may count what they will occupy as free."""
-        return any(one.alive and read_progress(one.job) is None for one in self.carried)
+        """Whether there are cohorts whose workers do not train yet."""
+        return any(one.alive and read_progress(one.job) is None for one in self.running)
 
     def _tell_who_waits(self) -> None:
-        """Say who waits for what, once, and again when that has changed."""
+        """Say which cohort waits for what: once, and again when that has changed."""
         if self._starting():
             return
         told = ""
@@ -255,60 +218,6 @@ class Fleet:
         if told and told != self.waiting_told:
             tell(self.console, told)
         self.waiting_told = told
-
-    # ---- cutting what runs, when there is room
-
-    def _spread(self) -> None:
-        """Where nobody waits and there is room, cut the running cohort that ends last, if that is worth it."""
-        if self.fixed or self.waiting or self._starting() or time.monotonic() - self.spread_at < SPREAD_SECONDS:
-            return
-        self.spread_at = time.monotonic()
-        free = self.shared.free()
-        candidates = [(self._left(one), one) for one in self.carried if one.alive and not one.parts]
-        for left, one in sorted(candidates, key=lambda pair: sum(pair[0].values()), reverse=True):
-            cohort = tuple(spec for spec in one.first.students if spec.name in left)
-            parts = worth_splitting(cohort, left, one.ask, free)
-            if len(parts) > 1:
-                told = f"{counted(len(cohort), 'student')} of {one.first.name} go on in {len(parts)} cohorts"
-                tell(self.console, f"{told}: there is room, and they have {duration(sum(left.values()))} to go")
-                one.parts = parts
-                one.first.leave_file.touch()
-                return
-
-    def _left(self, one: RunningCohort) -> dict[str, float]:
-        """Seconds that each student of a cohort still takes in it, by the pace that it has kept so far.
-
-        Nothing is known of a cohort that has just begun, and one whose workers died is left alone.
-        """
-        progress = read_progress(one.first)
-        if one.job is not one.first or progress is None:
-            return {}
-        now, steps = time.monotonic(), {student.name: student.steps for student in progress.students}
-        if one.since is None:
-            one.since = now, steps
-        begun, first = one.since
-        costs = {spec.name: self.costs.takes(spec).step or UNKNOWN_SECONDS for spec in one.first.students}
-        # Who ended early has no more steps before it, but has not taken them.
-        took = [one.name for one in progress.students if one.state not in ("failed", "diverged")]
-        done = sum((steps[name] - first.get(name, steps[name])) * costs[name] for name in took)
-        if done <= 0 or now - begun < SPREAD_SECONDS:
-            return {}
-        pace = (now - begun) / done
-        unfinished = [student for student in progress.students if student.state not in ENDED]
-        return {
-            student.name: (student.steps_total - student.steps) * costs[student.name] * pace for student in unfinished
-        }
-
-    def _gather_parts(self) -> None:
-        """Let go of cohorts that have ended; what one was cut into joins the queue."""
-        for one in [one for one in self.carried if not one.alive]:
-            self.carried.remove(one)
-            progress = read_progress(one.first)
-            if not one.parts or one.job is not one.first or progress is None:
-                continue  # or it died when it was to leave, and then went on to its end as it was
-            unfinished = {student.name for student in progress.students if student.state not in ENDED}
-            parts = (tuple(spec for spec in part if spec.name in unfinished) for part in one.parts)
-            self.waiting += [part for part in parts if part]
 
     def _new_job(self, cohort: Cohort) -> CohortJob:
         with self.lock:
@@ -351,7 +260,7 @@ class Fleet:
         """
         nodes = self.shared.nodes()
         running = [
-            (one.job.students, [node for node in nodes if node.name in one.nodes]) for one in self.carried if one.alive
+            (one.job.students, [node for node in nodes if node.name in one.nodes]) for one in self.running if one.alive
         ]
         for cohort, reached in [*running, *((cohort, nodes) for cohort in self.waiting)]:
             try:
@@ -360,10 +269,10 @@ class Fleet:
                 doing = f"{cohort[0].name} and its cohort trained, or waited to"
                 raise nodes_lost(doing, f"{error.got}, for {GONE_SECONDS:g} s", error.expected) from error
 
-    def _carry(self, one: RunningCohort) -> None:
+    def _see_through(self, one: RunningCohort) -> None:
         """See a cohort through, off the main thread (on it, Ray would take over Ctrl-C)."""
         try:
-            self._train_or_split(one, one.first)
+            self._train_or_split(one, one.job)
         except cluster.ray.exceptions.RayError as error:
             lost = MachineError(
                 "the Ray cluster was lost while students trained",
@@ -404,63 +313,9 @@ class Fleet:
         folder = Path(self.base.root) / spec.name
         hint = "" if reason.startswith(OUT_OF_STEP) else "memory may have run out. "
         told = f"its worker died again and again; {hint}{reason}"
-        write_note(Path(self.base.logs) / f"{spec.name}.log", f"failed: {told}\nsee also {worker_log(job, 0)}")
+        write_note(self.base.log_of(spec.name), f"failed: {told}\nsee also {worker_log(job, 0)}")
         writer = take_over(folder / "checkpoints", job.attempt, f"the student {spec.name}")
         fail_from_outside(spec, folder, told, job.attempt, writer)
-
-
-def fit(job: CohortJob, ask: ResourceRequest, selector: dict[str, str]) -> str:
-    """Run a cohort as one Ray Train run.
-
-    Args:
-        ask: what its workers occupy.
-        selector: the labels of the nodes that they may lie on.
-
-    Returns:
-        Why its workers died; nothing if it came to its end.
-
-    Raises:
-        AkdError: what a worker was refused for.
-    """
-    ray = cluster.ray
-    from ray.train import FailureConfig, RunConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    storage = (Path(job.control) / "ray").absolute()
-    name = f"{job.name}-{os.getpid()}-{time.time_ns()}"  # an old name would resume an old run's state
-    # Not its torch trainer: that has a process group even for one worker, and listens on all interfaces for it.
-    trainer = DataParallelTrainer(
-        run_worker,
-        train_loop_config={"job": job},
-        scaling_config=scaling(ask, selector),
-        run_config=RunConfig(name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=1)),
-    )
-    try:
-        outcome = trainer.fit().return_value  # type: ignore[attr-defined]
-    except ray.train.TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {}).values()
-        outcome = next(iter(_among(failures, AkdError)), None)
-        if outcome is None:
-            told = "; ".join(str(one) for one in _among(failures, OutOfStepError))
-            return OUT_OF_STEP + told if told else "Ray says: " + _cause(str(error))
-    finally:
-        shutil.rmtree(storage / name, ignore_errors=True)
-    if isinstance(outcome, AkdError):
-        raise outcome
-    return ""
-
-
-def scaling(ask: ResourceRequest, selector: dict[str, str] | None = None) -> Any:
-    """What Ray Train is asked for: Ray places workers by CPUs, GPUs and memory, but does not hold them to these.
-
-    Several cohorts have the same GPU where each asks for a fraction of it.
-    """
-    from ray.train import ScalingConfig
-
-    each = {"CPU": ask.cpus, "memory": ask.memory} | ({"GPU": ask.gpus} if ask.gpus else {})
-    return ScalingConfig(  # type: ignore[call-arg]  # Ray declares an older one
-        num_workers=ask.workers, use_gpu=ask.gpus > 0, resources_per_worker=each, label_selector=selector
-    )
 
 
 def shared_by(base: CohortJob, assistant: Stores, console: Console) -> Shared:
@@ -474,79 +329,3 @@ def shared_by(base: CohortJob, assistant: Stores, console: Console) -> Shared:
     }
     folders = {"the run's folder": base.control}
     return Shared(folders, base.cache_root, lambda text: tell(console, text), stores)
-
-
-def _cause(told: str) -> str:
-    """The part of Ray's account of a death that says why; where there is none, the last line, which ends a trace."""
-    text = " ".join(told.split())
-    starts = [
-        text.find(mark) for mark in ("Worker exit detail: ", "was killed due to", "ray.exceptions.") if mark in text
-    ]
-    said = text[starts[0] :] if starts else told.strip().rpartition("\n")[2]
-    return said[:400].partition(" Some common causes include")[0].rstrip(".")  # any of them: it does not know
-
-
-def _among(failures: Iterable[Exception], kind: type[Raised]) -> Iterator[Raised]:
-    """What workers raised of one kind, however Ray wrapped it."""
-    for failure in failures:
-        cause: Any = failure
-        while cause is not None and not isinstance(cause, kind):
-            cause = getattr(cause, "_base_exc", None) or getattr(cause, "cause", None) or cause.__cause__
-        if cause is not None:
-            yield cause
-
-
-def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
-    """What a Ray Train worker runs.
-
-    A refusal is returned, not raised: running it again would change nothing. Where there are other ranks it is raised,
-    so that Ray ends them too and none waits for this one.
-    """
-    context = cluster.ray.train.get_context()
-    job, rank, world = config["job"], context.get_world_rank(), context.get_world_size()
-    log = worker_log(job, rank)
-    keep_log(log)
-    try:
-        with joining(rank, world, job.device) as group:
-            return train_cohort(job, group)
-    except AkdError as error:
-        write_note(log, str(error))
-        refusal = error
-    except OutOfStepError as error:
-        write_note(log, "".join(traceback.format_exception(error)))
-        raise  # counts as a death of the workers: they start again, and the guilty student is found
-    except Exception as error:
-        write_note(log, "".join(traceback.format_exception(error)))
-        refusal = AkdError(
-            "a training worker failed in a way that akd-dist did not foresee; this is a bug in it",
-            got=f"{type(error).__name__}: {error}",
-            next=f"report it with the log {log}; the same command goes on from the last checkpoints",
-        )
-    if world > 1:
-        raise refusal
-    return refusal
-
-
-def joining(rank: int, world: int, device: str) -> contextlib.AbstractContextManager[Ranks]:
-    """The group of this Ray Train worker and the others of its cohort, as a context."""
-    from ray.train.collective import broadcast_from_rank_zero
-
-    if world > 1 and device == "cuda":
-        import ray.train.torch
-
-        torch.cuda.set_device(ray.train.torch.get_device())  # each sees all of its node's that the cohort has
-    here = cluster.ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    return joined(rank, world, device, here, broadcast_from_rank_zero)
-
-
-def worker_log(job: CohortJob, rank: int) -> Path:
-    """Where a worker's warnings and crashes are told."""
-    return Path(job.logs) / f"{job.name}.rank{rank}.log"
-
-
-def keep_log(path: Path) -> None:
-    """Send this worker's warnings, and its stack if it crashes, to a file that stays with the run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")  # noqa: SIM115  # faulthandler writes to it until the process ends
-    faulthandler.enable(file)
-    logging.getLogger("akd_dist").addHandler(logging.StreamHandler(file))

@@ -143,36 +143,24 @@ def check_room(nodes: Sequence[Node], ask: ResourceRequest, what: str) -> None:
 
 def next_to_start(
     waiting: Sequence[ResourceRequest],
-    overtook: Sequence[ResourceRequest],
     free: Sequence[Node],
     nodes: Sequence[Node],
-    running: Sequence[ResourceRequest] = (),
+    unplaced: Sequence[ResourceRequest] = (),
 ) -> int | None:
-    """Which of the waiting cohorts starts now, as an index; None if none does.
+    """Which of the waiting cohorts starts now, as an index: the first in line that fits; None if none does.
 
-    The first in line goes first. Another one that fits now may overtake it only if the first one would still fit on
-    the empty cluster beside all that overtook it: then it waits for nobody but those who ran before it came first.
+    A smaller one may so start before a larger one that came first. The queue only ever gets shorter, so the larger one
+    waits at most until the smaller ones are through, and no CPU is idle meanwhile that one of them could use.
 
     Args:
         waiting: in the order of the queue.
-        overtook: running cohorts that overtook the first one.
         free: what the nodes have free.
         nodes: what they have in all.
-        running: the cohorts that run, where some of them are not placed yet and still count as free.
+        unplaced: the cohorts that run, where some of them are not placed yet and still count as free.
     """
-
-    def may_overtake(ask: ResourceRequest) -> bool:
-        first = waiting[0]  # if a node was lost, it waits for another one to join
-        return not fits(nodes, first) or pack(nodes, [first, *overtook, ask]) is not None
-
-    refused: set[ResourceRequest] = set()  # a long queue holds few different asks
-    for index, ask in enumerate(waiting):
-        if ask in refused:
-            continue
-        has_room = fits(free, ask) and (not running or pack(nodes, [*running, ask]) is not None)
-        if has_room and (index == 0 or may_overtake(ask)):
-            return index
-        refused.add(ask)
+    for ask in dict.fromkeys(waiting):  # a long queue holds few different asks
+        if fits(free, ask) and (not unplaced or pack(nodes, [*unplaced, ask]) is not None):
+            return waiting.index(ask)
     return None
 
 
@@ -185,19 +173,15 @@ def timetable(cohorts: Sequence[tuple[float, ResourceRequest]], nodes: Sequence[
     waiting = list(range(len(cohorts)))
     times = [(0.0, 0.0)] * len(cohorts)
     running: dict[int, list[int]] = {}  # cohort -> the nodes of its workers
-    overtook: list[int] = []
     free, now = list(nodes), 0.0
     while waiting:
-        asks = [cohorts[index][1] for index in waiting]
-        chosen = next_to_start(asks, [cohorts[index][1] for index in overtook], free, nodes)
+        chosen = next_to_start([cohorts[index][1] for index in waiting], free, nodes)
         if chosen is None and running:
             done = min(running, key=lambda index: times[index][1])
             now = times[done][1]
             _give_back(free, cohorts[done][1], running.pop(done))
-            overtook = [index for index in overtook if index in running]
             continue
         index = waiting.pop(chosen or 0)
-        overtook = [*overtook, index] if chosen else []
         seconds, ask = cohorts[index]
         times[index] = (now, now + seconds)
         taken = _take(free, ask)

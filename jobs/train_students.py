@@ -32,20 +32,15 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import SPLITS, Rows, Splits, first_difference
 from akd_dist.distill.checkpoint import DAMAGED
 from akd_dist.distill.cohort import (
-    ZOMBIE_SECONDS,
-    CohortJob,
     check_fingerprints,
-    ended,
     open_stream,
-    read_result,
-    renewals,
-    stop_attempts,
     stored_predictions,
     train_cohort,
     wait_for_lock,
 )
+from akd_dist.distill.delivery import failed_entry
+from akd_dist.distill.job import ZOMBIE_SECONDS, CohortJob, ended, read_result, renewals, stop_attempts
 from akd_dist.distill.metrics import measure
-from akd_dist.distill.student import failed_entry
 from akd_dist.distill.teacher import served_fingerprint
 from akd_dist.distill.trial import try_training
 from akd_dist.documents.damage import load
@@ -267,9 +262,8 @@ def _train(
     with cluster.stop_on_signals(asked.tell) as stop:
         replaced(asked, stop=stop).connect()
         cohorts, _ = plan_cohorts(recipe, todo, cluster.nodes(), costs)
-        fixed = recipe.cohorts is not None
         with telling_damage(base, todo, asked.console):
-            fleet = Fleet(base, costs, stop, asked.console, chain[-1], fixed=fixed, look=splits.sources.look)
+            fleet = Fleet(base, costs, stop, asked.console, chain[-1], look=splits.sources.look)
             count = fleet.train(cohorts)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
@@ -610,9 +604,8 @@ def training_seconds(recipe: Recipe, splits: Splits, store: LogitStore) -> float
 
 def tidy(base: CohortJob) -> None:
     """Remove what only a running fleet needs. The attempts stay, for late workers of theirs."""
-    for pattern in ("progress-*.json", "leave-*"):
-        for path in Path(base.control).glob(pattern):
-            path.unlink()
+    for path in Path(base.control).glob("progress-*.json"):
+        path.unlink()
     shutil.rmtree(Path(base.control) / "ray", ignore_errors=True)
     for log in Path(base.logs).glob("cohort-*.log"):
         if log.stat().st_size == 0:

@@ -20,7 +20,8 @@ from akd_dist.base.errors import HeldError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import views
 from akd_dist.data.rows import SPLITS, Splits
-from akd_dist.distill.cohort import CohortJob, read_progress, read_result, renewals, train_cohort
+from akd_dist.distill.cohort import train_cohort
+from akd_dist.distill.job import CohortJob, read_progress, read_result, renewals
 from akd_dist.models.build import by_content
 from akd_dist.models.device import device_name, gpus_of
 from akd_dist.models.folder import load_card

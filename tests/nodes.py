@@ -17,8 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from akd_dist.base.errors import MachineError
-from akd_dist.jobs import cluster, fleet, shared
-from akd_dist.jobs.planning import planner
+from akd_dist.jobs import cluster, ray_train, shared
 from akd_dist.jobs.train_students import train_students
 from akd_dist.recipe import load_recipe
 
@@ -47,15 +46,20 @@ def until(condition: Callable[[], bool], seconds: float = 900.0) -> None:
 
 
 def join(recipe: str, root: Path) -> dict[str, Any]:
-    """Train a recipe on one CPU; once its students have checkpoints, a second node joins."""
-    planner.START_SECONDS, fleet.SPREAD_SECONDS, shared.LOOK_SECONDS = 0.2, 1.0, 0.5
+    """Train a recipe on one CPU, where a cohort waits and the other stands still, until a second node has joined."""
+    shared.LOOK_SECONDS = 0.5
     made = start(num_cpus=1)
 
     joined: list[subprocess.Popen[bytes]] = []
 
+    def begun() -> int:
+        return len({path.parent for path in root.glob("runs/*/students/*/checkpoints/*.ckpt")})
+
     def add() -> None:
-        until(lambda: bool(list(root.glob("runs/*/students/*/checkpoints/*.ckpt"))))
+        until(lambda: begun() > 0)
         joined.append(subprocess.Popen(one_more(made)))
+        until(lambda: begun() == len(load_recipe(recipe).students))
+        (root / "hold").unlink()
 
     threading.Thread(target=add, daemon=True).start()
     places: dict[str, Any] = {
@@ -109,7 +113,7 @@ def share(root: Path) -> dict[str, Any]:
         return [int(one) for one in ray.get_gpu_ids()]
 
     found: list[Any] = []
-    scaling = fleet.scaling(ResourceRequest(1, 1, gpus=0.5, memory=1e8))
+    scaling = ray_train.scaling(ResourceRequest(1, 1, gpus=0.5, memory=1e8))
     run = lambda: found.append(DataParallelTrainer(work, scaling_config=scaling).fit().return_value)  # type: ignore[attr-defined]  # noqa: E731
     threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
     for thread in threads:

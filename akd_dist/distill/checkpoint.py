@@ -103,6 +103,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.ckpt"))
 
 
+def drop_doubtful(folder: Path, writer: FencedWriter, mark: str | None = None) -> None:
+    """Remove the checkpoints of a folder that rest on bytes of which nobody knows whether they were already wrong.
+
+    Args:
+        mark: of files that are still to be hashed: a checkpoint that rests on these very ones stays, since wrong bytes
+            in them will be found. Any other cache entry, made since, says nothing of the bytes behind a checkpoint.
+    """
+    for path in checkpoints(folder):
+        if read_header(path).get("rests_on") not in (None, mark):
+            writer.remove(path)
+
+
 def encode(tree: Any) -> bytes:
     """A tree as the bytes of a checkpoint file."""
     tensors: dict[str, torch.Tensor] = {}

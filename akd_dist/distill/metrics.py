@@ -1,4 +1,4 @@
-"""Metrics of a model on a split: accuracy, F1 and Matthews for classes, Pearson and Spearman for numbers.
+"""Evaluation of a model on a split: accuracy, F1 and Matthews for classes, Pearson and Spearman for numbers.
 
 torchmetrics computes them, as far as it counts class by class. It takes more than a second to import, so it is imported
 where it is first needed.
@@ -9,9 +9,44 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from akd_dist.recipe import Task
+from akd_dist.data.rows import Rows
+from akd_dist.distill.objectives import at_least_float32, label_losses
+from akd_dist.models.device import autocast
+from akd_dist.recipe import Precision, Task
+
+EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
+
+
+@torch.inference_mode()
+def evaluate(
+    module: nn.Module, rows: Rows, device: torch.device, precision: Precision = "float32"
+) -> tuple[dict[str, float], np.ndarray]:
+    """Every metric of the task (see `measure`) and the mean label loss of a module on rows, un-augmented.
+
+    Args:
+        module: on `device`, its weights in `weights_dtype(precision)`.
+
+    Returns:
+        The metrics with `loss`, mean cross-entropy or squared error; and what the module says of each row: the class,
+        int64 [n], or for regression the number, float [n].
+    """
+    module.eval()
+    loss, said = 0.0, []
+    for start in range(0, len(rows), EVALUATION_ROWS):
+        block = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
+        inputs, labels = (torch.from_numpy(np.array(part)).to(device) for part in block)
+        with autocast(device, precision):
+            logits = module(inputs)
+        logits = at_least_float32(logits)
+        loss += float(label_losses(logits, labels).double().sum())
+        said.append(predictions(rows.task, logits).cpu())
+    together = torch.cat(said)
+    metrics = measure(rows.task, together, torch.from_numpy(np.array(rows.labels)), rows.classes)
+    return metrics | {"loss": loss / len(rows)}, together.numpy()
 
 
 def predictions(task: Task, logits: torch.Tensor) -> torch.Tensor:
@@ -40,7 +75,9 @@ def measure(
     else:
         found = _of_classes(predictions, labels, classes or int(torch.cat([predictions, labels]).max()) + 1)
     # torchmetrics divides in float32, whose digits beyond the seventh mean nothing and may end just outside of -1 to 1.
-    return {name: _within_one(round(value, 7)) if math.isfinite(value) else 0.0 for name, value in found.items()}
+    return {
+        name: max(-1.0, min(1.0, round(value, 7))) if math.isfinite(value) else 0.0 for name, value in found.items()
+    }
 
 
 def _of_classes(predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, float]:
@@ -94,10 +131,6 @@ def _of_numbers(predictions: torch.Tensor, labels: torch.Tensor) -> dict[str, fl
         "pearson": float(pearson_corrcoef(scaled, labels)),
         "spearman": float(pearson_corrcoef(_ranks(predictions), _ranks(labels))),
     }
-
-
-def _within_one(value: float) -> float:
-    return max(-1.0, min(1.0, value))
 
 
 def _varies(values: torch.Tensor) -> bool:

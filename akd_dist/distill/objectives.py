@@ -14,6 +14,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from akd_dist.base.errors import RecipeError
@@ -49,9 +50,7 @@ class Stage(ABC):
     """What its loss is descended by; None takes the student's."""
 
     @abstractmethod
-    def losses(
-        self, epoch: int, z_student: torch.Tensor, z_teacher: torch.Tensor | None, labels: torch.Tensor
-    ) -> torch.Tensor:
+    def losses(self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
         """The loss of each row in a 0-based epoch of this stage.
 
         Args:
@@ -83,9 +82,7 @@ class HardLabelStage(Stage):
     name: ClassVar[str] = "hard_labels"
     needs_logits: ClassVar[bool] = False
 
-    def losses(
-        self, epoch: int, z_student: torch.Tensor, z_teacher: torch.Tensor | None, labels: torch.Tensor
-    ) -> torch.Tensor:
+    def losses(self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
         """Cross-entropy; the squared error for regression."""
         return label_losses(z_student, labels)
 
@@ -101,9 +98,7 @@ class AnnealingStage(Stage):
     reduction: str = "mean"
     """How the squared norm is reduced over classes: `mean` or `sum`."""
 
-    def losses(
-        self, epoch: int, z_student: torch.Tensor, z_teacher: torch.Tensor | None, labels: torch.Tensor
-    ) -> torch.Tensor:
+    def losses(self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
         """The squared distance to the annealed logits; the same for regression, with its one number."""
         assert z_teacher is not None
         return annealing_losses(z_student, z_teacher, self.phi(epoch), self.reduction)
@@ -128,9 +123,7 @@ class KdStage(Stage):
     alpha: float
     """Share of the teacher in the loss."""
 
-    def losses(
-        self, epoch: int, z_student: torch.Tensor, z_teacher: torch.Tensor | None, labels: torch.Tensor
-    ) -> torch.Tensor:
+    def losses(self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
         """(1 - a) CE(y, z_s) + a T^2 KL(softmax(z_t / T) || softmax(z_s / T)).
 
         A regression has no softmax to soften; there it is (1 - a) (y - z_s)^2 + a (z_s - z_t)^2, without a temperature.
@@ -160,9 +153,7 @@ class ContinuationStage(Stage):
     reduction: str = "mean"
     """How the squared norm is reduced over classes, before the margin is taken off: `mean` or `sum`."""
 
-    def losses(
-        self, epoch: int, z_student: torch.Tensor, z_teacher: torch.Tensor | None, labels: torch.Tensor
-    ) -> torch.Tensor:
+    def losses(self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
         """psi_i CE(y, z_s) + (1 - psi_i) max(0, || z_s - Phi z_t ||^2 - m Phi); squared error for CE in regression."""
         assert z_teacher is not None
         distances = annealing_losses(z_student, z_teacher, self.phi(epoch), self.reduction)
@@ -202,9 +193,7 @@ def stages(objective: Objective) -> tuple[Stage, ...]:
             )
 
 
-def row_losses(
-    stage: Stage, epoch: int, z_student: torch.Tensor, z_teacher: torch.Tensor | None, labels: torch.Tensor
-) -> torch.Tensor:
+def row_losses(stage: Stage, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
     """The loss of each row in a 0-based epoch of a stage, computed in float64 where the student is, else in float32.
 
     Args:
@@ -223,7 +212,7 @@ def row_losses(
     return stage.losses(epoch, z_student, z_teacher, labels)
 
 
-def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
     """Logits in float32 where they are of half precision; float32 and float64 as they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -294,7 +283,7 @@ def learning_rate(base: float, schedule: Schedule, step: int, total: int) -> flo
 # ---- losses
 
 
-def label_losses(z_student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def label_losses(z_student: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each row, or its squared error (y - z_s)^2 for regression.
 
     Args:
@@ -309,9 +298,7 @@ def label_losses(z_student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(z_student, labels, reduction="none")
 
 
-def annealing_losses(
-    z_student: torch.Tensor, z_teacher: torch.Tensor, phi: float, reduction: str = "mean"
-) -> torch.Tensor:
+def annealing_losses(z_student: Tensor, z_teacher: Tensor, phi: float, reduction: str = "mean") -> Tensor:
     """|| z_s(x) - Phi(T) z_t(x) ||^2 of each row: the loss of stage I (Jafari et al., EACL 2021), on raw logits.
 
     The paper writes the squared norm, a sum over classes; the authors' code takes the mean over batch and classes. The
@@ -330,7 +317,7 @@ def annealing_losses(
     return squares.mean(dim=1) if reduction == "mean" else squares.sum(dim=1)
 
 
-def softened_losses(z_student: torch.Tensor, z_teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+def softened_losses(z_student: Tensor, z_teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(z_t / T) || softmax(z_s / T)) of each row (Hinton et al., 2015, arXiv 1503.02531).
 
     T^2 keeps the size of the gradient when T changes.

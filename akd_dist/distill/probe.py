@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from torch import nn
 
 from akd_dist import recipe
 from akd_dist.data.rows import Splits
+from akd_dist.distill.metrics import EVALUATION_ROWS
 from akd_dist.distill.objectives import stages
 from akd_dist.distill.stream import Batch, BatchStream, batch_ends
-from akd_dist.distill.student import EVALUATION_ROWS, DivergedError, Student
+from akd_dist.distill.student import DivergedError, Student
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, free_memory, set_deterministic, weights_dtype
 
@@ -87,7 +88,7 @@ def moments(optimizer: recipe.Optimizer) -> int:
 
 
 def guessed(spec: recipe.StudentSpec, parameters: int) -> Measured:
-    """What can be said of a student whose probe failed: its weights and optimizer by their number, and no time."""
+    """What is known of a student whose probe failed: bytes of weights and optimizer, by their number. Times are 0."""
     weights = parameters * weights_dtype(spec.precision).itemsize
     return Measured(0.0, 0.0, 0.0, 0.0, 0.0, weights, weights, moments(largest_optimizer(spec)) * weights, 0, 0)
 
@@ -128,12 +129,12 @@ def _measure(
     """What a student takes.
 
     Args:
-        share: rows of a worker in a step, by which time is told.
+        share: rows of a worker in a step, for which times are given.
         largest: the most that it ever has at once, as in a merged last batch, by which memory is.
     """
     started = time.perf_counter()
     card = ModelCard.of(spec.model, splits.train, data.normalize, data.image)
-    student = Student(spec, card, folder, log=folder / "log", device=device)
+    student = Student(spec, card, folder, device=device)
     start = time.perf_counter() - started
     first = _batch(data, splits, min(FIRST_ROWS, share), device)[0]
     warm = _timed(student, first)  # the first step of a process also loads what torch needs
@@ -157,7 +158,7 @@ def _measure(
         stream=stream * share / rows,
         evaluation=evaluation / evaluated,
         start=start,
-        keeping=min(_saved(student), _saved(student)) if weights <= KEPT_BYTES else 0.0,
+        keeping=min(_seconds(student.save), _seconds(student.save)) if weights <= KEPT_BYTES else 0.0,
         weights=weights,
         gradients=_bytes_of(one.grad for one in student.module.parameters() if one.grad is not None),
         optimizer=_bytes_of(
@@ -186,10 +187,14 @@ def _batch(data: recipe.DataSpec, splits: Splits, rows: int, device: torch.devic
     return dataclasses.replace(batch, logits=logits, global_rows=len(batch.rows)), seconds
 
 
-def _timed(student: Student, batch: Batch) -> float:
+def _seconds(act: Callable[[], object]) -> float:
     started = time.perf_counter()
-    student.take_step(batch, steps_per_epoch=1 << 30)  # waits for a GPU, since it reads the loss
+    act()
     return time.perf_counter() - started
+
+
+def _timed(student: Student, batch: Batch) -> float:
+    return _seconds(lambda: student.take_step(batch, steps_per_epoch=1 << 30))  # waits for a GPU: it reads the loss
 
 
 def _mean_seconds(student: Student, batch: Batch) -> float:
@@ -207,12 +212,6 @@ def _evaluation_seconds(student: Student, splits: Splits, rows: int) -> float:
     inputs = torch.from_numpy(splits.validation.read(0, rows)[0].copy()).to(student.device)
     with autocast(student.device, student.spec.precision):
         student.module(inputs).sum().item()
-    return time.perf_counter() - started
-
-
-def _saved(student: Student) -> float:
-    started = time.perf_counter()
-    student.save()
     return time.perf_counter() - started
 
 

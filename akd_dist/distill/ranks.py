@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_address
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
@@ -18,8 +17,6 @@ from torch import nn
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # as its documentation has it
 
 from akd_dist.base.errors import MachineError
-
-Computed = TypeVar("Computed")
 
 # How long a rank waits for the others in one exchange: rank 0 may write a large checkpoint, or evaluate, meanwhile.
 EXCHANGE_TIMEOUT = timedelta(minutes=30)
@@ -65,25 +62,28 @@ class Ranks:
         if self.any(False)[0]:
             raise PeerFailedError("another worker of this student failed")
 
-    def agree(self, compute: Callable[[], Computed]) -> Computed:
-        """What this rank computes without the others; if it fails on any rank, every rank raises.
+    @contextlib.contextmanager
+    def agree(self) -> Iterator[None]:
+        """A block that this rank computes without the others; if it fails on any rank, every rank raises at its end.
 
         Raises:
             PeerFailedError: it failed on another rank, not here; says on which, and why.
         """
         if self.world == 1:
-            return compute()
+            yield
+            return
         failure: Exception | None = None
         try:
-            computed = compute()
+            yield
         except Exception as error:
             failure = error
-        # Who was in `go_on` knows already: the failed rank answered it when it came to agree here.
+        # A rank that was in `go_on` knows of the failure already: the exchange that it waited in there was answered by
+        # the failed rank here. It must not begin another exchange, which nobody would answer.
         heard = isinstance(failure, AgreedError)
         if not heard and not self.any(failure is not None)[0]:
-            return computed
+            return
         reasons: list[str | None] = [None] * self.world
-        torch.distributed.all_gather_object(reasons, None if failure is None or heard else told(failure))
+        torch.distributed.all_gather_object(reasons, None if failure is None or heard else reason_of(failure))
         if failure is not None and not heard:
             failure.agreed = True  # type: ignore[attr-defined]  # read by `check_agreed`
             raise failure
@@ -97,11 +97,7 @@ class Ranks:
         """
         agreed = isinstance(error, AgreedError) or getattr(error, "agreed", False)
         if self.world > 1 and not agreed:
-            raise OutOfStepError(f"{who}: {told(error)}") from error
-
-    def log_beside(self, log: Path) -> Path:
-        """This rank's own log of a student: rank 0 has the student's."""
-        return log if self.rank == 0 else log.with_suffix(f".rank{self.rank}.log")
+            raise OutOfStepError(f"{who}: {reason_of(error)}") from error
 
     def sum(self, value: float) -> float:
         """The sum of a number over the ranks."""
@@ -145,7 +141,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def joined(rank: int, world: int, device: str, host: str, broadcast: Callable[[Any], Any]) -> Iterator[Ranks]:
-    """The group of a cohort's workers, for the time of the block; one that is alone needs no process group.
+    """The ranks of a cohort's workers, for the time of the block; one that is alone needs no process group.
 
     Args:
         rank: of this worker.
@@ -193,8 +189,8 @@ def _meeting_point(rank: int, world: int, host: str, broadcast: Callable[[Any], 
     return store
 
 
-def told(error: BaseException) -> str:
-    """An error as the reason that a student failed."""
+def reason_of(error: BaseException) -> str:
+    """An error as the reason for which a student failed, as results and logs have it."""
     short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     said = type(error).__name__ + (f": {error}" if str(error) else "")
     return f"out of memory: {said}" if short else said

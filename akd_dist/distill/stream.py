@@ -26,11 +26,11 @@ from akd_dist.storage.manifest import Manifest, Probe
 
 _UNITS = {"uint8": "on a scale of 0 to 255", "float32": "in the units of the inputs", "int32": "in ids of tokens"}
 WINDOWS_AT_ONCE = 4
-"""How many windows a windowed shuffle mixes: reads stay within that many."""
+"""How many windows a windowed shuffle mixes: reads stay within so many of them."""
 STEPS_AT_ONCE = 8
-"""Batches that are made in one go for a GPU, where a small one takes hardly more than the launches of its kernels..."""
+"""Batches that are made in one go for a GPU: a small one alone takes hardly more than the launches of its kernels."""
 BYTES_AT_ONCE = 64_000_000
-"""... as long as their inputs are no larger than that together."""
+"""The most that the inputs of such batches may take together; of larger ones fewer are made in one go."""
 Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Inputs, labels and logits of some rows."""
 

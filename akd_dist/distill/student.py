@@ -1,17 +1,15 @@
-"""One student: its whole training state, a step, the end of an epoch, and its way to disk and back.
+"""One student: its training state, a step, the end of an epoch, and its checkpoints.
 
 A student owns its random state, so it trains bit for bit the same alone or beside others, in a plain loop or under Ray.
+What else it leaves (model, result, metrics, log) is written by `delivery`; the loop around it is `lockstep`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +20,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from akd_dist import recipe
 from akd_dist.base.fence import FencedWriter
-from akd_dist.base.files import append, failpoint, sha256
-from akd_dist.data.predictions import encode_predictions
+from akd_dist.base.files import failpoint, sha256
 from akd_dist.data.rows import Rows
 from akd_dist.distill.batch_norm import has_batch_norm, synchronise_batch_norms
-from akd_dist.distill.checkpoint import checkpoints, decode, newest_checkpoint, read_header, save_checkpoint
-from akd_dist.distill.metrics import measure, predictions
-from akd_dist.distill.objectives import Stage, at_least_float32, label_losses, learning_rate, row_losses, stages
-from akd_dist.distill.ranks import AgreedError, Ranks, told
+from akd_dist.distill.checkpoint import decode, newest_checkpoint, save_checkpoint
+from akd_dist.distill.metrics import evaluate
+from akd_dist.distill.objectives import Stage, learning_rate, row_losses, stages
+from akd_dist.distill.ranks import AgreedError, Ranks
 from akd_dist.distill.stream import Batch
-from akd_dist.models.build import build, num_parameters
+from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, generator_states, set_generator_states, weights_dtype
-from akd_dist.models.folder import save_model
-from akd_dist.tracking.status import read_metrics
 
-EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
 CPU = torch.device("cpu")
-TEST_NAME = "test.parquet"
-"""What student and teacher say of each test row, beside its label."""
 
 
 class DivergedError(AgreedError):
@@ -53,15 +45,12 @@ class Student:
     Args:
         spec: what the recipe says of it.
         card: its model for this dataset.
-        folder: where its checkpoints, metrics and delivered model go.
-        log: its log file.
+        folder: where its checkpoints go.
         attempt: which attempt of the run this is; part of checkpoint names.
-        group: the data-parallel ranks it is trained on; rank 0 alone writes.
+        ranks: the data-parallel workers it is trained on; rank 0 alone writes.
         writer: what rank 0 writes through, so that a later worker can shut it out; None where there can be no other.
         metric: what picks the best epoch of each stage; None takes the usual one of the task.
         device: where module, optimizer and batches lie.
-        vouch: called before anything is published that depends on rows or logits: returns once these are known to be
-            what was prepared and decoded, see `_Lockstep.vouch`, or raises.
     """
 
     def __init__(
@@ -70,38 +59,43 @@ class Student:
         card: ModelCard,
         folder: Path,
         *,
-        log: Path,
         attempt: int = 1,
-        group: Ranks | None = None,
+        ranks: Ranks | None = None,
         writer: FencedWriter | None = None,
         metric: recipe.Metric | None = None,
         device: torch.device = CPU,
-        vouch: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self.spec, self.card, self.folder, self.attempt, self.vouch = spec, card, folder, attempt, vouch
+        self.spec, self.card, self.folder, self.attempt = spec, card, folder, attempt
+        self.ranks, self.writer = ranks or Ranks(), writer or FencedWriter()
         self.metric, self.device = metric, device
-        self.group, self.writer = group or Ranks(), writer or FencedWriter()
-        self.log = self.group.log_beside(log)
         self.stages, self.stage1 = stages(spec.objective), spec.stage1
+        # Where it stands: `epoch` counts on through all stages, `step` within the epoch.
         self.epoch = self.step = self.stage_index = 0
-        self.loss_sum, self.loss_rows = 0.0, 0
+        self.loss_sum, self.loss_rows = 0.0, 0  # of this rank's rows, in the epoch so far
         self.seconds = 0.0
-        self.stage1_from: str | None = None
+        self.stage1_from: str | None = None  # the student whose stage I it goes on from, by name
         self.history: list[dict[str, Any]] = []
-        self.best: dict[str, torch.Tensor] | None = None
+        self.best: dict[str, torch.Tensor] | None = None  # the weights of the stage's best epoch so far
         self.best_record: dict[str, Any] = {}
-        self.result: dict[str, Any] | None = None
-        self.module, self.rng = self.group.agree(self._initialise)
+        self.result: dict[str, Any] | None = None  # its entry of fleet.json, once it has ended
+        self.rng = seeded_states(self.device, spec.seed, 0, 0)
+        with self.ranks.agree(), self._own_generator():
+            module = build(card, pretrained=True)
+            if spec.sync_batchnorm and self.ranks.world > 1:
+                synchronise_batch_norms(module, self.ranks.go_on)
+            self.module = module.to(self.device, weights_dtype(spec.precision))
+        if self.ranks.rank > 0:  # all ranks make the same weights, and then drop other units
+            self.rng = seeded_states(self.device, spec.seed, 0, self.ranks.rank)
         self.optimizer, self.scaler = self._new_optimizer()
-        self._forward: nn.Module = self.module
-        if self.group.world > 1:
-            self._forward = DistributedDataParallel(self.module)
+        self.forward: nn.Module = self.module
+        if self.ranks.world > 1:
+            self.forward = DistributedDataParallel(self.module)
 
     # ---- where it stands
 
     @property
     def training(self) -> bool:
-        """Whether there are steps left to take."""
+        """Whether it has not ended."""
         return self.result is None
 
     @property
@@ -116,12 +110,12 @@ class Student:
 
     @property
     def not_started(self) -> bool:
-        """Whether it stands where it was made."""
+        """Whether it has not taken a step yet."""
         return self.training and self.epoch == self.step == 0
 
     @property
     def epochs_shared(self) -> int:
-        """Epochs that another student took for it."""
+        """Epochs of a stage I that another student trained for it."""
         return self.stages[0].epochs if self.stage1_from else 0
 
     @property
@@ -139,66 +133,60 @@ class Student:
     def take_step(self, batch: Batch, steps_per_epoch: int) -> None:
         """One optimizer step on this rank's share of a global batch.
 
-        The loss is weighted so that the gradient is that of the exact mean over the global batch: as
-        DistributedDataParallel averages over ranks, each rank's sum is divided by the global rows and multiplied by the
-        number of ranks.
-
         Raises:
-            DivergedError: the loss is not finite; the weights are still those of the step before.
+            DivergedError: the loss is not finite on some rank; the weights are still those of the step before.
+            PeerFailedError: the forward pass failed on another rank.
         """
         started = time.perf_counter()
-        stage_step = self.stage_epoch * steps_per_epoch + self.step
-        rate = learning_rate(
-            self.optimizer_spec.lr, self.optimizer_spec.schedule, stage_step, self.stage.epochs * steps_per_epoch
-        )
+        stage, epoch, optimizer = self.stage, self.stage_epoch, self.optimizer_spec
+        self.module.train()  # an evaluation leaves it in eval mode
+
+        # Learning rate: a pure function of the step within the stage, so that no scheduler has to be checkpointed.
+        stage_step, stage_steps = epoch * steps_per_epoch + self.step, stage.epochs * steps_per_epoch
+        rate = learning_rate(optimizer.lr, optimizer.schedule, stage_step, stage_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.module.train()
+
+        # Dropout draws from the student's own generator: it drops the same units beside other students as alone.
         with self._own_generator():
-            total = self._agreed_loss(batch)
-            value = float(total.detach())
-            if self.group.any(not math.isfinite(value))[0]:
-                value = self.group.sum(value)
+            # Forward. The inputs show the epoch's view already, the one that the teacher's logits are of.
+            # A rank without rows (of a small last batch) takes part, since the others wait for its gradients. Many
+            # models cannot reshape a batch of no rows, so it runs a spare row and keeps nothing of it; its gradients
+            # are zero. Batch norm would take the spare row into its running statistics, so there it runs no rows.
+            spare = None if batch.spare is None or has_batch_norm(self.module) else batch.spare
+            with self.ranks.agree():  # if this fails on one rank, all of them raise; else they would wait for it
+                with autocast(self.device, self.spec.precision):
+                    logits = self.forward(batch.inputs) if spare is None else self.forward(spare)[:0]
+                loss = row_losses(stage, epoch, logits, batch.logits, batch.labels).sum()
+
+            # The ranks leave together, before any weight has changed.
+            value = float(loss.detach())
+            if self.ranks.any(not math.isfinite(value))[0]:
+                value = self.ranks.sum(value)
                 raise DivergedError(f"the loss is {value} in epoch {self.epoch}, step {self.step}, at lr {rate:g}")
-            self._descend(total * self.group.world / batch.global_rows)
+
+            # Backward. Gradients add up, so those that a step may have left when it failed half way are cleared first.
+            # DistributedDataParallel averages gradients over the ranks here. Each rank's sum of losses, times the ranks
+            # and divided by the rows of the whole batch, makes that the gradient of the mean over the batch: exactly,
+            # for unequal shares and short last batches too. In another order than * and / it would round otherwise,
+            # and the weights would not be those of earlier versions bit for bit.
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss * self.ranks.world / batch.global_rows).backward()  # type: ignore[no-untyped-call]
+
+            # Every rank now holds the gradient of the whole batch, so all of them clip by the same norm and take the
+            # same step. In float16 the scaler leaves out a step whose gradients overflowed; else it does nothing.
+            if optimizer.clip is not None:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.module.parameters(), optimizer.clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+        # Python floats, added in the order of the steps and kept in checkpoints: an epoch that was resumed records the
+        # same train loss to the last bit.
         self.loss_sum += value
         self.loss_rows += len(batch.rows)
         self.step += 1
         self.seconds += time.perf_counter() - started
-
-    def _agreed_loss(self, batch: Batch) -> torch.Tensor:
-        """The summed loss of this rank's rows."""
-
-        def loss() -> torch.Tensor:
-            with autocast(self.device, self.spec.precision):
-                logits = self._logits(batch)
-            return row_losses(self.stage, self.stage_epoch, logits, batch.logits, batch.labels).sum()
-
-        return self.group.agree(loss)
-
-    def _logits(self, batch: Batch) -> torch.Tensor:
-        """What the student says of this rank's rows, [n, classes].
-
-        A rank without rows takes part all the same. Many models cannot reshape a batch of none, so they see a spare
-        row, of which nothing is kept and whose gradient is zero. With batch norm it would move the statistics.
-        """
-        if batch.spare is None or has_batch_norm(self.module):
-            return self._forward(batch.inputs)  # type: ignore[no-any-return]
-        return self._forward(batch.spare)[:0]  # type: ignore[no-any-return]
-
-    def _descend(self, loss: torch.Tensor) -> None:
-        """One step down the gradient of the global batch.
-
-        After the backward pass every rank holds that gradient, so its norm is the same on all of them.
-        """
-        clip = self.optimizer_spec.clip
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.module.parameters(), clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
 
     def end_epoch(self, validation: Rows) -> dict[str, Any]:
         """Validate, remember the best weights of the stage, and move on to the next epoch or stage.
@@ -211,7 +199,7 @@ class Student:
         """
         started = time.perf_counter()
         # One rank's numbers for all: ranks that chose different best weights would train different models.
-        metrics: dict[str, float] = self.group.from_first(self._evaluate(validation)[0])
+        metrics: dict[str, float] = self.ranks.from_first(self.evaluate(validation)[0])
         if not math.isfinite(metrics["loss"]):
             raise DivergedError(f"the validation loss is {metrics['loss']} after epoch {self.epoch}")
         stage, epoch = self.stage, self.stage_epoch
@@ -223,7 +211,7 @@ class Student:
             "phi": stage.phi(epoch),
             "psi": stage.psi(epoch),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "train_loss": self.group.sum(self.loss_sum) / self.group.sum(self.loss_rows),
+            "train_loss": self.ranks.sum(self.loss_sum) / self.ranks.sum(self.loss_rows),
             "validation": metrics,
             "seconds": round(self.seconds + time.perf_counter() - started, 3),
         }
@@ -235,94 +223,40 @@ class Student:
         if epoch + 1 == stage.epochs and self.stage_index + 1 < len(self.stages):
             self._begin_stage(self.stage_index + 1, self.best)
         self.seconds += time.perf_counter() - started
-        failpoint("student.before_metrics")
-        self._write_metrics()
         return record
 
     def _begin_stage(self, index: int, weights: dict[str, torch.Tensor]) -> None:
         """Start a stage from the best validation weights of the one before, with a fresh optimizer and seed."""
         self.module.load_state_dict(weights)
-        self.group.share_state(self.module)
+        self.ranks.share_state(self.module)
         failpoint("student.between_stages")
         self.stage_index, self.best, self.best_record = index, None, {}
         self.optimizer, self.scaler = self._new_optimizer()
-        self.rng = seeded_states(self.device, self.spec.seed, index, self.group.rank)
+        self.rng = seeded_states(self.device, self.spec.seed, index, self.ranks.rank)
 
-    def fork_from(self, leader: Student) -> None:
+    def fork_from(self, stage1_leader: Student) -> None:
         """Enter stage II beside another student, which has just entered it: stage I would have been the same.
 
-        What is taken over is in a checkpoint before this returns; without it, stage I would have to be trained again.
+        It has to be saved at once: without a checkpoint, stage I would have to be trained again.
         """
-        self.stage1_from = leader.spec.name
-        self.epoch, self.history = leader.epoch, list(leader.history)
-        self._begin_stage(leader.stage_index, leader.module.state_dict())
-        self._write_metrics()
-        self.note(f"goes on from the stage I of {self.stage1_from}, which would have been the same")
-        self.save(self.vouch())
+        self.stage1_from = stage1_leader.spec.name
+        self.epoch, self.history = stage1_leader.epoch, list(stage1_leader.history)
+        self._begin_stage(stage1_leader.stage_index, stage1_leader.module.state_dict())
 
     def keep_initial(self, validation: Rows) -> None:
         """Where there are no epochs to choose from, the weights as they were made are the best."""
-        metrics = self.group.from_first(self._evaluate(validation)[0])
+        metrics = self.ranks.from_first(self.evaluate(validation)[0])
         self.best, self.best_record = copy_of(self.module.state_dict()), {"validation": metrics}
 
-    # ---- the end
+    def evaluate(self, rows: Rows) -> tuple[dict[str, float], np.ndarray]:
+        """Metrics and predictions of its weights as they are now, as `metrics.evaluate`."""
+        with self.ranks.agree(), self._own_generator():  # some models draw numbers here as well
+            return evaluate(self.module, rows, self.device, self.spec.precision)
 
-    def finish(self, test: Rows, teacher_said: np.ndarray | None) -> None:
-        """Deliver the best weights of the last stage and measure them on the test rows, once.
-
-        Args:
-            teacher_said: what the teacher says of each test row, as `metrics.predictions`; None without a teacher.
-        """
-        assert self.best is not None
-        self.module.load_state_dict(self.best)
-        metrics, chosen = self._evaluate(test)
-        agreement = None
-        if teacher_said is not None and test.task == "classification":
-            agreement = float(np.mean(chosen == teacher_said))
-        self.vouch()
-        if self.group.rank == 0:
-            failpoint("student.before_model")
-            save_model(self.folder, self.module, self.card, write=self.writer.replace)
-            columns = {
-                "row": np.arange(len(test)),
-                "label": np.array(test.labels),
-                "student": chosen,
-                "teacher": teacher_said,
-            }
-            self.writer.replace(self.folder / TEST_NAME, encode_predictions(columns))
-        self._conclude(
-            "done",
-            None,
-            test={name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no infinite loss
-            validation=self.best_record["validation"],
-            agreement=agreement,
-        )
-
-    def fail(self, error: Exception) -> None:
-        """End this student as `diverged` or `failed`; its last good checkpoint stays."""
-        self.vouch()  # wrong bytes are no fault of its own
-        state = "diverged" if isinstance(error, DivergedError) else "failed"
-        reason = str(error) if state == "diverged" else told(error)
-        write_note(self.log, "".join(traceback.format_exception(error)))
-        self._conclude(state, reason)
-
-    def _conclude(self, state: str, reason: str | None, **measured: Any) -> None:
-        self.result = entry(self.spec, state, reason, self.folder, self.attempt) | {
-            "parameters": num_parameters(self.module),
-            "epochs": self.epoch,
-            "seconds": round(self.seconds, 3),
-            "stage1_from": self.stage1_from,
-            **measured,
-        }
-        self.note(f"{state}: {reason or measured.get('test')}")
-        if self.group.rank == 0:
-            self._write_metrics(durable=True)
-            failpoint("student.before_result")
-            self.writer.replace(self.folder / "result.json", json.dumps(self.result, indent=1).encode())
-            failpoint("student.after_result")
-        # What is told of it stays; its memory is left to the others of this worker.
-        del self._forward, self.module, self.optimizer, self.scaler
-        self.best = None
+    def end(self, result: dict[str, Any]) -> None:
+        """Keep the result; the memory is left to the other students of this worker."""
+        self.result, self.best = result, None
+        del self.forward, self.module, self.optimizer, self.scaler
 
     # ---- to disk and back
 
@@ -330,12 +264,12 @@ class Student:
         """Checkpoint everything that the next step depends on. Every rank calls it; rank 0 writes.
 
         Args:
-            rests_on: what `vouch` returned since the last step: None where all bytes behind it were hashed after it,
-                else the mark of the files that they lie in.
+            rests_on: what `Lockstep.vouch` returned since the last step: None where all bytes behind the state were
+                hashed after it, else the mark of the files that they lie in.
         """
-        states = [self.group.gather(state) for state in self.rng]
-        losses = self.group.gather(torch.tensor([self.loss_sum, self.loss_rows], dtype=torch.float64))
-        if self.group.rank != 0:
+        states = [self.ranks.gather(state) for state in self.rng]
+        losses = self.ranks.gather(torch.tensor([self.loss_sum, self.loss_rows], dtype=torch.float64))
+        if self.ranks.rank != 0:
             return
         tree = {
             "epoch": self.epoch,
@@ -356,66 +290,46 @@ class Student:
         name = f"{self.epoch:06d}-{self.step:08d}-{self.attempt:04d}"
         save_checkpoint(self.folder / "checkpoints", name, tree, self.writer)
 
-    def resume(self) -> bool:
-        """Take up the newest intact checkpoint; False where there is none."""
-        tree = self._newest_checkpoint()
+    def resume(self, tell: Callable[[str], None] = lambda text: None) -> bool:
+        """Take up the newest intact checkpoint; False where there is none.
+
+        Args:
+            tell: told of each damaged checkpoint that is passed over.
+
+        Raises:
+            DamagedError: there are checkpoints and none of them is intact.
+        """
+        tree = self._newest_checkpoint(tell)
         if tree is None:
-            self._write_metrics()
             return False
         self.epoch, self.step, self.stage_index = tree["epoch"], tree["step"], tree["stage_index"]
-        self.loss_sum, rows = tree["losses"][self.group.rank].tolist()
+        self.loss_sum, rows = tree["losses"][self.ranks.rank].tolist()
         self.loss_rows = int(rows)
         self.seconds, self.history, self.stage1_from = tree["seconds"], tree["history"], tree["stage1_from"]
         self.best, self.best_record = tree["best"], tree["best_record"]
-        self.rng = [ranks[self.group.rank] for ranks in tree["rng"]]
+        self.rng = [states[self.ranks.rank] for states in tree["rng"]]
         self.module.load_state_dict(tree["module"])
         self.optimizer, self.scaler = self._new_optimizer()
         self.optimizer.load_state_dict(tree["optimizer"])
         self.scaler.load_state_dict(tree["scaler"])
-        self._write_metrics()  # without the epochs after the checkpoint: they are trained again
-        self.note(f"resumed at epoch {self.epoch}, step {self.step}")
         return True
 
-    def _newest_checkpoint(self) -> Any | None:
+    def _newest_checkpoint(self, tell: Callable[[str], None]) -> Any | None:
         """The tree of the checkpoint that rank 0 chooses: it alone looks for damage, and sets aside what is damaged."""
-        folder, first = self.folder / "checkpoints", self.group.rank == 0
-        found = self.group.agree(lambda: newest_checkpoint(folder, self.writer, self.note) if first else None)
-        name = self.group.from_first(found and found[0].name)
+        folder, found = self.folder / "checkpoints", None
+        with self.ranks.agree():
+            if self.ranks.rank == 0:
+                found = newest_checkpoint(folder, self.writer, tell)
+        name = self.ranks.from_first(found and found[0].name)
         if name is None:
             return None
-        return self.group.agree(lambda: found[1] if found else decode((folder / name).read_bytes(), folder / name))
-
-    def _write_metrics(self, *, durable: bool = False) -> None:
-        """All epochs so far, whole: a line that is added to a file may be cut, and may be added by a late worker."""
-        if self.group.rank == 0:
-            lines = "".join(json.dumps(record) + "\n" for record in self.history)
-            self.writer.replace(self.folder / "metrics.jsonl", lines.encode(), durable=durable)
-
-    def note(self, text: str) -> None:
-        """Add a line to this student's log."""
-        write_note(self.log, text)
-
-    def _evaluate(self, rows: Rows) -> tuple[dict[str, float], np.ndarray]:
-        with self._own_generator():  # some models draw numbers here as well
-            return self.group.agree(lambda: evaluate(self.module, rows, self.device, self.spec.precision))
+        with self.ranks.agree():
+            return found[1] if found else decode((folder / name).read_bytes(), folder / name)
 
     def _new_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
         """A fresh optimizer, and what keeps float16's small gradients above zero; elsewhere that does nothing."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.spec.precision == "float16")
         return make_optimizer(self.module, self.optimizer_spec), scaler
-
-    # ---- its own randomness
-
-    def _initialise(self) -> tuple[nn.Module, list[torch.Tensor]]:
-        """The module from the student's seed, and the generator states that its first step starts with."""
-        self.rng = seeded_states(self.device, self.spec.seed, 0, 0)
-        with self._own_generator():
-            module = build(self.card, pretrained=True)
-        if self.spec.sync_batchnorm and self.group.world > 1:
-            synchronise_batch_norms(module, self.group.go_on)
-        first = self.group.rank == 0
-        after = self.rng if first else seeded_states(self.device, self.spec.seed, 0, self.group.rank)
-        return module.to(self.device, weights_dtype(self.spec.precision)), after
 
     @contextlib.contextmanager
     def _own_generator(self) -> Iterator[None]:
@@ -429,121 +343,40 @@ class Student:
             set_generator_states(self.device, outer)
 
 
-def seeded_state(seed: int, stage: int, rank: int, device: str | torch.device = "cpu") -> torch.Tensor:
-    """The state of a device's generator that a stage starts with: a function of (student seed, stage) and the rank."""
-    digest = sha256(f"student {seed} stage {stage} rank {rank}".encode())  # ranks drop other units
-    return torch.Generator(device).manual_seed(int(digest[:15], 16)).get_state()
+def stage1_leader(student: Student, students: Iterable[Student]) -> Student | None:
+    """The student that trains stage I for one that has not begun: of those with the same stage I, the furthest.
+
+    Args:
+        students: those of its cohort that have not ended, itself among them.
+
+    Returns:
+        None if it trains its own stage I.
+    """
+    if student.stage1 is None or not student.not_started:
+        return None
+    alike = [other for other in students if other.stage_index == 0 and other.stage1 == student.stage1]
+    first = max(alike, key=lambda other: (other.epoch, other.step))  # of equals the first one
+    return None if first is student else first
 
 
 def seeded_states(device: torch.device, seed: int, stage: int, rank: int) -> list[torch.Tensor]:
-    """The states of all generators that computing on a device draws from, in the order of `generator_states`."""
+    """The states of all generators that computing on a device draws from, in the order of `generator_states`.
+
+    A stage starts with them: they depend on the student's seed, the stage and the rank alone.
+    """
+    digest = sha256(f"student {seed} stage {stage} rank {rank}".encode())  # ranks drop other units
     devices = dict.fromkeys(("cpu", device.type))
-    return [seeded_state(seed, stage, rank, one) for one in devices]
+    return [torch.Generator(one).manual_seed(int(digest[:15], 16)).get_state() for one in devices]
 
 
 def make_optimizer(module: nn.Module, spec: recipe.Optimizer) -> torch.optim.Optimizer:
     """A fresh optimizer. The fused kernels are several times faster on small models and just as deterministic."""
+    both: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay, "fused": True}
     if isinstance(spec, recipe.Sgd):
-        return torch.optim.SGD(
-            module.parameters(),
-            lr=spec.lr,
-            momentum=spec.momentum,
-            weight_decay=spec.weight_decay,
-            nesterov=spec.nesterov,
-            fused=True,
-        )
-    return torch.optim.AdamW(
-        module.parameters(), lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=True
-    )
-
-
-@torch.inference_mode()
-def evaluate(
-    module: nn.Module, rows: Rows, device: torch.device, precision: recipe.Precision = "float32"
-) -> tuple[dict[str, float], np.ndarray]:
-    """Every metric of the task (see `metrics.measure`) and the mean label loss of a module on rows, un-augmented.
-
-    Args:
-        module: on `device`, its weights in `weights_dtype(precision)`.
-
-    Returns:
-        The metrics with `loss`, mean cross-entropy or squared error; and what the module says of each row: the class,
-        int64 [n], or for regression the number, float [n].
-    """
-    module.eval()
-    loss, said = 0.0, []
-    for start in range(0, len(rows), EVALUATION_ROWS):
-        block = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
-        inputs, labels = (torch.from_numpy(np.array(part)).to(device) for part in block)
-        with autocast(device, precision):
-            logits = module(inputs)
-        logits = at_least_float32(logits)
-        loss += float(label_losses(logits, labels).double().sum())
-        said.append(predictions(rows.task, logits).cpu())
-    together = torch.cat(said)
-    metrics = measure(rows.task, together, torch.from_numpy(np.array(rows.labels)), rows.classes)
-    return metrics | {"loss": loss / len(rows)}, together.numpy()
+        return torch.optim.SGD(module.parameters(), momentum=spec.momentum, nesterov=spec.nesterov, **both)
+    return torch.optim.AdamW(module.parameters(), betas=spec.betas, **both)
 
 
 def copy_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights that later steps do not change."""
     return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
-def entry(spec: recipe.StudentSpec, state: str, reason: str | None, folder: Path, attempt: int) -> dict[str, Any]:
-    """A student's entry of fleet.json before anything of it was measured."""
-    return {
-        "name": spec.name,
-        "model": spec.model.label,
-        "parameters": None,
-        "objective": spec.objective.kind,
-        "tau_max": getattr(spec.objective, "tau_max", None),
-        "seed": spec.seed,
-        "state": state,
-        "reason": reason,
-        "epochs": 0,
-        "validation": None,
-        "test": None,
-        "agreement": None,
-        "seconds": 0.0,
-        "stage1_from": None,
-        "attempt": attempt,
-        "path": ".",  # the student's folder, relative to the document in it
-    }
-
-
-def failed_entry(spec: recipe.StudentSpec, reason: str, folder: Path, attempt: int) -> dict[str, Any]:
-    """The entry of a student that failed and cannot say how far it was: its folder does."""
-    records = read_metrics(folder)
-    seconds = records[-1]["seconds"] if records else 0.0
-    known = {"epochs": len(records), "seconds": seconds, "stage1_from": forked_from(folder)}
-    return entry(spec, "failed", reason, folder, attempt) | known
-
-
-def forked_from(folder: Path) -> str | None:
-    """Whose stage I a student went on from, by its newest checkpoint; None if by none's, or there is no checkpoint."""
-    found = checkpoints(folder / "checkpoints")
-    return read_header(found[-1]).get("stage1_from") if found else None
-
-
-def drop_doubtful(folder: Path, writer: FencedWriter, mark: str | None = None) -> None:
-    """Remove a student's checkpoints that rest on bytes of which nobody knows whether they were already wrong.
-
-    Args:
-        mark: of files that are still to be hashed: a checkpoint that rests on these very ones stays, since wrong bytes
-            in them will be found. Any other cache entry, made since, says nothing of the bytes behind a checkpoint.
-    """
-    for path in checkpoints(folder / "checkpoints"):
-        if read_header(path).get("rests_on") not in (None, mark):
-            writer.remove(path)
-
-
-def fail_from_outside(spec: recipe.StudentSpec, folder: Path, reason: str, attempt: int, writer: FencedWriter) -> None:
-    """End a student as `failed` that could not be set up, or whose worker dies again and again: the others go on."""
-    result = failed_entry(spec, reason, folder, attempt)
-    writer.replace(folder / "result.json", json.dumps(result, indent=1).encode())
-
-
-def write_note(log: Path, text: str) -> None:
-    """Add a line with its time to a log."""
-    append(log, f"{datetime.now():%Y-%m-%d %H:%M:%S} {text.rstrip()}\n")

@@ -30,7 +30,7 @@ from akd_dist.base.formatting import (
     seconds,
     share,
 )
-from akd_dist.distill.student import TEST_NAME
+from akd_dist.distill.delivery import TEST_NAME
 from akd_dist.documents.damage import load, read_epochs, reading
 from akd_dist.documents.fleet import FleetDocument
 from akd_dist.reporting.comparison import estimate, paired, read_comparison

@@ -32,7 +32,7 @@ from akd_dist.data.sources.base import Source
 from akd_dist.data.sources.kinds import kind_of
 from akd_dist.data.sources.parquet import column_names
 from akd_dist.data.text import ByteTokenizer, Tokenizer, tokenizer_of
-from akd_dist.distill.student import EVALUATION_ROWS
+from akd_dist.distill.metrics import EVALUATION_ROWS
 from akd_dist.models.card import ModelCard
 from akd_dist.storage.objects import ObjectMissing
 from akd_dist.storage.roots import open_root

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from akd_dist.base.errors import RecipeError
 from akd_dist.data.rows import Splits
-from akd_dist.distill.cohort import CohortJob
+from akd_dist.distill.job import CohortJob
 from akd_dist.distill.objectives import stages
 from akd_dist.distill.probe import Measured, guessed
 from akd_dist.distill.stream import batch_ends
-from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits, pack, timetable
+from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits, timetable
 from akd_dist.jobs.planning.plan import Alternative
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.models.device import gpus_of
@@ -409,30 +409,3 @@ def split_evenly(group: Cohort, count: int, cost: Callable[[Cohort], float]) -> 
         loads[lightest] += cost(family)
     order = {spec.name: index for index, spec in enumerate(group)}
     return [tuple(sorted(part, key=lambda spec: order[spec.name])) for part in parts]
-
-
-def worth_splitting(
-    cohort: Cohort, left: Mapping[str, float], ask: ResourceRequest, free: Sequence[Node]
-) -> list[Cohort]:
-    """The cohorts into which a running one should be cut now that there is room; one, where it should stay as it is.
-
-    All parts are started afresh, so a start and the longest of them must end sooner than the cohort would as it is, by
-    more than all their starts cost.
-
-    Args:
-        left: seconds that each student still takes in it, by name.
-        ask: what it occupies.
-        free: what the nodes have free beside it.
-    """
-
-    def cost(students: Cohort) -> float:
-        return sum(left[spec.name] for spec in students)
-
-    best, lowest = [cohort], cost(cohort)
-    for count in range(2, len(families_of(cohort)) + 1):
-        if pack(free, [ask] * (count - 1)) is None:
-            break
-        parts = split_evenly(cohort, count, cost)
-        if (spent := START_SECONDS * (1 + count) + max(map(cost, parts))) < lowest:
-            best, lowest = parts, spent
-    return best

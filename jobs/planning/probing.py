@@ -28,7 +28,7 @@ from akd_dist.base.trusted import Trusted
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Splits
 from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
-from akd_dist.distill.ranks import told
+from akd_dist.distill.ranks import reason_of
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import DataSpec, HardLabels, Recipe, StudentSpec, trust
 
@@ -201,7 +201,7 @@ def answer_probes() -> None:
             try:
                 answer = asdict(_answer(**json.loads(line)))
             except (Exception, SystemExit) as error:
-                answer = {"failed": told(error)}
+                answer = {"failed": reason_of(error)}
             print(json.dumps(answer), file=answers, flush=True)
 
 

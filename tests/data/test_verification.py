@@ -23,7 +23,7 @@ from akd_dist.data.arguments import placed
 from akd_dist.data.prepare import open_sources
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import SPLITS, Rows, Splits
-from akd_dist.distill import cohort, teacher
+from akd_dist.distill import cohort, lockstep, teacher
 from akd_dist.distill.checkpoint import checkpoints
 from akd_dist.distill.student import Student
 from akd_dist.jobs.train_students import begin_run, run_identity, train_in_process
@@ -169,7 +169,7 @@ def at_batch(monkeypatch: pytest.MonkeyPatch, acts: dict[int, Callable[[], objec
         if site == "cohort.after_batch" and (act := acts.pop(passed.count(site), None)) is not None:
             act()
 
-    monkeypatch.setattr(cohort, "failpoint", failpoint)
+    monkeypatch.setattr(lockstep, "failpoint", failpoint)
     return passed
 
 
@@ -199,7 +199,7 @@ def test_files_that_are_touched_all_the_time_end_the_run(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = home.cache(tmp_path / "cache")
-    monkeypatch.setattr(cohort, "failpoint", lambda site: entry_file(cache, "train-inputs.npy").chmod(0o600))
+    monkeypatch.setattr(lockstep, "failpoint", lambda site: entry_file(cache, "train-inputs.npy").chmod(0o600))
     with pytest.raises(CorruptCacheError, match="was touched while it was in use"):
         home.train(cache, tmp_path / "run")
     assert len(renewed(tmp_path / "run")) == 9

@@ -16,7 +16,8 @@ import torch
 from akd_dist.base.errors import DamagedError, RefusedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill.checkpoint import checkpoints
-from akd_dist.distill.cohort import CohortJob, train_cohort
+from akd_dist.distill.cohort import train_cohort
+from akd_dist.distill.job import CohortJob
 from akd_dist.distill.ranks import OutOfStepError, Ranks
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import Student

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-from akd_dist.distill.cohort import _Lockstep, read_progress, train_cohort
-from akd_dist.distill.student import Student, failed_entry
+from akd_dist.distill.cohort import train_cohort
+from akd_dist.distill.delivery import failed_entry
+from akd_dist.distill.job import read_progress
+from akd_dist.distill.progress import Progress
+from akd_dist.distill.student import Student
 from akd_dist.documents.status import StudentProgress
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.recipe import Recipe
@@ -24,7 +27,7 @@ FLEET = [
     a_student("other-kind", objective=ANNEALING | {"stage2_optimizer": SGD}),
     a_student("other-tau", objective=ANNEALING | {"tau_max": 1}),
 ]
-RIDERS = {"longer", "slower", "other-kind"}
+FOLLOWERS = {"longer", "slower", "other-kind"}
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +61,21 @@ def records(run: Path, name: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
-def test_the_time_that_a_rider_waits_is_not_part_of_its_pace(
+def test_waiting_is_not_part_of_a_pace(
     recipe: Recipe, stores: dict[str, str], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    progress_of, waited = _Lockstep._progress_of, set[str]()
+    progress_of, waited = Progress._of, set[str]()
 
-    def watched(lockstep: _Lockstep, student: Student, now: float) -> StudentProgress:
-        progress = progress_of(lockstep, student, now)
+    def watched(telling: Progress, student: Student, *leader_and_now: Any) -> StudentProgress:
+        progress = progress_of(telling, student, *leader_and_now)
         if progress.state == "waiting":
             waited.add(student.spec.name)
-            assert student.spec.name not in lockstep.paces
+            assert student.spec.name not in telling.paces
         return progress
 
-    monkeypatch.setattr(_Lockstep, "_progress_of", watched)
+    monkeypatch.setattr(Progress, "_of", watched)
     train_cohort(job_of(recipe, stores, home, tmp_path))
-    assert waited == RIDERS
+    assert waited == FOLLOWERS
 
 
 def test_one_stage_for_all_and_the_weights_of_each_alone(
@@ -86,7 +89,7 @@ def test_one_stage_for_all_and_the_weights_of_each_alone(
     assert steps["slower"] == steps["other-kind"] == per_epoch
     assert steps["other-seed"] == steps["from-labels"] == steps["other-tau"] == 3 * per_epoch
     for name, result in results.items():
-        assert result["stage1_from"] == ("first" if name in RIDERS else None)
+        assert result["stage1_from"] == ("first" if name in FOLLOWERS else None)
         assert records(tmp_path, name) == records(home / "apart", name)
         alone = json.loads((home / "apart" / "students" / name / "result.json").read_bytes())
         assert result["test"] == alone["test"]
@@ -134,4 +137,4 @@ def test_a_failed_student_keeps_whose_stage_it_shared(
     train_cohort(job_of(recipe, stores, home, tmp_path))
     for spec in recipe.students:
         given_up = failed_entry(spec, "its worker died", tmp_path / "students" / spec.name, attempt=1)
-        assert given_up["stage1_from"] == ("first" if spec.name in RIDERS else None)
+        assert given_up["stage1_from"] == ("first" if spec.name in FOLLOWERS else None)

@@ -13,10 +13,13 @@ import torch
 from akd_dist.base.files import sha256
 from akd_dist.data.rows import Rows, Splits
 from akd_dist.distill.checkpoint import checkpoints
-from akd_dist.distill.cohort import CohortJob, train_on
+from akd_dist.distill.cohort import train_on
+from akd_dist.distill.delivery import deliver
+from akd_dist.distill.job import CohortJob
+from akd_dist.distill.metrics import evaluate
 from akd_dist.distill.ranks import Ranks
 from akd_dist.distill.stream import BatchStream
-from akd_dist.distill.student import Student, evaluate
+from akd_dist.distill.student import Student
 from akd_dist.documents.fleet import Metrics
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import set_deterministic
@@ -68,7 +71,7 @@ def a_spec(objective: dict[str, Any], **changes: Any) -> Spec:
 def a_student(spec: Spec, folder: Path) -> Student:
     set_deterministic(DEVICE, 1)
     card = ModelCard.of(spec.model, SPLITS.train, None)
-    return Student(spec, card, folder, log=folder / "log", metric="spearman", device=ON)
+    return Student(spec, card, folder, metric="spearman", device=ON)
 
 
 def train(student: Student, epochs: int | None = None) -> Student:
@@ -83,7 +86,7 @@ def train(student: Student, epochs: int | None = None) -> Student:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_regression_is_learned_under_every_objective(name: str, precision: Precision, tmp_path: Path) -> None:
     student = train(a_student(a_spec(OBJECTIVES[name], precision=precision), tmp_path))
-    student.finish(SPLITS.test, None)
+    deliver(student, SPLITS.test, None, tmp_path / "log")
     result = student.result
     assert result is not None
     assert (result["state"], result["agreement"]) == ("done", None)
@@ -182,7 +185,7 @@ def test_a_constant_model_scores_zero_and_writes_no_nan(tmp_path: Path) -> None:
     assert said.tolist() == [0.0] * 64
     # A loss beyond float64's range is left out of what is written: JSON has no infinity.
     train(student, 1)
-    student.finish(replace(SPLITS.test, labels=np.full(64, np.inf, np.float32)), None)
+    deliver(student, replace(SPLITS.test, labels=np.full(64, np.inf, np.float32)), None, tmp_path / "log")
     written = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
     assert set(written["test"]) == {"pearson", "spearman"}
 
@@ -249,7 +252,7 @@ def test_the_learning_rate_starts_again_with_each_stage(tmp_path: Path) -> None:
 
 def test_without_a_metric_the_usual_one_picks(tmp_path: Path) -> None:
     spec = Spec(model=Mlp(hidden=4), objective=HardLabels(epochs=1), optimizer=AdamW(lr=0.01), name="plain")
-    student = Student(spec, ModelCard.of(spec.model, SPLITS.train, None), tmp_path, log=tmp_path / "log", device=ON)
+    student = Student(spec, ModelCard.of(spec.model, SPLITS.train, None), tmp_path, device=ON)
     record = train(student).history[0]
     assert math.isfinite(record["validation"]["pearson"])
     assert student.best_record == record

@@ -23,7 +23,8 @@ from rich.console import Console
 from akd_dist.base.errors import HeldError
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill.checkpoint import checkpoints, encode
-from akd_dist.distill.cohort import CohortJob, ended, read_progress, train_cohort
+from akd_dist.distill.cohort import train_cohort
+from akd_dist.distill.job import CohortJob, ended, read_progress
 from akd_dist.distill.stream import BatchStream
 from akd_dist.jobs.train_students import telling_damage
 from tests.fleets import ANNEALING, a_recipe, a_student, newest_tree
@@ -129,7 +130,7 @@ def test_killed_students_of_one_stage_end_as_each_would_alone(place: Place, tmp_
         alone |= outcome(tmp_path / spec.name)
     assert len({student["weights"] for student in alone.values()}) == len(fleet.students)
     draw = random.Random(3)
-    # Their leader enters stage II, then one rider, then the other; the second rider's checkpoint, and the leader's own.
+    # The first enters stage II, then its two followers; checkpoints of the second follower, and of the first itself.
     boundaries = ["checkpoint.after_save:3", *(f"student.between_stages:{nth}" for nth in (1, 2, 3))]
     boundaries += ["checkpoint.before_save:5", "checkpoint.before_save:6"]
     for failpoint in [*boundaries, *(f"cohort.after_batch:{draw.randint(1, 50)}" for _ in range(3))]:

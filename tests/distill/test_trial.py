@@ -112,7 +112,7 @@ def test_a_batch_without_a_spread_is_refused(
 @pytest.mark.parametrize("last_batch", ["merge", "drop"])
 def test_what_the_hint_says_trains(folder: Path, last_batch: recipe.LastBatch, tmp_path: Path) -> None:
     rows, spec = some_rows(65), spec_of(folder, "normed", batch=32, last_batch=last_batch)
-    student = Student(spec, ModelCard.of(spec.model, rows, None), tmp_path, log=tmp_path / "log")
+    student = Student(spec, ModelCard.of(spec.model, rows, None), tmp_path)
     stream = BatchStream(rows, None, recipe.NoAugmentation(), seed=0, views=1, batch=32, last_batch=last_batch)
     while student.epoch < student.epochs:
         for batch in stream.batches(student.epoch):

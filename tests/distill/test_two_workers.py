@@ -19,6 +19,7 @@ from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.base.files import sha256
 from akd_dist.data.rows import Rows
 from akd_dist.distill.batch_norm import synchronise_batch_norms
+from akd_dist.distill.delivery import deliver
 from akd_dist.distill.ranks import OutOfStepError, PeerFailedError, Ranks, joined
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import DivergedError, Student
@@ -119,16 +120,16 @@ def spec_of(objective: str, **changes: Any) -> Spec:
     return trust(Spec.model_validate(document | changes), TESTS)
 
 
-def made(spec: Spec, folder: Path, group: Ranks, rows: Rows) -> Student:
+def made(spec: Spec, folder: Path, ranks: Ranks, rows: Rows) -> Student:
     set_deterministic("cpu", 1)
-    return Student(spec, ModelCard.of(spec.model, rows, None), folder, log=folder / "log", group=group)
+    return Student(spec, ModelCard.of(spec.model, rows, None), folder, ranks=ranks)
 
 
 def train(student: Student, stream: BatchStream, until: tuple[int, int] | None = None) -> Student:
     """Train on; before the step (epoch, step), stop."""
-    group = student.group
+    ranks = student.ranks
     while student.epoch < student.epochs:
-        for batch in stream.batches(student.epoch, student.step, group.rank, group.world):
+        for batch in stream.batches(student.epoch, student.step, ranks.rank, ranks.world):
             if (student.epoch, student.step) == until:
                 return student
             student.take_step(batch, stream.steps_per_epoch)
@@ -161,20 +162,20 @@ FLOAT64 = {
 }
 
 
-def train_float64(name: str, folder: Path, group: Ranks) -> None:
+def train_float64(name: str, folder: Path, ranks: Ranks) -> None:
     """Train to the end and deliver."""
     spec, last = FLOAT64[name]
     stream = stream_of(last)
-    train(made(spec, folder, group, stream.rows), stream).finish(TEST, None)
+    deliver(train(made(spec, folder, ranks, stream.rows), stream), TEST, None, folder / "log")
 
 
-def first_gradients(objective: str, folder: Path, group: Ranks) -> None:
+def first_gradients(objective: str, folder: Path, ranks: Ranks) -> None:
     """The gradients of the first step, in float32."""
     stream = stream_of("partial")
-    student = made(spec_of(objective, optimizer=ADAMW), folder, group, stream.rows)
-    student.take_step(next(stream.batches(0, 0, group.rank, group.world)), stream.steps_per_epoch)
+    student = made(spec_of(objective, optimizer=ADAMW), folder, ranks, stream.rows)
+    student.take_step(next(stream.batches(0, 0, ranks.rank, ranks.world)), stream.steps_per_epoch)
     gradients = {name: one.grad for name, one in student.module.named_parameters() if one.grad is not None}
-    if group.rank == 0:
+    if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(gradients, folder / "gradients.safetensors")
 
@@ -184,105 +185,105 @@ def state_of(student: Student) -> list[torch.Tensor]:
     return [*student.module.state_dict().values(), *student.rng, torch.tensor([student.loss_sum, student.loss_rows])]
 
 
-def resumes(place: str, folder: Path, group: Ranks) -> None:
+def resumes(place: str, folder: Path, ranks: Ranks) -> None:
     """A student with batch statistics and dropout, taken up from a checkpoint in the middle, ends as if undisturbed."""
     synchronised, position = place.split()
     epoch, step = map(int, position.split("."))
     spec = spec_of("annealing", model=normed_model(), sync_batchnorm=synchronised == "synchronised")
     stream = stream_of("partial")
-    whole = train(made(spec, folder / "whole", group, stream.rows), stream)
-    begun = train(made(spec, folder / "cut", group, stream.rows), stream, until=(epoch, step))
+    whole = train(made(spec, folder / "whole", ranks, stream.rows), stream)
+    begun = train(made(spec, folder / "cut", ranks, stream.rows), stream, until=(epoch, step))
     begun.save()
     train(begun, stream, until=(epoch, step + 2))  # as far as it came before it was killed
-    resumed = made(spec, folder / "cut", group, stream.rows)
+    resumed = made(spec, folder / "cut", ranks, stream.rows)
     assert resumed.resume()
     assert (resumed.epoch, resumed.step) == (epoch, step)
     train(resumed, stream)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(state_of(whole), state_of(resumed), strict=True))
     for one, other in zip(whole.history, resumed.history, strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}
-    generators = group.gather(whole.rng[0])
+    generators = ranks.gather(whole.rng[0])
     assert not torch.equal(generators[0], generators[1])  # ranks drop other units
-    whole.finish(TEST, None)
-    resumed.finish(TEST, None)
+    deliver(whole, TEST, None, folder / "log")
+    deliver(resumed, TEST, None, folder / "log")
 
 
 def running_mean(module: nn.Module) -> torch.Tensor:
     return next(tensor for name, tensor in module.named_buffers() if name.endswith("running_mean")).clone()
 
 
-def shares_at_stage_boundaries(_: str, folder: Path, group: Ranks) -> None:
+def shares_at_stage_boundaries(_: str, folder: Path, ranks: Ranks) -> None:
     """Each rank sees other rows, and goes into stage II with the weights and running statistics of rank 0."""
     stream = stream_of("partial")
-    student = made(spec_of("annealing", model=normed_model()), folder, group, stream.rows)
+    student = made(spec_of("annealing", model=normed_model()), folder, ranks, stream.rows)
     train(student, stream, until=(2, 0))
-    for batch in stream.batches(2, 0, group.rank, group.world):
+    for batch in stream.batches(2, 0, ranks.rank, ranks.world):
         student.take_step(batch, stream.steps_per_epoch)
     # Another best epoch on rank 1 must not matter either.
     student.best_record = {"validation": {"accuracy": -1.0}}
-    means = group.gather(running_mean(student.module))
+    means = ranks.gather(running_mean(student.module))
     assert not torch.equal(means[0], means[1])
     record = student.end_epoch(VALIDATION)
     assert student.stage.name == "hard_labels"
-    assert group.from_first(record["validation"]) == record["validation"]
+    assert ranks.from_first(record["validation"]) == record["validation"]
     for name, tensor in student.module.state_dict().items():
-        ours, theirs = group.gather(tensor)
+        ours, theirs = ranks.gather(tensor)
         assert torch.equal(ours, theirs), name
     assert torch.equal(running_mean(student.module), means[0])
 
 
-def one_failure_is_everybodys(_: str, folder: Path, group: Ranks) -> None:
+def one_failure_is_everybodys(_: str, folder: Path, ranks: Ranks) -> None:
     """Rank 1 fails before a batch norm where rank 0 waits for it: both leave the step, and nobody hangs."""
     stream = stream_of("partial")
     spec = spec_of("annealing", model=normed_model(fail=True), sync_batchnorm=True)
-    student = made(spec, folder, group, stream.rows)
+    student = made(spec, folder, ranks, stream.rows)
     train(student, stream, until=(0, 2))
-    batches = stream.batches(0, 2, group.rank, group.world)
+    batches = stream.batches(0, 2, ranks.rank, ranks.world)
     with pytest.raises(
-        PeerFailedError if group.rank == 0 else RuntimeError,
-        match="^on worker 1: RuntimeError: out of luck$" if group.rank == 0 else "^out of luck$",
+        PeerFailedError if ranks.rank == 0 else RuntimeError,
+        match="^on worker 1: RuntimeError: out of luck$" if ranks.rank == 0 else "^out of luck$",
     ):
         student.take_step(next(batches), stream.steps_per_epoch)
-    assert group.sum(1.0) == 2.0  # and they understand each other still
+    assert ranks.sum(1.0) == 2.0  # and they understand each other still
     student.take_step(next(batches), stream.steps_per_epoch)
 
 
-def one_that_cannot_be_set_up(what: str, folder: Path, group: Ranks) -> None:
+def one_that_cannot_be_set_up(what: str, folder: Path, ranks: Ranks) -> None:
     """Where rank 1 cannot make the model, or rank 0 cannot read the checkpoint, neither of them goes on alone."""
     guilty, model = (1, normed_model(unmade=True)) if what == "model" else (0, MLP)
-    if what == "checkpoint" and group.rank == 0:
+    if what == "checkpoint" and ranks.rank == 0:
         (folder / "checkpoints" / "1.ckpt").mkdir(parents=True)
     with pytest.raises(
         Exception, match="IsADirectoryError|Is a directory" if what == "checkpoint" else "only on worker 1"
     ) as raised:
-        made(spec_of("annealing", model=model), folder, group, VALIDATION).resume()
-    assert (type(raised.value) is PeerFailedError) == (group.rank != guilty)
-    assert group.sum(1.0) == 2.0
+        made(spec_of("annealing", model=model), folder, ranks, VALIDATION).resume()
+    assert (type(raised.value) is PeerFailedError) == (ranks.rank != guilty)
+    assert ranks.sum(1.0) == 2.0
 
 
-def a_loss_that_is_no_number_on_one(_: str, folder: Path, group: Ranks) -> None:
+def a_loss_that_is_no_number_on_one(_: str, folder: Path, ranks: Ranks) -> None:
     """The reason tells the loss of the whole batch, also on the rank whose own share is fine."""
     stream = stream_of("partial")
-    student = made(spec_of("annealing"), folder, group, stream.rows)
-    student.module.register_forward_hook(lambda *called: called[-1] * (math.nan if group.rank == 1 else 1.0))
+    student = made(spec_of("annealing"), folder, ranks, stream.rows)
+    student.module.register_forward_hook(lambda *called: called[-1] * (math.nan if ranks.rank == 1 else 1.0))
     with pytest.raises(DivergedError, match="the loss is nan in epoch 0, step 0"):
-        student.take_step(next(stream.batches(0, 0, group.rank, group.world)), stream.steps_per_epoch)
+        student.take_step(next(stream.batches(0, 0, ranks.rank, ranks.world)), stream.steps_per_epoch)
 
 
-def out_of_step(_: str, folder: Path, group: Ranks) -> None:
+def out_of_step(_: str, folder: Path, ranks: Ranks) -> None:
     """Rank 1 fails in the backward pass, where rank 0 waits for its gradients: only its leaving ends that."""
     stream = stream_of("partial")
-    student = made(spec_of("annealing"), folder, group, stream.rows)
+    student = made(spec_of("annealing"), folder, ranks, stream.rows)
 
     def unlucky(gradient: torch.Tensor) -> None:
         raise RuntimeError("out of luck")
 
-    if group.rank == 1:
+    if ranks.rank == 1:
         student.module.register_forward_hook(lambda *called: called[-1].register_hook(unlucky) and None)
-    with pytest.raises(RuntimeError, match="out of luck" if group.rank == 1 else "") as failed:
-        student.take_step(next(stream.batches(0, 0, group.rank, group.world)), stream.steps_per_epoch)
+    with pytest.raises(RuntimeError, match="out of luck" if ranks.rank == 1 else "") as failed:
+        student.take_step(next(stream.batches(0, 0, ranks.rank, ranks.world)), stream.steps_per_epoch)
     with pytest.raises(OutOfStepError, match=r"^student: RuntimeError: "):
-        group.check_agreed(failed.value, "student")
+        ranks.check_agreed(failed.value, "student")
 
 
 NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -296,15 +297,15 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def norms_like_torch(name: str, _: Path, group: Ranks) -> None:
+def norms_like_torch(name: str, _: Path, ranks: Ranks) -> None:
     """Outputs, gradients and running statistics of two shares, even, uneven or empty, against torch's of the whole."""
     norm, positions = NORMS[name]
     torch.manual_seed(0)
     ours, theirs = (nn.Sequential(norm()).double() for _ in range(2))
-    synchronise_batch_norms(ours, group.go_on)
+    synchronise_batch_norms(ours, ranks.go_on)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for cut in (4, 1, 0, 8):
-        share = slice(0, cut) if group.rank == 0 else slice(cut, 8)
+        share = slice(0, cut) if ranks.rank == 0 else slice(cut, 8)
         batch = torch.randn(8, 3, *positions, dtype=torch.float64) * 3 + 100
         whole, mine = batch.clone().requires_grad_(), batch[share].clone().requires_grad_()
         weight = torch.randn_like(batch)
@@ -325,7 +326,7 @@ def norms_like_torch(name: str, _: Path, group: Ranks) -> None:
     assert torch.allclose(ours.eval()(batch), theirs.eval()(batch), rtol=0, atol=1e-9)
     if not positions:
         with pytest.raises(ValueError, match="more than one value"):
-            ours.train()(batch[: 1 - group.rank])
+            ours.train()(batch[: 1 - ranks.rank])
 
 
 # ---- both workers
@@ -355,12 +356,12 @@ def both(rank: int, folder: Path, queue: "multiprocessing.Queue[Any]") -> None:
         queue.put(value)
         return value
 
-    with joined(rank, 2, "cpu", "127.0.0.1", broadcast) as group:
+    with joined(rank, 2, "cpu", "127.0.0.1", broadcast) as ranks:
         for name, (scenario, cases) in SCENARIOS.items():
             for case in cases:
                 place, problem = folder / name / case, ""
                 try:
-                    scenario(case, place, group)
+                    scenario(case, place, ranks)
                 except Exception:
                     problem = traceback.format_exc()
                 place.mkdir(parents=True, exist_ok=True)

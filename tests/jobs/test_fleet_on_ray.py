@@ -22,13 +22,13 @@ from rich.console import Console
 
 from akd_dist.base.errors import MachineError, RecipeError, RefusedError, TerminatedError
 from akd_dist.data.row_cache import prepare
-from akd_dist.documents.status import CohortProgress, StudentProgress
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
 from akd_dist.jobs.cluster import StopFlag, ray
-from akd_dist.jobs.fleet import Fleet, RunningCohort, _cause
+from akd_dist.jobs.fleet import Fleet, RunningCohort
 from akd_dist.jobs.packing import Node, ResourceRequest
 from akd_dist.jobs.planning.planner import Costs
+from akd_dist.jobs.ray_train import _cause
 from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.tasks import run_one
 from akd_dist.jobs.train_students import fleet_job, train_in_process, train_students
@@ -41,7 +41,6 @@ from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.removal import disused
-from akd_dist.tracking.status import write_document
 from tests.data.test_verification import flip
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, own, store_bytes, weights
 from tests.survivors import HELD_MODELS, a_held_model, marked, plant_snapshots, standing_still, until
@@ -367,7 +366,7 @@ def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeyp
     fleet, over = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True)), threading.Event()
     thread = threading.Thread(target=over.wait, daemon=True)
     thread.start()
-    fleet.carried.append(RunningCohort(base, base, ResourceRequest(1, 1), overtook=False, thread=thread))
+    fleet.running.append(RunningCohort(base, ResourceRequest(1, 1), thread=thread))
     monkeypatch.setattr(fleet, "_watch", lambda **_: pytest.fail("it waits"))
     with pytest.raises(KeyboardInterrupt), fleet._stopping_on_errors():
         raise KeyboardInterrupt
@@ -382,8 +381,8 @@ def test_a_new_node_does_not_replace_a_lost_one(home: Home, tmp_path: Path) -> N
     fleet.shared.nodes = lambda: [Node("joined", 4)]  # type: ignore[method-assign]
     thread = threading.Thread(target=over.wait, daemon=True)
     thread.start()
-    one = RunningCohort(base, base, ResourceRequest(1, 1), overtook=False, thread=thread, nodes=frozenset({"joined"}))
-    fleet.carried.append(one)
+    one = RunningCohort(base, ResourceRequest(1, 1), thread=thread, nodes=frozenset({"joined"}))
+    fleet.running.append(one)
     fleet._check_room()
     one.nodes = frozenset({"lost"})
     with pytest.raises(MachineError, match="nodes were lost") as told:
@@ -413,35 +412,11 @@ def test_lost_nodes_end_the_run_after_others_checkpoint(home: Home, tmp_path: Pa
     for node, act in (("here", healthy), ("lost", lost)):
         thread = threading.Thread(target=act, daemon=True)
         thread.start()
-        fleet.carried.append(
-            RunningCohort(base, base, ResourceRequest(1, 1), overtook=False, thread=thread, nodes=frozenset({node}))
-        )
+        fleet.running.append(RunningCohort(base, ResourceRequest(1, 1), thread=thread, nodes=frozenset({node})))
     fleet.moved_at -= 61  # the healthy one is silent as well: a long evaluation
     with pytest.raises(MachineError, match="nodes were lost"), fleet._stopping_on_errors():
         fleet._keep_busy()
     assert saved == ["it has checkpointed"]
-
-
-def test_the_pace_of_a_cohort_is_not_that_of_who_ended_early(home: Home, tmp_path: Path) -> None:
-    splits = prepare(home.recipe.data, Path(home.cache_root))
-    base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
-    fleet = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
-    one = RunningCohort(base, base, ResourceRequest(1, 1), overtook=False)
-    first, second = (spec.name for spec in base.students[:2])
-    base.progress_file.parent.mkdir(parents=True)
-
-    def tell(steps: int, other: int, state: Any) -> float:
-        students = [
-            StudentProgress(name=first, state="training", epochs=1, steps=steps, steps_total=1000),
-            StudentProgress(name=second, state=state, epochs=1, steps=other, steps_total=1000),
-        ]
-        write_document(base.progress_file, CohortProgress(training=True, at=time.time(), students=students))
-        return fleet._left(one).get(first, 0.0)
-
-    tell(10, 10, "training")
-    assert one.since is not None
-    one.since = (one.since[0] - 10, one.since[1])  # seconds ago
-    assert tell(60, 1000, "diverged") == pytest.approx(940 / 5, rel=0.01)
 
 
 def test_a_task_that_does_not_begin_does_not_hold_up_who_stops(

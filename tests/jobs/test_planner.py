@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from akd_dist.base.errors import MachineError, RecipeError, RefusedError
-from akd_dist.distill.cohort import CohortJob
+from akd_dist.distill.job import CohortJob
 from akd_dist.distill.probe import Measured
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, next_to_start, pack, timetable
 from akd_dist.jobs.planning.planner import (
@@ -19,7 +19,6 @@ from akd_dist.jobs.planning.planner import (
     groups_of,
     plan_cohorts,
     split_evenly,
-    worth_splitting,
 )
 from akd_dist.recipe import Recipe
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student
@@ -108,35 +107,16 @@ def test_cohorts_share_a_gpu_by_fractions() -> None:
     assert pack(nodes(1, 1, gpus=1), [ResourceRequest(2, 1, gpus=1)]) is not None
 
 
-def test_a_small_cohort_overtakes_only_where_both_fit() -> None:
+def test_the_first_that_fits_is_started() -> None:
     cluster, large, small = nodes(4), ResourceRequest(1, 3), ResourceRequest(1, 1)
     free = [replace(cluster[0], cpus=2.0)]  # two CPUs are taken by others, who will end
-    assert next_to_start([large, small], [], free, cluster) == 1
-    assert next_to_start([large, small], [small], [replace(cluster[0], cpus=1.0)], cluster) is None
-    assert next_to_start([ResourceRequest(1, 4), small], [], free, cluster) is None  # it would wait for the small one
-    assert next_to_start([small, large], [], free, cluster) == 0
-    assert (
-        next_to_start([ResourceRequest(1, 9), small], [], free, cluster) == 1
-    )  # its node was lost: nobody waits with it
-    assert next_to_start([small], [], free, cluster, running=[large, small]) is None  # free only until they are placed
+    assert next_to_start([large, small], free, cluster) == 1
+    assert next_to_start([large, small], [replace(cluster[0], cpus=0.0)], cluster) is None
+    assert next_to_start([small, large], free, cluster) == 0
+    assert next_to_start([large, small], cluster, cluster) == 0
+    assert next_to_start([small], free, cluster, unplaced=[large, small]) is None  # free only until they are placed
     spans = timetable([(10.0, ResourceRequest(1, 2)), (10.0, large), (30.0, small), (5.0, small)], cluster)
-    assert spans == [(0.0, 10.0), (10.0, 20.0), (0.0, 30.0), (20.0, 25.0)]
-
-
-# ---- running cohorts
-
-
-def test_a_running_cohort_is_cut_only_when_it_pays() -> None:
-    cohort = tuple(a_recipe([a_student(name, seed=seed) for seed, name in enumerate("abcd")]).students)
-    ask = ResourceRequest(1, 1)
-    lasting = dict.fromkeys("abcd", 10 * START_SECONDS)
-    assert worth_splitting(cohort, lasting, ask, []) == [cohort]
-    assert [len(part) for part in worth_splitting(cohort, lasting, ask, nodes(1))] == [2, 2]
-    assert [len(part) for part in worth_splitting(cohort, lasting, ask, nodes(8))] == [1, 1, 1, 1]
-    assert worth_splitting(cohort, dict.fromkeys("abcd", START_SECONDS), ask, nodes(8)) == [cohort]
-    assert worth_splitting(cohort, lasting, ResourceRequest(1, 2), nodes(1, 1, 1)) == [cohort]
-    one_long = dict.fromkeys("abcd", 1.0) | {"c": 10 * START_SECONDS}
-    assert worth_splitting(cohort, one_long, ask, nodes(8)) == [cohort]  # the long one would start again for nothing
+    assert spans == [(0.0, 10.0), (10.0, 20.0), (0.0, 30.0), (0.0, 5.0)]
 
 
 # ---- memory

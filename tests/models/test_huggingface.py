@@ -158,7 +158,7 @@ def test_a_student_starts_from_pretrained_weights(folders: Path, tmp_path: Path)
         seed=3,
     )
     card = ModelCard.of(spec.model, rows(), None)
-    student = Student(spec, card, tmp_path, log=tmp_path / "log")
+    student = Student(spec, card, tmp_path)
     started, loaded = student.module.state_dict(), build(card, seed=0, pretrained=True).state_dict()
     assert all(torch.equal(started[key], loaded[key]) for key in started if "classifier" not in key)
 

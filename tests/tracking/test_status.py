@@ -18,7 +18,8 @@ from rich.console import Console
 from akd_dist import cli
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
 from akd_dist.data.row_cache import prepare
-from akd_dist.distill.cohort import read_progress, train_cohort
+from akd_dist.distill.cohort import train_cohort
+from akd_dist.distill.job import read_progress
 from akd_dist.documents.damage import read_result
 from akd_dist.documents.json_schema import schemas
 from akd_dist.documents.status import (
@@ -322,9 +323,9 @@ def stores(home: Path, recipe: Recipe) -> dict[str, str]:
 def test_a_cohort_tells_of_every_student_as_it_goes(
     home: Path, recipe: Recipe, stores: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("akd_dist.distill.cohort.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("akd_dist.distill.progress.PROGRESS_SECONDS", 0.0)
     told: list[CohortProgress] = []
-    monkeypatch.setattr("akd_dist.distill.cohort.write_document", lambda _path, document: told.append(document))
+    monkeypatch.setattr("akd_dist.distill.progress.write_document", lambda _path, document: told.append(document))
     splits = prepare(recipe.data, home / "cache")
     base = fleet_job(recipe, splits, stores, tmp_path, str(home / "cache"))
     train_cohort(cohort_job(base, tuple(recipe.students), {}))
@@ -359,8 +360,8 @@ def test_a_shared_stage_is_counted_once(
     fleet.waiting = [tuple(recipe.students)]
     before = fleet._plan()
     told: list[CohortProgress] = []
-    monkeypatch.setattr("akd_dist.distill.cohort.PROGRESS_SECONDS", 0.0)
-    monkeypatch.setattr("akd_dist.distill.cohort.write_document", lambda _path, document: told.append(document))
+    monkeypatch.setattr("akd_dist.distill.progress.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("akd_dist.distill.progress.write_document", lambda _path, document: told.append(document))
     train_cohort(cohort_job(base, tuple(recipe.students), {}))
     fleet.waiting = []
     resumed = fleet._plan()

@@ -1,0 +1,148 @@
+"""What a student leaves: its delivered model, what it says of the test rows, its result, its metrics, its log.
+
+All but the log is written by rank 0, through the student's `FencedWriter`: a worker whose student another one has taken
+over can publish nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import traceback
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from akd_dist import recipe
+from akd_dist.base.fence import FencedWriter
+from akd_dist.base.files import append, failpoint
+from akd_dist.data.predictions import encode_predictions
+from akd_dist.data.rows import Rows
+from akd_dist.distill.checkpoint import checkpoints, read_header
+from akd_dist.distill.ranks import reason_of
+from akd_dist.distill.student import DivergedError, Student
+from akd_dist.models.build import num_parameters
+from akd_dist.models.folder import save_model
+from akd_dist.tracking.status import read_metrics
+
+TEST_NAME = "test.parquet"
+"""What student and teacher say of each test row, beside its label."""
+
+
+def deliver(
+    student: Student,
+    test: Rows,
+    teacher_said: np.ndarray | None,
+    log: Path,
+    vouch: Callable[[], object] = lambda: None,
+) -> None:
+    """End a student as `done`: measure the best weights of its last stage on the test rows, once, and write them.
+
+    Args:
+        teacher_said: what the teacher says of each test row, as `metrics.predictions`; None without a teacher.
+        vouch: as `Lockstep.vouch`: called before anything is published.
+    """
+    assert student.best is not None
+    student.module.load_state_dict(student.best)
+    metrics, chosen = student.evaluate(test)
+    agreement = None
+    if teacher_said is not None and test.task == "classification":
+        agreement = float(np.mean(chosen == teacher_said))
+    vouch()
+    if student.ranks.rank == 0:
+        failpoint("student.before_model")
+        save_model(student.folder, student.module, student.card, write=student.writer.replace)
+        label = np.array(test.labels)
+        columns = {"row": np.arange(len(test)), "label": label, "student": chosen, "teacher": teacher_said}
+        student.writer.replace(student.folder / TEST_NAME, encode_predictions(columns))
+    _conclude(
+        student,
+        "done",
+        None,
+        log,
+        test={name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no infinite loss
+        validation=student.best_record["validation"],
+        agreement=agreement,
+    )
+
+
+def end_by(student: Student, error: Exception, log: Path) -> None:
+    """End a student as `diverged` or `failed`; its last good checkpoint stays."""
+    state = "diverged" if isinstance(error, DivergedError) else "failed"
+    write_note(log, "".join(traceback.format_exception(error)))
+    _conclude(student, state, str(error) if state == "diverged" else reason_of(error), log)
+
+
+def _conclude(student: Student, state: str, reason: str | None, log: Path, **measured: Any) -> None:
+    """Write the result; what is measured of it stays, its weights and optimizer are let go of."""
+    result = entry(student.spec, state, reason, student.folder, student.attempt) | {
+        "parameters": num_parameters(student.module),
+        "epochs": student.epoch,
+        "seconds": round(student.seconds, 3),
+        "stage1_from": student.stage1_from,
+        **measured,
+    }
+    write_note(log, f"{state}: {reason or measured.get('test')}")
+    write_metrics(student, durable=True)
+    if student.ranks.rank == 0:
+        failpoint("student.before_result")
+        student.writer.replace(student.folder / "result.json", json.dumps(result, indent=1).encode())
+        failpoint("student.after_result")
+    student.end(result)
+
+
+def write_metrics(student: Student, *, durable: bool = False) -> None:
+    """All epochs so far, whole: a line that is added to a file may be cut, and may be added by a late worker."""
+    if student.ranks.rank == 0:
+        lines = "".join(json.dumps(record) + "\n" for record in student.history)
+        student.writer.replace(student.folder / "metrics.jsonl", lines.encode(), durable=durable)
+
+
+def entry(spec: recipe.StudentSpec, state: str, reason: str | None, folder: Path, attempt: int) -> dict[str, Any]:
+    """A student's entry of fleet.json before anything of it was measured."""
+    return {
+        "name": spec.name,
+        "model": spec.model.label,
+        "parameters": None,
+        "objective": spec.objective.kind,
+        "tau_max": getattr(spec.objective, "tau_max", None),
+        "seed": spec.seed,
+        "state": state,
+        "reason": reason,
+        "epochs": 0,
+        "validation": None,
+        "test": None,
+        "agreement": None,
+        "seconds": 0.0,
+        "stage1_from": None,
+        "attempt": attempt,
+        "path": ".",  # the student's folder, relative to the document in it
+    }
+
+
+def failed_entry(spec: recipe.StudentSpec, reason: str, folder: Path, attempt: int) -> dict[str, Any]:
+    """The entry of a student that failed and cannot say how far it was: its folder does."""
+    records = read_metrics(folder)
+    seconds = records[-1]["seconds"] if records else 0.0
+    known = {"epochs": len(records), "seconds": seconds, "stage1_from": forked_from(folder)}
+    return entry(spec, "failed", reason, folder, attempt) | known
+
+
+def forked_from(folder: Path) -> str | None:
+    """The student whose stage I this one went on from, by its newest checkpoint; None if it trained its own."""
+    found = checkpoints(folder / "checkpoints")
+    return read_header(found[-1]).get("stage1_from") if found else None
+
+
+def fail_from_outside(spec: recipe.StudentSpec, folder: Path, reason: str, attempt: int, writer: FencedWriter) -> None:
+    """End a student as `failed` that could not be set up, or whose worker dies again and again: the others go on."""
+    result = failed_entry(spec, reason, folder, attempt)
+    writer.replace(folder / "result.json", json.dumps(result, indent=1).encode())
+
+
+def write_note(log: Path, text: str) -> None:
+    """Add a line with its time to a log."""
+    append(log, f"{datetime.now():%Y-%m-%d %H:%M:%S} {text.rstrip()}\n")

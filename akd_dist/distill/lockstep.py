@@ -1,0 +1,178 @@
+"""The training loop: students of a cohort in lockstep, each batch read once for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from akd_dist.base.errors import AkdError, CorruptCacheError
+from akd_dist.base.files import failpoint
+from akd_dist.data.rows import Splits
+from akd_dist.distill.delivery import deliver, end_by, write_metrics, write_note
+from akd_dist.distill.job import CohortJob
+from akd_dist.distill.progress import Progress
+from akd_dist.distill.ranks import Ranks
+from akd_dist.distill.stream import BatchStream
+from akd_dist.distill.student import Student, stage1_leader
+from akd_dist.storage.content import Guard
+
+
+@dataclass
+class Lockstep:
+    """The loop over epochs and batches, as one rank runs it."""
+
+    job: CohortJob
+    ranks: Ranks
+    students: list[Student]
+    """Those that have not ended, each at its newest checkpoint."""
+    stream: BatchStream
+    splits: Splits
+    teacher_said: np.ndarray | None
+    """What the teacher says of each test row, as `metrics.predictions`; None without a teacher."""
+    guard: Guard
+    """Of all files that rows and logits of this rank lie in."""
+    mark: str
+    """Names the files that all ranks read, as `Guard.mark`."""
+
+    def __post_init__(self) -> None:
+        metric = self.job.data.primary_metric
+        self.progress = Progress(self.job.progress_file, self.students, self.stream, metric, self.ranks.rank)
+        self.saved_at = time.monotonic()
+
+    def run(self) -> bool:
+        """Train until every student has ended; True if the stop file was there before."""
+        for student in self.active:
+            if student.epochs == 0:
+                with self._failing_alone(student):
+                    student.keep_initial(self.splits.validation)
+                    self._deliver(student)
+        self.progress.tell(force=True)
+        stopped = False
+        while not stopped and (stepping := self.stepping):
+            # Students that resumed may stand further on than others. The stream begins with the one that is furthest
+            # behind, and each joins when the stream comes to the step that it stands at.
+            epoch = min(student.epoch for student in stepping)
+            here = [student for student in stepping if student.epoch == epoch]
+            first = min(student.step for student in here)
+            # An epoch in which all learn from labels alone reads no logits.
+            stream = self.stream if any(one.stage.needs_logits for one in here) else self.stream.without_logits()
+            for batch in stream.batches(epoch, first, self.ranks.rank, self.ranks.world):
+                for student in here:
+                    if student.training and student.step == batch.step:
+                        with self._failing_alone(student):
+                            student.take_step(batch, stream.steps_per_epoch)
+                if not any(student.training for student in here):
+                    break  # all of them have failed or diverged: the rest of the epoch is not read
+                if stopped := self._stops_after_batch():
+                    break
+            if not stopped:
+                self._end_epoch(here)
+        self.progress.tell(force=True)
+        return stopped
+
+    @property
+    def active(self) -> list[Student]:
+        """Those that have not ended."""
+        return [student for student in self.students if student.training]
+
+    @property
+    def stepping(self) -> list[Student]:
+        """Those that take steps; the others wait until the stage I that they share with one of these is over."""
+        active = self.active
+        return [student for student in active if stage1_leader(student, active) is None]
+
+    def _stops_after_batch(self) -> bool:
+        """Tell, checkpoint when that is due, and say whether to stop. The ranks decide together."""
+        failpoint("cohort.after_batch")
+        self.progress.tell()
+        due = 0 < self.job.checkpoint_seconds < time.monotonic() - self.saved_at
+        stop, due = self.ranks.any(self.job.stop_file.exists(), due)
+        if stop or due:
+            self._save()
+        return stop
+
+    def _end_epoch(self, students: list[Student]) -> None:
+        for student in students:
+            if student.training:
+                with self._failing_alone(student):
+                    self._end_epoch_of(student)
+                self.progress.tell()
+        if self.job.checkpoint_seconds == 0:
+            self._save()
+
+    def _end_epoch_of(self, student: Student) -> None:
+        active = self.active
+        followers = [other for other in active if stage1_leader(other, active) is student]
+        record, metric = student.end_epoch(self.splits.validation), self.job.data.primary_metric
+        failpoint("student.before_metrics")
+        write_metrics(student)
+        self._note(
+            student,
+            f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "
+            f"validation {metric} {record['validation'][metric]:.4f}",
+        )
+        if student.stage_index > 0:  # stage I is over, and is the same for those that have waited for it
+            for follower in followers:
+                with self._failing_alone(follower):
+                    follower.fork_from(student)
+                    write_metrics(follower)
+                    self._note(follower, f"goes on from the stage I of {student.spec.name}, which is the same")
+                    follower.save(self.vouch())
+        if student.epoch == student.epochs:
+            self._deliver(student)
+
+    def _deliver(self, student: Student) -> None:
+        deliver(student, self.splits.test, self.teacher_said, self._log(student), self.vouch)
+
+    @contextlib.contextmanager
+    def _failing_alone(self, student: Student) -> Iterator[None]:
+        """A block whose exception ends this student and no other; but an `AkdError` is no fault of a student."""
+        try:
+            yield
+        except AkdError:
+            raise
+        except Exception as error:
+            self.ranks.check_agreed(error, student.spec.name)
+            self.vouch()  # raises where the bytes that it was trained on were wrong: then it is to be trained again
+            end_by(student, error, self._log(student))
+
+    def vouch(self) -> str | None:
+        """As `Guard.vouch`, for the bytes of all ranks: what one publishes depends on those of the others.
+
+        Returns:
+            None where everything was hashed since the call; else the mark of the files that it rests on.
+
+        Raises:
+            CorruptCacheError: something that was prepared or decoded has changed, on this rank's node or another's.
+        """
+        corrupt, fresh = None, False
+        try:
+            fresh = self.guard.vouch(self.progress.tell)
+        except CorruptCacheError as error:
+            corrupt = error
+        found, stale = self.ranks.any(corrupt is not None, not fresh)
+        if found:
+            raise corrupt or CorruptCacheError(
+                "what another worker's node has prepared or decoded is no longer what was written there",
+                got=f"found by another worker than {self.ranks.rank}",
+            )
+        return self.mark if stale else None
+
+    def _save(self) -> None:
+        rests_on = self.vouch()
+        for student in self.stepping:
+            with self._failing_alone(student):
+                student.save(rests_on)
+            self.progress.tell()  # a driver that stops gives up on workers that show no progress for a while
+        self.saved_at = time.monotonic()
+
+    def _log(self, student: Student) -> Path:
+        return self.job.log_of(student.spec.name, self.ranks.rank)
+
+    def _note(self, student: Student, text: str) -> None:
+        write_note(self._log(student), text)
