@@ -30,7 +30,7 @@ from akd_dist.storage.s3 import S3Root
 CLAIM_SUFFIX = ".claim"
 # A remote holder's lock does not reach us, so its file may be caught half written; it is whole again in a moment.
 _READS, _READ_AGAIN = 5, 0.02
-_LAST_BEAT_SECONDS = 2.0
+_LAST_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def claim_store(
         on_poll()
         time.sleep(poll_every)
     try:
-        with _heartbeat(claim, beat_every):
+        with repeating(claim.beat, beat_every, "store-claim"):
             yield
     finally:
         claim.release()
@@ -259,21 +259,22 @@ class _ObjectClaim:
 
 
 @contextlib.contextmanager
-def _heartbeat(claim: _Claim, every: float) -> Iterator[None]:
+def repeating(act: Callable[[], object], every: float, name: str) -> Iterator[None]:
+    """Call `act` every so many seconds during the block, on a thread of its own; a time that fails is left out."""
     done = threading.Event()
 
-    def beat() -> None:
+    def go_on() -> None:
         while not done.wait(every):
-            with contextlib.suppress(AkdError, OSError):  # a missed beat is no harm
-                claim.beat()
+            with contextlib.suppress(AkdError, OSError):
+                act()
 
-    thread = threading.Thread(target=beat, name="store-claim", daemon=True)
+    thread = threading.Thread(target=go_on, name=name, daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
-        thread.join(_LAST_BEAT_SECONDS)  # a beat that storage does not answer holds nobody up: its tag is out of date
+        thread.join(_LAST_SECONDS)  # storage that does not answer holds nobody up: what comes late does no harm
 
 
 def _is_still_at(descriptor: int, path: Path) -> bool:

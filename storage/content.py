@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import secrets
 import shutil
 import threading
 import time
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from akd_dist.base.errors import CorruptCacheError, TouchedCacheError
-from akd_dist.base.files import PARTIAL_SUFFIX, canonical_json, failpoint, is_settled, sha256, stamp_of
+from akd_dist.base.files import canonical_json, failpoint, is_settled, partial_name, sha256, stamp_of
 from akd_dist.base.locks import file_lock
 
 SHARE = 100
@@ -122,7 +121,7 @@ def discard(files: Sequence[Path], inodes: Sequence[int | None]) -> None:
     entry = files[0].parent
     with file_lock(entry.with_name(f"{entry.name}.lock"), what=f"the cache entry {entry}"):
         if inodes_of(files) == tuple(inodes):
-            gone = entry.with_name(f"{entry.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+            gone = partial_name(entry)
             with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
                 entry.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -23,7 +22,7 @@ import platformdirs
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from akd_dist.base.errors import MachineError, RecipeError
-from akd_dist.base.files import PARTIAL_SUFFIX, replace, with_checksum, without_checksum
+from akd_dist.base.files import PARTIAL_SUFFIX, partial_name, replace, with_checksum, without_checksum
 from akd_dist.base.locks import file_lock, is_locked
 from akd_dist.storage.content import Content, Part, digest, inodes_of, map_array
 from akd_dist.storage.manifest import Manifest
@@ -215,7 +214,7 @@ def _decode(store: LogitStore, entry: Path, budget: int | None, on_progress: Pro
     need = store.layout.nbytes + _HEADER_BYTES
     cache_root = entry.parent.parent
     make_room(cache_root, need, budget)
-    building = entry.with_name(f"{entry.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+    building = partial_name(entry)
     try:
         building.mkdir(parents=True)
         tokens = {key: stat.token for key, stat in store.stats().items()}  # before reading, so that no change is missed
@@ -329,7 +328,7 @@ def _evict(entry: Path) -> None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        gone = entry.with_name(f"{entry.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+        gone = partial_name(entry)
         entry.rename(gone)
         shutil.rmtree(gone)
     except BlockingIOError:

@@ -12,7 +12,6 @@ import logging
 import shlex
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -25,7 +24,7 @@ from akd_dist.base.errors import AkdError, RefusedError
 from akd_dist.base.files import sha256
 from akd_dist.base.locks import is_locked
 from akd_dist.base.places import absolute, found, written
-from akd_dist.storage.claim import holder_of
+from akd_dist.storage.claim import holder_of, repeating
 from akd_dist.storage.layout import MANIFEST_KEY
 from akd_dist.storage.manifest import Document
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
@@ -99,20 +98,13 @@ def using(uris: Iterable[str], *, run: str, lock: Path | None = None) -> Iterato
     stores = [open_root(uri) for uri in dict.fromkeys(uris)]
     for store in stores:
         _begin(store, run, lock)
-    done = threading.Event()
 
-    def go_on() -> None:
-        while not done.wait(_AGAIN_SECONDS):
-            for store in stores:
-                _note(store, _use(store, run, lock))
+    def note_all() -> None:
+        for store in stores:
+            _note(store, _use(store, run, lock))
 
-    thread = threading.Thread(target=go_on, name="store-uses", daemon=True)
-    thread.start()
-    try:
+    with repeating(note_all, _AGAIN_SECONDS, "store-uses"):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def uses_of(store: ObjectRoot) -> list[Use]:

@@ -45,6 +45,11 @@ def expanded(path: str | Path) -> Path:
         ) from error
 
 
+def partial_name(path: Path) -> Path:
+    """A name of its own, beside `path`, for what is made there or on its way out: a file or a folder."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+
+
 def canonical_json(document: Any) -> bytes:
     """The one spelling of a JSON document that is hashed: sorted keys, no spaces, UTF-8, no NaN."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
@@ -190,7 +195,7 @@ def whole_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     if not overwrite and path.exists():
         raise _there_already(path)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+    partial = partial_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -314,7 +319,7 @@ def check_folder(folder: Path | None) -> None:
 
 
 def _write_partial(path: Path, data: bytes, *, durable: bool = True, folder: Path | None = None) -> Path:
-    partial = (folder or path.parent) / f"{path.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}"
+    partial = partial_name(path if folder is None else folder / path.name)
     try:
         if folder is None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,15 @@ import numpy as np
 
 from akd_dist import recipe
 from akd_dist.base.errors import MachineError
-from akd_dist.base.files import PARTIAL_SUFFIX, canonical_json, replace, sha256, with_checksum, without_checksum
+from akd_dist.base.files import (
+    PARTIAL_SUFFIX,
+    canonical_json,
+    partial_name,
+    replace,
+    sha256,
+    with_checksum,
+    without_checksum,
+)
 from akd_dist.base.locks import file_lock
 from akd_dist.data import findings, pictures, splitting
 from akd_dist.data.columns import NotGreyError, notes_of
@@ -142,7 +149,7 @@ def _write_readings(
 ) -> None:
     needed = sum(reading.bytes_of(splits[name] != LEFT_OUT) for name, reading in readings.items())
     make_room(cache_root, needed, budget)
-    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    partial = partial_name(folder)
     try:
         # Left by killed processes: the lock is ours.
         _remove(folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}"))
