@@ -68,7 +68,8 @@ def run_tasks(
     flying: dict[Any, Task] = {}
     while True:
         shared.look()
-        window = 2 * _at_once(shared.nodes(), ask)  # nodes may join
+        # Twice what runs at a time, so that no CPU waits for the driver; asked each time, since nodes join and leave.
+        window = 2 * _at_once(shared.nodes(), ask)
         while not stop and len(flying) < window and (task := next(waiting, None)) is not None:
             if id(task.job) not in shipped:
                 shipped[id(task.job)] = ray.put(task.job)

@@ -28,8 +28,10 @@ from akd_dist.storage.roots import open_root
 from akd_dist.storage.s3 import S3Root
 
 CLAIM_SUFFIX = ".claim"
-# A remote holder's lock does not reach us, so its file may be caught half written; it is whole again in a moment.
+# A lock held on another host does not keep us from reading, so a claim may be read while it is written: it is read
+# again, so many times and so many seconds later.
 _READS, _READ_AGAIN = 5, 0.02
+# How long a block waits at its end for a call that is still on its way.
 _LAST_SECONDS = 2.0
 
 

@@ -28,8 +28,10 @@ from akd_dist.base.locks import file_lock
 SHARE = 100
 """Everything is hashed again once so many times the duration of a pass have gone by: 1 % of the time, at most."""
 _WAIT_SECONDS = 0.25
-_TRIES = 3  # of what was wrong, ...
-_TOUCHES = 10  # ... and of what was right, but touched
+# How often an entry with wrong bytes is met before the disk is blamed.
+_TRIES = 3
+# How often an entry may be touched by others although its bytes are right, before the command gives up.
+_TOUCHES = 10
 
 Returned = TypeVar("Returned")
 
@@ -224,7 +226,8 @@ class Guard:
 
     def _pass(self, on_wait: Callable[[], None]) -> None:
         began = told = time.monotonic()
-        # What is written within a tick of the file's own time does not show in it; a pass that begins later sees it.
+        # A write within the same tick of the file system's clock as the one before leaves the file's time as it was.
+        # Only a pass that begins after that tick is known to have read what the time stands for.
         settled = all(map(is_settled, self._seen))
         for content in self._contents:
             for _ in content.verifying():

@@ -31,7 +31,7 @@ from akd_dist.storage.reader import LogitStore
 IN_USE = "in-use"
 _LOGITS_FILE = "logits.npy"
 _VERIFIED_FILE = "verified.json"
-# Room for a .npy header.
+# Room for the header of a .npy file: 128 bytes today, and a page at most.
 _HEADER_BYTES = 4096
 
 Progress = Callable[[int, int], None]
@@ -239,7 +239,8 @@ def _fill(store: LogitStore, path: Path, on_progress: Progress | None) -> dict[s
             handle,
             {"descr": np.lib.format.dtype_to_descr(np.dtype(layout.dtype)), "fortran_order": False, "shape": shape},
         )
-        # A full disk must be an error here: in a memory map it would be a SIGBUS.
+        # All of it is reserved here, where a full disk is an error: a write to a memory map that finds none is a
+        # SIGBUS, which ends the process without a word.
         os.posix_fallocate(handle.fileno(), 0, handle.tell() + layout.nbytes)
     decoded = np.load(path, mmap_mode="r+")
     shards, digests = layout.shards(), {}

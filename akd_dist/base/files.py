@@ -343,7 +343,8 @@ def _link_or_create(partial: Path, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # No hard links: win the name with O_EXCL, then put the whole file in its place.
+        # There are no hard links. O_EXCL decides who has the name; the winner then renames the whole file over the
+        # empty one that it made, so that a reader sees an empty file at the worst, which no document is.
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         except FileExistsError:

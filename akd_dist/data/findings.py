@@ -10,9 +10,12 @@ import numpy as np
 
 from akd_dist.base.errors import RefusedError
 
-_SHOWN = 5  # classes named in a message
-_HASHED_BYTES = 1 << 22  # of rows, at a time
-_NO_VALUE = ("nan", "none", "null", "n/a", "na", "<na>")  # what missing values turn into as text
+# The most classes that a message names.
+_SHOWN = 5
+# The most bytes of rows that are hashed at a time: their copies as Python bytes are held meanwhile.
+_HASHED_BYTES = 1 << 22
+# What pandas, Arrow and others write for a missing value where a column is text.
+_NO_VALUE = ("nan", "none", "null", "n/a", "na", "<na>")
 
 
 def refuse_lost_classes(counts: np.ndarray, names: Sequence[str] | None, parts: Sequence[str], hint: str) -> None:
@@ -114,7 +117,8 @@ def near_chance(name: str, agreement: float, counts: np.ndarray) -> str | None:
     """
     rows = int(counts.sum())
     most = float(counts.max()) / rows
-    noise = 2 * math.sqrt(most * (1 - most) / rows)  # two standard errors
+    # Two standard errors of a share: an agreement within them may be luck.
+    noise = 2 * math.sqrt(most * (1 - most) / rows)
     if np.count_nonzero(counts) < 2 or agreement > most + max(noise, min((1 - most) / 20, most / 2)):
         return None
     return (

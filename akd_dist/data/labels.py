@@ -97,7 +97,9 @@ class _Ids:
         self.names = classes.names if classes.complete else own_names
         self._number = classes.number if own_names is None else len(own_names)
         self._own = own_names or ()
-        self._translated: np.ndarray | None = None  # ids of the train rows, -1 where they have none
+        # This source's id -> the id that the train rows have for the class of that name, or -1 where they have no such
+        # class. None where both number their classes alike.
+        self._translated: np.ndarray | None = None
         if classes.complete and self.named and own_names != classes.names:
             known = {name: number for number, name in enumerate(classes.names or ())}
             self._translated = np.array([known.get(name, -1) for name in self._own], dtype=np.int64)
@@ -108,7 +110,7 @@ class _Ids:
         refuse_nulls(column, self._place, rows[0])
         try:
             ids: np.ndarray = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
-        except pa.ArrowInvalid:  # uint64 beyond int64
+        except pa.ArrowInvalid:  # a uint64 that int64 cannot hold
             raise self._out_of_range(rows[0], column[0]) from None
         wrong = ids < 0 if self._number is None else (ids < 0) | (ids >= self._number)
         if wrong.any():

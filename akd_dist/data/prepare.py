@@ -23,11 +23,14 @@ from akd_dist.data.labels import Classes, Labels, labels_of
 from akd_dist.data.sources.base import Kind, Source
 from akd_dist.data.text import tokenizer_of
 
-_READ_ROWS = 512  # the most rows read and decoded at a time
+# The most rows read and decoded at a time.
+_READ_ROWS = 512
 READ_BYTES = 1 << 20
 """The most bytes of inputs decoded at a time, if more than one row."""
-_LABEL_ROWS = 1 << 14  # the most labels read at a time, where inputs are not needed
-_LABEL_BYTES = 8  # at most
+# The most labels read at a time, where inputs are not needed.
+_LABEL_ROWS = 1 << 14
+# What a label takes on disk: int64 of a class; float32 of regression takes half.
+_LABEL_BYTES = 8
 
 
 @dataclass(frozen=True)

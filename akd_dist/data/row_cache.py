@@ -37,7 +37,8 @@ from akd_dist.storage.content import discard, inodes_of, map_array
 from akd_dist.storage.node_cache import IN_USE, hold, make_room
 
 _INDEX = "index.json"
-_FORMAT = 2  # of the prepared folder; part of its key
+# The format of the folder. It is part of its key, so that rows in an older format are prepared afresh.
+_FORMAT = 2
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, rows done, rows in all)."""
 
@@ -132,7 +133,9 @@ def _write(
 
     try:
         write(readings, tell)
-    except NotGreyError:  # an image has colours, and those before it were grey
+    except NotGreyError:
+        # An image has colours and those before it were grey, so one channel was planned for all: begin again with
+        # three.
         write(in_colour(readings), lambda what, done, total: tell(f"{what}, in colour", done, total))
 
 
@@ -151,7 +154,7 @@ def _write_readings(
     make_room(cache_root, needed, budget)
     partial = partial_name(folder)
     try:
-        # Left by killed processes: the lock is ours.
+        # What killed processes left. Nobody else prepares these rows now, since the lock is ours.
         _remove(folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}"))
         partial.mkdir(parents=True)
         classes, counts = Classes(), np.zeros((), dtype=np.int64)
@@ -164,7 +167,7 @@ def _write_readings(
             classes, labels = write_source(reading, outputs, data.task, classes, told)
             if data.task == "classification":
                 counts = counts + splitting.count(splits[name], labels, classes.number or 0)
-            del labels  # eight bytes a row
+            del labels  # eight bytes a row, which the next source would find taken
         lines = [note for reading in readings.values() for note in reading.source.notes]
         lines += [note for name, reading in readings.items() for note in notes_of(reading.inputs, f"data.{name}")]
         if data.task == "classification":
@@ -221,7 +224,7 @@ def _open(folder: Path) -> Splits | None:
     try:
         index = without_checksum((folder / _INDEX).read_bytes())
         splits = [_rows(folder, name, index) for name in SPLITS]
-        lines = tuple(map(str, index.get("findings", ())))  # rows of before have none
+        lines = tuple(map(str, index.get("findings", ())))  # rows that an earlier version prepared have none
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Splits(*splits, findings=lines)

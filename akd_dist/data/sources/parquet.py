@@ -19,8 +19,10 @@ from akd_dist.data.schemas import check_schema, plain
 from akd_dist.data.sources.base import Source, stats_of
 from akd_dist.data.sources.tables import columns_of, columns_of_table, labels_alone, source_of_table
 
-_BUFFER_BYTES = 1 << 20  # read ahead in a column; pre_buffer would hold whole row groups
-_BLOCK_BYTES = 1 << 21  # of a Parquet column, uncompressed, read at a time
+# Bytes read ahead in a column. With `pre_buffer`, pyarrow would hold a whole row group in memory.
+_BUFFER_BYTES = 1 << 20
+# Bytes of columns, uncompressed, that are read at a time.
+_BLOCK_BYTES = 1 << 21
 
 
 class ParquetSource:
