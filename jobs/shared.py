@@ -111,6 +111,7 @@ class Shared:
         return {"ray.io/node-id": f"in({','.join(sorted(self.good))})"}
 
     def _ask(self, name: str) -> Any:
+        # Not `soft`: where the node is gone, a task that Ray ran elsewhere would tell what another node sees.
         pinned: Any = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(name, soft=False)
         remote = ray.remote(not_seen).options(num_cpus=0, max_retries=1, scheduling_strategy=pinned)
         tokens = {what: str(token) for what, token in self._tokens().items()}

@@ -170,6 +170,8 @@ class _FileClaim:
     _descriptor: int = -1
 
     def take(self, stale: Holder | None) -> Holder | None:
+        # The lock is on the file and not on its name: a holder that leaves removes the name, and then a lock on the old
+        # file would guard nothing. So the file that was locked must be the one that still has the name.
         while True:
             descriptor = self._open()
             if not try_lock(descriptor):
@@ -222,6 +224,8 @@ class _ObjectClaim:
 
     def take(self, stale: Holder | None) -> Holder | None:
         while True:
+            # Whether the put went through is not asked: where its answer was lost, a repeated put meets our own claim.
+            # Who holds the store is what the claim says when it is read.
             self.root.put_new(self.key, self._bytes())
             try:
                 data, tag = self.root.get_tagged(self.key)

@@ -194,6 +194,8 @@ class Guard:
             on_wait()
         if self._error is not None:
             raise self._error
+        # Size, times and inode show what a program wrote, and not what a failing disk or memory does: so the bytes
+        # themselves are read again from time to time.
         recent = time.monotonic() - self._passed_at < SHARE * self._seconds
         if recent and self._settled and not self._touched():
             return False

@@ -112,6 +112,7 @@ def map_decoded(
     """
     entry = _entry_of(store.manifest, cache_root)
     with file_lock(entry.with_name(f"{entry.name}.lock"), what=f"the decoded copy of store {store.id[:12]}"):
+        # Held before it is looked at, so that no other process evicts the entry between the look and the mapping.
         with hold(entry) as keep:
             verified = _verified(store, entry)
             if verified is not None:
@@ -329,6 +330,7 @@ def _evict(entry: Path) -> None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Renamed first: a removal that is killed half way leaves a partial folder, and never an entry that lacks files.
         gone = partial_name(entry)
         entry.rename(gone)
         shutil.rmtree(gone)

@@ -101,6 +101,8 @@ def remove_store(root_uri: str, store_id: str, cache_root: Path) -> str | None:
     mark = f"{store_id}{REMOVING_SUFFIX}"
     try:
         with claim_store(root_uri, store_id):
+            # The mark before the look for users; a run leaves its record before it looks for a mark. So of the two, one
+            # at least sees the other.
             root.put(mark, b"")
             try:
                 failpoint("remove.marked")

@@ -128,6 +128,7 @@ def publish_new(path: Path, data: bytes) -> bool:
     for attempts_left in (2, 1, 0):
         partial = _write_partial(path, data)
         try:
+            # link(2) fails where the name exists, unlike rename(2): so two writers never overwrite each other.
             failpoint("publish.before_link")
             return _link_or_create(partial, path)
         except FileNotFoundError as error:

@@ -80,6 +80,7 @@ def _guess(missing: np.ndarray, there: np.ndarray, names: Sequence[str] | None) 
     if missing.tolist() == [0]:
         return ": are labels counted from 1?"
     last, gap = int(there[-1]), int(there[-1] - there[-2]) - 1 if len(there) > 1 else 0
+    # One id far beyond all others, as 255 beside 0 to 9, is how many data sets mark rows without a label.
     if gap == len(missing) and gap > len(there):
         return f": is {last} a mark of rows without a label?"
     return ""

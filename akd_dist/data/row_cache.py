@@ -180,6 +180,7 @@ def _write_readings(
         check_unchanged(origins, stamps)
         _write_index(partial, data.task, classes, readings["train"].inputs.tokens, lines, origins, tell)
         (partial / IN_USE).touch()
+        # Whole from the moment that it has its name, like everything in the cache.
         partial.rename(folder)
     except OSError as error:
         raise MachineError(
