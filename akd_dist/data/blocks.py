@@ -26,10 +26,10 @@ class Block:
     start: int
     """Number of the first row."""
     inputs: Sequence[Any]
-    """One or two columns of as many rows: each an Arrow array, a NumPy array [n, *shape], or a list of arrays or
-    of images of Pillow."""
+    """One or two columns of as many rows: each an Arrow array, of chunks or not, a NumPy array [n, *shape], or a list
+    of arrays or of images of Pillow."""
     labels: Any
-    """An Arrow array."""
+    """An Arrow array, of chunks or not."""
 
     def __len__(self) -> int:
         return len(self.labels)

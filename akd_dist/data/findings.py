@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -97,10 +96,14 @@ def in_two_splits(inputs: Mapping[str, np.ndarray], tell: Callable[[int, int], N
     """
     (train, learnt), *others = inputs.items()
     rows, done = sum(map(len, inputs.values())), len(learnt)
-    known = _hashes(learnt, functools.partial(_further, tell, 0, rows))
+
+    def after(before: int) -> Callable[[int], None]:
+        return lambda count: tell(before + count, rows)
+
+    known = _hashes(learnt, after(0))
     found = []
     for split, array in others:
-        common = _how_many(_hashes(array, functools.partial(_further, tell, done, rows)), known)
+        common = _how_many(_hashes(array, after(done)), known)
         found += [f"{common:,} of {len(array):,} {split} rows"] if common else []
         done += len(array)
     if not found:
@@ -126,10 +129,6 @@ def near_chance(name: str, agreement: float, counts: np.ndarray) -> str | None:
         f"{name} is near chance: it agrees with the labels of {agreement:.1%} of {rows:,} train rows, and naming the "
         f"most frequent class each time would with {most:.1%}; are its classes and inputs those of the data?"
     )
-
-
-def _further(tell: Callable[[int, int], None], before: int, rows: int, done: int) -> None:
-    tell(before + done, rows)
 
 
 def _how_many(values: np.ndarray, known: np.ndarray) -> int:
