@@ -244,7 +244,7 @@ def train(folder: Path, model: str) -> dict[str, float]:
 
 def without() -> list[float]:
     """Believe everything, as before: what is mapped is not hashed, and what sources hold is not looked at."""
-    from akd_dist.data import rows
+    from akd_dist.data import row_cache
     from akd_dist.distill import cohort
     from akd_dist.storage import content
 
@@ -253,7 +253,7 @@ def without() -> list[float]:
             super().__init__([])
 
     vars(cohort)["Guard"] = Believing
-    vars(rows)["_believed"] = lambda splits, *_: splits
+    vars(row_cache)["_believed"] = lambda splits, *_: splits
     return []
 
 

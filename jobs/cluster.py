@@ -26,16 +26,19 @@ from akd_dist.jobs import ray_internals
 from akd_dist.jobs.packing import Node
 from akd_dist.jobs.ray_internals import ray as ray  # others take it from here
 
-# Ours that workers on other nodes need to know.
+# Variables of akd-dist that the workers on other nodes need as well.
 _PASSED_ON = ("AKD_DIST_CACHE_BUDGET",)
 POLL_SECONDS = 0.2
-# `timeout` signals the command it started, and then the whole group, with that command in it: one wish and not two.
+# coreutils' `timeout` signals the command that it started and then its process group, which that command is in: a
+# second signal within so many seconds is the same request to stop.
 ONCE_SECONDS = 1.0
 # How long workers that were told to stop may take to checkpoint without a sign of life, before they count as lost.
 GRACE_SECONDS = 30.0
-# Ray ends this process when the head of a cluster has not answered for 60 s: with a code and a message of its own.
+# Ray ends this process with a code and a message of its own once the head of a cluster has been silent for 60 s. Before
+# that, the command ends with ours.
 HEAD_SECONDS = 20.0
-# How long Ray may take to start or to be joined; on a machine with many times its load it takes half a minute.
+# How long Ray may take to start or to be joined. On a machine with many times the load it can bear, half a minute was
+# seen.
 START_SECONDS = 120.0
 _closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
 
@@ -254,7 +257,7 @@ def shut_down() -> None:
     raylets = [one.process for one in node.all_processes.get("raylet", [])] if node is not None else []
     below = []
     for raylet in raylets:
-        if raylet.poll() is None:  # else its number may be another's by now
+        if raylet.poll() is None:  # the number of one that has ended may be another process's by now
             with contextlib.suppress(psutil.NoSuchProcess):
                 below += psutil.Process(raylet.pid).children(recursive=True)
     try:

@@ -78,7 +78,9 @@ class Shared:
         if strict or now - self.looked_at > LOOK_SECONDS:
             self.looked_at = now
             there = {node.name: node for node in cluster.nodes()}
-            self.good |= {ray.get_runtime_context().get_node_id()} & there.keys() - self.bad  # here they were written
+            self.good |= {
+                ray.get_runtime_context().get_node_id()
+            } & there.keys() - self.bad  # the tokens were written on this node
             for name in there.keys() - self.good - self.bad - self.asked.keys():
                 self.asked[name] = (there[name], self._ask(name), now)
             self.good &= there.keys()
@@ -109,6 +111,7 @@ class Shared:
         return {"ray.io/node-id": f"in({','.join(sorted(self.good))})"}
 
     def _ask(self, name: str) -> Any:
+        # Not `soft`: where the node is gone, a task that Ray ran elsewhere would tell what another node sees.
         pinned: Any = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(name, soft=False)
         remote = ray.remote(not_seen).options(num_cpus=0, max_retries=1, scheduling_strategy=pinned)
         tokens = {what: str(token) for what, token in self._tokens().items()}
@@ -128,7 +131,7 @@ class Shared:
         except ray.exceptions.RayTaskError as error:
             missing, where = [f"a task there failed: {str(error).strip().splitlines()[-1]}"], node.address
         except ray.exceptions.RayError:
-            return  # it left again
+            return  # the node left again before it answered
         if not missing:
             self.good.add(node.name)
             return

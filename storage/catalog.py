@@ -25,7 +25,8 @@ from akd_dist.storage.uses import USES, Use, uses_of
 T = TypeVar("T")
 STORE_ID = re.compile(r"[0-9a-f]{64}")
 Progress = Callable[[int, int], None]
-# A store's folder with nothing in it, as a removal leaves for a moment.
+# What is said of a folder with nothing in it. A removal leaves such a one for a moment, so `list_stores` passes over
+# it.
 _NOTHING = "has nothing in it"
 log = logging.getLogger("akd_dist.storage")
 
@@ -318,7 +319,8 @@ def _read_summary(root: ObjectRoot, store_id: str) -> StoreSummary:
         return replace(bare, problem=error.line)
     if identity.id != store_id:
         return replace(bare, problem=f"its {CREATION_KEY} is that of store {identity.id}")
-    # What is there is counted, and not looked for: how many shards there should be, a foreign document may say.
+    # The shards that are there are counted, instead of looking for each that should be: how many that are is told by a
+    # document which may come from elsewhere, and may say a billion.
     there = [stat.size for key, stat in found.items() if key.startswith(f"{ARRAYS}/{LOGITS}/c/")]
     spec = creation.teacher.get("spec")
     return replace(

@@ -28,9 +28,11 @@ from akd_dist.storage.roots import open_root
 from akd_dist.storage.s3 import S3Root
 
 CLAIM_SUFFIX = ".claim"
-# A remote holder's lock does not reach us, so its file may be caught half written; it is whole again in a moment.
+# A lock held on another host does not keep us from reading, so a claim may be read while it is written: it is read
+# again, so many times and so many seconds later.
 _READS, _READ_AGAIN = 5, 0.02
-_LAST_BEAT_SECONDS = 2.0
+# How long a block waits at its end for a call that is still on its way.
+_LAST_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def claim_store(
         on_poll()
         time.sleep(poll_every)
     try:
-        with _heartbeat(claim, beat_every):
+        with repeating(claim.beat, beat_every, "store-claim"):
             yield
     finally:
         claim.release()
@@ -168,6 +170,8 @@ class _FileClaim:
     _descriptor: int = -1
 
     def take(self, stale: Holder | None) -> Holder | None:
+        # The lock is on the file and not on its name: a holder that leaves removes the name, and then a lock on the old
+        # file would guard nothing. So the file that was locked must be the one that still has the name.
         while True:
             descriptor = self._open()
             if not try_lock(descriptor):
@@ -220,6 +224,8 @@ class _ObjectClaim:
 
     def take(self, stale: Holder | None) -> Holder | None:
         while True:
+            # Whether the put went through is not asked: where its answer was lost, a repeated put meets our own claim.
+            # Who holds the store is what the claim says when it is read.
             self.root.put_new(self.key, self._bytes())
             try:
                 data, tag = self.root.get_tagged(self.key)
@@ -259,21 +265,22 @@ class _ObjectClaim:
 
 
 @contextlib.contextmanager
-def _heartbeat(claim: _Claim, every: float) -> Iterator[None]:
+def repeating(act: Callable[[], object], every: float, name: str) -> Iterator[None]:
+    """Call `act` every so many seconds during the block, on a thread of its own; a time that fails is left out."""
     done = threading.Event()
 
-    def beat() -> None:
+    def go_on() -> None:
         while not done.wait(every):
-            with contextlib.suppress(AkdError, OSError):  # a missed beat is no harm
-                claim.beat()
+            with contextlib.suppress(AkdError, OSError):
+                act()
 
-    thread = threading.Thread(target=beat, name="store-claim", daemon=True)
+    thread = threading.Thread(target=go_on, name=name, daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
-        thread.join(_LAST_BEAT_SECONDS)  # a beat that storage does not answer holds nobody up: its tag is out of date
+        thread.join(_LAST_SECONDS)  # storage that does not answer holds nobody up: what comes late does no harm
 
 
 def _is_still_at(descriptor: int, path: Path) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import secrets
 import shutil
 import threading
 import time
@@ -23,14 +22,16 @@ import numpy as np
 import numpy.typing as npt
 
 from akd_dist.base.errors import CorruptCacheError, TouchedCacheError
-from akd_dist.base.files import PARTIAL_SUFFIX, canonical_json, failpoint, is_settled, sha256, stamp_of
+from akd_dist.base.files import canonical_json, failpoint, is_settled, partial_name, sha256, stamp_of
 from akd_dist.base.locks import file_lock
 
 SHARE = 100
 """Everything is hashed again once so many times the duration of a pass have gone by: 1 % of the time, at most."""
 _WAIT_SECONDS = 0.25
-_TRIES = 3  # of what was wrong, ...
-_TOUCHES = 10  # ... and of what was right, but touched
+# How often an entry with wrong bytes is met before the disk is blamed.
+_TRIES = 3
+# How often an entry may be touched by others although its bytes are right, before the command gives up.
+_TOUCHES = 10
 
 Returned = TypeVar("Returned")
 
@@ -122,7 +123,7 @@ def discard(files: Sequence[Path], inodes: Sequence[int | None]) -> None:
     entry = files[0].parent
     with file_lock(entry.with_name(f"{entry.name}.lock"), what=f"the cache entry {entry}"):
         if inodes_of(files) == tuple(inodes):
-            gone = entry.with_name(f"{entry.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+            gone = partial_name(entry)
             with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
                 entry.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
@@ -193,6 +194,8 @@ class Guard:
             on_wait()
         if self._error is not None:
             raise self._error
+        # Size, times and inode show what a program wrote, and not what a failing disk or memory does: so the bytes
+        # themselves are read again from time to time.
         recent = time.monotonic() - self._passed_at < SHARE * self._seconds
         if recent and self._settled and not self._touched():
             return False
@@ -225,7 +228,8 @@ class Guard:
 
     def _pass(self, on_wait: Callable[[], None]) -> None:
         began = told = time.monotonic()
-        # What is written within a tick of the file's own time does not show in it; a pass that begins later sees it.
+        # A write within the same tick of the file system's clock as the one before leaves the file's time as it was.
+        # Only a pass that begins after that tick is known to have read what the time stands for.
         settled = all(map(is_settled, self._seen))
         for content in self._contents:
             for _ in content.verifying():

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -23,7 +22,7 @@ import platformdirs
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from akd_dist.base.errors import MachineError, RecipeError
-from akd_dist.base.files import PARTIAL_SUFFIX, replace, with_checksum, without_checksum
+from akd_dist.base.files import PARTIAL_SUFFIX, partial_name, replace, with_checksum, without_checksum
 from akd_dist.base.locks import file_lock, is_locked
 from akd_dist.storage.content import Content, Part, digest, inodes_of, map_array
 from akd_dist.storage.manifest import Manifest
@@ -32,7 +31,7 @@ from akd_dist.storage.reader import LogitStore
 IN_USE = "in-use"
 _LOGITS_FILE = "logits.npy"
 _VERIFIED_FILE = "verified.json"
-# Room for a .npy header.
+# Room for the header of a .npy file: 128 bytes today, and a page at most.
 _HEADER_BYTES = 4096
 
 Progress = Callable[[int, int], None]
@@ -113,6 +112,7 @@ def map_decoded(
     """
     entry = _entry_of(store.manifest, cache_root)
     with file_lock(entry.with_name(f"{entry.name}.lock"), what=f"the decoded copy of store {store.id[:12]}"):
+        # Held before it is looked at, so that no other process evicts the entry between the look and the mapping.
         with hold(entry) as keep:
             verified = _verified(store, entry)
             if verified is not None:
@@ -215,7 +215,7 @@ def _decode(store: LogitStore, entry: Path, budget: int | None, on_progress: Pro
     need = store.layout.nbytes + _HEADER_BYTES
     cache_root = entry.parent.parent
     make_room(cache_root, need, budget)
-    building = entry.with_name(f"{entry.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+    building = partial_name(entry)
     try:
         building.mkdir(parents=True)
         tokens = {key: stat.token for key, stat in store.stats().items()}  # before reading, so that no change is missed
@@ -240,7 +240,8 @@ def _fill(store: LogitStore, path: Path, on_progress: Progress | None) -> dict[s
             handle,
             {"descr": np.lib.format.dtype_to_descr(np.dtype(layout.dtype)), "fortran_order": False, "shape": shape},
         )
-        # A full disk must be an error here: in a memory map it would be a SIGBUS.
+        # All of it is reserved here, where a full disk is an error: a write to a memory map that finds none is a
+        # SIGBUS, which ends the process without a word.
         os.posix_fallocate(handle.fileno(), 0, handle.tell() + layout.nbytes)
     decoded = np.load(path, mmap_mode="r+")
     shards, digests = layout.shards(), {}
@@ -329,7 +330,8 @@ def _evict(entry: Path) -> None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        gone = entry.with_name(f"{entry.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+        # Renamed first: a removal that is killed half way leaves a partial folder, and never an entry that lacks files.
+        gone = partial_name(entry)
         entry.rename(gone)
         shutil.rmtree(gone)
     except BlockingIOError:

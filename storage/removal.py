@@ -76,7 +76,9 @@ def disused(
     ]
     root = open_root(root_uri)
     candidates: dict[str, Candidate] = {}
-    for store in sorted(found, key=lambda store: store.sealed):  # an unsealed one that goes needs nobody's views
+    # Unsealed stores first: a sealed store is kept for the unsealed one that takes views from it, unless that goes,
+    # too.
+    for store in sorted(found, key=lambda store: store.sealed):
         going = {one.store.id for one in candidates.values() if one.kept is None}
         try:
             unseen = store.problem if not store.modified else None  # its age is not known
@@ -99,6 +101,8 @@ def remove_store(root_uri: str, store_id: str, cache_root: Path) -> str | None:
     mark = f"{store_id}{REMOVING_SUFFIX}"
     try:
         with claim_store(root_uri, store_id):
+            # The mark before the look for users; a run leaves its record before it looks for a mark. So of the two, one
+            # at least sees the other.
             root.put(mark, b"")
             try:
                 failpoint("remove.marked")
@@ -122,7 +126,8 @@ def _remove(root: ObjectRoot, store_id: str, cache_root: Path) -> None:
     for folder in (RECEIPTS, ARRAYS):
         root.delete_folder(f"{store_id}/{folder}")
     failpoint("remove.emptied")
-    # Last what says whose logits these were, and who used them: by these the rest is found again after a crash.
+    # Last go the documents that say whose logits these were and who used them. If the removal is killed before, the
+    # same command finds the store again by them.
     root.delete_folder(store_id)
     root.delete_folder(f"{store_id}{DAMAGED_SUFFIX}")
 
@@ -230,7 +235,8 @@ def _litter(root: ObjectRoot, name: str) -> list[str]:
     found += root.list(f"{name}{DAMAGED_SUFFIX}")
     there = root.list(name)
     if f"{name}/model.json" in there:
-        found += [key for key in there if key.startswith(f"{name}/checkpoints/")]  # it is trained: they served
+        # The model is trained and written: its checkpoints have served.
+        found += [key for key in there if key.startswith(f"{name}/checkpoints/")]
     parent, _, last = name.rpartition("/")
     if not any(_is_of_use(key.removeprefix(f"{name}/")) for key in there):
         found += [f"{name}/"] if last in (root.child(parent) if parent else root).folders() else []

@@ -28,8 +28,8 @@ from akd_dist.storage.writer import (
     write_shard,
 )
 
-# Computes a shard anew: logits float32 [shard.rows, classes], label agreement, probes, as for `write_shard`. Given the
-# logits as they are stored, it adds the rest alone.
+# Computes a shard anew: logits float32 [shard.rows, classes], label agreement and probes, as `write_shard` takes them.
+# Where the stored logits are whole, it is given them, and adds agreement and probes alone.
 Recompute = Callable[
     [Shard, npt.NDArray[np.float32] | None], tuple[npt.NDArray[np.float32], float | None, Sequence[Probe]]
 ]

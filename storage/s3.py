@@ -34,15 +34,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # obstore says "not found" with either of these.
 _MISSING = (NotFoundError, FileNotFoundError)
-# Storage that does not answer for so long is given up; asked again after half of it.
+# Storage that has not answered for so long is given up. After half of it, the request is made once more.
 _TIMEOUT_SECONDS = 30.0
-# A body on its way has more time: what a slow line takes for it.
+# A request with a body has more time: what a line of this speed takes for it.
 _SLOWEST_BYTES_PER_SECOND = 256 * 2**10
-# One answer in all, however slowly its body comes.
+# The time of one answer as a whole, however slowly its body comes.
 _ANSWER_SECONDS = 600.0
 
 log = logging.getLogger("akd_dist.storage")
-# Endpoints that did not answer a thread, and when it knew: what it tidies up after that does not wait for them again.
+# When an endpoint was found not to answer, by endpoint and thread. The requests by which a thread tidies up after such
+# an error fail at once, instead of waiting as long as the first one.
 _silent: dict[tuple[str, int], float] = {}
 
 
@@ -302,7 +303,7 @@ def _s3_store(bucket: str, environment: tuple[tuple[str, str], ...], limit: floa
         },
         retry_config={
             "max_retries": 6,
-            "retry_timeout": timedelta(seconds=0.7 * (attempt + limit / 2)),  # no third attempt
+            "retry_timeout": timedelta(seconds=0.7 * (attempt + limit / 2)),  # over before a third attempt would begin
             "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
         },
     )

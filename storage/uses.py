@@ -12,7 +12,6 @@ import logging
 import shlex
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -25,20 +24,23 @@ from akd_dist.base.errors import AkdError, RefusedError
 from akd_dist.base.files import sha256
 from akd_dist.base.locks import is_locked
 from akd_dist.base.places import absolute, found, written
-from akd_dist.storage.claim import holder_of
+from akd_dist.storage.claim import holder_of, repeating
 from akd_dist.storage.layout import MANIFEST_KEY
 from akd_dist.storage.manifest import Document
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
 from akd_dist.storage.roots import open_root
 
 USES = "uses"
-# Beside a store that is about to be removed: who begins to use it meanwhile waits for what comes of that.
+# The mark of a removal, beside the store that is about to be removed. A run that begins to use the store meanwhile
+# waits until the mark is gone, and then sees whether the store is.
 REMOVING_SUFFIX = ".removing"
-# A run on another host, whose lock cannot be seen, counts as running for so long after its last record.
+# The lock of a run on another host cannot be seen: it counts as going on for so long after its last record.
 REMOTE_RUN_SECONDS = 2 * 86_400.0
-# A run that goes on for days writes a record each day.
+# A run that goes on for days looks this often whether a new day wants its record: without it, another host would take
+# the run for over after two days, and `stores gc` there would remove the store under it.
 _AGAIN_SECONDS = 6 * 3600.0
-# Whoever removes a store has only to look once more between his mark and the first object; later he counts as dead.
+# Between its mark and the first object that it deletes, a removal only looks once more for users, which takes
+# milliseconds. A mark that stands for so long was left by a process that died.
 _PATIENCE_SECONDS = 5.0
 
 log = logging.getLogger("akd_dist.storage")
@@ -99,20 +101,13 @@ def using(uris: Iterable[str], *, run: str, lock: Path | None = None) -> Iterato
     stores = [open_root(uri) for uri in dict.fromkeys(uris)]
     for store in stores:
         _begin(store, run, lock)
-    done = threading.Event()
 
-    def go_on() -> None:
-        while not done.wait(_AGAIN_SECONDS):
-            for store in stores:
-                _note(store, _use(store, run, lock))
+    def note_all() -> None:
+        for store in stores:
+            _note(store, _use(store, run, lock))
 
-    thread = threading.Thread(target=go_on, name="store-uses", daemon=True)
-    thread.start()
-    try:
+    with repeating(note_all, _AGAIN_SECONDS, "store-uses"):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def uses_of(store: ObjectRoot) -> list[Use]:

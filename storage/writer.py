@@ -199,6 +199,8 @@ def write_shard(
     receipt = Receipt.of(record, writer.creation_sha256, float(seconds), socket.gethostname())
     if not writer.store.exists(CREATION_KEY):  # removed by whoever took this writer for dead: leave no loose end
         raise RefusedError(f"the store {writer.uri} is gone", next="run the same command again: it is begun anew")
+    # The object before its receipt: a receipt vouches for bytes that are there. Killed in between, whoever comes next
+    # finds the object without a receipt and adopts it.
     failpoint("shard.before_publish")
     published = _publish(writer, shard, data)
     failpoint("shard.before_receipt")
@@ -219,6 +221,7 @@ def seal_store(writer: StoreWriter) -> Manifest:
     manifest = Manifest.seal(writer.creation, digests, (receipt.record() for receipt in receipts))
     for key in store.partials():  # of writers that were killed; a live one writes its file again
         store.delete(key)
+    # Last, since a store is whole for every reader from the moment that its manifest is there.
     failpoint("seal.before_manifest")
     _put_same(store, MANIFEST_KEY, manifest.to_bytes())
     return manifest
@@ -364,6 +367,7 @@ def _publish(writer: StoreWriter, shard: Shard, data: bytes, linked_to: str | No
         linked_to: a key under the writer's root that holds the same bytes, and may be linked.
     """
     store, key = writer.store, f"{ARRAYS}/{shard.key}"
+    # Three times: what was found in the place may be set aside by another writer before it is read, or put there again.
     for _ in range(3):
         if linked_to is None:
             new = store.put_new(key, data)

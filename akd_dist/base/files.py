@@ -45,6 +45,11 @@ def expanded(path: str | Path) -> Path:
         ) from error
 
 
+def partial_name(path: Path) -> Path:
+    """A name of its own, beside `path`, for what is made there or on its way out: a file or a folder."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+
+
 def canonical_json(document: Any) -> bytes:
     """The one spelling of a JSON document that is hashed: sorted keys, no spaces, UTF-8, no NaN."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
@@ -123,6 +128,7 @@ def publish_new(path: Path, data: bytes) -> bool:
     for attempts_left in (2, 1, 0):
         partial = _write_partial(path, data)
         try:
+            # link(2) fails where the name exists, unlike rename(2): so two writers never overwrite each other.
             failpoint("publish.before_link")
             return _link_or_create(partial, path)
         except FileNotFoundError as error:
@@ -190,7 +196,7 @@ def whole_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     if not overwrite and path.exists():
         raise _there_already(path)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}")
+    partial = partial_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -314,7 +320,7 @@ def check_folder(folder: Path | None) -> None:
 
 
 def _write_partial(path: Path, data: bytes, *, durable: bool = True, folder: Path | None = None) -> Path:
-    partial = (folder or path.parent) / f"{path.name}.{secrets.token_hex(6)}{PARTIAL_SUFFIX}"
+    partial = partial_name(path if folder is None else folder / path.name)
     try:
         if folder is None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -338,7 +344,8 @@ def _link_or_create(partial: Path, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # No hard links: win the name with O_EXCL, then put the whole file in its place.
+        # There are no hard links. O_EXCL decides who has the name; the winner then renames the whole file over the
+        # empty one that it made, so that a reader sees an empty file at the worst, which no document is.
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         except FileExistsError:

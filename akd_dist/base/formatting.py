@@ -209,7 +209,8 @@ def shortened(names: Sequence[str], room: int) -> list[str]:
         cuts.append(
             [name if len(name) <= room else _cut(part, room, usual) for name, part in zip(names, inner, strict=True)]
         )
-    return max(cuts, key=lambda cut: len(set(cut)))  # of equals the first
+    # The cut that leaves the most names different; of equals the first, which is the usual one.
+    return max(cuts, key=lambda cut: len(set(cut)))
 
 
 def _alike(names: Sequence[str]) -> int:

@@ -18,7 +18,8 @@ from akd_dist.base.files import canonical_json, sha256, stamp_of
 
 LISTED = 100_000
 """So many files of a folder are looked at, by the order of their names."""
-_MOST_CHARACTERS = 1000  # of what may be a path
+# A longer string is text and no path: asking the file system about it would be wasted, or fail.
+_MOST_CHARACTERS = 1000
 
 
 def placed(arguments: Mapping[str, Any], folder: str | None) -> dict[str, Any]:

@@ -162,7 +162,8 @@ class _RandomResizedCropFlip:
         pixels = batch.to(torch.int32) if whole_numbers else batch
         pixels = _resample(pixels, 2, rows, params["top"], params["height"])
         pixels = _resample(pixels, 3, columns, params["left"], params["width"])
-        # Two blends have scaled whole numbers by 2**11 each: round to the nearest.
+        # The two blends, along width and height, have each scaled whole numbers by 2**11: half of 2**22 is added before
+        # the shift, which so rounds to the nearest.
         return ((pixels + (1 << 2 * _BITS - 1)) >> 2 * _BITS).to(torch.uint8) if whole_numbers else pixels
 
 

@@ -220,6 +220,7 @@ class Images:
 
     def _decoded(self, row: int, picture: Image.Image) -> tuple[np.ndarray, bool]:
         """uint8 [height, width] or [height, width, 3], and whether there are more frames than this one."""
+        # By the header first: no memory is taken for the pixels of an image that would be refused for its size anyway.
         grey = self.shape[0] == 1 and pictures.is_grey(picture, self._background)
         size = (1 if grey else 3, *pictures.size(picture))
         turns = self.may_turn and not grey
@@ -368,6 +369,7 @@ def refuse_inexact(values: np.ndarray, place: Place, row: int, what: str) -> Non
     """Refuse integers that float32 cannot hold: rounded, neighbours become one. Floats are always rounded."""
     if values.dtype.kind not in "iu" or values.dtype.itemsize < 4:
         return
+    # There and back: an integer that float32 holds exactly returns as itself.
     with np.errstate(invalid="ignore"):
         wrong = values.astype(np.float32).astype(values.dtype) != values
     if wrong.any():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,9 +9,12 @@ import numpy as np
 
 from akd_dist.base.errors import RefusedError
 
-_SHOWN = 5  # classes named in a message
-_HASHED_BYTES = 1 << 22  # of rows, at a time
-_NO_VALUE = ("nan", "none", "null", "n/a", "na", "<na>")  # what missing values turn into as text
+# The most classes that a message names.
+_SHOWN = 5
+# The most bytes of rows that are hashed at a time: their copies as Python bytes are held meanwhile.
+_HASHED_BYTES = 1 << 22
+# What pandas, Arrow and others write for a missing value where a column is text.
+_NO_VALUE = ("nan", "none", "null", "n/a", "na", "<na>")
 
 
 def refuse_lost_classes(counts: np.ndarray, names: Sequence[str] | None, parts: Sequence[str], hint: str) -> None:
@@ -77,6 +79,7 @@ def _guess(missing: np.ndarray, there: np.ndarray, names: Sequence[str] | None) 
     if missing.tolist() == [0]:
         return ": are labels counted from 1?"
     last, gap = int(there[-1]), int(there[-1] - there[-2]) - 1 if len(there) > 1 else 0
+    # One id far beyond all others, as 255 beside 0 to 9, is how many data sets mark rows without a label.
     if gap == len(missing) and gap > len(there):
         return f": is {last} a mark of rows without a label?"
     return ""
@@ -93,10 +96,14 @@ def in_two_splits(inputs: Mapping[str, np.ndarray], tell: Callable[[int, int], N
     """
     (train, learnt), *others = inputs.items()
     rows, done = sum(map(len, inputs.values())), len(learnt)
-    known = _hashes(learnt, functools.partial(_further, tell, 0, rows))
+
+    def after(before: int) -> Callable[[int], None]:
+        return lambda count: tell(before + count, rows)
+
+    known = _hashes(learnt, after(0))
     found = []
     for split, array in others:
-        common = _how_many(_hashes(array, functools.partial(_further, tell, done, rows)), known)
+        common = _how_many(_hashes(array, after(done)), known)
         found += [f"{common:,} of {len(array):,} {split} rows"] if common else []
         done += len(array)
     if not found:
@@ -114,17 +121,14 @@ def near_chance(name: str, agreement: float, counts: np.ndarray) -> str | None:
     """
     rows = int(counts.sum())
     most = float(counts.max()) / rows
-    noise = 2 * math.sqrt(most * (1 - most) / rows)  # two standard errors
+    # Two standard errors of a share: an agreement within them may be luck.
+    noise = 2 * math.sqrt(most * (1 - most) / rows)
     if np.count_nonzero(counts) < 2 or agreement > most + max(noise, min((1 - most) / 20, most / 2)):
         return None
     return (
         f"{name} is near chance: it agrees with the labels of {agreement:.1%} of {rows:,} train rows, and naming the "
         f"most frequent class each time would with {most:.1%}; are its classes and inputs those of the data?"
     )
-
-
-def _further(tell: Callable[[int, int], None], before: int, rows: int, done: int) -> None:
-    tell(before + done, rows)
 
 
 def _how_many(values: np.ndarray, known: np.ndarray) -> int:

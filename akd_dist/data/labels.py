@@ -31,7 +31,8 @@ class Labels(Protocol):
         """Labels of these rows: int64 or float32 [n]."""
 
     def finished(self, labels: np.ndarray) -> np.ndarray:
-        """The labels of the whole source, once all rows were seen."""
+        """The labels of the whole source, once all rows were seen; as they are, unless a converter says otherwise."""
+        return labels
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _advice(column: Any) -> str:
     return "set data.task: regression"
 
 
-class _Ids:
+class _Ids(Labels):
     """Integers, or booleans as 0 and 1 -> int64 from 0 to classes - 1."""
 
     def __init__(self, place: Place, classes: Classes, own_names: tuple[str, ...] | None) -> None:
@@ -97,7 +98,9 @@ class _Ids:
         self.names = classes.names if classes.complete else own_names
         self._number = classes.number if own_names is None else len(own_names)
         self._own = own_names or ()
-        self._translated: np.ndarray | None = None  # ids of the train rows, -1 where they have none
+        # This source's id -> the id that the train rows have for the class of that name, or -1 where they have no such
+        # class. None where both number their classes alike.
+        self._translated: np.ndarray | None = None
         if classes.complete and self.named and own_names != classes.names:
             known = {name: number for number, name in enumerate(classes.names or ())}
             self._translated = np.array([known.get(name, -1) for name in self._own], dtype=np.int64)
@@ -108,7 +111,7 @@ class _Ids:
         refuse_nulls(column, self._place, rows[0])
         try:
             ids: np.ndarray = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
-        except pa.ArrowInvalid:  # uint64 beyond int64
+        except pa.ArrowInvalid:  # a uint64 that int64 cannot hold
             raise self._out_of_range(rows[0], column[0]) from None
         wrong = ids < 0 if self._number is None else (ids < 0) | (ids >= self._number)
         if wrong.any():
@@ -119,10 +122,6 @@ class _Ids:
         if (translated < 0).any():
             raise _unknown_name(self._place(rows[0]), self._own[ids[0]], self.names or ())
         return translated
-
-    def finished(self, labels: np.ndarray) -> np.ndarray:
-        """As they are."""
-        return labels
 
     def _out_of_range(self, row: int, got: object) -> RefusedError:
         last = "classes - 1" if self._number is None else self._number - 1
@@ -144,7 +143,7 @@ class _Ids:
         )
 
 
-class _Names:
+class _Names(Labels):
     """Class names -> int64: the places of the names in sorted order, or in that of the train rows."""
 
     named = True
@@ -159,6 +158,7 @@ class _Names:
         """Ids; of train rows in the order in which threads met the names."""
         column = plain(column)
         refuse_nulls(column, self._place, rows[0])
+        # Python looks up each name of a block once, and not each row's.
         encoded = pc.dictionary_encode(column)
         ids = [self._id(name, rows[0]) for name in encoded.dictionary.to_pylist()]
         places: np.ndarray = np.array(ids, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
@@ -186,7 +186,7 @@ class _Names:
             return self._ids.setdefault(name, len(self._ids))
 
 
-class _Values:
+class _Values(Labels):
     """Numbers -> float32."""
 
     named = False
@@ -211,10 +211,6 @@ class _Values:
                 next="remove the row, or correct it",
             )
         return values
-
-    def finished(self, labels: np.ndarray) -> np.ndarray:
-        """As they are."""
-        return labels
 
 
 def _unknown_name(where: str, name: str, names: Sequence[str]) -> RefusedError:

@@ -117,6 +117,7 @@ def show(sources: Mapping[str, Source]) -> dict[str, Any]:
     """
     shown = {}
     for name, source in sources.items():
+        # Asked twice: an augmenting data set gives another item each time, and its sample says nothing about a change.
         if source.sample is not None:
             first, again = source.sample(), source.sample()
             shown[name] = {"rows": source.rows, "sample": first if first == again else None, "seconds": None}

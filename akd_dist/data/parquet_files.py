@@ -21,10 +21,12 @@ NEXT_PATH = "correct the path in the recipe; one that is not absolute starts fro
 SKIPPED_PREFIXES = (".", "_")
 """Files and folders of such names are none of the data: _SUCCESS, _metadata, .part-0.crc, .ipynb_checkpoints."""
 _SUFFIXES = (".parquet", ".parq", ".pq")
-_MAGIC = (b"PAR1", b"PARE")  # the latter of files whose footer is encrypted
-# Names of copies: those under way, and those that editors and people keep.
+# The first four bytes of a Parquet file; PARE where its footer is encrypted.
+_MAGIC = (b"PAR1", b"PARE")
+# Endings of files that hold rows twice, or half: downloads under way, and backups that editors and people keep.
 _COPIES = ("~", ".bak", ".orig", ".old", ".swp", ".tmp", ".temp", ".part", ".partial", ".crdownload", ".filepart")
-_COMPANIONS = (".crc", ".md5", ".sha1", ".sha256", ".json", ".txt")  # of a Parquet file, as rows.parquet.md5
+# What may lie beside a Parquet file under its name, as rows.parquet.md5: no rows, and no mistake.
+_COMPANIONS = (".crc", ".md5", ".sha1", ".sha256", ".json", ".txt")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 RULES = 2
 """Number of these rules, part of the key of prepared rows: raise it with every change of the pixels that come out."""
-# Decoders without an interpreter inside (Pillow hands EPS to Ghostscript).
+# Decoders that run no program: Pillow would hand an EPS to Ghostscript, which executes it.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 1 << 26
 """Of one picture, before it is decoded."""
@@ -30,8 +30,10 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
-_GREY_STEPS = {"L;2": 255 // 3, "L;4": 255 // 15}  # of PNG with 2 and 4 bits
-_BITS_PER_SAMPLE = 258  # a TIFF tag
+# PNG with 2 and 4 bits a pixel: what one grey level becomes when Pillow spreads them over 0 to 255.
+_GREY_STEPS = {"L;2": 255 // 3, "L;4": 255 // 15}
+# The number of the TIFF tag BitsPerSample.
+_BITS_PER_SAMPLE = 258
 
 # Pillow warns of pictures that are larger than those that are refused here, and of EXIF that is read as if it were not
 # there.
@@ -107,7 +109,8 @@ def decode(image: Image.Image) -> None:
     """Load pixels and EXIF, so that threads may share the picture: from then on it is only read."""
     stored = _stored(image) if image.format == "PNG" else None
     if isinstance(stored, str) and stored in _GREY_STEPS and "transparency" in image.info:
-        image.info["transparency"] *= _GREY_STEPS[stored]  # Pillow spreads the grey levels, but not the transparent one
+        # Pillow spreads the grey levels of the pixels, but not the one that is transparent: without this, no pixel is.
+        image.info["transparency"] *= _GREY_STEPS[stored]
     image.load()
     _orientation(image)
 
@@ -139,7 +142,7 @@ def _bits(image: Image.Image) -> int:
     if image.format == "PNG":
         return 16 if "16" in str(stored) else 8
     if image.format == "PPM" and isinstance(stored, tuple):
-        return int(stored[-1]).bit_length()  # of the largest value
+        return int(stored[-1]).bit_length()  # the header says the largest value, as 255 or 65535
     return 8
 
 

@@ -1,33 +1,36 @@
-"""Sources -> files of arrays: read, converted and written by several threads, each row at its place."""
+"""Sources -> files of arrays: converted by several threads, and written in the order of rows."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.blocks import Block, default_threads, first_block, for_each_block
+from akd_dist.data.blocks import Block, default_threads, first_block, map_blocks
 from akd_dist.data.columns import Images, Inputs, inputs_of
 from akd_dist.data.labels import Classes, Labels, labels_of
 from akd_dist.data.sources.base import Kind, Source
 from akd_dist.data.text import tokenizer_of
 
-_READ_ROWS = 512  # the most rows read and decoded at a time
+# The most rows read and decoded at a time.
+_READ_ROWS = 512
 READ_BYTES = 1 << 20
 """The most bytes of inputs decoded at a time, if more than one row."""
-_LABEL_ROWS = 1 << 14  # the most labels read at a time, where inputs are not needed
-_LABEL_BYTES = 8  # at most
+# The most labels read at a time, where inputs are not needed.
+_LABEL_ROWS = 1 << 14
+# What a label takes on disk: int64 of a class; float32 of regression takes half.
+_LABEL_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -104,17 +107,14 @@ def read_labels(reading: OpenedSource, tell: Callable[[int, int], None]) -> np.n
     source = reading.source
     convert = reading.labels("classification", Classes(source.classes))
     labels = np.zeros(source.rows, dtype=np.int64)
-    done, counting = 0, threading.Lock()
 
-    def work(block: Block) -> None:
-        nonlocal done
+    def work(block: Block) -> int:
         labels[block.rows] = convert(block.labels, block.rows)
-        with counting:
-            done += len(block)
-            tell(done, source.rows)
+        return len(block)
 
     most = _LABEL_ROWS if source.label_streams else reading.block_rows
-    for_each_block(source.label_streams or source.streams, most, work, default_threads())
+    for done in itertools.accumulate(map_blocks(source.label_streams or source.streams, most, work, default_threads())):
+        tell(done, source.rows)
     return convert.finished(labels)
 
 
@@ -165,25 +165,31 @@ def write_source(
     _check_number(source, task, classes)
     convert = reading.labels(task, classes)
     labels = np.zeros(source.rows, dtype=np.int64 if task == "classification" else np.float32)
-    done, counting = 0, threading.Lock()
+
+    def work(block: Block) -> tuple[int, list[np.ndarray]]:
+        """How many rows the block has, and the inputs of each file."""
+        rows = block.rows
+        labels[rows] = convert(block.labels, rows)
+        here = [part[rows] for part, *_ in files]
+        wanted = np.logical_or.reduce(here)
+        if not wanted.any():
+            return len(block), []
+        inputs = reading.inputs([_chosen(column, wanted) for column in block.inputs], rows[wanted])
+        return len(block), [np.ascontiguousarray(inputs[mine[wanted]]) for mine in here]
+
+    done = 0
     with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(_Output(path, rows, reading.inputs)) for rows, path, _ in files]
-
-        def work(block: Block) -> None:
-            nonlocal done
-            rows = block.rows
-            labels[rows] = convert(block.labels, rows)
-            here = [part[rows] for part, *_ in files]
-            wanted = np.logical_or.reduce(here)
-            if wanted.any():
-                inputs = reading.inputs([_chosen(column, wanted) for column in block.inputs], rows[wanted])
-                for output, mine in zip(outputs, here, strict=True):
-                    output.write(inputs[mine[wanted]], rows[mine])
-            with counting:
-                done += len(block)
-                tell(done, source.rows)
-
-        for_each_block(source.streams, reading.block_rows, work, default_threads())
+        outputs = [stack.enter_context(open(path, "wb")) for _, path, _ in files]
+        for output, (rows, *_) in zip(outputs, files, strict=True):
+            _write_header(output, int(np.count_nonzero(rows)), reading.inputs)
+        for count, parts in map_blocks(source.streams, reading.block_rows, work, default_threads()):
+            for output, part in zip(outputs, parts, strict=False):
+                output.write(part.data)
+            done += count
+            tell(done, source.rows)
+        for output in outputs:
+            output.flush()
+            os.fsync(output.fileno())
     labels = convert.finished(labels)
     for rows, _, path in files:
         np.save(path, labels[rows])
@@ -202,35 +208,14 @@ def _chosen(column: Any, wanted: np.ndarray) -> Any:
     return column[wanted] if isinstance(column, np.ndarray) else column.filter(pa.array(wanted))
 
 
-class _Output:
-    """A .npy file of inputs that several threads write, each row at its place."""
-
-    def __init__(self, path: Path, rows: np.ndarray, inputs: Inputs) -> None:
-        self._rows = np.flatnonzero(rows)  # of the source
-        self._row_bytes = math.prod(inputs.shape) * inputs.dtype.itemsize
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by __exit__
-        descr = np.lib.format.dtype_to_descr(inputs.dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": (len(self._rows), *inputs.shape)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-        self._start = self._file.tell()
-        os.posix_fallocate(self._file.fileno(), 0, self._start + len(self._rows) * self._row_bytes)
-
-    def write(self, inputs: np.ndarray, rows: np.ndarray) -> None:
-        """Write inputs [n, *shape] of rows of the source that follow each other in this file."""
-        if not len(rows):
-            return
-        at = self._start + int(np.searchsorted(self._rows, rows[0])) * self._row_bytes
-        left = np.ascontiguousarray(inputs).data.cast("B")
-        while left:
-            written = os.pwrite(self._file.fileno(), left, at)
-            left, at = left[written:], at + written
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._file:
-            os.fsync(self._file.fileno())
+def _write_header(file: BinaryIO, rows: int, inputs: Inputs) -> None:
+    """Begin a .npy file of so many inputs."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(inputs.dtype),
+        "fortran_order": False,
+        "shape": (rows, *inputs.shape),
+    }
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 # ---- checks
@@ -271,24 +256,17 @@ def _check_number(source: Source, task: recipe.Task, classes: Classes) -> None:
 
 
 def _check_alike(name: str, reading: OpenedSource, train: OpenedSource, task: recipe.Task) -> None:
-    got, expected = (
-        f"{one.inputs.dtype} {list(one.inputs.shape)}" + (" of pairs" if len(one.first.inputs) == 2 else "")
-        for one in (reading, train)
-    )
-    if got != expected:
-        raise RefusedError(
-            f"the inputs of data.{name} are not like those of data.train",
-            got=got,
-            expected=expected,
-            next="bring all sources to one shape and type",
-        )
-    named, expected_names = (
-        "class names" if one.labels(task, Classes()).named else "numbers" for one in (reading, train)
-    )
-    if named != expected_names:
-        raise RefusedError(
-            f"the labels of data.{name} are not like those of data.train",
-            got=named,
-            expected=expected_names,
-            next="write the labels of all sources alike",
-        )
+    def inputs_are(one: OpenedSource) -> str:
+        pair = " of pairs" if len(one.first.inputs) == 2 else ""
+        return f"{one.inputs.dtype} {list(one.inputs.shape)}{pair}"
+
+    def labels_are(one: OpenedSource) -> str:
+        return "class names" if one.labels(task, Classes()).named else "numbers"
+
+    for what, describe, hint in (
+        ("inputs", inputs_are, "bring all sources to one shape and type"),
+        ("labels", labels_are, "write the labels of all sources alike"),
+    ):
+        if (got := describe(reading)) != (expected := describe(train)):
+            whose = f"the {what} of data.{name} are not like those of data.train"
+            raise RefusedError(whose, got=got, expected=expected, next=hint)

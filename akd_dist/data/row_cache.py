@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,15 @@ import numpy as np
 
 from akd_dist import recipe
 from akd_dist.base.errors import MachineError
-from akd_dist.base.files import PARTIAL_SUFFIX, canonical_json, replace, sha256, with_checksum, without_checksum
+from akd_dist.base.files import (
+    PARTIAL_SUFFIX,
+    canonical_json,
+    partial_name,
+    replace,
+    sha256,
+    with_checksum,
+    without_checksum,
+)
 from akd_dist.base.locks import file_lock
 from akd_dist.data import findings, pictures, splitting
 from akd_dist.data.columns import NotGreyError, notes_of
@@ -30,7 +37,8 @@ from akd_dist.storage.content import discard, inodes_of, map_array
 from akd_dist.storage.node_cache import IN_USE, hold, make_room
 
 _INDEX = "index.json"
-_FORMAT = 2  # of the prepared folder; part of its key
+# The format of the folder. It is part of its key, so that rows in an older format are prepared afresh.
+_FORMAT = 2
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, rows done, rows in all)."""
 
@@ -125,7 +133,9 @@ def _write(
 
     try:
         write(readings, tell)
-    except NotGreyError:  # an image has colours, and those before it were grey
+    except NotGreyError:
+        # An image has colours and those before it were grey, so one channel was planned for all: begin again with
+        # three.
         write(in_colour(readings), lambda what, done, total: tell(f"{what}, in colour", done, total))
 
 
@@ -142,9 +152,9 @@ def _write_readings(
 ) -> None:
     needed = sum(reading.bytes_of(splits[name] != LEFT_OUT) for name, reading in readings.items())
     make_room(cache_root, needed, budget)
-    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    partial = partial_name(folder)
     try:
-        # Left by killed processes: the lock is ours.
+        # What killed processes left. Nobody else prepares these rows now, since the lock is ours.
         _remove(folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}"))
         partial.mkdir(parents=True)
         classes, counts = Classes(), np.zeros((), dtype=np.int64)
@@ -157,7 +167,7 @@ def _write_readings(
             classes, labels = write_source(reading, outputs, data.task, classes, told)
             if data.task == "classification":
                 counts = counts + splitting.count(splits[name], labels, classes.number or 0)
-            del labels  # eight bytes a row
+            del labels  # eight bytes a row, which the next source would find taken
         lines = [note for reading in readings.values() for note in reading.source.notes]
         lines += [note for name, reading in readings.items() for note in notes_of(reading.inputs, f"data.{name}")]
         if data.task == "classification":
@@ -170,6 +180,7 @@ def _write_readings(
         check_unchanged(origins, stamps)
         _write_index(partial, data.task, classes, readings["train"].inputs.tokens, lines, origins, tell)
         (partial / IN_USE).touch()
+        # Whole from the moment that it has its name, like everything in the cache.
         partial.rename(folder)
     except OSError as error:
         raise MachineError(
@@ -214,7 +225,7 @@ def _open(folder: Path) -> Splits | None:
     try:
         index = without_checksum((folder / _INDEX).read_bytes())
         splits = [_rows(folder, name, index) for name in SPLITS]
-        lines = tuple(map(str, index.get("findings", ())))  # rows of before have none
+        lines = tuple(map(str, index.get("findings", ())))  # rows that an earlier version prepared have none
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Splits(*splits, findings=lines)

@@ -16,7 +16,8 @@ from akd_dist.base.errors import RefusedError
 def input_kind(kind: Any) -> str | None:
     """What a column of this Arrow type may be as an input: images, text or numbers; None if nothing."""
     kind = _stored(kind)
-    if pa.types.is_struct(kind):  # as Hugging Face writes images
+    # The `datasets` library writes an image as a struct of its bytes and its path.
+    if pa.types.is_struct(kind):
         return input_kind(kind.field("bytes").type) if kind.get_field_index("bytes") >= 0 else None
     if _is_any(kind, "binary", "large_binary", "binary_view", "fixed_size_binary"):
         return "images"

@@ -14,7 +14,9 @@ from akd_dist.data.sources.base import Source
 SPLITS = ("train", "validation", "test")
 LEFT_OUT = len(SPLITS)
 """In place of a split: a train row that is not in the subset."""
-_SUBSET_KEY = 1 << 62  # of the generator that draws a subset; key 0 splits, and epochs have the keys from 1 on
+# The key of the generator that draws a subset. Key 0 draws the split, and the epochs shuffle with the keys from 1 on:
+# so no two draws of one seed share their random words.
+_SUBSET_KEY = 1 << 62
 
 
 def split_of_rows(rows: int, validation: float, test: float, seed: int) -> np.ndarray:

@@ -121,7 +121,7 @@ class ByteTokenizer:
             return [parts[0][: self._room]]
         first, second = parts
         half = self._room // 2
-        # Each may have half, and what the other leaves of its half.
+        # Each text may take half of the room, and also what a short other one leaves of the other half.
         of_first = max(self._room - half, self._room - len(second))
         return [first[:of_first], second[: self._room - min(len(first), of_first)]]
 
@@ -132,7 +132,9 @@ class _HuggingFaceTokenizer:
     def __init__(self, spec: recipe.HuggingFaceText, pair: bool) -> None:
         self._length = spec.length
         self._tokenizer = _load(spec)
-        self._lock = threading.Lock()  # it keeps state; and a fast one runs in threads of its own
+        # A tokenizer keeps its padding and truncation as state, which calls from two threads would mix up. Nothing is
+        # lost: the fast ones work in threads of their own.
+        self._lock = threading.Lock()
         _check_length(spec.length, self._tokenizer.num_special_tokens_to_add(pair), texts=2 if pair else 1)
         padding = self._tokenizer.pad_token_id
         if padding is None:
@@ -175,7 +177,8 @@ def _load(spec: recipe.HuggingFaceText) -> Any:
             place, use_fast=True, trust_remote_code=False, local_files_only=spec.path is not None
         )
     except Exception as error:  # of many kinds, from many libraries
-        if spec.name is not None and isinstance(error, OSError):  # what it makes of files that did not come
+        # An OSError is what transformers makes of files that could not be downloaded.
+        if spec.name is not None and isinstance(error, OSError):
             raise hub.unreachable("tokenizer", spec.name, error) from error
         raise RefusedError(
             f"{place} cannot be read as a tokenizer",

@@ -83,7 +83,7 @@ def check_augmentation(augmentation: Augmentation, seed: int, inputs: np.ndarray
             alone.
     """
     numbers = np.arange(min(len(inputs), 4))
-    probe(augmentation, seed, inputs, numbers, 0, tokens)
+    view_digests(augmentation, seed, inputs, numbers, 0, tokens)
     together = view_of(augmentation, seed, inputs[: len(numbers)].copy(), numbers, 0, tokens)
     alone = [view_of(augmentation, seed, inputs[[row]], numbers[[row]], 0, tokens) for row in numbers]
     if not torch.equal(together, torch.cat(alone)):
@@ -107,7 +107,7 @@ def by_content(augmentation: Augmentation) -> dict[str, Any]:
     return document
 
 
-def probe(
+def view_digests(
     augmentation: Augmentation,
     seed: int,
     inputs: np.ndarray,
@@ -123,10 +123,10 @@ def probe(
     """
     numbers = np.fromiter(rows, dtype=np.int64)
     seen = view_of(augmentation, seed, np.take(inputs, numbers, axis=0), numbers, view, tokens, device).cpu().numpy()
-    return [_probe(augmentation, int(row), one, view) for row, one in zip(numbers, seen, strict=True)]
+    return [_digest(augmentation, int(row), one, view) for row, one in zip(numbers, seen, strict=True)]
 
 
-def _probe(augmentation: Augmentation, row: int, seen: np.ndarray, view: int) -> Probe:
+def _digest(augmentation: Augmentation, row: int, seen: np.ndarray, view: int) -> Probe:
     if not np.isfinite(seen).all():
         raise RefusedError(
             f"view {view} of row {row} holds NaN or infinity",

@@ -20,7 +20,7 @@ import torch
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.rows import Rows
-from akd_dist.data.views import probe, view_of
+from akd_dist.data.views import view_digests, view_of
 from akd_dist.recipe import Augmentation, LastBatch
 from akd_dist.storage.manifest import Manifest, Probe
 
@@ -224,7 +224,7 @@ class BatchStream:
         return view_of(self.augmentation, self.seed, inputs, rows, view, self.rows.tokens, self.device)
 
     def _probe(self, rows: list[int], view: int) -> list[Probe]:
-        return probe(self.augmentation, self.seed, self.rows.inputs, rows, view, self.rows.tokens, self.device)
+        return view_digests(self.augmentation, self.seed, self.rows.inputs, rows, view, self.rows.tokens, self.device)
 
     def _drift(self, changed: list[tuple[int, Probe, Probe]]) -> str:
         """How far probes (as the teacher saw them, and as they are now) are apart, in the units of the inputs."""

@@ -25,7 +25,7 @@ from akd_dist.base.files import canonical_json, sha256
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Rows
-from akd_dist.data.views import probe, view_of
+from akd_dist.data.views import view_digests, view_of
 from akd_dist.models.build import changed_source
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, device_name, set_deterministic, weights_dtype
@@ -200,7 +200,7 @@ def _remember(job: CacheJob, shard: Shard, logits: np.ndarray) -> tuple[float | 
     if rows.task == "classification":
         agreement = float(np.mean(logits.argmax(axis=1) == rows.labels[shard.start : shard.stop]))
     numbers = np.unique(np.linspace(shard.start, shard.stop - 1, PROBES).astype(np.int64))
-    shown = probe(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view, rows.tokens, job.device)
+    shown = view_digests(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view, rows.tokens, job.device)
     try:
         rows.content(shard.start, shard.stop).verify()
     except CorruptCacheError:

@@ -49,7 +49,7 @@ class Classifier(nn.Module):
         if not self.on_tokens:
             inputs = (inputs.to(self.scale.dtype) - self.offset) / self.scale
         logits = logits_of(self.body(inputs))
-        # Losses and stores want more than the half precision that autocast leaves.
+        # Autocast leaves logits in half precision; losses and stores take float32.
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 

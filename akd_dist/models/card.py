@@ -36,7 +36,8 @@ CARD = "model.json"
 Shape = tuple[int, ...]
 SIGNATURE = "(input_shape, classes, ...) -> torch.nn.Module"
 """Of the function that a model of kind `custom` names."""
-# Where a model's first weights came from; what they became is known by their sha256.
+# Fields that say where a model's first weights came from. They are no part of what the model is: what the weights
+# became is known by their sha256.
 _ORIGIN = {"huggingface": ("path", "name", "pretrained"), "timm": ("pretrained",)}
 
 

@@ -63,7 +63,8 @@ def left_in_container(cgroup: Path) -> int:
     try:
         limit, used = ((cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current"))
         counts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        return sys.maxsize if limit == "max" else int(limit) - int(used) + int(counts["file"])  # a cache is given back
+        # What is used includes caches of files, which the kernel gives back when memory is wanted.
+        return sys.maxsize if limit == "max" else int(limit) - int(used) + int(counts["file"])
     except (OSError, ValueError, KeyError):
         return sys.maxsize
 

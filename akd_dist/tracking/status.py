@@ -118,7 +118,7 @@ def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument | None:
     """A document of control/; None where there is none, or one that another version of akd-dist wrote."""
     try:
         return kind.model_validate_json(read_small(path))
-    except (OSError, ValueError):  # of files that are none, and of pydantic
+    except (OSError, ValueError):  # ValueError is what pydantic raises, too
         return None
 
 
@@ -226,7 +226,7 @@ class RunReader:
         told: list[tuple[CohortProgress, int]],
         queued: set[str],
     ) -> list[StudentProgress]:
-        # After a death a student is told of twice: the later cohort knows better.
+        # After a worker's death a student stands in the progress of two cohorts: the later one tells how far it is now.
         live = {student.name: (student, when) for progress, when in told for student in progress.students}
         metric = plan.metric if plan else saved["metric"] if saved else ""
         found = []
@@ -235,7 +235,7 @@ class RunReader:
             again = planned.name in queued
             if again and progress is not None and progress.state == "failed":
                 progress = None
-            # Where workers died again and again the driver ends the student, and nobody tells of it any more.
+            # A student whose workers died again and again is ended by the driver; no worker writes its end.
             if progress is not None and when >= written(self.run / "students" / planned.name / "result.json"):
                 found.append(progress)
             else:

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
 
-# Where not all have room: those that something happens to first, those that nothing happens to any more last.
+# The order of students where a terminal has no room for all: those that train, those that ended badly, and last those
+# to which nothing happens now.
 ORDER = ("training", "stopped", "failed", "diverged", "waiting", "done")
 STYLES = {"failed": "red", "diverged": "red", "stopped": "yellow", "waiting": "dim", "done": "green"}
 HEAD_LINES, CURSOR_LINES = 2, 1
 WAITING_SHOWN = 3
 GAP = 2
-# The longest that a log is silent of what stands still.
+# A log without a terminal repeats what stands still after so long, so that a reader knows that it lives.
 STILL_SECONDS = 600.0
 
 

@@ -1,4 +1,4 @@
-"""Blocks worked on by threads: each row once, the first mistake always the same, and no more held than was said."""
+"""Blocks worked on by threads: each row once and in order, and the first mistake always the same."""
 
 import random
 import threading
@@ -9,11 +9,10 @@ import pyarrow as pa
 import pytest
 
 from akd_dist.base.errors import RefusedError
-from akd_dist.data import blocks
-from akd_dist.data.blocks import Block, RowStream, for_each_block
+from akd_dist.data.blocks import Block, RowStream, map_blocks
 
 
-def stream(start: int, stop: int, broken: int | None = None, open_bytes: int = 0) -> RowStream:
+def stream(start: int, stop: int, broken: int | None = None) -> RowStream:
     """Rows start..stop - 1; from row `broken` on they cannot be read."""
 
     def read(most: int) -> Iterator[Block]:
@@ -23,7 +22,7 @@ def stream(start: int, stop: int, broken: int | None = None, open_bytes: int = 0
             rows = list(range(first, min(first + most, stop)))
             yield Block(first, [pa.array(rows)], pa.array(rows))
 
-    return RowStream(start, read, open_bytes)
+    return RowStream(start, read)
 
 
 STREAMS = [stream(start, start + 25) for start in range(0, 100, 25)]
@@ -33,24 +32,13 @@ STREAMS = [stream(start, start + 25) for start in range(0, 100, 25)]
 @pytest.mark.parametrize("streams", [STREAMS, [stream(0, 100)]], ids=["many", "one"])
 def test_every_row_is_worked_on_once(threads: int, streams: list[RowStream]) -> None:
     seen: list[int] = []
-    for_each_block(streams, 4, lambda block: seen.extend(block.labels.to_pylist()), threads)
+    list(map_blocks(streams, 4, lambda block: seen.extend(block.labels.to_pylist()), threads))
     assert sorted(seen) == list(range(100))
 
 
 def test_a_single_stream_is_worked_on_in_parallel() -> None:
     barrier = threading.Barrier(3, timeout=900)  # falls apart unless three blocks are worked on at a time
-    for_each_block([stream(0, 9)], 1, lambda block: void(barrier.wait()), 3)
-
-
-def test_several_streams_are_read_in_parallel() -> None:
-    barrier = threading.Barrier(3, timeout=900)
-
-    def read(start: int, most: int) -> Iterator[Block]:
-        barrier.wait()
-        yield Block(start, [pa.array([start])], pa.array([start]))
-
-    streams = [RowStream(start, lambda most, start=start: read(start, most)) for start in range(3)]  # type: ignore[misc]
-    for_each_block(streams, 1, lambda block: None, 3)
+    list(map_blocks([stream(0, 9)], 1, lambda block: void(barrier.wait()), 3))
 
 
 def void(_: object) -> None:
@@ -73,7 +61,7 @@ def test_the_first_bad_row_is_named_whatever_the_threads_do(seed: int) -> None:
         seen.update(rows)
 
     with pytest.raises(RefusedError, match="bad among 1 rows from 37"):
-        for_each_block([*STREAMS[:3], stream(75, 100, broken=80)], 4, work, 4)
+        list(map_blocks([*STREAMS[:3], stream(75, 100, broken=80)], 4, work, 4))
     assert set(range(37)) <= seen
 
 
@@ -85,30 +73,9 @@ def test_rows_before_unreadable_ones_come_first(threads: int) -> None:
 
     streams = [STREAMS[0], stream(25, 50, broken=34), *STREAMS[2:]]
     with pytest.raises(RefusedError, match="bad row 30"):
-        for_each_block(streams, 3, work, threads)
+        list(map_blocks(streams, 3, work, threads))
     with pytest.raises(RefusedError, match="unreadable after row 34"):
-        for_each_block(streams, 3, lambda block: None, threads)
-
-
-def test_streams_that_take_much_are_read_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "OPEN_BYTES", 100)
-    opened: set[int] = set()
-    most_open = 0
-
-    def large(start: int) -> RowStream:
-        def read(most: int) -> Iterator[Block]:
-            nonlocal most_open
-            opened.add(start)
-            most_open = max(most_open, len(opened))
-            time.sleep(0.002)
-            yield from stream(start, start + 10).blocks(most)
-            opened.discard(start)
-
-        return RowStream(start, read, open_bytes=60)
-
-    seen: list[int] = []
-    for_each_block([large(start) for start in range(0, 60, 10)], 3, lambda block: seen.append(len(block)), 4)
-    assert (sum(seen), most_open) == (60, 1)
+        list(map_blocks(streams, 3, lambda block: None, threads))
 
 
 def test_an_error_of_ours_is_not_hidden() -> None:
@@ -116,4 +83,4 @@ def test_an_error_of_ours_is_not_hidden() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        for_each_block(STREAMS, 4, work, 2)
+        list(map_blocks(STREAMS, 4, work, 2))

@@ -118,10 +118,10 @@ def test_a_killed_preparation_leaves_nothing_that_is_read(cache_root: Path) -> N
     code = """
 import os, sys
 from pathlib import Path
-from akd_dist.data import rows
+from akd_dist.data import row_cache
 from akd_dist.recipe import DataSpec, Digits
-rows._write_index = lambda *_: os.kill(os.getpid(), 9)
-rows.prepare(DataSpec(train=Digits()), Path(sys.argv[1]))
+row_cache._write_index = lambda *_: os.kill(os.getpid(), 9)
+row_cache.prepare(DataSpec(train=Digits()), Path(sys.argv[1]))
 """
     killed = subprocess.run([sys.executable, "-c", code, str(cache_root)], check=False)
     assert killed.returncode == -9
@@ -134,9 +134,9 @@ def test_two_processes_prepare_once(cache_root: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from akd_dist.data import rows
+from akd_dist.data import row_cache
 from akd_dist.recipe import DataSpec, Digits
-print(rows.prepare(DataSpec(train=Digits()), Path(sys.argv[1])).test.fingerprint)
+print(row_cache.prepare(DataSpec(train=Digits()), Path(sys.argv[1])).test.fingerprint)
 """
     command = [sys.executable, "-c", code, str(cache_root)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -421,11 +421,11 @@ def test_memory_is_bounded_however_large_the_source(kind: str, groups: int, tmp_
     code = f"""
 import tracemalloc, pyarrow
 from pathlib import Path
-from akd_dist.data import prepare, rows
+from akd_dist.data import prepare, row_cache, rows
 from akd_dist.recipe import DataSpec, Parquet
 prepare.default_threads = rows.default_threads = lambda: 4
 tracemalloc.start()
-rows.prepare(DataSpec(train=Parquet(path={str(path)!r}, input="x", label="y")), Path({str(cache_root)!r}))
+row_cache.prepare(DataSpec(train=Parquet(path={str(path)!r}, input="x", label="y")), Path({str(cache_root)!r}))
 print(tracemalloc.get_traced_memory()[1] + pyarrow.default_memory_pool().max_memory())
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -422,7 +422,7 @@ def test_a_run_ends_if_a_source_rotted(rotten: DataSpec, tmp_path: Path) -> None
 
 
 def test_a_source_that_is_written_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from akd_dist.data import rows
+    from akd_dist.data import row_cache
 
     data = table(tmp_path / "x.parquet", 1)
     table(tmp_path / "y.parquet", 2)
@@ -433,7 +433,7 @@ def test_a_source_that_is_written_while_it_is_read_is_refused(tmp_path: Path, mo
             put_over(tmp_path / "x.parquet", tmp_path / "y.parquet", "as a copy")
         return readings
 
-    monkeypatch.setattr(rows, "open_sources", written_after)
+    monkeypatch.setattr(row_cache, "open_sources", written_after)
     with pytest.raises(RefusedError, match="was written while it was read"):
         prepare(data, tmp_path / "cache")
     assert not list(tmp_path.glob("cache/rows/*/index.json"))

@@ -17,7 +17,7 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data import augmenters
 from akd_dist.data.philox import philox4x32, random_words
 from akd_dist.data.text import Tokens
-from akd_dist.data.views import SAMPLED, apply, check_augmentation, draw, probe, view_of
+from akd_dist.data.views import SAMPLED, apply, check_augmentation, draw, view_digests, view_of
 from akd_dist.recipe import (
     Augmentation,
     CustomAugmentation,
@@ -413,7 +413,7 @@ def test_an_augmentation_that_is_none_is_refused(own: Any, name: str, told: str)
 
 def test_a_view_that_is_not_finite_is_refused_with_its_row(own: Any) -> None:
     with pytest.raises(RefusedError, match="view 2 of row 5 holds NaN or infinity"):
-        probe(own("not_a_number"), 0, IMAGES.astype(np.float32), [5, 6], 2)
+        view_digests(own("not_a_number"), 0, IMAGES.astype(np.float32), [5, 6], 2)
     with pytest.raises(RefusedError, match="view 0 of row 0 holds NaN or infinity"):
         check_augmentation(own("not_a_number"), 0, IMAGES.astype(np.float32))
 
@@ -429,14 +429,14 @@ def test_no_augmentation_leaves_the_batch_untouched() -> None:
 
 def test_a_probe_changes_with_pixels_seed_and_view() -> None:
     inputs = np.random.default_rng(0).integers(0, 256, (20, 1, 6, 6), dtype=np.uint8)
-    seen = probe(Shift(), 0, inputs, [3, 17], 1)
+    seen = view_digests(Shift(), 0, inputs, [3, 17], 1)
     assert [one.row for one in seen] == [3, 17]
-    assert seen == probe(Shift(), 0, inputs, np.array([3, 17]), 1)
+    assert seen == view_digests(Shift(), 0, inputs, np.array([3, 17]), 1)
     changed = inputs.copy()
     changed[3, 0, 3, 3] ^= 1
-    now = probe(Shift(), 0, changed, [3, 17], 1)
+    now = view_digests(Shift(), 0, changed, [3, 17], 1)
     assert [one.sha256 == two.sha256 for one, two in zip(seen, now, strict=True)] == [False, True]
-    others = [probe(Shift(), seed, inputs, range(20), view) for seed, view in ((0, 1), (0, 2), (1, 1))]
+    others = [view_digests(Shift(), seed, inputs, range(20), view) for seed, view in ((0, 1), (0, 2), (1, 1))]
     assert len({str(other) for other in others}) == 3
 
 
@@ -444,7 +444,7 @@ def test_a_probe_changes_with_pixels_seed_and_view() -> None:
 @pytest.mark.parametrize("size", [1, 3, SAMPLED, 100, 3072])
 def test_a_probe_keeps_evenly_spaced_values(dtype: Any, size: int) -> None:
     inputs = np.arange(size, dtype=np.int64).astype(dtype)[np.newaxis]
-    (seen,) = probe(NoAugmentation(), 0, inputs, [0], 0)
+    (seen,) = view_digests(NoAugmentation(), 0, inputs, [0], 0)
     assert seen.sample is not None
     places = [number * size // min(size, SAMPLED) for number in range(min(size, SAMPLED))]
     assert seen.sample == inputs[0, places].tolist()

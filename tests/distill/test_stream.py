@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.rows import Rows, fingerprint
 from akd_dist.data.text import Tokens
-from akd_dist.data.views import probe, view_of
+from akd_dist.data.views import view_digests, view_of
 from akd_dist.distill.stream import BYTES_AT_ONCE, STEPS_AT_ONCE, WINDOWS_AT_ONCE, BatchStream, batch_ends, epoch_order
 from akd_dist.recipe import Augmentation, LastBatch, NoAugmentation, Shift, TokenMask
 from akd_dist.storage.layout import FORMAT_VERSION
@@ -264,7 +264,7 @@ def a_manifest(rows: Rows, augmentation: Augmentation = SHIFT, seed: int = 5, vi
     )
     records = []
     for shard in identity.layout.shards():
-        probes = probe(augmentation, seed, rows.inputs, [shard.start, shard.stop - 1], shard.view, rows.tokens)
+        probes = view_digests(augmentation, seed, rows.inputs, [shard.start, shard.stop - 1], shard.view, rows.tokens)
         records.append(
             ShardRecord(
                 key=shard.key, size=1, sha256="0" * 64, rows=shard.rows, finite=True, label_agreement=1.0, probes=probes

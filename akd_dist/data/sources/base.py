@@ -15,7 +15,8 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data.blocks import Block, RowStream
 from akd_dist.data.columns import Place
 
-STREAM_ROWS = 1 << 14  # of sources that can be read from any row
+# Rows of a stream, where a source can be read from any row.
+STREAM_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from akd_dist.data.blocks import Block, RowStream
 from akd_dist.data.factories import call_factory, source_of, whole
 from akd_dist.data.schemas import check_schema
 from akd_dist.data.sources.base import STREAM_ROWS, Source, row_of, slices, stats_of
-from akd_dist.data.sources.tables import columns_of, combined, labels_alone, source_of_table
+from akd_dist.data.sources.tables import columns_of, columns_of_table, labels_alone, source_of_table
 
 _SAMPLE_ROWS = 18
 
@@ -72,7 +72,9 @@ class CustomSource:
         check_schema(table.schema, self.spec, name)
 
         def streams(spec: recipe.Table) -> list[RowStream]:
-            return slices(len(table), lambda start, stop: combined(spec, table.slice(start, stop - start)), STREAM_ROWS)
+            return slices(
+                len(table), lambda start, stop: columns_of_table(spec, table.slice(start, stop - start)), STREAM_ROWS
+            )
 
         def sample() -> str:
             rows = [table.select(columns_of(self.spec)).slice(row, 1).to_pylist() for row in _few(len(table))]

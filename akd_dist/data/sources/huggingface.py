@@ -14,7 +14,7 @@ from akd_dist.data.blocks import RowStream
 from akd_dist.data.parquet_files import nothing_at
 from akd_dist.data.schemas import check_schema
 from akd_dist.data.sources.base import STREAM_ROWS, Source, no_rows, row_of, slices, stats_of
-from akd_dist.data.sources.tables import columns_of, combined, labels_alone, source_of_table
+from akd_dist.data.sources.tables import columns_of, columns_of_table, labels_alone, source_of_table
 
 
 class HuggingFaceSource:
@@ -44,7 +44,7 @@ class HuggingFaceSource:
                     table = chosen[start:stop]
                 except (pa.ArrowException, OSError) as error:
                     raise self._refused(error) from error
-                return combined(spec, table)
+                return columns_of_table(spec, table)
 
             return slices(rows, read, STREAM_ROWS)
 

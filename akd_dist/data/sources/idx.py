@@ -21,8 +21,10 @@ from akd_dist.data.parquet_files import nothing_at
 from akd_dist.data.sources.base import Source, row_of, stats_of
 
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-_IDX_DIMENSIONS = 8  # more than anybody has, and fewer than NumPy takes
-_MOST_GZIP_SAVES = 1032  # times; deflate cannot do better
+# More dimensions than any data set has, and fewer than NumPy takes.
+_IDX_DIMENSIONS = 8
+# Deflate encodes 258 bytes in 2 bits at the best, so a file holds no more than 1032 times its own size.
+_MOST_GZIP_SAVES = 1032
 
 
 class IdxSource:

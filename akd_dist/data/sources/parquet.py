@@ -19,8 +19,10 @@ from akd_dist.data.schemas import check_schema, plain
 from akd_dist.data.sources.base import Source, stats_of
 from akd_dist.data.sources.tables import columns_of, columns_of_table, labels_alone, source_of_table
 
-_BUFFER_BYTES = 1 << 20  # read ahead in a column; pre_buffer would hold whole row groups
-_BLOCK_BYTES = 1 << 21  # of a Parquet column, uncompressed, read at a time
+# Bytes read ahead in a column. With `pre_buffer`, pyarrow would hold a whole row group in memory.
+_BUFFER_BYTES = 1 << 20
+# Bytes of columns, uncompressed, that are read at a time.
+_BLOCK_BYTES = 1 << 21
 
 
 class ParquetSource:
@@ -48,11 +50,10 @@ class ParquetSource:
                 schema = schema or whole
                 at = starts[-1]
                 for number in range(parquet.num_row_groups):
-                    group = parquet.metadata.row_group(number)
                     for into, spec in ((streams, self.spec), (label_streams, labels_alone(self.spec))):
                         blocks = functools.partial(self._blocks, spec, file, number, at)
-                        into.append(RowStream(at, blocks, open_bytes=sum(_sizes(group, columns_of(spec)))))
-                    at += group.num_rows
+                        into.append(RowStream(at, blocks))
+                    at += parquet.metadata.row_group(number).num_rows
                 starts.append(at)
 
         def where(row: int) -> str:
@@ -67,9 +68,9 @@ class ParquetSource:
     def _blocks(self, spec: recipe.Table, file: Path, group: int, start: int, most: int) -> Iterator[Block]:
         columns = columns_of(spec)
         with _opened(file) as parquet:
-            # Long texts and large images do not add up.
+            # As many rows as make _BLOCK_BYTES on average: where rows are long texts or large images, fewer are held.
             metadata = parquet.metadata.row_group(group)
-            fitting = _BLOCK_BYTES * metadata.num_rows // max(_sizes(metadata, columns)[0], 1)
+            fitting = _BLOCK_BYTES * metadata.num_rows // max(_size(metadata, columns), 1)
             most = max(1, min(most, fitting))
             stored = [name for name in columns if name in parquet.schema_arrow.names]
             batches = parquet.iter_batches(most, row_groups=[group], columns=stored)
@@ -139,11 +140,10 @@ def _check_agrees(file: Path, name: str, value: Any, column: Any) -> None:
         )
 
 
-def _sizes(group: Any, names: Sequence[str]) -> tuple[int, int]:
-    """Bytes of columns in a row group, uncompressed and as stored. A page may be all of it."""
-    columns = [group.column(number) for number in range(group.num_columns)]
-    ours = [one for one in columns if one.path_in_schema.partition(".")[0] in names]
-    return sum(one.total_uncompressed_size for one in ours), sum(one.total_compressed_size for one in ours)
+def _size(group: Any, names: Sequence[str]) -> int:
+    """Bytes of columns in a row group, uncompressed."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(one.total_uncompressed_size for one in columns if one.path_in_schema.partition(".")[0] in names)
 
 
 def column_names(path: str) -> list[str]:

@@ -24,12 +24,6 @@ def columns_of_table(spec: recipe.Table, table: Any) -> tuple[list[Any], Any]:
     return [table.column(name) for name in input_columns(spec)], labels[0]
 
 
-def combined(spec: recipe.Table, table: Any) -> tuple[list[Any], Any]:
-    """The same of a table of chunks: each column as one array."""
-    inputs, labels = columns_of_table(spec, table)
-    return [one.combine_chunks() for one in inputs], labels.combine_chunks()
-
-
 def labels_alone(spec: recipe.Table) -> recipe.Table:
     """The same table without its inputs."""
     return spec.model_copy(update={"input": []})
