@@ -81,10 +81,8 @@ class Place:
         """What a dry run says of each split."""
         recipe = recipe.model_copy(update={"teacher": TeacherSpec(weights=str(self.root / "teacher"))})
         places: dict[str, Any] = {"store_root": str(self.stores), "cache_root": str(self.cache_root)}
-        splits: dict[str, Any] = akd_dist.cache_teacher(recipe, **places, dry_run=True, console=Console(quiet=True))[
-            "splits"
-        ]
-        return splits
+        plan = akd_dist.cache_teacher(recipe, **places, dry_run=True, console=Console(quiet=True))
+        return dict(plan["splits"])
 
 
 @pytest.fixture(scope="module")

@@ -290,9 +290,8 @@ def test_a_teacher_and_a_store_are_run_on_the_recipes_word(tmp_path: Path) -> No
         akd_dist.cache_teacher(plain, store_root=stores, cache_root=cache, dry_run=True)
     listing = a_recipe([a_student("one")], teacher={"weights": str(teacher)}, folder=str(tmp_path), code=[module])
     assert listing.identity() == plain.identity()
-    assert akd_dist.cache_teacher(listing, store_root=stores, cache_root=cache, dry_run=True)["splits"]["train"][
-        "shards"
-    ]
+    plan = akd_dist.cache_teacher(listing, store_root=stores, cache_root=cache, dry_run=True)
+    assert plan["splits"]["train"]["shards"]
     store = cache_in_process(listing, str(teacher), store_root=stores, cache_root=cache)
     opened, rows = open_store(store["store"]), prepare(listing.data, tmp_path / "cache").test
     test = open_store(store["splits"]["test"]["store"])
