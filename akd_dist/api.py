@@ -1,56 +1,68 @@
 """The verbs of akd-dist, as functions: what the commands do, and no more. See `akd_dist`.
 
-Importing this module is instant: each verb imports what it needs when it is called.
+What a verb takes, as arguments and as options of its command, is written once, in `akd_dist.options`. Importing this
+module is instant: each verb imports what it needs when it is called.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from akd_dist.base import places
-from akd_dist.base.places import RUN_ROOT, STORE_ROOT
+from akd_dist.options import (
+    CacheOptions,
+    CompareOptions,
+    EvaluateOptions,
+    ExportOptions,
+    FleetOptions,
+    ModelOptions,
+    Options,
+    PredictOptions,
+    RunOptions,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
     from akd_dist.data.row_cache import Progress
-    from akd_dist.recipe import Recipe
     from akd_dist.serve.examples import DataRequest
     from akd_dist.storage.reader import LogitStore
 
+Arguments = ParamSpec("Arguments")
+Given = TypeVar("Given", bound=Options)
+Result = TypeVar("Result")
 
-def cache_teacher(
-    recipe: Recipe | str | Path,
-    *,
-    overrides: Sequence[str] = (),
-    trust: Sequence[str] = (),
-    store_root: str | Path | None = None,
-    cache_root: str | Path | None = None,
-    address: str | None = None,
-    wait: bool = False,
-    dry_run: bool = False,
-    prepare_again: bool = False,
-    console: Console | None = None,
-) -> dict[str, Any]:
+
+def _taking(
+    options: Callable[Arguments, Given],
+) -> Callable[[Callable[[Given], Result]], Callable[Arguments, Result]]:
+    """Let a verb take the fields of its options as arguments; type checkers, editors and `help` see them so."""
+
+    def decorate(verb: Callable[[Given], Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(verb)
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            return verb(options(*args, **kwargs))
+
+        returns = verb.__annotations__["return"]
+        call.__dict__["__signature__"] = inspect.signature(options).replace(return_annotation=returns)
+        return call
+
+    return decorate
+
+
+@_taking(CacheOptions)
+def cache_teacher(options: CacheOptions) -> dict[str, Any]:
     """Make sure that sealed stores of the teacher's logits exist for a recipe's train, validation and test rows.
 
-    Args:
-        recipe: a recipe, or the path of its file.
-        overrides: `key=value` for a recipe file, as the command's --set.
-        trust: modules that may run besides those under the recipe's `code`, as the command's --trust.
-        store_root: folder or `s3://` URI under which stores lie; None takes $AKD_DIST_STORE_ROOT, or `stores`.
-        cache_root: folder of this machine's prepared data; by default in the user's cache folder.
-        address: a Ray cluster; None starts one on this machine if there is anything to compute.
-        wait: wait for somebody else who writes the same store, instead of leaving.
-        dry_run: only say what would be computed, and refuse what the command would.
-        prepare_again: prepare this machine's data afresh, whatever was prepared before.
-        console: where progress is told; stderr by default.
+    Its arguments are the fields of `akd_dist.options.CacheOptions`.
 
     Returns:
         The document that `akd-dist cache-teacher --json` prints (schemas/cache.schema.json).
@@ -58,55 +70,18 @@ def cache_teacher(
     Raises:
         AkdError: a refusal; nothing that was computed is lost.
     """
-    recipe = _recipe(recipe, overrides, trust)  # a mistake in it is told before the heavy imports
+    recipe = options.read()  # a mistake in it is told before the heavy imports
     from akd_dist.jobs.cache_teacher import cache_teacher
 
-    return cache_teacher(
-        recipe,
-        store_root=STORE_ROOT.chosen(store_root),
-        cache_root=_cache_root(cache_root),
-        address=address,
-        wait=wait,
-        dry_run=dry_run,
-        prepare_again=prepare_again,
-        console=console,
-    )
+    return cache_teacher(recipe, options)
 
 
-def train_students(
-    recipe: Recipe | str | Path,
-    *,
-    overrides: Sequence[str] = (),
-    trust: Sequence[str] = (),
-    store_root: str | Path | None = None,
-    run_root: str | Path | None = None,
-    cache_root: str | Path | None = None,
-    address: str | None = None,
-    fresh: bool = False,
-    wait: bool = False,
-    dry_run: bool = False,
-    prepare_again: bool = False,
-    trackers: Sequence[str] = (),
-    console: Console | None = None,
-) -> dict[str, Any]:
+@_taking(RunOptions)
+def train_students(options: RunOptions) -> dict[str, Any]:
     """Train a recipe's students from the teacher's stored logits, caching these first if they are missing.
 
-    The same recipe again resumes what is unfinished, or returns the saved results when all is done.
-
-    Args:
-        recipe: a recipe, or the path of its file.
-        overrides: `key=value` for a recipe file, as the command's --set.
-        trust: modules that may run besides those under the recipe's `code`, as the command's --trust.
-        store_root: folder or `s3://` URI under which stores lie; None takes $AKD_DIST_STORE_ROOT, or `stores`.
-        run_root: folder of runs, this one is `<run_root>/<recipe.name>/`; None takes $AKD_DIST_RUN_ROOT, or `runs`.
-        cache_root: folder of this machine's prepared data; by default in the user's cache folder.
-        address: a Ray cluster; None starts one on this machine if there is anything to do.
-        fresh: forget an earlier run of this name.
-        wait: wait for somebody else who holds the store or the run, instead of leaving.
-        dry_run: only say what would be done, and refuse what the command would.
-        prepare_again: prepare this machine's data afresh, whatever was prepared before.
-        trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
-        console: where progress is told; stderr by default.
+    The same recipe again resumes what is unfinished, or returns the saved results when all is done. Its arguments are
+    the fields of `akd_dist.options.RunOptions`.
 
     Returns:
         The content of fleet.json (schemas/fleet.schema.json); of a dry run the plan (schemas/fleet-plan.schema.json).
@@ -114,53 +89,23 @@ def train_students(
     Raises:
         AkdError: a refusal; nothing that was trained is lost.
     """
-    recipe = _recipe(recipe, overrides, trust)
-    if trackers:
+    recipe = options.read()
+    if options.trackers:
         from akd_dist.tracking.follower import check_trackers
 
-        check_trackers(trackers)
+        check_trackers(options.trackers)
     from akd_dist.jobs.train_students import train_students
 
-    return train_students(
-        recipe,
-        store_root=STORE_ROOT.chosen(store_root),
-        run_root=RUN_ROOT.chosen(run_root),
-        cache_root=_cache_root(cache_root),
-        address=address,
-        fresh=fresh,
-        wait=wait,
-        dry_run=dry_run,
-        prepare_again=prepare_again,
-        trackers=trackers,
-        console=console,
-    )
+    return train_students(recipe, options)
 
 
-def compare(
-    recipe: Recipe | str | Path,
-    *,
-    seeds: int | None = None,
-    overrides: Sequence[str] = (),
-    trust: Sequence[str] = (),
-    store_root: str | Path | None = None,
-    run_root: str | Path | None = None,
-    cache_root: str | Path | None = None,
-    address: str | None = None,
-    fresh: bool = False,
-    wait: bool = False,
-    trackers: Sequence[str] = (),
-    console: Console | None = None,
-) -> dict[str, Any]:
+@_taking(CompareOptions)
+def compare(options: CompareOptions) -> dict[str, Any]:
     """Train a recipe's student models under every objective with several seeds, from one store, and compare them.
 
-    The run is `<run_root>/<recipe.name>-compare/`, resumed like any other; comparison.json and comparison.md lie there.
-
-    Args:
-        recipe: a recipe, or the path of its file; each model needs an Annealing-KD student.
-        seeds: train with seeds 0..seeds - 1; None takes the recipe's, if a model has two or more, else 0, 1, 2.
-        overrides: `key=value` for a recipe file, as the command's --set.
-        trust: modules that may run besides those under the recipe's `code`, as the command's --trust.
-        store_root, run_root, cache_root, address, fresh, wait, trackers, console: as for `train_students`.
+    Each model of the recipe needs an Annealing-KD student. The run is `<run_root>/<recipe.name>-compare/`, resumed like
+    any other; comparison.json and comparison.md lie there. The arguments are the fields of
+    `akd_dist.options.CompareOptions`.
 
     Returns:
         The content of comparison.json (schemas/compare.schema.json).
@@ -168,30 +113,21 @@ def compare(
     Raises:
         AkdError: a refusal; nothing that was trained is lost.
     """
-    read = _recipe(recipe, overrides, trust)
+    read = options.read()
     from akd_dist.reporting import comparison
 
-    expanded = comparison.expand(read, seeds)
-    fleet = train_students(
-        expanded,
-        store_root=store_root,
-        run_root=run_root,
-        cache_root=cache_root,
-        address=address,
-        fresh=fresh,
-        wait=wait,
-        trackers=trackers,
-        console=console,
-    )
+    expanded = comparison.expand(read, options.seeds)
+    shared = {one.name: getattr(options, one.name) for one in fields(FleetOptions)}
+    fleet = train_students(**shared | {"recipe": expanded})
     from akd_dist.data.row_cache import prepare
     from akd_dist.data.rows import SPLITS
 
-    splits = prepare(expanded.data, Path(_cache_root(cache_root)), expected={})  # done already: this only looks
+    splits = prepare(expanded.data, Path(options.cache), expected={})  # done already: this only looks
     rows = {split: len(getattr(splits, split)) for split in SPLITS}
-    words = ["akd-dist", "compare", f"{read.name}.yaml" if read is recipe else str(recipe)]
-    words += [word for override in overrides for word in ("--set", override)]
-    words += [word for module in _modules(trust) for word in ("--trust", module)]
-    words += [] if seeds is None else ["--seeds", str(seeds)]
+    words = ["akd-dist", "compare", f"{read.name}.yaml" if read is options.recipe else str(options.recipe)]
+    words += [word for override in options.overrides for word in ("--set", override)]
+    words += [word for module in options.modules for word in ("--trust", module)]
+    words += [] if options.seeds is None else ["--seeds", str(options.seeds)]
     document = comparison.compare(expanded, fleet, rows, shlex.join(words))
     comparison.write_comparison(Path(fleet["run"]), document)
     report(fleet["run"])  # now with the table
@@ -224,7 +160,7 @@ def load_model(folder: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
     from akd_dist.base.trusted import Trusted
     from akd_dist.models.folder import load_model
 
-    return load_model(places.absolute(folder), Trusted(modules=_modules(trust)))
+    return load_model(places.absolute(folder), Trusted(modules=Options(trust=trust).modules))
 
 
 def report(*runs: str | Path, out: str | Path | None = None) -> Path:
@@ -251,34 +187,11 @@ def report(*runs: str | Path, out: str | Path | None = None) -> Path:
     return Path(compared["report"] if compared else document["runs"][0]["report"])
 
 
-def evaluate(
-    student: str | Path,
-    data: str | Path,
-    *,
-    others: Sequence[str | Path] = (),
-    split: str | None = None,
-    input: str | Sequence[str] | None = None,
-    label: str | None = None,
-    tokenizer: str | Path | None = None,
-    trust: Sequence[str] = (),
-    device: str = "cpu",
-    cache_root: str | Path | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
+@_taking(EvaluateOptions)
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Every metric of a model on data; and of others, with how far they agree with it.
 
-    Args:
-        student: a folder or URI with model.safetensors and model.json, as `<run>/students/<student>`.
-        data: a recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; or `digits`.
-        others: further model folders, for the same inputs and classes.
-        split: of a recipe; None takes `test`.
-        input: the column of inputs, or two of a pair of texts; None takes those of the student's run, or `input`.
-        label: the column of labels; None takes that of the student's run, or `label`.
-        tokenizer: a tokenizer's folder, or its name on the hub, where it lies neither beside the model nor in its run.
-        trust: modules of your own whose code model folders and runs may name; a recipe file as `data` may name its own.
-        device: `cpu` or `cuda`.
-        cache_root: folder of this machine's prepared data; by default in the user's cache folder.
-        console: where progress is told; None tells nothing.
+    Its arguments are the fields of `akd_dist.options.EvaluateOptions`.
 
     Returns:
         The document that `akd-dist evaluate --json` prints (schemas/evaluate.schema.json).
@@ -288,44 +201,23 @@ def evaluate(
     """
     from akd_dist.serve.evaluation import evaluate
 
-    asked = _asked(data, split, input, label, tokenizer, trust)
-    with _meters(console) as on_progress:
+    with _meters(options.console) as on_progress:
         return evaluate(
-            places.absolute(student),
-            asked,
-            Path(_cache_root(cache_root)),
-            others=[places.absolute(other) for other in others],
-            device=device,
+            places.absolute(options.student),
+            _request(options, options.data, options.label),
+            Path(options.cache),
+            others=[places.absolute(other) for other in options.others],
+            device=options.device,
             on_progress=on_progress,
-            on_note=_notes(console),
+            on_note=_notes(options.console),
         )
 
 
-def predict(
-    student: str | Path,
-    data: str | Path,
-    out: str | Path | None = None,
-    *,
-    split: str | None = None,
-    input: str | Sequence[str] | None = None,
-    label: str | None = None,
-    tokenizer: str | Path | None = None,
-    trust: Sequence[str] = (),
-    logits: bool = True,
-    force: bool = False,
-    device: str = "cpu",
-    cache_root: str | Path | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
+@_taking(PredictOptions)
+def predict(options: PredictOptions) -> dict[str, Any]:
     """What a model says of every row, as a Parquet file: whole, or absent.
 
-    Args:
-        student, data, split, input, tokenizer, trust, device, cache_root, console: as for `evaluate`.
-        out: the file; None takes `<student>.parquet` in the working folder. See `evaluation.predict` for its columns.
-        label: the column of labels; None takes that of the student's run, or `label`, where there is one; an empty
-            name reads no labels.
-        logits: whether to write the column of logits.
-        force: whether `out` may take the place of another file.
+    Its arguments are the fields of `akd_dist.options.PredictOptions`.
 
     Returns:
         The document that `akd-dist predict --json` prints (schemas/predict.schema.json).
@@ -335,45 +227,25 @@ def predict(
     """
     from akd_dist.serve.evaluation import predict
 
-    asked = _asked(data, split, input, label, tokenizer, trust)
-    with _meters(console) as on_progress:
+    with _meters(options.console) as on_progress:
         return predict(
-            places.absolute(student),
-            asked,
-            Path(places.absolute(out or f"{_name_of(student)}.parquet")),
-            Path(_cache_root(cache_root)),
-            with_logits=logits,
-            overwrite=force,
-            device=device,
+            places.absolute(options.student),
+            _request(options, options.data, options.label),
+            Path(places.absolute(options.out or f"{_name_of(options.student)}.parquet")),
+            Path(options.cache),
+            with_logits=options.logits,
+            overwrite=options.force,
+            device=options.device,
             on_progress=on_progress,
-            on_note=_notes(console),
+            on_note=_notes(options.console),
         )
 
 
-def export(
-    student: str | Path,
-    to: str,
-    out: str | Path | None = None,
-    *,
-    data: str | Path | None = None,
-    split: str | None = None,
-    input: str | Sequence[str] | None = None,
-    tokenizer: str | Path | None = None,
-    trust: Sequence[str] = (),
-    force: bool = False,
-    cache_root: str | Path | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
+@_taking(ExportOptions)
+def export(options: ExportOptions) -> dict[str, Any]:
     """A model as others run it, without akd-dist; kept only if it gives the same logits as here.
 
-    Args:
-        student: as for `evaluate`.
-        to: `onnx`, `torch-export` or `huggingface`.
-        out: the file; a folder for `huggingface`. None takes `<student>.onnx`, `<student>.pt2` or
-            `<student>-huggingface` in the working folder.
-        data: rows to compare logits on; None takes those of the student's run, and random inputs outside of one.
-        split, input, tokenizer, trust, cache_root, console: as for `evaluate`.
-        force: whether `out` may take the place of something else.
+    Its arguments are the fields of `akd_dist.options.ExportOptions`.
 
     Returns:
         The document that `akd-dist export --json` prints (schemas/export.schema.json).
@@ -383,17 +255,16 @@ def export(
     """
     from akd_dist.serve.exports import EXPORT_SUFFIXES, export
 
-    asked = None if data is None else _asked(data, split, input, "", tokenizer, trust)
-    with _meters(console) as on_progress:
+    with _meters(options.console) as on_progress:
         return export(
-            places.absolute(student),
-            to,
-            Path(places.absolute(out or f"{_name_of(student)}{EXPORT_SUFFIXES.get(to, '')}")),
-            Path(_cache_root(cache_root)),
-            asked=asked,
-            tokenizer=None if tokenizer is None else str(tokenizer),
-            trust=_modules(trust),
-            force=force,
+            places.absolute(options.student),
+            options.to,
+            Path(places.absolute(options.out or f"{_name_of(options.student)}{EXPORT_SUFFIXES.get(options.to, '')}")),
+            Path(options.cache),
+            asked=None if options.data is None else _request(options, options.data, label=""),
+            tokenizer=None if options.tokenizer is None else str(options.tokenizer),
+            trust=options.modules,
+            force=options.force,
             on_progress=on_progress,
         )
 
@@ -403,23 +274,16 @@ def _name_of(folder: str | Path) -> str:
     return Path(places.absolute(folder)).name
 
 
-def _asked(
-    data: str | Path,
-    split: str | None,
-    input: str | Sequence[str] | None,
-    label: str | None,
-    tokenizer: str | Path | None,
-    trust: Sequence[str],
-) -> DataRequest:
+def _request(options: ModelOptions, data: str | Path, label: str | None) -> DataRequest:
     from akd_dist.serve.examples import DIGITS, DataRequest
 
     return DataRequest(
         data=DIGITS if str(data) == DIGITS else places.absolute(data),
-        split=split,
-        input=(input,) if isinstance(input, str) else tuple(input or ()),
+        split=options.split,
+        input=(options.input,) if isinstance(options.input, str) else tuple(options.input or ()),
         label=label,
-        tokenizer=None if tokenizer is None else str(tokenizer),
-        trust=_modules(trust),
+        tokenizer=None if options.tokenizer is None else str(options.tokenizer),
+        trust=options.modules,
     )
 
 
@@ -451,32 +315,3 @@ def _notes(console: Console | None) -> Callable[[str], None] | None:
     from akd_dist.tracking.progress import tell
 
     return functools.partial(tell, console)
-
-
-def _cache_root(given: str | Path | None) -> str:
-    from akd_dist.storage.node_cache import default_cache_root, ensure_home
-
-    root = places.absolute(given or default_cache_root())
-    ensure_home(Path(root))
-    return root
-
-
-def _recipe(recipe: Recipe | str | Path, overrides: Sequence[str], trust: Sequence[str]) -> Recipe:
-    from akd_dist.recipe import Recipe, load_recipe
-
-    read = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    return read.model_copy(update={"code": [*read.code, *_modules(trust)]}) if trust else read
-
-
-def _modules(trust: Sequence[str]) -> tuple[str, ...]:
-    """The names of modules, checked.
-
-    Raises:
-        RecipeError: one is no module's name.
-    """
-    from akd_dist.base.trusted import check_module
-
-    names = (trust,) if isinstance(trust, str) else tuple(trust)
-    for name in names:
-        check_module(name)
-    return names

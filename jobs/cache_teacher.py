@@ -46,6 +46,7 @@ from akd_dist.jobs.train_teacher import (
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
 from akd_dist.models.folder import load_card
+from akd_dist.options import CacheOptions
 from akd_dist.recipe import NoAugmentation, Recipe
 from akd_dist.storage import catalog, removal
 from akd_dist.storage.encodings import encoding_from_config
@@ -111,29 +112,10 @@ Compute = Callable[[CachedModel, Recipe, Workspace], None]
 """Computes the missing shards of a hop."""
 
 
-def cache_teacher(
-    recipe: Recipe,
-    *,
-    store_root: str,
-    cache_root: str,
-    address: str | None = None,
-    wait: bool = False,
-    dry_run: bool = False,
-    prepare_again: bool = False,
-    console: Console | None = None,
-) -> dict[str, Any]:
+def cache_teacher(recipe: Recipe, options: CacheOptions) -> dict[str, Any]:
     """Make sure that sealed stores of the teacher's logits exist for the recipe's train, validation and test rows.
 
     Where the teacher has assistants, each is trained from the store of the model above it, and cached alike.
-
-    Args:
-        store_root: folder or URI under which stores lie.
-        cache_root: folder of this node's prepared data.
-        address: a Ray cluster; None starts one on this machine if there is anything to compute.
-        wait: wait for somebody else's claim instead of leaving.
-        dry_run: only say what would be computed, and refuse what the command would.
-        prepare_again: prepare this machine's data afresh, whatever was prepared before.
-        console: where progress is told; stderr by default.
 
     Returns:
         The document that `akd-dist cache-teacher --json` prints.
@@ -143,19 +125,18 @@ def cache_teacher(
     """
     from akd_dist.jobs import cluster
 
-    console = console or Console(stderr=True)
-    started = time.monotonic()
+    started, workspace = time.monotonic(), Workspace.of(options)
     recipe.own()
-    splits = prepare_shown(recipe.data, cache_root, console, again=prepare_again)
-    check_models(recipe, splits, store_root)
+    splits = prepare_shown(recipe.data, workspace.cache_root, workspace.console, again=options.prepare_again)
+    check_models(recipe, splits, workspace.store_root)
     with cluster.closing():
-        if address is not None:
-            cluster.connect(address, tell=lambda text: tell(console, text))
-        plan = foresee_caching(recipe, splits, store_root, address, console)
-        if dry_run:
+        if workspace.address is not None:
+            cluster.connect(workspace.address, tell=workspace.tell)
+        plan = foresee_caching(recipe, splits, workspace)
+        if options.dry_run:
             return plan
         splits.sources.begin()
-        cached_models = cache_checked(recipe, splits, Workspace(store_root, cache_root, address, wait, console=console))
+        cached_models = cache_checked(recipe, splits, workspace)
     splits.sources.finish()
     return document_of(cached_models, time.monotonic() - started)
 
@@ -607,9 +588,7 @@ def check_room(store_root: str, needed: int) -> None:
         )
 
 
-def foresee_caching(
-    recipe: Recipe, splits: Splits, store_root: str, address: str | None, console: Console
-) -> dict[str, Any]:
+def foresee_caching(recipe: Recipe, splits: Splits, workspace: Workspace) -> dict[str, Any]:
     """What caching would compute: nothing of the stores and views that are there, as far as their models are.
 
     Returns:
@@ -621,13 +600,13 @@ def foresee_caching(
     """
     from akd_dist.jobs import cluster
 
+    store_root = workspace.store_root
     uris = model_uris(recipe, splits, store_root)
     known: list[str | None] = [uri for uri in uris if uri == recipe.teacher.weights or is_there(uri)]
     unknown: list[str | None] = [None] * (1 + len(recipe.teacher.chain) - len(known))
     names = ["the teacher", *(f"the assistant {one.model.label}" for one in recipe.teacher.chain)]
     teacher, *assistants = [
-        _planned(name, recipe, splits, uri, store_root, address, console)
-        for name, uri in zip(names, known + unknown, strict=True)
+        _planned(name, recipe, splits, uri, workspace) for name, uri in zip(names, known + unknown, strict=True)
     ]
     needed = sum(split["bytes"] for splits in (teacher, *assistants) for split in splits.values())
     if needed:
@@ -648,9 +627,10 @@ def foresee_caching(
 
 
 def _planned(
-    name: str, recipe: Recipe, splits: Splits, uri: str | None, store_root: str, address: str | None, console: Console
+    name: str, recipe: Recipe, splits: Splits, uri: str | None, workspace: Workspace
 ) -> dict[str, dict[str, Any]]:
     """What the stores of one model would still take; all of it where the model is not there yet."""
+    store_root = workspace.store_root
     stores: dict[str, LogitStore | None] = dict.fromkeys(SPLITS)
     there: dict[str, Manifest | None] = dict.fromkeys(SPLITS)
     receipts: dict[str, set[str]] = {split: set() for split in SPLITS}
@@ -659,12 +639,12 @@ def _planned(
         receipts = {plan.split: set(StoreWriter(store_root, plan.creation).store.list(RECEIPTS)) for plan in plans}
         stores = {plan.split: catalog.find_store(store_root, plan.identity) for plan in plans}
         for plan in plans:
-            if stores[plan.split] is None and address is None:
+            if stores[plan.split] is None and workspace.address is None:
                 # Which card the nodes of a cluster have is not asked: views that are there may count as missing.
                 plan.creation = computed_on(device_name(recipe.device), plan.creation)
         there = {plan.split: _source(plan, catalog.narrower_stores(store_root, plan.identity)) for plan in plans}
     if (sealed := stores["train"]) is not None:
-        _tell_of_chance(name, splits.train, sealed, console)
+        _tell_of_chance(name, splits.train, sealed, workspace.console)
     dtype = str(encoding_from_config({"name": recipe.cache.encoding}).dtype)
     planned = {}
     for split, store in stores.items():

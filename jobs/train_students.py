@@ -13,8 +13,8 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace as replaced
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ from akd_dist.jobs.train_teacher import Stores, Workspace, is_there, teacher_of
 from akd_dist.models.build import build, by_content, check_memory, num_parameters
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import load_card
+from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe
 from akd_dist.reporting.economics import StudentUsage, economics, reading
 from akd_dist.reporting.page import write_report
@@ -80,48 +81,10 @@ DIFFERENCES_SHOWN = 12
 NAMES_SHOWN = 6
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainRequest(Workspace):
-    """What the command was asked for besides its recipe; see `train_students`."""
-
-    run: Path
-    """The run's folder."""
-    fresh: bool
-    """Forget an earlier run of this name."""
-    began: float
-    """When the command began, by the monotonic clock."""
-
-
-def train_students(
-    recipe: Recipe,
-    *,
-    store_root: str,
-    run_root: str,
-    cache_root: str,
-    address: str | None = None,
-    fresh: bool = False,
-    wait: bool = False,
-    dry_run: bool = False,
-    prepare_again: bool = False,
-    trackers: Sequence[str] = (),
-    console: Console | None = None,
-) -> dict[str, Any]:
+def train_students(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     """Train every student of the recipe from the teacher's stored logits, caching these first if they are missing.
 
     The same recipe again resumes what is unfinished, or returns the saved results when all is done.
-
-    Args:
-        store_root: folder or URI under which stores lie.
-        run_root: folder of runs; results go to `<run_root>/<recipe.name>/`.
-        cache_root: folder of this node's prepared data and decoded stores.
-        address: a Ray cluster; None starts one on this machine if there is anything to do.
-        fresh: forget an earlier run of this name.
-        wait: wait for somebody else's claim instead of leaving.
-        dry_run: only say what would be done, and refuse what the command would; takes no lock and leaves the run as
-            it is.
-        prepare_again: prepare this machine's data afresh, whatever was prepared before.
-        trackers: where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`.
-        console: where progress is told; stderr by default.
 
     Returns:
         The content of fleet.json; of a dry run the plan.
@@ -131,45 +94,48 @@ def train_students(
     """
     from akd_dist.jobs import cluster
 
-    console, began = console or Console(stderr=True), time.monotonic()
+    workspace, began = Workspace.of(options), time.monotonic()
     recipe = recipe.own()
-    run = Path(run_root) / recipe.name
-    asked = TrainRequest(
-        store_root, cache_root, address=address, wait=wait, console=console, run=run, fresh=fresh, began=began
-    )
-    splits = prepare_shown(recipe.data, cache_root, console, again=prepare_again)
+    run = options.runs / recipe.name
+    splits = prepare_shown(recipe.data, workspace.cache_root, workspace.console, again=options.prepare_again)
     splits.sources.begin()
     parameters = check_students(recipe, splits)
-    check_models(recipe, splits, store_root)
+    check_models(recipe, splits, workspace.store_root)
     check_folder(run)
-    if dry_run:
-        if not wait:
+    if options.dry_run:
+        if not options.wait:
             refuse_held(run / "lock", what=f"the run {run.name}")
-        if not fresh:
-            check_same_run(run, recipe, foreseen_identity(recipe, splits, store_root))
+        if not options.fresh:
+            check_same_run(run, recipe, foreseen_identity(recipe, splits, workspace.store_root))
         with cluster.closing():
-            return _foresee(recipe, splits, parameters, asked)[0].document()
-    with held(run, wait, console):
-        if not fresh:  # before `driving`: whoever is sent away is not who goes on with the run
-            check_same_run(run, recipe, foreseen_identity(recipe, splits, store_root))
+            return _foresee(recipe, splits, parameters, run, options.fresh, workspace)[0].document()
+    with held(run, options.wait, workspace.console):
+        if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
+            check_same_run(run, recipe, foreseen_identity(recipe, splits, workspace.store_root))
         with driving(run), cluster.closing():
-            return _train_held(recipe, splits, parameters, asked, trackers)
+            return _train_held(recipe, splits, parameters, run, options, workspace, began)
 
 
 def _train_held(
-    recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: TrainRequest, trackers: Sequence[str]
+    recipe: Recipe,
+    splits: Splits,
+    parameters: dict[str, int],
+    run: Path,
+    options: RunOptions,
+    asked: Workspace,
+    began: float,
 ) -> dict[str, Any]:
     """The whole way of a run that is held: cache, train who has not ended, collect; the content of fleet.json."""
-    run = asked.run
-    _, costs = _foresee(recipe, splits, parameters, asked)  # refuses what cannot fit before anything expensive starts
+    # Refuses what cannot fit, before anything expensive starts.
+    _, costs = _foresee(recipe, splits, parameters, run, options.fresh, asked)
     chain = _cache(recipe, splits, asked)
     identity = run_identity(recipe, splits, chain)
-    if asked.fresh:
+    if options.fresh:
         forget(run)
     check_same_run(run, recipe, identity)
     base = fleet_job(recipe, splits, chain[0], run, asked.cache_root)
     followed = [tracked(recipe, spec, base, parameters[spec.name]) for spec in recipe.students]
-    forward = functools.partial(forwarding, run, followed, trackers, asked.tell)
+    forward = functools.partial(forwarding, run, followed, options.trackers, asked.tell)
     todo = [spec for spec in recipe.students if not ended(base, spec)]
     saved = None if todo else saved_results(run, identity)
     if saved is not None:
@@ -187,11 +153,11 @@ def _train_held(
         for one in {learns_from_assistant(spec): spec for spec in todo}.values():
             job = replaced(cohort_job(base, (one,), chain[-1]), device="cpu")
             renewing(functools.partial(_open_here, job), asked.tell)
-        with forward(), _going_on(asked.fresh):
+        with forward(), _going_on(options.fresh):
             cohorts = _train(base, recipe, todo, chain, costs, splits, asked) if todo else 0
         splits.sources.finish()
         splits = renewing(functools.partial(_with_sound_test_rows, base), asked.tell)
-        took = time.monotonic() - asked.began
+        took = time.monotonic() - began
         fleet = finish_run(run, recipe, splits, base, chain, parameters, cohorts, took, asked.tell)
     tell_failures(fleet, base, asked.console)
     return fleet
@@ -220,23 +186,25 @@ def _with_sound_test_rows(base: CohortJob) -> Splits:
     return splits
 
 
-def _foresee(recipe: Recipe, splits: Splits, parameters: dict[str, int], asked: TrainRequest) -> tuple[Plan, Costs]:
+def _foresee(
+    recipe: Recipe, splits: Splits, parameters: dict[str, int], run: Path, fresh: bool, asked: Workspace
+) -> tuple[Plan, Costs]:
     """The plan of the fleet and what its students cost; refuses what cannot fit. Writes nothing under the run root."""
     from akd_dist.jobs import cluster
 
     if asked.address is not None:
         cluster.connect(asked.address, tell=asked.tell)
-    cache = foresee_caching(recipe, splits, asked.store_root, asked.address, asked.console)
-    base = fleet_job(recipe, splits, {}, asked.run, asked.cache_root)
-    todo = [spec for spec in recipe.students if asked.fresh or not ended(base, spec)]
+    cache = foresee_caching(recipe, splits, asked)
+    base = fleet_job(recipe, splits, {}, run, asked.cache_root)
+    todo = [spec for spec in recipe.students if fresh or not ended(base, spec)]
     if todo:
         asked.tell("probing what the students take")
-    costs = costs_of(recipe, todo, splits, parameters, None if asked.fresh else Path(base.root), asked)
+    costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), asked)
     trained = is_there(model_uris(recipe, splits, asked.store_root)[0])
-    return draw_up(recipe, todo, cluster.all_nodes(), costs, asked.run, cache, trained), costs
+    return draw_up(recipe, todo, cluster.all_nodes(), costs, run, cache, trained), costs
 
 
-def _cache(recipe: Recipe, splits: Splits, asked: TrainRequest) -> Chain:
+def _cache(recipe: Recipe, splits: Splits, asked: Workspace) -> Chain:
     """Cache what is missing, and say what came of it."""
     started = time.monotonic()
     cached = document_of(cache_checked(recipe, splits, asked), time.monotonic() - started)
@@ -252,7 +220,7 @@ def _train(
     chain: Chain,
     costs: Costs,
     splits: Splits,
-    asked: TrainRequest,
+    asked: Workspace,
 ) -> int:
     """Train those that have not ended; the number of Ray Train runs it took."""
     from akd_dist.jobs import cluster

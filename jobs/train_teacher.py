@@ -25,6 +25,7 @@ from akd_dist.distill.job import CohortJob, read_progress, read_result, renewals
 from akd_dist.models.build import by_content
 from akd_dist.models.device import device_name, gpus_of
 from akd_dist.models.folder import load_card
+from akd_dist.options import RecipeOptions
 from akd_dist.recipe import HardLabels, Recipe
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store
 from akd_dist.storage.layout import TEACHERS
@@ -57,6 +58,12 @@ class Workspace:
     """The flag of Ctrl-C and SIGTERM; None for a plain loop in this process."""
     console: Console = field(default_factory=lambda: Console(quiet=True))
     """Where progress is told."""
+
+    @classmethod
+    def of(cls, options: RecipeOptions) -> Workspace:
+        """Where a command works that was given these options."""
+        console = options.console or Console(stderr=True)
+        return cls(options.stores, options.cache, options.address, options.wait, console=console)
 
     def tell(self, text: str) -> None:
         """Say something to the person who waits."""

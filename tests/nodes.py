@@ -16,9 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
+import akd_dist
 from akd_dist.base.errors import MachineError
 from akd_dist.jobs import cluster, ray_train, shared
-from akd_dist.jobs.train_students import train_students
 from akd_dist.recipe import load_recipe
 
 SMALL: dict[str, Any] = {"object_store_memory": 80 * 2**20, "memory": 4 * 10**9}
@@ -68,7 +68,7 @@ def join(recipe: str, root: Path) -> dict[str, Any]:
         "run_root": str(root / "runs"),
     }
     with (root / "told").open("w") as told:
-        result = train_students(load_recipe(recipe), console=Console(file=told, width=200), **places)
+        result = akd_dist.train_students(load_recipe(recipe), console=Console(file=told, width=200), **places)
     for node in joined:
         node.terminate()
     return {"cohorts": result["cohorts"], "states": [student["state"] for student in result["students"]]}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +12,7 @@ import click
 
 from akd_dist.base import places
 from akd_dist.base.places import RUN_ROOT, STORE_ROOT
+from akd_dist.options import Options, RunOptions
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -51,75 +53,42 @@ def complete_store(context: click.Context, _parameter: click.Parameter, incomple
     return [CompletionItem(name) for name in names if STORE_ID.fullmatch(name) and name.startswith(incomplete)]
 
 
-recipe_argument = click.argument("recipe_path", metavar="RECIPE", type=click.Path())
-set_option = click.option(
-    "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
-)
-trust_option = click.option(
-    "--trust",
-    metavar="MODULE",
-    multiple=True,
-    help="Let a model folder, a store or a run name code of this module; repeatable.",
-)
-store_root_option = click.option(
-    "--store-root",
-    metavar="URI",
-    envvar=STORE_ROOT.variable,
-    show_envvar=True,
-    default=STORE_ROOT.default,
-    show_default=True,
-    shell_complete=complete_folder,
-    help="Where stores lie: a folder or s3://...",
-)
-run_root_option = click.option(
-    "--run-root",
-    metavar="DIR",
-    envvar=RUN_ROOT.variable,
-    show_envvar=True,
-    default=RUN_ROOT.default,
-    show_default=True,
-    shell_complete=complete_folder,
-    help="Where runs lie.",
-)
-cache_root_option = click.option(
-    "--cache-root",
-    metavar="DIR",
-    shell_complete=complete_folder,
-    help="Prepared data.  [default: AKD_DIST_CACHE, or the user's cache folder]",
-)
-address_option = click.option(
-    "--address", metavar="ADDRESS", help="A Ray cluster.  [default: one is started here, on loopback]"
-)
-wait_option = click.option(
-    "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
-)
-fresh_option = click.option("--fresh", is_flag=True, help="Forget an earlier run of this name and start over.")
-prepare_again_option = click.option(
-    "--prepare-again", is_flag=True, help="Prepare the data afresh, whatever was prepared before."
-)
-tracker_option = click.option(
-    "--tracker",
-    "trackers",
-    type=click.Choice(["mlflow", "wandb"]),
-    multiple=True,
-    help="Forward every student's metrics there too; repeatable.",
-)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 id_argument = click.argument("store_id", metavar="ID", shell_complete=complete_store)
 
-cache_options = options(set_option, trust_option, store_root_option, cache_root_option, address_option, wait_option)
-train_options = options(
-    set_option,
-    trust_option,
-    store_root_option,
-    run_root_option,
-    cache_root_option,
-    address_option,
-    fresh_option,
-    wait_option,
-    tracker_option,
-    json_option,
+# In which order --help shows the options that a command has.
+ORDER = (
+    *("seeds", "student", "to", "others", "out", "logits", "data", "split", "input", "label", "tokenizer", "recipe"),
+    *("overrides", "trust", "device", "store_root", "run_root", "cache_root", "address", "fresh", "wait", "trackers"),
+    *("force", "prepare_again", "dry_run"),
 )
+
+
+def taking(given: type[Options], without: Sequence[str] = ()) -> Callable[[Command], Command]:
+    """The arguments and options of a verb, as one decorator."""
+    found = {one.name: one for one in fields(given) if one.metadata and one.name not in without}
+    return options(*(_parameter(found[name]) for name in ORDER if name in found))
+
+
+def shared(*names: str) -> Callable[[Command], Command]:
+    """Some of the options of the verbs that train, for a command that is none of them."""
+    return options(*(_parameter(one) for name in names for one in fields(RunOptions) if one.name == name))
+
+
+def _parameter(option: Field[Any]) -> Callable[[Any], Any]:
+    """A field as click has it."""
+    shown = dict(option.metadata)
+    if shown.pop("folder", False):
+        shown["shell_complete"] = complete_folder
+    if (name := shown.pop("argument", None)) is not None:
+        return click.argument(option.name, metavar=name, type=click.Path(), **shown)
+    if (root := shown.pop("root", None)) is not None:
+        shown |= {"envvar": root.variable, "show_envvar": True, "default": root.default, "show_default": True}
+    elif option.default is not MISSING and not shown.get("multiple"):
+        shown["default"] = option.default
+    if (choices := shown.pop("choices", None)) is not None:
+        shown["type"] = click.Choice(choices)
+    return click.option(shown.pop("flag"), option.name, **shown)
 
 
 class Group(click.Group):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from akd_dist.cli.options import Group, json_option, options, recipe_argument, set_option
+from akd_dist.cli.options import Group, json_option, shared
 from akd_dist.cli.show import command_line, print_facts, print_json, print_table, table_of
 
 if TYPE_CHECKING:
@@ -21,13 +21,14 @@ def recipe() -> None:
 
 
 @recipe.command("check")
-@options(recipe_argument, set_option, json_option)
-def recipe_check(recipe_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@shared("recipe", "overrides")
+@json_option
+def recipe_check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Read a recipe and list its students.
 
     Every default is filled in and every key checked; no data is opened.
     """
-    checked = load(recipe_path, overrides)
+    checked = load(recipe, overrides)
     if as_json:
         print_json({"recipe": checked.model_dump(mode="json"), "students": [one.name for one in checked.students]})
         return
@@ -39,7 +40,7 @@ def recipe_check(recipe_path: str, overrides: tuple[str, ...], as_json: bool) ->
     print_table(table)
     if len(checked.students) > STUDENTS_SHOWN:
         click.echo(f"and {len(checked.students) - STUDENTS_SHOWN:,} more")
-    click.echo(f"next: {command_line('train-students', recipe_path, overrides)}")
+    click.echo(f"next: {command_line('train-students', recipe, overrides=overrides)}")
 
 
 @recipe.command("schema")

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import akd_dist
-from akd_dist.cli.options import cache_options, json_option, prepare_again_option, recipe_argument, train_options
+from akd_dist.cli.options import json_option, taking
 from akd_dist.cli.show import (
     SHORT_ID,
     command_line,
@@ -24,126 +24,62 @@ from akd_dist.cli.show import (
     stdout_for_results,
     table_of,
 )
+from akd_dist.options import CacheOptions, CompareOptions, RunOptions
 
-Roots = dict[str, str | None]
+Given = dict[str, Any]
+"""The options that a command was given, by name."""
 
 
 @click.command("quickstart")
-@train_options
-def quickstart(**options: Any) -> int:
+@taking(CompareOptions, without=("recipe", "seeds"))
+@json_option
+def quickstart(as_json: bool, **given: Any) -> int:
     """The whole story on real digits.
 
     Trains a teacher, caches it, trains students from the store and shows how they do, in under two minutes.
     """
-    return _train(_packaged_recipe(), closing=after_quickstart, **options)
+    return _train(given | {"recipe": _packaged_recipe()}, as_json, closing=after_quickstart)
 
 
 @click.command("cache-teacher")
-@recipe_argument
-@cache_options
-@prepare_again_option
-@click.option("--dry-run", is_flag=True, help="Say what would be computed; refuse what the command would.")
+@taking(CacheOptions)
 @json_option
-def cache_teacher(
-    recipe_path: str,
-    overrides: tuple[str, ...],
-    trust: tuple[str, ...],
-    store_root: str,
-    cache_root: str | None,
-    address: str | None,
-    wait: bool,
-    dry_run: bool,
-    prepare_again: bool,
-    as_json: bool,
-) -> None:
+def cache_teacher(as_json: bool, **given: Any) -> None:
     """Run the teacher once, store its logits.
 
     A store that is there already is a hit; one that an interrupted run left behind is completed.
     """
     with stdout_for_results():
-        document = akd_dist.cache_teacher(
-            recipe_path,
-            overrides=overrides,
-            trust=trust,
-            store_root=store_root,
-            cache_root=cache_root,
-            address=address,
-            wait=wait,
-            dry_run=dry_run,
-            prepare_again=prepare_again,
-            console=progress_console(),
-        )
+        document = akd_dist.cache_teacher(**given, console=progress_console())
     if as_json:
         print_json(document)
-    elif dry_run:
+    elif given["dry_run"]:
         print_plan(document)
     else:
-        roots = {"store_root": store_root, "cache_root": cache_root, "address": address}
-        print_cached(document, command_line("train-students", recipe_path, overrides, trust, **roots))
+        print_cached(document, command_line("train-students", **given))
 
 
 @click.command("train-students")
-@recipe_argument
-@train_options
-@prepare_again_option
-@click.option("--dry-run", is_flag=True, help="Say what would be done and why; refuse what the command would.")
-def train_students(recipe_path: str, dry_run: bool, **options: Any) -> int:
+@taking(RunOptions)
+@json_option
+def train_students(as_json: bool, **given: Any) -> int:
     """Train students from the stored logits.
 
     Caches the teacher first if its store is missing. The same command again resumes, or shows the saved results.
     """
-    if dry_run:
-        return _foresee(recipe_path, **options)
-    return _train(recipe_path, closing=after_training, **options)
+    return _train(given, as_json, closing=after_training)
 
 
-def _foresee(recipe_path: str, *, as_json: bool, **options: Any) -> int:
+def _train(given: Given, as_json: bool, *, closing: Callable[[Given, Given], list[str]]) -> int:
     with stdout_for_results():
-        plan = akd_dist.train_students(recipe_path, **options, dry_run=True, console=progress_console())
+        document = akd_dist.train_students(**given, console=progress_console())
     if as_json:
-        print_json(plan)
+        print_json(document)
+    elif given.get("dry_run"):
+        print_fleet_plan(document)
     else:
-        print_fleet_plan(plan)
-    return 0
-
-
-def _train(
-    recipe_path: str,
-    *,
-    closing: Callable[[dict[str, Any], str, Iterable[str], Iterable[str], Roots], list[str]],
-    overrides: tuple[str, ...],
-    trust: tuple[str, ...],
-    store_root: str,
-    run_root: str,
-    cache_root: str | None,
-    address: str | None,
-    fresh: bool,
-    wait: bool,
-    trackers: tuple[str, ...],
-    as_json: bool,
-    prepare_again: bool = False,
-) -> int:
-    with stdout_for_results():
-        fleet = akd_dist.train_students(
-            recipe_path,
-            overrides=overrides,
-            trust=trust,
-            store_root=store_root,
-            run_root=run_root,
-            cache_root=cache_root,
-            address=address,
-            fresh=fresh,
-            wait=wait,
-            prepare_again=prepare_again,
-            trackers=trackers,
-            console=progress_console(),
-        )
-    if as_json:
-        print_json(fleet)
-    else:
-        roots = {"store_root": store_root, "run_root": run_root, "cache_root": cache_root, "address": address}
-        print_fleet(fleet, closing(fleet, recipe_path, overrides, trust, roots))
-    return int(any(student["state"] != "done" for student in fleet["students"]))
+        print_fleet(document, closing(document, given))
+    return int(any(student["state"] != "done" for student in document.get("students", ())))
 
 
 def _packaged_recipe() -> str:
@@ -155,10 +91,9 @@ def _packaged_recipe() -> str:
 
 
 @click.command("compare")
-@recipe_argument
-@click.option("--seeds", metavar="N", type=int, help="Seeds 0..N-1.  [default: the recipe's if several, else 0, 1, 2]")
-@train_options
-def compare(recipe_path: str, as_json: bool, **options: Any) -> int:
+@taking(CompareOptions)
+@json_option
+def compare(as_json: bool, **given: Any) -> int:
     """Train every objective, print the papers' table.
 
     Each student model of the recipe, from scratch and by KD, TAKD, Annealing-KD and Continuation-KD, with several
@@ -166,7 +101,7 @@ def compare(recipe_path: str, as_json: bool, **options: Any) -> int:
     run is <name>-compare; the same command again resumes, or shows the saved results.
     """
     with stdout_for_results():
-        document = akd_dist.compare(recipe_path, **options, console=progress_console())
+        document = akd_dist.compare(**given, console=progress_console())
     if as_json:
         print_json(document)
     else:
@@ -231,24 +166,22 @@ def print_fleet(fleet: dict[str, Any], next_commands: Iterable[str]) -> None:
         click.echo(f"  {command}")
 
 
-def after_training(
-    fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], trust: Iterable[str], roots: Roots
-) -> list[str]:
+def after_training(fleet: dict[str, Any], given: Given) -> list[str]:
     """What to type after train-students."""
-    kept = [one for one in overrides if not one.startswith(("data.seed=", "name="))]
+    kept = [one for one in given["overrides"] if not one.startswith(("data.seed=", "name="))]
     again = [*kept, "data.seed=1", f"name={Path(fleet['run']).name}-seed1"]
     return [
-        command_line("stores show", Path(fleet["store"]).name[:SHORT_ID], store_root=roots["store_root"]),
-        command_line("train-students", recipe_path, again, trust, **roots),
+        command_line("stores show", Path(fleet["store"]).name[:SHORT_ID], store_root=given["store_root"]),
+        command_line("train-students", **given | {"overrides": again}),
     ]
 
 
-def after_quickstart(
-    fleet: dict[str, Any], recipe_path: str, overrides: Iterable[str], trust: Iterable[str], roots: Roots
-) -> list[str]:
+def after_quickstart(_fleet: dict[str, Any], given: Given) -> list[str]:
     """What to type after the quickstart."""
     copy = "my-digits.yaml"
     return [
-        shlex.join(["cp", recipe_path, copy]) + "     # then change what you like",
-        command_line("train-students", copy, [*overrides, "name=my-digits"], trust, **roots),
+        shlex.join(["cp", given["recipe"], copy]) + "     # then change what you like",
+        command_line(
+            "train-students", **given | {"recipe": copy, "overrides": [*given["overrides"], "name=my-digits"]}
+        ),
     ]

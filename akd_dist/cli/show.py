@@ -10,7 +10,7 @@ import os
 import select
 import shlex
 import sys
-from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import click
 from akd_dist.base.errors import printable
 from akd_dist.base.formatting import counted as counted, size as size, uncut
 from akd_dist.cli.options import DEFAULT_ROOTS
+from akd_dist.options import RunOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,18 +143,19 @@ def in_words(value: Any) -> str:
     return ", ".join(f"{key} {inner}" for key, inner in shown.items())
 
 
-def command_line(
-    verb: str, target: str, overrides: Iterable[str] = (), trust: Iterable[str] = (), **roots: str | None
-) -> str:
-    """A command to type next, with what this one was given."""
-    words = ["akd-dist", *verb.split(), target]
-    for override in overrides:
-        words += ["--set", override]
-    for module in trust:
-        words += ["--trust", module]
-    for name, value in roots.items():
+# What commands have in common: the next one works on the same, in the same places.
+KEPT = ("overrides", "trust", "store_root", "run_root", "cache_root", "address")
+FLAGS = {one.name: one.metadata["flag"] for one in fields(RunOptions) if one.name in KEPT}
+
+
+def command_line(verb: str, recipe: str, **given: Any) -> str:
+    """A command to type next, with what this one was given that it takes as well."""
+    words = ["akd-dist", *verb.split(), recipe]
+    for name in KEPT:
+        value = given.get(name)
         if value not in (None, DEFAULT_ROOTS.get(name)):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            values = [value] if isinstance(value, str) else value
+            words += [word for one in values for word in (FLAGS[name], one)]
     return shlex.join(words)
 
 

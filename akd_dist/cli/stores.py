@@ -17,14 +17,11 @@ from akd_dist.base import places
 from akd_dist.base.errors import DamagedError, RecipeError, printable
 from akd_dist.cli.options import (
     Group,
-    cache_root_option,
     complete_store,
     id_argument,
     json_option,
     options,
-    set_option,
-    store_root_option,
-    trust_option,
+    shared,
 )
 from akd_dist.cli.recipes import load
 from akd_dist.cli.show import (
@@ -42,6 +39,7 @@ from akd_dist.cli.show import (
     stdout_for_results,
     table_of,
 )
+from akd_dist.options import Options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,7 +73,7 @@ def stores() -> None:
 
 
 @stores.command("list")
-@options(store_root_option, json_option)
+@options(shared("store_root"), json_option)
 def stores_list(store_root: str, as_json: bool) -> None:
     """Every store under the root, sealed or not.
 
@@ -109,7 +107,7 @@ def stores_list(store_root: str, as_json: bool) -> None:
 
 
 @stores.command("show")
-@options(id_argument, store_root_option, cache_root_option, json_option)
+@options(id_argument, shared("store_root", "cache_root"), json_option)
 def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json: bool) -> None:
     """What one store holds, how it was computed, who used it.
 
@@ -125,7 +123,7 @@ def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json:
     summary = catalog.summary_of(root, whole)
     uri = f"{root.rstrip('/')}/{whole}"
     manifest = read_manifest(uri) if summary.sealed else None
-    decoded = None if manifest is None else find_decoded(manifest, _cache(cache_root))
+    decoded = None if manifest is None else find_decoded(manifest, Path(Options(cache_root=cache_root).cache))
     receipts = catalog.receipts_of(root, whole)
     document = StoreDocument(
         **_entry(summary).model_dump(),
@@ -148,7 +146,7 @@ def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json:
 
 
 @stores.command("verify")
-@options(id_argument, store_root_option)
+@options(id_argument, shared("store_root"))
 @click.option("--shallow", is_flag=True, help="Check presence and sizes only, without reading the shards.")
 @json_option
 def stores_verify(store_id: str, store_root: str, shallow: bool, as_json: bool) -> int:
@@ -183,7 +181,7 @@ def stores_verify(store_id: str, store_root: str, shallow: bool, as_json: bool) 
     id_argument,
     click.option("--recipe", "recipe_path", metavar="RECIPE", help="How to recompute, if paths have changed."),
 )
-@options(set_option, trust_option, store_root_option, cache_root_option, json_option)
+@options(shared("overrides", "trust", "store_root", "cache_root"), json_option)
 def stores_repair(
     store_id: str,
     recipe_path: str | None,
@@ -206,7 +204,7 @@ def stores_repair(
     root = places.absolute(store_root)
     whole = resolve_id(root, store_id)
     with stdout_for_results():
-        document = repair(root, whole, recipe, str(_cache(cache_root)), progress_console(), trust=trust)
+        document = repair(root, whole, recipe, Options(cache_root=cache_root).cache, progress_console(), trust=trust)
     if as_json:
         print_json(document)
         return
@@ -228,7 +226,7 @@ def stores_repair(
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.option("--yes", is_flag=True, help="Remove stores without asking.")
-@options(store_root_option, cache_root_option, json_option)
+@options(shared("store_root", "cache_root"), json_option)
 def stores_gc(
     store_ids: tuple[str, ...],
     older_than: float | None,
@@ -248,7 +246,7 @@ def stores_gc(
     from akd_dist.documents.stores import GcDocument, StoreProblem, StoreRemoval
     from akd_dist.storage import catalog, removal
 
-    root, cache = places.absolute(store_root), _cache(cache_root)
+    root, cache = places.absolute(store_root), Path(Options(cache_root=cache_root).cache)
     asked = older_than is not None or unused_for is not None
     _check_gc(store_ids, asked=asked, silent=dry_run or yes)
     ids = [catalog.resolve_id(root, store_id) for store_id in store_ids]
@@ -462,11 +460,3 @@ def _ago(seconds: float | None) -> str:
         if past >= length:
             return f"{past / length:.0f} {unit} ago"
     return "just now"
-
-
-def _cache(given: str | None) -> Path:
-    from akd_dist.storage.node_cache import default_cache_root, ensure_home
-
-    root = Path(places.absolute(given or default_cache_root()))
-    ensure_home(root)
-    return root

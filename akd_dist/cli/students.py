@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import akd_dist
-from akd_dist.cli.options import cache_root_option, complete_folder, json_option, options, trust_option
+from akd_dist.cli.options import json_option, taking
 from akd_dist.cli.show import (
     print_facts,
     print_json,
@@ -19,48 +19,23 @@ from akd_dist.cli.show import (
     stdout_for_results,
     table_of,
 )
+from akd_dist.options import EvaluateOptions, ExportOptions, PredictOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SPLITS = ["train", "validation", "test"]
-
-student_argument = click.argument("student", metavar="STUDENT", type=click.Path(), shell_complete=complete_folder)
-data_argument = click.argument("data", metavar="DATA", type=click.Path())
-split_option = click.option(
-    "--split", metavar="SPLIT", type=click.Choice(SPLITS), help="Of a recipe: train, validation or test (the default)."
-)
-input_option = click.option(
-    "--input", "input", metavar="COLUMN", multiple=True, help="Column of inputs; twice for a pair of texts."
-)
-label_option = click.option("--label", metavar="COLUMN", help="Column of labels.")
-tokenizer_option = click.option("--tokenizer", metavar="FOLDER", help="Of a model of text, where nobody knows it.")
-device_option = click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to compute."
-)
-force_option = click.option("--force", is_flag=True, help="Overwrite what is there.")
-
 
 @click.command("evaluate")
-@options(student_argument, data_argument)
-@click.option(
-    "--with",
-    "others",
-    metavar="MODEL",
-    multiple=True,
-    shell_complete=complete_folder,
-    help="Another model to compare with; repeatable.",
-)
-@options(split_option, input_option, label_option, tokenizer_option, trust_option, device_option, cache_root_option)
+@taking(EvaluateOptions)
 @json_option
-def evaluate(student: str, data: str, as_json: bool, **chosen: Any) -> None:
+def evaluate(as_json: bool, **chosen: Any) -> None:
     """Measure a student on data.
 
     Every metric, and agreement with other models. STUDENT is a model folder, such as runs/NAME/students/STUDENT. DATA
     is a recipe or a run's folder, Parquet (a file, folder, glob or s3://), or the word digits.
     """
     with stdout_for_results():
-        document = akd_dist.evaluate(student, data, **chosen, console=progress_console())
+        document = akd_dist.evaluate(**chosen, console=progress_console())
     if as_json:
         print_json(document)
     else:
@@ -68,37 +43,17 @@ def evaluate(student: str, data: str, as_json: bool, **chosen: Any) -> None:
 
 
 @click.command("predict")
-@options(student_argument, data_argument)
-@click.option("--out", metavar="FILE", help="The file to write.  [default: the student's name and .parquet, here]")
-@click.option("--no-logits", is_flag=True, help="Leave out the column of logits, the largest of many classes.")
+@taking(PredictOptions)
 @click.option("--no-label", is_flag=True, help="Read no labels, although there is such a column.")
-@options(split_option, input_option, label_option, tokenizer_option, trust_option, device_option, cache_root_option)
-@options(force_option, json_option)
-def predict(
-    student: str,
-    data: str,
-    out: str | None,
-    no_logits: bool,
-    no_label: bool,
-    label: str | None,
-    as_json: bool,
-    **chosen: Any,
-) -> None:
+@json_option
+def predict(no_label: bool, label: str | None, as_json: bool, **chosen: Any) -> None:
     """Write what a student says of each row.
 
     Class, probability, logits, and the label where the data have one, row by row to Parquet. STUDENT and DATA are as
     for evaluate; DATA may lack labels.
     """
     with stdout_for_results():
-        document = akd_dist.predict(
-            student,
-            data,
-            out,
-            label="" if no_label else label,
-            logits=not no_logits,
-            **chosen,
-            console=progress_console(),
-        )
+        document = akd_dist.predict(**chosen, label="" if no_label else label, console=progress_console())
     if as_json:
         print_json(document)
         return
@@ -113,26 +68,16 @@ def predict(
 
 
 @click.command("export")
-@student_argument
-@click.option(
-    "--to", type=click.Choice(["onnx", "torch-export", "huggingface"]), required=True, help="The format to write."
-)
-@click.option(
-    "--out",
-    metavar="PATH",
-    help="The file to write; a folder for huggingface.  [default: the student's name and .onnx, .pt2 or -huggingface, "
-    "here]",
-)
-@click.option("--data", metavar="DATA", help="Rows to compare logits on.  [default: those of the student's run]")
-@options(split_option, input_option, tokenizer_option, trust_option, cache_root_option, force_option, json_option)
-def export(student: str, as_json: bool, **chosen: Any) -> None:
+@taking(ExportOptions)
+@json_option
+def export(as_json: bool, **chosen: Any) -> None:
     """Hand a student to those without akd-dist.
 
     The export runs on real rows, and is kept only if its logits are those of torch. Preprocessing is inside. STUDENT
     and DATA are as for evaluate.
     """
     with stdout_for_results():
-        document = akd_dist.export(student, **chosen, console=progress_console())
+        document = akd_dist.export(**chosen, console=progress_console())
     if as_json:
         print_json(document)
     else:

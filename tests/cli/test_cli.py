@@ -35,6 +35,7 @@ from akd_dist.documents.fleet import FleetDocument
 from akd_dist.documents.json_schema import schemas
 from akd_dist.documents.report import CompareDocument, ReportDocument
 from akd_dist.documents.stores import GcDocument, StoreDocument, StoresDocument, VerifyDocument
+from akd_dist.options import RunOptions
 from akd_dist.recipe import load_recipe, recipe_schema
 from akd_dist.storage.node_cache import default_cache_root, open_decoded
 from akd_dist.storage.reader import open_store
@@ -279,7 +280,7 @@ def test_options_reach_the_verb(run: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == {
         "recipe": "r.yaml", "overrides": ("a=1", "b=2"), "store_root": "s3://b/s", "run_root": "r", "cache_root": "c",
         "address": "auto", "fresh": True, "wait": True, "trackers": ("wandb",), "trust": ("mine",),
-        "prepare_again": False,
+        "prepare_again": False, "dry_run": False,
     }  # fmt: skip
 
 
@@ -732,7 +733,12 @@ def test_roots_come_from_the_environment(run: Any, monkeypatch: pytest.MonkeyPat
         return run("stores", "list", "--json").document["store_root"], STORE_ROOT.chosen()
 
     asked: dict[str, Any] = {}
-    monkeypatch.setattr("akd_dist.jobs.train_students.train_students", lambda _, **given: asked.update(given) or FLEET)
+
+    def train(_: Any, options: RunOptions) -> dict[str, Any]:
+        asked.update(store_root=options.stores, run_root=str(options.runs))
+        return FLEET
+
+    monkeypatch.setattr("akd_dist.jobs.train_students.train_students", train)
     monkeypatch.setenv("AKD_DIST_STORE_ROOT", "")
     monkeypatch.setenv("AKD_DIST_RUN_ROOT", "")
     assert where() == (str(Path.cwd() / "stores"),) * 2

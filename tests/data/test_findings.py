@@ -13,12 +13,13 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+import akd_dist
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.findings import in_two_splits, near_chance, of_classes
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.data.splitting import LEFT_OUT, count, split_of_rows, stratified_split, stratified_subset
-from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
+from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import save_model
@@ -266,7 +267,7 @@ def test_a_command_tells_each_finding_once(
         shown = io.StringIO()
         console = Console(file=shown, width=80)
         for _ in range(2):  # as train-students passes here for its plan, and again
-            assert cache_teacher(recipe, dry_run=True, console=console, **roots)["splits"]["train"]["hit"]
+            assert akd_dist.cache_teacher(recipe, dry_run=True, console=console, **roots)["splits"]["train"]["hit"]
         lines = shown.getvalue().splitlines()
         assert [sum(word in line for line in lines) for word in ("from 1?", "very inputs", "near chance")] == [1, 1, 1]
     assert not capsys.readouterr().out

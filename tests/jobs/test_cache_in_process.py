@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import akd_dist
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import blocks_in_common, first_difference
@@ -24,7 +25,6 @@ from akd_dist.jobs.cache_teacher import (
     SplitPlan,
     cache_in_process,
     cache_job,
-    cache_teacher,
     creation_of,
     repair,
 )
@@ -81,8 +81,8 @@ class Place:
         """What a dry run says of each split."""
         recipe = recipe.model_copy(update={"teacher": TeacherSpec(weights=str(self.root / "teacher"))})
         places: dict[str, Any] = {"store_root": str(self.stores), "cache_root": str(self.cache_root)}
-        splits: dict[str, Any] = cache_teacher(recipe, **places, dry_run=True, console=Console(quiet=True))["splits"]
-        return splits
+        plan = akd_dist.cache_teacher(recipe, **places, dry_run=True, console=Console(quiet=True))
+        return dict(plan["splits"])
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def test_an_augmentation_that_does_not_fit_is_refused_first(place: Place) -> Non
     augmentation = recipe.data.augmentation.model_copy(update={"pixels": 8})
     data = recipe.data.model_copy(update={"augmentation": augmentation})
     with pytest.raises(RefusedError, match="out of sight"):
-        cache_teacher(
+        akd_dist.cache_teacher(
             recipe.model_copy(update={"data": data}),
             store_root=str(place.stores),
             cache_root=str(place.cache_root),

@@ -12,14 +12,15 @@ import pytest
 import torch
 from rich.console import Console
 
+import akd_dist
 from akd_dist.base.errors import RecipeError, RefusedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Splits
 from akd_dist.distill.student import Student
 from akd_dist.documents.cache import CacheDocument, PlanDocument
 from akd_dist.documents.fleet import FleetDocument
-from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher, model_uris, repair
-from akd_dist.jobs.train_students import chain_of, run_identity, train_in_process, train_students
+from akd_dist.jobs.cache_teacher import cache_in_process, model_uris, repair
+from akd_dist.jobs.train_students import chain_of, run_identity, train_in_process
 from akd_dist.jobs.train_teacher import teacher_of
 from akd_dist.models.folder import load_model
 from akd_dist.recipe import Recipe
@@ -203,13 +204,13 @@ def test_a_plan_knows_what_is_there(home: Home) -> None:
     changed = home.recipe_for(CHAIN | {"assistant": an_assistant(8)})
     options = home.options(home.root) | {"store_root": str(home.root / "plain"), "dry_run": True}
     for recipe, hits in ((home.recipe, [True, True]), (changed, [True, False])):
-        plan = cache_teacher(recipe, **options)
+        plan = akd_dist.cache_teacher(recipe, **options)
         PlanDocument.model_validate(plan)
         assert [one["trained"] for one in plan["assistants"]] == hits
         assert [one["splits"]["train"]["hit"] for one in plan["assistants"]] == hits
         assert plan["splits"]["train"]["hit"]
         assert (plan["bytes"] == 0) is all(hits)
-    nothing = cache_teacher(home.recipe, **home.options(home.root / "nowhere"), dry_run=True)
+    nothing = akd_dist.cache_teacher(home.recipe, **home.options(home.root / "nowhere"), dry_run=True)
     assert [one["trained"] for one in nothing["assistants"]] == [False, False]
     assert not (home.root / "nowhere").exists()
 
@@ -220,7 +221,7 @@ def test_an_assistant_that_does_not_fit_is_refused_first(home: Home, tmp_path: P
     for model, told in ((nobody, "nowhere_at_all"), (too_large, "does not fit the memory of this machine")):
         misfit = an_assistant(8, assistant=an_assistant(4) | {"model": model})
         with pytest.raises(RefusedError, match=told):
-            cache_teacher(home.recipe_for(misfit), **home.options(tmp_path))
+            akd_dist.cache_teacher(home.recipe_for(misfit), **home.options(tmp_path))
     assert not (tmp_path / "stores").exists()
 
 
@@ -276,7 +277,7 @@ def test_an_assistants_store_is_repaired_to_the_same_bytes(home: Home, tmp_path:
 def trained(home: Home, ray_cluster: None) -> tuple[Path, dict[str, Any]]:
     """The chain and its students on the session's cluster, with nothing killed."""
     root = home.root / "on-ray"
-    return root, train_students(home.recipe, run_root=str(root / "runs"), **home.options(root))
+    return root, akd_dist.train_students(home.recipe, run_root=str(root / "runs"), **home.options(root))
 
 
 @pytest.mark.ray
@@ -312,7 +313,7 @@ def test_the_fleet_names_every_hop(home: Home, trained: tuple[Path, dict[str, An
 def test_after_caching_nothing_is_left_to_run_but_students(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
     root, _ = trained
     before = {path: path.stat().st_mtime_ns for path in (root / "stores").rglob("*") if path.is_file()}
-    document = cache_teacher(home.recipe, **home.options(root))
+    document = akd_dist.cache_teacher(home.recipe, **home.options(root))
     assert document["hit"]
     assert {path: path.stat().st_mtime_ns for path in (root / "stores").rglob("*") if path.is_file()} == before
 
@@ -322,7 +323,7 @@ def test_another_chain_under_the_same_name_is_refused(home: Home, trained: tuple
     root, _ = trained
     other = home.recipe_for(CHAIN | {"seed": 3})
     with pytest.raises(RecipeError, match=r"teacher\.assistant\.seed: 0 -> 3"):
-        train_students(other, run_root=str(root / "runs"), **home.options(root))
+        akd_dist.train_students(other, run_root=str(root / "runs"), **home.options(root))
 
 
 # ---- killed

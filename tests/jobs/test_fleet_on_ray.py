@@ -20,10 +20,11 @@ import psutil
 import pytest
 from rich.console import Console
 
+import akd_dist
 from akd_dist.base.errors import MachineError, RecipeError, RefusedError, TerminatedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.jobs import cluster
-from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher
+from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.cluster import StopFlag, ray
 from akd_dist.jobs.fleet import Fleet, RunningCohort
 from akd_dist.jobs.packing import Node, ResourceRequest
@@ -31,7 +32,7 @@ from akd_dist.jobs.planning.planner import Costs
 from akd_dist.jobs.ray_train import _cause
 from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.tasks import run_one
-from akd_dist.jobs.train_students import fleet_job, train_in_process, train_students
+from akd_dist.jobs.train_students import fleet_job, train_in_process
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import load_model, save_model
@@ -83,7 +84,7 @@ class Home:
         return {"store_root": str(root / "stores"), "cache_root": self.cache_root}
 
     def train(self, root: Path, recipe: Recipe | None = None, **options: Any) -> dict[str, Any]:
-        return train_students(
+        return akd_dist.train_students(
             recipe or self.recipe,
             run_root=str(root / "runs"),
             console=Console(quiet=True),
@@ -241,7 +242,7 @@ def test_a_killed_cache_worker_changes_no_byte(home: Home, ray_cluster: None, tm
     teacher = a_held_teacher(home, home.root / "held-teacher")
     held = home.recipe_for(str(teacher), code=["held_models"])
     with Killer("ray::cache_shard", 2, home.hold) as killer:
-        cache_teacher(held, console=Console(quiet=True), **home.places(tmp_path))
+        akd_dist.cache_teacher(held, console=Console(quiet=True), **home.places(tmp_path))
     assert len(killer.killed) == 2
     cache_in_process(held, str(teacher), store_root=str(tmp_path / "plain"), cache_root=home.cache_root)
     assert store_bytes(tmp_path / "stores") == store_bytes(tmp_path / "plain")
@@ -315,7 +316,7 @@ def test_a_killed_caching_driver_leaves_shards_to_go_on_from(home: Home, trained
     # All shards are done within milliseconds: its workers stand still at their third ones.
     killed = interrupt(home.command(marker, "cache-teacher"), marker, "shard.before_receipt:3:STOP", signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
-    document = cache_teacher(home.recipe, console=Console(quiet=True), wait=True, **home.places(marker))
+    document = akd_dist.cache_teacher(home.recipe, console=Console(quiet=True), wait=True, **home.places(marker))
     stores = [document, *document["splits"].values()]  # the driver may have died in any of them
     assert 0 < sum(store["shards_computed"] for store in stores) < sum(store["shards"] for store in stores)
     assert store_bytes(marker / "stores") == home.store_bytes
@@ -508,7 +509,7 @@ def test_wrong_bytes_in_a_cache_reach_no_student(home: Home, ray_cluster: None, 
     flip(Path(home.cache_root) / "logits" / store.manifest.sha256[:32] / "logits.npy")
     flip(prepare(home.recipe.data, Path(home.cache_root)).test.files[0])
     told = io.StringIO()
-    train_students(
+    akd_dist.train_students(
         home.few, run_root=str(tmp_path / "runs"), console=Console(file=told, width=1000), **home.places(tmp_path)
     )
     assert home.has_weights(tmp_path / "runs" / "fleet")

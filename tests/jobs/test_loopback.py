@@ -15,7 +15,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from akd_dist.jobs.train_students import train_students
+import akd_dist
 from tests.fleets import ADAMW, HARD, a_recipe, a_student
 
 pytestmark = pytest.mark.ray
@@ -89,7 +89,7 @@ def seen(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     ended: list[dict[str, Any]] = []
 
     def train() -> None:
-        ended.append(train_students(recipe, console=Console(quiet=True), **places))
+        ended.append(akd_dist.train_students(recipe, console=Console(quiet=True), **places))
 
     run, found = threading.Thread(target=train, daemon=True), {}
     run.start()

@@ -23,7 +23,7 @@ from akd_dist.base.trusted import Trusted
 from akd_dist.cli import main
 from akd_dist.data.factories import import_factory, source_sha256
 from akd_dist.data.row_cache import prepare
-from akd_dist.jobs.cache_teacher import cache_in_process, cache_teacher, repair
+from akd_dist.jobs.cache_teacher import cache_in_process, repair
 from akd_dist.jobs.train_students import describe_teacher, train_in_process
 from akd_dist.models import folder as models
 from akd_dist.models.build import build, check_memory
@@ -287,10 +287,11 @@ def test_a_teacher_and_a_store_are_run_on_the_recipes_word(tmp_path: Path) -> No
     stores, cache = str(tmp_path / "stores"), str(tmp_path / "cache")
     plain = a_recipe([a_student("one")], teacher={"weights": str(teacher)}, folder=str(tmp_path))
     with pytest.raises(RefusedError, match="is not run: the model folder"):
-        cache_teacher(plain, store_root=stores, cache_root=cache, dry_run=True)
+        akd_dist.cache_teacher(plain, store_root=stores, cache_root=cache, dry_run=True)
     listing = a_recipe([a_student("one")], teacher={"weights": str(teacher)}, folder=str(tmp_path), code=[module])
     assert listing.identity() == plain.identity()
-    assert cache_teacher(listing, store_root=stores, cache_root=cache, dry_run=True)["splits"]["train"]["shards"]
+    plan = akd_dist.cache_teacher(listing, store_root=stores, cache_root=cache, dry_run=True)
+    assert plan["splits"]["train"]["shards"]
     store = cache_in_process(listing, str(teacher), store_root=stores, cache_root=cache)
     opened, rows = open_store(store["store"]), prepare(listing.data, tmp_path / "cache").test
     test = open_store(store["splits"]["test"]["store"])

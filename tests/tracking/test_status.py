@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 from rich.console import Console
 
+import akd_dist
 from akd_dist import cli
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
 from akd_dist.data.row_cache import prepare
@@ -33,7 +34,7 @@ from akd_dist.documents.status import (
 from akd_dist.jobs.cluster import StopFlag
 from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.planning.planner import Costs, cohort_job
-from akd_dist.jobs.train_students import fleet_job, train_students
+from akd_dist.jobs.train_students import fleet_job
 from akd_dist.recipe import Recipe
 from akd_dist.tracking.status import (
     Pace,
@@ -490,7 +491,7 @@ def test_a_fleet_is_watched_while_it_trains(
     watcher = threading.Thread(target=watch)
     watcher.start()
     with open(tmp_path / "err", "w") as err:
-        trained = train_students(
+        trained = akd_dist.train_students(
             fleet,
             store_root=str(home / "stores"),
             run_root=str(tmp_path / "runs"),

@@ -1,0 +1,288 @@
+"""The options of the verbs, each written once: commands, functions of `akd_dist` and jobs take them from here.
+
+A field is a keyword argument of the function, and an option of the command if it names a flag. What it says to whoever
+reads `--help` stands in `help`; what it says to a programmer stands below it. Importing this module is instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from akd_dist.base import places
+from akd_dist.base.places import RUN_ROOT, STORE_ROOT
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from akd_dist.recipe import Recipe
+
+Default = TypeVar("Default")
+
+
+def option(default: Default, flag: str, **shown: Any) -> Default:
+    """A keyword argument that is an option of the command line: its default, its flag, and click's arguments."""
+    chosen: Default = field(default=default, metadata={"flag": flag, **shown})
+    return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every verb takes."""
+
+    trust: Sequence[str] = option(
+        (),
+        "--trust",
+        metavar="MODULE",
+        multiple=True,
+        help="Let a model folder, a store or a run name code of this module; repeatable.",
+    )
+    """Modules of your own, on Python's path, that a recipe, a model folder or a run may name; others do not run."""
+    cache_root: str | Path | None = option(
+        None,
+        "--cache-root",
+        metavar="DIR",
+        folder=True,
+        help="Prepared data.  [default: AKD_DIST_CACHE, or the user's cache folder]",
+    )
+    """Folder of this machine's prepared data and decoded stores; by default in the user's cache folder."""
+    console: Console | None = None
+    """Where progress is told; None is stderr for verbs that train, and nowhere for those that use a model."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that are trusted, their names checked.
+
+        Raises:
+            RecipeError: one is no module's name.
+        """
+        from akd_dist.base.trusted import check_module
+
+        names = (self.trust,) if isinstance(self.trust, str) else tuple(self.trust)
+        for name in names:
+            check_module(name)
+        return names
+
+    @property
+    def cache(self) -> str:
+        """The cache root, absolute."""
+        from akd_dist.storage.node_cache import default_cache_root, ensure_home
+
+        root = places.absolute(self.cache_root or default_cache_root())
+        ensure_home(Path(root))
+        return root
+
+
+# ---- verbs that train
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(Options):
+    """What the verbs that work from a recipe take."""
+
+    recipe: Recipe | str | Path = field(kw_only=False, metadata={"argument": "RECIPE"})
+    """A recipe, or the path of its file."""
+    overrides: Sequence[str] = option(
+        (), "--set", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
+    )
+    """`key=value` for a recipe file."""
+    store_root: str | Path | None = option(
+        None,
+        "--store-root",
+        metavar="URI",
+        root=STORE_ROOT,
+        folder=True,
+        help="Where stores lie: a folder or s3://...",
+    )
+    """Folder or `s3://` URI under which stores lie; None takes $AKD_DIST_STORE_ROOT, or `stores`."""
+    address: str | None = option(
+        None, "--address", metavar="ADDRESS", help="A Ray cluster.  [default: one is started here, on loopback]"
+    )
+    """A Ray cluster; None starts one on this machine if there is anything to compute."""
+    wait: bool = option(
+        False, "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
+    )
+    """Wait for somebody else who holds the store or the run, instead of leaving."""
+
+    def read(self) -> Recipe:
+        """The recipe: read from its file, and trusting what the user trusts."""
+        from akd_dist.recipe import Recipe, load_recipe
+
+        read = self.recipe if isinstance(self.recipe, Recipe) else load_recipe(self.recipe, self.overrides)
+        return read.model_copy(update={"code": [*read.code, *self.modules]}) if self.trust else read
+
+    @property
+    def stores(self) -> str:
+        """The store root, absolute."""
+        return STORE_ROOT.chosen(self.store_root)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(RecipeOptions):
+    """What `cache_teacher` takes."""
+
+    prepare_again: bool = option(
+        False, "--prepare-again", is_flag=True, help="Prepare the data afresh, whatever was prepared before."
+    )
+    """Prepare this machine's data afresh, whatever was prepared before."""
+    dry_run: bool = option(
+        False, "--dry-run", is_flag=True, help="Say what would be done; refuse what the command would."
+    )
+    """Only say what would be done, and refuse what the command would; takes no lock and leaves everything as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetOptions(RecipeOptions):
+    """What every verb takes that trains students."""
+
+    run_root: str | Path | None = option(
+        None, "--run-root", metavar="DIR", root=RUN_ROOT, folder=True, help="Where runs lie."
+    )
+    """Folder of runs, this one is `<run_root>/<recipe.name>/`; None takes $AKD_DIST_RUN_ROOT, or `runs`."""
+    fresh: bool = option(False, "--fresh", is_flag=True, help="Forget an earlier run of this name and start over.")
+    """Forget an earlier run of this name."""
+    trackers: Sequence[str] = option(
+        (),
+        "--tracker",
+        choices=("mlflow", "wandb"),
+        multiple=True,
+        help="Forward every student's metrics there too; repeatable.",
+    )
+    """Where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`."""
+
+    @property
+    def runs(self) -> Path:
+        """The run root, absolute."""
+        return Path(RUN_ROOT.chosen(self.run_root))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(FleetOptions, CacheOptions):
+    """What `train_students` takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(FleetOptions):
+    """What `compare` takes."""
+
+    seeds: int | None = option(
+        None, "--seeds", metavar="N", type=int, help="Seeds 0..N-1.  [default: the recipe's if several, else 0, 1, 2]"
+    )
+    """Train with seeds 0..seeds - 1; None takes the recipe's, if a model has two or more, else 0, 1, 2."""
+
+
+# ---- verbs that use a finished model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """What every verb takes that uses a finished model."""
+
+    student: str | Path = field(kw_only=False, metadata={"argument": "STUDENT", "folder": True})
+    """A folder or URI with model.safetensors and model.json, as `<run>/students/<student>`."""
+    split: str | None = option(
+        None,
+        "--split",
+        metavar="SPLIT",
+        choices=("train", "validation", "test"),
+        help="Of a recipe: train, validation or test (the default).",
+    )
+    """Of a recipe; None takes `test`."""
+    input: str | Sequence[str] | None = option(
+        None, "--input", metavar="COLUMN", multiple=True, help="Column of inputs; twice for a pair of texts."
+    )
+    """The column of inputs, or two of a pair of texts; None takes those of the student's run, or `input`."""
+    tokenizer: str | Path | None = option(
+        None, "--tokenizer", metavar="FOLDER", help="Of a model of text, where nobody knows it."
+    )
+    """A tokenizer's folder, or its name on the hub, where it lies neither beside the model nor in its run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(ModelOptions):
+    """What every verb takes that runs a model on data that the user names."""
+
+    data: str | Path = field(kw_only=False, metadata={"argument": "DATA"})
+    """A recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; or `digits`."""
+    label: str | None = option(None, "--label", metavar="COLUMN", help="Column of labels.")
+    """The column of labels; None takes that of the student's run, or `label`, where there is one. An empty name reads
+    none."""
+    device: str = option("cpu", "--device", choices=("cpu", "cuda"), show_default=True, help="Where to compute.")
+    """`cpu` or `cuda`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(DataOptions):
+    """What `evaluate` takes."""
+
+    others: Sequence[str | Path] = option(
+        (),
+        "--with",
+        metavar="MODEL",
+        multiple=True,
+        folder=True,
+        help="Another model to compare with; repeatable.",
+    )
+    """Further model folders, for the same inputs and classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions(Options):
+    """What every verb takes that writes what it finds."""
+
+    force: bool = option(False, "--force", is_flag=True, help="Overwrite what is there.")
+    """Whether `out` may take the place of something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(WritingOptions, DataOptions):
+    """What `predict` takes."""
+
+    out: str | Path | None = field(
+        default=None,
+        kw_only=False,
+        metadata={
+            "flag": "--out",
+            "metavar": "FILE",
+            "help": "The file to write.  [default: the student's name and .parquet, here]",
+        },
+    )
+    """The file; None takes `<student>.parquet` in the working folder. See `evaluation.predict` for its columns."""
+    logits: bool = option(
+        True, "--no-logits", flag_value=False, help="Leave out the column of logits, the largest of many classes."
+    )
+    """Whether to write the column of logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(WritingOptions, ModelOptions):
+    """What `export` takes."""
+
+    to: str = field(
+        kw_only=False,
+        metadata={
+            "flag": "--to",
+            "choices": ("onnx", "torch-export", "huggingface"),
+            "required": True,
+            "help": "The format to write.",
+        },
+    )
+    """`onnx`, `torch-export` or `huggingface`."""
+    out: str | Path | None = field(
+        default=None,
+        kw_only=False,
+        metadata={
+            "flag": "--out",
+            "metavar": "PATH",
+            "help": "The file to write; a folder for huggingface.  [default: the student's name and .onnx, .pt2 or "
+            "-huggingface, here]",
+        },
+    )
+    """The file; a folder for `huggingface`. None takes `<student>.onnx`, `<student>.pt2` or `<student>-huggingface` in
+    the working folder."""
+    data: str | Path | None = option(
+        None, "--data", metavar="DATA", help="Rows to compare logits on.  [default: those of the student's run]"
+    )
+    """Rows to compare logits on; None takes those of the student's run, and random inputs outside of one."""
