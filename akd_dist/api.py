@@ -184,18 +184,22 @@ def compare(
         console=console,
     )
     from akd_dist.data.row_cache import prepare
-    from akd_dist.data.rows import SPLITS
+    from akd_dist.documents.fleet import FleetDocument
 
     splits = prepare(expanded.data, Path(_cache_root(cache_root)), expected={})  # done already: this only looks
-    rows = {split: len(getattr(splits, split)) for split in SPLITS}
     words = ["akd-dist", "compare", f"{read.name}.yaml" if read is recipe else str(recipe)]
     words += [word for override in overrides for word in ("--set", override)]
     words += [word for module in _modules(trust) for word in ("--trust", module)]
     words += [] if seeds is None else ["--seeds", str(seeds)]
-    document = comparison.compare(expanded, fleet, rows, shlex.join(words))
+    document = comparison.compare(
+        expanded,
+        FleetDocument.model_validate(fleet),
+        {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
+        shlex.join(words),
+    )
     comparison.write_comparison(Path(fleet["run"]), document)
     report(fleet["run"])  # now with the table
-    return document
+    return document.plain()
 
 
 def open_store(uri: str | Path) -> LogitStore:
@@ -247,8 +251,7 @@ def report(*runs: str | Path, out: str | Path | None = None) -> Path:
     from akd_dist.reporting.page import write_reports
 
     document = write_reports([expanded(run) for run in runs], None if out is None else Path(places.absolute(out)))
-    compared = document["comparison"]
-    return Path(compared["report"] if compared else document["runs"][0]["report"])
+    return Path(document.comparison.report if document.comparison else document.runs[0].report)
 
 
 def evaluate(
