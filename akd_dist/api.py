@@ -120,18 +120,22 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     shared = {one.name: getattr(options, one.name) for one in fields(FleetOptions)}
     fleet = train_students(**shared | {"recipe": expanded})
     from akd_dist.data.row_cache import prepare
-    from akd_dist.data.rows import SPLITS
+    from akd_dist.documents.fleet import FleetDocument
 
     splits = prepare(expanded.data, Path(options.cache), expected={})  # done already: this only looks
-    rows = {split: len(getattr(splits, split)) for split in SPLITS}
     words = ["akd-dist", "compare", f"{read.name}.yaml" if read is options.recipe else str(options.recipe)]
     words += [word for override in options.overrides for word in ("--set", override)]
     words += [word for module in options.modules for word in ("--trust", module)]
     words += [] if options.seeds is None else ["--seeds", str(options.seeds)]
-    document = comparison.compare(expanded, fleet, rows, shlex.join(words))
+    document = comparison.compare(
+        expanded,
+        FleetDocument.model_validate(fleet),
+        {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
+        shlex.join(words),
+    )
     comparison.write_comparison(Path(fleet["run"]), document)
     report(fleet["run"])  # now with the table
-    return document
+    return document.plain()
 
 
 def open_store(uri: str | Path) -> LogitStore:
@@ -183,8 +187,7 @@ def report(*runs: str | Path, out: str | Path | None = None) -> Path:
     from akd_dist.reporting.page import write_reports
 
     document = write_reports([expanded(run) for run in runs], None if out is None else Path(places.absolute(out)))
-    compared = document["comparison"]
-    return Path(compared["report"] if compared else document["runs"][0]["report"])
+    return Path(document.comparison.report if document.comparison else document.runs[0].report)
 
 
 @_taking(EvaluateOptions)

@@ -44,7 +44,7 @@ from akd_dist.models.card import ModelCard
 from akd_dist.models.device import generator_states, set_deterministic, set_generator_states, weights_dtype
 from akd_dist.models.folder import load_model, save_model
 from akd_dist.recipe import Recipe
-from akd_dist.reporting.comparison import estimate
+from akd_dist.reporting.seeds import estimate
 
 MODULE = Path(__file__).stem
 SGD = {"kind": "sgd", "lr": 0.02, "weight_decay": 1e-4, "schedule": {"kind": "linear"}}
@@ -443,9 +443,10 @@ def main(plots: Path | None, as_json: bool, device: str) -> None:
 
 def shown_estimate(values: list[float]) -> str:
     """Mean and half of the 95 % interval, in percent."""
-    found = estimate(values)
+    found = estimate(dict(enumerate(values)))
     assert found is not None
-    return f"{100 * found['mean']:.2f} ± {100 * (found['high'] - found['mean']):.2f}"
+    assert found.high is not None
+    return f"{100 * found.mean:.2f} ± {100 * (found.high - found.mean):.2f}"
 
 
 def plot_equality(path: Path, folder: Path) -> None:

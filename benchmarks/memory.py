@@ -40,12 +40,12 @@ from typing import Any
 import numpy as np
 
 from akd_dist.data.row_cache import prepare
+from akd_dist.documents.damage import read_epochs
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import save_model
 from akd_dist.recipe import Recipe
-from akd_dist.reporting.results import read_metrics
 
 SHAPE, CLASSES, VIEWS, BATCH, SEED = (3, 32, 32), 100, 4, 128, 0
 STUDENTS, COHORTS = 8, 2
@@ -193,7 +193,7 @@ def watch(folder: Path, recipe: Recipe, cohorts: int, patience: float) -> Sample
 
 def have_read_all(run: Path, recipe: Recipe) -> bool:
     """Whether every student has ended an epoch on each view."""
-    return all(len(read_metrics(run, spec.name)) >= VIEWS for spec in recipe.students)
+    return all(len(read_epochs(run / "students" / spec.name)) >= VIEWS for spec in recipe.students)
 
 
 def sample_of(cache: Path, driver: int) -> Sample:

@@ -133,10 +133,11 @@ class Fleet:
         students = []
         for spec in self.base.students:
             follows = spec.name in followers or forked_from(Path(self.base.root) / spec.name) is not None
-            shared = stages(spec.objective)[0].epochs if follows else 0
-            steps = (spec.objective.epochs - shared) * self.costs.steps_per_epoch(spec)
-            epochs = {"epochs": spec.objective.epochs, "epochs_shared": shared}
-            students.append(StudentProgress(name=spec.name, state="waiting", steps_total=steps, **epochs))
+            epochs, shared = spec.objective.epochs, stages(spec.objective)[0].epochs if follows else 0
+            steps = (epochs - shared) * self.costs.steps_per_epoch(spec)
+            students.append(
+                StudentProgress(name=spec.name, state="waiting", epochs=epochs, epochs_shared=shared, steps_total=steps)
+            )
         metric = self.base.data.primary_metric
         return FleetPlan(attempt=self.base.attempt, at=time.time(), metric=metric, students=students, cohorts=[])
 

@@ -43,7 +43,7 @@ from akd_dist.distill.job import ZOMBIE_SECONDS, CohortJob, ended, read_result, 
 from akd_dist.distill.metrics import measure
 from akd_dist.distill.teacher import served_fingerprint
 from akd_dist.distill.trial import try_training
-from akd_dist.documents.damage import load
+from akd_dist.documents.damage import load, read_epochs
 from akd_dist.documents.fleet import RunIdentity
 from akd_dist.jobs.cache_teacher import (
     cache_checked,
@@ -64,7 +64,7 @@ from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe
 from akd_dist.reporting.economics import StudentUsage, economics, reading
 from akd_dist.reporting.page import write_report
-from akd_dist.reporting.results import read_fleet, read_metrics
+from akd_dist.reporting.results import read_fleet
 from akd_dist.storage.content import renewing
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.roots import open_root
@@ -364,7 +364,9 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
     if not (run / "identity.json").exists():
         return
     advice = "--fresh starts over; if you know that the recipe is the same, remove that file to go on"
-    saved = load(run / "identity.json", RunIdentity, expected="what the run wrote there when it began", next=advice)
+    saved = load(
+        run / "identity.json", RunIdentity, expected="what the run wrote there when it began", next=advice
+    ).plain()
     if "fingerprint" not in identity["teacher"]:
         for key in ("fingerprint", "assistant_fingerprints"):
             saved["teacher"].pop(key, None)
@@ -421,7 +423,7 @@ def saved_results(run: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not (run / "identity.json").exists():  # removed by hand, as a refusal of a damaged one says
         replace(run / "identity.json", canonical_json(identity))
-    return read_fleet(run)
+    return read_fleet(run).plain()
 
 
 def _with_stores_found(fleet: dict[str, Any], chain: Chain) -> dict[str, Any]:
@@ -541,7 +543,7 @@ def finish_run(
     replace(run / "fleet.json", json.dumps(in_the_run, indent=1).encode())
     write_report(run, tell=told)
     tidy(base)
-    return read_fleet(run)
+    return read_fleet(run).plain()
 
 
 def balances(
@@ -552,14 +554,17 @@ def balances(
     assisted = {spec.name: learns_from_assistant(spec) for spec in recipe.students}
 
     def read(of_assistant: bool) -> list[StudentUsage]:
-        specs = [spec for spec in recipe.students if assisted[spec.name] == of_assistant]
-        return [reading(spec, read_metrics(run, spec.name), results[spec.name].get("stage1_from")) for spec in specs]
+        return [
+            reading(spec, read_epochs(run / "students" / spec.name), results[spec.name].get("stage1_from"))
+            for spec in recipe.students
+            if assisted[spec.name] == of_assistant
+        ]
 
     spent = training_seconds(recipe, splits, stores[0]["train"])
     found = [economics("teacher", fleet["teacher"]["model"], stores[0], read(False), spent)]
     if any(assisted.values()):
         found.append(economics("assistant", fleet["assistants"][-1]["model"], stores[-1], read(True)))
-    return found
+    return [balance.plain() for balance in found]
 
 
 def training_seconds(recipe: Recipe, splits: Splits, store: LogitStore) -> float | None:

@@ -32,17 +32,17 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> int:
     document = write_reports([expanded(run) for run in runs], page, refused=refused)
     code = refused[0].code if refused else 0
     if as_json:
-        print_json(document)
+        print_json(document.plain())
         return code
-    read = [read_run(expanded(one["run"])) for one in document["runs"]]
-    for run, written in zip(read, document["runs"], strict=True):
+    read = [read_run(expanded(one.run)) for one in document.runs]
+    for run, written in zip(read, document.runs, strict=True):
         print_table(fleet_table(run.fleet))
-        click.echo(f"report  {short_path(written['report'])}")
-        for problem in written["problems"]:
+        click.echo(f"report  {short_path(written.report)}")
+        for problem in written.problems:
             click.echo(f"warning: {run.folder}: {problem}", err=True)
-    if document["comparison"] is not None:
+    if document.comparison is not None:
         print_table(runs_table(read))
-        click.echo(f"report  {short_path(document['comparison']['report'])}")
+        click.echo(f"report  {short_path(document.comparison.report)}")
     for error in refused:
         click.echo(f"error: {error.what}: {error.got}", err=True)
     return code

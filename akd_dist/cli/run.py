@@ -105,10 +105,11 @@ def compare(as_json: bool, **given: Any) -> int:
     if as_json:
         print_json(document)
     else:
+        from akd_dist.documents.report import CompareDocument
         from akd_dist.reporting.comparison import MARKDOWN_NAME, comparison_table
 
         run = Path(document["run"])
-        print_table(comparison_table(document))
+        print_table(comparison_table(CompareDocument.model_validate(document)))
         click.echo(f"table   {short_path(run / MARKDOWN_NAME)}")
         click.echo(f"report  {short_path(run / 'report.html')}")
     return int(any(row["lost"] for row in document["table"]))
@@ -155,9 +156,10 @@ def print_cached(document: dict[str, Any], next_command: str) -> None:
 
 def print_fleet(fleet: dict[str, Any], next_commands: Iterable[str]) -> None:
     """What a fleet came to, where its report lies, and what may come next."""
+    from akd_dist.documents.fleet import FleetDocument
     from akd_dist.reporting.results import fleet_table
 
-    print_table(fleet_table(fleet))
+    print_table(fleet_table(FleetDocument.model_validate(fleet)))
     run = Path(fleet["run"])
     click.echo(f"store   {short_path(fleet['store'])}")
     click.echo(f"report  {short_path(run / 'report.html')}")

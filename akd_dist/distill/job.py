@@ -105,7 +105,8 @@ def read_result(job: CohortJob, spec: recipe.StudentSpec) -> dict[str, Any] | No
     Raises:
         DamagedError: as `damage.read_result`.
     """
-    return damage.read_result(Path(job.root) / spec.name)
+    found = damage.read_result(Path(job.root) / spec.name)
+    return None if found is None else found.plain()
 
 
 def renewals(job: CohortJob) -> list[str]:

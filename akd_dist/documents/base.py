@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,3 +19,11 @@ class Document(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    def plain(self) -> dict[str, Any]:
+        """As it is printed and written: what was said of it, in the order of its fields.
+
+        A field that nobody set is left out: a document of an older version comes back as it was read, and metrics are
+        those of their task alone.
+        """
+        return self.model_dump(mode="json", exclude_unset=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -16,6 +16,7 @@ from akd_dist.documents.fleet import EpochRecord, StudentResult
 from akd_dist.storage.objects import storage_error
 
 WROTE = "what train-students wrote"
+AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def reading(path: Path, *, expected: str, next: str) -> Iterator[None]:
         raise _damaged(path, str(error).partition("\n")[0], expected, next) from error
 
 
-def load(path: Path, kind: type[Document], *, expected: str = WROTE, next: str) -> dict[str, Any]:
+def load(path: Path, kind: type[AnyDocument], *, expected: str = WROTE, next: str) -> AnyDocument:
     """The document in a file.
 
     Raises:
@@ -52,13 +53,11 @@ def load(path: Path, kind: type[Document], *, expected: str = WROTE, next: str) 
         MachineError: it cannot be read.
     """
     with reading(path, expected=expected, next=next):
-        document: dict[str, Any] = parse_json(read_small(path))
-        kind.model_validate(document)
-    return document
+        return kind.model_validate(parse_json(read_small(path)))
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """What a student left when it ended, as StudentResult; None if it has not ended, or the file was torn.
+def read_result(folder: Path) -> StudentResult | None:
+    """What a student left when it ended; None if it has not ended, or the file was torn.
 
     A file that is no JSON was cut by a loss of power: the student goes on from its last checkpoint, and ends the same.
 
@@ -70,13 +69,13 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     if read_json(path) is None:
         return None
     result = load(path, StudentResult, next="restore it; or remove it: what the student still lacks is trained again")
-    if result["name"] != folder.name:
-        raise _damaged(path, f"name: {result['name']}", f"the result of {folder.name}", "restore it, or remove it")
+    if result.name != folder.name:
+        raise _damaged(path, f"name: {result.name}", f"the result of {folder.name}", "restore it, or remove it")
     return result
 
 
-def read_epochs(folder: Path) -> list[dict[str, Any]]:
-    """A student's metrics.jsonl: its epochs in order, one dict each; none if it never finished one.
+def read_epochs(folder: Path) -> list[EpochRecord]:
+    """A student's metrics.jsonl: its epochs in order; none if it never finished one.
 
     A last line without its newline was cut by a loss of power, and is left out.
 
@@ -84,7 +83,8 @@ def read_epochs(folder: Path) -> list[dict[str, Any]]:
         DamagedError: a line is not an epoch as training writes it.
         MachineError: it cannot be read.
     """
-    path, records = folder / "metrics.jsonl", []
+    path = folder / "metrics.jsonl"
+    records: list[EpochRecord] = []
     if not path.exists():
         return []
     with reading(path, expected=WROTE, next="akd-dist train-students RECIPE --fresh trains the run again"):
@@ -92,12 +92,10 @@ def read_epochs(folder: Path) -> list[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 break
             try:
-                record = parse_json(line)
-                EpochRecord.model_validate(record)
+                records.append(EpochRecord.model_validate(parse_json(line)))
             except ValueError as error:  # of JSON and of pydantic
                 told = line[:80].decode(errors="replace").strip()
                 raise ValueError(f"line {number}: {mistakes(error)}: {told}") from error
-            records.append(record)
     return records
 
 

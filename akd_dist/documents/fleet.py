@@ -26,6 +26,17 @@ class Metrics(Document):
     loss: float | None = None
     """Mean cross-entropy, or mean squared error for regression, where it was measured and is finite."""
 
+    def __getitem__(self, name: str) -> float:
+        """A metric that was measured."""
+        if (value := self.get(name)) is None:
+            raise KeyError(name)
+        return value
+
+    def get(self, name: str) -> float | None:
+        """A metric, or None where it was not measured."""
+        value: float | None = getattr(self, name)
+        return value
+
 
 class EpochRecord(Document):
     """A line of a student's metrics.jsonl: an epoch behind it."""
@@ -36,16 +47,22 @@ class EpochRecord(Document):
     """Its number over all stages, from 0."""
     stage: str
     """The stage that it belongs to."""
+    stage_epoch: Count = 0
+    """Its number within the stage, from 0."""
     temperature: int | None = None
     """The temperature; null where nothing is annealed."""
     phi: float | None = None
     """The factor on the teacher's logits; null where nothing is annealed."""
     psi: float | None = None
     """The weight of the labels; null but in Continuation-KD."""
+    lr: float | None = None
+    """The learning rate at its end."""
     train_loss: float
     """Mean loss over the train rows."""
     validation: Metrics | None
     """Metrics on the validation rows."""
+    seconds: float = 0.0
+    """Time spent on the student's training so far."""
 
 
 class FleetTeacher(Document):

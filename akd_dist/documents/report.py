@@ -78,6 +78,9 @@ class ComparedRow(Document):
     """Students that diverged or failed."""
 
 
+SplitRows = dict[Literal["train", "validation", "test"], Count]
+
+
 class CompareDocument(Document):
     """What `akd-dist compare --json` prints, and what its run keeps in comparison.json."""
 
@@ -91,7 +94,7 @@ class CompareDocument(Document):
     """The primary metric, which all numbers of the table are of."""
     confidence: float
     """Of the intervals."""
-    rows: dict[Literal["train", "validation", "test"], Count]
+    rows: SplitRows
     """Rows of each split."""
     teacher: ComparedModel
     """Whom the students learned from."""

@@ -9,9 +9,7 @@ it down. All of it is plain arithmetic on a recipe and on the content of `fleet.
 from __future__ import annotations
 
 import json
-import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +19,15 @@ from akd_dist.base.errors import RecipeError
 from akd_dist.base.files import replace
 from akd_dist.base.formatting import OBJECTIVE_LABELS, house_table, signed
 from akd_dist.documents.damage import load
+from akd_dist.documents.fleet import FleetDocument, FleetStudent, FleetTeacher
+from akd_dist.documents.report import ComparedModel, CompareDocument, ComparedRow, Estimate, LostStudent, SplitRows
 from akd_dist.recipe import AnnealingKD, ContinuationKD, HardLabels, Kd, Objective, Recipe, StudentSpec, Takd
+from akd_dist.reporting.seeds import CONFIDENCE, SeedGroup, estimate, over
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SUFFIX = "-compare"
-CONFIDENCE = 0.95
 DEFAULT_SEEDS = (0, 1, 2)
 JSON_NAME, MARKDOWN_NAME = "comparison.json", "comparison.md"
 
@@ -148,170 +148,127 @@ def _gathered(students: Iterable[StudentSpec], of: Callable[[StudentSpec], Any])
 # --- what came of them ----------------------------------------------------------------------------------------------
 
 
-def estimate(values: Sequence[float]) -> dict[str, Any] | None:
-    """Mean and 95 % confidence interval by Student's t with n - 1 degrees of freedom.
-
-    mean -+ t(0.975, n - 1) s / sqrt(n), with s the sample standard deviation. Of differences between pairs this is the
-    interval of the paired t-test.
-
-    Returns:
-        {"n", "mean", "low", "high"}, the bounds None for a single value; None for no value.
-    """
-    from scipy.stats import t
-
-    if not values:
-        return None
-    count, mean = len(values), statistics.fmean(values)
-    if count == 1:
-        return {"n": 1, "mean": mean, "low": None, "high": None}
-    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
-    return {"n": count, "mean": mean, "low": mean - half, "high": mean + half}
-
-
-def compare(recipe: Recipe, fleet: dict[str, Any], rows: dict[str, int], command: str) -> dict[str, Any]:
+def compare(recipe: Recipe, fleet: FleetDocument, rows: SplitRows, command: str) -> CompareDocument:
     """The table of a fleet that an expanded recipe has trained.
 
     Args:
         recipe: what `expand` made.
-        fleet: the content of the run's fleet.json.
+        fleet: what the run's fleet.json holds.
         rows: number of rows of each split.
         command: what makes the same table again.
-
-    Returns:
-        The document that `akd-dist compare --json` prints (documents.CompareDocument).
     """
-    metric = recipe.data.primary_metric
-    entries = {entry["name"]: entry for entry in fleet["students"]}
-    return {
-        "run": fleet["run"],
-        "command": command,
-        "task": recipe.data.task,
-        "metric": metric,
-        "confidence": CONFIDENCE,
-        "rows": rows,
-        "teacher": _reference(fleet["teacher"], metric),
-        "assistants": [_reference(assistant, metric) for assistant in fleet["assistants"]],
-        "table": [
+    metric, entries = recipe.data.primary_metric, {student.name: student for student in fleet.students}
+    return CompareDocument(
+        run=fleet.run,
+        command=command,
+        task=recipe.data.task,
+        metric=metric,
+        confidence=CONFIDENCE,
+        rows=rows,
+        teacher=_reference(fleet.teacher, metric, None),
+        assistants=[_reference(assistant, metric, assistant.agreement) for assistant in fleet.assistants],
+        table=[
             row
             for listed in _gathered(recipe.students, lambda student: student.model)
             for row in _rows_of_model(listed, entries, metric)
         ],
-        "missing": [] if recipe.teacher.assistant is not None else ["takd"],
-    }
+        missing=[] if recipe.teacher.assistant is not None else ["takd"],
+    )
 
 
-def _reference(model: dict[str, Any], metric: str) -> dict[str, Any]:
-    return {
-        "model": model["model"],
-        "parameters": model["parameters"],
-        "test": model["test"][metric],
-        "agreement": model.get("agreement"),
-    }
+def _reference(model: FleetTeacher, metric: str, agreement: float | None) -> ComparedModel:
+    return ComparedModel(model=model.model, parameters=model.parameters, test=model.test[metric], agreement=agreement)
 
 
-def _rows_of_model(listed: list[StudentSpec], entries: dict[str, Any], metric: str) -> list[dict[str, Any]]:
-    alike = variants(listed)
-    baselines = {
-        kind: next((_by_seed(group, entries, metric) for group in alike if group[0].objective.kind == kind), {})
-        for kind in ("hard_labels", "kd")
-    }
-    return [_row(group, entries, metric, baselines) for group in alike]
-
-
-def _row(
-    group: list[StudentSpec], entries: dict[str, Any], metric: str, baselines: dict[str, dict[int, float]]
-) -> dict[str, Any]:
-    """One row of the table. Students that did not come to their end are named, and in no mean."""
-    mine, first = [entries[student.name] for student in group], group[0]
-    results = _by_seed(group, entries, metric)
-    agreements = [entry["agreement"] for entry in mine if entry["state"] == "done" and entry["agreement"] is not None]
-    return {
-        "name": _stem(first),
-        "model": first.model.label,
-        "parameters": mine[0]["parameters"],
-        "objective": first.objective.kind,
-        "tau_max": getattr(first.objective, "tau_max", None),
-        "epochs": first.objective.epochs,
-        "seeds": sorted(results),
-        "test": estimate([results[seed] for seed in sorted(results)]),
-        "over_scratch": None if first.objective.kind == "hard_labels" else paired(results, baselines["hard_labels"]),
-        "over_kd": None if first.objective.kind in ("hard_labels", "kd") else paired(results, baselines["kd"]),
-        "agreement": statistics.fmean(agreements) if agreements else None,
-        "lost": [
-            {key: entry[key] for key in ("name", "seed", "state", "reason")}
-            for entry in mine
-            if entry["state"] != "done"
-        ],
-    }
-
-
-def _by_seed(group: list[StudentSpec], entries: dict[str, Any], metric: str) -> dict[int, float]:
-    """The test metric of those that finished."""
-    done = [entries[student.name] for student in group if entries[student.name]["state"] == "done"]
-    return {entry["seed"]: entry["test"][metric] for entry in done}
-
-
-def paired(results: dict[int, float], baseline: dict[int, float]) -> dict[str, Any] | None:
-    """The difference to a baseline, over the seeds that both have."""
-    return estimate([results[seed] - baseline[seed] for seed in sorted(results.keys() & baseline.keys())])
+def _rows_of_model(
+    listed: list[StudentSpec], entries: Mapping[str, FleetStudent], metric: str
+) -> Iterator[ComparedRow]:
+    """The rows of one model. Students that did not come to their end are named, and in no mean."""
+    rows = []
+    for alike in variants(listed):
+        first = alike[0]
+        tau_max = getattr(first.objective, "tau_max", None)
+        students = [entries[student.name] for student in alike]
+        group = SeedGroup(first.model.label, first.objective.kind, tau_max, _stem(first), metric, students)
+        rows.append((first, group))
+    scratch, kd = (
+        next((group for _, group in rows if group.objective == kind), None) for kind in ("hard_labels", "kd")
+    )
+    for first, group in rows:
+        yield ComparedRow(
+            name=group.stem,
+            model=group.model,
+            parameters=group.students[0].parameters,
+            objective=group.objective,
+            tau_max=group.tau_max,
+            epochs=first.objective.epochs,
+            seeds=sorted(group.by_seed),
+            test=estimate(group.by_seed),
+            over_scratch=None if group.objective == "hard_labels" else over(group, scratch),
+            over_kd=None if group.objective in ("hard_labels", "kd") else over(group, kd),
+            agreement=group.agreement,
+            lost=[
+                LostStudent(name=one.name, seed=one.seed, state=one.state, reason=one.reason)
+                for one in group.students
+                if one.state != "done"
+            ],
+        )
 
 
 # --- as text --------------------------------------------------------------------------------------------------------
 
 
-def read_comparison(run: Path) -> dict[str, Any] | None:
+def read_comparison(run: Path) -> CompareDocument | None:
     """The comparison in a run's folder; None where there is none.
 
     Raises:
         DamagedError: the file is not what `write_comparison` writes.
     """
-    from akd_dist.documents.report import CompareDocument
-
     path = run / JSON_NAME
     if not path.exists():
         return None
     advice = "remove it, and run akd-dist compare again: what is trained is kept"
     document = load(path, CompareDocument, expected="what akd-dist compare wrote", next=advice)
-    return document | {"run": str(run.absolute())}
+    return document.model_copy(update={"run": str(run.absolute())})
 
 
-def write_comparison(run: Path, document: dict[str, Any]) -> None:
+def write_comparison(run: Path, document: CompareDocument) -> None:
     """Keep a comparison in its run's folder, as JSON and as Markdown: equal results, equal bytes."""
-    in_the_run = document | {"run": "."}
+    in_the_run = document.plain() | {"run": "."}
     replace(run / JSON_NAME, json.dumps(in_the_run, indent=1, ensure_ascii=False).encode())
     replace(run / MARKDOWN_NAME, to_markdown(document).encode())
 
 
-def comparison_table(document: dict[str, Any]) -> Table:
+def comparison_table(document: CompareDocument) -> Table:
     """A comparison as a table for a terminal of eighty columns."""
     from rich.text import Text
 
     told = remarks(document)
     table = house_table(
-        f"{Path(document['run']).name}: {_title(document)}, mean ± 95 % interval over seeds",
+        f"{Path(document.run).name}: {_title(document)}, mean ± 95 % interval over seeds",
         Text("\n".join(told)) if told else None,
     )
     table.add_column("trained by", overflow="fold")
-    agreeing = document["task"] == "classification"
+    agreeing = document.task == "classification"
     for heading in ("seeds", "test", "over\nscratch", "over KD", *["agree-\nment %"] * agreeing):
         table.add_column(heading, justify="right", no_wrap=True)
     for role, model in _references(document):
-        table.add_row(Text(f"{role} {model['model']}"), *_reference_cells(model)[: 4 + agreeing], style="bold")
+        table.add_row(Text(f"{role} {model.model}"), *_reference_cells(model)[: 4 + agreeing], style="bold")
     previous = None
-    for row in document["table"]:
-        if row["model"] != previous:
+    for row in document.table:
+        if row.model != previous:
             table.add_section()
             table.add_row(Text(_sized(row)), style="bold")
-            previous = row["model"]
-        table.add_row(Text("  " + _label(row, document["table"])), *_cells(row)[: 4 + agreeing])
+            previous = row.model
+        table.add_row(Text("  " + _label(row, document.table)), *_cells(row)[: 4 + agreeing])
     return table
 
 
-def to_markdown(document: dict[str, Any]) -> str:
+def to_markdown(document: CompareDocument) -> str:
     """A comparison as a GitHub table, with all that is needed to make it again."""
-    rows, seeds = document["rows"], sorted({seed for row in document["table"] for seed in row["seeds"]})
+    rows, seeds = document.rows, sorted({seed for row in document.table for seed in row.seeds})
     lines = [
-        f"`{document['command']}`",
+        f"`{document.command}`",
         "",
         f"{rows['train']:,} train rows, {rows['validation']:,} validation rows that pick the epoch, "
         f"{rows['test']:,} test rows that are read once. Seeds {', '.join(map(str, seeds))}: mean ± half of the 95 % "
@@ -325,18 +282,18 @@ def to_markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def columns(document: dict[str, Any]) -> tuple[str, ...]:
+def columns(document: CompareDocument) -> tuple[str, ...]:
     """The headings of `cells`; regression has no agreement."""
-    agreement = ("agreement %",) if document["task"] == "classification" else ()
+    agreement = ("agreement %",) if document.task == "classification" else ()
     return ("model", "trained by", "seeds", _title(document), "over from scratch", "over KD", *agreement)
 
 
-def cells(document: dict[str, Any]) -> list[tuple[str, ...]]:
+def cells(document: CompareDocument) -> list[tuple[str, ...]]:
     """The table as text: teacher, assistants, then each model under each objective."""
     rows: list[tuple[str, ...]] = [
         (_sized(model), role, *_reference_cells(model)) for role, model in _references(document)
     ]
-    rows += [(_sized(row), _label(row, document["table"]), *_cells(row)) for row in document["table"]]
+    rows += [(_sized(row), _label(row, document.table), *_cells(row)) for row in document.table]
     return [row[: len(columns(document))] for row in rows]
 
 
@@ -344,61 +301,61 @@ def _markdown_row(row: tuple[str, ...]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
 
 
-def _title(document: dict[str, Any]) -> str:
+def _title(document: CompareDocument) -> str:
     """The metric as it is shown: a hundred times as large."""
-    return f"{document['metric']} %" if document["metric"] in ("accuracy", "f1") else f"{document['metric']} x 100"
+    return f"{document.metric} %" if document.metric in ("accuracy", "f1") else f"{document.metric} x 100"
 
 
-def _references(document: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _references(document: CompareDocument) -> list[tuple[str, ComparedModel]]:
     """Teacher and assistants."""
-    return [("teacher", document["teacher"]), *(("assistant", one) for one in document["assistants"])]
+    return [("teacher", document.teacher), *(("assistant", one) for one in document.assistants)]
 
 
-def _reference_cells(model: dict[str, Any]) -> tuple[str, str, str, str, str]:
+def _reference_cells(model: ComparedModel) -> tuple[str, str, str, str, str]:
     """Trained once, so without an interval."""
-    return ("", _hundredfold(model["test"]), "", "", _hundredfold(model["agreement"]))
+    return ("", _hundredfold(model.test), "", "", _hundredfold(model.agreement))
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
-    asked, done = len(row["seeds"]) + len(row["lost"]), len(row["seeds"])
+def _cells(row: ComparedRow) -> tuple[str, str, str, str, str]:
+    asked, done = len(row.seeds) + len(row.lost), len(row.seeds)
     return (
         str(done) if done == asked else f"{done} of {asked}",
-        _plus_minus(row["test"]),
-        _plus_minus(row["over_scratch"], difference=True),
-        _plus_minus(row["over_kd"], difference=True),
-        _hundredfold(row["agreement"]),
+        _plus_minus(row.test),
+        _plus_minus(row.over_scratch, difference=True),
+        _plus_minus(row.over_kd, difference=True),
+        _hundredfold(row.agreement),
     )
 
 
-def _label(row: dict[str, Any], table: list[dict[str, Any]]) -> str:
+def _label(row: ComparedRow, table: list[ComparedRow]) -> str:
     """How the row was trained; where several rows of a model were trained so, also the students' common name."""
-    alike = [other for other in table if (other["model"], other["objective"]) == (row["model"], row["objective"])]
-    label = OBJECTIVE_LABELS[row["objective"]]
-    return label if len(alike) == 1 else f"{label}: {row['name']}"
+    alike = [other for other in table if (other.model, other.objective) == (row.model, row.objective)]
+    label = OBJECTIVE_LABELS[row.objective]
+    return label if len(alike) == 1 else f"{label}: {row.name}"
 
 
-def _sized(model: dict[str, Any]) -> str:
-    return f"{model['model']} ({model['parameters'] or 0:,})"
+def _sized(model: ComparedModel | ComparedRow) -> str:
+    return f"{model.model} ({model.parameters or 0:,})"
 
 
-def _plus_minus(value: dict[str, Any] | None, *, difference: bool = False) -> str:
+def _plus_minus(value: Estimate | None, *, difference: bool = False) -> str:
     if value is None:
         return ""
-    mean = signed(100 * value["mean"], 2) if difference else _hundredfold(value["mean"])
-    return mean if value["high"] is None else f"{mean} ± {100 * (value['high'] - value['mean']):.2f}"
+    mean = signed(100 * value.mean, 2) if difference else _hundredfold(value.mean)
+    return mean if value.high is None else f"{mean} ± {100 * (value.high - value.mean):.2f}"
 
 
 def _hundredfold(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
 
 
-def remarks(document: dict[str, Any]) -> list[str]:
+def remarks(document: CompareDocument) -> list[str]:
     """What the table does not hold, and why."""
     remarks = [
-        f"{lost['name']} {lost['state']}, and is in no mean: {lost['reason'] or 'no reason recorded'}"
-        for row in document["table"]
-        for lost in row["lost"]
+        f"{lost.name} {lost.state}, and is in no mean: {lost.reason or 'no reason recorded'}"
+        for row in document.table
+        for lost in row.lost
     ]
-    if "takd" in document["missing"]:
+    if "takd" in document.missing:
         remarks.append("TAKD is missing: give the recipe a teacher.assistant, and a student of objective takd")
     return remarks

@@ -65,6 +65,12 @@ class Classes:
     """How many there are, as far as they occur."""
 
     @property
+    def cases(self) -> tuple[int, ...]:
+        """All of the rows, by who is right."""
+        alone = (self.both_right, self.teacher_alone, self.student_alone)
+        return (*alone, self.both_wrong_alike, self.both_wrong_apart)
+
+    @property
     def rows(self) -> int:
         """Test rows times students."""
         return sum(self.pairs.values())

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from akd_dist import recipe
 from akd_dist.distill.objectives import stages
-from akd_dist.storage.catalog import Spent, time_spent
+from akd_dist.documents.fleet import Economics, EconomicsOfViews, EpochRecord
+from akd_dist.storage.catalog import time_spent
 from akd_dist.storage.reader import LogitStore
 
 
@@ -26,15 +27,15 @@ class StudentUsage:
     """Epochs that another student trained for it."""
 
 
-def reading(spec: recipe.StudentSpec, epochs: Iterable[Mapping[str, Any]], stage1_from: str | None) -> StudentUsage:
-    """What a student read, from the lines of its metrics.jsonl.
+def reading(spec: recipe.StudentSpec, epochs: Iterable[EpochRecord], stage1_from: str | None) -> StudentUsage:
+    """What a student read, from its epochs.
 
     Args:
         stage1_from: the student whose first stage it went on from, if any.
     """
     named = {stage.name for stage in stages(spec.objective) if stage.needs_logits}
     first = stages(spec.objective)[0].epochs if stage1_from else 0
-    read = [int(record["epoch"]) for record in epochs if record["stage"] in named]
+    read = [record.epoch for record in epochs if record.stage in named]
     return StudentUsage(sum(epoch >= first for epoch in read), sum(epoch < first for epoch in read))
 
 
@@ -44,8 +45,8 @@ def economics(
     stores: Mapping[str, LogitStore],
     readings: Sequence[StudentUsage],
     training_seconds: float | None = None,
-) -> dict[str, Any]:
-    """The balance of one model's stores, as documents.Economics.
+) -> Economics:
+    """The balance of one model's stores.
 
     With p the seconds of a pass in the loop (that of the median shard times the rows), s the seconds that filling the
     store took, v views, o the seconds of the other splits, e epochs that read logits and n students that read some: the
@@ -58,55 +59,45 @@ def economics(
     per_pass = None if spent.row_seconds is None else spent.row_seconds * train.num_rows
     per_view = spent.seconds / max(spent.rows, 1) * train.num_rows  # with what was loaded besides
     epochs, students = sum(one.epochs for one in readings), sum(one.epochs > 0 for one in readings)
-    balances = [] if per_pass is None else _balances(train.views, per_pass, per_view, other, epochs, students)
+    # With one view stored, and with as many as are; the last one is the store as it is.
+    balances = [
+        _of_views(count, per_pass, count * per_view + other, epochs, students)
+        for count in sorted({1, train.views})
+        if per_pass is not None
+    ]
     whole = balances[-1] if balances else None
     computed = train.manifest.computed
-    return {
-        "role": role,
-        "model": model,
-        "store": train.uri,
-        "rows": train.num_rows,
-        "views": train.views,
-        "students": students,
-        "epochs": epochs,
-        "shared_epochs": sum(one.shared for one in readings),
-        "passes_run": train.views,
-        "passes_saved": epochs - train.views,
-        "threads": computed.threads,
-        "device": computed.device,
-        **_measured(spent, per_pass, other),
-        "cache_seconds": whole and whole["cache_seconds"],
-        "in_the_loop_seconds": None if per_pass is None else round(epochs * per_pass, 3),
-        "seconds_saved": whole and whole["seconds_saved"],
-        "break_even_students": whole and whole["break_even_students"],
-        "break_even_epochs": None if per_pass is None else round((train.views * per_view + other) / per_pass, 3),
-        "training_seconds": training_seconds,
-        "by_views": balances,
-    }
+    return Economics(
+        role=role,
+        model=model,
+        store=train.uri,
+        rows=train.num_rows,
+        views=train.views,
+        students=students,
+        epochs=epochs,
+        shared_epochs=sum(one.shared for one in readings),
+        passes_run=train.views,
+        passes_saved=epochs - train.views,
+        threads=computed.threads,
+        device=computed.device,
+        hosts=list(spent.hosts),
+        timed_rows=spent.rows,
+        seconds_per_pass=None if per_pass is None else round(per_pass, 4),
+        other_seconds=round(other, 3),
+        cache_seconds=None if whole is None else whole.cache_seconds,
+        in_the_loop_seconds=None if per_pass is None else round(epochs * per_pass, 3),
+        seconds_saved=None if whole is None else whole.seconds_saved,
+        break_even_students=None if whole is None else whole.break_even_students,
+        break_even_epochs=None if per_pass is None else round((train.views * per_view + other) / per_pass, 3),
+        training_seconds=training_seconds,
+        by_views=balances,
+    )
 
 
-def _measured(spent: Spent, per_pass: float | None, other: float) -> dict[str, Any]:
-    return {
-        "hosts": list(spent.hosts),
-        "timed_rows": spent.rows,
-        "seconds_per_pass": None if per_pass is None else round(per_pass, 4),
-        "other_seconds": round(other, 3),
-    }
-
-
-def _balances(
-    views: int, per_pass: float, per_view: float, other: float, epochs: int, students: int
-) -> list[dict[str, Any]]:
-    """With one view stored, and with as many as are; the last one is the store as it is."""
-    balances = []
-    for count in sorted({1, views}):
-        cost = count * per_view + other
-        balances.append(
-            {
-                "views": count,
-                "cache_seconds": round(cost, 3),
-                "seconds_saved": round(epochs * per_pass - cost, 3),
-                "break_even_students": round(cost * students / (epochs * per_pass), 4) if epochs else None,
-            }
-        )
-    return balances
+def _of_views(count: int, per_pass: float, cost: float, epochs: int, students: int) -> EconomicsOfViews:
+    return EconomicsOfViews(
+        views=count,
+        cache_seconds=round(cost, 3),
+        seconds_saved=round(epochs * per_pass - cost, 3),
+        break_even_students=round(cost * students / (epochs * per_pass), 4) if epochs else None,
+    )

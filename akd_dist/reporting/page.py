@@ -27,25 +27,21 @@ from akd_dist.base.formatting import (
     share,
 )
 from akd_dist.base.places import written
+from akd_dist.documents.error import Refusal
+from akd_dist.documents.fleet import Economics
+from akd_dist.documents.report import Estimate, ReportDocument, RunDifference, RunsCompared, TauEffect
 from akd_dist.reporting import figures
 from akd_dist.reporting.comparison import cells, columns, remarks
 from akd_dist.reporting.differences import Classes, Numbers
-from akd_dist.reporting.results import (
+from akd_dist.reporting.results import Run, check_comparable, differences_of_runs, names_of, read_run, same_test_rows
+from akd_dist.reporting.seeds import (
     SAME,
-    Run,
     SeedGroup,
     best_of,
-    check_comparable,
-    differences_of_runs,
     gain_over_scratch,
     group_label,
-    names_of,
     pareto_front,
-    passes_saved,
     plus_minus,
-    read_run,
-    same_test_rows,
-    tau_effects,
     unfinished,
 )
 
@@ -98,16 +94,13 @@ def write_report(run_folder: Path, out: Path | None = None, tell: Callable[[str]
 
 def write_reports(
     folders: Sequence[Path], out: Path | None = None, *, refused: list[AkdError] | None = None
-) -> dict[str, Any]:
+) -> ReportDocument:
     """Write the page of each run, and of several runs one more that compares them.
 
     Args:
         out: where that one goes; None takes `report.html` beside the first run's folder. Of a single run, its page.
         refused: takes the refusals of runs that cannot be read, so that the others are reported all the same; without
             it, or if no run can be read, the first is raised.
-
-    Returns:
-        The document that `akd-dist report --json` prints (documents.ReportDocument).
 
     Raises:
         RecipeError: a run is named twice.
@@ -136,11 +129,8 @@ def write_reports(
     together = (out or folders[0].absolute().parent / PAGE) if len(runs) > 1 else None
     comparison = None
     if together is not None:
-        comparison = {
-            "report": str(together),
-            "same_test_rows": same_test_rows(runs),
-            "groups": differences_of_runs(runs),
-        }
+        rows, groups = same_test_rows(runs), differences_of_runs(runs)
+        comparison = RunsCompared(report=str(together), same_test_rows=rows, groups=groups)
     documents = []
     for run in runs:
         path = out if out is not None and together is None else run.folder / PAGE
@@ -148,8 +138,8 @@ def write_reports(
         documents.append(run.document(str(run.folder), path))
     if together is not None:
         replace(together, render_runs(runs).encode())
-    told = [error.to_json() for error in failures]
-    return {"runs": documents, "comparison": comparison, "refused": told}
+    told = [Refusal.model_validate(error.to_json()) for error in failures]
+    return ReportDocument(runs=documents, comparison=comparison, refused=told)
 
 
 def _template(name: str) -> Any:
@@ -172,30 +162,28 @@ def _template(name: str) -> Any:
 def render(run: Run) -> str:
     """A run's page as text."""
     fleet, shown, groups = run.fleet, run.shown, run.groups
-    effects, differences = tau_effects(run), _differences(run)
+    effects, differences = run.tau_effects, _differences(run)
     text: str = _template("report.html.j2").render(
         run=run.name,
         fleet=fleet,
         written=functools.partial(written, folder=run.folder),
         shown=shown,
         agreeing=not run.regression,
-        teacher=fleet["teacher"],
-        assistants=fleet.get("assistants", []),
         share=share,
-        rows=list(_table_rows(fleet["teacher"], groups, shown)),
+        rows=list(_table_rows(run)),
         tiles=_tiles(run),
-        unfinished=unfinished(fleet["students"]),
+        unfinished=unfinished(fleet.students),
         comparison=run.comparison and (columns(run.comparison), cells(run.comparison), remarks(run.comparison)),
-        size_figures=list(figures.size_figures(run)),
+        size_figures=list(figures.size_figure(run)),
         effects=list(_effect_rows(effects, shown)),
         tau_notes=tau_notes(effects),
         tau_figures=list(figures.tau_figures(effects, shown)),
-        curve_figures=[*figures.stage_figures(run), *figures.schedule_figure(run), *figures.curve_figures(run)],
+        curve_figures=[*figures.stage_figures(run), *figures.validation_figure(run)],
         schedules_left=max(0, len(figures.schedules_of(run)) - figures.SCHEDULES_DRAWN),
         schedules_drawn=figures.SCHEDULES_DRAWN,
         differences=differences,
         problems=run.problems,
-        economics=[(_owner(one), one) for one in fleet.get("economics", [])],
+        economics=[(_owner(one), one) for one in fleet.economics],
         totals=list(_totals(run)),
         objective_labels=OBJECTIVE_LABELS,
         papers={kind: paper for kind, paper in PAPERS.items() if any(group.objective == kind for group in groups)},
@@ -203,15 +191,15 @@ def render(run: Run) -> str:
     return text
 
 
-def _table_rows(teacher: dict[str, Any], groups: list[SeedGroup], shown: MetricFormat) -> Iterator[dict[str, Any]]:
-    previous, front = None, pareto_front(groups)
+def _table_rows(run: Run) -> Iterator[dict[str, Any]]:
+    previous, groups, shown, front = None, run.groups, run.shown, pareto_front(run.groups)
     for group in groups:
         gain = gain_over_scratch(group, groups)
         yield {
             "label": group_label(group, groups),
             "group": group,
             "score": plus_minus(shown, group.score),
-            "share": share(group.parameters, teacher["parameters"]),
+            "share": share(group.parameters, run.fleet.teacher.parameters),
             "gain": None if gain is None else shown.gain(gain),
             "tone": "" if gain is None or abs(gain) < SAME else "up" if gain > 0 else "down",
             "front": group in front,
@@ -223,16 +211,18 @@ def _table_rows(teacher: dict[str, Any], groups: list[SeedGroup], shown: MetricF
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """The page's headline figures: (number, what it is, one line more)."""
-    fleet, groups, shown = run.fleet, run.groups, run.shown
-    teacher, students = fleet["teacher"], fleet["students"]
-    done = len(students) - len(unfinished(students))
+    groups, shown, teacher = run.groups, run.shown, run.fleet.teacher
     tiles = [
         (
-            shown.with_unit(shown.text(teacher["test"][fleet["metric"]])),
+            shown.with_unit(shown.text(run.teacher)),
             f"teacher's test {shown.name}",
-            f"{teacher['model']}, {teacher['parameters']:,} parameters",
+            f"{teacher.model}, {teacher.parameters:,} parameters",
         ),
-        (f"{done} of {len(students)}", "students trained", f"{len({group.model for group in groups})} sizes"),
+        (
+            f"{run.done} of {len(run.fleet.students)}",
+            "students trained",
+            f"{len({group.model for group in groups})} sizes",
+        ),
     ]
     best = best_of(groups)
     if best is not None:
@@ -244,46 +234,43 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         told = f"mean of {len(gains)}, ahead in {ahead}"
         what = "points over from scratch" if shown.percent else f"{shown.short} over from scratch"
         tiles.append((shown.gain(statistics.fmean(gains)), what, told))
-    for balance in fleet.get("economics", [])[:1]:
-        after = balance["break_even_students"]
-        more = f"{balance['passes_run']} run for {balance['epochs']:,} epochs"
+    for balance in run.fleet.economics[:1]:
+        after = balance.break_even_students
+        more = f"{balance.passes_run} run for {balance.epochs:,} epochs"
         more += "" if after is None else f"; paid for after {amount(after)} students"
-        tiles.append((f"{balance['passes_saved']:,}", "teacher passes saved", more))
+        tiles.append((f"{balance.passes_saved:,}", "teacher passes saved", more))
     return tiles
 
 
 # --- the effect of tau_max --------------------------------------------------------------------------------------------
 
 
-def interval(shown: MetricFormat, value: dict[str, Any] | None, *, signed: bool = False) -> str:
+def interval(shown: MetricFormat, value: Estimate | None, *, signed: bool = False) -> str:
     """`97.41 ± 0.57`, the mean and half of its interval; the mean alone for one seed; nothing for none."""
     if value is None:
         return ""
-    mean = shown.gain(value["mean"]) if signed else shown.text(value["mean"])
-    return mean if value["high"] is None else f"{mean} ± {shown.text(value['high'] - value['mean'])}"
+    mean = shown.gain(value.mean) if signed else shown.text(value.mean)
+    return mean if value.high is None else f"{mean} ± {shown.text(value.high - value.mean)}"
 
 
-def _effect_rows(effects: list[dict[str, Any]], shown: MetricFormat) -> Iterator[dict[str, Any]]:
+def _effect_rows(effects: list[TauEffect], shown: MetricFormat) -> Iterator[dict[str, Any]]:
     previous = None
     for effect in effects:
         yield {
-            "family": effect["family"],
-            "tau_max": effect["tau_max"],
-            "seeds": len(effect["seeds"]),
-            "test": interval(shown, effect["test"]),
-            **{key: interval(shown, effect[key], signed=True) for key in ("over_smallest", "over_scratch", "over_kd")},
-            "first": effect["family"] != previous,
+            "effect": effect,
+            "test": interval(shown, effect.test),
+            "over": [
+                interval(shown, one, signed=True) for one in (effect.over_smallest, effect.over_scratch, effect.over_kd)
+            ],
+            "first": effect.family != previous,
         }
-        previous = effect["family"]
+        previous = effect.family
 
 
-def tau_notes(effects: list[dict[str, Any]]) -> list[str]:
+def tau_notes(effects: list[TauEffect]) -> list[str]:
     """What numbers of so few seeds or temperatures cannot say."""
-    families: dict[str, list[dict[str, Any]]] = {}
-    for effect in effects:
-        families.setdefault(effect["family"], []).append(effect)
     notes = []
-    if families and all(len(family) == 1 for family in families.values()):
+    if effects and len({effect.family for effect in effects}) == len(effects):
         notes.append("Every family has one tau_max only: its effect cannot be seen in this run")
     for fewest, told in (
         (0, "Nobody finished of {}"),
@@ -291,9 +278,9 @@ def tau_notes(effects: list[dict[str, Any]]) -> list[str]:
         (FEW_SEEDS - 1, "Few seeds of {}: the intervals are wide, and rest on scores that are normally distributed"),
     ):
         few = [
-            f"{effect['family']}, τ {effect['tau_max']}"
+            f"{effect.family}, τ {effect.tau_max}"
             for effect in effects
-            if len(effect["seeds"]) == fewest or 2 <= len(effect["seeds"]) <= fewest
+            if len(effect.seeds) == fewest or 2 <= len(effect.seeds) <= fewest
         ]
         if few:
             of_some = "; ".join(few) if len(few) <= NAMED else f"{len(few)} of {len(effects)} groups"
@@ -307,30 +294,24 @@ def tau_notes(effects: list[dict[str, Any]]) -> list[str]:
 def _differences(run: Run) -> dict[str, Any]:
     """The section's tables and figures; `older` where students left nothing to compare."""
     found = run.differences
-    by_stem = {group.stem: group for group in run.groups}
-    ordered = sorted((by_stem[stem] for stem in found), key=lambda group: -(group.score.mean if group.score else 0.0))
-    detailed = ordered[:GROUPS_IN_FULL]
+    best = sorted(
+        (group for group in run.groups if group.stem in found),
+        key=lambda group: -(group.score.mean if group.score else 0.0),
+    )
     section: dict[str, Any] = {
         "older": not found,
-        "left": len(ordered) - len(detailed),
+        "left": len(best[GROUPS_IN_FULL:]),
         "in_full": GROUPS_IN_FULL,
-        "rows": [],
+        "rows": [_differing(group, run.groups, found[group.stem]) for group in run.groups if group.stem in found],
         "matrices": [],
         "figures": [],
     }
-    for group in run.groups:
-        match found.get(group.stem):
-            case Classes() as counted:
-                section["rows"].append(_cases(group, run.groups, counted))
-            case Numbers() as told:
-                section["rows"].append(_errors(group, run.groups, told))
-    for group in detailed:
+    for group in best[:GROUPS_IN_FULL]:
         match found[group.stem]:
             case Classes() as counted:
                 section["matrices"].append(_pairs(group, run.groups, counted))
-            case Numbers() as told:
-                name = _name(group, run.groups)
-                section["figures"] += figures.scatter_figures(name, told) if group is detailed[0] else []
+            case Numbers() as told if group is best[0]:
+                section["figures"] += figures.scatter_figure(_name(group, run.groups), told)
     return section
 
 
@@ -338,22 +319,14 @@ def _name(group: SeedGroup, groups: list[SeedGroup]) -> str:
     return f"{group_label(group, groups)}, {group.objective_label}"
 
 
-def _cases(group: SeedGroup, groups: list[SeedGroup], counted: Classes) -> tuple[str, ...]:
-    numbers = (
-        counted.both_right,
-        counted.teacher_alone,
-        counted.student_alone,
-        counted.both_wrong_alike,
-        counted.both_wrong_apart,
-    )
-    label = (group_label(group, groups), group.objective_label, str(counted.students))
-    return (*label, *(percent(number / counted.rows) for number in numbers))
-
-
-def _errors(group: SeedGroup, groups: list[SeedGroup], told: Numbers) -> tuple[str, ...]:
-    numbers = (told.student_error, told.teacher_error, told.apart, told.correlation)
-    label = (group_label(group, groups), group.objective_label, str(told.students))
-    return (*label, *("-" if number is None else f"{number:.4g}" for number in numbers))
+def _differing(group: SeedGroup, groups: list[SeedGroup], found: Classes | Numbers) -> tuple[str, ...]:
+    """A group's row: who is right in percent of the rows, or the errors of a regression."""
+    if isinstance(found, Classes):
+        cells = [percent(count / found.rows) for count in found.cases]
+    else:
+        errors = (found.student_error, found.teacher_error, found.apart, found.correlation)
+        cells = ["-" if number is None else f"{number:.4g}" for number in errors]
+    return (group_label(group, groups), group.objective_label, str(found.students), *cells)
 
 
 def _pairs(group: SeedGroup, groups: list[SeedGroup], counted: Classes) -> dict[str, Any]:
@@ -386,8 +359,8 @@ def _cell(number: int, same: bool, most: int) -> tuple[str, str]:
     return (f"{number:,}" if number else "·"), f"heat{level}"
 
 
-def _owner(balance: dict[str, Any]) -> str:
-    return f"{balance['role']}, {balance['model']}"
+def _owner(balance: Economics) -> str:
+    return f"{balance.role}, {balance.model}"
 
 
 # --- totals -----------------------------------------------------------------------------------------------------------
@@ -395,16 +368,16 @@ def _owner(balance: dict[str, Any]) -> str:
 
 def _totals(run: Run) -> Iterator[tuple[str, str]]:
     """What the run took, by name."""
-    fleet, students = run.fleet, run.fleet["students"]
-    states = {state: sum(one["state"] == state for one in students) for state in ("done", "diverged", "failed")}
+    students = run.fleet.students
+    states = {state: sum(one.state == state for one in students) for state in ("done", "diverged", "failed")}
     yield "students", ", ".join(f"{count:,} {state}" for state, count in states.items() if count or state == "done")
-    yield "wall-clock time of the command that finished the run", duration(fleet["seconds"])
-    yield "cohorts (Ray Train runs) that it took", f"{fleet['cohorts']:,}"
-    yield "time of the students' own training, together", duration(sum(one["seconds"] for one in students))
+    yield "wall-clock time of the command that finished the run", duration(run.fleet.seconds)
+    yield "cohorts (Ray Train runs) that it took", f"{run.fleet.cohorts:,}"
+    yield "time of the students' own training, together", duration(sum(one.seconds for one in students))
     yield "epochs trained, shared ones once", f"{run.epochs:,}"
     if run.rows_per_second is not None:
         yield "rows a student trains on in a second of its own time", f"{run.rows_per_second:,.0f}"
-    if shared := [one for one in students if one.get("stage1_from")]:
+    if shared := [one for one in students if one.stage1_from]:
         yield "students that shared another's stage I", f"{len(shared):,}"
 
 
@@ -415,8 +388,8 @@ def render_runs(runs: list[Run]) -> str:
     """The page that compares runs, as text."""
     shown, names = runs[0].shown, names_of(runs)
     compared = differences_of_runs(runs)
-    stems = list(dict.fromkeys(difference["name"] for difference in compared))
-    by_run = {(difference["run"], difference["name"]): difference for difference in compared}
+    stems = list(dict.fromkeys(difference.name for difference in compared))
+    by_run = {(difference.run, difference.name): difference for difference in compared}
     shared = [stem for stem in stems if sum((str(run.folder), stem) in by_run for run in runs) > 1]
     text: str = _template("runs.html.j2").render(
         names=names,
@@ -442,31 +415,31 @@ def render_runs(runs: list[Run]) -> str:
         economics=[
             (f"{name}: {_owner(one)}", one)
             for name, run in zip(names, runs, strict=True)
-            for one in run.fleet.get("economics", [])
+            for one in run.fleet.economics
         ],
     )
     return text
 
 
 def _run_row(name: str, run: Run) -> dict[str, Any]:
-    best, students, shown = best_of(run.groups), run.fleet["students"], run.shown
+    best, shown = best_of(run.groups), run.shown
     return {
         "name": name,
-        "teacher": shown.text(run.fleet["teacher"]["test"][run.fleet["metric"]]),
-        "model": run.fleet["teacher"]["model"],
+        "teacher": shown.text(run.teacher),
+        "model": run.fleet.teacher.model,
         "best": plus_minus(shown, best.score if best else None),
         "which": f"{best.model}, {best.objective_label}" if best else "-",
-        "done": f"{len(students) - len(unfinished(students))} of {len(students)}",
-        "seconds": duration(run.fleet["seconds"]),
+        "done": f"{run.done} of {len(run.fleet.students)}",
+        "seconds": duration(run.fleet.seconds),
         "rate": "-" if run.rows_per_second is None else f"{run.rows_per_second:,.0f}",
-        "saved": passes_saved(run),
-        "lost": [(one["name"], one["state"], one["reason"]) for one in unfinished(students)],
+        "saved": run.passes_saved,
+        "lost": [(one.name, one.state, one.reason) for one in unfinished(run.fleet.students)],
     }
 
 
-def _side(difference: dict[str, Any] | None, shown: MetricFormat, first: bool) -> Iterable[str]:
+def _side(difference: RunDifference | None, shown: MetricFormat, first: bool) -> Iterable[str]:
     """A run's cells for a group; the first run has no difference to itself."""
-    test, over = (difference["test"], difference["over_first"]) if difference else (None, None)
+    test, over = (difference.test, difference.over_first) if difference else (None, None)
     told = interval(shown, test)
     return (told,) if first else (told, interval(shown, over, signed=True))
 
@@ -477,5 +450,5 @@ def _warnings(runs: list[Run]) -> Iterator[str]:
             yield "These runs were measured on different test rows: their numbers are not of the same thing."
         case None:
             yield "A run does not say which test rows it was measured on, so they may differ."
-    if len({run.fleet["teacher"]["fingerprint"] for run in runs}) > 1:
+    if len({run.fleet.teacher.fingerprint for run in runs}) > 1:
         yield "Their teachers differ."

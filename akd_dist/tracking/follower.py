@@ -109,8 +109,8 @@ class Follower:
         for record in read_metrics(student.folder)[log.epochs :]:
             log.epoch(record)
             self.sent_at = time.monotonic()
-        if result is not None and end_of(result) != log.ended:
-            log.end(result)
+        if result is not None and end_of(result.plain()) != log.ended:
+            log.end(result.plain())
             self.sent_at = time.monotonic()
 
     def _run(self) -> None:

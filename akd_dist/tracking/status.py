@@ -18,13 +18,13 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from akd_dist.base import places
 from akd_dist.base.errors import AkdError, RefusedError
 from akd_dist.base.files import read_json, read_small, replace
 from akd_dist.documents.base import Document
-from akd_dist.documents.damage import load, read_epochs, read_result
+from akd_dist.documents.damage import AnyDocument, load, read_epochs, read_result
 from akd_dist.documents.fleet import FleetDocument
 from akd_dist.documents.status import CohortProgress, FleetPlan, RunDriver, StatusDocument, StudentProgress
 
@@ -34,8 +34,6 @@ PACE_SECONDS = 10.0
 SILENT_SECONDS = 60.0
 ENDED = ("done", "diverged", "failed")
 CHECKPOINT = re.compile(r"(\d{1,12})-(\d{1,12})-")
-
-AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 
 class Pace:
@@ -182,7 +180,7 @@ class RunReader:
             driver=driver,
             alive=alive,
             at=at if ended_at is None or preparing else ended_at,
-            metric=plan.metric if plan else saved["metric"] if saved else None,
+            metric=plan.metric if plan else saved.metric if saved else None,
             steps=sum(student.steps for student in students),
             steps_total=sum(student.steps_total for student in students),
             steps_per_second=sum(student.steps_per_second for student in students),
@@ -194,7 +192,7 @@ class RunReader:
             problems=problems,
         )
 
-    def _saved(self, problems: list[str]) -> dict[str, Any] | None:
+    def _saved(self, problems: list[str]) -> FleetDocument | None:
         """The results of a run that is done; None where there are none, or none that can be read."""
         path = self.run / "fleet.json"
         try:
@@ -222,13 +220,13 @@ class RunReader:
     def _students(
         self,
         plan: FleetPlan | None,
-        saved: dict[str, Any] | None,
+        saved: FleetDocument | None,
         told: list[tuple[CohortProgress, int]],
         queued: set[str],
     ) -> list[StudentProgress]:
         # After a worker's death a student stands in the progress of two cohorts: the later one tells how far it is now.
         live = {student.name: (student, when) for progress, when in told for student in progress.students}
-        metric = plan.metric if plan else saved["metric"] if saved else ""
+        metric = plan.metric if plan else saved.metric if saved else ""
         found = []
         for planned in plan.students if plan else _saved_students(saved):
             progress, when = live.get(planned.name, (None, 0))
@@ -286,25 +284,27 @@ def standing(
     except AkdError as error:
         problems.append(error)
         result = None
-    if again and result is not None and result["state"] == "failed":
+    if again and result is not None and result.state == "failed":
         result = None
     try:
         records = read_epochs(folder)
     except AkdError as error:
         problems.append(error)
         records = []
-    last = records[-1] if records else {}
-    changes = {"stage": last.get("stage"), "temperature": last.get("temperature"), "loss": last.get("train_loss")}
-    changes["validation"] = (last.get("validation") or {}).get(metric)
+    changes: dict[str, object] = {}
+    if records:
+        last = records[-1]
+        changes = {"stage": last.stage, "temperature": last.temperature, "loss": last.train_loss}
+        changes["validation"] = last.validation and last.validation.get(metric)
     per_epoch = planned.steps_total // max(planned.epochs - planned.epochs_shared, 1)
     if result is not None:
-        changes |= {"state": result["state"], "reason": result["reason"], "epoch": result["epochs"]}
+        changes |= {"state": result.state, "reason": result.reason, "epoch": result.epochs}
         # Who was to compute its stage I may have failed before; it may itself have failed before its first step.
-        shared = planned.epochs_shared if result.get("stage1_from") or not result["epochs"] else 0
+        shared = planned.epochs_shared if result.stage1_from or not result.epochs else 0
         steps = (planned.epochs - shared) * per_epoch
         changes |= {"epochs_shared": shared, "steps": steps, "steps_total": steps}
-        if result["validation"] is not None:
-            changes["validation"] = result["validation"].get(metric)
+        if result.validation is not None:
+            changes["validation"] = result.validation.get(metric)
     elif checkpoint is not None:
         epoch, step = (int(part) for part in checkpoint.split("-")[:2])
         shared = planned.epochs_shared if epoch >= planned.epochs_shared else 0
@@ -314,12 +314,12 @@ def standing(
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a student's metrics.jsonl, one an epoch; none before its first, nor of a damaged file.
+    """The lines of a student's metrics.jsonl as they stand there; none before its first, nor of a damaged file.
 
     So it is for trackers, and for a student that failed; reports tell of a damaged one.
     """
     try:
-        return read_epochs(folder)
+        return [record.plain() for record in read_epochs(folder)]
     except AkdError:
         return []
 
@@ -335,10 +335,10 @@ def _in_line(students: list[StudentProgress], queued: set[str]) -> list[StudentP
     ]
 
 
-def _saved_students(saved: dict[str, Any] | None) -> list[StudentProgress]:
+def _saved_students(saved: FleetDocument | None) -> list[StudentProgress]:
     """The students of a run that was done before plans were left."""
-    entries = saved["students"] if saved else []
-    return [StudentProgress(name=one["name"], state="waiting", epochs=one["epochs"], steps_total=0) for one in entries]
+    entries = saved.students if saved else []
+    return [StudentProgress(name=one.name, state="waiting", epochs=one.epochs, steps_total=0) for one in entries]
 
 
 def _last_sign(driver: RunDriver | None, plan: FleetPlan | None, told: list[CohortProgress]) -> float | None:

@@ -137,7 +137,7 @@ def test_a_fleet_on_ray_has_the_bytes_of_the_plain_loop(home: Home, trained: tup
 def test_what_a_run_leaves(home: Home, trained: tuple[Path, dict[str, Any]]) -> None:
     root, fleet = trained
     run = root / "runs" / "fleet"
-    assert read_fleet(run) == fleet
+    assert read_fleet(run).plain() == fleet
     page = (run / "report.html").read_text()
     assert "<svg" in page
     assert "Who is right" in page  # from every student's test.parquet

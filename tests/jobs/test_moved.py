@@ -160,18 +160,18 @@ def test_every_command_works_and_names_where_it_is_now(
 
 
 def read_store(moved: Moved) -> Path:
-    return Path(read_fleet(moved.run)["store"])
+    return Path(read_fleet(moved.run).store)
 
 
 def test_documents_are_resolved_where_they_lie(moved: Moved) -> None:
     fleet = read_fleet(moved.run)
-    assert Path(fleet["run"]) == moved.run
-    assert Path(fleet["store"]).parent == moved.stores
-    assert open_store(fleet["store"]).manifest.id == Path(fleet["store"]).name
-    assert [one["path"] for one in fleet["students"]] == [
+    assert Path(fleet.run) == moved.run
+    assert Path(fleet.store).parent == moved.stores
+    assert open_store(fleet.store).manifest.id == Path(fleet.store).name
+    assert [one.path for one in fleet.students] == [
         str(moved.run / "students" / name) for name in ("annealing", "hard")
     ]
-    use = uses_of(open_root(fleet["store"]))[0]
+    use = uses_of(open_root(fleet.store))[0]
     assert (use.run, use.lock) == (str(moved.run), str(moved.run / "lock"))
     driver = RunReader(moved.run).read().driver
     assert driver is not None
@@ -226,9 +226,9 @@ def test_moved_results_of_older_versions_are_found(
     as_before(copy / "runs" / "fleet", tmp_path / "old")
     assert f'"{tmp_path}/old/stores/' in (copy / "runs" / "fleet" / "fleet.json").read_text()
     fleet = read_fleet(copy / "runs" / "fleet")
-    assert Path(fleet["store"]).parent == copy / "stores"
-    assert Path(fleet["students"][0]["store"]).parent == copy / "stores"
-    assert Path(fleet["run"]) == copy / "runs" / "fleet"
+    assert Path(fleet.store).parent == copy / "stores"
+    assert Path(fleet.students[0].store).parent == copy / "stores"
+    assert Path(fleet.run) == copy / "runs" / "fleet"
 
 
 @pytest.mark.parametrize("older", [False, True])

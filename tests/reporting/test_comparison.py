@@ -16,17 +16,18 @@ from scipy import stats
 import akd_dist
 from akd_dist.base.errors import DamagedError, RecipeError
 from akd_dist.base.formatting import OBJECTIVE_LABELS
-from akd_dist.documents.report import CompareDocument
+from akd_dist.documents.fleet import FleetDocument
+from akd_dist.documents.report import CompareDocument, ComparedRow, Estimate, SplitRows
 from akd_dist.recipe import Recipe
 from akd_dist.reporting.comparison import (
     cells,
     compare,
     comparison_table,
-    estimate,
     expand,
     read_comparison,
     to_markdown,
 )
+from akd_dist.reporting.seeds import estimate
 from tests.fleets import ADAMW, ANNEALING, a_recipe, a_student
 
 SGD = {"kind": "sgd", "lr": 0.1}
@@ -142,22 +143,33 @@ def test_a_name_that_grows_too_long_is_refused() -> None:
 
 def test_an_interval_by_hand() -> None:
     # Three values, s = 0.01, two degrees of freedom: t = 4.302653.
-    found = estimate([0.90, 0.91, 0.92])
+    found = estimate({2: 0.90, 0: 0.91, 7: 0.92})
     assert found is not None
-    assert found["n"] == 3
-    assert found["mean"] == pytest.approx(0.91)
-    assert found["high"] - found["mean"] == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
-    assert found["mean"] - found["low"] == pytest.approx(found["high"] - found["mean"])
-    assert estimate([0.5]) == {"n": 1, "mean": 0.5, "low": None, "high": None}
-    assert estimate([]) is None
+    assert found.low is not None
+    assert found.high is not None
+    assert found.n == 3
+    assert found.mean == pytest.approx(0.91)
+    assert found.high - found.mean == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
+    assert found.mean - found.low == pytest.approx(found.high - found.mean)
+    assert estimate({3: 0.5}) == Estimate(n=1, mean=0.5, low=None, high=None)
+    assert estimate({}) is None
 
 
 def entry(name: str, seed: int, accuracy: float | None, **changes: Any) -> dict[str, Any]:
     done = accuracy is not None
     return {
         "name": name,
+        "model": "mlp-8",
         "seed": seed,
         "parameters": 610,
+        "objective": "kd",
+        "tau_max": None,
+        "epochs": 3,
+        "validation": None,
+        "seconds": 1.0,
+        "path": f"students/{name}",
+        "store": "stores/0f",
+        "teacher": "7c",
         "state": "done" if done else "diverged",
         "reason": None if done else "the loss is nan",
         "test": {"accuracy": accuracy} if done else None,
@@ -165,19 +177,31 @@ def entry(name: str, seed: int, accuracy: float | None, **changes: Any) -> dict[
     } | changes
 
 
-def fleet_of(recipe: Recipe, accuracies: dict[str, list[float | None]]) -> dict[str, Any]:
-    """What fleet.json holds, as far as a comparison reads it: accuracies by objective, one a seed."""
+def fleet_of(recipe: Recipe, accuracies: dict[str, list[float | None]]) -> FleetDocument:
+    """What fleet.json holds: a comparison reads names, states and metrics. Accuracies by objective, one a seed."""
     students = []
     left = {kind: list(values) for kind, values in accuracies.items()}
     for spec in recipe.students:
         students.append(entry(spec.name, spec.seed, left[spec.objective.kind].pop(0)))
-    teacher = {"model": "cnn-8", "parameters": 5000, "test": {"accuracy": 0.98}}
-    assistants = [{"model": "mlp-16", "parameters": 1210, "test": {"accuracy": 0.95}, "agreement": 0.94}]
-    chain = assistants if recipe.teacher.assistant else []
-    return {"run": f"runs/{recipe.name}", "teacher": teacher, "assistants": chain, "students": students}
+    teacher = {"model": "cnn-8", "parameters": 5000, "test": {"accuracy": 0.98}, "fingerprint": "7c"}
+    below = {"model": "mlp-16", "parameters": 1210, "test": {"accuracy": 0.95}, "fingerprint": "9e"}
+    assistants = [below | {"agreement": 0.94, "store": "stores/1a"}] if recipe.teacher.assistant else []
+    return FleetDocument.model_validate(
+        {
+            "run": f"runs/{recipe.name}",
+            "store": "stores/0f",
+            "task": "classification",
+            "metric": "accuracy",
+            "teacher": teacher,
+            "assistants": assistants,
+            "students": students,
+            "cohorts": 1,
+            "seconds": 61.0,
+        }
+    )
 
 
-ROWS = {"train": 1258, "validation": 180, "test": 359}
+ROWS: SplitRows = {"train": 1258, "validation": 180, "test": 359}
 RESULTS: dict[str, list[float | None]] = {
     "hard_labels": [0.80, 0.82, 0.81, 0.84],
     "kd": [0.81, 0.85, 0.80, 0.86],
@@ -187,48 +211,51 @@ RESULTS: dict[str, list[float | None]] = {
 
 
 @pytest.fixture(scope="module")
-def four_seeds() -> dict[str, Any]:
+def four_seeds() -> CompareDocument:
     recipe = expand(a_recipe([unnamed(ANNEALING)]), 4)
-    document = compare(recipe, fleet_of(recipe, RESULTS), ROWS, "akd-dist compare digits.yaml --seeds 4")
-    CompareDocument.model_validate(document)
-    return document
+    return compare(recipe, fleet_of(recipe, RESULTS), ROWS, "akd-dist compare digits.yaml --seeds 4")
 
 
-def row(document: dict[str, Any], objective: str) -> dict[str, Any]:
-    return next(one for one in document["table"] if one["objective"] == objective)
+def row(document: CompareDocument, objective: str) -> ComparedRow:
+    return next(one for one in document.table if one.objective == objective)
+
+
+def estimated(found: Estimate | None) -> Estimate:
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(("key", "baseline"), [("over_scratch", "hard_labels"), ("over_kd", "kd")])
-def test_differences_are_those_of_the_paired_t_test(four_seeds: dict[str, Any], key: str, baseline: str) -> None:
+def test_differences_are_those_of_the_paired_t_test(four_seeds: CompareDocument, key: str, baseline: str) -> None:
     mine, base = (np.array(RESULTS[kind], dtype=float) for kind in ("annealing_kd", baseline))
     interval = stats.ttest_rel(mine, base).confidence_interval(0.95)
-    found = row(four_seeds, "annealing_kd")[key]
-    assert (found["n"], found["mean"]) == (4, pytest.approx(float(np.mean(mine - base))))
-    assert (found["low"], found["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    found = estimated(getattr(row(four_seeds, "annealing_kd"), key))
+    assert found.n == 4
+    assert [found.low, found.mean, found.high] == pytest.approx([interval.low, np.mean(mine - base), interval.high])
 
 
-def test_a_mean_is_that_of_the_one_sample_t_test(four_seeds: dict[str, Any]) -> None:
+def test_a_mean_is_that_of_the_one_sample_t_test(four_seeds: CompareDocument) -> None:
     interval = stats.ttest_1samp(RESULTS["kd"], 0.0).confidence_interval(0.95)
-    found = row(four_seeds, "kd")["test"]
-    assert (found["low"], found["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    found = estimated(row(four_seeds, "kd").test)
+    assert [found.low, found.high] == pytest.approx([interval.low, interval.high])
 
 
-def test_a_student_that_diverged_is_counted_named_and_in_no_mean(four_seeds: dict[str, Any]) -> None:
+def test_a_student_that_diverged_is_counted_named_and_in_no_mean(four_seeds: CompareDocument) -> None:
     found = row(four_seeds, "continuation_kd")
-    assert found["seeds"] == [0, 2, 3]
-    assert found["test"]["mean"] == pytest.approx((0.87 + 0.85 + 0.89) / 3)
-    assert found["over_kd"]["mean"] == pytest.approx((0.06 + 0.05 + 0.03) / 3), "pairs are those of the seeds left"
-    assert [(one["name"], one["state"]) for one in found["lost"]] == [("mlp-8-continuation_kd-t2-s1", "diverged")]
+    assert found.seeds == [0, 2, 3]
+    assert estimated(found.test).mean == pytest.approx((0.87 + 0.85 + 0.89) / 3)
+    assert estimated(found.over_kd).mean == pytest.approx((0.06 + 0.05 + 0.03) / 3), "pairs are those of the seeds left"
+    assert [(one.name, one.state) for one in found.lost] == [("mlp-8-continuation_kd-t2-s1", "diverged")]
     for text in (to_markdown(four_seeds), printed(four_seeds)):
         assert "3 of 4" in text
         assert "mlp-8-continuation_kd-t2-s1 diverged, and is in no mean: the loss is nan" in text
 
 
-def test_a_baseline_has_no_difference_to_itself(four_seeds: dict[str, Any]) -> None:
-    assert row(four_seeds, "hard_labels")["over_scratch"] is None
-    assert row(four_seeds, "hard_labels")["over_kd"] is None
-    assert row(four_seeds, "kd")["over_kd"] is None
-    assert row(four_seeds, "kd")["over_scratch"]["mean"] == pytest.approx(0.0125)
+def test_a_baseline_has_no_difference_to_itself(four_seeds: CompareDocument) -> None:
+    assert row(four_seeds, "hard_labels").over_scratch is None
+    assert row(four_seeds, "hard_labels").over_kd is None
+    assert row(four_seeds, "kd").over_kd is None
+    assert estimated(row(four_seeds, "kd").over_scratch).mean == pytest.approx(0.0125)
 
 
 def test_nobody_finished() -> None:
@@ -236,14 +263,13 @@ def test_nobody_finished() -> None:
     document = compare(
         recipe, fleet_of(recipe, {kind: [None] * 3 for kind in OBJECTIVE_LABELS}), ROWS, "akd-dist compare"
     )
-    CompareDocument.model_validate(document)
     assert "0 of 3" in printed(document)
 
 
 # ---- as text
 
 
-def printed(document: dict[str, Any], width: int = 80) -> str:
+def printed(document: CompareDocument, width: int = 80) -> str:
     console = Console(width=width, record=True, quiet=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.quiet = False
     console.print(comparison_table(document))
@@ -251,14 +277,14 @@ def printed(document: dict[str, Any], width: int = 80) -> str:
     return console.export_text()
 
 
-def test_the_table_fits_a_terminal(four_seeds: dict[str, Any]) -> None:
+def test_the_table_fits_a_terminal(four_seeds: CompareDocument) -> None:
     text = printed(four_seeds)
     assert max(map(len, text.splitlines())) <= 80
     assert re.search(r"Annealing-KD +4 +86\.50 ± 2\.05 +\+4\.75 ± 3\.28 +\+3\.50 ± 5\.88 +90\.00", text)
     assert "teacher cnn-8" in text
 
 
-def test_the_markdown_says_how_it_came_about(four_seeds: dict[str, Any]) -> None:
+def test_the_markdown_says_how_it_came_about(four_seeds: CompareDocument) -> None:
     text = to_markdown(four_seeds)
     lines = text.splitlines()
     assert lines[0] == "`akd-dist compare digits.yaml --seeds 4`"
@@ -267,24 +293,23 @@ def test_the_markdown_says_how_it_came_about(four_seeds: dict[str, Any]) -> None
     assert "| cnn-8 (5,000) | teacher |  | 98.00 |  |  |  |" in lines
     assert "| mlp-8 (610) | from scratch | 4 | 81.75 ± 2.72 |  |  | 90.00 |" in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
-    assert text == to_markdown(json.loads(json.dumps(four_seeds)))
+    assert text == to_markdown(CompareDocument.model_validate_json(json.dumps(four_seeds.plain())))
 
 
-def test_without_an_assistant_a_line_says_what_takd_needs(four_seeds: dict[str, Any]) -> None:
+def test_without_an_assistant_a_line_says_what_takd_needs(four_seeds: CompareDocument) -> None:
     assert "TAKD is missing: give the recipe a teacher.assistant" in to_markdown(four_seeds)
     recipe = expand(a_recipe([unnamed(ANNEALING), unnamed(TAKD)], teacher=TEACHER | {"assistant": ASSISTANT}))
     document = compare(
         recipe, fleet_of(recipe, {kind: [0.8, 0.81, 0.82] for kind in OBJECTIVE_LABELS}), ROWS, "akd-dist compare"
     )
-    CompareDocument.model_validate(document)
     text = to_markdown(document)
     assert "TAKD is missing" not in text
     assert "| mlp-16 (1,210) | assistant |  | 95.00 |  |  | 94.00 |" in text
-    assert [one["objective"] for one in document["table"]] == list(OBJECTIVE_LABELS)
+    assert [one.objective for one in document.table] == list(OBJECTIVE_LABELS)
 
 
-def test_a_regression_has_no_agreement(four_seeds: dict[str, Any]) -> None:
-    numbers = four_seeds | {"task": "regression", "metric": "pearson"}
+def test_a_regression_has_no_agreement(four_seeds: CompareDocument) -> None:
+    numbers = four_seeds.model_copy(update={"task": "regression", "metric": "pearson"})
     assert "agreement" not in to_markdown(numbers)
     assert "agree" not in printed(numbers)
     assert "pearson x 100" in to_markdown(numbers)
@@ -325,19 +350,19 @@ def again(root: Path) -> dict[str, Any]:
 
 @pytest.mark.ray
 def test_a_comparison_from_recipe_to_table(compared: tuple[Path, dict[str, Any]]) -> None:
-    root, document = compared
-    CompareDocument.model_validate(document)
+    root, printed = compared
+    document = CompareDocument.model_validate(printed)
     run = root / "runs" / "tiny-compare"
-    assert json.loads((run / "comparison.json").read_bytes()) == document | {"run": "."}
+    assert json.loads((run / "comparison.json").read_bytes()) == printed | {"run": "."}
     assert (run / "comparison.md").read_text() == to_markdown(document)
-    assert [one["objective"] for one in document["table"]] == list(OBJECTIVE_LABELS)
-    assert {tuple(one["seeds"]) for one in document["table"]} == {(0, 1)}
+    assert [one.objective for one in document.table] == list(OBJECTIVE_LABELS)
+    assert {tuple(one.seeds) for one in document.table} == {(0, 1)}
     fleet = json.loads((run / "fleet.json").read_bytes())
-    assert document["teacher"]["test"] == fleet["teacher"]["test"]["accuracy"]
+    assert document.teacher.test == fleet["teacher"]["test"]["accuracy"]
     scratch = [one["test"]["accuracy"] for one in fleet["students"] if one["objective"] == "hard_labels"]
-    assert row(document, "hard_labels")["test"]["mean"] == pytest.approx(sum(scratch) / 2)
-    assert document["command"] == f"akd-dist compare {root / 'tiny.yaml'}"
-    assert document["rows"] == ROWS
+    assert estimated(row(document, "hard_labels").test).mean == pytest.approx(sum(scratch) / 2)
+    assert document.command == f"akd-dist compare {root / 'tiny.yaml'}"
+    assert document.rows == ROWS
     page = (run / "report.html").read_text()
     assert "Objectives compared" in page
     assert "assistant, mlp" in page

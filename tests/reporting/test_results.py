@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,23 @@ from akd_dist.base.errors import DamagedError, MachineError, RecipeError, Refuse
 from akd_dist.base.formatting import OBJECTIVE_LABELS, SHOWN, amount, duration, seconds, share
 from akd_dist.data.predictions import encode_predictions
 from akd_dist.distill.objectives import stages
-from akd_dist.documents.fleet import Economics, FleetDocument
-from akd_dist.documents.report import ReportDocument
+from akd_dist.documents.damage import read_epochs
+from akd_dist.documents.fleet import EpochRecord, FleetDocument, FleetStudent, RunIdentity
+from akd_dist.documents.report import Difference, ReportDocument
 from akd_dist.recipe import METRICS, AdamW, AnnealingKD, ContinuationKD, HardLabels, Kd, Mlp, StudentSpec, Takd
 from akd_dist.reporting.differences import read_predictions
 from akd_dist.reporting.economics import StudentUsage, economics, reading
 from akd_dist.reporting.figures import OBJECTIVE_COLOURS, _beside_each_other, runs_figure, stage_figures, tau_figures
 from akd_dist.reporting.page import render, tau_notes, write_report, write_reports
-from akd_dist.reporting.results import (
-    Run,
+from akd_dist.reporting.results import Run, fleet_table, read_fleet, read_run, runs_table, same_test_rows
+from akd_dist.reporting.seeds import (
     SeedGroup,
     Spread,
-    fleet_table,
     gain_over_scratch,
     group_label,
     group_students,
     pareto_front,
     plus_minus,
-    read_fleet,
-    read_metrics,
-    read_run,
-    runs_table,
-    same_test_rows,
-    tau_effects,
 )
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.writer import create_store, seal_store, write_shard
@@ -81,6 +76,10 @@ def student(model: str, objective: str, seed: int, accuracy: float | None = 0.9,
         "teacher": "7c",
     }
     return entry | changes
+
+
+def grouped(students: Iterable[dict[str, Any]]) -> list[SeedGroup]:
+    return group_students(map(FleetStudent.model_validate, students))
 
 
 def fleet_of(*students: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +149,10 @@ def epochs_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
+def records_of(entry: dict[str, Any]) -> list[EpochRecord]:
+    return [EpochRecord.model_validate(record) for record in epochs_of(entry)]
+
+
 def write_run(folder: Path, fleet: dict[str, Any] | None = None) -> dict[str, Any]:
     fleet = fleet or small_fleet()
     for entry in fleet["students"]:
@@ -162,13 +165,14 @@ def write_run(folder: Path, fleet: dict[str, Any] | None = None) -> dict[str, An
 
 def run_of(fleet: dict[str, Any], **changes: Any) -> Run:
     """A run that left no files beside its fleet.json and metrics."""
-    return Run(Path(fleet["run"]), fleet, {entry["name"]: epochs_of(entry) for entry in fleet["students"]}, **changes)
+    metrics = {entry["name"]: records_of(entry) for entry in fleet["students"]}
+    return Run(Path(fleet["run"]), FleetDocument.model_validate(fleet), metrics, **changes)
 
 
 def printed(fleet: dict[str, Any], width: int = 120) -> str:
     console = Console(width=width, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
-        console.print(fleet_table(fleet))
+        console.print(fleet_table(FleetDocument.model_validate(fleet)))
         return console.export_text()
 
 
@@ -182,7 +186,7 @@ def test_the_fleet_made_up_here_is_what_a_run_writes() -> None:
 
 def test_seeds_are_grouped_and_averaged() -> None:
     accuracies = (0.90, 0.92, 0.97)
-    (group,) = group_students(student("mlp-8", "annealing_kd", seed, value) for seed, value in enumerate(accuracies))
+    (group,) = grouped(student("mlp-8", "annealing_kd", seed, value) for seed, value in enumerate(accuracies))
     assert group.score is not None
     assert group.score.mean == pytest.approx(0.93)
     assert group.score.deviation == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2))
@@ -190,22 +194,22 @@ def test_seeds_are_grouped_and_averaged() -> None:
 
 
 def test_a_student_that_did_not_finish_counts_in_no_mean() -> None:
-    (group,) = group_students([student("mlp-8", "annealing_kd", 0, 0.9), student("mlp-8", "annealing_kd", 1, None)])
+    (group,) = grouped([student("mlp-8", "annealing_kd", 0, 0.9), student("mlp-8", "annealing_kd", 1, None)])
     assert group.score == Spread(0.9, None)
-    (group,) = group_students([student("mlp-8", "annealing_kd", 1, None)])
+    (group,) = grouped([student("mlp-8", "annealing_kd", 1, None)])
     assert (group.score, group.agreement, group.seconds) == (None, None, None)
 
 
 def test_only_names_that_end_in_their_seed_are_averaged() -> None:
     fleet = [student("mlp-8", "annealing_kd", seed, name=f"rate-{seed}") for seed in (1, 2)]
-    groups = group_students(fleet)
+    groups = grouped(fleet)
     assert [group_label(group, groups) for group in groups] == ["rate-1", "rate-2"]
 
 
 def test_smallest_first_and_objectives_as_in_the_papers() -> None:
     order = ["hard_labels", "kd", "takd", "annealing_kd", "continuation_kd"]
     pairs = [*(("mlp-8", objective) for objective in order), ("mlp-64", "hard_labels")]
-    groups = group_students(student(model, objective, 0) for model, objective in reversed(pairs))
+    groups = grouped(student(model, objective, 0) for model, objective in reversed(pairs))
     assert [(group.model, group.objective) for group in groups] == pairs
 
 
@@ -220,7 +224,7 @@ def test_every_objective_has_a_label_and_a_colour_of_its_own() -> None:
 
 def test_gain_needs_exactly_one_baseline() -> None:
     annealed, plain = student("mlp-8", "annealing_kd", 0, 0.95), student("mlp-8", "hard_labels", 0, 0.93)
-    scratch, group = groups = group_students([annealed, plain])
+    scratch, group = groups = grouped([annealed, plain])
     assert gain_over_scratch(group, groups) == pytest.approx(0.02)
     assert gain_over_scratch(scratch, groups) is None
     assert gain_over_scratch(group, [group]) is None
@@ -415,7 +419,7 @@ def test_the_offline_test_sees_what_it_should(page_text: str, loading: str) -> N
 
 
 def test_page_shows_results_figures_and_losses(page_text: str) -> None:
-    for title in ("Accuracy against size", "Agreement with the teacher", "Annealing schedule", "Stage I loss"):
+    for title in ("Accuracy against size", "Loss: Annealing-KD, τ 4, 12 + 8 epochs", "Validation accuracy"):
         assert f"<h3>{title}</h3>" in page_text
     assert "the loss was not finite at epoch 3" in page_text
     assert "22 of 24" in page_text
@@ -439,10 +443,15 @@ def test_the_page_shows_every_objective(tmp_path: Path) -> None:
     text = write_report(tmp_path).read_text()
     for label in ("Annealing-KD, τ 4", "Continuation-KD, τ 4", "TAKD", "KD", "from scratch"):
         assert f"</span>{label}</td>" in text
-    for title in ("Stage I loss", "Continuation-KD loss", "KD loss", "Hard-label loss", "Annealing schedule"):
-        assert f"<h3>{title}</h3>" in text
-    assert "ψ (Continuation-KD, τ 4, 20 epochs)" in text
-    assert "T (Annealing-KD, τ 4, 12 epochs)" in text
+    for label, length in (
+        ("Annealing-KD, τ 4", "12 + 8"),
+        ("Continuation-KD, τ 4", "20"),
+        ("TAKD", "20"),
+        ("KD", "20"),
+        ("from scratch", "20"),
+    ):
+        assert f"<h3>Loss: {label}, {length} epochs</h3>" in text
+    assert "with weight ψ, which climbs to 1" in text
     for paper in ("2104.07163", "2212.05998", "1902.03393", "1503.02531"):
         assert paper in text
     assert Page(text).open == []
@@ -469,11 +478,10 @@ def test_page_has_the_assistants_and_their_stores(tmp_path: Path) -> None:
 
 def test_page_of_a_regression_speaks_of_its_metric(tmp_path: Path) -> None:
     fleet = regression_of(all_objectives())
-    records = {
-        entry["name"]: json.loads(json.dumps(epochs_of(entry)).replace('"accuracy"', '"pearson"'))
-        for entry in fleet["students"]
-    }
-    text = render(Run(tmp_path, fleet, records))
+    write_run(tmp_path, fleet)
+    for path in tmp_path.glob("students/*/metrics.jsonl"):
+        path.write_text(path.read_text().replace('"accuracy"', '"pearson"'))
+    text = render(read_run(tmp_path))
     assert "0.9800" in text
     assert "Pearson's correlation against size" in html.unescape(text)
     assert "Validation Pearson's correlation" in html.unescape(text)
@@ -491,10 +499,10 @@ def test_same_results_same_bytes(page_text: str, tmp_path: Path) -> None:
 def test_figures_that_have_no_data_are_left_out(tmp_path: Path) -> None:
     write_run(tmp_path, fleet_of(student("mlp-8", "hard_labels", 0)))
     text = write_report(tmp_path).read_text()
-    assert "Annealing schedule" not in text
-    assert "Hard-label loss" in text
+    assert "temperature T" not in text
+    assert "Loss: from scratch" in text
     lost = fleet_of(student("mlp-8", "annealing_kd", 0, None))
-    assert "<svg" not in render(Run(tmp_path, lost, {}))
+    assert "<svg" not in render(Run(tmp_path, FleetDocument.model_validate(lost), {}))
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
@@ -516,12 +524,12 @@ def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path: Path) 
     (figure,) = runs_figure([run_of(dict(fleet, run=f"runs/{name}")) for name in ("_one", "two")])
     assert [name for name in ("_one", "two") if name in figure.svg] == ["_one", "two"]
     assert "_own</text>" in next(stage_figures(run_of(fleet))).svg
-    assert "_own, Annealing-KD" in next(tau_figures(tau_effects(run_of(fleet)), ACCURACY)).svg
+    assert "_own, Annealing-KD" in next(tau_figures(run_of(fleet).tau_effects, ACCURACY)).svg
 
 
 def test_groups_of_one_size_stand_beside_each_other() -> None:
     drawn = [student("mlp-8", "kd", 0), student("mlp-8", "hard_labels", 0), student("mlp-64", "kd", 0)]
-    groups = group_students(drawn)
+    groups = grouped(drawn)
     places = _beside_each_other(groups)
     assert len(set(places.values())) == 3
     assert all(places[id(group)] == pytest.approx(group.parameters, rel=0.02) for group in groups)
@@ -534,11 +542,10 @@ def test_every_kind_of_fleet_draws_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for fleet in (one_size, two_close, many):
-            metrics = {entry["name"]: epochs_of(entry) for entry in fleet["students"]}
-            metrics[fleet["students"][0]["name"]] = [
-                dict(record, train_loss=math.nan, validation=None) for record in epochs_of(fleet["students"][0])
-            ][:1]
-            assert Page(render(Run(Path("runs/x"), fleet, metrics))).open == []
+            run = run_of(fleet)
+            first = fleet["students"][0]["name"]
+            run.metrics[first] = [one.model_copy(update={"validation": None}) for one in run.metrics[first][:1]]
+            assert Page(render(run)).open == []
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -571,8 +578,8 @@ def test_metrics_drop_a_torn_line(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     first, second, third = epochs_of(student("mlp-8", "kd", 0))[:3]
     path.write_text("\n".join(map(json.dumps, (first, second, third)))[:-20])
-    assert read_metrics(tmp_path, "a") == [first, second]
-    assert read_metrics(tmp_path, "b") == []
+    assert [record.plain() for record in read_epochs(path.parent)] == [first, second]
+    assert read_epochs(tmp_path / "students" / "b") == []
 
 
 @pytest.mark.parametrize("line", [b"nonsense", b"[1]", b'{"epoch": 1}', b"\xff\xfe", "loss"])
@@ -584,14 +591,14 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, line: bytes | str) -
         line = json.dumps(dict(second, train_loss=line)).encode()
     path.write_bytes(json.dumps(first).encode() + b"\n" + line + b"\n")
     with pytest.raises(DamagedError, match="damaged") as caught:
-        read_metrics(tmp_path, "a")
+        read_epochs(path.parent)
     assert "line 2" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"students": 3, "dataset": {}}', '{"dataset": {}}'])
 def test_a_damaged_identity_is_named(tmp_path: Path, text: str) -> None:
     write_run(tmp_path)
-    assert read_run(tmp_path).identity == {}
+    assert read_run(tmp_path).identity is None
     (tmp_path / "identity.json").write_text(text)
     with pytest.raises(DamagedError, match=r"identity\.json is damaged"):
         read_run(tmp_path)
@@ -607,8 +614,7 @@ def test_what_cannot_be_read_is_no_bug(tmp_path: Path, name: str) -> None:
 
 
 def test_groups_carry_what_the_table_shows() -> None:
-    students = [student("mlp-8", "annealing_kd", 0)]
-    group = SeedGroup("mlp-8", "annealing_kd", 4, "mlp-8-annealing_kd-t4", students=students)
+    (group,) = grouped([student("mlp-8", "annealing_kd", 0)])
     assert group.objective_label == "Annealing-KD, τ 4"
     assert group.parameters == 610
 
@@ -618,18 +624,18 @@ def test_groups_carry_what_the_table_shows() -> None:
 
 def test_the_front_holds_what_no_group_beats() -> None:
     scores = {"mlp-8": 0.90, "mlp-16": 0.89, "mlp-32": 0.93, "mlp-64": 0.93}
-    groups = group_students(student(model, "hard_labels", 0, score) for model, score in scores.items())
+    groups = grouped(student(model, "hard_labels", 0, score) for model, score in scores.items())
     assert [group.model for group in pareto_front(groups)] == ["mlp-8", "mlp-32"]
-    same_size = group_students([student("mlp-8", "kd", 0, 0.9), student("mlp-8", "hard_labels", 0, 0.8)])
+    same_size = grouped([student("mlp-8", "kd", 0, 0.9), student("mlp-8", "hard_labels", 0, 0.8)])
     assert [group.objective for group in pareto_front(same_size)] == ["kd"]
     # A third of 359 rows each, as metrics have it: equal but for the seventh digit.
     alike = [student("mlp-8", "kd", seed, 0.3342619 + seed / 1e7) for seed in range(2)]
-    equal = group_students([*alike, student("mlp-8", "hard_labels", 0, 0.3342619), student("mlp-9", "kd", 0, 0.334262)])
+    equal = grouped([*alike, student("mlp-8", "hard_labels", 0, 0.3342619), student("mlp-9", "kd", 0, 0.334262)])
     assert sorted((group.model, group.objective) for group in pareto_front(equal)) == [
         ("mlp-8", "hard_labels"),
         ("mlp-8", "kd"),
     ]
-    assert pareto_front(group_students([student("mlp-8", "kd", 0, None)])) == []
+    assert pareto_front(grouped([student("mlp-8", "kd", 0, None)])) == []
 
 
 def temperatures(seeds: int) -> dict[str, Any]:
@@ -645,22 +651,25 @@ def temperatures(seeds: int) -> dict[str, Any]:
 
 
 def test_the_effect_of_tau_is_paired_by_seed() -> None:
-    low, high = tau_effects(run_of(temperatures(3)))
-    assert (low["tau_max"], high["tau_max"], low["family"]) == (2, 8, high["family"])
-    assert low["over_smallest"] is None
-    difference = high["over_smallest"]
+    low, high = run_of(temperatures(3)).tau_effects
+    assert (low.tau_max, high.tau_max, low.family) == (2, 8, high.family)
+    assert low.over_smallest is None
+    difference, over_scratch, spread = high.over_smallest, low.over_scratch, high.test
+    assert difference
+    assert over_scratch
+    assert spread
     # 0.01, 0.02, 0.03: mean 0.02, s = 0.01, t(0.975, 2) = 4.302653.
-    assert difference["mean"] == pytest.approx(0.02)
-    assert difference["high"] - difference["mean"] == pytest.approx(4.302653 * 0.01 / math.sqrt(3))
-    assert low["over_scratch"]["mean"] == pytest.approx(0.05)
-    assert low["over_scratch"]["high"] == pytest.approx(0.05)
-    assert low["over_kd"] is None
+    assert difference.mean == pytest.approx(0.02)
+    assert difference.high == pytest.approx(0.02 + 4.302653 * 0.01 / math.sqrt(3))
+    assert over_scratch.mean == pytest.approx(0.05)
+    assert over_scratch.high == pytest.approx(0.05)
+    assert low.over_kd is None
     # Unpaired, the seeds would hide it: they spread wider than the difference.
-    assert high["test"]["high"] - high["test"]["mean"] > 0.05
+    assert (spread.high or 0.0) - spread.mean > 0.05
 
 
 def test_too_few_seeds_are_told_plainly() -> None:
-    one, two, many = (" ".join(tau_notes(tau_effects(run_of(temperatures(seeds))))) for seeds in (1, 2, 6))
+    one, two, many = (" ".join(tau_notes(run_of(temperatures(seeds)).tau_effects)) for seeds in (1, 2, 6))
     assert "Too few seeds of every group: with one there is no interval" in one
     assert "Few seeds of every group: the intervals are wide" in two
     assert many == ""
@@ -677,22 +686,25 @@ def test_what_differs_besides_tau_is_another_family() -> None:
         one["name"]: {"seed": one["seed"], "name": one["name"], "lr": 0.1, "objective": {"tau_max": one["tau_max"]}}
         for one in fleet["students"]
     }
-    alike = tau_effects(run_of(fleet, identity={"students": students}))
-    assert len({effect["family"] for effect in alike}) == 1
+    alike = run_of(fleet, identity=RunIdentity(teacher={}, dataset={}, students=students)).tau_effects
+    assert len({effect.family for effect in alike}) == 1
     for name, spec in students.items():
         if "-t8-" in name:
             spec["lr"] = 0.2
-    apart = tau_effects(run_of(fleet, identity={"students": students}))
-    assert len({effect["family"] for effect in apart}) == 2
-    assert [effect["over_smallest"] for effect in apart] == [None, None]
+    apart = run_of(fleet, identity=RunIdentity(teacher={}, dataset={}, students=students)).tau_effects
+    assert len({effect.family for effect in apart}) == 2
+    assert [effect.over_smallest for effect in apart] == [None, None]
 
 
 def test_curves_show_temperature_boundary_and_stages() -> None:
     fleet = temperatures(2)
     fleet["students"][0]["stage1_from"] = "somebody"
-    riding, _, plain, validation = stage_figures(run_of(fleet))
+    riding, _, plain, validation, scratch = stage_figures(run_of(fleet))
+    assert scratch.title == "Loss: from scratch, 20 epochs"
+    assert "temperature T" not in scratch.svg
     assert plain.title == "Loss: Annealing-KD, τ 8, 12 + 8 epochs"
     assert validation.title == "Validation accuracy: Annealing-KD, τ 8, 12 + 8 epochs"
+    assert "from 4 to 1 in 12 epochs, so that Φ(T) = 1 - (T - 1) / τ climbs from 0.25 to 1" in plain.caption
     assert "vertical: where stage II begins" in plain.caption
     assert "temperature T" in plain.svg
     assert "Diamonds" not in plain.caption
@@ -716,17 +728,17 @@ def test_differences_are_counted_by_hand(tmp_path: Path) -> None:
     for entry in entries:
         #                               right  alone  both  student  alike  apart
         leave(tmp_path, entry, label, np.array([0, 1, 1, 1, 1, 0]), teacher)
-    (found,) = read_run(tmp_path).document("x", tmp_path)["differences"]
-    assert found == {
-        "name": "mlp-8-kd",
-        "rows": 12,
-        "both_right": 4,
-        "teacher_alone": 2,
-        "student_alone": 2,
-        "both_wrong_alike": 2,
-        "both_wrong_apart": 2,
-        "pairs": [(0, 1, 2), (1, 0, 2), (2, 1, 2)],
-    }
+    (found,) = read_run(tmp_path).document("x", tmp_path).differences
+    assert found == Difference(
+        name="mlp-8-kd",
+        rows=12,
+        both_right=4,
+        teacher_alone=2,
+        student_alone=2,
+        both_wrong_alike=2,
+        both_wrong_apart=2,
+        pairs=[(0, 1, 2), (1, 0, 2), (2, 1, 2)],
+    )
     text = write_report(tmp_path).read_text()
     assert "differs from the teacher in 6 of 12 answers, 2 seeds together" in text
     assert text.count('<table class="matrix">') == 1
@@ -840,12 +852,12 @@ def test_what_a_student_read_of_its_teacher() -> None:
     annealed = StudentSpec(
         model=Mlp(hidden=8), objective=AnnealingKD(tau_max=4, stage1_epochs=12, stage2_epochs=8), **TRAINED
     )
-    records = epochs_of(student("mlp-8", "annealing_kd", 0))
+    records = records_of(student("mlp-8", "annealing_kd", 0))
     assert reading(annealed, records, None) == StudentUsage(12, 0)
     assert reading(annealed, records[:5], None) == StudentUsage(5, 0)  # one that diverged
     assert reading(annealed, records, "leader") == StudentUsage(0, 12)
     plain = StudentSpec(model=Mlp(hidden=8), objective=HardLabels(epochs=20), **TRAINED)
-    assert reading(plain, epochs_of(student("mlp-8", "hard_labels", 0)), None) == StudentUsage(0, 0)
+    assert reading(plain, records_of(student("mlp-8", "hard_labels", 0)), None) == StudentUsage(0, 0)
 
 
 def store_of(root: Path, rows: int, views: int, times: list[float]) -> LogitStore:
@@ -865,17 +877,16 @@ def test_economics_by_hand(tmp_path: Path) -> None:
     test = store_of(tmp_path / "test", 50, 1, [0.5])
     readings = [StudentUsage(12, 0), StudentUsage(8, 0), StudentUsage(0, 12), StudentUsage(0, 0)]
     balance = economics("teacher", "cnn-8", {"train": train, "test": test}, readings, 7.0)
-    Economics.model_validate(balance)
-    assert (balance["passes_run"], balance["epochs"], balance["passes_saved"]) == (3, 20, 17)
-    assert (balance["students"], balance["shared_epochs"]) == (2, 12)
-    assert (balance["seconds_per_pass"], balance["cache_seconds"]) == (1.0, 6.5)
-    assert (balance["in_the_loop_seconds"], balance["seconds_saved"]) == (20.0, 13.5)
-    assert balance["break_even_students"] == 0.65  # 6.5 s, at 10 s a student
-    assert balance["break_even_epochs"] == 6.5
-    one, whole = balance["by_views"]
-    assert (one["cache_seconds"], one["break_even_students"]) == (2.5, 0.25)
-    assert whole["cache_seconds"] == balance["cache_seconds"]
-    text = render(run_of(dict(fleet_of(student("mlp-8", "kd", 0, None)), economics=[balance])))
+    assert (balance.passes_run, balance.epochs, balance.passes_saved) == (3, 20, 17)
+    assert (balance.students, balance.shared_epochs) == (2, 12)
+    assert (balance.seconds_per_pass, balance.cache_seconds) == (1.0, 6.5)
+    assert (balance.in_the_loop_seconds, balance.seconds_saved) == (20.0, 13.5)
+    assert balance.break_even_students == 0.65  # 6.5 s, at 10 s a student
+    assert balance.break_even_epochs == 6.5
+    one, whole = balance.by_views
+    assert (one.cache_seconds, one.break_even_students) == (2.5, 0.25)
+    assert whole.cache_seconds == balance.cache_seconds
+    text = render(run_of(dict(fleet_of(student("mlp-8", "kd", 0, None)), economics=[balance.plain()])))
     assert "<strong>0.65 students</strong>" in text
     assert "<strong>14 s</strong>" in text
     assert "with one view stored instead of 3" in text
@@ -883,17 +894,15 @@ def test_economics_by_hand(tmp_path: Path) -> None:
 
 def test_a_store_that_nobody_read_or_timed(tmp_path: Path) -> None:
     unread = economics("teacher", "cnn", {"train": store_of(tmp_path, 100, 1, [1.0])}, [StudentUsage(0, 0)])
-    assert (unread["break_even_students"], unread["seconds_saved"]) == (None, -1.0)
+    assert (unread.break_even_students, unread.seconds_saved) == (None, -1.0)
     untimed = economics("teacher", "cnn", {"train": store_of(tmp_path / "b", 100, 2, [0.0, 0.0])}, [StudentUsage(3, 0)])
-    assert (untimed["seconds_per_pass"], untimed["cache_seconds"], untimed["by_views"]) == (None, None, [])
-    assert untimed["passes_saved"] == 1
+    assert (untimed.seconds_per_pass, untimed.cache_seconds, untimed.by_views) == (None, None, [])
+    assert untimed.passes_saved == 1
     quick = economics(
         "teacher", "cnn", {"train": store_of(tmp_path / "c", 100, 2, [0.0003, 0.002])}, [StudentUsage(3, 0)]
     )
-    assert quick["timed_rows"] == 200, "a shard of less than a millisecond was timed, too"
-    for balance in (unread, untimed):
-        Economics.model_validate(balance)
-    text = render(run_of(dict(fleet_of(student("mlp-8", "kd", 0, None)), economics=[unread, untimed])))
+    assert quick.timed_rows == 200, "a shard of less than a millisecond was timed, too"
+    text = render(run_of(dict(fleet_of(student("mlp-8", "kd", 0, None)), economics=[unread.plain(), untimed.plain()])))
     assert text.count("never: nobody read it") == 1
     assert text.count("No shard of this store was timed") == 1
 
@@ -906,21 +915,25 @@ def two_runs(root: Path) -> list[Path]:
         fleet = fleet_of(*(student("mlp-8", "kd", seed, 0.8 + 0.03 * seed + shift) for seed in range(3)))
         fleet["run"] = f"runs/{name}"
         write_run(root / name, fleet)
-        (root / name / "identity.json").write_text(json.dumps({"dataset": {"test": "ab"}, "students": {}}))
+        (root / name / "identity.json").write_text(
+            json.dumps({"teacher": {}, "dataset": {"test": "ab"}, "students": {}})
+        )
     return [root / "one", root / "two"]
 
 
 def test_runs_are_compared_in_one_page(tmp_path: Path) -> None:
     folders = two_runs(tmp_path)
     document = write_reports(folders)
-    ReportDocument.model_validate_json(json.dumps(document))
-    assert document["comparison"]["same_test_rows"] is True
-    first, second = document["comparison"]["groups"]
-    assert first["over_first"] is None
-    assert second["over_first"]["mean"] == pytest.approx(0.01)
-    assert second["over_first"]["high"] == pytest.approx(0.01)  # seed by seed the same
+    assert ReportDocument.model_validate_json(json.dumps(document.plain())) == document
+    assert document.comparison is not None
+    assert document.comparison.same_test_rows is True
+    first, second = document.comparison.groups
+    assert first.over_first is None
+    assert second.over_first is not None
+    assert second.over_first.mean == pytest.approx(0.01)
+    assert second.over_first.high == pytest.approx(0.01)  # seed by seed the same
     page = tmp_path / "report.html"
-    assert document["comparison"]["report"] == str(page)
+    assert document.comparison.report == str(page)
     assert all((folder / "report.html").exists() for folder in folders)
     text = page.read_text()
     check_offline(text)
@@ -934,9 +947,9 @@ def test_runs_are_compared_in_one_page(tmp_path: Path) -> None:
 
 def test_runs_that_differ_are_told_apart_or_refused(tmp_path: Path) -> None:
     one, two = two_runs(tmp_path)
-    (two / "identity.json").write_text(json.dumps({"dataset": {"test": "cd"}, "students": {}}))
-    text = write_reports([one, two], tmp_path / "out.html")["comparison"]["report"]
-    assert "different test rows" in Path(text).read_text()
+    (two / "identity.json").write_text(json.dumps({"teacher": {}, "dataset": {"test": "cd"}, "students": {}}))
+    write_reports([one, two], tmp_path / "out.html")
+    assert "different test rows" in (tmp_path / "out.html").read_text()
     (two / "identity.json").unlink()
     assert same_test_rows([read_run(one), read_run(two)]) is None
     write_run(two, regression_of(fleet_of(student("mlp-8", "hard_labels", 0))))
@@ -951,7 +964,7 @@ def test_runs_that_differ_are_told_apart_or_refused(tmp_path: Path) -> None:
 def test_a_single_page_goes_where_it_is_asked_to(tmp_path: Path) -> None:
     one, _ = two_runs(tmp_path)
     document = write_reports([one], tmp_path / "one.html")
-    assert document["runs"][0]["report"] == str(tmp_path / "one.html")
+    assert document.runs[0].report == str(tmp_path / "one.html")
     assert not (one / "report.html").exists()
 
 
@@ -1051,9 +1064,10 @@ def test_page_in_a_browser(tmp_path: Path, page: str) -> None:
         label = np.arange(40) % 20
         for entry in fleet["students"]:
             leave(one, entry, label, np.roll(label, 1), label)
-        path, figures = write_report(one), 9
+        path, figures = write_report(one), 8
     else:
-        path, figures = Path(write_reports([one, two])["comparison"]["report"]), 1
+        write_reports([one, two])
+        path, figures = tmp_path / "report.html", 1
     said, log, asked = opened(path, tmp_path)
     narrow, wide = sorted(said["frames"], key=lambda frame: int(frame["asked"]))
     assert said["violations"] == []
