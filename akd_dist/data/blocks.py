@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -45,14 +44,8 @@ class Block:
         return Block(self.start + offset, inputs, self.labels[offset : offset + 1])
 
 
-@dataclass(frozen=True)
-class RowStream:
-    """Blocks of consecutive rows that can only be read one after the other, as those of a Parquet row group."""
-
-    start: int
-    """Number of the first row."""
-    blocks: Callable[[int], Iterator[Block]]
-    """The blocks, of at most so many rows each."""
+Reader = Callable[[int], Iterator[Block]]
+"""Reads all rows of a source in their order, in blocks of at most so many rows each."""
 
 
 def default_threads() -> int:
@@ -60,18 +53,14 @@ def default_threads() -> int:
     return min(len(os.sched_getaffinity(0)), MAX_THREADS)
 
 
-def map_blocks(streams: Sequence[RowStream], rows: int, work: Callable[[Block], T], threads: int) -> Iterator[T]:
-    """What `work` makes of every block of all streams, in the order of rows; `threads` of them are worked on ahead.
+def map_blocks(blocks: Iterable[Block], work: Callable[[Block], T], threads: int) -> Iterator[T]:
+    """What `work` makes of every block, in the order of the blocks; `threads` of them are worked on ahead.
 
     Blocks are read by the caller's thread alone: decoding and conversion take longer than reading by far.
 
-    Args:
-        streams: in the order of their rows.
-        rows: the most rows of a block.
-
     Raises:
-        RefusedError: of the first row that fails, whatever the threads do: results come in the order of rows, and the
-            block that fails is worked on again row by row.
+        RefusedError: names a row that fails, the same whatever the threads do: results are taken in the order of rows,
+            and the block that fails is worked on again row by row.
     """
 
     def to_the_row(block: Block) -> T:
@@ -82,20 +71,11 @@ def map_blocks(streams: Sequence[RowStream], rows: int, work: Callable[[Block], 
                 work(block.single(offset))
             raise
 
-    def submitted() -> Iterator[Future[T]]:
-        try:
-            for block in itertools.chain.from_iterable(stream.blocks(rows) for stream in streams):
-                yield pool.submit(to_the_row, block)
-        except Exception as error:  # told after the blocks before it, which may be wrong in another way
-            unread: Future[T] = Future()
-            unread.set_exception(error)
-            yield unread
-
     ahead: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for future in submitted():
-                ahead.append(future)
+            for block in blocks:
+                ahead.append(pool.submit(to_the_row, block))
                 if len(ahead) > threads:
                     yield ahead.popleft().result()
             while ahead:
@@ -103,8 +83,3 @@ def map_blocks(streams: Sequence[RowStream], rows: int, work: Callable[[Block], 
         finally:
             for waiting in ahead:
                 waiting.cancel()
-
-
-def first_block(streams: Sequence[RowStream]) -> Block:
-    """The first row alone: what it is like, all others must be."""
-    return next(itertools.chain.from_iterable(stream.blocks(1) for stream in streams))

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.blocks import Block, default_threads, first_block, map_blocks
+from akd_dist.data.blocks import Block, default_threads, map_blocks
 from akd_dist.data.columns import Images, Inputs, inputs_of
 from akd_dist.data.labels import Classes, Labels, labels_of
 from akd_dist.data.sources.base import Kind, Source
@@ -73,7 +73,7 @@ def open_sources(data: recipe.DataSpec, kinds: dict[str, Kind]) -> dict[str, Ope
         RefusedError, RecipeError, MachineError: as `rows.prepare`.
     """
     sources = {name: kind.open() for name, kind in kinds.items()}
-    first = {name: first_block(source.streams) for name, source in sources.items()}
+    first = {name: next(source.blocks(1)) for name, source in sources.items()}
     pair = any(len(block.inputs) == 2 for block in first.values())
     tokenizer = tokenizer_of(data.text, pair) if data.text is not None else None
     readings: dict[str, OpenedSource] = {}
@@ -112,8 +112,8 @@ def read_labels(reading: OpenedSource, tell: Callable[[int, int], None]) -> np.n
         labels[block.rows] = convert(block.labels, block.rows)
         return len(block)
 
-    most = _LABEL_ROWS if source.label_streams else reading.block_rows
-    for done in itertools.accumulate(map_blocks(source.label_streams or source.streams, most, work, default_threads())):
+    blocks = source.label_blocks(_LABEL_ROWS) if source.label_blocks else source.blocks(reading.block_rows)
+    for done in itertools.accumulate(map_blocks(blocks, work, default_threads())):
         tell(done, source.rows)
     return convert.finished(labels)
 
@@ -182,7 +182,7 @@ def write_source(
         outputs = [stack.enter_context(open(path, "wb")) for _, path, _ in files]
         for output, (rows, *_) in zip(outputs, files, strict=True):
             _write_header(output, int(np.count_nonzero(rows)), reading.inputs)
-        for count, parts in map_blocks(source.streams, reading.block_rows, work, default_threads()):
+        for count, parts in map_blocks(source.blocks(reading.block_rows), work, default_threads()):
             for output, part in zip(outputs, parts, strict=False):
                 output.write(part.data)
             done += count

@@ -20,7 +20,7 @@ from akd_dist.base.errors import RecipeError, RefusedError
 from akd_dist.base.files import expanded
 from akd_dist.base.formatting import some_of
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.blocks import Block, default_threads, first_block, map_blocks
+from akd_dist.data.blocks import Block, default_threads, map_blocks
 from akd_dist.data.columns import Images, inputs_of, notes_of
 from akd_dist.data.labels import Classes, Labels, labels_of
 from akd_dist.data.parquet_files import is_skipped, may_be_parquet
@@ -225,7 +225,7 @@ def _one_or_two(columns: tuple[str, ...]) -> str | list[str]:
 
 
 def _of_source(source: Source, asked: DataRequest, card: ModelCard, home: Home) -> Examples:
-    first = first_block(source.streams)
+    first = next(source.blocks(1))
     _check_kind(source, first, card, home)
     tokenizer = _tokenizer(asked, card, home, pair=len(first.inputs) == 2)
     inputs = inputs_of(first.inputs, 0, source.input_place, None, tokenizer, card.image)
@@ -263,7 +263,7 @@ def _of_source(source: Source, asked: DataRequest, card: ModelCard, home: Home) 
         like,
         source.rows,
         labelled,
-        lambda: _regrouped(map_blocks(source.streams, most, read, default_threads())),
+        lambda: _regrouped(map_blocks(source.blocks(most), read, default_threads())),
         lambda: notes_of(inputs, source.name),
     )
 

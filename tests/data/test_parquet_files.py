@@ -310,7 +310,8 @@ def test_labels_are_read_without_inputs(tmp_path: Path) -> None:
     write(tmp_path / "rows" / "y=1" / "a.parquet", 0, label=False)
     write(tmp_path / "rows" / "b" / "b.parquet", 1)
     source = kind_of(Parquet(path=str(tmp_path / "rows"), input="x", label="y")).open()
-    blocks = [block for stream in source.label_streams for block in stream.blocks(3)]
+    assert source.label_blocks is not None
+    blocks = list(source.label_blocks(3))
     assert all(not block.inputs for block in blocks)
     labels = np.concatenate([block.labels.to_numpy(zero_copy_only=False) for block in blocks])
     assert labels.tolist() == [0, 1, 0, 1, 1, 1, 1, 1]
@@ -326,7 +327,7 @@ def test_a_file_is_opened_only_where_its_name_leaves_doubt(folder: Path, monkeyp
 
 
 def test_sources_are_read_as_before_by_pair(tmp_path: Path) -> None:
-    """The streams of rows keep their columns: two of text, and the label that stands in the path."""
+    """The blocks of rows keep their columns: two of text, and the label that stands in the path."""
     path = tmp_path / "pairs" / "y=1" / "a.parquet"
     path.parent.mkdir(parents=True)
     pq.write_table(pa.table({"one": ["a", "b"], "two": ["c", "d"]}), path)

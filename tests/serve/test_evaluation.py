@@ -22,7 +22,7 @@ import akd_dist
 from akd_dist import cli, recipe
 from akd_dist.base.errors import MachineError, RecipeError, RefusedError
 from akd_dist.data import predictions
-from akd_dist.data.blocks import Block, RowStream, map_blocks
+from akd_dist.data.blocks import Block, map_blocks
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Rows
 from akd_dist.data.text import ByteTokenizer, tokenizer_of
@@ -389,13 +389,12 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
 def test_blocks_are_worked_on_in_order_and_not_far_ahead() -> None:
     read = []
 
-    def blocks(start: int, most: int) -> Iterator[Block]:
-        for at in range(start, start + 100, most):
+    def blocks() -> Iterator[Block]:
+        for at in range(0, 200, 10):
             read.append(at)
-            yield Block(at, [np.arange(at, at + most)], pa.nulls(most))
+            yield Block(at, [np.arange(at, at + 10)], pa.nulls(10))
 
-    streams = [RowStream(start, lambda most, start=start: blocks(start, most)) for start in (0, 100)]  # type: ignore[misc]
-    made = map_blocks(streams, 10, lambda block: block.start, threads=2)
+    made = map_blocks(blocks(), lambda block: block.start, threads=2)
     assert next(made) == 0
     assert len(read) <= 3
     assert [0, *made] == list(range(0, 200, 10))
@@ -406,7 +405,7 @@ def test_blocks_are_worked_on_in_order_and_not_far_ahead() -> None:
         return block.start
 
     with pytest.raises(RefusedError, match="rows 25 to 25"):
-        list(map_blocks(streams, 10, fail, threads=2))
+        list(map_blocks(blocks(), fail, threads=2))
 
 
 # ---- the commands

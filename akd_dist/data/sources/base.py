@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.blocks import Block, RowStream
+from akd_dist.data.blocks import Block, Reader
 from akd_dist.data.columns import Place
-
-# Rows of a stream, where a source can be read from any row.
-STREAM_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -27,12 +23,12 @@ class Source:
     """For messages."""
     rows: int
     """How many."""
-    streams: Sequence[RowStream]
-    """How to read them."""
+    blocks: Reader
+    """Reads them."""
     where: Callable[[int], str]
     """A row's place, for messages."""
-    label_streams: Sequence[RowStream] = ()
-    """How to read labels alone, in blocks without columns of inputs; none where they come with the inputs only."""
+    label_blocks: Reader | None = None
+    """Reads labels alone, in blocks without columns of inputs; None where they come with the inputs only."""
     notes: tuple[str, ...] = ()
     """What a user should know of the source, a line each."""
     inputs: tuple[str, ...] = ()
@@ -81,17 +77,10 @@ class Kind(Protocol):
         """Look at the rows: how many there are, and whether they have the columns that the recipe names."""
 
 
-def slices(rows: int, read: Callable[[int, int], tuple[Sequence[Any], Any]], per_stream: int) -> list[RowStream]:
-    """Streams over rows that can be read from anywhere: `read(start, stop)` gives columns of inputs, and labels."""
-
-    def blocks(first: int, last: int, most: int) -> Iterator[Block]:
-        for start in range(first, last, most):
-            yield Block(start, *read(start, min(start + most, last)))
-
-    return [
-        RowStream(first, functools.partial(blocks, first, min(first + per_stream, rows)))
-        for first in range(0, rows, per_stream)
-    ]
+def slices(rows: int, read: Callable[[int, int], tuple[Sequence[Any], Any]], most: int) -> Iterator[Block]:
+    """Blocks of rows that can be read from anywhere: `read(start, stop)` gives columns of inputs, and labels."""
+    for start in range(0, rows, most):
+        yield Block(start, *read(start, min(start + most, rows)))
 
 
 def stats_of(files: Sequence[Path]) -> list[list[Any]]:

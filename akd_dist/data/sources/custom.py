@@ -16,11 +16,11 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import sha256
 from akd_dist.data import pictures
 from akd_dist.data.arguments import listing, named, placed
-from akd_dist.data.blocks import Block, RowStream
+from akd_dist.data.blocks import Block
 from akd_dist.data.factories import call_factory, source_of, whole
 from akd_dist.data.schemas import check_schema
-from akd_dist.data.sources.base import STREAM_ROWS, Source, row_of, slices, stats_of
-from akd_dist.data.sources.tables import columns_of, columns_of_table, labels_alone, source_of_table
+from akd_dist.data.sources.base import Source, row_of, slices, stats_of
+from akd_dist.data.sources.tables import columns_of, columns_of_table, source_of_table
 
 _SAMPLE_ROWS = 18
 
@@ -50,8 +50,8 @@ class CustomSource:
             return self._of_table(self._read(made))
         if hasattr(made, "__getitem__") and hasattr(made, "__len__"):
             items = _Items(made, self.spec)
-            streams = [RowStream(0, items.blocks)]
-            return Source(items.name, items.rows, streams, items.where, classes=self.spec.classes, sample=items.sample)
+            where, classes = items.where, self.spec.classes
+            return Source(items.name, items.rows, items.blocks, where, classes=classes, sample=items.sample)
         raise RefusedError(
             f"the factory {self.spec.factory} returned something else than data",
             got=type(made).__name__,
@@ -71,17 +71,16 @@ class CustomSource:
         name = f"the table of {self.spec.factory}"
         check_schema(table.schema, self.spec, name)
 
-        def streams(spec: recipe.Table) -> list[RowStream]:
+        def blocks(spec: recipe.Table, most: int) -> Iterator[Block]:
             return slices(
-                len(table), lambda start, stop: columns_of_table(spec, table.slice(start, stop - start)), STREAM_ROWS
+                len(table), lambda start, stop: columns_of_table(spec, table.slice(start, stop - start)), most
             )
 
         def sample() -> str:
             rows = [table.select(columns_of(self.spec)).slice(row, 1).to_pylist() for row in _few(len(table))]
             return sha256(repr(rows).encode())
 
-        both = streams(self.spec), streams(labels_alone(self.spec))
-        source = source_of_table(self.spec, name, len(table), both, row_of(name), table.schema)
+        source = source_of_table(self.spec, name, len(table), blocks, row_of(name), table.schema)
         return dataclasses.replace(source, sample=sample)
 
 
@@ -98,18 +97,7 @@ class _Items:
     def blocks(self, most: int) -> Iterator[Block]:
         """All items."""
         for start in range(0, self.rows, most):
-            items: list[tuple[list[Any], Any]] = []
-            failed = None
-            for row in range(start, min(start + most, self.rows)):
-                try:
-                    items.append(self._item(row))
-                except RefusedError as error:  # told after the rows before it, which may be wrong in another way
-                    failed = error
-                    break
-            if items:
-                yield _block_of_items(start, items)
-            if failed is not None:
-                raise failed
+            yield _block_of_items(start, [self._item(row) for row in range(start, min(start + most, self.rows))])
 
     def sample(self) -> str:
         """A hash of a few items."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import version
 from typing import Any
 
@@ -27,5 +28,8 @@ class DigitsSource:
         # Their grey levels are 0 to 16.
         inputs, ids = np.rint(grey * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8), pa.array(labels)
         name = "the digits of scikit-learn"
-        streams = slices(len(ids), lambda start, stop: ([inputs[start:stop]], ids[start:stop]), len(ids))
-        return Source(name, len(ids), streams, row_of(name), classes=10)
+
+        def read(start: int, stop: int) -> tuple[list[np.ndarray], Any]:
+            return [inputs[start:stop]], ids[start:stop]
+
+        return Source(name, len(ids), functools.partial(slices, len(ids), read), row_of(name), classes=10)

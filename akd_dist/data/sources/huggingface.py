@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pyarrow as pa
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import hub
-from akd_dist.data.blocks import RowStream
+from akd_dist.data.blocks import Block
 from akd_dist.data.parquet_files import nothing_at
 from akd_dist.data.schemas import check_schema
-from akd_dist.data.sources.base import STREAM_ROWS, Source, no_rows, row_of, slices, stats_of
-from akd_dist.data.sources.tables import columns_of, columns_of_table, labels_alone, source_of_table
+from akd_dist.data.sources.base import Source, no_rows, row_of, slices, stats_of
+from akd_dist.data.sources.tables import columns_of, columns_of_table, source_of_table
 
 
 class HuggingFaceSource:
@@ -36,7 +37,7 @@ class HuggingFaceSource:
         check_schema(schema, self.spec, self.name)
         rows: int = len(dataset)
 
-        def streams(spec: recipe.Table) -> list[RowStream]:
+        def blocks(spec: recipe.Table, most: int) -> Iterator[Block]:
             chosen = dataset.select_columns(columns_of(spec)).with_format("arrow")
 
             def read(start: int, stop: int) -> tuple[list[Any], Any]:
@@ -46,10 +47,9 @@ class HuggingFaceSource:
                     raise self._refused(error) from error
                 return columns_of_table(spec, table)
 
-            return slices(rows, read, STREAM_ROWS)
+            return slices(rows, read, most)
 
-        both = streams(self.spec), streams(labels_alone(self.spec))
-        return source_of_table(self.spec, self.name, rows, both, row_of(self.name), schema)
+        return source_of_table(self.spec, self.name, rows, blocks, row_of(self.name), schema)
 
     def _folder(self) -> Path:
         folder = Path(self.spec.path or "")

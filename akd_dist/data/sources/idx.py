@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.blocks import Block, RowStream
+from akd_dist.data.blocks import Block
 from akd_dist.data.parquet_files import nothing_at
 from akd_dist.data.sources.base import Source, row_of, stats_of
 
@@ -70,9 +70,9 @@ class IdxSource:
         return Source(
             name,
             rows,
-            [RowStream(0, blocks)],
+            blocks,
             row_of(name),
-            label_streams=[RowStream(0, labels_alone)],
+            label_blocks=labels_alone,
             classes=self.spec.classes,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import pyarrow.parquet as pq
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.blocks import Block, RowStream
+from akd_dist.data.blocks import Block
 from akd_dist.data.parquet_files import find_parquet
 from akd_dist.data.schemas import check_schema, plain
 from akd_dist.data.sources.base import Source, stats_of
-from akd_dist.data.sources.tables import columns_of, columns_of_table, labels_alone, source_of_table
+from akd_dist.data.sources.tables import columns_of, columns_of_table, source_of_table
 
 # Bytes read ahead in a column. With `pre_buffer`, pyarrow would hold a whole row group in memory.
 _BUFFER_BYTES = 1 << 20
@@ -39,8 +38,7 @@ class ParquetSource:
 
     def open(self) -> Source:
         """Look at the rows, without reading them."""
-        streams: list[RowStream] = []
-        label_streams: list[RowStream] = []
+        groups: list[tuple[Path, int, int]] = []  # file, row group, number of its first row
         starts, schema = [0], None
         for file in self.files:
             with _opened(file) as parquet:
@@ -50,9 +48,7 @@ class ParquetSource:
                 schema = schema or whole
                 at = starts[-1]
                 for number in range(parquet.num_row_groups):
-                    for into, spec in ((streams, self.spec), (label_streams, labels_alone(self.spec))):
-                        blocks = functools.partial(self._blocks, spec, file, number, at)
-                        into.append(RowStream(at, blocks))
+                    groups.append((file, number, at))
                     at += parquet.metadata.row_group(number).num_rows
                 starts.append(at)
 
@@ -61,9 +57,11 @@ class ParquetSource:
             inside = f" ({self.files[file].name}, row {row - starts[file]})" if len(self.files) > 1 else ""
             return f"row {row} of {self.spec.path}{inside}"
 
-        return source_of_table(
-            self.spec, self.spec.path, starts[-1], (streams, label_streams), where, schema, self._notes()
-        )
+        def blocks(spec: recipe.Table, most: int) -> Iterator[Block]:
+            for file, number, start in groups:
+                yield from self._blocks(spec, file, number, start, most)
+
+        return source_of_table(self.spec, self.spec.path, starts[-1], blocks, where, schema, self._notes())
 
     def _blocks(self, spec: recipe.Table, file: Path, group: int, start: int, most: int) -> Iterator[Block]:
         columns = columns_of(spec)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
 
 from akd_dist import recipe
-from akd_dist.data.blocks import RowStream
+from akd_dist.data.blocks import Block
 from akd_dist.data.schemas import class_label_names, input_columns, label_columns
 from akd_dist.data.sources.base import Source
 
@@ -30,16 +31,16 @@ def labels_alone(spec: recipe.Table) -> recipe.Table:
 
 
 def source_of_table(
-    spec: recipe.Table, name: str, rows: int, streams: tuple[Sequence[RowStream], Sequence[RowStream]],
+    spec: recipe.Table, name: str, rows: int, blocks: Callable[[recipe.Table, int], Iterator[Block]],
     where: Callable[[int], str], schema: Any, notes: tuple[str, ...] = (),
 ) -> Source:  # fmt: skip
-    """A source of a table: `streams` are those of its rows, and those of its labels alone."""
+    """A source of a table: `blocks` reads all rows of the columns that a spec names, in blocks of at most so many."""
     return Source(
         name,
         rows,
-        streams[0],
+        functools.partial(blocks, spec),
         where,
-        label_streams=streams[1],
+        label_blocks=functools.partial(blocks, labels_alone(spec)),
         notes=notes,
         inputs=input_columns(spec),
         label=label_columns(spec),
