@@ -59,8 +59,8 @@ def map_blocks(blocks: Iterable[Block], work: Callable[[Block], T], threads: int
     Blocks are read by the caller's thread alone: decoding and conversion take longer than reading by far.
 
     Raises:
-        RefusedError: names a row that fails, the same whatever the threads do: results are taken in the order of rows,
-            and the block that fails is worked on again row by row.
+        RefusedError: names the first row that fails, whatever the threads do: results are taken in the order of rows,
+            and the block that fails is worked on again row by row. What cannot be read is told at once.
     """
 
     def to_the_row(block: Block) -> T:
