@@ -250,13 +250,14 @@ def marked(marker: Path) -> list[psutil.Process]:
     return found
 
 
-def standing_still(marker: Path) -> list[psutil.Process]:
-    """Those of them that are suspended."""
+def standing_still(command: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes below a command that are suspended."""
     found = []
-    for process in marked(marker):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if stands_still(process):
-                found.append(process)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(command.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if stands_still(process):
+                    found.append(process)
     return found
 
 
@@ -266,5 +267,5 @@ def until(ready: Callable[[], Any], command: subprocess.Popen[str], errors: Path
     while not (found := ready()):
         assert command.poll() is None, errors.read_text()
         assert time.monotonic() < deadline, errors.read_text()
-        time.sleep(0.05)
+        time.sleep(0.2)
     return found

@@ -283,7 +283,7 @@ def interrupt(
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=err, text=True, start_new_session=True, env=environment
         )
-    until(lambda: standing_still(marker), process, errors)
+    until(lambda: standing_still(process), process, errors)
     stops = set(marker.rglob("stop-*"))
     if group:  # as a terminal or a service manager does: to everybody
         os.killpg(process.pid, number)
@@ -292,9 +292,9 @@ def interrupt(
     if number != signal.SIGKILL:
         until(lambda: set(marker.rglob("stop-*")) - stops, process, errors)
         while process.poll() is None:
-            for one in standing_still(marker):
+            for one in standing_still(process):
                 one.resume()
-            time.sleep(0.1)
+            time.sleep(0.2)
     out, _ = process.communicate(timeout=900)
     return subprocess.CompletedProcess(command, process.returncode, out, errors.read_text())
 

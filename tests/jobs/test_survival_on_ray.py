@@ -281,7 +281,7 @@ def test_a_waiting_driver_carries_on_from_a_killed_one(home: Home, tmp_path: Pat
     run, waiting = tmp_path / "runs" / "fleet", tmp_path / "waiting"
     waiting.mkdir()
     with Driver(home.command(tmp_path), tmp_path, AKD_FAILPOINT=SECOND_EPOCH) as first:
-        (worker,) = first.until(lambda: standing_still(tmp_path))
+        (worker,) = first.until(lambda: standing_still(first.process))
         second = subprocess.run(home.command(tmp_path), capture_output=True, text=True, check=False)
         assert second.returncode == 3
         assert f"process {first.process.pid} on {socket.gethostname()}" in second.stderr
