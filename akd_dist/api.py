@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from akd_dist.data.row_cache import Progress
+    from akd_dist.jobs.planning.plan import RunPlan
+    from akd_dist.recipe import Recipe
     from akd_dist.serve.examples import DataRequest
     from akd_dist.storage.reader import LogitStore
 
@@ -89,14 +91,8 @@ def train_students(options: RunOptions) -> dict[str, Any]:
     Raises:
         AkdError: a refusal; nothing that was trained is lost.
     """
-    recipe = options.read()
-    if options.trackers:
-        from akd_dist.tracking.follower import check_trackers
-
-        check_trackers(options.trackers)
-    from akd_dist.jobs.train_students import train_students
-
-    return train_students(recipe, options)
+    _, fleet = _run(options.read(), options)
+    return fleet
 
 
 @_taking(CompareOptions)
@@ -114,15 +110,12 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         AkdError: a refusal; nothing that was trained is lost.
     """
     read = options.read()
+    from akd_dist.documents.fleet import FleetDocument
     from akd_dist.reporting import comparison
 
     expanded = comparison.expand(read, options.seeds)
-    shared = {one.name: getattr(options, one.name) for one in fields(FleetOptions)}
-    fleet = train_students(**shared | {"recipe": expanded})
-    from akd_dist.data.row_cache import prepare
-    from akd_dist.documents.fleet import FleetDocument
-
-    splits = prepare(expanded.data, Path(options.cache), expected={})  # done already: this only looks
+    plan, fleet = _run(expanded, RunOptions(**{one.name: getattr(options, one.name) for one in fields(FleetOptions)}))
+    splits = plan.inputs.splits
     words = ["akd-dist", "compare", f"{read.name}.yaml" if read is options.recipe else str(options.recipe)]
     words += [word for override in options.overrides for word in ("--set", override)]
     words += [word for module in options.modules for word in ("--trust", module)]
@@ -136,6 +129,16 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     comparison.write_comparison(Path(fleet["run"]), document)
     report(fleet["run"])  # now with the table
     return document.plain()
+
+
+def _run(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, Any]]:
+    if options.trackers:
+        from akd_dist.tracking.follower import check_trackers
+
+        check_trackers(options.trackers)
+    from akd_dist.jobs.train_students import run_recipe
+
+    return run_recipe(recipe, options)
 
 
 def open_store(uri: str | Path) -> LogitStore:

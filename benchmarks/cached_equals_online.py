@@ -37,8 +37,8 @@ from akd_dist.distill.stream import BatchStream, epoch_order
 from akd_dist.distill.student import Student, seeded_states
 from akd_dist.distill.teacher import teacher_logits
 from akd_dist.jobs.cache_teacher import cache_in_process
-from akd_dist.jobs.train_students import fleet_job
-from akd_dist.jobs.train_teacher import Workspace, ensure_teacher, run_in_process
+from akd_dist.jobs.planning.plan import fleet_job
+from akd_dist.jobs.train_teacher import Workspace, ensure_trained, run_in_process, teacher_of
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import generator_states, set_deterministic, set_generator_states, weights_dtype
@@ -358,7 +358,9 @@ def harm(folder: Path) -> dict[str, dict[str, Any]]:
     splits = prepare(recipe.data, folder / "cache")
     set_deterministic("cpu", 1)
     place = Workspace(str(folder / "stores"), str(folder / "cache"))
-    teacher = ensure_teacher(recipe, splits, place, run_in_process)
+    trained = teacher_of(recipe, splits)
+    assert trained is not None
+    teacher = ensure_trained(trained, recipe, splits, place, run_in_process)
     still = recipe.data.model_copy(update={"views": 1, "augmentation": recipes.NoAugmentation()})
     plain = stored_logits(recipe.model_copy(update={"data": still}), teacher, splits, folder)
     found: dict[str, dict[str, Any]] = {}

@@ -190,7 +190,7 @@ def counting() -> list[float]:
 def start(folder: Path) -> dict[str, float]:
     """From this process's begin to its first batch, and until its sources have been read."""
     from akd_dist.data.row_cache import prepare
-    from akd_dist.jobs.train_students import check_students
+    from akd_dist.jobs.planning.caching import check_students
 
     recipe = recipe_of(folder)
     splits = prepare(recipe.data, folder / "cache")
@@ -216,7 +216,7 @@ def born() -> float:
 def opened(folder: Path, recipe: Any, splits: Any) -> Any:
     """What a cohort reads."""
     from akd_dist.distill.cohort import open_stream
-    from akd_dist.jobs.train_students import fleet_job
+    from akd_dist.jobs.planning.plan import fleet_job
 
     stores = json.loads((folder / "stores.json").read_text())
     job = fleet_job(recipe, splits, stores, folder / "run", str(folder / "cache"))
@@ -228,7 +228,7 @@ def train(folder: Path, model: str) -> dict[str, float]:
     """Train the student from its start to its delivery, torch and all else warm."""
     from akd_dist.data.row_cache import prepare
     from akd_dist.distill.cohort import train_cohort
-    from akd_dist.jobs.train_students import fleet_job
+    from akd_dist.jobs.planning.plan import fleet_job
 
     recipe = recipe_of(folder, model)
     splits = prepare(recipe.data, folder / "cache")

@@ -24,7 +24,6 @@ from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob, read_progress, read_result, renewals
 from akd_dist.models.build import by_content
 from akd_dist.models.device import device_name, gpus_of
-from akd_dist.models.folder import load_card
 from akd_dist.options import RecipeOptions
 from akd_dist.recipe import HardLabels, Recipe
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store
@@ -137,7 +136,12 @@ class Trained:
 
     def uri(self, store_root: str) -> str:
         """Its model folder, whether it is there or not."""
-        return f"{store_root.rstrip('/')}/{TEACHERS}/{self.spec.name}"
+        return f"{store_root.rstrip('/')}/{self.claim}"
+
+    @property
+    def claim(self) -> str:
+        """The name by which it is held while it is trained."""
+        return f"{TEACHERS}/{self.spec.name}"
 
     def job(self, recipe: Recipe, splits: Splits, workspace: Workspace) -> CohortJob:
         """The model as a cohort of one: the same loop as for students."""
@@ -221,20 +225,6 @@ def is_there(uri: str) -> bool:
     return open_root(uri).exists("model.json")
 
 
-def ensure_teacher(recipe: Recipe, splits: Splits, workspace: Workspace, run: Run) -> str:
-    """The URI of the teacher's model folder, trained first if the recipe says how and it is not there yet.
-
-    Raises:
-        RefusedError: the teacher does not fit the data, or its training failed.
-        HeldError: somebody else is training it.
-    """
-    if (trained := teacher_of(recipe, splits)) is not None:
-        return ensure_trained(trained, recipe, splits, workspace, run)
-    assert recipe.teacher.weights is not None
-    load_card(recipe.teacher.weights).check_rows(splits.train, f"the teacher in {recipe.teacher.weights}")
-    return recipe.teacher.weights
-
-
 def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, workspace: Workspace, run: Run) -> str:
     """The URI of a model's folder; it is trained if it is not there yet, by `run`.
 
@@ -242,7 +232,7 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, workspace: 
         RefusedError: its training failed.
         HeldError: somebody else is training it.
     """
-    uri, claim = trained.uri(workspace.store_root), f"{TEACHERS}/{trained.spec.name}"
+    uri, claim = trained.uri(workspace.store_root), trained.claim
     if is_there(uri):
         workspace.sweep(claim)
         return uri

@@ -70,6 +70,14 @@ def stores_of(recipe: Recipe, teacher: str, root: Path) -> dict[str, str]:
     return {"train": document["store"]} | {split: part["store"] for split, part in document["splits"].items()}
 
 
+def chain_of(cached: dict[str, Any]) -> list[dict[str, str]]:
+    """The stores of the teacher and of its assistants, from the document that caching returns."""
+    return [
+        {"train": model["store"]} | {split: part["store"] for split, part in model["splits"].items()}
+        for model in (cached, *cached["assistants"])
+    ]
+
+
 def newest_tree(folder: Path) -> Any:
     """What the newest intact checkpoint of a folder holds."""
     found = newest_checkpoint(folder)

@@ -25,7 +25,7 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.distill.checkpoint import checkpoints
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob
-from akd_dist.jobs.train_students import fleet_job
+from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.recipe import Recipe
 from tests.fleets import ANNEALING, HARD, KD, a_recipe, a_student, a_teacher, stores_of
 

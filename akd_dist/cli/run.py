@@ -11,6 +11,7 @@ import click
 
 import akd_dist
 from akd_dist.cli.options import json_option, taking
+from akd_dist.cli.plans import print_fleet_plan, print_plan
 from akd_dist.cli.show import (
     SHORT_ID,
     command_line,
@@ -22,7 +23,6 @@ from akd_dist.cli.show import (
     short_path,
     size,
     stdout_for_results,
-    table_of,
 )
 from akd_dist.options import CacheOptions, CompareOptions, RunOptions
 
@@ -113,27 +113,6 @@ def compare(as_json: bool, **given: Any) -> int:
         click.echo(f"table   {short_path(run / MARKDOWN_NAME)}")
         click.echo(f"report  {short_path(run / 'report.html')}")
     return int(any(row["lost"] for row in document["table"]))
-
-
-def print_plan(plan: dict[str, Any]) -> None:
-    """What caching would compute, as a table."""
-    table = table_of("split", "rows", "views", "shards to compute", "size", title="what caching would compute")
-    models = [("", plan["splits"]), *((f"{one['model']}, ", one["splits"]) for one in plan["assistants"])]
-    for split, part in [(whose + split, part) for whose, splits in models for split, part in splits.items()]:
-        shards = "none: a hit" if part["hit"] else f"{part['shards']:,}"
-        table.add_row(split, f"{part['rows']:,}", str(part["views"]), shards, size(part["bytes"]))
-    print_table(table)
-    free = "unknown" if plan["free"] is None else size(plan["free"])
-    click.echo(f"needs {size(plan['bytes'])} under {plan['store_root']}, free {free}; nothing was computed")
-
-
-def print_fleet_plan(plan: dict[str, Any]) -> None:
-    """What training would do, as a table, and why."""
-    from akd_dist.jobs.planning.plan import plan_lines, plan_table
-
-    print_table(plan_table(plan))
-    for line in plan_lines(plan):
-        click.echo(line)
 
 
 def print_cached(document: dict[str, Any], next_command: str) -> None:

@@ -198,7 +198,7 @@ def stores_repair(
     if overrides and recipe_path is None:
         raise RecipeError("--set changes a recipe and none is given", got="--set", next="add --recipe RECIPE")
     recipe = load(recipe_path, overrides) if recipe_path else None
-    from akd_dist.jobs.cache_teacher import repair
+    from akd_dist.jobs.repair import repair
     from akd_dist.storage.catalog import resolve_id
 
     root = places.absolute(store_root)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,21 @@ def check_fingerprints(job: CohortJob, splits: Splits) -> None:
             )
 
 
-def open_stream(job: CohortJob, splits: Splits) -> tuple[BatchStream, np.ndarray | None, list[Content]]:
+def open_stream(
+    job: CohortJob, splits: Splits, store_of: Callable[[str], LogitStore] = open_store
+) -> tuple[BatchStream, np.ndarray | None, list[Content]]:
     """The cohort's stream, and what the teacher says of each test row, as `stored_predictions`: both from stores.
 
     And the content of all that is mapped for it.
+
+    Args:
+        store_of: gives the store at a URI; whoever has it open already gives that.
     """
     logits, teacher_said, contents = None, None, splits.contents()
     if job.stores:
-        test = open_store(job.teacher_test or job.stores["test"])
+        train, test = store_of(job.stores["train"]), store_of(job.teacher_test or job.stores["test"])
         teacher_said = stored_predictions(test, splits.test).numpy()
-        logits, decoded = map_decoded(open_store(job.stores["train"]), Path(job.cache_root))
+        logits, decoded = map_decoded(train, Path(job.cache_root))
         contents.append(decoded)
     stream = BatchStream(
         splits.train,
@@ -142,7 +148,7 @@ def open_stream(job: CohortJob, splits: Splits) -> tuple[BatchStream, np.ndarray
         device=job.device,
     )
     if job.stores:
-        stream.check_probes(open_store(job.stores["train"]).manifest)
+        stream.check_probes(train.manifest)
     return stream, teacher_said, contents
 
 

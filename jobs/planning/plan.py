@@ -1,171 +1,349 @@
-"""A fleet before it is trained: its plan as typed objects, and as text."""
+"""The plan of a run: made once, printed by `--dry-run`, executed by the command. What cannot fit is refused here."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from akd_dist.base.formatting import counted, duration, house_table, size
+import numpy as np
+import torch
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-Standing = Literal["new", "resumes", "ended"]
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """A number of cohorts that the planner tried."""
-
-    cohorts: int
-    """So many."""
-    seconds: float
-    """When the fleet would end, starts included."""
-
-
-@dataclass(frozen=True)
-class PlannedStudent:
-    """A student, and what is before it."""
-
-    name: str
-    """Its folder under students/."""
-    model: str
-    """Label of its architecture."""
-    objective: str
-    """Kind of its objective."""
-    parameters: int
-    """Number of its weights."""
-    standing: Standing
-    """Whether it starts, resumes from a checkpoint, or has ended already."""
-    rides: str | None
-    """Whose stage I it goes on from; none if it computes its own."""
-    steps: int
-    """Steps that it still computes."""
-    seconds: float | None
-    """What it adds to its cohort; none if its probe failed."""
+from akd_dist.base.errors import MachineError
+from akd_dist.base.formatting import counted, duration, size
+from akd_dist.data.rows import SPLITS, Splits
+from akd_dist.distill.checkpoint import checkpoints
+from akd_dist.distill.job import CohortJob, ended
+from akd_dist.distill.stream import batch_ends
+from akd_dist.documents.cache import PlanDocument
+from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort, PlannedStudent
+from akd_dist.jobs.packing import Node, ResourceRequest, timetable
+from akd_dist.jobs.planning.caching import Inputs, foresee_caching
+from akd_dist.jobs.planning.planner import (
+    START_SECONDS,
+    Alternative,
+    Cohort,
+    Costs,
+    groups_of,
+    learns_from_assistant,
+    plan_cohorts,
+)
+from akd_dist.jobs.planning.probing import measure_all, measure_there
+from akd_dist.jobs.train_teacher import Stores, Workspace
+from akd_dist.models.device import gpus_of
+from akd_dist.recipe import Recipe, StudentSpec
+from akd_dist.storage.encodings import encoding_from_config
+from akd_dist.storage.roots import open_root
 
 
 @dataclass(frozen=True)
-class PlannedCohort:
-    """Students that train in lockstep, and what that takes."""
+class RunPlan:
+    """What is left to do of a run."""
 
-    students: tuple[PlannedStudent, ...]
-    """Who they are."""
-    why: str
-    """What they share."""
-    waits: str | None
-    """What it waits for, unless it starts at once."""
-    workers: int
-    """Data-parallel workers."""
-    cpus: float
-    """CPUs of each worker."""
-    gpus: float
-    """GPUs of each worker."""
-    memory: int
-    """Bytes of main memory of each worker, as estimated; memory maps that the whole node shares are not in it."""
-    steps: int
-    """Steps of the stream."""
-    bytes_streamed: int
-    """Inputs, labels and logits that the stream reads, once for all students."""
-    begins: float
-    """Seconds from the first start."""
-    ends: float
-    """Seconds from the first start."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What training a fleet would do."""
-
-    run: str
+    inputs: Inputs
+    """The rows, and the models and stores that are there."""
+    run: Path
     """The run's folder."""
-    device: str
-    """Where it computes."""
-    teacher: str
-    """What has to be done before students can start."""
-    cache_bytes: int
-    """Logits that are still to be computed."""
-    nodes: int
-    """Nodes of the cluster."""
-    cpus: float
-    """Their CPUs."""
-    gpus: float
-    """Their GPUs."""
-    memory: int | None
-    """Main memory that they give to workers, in bytes; none where it is not known."""
-    why: str
-    """Why there are so many cohorts: what fewer and what more of them would come to."""
-    cohorts: tuple[PlannedCohort, ...]
-    """In the order in which they queue."""
-    ended: tuple[PlannedStudent, ...]
-    """Students that need no more training."""
-    checkpoint_bytes: int
-    """The most that lies there of checkpoints at a time."""
-    model_bytes: int
-    """What is delivered."""
-    free_bytes: int
-    """Free under the run root."""
-    seconds: float
-    """From the first start to the end of the last cohort; without the teacher and its caching."""
-
-    def document(self) -> dict[str, Any]:
-        """As JSON."""
-        plain = asdict(self)
-        plain["cohorts"] = [cohort | {"students": list(cohort["students"])} for cohort in plain["cohorts"]]
-        return {"dry_run": True} | plain | {"ended": list(plain["ended"])}
+    todo: list[StudentSpec]
+    """The students that have not ended."""
+    cohorts: list[Cohort]
+    """Those students, in the cohorts that they are trained in, the longest first."""
+    costs: Costs
+    """What they take."""
+    document: FleetPlanDocument
+    """All of it, as `--dry-run` prints it."""
 
 
-def plan_table(plan: dict[str, Any]) -> Table:
-    """The cohorts of a plan's document and their students, a line each."""
-    table = house_table("what training would do")
-    table.add_column("student", overflow="fold")
-    for column in ("parameters", "steps", "takes", "state"):
-        table.add_column(column, no_wrap=True, justify="left" if column == "state" else "right")
-    for number, cohort in enumerate(plan["cohorts"], 1):
-        for student in cohort["students"]:
-            takes = "unknown" if student["seconds"] is None else duration(student["seconds"])
-            name = student["name"] + (f"\n  stage I of {student['rides']}" if student["rides"] else "")
-            figures = (f"{student['parameters']:,}", f"{student['steps']:,}", takes)
-            table.add_row(name, *figures, student["standing"])
-        took = duration(cohort["ends"] - cohort["begins"])
-        table.add_row(f"= cohort {number}", "", f"{cohort['steps']:,}", took, "", end_section=True)
-    for student in plan["ended"]:
-        table.add_row(student["name"], f"{student['parameters']:,}", "0", "", "ended")
-    return table
+def costs_of(
+    recipe: Recipe,
+    todo: Sequence[StudentSpec],
+    splits: Splits,
+    parameters: dict[str, int],
+    root: Path | None,
+    workspace: Workspace,
+) -> Costs:
+    """What the students that are not done take, from a short probe and from where their checkpoints stand.
+
+    They are probed on this machine; on another one of the cluster if they take a GPU and it has none.
+
+    Args:
+        root: the folder of student folders; None for a run that begins afresh.
+    """
+    probed = (recipe, todo, parameters, workspace.cache_root)
+    elsewhere = todo and gpus_of(recipe.device) and not torch.cuda.is_available()
+    measured = measure_there(*probed, workspace.tell) if elsewhere else measure_all(*probed)
+    places = {spec.name: position(root / spec.name / "checkpoints") for spec in todo} if root else {}
+    return Costs.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
 
 
-def plan_lines(plan: dict[str, Any]) -> list[str]:
-    """What a table does not say: the reasons, and the sums."""
-    cohorts = [f"cohort {number}: {_about(cohort)}" for number, cohort in enumerate(plan["cohorts"], 1)]
-    waits = [
-        f"cohort {number} waits: {cohort['waits']}"
-        for number, cohort in enumerate(plan["cohorts"], 1)
-        if cohort["waits"]
+def position(folder: Path) -> tuple[int, int] | None:
+    """(epoch, step) of the newest checkpoint, as its name says; None where there is none."""
+    found = checkpoints(folder)
+    if not found:
+        return None
+    epoch, step, *_ = found[-1].stem.split("-")
+    return int(epoch), int(step)
+
+
+def plan_run(inputs: Inputs, run: Path, workspace: Workspace, *, fresh: bool) -> RunPlan:
+    """Plan what is left to do of a run that is held: students are probed, and nothing is written.
+
+    Args:
+        fresh: as if the run had not begun.
+
+    Raises:
+        AkdError: what cannot fit the disk, the store root or the cluster.
+    """
+    from akd_dist.jobs import cluster
+
+    if workspace.address is not None:
+        cluster.connect(workspace.address, tell=workspace.tell)
+    recipe, splits, parameters = inputs.recipe, inputs.splits, inputs.parameters
+    caching = foresee_caching(inputs, workspace)
+    base = fleet_job(recipe, splits, {}, run, workspace.cache_root)
+    todo = [spec for spec in recipe.students if fresh or not ended(base, spec)]
+    if todo:
+        workspace.tell("probing what the students take")
+    costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), workspace)
+    nodes = cluster.all_nodes()
+    cohorts, tried = plan_cohorts(recipe, todo, nodes, costs) if todo else ([], [])
+    document = draw_up(inputs, todo, nodes, cohorts, tried, costs, run, caching)
+    return RunPlan(inputs, run, todo, cohorts, costs, document)
+
+
+def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_root: str) -> CohortJob:
+    """What all cohorts of the run have in common; its students are all of them, its stores those of the teacher."""
+    return CohortJob(
+        name="fleet",
+        data=recipe.data,
+        fingerprints={split: getattr(splits, split).fingerprint for split in SPLITS},
+        students=tuple(recipe.students),
+        root=str(run / "students"),
+        logs=str(run / "logs"),
+        cache_root=cache_root,
+        stores=stores,
+        teacher_test=stores.get("test"),
+        control=str(run / "control"),
+        attempt=1 + last_attempt(run),
+        checkpoint_seconds=recipe.checkpoint_seconds,
+        device=recipe.device,
+    )
+
+
+def last_attempt(run: Path) -> int:
+    """The number of the run's latest attempt, 0 before the first."""
+    return max((int(path.name.split("-")[1]) for path in (run / "control").glob("attempt-*")), default=0)
+
+
+def draw_up(
+    inputs: Inputs,
+    todo: Sequence[StudentSpec],
+    nodes: Sequence[Node],
+    cohorts: Sequence[Cohort],
+    tried: Sequence[Alternative],
+    costs: Costs,
+    run: Path,
+    cache: PlanDocument,
+) -> FleetPlanDocument:
+    """A plan as `--dry-run` prints it.
+
+    Args:
+        todo: the students that are not done.
+        nodes: what the cluster has.
+        tried: what fewer and more cohorts would have come to.
+        cache: what caching would compute.
+
+    Raises:
+        MachineError: checkpoints and models do not fit the disk.
+    """
+    recipe = inputs.recipe
+    asks = [costs.ask(cohort) for cohort in cohorts]
+    kept, delivered = disk(cohorts, costs)
+    free = check_disk(run, todo, kept + delivered, cache)
+    times = timetable([(START_SECONDS + costs.cohort_seconds(c), a) for c, a in zip(cohorts, asks, strict=True)], nodes)
+    left = {spec.name for spec in todo}
+    planned = [
+        planned_cohort(recipe, cohort, ask, span, costs) for cohort, ask, span in zip(cohorts, asks, times, strict=True)
     ]
-    unknown = [one["name"] for cohort in plan["cohorts"] for one in cohort["students"] if one["seconds"] is None]
-    memory = "" if plan["memory"] is None else f", {size(plan['memory'])} of memory for workers"
-    gpus = f", {plan['gpus']:g} GPU{'' if plan['gpus'] == 1 else 's'}" if plan["gpus"] else ""
-    return [
-        f"teacher  {plan['teacher']}",
-        *cohorts,
-        plan["why"],
-        *waits,
-        f"cluster  {counted(plan['nodes'], 'node')} with {plan['cpus']:g} CPUs{gpus}{memory}",
-        f"disk     {size(plan['checkpoint_bytes'])} of checkpoints and {size(plan['model_bytes'])} of models at most, "
-        f"{size(plan['free_bytes'])} free",
-        f"time     {_how_long(plan, unknown)}; nothing was computed",
-    ]
+    memory = sum(node.memory for node in nodes)
+    return FleetPlanDocument(
+        dry_run=True,
+        run=str(run),
+        device=recipe.device,
+        teacher=_about_teacher(inputs, cache),
+        cache_bytes=cache.bytes,
+        nodes=len(nodes),
+        cpus=sum(node.cpus for node in nodes),
+        gpus=sum(node.gpus for node in nodes),
+        memory=round(memory) if memory < float("inf") else None,
+        why=why_so_many(recipe, todo, tried, len(cohorts)),
+        cohorts=_say_who_waits(planned, asks),
+        ended=[planned_student(spec, costs, None, "ended") for spec in recipe.students if spec.name not in left],
+        checkpoint_bytes=kept,
+        model_bytes=delivered,
+        free_bytes=free,
+        seconds=round(max((end for _, end in times), default=0.0), 1),
+    )
 
 
-def _about(cohort: dict[str, Any]) -> str:
-    each = f"{cohort['cpus']:g} CPU" + (f" + {cohort['gpus']:g} GPU" if cohort["gpus"] else "")
-    when = f"{duration(cohort['begins'])} to {duration(cohort['ends'])}"
-    where = f"{cohort['workers']} x ({each}, {size(cohort['memory'])})"
-    return f"{when} on {where}, reads {size(cohort['bytes_streamed'])}; {cohort['why']}"
+def disk(cohorts: Sequence[Cohort], costs: Costs) -> tuple[int, int]:
+    """Bytes of checkpoints, the most at a time, and of delivered models. Both stay with the run.
+
+    Two checkpoints of each student are kept, and each cohort may be writing one.
+    """
+    takes = [[costs.takes(spec) for spec in cohort] for cohort in cohorts]
+    sizes = [[one.checkpoint for one in cohort] for cohort in takes]
+    return sum(2 * sum(each) + max(each) for each in sizes), sum(one.weights for cohort in takes for one in cohort)
 
 
-def _how_long(plan: dict[str, Any], unknown: list[str]) -> str:
-    if not unknown:
-        return f"about {duration(plan['seconds'])} from the first start, by a short probe"
-    whose = f"{unknown[0]} and {len(unknown) - 1:,} more" if unknown[1:] else unknown[0]
-    return f"more than {duration(plan['seconds'])} from the first start: {whose} could not be probed"
+def check_disk(run: Path, todo: Sequence[StudentSpec], needed: int, cache: PlanDocument) -> int:
+    """Refuse what the disk cannot hold beside what lies there already; the bytes that are free.
+
+    Args:
+        needed: bytes of checkpoints and models.
+        cache: what caching would compute: its logits may go to the same disk.
+
+    Raises:
+        MachineError: too little is free under the run root.
+    """
+    there = sum(
+        path.stat().st_size for spec in todo for path in checkpoints(run / "students" / spec.name / "checkpoints")
+    )
+    folder = _nearest(run)
+    free = shutil.disk_usage(folder).free
+    logits = cache.bytes if _same_disk(folder, cache.store_root) else 0
+    if needed - there + logits > free:
+        raise MachineError(
+            f"checkpoints and models of the students do not fit in {run.parent}",
+            got=f"{size(free)} free",
+            expected=f"{size(needed - there)}" + (f", and {size(logits)} of logits on the same disk" if logits else ""),
+            next="free space there, or choose another --run-root",
+        )
+    return free
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _same_disk(folder: Path, store_root: str) -> bool:
+    there = open_root(store_root).local_path("")
+    return there is not None and _nearest(there).stat().st_dev == folder.stat().st_dev
+
+
+# ---- cohorts
+
+
+def planned_cohort(
+    recipe: Recipe, cohort: Cohort, ask: ResourceRequest, span: tuple[float, float], costs: Costs
+) -> PlannedCohort:
+    """A cohort with its figures."""
+    leaders = costs.leaders(cohort)
+    students = [planned_student(spec, costs, leaders.get(spec.name)) for spec in cohort]
+    return PlannedCohort(
+        students=students,
+        why=why_together(cohort, costs),
+        waits=None,
+        workers=ask.workers,
+        cpus=ask.cpus,
+        gpus=ask.gpus,
+        memory=round(ask.memory),
+        steps=costs.stream_steps(cohort),
+        bytes_streamed=bytes_streamed(recipe, cohort, costs),
+        begins=round(span[0], 1),
+        ends=round(span[1], 1),
+    )
+
+
+def planned_student(
+    spec: StudentSpec, costs: Costs, leader: str | None, standing: Literal["ended"] | None = None
+) -> PlannedStudent:
+    """A student with its figures."""
+    known = costs.measured.get(spec.name) is not None
+    return PlannedStudent(
+        name=spec.name,
+        model=spec.model.label,
+        objective=spec.objective.kind,
+        parameters=costs.parameters[spec.name],
+        standing=standing or ("resumes" if spec.name in costs.behind else "new"),
+        rides=leader,
+        steps=0 if standing == "ended" else costs.steps_left(spec, leader is not None),
+        seconds=round(costs.seconds(spec, leader is not None), 3) if known else None,
+    )
+
+
+def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: Costs) -> int:
+    """Inputs, labels and logits that a cohort's stream reads over its epochs; logits only where somebody needs them."""
+    dtype = np.dtype(encoding_from_config({"name": recipe.cache.encoding}).dtype)
+    plain, logits = costs.row_bytes, costs.classes * dtype.itemsize
+    passes = costs.streamed(cohort).values()
+    batch = cohort[0].batch
+    shown = batch_ends(costs.rows, batch, cohort[0].last_batch)[-1]
+    return sum((int(shown) - first * batch) * (plain + (logits if needed else 0)) for first, needed in passes)
+
+
+# ---- reasons
+
+
+def why_together(cohort: Cohort, costs: Costs) -> str:
+    """What the students of a cohort share."""
+    spec = cohort[0]
+    store = "the last assistant's store" if learns_from_assistant(spec) else "the teacher's store"
+    worker = f"{spec.workers} worker{'' if spec.workers == 1 else 's'} of {counted(spec.threads, 'thread')}"
+    last = {"keep": "", "drop": ", the last dropped,", "merge": ", the last merged,"}[spec.last_batch]
+    alike = f"batches of {spec.batch}{last} from {store} and {worker}"
+    if len(cohort) == 1:
+        return f"a student on its own: {alike}"
+    riders = len(costs.leaders(cohort))
+    forked = f"; {riders} of them go on from another one's stage I" if riders else ""
+    return f"{len(cohort)} students share {alike}: each batch is read once for all{forked}"
+
+
+def why_so_many(recipe: Recipe, todo: Sequence[StudentSpec], tried: Sequence[Alternative], count: int) -> str:
+    """Why there are neither fewer nor more cohorts."""
+    if not todo:
+        return "no cohort: all students have ended"
+    if recipe.cohorts is not None:
+        if count < recipe.cohorts:
+            return (
+                f"{counted(count, 'cohort')}: the recipe's `cohorts` says {recipe.cohorts}, but nothing more can be cut"
+            )
+        return f"{counted(count, 'cohort')}, as the recipe's `cohorts` says"
+    end = {one.cohorts: one.seconds for one in tried}
+    groups = len(groups_of(todo, recipe.device))
+    start = duration(START_SECONDS)
+    if count - 1 in end:
+        saved = end[count - 1] - end[count]
+        fewer = f"one fewer would end {duration(max(saved, 0))} later, and a start costs {start}"
+    elif count == groups:
+        fewer = "one has to be" if groups == 1 else "fewer cannot be: other batch, workers, threads or store do not mix"
+    else:
+        fewer = "fewer would not fit the memory of a node"
+    if count + 1 in end:
+        saved = end[count] - end[count + 1]
+        more = f"one more would end {duration(saved)} sooner" if saved > 0.5 else "one more would end no sooner"
+        more += f", and its start costs {start}"
+    else:
+        more = "no more are possible: each student has its own" if count > 1 else "there is nothing to cut"
+    return f"{counted(count, 'cohort')}: {fewer}; {more}"
+
+
+def _say_who_waits(cohorts: Sequence[PlannedCohort], asks: Sequence[ResourceRequest]) -> list[PlannedCohort]:
+    said = []
+    for cohort, ask in zip(cohorts, asks, strict=True):
+        ended = [str(number) for number, other in enumerate(cohorts, 1) if other.ends == cohort.begins]
+        waits = f"for {ask}, which is free at the end of cohort {' and '.join(ended)}" if cohort.begins > 0 else None
+        said.append(cohort.model_copy(update={"waits": waits}))
+    return said
+
+
+def _about_teacher(inputs: Inputs, cache: PlanDocument) -> str:
+    """What has to be done for the teacher and its assistants first."""
+    words = [] if inputs.models else ["the teacher is to be trained"]
+    words += [f"the assistant {one.model} is to be trained" for one in cache.assistants if not one.trained]
+    if cache.bytes:
+        words.append(f"{size(cache.bytes)} of logits are to be cached")
+    return "; ".join(words) + ": first, and not in the time below" if words else "cached: it is not needed"

@@ -13,7 +13,6 @@ from akd_dist.distill.objectives import stages
 from akd_dist.distill.probe import Measured, guessed
 from akd_dist.distill.stream import batch_ends
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits, timetable
-from akd_dist.jobs.planning.plan import Alternative
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import Recipe, StudentSpec
@@ -207,6 +206,16 @@ class Costs:
 
 
 # ---- cutting
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A number of cohorts that was tried."""
+
+    cohorts: int
+    """So many."""
+    seconds: float
+    """When the fleet would end, starts included."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.distill import cohort, lockstep, teacher
 from akd_dist.distill.checkpoint import checkpoints
 from akd_dist.distill.student import Student
-from akd_dist.jobs.train_students import begin_run, run_identity, train_in_process
+from akd_dist.jobs.run_folder import begin_run, run_identity
+from akd_dist.jobs.train_students import train_in_process
 from akd_dist.recipe import CustomData, DataSpec, Parquet, Recipe
 from akd_dist.serve import evaluation
 from akd_dist.serve.examples import DataRequest

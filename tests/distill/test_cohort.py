@@ -22,7 +22,8 @@ from akd_dist.distill.ranks import OutOfStepError, Ranks
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import Student
 from akd_dist.jobs.cache_teacher import cache_in_process
-from akd_dist.jobs.train_students import fleet_job, train_in_process
+from akd_dist.jobs.planning.plan import fleet_job
+from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models.folder import load_model
 from akd_dist.recipe import Recipe, Sgd, Takd
 from tests.fleets import (

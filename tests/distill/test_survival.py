@@ -26,7 +26,7 @@ from akd_dist.distill.checkpoint import checkpoints, encode
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob, ended, read_progress
 from akd_dist.distill.stream import BatchStream
-from akd_dist.jobs.train_students import telling_damage
+from akd_dist.jobs.results import telling_damage
 from tests.fleets import ANNEALING, a_recipe, a_student, newest_tree
 from tests.survivors import BATCH, FLEET, Place, counted, outcome, snapshot, steps_kept, steps_taken
 

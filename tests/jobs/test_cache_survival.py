@@ -22,8 +22,10 @@ from akd_dist.base.files import sha256
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill import teacher
 from akd_dist.distill.teacher import cache_shard
-from akd_dist.jobs.cache_teacher import SplitPlan, cache_in_process, cache_job, creation_of, repair
-from akd_dist.jobs.train_teacher import Workspace, ensure_teacher
+from akd_dist.jobs.cache_teacher import cache_in_process, cache_job
+from akd_dist.jobs.planning.caching import SplitPlan, creation_of
+from akd_dist.jobs.repair import repair
+from akd_dist.jobs.train_teacher import Workspace, ensure_trained, teacher_of
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import load_card, save_model
@@ -239,8 +241,10 @@ def test_a_teacher_that_is_not_trained_leaves_no_folder(tmp_path: Path, cache_ro
     def refuse(*_: object) -> dict[str, Any]:
         raise MachineError("Ray does not start")
 
+    teacher = teacher_of(recipe, splits)
+    assert teacher is not None
     with pytest.raises(MachineError, match="does not start"):
-        ensure_teacher(recipe, splits, Workspace(str(tmp_path), cache_root), refuse)
+        ensure_trained(teacher, recipe, splits, Workspace(str(tmp_path), cache_root), refuse)
     assert [path for path in tmp_path.rglob("*") if path.name != "teachers"] == []
 
 

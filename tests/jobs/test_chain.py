@@ -19,8 +19,11 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.student import Student
 from akd_dist.documents.cache import CacheDocument, PlanDocument
 from akd_dist.documents.fleet import FleetDocument
-from akd_dist.jobs.cache_teacher import cache_in_process, model_uris, repair
-from akd_dist.jobs.train_students import chain_of, run_identity, train_in_process
+from akd_dist.jobs.cache_teacher import cache_in_process
+from akd_dist.jobs.planning.caching import models_there
+from akd_dist.jobs.repair import repair
+from akd_dist.jobs.run_folder import run_identity
+from akd_dist.jobs.train_students import train_in_process
 from akd_dist.jobs.train_teacher import teacher_of
 from akd_dist.models.folder import load_model
 from akd_dist.recipe import Recipe
@@ -29,7 +32,7 @@ from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.reader import open_store
 from tests import sources
-from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher, store_bytes, weights
+from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher, chain_of, store_bytes, weights
 from tests.survivors import FORKS
 
 KD = {"kind": "kd", "epochs": 2}
@@ -169,12 +172,8 @@ def test_an_assistant_is_found_by_all_that_its_weights_depend_on(
     recipe = home.recipe_for(**changed)
     splits = prepare(recipe.data, Path(home.cache_root))
     known = [one["path"] for one in home.cached["assistants"]]
-    found = model_uris(recipe, splits, str(home.root / "plain"))[1:]
-    assert (found[0] == known[0]) is same_first
-    if same_first:
-        assert (found[1] == known[1]) is same_second
-    else:
-        assert len(found) == 1, "what lies below a model that is not there cannot be known"
+    _, *found = [model.model_uri for model in models_there(recipe, splits, str(home.root / "plain"))]
+    assert found == known[: same_first + same_second], "what lies below a model that is not there cannot be known"
 
 
 def test_a_teacher_trained_on_views_of_other_code_is_another_one(home: Home, tmp_path: Path) -> None:
@@ -191,10 +190,10 @@ def test_a_teacher_trained_on_views_of_other_code_is_another_one(home: Home, tmp
 
 
 def test_another_assistant_is_another_run(home: Home) -> None:
-    known = run_identity(home.recipe, home.splits, home.chain)
-    fingerprints = [one["fingerprint"] for one in home.cached["assistants"]]
-    assert known["teacher"]["assistant_fingerprints"] == fingerprints
-    assert run_identity(home.recipe, home.splits, home.chain[:2]) != known
+    fingerprints = [open_store(stores["train"]).manifest.identity.teacher for stores in home.chain]
+    known = run_identity(home.recipe, home.splits, fingerprints)
+    assert known["teacher"]["assistant_fingerprints"] == [one["fingerprint"] for one in home.cached["assistants"]]
+    assert run_identity(home.recipe, home.splits, [*fingerprints[:2], "0" * 64]) != known
 
 
 # ---- before anything runs

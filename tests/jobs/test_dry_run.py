@@ -16,17 +16,18 @@ from rich.console import Console
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.cli import main
+from akd_dist.cli.plans import plan_lines, plan_table
 from akd_dist.data.factories import import_factory
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill import probe as probes
 from akd_dist.distill.probe import guessed, probe
 from akd_dist.documents.plan import FleetPlanDocument
 from akd_dist.jobs.cache_teacher import cache_in_process
-from akd_dist.jobs.planning.dry_run import bytes_streamed
-from akd_dist.jobs.planning.plan import plan_lines, plan_table
+from akd_dist.jobs.planning.caching import check_students
+from akd_dist.jobs.planning.plan import bytes_streamed
 from akd_dist.jobs.planning.planner import Costs, groups_of
 from akd_dist.jobs.planning.probing import Prober, measure_all, measure_there, scaled
-from akd_dist.jobs.train_students import check_students, train_in_process
+from akd_dist.jobs.train_students import train_in_process
 from akd_dist.recipe import Custom
 from akd_dist.storage.objects import LocalRoot
 from tests.fleets import ADAMW, ANNEALING, DEVICE, HARD, a_recipe, a_student, a_teacher

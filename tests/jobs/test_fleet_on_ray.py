@@ -28,11 +28,12 @@ from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.cluster import StopFlag, ray
 from akd_dist.jobs.fleet import Fleet, RunningCohort
 from akd_dist.jobs.packing import Node, ResourceRequest
+from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.planner import Costs
 from akd_dist.jobs.ray_train import _cause
 from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.tasks import run_one
-from akd_dist.jobs.train_students import fleet_job, train_in_process
+from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import load_model, save_model

@@ -22,11 +22,12 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Rows
 from akd_dist.distill import teacher
 from akd_dist.jobs.cache_teacher import cache_in_process
-from akd_dist.jobs.train_students import chain_of, train_in_process
-from akd_dist.jobs.train_teacher import Workspace, ensure_teacher, run_in_process
+from akd_dist.jobs.train_students import train_in_process
+from akd_dist.jobs.train_teacher import Workspace, ensure_trained, run_in_process, teacher_of
 from akd_dist.models.folder import load_card, load_model, read_model
 from akd_dist.recipe import HuggingFaceData, Recipe, load_recipe
 from akd_dist.storage.reader import open_store
+from tests.fleets import chain_of
 
 JOBS = Path(__file__).parents[2] / "jobs"
 LENGTH = 24
@@ -174,7 +175,9 @@ class Run:
         self.recipe: Recipe = load_recipe(file, overrides)
         self.splits = prepare(self.recipe.data, self.cache_root)
         place = Workspace(str(root / "stores"), str(self.cache_root))
-        self.teacher = ensure_teacher(self.recipe, self.splits, place, run_in_process)
+        teacher = teacher_of(self.recipe, self.splits)
+        assert teacher is not None
+        self.teacher = ensure_trained(teacher, self.recipe, self.splits, place, run_in_process)
         options = {"store_root": place.store_root, "cache_root": place.cache_root}
         self.cached = cache_in_process(self.recipe, self.teacher, **options)
         self.chain = chain_of(self.cached)

@@ -17,7 +17,10 @@ from akd_dist import cli
 from akd_dist.base import places
 from akd_dist.base.files import read_json
 from akd_dist.data.row_cache import prepare
-from akd_dist.jobs.train_students import begin_run, finish_run, fleet_job, run_identity, train_in_process
+from akd_dist.jobs.planning.plan import fleet_job
+from akd_dist.jobs.results import finish_run
+from akd_dist.jobs.run_folder import begin_run, run_identity
+from akd_dist.jobs.train_students import train_in_process
 from akd_dist.recipe import Recipe, load_recipe
 from akd_dist.reporting.results import read_fleet
 from akd_dist.storage.reader import open_store
@@ -92,12 +95,13 @@ class Moved:
     def train(self, recipe: Recipe, place: Path, stores: dict[str, str]) -> None:
         """What `train-students` does, without Ray."""
         run, splits = place / "runs" / "fleet", prepare(recipe.data, self.cache)
-        begin_run(run, recipe, run_identity(recipe, splits, [stores]))
+        opened = {split: open_store(uri) for split, uri in stores.items()}
+        begin_run(run, recipe, run_identity(recipe, splits, [opened["train"].manifest.identity.teacher]))
         with driving(run), using(stores.values(), run=str(run), lock=run / "lock"):
             train_in_process(recipe, stores, run=run, cache_root=str(self.cache))
             base = fleet_job(recipe, splits, stores, run, str(self.cache))
             parameters = {spec.name: 1 for spec in recipe.students}
-            finish_run(run, recipe, splits, base, [stores], parameters, 1, 1.0)
+            finish_run(run, recipe, splits, base, [opened], parameters, 1, 1.0)
 
     @property
     def roots(self) -> list[str]:

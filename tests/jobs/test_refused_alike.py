@@ -18,7 +18,7 @@ from akd_dist.cli import main
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Rows
 from akd_dist.jobs import cluster
-from akd_dist.jobs.train_students import begin_run, run_identity
+from akd_dist.jobs.run_folder import begin_run, run_identity
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import save_model

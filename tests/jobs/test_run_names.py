@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from akd_dist.cli import main
-from akd_dist.jobs.train_students import held
+from akd_dist.jobs.run_folder import held
 from akd_dist.recipe import Recipe
 from tests.fleets import a_recipe
 from tests.survivors import FLEET, Place, counted, snapshot
@@ -171,7 +171,7 @@ def test_torn_results_are_collected_again(place: Place, runs: Path, left: bytes)
 
 def hold(folder: Path) -> None:
     """A driver that holds a run and stands still."""
-    with held(folder, False, Console(quiet=True)):
+    with held(folder, wait=False, console=Console(quiet=True)):
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -198,7 +198,7 @@ def test_a_second_driver_leaves_with_3_and_names_the_first(
         assert error["what"].startswith(f"the run {name} is held by someone else")
         assert error["got"] == f"process {first.pid} on {socket.gethostname()}"
         assert "--wait" in error["next"]
-    with held(runs / name, False, Console(quiet=True)):
+    with held(runs / name, wait=False, console=Console(quiet=True)):
         pass
 
 

@@ -13,13 +13,15 @@ from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill.teacher import compute_shard, load_teacher, served_fingerprint, teacher_logits
 from akd_dist.jobs import cluster
-from akd_dist.jobs.cache_teacher import cache_job, creation_of, plan_splits
+from akd_dist.jobs.cache_teacher import cache_job
 from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits
+from akd_dist.jobs.planning.caching import creation_of, model_at
+from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.planner import Costs, plan_cohorts
 from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.tasks import Task, run_one, run_tasks
-from akd_dist.jobs.train_students import fleet_job, train_in_process
+from akd_dist.jobs.train_students import train_in_process
 from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.models.device import (
     device_name,
@@ -157,7 +159,7 @@ def test_a_store_in_another_precision_stands_beside_the_first(recipe: Recipe, te
 
 
 def test_a_card_other_than_the_stores_is_refused(recipe: Recipe, teacher: str, home: Path) -> None:
-    plan = plan_splits(recipe, prepare(recipe.data, home / "cache"), teacher, recipe.device)[2]
+    plan = model_at("the teacher", teacher, recipe, prepare(recipe.data, home / "cache")).plans[2]
     computed = plan.creation.computed.model_copy(update={"device": "cuda:another card"})
     plan.writer = StoreWriter(str(home / "stores"), plan.creation.model_copy(update={"computed": computed}))
     job = cache_job(plan, recipe, teacher, str(home / "cache"))

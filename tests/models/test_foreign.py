@@ -23,8 +23,10 @@ from akd_dist.base.trusted import Trusted
 from akd_dist.cli import main
 from akd_dist.data.factories import import_factory, source_sha256
 from akd_dist.data.row_cache import prepare
-from akd_dist.jobs.cache_teacher import cache_in_process, repair
-from akd_dist.jobs.train_students import describe_teacher, train_in_process
+from akd_dist.jobs.cache_teacher import cache_in_process
+from akd_dist.jobs.repair import repair
+from akd_dist.jobs.results import describe_teacher
+from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models import folder as models
 from akd_dist.models.build import build, check_memory
 from akd_dist.models.card import CARD, card_bytes, parse_card

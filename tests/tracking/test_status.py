@@ -33,8 +33,8 @@ from akd_dist.documents.status import (
 )
 from akd_dist.jobs.cluster import StopFlag
 from akd_dist.jobs.fleet import Fleet
+from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.planner import Costs, cohort_job
-from akd_dist.jobs.train_students import fleet_job
 from akd_dist.recipe import Recipe
 from akd_dist.tracking.status import (
     Pace,

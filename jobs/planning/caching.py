@@ -1,0 +1,381 @@
+"""What caching takes, before it begins: which models of the chain are there, which of their stores, what these miss.
+
+Everything is looked up once: the stores that are found sealed stay open, and are what the command goes on with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from akd_dist import recipe as recipes
+from akd_dist.base.errors import MachineError
+from akd_dist.base.files import check_folder
+from akd_dist.data.findings import near_chance
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import SPLITS, Rows, Splits
+from akd_dist.data.views import by_content, check_augmentation
+from akd_dist.distill.teacher import served_fingerprint
+from akd_dist.distill.trial import try_teacher, try_training
+from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
+from akd_dist.jobs import packing
+from akd_dist.jobs.packing import Node
+from akd_dist.jobs.train_teacher import Stores, Trained, Workspace, assistant_of, is_there, teacher_of
+from akd_dist.models.card import ModelCard
+from akd_dist.models.device import device_name, gpus_of
+from akd_dist.models.folder import load_card
+from akd_dist.recipe import NoAugmentation, Recipe
+from akd_dist.storage import catalog
+from akd_dist.storage.encodings import encoding_from_config
+from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS, Shard, StoreLayout
+from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest
+from akd_dist.storage.reader import LogitStore
+from akd_dist.storage.roots import open_root
+from akd_dist.storage.writer import StoreWriter
+from akd_dist.tracking.progress import Meter, meter, tell_once
+
+
+@dataclass
+class SplitPlan:
+    """What caching one split takes: a sealed store that serves it, or a store to write."""
+
+    split: str
+    rows: Rows
+    creation: Creation
+    store: LogitStore | None = None
+    writer: StoreWriter | None = None
+    missing: list[Shard] = field(default_factory=list)
+    """Shards to compute; without a claim, others may compute them as well."""
+    computed: int = 0
+
+    @property
+    def identity(self) -> Identity:
+        """The identity of the store that the recipe asks for."""
+        return self.creation.identity
+
+    @property
+    def missing_bytes(self) -> int:
+        """Size of the shards still to be computed."""
+        return sum(self.identity.layout.stored_bytes(shard) for shard in self.missing)
+
+
+@dataclass
+class CachedModel:
+    """A model whose logits are cached, the teacher or an assistant, and what that takes, split by split."""
+
+    name: str
+    """`the teacher`, or `the assistant mlp-64`."""
+    model_uri: str
+    """Its model folder."""
+    card: ModelCard
+    """What is built there."""
+    plans: list[SplitPlan]
+
+    @property
+    def opened(self) -> dict[str, LogitStore]:
+        """Its sealed stores, by split."""
+        return {plan.split: plan.store for plan in self.plans if plan.store is not None}
+
+    @property
+    def stores(self) -> Stores:
+        """Where its sealed stores lie."""
+        return {split: store.uri for split, store in self.opened.items()}
+
+    @property
+    def taught(self) -> Identity:
+        """What those who learn from it learn: the train store that the recipe asks for. One of more views may serve."""
+        return next(plan.identity for plan in self.plans if plan.split == "train")
+
+    @property
+    def missing(self) -> bool:
+        """Whether there are shards to compute."""
+        return any(plan.missing for plan in self.plans)
+
+
+def fingerprints(models: Sequence[CachedModel]) -> list[str]:
+    """What students or assistants learn from: each model's fingerprint, as its stores have it."""
+    return [model.taught.teacher for model in models]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a command works from, opened once: the rows, and the models that are there with their stores."""
+
+    recipe: Recipe
+    splits: Splits
+    models: list[CachedModel]
+    """From the teacher on, as far as they are there: an assistant is found by what it learns from."""
+    parameters: dict[str, int]
+    """The number of parameters of each student, by name; of none where only a teacher is cached."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all models of the chain are there."""
+        return len(self.models) > len(self.recipe.teacher.chain)
+
+
+def open_inputs(recipe: Recipe, workspace: Workspace, *, students: bool, again: bool) -> Inputs:
+    """Prepare the rows, look up models and stores, and refuse what does not go together before anything is computed.
+
+    Args:
+        students: whether they are to be trained.
+        again: prepare the rows afresh, whatever was prepared before.
+
+    Raises:
+        AkdError: rows, models or stores are refused.
+    """
+    splits = prepare_shown(recipe.data, workspace.cache_root, workspace.console, again=again)
+    splits.sources.begin()
+    parameters = check_students(recipe, splits) if students else {}
+    models = models_there(recipe, splits, workspace.store_root)
+    for model in models:
+        look_up(model, recipe, workspace)
+    check_models(recipe, splits, models)
+    return Inputs(recipe, splits, models, parameters)
+
+
+def models_there(recipe: Recipe, splits: Splits, store_root: str) -> list[CachedModel]:
+    """The models of the chain that are there, from the teacher on; what their stores are is known, but not looked up.
+
+    An assistant is found by what it learns from, so its place is not known before the model above it is there.
+    """
+    models: list[CachedModel] = []
+    while len(models) <= len(recipe.teacher.chain):
+        trained = next_below(recipe, splits, models)
+        uri = str(recipe.teacher.weights) if trained is None else trained.uri(store_root)
+        if trained is not None and not is_there(uri):
+            break
+        models.append(model_at("the teacher" if trained is None else trained.name, uri, recipe, splits))
+    return models
+
+
+def next_below(recipe: Recipe, splits: Splits, above: Sequence[CachedModel]) -> Trained | None:
+    """The model of the chain below those, as it is trained; None is a teacher whose weights lie somewhere."""
+    if not above:
+        return teacher_of(recipe, splits)
+    return assistant_of(recipe, splits, recipe.teacher.chain[len(above) - 1], above[-1].taught, above[-1].stores)
+
+
+def look_up(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
+    """Find which stores of a model are sealed, and what the others miss as far as it can be told without a claim."""
+    for plan in model.plans:
+        plan.store = catalog.find_store(workspace.store_root, plan.identity)
+        if plan.store is None:
+            if workspace.address is None:
+                # Which card the nodes of a cluster have is not asked: views that are there may count as missing.
+                plan.creation = computed_on(device_name(recipe.device), plan.creation)
+            done = set(StoreWriter(workspace.store_root, plan.creation).store.list(RECEIPTS))
+            source = source_of(plan, catalog.narrower_stores(workspace.store_root, plan.identity))
+            taken = 0 if source is None else source.identity.views
+            shards = plan.identity.layout.shards()
+            plan.missing = [one for one in shards if one.view >= taken and one.receipt_key not in done]
+    tell_of_chance(model, workspace.console)
+
+
+def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
+    """What caching would compute: nothing of the stores and views that are there; all of models that are not.
+
+    Raises:
+        MachineError: there is something to compute, and the disk, the store root or the cluster cannot take it; on
+            this machine without an `address`, else on the cluster that is connected.
+    """
+    from akd_dist.jobs import cluster
+
+    recipe, models = inputs.recipe, inputs.models
+    unknown = [None] * (1 + len(recipe.teacher.chain) - len(models))
+    teacher, *assistants = [_planned(recipe, inputs.splits, model) for model in (*models, *unknown)]
+    needed = sum(split.bytes for planned in (teacher, *assistants) for split in planned.values())
+    root = open_root(workspace.store_root)
+    if needed:
+        check_folder(root.local_path(""))
+        check_room(workspace.store_root, needed)
+        check_nodes(recipe, cluster.all_nodes())
+    return PlanDocument(
+        dry_run=True,
+        store_root=workspace.store_root,
+        bytes=needed,
+        free=root.free_bytes(),
+        splits=teacher,
+        assistants=[
+            PlannedAssistant(model=assistant.model.label, trained=number < len(models), splits=planned)
+            for number, (assistant, planned) in enumerate(zip(recipe.teacher.chain, assistants, strict=True), 1)
+        ],
+    )
+
+
+def _planned(recipe: Recipe, splits: Splits, model: CachedModel | None) -> PlannedSplits:
+    """What the stores of a model take; None is one that is not there."""
+    dtype = str(encoding_from_config({"name": recipe.cache.encoding}).dtype)
+
+    def of(rows: Rows, views: int, plan: SplitPlan | None) -> PlannedSplit:
+        layout = StoreLayout(views, len(rows), rows.classes, dtype)
+        shards = list(layout.shards()) if plan is None else plan.missing
+        size = sum(layout.stored_bytes(shard) for shard in shards)
+        hit = plan is not None and plan.store is not None
+        return PlannedSplit(rows=len(rows), views=views, hit=hit, shards=len(shards), bytes=size)
+
+    train, validation, test = [None] * len(SPLITS) if model is None else model.plans
+    return {
+        "train": of(splits.train, recipe.data.views, train),
+        "validation": of(splits.validation, 1, validation),
+        "test": of(splits.test, 1, test),
+    }
+
+
+def model_at(name: str, uri: str, recipe: Recipe, splits: Splits) -> CachedModel:
+    """A model that is there, and the stores that the recipe asks for; these are still to be looked up."""
+    card = load_card(uri, recipe.trusted)
+    rows: dict[str, Rows] = {split: getattr(splits, split) for split in SPLITS}
+    plans = [SplitPlan(split, of, creation_of(recipe, of, split, card, recipe.device)) for split, of in rows.items()]
+    return CachedModel(name, uri, card, plans)
+
+
+def creation_of(
+    recipe: Recipe, rows: Rows, split: str, card: ModelCard, device: str, store_format: int = FORMAT_VERSION
+) -> Creation:
+    """The identity of a split's store and how it is to be computed. Only train rows are augmented.
+
+    Args:
+        device: as `device_name` says it, where a store is to be written; no part of its identity.
+    """
+    augmentation = recipe.data.augmentation if split == "train" else NoAugmentation()
+    plain = isinstance(augmentation, NoAugmentation)
+    fingerprint = served_fingerprint(card, recipe.cache.precision)
+    identity = Identity(
+        format=store_format,
+        dataset=rows.fingerprint,
+        rows=len(rows),
+        teacher=fingerprint,
+        augmentation=by_content(augmentation),
+        data_seed=None if plain else recipe.data.seed,
+        views=recipe.data.views if split == "train" else 1,
+        encoding={"name": recipe.cache.encoding},
+        classes=rows.classes,
+    )
+    computed = Computed(
+        batch_rows=recipe.cache.batch_rows,
+        threads=recipe.cache.threads,
+        device=device,
+        versions={name: version(name) for name in ("akd-dist", "numpy", "torch", "zarr")},
+    )
+    teacher = {"fingerprint": fingerprint, "spec": card.model_dump(mode="json")}
+    return Creation(identity=identity, computed=computed, dataset=rows.describe(), teacher=teacher)
+
+
+def computed_on(device: str, creation: Creation) -> Creation:
+    """The same store, computed on this device."""
+    return creation.model_copy(update={"computed": creation.computed.model_copy(update={"device": device})})
+
+
+def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel]) -> None:
+    """Try the teacher and its assistants on these rows before anything is trained or cached.
+
+    What is trained already is not tried again, and weights whose logits are stored are not loaded.
+
+    Args:
+        models: those that are there, looked up.
+
+    Raises:
+        RefusedError: a model cannot be built or read, is for other rows, does not give a logit per class, lacks its
+            pretrained weights, fits no memory, or cannot be trained on its batches; or an augmentation does not fit.
+        DamagedError: weights or a store are not what was written.
+    """
+    rows, data = splits.train, recipe.data
+    if (uri := recipe.teacher.weights) is not None:
+        models[0].card.check_rows(rows, f"the teacher in {uri}")
+        if len(models[0].opened) < len(SPLITS):
+            try_teacher(uri, rows, recipe.cache, recipe.trusted)
+    elif (teacher := teacher_of(recipe, splits)) is not None and not models:
+        assert recipe.teacher.train is not None
+        try_training(teacher.spec.model, [(teacher.setting, recipe.teacher.train)], rows, data)
+    for number, assistant in enumerate(recipe.teacher.chain, 1):
+        try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, data)
+    check_augmentation(data.augmentation, data.seed, rows.inputs, rows.tokens)
+
+
+def check_nodes(recipe: Recipe, nodes: Sequence[Node]) -> None:
+    """Refuse a cluster on which the teacher could not be trained or cached.
+
+    Raises:
+        MachineError: no node has the CPUs or the GPU for one of its tasks.
+    """
+    threads = [recipe.cache.threads, *(one.threads for one in recipe.teacher.chain)]
+    threads += [recipe.teacher.train.threads] if recipe.teacher.train else []
+    packing.check_room(
+        nodes, packing.ResourceRequest(1, max(threads), gpus_of(recipe.device)), "training or caching the teacher"
+    )
+
+
+def check_room(store_root: str, needed: int) -> None:
+    """Refuse before the teacher runs what the disk cannot hold. Object stores do not say how much is free."""
+    free = open_root(store_root).free_bytes()
+    if free is not None and needed > free:
+        raise MachineError(
+            f"the logits do not fit in {store_root}",
+            got=f"{free:,} bytes free",
+            expected=f"{needed:,} bytes",
+            next="use cache.encoding=float16, fewer data.views, or another --store-root",
+        )
+
+
+def tell_of_chance(model: CachedModel, console: Console) -> None:
+    """Say so if a model, by what the shards of its train store say, knows hardly anything of the labels."""
+    if (store := model.opened.get("train")) is None:
+        return
+    agreed = [(shard.rows, shard.label_agreement) for shard in store.manifest.shards]
+    if any(share is None for _, share in agreed):
+        return  # regression
+    agreement = sum(n * (share or 0.0) for n, share in agreed) / sum(n for n, _ in agreed)
+    rows = model.plans[0].rows
+    line = near_chance(model.name, agreement, np.bincount(rows.labels, minlength=rows.classes))
+    if line is not None:
+        tell_once(console, line)
+
+
+def source_of(plan: SplitPlan, narrower: list[Manifest]) -> Manifest | None:
+    """The widest of narrower stores that was computed as this one is to be."""
+    return next((one for one in narrower if one.computed == plan.creation.computed), None)
+
+
+def prepare_shown(data: recipes.DataSpec, cache_root: str, console: Console, *, again: bool = False) -> Splits:
+    """`rows.prepare`, with a meter for each source and each fingerprint, and a line for each finding."""
+    with contextlib.ExitStack() as stack:
+        shown: dict[str, Meter] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                stack.close()
+                shown[what] = stack.enter_context(meter(console, f"preparing {what}", total))
+                shown[what].update(0)
+            shown[what].update(done)
+
+        splits = prepare(data, Path(cache_root), on_progress=update, again=again)
+    for line in splits.findings:
+        tell_once(console, line)
+    return splits
+
+
+def check_students(recipe: Recipe, splits: Splits) -> dict[str, int]:
+    """Build each distinct model once, so that one that does not fit is refused before the teacher runs.
+
+    Returns:
+        The number of parameters by student.
+
+    Raises:
+        RefusedError: as `trial.try_training`.
+    """
+    alike: dict[str, list[recipes.StudentSpec]] = {}
+    for spec in recipe.students:
+        alike.setdefault(spec.model.model_dump_json(), []).append(spec)
+    counts: dict[str, int] = {}
+    for group in alike.values():
+        trainings = [(f"the student {spec.name}", spec) for spec in group]
+        count = try_training(group[0].model, trainings, splits.train, recipe.data)
+        counts |= {spec.name: count for spec in group}
+    return {spec.name: counts[spec.name] for spec in recipe.students}

@@ -1,0 +1,174 @@
+"""What became of a fleet: every student's result, the teacher's, what it cost, and the report; told and written."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from akd_dist import recipe as recipes
+from akd_dist.base import places
+from akd_dist.base.files import read_json, replace
+from akd_dist.base.trusted import Trusted
+from akd_dist.data.rows import Rows, Splits
+from akd_dist.distill.checkpoint import DAMAGED
+from akd_dist.distill.cohort import stored_predictions
+from akd_dist.distill.delivery import failed_entry
+from akd_dist.distill.job import CohortJob, read_result, renewals
+from akd_dist.distill.metrics import measure
+from akd_dist.documents.damage import read_epochs
+from akd_dist.jobs.planning.planner import learns_from_assistant
+from akd_dist.jobs.train_teacher import teacher_of
+from akd_dist.models.build import build, check_memory, num_parameters
+from akd_dist.models.card import ModelCard
+from akd_dist.recipe import Recipe
+from akd_dist.reporting.economics import StudentUsage, economics, reading
+from akd_dist.reporting.page import write_report
+from akd_dist.reporting.results import read_fleet
+from akd_dist.storage.reader import LogitStore
+from akd_dist.storage.roots import open_root
+from akd_dist.tracking.progress import tell
+
+
+def finish_run(
+    run: Path,
+    recipe: Recipe,
+    splits: Splits,
+    base: CohortJob,
+    stores: Sequence[dict[str, LogitStore]],
+    parameters: dict[str, int],
+    cohorts: int,
+    seconds: float,
+    told: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Collect every student's result into fleet.json and the report.
+
+    Args:
+        stores: those of the teacher, then of each assistant, by split.
+        told: told of each file of a student that the report has to do without.
+    """
+    results = []
+    for spec in recipe.students:
+        folder = Path(base.root) / spec.name
+        result = read_result(base, spec) or failed_entry(spec, "it never ended", folder, base.attempt)
+        result["parameters"] = parameters[spec.name]
+        source = (stores[-1] if learns_from_assistant(spec) else stores[0])["train"]
+        where = {"path": str(folder), "store": source.uri}
+        results.append(result | where | {"teacher": source.manifest.identity.teacher})
+    fleet = {
+        "run": str(run),
+        "store": stores[0]["train"].uri,
+        "task": recipe.data.task,
+        "metric": recipe.data.primary_metric,
+        "teacher": describe_teacher(stores[0]["train"], stores[0]["test"], splits.test, recipe.trusted),
+        "assistants": [describe_assistant(each, stores[0]["test"], splits.test, recipe.trusted) for each in stores[1:]],
+        "students": results,
+        "cohorts": cohorts,
+        "seconds": round(seconds, 3),
+    }
+    fleet["economics"] = balances(run, recipe, splits, fleet, stores)
+    in_the_run = places.each(fleet, functools.partial(places.written, folder=run))
+    replace(run / "fleet.json", json.dumps(in_the_run, indent=1).encode())
+    write_report(run, tell=told)
+    tidy(base)
+    return read_fleet(run).plain()
+
+
+def balances(
+    run: Path, recipe: Recipe, splits: Splits, fleet: dict[str, Any], stores: Sequence[dict[str, LogitStore]]
+) -> list[dict[str, Any]]:
+    """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read it."""
+    results = {result["name"]: result for result in fleet["students"]}
+    assisted = {spec.name: learns_from_assistant(spec) for spec in recipe.students}
+
+    def read(of_assistant: bool) -> list[StudentUsage]:
+        return [
+            reading(spec, read_epochs(run / "students" / spec.name), results[spec.name].get("stage1_from"))
+            for spec in recipe.students
+            if assisted[spec.name] == of_assistant
+        ]
+
+    spent = training_seconds(recipe, splits, stores[0]["train"])
+    found = [economics("teacher", fleet["teacher"]["model"], stores[0], read(False), spent)]
+    if any(assisted.values()):
+        found.append(economics("assistant", fleet["assistants"][-1]["model"], stores[-1], read(True)))
+    return [balance.plain() for balance in found]
+
+
+def training_seconds(recipe: Recipe, splits: Splits, store: LogitStore) -> float | None:
+    """What training the teacher took, where the recipe trained it and it left its result beside this store."""
+    trained = teacher_of(recipe, splits)
+    folder = None if trained is None else open_root(trained.uri(open_root(store.uri).parent.uri)).local_path("")
+    result = None if folder is None else read_json(folder / "result.json")
+    return float(result["seconds"]) if isinstance(result, dict) else None
+
+
+def tidy(base: CohortJob) -> None:
+    """Remove what only a running fleet needs. The attempts stay, for late workers of theirs."""
+    for path in Path(base.control).glob("progress-*.json"):
+        path.unlink()
+    shutil.rmtree(Path(base.control) / "ray", ignore_errors=True)
+    for log in Path(base.logs).glob("cohort-*.log"):
+        if log.stat().st_size == 0:
+            log.unlink()
+
+
+def tell_failures(fleet: dict[str, Any], base: CohortJob, console: Console) -> None:
+    """Name the log of every student that did not come to its end."""
+    for student in fleet["students"]:
+        if student["state"] != "done":
+            log = Path(base.logs) / f"{student['name']}.log"
+            tell(console, f"{student['name']} {student['state']}: {student['reason']}; log: {log}")
+
+
+@contextlib.contextmanager
+def telling_damage(base: CohortJob, students: list[recipes.StudentSpec], console: Console) -> Iterator[None]:
+    """Name what is found damaged meanwhile: checkpoints, in whose place the one before was taken; caches, made anew."""
+
+    def aside() -> dict[Path, tuple[str, int]]:
+        folders = {spec.name: Path(base.root) / spec.name / "checkpoints" for spec in students}
+        found = ((path, name) for name, folder in folders.items() for path in sorted(folder.glob(f"*{DAMAGED}")))
+        return {path: (name, path.stat().st_mtime_ns) for path, name in found}
+
+    before, lines = aside(), len(renewals(base))
+    try:
+        yield
+    finally:
+        for line in renewals(base)[lines:]:
+            tell(console, f"warning: {line}")
+        for path, (name, _) in sorted(aside().items() - before.items()):
+            tell(console, f"warning: a checkpoint of {name} was damaged, the one before it was taken; it is {path}")
+
+
+def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows, trusted: Trusted) -> dict[str, Any]:
+    """The teacher's row of the table, from its stored logits of the test rows: it is not run again."""
+    card = ModelCard.model_validate(train.manifest.teacher["spec"])
+    recipes.trust(card.model, trusted.seen_from(f"the store {train.uri}"))
+    check_memory(card)
+    labels = torch.from_numpy(np.array(rows.labels))
+    return {
+        "model": card.model.label,
+        "parameters": num_parameters(build(card, seed=0)),
+        "test": measure(rows.task, stored_predictions(test, rows), labels, rows.classes),
+        "fingerprint": train.manifest.identity.teacher,
+    }
+
+
+def describe_assistant(
+    stores: dict[str, LogitStore], teacher_test: LogitStore, rows: Rows, trusted: Trusted
+) -> dict[str, Any]:
+    """An assistant's row: as the teacher's, with its agreement with the teacher, and the store of its logits."""
+    agreement = None
+    if rows.task == "classification":
+        ours, theirs = (stored_predictions(store, rows) for store in (stores["test"], teacher_test))
+        agreement = float((ours == theirs).double().mean())
+    described = describe_teacher(stores["train"], stores["test"], rows, trusted)
+    return described | {"agreement": agreement, "store": stores["train"].uri}

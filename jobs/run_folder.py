@@ -1,0 +1,184 @@
+"""A run's folder: who holds it, what it was made from, and what an earlier command left there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from akd_dist import recipe as recipes
+from akd_dist.base import places
+from akd_dist.base.errors import RecipeError, RefusedError
+from akd_dist.base.files import canonical_json, read_json, replace
+from akd_dist.base.locks import file_lock, refuse_held
+from akd_dist.data.rows import SPLITS, Rows, Splits, first_difference
+from akd_dist.distill.cohort import wait_for_lock
+from akd_dist.distill.job import ZOMBIE_SECONDS, stop_attempts
+from akd_dist.documents.damage import load
+from akd_dist.documents.fleet import RunIdentity
+from akd_dist.jobs.planning.caching import CachedModel
+from akd_dist.jobs.planning.plan import last_attempt
+from akd_dist.models.build import by_content
+from akd_dist.recipe import Recipe
+from akd_dist.reporting.results import read_fleet
+from akd_dist.tracking.progress import tell
+
+DIFFERENCES_SHOWN = 12
+NAMES_SHOWN = 6
+
+
+@contextlib.contextmanager
+def held(run: Path, *, wait: bool, console: Console, only_look: bool = False) -> Iterator[None]:
+    """Hold the run's lock; somebody else's is waited for, or refused with its holder named.
+
+    Args:
+        only_look: refuse what is held, and hold nothing.
+    """
+    if only_look:
+        if not wait:
+            refuse_held(run / "lock", what=f"the run {run.name}")
+        yield
+        return
+    note = f"process {os.getpid()} on {socket.gethostname()}"
+    patience = None if wait else 0
+
+    def waiting(holder: str) -> None:
+        tell(console, f"waiting for {holder}")
+
+    with file_lock(run / "lock", what=f"the run {run.name}", wait=patience, note=note, on_wait=waiting):
+        yield
+
+
+def run_identity(recipe: Recipe, splits: Splits, taught: Sequence[str] = ()) -> dict[str, Any]:
+    """What makes two runs the same, as JSON: the resolved recipe without placement and paths, and what these lead to.
+
+    Args:
+        taught: the fingerprints of the teacher and of its assistants; unless all are known, they are left out.
+    """
+    rows: dict[str, Rows] = {split: getattr(splits, split) for split in SPLITS}
+    document = recipe.identity() | {"dataset": {split: rows[split].fingerprint for split in SPLITS}}
+    # Not compared, but by it a difference is found: the fingerprints say only that there is one.
+    document["rows"] = {split: rows[split].describe() for split in SPLITS}
+    for spec in recipe.students:
+        document["students"][spec.name]["model"] = by_content(spec.model)
+    node = document["teacher"]
+    if recipe.teacher.model is not None:
+        node["model"] = by_content(recipe.teacher.model)
+    for assistant in recipe.teacher.chain:
+        node = node["assistant"]
+        node["model"] = by_content(assistant.model)
+    if len(taught) > len(recipe.teacher.chain):
+        teacher, *assistants = taught
+        document["teacher"] |= {"fingerprint": teacher, "assistant_fingerprints": assistants}
+    plain: dict[str, Any] = json.loads(canonical_json(document))
+    return plain
+
+
+def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
+    """Refuse to continue a run of this name that was made from another recipe, other data or another teacher.
+
+    Raises:
+        RefusedError: the data are others; names the first block of rows that differs.
+        RecipeError: the recipe or the teacher is another one.
+        DamagedError: what says how the run was made is not whole; names the field.
+    """
+    if not (run / "identity.json").exists():
+        return
+    advice = "--fresh starts over; if you know that the recipe is the same, remove that file to go on"
+    saved = load(
+        run / "identity.json", RunIdentity, expected="what the run wrote there when it began", next=advice
+    ).plain()
+    if "fingerprint" not in identity["teacher"]:
+        for key in ("fingerprint", "assistant_fingerprints"):
+            saved["teacher"].pop(key, None)
+    before, now = saved.pop("rows", {}), identity["rows"]
+    identity = {key: value for key, value in identity.items() if key != "rows"}
+    if saved != identity:
+        differing = [
+            f"the {split} rows: {first_difference(now[split], before[split])}"
+            for split in SPLITS
+            if split in before and before[split]["fingerprint"] != now[split]["fingerprint"]
+        ]
+        kind = RefusedError if saved["dataset"] != identity["dataset"] else RecipeError
+        raise kind(
+            f"the run {recipe.name} in {run} was made from another recipe, data or teacher",
+            got="\n       ".join(first_of([*differing, *changes(saved, identity)], DIFFERENCES_SHOWN)),
+            expected="those that the run was started with",
+            next=f"give this one another name: --set name={recipe.name}-2 (or --fresh to start over)",
+        )
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Where two identities of runs differ; students that differ in the same way share a line."""
+    old, new = before["students"], now["students"]
+    lines = recipes.differences(
+        *({key: value for key, value in each.items() if key != "students"} for each in (before, now))
+    )
+    alike: dict[str, list[str]] = {}
+    for name in old:
+        if name in new and (told := recipes.differences(old[name], new[name])):
+            alike.setdefault("; ".join(told), []).append(name)
+    groups = {
+        "students only in the run": [name for name in old if name not in new],
+        "students only in this recipe": [name for name in new if name not in old],
+    }
+    lines += [f"{told}: {', '.join(first_of(names, NAMES_SHOWN))}" for told, names in groups.items() if names]
+    return lines + [f"students {', '.join(first_of(names, NAMES_SHOWN))}: {told}" for told, names in alike.items()]
+
+
+def first_of(texts: list[str], count: int) -> list[str]:
+    """The first texts of a list, and how many more there are."""
+    return texts if len(texts) <= count else [*texts[:count], f"and {len(texts) - count} more"]
+
+
+def begin_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
+    """Write down what the run is, before its first step; results of an earlier attempt no longer hold."""
+    replace(run / "identity.json", canonical_json(identity))
+    replace(run / "recipe.yaml", recipe.to_yaml(run).encode())
+    (run / "fleet.json").unlink(missing_ok=True)
+
+
+def saved_results(run: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The fleet.json of a run whose students have all ended; None where it, or the report, has to be made again."""
+    if read_json(run / "fleet.json") is None or not (run / "report.html").exists():
+        return None
+    if not (run / "identity.json").exists():  # removed by hand, as a refusal of a damaged one says
+        replace(run / "identity.json", canonical_json(identity))
+    return read_fleet(run).plain()
+
+
+def with_stores_found(fleet: dict[str, Any], models: Sequence[CachedModel]) -> dict[str, Any]:
+    """Results whose stores are named where they are now, for a run that was moved without them, or they without it."""
+    now = {store.id: store.uri for model in models for store in model.opened.values()}
+    return {**places.each(fleet, lambda place: now.get(Path(place).name, place)), "run": fleet["run"]}
+
+
+def forget(run: Path) -> None:
+    """Remove an earlier run, once its workers had time to leave.
+
+    Students go first, in one step, and the identity last: killed in between, the run cannot pass for another one's. The
+    lock and the attempts stay, so that late workers of earlier attempts are still told to leave.
+    """
+    stop_attempts(run / "control", last_attempt(run))
+    until = time.monotonic() + ZOMBIE_SECONDS
+    for lock in run.glob("students/*/checkpoints/lock"):
+        with contextlib.ExitStack() as locks:  # one that does not leave is shut out: its folder goes
+            wait_for_lock(lock, f"the student {lock.parent.parent.name}", until, locks)
+    if (run / "students").exists():
+        (run / "students").rename(run / f"old-{secrets.token_hex(6)}")
+    kept = ("lock", "control", "identity.json")
+    for path in [path for path in run.iterdir() if path.name not in kept]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    (run / "identity.json").unlink(missing_ok=True)

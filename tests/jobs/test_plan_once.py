@@ -1,0 +1,74 @@
+"""A command looks once and plans once: the driver prepares rows, opens stores and checks each thing once."""
+
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import akd_dist
+import akd_dist.jobs.train_students  # so that all that is counted is imported
+from akd_dist.storage.reader import LogitStore
+from tests.fleets import ANNEALING, HARD, a_recipe, a_student
+
+ONCE = ("prepare", "check_students", "check_models", "check_same_run", "foresee_caching", "plan_run", "cache_planned")
+
+
+class Calls:
+    """What is called in this process; workers have their own."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.places: dict[str, Any] = {"store_root": root / "stores", "cache_root": root / "cache"}
+        self.runs, self.made, self.opened = root / "runs", Counter[str](), Counter[str]()
+        for module in [module for name, module in sys.modules.items() if name.startswith("akd_dist.")]:
+            for name in (*ONCE, "creation_of"):
+                if name in vars(module):
+                    monkeypatch.setattr(module, name, self.counting(name, vars(module)[name]))
+        check = LogitStore.check
+
+        def opened(store: LogitStore) -> None:
+            self.opened[store.id] += 1
+            check(store)
+
+        monkeypatch.setattr(LogitStore, "check", opened)
+
+    def counting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.made[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    def of(self, verb: Callable[..., dict[str, Any]], recipe: Any, **options: Any) -> dict[str, int]:
+        """How often what is to happen once did, in one command; a store is opened once, and planned once a split."""
+        self.made.clear()
+        self.opened.clear()
+        verb(recipe, console=Console(quiet=True), **self.places, **options)
+        assert set(self.opened.values()) <= {1}, self.opened
+        assert self.made.pop("creation_of", 0) in (0, 3)
+        return dict(self.made)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_command_looks_and_plans_once(ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, runs = Calls(tmp_path, monkeypatch), {"run_root": tmp_path / "runs"}
+    recipe = a_recipe([a_student("one", objective=ANNEALING), a_student("two", objective=HARD)])
+    train, everything = akd_dist.train_students, dict.fromkeys(ONCE, 1)
+    planned = everything.copy()
+    del planned["cache_planned"]
+    assert calls.of(train, recipe, dry_run=True, **runs) == planned
+    assert calls.of(train, recipe, **runs) == everything
+    assert len(calls.opened) == 3
+    assert calls.of(train, recipe, **runs) == everything, "a hit"
+    assert calls.of(train, recipe, dry_run=True, **runs) == planned
+    shutil.rmtree(tmp_path / "runs" / "fleet" / "students" / "two")
+    assert calls.of(train, recipe, **runs) == everything, "resumed"
+    assert len(calls.opened) == 3
+    cached = {"prepare": 1, "check_models": 1, "foresee_caching": 1, "cache_planned": 1}
+    assert calls.of(akd_dist.cache_teacher, recipe) == cached
+    assert calls.of(akd_dist.compare, recipe, seeds=2, **runs) == everything
