@@ -213,7 +213,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             device=options.device,
             on_progress=on_progress,
             on_note=_notes(options.console),
-        )
+        ).plain()
 
 
 @_taking(PredictOptions)
@@ -241,7 +241,7 @@ def predict(options: PredictOptions) -> dict[str, Any]:
             device=options.device,
             on_progress=on_progress,
             on_note=_notes(options.console),
-        )
+        ).plain()
 
 
 @_taking(ExportOptions)
@@ -269,7 +269,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
             trust=options.modules,
             force=options.force,
             on_progress=on_progress,
-        )
+        ).plain()
 
 
 def _name_of(folder: str | Path) -> str:
