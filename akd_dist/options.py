@@ -17,8 +17,7 @@ from akd_dist.base.places import RUN_ROOT, STORE_ROOT
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from akd_dist.documents.use import Target
-    from akd_dist.recipe import Device, Recipe, Split
+    from akd_dist.recipe import Device, Recipe, Split, Target
 
 Default = TypeVar("Default")
 

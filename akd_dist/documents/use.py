@@ -6,9 +6,8 @@ from typing import Literal
 
 from akd_dist.documents.base import Count, Document, Share
 from akd_dist.documents.fleet import Metrics
-from akd_dist.recipe import Device, Precision, Split, Task
+from akd_dist.recipe import Device, Precision, Split, Target, Task
 
-Target = Literal["onnx", "torch-export", "huggingface"]
 Column = Literal["row", "predicted", "probability", "logits", "label"]
 
 

@@ -22,6 +22,7 @@ from akd_dist.recipe.base import (
     Share as Share,
     Spec as Spec,
     Split as Split,
+    Target as Target,
     Task as Task,
     Width as Width,
 )

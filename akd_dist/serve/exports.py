@@ -31,7 +31,7 @@ from akd_dist.base.trusted import Trusted
 from akd_dist.data.factories import whole
 from akd_dist.data.row_cache import Progress
 from akd_dist.data.text import save_tokenizer
-from akd_dist.documents.use import ExportDocument, Target
+from akd_dist.documents.use import ExportDocument
 from akd_dist.models.card import ModelCard
 from akd_dist.models.huggingface_config import CONFIG
 from akd_dist.serve.evaluation import Served, open_model, refuse_existing
@@ -40,7 +40,7 @@ from akd_dist.serve.runners import RUNNERS, DoesNotRunError
 
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "huggingface": "-huggingface"}
 """How an export is named after its model, where nobody names it."""
-TARGETS: tuple[Target, ...] = get_args(Target)
+TARGETS: tuple[recipe.Target, ...] = get_args(recipe.Target)
 CHECK_ROWS = 256
 """The most rows that an export is compared on."""
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
@@ -66,7 +66,7 @@ class _Rows:
 
 def export(
     student: str,
-    to: Target,
+    to: recipe.Target,
     out: Path,
     cache_root: Path,
     *,
