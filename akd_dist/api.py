@@ -216,7 +216,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             device=options.device,
             on_progress=on_progress,
             on_note=_notes(options.console),
-        )
+        ).plain()
 
 
 @_taking(PredictOptions)
@@ -244,7 +244,7 @@ def predict(options: PredictOptions) -> dict[str, Any]:
             device=options.device,
             on_progress=on_progress,
             on_note=_notes(options.console),
-        )
+        ).plain()
 
 
 @_taking(ExportOptions)
@@ -272,7 +272,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
             trust=options.modules,
             force=options.force,
             on_progress=on_progress,
-        )
+        ).plain()
 
 
 def _name_of(folder: str | Path) -> str:

@@ -17,7 +17,7 @@ from akd_dist.base.places import RUN_ROOT, STORE_ROOT
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from akd_dist.recipe import Recipe
+    from akd_dist.recipe import Device, Recipe, Split, Target
 
 Default = TypeVar("Default")
 
@@ -182,7 +182,7 @@ class ModelOptions(Options):
 
     student: str | Path = field(kw_only=False, metadata={"argument": "STUDENT", "folder": True})
     """A folder or URI with model.safetensors and model.json, as `<run>/students/<student>`."""
-    split: str | None = option(
+    split: Split | None = option(
         None,
         "--split",
         metavar="SPLIT",
@@ -209,7 +209,7 @@ class DataOptions(ModelOptions):
     label: str | None = option(None, "--label", metavar="COLUMN", help="Column of labels.")
     """The column of labels; None takes that of the student's run, or `label`, where there is one. An empty name reads
     none."""
-    device: str = option("cpu", "--device", choices=("cpu", "cuda"), show_default=True, help="Where to compute.")
+    device: Device = option("cpu", "--device", choices=("cpu", "cuda"), show_default=True, help="Where to compute.")
     """`cpu` or `cuda`."""
 
 
@@ -260,7 +260,7 @@ class PredictOptions(WritingOptions, DataOptions):
 class ExportOptions(WritingOptions, ModelOptions):
     """What `export` takes."""
 
-    to: str = field(
+    to: Target = field(
         kw_only=False,
         metadata={
             "flag": "--to",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from akd_dist.documents.base import Count, Document
+from akd_dist.recipe import Split
 
 
 class CachedSplit(Document):
@@ -82,7 +83,7 @@ class PlannedSplit(Document):
     """Size of these shards."""
 
 
-PlannedSplits = dict[Literal["train", "validation", "test"], PlannedSplit]
+PlannedSplits = dict[Split, PlannedSplit]
 
 
 class PlannedAssistant(Document):

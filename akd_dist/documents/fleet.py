@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 
 from akd_dist.documents.base import Correlation, Count, Document, Share
-from akd_dist.recipe import Metric, Task
+from akd_dist.recipe import Metric, Split, Task
 
 
 class Metrics(Document):
@@ -247,9 +247,9 @@ class RunIdentity(Document):
 
     teacher: dict[str, Any]
     """The recipe's teacher, and its fingerprint."""
-    dataset: dict[Literal["train", "validation", "test"], str]
+    dataset: dict[Split, str]
     """The fingerprint of each split."""
     students: dict[str, dict[str, Any]]
     """The students of the recipe, by name."""
-    rows: dict[Literal["train", "validation", "test"], RunRows] = {}
+    rows: dict[Split, RunRows] = {}
     """What is known of the rows of each split."""

@@ -7,7 +7,7 @@ from typing import Literal
 from akd_dist.documents.base import Count, Document, Share
 from akd_dist.documents.error import Refusal
 from akd_dist.documents.fleet import Economics
-from akd_dist.recipe import Metric, Task
+from akd_dist.recipe import Metric, Split, Task
 
 
 class Estimate(Document):
@@ -78,7 +78,7 @@ class ComparedRow(Document):
     """Students that diverged or failed."""
 
 
-SplitRows = dict[Literal["train", "validation", "test"], Count]
+SplitRows = dict[Split, Count]
 
 
 class CompareDocument(Document):

@@ -6,7 +6,9 @@ from typing import Literal
 
 from akd_dist.documents.base import Count, Document, Share
 from akd_dist.documents.fleet import Metrics
-from akd_dist.recipe import Precision, Task
+from akd_dist.recipe import Device, Precision, Split, Target, Task
+
+Column = Literal["row", "predicted", "probability", "logits", "label"]
 
 
 class EvaluatedModel(Document):
@@ -50,13 +52,13 @@ class EvaluationDocument(Document):
     """Those that it was compared with."""
     data: str
     """The data, as named."""
-    split: Literal["train", "validation", "test"] | None
+    split: Split | None
     """Of a recipe; else null."""
     rows: Count
     """How many."""
     task: Task
     """What a label is."""
-    device: Literal["cpu", "cuda"]
+    device: Device
     """Where it was computed."""
     seconds: float
     """Wall-clock time."""
@@ -73,17 +75,17 @@ class PredictionDocument(Document):
     """The sha256 of its weights and architecture."""
     data: str
     """The data, as named."""
-    split: Literal["train", "validation", "test"] | None
+    split: Split | None
     """Of a recipe; else null."""
     out: str
     """The Parquet file."""
     rows: Count
     """How many."""
-    columns: list[Literal["row", "predicted", "probability", "logits", "label"]]
+    columns: list[Column]
     """What the file holds of each row."""
     bytes: Count
     """Size of the file."""
-    device: Literal["cpu", "cuda"]
+    device: Device
     """Where it was computed."""
     seconds: float
     """Wall-clock time."""
@@ -98,7 +100,7 @@ class ExportDocument(Document):
     """Label of its architecture."""
     fingerprint: str
     """The sha256 of its weights and architecture."""
-    to: Literal["onnx", "torch-export", "huggingface"]
+    to: Target
     """The format."""
     out: str
     """The file, or the folder of a Hugging Face model."""
@@ -110,7 +112,7 @@ class ExportDocument(Document):
     """Dtype, shape and meaning of what it gives."""
     data: str | None
     """The data that it was compared on; null for random inputs."""
-    split: Literal["train", "validation", "test"] | None
+    split: Split | None
     """Of a recipe; else null."""
     rows: Count
     """How many of them."""

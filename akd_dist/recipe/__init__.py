@@ -10,6 +10,7 @@ from akd_dist.recipe.base import (
     Classes as Classes,
     Count as Count,
     Decay as Decay,
+    Device as Device,
     Factory as Factory,
     Layers as Layers,
     LearningRate as LearningRate,
@@ -20,6 +21,8 @@ from akd_dist.recipe.base import (
     Seed as Seed,
     Share as Share,
     Spec as Spec,
+    Split as Split,
+    Target as Target,
     Task as Task,
     Width as Width,
 )

@@ -12,6 +12,10 @@ from akd_dist.base.trusted import Trusted
 # A function of the user's, as `module:function`.
 FACTORY = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 Task = Literal["classification", "regression"]
+Device = Literal["cpu", "cuda"]
+Split = Literal["train", "validation", "test"]
+Target = Literal["onnx", "torch-export", "huggingface"]
+"""What a model is exported to."""
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 METRICS: dict[Task, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),

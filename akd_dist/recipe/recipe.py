@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_valid
 
 from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
-from akd_dist.recipe.base import Count, Factory, Positive, Spec
+from akd_dist.recipe.base import Count, Device, Factory, Positive, Spec
 from akd_dist.recipe.data import DataSpec
 from akd_dist.recipe.models import Model
 from akd_dist.recipe.paths import change_paths
@@ -158,7 +158,7 @@ class Recipe(Spec):
     """How its logits are stored."""
     students: list[StudentSpec] = Field(min_length=1)
     """Who is trained, in this order."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     """Where teacher and students compute. Part of the result: the last bits of the weights differ."""
     cohorts: Count | None = None
     """How many groups of students train at the same time; none leaves it to the planner. Changes no result."""

@@ -9,9 +9,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from akd_dist.base.formatting import ANNEALING, CONTINUATION, HARD_LABELS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+OBJECTIVE_COLOURS = {
+    HARD_LABELS: "#e07a2f",
+    "kd": "#1fa187",
+    "takd": "#9a62d3",
+    ANNEALING: "#3b82d6",
+    CONTINUATION: "#d14f7c",
+}
+# One hue per student size, smallest first; mid-tones that read on white and on near-black.
+SIZE_COLOURS = ("#d14f7c", "#9a62d3", "#3f8fd0", "#1fa187", "#8aa52b", "#d9902f")
+OTHER_COLOUR = "#7d8794"
+TEMPERATURE_COLOUR = "#b0602a"
 # Stands for "the colour of the page's text" in what matplotlib draws; the page's style sheet decides what that is.
 INK = "#010203"
 LEGEND_ENTRIES, LEGEND_LETTERS = 12, 22  # letters of a label that still fit three beside each other

@@ -29,10 +29,11 @@ from akd_dist.base.formatting import (
 from akd_dist.base.places import written
 from akd_dist.documents.error import Refusal
 from akd_dist.documents.fleet import Economics
-from akd_dist.documents.report import Estimate, ReportDocument, RunDifference, RunsCompared, TauEffect
-from akd_dist.reporting import figures
+from akd_dist.documents.report import ReportDocument, RunDifference, RunsCompared, TauEffect
+from akd_dist.reporting import curves, figures
 from akd_dist.reporting.comparison import cells, columns, remarks
 from akd_dist.reporting.differences import Classes, Numbers
+from akd_dist.reporting.drawing import OBJECTIVE_COLOURS, OTHER_COLOUR
 from akd_dist.reporting.results import Run, check_comparable, differences_of_runs, names_of, read_run, same_test_rows
 from akd_dist.reporting.seeds import (
     SAME,
@@ -40,6 +41,7 @@ from akd_dist.reporting.seeds import (
     best_of,
     gain_over_scratch,
     group_label,
+    interval,
     pareto_front,
     plus_minus,
     unfinished,
@@ -178,9 +180,9 @@ def render(run: Run) -> str:
         effects=list(_effect_rows(effects, shown)),
         tau_notes=tau_notes(effects),
         tau_figures=list(figures.tau_figures(effects, shown)),
-        curve_figures=[*figures.stage_figures(run), *figures.validation_figure(run)],
-        schedules_left=max(0, len(figures.schedules_of(run)) - figures.SCHEDULES_DRAWN),
-        schedules_drawn=figures.SCHEDULES_DRAWN,
+        curve_figures=[*curves.stage_figures(run), *curves.validation_figure(run)],
+        schedules_left=max(0, len(curves.schedules_of(run)) - curves.SCHEDULES_DRAWN),
+        schedules_drawn=curves.SCHEDULES_DRAWN,
         differences=differences,
         problems=run.problems,
         economics=[(_owner(one), one) for one in fleet.economics],
@@ -203,7 +205,7 @@ def _table_rows(run: Run) -> Iterator[dict[str, Any]]:
             "gain": None if gain is None else shown.gain(gain),
             "tone": "" if gain is None or abs(gain) < SAME else "up" if gain > 0 else "down",
             "front": group in front,
-            "colour": figures.OBJECTIVE_COLOURS.get(group.objective, figures.OTHER_COLOUR),
+            "colour": OBJECTIVE_COLOURS.get(group.objective, OTHER_COLOUR),
             "first_of_model": group.model != previous,
         }
         previous = group.model
@@ -243,14 +245,6 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 # --- the effect of tau_max --------------------------------------------------------------------------------------------
-
-
-def interval(shown: MetricFormat, value: Estimate | None, *, signed: bool = False) -> str:
-    """`97.41 ± 0.57`, the mean and half of its interval; the mean alone for one seed; nothing for none."""
-    if value is None:
-        return ""
-    mean = shown.gain(value.mean) if signed else shown.text(value.mean)
-    return mean if value.high is None else f"{mean} ± {shown.text(value.high - value.mean)}"
 
 
 def _effect_rows(effects: list[TauEffect], shown: MetricFormat) -> Iterator[dict[str, Any]]:

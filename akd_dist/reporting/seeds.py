@@ -1,6 +1,6 @@
 """Students that differ in nothing but their seed: gathered into groups, their means, intervals and differences.
 
-A dozen plain lines each, on typed results: pandas would need the same groups, and take half a second to import.
+A dozen plain lines each, on typed results: with pandas, keys and order of the groups would be written all the same.
 """
 
 from __future__ import annotations
@@ -43,6 +43,14 @@ class Spread:
 def plus_minus(shown: MetricFormat, spread: Spread | None) -> str:
     """A spread in a metric's terms; a dash for none."""
     return "-" if spread is None else spread.told(shown)
+
+
+def interval(shown: MetricFormat, value: Estimate | None, *, signed: bool = False) -> str:
+    """`97.41 ± 0.57`, the mean and half of its interval; the mean alone for one seed; nothing for none."""
+    if value is None:
+        return ""
+    mean = shown.gain(value.mean) if signed else shown.text(value.mean)
+    return mean if value.high is None else f"{mean} ± {shown.text(value.high - value.mean)}"
 
 
 def estimate(by_seed: Mapping[int, float]) -> Estimate | None:

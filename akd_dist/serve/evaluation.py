@@ -26,6 +26,8 @@ from akd_dist.data.predictions import predictions_file
 from akd_dist.data.row_cache import Progress
 from akd_dist.distill.metrics import measure, predictions
 from akd_dist.distill.objectives import at_least_float32, label_losses
+from akd_dist.documents.fleet import Metrics
+from akd_dist.documents.use import EvaluatedModel, EvaluationDocument, OtherModel, PredictionDocument
 from akd_dist.models.build import num_parameters
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, device_name, set_deterministic, weights_dtype
@@ -57,7 +59,7 @@ class Served:
         return at_least_float32(logits)
 
 
-def open_model(uri: str, device: str = "cpu", trusted: Trusted = NOBODY) -> Served:
+def open_model(uri: str, device: recipe.Device = "cpu", trusted: Trusted = NOBODY) -> Served:
     """A model for use, computing as it did in its run where it lies in one: `<run>/students/<student>`.
 
     Args:
@@ -102,10 +104,10 @@ def evaluate(
     cache_root: Path,
     *,
     others: Sequence[str] = (),
-    device: str = "cpu",
+    device: recipe.Device = "cpu",
     on_progress: Progress | None = None,
     on_note: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> EvaluationDocument:
     """Every metric of a model on data; and of others, with how far they agree with it.
 
     On the test rows of its own recipe, and on the device of its run, these are the figures in fleet.json, on a CPU to
@@ -119,9 +121,6 @@ def evaluate(
         device: `cpu` or `cuda`.
         on_progress: called with what is being done, rows done, and rows in all.
         on_note: called with a line, where something of the data is left out without being wrong.
-
-    Returns:
-        The document that `akd-dist evaluate --json` prints (documents.EvaluationDocument).
 
     Raises:
         RecipeError, RefusedError, DamagedError, MachineError: as `open_model` and `examples.open_examples`.
@@ -141,17 +140,17 @@ def evaluate(
                 for tally in tallies:
                     tally.add(inputs, known)
     truth = torch.from_numpy(labels.values)
-    first, *rest = [tally.measured(truth) for tally in tallies]
-    return {
-        "student": first,
-        "others": [one | _agreement(tallies[0], tally, truth) for one, tally in zip(rest, tallies[1:], strict=True)],
-        "data": examples.name,
-        "split": examples.split,
-        "rows": examples.rows,
-        "task": ours.card.task,
-        "device": device,
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    first, *rest = tallies
+    return EvaluationDocument(
+        student=first.measured(truth),
+        others=[_compared(first, other, truth) for other in rest],
+        data=examples.name,
+        split=examples.split,
+        rows=examples.rows,
+        task=ours.card.task,
+        device=device,
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 class _Column:
@@ -185,35 +184,39 @@ class _Tally:
         self.loss += float(label_losses(logits, truth).double().sum())
         self.said.add(predictions(self.model.card.task, logits).cpu().numpy())
 
-    def measured(self, truth: torch.Tensor) -> dict[str, Any]:
-        """The model and its metrics, as a document; JSON has no infinite loss."""
+    def measured(self, truth: torch.Tensor) -> EvaluatedModel:
+        """The model and its metrics; JSON has no infinite loss."""
         card = self.model.card
-        metrics = measure(card.task, torch.from_numpy(self.said.values), truth, card.classes) | {
-            "loss": self.loss / len(truth)
-        }
-        return {
-            "path": self.model.home.uri,
-            "model": card.model.label,
-            "parameters": num_parameters(self.model.module),
-            "fingerprint": card.fingerprint,
-            "precision": self.model.precision,
-            "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
-        }
+        metrics = measure(card.task, torch.from_numpy(self.said.values), truth, card.classes)
+        metrics |= {"loss": self.loss / len(truth)}
+        return EvaluatedModel(
+            path=self.model.home.uri,
+            model=card.model.label,
+            parameters=num_parameters(self.model.module),
+            fingerprint=card.fingerprint,
+            precision=self.model.precision,
+            metrics=Metrics(**{name: value for name, value in metrics.items() if math.isfinite(value)}),
+        )
 
 
-def _agreement(ours: _Tally, theirs: _Tally, truth: torch.Tensor) -> dict[str, Any]:
-    """How far another model says the same, and who is right; nothing of it where there are no classes."""
-    if ours.model.card.task == "regression":
-        return dict.fromkeys(("agreement", "both_right", "student_right", "other_right", "both_wrong"))
+def _compared(ours: _Tally, theirs: _Tally, truth: torch.Tensor) -> OtherModel:
+    """Another model, how far it says the same, and who is right; nothing of that where there are no classes."""
     first, second, labels = ours.said.values, theirs.said.values, truth.numpy()
     right, other = first == labels, second == labels
-    return {
-        "agreement": float(np.mean(first == second)),
-        "both_right": int((right & other).sum()),
-        "student_right": int((right & ~other).sum()),
-        "other_right": int((~right & other).sum()),
-        "both_wrong": int((~right & ~other).sum()),
-    }
+    classes = ours.model.card.task == "classification"
+    counts = [
+        int(rows.sum()) if classes else None
+        for rows in (right & other, right & ~other, ~right & other, ~right & ~other)
+    ]
+    both_right, student_right, other_right, both_wrong = counts
+    return OtherModel(
+        **dict(theirs.measured(truth)),
+        agreement=float(np.mean(first == second)) if classes else None,
+        both_right=both_right,
+        student_right=student_right,
+        other_right=other_right,
+        both_wrong=both_wrong,
+    )
 
 
 # ---- predict
@@ -227,10 +230,10 @@ def predict(
     *,
     with_logits: bool = True,
     overwrite: bool = False,
-    device: str = "cpu",
+    device: recipe.Device = "cpu",
     on_progress: Progress | None = None,
     on_note: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> PredictionDocument:
     """What a model says of every row, as a Parquet file: whole, or absent.
 
     Columns: `row` int64, counted from 0; `predicted`, the class id int64, or a number, float64, for regression;
@@ -249,9 +252,6 @@ def predict(
         on_progress: called with what is being done, rows done, and rows in all.
         on_note: called with a line, where something of the data is left out without being wrong.
 
-    Returns:
-        The document that `akd-dist predict --json` prints (documents.PredictionDocument).
-
     Raises:
         RecipeError: `out` is there already, or options do not go together.
         RefusedError, DamagedError, MachineError: as `open_model` and `examples.open_examples`; or `out` cannot be
@@ -267,19 +267,19 @@ def predict(
             for inputs, labels in _shown(examples, "predicting", on_progress, on_note):
                 write(_table(schema, model, at, inputs, labels))
                 at += len(inputs)
-    return {
-        "student": student,
-        "model": model.card.model.label,
-        "fingerprint": model.card.fingerprint,
-        "data": examples.name,
-        "split": examples.split,
-        "out": str(out),
-        "rows": examples.rows,
-        "columns": schema.names,
-        "bytes": out.stat().st_size,
-        "device": device,
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    return PredictionDocument(
+        student=student,
+        model=model.card.model.label,
+        fingerprint=model.card.fingerprint,
+        data=examples.name,
+        split=examples.split,
+        out=str(out),
+        rows=examples.rows,
+        columns=schema.names,
+        bytes=out.stat().st_size,
+        device=device,
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 def refuse_existing(out: Path, overwrite: bool, instead_of: str | None = None) -> None:

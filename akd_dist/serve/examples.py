@@ -49,7 +49,7 @@ class DataRequest:
 
     data: str
     """A recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; or `digits`."""
-    split: str | None = None
+    split: recipe.Split | None = None
     """Of a recipe: `train`, `validation` or `test`, the one by default."""
     input: tuple[str, ...] = ()
     """The column of inputs, or two of a pair of texts; none takes those of the student's run, or `input`."""
@@ -88,7 +88,7 @@ class Examples:
 
     name: str
     """For messages and documents."""
-    split: str | None
+    split: recipe.Split | None
     """Of a recipe."""
     like: Rows
     """Rows of the same meaning, shape and dtype; not all of them where they are streamed."""
@@ -169,7 +169,7 @@ def _refuse_options(asked: DataRequest, *names: str) -> None:
 
 
 def _of_recipe(path: Path, asked: DataRequest, cache_root: Path, on_progress: Progress | None) -> Examples:
-    split = asked.split or "test"
+    split: recipe.Split = asked.split or "test"
     if split not in SPLITS:
         raise RecipeError("there is no such split", got=split, expected=f"one of {', '.join(SPLITS)}")
     loaded = recipe.load_recipe(path)

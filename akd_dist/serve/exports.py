@@ -13,15 +13,13 @@ import io
 import json
 import logging
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -33,15 +31,16 @@ from akd_dist.base.trusted import Trusted
 from akd_dist.data.factories import whole
 from akd_dist.data.row_cache import Progress
 from akd_dist.data.text import save_tokenizer
+from akd_dist.documents.use import ExportDocument
 from akd_dist.models.card import ModelCard
 from akd_dist.models.huggingface_config import CONFIG
 from akd_dist.serve.evaluation import Served, open_model, refuse_existing
 from akd_dist.serve.examples import DataRequest, known_text, open_examples
+from akd_dist.serve.runners import RUNNERS, DoesNotRunError
 
-Target = Literal["onnx", "torch-export", "huggingface"]
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "huggingface": "-huggingface"}
 """How an export is named after its model, where nobody names it."""
-TARGETS: tuple[Target, ...] = get_args(Target)
+TARGETS: tuple[recipe.Target, ...] = get_args(recipe.Target)
 CHECK_ROWS = 256
 """The most rows that an export is compared on."""
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
@@ -62,12 +61,12 @@ class _Rows:
     inputs: np.ndarray
     data: str | None
     """Where they come from; None for random ones."""
-    split: str | None = None
+    split: recipe.Split | None = None
 
 
 def export(
     student: str,
-    to: str,
+    to: recipe.Target,
     out: Path,
     cache_root: Path,
     *,
@@ -76,7 +75,7 @@ def export(
     trust: tuple[str, ...] = (),
     force: bool = False,
     on_progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> ExportDocument:
     """Write a model in another format, run that on rows, and keep it only if the logits agree.
 
     Args:
@@ -90,9 +89,6 @@ def export(
         trust: modules that the model's folder and its run may name, where there is no `asked` to say so.
         force: whether `out` may take the place of something else.
         on_progress: told while a recipe's rows are prepared.
-
-    Returns:
-        The document that `akd-dist export --json` prints (documents.ExportDocument).
 
     Raises:
         RecipeError: no such format, a package is missing, or `out` is there already.
@@ -119,24 +115,24 @@ def export(
         difference, tolerance = _compared(model, to, got, expected)
         refuse_existing(out, force, instead_of=CONFIG if to == "huggingface" else None)  # it may have come meanwhile
         _publish(made, out)
-    return {
-        "student": student,
-        "model": model.card.model.label,
-        "fingerprint": model.card.fingerprint,
-        "to": to,
-        "out": str(out),
-        "bytes": sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*")) if path.is_file()),
-        "inputs": _inputs_in_words(model.card),
-        "outputs": _outputs_in_words(model),
-        "data": rows.data,
-        "split": rows.split,
-        "rows": len(rows.inputs),
-        "difference": difference,
-        "tolerance": tolerance,
-        "notes": _notes(model, trained_in, to, rows, tokenizer),
-        "same_class": None if model.card.task == "regression" else int((got.argmax(1) == expected.argmax(1)).sum()),
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    return ExportDocument(
+        student=student,
+        model=model.card.model.label,
+        fingerprint=model.card.fingerprint,
+        to=to,
+        out=str(out),
+        bytes=sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*")) if path.is_file()),
+        inputs=_inputs_in_words(model.card),
+        outputs=_outputs_in_words(model),
+        data=rows.data,
+        split=rows.split,
+        rows=len(rows.inputs),
+        difference=difference,
+        tolerance=tolerance,
+        same_class=None if model.card.task == "regression" else int((got.argmax(1) == expected.argmax(1)).sum()),
+        notes=_notes(model, trained_in, to, rows, tokenizer),
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 # ---- before
@@ -371,74 +367,17 @@ def _write_huggingface(model: Served, folder: Path, tokenizer: str | None) -> No
         save_tokenizer(spec, card.tokens, folder)
 
 
-# ---- running them, without akd-dist
-
-
-class _DoesNotRunError(Exception):
-    """An export fails, for this reason."""
-
-
 def _run(model: Served, to: str, path: Path, inputs: np.ndarray) -> np.ndarray:
     """Logits [n, classes] that an export gives."""
     try:
-        return np.concatenate(_RUNNERS[to](path, _parts(inputs)))
-    except _DoesNotRunError as error:
+        return np.concatenate(RUNNERS[to](path, _parts(inputs)))
+    except DoesNotRunError as error:
         raise RefusedError(
             f"the export of {model.home.uri} to {to} does not run, and is not kept",
             got=error,
             expected=f"logits of {len(inputs)} rows in {_precision(model)}",
             next=_instead(model, to),
         ) from error
-
-
-def _run_onnx(path: Path, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    runtime = importlib.import_module("onnxruntime")  # it ships no types
-    try:
-        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        return [session.run(["logits"], {"inputs": part})[0] for part in parts]
-    except Exception as error:  # onnxruntime's own kinds, such as one for a missing kernel of float64
-        raise _DoesNotRunError(str(error)) from error
-
-
-# Given: the export, then a file of inputs and a file for logits by turns.
-_TORCH_SCRIPT = """
-import sys, numpy, torch
-program = torch.export.load(sys.argv[1]).module()
-with torch.inference_mode():
-    for given, made in zip(sys.argv[2::2], sys.argv[3::2]):
-        numpy.save(made, program(torch.from_numpy(numpy.load(given))).numpy())
-"""
-_HUGGINGFACE_SCRIPT = """
-import sys, numpy, torch, transformers
-model = transformers.AutoModelForSequenceClassification.from_pretrained(
-    sys.argv[1], local_files_only=True, trust_remote_code=False
-).eval()
-with torch.inference_mode():
-    for given, made in zip(sys.argv[2::2], sys.argv[3::2]):
-        inputs = torch.from_numpy(numpy.load(given)).long()
-        ids, *types = [inputs] if inputs.dim() == 2 else inputs.unbind(1)
-        more = {"token_type_ids": types[0]} if types else {}
-        mask = (ids != model.config.pad_token_id).long()
-        numpy.save(made, model(input_ids=ids, attention_mask=mask, **more).logits.numpy())
-"""
-
-
-def _run_apart(script: str) -> Callable[[Path, Sequence[np.ndarray]], list[np.ndarray]]:
-    """A script in a fresh Python that sees installed packages alone: no akd-dist of a checkout, no code of the user."""
-
-    def run(path: Path, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        with tempfile.TemporaryDirectory() as folder:
-            files = [(Path(folder) / f"inputs-{n}.npy", Path(folder) / f"logits-{n}.npy") for n in range(len(parts))]
-            for (given, _), part in zip(files, parts, strict=True):
-                np.save(given, part)
-            places = [str(path), *(str(file) for pair in files for file in pair)]
-            command = [sys.executable, "-I", "-W", "ignore", "-c", script, *places]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise _DoesNotRunError(done.stderr.strip()[-2000:] or f"exit code {done.returncode}")
-            return [np.load(made) for _, made in files]
-
-    return run
 
 
 @contextlib.contextmanager
@@ -499,9 +438,4 @@ _WRITERS: dict[str, Callable[[Served, Path, str | None], None]] = {
     "onnx": _write_onnx,
     "torch-export": _write_torch,
     "huggingface": _write_huggingface,
-}
-_RUNNERS = {
-    "onnx": _run_onnx,
-    "torch-export": _run_apart(_TORCH_SCRIPT),
-    "huggingface": _run_apart(_HUGGINGFACE_SCRIPT),
 }

@@ -336,7 +336,7 @@ def test_no_figure_is_told_of_rows_that_changed(home: Home, tmp_path: Path) -> N
     asked = str(run / "students" / "hard"), DataRequest(str(run)), cache
     with pytest.raises(CorruptCacheError, match=r"test-inputs\.npy"):
         evaluation.evaluate(*asked)
-    metrics = evaluation.evaluate(*asked)["student"]["metrics"]
+    metrics = evaluation.evaluate(*asked).student.metrics.plain()
     assert metrics == home.expected["figures"]["hard"][0]
 
 

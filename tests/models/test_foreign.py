@@ -211,9 +211,9 @@ def test_a_run_is_not_the_users_word_and_a_recipe_file_is(tmp_path: Path) -> Non
         with pytest.raises(RefusedError, match=r"foreign_run:net is not run: the model folder"):
             evaluate(str(folder), DataRequest(data), Path(cache))
         trusting = evaluate(str(folder), DataRequest(data, trust=("foreign_run",)), Path(cache))
-        assert trusting["student"]["model"] == "net"
+        assert trusting.student.model == "net"
     found = evaluate(str(folder), DataRequest(str(tmp_path / "recipe.yaml")), Path(cache))
-    assert found["split"] == "test"
+    assert found.split == "test"
 
 
 @pytest.mark.parametrize("link", ["linked/sub/__init__.py", "linked/mid", "linked/sub/leaf.py", "linked/__init__.py"])
@@ -275,8 +275,7 @@ def test_a_runs_own_data_are_not_read_by_its_code(tmp_path: Path) -> None:
         evaluate(str(tmp_path / "model"), DataRequest(str(run)), tmp_path / "cache")
     assert not ran(tmp_path)
     assert (
-        evaluate(str(tmp_path / "model"), DataRequest(str(run), trust=("foreign_rows",)), tmp_path / "cache")["rows"]
-        == 4
+        evaluate(str(tmp_path / "model"), DataRequest(str(run), trust=("foreign_rows",)), tmp_path / "cache").rows == 4
     )
 
 

@@ -136,7 +136,7 @@ def test_such_a_model_is_exported(folder: Path, tmp_path: Path, monkeypatch: pyt
     document = export(
         str(tmp_path / "dict"), "torch-export", tmp_path / "dict.pt2", tmp_path / "cache", trust=("returning_nets",)
     )
-    assert document["difference"] <= document["tolerance"]
+    assert document.difference <= document.tolerance
 
 
 def test_a_model_without_logits_is_refused_when_it_is_built(folder: Path) -> None:

@@ -29,9 +29,11 @@ from akd_dist.documents.damage import read_epochs
 from akd_dist.documents.fleet import EpochRecord, FleetDocument, FleetStudent, RunIdentity
 from akd_dist.documents.report import Difference, ReportDocument
 from akd_dist.recipe import METRICS, AdamW, AnnealingKD, ContinuationKD, HardLabels, Kd, Mlp, StudentSpec, Takd
+from akd_dist.reporting.curves import stage_figures
 from akd_dist.reporting.differences import read_predictions
+from akd_dist.reporting.drawing import OBJECTIVE_COLOURS
 from akd_dist.reporting.economics import StudentUsage, economics, reading
-from akd_dist.reporting.figures import OBJECTIVE_COLOURS, _beside_each_other, runs_figure, stage_figures, tau_figures
+from akd_dist.reporting.figures import _beside_each_other, runs_figure, tau_figures
 from akd_dist.reporting.page import render, tau_notes, write_report, write_reports
 from akd_dist.reporting.results import Run, fleet_table, read_fleet, read_run, runs_table, same_test_rows
 from akd_dist.reporting.seeds import (

@@ -54,7 +54,7 @@ def a_model(folder: Path, spec: Any, double: bool = False, normalize: Any = None
     return folder
 
 
-def export(folder: Path, to: str, out: Path, **more: Any) -> dict[str, Any]:
+def export(folder: Path, to: Any, out: Path, **more: Any) -> dict[str, Any]:
     document = akd_dist.export(folder, to, out, trust=code_of(folder), **more)
     ExportDocument.model_validate(document)
     return document
