@@ -10,4 +10,5 @@ if sys.path[0] in ("", str(Path.cwd())) and not (Path(sys.path[0]) / "akd_dist")
 
 from akd_dist.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

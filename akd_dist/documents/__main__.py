@@ -2,5 +2,6 @@
 
 from akd_dist.documents.json_schema import SCHEMAS, schema_text, schemas
 
-for name in schemas():
-    (SCHEMAS / f"{name}.schema.json").write_text(schema_text(name))
+if __name__ == "__main__":
+    for name in schemas():
+        (SCHEMAS / f"{name}.schema.json").write_text(schema_text(name))
