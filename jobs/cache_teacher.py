@@ -3,8 +3,6 @@
 akd-dist cache-teacher jobs/digits.yaml
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import time

@@ -1,7 +1,5 @@
 """The Ray cluster: connect to one or start one on loopback, see what it has, stop without losing work."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import logging

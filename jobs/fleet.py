@@ -1,7 +1,5 @@
 """The queue of cohorts: start them where there is room, follow them, retry and split those whose workers die."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time

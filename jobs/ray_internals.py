@@ -4,8 +4,6 @@ Ray promises nothing of these names. So they stand in one file, each with the re
 do, and `tests/jobs/test_ray_internals.py` fails, naming the version of Ray, when one is gone or is called otherwise.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

@@ -1,7 +1,5 @@
 """A cohort as one Ray Train run: what the driver asks of Ray, and what each of the workers runs."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import logging

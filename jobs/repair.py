@@ -1,7 +1,5 @@
 """Recompute the damaged shards of a sealed store, to the very bytes that were sealed."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What became of a fleet: every student's result, the teacher's, what it cost, and the report; told and written."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -1,7 +1,5 @@
 """A run's folder: who holds it, what it was made from, and what an earlier command left there."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

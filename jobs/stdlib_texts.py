@@ -3,8 +3,6 @@
 python -m akd_dist.jobs.stdlib_texts texts.parquet
 """
 
-from __future__ import annotations
-
 import itertools
 import sysconfig
 from collections.abc import Iterator

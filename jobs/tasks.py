@@ -4,8 +4,6 @@ None is ever cancelled: Ray 2.60 aborts the whole driver if a task is cancelled 
 where `ray.cancel` follows `ray.wait`). Those in flight when a command leaves end with it, like all of its job.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

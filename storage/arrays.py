@@ -5,8 +5,6 @@ its business. Every setting that changes bytes, or what a reader gets for missin
 user's zarr configuration.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import threading

@@ -3,8 +3,6 @@
 A store that is damaged, foreign or not ours to read stands in nobody's way but of those who ask for that very store.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import re

@@ -5,8 +5,6 @@ create-only. On one host an flock tells whether the holder lives. A holder on an
 storage, counts as gone when the counter in its claim has stood still for a while on the observer's own clock.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

@@ -6,8 +6,6 @@ hashes everything again. Where a file was touched, it vouches for nothing that w
 are right now may have been wrong in between.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import shutil

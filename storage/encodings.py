@@ -1,7 +1,5 @@
 """Logits <-> the named arrays a store keeps: small value objects, rebuilt from their own JSON config."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

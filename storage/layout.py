@@ -1,7 +1,5 @@
 """Which rows and views a shard holds: pure arithmetic, the same on every machine and for every caller."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

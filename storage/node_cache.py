@@ -4,8 +4,6 @@ The cache's folder holds entries `<kind>/<key>/`, each made whole or not at all.
 evicted with a shared lock on the entry's `in-use` file, for as long as it has the arrays mapped.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

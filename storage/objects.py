@@ -5,8 +5,6 @@ A new object is published create-only: whole or not at all, never over another o
 
 # ruff: noqa: D102 -- the methods are documented at ObjectRoot
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

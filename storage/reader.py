@@ -4,8 +4,6 @@ zarr-python returns the fill value for a missing shard, without an error. So pre
 checked against the manifest at every open, and the sha256 of every shard that is read, before zarr sees it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ A store goes manifest first, so that what is left of it after a crash is an unse
 and gone after the same command. Who opens it meanwhile is refused by name, as for any missing shard.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Callable, Collection

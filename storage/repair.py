@@ -1,7 +1,5 @@
 """A sealed store that is damaged: what is wrong with it, and how it is brought back to the bytes that were sealed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

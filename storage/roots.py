@@ -1,7 +1,5 @@
 """Which kind of root a path or URI is: a local folder, or s3://."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from urllib.parse import urlsplit
 

@@ -4,8 +4,6 @@ A courtesy to people and to `stores gc`: nothing that is read or trained depends
 root that cannot be written stops nobody. Times are the writers' own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import getpass
 import logging

@@ -4,8 +4,6 @@ A shard's object is encoded in memory, published create-only, and only then rece
 shard or none. Every step may be repeated, by another process as well: resuming is asking what is missing.
 """
 
-from __future__ import annotations
-
 import functools
 import secrets
 import socket

@@ -4,8 +4,6 @@ The classes lie on the lowest floor so that every floor can raise them; the comm
 and its exit code, and a Ray task may raise one (they pickle).
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any, ClassVar
 

@@ -6,8 +6,6 @@ that away. From then on each rename and each open of the earlier writer names a 
 whatever instruction it was suspended, nothing of its can appear any more. A rename is atomic on NFS as well.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import secrets

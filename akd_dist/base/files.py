@@ -1,7 +1,5 @@
 """Local files, whole or absent: create-only publishing, atomic replacing, and documents read with suspicion."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

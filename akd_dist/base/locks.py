@@ -1,7 +1,5 @@
 """Locks on files of this host, which the kernel releases when their holder dies."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -7,8 +7,6 @@ it is.
 
 # ruff: noqa: PTH100, PTH117, PTH118  -- places are text, and may be URIs: only os.path leaves them as they are
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -6,8 +6,6 @@
 Results go to stdout, everything else to stderr. Heavy imports happen inside commands, so that help is instant.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import platform

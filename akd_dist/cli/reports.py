@@ -1,7 +1,5 @@
 """`akd-dist report`: what runs came to."""
 
-from __future__ import annotations
-
 import click
 
 from akd_dist.base.errors import AkdError

@@ -1,7 +1,5 @@
 """The verbs that compute: quickstart, cache-teacher, train-students, compare."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path

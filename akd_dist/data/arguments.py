@@ -5,8 +5,6 @@ the recipe keeps it as it is written, so that a folder that moves is still the s
 the function as it is.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ Draws are made by NumPy on the host, and applied by torch where the batch is: wh
 of one rounding each, so that a CPU and a GPU show the same pixels, bit for bit.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 The decision is made by names, and by where a module would be found, before anything is imported: importing is running.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import importlib.util

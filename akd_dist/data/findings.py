@@ -1,7 +1,5 @@
 """What a user should know of prepared rows, a line each, and the refusal of classes that nobody could learn."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """The optional Hugging Face libraries, and their hub where one can be reached. Nothing from there is ever executed."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 from typing import Any, Literal

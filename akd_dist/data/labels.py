@@ -1,7 +1,5 @@
 """Columns of labels -> arrays: class ids, class names, or numbers. Converters are used as those of `columns`."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import threading

@@ -5,8 +5,6 @@ believed at first, and read in the background while the command goes on (`Source
 read before anything begins. What a function of the user's own returns is known by its length and a sample.
 """
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import time

@@ -1,7 +1,5 @@
 """Which Parquet files a path names, and the columns that stand in their paths: what `pyarrow.dataset` finds there."""
 
-from __future__ import annotations
-
 import difflib
 import glob
 import itertools

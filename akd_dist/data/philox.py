@@ -1,7 +1,5 @@
 """Random words from counters: a row's words are a hash of its number, so that nothing depends on the rows before it."""
 
-from __future__ import annotations
-
 import numpy as np
 
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)

@@ -4,8 +4,6 @@ The table in docs/reference/data.md says what becomes of which kind of picture; 
 for each.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Sequence

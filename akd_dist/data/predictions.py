@@ -1,7 +1,5 @@
 """What models say of rows, as Parquet: one file that is whole or absent, for whatever reads tables."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Mapping

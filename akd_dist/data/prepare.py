@@ -1,7 +1,5 @@
 """Sources -> files of arrays: converted by several threads, and written in the order of rows."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

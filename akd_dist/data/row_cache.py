@@ -1,7 +1,5 @@
 """Sources as memory-mapped rows, prepared once per node under a lock, and found again by every process there."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import shutil

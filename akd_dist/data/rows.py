@@ -3,8 +3,6 @@
 The fingerprint of a split is over content and order, not over files.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

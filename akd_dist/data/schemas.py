@@ -1,7 +1,5 @@
 """Schemas of tables: which columns there are, and what each may be used as."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Callable

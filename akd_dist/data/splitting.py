@@ -1,7 +1,5 @@
 """Which rows train, validate and test: a function of the seed, and of the labels where that is asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ The byte tokenizer's vocabulary: ids 0 to 255 are the bytes of UTF-8; PADDING fi
 it and stands between the two texts of a pair; MASK hides a token.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 A store row is the teacher's answer to one view of one row; a student replays that very view.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

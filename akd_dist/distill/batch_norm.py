@@ -4,8 +4,6 @@ torch's own SyncBatchNorm computes on GPUs alone. This one is plain differentiab
 over the workers, so it works wherever the workers of a student do, and is exact for shares of any size, empty ones too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

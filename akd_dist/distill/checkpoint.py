@@ -4,8 +4,6 @@ A file is `AKDCKPT1`, the sha256 of what follows, then safetensors bytes whose m
 JSON. So every flipped bit is noticed (neither torch nor safetensors would), and nothing in it is ever executed.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -3,8 +3,6 @@
 `train_cohort` is what a Ray Train worker runs, and what a plain loop calls without Ray.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 import traceback

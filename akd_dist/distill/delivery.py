@@ -4,8 +4,6 @@ All but the log is written by rank 0, through the student's `FencedWriter`: a wo
 over can publish nothing.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import traceback

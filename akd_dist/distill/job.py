@@ -1,7 +1,5 @@
 """The job of a cohort, where its files lie, and what the driver reads of them while it trains and afterwards."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

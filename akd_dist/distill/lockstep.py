@@ -1,7 +1,5 @@
 """The training loop: students of a cohort in lockstep, each batch read once for all of them."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ torchmetrics computes them, as far as it counts class by class. It takes more th
 where it is first needed.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -7,8 +7,6 @@ In formulas z_s and z_t are the raw logits of student and teacher, y the label, 
 classes. The dtype of the labels tells the task: int64 are class ids, a float type is the numbers of a regression.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar

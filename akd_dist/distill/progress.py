@@ -1,7 +1,5 @@
 """A cohort's progress document: how far each of its students is, left for whoever watches."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The data-parallel workers of a cohort: what they exchange, and how they agree when one of them fails."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

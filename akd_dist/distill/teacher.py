@@ -6,8 +6,6 @@
         cache_shard(job, shard)
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import logging

@@ -4,8 +4,6 @@ What a worker would find out at the last step of an epoch, or a caching task aft
 here within a second. A command and its `--dry-run` call the same functions, so they refuse the same.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 

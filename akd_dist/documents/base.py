@@ -1,7 +1,5 @@
 """What every document is made of: fields that are known, types with bounds."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field

@@ -1,7 +1,5 @@
 """What `cache-teacher` prints: the stores that there are now, and what `--dry-run` foresees."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from akd_dist.documents.base import Count, Document

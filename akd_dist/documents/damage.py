@@ -1,7 +1,5 @@
 """What a run left behind, read back: content that is not what was written is told as damage, of whichever file."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What any command prints under `--json` when it refuses."""
 
-from __future__ import annotations
-
 from akd_dist.documents.base import Document
 
 

@@ -1,7 +1,5 @@
 """What training leaves in a run and prints: a record for each epoch, a result for each student, `fleet.json`."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import ConfigDict

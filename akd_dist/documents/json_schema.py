@@ -1,7 +1,5 @@
 """The JSON Schemas of all documents, as they ship."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

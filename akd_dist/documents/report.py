@@ -1,7 +1,5 @@
 """What `compare` and `report` print."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from akd_dist.documents.base import Count, Document, Share

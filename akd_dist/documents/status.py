@@ -1,7 +1,5 @@
 """What workers tell while they train, and what `status` prints of it."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from akd_dist.documents.base import Count, Document, Moment

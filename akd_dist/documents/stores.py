@@ -1,7 +1,5 @@
 """What the `stores` commands print."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from akd_dist.documents.base import Count, Document

@@ -1,7 +1,5 @@
 """What `evaluate`, `predict` and `export` print."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from akd_dist.documents.base import Count, Document, Share

@@ -4,8 +4,6 @@ Each takes preprocessed inputs, float [n, *shape] or ids of tokens, and gives lo
 plain means, because torch's adaptive pooling has no deterministic gradient on a GPU.
 """
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import math

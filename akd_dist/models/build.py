@@ -1,7 +1,5 @@
 """A card -> a freshly initialised torch module on raw inputs, seen to fit the memory and to give a logit per class."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Sequence

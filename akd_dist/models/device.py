@@ -1,7 +1,5 @@
 """The device that a process computes on, and everything that makes its results the same each time."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -4,8 +4,6 @@ module = load_model("runs/digits/students/mlp-16-annealing_kd-t4-s0")
 logits = module(inputs)
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ The extra `akd-dist[huggingface]` is imported only inside functions. Nothing tha
 remote code, no attention kernels by name, and weights only as safetensors.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path

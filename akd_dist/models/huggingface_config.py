@@ -1,7 +1,5 @@
 """Configurations of transformers models: read, checked, kept whole in the card, and never a key that would run code."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 from collections.abc import Iterator, Mapping

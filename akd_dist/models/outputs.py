@@ -7,8 +7,6 @@ or an object such as transformers' ModelOutput that calls them `logits`. A name 
 tuple of (loss, logits) begins with something else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What is wrong with a recipe, in the words of its file: pydantic's errors with line, key and the nearest known key."""
 
-from __future__ import annotations
-
 import copy
 import difflib
 from collections.abc import Iterator

@@ -5,8 +5,6 @@
 A name depends on its block alone, so other blocks may come and go.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

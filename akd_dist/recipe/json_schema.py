@@ -1,7 +1,5 @@
 """The JSON Schema of a recipe file, for completion in an editor."""
 
-from __future__ import annotations
-
 import copy
 import re
 from typing import Any

@@ -5,8 +5,6 @@
 Only plain YAML 1.2 is read: no tags, no anchors, no merge keys. A grid expands; nothing else does.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from pathlib import Path

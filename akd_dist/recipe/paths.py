@@ -1,7 +1,5 @@
 """Which keys of a recipe are paths, and how they are changed together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

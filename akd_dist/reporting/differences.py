@@ -1,7 +1,5 @@
 """Where students and their teacher differ on the test rows: what each finished student leaves in test.parquet."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ A student that reads stored logits for an epoch would, with the model in the loo
 once. So many passes are replaced by one pass for each stored view.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal

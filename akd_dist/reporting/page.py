@@ -4,8 +4,6 @@ Each is one HTML file that opens offline: figures are inline SVG, there are no s
 loading anything. The same results give the same bytes.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import statistics

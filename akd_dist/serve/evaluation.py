@@ -3,8 +3,6 @@
 evaluate("runs/digits/students/mlp-16-annealing_kd-t5-s0", Asked("runs/digits"), cache_root)
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -4,8 +4,6 @@ A recipe's rows are the memory maps that training used. All others are read and 
 memory nor disk grows with them, and they may lack labels.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import tempfile

@@ -5,8 +5,6 @@ several sizes, and kept only if its logits are those of torch. torch.export load
 here only fresh from our own hands, and in a process of its own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io

@@ -1,7 +1,5 @@
 """Exports as others run them: by ONNX Runtime, or in a Python that has no akd-dist."""
 
-from __future__ import annotations
-
 import importlib
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Follows students' metrics.jsonl on a thread of the driver, and forwards what a tracker does not have yet."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import threading

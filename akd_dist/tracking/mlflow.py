@@ -1,7 +1,5 @@
 """A run of MLflow for each student."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

@@ -6,8 +6,6 @@ While it trains, the driver leaves a plan in control/ and the worker of each coh
 of is read from the students' folders, so that a run is seen as well after its driver was killed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

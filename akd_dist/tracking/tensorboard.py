@@ -4,8 +4,6 @@ tensorboardX frames the records. Its SummaryWriter is not used: for each student
 processes, two threads and three open files; and where the disk is full its thread dies without a word.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import struct

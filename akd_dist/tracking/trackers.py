@@ -5,8 +5,6 @@ no credentials. How much a tracker has already is asked of the tracker itself: t
 it was, with no point missing and none twice.
 """
 
-from __future__ import annotations
-
 import json
 import secrets
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A run of Weights & Biases for each student."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

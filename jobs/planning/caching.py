@@ -3,8 +3,6 @@
 Everything is looked up once: the stores that are found sealed stay open, and are what the command goes on with.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field

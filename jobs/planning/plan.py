@@ -1,7 +1,5 @@
 """The plan of a run: made once, printed by `--dry-run`, executed by the command. What cannot fit is refused here."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass

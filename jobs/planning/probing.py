@@ -4,8 +4,6 @@ A model that takes all memory, or crashes below Python, ends that process and no
 and its worker says why, as it would have anyway.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -3,8 +3,6 @@
 `key` is cheap and says when rows may have changed; `open` looks at the rows without reading them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

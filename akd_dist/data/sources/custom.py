@@ -1,7 +1,5 @@
 """A map-style dataset, or arrays, that a function of the user's own returns."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """scikit-learn's handwritten digits: real data that come with a package."""
 
-from __future__ import annotations
-
 import functools
 from importlib.metadata import version
 from typing import Any

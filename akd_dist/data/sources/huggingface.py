@@ -1,7 +1,5 @@
 """A dataset of the `datasets` library: its Arrow table, so that nothing is decoded but by us."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """IDX files, plain or gzipped: the MNIST family."""
 
-from __future__ import annotations
-
 import functools
 import gzip
 import math

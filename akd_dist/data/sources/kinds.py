@@ -1,7 +1,5 @@
 """The kind of source that a recipe names -> the class that reads it."""
 
-from __future__ import annotations
-
 from akd_dist import recipe
 from akd_dist.data.sources.base import Kind
 from akd_dist.data.sources.custom import CustomSource

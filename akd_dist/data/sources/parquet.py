@@ -1,7 +1,5 @@
 """Parquet: a file, a folder or a glob, read by row groups."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

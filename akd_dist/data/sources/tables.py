@@ -1,7 +1,5 @@
 """What Parquet files and Hugging Face datasets have in common: Arrow tables with columns of inputs and labels."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
