@@ -42,8 +42,6 @@ _AGAIN_SECONDS = 6 * 3600.0
 _PATIENCE_SECONDS = 5.0
 
 log = logging.getLogger("akd_dist.storage")
-
-
 Text = Annotated[str, StringConstraints(max_length=4096)]
 
 

@@ -15,14 +15,7 @@ import click
 
 from akd_dist.base import places
 from akd_dist.base.errors import DamagedError, RecipeError, printable
-from akd_dist.cli.options import (
-    Group,
-    complete_store,
-    id_argument,
-    json_option,
-    options,
-    shared,
-)
+from akd_dist.cli.options import Group, complete_store, id_argument, json_option, options, shared
 from akd_dist.cli.recipes import load
 from akd_dist.cli.show import (
     SHORT_ID,
@@ -52,8 +45,6 @@ if TYPE_CHECKING:
 COLUMNS = ("teacher", "dataset", "views", "size", "runs", "last use")
 WIDE = 140
 DAY = 86_400.0
-
-
 UNITS = {"h": 3600.0, "d": DAY, "w": 7 * DAY}
 
 

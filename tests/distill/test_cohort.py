@@ -26,17 +26,7 @@ from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models.folder import load_model
 from akd_dist.recipe import Recipe, Sgd, Takd
-from tests.fleets import (
-    ADAMW,
-    ANNEALING,
-    CONTINUATION,
-    HARD,
-    KD,
-    a_recipe,
-    a_student,
-    stores_of,
-    weights,
-)
+from tests.fleets import ADAMW, ANNEALING, CONTINUATION, HARD, KD, a_recipe, a_student, stores_of, weights
 from tests.survivors import FORKS, train
 
 FLEET = [

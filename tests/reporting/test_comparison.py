@@ -19,14 +19,7 @@ from akd_dist.base.formatting import OBJECTIVE_LABELS
 from akd_dist.documents.fleet import FleetDocument
 from akd_dist.documents.report import CompareDocument, ComparedRow, Estimate, SplitRows
 from akd_dist.recipe import Recipe
-from akd_dist.reporting.comparison import (
-    cells,
-    compare,
-    comparison_table,
-    expand,
-    read_comparison,
-    to_markdown,
-)
+from akd_dist.reporting.comparison import cells, compare, comparison_table, expand, read_comparison, to_markdown
 from akd_dist.reporting.seeds import estimate
 from tests.fleets import ADAMW, ANNEALING, a_recipe, a_student
 
