@@ -75,9 +75,6 @@ class Options:
         return root
 
 
-# ---- verbs that train
-
-
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions(Options):
     """What the verbs that work from a recipe take."""
@@ -171,9 +168,6 @@ class CompareOptions(FleetOptions):
         None, "--seeds", metavar="N", type=int, help="Seeds 0..N-1.  [default: the recipe's if several, else 0, 1, 2]"
     )
     """Train with seeds 0..seeds - 1; None takes the recipe's, if a model has two or more, else 0, 1, 2."""
-
-
-# ---- verbs that use a finished model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,9 +159,6 @@ def _manifest(root: ObjectRoot, store_id: str) -> Manifest | None:
         return None
 
 
-# ---- what interrupted commands left
-
-
 def gc(root_uri: str, *, dry_run: bool = False, on_problem: Problem = warn) -> list[str]:
     """Remove what interrupted runs left behind: partial files, shards set aside, claims of the dead, empty stores.
 

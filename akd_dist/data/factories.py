@@ -105,9 +105,6 @@ def whole(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-# ---- who may be imported
-
-
 def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
     """Refuse a factory that nobody trusts, without importing anything, packages above it included.
 

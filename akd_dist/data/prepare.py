@@ -216,9 +216,6 @@ def _write_header(file: BinaryIO, rows: int, inputs: Inputs) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-# ---- checks
-
-
 def _count_classes(source: Source, labels: np.ndarray, convert: Labels) -> int:
     """How many classes the train source has: as it says, as many as names, or the largest label plus one."""
     if convert.names is not None:
