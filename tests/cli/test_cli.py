@@ -734,11 +734,11 @@ def test_roots_come_from_the_environment(run: Any, monkeypatch: pytest.MonkeyPat
 
     asked: dict[str, Any] = {}
 
-    def train(_: Any, options: RunOptions) -> dict[str, Any]:
+    def train(_: Any, options: RunOptions) -> tuple[None, dict[str, Any]]:
         asked.update(store_root=options.stores, run_root=str(options.runs))
-        return FLEET
+        return None, FLEET
 
-    monkeypatch.setattr("akd_dist.jobs.train_students.train_students", train)
+    monkeypatch.setattr("akd_dist.jobs.train_students.run_recipe", train)
     monkeypatch.setenv("AKD_DIST_STORE_ROOT", "")
     monkeypatch.setenv("AKD_DIST_RUN_ROOT", "")
     assert where() == (str(Path.cwd() / "stores"),) * 2

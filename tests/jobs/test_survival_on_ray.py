@@ -7,7 +7,6 @@ a batch of their second epoch, so that whoever is killed is killed there, whatev
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -170,6 +169,19 @@ def held(cluster: Any, *, lost: Any = None) -> tuple[Any, psutil.Process] | None
     return None
 
 
+def kill_and_keep_still(raylet: int, worker: psutil.Process) -> None:
+    """Kill a raylet, and leave its worker as it is: the kernel wakes suspended processes whose parent is gone.
+
+    A worker that is awake for a moment too long would be through with its epochs before anybody knew of its node's death.
+    """
+    parent = psutil.Process(raylet)
+    parent.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+            worker.suspend()
+        worker.suspend()
+
+
 def worker_logs(run: Path) -> str:
     return "".join(path.read_text() for path in run.glob("logs/cohort-*.log"))
 
@@ -178,10 +190,8 @@ def test_a_raylet_dies_and_its_worker_wakes_up_later(home: Home, nodes: Any, tmp
     run = tmp_path / "runs" / "fleet"
     with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:
         node, worker = driver.until(lambda: held(nodes))
-        os.kill(raylet_of(node), signal.SIGKILL)
-        _, second = driver.until(
-            lambda: held(nodes, lost=node)
-        )  # it trains another node's way, and stands still in its turn
+        kill_and_keep_still(raylet_of(node), worker)
+        _, second = driver.until(lambda: held(nodes, lost=node))  # on the other node, and stands still in its turn
         for folder in run.glob("students/*"):
             assert list(folder.glob("checkpoints/writer-*-000002-*")), f"nobody has taken over {folder.name}"
         with contextlib.suppress(psutil.NoSuchProcess):  # Ray ends such a process, sooner or later

@@ -70,7 +70,11 @@ def age(store: LogitStore, days: float) -> None:
 # ---- records
 
 
-def test_a_use_is_recorded_once_a_run_and_day_outside_the_seal(root: ObjectRoot, tmp_path: Path) -> None:
+def test_a_use_is_recorded_once_a_run_and_day_outside_the_seal(
+    root: ObjectRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/akd-dist", "train-students", "my recipe.yaml"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
     store = stores.build(root.uri)
     before = {key: stat for key, stat in open_root(store.uri).list().items() if not key.startswith("uses/")}
     for run in ("one", "one", "two"):
@@ -79,7 +83,7 @@ def test_a_use_is_recorded_once_a_run_and_day_outside_the_seal(root: ObjectRoot,
     assert sorted(use.run for use in found) == ["/runs/one", "/runs/two"]
     assert found[0].host == socket.gethostname()
     assert abs(found[0].at - time.time()) < 60
-    assert "pytest" in found[0].command
+    assert found[0].command == "akd-dist train-students 'my recipe.yaml'"
     assert found[0].key.startswith(f"uses/{found[0].time[:10]}-")
     after = open_root(store.uri).list()
     assert {key: after[key] for key in before} == before
