@@ -172,7 +172,7 @@ def held(cluster: Any, *, lost: Any = None) -> tuple[Any, psutil.Process] | None
 def kill_and_keep_still(raylet: int, worker: psutil.Process) -> None:
     """Kill a raylet, and leave its worker as it is: the kernel wakes suspended processes whose parent is gone.
 
-    A worker that is awake for a moment too long would be through with its epochs before anybody knew of its node's death.
+    One that is awake for a moment too long is through with its epochs before anybody knows of its node's death.
     """
     parent = psutil.Process(raylet)
     parent.kill()
