@@ -244,9 +244,7 @@ class PredictOptions(WritingOptions, DataOptions):
         },
     )
     """The file; None takes `<student>.parquet` in the working folder. See `evaluation.predict` for its columns."""
-    logits: bool = option(
-        True, "--no-logits", flag_value=False, help="Leave out the column of logits, the largest of many classes."
-    )
+    logits: bool = option(True, "--no-logits", help="Leave out the column of logits, the largest of many classes.")
     """Whether to write the column of logits."""
 
 

@@ -286,9 +286,6 @@ def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str
     )
 
 
-# ---- what it says
-
-
 def document_of(models: Sequence[CachedModel], seconds: float) -> CacheDocument:
     """What `cache-teacher` prints of the stores of all models."""
     teacher, *assistants = models

@@ -143,7 +143,9 @@ def _train(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspa
     with cluster.stop_on_signals(workspace.tell) as stop:
         replace(workspace, stop=stop).connect()
         nodes, cohorts = cluster.nodes(), plan.cohorts
-        if not all(fits(nodes, costs.ask(cohort)) for cohort in cohorts):  # the cluster is no longer that of the plan
+        size = [sorted((node.cpus, node.gpus) for node in some) for some in (nodes, plan.nodes)]
+        # Caching may have taken hours, in which nodes came or went.
+        if size[0] != size[1] or not all(fits(nodes, costs.ask(cohort)) for cohort in cohorts):
             cohorts, _ = plan_cohorts(recipe, plan.todo, nodes, costs)
         with telling_damage(base, plan.todo, workspace.console):
             fleet = Fleet(base, costs, stop, workspace.console, assistant, look=plan.inputs.splits.sources.look)

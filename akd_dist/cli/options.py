@@ -86,6 +86,9 @@ def _parameter(option: Field[Any]) -> Callable[[Any], Any]:
         shown |= {"envvar": root.variable, "show_envvar": True, "default": root.default, "show_default": True}
     elif option.default is not MISSING and not shown.get("multiple"):
         shown["default"] = option.default
+    if shown.get("default") is True:
+        # Without click's `flag_value`: some of its versions (8.3.0) take a default of True to be that value.
+        shown |= {"is_flag": True, "default": False, "callback": lambda _context, _option, given: not given}
     if (choices := shown.pop("choices", None)) is not None:
         shown["type"] = click.Choice(choices)
     return click.option(shown.pop("flag"), option.name, **shown)

@@ -60,7 +60,7 @@ def map_blocks(blocks: Iterable[Block], work: Callable[[Block], T], threads: int
 
     Raises:
         RefusedError: names the first row that fails, whatever the threads do: results are taken in the order of rows,
-            and the block that fails is worked on again row by row. What cannot be read is told at once.
+            and a block that fails is worked on again row by row. What cannot be read is told after the rows before it.
     """
 
     def to_the_row(block: Block) -> T:
@@ -72,14 +72,24 @@ def map_blocks(blocks: Iterable[Block], work: Callable[[Block], T], threads: int
             raise
 
     ahead: deque[Future[T]] = deque()
+    reading, unreadable = iter(blocks), None
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for block in blocks:
-                ahead.append(pool.submit(to_the_row, block))
-                if len(ahead) > threads:
+            while unreadable is None:
+                try:
+                    block = next(reading)
+                except StopIteration:
+                    break
+                except Exception as error:
+                    unreadable = error
+                    continue
+                if len(ahead) == threads:
                     yield ahead.popleft().result()
+                ahead.append(pool.submit(to_the_row, block))
             while ahead:
                 yield ahead.popleft().result()
+            if unreadable is not None:
+                raise unreadable
         finally:
             for waiting in ahead:
                 waiting.cancel()

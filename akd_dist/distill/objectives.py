@@ -215,9 +215,6 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-# ---- schedules
-
-
 def temperature(i: int, n: int, tau_max: int) -> int:
     """T_i = max(1, tau_max - floor((i - 1) * tau_max / n)): the temperature of epoch i = 1..n of stage I.
 
@@ -276,9 +273,6 @@ def learning_rate(base: float, schedule: Schedule, step: int, total: int) -> flo
             return base * (1 - step / total)
         case _:
             return base
-
-
-# ---- losses
 
 
 def label_losses(z_student: Tensor, labels: Tensor) -> Tensor:

@@ -78,12 +78,13 @@ class Student:
         self.best: dict[str, torch.Tensor] | None = None  # the weights of the stage's best epoch so far
         self.best_record: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None  # its entry of fleet.json, once it has ended
-        self.rng = seeded_states(self.device, spec.seed, 0, 0)
-        with self.ranks.agree(), self._own_generator():
-            module = build(card, pretrained=True)
-            if spec.sync_batchnorm and self.ranks.world > 1:
-                synchronise_batch_norms(module, self.ranks.go_on)
-            self.module = module.to(self.device, weights_dtype(spec.precision))
+        with self.ranks.agree():
+            self.rng = seeded_states(self.device, spec.seed, 0, 0)  # the first use of a GPU, which may fail on one rank
+            with self._own_generator():
+                module = build(card, pretrained=True)
+                if spec.sync_batchnorm and self.ranks.world > 1:
+                    synchronise_batch_norms(module, self.ranks.go_on)
+                self.module = module.to(self.device, weights_dtype(spec.precision))
         if self.ranks.rank > 0:  # all ranks make the same weights, and then drop other units
             self.rng = seeded_states(self.device, spec.seed, 0, self.ranks.rank)
         self.optimizer, self.scaler = self._new_optimizer()

@@ -53,9 +53,6 @@ def cnn(spec: recipe.Cnn, input_shape: Shape, classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, classes))
 
 
-# ---- residual networks
-
-
 class ResNet(nn.Module):
     """The residual network of He et al. for CIFAR (2016, arXiv 1512.03385, section 4.2), 6n + 2 layers.
 
@@ -174,9 +171,6 @@ def plain_cnn(spec: recipe.PlainCnn, input_shape: Shape, classes: int) -> nn.Mod
     return nn.Sequential(*layers, nn.Linear(size or channels * height * width, classes))
 
 
-# ---- text
-
-
 class TextTransformer(nn.Module):
     """A transformer encoder over ids of tokens, with learned positions, normalisation before each part of a block.
 
@@ -248,9 +242,6 @@ class EncoderBlock(nn.Module):
 def text_transformer(spec: recipe.TextTransformer, tokens: Tokens, input_shape: Shape, classes: int) -> nn.Module:
     """See `TextTransformer`."""
     return TextTransformer(spec, tokens, input_shape, classes)
-
-
-# ---- timm
 
 
 def timm_model(spec: recipe.Timm, input_shape: Shape, classes: int, *, pretrained: bool) -> nn.Module:

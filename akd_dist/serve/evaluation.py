@@ -93,9 +93,6 @@ def _run_of(uri: str) -> recipe.Recipe | None:
     return recipe.load_recipe(path)
 
 
-# ---- evaluate
-
-
 def evaluate(
     student: str,
     asked: DataRequest,
@@ -217,9 +214,6 @@ def _compared(ours: _Tally, theirs: _Tally, truth: torch.Tensor) -> OtherModel:
     )
 
 
-# ---- predict
-
-
 def predict(
     student: str,
     asked: DataRequest,
@@ -337,9 +331,6 @@ def _table(schema: Any, model: Served, start: int, inputs: np.ndarray, labels: n
         ends = np.arange(len(logits) + 1, dtype=np.int32) * logits.shape[1]
         columns["logits"] = pa.ListArray.from_arrays(ends, logits.float().numpy().reshape(-1))
     return pa.table([pa.array(columns[one.name], one.type) for one in schema], schema=schema)
-
-
-# ---- both
 
 
 def _shown(

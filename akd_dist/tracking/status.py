@@ -49,9 +49,6 @@ class Pace:
         return (count - before) / (now - since) if now > since else 0.0
 
 
-# ---- what a driver leaves
-
-
 @contextlib.contextmanager
 def driving(run: Path) -> Iterator[None]:
     """Say for the time of the block who drives a run; whoever does holds its lock."""
@@ -133,9 +130,6 @@ def is_alive(driver: RunDriver) -> bool | None:
     except PermissionError:
         pass
     return True
-
-
-# ---- what there is to read
 
 
 class RunReader:

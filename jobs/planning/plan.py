@@ -50,6 +50,8 @@ class RunPlan:
     """Those students, in the cohorts that they are trained in, the longest first."""
     costs: Costs
     """What they take."""
+    nodes: list[Node]
+    """The cluster that it was made for."""
     document: FleetPlanDocument
     """All of it, as `--dry-run` prints it."""
 
@@ -108,7 +110,7 @@ def plan_run(inputs: Inputs, run: Path, workspace: Workspace, *, fresh: bool) ->
     nodes = cluster.all_nodes()
     cohorts, tried = plan_cohorts(recipe, todo, nodes, costs) if todo else ([], [])
     document = draw_up(inputs, todo, nodes, cohorts, tried, costs, run, caching)
-    return RunPlan(inputs, run, todo, cohorts, costs, document)
+    return RunPlan(inputs, run, todo, cohorts, costs, nodes, document)
 
 
 def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_root: str) -> CohortJob:
@@ -232,9 +234,6 @@ def _same_disk(folder: Path, store_root: str) -> bool:
     return there is not None and _nearest(there).stat().st_dev == folder.stat().st_dev
 
 
-# ---- cohorts
-
-
 def planned_cohort(
     recipe: Recipe, cohort: Cohort, ask: ResourceRequest, span: tuple[float, float], costs: Costs
 ) -> PlannedCohort:
@@ -281,9 +280,6 @@ def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: Costs) -> int:
     batch = cohort[0].batch
     shown = batch_ends(costs.rows, batch, cohort[0].last_batch)[-1]
     return sum((int(shown) - first * batch) * (plain + (logits if needed else 0)) for first, needed in passes)
-
-
-# ---- reasons
 
 
 def why_together(cohort: Cohort, costs: Costs) -> str:

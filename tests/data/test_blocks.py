@@ -54,6 +54,26 @@ def test_the_first_bad_row_is_named_whatever_the_threads_do(seed: int) -> None:
     assert set(range(37)) <= seen
 
 
+def test_what_cannot_be_read_is_told_after_the_rows_before_it() -> None:
+    def torn() -> Iterator[Block]:
+        yield from blocks(8, 4)
+        raise RefusedError("torn after 8 rows")
+
+    def work(block: Block) -> list[int]:
+        time.sleep(0.01)  # the reader is through long before
+        rows: list[int] = block.labels.to_pylist()
+        if 5 in rows:
+            raise RefusedError(f"bad among {len(rows)} rows from {rows[0]}")
+        return rows
+
+    with pytest.raises(RefusedError, match="bad among 1 rows from 5"):
+        list(map_blocks(torn(), work, 4))
+    made = map_blocks(torn(), lambda block: block.labels.to_pylist(), 4)
+    assert [next(made), next(made)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(RefusedError, match="torn after 8 rows"):
+        next(made)
+
+
 def test_an_error_of_ours_is_not_hidden() -> None:
     def work(block: Block) -> None:
         raise ZeroDivisionError
