@@ -96,8 +96,8 @@ def test_a_bug_is_reported_although_there_is_no_home(
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/tmp/akd"), "no room to write /tmp/akd"),
-        (OSError(errno.EROFS, "Read-only file system", "/tmp/akd"), "cannot write /tmp/akd"),
+        (OSError(errno.ENOSPC, "No space left on device", "/somewhere/akd"), "no room to write /somewhere/akd"),
+        (OSError(errno.EROFS, "Read-only file system", "/somewhere/akd"), "cannot write /somewhere/akd"),
         (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), "TMPDIR"),
     ],
 )
