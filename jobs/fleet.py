@@ -20,7 +20,7 @@ from akd_dist.distill.objectives import stages
 from akd_dist.documents.status import CohortProgress, CohortStatus, FleetPlan, StudentProgress
 from akd_dist.jobs import cluster
 from akd_dist.jobs.packing import ResourceRequest, next_to_start
-from akd_dist.jobs.planning.planner import Cohort, Costs, check_room_for, cohort_job
+from akd_dist.jobs.planning.planner import Cohort, CostModel, check_room_for, cohort_job
 from akd_dist.jobs.ray_train import OUT_OF_STEP, fit, worker_log
 from akd_dist.jobs.shared import Shared, nodes_lost
 from akd_dist.jobs.train_teacher import Stores
@@ -64,7 +64,7 @@ class Fleet:
     def __init__(
         self,
         base: CohortJob,
-        costs: Costs,
+        costs: CostModel,
         stop: cluster.StopFlag,
         console: Console,
         assistant: Stores | None = None,

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from akd_dist.distill.delivery import failed_entry
 from akd_dist.distill.job import CohortJob, read_result, renewals
 from akd_dist.distill.metrics import measure
 from akd_dist.documents.damage import read_epochs
+from akd_dist.documents.fleet import Economics, FleetAssistant, FleetDocument, FleetStudent, FleetTeacher, Metrics
 from akd_dist.jobs.planning.planner import learns_from_assistant
 from akd_dist.jobs.train_teacher import teacher_of
 from akd_dist.models.build import build, check_memory, num_parameters
@@ -46,59 +46,63 @@ def finish_run(
     cohorts: int,
     seconds: float,
     told: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> FleetDocument:
     """Collect every student's result into fleet.json and the report.
 
     Args:
         stores: those of the teacher, then of each assistant, by split.
         told: told of each file of a student that the report has to do without.
     """
-    results = []
+    students = []
     for spec in recipe.students:
         folder = Path(base.root) / spec.name
         result = read_result(base, spec) or failed_entry(spec, "it never ended", folder, base.attempt)
-        result["parameters"] = parameters[spec.name]
         source = (stores[-1] if learns_from_assistant(spec) else stores[0])["train"]
-        where = {"path": str(folder), "store": source.uri}
-        results.append(result | where | {"teacher": source.manifest.identity.teacher})
-    fleet = {
-        "run": str(run),
-        "store": stores[0]["train"].uri,
-        "task": recipe.data.task,
-        "metric": recipe.data.primary_metric,
-        "teacher": describe_teacher(stores[0]["train"], stores[0]["test"], splits.test, recipe.trusted),
-        "assistants": [describe_assistant(each, stores[0]["test"], splits.test, recipe.trusted) for each in stores[1:]],
-        "students": results,
-        "cohorts": cohorts,
-        "seconds": round(seconds, 3),
-    }
-    fleet["economics"] = balances(run, recipe, splits, fleet, stores)
-    in_the_run = places.each(fleet, functools.partial(places.written, folder=run))
+        where = {"path": str(folder), "store": source.uri, "teacher": source.manifest.identity.teacher}
+        students.append(FleetStudent.model_validate(result | {"parameters": parameters[spec.name]} | where))
+    teacher = describe_teacher(stores[0]["train"], stores[0]["test"], splits.test, recipe.trusted)
+    assistants = [describe_assistant(each, stores[0]["test"], splits.test, recipe.trusted) for each in stores[1:]]
+    labels = [teacher.model, *(assistant.model for assistant in assistants)]
+    fleet = FleetDocument(
+        run=str(run),
+        store=stores[0]["train"].uri,
+        task=recipe.data.task,
+        metric=recipe.data.primary_metric,
+        teacher=teacher,
+        assistants=assistants,
+        students=students,
+        cohorts=cohorts,
+        seconds=round(seconds, 3),
+        economics=balances(run, recipe, splits, labels, students, stores),
+    )
+    in_the_run = places.each(fleet.plain(), functools.partial(places.written, folder=run))
     replace(run / "fleet.json", json.dumps(in_the_run, indent=1).encode())
     write_report(run, tell=told)
     tidy(base)
-    return read_fleet(run).plain()
+    return read_fleet(run)
 
 
 def balances(
-    run: Path, recipe: Recipe, splits: Splits, fleet: dict[str, Any], stores: Sequence[dict[str, LogitStore]]
-) -> list[dict[str, Any]]:
-    """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read it."""
-    results = {result["name"]: result for result in fleet["students"]}
-    assisted = {spec.name: learns_from_assistant(spec) for spec in recipe.students}
+    run: Path,
+    recipe: Recipe,
+    splits: Splits,
+    labels: Sequence[str],
+    students: Sequence[FleetStudent],
+    stores: Sequence[dict[str, LogitStore]],
+) -> list[Economics]:
+    """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read it.
 
-    def read(of_assistant: bool) -> list[StudentUsage]:
-        return [
-            reading(spec, read_epochs(run / "students" / spec.name), results[spec.name].get("stage1_from"))
-            for spec in recipe.students
-            if assisted[spec.name] == of_assistant
-        ]
-
+    Args:
+        labels: what the teacher and each assistant is called.
+        students: the results, in the order of the recipe.
+    """
+    usage: dict[bool, list[StudentUsage]] = {False: [], True: []}
+    for spec, result in zip(recipe.students, students, strict=True):
+        epochs = read_epochs(run / "students" / spec.name)
+        usage[learns_from_assistant(spec)].append(reading(spec, epochs, result.stage1_from))
     spent = training_seconds(recipe, splits, stores[0]["train"])
-    found = [economics("teacher", fleet["teacher"]["model"], stores[0], read(False), spent)]
-    if any(assisted.values()):
-        found.append(economics("assistant", fleet["assistants"][-1]["model"], stores[-1], read(True)))
-    return [balance.plain() for balance in found]
+    found = [economics("teacher", labels[0], stores[0], usage[False], spent)]
+    return found + ([economics("assistant", labels[-1], stores[-1], usage[True])] if usage[True] else [])
 
 
 def training_seconds(recipe: Recipe, splits: Splits, store: LogitStore) -> float | None:
@@ -119,12 +123,12 @@ def tidy(base: CohortJob) -> None:
             log.unlink()
 
 
-def tell_failures(fleet: dict[str, Any], base: CohortJob, console: Console) -> None:
+def tell_failures(fleet: FleetDocument, base: CohortJob, console: Console) -> None:
     """Name the log of every student that did not come to its end."""
-    for student in fleet["students"]:
-        if student["state"] != "done":
-            log = Path(base.logs) / f"{student['name']}.log"
-            tell(console, f"{student['name']} {student['state']}: {student['reason']}; log: {log}")
+    for student in fleet.students:
+        if student.state != "done":
+            log = Path(base.logs) / f"{student.name}.log"
+            tell(console, f"{student.name} {student.state}: {student.reason}; log: {log}")
 
 
 @contextlib.contextmanager
@@ -146,27 +150,27 @@ def telling_damage(base: CohortJob, students: list[recipes.StudentSpec], console
             tell(console, f"warning: a checkpoint of {name} was damaged, the one before it was taken; it is {path}")
 
 
-def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows, trusted: Trusted) -> dict[str, Any]:
+def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows, trusted: Trusted) -> FleetTeacher:
     """The teacher's row of the table, from its stored logits of the test rows: it is not run again."""
     card = ModelCard.model_validate(train.manifest.teacher["spec"])
     recipes.trust(card.model, trusted.seen_from(f"the store {train.uri}"))
     check_memory(card)
     labels = torch.from_numpy(np.array(rows.labels))
-    return {
-        "model": card.model.label,
-        "parameters": num_parameters(build(card, seed=0)),
-        "test": measure(rows.task, stored_predictions(test, rows), labels, rows.classes),
-        "fingerprint": train.manifest.identity.teacher,
-    }
+    return FleetTeacher(
+        model=card.model.label,
+        parameters=num_parameters(build(card, seed=0)),
+        test=Metrics(**measure(rows.task, stored_predictions(test, rows), labels, rows.classes)),
+        fingerprint=train.manifest.identity.teacher,
+    )
 
 
 def describe_assistant(
     stores: dict[str, LogitStore], teacher_test: LogitStore, rows: Rows, trusted: Trusted
-) -> dict[str, Any]:
+) -> FleetAssistant:
     """An assistant's row: as the teacher's, with its agreement with the teacher, and the store of its logits."""
     agreement = None
     if rows.task == "classification":
         ours, theirs = (stored_predictions(store, rows) for store in (stores["test"], teacher_test))
         agreement = float((ours == theirs).double().mean())
-    described = describe_teacher(stores["train"], stores["test"], rows, trusted)
-    return described | {"agreement": agreement, "store": stores["train"].uri}
+    described = dict(describe_teacher(stores["train"], stores["test"], rows, trusted))
+    return FleetAssistant(**described, agreement=agreement, store=stores["train"].uri)

@@ -21,7 +21,7 @@ from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohor
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import cache_planned
 from akd_dist.jobs.packing import fits
-from akd_dist.jobs.planning.caching import CachedModel, fingerprints, open_inputs
+from akd_dist.jobs.planning.caching import CachedModel, fingerprints, open_rows, with_models
 from akd_dist.jobs.planning.plan import RunPlan, fleet_job, plan_run
 from akd_dist.jobs.planning.planner import cohort_job, groups_of, learns_from_assistant, plan_cohorts
 from akd_dist.jobs.results import finish_run, tell_failures, telling_damage
@@ -64,9 +64,12 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, 
 
     workspace, recipe, began = Workspace.of(options), recipe.own(), time.monotonic()
     run = options.runs / recipe.name
-    inputs = open_inputs(recipe, workspace, students=True, again=options.prepare_again)
+    inputs = open_rows(recipe, workspace, students=True, again=options.prepare_again)
+    # Refused before the run's folder is made, unless whoever is waited for may be caching just what is missing now.
+    inputs = inputs if options.wait else with_models(inputs, workspace)
     check_folder(run)
     with held(run, wait=options.wait, console=workspace.console, only_look=options.dry_run):
+        inputs = with_models(inputs, workspace) if options.wait else inputs
         if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
             check_same_run(run, recipe, run_identity(recipe, inputs.splits, fingerprints(inputs.models)))
         with contextlib.nullcontext() if options.dry_run else driving(run), cluster.closing():
@@ -107,7 +110,7 @@ def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: fl
         took = time.monotonic() - began
         fleet = finish_run(run, recipe, splits, base, stores, plan.inputs.parameters, cohorts, took, workspace.tell)
     tell_failures(fleet, base, workspace.console)
-    return fleet
+    return fleet.plain()
 
 
 def _decode(base: CohortJob, plan: RunPlan, models: list[CachedModel], workspace: Workspace) -> Splits:

@@ -5,7 +5,7 @@ Everything is looked up once: the stores that are found sealed stay open, and ar
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -128,14 +128,24 @@ def open_inputs(recipe: Recipe, workspace: Workspace, *, students: bool, again: 
     Raises:
         AkdError: rows, models or stores are refused.
     """
+    return with_models(open_rows(recipe, workspace, students=students, again=again), workspace)
+
+
+def open_rows(recipe: Recipe, workspace: Workspace, *, students: bool, again: bool) -> Inputs:
+    """The first half of `open_inputs`: the rows, and whether the students can be trained on them."""
     splits = prepare_shown(recipe.data, workspace.cache_root, workspace.console, again=again)
     splits.sources.begin()
-    parameters = check_students(recipe, splits) if students else {}
+    return Inputs(recipe, splits, [], check_students(recipe, splits) if students else {})
+
+
+def with_models(inputs: Inputs, workspace: Workspace) -> Inputs:
+    """The second half of `open_inputs`: the models that are there by now, with their stores."""
+    recipe, splits = inputs.recipe, inputs.splits
     models = models_there(recipe, splits, workspace.store_root)
     for model in models:
         look_up(model, recipe, workspace)
     check_models(recipe, splits, models)
-    return Inputs(recipe, splits, models, parameters)
+    return replace(inputs, models=models)
 
 
 def models_there(recipe: Recipe, splits: Splits, store_root: str) -> list[CachedModel]:

@@ -23,7 +23,7 @@ from akd_dist.jobs.planning.planner import (
     START_SECONDS,
     Alternative,
     Cohort,
-    Costs,
+    CostModel,
     groups_of,
     learns_from_assistant,
     plan_cohorts,
@@ -48,7 +48,7 @@ class RunPlan:
     """The students that have not ended."""
     cohorts: list[Cohort]
     """Those students, in the cohorts that they are trained in, the longest first."""
-    costs: Costs
+    costs: CostModel
     """What they take."""
     nodes: list[Node]
     """The cluster that it was made for."""
@@ -63,7 +63,7 @@ def costs_of(
     parameters: dict[str, int],
     root: Path | None,
     workspace: Workspace,
-) -> Costs:
+) -> CostModel:
     """What the students that are not done take, from a short probe and from where their checkpoints stand.
 
     They are probed on this machine; on another one of the cluster if they take a GPU and it has none.
@@ -75,7 +75,7 @@ def costs_of(
     elsewhere = todo and gpus_of(recipe.device) and not torch.cuda.is_available()
     measured = measure_there(*probed, workspace.tell) if elsewhere else measure_all(*probed)
     places = {spec.name: position(root / spec.name / "checkpoints") for spec in todo} if root else {}
-    return Costs.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
+    return CostModel.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
 
 
 def position(folder: Path) -> tuple[int, int] | None:
@@ -143,7 +143,7 @@ def draw_up(
     nodes: Sequence[Node],
     cohorts: Sequence[Cohort],
     tried: Sequence[Alternative],
-    costs: Costs,
+    costs: CostModel,
     run: Path,
     cache: PlanDocument,
 ) -> FleetPlanDocument:
@@ -188,14 +188,14 @@ def draw_up(
     )
 
 
-def disk(cohorts: Sequence[Cohort], costs: Costs) -> tuple[int, int]:
+def disk(cohorts: Sequence[Cohort], costs: CostModel) -> tuple[int, int]:
     """Bytes of checkpoints, the most at a time, and of delivered models. Both stay with the run.
 
     Two checkpoints of each student are kept, and each cohort may be writing one.
     """
-    takes = [[costs.takes(spec) for spec in cohort] for cohort in cohorts]
-    sizes = [[one.checkpoint for one in cohort] for cohort in takes]
-    return sum(2 * sum(each) + max(each) for each in sizes), sum(one.weights for cohort in takes for one in cohort)
+    measured = [[costs.measured(spec) for spec in cohort] for cohort in cohorts]
+    sizes = [[one.checkpoint for one in cohort] for cohort in measured]
+    return sum(2 * sum(each) + max(each) for each in sizes), sum(one.weights for cohort in measured for one in cohort)
 
 
 def check_disk(run: Path, todo: Sequence[StudentSpec], needed: int, cache: PlanDocument) -> int:
@@ -235,7 +235,7 @@ def _same_disk(folder: Path, store_root: str) -> bool:
 
 
 def planned_cohort(
-    recipe: Recipe, cohort: Cohort, ask: ResourceRequest, span: tuple[float, float], costs: Costs
+    recipe: Recipe, cohort: Cohort, ask: ResourceRequest, span: tuple[float, float], costs: CostModel
 ) -> PlannedCohort:
     """A cohort with its figures."""
     leaders = costs.leaders(cohort)
@@ -256,10 +256,10 @@ def planned_cohort(
 
 
 def planned_student(
-    spec: StudentSpec, costs: Costs, leader: str | None, standing: Literal["ended"] | None = None
+    spec: StudentSpec, costs: CostModel, leader: str | None, standing: Literal["ended"] | None = None
 ) -> PlannedStudent:
     """A student with its figures."""
-    known = costs.measured.get(spec.name) is not None
+    known = costs.probes.get(spec.name) is not None
     return PlannedStudent(
         name=spec.name,
         model=spec.model.label,
@@ -272,7 +272,7 @@ def planned_student(
     )
 
 
-def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: Costs) -> int:
+def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: CostModel) -> int:
     """Inputs, labels and logits that a cohort's stream reads over its epochs; logits only where somebody needs them."""
     dtype = np.dtype(encoding_from_config({"name": recipe.cache.encoding}).dtype)
     plain, logits = costs.row_bytes, costs.classes * dtype.itemsize
@@ -282,7 +282,7 @@ def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: Costs) -> int:
     return sum((int(shown) - first * batch) * (plain + (logits if needed else 0)) for first, needed in passes)
 
 
-def why_together(cohort: Cohort, costs: Costs) -> str:
+def why_together(cohort: Cohort, costs: CostModel) -> str:
     """What the students of a cohort share."""
     spec = cohort[0]
     store = "the last assistant's store" if learns_from_assistant(spec) else "the teacher's store"
@@ -291,8 +291,8 @@ def why_together(cohort: Cohort, costs: Costs) -> str:
     alike = f"batches of {spec.batch}{last} from {store} and {worker}"
     if len(cohort) == 1:
         return f"a student on its own: {alike}"
-    riders = len(costs.leaders(cohort))
-    forked = f"; {riders} of them go on from another one's stage I" if riders else ""
+    followers = len(costs.leaders(cohort))
+    forked = f"; {followers} of them go on from another one's stage I" if followers else ""
     return f"{len(cohort)} students share {alike}: each batch is read once for all{forked}"
 
 

@@ -63,7 +63,7 @@ def families_of(students: Sequence[StudentSpec]) -> list[Cohort]:
 
 
 @dataclass(frozen=True)
-class Costs:
+class CostModel:
     """What each student has before it, and what it takes: measured, and guessed where it could not be."""
 
     device: str
@@ -76,7 +76,7 @@ class Costs:
     """Test rows."""
     parameters: Mapping[str, int] = field(default_factory=dict)
     """Of each student, by name."""
-    measured: Mapping[str, Measured | None] = field(default_factory=dict)
+    probes: Mapping[str, Measured | None] = field(default_factory=dict)
     """The probe of each student, by name."""
     row_bytes: int = 0
     """Bytes of one row's inputs and label."""
@@ -96,7 +96,7 @@ class Costs:
         parameters: Mapping[str, int],
         measured: Mapping[str, Measured | None],
         behind: Mapping[str, tuple[int, int]] | None = None,
-    ) -> Costs:
+    ) -> CostModel:
         """The costs of a recipe's students on these rows."""
         train = splits.train
         return cls(
@@ -105,38 +105,38 @@ class Costs:
             evaluated=len(splits.validation),
             tested=len(splits.test),
             parameters=parameters,
-            measured=measured,
+            probes=measured,
             row_bytes=train.inputs[0].nbytes + train.labels[:1].nbytes,
             classes=train.classes,
             behind=behind or {},
             each_epoch=recipe.checkpoint_seconds == 0,
         )
 
-    def takes(self, spec: StudentSpec) -> Measured:
+    def measured(self, spec: StudentSpec) -> Measured:
         """What was measured of a student, or is known of it without."""
-        found = self.measured.get(spec.name)
+        found = self.probes.get(spec.name)
         return found if found is not None else guessed(spec, self.parameters.get(spec.name, 0))
 
     def steps_per_epoch(self, spec: StudentSpec) -> int:
         """Batches of an epoch."""
         return len(batch_ends(self.rows, spec.batch, spec.last_batch))
 
-    def starts_at(self, spec: StudentSpec, rides: bool = False) -> tuple[int, int]:
-        """(epoch, step) from which a student computes; one that rides computes no stage I."""
-        return (stages(spec.objective)[0].epochs, 0) if rides else self.behind.get(spec.name, (0, 0))
+    def starts_at(self, spec: StudentSpec, follows: bool = False) -> tuple[int, int]:
+        """(epoch, step) from which a student computes; one that follows computes no stage I."""
+        return (stages(spec.objective)[0].epochs, 0) if follows else self.behind.get(spec.name, (0, 0))
 
-    def steps_left(self, spec: StudentSpec, rides: bool = False) -> int:
+    def steps_left(self, spec: StudentSpec, follows: bool = False) -> int:
         """Steps that a student still computes."""
-        epoch, step = self.starts_at(spec, rides)
+        epoch, step = self.starts_at(spec, follows)
         return max(0, (spec.objective.epochs - epoch) * self.steps_per_epoch(spec) - step)
 
-    def seconds(self, spec: StudentSpec, rides: bool = False) -> float:
+    def seconds(self, spec: StudentSpec, follows: bool = False) -> float:
         """Seconds that a student adds to its cohort: steps, evaluations, checkpoints, and its setting up."""
-        takes, steps = self.takes(spec), self.steps_left(spec, rides)
+        one, steps = self.measured(spec), self.steps_left(spec, follows)
         epochs = steps / self.steps_per_epoch(spec)
         evaluated, kept = epochs * self.evaluated + self.tested, epochs if self.each_epoch else 0.0
-        stepping = steps * (takes.step or UNKNOWN_SECONDS)
-        return takes.start + stepping + takes.evaluation * evaluated + takes.keeping * kept
+        stepping = steps * (one.step or UNKNOWN_SECONDS)
+        return one.start + stepping + one.evaluation * evaluated + one.keeping * kept
 
     def leaders(self, cohort: Cohort) -> dict[str, str]:
         """Who goes on from whose stage I, by name: those that have not begun, from who of their family is furthest."""
@@ -145,8 +145,8 @@ class Costs:
             at_stage1 = [spec for spec in family if not self._is_past_stage1(spec)]
             if len(at_stage1) > 1:
                 first = max(at_stage1, key=lambda spec: self.behind.get(spec.name, (0, 0)))  # of equals the first one
-                riders = [spec for spec in at_stage1 if spec is not first and spec.name not in self.behind]
-                found |= {spec.name: first.name for spec in riders}
+                followers = [spec for spec in at_stage1 if spec is not first and spec.name not in self.behind]
+                found |= {spec.name: first.name for spec in followers}
         return found
 
     def _is_past_stage1(self, spec: StudentSpec) -> bool:
@@ -155,8 +155,8 @@ class Costs:
 
     def family_seconds(self, family: Cohort) -> float:
         """The same for students that share a stage I: one of them computes it for those that have not begun."""
-        riders = self.leaders(family)
-        return sum(self.seconds(spec, rides=spec.name in riders) for spec in family)
+        followers = self.leaders(family)
+        return sum(self.seconds(spec, follows=spec.name in followers) for spec in family)
 
     def streamed(self, cohort: Cohort) -> dict[int, tuple[int, bool]]:
         """The epochs that a cohort's stream still passes: from which step on, and whether somebody needs logits there.
@@ -164,9 +164,9 @@ class Costs:
         Students that stand at different places join where the stream reaches them.
         """
         epochs: dict[int, tuple[int, bool]] = {}
-        riders = self.leaders(cohort)
+        followers = self.leaders(cohort)
         for spec in cohort:
-            begins, step = self.starts_at(spec, spec.name in riders)
+            begins, step = self.starts_at(spec, spec.name in followers)
             needs = [stage.needs_logits for stage in stages(spec.objective) for _ in range(stage.epochs)]
             for epoch in range(begins, len(needs)):
                 mine = step if epoch == begins else 0
@@ -181,7 +181,7 @@ class Costs:
 
     def stream_seconds(self, cohort: Cohort) -> float:
         """Seconds of the stream, once for all students of a cohort."""
-        return max(self.takes(spec).stream for spec in cohort) * self.stream_steps(cohort)
+        return max(self.measured(spec).stream for spec in cohort) * self.stream_steps(cohort)
 
     def cohort_seconds(self, cohort: Cohort) -> float:
         """Seconds of a cohort, without its start."""
@@ -193,11 +193,11 @@ class Costs:
         Students keep their state all the time, and step, evaluate and write one after the other. On a GPU the state
         lies there, and only checkpoints pass through main memory.
         """
-        takes = [self.takes(spec) for spec in cohort]
+        measured = [self.measured(spec) for spec in cohort]
         if gpus_of(self.device):
-            return GPU_PROCESS_BYTES + max(one.writing for one in takes)
-        passing = max(max(one.step_memory, one.evaluation_memory, one.writing) for one in takes)
-        return PROCESS_BYTES + sum(one.resident(cohort[0].workers) for one in takes) + passing
+            return GPU_PROCESS_BYTES + max(one.writing for one in measured)
+        passing = max(max(one.step_memory, one.evaluation_memory, one.writing) for one in measured)
+        return PROCESS_BYTES + sum(one.resident(cohort[0].workers) for one in measured) + passing
 
     def ask(self, cohort: Cohort) -> ResourceRequest:
         """What a cohort occupies."""
@@ -241,7 +241,7 @@ class Load:
 
 
 def plan_cohorts(
-    recipe: Recipe, students: Sequence[StudentSpec], nodes: Sequence[Node], costs: Costs
+    recipe: Recipe, students: Sequence[StudentSpec], nodes: Sequence[Node], costs: CostModel
 ) -> tuple[list[Cohort], list[Alternative]]:
     """Cut the students into cohorts, the longest first: as few as can be, one more only where it saves time.
 
@@ -304,7 +304,7 @@ def check_gpus(spec: StudentSpec, device: str) -> None:
         )
 
 
-def _load(group: Cohort, nodes: Sequence[Node], costs: Costs) -> Load:
+def _load(group: Cohort, nodes: Sequence[Node], costs: CostModel) -> Load:
     families = families_of(group)
     seconds = [costs.family_seconds(family) for family in families]
     least = _least_parts(group, nodes, costs)
@@ -314,7 +314,7 @@ def _load(group: Cohort, nodes: Sequence[Node], costs: Costs) -> Load:
     )
 
 
-def _least_parts(group: Cohort, nodes: Sequence[Node], costs: Costs) -> int:
+def _least_parts(group: Cohort, nodes: Sequence[Node], costs: CostModel) -> int:
     """Into how many cohorts a group must be cut so that each fits the cluster.
 
     Raises:
@@ -329,11 +329,11 @@ def _least_parts(group: Cohort, nodes: Sequence[Node], costs: Costs) -> int:
     return count
 
 
-def _all_fit(parts: Sequence[Cohort], nodes: Sequence[Node], costs: Costs) -> bool:
+def _all_fit(parts: Sequence[Cohort], nodes: Sequence[Node], costs: CostModel) -> bool:
     return all(fits(nodes, costs.ask(part)) for part in parts)
 
 
-def cut(group: Cohort, count: int, nodes: Sequence[Node], costs: Costs) -> list[Cohort]:
+def cut(group: Cohort, count: int, nodes: Sequence[Node], costs: CostModel) -> list[Cohort]:
     """Cut a group into so many cohorts of about equal time, each of which fits the cluster.
 
     More parts are not always smaller ones: they are of equal time, and students that take little of it and much memory
@@ -348,7 +348,7 @@ def cut(group: Cohort, count: int, nodes: Sequence[Node], costs: Costs) -> list[
     return parts
 
 
-def check_room_for(cohort: Cohort, costs: Costs, nodes: Sequence[Node]) -> None:
+def check_room_for(cohort: Cohort, costs: CostModel, nodes: Sequence[Node]) -> None:
     """Refuse a cohort that would wait for ever; as `check_room`."""
     check_room(nodes, costs.ask(cohort), f"the cohort of {cohort[0].name}")
 

@@ -25,7 +25,7 @@ from akd_dist.documents.plan import FleetPlanDocument
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planning.caching import check_students
 from akd_dist.jobs.planning.plan import bytes_streamed
-from akd_dist.jobs.planning.planner import Costs, groups_of
+from akd_dist.jobs.planning.planner import CostModel, groups_of
 from akd_dist.jobs.planning.probing import Prober, measure_all, measure_there, scaled
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.recipe import Custom
@@ -248,8 +248,8 @@ def test_a_model_that_fails_in_the_probe_or_kills_it_is_unknown(
     assert 0 < found["a"].step < 1
     twice = scaled(found["a"], 2.0)
     assert (twice.weights, twice.step, twice.stream) == (8 * 610, 2 * found["a"].step, found["a"].stream)
-    costs = Costs.of(recipe, splits, {"a": 610, "b": 650}, found)
-    assert costs.takes(recipe.students[0]).checkpoint == 2 * 4 * 650 + 2 * 4 * 650
+    costs = CostModel.of(recipe, splits, {"a": 610, "b": 650}, found)
+    assert costs.measured(recipe.students[0]).checkpoint == 2 * 4 * 650 + 2 * 4 * 650
 
 
 @pytest.mark.ray
@@ -333,7 +333,7 @@ def test_a_plan_counts_the_memory_and_the_steps_of_a_last_batch(tmp_path: Path) 
     memory = {name: one.step_memory for name, one in found.items()}
     assert memory["merge"] == pytest.approx(memory["keep"] * rows / 700, rel=0.01)
     assert memory["drop"] == memory["keep"]
-    costs = Costs.of(recipe, splits, dict.fromkeys(found, 1), dict(found))
+    costs = CostModel.of(recipe, splits, dict.fromkeys(found, 1), dict(found))
     assert [costs.steps_left(spec) for spec in recipe.students] == [6, 3, 3]
     assert len(groups_of(recipe.students)) == 3
     streamed = [bytes_streamed(recipe, (spec,), costs) for spec in recipe.students]
@@ -358,7 +358,7 @@ def test_the_estimate_of_memory_is_near_what_training_takes(hidden: int, tmp_pat
     measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     splits = prepare(recipe.data, tmp_path / "cache")
     parameters = {"one": hidden * 75 + 10}
-    costs = Costs.of(
+    costs = CostModel.of(
         recipe, splits, parameters, measure_all(recipe, recipe.students, parameters, str(tmp_path / "cache"))
     )
     assert 0.8 < costs.memory(tuple(recipe.students)) / measured < 1.6

@@ -29,7 +29,7 @@ from akd_dist.jobs.cluster import StopFlag, ray
 from akd_dist.jobs.fleet import Fleet, RunningCohort
 from akd_dist.jobs.packing import Node, ResourceRequest
 from akd_dist.jobs.planning.plan import fleet_job
-from akd_dist.jobs.planning.planner import Costs
+from akd_dist.jobs.planning.planner import CostModel
 from akd_dist.jobs.ray_train import _cause
 from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.tasks import run_one
@@ -365,7 +365,8 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatc
 def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = prepare(home.recipe.data, Path(home.cache_root))
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
-    fleet, over = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True)), threading.Event()
+    fleet = Fleet(base, CostModel(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
+    over = threading.Event()
     thread = threading.Thread(target=over.wait, daemon=True)
     thread.start()
     fleet.running.append(RunningCohort(base, ResourceRequest(1, 1), thread=thread))
@@ -379,7 +380,8 @@ def test_a_new_node_does_not_replace_a_lost_one(home: Home, tmp_path: Path) -> N
     """Ray places a cohort's workers again on the nodes that it was begun with, and there is none of these left."""
     splits = prepare(home.recipe.data, Path(home.cache_root))
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
-    fleet, over = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True)), threading.Event()
+    fleet = Fleet(base, CostModel(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
+    over = threading.Event()
     fleet.shared.nodes = lambda: [Node("joined", 4)]  # type: ignore[method-assign]
     thread = threading.Thread(target=over.wait, daemon=True)
     thread.start()
@@ -396,7 +398,7 @@ def test_a_new_node_does_not_replace_a_lost_one(home: Home, tmp_path: Path) -> N
 def test_lost_nodes_end_the_run_after_others_checkpoint(home: Home, tmp_path: Path) -> None:
     splits, saved = prepare(home.recipe.data, Path(home.cache_root)), list[str]()
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
-    fleet = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
+    fleet = Fleet(base, CostModel(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
     fleet.shared.nodes = lambda: [Node("here", 4)]  # type: ignore[method-assign]
     over = threading.Event()
     base.stop_file.parent.mkdir(parents=True)

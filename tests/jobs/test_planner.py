@@ -12,7 +12,7 @@ from akd_dist.jobs.packing import Node, ResourceRequest, fits, next_to_start, pa
 from akd_dist.jobs.planning.planner import (
     PROCESS_BYTES,
     START_SECONDS,
-    Costs,
+    CostModel,
     Load,
     allocate,
     cohort_job,
@@ -39,13 +39,13 @@ def end(cohorts: list[tuple[float, int]], cpus: int) -> float:
     )
 
 
-def costs_for(recipe: Recipe, **measured: Any) -> Costs:
-    """Costs of a recipe's students that nobody measured, or as given: 1 s a step unless said otherwise."""
+def costs_for(recipe: Recipe, **measured: Any) -> CostModel:
+    """CostModel of a recipe's students that nobody measured, or as given: 1 s a step unless said otherwise."""
     known: dict[str, Any] = {"step": 1.0, "stream": 0.0, "evaluation": 0.0, "start": 0.0, "keeping": 0.0}
     known |= dict.fromkeys(("weights", "gradients", "optimizer", "step_memory", "evaluation_memory"), 0) | measured
     names = [spec.name for spec in recipe.students]
-    return Costs(
-        recipe.device, 100, parameters=dict.fromkeys(names, 10), measured=dict.fromkeys(names, Measured(**known))
+    return CostModel(
+        recipe.device, 100, parameters=dict.fromkeys(names, 10), probes=dict.fromkeys(names, Measured(**known))
     )
 
 
@@ -143,8 +143,8 @@ def test_cohorts_are_cut_until_they_fit_the_memory_of_a_node() -> None:
 def test_more_cohorts_fit_where_fewer_do() -> None:
     """Cut in three by time, the two large ones would share what fits neither: `a`, `b` and `c, d`."""
     recipe = a_recipe([a_student(name, seed=seed) for seed, name in enumerate("abcd")], cohorts=3)
-    long, large = (costs_for(recipe, **each).measured["a"] for each in ({"step": 9.0}, {"step": 0.1, "weights": 10**9}))
-    costs = replace(costs_for(recipe), measured={"a": long, "b": long, "c": large, "d": large})
+    long, large = (costs_for(recipe, **each).probes["a"] for each in ({"step": 9.0}, {"step": 0.1, "weights": 10**9}))
+    costs = replace(costs_for(recipe), probes={"a": long, "b": long, "c": large, "d": large})
     cluster = nodes(4, memory=costs.memory(tuple(recipe.students)[2:3]) + 1e8)
     cohorts, _ = plan_cohorts(recipe, list(recipe.students), cluster, costs)
     assert len(cohorts) == 3
@@ -249,7 +249,7 @@ def test_students_that_share_stage_one_stay_together() -> None:
     assert [[spec.name for spec in part] for part in parts] == [["0-1", "0-2"], ["1-1", "1-2"]]
     costs = costs_for(recipe)
     assert costs.steps_left(parts[0][0]) == 2 * (2 + 1)
-    assert costs.steps_left(parts[0][0], rides=True) == 2 * 1
+    assert costs.steps_left(parts[0][0], follows=True) == 2 * 1
     assert costs.leaders(parts[0]) == {"0-2": "0-1"}
     assert costs.family_seconds(parts[0]) == 2 * (2 + 1) + 2 * 2
     resumed = replace(costs, behind={"0-2": (1, 1)})  # it has begun, so it leads; at stage II it could not

@@ -18,7 +18,7 @@ from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits
 from akd_dist.jobs.planning.caching import creation_of, model_at
 from akd_dist.jobs.planning.plan import fleet_job
-from akd_dist.jobs.planning.planner import Costs, plan_cohorts
+from akd_dist.jobs.planning.planner import CostModel, plan_cohorts
 from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.tasks import Task, run_one, run_tasks
 from akd_dist.jobs.train_students import train_in_process
@@ -94,7 +94,7 @@ def test_a_cluster_without_gpus_is_refused_at_once(recipe: Recipe, home: Path, t
     with pytest.raises(MachineError, match="too few GPUs for the teacher"):
         run_one(never, threads=1, gpus=1, shared=shared, stop=stop, on_poll=never, name="the teacher")
     base = fleet_job(recipe.model_copy(update={"device": "cuda"}), splits, {}, tmp_path, str(home / "cache"))
-    fleet = Fleet(base, Costs(base.device, len(splits.train)), stop, Console(quiet=True))
+    fleet = Fleet(base, CostModel(base.device, len(splits.train)), stop, Console(quiet=True))
     with pytest.raises(MachineError, match=r"(?s)too few GPUs for the cohort of one.*0 GPUs.*device=cpu"):
         fleet.train([tuple(recipe.students)])
     assert not fleet.jobs
@@ -104,7 +104,7 @@ def test_a_cluster_without_gpus_is_refused_at_once(recipe: Recipe, home: Path, t
 
 def test_cohorts_on_gpus_are_planned_by_gpus() -> None:
     recipe = a_recipe([a_student(f"s{seed}", seed=seed) for seed in range(4)], device="cuda", cohorts=2)
-    costs, nodes = Costs("cuda", 100), [Node("one", 64, gpus=1)]
+    costs, nodes = CostModel("cuda", 100), [Node("one", 64, gpus=1)]
     planned, _ = plan_cohorts(recipe, list(recipe.students), nodes, costs)
     assert [len(cohort) for cohort in planned] == [2, 2]  # wanted: the second waits for the GPU
     free = recipe.model_copy(update={"cohorts": None})

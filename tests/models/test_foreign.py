@@ -298,7 +298,7 @@ def test_a_teacher_and_a_store_are_run_on_the_recipes_word(tmp_path: Path) -> No
     test = open_store(store["splits"]["test"]["store"])
     with pytest.raises(RefusedError, match="is not run: the store"):
         describe_teacher(opened, test, rows, plain.own().trusted)
-    assert describe_teacher(opened, test, rows, listing.trusted)["parameters"] == 650
+    assert describe_teacher(opened, test, rows, listing.trusted).parameters == 650
     (shard,) = [path for path in Path(store["store"]).rglob("*") if path.is_file() and "c" in path.parts][:1]
     shard.unlink()
     with pytest.raises(RefusedError, match="is not run: the model folder"):

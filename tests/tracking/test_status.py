@@ -34,7 +34,7 @@ from akd_dist.documents.status import (
 from akd_dist.jobs.cluster import StopFlag
 from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.planning.plan import fleet_job
-from akd_dist.jobs.planning.planner import Costs, cohort_job
+from akd_dist.jobs.planning.planner import CostModel, cohort_job
 from akd_dist.recipe import Recipe
 from akd_dist.tracking.status import (
     Pace,
@@ -357,7 +357,7 @@ def test_a_shared_stage_is_counted_once(
     recipe = a_recipe(students, teacher={"weights": str(home / "teacher")})
     splits = prepare(recipe.data, home / "cache")
     base = fleet_job(recipe, splits, stores, tmp_path, str(home / "cache"))
-    fleet = Fleet(base, Costs(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
+    fleet = Fleet(base, CostModel(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
     fleet.waiting = [tuple(recipe.students)]
     before = fleet._plan()
     told: list[CohortProgress] = []
