@@ -1,9 +1,10 @@
 """A command looks once and plans once: the driver prepares rows, opens stores and checks each thing once."""
 
+import contextlib
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 import akd_dist
 import akd_dist.jobs.train_students  # so that all that is counted is imported
+from akd_dist.base.errors import RefusedError
 from akd_dist.storage.reader import LogitStore
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student
 
@@ -72,3 +74,33 @@ def test_a_command_looks_and_plans_once(ray_cluster: None, tmp_path: Path, monke
     cached = {"prepare": 1, "check_models": 1, "foresee_caching": 1, "cache_planned": 1}
     assert calls.of(akd_dist.cache_teacher, recipe) == cached
     assert calls.of(akd_dist.compare, recipe, seeds=2, **runs) == everything
+
+
+@pytest.mark.parametrize(("wait", "order"), [(True, ["held", "looked up"]), (False, ["looked up"])])
+def test_who_waited_looks_up_stores_once_the_run_is_held(
+    wait: bool, order: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was waited for may have cached them. Without waiting, a refusal comes first and leaves no folder."""
+    module: Any = akd_dist.jobs.train_students
+    seen = list[str]()
+    held = module.held
+
+    @contextlib.contextmanager
+    def holding(*args: Any, **kwargs: Any) -> Iterator[None]:
+        with held(*args, **kwargs):
+            seen.append("held")
+            yield
+
+    def looking_up(*_: Any) -> Any:
+        seen.append("looked up")
+        raise RefusedError("far enough")
+
+    monkeypatch.setattr(module, "held", holding)
+    monkeypatch.setattr(module, "with_models", looking_up)
+    places: dict[str, Any] = {f"{kind}_root": tmp_path / kind for kind in ("store", "run", "cache")}
+    with pytest.raises(RefusedError, match="far enough"):
+        akd_dist.train_students(
+            a_recipe([a_student("one", objective=HARD)]), console=Console(quiet=True), wait=wait, **places
+        )
+    assert seen == order
+    assert (tmp_path / "run" / "fleet").exists() == wait

@@ -7,6 +7,7 @@ in this process.
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.ray
 DEADLY = {
     "raylet": {"RAY_raylet_client_num_connect_attempts": "0"},
     "session folder": {"RAY_TMPDIR": "/proc/nowhere"},
-    "socket": {"RAY_TMPDIR": "/tmp/" + 100 * "x"},
+    "socket": {"RAY_TMPDIR": str(Path(tempfile.gettempdir()) / (100 * "x"))},
 }
 REASONS = {"raylet": "raylet", "session folder": "/proc/nowhere", "socket": "AF_UNIX path length"}
 
