@@ -15,6 +15,7 @@ from typing import Any
 from akd_dist import recipe as recipes
 from akd_dist.base.errors import AkdError
 from akd_dist.base.files import check_folder
+from akd_dist.base.formatting import counted
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Splits
 from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohort
@@ -218,4 +219,4 @@ def _how_cached(model: CachedModel) -> str:
     computed = sum(plan.computed for plan in model.plans)
     if not computed:
         return f"{whose} is a hit: {'the teacher' if teacher else 'it'} is not needed"
-    return f"{whose} is sealed: {computed} shards computed"
+    return f"{whose} and those of the validation and test rows are sealed: {counted(computed, 'shard')} computed"

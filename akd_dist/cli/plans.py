@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,77 +12,76 @@ from akd_dist.cli.show import print_table, table_of
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from akd_dist.documents.cache import PlanDocument
+    from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort
 
-def print_plan(plan: dict[str, Any]) -> None:
+
+def print_plan(plan: PlanDocument) -> None:
     """What caching would compute, as a table."""
     table = table_of("split", "rows", "views", "shards to compute", "size", title="what caching would compute")
-    models = [("", plan["splits"]), *((f"{one['model']}, ", one["splits"]) for one in plan["assistants"])]
+    models = [("", plan.splits), *((f"{one.model}, ", one.splits) for one in plan.assistants)]
     for split, part in [(whose + split, part) for whose, splits in models for split, part in splits.items()]:
-        shards = "none: a hit" if part["hit"] else f"{part['shards']:,}"
-        table.add_row(split, f"{part['rows']:,}", str(part["views"]), shards, size(part["bytes"]))
+        shards = "none: a hit" if part.hit else f"{part.shards:,}"
+        table.add_row(split, f"{part.rows:,}", str(part.views), shards, size(part.bytes))
     print_table(table)
-    free = "unknown" if plan["free"] is None else size(plan["free"])
-    click.echo(f"needs {size(plan['bytes'])} under {plan['store_root']}, free {free}; nothing was computed")
+    free = "unknown" if plan.free is None else size(plan.free)
+    click.echo(f"needs {size(plan.bytes)} under {plan.store_root}, free {free}; nothing was stored")
 
 
-def print_fleet_plan(plan: dict[str, Any]) -> None:
+def print_fleet_plan(plan: FleetPlanDocument) -> None:
     """What training would do, as a table, and why."""
     print_table(plan_table(plan))
     for line in plan_lines(plan):
         click.echo(line)
 
 
-def plan_table(plan: dict[str, Any]) -> Table:
+def plan_table(plan: FleetPlanDocument) -> Table:
     """The cohorts of a plan's document and their students, a line each."""
     table = house_table("what training would do")
     table.add_column("student", overflow="fold")
     for column in ("parameters", "steps", "takes", "state"):
         table.add_column(column, no_wrap=True, justify="left" if column == "state" else "right")
-    for number, cohort in enumerate(plan["cohorts"], 1):
-        for student in cohort["students"]:
-            takes = "unknown" if student["seconds"] is None else duration(student["seconds"])
-            name = student["name"] + (f"\n  stage I of {student['rides']}" if student["rides"] else "")
-            figures = (f"{student['parameters']:,}", f"{student['steps']:,}", takes)
-            table.add_row(name, *figures, student["standing"])
-        took = duration(cohort["ends"] - cohort["begins"])
-        table.add_row(f"= cohort {number}", "", f"{cohort['steps']:,}", took, "", end_section=True)
-    for student in plan["ended"]:
-        table.add_row(student["name"], f"{student['parameters']:,}", "0", "", "ended")
+    for number, cohort in enumerate(plan.cohorts, 1):
+        for student in cohort.students:
+            takes = "unknown" if student.seconds is None else duration(student.seconds)
+            name = student.name + (f"\n  stage I of {student.rides}" if student.rides else "")
+            figures = (f"{student.parameters:,}", f"{student.steps:,}", takes)
+            table.add_row(name, *figures, student.standing)
+        took = duration(cohort.ends - cohort.begins)
+        table.add_row(f"= cohort {number}", "", f"{cohort.steps:,}", took, "", end_section=True)
+    for student in plan.ended:
+        table.add_row(student.name, f"{student.parameters:,}", "0", "", "ended")
     return table
 
 
-def plan_lines(plan: dict[str, Any]) -> list[str]:
+def plan_lines(plan: FleetPlanDocument) -> list[str]:
     """What a table does not say: the reasons, and the sums."""
-    cohorts = [f"cohort {number}: {_about(cohort)}" for number, cohort in enumerate(plan["cohorts"], 1)]
-    waits = [
-        f"cohort {number} waits: {cohort['waits']}"
-        for number, cohort in enumerate(plan["cohorts"], 1)
-        if cohort["waits"]
-    ]
-    unknown = [one["name"] for cohort in plan["cohorts"] for one in cohort["students"] if one["seconds"] is None]
-    memory = "" if plan["memory"] is None else f", {size(plan['memory'])} of memory for workers"
-    gpus = f", {plan['gpus']:g} GPU{'' if plan['gpus'] == 1 else 's'}" if plan["gpus"] else ""
+    cohorts = [f"cohort {number}: {_about(cohort)}" for number, cohort in enumerate(plan.cohorts, 1)]
+    waits = [f"cohort {number} waits: {cohort.waits}" for number, cohort in enumerate(plan.cohorts, 1) if cohort.waits]
+    unknown = [one.name for cohort in plan.cohorts for one in cohort.students if one.seconds is None]
+    memory = "" if plan.memory is None else f", {size(plan.memory)} of memory for workers"
+    gpus = f", {plan.gpus:g} GPU{'' if plan.gpus == 1 else 's'}" if plan.gpus else ""
     return [
-        f"teacher  {plan['teacher']}",
+        f"teacher  {plan.teacher}",
         *cohorts,
-        plan["why"],
+        plan.why,
         *waits,
-        f"cluster  {counted(plan['nodes'], 'node')} with {plan['cpus']:g} CPUs{gpus}{memory}",
-        f"disk     {size(plan['checkpoint_bytes'])} of checkpoints and {size(plan['model_bytes'])} of models at most, "
-        f"{size(plan['free_bytes'])} free",
-        f"time     {_how_long(plan, unknown)}; nothing was computed",
+        f"cluster  {counted(plan.nodes, 'node')} with {plan.cpus:g} CPUs{gpus}{memory}",
+        f"disk     {size(plan.checkpoint_bytes)} of checkpoints and {size(plan.model_bytes)} of models at most, "
+        f"{size(plan.free_bytes)} free",
+        f"time     {_how_long(plan, unknown)}, after the teacher; nothing was trained or stored",
     ]
 
 
-def _about(cohort: dict[str, Any]) -> str:
-    each = f"{cohort['cpus']:g} CPU" + (f" + {cohort['gpus']:g} GPU" if cohort["gpus"] else "")
-    when = f"{duration(cohort['begins'])} to {duration(cohort['ends'])}"
-    where = f"{cohort['workers']} x ({each}, {size(cohort['memory'])})"
-    return f"{when} on {where}, reads {size(cohort['bytes_streamed'])}; {cohort['why']}"
+def _about(cohort: PlannedCohort) -> str:
+    each = f"{cohort.cpus:g} CPU" + (f" + {cohort.gpus:g} GPU" if cohort.gpus else "")
+    when = f"{duration(cohort.begins)} to {duration(cohort.ends)}"
+    where = f"{cohort.workers} x ({each}, {size(cohort.memory)})"
+    return f"{when} on {where}, reads {size(cohort.bytes_streamed)}; {cohort.why}"
 
 
-def _how_long(plan: dict[str, Any], unknown: list[str]) -> str:
+def _how_long(plan: FleetPlanDocument, unknown: list[str]) -> str:
     if not unknown:
-        return f"about {duration(plan['seconds'])} from the first start, by a short probe"
+        return f"about {duration(plan.seconds)} from the first start, by a short probe"
     whose = f"{unknown[0]} and {len(unknown) - 1:,} more" if unknown[1:] else unknown[0]
-    return f"more than {duration(plan['seconds'])} from the first start: {whose} could not be probed"
+    return f"more than {duration(plan.seconds)} from the first start: {whose} could not be probed"

@@ -1,9 +1,11 @@
 """The verbs that compute: quickstart, cache-teacher, train-students, compare."""
 
+from __future__ import annotations
+
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +25,10 @@ from akd_dist.cli.show import (
     stdout_for_results,
 )
 from akd_dist.options import CacheOptions, CompareOptions, RunOptions
+
+if TYPE_CHECKING:
+    from akd_dist.documents.cache import CachedAssistant, CacheDocument
+    from akd_dist.documents.fleet import FleetDocument
 
 Given = dict[str, Any]
 """The options that a command was given, by name."""
@@ -47,14 +53,16 @@ def cache_teacher(as_json: bool, **given: Any) -> None:
 
     A store that is there already is a hit; one that an interrupted run left behind is completed.
     """
+    from akd_dist.documents.cache import CacheDocument, PlanDocument
+
     with stdout_for_results():
         document = akd_dist.cache_teacher(**given, console=progress_console())
     if as_json:
         print_json(document)
     elif given["dry_run"]:
-        print_plan(document)
+        print_plan(PlanDocument.model_validate(document))
     else:
-        print_cached(document, command_line("train-students", **given))
+        print_cached(CacheDocument.model_validate(document), command_line("train-students", **given))
 
 
 @click.command("train-students")
@@ -68,15 +76,19 @@ def train_students(as_json: bool, **given: Any) -> int:
     return _train(given, as_json, closing=after_training)
 
 
-def _train(given: Given, as_json: bool, *, closing: Callable[[Given, Given], list[str]]) -> int:
+def _train(given: Given, as_json: bool, *, closing: Callable[[FleetDocument, Given], list[str]]) -> int:
+    from akd_dist.documents.fleet import FleetDocument
+    from akd_dist.documents.plan import FleetPlanDocument
+
     with stdout_for_results():
         document = akd_dist.train_students(**given, console=progress_console())
     if as_json:
         print_json(document)
     elif given.get("dry_run"):
-        print_fleet_plan(document)
+        print_fleet_plan(FleetPlanDocument.model_validate(document))
     else:
-        print_fleet(document, closing(document, given))
+        fleet = FleetDocument.model_validate(document)
+        print_fleet(fleet, closing(fleet, given))
     return int(any(student["state"] != "done" for student in document.get("students", ())))
 
 
@@ -113,49 +125,48 @@ def compare(as_json: bool, **given: Any) -> int:
     return int(any(row["lost"] for row in document["table"]))
 
 
-def print_cached(document: dict[str, Any], next_command: str) -> None:
+def print_cached(document: CacheDocument, next_command: str) -> None:
     """What a caching command came to, and the command after it."""
-    models = [document, *document["assistants"]]
-    parts = [part for model in models for part in (model, *model["splits"].values())]
-    shards, computed = (sum(part[key] for part in parts) for key in ("shards", "shards_computed"))
-    how = "a hit: it was there already" if document["hit"] else f"{computed} of {counted(shards, 'shard')} computed now"
-    shape = f"{document['rows']:,} rows x {counted(document['views'], 'view')} x {document['classes']:,} classes"
+    models: list[CacheDocument | CachedAssistant] = [document, *document.assistants]
+    parts = [part for model in models for part in (model, model.splits.validation, model.splits.test)]
+    shards, computed = (sum(getattr(part, key) for part in parts) for key in ("shards", "shards_computed"))
+    how = "a hit: it was there already" if document.hit else f"{computed} of {counted(shards, 'shard')} computed now"
+    shape = f"{document.rows:,} rows x {counted(document.views, 'view')} x {document.classes:,} classes"
     facts = {
-        "store": short_path(document["store"]),
-        **{f"assistant {one['model']}": short_path(one["store"]) for one in document["assistants"]},
-        "holds": f"{shape}, {document['encoding']}; validation and test rows beside it",
-        "size": f"{size(sum(part['bytes'] for part in parts))} in {counted(shards, 'shard')}",
-        "took": f"{document['seconds']:.1f} s; {how}",
+        "store": short_path(document.store),
+        **{f"assistant {one.model}": short_path(one.store) for one in document.assistants},
+        "holds": f"{shape}, {document.encoding}; validation and test rows beside it",
+        "size": f"{size(sum(part.bytes for part in parts))} in {counted(shards, 'shard')}",
+        "took": f"{document.seconds:.1f} s; {how}",
         "next": next_command,
     }
     print_facts(facts)
 
 
-def print_fleet(fleet: dict[str, Any], next_commands: Iterable[str]) -> None:
+def print_fleet(fleet: FleetDocument, next_commands: Iterable[str]) -> None:
     """What a fleet came to, where its report lies, and what may come next."""
-    from akd_dist.documents.fleet import FleetDocument
     from akd_dist.reporting.results import fleet_table
 
-    print_table(fleet_table(FleetDocument.model_validate(fleet)))
-    run = Path(fleet["run"])
-    click.echo(f"store   {short_path(fleet['store'])}")
+    print_table(fleet_table(fleet))
+    run = Path(fleet.run)
+    click.echo(f"store   {short_path(fleet.store)}")
     click.echo(f"report  {short_path(run / 'report.html')}")
     click.echo("next")
     for command in next_commands:
         click.echo(f"  {command}")
 
 
-def after_training(fleet: dict[str, Any], given: Given) -> list[str]:
+def after_training(fleet: FleetDocument, given: Given) -> list[str]:
     """What to type after train-students."""
     kept = [one for one in given["overrides"] if not one.startswith(("data.seed=", "name="))]
-    again = [*kept, "data.seed=1", f"name={Path(fleet['run']).name}-seed1"]
+    again = [*kept, "data.seed=1", f"name={Path(fleet.run).name}-seed1"]
     return [
-        command_line("stores show", Path(fleet["store"]).name[:SHORT_ID], store_root=given["store_root"]),
+        command_line("stores show", Path(fleet.store).name[:SHORT_ID], store_root=given["store_root"]),
         command_line("train-students", **given | {"overrides": again}),
     ]
 
 
-def after_quickstart(_fleet: dict[str, Any], given: Given) -> list[str]:
+def after_quickstart(_fleet: FleetDocument, given: Given) -> list[str]:
     """What to type after the quickstart."""
     copy = "my-digits.yaml"
     return [

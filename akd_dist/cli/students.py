@@ -24,6 +24,8 @@ from akd_dist.options import EvaluateOptions, ExportOptions, PredictOptions
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from akd_dist.documents.use import EvaluatedModel, EvaluationDocument, ExportDocument, PredictionDocument
+
 
 @click.command("evaluate")
 @taking(EvaluateOptions)
@@ -34,12 +36,14 @@ def evaluate(as_json: bool, **chosen: Any) -> None:
     Every metric, and agreement with other models. STUDENT is a model folder, such as runs/NAME/students/STUDENT. DATA
     is a recipe or a run's folder, Parquet (a file, folder, glob or s3://), or the word digits.
     """
+    from akd_dist.documents.use import EvaluationDocument
+
     with stdout_for_results():
         document = akd_dist.evaluate(**chosen, console=progress_console())
     if as_json:
         print_json(document)
     else:
-        _print_evaluation(document)
+        _print_evaluation(EvaluationDocument.model_validate(document))
 
 
 @click.command("predict")
@@ -52,17 +56,20 @@ def predict(no_label: bool, label: str | None, as_json: bool, **chosen: Any) -> 
     Class, probability, logits, and the label where the data have one, row by row to Parquet. STUDENT and DATA are as
     for evaluate; DATA may lack labels.
     """
+    from akd_dist.documents.use import PredictionDocument
+
     with stdout_for_results():
         document = akd_dist.predict(**chosen, label="" if no_label else label, console=progress_console())
     if as_json:
         print_json(document)
         return
+    written = PredictionDocument.model_validate(document)
     print_facts(
         {
-            "written": f"{short_path(document['out'])}, {size(document['bytes'])}",
-            "rows": _data(document),
-            "columns": ", ".join(document["columns"]),
-            "took": f"{document['seconds']:.1f} s",
+            "written": f"{short_path(written.out)}, {size(written.bytes)}",
+            "rows": _data(written),
+            "columns": ", ".join(written.columns),
+            "took": f"{written.seconds:.1f} s",
         }
     )
 
@@ -76,26 +83,32 @@ def export(as_json: bool, **chosen: Any) -> None:
     The export runs on real rows, and is kept only if its logits are those of torch. Preprocessing is inside. STUDENT
     and DATA are as for evaluate.
     """
+    from akd_dist.documents.use import ExportDocument
+
     with stdout_for_results():
         document = akd_dist.export(**chosen, console=progress_console())
     if as_json:
         print_json(document)
     else:
-        _print_export(document)
+        _print_export(ExportDocument.model_validate(document))
 
 
-def _print_evaluation(document: dict[str, Any]) -> None:
-    models = [document["student"], *document["others"]]
-    measured = list(dict.fromkeys(name for model in models for name in model["metrics"]))
-    title = f"{_data(document)}, {document['seconds']:.1f} s"
+def _print_evaluation(document: EvaluationDocument) -> None:
+    from akd_dist.documents.fleet import Metrics
+    from akd_dist.documents.use import OtherModel
+
+    models: list[EvaluatedModel] = [document.student, *document.others]
+    measured = [name for name in Metrics.model_fields if any(model.metrics.get(name) is not None for model in models)]
+    title = f"{_data(document)}, {document.seconds:.1f} s"
     table = _named("model", title)
-    agreeing = bool(document["others"]) and document["task"] == "classification"
+    agreeing = bool(document.others) and document.task == "classification"
     for heading in ("parameters", *measured, *["agreement"] * agreeing):
         table.add_column(heading, justify="right", no_wrap=True)
     for model in models:
-        figures = [f"{model['metrics'][name]:.4f}" if name in model["metrics"] else "infinite" for name in measured]
-        shared = [f"{model['agreement']:.4f}" if "agreement" in model else ""] if agreeing else []
-        table.add_row(Path(model["path"]).name, f"{model['parameters']:,}", *figures, *shared)
+        values = [model.metrics.get(name) for name in measured]
+        figures = ["infinite" if value is None else f"{value:.4f}" for value in values]
+        shared = [f"{model.agreement:.4f}" if isinstance(model, OtherModel) else ""] if agreeing else []
+        table.add_row(Path(model.path).name, f"{model.parameters:,}", *figures, *shared)
     print_table(table)
     if agreeing:
         _print_shared(document)
@@ -106,34 +119,35 @@ def _named(first: str, title: str | None = None) -> Table:
     return table_of(first, title=title)
 
 
-def _print_shared(document: dict[str, Any]) -> None:
+def _print_shared(document: EvaluationDocument) -> None:
     """Who is right where, against each other model."""
     table = _named("the student and")
     for heading in ("both right", "student alone", "other alone", "both wrong"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for other in document["others"]:
-        counts = [other[name] for name in ("both_right", "student_right", "other_right", "both_wrong")]
-        table.add_row(Path(other["path"]).name, *(f"{count:,}" for count in counts))
+    for other in document.others:
+        counts = [other.both_right, other.student_right, other.other_right, other.both_wrong]
+        table.add_row(Path(other.path).name, *(f"{count:,}" for count in counts))
     print_table(table)
 
 
-def _print_export(document: dict[str, Any]) -> None:
-    rows = f"{document['rows']} random inputs" if document["data"] is None else _data(document)
+def _print_export(document: ExportDocument) -> None:
     facts = {
-        "written": f"{short_path(document['out'])}, {size(document['bytes'])}",
-        "inputs": document["inputs"],
-        "outputs": document["outputs"],
-        "compared": f"on {rows}: logits differ by {document['difference']:.2g} at most, "
-        f"{document['tolerance']:.2g} is allowed",
+        "written": f"{short_path(document.out)}, {size(document.bytes)}",
+        "inputs": document.inputs,
+        "outputs": document.outputs,
+        "compared": f"on {_data(document)}: logits differ by {document.difference:.2g} at most, "
+        f"{document.tolerance:.2g} is allowed",
     }
-    if document["same_class"] is not None:
-        facts["classes"] = f"the same for {document['same_class']} of {document['rows']}"
+    if document.same_class is not None:
+        facts["classes"] = f"the same for {document.same_class} of {document.rows}"
     print_facts(facts)
-    for note in document["notes"]:
+    for note in document.notes:
         click.echo(f"note: {note}")
 
 
-def _data(document: dict[str, Any]) -> str:
-    split = f"{document['split']} " if document["split"] else ""
-    rows = "row" if document["rows"] == 1 else "rows"
-    return f"{document['rows']:,} {split}{rows} of {short_path(document['data'])}"
+def _data(document: EvaluationDocument | PredictionDocument | ExportDocument) -> str:
+    if document.data is None:
+        return f"{document.rows} random inputs"
+    split = f"{document.split} " if document.split else ""
+    rows = "row" if document.rows == 1 else "rows"
+    return f"{document.rows:,} {split}{rows} of {short_path(document.data)}"

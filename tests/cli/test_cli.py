@@ -384,7 +384,7 @@ def test_a_plan_is_a_table(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = run("cache-teacher", "r.yaml", "--dry-run")
     assert outcome.code == 0
     assert re.search(r"validation +1,168 +4 +20 +186\.9 kB", outcome.out)
-    assert "needs 560.6 kB under stores, free 1.0 TB; nothing was computed" in outcome.out
+    assert "needs 560.6 kB under stores, free 1.0 TB; nothing was stored" in outcome.out
     planned = PLAN | {"assistants": [{"model": "mlp-64", "trained": False, "splits": PLAN["splits"]}]}
     PlanDocument.model_validate(planned)
     monkeypatch.setattr(akd_dist, "cache_teacher", lambda *_, **__: planned)
