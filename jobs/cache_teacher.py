@@ -39,7 +39,9 @@ from akd_dist.models.device import gpus_of
 from akd_dist.options import CacheOptions
 from akd_dist.recipe import NoAugmentation, Recipe
 from akd_dist.storage import catalog, removal
-from akd_dist.storage.manifest import Manifest, Receipt, differences
+from akd_dist.storage.manifest import Manifest, differences
+from akd_dist.storage.receipts import Packer
+from akd_dist.storage.records import Receipt
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
 from akd_dist.tracking.progress import meter, tell
@@ -234,26 +236,32 @@ def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> 
             job = cache_job(plan, recipe, model.model_uri, workspace.cache_root)
             tasks += [Task(f"{plan.split} rows of {model.name}, {shard}", job, shard) for shard in plan.missing]
     by_split = {plan.split: plan for plan in model.plans}
+    packers = {plan.split: Packer(plan.writer.store) for plan in model.plans if plan.writer is not None}
     done = 0
     rows = sum(task.item.rows for task in tasks)
     with workspace.shared() as shared, meter(workspace.console, f"caching {model.name}", rows) as shown:
 
-        def count(task: Task, _receipt: Receipt) -> None:
+        def count(task: Task, receipt: Receipt) -> None:
             nonlocal done
+            packers[task.job.split].add(receipt)
             by_split[task.job.split].computed += 1
             done += task.item.rows
             shown.update(done)
 
         shown.update(0)
-        run_tasks(
-            cache_shard,
-            tasks,
-            threads=recipe.cache.threads,
-            gpus=gpus_of(recipe.device),
-            stop=stop,
-            on_result=count,
-            shared=shared,
-        )
+        try:
+            run_tasks(
+                cache_shard,
+                tasks,
+                threads=recipe.cache.threads,
+                gpus=gpus_of(recipe.device),
+                stop=stop,
+                on_result=count,
+                shared=shared,
+            )
+        finally:
+            for packer in packers.values():
+                packer.flush()
     if stop:
         told = f"stopped; the {sum(plan.computed for plan in model.plans)} shards that this run computed are kept"
         raise stop.error(told, "the same command carries on with the missing shards")
@@ -315,8 +323,8 @@ def _sealed(plan: SplitPlan) -> CachedSplit:
         rows=store.num_rows,
         views=store.views,
         classes=store.classes,
-        encoding=plan.identity.encoding["name"],
-        bytes=sum(shard.size for shard in store.manifest.shards),
-        shards=len(store.manifest.shards),
+        encoding=str(plan.identity.codec),
+        bytes=sum(store.manifest.sizes().values()),
+        shards=store.layout.shard_count,
         shards_computed=plan.computed,
     )

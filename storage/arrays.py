@@ -26,6 +26,8 @@ _PINNED = {
     "codec_pipeline.batch_size": 1,
     "codecs.bytes": "zarr.codecs.bytes.BytesCodec",
     "codecs.crc32c": "zarr.codecs.crc32c_.Crc32cCodec",
+    "codecs.zstd": "zarr.codecs.zstd.ZstdCodec",
+    "codecs.blosc": "zarr.codecs.blosc.BloscCodec",
     "codecs.sharding_indexed": "zarr.codecs.sharding.ShardingCodec",
     "buffer": "zarr.buffer.cpu.Buffer",
     "ndbuffer": "zarr.buffer.cpu.NDBuffer",
@@ -33,6 +35,8 @@ _PINNED = {
     "array.write_empty_chunks": True,
     "array.order": "C",
 }
+# zstd's default: more takes several times as long and gains little on logits (benchmarks/encodings.py).
+_LEVEL = 3
 # zarr's configuration is global: two threads that pin it at once would undo each other.
 _pinning = threading.RLock()
 
@@ -47,10 +51,11 @@ def pinned_zarr() -> Iterator[None]:
 def metadata(identity: Identity) -> dict[str, bytes]:
     """The metadata files of arrays.zarr by key: spelled here, so that no zarr version can change a byte of them."""
     layout = identity.layout
-    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    numbers, checksum = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
+    checked = [numbers, checksum]
     sharding = {
         "chunk_shape": [1, layout.chunk_rows, layout.classes],
-        "codecs": checked,
+        "codecs": [numbers, *_compressors(identity), checksum],
         "index_codecs": checked,
         "index_location": "end",
     }
@@ -75,6 +80,19 @@ def metadata(identity: Identity) -> dict[str, bytes]:
     return {GROUP_KEY: _spelled(group), ARRAY_KEY: _spelled(array)}
 
 
+def _compressors(identity: Identity) -> list[dict[str, Any]]:
+    """The codec that makes chunks smaller, if any: of those that Zarr v3 itself names, so that every reader has them.
+
+    Blosc shuffles bytes before it compresses: the high bytes of neighbouring logits are alike.
+    """
+    if identity.codec.compress == "zstd":
+        return [{"name": "zstd", "configuration": {"level": _LEVEL, "checksum": False}}]
+    if identity.codec.compress == "blosc":
+        shuffled = {"cname": "zstd", "clevel": _LEVEL, "shuffle": "shuffle", "typesize": identity.layout.itemsize}
+        return [{"name": "blosc", "configuration": shuffled | {"blocksize": 0}}]
+    return []
+
+
 def encode_shard(identity: Identity, shard: Shard, arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
     """The bytes of a shard's object.
 
@@ -93,8 +111,8 @@ def decode_shard(identity: Identity, shard: Shard, data: bytes) -> npt.NDArray[A
     Raises:
         ValueError: the bytes are not a whole shard, with what is wrong with them.
     """
-    expected = identity.layout.stored_bytes(shard)
-    if len(data) != expected:
+    expected = identity.object_bytes(shard)
+    if expected is not None and len(data) != expected:
         raise ValueError(f"{len(data):,} bytes instead of {expected:,}")
     memory: dict[str, Any] = {shard.key: default_buffer_prototype().buffer.from_bytes(data)}
     try:

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 from akd_dist.base.errors import AkdError, DamagedError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, parse_json
 from akd_dist.storage.layout import ARRAYS, CREATION_KEY, LOGITS, MANIFEST_KEY, RECEIPTS, SOURCE_KEY
-from akd_dist.storage.manifest import Creation, Identity, Manifest, Receipt
+from akd_dist.storage.manifest import Creation, Identity, Manifest
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
 from akd_dist.storage.reader import LogitStore, read_manifest
+from akd_dist.storage.records import Receipt
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.uses import USES, Use, uses_of
 

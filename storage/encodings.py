@@ -1,23 +1,48 @@
 """Logits <-> the named arrays a store keeps: small value objects, rebuilt from their own JSON config."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from numcodecs.bitround import BitRound, max_bits
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.storage.layout import LOGITS
 
+Kind = Literal["float32", "float16"]
+Compression = Literal["none", "zstd", "blosc"]
+
 _ROWS_NAMED = 8
 
 
+@dataclass(frozen=True)
 class Encoding:
-    """How logits are stored. A later encoding may keep several arrays; these keep one, `logits`."""
+    """How logits are stored: as one array `logits`, perhaps rounded, perhaps compressed.
 
-    name: ClassVar[str]
-    # The dtype of the stored array `logits`.
-    dtype: ClassVar[str]
+    Rounding happens before writing, so whoever reads needs no decoder for it, and only makes compression work better.
+    """
+
+    name: Kind
+    """The dtype of the stored array: float16 has 11 significant bits and magnitudes up to 65504."""
+    keep_bits: int | None = None
+    """Bits of the mantissa that are kept, the others are rounded to zero (Klöwer et al., Nature Computational Science
+    2021); None keeps all."""
+    compress: Compression = "none"
+    """Codec of the chunks: one that other readers of Zarr v3 know as well."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the stored array `logits`."""
+        return self.name
+
+    @property
+    def rounds(self) -> bool:
+        """Whether what is stored may differ from the teacher's float32 logits."""
+        return self.name != "float32" or self.keep_bits is not None
 
     def encode(self, logits: npt.NDArray[np.float32], first_row: int) -> dict[str, npt.NDArray[Any]]:
         """Logits float32 [n, classes] as named arrays of n rows each.
@@ -26,13 +51,17 @@ class Encoding:
             first_row: the dataset row number of `logits[0]`, for the message.
 
         Raises:
-            RefusedError: NaN or infinity after the cast (float16 ends at 65504), naming the rows.
+            RefusedError: NaN or infinity after the cast and rounding (float16 ends at 65504), naming the rows.
         """
+        rounded = np.ascontiguousarray(logits, dtype=np.float32)
+        if self.keep_bits is not None:
+            # Before the cast, so that each logit is rounded once. NaN and infinity are told first, since rounding their
+            # bits could make numbers of them.
+            self._check_finite(logits, rounded, first_row)
+            rounded = np.asarray(BitRound(self.keep_bits).encode(rounded)).view(np.float32).reshape(rounded.shape)
         with np.errstate(over="ignore"):  # an overflow becomes inf, which is refused below with its row
-            stored = np.ascontiguousarray(logits, dtype=self.dtype)
-        bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
-        if len(bad):
-            raise self._non_finite(logits, bad, first_row)
+            stored = np.ascontiguousarray(rounded, dtype=self.dtype)
+        self._check_finite(logits, stored, first_row)
         return {LOGITS: stored}
 
     def decode(self, arrays: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
@@ -40,14 +69,22 @@ class Encoding:
         return arrays[LOGITS].astype(np.float32, copy=False)
 
     def config(self) -> dict[str, Any]:
-        """What `encoding_from_config` rebuilds this encoding from."""
-        return {"name": self.name}
+        """What `encoding_from_config` rebuilds this encoding from; what is not used is left out, as before format 3."""
+        rounding = {} if self.keep_bits is None else {"keep_bits": self.keep_bits}
+        return {"name": self.name} | rounding | ({} if self.compress == "none" else {"compress": self.compress})
 
-    def _non_finite(self, logits: npt.NDArray[np.float32], bad: npt.NDArray[np.intp], first_row: int) -> RefusedError:
+    def __str__(self) -> str:
+        rounding = "" if self.keep_bits is None else f", {self.keep_bits} bits of the mantissa kept"
+        return f"{self.name}{rounding}" + ("" if self.compress == "none" else f", {self.compress}")
+
+    def _check_finite(self, logits: npt.NDArray[np.float32], stored: npt.NDArray[Any], first_row: int) -> None:
+        bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
+        if not len(bad):
+            return
         named = ", ".join(str(first_row + int(row)) for row in bad[:_ROWS_NAMED])
         more = f" and {len(bad) - _ROWS_NAMED} more" if len(bad) > _ROWS_NAMED else ""
         cast_only = bool(np.isfinite(logits[bad]).all())
-        return RefusedError(
+        raise RefusedError(
             f"{len(bad)} {'row has' if len(bad) == 1 else 'rows have'} logits that are not finite as {self.name}: "
             f"{'row' if len(bad) == 1 else 'rows'} {named}{more}",
             got=f"a largest magnitude of {np.abs(logits[bad]).max():g}" if cast_only else "NaN or infinity",
@@ -55,31 +92,10 @@ class Encoding:
             next="set cache.encoding: float32" if cast_only else "look at these rows and at the teacher's weights",
         )
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Encoding) and self.config() == other.config()
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-
-class Float32(Encoding):
-    """The logits as they are."""
-
-    name = "float32"
-    dtype = "float32"
-
-
-class Float16(Encoding):
-    """Half the bytes; 11 significant bits, magnitudes up to 65504."""
-
-    name = "float16"
-    dtype = "float16"
-
-
-_BY_NAME: dict[str, type[Encoding]] = {encoding.name: encoding for encoding in (Float32, Float16)}
+def most_bits(kind: Kind) -> int:
+    """Bits of the mantissa of a dtype: the most that `keep_bits` may say."""
+    return int(max_bits[kind])
 
 
 def encoding_from_config(config: Mapping[str, Any]) -> Encoding:
@@ -88,12 +104,18 @@ def encoding_from_config(config: Mapping[str, Any]) -> Encoding:
     Raises:
         RefusedError: an encoding, or a setting of one, that this version does not know.
     """
-    encoding = _BY_NAME.get(str(config.get("name")))
-    if encoding is None or encoding().config() != dict(config):
-        raise RefusedError(
-            "the store's encoding is not known to this version of akd-dist",
-            got=dict(config),
-            expected=f"one of {', '.join(_BY_NAME)}",
-            next="read the store with the version that wrote it, or a newer one",
-        )
-    return encoding()
+    settings = dict(config)
+    kind: Any = settings.get("name")
+    bits, compress = settings.get("keep_bits"), settings.get("compress", "none")
+    known = kind in get_args(Kind) and compress in get_args(Compression)
+    if known and (bits is None or (type(bits) is int and 1 <= bits < most_bits(kind))):
+        encoding = Encoding(kind, bits, compress)
+        if encoding.config() == settings:
+            return encoding
+    raise RefusedError(
+        "the store's encoding is not known to this version of akd-dist",
+        got=dict(config),
+        expected=f"one of {', '.join(get_args(Kind))}, perhaps with keep_bits, and with compress as one of "
+        f"{', '.join(get_args(Compression))}",
+        next="read the store with the version that wrote it, or a newer one",
+    )

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 # The format this version writes, and the newest it reads (docs/reference/store-format.md).
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # What lies in a store's folder: the Zarr group with the one array of these formats, and the documents.
 ARRAYS = "arrays.zarr"

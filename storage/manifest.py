@@ -1,75 +1,30 @@
-"""The documents of a store: its identity, how it was computed, a receipt for each shard, the manifest that seals it.
-
-They are JSON in one canonical spelling, so that equal documents are equal bytes, and typed strictly: an unknown field,
-a missing one or a number where text should be is refused.
-"""
+"""The documents of a store: its identity, how it was computed, the manifest that seals it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    StringConstraints,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from akd_dist.base.errors import AkdError, DamagedError, RefusedError
-from akd_dist.base.files import canonical_json, parse_json, sha256
+from akd_dist.base.files import canonical_json, sha256
 from akd_dist.storage.encodings import Encoding, encoding_from_config
 from akd_dist.storage.layout import ARRAY_KEY, FORMAT_VERSION, GROUP_KEY, Shard, StoreLayout
+from akd_dist.storage.records import (
+    Count,
+    Document,
+    Json,
+    Loss,
+    Probe,
+    Sha256,
+    ShardColumns,
+    ShardRecord,
+    damaged,
+    short,
+)
 
 # A field, what it holds, and what follows from the fields beside it.
 Account = tuple[str, object, object]
-
-
-def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
-    # What cannot be spelled canonically (NaN, a tuple, a Path) must not get into something that is hashed.
-    if parse_json(canonical_json(value)) != value:
-        raise ValueError("holds something that JSON does not keep as it is")
-    return value
-
-
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=1)]
-Json = Annotated[dict[str, Any], AfterValidator(_plain_json)]
-
-
-class Document(BaseModel):
-    """A frozen, strict JSON document."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    def to_bytes(self) -> bytes:
-        """The canonical bytes that are stored and hashed."""
-        return canonical_json(self.model_dump(mode="json"))
-
-    @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> Self:
-        """Read a document back; the very bytes must be canonical.
-
-        Raises:
-            RefusedError: it was written in a newer format.
-            DamagedError: not JSON, a field wrong, or another spelling; names `where` and the field.
-        """
-        try:
-            document = cls.model_validate_json(data)
-        except ValidationError as error:
-            _refuse_newer(data, where)
-            first = error.errors(include_url=False)[0]
-            field = ".".join(str(part) for part in first["loc"]) or "the document"
-            expected = f"a document of format {FORMAT_VERSION} or older"
-            raise _damaged(where, f"{field}: {first['msg']}", expected) from error
-        if document.to_bytes() != data:
-            raise _damaged(where, "other bytes than its fields spell", "canonical JSON, as it was written")
-        return document
 
 
 class Identity(Document):
@@ -105,6 +60,10 @@ class Identity(Document):
     def layout(self) -> StoreLayout:
         """How the store is cut into shards."""
         return StoreLayout(self.views, self.rows, self.classes, self.codec.dtype)
+
+    def object_bytes(self, shard: Shard) -> int | None:
+        """The exact size of a shard's object; None where it is compressed, and no arithmetic tells."""
+        return self.layout.stored_bytes(shard) if self.codec.compress == "none" else None
 
     def differences(self, other: Identity) -> list[str]:
         """Fields that differ, as "field: ours != theirs"."""
@@ -146,74 +105,13 @@ class Creation(Document):
         creation = super().from_bytes(data, where)
         for field, got, expected in _described(creation.identity, creation.dataset, creation.teacher):
             if got != expected:
-                raise _damaged(where, f"{field}: {got}", expected)
+                raise damaged(where, f"{field}: {got}", expected)
         return creation
 
     @property
     def sha256(self) -> str:
         """The sha256 of its bytes, which the receipts of the store name."""
         return sha256(self.to_bytes())
-
-
-class Probe(Document):
-    """The augmented view of one row as a digest, by which changed pixels are found out, and a sample of its values."""
-
-    row: int = Field(ge=0)
-    sha256: Sha256
-    sample: list[int] | list[float] | None = None
-    """Some of its values, evenly spaced, by which a change is measured; left out in format 1."""
-
-    @model_serializer(mode="wrap")
-    def _as_format_1_without_a_sample(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {field: value for field, value in spell(self).items() if value is not None}
-
-
-class ShardRecord(Document):
-    """What the seal says of a shard."""
-
-    key: str
-    size: Count
-    sha256: Sha256
-    rows: Count
-    finite: bool
-    label_agreement: float | None = Field(ge=0, le=1)
-    """Share of the shard's rows where the teacher's first class is the label; None for regression, from format 2 on."""
-    probes: list[Probe]
-
-
-class Receipt(ShardRecord):
-    """What the writer of a shard says of it, once it is durable."""
-
-    seconds: float = Field(ge=0)
-    """What computing the shard took; 0 where it was found, or taken from another store."""
-    host: str
-    creation: Sha256 | None = None
-    """sha256 of the creation document that it was written under."""
-    checksum: Sha256 | None = None
-    """sha256 of the canonical JSON of all the other fields. Receipts of earlier versions have neither."""
-
-    @classmethod
-    def of(cls, record: ShardRecord, creation: str, seconds: float, host: str) -> Receipt:
-        """The receipt of a shard that was written under the creation document of this sha256."""
-        told = cls(**record.model_dump(), seconds=round(seconds, 6), host=host, creation=creation)
-        return told.model_copy(update={"checksum": told._digest()})
-
-    def record(self) -> ShardRecord:
-        """The part that goes into the seal: nothing of when and where."""
-        return ShardRecord.model_validate(self.model_dump(include=set(ShardRecord.model_fields)))
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether it is what was written. One without a checksum is not known to be."""
-        return self.checksum is not None and self.checksum == self._digest()
-
-    def _digest(self) -> str:
-        return sha256(canonical_json(self.model_dump(mode="json", exclude={"checksum"})))
-
-    @model_serializer(mode="wrap")
-    def _as_before_without_a_checksum(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        late = ("creation", "checksum")
-        return {field: value for field, value in spell(self).items() if value is not None or field not in late}
 
 
 class Manifest(Document):
@@ -227,20 +125,27 @@ class Manifest(Document):
     teacher: Json
     zarr_json: dict[str, Sha256]
     """sha256 of each metadata file, by key relative to arrays.zarr."""
-    shards: list[ShardRecord]
-    """Every shard, view by view, in row order."""
+    shards: list[ShardRecord] | ShardColumns
+    """Every shard, view by view, in row order; as columns from format 3 on."""
+    probes: list[list[Probe]] | None = None
+    """A few rows of each view as the teacher saw them, from format 3 on; before, they are in the shards' records."""
     sha256: Sha256
     """sha256 of the canonical JSON of all the other fields."""
+
+    @model_serializer(mode="wrap")
+    def _as_in_its_format(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {field: value for field, value in spell(self).items() if value is not None}
 
     @classmethod
     def seal(cls, creation: Creation, zarr_json: Mapping[str, str], shards: Iterable[ShardRecord]) -> Manifest:
         """The manifest of a complete store."""
+        records = list(shards)
         fields = {
             "format": creation.identity.format,
             "id": creation.identity.id,
             **creation.model_dump(mode="json"),
             "zarr_json": dict(zarr_json),
-            "shards": [shard.model_dump(mode="json") for shard in shards],
+            **(_columns(creation.identity, records) if creation.identity.format > 2 else _records(records)),
         }
         return cls.model_validate({**fields, "sha256": sha256(canonical_json(fields))})
 
@@ -255,7 +160,7 @@ class Manifest(Document):
         manifest = super().from_bytes(data, where)
         for field, got, expected in manifest._accounts():
             if got != expected:
-                raise _damaged(where, f"{field}: {got}", expected)
+                raise damaged(where, f"{field}: {got}", expected)
         return manifest
 
     def _accounts(self) -> Iterator[Account]:
@@ -270,30 +175,105 @@ class Manifest(Document):
         yield from _described(self.identity, self.dataset, self.teacher)
         yield "zarr_json", sorted(self.zarr_json), sorted([GROUP_KEY, ARRAY_KEY])
         layout = self.identity.layout
+        yield "shards", type(self.shards), ShardColumns if self.format > 2 else list
         yield "shards", f"{len(self.shards)} of them", f"{layout.shard_count} of them"
+        if isinstance(self.shards, ShardColumns):
+            yield from self._column_accounts(self.shards)
+            return
+        yield "probes", self.probes, None
         for number, (record, shard) in enumerate(zip(self.shards, layout.shards(), strict=True)):
             where = f"shards.{number}"
             yield f"{where}.key", record.key, shard.key
             yield f"{where}.rows", record.rows, shard.rows
-            yield f"{where}.size", record.size, layout.stored_bytes(shard)
+            yield f"{where}.size", record.size, self.identity.object_bytes(shard)
             yield f"{where}.finite", record.finite, True
             rows = [probe.row for probe in record.probes]
             yield f"{where}.probes", rows, [row for row in rows if shard.start <= row < shard.stop]
 
+    def _column_accounts(self, columns: ShardColumns) -> Iterator[Account]:
+        lengths = {len(getattr(columns, field)) for field in ShardColumns.model_fields}
+        yield "shards", f"columns of {sorted(lengths)}", f"columns of {[len(columns)]}"
+        if self.identity.codec.compress == "none":
+            layout = self.identity.layout
+            one_view = [layout.stored_bytes(layout.shard(0, index)) for index in range(layout.shards_per_view)]
+            yield "shards.size", columns.size, one_view * layout.views
+        yield "probes", len(self.probes or ()), self.identity.views
+        for view, probes in enumerate(self.probes or ()):
+            rows = [probe.row for probe in probes]
+            yield f"probes.{view}", rows, sorted(row for row in set(rows) if row < self.identity.rows)
+
     def record(self, shard: Shard) -> ShardRecord:
         """What the seal says of a shard."""
-        return self.shards[shard.view * self.identity.layout.shards_per_view + shard.index]
+        number = shard.view * self.identity.layout.shards_per_view + shard.index
+        if isinstance(self.shards, list):
+            return self.shards[number]
+        probes = [probe for probe in self.probes_of(shard.view) if shard.start <= probe.row < shard.stop]
+        kl, largest = self.shards.kl[number], self.shards.largest_difference[number]
+        return ShardRecord(
+            key=shard.key,
+            size=self.shards.size[number],
+            sha256=self.shards.sha256[number],
+            rows=shard.rows,
+            finite=True,
+            label_agreement=self.shards.label_agreement[number],
+            probes=probes,
+            content=self.shards.content[number],
+            loss=Loss(rows=len(probes), kl=kl, largest_difference=largest),
+        )
+
+    @property
+    def loss(self) -> Loss | None:
+        """By how much the stored logits differ from the teacher's, on the rows of the probes; None before format 3."""
+        if isinstance(self.shards, list):
+            return None
+        return Loss.together(record.loss for record in self.records() if record.loss)
+
+    def records(self) -> Iterator[ShardRecord]:
+        """What the seal says of every shard, in order."""
+        return map(self.record, self.identity.layout.shards())
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every shard's object by key, in order."""
+        if isinstance(self.shards, list):
+            return {record.key: record.size for record in self.shards}
+        return {shard.key: size for shard, size in zip(self.identity.layout.shards(), self.shards.size, strict=True)}
+
+    def probes_of(self, view: int) -> list[Probe]:
+        """The rows of a view that were remembered as the teacher saw them, in their order."""
+        if self.probes is not None:
+            return self.probes[view]
+        per_view = self.identity.layout.shards_per_view
+        records = self.shards[view * per_view : (view + 1) * per_view] if isinstance(self.shards, list) else []
+        return [probe for record in records for probe in record.probes]
 
     def creation(self) -> Creation:
         """The creation document this manifest was sealed from."""
         return Creation(identity=self.identity, computed=self.computed, dataset=self.dataset, teacher=self.teacher)
 
 
+def _records(records: list[ShardRecord]) -> dict[str, Any]:
+    """The shards of a manifest of formats 1 and 2."""
+    return {"shards": [record.model_dump(mode="json") for record in records]}
+
+
+def _columns(identity: Identity, records: list[ShardRecord]) -> dict[str, Any]:
+    """The shards of a manifest of format 3 on, and the probes of each view."""
+    per_view = identity.layout.shards_per_view
+    views = [records[first : first + per_view] for first in range(0, len(records), per_view)]
+    columns = ("size", "sha256", "content", "label_agreement")
+    losses = [record.loss or Loss(rows=0, kl=None, largest_difference=0.0) for record in records]
+    return {
+        "shards": {column: [getattr(record, column) for record in records] for column in columns}
+        | {column: [getattr(loss, column) for loss in losses] for column in ("kl", "largest_difference")},
+        "probes": [[probe.model_dump(mode="json") for record in view for probe in record.probes] for view in views],
+    }
+
+
 def differences(ours: BaseModel, theirs: BaseModel) -> list[str]:
     """Fields, nested ones by dotted name, in which two documents differ, as "field: ours != theirs"."""
     mine, others = (dict(_flat(document.model_dump(mode="json"))) for document in (ours, theirs))
     return [
-        f"{field}: {_short(mine.get(field))} != {_short(others.get(field))}"
+        f"{field}: {short(mine.get(field))} != {short(others.get(field))}"
         for field in dict.fromkeys([*mine, *others])
         if mine.get(field) != others.get(field)
     ]
@@ -307,11 +287,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
             yield f"{prefix}{key}", inner
 
 
-def _short(value: object) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _described(identity: Identity, dataset: dict[str, Any], teacher: dict[str, Any]) -> Iterator[Account]:
     """What the descriptions of dataset and teacher repeat of the identity, as far as they do."""
     yield "dataset.fingerprint", dataset.get("fingerprint", identity.dataset), identity.dataset
@@ -323,29 +298,3 @@ def _described(identity: Identity, dataset: dict[str, Any], teacher: dict[str, A
     blocks = dataset.get("blocks", [])
     plain = isinstance(blocks, list) and all(isinstance(block, str) for block in blocks)
     yield "dataset.blocks", "digests" if plain else blocks, "digests"
-
-
-def _refuse_newer(data: bytes, where: str) -> None:
-    try:
-        fields = parse_json(data)
-    except ValueError:
-        return
-    inner = fields.get("identity") if isinstance(fields, dict) else None
-    for holder in (fields, inner):
-        version = holder.get("format") if isinstance(holder, dict) else None
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise RefusedError(
-                f"{where} is in a newer format than this version of akd-dist reads",
-                got=f"format {version}",
-                expected=f"format {FORMAT_VERSION} or older",
-                next="update akd-dist, or read the store with the version that wrote it",
-            )
-
-
-def _damaged(where: str, got: object, expected: object) -> AkdError:
-    return DamagedError(
-        f"{where} is damaged",
-        got=_short(got),
-        expected=_short(expected),
-        next="bring the file back from a copy of the store",
-    )

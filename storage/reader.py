@@ -14,9 +14,11 @@ import numpy.typing as npt
 from akd_dist.base.errors import AkdError, DamagedError, RefusedError
 from akd_dist.base.files import sha256
 from akd_dist.storage.arrays import decode_shard, metadata
+from akd_dist.storage.content import digest
 from akd_dist.storage.layout import ARRAYS, CREATION_KEY, LOGITS, MANIFEST_KEY, Shard, StoreLayout
-from akd_dist.storage.manifest import Manifest, ShardRecord
+from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot, Stat
+from akd_dist.storage.records import ShardRecord
 from akd_dist.storage.roots import open_root
 
 
@@ -89,9 +91,11 @@ class LogitStore:
             DamagedError: the shard is not what was sealed; names its key.
         """
         shard = self.layout.shard(view, index)
-        data = self._sealed_bytes(shard.key, self.manifest.record(shard).sha256)
+        record = self.manifest.record(shard)
         try:
-            return decode_shard(self.manifest.identity, shard, data)
+            return self._decoded(shard, record, self._objects.get(shard.key))
+        except ObjectMissing:
+            raise self.damaged(shard.key, _missing(self._objects, shard.key)) from None
         except ValueError as error:
             raise self.damaged(shard.key, error) from error
 
@@ -101,12 +105,12 @@ class LogitStore:
         Raises:
             DamagedError: a shard is missing or has another size; names its key.
         """
-        found = self._objects.list()
-        for record in self.manifest.shards:
-            problem = _size_problem(self._objects, record, found)
-            if problem:
-                raise self.damaged(record.key, problem)
-        return {record.key: found[record.key] for record in self.manifest.shards}
+        found, sizes = self._objects.list(), self.manifest.sizes()
+        for shard, (key, size) in zip(self.layout.shards(), sizes.items(), strict=True):
+            stat = found.get(key)
+            if (stat is None or stat.size != size) and (problem := self._problem(shard, stat, deep=False)):
+                raise self.damaged(key, problem)
+        return {key: found[key] for key in sizes}
 
     def verify(self, *, deep: bool = True, on_progress: Callable[[int, int], None] | None = None) -> list[Damage]:
         """Everything that is not what was sealed; empty for a good store.
@@ -117,14 +121,12 @@ class LogitStore:
         """
         damages = [Damage(f"{ARRAYS}/{key}", problem) for key, problem in self._metadata_problems()]
         found = self._objects.list()
-        for number, record in enumerate(self.manifest.shards, 1):
-            problem = _size_problem(self._objects, record, found)
-            if deep and not problem:
-                problem = _content_problem(self._objects, record)
+        for number, shard in enumerate(self.layout.shards(), 1):
+            problem = self._problem(shard, found.get(shard.key), deep=deep)
             if problem:
-                damages.append(Damage(f"{ARRAYS}/{record.key}", problem))
+                damages.append(Damage(f"{ARRAYS}/{shard.key}", problem))
             if on_progress is not None:
-                on_progress(number, len(self.manifest.shards))
+                on_progress(number, self.layout.shard_count)
         return damages + self._creation_damage()
 
     def check(self) -> None:
@@ -159,14 +161,38 @@ class LogitStore:
             self._last[shard] = found
         return found
 
-    def _sealed_bytes(self, key: str, digest: str) -> bytes:
+    def _decoded(self, shard: Shard, record: ShardRecord, data: bytes) -> npt.NDArray[Any]:
+        """A shard's logits; ValueError where its object does not hold what was sealed.
+
+        Another version of a compressor may write other bytes for the same logits: a repair may leave such an object,
+        and the sealed digest of the decoded logits vouches for it.
+        """
+        same = sha256(data) == record.sha256
+        if not same and (record.content is None or self.manifest.identity.object_bytes(shard) is not None):
+            raise ValueError(f"sha256 {sha256(data)} instead of {record.sha256}")
+        logits = decode_shard(self.manifest.identity, shard, data)
+        if not same and (found := digest([logits])) != record.content:
+            raise ValueError(f"sha256 {found} of its logits instead of {record.content}")
+        return logits
+
+    def _problem(self, shard: Shard, stat: Stat | None, *, deep: bool) -> str | None:
+        """What is wrong with a shard's object, as far as its size or, if need be, its content tells."""
+        if stat is None:
+            return _missing(self._objects, shard.key)
+        record = self.manifest.record(shard)
+        if stat.size != record.size and self.manifest.identity.object_bytes(shard) is not None:
+            return f"{stat.size:,} bytes instead of {record.size:,}"
+        if not deep and stat.size == record.size:
+            return None
         try:
-            data = self._objects.get(key)
+            data = self._objects.get(shard.key)
+            if sha256(data) != record.sha256:
+                self._decoded(shard, record, data)
         except ObjectMissing:
-            raise self.damaged(key, _missing(self._objects, key)) from None
-        if sha256(data) != digest:
-            raise self.damaged(key, f"sha256 {sha256(data)} instead of {digest}")
-        return data
+            return _missing(self._objects, shard.key)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _metadata_problems(self) -> list[tuple[str, str]]:
         problems = []
@@ -235,18 +261,3 @@ def _not_sealed(root: ObjectRoot) -> AkdError:
 def _missing(objects: ObjectRoot, key: str) -> str:
     path = objects.local_path(key)
     return "is a folder" if path is not None and path.is_dir() else "is missing"
-
-
-def _size_problem(objects: ObjectRoot, record: ShardRecord, found: dict[str, Stat]) -> str | None:
-    stat = found.get(record.key)
-    if stat is None:
-        return _missing(objects, record.key)
-    return None if stat.size == record.size else f"{stat.size:,} bytes instead of {record.size:,}"
-
-
-def _content_problem(objects: ObjectRoot, record: ShardRecord) -> str | None:
-    try:
-        digest = sha256(objects.get(record.key))
-    except ObjectMissing:
-        return _missing(objects, record.key)
-    return None if digest == record.sha256 else f"sha256 {digest} instead of {record.sha256}"

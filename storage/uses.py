@@ -24,8 +24,8 @@ from akd_dist.base.locks import is_locked
 from akd_dist.base.places import absolute, found, written
 from akd_dist.storage.claim import holder_of, repeating
 from akd_dist.storage.layout import MANIFEST_KEY
-from akd_dist.storage.manifest import Document
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
+from akd_dist.storage.records import Document
 from akd_dist.storage.roots import open_root
 
 USES = "uses"

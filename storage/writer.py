@@ -9,7 +9,7 @@ import secrets
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, failpoint, sha256
 from akd_dist.storage.arrays import decode_shard, encode_shard, metadata
+from akd_dist.storage.content import digest
 from akd_dist.storage.layout import (
     ARRAYS,
     CREATION_KEY,
@@ -28,8 +29,17 @@ from akd_dist.storage.layout import (
     Shard,
     StoreLayout,
 )
-from akd_dist.storage.manifest import Creation, Identity, Manifest, Probe, Receipt, ShardRecord, differences
+from akd_dist.storage.manifest import Creation, Identity, Manifest, differences
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
+from akd_dist.storage.receipts import (
+    drop_packs,
+    intact_receipt,
+    intact_receipts,
+    is_receipt_of,
+    put_receipt,
+    receipt_of,
+)
+from akd_dist.storage.records import Loss, Probe, Receipt, ShardRecord
 from akd_dist.storage.roots import open_root
 
 
@@ -88,24 +98,28 @@ def create_store(root_uri: str, creation: Creation, hint: dict[str, Any] | None 
     return writer
 
 
-def missing_shards(writer: StoreWriter, *, deep: bool = True) -> list[Shard]:
+def missing_shards(writer: StoreWriter, *, deep: bool | None = None) -> list[Shard]:
     """Shards still to be computed: all but those with a valid receipt. A sealed store misses none.
 
     A shard that is not what its receipt says, or was computed in another way, is moved to `<id>.damaged/` and counts as
     missing; one without a receipt, or with a damaged one, stays where it is, for `adopt_shard`.
 
     Args:
-        deep: compare every sha256, not only every size.
+        deep: read every receipt and every shard, and compare their sha256. Otherwise listings are believed: object and
+            receipt are there, and of the right size where that is known; whoever reads the object verifies it.
+            None is deep for a folder, and not for object storage, where it would fetch the whole store again.
     """
     store = writer.store
     if store.exists(MANIFEST_KEY):
         return []
+    deep = store.local_path("") is not None if deep is None else deep
     sizes = {key: stat.size for key, stat in store.list(ARRAYS).items()}
     receipts = set(store.list(RECEIPTS))
+    there = _keeps_its_receipt if deep else _is_listed
     return [
         shard
         for shard in writer.layout.shards()
-        if shard.receipt_key not in receipts or not _keeps_its_receipt(writer, shard, sizes, deep)
+        if shard.receipt_key not in receipts or not there(writer, shard, sizes)
     ]
 
 
@@ -114,7 +128,8 @@ def adopt_shard(writer: StoreWriter, shard: Shard) -> npt.NDArray[np.float32] | 
 
     Returns:
         float32 [shard.rows, classes], to be handed to `write_shard`; None if there is none, or none that is whole: that
-        one is moved to `<id>.damaged/`.
+        one is moved to `<id>.damaged/`. None as well where stored logits are rounded, and the receipt has to say by how
+        much: they are computed again.
     """
     try:
         data = writer.store.get(f"{ARRAYS}/{shard.key}")
@@ -126,6 +141,8 @@ def adopt_shard(writer: StoreWriter, shard: Shard) -> npt.NDArray[np.float32] | 
     except ValueError:
         _set_aside(writer, shard)
         return None
+    if identity.format > 2 and identity.codec.rounds:
+        return None  # its receipt says what rounding changed: the logits before it are needed
     return identity.codec.decode({LOGITS: stored})
 
 
@@ -147,13 +164,13 @@ def _take_shard(writer: StoreWriter, shard: Shard, source: Manifest) -> bool:
         data = writer.store.parent.get(key)
     except ObjectMissing:
         return False
-    if sha256(data) != record.sha256:
+    if sha256(data) != record.sha256 or source.format != writer.creation.identity.format:
         return False
     receipt = Receipt.of(record, writer.creation_sha256, 0.0, socket.gethostname())
     published = _publish(writer, shard, data, linked_to=key)
     failpoint("shard.before_receipt")
     if published is None:
-        _put_receipt(writer, shard, receipt)
+        put_receipt(writer.store, writer.creation_sha256, shard, receipt)
     return True
 
 
@@ -165,6 +182,7 @@ def write_shard(
     label_agreement: float | None,
     probes: Sequence[Probe],
     seconds: float,
+    loss: Loss | None = None,
 ) -> Receipt:
     """Publish a shard, then its receipt; harmless to repeat, and to do twice at once.
 
@@ -175,6 +193,7 @@ def write_shard(
             regression.
         probes: augmented views of a few rows, as digests and samples.
         seconds: how long the logits took, for the receipt; 0 for those of `adopt_shard`.
+        loss: by how much the logits differ from the teacher's, on the rows of the probes; None for no difference.
 
     Returns:
         The receipt; the other writer's if the shard was published and receipted already.
@@ -184,7 +203,10 @@ def write_shard(
         DamagedError: the store is sealed, and this shard is not what was sealed.
         MachineError: the disk is full or cannot be written.
     """
-    data = encode_logits(writer.creation, shard, logits)
+    identity = writer.creation.identity
+    arrays = encode_arrays(identity, shard, logits)
+    data = encode_shard(identity, shard, arrays)
+    remembered = _as_in_format(identity.format, probes)
     record = ShardRecord(
         key=shard.key,
         size=len(data),
@@ -192,7 +214,9 @@ def write_shard(
         rows=shard.rows,
         finite=True,
         label_agreement=None if label_agreement is None else float(label_agreement),
-        probes=_as_in_format(writer.creation.identity.format, probes),
+        probes=remembered,
+        content=digest([arrays[LOGITS]]) if identity.format > 2 else None,
+        loss=(loss or Loss.none(len(remembered), identity.classes)) if identity.format > 2 else None,
     )
     receipt = Receipt.of(record, writer.creation_sha256, float(seconds), socket.gethostname())
     if not writer.store.exists(CREATION_KEY):  # removed by whoever took this writer for dead: leave no loose end
@@ -202,7 +226,7 @@ def write_shard(
     failpoint("shard.before_publish")
     published = _publish(writer, shard, data)
     failpoint("shard.before_receipt")
-    return published or _put_receipt(writer, shard, receipt)
+    return published or put_receipt(writer.store, writer.creation_sha256, shard, receipt)
 
 
 def seal_store(writer: StoreWriter) -> Manifest:
@@ -214,7 +238,8 @@ def seal_store(writer: StoreWriter) -> Manifest:
     """
     store = writer.store
     sizes = {key: stat.size for key, stat in store.list(ARRAYS).items()}
-    receipts = [_complete_receipt(writer, shard, sizes) for shard in writer.layout.shards()]
+    found = intact_receipts(store)
+    receipts = [_complete_receipt(writer, shard, sizes, found.get(shard.key)) for shard in writer.layout.shards()]
     digests = _put_metadata(store, writer.creation.identity)
     manifest = Manifest.seal(writer.creation, digests, (receipt.record() for receipt in receipts))
     for key in store.partials():  # of writers that were killed; a live one writes its file again
@@ -237,17 +262,16 @@ def as_stored(identity: Identity, logits: npt.NDArray[np.float32], first_row: in
     return identity.codec.decode(identity.codec.encode(logits, first_row))
 
 
-def encode_logits(creation: Creation, shard: Shard, logits: npt.NDArray[np.float32]) -> bytes:
-    """The bytes of a shard's object, a pure function of the logits.
+def encode_arrays(identity: Identity, shard: Shard, logits: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays that a shard's object holds, by name.
 
     Raises:
         RefusedError: logits of another shape, or not finite in the stored dtype.
     """
-    expected = (shard.rows, creation.identity.classes)
+    expected = (shard.rows, identity.classes)
     if logits.shape != expected:
         raise RefusedError(f"logits of {shard} have the wrong shape", got=logits.shape, expected=expected)
-    arrays = creation.identity.codec.encode(logits, shard.start)
-    return encode_shard(creation.identity, shard, arrays)
+    return identity.codec.encode(logits, shard.start)
 
 
 def _check_same_creation(store: ObjectRoot, creation: Creation) -> None:
@@ -279,8 +303,7 @@ def _check_same_creation(store: ObjectRoot, creation: Creation) -> None:
 
 def begun_as(store: ObjectRoot) -> set[str]:
     """The sha256 of the creation document, as a store's intact receipts name it; nothing where there are none."""
-    found = (_intact_receipt(store, key) for key in store.list(RECEIPTS))
-    return {receipt.creation for receipt in found if receipt is not None and receipt.creation is not None}
+    return {receipt.creation for receipt in intact_receipts(store).values() if receipt.creation is not None}
 
 
 def _put_metadata(store: ObjectRoot, identity: Identity) -> dict[str, str]:
@@ -310,13 +333,27 @@ def _get_whatever(store: ObjectRoot, key: str) -> bytes:
         return b""
 
 
-def _keeps_its_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int], deep: bool) -> bool:
-    receipt = _intact_receipt(writer.store, shard.receipt_key)
-    key = f"{ARRAYS}/{shard.key}"
-    whole = _is_receipt_of(receipt, writer, shard) and sizes.get(key) == receipt.size == writer.layout.stored_bytes(
-        shard
+def _is_listed(writer: StoreWriter, shard: Shard, sizes: dict[str, int]) -> bool:
+    """Whether the object of a shard that has a receipt is there, as far as a listing tells."""
+    size, exact = sizes.get(f"{ARRAYS}/{shard.key}"), writer.creation.identity.object_bytes(shard)
+    there = size is not None and size > 0 and exact in (None, size)
+    if not there:
+        if size is not None:
+            _set_aside(writer, shard)
+        drop_packs(writer.store)
+        writer.store.delete(shard.receipt_key)
+    return there
+
+
+def _keeps_its_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int]) -> bool:
+    receipt = intact_receipt(writer.store, shard.receipt_key)
+    key, exact = f"{ARRAYS}/{shard.key}", writer.creation.identity.object_bytes(shard)
+    whole = (
+        is_receipt_of(receipt, writer.creation_sha256, shard)
+        and sizes.get(key) == receipt.size
+        and exact in (None, receipt.size)
     )
-    if receipt and whole and deep:
+    if receipt and whole:
         try:
             whole = sha256(writer.store.get(key)) == receipt.sha256
         except ObjectMissing:
@@ -326,29 +363,6 @@ def _keeps_its_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int],
             _set_aside(writer, shard)
         writer.store.delete(shard.receipt_key)
     return whole
-
-
-def _read_receipt(writer: StoreWriter, shard: Shard) -> Receipt | None:
-    """The shard's receipt; None if there is none, or none that can be believed."""
-    receipt = _intact_receipt(writer.store, shard.receipt_key)
-    return receipt if _is_receipt_of(receipt, writer, shard) else None
-
-
-def _intact_receipt(store: ObjectRoot, key: str) -> Receipt | None:
-    """A receipt that is what was written; None for any other, one of before checksums included."""
-    try:
-        receipt = Receipt.from_bytes(store.document(key), store.path_of(key))
-    except (ObjectMissing, DamagedError, RefusedError):
-        return None
-    return receipt if receipt.is_intact else None
-
-
-def _is_receipt_of(receipt: Receipt | None, writer: StoreWriter, shard: Shard) -> TypeGuard[Receipt]:
-    """Whether it is of this shard, and of this way to compute it."""
-    if receipt is None:
-        return False
-    told = (receipt.key, receipt.rows, receipt.finite, receipt.creation)
-    return told == (shard.key, shard.rows, True, writer.creation_sha256)
 
 
 def _as_in_format(version: int, probes: Sequence[Probe]) -> list[Probe]:
@@ -379,7 +393,7 @@ def _publish(writer: StoreWriter, shard: Shard, data: bytes, linked_to: str | No
             found = b""
         if found == data:
             return None
-        receipt = _read_receipt(writer, shard)
+        receipt = receipt_of(store, writer.creation_sha256, shard)
         if receipt is not None and receipt.sha256 == sha256(found):
             return receipt
         _set_aside(writer, shard)
@@ -391,27 +405,18 @@ def _publish(writer: StoreWriter, shard: Shard, data: bytes, linked_to: str | No
     )
 
 
-def _put_receipt(writer: StoreWriter, shard: Shard, receipt: Receipt) -> Receipt:
-    if writer.store.put_new(shard.receipt_key, receipt.to_bytes()):
-        return receipt
-    there = _read_receipt(writer, shard)
-    if there is not None and there.sha256 == receipt.sha256:
-        return there
-    writer.store.put(shard.receipt_key, receipt.to_bytes())
-    return receipt
-
-
-def _complete_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int]) -> Receipt:
-    receipt = _read_receipt(writer, shard)
+def _complete_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int], receipt: Receipt | None) -> Receipt:
     found = sizes.get(f"{ARRAYS}/{shard.key}")
-    if receipt is None or found is None:
+    if not is_receipt_of(receipt, writer.creation_sha256, shard) or found is None:
+        writer.store.delete(shard.receipt_key)  # one that cannot be believed: the shard counts as missing from now on
         raise RefusedError(
             f"{writer.uri} cannot be sealed: {shard} is missing",
-            got="no receipt" if receipt is None else "no object",
+            got="no object" if found is None else "no receipt",
             expected=f"{writer.layout.shard_count} shards, each with its receipt",
             next="run akd-dist cache-teacher again: it computes what is missing",
         )
     if found != receipt.size:
+        writer.store.delete(shard.receipt_key)
         raise DamagedError(
             f"{writer.uri} cannot be sealed: {shard} is damaged",
             got=f"{found:,} bytes",
@@ -428,6 +433,7 @@ def _set_aside(writer: StoreWriter, shard: Shard) -> None:
             f"{writer.uri} is sealed, and {shard} is not what was sealed",
             next=f"akd-dist stores repair {writer.id} --store-root {writer.root_uri}",
         )
+    drop_packs(writer.store)
     set_aside(writer.store, f"{ARRAYS}/{shard.key}")
 
 

@@ -18,8 +18,9 @@ from akd_dist.base.files import sha256
 from akd_dist.storage.catalog import narrower_stores
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.layout import FORMAT_VERSION, Shard
-from akd_dist.storage.manifest import Computed, Creation, Identity, Probe
+from akd_dist.storage.manifest import Computed, Creation, Identity
 from akd_dist.storage.reader import LogitStore, open_store
+from akd_dist.storage.records import Loss, Probe
 from akd_dist.storage.writer import (
     StoreWriter,
     adopt_shard,
@@ -73,13 +74,15 @@ def probes(shard: Shard) -> list[Probe]:
     return [Probe(row=shard.start, sha256=sha256(str(shard).encode()), sample=sample)]
 
 
-def recompute(described: Identity, shard: Shard) -> tuple[npt.NDArray[np.float32], float | None, Sequence[Probe]]:
-    return logits(described)[shard.view, shard.start : shard.stop], LABEL_AGREEMENT, probes(shard)
+def recompute(
+    described: Identity, shard: Shard
+) -> tuple[npt.NDArray[np.float32], float | None, Sequence[Probe], Loss | None]:
+    return logits(described)[shard.view, shard.start : shard.stop], LABEL_AGREEMENT, probes(shard), None
 
 
 def write(writer: StoreWriter, shard: Shard) -> None:
     """What a task does: adopt what an interrupted one left, or compute."""
-    computed, label_agreement, seen = recompute(writer.creation.identity, shard)
+    computed, label_agreement, seen, _ = recompute(writer.creation.identity, shard)
     adopted = adopt_shard(writer, shard)
     write_shard(
         writer,

@@ -63,6 +63,9 @@ def load(recipe_path: str, overrides: tuple[str, ...]) -> Recipe:
 
 def _recipe_facts(checked: Recipe) -> dict[str, Any]:
     data, teacher = checked.data, checked.teacher
+    encoding = ", ".join(
+        f"{value}" if key == "name" else f"{key} {value}" for key, value in checked.cache.encoding_config.items()
+    )
     trained = (
         f"{teacher.model.label}, trained for {teacher.train.epochs} epochs" if teacher.model and teacher.train else ""
     )
@@ -77,7 +80,7 @@ def _recipe_facts(checked: Recipe) -> dict[str, Any]:
             "assistant" if number == 1 else f"assistant {number}": _assistant(one)
             for number, one in enumerate(teacher.chain, 1)
         },
-        "cache": f"{checked.cache.encoding}, {checked.cache.batch_rows} rows at once",
+        "cache": f"{encoding}, {checked.cache.batch_rows} rows at once",
         "students": len(checked.students),
         "epochs": f"{sum(one.objective.epochs for one in checked.students):,} over all students",
         "cohorts": checked.cohorts or "as planned",

@@ -16,7 +16,7 @@ from akd_dist.data.factories import source_sha256
 from akd_dist.data.philox import random_words
 from akd_dist.data.text import Tokens
 from akd_dist.recipe import Augmentation, CustomAugmentation
-from akd_dist.storage.manifest import Probe
+from akd_dist.storage.records import Probe
 
 SAMPLED = 16
 """Values of a probe view that are remembered beside its digest, to tell how far pixels have drifted."""

@@ -22,7 +22,8 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data.rows import Rows
 from akd_dist.data.views import view_digests, view_of
 from akd_dist.recipe import Augmentation, LastBatch
-from akd_dist.storage.manifest import Manifest, Probe
+from akd_dist.storage.manifest import Manifest
+from akd_dist.storage.records import Probe
 
 _UNITS = {"uint8": "on a scale of 0 to 255", "float32": "in the units of the inputs", "int32": "in ids of tokens"}
 WINDOWS_AT_ONCE = 4
@@ -31,6 +32,8 @@ STEPS_AT_ONCE = 8
 """Batches that are made in one go for a GPU: a small one alone takes hardly more than the launches of its kernels."""
 BYTES_AT_ONCE = 64_000_000
 """The most that the inputs of such batches may take together; of larger ones fewer are made in one go."""
+PROBES_CHECKED = 4096
+"""Probe views that are compared before training, over all views of a store."""
 Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Inputs, labels and logits of some rows."""
 
@@ -200,11 +203,13 @@ class BatchStream:
             CorruptCacheError: they differ because the rows are not what was prepared.
         """
         self.rows.check_same(manifest.dataset)
-        per_view = manifest.identity.layout.shards_per_view
+        views = min(self.views, manifest.identity.views)
+        # A store of hundreds of views has tens of thousands of probes: a fixed number of them shows as much.
+        most = max(1, PROBES_CHECKED // views)
         compared, changed = 0, list[tuple[int, Probe, Probe]]()
-        for view in range(min(self.views, manifest.identity.views)):
-            records = manifest.shards[view * per_view : (view + 1) * per_view]
-            seen = [one for record in records for one in record.probes]
+        for view in range(views):
+            there = manifest.probes_of(view)
+            seen = [there[place] for place in np.unique(np.linspace(0, len(there) - 1, most).astype(int))]
             now = self._probe([one.row for one in seen], view)
             compared += len(seen)
             changed += [(view, *pair) for pair in zip(seen, now, strict=True) if pair[0].sha256 != pair[1].sha256]

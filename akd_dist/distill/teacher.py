@@ -30,13 +30,15 @@ from akd_dist.models.device import autocast, device_name, set_deterministic, wei
 from akd_dist.models.folder import NOBODY, read_model
 from akd_dist.storage.content import renewing
 from akd_dist.storage.layout import Shard
-from akd_dist.storage.manifest import Probe, Receipt
+from akd_dist.storage.manifest import Identity
+from akd_dist.storage.records import Loss, Probe, Receipt
 from akd_dist.storage.writer import StoreWriter, adopt_shard, as_stored, write_shard
 
 log = logging.getLogger(__name__)
 
-PROBES = 4
-"""Rows of each shard whose augmented pixels are remembered."""
+PROBES = 32
+"""Rows of each view that are remembered, evenly spaced: their augmented pixels, and what storing changed in logits."""
+_PROBES_OF_A_SHARD = 4  # before format 3, where each shard had its own
 
 
 @dataclass(frozen=True)
@@ -140,15 +142,15 @@ def cache_shard(job: CacheJob, shard: Shard) -> Receipt:
     """
     started = time.perf_counter()
     adopted = adopt_shard(job.store, shard)
-    logits, agreement, probes = renewing(functools.partial(compute_shard, job, shard, adopted), log.warning)
+    logits, agreement, probes, loss = renewing(functools.partial(compute_shard, job, shard, adopted), log.warning)
     seconds = time.perf_counter() - started if adopted is None else 0.0  # what was found was not timed
-    return write_shard(job.store, shard, logits, label_agreement=agreement, probes=probes, seconds=seconds)
+    return write_shard(job.store, shard, logits, label_agreement=agreement, probes=probes, seconds=seconds, loss=loss)
 
 
 def compute_shard(
     job: CacheJob, shard: Shard, adopted: np.ndarray | None = None
-) -> tuple[np.ndarray, float | None, list[Probe]]:
-    """A shard's logits, float32 [shard.rows, classes], the share of rows whose label they choose, and probe views.
+) -> tuple[np.ndarray, float | None, list[Probe], Loss | None]:
+    """A shard's logits, float32 [shard.rows, classes], the share of rows whose label they choose, probe views and loss.
 
     The logits are those that a reader of the store will have: rounded as its encoding rounds them. So the share is a
     function of the stored bytes, whoever works it out. It is None for regression, where no label is chosen.
@@ -159,7 +161,7 @@ def compute_shard(
         adopted: the logits as they were found stored, where only what is to be said of them is missing.
     """
     if adopted is not None:
-        return adopted, *_remember(job, shard, adopted)
+        return adopted, *_remember(job, shard, adopted), None  # only what is stored as it is can be adopted
     set_deterministic(job.device, job.cache.threads)
     _check_device(job)
     precision = job.cache.precision
@@ -171,8 +173,20 @@ def compute_shard(
         block = rows.inputs.take(numbers, axis=0)
         inputs = view_of(job.augmentation, job.data.seed, block, numbers, shard.view, rows.tokens, job.device)
         blocks.append(teacher_logits(module, inputs, job.cache.batch_rows, precision))
-    logits = as_stored(job.store.creation.identity, np.concatenate(blocks), shard.start)
-    return logits, *_remember(job, shard, logits)
+    identity = job.store.creation.identity
+    computed = np.concatenate(blocks)
+    logits = as_stored(identity, computed, shard.start)
+    compared = probe_rows(identity, shard) - shard.start
+    loss = Loss.between(computed[compared], logits[compared], classification=rows.task == "classification")
+    return logits, *_remember(job, shard, logits), loss
+
+
+def probe_rows(identity: Identity, shard: Shard) -> np.ndarray:
+    """Row numbers of a shard that its receipt remembers, int64, perhaps none: its part of those of the view."""
+    if identity.format > 2:
+        numbers = np.unique(np.linspace(0, identity.rows - 1, PROBES).astype(np.int64))
+        return numbers[(shard.start <= numbers) & (numbers < shard.stop)]
+    return np.unique(np.linspace(shard.start, shard.stop - 1, _PROBES_OF_A_SHARD).astype(np.int64))
 
 
 def _check_device(job: CacheJob) -> None:
@@ -197,7 +211,7 @@ def _remember(job: CacheJob, shard: Shard, logits: np.ndarray) -> tuple[float | 
     agreement = None
     if rows.task == "classification":
         agreement = float(np.mean(logits.argmax(axis=1) == rows.labels[shard.start : shard.stop]))
-    numbers = np.unique(np.linspace(shard.start, shard.stop - 1, PROBES).astype(np.int64))
+    numbers = probe_rows(job.store.creation.identity, shard)
     shown = view_digests(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view, rows.tokens, job.device)
     try:
         rows.content(shard.start, shard.stop).verify()

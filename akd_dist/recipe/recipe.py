@@ -132,17 +132,52 @@ class StudentSpec(Training):
         return json.dumps(document)
 
 
+class EncodingSpec(Spec):
+    """How logits are stored, in full: `encoding: float16` says the same as `encoding: {kind: float16}`."""
+
+    kind: Literal["float32", "float16"] = "float32"
+    """Precision of the stored logits."""
+    keep_bits: Annotated[int, Field(ge=1, le=22)] | None = None
+    """Bits of the mantissa to keep, of 10 or 23: the others are rounded to zero, which compresses better. 7 changes
+    logits by less than 0.4 %."""
+    compress: Literal["none", "zstd", "blosc"] = "none"
+    """Codec of the stored chunks; `blosc` shuffles bytes first, which makes logits smaller still."""
+
+    @model_validator(mode="after")
+    def _fewer_bits_than_there_are(self) -> EncodingSpec:
+        most = {"float16": 10, "float32": 23}[self.kind]
+        if self.keep_bits is not None and self.keep_bits >= most:
+            raise ValueError(f"keep_bits: {self.keep_bits} keeps all: {self.kind} has {most} bits of mantissa")
+        return self
+
+
 class CacheSpec(Spec):
     """How the teacher's logits are computed and stored."""
 
-    encoding: Literal["float32", "float16"] = "float32"
-    """Precision of the stored logits."""
+    encoding: Literal["float32", "float16"] | EncodingSpec = "float32"
+    """Precision of the stored logits, and how they are made smaller."""
     batch_rows: Count = 256
     """Rows that the teacher sees at once. Part of how a store is computed: another number may change the last bits."""
     threads: Count = 1
     """CPU threads of each caching task. As batch_rows, part of how a store is computed."""
     precision: Precision = "float32"
     """Numbers that the teacher computes with; another precision is another teacher, with a store of its own."""
+
+    @field_validator("encoding", mode="after")
+    @classmethod
+    def _short_where_it_says_all(cls, encoding: str | EncodingSpec) -> str | EncodingSpec:
+        # Two spellings of the same are one recipe, and one run.
+        plain = isinstance(encoding, EncodingSpec) and encoding == EncodingSpec(kind=encoding.kind)
+        return encoding.kind if plain else encoding  # type: ignore[union-attr]
+
+    @property
+    def encoding_config(self) -> dict[str, Any]:
+        """The encoding as a store's identity has it: what is not used is left out."""
+        if isinstance(self.encoding, str):
+            return {"name": self.encoding}
+        bits, compress = self.encoding.keep_bits, self.encoding.compress
+        rounding = {} if bits is None else {"keep_bits": bits}
+        return {"name": self.encoding.kind} | rounding | ({} if compress == "none" else {"compress": compress})
 
 
 class Recipe(Spec):

@@ -219,7 +219,7 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
 
 def _planned(recipe: Recipe, splits: Splits, model: CachedModel | None) -> PlannedSplits:
     """What the stores of a model take; None is one that is not there."""
-    dtype = str(encoding_from_config({"name": recipe.cache.encoding}).dtype)
+    dtype = str(encoding_from_config(recipe.cache.encoding_config).dtype)
 
     def of(rows: Rows, views: int, plan: SplitPlan | None) -> PlannedSplit:
         layout = StoreLayout(views, len(rows), rows.classes, dtype)
@@ -263,14 +263,14 @@ def creation_of(
         augmentation=by_content(augmentation),
         data_seed=None if plain else recipe.data.seed,
         views=recipe.data.views if split == "train" else 1,
-        encoding={"name": recipe.cache.encoding},
+        encoding=recipe.cache.encoding_config,
         classes=rows.classes,
     )
     computed = Computed(
         batch_rows=recipe.cache.batch_rows,
         threads=recipe.cache.threads,
         device=device,
-        versions={name: version(name) for name in ("akd-dist", "numpy", "torch", "zarr")},
+        versions={name: version(name) for name in ("akd-dist", "numcodecs", "numpy", "torch", "zarr")},
     )
     teacher = {"fingerprint": fingerprint, "spec": card.model_dump(mode="json")}
     return Creation(identity=identity, computed=computed, dataset=rows.describe(), teacher=teacher)
@@ -328,7 +328,7 @@ def check_room(store_root: str, needed: int) -> None:
             f"the logits do not fit in {store_root}",
             got=f"{free:,} bytes free",
             expected=f"{needed:,} bytes",
-            next="use cache.encoding=float16, fewer data.views, or another --store-root",
+            next="use cache.encoding={kind: float16, compress: blosc}, fewer data.views, or another --store-root",
         )
 
 
@@ -336,7 +336,7 @@ def tell_of_chance(model: CachedModel, console: Console) -> None:
     """Say so if a model, by what the shards of its train store say, knows hardly anything of the labels."""
     if (store := model.opened.get("train")) is None:
         return
-    agreed = [(shard.rows, shard.label_agreement) for shard in store.manifest.shards]
+    agreed = [(shard.rows, shard.label_agreement) for shard in store.manifest.records()]
     if any(share is None for _, share in agreed):
         return  # regression
     agreement = sum(n * (share or 0.0) for n, share in agreed) / sum(n for n, _ in agreed)

@@ -19,7 +19,8 @@ from akd_dist.data.views import view_digests, view_of
 from akd_dist.distill.stream import BYTES_AT_ONCE, STEPS_AT_ONCE, WINDOWS_AT_ONCE, BatchStream, batch_ends, epoch_order
 from akd_dist.recipe import Augmentation, LastBatch, NoAugmentation, Shift, TokenMask
 from akd_dist.storage.layout import FORMAT_VERSION
-from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest, ShardRecord
+from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest
+from akd_dist.storage.records import ShardRecord
 
 N, CLASSES, VIEWS = 103, 3, 2
 SHIFT = Shift()

@@ -160,7 +160,7 @@ def test_receipts_tell_agreement_and_probes_that_a_stream_checks(
     make_job: Callable[..., CacheJob], splits: Splits
 ) -> None:
     store = open_store(cache(make_job()))
-    records = {record.key: record for record in store.manifest.shards}
+    records = {record.key: record for record in store.manifest.records()}
     for shard in store.layout.shards():
         chosen = store.rows(shard.view, shard.start, shard.stop).argmax(axis=1)
         agreement = np.mean(chosen == splits.train.labels[shard.start : shard.stop])
@@ -182,7 +182,7 @@ def test_validation_rows_are_cached_once_and_unaugmented(make_job: Callable[...,
 
 def test_the_bytes_do_not_depend_on_order_or_on_the_process(make_job: Callable[..., CacheJob], tmp_path: Path) -> None:
     def digests(job: CacheJob) -> dict[str, str]:
-        return {record.key: record.sha256 for record in open_store(job.store.uri).manifest.shards}
+        return {record.key: record.sha256 for record in open_store(job.store.uri).manifest.records()}
 
     job = make_job()
     cache(job)
@@ -213,10 +213,10 @@ def test_a_shard_is_computed_alone_for_repair(make_job: Callable[..., CacheJob])
     job = make_job()
     store = open_store(cache(job))
     shard = job.store.layout.shards()[-1]
-    logits, agreement, probes = compute_shard(job, shard)
+    logits, agreement, probes, loss = compute_shard(job, shard)
     np.testing.assert_array_equal(logits, store.rows(shard.view, shard.start, shard.stop))
-    record = store.manifest.shards[-1]
-    assert (record.label_agreement, record.probes) == (agreement, probes)
+    record = list(store.manifest.records())[-1]
+    assert (record.label_agreement, record.probes, record.loss) == (agreement, probes, loss)
 
 
 def test_own_augmentations_are_found_for_adopted_shards(

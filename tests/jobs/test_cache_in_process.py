@@ -266,12 +266,12 @@ def test_a_store_of_format_1_is_repaired_as_such(place: Place) -> None:
     for shard in missing_shards(plan.writer):
         cache_shard(cache_job(plan, recipe, uri, str(place.cache_root)), shard)
     sealed = seal_store(plan.writer)
-    assert {probe.sample for record in sealed.shards for probe in record.probes} == {None}
-    shard_file = Path(plan.writer.uri) / "arrays.zarr" / sealed.shards[2].key
+    assert {probe.sample for record in sealed.records() for probe in record.probes} == {None}
+    shard_file = Path(plan.writer.uri) / "arrays.zarr" / list(sealed.records())[2].key
     data = shard_file.read_bytes()
     shard_file.write_bytes(data[:-1] + b"!")
     mended = repair(str(place.stores), sealed.id, None, str(place.cache_root), Console(quiet=True))
-    assert RepairDocument.model_validate(mended).repaired == [sealed.shards[2].key]
+    assert RepairDocument.model_validate(mended).repaired == [list(sealed.records())[2].key]
     assert shard_file.read_bytes() == data
     # Nothing but the recipe is missed where nobody knows any more how the store was asked for.
     hint_file = Path(plan.writer.uri) / "source.json"

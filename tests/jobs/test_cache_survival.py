@@ -172,7 +172,7 @@ def test_what_a_receipt_says_is_a_function_of_the_stored_bytes(
     logits = store.rows(0, 0, len(rows))
     ties = np.sum(np.sort(logits, axis=1)[:, -1] == np.sort(logits, axis=1)[:, -2])
     assert ties > 20
-    for shard, record in zip(store.layout.shards(), store.manifest.shards, strict=True):
+    for shard, record in zip(store.layout.shards(), store.manifest.records(), strict=True):
         chosen = logits[shard.start : shard.stop].argmax(axis=1)
         assert record.label_agreement == np.mean(chosen == rows.labels[shard.start : shard.stop])
 

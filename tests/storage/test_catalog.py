@@ -24,9 +24,9 @@ from akd_dist.base.errors import DamagedError, HeldError, RefusedError
 from akd_dist.storage import catalog, removal, repair
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.layout import Shard
-from akd_dist.storage.manifest import Probe
 from akd_dist.storage.objects import LocalRoot
 from akd_dist.storage.reader import open_store
+from akd_dist.storage.records import Loss, Probe
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import create_store
 from tests import stores
@@ -43,12 +43,12 @@ class Recomputing:
 
     def __call__(
         self, shard: Shard, adopted: npt.NDArray[np.float32] | None
-    ) -> tuple[npt.NDArray[np.float32], float | None, Sequence[Probe]]:
-        logits, label_agreement, probes = stores.recompute(stores.identity(), shard)
+    ) -> tuple[npt.NDArray[np.float32], float | None, Sequence[Probe], Loss | None]:
+        logits, label_agreement, probes, loss = stores.recompute(stores.identity(), shard)
         if adopted is not None:
-            return adopted, label_agreement, probes
+            return adopted, label_agreement, probes, loss
         self.asked.append(shard)
-        return logits + self.error, label_agreement, probes
+        return logits + self.error, label_agreement, probes, loss
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import pytest
 
 from akd_dist.storage import catalog, repair
 from akd_dist.storage.layout import Shard
-from akd_dist.storage.manifest import Identity, Receipt
+from akd_dist.storage.manifest import Identity
 from akd_dist.storage.objects import ObjectRoot
+from akd_dist.storage.records import Receipt
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import create_store, missing_shards, take_shards
 from tests import stores

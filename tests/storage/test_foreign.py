@@ -62,11 +62,28 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"shards": []}, "shards: 0 of them"),
     ({"computed.threads": 0}, "computed.threads: "),
 ]
+"""Of format 2, whose manifest has a record for each shard."""
+CONTRADICTORY_COLUMNS: list[tuple[dict[str, Any], str]] = [
+    ({"identity.views": 10**9}, "shards: 4 of them"),
+    ({"identity.rows": 10**13, "dataset.rows": 10**13}, "shards: 4 of them"),
+    ({"identity.rows": 256, "dataset.rows": 256}, "shards: 4 of them"),
+    ({"identity.classes": 10**19}, "shards.size: "),
+    ({"identity.encoding": {"name": "float32"}}, "shards.size: "),
+    ({"identity.format": 2}, "format: 3"),
+    ({"shards": []}, "shards: "),
+    ({"shards.size": [1560]}, "shards: columns of [1, 4]"),
+    ({"shards.size.2": 10**15}, "shards.size: [1560, 1560, 1000000000000000, 1560]"),
+    ({"shards.sha256": []}, "shards: 0 of them"),
+    ({"shards.content.0": "zz"}, "shards."),
+    ({"probes": []}, "probes: 0"),
+    ({"probes.0.0.row": 300}, "probes.0: [300, 256]"),
+    ({"probes.1.1.row": 0}, "probes.1: [0, 0]"),
+]
 
 
-def forged(root: Path, changes: dict[str, Any]) -> Path:
+def forged(root: Path, changes: dict[str, Any], store_format: int) -> Path:
     """The golden store with fields of its manifest changed, under the id and with the sha256 that follow from them."""
-    shutil.copytree(stores.GOLDEN, root)
+    shutil.copytree(stores.GOLDENS[store_format], root)
     (folder,) = root.iterdir()
     manifest = json.loads((folder / "manifest.json").read_bytes())
     for path, value in changes.items():
@@ -74,7 +91,7 @@ def forged(root: Path, changes: dict[str, Any]) -> Path:
         inner = manifest
         for name in parents:
             inner = inner[int(name)] if isinstance(inner, list) else inner[name]
-        inner[last] = value
+        inner[int(last) if isinstance(inner, list) else last] = value
     manifest["id"] = sha256(canonical_json(manifest["identity"]))
     del manifest["sha256"]
     manifest["sha256"] = sha256(canonical_json(manifest))
@@ -82,11 +99,15 @@ def forged(root: Path, changes: dict[str, Any]) -> Path:
     return folder.rename(root / manifest["id"])
 
 
-@pytest.mark.parametrize(("changes", "named"), CONTRADICTIONS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("changes", "named", "store_format"),
+    [*((*one, 2) for one in CONTRADICTIONS), *((*one, 3) for one in CONTRADICTORY_COLUMNS)],
+    ids=lambda value: str(value)[:60],
+)
 def test_a_manifest_that_contradicts_itself_is_refused_by_field(
-    tmp_path: Path, changes: dict[str, Any], named: str
+    tmp_path: Path, changes: dict[str, Any], named: str, store_format: int
 ) -> None:
-    folder = forged(tmp_path / "stores", changes)
+    folder = forged(tmp_path / "stores", changes, store_format)
     began = time.process_time()
     with pytest.raises((DamagedError, RefusedError)) as refused:
         open_store(str(folder))

@@ -22,9 +22,10 @@ from akd_dist.base.errors import DamagedError, MachineError, RefusedError
 from akd_dist.base.files import publish_new
 from akd_dist.storage.catalog import receipts_of
 from akd_dist.storage.layout import Shard
-from akd_dist.storage.manifest import Manifest, Receipt
+from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.objects import LocalRoot
 from akd_dist.storage.reader import open_store
+from akd_dist.storage.records import Receipt
 from akd_dist.storage.repair import repair_store
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import StoreWriter, adopt_shard, create_store, missing_shards, seal_store, write_shard
@@ -76,7 +77,7 @@ def test_killed_at_random_then_resumed_is_the_same_store(tmp_path: Path) -> None
 
 
 def test_a_shard_without_receipt_is_adopted(tmp_path: Path) -> None:
-    writer = create_store(str(tmp_path), stores.creation())
+    writer = create_store(str(tmp_path), stores.creation(encoding={"name": "float32"}))
     shard = missing_shards(writer)[0]
     stores.write(writer, shard)
     writer.store.delete(shard.receipt_key)
@@ -374,7 +375,7 @@ def test_a_receipt_with_any_change_counts_as_missing(unsealed: StoreWriter) -> N
         data, object_time = path.read_bytes(), (Path(unsealed.uri) / "arrays.zarr" / shard.key).stat().st_mtime_ns
         for position in range(len(data)):
             path.write_bytes(flipped(data, position))
-            assert missing_shards(unsealed, deep=False) == [shard], flipped(data, position)
+            assert missing_shards(unsealed) == [shard], flipped(data, position)
         for field in Receipt.model_fields:
             path.write_bytes(flipped(data, data.index(f'"{field}":'.encode()) + len(field) + 4))
             assert missing_shards(unsealed) == [shard]
@@ -392,14 +393,18 @@ def test_a_damaged_receipt_is_not_sealed(unsealed: StoreWriter) -> None:
         seal_store(unsealed)
 
 
-def test_a_receipt_of_before_checksums_counts_as_not_there(unsealed: StoreWriter) -> None:
+def test_a_receipt_of_before_checksums_counts_as_not_there(tmp_path: Path) -> None:
+    old = stores.creation(format=2)
+    unsealed = create_store(str(tmp_path), old)
+    for shard in unsealed.layout.shards():
+        stores.write(unsealed, shard)
     shutil.rmtree(Path(unsealed.uri) / "receipts")
-    golden = next(stores.GOLDEN.iterdir())
-    shutil.copytree(golden / "receipts", Path(unsealed.uri) / "receipts")
+    shutil.copytree(next(stores.GOLDENS[2].iterdir()) / "receipts", Path(unsealed.uri) / "receipts")
     assert missing_shards(unsealed) == unsealed.layout.shards()
-    stores.build(unsealed.root_uri)
-    assert stores.sealed_files(Path(unsealed.root_uri)) == stores.sealed_files(stores.GOLDEN)
-    told = receipts_of(str(stores.GOLDEN), golden.name)  # of a sealed store it is told all the same
+    stores.build(unsealed.root_uri, old)
+    assert stores.sealed_files(Path(unsealed.root_uri)) == stores.sealed_files(stores.GOLDENS[2])
+    golden = next(stores.GOLDENS[2].iterdir())
+    told = receipts_of(str(golden.parent), golden.name)  # of a sealed store it is told all the same
     assert [receipt.host for receipt in told] == ["golden"] * 4
 
 
