@@ -40,7 +40,7 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
         recipe.TeacherTraining: "teacher.train",
         recipe.AssistantSpec: "teacher.assistant",
     },
-    "Cache": {recipe.CacheSpec: "cache"},
+    "Cache": {recipe.CacheSpec: "cache", recipe.EncodingSpec: "cache.encoding"},
     "Students": {recipe.StudentSpec: "students"},
     "Models": dict.fromkeys(
         [
@@ -97,8 +97,10 @@ def _default(field: Any) -> str:
     if field.default is PydanticUndefined:
         return "required"
     if isinstance(field.default, BaseModel):
-        kind = field.default.model_dump(mode="json").get("kind")
-        return f"`{{kind: {kind}}}`" if kind else "its defaults"
+        plain: Any = field.default.model_dump(mode="json")
+        if isinstance(plain, str):
+            return f"`{plain}`"
+        return f"`{{kind: {plain['kind']}}}`" if "kind" in plain else "its defaults"
     if isinstance(field.default, tuple):
         return f"`[{', '.join(f'{value:.3g}' for value in field.default)}]`"
     return "none" if field.default is None else f"`{json.dumps(field.default)}`"

@@ -64,7 +64,7 @@ def load(recipe_path: str, overrides: tuple[str, ...]) -> Recipe:
 def _recipe_facts(checked: Recipe) -> dict[str, Any]:
     data, teacher = checked.data, checked.teacher
     encoding = ", ".join(
-        f"{value}" if key == "name" else f"{key} {value}" for key, value in checked.cache.encoding_config.items()
+        f"{value}" if key == "name" else f"{key} {value}" for key, value in checked.cache.encoding.config().items()
     )
     trained = (
         f"{teacher.model.label}, trained for {teacher.train.epochs} epochs" if teacher.model and teacher.train else ""

@@ -80,7 +80,7 @@ def try_teacher(uri: str, rows: Rows, cache: recipe.CacheSpec, trusted: Trusted)
     inputs = _some(rows, 2)
     _warn_of_probabilities(check_output(module, card, inputs), card)
     logits = teacher_logits(module, inputs, len(inputs))
-    encoding_from_config(cache.encoding_config).encode(logits, first_row=0)
+    encoding_from_config(cache.encoding.config()).encode(logits, first_row=0)
 
 
 def _some(rows: Rows, count: int) -> torch.Tensor:

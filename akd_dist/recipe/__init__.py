@@ -53,6 +53,7 @@ from akd_dist.recipe.recipe import (
     NAME as NAME,
     AssistantSpec as AssistantSpec,
     CacheSpec as CacheSpec,
+    EncodingSpec as EncodingSpec,
     Recipe as Recipe,
     StudentSpec as StudentSpec,
     TeacherSpec as TeacherSpec,

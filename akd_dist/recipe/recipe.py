@@ -19,7 +19,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    GetJsonSchemaHandler,
+    PrivateAttr,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
@@ -150,11 +159,32 @@ class EncodingSpec(Spec):
             raise ValueError(f"keep_bits: {self.keep_bits} keeps all: {self.kind} has {most} bits of mantissa")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_word(cls, given: Any) -> Any:
+        return {"kind": given} if isinstance(given, str) else given
+
+    @model_serializer(mode="plain")
+    def _as_short_as_it_was_before_there_was_more(self) -> str | dict[str, Any]:
+        # Two spellings of the same are one recipe, and runs of before are the same runs.
+        config = self.config()
+        return self.kind if len(config) == 1 else {"kind": self.kind} | {k: v for k, v in config.items() if k != "name"}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core)
+        return {"anyOf": [{"enum": ["float32", "float16"], "type": "string"}, schema]}
+
+    def config(self) -> dict[str, Any]:
+        """The encoding as a store's identity has it: what is not used is left out."""
+        bits = {} if self.keep_bits is None else {"keep_bits": self.keep_bits}
+        return {"name": self.kind} | bits | ({} if self.compress == "none" else {"compress": self.compress})
+
 
 class CacheSpec(Spec):
     """How the teacher's logits are computed and stored."""
 
-    encoding: Literal["float32", "float16"] | EncodingSpec = "float32"
+    encoding: EncodingSpec = EncodingSpec()
     """Precision of the stored logits, and how they are made smaller."""
     batch_rows: Count = 256
     """Rows that the teacher sees at once. Part of how a store is computed: another number may change the last bits."""
@@ -162,22 +192,6 @@ class CacheSpec(Spec):
     """CPU threads of each caching task. As batch_rows, part of how a store is computed."""
     precision: Precision = "float32"
     """Numbers that the teacher computes with; another precision is another teacher, with a store of its own."""
-
-    @field_validator("encoding", mode="after")
-    @classmethod
-    def _short_where_it_says_all(cls, encoding: str | EncodingSpec) -> str | EncodingSpec:
-        # Two spellings of the same are one recipe, and one run.
-        plain = isinstance(encoding, EncodingSpec) and encoding == EncodingSpec(kind=encoding.kind)
-        return encoding.kind if plain else encoding  # type: ignore[union-attr]
-
-    @property
-    def encoding_config(self) -> dict[str, Any]:
-        """The encoding as a store's identity has it: what is not used is left out."""
-        if isinstance(self.encoding, str):
-            return {"name": self.encoding}
-        bits, compress = self.encoding.keep_bits, self.encoding.compress
-        rounding = {} if bits is None else {"keep_bits": bits}
-        return {"name": self.encoding.kind} | rounding | ({} if compress == "none" else {"compress": compress})
 
 
 class Recipe(Spec):

@@ -219,7 +219,7 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
 
 def _planned(recipe: Recipe, splits: Splits, model: CachedModel | None) -> PlannedSplits:
     """What the stores of a model take; None is one that is not there."""
-    dtype = str(encoding_from_config(recipe.cache.encoding_config).dtype)
+    dtype = str(encoding_from_config(recipe.cache.encoding.config()).dtype)
 
     def of(rows: Rows, views: int, plan: SplitPlan | None) -> PlannedSplit:
         layout = StoreLayout(views, len(rows), rows.classes, dtype)
@@ -263,7 +263,7 @@ def creation_of(
         augmentation=by_content(augmentation),
         data_seed=None if plain else recipe.data.seed,
         views=recipe.data.views if split == "train" else 1,
-        encoding=recipe.cache.encoding_config,
+        encoding=recipe.cache.encoding.config(),
         classes=rows.classes,
     )
     computed = Computed(

@@ -274,7 +274,7 @@ def planned_student(
 
 def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: CostModel) -> int:
     """Inputs, labels and logits that a cohort's stream reads over its epochs; logits only where somebody needs them."""
-    dtype = np.dtype(encoding_from_config(recipe.cache.encoding_config).dtype)
+    dtype = np.dtype(encoding_from_config(recipe.cache.encoding.config()).dtype)
     plain, logits = costs.row_bytes, costs.classes * dtype.itemsize
     passes = costs.streamed(cohort).values()
     batch = cohort[0].batch

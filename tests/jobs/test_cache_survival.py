@@ -179,7 +179,7 @@ def test_what_a_receipt_says_is_a_function_of_the_stored_bytes(
 
 def test_shards_that_were_found_count_as_not_timed(tmp_path: Path, cache_root: str, teacher_uri: str) -> None:
     """What looking at a found shard takes says nothing of what a pass of the teacher takes."""
-    case = Case(str(tmp_path), cache_root, teacher_uri, "float16", FORMAT_VERSION)
+    case = Case(str(tmp_path), cache_root, teacher_uri, "float32", FORMAT_VERSION)
     case.fill()
     (store,) = tmp_path.iterdir()
     before = catalog.time_spent(str(store))
@@ -193,7 +193,7 @@ def test_shards_that_were_found_count_as_not_timed(tmp_path: Path, cache_root: s
 
 
 def test_a_manifest_is_made_again_from_shards_alone(tmp_path: Path, cache_root: str, teacher_uri: str) -> None:
-    case = Case(str(tmp_path), cache_root, teacher_uri, "float16", FORMAT_VERSION)
+    case = Case(str(tmp_path), cache_root, teacher_uri, "float32", FORMAT_VERSION)
     undisturbed = case.fill()
     (store,) = tmp_path.iterdir()
     receipt = store / "receipts/0-2.json"

@@ -236,7 +236,7 @@ def test_words_that_yaml_1_1_takes_for_booleans_are_words(path: Path) -> None:
 
 def test_defaults_are_filled_in(path: Path) -> None:
     recipe = load_recipe(path)
-    assert (recipe.data.validation, recipe.data.test, recipe.cache.encoding) == (0.1, 0.2, "float32")
+    assert (recipe.data.validation, recipe.data.test, recipe.cache.encoding.kind) == (0.1, 0.2, "float32")
     assert recipe.students[0].optimizer == AdamW(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01)
     assert recipe.students[-1].optimizer == Sgd(lr=0.1, momentum=0.9, weight_decay=0.0, nesterov=False)
 
