@@ -82,8 +82,10 @@ def find_store(root_uri: str, identity: Identity) -> LogitStore | None:
             warning.
     """
     root = open_root(root_uri)
+    # The very store first: its place is known, while others are found by reading every store's creation document.
     if root.exists(f"{identity.id}/{MANIFEST_KEY}"):
         return _open_as(root, identity.id)
+    # A store is decoded as a whole, so of those that serve the one with the fewest views takes least of the cache.
     wider = [found for found in _sealed_alike(root, identity, "views") if found.views > identity.views]
     opened = (_unless_bad(_open_as, root, found.id) for found in sorted(wider, key=lambda found: found.views))
     return next((store for store in opened if store is not None), None)
@@ -248,6 +250,7 @@ def _sealed_alike(root: ObjectRoot, identity: Identity, *but_for: str) -> Iterat
         found = _identity(root, store_id)
         if found is None or found.model_copy(update=same) != identity:
             continue
+        # Asked last, and only of stores that are alike: in object storage this is one more request for each.
         if root.exists(f"{store_id}/{MANIFEST_KEY}"):
             yield found
 

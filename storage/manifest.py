@@ -62,11 +62,13 @@ class Document(BaseModel):
         try:
             document = cls.model_validate_json(data)
         except ValidationError as error:
+            # A newer format may have fields that are unknown here, which is no damage.
             _refuse_newer(data, where)
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "the document"
             expected = f"a document of format {FORMAT_VERSION} or older"
             raise _damaged(where, f"{field}: {first['msg']}", expected) from error
+        # A document is known by its hash, so another spelling of the same fields would be another document.
         if document.to_bytes() != data:
             raise _damaged(where, "other bytes than its fields spell", "canonical JSON, as it was written")
         return document
@@ -212,6 +214,7 @@ class Receipt(ShardRecord):
 
     @model_serializer(mode="wrap")
     def _as_before_without_a_checksum(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Receipts of before these fields have to spell as they were written: other bytes would count as damage.
         late = ("creation", "checksum")
         return {field: value for field, value in spell(self).items() if value is not None or field not in late}
 

@@ -74,6 +74,7 @@ class LogitStore:
             raise IndexError(f"view {view}, rows {start} to {stop}: not in {self.views} views of {self.num_rows} rows")
         shard_rows = self.layout.shard_rows
         logits = np.empty((stop - start, self.classes), np.float32)
+        # No rows read no shard: the rounded end alone would name one.
         for index in range(start // shard_rows, -(-stop // shard_rows) if stop > start else 0):
             shard = self.layout.shard(view, index)
             first, last = max(start, shard.start), min(stop, shard.stop)
@@ -125,6 +126,8 @@ class LogitStore:
                 damages.append(Damage(f"{ARRAYS}/{record.key}", problem))
             if on_progress is not None:
                 on_progress(number, len(self.manifest.shards))
+        # Told here and not by `open_store`: the manifest repeats all that the creation document says, so no reader
+        # needs it.
         return damages + self._creation_damage()
 
     def check(self) -> None:
@@ -155,6 +158,7 @@ class LogitStore:
         found = self._last.get(shard)
         if found is None:
             found = self.shard(shard.view, shard.index)
+            # One at most, since a shard takes up to 16 MiB and many stores may be open at a time.
             self._last.clear()
             self._last[shard] = found
         return found
@@ -213,6 +217,8 @@ def read_manifest(uri: str) -> Manifest:
     try:
         manifest = Manifest.from_bytes(data, root.path_of(MANIFEST_KEY))
         for key, content in metadata(manifest.identity).items():
+            # The metadata follow from the identity: a manifest that says otherwise contradicts itself, whatever lies on
+            # the disk.
             if manifest.zarr_json[key] != sha256(content):
                 told = f"zarr_json.{key}: {manifest.zarr_json[key]}"
                 raise DamagedError(f"{root.path_of(MANIFEST_KEY)} is damaged", got=told, expected=sha256(content))
@@ -234,6 +240,7 @@ def _not_sealed(root: ObjectRoot) -> AkdError:
 
 def _missing(objects: ObjectRoot, key: str) -> str:
     path = objects.local_path(key)
+    # For zarr a folder in the place of a shard is absent as well, and reads as the fill value without an error.
     return "is a folder" if path is not None and path.is_dir() else "is missing"
 
 

@@ -101,6 +101,7 @@ def missing_shards(writer: StoreWriter, *, deep: bool = True) -> list[Shard]:
     if store.exists(MANIFEST_KEY):
         return []
     sizes = {key: stat.size for key, stat in store.list(ARRAYS).items()}
+    # Two listings instead of two looks at each shard: in object storage each look is a request.
     receipts = set(store.list(RECEIPTS))
     return [
         shard
@@ -122,6 +123,7 @@ def adopt_shard(writer: StoreWriter, shard: Shard) -> npt.NDArray[np.float32] | 
         return None
     identity = writer.creation.identity
     try:
+        # Decoded as a whole, since without a receipt there is no sha256 to compare with.
         stored = decode_shard(identity, shard, data)
     except ValueError:
         _set_aside(writer, shard)
@@ -147,6 +149,7 @@ def _take_shard(writer: StoreWriter, shard: Shard, source: Manifest) -> bool:
         data = writer.store.parent.get(key)
     except ObjectMissing:
         return False
+    # Read and hashed even where it is only linked: a link would carry damage on into this store.
     if sha256(data) != record.sha256:
         return False
     receipt = Receipt.of(record, writer.creation_sha256, 0.0, socket.gethostname())
@@ -214,7 +217,9 @@ def seal_store(writer: StoreWriter) -> Manifest:
     """
     store = writer.store
     sizes = {key: stat.size for key, stat in store.list(ARRAYS).items()}
+    # By size alone: each shard was hashed when its receipt was written, or was found again by `missing_shards`.
     receipts = [_complete_receipt(writer, shard, sizes) for shard in writer.layout.shards()]
+    # The seal vouches for these files too, and the store may have been begun days ago: they are compared once more.
     digests = _put_metadata(store, writer.creation.identity)
     manifest = Manifest.seal(writer.creation, digests, (receipt.record() for receipt in receipts))
     for key in store.partials():  # of writers that were killed; a live one writes its file again
@@ -322,6 +327,7 @@ def _keeps_its_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int],
         except ObjectMissing:
             whole = False
     if not whole:
+        # Without a receipt that can be believed the object may still be whole, so it stays for `adopt_shard` to read.
         if receipt is not None:
             _set_aside(writer, shard)
         writer.store.delete(shard.receipt_key)
@@ -397,6 +403,7 @@ def _put_receipt(writer: StoreWriter, shard: Shard, receipt: Receipt) -> Receipt
     there = _read_receipt(writer, shard)
     if there is not None and there.sha256 == receipt.sha256:
         return there
+    # What lies there is damaged, or vouches for other bytes than those that are in place now.
     writer.store.put(shard.receipt_key, receipt.to_bytes())
     return receipt
 
@@ -433,5 +440,6 @@ def _set_aside(writer: StoreWriter, shard: Shard) -> None:
 
 def set_aside(store: ObjectRoot, key: str) -> bool:
     """Move an object of a store to `<id>.damaged/`, under a name of its own; False if there is none."""
+    # A random part, since the same shard may be set aside several times, and by two writers at once.
     aside = f"{store.name}{DAMAGED_SUFFIX}/{key.replace('/', '-')}.{secrets.token_hex(4)}"
     return store.parent.move(f"{store.name}/{key}", aside)

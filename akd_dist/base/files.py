@@ -296,6 +296,7 @@ def append(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Names of files that are no UTF-8 reach a message as lone surrogates, which UTF-8 cannot write.
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as lines:
             lines.write(text)
     except OSError as error:
@@ -326,6 +327,7 @@ def _write_partial(path: Path, data: bytes, *, durable: bool = True, folder: Pat
             handle.write(data)
             handle.flush()
             if durable:
+                # Before the file has its name: otherwise a loss of power may leave the name without the bytes.
                 os.fsync(handle.fileno())
     except OSError as error:
         with contextlib.suppress(OSError):  # the first error is the one to tell
