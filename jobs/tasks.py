@@ -14,6 +14,7 @@ from akd_dist.jobs.cluster import GRACE_SECONDS, POLL_SECONDS, StopFlag, check_a
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room
 from akd_dist.jobs.shared import Shared, nodes_lost
 
+# As often as Ray would by itself; said here because a message tells of it.
 RETRIES = 3
 
 

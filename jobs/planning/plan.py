@@ -214,6 +214,7 @@ def check_disk(run: Path, todo: Sequence[StudentSpec], needed: int, cache: PlanD
     folder = _nearest(run)
     free = shutil.disk_usage(folder).free
     logits = cache.bytes if _same_disk(folder, cache.store_root) else 0
+    # Checkpoints that lie there are replaced as training goes on, so their room counts as free.
     if needed - there + logits > free:
         raise MachineError(
             f"checkpoints and models of the students do not fit in {run.parent}",
