@@ -158,6 +158,7 @@ def _measure(
         stream=stream * share / rows,
         evaluation=evaluation / evaluated,
         start=start,
+        # The shorter of two, since the first also makes the folder.
         keeping=min(_seconds(student.save), _seconds(student.save)) if weights <= KEPT_BYTES else 0.0,
         weights=weights,
         gradients=_bytes_of(one.grad for one in student.module.parameters() if one.grad is not None),
@@ -194,6 +195,7 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def _timed(student: Student, batch: Batch) -> float:
+    # An epoch without an end, so that no schedule moves the learning rate while steps are timed.
     return _seconds(lambda: student.take_step(batch, steps_per_epoch=1 << 30))  # waits for a GPU: it reads the loss
 
 

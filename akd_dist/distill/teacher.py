@@ -200,8 +200,10 @@ def _remember(job: CacheJob, shard: Shard, logits: np.ndarray) -> tuple[float | 
     numbers = np.unique(np.linspace(shard.start, shard.stop - 1, PROBES).astype(np.int64))
     shown = view_digests(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view, rows.tokens, job.device)
     try:
+        # After they were read, and before anything is published that rests on them.
         rows.content(shard.start, shard.stop).verify()
     except CorruptCacheError:
+        # The map that this process keeps shows the wrong bytes as long as it lives, so the rows are opened again.
         del _rows[rows.fingerprint]
         raise
     return agreement, shown
