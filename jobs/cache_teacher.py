@@ -232,6 +232,7 @@ def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> 
     from akd_dist.jobs.tasks import Task, run_tasks
 
     stop = workspace.connect()
+    # All splits together, so that no CPU is idle while the last shards of one of them are computed.
     tasks = []
     for plan in model.plans:
         if plan.missing:

@@ -130,6 +130,7 @@ def _result(reference: Any, name: str) -> Any:
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, AkdError):
+            # The refusal alone: Ray's wrapper would put the worker's traceback around it.
             raise cause from None
         raise RefusedError(
             f"{name}: computing this raised an error",

@@ -98,6 +98,8 @@ class Workspace:
             return device_name(device)
         from akd_dist.jobs.tasks import Task, run_tasks
 
+        # One task answers for all: a store is pinned to one kind of card, and each caching task compares its own with
+        # that.
         stop, found = self.connect(), list[str]()
         with self.shared() as shared:
             run_tasks(

@@ -89,6 +89,7 @@ def encoding_from_config(config: Mapping[str, Any]) -> Encoding:
         RefusedError: an encoding, or a setting of one, that this version does not know.
     """
     encoding = _BY_NAME.get(str(config.get("name")))
+    # A setting that nobody here knows would be passed over, and the logits be read as something else.
     if encoding is None or encoding().config() != dict(config):
         raise RefusedError(
             "the store's encoding is not known to this version of akd-dist",

@@ -334,6 +334,7 @@ def _refuse_newer(data: bytes, where: str) -> None:
     except ValueError:
         return
     inner = fields.get("identity") if isinstance(fields, dict) else None
+    # A manifest says its format at the top, a creation document within its identity.
     for holder in (fields, inner):
         version = holder.get("format") if isinstance(holder, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:

@@ -192,6 +192,7 @@ def whole_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         RecipeError: there is a file of that name, and it may not be overwritten.
         MachineError: the disk is full, or the folder cannot be written.
     """
+    # Asked before hours of writing may be in vain; at the end the link asks once more, for what has come meanwhile.
     if not overwrite and path.exists():
         raise _there_already(path)
     partial = partial_name(path)

@@ -91,6 +91,7 @@ def is_locked(path: Path, *, shared: bool = False) -> bool:
     except BlockingIOError:
         return True
     finally:
+        # Closing gives back the lock that this look has taken; until then, whoever tries it finds the file locked.
         os.close(descriptor)
     return False
 

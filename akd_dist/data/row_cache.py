@@ -83,6 +83,7 @@ def prepare(
         if splits is not None:
             splits = _believed(splits, folder, files, kinds) if expected is None else _as_expected(splits, expected)
         if splits is None:
+            # What was written is then read back as every other process will find it.
             _write(folder, data, kinds, files, cache_root, budget, tell)
             splits = _open(folder)
     if splits is None:

@@ -147,6 +147,8 @@ def open_stream(
         device=job.device,
     )
     if job.stores:
+        # Another version of a library may change pixels, and nothing that is recorded shows it but the pixels
+        # themselves.
         stream.check_probes(train.manifest)
     return stream, teacher_said, contents
 

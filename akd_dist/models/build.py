@@ -252,6 +252,7 @@ def check_output(module: nn.Module, card: ModelCard, inputs: torch.Tensor | None
         RefusedError: it raises, returns no logits, or another number of them.
     """
     inputs = torch.from_numpy(_two_rows(card)) if inputs is None else inputs
+    # A model may draw random numbers here, which must not change those that its caller draws afterwards.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             logits: torch.Tensor = module(inputs)

@@ -202,6 +202,7 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
     teacher, *assistants = [_planned(recipe, inputs.splits, model) for model in (*models, *unknown)]
     needed = sum(split.bytes for planned in (teacher, *assistants) for split in planned.values())
     root = open_root(workspace.store_root)
+    # What is all there needs neither room nor nodes, and is not refused for the lack of them.
     if needed:
         check_folder(root.local_path(""))
         check_room(workspace.store_root, needed)

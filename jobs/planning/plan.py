@@ -102,6 +102,7 @@ def plan_run(inputs: Inputs, run: Path, workspace: Workspace, *, fresh: bool) ->
         cluster.connect(workspace.address, tell=workspace.tell)
     recipe, splits, parameters = inputs.recipe, inputs.splits, inputs.parameters
     caching = foresee_caching(inputs, workspace)
+    # Without stores, which may not be there yet: it serves to look at the students' folders.
     base = fleet_job(recipe, splits, {}, run, workspace.cache_root)
     todo = [spec for spec in recipe.students if fresh or not ended(base, spec)]
     if todo:
