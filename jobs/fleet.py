@@ -225,6 +225,7 @@ class Fleet:
     def _new_job(self, cohort: Cohort) -> CohortJob:
         # Each cohort has a thread that may begin a job, and the number of jobs is part of a job's name.
         with self.lock:
+            # With the attempt, so that nobody takes the progress of an earlier one for that of this job.
             name = f"cohort-{self.base.attempt}-{len(self.jobs)}"
             job = replaced(cohort_job(self.base, cohort, self.assistant), name=name)
             self.jobs.append(job)

@@ -83,6 +83,7 @@ class Shared:
             } & there.keys() - self.bad  # the tokens were written on this node
             for name in there.keys() - self.good - self.bad - self.asked.keys():
                 self.asked[name] = (there[name], self._ask(name), now)
+            # A node that comes back has another id, so one that is gone can be forgotten.
             self.good &= there.keys()
         for name, (node, answer, asked_at) in list(self.asked.items()):
             if ray.wait([answer], timeout=0)[0]:

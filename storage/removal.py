@@ -185,6 +185,7 @@ def gc(root_uri: str, *, dry_run: bool = False, on_problem: Problem = warn) -> l
             removed += _littering(root, name) if dry_run else _collect(root, name)
         except AkdError as error:
             on_problem(name, error)
+    # No claim covers what lies beside the stores; whoever publishes an object there begins again if its file is gone.
     for name in root.files():
         if name.endswith(PARTIAL_SUFFIX):
             removed.append(name)

@@ -144,6 +144,7 @@ def _measure(
     values = splits.train.inputs[0].size
     kept = saved.total / rows + 4 * values
     step_memory = math.ceil(largest * (kept + 2 * saved.largest / rows))
+    # A share that would take long, or more memory than is free, is not tried: its time follows from the few rows.
     if few * share / rows <= PROBE_SECONDS and step_memory <= free_memory(device):
         rows = share
     batch, stream = _batch(data, splits, rows, device)
