@@ -135,8 +135,11 @@ def _fill(model: CachedModel, recipe: Recipe, workspace: Workspace, compute: Com
         return
     with contextlib.ExitStack() as claims:
         for plan in wanted:
+            # In the order of the splits, always: two commands never hold what the other one waits for.
             claims.enter_context(workspace.claim(plan.identity.id))
+        # Asked only now that something has to be computed: on a cluster this takes a task on a GPU.
         device = workspace.device(recipe.device)
+        # Pushed last, so that it runs first, while the claims are still held.
         claims.push(functools.partial(_leave_nothing, wanted, workspace.store_root))
         for plan in wanted:
             plan.creation = computed_on(device, plan.creation)
@@ -165,6 +168,7 @@ def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str, console:
         narrower = catalog.narrower_stores(store_root, plan.identity)
         if (source := source_of(plan, narrower)) is not None:
             _check_views(source, plan.rows, recipe.data)
+        # Refused here, and not by the first task, after the teacher has been loaded and run.
         open_root(store_root).check_writable()
         hint = {"recipe": recipe.document(f"{store_root}/{plan.identity.id}"), "split": plan.split}
         plan.writer = create_store(store_root, plan.creation, hint)
@@ -230,6 +234,7 @@ def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> 
     from akd_dist.jobs.tasks import Task, run_tasks
 
     stop = workspace.connect()
+    # All splits together, so that no CPU is idle while the last shards of one of them are computed.
     tasks = []
     for plan in model.plans:
         if plan.missing:

@@ -331,6 +331,7 @@ class _Head:
         now, here = time.monotonic(), str(ray.get_runtime_context().gcs_address)
         if here != self.address:
             self.address, self.answered_at = here, now
+        # Each look opens a connection, so the head is asked a few times within the limit and not at every poll.
         if now - self.looked_at < HEAD_SECONDS / 4:
             return
         if now - self.looked_at > HEAD_SECONDS:  # nobody has asked for a while, so nothing is known of its silence
@@ -361,6 +362,7 @@ def check_alive(stop: StopFlag) -> None:
         MachineError: otherwise.
     """
     node = ray_internals.started_node()
+    # A driver that joined a cluster has started no process of it, so it is the head that is watched.
     if node is not None and not node.all_processes:
         _head.check()
     if node is None or node.remaining_processes_alive():

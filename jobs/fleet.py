@@ -99,6 +99,7 @@ class Fleet:
             check_room_for(cohort, self.costs, cluster.nodes())
         control = Path(self.base.control)
         control.mkdir(parents=True, exist_ok=True)
+        # Before the first worker starts: the next command is then another attempt, whose workers can shut these out.
         self.base.attempt_file.touch()
         stop_attempts(control, self.base.attempt - 1)
         title = f"training {counted(sum(map(len, cohorts)), 'student')} in {counted(len(cohorts), 'cohort')}"
@@ -107,6 +108,8 @@ class Fleet:
             warnings.catch_warnings(action="ignore"),  # deprecations inside Ray Train; it is the whole process's
             self.shared,
             FleetMeter(self.console, control, self._plan(), title) as shown,
+            # Innermost, so that what ends the loop finds nodes still watched and the meter still up while cohorts
+            # checkpoint.
             self._stopping_on_errors(),
         ):
             self.alive_at = self.moved_at = time.monotonic()  # nodes may have been waited for
@@ -197,6 +200,7 @@ class Fleet:
 
     def _start(self, cohort: Cohort, ask: ResourceRequest) -> None:
         one = RunningCohort(self._new_job(cohort), ask)
+        # A daemon, so that a command that is told twice to stop does not wait for Ray to end a run.
         one.thread = threading.Thread(target=self._see_through, args=(one,), daemon=True)
         one.thread.start()
         self.running.append(one)
@@ -219,7 +223,9 @@ class Fleet:
         self.waiting_told = told
 
     def _new_job(self, cohort: Cohort) -> CohortJob:
+        # Each cohort has a thread that may begin a job, and the number of jobs is part of a job's name.
         with self.lock:
+            # With the attempt, so that nobody takes the progress of an earlier one for that of this job.
             name = f"cohort-{self.base.attempt}-{len(self.jobs)}"
             job = replaced(cohort_job(self.base, cohort, self.assistant), name=name)
             self.jobs.append(job)
@@ -236,9 +242,11 @@ class Fleet:
     def _watch(self, *, stopping: bool) -> None:
         """Do not wait for ever for a cluster that is gone nor, once stopping, for workers without a sign of life."""
         cluster.check_alive(self.stop)
+        # Over a copy, since the threads of cohorts add jobs meanwhile.
         told = [progress for job in list(self.jobs) if (progress := read_progress(job))]
         now = time.monotonic()
         self.moved_at = now if told != self.last_told else self.moved_at
+        # Patience begins with the stop: before it, an evaluation or a large checkpoint may take as long as it likes.
         if told != self.last_told or not stopping:
             self.alive_at, self.last_told = now, told
         if now - self.alive_at > cluster.GRACE_SECONDS:
@@ -299,6 +307,7 @@ class Fleet:
             self._give_up(left[0], job, reason)
             return
         tell(self.console, f"the workers of {job.name} died again: its {len(left)} students go on in two halves")
+        # One half after the other, since each asks for as many workers and CPUs as the whole cohort has.
         for half in (left[: len(left) // 2], left[len(left) // 2 :]):
             if self._is_over():
                 return
@@ -313,6 +322,7 @@ class Fleet:
         hint = "" if reason.startswith(OUT_OF_STEP) else "memory may have run out. "
         told = f"its worker died again and again; {hint}{reason}"
         write_note(self.base.log_of(spec.name), f"failed: {told}\nsee also {worker_log(job, 0)}")
+        # Its last worker may be alive although it counts as dead: from here on it can publish nothing.
         writer = take_over(folder / "checkpoints", job.attempt, f"the student {spec.name}")
         fail_from_outside(spec, folder, told, job.attempt, writer)
 

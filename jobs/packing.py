@@ -88,6 +88,7 @@ def _take(left: list[Node], ask: ResourceRequest) -> list[int] | None:
         if not holding:
             _give_back(left, ask, taken)
             return None
+        # GPUs count first: work that needs none goes to nodes without any, and leaves the others to those that do.
         chosen = min(holding, key=lambda index: (left[index].gpus, left[index].cpus, left[index].memory))
         left[chosen] = left[chosen].without(ask)
         taken.append(chosen)

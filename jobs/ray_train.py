@@ -50,6 +50,7 @@ def fit(job: CohortJob, ask: ResourceRequest, selector: dict[str, str]) -> str:
         run_worker,
         train_loop_config={"job": job},
         scaling_config=scaling(ask, selector),
+        # One restart by Ray itself is the quick way back; further deaths are for the driver, which may split it.
         run_config=RunConfig(name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=1)),
     )
     try:
@@ -61,6 +62,7 @@ def fit(job: CohortJob, ask: ResourceRequest, selector: dict[str, str]) -> str:
             told = "; ".join(str(one) for one in _among(failures, OutOfStepError))
             return OUT_OF_STEP + told if told else "Ray says: " + _cause(str(error))
     finally:
+        # No other run ever has this name, so nobody reads what Ray noted of this one.
         shutil.rmtree(storage / name, ignore_errors=True)
     if isinstance(outcome, AkdError):
         raise outcome

@@ -86,6 +86,7 @@ def _plan_of(
         (model.model_uri, SplitPlan(split, rows, creation_of(recipe, rows, split, model.card, recipe.device, number)))
         for split, rows in ((name, getattr(splits, name)) for name in names)
         for model in models
+        # In older formats too: the id of a store depends on its format, and the store may be an older one.
         for number in range(FORMAT_VERSION, 0, -1)
     ]
     found = next(((uri, plan) for uri, plan in plans if plan.identity.id == store_id), None)

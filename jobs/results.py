@@ -76,6 +76,7 @@ def finish_run(
         economics=balances(run, recipe, splits, labels, students, stores),
     )
     in_the_run = places.each(fleet.plain(), functools.partial(places.written, folder=run))
+    # Before the report, which is drawn from what this file says.
     replace(run / "fleet.json", json.dumps(in_the_run, indent=1).encode())
     write_report(run, tell=told)
     tidy(base)
@@ -154,6 +155,7 @@ def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows, trusted: T
     """The teacher's row of the table, from its stored logits of the test rows: it is not run again."""
     card = ModelCard.model_validate(train.manifest.teacher["spec"])
     recipes.trust(card.model, trusted.seen_from(f"the store {train.uri}"))
+    # It is built below to count its weights, and what fits no memory would take the driver with it.
     check_memory(card)
     labels = torch.from_numpy(np.array(rows.labels))
     return FleetTeacher(

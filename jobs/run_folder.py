@@ -95,6 +95,7 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
     saved = load(
         run / "identity.json", RunIdentity, expected="what the run wrote there when it began", next=advice
     ).plain()
+    # Where a model of the chain is still to be trained, its fingerprint is not known: it is compared once it is.
     if "fingerprint" not in identity["teacher"]:
         for key in ("fingerprint", "assistant_fingerprints"):
             saved["teacher"].pop(key, None)

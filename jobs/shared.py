@@ -83,6 +83,7 @@ class Shared:
             } & there.keys() - self.bad  # the tokens were written on this node
             for name in there.keys() - self.good - self.bad - self.asked.keys():
                 self.asked[name] = (there[name], self._ask(name), now)
+            # A node that comes back has another id, so one that is gone can be forgotten.
             self.good &= there.keys()
         for name, (node, answer, asked_at) in list(self.asked.items()):
             if ray.wait([answer], timeout=0)[0]:
@@ -113,6 +114,7 @@ class Shared:
     def _ask(self, name: str) -> Any:
         # Not `soft`: where the node is gone, a task that Ray ran elsewhere would tell what another node sees.
         pinned: Any = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(name, soft=False)
+        # Without a CPU, so that a node answers although others keep all of its CPUs busy.
         remote = ray.remote(not_seen).options(num_cpus=0, max_retries=1, scheduling_strategy=pinned)
         tokens = {what: str(token) for what, token in self._tokens().items()}
         return remote.remote(self.files | tokens, self.cache_root)
@@ -121,6 +123,7 @@ class Shared:
         """What other nodes must see; written for the first of them, since a driver that is alone needs none."""
         for what, folder in self.folders.items():
             if what not in self.tokens:
+                # Named as a file in the making, which `stores gc` removes from a store root if this process dies.
                 self.tokens[what] = Path(folder) / f".seen-{secrets.token_hex(8)}.partial"
                 replace(self.tokens[what], b"", durable=False)
         return self.tokens

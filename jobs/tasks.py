@@ -14,6 +14,7 @@ from akd_dist.jobs.cluster import GRACE_SECONDS, POLL_SECONDS, StopFlag, check_a
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room
 from akd_dist.jobs.shared import Shared, nodes_lost
 
+# As often as Ray would by itself; said here because a message tells of it.
 RETRIES = 3
 
 
@@ -129,6 +130,7 @@ def _result(reference: Any, name: str) -> Any:
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, AkdError):
+            # The refusal alone: Ray's wrapper would put the worker's traceback around it.
             raise cause from None
         raise RefusedError(
             f"{name}: computing this raised an error",

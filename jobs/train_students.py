@@ -101,6 +101,7 @@ def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: fl
     stores = [model.opened for model in models]
     used = [store.uri for opened in stores for store in opened.values()]
     with using(used, run=str(run.absolute()), lock=(run / "lock").absolute()):
+        # Within the record of use: from that on, nobody removes the stores that this run is about to name.
         begin_run(run, recipe, identity)
         splits = _decode(base, plan, models, workspace)
         with forward(), _going_on(options.fresh):
@@ -127,6 +128,7 @@ def _decode(base: CohortJob, plan: RunPlan, models: list[CachedModel], workspace
 
 def _with_sound_rows(base: CohortJob, splits: Splits, look: Callable[[Splits], object], workspace: Workspace) -> Splits:
     """The rows that `look` found nothing wrong with: prepared anew if these turn out not to be what was prepared."""
+    # The rows at hand serve the first try; each further one prepares them again.
     at_hand = [splits]
 
     def act() -> Splits:

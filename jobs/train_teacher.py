@@ -98,6 +98,8 @@ class Workspace:
             return device_name(device)
         from akd_dist.jobs.tasks import Task, run_tasks
 
+        # One task answers for all: a store is pinned to one kind of card, and each caching task compares its own with
+        # that.
         stop, found = self.connect(), list[str]()
         with self.shared() as shared:
             run_tasks(
@@ -145,6 +147,8 @@ class Trained:
 
     def job(self, recipe: Recipe, splits: Splits, workspace: Workspace) -> CohortJob:
         """The model as a cohort of one: the same loop as for students."""
+        # Checkpoints are renamed into place, which object storage cannot do: there the model is trained in the node's
+        # cache.
         root = Path(workspace.cache_root if "://" in workspace.store_root else workspace.store_root) / TEACHERS
         return CohortJob(
             name="teacher",
@@ -209,6 +213,7 @@ def _spec(
         data["image"] = recipe.data.image.model_dump(mode="json")
     data["augmentation"] = views.by_content(recipe.data.augmentation)
     dumped = spec.model_dump(mode="json", exclude={"name"}) | {"model": by_content(model)}
+    # A key that recipes learnt later must not rename, and so train again, models that lie there already.
     recipes.forget_later_keys(dumped)
     document = {
         "spec": dumped,

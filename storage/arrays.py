@@ -57,6 +57,8 @@ def metadata(identity: Identity) -> dict[str, bytes]:
         "chunk_shape": [1, layout.chunk_rows, layout.classes],
         "codecs": [numbers, *_compressors(identity), checksum],
         "index_codecs": checked,
+        # A file that was cut short loses an index at its end, which is noticed. With the index at the start, zarr takes
+        # what was cut off for empty, and reads the fill value.
         "index_location": "end",
     }
     array = {
@@ -69,6 +71,7 @@ def metadata(identity: Identity) -> dict[str, bytes]:
             "configuration": {"chunk_shape": [1, layout.shard_rows, layout.classes]},
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        # No logit that is stored is ever NaN, so what reads as the fill value is known to be missing.
         "fill_value": "NaN",
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "attributes": {},
@@ -101,6 +104,8 @@ def encode_shard(identity: Identity, shard: Shard, arrays: Mapping[str, npt.NDAr
     """
     memory: dict[str, Any] = {}
     with pinned_zarr():
+        # zarr reads a shard before it replaces it, even whole. This memory holds none, so the bytes depend on these
+        # arrays alone.
         _open(identity, memory)[shard.view, shard.start : shard.stop] = arrays[LOGITS]
     return bytes(memory[shard.key].to_bytes())
 

@@ -3,7 +3,6 @@
 A store that is damaged, foreign or not ours to read stands in nobody's way but of those who ask for that very store.
 """
 
-import contextlib
 import logging
 import re
 import statistics
@@ -17,6 +16,7 @@ from akd_dist.storage.layout import ARRAYS, CREATION_KEY, LOGITS, MANIFEST_KEY, 
 from akd_dist.storage.manifest import Creation, Identity, Manifest
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
 from akd_dist.storage.reader import LogitStore, read_manifest
+from akd_dist.storage.receipts import is_single, told_receipts
 from akd_dist.storage.records import Receipt
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.uses import USES, Use, uses_of
@@ -28,6 +28,8 @@ Progress = Callable[[int, int], None]
 # it.
 _NOTHING = "has nothing in it"
 log = logging.getLogger("akd_dist.storage")
+# Stores of this format and later hold the same logits where the rest of their identity is the same.
+_SAME_LOGITS_SINCE = 2
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,23 @@ class StoreSummary:
 def find_store(root_uri: str, identity: Identity) -> LogitStore | None:
     """A sealed store that holds what `identity` describes: the same but for as many views or more; the fewest of these.
 
+    One of format 2 serves as well: its logits are the same, and less is said of them.
+
     Raises:
         DamagedError: the very store is there, and is not what was sealed. One of more views is passed over, with a
             warning.
     """
     root = open_root(root_uri)
-    if root.exists(f"{identity.id}/{MANIFEST_KEY}"):
-        return _open_as(root, identity.id)
-    wider = [found for found in _sealed_alike(root, identity, "views") if found.views > identity.views]
+    # The very store first: its place is known, while others are found by reading every store's creation document.
+    for same in (identity, identity.model_copy(update={"format": _SAME_LOGITS_SINCE})):
+        if root.exists(f"{same.id}/{MANIFEST_KEY}"):
+            return _open_as(root, same.id)
+    # A store is decoded as a whole, so of those that serve the one with the fewest views takes least of the cache.
+    wider = [
+        found
+        for found in _sealed_alike(root, identity, "views", "format")
+        if found.views > identity.views and found.format >= _SAME_LOGITS_SINCE
+    ]
     opened = (_unless_bad(_open_as, root, found.id) for found in sorted(wider, key=lambda found: found.views))
     return next((store for store in opened if store is not None), None)
 
@@ -139,14 +150,7 @@ def receipts_of(root_uri: str, store_id: str) -> list[Receipt]:
 
     Receipts of earlier versions have no checksum. They are told as they are: nothing but times depends on that here.
     """
-    store = open_root(root_uri).child(store_id)
-    found = []
-    for key in store.list(RECEIPTS):
-        with contextlib.suppress(ObjectMissing, AkdError):
-            receipt = Receipt.from_bytes(store.document(key), store.path_of(key))
-            if receipt.checksum is None or receipt.is_intact:
-                found.append(receipt)
-    return found
+    return list(told_receipts(open_root(root_uri).child(store_id)).values())
 
 
 @dataclass(frozen=True)
@@ -247,8 +251,10 @@ def _sealed_alike(root: ObjectRoot, identity: Identity, *but_for: str) -> Iterat
     same = {field: getattr(identity, field) for field in but_for}
     for store_id in _ids(root):
         found = _identity(root, store_id)
+        # The fields that may differ are taken from the one that is asked for: what is left must be equal.
         if found is None or found.model_copy(update=same) != identity:
             continue
+        # Asked last, and only of stores that are alike: in object storage this is one more request for each.
         if root.exists(f"{store_id}/{MANIFEST_KEY}"):
             yield found
 
@@ -327,10 +333,10 @@ def _read_summary(root: ObjectRoot, store_id: str) -> StoreSummary:
         rows=identity.rows,
         views=identity.views,
         classes=identity.classes,
-        encoding=encoding.name,
+        encoding=str(encoding),
         bytes=sum(there),
         shards=shards,
-        shards_done=sum(key.startswith(f"{RECEIPTS}/") for key in found),
+        shards_done=sum(key.startswith(f"{RECEIPTS}/") and is_single(key) for key in found),
         teacher=identity.teacher,
         teacher_spec=spec if isinstance(spec, dict) else {},
         dataset=identity.dataset,

@@ -58,6 +58,7 @@ def claim_store(
     *,
     wait: bool = False,
     on_wait: Callable[[str], None] | None = None,
+    # Twelve counts have to be missed: a host or a storage that stalls for a moment is not dead.
     stale_after: float = 60.0,
     beat_every: float = 5.0,
     poll_every: float = 1.0,
@@ -180,6 +181,7 @@ class _FileClaim:
                 break
             os.close(descriptor)  # its last holder removed it between our open and our lock
         left = _left_by_another(descriptor)
+        # The lock has settled it for holders on this host; one on another host may be out of its reach, and alive.
         if left is not None and left.host != self.me.host and left != stale:
             os.close(descriptor)
             return left
@@ -193,6 +195,7 @@ class _FileClaim:
         self._write()
 
     def release(self) -> None:
+        # The name goes while the lock is still held: once it is given back, the file may be somebody else's.
         self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
@@ -235,6 +238,7 @@ class _ObjectClaim:
                 return None
             if holder != stale:
                 return holder
+            # Of several who find the same holder dead, the entity tag lets one through.
             self._tag = self.root.put_if_unchanged(self.key, self._bytes(), tag)
             if self._tag is not None:
                 return None
@@ -243,6 +247,8 @@ class _ObjectClaim:
         if self._tag is None:
             return  # somebody took us for dead: the claim is theirs
         self.me = replace(self.me, counter=self.me.counter + 1)
+        # A put whose answer was lost may have gone through: then the claim still stands, under a tag that has to be
+        # read.
         self._tag = self.root.put_if_unchanged(self.key, self._bytes(), self._tag) or self._own_tag()
 
     def release(self) -> None:

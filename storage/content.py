@@ -25,6 +25,7 @@ from akd_dist.base.locks import file_lock
 
 SHARE = 100
 """Everything is hashed again once so many times the duration of a pass have gone by: 1 % of the time, at most."""
+# Between two calls of `on_wait`: a live view, and a driver that looks for signs of life, are kept up to date by it.
 _WAIT_SECONDS = 0.25
 # How often an entry with wrong bytes is met before the disk is blamed.
 _TRIES = 3
@@ -88,6 +89,7 @@ def map_array(path: Path) -> np.memmap[Any, Any]:
     """
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    # A file that is missing, or that this user may not read, is no damage, and is told as what it is.
     except OSError:
         raise
     except Exception as error:  # of many kinds: whatever the literal in its head leads to
@@ -119,6 +121,7 @@ def discard(files: Sequence[Path], inodes: Sequence[int | None]) -> None:
             stays.
     """
     entry = files[0].parent
+    # The lock under which entries are made: none is removed while another process makes it anew.
     with file_lock(entry.with_name(f"{entry.name}.lock"), what=f"the cache entry {entry}"):
         if inodes_of(files) == tuple(inodes):
             gone = partial_name(entry)
@@ -164,6 +167,7 @@ class Guard:
         self._files = [file for content in contents for file in content.files]
         self._leaving = threading.Event()
         self._error: Exception | None = None
+        # Looked at before anything is hashed: whatever changes a file after this shows.
         self._seconds, self._passed_at, self._seen, self._settled = 0.0, 0.0, self._look(), False
         self._thread = threading.Thread(target=self._first, name="verification", daemon=True)
         self._thread.start()

@@ -110,6 +110,7 @@ def encoding_from_config(config: Mapping[str, Any]) -> Encoding:
     known = kind in get_args(Kind) and compress in get_args(Compression)
     if known and (bits is None or (type(bits) is int and 1 <= bits < most_bits(kind))):
         encoding = Encoding(kind, bits, compress)
+        # A setting that nobody here knows would be passed over, and the logits be read as something else.
         if encoding.config() == settings:
             return encoding
     raise RefusedError(

@@ -22,8 +22,12 @@ DAMAGED_SUFFIX = ".damaged"
 # The folder beside stores of the models that recipes trained for them.
 TEACHERS = "teachers"
 
+# A shard is encoded in memory, and lost as a whole with its task, so it has a bound; object storage wants few and large
+# objects.
 _SHARD_TARGET_BYTES = 16 * 2**20
+# A small dataset would fill a single shard, and its teacher would run on one CPU of a whole cluster.
 _SHARDS_OF_A_SMALL_VIEW = 16
+# As Zarr v3's sharding codec lays them out: a crc32c behind each chunk and the index; offset and size for each chunk.
 _CRC_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 
@@ -45,6 +49,7 @@ class Shard:
     @property
     def key(self) -> str:
         """The shard's object, relative to `arrays.zarr`."""
+        # The 0 is the axis of classes, which is never cut.
         return f"{LOGITS}/c/{self.view}/{self.index}/0"
 
     @property

@@ -109,6 +109,7 @@ def map_decoded(
         MachineError: no room within the budget or on the disk; names need, free and budget.
     """
     entry = _entry_of(store.manifest, cache_root)
+    # One process decodes; the others of this node wait here, and then find its copy.
     with file_lock(entry.with_name(f"{entry.name}.lock"), what=f"the decoded copy of store {store.id[:12]}"):
         # Held before it is looked at, so that no other process evicts the entry between the look and the mapping.
         with hold(entry) as keep:
@@ -116,6 +117,8 @@ def map_decoded(
             if verified is not None:
                 _check_again(store, entry, verified, on_progress)
                 return _mapped(store, entry, verified, keep)
+        # The hold was given back before: a new entry has a new `in-use` file, of which a lock on the old one says
+        # nothing.
         verified = _decode(store, entry, budget, on_progress)
         with hold(entry) as keep:
             return _mapped(store, entry, verified, keep)
@@ -154,6 +157,7 @@ class Keep:
     def until_unmapped(self, array: npt.NDArray[Any]) -> None:
         """Keep the entry until this memory map, and every view of it, is gone."""
         if self._descriptor is not None:
+            # The mmap object below the array, which every view of it keeps alive, even after the array itself is gone.
             mapped = array.base
             weakref.finalize(mapped, os.close, self._descriptor)
             self._descriptor = None
@@ -189,6 +193,7 @@ def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[
     cache_root.mkdir(parents=True, exist_ok=True)
     budget = default_budget() if budget is None else budget
     with file_lock(cache_root / "evict.lock", what="the cache"):
+        # One process at a time: two would evict for the same need, and remove more than either wants.
         entries = sorted((entry for entry in _entries(cache_root) if entry not in keep), key=_last_used)
         while not _fits(cache_root, need, budget) and entries:
             _evict(entries.pop(0))
@@ -202,6 +207,8 @@ def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[
 
 
 def _entry_of(manifest: Manifest, cache_root: Path) -> Path:
+    # By the manifest and not by the id: the same logits computed on another device, or in other batches, have other
+    # bytes.
     return cache_root / "logits" / manifest.sha256[:32]
 
 
@@ -220,6 +227,7 @@ def _decode(store: LogitStore, entry: Path, budget: int | None, on_progress: Pro
         digests = _fill(store, building / _LOGITS_FILE, on_progress)
         (building / IN_USE).touch()
         verified = {"decoded": _token(building / _LOGITS_FILE), "shards": tokens, "digests": digests}
+        # Noted before the entry has its name, so that whoever finds the entry finds its hashes in it.
         _note_verified(building, verified)
         building.rename(entry)
         return verified
@@ -234,6 +242,7 @@ def _fill(store: LogitStore, path: Path, on_progress: Progress | None) -> dict[s
     layout = store.layout
     shape = (layout.views, layout.rows, layout.classes)
     with open(path, "xb") as handle:
+        # By hand, since `np.lib.format.open_memmap` would make a sparse file, whose room is not reserved.
         np.lib.format.write_array_header_1_0(
             handle,
             {"descr": np.lib.format.dtype_to_descr(np.dtype(layout.dtype)), "fortran_order": False, "shape": shape},
@@ -250,6 +259,7 @@ def _fill(store: LogitStore, path: Path, on_progress: Progress | None) -> dict[s
         if on_progress is not None:
             on_progress(number, len(shards))
     decoded.flush()
+    # From here on a stray write is refused, unless it is root's.
     path.chmod(0o444)
     return digests
 
@@ -267,6 +277,7 @@ def _check_again(store: LogitStore, entry: Path, verified: dict[str, Any], on_pr
 
 
 def _note_verified(entry: Path, verified: dict[str, Any]) -> None:
+    # Not durable: where a loss of power takes the note, the store is decoded once more.
     replace(entry / _VERIFIED_FILE, with_checksum(verified), durable=False)
 
 
@@ -297,6 +308,7 @@ def _mapped(
     path = entry / _LOGITS_FILE
     mapped = map_array(path)
     keep.until_unmapped(mapped)
+    # A plain array for the slices below: each slice of an `np.memmap` costs more.
     bare, digests = np.asarray(mapped), verified["digests"]
 
     def parts() -> Iterator[Part]:
@@ -312,6 +324,7 @@ def _shared_lock(path: Path) -> int | None:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
+        # Waits only while somebody evicts this very entry, which takes no longer than removing a few files.
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -339,6 +352,7 @@ def _evict(entry: Path) -> None:
 
 
 def _entries(cache_root: Path) -> list[Path]:
+    # An entry in the making has this file before its name; it belongs to whoever is at work on it.
     return [path.parent for path in cache_root.glob(f"*/*/{IN_USE}") if not path.parent.name.endswith(PARTIAL_SUFFIX)]
 
 

@@ -226,6 +226,7 @@ class LocalRoot(ObjectRoot):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             source.rename(target)
+            # Durable where it was: after a loss of power, what was set aside must not be back in its place.
             fsync_folder(source.parent)
         except FileNotFoundError:
             return False
@@ -244,6 +245,7 @@ class LocalRoot(ObjectRoot):
     def free_bytes(self) -> int | None:
         folder = Path(self.uri)
         try:
+            # The root may not have been made yet: what counts is the disk that it will lie on.
             while not folder.exists():
                 folder = folder.parent
             return shutil.disk_usage(folder).free
@@ -269,6 +271,7 @@ class LocalRoot(ObjectRoot):
     def _walk(self, prefix: str) -> Iterator[tuple[str, Stat]]:
         for entry in self._entries(prefix):
             key = f"{prefix}/{entry.name}" if prefix else entry.name
+            # A link to a folder is not followed: it may lead out of the root, or round in a circle.
             if entry.is_dir(follow_symlinks=False):
                 yield from self._walk(key)
             else:
@@ -278,6 +281,8 @@ class LocalRoot(ObjectRoot):
                     continue
                 except OSError as error:
                     raise storage_error("read", self.path_of(key), error) from error
+                # With ctime, which no program can set: a copy that was restored with its old mtime still has another
+                # token.
                 token = f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}-{found.st_ctime_ns}"
                 yield key, Stat(found.st_size, token, min(max(found.st_mtime, 0.0), _LAST_SECOND))
 

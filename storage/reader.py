@@ -76,6 +76,7 @@ class LogitStore:
             raise IndexError(f"view {view}, rows {start} to {stop}: not in {self.views} views of {self.num_rows} rows")
         shard_rows = self.layout.shard_rows
         logits = np.empty((stop - start, self.classes), np.float32)
+        # No rows read no shard: the rounded end alone would name one.
         for index in range(start // shard_rows, -(-stop // shard_rows) if stop > start else 0):
             shard = self.layout.shard(view, index)
             first, last = max(start, shard.start), min(stop, shard.stop)
@@ -157,6 +158,7 @@ class LogitStore:
         found = self._last.get(shard)
         if found is None:
             found = self.shard(shard.view, shard.index)
+            # One at most, since a shard takes up to 16 MiB and many stores may be open at a time.
             self._last.clear()
             self._last[shard] = found
         return found
@@ -239,6 +241,8 @@ def read_manifest(uri: str) -> Manifest:
     try:
         manifest = Manifest.from_bytes(data, root.path_of(MANIFEST_KEY))
         for key, content in metadata(manifest.identity).items():
+            # The metadata follow from the identity: a manifest that says otherwise contradicts itself, whatever lies on
+            # the disk.
             if manifest.zarr_json[key] != sha256(content):
                 told = f"zarr_json.{key}: {manifest.zarr_json[key]}"
                 raise DamagedError(f"{root.path_of(MANIFEST_KEY)} is damaged", got=told, expected=sha256(content))
@@ -260,4 +264,5 @@ def _not_sealed(root: ObjectRoot) -> AkdError:
 
 def _missing(objects: ObjectRoot, key: str) -> str:
     path = objects.local_path(key)
+    # For zarr a folder in the place of a shard is absent as well, and reads as the fill value without an error.
     return "is a folder" if path is not None and path.is_dir() else "is missing"

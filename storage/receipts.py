@@ -5,6 +5,7 @@ A pack only repeats what the single receipts say. It may be missing or be remove
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,11 +30,15 @@ class Pack(Document):
 
 
 class Packer:
-    """Packs receipts as they come in. For object storage only: reading a small file costs nothing."""
+    """Packs receipts as they come in. For object storage only: reading a small file costs nothing.
 
-    def __init__(self, store: ObjectRoot) -> None:
+    Args:
+        always: whether to pack in a folder as well.
+    """
+
+    def __init__(self, store: ObjectRoot, *, always: bool = False) -> None:
         self._store, self._waiting = store, list[Receipt]()
-        self._packs = store.local_path("") is None
+        self._packs = always or store.local_path("") is None
 
     def add(self, receipt: Receipt) -> None:
         """Take a receipt that its writer has put."""
@@ -71,6 +76,20 @@ def intact_receipts(store: ObjectRoot) -> dict[str, Receipt]:
     return found | {receipt.key: receipt for receipt in _read(store, singles) if receipt is not None}
 
 
+def told_receipts(store: ObjectRoot) -> dict[str, Receipt]:
+    """As `intact_receipts`, and those of earlier versions, which have no checksum, as they are."""
+    keys = [key for key in store.list(RECEIPTS) if is_single(key)]
+    found = intact_receipts(store)
+    known = {_receipt_key(key) for key in found}
+    for key in keys:
+        if key not in known:
+            with contextlib.suppress(ObjectMissing, DamagedError, RefusedError):
+                receipt = Receipt.from_bytes(store.document(key), store.path_of(key))
+                if receipt.checksum is None:
+                    found[receipt.key] = receipt
+    return found
+
+
 def receipt_of(store: ObjectRoot, creation: str, shard: Shard) -> Receipt | None:
     """The shard's own receipt; None if there is none, or none that can be believed."""
     receipt = intact_receipt(store, shard.receipt_key)
@@ -101,6 +120,7 @@ def put_receipt(store: ObjectRoot, creation: str, shard: Shard, receipt: Receipt
     there = receipt_of(store, creation, shard)
     if there is not None and there.sha256 == receipt.sha256:
         return there
+    # What lies there is damaged, or vouches for other bytes than those that are in place now.
     store.put(shard.receipt_key, receipt.to_bytes())
     return receipt
 

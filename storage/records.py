@@ -59,11 +59,13 @@ class Document(BaseModel):
         try:
             document = cls.model_validate_json(data)
         except ValidationError as error:
+            # A newer format may have fields that are unknown here, which is no damage.
             _refuse_newer(data, where)
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "the document"
             expected = f"a document of format {FORMAT_VERSION} or older"
             raise damaged(where, f"{field}: {first['msg']}", expected) from error
+        # A document is known by its hash, so another spelling of the same fields would be another document.
         if document.to_bytes() != data:
             raise damaged(where, "other bytes than its fields spell", "canonical JSON, as it was written")
         return document
@@ -142,6 +144,7 @@ class ShardRecord(Document):
 
     @model_serializer(mode="wrap")
     def _without_what_it_has_not(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Receipts of before these fields have to spell as they were written: other bytes would count as damage.
         late = ("creation", "checksum", "content", "loss")
         return {field: value for field, value in spell(self).items() if value is not None or field not in late}
 
@@ -202,6 +205,7 @@ def _refuse_newer(data: bytes, where: str) -> None:
         fields = parse_json(data)
     except ValueError:
         return
+    # A manifest says its format at the top, a creation document within its identity.
     inner = fields.get("identity") if isinstance(fields, dict) else None
     for holder in (fields, inner):
         version = holder.get("format") if isinstance(holder, dict) else None

@@ -120,7 +120,9 @@ def _remove(root: ObjectRoot, store_id: str, cache_root: Path) -> None:
     root.delete(f"{store_id}/{MANIFEST_KEY}")
     failpoint("remove.unsealed")
     if manifest is not None:
+        # Only now that the seal is gone: nobody opens the store any more, and decodes it again.
         drop_decoded(manifest, cache_root)
+    # Receipts go before what they vouch for: a shard without its receipt is read again, and is no damage.
     for folder in (RECEIPTS, ARRAYS):
         root.delete_folder(f"{store_id}/{folder}")
     failpoint("remove.emptied")
@@ -183,6 +185,7 @@ def gc(root_uri: str, *, dry_run: bool = False, on_problem: Problem = warn) -> l
             removed += _littering(root, name) if dry_run else _collect(root, name)
         except AkdError as error:
             on_problem(name, error)
+    # No claim covers what lies beside the stores; whoever publishes an object there begins again if its file is gone.
     for name in root.files():
         if name.endswith(PARTIAL_SUFFIX):
             removed.append(name)
@@ -213,6 +216,7 @@ def _collect(root: ObjectRoot, name: str) -> list[str]:
     left = [claim] if root.exists(claim) else []
     try:
         with claim_store(root.uri, name):  # which takes a dead holder's claim, and leaves none
+            # Looked up again under the claim: a moment ago it may have been somebody's, who has finished it since.
             litter = _litter(root, name)
             for key in litter:
                 root.delete_folder(key.rstrip("/")) if key.endswith("/") else root.delete(key)

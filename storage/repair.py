@@ -95,6 +95,7 @@ def repair_store(
                 if on_progress is not None:
                     on_progress(number, len(mended))
         open_store(store.uri)
+        # Only once the store opens: until then, what was set aside may be the last copy of something.
         root.delete_folder(f"{store_id}{DAMAGED_SUFFIX}")
     return mended
 
@@ -111,6 +112,7 @@ def _finish_again(
     """
     writer = StoreWriter(root.uri, _creation_as_receipted(root, store_id))
     seal, aside = f"{store_id}/{MANIFEST_KEY}", f"{store_id}{DAMAGED_SUFFIX}/{MANIFEST_KEY}"
+    # Without its seal the store is one that was interrupted, and is finished as such a one is.
     root.move(seal, aside)
     computed = []
     try:
@@ -131,6 +133,7 @@ def _finish_again(
                 on_progress(number, len(missing))
         seal_store(writer)
     except BaseException:
+        # After Ctrl-C too: a store that was sealed is not left as an unfinished one.
         if not root.exists(seal):
             root.move(aside, seal)
         raise

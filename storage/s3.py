@@ -66,6 +66,7 @@ class S3Root(ObjectRoot):
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
+        # In one request: parts of an upload that breaks off would stay in the bucket, unseen and paid for.
         self._ask("write", key, lambda store: obstore.put(store, path, data, use_multipart=False), body=len(data))
 
     def get(self, key: str, most: int | None = None) -> bytes:
@@ -78,6 +79,7 @@ class S3Root(ObjectRoot):
 
         def read(store: S3Store) -> tuple[bytes, ObjectMeta]:
             answer = obstore.get(store, path)
+            # The size is known before the body comes, so an object that is too large is never fetched.
             fits = most is None or answer.meta["size"] <= most
             return bytes(answer.bytes()) if fits else b"", answer.meta
 
@@ -108,6 +110,7 @@ class S3Root(ObjectRoot):
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
         path = self._path(prefix) or None
+        # obstore compares prefixes by whole parts of a path, so `a/b` lists nothing of `a/bc`.
         metas = self._ask("list", prefix, lambda store: obstore.list(store, path).collect())
         found = {
             meta["path"].removeprefix(self._prefix): Stat(
@@ -142,6 +145,7 @@ class S3Root(ObjectRoot):
     def move(self, key: str, to: str) -> bool:
         source, target = self._path(key), self._path(to)
         try:
+            # S3 has no rename: this copies and deletes, and a process that is killed in between leaves both.
             self._ask("move", key, lambda store: obstore.rename(store, source, target), *_MISSING)
         except _MISSING:
             return False
@@ -181,6 +185,7 @@ class S3Root(ObjectRoot):
             answers: errors that the caller knows what to make of; every other one becomes a refusal.
             body: bytes that are sent.
         """
+        # Part of the key by which clients are kept: other credentials or another endpoint make another client.
         environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
         bucket = urlsplit(self.uri).netloc
         endpoint = dict(environment).get("AWS_ENDPOINT_URL") or f"the endpoint of {bucket}"
@@ -196,9 +201,13 @@ class S3Root(ObjectRoot):
                 try:
                     found = call(client)
                 except (BaseError, OSError, TimeoutError) as error:
+                    # A bucket that is not there answers "not found" as well, and that is a wrong root and no missing
+                    # object.
                     if isinstance(error, answers) and "NoSuchBucket" not in str(error):
                         raise
                     now = time.monotonic()
+                    # A refused connection fails with the same words, but at once: only what took its time was left
+                    # without an answer.
                     silent = "error sending request" in str(error) and now - began > 0.9 * _connect_seconds(limit)
                     if _worth_repeating(error, silent, asked) and now - started < attempt + limit / 2:
                         continue
@@ -296,6 +305,7 @@ def _s3_store(bucket: str, environment: tuple[tuple[str, str], ...], limit: floa
     return S3Store(
         bucket,
         client_options={
+            # obstore refuses plain HTTP unless it is asked for, which only the user's own endpoint does.
             "allow_http": endpoint.startswith("http://"),
             "connect_timeout": timedelta(seconds=_connect_seconds(limit)),
             "read_timeout": timedelta(seconds=attempt),

@@ -159,6 +159,7 @@ def _begin(store: ObjectRoot, run: str, lock: Path | None) -> None:
     if store.exists(MANIFEST_KEY):
         return
     if ours:
+        # The record would be all that is left of the store, and would keep its folder.
         store.delete(use.key)
     raise RefusedError(
         f"the store {store.uri} is gone",

@@ -114,6 +114,7 @@ def missing_shards(writer: StoreWriter, *, deep: bool | None = None) -> list[Sha
         return []
     deep = store.local_path("") is not None if deep is None else deep
     sizes = {key: stat.size for key, stat in store.list(ARRAYS).items()}
+    # Two listings instead of two looks at each shard: in object storage each look is a request.
     receipts = set(store.list(RECEIPTS))
     there = _keeps_its_receipt if deep else _is_listed
     return [
@@ -137,6 +138,7 @@ def adopt_shard(writer: StoreWriter, shard: Shard) -> npt.NDArray[np.float32] | 
         return None
     identity = writer.creation.identity
     try:
+        # Decoded as a whole, since without a receipt there is no sha256 to compare with.
         stored = decode_shard(identity, shard, data)
     except ValueError:
         _set_aside(writer, shard)
@@ -164,6 +166,7 @@ def _take_shard(writer: StoreWriter, shard: Shard, source: Manifest) -> bool:
         data = writer.store.parent.get(key)
     except ObjectMissing:
         return False
+    # Read and hashed even where it is only linked: a link would carry damage on into this store.
     if sha256(data) != record.sha256 or source.format != writer.creation.identity.format:
         return False
     receipt = Receipt.of(record, writer.creation_sha256, 0.0, socket.gethostname())
@@ -240,6 +243,7 @@ def seal_store(writer: StoreWriter) -> Manifest:
     sizes = {key: stat.size for key, stat in store.list(ARRAYS).items()}
     found = intact_receipts(store)
     receipts = [_complete_receipt(writer, shard, sizes, found.get(shard.key)) for shard in writer.layout.shards()]
+    # The seal vouches for these files too, and the store may have been begun days ago: they are compared once more.
     digests = _put_metadata(store, writer.creation.identity)
     manifest = Manifest.seal(writer.creation, digests, (receipt.record() for receipt in receipts))
     for key in store.partials():  # of writers that were killed; a live one writes its file again
@@ -359,6 +363,7 @@ def _keeps_its_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int])
         except ObjectMissing:
             whole = False
     if not whole:
+        # Without a receipt that can be believed the object may still be whole, so it stays for `adopt_shard` to read.
         if receipt is not None:
             _set_aside(writer, shard)
         writer.store.delete(shard.receipt_key)
@@ -439,5 +444,6 @@ def _set_aside(writer: StoreWriter, shard: Shard) -> None:
 
 def set_aside(store: ObjectRoot, key: str) -> bool:
     """Move an object of a store to `<id>.damaged/`, under a name of its own; False if there is none."""
+    # A random part, since the same shard may be set aside several times, and by two writers at once.
     aside = f"{store.name}{DAMAGED_SUFFIX}/{key.replace('/', '-')}.{secrets.token_hex(4)}"
     return store.parent.move(f"{store.name}/{key}", aside)

@@ -46,6 +46,7 @@ class FencedWriter:
         if self.own is None:
             path.unlink(missing_ok=True)
             return
+        # By way of the writer's own folder: once somebody has taken over, it is gone, and this fails.
         aside = self.own / path.name
         with contextlib.suppress(FileNotFoundError):
             path.rename(aside)
@@ -88,6 +89,7 @@ def take_over(folder: Path, attempt: int, what: str) -> FencedWriter:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         count = 1 + max((number for _, number, _ in _writers(folder)), default=0)
+        # Numbers of fixed width, so that names sort by attempt and then by count.
         own = folder / f"writer-{attempt:06d}-{count:06d}-{secrets.token_hex(6)}"
         own.mkdir()
         failpoint("fence.before_takeover")
@@ -100,6 +102,7 @@ def take_over(folder: Path, attempt: int, what: str) -> FencedWriter:
             if path != own:
                 with contextlib.suppress(FileNotFoundError):  # shut out by somebody else
                     path.rename(path.with_name(path.name.replace("writer", "shut-out")))
+        # What an earlier writer had in the making goes with its folder; none of it was published.
         for path in folder.glob("shut-out-*"):
             shutil.rmtree(path, ignore_errors=True)
     except OSError as error:

@@ -192,6 +192,7 @@ def whole_file(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         RecipeError: there is a file of that name, and it may not be overwritten.
         MachineError: the disk is full, or the folder cannot be written.
     """
+    # Asked before hours of writing may be in vain; at the end the link asks once more, for what has come meanwhile.
     if not overwrite and path.exists():
         raise _there_already(path)
     partial = partial_name(path)
@@ -296,6 +297,7 @@ def append(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Names of files that are no UTF-8 reach a message as lone surrogates, which UTF-8 cannot write.
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as lines:
             lines.write(text)
     except OSError as error:
@@ -326,6 +328,7 @@ def _write_partial(path: Path, data: bytes, *, durable: bool = True, folder: Pat
             handle.write(data)
             handle.flush()
             if durable:
+                # Before the file has its name: otherwise a loss of power may leave the name without the bytes.
                 os.fsync(handle.fileno())
     except OSError as error:
         with contextlib.suppress(OSError):  # the first error is the one to tell

@@ -34,9 +34,11 @@ def file_lock(
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Opened without truncating it: those who wait read the holder's note from this very file.
         lock = open(path, "a+")  # noqa: SIM115  # closed by the block below; here for its refusal
     except OSError as error:
         raise write_error(error, path, 0) from error
+    # The file stays when the lock is given back: were it removed, two could hold locks on two files of one name.
     with lock as handle:
         started, told = time.monotonic(), False
         while not try_lock(handle.fileno()):
@@ -47,6 +49,7 @@ def file_lock(
             if on_wait is not None and not told:
                 on_wait(holder)
                 told = True
+            # flock has no time limit of its own, so it is tried again until `wait` is over.
             time.sleep(0.1)
         handle.truncate(0)
         handle.write(note or f"process {os.getpid()}")
@@ -88,6 +91,7 @@ def is_locked(path: Path, *, shared: bool = False) -> bool:
     except BlockingIOError:
         return True
     finally:
+        # Closing gives back the lock that this look has taken; until then, whoever tries it finds the file locked.
         os.close(descriptor)
     return False
 

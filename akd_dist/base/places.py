@@ -53,6 +53,8 @@ def written(place: str | Path, folder: str | Path, *, verbatim: bool = False) ->
         return there
     head, *rest = there.split("/../", 1) if verbatim else [there]
     head, here = _real(head or os.sep), os.path.realpath(here)
+    # Two places that share only the root of all files will not be moved together, so nothing is gained by a relative
+    # path.
     if os.path.commonpath([head, here]) == os.sep:
         return there
     return "/../".join([os.path.relpath(head, here), *rest])

@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             _check_folder()
             with _terminable():
+                # Not standalone: click would print its own messages, and leave with codes of its own.
                 code = cli.main(args=given, prog_name="akd-dist", standalone_mode=False)
         except BaseException as error:
             if isinstance(error, SystemExit | BrokenPipeError) and reader_is_gone():  # click has made the former of it

@@ -48,6 +48,7 @@ def listing(folder: Path) -> str:
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     for place, folders, names in os.walk(folder):
+        # os.walk goes by this very list, and the order of a folder's entries is not the same everywhere.
         folders.sort()
         yield place, folders, names
 

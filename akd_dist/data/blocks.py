@@ -83,6 +83,7 @@ def map_blocks(blocks: Iterable[Block], work: Callable[[Block], T], threads: int
                 except Exception as error:
                     unreadable = error
                     continue
+                # Handed on before another block is sent to work, so that no more than `threads` of them are held.
                 if len(ahead) == threads:
                     yield ahead.popleft().result()
                 ahead.append(pool.submit(to_the_row, block))
@@ -92,4 +93,6 @@ def map_blocks(blocks: Iterable[Block], work: Callable[[Block], T], threads: int
                 raise unreadable
         finally:
             for waiting in ahead:
+                # Whoever takes the results may leave early: blocks that no thread has begun are not worked on for
+                # nobody.
                 waiting.cancel()

@@ -150,6 +150,7 @@ class Images:
         """Whether a coloured image raises `NotGreyError`; else one is refused where the shape is that of grey ones."""
         self.with_frames = 0
         """How many of those converted have several frames."""
+        # Blocks are converted by several threads, and adding to a number is not one step.
         self._counting = threading.Lock()
 
     def in_colour(self) -> Images:

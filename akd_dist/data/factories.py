@@ -127,6 +127,7 @@ def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
         finder = _Listed(trusted.elsewhere, module.partition(".")[0])
         if finder not in sys.meta_path:
             sys.meta_path.append(finder)
+    # Python keeps lists of folders, in which a module that was written a moment ago does not stand yet.
     importlib.invalidate_caches()
     if not listed:
         _check_own(name, module, trusted)

@@ -150,6 +150,7 @@ class _Names(Labels):
         self._place, self._complete = place, classes.complete
         self.names = classes.names
         self._ids = {name: number for number, name in enumerate(classes.names or ())}
+        # Threads meet new names at the same time, and the number of names is the next one's id.
         self._lock = threading.Lock()
 
     def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:

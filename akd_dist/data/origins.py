@@ -97,6 +97,7 @@ def check_unchanged(origins: Origins, stamps: Stamps) -> None:
         RefusedError: one was written meanwhile; names it.
     """
     noted = origins["files"]
+    # A file without a stamp was written too recently for another write to show in its times, so it is read again.
     doubtful = [path for path in stamps if noted[str(path)]["stamp"] is None or stamp_of(path) != stamps[path]]
     for path, found in _sha256_of(doubtful).items():
         if found != noted[str(path)]["sha256"]:

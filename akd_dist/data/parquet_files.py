@@ -61,6 +61,7 @@ def find_parquet(path: str) -> Found:
     try:
         if place.is_dir():
             found = _in_folder(place)
+        # A file whose very name holds a bracket or an asterisk is that file, and no glob.
         elif any(character in path for character in "*?[") and not place.exists():
             found = _of_glob(place)
         else:

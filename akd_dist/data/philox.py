@@ -2,8 +2,10 @@
 
 import numpy as np
 
+# The paper's constants; the keys step by the golden ratio and the square root of 3, less 1, as fractions of 2**32.
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)
 _KEY_STEPS = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
+# With seven rounds it passes all of BigCrush's tests; ten are what the paper recommends, as a margin.
 _ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
 WORD_BITS = np.uint64(32)

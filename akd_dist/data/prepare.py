@@ -107,6 +107,7 @@ def read_labels(reading: OpenedSource, tell: Callable[[int, int], None]) -> np.n
     labels = np.zeros(source.rows, dtype=np.int64)
 
     def work(block: Block) -> int:
+        # Each thread writes the rows of its own block, so no lock is needed.
         labels[block.rows] = convert(block.labels, block.rows)
         return len(block)
 
@@ -167,6 +168,7 @@ def write_source(
     def work(block: Block) -> tuple[int, list[np.ndarray]]:
         """How many rows the block has, and the inputs of each file."""
         rows = block.rows
+        # Also of rows that are left out: which classes there are is a matter of the whole source.
         labels[rows] = convert(block.labels, rows)
         here = [part[rows] for part, *_ in files]
         wanted = np.logical_or.reduce(here)
@@ -179,14 +181,18 @@ def write_source(
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(open(path, "wb")) for _, path, _ in files]
         for output, (rows, *_) in zip(outputs, files, strict=True):
+            # The number of rows is known, so they can follow as they are decoded; `np.save` would want all of them in
+            # memory.
             _write_header(output, int(np.count_nonzero(rows)), reading.inputs)
         for count, parts in map_blocks(source.blocks(reading.block_rows), work, default_threads()):
+            # Not strict, since a block of which no row is wanted has no parts.
             for output, part in zip(outputs, parts, strict=False):
                 output.write(part.data)
             done += count
             tell(done, source.rows)
         for output in outputs:
             output.flush()
+            # Durable before the index that vouches for it.
             os.fsync(output.fileno())
     labels = convert.finished(labels)
     for rows, _, path in files:
@@ -230,6 +236,7 @@ def _count_classes(source: Source, labels: np.ndarray, convert: Labels) -> int:
     if source.classes is not None:
         return source.classes
     row = int(labels.argmax())
+    # More classes than rows come of a mark for rows without a label, such as 255, or of a wrong column.
     if labels[row] >= max(len(labels), 2):
         raise RefusedError(
             f"label out of range in {source.label_place(row)}",

@@ -83,6 +83,7 @@ def prepare(
         if splits is not None:
             splits = _believed(splits, folder, files, kinds) if expected is None else _as_expected(splits, expected)
         if splits is None:
+            # What was written is then read back as every other process will find it.
             _write(folder, data, kinds, files, cache_root, budget, tell)
             splits = _open(folder)
     if splits is None:
@@ -96,10 +97,13 @@ def _key(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, An
     fractions = {name: getattr(data, name) for name in SPLITS if name not in keys}
     key = {
         "format": _FORMAT,
+        # Only where it changes which rows go where: for all others the key stays what it was before recipes had
+        # `stratify`.
         **({"stratify": True} if data.stratify and is_drawn(data) else {}),
         "sources": keys,
         "fractions": fractions,
         "subset": data.subset,
+        # Where nothing is drawn the seed decides nothing, so recipes of any seed find the same rows.
         "seed": data.seed if fractions or data.subset else None,
         "task": data.task,
         "text": text_key(data.text),
@@ -175,6 +179,7 @@ def _write_readings(
             {name: _arrays(partial, name)[0] for name in SPLITS}, functools.partial(tell, "rows in two splits")
         )
         origins["shown"] = show({name: reading.source for name, reading in readings.items()})
+        # Once all of them have been read: of a file that was written meanwhile, nobody could say which rows it gave.
         check_unchanged(origins, stamps)
         _write_index(partial, data.task, classes, readings["train"].inputs.tokens, lines, origins, tell)
         (partial / IN_USE).touch()
@@ -263,6 +268,7 @@ def _believed(splits: Splits, folder: Path, files: list[Path], kinds: dict[str, 
     origins, believed = compare(index["origins"], files, kinds)
     if origins is None:
         return None
+    # A copy that was restored has other times and the same content: noted, so that it is not hashed by each command.
     if origins != index["origins"]:
         replace(folder / _INDEX, with_checksum(index | {"origins": origins}))
     forget = functools.partial(discard, splits.train.files, splits.train.inodes)

@@ -166,6 +166,7 @@ def fingerprint(
         on_progress: called with rows done, and rows in all.
     """
     blocks = []
+    # hashlib lets other threads run while it hashes, so a pool of them keeps all cores busy.
     with ThreadPoolExecutor(default_threads()) as pool:
         found = pool.map(lambda start: digest(_block(inputs, labels, start)), range(0, len(labels), BLOCK_ROWS))
         for number, block in enumerate(found, 1):

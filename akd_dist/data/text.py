@@ -143,6 +143,7 @@ class _HuggingFaceTokenizer:
                 next="add one with tokenizer.add_special_tokens({'pad_token': '[PAD]'}) and save the tokenizer",
             )
         special = set(self._tokenizer.all_special_ids) | {padding}
+        # Ids may have holes between them, so the number of tokens can be less than the largest id plus one.
         last = max(self._tokenizer.get_vocab().values())
         self.tokens = Tokens(
             vocabulary=last + 1, padding=padding, mask=self._tokenizer.mask_token_id, special=tuple(sorted(special))

@@ -50,6 +50,7 @@ class _Synchronised(_BatchNorm):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        # A worker that has failed answers no exchange: this asks first, so that the others do not wait in vain.
         self._before()
         values = input if input.dtype == torch.float64 else input.float()
         over = [dimension for dimension in range(values.dim()) if dimension != 1]

@@ -20,7 +20,9 @@ from akd_dist.base.fence import FencedWriter
 from akd_dist.base.files import MAX_DOCUMENT, failpoint, parse_json, sha256
 
 MAGIC = b"AKDCKPT1"
+# The magic is followed by the 64 hexadecimal digits of a sha256.
 _HEAD = len(MAGIC) + 64
+# The newest, and one to fall back on where that is found damaged.
 _KEEP = 2
 DAMAGED = ".damaged"
 """The suffix of a checkpoint that was set aside."""
@@ -136,6 +138,7 @@ def decode(data: bytes, path: Path | str = "a checkpoint") -> Any:
         )
     try:
         tensors = safetensors.torch.load(payload)
+        # safetensors itself hands out no metadata of bytes: they stand in its header, behind eight bytes of its length.
         header = parse_json(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         return _restore(json.loads(header["__metadata__"]["tree"]), tensors)
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
@@ -147,6 +150,7 @@ def _strip(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
     match node:
         case torch.Tensor():
             key = f"{len(tensors):05d}"
+            # A clone, since safetensors refuses tensors that share memory, or are not contiguous.
             tensors[key] = node.detach().cpu().clone(memory_format=torch.contiguous_format)
             return {"tensor": key}
         case dict():

@@ -67,6 +67,7 @@ def train_on(job: CohortJob, splits: Splits, device: torch.device, ranks: Ranks)
     with Guard(contents) as guard, contextlib.ExitStack() as locks:
         writers = claim_students(job, locks) if ranks.rank == 0 else {}
         ranks.any(False)  # nobody reads a checkpoint before rank 0 is the only one to write
+        # Of all ranks, since each node trains on files of its own, and each shares in every weight.
         mark = "+".join(ranks.from_all(guard.mark))
         for name, writer in writers.items():
             drop_doubtful(Path(job.root) / name / "checkpoints", writer, mark)
@@ -146,6 +147,8 @@ def open_stream(
         device=job.device,
     )
     if job.stores:
+        # Another version of a library may change pixels, and nothing that is recorded shows it but the pixels
+        # themselves.
         stream.check_probes(train.manifest)
     return stream, teacher_said, contents
 
@@ -180,6 +183,7 @@ def open_student(
         write_metrics(student)  # without the epochs after the checkpoint: they are trained again
         if resumed:
             write_note(log, f"resumed at epoch {student.epoch}, step {student.step}")
+    # A full disk or a later worker is no fault of the student, which must not be told to have failed by it.
     except (MachineError, HeldError):
         raise
     except Exception as error:

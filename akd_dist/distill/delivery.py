@@ -86,6 +86,7 @@ def _conclude(student: Student, state: str, reason: str | None, log: Path, **mea
     write_note(log, f"{state}: {reason or measured.get('test')}")
     write_metrics(student, durable=True)
     if student.ranks.rank == 0:
+        # The result comes last: a student without one is trained on, whatever else of it lies there.
         failpoint("student.before_result")
         student.writer.replace(student.folder / "result.json", json.dumps(result, indent=1).encode())
         failpoint("student.after_result")

@@ -45,6 +45,7 @@ class Lockstep:
     def run(self) -> bool:
         """Train until every student has ended; True if the stop file was there before."""
         for student in self.active:
+            # No recipe can ask for that; benchmarks do, to see what a fleet costs without its steps.
             if student.epochs == 0:
                 with self._failing_alone(student):
                     student.keep_initial(self.splits.validation)
@@ -89,6 +90,7 @@ class Lockstep:
         failpoint("cohort.after_batch")
         self.progress.tell()
         due = 0 < self.job.checkpoint_seconds < time.monotonic() - self.saved_at
+        # Both in one exchange, since each step of several workers waits for it.
         stop, due = self.ranks.any(self.job.stop_file.exists(), due)
         if stop or due:
             self._save()
@@ -163,6 +165,7 @@ class Lockstep:
 
     def _save(self) -> None:
         rests_on = self.vouch()
+        # Those that wait for somebody else's stage I have taken no step, so they have nothing to keep.
         for student in self.stepping:
             with self._failing_alone(student):
                 student.save(rests_on)

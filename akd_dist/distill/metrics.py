@@ -36,6 +36,7 @@ def evaluate(
     loss, said = 0.0, []
     for start in range(0, len(rows), EVALUATION_ROWS):
         block = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
+        # Copied, since torch warns of tensors over memory that is read-only, as a memory map is.
         inputs, labels = (torch.from_numpy(np.array(part)).to(device) for part in block)
         with autocast(device, precision):
             logits = module(inputs)

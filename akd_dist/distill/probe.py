@@ -144,6 +144,7 @@ def _measure(
     values = splits.train.inputs[0].size
     kept = saved.total / rows + 4 * values
     step_memory = math.ceil(largest * (kept + 2 * saved.largest / rows))
+    # A share that would take long, or more memory than is free, is not tried: its time follows from the few rows.
     if few * share / rows <= PROBE_SECONDS and step_memory <= free_memory(device):
         rows = share
     batch, stream = _batch(data, splits, rows, device)
@@ -158,6 +159,7 @@ def _measure(
         stream=stream * share / rows,
         evaluation=evaluation / evaluated,
         start=start,
+        # The shorter of two, since the first also makes the folder.
         keeping=min(_seconds(student.save), _seconds(student.save)) if weights <= KEPT_BYTES else 0.0,
         weights=weights,
         gradients=_bytes_of(one.grad for one in student.module.parameters() if one.grad is not None),
@@ -194,6 +196,7 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def _timed(student: Student, batch: Batch) -> float:
+    # An epoch without an end, so that no schedule moves the learning rate while steps are timed.
     return _seconds(lambda: student.take_step(batch, steps_per_epoch=1 << 30))  # waits for a GPU: it reads the loss
 
 

@@ -37,6 +37,7 @@ class Progress:
         self.told_at = now
         active = [student for student in self.students if student.training]
         for student in active:
+            # A worker that was shut out must not go on telling that it trains what another one does by now.
             student.writer.check()
         students = [self._of(student, stage1_leader(student, active), now) for student in self.students]
         document = CohortProgress(training=bool(active), at=time.time(), students=students)

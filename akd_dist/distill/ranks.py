@@ -157,6 +157,7 @@ def joined(rank: int, world: int, device: str, host: str, broadcast: Callable[[A
         return
     if ip_address(host).is_loopback:
         (interface,) = (name for name, has in psutil.net_if_addrs().items() if host in [one.address for one in has])
+        # With a "=" NCCL takes the whole name; without it, every interface whose name begins so.
         os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
     store = _meeting_point(rank, world, host, broadcast)
     backend = "nccl" if device == "cuda" else "gloo"
@@ -170,6 +171,7 @@ def _meeting_point(rank: int, world: int, host: str, broadcast: Callable[[Any], 
     """The store by which ranks find each other. Left to itself, torch listens on all of a node's interfaces."""
     listening, place = None, None
     if rank == 0:
+        # The socket is opened here, on one address and a port that the system picks, and handed to torch as it is.
         listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         place = host, listening.getsockname()[1]
     host, port = broadcast(place)

@@ -53,6 +53,7 @@ def epoch_order(rows: int, seed: int, epoch: int, window: int | None = None) -> 
     generator = np.random.Philox(key=[seed, epoch + 1])  # key 0 splits the dataset
     words = generator.random_raw(rows)
     if window is None:
+        # Stable, so that rows of equal words, rare as they are, have the same order on every machine.
         return np.argsort(words, kind="stable")
     order = np.argsort(generator.random_raw(-(-rows // window)), kind="stable")
     group = np.argsort(order)[np.arange(rows) // window] // WINDOWS_AT_ONCE
@@ -156,6 +157,7 @@ class BatchStream:
         """
         order = epoch_order(len(self.rows), self.seed, epoch, self.window)
         view, at_once = epoch % self.views, self.steps_at_once
+        # As a plain array, since `np.memmap` makes a new object of its class for whatever is taken from it.
         stored = None if self.logits is None else self.logits[view].view(np.ndarray)
         for first in range(start_step, self.steps_per_epoch, at_once):
             steps = range(first, min(first + at_once, self.steps_per_epoch))
@@ -188,6 +190,7 @@ class BatchStream:
             yield inputs[part].clone(), labels[part], None if logits is None else logits[part]
 
     def _gather(self, rows: np.ndarray, view: int, stored: np.ndarray | None) -> Gathered:
+        # `take` gathers faster than indexing by an array of row numbers does (benchmarks/stream.py).
         labels = torch.from_numpy(self.rows.labels.take(rows)).to(self.device)
         logits = None if stored is None else torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
         return self._view(rows, view), labels, logits
@@ -214,6 +217,7 @@ class BatchStream:
             compared += len(seen)
             changed += [(view, *pair) for pair in zip(seen, now, strict=True) if pair[0].sha256 != pair[1].sha256]
         if changed:
+            # It may be the prepared rows that have changed: these can be made again, and nobody needs to be refused.
             self.rows.content().verify()
             view, first, _ = changed[0]
             raise RefusedError(

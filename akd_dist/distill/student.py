@@ -218,6 +218,7 @@ class Student:
         }
         self.history.append(record)
         metric = self.metric or recipe.METRICS[validation.task][0]
+        # Only what is strictly better: of equal epochs the earliest stays the best.
         if self.best is None or metrics[metric] > self.best_record["validation"][metric]:
             self.best, self.best_record = copy_of(self.module.state_dict()), record
         self.epoch, self.step, self.loss_sum, self.loss_rows = self.epoch + 1, 0, 0.0, 0
@@ -288,6 +289,7 @@ class Student:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+        # Numbers of fixed width, so that names sort by progress, and where that is equal by attempt.
         name = f"{self.epoch:06d}-{self.step:08d}-{self.attempt:04d}"
         save_checkpoint(self.folder / "checkpoints", name, tree, self.writer)
 
@@ -311,6 +313,7 @@ class Student:
         self.rng = [states[self.ranks.rank] for states in tree["rng"]]
         self.module.load_state_dict(tree["module"])
         self.optimizer, self.scaler = self._new_optimizer()
+        # Into an optimizer of the stage that was entered above: it may be of another kind than that of the first stage.
         self.optimizer.load_state_dict(tree["optimizer"])
         self.scaler.load_state_dict(tree["scaler"])
         return True
@@ -367,6 +370,7 @@ def seeded_states(device: torch.device, seed: int, stage: int, rank: int) -> lis
     """
     digest = sha256(f"student {seed} stage {stage} rank {rank}".encode())  # ranks drop other units
     devices = dict.fromkeys(("cpu", device.type))
+    # 60 bits of the digest: a seed that torch takes as a positive number, whatever kind of generator it is for.
     return [torch.Generator(one).manual_seed(int(digest[:15], 16)).get_state() for one in devices]
 
 

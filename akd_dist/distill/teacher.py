@@ -214,8 +214,10 @@ def _remember(job: CacheJob, shard: Shard, logits: np.ndarray) -> tuple[float | 
     numbers = probe_rows(job.store.creation.identity, shard)
     shown = view_digests(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view, rows.tokens, job.device)
     try:
+        # After they were read, and before anything is published that rests on them.
         rows.content(shard.start, shard.stop).verify()
     except CorruptCacheError:
+        # The map that this process keeps shows the wrong bytes as long as it lives, so the rows are opened again.
         del _rows[rows.fingerprint]
         raise
     return agreement, shown

@@ -113,6 +113,7 @@ def _try_batches(module: nn.Module, card: ModelCard, rows: Rows, whose: str, tra
         refuse_own_batch_norms(module)
     module.train()
     first, last = int(ends[0]), int(np.diff(ends, prepend=0)[-1])
+    # Two rows are the cheapest try. A model that wants more is refused only if its usual batch fails as well.
     two = _refusal(module, card, rows, 2)
     if two is not None and ((usual := first // workers) <= 2 or _refusal(module, card, rows, usual) is not None):
         raise two

@@ -198,6 +198,7 @@ class TextTransformer(nn.Module):
         """Logits [n, classes] of ids int32 [n, length], or [n, 2, length] with token types in the second row."""
         ids = inputs if self.types is None else inputs[:, 0]
         real = ids != self.padding
+        # Attention over nothing at all would be NaN.
         real[:, 0] = True
         embedded = self.tokens(ids) + self.positions[: ids.shape[1]]
         if self.types is not None:
@@ -308,6 +309,7 @@ def _safetensors_of(name: str, published: Any) -> str:
 
 # ---- refusals
 
+# A library builds as many layers as a configuration claims, one by one, and a foreign one may claim any number.
 MOST_LAYERS = 2_000
 _COUNTS = re.compile(r"layer|depth|block|stage|group|expert|repeat")
 

@@ -64,10 +64,12 @@ def build(card: ModelCard, seed: int | None = None, *, pretrained: bool = False)
             weights are missing or of another shape; an optional library is not installed.
     """
     if seed is not None:
+        # No GPU's generator is forked: weights are drawn on the CPU, and forking one would start CUDA.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build(card, pretrained=pretrained)
     module = Classifier(_body(card, pretrained), card)
+    # In eval mode, in which a run leaves the statistics of batch norm as they are.
     check_output(module.eval(), card)
     return module.train()
 
@@ -231,6 +233,7 @@ def _per_channel(values: Sequence[float], unit: float, card: ModelCard) -> torch
             got=f"{len(values)} values for inputs of shape {list(card.input_shape)}",
             expected="one value" if channels == 1 else f"1 or {channels} values in mean and in std",
         )
+    # In float64, so that a constant of the recipe is rounded to float32 once, after it was scaled.
     scaled = torch.tensor(values, dtype=torch.float64) * unit
     return scaled.float().view(1, -1, *[1] * (len(card.input_shape) - 1))
 
@@ -249,6 +252,7 @@ def check_output(module: nn.Module, card: ModelCard, inputs: torch.Tensor | None
         RefusedError: it raises, returns no logits, or another number of them.
     """
     inputs = torch.from_numpy(_two_rows(card)) if inputs is None else inputs
+    # A model may draw random numbers here, which must not change those that its caller draws afterwards.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             logits: torch.Tensor = module(inputs)

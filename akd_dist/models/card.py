@@ -164,6 +164,8 @@ class ModelCard(BaseModel):
 
     def _takes_shorter(self, shape: tuple[int, ...]) -> bool:
         masked = isinstance(self.model, recipe.TextTransformer | recipe.HuggingFaceModel)
+        # These models mask padding, so a text is the same to them in a shorter frame; others have a weight for each
+        # place.
         return masked and shape[:-1] == self.input_shape[:-1] and shape[-1:] <= self.input_shape[-1:]
 
 

@@ -31,7 +31,9 @@ def set_deterministic(device: str, threads: int) -> torch.device:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
     if device == "cuda":
         _check_gpu()
+        # Benchmarking chooses kernels by a race, and so may choose others the next time.
         torch.backends.cudnn.benchmark = False
+        # TF32 keeps ten bits of a fraction, so float32 would not be float32, and results would depend on the card.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     return torch.device(device)

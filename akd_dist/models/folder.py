@@ -162,6 +162,7 @@ def _read(uri: str | Path, trusted: Trusted) -> tuple[ModelCard, bytes, bool]:
             expected=f"a folder with {WEIGHTS} and {CARD}",
             next="name a student's folder (runs/<name>/students/<student>), or let the recipe train the teacher",
         ) from error
+    # The name says nothing: a pickle may be called model.safetensors, and then it is told as what it is.
     if _is_pickle(weights):
         raise _pickle_refused(f"{uri}/{WEIGHTS}")
     if foreign:

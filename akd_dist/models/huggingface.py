@@ -116,6 +116,8 @@ def _load(model_class: Any, config: Any, label: str, place: str | None, **option
                 place,
                 config=config,
                 dtype=torch.float32,
+                # Shapes are compared by `_check_loaded`, which knows a head from the rest; transformers would refuse
+                # either.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 trust_remote_code=False,

@@ -136,6 +136,7 @@ class StudentSpec(Training):
         """What students that train the same stage I have in common; None where no further stage follows."""
         if not isinstance(self.objective, AnnealingKD):
             return None
+        # Neither what a student is called nor how much of a GPU it has changes a weight.
         document = self.model_dump(mode="json", exclude={"name", "gpus"})
         del document["objective"]["stage2_epochs"], document["objective"]["stage2_optimizer"]
         return json.dumps(document)

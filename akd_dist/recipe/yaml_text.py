@@ -24,6 +24,8 @@ from akd_dist.recipe.grid_names import names_of_grid
 from akd_dist.recipe.recipe import StudentSpec
 
 KeyPath = tuple[str | int, ...]
+# Bounds of what a recipe can be in earnest, so that a hostile one ends in a message, and not in a process without
+# memory.
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
 MAX_STUDENTS = 10_000

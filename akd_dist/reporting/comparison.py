@@ -66,6 +66,7 @@ def expand(recipe: Recipe, seeds: int | None = None) -> Recipe:
             for listed in _gathered(recipe.students, lambda student: student.model)
             for student in _of_model(listed, kinds, seeds)
         ]
+        # A number of cohorts was meant for the recipe's own students, and there are several times as many now.
         changes = {"name": recipe.name + SUFFIX, "students": students, "cohorts": None}
         return Recipe.model_validate(dict(recipe) | changes)
     except ValidationError as error:

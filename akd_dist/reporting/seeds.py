@@ -145,6 +145,7 @@ def group_students(students: Iterable[FleetStudent], metric: str = "accuracy") -
     """
     groups: dict[tuple[str, str, int | None, str], SeedGroup] = {}
     for student in students:
+        # The name as well, since grids may vary what stands in none of the other three.
         key = (student.model, student.objective, student.tau_max, student.name.removesuffix(f"-s{student.seed}"))
         groups.setdefault(key, SeedGroup(*key, metric)).students.append(student)
     order = list(OBJECTIVE_LABELS)

@@ -53,6 +53,7 @@ class Served:
     def logits(self, inputs: np.ndarray) -> torch.Tensor:
         """Logits [n, classes] of raw inputs [n, *shape], float32 or float64, on its device."""
         with torch.inference_mode(), autocast(self.device, self.precision):
+            # Copied, since torch warns of tensors over memory that is read-only, as a memory map is.
             logits: torch.Tensor = self.module(torch.from_numpy(np.array(inputs)).to(self.device))
         return at_least_float32(logits)
 
@@ -173,6 +174,7 @@ class _Tally:
 
     def add(self, inputs: np.ndarray, labels: np.ndarray) -> None:
         """Run the model on a batch, with its own threads; sums go as in `student.evaluate`."""
+        # Models that are compared may come of runs with other numbers of threads, on which the last bits depend.
         torch.set_num_threads(self.model.threads)
         logits = self.model.logits(inputs)
         truth = torch.from_numpy(np.array(labels)).to(logits.device)

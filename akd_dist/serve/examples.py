@@ -181,6 +181,7 @@ def _of_recipe(path: Path, asked: DataRequest, cache_root: Path, on_progress: Pr
         for start in range(0, len(rows), EVALUATION_ROWS):
             inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
             yield inputs, labels if labelled else None
+        # At the end, when all rows were read: `evaluate` and `predict` report nothing before they come by here.
         rows.content().verify()
         splits.sources.finish()
 

@@ -280,6 +280,8 @@ def _program(model: Served, to: str) -> Any:
     """The module as a torch.export program, of any number of rows, without the places of this machine."""
     example = torch.from_numpy(_random_inputs(model.card)[:2])
     try:
+        # Not strict: the model's own Python is run once; the strict way goes through torch's compiler, which takes
+        # fewer models.
         program = torch.export.export(
             model.module, (example,), dynamic_shapes=({0: torch.export.Dim("rows", min=1)},), strict=False
         )

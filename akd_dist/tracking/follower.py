@@ -87,6 +87,8 @@ class Follower:
         in_row = 0
         for student in self.students:
             stamp = (written(student.folder / "metrics.jsonl"), written(student.folder / "result.json"))
+            # Two looks at the file system instead of reading and parsing: a fleet may have thousands of students that
+            # have ended.
             if stamp == (0, 0) or self.stamps.get(student.name) == stamp:
                 continue
             try:

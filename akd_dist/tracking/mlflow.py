@@ -53,6 +53,7 @@ class MLflow:
             self.found |= {run.data.tags["akd_dist.student"]: run for run in page}
             if not (token := page.token):
                 break
+        # Last, so that a connection that failed half way counts as none, and is begun again.
         self.client = client
 
     def close(self) -> None:

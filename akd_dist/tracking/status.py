@@ -43,6 +43,7 @@ class Pace:
     def per_second(self, count: float, now: float) -> float:
         """Take the count in, and say by how much it grew in each of the last seconds; by `time.monotonic()`."""
         self.samples.append((now, count))
+        # The oldest sample goes once the one after it is old enough, so that what is kept always spans the whole time.
         while len(self.samples) > 2 and now - self.samples[1][0] > PACE_SECONDS:
             self.samples.popleft()
         since, before = self.samples[0]
@@ -127,6 +128,7 @@ def is_alive(driver: RunDriver) -> bool | None:
         os.kill(driver.pid, 0)
     except ProcessLookupError:
         return False
+    # A process of another user may not be signalled, but it is there.
     except PermissionError:
         pass
     return True
@@ -156,6 +158,7 @@ class RunReader:
         at = _last_sign(driver, plan, [progress for progress, _ in told])
         alive = is_alive(driver) if driver else None
         held = alive if alive is not None else at is not None and time.time() - at < SILENT_SECONDS
+        # A plan that is older than its driver is an earlier attempt's.
         current = driver is not None and plan is not None and plan.at >= driver.since
         training = held and current and saved is None
         ended_at = written(self.run / "fleet.json") / 1e9 if saved is not None else None
@@ -206,6 +209,7 @@ class RunReader:
         """What the cohorts of the plan's attempt tell, in the order in which they began, and when they did."""
         paths = (self.run / "control").glob(f"progress-cohort-{plan.attempt}-*.json")
         numbered = {path: path.stem.rsplit("-", 1)[1] for path in paths}
+        # By number, since as text 10 comes before 9.
         ordered = sorted((path for path, number in numbered.items() if number.isdecimal()), key=_number_of)
         return [(told, written(path)) for path in ordered if (told := read_document(path, CohortProgress))]
 

@@ -134,6 +134,7 @@ def open_inputs(recipe: Recipe, workspace: Workspace, *, students: bool, again: 
 def open_rows(recipe: Recipe, workspace: Workspace, *, students: bool, again: bool) -> Inputs:
     """The first half of `open_inputs`: the rows, and whether the students can be trained on them."""
     splits = prepare_shown(recipe.data, workspace.cache_root, workspace.console, again=again)
+    # Files that were believed by their times are hashed from here on, while everything else goes on.
     splits.sources.begin()
     return Inputs(recipe, splits, [], check_students(recipe, splits) if students else {})
 
@@ -178,6 +179,7 @@ def look_up(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
             if workspace.address is None:
                 # Which card the nodes of a cluster have is not asked: views that are there may count as missing.
                 plan.creation = computed_on(device_name(recipe.device), plan.creation)
+            # Receipts are counted and not read: a command that computes looks at each of them once it holds the claim.
             done = set(StoreWriter(workspace.store_root, plan.creation).store.list(RECEIPTS))
             source = source_of(plan, catalog.narrower_stores(workspace.store_root, plan.identity))
             taken = 0 if source is None else source.identity.views
@@ -200,6 +202,7 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
     teacher, *assistants = [_planned(recipe, inputs.splits, model) for model in (*models, *unknown)]
     needed = sum(split.bytes for planned in (teacher, *assistants) for split in planned.values())
     root = open_root(workspace.store_root)
+    # What is all there needs neither room nor nodes, and is not refused for the lack of them.
     if needed:
         check_folder(root.local_path(""))
         check_room(workspace.store_root, needed)
@@ -261,6 +264,7 @@ def creation_of(
         rows=len(rows),
         teacher=fingerprint,
         augmentation=by_content(augmentation),
+        # Where no view is drawn the seed changes no logit, so recipes of any seed find the same store.
         data_seed=None if plain else recipe.data.seed,
         views=recipe.data.views if split == "train" else 1,
         encoding=recipe.cache.encoding.config(),
@@ -270,6 +274,7 @@ def creation_of(
         batch_rows=recipe.cache.batch_rows,
         threads=recipe.cache.threads,
         device=device,
+        # Another version of any of these may change a last bit of a logit, or a byte of a shard.
         versions={name: version(name) for name in ("akd-dist", "numcodecs", "numpy", "torch", "zarr")},
     )
     teacher = {"fingerprint": fingerprint, "spec": card.model_dump(mode="json")}

@@ -102,6 +102,7 @@ def plan_run(inputs: Inputs, run: Path, workspace: Workspace, *, fresh: bool) ->
         cluster.connect(workspace.address, tell=workspace.tell)
     recipe, splits, parameters = inputs.recipe, inputs.splits, inputs.parameters
     caching = foresee_caching(inputs, workspace)
+    # Without stores, which may not be there yet: it serves to look at the students' folders.
     base = fleet_job(recipe, splits, {}, run, workspace.cache_root)
     todo = [spec for spec in recipe.students if fresh or not ended(base, spec)]
     if todo:
@@ -214,6 +215,7 @@ def check_disk(run: Path, todo: Sequence[StudentSpec], needed: int, cache: PlanD
     folder = _nearest(run)
     free = shutil.disk_usage(folder).free
     logits = cache.bytes if _same_disk(folder, cache.store_root) else 0
+    # Checkpoints that lie there are replaced as training goes on, so their room counts as free.
     if needed - there + logits > free:
         raise MachineError(
             f"checkpoints and models of the students do not fit in {run.parent}",

@@ -308,6 +308,7 @@ def _load(group: Cohort, nodes: Sequence[Node], costs: CostModel) -> Load:
     families = families_of(group)
     seconds = [costs.family_seconds(family) for family in families]
     least = _least_parts(group, nodes, costs)
+    # The part that asks for most stands for all of them, so that no timetable counts on room that is not there.
     part = max(split_evenly(group, least, costs.family_seconds), key=costs.memory)
     return Load(
         sum(seconds), costs.ask(part), costs.stream_seconds(group), max(seconds), parts=len(families), least=least
@@ -375,8 +376,10 @@ def allocate(loads: Sequence[Load], nodes: Sequence[Node], wanted: int | None) -
 
     counts = [load.least for load in loads]
     best, tried = counts, [Alternative(sum(counts), end(counts)[0])]
+    # More cohorts may pay only once they fill another round on all CPUs, so as many as that are tried beyond the best.
     slots = 1 + sum(int(node.cpus) for node in nodes)
     work = sum(load.seconds * load.ask.workers * load.ask.cpus for load in loads)
+    # However they are cut, students end no sooner than all work shared out over all CPUs, or than the dearest alone.
     soonest = max(work / sum(node.cpus for node in nodes), *(load.each(load.parts) for load in loads))
     lowest = tried[0].seconds + START_SECONDS * sum(counts)
 

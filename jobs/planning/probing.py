@@ -162,6 +162,7 @@ class Prober:
         self.process = process = self.process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
+        # A process that is gone gives no answer, and its last words are told below.
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(request | self.job) + "\n")
             process.stdin.flush()
@@ -181,6 +182,7 @@ class Prober:
             [sys.executable, "-P", "-m", "akd_dist.jobs.planning.probing"],  # -P: only this process's own path counts
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            # A file and not a pipe: a pipe that nobody reads fills up, and a model that says much would wait for ever.
             stderr=self.words,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pytest
 
 from akd_dist.base.errors import DamagedError, HeldError, RefusedError
+from akd_dist.base.files import sha256
 from akd_dist.storage import catalog, removal, repair
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.layout import Shard
@@ -381,3 +382,19 @@ def test_a_killed_writers_claim_and_store_are_taken_over(tmp_path: Path) -> None
     stores.build(tmp_path)
     assert stores.litter(tmp_path) == []
     assert open_store(str(tmp_path / stores.identity().id)).verify() == []
+
+
+def test_a_store_of_format_2_serves_a_request_of_today(tmp_path: Path) -> None:
+    """Its logits are the same: nobody runs a teacher again because the format has moved on."""
+    old = stores.build(tmp_path, stores.creation(format=2))
+    found = catalog.find_store(str(tmp_path), stores.identity())
+    assert found is not None
+    assert (found.id, found.id != stores.identity().id) == (old.id, True)
+    assert catalog.find_store(str(tmp_path), stores.identity(encoding={"name": "float16", "keep_bits": 7})) is None
+    wider = stores.build(tmp_path, stores.creation(format=2, views=3, teacher=sha256(b"another")))
+    found = catalog.find_store(str(tmp_path), stores.identity(teacher=sha256(b"another")))
+    assert found is not None
+    assert found.id == wider.id
+    # Its shards are not taken for a store of today, whose manifest says more of them.
+    request = stores.creation(views=4, teacher=sha256(b"another"))
+    assert catalog.narrower_stores(str(tmp_path), request.identity) == []

@@ -36,6 +36,7 @@ class HuggingFaceSource:
         rows: int = len(dataset)
 
         def blocks(spec: recipe.Table, most: int) -> Iterator[Block]:
+            # As Arrow, since in any other format the library decodes images and casts numbers by rules of its own.
             chosen = dataset.select_columns(columns_of(spec)).with_format("arrow")
 
             def read(start: int, stop: int) -> tuple[list[Any], Any]:

@@ -156,6 +156,8 @@ def column_names(path: str) -> list[str]:
 
 def _opened(file: Path) -> pq.ParquetFile:
     try:
+        # With the checksums of pages, where the writer left any: without them a flipped bit in a number is another
+        # number.
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise RefusedError(
