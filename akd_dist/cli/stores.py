@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from akd_dist.documents.stores import StoreDocument, StoreEntry
     from akd_dist.storage.catalog import StoreSummary
+    from akd_dist.storage.records import Loss
     from akd_dist.storage.removal import Candidate
 
 # What a list says of each store, and how many columns of text it takes to say more.
@@ -129,7 +130,7 @@ def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json:
     if as_json:
         print_json(document.model_dump(mode="json"))
     else:
-        print_facts(_facts(document, summary))
+        print_facts(_facts(document, summary, None if manifest is None else manifest.loss))
         for use in document.uses:
             who = use.host if use.user is None else f"{use.user}@{use.host}"
             when = use.time[:16].replace("T", " ")
@@ -393,7 +394,7 @@ def _cells(one: StoreSummary) -> list[str]:
     ]
 
 
-def _facts(document: StoreDocument, summary: StoreSummary) -> dict[str, Any]:
+def _facts(document: StoreDocument, summary: StoreSummary, loss: Loss | None) -> dict[str, Any]:
     seconds, hosts = document.receipts.seconds, document.receipts.hosts
     shards = ", ".join(f"{counted(count, 'shard')} by {host}" for host, count in hosts.items())
     decoded = "nothing on this machine"
@@ -414,6 +415,9 @@ def _facts(document: StoreDocument, summary: StoreSummary) -> dict[str, Any]:
     }
     if document.manifest is not None:
         identity = document.manifest["identity"]
+        if loss is not None:
+            kl = "" if loss.kl is None else f"KL {loss.kl:.2g} nats on average, "
+            facts["rounded"] = f"on {loss.rows} rows: {kl}logits by {loss.largest_difference:.2g} at most"
         facts["data seed"] = identity["data_seed"]
         facts["format"] = identity["format"]
         facts["computed"] = document.manifest["computed"]
