@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 
 if TYPE_CHECKING:
     from akd_dist.recipe import Recipe
+
+
+REAL_S3 = os.environ.get("AKD_DIST_TEST_S3")
+"""A real server for the tests that need a bucket, as http://KEY:SECRET@HOST:PORT, instead of a mock; read before the
+environment is cleared."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,17 +105,26 @@ def stores(recipe: Recipe, home: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """An empty bucket on a server of this machine, and the AWS_* environment that leads there."""
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        server = urlsplit(REAL_S3 or stack.enter_context(mock_s3()))
+        patch.setenv("AWS_ENDPOINT_URL", f"{server.scheme}://{server.hostname}:{server.port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", str(server.username))
+        patch.setenv("AWS_SECRET_ACCESS_KEY", str(server.password))
+        patch.setenv("AWS_REGION", "us-east-1")
+        import boto3  # comes with moto
+
+        client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1")
+        client.create_bucket(Bucket=(name := f"akd-{secrets.token_hex(6)}"))
+        yield f"s3://{name}"
+
+
+@contextlib.contextmanager
+def mock_s3() -> Iterator[str]:
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     _, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
-        patch.setenv("AWS_REGION", "us-east-1")
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
-        urllib.request.urlopen(request, timeout=900).close()
-        yield "s3://bucket"
+    yield f"http://test:canary-secret@127.0.0.1:{port}"
     server.stop()

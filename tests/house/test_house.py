@@ -256,6 +256,13 @@ def pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines)
 
 
+def test_every_package_is_installed() -> None:
+    """An editable install has them all, whatever is listed; a wheel, and so an image, has these alone."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in MODULES}
+    assert {name if name.startswith("akd_dist") else f"akd_dist.{name}" for name in folders} == set(listed)
+
+
 def test_every_dependency_is_pinned_within_its_range() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = pins()

@@ -165,6 +165,21 @@ def test_a_dead_holders_claim_is_taken_over(bucket: str) -> None:
     assert root.files() == []
 
 
+def test_storage_that_never_overwrites_on_condition_is_no_endless_wait(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = open_root(f"{bucket}/stubborn")
+    theirs = b'{"host":"elsewhere","pid":1,"since":"2026-01-01","token":"t","counter":5}'
+    root.put("store.claim", theirs)
+    monkeypatch.setattr(S3Root, "put_if_unchanged", lambda *_: None)  # as Ceph 16 answers every If-Match
+    with (
+        pytest.raises(MachineError, match=r"store\.claim of a process without a sign"),
+        claim_store(root.uri, "store", wait=True, stale_after=0.2, poll_every=0.02),
+    ):
+        pass
+    assert root.get("store.claim") == theirs
+
+
 def test_a_claim_taken_from_us_is_not_given_back_by_us(bucket: str) -> None:
     root = open_root(f"{bucket}/lost")
     theirs = b'{"host":"elsewhere","pid":1,"since":"2026-01-01","token":"t","counter":5}'
@@ -197,5 +212,5 @@ def test_storage_that_does_not_answer_is_told_in_bounded_time(bucket: str, monke
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
-    with pytest.raises(MachineError, match=r"cannot read s3://bucket/key"):
+    with pytest.raises(MachineError, match=f"cannot read {bucket}/key"):
         open_root(bucket).get("key")
