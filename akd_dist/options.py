@@ -67,12 +67,16 @@ class Options:
 
     @property
     def cache(self) -> str:
-        """The cache root, absolute."""
-        from akd_dist.storage.node_cache import default_cache_root, ensure_home
+        """The cache root, absolute.
 
-        root = places.absolute(self.cache_root or default_cache_root())
-        ensure_home(Path(root))
-        return root
+        Raises:
+            RecipeError: it is a URI: what lies there is mapped into memory.
+        """
+        from akd_dist.storage.node_cache import cache_folder, ensure_home
+
+        root = cache_folder(self.cache_root)
+        ensure_home(root)
+        return str(root)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +155,14 @@ class FleetOptions(RecipeOptions):
 
     @property
     def runs(self) -> Path:
-        """The run root, absolute."""
-        return Path(RUN_ROOT.chosen(self.run_root))
+        """The run root, absolute.
+
+        Raises:
+            RecipeError: it is a URI: a run's locks and checkpoints need a folder.
+        """
+        chosen = RUN_ROOT.chosen(self.run_root)
+        seen = "a folder; with several nodes, one that every node sees"
+        return places.folder(chosen, holds="runs", option="--run-root", expected=seen)
 
 
 @dataclass(frozen=True, kw_only=True)

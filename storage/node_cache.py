@@ -19,6 +19,7 @@ import numpy.typing as npt
 import platformdirs
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from akd_dist.base import places
 from akd_dist.base.errors import MachineError, RecipeError
 from akd_dist.base.files import PARTIAL_SUFFIX, partial_name, replace, with_checksum, without_checksum
 from akd_dist.base.locks import file_lock, is_locked
@@ -35,14 +36,18 @@ _HEADER_BYTES = 4096
 Progress = Callable[[int, int], None]
 
 
-def default_cache_root() -> Path:
-    """$AKD_DIST_CACHE, or the user's cache folder.
+def cache_folder(given: str | Path | None = None) -> Path:
+    """The folder that was given, else $AKD_DIST_CACHE, else in the user's cache folder; absolute.
 
     Raises:
         MachineError: the user has no home, as in a container whose user is a bare number.
+        RecipeError: it is a URI: what lies there is mapped into memory.
     """
     try:
-        return Path(os.environ.get("AKD_DIST_CACHE") or platformdirs.user_cache_path("akd-dist")).absolute()
+        chosen = given or os.environ.get("AKD_DIST_CACHE") or platformdirs.user_cache_path("akd-dist")
+        return places.folder(
+            chosen, holds="a cache", option="--cache-root", expected="a folder on a disk of each node's own"
+        )
     except RuntimeError as error:
         raise MachineError(
             "there is no folder for prepared data and decoded stores",

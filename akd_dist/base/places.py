@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from akd_dist.base.errors import RecipeError
 from akd_dist.base.files import expanded
 
 
@@ -20,6 +21,29 @@ def absolute(place: str | Path) -> str:
     """A local place as an absolute path, before any worker changes directory; a URI as it is."""
     text = os.fspath(place)
     return text if "://" in text else str(expanded(text).absolute())
+
+
+def folder(place: str | Path, *, holds: str, option: str, expected: str) -> Path:
+    """A place that has to be a local folder, as an absolute path; nothing is looked at.
+
+    Args:
+        holds: what lies there: `runs`.
+        option: the option that names it.
+        expected: which folders would do.
+
+    Raises:
+        RecipeError: it is a URI. As a path that would be a folder here, named after the URI's scheme.
+    """
+    text = absolute(place)
+    scheme, separator, _ = text.partition("://")
+    if separator:
+        raise RecipeError(
+            f"{text!r} is no place for {holds}",
+            got=f"{scheme}://",
+            expected=expected,
+            next=f"give another {option}; what may lie in s3:// are stores (--store-root)",
+        )
+    return Path(text)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from akd_dist.documents.report import CompareDocument, ReportDocument
 from akd_dist.documents.stores import GcDocument, StoreDocument, StoresDocument, VerifyDocument
 from akd_dist.options import RunOptions
 from akd_dist.recipe import load_recipe, recipe_schema
-from akd_dist.storage.node_cache import default_cache_root, open_decoded
+from akd_dist.storage.node_cache import cache_folder, open_decoded
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.uses import using
 from tests import stores
@@ -478,7 +478,7 @@ def test_documents_of_stores_say_who_used_them(root: Path, run: Any) -> None:
     assert shown.decoded is None
     in_words = run("stores", "show", store.name[:6]).out
     assert re.search(r"^used +20\d\d-\S+ \S+ +runs/one +\S+@\S+ ", in_words, re.MULTILINE)
-    open_decoded(open_store(str(store)), default_cache_root())
+    open_decoded(open_store(str(store)), cache_folder())
     assert "all of it on this machine" in run("stores", "show", store.name[:6]).out
 
 

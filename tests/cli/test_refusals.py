@@ -180,6 +180,36 @@ def test_a_run_root_that_cannot_be_written(place: Place) -> None:
     assert "runs" in place.refuse(6)
 
 
+@pytest.mark.parametrize(
+    ("option", "holds", "variable"),
+    [("--run-root", "runs", "AKD_DIST_RUN_ROOT"), ("--cache-root", "a cache", "AKD_DIST_CACHE")],
+)
+def test_a_root_in_object_storage_that_needs_a_folder(
+    option: str, holds: str, variable: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.root)
+
+    def nothing_expensive(*_: Any, **__: Any) -> Any:
+        pytest.fail("rows were looked at")
+
+    monkeypatch.setattr("akd_dist.jobs.train_students.open_rows", nothing_expensive)
+    before = sorted(place.root.rglob("*"))
+    message = place.refuse(2, option, "s3://bucket/there")
+    for word in ("'s3://bucket/there'", f"no place for {holds}", option, "--store-root"):
+        assert word in message
+    # The same by the environment, where the option is not given; the path of a local `s3:` folder is never made.
+    monkeypatch.setenv(variable, "s3://bucket/there")
+    with pytest.raises(SystemExit) as left:
+        main(["train-students", "recipe.yaml", "--store-root", "stores", *other_root(option)])
+    assert left.value.code == 2
+    assert f"no place for {holds}" in place.capsys.readouterr().err
+    assert sorted(place.root.rglob("*")) == before
+
+
+def other_root(option: str) -> list[str]:
+    return ["--cache-root", "cache"] if option == "--run-root" else ["--run-root", "runs"]
+
+
 def test_a_store_that_cannot_fit(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     from akd_dist.storage.objects import LocalRoot
 

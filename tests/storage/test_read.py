@@ -17,7 +17,7 @@ import pytest
 from akd_dist.base.errors import AkdError, DamagedError, MachineError, RecipeError, RefusedError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.storage.manifest import Manifest
-from akd_dist.storage.node_cache import default_budget, default_cache_root, make_room, open_decoded
+from akd_dist.storage.node_cache import cache_folder, default_budget, make_room, open_decoded
 from akd_dist.storage.reader import LogitStore, open_store
 from tests import stores
 
@@ -371,6 +371,6 @@ def test_what_a_killed_decoder_left_is_removed(folder: Path, cache_root: Path) -
 
 def test_the_cache_root_is_the_users_or_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AKD_DIST_CACHE", "/somewhere")
-    assert default_cache_root() == Path("/somewhere")
+    assert cache_folder() == Path("/somewhere")
     monkeypatch.delenv("AKD_DIST_CACHE")
-    assert default_cache_root().name == "akd-dist"
+    assert cache_folder().name == "akd-dist"
