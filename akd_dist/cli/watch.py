@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +40,7 @@ def status(run: str, watch: bool, as_json: bool) -> None:
     if watch:
         found = _follow(reader, found, quiet=as_json)
     if as_json:
-        print_json(json.loads(found.model_dump_json()))
+        print_json(found.model_dump(mode="json"))
     else:
         _print(found)
 

@@ -1,14 +1,20 @@
 """What every document is made of: fields that are known, types with bounds."""
 
+import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from akd_dist.base.errors import encodable
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Correlation = Annotated[float, Field(ge=-1, le=1)]
 Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Moment = Annotated[float, Field(ge=0, le=253_370_764_800)]
 """Seconds since 1970, until the last day of 9999 or so: what a calendar can show."""
+
+Told = Annotated[str, AfterValidator(encodable)]
+"""Text for people, such as an error of any library: pages, trackers and logs can write it, whatever it names."""
 
 
 class Document(BaseModel):
@@ -25,3 +31,10 @@ class Document(BaseModel):
         those of their task alone.
         """
         return self.model_dump(mode="json", exclude_unset=True)
+
+    def spelled(self) -> bytes:
+        """As JSON for a file, every field of it.
+
+        By `json` and not by pydantic, whose writer refuses a path that is no UTF-8: here it stands as escapes.
+        """
+        return json.dumps(self.model_dump(mode="json")).encode()

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
-from akd_dist.documents.base import Correlation, Count, Document, Share
+from akd_dist.documents.base import Correlation, Count, Document, Share, Told
 from akd_dist.recipe import Metric, Split, Task
 
 
@@ -102,7 +102,7 @@ class StudentResult(Document):
     """Governs initialisation and dropout."""
     state: Literal["done", "diverged", "failed"]
     """How its training ended."""
-    reason: str | None
+    reason: Told | None
     """Why it did not succeed, and the log that says more."""
     epochs: Count
     """Epochs trained, over all stages."""

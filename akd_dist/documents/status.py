@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from akd_dist.documents.base import Count, Document, Moment
+from akd_dist.documents.base import Count, Document, Moment, Told
 
 
 class StudentProgress(Document):
@@ -38,7 +38,7 @@ class StudentProgress(Document):
     """Steps per second, lately."""
     seconds_left: float | None = None
     """Seconds to its end at that pace; null while nothing is known of it."""
-    reason: str | None = None
+    reason: Told | None = None
     """Why it did not succeed."""
 
 

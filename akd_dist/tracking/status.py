@@ -20,7 +20,7 @@ from typing import Any
 
 from akd_dist.base import places
 from akd_dist.base.errors import AkdError, RefusedError
-from akd_dist.base.files import read_json, read_small, replace
+from akd_dist.base.files import parse_json, read_json, read_small, replace
 from akd_dist.documents.base import Document
 from akd_dist.documents.damage import AnyDocument, load, read_epochs, read_result
 from akd_dist.documents.fleet import FleetDocument
@@ -105,13 +105,13 @@ def birth_of(pid: int) -> str | None:
 
 def write_document(path: Path, document: Document) -> None:
     """A document that is worth nothing once the run is over: whole, but not made durable."""
-    replace(path, document.model_dump_json().encode(), durable=False)
+    replace(path, document.spelled(), durable=False)
 
 
 def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument | None:
     """A document of control/; None where there is none, or one that another version of akd-dist wrote."""
     try:
-        return kind.model_validate_json(read_small(path))
+        return kind.model_validate(parse_json(read_small(path)))
     except (OSError, ValueError):  # ValueError is what pydantic raises, too
         return None
 

@@ -144,6 +144,28 @@ def test_a_student_the_driver_gave_up_is_failed(tmp_path: Path) -> None:
         assert by_name(reader.read())["one"].reason == "again and again"
 
 
+def test_reasons_and_folders_that_are_no_utf_8_are_written_and_read(tmp_path: Path) -> None:
+    """As of an OSError that names such a file: one such student ended whole fleets."""
+    reason = "OSError: /data/\udcff.txt"
+    leave(tmp_path, "one", result={"state": "failed", "reason": reason})
+    with driving(tmp_path):
+        a_run(tmp_path, "one", "two")
+        tell(tmp_path, "2-0", planned("two", state="failed", reason=reason))
+        status = RunReader(tmp_path).read()
+        assert {name: one.reason for name, one in by_name(status).items()} == dict.fromkeys(
+            ("one", "two"), "OSError: /data/\\udcff.txt"
+        )
+        for document in (status, CohortProgress(training=False, at=0, students=status.students)):
+            write_document(tmp_path / "again.json", document)
+            assert read_document(tmp_path / "again.json", type(document)) == document
+    path = tmp_path / "control" / "driver.json"
+    driver = read_document(path, RunDriver)
+    assert driver is not None
+    odd = driver.model_copy(update={"folder": "/home/\udcff"})  # a path is kept: it is to be typed again
+    write_document(path, odd)
+    assert read_document(path, RunDriver) == odd
+
+
 def test_a_retried_student_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     failed = {"state": "failed", "reason": "once before", "epochs": 3}
     names = ["one", "two", "three", "over"]
