@@ -37,7 +37,7 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> int:
         print_table(fleet_table(run.fleet))
         click.echo(f"report  {short_path(written.report)}")
         for problem in written.problems:
-            click.echo(f"warning: {run.folder}: {problem}", err=True)
+            click.echo(f"warning: {short_path(run.folder)}: {problem}", err=True)
     if document.comparison is not None:
         print_table(runs_table(read))
         click.echo(f"report  {short_path(document.comparison.report)}")

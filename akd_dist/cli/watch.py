@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from akd_dist.base import places
 from akd_dist.cli.options import complete_folder, json_option
 from akd_dist.cli.show import print_json, result_console
 
@@ -40,7 +41,7 @@ def status(run: str, watch: bool, as_json: bool) -> None:
     if watch:
         found = _follow(reader, found, quiet=as_json)
     if as_json:
-        print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json") | {"run": places.absolute(run)})
     else:
         _print(found)
 
