@@ -67,6 +67,15 @@ def nameable(place: str, option: str) -> str:
     return place
 
 
+def output(place: str | Path) -> Path:
+    """Where `--out` says that a file or folder goes, as an absolute path.
+
+    Raises:
+        RecipeError: as `folder`.
+    """
+    return folder(place, holds="what is written", option="--out", expected="a path on this machine")
+
+
 @dataclass(frozen=True)
 class Root:
     """A folder that commands and functions share when none is named: a variable of the environment, or a default."""

@@ -231,13 +231,11 @@ class FleetDocument(Document):
             raise ValueError(f"metric: {self.metric} is none of {self.task}, which has {', '.join(METRICS[self.task])}")
         measured: dict[str, Metrics | None] = {"teacher.test": self.teacher.test}
         measured |= {f"assistants.{number}.test": one.test for number, one in enumerate(self.assistants)}
-        for number, one in enumerate(self.students):
-            found = {"validation": one.validation, "test": one.test}
-            measured |= {
-                f"students.{number}.{split}": metrics
-                for split, metrics in found.items()
-                if metrics is not None or one.state == "done"
-            }
+        measured |= {
+            f"students.{number}.test": one.test
+            for number, one in enumerate(self.students)
+            if one.test is not None or one.state == "done"
+        }
         for field, metrics in measured.items():
             if metrics is None or metrics.get(self.metric) is None:
                 raise ValueError(f"{field}: no {self.metric}, which is the run's metric")

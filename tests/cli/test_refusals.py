@@ -222,6 +222,20 @@ def test_a_recipe_in_a_folder_that_documents_could_not_name(place: Place) -> Non
     assert "UTF-8" in place.refuse(2, "--dry-run")
 
 
+@pytest.mark.parametrize("words", ["report a-run", "predict a-student digits", "export a-student --to onnx"])
+def test_what_is_written_goes_to_this_machine(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is looked at: there is neither such a run nor such a student."""
+    monkeypatch.chdir(tmp_path)
+    for place in ("s3://bucket/there", "\udcff"):
+        with pytest.raises(SystemExit) as left:
+            main([*words.split(), "--out", place])
+        assert left.value.code == 2
+        assert "--out" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def other_root(option: str) -> list[str]:
     return ["--cache-root", "cache"] if option == "--run-root" else ["--run-root", "runs"]
 
