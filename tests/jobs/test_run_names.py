@@ -21,10 +21,13 @@ import psutil
 import pytest
 from rich.console import Console
 
+from akd_dist.base.locks import is_locked
 from akd_dist.cli import main
 from akd_dist.jobs import results
 from akd_dist.jobs.run_folder import held, saved_results
+from akd_dist.jobs.shared import Shared
 from akd_dist.recipe import Recipe
+from akd_dist.storage import removal
 from tests.fleets import a_recipe
 from tests.survivors import FLEET, Place, counted, snapshot
 
@@ -248,3 +251,15 @@ def test_what_training_the_teacher_took_is_null_where_nobody_knows(
     assert results.training_seconds(recipe, recipe, store) is None
     (tmp_path / "teacher" / "result.json").write_text(text)
     assert results.training_seconds(recipe, recipe, store) == expected
+
+
+def test_tokens_are_there_and_locked_as_long_as_their_command_lives(tmp_path: Path) -> None:
+    (tmp_path / "stores").mkdir()
+    shared = Shared({"the stores": str(tmp_path / "stores")}, str(tmp_path / "cache"), print)
+    (token,) = shared._tokens().values()
+    assert removal.gc(str(tmp_path / "stores")) == []
+    token.unlink()  # by somebody on a machine that our lock does not reach
+    assert shared._tokens() == {"the stores": token}
+    assert is_locked(token)
+    shared.__exit__()
+    assert list((tmp_path / "stores").iterdir()) == []
