@@ -189,7 +189,7 @@ def report(*runs: str | Path, out: str | Path | None = None) -> Path:
     from akd_dist.base.files import expanded
     from akd_dist.reporting.page import write_reports
 
-    document = write_reports([expanded(run) for run in runs], None if out is None else Path(places.absolute(out)))
+    document = write_reports([expanded(run) for run in runs], None if out is None else places.output(out))
     return Path(document.comparison.report if document.comparison else document.runs[0].report)
 
 
@@ -237,7 +237,7 @@ def predict(options: PredictOptions) -> dict[str, Any]:
         return predict(
             places.absolute(options.student),
             _request(options, options.data, options.label),
-            Path(places.absolute(options.out or f"{_name_of(options.student)}.parquet")),
+            places.output(options.out or f"{_name_of(options.student)}.parquet"),
             Path(options.cache),
             with_logits=options.logits,
             overwrite=options.force,
@@ -265,7 +265,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
         return export(
             places.absolute(options.student),
             options.to,
-            Path(places.absolute(options.out or f"{_name_of(options.student)}{EXPORT_SUFFIXES.get(options.to, '')}")),
+            places.output(options.out or f"{_name_of(options.student)}{EXPORT_SUFFIXES.get(options.to, '')}"),
             Path(options.cache),
             asked=None if options.data is None else _request(options, options.data, label=""),
             tokenizer=None if options.tokenizer is None else str(options.tokenizer),

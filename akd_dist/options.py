@@ -116,8 +116,12 @@ class RecipeOptions(Options):
 
     @property
     def stores(self) -> str:
-        """The store root, absolute."""
-        return STORE_ROOT.chosen(self.store_root)
+        """The store root, absolute.
+
+        Raises:
+            RecipeError: its name is not UTF-8.
+        """
+        return places.nameable(STORE_ROOT.chosen(self.store_root), "--store-root")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,17 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field
 from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.base import places
-from akd_dist.base.files import read_json, replace
+from akd_dist.base.errors import DamagedError, MachineError
+from akd_dist.base.files import replace
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.rows import Rows, Splits
 from akd_dist.distill.checkpoint import DAMAGED
@@ -21,7 +24,8 @@ from akd_dist.distill.cohort import stored_predictions
 from akd_dist.distill.delivery import failed_entry
 from akd_dist.distill.job import CohortJob, read_result, renewals
 from akd_dist.distill.metrics import measure
-from akd_dist.documents.damage import read_epochs
+from akd_dist.documents.base import Document
+from akd_dist.documents.damage import load
 from akd_dist.documents.fleet import Economics, FleetAssistant, FleetDocument, FleetStudent, FleetTeacher, Metrics
 from akd_dist.jobs.planning.planner import learns_from_assistant
 from akd_dist.jobs.train_teacher import teacher_of
@@ -73,7 +77,7 @@ def finish_run(
         students=students,
         cohorts=cohorts,
         seconds=round(seconds, 3),
-        economics=balances(run, recipe, splits, labels, students, stores),
+        economics=balances(recipe, splits, labels, students, stores),
     )
     in_the_run = places.each(fleet.plain(), functools.partial(places.written, folder=run))
     # Before the report, which is drawn from what this file says.
@@ -84,7 +88,6 @@ def finish_run(
 
 
 def balances(
-    run: Path,
     recipe: Recipe,
     splits: Splits,
     labels: Sequence[str],
@@ -99,19 +102,30 @@ def balances(
     """
     usage: dict[bool, list[StudentUsage]] = {False: [], True: []}
     for spec, result in zip(recipe.students, students, strict=True):
-        epochs = read_epochs(run / "students" / spec.name)
-        usage[learns_from_assistant(spec)].append(reading(spec, epochs, result.stage1_from))
+        usage[learns_from_assistant(spec)].append(reading(spec, result.epochs, result.stage1_from))
     spent = training_seconds(recipe, splits, stores[0]["train"])
     found = [economics("teacher", labels[0], stores[0], usage[False], spent)]
     return found + ([economics("assistant", labels[-1], stores[-1], usage[True])] if usage[True] else [])
+
+
+class _Spent(Document):
+    """What is read of the result that a teacher's training left."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    seconds: Annotated[float, Field(ge=0)]
 
 
 def training_seconds(recipe: Recipe, splits: Splits, store: LogitStore) -> float | None:
     """What training the teacher took, where the recipe trained it and it left its result beside this store."""
     trained = teacher_of(recipe, splits)
     folder = None if trained is None else open_root(trained.uri(open_root(store.uri).parent.uri)).local_path("")
-    result = None if folder is None else read_json(folder / "result.json")
-    return float(result["seconds"]) if isinstance(result, dict) else None
+    if folder is None:
+        return None
+    # A footnote of the balance, of a file that the run does not own: whatever is wrong with it ends no run.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, DamagedError, MachineError):
+        return load(folder / "result.json", _Spent, next="").seconds
+    return None
 
 
 def tidy(base: CohortJob) -> None:

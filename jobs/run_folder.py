@@ -15,7 +15,7 @@ from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.base import places
-from akd_dist.base.errors import RecipeError, RefusedError
+from akd_dist.base.errors import DamagedError, RecipeError, RefusedError
 from akd_dist.base.files import canonical_json, read_json, replace
 from akd_dist.base.locks import file_lock, refuse_held
 from akd_dist.data.rows import SPLITS, Rows, Splits, first_difference
@@ -152,7 +152,10 @@ def saved_results(run: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not (run / "identity.json").exists():  # removed by hand, as a refusal of a damaged one says
         replace(run / "identity.json", canonical_json(identity))
-    return read_fleet(run).plain()
+    try:
+        return read_fleet(run).plain()
+    except DamagedError:  # as one that was cut by a loss of power: the students have all that it said
+        return None
 
 
 def with_stores_found(fleet: dict[str, Any], models: Sequence[CachedModel]) -> dict[str, Any]:

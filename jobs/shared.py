@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
 import time
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import replace
+from akd_dist.base.locks import try_lock
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cluster import ray
 from akd_dist.jobs.packing import Node
@@ -44,6 +47,7 @@ class Shared:
         self.files = {what: file for what, file in (files or {}).items() if "://" not in file}
         self.cache_root, self.tell = cache_root, tell
         self.tokens: dict[str, Path] = {}
+        self.locks: list[int] = []
         self.good: set[str] = set()
         self.asked: dict[str, tuple[Node, Any, float]] = {}  # the node, its answer, since when
         self.silent: set[str] = set()
@@ -67,6 +71,8 @@ class Shared:
     def __exit__(self, *leaving: object) -> None:
         for token in self.tokens.values():
             token.unlink(missing_ok=True)
+        while self.locks:
+            os.close(self.locks.pop())
 
     def look(self, *, strict: bool = False) -> bool:
         """Look at nodes that have joined; whether an answer is still waited for. Does not wait for it.
@@ -122,10 +128,14 @@ class Shared:
     def _tokens(self) -> dict[str, Path]:
         """What other nodes must see; written for the first of them, since a driver that is alone needs none."""
         for what, folder in self.folders.items():
-            if what not in self.tokens:
-                # Named as a file in the making, which `stores gc` removes from a store root if this process dies.
-                self.tokens[what] = Path(folder) / f".seen-{secrets.token_hex(8)}.partial"
-                replace(self.tokens[what], b"", durable=False)
+            # Named as a file in the making, which `stores gc` removes from a store root if this process dies.
+            token = self.tokens.setdefault(what, Path(folder) / f".seen-{secrets.token_hex(8)}.partial")
+            # Again for each node that joins: somebody on another machine may have taken us for dead.
+            if not token.exists():
+                replace(token, b"", durable=False)
+                with contextlib.suppress(OSError):  # a file system without locks
+                    self.locks.append(os.open(token, os.O_RDONLY | os.O_CLOEXEC))
+                    try_lock(self.locks[-1])  # by which `stores gc` sees that we live
         return self.tokens
 
     def _judge(self, node: Node, answer: Any, strict: bool) -> None:

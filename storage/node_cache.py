@@ -124,9 +124,11 @@ def map_decoded(
                 return _mapped(store, entry, verified, keep)
         # The hold was given back before: a new entry has a new `in-use` file, of which a lock on the old one says
         # nothing.
-        verified = _decode(store, entry, budget, on_progress)
-        with hold(entry) as keep:
+        verified, keep = _decode(store, entry, budget, on_progress)
+        try:
             return _mapped(store, entry, verified, keep)
+        finally:
+            keep.release()
 
 
 class Decoded(NamedTuple):
@@ -184,6 +186,18 @@ def hold(entry: Path) -> Iterator[Keep]:
         keep.release()
 
 
+def name_entry(building: Path, entry: Path) -> Keep:
+    """Give a whole entry its name, held: between the name and a later hold, somebody could evict it."""
+    (building / IN_USE).touch()
+    keep = Keep(_shared_lock(building / IN_USE))
+    try:
+        building.rename(entry)
+    except BaseException:
+        keep.release()
+        raise
+    return keep
+
+
 def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[Path] = ()) -> None:
     """Evict entries that nobody holds, least recently used first, until `need` bytes fit the budget and the disk.
 
@@ -199,6 +213,10 @@ def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[
     budget = default_budget() if budget is None else budget
     with file_lock(cache_root / "evict.lock", what="the cache"):
         # One process at a time: two would evict for the same need, and remove more than either wants.
+        for left in _unfinished(cache_root):
+            # Whoever makes an entry holds its lock meanwhile; what lay there before, and has no maker, was killed.
+            if not is_locked(left.with_name(f"{left.name.split('.')[0]}.lock")):
+                shutil.rmtree(left, ignore_errors=True)
         entries = sorted((entry for entry in _entries(cache_root) if entry not in keep), key=_last_used)
         while not _fits(cache_root, need, budget) and entries:
             _evict(entries.pop(0))
@@ -217,11 +235,13 @@ def _entry_of(manifest: Manifest, cache_root: Path) -> Path:
     return cache_root / "logits" / manifest.sha256[:32]
 
 
-def _decode(store: LogitStore, entry: Path, budget: int | None, on_progress: Progress | None) -> dict[str, Any]:
+def _decode(
+    store: LogitStore, entry: Path, budget: int | None, on_progress: Progress | None
+) -> tuple[dict[str, Any], Keep]:
+    """Decode a store into a new entry; what was noted of it, and the hold that keeps it."""
     for left in entry.parent.glob(f"{entry.name}.*{PARTIAL_SUFFIX}"):  # ours is the only live one: we hold the lock
-        shutil.rmtree(left)
-    if entry.exists():
-        shutil.rmtree(entry)
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(entry, ignore_errors=True)  # somebody may be evicting it
     need = store.layout.nbytes + _HEADER_BYTES
     cache_root = entry.parent.parent
     make_room(cache_root, need, budget)
@@ -230,12 +250,10 @@ def _decode(store: LogitStore, entry: Path, budget: int | None, on_progress: Pro
         building.mkdir(parents=True)
         tokens = {key: stat.token for key, stat in store.stats().items()}  # before reading, so that no change is missed
         digests = _fill(store, building / _LOGITS_FILE, on_progress)
-        (building / IN_USE).touch()
         verified = {"decoded": _token(building / _LOGITS_FILE), "shards": tokens, "digests": digests}
         # Noted before the entry has its name, so that whoever finds the entry finds its hashes in it.
         _note_verified(building, verified)
-        building.rename(entry)
-        return verified
+        return verified, name_entry(building, entry)
     except OSError as error:
         raise _no_room(error, entry, need) from error
     finally:
@@ -346,11 +364,14 @@ def _evict(entry: Path) -> None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Renamed first: a removal that is killed half way leaves a partial folder, and never an entry that lacks files.
-        gone = partial_name(entry)
-        entry.rename(gone)
-        shutil.rmtree(gone)
-    except BlockingIOError:
+        # Another entry may have the name by now: this one was discarded between our open and our lock.
+        if os.path.samestat(os.fstat(descriptor), (entry / IN_USE).stat()):
+            # Renamed first: a removal that is killed half way leaves a partial folder, and never an entry that lacks
+            # files.
+            gone = partial_name(entry)
+            entry.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+    except (BlockingIOError, FileNotFoundError):  # in use, or discarded just now
         pass
     finally:
         os.close(descriptor)
@@ -361,6 +382,11 @@ def _entries(cache_root: Path) -> list[Path]:
     return [path.parent for path in cache_root.glob(f"*/*/{IN_USE}") if not path.parent.name.endswith(PARTIAL_SUFFIX)]
 
 
+def _unfinished(cache_root: Path) -> list[Path]:
+    """Entries in the making, and those that somebody was making or removing when it was killed."""
+    return [path for path in cache_root.glob(f"*/*{PARTIAL_SUFFIX}") if path.is_dir()]
+
+
 def _last_used(entry: Path) -> float:
     with contextlib.suppress(FileNotFoundError):
         return (entry / IN_USE).stat().st_mtime
@@ -368,11 +394,12 @@ def _last_used(entry: Path) -> float:
 
 
 def _used(cache_root: Path) -> int:
-    files = (path for entry in _entries(cache_root) for path in entry.rglob("*"))
     total = 0
-    for path in files:
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
+    for entry in (*_entries(cache_root), *_unfinished(cache_root)):
+        for folder, _, names in os.walk(entry):  # which passes over what is removed meanwhile
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    total += Path(folder, name).stat().st_size
     return total
 
 

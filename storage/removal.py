@@ -12,6 +12,7 @@ from pathlib import Path
 
 from akd_dist.base.errors import AkdError, DamagedError, HeldError, MachineError, RefusedError
 from akd_dist.base.files import PARTIAL_SUFFIX, failpoint
+from akd_dist.base.locks import is_locked
 from akd_dist.storage.catalog import STORE_ID, StoreSummary, list_stores, warn, wider_unsealed
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store, holder_of
 from akd_dist.storage.layout import (
@@ -187,7 +188,9 @@ def gc(root_uri: str, *, dry_run: bool = False, on_problem: Problem = warn) -> l
             on_problem(name, error)
     # No claim covers what lies beside the stores; whoever publishes an object there begins again if its file is gone.
     for name in root.files():
-        if name.endswith(PARTIAL_SUFFIX):
+        path = root.local_path(name)
+        # One that is locked says of a command that lives where its nodes work; see `jobs.shared`.
+        if name.endswith(PARTIAL_SUFFIX) and (path is None or not is_locked(path)):
             removed.append(name)
             if not dry_run:
                 root.delete(name)

@@ -64,6 +64,14 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
+def encodable(text: str) -> str:
+    """A text that UTF-8 can write: names of files that are no UTF-8 reach us as lone surrogates, which become escapes.
+
+    For what is told; a path that is to be opened again keeps them.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _cut(text: str, most: int = LONGEST) -> str:
     """A text without its middle, where it is longer than anybody reads."""
     if len(text) <= most:

@@ -75,6 +75,12 @@ def without_checksum(data: bytes) -> dict[str, Any]:
     return document
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether something lies at a path, as far as this user may see; never at what can be no path."""
+    # Unlike `Path.exists`, which raises where a folder above is closed, or a name is too long.
+    return os.path.exists(path)  # noqa: PTH110
+
+
 def stamp_of(path: Path) -> list[int] | None:
     """Size, times of content and of inode in ns, and inode of a file: what changes with it; None where there is none.
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from akd_dist.base.errors import HeldError
 from akd_dist.base.files import write_error
 
+# How often, and after how many seconds, a lock is tried again that may only be looked at.
+_TRIES, _LOOK_SECONDS = 5, 0.01
+
 
 @contextlib.contextmanager
 def file_lock(
@@ -87,19 +90,27 @@ def is_locked(path: Path, *, shared: bool = False) -> bool:
     except (OSError, ValueError):  # gone, not ours to see, or no path at all: no lock that we could know of
         return False
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if shared else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
         # Closing gives back the lock that this look has taken; until then, whoever tries it finds the file locked.
+        return not _tried(descriptor, fcntl.LOCK_EX if shared else fcntl.LOCK_SH)
+    finally:
         os.close(descriptor)
-    return False
 
 
 def try_lock(descriptor: int) -> bool:
     """Lock an open file, if nobody holds it; whether it is locked now."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return _tried(descriptor, fcntl.LOCK_EX)
+
+
+def _tried(descriptor: int, kind: int) -> bool:
+    """Lock an open file, if nobody holds it but for a look: `status` and `stores` may look every second, and are
+    through at once.
+    """
+    for left in reversed(range(_TRIES)):
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if left:
+                time.sleep(_LOOK_SECONDS)
+        else:
+            return True
+    return False

@@ -32,7 +32,7 @@ def folder(place: str | Path, *, holds: str, option: str, expected: str) -> Path
         expected: which folders would do.
 
     Raises:
-        RecipeError: it is a URI. As a path that would be a folder here, named after the URI's scheme.
+        RecipeError: it is a URI, which as a path would be a folder here, named after the URI's scheme; or not UTF-8.
     """
     text = absolute(place)
     scheme, separator, _ = text.partition("://")
@@ -43,7 +43,37 @@ def folder(place: str | Path, *, holds: str, option: str, expected: str) -> Path
             expected=expected,
             next=f"give another {option}; what may lie in s3:// are stores (--store-root)",
         )
-    return Path(text)
+    return Path(nameable(text, option))
+
+
+def nameable(place: str, option: str) -> str:
+    """A place that is in UTF-8, as the documents are that name it.
+
+    Args:
+        option: what gave it.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        raise RecipeError(
+            f"nothing can be written under {place!r}",
+            got="a name that is not UTF-8",
+            expected="a path in UTF-8: documents name it, and they are",
+            next=f"rename the folder, or give another {option}",
+        ) from None
+    return place
+
+
+def output(place: str | Path) -> Path:
+    """Where `--out` says that a file or folder goes, as an absolute path.
+
+    Raises:
+        RecipeError: as `folder`.
+    """
+    return folder(place, holds="what is written", option="--out", expected="a path on this machine")
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,8 @@ def _kept(told: str) -> Path | None:
             folder = tempfile.mkdtemp(prefix="akd-dist-") if temporary else platformdirs.user_log_path("akd-dist")
             log = Path(folder, name)
             log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(told)
+            # Names of files that are no UTF-8 stand in it as lone surrogates, which UTF-8 cannot write.
+            log.write_text(told, encoding="utf-8", errors="backslashreplace")
             return log
     return None
 

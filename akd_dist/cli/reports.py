@@ -2,6 +2,7 @@
 
 import click
 
+from akd_dist.base import places
 from akd_dist.base.errors import AkdError
 from akd_dist.cli.options import complete_folder, json_option
 from akd_dist.cli.show import print_json, print_table, short_path
@@ -26,7 +27,7 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> int:
     from akd_dist.reporting.results import fleet_table, read_run, runs_table
 
     refused: list[AkdError] = []
-    page = None if out is None else expanded(out).absolute()
+    page = None if out is None else places.output(out)
     document = write_reports([expanded(run) for run in runs], page, refused=refused)
     code = refused[0].code if refused else 0
     if as_json:
@@ -37,7 +38,7 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> int:
         print_table(fleet_table(run.fleet))
         click.echo(f"report  {short_path(written.report)}")
         for problem in written.problems:
-            click.echo(f"warning: {run.folder}: {problem}", err=True)
+            click.echo(f"warning: {short_path(run.folder)}: {problem}", err=True)
     if document.comparison is not None:
         print_table(runs_table(read))
         click.echo(f"report  {short_path(document.comparison.report)}")

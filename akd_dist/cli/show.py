@@ -32,6 +32,27 @@ UNLIMITED = 1_000_000
 NUMBERS = {"rows", "views", "classes", "shards", "size", "epochs", "batch", "workers", "runs"}
 
 
+_BYTES_OR_ESCAPES = "akd_dist.bytes_or_escapes"
+
+
+def _bytes_or_escapes(error: UnicodeError) -> tuple[bytes, int]:
+    """What to write where UTF-8 has no character: the byte that a file's name had there, else an escape.
+
+    Half a surrogate pair from elsewhere, such as a recipe's `"\\ud800"`, stands for no byte.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    wrong = error.object[error.start : error.end]
+    bytes_of = (
+        bytes([ord(one) - 0xDC00]) if 0xDC80 <= ord(one) <= 0xDCFF else one.encode("ascii", "backslashreplace")
+        for one in wrong
+    )
+    return b"".join(bytes_of), error.end
+
+
+codecs.register_error(_BYTES_OR_ESCAPES, _bytes_or_escapes)
+
+
 def stdout_for_results() -> contextlib.AbstractContextManager[object]:
     """Send whatever libraries print meanwhile to stderr: Ray reports dead workers on stdout, where documents belong."""
     return contextlib.redirect_stdout(sys.stderr)
@@ -52,7 +73,7 @@ def settle_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             if codecs.lookup(stream.encoding).name in ("ascii", "utf-8"):
-                stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+                stream.reconfigure(encoding="utf-8", errors=_BYTES_OR_ESCAPES)
             else:
                 stream.reconfigure(errors="backslashreplace")
 

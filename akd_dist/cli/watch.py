@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from akd_dist.base import places
 from akd_dist.cli.options import complete_folder, json_option
 from akd_dist.cli.show import print_json, result_console
 
@@ -41,7 +41,7 @@ def status(run: str, watch: bool, as_json: bool) -> None:
     if watch:
         found = _follow(reader, found, quiet=as_json)
     if as_json:
-        print_json(json.loads(found.model_dump_json()))
+        print_json(found.model_dump(mode="json") | {"run": places.absolute(run)})
     else:
         _print(found)
 

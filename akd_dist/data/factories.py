@@ -6,6 +6,7 @@ The decision is made by names, and by where a module would be found, before anyt
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 import sysconfig
 import traceback
@@ -212,7 +213,7 @@ def _on_the_way(folder: str | None, module: str) -> Iterator[str]:
 
 def _in_folder(place: str, folder: str | None) -> bool:
     """Whether a place lies in the folder, links followed, and is not of what is installed there, as in a `.venv`."""
-    path = Path(place).resolve()
+    path = Path(os.path.realpath(place))
     if folder is None or any(part in _INSTALLED for part in path.parts):
         return False
-    return path.is_relative_to(Path(folder).resolve()) and not path.is_relative_to(sysconfig.get_path("stdlib"))
+    return path.is_relative_to(os.path.realpath(folder)) and not path.is_relative_to(sysconfig.get_path("stdlib"))

@@ -175,12 +175,12 @@ def _is_parquet(file: Path) -> bool:
 
 def _refuse_circles(folder: Path) -> None:
     """Refuse links to a folder that they lie in: following them, the same files would be found again and again."""
-    above = {str(folder): {folder.resolve()}}
+    above = {str(folder): {os.path.realpath(folder)}}
     for place, names, _ in os.walk(folder, followlinks=True):
         seen = above.pop(place)
         names[:] = [name for name in names if not name.startswith(SKIPPED_PREFIXES)]
         for inside in (Path(place, name) for name in names):
-            real = inside.resolve()
+            real = os.path.realpath(inside)  # unlike `resolve`, of a link to itself as well
             if real in seen:
                 raise RefusedError(
                     f"links lead in a circle in {folder}",

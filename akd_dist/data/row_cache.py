@@ -32,7 +32,7 @@ from akd_dist.data.sources.kinds import kind_of
 from akd_dist.data.splitting import LEFT_OUT, is_drawn, split_of_source
 from akd_dist.data.text import Tokens, text_key
 from akd_dist.storage.content import discard, inodes_of, map_array
-from akd_dist.storage.node_cache import IN_USE, hold, make_room
+from akd_dist.storage.node_cache import Keep, hold, make_room, name_entry
 
 _INDEX = "index.json"
 # The format of the folder. It is part of its key, so that rows in an older format are prepared afresh.
@@ -84,8 +84,11 @@ def prepare(
             splits = _believed(splits, folder, files, kinds) if expected is None else _as_expected(splits, expected)
         if splits is None:
             # What was written is then read back as every other process will find it.
-            _write(folder, data, kinds, files, cache_root, budget, tell)
-            splits = _open(folder)
+            keep = _write(folder, data, kinds, files, cache_root, budget, tell)
+            try:
+                splits = _open(folder)
+            finally:
+                keep.release()
     if splits is None:
         raise MachineError(
             f"the prepared data {folder} cannot be read back", expected="the files just written", next="check the disk"
@@ -121,8 +124,12 @@ def _write(
     cache_root: Path,
     budget: int | None,
     tell: Progress,
-) -> None:
-    """Prepare all splits in a folder beside `folder`, then give it its name: it appears whole or not at all."""
+) -> Keep:
+    """Prepare all splits in a folder beside `folder`, then give it its name: it appears whole or not at all.
+
+    Returns:
+        The hold that keeps it.
+    """
     origins, stamps = look_at(files)
     readings = open_sources(data, kinds)
     stratified = None
@@ -130,15 +137,15 @@ def _write(
         stratified = read_labels(readings["train"], functools.partial(tell, "the labels of data.train"))
     splits = {name: split_of_source(name, data, one.source, stratified) for name, one in readings.items()}
 
-    def write(readings: dict[str, OpenedSource], tell: Progress) -> None:
-        _write_readings(folder, data, readings, splits, origins, stamps, cache_root, budget, tell)
+    def write(readings: dict[str, OpenedSource], tell: Progress) -> Keep:
+        return _write_readings(folder, data, readings, splits, origins, stamps, cache_root, budget, tell)
 
     try:
-        write(readings, tell)
+        return write(readings, tell)
     except NotGreyError:
         # An image has colours and those before it were grey, so one channel was planned for all: begin again with
         # three.
-        write(in_colour(readings), lambda what, done, total: tell(f"{what}, in colour", done, total))
+        return write(in_colour(readings), lambda what, done, total: tell(f"{what}, in colour", done, total))
 
 
 def _write_readings(
@@ -151,7 +158,7 @@ def _write_readings(
     cache_root: Path,
     budget: int | None,
     tell: Progress,
-) -> None:
+) -> Keep:
     needed = sum(reading.bytes_of(splits[name] != LEFT_OUT) for name, reading in readings.items())
     make_room(cache_root, needed, budget)
     partial = partial_name(folder)
@@ -182,9 +189,8 @@ def _write_readings(
         # Once all of them have been read: of a file that was written meanwhile, nobody could say which rows it gave.
         check_unchanged(origins, stamps)
         _write_index(partial, data.task, classes, readings["train"].inputs.tokens, lines, origins, tell)
-        (partial / IN_USE).touch()
         # Whole from the moment that it has its name, like everything in the cache.
-        partial.rename(folder)
+        return name_entry(partial, folder)
     except OSError as error:
         raise MachineError(
             f"cannot prepare the data in {folder}",

@@ -7,6 +7,7 @@ JSON. So every flipped bit is noticed (neither torch nor safetensors would), and
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from akd_dist.base.files import MAX_DOCUMENT, failpoint, parse_json, sha256
 MAGIC = b"AKDCKPT1"
 # The magic is followed by the 64 hexadecimal digits of a sha256.
 _HEAD = len(MAGIC) + 64
+_NAME = re.compile(r"[0-9]+(-[0-9]+)*")
 # The newest, and one to fall back on where that is found damaged.
 _KEEP = 2
 DAMAGED = ".damaged"
@@ -33,7 +35,8 @@ log = logging.getLogger(__name__)
 def save_checkpoint(folder: Path, name: str, tree: Any, writer: FencedWriter | None = None) -> Path:
     """Write a tree of dicts, lists, tuples, numbers, strings and tensors as `<name>.ckpt`, and keep the last two.
 
-    Names sort by progress; the file appears whole or not at all, and not if somebody took over from the writer.
+    Names are numbers that sort by progress. The file appears whole or not at all, and not if somebody took over from
+    the writer.
     """
     path, writer = folder / f"{name}.ckpt", writer or FencedWriter()
     failpoint("checkpoint.before_save")
@@ -99,8 +102,13 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint files of a folder, oldest first."""
-    return sorted(folder.glob("*.ckpt"))
+    """The checkpoint files of a folder, oldest first; what somebody else put there is none."""
+    return sorted((path for path in folder.glob("*.ckpt") if _NAME.fullmatch(path.stem)), key=numbers_of)
+
+
+def numbers_of(path: Path) -> tuple[int, ...]:
+    """What the name of a checkpoint says: a student's epoch, step and attempt. It sorts by progress."""
+    return tuple(map(int, path.stem.split("-")))
 
 
 def drop_doubtful(folder: Path, writer: FencedWriter, mark: str | None = None) -> None:

@@ -83,9 +83,9 @@ def read_epochs(folder: Path) -> list[EpochRecord]:
     """
     path = folder / "metrics.jsonl"
     records: list[EpochRecord] = []
-    if not path.exists():
-        return []
-    with reading(path, expected=WROTE, next="akd-dist train-students RECIPE --fresh trains the run again"):
+    again = "akd-dist train-students RECIPE --fresh trains the run again"
+    # Read and not asked for first: where a folder above it is closed, the asking fails as well.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), reading(path, expected=WROTE, next=again):
         for number, line in enumerate(read_small(path).splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break

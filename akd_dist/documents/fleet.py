@@ -1,11 +1,11 @@
 """What training leaves in a run and prints: a record for each epoch, a result for each student, `fleet.json`."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, field_validator, model_validator
 
-from akd_dist.documents.base import Correlation, Count, Document, Share
-from akd_dist.recipe import Metric, Split, Task
+from akd_dist.documents.base import Correlation, Count, Document, FolderName, Place, Share, Told
+from akd_dist.recipe import METRICS, Metric, Split, Task
 
 
 class Metrics(Document):
@@ -81,14 +81,14 @@ class FleetAssistant(FleetTeacher):
 
     agreement: Share | None
     """Share of test rows where assistant and teacher choose the same class."""
-    store: str
+    store: Place
     """The train store of its logits."""
 
 
 class StudentResult(Document):
     """What a student leaves in result.json when it ends."""
 
-    name: str
+    name: FolderName
     """Its folder under students/."""
     model: str
     """Label of its architecture."""
@@ -102,7 +102,7 @@ class StudentResult(Document):
     """Governs initialisation and dropout."""
     state: Literal["done", "diverged", "failed"]
     """How its training ended."""
-    reason: str | None
+    reason: Told | None
     """Why it did not succeed, and the log that says more."""
     epochs: Count
     """Epochs trained, over all stages."""
@@ -119,14 +119,14 @@ class StudentResult(Document):
     """The student whose stage I it went on from, which would have been the same; null where it trained its own."""
     attempt: int | None = None
     """The attempt of the run, from 1, in which it ended."""
-    path: str
+    path: Place
     """Its folder."""
 
 
 class FleetStudent(StudentResult):
     """One student of a run."""
 
-    store: str
+    store: Place
     """The store that it was trained from."""
     teacher: str
     """Fingerprint of the model that it learned from: the teacher, or its last assistant."""
@@ -155,7 +155,7 @@ class Economics(Document):
     """Whose logits."""
     model: str
     """Label of its architecture."""
-    store: str
+    store: Place
     """The train store of its logits."""
     rows: Count
     """Train rows: one pass goes over them once."""
@@ -202,9 +202,9 @@ class Economics(Document):
 class FleetDocument(Document):
     """What `akd-dist train-students --json` prints, and what a run keeps in fleet.json."""
 
-    run: str
+    run: Place
     """The run's folder."""
-    store: str
+    store: Place
     """The train store."""
     task: Task
     """What a label is."""
@@ -223,6 +223,23 @@ class FleetDocument(Document):
     economics: list[Economics] = []
     """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read them.
     """
+
+    @model_validator(mode="after")
+    def _measured_by_its_metric(self) -> Self:
+        """Tables and pages show the primary metric of all whose test metrics are there, and of all that are done."""
+        if self.metric not in METRICS[self.task]:
+            raise ValueError(f"metric: {self.metric} is none of {self.task}, which has {', '.join(METRICS[self.task])}")
+        measured: dict[str, Metrics | None] = {"teacher.test": self.teacher.test}
+        measured |= {f"assistants.{number}.test": one.test for number, one in enumerate(self.assistants)}
+        measured |= {
+            f"students.{number}.test": one.test
+            for number, one in enumerate(self.students)
+            if one.test is not None or one.state == "done"
+        }
+        for field, metrics in measured.items():
+            if metrics is None or metrics.get(self.metric) is None:
+                raise ValueError(f"{field}: no {self.metric}, which is the run's metric")
+        return self
 
 
 class RunRows(Document):
@@ -251,3 +268,11 @@ class RunIdentity(Document):
     """The students of the recipe, by name."""
     rows: dict[Split, RunRows] = {}
     """What is known of the rows of each split."""
+
+    @field_validator("students")
+    @classmethod
+    def _with_objectives(cls, students: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, student in students.items():
+            if not isinstance(student.get("objective"), dict):
+                raise ValueError(f"{name}.objective: not a mapping")
+        return students

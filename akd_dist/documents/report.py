@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from akd_dist.documents.base import Count, Document, Share
+from akd_dist.documents.base import Count, Document, Share, Told
 from akd_dist.documents.error import Refusal
 from akd_dist.documents.fleet import Economics
 from akd_dist.recipe import Metric, Split, Task
@@ -43,7 +43,7 @@ class LostStudent(Document):
     """Its seed."""
     state: Literal["diverged", "failed"]
     """How it ended."""
-    reason: str | None
+    reason: Told | None
     """Why."""
 
 

@@ -1,14 +1,17 @@
 """What workers tell while they train, and what `status` prints of it."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from akd_dist.documents.base import Count, Document, Moment
+from pydantic import model_validator
+
+from akd_dist.documents.base import Count, Document, FolderName, Moment, Told
+from akd_dist.recipe import Metric
 
 
 class StudentProgress(Document):
     """How far a student is."""
 
-    name: str
+    name: FolderName
     """Its folder under students/."""
     state: Literal["waiting", "training", "stopped", "done", "diverged", "failed"]
     """`waiting`: it has taken no step yet; `stopped`: it has, and the next command goes on from its checkpoint."""
@@ -38,8 +41,14 @@ class StudentProgress(Document):
     """Steps per second, lately."""
     seconds_left: float | None = None
     """Seconds to its end at that pace; null while nothing is known of it."""
-    reason: str | None = None
+    reason: Told | None = None
     """Why it did not succeed."""
+
+    @model_validator(mode="after")
+    def _shares_what_it_has(self) -> Self:
+        if self.epochs_shared > self.epochs:
+            raise ValueError(f"epochs_shared: {self.epochs_shared} of {self.epochs} epochs")
+        return self
 
 
 class CohortProgress(Document):
@@ -71,7 +80,7 @@ class FleetPlan(Document):
     """Which attempt of the run this is: progress of others does not count."""
     at: Moment
     """When it was written, in seconds since 1970."""
-    metric: str
+    metric: Metric
     """The primary metric."""
     students: list[StudentProgress]
     """Every student of the recipe in its order, as if none had begun."""

@@ -33,6 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = expanded(path)
     document = parse(_read(path), str(path))
     folder = path.resolve().parent
+    places.nameable(str(folder), "RECIPE")
     if (folder / "identity.json").is_file():  # a run left it: its paths become the very ones that the run was given
         change_paths(document.data, functools.partial(places.found, folder=folder))
     _make_paths_absolute(document.data, folder)

@@ -32,7 +32,7 @@ from pydantic_core import CoreSchema
 
 from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
-from akd_dist.recipe.base import Count, Device, Factory, Positive, Spec
+from akd_dist.recipe.base import Count, Device, Epochs, Factory, Positive, Spec
 from akd_dist.recipe.data import DataSpec
 from akd_dist.recipe.models import Model
 from akd_dist.recipe.paths import change_paths
@@ -47,7 +47,7 @@ PLACEMENT = ("cohorts", "checkpoint_seconds", "folder", "code")
 class TeacherTraining(Training):
     """How the teacher is trained, from hard labels, before it is cached."""
 
-    epochs: Count
+    epochs: Epochs
     """Epochs; the best validation epoch is kept."""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, field_validator, model_validator
 
-from akd_dist.recipe.base import Count, Decay, LearningRate, Momentum, Name, Positive, Seed, Share, Spec
+from akd_dist.recipe.base import Count, Decay, Epochs, LearningRate, Momentum, Name, Positive, Seed, Share, Spec
 
 ScheduleKind = Annotated[Name, Field(description="Which kind of schedule this is.")]
 OptimizerKind = Annotated[Name, Field(description="Which kind of optimizer this is.")]
@@ -98,9 +98,9 @@ class AnnealingKD(Spec):
     kind: ObjectiveKind[Literal["annealing_kd"]] = "annealing_kd"
     tau_max: Count
     """The temperature of the first epoch; it falls to 1 over stage I."""
-    stage1_epochs: Count
+    stage1_epochs: Epochs
     """Epochs of stage I, at least tau_max."""
-    stage2_epochs: Count
+    stage2_epochs: Epochs
     """Epochs of stage II, which starts from stage I's best validation epoch."""
     stage2_optimizer: Optimizer | None = None
     """The optimizer of stage II, whose loss is another one; none takes the student's."""
@@ -134,7 +134,7 @@ class HardLabels(Spec):
     learns_from: ClassVar[LearnsFrom] = "labels"
 
     kind: ObjectiveKind[Literal["hard_labels"]] = "hard_labels"
-    epochs: Count
+    epochs: Epochs
     """Epochs; as many as both stages of Annealing-KD make a fair comparison."""
 
     @property
@@ -146,7 +146,7 @@ class HardLabels(Spec):
 class Distilled(Spec):
     """What KD and TAKD have in common: labels and softened logits, mixed."""
 
-    epochs: Count
+    epochs: Epochs
     """Epochs; as many as both stages of Annealing-KD make a fair comparison."""
     temperature: Positive = 5.0
     """What logits of student and teacher are divided by before the softmax."""
@@ -191,7 +191,7 @@ class ContinuationKD(Spec):
     kind: ObjectiveKind[Literal["continuation_kd"]] = "continuation_kd"
     tau_max: Count
     """The temperature of the first epoch; it falls by 1 every floor(epochs / tau_max) epochs."""
-    epochs: Count
+    epochs: Epochs
     """Epochs, at least tau_max."""
     ramp: Count | None = None
     """psi, the weight of the labels, is i / ramp in epoch i = 1, 2, ...; none takes three quarters of the epochs."""

@@ -19,7 +19,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, ScalarEvent
 
-from akd_dist.base.errors import RecipeError
+from akd_dist.base.errors import RecipeError, encodable
 from akd_dist.recipe.grid_names import names_of_grid
 from akd_dist.recipe.recipe import StudentSpec
 
@@ -283,7 +283,7 @@ def _plain(node: Any, path: KeyPath, places: dict[KeyPath, str], name: str) -> A
         result: dict[str, Any] = {}
         for key, value in node.items():
             place = _at(name, node.lc.key(key)[0])
-            if not isinstance(key, str):
+            if not isinstance(key, str) or encodable(key) != key:
                 raise RecipeError(f"{place}: a key must be a word", got=shown(key), expected="a word", next=NEXT)
             places[(*path, key)] = place
             result[str(key)] = _plain(value, (*path, key), places, name)
@@ -292,16 +292,18 @@ def _plain(node: Any, path: KeyPath, places: dict[KeyPath, str], name: str) -> A
         for index in range(len(node)):
             places[(*path, index)] = _at(name, node.lc.item(index)[0])
         return [_plain(value, (*path, index), places, name) for index, value in enumerate(node)]
+    # YAML's "\ud800" is half a character: no file, page or name of a folder can hold it.
+    known = encodable(node) == node if isinstance(node, str) else not isinstance(node, float) or math.isfinite(node)
     for kind in (bool, int, float, str):
-        if isinstance(node, kind) and not (isinstance(node, float) and not math.isfinite(node)):
+        if known and isinstance(node, kind):
             return kind(node)
     if node is None:
         return None
     place = places[path]
     raise RecipeError(
         f"{place}: key {dotted(path)} has a value of a kind that no key takes",
-        got=str(node),
-        expected="text, a finite number, true, false or null",
+        got=encodable(str(node)),
+        expected="text that UTF-8 can hold, a finite number, true, false or null",
         next="put it in quotes if it is meant as text",
     )
 

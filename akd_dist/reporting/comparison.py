@@ -226,10 +226,11 @@ def read_comparison(run: Path) -> CompareDocument | None:
         DamagedError: the file is not what `write_comparison` writes.
     """
     path = run / JSON_NAME
-    if not path.exists():
-        return None
     advice = "remove it, and run akd-dist compare again: what is trained is kept"
-    document = load(path, CompareDocument, expected="what akd-dist compare wrote", next=advice)
+    try:
+        document = load(path, CompareDocument, expected="what akd-dist compare wrote", next=advice)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     return document.model_copy(update={"run": str(run.absolute())})
 
 

@@ -4,13 +4,13 @@ A student that reads stored logits for an epoch would, with the model in the loo
 once. So many passes are replaced by one pass for each stored view.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from akd_dist import recipe
 from akd_dist.distill.objectives import stages
-from akd_dist.documents.fleet import Economics, EconomicsOfViews, EpochRecord
+from akd_dist.documents.fleet import Economics, EconomicsOfViews
 from akd_dist.storage.catalog import time_spent
 from akd_dist.storage.reader import LogitStore
 
@@ -25,16 +25,18 @@ class StudentUsage:
     """Epochs that another student trained for it."""
 
 
-def reading(spec: recipe.StudentSpec, epochs: Iterable[EpochRecord], stage1_from: str | None) -> StudentUsage:
-    """What a student read, from its epochs.
+def reading(spec: recipe.StudentSpec, epochs: int, stage1_from: str | None) -> StudentUsage:
+    """What a student read, from how far it came.
 
     Args:
+        epochs: those behind it, over all stages.
         stage1_from: the student whose first stage it went on from, if any.
     """
-    named = {stage.name for stage in stages(spec.objective) if stage.needs_logits}
-    first = stages(spec.objective)[0].epochs if stage1_from else 0
-    read = [record.epoch for record in epochs if record.stage in named]
-    return StudentUsage(sum(epoch >= first for epoch in read), sum(epoch < first for epoch in read))
+    used = [0, 0]  # trained itself, and by another
+    for number, stage in enumerate(stages(spec.objective)):
+        trained, epochs = min(stage.epochs, epochs), max(epochs - stage.epochs, 0)
+        used[number == 0 and stage1_from is not None] += trained * stage.needs_logits
+    return StudentUsage(*used)
 
 
 def economics(

@@ -6,6 +6,7 @@ loading anything. The same results give the same bytes.
 
 import functools
 import itertools
+import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -108,7 +109,7 @@ def write_reports(
         DamagedError: results are not what training wrote.
         MachineError: a page cannot be written.
     """
-    if len({folder.resolve() for folder in folders}) < max(len(folders), 1):
+    if len(set(map(os.path.realpath, folders))) < max(len(folders), 1):
         raise RecipeError(
             "no run is named" if not folders else "a run is named twice",
             got=", ".join(map(str, folders)),
@@ -126,7 +127,7 @@ def write_reports(
     if refused is not None:
         refused += failures
     check_comparable(runs)
-    together = (out or folders[0].absolute().parent / PAGE) if len(runs) > 1 else None
+    together = (out or folders[0].absolute().parent / PAGE).absolute() if len(runs) > 1 else None
     comparison = None
     if together is not None:
         rows, groups = same_test_rows(runs), differences_of_runs(runs)
@@ -135,7 +136,7 @@ def write_reports(
     for run in runs:
         path = out if out is not None and together is None else run.folder / PAGE
         replace(path, render(run).encode())
-        documents.append(run.document(str(run.folder), path))
+        documents.append(run.document(run.place, path.absolute()))
     if together is not None:
         replace(together, render_runs(runs).encode())
     told = [Refusal.model_validate(error.to_json()) for error in failures]
@@ -382,7 +383,7 @@ def render_runs(runs: list[Run]) -> str:
     compared = differences_of_runs(runs)
     stems = list(dict.fromkeys(difference.name for difference in compared))
     by_run = {(difference.run, difference.name): difference for difference in compared}
-    shared = [stem for stem in stems if sum((str(run.folder), stem) in by_run for run in runs) > 1]
+    shared = [stem for stem in stems if sum((run.place, stem) in by_run for run in runs) > 1]
     text: str = _template("runs.html.j2").render(
         names=names,
         shown=shown,
@@ -398,7 +399,7 @@ def render_runs(runs: list[Run]) -> str:
             [
                 stem,
                 *itertools.chain.from_iterable(
-                    _side(by_run.get((str(run.folder), stem)), shown, run is runs[0]) for run in runs
+                    _side(by_run.get((run.place, stem)), shown, run is runs[0]) for run in runs
                 ),
             ]
             for stem in shared

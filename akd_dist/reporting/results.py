@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from akd_dist.base import places
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
-from akd_dist.base.files import canonical_json
+from akd_dist.base.files import canonical_json, is_there
 from akd_dist.base.formatting import (
     HARD_LABELS,
     OBJECTIVE_LABELS,
@@ -84,6 +84,11 @@ class Run:
     def name(self) -> str:
         """Its name, unique in a run root: the last part of its folder."""
         return Path(self.fleet.run).name
+
+    @property
+    def place(self) -> str:
+        """Its folder as documents name it."""
+        return str(self.folder.absolute())
 
     @property
     def shown(self) -> MetricFormat:
@@ -279,7 +284,7 @@ def differences_of_runs(runs: list[Run]) -> list[RunDifference]:
     firsts = {group.stem: group for group in runs[0].groups}
     return [
         RunDifference(
-            run=str(run.folder),
+            run=run.place,
             name=group.stem,
             test=estimate(group.by_seed),
             over_first=None if run is runs[0] else over(group, firsts.get(group.stem)),
@@ -415,10 +420,10 @@ def _located(fleet: FleetDocument, run: Path) -> FleetDocument:
 
     def here(place: str) -> str:
         now = places.found(place, run)
-        if "://" in now or not Path(fleet.run).is_absolute() or Path(now).exists():
+        if "://" in now or not Path(fleet.run).is_absolute() or is_there(now):
             return now
         moved = places.found(places.written(now, fleet.run), run)
-        return moved if Path(moved).exists() else now
+        return moved if is_there(moved) else now
 
     located = places.each(fleet.plain(), here) | {"run": str(run)}
     for student in located["students"]:
@@ -434,4 +439,7 @@ def read_identity(run_folder: Path) -> RunIdentity | None:
     """
     path = run_folder / "identity.json"
     advice = "restore it; or remove it: students are then told apart by their names"
-    return load(path, RunIdentity, next=advice) if path.exists() else None
+    try:
+        return load(path, RunIdentity, next=advice)
+    except (FileNotFoundError, NotADirectoryError):
+        return None

@@ -20,18 +20,19 @@ from typing import Any
 
 from akd_dist.base import places
 from akd_dist.base.errors import AkdError, RefusedError
-from akd_dist.base.files import read_json, read_small, replace
+from akd_dist.base.files import is_there, parse_json, read_json, read_small, replace
 from akd_dist.documents.base import Document
 from akd_dist.documents.damage import AnyDocument, load, read_epochs, read_result
 from akd_dist.documents.fleet import FleetDocument
 from akd_dist.documents.status import CohortProgress, FleetPlan, RunDriver, StatusDocument, StudentProgress
+from akd_dist.storage.objects import storage_error
 
 # A pace is that of the last seconds: students that end make room for the others.
 PACE_SECONDS = 10.0
 # How long a driver on another machine may be silent before it counts as gone; it writes every few seconds.
 SILENT_SECONDS = 60.0
 ENDED = ("done", "diverged", "failed")
-CHECKPOINT = re.compile(r"(\d{1,12})-(\d{1,12})-")
+CHECKPOINT = re.compile(r"(\d{1,12})-(\d{1,12})-.*\.ckpt")
 
 
 class Pace:
@@ -105,13 +106,13 @@ def birth_of(pid: int) -> str | None:
 
 def write_document(path: Path, document: Document) -> None:
     """A document that is worth nothing once the run is over: whole, but not made durable."""
-    replace(path, document.model_dump_json().encode(), durable=False)
+    replace(path, document.spelled(), durable=False)
 
 
 def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument | None:
     """A document of control/; None where there is none, or one that another version of akd-dist wrote."""
     try:
-        return kind.model_validate_json(read_small(path))
+        return kind.model_validate(parse_json(read_small(path)))
     except (OSError, ValueError):  # ValueError is what pydantic raises, too
         return None
 
@@ -146,6 +147,7 @@ class RunReader:
 
         Raises:
             RefusedError: there is no run.
+            MachineError: its folder cannot be looked into.
         """
         self._check_is_there()
         driver = read_document(self.run / "control" / "driver.json", RunDriver)
@@ -197,10 +199,14 @@ class RunReader:
             return None
 
     def _check_is_there(self) -> None:
-        if not any((self.run / name).exists() for name in ("control", "identity.json", "fleet.json")):
+        try:
+            there = any((self.run / name).exists() for name in ("control", "identity.json", "fleet.json"))
+        except OSError as error:  # its folder, or one above it, is closed
+            raise storage_error("read", str(self.run), error) from error
+        if not there:
             raise RefusedError(
                 f"there is no run in {self.run}",
-                got="a folder that holds none" if self.run.exists() else "no such folder",
+                got="a folder that holds none" if is_there(self.run) else "no such folder",
                 expected="the folder of a run: its run root, and the name of its recipe",
                 next="akd-dist train-students RECIPE begins one, in runs/ unless told otherwise",
             )
@@ -239,8 +245,10 @@ class RunReader:
     def _standing(self, planned: StudentProgress, metric: str, again: bool) -> StudentProgress:
         """How far a student is by its folder."""
         folder = self.run / "students" / planned.name
-        names = (path.name for path in folder.glob("checkpoints/*.ckpt"))
-        checkpoint = max((name for name in names if CHECKPOINT.match(name)), default=None)
+        names: list[str] = []
+        with contextlib.suppress(OSError):  # there is none, or it is closed, of which what is read below tells
+            names = [path.name for path in (folder / "checkpoints").iterdir()]
+        checkpoint = max((name for name in names if CHECKPOINT.fullmatch(name)), default=None)
         stamp = (planned, checkpoint, again, *(written(folder / name) for name in ("result.json", "metrics.jsonl")))
         if (kept := self._kept.get(planned.name)) is None or kept[0] != stamp:
             problems: list[AkdError] = []
@@ -304,8 +312,11 @@ def standing(
     elif checkpoint is not None:
         epoch, step = (int(part) for part in checkpoint.split("-")[:2])
         shared = planned.epochs_shared if epoch >= planned.epochs_shared else 0
-        changes |= {"state": "stopped", "epoch": epoch, "steps": (epoch - shared) * per_epoch + step}
-        changes |= {"epochs_shared": shared, "steps_total": (planned.epochs - shared) * per_epoch}
+        total = (planned.epochs - shared) * per_epoch
+        # No more than there are: the name of a file may say anything.
+        steps = min((epoch - shared) * per_epoch + step, total)
+        changes |= {"state": "stopped", "epoch": min(epoch, planned.epochs), "steps": steps}
+        changes |= {"epochs_shared": shared, "steps_total": total}
     return planned.model_copy(update=changes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -206,8 +207,8 @@ def next_line(status: StatusDocument) -> str | None:
     if status.driver is None:
         return "the command that it was started with goes on: akd-dist train-students RECIPE"
     command = f"{status.driver.command} (in {status.driver.folder})"
-    run, ours = Path(status.run).resolve(), status.driver.command.startswith("akd-dist ")
-    if not ours or (Path(status.driver.folder) / _run_root(status.driver.command)).resolve() == run.parent:
+    run, ours = Path(os.path.realpath(status.run)), status.driver.command.startswith("akd-dist ")
+    if not ours or os.path.realpath(Path(status.driver.folder, _run_root(status.driver.command))) == str(run.parent):
         return f"the same command goes on: {command}"
     roots = f"--run-root {run.parent}, and with --store-root where its stores are now"
     return f"the run was moved since it was started: the same command goes on with {roots}: {command}"

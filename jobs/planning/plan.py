@@ -1,5 +1,6 @@
 """The plan of a run: made once, printed by `--dry-run`, executed by the command. What cannot fit is refused here."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from akd_dist.base.errors import MachineError
 from akd_dist.base.formatting import counted, duration, size
 from akd_dist.data.rows import SPLITS, Splits
-from akd_dist.distill.checkpoint import checkpoints
+from akd_dist.distill.checkpoint import checkpoints, numbers_of
 from akd_dist.distill.job import CohortJob, ended
 from akd_dist.distill.stream import batch_ends
 from akd_dist.documents.cache import PlanDocument
@@ -34,6 +35,9 @@ from akd_dist.models.device import gpus_of
 from akd_dist.recipe import Recipe, StudentSpec
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.roots import open_root
+
+# As many digits as the folders of writers have for it.
+ATTEMPT = re.compile(r"attempt-([0-9]{1,6})")
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,8 @@ def costs_of(
 
 def position(folder: Path) -> tuple[int, int] | None:
     """(epoch, step) of the newest checkpoint, as its name says; None where there is none."""
-    found = checkpoints(folder)
-    if not found:
-        return None
-    epoch, step, *_ = found[-1].stem.split("-")
-    return int(epoch), int(step)
+    found = [numbers for path in checkpoints(folder) if len(numbers := numbers_of(path)) > 1]
+    return (found[-1][0], found[-1][1]) if found else None
 
 
 def plan_run(inputs: Inputs, run: Path, workspace: Workspace, *, fresh: bool) -> RunPlan:
@@ -135,7 +136,8 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
 
 def last_attempt(run: Path) -> int:
     """The number of the run's latest attempt, 0 before the first."""
-    return max((int(path.name.split("-")[1]) for path in (run / "control").glob("attempt-*")), default=0)
+    names = (ATTEMPT.fullmatch(path.name) for path in (run / "control").glob("attempt-*"))
+    return max((int(name[1]) for name in names if name), default=0)
 
 
 def draw_up(
@@ -278,10 +280,12 @@ def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: CostModel) -> int:
     """Inputs, labels and logits that a cohort's stream reads over its epochs; logits only where somebody needs them."""
     dtype = np.dtype(encoding_from_config(recipe.cache.encoding.config()).dtype)
     plain, logits = costs.row_bytes, costs.classes * dtype.itemsize
-    passes = costs.streamed(cohort).values()
     batch = cohort[0].batch
     shown = batch_ends(costs.rows, batch, cohort[0].last_batch)[-1]
-    return sum((int(shown) - first * batch) * (plain + (logits if needed else 0)) for first, needed in passes)
+    return sum(
+        one.epochs * (int(shown) - one.skipped * batch) * (plain + logits * one.logits)
+        for one in costs.streamed(cohort)
+    )
 
 
 def why_together(cohort: Cohort, costs: CostModel) -> str:

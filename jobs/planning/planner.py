@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from akd_dist.base.errors import RecipeError
 from akd_dist.data.rows import Splits
@@ -60,6 +62,23 @@ def families_of(students: Sequence[StudentSpec]) -> list[Cohort]:
 
 
 # ---- what students cost
+
+
+class Passage(NamedTuple):
+    """Epochs of a stream that are alike."""
+
+    epochs: int
+    """How many."""
+    skipped: int
+    """Batches at the start of each that nobody trains on any more."""
+    logits: bool
+    """Whether somebody needs the teacher's logits."""
+
+
+def _needs(spec: StudentSpec) -> tuple[tuple[int, bool], ...]:
+    """(epoch after its last, whether it needs logits) of each stage."""
+    ends = itertools.accumulate(stage.epochs for stage in stages(spec.objective))
+    return tuple((end, stage.needs_logits) for end, stage in zip(ends, stages(spec.objective), strict=True))
 
 
 @dataclass(frozen=True)
@@ -158,26 +177,31 @@ class CostModel:
         followers = self.leaders(family)
         return sum(self.seconds(spec, follows=spec.name in followers) for spec in family)
 
-    def streamed(self, cohort: Cohort) -> dict[int, tuple[int, bool]]:
-        """The epochs that a cohort's stream still passes: from which step on, and whether somebody needs logits there.
+    def streamed(self, cohort: Cohort) -> list[Passage]:
+        """What a cohort's stream still passes, in runs of epochs that are alike.
 
         Students that stand at different places join where the stream reaches them.
         """
-        epochs: dict[int, tuple[int, bool]] = {}
-        followers = self.leaders(cohort)
-        for spec in cohort:
-            begins, step = self.starts_at(spec, spec.name in followers)
-            needs = [stage.needs_logits for stage in stages(spec.objective) for _ in range(stage.epochs)]
-            for epoch in range(begins, len(needs)):
-                mine = step if epoch == begins else 0
-                first, needed = epochs.get(epoch, (mine, False))
-                epochs[epoch] = min(first, mine), needed or needs[epoch]
-        return epochs
+        followers, most = self.leaders(cohort), self.steps_per_epoch(cohort[0])
+        # Students that differ in no more than names and models stand at the same place.
+        paths = {(*self.starts_at(spec, spec.name in followers), _needs(spec)) for spec in cohort}
+        # Between two of these the same students train, in the same stages; in its first epoch one may be halfway.
+        cuts = {cut for begins, _, needs in paths for cut in (begins, begins + 1, *(end for end, _ in needs))}
+        found = []
+        for first, after in itertools.pairwise(sorted(cuts)):
+            there = [
+                (min(step, most) if first == begins else 0, next(logits for end, logits in needs if first < end))
+                for begins, step, needs in paths
+                if begins <= first < needs[-1][0]
+            ]
+            if there:
+                found.append(Passage(after - first, min(step for step, _ in there), any(need for _, need in there)))
+        return found
 
     def stream_steps(self, cohort: Cohort) -> int:
         """Batches of a cohort's stream, each of them once for all of its students."""
         per_epoch = self.steps_per_epoch(cohort[0])
-        return sum(per_epoch - first for first, _ in self.streamed(cohort).values())
+        return sum(one.epochs * (per_epoch - one.skipped) for one in self.streamed(cohort))
 
     def stream_seconds(self, cohort: Cohort) -> float:
         """Seconds of the stream, once for all students of a cohort."""

@@ -245,6 +245,25 @@ def test_a_bug_names_the_log_that_holds_its_traceback(run: Any, monkeypatch: pyt
     assert "'name=a b'" in text
 
 
+def test_a_bug_with_half_a_character_in_it_is_kept_and_told(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: Any) -> NoReturn:
+        raise ZeroDivisionError("a name with \ud800")
+
+    monkeypatch.setattr(akd_dist, "cache_teacher", broken)
+    outcome = run("cache-teacher", DIGITS)
+    assert outcome.code == 70
+    log = Path(outcome.err.split("the log ")[1].split(";")[0])
+    assert "ZeroDivisionError: a name with \\ud800" in log.read_text()
+
+
+@pytest.mark.parametrize("setting", ['name="\\ud800"', 'data.train="\\udcff"', '"\\ud800"=1'])
+def test_half_a_character_in_a_recipe_is_refused(setting: str, run: Any) -> None:
+    for words in (["recipe", "check", DIGITS], ["train-students", DIGITS, "--dry-run", "--json"]):
+        outcome = run(*words, "--set", setting)
+        assert outcome.code == 2
+        assert "--set" in outcome.err
+
+
 def test_a_bug_is_told_where_no_log_folder_can_be_made(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(Path("file").absolute()))

@@ -206,6 +206,36 @@ def test_a_root_in_object_storage_that_needs_a_folder(
     assert sorted(place.root.rglob("*")) == before
 
 
+@pytest.mark.parametrize("option", ["--run-root", "--store-root", "--cache-root"])
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_a_root_that_documents_could_not_name(option: str, words: tuple[str, ...], place: Place) -> None:
+    before = sorted(place.root.rglob("*"))
+    assert option in place.refuse(2, *words, option, str(place.root / "\udcff"))
+    assert sorted(place.root.rglob("*")) == before
+
+
+def test_a_recipe_in_a_folder_that_documents_could_not_name(place: Place) -> None:
+    odd = place.root / "\udcff"
+    odd.mkdir()
+    (place.root / "recipe.yaml").rename(odd / "recipe.yaml")
+    (place.root / "recipe.yaml").symlink_to(odd / "recipe.yaml")
+    assert "UTF-8" in place.refuse(2, "--dry-run")
+
+
+@pytest.mark.parametrize("words", ["report a-run", "predict a-student digits", "export a-student --to onnx"])
+def test_what_is_written_goes_to_this_machine(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is looked at: there is neither such a run nor such a student."""
+    monkeypatch.chdir(tmp_path)
+    for place in ("s3://bucket/there", "\udcff"):
+        with pytest.raises(SystemExit) as left:
+            main([*words.split(), "--out", place])
+        assert left.value.code == 2
+        assert "--out" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def other_root(option: str) -> list[str]:
     return ["--cache-root", "cache"] if option == "--run-root" else ["--run-root", "runs"]
 

@@ -13,6 +13,7 @@ import torch
 
 from akd_dist.base.errors import DamagedError
 from akd_dist.distill.checkpoint import checkpoints, decode, encode, newest_checkpoint, read_header, save_checkpoint
+from akd_dist.jobs.planning.plan import position
 from tests.fleets import newest_tree
 
 
@@ -27,6 +28,19 @@ def a_tree() -> dict[str, Any]:
         "rng": torch.get_rng_state(),
         "loss": 0.1,
     }
+
+
+def test_what_is_not_ours_is_no_checkpoint(tmp_path: Path) -> None:
+    names = ["999999-00000001-0001", "1000000-00000000-0001"]
+    for name in names:
+        save_checkpoint(tmp_path, name, {"name": name})
+    for other in ("backup.ckpt", "x-y.ckpt", "1-.ckpt", "²-1.ckpt", "000001-00000001-0001.ckpt.bak"):
+        (tmp_path / other).touch()
+    assert [path.stem for path in checkpoints(tmp_path)] == names  # by number: as text a million comes first
+    assert newest_checkpoint(tmp_path) == (tmp_path / f"{names[-1]}.ckpt", {"name": names[-1]})
+    assert position(tmp_path) == (1_000_000, 0)
+    (tmp_path / "backup.ckpt").rename(tmp_path / "1.ckpt")
+    assert position(tmp_path) == (1_000_000, 0)
 
 
 def test_round_trip_gives_the_same_bytes() -> None:

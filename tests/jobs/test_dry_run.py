@@ -24,7 +24,7 @@ from akd_dist.distill.probe import guessed, probe
 from akd_dist.documents.plan import FleetPlanDocument
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planning.caching import check_students
-from akd_dist.jobs.planning.plan import bytes_streamed
+from akd_dist.jobs.planning.plan import bytes_streamed, last_attempt
 from akd_dist.jobs.planning.planner import CostModel, groups_of
 from akd_dist.jobs.planning.probing import Prober, measure_all, measure_there, scaled
 from akd_dist.jobs.train_students import train_in_process
@@ -113,6 +113,13 @@ def test_a_plan_tells_ended_resumed_and_new_students(place: Place) -> None:
     assert (only["name"], only["standing"], only["rides"]) == ("b", "resumes", None)
     assert only["steps"] <= 20 * 2
     assert {one["standing"] for cohort in place.plan("--fresh")["cohorts"] for one in cohort["students"]} == {"new"}
+
+
+def test_stray_files_of_a_run_are_no_attempts(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
+    for name in ("attempt-3", "attempt-1.bak", "attempt-", "attempt-x", "attempt-99999999999999999999"):
+        (tmp_path / "control" / name).touch()
+    assert last_attempt(tmp_path) == 3
 
 
 def test_a_plan_as_text(place: Place) -> None:

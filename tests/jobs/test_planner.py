@@ -1,12 +1,15 @@
 """The planner: who shares a cohort, how many there are, what fits where, and what a running one is cut into."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from akd_dist.base.errors import MachineError, RecipeError, RefusedError
 from akd_dist.distill.job import CohortJob
+from akd_dist.distill.objectives import stages
 from akd_dist.distill.probe import Measured
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, next_to_start, pack, timetable
 from akd_dist.jobs.planning.planner import (
@@ -257,6 +260,47 @@ def test_students_that_share_stage_one_stay_together() -> None:
     assert resumed.family_seconds(parts[0]) == (2 * 4 - 3) + 2 * 1
     assert (costs.stream_steps(parts[0]), resumed.stream_steps(parts[0])) == (2 * 4, 2 * 4 - 3)
     assert replace(costs, behind={"0-2": (2, 0)}).leaders(parts[0]) == {}
+
+
+def test_a_stream_is_summed_up_as_if_each_epoch_were_looked_at() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        students = [
+            a_student(str(number), objective=ANNEALING | {"stage1_epochs": rng.randint(2, 6), "stage2_epochs": 3})
+            if rng.random() < 0.7
+            else a_student(str(number), objective=HARD | {"epochs": rng.randint(1, 9)})
+            for number in range(rng.randint(1, 5))
+        ]
+        recipe = a_recipe(students)
+        behind = {spec.name: (rng.randint(0, 9), rng.randint(0, 2)) for spec in recipe.students if rng.random() < 0.6}
+        costs, cohort = replace(costs_for(recipe), behind=behind), tuple(recipe.students)
+        followers, seen = costs.leaders(cohort), dict[int, list[tuple[int, bool]]]()
+        for spec in cohort:
+            begins, step = costs.starts_at(spec, spec.name in followers)
+            needs = [stage.needs_logits for stage in stages(spec.objective) for _ in range(stage.epochs)]
+            for epoch in range(begins, len(needs)):
+                seen.setdefault(epoch, []).append((step if epoch == begins else 0, needs[epoch]))
+        expected = [(min(step for step, _ in one), any(need for _, need in one)) for _, one in sorted(seen.items())]
+        found = costs.streamed(cohort)
+        assert [(one.skipped, one.logits) for one in found for _ in range(one.epochs)] == expected
+        assert costs.stream_steps(cohort) == sum(2 - step for step, _ in expected)
+
+
+def test_a_plan_of_very_many_epochs_takes_no_longer() -> None:
+    recipe = a_recipe([a_student("long")])
+    (spec,) = recipe.students
+    many = spec.model_copy(update={"objective": spec.objective.model_copy(update={"stage1_epochs": 10**15})})
+    assert costs_for(recipe).stream_steps((many,)) == 2 * (10**15 + 1)
+
+
+@pytest.mark.parametrize("epochs", [10**6 + 1, 10**8, 2**63, 10**30])
+def test_more_epochs_than_anybody_trains_are_refused(epochs: int) -> None:
+    for objective in (ANNEALING | {"stage1_epochs": epochs}, HARD | {"epochs": epochs}):
+        with pytest.raises(ValidationError, match="less than or equal to 1000000"):
+            a_recipe([a_student("long", objective=objective)])
+    train = {"epochs": epochs, "optimizer": ADAMW}
+    with pytest.raises(ValidationError, match="less than or equal to 1000000"):
+        a_recipe([a_student("one")], teacher={"model": {"kind": "cnn", "width": 8}, "train": train})
 
 
 def test_two_sizes_of_one_factory_have_two_labels() -> None:

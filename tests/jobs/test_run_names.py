@@ -14,15 +14,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 from rich.console import Console
 
+from akd_dist.base.locks import is_locked
 from akd_dist.cli import main
-from akd_dist.jobs.run_folder import held
+from akd_dist.jobs import results
+from akd_dist.jobs.run_folder import held, saved_results
+from akd_dist.jobs.shared import Shared
 from akd_dist.recipe import Recipe
+from akd_dist.storage import removal
 from tests.fleets import a_recipe
 from tests.survivors import FLEET, Place, counted, snapshot
 
@@ -215,3 +220,46 @@ def test_wait_waits_until_the_first_driver_is_gone(place: Place, runs: Path) -> 
         first.kill()
         second.communicate(timeout=900)
         assert second.returncode == 0
+
+
+# ---- what a run left, edited or torn
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"metric": "pearson"}'])
+def test_results_that_are_damaged_are_collected_again(text: str, tmp_path: Path) -> None:
+    """As the refusal of `report` says: the students have all that they said."""
+    (tmp_path / "fleet.json").write_text(text)
+    (tmp_path / "report.html").touch()
+    assert saved_results(tmp_path, {"students": {}}) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"seconds": 2, "name": "teacher"}', 2.0),
+        *((text, None) for text in ("{}", "null", "{", "[]", '{"seconds": 1e999}', '{"seconds": -1}')),
+        *((text, None) for text in ('{"seconds": "long"}', '{"seconds": null}', '{"seconds": 1' + "0" * 400 + "}")),
+    ],
+)
+def test_what_training_the_teacher_took_is_null_where_nobody_knows(
+    text: str, expected: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "teacher_of", lambda *_: SimpleNamespace(uri=lambda root: f"{root}/teacher"))
+    store: Any = SimpleNamespace(uri=str(tmp_path / "id"))
+    recipe: Any = None
+    (tmp_path / "teacher").mkdir()
+    assert results.training_seconds(recipe, recipe, store) is None
+    (tmp_path / "teacher" / "result.json").write_text(text)
+    assert results.training_seconds(recipe, recipe, store) == expected
+
+
+def test_tokens_are_there_and_locked_as_long_as_their_command_lives(tmp_path: Path) -> None:
+    (tmp_path / "stores").mkdir()
+    shared = Shared({"the stores": str(tmp_path / "stores")}, str(tmp_path / "cache"), print)
+    (token,) = shared._tokens().values()
+    assert removal.gc(str(tmp_path / "stores")) == []
+    token.unlink()  # by somebody on a machine that our lock does not reach
+    assert shared._tokens() == {"the stores": token}
+    assert is_locked(token)
+    shared.__exit__()
+    assert list((tmp_path / "stores").iterdir()) == []

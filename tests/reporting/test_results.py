@@ -60,7 +60,7 @@ def student(model: str, objective: str, seed: int, accuracy: float | None = 0.9,
     middle = f"-t{tau}" if tau else ""
     done = accuracy is not None
     entry: dict[str, Any] = {
-        "name": f"{model}-{objective}{middle}-s{seed}",
+        "name": f"{model.replace('/', '')}-{objective}{middle}-s{seed}",
         "model": model,
         "parameters": 75 * int(model.split("-")[-1]) + 10,
         "objective": objective,
@@ -553,6 +553,35 @@ def test_every_kind_of_fleet_draws_without_a_warning() -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def test_links_in_a_circle_are_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for run in ("loop", "loop/below"):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["report", str(tmp_path / run)])
+        assert left.value.code in (4, 6)
+        capsys.readouterr()
+
+
+def test_documents_name_the_run_absolutely(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        write_run(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for words in (["report", "one", "two"], ["report", "one", "--out", "page.html"], ["status", "one"]):
+        with pytest.raises(SystemExit) as left:
+            cli.main([*words, "--json"])
+        assert left.value.code == 0
+        printed.append(json.loads(capsys.readouterr().out))
+    both, one, status = printed
+    here = [str(tmp_path / name) for name in ("one", "two")]
+    assert [each["run"] for each in both["runs"]] == here
+    assert {each["run"] for each in both["comparison"]["groups"]} == set(here)
+    assert one["runs"][0]["report"] == str(tmp_path / "page.html")
+    assert status["run"] == here[0]
+
+
 def test_a_run_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="there are no results in") as caught:
         write_report(tmp_path / "nowhere")
@@ -573,6 +602,53 @@ def test_a_damaged_field_is_named(tmp_path: Path) -> None:
     (tmp_path / "fleet.json").write_text(json.dumps(fleet))
     with pytest.raises(DamagedError, match=r"(?s)students\.3\.state"):
         read_fleet(tmp_path)
+
+
+def edited(path: list[str | int], value: Any) -> dict[str, Any]:
+    """A fleet's document in which somebody wrote."""
+    fleet = node = small_fleet()
+    for key in path[:-1]:
+        node = node[key]  # type: ignore[index]
+    node[path[-1]] = value  # type: ignore[index]
+    return fleet
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        (["metric"], "pearson", "metric"),
+        (["metric"], "f1", r"teacher\.test"),
+        (["teacher", "test"], {}, r"teacher\.test"),
+        (["students", 3, "test"], {}, r"students\.3\.test"),
+        (["students", 3, "test"], None, r"students\.3\.test"),
+        (["students", 2, "name"], "x" * 5000, r"students\.2\.name"),
+        (["students", 2, "name"], "../../..", r"students\.2\.name"),
+        (["students", 2, "name"], "a\0", r"students\.2\.name"),
+        (["students", 2, "path"], "a\0", r"students\.2\.path"),
+        (["store"], "a\0", "store"),
+        (["run"], "/a\0", "run"),
+    ],
+)
+def test_a_fleet_that_contradicts_itself_is_refused_by_field(
+    path: list[str | int], value: Any, field: str, tmp_path: Path
+) -> None:
+    (tmp_path / "fleet.json").write_text(json.dumps(edited(path, value)))
+    with pytest.raises(DamagedError, match=field):
+        read_run(tmp_path)
+
+
+def test_places_that_are_none_are_as_places_that_are_gone(tmp_path: Path) -> None:
+    fleet = edited(["store"], "x" * 5000) | {"run": "/somewhere/" + "y" * 300}
+    (tmp_path / "fleet.json").write_text(json.dumps(fleet))
+    assert read_run(tmp_path).fleet.store.endswith("x" * 5000)
+
+
+def test_an_identity_without_an_objective_is_refused_by_field(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    identity = {"teacher": {}, "dataset": {}, "students": {"a": {"objective": "x"}}}
+    (tmp_path / "identity.json").write_text(json.dumps(identity))
+    with pytest.raises(DamagedError, match=r"students.*a\.objective"):
+        read_run(tmp_path)
 
 
 def test_metrics_drop_a_torn_line(tmp_path: Path) -> None:
@@ -854,12 +930,13 @@ def test_what_a_student_read_of_its_teacher() -> None:
     annealed = StudentSpec(
         model=Mlp(hidden=8), objective=AnnealingKD(tau_max=4, stage1_epochs=12, stage2_epochs=8), **TRAINED
     )
-    records = records_of(student("mlp-8", "annealing_kd", 0))
-    assert reading(annealed, records, None) == StudentUsage(12, 0)
-    assert reading(annealed, records[:5], None) == StudentUsage(5, 0)  # one that diverged
-    assert reading(annealed, records, "leader") == StudentUsage(0, 12)
+    assert reading(annealed, 20, None) == StudentUsage(12, 0)
+    assert reading(annealed, 5, None) == StudentUsage(5, 0)  # one that diverged
+    assert reading(annealed, 20, "leader") == StudentUsage(0, 12)
     plain = StudentSpec(model=Mlp(hidden=8), objective=HardLabels(epochs=20), **TRAINED)
-    assert reading(plain, records_of(student("mlp-8", "hard_labels", 0)), None) == StudentUsage(0, 0)
+    assert reading(plain, 20, None) == StudentUsage(0, 0)
+    kd = StudentSpec(model=Mlp(hidden=8), objective=Kd(epochs=3), **TRAINED)
+    assert reading(kd, 3, None) == StudentUsage(3, 0)
 
 
 def store_of(root: Path, rows: int, views: int, times: list[float]) -> LogitStore:

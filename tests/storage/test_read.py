@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ import pytest
 
 from akd_dist.base.errors import AkdError, DamagedError, MachineError, RecipeError, RefusedError
 from akd_dist.base.files import canonical_json, sha256
+from akd_dist.base.locks import file_lock, is_locked
+from akd_dist.storage import node_cache, removal
+from akd_dist.storage.claim import claim_store
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.node_cache import cache_folder, default_budget, make_room, open_decoded
 from akd_dist.storage.reader import LogitStore, open_store
@@ -367,6 +372,90 @@ def test_what_a_killed_decoder_left_is_removed(folder: Path, cache_root: Path) -
     (left / "logits.npy").write_bytes(b"half")
     open_decoded(store, cache_root)
     assert not left.exists()
+
+
+def test_a_fresh_copy_is_held_from_its_name_on(folder: Path, cache_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another process that makes room meanwhile takes it away again, and its maker maps nothing."""
+    store = open_store(str(folder))
+    entry, removed = cache_root / "logits" / store.manifest.sha256[:32], shutil.rmtree
+
+    def another_makes_room(path: Path, **how: Any) -> None:
+        if entry.exists():
+            node_cache._evict(entry)
+        removed(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", another_makes_room)
+    mapped = open_decoded(store, cache_root)
+    monkeypatch.undo()
+    assert (entry / "logits.npy").exists()
+    assert np.array_equal(mapped[0], store.rows(0, 0, store.num_rows).astype(mapped.dtype))
+    del mapped
+    gc.collect()
+    node_cache._evict(entry)
+    assert not entry.exists()
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_an_entry_that_is_discarded_while_it_is_evicted(
+    made_anew: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, flock = tmp_path / "logits" / "one", fcntl.flock
+    entry.mkdir(parents=True)
+    (entry / "in-use").touch()
+
+    def meanwhile(descriptor: int, kind: int) -> None:
+        if kind == fcntl.LOCK_EX | fcntl.LOCK_NB and not (tmp_path / "aside").exists():
+            entry.rename(tmp_path / "aside")
+            if made_anew:
+                entry.mkdir()
+                (entry / "in-use").touch()
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", meanwhile)
+    node_cache._evict(entry)
+    assert (tmp_path / "aside").exists()
+    assert entry.exists() == made_anew
+
+
+def test_what_killed_processes_left_goes_and_what_lives_counts(cache_root: Path) -> None:
+    left, making = (cache_root / "rows" / f"{name}.0123456789ab.partial" for name in ("left", "making"))
+    for folder in (left, making):
+        folder.mkdir(parents=True)
+        (folder / "train.npy").write_bytes(bytes(1000))
+    with file_lock(cache_root / "rows" / "making.lock", what="the rows"):
+        make_room(cache_root, 1000, budget=2000)
+        assert [left.exists(), making.exists()] == [False, True]
+        with pytest.raises(MachineError, match="no room in the cache"):
+            make_room(cache_root, 1001, budget=2000)
+    make_room(cache_root, 1001, budget=2000)
+    assert not making.exists()
+
+
+@pytest.mark.parametrize("held", ["the run", "a store", "an entry"])
+def test_a_look_refuses_nobody(held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks whether a file is locked has it locked meanwhile, here until the lock is tried again."""
+    path = tmp_path / f"{'ab' * 32}.claim"
+    path.touch()
+    descriptor = os.open(path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(descriptor, fcntl.LOCK_UN))
+    if held == "an entry":
+        assert not is_locked(path, shared=True)
+    else:
+        with file_lock(path, what=held, wait=0) if held == "the run" else claim_store(str(tmp_path), path.stem):
+            pass
+    os.close(descriptor)
+
+
+def test_tokens_of_a_living_command_are_no_litter(tmp_path: Path) -> None:
+    living, dead = (tmp_path / f".seen-{name}.partial" for name in ("living", "dead"))
+    dead.touch()
+    with file_lock(living, what="a token"):
+        for dry_run in (True, False):
+            assert removal.gc(str(tmp_path), dry_run=dry_run) == [dead.name]
+        assert living.exists()
+        assert not dead.exists()
+    assert removal.gc(str(tmp_path)) == [living.name]
 
 
 def test_the_cache_root_is_the_users_or_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -36,6 +38,7 @@ from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.planner import CostModel, cohort_job
 from akd_dist.recipe import Recipe
+from akd_dist.reporting.results import read_run
 from akd_dist.tracking.status import (
     Pace,
     RunReader,
@@ -142,6 +145,78 @@ def test_a_student_the_driver_gave_up_is_failed(tmp_path: Path) -> None:
         again = a_result("one", state="failed", reason="again and again", epochs=1, validation=None)
         (tmp_path / "students" / "one" / "result.json").write_text(json.dumps(again))
         assert by_name(reader.read())["one"].reason == "again and again"
+
+
+def test_reasons_and_folders_that_are_no_utf_8_are_written_and_read(tmp_path: Path) -> None:
+    """As of an OSError that names such a file: one such student ended whole fleets."""
+    reason = "OSError: /data/\udcff.txt"
+    leave(tmp_path, "one", result={"state": "failed", "reason": reason})
+    with driving(tmp_path):
+        a_run(tmp_path, "one", "two")
+        tell(tmp_path, "2-0", planned("two", state="failed", reason=reason))
+        status = RunReader(tmp_path).read()
+        assert {name: one.reason for name, one in by_name(status).items()} == dict.fromkeys(
+            ("one", "two"), "OSError: /data/\\udcff.txt"
+        )
+        for document in (status, CohortProgress(training=False, at=0, students=status.students)):
+            write_document(tmp_path / "again.json", document)
+            assert read_document(tmp_path / "again.json", type(document)) == document
+    path = tmp_path / "control" / "driver.json"
+    driver = read_document(path, RunDriver)
+    assert driver is not None
+    odd = driver.model_copy(update={"folder": "/home/\udcff"})  # a path is kept: it is to be typed again
+    write_document(path, odd)
+    assert read_document(path, RunDriver) == odd
+
+
+@pytest.mark.parametrize("closed", ["students/two", "students", "."])
+def test_a_folder_that_is_closed_takes_nothing_from_the_others(
+    closed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(tempfile.mkdtemp(prefix="akd-dist-closed-"))  # others may not enter the folder of tests
+    run.chmod(0o755)
+    a_run(run, "one", "two")
+    for name in ("one", "two"):
+        leave(run, name, result={})
+    (run / "fleet.json").write_text(json.dumps(a_fleet("one", "two")))
+    (run / closed).chmod(0)
+    try:
+        if os.geteuid() == 0:
+            os.seteuid(12345)  # permissions do not bind root
+        if closed == ".":
+            with pytest.raises(MachineError, match="cannot read"):
+                RunReader(run).read()
+            return
+        status = RunReader(run).read()
+        assert any("cannot read students/two/" in problem for problem in status.problems)
+        assert [one.name for one in status.students] == ["one", "two"]
+        if closed == "students/two":
+            assert by_name(status)["one"].state == "done"
+            assert not any("students/one" in problem for problem in status.problems)
+        assert any("students/two/metrics.jsonl" in problem for problem in read_run(run).problems)
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        (run / closed).chmod(0o755)
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"metric": "auc"}, {"name": "x" * 256}, {"name": "a\0"}, {"name": ".."}, {"epochs_shared": 5}], ids=str
+)
+def test_a_plan_that_somebody_edited_is_none(changes: dict[str, Any], tmp_path: Path) -> None:
+    a_run(tmp_path, "one")
+    path = tmp_path / "control" / "plan.json"
+    plan = json.loads(path.read_text())
+    (plan if "metric" in changes else plan["students"][0]).update(changes)
+    path.write_text(json.dumps(plan))
+    assert RunReader(tmp_path).read().students == []
+
+
+def test_a_checkpoint_whose_name_says_too_much_counts_as_the_last(tmp_path: Path) -> None:
+    a_run(tmp_path, "one")
+    leave(tmp_path, "one", checkpoint=f"{10**11}-{10**11}-0001")
+    assert by_name(RunReader(tmp_path).read())["one"].steps == 40
 
 
 def test_a_retried_student_goes_on_from_its_checkpoint(tmp_path: Path) -> None:

@@ -120,6 +120,16 @@ def check_complete(student: Tracked) -> None:
     assert "schedule/psi" not in found
 
 
+def test_a_reason_that_is_no_utf_8_is_text_to_a_tracker(tmp_path: Path) -> None:
+    student = a_student(tmp_path)
+    train(student, 1)
+    end(student, "failed")
+    path = student.folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"reason": "OSError: \udcff.txt"}))
+    forward(TensorBoard(), student)
+    assert texts(student)["end/text_summary"] == [f"failed after {EPOCHS} epochs: OSError: \\udcff.txt"]
+
+
 def test_tensorboard_reads_every_number_and_the_recipe(tmp_path: Path) -> None:
     student = a_student(tmp_path)
     train(student, EPOCHS)
