@@ -138,8 +138,10 @@ class FleetOptions(RecipeOptions):
         None, "--run-root", metavar="DIR", root=RUN_ROOT, folder=True, help="Where runs lie."
     )
     """Folder of runs, this one is `<run_root>/<recipe.name>/`; None takes $AKD_DIST_RUN_ROOT, or `runs`."""
-    fresh: bool = option(False, "--fresh", is_flag=True, help="Forget an earlier run of this name and start over.")
-    """Forget an earlier run of this name."""
+    fresh: bool = option(
+        False, "--fresh", is_flag=True, help="Remove an earlier run of this name, trained students and all; start over."
+    )
+    """Remove an earlier run of this name, its trained students too, and start over; nobody is asked. Stores stay."""
     trackers: Sequence[str] = option(
         (),
         "--tracker",

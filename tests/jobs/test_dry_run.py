@@ -112,7 +112,12 @@ def test_a_plan_tells_ended_resumed_and_new_students(place: Place) -> None:
     (only,) = [student for cohort in plan["cohorts"] for student in cohort["students"]]
     assert (only["name"], only["standing"], only["rides"]) == ("b", "resumes", None)
     assert only["steps"] <= 20 * 2
-    assert {one["standing"] for cohort in place.plan("--fresh")["cohorts"] for one in cohort["students"]} == {"new"}
+    assert plan["removes"] is None
+    fresh = place.plan("--fresh")
+    assert {one["standing"] for cohort in fresh["cohorts"] for one in cohort["students"]} == {"new"}
+    there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    assert fresh["removes"] == {"students": 2, "bytes": there}
+    assert f"2 trained students and everything else in {run}" in place.run("--fresh")[1]
 
 
 def test_a_plan_as_text(place: Place) -> None:
@@ -120,6 +125,8 @@ def test_a_plan_as_text(place: Place) -> None:
     assert code == 0, err
     for told in ("stage I of a", "= cohort 1", "teacher", "cluster", "disk", "time", "nothing was trained"):
         assert told in out
+    assert f"stores in {place.root / 'stores'}, the run in {place.root / 'runs' / 'fleet'}\n" in out
+    assert "removes" not in out
 
 
 def test_a_plan_fits_eighty_columns(place: Place) -> None:
