@@ -102,6 +102,10 @@ class RecipeOptions(Options):
         False, "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
     )
     """Wait for somebody else who holds the store or the run, instead of leaving."""
+    dry_run: bool = option(
+        False, "--dry-run", is_flag=True, help="Say what would be done; refuse what the command would."
+    )
+    """Only say what would be done, and refuse what the command would; takes no lock and leaves everything as it is."""
 
     def read(self) -> Recipe:
         """The recipe: read from its file, and trusting what the user trusts."""
@@ -124,10 +128,6 @@ class CacheOptions(RecipeOptions):
         False, "--prepare-again", is_flag=True, help="Prepare the data afresh, whatever was prepared before."
     )
     """Prepare this machine's data afresh, whatever was prepared before."""
-    dry_run: bool = option(
-        False, "--dry-run", is_flag=True, help="Say what would be done; refuse what the command would."
-    )
-    """Only say what would be done, and refuse what the command would; takes no lock and leaves everything as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)

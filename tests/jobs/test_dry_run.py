@@ -45,13 +45,13 @@ class Place:
         self.recipe = a_recipe(students, teacher={"weights": teacher})
         (root / "recipe.yaml").write_text(self.recipe.to_yaml())
 
-    def run(self, *arguments: str) -> tuple[int, str, str]:
+    def run(self, *arguments: str, verb: str = "train-students") -> tuple[int, str, str]:
         """Exit code, stdout and stderr; checked to leave the run root alone."""
         roots = [f"--{name}-root={self.root / folder}" for name, folder in (("store", "stores"), ("cache", "cache"))]
         before = sorted(self.root.glob("runs/**/*"))
         run_root = f"--run-root={self.root / 'runs'}"
         with pytest.raises(SystemExit) as left:
-            main(["train-students", str(self.root / "recipe.yaml"), *roots, run_root, "--dry-run", *arguments])
+            main([verb, str(self.root / "recipe.yaml"), *roots, run_root, "--dry-run", *arguments])
         assert sorted(self.root.glob("runs/**/*")) == before
         out, err = self.capsys.readouterr()
         return int(left.value.code or 0), out, err
@@ -118,6 +118,16 @@ def test_a_plan_tells_ended_resumed_and_new_students(place: Place) -> None:
     there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     assert fresh["removes"] == {"students": 2, "bytes": there}
     assert f"2 trained students and everything else in {run}" in place.run("--fresh")[1]
+
+
+def test_a_comparison_is_planned_like_any_run(place: Place) -> None:
+    code, out, err = place.run("--seeds", "2", "--set", "students.2.batch=64", "--json", verb="compare")
+    assert code == 0, err
+    plan = FleetPlanDocument.model_validate_json(out)
+    assert plan.run == str(place.root / "runs" / "fleet-compare")
+    planned = {student.objective for cohort in plan.cohorts for student in cohort.students}
+    assert planned == {"hard_labels", "kd", "annealing_kd", "continuation_kd"}
+    assert "what training would do" in place.run("--seeds", "2", verb="compare")[1]
 
 
 def test_a_plan_as_text(place: Place) -> None:
