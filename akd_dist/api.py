@@ -104,7 +104,8 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     `akd_dist.options.CompareOptions`.
 
     Returns:
-        The content of comparison.json (schemas/compare.schema.json).
+        The content of comparison.json (schemas/compare.schema.json); of a dry run the plan of its students
+        (schemas/fleet-plan.schema.json).
 
     Raises:
         AkdError: a refusal; nothing that was trained is lost.
@@ -115,6 +116,8 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
     expanded = comparison.expand(read, options.seeds)
     plan, fleet = _run(expanded, RunOptions(**{one.name: getattr(options, one.name) for one in fields(FleetOptions)}))
+    if options.dry_run:
+        return fleet
     splits = plan.inputs.splits
     words = ["akd-dist", "compare", f"{read.name}.yaml" if read is options.recipe else str(options.recipe)]
     words += [word for override in options.overrides for word in ("--set", override)]

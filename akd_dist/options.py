@@ -106,6 +106,10 @@ class RecipeOptions(Options):
         False, "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
     )
     """Wait for somebody else who holds the store or the run, instead of leaving."""
+    dry_run: bool = option(
+        False, "--dry-run", is_flag=True, help="Say what would be done; refuse what the command would."
+    )
+    """Only say what would be done, and refuse what the command would; takes no lock and leaves everything as it is."""
 
     def read(self) -> Recipe:
         """The recipe: read from its file, and trusting what the user trusts."""
@@ -132,10 +136,6 @@ class CacheOptions(RecipeOptions):
         False, "--prepare-again", is_flag=True, help="Prepare the data afresh, whatever was prepared before."
     )
     """Prepare this machine's data afresh, whatever was prepared before."""
-    dry_run: bool = option(
-        False, "--dry-run", is_flag=True, help="Say what would be done; refuse what the command would."
-    )
-    """Only say what would be done, and refuse what the command would; takes no lock and leaves everything as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +146,10 @@ class FleetOptions(RecipeOptions):
         None, "--run-root", metavar="DIR", root=RUN_ROOT, folder=True, help="Where runs lie."
     )
     """Folder of runs, this one is `<run_root>/<recipe.name>/`; None takes $AKD_DIST_RUN_ROOT, or `runs`."""
-    fresh: bool = option(False, "--fresh", is_flag=True, help="Forget an earlier run of this name and start over.")
-    """Forget an earlier run of this name."""
+    fresh: bool = option(
+        False, "--fresh", is_flag=True, help="Remove an earlier run of this name, trained students and all; start over."
+    )
+    """Remove an earlier run of this name, its trained students too, and start over; nobody is asked. Stores stay."""
     trackers: Sequence[str] = option(
         (),
         "--tracker",

@@ -252,10 +252,10 @@ class Fleet:
         if now - self.alive_at > cluster.GRACE_SECONDS:
             if self.errors and not self.stop:
                 raise self.errors[0]
-            raise self.stop.error(
-                "stopped; the workers did not answer any more, so only earlier checkpoints are kept",
-                "the same command goes on from there",
-            )
+            silent = "stopped; the workers did not answer any more, so only earlier checkpoints are kept"
+            if not any(one.alive and read_progress(one.job) for one in self.running):
+                silent = "stopped while workers were starting; none had begun to train, so nothing is lost"
+            raise self.stop.error(silent, "the same command goes on from there")
 
     def _check_room(self) -> None:
         """Give up if the nodes that are left can never hold a cohort that was running, or is to run.

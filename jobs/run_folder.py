@@ -91,7 +91,9 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
     """
     if not (run / "identity.json").exists():
         return
-    advice = "--fresh starts over; if you know that the recipe is the same, remove that file to go on"
+    advice = (
+        "--fresh removes the run and starts over; if you know that the recipe is the same, remove that file to go on"
+    )
     saved = load(
         run / "identity.json", RunIdentity, expected="what the run wrote there when it began", next=advice
     ).plain()
@@ -112,7 +114,8 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
             f"the run {recipe.name} in {run} was made from another recipe, data or teacher",
             got="\n       ".join(first_of([*differing, *changes(saved, identity)], DIFFERENCES_SHOWN)),
             expected="those that the run was started with",
-            next=f"give this one another name: --set name={recipe.name}-2 (or --fresh to start over)",
+            next=f"give this one another name: --set name={recipe.name}-2 "
+            "(or --fresh to start over, which removes what is there)",
         )
 
 

@@ -69,8 +69,18 @@ def plan_lines(plan: FleetPlanDocument) -> list[str]:
         f"cluster  {counted(plan.nodes, 'node')} with {plan.cpus:g} CPUs{gpus}{memory}",
         f"disk     {size(plan.checkpoint_bytes)} of checkpoints and {size(plan.model_bytes)} of models at most, "
         f"{size(plan.free_bytes)} free",
+        f"places   stores in {plan.store_root}, the run in {plan.run}",
+        *_removed(plan),
         f"time     {_how_long(plan, unknown)}, after the teacher; nothing was trained or stored",
     ]
+
+
+def _removed(plan: FleetPlanDocument) -> list[str]:
+    """The line that says what `--fresh` would remove, if there is anything."""
+    if plan.removes is None:
+        return []
+    students = counted(plan.removes.students, "trained student")
+    return [f"removes  {students} and everything else in {plan.run}, {size(plan.removes.bytes)}"]
 
 
 def _about(cohort: PlannedCohort) -> str:

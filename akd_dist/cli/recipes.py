@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from akd_dist.base.errors import AkdError
+from akd_dist.base.places import RUN_ROOT
 from akd_dist.cli.options import Group, json_option, shared
 from akd_dist.cli.show import command_line, print_facts, print_json, print_table, table_of
 
@@ -40,7 +46,7 @@ def recipe_check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None
     print_table(table)
     if len(checked.students) > STUDENTS_SHOWN:
         click.echo(f"and {len(checked.students) - STUDENTS_SHOWN:,} more")
-    click.echo(f"next: {command_line('train-students', recipe, overrides=overrides)}")
+    click.echo(f"next: {command_to_train(recipe, overrides)}")
 
 
 @recipe.command("schema")
@@ -54,11 +60,35 @@ def recipe_schema() -> None:
     print_json(schema())
 
 
-def load(recipe_path: str, overrides: tuple[str, ...]) -> Recipe:
+def load(recipe_path: str, overrides: Sequence[str]) -> Recipe:
     """A recipe from its file, checked."""
     from akd_dist.recipe import load_recipe
 
     return load_recipe(recipe_path, overrides)
+
+
+def command_to_train(recipe: str, overrides: Sequence[str], **given: Any) -> str:
+    """The command that trains from a recipe; under another name, if its own is that of a run from another recipe.
+
+    Recipes alone are compared, without a look at the data: what these lead to, the command itself finds out.
+    """
+    with contextlib.suppress(AkdError):  # a recipe that was changed meanwhile spoils no result: its name is left alone
+        ours = load(recipe, overrides)
+        names = itertools.chain([ours.name], (f"{ours.name}-{number}" for number in itertools.count(2)))
+        name = next(name for name in names if not _is_another(Path(RUN_ROOT.chosen()) / name, ours))
+        if name != ours.name:
+            overrides = [*(one for one in overrides if not one.startswith("name=")), f"name={name}"]
+    return command_line("train-students", recipe, overrides=overrides, **given)
+
+
+def _is_another(run: Path, ours: Recipe) -> bool:
+    """Whether a run lies there that was made from another recipe; one that cannot be read counts as none."""
+    path = run / "recipe.yaml"
+    try:
+        theirs = load(str(path), ()) if path.is_file() else None
+    except AkdError:
+        return False
+    return theirs is not None and theirs.identity() | {"name": ""} != ours.identity() | {"name": ""}
 
 
 def _recipe_facts(checked: Recipe) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import click
 import akd_dist
 from akd_dist.cli.options import json_option, taking
 from akd_dist.cli.plans import print_fleet_plan, print_plan
+from akd_dist.cli.recipes import command_to_train
 from akd_dist.cli.show import (
     SHORT_ID,
     command_line,
@@ -62,7 +63,7 @@ def cache_teacher(as_json: bool, **given: Any) -> None:
     elif given["dry_run"]:
         print_plan(PlanDocument.model_validate(document))
     else:
-        print_cached(CacheDocument.model_validate(document), command_line("train-students", **given))
+        print_cached(CacheDocument.model_validate(document), command_to_train(**given))
 
 
 @click.command("train-students")
@@ -114,6 +115,10 @@ def compare(as_json: bool, **given: Any) -> int:
         document = akd_dist.compare(**given, console=progress_console())
     if as_json:
         print_json(document)
+    elif given["dry_run"]:
+        from akd_dist.documents.plan import FleetPlanDocument
+
+        print_fleet_plan(FleetPlanDocument.model_validate(document))
     else:
         from akd_dist.documents.report import CompareDocument
         from akd_dist.reporting.comparison import MARKDOWN_NAME, comparison_table
@@ -122,7 +127,7 @@ def compare(as_json: bool, **given: Any) -> int:
         print_table(comparison_table(CompareDocument.model_validate(document)))
         click.echo(f"table   {short_path(run / MARKDOWN_NAME)}")
         click.echo(f"report  {short_path(run / 'report.html')}")
-    return int(any(row["lost"] for row in document["table"]))
+    return int(any(row["lost"] for row in document.get("table", ())))
 
 
 def print_cached(document: CacheDocument, next_command: str) -> None:

@@ -157,9 +157,10 @@ def print_facts(facts: dict[str, Any]) -> None:
 
 
 def in_words(value: Any) -> str:
-    """A document on one line, for reading: `kind mlp, hidden [16], ...`."""
+    """A document on one line, for reading: `kind mlp, hidden [16], ...`; of what has a kind, it comes first."""
     if not isinstance(value, dict):
         return str(value)
+    value = {"kind": value["kind"]} | value if "kind" in value else value
     shown = {key: f"({in_words(inner)})" if isinstance(inner, dict) else inner for key, inner in value.items()}
     return ", ".join(f"{key} {inner}" for key, inner in shown.items())
 

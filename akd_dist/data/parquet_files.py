@@ -14,8 +14,9 @@ import pyarrow.dataset as ds
 from pyarrow import fs
 
 from akd_dist.base.errors import RefusedError
+from akd_dist.recipe.paths import START
 
-NEXT_PATH = "correct the path in the recipe; one that is not absolute starts from the recipe's folder"
+NEXT_PATH = f"correct the path; {START}"
 SKIPPED_PREFIXES = (".", "_")
 """Files and folders of such names are none of the data: _SUCCESS, _metadata, .part-0.crc, .ipynb_checkpoints."""
 _SUFFIXES = (".parquet", ".parq", ".pq")

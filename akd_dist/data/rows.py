@@ -122,7 +122,11 @@ def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     if common == len(ours["blocks"]) == len(theirs["blocks"]):
         changed = "; ".join(recipe.differences(theirs.get("meaning", {}), ours.get("meaning", {})))
         return f"the rows are the same, but not what they mean{changed and ': '}{changed}"
-    return f"rows {common * BLOCK_ROWS:,} to {(common + 1) * BLOCK_ROWS:,} are the first that differ"
+    # A description need not say how many rows there are: then the block is named whole.
+    counts = [described.get("rows") or (common + 1) * BLOCK_ROWS for described in (ours, theirs)]
+    last = min((common + 1) * BLOCK_ROWS, max(counts))
+    of = f", of {counts[0]:,} rows now and {counts[1]:,} before" if counts[0] != counts[1] else ""
+    return f"rows {common * BLOCK_ROWS:,} to {last:,} are the first that differ{of}"
 
 
 @dataclass(frozen=True, eq=False)

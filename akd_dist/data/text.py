@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from akd_dist import recipe
 from akd_dist.base.errors import RecipeError, RefusedError
 from akd_dist.data import hub
+from akd_dist.recipe.paths import START
 
 PADDING, BEGIN, END, MASK = 256, 257, 258, 259
 
@@ -194,7 +195,7 @@ def _folder(path: str | None) -> Path:
             f"no tokenizer at {path}",
             got="a file" if folder.exists() else "nothing there",
             expected="a folder that tokenizer.save_pretrained wrote",
-            next="correct data.text.path in the recipe; one that is not absolute starts from the recipe's folder",
+            next=f"correct data.text.path; {START}",
         )
     return folder
 

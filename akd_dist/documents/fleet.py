@@ -251,6 +251,8 @@ class RunRows(Document):
     """The sha256 of their content and order."""
     blocks: list[str]
     """The sha256 of each block of rows."""
+    rows: Count | None = None
+    """How many rows there are."""
     meaning: dict[str, Any] = {}
     """What inputs and labels are."""
 

@@ -53,6 +53,15 @@ class PlannedCohort(Document):
     """Seconds from the first start."""
 
 
+class RemovedRun(Document):
+    """What `--fresh` would remove."""
+
+    students: Count
+    """Students of it that are done."""
+    bytes: Count
+    """What lies in the run's folder."""
+
+
 class FleetPlanDocument(Document):
     """What `akd-dist train-students --dry-run --json` prints."""
 
@@ -60,6 +69,10 @@ class FleetPlanDocument(Document):
     """Nothing was computed."""
     run: str
     """The run's folder."""
+    store_root: str
+    """Where stores lie."""
+    removes: RemovedRun | None
+    """What `--fresh` would remove before training begins; null without it, or where no run is."""
     device: str
     """Where it would compute."""
     teacher: str

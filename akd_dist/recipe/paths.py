@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+START = "one that is not absolute starts from the recipe's folder, or from the working folder if --set gives it"
+"""Where paths start, as refusals of a path that leads nowhere say it."""
 # Keys whose values are paths.
 _PATHS = ("path", "images", "labels", "weights", "folder")
 

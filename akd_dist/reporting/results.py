@@ -9,6 +9,7 @@ Nothing is computed but means, spreads, intervals and counts. `page` makes the p
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,6 +47,8 @@ from akd_dist.reporting.seeds import (
     plus_minus,
     unfinished,
 )
+from akd_dist.tracking.status import RunReader
+from akd_dist.tracking.view import headline, next_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -395,18 +398,19 @@ def read_fleet(run_folder: Path) -> FleetDocument:
     """What `fleet.json` holds, its places absolute: those of the run as it lies here.
 
     Raises:
-        RefusedError: the run has no results (yet).
+        RefusedError: there is no run, or it has no results yet; says what command goes on with it.
         DamagedError: the file is not the JSON document that a run writes.
     """
     path = run_folder / "fleet.json"
     try:
         fleet = load(path, FleetDocument, next="akd-dist train-students RECIPE collects it again from the students")
     except (FileNotFoundError, NotADirectoryError) as error:
+        status = RunReader(run_folder).read()  # refuses a folder that holds no run
         raise RefusedError(
-            f"there are no results in {run_folder}",
-            got="no fleet.json",
-            expected="the folder of a run that has ended, for example runs/digits",
-            next=f"akd-dist train-students {run_folder / 'recipe.yaml'}",
+            f"there are no results in {run_folder} yet",
+            got=headline(status),
+            expected="a run that has ended",
+            next=next_line(status) or f"wait for it; {shlex.join(['akd-dist', 'status', str(run_folder)])} follows it",
         ) from error
     return _located(fleet, run_folder.absolute())
 

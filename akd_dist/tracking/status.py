@@ -21,6 +21,7 @@ from typing import Any
 from akd_dist.base import places
 from akd_dist.base.errors import AkdError, RefusedError
 from akd_dist.base.files import is_there, parse_json, read_json, read_small, replace
+from akd_dist.base.formatting import some_of
 from akd_dist.documents.base import Document
 from akd_dist.documents.damage import AnyDocument, load, read_epochs, read_result
 from akd_dist.documents.fleet import FleetDocument
@@ -201,14 +202,18 @@ class RunReader:
     def _check_is_there(self) -> None:
         try:
             there = any((self.run / name).exists() for name in ("control", "identity.json", "fleet.json"))
+            below = [] if there else sorted(path.parent.name for path in self.run.glob("*/identity.json"))
         except OSError as error:  # its folder, or one above it, is closed
             raise storage_error("read", str(self.run), error) from error
         if not there:
+            holds = f"a folder of runs: {some_of(below)}" if below else "a folder that holds none"
             raise RefusedError(
                 f"there is no run in {self.run}",
-                got="a folder that holds none" if is_there(self.run) else "no such folder",
+                got=holds if is_there(self.run) else "no such folder",
                 expected="the folder of a run: its run root, and the name of its recipe",
-                next="akd-dist train-students RECIPE begins one, in runs/ unless told otherwise",
+                next=f"name {self.run / below[0]}, or another of these"
+                if below
+                else "akd-dist train-students RECIPE begins one, in runs/ unless told otherwise",
             )
 
     def _told(self, plan: FleetPlan) -> list[tuple[CohortProgress, int]]:

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from akd_dist.base.errors import MachineError
+from akd_dist.base.files import read_json
 from akd_dist.base.formatting import counted, duration, size
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.distill.checkpoint import checkpoints, numbers_of
 from akd_dist.distill.job import CohortJob, ended
 from akd_dist.distill.stream import batch_ends
 from akd_dist.documents.cache import PlanDocument
-from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort, PlannedStudent
+from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort, PlannedStudent, RemovedRun
 from akd_dist.jobs.packing import Node, ResourceRequest, timetable
 from akd_dist.jobs.planning.caching import Inputs, foresee_caching
 from akd_dist.jobs.planning.planner import (
@@ -112,6 +113,8 @@ def plan_run(inputs: Inputs, run: Path, workspace: Workspace, *, fresh: bool) ->
     nodes = cluster.all_nodes()
     cohorts, tried = plan_cohorts(recipe, todo, nodes, costs) if todo else ([], [])
     document = draw_up(inputs, todo, nodes, cohorts, tried, costs, run, caching)
+    if fresh:
+        document = document.model_copy(update={"removes": removed_by_fresh(run)})
     return RunPlan(inputs, run, todo, cohorts, costs, nodes, document)
 
 
@@ -138,6 +141,17 @@ def last_attempt(run: Path) -> int:
     """The number of the run's latest attempt, 0 before the first."""
     names = (ATTEMPT.fullmatch(path.name) for path in (run / "control").glob("attempt-*"))
     return max((int(name[1]) for name in names if name), default=0)
+
+
+def removed_by_fresh(run: Path) -> RemovedRun | None:
+    """What `--fresh` removes of a run before it begins anew; None where no run is."""
+    if not (run / "identity.json").exists() and not (run / "students").exists():
+        return None
+    results = [read_json(path) for path in run.glob("students/*/result.json")]
+    return RemovedRun(
+        students=sum(isinstance(result, dict) and result.get("state") == "done" for result in results),
+        bytes=sum(path.lstat().st_size for path in run.rglob("*") if not path.is_dir()),
+    )
 
 
 def draw_up(
@@ -174,6 +188,8 @@ def draw_up(
     return FleetPlanDocument(
         dry_run=True,
         run=str(run),
+        store_root=cache.store_root,
+        removes=None,
         device=recipe.device,
         teacher=_about_teacher(inputs, cache),
         cache_bytes=cache.bytes,

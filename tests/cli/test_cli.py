@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -28,7 +29,7 @@ from akd_dist.base import errors, places
 from akd_dist.base.errors import AkdError
 from akd_dist.base.locks import file_lock
 from akd_dist.base.places import STORE_ROOT
-from akd_dist.cli.show import table_of
+from akd_dist.cli.show import in_words, table_of
 from akd_dist.documents.cache import CacheDocument, PlanDocument
 from akd_dist.documents.error import ErrorDocument
 from akd_dist.documents.fleet import FleetDocument
@@ -397,6 +398,32 @@ def test_cached_assistants_are_named(run: Any, monkeypatch: pytest.MonkeyPatch) 
     assert "1.1 MB in 120 shards" in outcome.out
 
 
+@pytest.mark.parametrize("command", [("cache-teacher", DIGITS), ("recipe", "check", DIGITS)])
+def test_the_next_command_has_a_name_that_no_other_recipe_has(
+    command: tuple[str, ...], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(akd_dist, "cache_teacher", lambda *_, **__: CACHED)
+
+    def named(*more: str) -> list[str]:
+        """The overrides of the command that is to be typed next."""
+        words = shlex.split(run(*command, *more).out.splitlines()[-1])
+        return [word for word in words if "=" in word]
+
+    for name, views in (("digits", 4), ("digits-2", 5), ("digits-3", 6)):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "identity.json").touch()
+        (folder / "recipe.yaml").write_text(
+            load_recipe(DIGITS, [f"name={name}", f"data.views={views}"]).to_yaml(folder)
+        )
+    assert named() == []
+    assert named("--set", "data.views=6") == ["data.views=6", "name=digits-3"]
+    assert named("--set", "name=digits", "--set", "data.views=7") == ["data.views=7", "name=digits-4"]
+    assert named("--set", "name=new", "--set", "data.views=7") == ["name=new", "data.views=7"]
+    (tmp_path / "runs" / "digits" / "recipe.yaml").write_text("{")
+    assert named("--set", "data.views=7") == ["data.views=7"]
+
+
 def test_a_plan_is_a_table(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     PlanDocument.model_validate(PLAN)
     monkeypatch.setattr(akd_dist, "cache_teacher", lambda *_, **given: PLAN if given["dry_run"] else CACHED)
@@ -411,6 +438,11 @@ def test_a_plan_is_a_table(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- stores
+
+
+def test_what_a_document_is_of_comes_first() -> None:
+    model = {"depth": 3, "kind": "cnn"}
+    assert in_words({"flip": True, "kind": "x", "model": model}) == "kind x, flip True, model (kind cnn, depth 3)"
 
 
 @pytest.fixture

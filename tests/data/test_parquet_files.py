@@ -183,6 +183,7 @@ def test_what_is_there_is_named_where_nothing_is_taken(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="no Parquet file at") as refused:
         read(tmp_path / "rows", tmp_path / "cache")
     assert refused.value.got == "a folder with other files: b.csv; names that begin with . or _ are skipped"
+    assert "from the recipe's folder, or from the working folder if --set gives it" in str(refused.value.next)
 
 
 def test_rows_are_in_the_order_of_names_folder_by_folder(tmp_path: Path) -> None:

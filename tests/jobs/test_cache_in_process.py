@@ -191,7 +191,7 @@ def test_rows_that_changed_are_told_of_with_the_first_block(place: Place) -> Non
     label[N - 1 - np.argmax(label[::-1] == 0)] = 1  # the last 0
     document, said = place.cache(place.table(label, pixels))
     (changed,) = [split for split, part in splits_of(document).items() if not part["hit"]]
-    block = "rows 4,096 to 8,192" if changed == "train" else "rows 0 to 4,096"
+    block = f"rows {4_096 if changed == 'train' else 0:,} to {splits_of(old)[changed]['rows']:,}"
     assert said == (
         f"the {changed} rows are not those of store {splits_of(old)[changed]['id'][:12]}, "
         f"which differs in nothing else: {block} are the first that differ\n"
@@ -206,6 +206,13 @@ def test_datasets_of_the_same_rows_differ_in_what_they_mean() -> None:
     assert first_difference(ours, theirs) == "the rows are the same, but not what they mean: classes: 2 -> 3"
     assert blocks_in_common(ours, theirs) == 2
     assert first_difference({"blocks": ["a"]}, theirs) == "rows 4,096 to 8,192 are the first that differ"
+
+
+def test_of_a_few_rows_no_more_are_named_than_there_are() -> None:
+    few, fewer = ({"blocks": [name], "rows": rows} for name, rows in (("a", 1_350), ("b", 1_168)))
+    assert first_difference(few, few | {"blocks": ["c"]}) == "rows 0 to 1,350 are the first that differ"
+    told = "rows 0 to 1,350 are the first that differ, of 1,168 rows now and 1,350 before"
+    assert first_difference(fewer, few) == told
 
 
 def splits_of(document: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +230,8 @@ def test_a_run_on_other_rows_is_refused_with_the_first_block(place: Place) -> No
         check_same_run(run, recipe, changed)
     got = str(refused.value.got)
     for split in ("train", "validation", "test"):
-        assert f"the {split} rows: rows 0 to 4,096 are the first that differ" in got
+        last = min(4_096, changed["rows"][split]["rows"])
+        assert f"the {split} rows: rows 0 to {last:,} are the first that differ" in got
         assert f"dataset.{split}: " in got
     assert "blocks" not in got
     saved = json.loads((run / "identity.json").read_bytes())

@@ -45,13 +45,13 @@ class Place:
         self.recipe = a_recipe(students, teacher={"weights": teacher})
         (root / "recipe.yaml").write_text(self.recipe.to_yaml())
 
-    def run(self, *arguments: str) -> tuple[int, str, str]:
+    def run(self, *arguments: str, verb: str = "train-students") -> tuple[int, str, str]:
         """Exit code, stdout and stderr; checked to leave the run root alone."""
         roots = [f"--{name}-root={self.root / folder}" for name, folder in (("store", "stores"), ("cache", "cache"))]
         before = sorted(self.root.glob("runs/**/*"))
         run_root = f"--run-root={self.root / 'runs'}"
         with pytest.raises(SystemExit) as left:
-            main(["train-students", str(self.root / "recipe.yaml"), *roots, run_root, "--dry-run", *arguments])
+            main([verb, str(self.root / "recipe.yaml"), *roots, run_root, "--dry-run", *arguments])
         assert sorted(self.root.glob("runs/**/*")) == before
         out, err = self.capsys.readouterr()
         return int(left.value.code or 0), out, err
@@ -112,7 +112,22 @@ def test_a_plan_tells_ended_resumed_and_new_students(place: Place) -> None:
     (only,) = [student for cohort in plan["cohorts"] for student in cohort["students"]]
     assert (only["name"], only["standing"], only["rides"]) == ("b", "resumes", None)
     assert only["steps"] <= 20 * 2
-    assert {one["standing"] for cohort in place.plan("--fresh")["cohorts"] for one in cohort["students"]} == {"new"}
+    assert plan["removes"] is None
+    fresh = place.plan("--fresh")
+    assert {one["standing"] for cohort in fresh["cohorts"] for one in cohort["students"]} == {"new"}
+    there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    assert fresh["removes"] == {"students": 2, "bytes": there}
+    assert f"2 trained students and everything else in {run}" in place.run("--fresh")[1]
+
+
+def test_a_comparison_is_planned_like_any_run(place: Place) -> None:
+    code, out, err = place.run("--seeds", "2", "--set", "students.2.batch=64", "--json", verb="compare")
+    assert code == 0, err
+    plan = FleetPlanDocument.model_validate_json(out)
+    assert plan.run == str(place.root / "runs" / "fleet-compare")
+    planned = {student.objective for cohort in plan.cohorts for student in cohort.students}
+    assert planned == {"hard_labels", "kd", "annealing_kd", "continuation_kd"}
+    assert "what training would do" in place.run("--seeds", "2", verb="compare")[1]
 
 
 def test_stray_files_of_a_run_are_no_attempts(tmp_path: Path) -> None:
@@ -127,6 +142,8 @@ def test_a_plan_as_text(place: Place) -> None:
     assert code == 0, err
     for told in ("stage I of a", "= cohort 1", "teacher", "cluster", "disk", "time", "nothing was trained"):
         assert told in out
+    assert f"stores in {place.root / 'stores'}, the run in {place.root / 'runs' / 'fleet'}\n" in out
+    assert "removes" not in out
 
 
 def test_a_plan_fits_eighty_columns(place: Place) -> None:

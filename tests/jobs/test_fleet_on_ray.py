@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 import akd_dist
-from akd_dist.base.errors import MachineError, RecipeError, RefusedError, TerminatedError
+from akd_dist.base.errors import InterruptedByUser, MachineError, RecipeError, RefusedError, TerminatedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_in_process
@@ -373,6 +373,26 @@ def test_a_second_ctrl_c_waits_for_no_worker(home: Home, tmp_path: Path, monkeyp
     monkeypatch.setattr(fleet, "_watch", lambda **_: pytest.fail("it waits"))
     with pytest.raises(KeyboardInterrupt), fleet._stopping_on_errors():
         raise KeyboardInterrupt
+    over.set()
+
+
+def test_whoever_stops_before_workers_train_is_told_that_nothing_is_lost(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "check_alive", lambda _stop: None)
+    monkeypatch.setattr(cluster, "GRACE_SECONDS", -1.0)
+    splits, stop = prepare(home.recipe.data, Path(home.cache_root)), StopFlag()
+    base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
+    fleet = Fleet(base, CostModel(base.device, len(splits.train)), stop, Console(quiet=True))
+    stop.signal, over = signal.SIGINT, threading.Event()
+    thread = threading.Thread(target=over.wait, daemon=True)
+    thread.start()
+    fleet.running, fleet.jobs = [RunningCohort(base, ResourceRequest(1, 1), thread=thread)], [base]
+    with pytest.raises(InterruptedByUser, match="none had begun to train, so nothing is lost"):
+        fleet._watch(stopping=True)
+    monkeypatch.setattr("akd_dist.jobs.fleet.read_progress", lambda _job: "how far it is")
+    with pytest.raises(InterruptedByUser, match="only earlier checkpoints are kept"):
+        fleet._watch(stopping=True)
     over.set()
 
 

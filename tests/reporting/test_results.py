@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,6 +48,8 @@ from akd_dist.reporting.seeds import (
 )
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.writer import create_store, seal_store, write_shard
+from akd_dist.tracking.status import RunReader, driving
+from akd_dist.tracking.view import next_line
 from tests import stores
 
 TRAINED: dict[str, Any] = {"optimizer": AdamW(lr=0.1)}
@@ -583,10 +586,36 @@ def test_documents_name_the_run_absolutely(
 
 
 def test_a_run_without_results_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="there are no results in") as caught:
+    with pytest.raises(RefusedError, match="there is no run in") as caught:
         write_report(tmp_path / "nowhere")
     assert caught.value.next is not None
     assert "akd-dist train-students" in caught.value.next
+
+
+def test_of_a_folder_of_runs_one_is_to_be_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "identity.json").touch()
+    with pytest.raises(RefusedError, match="there is no run in") as caught:
+        write_report(tmp_path)
+    assert caught.value.got == "a folder of runs: a, b"
+    assert caught.value.next == f"name {tmp_path / 'a'}, or another of these"
+
+
+def test_a_run_that_stopped_is_refused_with_the_command_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["akd-dist", "train-students", "digits.yaml", "--run-root", str(tmp_path)])
+    run = tmp_path / "digits"
+    (run / "students").mkdir(parents=True)
+    with driving(run), pytest.raises(RefusedError, match=r"there are no results in .* yet") as caught:
+        write_report(run)
+    assert caught.value.next == f"wait for it; akd-dist status {run} follows it"
+    with pytest.raises(RefusedError) as caught:
+        write_report(run)
+    assert f"{run} stopped" in str(caught.value.got)
+    assert caught.value.next == next_line(RunReader(run).read())
+    assert f"akd-dist train-students digits.yaml --run-root {tmp_path}" in str(caught.value.next)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"run": "x"}', "\udcff"])
