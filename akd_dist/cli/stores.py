@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,7 +19,6 @@ from akd_dist.cli.show import (
     SHORT_ID,
     command_line,
     counted,
-    in_words,
     print_facts,
     print_json,
     print_table,
@@ -32,20 +29,25 @@ from akd_dist.cli.show import (
     stdout_for_results,
     table_of,
 )
+from akd_dist.cli.store_facts import (
+    COLUMNS,
+    DAY,
+    cells_of,
+    entry_of,
+    facts_of,
+    in_order,
+    moment,
+    narrow,
+    short_state_of,
+    state_of,
+)
 from akd_dist.options import Options
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from akd_dist.documents.stores import StoreDocument, StoreEntry
-    from akd_dist.storage.catalog import StoreSummary
-    from akd_dist.storage.records import Loss
     from akd_dist.storage.removal import Candidate
 
-# What a list says of each store, and how many columns of text it takes to say more.
-COLUMNS = ("teacher", "dataset", "views", "size", "runs", "last use")
+# Columns of text that it takes to say more of each store in a list.
 WIDE = 140
-DAY = 86_400.0
 UNITS = {"h": 3600.0, "d": DAY, "w": 7 * DAY}
 
 
@@ -75,9 +77,9 @@ def stores_list(store_root: str, as_json: bool) -> None:
     from akd_dist.storage.catalog import list_stores
 
     root = places.absolute(store_root)
-    found = _in_order(list_stores(root))
+    found = in_order(list_stores(root))
     if as_json:
-        print_json(StoresDocument(store_root=root, stores=[_entry(one) for one in found]).model_dump(mode="json"))
+        print_json(StoresDocument(store_root=root, stores=[entry_of(one) for one in found]).model_dump(mode="json"))
         return
     if not found:
         click.echo(f"no stores under {store_root}; `akd-dist cache-teacher RECIPE` makes one")
@@ -87,13 +89,13 @@ def stores_list(store_root: str, as_json: bool) -> None:
     if result_console().width >= WIDE:
         table = table_of("id", "state", *COLUMNS, "classes", "encoding", "augmentation", "sealed", title=root)
         for one in found:
-            rest = (str(one.classes), one.encoding, escape(str(one.augmentation.get("kind", ""))), _when(one.modified))
-            table.add_row(one.id[:SHORT_ID], "unreadable" if one.problem else _state(one), *_cells(one), *rest)
+            rest = (str(one.classes), one.encoding, escape(str(one.augmentation.get("kind", ""))), moment(one.modified))
+            table.add_row(one.id[:SHORT_ID], "unreadable" if one.problem else state_of(one), *cells_of(one), *rest)
     else:
-        table = _narrow(table_of("id", *COLUMNS, title=root))
+        table = narrow(table_of("id", *COLUMNS, title=root))
         for one in found:
-            *most, last = _cells(one)
-            table.add_row(one.id[:8], *most, last if one.sealed and not one.problem else _short_state(one))
+            *most, last = cells_of(one)
+            table.add_row(one.id[:8], *most, last if one.sealed and not one.problem else short_state_of(one))
     print_table(table)
     _tell_problems({one.id: one.problem for one in found if one.problem})
 
@@ -118,7 +120,7 @@ def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json:
     decoded = None if manifest is None else find_decoded(manifest, Path(Options(cache_root=cache_root).cache))
     receipts = catalog.receipts_of(root, whole)
     document = StoreDocument(
-        **_entry(summary).model_dump(),
+        **entry_of(summary).model_dump(),
         store=uri,
         receipts=StoreReceipts(
             seconds=round(sum(receipt.seconds for receipt in receipts), 3),
@@ -130,7 +132,7 @@ def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json:
     if as_json:
         print_json(document.model_dump(mode="json"))
     else:
-        print_facts(_facts(document, summary, None if manifest is None else manifest.loss))
+        print_facts(facts_of(document, summary, None if manifest is None else manifest.loss))
         for use in document.uses:
             who = use.host if use.user is None else f"{use.user}@{use.host}"
             when = use.time[:16].replace("T", " ")
@@ -291,9 +293,9 @@ def _check_gc(store_ids: Sequence[str], *, asked: bool, silent: bool) -> None:
 def _print_candidates(candidates: Sequence[Candidate], *, asked: bool, to_stderr: bool) -> None:
     going = [one.store for one in candidates if one.kept is None]
     if going:
-        table = _narrow(table_of("id", *COLUMNS))
-        for store in _in_order(going):
-            table.add_row(store.id[:8], *_cells(store))
+        table = narrow(table_of("id", *COLUMNS))
+        for store in in_order(going):
+            table.add_row(store.id[:8], *cells_of(store))
         print_table(table, stderr=to_stderr)
     for one in candidates:
         if one.kept is not None:
@@ -311,147 +313,3 @@ def _tell_problems(problems: Mapping[str, str]) -> None:
 
 
 # ---- stores in words
-
-
-def _in_order(found: Sequence[StoreSummary]) -> list[StoreSummary]:
-    """Those of one teacher together, the teacher used last first; train rows before those of the other splits."""
-    latest: dict[str, float] = {}
-    for one in found:
-        latest[one.teacher] = max(latest.get(one.teacher, 0.0), one.last_used or 0.0, one.modified)
-    splits = {"train": 0, "validation": 1, "test": 2}
-
-    def place(one: StoreSummary) -> tuple[float, str, int, float]:
-        return -latest[one.teacher], one.teacher, splits.get(one.hint.get("split", ""), 3), -one.modified
-
-    return sorted(found, key=place)
-
-
-def _entry(summary: StoreSummary) -> StoreEntry:
-    from akd_dist.documents.stores import StoreEntry, StoreUse
-
-    same = ("id", "sealed", "problem", "teacher", "dataset", "rows", "views", "augmentation", "classes", "encoding")
-    counts = ("bytes", "shards", "shards_done", "partials", "runs")
-    return StoreEntry(
-        **{name: getattr(summary, name) for name in (*same, *counts)},
-        model=_model(summary),
-        data=_data(summary),
-        split=summary.hint.get("split"),
-        modified=_iso(summary.modified),
-        last_used=None if summary.last_used is None else _iso(summary.last_used),
-        uses=[StoreUse(**use.model_dump()) for use in summary.uses],
-    )
-
-
-def _model(summary: StoreSummary) -> str | None:
-    """The label of the teacher's architecture: its card says which."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from akd_dist.recipe import Model
-
-    spec = summary.teacher_spec.get("model", summary.teacher_spec)
-    try:
-        label: str = TypeAdapter(Model).validate_python(spec).label
-    except ValidationError:  # of a later version, or not made by akd-dist
-        kind = spec.get("kind") if isinstance(spec, dict) else None
-        return kind if isinstance(kind, str) else None
-    return label
-
-
-def _data(summary: StoreSummary) -> str | None:
-    """The source and the split: `digits test`, `fashion-mnist train`. Rows split off are of the train source."""
-    split = summary.hint.get("split")
-    data = summary.hint.get("recipe", {}).get("data", {})
-    source = data.get(split) if isinstance(data.get(split), dict) else data.get("train")
-    if not isinstance(source, dict):
-        return split
-    name = source.get("path") or source.get("name") or source.get("factory") or source.get("images") or ""
-    path = PurePosixPath(str(name).rstrip("/").rpartition(":")[2])
-    short = path.parent.name if source.get("kind") == "idx" else path.name
-    return f"{short or source.get('kind', '')} {split}"
-
-
-def _narrow(table: Table) -> Table:
-    """The table for eighty characters: where teacher and dataset do not fit on a line, they take two."""
-    table.padding = 0
-    for column in table.columns:
-        column.no_wrap = column.header not in ("teacher", "dataset")
-    return table
-
-
-def _cells(one: StoreSummary) -> list[str]:
-    """The row of a store under COLUMNS."""
-    from rich.markup import escape
-
-    if one.problem:
-        return ["", "", "", size(one.bytes), str(len(one.runs)), _ago(one.last_used)]
-    return [
-        escape(f"{_model(one) or ''} {one.teacher[:6]}"),
-        escape(f"{_data(one) or ''} {one.rows:,} {one.dataset[:6]}".strip()),
-        str(one.views),
-        size(one.bytes),
-        str(len(one.runs)),
-        _ago(one.last_used),
-    ]
-
-
-def _facts(document: StoreDocument, summary: StoreSummary, loss: Loss | None) -> dict[str, Any]:
-    seconds, hosts = document.receipts.seconds, document.receipts.hosts
-    shards = ", ".join(f"{counted(count, 'shard')} by {host}" for host, count in hosts.items())
-    decoded = "nothing on this machine"
-    if document.decoded is not None:
-        in_use = ", in use" if document.decoded.in_use else ""
-        decoded = f"all of it on this machine, {size(document.decoded.bytes)}{in_use}"
-    drawn = in_words(document.augmentation).removeprefix("kind ")
-    facts: dict[str, Any] = {
-        "store": document.store,
-        "state": _state(summary) + f", {_when(summary.modified)}",
-        "size": f"{size(document.bytes)} in {document.shards_done} of {counted(document.shards, 'shard')}",
-        "teacher": f"{document.model or 'of no known kind'}, fingerprint {document.teacher}",
-        "dataset": f"{document.data or 'rows'}, {document.rows:,} rows, fingerprint {document.dataset}",
-        "views": f"{document.views}, drawn by {drawn}" if drawn != "none" else "1, the rows as they are",
-        "logits": f"{document.classes} classes, {document.encoding}",
-        "took": f"{seconds:,.1f} s of teacher passes; {shards}" if hosts else "not known: no receipts",
-        "decoded": decoded,
-    }
-    if document.manifest is not None:
-        identity = document.manifest["identity"]
-        if loss is not None:
-            kl = "" if loss.kl is None else f"KL {loss.kl:.2g} nats on average, "
-            facts["rounded"] = f"on {loss.rows} rows: {kl}logits by {loss.largest_difference:.2g} at most"
-        facts["data seed"] = identity["data_seed"]
-        facts["format"] = identity["format"]
-        facts["computed"] = document.manifest["computed"]
-        facts["teacher is"] = document.manifest["teacher"].get("spec", "")
-        facts["inputs"] = document.manifest["dataset"].get("meaning", "")
-        facts["sealed as"] = document.manifest["sha256"]
-    facts["runs"] = f"{len(document.runs)}, the last {_ago(summary.last_used)}" if document.runs else "none so far"
-    return {name: value for name, value in facts.items() if value not in ("", None)}
-
-
-def _state(summary: StoreSummary) -> str:
-    if summary.problem:
-        return summary.problem
-    return "sealed" if summary.sealed else f"{summary.shards_done} of {summary.shards} shards"
-
-
-def _short_state(summary: StoreSummary) -> str:
-    return "unreadable" if summary.problem else f"{summary.shards_done} of {summary.shards}"
-
-
-def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
-def _when(seconds: float) -> str:
-    """A time on this machine's clock, to the minute; nothing for one that is not known."""
-    return "" if not seconds else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
-
-
-def _ago(seconds: float | None) -> str:
-    if seconds is None:
-        return "never"
-    past = max(0.0, time.time() - seconds)
-    for unit, length in (("d", DAY), ("h", 3600.0), ("min", 60.0)):
-        if past >= length:
-            return f"{past / length:.0f} {unit} ago"
-    return "just now"
