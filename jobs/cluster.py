@@ -61,6 +61,7 @@ def connect(
     if address is None:
         tell("starting Ray on this machine")
         ray_internals.listen_on_loopback()
+        ray_internals.leave_job()
         _ensure_token()
         options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
     else:

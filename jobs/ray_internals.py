@@ -44,6 +44,15 @@ def listen_on_loopback() -> None:
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
 
 
+def leave_job() -> None:
+    """Have a Ray that is started here know nothing of the job that this process is part of, after `ray job submit`.
+
+    Ray hands a job's environment on by a variable: its folder, as it lies in the cluster that the job was submitted to.
+    Another Ray has no such folder, and starts no worker.
+    """
+    os.environ.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
+
+
 def job_with_path(folders: list[str]) -> Any:
     """A job whose workers look for modules in a list of folders, which Ray extends by those of the driver."""
     job = ray.job_config.JobConfig()

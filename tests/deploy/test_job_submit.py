@@ -6,6 +6,7 @@ temporary folder and recipe. Only it has the CPUs that caching asks for; only th
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -155,6 +156,17 @@ def test_a_teacher_is_cached_by_a_node_that_shares_nothing_but_the_bucket(
     again = two_nodes.submit(recipes, *words)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "a hit" in again.stdout
+
+
+def test_students_train_on_the_node_of_the_job_alone(two_nodes: TwoNodes, recipes: Path, bucket: str) -> None:
+    """Without `--address`, although the job's environment names the cluster."""
+    runs = two_nodes.root / "own-runs"
+    places = ["--store-root", f"{bucket}/stores", "--run-root", str(runs)]
+    done = two_nodes.submit(recipes, "train-students", "recipe.yaml", "--set", OWN, *places)
+    assert done.returncode == 0, done.stdout + done.stderr
+    fleet = json.loads((runs / "fleet" / "fleet.json").read_text())
+    assert [student["state"] for student in fleet["students"]] == ["done"]
+    assert fleet["store"].startswith(f"{bucket}/stores/")
 
 
 def test_students_without_a_shared_run_root_are_refused_by_node(

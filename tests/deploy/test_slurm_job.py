@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,7 @@ def jobs(tmp_path: Path) -> Iterator[list[Job]]:
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        shutil.rmtree(job.folder, ignore_errors=True)  # where the script has left Ray's logs
 
 
 def test_a_command_finds_all_nodes_and_everything_ends_with_it(tmp_path: Path, jobs: list[Job]) -> None:

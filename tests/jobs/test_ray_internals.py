@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,14 @@ def test_workers_look_where_a_job_says() -> None:
     """The list itself is extended, by `extend`: that is where folders of the driver are turned away."""
     source = inspect.getsource(ray._private.worker.connect)
     assert "_py_driver_sys_path.extend(" in source, f"it is no longer extended {VERSION}"
+
+
+def test_a_job_is_handed_on_by_that_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker: Any = ray._private.worker
+    name: str = worker.RAY_JOB_CONFIG_JSON_ENV_VAR
+    monkeypatch.setenv(name, "{}")
+    ray_internals.leave_job()
+    assert name not in os.environ, f"it is called {name} {VERSION}"
 
 
 def test_no_other_module_uses_private_names() -> None:
