@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,8 +177,17 @@ def after_quickstart(_fleet: FleetDocument, given: Given) -> list[str]:
     """What to type after the quickstart."""
     copy = "my-digits.yaml"
     return [
+        *_to_be_at_hand(),
         shlex.join(["cp", given["recipe"], copy]) + "     # then change what you like",
         command_line(
             "train-students", **given | {"recipe": copy, "overrides": [*given["overrides"], "name=my-digits"]}
         ),
     ]
+
+
+def _to_be_at_hand() -> list[str]:
+    """What lets the shell find the next commands, where `make` ran this one in an environment that is not active."""
+    activate = Path(sys.prefix) / "bin" / "activate"
+    if shutil.which("akd-dist") or not activate.exists():
+        return []
+    return [f"{shlex.join(['source', short_path(activate)])}     # so that the shell knows akd-dist"]

@@ -15,6 +15,14 @@ from akd_dist.recipe.yaml_text import MAX_DEPTH, NEXT, Document, KeyPath, dotted
 
 _NOT_RIGHT = " is not right"
 SHOWN_PROBLEMS = 20
+# What JSON Schema's types of values are called.
+_TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "array": "a list",
+}
 
 
 @dataclass
@@ -130,8 +138,7 @@ def _problem(details: ErrorDetails, document: Document) -> Problem:
     match details["type"]:
         case "missing":
             model = _model_at(path[:-1], document.data)
-            described = model.model_fields[str(path[-1])].description if model else None
-            return Problem(where, f"{key} is missing", None, described and described.rstrip("."))
+            return Problem(where, f"{key} is missing", None, _wanted(model, str(path[-1])) if model else None)
         case "extra_forbidden":
             known, hint = _known_keys(path, document.data)
             return Problem(where, f"{key} is not known{hint}", str(path[-1]), f"one of {', '.join(known)}")
@@ -155,6 +162,20 @@ def _problem(details: ErrorDetails, document: Document) -> Problem:
         case _:
             expected = details["msg"].removeprefix("Input should be ")
             return Problem(where, f"{key} cannot be {got}", got, expected)
+
+
+def _wanted(model: type[BaseModel], key: str) -> str:
+    """What a key takes, and then what it means: `a whole number of at least 1: epochs of stage I, ...`."""
+    schema = model.model_json_schema()["properties"][key]
+    told = _TYPES.get(schema.get("type", ""), "a mapping")
+    if "enum" in schema:
+        told = f"one of {', '.join(map(str, schema['enum']))}"
+    if "minimum" in schema:
+        told += f" of at least {schema['minimum']:g}"
+    if "exclusiveMinimum" in schema:
+        told += f" above {schema['exclusiveMinimum']:g}"
+    means = schema.get("description", "").rstrip(".")
+    return f"{told}: {means[:1].lower() if means[1:2].islower() else means[:1]}{means[1:]}" if means else told
 
 
 def _keys(location: tuple[str | int, ...], data: Any) -> KeyPath:

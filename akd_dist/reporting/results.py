@@ -42,6 +42,7 @@ from akd_dist.reporting.seeds import (
     estimate,
     group_label,
     group_students,
+    has_spread,
     over,
     pareto_front,
     plus_minus,
@@ -313,8 +314,9 @@ def fleet_table(fleet: FleetDocument) -> Table:
     teacher, shown = fleet.teacher, SHOWN[fleet.metric]
     groups, agreeing = group_students(fleet.students, fleet.metric), fleet.task == "classification"
     lost = [f"{one.name} {one.state}: {one.reason or 'no reason recorded'}" for one in unfinished(fleet.students)]
+    spread = ", mean ± standard deviation over seeds" if has_spread(groups) else ""
     table = house_table(
-        f"{Path(fleet.run).name}: test results, mean ± standard deviation over seeds",
+        f"{Path(fleet.run).name}: test results{spread}",
         Text("\n".join(lost), style="red") if lost else None,
     )
     table.add_column("student", overflow="fold")

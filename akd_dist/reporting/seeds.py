@@ -40,6 +40,11 @@ class Spread:
         return shown.text(self.mean) + ("" if self.deviation is None else f" ± {shown.text(self.deviation)}")
 
 
+def has_spread(groups: Iterable[SeedGroup]) -> bool:
+    """Whether any group has a deviation over seeds, which a table then has to explain."""
+    return any(group.score is not None and group.score.deviation is not None for group in groups)
+
+
 def plus_minus(shown: MetricFormat, spread: Spread | None) -> str:
     """A spread in a metric's terms; a dash for none."""
     return "-" if spread is None else spread.told(shown)

@@ -338,11 +338,17 @@ def test_a_fleet_is_shown_and_judged(state: str, code: int, run: Any, monkeypatc
     assert "Traceback" not in outcome.err
 
 
-def test_quickstart_runs_the_recipe_that_ships(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart_runs_the_recipe_that_ships(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(akd_dist, "train_students", lambda recipe, **_: seen.update(recipe=recipe) or FLEET)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
     outcome = run("quickstart")
     assert outcome.code == 0
+    assert ("source .venv/bin/activate " in outcome.out) == (shutil.which("akd-dist") is None)
+    monkeypatch.setenv("PATH", str(tmp_path))  # as of `make`, which names the program by its path
+    assert "next\n  source .venv/bin/activate " in run("quickstart").out
     assert Path(seen["recipe"]).samefile(DIGITS)
     assert f"cp {seen['recipe']} my-digits.yaml" in outcome.out
     assert "akd-dist train-students my-digits.yaml --set name=my-digits\n" in outcome.out

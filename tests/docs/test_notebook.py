@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,4 +33,7 @@ def test_it_runs(tmp_path: Path) -> None:
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     assert "'hit': True" in printed
+    (shown,) = [cell.outputs[0].text for cell in notebook.cells if "store.rows(view" in cell.source]
+    rows = re.findall(r"\[([^\[\]]+)\]", shown)
+    assert len(set(rows)) == len(rows) == 6, "the page says that the logits of two views differ"
     assert (tmp_path / "runs" / "notebook" / "report.html").exists()

@@ -400,7 +400,7 @@ def test_the_last_override_wins(path: Path) -> None:
         ("=3", ["is not key=value"]),
         ("data.views=[", ["--set data.views=[: this is not YAML"]),
         ("data.views=many", ['key data.views cannot be "many"', "a valid integer"]),
-        ("data={}", ["key data.train is missing", "The rows to train on"]),
+        ("data={}", ["key data.train is missing", "a mapping: the rows to train on"]),
     ],
 )
 def test_a_bad_override_names_itself(path: Path, override: str, words: list[str]) -> None:
@@ -430,7 +430,12 @@ def test_a_bad_override_names_itself(path: Path, override: str, words: list[str]
         ("views: 2", "validation: 1.5", ["key data.validation cannot be 1.5", "less than 1"]),
         ("lr: 1e-2", 'lr: "0.1"', ['small.yaml:10: key teacher.train.optimizer.lr cannot be "0.1"', "a valid number"]),
         ("lr: 1e-2", "lr: .nan", ["small.yaml:10: key teacher.train.optimizer.lr", "a finite number"]),
-        ("lr: 1e-2", "momentum: 0.1", ["key teacher.train.optimizer.lr is missing", "Learning rate"]),
+        (
+            "stage1_epochs: 4, ",
+            "",
+            ["stage1_epochs is missing", "expected: a whole number of at least 1: epochs of stage I, at least tau_max"],
+        ),
+        ("lr: 1e-2", "momentum: 0.1", ["key teacher.train.optimizer.lr is missing", "a number above 0: learning rate"]),
         ("kind: shift", "kind: shft", ["small.yaml:5", "unknown kind; did you mean shift?", "none or shift"]),
         (
             "kind: cnn, width: 8",

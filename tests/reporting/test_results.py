@@ -553,6 +553,16 @@ def test_every_kind_of_fleet_draws_without_a_warning() -> None:
             assert Page(render(run)).open == []
 
 
+def test_no_deviation_is_explained_where_none_is_shown() -> None:
+    several = [student("mlp-8", "annealing_kd", seed, 0.9 + seed / 100) for seed in range(2)]
+    for students, told in ((several, True), (several[:1], False)):
+        fleet = fleet_of(*students)
+        assert ("± standard deviation" in str(fleet_table(FleetDocument.model_validate(fleet)).title)) == told
+        assert ("mean ± standard deviation" in render(run_of(fleet))) == told
+    assert "τ: tau_max, from which the temperature falls" in render(run_of(fleet_of(*several)))
+    assert "τ: tau_max" not in render(run_of(fleet_of(student("mlp-8", "kd", 0))))
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
