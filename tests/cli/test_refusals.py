@@ -241,7 +241,11 @@ def test_what_is_written_goes_to_this_machine(
 @pytest.mark.parametrize(
     ("verb", "given"),
     [
-        *((verb, {"recipe": wrong}) for verb in ("cache_teacher", "train_students") for wrong in ({}, None, 3, b"x")),
+        *(
+            (verb, {"recipe": wrong})
+            for verb in ("cache_teacher", "train_students")
+            for wrong in (dict[str, Any](), None, 3, b"x")
+        ),
         ("cache_teacher", {"recipe": "r.yaml", "overrides": None}),
         ("train_students", {"recipe": "r.yaml", "overrides": "name=x"}),
         ("train_students", {"recipe": "r.yaml", "trackers": "mlflow"}),
