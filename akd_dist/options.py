@@ -6,12 +6,16 @@ reads `--help` stands in `help`; what it says to a programmer stands below it. I
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from akd_dist.base import places
+from akd_dist.base.errors import RecipeError
 from akd_dist.base.places import RUN_ROOT, STORE_ROOT
 
 if TYPE_CHECKING:
@@ -28,9 +32,39 @@ def option(default: Default, flag: str, **shown: Any) -> Default:
     return chosen
 
 
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def _is_list(value: object, of: Callable[[object], bool] = lambda one: isinstance(one, str)) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(map(of, value))
+
+
+def _wrong_kind(name: str, value: object, expected: str) -> RecipeError:
+    got = f"{type(value).__name__}: {value!r}"
+    return RecipeError(f"the argument {name} cannot be that", got=got, expected=expected, next="pass it as that")
+
+
+# What a field of some annotation takes: in words, and as a check. Commands have click look at most of it.
+_TAKES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "bool": ("True or False", lambda value: isinstance(value, bool)),
+    "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+    "str": ("text", lambda value: isinstance(value, str)),
+    "str | Path": ("a path", _is_path),
+    "str | Sequence[str]": ("text, or a list of texts", lambda value: isinstance(value, str) or _is_list(value)),
+    "Sequence[str]": ("a list of texts", _is_list),
+    "Sequence[str | Path]": ("a list of paths", functools.partial(_is_list, of=_is_path)),
+}
+_TAKES |= dict.fromkeys(("Device", "Split", "Target"), _TAKES["str"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every verb takes."""
+    """What every verb takes.
+
+    Raises:
+        RecipeError: an argument is of a kind that it cannot be.
+    """
 
     trust: Sequence[str] = option(
         (),
@@ -50,6 +84,19 @@ class Options:
     """Folder of this machine's prepared data and decoded stores; by default in the user's cache folder."""
     console: Console | None = None
     """Where progress is told; None is stderr for verbs that train, and nowhere for those that use a model."""
+
+    def __post_init__(self) -> None:
+        """A wrong kind is told at once: later it would be a mistake in the middle of the work, or not be noticed."""
+        for one in fields(self):
+            value, annotation = getattr(self, one.name), str(one.type)
+            kind = annotation.removesuffix(" | None")
+            if (value is None and kind != annotation) or kind not in _TAKES:
+                continue
+            expected, fits = _TAKES["str | Sequence[str]" if one.name == "trust" else kind]
+            if (choices := one.metadata.get("choices")) is not None:
+                expected = f"{expected}: {', '.join(choices)}"
+            if not fits(value) or (choices and not set([value] if isinstance(value, str) else value) <= set(choices)):
+                raise _wrong_kind(one.name, value, expected)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -112,9 +159,22 @@ class RecipeOptions(Options):
     """Only say what would be done, and refuse what the command would; takes no lock and leaves everything as it is."""
 
     def read(self) -> Recipe:
-        """The recipe: read from its file, and trusting what the user trusts."""
+        """The recipe: read from its file, and trusting what the user trusts.
+
+        Raises:
+            RecipeError: there is none, or something is wrong with it; overrides are given for one that is no file.
+        """
         from akd_dist.recipe import Recipe, load_recipe
 
+        if not isinstance(self.recipe, Recipe) and not _is_path(self.recipe):
+            raise _wrong_kind("recipe", self.recipe, "an akd_dist.recipe.Recipe, or the path of its file")
+        if isinstance(self.recipe, Recipe) and self.overrides:
+            raise RecipeError(
+                "overrides are for the file of a recipe, and this one is an object",
+                got=", ".join(self.overrides),
+                expected="no overrides, or the path of the file",
+                next="load_recipe(path, overrides) reads a file with them",
+            )
         read = self.recipe if isinstance(self.recipe, Recipe) else load_recipe(self.recipe, self.overrides)
         return read.model_copy(update={"code": [*read.code, *self.modules]}) if self.trust else read
 

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import akd_dist
+from akd_dist.base.errors import RecipeError
 from akd_dist.cli import main
 from akd_dist.data.row_cache import prepare
 from akd_dist.jobs.cache_teacher import cache_in_process
@@ -234,6 +236,47 @@ def test_what_is_written_goes_to_this_machine(
         assert left.value.code == 2
         assert "--out" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "given"),
+    [
+        *(
+            (verb, {"recipe": wrong})
+            for verb in ("cache_teacher", "train_students")
+            for wrong in (dict[str, Any](), None, 3, b"x")
+        ),
+        ("cache_teacher", {"recipe": "r.yaml", "overrides": None}),
+        ("train_students", {"recipe": "r.yaml", "overrides": "name=x"}),
+        ("train_students", {"recipe": "r.yaml", "trackers": "mlflow"}),
+        ("train_students", {"recipe": "r.yaml", "trackers": ["tensorflow"]}),
+        ("train_students", {"recipe": "r.yaml", "fresh": 1}),
+        ("train_students", {"recipe": "r.yaml", "run_root": 3}),
+        ("train_students", {"recipe": "r.yaml", "trust": [3]}),
+        ("compare", {"recipe": "r.yaml", "seeds": "3"}),
+        ("compare", {"recipe": "r.yaml", "seeds": True}),
+        ("evaluate", {"student": "s", "data": "digits", "others": "another"}),
+        ("evaluate", {"student": "s", "data": "digits", "device": "tpu"}),
+        ("evaluate", {"student": "s", "data": None}),
+        ("evaluate", {"student": None, "data": "digits"}),
+        ("predict", {"student": "s", "data": "digits", "split": "dev"}),
+        ("predict", {"student": "s", "data": "digits", "input": 3}),
+        ("predict", {"student": "s", "data": "digits", "logits": None}),
+        ("export", {"student": "s", "to": "tflite"}),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused_by_name(verb: str, given: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as refused:
+        getattr(akd_dist, verb)(**given)
+    wrong: str = "student" if given.get("student", "") is None else list(given)[-1]
+    assert f"the argument {wrong} cannot be that" in str(refused.value)
+
+
+@pytest.mark.parametrize("verb", ["cache_teacher", "train_students", "compare"])
+def test_overrides_of_a_recipe_that_is_no_file_are_refused(verb: str) -> None:
+    """They changed nothing, and nobody was told."""
+    with pytest.raises(RecipeError, match="overrides are for the file"):
+        getattr(akd_dist, verb)(a_recipe([a_student("one")]), overrides=["name=other"])
 
 
 def other_root(option: str) -> list[str]:
