@@ -102,6 +102,15 @@ class RecipeOptions(Options):
         False, "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
     )
     """Wait for somebody else who holds the store or the run, instead of leaving."""
+    wait_for_nodes: bool = option(
+        False,
+        "--wait-for-nodes",
+        is_flag=True,
+        help="Wait where the cluster is too small: for whom nodes join by other means than Ray's autoscaler, as SLURM. "
+        "Where there is an autoscaler, a command waits anyway.",
+    )
+    """Wait for nodes instead of refusing a cluster that is too small; needed where they join by other means than Ray's
+    autoscaler, for which a command waits anyway."""
 
     def read(self) -> Recipe:
         """The recipe: read from its file, and trusting what the user trusts."""
@@ -114,6 +123,24 @@ class RecipeOptions(Options):
     def stores(self) -> str:
         """The store root, absolute."""
         return STORE_ROOT.chosen(self.store_root)
+
+    @property
+    def patient(self) -> bool:
+        """Whether nodes are waited for.
+
+        Raises:
+            RecipeError: on a Ray that is started here, which no node joins.
+        """
+        if self.wait_for_nodes and self.address is None:
+            from akd_dist.base.errors import RecipeError
+
+            raise RecipeError(
+                "--wait-for-nodes without --address would wait for ever",
+                got="a Ray that is started on this machine, and that no node joins",
+                expected="the address of a cluster that nodes join",
+                next="add --address, or leave --wait-for-nodes out",
+            )
+        return self.wait_for_nodes
 
 
 @dataclass(frozen=True, kw_only=True)

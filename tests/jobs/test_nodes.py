@@ -46,11 +46,15 @@ def test_a_node_that_does_not_see_a_folder_gets_no_work(short: str, tmp_path: Pa
     if shutil.which("unshare") is None or not unshare_works():
         pytest.skip("hiding a folder from one process takes unshare and mount, which are not permitted here")
     answer = on_nodes(short, "hidden", str(tmp_path))
-    assert len(answer["told"]) == 1, answer
-    assert "gets no work" in answer["told"][0]
+    for told in (answer["told"], answer["again"], answer["sent"]):
+        assert len(told) == 1, answer
+        assert "gets no work" in told[0]
+        assert f"the run's folder: no {tmp_path}" in told[0]
     assert answer["kept"]
-    for part in ("does not see", "the run's folder", str(tmp_path), "--run-root", "s3://"):
+    for part in ("no node that has room", "the run's folder", str(tmp_path), "--run-root", "s3://"):
         assert part in answer["refusal"]
+    assert answer["done"] == list(range(6)), "work that was sent to it is done elsewhere"
+    assert not any(answer["blind"])
     assert answer["left"] == []
 
 
