@@ -47,7 +47,8 @@ class Demand:
     @functools.cached_property
     def autoscaled(self) -> bool:
         """Whether the cluster has an autoscaler that may bring nodes."""
-        return not self.never and not cluster.started_here() and ray_internals.has_autoscaler()
+        joined = cluster.ray.is_initialized() and not cluster.started_here()
+        return not self.never and joined and ray_internals.has_autoscaler()
 
     @property
     def waits(self) -> bool:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from ruamel.yaml import YAML
 
@@ -54,6 +57,7 @@ def scaler(monkeypatch: pytest.MonkeyPatch) -> Scaler:
     monkeypatch.setattr(ray_internals, "request", made.request)
     monkeypatch.setattr(ray_internals, "autoscaling", made.says)
     monkeypatch.setattr(clusters, "started_here", lambda: False)
+    monkeypatch.setattr(clusters.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(demands, "ASK_SECONDS", 0.0)
     return made
 
@@ -219,3 +223,48 @@ def test_who_waits_for_nodes_leaves_at_once(cluster: Autoscaled, tmp_path: Path,
     assert json.loads(out)["error"]["code"] == code
     assert asked_for(cluster) == 0
     assert not list((tmp_path / "stores").rglob("*.claim"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("given", "got"), [({"RAY_AUTH_TOKEN": "a" * 64}, "a token that is not"), (None, "no token")])
+def test_a_wrong_token_is_one_message(
+    cluster: Autoscaled, tmp_path: Path, given: dict[str, str] | None, got: str
+) -> None:
+    environment = {name: value for name, value in cluster.environment.items() if not name.startswith("RAY_AUTH_")}
+    environment |= {"HOME": str(tmp_path)} | (given or {})
+    words = command(cluster, tmp_path, "cache-teacher")
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 6, done.stderr
+    told = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    start = next(number for number, line in enumerate(told) if "connecting to Ray" in line)
+    assert told[start + 1].startswith("error: the Ray cluster at"), done.stderr
+    assert "does not let this user in" in told[start + 1]
+    assert got in told[start + 2]
+    assert len(told) == start + 5, "what, got, expected, next; and no line of Ray's"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_secrets_reach_no_log_document_or_process_list(cluster: Autoscaled, tmp_path: Path) -> None:
+    """Those of the cluster's environment, after all that this module has run on it, and while it runs a command."""
+    secrets = [cluster.environment["RAY_AUTH_TOKEN"], "a-canary-of-aws"]
+    environment = cluster.environment | {"AWS_SECRET_ACCESS_KEY": secrets[1], "AWS_SESSION_TOKEN": secrets[1]}
+    words = command(cluster, tmp_path, "cache-teacher", "--json")
+    seen = set[str]()
+    with (tmp_path / "told").open("w+") as told, (tmp_path / "out").open("w+") as out:
+        process = subprocess.Popen(words, env=environment, stdout=out, stderr=told)
+        while process.poll() is None:
+            for one in psutil.process_iter():
+                with contextlib.suppress(psutil.Error):
+                    seen.add(" ".join(one.cmdline()))
+            time.sleep(0.5)
+    assert process.returncode == 0, (tmp_path / "told").read_text()
+    assert any(cluster.address in line for line in seen), "processes were looked at"
+    files = [path for place in (tmp_path, cluster.logs) for path in place.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for secret in secrets:
+        assert not [line for line in seen if secret in line]
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
