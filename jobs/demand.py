@@ -73,6 +73,10 @@ class Demand:
         if not self.autoscaled or not asks or time.monotonic() - self._asked_at < ASK_SECONDS:
             return
         self._asked_at = time.monotonic()
+        with contextlib.suppress(cluster.ray.exceptions.RayError):  # the head is busy, or gone, which others notice
+            self._ask(asks, selector)
+
+    def _ask(self, asks: Sequence[ResourceRequest], selector: dict[str, str]) -> None:
         shapes, state = tuple(dict.fromkeys(asks)), ray_internals.autoscaling()
         ours = state is not None and state.asked == ray_internals.shapes_of(self._bundles)
         if shapes != self._asks:  # what was learnt is of others
@@ -126,7 +130,7 @@ def foreseen(nodes: Sequence[Node], ask: ResourceRequest, what: str, demand: Dem
 
 def waits_for(what: str, ask: ResourceRequest) -> str:
     """The line that says what a command waits for."""
-    return f"waiting for nodes: {what} needs {ask}"
+    return f"waiting for nodes, for {what}: {ask}"
 
 
 def waiting_is_possible(error: AkdError) -> AkdError:

@@ -63,6 +63,8 @@ class Workspace:
     """The flag of Ctrl-C and SIGTERM; None for a plain loop in this process."""
     console: Console = field(default_factory=lambda: Console(quiet=True))
     """Where progress is told."""
+    run: Path | None = None
+    """The run's folder, where students are trained afterwards: nodes that do not see it are of no use before either."""
     folder: WorkingDir | None = None
     """What travels to the nodes of a cluster, and what they have to have; None for neither."""
 
@@ -81,7 +83,7 @@ class Workspace:
 
             folder = WorkingDir.of(recipe, kept_out)
         places = options.stores, options.cache, options.address
-        return cls(*places, options.wait, options.patient, console=console, folder=folder)
+        return cls(*places, options.wait, options.patient, console=console, run=run, folder=folder)
 
     @property
     def remote(self) -> bool:
@@ -137,10 +139,12 @@ class Workspace:
         return found[0]
 
     def shared(self) -> Shared:
-        """The nodes that see the store root, as a context: no other node may be given work."""
+        """The nodes that see the store root and the run, as a context: no other node may be given work."""
         from akd_dist.jobs.shared import Shared
 
         folders = {"the store root": self.store_root}
+        if self.run is not None:
+            folders["the run's folder"] = str(self.run / "control")
         return Shared(folders, self.cache_root, self.tell, demand=self.demand(), folder=self.folder)
 
     def demand(self) -> Demand:

@@ -7,7 +7,6 @@ another. So it goes through Ray's object store, and lies in each node's cache ro
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import glob
 import io
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.base.files import partial_name, sha256
 from akd_dist.base.formatting import size
 from akd_dist.base.trusted import Trusted
@@ -64,15 +63,22 @@ class Packed:
 
     def _unpack(self, place: Path) -> None:
         partial = partial_name(place)
-        partial.mkdir(parents=True)
         try:
+            partial.mkdir(parents=True)
             with zipfile.ZipFile(io.BytesIO(ray.get(self.archive))) as archive:
                 archive.extractall(partial)
             for name in self.links:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).symlink_to(Path(self.folder) / name)
-            with contextlib.suppress(OSError):  # another worker was faster
-                partial.rename(place)
+            partial.rename(place)
+        except OSError as error:
+            if not place.exists():  # where it does, another worker was faster
+                raise MachineError(
+                    f"the recipe's folder cannot be unpacked in {place}",
+                    got=error.strerror or str(error),
+                    expected="a cache root with some room, which this user can write to",
+                    next="free some space on that node, or choose another folder with --cache-root",
+                ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -103,7 +109,7 @@ class WorkingDir:
         own = [path for path in paths if folder is not None and _below(path, folder) is not None]
         if folder is None or not (own or recipe.trusted.factories) or not Path(folder).is_dir():
             return cls(needed=paths)
-        sizes = _sizes(Path(folder), [Path(one) for one in kept_out])
+        sizes = _sizes(Path(folder), [os.path.realpath(one) for one in kept_out])
         note = None
         if sizes is None:
             sizes, left = _chosen(Path(folder), own)
@@ -226,7 +232,7 @@ def _inside(path: Path) -> list[Path]:
     return list(_files(path, [])) if path.is_dir() else [path]
 
 
-def _files(folder: Path, kept_out: Sequence[Path]) -> Iterator[Path]:
+def _files(folder: Path, kept_out: Sequence[str]) -> Iterator[Path]:
     """The files of a folder: not hidden ones, not what Python wrote, not of an environment, no links to folders."""
     for place, folders, names in os.walk(folder):
         here = Path(place)
@@ -235,13 +241,13 @@ def _files(folder: Path, kept_out: Sequence[Path]) -> Iterator[Path]:
             for name in folders
             if not name.startswith(".")
             and name != "__pycache__"
-            and here / name not in kept_out
+            and os.path.realpath(here / name) not in kept_out
             and not (here / name / _AN_ENVIRONMENT).exists()
         )
         yield from (here / name for name in sorted(names) if not name.startswith(".") and (here / name).is_file())
 
 
-def _sizes(folder: Path, kept_out: Sequence[Path]) -> dict[str, int] | None:
+def _sizes(folder: Path, kept_out: Sequence[str]) -> dict[str, int] | None:
     """The files of a folder and their sizes; None if they are more than may travel."""
     found: dict[str, int] = {}
     total = 0

@@ -74,7 +74,7 @@ def costs_of(
     """
     probed = (recipe, todo, parameters, workspace.cache_root)
     elsewhere = todo and gpus_of(recipe.device) and not torch.cuda.is_available()
-    measured = measure_there(*probed, workspace.tell) if elsewhere else measure_all(*probed)
+    measured = measure_there(*probed, workspace.tell, workspace.folder) if elsewhere else measure_all(*probed)
     places = {spec.name: position(root / spec.name / "checkpoints") for spec in todo} if root else {}
     return CostModel.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
 

@@ -185,7 +185,7 @@ def test_from_a_head_without_cpus_to_trained_students_and_back_to_no_workers(
 
     trained = run(cluster, command(cluster, tmp_path, "train-students", "--json"))
     assert trained.returncode == 0, trained.stderr
-    assert trained.stderr.count("waiting for nodes: the teacher needs 1 CPU on one node") == 1, trained.stderr
+    assert trained.stderr.count("waiting for nodes, for the teacher: 1 CPU on one node") == 1, trained.stderr
     fleet = json.loads(trained.stdout)
     assert [student["state"] for student in fleet["students"]] == ["done", "done"]
     assert (Path(fleet["store"]) / "manifest.json").exists()
@@ -214,7 +214,7 @@ def test_who_waits_for_nodes_leaves_at_once(cluster: Autoscaled, tmp_path: Path,
     words = command(cluster, tmp_path, "cache-teacher", "--set", "teacher.train.threads=32", "--json")
     with (tmp_path / "told").open("w+") as told:
         process = subprocess.Popen(words, env=cluster.environment, stdout=subprocess.PIPE, stderr=told)
-        waits = "waiting for nodes: the teacher needs 32 CPUs on one node"
+        waits = "waiting for nodes, for the teacher: 32 CPUs on one node"
         cluster.until(lambda: waits in (tmp_path / "told").read_text(), "it waits")
         cluster.until(lambda: asked_for(cluster) == 1, "it asks")
         process.send_signal(number)
