@@ -138,6 +138,23 @@ def travels(root: Path) -> dict[str, Any]:
     return {"states": [student["state"] for student in result["students"]], "told": (root / "told").read_text()}
 
 
+def publishes(root: Path, uri: str) -> dict[str, Any]:
+    """A teacher is trained, and cached, on a node that shares no folder with the driver."""
+    made = start(num_cpus=0)
+    script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
+    (root / "cache").mkdir()
+    node = subprocess.Popen(["unshare", "-m", "sh", "-c", script, "sh", str(root / "cache"), *one_more(made)])
+    try:
+        until(lambda: len(cluster.nodes()) == 2)
+        places: dict[str, Any] = {"store_root": uri, "cache_root": str(root / "cache"), "address": made.address}
+        recipe = load_recipe(root / "recipe.yaml")
+        document = akd_dist.cache_teacher(recipe, console=Console(stderr=True), **places)
+    finally:
+        node.terminate()
+        node.wait()
+    return {"hit": document["hit"], "computed": document["shards_computed"], "here": (root / "cache/teachers").exists()}
+
+
 def where(_job: None, item: int) -> tuple[int, str]:
     time.sleep(0.3)
     return item, cluster.ray.get_runtime_context().get_node_id()
@@ -185,6 +202,8 @@ if __name__ == "__main__":
         raylet(arguments[0])
     if what == "join":
         answer = join(arguments[0], Path(arguments[1]))
+    elif what == "publishes":
+        answer = publishes(Path(arguments[0]), arguments[1])
     else:
         answer = {"hidden": hidden, "share": share, "travels": travels}[what](Path(arguments[0]))
     cluster.shut_down()

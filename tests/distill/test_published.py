@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from akd_dist.base.errors import TerminatedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill import published
 from akd_dist.distill.published import fetch_checkpoints, publish_model, train_and_publish
-from akd_dist.jobs.train_teacher import Workspace, ensure_trained, run_in_process, teacher_of
+from akd_dist.jobs.cluster import StopFlag
+from akd_dist.jobs.train_teacher import Workspace, ensure_trained, run_in_process, run_on_ray, teacher_of
 from akd_dist.models.folder import load_model
 from akd_dist.storage.roots import open_root
 from tests.fleets import a_recipe, a_student, a_teacher
@@ -76,3 +79,24 @@ def test_another_node_goes_on_from_the_checkpoints(
     fetch_checkpoints(other, uri)
     assert sorted(path.name for path in other.iterdir()) == ["000001-000005-1.ckpt", names[1]]
     assert (other / names[1]).read_bytes() == b"000001-000010-1"
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_task_that_shares_no_folder_stops_when_it_is_told(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("akd_dist.jobs.tasks.GRACE_SECONDS", 600.0)
+    model, train = {"kind": "mlp", "hidden": 4}, {"epochs": 100_000, "optimizer": {"kind": "sgd", "lr": 1e-3}}
+    recipe = a_recipe([a_student("one")], teacher={"model": model, "train": train})
+    splits, stop = prepare(recipe.data, tmp_path / "cache"), StopFlag()
+    teacher = teacher_of(recipe, splits)
+    assert teacher is not None
+    place = Workspace(f"{bucket}/stopping", str(tmp_path / "cache"), stop=stop)
+    stop.signal = signal.SIGTERM
+    monkeypatch.setattr(stop, "check", lambda: None)  # it comes once the task is on its way
+    with pytest.raises(TerminatedError, match="the last checkpoint of the teacher is kept"):
+        run_on_ray(teacher, teacher.job(recipe, splits, place), place)
+    kept = open_root(teacher.uri(place.store_root)).list()
+    assert kept
+    assert all(key.startswith("checkpoints/") for key in kept)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from akd_dist.jobs.train_students import train_in_process
+from akd_dist.storage.roots import open_root
 from tests.fleets import ADAMW, HARD, a_recipe, a_student, a_teacher, stores_of, weights
 from tests.sources import source
 from tests.survivors import HELD_MODELS, a_held_model
@@ -102,6 +103,19 @@ def test_the_recipe_s_folder_travels_and_who_lacks_the_data_is_left_out(short: s
         "width.txt",
         "words.txt",
     ]
+
+
+@pytest.mark.slow
+def test_a_teacher_is_trained_on_a_node_that_shares_no_folder(short: str, tmp_path: Path, bucket: str) -> None:
+    if shutil.which("unshare") is None or not unshare_works():
+        pytest.skip("hiding a folder from one process takes unshare and mount, which are not permitted here")
+    (tmp_path / "recipe.yaml").write_text(a_recipe([a_student("one")]).to_yaml())
+    answer = on_nodes(short, "publishes", str(tmp_path), f"{bucket}/stores")
+    assert answer["hit"] is False
+    assert answer["computed"] > 0
+    assert not answer["here"], "the driver has nothing of the teacher"
+    published = [key for key in open_root(f"{bucket}/stores").list() if key.startswith("teachers/")]
+    assert sorted(key.rpartition("/")[2] for key in published) == ["model.json", "model.safetensors"]
 
 
 def test_cohorts_share_the_gpu_that_ray_is_told_of(short: str, tmp_path: Path) -> None:
