@@ -157,6 +157,15 @@ class RecipeOptions(Options):
         False, "--dry-run", is_flag=True, help="Say what would be done; refuse what the command would."
     )
     """Only say what would be done, and refuse what the command would; takes no lock and leaves everything as it is."""
+    wait_for_nodes: bool = option(
+        False,
+        "--wait-for-nodes",
+        is_flag=True,
+        help="Wait where the cluster is too small: for whom nodes join by other means than Ray's autoscaler, as SLURM. "
+        "Where there is an autoscaler, a command waits anyway.",
+    )
+    """Wait for nodes instead of refusing a cluster that is too small; needed where they join by other means than Ray's
+    autoscaler, for which a command waits anyway."""
 
     def read(self) -> Recipe:
         """The recipe: read from its file, and trusting what the user trusts.
@@ -186,6 +195,24 @@ class RecipeOptions(Options):
             RecipeError: its name is not UTF-8.
         """
         return places.nameable(STORE_ROOT.chosen(self.store_root), "--store-root")
+
+    @property
+    def patient(self) -> bool:
+        """Whether nodes are waited for.
+
+        Raises:
+            RecipeError: on a Ray that is started here, which no node joins.
+        """
+        if self.wait_for_nodes and self.address is None:
+            from akd_dist.base.errors import RecipeError
+
+            raise RecipeError(
+                "--wait-for-nodes without --address would wait for ever",
+                got="a Ray that is started on this machine, and that no node joins",
+                expected="the address of a cluster that nodes join",
+                next="add --address, or leave --wait-for-nodes out",
+            )
+        return self.wait_for_nodes
 
 
 @dataclass(frozen=True, kw_only=True)

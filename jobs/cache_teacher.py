@@ -63,8 +63,9 @@ def cache_teacher(recipe: Recipe, options: CacheOptions) -> dict[str, Any]:
     """
     from akd_dist.jobs import cluster
 
-    started, workspace = time.monotonic(), Workspace.of(options)
-    inputs = open_inputs(recipe.own(), workspace, students=False, again=options.prepare_again)
+    started, recipe = time.monotonic(), recipe.own()
+    workspace = Workspace.of(options, recipe)
+    inputs = open_inputs(recipe, workspace, students=False, again=options.prepare_again)
     with cluster.closing():
         if workspace.address is not None:
             cluster.connect(workspace.address, tell=workspace.tell)
@@ -263,6 +264,7 @@ def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> 
                 stop=stop,
                 on_result=count,
                 shared=shared,
+                count=len(tasks),
             )
         finally:
             for packer in packers.values():

@@ -69,6 +69,7 @@ def connect(
         if os.environ.get("RAY_AUTH_TOKEN") or _home_has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray itself leaves it off for an explicit address
         _check_answers(address)
+        _check_token(address)
         passed_on = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
         options |= {"address": address, "runtime_env": {"env_vars": ray_internals.ENVIRONMENT | passed_on}}
     failure = _init(options | {"job_config": ray_internals.job_with_path(_DriversPath())})
@@ -228,6 +229,18 @@ def _check_answers(address: str) -> None:
             expected="host:port of a running cluster's head",
             next="check --address, or leave it out to start Ray on this machine",
         ) from None
+
+
+def _check_token(address: str) -> None:
+    """Refuse a cluster that does not take this user's token, or this user for having none."""
+    if not address.startswith("ray://") and ray_internals.refuses_token(address):
+        shown = os.environ.get("RAY_AUTH_MODE") == "token"
+        raise MachineError(
+            f"the Ray cluster at {address} does not let this user in",
+            got="a token that is not the cluster's" if shown else "no token",
+            expected="the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN",
+            next="copy it from the head node (`ray get-auth-token` prints it there), then run the same command",
+        )
 
 
 @contextlib.contextmanager
@@ -412,4 +425,15 @@ def _node(name: str, has: dict[str, float], address: str = "") -> Node:
 
 
 def _address(node: dict[str, Any]) -> str:
-    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, node {node['NodeID'][:8]})"
+    return place_of(node["NodeManagerHostname"], node["NodeManagerAddress"], node["NodeID"])
+
+
+def place_of(host: str, address: str, name: str) -> str:
+    """Where a node is, for people."""
+    return f"{host} ({address}, node {name[:8]})"
+
+
+def started_here() -> bool:
+    """Whether the cluster is one that this process has started, on this machine alone; no node ever joins it."""
+    node = ray_internals.started_node()
+    return node is not None and bool(node.all_processes)

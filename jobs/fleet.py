@@ -19,17 +19,17 @@ from akd_dist.distill.job import CohortJob, ended, read_progress, stop_attempts
 from akd_dist.distill.objectives import stages
 from akd_dist.documents.status import CohortProgress, CohortStatus, FleetPlan, StudentProgress
 from akd_dist.jobs import cluster
+from akd_dist.jobs.demand import Demand, never_held
 from akd_dist.jobs.packing import ResourceRequest, next_to_start
-from akd_dist.jobs.planning.planner import Cohort, CostModel, check_room_for, cohort_job
+from akd_dist.jobs.planning.planner import Cohort, CostModel, cohort_job
 from akd_dist.jobs.ray_train import OUT_OF_STEP, fit, worker_log
-from akd_dist.jobs.shared import Shared, nodes_lost
+from akd_dist.jobs.shared import GONE_SECONDS, Shared, UnseenError, nodes_lost
 from akd_dist.jobs.train_teacher import Stores
+from akd_dist.jobs.working_dir import WorkingDir
 from akd_dist.tracking.progress import FleetMeter, tell
 
 # How often a cohort's run may fail. Ray starts the workers of a run again once, so they have died four times by then.
 DEATHS_BEFORE_SPLIT = 2
-# How long Ray may look for room for workers whose node died, before the nodes count as gone; it would look for ever.
-GONE_SECONDS = 60.0
 
 
 @dataclass(eq=False)
@@ -41,8 +41,6 @@ class RunningCohort:
     ask: ResourceRequest
     """What it occupies."""
     thread: threading.Thread | None = None
-    nodes: frozenset[str] = frozenset()
-    """The nodes that its workers may lie on: Ray is told them when a job begins, and looks on no others."""
 
     @property
     def alive(self) -> bool:
@@ -59,6 +57,7 @@ class Fleet:
         stop: once it is up, running cohorts checkpoint and return, and no other is started.
         assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
         look: called several times a second; what it raises ends the run once the cohorts have checkpointed.
+        demand, folder: as for `Shared`.
     """
 
     def __init__(
@@ -70,10 +69,12 @@ class Fleet:
         assistant: Stores | None = None,
         *,
         look: Callable[[], None] = lambda: None,
+        demand: Demand | None = None,
+        folder: WorkingDir | None = None,
     ) -> None:
         self.base, self.costs, self.stop, self.console = base, costs, stop, console
         self.assistant, self.look = assistant or {}, look
-        self.shared = shared_by(base, self.assistant, console)
+        self.shared = shared_by(base, self.assistant, console, demand, folder)
         self.waiting: list[Cohort] = []
         self.running: list[RunningCohort] = []
         self.jobs: list[CohortJob] = []
@@ -92,11 +93,8 @@ class Fleet:
 
         Raises:
             AkdError: what a cohort was refused for; the others have checkpointed.
-            MachineError: a cohort does not fit the cluster, a node does not see the run's folders, or the cluster was
-                lost.
+            MachineError: a cohort does not fit the nodes that see the run's folders, or the cluster was lost.
         """
-        for cohort in cohorts:
-            check_room_for(cohort, self.costs, cluster.nodes())
         control = Path(self.base.control)
         control.mkdir(parents=True, exist_ok=True)
         # Before the first worker starts: the next command is then another attempt, whose workers can shut these out.
@@ -112,6 +110,9 @@ class Fleet:
             # checkpoint.
             self._stopping_on_errors(),
         ):
+            if not self.shared.demand.waits:
+                for cohort in cohorts:
+                    self._check_room_for(cohort)
             self.alive_at = self.moved_at = time.monotonic()  # nodes may have been waited for
             while self._keep_busy():
                 self._follow(shown)
@@ -183,6 +184,7 @@ class Fleet:
                 self._check_room()
             self.shared.look()
             self._start_what_fits()
+            self._ask_for_room()
         return bool(self.waiting or self.running)
 
     def _start_what_fits(self) -> None:
@@ -197,6 +199,18 @@ class Fleet:
                 break
             self._start(self.waiting.pop(chosen), asks[chosen])
         self._tell_who_waits()
+
+    def _ask_for_room(self) -> None:
+        """Have the autoscaler, where there is one, see to nodes for what runs and for what waits.
+
+        Raises:
+            MachineError: nothing runs, and no node that it may bring holds the first in line.
+        """
+        running = [self.costs.ask(one.job.students) for one in self.running if one.alive]
+        waiting = [self.costs.ask(cohort) for cohort in self.waiting]
+        self.shared.ask_for([*waiting, *running])
+        if self.shared.demand.refused and waiting and not running:
+            raise never_held(waiting[0], f"the cohort of {self.waiting[0][0].name}")
 
     def _start(self, cohort: Cohort, ask: ResourceRequest) -> None:
         one = RunningCohort(self._new_job(cohort), ask)
@@ -258,23 +272,22 @@ class Fleet:
             raise self.stop.error(silent, "the same command goes on from there")
 
     def _check_room(self) -> None:
-        """Give up if the nodes that are left can never hold a cohort that was running, or is to run.
-
-        Nodes that joined in the place of those that a running cohort lost are of no use to it, before it starts again.
+        """Give up if the nodes that are left can never hold a cohort that runs or waits, and no others will join.
 
         Raises:
-            MachineError: there are too few CPUs or GPUs, or too little memory.
+            MachineError: there are too few CPUs or GPUs, or too little memory; or every node was left out.
         """
-        nodes = self.shared.nodes()
-        running = [
-            (one.job.students, [node for node in nodes if node.name in one.nodes]) for one in self.running if one.alive
-        ]
-        for cohort, reached in [*running, *((cohort, nodes) for cohort in self.waiting)]:
+        if self.shared.demand.waits:
+            return
+        for cohort in [*(one.job.students for one in self.running if one.alive), *self.waiting]:
             try:
-                check_room_for(cohort, self.costs, reached)
+                self._check_room_for(cohort)
             except AkdError as error:
                 doing = f"{cohort[0].name} and its cohort trained, or waited to"
-                raise nodes_lost(doing, f"{error.got}, for {GONE_SECONDS:g} s", error.expected) from error
+                raise nodes_lost(doing, f"for {GONE_SECONDS:g} s: {error.line}", error.expected) from error
+
+    def _check_room_for(self, cohort: Cohort) -> None:
+        self.shared.check_room(self.costs.ask(cohort), f"the cohort of {cohort[0].name}")
 
     def _see_through(self, one: RunningCohort) -> None:
         """See a cohort through, off the main thread (on it, Ray would take over Ctrl-C)."""
@@ -314,8 +327,13 @@ class Fleet:
             self._train_or_split(one, self._new_job(half))
 
     def _fit(self, one: RunningCohort, job: CohortJob) -> str:
-        one.job, one.nodes = job, frozenset(node.name for node in self.shared.nodes())
-        return fit(job, self.costs.ask(job.students), self.shared.selector())
+        one.job = job
+        while not self._is_over():
+            try:
+                return fit(job, self.costs.ask(job.students), self.shared.selector(), self.shared.needed())
+            except UnseenError as error:
+                self.shared.leave_out(error.unseen)
+        return ""
 
     def _give_up(self, spec: Any, job: CohortJob, reason: str) -> None:
         folder = Path(self.base.root) / spec.name
@@ -327,7 +345,9 @@ class Fleet:
         fail_from_outside(spec, folder, told, job.attempt, writer)
 
 
-def shared_by(base: CohortJob, assistant: Stores, console: Console) -> Shared:
+def shared_by(
+    base: CohortJob, assistant: Stores, console: Console, demand: Demand | None, folder: WorkingDir | None
+) -> Shared:
     """The nodes that see the run's folder and the stores that its students learn from.
 
     A store is content under its own name and sealed, so a node may as well have a copy of its own.
@@ -337,4 +357,4 @@ def shared_by(base: CohortJob, assistant: Stores, console: Console) -> Shared:
         for uri in (*base.stores.values(), *assistant.values())
     }
     folders = {"the run's folder": base.control}
-    return Shared(folders, base.cache_root, lambda text: tell(console, text), stores)
+    return Shared(folders, base.cache_root, lambda text: tell(console, text), stores, demand, folder)

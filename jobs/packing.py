@@ -105,6 +105,16 @@ def fits(nodes: Sequence[Node], ask: ResourceRequest) -> bool:
     return pack(nodes, [ask]) is not None
 
 
+def with_more(nodes: Sequence[Node], ask: ResourceRequest, count: int) -> list[Node]:
+    """The nodes, and so many more as an autoscaler may bring: like the smallest that holds a worker now.
+
+    Where none does, of just a worker's size, and of any memory.
+    """
+    holding = [node for node in nodes if node.holds(ask)]
+    like = min(holding, key=lambda node: (node.gpus, node.cpus, node.memory), default=Node("", ask.cpus, ask.gpus))
+    return [*nodes, *([replace(like, name="", address="a node that may join")] * count)]
+
+
 def check_room(nodes: Sequence[Node], ask: ResourceRequest, what: str) -> None:
     """Refuse what would wait for ever.
 

@@ -4,9 +4,14 @@ Ray promises nothing of these names. So they stand in one file, each with the re
 do, and `tests/jobs/test_ray_internals.py` fails, naming the version of Ray, when one is gone or is called otherwise.
 """
 
+import json
 import logging
 import os
+import threading
 import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,3 +103,125 @@ def free_resources() -> dict[str, dict[str, float]]:
     """What each node has free now, by its id: the public `ray.available_resources` is a sum over all nodes."""
     free: dict[str, dict[str, float]] = cast(Any, ray._private.state).available_resources_per_node()
     return free
+
+
+def refuses_token(address: str, seconds: float = 10.0) -> bool:
+    """Whether the head at an address (`host:port`, or `auto`) turns this user's token away, or misses one.
+
+    `ray.init` would find out as well, after 20 seconds in which Ray's C++ part prints a line for each attempt. Here
+    these go nowhere, though they are written below Python, on the file descriptor of stderr.
+
+    Args:
+        seconds: how long to wait for an answer; without one, joining is left to find out what is wrong.
+    """
+    refused: list[bool] = []
+
+    def ask() -> None:
+        try:
+            found = cast(Any, ray)._private.services.canonicalize_bootstrap_address(address)
+            if found is not None:
+                client = cast(Any, ray)._raylet.GcsClient(address=found)
+                client.internal_kv_get(b"session_name", b"session", timeout=seconds)
+        except ray.exceptions.AuthenticationError:
+            refused.append(True)
+        except Exception:
+            refused.append(False)
+
+    shown = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(seconds)
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
+    return any(refused)
+
+
+# ---- the autoscaler
+
+Shapes = Counter[frozenset[tuple[str, float]]]
+"""How often each bundle of resources is asked for."""
+_READ_ONLY = "node_"  # how the autoscaler's stand-in, which only reports, names the type of each node
+
+
+@dataclass(frozen=True)
+class Autoscaling:
+    """What the autoscaler (v2) is asked for, by whoever asked last, and what it says of it."""
+
+    asked: Shapes
+    """What it is asked for."""
+    version: int
+    """Of the cluster's state, in which this stands."""
+    answered: int
+    """The version of the state that its answer is to."""
+    infeasible: bool
+    """Its answer: whether no nodes that it may have can hold all of that."""
+
+
+def shapes_of(bundles: Iterable[Mapping[str, float]]) -> Shapes:
+    """Bundles, counted."""
+    return Counter(frozenset((name, float(number)) for name, number in bundle.items()) for bundle in bundles)
+
+
+def has_autoscaler() -> bool:
+    """Whether the connected cluster has an autoscaler that brings nodes. Ray has no public way to ask.
+
+    Every head runs the autoscaler's process, and reports by it; one that was given no node types only reports. Nodes
+    of one that has some know by which name the cloud calls them (v2), or are of a type that has a name (v1).
+    """
+    if _is_v2():
+        alive = [node for node in _status().cluster_resource_state.node_states if node.status != _DEAD]
+        return any(node.instance_id for node in alive)
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    said = _internal_kv_get(ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS)
+    report = (json.loads(said).get("autoscaler_report") or {}) if said else {}
+    types = {**(report.get("active_nodes") or {}), **(report.get("idle_nodes") or {})}
+    return any(not name.startswith(_READ_ONLY) for name in types)
+
+
+def autoscaling() -> Autoscaling | None:
+    """What the autoscaler was asked and answers; None of v1, which does not say."""
+    if not _is_v2():
+        return None
+    status = _status()
+    cluster, own = status.cluster_resource_state, status.autoscaling_state
+    asked: Shapes = Counter()
+    for constraint in cluster.cluster_resource_constraints:
+        for one in constraint.resource_requests:
+            asked.update({frozenset(one.request.resources_bundle.items()): one.count})
+    return Autoscaling(
+        asked=asked,
+        version=cluster.cluster_resource_state_version,
+        answered=own.last_seen_cluster_resource_state_version,
+        infeasible=bool(own.infeasible_cluster_resource_constraints),
+    )
+
+
+def request(bundles: list[dict[str, float]], selector: dict[str, str]) -> None:
+    """Ask the autoscaler for nodes that hold all bundles, in place of what it was asked before; of none for nothing."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles, bundle_label_selectors=[selector] * len(bundles) if bundles else None)
+
+
+_DEAD = 2  # NodeStatus.DEAD of Ray's autoscaler.proto
+
+
+def _is_v2() -> bool:
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return bool(is_autoscaler_v2(fetch_from_server=True))
+
+
+def _status() -> Any:
+    """The state of nodes, of what is asked for, and of the autoscaler, as the head has it."""
+    from ray.core.generated import autoscaler_pb2
+
+    reply = cast(Any, autoscaler_pb2).GetClusterStatusReply()
+    client = cast(Any, ray)._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    reply.ParseFromString(client.get_cluster_status(timeout_s=10))
+    return reply

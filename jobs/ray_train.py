@@ -20,24 +20,27 @@ from akd_dist.distill.job import CohortJob
 from akd_dist.distill.ranks import OutOfStepError, Ranks, joined
 from akd_dist.jobs import cluster
 from akd_dist.jobs.packing import ResourceRequest
+from akd_dist.jobs.shared import Needed, UnseenError, missed_here
 
 Raised = TypeVar("Raised", bound=Exception)
 
 OUT_OF_STEP = "its workers fell out of step: "
 
 
-def fit(job: CohortJob, ask: ResourceRequest, selector: dict[str, str]) -> str:
+def fit(job: CohortJob, ask: ResourceRequest, selector: dict[str, str], needed: Needed) -> str:
     """Run a cohort as one Ray Train run.
 
     Args:
         ask: what its workers occupy.
         selector: the labels of the nodes that they may lie on.
+        needed: what each of them looks for on its node before it begins.
 
     Returns:
         Why its workers died; nothing if it came to its end.
 
     Raises:
         AkdError: what a worker was refused for.
+        UnseenError: a worker came to a node that misses something, and none has begun.
     """
     ray = cluster.ray
     from ray.train import FailureConfig, RunConfig
@@ -48,7 +51,7 @@ def fit(job: CohortJob, ask: ResourceRequest, selector: dict[str, str]) -> str:
     # Not its torch trainer: that has a process group even for one worker, and listens on all interfaces for it.
     trainer = DataParallelTrainer(
         run_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "needed": needed},
         scaling_config=scaling(ask, selector),
         # One restart by Ray itself is the quick way back; further deaths are for the driver, which may split it.
         run_config=RunConfig(name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=1)),
@@ -57,14 +60,16 @@ def fit(job: CohortJob, ask: ResourceRequest, selector: dict[str, str]) -> str:
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {}).values()
-        outcome = next(iter(_among(failures, AkdError)), None)
+        if (unseen := next(_among(failures, UnseenError), None)) is not None:
+            raise unseen from None
+        outcome = next(_among(failures, AkdError), None)
         if outcome is None:
             told = "; ".join(str(one) for one in _among(failures, OutOfStepError))
             return OUT_OF_STEP + told if told else "Ray says: " + _cause(str(error))
     finally:
         # No other run ever has this name, so nobody reads what Ray noted of this one.
         shutil.rmtree(storage / name, ignore_errors=True)
-    if isinstance(outcome, AkdError):
+    if isinstance(outcome, AkdError | UnseenError):
         raise outcome
     return ""
 
@@ -102,7 +107,7 @@ def _among(failures: Iterable[Exception], kind: type[Raised]) -> Iterator[Raised
             yield cause
 
 
-def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
+def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError | UnseenError:
     """What a Ray Train worker runs.
 
     A refusal is returned, not raised: running it again would change nothing. Where there are other ranks it is raised,
@@ -110,6 +115,11 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError:
     """
     context = cluster.ray.train.get_context()
     job, rank, world = config["job"], context.get_world_rank(), context.get_world_size()
+    if (unseen := missed_here(config["needed"])) is not None:
+        if world > 1:
+            raise UnseenError(unseen)
+        return UnseenError(unseen)
+    job = config["needed"].here(job)
     log = worker_log(job, rank)
     keep_log(log)
     try:

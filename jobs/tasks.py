@@ -11,8 +11,9 @@ from typing import Any
 
 from akd_dist.base.errors import AkdError, MachineError, RefusedError
 from akd_dist.jobs.cluster import GRACE_SECONDS, POLL_SECONDS, StopFlag, check_alive, ray
-from akd_dist.jobs.packing import Node, ResourceRequest, check_room
-from akd_dist.jobs.shared import Shared, nodes_lost
+from akd_dist.jobs.demand import MOST, waits_for
+from akd_dist.jobs.packing import Node, ResourceRequest, fits
+from akd_dist.jobs.shared import GONE_SECONDS, Shared, Unseen, look_first, nodes_lost
 
 # As often as Ray would by itself; said here because a message tells of it.
 RETRIES = 3
@@ -39,12 +40,13 @@ def run_tasks(
     shared: Shared,
     stop: StopFlag,
     on_result: Callable[[Task, Any], None],
+    count: int = 1,
 ) -> None:
     """Run Ray tasks, a bounded number in flight; hand on results as they come.
 
     A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next; on a GPU too,
     where Ray would start a new process for each. A task whose worker died is run again up to RETRIES times; one that
-    raised is not, since its inputs would be the same.
+    raised is not, since its inputs would be the same. One that came to a node that misses something is sent elsewhere.
 
     Args:
         function: called as function(job, item) in a worker.
@@ -52,6 +54,7 @@ def run_tasks(
         gpus: GPUs that a task has to itself.
         shared: the nodes that tasks may run on; those that join are used too.
         stop: once it is up, no other task is started and those in flight are left alone: they publish whole, or not.
+        count: how many tasks there are: so much room is asked for, where there is an autoscaler.
 
     Raises:
         AkdError: as raised by a task.
@@ -60,28 +63,69 @@ def run_tasks(
             GPUs than the cluster has, or has left after a loss of nodes.
     """
     ask = ResourceRequest(1, threads, gpus)
-    check_room(shared.nodes(), ask, "tasks of so many threads")
-    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(function)
-    shipped: dict[int, Any] = {}
-    waiting = iter(tasks)
+    shared.wait_for_room(ask, "tasks of so many threads", stop)
+    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(look_first)
+    needed, shipped = shared.needed(), dict[int, Any]()
+    waiting, again = iter(tasks), list[Task]()
     flying: dict[Any, Task] = {}
+    room = _Room(shared, ask)
     while True:
         shared.look()
         # Twice what runs at a time, so that no CPU waits for the driver; asked each time, since nodes join and leave.
         window = 2 * _at_once(shared.nodes(), ask)
-        while not stop and len(flying) < window and (task := next(waiting, None)) is not None:
+        while not stop and len(flying) < window and (task := again.pop() if again else next(waiting, None)) is not None:
             # What tasks have in common goes to the object store once; each task carries a reference and its own item.
             if id(task.job) not in shipped:
                 shipped[id(task.job)] = ray.put(task.job)
             here = remote.options(label_selector=shared.selector())
-            flying[here.remote(shipped[id(task.job)], task.item)] = task
+            flying[here.remote(needed, function, shipped[id(task.job)], task.item)] = task
         if not flying or stop:
             return
         check_alive(stop)
         done, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
         for reference in done:
             task = flying.pop(reference)
-            on_result(task, _result(reference, task.name))
+            if isinstance(result := _result(reference, task.name), Unseen):
+                shared.leave_out(result)
+                again.append(task)
+            else:
+                on_result(task, result)
+                count -= 1
+        if flying:
+            room.check(next(iter(flying.values())).name)
+            shared.ask_for([ask] * min(max(count, 1), MOST))
+
+
+class _Room:
+    """Notices that no node is left which could hold a task: Ray would look for one for ever."""
+
+    def __init__(self, shared: Shared, ask: ResourceRequest) -> None:
+        self.shared, self.ask, self.seen_at, self.told = shared, ask, time.monotonic(), False
+
+    def check(self, name: str) -> bool:
+        """Whether there is one. Where more may come they are waited for; else one has GONE_SECONDS to be there again.
+
+        Args:
+            name: the task that runs there, or waits to, for the message.
+
+        Raises:
+            MachineError: none was.
+        """
+        if fits(self.shared.nodes(), self.ask):
+            self.seen_at, self.told = time.monotonic(), False
+            return True
+        if time.monotonic() - self.seen_at > GONE_SECONDS:
+            if self.shared.demand.waits:
+                if not self.told:
+                    self.shared.tell(waits_for(name, self.ask))
+                self.told = True
+                return False
+            try:
+                self.shared.check_room(self.ask, name)
+            except AkdError as error:
+                doing = f"{name} ran, or waited to"
+                raise nodes_lost(doing, f"for {GONE_SECONDS:g} s: {error.line}", error.expected) from error
+        return False
 
 
 def _at_once(nodes: list[Node], ask: ResourceRequest) -> int:
@@ -107,21 +151,29 @@ def run_one(
     Raises:
         InterruptedByUser: it did not end in that time, or had not even begun.
     """
-    check_room(shared.nodes(), ResourceRequest(1, threads, gpus), name)
+    ask = ResourceRequest(1, threads, gpus)
+    shared.wait_for_room(ask, name, stop)
     once = 1 if gpus else 0  # a process that ends gives back the memory of its GPU
-    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=once)(function)
-    reference = remote.options(label_selector=shared.selector()).remote(*arguments)
-    going_at = time.monotonic()
-    while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
-        check_alive(stop)
-        on_poll()
-        going_at = going_at if stop else time.monotonic()
-        if time.monotonic() - going_at > GRACE_SECONDS:
-            raise stop.error(
-                f"stopped; {name} did not answer any more, so only earlier checkpoints are kept",
-                "the same command goes on from there",
-            )
-    return _result(reference, name)
+    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=once)(look_first)
+    needed, room = shared.needed(), _Room(shared, ask)
+    while True:
+        reference = remote.options(label_selector=shared.selector()).remote(needed, function, *arguments)
+        going_at = time.monotonic()
+        while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
+            check_alive(stop)
+            on_poll()
+            shared.look()
+            shared.ask_for([ask])
+            there = room.check(name)
+            going_at = going_at if stop else time.monotonic()
+            if time.monotonic() - going_at > GRACE_SECONDS or (stop and not there):
+                raise stop.error(
+                    f"stopped; {name} did not answer any more, so only earlier checkpoints are kept",
+                    "the same command goes on from there",
+                )
+        if not isinstance(result := _result(reference, name), Unseen):
+            return result
+        shared.leave_out(result)
 
 
 def _result(reference: Any, name: str) -> Any:
@@ -138,9 +190,6 @@ def _result(reference: Any, name: str) -> Any:
             expected="code that runs",
             next="mend it, then run the same command again: what is done is kept",
         ) from None
-    except ray.exceptions.TaskUnschedulableError as error:
-        found = "none is left of those that were there when it was sent, or none that has room for it"
-        raise nodes_lost(f"{name} ran, or waited to", found, "a node that is shared and large enough") from error
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise MachineError(
             f"{name}: its worker died again and again",

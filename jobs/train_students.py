@@ -24,7 +24,14 @@ from akd_dist.jobs.cache_teacher import cache_planned
 from akd_dist.jobs.packing import fits
 from akd_dist.jobs.planning.caching import CachedModel, fingerprints, open_rows, with_models
 from akd_dist.jobs.planning.plan import RunPlan, fleet_job, plan_run
-from akd_dist.jobs.planning.planner import cohort_job, groups_of, learns_from_assistant, plan_cohorts
+from akd_dist.jobs.planning.planner import (
+    cohort_job,
+    groups_of,
+    learns_from_assistant,
+    least_asks,
+    nodes_to_come,
+    plan_cohorts,
+)
 from akd_dist.jobs.results import finish_run, tell_failures, telling_damage
 from akd_dist.jobs.run_folder import (
     begin_run,
@@ -63,8 +70,9 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, 
     """`train_students`, and the plan that it executed, or would."""
     from akd_dist.jobs import cluster
 
-    workspace, recipe, began = Workspace.of(options), recipe.own(), time.monotonic()
+    recipe, began = recipe.own(), time.monotonic()
     run = options.runs / recipe.name
+    workspace = Workspace.of(options, recipe, run)
     inputs = open_rows(recipe, workspace, students=True, again=options.prepare_again)
     # Refused before the run's folder is made, unless whoever is waited for may be caching just what is missing now.
     inputs = inputs if options.wait else with_models(inputs, workspace)
@@ -143,18 +151,27 @@ def _with_sound_rows(base: CohortJob, splits: Splits, look: Callable[[Splits], o
 def _train(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace) -> int:
     """Train those that have not ended; the number of Ray Train runs it took."""
     from akd_dist.jobs import cluster
-    from akd_dist.jobs.fleet import Fleet
+    from akd_dist.jobs.fleet import Fleet, shared_by
 
     recipe, costs = plan.inputs.recipe, plan.costs
     with cluster.stop_on_signals(workspace.tell) as stop:
         replace(workspace, stop=stop).connect()
+        demand = workspace.demand()
+        if demand.waits:  # for one node of each kind at least: only then is it known how much memory they have
+            with shared_by(base, assistant, workspace.console, demand, workspace.folder) as shared:
+                for family, ask in least_asks(recipe, plan.todo, costs):
+                    shared.wait_for_room(ask, f"the cohort of {family[0].name}", stop)
         nodes, cohorts = cluster.nodes(), plan.cohorts
         size = [sorted((node.cpus, node.gpus) for node in some) for some in (nodes, plan.nodes)]
         # Caching may have taken hours, in which nodes came or went.
         if size[0] != size[1] or not all(fits(nodes, costs.ask(cohort)) for cohort in cohorts):
+            nodes = nodes_to_come(recipe, plan.todo, nodes, costs) if demand.waits else nodes
             cohorts, _ = plan_cohorts(recipe, plan.todo, nodes, costs)
         with telling_damage(base, plan.todo, workspace.console):
-            fleet = Fleet(base, costs, stop, workspace.console, assistant, look=plan.inputs.splits.sources.look)
+            look = plan.inputs.splits.sources.look
+            fleet = Fleet(
+                base, costs, stop, workspace.console, assistant, look=look, demand=demand, folder=workspace.folder
+            )
             count = fleet.train(cohorts)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import views
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.distill.cohort import train_cohort
-from akd_dist.distill.job import CohortJob, read_progress, read_result, renewals
+from akd_dist.distill.job import CohortJob, forget_failures, read_progress, renewals
+from akd_dist.distill.published import train_and_publish
 from akd_dist.models.build import by_content
 from akd_dist.models.device import device_name, gpus_of
 from akd_dist.options import RecipeOptions
@@ -35,7 +36,10 @@ from akd_dist.tracking.progress import Meter, meter, tell
 
 if TYPE_CHECKING:
     from akd_dist.jobs.cluster import StopFlag
+    from akd_dist.jobs.demand import Demand
+    from akd_dist.jobs.line import Line
     from akd_dist.jobs.shared import Shared
+    from akd_dist.jobs.working_dir import WorkingDir
 
 Stores = dict[str, str]
 """The stores of one model's logits: split -> URI."""
@@ -53,16 +57,38 @@ class Workspace:
     """A Ray cluster; None starts one on this machine."""
     wait: bool = False
     """Wait for somebody else's claim instead of leaving."""
+    patient: bool = False
+    """Wait for nodes instead of refusing a cluster that is too small, whether or not it has an autoscaler."""
     stop: StopFlag | None = None
     """The flag of Ctrl-C and SIGTERM; None for a plain loop in this process."""
     console: Console = field(default_factory=lambda: Console(quiet=True))
     """Where progress is told."""
+    run: Path | None = None
+    """The run's folder, where students are trained afterwards: nodes that do not see it are of no use before either."""
+    folder: WorkingDir | None = None
+    """What travels to the nodes of a cluster, and what they have to have; None for neither."""
 
     @classmethod
-    def of(cls, options: RecipeOptions) -> Workspace:
-        """Where a command works that was given these options."""
+    def of(cls, options: RecipeOptions, recipe: Recipe, run: Path | None = None) -> Workspace:
+        """Where a command works that was given these options.
+
+        Args:
+            run: the run's folder, where there is one.
+        """
         console = options.console or Console(stderr=True)
-        return cls(options.stores, options.cache, options.address, options.wait, console=console)
+        kept_out = [options.stores, options.cache] + ([] if run is None else [str(run.parent)])
+        folder = None
+        if options.address is not None:
+            from akd_dist.jobs.working_dir import WorkingDir
+
+            folder = WorkingDir.of(recipe, kept_out)
+        places = options.stores, options.cache, options.address
+        return cls(*places, options.wait, options.patient, console=console, run=run, folder=folder)
+
+    @property
+    def remote(self) -> bool:
+        """Whether stores lie in object storage, and not in a folder."""
+        return "://" in self.store_root
 
     def tell(self, text: str) -> None:
         """Say something to the person who waits."""
@@ -115,10 +141,19 @@ class Workspace:
         return found[0]
 
     def shared(self) -> Shared:
-        """The nodes that see the store root, as a context: no other node may be given work."""
+        """The nodes that see the store root and the run, as a context: no other node may be given work."""
         from akd_dist.jobs.shared import Shared
 
-        return Shared({"the store root": self.store_root}, self.cache_root, self.tell)
+        folders = {"the store root": self.store_root}
+        if self.run is not None:
+            folders["the run's folder"] = str(self.run / "control")
+        return Shared(folders, self.cache_root, self.tell, demand=self.demand(), folder=self.folder)
+
+    def demand(self) -> Demand:
+        """What is asked of the cluster's autoscaler, and whether nodes are waited for at all."""
+        from akd_dist.jobs.demand import Demand
+
+        return Demand(self.patient)
 
 
 @dataclass(frozen=True)
@@ -149,7 +184,7 @@ class Trained:
         """The model as a cohort of one: the same loop as for students."""
         # Checkpoints are renamed into place, which object storage cannot do: there the model is trained in the node's
         # cache.
-        root = Path(workspace.cache_root if "://" in workspace.store_root else workspace.store_root) / TEACHERS
+        root = Path(workspace.cache_root if workspace.remote else workspace.store_root) / TEACHERS
         return CohortJob(
             name="teacher",
             data=recipe.data.model_copy(update={"views": self.views}),
@@ -247,23 +282,34 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, workspace: 
     lock = root.local_path(claim + CLAIM_SUFFIX)  # where there are folders, the claim is a locked file
     with workspace.claim(claim):
         if not is_there(uri):
-            Path(job.control).mkdir(parents=True, exist_ok=True)
-            job.stop_file.unlink(missing_ok=True)
-            _forget_failure(job)
-            try:
-                with using(trained.stores.values(), run=uri, lock=lock):
-                    outcome = run(trained, job, workspace)
-                for line in renewals(job):
+            with using(trained.stores.values(), run=uri, lock=lock), _in_shared_folder(job, workspace):
+                outcome = run(trained, job, workspace)
+                for line in [*renewals(job), *outcome.get("renewed", ())]:
                     workspace.tell(f"warning: {line}")
                 result = _result(trained, job, outcome)
-            except BaseException:
-                _leave_no_empty_folder(job)
-                raise
-            shutil.rmtree(job.control, ignore_errors=True)
             metric = recipe.data.primary_metric
             workspace.tell(f"{trained.name} is trained: test {metric} {result['test'][metric]:.4f}")
-            _deliver(Path(job.root) / trained.spec.name, uri)
     return uri
+
+
+@contextlib.contextmanager
+def _in_shared_folder(job: CohortJob, workspace: Workspace) -> Iterator[None]:
+    """Have the folders of a job that all nodes share: where stores lie in a folder, a model is trained where it lies.
+
+    Elsewhere it is trained in a folder of its node alone, which `train_and_publish` sees to.
+    """
+    if workspace.remote:
+        yield
+        return
+    Path(job.control).mkdir(parents=True, exist_ok=True)
+    job.stop_file.unlink(missing_ok=True)
+    forget_failures(job)
+    try:
+        yield
+    except BaseException:
+        _leave_no_empty_folder(job)
+        raise
+    shutil.rmtree(job.control, ignore_errors=True)
 
 
 def _leave_no_empty_folder(job: CohortJob) -> None:
@@ -273,32 +319,25 @@ def _leave_no_empty_folder(job: CohortJob) -> None:
         Path(job.control).parent.rmdir()
 
 
-def _forget_failure(job: CohortJob) -> None:
-    """A model that failed is tried again by the next command: its reason may be gone."""
-    (spec,) = job.students
-    if (result := read_result(job, spec)) is not None and result["state"] == "failed":
-        (Path(job.root) / spec.name / "result.json").unlink()
-
-
 def run_on_ray(trained: Trained, job: CohortJob, workspace: Workspace) -> dict[str, Any]:
-    """Train a model in one Ray task, and show how far it is."""
+    """Train a model in one Ray task, on any node, and show how far it is."""
+    from akd_dist.jobs.line import Line, train_elsewhere
     from akd_dist.jobs.tasks import run_one
 
     stop = workspace.connect()
     with (
         workspace.shared() as shared,
         meter(workspace.console, f"training {trained.name}", total=1, unit="steps") as shown,
+        Line(stop) if workspace.remote else contextlib.nullcontext() as line,
     ):
-        if "://" in workspace.store_root:
-            shared.stay_here()  # it is trained in the cache root, and delivered from there
-        poll = functools.partial(_follow, job, shown, stop)
+        uri = trained.uri(workspace.store_root)
+        work = (train_cohort, job) if line is None else (train_elsewhere, job, uri, line.end)
         outcome = run_one(
-            train_cohort,
-            job,
+            *work,
             threads=trained.spec.threads,
             gpus=gpus_of(job.device),
             stop=stop,
-            on_poll=poll,
+            on_poll=functools.partial(_follow, job, shown, stop, line),
             name=trained.name,
             shared=shared,
         )
@@ -310,36 +349,31 @@ def run_on_ray(trained: Trained, job: CohortJob, workspace: Workspace) -> dict[s
     return dict(outcome)
 
 
-def run_in_process(_trained: Trained, job: CohortJob, _place: Workspace) -> dict[str, Any]:
+def run_in_process(trained: Trained, job: CohortJob, workspace: Workspace) -> dict[str, Any]:
     """Train a model in this process, without Ray; the weights are those of the Ray task."""
+    if workspace.remote:
+        return train_and_publish(job, trained.uri(workspace.store_root))
     return train_cohort(job)
 
 
 def _result(trained: Trained, job: CohortJob, outcome: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any]
     (result,) = outcome["students"]
+    on = f" on the node {outcome['node']}" if "node" in outcome else ""
     if result["state"] != "done":
         raise RefusedError(
             f"the training of {trained.name} ended as {result['state']}",
             got=result["reason"],
             expected="a trained model",
-            next=f"see {Path(job.logs) / (trained.spec.name + '.log')}; then change {trained.setting} in the recipe",
+            next=f"see {job.log_of(trained.spec.name)}{on}; then change {trained.setting} in the recipe",
         )
     return result
 
 
-def _follow(job: CohortJob, shown: Meter, stop: StopFlag) -> None:
+def _follow(job: CohortJob, shown: Meter, stop: StopFlag, line: Line | None) -> None:
     """Show the job's latest progress, and pass the stop flag on to its worker."""
-    if stop:
+    if stop and line is None:
         job.stop_file.touch()
-    if (progress := read_progress(job)) is not None:
+    if (progress := read_progress(job) if line is None else line.exchange()) is not None:
         (model,) = progress.students
         shown.update(model.steps, total=model.steps_total, note=f"{model.rows_per_second:,.0f} rows/s")
-
-
-def _deliver(folder: Path, uri: str) -> None:
-    """Put a model that was trained on this node into an object store; model.json last, since it says: I am there."""
-    if "://" in uri:
-        target = open_root(uri)
-        for name in ("model.safetensors", "model.json"):
-            target.put(name, (folder / name).read_bytes())

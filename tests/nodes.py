@@ -19,6 +19,7 @@ from rich.console import Console
 import akd_dist
 from akd_dist.base.errors import MachineError
 from akd_dist.jobs import cluster, ray_train, shared
+from akd_dist.jobs.tasks import Task, run_tasks
 from akd_dist.recipe import load_recipe
 
 SMALL: dict[str, Any] = {"object_store_memory": 80 * 2**20, "memory": 4 * 10**9}
@@ -75,29 +76,88 @@ def join(recipe: str, root: Path) -> dict[str, Any]:
 
 
 def hidden(root: Path) -> dict[str, Any]:
-    """A node that does not see a folder: refused if it is there, told of and left alone if it joins."""
-    made = start(num_cpus=1)
-    told: list[str] = []
+    """A node that does not see a folder: told of and left alone, whether it joins, is there, or has been given work."""
+    made = start(num_cpus=0)
+    told, again, sent = list[str](), list[str](), list[str]()
     before = {"the run's folder": str(root)}
     (root / "cache").mkdir()
+    stop, nothing = cluster.StopFlag(), lambda *_: None
+    script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
     with shared.Shared(before, str(root / "cache"), told.append) as seeing:
-        alone = seeing.selector()
-        script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
-        blind = subprocess.Popen(["unshare", "-m", "sh", "-c", script, "sh", str(root), *one_more(made)])
+        started = [subprocess.Popen(["unshare", "-m", "sh", "-c", script, "sh", str(root), *one_more(made)])]
         try:
             until(lambda: len(cluster.nodes()) == 2)
             shared.LOOK_SECONDS = 0.1
             until(lambda: not seeing.look() and bool(told))
-            kept = seeing.selector() == alone and len(seeing.nodes()) == 1
+            kept = seeing.selector() == {shared.NODE_LABEL: f"!in({','.join(seeing.bad)})"} and len(seeing.nodes()) == 1
             try:
-                shared.Shared(before, str(root / "cache"), told.append).__enter__()
+                run_tasks(nothing, [], threads=1, gpus=0, shared=seeing, stop=stop, on_result=nothing)
                 refusal = ""
             except MachineError as error:
                 refusal = str(error)
+            with shared.Shared(before, str(root / "cache"), again.append):
+                pass
+            with shared.Shared(before, str(root / "cache"), sent.append) as unaware:
+                unaware.bad.clear()
+                sent.clear()
+                started.append(subprocess.Popen(one_more(made)))
+                unaware.look = lambda *, now=False: False  # type: ignore[method-assign]
+                until(lambda: len(cluster.nodes()) == 3)
+                unaware.good = {node.name for node in cluster.nodes()}
+                done: list[Any] = []
+                tasks = [Task(str(number), None, number) for number in range(6)]
+                keep = lambda _, result: done.append(result)  # noqa: E731
+                run_tasks(where, tasks, threads=1, gpus=0, shared=unaware, stop=stop, on_result=keep)
         finally:
-            blind.terminate()
-            blind.wait()
-    return {"told": told, "kept": kept, "refusal": refusal, "left": [path.name for path in root.glob(".seen-*")]}
+            for node in started:
+                node.terminate()
+                node.wait()
+    left = [path.name for path in root.glob(".seen-*")]
+    answer = {"told": told, "kept": kept, "refusal": refusal, "again": again, "sent": sent, "left": left}
+    return answer | {"done": sorted(one[0] for one in done), "blind": [one[1] in unaware.bad for one in done]}
+
+
+def travels(root: Path) -> dict[str, Any]:
+    """A recipe with a module of its own is trained where its folder is not; a node that lacks its data is left out."""
+    made = start(num_cpus=0)
+    script = 'for place; do [ "$place" = -- ] && break; mount -t tmpfs none "$place"; shift; done; shift; exec "$@"'
+    nodes = []
+    places: dict[str, Any] = {f"{kind}_root": str(root / kind) for kind in ("store", "run", "cache")}
+    try:
+        for hidden in (["recipe"], ["recipe", "data"]):
+            paths = [str(root / name) for name in hidden]
+            nodes.append(subprocess.Popen(["unshare", "-m", "sh", "-c", script, "sh", *paths, "--", *one_more(made)]))
+            until(lambda: len(cluster.nodes()) == 1 + len(nodes))
+        with (root / "told").open("w") as told:
+            console, recipe = Console(file=told, width=500), load_recipe(root / "recipe" / "recipe.yaml")
+            result = akd_dist.train_students(recipe, console=console, address=made.address, **places)
+    finally:
+        for node in nodes:
+            node.terminate()
+            node.wait()
+    return {"states": [student["state"] for student in result["students"]], "told": (root / "told").read_text()}
+
+
+def publishes(root: Path, uri: str) -> dict[str, Any]:
+    """A teacher is trained, and cached, on a node that shares no folder with the driver."""
+    made = start(num_cpus=0)
+    script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
+    (root / "cache").mkdir()
+    node = subprocess.Popen(["unshare", "-m", "sh", "-c", script, "sh", str(root / "cache"), *one_more(made)])
+    try:
+        until(lambda: len(cluster.nodes()) == 2)
+        places: dict[str, Any] = {"store_root": uri, "cache_root": str(root / "cache"), "address": made.address}
+        recipe = load_recipe(root / "recipe.yaml")
+        document = akd_dist.cache_teacher(recipe, console=Console(stderr=True), **places)
+    finally:
+        node.terminate()
+        node.wait()
+    return {"hit": document["hit"], "computed": document["shards_computed"], "here": (root / "cache/teachers").exists()}
+
+
+def where(_job: None, item: int) -> tuple[int, str]:
+    time.sleep(0.3)
+    return item, cluster.ray.get_runtime_context().get_node_id()
 
 
 def share(root: Path) -> dict[str, Any]:
@@ -142,7 +202,9 @@ if __name__ == "__main__":
         raylet(arguments[0])
     if what == "join":
         answer = join(arguments[0], Path(arguments[1]))
+    elif what == "publishes":
+        answer = publishes(Path(arguments[0]), arguments[1])
     else:
-        answer = {"hidden": hidden, "share": share}[what](Path(arguments[0]))
+        answer = {"hidden": hidden, "share": share, "travels": travels}[what](Path(arguments[0]))
     cluster.shut_down()
     print(json.dumps(answer))

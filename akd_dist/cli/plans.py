@@ -25,6 +25,8 @@ def print_plan(plan: PlanDocument) -> None:
         table.add_row(split, f"{part.rows:,}", str(part.views), shards, size(part.bytes))
     print_table(table)
     free = "unknown" if plan.free is None else size(plan.free)
+    if plan.waits_for is not None:
+        click.echo(f"waits for nodes: {plan.waits_for}")
     click.echo(f"needs {size(plan.bytes)} under {plan.store_root}, free {free}; nothing was stored")
 
 
@@ -67,6 +69,7 @@ def plan_lines(plan: FleetPlanDocument) -> list[str]:
         plan.why,
         *waits,
         f"cluster  {counted(plan.nodes, 'node')} with {plan.cpus:g} CPUs{gpus}{memory}",
+        *([] if plan.waits_for is None else [f"nodes    it waits for some: {plan.waits_for}"]),
         f"disk     {size(plan.checkpoint_bytes)} of checkpoints and {size(plan.model_bytes)} of models at most, "
         f"{size(plan.free_bytes)} free",
         f"places   stores in {plan.store_root}, the run in {plan.run}",

@@ -107,6 +107,13 @@ def read_result(job: CohortJob, spec: recipe.StudentSpec) -> dict[str, Any] | No
     return None if found is None else found.plain()
 
 
+def forget_failures(job: CohortJob) -> None:
+    """Let models that failed be tried again, although the attempt is the same: their reason may be gone."""
+    for spec in job.students:
+        if (result := read_result(job, spec)) is not None and result["state"] == "failed":
+            (Path(job.root) / spec.name / "result.json").unlink()
+
+
 def renewals(job: CohortJob) -> list[str]:
     """What cohorts noted of what was corrupt on their nodes, a line each, oldest first."""
     return job.renewed_file.read_text().splitlines() if job.renewed_file.exists() else []

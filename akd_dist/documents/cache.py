@@ -110,3 +110,5 @@ class PlanDocument(Document):
     """What each split would take."""
     assistants: list[PlannedAssistant] = []
     """The same for the teacher's assistants."""
+    waits_for: str | None = None
+    """The room that the command would wait for, on nodes that are not there yet; null where what is there will do."""

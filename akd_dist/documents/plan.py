@@ -87,6 +87,8 @@ class FleetPlanDocument(Document):
     """Their GPUs."""
     memory: Count | None
     """Main memory that they give to workers, in bytes; null where it is not known."""
+    waits_for: str | None = None
+    """The room that the command would wait for, on nodes that are not there yet; null where what is there will do."""
     why: str
     """Why there are so many cohorts: what fewer and what more of them would come to."""
     cohorts: list[PlannedCohort]

@@ -22,8 +22,7 @@ from akd_dist.data.views import by_content, check_augmentation
 from akd_dist.distill.teacher import served_fingerprint
 from akd_dist.distill.trial import try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
-from akd_dist.jobs import packing
-from akd_dist.jobs.packing import Node
+from akd_dist.jobs.packing import ResourceRequest
 from akd_dist.jobs.train_teacher import Stores, Trained, Workspace, assistant_of, is_there, teacher_of
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
@@ -37,6 +36,8 @@ from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import StoreWriter
 from akd_dist.tracking.progress import Meter, meter, tell_once
+
+WORK_OF_TEACHER = "training or caching the teacher"
 
 
 @dataclass
@@ -196,17 +197,19 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
             this machine without an `address`, else on the cluster that is connected.
     """
     from akd_dist.jobs import cluster
+    from akd_dist.jobs.demand import foreseen
 
     recipe, models = inputs.recipe, inputs.models
     unknown = [None] * (1 + len(recipe.teacher.chain) - len(models))
     teacher, *assistants = [_planned(recipe, inputs.splits, model) for model in (*models, *unknown)]
     needed = sum(split.bytes for planned in (teacher, *assistants) for split in planned.values())
     root = open_root(workspace.store_root)
+    waits = None
     # What is all there needs neither room nor nodes, and is not refused for the lack of them.
     if needed:
         check_folder(root.local_path(""))
         check_room(workspace.store_root, needed)
-        check_nodes(recipe, cluster.all_nodes())
+        waits = foreseen(cluster.all_nodes(), room_of_teacher(recipe), WORK_OF_TEACHER, workspace.demand())
     return PlanDocument(
         dry_run=True,
         store_root=workspace.store_root,
@@ -217,6 +220,7 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
             PlannedAssistant(model=assistant.model.label, trained=number < len(models), splits=planned)
             for number, (assistant, planned) in enumerate(zip(recipe.teacher.chain, assistants, strict=True), 1)
         ],
+        waits_for=waits,
     )
 
 
@@ -312,17 +316,11 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel]) 
     check_augmentation(data.augmentation, data.seed, rows.inputs, rows.tokens)
 
 
-def check_nodes(recipe: Recipe, nodes: Sequence[Node]) -> None:
-    """Refuse a cluster on which the teacher could not be trained or cached.
-
-    Raises:
-        MachineError: no node has the CPUs or the GPU for one of its tasks.
-    """
+def room_of_teacher(recipe: Recipe) -> ResourceRequest:
+    """The most that a task takes which trains or caches the teacher, or an assistant."""
     threads = [recipe.cache.threads, *(one.threads for one in recipe.teacher.chain)]
     threads += [recipe.teacher.train.threads] if recipe.teacher.train else []
-    packing.check_room(
-        nodes, packing.ResourceRequest(1, max(threads), gpus_of(recipe.device)), "training or caching the teacher"
-    )
+    return ResourceRequest(1, max(threads), gpus_of(recipe.device))
 
 
 def check_room(store_root: str, needed: int) -> None:

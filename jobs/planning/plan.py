@@ -19,7 +19,7 @@ from akd_dist.distill.job import CohortJob, ended
 from akd_dist.distill.stream import batch_ends
 from akd_dist.documents.cache import PlanDocument
 from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort, PlannedStudent, RemovedRun
-from akd_dist.jobs.packing import Node, ResourceRequest, timetable
+from akd_dist.jobs.packing import Node, ResourceRequest, fits, timetable
 from akd_dist.jobs.planning.caching import Inputs, foresee_caching
 from akd_dist.jobs.planning.planner import (
     START_SECONDS,
@@ -28,6 +28,7 @@ from akd_dist.jobs.planning.planner import (
     CostModel,
     groups_of,
     learns_from_assistant,
+    nodes_to_come,
     plan_cohorts,
 )
 from akd_dist.jobs.planning.probing import measure_all, measure_there
@@ -78,7 +79,7 @@ def costs_of(
     """
     probed = (recipe, todo, parameters, workspace.cache_root)
     elsewhere = todo and gpus_of(recipe.device) and not torch.cuda.is_available()
-    measured = measure_there(*probed, workspace.tell) if elsewhere else measure_all(*probed)
+    measured = measure_there(*probed, workspace.tell, workspace.folder) if elsewhere else measure_all(*probed)
     places = {spec.name: position(root / spec.name / "checkpoints") for spec in todo} if root else {}
     return CostModel.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
 
@@ -111,8 +112,10 @@ def plan_run(inputs: Inputs, run: Path, workspace: Workspace, *, fresh: bool) ->
         workspace.tell("probing what the students take")
     costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), workspace)
     nodes = cluster.all_nodes()
-    cohorts, tried = plan_cohorts(recipe, todo, nodes, costs) if todo else ([], [])
-    document = draw_up(inputs, todo, nodes, cohorts, tried, costs, run, caching)
+    waits = workspace.demand().waits
+    planned = nodes_to_come(recipe, todo, nodes, costs) if waits else nodes
+    cohorts, tried = plan_cohorts(recipe, todo, planned, costs) if todo else ([], [])
+    document = draw_up(inputs, todo, nodes, planned, cohorts, tried, costs, run, caching)
     if fresh:
         document = document.model_copy(update={"removes": removed_by_fresh(run)})
     return RunPlan(inputs, run, todo, cohorts, costs, nodes, document)
@@ -158,6 +161,7 @@ def draw_up(
     inputs: Inputs,
     todo: Sequence[StudentSpec],
     nodes: Sequence[Node],
+    planned_for: Sequence[Node],
     cohorts: Sequence[Cohort],
     tried: Sequence[Alternative],
     costs: CostModel,
@@ -169,6 +173,7 @@ def draw_up(
     Args:
         todo: the students that are not done.
         nodes: what the cluster has.
+        planned_for: what it may come to have.
         tried: what fewer and more cohorts would have come to.
         cache: what caching would compute.
 
@@ -179,7 +184,8 @@ def draw_up(
     asks = [costs.ask(cohort) for cohort in cohorts]
     kept, delivered = disk(cohorts, costs)
     free = check_disk(run, todo, kept + delivered, cache)
-    times = timetable([(START_SECONDS + costs.cohort_seconds(c), a) for c, a in zip(cohorts, asks, strict=True)], nodes)
+    queue = [(START_SECONDS + costs.cohort_seconds(cohort), ask) for cohort, ask in zip(cohorts, asks, strict=True)]
+    times = timetable(queue, planned_for)
     left = {spec.name for spec in todo}
     planned = [
         planned_cohort(recipe, cohort, ask, span, costs) for cohort, ask, span in zip(cohorts, asks, times, strict=True)
@@ -197,6 +203,7 @@ def draw_up(
         cpus=sum(node.cpus for node in nodes),
         gpus=sum(node.gpus for node in nodes),
         memory=round(memory) if memory < float("inf") else None,
+        waits_for=cache.waits_for or next((str(ask) for ask in asks if not fits(nodes, ask)), None),
         why=why_so_many(recipe, todo, tried, len(cohorts)),
         cohorts=_say_who_waits(planned, asks),
         ended=[planned_student(spec, costs, None, "ended") for spec in recipe.students if spec.name not in left],

@@ -14,13 +14,15 @@ from akd_dist.distill.job import CohortJob
 from akd_dist.distill.objectives import stages
 from akd_dist.distill.probe import Measured, guessed
 from akd_dist.distill.stream import batch_ends
-from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits, timetable
+from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits, timetable, with_more
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import Recipe, StudentSpec
 
 # What starting and stopping one Ray Train run costs, whatever it trains (measured: 9 to 14 s on 2 cores, Ray 2.60).
 START_SECONDS = 14.0
+MORE_NODES = 16
+"""So many nodes that are not there are counted on for students that share a stream, where there is an autoscaler."""
 UNKNOWN_SECONDS = 1e-6  # of a step; not 0, by which all students would land in one cohort and leave the others empty
 # A worker beside its students: Python, our modules, and what torch loads for a first step (measured: 580 to 630 MB).
 PROCESS_BYTES = 650_000_000
@@ -302,6 +304,26 @@ def plan_cohorts(
         cohort for group, count in zip(groups, counts, strict=True) for cohort in cut(group, count, nodes, costs)
     ]
     return sorted(cohorts, key=costs.cohort_seconds, reverse=True), tried  # as `timetable` counts on
+
+
+def least_asks(
+    recipe: Recipe, students: Sequence[StudentSpec], costs: CostModel
+) -> list[tuple[Cohort, ResourceRequest]]:
+    """What cannot be cut any further: of each group of students that share a stream, the largest family and its ask."""
+    largest = [max(families_of(group), key=costs.memory) for group in groups_of(students, recipe.device)]
+    return [(family, costs.ask(family)) for family in largest]
+
+
+def nodes_to_come(
+    recipe: Recipe, students: Sequence[StudentSpec], nodes: Sequence[Node], costs: CostModel
+) -> list[Node]:
+    """The nodes to plan for where more may come: some for every student, up to MORE_NODES.
+
+    Where they do not come, cohorts wait for their turn: that each saves more than its start costs keeps this cheap.
+    """
+    for _, ask in least_asks(recipe, students, costs):
+        nodes = with_more(nodes, ask, max(ask.workers, min(ask.workers * len(students), MORE_NODES)))
+    return list(nodes)
 
 
 def check_gpus(spec: StudentSpec, device: str) -> None:

@@ -4,6 +4,8 @@ A model that takes all memory, or crashes below Python, ends that process and no
 and its worker says why, as it would have anyway.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import json
@@ -17,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -29,6 +31,9 @@ from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.distill.ranks import reason_of
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import DataSpec, HardLabels, Recipe, StudentSpec, trust
+
+if TYPE_CHECKING:
+    from akd_dist.jobs.working_dir import WorkingDir
 
 ALL_SECONDS = 30.0
 """How long the probes of a fleet take at most; further models are estimated from the nearest by size."""
@@ -42,11 +47,13 @@ def measure_there(
     parameters: dict[str, int],
     cache_root: str,
     tell: Callable[[str], None],
+    folder: WorkingDir | None = None,
 ) -> dict[str, Measured | None]:
     """`measure_all` on a node of the cluster that has what the students take; where that fails, all are unknown.
 
     Args:
         tell: told if it fails. It does not wait for others to end.
+        folder: the recipe's folder, as far as it travels.
     """
     from akd_dist.jobs.cluster import StopFlag, free_nodes
     from akd_dist.jobs.packing import ResourceRequest, fits
@@ -57,7 +64,7 @@ def measure_there(
     try:
         if not fits(free_nodes(), ResourceRequest(1, threads, gpus)):
             raise MachineError("no GPU is free to probe the students on")
-        with Shared({}, cache_root, tell) as shared:
+        with Shared({}, cache_root, tell, folder=folder) as shared:
             found: dict[str, Measured | None] = run_one(
                 measure_all,
                 *(recipe, students, parameters, cache_root),

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from akd_dist.jobs.train_students import train_in_process
-from tests.fleets import HARD, a_recipe, a_student, a_teacher, stores_of, weights
+from akd_dist.storage.roots import open_root
+from tests.fleets import ADAMW, HARD, a_recipe, a_student, a_teacher, stores_of, weights
+from tests.sources import source
 from tests.survivors import HELD_MODELS, a_held_model
 
 pytestmark = pytest.mark.ray
@@ -46,12 +49,73 @@ def test_a_node_that_does_not_see_a_folder_gets_no_work(short: str, tmp_path: Pa
     if shutil.which("unshare") is None or not unshare_works():
         pytest.skip("hiding a folder from one process takes unshare and mount, which are not permitted here")
     answer = on_nodes(short, "hidden", str(tmp_path))
-    assert len(answer["told"]) == 1, answer
-    assert "gets no work" in answer["told"][0]
+    for told in (answer["told"], answer["again"], answer["sent"]):
+        assert len(told) == 1, answer
+        assert "gets no work" in told[0]
+        assert f"the run's folder: no {tmp_path}" in told[0]
     assert answer["kept"]
-    for part in ("does not see", "the run's folder", str(tmp_path), "--run-root", "s3://"):
+    for part in ("no node that has room", "the run's folder", str(tmp_path), "--run-root", "s3://"):
         assert part in answer["refusal"]
+    assert answer["done"] == list(range(6)), "work that was sent to it is done elsewhere"
+    assert not any(answer["blind"])
     assert answer["left"] == []
+
+
+NETS = """
+import pathlib
+import torch
+
+WIDTH = int((pathlib.Path(__file__).parent / "width.txt").read_text())
+
+
+def net(input_shape, classes, words):
+    assert pathlib.Path(words).read_text() == "beside the recipe"
+    inputs = input_shape[0] * input_shape[1] * input_shape[2]
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(inputs, WIDTH), torch.nn.Linear(WIDTH, classes))
+"""
+
+
+@pytest.mark.slow
+def test_the_recipe_s_folder_travels_and_who_lacks_the_data_is_left_out(short: str, tmp_path: Path) -> None:
+    if shutil.which("unshare") is None or not unshare_works():
+        pytest.skip("hiding a folder from one process takes unshare and mount, which are not permitted here")
+    folder, data, random = tmp_path / "recipe", tmp_path / "data", np.random.default_rng(0)
+    folder.mkdir()
+    for name, text in {"nets.py": NETS, "width.txt": "5", "words.txt": "beside the recipe"}.items():
+        (folder / name).write_text(text)
+    rows = source("parquet", data, random.integers(0, 256, (300, 4, 4, 1), dtype=np.uint8), np.arange(300) % 3)
+    model = {"kind": "custom", "factory": "nets:net", "arguments": {"words": "./words.txt"}}
+    teacher = {"model": model, "train": {"epochs": 1, "optimizer": ADAMW}}
+    students = [a_student("one", model=model), a_student("two", model=model, seed=1, objective=HARD)]
+    given = {"train": rows.model_dump(mode="json"), "views": 1, "augmentation": {"kind": "none"}}
+    recipe = a_recipe(students, teacher=teacher, data=given, folder=str(folder))
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    answer = on_nodes(short, "travels", str(tmp_path))
+    assert answer["states"] == ["done", "done"]
+    left_out = [line for line in answer["told"].splitlines() if "gets no work" in line]
+    assert left_out, answer["told"]
+    assert len({line.partition("node ")[2][:8] for line in left_out}) == 1
+    assert all("the recipe's data.parquet: no " in line for line in left_out)
+    (unpacked,) = (tmp_path / "cache" / "recipes").iterdir()
+    assert sorted(path.name for path in unpacked.iterdir() if path.is_file()) == [
+        "nets.py",
+        "recipe.yaml",
+        "width.txt",
+        "words.txt",
+    ]
+
+
+@pytest.mark.slow
+def test_a_teacher_is_trained_on_a_node_that_shares_no_folder(short: str, tmp_path: Path, bucket: str) -> None:
+    if shutil.which("unshare") is None or not unshare_works():
+        pytest.skip("hiding a folder from one process takes unshare and mount, which are not permitted here")
+    (tmp_path / "recipe.yaml").write_text(a_recipe([a_student("one")]).to_yaml())
+    answer = on_nodes(short, "publishes", str(tmp_path), f"{bucket}/stores")
+    assert answer["hit"] is False
+    assert answer["computed"] > 0
+    assert not answer["here"], "the driver has nothing of the teacher"
+    published = [key for key in open_root(f"{bucket}/stores").list() if key.startswith("teachers/")]
+    assert sorted(key.rpartition("/")[2] for key in published) == ["model.json", "model.safetensors"]
 
 
 def test_cohorts_share_the_gpu_that_ray_is_told_of(short: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A canary: the private names of Ray that are used here are there, and are called as they were."""
 
 import ast
+import importlib
 import inspect
 import os
 from collections.abc import Callable
@@ -33,12 +34,23 @@ USED: dict[str, tuple[Callable[[], Any], str]] = {
         "(override_docker_cpu_warning: bool = False, truncate: bool = True) -> float",
     ),
     "available_resources_per_node": (lambda: ray._private.state.available_resources_per_node, "()"),
+    "canonicalize_bootstrap_address": (
+        lambda: ray._private.services.canonicalize_bootstrap_address,
+        "(addr: str, temp_dir: Optional[str] = None) -> Optional[str]",
+    ),
+    "is_autoscaler_v2": (
+        lambda: importlib.import_module("ray.autoscaler.v2.utils").is_autoscaler_v2,
+        "(fetch_from_server: bool = False, gcs_client: Optional[ray._raylet.GcsClient] = None) -> bool",
+    ),
     "get_default_ray_temp_dir": (lambda: ray._common.utils.get_default_ray_temp_dir, "()"),
 }
 SET: dict[str, Callable[[], Any]] = {
     "ENABLE_RAY_CLUSTER": lambda: ray._private.ray_constants.ENABLE_RAY_CLUSTER,
     "_global_node": lambda: ray._private.worker._global_node,
     "_worker_logs_enabled": lambda: ray._private.worker._worker_logs_enabled,
+    "DEBUG_AUTOSCALING_STATUS": lambda: ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS,
+    "get_cluster_status": lambda: ray._raylet.InnerGcsClient.get_cluster_status,  # type: ignore[attr-defined]
+    "internal_kv_get": lambda: ray._raylet.InnerGcsClient.internal_kv_get,  # type: ignore[attr-defined]
     "_py_driver_sys_path": lambda: ray.job_config.JobConfig()._py_driver_sys_path,
 }
 
@@ -59,6 +71,22 @@ def test_it_is_there_to_be_set(name: str) -> None:
         SET[name]()
     except AttributeError as error:
         pytest.fail(f"{name} is gone {VERSION}: {error}")
+
+
+def test_the_autoscaler_tells_what_is_read_of_it() -> None:
+    told: Any = importlib.import_module("ray.core.generated.autoscaler_pb2")
+    used = {
+        "ClusterResourceState": ["node_states", "cluster_resource_constraints", "cluster_resource_state_version"],
+        "AutoscalingState": ["last_seen_cluster_resource_state_version", "infeasible_cluster_resource_constraints"],
+        "NodeState": ["instance_id", "status"],
+        "ClusterResourceConstraint": ["resource_requests"],
+        "ResourceRequestByCount": ["request", "count"],
+        "ResourceRequest": ["resources_bundle"],
+        "GetClusterStatusReply": ["cluster_resource_state", "autoscaling_state"],
+    }
+    for message, names in used.items():
+        assert set(names) <= {one.name for one in getattr(told, message).DESCRIPTOR.fields}, f"{message} {VERSION}"
+    assert told.NodeStatus.Value("DEAD") == ray_internals._DEAD
 
 
 def test_nodes_know_their_processes() -> None:

@@ -224,11 +224,11 @@ def test_without_a_node_left_the_next_command_resumes(
         nodes.remove_node(other, allow_graceful=False)
         worker.kill()
         nodes.remove_node(node, allow_graceful=False)
-        monkeypatch.delenv("AKD_FAILPOINT")
-        nodes.add_node(num_cpus=1)  # of no use to workers that were started without it
         assert driver.end() == 6, driver.errors.read_text()
         assert "nodes were lost" in driver.errors.read_text()
         assert "goes on from what was kept" in driver.errors.read_text()
+    monkeypatch.delenv("AKD_FAILPOINT")
+    nodes.add_node(num_cpus=1)
     with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:
         assert driver.end() == 0, driver.errors.read_text()
     assert outcome(tmp_path / "runs" / "fleet") == home.outcome
@@ -246,11 +246,11 @@ def test_a_teacher_whose_node_is_lost_goes_on_elsewhere(
         driver.until(lambda: held(nodes))
         for node in list(nodes.worker_nodes):
             nodes.remove_node(node, allow_graceful=False)
-        monkeypatch.delenv("AKD_FAILPOINT")
-        nodes.add_node(num_cpus=1)  # of no use to a task that was sent without it
         assert driver.end() == 6, driver.errors.read_text()
         assert "nodes were lost while the teacher ran" in driver.errors.read_text()
     assert list(tmp_path.glob("s/teachers/**/*.ckpt"))
+    monkeypatch.delenv("AKD_FAILPOINT")
+    nodes.add_node(num_cpus=1)
     with Driver(command, tmp_path) as driver:
         assert driver.end() == 0, driver.errors.read_text()
 

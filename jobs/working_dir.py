@@ -1,0 +1,298 @@
+"""The recipe's folder, as it travels to nodes that do not have it: modules of the user's own, tokenizers, small files.
+
+Not by Ray's `working_dir`: Ray has workers look for modules there before all that is installed, so that a file of the
+recipe's could stand in for a library's; and a driver that `ray job submit` starts has one already, and may not name
+another. So it goes through Ray's object store, and lies in each node's cache root, by content.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import io
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from akd_dist.base.errors import MachineError, RefusedError
+from akd_dist.base.files import partial_name, sha256
+from akd_dist.base.formatting import size
+from akd_dist.base.trusted import Trusted
+from akd_dist.data.arguments import named, placed
+from akd_dist.jobs.cluster import ray
+from akd_dist.recipe import Factory, Recipe
+from akd_dist.recipe.base import Spec
+from akd_dist.recipe.paths import change_paths
+
+LIMIT = 64 * 2**20
+"""Bytes of a recipe's folder that travel: it goes to every node, through Ray's object store."""
+MOST_FILES = 10_000
+_AN_ENVIRONMENT = "pyvenv.cfg"
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files make the same archive
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A recipe's folder on its way: small, since the archive lies in Ray's object store."""
+
+    folder: str
+    """Where it lies for the driver."""
+    digest: str
+    """The sha256 of the archive, by which nodes know it."""
+    archive: Any
+    """Ray's reference to the archive."""
+    home: str
+    """The driver's node, where the folder is as it is."""
+    links: tuple[str, ...]
+    """What does not travel of it, although the recipe names it: looked for under the driver's path."""
+
+    def unpacked(self, cache_root: str) -> Path | None:
+        """Where this node has it, unpacked if need be; None on the driver's, which has the folder itself."""
+        if ray.get_runtime_context().get_node_id() == self.home:
+            return None
+        place = Path(cache_root) / "recipes" / self.digest[:32]
+        if not place.exists():
+            self._unpack(place)
+        return place
+
+    def _unpack(self, place: Path) -> None:
+        partial = partial_name(place)
+        try:
+            partial.mkdir(parents=True)
+            with zipfile.ZipFile(io.BytesIO(ray.get(self.archive))) as archive:
+                archive.extractall(partial)
+            for name in self.links:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).symlink_to(Path(self.folder) / name)
+            partial.rename(place)
+        except OSError as error:
+            if not place.exists():  # where it does, another worker was faster
+                raise MachineError(
+                    f"the recipe's folder cannot be unpacked in {place}",
+                    got=error.strerror or str(error),
+                    expected="a cache root with some room, which this user can write to",
+                    next="free some space on that node, or choose another folder with --cache-root",
+                ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@dataclass(eq=False)
+class WorkingDir:
+    """What of a recipe's folder travels, and which files have to be on every node because they do not."""
+
+    folder: str | None = None
+    """The recipe's folder; None where nothing travels."""
+    files: Sequence[str] = ()
+    """The files that travel, relative to it."""
+    needed: Sequence[str] = ()
+    """The paths that the recipe names and that do not travel."""
+    note: str | None = None
+    """What to tell of it; None for nothing."""
+    _packed: Packed | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, recipe: Recipe, kept_out: Sequence[str]) -> WorkingDir:
+        """What travels with a recipe: its folder, up to LIMIT; of a larger one its modules and what it names of it.
+
+        Args:
+            kept_out: folders that stay where they are, as stores and runs.
+        """
+        paths = list(dict.fromkeys(_named(recipe)))
+        folder = recipe.folder
+        own = [path for path in paths if folder is not None and _below(path, folder) is not None]
+        if folder is None or not (own or recipe.trusted.factories) or not Path(folder).is_dir():
+            return cls(needed=paths)
+        sizes = _sizes(Path(folder), [os.path.realpath(one) for one in kept_out])
+        note = None
+        if sizes is None:
+            sizes, left = _chosen(Path(folder), own)
+            note = f"the folder {folder} is larger than {size(LIMIT)}: of it, modules and what the recipe names travel"
+            note += f" to the nodes, but not {', '.join(left)}" if left else " to the nodes"
+        carried = set(sizes)
+        needed = [path for path in paths if path not in own or not _carries(path, folder, carried)]
+        return cls(folder, sorted(carried), needed, note)
+
+    def packed(self) -> Packed | None:
+        """The folder in Ray's object store; None where nothing travels.
+
+        Raises:
+            RefusedError: a file of it cannot be read.
+        """
+        if self.folder is None or not self.files:
+            return None
+        if self._packed is None:
+            data = _archive(Path(self.folder), self.files)
+            links = tuple(
+                name for path in self.needed if (name := _below(path, self.folder)) and not glob.has_magic(name)
+            )
+            digest = sha256(data + "\n".join([self.folder, *links]).encode())
+            home = ray.get_runtime_context().get_node_id()
+            self._packed = Packed(self.folder, digest, ray.put(data), home, links)
+        return self._packed
+
+    @property
+    def places(self) -> dict[str, str]:
+        """The paths that nodes have to see, by what they are."""
+        return {f"the recipe's {Path(path).name}": path for path in self.needed}
+
+
+def there(path: str) -> bool:
+    """Whether there is something at a path, or at what a pattern names."""
+    return bool(_matching(path))
+
+
+def _matching(path: str) -> list[Path]:
+    """What a path names, or a pattern; nothing where nothing is."""
+    found = glob.glob(path) if glob.has_magic(path) else [path]  # noqa: PTH207  # it may be absolute
+    return [Path(one) for one in found if Path(one).exists()]
+
+
+def moved(value: Value, packed: Packed, place: Path) -> Value:
+    """A copy of what work is given, with each path in the recipe's folder where this node has it; others stay."""
+
+    def where(text: str) -> str:
+        if text == packed.folder:
+            return str(place)
+        name = _below(text, packed.folder)
+        return str(place / name) if name is not None and there(str(place / name)) else text
+
+    copy: Value = _each(value, where)
+    return copy
+
+
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of data, specs and the dataclasses that hold them, with each text changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_each(one, change) for one in value)
+    if isinstance(value, dict):
+        return {key: _each(one, change) for key, one in value.items()}
+    if isinstance(value, Spec | Trusted):
+        copy = value.model_copy(update={name: _each(getattr(value, name), change) for name in type(value).model_fields})
+        if isinstance(copy, Factory | Recipe):
+            copy._trusted = _each(copy.trusted, change)
+        return copy
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [one.name for one in dataclasses.fields(value) if one.init]
+        return dataclasses.replace(value, **{name: _each(getattr(value, name), change) for name in fields})
+    return value
+
+
+def _named(recipe: Recipe) -> Iterator[str]:
+    """The local paths that a recipe names, those in arguments of its functions as far as they are there."""
+    found: list[str] = []
+
+    def note(path: str) -> str:
+        found.append(path)
+        return path
+
+    document = recipe.model_dump(mode="json", exclude={"folder"})
+    change_paths(document, note)
+    yield from (path for path in found if "://" not in path)
+    for arguments in _arguments(document):
+        for paths in named(placed(arguments, recipe.folder)):
+            yield from map(str, paths)
+
+
+def _arguments(node: Any) -> Iterator[dict[str, Any]]:
+    """The arguments of every function of a recipe as plain data."""
+    if isinstance(node, list):
+        for one in node:
+            yield from _arguments(one)
+    elif isinstance(node, dict):
+        for key, one in node.items():
+            if key == "arguments" and isinstance(one, dict):
+                yield one
+            else:
+                yield from _arguments(one)
+
+
+def _below(path: str, folder: str) -> str | None:
+    """A path relative to a folder; None where it does not lie in it."""
+    found = os.path.relpath(os.path.normpath(path), folder)
+    return None if found == os.pardir or found.startswith(os.pardir + os.sep) else found
+
+
+def _carries(path: str, folder: str, carried: set[str]) -> bool:
+    """Whether all that a path names is among the files that travel."""
+    inside = [_below(str(file), folder) for one in _matching(path) for file in _inside(one)]
+    return bool(inside) and set(inside) <= carried
+
+
+def _inside(path: Path) -> list[Path]:
+    """The files at a path, or in the folder there."""
+    return list(_files(path, [])) if path.is_dir() else [path]
+
+
+def _files(folder: Path, kept_out: Sequence[str]) -> Iterator[Path]:
+    """The files of a folder: not hidden ones, not what Python wrote, not of an environment, no links to folders."""
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name != "__pycache__"
+            and os.path.realpath(here / name) not in kept_out
+            and not (here / name / _AN_ENVIRONMENT).exists()
+        )
+        yield from (here / name for name in sorted(names) if not name.startswith(".") and (here / name).is_file())
+
+
+def _sizes(folder: Path, kept_out: Sequence[str]) -> dict[str, int] | None:
+    """The files of a folder and their sizes; None if they are more than may travel."""
+    found: dict[str, int] = {}
+    total = 0
+    for file in _files(folder, kept_out):
+        found[str(file.relative_to(folder))] = file.stat().st_size
+        total += file.stat().st_size
+        if total > LIMIT or len(found) > MOST_FILES:
+            return None
+    return found
+
+
+def _chosen(folder: Path, own: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """Of a folder that is too large: its modules and packages, and what is named of it, each as long as there is room.
+
+    Returns:
+        The files and their sizes, and what is named and stays.
+    """
+    packages = [one for one in sorted(folder.iterdir()) if (one / "__init__.py").is_file()]
+    modules = [*sorted(folder.glob("*.py")), *(file for one in packages for file in _files(one, []))]
+    found = {str(file.relative_to(folder)): file.stat().st_size for file in modules}
+    left = []
+    for path in own:
+        files = [file for one in _matching(path) for file in _inside(one)]
+        more: dict[str, int] = {}
+        for file in files:
+            more[os.path.relpath(file, folder)] = file.stat().st_size
+            if sum(found.values()) + sum(more.values()) > LIMIT or len(found) + len(more) > MOST_FILES:
+                left.append(os.path.relpath(path, folder))
+                break
+        else:
+            found |= more
+    return found, left
+
+
+def _archive(folder: Path, files: Sequence[str]) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in files:
+                archive.writestr(zipfile.ZipInfo(name, _EPOCH), (folder / name).read_bytes())
+    except OSError as error:
+        raise RefusedError(
+            f"a file of the recipe's folder cannot be read, and so not be sent to the nodes: {error.filename}",
+            got=error.strerror,
+            expected="files that this user can read",
+            next="make it readable, or move it out of the folder",
+        ) from error
+    return buffer.getvalue()
