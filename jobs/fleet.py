@@ -21,7 +21,8 @@ from akd_dist.documents.status import CohortProgress, CohortStatus, FleetPlan, S
 from akd_dist.jobs import cluster
 from akd_dist.jobs.demand import Demand, never_held
 from akd_dist.jobs.packing import ResourceRequest, next_to_start
-from akd_dist.jobs.planning.planner import Cohort, CostModel, cohort_job
+from akd_dist.jobs.planning.costs import Cohort, CostModel
+from akd_dist.jobs.planning.planner import cohort_job
 from akd_dist.jobs.ray_train import OUT_OF_STEP, fit, worker_log
 from akd_dist.jobs.shared import GONE_SECONDS, Shared, UnseenError, nodes_lost
 from akd_dist.jobs.train_teacher import Stores

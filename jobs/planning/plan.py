@@ -21,11 +21,10 @@ from akd_dist.documents.cache import PlanDocument
 from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort, PlannedStudent, RemovedRun
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, timetable
 from akd_dist.jobs.planning.caching import Inputs, foresee_caching
+from akd_dist.jobs.planning.costs import Cohort, CostModel
 from akd_dist.jobs.planning.planner import (
     START_SECONDS,
     Alternative,
-    Cohort,
-    CostModel,
     groups_of,
     learns_from_assistant,
     nodes_to_come,

@@ -181,7 +181,7 @@ def test_the_job_is_a_command_and_its_cluster_the_other_manifest_with_the_recipe
         assert mount["mountPath"] == str(recipe.parent)
     without = json.loads(
         json.dumps(job)
-        .replace(', {"name": "recipe", "mountPath": "/work/recipe", "readOnly": true}', "")
+        .replace(', {"name": "recipe", "mountPath": "/recipes", "readOnly": true}', "")
         .replace(', {"name": "recipe", "configMap": {"name": "akd-dist-recipe"}}', "")
     )
     assert without == cluster(manifest("raycluster"))

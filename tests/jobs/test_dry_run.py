@@ -24,8 +24,9 @@ from akd_dist.distill.probe import guessed, probe
 from akd_dist.documents.plan import FleetPlanDocument
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planning.caching import check_students
+from akd_dist.jobs.planning.costs import CostModel
 from akd_dist.jobs.planning.plan import bytes_streamed, last_attempt
-from akd_dist.jobs.planning.planner import CostModel, groups_of
+from akd_dist.jobs.planning.planner import groups_of
 from akd_dist.jobs.planning.probing import Prober, measure_all, measure_there, scaled
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.recipe import Custom

@@ -28,8 +28,8 @@ from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.cluster import StopFlag, ray
 from akd_dist.jobs.fleet import Fleet, RunningCohort
 from akd_dist.jobs.packing import Node, ResourceRequest
+from akd_dist.jobs.planning.costs import CostModel
 from akd_dist.jobs.planning.plan import fleet_job
-from akd_dist.jobs.planning.planner import CostModel
 from akd_dist.jobs.ray_train import _cause
 from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.tasks import run_one

@@ -12,10 +12,9 @@ from akd_dist.distill.job import CohortJob
 from akd_dist.distill.objectives import stages
 from akd_dist.distill.probe import Measured
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, next_to_start, pack, timetable
+from akd_dist.jobs.planning.costs import PROCESS_BYTES, CostModel
 from akd_dist.jobs.planning.planner import (
-    PROCESS_BYTES,
     START_SECONDS,
-    CostModel,
     Load,
     allocate,
     cohort_job,

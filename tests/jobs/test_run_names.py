@@ -256,10 +256,10 @@ def test_what_training_the_teacher_took_is_null_where_nobody_knows(
 def test_tokens_are_there_and_locked_as_long_as_their_command_lives(tmp_path: Path) -> None:
     (tmp_path / "stores").mkdir()
     shared = Shared({"the stores": str(tmp_path / "stores")}, str(tmp_path / "cache"), print)
-    (token,) = shared._tokens().values()
+    (token,) = map(Path, shared._tokens().values())
     assert removal.gc(str(tmp_path / "stores")) == []
     token.unlink()  # by somebody on a machine that our lock does not reach
-    assert shared._tokens() == {"the stores": token}
+    assert shared._tokens() == {"the stores": str(token)}
     assert is_locked(token)
     shared.__exit__()
     assert list((tmp_path / "stores").iterdir()) == []

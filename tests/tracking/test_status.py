@@ -35,8 +35,9 @@ from akd_dist.documents.status import (
 )
 from akd_dist.jobs.cluster import StopFlag
 from akd_dist.jobs.fleet import Fleet
+from akd_dist.jobs.planning.costs import CostModel
 from akd_dist.jobs.planning.plan import fleet_job
-from akd_dist.jobs.planning.planner import CostModel, cohort_job
+from akd_dist.jobs.planning.planner import cohort_job
 from akd_dist.recipe import Recipe
 from akd_dist.reporting.results import read_run
 from akd_dist.tracking.status import (

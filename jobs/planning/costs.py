@@ -1,0 +1,204 @@
+"""What students take, alone and in a cohort: steps, seconds, memory, what their stream passes."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from akd_dist.data.rows import Splits
+from akd_dist.distill.objectives import stages
+from akd_dist.distill.probe import Measured, guessed
+from akd_dist.distill.stream import batch_ends
+from akd_dist.jobs.packing import ResourceRequest
+from akd_dist.models.device import gpus_of
+from akd_dist.recipe import Recipe, StudentSpec
+
+UNKNOWN_SECONDS = 1e-6  # of a step; not 0, by which all students would land in one cohort and leave the others empty
+# A worker beside its students: Python, our modules, and what torch loads for a first step (measured: 580 to 630 MB).
+PROCESS_BYTES = 650_000_000
+GPU_PROCESS_BYTES = 1_500_000_000
+"""The same with CUDA, cuBLAS and cuDNN loaded (measured: 1.27 to 1.43 GB, torch 2.11, CUDA 13, H200)."""
+
+Cohort = tuple[StudentSpec, ...]
+
+
+def families_of(students: Sequence[StudentSpec]) -> list[Cohort]:
+    """Students that differ in nothing but stage II share one stage I, and so belong into one cohort; most are alone."""
+    families = defaultdict(list)
+    for spec in students:
+        families[spec.stage1 or spec.name].append(spec)
+    return [tuple(family) for family in families.values()]
+
+
+# ---- what students cost
+
+
+class Passage(NamedTuple):
+    """Epochs of a stream that are alike."""
+
+    epochs: int
+    """How many."""
+    skipped: int
+    """Batches at the start of each that nobody trains on any more."""
+    logits: bool
+    """Whether somebody needs the teacher's logits."""
+
+
+def _needs(spec: StudentSpec) -> tuple[tuple[int, bool], ...]:
+    """(epoch after its last, whether it needs logits) of each stage."""
+    ends = itertools.accumulate(stage.epochs for stage in stages(spec.objective))
+    return tuple((end, stage.needs_logits) for end, stage in zip(ends, stages(spec.objective), strict=True))
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What each student has before it, and what it takes: measured, and guessed where it could not be."""
+
+    device: str
+    """Where the students compute."""
+    rows: int
+    """Train rows."""
+    evaluated: int = 0
+    """Validation rows."""
+    tested: int = 0
+    """Test rows."""
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    """Of each student, by name."""
+    probes: Mapping[str, Measured | None] = field(default_factory=dict)
+    """The probe of each student, by name."""
+    row_bytes: int = 0
+    """Bytes of one row's inputs and label."""
+    classes: int = 0
+    """Logits of a row."""
+    behind: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """(epoch, step) of the last checkpoint of those that resume."""
+    each_epoch: bool = False
+    """Whether a checkpoint is written at the end of every epoch, which may take small students longer than the epoch;
+    those at intervals of time hardly count."""
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        splits: Splits,
+        parameters: Mapping[str, int],
+        measured: Mapping[str, Measured | None],
+        behind: Mapping[str, tuple[int, int]] | None = None,
+    ) -> CostModel:
+        """The costs of a recipe's students on these rows."""
+        train = splits.train
+        return cls(
+            recipe.device,
+            len(train),
+            evaluated=len(splits.validation),
+            tested=len(splits.test),
+            parameters=parameters,
+            probes=measured,
+            row_bytes=train.inputs[0].nbytes + train.labels[:1].nbytes,
+            classes=train.classes,
+            behind=behind or {},
+            each_epoch=recipe.checkpoint_seconds == 0,
+        )
+
+    def measured(self, spec: StudentSpec) -> Measured:
+        """What was measured of a student, or is known of it without."""
+        found = self.probes.get(spec.name)
+        return found if found is not None else guessed(spec, self.parameters.get(spec.name, 0))
+
+    def steps_per_epoch(self, spec: StudentSpec) -> int:
+        """Batches of an epoch."""
+        return len(batch_ends(self.rows, spec.batch, spec.last_batch))
+
+    def starts_at(self, spec: StudentSpec, follows: bool = False) -> tuple[int, int]:
+        """(epoch, step) from which a student computes; one that follows computes no stage I."""
+        return (stages(spec.objective)[0].epochs, 0) if follows else self.behind.get(spec.name, (0, 0))
+
+    def steps_left(self, spec: StudentSpec, follows: bool = False) -> int:
+        """Steps that a student still computes."""
+        epoch, step = self.starts_at(spec, follows)
+        return max(0, (spec.objective.epochs - epoch) * self.steps_per_epoch(spec) - step)
+
+    def seconds(self, spec: StudentSpec, follows: bool = False) -> float:
+        """Seconds that a student adds to its cohort: steps, evaluations, checkpoints, and its setting up."""
+        one, steps = self.measured(spec), self.steps_left(spec, follows)
+        epochs = steps / self.steps_per_epoch(spec)
+        evaluated, kept = epochs * self.evaluated + self.tested, epochs if self.each_epoch else 0.0
+        stepping = steps * (one.step or UNKNOWN_SECONDS)
+        return one.start + stepping + one.evaluation * evaluated + one.keeping * kept
+
+    def leaders(self, cohort: Cohort) -> dict[str, str]:
+        """Who goes on from whose stage I, by name: those that have not begun, from who of their family is furthest."""
+        found: dict[str, str] = {}
+        for family in families_of(cohort):
+            at_stage1 = [spec for spec in family if not self._is_past_stage1(spec)]
+            if len(at_stage1) > 1:
+                first = max(at_stage1, key=lambda spec: self.behind.get(spec.name, (0, 0)))  # of equals the first one
+                followers = [spec for spec in at_stage1 if spec is not first and spec.name not in self.behind]
+                found |= {spec.name: first.name for spec in followers}
+        return found
+
+    def _is_past_stage1(self, spec: StudentSpec) -> bool:
+        epoch, _ = self.behind.get(spec.name, (0, 0))
+        return epoch >= stages(spec.objective)[0].epochs
+
+    def family_seconds(self, family: Cohort) -> float:
+        """The same for students that share a stage I: one of them computes it for those that have not begun."""
+        followers = self.leaders(family)
+        return sum(self.seconds(spec, follows=spec.name in followers) for spec in family)
+
+    def streamed(self, cohort: Cohort) -> list[Passage]:
+        """What a cohort's stream still passes, in runs of epochs that are alike.
+
+        Students that stand at different places join where the stream reaches them.
+        """
+        followers, most = self.leaders(cohort), self.steps_per_epoch(cohort[0])
+        # Students that differ in no more than names and models stand at the same place.
+        paths = {(*self.starts_at(spec, spec.name in followers), _needs(spec)) for spec in cohort}
+        # Between two of these the same students train, in the same stages; in its first epoch one may be halfway.
+        cuts = {cut for begins, _, needs in paths for cut in (begins, begins + 1, *(end for end, _ in needs))}
+        found = []
+        for first, after in itertools.pairwise(sorted(cuts)):
+            there = [
+                (min(step, most) if first == begins else 0, next(logits for end, logits in needs if first < end))
+                for begins, step, needs in paths
+                if begins <= first < needs[-1][0]
+            ]
+            if there:
+                found.append(Passage(after - first, min(step for step, _ in there), any(need for _, need in there)))
+        return found
+
+    def stream_steps(self, cohort: Cohort) -> int:
+        """Batches of a cohort's stream, each of them once for all of its students."""
+        per_epoch = self.steps_per_epoch(cohort[0])
+        return sum(one.epochs * (per_epoch - one.skipped) for one in self.streamed(cohort))
+
+    def stream_seconds(self, cohort: Cohort) -> float:
+        """Seconds of the stream, once for all students of a cohort."""
+        return max(self.measured(spec).stream for spec in cohort) * self.stream_steps(cohort)
+
+    def cohort_seconds(self, cohort: Cohort) -> float:
+        """Seconds of a cohort, without its start."""
+        return self.stream_seconds(cohort) + sum(map(self.family_seconds, families_of(cohort)))
+
+    def memory(self, cohort: Cohort) -> int:
+        """Bytes of main memory of each worker of a cohort, beside memory maps that the whole node shares.
+
+        Students keep their state all the time, and step, evaluate and write one after the other. On a GPU the state
+        lies there, and only checkpoints pass through main memory.
+        """
+        measured = [self.measured(spec) for spec in cohort]
+        if gpus_of(self.device):
+            return GPU_PROCESS_BYTES + max(one.writing for one in measured)
+        passing = max(max(one.step_memory, one.evaluation_memory, one.writing) for one in measured)
+        return PROCESS_BYTES + sum(one.resident(cohort[0].workers) for one in measured) + passing
+
+    def ask(self, cohort: Cohort) -> ResourceRequest:
+        """What a cohort occupies."""
+        spec = cohort[0]
+        return ResourceRequest(spec.workers, spec.threads, spec.gpus * gpus_of(self.device), self.memory(cohort))
+
+
+# ---- cutting
