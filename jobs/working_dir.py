@@ -12,6 +12,7 @@ import glob
 import io
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ LIMIT = 64 * 2**20
 """Bytes of a recipe's folder that travel: it goes to every node, through Ray's object store."""
 MOST_FILES = 10_000
 _AN_ENVIRONMENT = "pyvenv.cfg"
+# As Ray names the folder of a job, after its content, on every node.
+_OF_A_JOB = "_ray_pkg_"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files make the same archive
 
 Value = TypeVar("Value")
@@ -51,11 +54,17 @@ class Packed:
     """The driver's node, where the folder is as it is."""
     links: tuple[str, ...]
     """What does not travel of it, although the recipe names it: looked for under the driver's path."""
+    sent: tuple[str, str] | None = None
+    """After `ray job submit`: the name of the folder that Ray brought to every node, and where in it this one lies."""
 
     def unpacked(self, cache_root: str) -> Path | None:
         """Where this node has it, unpacked if need be; None on the driver's, which has the folder itself."""
         if ray.get_runtime_context().get_node_id() == self.home:
             return None
+        if self.sent is not None:
+            # Ray has workers look for modules there, so those of another copy would not be the ones that are imported.
+            name, inner = self.sent
+            return next((Path(one, inner) for one in sys.path if Path(one).name == name), None)
         place = Path(cache_root) / "recipes" / self.digest[:32]
         if not place.exists():
             self._unpack(place)
@@ -95,6 +104,8 @@ class WorkingDir:
     """The paths that the recipe names and that do not travel."""
     note: str | None = None
     """What to tell of it; None for nothing."""
+    sent: tuple[str, str] | None = None
+    """As of `Packed`; such a folder is there as a whole."""
     _packed: Packed | None = field(default=None, repr=False)
 
     @classmethod
@@ -109,6 +120,8 @@ class WorkingDir:
         own = [path for path in paths if folder is not None and _below(path, folder) is not None]
         if folder is None or not (own or recipe.trusted.factories) or not Path(folder).is_dir():
             return cls(needed=paths)
+        if (sent := _sent_by_a_job(Path(folder))) is not None:
+            return cls(folder, needed=[path for path in paths if path not in own], sent=sent)
         sizes = _sizes(Path(folder), [os.path.realpath(one) for one in kept_out])
         note = None
         if sizes is None:
@@ -125,8 +138,11 @@ class WorkingDir:
         Raises:
             RefusedError: a file of it cannot be read.
         """
-        if self.folder is None or not self.files:
+        if self.folder is None or not (self.files or self.sent):
             return None
+        if self.sent is not None:
+            home = ray.get_runtime_context().get_node_id()
+            return Packed(self.folder, digest="", archive=None, home=home, links=(), sent=self.sent)
         if self._packed is None:
             data = _archive(Path(self.folder), self.files)
             links = tuple(
@@ -141,6 +157,14 @@ class WorkingDir:
     def places(self) -> dict[str, str]:
         """The paths that nodes have to see, by what they are."""
         return {f"the recipe's {Path(path).name}": path for path in self.needed}
+
+
+def _sent_by_a_job(folder: Path) -> tuple[str, str] | None:
+    """The name of the folder that `ray job submit` sent, and where in it this one lies; None for any other."""
+    for one in (folder, *folder.parents):
+        if one.name.startswith(_OF_A_JOB):
+            return one.name, str(folder.relative_to(one))
+    return None
 
 
 def there(path: str) -> bool:

@@ -55,7 +55,8 @@ class TwoNodes:
     def start(self, before: list[str], *options: str, cpus: int, agent: int) -> None:
         """Start a node, and wait until it has joined."""
         command = [RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
-        command += [f"--num-cpus={cpus}", f"--temp-dir={self.root / 'ray'}", f"--dashboard-agent-listen-port={agent}"]
+        command += [f"--num-cpus={cpus}", f"--temp-dir={self.root / f'ray{cpus}'}"]  # another one on each
+        command += [f"--dashboard-agent-listen-port={agent}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=100000000"]
         log = self.root.with_name(f"{self.root.name}-{len(self.nodes)}.log")
         with log.open("w") as told:
@@ -169,14 +170,19 @@ def test_students_train_on_the_node_of_the_job_alone(two_nodes: TwoNodes, recipe
     assert fleet["store"].startswith(f"{bucket}/stores/")
 
 
-def test_students_without_a_shared_run_root_are_refused_by_node(
-    two_nodes: TwoNodes, recipes: Path, bucket: str
-) -> None:
+def test_a_node_that_does_not_see_the_run_gets_no_work(two_nodes: TwoNodes, recipes: Path, bucket: str) -> None:
+    """Students that only it could hold are refused; those that the node of the command holds are trained there."""
     runs = two_nodes.root / "runs"
     places = ["--store-root", f"{bucket}/stores", "--run-root", str(runs)]
-    done = two_nodes.submit(recipes, "train-students", "recipe.yaml", "--set", OWN, "--address", "auto", *places)
+    words = ["train-students", "recipe.yaml", "--set", OWN, "--address", "auto", *places]
+    done = two_nodes.submit(recipes, *words, "--set", "students.0.threads=2", "--set", "name=wide")
     told = done.stdout + done.stderr
     assert done.returncode != 0, told
-    assert f"the node {OTHER}" in told
-    assert "does not see what this command works on" in told
+    assert f"{OTHER} (" in told
+    assert "sees what this command works on" in told
     assert "--run-root" in told
+    done = two_nodes.submit(recipes, *words)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert f"the node {OTHER} (" in told
+    assert "gets no work" in told
