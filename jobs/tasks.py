@@ -77,7 +77,7 @@ def run_tasks(
             # What tasks have in common goes to the object store once; each task carries a reference and its own item.
             if id(task.job) not in shipped:
                 shipped[id(task.job)] = ray.put(task.job)
-            here = remote.options(label_selector=shared.selector())
+            here = remote.options(name=function.__name__, label_selector=shared.selector())
             flying[here.remote(needed, function, shipped[id(task.job)], task.item)] = task
         if not flying or stop:
             return
@@ -157,7 +157,8 @@ def run_one(
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=once)(look_first)
     needed, room = shared.needed(), _Room(shared, ask)
     while True:
-        reference = remote.options(label_selector=shared.selector()).remote(needed, function, *arguments)
+        here = remote.options(name=function.__name__, label_selector=shared.selector())
+        reference = here.remote(needed, function, *arguments)
         going_at = time.monotonic()
         while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
             check_alive(stop)
