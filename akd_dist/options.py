@@ -42,7 +42,9 @@ def _is_list(value: object, of: Callable[[object], bool] = lambda one: isinstanc
 
 def _wrong_kind(name: str, value: object, expected: str) -> RecipeError:
     got = f"{type(value).__name__}: {value!r}"
-    return RecipeError(f"the argument {name} cannot be that", got=got, expected=expected, next="pass it as that")
+    return RecipeError(
+        f"the argument {name} is not what it takes", got=got, expected=expected, next="pass such a value"
+    )
 
 
 # What a field of some annotation takes: in words, and as a check. Commands have click look at most of it.

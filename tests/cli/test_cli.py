@@ -653,10 +653,11 @@ def test_a_report_is_written_and_named(run: Any) -> None:
     document = run("report", folder, "--json").document
     ReportDocument.model_validate_json(json.dumps(document))
     assert document["comparison"] is None
-    assert [(one["run"], one["report"]) for one in document["runs"]] == [(str(folder), f"{folder}/report.html")]
+    there = folder.absolute()
+    assert [(one["run"], one["report"]) for one in document["runs"]] == [(str(there), f"{there}/report.html")]
     (written,) = document["runs"][0]["groups"]
     assert written["seeds"] == [0]
-    assert akd_dist.report(folder) == folder / "report.html"
+    assert akd_dist.report(folder) == there / "report.html"
 
 
 def test_recipe_check_lists_the_students(run: Any) -> None:

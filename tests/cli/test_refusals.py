@@ -269,7 +269,7 @@ def test_arguments_of_the_wrong_kind_are_refused_by_name(verb: str, given: dict[
     with pytest.raises(RecipeError) as refused:
         getattr(akd_dist, verb)(**given)
     wrong: str = "student" if given.get("student", "") is None else list(given)[-1]
-    assert f"the argument {wrong} cannot be that" in str(refused.value)
+    assert f"the argument {wrong} is not what it takes" in str(refused.value)
 
 
 @pytest.mark.parametrize("verb", ["cache_teacher", "train_students", "compare"])

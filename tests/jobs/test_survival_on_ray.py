@@ -176,10 +176,16 @@ def kill_and_keep_still(raylet: int, worker: psutil.Process) -> None:
     """
     parent = psutil.Process(raylet)
     parent.kill()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
-            worker.suspend()
+
+    def is_gone() -> bool:
+        try:
+            return not parent.is_running() or parent.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:  # somebody took note of its end between the two looks
+            return True
+
+    while not is_gone():
         worker.suspend()
+    worker.suspend()
 
 
 def worker_logs(run: Path) -> str:
