@@ -275,8 +275,7 @@ def _fill(store: LogitStore, path: Path, on_progress: Progress | None) -> dict[s
         os.posix_fallocate(handle.fileno(), 0, handle.tell() + layout.nbytes)
     decoded = np.load(path, mmap_mode="r+")
     shards, digests = layout.shards(), {}
-    for number, shard in enumerate(shards, 1):
-        logits = store.shard(shard.view, shard.index)
+    for number, (shard, logits) in enumerate(zip(shards, store.shards(shards), strict=True), 1):
         decoded[shard.view, shard.start : shard.stop] = logits
         digests[shard.key] = digest([logits])
         if on_progress is not None:
@@ -291,8 +290,7 @@ def _check_again(store: LogitStore, entry: Path, verified: dict[str, Any], on_pr
     """Read every shard again whose object is another one than when it was verified."""
     tokens = {key: stat.token for key, stat in store.stats().items()}
     changed = [shard for shard in store.layout.shards() if verified["shards"].get(shard.key) != tokens[shard.key]]
-    for number, shard in enumerate(changed, 1):
-        store.shard(shard.view, shard.index)
+    for number, _ in enumerate(store.shards(changed), 1):
         if on_progress is not None:
             on_progress(number, len(changed))
     if changed:

@@ -4,7 +4,11 @@ zarr-python returns the fill value for a missing shard, without an error. So pre
 checked against the manifest at every open, and the sha256 of every shard that is read, before zarr sees it.
 """
 
-from collections.abc import Callable
+import collections
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +24,10 @@ from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot, Stat
 from akd_dist.storage.records import ShardRecord
 from akd_dist.storage.roots import open_root
+
+# A request to object storage takes some 30 ms, in which nothing else would happen.
+_AT_ONCE = 16
+_BYTES_AHEAD = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -91,14 +99,31 @@ class LogitStore:
             IndexError: the store has no such shard.
             DamagedError: the shard is not what was sealed; names its key.
         """
-        shard = self.layout.shard(view, index)
-        record = self.manifest.record(shard)
-        try:
-            return self._decoded(shard, record, self._objects.get(shard.key))
-        except ObjectMissing:
-            raise self.damaged(shard.key, _missing(self._objects, shard.key)) from None
-        except ValueError as error:
-            raise self.damaged(shard.key, error) from error
+        (logits,) = self.shards([self.layout.shard(view, index)])
+        return logits
+
+    def shards(self, shards: Sequence[Shard]) -> Iterator[npt.NDArray[Any]]:
+        """Several whole shards, in the order asked for, each as of `shard`; of object storage several are on their way.
+
+        Raises:
+            DamagedError: a shard is not what was sealed; names its key.
+        """
+        objects = self._objects
+        for shard, fetch in _ahead(shards, lambda shard: objects.get(shard.key), self._most_ahead):
+            try:
+                yield self._decoded(shard, self.manifest.record(shard), fetch())
+            except ObjectMissing:
+                raise self.damaged(shard.key, _missing(objects, shard.key)) from None
+            except ValueError as error:
+                raise self.damaged(shard.key, error) from error
+
+    @property
+    def _most_ahead(self) -> int:
+        """How many shards may be on their way: none of a folder, and of large ones fewer."""
+        if self._objects.local_path("") is not None:
+            return 0
+        one = self.layout.shard_rows * self.classes * self.layout.itemsize
+        return max(1, min(_AT_ONCE, _BYTES_AHEAD // one))
 
     def stats(self) -> dict[str, Stat]:
         """Size and token of every shard by key, as they are now, in the manifest's order.
@@ -216,6 +241,29 @@ class LogitStore:
             return [Damage(CREATION_KEY, "is missing")]
         same = data == self.manifest.creation().to_bytes()
         return [] if same else [Damage(CREATION_KEY, "is not what the manifest was sealed from")]
+
+
+def _ahead(
+    items: Sequence[Shard], fetch: Callable[[Shard], bytes], most: int
+) -> Iterator[tuple[Shard, Callable[[], bytes]]]:
+    """Each item with what gives its bytes: fetched by threads before it is asked for, `most` of them at a time."""
+    if not most or len(items) < 2:
+        yield from ((item, functools.partial(fetch, item)) for item in items)
+        return
+    with ThreadPoolExecutor(most) as pool:
+        coming = collections.deque[tuple[Shard, Future[bytes]]]()
+        waiting = iter(items)
+        try:
+            for item in itertools.islice(waiting, most):
+                coming.append((item, pool.submit(fetch, item)))
+            while coming:
+                item, future = coming.popleft()
+                yield item, future.result
+                for following in itertools.islice(waiting, 1):
+                    coming.append((following, pool.submit(fetch, following)))
+        finally:
+            for _, future in coming:  # of a shard that was no good, nobody asks for those that follow
+                future.cancel()
 
 
 def open_store(uri: str) -> LogitStore:

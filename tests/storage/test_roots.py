@@ -214,3 +214,23 @@ def test_storage_that_does_not_answer_is_told_in_bounded_time(bucket: str, monke
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
     with pytest.raises(MachineError, match=f"cannot read {bucket}/key"):
         open_root(bucket).get("key")
+
+
+def test_shards_of_object_storage_are_fetched_ahead(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second request is on its way before the first is answered; damage is named by the shard that it is in."""
+    store = stores.build(f"{bucket}/ahead", stores.creation(views=3))
+    real, meeting = S3Root.get, threading.Barrier(2, timeout=60)
+
+    def get(self: S3Root, key: str, most: int | None = None) -> bytes:
+        if key.startswith("logits/c/0/"):
+            meeting.wait()  # both shards of view 0, or the test fails
+        return real(self, key, most)
+
+    monkeypatch.setattr(S3Root, "get", get)
+    shards = store.layout.shards()
+    for shard, logits in zip(shards, store.shards(shards), strict=True):
+        expected = stores.logits(store.manifest.identity)[shard.view, shard.start : shard.stop]
+        np.testing.assert_array_equal(logits, expected)
+    open_root(store.uri).put(f"arrays.zarr/{shards[3].key}", b"torn")
+    with pytest.raises(DamagedError, match=r"logits/c/1/1/0 is damaged"):
+        list(store.shards(shards))
