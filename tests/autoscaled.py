@@ -41,10 +41,10 @@ class Autoscaled:
     def ask(self, expression: str) -> Any:
         """What an expression comes to in a process that has joined; it may name ray, cluster and ray_internals."""
         script = (
-            "import json, sys; from akd_dist.jobs import cluster, ray_internals; ray = cluster.ray; "
-            f"cluster.connect({self.address!r}); print(json.dumps(eval(sys.argv[1]))); cluster.shut_down()"
+            "import json; from akd_dist.jobs import cluster, ray_internals; ray = cluster.ray; "
+            f"cluster.connect({self.address!r}); print(json.dumps({expression})); cluster.shut_down()"
         )
-        command = [sys.executable, "-W", "ignore", "-c", script, expression]
+        command = [sys.executable, "-W", "ignore", "-c", script]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.strip().splitlines()[-1])

@@ -165,7 +165,7 @@ def test_reasons_and_folders_that_are_no_utf_8_are_written_and_read(tmp_path: Pa
     path = tmp_path / "control" / "driver.json"
     driver = read_document(path, RunDriver)
     assert driver is not None
-    odd = driver.model_copy(update={"folder": "/home/\udcff"})  # a path is kept: it is to be typed again
+    odd = driver.model_copy(update={"folder": "/data/\udcff"})  # a path is kept: it is to be typed again
     write_document(path, odd)
     assert read_document(path, RunDriver) == odd
 
