@@ -9,6 +9,8 @@ that a further node would be of use.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import os
 import secrets
 import socket
@@ -26,6 +28,8 @@ from akd_dist.jobs.cluster import ray
 from akd_dist.jobs.demand import Demand, never_held, waiting_is_possible, waits_for
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits
 from akd_dist.jobs.working_dir import Packed, WorkingDir, moved, there
+from akd_dist.storage.objects import ObjectMissing
+from akd_dist.storage.roots import open_root
 
 LOOK_SECONDS = 2.0
 """How often the cluster is asked for nodes that have joined."""
@@ -33,6 +37,8 @@ ANSWER_SECONDS = 60.0
 """How long a node is given to say what it sees, before a command begins without it."""
 GONE_SECONDS = 60.0
 """How long Ray may look for room for work whose node died, before the nodes count as gone; it would look for ever."""
+_SAME_VERSIONS = ("akd-dist", "numcodecs", "numpy", "pillow", "pyarrow", "torch", "zarr")
+"""What has to be of one version on all nodes: another may change pixels, last bits of logits, or bytes of a shard."""
 Given = TypeVar("Given")
 NODE_LABEL = "ray.io/node-id"
 """By which Ray's label selectors name nodes."""
@@ -48,10 +54,25 @@ class Needed:
     """The node's own folder, which it must be able to write."""
     folder: Packed | None = None
     """The recipe's folder, for nodes that do not have it."""
+    roots: tuple[str, ...] = ()
+    """URIs in object storage that it has to reach, with credentials of its own."""
+    versions: tuple[tuple[str, str], ...] = ()
+    """The driver's versions of what has to be alike on all nodes."""
 
     def missing(self) -> list[str]:
         """What this node misses."""
-        found = [f"{what}: no {path}" for what, path in self.places.items() if not there(path)]
+        here = dict(versions())
+        found = [
+            f"{name} {wanted} (it has {here.get(name, 'none')})"
+            for name, wanted in self.versions
+            if here.get(name) != wanted
+        ]
+        found += [f"{what}: no {path}" for what, path in self.places.items() if not there(path)]
+        for root in self.roots:
+            try:
+                _reach(root)
+            except AkdError as error:
+                found.append(f"{root}: {error.line}; {error.next}")
         try:
             Path(self.cache_root).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -62,6 +83,30 @@ class Needed:
         """What work is given, with the paths of the recipe's folder as they are on this node."""
         place = None if self.folder is None else self.folder.unpacked(self.cache_root)
         return given if self.folder is None or place is None else moved(given, self.folder, place)
+
+
+@functools.cache
+def versions() -> tuple[tuple[str, str], ...]:
+    """The versions of this process's libraries, as far as they have to be alike. Builds may differ: a head without a
+    GPU has another build of torch than its nodes.
+    """
+    found = list[tuple[str, str]]()
+    for name in _SAME_VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append((name, importlib.metadata.version(name).partition("+")[0]))
+    return tuple(found)
+
+
+@functools.cache
+def _reach(root: str) -> None:
+    """Ask object storage for something that is not there, once in a process: whoever may not ask is refused.
+
+    Raises:
+        MachineError: the storage does not answer, or refuses this node.
+    """
+    with contextlib.suppress(ObjectMissing):
+        # Read and not looked for: the answer to a HEAD has no body, which would tell why.
+        open_root(root).get(".is-this-node-let-in")
 
 
 @dataclass(frozen=True)
@@ -91,7 +136,7 @@ class Shared:
     of, once, and left alone.
 
     Args:
-        folders: local folders by what they are; URIs are left out, since every node reaches them alike.
+        folders: folders and URIs by what they are.
         files: local files that are there already and have to be seen, by what they are.
         cache_root: each node's own folder, which it must be able to write.
         tell: told of nodes that are left alone, and of what is waited for.
@@ -109,6 +154,8 @@ class Shared:
         folder: WorkingDir | None = None,
     ) -> None:
         self.folders = {what: folder for what, folder in folders.items() if "://" not in folder}
+        remote = [*folders.values(), *(file.rpartition("/")[0] for file in (files or {}).values())]
+        self.roots = tuple(sorted({uri for uri in remote if "://" in uri}))
         self.files = {what: file for what, file in (files or {}).items() if "://" not in file}
         self.folder = folder or WorkingDir()
         self.cache_root, self.tell, self.demand = cache_root, tell, demand or Demand(never=True)
@@ -184,13 +231,14 @@ class Shared:
         """What work has to look for on its node, as `look_first` does."""
         if cluster.started_here():
             return Needed(self.files, self.cache_root)
-        return Needed(self.files | self.folder.places | self._tokens(), self.cache_root, self.folder.packed())
+        places = self.files | self.folder.places | self._tokens()
+        return Needed(places, self.cache_root, self.folder.packed(), self.roots, versions())
 
     def leave_out(self, unseen: Unseen) -> None:
         """Give a node no work any more: it is told of, once."""
         if unseen.node not in self.bad:
             self.bad[unseen.node] = f"{unseen.where} misses {'; '.join(unseen.missing)}"
-            self.tell(f"the node {unseen.where} gets no work, as it does not see {'; '.join(unseen.missing)}")
+            self.tell(f"the node {unseen.where} gets no work, as it lacks {'; '.join(unseen.missing)}")
         self.good.discard(unseen.node)
 
     def check_room(self, ask: ResourceRequest, what: str) -> None:

@@ -295,13 +295,17 @@ def _leads_to(kind: Callable[[], bool]) -> bool:
         return False
 
 
-def storage_error(verb: str, where: str, reason: object) -> MachineError:
-    """The refusal for storage that did not do what it should."""
+def storage_error(verb: str, where: str, reason: object, next: str | None = None) -> MachineError:
+    """The refusal for storage that did not do what it should.
+
+    Args:
+        next: what to do about it, where that is known.
+    """
     return MachineError(
         f"cannot {verb} {where}",
         got=(reason.strerror or str(reason)) if isinstance(reason, OSError) else reason,
         expected="storage that this user can reach, read and write",
-        next="check the path, its permissions and the AWS_* settings, then run the same command again",
+        next=next or "check the path, its permissions and the AWS_* settings, then run the same command again",
     )
 
 

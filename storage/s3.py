@@ -41,6 +41,38 @@ _SLOWEST_BYTES_PER_SECOND = 256 * 2**10
 # The time of one answer as a whole, however slowly its body comes.
 _ANSWER_SECONDS = 600.0
 
+_CREDENTIALS = (
+    "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if they came with one, AWS_SESSION_TOKEN on this machine"
+)
+_PERMISSION = "let these credentials list, read, write and delete objects there, or set others (AWS_ACCESS_KEY_ID, ...)"
+_REGION = "set AWS_REGION to the region of the bucket, or AWS_ENDPOINT_URL to the server that has it"
+_ROOM = "free some space there or raise the bucket's quota, then run the same command again: what is stored is kept"
+# What to do about a refusal, by its code: those of S3, and of other servers with the same interface.
+_NEXT = {
+    **dict.fromkeys(("AccessDenied", "AllAccessDisabled"), _PERMISSION),
+    **dict.fromkeys(
+        ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired", "401"),
+        _CREDENTIALS,
+    ),
+    **dict.fromkeys(
+        (
+            "PermanentRedirect",
+            "TemporaryRedirect",
+            "AuthorizationHeaderMalformed",
+            "IllegalLocationConstraintException",
+        ),
+        _REGION,
+    ),
+    **dict.fromkeys(("QuotaExceeded", "XMinioStorageFull", "InsufficientCapacity", "507"), _ROOM),
+    "403": f"{_PERMISSION}; and see whether this machine's clock is right",
+    "RequestTimeTooSkewed": "set this machine's clock: it is off by more than the minutes that the server allows",
+    "NoSuchBucket": "create the bucket, or correct its name in the root that was given",
+    "NotImplemented": "choose storage with conditional puts (If-None-Match): two writers must not overwrite each other",
+}
+
+# Where a cloud tells its machines their credentials.
+_METADATA = "169.254.169.254"
+
 log = logging.getLogger("akd_dist.storage")
 # When an endpoint was found not to answer, by endpoint and thread. The requests by which a thread tidies up after such
 # an error fail at once, instead of waiting as long as the first one.
@@ -205,6 +237,10 @@ class S3Root(ObjectRoot):
                     # object.
                     if isinstance(error, answers) and "NoSuchBucket" not in str(error):
                         raise
+                    if _METADATA in str(error):
+                        # Where the environment has none, obstore asks for those that a cloud gives its machines.
+                        told = f"no AWS credentials in the environment, and none from a cloud: {_first_line(error)}"
+                        raise storage_error(verb, self.path_of(key), told, _CREDENTIALS) from error
                     now = time.monotonic()
                     # A refused connection fails with the same words, but at once: only what took its time was left
                     # without an answer.
@@ -212,7 +248,9 @@ class S3Root(ObjectRoot):
                     if _worth_repeating(error, silent, asked) and now - started < attempt + limit / 2:
                         continue
                     if not silent:
-                        raise storage_error(verb, self.path_of(key), _reason(error)) from error
+                        code = _code(error)
+                        reason = _first_line(error) + (f" ({code})" if code else "")
+                        raise storage_error(verb, self.path_of(key), reason, _NEXT.get(code)) from error
                     _silent[me] = now
                     told = f"no answer from {endpoint} within {now - started:.3g} s, in {asked + _repeats(error)} tries"
                     raise _unanswered(verb, self.path_of(key), told) from error
@@ -286,11 +324,17 @@ def _connect_seconds(limit: float) -> float:
     return min(10.0, limit / 2)
 
 
-def _reason(error: Exception) -> str:
-    """The first line of a failure, and the code in the server's answer: the rest is a dump of the request."""
-    first = str(error).strip().partition("\n")[0].partition(": <?xml")[0]
-    code = re.search(r"<Code>(\w+)</Code>", str(error))
-    return f"{first} ({code[1]})" if code else first
+def _first_line(error: Exception) -> str:
+    """The first line of a failure: the rest is a dump of the request."""
+    return str(error).strip().partition("\n")[0].partition(": <?xml")[0]
+
+
+def _code(error: Exception) -> str:
+    """The code in the server's answer, or the HTTP status where the answer has none, as that of a HEAD; else empty."""
+    if "incorrectly configured region" in str(error):
+        return "PermanentRedirect"
+    told = re.search(r"<Code>(\w+)</Code>", str(error)) or re.search(r"status code: (\d{3})", str(error))
+    return told[1] if told else ""
 
 
 @functools.lru_cache(maxsize=16)
