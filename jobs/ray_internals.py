@@ -27,6 +27,9 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Several workers of a node see each other's GPUs, so that NCCL can move data from one to the other.
     "TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES": "1",
+    # It holds a run up in the two minutes before its node is taken away. Here checkpoints are there all the time, and a
+    # cohort whose node is gone goes on elsewhere; so its process, one a cohort, is spared.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Workers stay where they are; all our paths are absolute anyway.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -76,6 +79,21 @@ def quiet(*, connected: bool) -> None:
 def logs_folder() -> Path:
     """Where the Ray that was started last on this machine writes its logs."""
     return Path(cast(Any, ray._common.utils).get_default_ray_temp_dir(), "session_latest", "logs")
+
+
+def without_datasets() -> Any:
+    """Ray Train's trainer for any framework, without its manager of Ray datasets: a process for each cohort that takes
+    seconds to start, and whose datasets nobody here uses. The constructor starts it whether there are any or not.
+    """
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    class Trainer(DataParallelTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            made: list[Any] = super()._create_default_callbacks()
+            return [one for one in made if not isinstance(one, DatasetsCallback)]
+
+    return Trainer
 
 
 def started_node() -> Any:

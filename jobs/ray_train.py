@@ -18,7 +18,7 @@ from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.delivery import write_note
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.ranks import OutOfStepError, Ranks, joined
-from akd_dist.jobs import cluster
+from akd_dist.jobs import cluster, ray_internals
 from akd_dist.jobs.packing import ResourceRequest
 from akd_dist.jobs.shared import Needed, UnseenError, missed_here
 
@@ -44,12 +44,11 @@ def fit(job: CohortJob, ask: ResourceRequest, selector: dict[str, str], needed: 
     """
     ray = cluster.ray
     from ray.train import FailureConfig, RunConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     storage = (Path(job.control) / "ray").absolute()
     name = f"{job.name}-{os.getpid()}-{time.time_ns()}"  # an old name would resume an old run's state
     # Not its torch trainer: that has a process group even for one worker, and listens on all interfaces for it.
-    trainer = DataParallelTrainer(
+    trainer = ray_internals.without_datasets()(
         run_worker,
         train_loop_config={"job": job, "needed": needed},
         scaling_config=scaling(ask, selector),
@@ -57,7 +56,7 @@ def fit(job: CohortJob, ask: ResourceRequest, selector: dict[str, str], needed: 
         run_config=RunConfig(name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=1)),
     )
     try:
-        outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+        outcome = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {}).values()
         if (unseen := next(_among(failures, UnseenError), None)) is not None:

@@ -42,9 +42,18 @@ USED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: importlib.import_module("ray.autoscaler.v2.utils").is_autoscaler_v2,
         "(fetch_from_server: bool = False, gcs_client: Optional[ray._raylet.GcsClient] = None) -> bool",
     ),
+    "_create_default_callbacks": (
+        lambda: (
+            importlib.import_module(
+                "ray.train.v2.api.data_parallel_trainer"
+            ).DataParallelTrainer._create_default_callbacks
+        ),
+        "(self) -> List[ray.train.v2.api.callback.RayTrainCallback]",
+    ),
     "get_default_ray_temp_dir": (lambda: ray._common.utils.get_default_ray_temp_dir, "()"),
 }
 SET: dict[str, Callable[[], Any]] = {
+    "DatasetsCallback": lambda: importlib.import_module("ray.train.v2._internal.callbacks.datasets").DatasetsCallback,
     "ENABLE_RAY_CLUSTER": lambda: ray._private.ray_constants.ENABLE_RAY_CLUSTER,
     "_global_node": lambda: ray._private.worker._global_node,
     "_worker_logs_enabled": lambda: ray._private.worker._worker_logs_enabled,
