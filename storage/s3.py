@@ -36,6 +36,12 @@ T = TypeVar("T")
 _MISSING = (NotFoundError, FileNotFoundError)
 # Storage that has not answered for so long is given up. After half of it, the request is made once more.
 _TIMEOUT_SECONDS = 30.0
+# Storage that has answered this process before is given so many times as long: a network that is cut for half a minute
+# ends nobody's work, and a mistyped endpoint is still told within seconds.
+_PATIENCE = 2
+# A request that fails at once, as where nobody listens, is repeated so often: at first sight, and where storage has
+# answered before. Then the time is what ends it.
+_RETRIES, _PATIENT_RETRIES = 6, 100
 # A request with a body has more time: what a line of this speed takes for it.
 _SLOWEST_BYTES_PER_SECOND = 256 * 2**10
 # The time of one answer as a whole, however slowly its body comes.
@@ -77,6 +83,8 @@ log = logging.getLogger("akd_dist.storage")
 # When an endpoint was found not to answer, by endpoint and thread. The requests by which a thread tidies up after such
 # an error fail at once, instead of waiting as long as the first one.
 _silent: dict[tuple[str, int], float] = {}
+# The endpoints that have answered this process.
+_answered: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -221,12 +229,14 @@ class S3Root(ObjectRoot):
         environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
         bucket = urlsplit(self.uri).netloc
         endpoint = dict(environment).get("AWS_ENDPOINT_URL") or f"the endpoint of {bucket}"
-        limit = timeout_seconds()
+        patient = endpoint in _answered
+        limit = timeout_seconds() * (_PATIENCE if patient else 1)
         attempt = limit / 2 + _sending_seconds(body)
         me = (endpoint, threading.get_ident())
         if time.monotonic() - _silent.get(me, -math.inf) < limit:
             raise _unanswered(verb, self.path_of(key), f"{endpoint} did not answer just now")
-        client, started = _s3_store(bucket, environment, limit, attempt), time.monotonic()
+        retries = _PATIENT_RETRIES if patient else _RETRIES
+        client, started = _s3_store(bucket, environment, limit, attempt, retries), time.monotonic()
         with _told_if_silent(endpoint, attempt, attempt + limit / 2):
             for asked in itertools.count(1):
                 began = time.monotonic()
@@ -236,6 +246,7 @@ class S3Root(ObjectRoot):
                     # A bucket that is not there answers "not found" as well, and that is a wrong root and no missing
                     # object.
                     if isinstance(error, answers) and "NoSuchBucket" not in str(error):
+                        _answered.add(endpoint)
                         raise
                     if _METADATA in str(error):
                         # Where the environment has none, obstore asks for those that a cloud gives its machines.
@@ -255,6 +266,7 @@ class S3Root(ObjectRoot):
                     told = f"no answer from {endpoint} within {now - started:.3g} s, in {asked + _repeats(error)} tries"
                     raise _unanswered(verb, self.path_of(key), told) from error
                 _silent.pop(me, None)
+                _answered.add(endpoint)
                 return found
         raise AssertionError("unreachable")
 
@@ -338,12 +350,15 @@ def _code(error: Exception) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _s3_store(bucket: str, environment: tuple[tuple[str, str], ...], limit: float, attempt: float) -> S3Store:
+def _s3_store(
+    bucket: str, environment: tuple[tuple[str, str], ...], limit: float, attempt: float, retries: int
+) -> S3Store:
     """A client.
 
     Args:
         limit: seconds after which storage that does not answer is given up.
         attempt: seconds for each attempt until an answer begins, and between two parts of it.
+        retries: how often a request that failed is repeated, within that time.
     """
     endpoint = dict(environment).get("AWS_ENDPOINT_URL", "")
     return S3Store(
@@ -356,7 +371,7 @@ def _s3_store(bucket: str, environment: tuple[tuple[str, str], ...], limit: floa
             "timeout": timedelta(seconds=max(_ANSWER_SECONDS, 2 * attempt)),
         },
         retry_config={
-            "max_retries": 6,
+            "max_retries": retries,
             "retry_timeout": timedelta(seconds=0.7 * (attempt + limit / 2)),  # over before a third attempt would begin
             "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
         },
