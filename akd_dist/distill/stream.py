@@ -39,7 +39,12 @@ Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def epoch_order(rows: int, seed: int, epoch: int, window: int | None = None) -> np.ndarray:
-    """The order of the rows in a 0-based epoch: a permutation, int64 [rows], that depends on the arguments alone.
+    """The order of the rows in a 0-based epoch, all of it: int64 [rows]; see `EpochOrder`."""
+    return EpochOrder(rows, seed, epoch, window).rows(0, rows)
+
+
+class EpochOrder:
+    """The order of the rows in a 0-based epoch: a permutation that depends on the arguments alone.
 
     It sorts raw Philox words, which every version of NumPy draws alike; `Generator.permutation` promises no such thing.
 
@@ -47,17 +52,56 @@ def epoch_order(rows: int, seed: int, epoch: int, window: int | None = None) -> 
         rows: number of rows.
         seed: the recipe's `data.seed`.
         epoch: 0-based epoch, counted on through all stages.
-        window: None shuffles globally. A number of rows keeps reads local, for memory maps larger than memory: windows
+        window: None shuffles globally. A number of rows keeps reads local, for rows larger than memory or disk: windows
             of so many consecutive rows are shuffled, then the rows within each WINDOWS_AT_ONCE windows that follow.
+            Such an order is drawn group by group, with the memory of one.
     """
-    generator = np.random.Philox(key=[seed, epoch + 1])  # key 0 splits the dataset
-    words = generator.random_raw(rows)
-    if window is None:
-        # Stable, so that rows of equal words, rare as they are, have the same order on every machine.
-        return np.argsort(words, kind="stable")
-    order = np.argsort(generator.random_raw(-(-rows // window)), kind="stable")
-    group = np.argsort(order)[np.arange(rows) // window] // WINDOWS_AT_ONCE
-    return np.lexsort((words, group))
+
+    def __init__(self, rows: int, seed: int, epoch: int, window: int | None = None) -> None:
+        self._rows, self._key = rows, [seed, epoch + 1]  # key 0 splits the dataset
+        self.window = window or max(rows, 1)
+        windows = -(-rows // self.window)
+        # One group of one window is the global shuffle. Stable, here and below, so that equal words, rare as they are,
+        # have the same order on every machine.
+        order = np.argsort(self._words(rows, windows), kind="stable") if window is not None else np.arange(windows)
+        sizes = np.minimum((order + 1) * self.window, rows) - order * self.window
+        self._windows = [order[first : first + WINDOWS_AT_ONCE] for first in range(0, windows, WINDOWS_AT_ONCE)]
+        self.ends = np.cumsum(sizes)[np.append(np.arange(WINDOWS_AT_ONCE, windows, WINDOWS_AT_ONCE), windows) - 1]
+        """Where groups end in the order, int64 [groups]."""
+        self._drawn: tuple[int, np.ndarray] | None = None
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """The rows at places start..stop - 1 of the order, int64; those before are not drawn for it."""
+        first, last = np.searchsorted(self.ends, [start, max(start, stop - 1)], side="right").tolist()
+        if start >= stop:
+            return np.empty(0, dtype=np.int64)
+        parts = []
+        for group in range(first, last + 1):
+            begins = int(self.ends[group - 1]) if group else 0
+            parts.append(self._group(group)[max(0, start - begins) : stop - begins])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def spans(self, group: int) -> list[tuple[int, int]]:
+        """What a group shows, as spans of consecutive rows (first, after the last); none of a group after the last."""
+        windows = sorted(self._windows[group].tolist()) if group < len(self._windows) else []
+        return [(one * self.window, min((one + 1) * self.window, self._rows)) for one in windows]
+
+    def _group(self, group: int) -> np.ndarray:
+        if self._drawn is None or self._drawn[0] != group:
+            self._drawn = None  # before the next is drawn, so that there is never more than one
+            spans = self.spans(group)
+            words = np.concatenate([self._words(start, stop - start) for start, stop in spans])
+            places = np.argsort(words, kind="stable")
+            if places.size < self._rows:  # else a place among them is the row itself
+                places = np.concatenate([np.arange(start, stop) for start, stop in spans])[places]
+            self._drawn = group, places
+        return self._drawn[1]
+
+    def _words(self, start: int, count: int) -> np.ndarray:
+        """Words start..start + count - 1 of the epoch's generator: it counts, so none before are drawn."""
+        generator = np.random.Philox(key=self._key)
+        generator.advance(start // 4)  # each count gives four words
+        return generator.random_raw(start % 4 + count)[start % 4 :]
 
 
 def batch_ends(rows: int, batch: int, last_batch: LastBatch = "keep") -> np.ndarray:
@@ -155,13 +199,13 @@ class BatchStream:
         A rank takes a contiguous slice of each global batch, so the slices of all ranks, one after the other, are the
         batch of a single rank. Sizes differ by at most one row; the slice of a small last batch may be empty.
         """
-        order = epoch_order(len(self.rows), self.seed, epoch, self.window)
+        order = EpochOrder(len(self.rows), self.seed, epoch, self.window)
         view, at_once = epoch % self.views, self.steps_at_once
         # As a plain array, since `np.memmap` makes a new object of its class for whatever is taken from it.
         stored = None if self.logits is None else self.logits[view].view(np.ndarray)
         for first in range(start_step, self.steps_per_epoch, at_once):
             steps = range(first, min(first + at_once, self.steps_per_epoch))
-            whole = [order[step * self.batch : self.ends[step]] for step in steps]
+            whole = [order.rows(step * self.batch, int(self.ends[step])) for step in steps]
             shares = [rows[len(rows) * rank // world : len(rows) * (rank + 1) // world] for rows in whole]
             for step, together, rows, gathered in zip(
                 steps, whole, shares, self._cut(shares, view, stored), strict=True

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +17,15 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data.rows import Rows, fingerprint
 from akd_dist.data.text import Tokens
 from akd_dist.data.views import view_digests, view_of
-from akd_dist.distill.stream import BYTES_AT_ONCE, STEPS_AT_ONCE, WINDOWS_AT_ONCE, BatchStream, batch_ends, epoch_order
+from akd_dist.distill.stream import (
+    BYTES_AT_ONCE,
+    STEPS_AT_ONCE,
+    WINDOWS_AT_ONCE,
+    BatchStream,
+    EpochOrder,
+    batch_ends,
+    epoch_order,
+)
 from akd_dist.recipe import Augmentation, LastBatch, NoAugmentation, Shift, TokenMask
 from akd_dist.storage.layout import FORMAT_VERSION
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest
@@ -76,6 +85,38 @@ def test_the_order_is_pinned() -> None:
 
 PINNED = [0, 6, 2, 1, 3, 4, 7, 10, 8, 11, 5, 9]
 PINNED_IN_WINDOWS = [2, 3, 4, 10, 8, 11, 5, 9, 0, 6, 1, 7]
+
+
+def at_once(rows: int, seed: int, epoch: int, window: int) -> np.ndarray:
+    """The windowed order as it was first defined: over all rows at once."""
+    generator = np.random.Philox(key=[seed, epoch + 1])
+    words = generator.random_raw(rows)
+    order = np.argsort(generator.random_raw(-(-rows // window)), kind="stable")
+    return np.lexsort((words, np.argsort(order)[np.arange(rows) // window] // WINDOWS_AT_ONCE))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 2**63 - 1), st.integers(0, 99), st.integers(1, 400), st.data())
+def test_an_order_is_drawn_in_parts(rows: int, seed: int, epoch: int, window: int, data: st.DataObject) -> None:
+    whole, order = at_once(rows, seed, epoch, window), EpochOrder(rows, seed, epoch, window)
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows))))
+    np.testing.assert_array_equal(order.rows(start, stop), whole[start:stop])
+    np.testing.assert_array_equal(epoch_order(rows, seed, epoch, window), whole)
+    for group, end in enumerate(order.ends.tolist()):
+        begin = order.ends[group - 1] if group else 0
+        shown = [row for first, after in order.spans(group) for row in range(first, after)]
+        assert shown == sorted(whole[begin:end].tolist())
+    assert order.spans(len(order.ends)) == []
+
+
+def test_an_order_takes_the_memory_of_a_group() -> None:
+    """And draws no more: of a billion rows all the words would be 8 GB."""
+    tracemalloc.start()
+    order = EpochOrder(10**9, 1, 2, 4096)
+    assert len(set(order.rows(10**8 - 1, 10**8 + 50_000).tolist())) == 50_001
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64_000_000
 
 
 def test_every_row_comes_anywhere_equally_often() -> None:
