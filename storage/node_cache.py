@@ -23,6 +23,7 @@ from akd_dist.base import places
 from akd_dist.base.errors import MachineError, RecipeError
 from akd_dist.base.files import PARTIAL_SUFFIX, partial_name, replace, with_checksum, without_checksum
 from akd_dist.base.locks import file_lock, is_locked
+from akd_dist.storage.checked import note_of
 from akd_dist.storage.content import Content, Part, digest, inodes_of, map_array
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.reader import LogitStore
@@ -151,8 +152,9 @@ def find_decoded(manifest: Manifest, cache_root: Path) -> Decoded | None:
 
 
 def drop_decoded(manifest: Manifest, cache_root: Path) -> None:
-    """Remove the decoded copy of a store from this node, unless somebody has it mapped."""
+    """Remove the decoded copy of a store from this node, unless somebody has it mapped, and what was checked of it."""
     _evict(_entry_of(manifest, cache_root))
+    note_of(manifest, cache_root).unlink(missing_ok=True)
 
 
 class Keep:

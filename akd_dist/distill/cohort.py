@@ -149,7 +149,7 @@ def open_stream(
     if job.stores:
         # Another version of a library may change pixels, and nothing that is recorded shows it but the pixels
         # themselves.
-        stream.check_probes(train.manifest)
+        stream.check_probes(train.manifest, Path(job.cache_root))
     return stream, teacher_said, contents
 
 

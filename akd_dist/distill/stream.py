@@ -14,14 +14,17 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.rows import Rows
-from akd_dist.data.views import view_digests, view_of
+from akd_dist.data.views import drawn_by, view_digests, view_of
+from akd_dist.models.device import device_name
 from akd_dist.recipe import Augmentation, LastBatch
+from akd_dist.storage.checked import once
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.records import Probe
 
@@ -34,6 +37,9 @@ BYTES_AT_ONCE = 64_000_000
 """The most that the inputs of such batches may take together; of larger ones fewer are made in one go."""
 PROBES_CHECKED = 4096
 """Probe views that are compared before training, over all views of a store."""
+PROBE_BYTES = 4 * 2**20
+"""Inputs that are compared at a time: a resized crop of them takes some 100 MB, and is over before students are made,
+which take more. So the estimate of a worker's memory has no entry for it."""
 Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Inputs, labels and logits of some rows."""
 
@@ -239,10 +245,13 @@ class BatchStream:
         logits = None if stored is None else torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
         return self._view(rows, view), labels, logits
 
-    def check_probes(self, manifest: Manifest) -> None:
+    def check_probes(self, manifest: Manifest, cache_root: Path | None = None) -> None:
         """Compare rows and views with those that the teacher saw, as a store's manifest remembers them.
 
         The views are made on the stream's device, where students will see them.
+
+        Args:
+            cache_root: where it is remembered that they are the same, for all processes of a node; by default nowhere.
 
         Raises:
             RefusedError: another dataset, or probe views whose pixels differ; names the first, and says how far they
@@ -250,6 +259,15 @@ class BatchStream:
             CorruptCacheError: they differ because the rows are not what was prepared.
         """
         self.rows.check_same(manifest.dataset)
+        device = torch.device(self.device).type
+        by = drawn_by(self.augmentation, device_name(device))
+        if cache_root is None or by is None:
+            self._compare_probes(manifest)
+            return
+        given = by | {"rows": self.rows.fingerprint, "seed": self.seed, "views": self.views, "probes": PROBES_CHECKED}
+        once(manifest, cache_root, given, lambda: self._compare_probes(manifest))
+
+    def _compare_probes(self, manifest: Manifest) -> None:
         views = min(self.views, manifest.identity.views)
         # A store of hundreds of views has tens of thousands of probes: a fixed number of them shows as much.
         most = max(1, PROBES_CHECKED // views)
@@ -277,7 +295,15 @@ class BatchStream:
         return view_of(self.augmentation, self.seed, inputs, rows, view, self.rows.tokens, self.device)
 
     def _probe(self, rows: list[int], view: int) -> list[Probe]:
-        return view_digests(self.augmentation, self.seed, self.rows.inputs, rows, view, self.rows.tokens, self.device)
+        at_once = max(1, PROBE_BYTES // self.rows.inputs[:1].nbytes)
+        inputs, tokens = self.rows.inputs, self.rows.tokens
+        return [
+            probe
+            for first in range(0, len(rows), at_once)
+            for probe in view_digests(
+                self.augmentation, self.seed, inputs, rows[first : first + at_once], view, tokens, self.device
+            )
+        ]
 
     def _drift(self, changed: list[tuple[int, Probe, Probe]]) -> str:
         """How far probes (as the teacher saw them, and as they are now) are apart, in the units of the inputs."""

@@ -26,10 +26,14 @@ from akd_dist.distill.stream import (
     batch_ends,
     epoch_order,
 )
-from akd_dist.recipe import Augmentation, LastBatch, NoAugmentation, Shift, TokenMask
+from akd_dist.recipe import Augmentation, CustomAugmentation, LastBatch, NoAugmentation, Shift, TokenMask
+from akd_dist.storage.checked import note_of
 from akd_dist.storage.layout import FORMAT_VERSION
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest
+from akd_dist.storage.node_cache import drop_decoded
 from akd_dist.storage.records import ShardRecord
+from tests import sources
+from tests.fleets import own
 
 N, CLASSES, VIEWS = 103, 3, 2
 SHIFT = Shift()
@@ -364,6 +368,71 @@ def test_a_refusal_says_how_far_the_pixels_have_drifted() -> None:
 def test_another_dataset_is_refused() -> None:
     with pytest.raises(RefusedError, match="not the one the store was made from"):
         a_stream().check_probes(a_manifest(some_rows(N + 1)))
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows are compared, each time that some are."""
+    sizes = list[int]()
+
+    def counted(*given: Any) -> Any:
+        sizes.append(len(given[3]))
+        return view_digests(*given)
+
+    monkeypatch.setattr("akd_dist.distill.stream.view_digests", counted)
+    return sizes
+
+
+def test_probes_are_compared_in_parts(compared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = a_stream()
+    manifest = a_manifest(checked.rows)
+    monkeypatch.setattr("akd_dist.distill.stream.PROBE_BYTES", 20)  # of one row of 16 bytes, and a little
+    checked.check_probes(manifest)
+    assert compared == [1] * 4
+    assert checked._probe([3, 7, 9], 1) == view_digests(SHIFT, 5, checked.rows.inputs, [3, 7, 9], 1)
+
+
+def test_probes_are_compared_once_a_node(compared: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = a_stream()
+    manifest = a_manifest(checked.rows)
+    for _ in range(3):
+        a_stream().check_probes(manifest, tmp_path)
+    assert compared == [2, 2]
+    a_stream(views=1).check_probes(manifest, tmp_path)
+    other = a_manifest(checked.rows, views=VIEWS + 1)
+    a_stream().check_probes(other, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "__version__", "another")
+        a_stream().check_probes(manifest, tmp_path)
+    assert compared == [2] * 7
+    a_stream().check_probes(manifest, tmp_path)
+    assert compared == [2] * 7
+    drop_decoded(manifest, tmp_path)
+    a_stream().check_probes(manifest, tmp_path)
+    assert compared == [2] * 9
+    note = note_of(manifest, tmp_path)
+    note.write_bytes(note.read_bytes().replace(b"a", b"b"))
+    a_stream().check_probes(manifest, tmp_path)
+    assert compared == [2] * 11
+
+
+def test_what_was_refused_is_refused_again(tmp_path: Path) -> None:
+    manifest = a_manifest(some_rows(), seed=6)
+    for _ in range(2):
+        with pytest.raises(RefusedError, match="does not show what the teacher saw"):
+            a_stream().check_probes(manifest, tmp_path)
+
+
+def test_views_of_the_users_own_are_compared_by_every_process(compared: list[int], tmp_path: Path) -> None:
+    """What its file imports may change, and nothing but the pixels shows it."""
+    code = "class Still:\n    words = 0\n    def draw(self, words, shape): return {}\n"
+    name = sources.module(tmp_path, code + "    def apply(self, batch, params): return batch\n")
+    augmentation = own(CustomAugmentation(factory=f"{name}:Still"), tmp_path)
+    checked = a_stream(augmentation=augmentation)
+    manifest = a_manifest(checked.rows, augmentation)
+    for _ in range(2):
+        checked.check_probes(manifest, tmp_path)
+    assert compared == [2] * 4
 
 
 # ---- speed
