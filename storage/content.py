@@ -112,6 +112,11 @@ def inodes_of(files: Iterable[Path]) -> tuple[int | None, ...]:
     return tuple(None if stamp is None else stamp[-1] for stamp in map(stamp_of, files))
 
 
+def lock_of(entry: Path) -> Path:
+    """The lock under which an entry is made, and removed where it is found wrong: that of its name up to a dot."""
+    return entry.with_name(f"{entry.name.split('.')[0]}.lock")
+
+
 def discard(files: Sequence[Path], inodes: Sequence[int | None]) -> None:
     """Remove an entry of the cache, in use or not, so that it is made anew; whoever has it mapped keeps the old bytes.
 
@@ -122,7 +127,7 @@ def discard(files: Sequence[Path], inodes: Sequence[int | None]) -> None:
     """
     entry = files[0].parent
     # The lock under which entries are made: none is removed while another process makes it anew.
-    with file_lock(entry.with_name(f"{entry.name}.lock"), what=f"the cache entry {entry}"):
+    with file_lock(lock_of(entry), what=f"the cache entry {entry}"):
         if inodes_of(files) == tuple(inodes):
             gone = partial_name(entry)
             with contextlib.suppress(FileNotFoundError):  # evicted meanwhile

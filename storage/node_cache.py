@@ -24,15 +24,15 @@ from akd_dist.base.errors import MachineError, RecipeError
 from akd_dist.base.files import PARTIAL_SUFFIX, partial_name, replace, with_checksum, without_checksum
 from akd_dist.base.locks import file_lock, is_locked
 from akd_dist.storage.checked import note_of
-from akd_dist.storage.content import Content, Part, digest, inodes_of, map_array
+from akd_dist.storage.content import Content, Part, digest, inodes_of, lock_of, map_array
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.reader import LogitStore
 
 IN_USE = "in-use"
 _LOGITS_FILE = "logits.npy"
 _VERIFIED_FILE = "verified.json"
-# Room for the header of a .npy file: 128 bytes today, and a page at most.
-_HEADER_BYTES = 4096
+HEADER_BYTES = 4096
+"""Room for the header of a .npy file: 128 bytes today, and a page at most."""
 
 Progress = Callable[[int, int], None]
 
@@ -217,7 +217,7 @@ def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[
         # One process at a time: two would evict for the same need, and remove more than either wants.
         for left in _unfinished(cache_root):
             # Whoever makes an entry holds its lock meanwhile; what lay there before, and has no maker, was killed.
-            if not is_locked(left.with_name(f"{left.name.split('.')[0]}.lock")):
+            if not is_locked(lock_of(left)):
                 shutil.rmtree(left, ignore_errors=True)
         entries = sorted((entry for entry in _entries(cache_root) if entry not in keep), key=_last_used)
         while not _fits(cache_root, need, budget) and entries:
@@ -244,7 +244,7 @@ def _decode(
     for left in entry.parent.glob(f"{entry.name}.*{PARTIAL_SUFFIX}"):  # ours is the only live one: we hold the lock
         shutil.rmtree(left, ignore_errors=True)
     shutil.rmtree(entry, ignore_errors=True)  # somebody may be evicting it
-    need = store.layout.nbytes + _HEADER_BYTES
+    need = store.layout.nbytes + HEADER_BYTES
     cache_root = entry.parent.parent
     make_room(cache_root, need, budget)
     building = partial_name(entry)
@@ -257,7 +257,7 @@ def _decode(
         _note_verified(building, verified)
         return verified, name_entry(building, entry)
     except OSError as error:
-        raise _no_room(error, entry, need) from error
+        raise no_room(error, entry, need) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -408,10 +408,11 @@ def _fits(cache_root: Path, need: int, budget: int | None) -> bool:
     return within and need <= shutil.disk_usage(cache_root).free
 
 
-def _no_room(error: OSError, entry: Path, need: int) -> MachineError:
+def no_room(error: OSError, entry: Path, need: int) -> MachineError:
+    """What to say when `need` bytes could not be written to an entry."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return MachineError(
-        f"no room to decode a store into {entry}" if full else f"cannot write {entry}",
+        f"no room to write {entry}" if full else f"cannot write {entry}",
         got=error.strerror or str(error),
         expected=f"{need:,} bytes free" if full else "a folder that this user can write to",
         next="free some space, or choose another --cache-root",
