@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,7 @@ from akd_dist.jobs.train_teacher import Stores, Workspace
 from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe
 from akd_dist.storage.content import renewing
+from akd_dist.storage.decoded import StoredLogits
 from akd_dist.storage.uses import using
 from akd_dist.tracking.follower import forwarding
 from akd_dist.tracking.status import driving
@@ -124,13 +126,26 @@ def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: fl
 
 
 def _decode(base: CohortJob, plan: RunPlan, models: list[CachedModel], workspace: Workspace) -> Splits:
-    """Decode what is trained from, once, and refuse a damaged store before anything starts; the rows that this took."""
+    """Refuse other rows and a damaged store before anything starts; the rows that this took.
+
+    Where the students train on this machine, what they learn from is decoded as far as it fits. Elsewhere each node
+    decodes what it reads, and the driver may be a small one.
+    """
     splits = plan.inputs.splits
     opened = {store.uri: store for model in models for store in model.opened.values()}
-    for one in {learns_from_assistant(spec): spec for spec in plan.todo}.values():
-        job = replace(cohort_job(base, (one,), models[-1].stores), device="cpu")  # the driver may have no GPU
-        look = functools.partial(open_stream, job, store_of=opened.__getitem__)
-        splits = _with_sound_rows(base, splits, look, workspace)
+
+    def look(job: CohortJob, found: Splits) -> None:
+        stream, _ = open_stream(job, found, store_of=opened.__getitem__)
+        if isinstance(stream.logits, StoredLogits) and workspace.address is None:
+            stream.logits.decode()
+
+    kinds = defaultdict(list)
+    for spec in plan.todo:
+        kinds[learns_from_assistant(spec)].append(spec)
+    for specs in kinds.values():
+        # The driver may have no GPU.
+        job = replace(cohort_job(base, tuple(specs), models[-1].stores), device="cpu")
+        splits = _with_sound_rows(base, splits, functools.partial(look, job), workspace)
     return splits
 
 

@@ -5,11 +5,11 @@ for each array, made whole or not at all, so that a gather is one `take` from on
 cache like any other: within its budget, shared by the processes of the node, not evicted while one has it mapped.
 """
 
+import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from akd_dist.base.files import PARTIAL_SUFFIX, partial_name, replace, sha256, with_checksum, without_checksum
 from akd_dist.base.locks import file_lock
-from akd_dist.storage.content import Content, Part, digest, inodes_of, lock_of, map_array
+from akd_dist.storage.content import Content, Part, digest, inodes_of, lock_of, map_array, marks_of
 from akd_dist.storage.node_cache import HEADER_BYTES, Keep, Progress, hold, make_room, name_entry, no_room
 
 VERIFIED_FILE = "verified.json"
@@ -248,6 +248,21 @@ def hold_pieces(
             keep.release()
 
 
+def resting(pieces: Pieces, marks: Collection[str]) -> list[Held]:
+    """What is held of pieces in files that have some of these marks, see `content.marks_of`; nothing is fetched."""
+    found = []
+    for entry in pieces.folder.glob(f"{pieces.key}*"):
+        of_these = entry.name == pieces.key or entry.name.startswith(f"{pieces.key}-")
+        files = [_file(entry, field) for field in pieces.fields]
+        if entry.name.endswith((PARTIAL_SUFFIX, ".lock")) or not of_these or not set(marks_of(files)) & set(marks):
+            continue
+        with contextlib.suppress(OSError, ValueError, KeyError), hold(entry):
+            numbers = without_checksum((entry / VERIFIED_FILE).read_bytes())["pieces"]
+            if (noted := _noted(pieces, numbers, entry)) is not None:
+                found.append(_mapped(pieces, numbers, entry, noted))
+    return found
+
+
 def _make(
     pieces: Pieces, numbers: Sequence[int], entry: Path, budget: int | None, on_progress: Progress | None
 ) -> tuple[dict[str, Any], Keep]:
@@ -262,7 +277,7 @@ def _make(
         building.mkdir(parents=True)
         tokens = list(pieces.tokens(numbers))  # before reading, so that no change is missed
         digests = _fill(pieces, numbers, building, on_progress)
-        noted = {"files": _tokens_of(pieces, building), "tokens": tokens, "digests": digests}
+        noted = {"files": _tokens_of(pieces, building), "tokens": tokens, "digests": digests, "pieces": list(numbers)}
         # Noted before the entry has its name, so that whoever finds the entry finds its hashes in it.
         _note(building, noted)
         return noted, name_entry(building, entry)
@@ -275,7 +290,7 @@ def _make(
 def _fill(pieces: Pieces, numbers: Sequence[int], folder: Path, on_progress: Progress | None) -> list[str]:
     """Write each field's rows; the sha256 of each piece."""
     rows = sum(stop - start for start, stop in map(pieces.span, numbers))
-    with ExitStack() as files:
+    with contextlib.ExitStack() as files:
         handles = []
         for field in pieces.fields:
             handle = files.enter_context(open(_file(folder, field), "xb"))
@@ -331,7 +346,7 @@ def _noted(pieces: Pieces, numbers: Sequence[int], entry: Path) -> dict[str, Any
                 return None
         whole = len(noted["digests"]) == len(noted["tokens"]) == len(numbers)
         known = zip(pieces.digests(numbers), noted["digests"], strict=True)
-        right = whole and all(one in (None, other) for one, other in known)
+        right = whole and noted["pieces"] == list(numbers) and all(one in (None, other) for one, other in known)
         return noted if right and noted["files"] == _tokens_of(pieces, entry) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

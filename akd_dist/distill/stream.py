@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,7 +27,10 @@ from akd_dist.data.views import drawn_by, view_digests, view_of
 from akd_dist.models.device import device_name
 from akd_dist.recipe import Augmentation, LastBatch
 from akd_dist.storage.checked import once
+from akd_dist.storage.content import Guard
+from akd_dist.storage.decoded import StoredLogits
 from akd_dist.storage.manifest import Manifest
+from akd_dist.storage.pieces import Held, Span
 from akd_dist.storage.records import Probe
 
 _UNITS = {"uint8": "on a scale of 0 to 255", "float32": "in the units of the inputs", "int32": "in ids of tokens"}
@@ -78,14 +83,24 @@ class EpochOrder:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """The rows at places start..stop - 1 of the order, int64; those before are not drawn for it."""
-        first, last = np.searchsorted(self.ends, [start, max(start, stop - 1)], side="right").tolist()
-        if start >= stop:
-            return np.empty(0, dtype=np.int64)
-        parts = []
-        for group in range(first, last + 1):
-            begins = int(self.ends[group - 1]) if group else 0
-            parts.append(self._group(group)[max(0, start - begins) : stop - begins])
+        parts = [
+            self._group(group)[first - begins : after - begins] for group, begins, first, after in self.cut(start, stop)
+        ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def cut(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
+        """Places start..stop - 1 by groups: each group, where it begins, and the first and after the last place in it.
+
+        Where start is stop, the group that begins or goes on there.
+        """
+        if len(self.ends) == 1:
+            return [(0, 0, start, stop)]
+        first, last = np.searchsorted(self.ends, [start, max(start, stop - 1)], side="right").tolist()
+        found = []
+        for group in range(min(first, len(self.ends) - 1), min(last, len(self.ends) - 1) + 1):
+            begins = int(self.ends[group - 1]) if group else 0
+            found.append((group, begins, max(start, begins), min(stop, int(self.ends[group]))))
+        return found
 
     def spans(self, group: int) -> list[tuple[int, int]]:
         """What a group shows, as spans of consecutive rows (first, after the last); none of a group after the last."""
@@ -144,6 +159,25 @@ class Batch:
     """Where this rank has no rows: one row of the batch as input, for models that cannot take a batch of none."""
 
 
+class Moving(Protocol):
+    """What a stream reads a view of, or a few windows of it, at a time."""
+
+    def watch(self, guard: Guard) -> None:
+        """Have what is read from now on vouched for."""
+
+    def move(self, view: int, spans: Sequence[Span]) -> None:
+        """Have these spans of a view's rows at hand from now on, and nothing else."""
+
+    def expect(self, view: int, spans: Sequence[Span]) -> None:
+        """Fetch these meanwhile, which are read next."""
+
+    def resting(self, marks: Collection[str]) -> list[Held]:
+        """What this node has of it in files of these marks."""
+
+    def close(self) -> None:
+        """Let everything go."""
+
+
 @dataclass(frozen=True, eq=False)
 class BatchStream:
     """A split and its teacher's logits as shuffled batches. Epoch e shows view e mod views.
@@ -154,8 +188,9 @@ class BatchStream:
 
     rows: Rows
     """The train rows."""
-    logits: np.ndarray | None
-    """[at least `views`, rows, classes], as `open_decoded` maps them; None for a stream without a teacher."""
+    logits: np.ndarray | StoredLogits | None
+    """[at least `views`, rows, classes]: an array, or a store that is decoded as it is read; None for a stream without
+    a teacher."""
     augmentation: Augmentation
     """How a view is drawn."""
     seed: int
@@ -170,6 +205,8 @@ class BatchStream:
     """Rows of a window of the shuffle; None shuffles globally."""
     device: torch.device | str = "cpu"
     """Where batches are wanted: rows are moved there as they are stored, and augmented there."""
+    reads: tuple[Moving, ...] = ()
+    """What else is told which windows are read: rows that the node holds in part."""
 
     def __post_init__(self) -> None:
         if self.logits is not None and (self.logits.shape[0] < self.views or self.logits.shape[1] != len(self.rows)):
@@ -179,6 +216,11 @@ class BatchStream:
                 expected=f"{self.views} views of {len(self.rows):,} rows",
                 next="cache the teacher for this recipe: akd-dist cache-teacher",
             )
+
+    @property
+    def moving(self) -> tuple[Moving, ...]:
+        """All that is told which view and windows are read."""
+        return (*self.reads, self.logits) if isinstance(self.logits, StoredLogits) else self.reads
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
@@ -199,26 +241,29 @@ class BatchStream:
         """The same batches, for students that learn from hard labels: the logits are not read."""
         return dataclasses.replace(self, logits=None)
 
-    def batches(self, epoch: int, start_step: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    def batches(
+        self, epoch: int, start_step: int = 0, rank: int = 0, world: int = 1, then: int | None = None
+    ) -> Iterator[Batch]:
         """The batches of an epoch from a step on.
 
         A rank takes a contiguous slice of each global batch, so the slices of all ranks, one after the other, are the
         batch of a single rank. Sizes differ by at most one row; the slice of a small last batch may be empty.
+
+        Args:
+            then: the epoch that is read next: what it begins with is fetched before this one is over.
         """
-        order = EpochOrder(len(self.rows), self.seed, epoch, self.window)
-        view, at_once = epoch % self.views, self.steps_at_once
-        # As a plain array, since `np.memmap` makes a new object of its class for whatever is taken from it.
-        stored = None if self.logits is None else self.logits[view].view(np.ndarray)
+        reading, at_once = _Reading(self, epoch, then), self.steps_at_once
         for first in range(start_step, self.steps_per_epoch, at_once):
             steps = range(first, min(first + at_once, self.steps_per_epoch))
-            whole = [order.rows(step * self.batch, int(self.ends[step])) for step in steps]
-            shares = [rows[len(rows) * rank // world : len(rows) * (rank + 1) // world] for rows in whole]
-            for step, together, rows, gathered in zip(
-                steps, whole, shares, self._cut(shares, view, stored), strict=True
-            ):
+            whole = [(step * self.batch, int(self.ends[step])) for step in steps]
+            shares = [_share(*places, rank, world) for places in whole]
+            rows = [reading.order.rows(*places) for places in shares]
+            for step, places, own, gathered in zip(steps, whole, rows, self._cut(reading, shares), strict=True):
                 inputs, labels, logits = gathered
-                spare = None if len(rows) else self._view(together[:1], view)
-                yield Batch(epoch, step, rows, inputs, labels, logits, global_rows=len(together), spare=spare)
+                spare = None
+                if not len(own):
+                    spare = self._view(reading.order.rows(places[0], places[0] + 1), reading.view)
+                yield Batch(epoch, step, own, inputs, labels, logits, places[1] - places[0], spare)
 
     @property
     def steps_at_once(self) -> int:
@@ -227,23 +272,28 @@ class BatchStream:
             return 1
         return max(1, min(STEPS_AT_ONCE, BYTES_AT_ONCE // (self.batch * self.rows.inputs[:1].nbytes)))
 
-    def _cut(self, shares: list[np.ndarray], view: int, stored: np.ndarray | None) -> Iterator[Gathered]:
+    def _cut(self, reading: _Reading, shares: list[tuple[int, int]]) -> Iterator[Gathered]:
         """Inputs, labels and logits of each of several batches, gathered together."""
+        parts = [self._gather(rows, reading) for rows in reading.rows(shares)]
+        inputs, labels, logits = parts[0]
+        if len(parts) > 1:  # where a group of windows ends
+            inputs, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+            logits = None if logits is None else torch.cat([part[2] for part in parts if part[2] is not None])
         if len(shares) == 1:
-            yield self._gather(shares[0], view, stored)
+            yield inputs, labels, logits
             return
-        inputs, labels, logits = self._gather(np.concatenate(shares), view, stored)
         end = 0
-        for rows in shares:
-            part = slice(end, end := end + len(rows))
+        for start, stop in shares:
+            part = slice(end, end := end + stop - start)
             # Kernels may depend on where in memory a tensor begins: inputs begin one of their own.
             yield inputs[part].clone(), labels[part], None if logits is None else logits[part]
 
-    def _gather(self, rows: np.ndarray, view: int, stored: np.ndarray | None) -> Gathered:
+    def _gather(self, rows: np.ndarray, reading: _Reading) -> Gathered:
         # `take` gathers faster than indexing by an array of row numbers does (benchmarks/stream.py).
         labels = torch.from_numpy(self.rows.labels.take(rows)).to(self.device)
+        stored = reading.logits
         logits = None if stored is None else torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
-        return self._view(rows, view), labels, logits
+        return self._view(rows, reading.view), labels, logits
 
     def check_probes(self, manifest: Manifest, cache_root: Path | None = None) -> None:
         """Compare rows and views with those that the teacher saw, as a store's manifest remembers them.
@@ -314,3 +364,48 @@ class BatchStream:
         every = np.concatenate(apart)
         unit = _UNITS[self.rows.inputs.dtype.name]
         return f"their sampled values are apart by {every.mean():.3g} on average and {every.max():.3g} at most, {unit}"
+
+
+class _Reading:
+    """An epoch as a stream reads it: its order, its view, and the group of windows that is at hand.
+
+    Args:
+        stream: the stream.
+        epoch: the epoch.
+        then: the epoch after it, as far as somebody reads that.
+    """
+
+    def __init__(self, stream: BatchStream, epoch: int, then: int | None) -> None:
+        self.stream, self.then, self.view = stream, then, epoch % stream.views
+        self.order = EpochOrder(len(stream.rows), stream.seed, epoch, stream.window)
+        self.group: int | None = None
+        # As a plain array, since `np.memmap` makes a new object of its class for whatever is taken from it.
+        stored = stream.logits
+        self.logits = np.asarray(stored[self.view]) if isinstance(stored, np.ndarray) else stored
+
+    def rows(self, shares: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        """The rows of some stretches of places, group by group, each once the group is at hand."""
+        cuts = [cut for share in shares for cut in self.order.cut(*share)]
+        for group, some in itertools.groupby(cuts, key=lambda cut: cut[0]):
+            self._move(group)
+            parts = [self.order.rows(first, after) for _, _, first, after in some]
+            yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _move(self, group: int) -> None:
+        if group == self.group:
+            return
+        self.group = group
+        moving, order, view = self.stream.moving, self.order, self.view
+        for one in moving:
+            one.move(view, order.spans(group))
+        following = order.spans(group + 1)
+        if moving and not following and self.then is not None:
+            stream, view = self.stream, self.then % self.stream.views
+            following = EpochOrder(len(stream.rows), stream.seed, self.then, stream.window).spans(0)
+        for one in moving if following else ():
+            one.expect(view, following)
+
+
+def _share(start: int, stop: int, rank: int, world: int) -> tuple[int, int]:
+    """The places of a batch that a rank takes."""
+    return start + (stop - start) * rank // world, start + (stop - start) * (rank + 1) // world

@@ -28,9 +28,9 @@ from akd_dist.distill.stream import (
 )
 from akd_dist.recipe import Augmentation, CustomAugmentation, LastBatch, NoAugmentation, Shift, TokenMask
 from akd_dist.storage.checked import note_of
+from akd_dist.storage.decoded import drop_decoded
 from akd_dist.storage.layout import FORMAT_VERSION
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest
-from akd_dist.storage.node_cache import drop_decoded
 from akd_dist.storage.records import ShardRecord
 from tests import sources
 from tests.fleets import own
