@@ -23,6 +23,7 @@ from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohor
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import cache_planned
 from akd_dist.jobs.packing import fits
+from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import CachedModel, fingerprints, open_rows, with_models
 from akd_dist.jobs.planning.plan import RunPlan, fleet_job, plan_run
 from akd_dist.jobs.planning.planner import (
@@ -81,10 +82,12 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, 
     check_folder(run)
     with held(run, wait=options.wait, console=workspace.console, only_look=options.dry_run):
         inputs = with_models(inputs, workspace) if options.wait else inputs
+        shuffle = windows.settled(recipe, run, fresh=options.fresh)
         if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
-            check_same_run(run, recipe, run_identity(recipe, inputs.splits, fingerprints(inputs.models)))
+            settled = recipe if shuffle is None else windows.with_window(recipe, shuffle)
+            check_same_run(run, recipe, run_identity(settled, inputs.splits, fingerprints(inputs.models)))
         with contextlib.nullcontext() if options.dry_run else driving(run), cluster.closing():
-            plan = plan_run(inputs, run, workspace, fresh=options.fresh)
+            plan = plan_run(inputs, run, workspace, fresh=options.fresh, shuffle=shuffle)
             if options.dry_run:
                 return plan, plan.document.plain()
             return plan, _execute(plan, options, workspace, began)
@@ -92,7 +95,7 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, 
 
 def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: float) -> dict[str, Any]:
     """Cache what is missing, train who has not ended, collect the results; the content of fleet.json."""
-    recipe, splits, run = plan.inputs.recipe, plan.inputs.splits, plan.run
+    recipe, splits, run = plan.recipe, plan.inputs.splits, plan.run
     models = cache_planned(plan.inputs, workspace)
     for model in models:
         workspace.tell(_how_cached(model))
