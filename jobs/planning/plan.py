@@ -113,15 +113,15 @@ def plan_run(
     # Without stores, which may not be there yet: it serves to look at the students' folders.
     base = fleet_job(recipe, splits, {}, run, workspace.cache_root)
     todo = [spec for spec in recipe.students if fresh or not ended(base, spec)]
-    if todo:
-        workspace.tell("probing what the students take")
-    costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), workspace)
     nodes = cluster.all_nodes()
     if shuffle is None:
         demands = windows.demands_of(recipe, splits, todo, nodes)
         shuffle = windows.choose(demands, windows.room_for(workspace, nodes))
         if shuffle.window is not None:
             workspace.tell(f"rows are shuffled in windows of {shuffle.window:,}: {shuffle.why}")
+    if todo:
+        workspace.tell("probing what the students take")
+    costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), workspace)
     waits = workspace.demand().waits
     planned = nodes_to_come(recipe, todo, nodes, costs) if waits else nodes
     cohorts, tried = plan_cohorts(recipe, todo, planned, costs) if todo else ([], [])
