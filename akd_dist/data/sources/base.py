@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.blocks import Block, Reader
 from akd_dist.data.columns import Place
@@ -37,6 +39,9 @@ class Source:
     """What the source calls its class ids."""
     classes: int | None = None
     """How many classes there are, if it is known beforehand."""
+    cuts: np.ndarray | None = None
+    """The rows at which reading may begin, int64, sorted, the first one 0: to read another one, those since the cut
+    before it are read as well, and dropped. None where it may begin anywhere."""
     sample: Callable[[], str] | None = None
     """A hash of a few rows, by which a change is noticed that no file shows; of sources of the user's own."""
 
@@ -75,10 +80,17 @@ class Kind(Protocol):
         """Look at the rows: how many there are, and whether they have the columns that the recipe names."""
 
 
-def slices(rows: int, read: Callable[[int, int], tuple[Sequence[Any], Any]], most: int) -> Iterator[Block]:
+def slices(
+    rows: int,
+    read: Callable[[int, int], tuple[Sequence[Any], Any]],
+    most: int,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[Block]:
     """Blocks of rows that can be read from anywhere: `read(start, stop)` gives columns of inputs, and labels."""
-    for start in range(0, rows, most):
-        yield Block(start, *read(start, min(start + most, rows)))
+    stop = rows if stop is None else min(stop, rows)
+    for first in range(start, stop, most):
+        yield Block(first, *read(first, min(first + most, stop)))
 
 
 def stats_of(files: Sequence[Path]) -> list[list[Any]]:

@@ -35,18 +35,18 @@ class HuggingFaceSource:
         check_schema(schema, self.spec, self.name)
         rows: int = len(dataset)
 
-        def blocks(spec: recipe.Table, most: int) -> Iterator[Block]:
+        def blocks(spec: recipe.Table, most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
             # As Arrow, since in any other format the library decodes images and casts numbers by rules of its own.
             chosen = dataset.select_columns(columns_of(spec)).with_format("arrow")
 
-            def read(start: int, stop: int) -> tuple[list[Any], Any]:
+            def read(first: int, last: int) -> tuple[list[Any], Any]:
                 try:
-                    table = chosen[start:stop]
+                    table = chosen[first:last]
                 except (pa.ArrowException, OSError) as error:
                     raise self._refused(error) from error
                 return columns_of_table(spec, table)
 
-            return slices(rows, read, most)
+            return slices(rows, read, most, start, stop)
 
         return source_of_table(self.spec, self.name, rows, blocks, row_of(self.name), schema)
 

@@ -54,13 +54,13 @@ class IdxSource:
             )
         shape = images.shape[1:] if len(images.shape) != 3 else (1, *images.shape[1:])
 
-        def blocks(most: int) -> Iterator[Block]:
-            for inputs, block in zip(images.blocks(most), labels_alone(most), strict=True):
+        def blocks(most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+            both = zip(images.blocks(most, start, stop), labels_alone(most, start, stop), strict=True)
+            for inputs, block in both:
                 yield Block(block.start, [inputs.reshape(len(block), *shape)], block.labels)
 
-        def labels_alone(most: int) -> Iterator[Block]:
-            start = 0
-            for ids in labels.blocks(most):
+        def labels_alone(most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+            for ids in labels.blocks(most, start, stop):
                 yield Block(start, [], pa.array(ids.astype(ids.dtype.newbyteorder("="))))
                 start += len(ids)
 
@@ -72,6 +72,7 @@ class IdxSource:
             row_of(name),
             label_blocks=labels_alone,
             classes=self.spec.classes,
+            cuts=np.zeros(1, dtype=np.int64) if images.compressed or labels.compressed else None,
         )
 
 
@@ -91,16 +92,17 @@ class _IdxFile:
         self._header = 4 + 4 * dimensions
         self._check_size()
 
-    def blocks(self, most: int) -> Iterator[np.ndarray]:
-        """Its values, so many at a time."""
+    def blocks(self, most: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Its values start..stop - 1 of the first dimension, so many at a time."""
         size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        stop = self.shape[0] if stop is None else min(stop, self.shape[0])
         with self._reading() as file:
-            self._exactly(file, self._header)
-            for start in range(0, self.shape[0], most):
-                rows = min(most, self.shape[0] - start)
+            self._skip(file, self._header + start * size)
+            for first in range(start, stop, most):
+                rows = min(most, stop - first)
                 values = np.frombuffer(self._exactly(file, rows * size), dtype=self.dtype)
                 yield values.reshape(rows, *self.shape[1:])
-            if self._exactly(file, 1, at_least=0):  # also lets gzip check its sum
+            if stop == self.shape[0] and self._exactly(file, 1, at_least=0):  # also lets gzip check its sum
                 raise self.refused(f"no more than {list(self.shape)} values, as its header says", "more bytes")
 
     def refused(self, expected: object, got: object) -> RefusedError:
@@ -113,16 +115,24 @@ class _IdxFile:
         """A header may claim anything: nothing is allocated by it that the file could not hold."""
         claimed = self._header + math.prod(self.shape) * self.dtype.itemsize
         size = self.path.stat().st_size
-        if claimed > size * _MOST_GZIP_SAVES if self._compressed else claimed != size:
+        if claimed > size * _MOST_GZIP_SAVES if self.compressed else claimed != size:
             raise self.refused(f"{claimed:,} bytes, as its header says: {list(self.shape)}", f"{size:,} bytes")
 
     @functools.cached_property
-    def _compressed(self) -> bool:
+    def compressed(self) -> bool:
+        """Whether it is gzip-compressed: then it is read from its beginning, whatever is wanted of it."""
         with open(self.path, "rb") as file:
             return file.read(2) == b"\x1f\x8b"
 
     def _reading(self) -> BinaryIO:
-        return cast(BinaryIO, gzip.open(self.path)) if self._compressed else open(self.path, "rb")
+        return cast(BinaryIO, gzip.open(self.path)) if self.compressed else open(self.path, "rb")
+
+    def _skip(self, file: BinaryIO, size: int) -> None:
+        """Go to so many bytes from the beginning; a gzip-compressed file is unpacked up to there."""
+        try:
+            file.seek(size)
+        except (EOFError, OSError, zlib.error) as error:  # cut, or damaged
+            raise self.refused("a file that reads to its end", error) from error
 
     def _exactly(self, file: BinaryIO, size: int, at_least: int | None = None) -> bytes:
         try:

@@ -55,11 +55,16 @@ class ParquetSource:
             inside = f" ({self.files[file].name}, row {row - starts[file]})" if len(self.files) > 1 else ""
             return f"row {row} of {self.spec.path}{inside}"
 
-        def blocks(spec: recipe.Table, most: int) -> Iterator[Block]:
-            for file, number, start in groups:
-                yield from self._blocks(spec, file, number, start, most)
+        rows, cuts = starts[-1], np.array([start for *_, start in groups], dtype=np.int64)
 
-        return source_of_table(self.spec, self.spec.path, starts[-1], blocks, where, schema, self._notes())
+        def blocks(spec: recipe.Table, most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+            stop = rows if stop is None else min(stop, rows)
+            # From the row group that holds the first row to the one that holds the last one.
+            first = max(0, int(np.searchsorted(cuts, start, side="right")) - 1)
+            for file, number, at in groups[first : int(np.searchsorted(cuts, stop))]:
+                yield from _cut(self._blocks(spec, file, number, at, most), start, stop)
+
+        return source_of_table(self.spec, self.spec.path, rows, blocks, where, schema, self._notes(), cuts)
 
     def _blocks(self, spec: recipe.Table, file: Path, group: int, start: int, most: int) -> Iterator[Block]:
         columns = columns_of(spec)
@@ -110,6 +115,16 @@ class ParquetSource:
             return ()
         shown = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
         return (f"left out of {self.spec.path}, as they hold no Parquet: {shown}",)
+
+
+def _cut(blocks: Iterator[Block], start: int, stop: int) -> Iterator[Block]:
+    """The blocks of a row group without the rows before `start`; it is not read beyond those before `stop`."""
+    for block in blocks:
+        first, last = max(start - block.start, 0), min(stop - block.start, len(block))
+        if first < last:
+            yield block if last - first == len(block) else block.part(first, last)
+        if block.start + len(block) >= stop:
+            return
 
 
 def _with_path_columns(schema: Any, columns: Any) -> Any:
