@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
-from obstore.store import S3Store
+from obstore.store import GCSStore, S3Store
 
 from akd_dist.base.errors import MachineError, RecipeError
 from akd_dist.base.files import PARTIAL_SUFFIX
@@ -51,10 +51,13 @@ _silent: dict[tuple[str, int], float] = {}
 class S3Root(ObjectRoot):
     """Objects under a prefix of a bucket; credentials and endpoint from the usual AWS_* environment."""
 
+    SETTINGS: ClassVar[str] = "AWS_"
+    """How the variables of the environment begin that say how to reach it."""
+
     def put_new(self, key: str, data: bytes) -> bool:
         path = self._path(key)
 
-        def publish(store: S3Store) -> None:
+        def publish(store: S3Store | GCSStore) -> None:
             # A retry after a lost answer meets its own object and gets False: callers compare, so that is no loss.
             obstore.put(store, path, data, mode="create", use_multipart=False)
 
@@ -77,7 +80,7 @@ class S3Root(ObjectRoot):
 
         path = self._path(key)
 
-        def read(store: S3Store) -> tuple[bytes, ObjectMeta]:
+        def read(store: S3Store | GCSStore) -> tuple[bytes, ObjectMeta]:
             answer = obstore.get(store, path)
             # The size is known before the body comes, so an object that is too large is never fetched.
             fits = most is None or answer.meta["size"] <= most
@@ -92,6 +95,46 @@ class S3Root(ObjectRoot):
         if len(data) != meta["size"]:
             raise storage_error("read", self.path_of(key), f"{len(data)} of {meta['size']} bytes came")
         return data, meta["e_tag"] or ""
+
+    def get_part(self, key: str, start: int, size: int, tag: str) -> bytes | None:
+        """Bytes start..start + size - 1 of the object that has this entity tag; None if it has another one by now.
+
+        Raises:
+            ObjectMissing: there is none.
+        """
+        path, options = self._path(key), {"range": (start, start + size), **({"if_match": tag} if tag else {})}
+        try:
+            # Copied out of the answer here: its body may be cut short, and is then asked for again.
+            data = self._ask(
+                "read",
+                key,
+                lambda store: bytes(obstore.get(store, path, options=cast(Any, options)).bytes()),
+                PreconditionError,
+                *_MISSING,
+            )
+        except PreconditionError:
+            return None
+        except _MISSING:
+            raise ObjectMissing(key) from None
+        if len(data) != size:
+            raise storage_error("read", self.path_of(key), f"{len(data)} of {size} bytes came")
+        return data
+
+    def look(self, key: str) -> tuple[int, str] | None:
+        """Size and entity tag of an object; None if there is none."""
+        path = self._path(key)
+        try:
+            meta = self._ask("read", key, lambda store: obstore.head(store, path), *_MISSING)
+        except _MISSING:
+            return None
+        return meta["size"], meta["e_tag"] or ""
+
+    def below(self, prefix: str) -> dict[str, tuple[int, str]]:
+        """Size and entity tag of the objects under a folder by key, sorted; placeholders of folders are left out."""
+        path = self._path(prefix) or None
+        metas = self._ask("list", prefix, lambda store: obstore.list(store, path).collect())
+        found = {meta["path"].removeprefix(self._prefix): (meta["size"], meta["e_tag"] or "") for meta in metas}
+        return {key: found[key] for key in sorted(found) if key}
 
     def put_if_unchanged(self, key: str, data: bytes, tag: str) -> str | None:
         """Overwrite the object that has this entity tag; the new tag, or None if it has another one by now."""
@@ -175,10 +218,17 @@ class S3Root(ObjectRoot):
             raise ValueError(f"key {key!r} leaves the root")
         return f"{self._prefix}{key}".rstrip("/")
 
+    def _client(
+        self, bucket: str, environment: tuple[tuple[str, str], ...], limit: float, attempt: float
+    ) -> S3Store | GCSStore:
+        return _s3_store(bucket, environment, limit, attempt)
+
     def _top_level(self) -> ListResult[Sequence[ObjectMeta]]:
         return self._ask("list", "", lambda store: obstore.list_with_delimiter(store, self._prefix or None))
 
-    def _ask(self, verb: str, key: str, call: Callable[[S3Store], T], *answers: type[Exception], body: int = 0) -> T:
+    def _ask(
+        self, verb: str, key: str, call: Callable[[S3Store | GCSStore], T], *answers: type[Exception], body: int = 0
+    ) -> T:
         """Ask the storage for something, and again where it may be asked again, in bounded time.
 
         Args:
@@ -186,7 +236,9 @@ class S3Root(ObjectRoot):
             body: bytes that are sent.
         """
         # Part of the key by which clients are kept: other credentials or another endpoint make another client.
-        environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+        environment = tuple(
+            sorted((name, value) for name, value in os.environ.items() if name.startswith(self.SETTINGS))
+        )
         bucket = urlsplit(self.uri).netloc
         endpoint = dict(environment).get("AWS_ENDPOINT_URL") or f"the endpoint of {bucket}"
         limit = timeout_seconds()
@@ -194,7 +246,7 @@ class S3Root(ObjectRoot):
         me = (endpoint, threading.get_ident())
         if time.monotonic() - _silent.get(me, -math.inf) < limit:
             raise _unanswered(verb, self.path_of(key), f"{endpoint} did not answer just now")
-        client, started = _s3_store(bucket, environment, limit, attempt), time.monotonic()
+        client, started = self._client(bucket, environment, limit, attempt), time.monotonic()
         with _told_if_silent(endpoint, attempt, attempt + limit / 2):
             for asked in itertools.count(1):
                 began = time.monotonic()
@@ -219,6 +271,18 @@ class S3Root(ObjectRoot):
                 _silent.pop(me, None)
                 return found
         raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class GcsRoot(S3Root):
+    """The same in Google Cloud Storage; credentials from the usual GOOGLE_* environment. For sources of rows alone."""
+
+    SETTINGS: ClassVar[str] = "GOOGLE_"
+
+    def _client(
+        self, bucket: str, environment: tuple[tuple[str, str], ...], limit: float, attempt: float
+    ) -> S3Store | GCSStore:
+        return _gcs_store(bucket, environment, limit, attempt)
 
 
 def _worth_repeating(error: Exception, silent: bool, asked: int) -> bool:
@@ -304,16 +368,29 @@ def _s3_store(bucket: str, environment: tuple[tuple[str, str], ...], limit: floa
     endpoint = dict(environment).get("AWS_ENDPOINT_URL", "")
     return S3Store(
         bucket,
-        client_options={
-            # obstore refuses plain HTTP unless it is asked for, which only the user's own endpoint does.
-            "allow_http": endpoint.startswith("http://"),
-            "connect_timeout": timedelta(seconds=_connect_seconds(limit)),
-            "read_timeout": timedelta(seconds=attempt),
-            "timeout": timedelta(seconds=max(_ANSWER_SECONDS, 2 * attempt)),
-        },
-        retry_config={
-            "max_retries": 6,
-            "retry_timeout": timedelta(seconds=0.7 * (attempt + limit / 2)),  # over before a third attempt would begin
-            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
-        },
+        # obstore refuses plain HTTP unless it is asked for, which only the user's own endpoint does.
+        client_options=_client_options(limit, attempt) | {"allow_http": endpoint.startswith("http://")},
+        retry_config=_retry_config(limit, attempt),
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _gcs_store(bucket: str, environment: tuple[tuple[str, str], ...], limit: float, attempt: float) -> GCSStore:
+    """As `_s3_store`."""
+    return GCSStore(bucket, client_options=_client_options(limit, attempt), retry_config=_retry_config(limit, attempt))
+
+
+def _client_options(limit: float, attempt: float) -> Any:
+    return {
+        "connect_timeout": timedelta(seconds=_connect_seconds(limit)),
+        "read_timeout": timedelta(seconds=attempt),
+        "timeout": timedelta(seconds=max(_ANSWER_SECONDS, 2 * attempt)),
+    }
+
+
+def _retry_config(limit: float, attempt: float) -> Any:
+    return {
+        "max_retries": 6,
+        "retry_timeout": timedelta(seconds=0.7 * (attempt + limit / 2)),  # over before a third attempt would begin
+        "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+    }

@@ -27,7 +27,7 @@ from akd_dist.data.labels import Classes
 from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
 from akd_dist.data.prepare import OpenedSource, in_colour, open_sources, read_labels, write_source
 from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Rows, Splits, block_fingerprint, fingerprint, meaning_of
-from akd_dist.data.sources.base import Kind
+from akd_dist.data.sources.base import Kind, local_files
 from akd_dist.data.sources.kinds import kind_of
 from akd_dist.data.splitting import LEFT_OUT, is_drawn, split_of_source
 from akd_dist.data.text import Tokens, text_key
@@ -76,7 +76,7 @@ def prepare(
     specs = {name: getattr(data, name) for name in SPLITS}
     kinds = {name: kind_of(spec) for name, spec in specs.items() if not isinstance(spec, float)}
     keys = {name: kind.key() for name, kind in kinds.items()}
-    files = [Path(path) for path in dict.fromkeys(file[0] for key in keys.values() for file in key.get("files", []))]
+    files = local_files(keys)
     folder = cache_root / "rows" / sha256(canonical_json(_key(data, keys)))[:32]
     with file_lock(folder.with_suffix(".lock"), what=f"the prepared data {folder}"):
         splits = None if again else _open(folder)

@@ -3,7 +3,7 @@
 `key` is cheap and says when rows may have changed; `open` looks at the rows without reading them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import numpy as np
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.blocks import Block, Reader
 from akd_dist.data.columns import Place
+from akd_dist.storage.remote import RemoteFile, is_remote
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,25 @@ def slices(
         yield Block(first, *read(first, min(first + most, stop)))
 
 
-def stats_of(files: Sequence[Path]) -> list[list[Any]]:
-    """Path, size and time of each file: cheap, and different when its content may be."""
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def stats_of(files: Sequence[Path | RemoteFile]) -> list[list[Any]]:
+    """Path, size and time of each file, of an object its entity tag: cheap, and different when its content may be."""
+    return [
+        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+        if isinstance(file, Path)
+        else [file.uri, file.size, file.tag]
+        for file in files
+    ]
+
+
+def local_files(keys: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """The local files that the keys of sources name, each once."""
+    paths = dict.fromkeys(file[0] for key in keys.values() for file in key.get("files", []))
+    return [Path(path) for path in paths if not is_remote(path)]
+
+
+def remote_files(keys: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
+    """What the keys of sources say of their objects."""
+    return [list(file) for key in keys.values() for file in key.get("files", []) if is_remote(file[0])]
 
 
 def row_of(name: str) -> Callable[[int], str]:

@@ -52,6 +52,13 @@ class HuggingFaceSource:
 
     def _folder(self) -> Path:
         folder = Path(self.spec.path or "")
+        if "://" in str(self.spec.path):
+            raise RefusedError(
+                f"datasets of the library are not read from {self.spec.path}",
+                got="a URI",
+                expected="a folder of each node",
+                next="write it as Parquet, which is read from s3:// and gs:// (kind: parquet), or copy the folder",
+            )
         if not folder.is_dir():
             raise nothing_at(folder, "dataset", "a folder that save_to_disk wrote")
         return folder
