@@ -242,7 +242,7 @@ def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> 
             job = cache_job(plan, recipe, model.model_uri, workspace.cache_root)
             tasks += [Task(f"{plan.split} rows of {model.name}, {shard}", job, shard) for shard in plan.missing]
     by_split = {plan.split: plan for plan in model.plans}
-    packers = {plan.split: Packer(plan.writer.store) for plan in model.plans if plan.writer is not None}
+    packers = {plan.split: Packer(plan.writer.store, Receipt) for plan in model.plans if plan.writer is not None}
     done = 0
     rows = sum(task.item.rows for task in tasks)
     with workspace.shared() as shared, meter(workspace.console, f"caching {model.name}", rows) as shown:

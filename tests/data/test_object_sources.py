@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from akd_dist.base.errors import MachineError, RefusedError
+from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import prepare
+from akd_dist.data.row_store import RowsPlan, Take, ensure_rows
 from akd_dist.recipe import DataSpec, HuggingFaceData, Idx, Parquet
 from akd_dist.storage.remote import RemoteFile, find_file
 from akd_dist.storage.roots import open_root
@@ -69,6 +71,11 @@ DATA: dict[str, Callable[[str], Any]] = {
 }
 
 
+def loop(plan: RowsPlan, take: Take) -> None:
+    for run in plan.runs:
+        take(write_run(plan.job, run))
+
+
 @pytest.mark.parametrize("which", DATA)
 def test_rows_are_those_of_the_same_files_in_a_folder(which: str, place: str, tmp_path: Path) -> None:
     in_folder(tmp_path / "data")
@@ -78,6 +85,8 @@ def test_rows_are_those_of_the_same_files_in_a_folder(which: str, place: str, tm
     assert local.fingerprints == remote.fingerprints
     assert [line.replace(place, str(tmp_path / "data")) for line in remote.findings] == list(local.findings)
     remote.sources.finish()
+    sealed = ensure_rows(there, str(tmp_path / "stores"), loop).manifest
+    assert {name: split.fingerprint for name, split in sealed.splits.items()} == local.fingerprints
 
 
 def test_an_object_that_changes_is_noticed(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +107,18 @@ def test_an_object_that_changes_is_noticed(place: str, tmp_path: Path, monkeypat
         with pytest.raises(RefusedError, match=f"{place}/images was written while it was read"):
             prepare(data, cache, again=True)
     assert prepare(data, cache).fingerprints == before.fingerprints
+
+
+def test_other_objects_than_planned_are_not_read(place: str, tmp_path: Path) -> None:
+    in_folder(tmp_path / "data")
+    upload(tmp_path / "data", place)
+
+    def changed(plan: RowsPlan, take: Take) -> None:
+        open_root(place).put("images", idx_bytes(IMAGES[::-1]))
+        loop(plan, take)
+
+    with pytest.raises(RefusedError, match="not those of the driver"):
+        ensure_rows(DataSpec(train=DATA["idx"](place)), str(tmp_path / "stores"), changed)
 
 
 def test_what_is_not_there_is_told_in_one_message(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
