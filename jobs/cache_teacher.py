@@ -65,7 +65,7 @@ def cache_teacher(recipe: Recipe, options: CacheOptions) -> dict[str, Any]:
 
     started, recipe = time.monotonic(), recipe.own()
     workspace = Workspace.of(options, recipe)
-    inputs = open_inputs(recipe, workspace, students=False, again=options.prepare_again)
+    inputs = open_inputs(recipe, workspace, students=False, again=options.prepare_again, only_look=options.dry_run)
     with cluster.closing():
         if workspace.address is not None:
             cluster.connect(workspace.address, tell=workspace.tell)
@@ -298,6 +298,7 @@ def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str
         cache_root=cache_root,
         trusted=recipe.trusted,
         device=recipe.device,
+        rows=plan.rows.sealed,
     )
 
 

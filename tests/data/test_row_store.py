@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loop(plan: RowsPlan, take: Take) -> None:
+    """As tasks do it: what they are given, and what they return, comes and goes as bytes."""
     for run in plan.runs:
-        take(write_run(plan.job, run))
+        there = pickle.loads(pickle.dumps((plan.job, run)))
+        take(pickle.loads(pickle.dumps(write_run(*there))))
 
 
 def noting(seen: list[BlockRun]) -> row_store.Compute:
