@@ -115,13 +115,13 @@ def _requests(root: str, shards: int) -> dict[str, Any]:
     writer = create_store(root, _creation(shards))
     every = writer.layout.shards()
     with _counted() as writing:
-        packer = Packer(writer.store, always=True)
+        packer = Packer(writer.store, Receipt, always=True)
         for shard in every[::2]:
             _write(writer, shard, packer)
         packer.flush()
     with _counted() as resuming:
         missing = missing_shards(writer, deep=False)
-    packer = Packer(writer.store, always=True)
+    packer = Packer(writer.store, Receipt, always=True)
     for shard in missing:
         _write(writer, shard, packer)
     packer.flush()
@@ -137,11 +137,11 @@ def _requests(root: str, shards: int) -> dict[str, Any]:
     }
 
 
-def _write(writer: StoreWriter, shard: Shard, packer: Packer) -> None:
+def _write(writer: StoreWriter, shard: Shard, packer: Packer[Receipt]) -> None:
     record = _record(writer.creation.identity, shard)
     writer.store.put_new(f"{ARRAYS}/{shard.key}", b"7 bytes")
     receipt = Receipt.of(record, writer.creation_sha256, 1.0, "host")
-    packer.add(put_receipt(writer.store, writer.creation_sha256, shard, receipt))
+    packer.add(put_receipt(writer.store, receipt))
 
 
 @contextmanager

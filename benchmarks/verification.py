@@ -183,7 +183,7 @@ def counting() -> list[float]:
 
         return timed
 
-    content.digest, origins._sha256 = counted(content.digest), counted(origins._sha256)  # type: ignore[assignment]
+    content.digest, origins.sha256_of = counted(content.digest), counted(origins.sha256_of)  # type: ignore[assignment]
     return spent
 
 

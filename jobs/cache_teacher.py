@@ -65,7 +65,7 @@ def cache_teacher(recipe: Recipe, options: CacheOptions) -> dict[str, Any]:
 
     started, recipe = time.monotonic(), recipe.own()
     workspace = Workspace.of(options, recipe)
-    inputs = open_inputs(recipe, workspace, students=False, again=options.prepare_again)
+    inputs = open_inputs(recipe, workspace, students=False, again=options.prepare_again, only_look=options.dry_run)
     with cluster.closing():
         if workspace.address is not None:
             cluster.connect(workspace.address, tell=workspace.tell)
@@ -242,7 +242,7 @@ def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> 
             job = cache_job(plan, recipe, model.model_uri, workspace.cache_root)
             tasks += [Task(f"{plan.split} rows of {model.name}, {shard}", job, shard) for shard in plan.missing]
     by_split = {plan.split: plan for plan in model.plans}
-    packers = {plan.split: Packer(plan.writer.store) for plan in model.plans if plan.writer is not None}
+    packers = {plan.split: Packer(plan.writer.store, Receipt) for plan in model.plans if plan.writer is not None}
     done = 0
     rows = sum(task.item.rows for task in tasks)
     with workspace.shared() as shared, meter(workspace.console, f"caching {model.name}", rows) as shown:
@@ -298,6 +298,7 @@ def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str
         cache_root=cache_root,
         trusted=recipe.trusted,
         device=recipe.device,
+        rows=plan.rows.sealed,
     )
 
 

@@ -13,7 +13,8 @@ from akd_dist.base.trusted import Trusted
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.distill.teacher import compute_shard
 from akd_dist.jobs.cache_teacher import cache_job
-from akd_dist.jobs.planning.caching import SplitPlan, computed_on, creation_of, models_there, prepare_shown
+from akd_dist.jobs.planning.caching import SplitPlan, computed_on, creation_of, models_there
+from akd_dist.jobs.prepare_rows import prepare_shown
 from akd_dist.jobs.train_teacher import teacher_of
 from akd_dist.models.device import device_name
 from akd_dist.models.folder import load_card

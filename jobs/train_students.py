@@ -18,6 +18,7 @@ from akd_dist.base.errors import AkdError
 from akd_dist.base.files import check_folder
 from akd_dist.base.formatting import counted
 from akd_dist.data.row_cache import prepare
+from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import Splits
 from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohort
 from akd_dist.distill.job import CohortJob
@@ -76,7 +77,7 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, 
     recipe, began = recipe.own(), time.monotonic()
     run = options.runs / recipe.name
     workspace = Workspace.of(options, recipe, run)
-    inputs = open_rows(recipe, workspace, students=True, again=options.prepare_again)
+    inputs = open_rows(recipe, workspace, students=True, again=options.prepare_again, only_look=options.dry_run)
     # Refused before the run's folder is made, unless whoever is waited for may be caching just what is missing now.
     inputs = inputs if options.wait else with_models(inputs, workspace)
     check_folder(run)
@@ -113,6 +114,7 @@ def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: fl
             return with_stores_found(saved, models)
     stores = [model.opened for model in models]
     used = [store.uri for opened in stores for store in opened.values()]
+    used += [base.rows.uri] if base.rows is not None else []
     with using(used, run=str(run.absolute()), lock=(run / "lock").absolute()):
         # Within the record of use: from that on, nobody removes the stores that this run is about to name.
         begin_run(run, recipe, identity)
@@ -158,7 +160,8 @@ def _with_sound_rows(base: CohortJob, splits: Splits, look: Callable[[Splits], o
     at_hand = [splits]
 
     def act() -> Splits:
-        found = at_hand.pop() if at_hand else prepare(base.data, Path(base.cache_root), expected=base.fingerprints)
+        again = functools.partial(rows_for, base.data, Path(base.cache_root), base.fingerprints, base.rows)
+        found = at_hand.pop() if at_hand else again()
         check_fingerprints(base, found)
         look(found)
         return found

@@ -197,6 +197,7 @@ class Trained:
             control=str(root / self.spec.name / "checkpoints"),
             checkpoint_seconds=recipe.checkpoint_seconds,
             device=recipe.device,
+            rows=splits.train.sealed,
         )
 
 

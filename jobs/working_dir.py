@@ -106,6 +106,8 @@ class WorkingDir:
     """What to tell of it; None for nothing."""
     sent: tuple[str, str] | None = None
     """As of `Packed`; such a folder is there as a whole."""
+    sources: frozenset[str] = frozenset()
+    """The paths from which rows are prepared."""
     _packed: Packed | None = field(default=None, repr=False)
 
     @classmethod
@@ -115,8 +117,27 @@ class WorkingDir:
         Args:
             kept_out: folders that stay where they are, as stores and runs.
         """
-        paths = list(dict.fromkeys(_named(recipe)))
-        folder = recipe.folder
+        folder, document = recipe.folder, recipe.model_dump(mode="json", exclude={"folder"})
+        rows = {name: document["data"][name] for name in ("train", "validation", "test")}
+        paths, sources = (list(dict.fromkeys(_named(part, folder))) for part in (document, rows))
+        found = cls._of(recipe, folder, paths, kept_out)
+        # What is named elsewhere in the recipe as well is needed, whoever has the rows.
+        del document["data"]["train"], document["data"]["validation"], document["data"]["test"]
+        found.sources = frozenset(sources) - set(_named(document, folder))
+        return found
+
+    def for_rows(self) -> WorkingDir:
+        """The same for tasks that prepare rows: of what does not travel, they need the sources alone."""
+        note, self.note = self.note, None  # told once
+        needed = [one for one in self.needed if one in self.sources]
+        return dataclasses.replace(self, needed=needed, note=note, _packed=None)
+
+    def leave_out_sources(self) -> None:
+        """The rows are prepared, and lie where every node has them: nobody needs their sources any more."""
+        self.needed = [one for one in self.needed if one not in self.sources]
+
+    @classmethod
+    def _of(cls, recipe: Recipe, folder: str | None, paths: list[str], kept_out: Sequence[str]) -> WorkingDir:
         own = [path for path in paths if folder is not None and _below(path, folder) is not None]
         if folder is None or not (own or recipe.trusted.factories) or not Path(folder).is_dir():
             return cls(needed=paths)
@@ -210,19 +231,23 @@ def _each(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _named(recipe: Recipe) -> Iterator[str]:
-    """The local paths that a recipe names, those in arguments of its functions as far as they are there."""
+def _named(document: dict[str, Any], folder: str | None) -> Iterator[str]:
+    """The local paths that a recipe names, those in arguments of its functions as far as they are there.
+
+    Args:
+        document: the recipe, or a part of it, as plain data.
+        folder: the recipe's.
+    """
     found: list[str] = []
 
     def note(path: str) -> str:
         found.append(path)
         return path
 
-    document = recipe.model_dump(mode="json", exclude={"folder"})
     change_paths(document, note)
     yield from (path for path in found if "://" not in path)
     for arguments in _arguments(document):
-        for paths in named(placed(arguments, recipe.folder)):
+        for paths in named(placed(arguments, folder)):
             yield from map(str, paths)
 
 

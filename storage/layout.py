@@ -21,6 +21,9 @@ ARRAY_KEY = f"{LOGITS}/zarr.json"
 DAMAGED_SUFFIX = ".damaged"
 # The folder beside stores of the models that recipes trained for them.
 TEACHERS = "teachers"
+# The folder beside stores of the rows that were prepared for a cluster, and where in each of them its blocks lie.
+ROWS = "rows"
+BLOCKS = "blocks"
 
 # A shard is encoded in memory, and lost as a whole with its task, so it has a bound; object storage wants few and large
 # objects.

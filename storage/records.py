@@ -6,8 +6,9 @@ field, a missing one or a number where text should be is refused.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from pydantic import (
 
 from akd_dist.base.errors import AkdError, DamagedError, RefusedError
 from akd_dist.base.files import canonical_json, parse_json, sha256
-from akd_dist.storage.layout import FORMAT_VERSION
+from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS
 
 
 def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +44,8 @@ class Document(BaseModel):
     """A frozen, strict JSON document."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    newest: ClassVar[int] = FORMAT_VERSION
+    """The newest format of such documents that is read."""
 
     def to_bytes(self) -> bytes:
         """The canonical bytes that are stored and hashed."""
@@ -60,10 +63,10 @@ class Document(BaseModel):
             document = cls.model_validate_json(data)
         except ValidationError as error:
             # A newer format may have fields that are unknown here, which is no damage.
-            _refuse_newer(data, where)
+            _refuse_newer(data, where, cls.newest)
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "the document"
-            expected = f"a document of format {FORMAT_VERSION} or older"
+            expected = f"a document of format {cls.newest} or older"
             raise damaged(where, f"{field}: {first['msg']}", expected) from error
         # A document is known by its hash, so another spelling of the same fields would be another document.
         if document.to_bytes() != data:
@@ -164,34 +167,56 @@ class ShardColumns(Document):
         return len(self.sha256)
 
 
-class Receipt(ShardRecord):
-    """What the writer of a shard says of it, once it is durable."""
+class Told(Document):
+    """What the writer of an object says of it, once it is durable."""
 
+    key: str
+    size: Count
+    sha256: Sha256
+    rows: Count
     seconds: float = Field(ge=0)
-    """What computing the shard took; 0 where it was found, or taken from another store."""
+    """What computing the object took; 0 where it was found, or taken from another store."""
     host: str
     creation: Sha256 | None = None
     """sha256 of the creation document that it was written under."""
     checksum: Sha256 | None = None
     """sha256 of the canonical JSON of all the other fields. Receipts of earlier versions have neither."""
 
-    @classmethod
-    def of(cls, record: ShardRecord, creation: str, seconds: float, host: str) -> Receipt:
-        """The receipt of a shard that was written under the creation document of this sha256."""
-        told = cls(**record.model_dump(), seconds=round(seconds, 6), host=host, creation=creation)
-        return told.model_copy(update={"checksum": told._digest()})
-
-    def record(self) -> ShardRecord:
-        """The part that goes into the seal: nothing of when and where."""
-        return ShardRecord(**{field: getattr(self, field) for field in ShardRecord.model_fields})
+    @property
+    @abstractmethod
+    def receipt_key(self) -> str:
+        """Where it lies, relative to the store."""
 
     @property
     def is_intact(self) -> bool:
         """Whether it is what was written. One without a checksum is not known to be."""
         return self.checksum is not None and self.checksum == self._digest()
 
+    def signed(self) -> Self:
+        """The same with its checksum."""
+        return self.model_copy(update={"checksum": self._digest()})
+
     def _digest(self) -> str:
         return sha256(canonical_json(self.model_dump(mode="json", exclude={"checksum"})))
+
+
+class Receipt(ShardRecord, Told):
+    """What the writer of a shard says of it."""
+
+    @classmethod
+    def of(cls, record: ShardRecord, creation: str, seconds: float, host: str) -> Receipt:
+        """The receipt of a shard that was written under the creation document of this sha256."""
+        return cls(**record.model_dump(), seconds=round(seconds, 6), host=host, creation=creation).signed()
+
+    def record(self) -> ShardRecord:
+        """The part that goes into the seal: nothing of when and where."""
+        return ShardRecord(**{field: getattr(self, field) for field in ShardRecord.model_fields})
+
+    @property
+    def receipt_key(self) -> str:
+        """That of the shard's object, `logits/c/<view>/<index>/0`."""
+        _, _, view, index, _ = self.key.split("/")
+        return f"{RECEIPTS}/{view}-{index}.json"
 
 
 def short(value: object) -> str:
@@ -200,7 +225,7 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _refuse_newer(data: bytes, where: str) -> None:
+def _refuse_newer(data: bytes, where: str, newest: int) -> None:
     try:
         fields = parse_json(data)
     except ValueError:
@@ -209,11 +234,11 @@ def _refuse_newer(data: bytes, where: str) -> None:
     inner = fields.get("identity") if isinstance(fields, dict) else None
     for holder in (fields, inner):
         version = holder.get("format") if isinstance(holder, dict) else None
-        if isinstance(version, int) and version > FORMAT_VERSION:
+        if isinstance(version, int) and version > newest:
             raise RefusedError(
                 f"{where} is in a newer format than this version of akd-dist reads",
                 got=f"format {version}",
-                expected=f"format {FORMAT_VERSION} or older",
+                expected=f"format {newest} or older",
                 next="update akd-dist, or read the store with the version that wrote it",
             )
 

@@ -4,9 +4,10 @@ A store goes manifest first, so that what is left of it after a crash is an unse
 and gone after the same command. Who opens it meanwhile is refused by name, as for any missing shard.
 """
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from akd_dist.storage.decoded import drop_decoded, find_decoded
 from akd_dist.storage.layout import (
     ARRAY_KEY,
     ARRAYS,
+    BLOCKS,
     CREATION_KEY,
     DAMAGED_SUFFIX,
     GROUP_KEY,
     MANIFEST_KEY,
     RECEIPTS,
+    ROWS,
     SOURCE_KEY,
     TEACHERS,
 )
@@ -59,6 +62,8 @@ def disused(
 ) -> list[Candidate]:
     """Stores of some age or without use, sealed or not, and what keeps some of them. Nothing is changed.
 
+    Rows that were prepared for a cluster are among them, as `rows/<id>`.
+
     Args:
         cache_root: decoded copies of this node: a store whose copy is mapped is in use.
         older_than: seconds since it was sealed; since its last shard, for an unsealed one.
@@ -68,7 +73,7 @@ def disused(
     now = time.time()
     found = [
         store
-        for store in list_stores(root_uri)
+        for store in [*list_stores(root_uri), *_prepared_rows(open_root(root_uri))]
         if (not ids or store.id in ids)
         and (older_than is None or now - store.modified >= older_than)
         and (unused_for is None or now - max(store.last_used or 0.0, store.modified) >= unused_for)
@@ -133,6 +138,23 @@ def _remove(root: ObjectRoot, store_id: str, cache_root: Path) -> None:
     root.delete_folder(f"{store_id}{DAMAGED_SUFFIX}")
 
 
+def _prepared_rows(root: ObjectRoot) -> Iterator[StoreSummary]:
+    """The rows that were prepared for a cluster; what cannot be listed is left out."""
+    with contextlib.suppress(AkdError):
+        for name in root.child(ROWS).folders():
+            store = root.child(ROWS).child(name)
+            written = {key: stat for key, stat in store.list().items() if not key.startswith(f"{USES}/")}
+            if STORE_ID.fullmatch(name) and written:
+                yield StoreSummary(
+                    id=f"{ROWS}/{name}",
+                    sealed=MANIFEST_KEY in written,
+                    partials=len(store.partials()),
+                    modified=max(stat.modified for stat in written.values()),
+                    uses=uses_of(store),
+                    bytes=sum(stat.size for key, stat in written.items() if key.startswith(f"{BLOCKS}/")),
+                )
+
+
 def _held(root: ObjectRoot, store_id: str) -> str | None:
     holder = holder_of(root.uri, store_id)
     return None if holder is None else f"held by {holder}"
@@ -177,10 +199,11 @@ def gc(root_uri: str, *, dry_run: bool = False, on_problem: Problem = warn) -> l
     root = open_root(root_uri)
     removed = []
     names = _names(root, STORE_ID)
-    try:
-        names += [f"{TEACHERS}/{name}" for name in _names(root.child(TEACHERS), _MODEL_ID)]
-    except AkdError as error:
-        on_problem(TEACHERS, error)
+    for folder, kind in ((TEACHERS, _MODEL_ID), (ROWS, STORE_ID)):
+        try:
+            names += [f"{folder}/{name}" for name in _names(root.child(folder), kind)]
+        except AkdError as error:
+            on_problem(folder, error)
     for name in names:
         try:
             removed += _littering(root, name) if dry_run else _collect(root, name)

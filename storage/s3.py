@@ -13,20 +13,21 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
-from obstore.store import S3Store
+from obstore.store import GCSStore, S3Store
 
 from akd_dist.base.errors import MachineError, RecipeError
 from akd_dist.base.files import PARTIAL_SUFFIX
 from akd_dist.storage.objects import Keys, ObjectMissing, ObjectRoot, Stat, storage_error, too_large
+from akd_dist.storage.s3_refusals import has_no_credentials, refusal
 
 if TYPE_CHECKING:
     from obstore import ListResult, ObjectMeta
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # obstore says "not found" with either of these.
 _MISSING = (NotFoundError, FileNotFoundError)
+# S3 takes 5 GB in one request.
+_MOST_IN_ONE_PUT = 4 * 2**30
 # Storage that has not answered for so long is given up. After half of it, the request is made once more.
 _TIMEOUT_SECONDS = 30.0
 # Storage that has answered this process before is given so many times as long: a network that is cut for half a minute
@@ -47,38 +50,6 @@ _SLOWEST_BYTES_PER_SECOND = 256 * 2**10
 # The time of one answer as a whole, however slowly its body comes.
 _ANSWER_SECONDS = 600.0
 
-_CREDENTIALS = (
-    "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if they came with one, AWS_SESSION_TOKEN on this machine"
-)
-_PERMISSION = "let these credentials list, read, write and delete objects there, or set others (AWS_ACCESS_KEY_ID, ...)"
-_REGION = "set AWS_REGION to the region of the bucket, or AWS_ENDPOINT_URL to the server that has it"
-_ROOM = "free some space there or raise the bucket's quota, then run the same command again: what is stored is kept"
-# What to do about a refusal, by its code: those of S3, and of other servers with the same interface.
-_NEXT = {
-    **dict.fromkeys(("AccessDenied", "AllAccessDisabled"), _PERMISSION),
-    **dict.fromkeys(
-        ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired", "401"),
-        _CREDENTIALS,
-    ),
-    **dict.fromkeys(
-        (
-            "PermanentRedirect",
-            "TemporaryRedirect",
-            "AuthorizationHeaderMalformed",
-            "IllegalLocationConstraintException",
-        ),
-        _REGION,
-    ),
-    **dict.fromkeys(("QuotaExceeded", "XMinioStorageFull", "InsufficientCapacity", "507"), _ROOM),
-    "403": f"{_PERMISSION}; and see whether this machine's clock is right",
-    "RequestTimeTooSkewed": "set this machine's clock: it is off by more than the minutes that the server allows",
-    "NoSuchBucket": "create the bucket, or correct its name in the root that was given",
-    "NotImplemented": "choose storage with conditional puts (If-None-Match): two writers must not overwrite each other",
-}
-
-# Where a cloud tells its machines their credentials.
-_METADATA = "169.254.169.254"
-
 log = logging.getLogger("akd_dist.storage")
 # When an endpoint was found not to answer, by endpoint and thread. The requests by which a thread tidies up after such
 # an error fail at once, instead of waiting as long as the first one.
@@ -91,10 +62,13 @@ _answered: set[str] = set()
 class S3Root(ObjectRoot):
     """Objects under a prefix of a bucket; credentials and endpoint from the usual AWS_* environment."""
 
+    SETTINGS: ClassVar[str] = "AWS_"
+    """How the variables of the environment begin that say how to reach it."""
+
     def put_new(self, key: str, data: bytes) -> bool:
         path = self._path(key)
 
-        def publish(store: S3Store) -> None:
+        def publish(store: S3Store | GCSStore) -> None:
             # A retry after a lost answer meets its own object and gets False: callers compare, so that is no loss.
             obstore.put(store, path, data, mode="create", use_multipart=False)
 
@@ -106,8 +80,9 @@ class S3Root(ObjectRoot):
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        # In one request: parts of an upload that breaks off would stay in the bucket, unseen and paid for.
-        self._ask("write", key, lambda store: obstore.put(store, path, data, use_multipart=False), body=len(data))
+        # In one request, but where that cannot be: parts of an upload that breaks off would stay, unseen and paid for.
+        parts = len(data) > _MOST_IN_ONE_PUT
+        self._ask("write", key, lambda store: obstore.put(store, path, data, use_multipart=parts), body=len(data))
 
     def get(self, key: str, most: int | None = None) -> bytes:
         return self.get_tagged(key, most)[0]
@@ -117,7 +92,7 @@ class S3Root(ObjectRoot):
 
         path = self._path(key)
 
-        def read(store: S3Store) -> tuple[bytes, ObjectMeta]:
+        def read(store: S3Store | GCSStore) -> tuple[bytes, ObjectMeta]:
             answer = obstore.get(store, path)
             # The size is known before the body comes, so an object that is too large is never fetched.
             fits = most is None or answer.meta["size"] <= most
@@ -132,6 +107,57 @@ class S3Root(ObjectRoot):
         if len(data) != meta["size"]:
             raise storage_error("read", self.path_of(key), f"{len(data)} of {meta['size']} bytes came")
         return data, meta["e_tag"] or ""
+
+    def get_start(self, key: str, most: int) -> bytes:
+        path = self._path(key)
+
+        def read(store: S3Store | GCSStore) -> bytes:
+            return bytes(obstore.get(store, path, options={"range": (0, most)}).bytes())
+
+        try:
+            return self._ask("read", key, read, *_MISSING)
+        except _MISSING:
+            raise ObjectMissing(key) from None
+
+    def get_part(self, key: str, start: int, size: int, tag: str) -> bytes | None:
+        """Bytes start..start + size - 1 of the object that has this entity tag; None if it has another one by now.
+
+        Raises:
+            ObjectMissing: there is none.
+        """
+        path, options = self._path(key), {"range": (start, start + size), **({"if_match": tag} if tag else {})}
+        try:
+            # Copied out of the answer here: its body may be cut short, and is then asked for again.
+            data = self._ask(
+                "read",
+                key,
+                lambda store: bytes(obstore.get(store, path, options=cast(Any, options)).bytes()),
+                PreconditionError,
+                *_MISSING,
+            )
+        except PreconditionError:
+            return None
+        except _MISSING:
+            raise ObjectMissing(key) from None
+        if len(data) != size:
+            raise storage_error("read", self.path_of(key), f"{len(data)} of {size} bytes came")
+        return data
+
+    def look(self, key: str) -> tuple[int, str] | None:
+        """Size and entity tag of an object; None if there is none."""
+        path = self._path(key)
+        try:
+            meta = self._ask("read", key, lambda store: obstore.head(store, path), *_MISSING)
+        except _MISSING:
+            return None
+        return meta["size"], meta["e_tag"] or ""
+
+    def below(self, prefix: str) -> dict[str, tuple[int, str]]:
+        """Size and entity tag of the objects under a folder by key, sorted; placeholders of folders are left out."""
+        path = self._path(prefix) or None
+        metas = self._ask("list", prefix, lambda store: obstore.list(store, path).collect())
+        found = {meta["path"].removeprefix(self._prefix): (meta["size"], meta["e_tag"] or "") for meta in metas}
+        return {key: found[key] for key in sorted(found) if key}
 
     def put_if_unchanged(self, key: str, data: bytes, tag: str) -> str | None:
         """Overwrite the object that has this entity tag; the new tag, or None if it has another one by now."""
@@ -176,11 +202,14 @@ class S3Root(ObjectRoot):
         with contextlib.suppress(*_MISSING):
             self._ask("delete", key, lambda store: obstore.delete(store, path), *_MISSING)
 
-    def delete_folder(self, prefix: str) -> None:
-        keys = [self._path(key) for key in self.list(prefix)]
-        if keys:
+    def delete_keys(self, keys: Iterable[str]) -> None:
+        paths = [self._path(key) for key in keys]
+        if paths:
             with contextlib.suppress(*_MISSING):
-                self._ask("delete", prefix, lambda store: obstore.delete(store, keys), *_MISSING)
+                self._ask("delete", "", lambda store: obstore.delete(store, paths), *_MISSING)
+
+    def delete_folder(self, prefix: str) -> None:
+        self.delete_keys(self.list(prefix))
 
     def move(self, key: str, to: str) -> bool:
         source, target = self._path(key), self._path(to)
@@ -215,10 +244,17 @@ class S3Root(ObjectRoot):
             raise ValueError(f"key {key!r} leaves the root")
         return f"{self._prefix}{key}".rstrip("/")
 
+    def _client(
+        self, bucket: str, environment: tuple[tuple[str, str], ...], limit: float, attempt: float, retries: int
+    ) -> S3Store | GCSStore:
+        return _s3_store(bucket, environment, limit, attempt, retries)
+
     def _top_level(self) -> ListResult[Sequence[ObjectMeta]]:
         return self._ask("list", "", lambda store: obstore.list_with_delimiter(store, self._prefix or None))
 
-    def _ask(self, verb: str, key: str, call: Callable[[S3Store], T], *answers: type[Exception], body: int = 0) -> T:
+    def _ask(
+        self, verb: str, key: str, call: Callable[[S3Store | GCSStore], T], *answers: type[Exception], body: int = 0
+    ) -> T:
         """Ask the storage for something, and again where it may be asked again, in bounded time.
 
         Args:
@@ -226,7 +262,9 @@ class S3Root(ObjectRoot):
             body: bytes that are sent.
         """
         # Part of the key by which clients are kept: other credentials or another endpoint make another client.
-        environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+        environment = tuple(
+            sorted((name, value) for name, value in os.environ.items() if name.startswith(self.SETTINGS))
+        )
         bucket = urlsplit(self.uri).netloc
         endpoint = dict(environment).get("AWS_ENDPOINT_URL") or f"the endpoint of {bucket}"
         patient = endpoint in _answered
@@ -236,7 +274,7 @@ class S3Root(ObjectRoot):
         if time.monotonic() - _silent.get(me, -math.inf) < limit:
             raise _unanswered(verb, self.path_of(key), f"{endpoint} did not answer just now")
         retries = _PATIENT_RETRIES if patient else _RETRIES
-        client, started = _s3_store(bucket, environment, limit, attempt, retries), time.monotonic()
+        client, started = self._client(bucket, environment, limit, attempt, retries), time.monotonic()
         with _told_if_silent(endpoint, attempt, attempt + limit / 2):
             for asked in itertools.count(1):
                 began = time.monotonic()
@@ -248,10 +286,8 @@ class S3Root(ObjectRoot):
                     if isinstance(error, answers) and "NoSuchBucket" not in str(error):
                         _answered.add(endpoint)
                         raise
-                    if _METADATA in str(error):
-                        # Where the environment has none, obstore asks for those that a cloud gives its machines.
-                        told = f"no AWS credentials in the environment, and none from a cloud: {_first_line(error)}"
-                        raise storage_error(verb, self.path_of(key), told, _CREDENTIALS) from error
+                    if has_no_credentials(error):
+                        raise refusal(verb, self.path_of(key), error) from error
                     now = time.monotonic()
                     # A refused connection fails with the same words, but at once: only what took its time was left
                     # without an answer.
@@ -259,9 +295,7 @@ class S3Root(ObjectRoot):
                     if _worth_repeating(error, silent, asked) and now - started < attempt + limit / 2:
                         continue
                     if not silent:
-                        code = _code(error)
-                        reason = _first_line(error) + (f" ({code})" if code else "")
-                        raise storage_error(verb, self.path_of(key), reason, _NEXT.get(code)) from error
+                        raise refusal(verb, self.path_of(key), error) from error
                     _silent[me] = now
                     told = f"no answer from {endpoint} within {now - started:.3g} s, in {asked + _repeats(error)} tries"
                     raise _unanswered(verb, self.path_of(key), told) from error
@@ -269,6 +303,18 @@ class S3Root(ObjectRoot):
                 _answered.add(endpoint)
                 return found
         raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class GcsRoot(S3Root):
+    """The same in Google Cloud Storage; credentials from the usual GOOGLE_* environment. For sources of rows alone."""
+
+    SETTINGS: ClassVar[str] = "GOOGLE_"
+
+    def _client(
+        self, bucket: str, environment: tuple[tuple[str, str], ...], limit: float, attempt: float, retries: int
+    ) -> S3Store | GCSStore:
+        return _gcs_store(bucket, environment, limit, attempt, retries)
 
 
 def _worth_repeating(error: Exception, silent: bool, asked: int) -> bool:
@@ -336,19 +382,6 @@ def _connect_seconds(limit: float) -> float:
     return min(10.0, limit / 2)
 
 
-def _first_line(error: Exception) -> str:
-    """The first line of a failure: the rest is a dump of the request."""
-    return str(error).strip().partition("\n")[0].partition(": <?xml")[0]
-
-
-def _code(error: Exception) -> str:
-    """The code in the server's answer, or the HTTP status where the answer has none, as that of a HEAD; else empty."""
-    if "incorrectly configured region" in str(error):
-        return "PermanentRedirect"
-    told = re.search(r"<Code>(\w+)</Code>", str(error)) or re.search(r"status code: (\d{3})", str(error))
-    return told[1] if told else ""
-
-
 @functools.lru_cache(maxsize=16)
 def _s3_store(
     bucket: str, environment: tuple[tuple[str, str], ...], limit: float, attempt: float, retries: int
@@ -363,16 +396,35 @@ def _s3_store(
     endpoint = dict(environment).get("AWS_ENDPOINT_URL", "")
     return S3Store(
         bucket,
-        client_options={
-            # obstore refuses plain HTTP unless it is asked for, which only the user's own endpoint does.
-            "allow_http": endpoint.startswith("http://"),
-            "connect_timeout": timedelta(seconds=_connect_seconds(limit)),
-            "read_timeout": timedelta(seconds=attempt),
-            "timeout": timedelta(seconds=max(_ANSWER_SECONDS, 2 * attempt)),
-        },
-        retry_config={
-            "max_retries": retries,
-            "retry_timeout": timedelta(seconds=0.7 * (attempt + limit / 2)),  # over before a third attempt would begin
-            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
-        },
+        # obstore refuses plain HTTP unless it is asked for, which only the user's own endpoint does.
+        client_options=_client_options(limit, attempt) | {"allow_http": endpoint.startswith("http://")},
+        retry_config=_retry_config(limit, attempt, retries),
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _gcs_store(
+    bucket: str, environment: tuple[tuple[str, str], ...], limit: float, attempt: float, retries: int
+) -> GCSStore:
+    """As `_s3_store`."""
+    return GCSStore(
+        bucket,
+        client_options=_client_options(limit, attempt),
+        retry_config=_retry_config(limit, attempt, retries),
+    )
+
+
+def _client_options(limit: float, attempt: float) -> Any:
+    return {
+        "connect_timeout": timedelta(seconds=_connect_seconds(limit)),
+        "read_timeout": timedelta(seconds=attempt),
+        "timeout": timedelta(seconds=max(_ANSWER_SECONDS, 2 * attempt)),
+    }
+
+
+def _retry_config(limit: float, attempt: float, retries: int) -> Any:
+    return {
+        "max_retries": retries,
+        "retry_timeout": timedelta(seconds=0.7 * (attempt + limit / 2)),  # over before a third attempt would begin
+        "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+    }

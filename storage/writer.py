@@ -173,7 +173,7 @@ def _take_shard(writer: StoreWriter, shard: Shard, source: Manifest) -> bool:
     published = _publish(writer, shard, data, linked_to=key)
     failpoint("shard.before_receipt")
     if published is None:
-        put_receipt(writer.store, writer.creation_sha256, shard, receipt)
+        put_receipt(writer.store, receipt)
     return True
 
 
@@ -229,7 +229,7 @@ def write_shard(
     failpoint("shard.before_publish")
     published = _publish(writer, shard, data)
     failpoint("shard.before_receipt")
-    return published or put_receipt(writer.store, writer.creation_sha256, shard, receipt)
+    return published or put_receipt(writer.store, receipt)
 
 
 def seal_store(writer: StoreWriter) -> Manifest:
@@ -350,7 +350,7 @@ def _is_listed(writer: StoreWriter, shard: Shard, sizes: dict[str, int]) -> bool
 
 
 def _keeps_its_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int]) -> bool:
-    receipt = intact_receipt(writer.store, shard.receipt_key)
+    receipt = intact_receipt(writer.store, shard.receipt_key, Receipt)
     key, exact = f"{ARRAYS}/{shard.key}", writer.creation.identity.object_bytes(shard)
     whole = (
         is_receipt_of(receipt, writer.creation_sha256, shard)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import akd_dist
 from akd_dist.base.errors import MachineError
-from akd_dist.jobs import cluster, ray_train, shared
+from akd_dist.jobs import cluster, prepare_rows, ray_train, shared
 from akd_dist.jobs.tasks import Task, run_tasks
 from akd_dist.recipe import load_recipe
 
@@ -118,24 +118,36 @@ def hidden(root: Path) -> dict[str, Any]:
 
 
 def travels(root: Path) -> dict[str, Any]:
-    """A recipe with a module of its own is trained where its folder is not; a node that lacks its data is left out."""
+    """A recipe with a module of its own is cached where its folder is not, and trained where its data are not either.
+
+    Rows are prepared by tasks, on the one node that sees the data. The other one is left out of that, and is the only
+    one that is there afterwards.
+    """
+    prepare_rows.SMALL = 0
     made = start(num_cpus=0)
+    (root / "cache").mkdir()
     script = 'for place; do [ "$place" = -- ] && break; mount -t tmpfs none "$place"; shift; done; shift; exec "$@"'
     nodes = []
     places: dict[str, Any] = {f"{kind}_root": str(root / kind) for kind in ("store", "run", "cache")}
     try:
-        for hidden in (["recipe"], ["recipe", "data"]):
+        for hidden in (["recipe"], ["recipe", "data", "cache"]):
             paths = [str(root / name) for name in hidden]
             nodes.append(subprocess.Popen(["unshare", "-m", "sh", "-c", script, "sh", *paths, "--", *one_more(made)]))
             until(lambda: len(cluster.nodes()) == 1 + len(nodes))
         with (root / "told").open("w") as told:
             console, recipe = Console(file=told, width=500), load_recipe(root / "recipe" / "recipe.yaml")
+            roots = {name: place for name, place in places.items() if name != "run_root"}
+            cached = akd_dist.cache_teacher(recipe, console=console, address=made.address, **roots)
+            nodes[0].terminate()
+            until(lambda: len(cluster.nodes()) == len(nodes))
+            console.print("---")
             result = akd_dist.train_students(recipe, console=console, address=made.address, **places)
     finally:
         for node in nodes:
             node.terminate()
             node.wait()
-    return {"states": [student["state"] for student in result["students"]], "told": (root / "told").read_text()}
+    states = [student["state"] for student in result["students"]]
+    return {"states": states, "told": (root / "told").read_text().split("---"), "cached": cached["shards_computed"]}
 
 
 def publishes(root: Path, uri: str) -> dict[str, Any]:

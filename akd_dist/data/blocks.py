@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -38,14 +38,16 @@ class Block:
         """Their numbers, int64 [n]."""
         return np.arange(self.start, self.start + len(self))
 
-    def single(self, offset: int) -> Block:
-        """The block of one of its rows."""
-        inputs = [column[offset : offset + 1] for column in self.inputs]
-        return Block(self.start + offset, inputs, self.labels[offset : offset + 1])
+    def part(self, first: int, last: int) -> Block:
+        """The block of its rows first..last - 1, counted from its own first row."""
+        return Block(self.start + first, [column[first:last] for column in self.inputs], self.labels[first:last])
 
 
-Reader = Callable[[int], Iterator[Block]]
-"""Reads all rows of a source in their order, in blocks of at most so many rows each."""
+class Reader(Protocol):
+    """Reads rows of a source."""
+
+    def __call__(self, most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        """Rows start..stop - 1 in their order, in blocks of at most so many rows each; by default all rows."""
 
 
 def default_threads() -> int:
@@ -68,7 +70,7 @@ def map_blocks(blocks: Iterable[Block], work: Callable[[Block], T], threads: int
             return work(block)
         except RefusedError:
             for offset in range(len(block)):
-                work(block.single(offset))
+                work(block.part(offset, offset + 1))
             raise
 
     ahead: deque[Future[T]] = deque()

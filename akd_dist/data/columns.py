@@ -161,6 +161,12 @@ class Images:
         """The same that stays grey if its first image is: the others have to be as well."""
         return self._turned(self.shape)
 
+    def afresh(self) -> Images:
+        """The same, whose count of frames begins anew."""
+        turned = self._turned(self.shape)
+        turned.may_turn = self.may_turn
+        return turned
+
     def _turned(self, shape: tuple[int, ...]) -> Images:
         turned = copy.copy(self)
         turned.shape, turned.may_turn, turned.with_frames = shape, False, 0
@@ -240,10 +246,13 @@ class Images:
 
 def notes_of(inputs: Inputs, source: str) -> list[str]:
     """What a converter has left out without refusing it, a line each; `source` is where the inputs come from."""
-    if not isinstance(inputs, Images) or not inputs.with_frames:
-        return []
-    several = "1 image has" if inputs.with_frames == 1 else f"{inputs.with_frames:,} images have"
-    return [f"{source}: {several} several frames or pages, of which the first one is taken"]
+    return frames_note(inputs.with_frames, source) if isinstance(inputs, Images) else []
+
+
+def frames_note(count: int, source: str) -> list[str]:
+    """A line on so many images of several frames; none on none."""
+    several = "1 image has" if count == 1 else f"{count:,} images have"
+    return [f"{source}: {several} several frames or pages, of which the first one is taken"] if count else []
 
 
 class _Texts:

@@ -1,5 +1,6 @@
 """What a user should know of prepared rows, a line each, and the refusal of classes that nobody could learn."""
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -92,18 +93,25 @@ def in_two_splits(inputs: Mapping[str, np.ndarray], tell: Callable[[int, int], N
         inputs: rows by split, arrays [rows, *shape]; the train rows first.
         tell: called with rows done, and rows in all.
     """
-    (train, learnt), *others = inputs.items()
-    rows, done = sum(map(len, inputs.values())), len(learnt)
+    rows, done = sum(map(len, inputs.values())), 0
 
     def after(before: int) -> Callable[[int], None]:
         return lambda count: tell(before + count, rows)
 
-    known = _hashes(learnt, after(0))
-    found = []
-    for split, array in others:
-        common = _how_many(_hashes(array, after(done)), known)
-        found += [f"{common:,} of {len(array):,} {split} rows"] if common else []
+    hashes = {}
+    for split, array in inputs.items():
+        hashes[split] = _hashes(array, after(done))
         done += len(array)
+    return of_hashes(hashes)
+
+
+def of_hashes(hashes: Mapping[str, np.ndarray]) -> list[str]:
+    """As `in_two_splits`, of the hashes of rows by split: int64 [rows], sorted, all by one function."""
+    (train, known), *others = hashes.items()
+    found = []
+    for split, mine in others:
+        common = _how_many(mine, known)
+        found += [f"{common:,} of {len(mine):,} {split} rows"] if common else []
     if not found:
         return []
     return [f"{' and '.join(found)} have the very inputs of a {train} row: they do not show how models do on new rows"]
@@ -127,6 +135,13 @@ def near_chance(name: str, agreement: float, counts: np.ndarray) -> str | None:
         f"{name} is near chance: it agrees with the labels of {agreement:.1%} of {rows:,} train rows, and naming the "
         f"most frequent class each time would with {most:.1%}; are its classes and inputs those of the data?"
     )
+
+
+def stable_hashes(inputs: np.ndarray) -> np.ndarray:
+    """A hash of each row's bytes that is the same in every process, int64 [rows], in the order of rows."""
+    rows = np.ascontiguousarray(inputs).reshape(len(inputs), -1).view(np.uint8)
+    found = b"".join(hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
+    return np.frombuffer(found, "<i8")
 
 
 def _how_many(values: np.ndarray, known: np.ndarray) -> int:

@@ -67,7 +67,7 @@ class SourceCheck:
     def _read(self) -> None:
         try:
             for path, expected in self._believed.items():
-                if (found := _sha256(path)) != expected:
+                if (found := sha256_of(path)) != expected:
                     raise RefusedError(
                         f"{path} has changed since its rows were prepared, though neither its size nor its times have",
                         got=f"sha256 {found[:16]}",
@@ -175,10 +175,15 @@ def _stamps(files: Sequence[Path]) -> tuple[Stamps, Stamps]:
 
 def _sha256_of(files: Sequence[Path]) -> dict[Path, str]:
     with ThreadPoolExecutor(default_threads()) as pool:
-        return dict(zip(files, pool.map(_sha256, files), strict=True))
+        return dict(zip(files, pool.map(sha256_of, files), strict=True))
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file.
+
+    Raises:
+        RefusedError: it cannot be read.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

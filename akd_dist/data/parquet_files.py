@@ -1,10 +1,11 @@
 """Which Parquet files a path names, and the columns that stand in their paths: what `pyarrow.dataset` finds there."""
 
 import difflib
+import fnmatch
 import glob
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pyarrow import fs
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.recipe.paths import START
+from akd_dist.storage.remote import RemoteFile, files_below, find_file, is_remote
 
 NEXT_PATH = f"correct the path; {START}"
 SKIPPED_PREFIXES = (".", "_")
@@ -32,11 +34,11 @@ _COMPANIONS = (".crc", ".md5", ".sha1", ".sha256", ".json", ".txt")
 class Found:
     """The Parquet files that a path names."""
 
-    files: list[Path]
+    files: list[Path | RemoteFile]
     """In the order of their rows: by name, folder by folder."""
     columns: Any = field(default_factory=lambda: pa.schema([]))
     """Those that stand in paths, as `y` in `y=cat/part-0.parquet`: an Arrow schema, of types that pyarrow infers."""
-    values: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    values: dict[Path | RemoteFile, dict[str, Any]] = field(default_factory=dict)
     """A file's values of these columns; null where it is not named."""
     whole: bool = True
     """Whether the path names a dataset, so that what stands in it must agree with columns in the files; else it is the
@@ -52,15 +54,11 @@ def find_parquet(path: str) -> Found:
         RefusedError: there is none; a file looks like a copy that is under way; links lead in a circle.
     """
     place = Path(path)
-    if "://" in path:
-        raise RefusedError(
-            f"rows are not read from {path}",
-            got="a URI",
-            expected="files in a folder of each node",
-            next="copy the files to a folder, or read them in a function of your own (kind: custom)",
-        )
+    check_scheme(path)
     try:
-        if place.is_dir():
+        if is_remote(path):
+            found = _remote(path)
+        elif place.is_dir():
             found = _in_folder(place)
         # A file whose very name holds a bracket or an asterisk is that file, and no glob.
         elif any(character in path for character in "*?[") and not place.exists():
@@ -75,12 +73,36 @@ def find_parquet(path: str) -> Found:
             next="correct the name or the permissions of what is named there",
         ) from error
     if not found.files:
-        raise nothing_at(place, "Parquet file", "a file, a folder with Parquet files, or a glob", found.left_out)
+        raise nothing_at(
+            path if is_remote(path) else place,
+            "Parquet file",
+            "a file, a folder with Parquet files, or a glob",
+            found.left_out,
+        )
     return found
 
 
-def nothing_at(place: Path, what: str, expected: str, left_out: Iterable[str] = ()) -> RefusedError:
+def check_scheme(path: str) -> None:
+    """Refuse a URI that rows are not read from.
+
+    Raises:
+        RefusedError: its scheme is another than s3 or gs, or it names no bucket.
+    """
+    if "://" in path and not is_remote(path):
+        raise RefusedError(
+            f"rows are not read from {path}",
+            got="a URI",
+            expected="files in a folder of each node, or s3://bucket/... or gs://bucket/...",
+            next="copy the files to a folder, or read them in a function of your own (kind: custom)",
+        )
+
+
+def nothing_at(place: Path | str, what: str, expected: str, left_out: Iterable[str] = ()) -> RefusedError:
     """The refusal for a path where nothing is, or not what should be."""
+    if isinstance(place, str):
+        others = ", ".join(itertools.islice(left_out, 5))
+        got = f"a folder with other objects: {others}" if others else "no such object, and none below"
+        return RefusedError(f"no {what} at {place}", got=got, expected=expected, next="correct the URI in the recipe")
     beside = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, beside, n=3)
     got = f"near it: {', '.join(near)}" if near else "nothing there"
@@ -129,23 +151,68 @@ def _of_glob(place: Path) -> Found:
     return _discovered([str(file) for file in files], str(base), whole=True)
 
 
+def _remote(uri: str) -> Found:
+    """The objects that a URI names: one, those below it, or those that match a pattern."""
+    uri = uri.rstrip("/")
+    scheme, _, rest = uri.partition("://")
+    parts = rest.split("/")
+    first = next((number for number, part in enumerate(parts) if number and glob.has_magic(part)), None)
+    # An object whose very name holds a bracket or an asterisk is that object, and no glob.
+    if (one := find_file(uri)) is not None:
+        return _discovered([one], "", whole=False)
+    base, pattern = "/".join(parts[:first]), [] if first is None else parts[first:]
+    spelt_out = any(part.startswith(SKIPPED_PREFIXES) for part in pattern)
+    below = {file.uri.removeprefix(f"{scheme}://{base}/"): file for file in files_below(f"{scheme}://{base}")}
+    files = [
+        file
+        for name, file in below.items()
+        if (not pattern or _matches(name.split("/"), pattern)) and (spelt_out or not is_skipped(name))
+    ]
+    return _discovered(files, f"/{base}", whole=True)
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a key match a glob: ** stands for any number of them."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
 def _discovered(selected: Any, base: str, *, whole: bool) -> Found:
     """What pyarrow.dataset makes of files, or of a selector; no file is opened for it but those of other names."""
     if not selected:
         return Found([])
     options = ds.FileSystemFactoryOptions(base, partitioning=ds.HivePartitioning.discover())
+    # Objects go by their keys: of files that are listed here, pyarrow looks at nothing but their paths.
+    remote: dict[str, RemoteFile] = {}
+    if isinstance(selected, list) and isinstance(selected[0], RemoteFile):
+        remote = {f"/{file.uri.partition('://')[2]}": file for file in selected}
+        selected = list(remote)
     factory = ds.FileSystemDatasetFactory(fs.LocalFileSystem(), selected, ds.ParquetFileFormat(), options)
     columns = factory.inspect(fragments=0)
-    values = {
-        Path(one.path): ds.get_partition_keys(one.partition_expression)
+    values: dict[Path | RemoteFile, dict[str, Any]] = {
+        remote.get(one.path) or Path(one.path): ds.get_partition_keys(one.partition_expression)
         for one in factory.finish(columns).get_fragments()
     }
-    files = sorted(file for file in values if not whole or _is_parquet(file))
-    left_out = sorted(str(file.relative_to(base)) for file in values.keys() - set(files))
+    files = sorted((file for file in values if not whole or _is_parquet(file)), key=_place)
+    left_out = sorted(_below(file, base) for file in values.keys() - set(files))
     return Found(files, columns, values, whole, tuple(left_out))
 
 
-def _is_parquet(file: Path) -> bool:
+def _place(file: Path | RemoteFile) -> tuple[str, ...]:
+    """By which files are sorted: folder by folder."""
+    return file.parts if isinstance(file, Path) else tuple(file.uri.split("/"))
+
+
+def _below(file: Path | RemoteFile, base: str) -> str:
+    return (
+        str(file.relative_to(base)) if isinstance(file, Path) else f"/{file.uri.partition('://')[2]}"[len(base) + 1 :]
+    )
+
+
+def _is_parquet(file: Path | RemoteFile) -> bool:
     """Whether a file is read as Parquet; what is damaged is, too, and is refused when it is opened.
 
     Raises:
@@ -154,7 +221,7 @@ def _is_parquet(file: Path) -> bool:
     name = file.name.lower()
     if name.endswith(_SUFFIXES):
         return True
-    with open(file, "rb") as opened:
+    with open(file, "rb") if isinstance(file, Path) else file.open() as opened:
         holds_parquet = opened.read(4) in _MAGIC
     called_parquet = any(suffix in name for suffix in _SUFFIXES)
     if name.endswith(_COPIES) and (holds_parquet or called_parquet):
@@ -167,7 +234,7 @@ def _is_parquet(file: Path) -> bool:
     if called_parquet and not holds_parquet and not name.endswith(_COMPANIONS):
         raise RefusedError(
             f"{file} is not Parquet, although its name says so",
-            got=f"{file.stat().st_size:,} bytes of another format",
+            got=f"{file.stat().st_size if isinstance(file, Path) else file.size:,} bytes of another format",
             expected="a Parquet file",
             next="unpack it or remove it, or name the files with a glob such as *.parquet",
         )

@@ -19,6 +19,8 @@ from akd_dist.data.blocks import Block, default_threads, map_blocks
 from akd_dist.data.columns import Images, Inputs, inputs_of
 from akd_dist.data.labels import Classes, Labels, labels_of
 from akd_dist.data.sources.base import Kind, Source
+from akd_dist.data.sources.kinds import kind_of
+from akd_dist.data.splitting import SPLITS
 from akd_dist.data.text import tokenizer_of
 
 # The most rows read and decoded at a time.
@@ -60,6 +62,12 @@ class OpenedSource:
         return labels_of(self.first.labels, 0, self.source.label_place, task, classes, self.source.class_names)
 
 
+def kinds_of(data: recipe.DataSpec) -> dict[str, Kind]:
+    """The kinds of source of a recipe's data by split, that of the train rows first; a share has none."""
+    specs = {name: getattr(data, name) for name in SPLITS}
+    return {name: kind_of(spec) for name, spec in specs.items() if not isinstance(spec, float)}
+
+
 def open_sources(data: recipe.DataSpec, kinds: dict[str, Kind]) -> dict[str, OpenedSource]:
     """Look at all sources and their first rows: what they have in common is checked before anything long begins.
 
@@ -92,18 +100,26 @@ def open_sources(data: recipe.DataSpec, kinds: dict[str, Kind]) -> dict[str, Ope
     return readings
 
 
-def read_labels(reading: OpenedSource, tell: Callable[[int, int], None]) -> np.ndarray:
+def read_labels(
+    reading: OpenedSource, classes: Classes, tell: Callable[[int, int], None]
+) -> tuple[Classes, np.ndarray]:
     """The class ids of a source, int64 [rows]; without its inputs, where the kind of source allows it.
 
     Args:
-        reading: the source of the train rows.
+        reading: the source.
+        classes: what is known of the dataset's classes; not complete for the source of the train rows.
         tell: called with rows done, and rows in all.
+
+    Returns:
+        As `write_source`.
 
     Raises:
         RefusedError: names the first row whose label is wrong.
     """
     source = reading.source
-    convert = reading.labels("classification", Classes(source.classes))
+    classes = classes if classes.complete else Classes(source.classes)
+    _check_number(source, "classification", classes)
+    convert = reading.labels("classification", classes)
     labels = np.zeros(source.rows, dtype=np.int64)
 
     def work(block: Block) -> int:
@@ -114,7 +130,7 @@ def read_labels(reading: OpenedSource, tell: Callable[[int, int], None]) -> np.n
     blocks = source.label_blocks(_LABEL_ROWS) if source.label_blocks else source.blocks(reading.block_rows)
     for done in itertools.accumulate(map_blocks(blocks, work, default_threads())):
         tell(done, source.rows)
-    return convert.finished(labels)
+    return _finished(source, "classification", classes, convert, labels)
 
 
 def in_colour(readings: dict[str, OpenedSource]) -> dict[str, OpenedSource]:
@@ -174,7 +190,7 @@ def write_source(
         wanted = np.logical_or.reduce(here)
         if not wanted.any():
             return len(block), []
-        inputs = reading.inputs([_chosen(column, wanted) for column in block.inputs], rows[wanted])
+        inputs = reading.inputs([chosen_rows(column, wanted) for column in block.inputs], rows[wanted])
         return len(block), [np.ascontiguousarray(inputs[mine[wanted]]) for mine in here]
 
     done = 0
@@ -194,16 +210,24 @@ def write_source(
             output.flush()
             # Durable before the index that vouches for it.
             os.fsync(output.fileno())
-    labels = convert.finished(labels)
+    classes, labels = _finished(source, task, classes, convert, labels)
     for rows, _, path in files:
         np.save(path, labels[rows])
+    return classes, labels
+
+
+def _finished(
+    source: Source, task: recipe.Task, classes: Classes, convert: Labels, labels: np.ndarray
+) -> tuple[Classes, np.ndarray]:
+    """What is known of the classes once all labels of a source were seen, and these as they are kept."""
+    labels = convert.finished(labels)
     if classes.complete:
         return classes, labels
     number = 1 if task == "regression" else _count_classes(source, labels, convert)
     return Classes(number, convert.names, complete=True), labels
 
 
-def _chosen(column: Any, wanted: np.ndarray) -> Any:
+def chosen_rows(column: Any, wanted: np.ndarray) -> Any:
     """The wanted rows of a column."""
     if wanted.all():
         return column

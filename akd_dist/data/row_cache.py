@@ -25,16 +25,15 @@ from akd_dist.data import findings, pictures, splitting
 from akd_dist.data.columns import NotGreyError, notes_of
 from akd_dist.data.labels import Classes
 from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
-from akd_dist.data.prepare import OpenedSource, in_colour, open_sources, read_labels, write_source
-from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Rows, Splits, block_fingerprint, fingerprint, meaning_of
-from akd_dist.data.sources.base import Kind
-from akd_dist.data.sources.kinds import kind_of
+from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels, write_source
+from akd_dist.data.row_entry import INDEX, arrays_of, files_of, open_entry, stats_of
+from akd_dist.data.rows import SPLITS, Splits, fingerprint, meaning_of
+from akd_dist.data.sources.base import Kind, local_files
 from akd_dist.data.splitting import LEFT_OUT, is_drawn, split_of_source
 from akd_dist.data.text import Tokens, text_key
-from akd_dist.storage.content import discard, inodes_of, map_array
-from akd_dist.storage.node_cache import Keep, hold, make_room, name_entry
+from akd_dist.storage.content import discard
+from akd_dist.storage.node_cache import Keep, make_room, name_entry
 
-_INDEX = "index.json"
 # The format of the folder. It is part of its key, so that rows in an older format are prepared afresh.
 _FORMAT = 2
 Progress = Callable[[str, int, int], None]
@@ -73,20 +72,19 @@ def prepare(
         MachineError: no room under `cache_root`, or it cannot be written; a hub cannot be reached.
     """
     tell = on_progress or (lambda what, done, total: None)
-    specs = {name: getattr(data, name) for name in SPLITS}
-    kinds = {name: kind_of(spec) for name, spec in specs.items() if not isinstance(spec, float)}
+    kinds = kinds_of(data)
     keys = {name: kind.key() for name, kind in kinds.items()}
-    files = [Path(path) for path in dict.fromkeys(file[0] for key in keys.values() for file in key.get("files", []))]
-    folder = cache_root / "rows" / sha256(canonical_json(_key(data, keys)))[:32]
+    files = local_files(keys)
+    folder = cache_root / "rows" / sha256(canonical_json(key_of(data, keys)))[:32]
     with file_lock(folder.with_suffix(".lock"), what=f"the prepared data {folder}"):
-        splits = None if again else _open(folder)
+        splits = None if again else open_entry(folder)
         if splits is not None:
             splits = _believed(splits, folder, files, kinds) if expected is None else _as_expected(splits, expected)
         if splits is None:
             # What was written is then read back as every other process will find it.
             keep = _write(folder, data, kinds, files, cache_root, budget, tell)
             try:
-                splits = _open(folder)
+                splits = open_entry(folder)
             finally:
                 keep.release()
     if splits is None:
@@ -96,7 +94,8 @@ def prepare(
     return splits
 
 
-def _key(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def key_of(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What prepared rows are known by, as JSON: `keys` of their sources, and how these become rows."""
     fractions = {name: getattr(data, name) for name in SPLITS if name not in keys}
     key = {
         "format": _FORMAT,
@@ -134,7 +133,7 @@ def _write(
     readings = open_sources(data, kinds)
     stratified = None
     if data.stratify and is_drawn(data):
-        stratified = read_labels(readings["train"], functools.partial(tell, "the labels of data.train"))
+        _, stratified = read_labels(readings["train"], Classes(), functools.partial(tell, "the labels of data.train"))
     splits = {name: split_of_source(name, data, one.source, stratified) for name, one in readings.items()}
 
     def write(readings: dict[str, OpenedSource], tell: Progress) -> Keep:
@@ -171,7 +170,7 @@ def _write_readings(
             parts = {
                 number: splits[name] == number for number in np.unique(splits[name]).tolist() if number != LEFT_OUT
             }
-            outputs = [(part, *_files(partial, SPLITS[number])) for number, part in parts.items()]
+            outputs = [(part, *files_of(partial, SPLITS[number])) for number, part in parts.items()]
             told = functools.partial(tell, f"the rows of data.{name}")
             classes, labels = write_source(reading, outputs, data.task, classes, told)
             if data.task == "classification":
@@ -183,7 +182,7 @@ def _write_readings(
             splitting.check_classes(data, counts, classes.names)
             lines += findings.of_classes(counts[0], classes.names)
         lines += findings.in_two_splits(
-            {name: _arrays(partial, name)[0] for name in SPLITS}, functools.partial(tell, "rows in two splits")
+            {name: arrays_of(partial, name)[0] for name in SPLITS}, functools.partial(tell, "rows in two splits")
         )
         origins["shown"] = show({name: reading.source for name, reading in readings.items()})
         # Once all of them have been read: of a file that was written meanwhile, nobody could say which rows it gave.
@@ -219,64 +218,25 @@ def _write_index(
     assert classes.number is not None
     index: dict[str, Any] = meaning_of(classes.number, task, classes.names, tokens)
     for name in SPLITS:
-        inputs, labels = _arrays(folder, name)
+        inputs, labels = arrays_of(folder, name)
         told = functools.partial(tell, f"the fingerprint of the {name} rows")
         digest, blocks = fingerprint(
             inputs, labels, classes.number, task=task, class_names=classes.names, tokens=tokens, on_progress=told
         )
-        index[name] = {"fingerprint": digest, "blocks": blocks, "files": _stats(folder, name)}
+        index[name] = {"fingerprint": digest, "blocks": blocks, "files": stats_of(folder, name)}
     index["findings"] = list(dict.fromkeys(lines))
-    replace(folder / _INDEX, with_checksum(index | {"origins": origins}))
-
-
-def _open(folder: Path) -> Splits | None:
-    """The prepared splits; None where there are none, or not whole ones."""
-    try:
-        index = without_checksum((folder / _INDEX).read_bytes())
-        splits = [_rows(folder, name, index) for name in SPLITS]
-        lines = tuple(map(str, index.get("findings", ())))  # rows that an earlier version prepared have none
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return Splits(*splits, findings=lines)
-
-
-def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:
-    """The rows of a split as they were written, as far as that is known without reading them."""
-    split = index[name]
-    if _stats(folder, name) != split["files"]:
-        raise ValueError(f"{folder}: the arrays of {name} are not the files that were fingerprinted")
-    rows = Rows(
-        *_arrays(folder, name),
-        classes=index["classes"],
-        fingerprint=split["fingerprint"],
-        blocks=tuple(split["blocks"]),
-        folder=folder,
-        task=index.get("task", "classification"),
-        class_names=tuple(index["class_names"]) if "class_names" in index else None,
-        tokens=Tokens.model_validate(index["tokens"]) if "tokens" in index else None,
-        files=_files(folder, name),
-        inodes=inodes_of(_files(folder, name)),
-    )
-    label = np.dtype(np.int64 if rows.task == "classification" else np.float32)
-    meaning = meaning_of(rows.classes, rows.task, rows.class_names, rows.tokens)
-    if (
-        (rows.labels.shape, rows.labels.dtype) != ((len(rows.inputs),), label)
-        or len(rows.blocks) != -(-len(rows) // BLOCK_ROWS)
-        or block_fingerprint(rows.inputs, rows.labels, meaning, rows.blocks) != rows.fingerprint
-    ):
-        raise ValueError(f"{folder}: the arrays of {name} are not those that were fingerprinted")
-    return rows
+    replace(folder / INDEX, with_checksum(index | {"origins": origins}))
 
 
 def _believed(splits: Splits, folder: Path, files: list[Path], kinds: dict[str, Kind]) -> Splits | None:
     """Prepared splits, unless their sources are seen to have changed: then None."""
-    index = without_checksum((folder / _INDEX).read_bytes())
+    index = without_checksum((folder / INDEX).read_bytes())
     origins, believed = compare(index["origins"], files, kinds)
     if origins is None:
         return None
     # A copy that was restored has other times and the same content: noted, so that it is not hashed by each command.
     if origins != index["origins"]:
-        replace(folder / _INDEX, with_checksum(index | {"origins": origins}))
+        replace(folder / INDEX, with_checksum(index | {"origins": origins}))
     forget = functools.partial(discard, splits.train.files, splits.train.inodes)
     return dataclasses.replace(splits, sources=SourceCheck(believed, forget))
 
@@ -285,26 +245,3 @@ def _as_expected(splits: Splits, expected: Mapping[str, str]) -> Splits | None:
     """Prepared splits, unless they are others than those that somebody has seen: then None."""
     same = all(getattr(splits, name).fingerprint == fingerprint for name, fingerprint in expected.items())
     return splits if same else None
-
-
-def _files(folder: Path, name: str) -> tuple[Path, Path]:
-    return folder / f"{name}-inputs.npy", folder / f"{name}-labels.npy"
-
-
-def _stats(folder: Path, name: str) -> list[list[int]]:
-    """Size and time of a split's files: one that was touched since it was fingerprinted is not trusted."""
-    return [[file.stat().st_size, file.stat().st_mtime_ns] for file in _files(folder, name)]
-
-
-def _arrays(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels of a split, memory-mapped."""
-    inputs, labels = _files(folder, name)
-    return _mapped(inputs), _mapped(labels)
-
-
-def _mapped(file: Path) -> np.ndarray:
-    """A read-only map that keeps its folder from being evicted; a plain array, as indexing np.memmap costs more."""
-    with hold(file.parent) as keep:
-        mapped = map_array(file)
-        keep.until_unmapped(mapped)
-    return np.asarray(mapped)

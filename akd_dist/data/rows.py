@@ -20,6 +20,7 @@ from akd_dist.data.blocks import default_threads
 from akd_dist.data.origins import SourceCheck
 from akd_dist.data.text import Tokens
 from akd_dist.storage.content import Content, Part, digest
+from akd_dist.storage.rows import SealedRows
 
 BLOCK_ROWS = 4096
 """Rows of one block of the fingerprint."""
@@ -53,6 +54,8 @@ class Rows:
     """The files that are mapped; none for rows that are not prepared."""
     inodes: tuple[int | None, ...] = ()
     """Theirs."""
+    sealed: SealedRows | None = None
+    """Where they lie for every node of a cluster; None for rows that each node prepares."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -183,15 +186,22 @@ def fingerprint(
             if on_progress is not None:
                 on_progress(min(number * BLOCK_ROWS, len(labels)), len(labels))
     meaning = meaning_of(classes, task, class_names, tokens)
-    return block_fingerprint(inputs, labels, meaning, blocks), tuple(blocks)
+    return block_fingerprint(inputs.dtype, inputs.shape, meaning, blocks), tuple(blocks)
 
 
-def block_fingerprint(inputs: np.ndarray, labels: np.ndarray, meaning: dict[str, Any], blocks: Sequence[str]) -> str:
-    """The fingerprint of rows whose blocks have these digests."""
+def block_fingerprint(
+    dtype: np.dtype[Any], shape: Sequence[int], meaning: dict[str, Any], blocks: Sequence[str]
+) -> str:
+    """The fingerprint of rows whose blocks have these digests.
+
+    Args:
+        dtype: of inputs.
+        shape: of all inputs, [rows, ...].
+    """
     header = {
-        "dtype": inputs.dtype.str,
-        "shape": list(inputs.shape[1:]),
-        "rows": len(labels),
+        "dtype": dtype.str,
+        "shape": list(shape[1:]),
+        "rows": shape[0],
         "block_rows": BLOCK_ROWS,
         **meaning,
     }

@@ -18,7 +18,7 @@ from akd_dist.base.errors import CorruptCacheError, HeldError, MachineError, Ref
 from akd_dist.base.fence import FencedWriter, take_over
 from akd_dist.base.files import failpoint
 from akd_dist.base.locks import file_lock
-from akd_dist.data.row_cache import prepare
+from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import Rows, Splits
 from akd_dist.distill.checkpoint import checkpoints, drop_doubtful, rests_on
 from akd_dist.distill.delivery import fail_from_outside, write_metrics, write_note
@@ -53,7 +53,7 @@ def train_cohort(job: CohortJob, ranks: Ranks | None = None) -> dict[str, Any]:
     device, workers = set_deterministic(job.device, job.students[0].threads), ranks or Ranks()
 
     def train() -> dict[str, Any]:
-        splits = prepare(job.data, Path(job.cache_root), expected=job.fingerprints)
+        splits = rows_for(job.data, Path(job.cache_root), job.fingerprints, job.rows)
         check_fingerprints(job, splits)
         return train_on(job, splits, device, workers)
 

@@ -8,6 +8,7 @@ from akd_dist import recipe
 from akd_dist.base.files import append
 from akd_dist.documents import damage
 from akd_dist.documents.status import CohortProgress
+from akd_dist.storage.rows import SealedRows
 from akd_dist.tracking.status import read_document
 
 # A worker lives on for up to half a minute after its driver or raylet was killed (measured). It gets this long to see
@@ -48,6 +49,8 @@ class CohortJob:
     """Time between checkpoints; 0 writes one at the end of every epoch and nowhere else."""
     device: str = "cpu"
     """Where the students compute: `cpu`, or `cuda` for this worker's GPU."""
+    rows: SealedRows | None = None
+    """Where the rows lie for every node; None where each prepares them."""
     patience: float = ZOMBIE_SECONDS
     """How long to wait for workers of earlier attempts, in seconds."""
 

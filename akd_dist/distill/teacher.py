@@ -21,7 +21,7 @@ from akd_dist import recipe
 from akd_dist.base.errors import CorruptCacheError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.row_cache import prepare
+from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import Rows
 from akd_dist.data.views import view_digests, view_of
 from akd_dist.models.build import changed_source
@@ -32,6 +32,7 @@ from akd_dist.storage.content import renewing
 from akd_dist.storage.layout import Shard
 from akd_dist.storage.manifest import Identity
 from akd_dist.storage.records import Loss, Probe, Receipt
+from akd_dist.storage.rows import SealedRows
 from akd_dist.storage.writer import StoreWriter, adopt_shard, as_stored, write_shard
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class CacheJob:
     """Which factories the teacher's folder may name, as the driver's recipe has it."""
     device: str = "cpu"
     """Where the teacher computes: `cpu`, or `cuda` for this process's GPU."""
+    rows: SealedRows | None = None
+    """Where the rows lie for every node; None where each prepares them."""
 
 
 def teacher_logits(
@@ -230,7 +233,7 @@ def _rows_of(job: CacheJob) -> Rows:
     """The job's rows, opened once in a process."""
     fingerprint = job.store.creation.identity.dataset
     if fingerprint not in _rows:
-        splits = prepare(job.data, Path(job.cache_root), expected={job.split: fingerprint})
+        splits = rows_for(job.data, Path(job.cache_root), {job.split: fingerprint}, job.rows)
         rows: Rows = getattr(splits, job.split)
         rows.check_same(job.store.creation.dataset)
         _rows[fingerprint] = rows

@@ -40,7 +40,7 @@ class Idx(Spec):
 
     kind: SourceKind[Literal["idx"]] = "idx"
     images: str
-    """The file of inputs, uint8 of two dimensions or more; relative to the recipe's folder."""
+    """The file of inputs, uint8 of two dimensions or more; relative to the recipe's folder, or s3:// or gs://."""
     labels: str
     """The file of labels, counted from 0."""
     classes: Classes | None = None
@@ -76,7 +76,7 @@ class Parquet(Table):
 
     kind: SourceKind[Literal["parquet"]] = "parquet"
     path: str
-    """A file, a folder or a glob; relative to the recipe's folder."""
+    """A file, a folder or a glob; relative to the recipe's folder, or s3:// or gs://."""
 
 
 class HuggingFaceData(Table):

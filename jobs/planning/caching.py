@@ -3,11 +3,9 @@
 Everything is looked up once: the stores that are found sealed stay open, and are what the command goes on with.
 """
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -16,13 +14,13 @@ from akd_dist import recipe as recipes
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import check_folder
 from akd_dist.data.findings import near_chance
-from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.data.views import by_content, check_augmentation
 from akd_dist.distill.teacher import served_fingerprint
 from akd_dist.distill.trial import try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
 from akd_dist.jobs.packing import ResourceRequest
+from akd_dist.jobs.prepare_rows import prepare_shown, rows_of_cluster
 from akd_dist.jobs.train_teacher import Stores, Trained, Workspace, assistant_of, is_there, teacher_of
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
@@ -35,7 +33,7 @@ from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import StoreWriter
-from akd_dist.tracking.progress import Meter, meter, tell_once
+from akd_dist.tracking.progress import tell_once
 
 WORK_OF_TEACHER = "training or caching the teacher"
 
@@ -119,22 +117,28 @@ class Inputs:
         return len(self.models) > len(self.recipe.teacher.chain)
 
 
-def open_inputs(recipe: Recipe, workspace: Workspace, *, students: bool, again: bool) -> Inputs:
+def open_inputs(
+    recipe: Recipe, workspace: Workspace, *, students: bool, again: bool, only_look: bool = False
+) -> Inputs:
     """Prepare the rows, look up models and stores, and refuse what does not go together before anything is computed.
 
     Args:
         students: whether they are to be trained.
         again: prepare the rows afresh, whatever was prepared before.
+        only_look: write nothing but to this node's cache.
 
     Raises:
         AkdError: rows, models or stores are refused.
     """
-    return with_models(open_rows(recipe, workspace, students=students, again=again), workspace)
+    return with_models(open_rows(recipe, workspace, students=students, again=again, only_look=only_look), workspace)
 
 
-def open_rows(recipe: Recipe, workspace: Workspace, *, students: bool, again: bool) -> Inputs:
+def open_rows(recipe: Recipe, workspace: Workspace, *, students: bool, again: bool, only_look: bool = False) -> Inputs:
     """The first half of `open_inputs`: the rows, and whether the students can be trained on them."""
-    splits = prepare_shown(recipe.data, workspace.cache_root, workspace.console, again=again)
+    if workspace.address is None:
+        splits = prepare_shown(recipe.data, workspace.cache_root, workspace.console, again=again)
+    else:
+        splits = rows_of_cluster(recipe.data, workspace, again=again, only_look=only_look)
     # Files that were believed by their times are hashed from here on, while everything else goes on.
     splits.sources.begin()
     return Inputs(recipe, splits, [], check_students(recipe, splits) if students else {})
@@ -352,24 +356,6 @@ def tell_of_chance(model: CachedModel, console: Console) -> None:
 def source_of(plan: SplitPlan, narrower: list[Manifest]) -> Manifest | None:
     """The widest of narrower stores that was computed as this one is to be."""
     return next((one for one in narrower if one.computed == plan.creation.computed), None)
-
-
-def prepare_shown(data: recipes.DataSpec, cache_root: str, console: Console, *, again: bool = False) -> Splits:
-    """`rows.prepare`, with a meter for each source and each fingerprint, and a line for each finding."""
-    with contextlib.ExitStack() as stack:
-        shown: dict[str, Meter] = {}
-
-        def update(what: str, done: int, total: int) -> None:
-            if what not in shown:
-                stack.close()
-                shown[what] = stack.enter_context(meter(console, f"preparing {what}", total))
-                shown[what].update(0)
-            shown[what].update(done)
-
-        splits = prepare(data, Path(cache_root), on_progress=update, again=again)
-    for line in splits.findings:
-        tell_once(console, line)
-    return splits
 
 
 def check_students(recipe: Recipe, splits: Splits) -> dict[str, int]:

@@ -79,9 +79,12 @@ def costs_of(
     Args:
         root: the folder of student folders; None for a run that begins afresh.
     """
-    probed = (recipe, todo, parameters, workspace.cache_root)
+    probed, sealed = (recipe, todo, parameters, workspace.cache_root), splits.train.sealed
     elsewhere = todo and gpus_of(recipe.device) and not torch.cuda.is_available()
-    measured = measure_there(*probed, workspace.tell, workspace.folder) if elsewhere else measure_all(*probed)
+    if elsewhere:
+        measured = measure_there(*probed, workspace.tell, workspace.folder, sealed)
+    else:
+        measured = measure_all(*probed, sealed)
     places = {spec.name: position(root / spec.name / "checkpoints") for spec in todo} if root else {}
     return CostModel.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
 
@@ -147,6 +150,7 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
         attempt=1 + last_attempt(run),
         checkpoint_seconds=recipe.checkpoint_seconds,
         device=recipe.device,
+        rows=splits.train.sealed,
     )
 
 

@@ -25,12 +25,13 @@ import torch
 
 from akd_dist.base.errors import AkdError, MachineError
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.row_cache import prepare
+from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import Splits
 from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.distill.ranks import reason_of
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import DataSpec, HardLabels, Recipe, StudentSpec, trust
+from akd_dist.storage.rows import SealedRows
 
 if TYPE_CHECKING:
     from akd_dist.jobs.working_dir import WorkingDir
@@ -48,12 +49,14 @@ def measure_there(
     cache_root: str,
     tell: Callable[[str], None],
     folder: WorkingDir | None = None,
+    sealed: SealedRows | None = None,
 ) -> dict[str, Measured | None]:
     """`measure_all` on a node of the cluster that has what the students take; where that fails, all are unknown.
 
     Args:
         tell: told if it fails. It does not wait for others to end.
         folder: the recipe's folder, as far as it travels.
+        sealed: as of `measure_all`.
     """
     from akd_dist.jobs.cluster import StopFlag, free_nodes
     from akd_dist.jobs.packing import ResourceRequest, fits
@@ -67,7 +70,7 @@ def measure_there(
         with Shared({}, cache_root, tell, folder=folder) as shared:
             found: dict[str, Measured | None] = run_one(
                 measure_all,
-                *(recipe, students, parameters, cache_root),
+                *(recipe, students, parameters, cache_root, sealed),
                 threads=threads,
                 gpus=gpus,
                 shared=shared,
@@ -82,7 +85,11 @@ def measure_there(
 
 
 def measure_all(
-    recipe: Recipe, students: Sequence[StudentSpec], parameters: dict[str, int], cache_root: str
+    recipe: Recipe,
+    students: Sequence[StudentSpec],
+    parameters: dict[str, int],
+    cache_root: str,
+    sealed: SealedRows | None = None,
 ) -> dict[str, Measured | None]:
     """What each student takes, from one probe of each distinct model, batch and optimizer on this machine.
 
@@ -92,6 +99,7 @@ def measure_all(
     Args:
         parameters: of each student, by name.
         cache_root: this node's own folder, where the rows are prepared.
+        sealed: where they lie for every node; None where each prepares them.
 
     Returns:
         By the name of the student; None where the probe failed.
@@ -101,7 +109,7 @@ def measure_all(
         distinct.setdefault(probe_key(spec), spec)
     found: dict[str, Measured | None] = {}
     started = time.monotonic()
-    with Prober(recipe, cache_root) as prober:
+    with Prober(recipe, cache_root, sealed) as prober:
         for key, spec in distinct.items():
             if time.monotonic() - started < ALL_SECONDS:
                 found[key] = prober.probe(spec)
@@ -135,12 +143,13 @@ def scaled(known: Measured, ratio: float) -> Measured:
 class Prober:
     """Probes students one after the other in a process of its own, and starts another when a model has killed it."""
 
-    def __init__(self, recipe: Recipe, cache_root: str) -> None:
+    def __init__(self, recipe: Recipe, cache_root: str, sealed: SealedRows | None = None) -> None:
         self.job = {
             "data": recipe.data.model_dump(mode="json"),
             "device": recipe.device,
             "trusted": recipe.trusted.model_dump(mode="json"),
             "cache_root": cache_root,
+            "sealed": None if sealed is None else asdict(sealed),
         }
         self.process: subprocess.Popen[str] | None = None
         self.words = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # what the process says besides its answers
@@ -213,10 +222,16 @@ def answer_probes() -> None:
 
 
 def _answer(
-    student: dict[str, Any], data: dict[str, Any], device: str, trusted: dict[str, Any], cache_root: str, scratch: str
+    student: dict[str, Any],
+    data: dict[str, Any],
+    device: str,
+    trusted: dict[str, Any],
+    cache_root: str,
+    scratch: str,
+    sealed: dict[str, str] | None = None,
 ) -> Measured:
     told = Trusted.model_validate(trusted)
-    rows, splits = _prepared(json.dumps(data), told, cache_root)
+    rows, splits = _prepared(json.dumps(data), told, cache_root, None if sealed is None else SealedRows(**sealed))
     try:
         return probe(rows, device, trust(StudentSpec.model_validate(student), told), splits, Path(scratch))
     finally:
@@ -224,9 +239,9 @@ def _answer(
 
 
 @functools.cache
-def _prepared(data: str, trusted: Trusted, cache_root: str) -> tuple[DataSpec, Splits]:
+def _prepared(data: str, trusted: Trusted, cache_root: str, sealed: SealedRows | None) -> tuple[DataSpec, Splits]:
     rows = trust(DataSpec.model_validate_json(data), trusted)
-    return rows, prepare(rows, Path(cache_root), expected={})  # what is trained on is looked at elsewhere
+    return rows, rows_for(rows, Path(cache_root), {}, sealed)  # what is trained on is looked at elsewhere
 
 
 if __name__ == "__main__":

@@ -287,8 +287,8 @@ HUGE = HEADER + struct.pack(">3I", 2**31, 2**10, 2**10)
 FILES: dict[str, Case] = {
     "parquet, missing": (lambda folder: Parquet(path=str(folder / "dat.parquet")), ["no Parquet file", "data.parquet"]),
     "parquet, a URI": (
-        lambda folder: Parquet(path="s3://bucket/rows.parquet"),
-        ["not read from s3://bucket", "custom"],
+        lambda folder: Parquet(path="https://host/rows.parquet"),
+        ["not read from https://host", "s3://", "custom"],
     ),
     "parquet, no match": (lambda folder: Parquet(path=str(folder / "*.csv")), ["no Parquet file", "a glob"]),
     "parquet, no glob": (

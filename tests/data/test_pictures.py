@@ -28,7 +28,7 @@ from akd_dist.data import prepare as preparing
 from akd_dist.data.columns import Place, inputs_of
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Rows, Splits
-from akd_dist.jobs.planning.caching import prepare_shown
+from akd_dist.jobs.prepare_rows import prepare_shown
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import read_model, save_model

@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from akd_dist import recipe
 from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.data import hub
+from akd_dist.data.columns import inputs_of
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import SPLITS, Splits
+from akd_dist.data.sources.kinds import kind_of
 from akd_dist.data.text import BEGIN, END, PADDING
 from akd_dist.recipe import ByteText, CustomData, DataSpec, HuggingFaceData, HuggingFaceText, Idx, Parquet
 from tests import sources
@@ -53,6 +56,24 @@ def test_the_same_rows_are_the_same_dataset_from_every_source(kind: str, tmp_pat
 
 
 FINGERPRINT = "b96eceab45547621873969578af4756707d0aefb6eaec46f7e9d01df221c2e99"
+
+
+@pytest.mark.parametrize(("start", "stop", "most"), [(0, 20, 7), (5, 13, 3), (4, 5, 9), (11, 99, 4), (7, 7, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_range_of_rows_is_read_alone(kind: str, start: int, stop: int, most: int, tmp_path: Path) -> None:
+    opened = kind_of(source(kind, tmp_path, IMAGES, LABELS)).open()
+    for reader in filter(None, (opened.blocks, opened.label_blocks)):
+        blocks = list(reader(most, start, stop))
+        assert all(0 < len(block) <= most for block in blocks)
+        assert [row for block in blocks for row in block.rows.tolist()] == list(range(20))[start:stop]
+        assert [label for block in blocks for label in block.labels.to_pylist()] == LABELS[start:stop]
+    for block in opened.blocks(most, start, stop):
+        converted = inputs_of(block.inputs, block.start, opened.input_place, None, None, recipe.Image())(
+            block.inputs, block.rows
+        )
+        np.testing.assert_array_equal(converted, IMAGES[block.rows])
+    cuts = {"parquet": [0, 4, 8, 12, 16], "idx.gz": [0]}.get(kind)
+    assert (None if opened.cuts is None else opened.cuts.tolist()) == cuts
 
 
 # ---- IDX

@@ -11,6 +11,7 @@ import pytest
 from akd_dist.storage import receipts
 from akd_dist.storage.objects import LocalRoot
 from akd_dist.storage.receipts import Packer, intact_receipts
+from akd_dist.storage.records import Receipt
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store
 from tests import stores
 
@@ -36,7 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def packed(tmp_path: Path) -> StoreWriter:
     """A store of 120 shards, all written, their receipts packed."""
     writer = create_store(str(tmp_path), MANY)
-    packer = Packer(writer.store, always=True)
+    packer = Packer(writer.store, Receipt, always=True)
     for shard in writer.layout.shards():
         stores.write(writer, shard)
         packer.add(intact_receipts_of(writer, shard.receipt_key))
@@ -45,7 +46,7 @@ def packed(tmp_path: Path) -> StoreWriter:
 
 
 def intact_receipts_of(writer: StoreWriter, key: str) -> Any:
-    found = receipts.intact_receipt(writer.store, key)
+    found = receipts.intact_receipt(writer.store, key, Receipt)
     assert found is not None
     return found
 
@@ -93,7 +94,7 @@ def test_a_shard_that_is_written_anew_is_vouched_for_by_its_own_receipt(packed: 
 
 def test_a_folder_needs_no_packs(tmp_path: Path) -> None:
     writer = create_store(str(tmp_path), MANY)
-    packer = Packer(writer.store)
+    packer = Packer(writer.store, Receipt)
     shard = writer.layout.shard(0, 0)
     stores.write(writer, shard)
     packer.add(intact_receipts_of(writer, shard.receipt_key))

@@ -3,14 +3,17 @@
 `key` is cheap and says when rows may have changed; `open` looks at the rows without reading them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.blocks import Block, Reader
 from akd_dist.data.columns import Place
+from akd_dist.storage.remote import RemoteFile, is_remote
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Source:
     """What the source calls its class ids."""
     classes: int | None = None
     """How many classes there are, if it is known beforehand."""
+    cuts: np.ndarray | None = None
+    """The rows at which reading may begin, int64, sorted, the first one 0: to read another one, those since the cut
+    before it are read as well, and dropped. None where it may begin anywhere."""
     sample: Callable[[], str] | None = None
     """A hash of a few rows, by which a change is noticed that no file shows; of sources of the user's own."""
 
@@ -75,15 +81,38 @@ class Kind(Protocol):
         """Look at the rows: how many there are, and whether they have the columns that the recipe names."""
 
 
-def slices(rows: int, read: Callable[[int, int], tuple[Sequence[Any], Any]], most: int) -> Iterator[Block]:
+def slices(
+    rows: int,
+    read: Callable[[int, int], tuple[Sequence[Any], Any]],
+    most: int,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[Block]:
     """Blocks of rows that can be read from anywhere: `read(start, stop)` gives columns of inputs, and labels."""
-    for start in range(0, rows, most):
-        yield Block(start, *read(start, min(start + most, rows)))
+    stop = rows if stop is None else min(stop, rows)
+    for first in range(start, stop, most):
+        yield Block(first, *read(first, min(first + most, stop)))
 
 
-def stats_of(files: Sequence[Path]) -> list[list[Any]]:
-    """Path, size and time of each file: cheap, and different when its content may be."""
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def stats_of(files: Sequence[Path | RemoteFile]) -> list[list[Any]]:
+    """Path, size and time of each file, of an object its entity tag: cheap, and different when its content may be."""
+    return [
+        [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+        if isinstance(file, Path)
+        else [file.uri, file.size, file.tag]
+        for file in files
+    ]
+
+
+def local_files(keys: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """The local files that the keys of sources name, each once."""
+    paths = dict.fromkeys(file[0] for key in keys.values() for file in key.get("files", []))
+    return [Path(path) for path in paths if not is_remote(path)]
+
+
+def remote_files(keys: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
+    """What the keys of sources say of their objects."""
+    return [list(file) for key in keys.values() for file in key.get("files", []) if is_remote(file[0])]
 
 
 def row_of(name: str) -> Callable[[int], str]:

@@ -69,10 +69,11 @@ class CustomSource:
         name = f"the table of {self.spec.factory}"
         check_schema(table.schema, self.spec, name)
 
-        def blocks(spec: recipe.Table, most: int) -> Iterator[Block]:
-            return slices(
-                len(table), lambda start, stop: columns_of_table(spec, table.slice(start, stop - start)), most
-            )
+        def blocks(spec: recipe.Table, most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+            def read(first: int, last: int) -> tuple[list[Any], Any]:
+                return columns_of_table(spec, table.slice(first, last - first))
+
+            return slices(len(table), read, most, start, stop)
 
         def sample() -> str:
             rows = [table.select(columns_of(self.spec)).slice(row, 1).to_pylist() for row in _few(len(table))]
@@ -92,10 +93,11 @@ class _Items:
         self.rows = self._ask(len, "when asked how many rows it has")
         self.types: list[type] | None = None  # of the first item
 
-    def blocks(self, most: int) -> Iterator[Block]:
-        """All items."""
-        for start in range(0, self.rows, most):
-            yield _block_of_items(start, [self._item(row) for row in range(start, min(start + most, self.rows))])
+    def blocks(self, most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        """Items start..stop - 1."""
+        stop = self.rows if stop is None else min(stop, self.rows)
+        for first in range(start, stop, most):
+            yield _block_of_items(first, [self._item(row) for row in range(first, min(first + most, stop))])
 
     def sample(self) -> str:
         """A hash of a few items."""

@@ -35,23 +35,30 @@ class HuggingFaceSource:
         check_schema(schema, self.spec, self.name)
         rows: int = len(dataset)
 
-        def blocks(spec: recipe.Table, most: int) -> Iterator[Block]:
+        def blocks(spec: recipe.Table, most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
             # As Arrow, since in any other format the library decodes images and casts numbers by rules of its own.
             chosen = dataset.select_columns(columns_of(spec)).with_format("arrow")
 
-            def read(start: int, stop: int) -> tuple[list[Any], Any]:
+            def read(first: int, last: int) -> tuple[list[Any], Any]:
                 try:
-                    table = chosen[start:stop]
+                    table = chosen[first:last]
                 except (pa.ArrowException, OSError) as error:
                     raise self._refused(error) from error
                 return columns_of_table(spec, table)
 
-            return slices(rows, read, most)
+            return slices(rows, read, most, start, stop)
 
         return source_of_table(self.spec, self.name, rows, blocks, row_of(self.name), schema)
 
     def _folder(self) -> Path:
         folder = Path(self.spec.path or "")
+        if "://" in str(self.spec.path):
+            raise RefusedError(
+                f"datasets of the library are not read from {self.spec.path}",
+                got="a URI",
+                expected="a folder of each node",
+                next="write it as Parquet, which is read from s3:// and gs:// (kind: parquet), or copy the folder",
+            )
         if not folder.is_dir():
             raise nothing_at(folder, "dataset", "a folder that save_to_disk wrote")
         return folder

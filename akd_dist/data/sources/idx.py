@@ -15,12 +15,15 @@ import pyarrow as pa
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.blocks import Block
-from akd_dist.data.parquet_files import nothing_at
+from akd_dist.data.parquet_files import check_scheme, nothing_at
 from akd_dist.data.sources.base import Source, row_of, stats_of
+from akd_dist.storage.remote import RemoteFile, find_file, is_remote
 
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 # More dimensions than any data set has, and fewer than NumPy takes.
 _IDX_DIMENSIONS = 8
+# Bytes of an object that are read at a time.
+_BUFFER_BYTES = 1 << 23
 # Deflate encodes 258 bytes in 2 bits at the best, so a file holds no more than 1032 times its own size.
 _MOST_GZIP_SAVES = 1032
 
@@ -54,13 +57,13 @@ class IdxSource:
             )
         shape = images.shape[1:] if len(images.shape) != 3 else (1, *images.shape[1:])
 
-        def blocks(most: int) -> Iterator[Block]:
-            for inputs, block in zip(images.blocks(most), labels_alone(most), strict=True):
+        def blocks(most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+            both = zip(images.blocks(most, start, stop), labels_alone(most, start, stop), strict=True)
+            for inputs, block in both:
                 yield Block(block.start, [inputs.reshape(len(block), *shape)], block.labels)
 
-        def labels_alone(most: int) -> Iterator[Block]:
-            start = 0
-            for ids in labels.blocks(most):
+        def labels_alone(most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+            for ids in labels.blocks(most, start, stop):
                 yield Block(start, [], pa.array(ids.astype(ids.dtype.newbyteorder("="))))
                 start += len(ids)
 
@@ -72,6 +75,7 @@ class IdxSource:
             row_of(name),
             label_blocks=labels_alone,
             classes=self.spec.classes,
+            cuts=np.zeros(1, dtype=np.int64) if images.compressed or labels.compressed else None,
         )
 
 
@@ -91,16 +95,17 @@ class _IdxFile:
         self._header = 4 + 4 * dimensions
         self._check_size()
 
-    def blocks(self, most: int) -> Iterator[np.ndarray]:
-        """Its values, so many at a time."""
+    def blocks(self, most: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Its values start..stop - 1 of the first dimension, so many at a time."""
         size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        stop = self.shape[0] if stop is None else min(stop, self.shape[0])
         with self._reading() as file:
-            self._exactly(file, self._header)
-            for start in range(0, self.shape[0], most):
-                rows = min(most, self.shape[0] - start)
+            self._skip(file, self._header + start * size)
+            for first in range(start, stop, most):
+                rows = min(most, stop - first)
                 values = np.frombuffer(self._exactly(file, rows * size), dtype=self.dtype)
                 yield values.reshape(rows, *self.shape[1:])
-            if self._exactly(file, 1, at_least=0):  # also lets gzip check its sum
+            if stop == self.shape[0] and self._exactly(file, 1, at_least=0):  # also lets gzip check its sum
                 raise self.refused(f"no more than {list(self.shape)} values, as its header says", "more bytes")
 
     def refused(self, expected: object, got: object) -> RefusedError:
@@ -112,17 +117,30 @@ class _IdxFile:
     def _check_size(self) -> None:
         """A header may claim anything: nothing is allocated by it that the file could not hold."""
         claimed = self._header + math.prod(self.shape) * self.dtype.itemsize
-        size = self.path.stat().st_size
-        if claimed > size * _MOST_GZIP_SAVES if self._compressed else claimed != size:
+        size = self.path.stat().st_size if isinstance(self.path, Path) else self.path.size
+        if claimed > size * _MOST_GZIP_SAVES if self.compressed else claimed != size:
             raise self.refused(f"{claimed:,} bytes, as its header says: {list(self.shape)}", f"{size:,} bytes")
 
     @functools.cached_property
-    def _compressed(self) -> bool:
-        with open(self.path, "rb") as file:
+    def compressed(self) -> bool:
+        """Whether it is gzip-compressed: then it is read from its beginning, whatever is wanted of it."""
+        with self._stored() as file:
             return file.read(2) == b"\x1f\x8b"
 
     def _reading(self) -> BinaryIO:
-        return cast(BinaryIO, gzip.open(self.path)) if self._compressed else open(self.path, "rb")
+        if not self.compressed:
+            return self._stored()
+        return cast(BinaryIO, gzip.open(self.path if isinstance(self.path, Path) else self._stored()))
+
+    def _stored(self) -> BinaryIO:
+        return open(self.path, "rb") if isinstance(self.path, Path) else cast(BinaryIO, self.path.open(_BUFFER_BYTES))
+
+    def _skip(self, file: BinaryIO, size: int) -> None:
+        """Go to so many bytes from the beginning; a gzip-compressed file is unpacked up to there."""
+        try:
+            file.seek(size)
+        except (EOFError, OSError, zlib.error) as error:  # cut, or damaged
+            raise self.refused("a file that reads to its end", error) from error
 
     def _exactly(self, file: BinaryIO, size: int, at_least: int | None = None) -> bytes:
         try:
@@ -134,13 +152,16 @@ class _IdxFile:
         return data
 
 
-def existing_file(path: str, what: str) -> Path:
-    """The path of a file that is there.
+def existing_file(path: str, what: str) -> Path | RemoteFile:
+    """The file at a path, or the object at a URI, that is there.
 
     Raises:
         RefusedError: it is not.
+        MachineError: the storage does not answer, or does not let this user in.
     """
-    place = Path(path)
-    if not place.is_file():
+    check_scheme(path)
+    place: Path | str = path if is_remote(path) else Path(path)
+    there = find_file(place) if isinstance(place, str) else place if place.is_file() else None
+    if there is None:
         raise nothing_at(place, what, f"a{'n' * (what[0] in 'AEIOU')} {what}")
-    return place
+    return there

@@ -15,9 +15,12 @@ from akd_dist.data.parquet_files import find_parquet
 from akd_dist.data.schemas import check_schema, plain
 from akd_dist.data.sources.base import Source, stats_of
 from akd_dist.data.sources.tables import columns_of, columns_of_table, source_of_table
+from akd_dist.storage.remote import RemoteFile
 
 # Bytes read ahead in a column. With `pre_buffer`, pyarrow would hold a whole row group in memory.
 _BUFFER_BYTES = 1 << 20
+# The same of an object: each request takes some 30 ms, whatever it brings.
+_REMOTE_BUFFER_BYTES = 1 << 23
 # Bytes of columns, uncompressed, that are read at a time.
 _BLOCK_BYTES = 1 << 21
 
@@ -36,7 +39,7 @@ class ParquetSource:
 
     def open(self) -> Source:
         """Look at the rows, without reading them."""
-        groups: list[tuple[Path, int, int]] = []  # file, row group, number of its first row
+        groups: list[tuple[Path | RemoteFile, int, int]] = []  # file, row group, number of its first row
         starts, schema = [0], None
         for file in self.files:
             with _opened(file) as parquet:
@@ -55,13 +58,20 @@ class ParquetSource:
             inside = f" ({self.files[file].name}, row {row - starts[file]})" if len(self.files) > 1 else ""
             return f"row {row} of {self.spec.path}{inside}"
 
-        def blocks(spec: recipe.Table, most: int) -> Iterator[Block]:
-            for file, number, start in groups:
-                yield from self._blocks(spec, file, number, start, most)
+        rows, cuts = starts[-1], np.array([start for *_, start in groups], dtype=np.int64)
 
-        return source_of_table(self.spec, self.spec.path, starts[-1], blocks, where, schema, self._notes())
+        def blocks(spec: recipe.Table, most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+            stop = rows if stop is None else min(stop, rows)
+            # From the row group that holds the first row to the one that holds the last one.
+            first = max(0, int(np.searchsorted(cuts, start, side="right")) - 1)
+            for file, number, at in groups[first : int(np.searchsorted(cuts, stop))]:
+                yield from _cut(self._blocks(spec, file, number, at, most), start, stop)
 
-    def _blocks(self, spec: recipe.Table, file: Path, group: int, start: int, most: int) -> Iterator[Block]:
+        return source_of_table(self.spec, self.spec.path, rows, blocks, where, schema, self._notes(), cuts)
+
+    def _blocks(
+        self, spec: recipe.Table, file: Path | RemoteFile, group: int, start: int, most: int
+    ) -> Iterator[Block]:
         columns = columns_of(spec)
         with _opened(file) as parquet:
             # As many rows as make _BLOCK_BYTES on average: where rows are long texts or large images, fewer are held.
@@ -74,7 +84,7 @@ class ParquetSource:
                 yield Block(start, *columns_of_table(spec, self._with_path(file, batch, columns)))
                 start += len(batch)
 
-    def _with_path(self, file: Path, batch: Any, columns: Sequence[str]) -> Any:
+    def _with_path(self, file: Path | RemoteFile, batch: Any, columns: Sequence[str]) -> Any:
         """The columns of a batch, and those that stand in the file's path.
 
         Raises:
@@ -93,7 +103,7 @@ class ParquetSource:
 
     def _check_above(self, schema: Any) -> None:
         """Refuse a column that stands in the path of the folder itself: there it would have one value for all rows."""
-        parts = Path(self.spec.path).parts
+        parts = self.spec.path.split("/")
         for name in columns_of(self.spec):
             at = next((number for number, part in enumerate(parts) if part.startswith(f"{name}=")), None)
             if name not in schema.names and at is not None:
@@ -101,7 +111,7 @@ class ParquetSource:
                     f"the column {name} stands in the path above what is read",
                     got=f"{parts[at]} in {self.spec.path}",
                     expected=f"a folder that holds folders {name}=...",
-                    next=f"set `path` to {Path(*parts[:at])}",
+                    next=f"set `path` to {'/'.join(parts[:at])}",
                 )
 
     def _notes(self) -> tuple[str, ...]:
@@ -112,6 +122,16 @@ class ParquetSource:
         return (f"left out of {self.spec.path}, as they hold no Parquet: {shown}",)
 
 
+def _cut(blocks: Iterator[Block], start: int, stop: int) -> Iterator[Block]:
+    """The blocks of a row group without the rows before `start`; it is not read beyond those before `stop`."""
+    for block in blocks:
+        first, last = max(start - block.start, 0), min(stop - block.start, len(block))
+        if first < last:
+            yield block if last - first == len(block) else block.part(first, last)
+        if block.start + len(block) >= stop:
+            return
+
+
 def _with_path_columns(schema: Any, columns: Any) -> Any:
     """The schema of a file with the columns that stand in its path, if it does not have them itself."""
     for column in columns:
@@ -120,7 +140,7 @@ def _with_path_columns(schema: Any, columns: Any) -> Any:
     return schema
 
 
-def _check_agrees(file: Path, name: str, value: Any, column: Any) -> None:
+def _check_agrees(file: Path | RemoteFile, name: str, value: Any, column: Any) -> None:
     """Refuse a column that says something else than the path of its file, as far as types go: 1 is 1 in any of them."""
     expected = pa.repeat(value, len(column))
     try:
@@ -154,11 +174,13 @@ def column_names(path: str) -> list[str]:
     return names
 
 
-def _opened(file: Path) -> pq.ParquetFile:
+def _opened(file: Path | RemoteFile) -> pq.ParquetFile:
+    local = isinstance(file, Path)
+    place, ahead = (file, _BUFFER_BYTES) if local else (file.open(), _REMOTE_BUFFER_BYTES)
     try:
         # With the checksums of pages, where the writer left any: without them a flipped bit in a number is another
         # number.
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
+        return pq.ParquetFile(place, pre_buffer=False, buffer_size=ahead, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise RefusedError(
             f"{file} cannot be read as Parquet",
@@ -168,7 +190,7 @@ def _opened(file: Path) -> pq.ParquetFile:
         ) from error
 
 
-def _next_batch(file: Path, batches: Iterator[Any]) -> Any:
+def _next_batch(file: Path | RemoteFile, batches: Iterator[Any]) -> Any:
     """The next batch of a file, None at its end; a damaged page is a refusal that names the file."""
     try:
         return next(batches, None)

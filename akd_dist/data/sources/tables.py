@@ -2,8 +2,9 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from akd_dist import recipe
@@ -28,11 +29,18 @@ def labels_alone(spec: recipe.Table) -> recipe.Table:
     return spec.model_copy(update={"input": []})
 
 
+class TableReader(Protocol):
+    """Reads rows of a table."""
+
+    def __call__(self, spec: recipe.Table, most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        """As `blocks.Reader`, the columns that a spec names."""
+
+
 def source_of_table(
-    spec: recipe.Table, name: str, rows: int, blocks: Callable[[recipe.Table, int], Iterator[Block]],
-    where: Callable[[int], str], schema: Any, notes: tuple[str, ...] = (),
+    spec: recipe.Table, name: str, rows: int, blocks: TableReader, where: Callable[[int], str], schema: Any,
+    notes: tuple[str, ...] = (), cuts: np.ndarray | None = None,
 ) -> Source:  # fmt: skip
-    """A source of a table: `blocks` reads all rows of the columns that a spec names, in blocks of at most so many."""
+    """A source of a table."""
     return Source(
         name,
         rows,
@@ -44,4 +52,5 @@ def source_of_table(
         label=label_columns(spec),
         class_names=class_label_names(schema, spec.label),
         classes=spec.classes,
+        cuts=cuts,
     )

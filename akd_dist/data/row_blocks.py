@@ -1,0 +1,195 @@
+"""Blocks of rows, written under a store root: what a task does that reads a source for a cluster."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
+from akd_dist.data import findings
+from akd_dist.data.blocks import Block, map_blocks
+from akd_dist.data.columns import Images, NotGreyError
+from akd_dist.data.labels import Classes
+from akd_dist.data.origins import sha256_of
+from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources
+from akd_dist.data.sources.base import local_files, remote_files
+from akd_dist.storage.rows import BlockReceipt, RowsCreation, RowsWriter, write_block
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a source, as the planning process saw it."""
+
+    size: int
+    modified: int
+    """In ns."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class RowsJob:
+    """What a task needs to write any blocks: small, picklable."""
+
+    writer: RowsWriter
+    data: recipe.DataSpec
+    classes: Classes
+    """All that is known of them."""
+    colour: bool
+    """Whether grey images get three channels, since others have colours."""
+    files: tuple[SourceFile, ...]
+    """The files of all sources, in their order."""
+    objects: list[list[Any]]
+    """Those in object storage: URI, size and entity tag of each."""
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """Blocks of a split that are read in one go."""
+
+    source: str
+    """The split whose source they are read from."""
+    split: str
+    numbers: tuple[int, ...]
+    start: int
+    """The rows of the source to read: from this one on."""
+    stop: int
+    rows: int
+    """How many rows the blocks have."""
+    chosen: bytes | None
+    """Which of the rows that are read belong to them, a bit each; None for all."""
+
+    def wanted(self) -> np.ndarray:
+        """The same as bool [stop - start]."""
+        if self.chosen is None:
+            return np.ones(self.stop - self.start, dtype=np.bool_)
+        bits = np.unpackbits(np.frombuffer(self.chosen, np.uint8), count=self.stop - self.start)
+        return bits.view(np.bool_)
+
+    def __str__(self) -> str:
+        first, last = self.numbers[0], self.numbers[-1]
+        return f"{f'block {first}' if first == last else f'blocks {first} to {last}'} of the {self.split} rows"
+
+
+def write_run(job: RowsJob, run: BlockRun, threads: int = 1) -> list[BlockReceipt] | None:
+    """Read rows of a source and publish their blocks, each with its receipt. Harmless to repeat, and to do twice.
+
+    Args:
+        threads: how many decode.
+
+    Returns:
+        The receipts; None where an image has colours, and all before it were grey.
+
+    Raises:
+        RefusedError: a row is wrong, which is named; or this node's files are not those that were planned with.
+        MachineError: the root cannot be written.
+    """
+    creation, began = job.writer.creation, time.perf_counter()
+    reading = _opened(job)[run.source]
+    convert, wanted = reading.labels(job.data.task, job.classes), run.wanted()
+    ordinals = (np.cumsum(wanted) - 1) // creation.block_rows  # which of the blocks a row belongs to
+    receipts: list[BlockReceipt] = []
+
+    def work(block: Block) -> list[tuple[int, np.ndarray, np.ndarray, int]]:
+        """Of each block that has rows here: which it is, inputs, labels, and pictures of several frames."""
+        at = block.rows - run.start
+        made = []
+        for ordinal in np.unique(ordinals[at[wanted[at]]]).tolist():
+            mine = wanted[at] & (ordinals[at] == ordinal)
+            rows = block.rows[mine]
+            inputs = reading.inputs.afresh() if isinstance(reading.inputs, Images) else reading.inputs
+            labels = convert(chosen_rows(block.labels, mine), rows)
+            values = inputs([chosen_rows(column, mine) for column in block.inputs], rows)
+            made.append((ordinal, values, labels, inputs.with_frames if isinstance(inputs, Images) else 0))
+        return made
+
+    filling = _Filling(creation, run)
+    blocks = reading.source.blocks(reading.block_rows, run.start, run.stop)
+    try:
+        for parts in map_blocks(blocks, work, threads):
+            for part in parts:
+                if (whole := filling.add(*part)) is None:
+                    continue
+                seconds, began = time.perf_counter() - began, time.perf_counter()
+                number, frames = run.numbers[part[0]], filling.frames
+                told = base64.b64encode(findings.stable_hashes(filling.inputs).tobytes()).decode()
+                receipts.append(
+                    write_block(job.writer, run.split, number, whole, frames=frames, hashes=told, seconds=seconds)
+                )
+    except NotGreyError:
+        return None
+    return receipts
+
+
+class _Filling:
+    """A block in the making: one at a time, so that a task's memory is bounded."""
+
+    def __init__(self, creation: RowsCreation, run: BlockRun) -> None:
+        self._creation, self._run = creation, run
+        self._ordinal = self._rows = self._filled = -1
+        self.frames = 0
+        self._data = bytearray()
+        self.inputs = self._labels = np.empty(0)
+
+    def add(self, ordinal: int, inputs: np.ndarray, labels: np.ndarray, frames: int) -> bytes | None:
+        """Take rows of the run's block of this place; the block once it is whole."""
+        if ordinal != self._ordinal:
+            self._ordinal, self._filled, self.frames = ordinal, 0, 0
+            self._rows = self._creation.rows_of(self._run.split, self._run.numbers[ordinal])
+            self._data = bytearray(self._creation.bytes_of(self._rows))
+            self.inputs, self._labels = self._creation.arrays(self._data, self._rows)
+        here = slice(self._filled, self._filled + len(labels))
+        self.inputs[here], self._labels[here] = inputs, labels
+        self._filled, self.frames = here.stop, self.frames + frames
+        return bytes(self._data) if self._filled == self._rows else None
+
+
+_readings: dict[str, dict[str, OpenedSource]] = {}
+
+
+def _opened(job: RowsJob) -> dict[str, OpenedSource]:
+    """The job's sources, opened once in a process, and checked to be those that were planned with."""
+    key = job.writer.creation.sha256
+    if key not in _readings:
+        kinds = kinds_of(job.data)
+        keys = {name: kind.key() for name, kind in kinds.items()}
+        if (found := remote_files(keys)) != job.objects:
+            raise _other_files(*next((one, other) for one, other in zip_longest(found, job.objects) if one != other))
+        _check_files(job, local_files(keys))
+        readings = open_sources(job.data, kinds)
+        readings = in_colour(readings) if job.colour else readings
+        inputs = readings["train"].inputs
+        if (inputs.dtype.str, list(inputs.shape)) != (job.writer.creation.dtype, job.writer.creation.shape):
+            raise _other_files(f"{inputs.dtype} {list(inputs.shape)}", str(job.writer.creation.shape))
+        _readings.clear()
+        _readings[key] = readings
+    return _readings[key]
+
+
+def _check_files(job: RowsJob, files: Sequence[Path]) -> None:
+    """Refuse files that are not those of the planning process: a node may have copies of its own."""
+    if len(files) != len(job.files):
+        raise _other_files(f"{len(files):,} files", f"{len(job.files):,}")
+    for path, planned in zip(files, job.files, strict=True):
+        found = path.stat()
+        if found.st_size != planned.size:
+            raise _other_files(f"{path} with {found.st_size:,} bytes", f"{planned.size:,} bytes")
+        # A copy that keeps the time is one of `rsync -a` or `cp -p`; of any other its content is looked at.
+        if found.st_mtime_ns != planned.modified and (digest := sha256_of(path)) != planned.sha256:
+            raise _other_files(f"{path} with sha256 {digest[:16]}", f"sha256 {planned.sha256[:16]}")
+
+
+def _other_files(got: object, expected: object) -> RefusedError:
+    return RefusedError(
+        "the files of the data on this node are not those of the driver",
+        got=got,
+        expected=expected,
+        next="make the same files visible on every node, or keep them in object storage",
+    )

@@ -1,0 +1,78 @@
+"""An entry of the node's cache that holds prepared rows: arrays of each split, and the index that vouches for them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from akd_dist.base.files import without_checksum
+from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Rows, Splits, block_fingerprint, meaning_of
+from akd_dist.data.text import Tokens
+from akd_dist.storage.content import inodes_of, map_array
+from akd_dist.storage.node_cache import hold
+
+INDEX = "index.json"
+"""Written last in the entry."""
+
+
+def open_entry(folder: Path) -> Splits | None:
+    """The prepared splits; None where there are none, or not whole ones."""
+    try:
+        index = without_checksum((folder / INDEX).read_bytes())
+        splits = [_rows(folder, name, index) for name in SPLITS]
+        lines = tuple(map(str, index.get("findings", ())))  # rows that an earlier version prepared have none
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Splits(*splits, findings=lines)
+
+
+def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:
+    """The rows of a split as they were written, as far as that is known without reading them."""
+    split = index[name]
+    if stats_of(folder, name) != split["files"]:
+        raise ValueError(f"{folder}: the arrays of {name} are not the files that were fingerprinted")
+    rows = Rows(
+        *arrays_of(folder, name),
+        classes=index["classes"],
+        fingerprint=split["fingerprint"],
+        blocks=tuple(split["blocks"]),
+        folder=folder,
+        task=index.get("task", "classification"),
+        class_names=tuple(index["class_names"]) if "class_names" in index else None,
+        tokens=Tokens.model_validate(index["tokens"]) if "tokens" in index else None,
+        files=files_of(folder, name),
+        inodes=inodes_of(files_of(folder, name)),
+    )
+    label = np.dtype(np.int64 if rows.task == "classification" else np.float32)
+    meaning = meaning_of(rows.classes, rows.task, rows.class_names, rows.tokens)
+    if (
+        (rows.labels.shape, rows.labels.dtype) != ((len(rows.inputs),), label)
+        or len(rows.blocks) != -(-len(rows) // BLOCK_ROWS)
+        or block_fingerprint(rows.inputs.dtype, rows.inputs.shape, meaning, rows.blocks) != rows.fingerprint
+    ):
+        raise ValueError(f"{folder}: the arrays of {name} are not those that were fingerprinted")
+    return rows
+
+
+def files_of(folder: Path, name: str) -> tuple[Path, Path]:
+    """The files of a split's inputs and labels."""
+    return folder / f"{name}-inputs.npy", folder / f"{name}-labels.npy"
+
+
+def stats_of(folder: Path, name: str) -> list[list[int]]:
+    """Size and time of a split's files: one that was touched since it was fingerprinted is not trusted."""
+    return [[file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(folder, name)]
+
+
+def arrays_of(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels of a split, memory-mapped."""
+    inputs, labels = files_of(folder, name)
+    return _mapped(inputs), _mapped(labels)
+
+
+def _mapped(file: Path) -> np.ndarray:
+    """A read-only map that keeps its folder from being evicted; a plain array, as indexing np.memmap costs more."""
+    with hold(file.parent) as keep:
+        mapped = map_array(file)
+        keep.until_unmapped(mapped)
+    return np.asarray(mapped)

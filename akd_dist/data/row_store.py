@@ -1,0 +1,327 @@
+"""Rows prepared once for a cluster: planned by one process, written block by block by many, sealed under a store root.
+
+`row_blocks.write_run` is what a Ray task runs; a plain loop does the same without Ray:
+
+    ensure_rows(data, store_root, lambda plan, take: [take(write_run(plan.job, run)) for run in plan.runs])
+
+A block is BLOCK_ROWS rows of a split, which is what one digest of a fingerprint is over: so the fingerprint of the rows
+is that of `row_cache.prepare`, whoever wrote which block.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from akd_dist import recipe
+from akd_dist.base.errors import MachineError
+from akd_dist.base.files import canonical_json, sha256
+from akd_dist.data import findings, splitting
+from akd_dist.data.columns import Images, NotGreyError, frames_note
+from akd_dist.data.labels import Classes
+from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
+from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels
+from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile
+from akd_dist.data.row_cache import Progress, key_of
+from akd_dist.data.rows import BLOCK_ROWS, SPLITS, block_fingerprint, meaning_of
+from akd_dist.data.sources.base import local_files, remote_files
+from akd_dist.data.splitting import is_drawn, split_of_source
+from akd_dist.storage.layout import ROWS
+from akd_dist.storage.roots import open_root
+from akd_dist.storage.rows import (
+    ROWS_FORMAT,
+    BlockReceipt,
+    RowsCreation,
+    RowsManifest,
+    RowsWriter,
+    SealedRows,
+    SealedSplit,
+    are_begun,
+    begin_rows,
+    find_rows,
+    receipt_key,
+    receipts_there,
+    remove_rows,
+    seal_rows,
+    unseal_rows,
+)
+
+# The most blocks that one task writes: of pictures, and of what a function of the user's own makes, decoding takes
+# long; of numbers and text reading does, and those of a row group are read together.
+_SLOW_BLOCKS, _QUICK_BLOCKS = 4, 16
+
+
+@dataclass(frozen=True)
+class RowsPlan:
+    """What is to be written, and what is known before it is."""
+
+    job: RowsJob
+    runs: list[BlockRun]
+    """The blocks that are not there yet."""
+    there: dict[str, BlockReceipt]
+    """The receipts of those that are."""
+    readings: dict[str, OpenedSource]
+    counts: np.ndarray
+    """Rows by split and class, int64 [splits and what is left out, classes]; no classes for regression."""
+    lines: list[str]
+    """Findings of classes."""
+    origins: Origins
+    stamps: Stamps
+
+    @property
+    def rows(self) -> int:
+        """How many rows are to be written."""
+        return sum(run.rows for run in self.runs)
+
+
+Take = Callable[[list[BlockReceipt] | None], None]
+"""Takes what `write_run` returns."""
+Compute = Callable[[RowsPlan, Take], None]
+"""Writes the blocks of all runs of a plan, and hands on what came of each."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that are sealed under a store root."""
+
+    sealed: SealedRows
+    manifest: RowsManifest
+    sources: SourceCheck
+    """Files that were believed, still to be read."""
+
+
+def ensure_rows(
+    data: recipe.DataSpec,
+    store_root: str,
+    compute: Compute,
+    *,
+    again: bool = False,
+    hold: Callable[[str], contextlib.AbstractContextManager[None]] = lambda name: contextlib.nullcontext(),
+    on_progress: Progress | None = None,
+) -> Prepared:
+    """The rows of a recipe as sealed blocks under `<store_root>/rows/<id>/`, written if they are not there.
+
+    What is there of them is not written again. The rows, their fingerprints and what is refused are those of
+    `row_cache.prepare`; of several bad rows any may be named. The planning process reads labels alone, where the kind
+    of source allows it, and holds about 40 bytes for each row of the source; a task holds one block.
+
+    Args:
+        data: sources, split and seed.
+        store_root: folder or URI.
+        compute: writes blocks.
+        again: write all blocks anew, whatever is there.
+        hold: called with the name under which they are held while they are written, as `claim_store` takes it.
+        on_progress: as of `row_cache.prepare`.
+
+    Raises:
+        RecipeError, RefusedError: as `row_cache.prepare`.
+        DamagedError: a block that was sealed is gone or cut; names it.
+        HeldError: somebody else is writing them.
+        MachineError: the root cannot be written, or has no room.
+    """
+    look = _Looked(data, store_root)
+    tell = on_progress or (lambda what, done, total: None)
+    if not again and (found := look.find()) is not None:
+        return found
+    with hold(f"{ROWS}/{look.ids[False]}"):
+        # Whoever held them before may have sealed them.
+        if not again and (found := look.find()) is not None:
+            return found
+        for colour in (False, True):
+            if again or look.changed:
+                unseal_rows(store_root, look.ids[colour])
+        open_root(store_root).check_writable()
+        if not are_begun(store_root, look.ids[True]):
+            with contextlib.suppress(NotGreyError):
+                return _write(look, compute, tell, colour=False)
+            remove_rows(store_root, look.ids[False])
+        # An image has colours and those before it were grey, so one channel was planned for all: begun again with
+        # three, and the next command begins with these.
+        return _write(look, compute, lambda what, done, total: tell(f"{what}, in colour", done, total), colour=True)
+
+
+def find_prepared(data: recipe.DataSpec, store_root: str) -> Prepared | None:
+    """The rows that `ensure_rows` would find there; None where it would write any. Nothing is changed."""
+    return _Looked(data, store_root).find()
+
+
+class _Looked:
+    """The sources of a recipe's data, looked at and not opened."""
+
+    def __init__(self, data: recipe.DataSpec, store_root: str) -> None:
+        self.data, self.root = data, store_root
+        self.kinds = kinds_of(data)
+        keys = {name: kind.key() for name, kind in self.kinds.items()}
+        self.files, self.objects = local_files(keys), remote_files(keys)
+        key = {"rows_format": ROWS_FORMAT, **key_of(data, keys)}
+        self.source = {False: key, True: key | {"colour": True}}
+        self.ids = {colour: sha256(canonical_json(source)) for colour, source in self.source.items()}
+        self.changed = False
+        """Whether rows were found that were made from other content of the same files."""
+
+    def find(self) -> Prepared | None:
+        """The rows that are sealed, if their sources are not seen to have changed since."""
+        for rows_id in (self.ids[True], self.ids[False]):
+            if (found := find_rows(self.root, rows_id)) is not None:
+                sealed, manifest = found
+                origins, believed = compare(manifest.origins, self.files, self.kinds)
+                if origins is None:
+                    self.changed = True
+                    return None
+                forget = functools.partial(unseal_rows, self.root, rows_id)
+                return Prepared(sealed, manifest, SourceCheck(believed, forget))
+        return None
+
+
+def _write(look: _Looked, compute: Compute, tell: Progress, *, colour: bool) -> Prepared:
+    plan = _plan(look, tell, colour)
+    receipts = dict(plan.there)
+
+    def take(written: list[BlockReceipt] | None) -> None:
+        if written is None:
+            raise NotGreyError
+        receipts.update({receipt.receipt_key: receipt for receipt in written})
+
+    if plan.runs:
+        _check_room(plan)
+        compute(plan, take)
+    sealed, manifest = _seal(plan, receipts)
+    return Prepared(sealed, manifest, SourceCheck({}, lambda: None))
+
+
+def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
+    data = look.data
+    origins, stamps = look_at(look.files)
+    readings = open_sources(data, look.kinds)
+    readings = in_colour(readings) if colour else readings
+    drawn_by_class = data.stratify and is_drawn(data)
+
+    def drawn(labels: np.ndarray | None) -> dict[str, np.ndarray]:
+        return {name: split_of_source(name, data, one.source, labels) for name, one in readings.items()}
+
+    splits = {} if drawn_by_class else drawn(None)
+    classes, labels, lines = Classes(1, complete=True), dict[str, np.ndarray](), list[str]()
+    counts = np.zeros((len(SPLITS) + 1, 0), dtype=np.int64)
+    if data.task == "classification":
+        classes = Classes()
+        for name, reading in readings.items():
+            classes, labels[name] = read_labels(reading, classes, functools.partial(tell, f"the labels of data.{name}"))
+    splits = splits or drawn(labels["train"])
+    if data.task == "classification":
+        counts = np.sum([splitting.count(splits[name], labels[name], classes.number or 0) for name in readings], axis=0)
+        splitting.check_classes(data, counts, classes.names)
+        lines = findings.of_classes(counts[0], classes.names)
+    labels.clear()
+    inputs = readings["train"].inputs
+    creation = RowsCreation(
+        source=look.source[colour],
+        content=sha256(canonical_json([origins["files"][str(path)]["sha256"] for path in look.files])),
+        dtype=cast(Any, inputs.dtype.str),
+        shape=list(inputs.shape),
+        labels="<i8" if data.task == "classification" else "<f4",
+        block_rows=BLOCK_ROWS,
+        rows={
+            split: sum(int(np.count_nonzero(of == number)) for of in splits.values())
+            for number, split in enumerate(SPLITS)
+        },
+        meaning=meaning_of(classes.number or 1, data.task, classes.names, inputs.tokens),
+    )
+    writer = RowsWriter(open_root(look.root).uri, look.ids[colour], creation)
+    begin_rows(writer)
+    there = receipts_there(writer)
+    files = [
+        SourceFile(stamp[0], stamp[1], origins["files"][str(path)]["sha256"])
+        for path, stamp in stamps.items()
+        if stamp is not None
+    ]
+    job = RowsJob(writer, data, classes, colour, tuple(files), look.objects)
+    runs = [run for name, one in readings.items() for run in _runs(name, one, splits[name], creation, there)]
+    return RowsPlan(job, runs, there, readings, counts, lines, origins, stamps)
+
+
+def _runs(
+    name: str, reading: OpenedSource, assigned: np.ndarray, creation: RowsCreation, there: dict[str, BlockReceipt]
+) -> Iterator[BlockRun]:
+    """The blocks that are missing of a source's rows, cut into runs.
+
+    Args:
+        name: of the source.
+        assigned: the split of each row, uint8 [rows].
+    """
+    source, size = reading.source, creation.block_rows
+    slow = isinstance(reading.inputs, Images) or source.label_blocks is None
+    most = _SLOW_BLOCKS if slow else _QUICK_BLOCKS if source.cuts is None else len(assigned)
+    for number, split in enumerate(SPLITS):
+        places = np.flatnonzero(assigned == number)  # the rows of the source that are those of the split, in order
+        missing = [at for at in range(-(-len(places) // size)) if receipt_key(split, at) not in there]
+        firsts = places[np.array(missing, dtype=np.int64) * size]
+        # Rows between two cuts are read together: whoever begins between them reads those before as well.
+        cuts = np.zeros(1) if source.cuts is None else source.cuts
+        for blocks in _together(missing, np.searchsorted(cuts, firsts, side="right").tolist(), most):
+            mine = np.concatenate([places[at * size : (at + 1) * size] for at in blocks])
+            start, stop = int(mine[0]), int(mine[-1]) + 1
+            wanted = np.zeros(stop - start, dtype=np.bool_)
+            wanted[mine - start] = True
+            chosen = None if wanted.all() else np.packbits(wanted).tobytes()
+            yield BlockRun(name, split, tuple(blocks), start, stop, len(mine), chosen)
+
+
+def _together(blocks: Sequence[int], groups: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Blocks of the same group, at most so many."""
+    run: list[int] = []
+    group = None
+    for block, its in zip(blocks, groups, strict=True):
+        if run and (its != group or len(run) == most):
+            yield run
+            run = []
+        run, group = [*run, block], its
+    if run:
+        yield run
+
+
+def _check_room(plan: RowsPlan) -> None:
+    """Refuse before anything is read what the disk cannot hold. Object stores do not say how much is free."""
+    writer = plan.job.writer
+    needed, free = writer.creation.bytes_of(plan.rows), open_root(writer.root_uri).free_bytes()
+    if free is not None and needed > free:
+        raise MachineError(
+            f"the prepared rows do not fit in {writer.root_uri}",
+            got=f"{free:,} bytes free",
+            expected=f"{needed:,} bytes",
+            next="free some space, or choose another --store-root",
+        )
+
+
+def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows, RowsManifest]:
+    creation, data = plan.job.writer.creation, plan.job.data
+    lines = [note for one in plan.readings.values() for note in one.source.notes]
+    for name in plan.readings:
+        of = [one.frames for one in receipts.values() if _source_of(data, one.split) == name]
+        lines += frames_note(sum(of), f"data.{name}")
+    lines += plan.lines
+    hashes, splits = dict[str, np.ndarray](), dict[str, SealedSplit]()
+    for split, rows in creation.rows.items():
+        mine = [receipts[receipt_key(split, number)] for number in range(creation.blocks(split))]
+        hashes[split] = np.frombuffer(b"".join(base64.b64decode(one.hashes) for one in mine), "<i8").copy()
+        hashes[split].sort()
+        blocks, shape = [one.sha256 for one in mine], (rows, *creation.shape)
+        found = block_fingerprint(np.dtype(creation.dtype), shape, creation.meaning, blocks)
+        of_classes = plan.counts[SPLITS.index(split)].tolist()
+        splits[split] = SealedSplit(rows=rows, fingerprint=found, blocks=blocks, classes=of_classes)
+    lines += findings.of_hashes({split: hashes[split] for split in SPLITS})
+    origins = plan.origins | {"shown": show({name: one.source for name, one in plan.readings.items()})}
+    check_unchanged(plan.origins, plan.stamps)
+    manifest = RowsManifest(creation=creation, splits=splits, findings=list(dict.fromkeys(lines)), origins=origins)
+    sealed_rows = seal_rows(plan.job.writer, manifest)
+    return sealed_rows, sealed_rows.manifest()
+
+
+def _source_of(data: recipe.DataSpec, split: str) -> str:
+    """The split whose source the rows of a split are read from."""
+    return "train" if isinstance(getattr(data, split), float) else split

@@ -1,0 +1,362 @@
+"""Prepared rows as blocks under a store root: written once for a cluster by many tasks, sealed, read by its nodes.
+
+The object of a block is the bytes of its inputs, then those of its labels, and its key is their sha256. So whoever
+writes a block writes the same object, and what is read is compared with its own name. Blocks are published
+create-only and then receipted, as the shards of logits are; the manifest comes last.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from akd_dist.base.errors import AkdError, DamagedError, MachineError, RefusedError
+from akd_dist.base.files import failpoint, sha256
+from akd_dist.storage.layout import BLOCKS, CREATION_KEY, MANIFEST_KEY, RECEIPTS, ROWS
+from akd_dist.storage.objects import ObjectMissing, ObjectRoot
+from akd_dist.storage.receipts import drop_packs, put_receipt, receipts_by_key
+from akd_dist.storage.records import Count, Document, Json, Sha256, Told
+from akd_dist.storage.roots import open_root
+
+ROWS_FORMAT = 1
+"""The format of prepared rows that this version writes, and the newest it reads (docs/reference/store-format.md)."""
+_NEXT = "run the command again with --prepare-again: the rows are prepared anew"
+
+
+class RowsCreation(Document):
+    """What prepared rows are, as far as it is known before any is read but for its label."""
+
+    newest: ClassVar[int] = ROWS_FORMAT
+
+    format: int = ROWS_FORMAT
+    source: Json
+    """What they are made from, and how: sources, split, task, tokenizer, how images become pixels."""
+    content: Sha256
+    """Of the content of the sources' local files: blocks that were written of another are not gone on with."""
+    dtype: Literal["|u1", "<f4", "<i4"]
+    """That of inputs."""
+    shape: list[Count]
+    """Of one input."""
+    labels: Literal["<i8", "<f4"]
+    """The dtype of labels."""
+    block_rows: Count
+    """Rows of a block; the last one of a split may have fewer."""
+    rows: dict[str, Count]
+    """How many, by split."""
+    meaning: Json
+    """What labels and ids mean."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of its canonical bytes: receipts name it."""
+        return sha256(self.to_bytes())
+
+    def blocks(self, split: str) -> int:
+        """How many blocks a split has."""
+        return -(-self.rows[split] // self.block_rows)
+
+    def rows_of(self, split: str, number: int) -> int:
+        """How many rows a block has."""
+        return min(self.block_rows, self.rows[split] - number * self.block_rows)
+
+    def bytes_of(self, rows: int) -> int:
+        """Bytes of the object of so many rows."""
+        return rows * (self.row_bytes + np.dtype(self.labels).itemsize)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one input."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def arrays(self, data: bytes | bytearray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs [rows, *shape] and labels [rows] within the bytes of a block, without a copy."""
+        inputs = np.frombuffer(data, self.dtype, rows * math.prod(self.shape)).reshape(rows, *self.shape)
+        return inputs, np.frombuffer(data, self.labels, rows, offset=rows * self.row_bytes)
+
+
+class SealedSplit(Document):
+    """The blocks of a split."""
+
+    rows: Count
+    fingerprint: Sha256
+    blocks: list[Sha256]
+    """The sha256 of each block, in the order of rows: the keys of their objects under `blocks/`."""
+    classes: list[Annotated[int, Field(ge=0)]]
+    """How many rows each class has; empty for regression."""
+
+
+class RowsManifest(Document):
+    """The seal of prepared rows: all that whoever reads them has to know."""
+
+    newest: ClassVar[int] = ROWS_FORMAT
+
+    format: int = ROWS_FORMAT
+    creation: RowsCreation
+    splits: dict[str, SealedSplit]
+    findings: list[str]
+    """What a user should know of the rows, a line each."""
+    origins: Json
+    """What the sources held when they were read."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of its canonical bytes."""
+        return sha256(self.to_bytes())
+
+
+class BlockReceipt(Told):
+    """What the writer of a block says of it."""
+
+    split: str
+    number: int = Field(ge=0)
+    frames: int = Field(ge=0)
+    """Pictures of which only the first of several frames was taken."""
+    hashes: str
+    """A hash of each row's input, by which rows are found that stand in two splits: int64 [rows], in base64."""
+
+    @property
+    def receipt_key(self) -> str:
+        """By split and number."""
+        return receipt_key(self.split, self.number)
+
+
+@dataclass(frozen=True)
+class SealedRows:
+    """Where prepared rows lie, and what their manifest was: small, and travels to workers."""
+
+    uri: str
+    sha256: str
+    """That of the manifest."""
+
+    def manifest(self) -> RowsManifest:
+        """Their manifest.
+
+        Raises:
+            DamagedError: it is gone, or not what was sealed.
+        """
+        manifest = _read_manifest(open_root(self.uri))
+        if manifest is None or manifest.sha256 != self.sha256:
+            raise DamagedError(
+                f"the prepared rows {self.uri} are not those that this command began with",
+                got="no manifest" if manifest is None else f"a manifest with sha256 {manifest.sha256[:16]}",
+                expected=f"sha256 {self.sha256[:16]}",
+                next="run the same command again",
+            )
+        return manifest
+
+
+@dataclass(frozen=True)
+class RowsWriter:
+    """Prepared rows that are being written: where, and what they are. Small, and travels to tasks."""
+
+    root_uri: str
+    id: str
+    """The hash of what they are made from."""
+    creation: RowsCreation
+
+    @property
+    def store(self) -> ObjectRoot:
+        """Their own folder."""
+        return rows_root(self.root_uri, self.id)
+
+
+def rows_root(root_uri: str, rows_id: str) -> ObjectRoot:
+    """The folder of prepared rows under a store root."""
+    return open_root(root_uri).child(ROWS).child(rows_id)
+
+
+def receipt_key(split: str, number: int) -> str:
+    """The key of a block's receipt."""
+    return f"{RECEIPTS}/{split}-{number}.json"
+
+
+def find_rows(root_uri: str, rows_id: str) -> tuple[SealedRows, RowsManifest] | None:
+    """The prepared rows of this id, if they are sealed; None if they are not, or were begun.
+
+    Raises:
+        DamagedError: the manifest is not what was written, or a block is missing or has another size.
+    """
+    store = rows_root(root_uri, rows_id)
+    if (manifest := _read_manifest(store)) is None:
+        return None
+    sizes = {key: stat.size for key, stat in store.list(BLOCKS).items()}
+    for split, sealed in manifest.splits.items():
+        for number, digest in enumerate(sealed.blocks):
+            expected = manifest.creation.bytes_of(manifest.creation.rows_of(split, number))
+            if sizes.get(f"{BLOCKS}/{digest}") != expected:
+                raise _damaged(store, f"{BLOCKS}/{digest}", sizes.get(f"{BLOCKS}/{digest}"), f"{expected:,} bytes")
+    return SealedRows(store.uri, manifest.sha256), manifest
+
+
+def are_begun(root_uri: str, rows_id: str) -> bool:
+    """Whether somebody has begun to write these rows, or sealed them."""
+    return rows_root(root_uri, rows_id).exists(CREATION_KEY)
+
+
+def begin_rows(writer: RowsWriter) -> None:
+    """Begin to write rows, or go on with those that are begun. What was written of other rows is not believed.
+
+    Raises:
+        MachineError: the root cannot be written.
+    """
+    store, ours = writer.store, writer.creation.to_bytes()
+    if not store.put_new(CREATION_KEY, ours) and store.document(CREATION_KEY) != ours:
+        store.delete_folder(RECEIPTS)
+        store.put(CREATION_KEY, ours)
+
+
+def remove_rows(root_uri: str, rows_id: str) -> None:
+    """Remove rows that are of no use. Whoever still writes blocks of them is refused."""
+    store = rows_root(root_uri, rows_id)
+    store.delete(MANIFEST_KEY)
+    store.delete(CREATION_KEY)
+    store.parent.delete_folder(rows_id)
+
+
+def unseal_rows(root_uri: str, rows_id: str) -> None:
+    """Have all blocks written anew. Those that lie there are compared, and put in place again where they differ."""
+    store = rows_root(root_uri, rows_id)
+    store.delete(MANIFEST_KEY)
+    store.delete_folder(RECEIPTS)
+
+
+def receipts_there(writer: RowsWriter) -> dict[str, BlockReceipt]:
+    """The receipts of blocks that are written, by their keys; as far as listings tell, the blocks are there.
+
+    The blocks themselves are not read: whoever reads one compares it with its name.
+    """
+    store, creation = writer.store, writer.creation.sha256
+    sizes = {key: stat.size for key, stat in store.list(BLOCKS).items()}
+    there, doubtful = dict[str, BlockReceipt](), list[str]()
+    for key, receipt in receipts_by_key(store, BlockReceipt).items():
+        whole = receipt.creation == creation and sizes.get(receipt.key) == receipt.size
+        there |= {key: receipt} if whole else {}
+        doubtful += [] if whole else [key]
+    if doubtful:
+        drop_packs(store)
+        for key in doubtful:
+            store.delete(key)
+    return there
+
+
+def write_block(
+    writer: RowsWriter, split: str, number: int, data: bytes, *, frames: int, hashes: str, seconds: float
+) -> BlockReceipt:
+    """Publish a block, then its receipt; harmless to repeat, and to do twice at once.
+
+    Args:
+        data: inputs, then labels.
+        frames: as of the receipt.
+        hashes: as of the receipt.
+        seconds: how long the block took.
+
+    Raises:
+        RefusedError: the rows are gone.
+        MachineError: the disk is full or cannot be written.
+    """
+    store, digest = writer.store, sha256(data)
+    if not store.exists(CREATION_KEY):  # removed by whoever took this writer for dead: leave no loose end
+        raise RefusedError(f"the prepared rows {store.uri} are gone", next="run the same command again")
+    failpoint("block.before_publish")
+    _publish(store, f"{BLOCKS}/{digest}", data, digest)
+    failpoint("block.before_receipt")
+    receipt = BlockReceipt(
+        key=f"{BLOCKS}/{digest}",
+        size=len(data),
+        sha256=digest,
+        rows=writer.creation.rows_of(split, number),
+        seconds=round(seconds, 6),
+        host=socket.gethostname(),
+        creation=writer.creation.sha256,
+        split=split,
+        number=number,
+        frames=frames,
+        hashes=hashes,
+    )
+    return put_receipt(store, receipt.signed())
+
+
+def seal_rows(writer: RowsWriter, manifest: RowsManifest) -> SealedRows:
+    """Write the manifest of complete rows, last; that of whoever sealed the same rows before stays.
+
+    Raises:
+        RefusedError: a block is missing.
+    """
+    store = writer.store
+    sizes = store.list(BLOCKS)
+    keys = {f"{BLOCKS}/{digest}" for split in manifest.splits.values() for digest in split.blocks}
+    if missing := sorted(keys - sizes.keys()):
+        raise RefusedError(
+            f"the prepared rows {store.uri} cannot be sealed",
+            got=f"no {missing[0]}",
+            expected=f"{len(keys):,} blocks",
+            next="run the same command again: it writes what is missing",
+        )
+    for key in [*sizes.keys() - keys, *store.partials()]:  # of sources that have changed since, and of killed writers
+        store.delete(key)
+    failpoint("seal.before_manifest")
+    if not store.put_new(MANIFEST_KEY, manifest.to_bytes()):
+        there = _read_manifest(store)
+        if there is not None and (there.creation, there.splits) == (manifest.creation, manifest.splits):
+            return SealedRows(store.uri, there.sha256)
+        store.put(MANIFEST_KEY, manifest.to_bytes())
+    return SealedRows(store.uri, manifest.sha256)
+
+
+def read_block(uri: str, manifest: RowsManifest, split: str, number: int) -> bytes:
+    """A block as it was sealed.
+
+    Raises:
+        DamagedError: it is gone, or other bytes; names its key.
+    """
+    store, digest = open_root(uri), manifest.splits[split].blocks[number]
+    size = manifest.creation.bytes_of(manifest.creation.rows_of(split, number))
+    key = f"{BLOCKS}/{digest}"
+    try:
+        data = store.get(key, size)
+    except ObjectMissing:
+        raise _damaged(store, key, None, f"{size:,} bytes") from None
+    if (found := sha256(data)) != digest:
+        raise _damaged(store, key, f"sha256 {found[:16]}", f"sha256 {digest[:16]}")
+    return data
+
+
+def _read_manifest(store: ObjectRoot) -> RowsManifest | None:
+    try:
+        return RowsManifest.from_bytes(store.document(MANIFEST_KEY), store.path_of(MANIFEST_KEY))
+    except ObjectMissing:
+        return None
+    except DamagedError as error:
+        error.next = _NEXT
+        raise
+
+
+def _publish(store: ObjectRoot, key: str, data: bytes, digest: str) -> None:
+    """Bring a block into place. What lies there under its name and is other bytes is damage, and goes."""
+    # Three times: what is there may be put there again by another writer.
+    for _ in range(3):
+        if store.put_new(key, data):
+            return
+        try:
+            if sha256(store.get(key, len(data))) == digest:
+                return
+        except (ObjectMissing, DamagedError):
+            pass
+        store.delete(key)
+    raise MachineError(
+        f"{store.path_of(key)} cannot be published",
+        got="other bytes in its place, three times",
+        expected="a place that keeps what is written",
+        next="check the disk, or see who else writes there",
+    )
+
+
+def _damaged(store: ObjectRoot, key: str, got: object, expected: str) -> AkdError:
+    found = "nothing there" if got is None else f"{got:,} bytes" if isinstance(got, int) else got
+    return DamagedError(f"{store.path_of(key)} is damaged", got=found, expected=expected, next=_NEXT)
