@@ -13,7 +13,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # obstore says "not found" with either of these.
 _MISSING = (NotFoundError, FileNotFoundError)
+# S3 takes 5 GB in one request.
+_MOST_IN_ONE_PUT = 4 * 2**30
 # Storage that has not answered for so long is given up. After half of it, the request is made once more.
 _TIMEOUT_SECONDS = 30.0
 # A request with a body has more time: what a line of this speed takes for it.
@@ -66,8 +68,9 @@ class S3Root(ObjectRoot):
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        # In one request: parts of an upload that breaks off would stay in the bucket, unseen and paid for.
-        self._ask("write", key, lambda store: obstore.put(store, path, data, use_multipart=False), body=len(data))
+        # In one request, but where that cannot be: parts of an upload that breaks off would stay, unseen and paid for.
+        parts = len(data) > _MOST_IN_ONE_PUT
+        self._ask("write", key, lambda store: obstore.put(store, path, data, use_multipart=parts), body=len(data))
 
     def get(self, key: str, most: int | None = None) -> bytes:
         return self.get_tagged(key, most)[0]
@@ -92,6 +95,17 @@ class S3Root(ObjectRoot):
         if len(data) != meta["size"]:
             raise storage_error("read", self.path_of(key), f"{len(data)} of {meta['size']} bytes came")
         return data, meta["e_tag"] or ""
+
+    def get_start(self, key: str, most: int) -> bytes:
+        path = self._path(key)
+
+        def read(store: S3Store) -> bytes:
+            return bytes(obstore.get(store, path, options={"range": (0, most)}).bytes())
+
+        try:
+            return self._ask("read", key, read, *_MISSING)
+        except _MISSING:
+            raise ObjectMissing(key) from None
 
     def put_if_unchanged(self, key: str, data: bytes, tag: str) -> str | None:
         """Overwrite the object that has this entity tag; the new tag, or None if it has another one by now."""
@@ -136,11 +150,14 @@ class S3Root(ObjectRoot):
         with contextlib.suppress(*_MISSING):
             self._ask("delete", key, lambda store: obstore.delete(store, path), *_MISSING)
 
-    def delete_folder(self, prefix: str) -> None:
-        keys = [self._path(key) for key in self.list(prefix)]
-        if keys:
+    def delete_keys(self, keys: Iterable[str]) -> None:
+        paths = [self._path(key) for key in keys]
+        if paths:
             with contextlib.suppress(*_MISSING):
-                self._ask("delete", prefix, lambda store: obstore.delete(store, keys), *_MISSING)
+                self._ask("delete", "", lambda store: obstore.delete(store, paths), *_MISSING)
+
+    def delete_folder(self, prefix: str) -> None:
+        self.delete_keys(self.list(prefix))
 
     def move(self, key: str, to: str) -> bool:
         source, target = self._path(key), self._path(to)
