@@ -32,6 +32,7 @@ from akd_dist.jobs.planning.planner import (
     nodes_to_come,
     plan_cohorts,
 )
+from akd_dist.jobs.remote_run import copy_of
 from akd_dist.jobs.results import finish_run, tell_failures, telling_damage
 from akd_dist.jobs.run_folder import (
     begin_run,
@@ -46,6 +47,7 @@ from akd_dist.jobs.train_teacher import Stores, Workspace
 from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe
 from akd_dist.storage.content import renewing
+from akd_dist.storage.run_copy import REPORTED
 from akd_dist.storage.uses import using
 from akd_dist.tracking.follower import forwarding
 from akd_dist.tracking.status import driving
@@ -191,22 +193,35 @@ def _going_on(fresh: bool) -> Iterator[None]:
 
 
 def train_in_process(
-    recipe: Recipe, stores: Stores, *, run: Path, cache_root: str, assistant: Stores | None = None
+    recipe: Recipe, stores: Stores, *, run: str | Path, cache_root: str, assistant: Stores | None = None
 ) -> dict[str, Any]:
     """The recipe's students by a plain loop in this process, without Ray; the weights are those of the Ray run.
 
     Args:
         stores: those of the teacher.
+        run: the run's folder, or its `s3://` URI.
         assistant: those of the last assistant, where there are students of objective `takd`.
     """
-    splits = prepare(recipe.own().data, Path(cache_root))
-    base = fleet_job(recipe, splits, stores, run, cache_root)
+    splits, remote = prepare(recipe.own().data, Path(cache_root)), None
+    if "://" in str(run):
+        remote = copy_of(str(run), cache_root)
+        remote.refresh()
+        run = remote.folder
+    base = fleet_job(recipe, splits, stores, Path(run), cache_root)
     Path(base.control).mkdir(parents=True, exist_ok=True)
+    if remote is not None:
+        base = replace(base, run_uri=remote.uri)
+        remote.run.begin_attempt(base.attempt)
     base.attempt_file.touch()
     jobs = [cohort_job(base, group, assistant or {}) for group in groups_of(list(recipe.students))]
     splits.sources.begin()
-    results = [result for job in jobs for result in train_cohort(job)["students"]]
+    results = []
+    for number, job in enumerate(jobs):
+        named = job if remote is None else replace(job, name=f"cohort-{base.attempt}-{number}")
+        results += train_cohort(named)["students"]
     splits.sources.finish()
+    if remote is not None:
+        remote.refresh(REPORTED)
     return {result["name"]: result | {"path": str(Path(base.root) / result["name"])} for result in results}
 
 

@@ -40,6 +40,7 @@ REPORTED = RESULTS | {"test.parquet"}
 """A student's files that a report is made of."""
 MODEL = frozenset({"model.json", "model.safetensors"})
 """A student's files that make it a model folder."""
+_TOLD = (f"{CONTROL}/driver.json", f"{CONTROL}/plan.json")
 _INDEX = ".fetched.json"
 _LOGS = ("logs/", f"{CONTROL}/renewed")
 # Where the header of a checkpoint ends, in all but the largest ones.
@@ -54,6 +55,23 @@ def scratch(cache_root: str | Path, uri: str, role: str) -> Path:
     """
     uri = uri.rstrip("/")
     return Path(cache_root) / "runs" / sha256(uri.encode())[:16] / role / uri.rpartition("/")[2]
+
+
+def put_documents(uri: str, folder: Path) -> None:
+    """Put the driver's documents that lie in a folder.
+
+    Raises:
+        MachineError: the storage cannot be written.
+    """
+    root = RunObjects.at(uri.rstrip("/")).root
+    for name in DOCUMENTS:
+        if (folder / name).is_file():
+            root.put(name, (folder / name).read_bytes())
+
+
+def is_copy(folder: Path) -> bool:
+    """Whether a run's folder is a copy of one in object storage: what lies beside it here does not lie beside that."""
+    return (folder / _INDEX).is_file()
 
 
 class RunCopy:
@@ -148,8 +166,7 @@ class RunCopy:
         return changed
 
     def _of_driver(self) -> dict[str, tuple[str, Stat]]:
-        others = self.control.others.items()
-        return {key: (key, stat) for key, stat in others if key.endswith(".json") and not key.endswith(BUNDLE)}
+        return {key: (key, stat) for key, stat in self.control.others.items() if key in _TOLD}
 
     # ---- files
 

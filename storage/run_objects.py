@@ -46,7 +46,10 @@ STUDENTS, CONTROL, CHECKPOINTS, MARKER, BUNDLE = "students", "control", "checkpo
 AT_ONCE = 16
 """How many small requests are on their way at the same time."""
 _LISTED_ALONE = 2
+# More takes several requests, which cannot be create-only.
+_MOST_CREATED = 4 * 2**30
 _WRITER = re.compile(r"(\d{6})-(\d{6})-[0-9a-f]{12}")
+_STUDENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MARK = re.compile(r"(attempt|stop|fresh)-([0-9]{1,6})")
 _CHECKPOINT = re.compile(r"[0-9]+(?:-[0-9]+)*\.ckpt")
 _JOB = re.compile(r"cohort-([0-9]{1,6})-([0-9]{1,9})")
@@ -131,7 +134,12 @@ def standings(listed: dict[str, Stat], since: int = 0) -> dict[str, Standing]:
     files: dict[str, dict[str, dict[str, Stat]]] = {}
     for key, stat in listed.items():
         _, student, *rest = key.split("/", 3)
-        if len(rest) == 2 and (named := _WRITER.fullmatch(rest[0])) and int(named[1]) >= since:
+        if (
+            len(rest) == 2
+            and _STUDENT.fullmatch(student)
+            and (named := _WRITER.fullmatch(rest[0]))
+            and int(named[1]) >= since
+        ):
             files.setdefault(student, {}).setdefault(rest[0], {})[rest[1]] = stat
     found = {}
     for student, of_writers in files.items():
@@ -252,9 +260,19 @@ class RunObjects:
             names[student] = f"{attempt:06d}-{count:06d}-{secrets.token_hex(6)}"
         failpoint("run.before_takeover")
         in_parallel(lambda student: self.put(student, names[student], MARKER, b"{}"), students)
+        self.check_latest(names, since)
+        return names
+
+    def check_latest(self, names: dict[str, str], since: int = 0) -> None:
+        """Leave if one of these students has a later writer.
+
+        Args: as `later`.
+
+        Raises:
+            HeldError: so it is.
+        """
         for student, last in self.later(names, since).items():
             raise _lost(student, int(last[:6]))
-        return names
 
     def later(self, names: dict[str, str], since: int = 0) -> dict[str, str]:
         """The later writer of each of these students that has one.
@@ -272,7 +290,10 @@ class RunObjects:
         key = f"{STUDENTS}/{student}/{writer}/{name}"
         failpoint("run.before_put")
         # Nobody else has this name, so what is there already is a put of our own whose answer was lost.
-        self.root.put_new(key, data)
+        if len(data) <= _MOST_CREATED:
+            self.root.put_new(key, data)
+        else:
+            self.root.put(key, data)
 
     # ---- what one object holds
 

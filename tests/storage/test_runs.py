@@ -13,10 +13,10 @@ import pytest
 
 from akd_dist.base.errors import AkdError, DamagedError, HeldError
 from akd_dist.storage import run_objects
-from akd_dist.storage.objects import ObjectRoot
+from akd_dist.storage.objects import ObjectRoot, Stat
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.run_copy import MODEL, REPORTED, RunCopy, scratch
-from akd_dist.storage.run_objects import RunObjects, packed, unpacked
+from akd_dist.storage.run_objects import RunObjects, packed, standings, unpacked
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -233,6 +233,17 @@ def test_a_copy_follows_the_run(run: RunObjects, tmp_path: Path) -> None:
     run.start_over(["identity.json"])
     copy.refresh()
     assert files_of(copy.folder).keys() & {"identity.json", "students/a/result.json", "control/plan.json"} == set()
+
+
+def test_no_object_is_written_outside_of_the_copy(tmp_path: Path) -> None:
+    """Whoever may write the bucket may name objects as he likes; a folder could not hold some of these."""
+    writer, stat = "000001-000001-0123456789ab", Stat(1, "t", 0.0)
+    keys = [f"students/../{writer}/result.json", f"students/./{writer}/result.json", f"students//{writer}/result.json"]
+    keys += [f"students/a/{writer}/../../../result.json", f"students/a/{writer}/checkpoints/../../x.ckpt"]
+    marked = {f"students/{student}/{writer}/writer.json": stat for student in ("..", ".", "", "a")}
+    found = standings(dict.fromkeys(keys, stat) | marked)
+    assert found.keys() == {"a"}
+    assert (found["a"].files, found["a"].checkpoints) == ({}, [])
 
 
 def test_nothing_is_fetched_twice(run: RunObjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
