@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from akd_dist import recipe as recipes
+from akd_dist.base import places
 from akd_dist.base.errors import AkdError
 from akd_dist.base.files import check_folder
 from akd_dist.base.formatting import counted
@@ -32,7 +33,7 @@ from akd_dist.jobs.planning.planner import (
     nodes_to_come,
     plan_cohorts,
 )
-from akd_dist.jobs.remote_run import copy_of
+from akd_dist.jobs.remote_run import RemoteRun, copy_of
 from akd_dist.jobs.results import finish_run, tell_failures, telling_damage
 from akd_dist.jobs.run_folder import (
     begin_run,
@@ -70,27 +71,50 @@ def train_students(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
 
 def run_recipe(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, Any]]:
     """`train_students`, and the plan that it executed, or would."""
+    recipe, began = recipe.own(), time.monotonic()
+    root = options.runs
+    place = f"{root}/{recipe.name}" if "://" in root else str(Path(root, recipe.name))
+    remote = RemoteRun(place, options.cache) if "://" in root else None
+    run = Path(place) if remote is None else remote.folder
+    with contextlib.nullcontext() if remote is None else places.named_in_errors({str(run): place}):
+        plan, document = _run_recipe(recipe, options, run, remote, began)
+    return plan, document if remote is None else places.renamed(document, {str(run): place})
+
+
+def _run_recipe(
+    recipe: Recipe, options: RunOptions, run: Path, remote: RemoteRun | None, began: float
+) -> tuple[RunPlan, dict[str, Any]]:
+    """`run_recipe` in a folder, which is the copy of a run in object storage where there is one."""
     from akd_dist.jobs import cluster
 
-    recipe, began = recipe.own(), time.monotonic()
-    run = options.runs / recipe.name
-    workspace = Workspace.of(options, recipe, run)
+    workspace = Workspace.of(options, recipe, run if remote is None else None)
+    if remote is not None:
+        remote.check()
     inputs = open_rows(recipe, workspace, students=True, again=options.prepare_again)
     # Refused before the run's folder is made, unless whoever is waited for may be caching just what is missing now.
     inputs = inputs if options.wait else with_models(inputs, workspace)
     check_folder(run)
-    with held(run, wait=options.wait, console=workspace.console, only_look=options.dry_run):
+    with contextlib.ExitStack() as holding:
+        how: dict[str, Any] = {"wait": options.wait, "console": workspace.console, "only_look": options.dry_run}
+        holding.enter_context(held(run, **how))
+        if remote is not None:
+            holding.enter_context(remote.held(**how))
+            if not options.dry_run:
+                holding.enter_context(remote.followed())
         inputs = with_models(inputs, workspace) if options.wait else inputs
         if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
             check_same_run(run, recipe, run_identity(recipe, inputs.splits, fingerprints(inputs.models)))
-        with contextlib.nullcontext() if options.dry_run else driving(run), cluster.closing():
+        drives = contextlib.nullcontext() if options.dry_run else driving(run, moves=remote is None)
+        with drives, cluster.closing():
             plan = plan_run(inputs, run, workspace, fresh=options.fresh)
             if options.dry_run:
                 return plan, plan.document.plain()
-            return plan, _execute(plan, options, workspace, began)
+            return plan, _execute(plan, options, workspace, began, remote)
 
 
-def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: float) -> dict[str, Any]:
+def _execute(
+    plan: RunPlan, options: RunOptions, workspace: Workspace, began: float, remote: RemoteRun | None
+) -> dict[str, Any]:
     """Cache what is missing, train who has not ended, collect the results; the content of fleet.json."""
     recipe, splits, run = plan.inputs.recipe, plan.inputs.splits, plan.run
     models = cache_planned(plan.inputs, workspace)
@@ -99,9 +123,12 @@ def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: fl
     identity = run_identity(recipe, splits, fingerprints(models))
     if options.fresh:
         forget(run)
+        if remote is not None:
+            remote.start_over()
     elif not plan.inputs.complete and (run / "identity.json").exists():  # begun once, and a model was trained just now
         check_same_run(run, recipe, identity)
     base = fleet_job(recipe, splits, models[0].stores, run, workspace.cache_root)
+    base = replace(base, run_uri=None if remote is None else remote.uri)
     followed = [tracked(recipe, spec, base, plan.inputs.parameters[spec.name]) for spec in recipe.students]
     forward = functools.partial(forwarding, run, followed, options.trackers, workspace.tell)
     if not plan.todo and (saved := saved_results(run, identity)) is not None:
@@ -110,17 +137,24 @@ def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: fl
             return with_stores_found(saved, models)
     stores = [model.opened for model in models]
     used = [store.uri for opened in stores for store in opened.values()]
-    with using(used, run=str(run.absolute()), lock=(run / "lock").absolute()):
+    with using(used, run=base.run_uri or str(run.absolute()), lock=(run / "lock").absolute()):
         # Within the record of use: from that on, nobody removes the stores that this run is about to name.
-        begin_run(run, recipe, identity)
+        begin_run(run, recipe, identity, moves=remote is None)
+        if remote is not None:
+            remote.withdraw("fleet.json")
+            remote.publish()
         splits = _decode(base, plan, models, workspace)
         with forward(), _going_on(options.fresh):
-            cohorts = _train(base, plan, models[-1].stores, workspace) if plan.todo else 0
+            cohorts = _train(base, plan, models[-1].stores, workspace, remote) if plan.todo else 0
         plan.inputs.splits.sources.finish()
         # The driver itself measures on the test rows.
         splits = _with_sound_rows(base, splits, lambda found: found.test.content().verify(), workspace)
+        if remote is not None:
+            remote.bring()
         took = time.monotonic() - began
         fleet = finish_run(run, recipe, splits, base, stores, plan.inputs.parameters, cohorts, took, workspace.tell)
+        if remote is not None:
+            remote.publish()
     tell_failures(fleet, base, workspace.console)
     return fleet.plain()
 
@@ -150,7 +184,9 @@ def _with_sound_rows(base: CohortJob, splits: Splits, look: Callable[[Splits], o
     return renewing(act, workspace.tell)
 
 
-def _train(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace) -> int:
+def _train(
+    base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace, remote: RemoteRun | None = None
+) -> int:
     """Train those that have not ended; the number of Ray Train runs it took."""
     from akd_dist.jobs import cluster
     from akd_dist.jobs.fleet import Fleet, shared_by
@@ -171,9 +207,8 @@ def _train(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspa
             cohorts, _ = plan_cohorts(recipe, plan.todo, nodes, costs)
         with telling_damage(base, plan.todo, workspace.console):
             look = plan.inputs.splits.sources.look
-            fleet = Fleet(
-                base, costs, stop, workspace.console, assistant, look=look, demand=demand, folder=workspace.folder
-            )
+            asked: dict[str, Any] = {"look": look, "demand": demand, "folder": workspace.folder, "remote": remote}
+            fleet = Fleet(base, costs, stop, workspace.console, assistant, **asked)
             count = fleet.train(cohorts)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
