@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from akd_dist.jobs.planning.plan import RunPlan
     from akd_dist.recipe import Recipe
     from akd_dist.serve.examples import DataRequest
+    from akd_dist.serve.remote import Brought
     from akd_dist.storage.reader import LogitStore
 
 Arguments = ParamSpec("Arguments")
@@ -129,8 +130,12 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         shlex.join(words),
     )
-    comparison.write_comparison(Path(fleet["run"]), document)
-    report(fleet["run"])  # now with the table
+    comparison.write_comparison(plan.run, document)
+    report(plan.run)  # now with the table
+    if "://" in fleet["run"]:
+        from akd_dist.storage.run_copy import put_documents
+
+        put_documents(fleet["run"], plan.run)
     return document.plain()
 
 
@@ -169,31 +174,36 @@ def load_model(folder: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
     """
     from akd_dist.base.trusted import Trusted
     from akd_dist.models.folder import load_model
+    from akd_dist.serve.remote import brought
 
-    return load_model(places.absolute(folder), Trusted(modules=Options(trust=trust).modules))
+    options = Options(trust=trust)
+    with brought(options.cache) as here:
+        return load_model(here.model(places.absolute(folder)), Trusted(modules=options.modules))
 
 
 def report(*runs: str | Path, out: str | Path | None = None) -> Path:
     """Write runs' report.html afresh from what lies in their folders; for several runs, one more that compares them.
 
     Args:
-        runs: folders of runs.
+        runs: folders of runs, or their `s3://` URIs.
         out: where the page that is returned goes: by default `report.html` in the run's folder, or beside the first of
             several.
 
     Returns:
-        The path of the run's page; of several runs, of the one that compares them.
+        The path of the run's page; of several runs, of the one that compares them. Of a run in object storage, that of
+        a copy in this machine's cache: the page itself is put where the run is.
 
     Raises:
         RecipeError: no run is named, or one twice.
         RefusedError: there is no run, it is not finished, or several cannot be compared.
         DamagedError: results are not what training wrote.
     """
-    from akd_dist.base.files import expanded
-    from akd_dist.reporting.page import write_reports
+    from akd_dist.reporting.remote import at_hand, write_reports_of
 
-    document = write_reports([expanded(run) for run in runs], None if out is None else places.output(out))
-    return Path(document.comparison.report if document.comparison else document.runs[0].report)
+    with at_hand(runs) as found:
+        document = write_reports_of(found, None if out is None else places.output(out))
+        page: str = document.comparison.report if document.comparison else document.runs[0].report
+        return Path(page)
 
 
 @_taking(EvaluateOptions)
@@ -209,17 +219,19 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         AkdError: a refusal: options, model or data.
     """
     from akd_dist.serve.evaluation import evaluate
+    from akd_dist.serve.remote import brought
 
-    with _meters(options.console) as on_progress:
-        return evaluate(
-            places.absolute(options.student),
-            _request(options, options.data, options.label),
+    with _meters(options.console) as on_progress, brought(options.cache) as here:
+        document = evaluate(
+            here.model(places.absolute(options.student)),
+            _request(options, options.data, options.label, here),
             Path(options.cache),
-            others=[places.absolute(other) for other in options.others],
+            others=[here.model(places.absolute(other)) for other in options.others],
             device=options.device,
             on_progress=on_progress,
             on_note=_notes(options.console),
-        ).plain()
+        )
+        return here.named(document.plain())
 
 
 @_taking(PredictOptions)
@@ -235,11 +247,12 @@ def predict(options: PredictOptions) -> dict[str, Any]:
         AkdError: a refusal: options, model or data.
     """
     from akd_dist.serve.evaluation import predict
+    from akd_dist.serve.remote import brought
 
-    with _meters(options.console) as on_progress:
-        return predict(
-            places.absolute(options.student),
-            _request(options, options.data, options.label),
+    with _meters(options.console) as on_progress, brought(options.cache) as here:
+        document = predict(
+            here.model(places.absolute(options.student)),
+            _request(options, options.data, options.label, here),
             places.output(options.out or f"{_name_of(options.student)}.parquet"),
             Path(options.cache),
             with_logits=options.logits,
@@ -247,7 +260,8 @@ def predict(options: PredictOptions) -> dict[str, Any]:
             device=options.device,
             on_progress=on_progress,
             on_note=_notes(options.console),
-        ).plain()
+        )
+        return here.named(document.plain())
 
 
 @_taking(ExportOptions)
@@ -263,19 +277,21 @@ def export(options: ExportOptions) -> dict[str, Any]:
         AkdError: a refusal: options, model or data; the model cannot be exported, or the export does not agree.
     """
     from akd_dist.serve.exports import EXPORT_SUFFIXES, export
+    from akd_dist.serve.remote import brought
 
-    with _meters(options.console) as on_progress:
-        return export(
-            places.absolute(options.student),
+    with _meters(options.console) as on_progress, brought(options.cache) as here:
+        document = export(
+            here.model(places.absolute(options.student)),
             options.to,
             places.output(options.out or f"{_name_of(options.student)}{EXPORT_SUFFIXES.get(options.to, '')}"),
             Path(options.cache),
-            asked=None if options.data is None else _request(options, options.data, label=""),
+            asked=None if options.data is None else _request(options, options.data, "", here),
             tokenizer=None if options.tokenizer is None else str(options.tokenizer),
             trust=options.modules,
             force=options.force,
             on_progress=on_progress,
-        ).plain()
+        )
+        return here.named(document.plain())
 
 
 def _name_of(folder: str | Path) -> str:
@@ -283,11 +299,11 @@ def _name_of(folder: str | Path) -> str:
     return Path(places.absolute(folder)).name
 
 
-def _request(options: ModelOptions, data: str | Path, label: str | None) -> DataRequest:
+def _request(options: ModelOptions, data: str | Path, label: str | None, here: Brought) -> DataRequest:
     from akd_dist.serve.examples import DIGITS, DataRequest
 
     return DataRequest(
-        data=DIGITS if str(data) == DIGITS else places.absolute(data),
+        data=DIGITS if str(data) == DIGITS else here.data(places.absolute(data)),
         split=options.split,
         input=(options.input,) if isinstance(options.input, str) else tuple(options.input or ()),
         label=label,

@@ -232,9 +232,10 @@ class FleetOptions(RecipeOptions):
     """What every verb takes that trains students."""
 
     run_root: str | Path | None = option(
-        None, "--run-root", metavar="DIR", root=RUN_ROOT, folder=True, help="Where runs lie."
+        None, "--run-root", metavar="URI", root=RUN_ROOT, folder=True, help="Where runs lie: a folder or s3://..."
     )
-    """Folder of runs, this one is `<run_root>/<recipe.name>/`; None takes $AKD_DIST_RUN_ROOT, or `runs`."""
+    """Folder or `s3://` URI of runs, this one is `<run_root>/<recipe.name>/`; None takes $AKD_DIST_RUN_ROOT or `runs`.
+    """
     fresh: bool = option(
         False, "--fresh", is_flag=True, help="Remove an earlier run of this name, trained students and all; start over."
     )
@@ -249,15 +250,17 @@ class FleetOptions(RecipeOptions):
     """Where the students' metrics are forwarded besides TensorBoard: `mlflow`, `wandb`."""
 
     @property
-    def runs(self) -> Path:
-        """The run root, absolute.
+    def runs(self) -> str:
+        """The run root: the absolute path of a folder, or `s3://bucket/prefix`.
 
         Raises:
-            RecipeError: it is a URI: a run's locks and checkpoints need a folder.
+            RecipeError: it is a URI of another kind, or its name is not UTF-8.
         """
         chosen = RUN_ROOT.chosen(self.run_root)
-        seen = "a folder; with several nodes, one that every node sees"
-        return places.folder(chosen, holds="runs", option="--run-root", expected=seen)
+        if chosen.startswith("s3://") and chosen.removeprefix("s3://").strip("/"):
+            return places.nameable(chosen.rstrip("/"), "--run-root")
+        seen = "a folder, or s3://bucket/prefix; with several nodes, a folder that every node sees"
+        return str(places.folder(chosen, holds="runs", option="--run-root", expected=seen))
 
 
 @dataclass(frozen=True, kw_only=True)

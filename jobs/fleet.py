@@ -24,6 +24,7 @@ from akd_dist.jobs.packing import ResourceRequest, next_to_start
 from akd_dist.jobs.planning.costs import Cohort, CostModel
 from akd_dist.jobs.planning.planner import cohort_job
 from akd_dist.jobs.ray_train import OUT_OF_STEP, fit, worker_log
+from akd_dist.jobs.remote_run import RemoteRun
 from akd_dist.jobs.shared import GONE_SECONDS, Shared, UnseenError, nodes_lost
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.jobs.working_dir import WorkingDir
@@ -59,6 +60,7 @@ class Fleet:
         assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
         look: called several times a second; what it raises ends the run once the cohorts have checkpointed.
         demand, folder: as for `Shared`.
+        remote: the run in object storage, where it lies there.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class Fleet:
         look: Callable[[], None] = lambda: None,
         demand: Demand | None = None,
         folder: WorkingDir | None = None,
+        remote: RemoteRun | None = None,
     ) -> None:
+        self.remote = remote
         self.base, self.costs, self.stop, self.console = base, costs, stop, console
         self.assistant, self.look = assistant or {}, look
         self.shared = shared_by(base, self.assistant, console, demand, folder)
@@ -101,6 +105,8 @@ class Fleet:
         # Before the first worker starts: the next command is then another attempt, whose workers can shut these out.
         self.base.attempt_file.touch()
         stop_attempts(control, self.base.attempt - 1)
+        if self.remote is not None:
+            self.remote.begin(self.base.attempt)
         title = f"training {counted(sum(map(len, cohorts)), 'student')} in {counted(len(cohorts), 'cohort')}"
         self.waiting = list(cohorts)
         with (
@@ -118,6 +124,8 @@ class Fleet:
             while self._keep_busy():
                 self._follow(shown)
                 self.look()
+                if self.remote is not None:
+                    self.remote.check_current()
             self._follow(shown)
         if self.errors:
             raise self.errors[0]
@@ -331,7 +339,10 @@ class Fleet:
         one.job = job
         while not self._is_over():
             try:
-                return fit(job, self.costs.ask(job.students), self.shared.selector(), self.shared.needed())
+                reason = fit(job, self.costs.ask(job.students), self.shared.selector(), self.shared.needed())
+                if self.remote is not None:
+                    self.remote.bring()
+                return reason
             except UnseenError as error:
                 self.shared.leave_out(error.unseen)
         return ""
@@ -341,6 +352,9 @@ class Fleet:
         hint = "" if reason.startswith(OUT_OF_STEP) else "memory may have run out. "
         told = f"its worker died again and again; {hint}{reason}"
         write_note(self.base.log_of(spec.name), f"failed: {told}\nsee also {worker_log(job, 0)}")
+        if self.remote is not None:
+            self.remote.give_up(spec, job, told)
+            return
         # Its last worker may be alive although it counts as dead: from here on it can publish nothing.
         writer = take_over(folder / "checkpoints", job.attempt, f"the student {spec.name}")
         fail_from_outside(spec, folder, told, job.attempt, writer)
@@ -357,5 +371,5 @@ def shared_by(
         f"the store {Path(uri).name[:12]}": f"{uri}/manifest.json"
         for uri in (*base.stores.values(), *assistant.values())
     }
-    folders = {"the run's folder": base.control}
+    folders = {"the run's folder": base.run_uri or base.control}
     return Shared(folders, base.cache_root, lambda text: tell(console, text), stores, demand, folder)

@@ -118,7 +118,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError | UnseenErro
         if world > 1:
             raise UnseenError(unseen)
         return UnseenError(unseen)
-    job = config["needed"].here(job)
+    job = config["needed"].here(job).on_node()
     log = worker_log(job, rank)
     keep_log(log)
     try:

@@ -79,7 +79,8 @@ def finish_run(
         seconds=round(seconds, 3),
         economics=balances(recipe, splits, labels, students, stores),
     )
-    in_the_run = places.each(fleet.plain(), functools.partial(places.written, folder=run))
+    spelling = places.written if base.run_uri is None else places.inside
+    in_the_run = places.each(fleet.plain(), functools.partial(spelling, folder=run))
     # Before the report, which is drawn from what this file says.
     replace(run / "fleet.json", json.dumps(in_the_run, indent=1).encode())
     write_report(run, tell=told)

@@ -142,10 +142,14 @@ def first_of(texts: list[str], count: int) -> list[str]:
     return texts if len(texts) <= count else [*texts[:count], f"and {len(texts) - count} more"]
 
 
-def begin_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
-    """Write down what the run is, before its first step; results of an earlier attempt no longer hold."""
+def begin_run(run: Path, recipe: Recipe, identity: dict[str, Any], *, moves: bool = True) -> None:
+    """Write down what the run is, before its first step; results of an earlier attempt no longer hold.
+
+    Args:
+        moves: whether it may be moved together with what its recipe names; not out of object storage.
+    """
     replace(run / "identity.json", canonical_json(identity))
-    replace(run / "recipe.yaml", recipe.to_yaml(run).encode())
+    replace(run / "recipe.yaml", recipe.to_yaml(run if moves else None).encode())
     (run / "fleet.json").unlink(missing_ok=True)
 
 

@@ -252,7 +252,7 @@ class Shared:
                 f"no node that has room for {what} sees what this command works on",
                 got="; and ".join(self.bad.values()),
                 expected="folders and files that nodes of the cluster see under the same path",
-                next="mount a shared folder there, or pass one (--store-root, --run-root); stores may lie in s3:// too",
+                next="mount a shared folder there, or pass one, or s3:// (--store-root, --run-root)",
             )
         check_room(self.nodes(), ask, what)
 

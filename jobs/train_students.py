@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from akd_dist import recipe as recipes
+from akd_dist.base import places
 from akd_dist.base.errors import AkdError
 from akd_dist.base.files import check_folder
 from akd_dist.base.formatting import counted
@@ -35,6 +36,7 @@ from akd_dist.jobs.planning.planner import (
     nodes_to_come,
     plan_cohorts,
 )
+from akd_dist.jobs.remote_run import RemoteRun, copy_of
 from akd_dist.jobs.results import finish_run, tell_failures, telling_damage
 from akd_dist.jobs.run_folder import (
     begin_run,
@@ -50,6 +52,7 @@ from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe
 from akd_dist.storage.content import renewing
 from akd_dist.storage.decoded import StoredLogits
+from akd_dist.storage.run_copy import REPORTED
 from akd_dist.storage.uses import using
 from akd_dist.tracking.follower import forwarding
 from akd_dist.tracking.status import driving
@@ -72,29 +75,52 @@ def train_students(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
 
 def run_recipe(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, Any]]:
     """`train_students`, and the plan that it executed, or would."""
+    recipe, began = recipe.own(), time.monotonic()
+    root = options.runs
+    place = f"{root}/{recipe.name}" if "://" in root else str(Path(root, recipe.name))
+    remote = RemoteRun(place, options.cache) if "://" in root else None
+    run = Path(place) if remote is None else remote.folder
+    with contextlib.nullcontext() if remote is None else places.named_in_errors({str(run): place}):
+        plan, document = _run_recipe(recipe, options, run, remote, began)
+    return plan, document if remote is None else places.renamed(document, {str(run): place})
+
+
+def _run_recipe(
+    recipe: Recipe, options: RunOptions, run: Path, remote: RemoteRun | None, began: float
+) -> tuple[RunPlan, dict[str, Any]]:
+    """`run_recipe` in a folder, which is the copy of a run in object storage where there is one."""
     from akd_dist.jobs import cluster
 
-    recipe, began = recipe.own(), time.monotonic()
-    run = options.runs / recipe.name
-    workspace = Workspace.of(options, recipe, run)
+    workspace = Workspace.of(options, recipe, run if remote is None else None)
+    if remote is not None:
+        remote.check()
     inputs = open_rows(recipe, workspace, students=True, again=options.prepare_again, only_look=options.dry_run)
     # Refused before the run's folder is made, unless whoever is waited for may be caching just what is missing now.
     inputs = inputs if options.wait else with_models(inputs, workspace)
     check_folder(run)
-    with held(run, wait=options.wait, console=workspace.console, only_look=options.dry_run):
+    with contextlib.ExitStack() as holding:
+        how: dict[str, Any] = {"wait": options.wait, "console": workspace.console, "only_look": options.dry_run}
+        holding.enter_context(held(run, **how))
+        if remote is not None:
+            holding.enter_context(remote.held(**how))
+            if not options.dry_run:
+                holding.enter_context(remote.followed())
         inputs = with_models(inputs, workspace) if options.wait else inputs
         shuffle = windows.settled(recipe, run, fresh=options.fresh)
         if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
             settled = recipe if shuffle is None else windows.with_window(recipe, shuffle)
             check_same_run(run, recipe, run_identity(settled, inputs.splits, fingerprints(inputs.models)))
-        with contextlib.nullcontext() if options.dry_run else driving(run), cluster.closing():
+        drives = contextlib.nullcontext() if options.dry_run else driving(run, moves=remote is None)
+        with drives, cluster.closing():
             plan = plan_run(inputs, run, workspace, fresh=options.fresh, shuffle=shuffle)
             if options.dry_run:
                 return plan, plan.document.plain()
-            return plan, _execute(plan, options, workspace, began)
+            return plan, _execute(plan, options, workspace, began, remote)
 
 
-def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: float) -> dict[str, Any]:
+def _execute(
+    plan: RunPlan, options: RunOptions, workspace: Workspace, began: float, remote: RemoteRun | None
+) -> dict[str, Any]:
     """Cache what is missing, train who has not ended, collect the results; the content of fleet.json."""
     recipe, splits, run = plan.recipe, plan.inputs.splits, plan.run
     models = cache_planned(plan.inputs, workspace)
@@ -103,9 +129,12 @@ def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: fl
     identity = run_identity(recipe, splits, fingerprints(models))
     if options.fresh:
         forget(run)
+        if remote is not None:
+            remote.start_over()
     elif not plan.inputs.complete and (run / "identity.json").exists():  # begun once, and a model was trained just now
         check_same_run(run, recipe, identity)
     base = fleet_job(recipe, splits, models[0].stores, run, workspace.cache_root)
+    base = replace(base, run_uri=None if remote is None else remote.uri)
     followed = [tracked(recipe, spec, base, plan.inputs.parameters[spec.name]) for spec in recipe.students]
     forward = functools.partial(forwarding, run, followed, options.trackers, workspace.tell)
     if not plan.todo and (saved := saved_results(run, identity)) is not None:
@@ -115,17 +144,24 @@ def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: fl
     stores = [model.opened for model in models]
     used = [store.uri for opened in stores for store in opened.values()]
     used += [base.rows.uri] if base.rows is not None else []
-    with using(used, run=str(run.absolute()), lock=(run / "lock").absolute()):
+    with using(used, run=base.run_uri or str(run.absolute()), lock=(run / "lock").absolute()):
         # Within the record of use: from that on, nobody removes the stores that this run is about to name.
-        begin_run(run, recipe, identity)
+        begin_run(run, recipe, identity, moves=remote is None)
+        if remote is not None:
+            remote.withdraw("fleet.json")
+            remote.publish()
         splits = _decode(base, plan, models, workspace)
         with forward(), _going_on(options.fresh):
-            cohorts = _train(base, plan, models[-1].stores, workspace) if plan.todo else 0
+            cohorts = _train(base, plan, models[-1].stores, workspace, remote) if plan.todo else 0
         plan.inputs.splits.sources.finish()
         # The driver itself measures on the test rows.
         splits = _with_sound_rows(base, splits, lambda found: found.test.content().verify(), workspace)
+        if remote is not None:
+            remote.bring()
         took = time.monotonic() - began
         fleet = finish_run(run, recipe, splits, base, stores, plan.inputs.parameters, cohorts, took, workspace.tell)
+        if remote is not None:
+            remote.publish()
     tell_failures(fleet, base, workspace.console)
     return fleet.plain()
 
@@ -169,7 +205,9 @@ def _with_sound_rows(base: CohortJob, splits: Splits, look: Callable[[Splits], o
     return renewing(act, workspace.tell)
 
 
-def _train(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace) -> int:
+def _train(
+    base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace, remote: RemoteRun | None = None
+) -> int:
     """Train those that have not ended; the number of Ray Train runs it took."""
     from akd_dist.jobs import cluster
     from akd_dist.jobs.fleet import Fleet, shared_by
@@ -190,9 +228,8 @@ def _train(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspa
             cohorts, _ = plan_cohorts(recipe, plan.todo, nodes, costs)
         with telling_damage(base, plan.todo, workspace.console):
             look = plan.inputs.splits.sources.look
-            fleet = Fleet(
-                base, costs, stop, workspace.console, assistant, look=look, demand=demand, folder=workspace.folder
-            )
+            asked: dict[str, Any] = {"look": look, "demand": demand, "folder": workspace.folder, "remote": remote}
+            fleet = Fleet(base, costs, stop, workspace.console, assistant, **asked)
             count = fleet.train(cohorts)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
@@ -212,22 +249,35 @@ def _going_on(fresh: bool) -> Iterator[None]:
 
 
 def train_in_process(
-    recipe: Recipe, stores: Stores, *, run: Path, cache_root: str, assistant: Stores | None = None
+    recipe: Recipe, stores: Stores, *, run: str | Path, cache_root: str, assistant: Stores | None = None
 ) -> dict[str, Any]:
     """The recipe's students by a plain loop in this process, without Ray; the weights are those of the Ray run.
 
     Args:
         stores: those of the teacher.
+        run: the run's folder, or its `s3://` URI.
         assistant: those of the last assistant, where there are students of objective `takd`.
     """
-    splits = prepare(recipe.own().data, Path(cache_root))
-    base = fleet_job(recipe, splits, stores, run, cache_root)
+    splits, remote = prepare(recipe.own().data, Path(cache_root)), None
+    if "://" in str(run):
+        remote = copy_of(str(run), cache_root)
+        remote.refresh()
+        run = remote.folder
+    base = fleet_job(recipe, splits, stores, Path(run), cache_root)
     Path(base.control).mkdir(parents=True, exist_ok=True)
+    if remote is not None:
+        base = replace(base, run_uri=remote.uri)
+        remote.run.begin_attempt(base.attempt)
     base.attempt_file.touch()
     jobs = [cohort_job(base, group, assistant or {}) for group in groups_of(list(recipe.students))]
     splits.sources.begin()
-    results = [result for job in jobs for result in train_cohort(job)["students"]]
+    results = []
+    for number, job in enumerate(jobs):
+        named = job if remote is None else replace(job, name=f"cohort-{base.attempt}-{number}")
+        results += train_cohort(named)["students"]
     splits.sources.finish()
+    if remote is not None:
+        remote.refresh(REPORTED)
     return {result["name"]: result | {"path": str(Path(base.root) / result["name"])} for result in results}
 
 

@@ -63,6 +63,7 @@ def claim_store(
     beat_every: float = 5.0,
     poll_every: float = 1.0,
     on_poll: Callable[[], None] = lambda: None,
+    watch: bool = False,
 ) -> Iterator[None]:
     """Hold a store while it is written; no claim is left afterwards.
 
@@ -73,16 +74,17 @@ def claim_store(
         beat_every: seconds between two of our own counts.
         poll_every: seconds between two looks at another's claim.
         on_poll: called at every look; may raise, to wait no longer.
+        watch: where nobody is to be waited for, do not leave before a holder is seen to live: a dead one is waited out.
 
     Raises:
         HeldError: somebody else holds the store; names host, process and since when.
         MachineError: the claim cannot be written.
     """
     claim = _claim_on(root_uri, store_id)
-    watch = _Watch(stale_after)
+    seen = _Watch(stale_after)
     told = False
-    while (holder := claim.take(watch.stale)) is not None:
-        if not wait:
+    while (holder := claim.take(seen.stale)) is not None:
+        if not wait and (not watch or seen.lives(holder)):
             raise HeldError(
                 f"{store_id} under {root_uri} is held by someone else",
                 got=holder,
@@ -90,9 +92,9 @@ def claim_store(
                 next="run again with --wait: it waits until that process is done, or found to be gone",
             )
         if on_wait is not None and not told:
-            on_wait(f"waiting for {holder}")
+            on_wait(f"waiting for {holder}" if wait else f"seeing whether it lives: {holder}")
         told = True
-        watch.see(holder)
+        seen.see(holder)
         on_poll()
         time.sleep(poll_every)
     try:
@@ -139,6 +141,10 @@ class _Watch:
     def see(self, holder: Holder) -> None:
         if holder != self._seen:
             self._seen, self._since = holder, time.monotonic()
+
+    def lives(self, holder: Holder) -> bool:
+        """Whether a holder has counted on since it was seen, or is another one than was seen."""
+        return self._seen is not None and holder != self._seen
 
     @property
     def stale(self) -> Holder | None:

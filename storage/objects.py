@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -92,6 +92,10 @@ class ObjectRoot(ABC):
             most: bytes that it may have; more are not read, but a DamagedError.
         """
 
+    @abstractmethod
+    def get_start(self, key: str, most: int) -> bytes:
+        """The first bytes of an object, as many as it has of these; ObjectMissing if there is none."""
+
     def document(self, key: str) -> bytes:
         """A JSON document, as `get`: none of ours is as large as what would fill this machine's memory."""
         return self.get(key, MOST_DOCUMENT)
@@ -115,6 +119,11 @@ class ObjectRoot(ABC):
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove an object; none is as well."""
+
+    def delete_keys(self, keys: Iterable[str]) -> None:
+        """Remove objects, as `delete`; where it can, in few requests."""
+        for key in keys:
+            self.delete(key)
 
     @abstractmethod
     def delete_folder(self, prefix: str) -> None:
@@ -188,6 +197,9 @@ class LocalRoot(ObjectRoot):
             raise storage_error("read", self.path_of(key), error) from error
         except MemoryError as error:
             raise storage_error("read", self.path_of(key), "more bytes than there is memory") from error
+
+    def get_start(self, key: str, most: int) -> bytes:
+        return self.get(key)[:most]
 
     def list(self, prefix: str = "") -> dict[str, Stat]:
         return {key: stat for key, stat in self._walk(prefix) if not key.endswith(PARTIAL_SUFFIX)}

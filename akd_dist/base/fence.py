@@ -64,6 +64,12 @@ class FencedWriter:
             aside.rename(path.with_name(name))
         self.check()
 
+    def leave(self) -> None:
+        """Be the writer no more, as if somebody had taken over here: whoever has done so elsewhere is not seen here."""
+        if self.own is not None:
+            with contextlib.suppress(FileNotFoundError):  # shut out already
+                self.own.rename(self.own.with_name(self.own.name.replace("writer", "shut-out")))
+
     def check(self) -> None:
         """Leave if somebody has taken over.
 

@@ -7,13 +7,14 @@ it is.
 
 # ruff: noqa: PTH100, PTH117, PTH118  -- places are text, and may be URIs: only os.path leaves them as they are
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from akd_dist.base.errors import RecipeError
+from akd_dist.base.errors import AkdError, RecipeError
 from akd_dist.base.files import expanded
 
 
@@ -41,7 +42,7 @@ def folder(place: str | Path, *, holds: str, option: str, expected: str) -> Path
             f"{text!r} is no place for {holds}",
             got=f"{scheme}://",
             expected=expected,
-            next=f"give another {option}; what may lie in s3:// are stores (--store-root)",
+            next=f"give another {option}; what may lie in s3:// are stores (--store-root) and runs (--run-root)",
         )
     return Path(nameable(text, option))
 
@@ -65,6 +66,16 @@ def nameable(place: str, option: str) -> str:
             next=f"rename the folder, or give another {option}",
         ) from None
     return place
+
+
+def inside(place: str, folder: str | Path) -> str:
+    """How a document in a folder of object storage names a place: relative to it if it lies there, else as it is.
+
+    Args:
+        folder: the copy of it that is worked on here.
+    """
+    here = f"{os.fspath(folder)}/"
+    return place.removeprefix(here) if place.startswith(here) else "." if place == os.fspath(folder) else place
 
 
 def output(place: str | Path) -> Path:
@@ -135,6 +146,38 @@ def each(document: Any, change: Callable[[str], str]) -> Any:
         key: change(value) if key in ("run", "store", "path") and isinstance(value, str) else each(value, change)
         for key, value in document.items()
     }
+
+
+def renamed(document: Any, names: Mapping[str, str]) -> Any:
+    """A copy of a document in which a place, at the beginning of a text, has another name.
+
+    Args:
+        names: folders, and what they are called: what lies in object storage is worked on in a copy here.
+    """
+    if isinstance(document, Mapping):
+        return {key: renamed(value, names) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [renamed(value, names) for value in document]
+    if isinstance(document, str):
+        for folder, name in names.items():
+            if document == folder or document.startswith(f"{folder}/"):
+                return name + document[len(folder) :]
+    return document
+
+
+@contextlib.contextmanager
+def named_in_errors(names: Mapping[str, str]) -> Iterator[None]:
+    """A block whose refusals call places by other names, wherever they stand; see `renamed`."""
+    try:
+        yield
+    except AkdError as error:
+        for field in ("what", "got", "expected", "next"):
+            text = getattr(error, field)
+            for folder, name in names.items():
+                text = text and text.replace(folder, name)
+            setattr(error, field, text)
+        error.args = (error.what,)
+        raise
 
 
 def _real(path: str) -> str:

@@ -1,5 +1,7 @@
 """`akd-dist report`: what runs came to."""
 
+from pathlib import Path
+
 import click
 
 from akd_dist.base import places
@@ -22,26 +24,26 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> int:
     Each page is one file that opens offline. With several runs there is one page more, which compares them; a run that
     cannot be read takes nothing from the others.
     """
-    from akd_dist.base.files import expanded
-    from akd_dist.reporting.page import write_reports
+    from akd_dist.reporting.remote import at_hand, write_reports_of
     from akd_dist.reporting.results import fleet_table, read_run, runs_table
 
     refused: list[AkdError] = []
     page = None if out is None else places.output(out)
-    document = write_reports([expanded(run) for run in runs], page, refused=refused)
-    code = refused[0].code if refused else 0
-    if as_json:
-        print_json(document.plain())
-        return code
-    read = [read_run(expanded(one.run)) for one in document.runs]
-    for run, written in zip(read, document.runs, strict=True):
-        print_table(fleet_table(run.fleet))
-        click.echo(f"report  {short_path(written.report)}")
-        for problem in written.problems:
-            click.echo(f"warning: {short_path(run.folder)}: {problem}", err=True)
-    if document.comparison is not None:
-        print_table(runs_table(read))
-        click.echo(f"report  {short_path(document.comparison.report)}")
-    for error in refused:
-        click.echo(f"error: {error.what}: {error.got}", err=True)
+    with at_hand(runs) as found:
+        document = write_reports_of(found, page, refused=refused)
+        code = refused[0].code if refused else 0
+        if as_json:
+            print_json(found.named(document.plain()))
+            return code
+        read = [read_run(Path(one.run)) for one in document.runs]
+        for run, written in zip(read, document.runs, strict=True):
+            print_table(fleet_table(run.fleet))
+            click.echo(f"report  {short_path(found.named(written.report))}")
+            for problem in written.problems:
+                click.echo(f"warning: {short_path(found.named(str(run.folder)))}: {problem}", err=True)
+        if document.comparison is not None:
+            print_table(runs_table(read))
+            click.echo(f"report  {short_path(found.named(document.comparison.report))}")
+        for error in refused:
+            click.echo(f"error: {found.in_words(f'{error.what}: {error.got}')}", err=True)
     return code

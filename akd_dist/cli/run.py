@@ -125,10 +125,10 @@ def compare(as_json: bool, **given: Any) -> int:
         from akd_dist.documents.report import CompareDocument
         from akd_dist.reporting.comparison import MARKDOWN_NAME, comparison_table
 
-        run = Path(document["run"])
-        print_table(comparison_table(CompareDocument.model_validate(document)))
-        click.echo(f"table   {short_path(run / MARKDOWN_NAME)}")
-        click.echo(f"report  {short_path(run / 'report.html')}")
+        run, table = document["run"], comparison_table(CompareDocument.model_validate(document))
+        print_table(table)
+        click.echo("table   " + short_path(f"{run}/{MARKDOWN_NAME}"))
+        click.echo("report  " + short_path(f"{run}/report.html"))
     return int(any(row["lost"] for row in document.get("table", ())))
 
 
@@ -155,9 +155,8 @@ def print_fleet(fleet: FleetDocument, next_commands: Iterable[str]) -> None:
     from akd_dist.reporting.results import fleet_table
 
     print_table(fleet_table(fleet))
-    run = Path(fleet.run)
     click.echo(f"store   {short_path(fleet.store)}")
-    click.echo(f"report  {short_path(run / 'report.html')}")
+    click.echo("report  " + short_path(f"{fleet.run}/report.html"))
     click.echo("next")
     for command in next_commands:
         click.echo(f"  {command}")

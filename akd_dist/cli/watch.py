@@ -31,17 +31,18 @@ GOING = ("preparing", "training")
 def status(run: str, watch: bool, as_json: bool) -> None:
     """How far a run is, live or not.
 
-    RUN is its folder, such as runs/NAME. Only files are read, so that it may be asked from anywhere, at any time.
+    RUN is its folder, such as runs/NAME, or s3://BUCKET/RUNS/NAME. Only files are read, so that it may be asked from
+    anywhere, at any time.
     """
     from akd_dist.base.files import expanded
-    from akd_dist.tracking.status import RunReader
+    from akd_dist.tracking.remote import reader_of
 
-    reader = RunReader(expanded(run))
+    reader = reader_of(run if "://" in run else expanded(run))
     found = reader.read()
     if watch:
         found = _follow(reader, found, quiet=as_json)
     if as_json:
-        print_json(found.model_dump(mode="json") | {"run": places.absolute(run)})
+        print_json(found.model_dump(mode="json") | {"run": places.absolute(run).rstrip("/")})
     else:
         _print(found)
 

@@ -25,6 +25,7 @@ from akd_dist.distill.delivery import fail_from_outside, write_metrics, write_no
 from akd_dist.distill.job import CohortJob, ended, read_result
 from akd_dist.distill.lockstep import Lockstep
 from akd_dist.distill.metrics import predictions
+from akd_dist.distill.publisher import Publisher
 from akd_dist.distill.ranks import Ranks, reason_of
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import Student
@@ -49,8 +50,10 @@ def train_cohort(job: CohortJob, ranks: Ranks | None = None) -> dict[str, Any]:
         DamagedError: a store is damaged; no student has taken a step. Or what is prepared and decoded on this node was
             found corrupt again and again.
         HeldError: a later worker has taken a student over; nothing was written since.
+        MachineError: a run in object storage could not be written for a while; this node keeps what it trained.
     """
     device, workers = set_deterministic(job.device, job.students[0].threads), ranks or Ranks()
+    job = job.on_node()
 
     def train() -> dict[str, Any]:
         splits = rows_for(job.data, Path(job.cache_root), job.fingerprints, job.rows)
@@ -72,8 +75,16 @@ def train_on(job: CohortJob, splits: Splits, device: torch.device, ranks: Ranks)
         for one in stream.moving:
             one.watch(guard)
             locks.callback(one.close)
+        publisher = Publisher(job) if job.run_uri is not None else None
+        if publisher is not None and ranks.rank == 0:
+            publisher.bring_results()
         writers = claim_students(job, locks) if ranks.rank == 0 else {}
+        if publisher is not None and ranks.rank == 0:
+            publisher.claim(writers)
+            locks.enter_context(publisher)
         ranks.any(False)  # nobody reads a checkpoint before rank 0 is the only one to write
+        if publisher is not None and ranks.rank > 0:
+            publisher.join()
         known = known_of(job, writers, stream, guard, ranks)
         for name, writer in writers.items():
             drop_doubtful(Path(job.root) / name / "checkpoints", writer, known)

@@ -1,14 +1,15 @@
 """The job of a cohort, where its files lie, and what the driver reads of them while it trains and afterwards."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from akd_dist import recipe
 from akd_dist.base.files import append
 from akd_dist.documents import damage
 from akd_dist.documents.status import CohortProgress
 from akd_dist.storage.rows import SealedRows
+from akd_dist.storage.run_copy import scratch
 from akd_dist.tracking.status import read_document
 
 # A worker lives on for up to half a minute after its driver or raylet was killed (measured). It gets this long to see
@@ -53,6 +54,15 @@ class CohortJob:
     """Where the rows lie for every node; None where each prepares them."""
     patience: float = ZOMBIE_SECONDS
     """How long to wait for workers of earlier attempts, in seconds."""
+    run_uri: str | None = None
+    """The run, where it lies in object storage; root, logs and control are then folders of whoever has the job."""
+
+    def on_node(self) -> Self:
+        """The job of a worker: where the run lies in object storage, with folders in the cache of its node."""
+        if self.run_uri is None:
+            return self
+        place = scratch(self.cache_root, self.run_uri, "worker")
+        return replace(self, root=str(place / "students"), logs=str(place / "logs"), control=str(place / "control"))
 
     @property
     def attempt_file(self) -> Path:

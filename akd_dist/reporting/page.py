@@ -25,7 +25,7 @@ from akd_dist.base.formatting import (
     seconds,
     share,
 )
-from akd_dist.base.places import written
+from akd_dist.base.places import inside, written
 from akd_dist.documents.error import Refusal
 from akd_dist.documents.fleet import Economics
 from akd_dist.documents.report import ReportDocument, RunDifference, RunsCompared, TauEffect
@@ -45,6 +45,7 @@ from akd_dist.reporting.seeds import (
     plus_minus,
     unfinished,
 )
+from akd_dist.storage.run_copy import is_copy
 
 PAGE = "report.html"
 PAPERS = {
@@ -167,7 +168,7 @@ def render(run: Run) -> str:
     text: str = _template("report.html.j2").render(
         run=run.name,
         fleet=fleet,
-        written=functools.partial(written, folder=run.folder),
+        written=functools.partial(inside if is_copy(run.folder) else written, folder=run.folder),
         shown=shown,
         agreeing=not run.regression,
         share=share,

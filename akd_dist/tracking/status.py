@@ -53,15 +53,19 @@ class Pace:
 
 
 @contextlib.contextmanager
-def driving(run: Path) -> Iterator[None]:
-    """Say for the time of the block who drives a run; whoever does holds its lock."""
+def driving(run: Path, *, moves: bool = True) -> Iterator[None]:
+    """Say for the time of the block who drives a run; whoever does holds its lock.
+
+    Args:
+        moves: whether the run may be moved together with this process's working folder; not out of object storage.
+    """
     driver = RunDriver(
         host=socket.gethostname(),
         pid=os.getpid(),
         birth=birth_of(os.getpid()),
         since=time.time(),
         command=typed_command(sys.argv, sys.orig_argv),
-        folder=places.written(Path.cwd(), run),
+        folder=places.written(Path.cwd(), run) if moves else str(Path.cwd()),
     )
     path = run / "control" / "driver.json"
     write_document(path, driver)

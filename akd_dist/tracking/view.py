@@ -207,6 +207,8 @@ def next_line(status: StatusDocument) -> str | None:
     if status.driver is None:
         return "the command that it was started with goes on: akd-dist train-students RECIPE"
     command = f"{status.driver.command} (in {status.driver.folder})"
+    if "://" in status.run:  # it is where it was begun
+        return f"the same command goes on: {command}"
     run, ours = Path(os.path.realpath(status.run)), status.driver.command.startswith("akd-dist ")
     if not ours or os.path.realpath(Path(status.driver.folder, _run_root(status.driver.command))) == str(run.parent):
         return f"the same command goes on: {command}"

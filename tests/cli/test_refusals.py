@@ -184,11 +184,14 @@ def test_a_run_root_that_cannot_be_written(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "holds", "variable"),
-    [("--run-root", "runs", "AKD_DIST_RUN_ROOT"), ("--cache-root", "a cache", "AKD_DIST_CACHE")],
+    ("option", "holds", "variable", "root"),
+    [
+        ("--run-root", "runs", "AKD_DIST_RUN_ROOT", "gs://bucket/there"),
+        ("--cache-root", "a cache", "AKD_DIST_CACHE", "s3://bucket/there"),
+    ],
 )
-def test_a_root_in_object_storage_that_needs_a_folder(
-    option: str, holds: str, variable: str, place: Place, monkeypatch: pytest.MonkeyPatch
+def test_a_root_of_a_kind_that_it_cannot_be(
+    option: str, holds: str, variable: str, root: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place.root)
 
@@ -197,11 +200,11 @@ def test_a_root_in_object_storage_that_needs_a_folder(
 
     monkeypatch.setattr("akd_dist.jobs.train_students.open_rows", nothing_expensive)
     before = sorted(place.root.rglob("*"))
-    message = place.refuse(2, option, "s3://bucket/there")
-    for word in ("'s3://bucket/there'", f"no place for {holds}", option, "--store-root"):
+    message = place.refuse(2, option, root)
+    for word in (repr(root), f"no place for {holds}", option, "--store-root"):
         assert word in message
     # The same by the environment, where the option is not given; the path of a local `s3:` folder is never made.
-    monkeypatch.setenv(variable, "s3://bucket/there")
+    monkeypatch.setenv(variable, root)
     with pytest.raises(SystemExit) as left:
         main(["train-students", "recipe.yaml", "--store-root", "stores", *other_root(option)])
     assert left.value.code == 2

@@ -23,6 +23,8 @@ import pytest
 
 from akd_dist.storage import catalog
 from akd_dist.storage.reader import open_store
+from akd_dist.storage.run_copy import MODEL, RunCopy
+from akd_dist.tracking import remote as tracking
 from tests.fleets import HARD, a_recipe, a_student
 from tests.jobs.test_nodes import unshare_works
 
@@ -168,6 +170,33 @@ def test_students_train_on_the_node_of_the_job_alone(two_nodes: TwoNodes, recipe
     fleet = json.loads((runs / "fleet" / "fleet.json").read_text())
     assert [student["state"] for student in fleet["students"]] == ["done"]
     assert fleet["store"].startswith(f"{bucket}/stores/")
+
+
+def test_students_train_where_nothing_but_the_bucket_is_shared(
+    two_nodes: TwoNodes, recipes: Path, bucket: str, tmp_path: Path
+) -> None:
+    """One that only the other node can hold; it is read, and told of, on this one."""
+    places = ["--store-root", f"{bucket}/stores", "--run-root", f"{bucket}/runs"]
+    words = ["train-students", "recipe.yaml", "--set", OWN, "--set", "students.0.threads=2", "--address", "auto"]
+    done = two_nodes.submit(recipes, *words, *places)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert "gets no work" not in told
+    uri = f"{bucket}/runs/fleet"
+    assert f"report  {uri}/report.html" in told
+    found = tracking.reader_of(uri).read()
+    assert [(student.name, student.state) for student in found.students] == [("one", "done")]
+    copy = RunCopy(uri, tmp_path / "fleet")
+    copy.refresh(MODEL)
+    log = (copy.folder / "logs" / "one.log").read_text()
+    assert "epoch 0:" in log, "the worker's log, from the other node"
+    assert (copy.folder / "students" / "one" / "model.safetensors").exists()
+    for secret in (two_nodes.env["RAY_AUTH_TOKEN"], os.environ["AWS_SECRET_ACCESS_KEY"]):
+        assert secret not in told
+        assert not [key for key in copy.run.root.list() if secret.encode() in copy.run.root.get(key)]
+    again = two_nodes.submit(recipes, *words, *places)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "these are its saved results" in again.stdout + again.stderr
 
 
 def test_a_node_that_does_not_see_the_run_gets_no_work(two_nodes: TwoNodes, recipes: Path, bucket: str) -> None:
