@@ -28,7 +28,7 @@ def by_sha256(folder: Path) -> dict[str, Any]:
     from akd_dist.jobs.train_students import train_in_process
     from tests import fleets
 
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     cnn = {"kind": "cnn", "width": 4}
     sgd = {"kind": "sgd", "lr": 0.05, "momentum": 0.9, "schedule": {"kind": "steps"}}
     students = [
