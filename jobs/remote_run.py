@@ -7,17 +7,19 @@ and puts what the driver says of itself and of its plan; at its end the driver p
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
 
-from akd_dist.base.errors import AkdError, HeldError
+from akd_dist.base.errors import AkdError, HeldError, MachineError
 from akd_dist.distill.delivery import failed_entry
 from akd_dist.distill.job import CohortJob
+from akd_dist.distill.publisher import PATIENCE_SECONDS
 from akd_dist.documents.status import CohortProgress
 from akd_dist.recipe import StudentSpec
 from akd_dist.storage.claim import claim_store, holder_of, repeating
@@ -30,8 +32,8 @@ LOOK_SECONDS = 3.0
 """How often what the workers tell is looked at."""
 PUT_SECONDS = 5.0
 """The least time between two puts of what the driver tells."""
-TOLD = ("driver.json", "plan.json")
-"""What the driver tells, in the folder `control`."""
+TOLD = (f"{CONTROL}/driver.json", f"{CONTROL}/plan.json", "trackers.json")
+"""What the driver tells while it works."""
 
 
 def copy_of(uri: str, cache_root: str | Path) -> RunCopy:
@@ -139,7 +141,7 @@ class RemoteRun:
         Raises:
             MachineError: the storage cannot be read.
         """
-        self.copy.refresh(REPORTED, documents=(), driver=False)
+        self._patiently(lambda: self.copy.refresh(REPORTED, documents=(), driver=False))
 
     def give_up(self, spec: StudentSpec, job: CohortJob, reason: str) -> None:
         """End a student as failed whose workers die again and again: whoever of them lives on counts no more."""
@@ -161,8 +163,7 @@ class RemoteRun:
             self._later = last
         self.check_current()
         for name in DOCUMENTS:
-            with contextlib.suppress(FileNotFoundError):
-                self._put_changed(name, (self.folder / name).read_bytes())
+            self._patiently(functools.partial(self._put_file, name))
 
     def withdraw(self, name: str) -> None:
         """Remove one of the driver's documents, which holds no longer."""
@@ -208,10 +209,23 @@ class RemoteRun:
         if now or time.monotonic() - self._told_at >= PUT_SECONDS:
             self._told_at = time.monotonic()
             for name in TOLD:
-                with contextlib.suppress(FileNotFoundError):
-                    self._put_changed(f"{CONTROL}/{name}", (control / name).read_bytes())
+                self._put_file(name)
 
-    def _put_changed(self, key: str, data: bytes) -> None:
-        if self._put.get(key) != data:
-            self.run.root.put(key, data)
-            self._put[key] = data
+    def _put_file(self, path: str) -> None:
+        """Put a file of the copy, where it is there and has changed since."""
+        with contextlib.suppress(FileNotFoundError):
+            data = (self.folder / path).read_bytes()
+            if self._put.get(path) != data:
+                self.run.root.put(path, data)
+                self._put[path] = data
+
+    def _patiently(self, act: Callable[[], None]) -> None:
+        """Bear with storage that is out of reach, as long as the workers do."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return act()
+            except MachineError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(1.0)

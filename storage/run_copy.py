@@ -42,6 +42,7 @@ MODEL = frozenset({"model.json", "model.safetensors"})
 """A student's files that make it a model folder."""
 _TOLD = (f"{CONTROL}/driver.json", f"{CONTROL}/plan.json")
 _INDEX = ".fetched.json"
+_BUNDLED = "of a bundle"
 _LOGS = ("logs/", f"{CONTROL}/renewed")
 # Where the header of a checkpoint ends, in all but the largest ones.
 _HEAD_BYTES = 1 << 18
@@ -206,16 +207,24 @@ class RunCopy:
                 self._remove(path)
 
     def _remove_stale(self, listed: Collection[str], documents: bool, driver: bool) -> None:
-        """Remove what was fetched once and counts no more; of the driver's files only where these are fetched."""
-        for path in list(self._known()):
+        """Remove what was fetched once and counts no more; of the driver's files only where these are fetched.
+
+        The driver's documents are removed whoever wrote them here: they may be of a run of this name that is no more.
+        """
+        for name in DOCUMENTS if documents else ():
+            if name not in listed:
+                self._remove(name)
+        for path, token in list(self._known().items()):
             top, _, rest = path.partition("/")
-            if top == STUDENTS:
+            if token == _BUNDLED:
+                gone = all(path not in files for files in self._jobs.values())
+            elif top == STUDENTS:
                 standing = self.students.get(rest.partition("/")[0])
                 name = path.rpartition("/")[2]
                 # Checkpoints were looked at where they were marked.
                 gone = standing is None or (f"/{CHECKPOINTS}/" not in path and name not in standing.files)
             else:
-                gone = (driver if rest else documents) and path not in listed
+                gone = driver and path not in listed
             if gone:
                 self._remove(path)
 
@@ -235,6 +244,7 @@ class RunCopy:
             if not place.exists() or place.read_bytes() != data:
                 stat = self.control.others.get(f"{CONTROL}/{of_jobs[-1][0]}{BUNDLE}")
                 self._write(place, data, stat.modified if stat else 0.0)
+            self._known()[path] = _BUNDLED
 
     # ---- the folder
 

@@ -6,6 +6,7 @@ Each worker has a cache of its own, as on a node of its own; what they share is 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,6 +29,7 @@ from akd_dist.distill import checkpoint, publisher
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.publisher import Publisher
+from akd_dist.distill.ranks import joined
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.storage.run_copy import MODEL, REPORTED, RunCopy, scratch
@@ -317,6 +320,48 @@ def test_the_folder_of_another_run_is_not_taken_for_this_one(there: Elsewhere, u
     there.run.start_over([])
     assert there.train(there.job("one", attempt=2)) == 0
     assert there.outcome() == undisturbed
+
+
+def train_rank(job: CohortJob, rank: int, meeting: Path, failpoint: str | None, environment: dict[str, str]) -> None:
+    """What a forked process runs that is one of two workers of a cohort."""
+    os.environ |= environment | ({"AKD_FAILPOINT": failpoint} if failpoint else {})
+
+    def broadcast(value: Any) -> Any:
+        if rank == 0:
+            files.replace(meeting, json.dumps(value).encode())
+        while not meeting.exists():
+            time.sleep(0.02)
+        return json.loads(meeting.read_bytes())
+
+    with at_once(), joined(rank, 2, "cpu", "127.0.0.1", broadcast) as ranks:
+        train_cohort(job, ranks)
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_cohort_share_nothing_but_the_bucket(place: Place, bucket: str, tmp_path: Path) -> None:
+    """One was killed in its second epoch, and the cohort goes on on other nodes: the weights are the same."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    specs = tuple(spec.model_copy(update={"workers": 2}) for spec in place.recipe.students)
+
+    def train_two(there: Elsewhere, attempt: int, nodes: tuple[str, str], failpoint: str | None = None) -> Any:
+        meeting = tmp_path / f"{there.uri.rpartition('/')[2]}-{attempt}"
+        jobs = [there.job(node, attempt, students=specs) for node in nodes]
+        told = [(job, rank, meeting, failpoint if rank == 0 else None) for rank, job in enumerate(jobs)]
+        ranks = [FORKS.Process(target=train_rank, args=(*one, environment)) for one in told]
+        for process in ranks:
+            process.start()
+        ranks[0].join(900)
+        if ranks[0].exitcode != 0:
+            ranks[1].kill()  # as Ray does with the workers that are left
+        ranks[1].join(900)
+        return [process.exitcode for process in ranks]
+
+    whole, cut = (Elsewhere(place, f"{bucket}/two/{name}") for name in ("whole", "cut"))
+    assert train_two(whole, 1, ("one", "two")) == [0, 0]
+    assert train_two(cut, 1, ("one", "two"), "cohort.after_batch:14")[0] == -signal.SIGKILL
+    assert train_two(cut, 2, ("three", "one")) == [0, 0]
+    assert cut.outcome() == whole.outcome()
+    assert len(cut.outcome()) == len(STUDENTS)
 
 
 def test_no_credential_is_left_anywhere(there: Elsewhere) -> None:

@@ -42,8 +42,9 @@ def test_an_attempt_begins_once_and_stops_those_before(run: RunObjects) -> None:
         run.begin_attempt(3)
 
 
-def test_of_many_drivers_one_begins(run: RunObjects) -> None:
-    ready = threading.Barrier(6)
+def test_of_many_drivers_one_begins(tmp_path: Path) -> None:
+    """In a folder: the mock of S3 looks and puts in two steps, and lets two through now and then."""
+    run, ready = RunObjects.at(str(tmp_path / "digits")), threading.Barrier(6)
 
     def begin(_: int) -> bool:
         ready.wait()
@@ -231,8 +232,10 @@ def test_a_copy_follows_the_run(run: RunObjects, tmp_path: Path) -> None:
     assert copy.folder.joinpath("students/a/metrics.jsonl").read_bytes() == b"1\n2\n3\n"
     assert copy.folder.joinpath("students/a/result.json").read_bytes() == b"{}"
     run.start_over(["identity.json"])
+    (copy.folder / "fleet.json").write_bytes(b"of the run that is no more, written here")
     copy.refresh()
-    assert files_of(copy.folder).keys() & {"identity.json", "students/a/result.json", "control/plan.json"} == set()
+    left = {"control/attempt-1": b"", "control/stop-1": b""}
+    assert files_of(copy.folder) == left
 
 
 def test_no_object_is_written_outside_of_the_copy(tmp_path: Path) -> None:
