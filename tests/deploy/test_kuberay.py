@@ -174,6 +174,7 @@ def test_the_job_is_a_command_and_its_cluster_the_other_manifest_with_the_recipe
     assert isinstance(context, click.Context)
     assert context.params["address"] == "auto"
     assert context.params["store_root"].startswith("s3://")
+    assert context.params["run_root"].startswith("s3://")
     recipe = Path(context.params["recipe"])
     job = cluster(manifest("rayjob"))
     for _, pod in pods("rayjob"):
