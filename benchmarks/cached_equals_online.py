@@ -45,6 +45,8 @@ from akd_dist.models.device import generator_states, set_deterministic, set_gene
 from akd_dist.models.folder import load_model, save_model
 from akd_dist.recipe import Recipe
 from akd_dist.reporting.seeds import estimate
+from akd_dist.storage.decoded import open_decoded
+from akd_dist.storage.reader import open_store
 
 MODULE = Path(__file__).stem
 SGD = {"kind": "sgd", "lr": 0.02, "weight_decay": 1e-4, "schedule": {"kind": "linear"}}
@@ -366,19 +368,30 @@ def harm(folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for seed in SEEDS:
         job = dataclasses.replace(job_of(harm_recipe(seed), teacher, splits, folder), root=str(folder / f"run-{seed}"))
-        stream, *_ = open_stream(job, splits)
-        assert stream.logits is not None
+        stream = with_all(job, splits)
         streams = {
             "a view per epoch": stream,
             "one view": dataclasses.replace(stream, views=1),
-            "one view's logits": with_logits(stream, stream.logits[:1]),
+            "one view's logits": with_logits(stream, array_of(stream)[:1]),
             "plain logits": with_logits(stream, plain[:1]),
         }
         for way, other in streams.items():
-            assert other.logits is not None
             alike = found.setdefault(way, {"accuracy": [], "cosine": cosine(stream, other)})
             alike["accuracy"].append(cached(job, splits, other).metric)
     return found
+
+
+def with_all(job: CohortJob, splits: Splits) -> BatchStream:
+    """A cohort's stream, with the logits of all views in an array [views, rows, classes]."""
+    stream, store = open_stream(job, splits)[0], open_store(job.stores["train"])
+    views = [open_decoded(store, Path(job.cache_root), view) for view in range(stream.views)]
+    return dataclasses.replace(stream, logits=np.stack(views))
+
+
+def array_of(stream: BatchStream) -> np.ndarray:
+    """The logits of a stream that has them in an array."""
+    assert isinstance(stream.logits, np.ndarray)
+    return stream.logits
 
 
 def with_logits(stream: BatchStream, one: np.ndarray) -> BatchStream:
@@ -388,19 +401,15 @@ def with_logits(stream: BatchStream, one: np.ndarray) -> BatchStream:
 
 def cosine(true: BatchStream, other: BatchStream) -> float:
     """Mean cosine of the logits that the student is shown and those of the teacher for the very view it sees."""
-    assert true.logits is not None
-    assert other.logits is not None
-    shown = np.asarray(other.logits[: other.views], dtype=np.float64)
-    right = np.asarray(true.logits[: other.views], dtype=np.float64)
+    shown = array_of(other)[: other.views].astype(np.float64)
+    right = array_of(true)[: other.views].astype(np.float64)
     lengths = np.linalg.norm(shown, axis=2) * np.linalg.norm(right, axis=2)
     return float(((shown * right).sum(axis=2) / lengths).mean())
 
 
 def stored_logits(recipe: Recipe, teacher: str, splits: Splits, folder: Path) -> np.ndarray:
     """The teacher's logits of the train rows, [views, rows, classes]."""
-    stream, *_ = open_stream(job_of(recipe, teacher, splits, folder), splits)
-    assert stream.logits is not None
-    return stream.logits
+    return array_of(with_all(job_of(recipe, teacher, splits, folder), splits))
 
 
 # ---- what it says

@@ -162,7 +162,7 @@ def step_all(students: list[Student], batch: Batch, steps_per_epoch: int) -> Non
 
 def by_parts(stream: BatchStream, step: int) -> dict[str, float]:
     """Seconds of each part of a batch of the next epoch, made by hand."""
-    assert stream.logits is not None
+    assert isinstance(stream.logits, np.ndarray)
     rows = epoch_order(ROWS, SEED, 1)[step * BATCH : (step + 1) * BATCH]
     gather, inputs = timed(lambda: (stream.rows.inputs.take(rows, axis=0), stream.rows.labels.take(rows)))
     view, _ = timed(lambda: view_of(AUGMENTATION, SEED, inputs[0], rows, 0, stream.rows.tokens, stream.device))

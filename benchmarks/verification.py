@@ -217,11 +217,13 @@ def opened(folder: Path, recipe: Any, splits: Any) -> Any:
     """What a cohort reads."""
     from akd_dist.distill.cohort import open_stream
     from akd_dist.jobs.planning.plan import fleet_job
+    from akd_dist.storage.decoded import hold_view
+    from akd_dist.storage.reader import open_store
 
     stores = json.loads((folder / "stores.json").read_text())
     job = fleet_job(recipe, splits, stores, folder / "run", str(folder / "cache"))
-    stream, _, contents = open_stream(job, splits)
-    return stream, contents
+    stream, _ = open_stream(job, splits)
+    return stream, [*splits.contents(), hold_view(open_store(stores["train"]), folder / "cache").content]
 
 
 def train(folder: Path, model: str) -> dict[str, float]:
@@ -249,8 +251,11 @@ def without() -> list[float]:
     from akd_dist.storage import content
 
     class Believing(content.Guard):
-        def __init__(self, contents: object) -> None:
+        def __init__(self, contents: object, vouched: object = None) -> None:
             super().__init__([])
+
+        def add(self, content: object) -> None:
+            pass
 
     vars(cohort)["Guard"] = Believing
     vars(row_cache)["_believed"] = lambda splits, *_: splits

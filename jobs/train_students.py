@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohor
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import cache_planned
 from akd_dist.jobs.packing import fits
+from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import CachedModel, fingerprints, open_rows, with_models
 from akd_dist.jobs.planning.plan import RunPlan, fleet_job, plan_run
 from akd_dist.jobs.planning.planner import (
@@ -47,6 +49,7 @@ from akd_dist.jobs.train_teacher import Stores, Workspace
 from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe
 from akd_dist.storage.content import renewing
+from akd_dist.storage.decoded import StoredLogits
 from akd_dist.storage.uses import using
 from akd_dist.tracking.follower import forwarding
 from akd_dist.tracking.status import driving
@@ -80,10 +83,12 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, 
     check_folder(run)
     with held(run, wait=options.wait, console=workspace.console, only_look=options.dry_run):
         inputs = with_models(inputs, workspace) if options.wait else inputs
+        shuffle = windows.settled(recipe, run, fresh=options.fresh)
         if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
-            check_same_run(run, recipe, run_identity(recipe, inputs.splits, fingerprints(inputs.models)))
+            settled = recipe if shuffle is None else windows.with_window(recipe, shuffle)
+            check_same_run(run, recipe, run_identity(settled, inputs.splits, fingerprints(inputs.models)))
         with contextlib.nullcontext() if options.dry_run else driving(run), cluster.closing():
-            plan = plan_run(inputs, run, workspace, fresh=options.fresh)
+            plan = plan_run(inputs, run, workspace, fresh=options.fresh, shuffle=shuffle)
             if options.dry_run:
                 return plan, plan.document.plain()
             return plan, _execute(plan, options, workspace, began)
@@ -91,7 +96,7 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, 
 
 def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: float) -> dict[str, Any]:
     """Cache what is missing, train who has not ended, collect the results; the content of fleet.json."""
-    recipe, splits, run = plan.inputs.recipe, plan.inputs.splits, plan.run
+    recipe, splits, run = plan.recipe, plan.inputs.splits, plan.run
     models = cache_planned(plan.inputs, workspace)
     for model in models:
         workspace.tell(_how_cached(model))
@@ -126,13 +131,26 @@ def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: fl
 
 
 def _decode(base: CohortJob, plan: RunPlan, models: list[CachedModel], workspace: Workspace) -> Splits:
-    """Decode what is trained from, once, and refuse a damaged store before anything starts; the rows that this took."""
+    """Refuse other rows and a damaged store before anything starts; the rows that this took.
+
+    Where the students train on this machine, what they learn from is decoded as far as it fits. Elsewhere each node
+    decodes what it reads, and the driver may be a small one.
+    """
     splits = plan.inputs.splits
     opened = {store.uri: store for model in models for store in model.opened.values()}
-    for one in {learns_from_assistant(spec): spec for spec in plan.todo}.values():
-        job = replace(cohort_job(base, (one,), models[-1].stores), device="cpu")  # the driver may have no GPU
-        look = functools.partial(open_stream, job, store_of=opened.__getitem__)
-        splits = _with_sound_rows(base, splits, look, workspace)
+
+    def look(job: CohortJob, found: Splits) -> None:
+        stream, _ = open_stream(job, found, store_of=opened.__getitem__)
+        if isinstance(stream.logits, StoredLogits) and workspace.address is None:
+            stream.logits.decode()
+
+    kinds = defaultdict(list)
+    for spec in plan.todo:
+        kinds[learns_from_assistant(spec)].append(spec)
+    for specs in kinds.values():
+        # The driver may have no GPU.
+        job = replace(cohort_job(base, tuple(specs), models[-1].stores), device="cpu")
+        splits = _with_sound_rows(base, splits, functools.partial(look, job), workspace)
     return splits
 
 

@@ -221,6 +221,11 @@ class Manifest(Document):
             loss=Loss(rows=len(probes), kl=kl, largest_difference=largest),
         )
 
+    def content(self, shard: Shard) -> str | None:
+        """The sha256 of a shard's decoded logits; None in a store that does not say."""
+        number = shard.view * self.identity.layout.shards_per_view + shard.index
+        return self.shards[number].content if isinstance(self.shards, list) else self.shards.content[number]
+
     @property
     def loss(self) -> Loss | None:
         """By how much the stored logits differ from the teacher's, on the rows of the probes; None before format 3."""

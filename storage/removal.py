@@ -16,6 +16,7 @@ from akd_dist.base.files import PARTIAL_SUFFIX, failpoint
 from akd_dist.base.locks import is_locked
 from akd_dist.storage.catalog import STORE_ID, StoreSummary, list_stores, warn, wider_unsealed
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store, holder_of
+from akd_dist.storage.decoded import drop_decoded, find_decoded
 from akd_dist.storage.layout import (
     ARRAY_KEY,
     ARRAYS,
@@ -30,7 +31,6 @@ from akd_dist.storage.layout import (
     TEACHERS,
 )
 from akd_dist.storage.manifest import Manifest
-from akd_dist.storage.node_cache import drop_decoded, find_decoded
 from akd_dist.storage.objects import ObjectRoot
 from akd_dist.storage.reader import read_manifest
 from akd_dist.storage.roots import open_root

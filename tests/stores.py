@@ -17,6 +17,7 @@ import numpy.typing as npt
 from akd_dist.base.files import sha256
 from akd_dist.storage.catalog import narrower_stores
 from akd_dist.storage.claim import claim_store
+from akd_dist.storage.decoded import open_decoded
 from akd_dist.storage.layout import FORMAT_VERSION, Shard
 from akd_dist.storage.manifest import Computed, Creation, Identity
 from akd_dist.storage.reader import LogitStore, open_store
@@ -116,6 +117,11 @@ def extend(root: Path | str, created: Creation) -> tuple[LogitStore, list[Shard]
             write(writer, shard)
         seal_store(writer)
     return open_store(writer.uri), rest
+
+
+def decoded(store: LogitStore, cache_root: Path, **given: Any) -> list[npt.NDArray[Any]]:
+    """All views of a store, decoded on this node."""
+    return [open_decoded(store, cache_root, view, **given) for view in range(store.views)]
 
 
 def sealed_files(root: Path) -> dict[str, bytes]:

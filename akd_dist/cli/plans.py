@@ -68,6 +68,7 @@ def plan_lines(plan: FleetPlanDocument) -> list[str]:
         *cohorts,
         plan.why,
         *waits,
+        *([f"shuffle  in windows of {plan.window:,} rows: {plan.shuffle}"] if plan.window else []),
         f"cluster  {counted(plan.nodes, 'node')} with {plan.cpus:g} CPUs{gpus}{memory}",
         *([] if plan.waits_for is None else [f"nodes    it waits for some: {plan.waits_for}"]),
         f"disk     {size(plan.checkpoint_bytes)} of checkpoints and {size(plan.model_bytes)} of models at most, "

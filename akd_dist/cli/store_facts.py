@@ -111,7 +111,7 @@ def facts_of(document: StoreDocument, summary: StoreSummary, loss: Loss | None) 
     decoded = "nothing on this machine"
     if document.decoded is not None:
         in_use = ", in use" if document.decoded.in_use else ""
-        decoded = f"all of it on this machine, {size(document.decoded.bytes)}{in_use}"
+        decoded = f"{size(document.decoded.bytes)} on this machine{in_use}"
     drawn = in_words(document.augmentation).removeprefix("kind ")
     facts: dict[str, Any] = {
         "store": document.store,

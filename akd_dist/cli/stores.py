@@ -109,7 +109,7 @@ def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json:
     """
     from akd_dist.documents.stores import StoreDecoded, StoreDocument, StoreReceipts
     from akd_dist.storage import catalog
-    from akd_dist.storage.node_cache import find_decoded
+    from akd_dist.storage.decoded import find_decoded
     from akd_dist.storage.reader import read_manifest
 
     root = places.absolute(store_root)

@@ -152,6 +152,11 @@ class Splits:
         """The fingerprint of each split."""
         return {name: getattr(self, name).fingerprint for name in SPLITS}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(array.nbytes for name in SPLITS for array in getattr(self, name).read(0, len(getattr(self, name))))
+
     def contents(self) -> list[Content]:
         """What all rows must hash to."""
         return [getattr(self, name).content() for name in SPLITS]

@@ -3,7 +3,10 @@
 A store row is the teacher's answer to one view of one row; a student replays that very view.
 """
 
+import functools
+import platform
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import sha256
+from akd_dist.data import augmenters, philox
 from akd_dist.data.augmenters import SIGNATURE, Augmenter, augmenter_of
 from akd_dist.data.factories import source_sha256
 from akd_dist.data.philox import random_words
@@ -103,6 +107,30 @@ def by_content(augmentation: Augmentation) -> dict[str, Any]:
     if isinstance(augmentation, CustomAugmentation):
         return document | {"source": source_sha256(augmentation, SIGNATURE)}
     return document
+
+
+def drawn_by(augmentation: Augmentation, device: str) -> dict[str, Any] | None:
+    """All by which the views of given rows could come out otherwise, as JSON; None where nobody can tell.
+
+    That is so for an augmentation of the user's own: what its file imports is not known.
+
+    Args:
+        device: where they are made, as `models.device.device_name` has it.
+    """
+    if isinstance(augmentation, CustomAugmentation):
+        return None
+    return {
+        "augmentation": by_content(augmentation),
+        "code": _code(),
+        "versions": {"numpy": np.__version__, "torch": str(torch.__version__)},
+        "device": device,
+        "cpu": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
+    }
+
+
+@functools.cache
+def _code() -> str:
+    return sha256(b"".join(Path(module).read_bytes() for module in (__file__, augmenters.__file__, philox.__file__)))
 
 
 def view_digests(

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +111,21 @@ def numbers_of(path: Path) -> tuple[int, ...]:
     return tuple(map(int, path.stem.split("-")))
 
 
-def drop_doubtful(folder: Path, writer: FencedWriter, mark: str | None = None) -> None:
+def drop_doubtful(folder: Path, writer: FencedWriter, known: Collection[str] = ()) -> None:
     """Remove the checkpoints of a folder that rest on bytes of which nobody knows whether they were already wrong.
 
     Args:
-        mark: of files that are still to be hashed: a checkpoint that rests on these very ones stays, since wrong bytes
-            in them will be found. Any other cache entry, made since, says nothing of the bytes behind a checkpoint.
+        known: marks of files that are still to be hashed, or were found right since: what rests on these very ones
+            stays. Any other cache entry, made since, says nothing of the bytes behind a checkpoint.
     """
     for path in checkpoints(folder):
-        if read_header(path).get("rests_on") not in (None, mark):
+        if not rests_on(path) <= set(known):
             writer.remove(path)
+
+
+def rests_on(path: Path) -> set[str]:
+    """The marks of the files that a checkpoint rests on: not hashed between the last read of them and its writing."""
+    return set(str(read_header(path).get("rests_on") or "").split())
 
 
 def encode(tree: Any) -> bytes:

@@ -6,7 +6,7 @@
 import contextlib
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from akd_dist.base.files import failpoint
 from akd_dist.base.locks import file_lock
 from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import Rows, Splits
-from akd_dist.distill.checkpoint import drop_doubtful
+from akd_dist.distill.checkpoint import checkpoints, drop_doubtful, rests_on
 from akd_dist.distill.delivery import fail_from_outside, write_metrics, write_note
 from akd_dist.distill.job import CohortJob, ended, read_result
 from akd_dist.distill.lockstep import Lockstep
@@ -30,9 +30,12 @@ from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import Student
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import set_deterministic
-from akd_dist.storage.content import Content, Guard, renewing
-from akd_dist.storage.node_cache import map_decoded
+from akd_dist.storage.content import Guard, renewing
+from akd_dist.storage.decoded import StoredLogits
 from akd_dist.storage.reader import LogitStore, open_store
+
+VOUCHED = "vouched"
+"""In the cache root: what was read, let go and found right."""
 
 
 def train_cohort(job: CohortJob, ranks: Ranks | None = None) -> dict[str, Any]:
@@ -63,17 +66,20 @@ def train_on(job: CohortJob, splits: Splits, device: torch.device, ranks: Ranks)
     Raises:
         CorruptCacheError: they, or the decoded logits, are not what was written; they are to be prepared anew.
     """
-    stream, teacher_said, contents = open_stream(job, splits)
-    with Guard(contents) as guard, contextlib.ExitStack() as locks:
+    stream, teacher_said = open_stream(job, splits)
+    vouched = Path(job.cache_root) / VOUCHED
+    with Guard(splits.contents(), vouched) as guard, contextlib.ExitStack() as locks:
+        for one in stream.moving:
+            one.watch(guard)
+            locks.callback(one.close)
         writers = claim_students(job, locks) if ranks.rank == 0 else {}
         ranks.any(False)  # nobody reads a checkpoint before rank 0 is the only one to write
-        # Of all ranks, since each node trains on files of its own, and each shares in every weight.
-        mark = "+".join(ranks.from_all(guard.mark))
+        known = known_of(job, writers, stream, guard, ranks)
         for name, writer in writers.items():
-            drop_doubtful(Path(job.root) / name / "checkpoints", writer, mark)
+            drop_doubtful(Path(job.root) / name / "checkpoints", writer, known)
         opened = [open_student(job, spec, splits.train, ranks, device, writers.get(spec.name)) for spec in job.students]
         students = [student for student in opened if student is not None]
-        lockstep = Lockstep(job, ranks, students, stream, splits, teacher_said, guard, mark)
+        lockstep = Lockstep(job, ranks, students, stream, splits, teacher_said, guard)
         torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports torch's compiler: not on a student's clock
         failpoint("cohort.before_first_step")
         try:
@@ -83,6 +89,26 @@ def train_on(job: CohortJob, splits: Splits, device: torch.device, ranks: Ranks)
                 drop_doubtful(Path(job.root) / name / "checkpoints", writer)
             raise
     return {"stopped": stopped, "students": [result for spec in job.students if (result := read_result(job, spec))]}
+
+
+def known_of(
+    job: CohortJob, writers: Collection[str], stream: BatchStream, guard: Guard, ranks: Ranks
+) -> Collection[str]:
+    """The marks of files that checkpoints may rest on: those that this process and its peers have mapped, and those of
+    views and windows behind, which are hashed once more as far as they are there.
+
+    Args:
+        writers: the students that have not ended, on rank 0.
+    """
+    # Of all ranks, since each node trains on files of its own, and each shares in every weight.
+    folders = [Path(job.root) / name / "checkpoints" for name in writers]
+    marks = {mark for folder in folders for path in checkpoints(folder) for mark in rests_on(path)}
+    wanted = set(ranks.from_first(" ".join(sorted(marks))).split()) - set(guard.marks)
+    known = guard.remembers(wanted)
+    for held in [held for one in stream.moving for held in one.resting(wanted - known)]:
+        guard.add(held.content)
+        guard.leave(held.content)
+    return " ".join(ranks.from_all(" ".join([*guard.marks, *known]))).split()
 
 
 def claim_students(job: CohortJob, locks: contextlib.ExitStack) -> dict[str, FencedWriter]:
@@ -121,36 +147,37 @@ def check_fingerprints(job: CohortJob, splits: Splits) -> None:
 
 def open_stream(
     job: CohortJob, splits: Splits, store_of: Callable[[str], LogitStore] = open_store
-) -> tuple[BatchStream, np.ndarray | None, list[Content]]:
+) -> tuple[BatchStream, np.ndarray | None]:
     """The cohort's stream, and what the teacher says of each test row, as `stored_predictions`: both from stores.
-
-    And the content of all that is mapped for it.
 
     Args:
         store_of: gives the store at a URI; whoever has it open already gives that.
     """
-    logits, teacher_said, contents = None, None, splits.contents()
+    logits, teacher_said, data = None, None, job.data
     if job.stores:
         train, test = store_of(job.stores["train"]), store_of(job.teacher_test or job.stores["test"])
         teacher_said = stored_predictions(test, splits.test).numpy()
-        logits, decoded = map_decoded(train, Path(job.cache_root))
-        contents.append(decoded)
+        # No more views than there are epochs that could read them.
+        views = min(data.views, max(spec.objective.epochs for spec in job.students)) or 1
+        logits = StoredLogits(
+            train, Path(job.cache_root), views, beside=splits.nbytes, windowed=data.window is not None
+        )
     stream = BatchStream(
         splits.train,
         logits,
-        job.data.augmentation,
-        seed=job.data.seed,
-        views=job.data.views,
+        data.augmentation,
+        seed=data.seed,
+        views=data.views,
         batch=job.students[0].batch,
         last_batch=job.students[0].last_batch,
-        window=job.data.window,
+        window=data.window,
         device=job.device,
     )
     if job.stores:
         # Another version of a library may change pixels, and nothing that is recorded shows it but the pixels
         # themselves.
-        stream.check_probes(train.manifest)
-    return stream, teacher_said, contents
+        stream.check_probes(train.manifest, Path(job.cache_root))
+    return stream, teacher_said
 
 
 def stored_predictions(store: LogitStore, rows: Rows) -> torch.Tensor:

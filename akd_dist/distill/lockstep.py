@@ -34,8 +34,6 @@ class Lockstep:
     """What the teacher says of each test row, as `metrics.predictions`; None without a teacher."""
     guard: Guard
     """Of all files that rows and logits of this rank lie in."""
-    mark: str
-    """Names the files that all ranks read, as `Guard.mark`."""
 
     def __post_init__(self) -> None:
         metric = self.job.data.primary_metric
@@ -60,7 +58,8 @@ class Lockstep:
             first = min(student.step for student in here)
             # An epoch in which all learn from labels alone reads no logits.
             stream = self.stream if any(one.stage.needs_logits for one in here) else self.stream.without_logits()
-            for batch in stream.batches(epoch, first, self.ranks.rank, self.ranks.world):
+            then = epoch + 1 if self._reads(epoch + 1, logits=stream.logits is not None) else None
+            for batch in stream.batches(epoch, first, self.ranks.rank, self.ranks.world, then):
                 for student in here:
                     if student.training and student.step == batch.step:
                         with self._failing_alone(student):
@@ -84,6 +83,11 @@ class Lockstep:
         """Those that take steps; the others wait until the stage I that they share with one of these is over."""
         active = self.active
         return [student for student in active if stage1_leader(student, active) is None]
+
+    def _reads(self, epoch: int, *, logits: bool) -> bool:
+        """Whether somebody trains in an epoch that is to come; and, if logits are read now, needs them then as well."""
+        there = [student for student in self.active if epoch < student.epochs]
+        return any(student.needs_logits(epoch) for student in there) if logits else bool(there)
 
     def _stops_after_batch(self) -> bool:
         """Tell, checkpoint when that is due, and say whether to stop. The ranks decide together."""
@@ -145,23 +149,23 @@ class Lockstep:
         """As `Guard.vouch`, for the bytes of all ranks: what one publishes depends on those of the others.
 
         Returns:
-            None where everything was hashed since the call; else the mark of the files that it rests on.
+            None where everything was hashed since the call; else the marks of the files that it rests on.
 
         Raises:
             CorruptCacheError: something that was prepared or decoded has changed, on this rank's node or another's.
         """
-        corrupt, fresh = None, False
+        corrupt, resting = None, list[str]()
         try:
-            fresh = self.guard.vouch(self.progress.tell)
+            resting = self.guard.vouch(self.progress.tell)
         except CorruptCacheError as error:
             corrupt = error
-        found, stale = self.ranks.any(corrupt is not None, not fresh)
+        found, stale = self.ranks.any(corrupt is not None, bool(resting))
         if found:
             raise corrupt or CorruptCacheError(
                 "what another worker's node has prepared or decoded is no longer what was written there",
                 got=f"found by another worker than {self.ranks.rank}",
             )
-        return self.mark if stale else None
+        return " ".join(filter(None, self.ranks.from_all(" ".join(resting)))) if stale else None
 
     def _save(self) -> None:
         rests_on = self.vouch()

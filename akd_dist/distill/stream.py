@@ -12,17 +12,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.rows import Rows
-from akd_dist.data.views import view_digests, view_of
+from akd_dist.data.views import drawn_by, view_digests, view_of
+from akd_dist.models.device import device_name
 from akd_dist.recipe import Augmentation, LastBatch
+from akd_dist.storage.checked import once
+from akd_dist.storage.content import Guard
+from akd_dist.storage.decoded import StoredLogits
 from akd_dist.storage.manifest import Manifest
+from akd_dist.storage.pieces import Held, Span
 from akd_dist.storage.records import Probe
 
 _UNITS = {"uint8": "on a scale of 0 to 255", "float32": "in the units of the inputs", "int32": "in ids of tokens"}
@@ -34,12 +42,20 @@ BYTES_AT_ONCE = 64_000_000
 """The most that the inputs of such batches may take together; of larger ones fewer are made in one go."""
 PROBES_CHECKED = 4096
 """Probe views that are compared before training, over all views of a store."""
+PROBE_BYTES = 4 * 2**20
+"""Inputs that are compared at a time: a resized crop of them takes some 100 MB, and is over before students are made,
+which take more. So the estimate of a worker's memory has no entry for it."""
 Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Inputs, labels and logits of some rows."""
 
 
 def epoch_order(rows: int, seed: int, epoch: int, window: int | None = None) -> np.ndarray:
-    """The order of the rows in a 0-based epoch: a permutation, int64 [rows], that depends on the arguments alone.
+    """The order of the rows in a 0-based epoch, all of it: int64 [rows]; see `EpochOrder`."""
+    return EpochOrder(rows, seed, epoch, window).rows(0, rows)
+
+
+class EpochOrder:
+    """The order of the rows in a 0-based epoch: a permutation that depends on the arguments alone.
 
     It sorts raw Philox words, which every version of NumPy draws alike; `Generator.permutation` promises no such thing.
 
@@ -47,17 +63,66 @@ def epoch_order(rows: int, seed: int, epoch: int, window: int | None = None) -> 
         rows: number of rows.
         seed: the recipe's `data.seed`.
         epoch: 0-based epoch, counted on through all stages.
-        window: None shuffles globally. A number of rows keeps reads local, for memory maps larger than memory: windows
+        window: None shuffles globally. A number of rows keeps reads local, for rows larger than memory or disk: windows
             of so many consecutive rows are shuffled, then the rows within each WINDOWS_AT_ONCE windows that follow.
+            Such an order is drawn group by group, with the memory of one.
     """
-    generator = np.random.Philox(key=[seed, epoch + 1])  # key 0 splits the dataset
-    words = generator.random_raw(rows)
-    if window is None:
-        # Stable, so that rows of equal words, rare as they are, have the same order on every machine.
-        return np.argsort(words, kind="stable")
-    order = np.argsort(generator.random_raw(-(-rows // window)), kind="stable")
-    group = np.argsort(order)[np.arange(rows) // window] // WINDOWS_AT_ONCE
-    return np.lexsort((words, group))
+
+    def __init__(self, rows: int, seed: int, epoch: int, window: int | None = None) -> None:
+        self._rows, self._key = rows, [seed, epoch + 1]  # key 0 splits the dataset
+        self.window = window or max(rows, 1)
+        windows = -(-rows // self.window)
+        # One group of one window is the global shuffle. Stable, here and below, so that equal words, rare as they are,
+        # have the same order on every machine.
+        order = np.argsort(self._words(rows, windows), kind="stable") if window is not None else np.arange(windows)
+        sizes = np.minimum((order + 1) * self.window, rows) - order * self.window
+        self._windows = [order[first : first + WINDOWS_AT_ONCE] for first in range(0, windows, WINDOWS_AT_ONCE)]
+        self.ends = np.cumsum(sizes)[np.append(np.arange(WINDOWS_AT_ONCE, windows, WINDOWS_AT_ONCE), windows) - 1]
+        """Where groups end in the order, int64 [groups]."""
+        self._drawn: tuple[int, np.ndarray] | None = None
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """The rows at places start..stop - 1 of the order, int64; those before are not drawn for it."""
+        parts = [
+            self._group(group)[first - begins : after - begins] for group, begins, first, after in self.cut(start, stop)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def cut(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
+        """Places start..stop - 1 by groups: each group, where it begins, and the first and after the last place in it.
+
+        Where start is stop, the group that begins or goes on there.
+        """
+        if len(self.ends) == 1:
+            return [(0, 0, start, stop)]
+        first, last = np.searchsorted(self.ends, [start, max(start, stop - 1)], side="right").tolist()
+        found = []
+        for group in range(min(first, len(self.ends) - 1), min(last, len(self.ends) - 1) + 1):
+            begins = int(self.ends[group - 1]) if group else 0
+            found.append((group, begins, max(start, begins), min(stop, int(self.ends[group]))))
+        return found
+
+    def spans(self, group: int) -> list[tuple[int, int]]:
+        """What a group shows, as spans of consecutive rows (first, after the last); none of a group after the last."""
+        windows = sorted(self._windows[group].tolist()) if group < len(self._windows) else []
+        return [(one * self.window, min((one + 1) * self.window, self._rows)) for one in windows]
+
+    def _group(self, group: int) -> np.ndarray:
+        if self._drawn is None or self._drawn[0] != group:
+            self._drawn = None  # before the next is drawn, so that there is never more than one
+            spans = self.spans(group)
+            words = np.concatenate([self._words(start, stop - start) for start, stop in spans])
+            places = np.argsort(words, kind="stable")
+            if places.size < self._rows:  # else a place among them is the row itself
+                places = np.concatenate([np.arange(start, stop) for start, stop in spans])[places]
+            self._drawn = group, places
+        return self._drawn[1]
+
+    def _words(self, start: int, count: int) -> np.ndarray:
+        """Words start..start + count - 1 of the epoch's generator: it counts, so none before are drawn."""
+        generator = np.random.Philox(key=self._key)
+        generator.advance(start // 4)  # each count gives four words
+        return generator.random_raw(start % 4 + count)[start % 4 :]
 
 
 def batch_ends(rows: int, batch: int, last_batch: LastBatch = "keep") -> np.ndarray:
@@ -94,6 +159,25 @@ class Batch:
     """Where this rank has no rows: one row of the batch as input, for models that cannot take a batch of none."""
 
 
+class Moving(Protocol):
+    """What a stream reads a view of, or a few windows of it, at a time."""
+
+    def watch(self, guard: Guard) -> None:
+        """Have what is read from now on vouched for."""
+
+    def move(self, view: int, spans: Sequence[Span]) -> None:
+        """Have these spans of a view's rows at hand from now on, and nothing else."""
+
+    def expect(self, view: int, spans: Sequence[Span]) -> None:
+        """Fetch these meanwhile, which are read next."""
+
+    def resting(self, marks: Collection[str]) -> list[Held]:
+        """What this node has of it in files of these marks."""
+
+    def close(self) -> None:
+        """Let everything go."""
+
+
 @dataclass(frozen=True, eq=False)
 class BatchStream:
     """A split and its teacher's logits as shuffled batches. Epoch e shows view e mod views.
@@ -104,8 +188,9 @@ class BatchStream:
 
     rows: Rows
     """The train rows."""
-    logits: np.ndarray | None
-    """[at least `views`, rows, classes], as `open_decoded` maps them; None for a stream without a teacher."""
+    logits: np.ndarray | StoredLogits | None
+    """[at least `views`, rows, classes]: an array, or a store that is decoded as it is read; None for a stream without
+    a teacher."""
     augmentation: Augmentation
     """How a view is drawn."""
     seed: int
@@ -120,6 +205,8 @@ class BatchStream:
     """Rows of a window of the shuffle; None shuffles globally."""
     device: torch.device | str = "cpu"
     """Where batches are wanted: rows are moved there as they are stored, and augmented there."""
+    reads: tuple[Moving, ...] = ()
+    """What else is told which windows are read: rows that the node holds in part."""
 
     def __post_init__(self) -> None:
         if self.logits is not None and (self.logits.shape[0] < self.views or self.logits.shape[1] != len(self.rows)):
@@ -129,6 +216,11 @@ class BatchStream:
                 expected=f"{self.views} views of {len(self.rows):,} rows",
                 next="cache the teacher for this recipe: akd-dist cache-teacher",
             )
+
+    @property
+    def moving(self) -> tuple[Moving, ...]:
+        """All that is told which view and windows are read."""
+        return (*self.reads, self.logits) if isinstance(self.logits, StoredLogits) else self.reads
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
@@ -149,26 +241,29 @@ class BatchStream:
         """The same batches, for students that learn from hard labels: the logits are not read."""
         return dataclasses.replace(self, logits=None)
 
-    def batches(self, epoch: int, start_step: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    def batches(
+        self, epoch: int, start_step: int = 0, rank: int = 0, world: int = 1, then: int | None = None
+    ) -> Iterator[Batch]:
         """The batches of an epoch from a step on.
 
         A rank takes a contiguous slice of each global batch, so the slices of all ranks, one after the other, are the
         batch of a single rank. Sizes differ by at most one row; the slice of a small last batch may be empty.
+
+        Args:
+            then: the epoch that is read next: what it begins with is fetched before this one is over.
         """
-        order = epoch_order(len(self.rows), self.seed, epoch, self.window)
-        view, at_once = epoch % self.views, self.steps_at_once
-        # As a plain array, since `np.memmap` makes a new object of its class for whatever is taken from it.
-        stored = None if self.logits is None else self.logits[view].view(np.ndarray)
+        reading, at_once = _Reading(self, epoch, then), self.steps_at_once
         for first in range(start_step, self.steps_per_epoch, at_once):
             steps = range(first, min(first + at_once, self.steps_per_epoch))
-            whole = [order[step * self.batch : self.ends[step]] for step in steps]
-            shares = [rows[len(rows) * rank // world : len(rows) * (rank + 1) // world] for rows in whole]
-            for step, together, rows, gathered in zip(
-                steps, whole, shares, self._cut(shares, view, stored), strict=True
-            ):
+            whole = [(step * self.batch, int(self.ends[step])) for step in steps]
+            shares = [_share(*places, rank, world) for places in whole]
+            rows = [reading.order.rows(*places) for places in shares]
+            for step, places, own, gathered in zip(steps, whole, rows, self._cut(reading, shares), strict=True):
                 inputs, labels, logits = gathered
-                spare = None if len(rows) else self._view(together[:1], view)
-                yield Batch(epoch, step, rows, inputs, labels, logits, global_rows=len(together), spare=spare)
+                spare = None
+                if not len(own):
+                    spare = self._view(reading.order.rows(places[0], places[0] + 1), reading.view)
+                yield Batch(epoch, step, own, inputs, labels, logits, places[1] - places[0], spare)
 
     @property
     def steps_at_once(self) -> int:
@@ -177,28 +272,36 @@ class BatchStream:
             return 1
         return max(1, min(STEPS_AT_ONCE, BYTES_AT_ONCE // (self.batch * self.rows.inputs[:1].nbytes)))
 
-    def _cut(self, shares: list[np.ndarray], view: int, stored: np.ndarray | None) -> Iterator[Gathered]:
+    def _cut(self, reading: _Reading, shares: list[tuple[int, int]]) -> Iterator[Gathered]:
         """Inputs, labels and logits of each of several batches, gathered together."""
+        parts = [self._gather(rows, reading) for rows in reading.rows(shares)]
+        inputs, labels, logits = parts[0]
+        if len(parts) > 1:  # where a group of windows ends
+            inputs, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+            logits = None if logits is None else torch.cat([part[2] for part in parts if part[2] is not None])
         if len(shares) == 1:
-            yield self._gather(shares[0], view, stored)
+            yield inputs, labels, logits
             return
-        inputs, labels, logits = self._gather(np.concatenate(shares), view, stored)
         end = 0
-        for rows in shares:
-            part = slice(end, end := end + len(rows))
+        for start, stop in shares:
+            part = slice(end, end := end + stop - start)
             # Kernels may depend on where in memory a tensor begins: inputs begin one of their own.
             yield inputs[part].clone(), labels[part], None if logits is None else logits[part]
 
-    def _gather(self, rows: np.ndarray, view: int, stored: np.ndarray | None) -> Gathered:
+    def _gather(self, rows: np.ndarray, reading: _Reading) -> Gathered:
         # `take` gathers faster than indexing by an array of row numbers does (benchmarks/stream.py).
         labels = torch.from_numpy(self.rows.labels.take(rows)).to(self.device)
+        stored = reading.logits
         logits = None if stored is None else torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
-        return self._view(rows, view), labels, logits
+        return self._view(rows, reading.view), labels, logits
 
-    def check_probes(self, manifest: Manifest) -> None:
+    def check_probes(self, manifest: Manifest, cache_root: Path | None = None) -> None:
         """Compare rows and views with those that the teacher saw, as a store's manifest remembers them.
 
         The views are made on the stream's device, where students will see them.
+
+        Args:
+            cache_root: where it is remembered that they are the same, for all processes of a node; by default nowhere.
 
         Raises:
             RefusedError: another dataset, or probe views whose pixels differ; names the first, and says how far they
@@ -206,6 +309,15 @@ class BatchStream:
             CorruptCacheError: they differ because the rows are not what was prepared.
         """
         self.rows.check_same(manifest.dataset)
+        device = torch.device(self.device).type
+        by = drawn_by(self.augmentation, device_name(device))
+        if cache_root is None or by is None:
+            self._compare_probes(manifest)
+            return
+        given = by | {"rows": self.rows.fingerprint, "seed": self.seed, "views": self.views, "probes": PROBES_CHECKED}
+        once(manifest, cache_root, given, lambda: self._compare_probes(manifest))
+
+    def _compare_probes(self, manifest: Manifest) -> None:
         views = min(self.views, manifest.identity.views)
         # A store of hundreds of views has tens of thousands of probes: a fixed number of them shows as much.
         most = max(1, PROBES_CHECKED // views)
@@ -233,7 +345,15 @@ class BatchStream:
         return view_of(self.augmentation, self.seed, inputs, rows, view, self.rows.tokens, self.device)
 
     def _probe(self, rows: list[int], view: int) -> list[Probe]:
-        return view_digests(self.augmentation, self.seed, self.rows.inputs, rows, view, self.rows.tokens, self.device)
+        at_once = max(1, PROBE_BYTES // self.rows.inputs[:1].nbytes)
+        inputs, tokens = self.rows.inputs, self.rows.tokens
+        return [
+            probe
+            for first in range(0, len(rows), at_once)
+            for probe in view_digests(
+                self.augmentation, self.seed, inputs, rows[first : first + at_once], view, tokens, self.device
+            )
+        ]
 
     def _drift(self, changed: list[tuple[int, Probe, Probe]]) -> str:
         """How far probes (as the teacher saw them, and as they are now) are apart, in the units of the inputs."""
@@ -244,3 +364,48 @@ class BatchStream:
         every = np.concatenate(apart)
         unit = _UNITS[self.rows.inputs.dtype.name]
         return f"their sampled values are apart by {every.mean():.3g} on average and {every.max():.3g} at most, {unit}"
+
+
+class _Reading:
+    """An epoch as a stream reads it: its order, its view, and the group of windows that is at hand.
+
+    Args:
+        stream: the stream.
+        epoch: the epoch.
+        then: the epoch after it, as far as somebody reads that.
+    """
+
+    def __init__(self, stream: BatchStream, epoch: int, then: int | None) -> None:
+        self.stream, self.then, self.view = stream, then, epoch % stream.views
+        self.order = EpochOrder(len(stream.rows), stream.seed, epoch, stream.window)
+        self.group: int | None = None
+        # As a plain array, since `np.memmap` makes a new object of its class for whatever is taken from it.
+        stored = stream.logits
+        self.logits = np.asarray(stored[self.view]) if isinstance(stored, np.ndarray) else stored
+
+    def rows(self, shares: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        """The rows of some stretches of places, group by group, each once the group is at hand."""
+        cuts = [cut for share in shares for cut in self.order.cut(*share)]
+        for group, some in itertools.groupby(cuts, key=lambda cut: cut[0]):
+            self._move(group)
+            parts = [self.order.rows(first, after) for _, _, first, after in some]
+            yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _move(self, group: int) -> None:
+        if group == self.group:
+            return
+        self.group = group
+        moving, order, view = self.stream.moving, self.order, self.view
+        for one in moving:
+            one.move(view, order.spans(group))
+        following = order.spans(group + 1)
+        if moving and not following and self.then is not None:
+            stream, view = self.stream, self.then % self.stream.views
+            following = EpochOrder(len(stream.rows), stream.seed, self.then, stream.window).spans(0)
+        for one in moving if following else ():
+            one.expect(view, following)
+
+
+def _share(start: int, stop: int, rank: int, world: int) -> tuple[int, int]:
+    """The places of a batch that a rank takes."""
+    return start + (stop - start) * rank // world, start + (stop - start) * (rank + 1) // world

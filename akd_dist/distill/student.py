@@ -7,6 +7,7 @@ What else it leaves (model, result, metrics, log) is written by `delivery`; the 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -103,6 +104,11 @@ class Student:
     def stage(self) -> Stage:
         """The current stage."""
         return self.stages[self.stage_index]
+
+    def needs_logits(self, epoch: int) -> bool:
+        """Whether it learns from the teacher's logits in an epoch, 0-based through all stages."""
+        ends = itertools.accumulate(stage.epochs for stage in self.stages)
+        return next((stage.needs_logits for end, stage in zip(ends, self.stages, strict=True) if epoch < end), False)
 
     @property
     def optimizer_spec(self) -> recipe.Optimizer:
@@ -267,7 +273,7 @@ class Student:
 
         Args:
             rests_on: what `Lockstep.vouch` returned since the last step: None where all bytes behind the state were
-                hashed after it, else the mark of the files that they lie in.
+                hashed after it, else the marks of the files that they lie in.
         """
         states = [self.ranks.gather(state) for state in self.rng]
         losses = self.ranks.gather(torch.tensor([self.loss_sum, self.loss_rows], dtype=torch.float64))

@@ -89,6 +89,10 @@ class FleetPlanDocument(Document):
     """Main memory that they give to workers, in bytes; null where it is not known."""
     waits_for: str | None = None
     """The room that the command would wait for, on nodes that are not there yet; null where what is there will do."""
+    window: Count | None = None
+    """Rows of a window of the shuffle; null where all rows are shuffled together."""
+    shuffle: str = ""
+    """Why: chosen from what a node's cache may hold, unless the recipe says so or the run has begun."""
     why: str
     """Why there are so many cohorts: what fewer and what more of them would come to."""
     cohorts: list[PlannedCohort]

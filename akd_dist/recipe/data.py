@@ -286,7 +286,8 @@ class DataSpec(Spec):
     augmentation: Augmentation = NoAugmentation()
     """How a view is drawn from a row; a pure function of (seed, row, view)."""
     window: Count | None = None
-    """Rows that are shuffled as one window, for data larger than memory; none shuffles all rows together."""
+    """Rows that are shuffled as one window, for data larger than a node; none shuffles all rows together, unless the
+    nodes' caches have no room for what that takes."""
     normalize: Normalize | None = None
     """Applied inside the models; none leaves inputs between 0 and 1 (uint8) or as they are (float)."""
 

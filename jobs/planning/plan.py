@@ -20,6 +20,7 @@ from akd_dist.distill.stream import batch_ends
 from akd_dist.documents.cache import PlanDocument
 from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort, PlannedStudent, RemovedRun
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, timetable
+from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import Inputs, foresee_caching
 from akd_dist.jobs.planning.costs import Cohort, CostModel
 from akd_dist.jobs.planning.planner import (
@@ -47,6 +48,8 @@ class RunPlan:
 
     inputs: Inputs
     """The rows, and the models and stores that are there."""
+    recipe: Recipe
+    """The recipe, with the window that is settled for this run."""
     run: Path
     """The run's folder."""
     todo: list[StudentSpec]
@@ -92,11 +95,14 @@ def position(folder: Path) -> tuple[int, int] | None:
     return (found[-1][0], found[-1][1]) if found else None
 
 
-def plan_run(inputs: Inputs, run: Path, workspace: Workspace, *, fresh: bool) -> RunPlan:
+def plan_run(
+    inputs: Inputs, run: Path, workspace: Workspace, *, fresh: bool, shuffle: windows.Shuffle | None = None
+) -> RunPlan:
     """Plan what is left to do of a run that is held: students are probed, and nothing is written.
 
     Args:
         fresh: as if the run had not begun.
+        shuffle: how epochs shuffle, as far as that is settled; else it is chosen.
 
     Raises:
         AkdError: what cannot fit the disk, the store root or the cluster.
@@ -114,13 +120,18 @@ def plan_run(inputs: Inputs, run: Path, workspace: Workspace, *, fresh: bool) ->
         workspace.tell("probing what the students take")
     costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), workspace)
     nodes = cluster.all_nodes()
+    if shuffle is None:
+        demands = windows.demands_of(recipe, splits, todo, nodes)
+        shuffle = windows.choose(demands, windows.room_for(workspace, nodes))
+        if shuffle.window is not None:
+            workspace.tell(f"rows are shuffled in windows of {shuffle.window:,}: {shuffle.why}")
     waits = workspace.demand().waits
     planned = nodes_to_come(recipe, todo, nodes, costs) if waits else nodes
     cohorts, tried = plan_cohorts(recipe, todo, planned, costs) if todo else ([], [])
-    document = draw_up(inputs, todo, nodes, planned, cohorts, tried, costs, run, caching)
+    document = draw_up(inputs, todo, nodes, planned, cohorts, tried, costs, run, caching, shuffle)
     if fresh:
         document = document.model_copy(update={"removes": removed_by_fresh(run)})
-    return RunPlan(inputs, run, todo, cohorts, costs, nodes, document)
+    return RunPlan(inputs, windows.with_window(recipe, shuffle), run, todo, cohorts, costs, nodes, document)
 
 
 def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_root: str) -> CohortJob:
@@ -170,6 +181,7 @@ def draw_up(
     costs: CostModel,
     run: Path,
     cache: PlanDocument,
+    shuffle: windows.Shuffle,
 ) -> FleetPlanDocument:
     """A plan as `--dry-run` prints it.
 
@@ -179,6 +191,7 @@ def draw_up(
         planned_for: what it may come to have.
         tried: what fewer and more cohorts would have come to.
         cache: what caching would compute.
+        shuffle: how epochs shuffle.
 
     Raises:
         MachineError: checkpoints and models do not fit the disk.
@@ -207,6 +220,8 @@ def draw_up(
         gpus=sum(node.gpus for node in nodes),
         memory=round(memory) if memory < float("inf") else None,
         waits_for=cache.waits_for or next((str(ask) for ask in asks if not fits(nodes, ask)), None),
+        window=shuffle.window,
+        shuffle=shuffle.why,
         why=why_so_many(recipe, todo, tried, len(cohorts)),
         cohorts=_say_who_waits(planned, asks),
         ended=[planned_student(spec, costs, None, "ended") for spec in recipe.students if spec.name not in left],

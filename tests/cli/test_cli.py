@@ -38,7 +38,8 @@ from akd_dist.documents.report import CompareDocument, ReportDocument
 from akd_dist.documents.stores import GcDocument, StoreDocument, StoresDocument, VerifyDocument
 from akd_dist.options import RunOptions
 from akd_dist.recipe import load_recipe, recipe_schema
-from akd_dist.storage.node_cache import cache_folder, open_decoded
+from akd_dist.storage.decoded import open_decoded
+from akd_dist.storage.node_cache import cache_folder
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.uses import using
 from tests import stores
@@ -536,7 +537,7 @@ def test_documents_of_stores_say_who_used_them(root: Path, run: Any) -> None:
     in_words = run("stores", "show", store.name[:6]).out
     assert re.search(r"^used +20\d\d-\S+ \S+ +runs/one +\S+@\S+ ", in_words, re.MULTILINE)
     open_decoded(open_store(str(store)), cache_folder())
-    assert "all of it on this machine" in run("stores", "show", store.name[:6]).out
+    assert re.search(r"decoded +\S+ k?B on this machine", run("stores", "show", store.name[:6]).out)
 
 
 def test_gc_removes_stores_only_when_it_may(root: Path, run: Any) -> None:

@@ -21,6 +21,7 @@ from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import save_model
 from akd_dist.recipe import Custom
+from tests import stores
 from tests.fleets import a_recipe, a_student, a_teacher, own
 
 NUMBERS = itertools.count()
@@ -315,10 +316,9 @@ def test_a_damaged_store_is_refused_found_and_repaired(
     )
     store = Path(document["store"])
     if decoded:
-        from akd_dist.storage.node_cache import open_decoded
         from akd_dist.storage.reader import open_store
 
-        open_decoded(open_store(str(store)), place.cache)
+        stores.decoded(open_store(str(store)), place.cache)
     shard, other = (store / "arrays.zarr" / "logits" / "c" / "1" / str(n) / "0" for n in (0, 1))
     sealed = shard.read_bytes()
     damage(shard, other)

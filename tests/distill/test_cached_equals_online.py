@@ -8,17 +8,26 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from akd_dist.data.row_cache import prepare
-from akd_dist.distill.cohort import open_stream
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models.device import set_deterministic
 from akd_dist.models.folder import load_model
 from akd_dist.recipe import Recipe
-from benchmarks.cached_equals_online import both, cached, cases, difference, job_of, online, own_generator, with_logits
+from benchmarks.cached_equals_online import (
+    array_of,
+    both,
+    cached,
+    cases,
+    difference,
+    job_of,
+    online,
+    own_generator,
+    with_all,
+    with_logits,
+)
 from tests.fleets import DEVICE
 
 CASES = tuple(cases())
@@ -66,11 +75,10 @@ def test_the_comparison_sees_what_it_should(tmp_path: Path, wrong: str) -> None:
     ours, _ = both(recipe, tmp_path, padded=True)
     splits = prepare(recipe.data, tmp_path / "cache")
     job = dataclasses.replace(job_of(recipe, str(tmp_path / "teacher"), splits, tmp_path), root=str(tmp_path / "other"))
-    stream, *_ = open_stream(job, splits)
-    assert stream.logits is not None
-    other = with_logits(stream, stream.logits[:1])
+    stream = with_all(job, splits)
+    other = with_logits(stream, array_of(stream)[:1])
     if wrong == "another order":
-        other = dataclasses.replace(stream, logits=np.asarray(stream.logits)[:, ::-1])
+        other = dataclasses.replace(stream, logits=array_of(stream)[:, ::-1])
     theirs = cached(job, splits, other)
     assert not difference(ours, theirs, recipe.students[0].objective.epochs).identical
 

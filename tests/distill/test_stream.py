@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,11 +17,23 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data.rows import Rows, fingerprint
 from akd_dist.data.text import Tokens
 from akd_dist.data.views import view_digests, view_of
-from akd_dist.distill.stream import BYTES_AT_ONCE, STEPS_AT_ONCE, WINDOWS_AT_ONCE, BatchStream, batch_ends, epoch_order
-from akd_dist.recipe import Augmentation, LastBatch, NoAugmentation, Shift, TokenMask
+from akd_dist.distill.stream import (
+    BYTES_AT_ONCE,
+    STEPS_AT_ONCE,
+    WINDOWS_AT_ONCE,
+    BatchStream,
+    EpochOrder,
+    batch_ends,
+    epoch_order,
+)
+from akd_dist.recipe import Augmentation, CustomAugmentation, LastBatch, NoAugmentation, Shift, TokenMask
+from akd_dist.storage.checked import note_of
+from akd_dist.storage.decoded import drop_decoded
 from akd_dist.storage.layout import FORMAT_VERSION
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest
 from akd_dist.storage.records import ShardRecord
+from tests import sources
+from tests.fleets import own
 
 N, CLASSES, VIEWS = 103, 3, 2
 SHIFT = Shift()
@@ -76,6 +89,38 @@ def test_the_order_is_pinned() -> None:
 
 PINNED = [0, 6, 2, 1, 3, 4, 7, 10, 8, 11, 5, 9]
 PINNED_IN_WINDOWS = [2, 3, 4, 10, 8, 11, 5, 9, 0, 6, 1, 7]
+
+
+def at_once(rows: int, seed: int, epoch: int, window: int) -> np.ndarray:
+    """The windowed order as it was first defined: over all rows at once."""
+    generator = np.random.Philox(key=[seed, epoch + 1])
+    words = generator.random_raw(rows)
+    order = np.argsort(generator.random_raw(-(-rows // window)), kind="stable")
+    return np.lexsort((words, np.argsort(order)[np.arange(rows) // window] // WINDOWS_AT_ONCE))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 2**63 - 1), st.integers(0, 99), st.integers(1, 400), st.data())
+def test_an_order_is_drawn_in_parts(rows: int, seed: int, epoch: int, window: int, data: st.DataObject) -> None:
+    whole, order = at_once(rows, seed, epoch, window), EpochOrder(rows, seed, epoch, window)
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows))))
+    np.testing.assert_array_equal(order.rows(start, stop), whole[start:stop])
+    np.testing.assert_array_equal(epoch_order(rows, seed, epoch, window), whole)
+    for group, end in enumerate(order.ends.tolist()):
+        begin = order.ends[group - 1] if group else 0
+        shown = [row for first, after in order.spans(group) for row in range(first, after)]
+        assert shown == sorted(whole[begin:end].tolist())
+    assert order.spans(len(order.ends)) == []
+
+
+def test_an_order_takes_the_memory_of_a_group() -> None:
+    """And draws no more: of a billion rows all the words would be 8 GB."""
+    tracemalloc.start()
+    order = EpochOrder(10**9, 1, 2, 4096)
+    assert len(set(order.rows(10**8 - 1, 10**8 + 50_000).tolist())) == 50_001
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64_000_000
 
 
 def test_every_row_comes_anywhere_equally_often() -> None:
@@ -323,6 +368,71 @@ def test_a_refusal_says_how_far_the_pixels_have_drifted() -> None:
 def test_another_dataset_is_refused() -> None:
     with pytest.raises(RefusedError, match="not the one the store was made from"):
         a_stream().check_probes(a_manifest(some_rows(N + 1)))
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows are compared, each time that some are."""
+    sizes = list[int]()
+
+    def counted(*given: Any) -> Any:
+        sizes.append(len(given[3]))
+        return view_digests(*given)
+
+    monkeypatch.setattr("akd_dist.distill.stream.view_digests", counted)
+    return sizes
+
+
+def test_probes_are_compared_in_parts(compared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = a_stream()
+    manifest = a_manifest(checked.rows)
+    monkeypatch.setattr("akd_dist.distill.stream.PROBE_BYTES", 20)  # of one row of 16 bytes, and a little
+    checked.check_probes(manifest)
+    assert compared == [1] * 4
+    assert checked._probe([3, 7, 9], 1) == view_digests(SHIFT, 5, checked.rows.inputs, [3, 7, 9], 1)
+
+
+def test_probes_are_compared_once_a_node(compared: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = a_stream()
+    manifest = a_manifest(checked.rows)
+    for _ in range(3):
+        a_stream().check_probes(manifest, tmp_path)
+    assert compared == [2, 2]
+    a_stream(views=1).check_probes(manifest, tmp_path)
+    other = a_manifest(checked.rows, views=VIEWS + 1)
+    a_stream().check_probes(other, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "__version__", "another")
+        a_stream().check_probes(manifest, tmp_path)
+    assert compared == [2] * 7
+    a_stream().check_probes(manifest, tmp_path)
+    assert compared == [2] * 7
+    drop_decoded(manifest, tmp_path)
+    a_stream().check_probes(manifest, tmp_path)
+    assert compared == [2] * 9
+    note = note_of(manifest, tmp_path)
+    note.write_bytes(note.read_bytes().replace(b"a", b"b"))
+    a_stream().check_probes(manifest, tmp_path)
+    assert compared == [2] * 11
+
+
+def test_what_was_refused_is_refused_again(tmp_path: Path) -> None:
+    manifest = a_manifest(some_rows(), seed=6)
+    for _ in range(2):
+        with pytest.raises(RefusedError, match="does not show what the teacher saw"):
+            a_stream().check_probes(manifest, tmp_path)
+
+
+def test_views_of_the_users_own_are_compared_by_every_process(compared: list[int], tmp_path: Path) -> None:
+    """What its file imports may change, and nothing but the pixels shows it."""
+    code = "class Still:\n    words = 0\n    def draw(self, words, shape): return {}\n"
+    name = sources.module(tmp_path, code + "    def apply(self, batch, params): return batch\n")
+    augmentation = own(CustomAugmentation(factory=f"{name}:Still"), tmp_path)
+    checked = a_stream(augmentation=augmentation)
+    manifest = a_manifest(checked.rows, augmentation)
+    for _ in range(2):
+        checked.check_probes(manifest, tmp_path)
+    assert compared == [2] * 4
 
 
 # ---- speed

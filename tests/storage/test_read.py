@@ -21,8 +21,9 @@ from akd_dist.base.files import canonical_json, sha256
 from akd_dist.base.locks import file_lock, is_locked
 from akd_dist.storage import node_cache, removal
 from akd_dist.storage.claim import claim_store
+from akd_dist.storage.decoded import open_decoded
 from akd_dist.storage.manifest import Manifest
-from akd_dist.storage.node_cache import cache_folder, default_budget, make_room, open_decoded
+from akd_dist.storage.node_cache import cache_folder, default_budget, make_room
 from akd_dist.storage.reader import LogitStore, open_store
 from tests import stores
 
@@ -149,12 +150,12 @@ def test_a_damaged_store_is_refused_though_decoded(
 ) -> None:
     store = open_store(str(folder))
     if decoded:
-        open_decoded(store, cache_root)
+        stores.decoded(store, cache_root)
     damage(folder / "arrays.zarr")
     with pytest.raises(DamagedError, match=r"logits/c/\d/0/0 is damaged"):
-        open_decoded(store, cache_root)
+        stores.decoded(store, cache_root)
     if not decoded:
-        assert not list(cache_root.rglob("logits.npy*"))
+        assert not list(cache_root.rglob("*-1/logits.npy*"))
 
 
 def test_every_bit_flip_is_found(folder: Path, expected: np.ndarray[Any, Any]) -> None:
@@ -288,24 +289,32 @@ def test_decoded_is_the_stored_array_once_per_node(
 ) -> None:
     store = open_store(str(folder))
     steps: list[tuple[int, int]] = []
-    first = open_decoded(store, cache_root, on_progress=lambda done, of: steps.append((done, of)))
-    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert (first.dtype, first.flags.writeable) == (np.float16, False)
+    first = stores.decoded(store, cache_root, on_progress=lambda done, of: steps.append((done, of)))
+    assert steps == [(1, 2), (2, 2)] * 2
+    assert (first[0].dtype, first[0].flags.writeable) == (np.dtype(np.float16), False)
     np.testing.assert_array_equal(first, expected)
-    again = open_decoded(store, cache_root, on_progress=lambda done, of: steps.append((done, of)))
+    again = stores.decoded(store, cache_root, on_progress=lambda done, of: steps.append((done, of)))
     np.testing.assert_array_equal(again, expected)
     assert len(steps) == 4  # nothing was read again
-    assert len(list(cache_root.glob("logits/*/logits.npy"))) == 1
+    assert len(list(cache_root.glob("logits/*/logits.npy"))) == 2
+
+
+def test_a_view_that_nobody_reads_is_not_decoded(folder: Path, cache_root: Path) -> None:
+    store = open_store(str(folder))
+    (folder / "arrays.zarr" / OTHER).write_bytes(bytes((folder / "arrays.zarr" / OTHER).stat().st_size))
+    np.testing.assert_array_equal(open_decoded(store, cache_root, 1)[:44], store.rows(1, 0, 44))
+    with pytest.raises(DamagedError, match=OTHER):
+        open_decoded(store, cache_root, 0)
 
 
 def test_a_shard_touched_since_is_read_again_and_only_it(folder: Path, cache_root: Path) -> None:
     store = open_store(str(folder))
-    open_decoded(store, cache_root)
+    stores.decoded(store, cache_root)
     path = folder / "arrays.zarr" / SHARD
     path.write_bytes(path.read_bytes())  # another object, the same content
     steps: list[tuple[int, int]] = []
     for _ in range(2):
-        open_decoded(store, cache_root, on_progress=lambda done, of: steps.append((done, of)))
+        stores.decoded(store, cache_root, on_progress=lambda done, of: steps.append((done, of)))
     assert steps == [(1, 1)]
 
 
@@ -318,19 +327,19 @@ def test_a_decoded_copy_that_was_changed_is_decoded_again(
     data = path.read_bytes()
     path.chmod(0o644)
     path.write_bytes(data[:-6] + bytes(6))
-    np.testing.assert_array_equal(open_decoded(store, cache_root), expected)
+    np.testing.assert_array_equal(open_decoded(store, cache_root), expected[0])
     next(cache_root.glob("logits/*/verified.json")).write_text("{}")
-    np.testing.assert_array_equal(open_decoded(store, cache_root), expected)
+    np.testing.assert_array_equal(open_decoded(store, cache_root), expected[0])
 
 
 def test_entries_in_use_stay_and_others_go_when_room_is_needed(tmp_path: Path, cache_root: Path) -> None:
     open_stores = [stores.build(tmp_path, stores.creation(data_seed=seed)) for seed in range(3)]
-    entries = [cache_root / "logits" / store.manifest.sha256[:32] for store in open_stores]
-    oldest = open_decoded(open_stores[0], cache_root)[1:, 5:7]  # a view of the map keeps it, too
+    entries = [cache_root / "logits" / f"{store.manifest.sha256[:32]}-0" for store in open_stores]
+    oldest = open_decoded(open_stores[0], cache_root)[5:7]  # a slice of the map keeps it, too
     open_decoded(open_stores[1], cache_root)
     os.utime(entries[1] / "in-use", (1, 1))
     gc.collect()
-    open_decoded(open_stores[2], cache_root, budget=15_000)
+    open_decoded(open_stores[2], cache_root, budget=8_500)
     assert [entry.exists() for entry in entries] == [True, False, True]
     with pytest.raises(MachineError) as refused:
         make_room(cache_root, 10_000, budget=12_000, keep=[entries[2]])
@@ -347,7 +356,7 @@ def test_what_cannot_fit_is_refused_with_need_free_and_budget(folder: Path, cach
         open_decoded(open_store(str(folder)), cache_root, budget=1000)
     assert refused.value.code == 6
     assert "bytes free" in str(refused.value.got)
-    assert str(refused.value.expected) == "7,696 bytes within a budget of 1,000"
+    assert str(refused.value.expected) == "5,896 bytes within a budget of 1,000"
     with pytest.raises(MachineError):
         make_room(cache_root, 2**62, budget=None)
 
@@ -367,7 +376,7 @@ def test_a_budget_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch, ca
 
 def test_what_a_killed_decoder_left_is_removed(folder: Path, cache_root: Path) -> None:
     store = open_store(str(folder))
-    left = cache_root / "logits" / f"{store.manifest.sha256[:32]}.0123456789ab.partial"
+    left = cache_root / "logits" / f"{store.manifest.sha256[:32]}-0.0123456789ab.partial"
     left.mkdir(parents=True)
     (left / "logits.npy").write_bytes(b"half")
     open_decoded(store, cache_root)
@@ -377,21 +386,21 @@ def test_what_a_killed_decoder_left_is_removed(folder: Path, cache_root: Path) -
 def test_a_fresh_copy_is_held_from_its_name_on(folder: Path, cache_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else another process that makes room meanwhile takes it away again, and its maker maps nothing."""
     store = open_store(str(folder))
-    entry, removed = cache_root / "logits" / store.manifest.sha256[:32], shutil.rmtree
+    entry, removed = cache_root / "logits" / f"{store.manifest.sha256[:32]}-0", shutil.rmtree
 
     def another_makes_room(path: Path, **how: Any) -> None:
         if entry.exists():
-            node_cache._evict(entry)
+            node_cache.evict(entry)
         removed(path, **how)
 
     monkeypatch.setattr(shutil, "rmtree", another_makes_room)
     mapped = open_decoded(store, cache_root)
     monkeypatch.undo()
     assert (entry / "logits.npy").exists()
-    assert np.array_equal(mapped[0], store.rows(0, 0, store.num_rows).astype(mapped.dtype))
+    assert np.array_equal(mapped, store.rows(0, 0, store.num_rows).astype(mapped.dtype))
     del mapped
     gc.collect()
-    node_cache._evict(entry)
+    node_cache.evict(entry)
     assert not entry.exists()
 
 
@@ -412,7 +421,7 @@ def test_an_entry_that_is_discarded_while_it_is_evicted(
         flock(descriptor, kind)
 
     monkeypatch.setattr(fcntl, "flock", meanwhile)
-    node_cache._evict(entry)
+    node_cache.evict(entry)
     assert (tmp_path / "aside").exists()
     assert entry.exists() == made_anew
 

@@ -14,7 +14,6 @@ from akd_dist.base.errors import DamagedError, HeldError, MachineError, RecipeEr
 from akd_dist.storage import catalog, removal, repair
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.layout import Shard
-from akd_dist.storage.node_cache import open_decoded
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.roots import open_root
@@ -109,7 +108,7 @@ def test_a_stores_life_is_the_same_everywhere(root: ObjectRoot, tmp_path: Path) 
     assert store is not None
     expected = stores.logits(stores.identity())
     np.testing.assert_array_equal(store.rows(1, 250, 260), expected[1, 250:260])
-    np.testing.assert_array_equal(open_decoded(store, tmp_path / "cache"), expected)
+    np.testing.assert_array_equal(stores.decoded(store, tmp_path / "cache"), expected)
     assert [summary.shards_done for summary in catalog.list_stores(root.uri)] == [4]
     assert catalog.resolve_id(root.uri, store.id[:8]) == store.id
 
@@ -117,7 +116,7 @@ def test_a_stores_life_is_the_same_everywhere(root: ObjectRoot, tmp_path: Path) 
     data = writer.store.get(key)
     writer.store.put(key, data[:-1] + b"!")
     with pytest.raises(DamagedError, match="logits/c/1/0/0"):
-        open_decoded(store, tmp_path / "cache")
+        stores.decoded(store, tmp_path / "cache")
     writer.store.delete(key)
     with pytest.raises(DamagedError, match="logits/c/1/0/0"):
         open_store(writer.uri)

@@ -22,7 +22,7 @@ from akd_dist.base.errors import DamagedError, RefusedError
 from akd_dist.base.locks import file_lock
 from akd_dist.storage import catalog, removal, repair, uses
 from akd_dist.storage.claim import claim_store, holder_of
-from akd_dist.storage.node_cache import find_decoded, open_decoded
+from akd_dist.storage.decoded import find_decoded
 from akd_dist.storage.objects import ObjectRoot
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.removal import disused, remove_store
@@ -177,7 +177,7 @@ def test_a_store_that_is_held_used_mapped_or_needed_stays(tmp_path: Path, cache:
     held, used, far, mapped, needed = (stores.build(root, stores.creation(data_seed=seed)) for seed in range(1, 6))
     wider = create_store(root, stores.creation(data_seed=5, views=3))
     elsewhere(far, days_ago=1)
-    decoded = open_decoded(mapped, cache)
+    decoded = stores.decoded(mapped, cache)
 
     def kept() -> dict[str, str | None]:
         return {one.store.id: one.kept for one in disused(root, cache, older_than=0)}
@@ -209,7 +209,7 @@ def test_a_store_is_removed_with_its_decoded_copy(root: ObjectRoot, cache: Path)
     gone, other = (stores.build(root.uri, stores.creation(views=views)) for views in (1, 3))
     linked, _ = stores.extend(root.uri, stores.creation(views=2))  # shares files with `gone` where there are links
     for store in (gone, other):
-        open_decoded(store, cache)
+        stores.decoded(store, cache)
     with using([gone.uri], run="/runs/over", lock=cache / "no-lock"):
         pass
     root.put(f"{gone.id}.damaged/logits-c-0-0-0.01234567", b"")

@@ -1,0 +1,212 @@
+"""The logits of a sealed store as this node decodes them: a view at a time, or a few windows of one.
+
+A view is an entry of the cache. Those behind stay while its budget has room for them.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from akd_dist.base.files import PARTIAL_SUFFIX
+from akd_dist.base.locks import is_locked
+from akd_dist.storage.checked import note_of
+from akd_dist.storage.content import Guard
+from akd_dist.storage.holder import Holder
+from akd_dist.storage.layout import LOGITS
+from akd_dist.storage.manifest import Manifest
+from akd_dist.storage.node_cache import IN_USE, Progress, evict, room_in
+from akd_dist.storage.pieces import Arrays, Field, Held, Pieces, Span, hold_pieces, resting
+from akd_dist.storage.reader import LogitStore
+
+Tokens = Callable[[], dict[str, str]]
+"""What names each shard's object as it is, by key."""
+
+
+def tokens_of(store: LogitStore) -> dict[str, str]:
+    """What names each shard's object as it is now, by key.
+
+    Raises:
+        DamagedError: a shard is missing or has another size; names its key.
+    """
+    return {key: stat.token for key, stat in store.stats().items()}
+
+
+def view_pieces(store: LogitStore, view: int, cache_root: Path, tokens: Tokens | None = None) -> Pieces:
+    """A view of a store as pieces, one a shard, of one field `logits`, [rows, classes] in the stored dtype.
+
+    Args:
+        tokens: by default the store is asked each time.
+    """
+    layout, asked = store.layout, tokens or (lambda: tokens_of(store))
+
+    def fetch(numbers: Sequence[int]) -> Iterator[Arrays]:
+        return ((logits,) for logits in store.shards([layout.shard(view, number) for number in numbers]))
+
+    def named(numbers: Sequence[int]) -> list[str]:
+        known = asked()
+        return [known[layout.shard(view, number).key] for number in numbers]
+
+    return Pieces(
+        cache_root / LOGITS,
+        # By the manifest and not by the id: the same logits computed on another device, or in other batches, have
+        # other bytes.
+        f"{store.manifest.sha256[:32]}-{view}",
+        layout.rows,
+        layout.shard_rows,
+        (Field(LOGITS, layout.dtype, (layout.classes,)),),
+        fetch,
+        lambda numbers: [store.manifest.content(layout.shard(view, number)) for number in numbers],
+        named,
+        f"the logits of view {view}, rows",
+    )
+
+
+def open_decoded(
+    store: LogitStore,
+    cache_root: Path,
+    view: int = 0,
+    *,
+    budget: int | None = None,
+    on_progress: Progress | None = None,
+) -> npt.NDArray[Any]:
+    """A view's logits [rows, classes] in the stored dtype as a read-only memory map, decoded once per node.
+
+    The store itself is looked at every time: a shard whose object changed since it was decoded is read again and must
+    still be what was sealed, whether there is a decoded copy or not. The copy is not read here: that is for a `Guard`.
+
+    Args:
+        budget: bytes that all entries together may take; None for the default budget.
+        on_progress: called with how many shards are read or checked, and of how many.
+
+    Returns:
+        What is not evicted while it, or a slice of it, is alive.
+
+    Raises:
+        DamagedError: a shard is not what was sealed; names its key.
+        MachineError: no room within the budget or on the disk; names need, free and budget.
+    """
+    return hold_view(store, cache_root, view, budget=budget, on_progress=on_progress).arrays[LOGITS]
+
+
+def hold_view(
+    store: LogitStore,
+    cache_root: Path,
+    view: int = 0,
+    *,
+    budget: int | None = None,
+    on_progress: Progress | None = None,
+) -> Held:
+    """The same, with what it must hash to."""
+    pieces = view_pieces(store, view, cache_root)
+    return hold_pieces(pieces, range(pieces.count), budget=budget, on_progress=on_progress)
+
+
+class Decoded(NamedTuple):
+    """What of a store is decoded on this node."""
+
+    bytes: int
+    """Bytes that it takes."""
+    in_use: bool
+    """Whether a living process has some of it mapped."""
+
+
+def find_decoded(manifest: Manifest, cache_root: Path) -> Decoded | None:
+    """What of a sealed store is decoded on this node, if anything is."""
+    sizes, used = list[int](), False
+    for entry in _entries(manifest, cache_root):
+        try:
+            sizes.append((entry / f"{LOGITS}.npy").stat().st_size)
+        except OSError:
+            continue
+        used = used or is_locked(entry / IN_USE, shared=True)
+    return Decoded(sum(sizes), used) if sizes else None
+
+
+def drop_decoded(manifest: Manifest, cache_root: Path) -> None:
+    """Remove what is decoded of a store from this node, unless somebody has it mapped, and what was checked of it."""
+    for entry in _entries(manifest, cache_root):
+        evict(entry)
+    note_of(manifest, cache_root).unlink(missing_ok=True)
+
+
+def _entries(manifest: Manifest, cache_root: Path) -> list[Path]:
+    # Earlier versions decoded whole stores, into entries of the bare name.
+    found = (cache_root / LOGITS).glob(f"{manifest.sha256[:32]}*")
+    return [entry for entry in found if entry.is_dir() and not entry.name.endswith(PARTIAL_SUFFIX)]
+
+
+class StoredLogits:
+    """The logits that a stream reads: of a store, by the view of the epoch.
+
+    Args:
+        store: the store.
+        cache_root: where this node decodes.
+        views: so many of its views are read.
+        beside: bytes of what else is read from the cache meanwhile.
+        windowed: whether rows are read window by window: where the cache has no room for two whole views, no more than
+            these are held then.
+        budget: bytes that everything in the cache may take; None for the default budget.
+    """
+
+    def __init__(
+        self,
+        store: LogitStore,
+        cache_root: Path,
+        views: int,
+        *,
+        beside: int = 0,
+        windowed: bool = False,
+        budget: int | None = None,
+    ) -> None:
+        self._store, self._budget, self._beside = store, budget, beside
+        tokens = tokens_of(store)  # looked at once: each look lists all shards
+        self._views = [view_pieces(store, view, cache_root, lambda: tokens) for view in range(views)]
+        self._room = room_in(cache_root, budget)
+        self._bytes = self._views[0].nbytes(range(self._views[0].count))
+        self.whole = not windowed or beside + min(views, 2) * self._bytes <= self._room
+        """Whether whole views are held."""
+        self._holder = Holder(budget)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Views, rows and classes of the store."""
+        return self._store.views, self._store.num_rows, self._store.classes
+
+    def watch(self, guard: Guard) -> None:
+        """Have what is read from now on vouched for."""
+        self._holder.guard = guard
+
+    def move(self, view: int, spans: Sequence[Span]) -> None:
+        """Read some spans of a view's rows from now on, and nothing else."""
+        pieces = self._views[view]
+        self._holder.move(pieces, self._wanted(pieces, spans))
+
+    def expect(self, view: int, spans: Sequence[Span]) -> None:
+        """Decode these meanwhile, which are read next."""
+        pieces = self._views[view]
+        self._holder.expect(pieces, self._wanted(pieces, spans))
+
+    def take(self, rows: npt.NDArray[np.int64], axis: int = 0) -> npt.NDArray[Any]:
+        """Logits [n, classes] of rows by number, of those that are read now."""
+        assert self._holder.now is not None, "a stream moves before it reads"
+        return self._holder.now.take(LOGITS, rows)
+
+    def decode(self) -> None:
+        """Decode what fits beside everything else, whole views from the first on."""
+        fitting = (self._room - self._beside) // self._bytes
+        for pieces in self._views[:fitting]:
+            hold_pieces(pieces, range(pieces.count), budget=self._budget)
+
+    def resting(self, marks: Collection[str]) -> list[Held]:
+        """What is decoded in files of these marks."""
+        return [held for pieces in self._views for held in resting(pieces, marks)]
+
+    def close(self) -> None:
+        """Let everything go."""
+        self._holder.close()
+
+    def _wanted(self, pieces: Pieces, spans: Sequence[Span]) -> Sequence[int]:
+        return range(pieces.count) if self.whole else pieces.of_spans(spans)

@@ -1,0 +1,96 @@
+"""What a process holds of data in pieces: those that it reads now, and those that it reads next, on their way."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from akd_dist.base.errors import CorruptCacheError, MachineError
+from akd_dist.storage.content import Guard
+from akd_dist.storage.pieces import Held, Pieces, hold_pieces
+
+
+class _LeftError(Exception):
+    """Nobody waits for these pieces any more."""
+
+
+class Holder:
+    """One set of pieces at a time, and the next one, fetched by a thread meanwhile.
+
+    Args:
+        budget: bytes that everything in the cache may take; None for the default budget.
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        self.now: Held | None = None
+        """What is read now."""
+        self.guard: Guard | None = None
+        """Vouches for it from its first byte on."""
+        self._budget = budget
+        self._ahead: tuple[tuple[str, tuple[int, ...]], Future[Held]] | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._closed = threading.Event()
+
+    def move(self, pieces: Pieces, numbers: Sequence[int], on_wait: Callable[[], None] = lambda: None) -> Held:
+        """Read these pieces from now on, and those before no more.
+
+        Raises:
+            AkdError: as `hold_pieces`.
+        """
+        wanted = pieces.key, tuple(numbers)
+        if self.now is not None and (self.now.pieces.key, self.now.numbers) == wanted:
+            return self.now
+        self.leave()
+        found = None
+        if self._ahead is not None:
+            (fetched, future), self._ahead = self._ahead, None
+            if fetched == wanted:
+                with contextlib.suppress(MachineError):  # as what was read until now was in its place
+                    found = future.result()
+            elif not future.cancel():
+                with contextlib.suppress(Exception):  # nobody wants it any more, so nobody is told
+                    future.result()
+        if found is None:
+            found = self._fetch(pieces, numbers, on_wait)
+        if self.guard is not None:
+            self.guard.add(found.content)
+        self.now = found
+        return found
+
+    def expect(self, pieces: Pieces, numbers: Sequence[int]) -> None:
+        """Fetch these pieces meanwhile, which are read next."""
+        wanted = pieces.key, tuple(numbers)
+        if (self._ahead is not None and self._ahead[0] == wanted) or self._closed.is_set():
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._ahead = wanted, self._pool.submit(self._fetch, pieces, numbers)
+
+    def leave(self) -> None:
+        """Read nothing any more."""
+        if self.now is not None and self.guard is not None:
+            self.guard.leave(self.now.content)
+        self.now = None
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+        self.now = self._ahead = None
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _fetch(self, pieces: Pieces, numbers: Sequence[int], on_wait: Callable[[], None] = lambda: None) -> Held:
+        try:
+            return hold_pieces(pieces, numbers, budget=self._budget, on_progress=self._go_on)
+        except MachineError:
+            if self.guard is None:
+                raise
+        # What was left is let go once it is hashed, and gives its place. If it is found wrong, whoever asks the guard
+        # is told, before anything is kept.
+        with contextlib.suppress(CorruptCacheError):
+            self.guard.settle(on_wait)
+        return hold_pieces(pieces, numbers, budget=self._budget, on_progress=self._go_on)
+
+    def _go_on(self, done: int, of: int) -> None:
+        if self._closed.is_set():
+            raise _LeftError

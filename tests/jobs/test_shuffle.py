@@ -1,0 +1,102 @@
+"""Windows of the shuffle: chosen by what a node's cache may hold when a run begins, and the run's from then on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from akd_dist.base.errors import MachineError, RecipeError
+from akd_dist.data.row_cache import prepare
+from akd_dist.distill.stream import WINDOWS_AT_ONCE
+from akd_dist.jobs.packing import Node
+from akd_dist.jobs.planning.windows import Demands, choose, demands_of, settled, with_window
+from akd_dist.jobs.run_folder import begin_run, check_same_run, run_identity
+from akd_dist.recipe import Recipe
+from tests.fleets import a_recipe, a_student
+
+DEMANDS = Demands(held=1_000, view=1_000_000, views=3, row=10, piece_rows=100)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**10), st.integers(1, 8))
+def test_two_groups_take_half_of_what_is_left_at_most(room: int, sharing: int) -> None:
+    demands = Demands(1_000, 10**9, 3, row=10, piece_rows=100, sharing=sharing)
+    try:
+        window = demands.window(room)
+    except ValueError:
+        assert room < demands.least
+        return
+    if window is None:
+        assert room >= 1_000 + min(3, 2 * sharing) * 10**9
+        return
+    groups = 2 * WINDOWS_AT_ONCE * window * 10 * sharing
+    assert groups <= (room - 1_000) / 2 < 2 * groups
+    assert (window // 100).bit_count() == 1
+
+
+@pytest.mark.parametrize(("room", "window"), [(2_001_000, None), (2_000_999, 6_400), (17_000, 100)])
+def test_which_window_is_chosen(room: int, window: int | None) -> None:
+    shuffle = choose(DEMANDS, room)
+    assert shuffle.window == window
+    assert ("would not fit" in shuffle.why) == (window is not None)
+
+
+def test_what_fits_in_no_way_is_refused_with_need_and_budget() -> None:
+    with pytest.raises(MachineError) as refused:
+        choose(DEMANDS, 16_999)
+    assert (refused.value.got, "17.0 kB" in str(refused.value.expected)) == ("17.0 kB that it may have", True)
+    assert "AKD_DIST_CACHE_BUDGET" in str(refused.value.next)
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return a_recipe([a_student("one"), a_student("two", threads=2), a_student("three")])
+
+
+def test_what_students_read(recipe: Recipe, tmp_path: Path) -> None:
+    splits = prepare(recipe.data, tmp_path)
+    rows = len(splits.train)
+    demands = demands_of(recipe, splits, recipe.students, [Node("small", 1), Node("large", 2)])
+    assert demands == Demands(splits.nbytes, rows * 40, 2, 40, 256, sharing=2)
+    assert demands_of(recipe, splits, recipe.students, [Node("huge", 64)]).sharing == 3
+    assert demands_of(recipe, splits, [], []).sharing == 1
+
+
+def test_a_run_keeps_the_window_that_it_began_with(recipe: Recipe, tmp_path: Path) -> None:
+    """Under any budget; a recipe that says another one is another recipe."""
+    splits, run = prepare(recipe.data, tmp_path / "cache"), tmp_path / "run"
+    assert settled(recipe, run, fresh=False) is None
+    for window in (512, None):
+        chosen = with_window(recipe, choose(DEMANDS, 2_001_000)) if window is None else windowed(recipe, window)
+        begin_run(run, chosen, run_identity(chosen, splits))
+        assert json.loads((run / "identity.json").read_bytes())["data"]["window"] == window
+        kept = settled(recipe, run, fresh=False)
+        assert kept is not None
+        assert (kept.window, kept.why) == (window, "as this run began")
+        check_same_run(run, recipe, run_identity(with_window(recipe, kept), splits))
+        assert settled(recipe, run, fresh=True) is None
+        given = windowed(recipe, 64)
+        said = settled(given, run, fresh=False)
+        assert said is not None
+        assert said.window == 64
+        with pytest.raises(RecipeError, match="was made from another recipe"):
+            check_same_run(run, given, run_identity(with_window(given, said), splits))
+
+
+@pytest.mark.parametrize(
+    "left", ["", "{", "[]", '{"data": 3}', '{"data": {"window": "x"}}', '{"data": {"window": -1}}']
+)
+def test_a_damaged_identity_settles_nothing_odd(left: str, recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "identity.json").write_text(left)
+    found = settled(recipe, tmp_path, fresh=False)
+    assert found is None or found.window is None
+
+
+def windowed(recipe: Recipe, window: int) -> Recipe:
+    document: dict[str, Any] = recipe.model_dump(mode="json")
+    document["data"]["window"] = window
+    return Recipe.model_validate(document).own()
