@@ -15,8 +15,8 @@ from akd_dist import recipe as recipes
 from akd_dist.data.blocks import default_threads
 from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import Progress, prepare
-from akd_dist.data.row_fetch import fetch_rows
-from akd_dist.data.row_store import Prepared, RowsPlan, Take, ensure_rows, find_prepared
+from akd_dist.data.row_fetch import distant_rows
+from akd_dist.data.row_store import RowsPlan, Take, ensure_rows, find_prepared
 from akd_dist.data.rows import Splits
 from akd_dist.storage.receipts import Packer
 from akd_dist.storage.rows import BlockReceipt
@@ -37,7 +37,7 @@ def prepare_shown(data: recipes.DataSpec, cache_root: str, console: Console, *, 
 
 
 def rows_of_cluster(data: recipes.DataSpec, workspace: Workspace, *, again: bool, only_look: bool) -> Splits:
-    """The rows of a command on a cluster: sealed blocks under the store root, fetched to this node.
+    """The rows of a command on a cluster: sealed blocks under the store root, of which this node holds none.
 
     Nodes need no sources then, but for those that write blocks. A command that only looks, and finds no such rows,
     prepares them here.
@@ -47,7 +47,7 @@ def rows_of_cluster(data: recipes.DataSpec, workspace: Workspace, *, again: bool
         only_look: write nothing but to this node's cache.
 
     Raises:
-        AkdError: as `row_store.ensure_rows` and `row_fetch.fetch_rows`; what was written is kept.
+        AkdError: as `row_store.ensure_rows` and `row_fetch.distant_rows`; what was written is kept.
     """
     console = workspace.console
     if only_look:
@@ -66,13 +66,8 @@ def rows_of_cluster(data: recipes.DataSpec, workspace: Workspace, *, again: bool
             )
     if workspace.folder is not None:
         workspace.folder.leave_out_sources()
-    return _told(_fetched(prepared, workspace), console)
-
-
-def _fetched(prepared: Prepared, workspace: Workspace) -> Splits:
-    with _metered(workspace.console, "fetching") as update:
-        splits = fetch_rows(prepared.sealed, Path(workspace.cache_root), on_progress=update)
-    return dataclasses.replace(splits, sources=prepared.sources)
+    splits = distant_rows(prepared.sealed)
+    return _told(dataclasses.replace(splits, sources=prepared.sources), console)
 
 
 def _write(workspace: Workspace, plan: RowsPlan, take: Take) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from rich.console import Console
@@ -172,7 +171,7 @@ def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows, trusted: T
     recipes.trust(card.model, trusted.seen_from(f"the store {train.uri}"))
     # It is built below to count its weights, and what fits no memory would take the driver with it.
     check_memory(card)
-    labels = torch.from_numpy(np.array(rows.labels))
+    labels = torch.from_numpy(rows.all_labels())
     return FleetTeacher(
         model=card.model.label,
         parameters=num_parameters(build(card, seed=0)),

@@ -1,26 +1,23 @@
 """Rows that were prepared for a cluster, on a node that works with them: fetched block by block into the node's cache.
 
-What comes of it is an entry as `row_cache.prepare` makes it, of the same arrays. A node needs none of the sources.
+A node needs none of the sources then. Who needs a few rows only, as a driver does, fetches their blocks alone.
 """
 
 import dataclasses
-import os
-import shutil
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from akd_dist import recipe
-from akd_dist.base.errors import MachineError
-from akd_dist.base.files import PARTIAL_SUFFIX, partial_name, replace, with_checksum
-from akd_dist.base.locks import file_lock
 from akd_dist.data.row_cache import Progress, prepare
-from akd_dist.data.row_entry import INDEX, files_of, open_entry, stats_of
-from akd_dist.data.rows import SPLITS, Splits
-from akd_dist.storage.node_cache import make_room, name_entry
+from akd_dist.data.rows import SPLITS, Rows, Splits
+from akd_dist.data.text import Tokens
+from akd_dist.storage.pieces import Arrays, Field, PieceArray, Pieces, hold_pieces
 from akd_dist.storage.rows import RowsManifest, SealedRows, read_block
 
 # Object storage answers many requests at once; so many bytes of blocks are held meanwhile, or one block.
@@ -42,98 +39,122 @@ def fetch_rows(
     """The splits of sealed rows as memory-mapped arrays, fetched to this node if they are not there yet.
 
     Args:
-        cache_root: they lie in `<cache_root>/rows/<beginning of the manifest's sha256>/`.
+        cache_root: they lie in `<cache_root>/rows/`, an entry each.
         budget: bytes that everything under `cache_root` may take; None for the default budget of the node cache.
-        on_progress: called with what is being fetched, rows done, and rows in all.
+        on_progress: called with what is being fetched, blocks done, and blocks in all.
 
     Raises:
         DamagedError: a block is gone, or is not what was sealed; names it.
         MachineError: no room under `cache_root`, or it cannot be written; the store root cannot be read.
     """
+    manifest = sealed.manifest()
     tell = on_progress or (lambda what, done, total: None)
-    folder = cache_root / "rows" / sealed.sha256[:32]
-    with file_lock(folder.with_suffix(".lock"), what=f"the prepared data {folder}"):
-        splits = open_entry(folder)
-        if splits is None:
-            keep = _fetch(sealed, folder, cache_root, budget, tell)
-            try:
-                splits = open_entry(folder)
-            finally:
-                keep.release()
-    if splits is None:
-        raise MachineError(
-            f"the prepared data {folder} cannot be read back", expected="the files just written", next="check the disk"
-        )
-    return dataclasses.replace(
-        splits, **{name: dataclasses.replace(getattr(splits, name), sealed=sealed) for name in SPLITS}
+
+    def of(split: str) -> Rows:
+        pieces = pieces_of(sealed, manifest, split, cache_root)
+        told = functools.partial(tell, f"the {split} rows")
+        held = hold_pieces(pieces, range(pieces.count), budget=budget, on_progress=told)
+        found = _rows(sealed, manifest, split, held.arrays["inputs"], held.arrays["labels"])
+        files = held.content.files
+        return dataclasses.replace(found, folder=files[0].parent, files=files, inodes=held.content.inodes)
+
+    return _splits(manifest, of)
+
+
+def distant_rows(sealed: SealedRows) -> Splits:
+    """The splits of sealed rows, none of them here: those that are asked for are fetched each time, block by block.
+
+    For whoever plans and has no use for more than the first few rows, and labels. Nothing is written to the cache.
+
+    Raises:
+        DamagedError, MachineError: as `fetch_rows`; of a block also later, when it is read.
+    """
+    manifest = sealed.manifest()
+
+    def of(split: str) -> Rows:
+        pieces = pieces_of(sealed, manifest, split, Path())
+        inputs, labels = (cast(np.ndarray, PieceArray(pieces, field.name)) for field in pieces.fields)
+        return _rows(sealed, manifest, split, inputs, labels)
+
+    return _splits(manifest, of)
+
+
+def alike_rows(sealed: SealedRows) -> Splits:
+    """As many rows as are sealed, all of them like the first one of their split, in its memory: to measure with.
+
+    Raises:
+        DamagedError, MachineError: as `distant_rows`.
+    """
+    manifest = sealed.manifest()
+
+    def of(split: str) -> Rows:
+        count = manifest.splits[split].rows
+        creation, block = manifest.creation, read_block(sealed.uri, manifest, split, 0)
+        first = creation.arrays(block, creation.rows_of(split, 0))
+        inputs, labels = (np.broadcast_to(array[0].copy(), (count, *array.shape[1:])) for array in first)
+        return _rows(sealed, manifest, split, inputs, labels)
+
+    return _splits(manifest, of)
+
+
+def pieces_of(sealed: SealedRows, manifest: RowsManifest, split: str, cache_root: Path) -> Pieces:
+    """The blocks of a split as pieces of the node's cache: fields `inputs` and `labels`."""
+    creation = manifest.creation
+    threads = max(1, min(_AT_ONCE, _HELD_BYTES // creation.bytes_of(creation.block_rows)))
+
+    def read(number: int) -> Arrays:
+        return creation.arrays(read_block(sealed.uri, manifest, split, number), creation.rows_of(split, number))
+
+    # Whoever looks at the first few rows does so again and again.
+    again = functools.lru_cache(maxsize=1)(read)
+
+    def fetch(numbers: Sequence[int]) -> Iterator[Arrays]:
+        return iter([again(numbers[0])]) if len(numbers) == 1 else _ahead(read, numbers, threads)
+
+    return Pieces(
+        folder=cache_root / "rows",
+        key=f"{sealed.sha256[:32]}-{split}",
+        rows=creation.rows[split],
+        piece_rows=creation.block_rows,
+        fields=(Field("inputs", creation.dtype, tuple(creation.shape)), Field("labels", creation.labels, ())),
+        fetch=fetch,
+        digests=lambda numbers: [manifest.splits[split].blocks[number] for number in numbers],
+        what=f"the {split} rows",
     )
 
 
-def _fetch(sealed: SealedRows, folder: Path, cache_root: Path, budget: int | None, tell: Progress) -> Any:
-    """Fetch all blocks into a folder beside `folder`, then give it its name; the hold that keeps it."""
-    manifest = sealed.manifest()
-    creation = manifest.creation
-    needed = creation.bytes_of(sum(creation.rows.values()))
-    make_room(cache_root, needed, budget)
-    partial = partial_name(folder)
-    try:
-        for left in (folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}")):
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for split in SPLITS:
-            _fetch_split(sealed.uri, manifest, split, partial, tell)
-        index: dict[str, Any] = {**creation.meaning, "findings": manifest.findings, "origins": manifest.origins}
-        for split, its in manifest.splits.items():
-            index[split] = {"fingerprint": its.fingerprint, "blocks": its.blocks, "files": stats_of(partial, split)}
-        replace(partial / INDEX, with_checksum(index))
-        return name_entry(partial, folder)
-    except OSError as error:
-        raise MachineError(
-            f"cannot fetch the prepared rows into {folder}",
-            got=error.strerror or str(error),
-            expected=f"{needed:,} bytes free in a folder that this user can write to",
-            next="free some space, or choose another folder with --cache-root",
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _ahead(read: Callable[[int], Arrays], numbers: Sequence[int], threads: int) -> Iterator[Arrays]:
+    """What is read of each, in order; so many are read at a time, and no more are held."""
+    waiting: deque[Future[Arrays]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for number in numbers:
+                if len(waiting) == threads:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(read, number))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for one in waiting:
+                one.cancel()
 
 
-def _fetch_split(uri: str, manifest: RowsManifest, split: str, folder: Path, tell: Progress) -> None:
-    creation, rows = manifest.creation, manifest.splits[split].rows
-    inputs_file, labels_file = files_of(folder, split)
-    size = creation.bytes_of(min(rows, creation.block_rows))
-    threads = max(1, min(_AT_ONCE, _HELD_BYTES // max(size, 1)))
-    with open(inputs_file, "xb") as inputs, open(labels_file, "xb") as labels:
-        ends = [_begin(inputs, creation.dtype, (rows, *creation.shape)), _begin(labels, creation.labels, (rows,))]
-
-        def fetch(number: int) -> int:
-            data, count = read_block(uri, manifest, split, number), creation.rows_of(split, number)
-            for file, at, array in zip((inputs, labels), ends, creation.arrays(data, count), strict=True):
-                _write_at(file.fileno(), array, at + number * creation.block_rows * array[:1].nbytes)
-            return count
-
-        done = 0
-        with ThreadPoolExecutor(threads) as pool:
-            for count in pool.map(fetch, range(creation.blocks(split))):
-                done += count
-                tell(f"the {split} rows", done, rows)
-        for file in (inputs, labels):
-            # Durable before the index that vouches for it.
-            os.fsync(file.fileno())
+def _splits(manifest: RowsManifest, of: Callable[[str], Rows]) -> Splits:
+    return Splits(*(of(split) for split in SPLITS), findings=tuple(manifest.findings))
 
 
-def _begin(file: Any, dtype: str, shape: tuple[int, ...]) -> int:
-    """Write the head of a .npy file and reserve its room; where the values begin."""
-    header = {"descr": dtype, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    file.flush()
-    begin: int = file.tell()
-    os.posix_fallocate(file.fileno(), 0, begin + int(np.prod(shape)) * np.dtype(dtype).itemsize)
-    return begin
-
-
-def _write_at(descriptor: int, array: np.ndarray, offset: int) -> None:
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    while len(data):
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
+def _rows(sealed: SealedRows, manifest: RowsManifest, split: str, inputs: np.ndarray, labels: np.ndarray) -> Rows:
+    meaning, its = manifest.creation.meaning, manifest.splits[split]
+    return Rows(
+        inputs,
+        labels,
+        classes=meaning["classes"],
+        fingerprint=its.fingerprint,
+        blocks=tuple(its.blocks),
+        folder=Path(),
+        task=meaning.get("task", "classification"),
+        class_names=tuple(meaning["class_names"]) if "class_names" in meaning else None,
+        tokens=Tokens.model_validate(meaning["tokens"]) if "tokens" in meaning else None,
+        sealed=sealed,
+        counts=tuple(its.classes) or None,
+    )

@@ -4,6 +4,7 @@ The fingerprint of a split is over content and order, not over files.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ class Rows:
     """Numbered rows of a split, memory-mapped and read-only."""
 
     inputs: np.ndarray
-    """uint8, float32 or int32 [rows, *shape]: images [channels, height, width], numbers, or ids of tokens [length]."""
+    """uint8, float32 or int32 [rows, *shape]: images [channels, height, width], numbers, or ids of tokens [length].
+    A `PieceArray` stands for one, and so for the labels, where the rows are not on this node."""
     labels: np.ndarray
     """int64 [rows], each in 0..classes - 1; float32 [rows] for regression."""
     classes: int
@@ -56,6 +58,8 @@ class Rows:
     """Theirs."""
     sealed: SealedRows | None = None
     """Where they lie for every node of a cluster; None for rows that each node prepares."""
+    counts: tuple[int, ...] | None = None
+    """How many rows each class has, where that is known without the labels."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,6 +68,22 @@ class Rows:
     def shape(self) -> tuple[int, ...]:
         """Shape of one input."""
         return self.inputs.shape[1:]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's input and label."""
+        return math.prod(self.shape) * self.inputs.dtype.itemsize + self.labels.dtype.itemsize
+
+    def all_labels(self) -> np.ndarray:
+        """A copy of the labels; of rows that are not on this node, block by block."""
+        starts = range(0, len(self), BLOCK_ROWS)
+        return np.concatenate([self.labels[start : start + BLOCK_ROWS] for start in starts])
+
+    def class_counts(self) -> np.ndarray:
+        """How many rows each class has, int64 [classes]; for classification."""
+        if self.counts is not None:
+            return np.array(self.counts)
+        return np.bincount(self.labels, minlength=self.classes)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and labels of rows start..stop - 1, without a copy."""
@@ -155,7 +175,7 @@ class Splits:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
-        return sum(array.nbytes for name in SPLITS for array in getattr(self, name).read(0, len(getattr(self, name))))
+        return sum(len(getattr(self, name)) * getattr(self, name).row_bytes for name in SPLITS)
 
     def contents(self) -> list[Content]:
         """What all rows must hash to."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
-import numpy as np
 from rich.console import Console
 
 from akd_dist import recipe as recipes
@@ -348,7 +347,7 @@ def tell_of_chance(model: CachedModel, console: Console) -> None:
         return  # regression
     agreement = sum(n * (share or 0.0) for n, share in agreed) / sum(n for n, _ in agreed)
     rows = model.plans[0].rows
-    line = near_chance(model.name, agreement, np.bincount(rows.labels, minlength=rows.classes))
+    line = near_chance(model.name, agreement, rows.class_counts())
     if line is not None:
         tell_once(console, line)
 

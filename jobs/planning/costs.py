@@ -97,7 +97,7 @@ class CostModel:
             tested=len(splits.test),
             parameters=parameters,
             probes=measured,
-            row_bytes=train.inputs[0].nbytes + train.labels[:1].nbytes,
+            row_bytes=train.row_bytes,
             classes=train.classes,
             behind=behind or {},
             each_epoch=recipe.checkpoint_seconds == 0,

@@ -25,7 +25,8 @@ import torch
 
 from akd_dist.base.errors import AkdError, MachineError
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.row_fetch import rows_for
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.row_fetch import alike_rows
 from akd_dist.data.rows import Splits
 from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.distill.ranks import reason_of
@@ -241,7 +242,9 @@ def _answer(
 @functools.cache
 def _prepared(data: str, trusted: Trusted, cache_root: str, sealed: SealedRows | None) -> tuple[DataSpec, Splits]:
     rows = trust(DataSpec.model_validate_json(data), trusted)
-    return rows, rows_for(rows, Path(cache_root), {}, sealed)  # what is trained on is looked at elsewhere
+    if sealed is not None:  # what a step takes does not depend on what the rows show: none have to be here
+        return rows, alike_rows(sealed)
+    return rows, prepare(rows, Path(cache_root), expected={})  # what is trained on is looked at elsewhere
 
 
 if __name__ == "__main__":

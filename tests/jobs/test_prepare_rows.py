@@ -12,20 +12,22 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from akd_dist.base.errors import HeldError
+from akd_dist.base.errors import HeldError, MachineError
 from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import prepare
-from akd_dist.data.rows import Splits
+from akd_dist.data.row_fetch import rows_for
+from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.distill import teacher as teachers
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.jobs import prepare_rows
 from akd_dist.jobs.cache_teacher import compute_in_process, walk_chain
-from akd_dist.jobs.planning.caching import look_up, model_at, open_rows
+from akd_dist.jobs.planning.caching import check_models, look_up, model_at, models_there, open_rows
+from akd_dist.jobs.planning.costs import CostModel
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.probing import measure_all
 from akd_dist.jobs.train_teacher import Workspace, run_in_process
 from akd_dist.jobs.working_dir import WorkingDir
-from akd_dist.recipe import Recipe
+from akd_dist.recipe import Recipe, TeacherSpec
 from akd_dist.storage.claim import claim_store
 from tests.fleets import HARD, a_recipe, a_student, a_teacher, store_bytes, stores_of, weights
 from tests.sources import source
@@ -87,6 +89,34 @@ def test_a_node_caches_and_trains_without_the_data(recipe: Recipe, workspace: Wo
     assert weights(tmp_path / "run") == weights(tmp_path / "alone")
     ours = {key: value for key, value in store_bytes(tmp_path / "stores").items() if not key.startswith("rows/")}
     assert ours == store_bytes(tmp_path / "alone" / "stores")
+
+
+def test_a_driver_holds_no_rows(
+    recipe: Recipe, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = a_teacher(recipe, tmp_path / "teacher", tmp_path / "cache")
+    recipe = recipe.model_copy(update={"teacher": TeacherSpec(weights=teacher)})
+    own = prepare(recipe.data, tmp_path / "cache")
+    monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", "1kB")
+    with pytest.raises(MachineError, match="no room"):
+        prepare(recipe.data, tmp_path / "driver")
+    inputs = open_rows(recipe, workspace, students=True, again=False)
+    splits = inputs.splits
+    assert set(inputs.parameters) == {"one", "two"}
+    check_models(recipe, splits, models_there(recipe, splits, workspace.store_root))
+    measured = measure_all(recipe, recipe.students, inputs.parameters, workspace.cache_root, splits.train.sealed)
+    costs = CostModel.of(recipe, splits, inputs.parameters, measured)
+    assert (costs.row_bytes, costs.rows, costs.evaluated) == (72, len(own.train), len(own.validation))
+    for name in SPLITS:
+        mine, theirs = getattr(splits, name), getattr(own, name)
+        assert mine.describe() == theirs.describe()
+        np.testing.assert_array_equal(mine.all_labels(), theirs.labels)
+        np.testing.assert_array_equal(mine.class_counts(), theirs.class_counts())
+        np.testing.assert_array_equal(mine.inputs[[5, 1]], theirs.inputs[[5, 1]])
+        np.testing.assert_array_equal(mine.read(3, 9)[1], theirs.read(3, 9)[1])
+    assert not list((tmp_path / "driver").rglob("*.npy"))
+    with pytest.raises(MachineError, match="no room"):
+        rows_for(recipe.data, tmp_path / "driver", {}, splits.train.sealed)
 
 
 def test_a_command_that_only_looks_writes_nothing_and_finds_what_is_there(
