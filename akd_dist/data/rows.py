@@ -152,7 +152,7 @@ class Splits:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
-        return sum(array.nbytes for name in SPLITS for array in getattr(self, name).read(0, len(getattr(self, name))))
+        return sum(rows.inputs.nbytes + rows.labels.nbytes for rows in (self.train, self.validation, self.test))
 
     def contents(self) -> list[Content]:
         """What all rows must hash to."""
