@@ -146,8 +146,8 @@ class StoredLogits:
         cache_root: where this node decodes.
         views: so many of its views are read.
         beside: bytes of what else is read from the cache meanwhile.
-        windowed: whether rows are read window by window: where the cache has no room for two whole views, no more than
-            these are held then.
+        windowed: whether rows are read window by window: where the cache has no room for all views, no more than a few
+            windows are held then.
         budget: bytes that everything in the cache may take; None for the default budget.
     """
 
@@ -166,7 +166,8 @@ class StoredLogits:
         self._views = [view_pieces(store, view, cache_root, lambda: tokens) for view in range(views)]
         self._room = room_in(cache_root, budget)
         self._bytes = self._views[0].nbytes(range(self._views[0].count))
-        self.whole = not windowed or beside + min(views, 2) * self._bytes <= self._room
+        # Others on this node may read other views: so all of them have to fit, or else each holds no more than windows.
+        self.whole = not windowed or beside + views * self._bytes <= self._room
         """Whether whole views are held."""
         self._holder = Holder(budget)
 

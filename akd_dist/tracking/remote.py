@@ -5,7 +5,6 @@ from pathlib import Path
 
 from akd_dist.base.places import named_in_errors
 from akd_dist.documents.status import StatusDocument
-from akd_dist.storage.node_cache import cache_folder
 from akd_dist.storage.run_copy import RunCopy, scratch
 from akd_dist.tracking.status import RunReader
 
@@ -24,7 +23,11 @@ def reader_of(run: Path | str) -> RunReader:
 
 def copy_to_read(uri: str, cache_root: Path | None = None) -> RunCopy:
     """The copy of a run that those share who only read it; it is brought up to date by `refresh`."""
-    return RunCopy(uri, scratch(cache_root or cache_folder(), uri, "reader"))
+    if cache_root is None:
+        from akd_dist.storage.node_cache import cache_folder  # here, so that `status` of a folder needs no zarr
+
+        cache_root = cache_folder()
+    return RunCopy(uri, scratch(cache_root, uri, "reader"))
 
 
 class RemoteReader(RunReader):

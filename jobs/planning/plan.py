@@ -37,6 +37,7 @@ from akd_dist.models.device import gpus_of
 from akd_dist.recipe import Recipe, StudentSpec
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.roots import open_root
+from akd_dist.storage.run_copy import is_copy
 
 # As many digits as the folders of writers have for it.
 ATTEMPT = re.compile(r"attempt-([0-9]{1,6})")
@@ -264,7 +265,7 @@ def check_disk(run: Path, todo: Sequence[StudentSpec], needed: int, cache: PlanD
             f"checkpoints and models of the students do not fit in {run.parent}",
             got=f"{size(free)} free",
             expected=f"{size(needed - there)}" + (f", and {size(logits)} of logits on the same disk" if logits else ""),
-            next="free space there, or choose another --run-root",
+            next=f"free space there, or choose another {'--cache-root' if is_copy(run) else '--run-root'}",
         )
     return free
 

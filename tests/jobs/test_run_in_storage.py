@@ -290,21 +290,25 @@ def test_a_live_run_is_followed(recipe: Recipe, uri: str, tmp_path: Path, monkey
 # ---- with Ray
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
-def test_train_students_into_a_bucket(
-    recipe: Recipe, stores: dict[str, str], home: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The weights are those of a local run; the same command again finds it done, from another cache as well."""
+@pytest.fixture
+def ray_there(ray_cluster: None, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session's Ray, which may be older than the bucket and know nothing of it."""
     variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
     def run_worker_there(config: dict[str, Any]) -> Any:
-        """The session's Ray may be older than the bucket, and know nothing of it."""
         os.environ.update(variables)
         return run_worker(config)
 
     monkeypatch.setattr(ray_train, "run_worker", run_worker_there)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_there")
+def test_train_students_into_a_bucket(
+    recipe: Recipe, stores: dict[str, str], home: Path, bucket: str, tmp_path: Path
+) -> None:
+    """The weights are those of a local run; the same command again finds it done, from another cache as well."""
     train_in_process(recipe, stores, run=home / "plain", cache_root=str(home / "cache"))
     teacher = a_recipe(STUDENTS, teacher={"weights": str(home / "teacher")})
     places: dict[str, Any] = {"store_root": home / "stores", "run_root": f"{bucket}/ray"}
@@ -318,3 +322,20 @@ def test_train_students_into_a_bucket(
     again = akd_dist.train_students(teacher, cache_root=tmp_path / "cache", console=QUIET, **places)
     assert again["students"] == fleet["students"]
     assert RunObjects.at(uri).control().last == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_there", "stores")
+def test_compare_into_a_bucket(home: Path, bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = a_recipe([a_student("a")], teacher={"weights": str(home / "teacher")})
+    places: dict[str, Any] = {"store_root": home / "stores", "cache_root": home / "cache", "run_root": f"{bucket}/ray"}
+    found = akd_dist.compare(recipe, seeds=2, console=QUIET, **places)
+    uri = f"{bucket}/ray/fleet-compare"
+    assert found["run"] == uri
+    root = RunObjects.at(uri).root
+    kept = json.loads(root.get("comparison.json"))
+    assert (kept["run"], kept["table"]) == (".", found["table"])
+    assert root.get("comparison.md")
+    assert b"<table" in root.get("report.html")
+    assert said(capsys, "report", uri)["runs"][0]["run"] == uri
