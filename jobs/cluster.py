@@ -66,10 +66,7 @@ def connect(
         options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
     else:
         tell(f"connecting to Ray at {address}")
-        if os.environ.get("RAY_AUTH_TOKEN") or _home_has_token():
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray itself leaves it off for an explicit address
-        _check_answers(address)
-        _check_token(address)
+        check_address(address)
         passed_on = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
         options |= {"address": address, "runtime_env": {"env_vars": ray_internals.ENVIRONMENT | passed_on}}
     failure = _init(options | {"job_config": ray_internals.job_with_path(_DriversPath())})
@@ -213,6 +210,18 @@ def _take_signals_back() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             if (ours := signal.getsignal(number)) is not None:
                 signal.signal(number, ours)
+
+
+def check_address(address: str) -> None:
+    """Refuse a cluster that does not answer, or does not let this user in, within seconds; without joining it.
+
+    Raises:
+        MachineError: as `connect`.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN") or _home_has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray itself leaves it off for an explicit address
+    _check_answers(address)
+    _check_token(address)
 
 
 def _check_answers(address: str) -> None:

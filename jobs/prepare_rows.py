@@ -61,13 +61,22 @@ def rows_of_cluster(data: recipes.DataSpec, workspace: Workspace, *, again: bool
                 workspace.store_root,
                 functools.partial(_write, workspace),
                 again=again,
-                hold=workspace.claim,
+                hold=functools.partial(_hold, workspace),
                 on_progress=update,
             )
     if workspace.folder is not None:
         workspace.folder.leave_out_sources()
     splits = distant_rows(prepared.sealed)
     return _told(dataclasses.replace(splits, sources=prepared.sources), console)
+
+
+def _hold(workspace: Workspace, name: str) -> contextlib.AbstractContextManager[None]:
+    """Hold rows that are about to be written, which few are without the cluster: it has to be there all the same."""
+    from akd_dist.jobs import cluster
+
+    assert workspace.address is not None, "of a cluster"
+    cluster.check_address(workspace.address)
+    return workspace.claim(name)
 
 
 def _write(workspace: Workspace, plan: RowsPlan, take: Take) -> None:
