@@ -126,7 +126,12 @@ class Lockstep:
                     follower.fork_from(student)
                     write_metrics(follower)
                     self._note(follower, f"goes on from the stage I of {student.spec.name}, which is the same")
-                    follower.save(self.vouch())
+            # Only once all have gone on: while bytes are vouched for, progress is told, and whoever still waited would
+            # have nobody to wait for.
+            for follower in followers:
+                if follower.training:
+                    with self._failing_alone(follower):
+                        follower.save(self.vouch())
         if student.epoch == student.epochs:
             self._deliver(student)
 

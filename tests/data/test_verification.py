@@ -21,6 +21,7 @@ from akd_dist.data import origins
 from akd_dist.data.arguments import placed
 from akd_dist.data.prepare import open_sources
 from akd_dist.data.row_cache import prepare
+from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.distill import cohort, lockstep, teacher
 from akd_dist.distill.checkpoint import checkpoints
@@ -294,11 +295,11 @@ def test_what_stays_corrupt_is_told_and_not_delivered(
     cache, run = home.cache(tmp_path / "cache"), tmp_path / "run"
 
     def prepare_badly(*arguments: Any, **named: Any) -> Splits:
-        splits = prepare(*arguments, **named)
+        splits = rows_for(*arguments, **named)
         flip(splits.train.files[0])
         return splits
 
-    monkeypatch.setattr(cohort, "prepare", prepare_badly)
+    monkeypatch.setattr(cohort, "rows_for", prepare_badly)
     with pytest.raises(CorruptCacheError, match=r"train-inputs\.npy") as refused:
         home.train(cache, run)
     assert (refused.value.code, "check the disk" in str(refused.value.next)) == (5, True)
