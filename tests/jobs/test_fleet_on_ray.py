@@ -528,7 +528,7 @@ def test_wrong_bytes_in_a_cache_reach_no_student(home: Home, ray_cluster: None, 
     """In the decoded logits they are found by the workers, while they train; sizes and times stay as they are."""
     shutil.copytree(home.root / "plain", tmp_path / "stores")
     store = open_store(home.stores["train"])
-    flip(Path(home.cache_root) / "logits" / store.manifest.sha256[:32] / "logits.npy")
+    flip(Path(home.cache_root) / "logits" / f"{store.manifest.sha256[:32]}-0" / "logits.npy")
     flip(prepare(home.recipe.data, Path(home.cache_root)).test.files[0])
     told = io.StringIO()
     akd_dist.train_students(
