@@ -305,7 +305,7 @@ def test_how_often_the_storage_is_asked(there: Elsewhere, monkeypatch: pytest.Mo
     assert sum(count for kind, count in asked.items() if kind.startswith("read")) <= 2 + rounds + students
     # Before the first step: what there is, whether somebody is later, and what to resume from.
     listings = sum(count for kind, count in asked.items() if kind.startswith("list"))
-    assert listings <= 1 + (5 + rounds) * students
+    assert listings <= 1 + (7 + rounds) * students
     print(dict(asked))
 
 
