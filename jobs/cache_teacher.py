@@ -8,14 +8,12 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.base.errors import AkdError
-from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Rows, Splits, blocks_in_common, first_difference
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.teacher import CacheJob, cache_shard
@@ -34,6 +32,8 @@ from akd_dist.jobs.planning.caching import (
     source_of,
     tell_of_chance,
 )
+from akd_dist.jobs.planning.windows import check_chain
+from akd_dist.jobs.prepare_rows import rows_of_machine
 from akd_dist.jobs.train_teacher import Run, Workspace, ensure_trained, run_in_process, run_on_ray
 from akd_dist.models.device import gpus_of
 from akd_dist.options import CacheOptions
@@ -89,8 +89,8 @@ def cache_planned(inputs: Inputs, workspace: Workspace) -> list[CachedModel]:
 def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache_root: str) -> dict[str, Any]:
     """The same stores by a plain loop in this process, without Ray; the bytes are those of the Ray run."""
     started = time.monotonic()
-    splits = prepare(recipe.own().data, Path(cache_root))
     workspace = Workspace(store_root, cache_root, console=Console(stderr=True))
+    splits = rows_of_machine(recipe.own().data, workspace)
     teacher = model_at("the teacher", teacher_uri, recipe, splits)
     look_up(teacher, recipe, workspace)
     models = walk_chain(recipe, splits, [teacher], workspace, run_in_process, compute_in_process)
@@ -117,6 +117,7 @@ def walk_chain(
                 workspace.sweep(trained.claim)
         else:
             assert trained is not None, "weights that lie somewhere are there"
+            check_chain(recipe, splits, workspace, len(models))
             uri = ensure_trained(trained, recipe, splits, workspace, run)
             model = model_at(trained.name, uri, recipe, splits)
             look_up(model, recipe, workspace)

@@ -1,4 +1,5 @@
-"""The rows of a command: prepared on this node, or once for all nodes of a cluster, by tasks where they are many."""
+"""The rows of a command: prepared in this node's cache, or as blocks under the store root. Those serve all nodes of a
+cluster, and any number of them fits one machine."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from akd_dist.data.blocks import default_threads
 from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.row_fetch import distant_rows
-from akd_dist.data.row_store import RowsPlan, Take, ensure_rows, find_prepared
+from akd_dist.data.row_store import Prepared, RowsPlan, Take, ensure_rows, find_prepared
 from akd_dist.data.rows import Splits
+from akd_dist.storage.node_cache import NoRoomError
 from akd_dist.storage.receipts import Packer
 from akd_dist.storage.rows import BlockReceipt
 from akd_dist.tracking.progress import Meter, meter, tell_once
@@ -34,6 +36,20 @@ def prepare_shown(data: recipes.DataSpec, cache_root: str, console: Console, *, 
     with _metered(console, "preparing") as update:
         splits = prepare(data, Path(cache_root), on_progress=update, again=again)
     return _told(splits, console)
+
+
+def rows_of_machine(data: recipes.DataSpec, workspace: Workspace, *, again: bool = False) -> Splits:
+    """The rows of a command on this machine: in its cache, or as sealed blocks under the store root where the cache has
+    no room for all of them.
+
+    Raises:
+        AkdError: as `row_cache.prepare` and `row_store.ensure_rows`.
+    """
+    try:
+        return prepare_shown(data, workspace.cache_root, workspace.console, again=again)
+    except NoRoomError as error:
+        workspace.tell(f"{error.what}, for rows of {error.expected}: they are kept under the store root")
+    return _sealed(data, workspace, again=again)
 
 
 def rows_of_cluster(data: recipes.DataSpec, workspace: Workspace, *, again: bool, only_look: bool) -> Splits:
@@ -54,33 +70,47 @@ def rows_of_cluster(data: recipes.DataSpec, workspace: Workspace, *, again: bool
         prepared = None if again else find_prepared(data, workspace.store_root)
         if prepared is None:
             return prepare_shown(data, workspace.cache_root, console, again=again)
+        splits = _opened(prepared, console)
     else:
-        with _metered(console, "preparing") as update:
-            prepared = ensure_rows(
-                data,
-                workspace.store_root,
-                functools.partial(_write, workspace),
-                again=again,
-                hold=functools.partial(_hold, workspace),
-                on_progress=update,
-            )
+        splits = _sealed(data, workspace, again=again)
     if workspace.folder is not None:
         workspace.folder.leave_out_sources()
-    splits = distant_rows(prepared.sealed)
-    return _told(dataclasses.replace(splits, sources=prepared.sources), console)
+    return splits
+
+
+def _sealed(data: recipes.DataSpec, workspace: Workspace, *, again: bool) -> Splits:
+    """The rows as sealed blocks under the store root, of which this node holds none; written as far as they miss."""
+    with _metered(workspace.console, "preparing") as update:
+        prepared = ensure_rows(
+            data,
+            workspace.store_root,
+            functools.partial(_write, workspace),
+            again=again,
+            hold=functools.partial(_hold, workspace),
+            on_progress=update,
+        )
+    return _opened(prepared, workspace.console)
+
+
+def _opened(prepared: Prepared, console: Console) -> Splits:
+    return _told(dataclasses.replace(distant_rows(prepared.sealed), sources=prepared.sources), console)
 
 
 def _hold(workspace: Workspace, name: str) -> contextlib.AbstractContextManager[None]:
-    """Hold rows that are about to be written, which few are without the cluster: it has to be there all the same."""
-    from akd_dist.jobs import cluster
+    """Hold rows that are about to be written.
 
-    assert workspace.address is not None, "of a cluster"
-    cluster.check_address(workspace.address)
+    Few are written without the cluster, which has to be there all the same.
+    """
+    if workspace.address is not None:
+        from akd_dist.jobs import cluster
+
+        cluster.check_address(workspace.address)
     return workspace.claim(name)
 
 
 def _write(workspace: Workspace, plan: RowsPlan, take: Take) -> None:
-    """Write the blocks that are missing: here if they are few, else by tasks on the nodes that see the sources."""
+    """Write the blocks that are missing: here on one machine, or if they are few; else by tasks on the nodes that see
+    the sources."""
     packer = Packer(plan.job.writer.store, BlockReceipt)
     done = 0
     with meter(workspace.console, "preparing the rows", plan.rows) as shown:
@@ -95,7 +125,7 @@ def _write(workspace: Workspace, plan: RowsPlan, take: Take) -> None:
 
         shown.update(0)
         try:
-            if plan.job.writer.creation.bytes_of(plan.rows) <= SMALL:
+            if workspace.address is None or plan.job.writer.creation.bytes_of(plan.rows) <= SMALL:
                 for run in plan.runs:
                     count(write_run(plan.job, run, threads=default_threads()))
             else:

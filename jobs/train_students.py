@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from akd_dist import recipe as recipes
 from akd_dist.base import places
 from akd_dist.base.errors import AkdError
 from akd_dist.base.files import check_folder
 from akd_dist.base.formatting import counted
-from akd_dist.data.row_cache import prepare
 from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import Splits
 from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohort
@@ -36,6 +37,7 @@ from akd_dist.jobs.planning.planner import (
     nodes_to_come,
     plan_cohorts,
 )
+from akd_dist.jobs.prepare_rows import rows_of_machine
 from akd_dist.jobs.remote_run import RemoteRun, copy_of
 from akd_dist.jobs.results import finish_run, tell_failures, telling_damage
 from akd_dist.jobs.run_folder import (
@@ -52,6 +54,7 @@ from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe
 from akd_dist.storage.content import renewing
 from akd_dist.storage.decoded import StoredLogits
+from akd_dist.storage.roots import open_root
 from akd_dist.storage.run_copy import REPORTED
 from akd_dist.storage.uses import using
 from akd_dist.tracking.follower import forwarding
@@ -261,7 +264,9 @@ def train_in_process(
         run: the run's folder, or its `s3://` URI.
         assistant: those of the last assistant, where there are students of objective `takd`.
     """
-    splits, remote = prepare(recipe.own().data, Path(cache_root)), None
+    store_root = open_root(stores["train"]).parent.uri
+    workspace = Workspace(store_root, cache_root, console=Console(stderr=True))
+    splits, remote = rows_of_machine(recipe.own().data, workspace), None
     if "://" in str(run):
         remote = copy_of(str(run), cache_root)
         remote.refresh()

@@ -148,6 +148,7 @@ class StoredLogits:
         beside: bytes of what else is read from the cache meanwhile.
         windowed: whether rows are read window by window: where the cache has no room for all views, no more than a few
             windows are held then.
+        beside_windows: whether the rows themselves are held by windows, which take what room there is.
         budget: bytes that everything in the cache may take; None for the default budget.
     """
 
@@ -159,6 +160,7 @@ class StoredLogits:
         *,
         beside: int = 0,
         windowed: bool = False,
+        beside_windows: bool = False,
         budget: int | None = None,
     ) -> None:
         self._store, self._budget, self._beside = store, budget, beside
@@ -167,7 +169,7 @@ class StoredLogits:
         self._room = room_in(cache_root, budget)
         self._bytes = self._views[0].nbytes(range(self._views[0].count))
         # Others on this node may read other views: so all of them have to fit, or else each holds no more than windows.
-        self.whole = not windowed or beside + views * self._bytes <= self._room
+        self.whole = not windowed or (not beside_windows and beside + views * self._bytes <= self._room)
         """Whether whole views are held."""
         self._holder = Holder(budget)
 

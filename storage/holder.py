@@ -2,12 +2,32 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 from akd_dist.base.errors import CorruptCacheError, MachineError
 from akd_dist.storage.content import Guard
-from akd_dist.storage.pieces import Held, Pieces, hold_pieces
+from akd_dist.storage.pieces import Held, Pieces, Span, hold_pieces
+
+
+class Moving(Protocol):
+    """What is read a view at a time, or a few windows of one."""
+
+    def watch(self, guard: Guard) -> None:
+        """Have what is read from now on vouched for."""
+
+    def move(self, view: int, spans: Sequence[Span]) -> None:
+        """Have these spans of a view's rows at hand from now on, and nothing else."""
+
+    def expect(self, view: int, spans: Sequence[Span]) -> None:
+        """Fetch these meanwhile, which are read next."""
+
+    def resting(self, marks: Collection[str]) -> list[Held]:
+        """What this node has of it in files of these marks."""
+
+    def close(self) -> None:
+        """Let everything go."""
 
 
 class _LeftError(Exception):

@@ -82,6 +82,10 @@ def default_budget() -> int | None:
         ) from None
 
 
+class NoRoomError(MachineError):
+    """The cache has no room for an entry, with everything evicted that nobody uses."""
+
+
 class Keep:
     """A shared lock on an entry; hand it to `until_unmapped` to keep it beyond the `with` block."""
 
@@ -134,7 +138,7 @@ def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[
         keep: entries that stay whatever happens.
 
     Raises:
-        MachineError: they do not fit with everything evicted that can be; names need, free and budget.
+        NoRoomError: they do not fit with everything evicted that can be; names need, free and budget.
     """
     cache_root.mkdir(parents=True, exist_ok=True)
     budget = default_budget() if budget is None else budget
@@ -148,7 +152,7 @@ def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[
         while not _fits(cache_root, need, budget) and entries:
             evict(entries.pop(0))
         if not _fits(cache_root, need, budget):
-            raise MachineError(
+            raise NoRoomError(
                 f"no room in the cache {cache_root}",
                 got=f"{shutil.disk_usage(cache_root).free:,} bytes free, {_used(cache_root):,} in entries in use",
                 expected=f"{need:,} bytes" + ("" if budget is None else f" within a budget of {budget:,}"),

@@ -70,6 +70,11 @@ class RowsCreation(Document):
         return rows * (self.row_bytes + np.dtype(self.labels).itemsize)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the rows of each split."""
+        return {split: self.bytes_of(rows) for split, rows in self.rows.items()}
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one input."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize

@@ -1,12 +1,13 @@
-"""Rows that were prepared for a cluster, on a node that works with them: fetched block by block into the node's cache.
+"""Rows that were prepared as blocks under a store root, on a node that works with them: fetched into the node's cache.
 
-A node needs none of the sources then. Who needs a few rows only, as a driver does, fetches their blocks alone.
+A node needs none of the sources then. What its cache has no room for is fetched window by window. Who needs a few rows
+only, as a driver does, fetches their blocks alone.
 """
 
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
@@ -17,29 +18,75 @@ from akd_dist import recipe
 from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.data.text import Tokens
-from akd_dist.storage.pieces import Arrays, Field, PieceArray, Pieces, hold_pieces
+from akd_dist.storage.content import Guard
+from akd_dist.storage.holder import Holder
+from akd_dist.storage.node_cache import room_in
+from akd_dist.storage.pieces import Arrays, Field, Held, PieceArray, Pieces, Span, hold_pieces, resting
 from akd_dist.storage.rows import RowsManifest, SealedRows, read_block
 
 # Object storage answers many requests at once; so many bytes of blocks are held meanwhile, or one block.
 _AT_ONCE, _HELD_BYTES = 16, 1 << 28
 
 
-def rows_for(data: recipe.DataSpec, cache_root: Path, expected: Mapping[str, str], sealed: SealedRows | None) -> Splits:
-    """The splits that a job works with: those that were prepared for the cluster, if they were, else by this node.
+def rows_for(
+    data: recipe.DataSpec,
+    cache_root: Path,
+    expected: Mapping[str, str],
+    sealed: SealedRows | None,
+    *,
+    in_order: bool = False,
+) -> Splits:
+    """The splits that a job works with: those that are sealed under a store root, if they are, else by this node.
+
+    Args:
+        in_order: whether rows are read one after the other: then those that this node has no room for are fetched as
+            they are read. Else that is so only where `data.window` has rows read window by window.
 
     Raises:
         AkdError: as `fetch_rows`, or `row_cache.prepare`.
     """
-    return prepare(data, cache_root, expected=expected) if sealed is None else fetch_rows(sealed, cache_root)
+    if sealed is None:
+        return prepare(data, cache_root, expected=expected)
+    return fetch_rows(sealed, cache_root, windowed=data.window is not None, in_order=in_order)
+
+
+def held_splits(sizes: Mapping[str, int], room: int, *, windowed: bool, in_order: bool = False) -> set[str]:
+    """Which splits a node holds for good, beside everything else that is read from its cache.
+
+    Where rows are read window by window they leave half of the room to the windows: if that is not enough for all of
+    them, the train rows are read by windows too. Of rows in no window all are held, unless they are read in order.
+
+    Args:
+        sizes: bytes of each split's rows.
+        room: bytes that the cache may have.
+        windowed, in_order: as of `fetch_rows`.
+    """
+    if not windowed and not in_order:
+        return set(sizes)
+    most = room // 2 if windowed else room
+    if sum(sizes.values()) <= most:
+        return set(sizes)
+    # Validation and test rows are read from the first to the last; held, they need not be fetched in each epoch.
+    others = {name: size for name, size in sizes.items() if name != "train"}
+    return set(others) if sum(others.values()) <= most // 2 else set()
 
 
 def fetch_rows(
-    sealed: SealedRows, cache_root: Path, *, budget: int | None = None, on_progress: Progress | None = None
+    sealed: SealedRows,
+    cache_root: Path,
+    *,
+    windowed: bool = False,
+    in_order: bool = False,
+    budget: int | None = None,
+    on_progress: Progress | None = None,
 ) -> Splits:
     """The splits of sealed rows as memory-mapped arrays, fetched to this node if they are not there yet.
 
     Args:
         cache_root: they lie in `<cache_root>/rows/`, an entry each.
+        windowed: whether train rows are read window by window. Where the cache has no room for all of them, it holds
+            those that `Rows.moving` is told of; the others are fetched each time that one is read.
+        in_order: whether rows are read one after the other: then none are held of a split that does not fit.
         budget: bytes that everything under `cache_root` may take; None for the default budget of the node cache.
         on_progress: called with what is being fetched, blocks done, and blocks in all.
 
@@ -49,16 +96,58 @@ def fetch_rows(
     """
     manifest = sealed.manifest()
     tell = on_progress or (lambda what, done, total: None)
+    room = room_in(cache_root, budget)
+    held = held_splits(manifest.creation.sizes, room, windowed=windowed, in_order=in_order)
 
     def of(split: str) -> Rows:
         pieces = pieces_of(sealed, manifest, split, cache_root)
+        if split not in held:
+            windows = RowWindows(pieces, budget) if split == "train" and windowed else None
+            inputs, labels = distant_arrays(pieces, (lambda: None) if windows is None else windows.held)
+            return dataclasses.replace(_rows(sealed, manifest, split, inputs, labels), moving=windows)
         told = functools.partial(tell, f"the {split} rows")
-        held = hold_pieces(pieces, range(pieces.count), budget=budget, on_progress=told)
-        found = _rows(sealed, manifest, split, held.arrays["inputs"], held.arrays["labels"])
-        files = held.content.files
-        return dataclasses.replace(found, folder=files[0].parent, files=files, inodes=held.content.inodes)
+        there = hold_pieces(pieces, range(pieces.count), budget=budget, on_progress=told)
+        found = _rows(sealed, manifest, split, there.arrays["inputs"], there.arrays["labels"])
+        files = there.content.files
+        return dataclasses.replace(found, folder=files[0].parent, files=files, inodes=there.content.inodes)
 
     return _splits(manifest, of)
+
+
+class RowWindows:
+    """Rows of which a few windows are held at a time, a `storage.holder.Moving`: every view shows the same ones.
+
+    Args:
+        pieces: the rows, as of `pieces_of`.
+        budget: bytes that everything in the cache may take; None for the default budget.
+    """
+
+    def __init__(self, pieces: Pieces, budget: int | None = None) -> None:
+        self._pieces, self._holder = pieces, Holder(budget)
+
+    def held(self) -> Held | None:
+        """What is held now."""
+        return self._holder.now
+
+    def watch(self, guard: Guard) -> None:
+        """Have what is read from now on vouched for."""
+        self._holder.guard = guard
+
+    def move(self, view: int, spans: Sequence[Span]) -> None:
+        """Hold these spans of rows from now on, and nothing else."""
+        self._holder.move(self._pieces, self._pieces.of_spans(spans))
+
+    def expect(self, view: int, spans: Sequence[Span]) -> None:
+        """Fetch these meanwhile, which are read next."""
+        self._holder.expect(self._pieces, self._pieces.of_spans(spans))
+
+    def resting(self, marks: Collection[str]) -> list[Held]:
+        """What this node has of them in files of these marks."""
+        return resting(self._pieces, marks)
+
+    def close(self) -> None:
+        """Let everything go."""
+        self._holder.close()
 
 
 def distant_rows(sealed: SealedRows) -> Splits:
@@ -72,11 +161,15 @@ def distant_rows(sealed: SealedRows) -> Splits:
     manifest = sealed.manifest()
 
     def of(split: str) -> Rows:
-        pieces = pieces_of(sealed, manifest, split, Path())
-        inputs, labels = (cast(np.ndarray, PieceArray(pieces, field.name)) for field in pieces.fields)
-        return _rows(sealed, manifest, split, inputs, labels)
+        return _rows(sealed, manifest, split, *distant_arrays(pieces_of(sealed, manifest, split, Path())))
 
     return _splits(manifest, of)
+
+
+def distant_arrays(pieces: Pieces, held: Callable[[], Held | None] = lambda: None) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels of all rows, of which those are here that `held` gives; the others are fetched each time."""
+    inputs, labels = (cast(np.ndarray, PieceArray(pieces, field.name, held)) for field in pieces.fields)
+    return inputs, labels
 
 
 def alike_rows(sealed: SealedRows) -> Splits:

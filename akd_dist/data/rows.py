@@ -21,6 +21,8 @@ from akd_dist.data.blocks import default_threads
 from akd_dist.data.origins import SourceCheck
 from akd_dist.data.text import Tokens
 from akd_dist.storage.content import Content, Part, digest
+from akd_dist.storage.holder import Moving
+from akd_dist.storage.pieces import PieceArray
 from akd_dist.storage.rows import SealedRows
 
 BLOCK_ROWS = 4096
@@ -58,6 +60,8 @@ class Rows:
     """Theirs."""
     sealed: SealedRows | None = None
     """Where they lie for every node of a cluster; None for rows that each node prepares."""
+    moving: Moving | None = None
+    """What is told which windows of them are read; None where all of them are held, or fetched each time."""
     counts: tuple[int, ...] | None = None
     """How many rows each class has, where that is known without the labels."""
 
@@ -73,6 +77,16 @@ class Rows:
     def row_bytes(self) -> int:
         """Bytes of one row's input and label."""
         return math.prod(self.shape) * self.inputs.dtype.itemsize + self.labels.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return len(self) * self.row_bytes
+
+    @property
+    def held(self) -> bool:
+        """Whether all of them are on this node."""
+        return not isinstance(self.inputs, PieceArray)
 
     def all_labels(self) -> np.ndarray:
         """A copy of the labels; of rows that are not on this node, block by block."""
@@ -175,11 +189,20 @@ class Splits:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
-        return sum(len(getattr(self, name)) * getattr(self, name).row_bytes for name in SPLITS)
+        return sum(rows.nbytes for rows in self._all)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of those that are on this node for good."""
+        return sum(rows.nbytes for rows in self._all if rows.held)
 
     def contents(self) -> list[Content]:
-        """What all rows must hash to."""
-        return [getattr(self, name).content() for name in SPLITS]
+        """What they must hash to, as far as they are on this node for good."""
+        return [rows.content() for rows in self._all if rows.held]
+
+    @property
+    def _all(self) -> tuple[Rows, ...]:
+        return self.train, self.validation, self.test
 
 
 def fingerprint(

@@ -148,7 +148,21 @@ def view_digests(
         RefusedError: a view is not finite; names the row.
     """
     numbers = np.fromiter(rows, dtype=np.int64)
-    seen = view_of(augmentation, seed, np.take(inputs, numbers, axis=0), numbers, view, tokens, device).cpu().numpy()
+    shown = np.take(inputs, numbers, axis=0)
+    return shown_digests(augmentation, seed, shown, numbers, view, tokens, device)
+
+
+def shown_digests(
+    augmentation: Augmentation,
+    seed: int,
+    inputs: np.ndarray,
+    numbers: np.ndarray,
+    view: int,
+    tokens: Tokens | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Probe]:
+    """The same of rows that were read: `inputs` [n, *shape] are those of the numbers, int64 [n]."""
+    seen = view_of(augmentation, seed, inputs, numbers, view, tokens, device).cpu().numpy()
     return [_digest(augmentation, int(row), one, view) for row, one in zip(numbers, seen, strict=True)]
 
 

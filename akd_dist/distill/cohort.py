@@ -171,7 +171,12 @@ def open_stream(
         # No more views than there are epochs that could read them.
         views = min(data.views, max(spec.objective.epochs for spec in job.students)) or 1
         logits = StoredLogits(
-            train, Path(job.cache_root), views, beside=splits.nbytes, windowed=data.window is not None
+            train,
+            Path(job.cache_root),
+            views,
+            beside=splits.held_bytes,
+            windowed=data.window is not None,
+            beside_windows=splits.train.moving is not None,
         )
     stream = BatchStream(
         splits.train,

@@ -53,7 +53,7 @@ def deliver(
     if student.ranks.rank == 0:
         failpoint("student.before_model")
         save_model(student.folder, student.module, student.card, write=student.writer.replace)
-        label = np.array(test.labels)
+        label = test.all_labels()
         columns = {"row": np.arange(len(test)), "label": label, "student": chosen, "teacher": teacher_said}
         student.writer.replace(student.folder / TEST_NAME, encode_predictions(columns))
     _conclude(

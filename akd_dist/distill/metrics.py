@@ -44,7 +44,7 @@ def evaluate(
         loss += float(label_losses(logits, labels).double().sum())
         said.append(predictions(rows.task, logits).cpu())
     together = torch.cat(said)
-    metrics = measure(rows.task, together, torch.from_numpy(np.array(rows.labels)), rows.classes)
+    metrics = measure(rows.task, together, torch.from_numpy(rows.all_labels()), rows.classes)
     return metrics | {"loss": loss / len(rows)}, together.numpy()
 
 

@@ -13,24 +13,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.rows import Rows
-from akd_dist.data.views import drawn_by, view_digests, view_of
+from akd_dist.data.views import drawn_by, shown_digests, view_of
 from akd_dist.models.device import device_name
 from akd_dist.recipe import Augmentation, LastBatch
 from akd_dist.storage.checked import once
-from akd_dist.storage.content import Guard
 from akd_dist.storage.decoded import StoredLogits
+from akd_dist.storage.holder import Moving
 from akd_dist.storage.manifest import Manifest
-from akd_dist.storage.pieces import Held, Span
 from akd_dist.storage.records import Probe
 
 _UNITS = {"uint8": "on a scale of 0 to 255", "float32": "in the units of the inputs", "int32": "in ids of tokens"}
@@ -159,25 +157,6 @@ class Batch:
     """Where this rank has no rows: one row of the batch as input, for models that cannot take a batch of none."""
 
 
-class Moving(Protocol):
-    """What a stream reads a view of, or a few windows of it, at a time."""
-
-    def watch(self, guard: Guard) -> None:
-        """Have what is read from now on vouched for."""
-
-    def move(self, view: int, spans: Sequence[Span]) -> None:
-        """Have these spans of a view's rows at hand from now on, and nothing else."""
-
-    def expect(self, view: int, spans: Sequence[Span]) -> None:
-        """Fetch these meanwhile, which are read next."""
-
-    def resting(self, marks: Collection[str]) -> list[Held]:
-        """What this node has of it in files of these marks."""
-
-    def close(self) -> None:
-        """Let everything go."""
-
-
 @dataclass(frozen=True, eq=False)
 class BatchStream:
     """A split and its teacher's logits as shuffled batches. Epoch e shows view e mod views.
@@ -205,8 +184,6 @@ class BatchStream:
     """Rows of a window of the shuffle; None shuffles globally."""
     device: torch.device | str = "cpu"
     """Where batches are wanted: rows are moved there as they are stored, and augmented there."""
-    reads: tuple[Moving, ...] = ()
-    """What else is told which windows are read: rows that the node holds in part."""
 
     def __post_init__(self) -> None:
         if self.logits is not None and (self.logits.shape[0] < self.views or self.logits.shape[1] != len(self.rows)):
@@ -220,7 +197,8 @@ class BatchStream:
     @property
     def moving(self) -> tuple[Moving, ...]:
         """All that is told which view and windows are read."""
-        return (*self.reads, self.logits) if isinstance(self.logits, StoredLogits) else self.reads
+        rows = () if self.rows.moving is None else (self.rows.moving,)
+        return (*rows, self.logits) if isinstance(self.logits, StoredLogits) else rows
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
@@ -270,7 +248,7 @@ class BatchStream:
         """Batches that are made in one go; they are the same as one by one, since a view is a function of its row."""
         if torch.device(self.device).type == "cpu":
             return 1
-        return max(1, min(STEPS_AT_ONCE, BYTES_AT_ONCE // (self.batch * self.rows.inputs[:1].nbytes)))
+        return max(1, min(STEPS_AT_ONCE, BYTES_AT_ONCE // (self.batch * self.rows.row_bytes)))
 
     def _cut(self, reading: _Reading, shares: list[tuple[int, int]]) -> Iterator[Gathered]:
         """Inputs, labels and logits of each of several batches, gathered together."""
@@ -321,20 +299,20 @@ class BatchStream:
         views = min(self.views, manifest.identity.views)
         # A store of hundreds of views has tens of thousands of probes: a fixed number of them shows as much.
         most = max(1, PROBES_CHECKED // views)
-        compared, changed = 0, list[tuple[int, Probe, Probe]]()
+        seen = list[tuple[int, Probe]]()
         for view in range(views):
             there = manifest.probes_of(view)
-            seen = [there[place] for place in np.unique(np.linspace(0, len(there) - 1, most).astype(int))]
-            now = self._probe([one.row for one in seen], view)
-            compared += len(seen)
-            changed += [(view, *pair) for pair in zip(seen, now, strict=True) if pair[0].sha256 != pair[1].sha256]
+            chosen = np.unique(np.linspace(0, len(there) - 1, most).astype(int))
+            seen += [(view, there[place]) for place in chosen]
+        changed = [pair for pair in self._probed(seen) if pair[1].sha256 != pair[2].sha256]
         if changed:
             # It may be the prepared rows that have changed: these can be made again, and nobody needs to be refused.
-            self.rows.content().verify()
+            if self.rows.held:  # else their blocks were compared as they were fetched
+                self.rows.content().verify()
             view, first, _ = changed[0]
             raise RefusedError(
                 f"view {view} of row {first.row} does not show what the teacher saw",
-                got=f"{len(changed):,} of {compared:,} probe views differ; {self._drift(changed)}",
+                got=f"{len(changed):,} of {len(seen):,} probe views differ; {self._drift(changed)}",
                 expected=f"the inputs that the store {manifest.id[:12]} was computed from, bit for bit",
                 next="use the code and versions that the store was made with; or, if code changed that your own "
                 "augmentation imports, rename its function or change an argument: that makes another store",
@@ -344,16 +322,30 @@ class BatchStream:
         inputs = self.rows.inputs.take(rows, axis=0)
         return view_of(self.augmentation, self.seed, inputs, rows, view, self.rows.tokens, self.device)
 
-    def _probe(self, rows: list[int], view: int) -> list[Probe]:
-        at_once = max(1, PROBE_BYTES // self.rows.inputs[:1].nbytes)
-        inputs, tokens = self.rows.inputs, self.rows.tokens
-        return [
-            probe
-            for first in range(0, len(rows), at_once)
-            for probe in view_digests(
-                self.augmentation, self.seed, inputs, rows[first : first + at_once], view, tokens, self.device
-            )
-        ]
+    def _probed(self, seen: list[tuple[int, Probe]]) -> list[tuple[int, Probe, Probe]]:
+        """Probes by view, each with what its row shows now, in the order of views and rows."""
+        at_once = max(1, PROBE_BYTES // self.rows.row_bytes)
+        found = list[tuple[int, Probe, Probe]]()
+        numbers = np.unique([one.row for _, one in seen])
+        # All views show the same rows, which may have to be fetched: so each row is read once for all of them.
+        for first in range(0, len(numbers), at_once):
+            some = numbers[first : first + at_once]
+            inputs = self.rows.inputs.take(some, axis=0)
+            here = [(view, one) for view, one in seen if some[0] <= one.row <= some[-1]]
+            for view, probes in itertools.groupby(here, key=lambda pair: pair[0]):
+                then = [one for _, one in probes]
+                rows = np.array([one.row for one in then])
+                now = shown_digests(
+                    self.augmentation,
+                    self.seed,
+                    inputs[np.searchsorted(some, rows)],
+                    rows,
+                    view,
+                    self.rows.tokens,
+                    self.device,
+                )
+                found += [(view, *pair) for pair in zip(then, now, strict=True)]
+        return sorted(found, key=lambda one: (one[0], one[1].row))
 
     def _drift(self, changed: list[tuple[int, Probe, Probe]]) -> str:
         """How far probes (as the teacher saw them, and as they are now) are apart, in the units of the inputs."""

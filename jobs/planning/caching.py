@@ -19,7 +19,8 @@ from akd_dist.distill.teacher import served_fingerprint
 from akd_dist.distill.trial import try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
 from akd_dist.jobs.packing import ResourceRequest
-from akd_dist.jobs.prepare_rows import prepare_shown, rows_of_cluster
+from akd_dist.jobs.planning.windows import check_chain
+from akd_dist.jobs.prepare_rows import rows_of_cluster, rows_of_machine
 from akd_dist.jobs.train_teacher import Stores, Trained, Workspace, assistant_of, is_there, teacher_of
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
@@ -135,7 +136,7 @@ def open_inputs(
 def open_rows(recipe: Recipe, workspace: Workspace, *, students: bool, again: bool, only_look: bool = False) -> Inputs:
     """The first half of `open_inputs`: the rows, and whether the students can be trained on them."""
     if workspace.address is None:
-        splits = prepare_shown(recipe.data, workspace.cache_root, workspace.console, again=again)
+        splits = rows_of_machine(recipe.data, workspace, again=again)
     else:
         splits = rows_of_cluster(recipe.data, workspace, again=again, only_look=only_look)
     # Files that were believed by their times are hashed from here on, while everything else goes on.
@@ -209,6 +210,8 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
     root = open_root(workspace.store_root)
     waits = None
     # What is all there needs neither room nor nodes, and is not refused for the lack of them.
+    if len(models) <= len(recipe.teacher.chain):
+        check_chain(recipe, inputs.splits, workspace, len(models))
     if needed:
         check_folder(root.local_path(""))
         check_room(workspace.store_root, needed)

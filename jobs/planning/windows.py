@@ -6,14 +6,16 @@ It decides the order of the rows, and so the weights: it is settled when a run b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import read_json
 from akd_dist.base.formatting import size
-from akd_dist.data.rows import Splits
+from akd_dist.data.row_fetch import held_splits
+from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Splits
 from akd_dist.distill.stream import WINDOWS_AT_ONCE
 from akd_dist.jobs.packing import Node
 from akd_dist.jobs.train_teacher import Workspace
@@ -39,8 +41,12 @@ class Shuffle:
 class Demands:
     """What training reads, by which a window is chosen: bytes of a node's cache."""
 
-    held: int
-    """What has to be there all the time."""
+    splits: Mapping[str, int]
+    """Each split's rows."""
+    input_row: int
+    """One row's input and label."""
+    input_rows: int
+    """Rows that are fetched together; 0 where the nodes hold all rows as they prepared them."""
     view: int
     """One view's logits."""
     views: int
@@ -48,9 +54,14 @@ class Demands:
     row: int
     """One row of a view."""
     piece_rows: int
-    """Rows that are fetched together."""
+    """Rows of a view that are fetched together."""
     sharing: int = 1
     """How many cohorts may read on one node at a time, each at its own place."""
+
+    @property
+    def whole(self) -> int:
+        """What shuffling all rows together takes: the rows, and views that are read at a time."""
+        return sum(self.splits.values()) + min(self.views, 2 * self.sharing) * self.view
 
     def window(self, room: int) -> int | None:
         """The rows of a window where a node's cache may have so many bytes; None where whole views fit.
@@ -62,17 +73,35 @@ class Demands:
         Raises:
             ValueError: not even the smallest fits.
         """
-        if self.held + min(self.views, 2 * self.sharing) * self.view <= room:
+        if self.whole <= room:
             return None
-        fitting = (room - self.held) // (2 * 2 * WINDOWS_AT_ONCE * self.row * self.piece_rows * self.sharing)
-        if fitting < 1:
+        held = self.held(room)
+        window = self._smallest(held)
+        if self._needs(held, window) > room:
             raise ValueError
-        return self.piece_rows << (fitting.bit_length() - 1)
+        while self._needs(held, 2 * window) <= room:
+            window *= 2
+        return window
 
-    @property
-    def least(self) -> int:
+    def least(self, room: int) -> int:
         """The bytes that the smallest window needs."""
-        return self.held + 2 * 2 * WINDOWS_AT_ONCE * self.row * self.piece_rows * self.sharing
+        held = self.held(room)
+        return self._needs(held, self._smallest(held))
+
+    def held(self, room: int) -> set[str]:
+        """The splits that are there all the time, in a cache of so many bytes."""
+        return held_splits(self.splits, room, windowed=True) if self.input_rows else set(self.splits)
+
+    def _smallest(self, held: Collection[str]) -> int:
+        return self.piece_rows if "train" in held else max(self.piece_rows, self.input_rows)
+
+    def _needs(self, held: Collection[str], window: int) -> int:
+        of_window = window * self.row
+        if "train" not in held:
+            # Where pieces of one kind do not end with those of the other, a window has a part of one at either end.
+            smaller = min((self.piece_rows, self.row), (self.input_rows, self.input_row))
+            of_window += window * self.input_row + 2 * math.prod(smaller)
+        return sum(self.splits[name] for name in held) + 2 * 2 * WINDOWS_AT_ONCE * of_window * self.sharing
 
 
 def demands_of(recipe: Recipe, splits: Splits, todo: Sequence[StudentSpec], nodes: Sequence[Node]) -> Demands:
@@ -82,13 +111,52 @@ def demands_of(recipe: Recipe, splits: Splits, todo: Sequence[StudentSpec], node
     epochs = max((spec.objective.epochs for spec in todo), default=0)
     slots = [int(node.cpus // spec.threads) for node in nodes for spec in todo]
     return Demands(
-        held=splits.nbytes,
+        splits={name: getattr(splits, name).nbytes for name in SPLITS},
+        input_row=splits.train.row_bytes,
+        input_rows=0 if splits.train.sealed is None else BLOCK_ROWS,
         view=layout.nbytes,
         views=min(recipe.data.views, epochs),
         row=layout.classes * layout.itemsize,
         piece_rows=layout.shard_rows,
         sharing=max(1, min(len(todo), max(slots, default=1))),
     )
+
+
+def check_chain(recipe: Recipe, splits: Splits, workspace: Workspace, there: int) -> None:
+    """Refuse to train the next model of the chain where a node has no room for what it reads, and no window is given.
+
+    A window changes its weights, and so what it is found by: it is not chosen from the room that there happens to be.
+
+    Args:
+        there: how many models of the chain, the teacher first, are trained already.
+
+    Raises:
+        MachineError: no room; names need, room and a window that fits.
+    """
+    whole = splits.train.sealed is None and there == 0  # rows that were prepared in the cache have their room
+    if recipe.data.window is not None or whole:
+        return
+    if workspace.address is None:
+        nodes: Sequence[Node] = []
+    else:
+        from akd_dist.jobs import cluster
+
+        cluster.connect(workspace.address, tell=workspace.tell)
+        nodes = cluster.all_nodes()
+    room, demands = room_for(workspace, nodes), demands_of(recipe, splits, [], nodes)
+    demands = replace(demands, views=min(recipe.data.views, 2) if there else 0)
+    with contextlib.suppress(ValueError):
+        if (window := demands.window(room)) is None:
+            return
+        raise MachineError(
+            f"{'an assistant' if there else 'the teacher'} is trained on rows that are shuffled together, and the "
+            "cache of a node has no room for them",
+            got=f"{size(room)} that it may have",
+            expected=f"{size(demands.whole)}",
+            next=f"set data.window in the recipe, to {window} for example, so that rows are shuffled in windows; "
+            "or raise AKD_DIST_CACHE_BUDGET",
+        )
+    choose(demands, room)
 
 
 def settled(recipe: Recipe, run: Path, *, fresh: bool) -> Shuffle | None:
@@ -120,13 +188,12 @@ def choose(demands: Demands, room: int) -> Shuffle:
         raise MachineError(
             "the cache of a node has no room for what students read at a time",
             got=f"{size(room)} that it may have",
-            expected=f"{size(demands.least)}: {size(demands.held)} of rows, and the logits of a few windows",
+            expected=f"{size(demands.least(room))} for a few windows of rows and logits, and the rows that are held",
             next="raise AKD_DIST_CACHE_BUDGET, free some space, or choose another --cache-root",
         ) from None
     if window is None:
         return Shuffle(None, "all that is read at a time fits the cache")
-    need = demands.held + min(demands.views, 2 * demands.sharing) * demands.view
-    return Shuffle(window, f"{size(need)} would not fit the {size(room)} that the cache of a node may have")
+    return Shuffle(window, f"{size(demands.whole)} would not fit the {size(room)} that the cache of a node may have")
 
 
 def room_for(workspace: Workspace, nodes: Sequence[Node]) -> int:

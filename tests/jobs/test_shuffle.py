@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ from akd_dist.jobs.run_folder import begin_run, check_same_run, run_identity
 from akd_dist.recipe import Recipe
 from tests.fleets import a_recipe, a_student
 
-DEMANDS = Demands(held=1_000, view=1_000_000, views=3, row=10, piece_rows=100)
+ROWS = {"train": 800, "validation": 100, "test": 100}
+DEMANDS = Demands(ROWS, input_row=8, input_rows=0, view=1_000_000, views=3, row=10, piece_rows=100)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10**10), st.integers(1, 8))
 def test_two_groups_take_half_of_what_is_left_at_most(room: int, sharing: int) -> None:
-    demands = Demands(1_000, 10**9, 3, row=10, piece_rows=100, sharing=sharing)
+    demands = replace(DEMANDS, view=10**9, sharing=sharing)
     try:
         window = demands.window(room)
     except ValueError:
-        assert room < demands.least
+        assert room < demands.least(room)
         return
     if window is None:
         assert room >= 1_000 + min(3, 2 * sharing) * 10**9
@@ -52,6 +54,27 @@ def test_what_fits_in_no_way_is_refused_with_need_and_budget() -> None:
     assert "AKD_DIST_CACHE_BUDGET" in str(refused.value.next)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**9), st.integers(1, 4), st.sampled_from([10, 100_000]))
+def test_rows_that_leave_no_half_to_windows_are_read_by_windows(room: int, sharing: int, others: int) -> None:
+    """And what two groups take, with pieces that do not end together, stays within half of what is left."""
+    sizes = {"train": 10**8, "validation": others, "test": others}
+    demands = replace(DEMANDS, splits=sizes, input_row=30, input_rows=64, view=10**9, sharing=sharing)
+    held = demands.held(room)
+    assert ("train" in held) == (10**8 + 2 * others <= room // 2)
+    assert {"validation", "test"} <= held or 2 * others > room // 4
+    try:
+        window = demands.window(room)
+    except ValueError:
+        assert room < demands.least(room)
+        return
+    if window is None:
+        assert demands.whole <= room
+        return
+    taken = window * 10 + (0 if "train" in held else (window + 2 * 64) * 30)
+    assert 2 * WINDOWS_AT_ONCE * taken * sharing <= (room - sum(sizes[name] for name in held)) / 2
+
+
 @pytest.fixture
 def recipe() -> Recipe:
     return a_recipe([a_student("one"), a_student("two", threads=2), a_student("three")])
@@ -61,7 +84,8 @@ def test_what_students_read(recipe: Recipe, tmp_path: Path) -> None:
     splits = prepare(recipe.data, tmp_path)
     rows = len(splits.train)
     demands = demands_of(recipe, splits, recipe.students, [Node("small", 1), Node("large", 2)])
-    assert demands == Demands(splits.nbytes, rows * 40, 2, 40, 256, sharing=2)
+    sizes = {name: getattr(splits, name).nbytes for name in ("train", "validation", "test")}
+    assert demands == Demands(sizes, splits.train.row_bytes, 0, rows * 40, 2, 40, 256, sharing=2)
     assert demands_of(recipe, splits, recipe.students, [Node("huge", 64)]).sharing == 3
     assert demands_of(recipe, splits, [], []).sharing == 1
 
