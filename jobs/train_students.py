@@ -37,7 +37,7 @@ from akd_dist.jobs.planning.planner import (
     nodes_to_come,
     plan_cohorts,
 )
-from akd_dist.jobs.prepare_rows import rows_of_machine
+from akd_dist.jobs.prepare_rows import prepare_shown, rows_of_machine
 from akd_dist.jobs.remote_run import RemoteRun, copy_of
 from akd_dist.jobs.results import finish_run, tell_failures, telling_damage
 from akd_dist.jobs.run_folder import (
@@ -264,9 +264,11 @@ def train_in_process(
         run: the run's folder, or its `s3://` URI.
         assistant: those of the last assistant, where there are students of objective `takd`.
     """
-    store_root = open_root(stores["train"]).parent.uri
-    workspace = Workspace(store_root, cache_root, console=Console(stderr=True))
-    splits, remote = rows_of_machine(recipe.own().data, workspace), None
+    data, console, remote = recipe.own().data, Console(stderr=True), None
+    if stores:
+        splits = rows_of_machine(data, Workspace(open_root(stores["train"]).parent.uri, cache_root, console=console))
+    else:
+        splits = prepare_shown(data, cache_root, console)
     if "://" in str(run):
         remote = copy_of(str(run), cache_root)
         remote.refresh()

@@ -17,7 +17,7 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from akd_dist.storage.layout import ARRAY_KEY, GROUP_KEY, LOGITS, Shard
+from akd_dist.storage.layout import ARRAY_KEY, CRC_BYTES, GROUP_KEY, INDEX_ENTRY_BYTES, LOGITS, Shard
 from akd_dist.storage.manifest import Identity
 
 _PINNED = {
@@ -128,6 +128,29 @@ def decode_shard(identity: Identity, shard: Shard, data: bytes) -> npt.NDArray[A
     if not np.isfinite(logits).all():  # an index entry that says "no chunk here" reads as the fill value, NaN
         raise ValueError("holds NaN or infinity, which is never written")
     return logits
+
+
+def rows_within(identity: Identity, shard: Shard, data: bytes) -> npt.NDArray[Any] | None:
+    """The logits within the bytes of a shard's object that are known to be those that were written: no checksum is
+    looked at, and nothing is decoded. None where chunks are compressed, or do not follow one another.
+
+    Returns:
+        [shard.rows, classes] in the stored dtype.
+    """
+    layout = identity.layout
+    if identity.object_bytes(shard) != len(data):
+        return None
+    row = layout.classes * layout.itemsize
+    chunk, used = layout.chunk_rows * row + CRC_BYTES, -(-shard.rows // layout.chunk_rows)
+    entries = layout.shard_rows // layout.chunk_rows
+    index = np.frombuffer(data, "<u8", 2 * entries, len(data) - CRC_BYTES - INDEX_ENTRY_BYTES * entries)
+    # Offset and size of each chunk, as zarr wrote them.
+    if not np.array_equal(index[: 2 * used].reshape(used, 2), [(place * chunk, chunk) for place in range(used)]):
+        return None
+    kind = np.dtype(layout.dtype).newbyteorder("<")
+    strides = (chunk, row, layout.itemsize)
+    chunks = np.ndarray((used, layout.chunk_rows, layout.classes), kind, data, strides=strides)
+    return chunks.reshape(-1, layout.classes)[: shard.rows]
 
 
 def _open(identity: Identity, memory: dict[str, Any]) -> zarr.Array[Any]:

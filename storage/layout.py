@@ -31,8 +31,8 @@ _SHARD_TARGET_BYTES = 16 * 2**20
 # A small dataset would fill a single shard, and its teacher would run on one CPU of a whole cluster.
 _SHARDS_OF_A_SMALL_VIEW = 16
 # As Zarr v3's sharding codec lays them out: a crc32c behind each chunk and the index; offset and size for each chunk.
-_CRC_BYTES = 4
-_INDEX_ENTRY_BYTES = 16
+CRC_BYTES = 4
+INDEX_ENTRY_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,6 @@ class StoreLayout:
 
     def stored_bytes(self, shard: Shard) -> int:
         """The exact size of a shard's object: padded chunks with a crc32c each, then the index with its own."""
-        chunk = self.chunk_rows * self.classes * self.itemsize + _CRC_BYTES
+        chunk = self.chunk_rows * self.classes * self.itemsize + CRC_BYTES
         used = -(-shard.rows // self.chunk_rows)
-        return used * chunk + (self.shard_rows // self.chunk_rows) * _INDEX_ENTRY_BYTES + _CRC_BYTES
+        return used * chunk + (self.shard_rows // self.chunk_rows) * INDEX_ENTRY_BYTES + CRC_BYTES

@@ -129,13 +129,20 @@ def name_entry(building: Path, entry: Path) -> Keep:
     return keep
 
 
-def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[Path] = ()) -> None:
+def make_room(
+    cache_root: Path,
+    need: int,
+    budget: int | None,
+    keep: Collection[Path] = (),
+    reserve: Callable[[], object] = lambda: None,
+) -> None:
     """Evict entries that nobody holds, least recently used first, until `need` bytes fit the budget and the disk.
 
     Args:
         need: bytes about to be written under `cache_root`.
         budget: bytes that all entries together may take; None for the default budget.
         keep: entries that stay whatever happens.
+        reserve: called once there is room, before anybody else is given any: takes it, with files of that size.
 
     Raises:
         NoRoomError: they do not fit with everything evicted that can be; names need, free and budget.
@@ -158,6 +165,7 @@ def make_room(cache_root: Path, need: int, budget: int | None, keep: Collection[
                 expected=f"{need:,} bytes" + ("" if budget is None else f" within a budget of {budget:,}"),
                 next="free some space, raise AKD_DIST_CACHE_BUDGET, or choose another --cache-root",
             )
+        reserve()
 
 
 def _shared_lock(path: Path) -> int | None:

@@ -270,11 +270,9 @@ def _make(
     for left in entry.parent.glob(f"{entry.name}.*{PARTIAL_SUFFIX}"):  # ours is the only live one: we hold the lock
         shutil.rmtree(left, ignore_errors=True)
     shutil.rmtree(entry, ignore_errors=True)  # somebody may be evicting it
-    need = pieces.nbytes(numbers)
-    make_room(entry.parent.parent, need, budget)
-    building = partial_name(entry)
+    need, building = pieces.nbytes(numbers), partial_name(entry)
     try:
-        building.mkdir(parents=True)
+        make_room(entry.parent.parent, need, budget, reserve=lambda: _allocate(pieces, numbers, building))
         tokens = list(pieces.tokens(numbers))  # before reading, so that no change is missed
         digests = _fill(pieces, numbers, building, on_progress)
         noted = {"files": _tokens_of(pieces, building), "tokens": tokens, "digests": digests, "pieces": list(numbers)}
@@ -287,18 +285,26 @@ def _make(
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _fill(pieces: Pieces, numbers: Sequence[int], folder: Path, on_progress: Progress | None) -> list[str]:
-    """Write each field's rows; the sha256 of each piece."""
+def _allocate(pieces: Pieces, numbers: Sequence[int], folder: Path) -> None:
+    """Make each field's file, with its header, as large as it will be: where the disk is full, that is told at once."""
+    folder.mkdir(parents=True)
     rows = sum(stop - start for start, stop in map(pieces.span, numbers))
+    for field in pieces.fields:
+        head = {"descr": np.lib.format.dtype_to_descr(np.dtype(field.dtype)), "fortran_order": False}
+        with open(_file(folder, field), "xb") as handle:
+            np.lib.format.write_array_header_1_0(handle, {**head, "shape": (rows, *field.shape)})
+            handle.flush()
+            os.posix_fallocate(handle.fileno(), 0, handle.tell() + rows * field.row_bytes)
+
+
+def _fill(pieces: Pieces, numbers: Sequence[int], folder: Path, on_progress: Progress | None) -> list[str]:
+    """Write each field's rows behind its header; the sha256 of each piece."""
     with contextlib.ExitStack() as files:
         handles = []
         for field in pieces.fields:
-            handle = files.enter_context(open(_file(folder, field), "xb"))
-            head = {"descr": np.lib.format.dtype_to_descr(np.dtype(field.dtype)), "fortran_order": False}
-            np.lib.format.write_array_header_1_0(handle, {**head, "shape": (rows, *field.shape)})
-            handle.flush()
-            # All of it is reserved before anything is fetched: where the disk is full, that is an error at once.
-            os.posix_fallocate(handle.fileno(), 0, handle.tell() + rows * field.row_bytes)
+            handle = files.enter_context(open(_file(folder, field), "r+b"))
+            np.lib.format.read_magic(handle)
+            np.lib.format.read_array_header_1_0(handle)
             handles.append(handle)
         digests = []
         fetched = zip(numbers, pieces.digests(numbers), pieces.fetch(numbers), strict=True)

@@ -74,9 +74,14 @@ class Rows:
         return self.inputs.shape[1:]
 
     @property
+    def input_bytes(self) -> int:
+        """Bytes of one input."""
+        return math.prod(self.shape) * self.inputs.dtype.itemsize
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row's input and label."""
-        return math.prod(self.shape) * self.inputs.dtype.itemsize + self.labels.dtype.itemsize
+        return self.input_bytes + self.labels.dtype.itemsize
 
     @property
     def nbytes(self) -> int:

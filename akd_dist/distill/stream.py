@@ -248,7 +248,7 @@ class BatchStream:
         """Batches that are made in one go; they are the same as one by one, since a view is a function of its row."""
         if torch.device(self.device).type == "cpu":
             return 1
-        return max(1, min(STEPS_AT_ONCE, BYTES_AT_ONCE // (self.batch * self.rows.row_bytes)))
+        return max(1, min(STEPS_AT_ONCE, BYTES_AT_ONCE // (self.batch * self.rows.input_bytes)))
 
     def _cut(self, reading: _Reading, shares: list[tuple[int, int]]) -> Iterator[Gathered]:
         """Inputs, labels and logits of each of several batches, gathered together."""
@@ -324,7 +324,7 @@ class BatchStream:
 
     def _probed(self, seen: list[tuple[int, Probe]]) -> list[tuple[int, Probe, Probe]]:
         """Probes by view, each with what its row shows now, in the order of views and rows."""
-        at_once = max(1, PROBE_BYTES // self.rows.row_bytes)
+        at_once = max(1, PROBE_BYTES // self.rows.input_bytes)
         found = list[tuple[int, Probe, Probe]]()
         numbers = np.unique([one.row for _, one in seen])
         # All views show the same rows, which may have to be fetched: so each row is read once for all of them.

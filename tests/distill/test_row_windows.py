@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from akd_dist.base.errors import MachineError
 from akd_dist.data import row_entry, row_store, rows
@@ -123,7 +124,7 @@ def bytes_of(store: str) -> dict[str, bytes]:
 
 
 def test_rows_are_read_from_what_is_held_or_else_fetched(home: Home, tmp_path: Path) -> None:
-    workspace = Workspace(str(tmp_path / "stores"), str(tmp_path / "cache"), console=prepare_rows.Console(quiet=True))
+    workspace = Workspace(str(tmp_path / "stores"), str(tmp_path / "cache"), console=Console(quiet=True))
     sealed = prepare_rows._sealed(home.recipe.data, workspace, again=False).train.sealed
     assert sealed is not None
     whole = prepare(home.recipe.data, home.root / "whole")
@@ -177,11 +178,11 @@ def test_a_teacher_is_not_trained_where_its_rows_do_not_fit(
     own = {"model": {"kind": "mlp", "hidden": 4}, "train": {"epochs": 1, "optimizer": sgd}}
     data = home.recipe.data.model_dump(mode="json") | {"window": None}
     recipe = a_recipe(STUDENTS, teacher=own, data=data)
-    workspace = Workspace(str(tmp_path / "stores"), str(tmp_path / "cache"), console=prepare_rows.Console(stderr=True))
+    workspace = Workspace(str(tmp_path / "stores"), str(tmp_path / "cache"), console=Console(stderr=True))
     inputs = open_rows(recipe, workspace, students=True, again=False)
     assert "they are kept under the store root" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(MachineError, match="the teacher is trained on rows that are shuffled together") as refused:
         windows.check_chain(recipe, inputs.splits, workspace, 0)
-    assert f"data.window in the recipe, to 32 for example" in str(refused.value.next)
+    assert "data.window in the recipe, to 32 for example" in str(refused.value.next)
     given = a_recipe(STUDENTS, teacher=own, data=data | {"window": WINDOW})
     windows.check_chain(given, inputs.splits, workspace, 0)

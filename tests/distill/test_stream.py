@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.rows import Rows, fingerprint
 from akd_dist.data.text import Tokens
-from akd_dist.data.views import view_digests, view_of
+from akd_dist.data.views import shown_digests, view_digests, view_of
 from akd_dist.distill.stream import (
     BYTES_AT_ONCE,
     STEPS_AT_ONCE,
@@ -377,9 +377,9 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counted(*given: Any) -> Any:
         sizes.append(len(given[3]))
-        return view_digests(*given)
+        return shown_digests(*given)
 
-    monkeypatch.setattr("akd_dist.distill.stream.view_digests", counted)
+    monkeypatch.setattr("akd_dist.distill.stream.shown_digests", counted)
     return sizes
 
 
@@ -389,7 +389,8 @@ def test_probes_are_compared_in_parts(compared: list[int], monkeypatch: pytest.M
     monkeypatch.setattr("akd_dist.distill.stream.PROBE_BYTES", 20)  # of one row of 16 bytes, and a little
     checked.check_probes(manifest)
     assert compared == [1] * 4
-    assert checked._probe([3, 7, 9], 1) == view_digests(SHIFT, 5, checked.rows.inputs, [3, 7, 9], 1)
+    seen = [(view, probe) for view in (0, 1) for probe in manifest.probes_of(view)]
+    assert checked._probed(seen) == [(view, probe, probe) for view, probe in seen]
 
 
 def test_probes_are_compared_once_a_node(compared: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from zarr.storage import LocalStore, MemoryStore
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.storage import arrays, reader, repair
-from akd_dist.storage.arrays import decode_shard, encode_shard, metadata, pinned_zarr
+from akd_dist.storage.arrays import decode_shard, encode_shard, metadata, pinned_zarr, rows_within
 from akd_dist.storage.encodings import Encoding, encoding_from_config
 from akd_dist.storage.layout import Shard, StoreLayout
 from akd_dist.storage.manifest import Creation, Identity, Manifest
@@ -127,6 +127,27 @@ def test_a_shard_has_the_bytes_that_zarr_writes(tmp_path: Path, rows: int, encod
         assert data == (tmp_path / shard.key).read_bytes()
         assert len(data) == identity.layout.stored_bytes(shard)
         np.testing.assert_array_equal(decode_shard(identity, shard, data), rows_of_shard)
+        within = rows_within(identity, shard, data)
+        assert within is not None
+        assert within.dtype == rows_of_shard.dtype
+        np.testing.assert_array_equal(within, rows_of_shard)
+
+
+def test_what_is_laid_out_otherwise_is_left_to_zarr() -> None:
+    """Chunks in another order, which another version may write, and compressed ones."""
+    identity = stores.identity(rows=8193, classes=3)
+    layout, shard = identity.layout, identity.layout.shard(0, 0)
+    logits = stores.logits(identity).astype("float16")[0, shard.start : shard.stop]
+    data = encode_shard(identity, shard, {"logits": logits})
+    chunk, entries = layout.chunk_rows * 3 * 2 + 4, layout.shard_rows // layout.chunk_rows
+    assert entries > 1
+    swapped = bytearray(data[chunk : 2 * chunk] + data[:chunk] + data[2 * chunk :])
+    index = np.frombuffer(swapped, "<u8", 2 * entries, len(data) - 4 - 16 * entries)
+    index[:4] = [chunk, chunk, 0, chunk]
+    assert rows_within(identity, shard, bytes(swapped)) is None
+    assert rows_within(identity, shard, data[:-1]) is None
+    compressed = stores.identity(rows=8193, classes=3, encoding={"name": "float16", "compress": "zstd"})
+    assert rows_within(compressed, shard, data) is None
 
 
 def test_the_metadata_is_what_zarr_makes_of_the_same_array() -> None:

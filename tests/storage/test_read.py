@@ -440,6 +440,20 @@ def test_what_killed_processes_left_goes_and_what_lives_counts(cache_root: Path)
     assert not making.exists()
 
 
+def test_room_is_taken_before_others_are_given_any(cache_root: Path) -> None:
+    """Two that make room at once: what the first is about to write counts for the second."""
+    making = cache_root / "rows" / "first.0123456789ab.partial"
+
+    def reserve() -> None:
+        making.mkdir(parents=True)
+        (making / "train.npy").write_bytes(bytes(1500))
+
+    with file_lock(cache_root / "rows" / "first.lock", what="the rows"):
+        make_room(cache_root, 1500, budget=2000, reserve=reserve)
+        with pytest.raises(MachineError, match="no room in the cache"):
+            make_room(cache_root, 1000, budget=2000, reserve=lambda: pytest.fail("there is no room"))
+
+
 @pytest.mark.parametrize("held", ["the run", "a store", "an entry"])
 def test_a_look_refuses_nobody(held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever looks whether a file is locked has it locked meanwhile, here until the lock is tried again."""
