@@ -48,7 +48,7 @@ def rows_of_machine(data: recipes.DataSpec, workspace: Workspace, *, again: bool
     try:
         return prepare_shown(data, workspace.cache_root, workspace.console, again=again)
     except NoRoomError as error:
-        workspace.tell(f"{error.what}, for rows of {error.expected}: they are kept under the store root")
+        workspace.tell(f"{error.what} for all rows ({error.expected}): they are kept under the store root")
     return _sealed(data, workspace, again=again)
 
 

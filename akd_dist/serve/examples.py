@@ -32,6 +32,7 @@ from akd_dist.data.sources.parquet import column_names
 from akd_dist.data.text import ByteTokenizer, Tokenizer, tokenizer_of
 from akd_dist.distill.metrics import EVALUATION_ROWS
 from akd_dist.models.card import ModelCard
+from akd_dist.storage.node_cache import NoRoomError
 from akd_dist.storage.objects import ObjectMissing
 from akd_dist.storage.roots import open_root
 
@@ -172,7 +173,11 @@ def _of_recipe(path: Path, asked: DataRequest, cache_root: Path, on_progress: Pr
         raise RecipeError("there is no such split", got=split, expected=f"one of {', '.join(SPLITS)}")
     loaded = recipe.load_recipe(path)
     recipe.trust(loaded, asked.trusted().seen_from(f"the recipe {path}", loaded.folder))
-    splits = prepare(loaded.data, cache_root, on_progress=on_progress)
+    try:
+        splits = prepare(loaded.data, cache_root, on_progress=on_progress)
+    except NoRoomError as error:
+        error.next = f"{error.next}; or name the file with the rows instead of a recipe: it is read from end to end"
+        raise
     rows: Rows = getattr(splits, split)
     labelled = asked.label != ""
 

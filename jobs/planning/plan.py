@@ -118,11 +118,12 @@ def plan_run(
     base = fleet_job(recipe, splits, {}, run, workspace.cache_root)
     todo = [spec for spec in recipe.students if fresh or not ended(base, spec)]
     nodes = cluster.all_nodes()
-    if shuffle is None:
-        demands = windows.demands_of(recipe, splits, todo, nodes)
-        shuffle = windows.choose(demands, windows.room_for(workspace, nodes))
-        if shuffle.window is not None:
+    if shuffle is None or (todo and shuffle.window is not None):
+        demands, room = windows.demands_of(recipe, splits, todo, nodes), windows.room_for(workspace, nodes)
+        begins, shuffle = shuffle is None, shuffle or windows.choose(demands, room)
+        if begins and shuffle.window is not None:
             workspace.tell(f"rows are shuffled in windows of {shuffle.window:,}: {shuffle.why}")
+        windows.check_window(demands, shuffle, room)
     if todo:
         workspace.tell("probing what the students take")
     costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), workspace)

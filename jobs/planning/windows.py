@@ -84,9 +84,18 @@ class Demands:
         return window
 
     def least(self, room: int) -> int:
-        """The bytes that the smallest window needs."""
+        """The least bytes by which one of both ways would go: all rows together, or the smallest windows."""
         held = self.held(room)
-        return self._needs(held, self._smallest(held))
+        return min(self.whole, self._needs(held, self._smallest(held)))
+
+    def group(self, room: int, window: int) -> int:
+        """What has to be there at once with windows of so many rows: one group of them, and what is held all the time.
+
+        With no more room than that, nothing is fetched ahead.
+        """
+        held = self.held(room)
+        beside = sum(self.splits[name] for name in held)
+        return min(self.whole, beside + (self._needs(held, window) - beside) // (2 * 2))
 
     def held(self, room: int) -> set[str]:
         """The splits that are there all the time, in a cache of so many bytes."""
@@ -194,6 +203,22 @@ def choose(demands: Demands, room: int) -> Shuffle:
     if window is None:
         return Shuffle(None, "all that is read at a time fits the cache")
     return Shuffle(window, f"{size(demands.whole)} would not fit the {size(room)} that the cache of a node may have")
+
+
+def check_window(demands: Demands, shuffle: Shuffle, room: int) -> None:
+    """Refuse a window that was settled before, of which a node's cache has no room for one group.
+
+    Raises:
+        MachineError: it does not fit; names need and budget.
+    """
+    if shuffle.window is not None and (need := demands.group(room, shuffle.window)) > room:
+        raise MachineError(
+            f"the cache of a node has no room for {WINDOWS_AT_ONCE} windows of {shuffle.window:,} rows",
+            got=f"{size(room)} that it may have",
+            expected=f"{size(need)}, with the rows that are held all the time",
+            next="raise AKD_DIST_CACHE_BUDGET, free some space, or choose another --cache-root; a run that begins may "
+            "have another data.window",
+        )
 
 
 def room_for(workspace: Workspace, nodes: Sequence[Node]) -> int:
