@@ -14,7 +14,7 @@ from akd_dist.base.errors import MachineError, RecipeError
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill.stream import WINDOWS_AT_ONCE
 from akd_dist.jobs.packing import Node
-from akd_dist.jobs.planning.windows import Demands, choose, demands_of, settled, with_window
+from akd_dist.jobs.planning.windows import Demands, Shuffle, check_window, choose, demands_of, settled, with_window
 from akd_dist.jobs.run_folder import begin_run, check_same_run, run_identity
 from akd_dist.recipe import Recipe
 from tests.fleets import a_recipe, a_student
@@ -52,6 +52,19 @@ def test_what_fits_in_no_way_is_refused_with_need_and_budget() -> None:
         choose(DEMANDS, 16_999)
     assert (refused.value.got, "17.0 kB" in str(refused.value.expected)) == ("17.0 kB that it may have", True)
     assert "AKD_DIST_CACHE_BUDGET" in str(refused.value.next)
+
+
+def test_a_window_that_was_settled_needs_room_for_one_group() -> None:
+    """What is chosen has room for the next one, too."""
+    shuffle = choose(DEMANDS, 17_000)
+    assert shuffle.window == 100
+    check_window(DEMANDS, shuffle, 5_000)
+    with pytest.raises(MachineError, match="no room for 4 windows of 100 rows") as refused:
+        check_window(DEMANDS, shuffle, 4_999)
+    assert "5.0 kB" in str(refused.value.expected)
+    check_window(DEMANDS, Shuffle(None, "all fits"), 1)
+    # Windows larger than the data need no more than the data.
+    check_window(replace(DEMANDS, view=1_000, views=1), Shuffle(10**6, "as the recipe says"), 2_000)
 
 
 @settings(max_examples=200, deadline=None)
