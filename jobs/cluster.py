@@ -96,20 +96,12 @@ class _DriversPath(list[str]):
         super().extend(folder for folder in folders if os.path.realpath(folder) in looked_in)
 
 
-def _home_has_token() -> bool:
-    try:
-        return Path("~/.ray/auth_token").expanduser().exists()
-    except (OSError, RuntimeError):  # a user without a home, or with somebody else's
-        return False
-
-
 def _ensure_token() -> None:
     """Where Ray could not keep the token of a cluster that it starts in the user's home, have one that is kept nowhere.
 
     Ray goes by HOME alone. Without it, or where it cannot be written, Ray would not start.
     """
-    given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if given or os.environ.get("RAY_AUTH_MODE", "token") != "token" or _home_has_token():
+    if ray_internals.has_token() or os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return
     if home := os.environ.get("HOME"):
         with contextlib.suppress(OSError):
@@ -218,8 +210,6 @@ def check_address(address: str) -> None:
     Raises:
         MachineError: as `connect`.
     """
-    if os.environ.get("RAY_AUTH_TOKEN") or _home_has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray itself leaves it off for an explicit address
     _check_answers(address)
     _check_token(address)
 
@@ -243,11 +233,12 @@ def _check_answers(address: str) -> None:
 def _check_token(address: str) -> None:
     """Refuse a cluster that does not take this user's token, or this user for having none."""
     if not address.startswith("ray://") and ray_internals.refuses_token(address):
-        shown = os.environ.get("RAY_AUTH_MODE") == "token"
+        shown = ray_internals.SHOWS_TOKEN
         raise MachineError(
             f"the Ray cluster at {address} does not let this user in",
             got="a token that is not the cluster's" if shown else "no token",
-            expected="the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN",
+            expected="the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            + ("" if shown else ", and RAY_AUTH_MODE=token where Ray is imported before akd-dist"),
             next="copy it from the head node (`ray get-auth-token` prints it there), then run the same command",
         )
 

@@ -4,6 +4,8 @@ import ast
 import importlib
 import inspect
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,25 @@ from akd_dist.jobs.ray_internals import SEEN_WITH, ray
 
 ROOT = Path(__file__).parents[2]
 VERSION = f"of Ray {ray.__version__} (ray_internals.py was written for {SEEN_WITH})"
+
+
+@pytest.mark.parametrize(("before", "mode"), [("", "token"), ("import ray; ", "disabled")])
+def test_who_has_a_token_shows_it(before: str, mode: str, tmp_path: Path) -> None:
+    """Unless Ray was imported before: it reads once how it shows who it is."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    script = (
+        f"{before}from akd_dist.jobs.ray_internals import SHOWS_TOKEN, ray\n"
+        "seen = ray._raylet.get_authentication_mode() == ray._raylet.AuthenticationMode.TOKEN\n"
+        "assert seen == SHOWS_TOKEN, seen\n"
+        "print('token' if seen else 'disabled')"
+    )
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=bare | {"HOME": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == mode, done.stderr
+
 
 USED: dict[str, tuple[Callable[[], Any], str]] = {
     "kill_all_processes": (
