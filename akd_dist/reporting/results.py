@@ -443,9 +443,8 @@ def read_identity(run_folder: Path) -> RunIdentity | None:
     Raises:
         DamagedError: the file is not the JSON document that a run writes.
     """
-    path = run_folder / "identity.json"
     advice = "restore it; or remove it: students are then told apart by their names"
     try:
-        return load(path, RunIdentity, next=advice)
+        return load(run_folder / "identity.json", RunIdentity, next=advice)
     except (FileNotFoundError, NotADirectoryError):
         return None
