@@ -16,7 +16,7 @@ import numpy as np
 
 from akd_dist import recipe
 from akd_dist.data.row_cache import Progress, prepare
-from akd_dist.data.rows import SPLITS, Rows, Splits
+from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Rows, Splits
 from akd_dist.data.text import Tokens
 from akd_dist.storage.content import Guard
 from akd_dist.storage.holder import Holder
@@ -25,7 +25,7 @@ from akd_dist.storage.pieces import Arrays, Field, Held, PieceArray, Pieces, Spa
 from akd_dist.storage.rows import RowsManifest, SealedRows, read_block
 
 # Object storage answers many requests at once; so many bytes of blocks are held meanwhile, or one block.
-_AT_ONCE, _HELD_BYTES = 16, 1 << 28
+_AT_ONCE, _HELD_BYTES = 16, 1 << 27
 
 
 def rows_for(
@@ -193,7 +193,7 @@ def alike_rows(sealed: SealedRows) -> Splits:
 def pieces_of(sealed: SealedRows, manifest: RowsManifest, split: str, cache_root: Path) -> Pieces:
     """The blocks of a split as pieces of the node's cache: fields `inputs` and `labels`."""
     creation = manifest.creation
-    threads = max(1, min(_AT_ONCE, _HELD_BYTES // creation.bytes_of(creation.block_rows)))
+    threads = _at_once(creation.bytes_of(creation.block_rows))
 
     def read(number: int) -> Arrays:
         return creation.arrays(read_block(sealed.uri, manifest, split, number), creation.rows_of(split, number))
@@ -214,6 +214,16 @@ def pieces_of(sealed: SealedRows, manifest: RowsManifest, split: str, cache_root
         digests=lambda numbers: [manifest.splits[split].blocks[number] for number in numbers],
         what=f"the {split} rows",
     )
+
+
+def bytes_ahead(row_bytes: int) -> int:
+    """Bytes of blocks that a process has in its memory while it fetches rows of so many bytes each."""
+    block = BLOCK_ROWS * row_bytes
+    return _at_once(block) * block
+
+
+def _at_once(block: int) -> int:
+    return max(1, min(_AT_ONCE, _HELD_BYTES // block))
 
 
 def _ahead(read: Callable[[int], Arrays], numbers: Sequence[int], threads: int) -> Iterator[Arrays]:

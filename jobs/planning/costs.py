@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from akd_dist.data.row_fetch import bytes_ahead
 from akd_dist.data.rows import Splits
 from akd_dist.distill.objectives import stages
 from akd_dist.distill.probe import Measured, guessed
@@ -75,6 +76,8 @@ class CostModel:
     """Logits of a row."""
     behind: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(epoch, step) of the last checkpoint of those that resume."""
+    fetching: int = 0
+    """Bytes of rows that a worker has in its memory, on their way into the node's cache."""
     each_epoch: bool = False
     """Whether a checkpoint is written at the end of every epoch, which may take small students longer than the epoch;
     those at intervals of time hardly count."""
@@ -100,6 +103,7 @@ class CostModel:
             row_bytes=train.row_bytes,
             classes=train.classes,
             behind=behind or {},
+            fetching=0 if train.sealed is None else bytes_ahead(train.row_bytes),
             each_epoch=recipe.checkpoint_seconds == 0,
         )
 
@@ -191,9 +195,9 @@ class CostModel:
         """
         measured = [self.measured(spec) for spec in cohort]
         if gpus_of(self.device):
-            return GPU_PROCESS_BYTES + max(one.writing for one in measured)
+            return GPU_PROCESS_BYTES + self.fetching + max(one.writing for one in measured)
         passing = max(max(one.step_memory, one.evaluation_memory, one.writing) for one in measured)
-        return PROCESS_BYTES + sum(one.resident(cohort[0].workers) for one in measured) + passing
+        return PROCESS_BYTES + self.fetching + sum(one.resident(cohort[0].workers) for one in measured) + passing
 
     def ask(self, cohort: Cohort) -> ResourceRequest:
         """What a cohort occupies."""

@@ -13,12 +13,13 @@ from rich.console import Console
 from akd_dist.base.errors import MachineError
 from akd_dist.data import row_entry, row_store, rows
 from akd_dist.data.row_cache import prepare
-from akd_dist.data.row_fetch import RowWindows, fetch_rows, held_splits
+from akd_dist.data.row_fetch import RowWindows, bytes_ahead, fetch_rows, held_splits
 from akd_dist.distill import lockstep, teacher
 from akd_dist.jobs import prepare_rows
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import open_rows
+from akd_dist.jobs.planning.costs import CostModel
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.storage import layout, pieces
@@ -133,6 +134,10 @@ def test_rows_are_read_from_what_is_held_or_else_fetched(home: Home, tmp_path: P
     assert found.held_bytes == found.validation.nbytes + found.test.nbytes < found.nbytes
     assert len(found.contents()) == 2
     assert found.fingerprints == whole.fingerprints
+    costs = [CostModel.of(home.recipe, splits, {}, {}) for splits in (found, whole)]
+    assert [one.fetching for one in costs] == [bytes_ahead(found.train.row_bytes), 0]
+    memory = [one.memory(tuple(home.recipe.students)) for one in costs]
+    assert memory[0] - memory[1] == costs[0].fetching > 0
     moving = found.train.moving
     assert isinstance(moving, RowWindows)
     with Guard(found.contents()) as guard:
