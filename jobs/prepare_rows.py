@@ -19,7 +19,7 @@ from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.row_fetch import distant_rows
 from akd_dist.data.row_store import Prepared, RowsPlan, Take, ensure_rows, find_prepared
 from akd_dist.data.rows import Splits
-from akd_dist.storage.node_cache import NoRoomError
+from akd_dist.storage.node_cache import NoRoomError, default_budget
 from akd_dist.storage.receipts import Packer
 from akd_dist.storage.rows import BlockReceipt
 from akd_dist.tracking.progress import Meter, meter, tell_once
@@ -31,24 +31,28 @@ SMALL = 64 * 2**20
 """Bytes of rows that the driver writes by itself: a moment, for which no node need be there."""
 
 
-def prepare_shown(data: recipes.DataSpec, cache_root: str, console: Console, *, again: bool = False) -> Splits:
+def prepare_shown(
+    data: recipes.DataSpec, cache_root: str, console: Console, *, again: bool = False, most: int | None = None
+) -> Splits:
     """`row_cache.prepare`, with a meter for each source and each fingerprint, and a line for each finding."""
     with _metered(console, "preparing") as update:
-        splits = prepare(data, Path(cache_root), on_progress=update, again=again)
+        splits = prepare(data, Path(cache_root), on_progress=update, again=again, most=most)
     return _told(splits, console)
 
 
 def rows_of_machine(data: recipes.DataSpec, workspace: Workspace, *, again: bool = False) -> Splits:
-    """The rows of a command on this machine: in its cache, or as sealed blocks under the store root where the cache has
-    no room for all of them.
+    """The rows of a command on this machine: in its cache; or as sealed blocks under the store root where the cache has
+    no room for all of them, or where they would take more than half of $AKD_DIST_CACHE_BUDGET.
 
     Raises:
         AkdError: as `row_cache.prepare` and `row_store.ensure_rows`.
     """
+    budget = default_budget()
     try:
-        return prepare_shown(data, workspace.cache_root, workspace.console, again=again)
+        most = None if budget is None else budget // 2
+        return prepare_shown(data, workspace.cache_root, workspace.console, again=again, most=most)
     except NoRoomError as error:
-        workspace.tell(f"{error.what} for all rows ({error.expected}): they are kept under the store root")
+        workspace.tell(f"{error.what}, and are kept under the store root: {error.got}, {error.expected}")
     return _sealed(data, workspace, again=again)
 
 
@@ -69,7 +73,11 @@ def rows_of_cluster(data: recipes.DataSpec, workspace: Workspace, *, again: bool
     if only_look:
         prepared = None if again else find_prepared(data, workspace.store_root)
         if prepared is None:
-            return prepare_shown(data, workspace.cache_root, console, again=again)
+            try:
+                return prepare_shown(data, workspace.cache_root, console, again=again)
+            except NoRoomError as error:
+                error.next = "run the command itself, which needs no room for rows on the driver; or " + str(error.next)
+                raise
         splits = _opened(prepared, console)
     else:
         splits = _sealed(data, workspace, again=again)

@@ -2,13 +2,19 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from akd_dist.base.errors import CorruptCacheError, MachineError
 from akd_dist.storage.content import Guard
+from akd_dist.storage.node_cache import NoRoomError, room_in
 from akd_dist.storage.pieces import Held, Pieces, Span, hold_pieces
+
+PATIENCE_SECONDS = 10.0
+"""How long others of this node are waited for, where the cache has no room for what is read next."""
+_POLL_SECONDS = 0.1
 
 
 class Moving(Protocol):
@@ -71,7 +77,7 @@ class Holder:
                 with contextlib.suppress(Exception):  # nobody wants it any more, so nobody is told
                     future.result()
         if found is None:
-            found = self._fetch(pieces, numbers, on_wait)
+            found = self._fetch(pieces, numbers, on_wait, PATIENCE_SECONDS)
         if self.guard is not None:
             self.guard.add(found.content)
         self.now = found
@@ -99,17 +105,33 @@ class Holder:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _fetch(self, pieces: Pieces, numbers: Sequence[int], on_wait: Callable[[], None] = lambda: None) -> Held:
+    def _fetch(
+        self,
+        pieces: Pieces,
+        numbers: Sequence[int],
+        on_wait: Callable[[], None] = lambda: None,
+        patience: float = 0.0,
+    ) -> Held:
         try:
             return hold_pieces(pieces, numbers, budget=self._budget, on_progress=self._go_on)
-        except MachineError:
+        except NoRoomError:
             if self.guard is None:
                 raise
         # What was left is let go once it is hashed, and gives its place. If it is found wrong, whoever asks the guard
         # is told, before anything is kept.
         with contextlib.suppress(CorruptCacheError):
             self.guard.settle(on_wait)
-        return hold_pieces(pieces, numbers, budget=self._budget, on_progress=self._go_on)
+        until = time.monotonic() + patience
+        while True:
+            try:
+                return hold_pieces(pieces, numbers, budget=self._budget, on_progress=self._go_on)
+            except NoRoomError:
+                never = pieces.nbytes(numbers) > room_in(pieces.folder.parent, self._budget)
+                if never or time.monotonic() > until or self._closed.is_set():
+                    raise
+            # Other processes of this node may hold what they are about to leave: another worker of this cohort does.
+            on_wait()
+            time.sleep(_POLL_SECONDS)
 
     def _go_on(self, done: int, of: int) -> None:
         if self._closed.is_set():

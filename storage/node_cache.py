@@ -155,8 +155,10 @@ def make_room(
             # Whoever makes an entry holds its lock meanwhile; what lay there before, and has no maker, was killed.
             if not is_locked(lock_of(left)):
                 shutil.rmtree(left, ignore_errors=True)
+        # What would not fit an empty cache evicts nothing.
+        possible = need <= room_in(cache_root, budget)
         entries = sorted((entry for entry in _entries(cache_root) if entry not in keep), key=_last_used)
-        while not _fits(cache_root, need, budget) and entries:
+        while possible and entries and not _fits(cache_root, need, budget):
             evict(entries.pop(0))
         if not _fits(cache_root, need, budget):
             raise NoRoomError(
@@ -246,7 +248,7 @@ def _fits(cache_root: Path, need: int, budget: int | None) -> bool:
 def no_room(error: OSError, entry: Path, need: int) -> MachineError:
     """What to say when `need` bytes could not be written to an entry."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return MachineError(
+    return (NoRoomError if full else MachineError)(
         f"no room to write {entry}" if full else f"cannot write {entry}",
         got=error.strerror or str(error),
         expected=f"{need:,} bytes free" if full else "a folder that this user can write to",

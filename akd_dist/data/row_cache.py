@@ -32,7 +32,7 @@ from akd_dist.data.sources.base import Kind, local_files
 from akd_dist.data.splitting import LEFT_OUT, is_drawn, split_of_source
 from akd_dist.data.text import Tokens, text_key
 from akd_dist.storage.content import discard
-from akd_dist.storage.node_cache import Keep, make_room, name_entry
+from akd_dist.storage.node_cache import Keep, NoRoomError, make_room, name_entry
 
 # The format of the folder. It is part of its key, so that rows in an older format are prepared afresh.
 _FORMAT = 2
@@ -45,6 +45,7 @@ def prepare(
     cache_root: Path,
     *,
     budget: int | None = None,
+    most: int | None = None,
     on_progress: Progress | None = None,
     again: bool = False,
     expected: Mapping[str, str] | None = None,
@@ -63,13 +64,15 @@ def prepare(
         expected: the fingerprints of splits, of those who know them. Sources are not looked at then, as rows are known
             by these; rows that have others are prepared afresh.
         budget: bytes that everything under `cache_root` may take; None for the default budget of the node cache.
+        most: bytes that these rows may take, also where they are there already; None for all that there is room for.
         on_progress: called with what is being read, rows done, and rows in all.
 
     Raises:
         RecipeError: data.text.length leaves no room for text.
         RefusedError: a file or column is missing, a label out of range, an image not decodable; names the column and
             the first such row. Or a class has rows, and none of them are train rows. Nothing is left behind.
-        MachineError: no room under `cache_root`, or it cannot be written; a hub cannot be reached.
+        NoRoomError: they take more than they may, or there is no room under `cache_root`.
+        MachineError: it cannot be written; a hub cannot be reached.
     """
     tell = on_progress or (lambda what, done, total: None)
     kinds = kinds_of(data)
@@ -79,10 +82,11 @@ def prepare(
     with file_lock(folder.with_suffix(".lock"), what=f"the prepared data {folder}"):
         splits = None if again else open_entry(folder)
         if splits is not None:
+            _check_size(cache_root, splits.nbytes, most)
             splits = _believed(splits, folder, files, kinds) if expected is None else _as_expected(splits, expected)
         if splits is None:
             # What was written is then read back as every other process will find it.
-            keep = _write(folder, data, kinds, files, cache_root, budget, tell)
+            keep = _write(folder, data, kinds, files, functools.partial(_room_for, cache_root, budget, most), tell)
             try:
                 splits = open_entry(folder)
             finally:
@@ -120,8 +124,7 @@ def _write(
     data: recipe.DataSpec,
     kinds: dict[str, Kind],
     files: list[Path],
-    cache_root: Path,
-    budget: int | None,
+    make_room: Callable[[int], None],
     tell: Progress,
 ) -> Keep:
     """Prepare all splits in a folder beside `folder`, then give it its name: it appears whole or not at all.
@@ -137,7 +140,7 @@ def _write(
     splits = {name: split_of_source(name, data, one.source, stratified) for name, one in readings.items()}
 
     def write(readings: dict[str, OpenedSource], tell: Progress) -> Keep:
-        return _write_readings(folder, data, readings, splits, origins, stamps, cache_root, budget, tell)
+        return _write_readings(folder, data, readings, splits, origins, stamps, make_room, tell)
 
     try:
         return write(readings, tell)
@@ -154,12 +157,11 @@ def _write_readings(
     splits: dict[str, np.ndarray],
     origins: Origins,
     stamps: Stamps,
-    cache_root: Path,
-    budget: int | None,
+    make_room: Callable[[int], None],
     tell: Progress,
 ) -> Keep:
     needed = sum(reading.bytes_of(splits[name] != LEFT_OUT) for name, reading in readings.items())
-    make_room(cache_root, needed, budget)
+    make_room(needed)
     partial = partial_name(folder)
     try:
         # What killed processes left. Nobody else prepares these rows now, since the lock is ours.
@@ -199,6 +201,21 @@ def _write_readings(
         ) from error
     finally:
         _remove(partial)
+
+
+def _room_for(cache_root: Path, budget: int | None, most: int | None, needed: int) -> None:
+    _check_size(cache_root, needed, most)
+    make_room(cache_root, needed, budget)
+
+
+def _check_size(cache_root: Path, needed: int, most: int | None) -> None:
+    if most is not None and needed > most:
+        raise NoRoomError(
+            f"all rows are too many for the cache {cache_root}",
+            got=f"{needed:,} bytes of rows",
+            expected=f"{most:,} bytes at most",
+            next="raise AKD_DIST_CACHE_BUDGET",
+        )
 
 
 def _remove(*folders: Path) -> None:

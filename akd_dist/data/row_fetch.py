@@ -53,8 +53,9 @@ def rows_for(
 def held_splits(sizes: Mapping[str, int], room: int, *, windowed: bool, in_order: bool = False) -> set[str]:
     """Which splits a node holds for good, beside everything else that is read from its cache.
 
-    Where rows are read window by window they leave half of the room to the windows: if that is not enough for all of
-    them, the train rows are read by windows too. Of rows in no window all are held, unless they are read in order.
+    Rows leave half of the room to the windows of what is read beside them: if the other half is not enough for all of
+    them, the train rows are read by windows too. Who reads in order goes by the same rule, since processes that have
+    cached may still hold rows while students train. Of rows that are shuffled all together all are held.
 
     Args:
         sizes: bytes of each split's rows.
@@ -63,12 +64,11 @@ def held_splits(sizes: Mapping[str, int], room: int, *, windowed: bool, in_order
     """
     if not windowed and not in_order:
         return set(sizes)
-    most = room // 2 if windowed else room
-    if sum(sizes.values()) <= most:
+    if sum(sizes.values()) <= room // 2:
         return set(sizes)
     # Validation and test rows are read from the first to the last; held, they need not be fetched in each epoch.
     others = {name: size for name, size in sizes.items() if name != "train"}
-    return set(others) if sum(others.values()) <= most // 2 else set()
+    return set(others) if sum(others.values()) <= room // 4 else set()
 
 
 def fetch_rows(
@@ -217,9 +217,11 @@ def pieces_of(sealed: SealedRows, manifest: RowsManifest, split: str, cache_root
 
 
 def bytes_ahead(row_bytes: int) -> int:
-    """Bytes of blocks that a process has in its memory while it fetches rows of so many bytes each."""
+    """Bytes of blocks that a process has in its memory while it fetches rows of so many bytes each: those on their way,
+    that which is written, and the one that was read last of rows that are not held.
+    """
     block = BLOCK_ROWS * row_bytes
-    return _at_once(block) * block
+    return (_at_once(block) + 2) * block
 
 
 def _at_once(block: int) -> int:

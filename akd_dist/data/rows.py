@@ -3,6 +3,7 @@
 The fingerprint of a split is over content and order, not over files.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +95,11 @@ class Rows:
         return not isinstance(self.inputs, PieceArray)
 
     def all_labels(self) -> np.ndarray:
-        """A copy of the labels; of rows that are not on this node, block by block."""
+        """A copy of the labels; of rows that are not on this node, they are read block by block once."""
+        return np.array(self.labels if self.held else self._labels_read)
+
+    @functools.cached_property
+    def _labels_read(self) -> np.ndarray:
         starts = range(0, len(self), BLOCK_ROWS)
         return np.concatenate([self.labels[start : start + BLOCK_ROWS] for start in starts])
 

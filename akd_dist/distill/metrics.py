@@ -33,18 +33,20 @@ def evaluate(
         int64 [n], or for regression the number, float [n].
     """
     module.eval()
-    loss, said = 0.0, []
+    loss, said, true = 0.0, [], []
     for start in range(0, len(rows), EVALUATION_ROWS):
         block = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
         # Copied, since torch warns of tensors over memory that is read-only, as a memory map is.
-        inputs, labels = (torch.from_numpy(np.array(part)).to(device) for part in block)
+        copied, labelled = (torch.from_numpy(np.array(part)) for part in block)
+        inputs, labels = copied.to(device), labelled.to(device)
+        true.append(labelled)
         with autocast(device, precision):
             logits = module(inputs)
         logits = at_least_float32(logits)
         loss += float(label_losses(logits, labels).double().sum())
         said.append(predictions(rows.task, logits).cpu())
     together = torch.cat(said)
-    metrics = measure(rows.task, together, torch.from_numpy(rows.all_labels()), rows.classes)
+    metrics = measure(rows.task, together, torch.cat(true), rows.classes)
     return metrics | {"loss": loss / len(rows)}, together.numpy()
 
 

@@ -164,16 +164,18 @@ def compute_shard(
         adopted: the logits as they were found stored, where only what is to be said of them is missing.
     """
     if adopted is not None:
-        return adopted, *_remember(job, shard, adopted), None  # only what is stored as it is can be adopted
+        labelled = _rows_of(job).labels[shard.start : shard.stop]
+        return adopted, *_remember(job, shard, adopted, labelled), None  # only what is stored as it is can be adopted
     set_deterministic(job.device, job.cache.threads)
     _check_device(job)
     precision = job.cache.precision
     rows = _rows_of(job)
     module = load_teacher(job.teacher_uri, job.teacher, precision, job.device, job.trusted)
-    blocks = []
+    blocks, labels = [], []
     for start in range(shard.start, shard.stop, job.cache.batch_rows):
         numbers = np.arange(start, min(start + job.cache.batch_rows, shard.stop))
         block = rows.inputs.take(numbers, axis=0)
+        labels.append(rows.labels.take(numbers))
         inputs = view_of(job.augmentation, job.data.seed, block, numbers, shard.view, rows.tokens, job.device)
         blocks.append(teacher_logits(module, inputs, job.cache.batch_rows, precision))
     identity = job.store.creation.identity
@@ -181,7 +183,7 @@ def compute_shard(
     logits = as_stored(identity, computed, shard.start)
     compared = probe_rows(identity, shard) - shard.start
     loss = Loss.between(computed[compared], logits[compared], classification=rows.task == "classification")
-    return logits, *_remember(job, shard, logits), loss
+    return logits, *_remember(job, shard, logits, np.concatenate(labels)), loss
 
 
 def probe_rows(identity: Identity, shard: Shard) -> np.ndarray:
@@ -204,8 +206,8 @@ def _check_device(job: CacheJob) -> None:
         )
 
 
-def _remember(job: CacheJob, shard: Shard, logits: np.ndarray) -> tuple[float | None, list[Probe]]:
-    """What a receipt says of a shard's rows: agreement with the labels, and a few views.
+def _remember(job: CacheJob, shard: Shard, logits: np.ndarray, labels: np.ndarray) -> tuple[float | None, list[Probe]]:
+    """What a receipt says of a shard's rows: agreement with their labels, and a few views.
 
     Raises:
         CorruptCacheError: the rows that were read for the shard are not what was prepared.
@@ -213,7 +215,7 @@ def _remember(job: CacheJob, shard: Shard, logits: np.ndarray) -> tuple[float | 
     rows = _rows_of(job)
     agreement = None
     if rows.task == "classification":
-        agreement = float(np.mean(logits.argmax(axis=1) == rows.labels[shard.start : shard.stop]))
+        agreement = float(np.mean(logits.argmax(axis=1) == labels))
     numbers = probe_rows(job.store.creation.identity, shard)
     shown = view_digests(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view, rows.tokens, job.device)
     try:

@@ -118,12 +118,14 @@ def plan_run(
     base = fleet_job(recipe, splits, {}, run, workspace.cache_root)
     todo = [spec for spec in recipe.students if fresh or not ended(base, spec)]
     nodes = cluster.all_nodes()
-    if shuffle is None or (todo and shuffle.window is not None):
-        demands, room = windows.demands_of(recipe, splits, todo, nodes), windows.room_for(workspace, nodes)
-        begins, shuffle = shuffle is None, shuffle or windows.choose(demands, room)
-        if begins and shuffle.window is not None:
-            workspace.tell(f"rows are shuffled in windows of {shuffle.window:,}: {shuffle.why}")
-        windows.check_window(demands, shuffle, room)
+    if shuffle is None or todo:
+        demands = windows.demands_of(recipe, splits, todo, nodes, blocks=workspace.address is not None)
+        room = windows.room_for(workspace, nodes)
+        if shuffle is None:
+            shuffle = windows.choose(demands, room)
+            if shuffle.window is not None:
+                workspace.tell(f"rows are shuffled in windows of {shuffle.window:,}: {shuffle.why}")
+        windows.check_window(demands, shuffle, room, workers=max((spec.workers for spec in todo), default=1))
     if todo:
         workspace.tell("probing what the students take")
     costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), workspace)

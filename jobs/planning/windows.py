@@ -6,7 +6,6 @@ It decides the order of the rows, and so the weights: it is settled when a run b
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,7 +78,7 @@ class Demands:
         window = self._smallest(held)
         if self._needs(held, window) > room:
             raise ValueError
-        while self._needs(held, 2 * window) <= room:
+        while 2 * window < self._rows and self._needs(held, 2 * window) <= room:
             window *= 2
         return window
 
@@ -88,14 +87,14 @@ class Demands:
         held = self.held(room)
         return min(self.whole, self._needs(held, self._smallest(held)))
 
-    def group(self, room: int, window: int) -> int:
-        """What has to be there at once with windows of so many rows: one group of them, and what is held all the time.
-
-        With no more room than that, nothing is fetched ahead.
+    def at_least(self, room: int, window: int | None, groups: int = 1) -> int:
+        """What one cohort has to have there at once: where rows are read by windows of so many, so many groups of them,
+        beside what is held all the time. With no more room than that, nothing is fetched ahead.
         """
+        if window is None:
+            return sum(self.splits.values()) + min(self.views, 1) * self.view
         held = self.held(room)
-        beside = sum(self.splits[name] for name in held)
-        return min(self.whole, beside + (self._needs(held, window) - beside) // (2 * 2))
+        return sum(self.splits[name] for name in held) + groups * self._group(held, window)
 
     def held(self, room: int) -> set[str]:
         """The splits that are there all the time, in a cache of so many bytes."""
@@ -105,16 +104,33 @@ class Demands:
         return self.piece_rows if "train" in held else max(self.piece_rows, self.input_rows)
 
     def _needs(self, held: Collection[str], window: int) -> int:
-        of_window = window * self.row
+        return sum(self.splits[name] for name in held) + 2 * 2 * self._group(held, window) * self.sharing
+
+    def _group(self, held: Collection[str], window: int) -> int:
+        kinds = [(self.piece_rows, self.row)]
         if "train" not in held:
-            # Where pieces of one kind do not end with those of the other, a window has a part of one at either end.
-            smaller = min((self.piece_rows, self.row), (self.input_rows, self.input_row))
-            of_window += window * self.input_row + 2 * math.prod(smaller)
-        return sum(self.splits[name] for name in held) + 2 * 2 * WINDOWS_AT_ONCE * of_window * self.sharing
+            kinds.append((self.input_rows, self.input_row))
+        return sum(self._rows_of_group(window, piece) * row for piece, row in kinds)
+
+    def _rows_of_group(self, window: int, piece: int) -> int:
+        """How many rows lie in the pieces that a group of windows touches."""
+        # Where windows do not end with pieces, each has a part of one more.
+        pieces = -(-window // piece) + (window % piece > 0)
+        return min(WINDOWS_AT_ONCE * pieces * piece, -(-self._rows // piece) * piece)
+
+    @property
+    def _rows(self) -> int:
+        return self.view // self.row
 
 
-def demands_of(recipe: Recipe, splits: Splits, todo: Sequence[StudentSpec], nodes: Sequence[Node]) -> Demands:
-    """What the students that are not done read."""
+def demands_of(
+    recipe: Recipe, splits: Splits, todo: Sequence[StudentSpec], nodes: Sequence[Node], *, blocks: bool = False
+) -> Demands:
+    """What the students that are not done read.
+
+    Args:
+        blocks: whether rows will lie as blocks under the store root, if they do not yet.
+    """
     dtype = encoding_from_config(recipe.cache.encoding.config()).dtype
     layout = StoreLayout(1, len(splits.train), splits.train.classes, dtype)
     epochs = max((spec.objective.epochs for spec in todo), default=0)
@@ -122,7 +138,7 @@ def demands_of(recipe: Recipe, splits: Splits, todo: Sequence[StudentSpec], node
     return Demands(
         splits={name: getattr(splits, name).nbytes for name in SPLITS},
         input_row=splits.train.row_bytes,
-        input_rows=0 if splits.train.sealed is None else BLOCK_ROWS,
+        input_rows=BLOCK_ROWS if blocks or splits.train.sealed is not None else 0,
         view=layout.nbytes,
         views=min(recipe.data.views, epochs),
         row=layout.classes * layout.itemsize,
@@ -142,8 +158,8 @@ def check_chain(recipe: Recipe, splits: Splits, workspace: Workspace, there: int
     Raises:
         MachineError: no room; names need, room and a window that fits.
     """
-    whole = splits.train.sealed is None and there == 0  # rows that were prepared in the cache have their room
-    if recipe.data.window is not None or whole:
+    blocks = workspace.address is not None or splits.train.sealed is not None
+    if recipe.data.window is not None or (not blocks and not there):  # rows that were prepared here have their room
         return
     if workspace.address is None:
         nodes: Sequence[Node] = []
@@ -152,8 +168,8 @@ def check_chain(recipe: Recipe, splits: Splits, workspace: Workspace, there: int
 
         cluster.connect(workspace.address, tell=workspace.tell)
         nodes = cluster.all_nodes()
-    room, demands = room_for(workspace, nodes), demands_of(recipe, splits, [], nodes)
-    demands = replace(demands, views=min(recipe.data.views, 2) if there else 0)
+    room, demands = room_for(workspace, nodes), demands_of(recipe, splits, [], nodes, blocks=blocks)
+    demands = replace(demands, views=1 if there else 0)
     with contextlib.suppress(ValueError):
         if (window := demands.window(room)) is None:
             return
@@ -205,17 +221,23 @@ def choose(demands: Demands, room: int) -> Shuffle:
     return Shuffle(window, f"{size(demands.whole)} would not fit the {size(room)} that the cache of a node may have")
 
 
-def check_window(demands: Demands, shuffle: Shuffle, room: int) -> None:
-    """Refuse a window that was settled before, of which a node's cache has no room for one group.
+def check_window(demands: Demands, shuffle: Shuffle, room: int, *, workers: int = 1) -> None:
+    """Refuse a shuffle that was settled before, where a node's cache has no room for what one cohort reads at once.
+
+    Args:
+        workers: the most workers of a student: those of a node may stand in two groups of windows.
 
     Raises:
         MachineError: it does not fit; names need and budget.
     """
-    if shuffle.window is not None and (need := demands.group(room, shuffle.window)) > room:
+    if (need := demands.at_least(room, shuffle.window, min(workers, 2))) > room:
+        what = (
+            "all rows and a view" if shuffle.window is None else f"{WINDOWS_AT_ONCE} windows of {shuffle.window:,} rows"
+        )
         raise MachineError(
-            f"the cache of a node has no room for {WINDOWS_AT_ONCE} windows of {shuffle.window:,} rows",
+            f"the cache of a node has no room for {what}, by which this run shuffles",
             got=f"{size(room)} that it may have",
-            expected=f"{size(need)}, with the rows that are held all the time",
+            expected=f"{size(need)}, with all that is held beside",
             next="raise AKD_DIST_CACHE_BUDGET, free some space, or choose another --cache-root; a run that begins may "
             "have another data.window",
         )

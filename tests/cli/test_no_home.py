@@ -135,6 +135,6 @@ def test_where_rays_token_cannot_be_kept_it_is_kept_nowhere(home: str | None, mo
         monkeypatch.delenv("HOME")
     else:
         monkeypatch.setenv("HOME", home)
-    monkeypatch.setattr(cluster.ray_internals, "has_token", lambda: False)
+    monkeypatch.setattr("akd_dist.jobs.ray_internals.has_token", lambda: False)
     cluster._ensure_token()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64

@@ -62,9 +62,18 @@ def test_a_window_that_was_settled_needs_room_for_one_group() -> None:
     with pytest.raises(MachineError, match="no room for 4 windows of 100 rows") as refused:
         check_window(DEMANDS, shuffle, 4_999)
     assert "5.0 kB" in str(refused.value.expected)
-    check_window(DEMANDS, Shuffle(None, "all fits"), 1)
+    check_window(DEMANDS, shuffle, 9_000, workers=4)
+    with pytest.raises(MachineError):
+        check_window(DEMANDS, shuffle, 8_999, workers=2)
+    check_window(DEMANDS, Shuffle(None, "as this run began"), 1_001_000)
+    with pytest.raises(MachineError, match="no room for all rows and a view"):
+        check_window(DEMANDS, Shuffle(None, "as this run began"), 1_000_999)
+    odd = Shuffle(150, "as the recipe says")  # of which each touches three pieces of 100 rows at most
+    check_window(DEMANDS, odd, 1_000 + 4 * 3 * 100 * 10)
+    with pytest.raises(MachineError):
+        check_window(DEMANDS, odd, 1_000 + 4 * 3 * 100 * 10 - 1)
     # Windows larger than the data need no more than the data.
-    check_window(replace(DEMANDS, view=1_000, views=1), Shuffle(10**6, "as the recipe says"), 2_000)
+    check_window(replace(DEMANDS, view=1_000), Shuffle(10**6, "as the recipe says"), 2_000)
 
 
 @settings(max_examples=200, deadline=None)
@@ -84,7 +93,7 @@ def test_rows_that_leave_no_half_to_windows_are_read_by_windows(room: int, shari
     if window is None:
         assert demands.whole <= room
         return
-    taken = window * 10 + (0 if "train" in held else (window + 2 * 64) * 30)
+    taken = window * 10 + (0 if "train" in held else (window + 64) * 30)
     assert 2 * WINDOWS_AT_ONCE * taken * sharing <= (room - sum(sizes[name] for name in held)) / 2
 
 
