@@ -176,9 +176,8 @@ def share(root: Path) -> dict[str, Any]:
     """Two workers on half a GPU each, at the same time on the one GPU that Ray is told of; they wait for a file."""
     start(num_cpus=2, num_gpus=1)
     ray = cluster.ray
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
     from akd_dist.jobs.packing import ResourceRequest
+    from akd_dist.jobs.ray_internals import without_datasets
 
     def work() -> list[int]:
         until((root / "seen").exists)
@@ -186,7 +185,7 @@ def share(root: Path) -> dict[str, Any]:
 
     found: list[Any] = []
     scaling = ray_train.scaling(ResourceRequest(1, 1, gpus=0.5, memory=1e8))
-    run = lambda: found.append(DataParallelTrainer(work, scaling_config=scaling).fit().return_value)  # type: ignore[attr-defined]  # noqa: E731
+    run = lambda: found.append(without_datasets()(work, scaling_config=scaling).fit().return_value)  # noqa: E731
     threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
