@@ -201,7 +201,10 @@ def share(root: Path, made: Any) -> dict[str, Any]:
     threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
-    left = lambda: next(one for one in cluster.free_nodes() if one.name == node.name)  # noqa: E731
+
+    def left() -> Any:
+        return next(one for one in cluster.free_nodes() if one.name == node.name)
+
     until(lambda: left().gpus == 0)
     free = left()
     seen.touch()
