@@ -58,17 +58,19 @@ def forgotten_code(isolated_home: Path) -> Iterator[None]:
 _probed: dict[str, Any] = {}
 
 
-@pytest.fixture(autouse=True)
-def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def probed_once() -> Iterator[None]:
     """Of students that are alike, one is probed in a session: each command would start a process that imports torch.
     And however long that takes, each is probed.
     """
     probing = sys.modules.get("akd_dist.jobs.planning.probing")
-    if probing is None:  # nobody has planned a fleet yet
+    if probing is None:  # no test module plans a fleet
+        yield
         return
     probe = probing.Prober.probe
     # Beside other work the first probes may take all the time that probes are given, and the last would be estimated.
-    monkeypatch.setattr(probing, "ALL_SECONDS", 3600.0)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(probing, "ALL_SECONDS", 3600.0)
 
     def once(prober: Any, spec: Any) -> Any:
         key = json.dumps([prober.job["data"], prober.job["device"], probing.probe_key(spec)])
@@ -78,7 +80,9 @@ def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
             _probed[key] = probe(prober, spec)
         return _probed[key]
 
-    monkeypatch.setattr(probing.Prober, "probe", once)
+    patch.setattr(probing.Prober, "probe", once)
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

@@ -75,12 +75,18 @@ def join(recipe: str, root: Path) -> dict[str, Any]:
     return {"cohorts": result["cohorts"], "states": [student["state"] for student in result["students"]]}
 
 
-def hidden(root: Path) -> dict[str, Any]:
-    """A node that does not see a folder: told of and left alone, whether it joins, is there, or has been given work."""
+def several(root: Path, hiding: bool) -> dict[str, Any]:
+    """What two tests look at, on one cluster: `share`, and `hidden` where a folder can be hidden from a node."""
     made = start(num_cpus=0)
+    answer = {"share": share(root / "share", made)}
+    return answer | ({"hidden": hidden(root / "hidden", made)} if hiding else {})
+
+
+def hidden(root: Path, made: Any) -> dict[str, Any]:
+    """A node that does not see a folder: told of and left alone, whether it joins, is there, or has been given work."""
     told, again, sent = list[str](), list[str](), list[str]()
     before = {"the run's folder": str(root)}
-    (root / "cache").mkdir()
+    (root / "cache").mkdir(parents=True)
     stop, nothing = cluster.StopFlag(), lambda *_: None
     script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
     with shared.Shared(before, str(root / "cache"), told.append) as seeing:
@@ -172,30 +178,41 @@ def where(_job: None, item: int) -> tuple[int, str]:
     return item, cluster.ray.get_runtime_context().get_node_id()
 
 
-def share(root: Path) -> dict[str, Any]:
-    """Two workers on half a GPU each, at the same time on the one GPU that Ray is told of; they wait for a file."""
-    start(num_cpus=2, num_gpus=1)
-    ray = cluster.ray
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+def share(root: Path, made: Any) -> dict[str, Any]:
+    """Two workers on half a GPU each, at the same time on the one GPU that Ray is told of; they wait for a file.
 
+    Its node joins, and is gone afterwards.
+    """
+    ray, seen = cluster.ray, root / "seen"
     from akd_dist.jobs.packing import ResourceRequest
+    from akd_dist.jobs.ray_internals import without_datasets
 
     def work() -> list[int]:
-        until((root / "seen").exists)
+        until(seen.exists)
         return [int(one) for one in ray.get_gpu_ids()]
 
+    root.mkdir()
+    joined = made.add_node(num_cpus=2, num_gpus=1, **SMALL)
+    until(lambda: len(cluster.nodes()) == 2)
+    (node,) = [one for one in cluster.nodes() if one.gpus]
     found: list[Any] = []
     scaling = ray_train.scaling(ResourceRequest(1, 1, gpus=0.5, memory=1e8))
-    run = lambda: found.append(DataParallelTrainer(work, scaling_config=scaling).fit().return_value)  # type: ignore[attr-defined]  # noqa: E731
+    run = lambda: found.append(without_datasets()(work, scaling_config=scaling).fit().return_value)  # noqa: E731
     threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
-    until(lambda: cluster.free_nodes()[0].gpus == 0)
-    free = cluster.free_nodes()[0]
-    (root / "seen").touch()
+
+    def left() -> Any:
+        return next(one for one in cluster.free_nodes() if one.name == node.name)
+
+    until(lambda: left().gpus == 0)
+    free = left()
+    seen.touch()
     for thread in threads:
         thread.join()
-    return {"gpus": found, "cpus_free": free.cpus, "memory_taken": cluster.nodes()[0].memory - free.memory}
+    made.remove_node(joined)
+    until(lambda: len(cluster.nodes()) == 1)
+    return {"gpus": found, "cpus_free": free.cpus, "memory_taken": node.memory - free.memory}
 
 
 def raylet(gcs_address: str) -> None:
@@ -216,7 +233,9 @@ if __name__ == "__main__":
         answer = join(arguments[0], Path(arguments[1]))
     elif what == "publishes":
         answer = publishes(Path(arguments[0]), arguments[1])
+    elif what == "several":
+        answer = several(Path(arguments[0]), hiding="hide" in arguments[1:])
     else:
-        answer = {"hidden": hidden, "share": share, "travels": travels}[what](Path(arguments[0]))
+        answer = travels(Path(arguments[0]))
     cluster.shut_down()
     print(json.dumps(answer))

@@ -13,18 +13,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from akd_dist.base.errors import AkdError
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill.checkpoint import checkpoints
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob
+from akd_dist.distill.ranks import Ranks
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.recipe import Recipe
 from tests.fleets import ANNEALING, HARD, KD, a_recipe, a_student, a_teacher, stores_of
@@ -135,6 +137,46 @@ def train(job: CohortJob, failpoint: str | None) -> None:
     except AkdError as error:
         print(error, file=sys.stderr)
         sys.exit(error.code)
+
+
+@contextlib.contextmanager
+def forked_cohorts() -> Iterator[None]:
+    """The cohorts of this process's commands train in forked processes, one worker each, instead of as Ray Train runs.
+
+    For tests that are not about these: Ray Train starts four processes for each, every one of which imports torch. All
+    else of a command is as always; teachers and shards are its tasks on Ray.
+    """
+    from akd_dist.jobs import fleet
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleet, "fit", _fit)
+        yield
+
+
+def _fit(job: CohortJob, ask: Any, selector: Mapping[str, str], needed: Any) -> str:
+    """What `ray_train.fit` promises: why the worker died, or nothing; what it was refused for is raised."""
+    assert (ask.workers, dict(selector)) == (1, {}), "for one worker, on this node"
+    here, there = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=_train_cohort, args=(job, needed, there))
+    process.start()
+    there.close()
+    try:
+        refusal: BaseException | None = here.recv()
+    except EOFError:  # it has died
+        refusal = None
+    process.join()
+    if refusal is not None:
+        raise refusal
+    return f"exit code {process.exitcode}" if process.exitcode else ""
+
+
+def _train_cohort(job: CohortJob, needed: Any, outcome: Any) -> None:
+    try:
+        train_cohort(needed.here(job).on_node(), Ranks())
+    except AkdError as error:
+        outcome.send(error)
+    else:
+        outcome.send(None)
 
 
 def steps_folder(job: CohortJob) -> Path:

@@ -1,11 +1,11 @@
 """A user without a home or a name, as in a container that was started with a bare number; folders that are gone.
 
-Where this is not root, or there is no `setpriv`, the commands cannot be run as another user.
+Where this is not root, or there is no `setpriv`, the commands cannot be run as another user. A whole run as such a user
+is that of test_quickstart.py.
 """
 
 import errno
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,20 +18,9 @@ import akd_dist
 from akd_dist.cli import main
 from akd_dist.jobs import cluster
 from tests.fleets import HARD, a_recipe, a_student
+from tests.nobody import POSSIBLE, as_nobody
 
-needs_setpriv = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="running as another user takes root and setpriv"
-)
-# Python and this checkout may lie in a folder of root's alone: they are read, and nothing of them is written.
-NOBODY = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]
-NOBODY += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-
-
-def as_nobody(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """A command of a user who has neither an entry in passwd nor any variable but these."""
-    bare = {"PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
-    command = [*NOBODY, sys.executable, "-m", "akd_dist.cli", *arguments]
-    return subprocess.run(command, cwd=folder, env=bare, capture_output=True, text=True, check=False, timeout=900)
+needs_setpriv = pytest.mark.skipif(not POSSIBLE, reason="running as another user takes root and setpriv")
 
 
 @pytest.fixture
@@ -57,15 +46,6 @@ def test_without_a_home_the_refusal_says_how_to_do_without(home: dict[str, str],
     assert "Traceback" not in told.stderr
     for word in ("--cache-root", "AKD_DIST_CACHE", "HOME"):
         assert word in told.stderr
-
-
-@needs_setpriv
-@pytest.mark.ray
-def test_with_a_cache_root_a_whole_run_needs_no_home(work: Path) -> None:
-    told = as_nobody(work, "train-students", "recipe.yaml", "--cache-root", "cache")
-    assert told.returncode == 0, told.stderr
-    assert (work / "runs" / "fleet" / "report.html").is_file()
-    assert "Traceback" not in told.stderr
 
 
 @pytest.mark.parametrize("temporary", [True, False])

@@ -1,20 +1,29 @@
 """docs/tutorial/index.md as a reader follows it: its files are written, its commands run, in order, in one folder.
 
+In `make test` the lines of `akd-dist` are given to it in this process, and trained on the session's Ray by processes
+that are forked; `make test-slow` runs the page in a shell, each line with all that it starts.
+
 What the page shows below a command must hold of what it prints: line by line, numbers aside, since they vary with the
 machine; `...` stands for what is left out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from akd_dist.cli import main
+from tests.survivors import forked_cohorts
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial" / "index.md"
 QUICKSTART = "make quickstart"  # a checkout, a minute: tests/cli/test_quickstart.py runs what the Makefile does for it
@@ -35,8 +44,8 @@ def blocks() -> list[Block]:
     return [Block(language, title or None, text) for language, title, text in found]
 
 
-def run(command: str, folder: Path) -> str:
-    """What a shell line prints, with this Python's programs first; it must succeed."""
+def in_a_shell(command: str, folder: Path) -> str:
+    """What a shell line prints in this folder, with this Python's programs first; it must succeed."""
     environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", COLUMNS="200")
     done = subprocess.run(
         command, shell=True, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -44,6 +53,28 @@ def run(command: str, folder: Path) -> str:
     assert done.returncode == 0, f"{command}\n{done.stdout}"
     assert "arning" not in done.stdout
     return done.stdout
+
+
+def in_this_process(command: str, folder: Path) -> str:
+    """What a shell line prints in this folder, and prints here if it is one of `akd-dist`."""
+    program, *arguments = shlex.split(command)
+    if program != "akd-dist":
+        return in_a_shell(command, folder)
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        patch.chdir(folder)
+        patch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+    printed.seek(0)
+    text = printed.read()
+    assert not left.value.code, f"{command}\n{text}"
+    assert "arning" not in text
+    return text
 
 
 def shape(line: str) -> str:
@@ -62,7 +93,18 @@ def missing(shown: str, printed: str) -> list[str]:
     ]
 
 
-def test_the_page_works_and_prints_what_it_shows(tmp_path: Path) -> None:
+def test_the_page_works_and_prints_what_it_shows(ray_cluster: None, tmp_path: Path) -> None:
+    with forked_cohorts():
+        follow(tmp_path, in_this_process)
+
+
+@pytest.mark.slow
+def test_the_page_works_in_a_shell(tmp_path: Path) -> None:
+    follow(tmp_path, in_a_shell)
+
+
+def follow(tmp_path: Path, run: Callable[[str, Path], str]) -> None:
+    """Do what the page says, in this folder, and compare what is printed with what it shows."""
     printed = ""
     for language, title, text in blocks():
         if title is not None:

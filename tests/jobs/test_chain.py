@@ -33,7 +33,7 @@ from akd_dist.storage.claim import claim_store
 from akd_dist.storage.reader import open_store
 from tests import sources
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student, a_teacher, chain_of, store_bytes, weights
-from tests.survivors import FORKS
+from tests.survivors import FORKS, forked_cohorts
 
 KD = {"kind": "kd", "epochs": 2}
 TAKD = {"kind": "takd", "epochs": 2}
@@ -274,9 +274,13 @@ def test_an_assistants_store_is_repaired_to_the_same_bytes(home: Home, tmp_path:
 
 @pytest.fixture(scope="module")
 def trained(home: Home, ray_cluster: None) -> tuple[Path, dict[str, Any]]:
-    """The chain and its students on the session's cluster, with nothing killed."""
+    """The chain trained and cached on the session's cluster, and its students from that; with nothing killed.
+
+    Students know of no chain, but of the stores that their cohort is given: test_fleet_on_ray.py has cohorts on Ray.
+    """
     root = home.root / "on-ray"
-    return root, akd_dist.train_students(home.recipe, run_root=str(root / "runs"), **home.options(root))
+    with forked_cohorts():
+        return root, akd_dist.train_students(home.recipe, run_root=str(root / "runs"), **home.options(root))
 
 
 @pytest.mark.ray

@@ -45,7 +45,7 @@ from akd_dist.storage.reader import open_store
 from akd_dist.storage.removal import disused
 from tests.data.test_verification import flip
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, own, store_bytes, weights
-from tests.survivors import HELD_MODELS, a_held_model, marked, plant_snapshots, standing_still, until
+from tests.survivors import HELD_MODELS, a_held_model, forked_cohorts, marked, plant_snapshots, standing_still, until
 
 pytestmark = pytest.mark.ray
 
@@ -324,6 +324,28 @@ def test_a_killed_caching_driver_leaves_shards_to_go_on_from(home: Home, trained
     assert not list((marker / "stores").rglob("*.claim"))
 
 
+def test_an_interrupted_driver_leaves_students_to_go_on_from(home: Home, marker: Path) -> None:
+    two = home.few.model_copy(update={"students": home.few.students[:2]})
+    command = home.command(marker, "train-students", "--json", recipe=two)
+    shutil.copytree(home.root / "plain", marker / "stores")
+    interrupted = interrupt(command, marker, SECOND_EPOCH, signal.SIGINT, group=True)
+    is_interrupted(interrupted)
+    assert leave_no_process(marker)
+    assert list((marker / "runs").rglob("*.ckpt"))
+    with forked_cohorts():  # the undisturbed fleet has shown that it does not matter who trains
+        fleet = home.train(marker, two)
+    assert {(student["state"], student["attempt"]) for student in fleet["students"]} == {("done", 2)}
+    assert weights(marker / "runs" / "fleet") == {spec.name: home.weights[spec.name] for spec in two.students}
+
+
+def is_interrupted(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 130, done.stderr
+    assert "the same command goes on" in done.stderr
+    assert json.loads(done.stdout)["error"]["code"] == 130
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_drivers_are_terminated_interrupted_and_killed(home: Home, trained: Any, marker: Path) -> None:
     """One after the other, each in the midst of what the one before has left; the weights are as if none had been."""
     command = home.command(marker, "train-students")
@@ -336,10 +358,7 @@ def test_drivers_are_terminated_interrupted_and_killed(home: Home, trained: Any,
     assert leave_no_process(marker)
 
     interrupted = interrupt([*command, "--json"], marker, SECOND_EPOCH, signal.SIGINT, group=True)
-    assert interrupted.returncode == 130, interrupted.stderr
-    assert "the same command goes on" in interrupted.stderr
-    assert json.loads(interrupted.stdout)["error"]["code"] == 130
-    assert "Traceback" not in interrupted.stderr
+    is_interrupted(interrupted)
     assert leave_no_process(marker)
 
     killed = interrupt(command, marker, SECOND_EPOCH, signal.SIGKILL)
@@ -531,9 +550,10 @@ def test_wrong_bytes_in_a_cache_reach_no_student(home: Home, ray_cluster: None, 
     flip(Path(home.cache_root) / "logits" / f"{store.manifest.sha256[:32]}-0" / "logits.npy")
     flip(prepare(home.recipe.data, Path(home.cache_root)).test.files[0])
     told = io.StringIO()
-    akd_dist.train_students(
-        home.few, run_root=str(tmp_path / "runs"), console=Console(file=told, width=1000), **home.places(tmp_path)
-    )
+    with forked_cohorts():
+        akd_dist.train_students(
+            home.few, run_root=str(tmp_path / "runs"), console=Console(file=told, width=1000), **home.places(tmp_path)
+        )
     assert home.has_weights(tmp_path / "runs" / "fleet")
     lines = [line for line in told.getvalue().splitlines() if "made anew" in line]
     assert any("logits.npy is no longer what was written there" in line for line in lines)

@@ -22,7 +22,7 @@ from tests.survivors import HELD_MODELS, a_held_model
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def short() -> Iterator[str]:
     """A folder for Ray: the paths of its sockets must be short."""
     folder = tempfile.mkdtemp(prefix="ray-")
@@ -45,16 +45,24 @@ def unshare_works() -> bool:
     return tried.returncode == 0
 
 
-def test_a_node_that_does_not_see_a_folder_gets_no_work(short: str, tmp_path: Path) -> None:
-    if shutil.which("unshare") is None or not unshare_works():
+@pytest.fixture(scope="module")
+def several(short: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """What is looked at on one cluster for two tests, and the folder that it was given."""
+    root = tmp_path_factory.mktemp("several")
+    hide = ["hide"] if shutil.which("unshare") is not None and unshare_works() else []
+    return root, on_nodes(short, "several", str(root), *hide)
+
+
+def test_a_node_that_does_not_see_a_folder_gets_no_work(several: tuple[Path, dict[str, Any]]) -> None:
+    if "hidden" not in several[1]:
         pytest.skip("hiding a folder from one process takes unshare and mount, which are not permitted here")
-    answer = on_nodes(short, "hidden", str(tmp_path))
+    place, answer = several[0] / "hidden", several[1]["hidden"]
     for told in (answer["told"], answer["again"], answer["sent"]):
         assert len(told) == 1, answer
         assert "gets no work" in told[0]
-        assert f"the run's folder: no {tmp_path}" in told[0]
+        assert f"the run's folder: no {place}" in told[0]
     assert answer["kept"]
-    for part in ("no node that has room", "the run's folder", str(tmp_path), "--run-root", "s3://"):
+    for part in ("no node that has room", "the run's folder", str(place), "--run-root", "s3://"):
         assert part in answer["refusal"]
     assert answer["done"] == list(range(6)), "work that was sent to it is done elsewhere"
     assert not any(answer["blind"])
@@ -121,8 +129,8 @@ def test_a_teacher_is_trained_on_a_node_that_shares_no_folder(short: str, tmp_pa
     assert sorted(key.rpartition("/")[2] for key in published) == ["model.json", "model.safetensors"]
 
 
-def test_cohorts_share_the_gpu_that_ray_is_told_of(short: str, tmp_path: Path) -> None:
-    answer = on_nodes(short, "share", str(tmp_path))
+def test_cohorts_share_the_gpu_that_ray_is_told_of(several: tuple[Path, dict[str, Any]]) -> None:
+    answer = several[1]["share"]
     assert answer["gpus"] == [[0], [0]]
     assert answer["cpus_free"] == 0
     assert answer["memory_taken"] == 2e8

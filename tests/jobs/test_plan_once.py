@@ -1,4 +1,7 @@
-"""A command looks once and plans once: the driver prepares rows, opens stores and checks each thing once."""
+"""A command looks once and plans once: the driver prepares rows, opens stores and checks each thing once.
+
+What students are trained by makes no difference to that: here by forked processes.
+"""
 
 import contextlib
 import shutil
@@ -16,12 +19,13 @@ import akd_dist.jobs.train_students  # so that all that is counted is imported
 from akd_dist.base.errors import RefusedError
 from akd_dist.storage.reader import LogitStore
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student
+from tests.survivors import forked_cohorts
 
 ONCE = ("prepare", "check_students", "check_models", "check_same_run", "foresee_caching", "plan_run", "cache_planned")
 
 
 class Calls:
-    """What is called in this process; workers have their own."""
+    """What is called in this process; workers are others."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.places: dict[str, Any] = {"store_root": root / "stores", "cache_root": root / "cache"}
@@ -63,17 +67,18 @@ def test_a_command_looks_and_plans_once(ray_cluster: None, tmp_path: Path, monke
     train, everything = akd_dist.train_students, dict.fromkeys(ONCE, 1)
     planned = everything.copy()
     del planned["cache_planned"]
-    assert calls.of(train, recipe, dry_run=True, **runs) == planned
-    assert calls.of(train, recipe, **runs) == everything
-    assert len(calls.opened) == 3
-    assert calls.of(train, recipe, **runs) == everything, "a hit"
-    assert calls.of(train, recipe, dry_run=True, **runs) == planned
-    shutil.rmtree(tmp_path / "runs" / "fleet" / "students" / "two")
-    assert calls.of(train, recipe, **runs) == everything, "resumed"
-    assert len(calls.opened) == 3
-    cached = {"prepare": 1, "check_models": 1, "foresee_caching": 1, "cache_planned": 1}
-    assert calls.of(akd_dist.cache_teacher, recipe) == cached
-    assert calls.of(akd_dist.compare, recipe, seeds=2, **runs) == everything
+    with forked_cohorts():
+        assert calls.of(train, recipe, dry_run=True, **runs) == planned
+        assert calls.of(train, recipe, **runs) == everything
+        assert len(calls.opened) == 3
+        assert calls.of(train, recipe, **runs) == everything, "a hit"
+        assert calls.of(train, recipe, dry_run=True, **runs) == planned
+        shutil.rmtree(tmp_path / "runs" / "fleet" / "students" / "two")
+        assert calls.of(train, recipe, **runs) == everything, "resumed"
+        assert len(calls.opened) == 3
+        cached = {"prepare": 1, "check_models": 1, "foresee_caching": 1, "cache_planned": 1}
+        assert calls.of(akd_dist.cache_teacher, recipe) == cached
+        assert calls.of(akd_dist.compare, recipe, seeds=2, **runs) == everything
 
 
 @pytest.mark.parametrize(("wait", "order"), [(True, ["held", "looked up"]), (False, ["looked up"])])

@@ -192,6 +192,7 @@ def worker_logs(run: Path) -> str:
     return "".join(path.read_text() for path in run.glob("logs/cohort-*.log"))
 
 
+@pytest.mark.slow
 def test_a_raylet_dies_and_its_worker_wakes_up_later(home: Home, nodes: Any, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "fleet"
     with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:

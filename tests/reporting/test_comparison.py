@@ -1,4 +1,4 @@
-"""Comparisons: which students they take, statistics against scipy and by hand, and one from recipe to table on Ray."""
+"""Comparisons: which students they take, statistics against scipy and by hand, and one from recipe to table."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from akd_dist.recipe import Recipe
 from akd_dist.reporting.comparison import cells, compare, comparison_table, expand, read_comparison, to_markdown
 from akd_dist.reporting.seeds import estimate
 from tests.fleets import ADAMW, ANNEALING, a_recipe, a_student
+from tests.survivors import forked_cohorts
 
 SGD = {"kind": "sgd", "lr": 0.1}
 TAKD = {"kind": "takd", "epochs": 4, "temperature": 2.0}
@@ -328,7 +329,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tup
     students = [unnamed(ANNEALING, hidden=4, seed=seed) for seed in (0, 1)] + [unnamed(TAKD, hidden=4)]
     recipe = a_recipe(students, teacher=TEACHER | {"assistant": ASSISTANT}, name="tiny")
     (root / "tiny.yaml").write_text(recipe.to_yaml())
-    return root, again(root)
+    with forked_cohorts():
+        return root, again(root)
 
 
 def again(root: Path) -> dict[str, Any]:
