@@ -5,15 +5,19 @@ akd-dist cache-teacher jobs/digits.yaml
 
 import contextlib
 import functools
+import os
+import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.base.errors import AkdError
+from akd_dist.base.locks import file_lock
 from akd_dist.data.rows import Rows, Splits, blocks_in_common, first_difference
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.teacher import CacheJob, cache_shard
@@ -43,6 +47,7 @@ from akd_dist.storage.manifest import Manifest, differences
 from akd_dist.storage.receipts import Packer
 from akd_dist.storage.records import Receipt
 from akd_dist.storage.roots import open_root
+from akd_dist.storage.uses import using
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
 from akd_dist.tracking.progress import meter, tell
 
@@ -108,6 +113,36 @@ def walk_chain(
         run: trains a model.
         compute: computes the missing shards of a model.
     """
+    complete = len(there) > len(recipe.teacher.chain) and all(len(one.opened) == len(one.plans) for one in there)
+    with contextlib.nullcontext() if complete else _using_rows(splits, workspace):
+        return _walk_chain(recipe, splits, there, workspace, run, compute)
+
+
+@contextlib.contextmanager
+def _using_rows(splits: Splits, workspace: Workspace) -> Iterator[None]:
+    """Say of rows that are sealed under a store root that they are in use, so that nobody removes them meanwhile.
+
+    There may be no run yet, and other commands may work with the same rows: what stands for this one is a lock of its
+    own in this node's cache.
+
+    Raises:
+        RefusedError: they were removed just now.
+    """
+    if (sealed := splits.train.sealed) is None:
+        yield
+        return
+    run = Path(workspace.cache_root, "caching", f"{os.getpid()}-{secrets.token_hex(4)}").absolute()
+    lock = run.with_suffix(".lock")
+    with file_lock(lock, what="the caching"), using([sealed.uri], run=str(run), lock=lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _walk_chain(
+    recipe: Recipe, splits: Splits, there: Sequence[CachedModel], workspace: Workspace, run: Run, compute: Compute
+) -> list[CachedModel]:
     models: list[CachedModel] = []
     while len(models) <= len(recipe.teacher.chain):
         trained = next_below(recipe, splits, models)

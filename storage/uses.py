@@ -50,6 +50,7 @@ class Use(Document):
 
     run: Text
     """The run's folder, or the folder of a model that was trained from the store: in the record relative to the store.
+    A name in its cache for a command that only caches.
     """
     host: Text
     user: Text | None
@@ -165,7 +166,7 @@ def _begin(store: ObjectRoot, run: str, lock: Path | None) -> None:
         f"the store {store.uri} is gone",
         got=f"no {MANIFEST_KEY}: it was removed while the run began",
         expected="a sealed store",
-        next="run the same command again: the teacher's logits are computed anew",
+        next="run the same command again: what it held is made anew",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from akd_dist.base.errors import HeldError, MachineError
+from akd_dist.base.errors import HeldError, MachineError, RefusedError
 from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.distill import teacher as teachers
 from akd_dist.distill.cohort import train_cohort
-from akd_dist.jobs import prepare_rows
-from akd_dist.jobs.cache_teacher import compute_in_process, walk_chain
-from akd_dist.jobs.planning.caching import check_models, look_up, model_at, models_there, open_rows
+from akd_dist.jobs import cache_teacher, prepare_rows
+from akd_dist.jobs.cache_teacher import cache_in_process, compute_in_process, walk_chain
+from akd_dist.jobs.planning.caching import CachedModel, check_models, look_up, model_at, models_there, open_rows
 from akd_dist.jobs.planning.costs import CostModel
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.probing import measure_all
@@ -29,6 +30,9 @@ from akd_dist.jobs.train_teacher import Workspace, run_in_process
 from akd_dist.jobs.working_dir import WorkingDir
 from akd_dist.recipe import Recipe, TeacherSpec
 from akd_dist.storage.claim import claim_store
+from akd_dist.storage.removal import disused, remove_store
+from akd_dist.storage.roots import open_root
+from akd_dist.storage.uses import uses_of
 from tests.fleets import HARD, a_recipe, a_student, a_teacher, store_bytes, stores_of, weights
 from tests.sources import source
 
@@ -90,6 +94,56 @@ def test_a_node_caches_and_trains_without_the_data(recipe: Recipe, workspace: Wo
     assert weights(tmp_path / "run") == weights(tmp_path / "alone")
     ours = {key: value for key, value in store_bytes(tmp_path / "stores").items() if not key.startswith("rows/")}
     assert ours == store_bytes(tmp_path / "alone" / "stores")
+
+
+def test_rows_that_somebody_caches_from_are_not_removed(recipe: Recipe, workspace: Workspace, tmp_path: Path) -> None:
+    root, cache = workspace.store_root, tmp_path / "driver"
+    teacher = a_teacher(recipe, tmp_path / "teacher", tmp_path / "cache")
+    splits = rows_of(recipe, workspace)
+    assert splits.train.sealed is not None
+    rows_id, node = f"rows/{Path(splits.train.sealed.uri).name}", replace(workspace, address=None)
+    kept = list[str | None]()
+
+    def compute(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
+        kept.extend(one.kept for one in disused(root, cache, older_than=0.0) if one.store.id == rows_id)
+        kept.append(remove_store(root, rows_id, cache))
+        compute_in_process(model, recipe, workspace)
+
+    def cached() -> None:
+        model = model_at("the teacher", teacher, recipe, splits)
+        look_up(model, recipe, node)
+        walk_chain(recipe, splits, [model], node, run_in_process, compute)
+
+    cached()
+    assert len(kept) == 2
+    assert all(str(line).startswith(f"in use by the run {cache}") for line in kept)
+    (use,) = uses_of(open_root(splits.train.sealed.uri))
+    assert use.lock is not None
+    assert not Path(use.lock).exists()
+    cached()  # all is there: nothing is read of the rows
+    assert len(uses_of(open_root(splits.train.sealed.uri))) == 1
+    assert remove_store(root, rows_id, cache) is None
+    shutil.rmtree(Path(root))
+    with pytest.raises(RefusedError, match="is gone"):
+        cached()
+
+
+def test_rows_that_a_machine_caches_from_are_not_removed(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its cache has no room for them, and they are kept under the store root."""
+    teacher = a_teacher(recipe, tmp_path / "teacher", tmp_path / "whole")
+    root, cache, kept = str(tmp_path / "stores"), tmp_path / "cache", list[str | None]()
+
+    def compute(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
+        kept.extend(one.kept for one in disused(root, cache, older_than=0.0) if one.store.id.startswith("rows/"))
+        compute_in_process(model, recipe, workspace)
+
+    monkeypatch.setattr(cache_teacher, "compute_in_process", compute)
+    monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", "18kB")  # train rows alone take 17
+    cache_in_process(recipe, teacher, store_root=root, cache_root=str(cache))
+    (line,) = kept
+    assert str(line).startswith(f"in use by the run {cache}")
 
 
 def test_a_driver_holds_no_rows(
