@@ -17,10 +17,10 @@ every two seconds.
   `data.window` is the same in all runs, so the weights have to be, too.
 
 For each run: `seconds` of the command; `ratio`, these over the undisturbed ones; when the last store was sealed, and
-what came after that; `back_seconds` from the kill to the first batch on the node that joined. Teacher and students
-count their batches in files, one byte each: `batches_again` and `steps_again` are those beyond the undisturbed run's,
-and `shards_again` is how many shards such batches fill at least. `same_stores` and `same_weights`: manifests and
-weights are those of the undisturbed run, to the bit. The `ratio` of the document is the largest.
+what came after that; `back_seconds` from the kill to the first batch on the node that joined, none if it got none.
+Teacher and students count their batches in files, one byte each: `batches_again` and `steps_again` are those beyond the
+undisturbed run's, and `shards_again` is how many shards such batches fill at least. `same_stores` and `same_weights`:
+manifests and weights are those of the undisturbed run, to the bit. The `ratio` of the document is the largest.
 """
 
 from __future__ import annotations
