@@ -17,10 +17,10 @@ every two seconds.
   `data.window` is the same in all runs, so the weights have to be, too.
 
 For each run: `seconds` of the command; `ratio`, these over the undisturbed ones; when the last store was sealed, and
-what came after that; `back_seconds` from the kill to the first batch on the node that joined. Teacher and students
-count their batches in files, one byte each: `batches_again` and `steps_again` are those beyond the undisturbed run's,
-and `shards_again` is how many shards such batches fill at least. `same_stores` and `same_weights`: manifests and
-weights are those of the undisturbed run, to the bit. The `ratio` of the document is the largest.
+what came after that; `back_seconds` from the kill to the first batch on the node that joined, none if it got none.
+Teacher and students count their batches in files, one byte each: `batches_again` and `steps_again` are those beyond the
+undisturbed run's, and `shards_again` is how many shards such batches fill at least. `same_stores` and `same_weights`:
+manifests and weights are those of the undisturbed run, to the bit. The `ratio` of the document is the largest.
 """
 
 from __future__ import annotations
@@ -49,8 +49,11 @@ import pyarrow.parquet as pq
 from akd_dist.recipe import Recipe
 
 SIDE, CLASSES, VIEWS, BATCH_ROWS = 8, 10, 4, 256
-TRAIN, OTHERS, WINDOW, BUDGET = 65_536, 4_096, 4_096, 6_000_000
-"""Rows of the train split, of each other one, of a window, and bytes of the cache in the last run."""
+TRAIN, OTHERS, WINDOW, BUDGET = 65_536, 4_096, 4_096, 8_500_000
+"""Rows of the train split, of each other one, of a window, and bytes of the cache in the run `windows`.
+
+The nodes are on one machine and share its cache, so there has to be room in it for what both hold at a time.
+"""
 COUNTED = "AKD_LOST_NODE"
 """Where models count. Only the nodes have it: what the driver tries out does not count."""
 KILLS = {"caching": "caching", "training": "training", "windows": "training"}
