@@ -96,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # Ray's sockets lie below its folder, and their paths have to be short.
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(prefix="ray-") as short:
-        # Where this user has a Ray token, a command shows it to any cluster: so this one has a token, too.
+        # As a cluster should have one.
         os.environ |= {"RAY_TMPDIR": short, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         result = measure(Path(folder), arguments.width, arguments.epochs, arguments.join_after, arguments.runs)
     print(json.dumps(result) if arguments.json else table(result))
@@ -215,7 +215,7 @@ class Nodes:
         counts.mkdir(parents=True)
         os.environ[COUNTED] = str(counts)
         small = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20}
-        self.cluster = Cluster(initialize_head=True, head_node_args=small)
+        self.cluster: Any = Cluster(initialize_head=True, head_node_args=small)
         for _ in range(2):
             self.join()
 

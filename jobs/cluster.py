@@ -231,16 +231,21 @@ def _check_answers(address: str) -> None:
 
 
 def _check_token(address: str) -> None:
-    """Refuse a cluster that does not take this user's token, or this user for having none."""
-    if not address.startswith("ray://") and ray_internals.refuses_token(address):
-        shown = ray_internals.SHOWS_TOKEN
-        raise MachineError(
-            f"the Ray cluster at {address} does not let this user in",
-            got="a token that is not the cluster's" if shown else "no token",
-            expected="the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
-            + ("" if shown else ", and RAY_AUTH_MODE=token where Ray is imported before akd-dist"),
-            next="copy it from the head node (`ray get-auth-token` prints it there), then run the same command",
-        )
+    """Refuse a cluster that does not take this user's token, or this user for having none. It is shown where a cluster
+    asks for one.
+    """
+    if address.startswith("ray://") or not ray_internals.refuses_token(address):
+        return
+    if "RAY_AUTH_MODE" not in os.environ and ray_internals.has_token():
+        ray_internals.show_token()
+        if not ray_internals.refuses_token(address):
+            return
+    raise MachineError(
+        f"the Ray cluster at {address} does not let this user in",
+        got="a token that is not the cluster's" if os.environ.get("RAY_AUTH_MODE") == "token" else "no token",
+        expected="the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN",
+        next="copy it from the head node (`ray get-auth-token` prints it there), then run the same command",
+    )
 
 
 @contextlib.contextmanager

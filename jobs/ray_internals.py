@@ -7,7 +7,6 @@ do, and `tests/jobs/test_ray_internals.py` fails, naming the version of Ray, whe
 import json
 import logging
 import os
-import sys
 import threading
 import warnings
 from collections import Counter
@@ -42,23 +41,6 @@ ENVIRONMENT = {
 }
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
-
-
-def has_token() -> bool:
-    """Whether this user has a token to show to a cluster; whether it is the cluster's is not known."""
-    if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-        return True
-    try:
-        return Path("~/.ray/auth_token").expanduser().exists()
-    except (OSError, RuntimeError):  # a user without a home, or with somebody else's
-        return False
-
-
-# Whether it is shown to clusters is settled as Ray is imported. By itself Ray shows it to none but one on this machine;
-# a cluster that asks for none takes it, too.
-SHOWS_TOKEN = os.environ.get("RAY_AUTH_MODE") == "token"
-if has_token() and "ray" not in sys.modules:
-    SHOWS_TOKEN = os.environ.setdefault("RAY_AUTH_MODE", "token") == "token"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecations inside Ray, at import
@@ -139,6 +121,25 @@ def free_resources() -> dict[str, dict[str, float]]:
     """What each node has free now, by its id: the public `ray.available_resources` is a sum over all nodes."""
     free: dict[str, dict[str, float]] = cast(Any, ray._private.state).available_resources_per_node()
     return free
+
+
+def has_token() -> bool:
+    """Whether this user has a token to show to a cluster; whether it is the cluster's is not known."""
+    if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return True
+    try:
+        return Path("~/.ray/auth_token").expanduser().exists()
+    except (OSError, RuntimeError):  # a user without a home, or with somebody else's
+        return False
+
+
+def show_token() -> None:
+    """Show this user's token to clusters from now on; by itself Ray shows it to none but one that it starts.
+
+    `RAY_AUTH_MODE` in the environment would not do: Ray has read it when it was imported. A cluster without tokens must
+    not be joined so: its processes have none to show to this one.
+    """
+    cast(Any, ray)._private.authentication.authentication_token_setup._enable_token_auth()
 
 
 def refuses_token(address: str, seconds: float = 10.0) -> bool:

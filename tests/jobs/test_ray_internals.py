@@ -1,6 +1,7 @@
 """A canary: the private names of Ray that are used here are there, and are called as they were."""
 
 import ast
+import contextlib
 import importlib
 import inspect
 import os
@@ -12,29 +13,62 @@ from typing import Any
 
 import pytest
 
-from akd_dist.jobs import ray_internals
+from akd_dist.base.errors import MachineError
+from akd_dist.jobs import cluster, ray_internals
 from akd_dist.jobs.ray_internals import SEEN_WITH, ray
 
 ROOT = Path(__file__).parents[2]
 VERSION = f"of Ray {ray.__version__} (ray_internals.py was written for {SEEN_WITH})"
 
 
-@pytest.mark.parametrize(("before", "mode"), [("", "token"), ("import ray; ", "disabled")])
-def test_who_has_a_token_shows_it(before: str, mode: str, tmp_path: Path) -> None:
-    """Unless Ray was imported before: it reads once how it shows who it is."""
+def test_a_token_is_shown_though_ray_is_imported_already(tmp_path: Path) -> None:
+    """Ray reads once how it shows who it is."""
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
     script = (
-        f"{before}from akd_dist.jobs.ray_internals import SHOWS_TOKEN, ray\n"
-        "seen = ray._raylet.get_authentication_mode() == ray._raylet.AuthenticationMode.TOKEN\n"
-        "assert seen == SHOWS_TOKEN, seen\n"
-        "print('token' if seen else 'disabled')"
+        "from akd_dist.jobs import ray_internals\n"
+        "raylet = ray_internals.ray._raylet\n"
+        "modes = [raylet.get_authentication_mode()]\n"
+        "assert ray_internals.has_token()\n"
+        "ray_internals.show_token()\n"
+        "modes.append(raylet.get_authentication_mode())\n"
+        "assert modes == [raylet.AuthenticationMode.DISABLED, raylet.AuthenticationMode.TOKEN], modes"
     )
     bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     done = subprocess.run(
         [sys.executable, "-c", script], env=bare | {"HOME": str(tmp_path)}, capture_output=True, text=True, check=False
     )
-    assert done.stdout.strip() == mode, done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "answers", "got"),
+    [
+        (None, [False], None),  # a cluster without tokens is shown none
+        (None, [True, False], None),
+        (None, [True, True], "a token that is not the cluster's"),
+        ("token", [True], "a token that is not the cluster's"),
+        ("disabled", [True], "no token"),
+    ],
+)
+def test_a_token_is_shown_where_a_cluster_asks_for_one(
+    mode: str | None, answers: list[bool], got: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode or "")
+    if mode is None:
+        monkeypatch.delenv("RAY_AUTH_MODE")
+    left, shown = list(answers), list[str]()
+    monkeypatch.setattr(ray_internals, "refuses_token", lambda _address: left.pop(0))
+    monkeypatch.setattr(ray_internals, "has_token", lambda: True)
+    monkeypatch.setattr(
+        ray_internals, "show_token", lambda: shown.append("") or os.environ.update(RAY_AUTH_MODE="token")
+    )
+    with contextlib.nullcontext() if got is None else pytest.raises(MachineError) as refused:
+        cluster._check_token("head:6379")
+    assert left == []
+    assert len(shown) == len(answers) - 1
+    if got is not None:
+        assert refused.value.got == got
 
 
 USED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -53,6 +87,10 @@ USED: dict[str, tuple[Callable[[], Any], str]] = {
     "get_num_cpus": (
         lambda: ray._private.utils.get_num_cpus,
         "(override_docker_cpu_warning: bool = False, truncate: bool = True) -> float",
+    ),
+    "_enable_token_auth": (
+        lambda: ray._private.authentication.authentication_token_setup._enable_token_auth,
+        "() -> None",
     ),
     "available_resources_per_node": (lambda: ray._private.state.available_resources_per_node, "()"),
     "canonicalize_bootstrap_address": (
