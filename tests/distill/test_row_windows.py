@@ -174,6 +174,22 @@ def test_which_splits_a_node_holds(room: int, windowed: bool, in_order: bool, he
     assert held_splits(sizes, room, windowed=windowed, in_order=in_order) == set(held.split())
 
 
+def test_rows_that_were_prepared_under_a_larger_budget_are_kept_as_blocks(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may take half of it; what was prepared stays where it is, since others may read it."""
+    workspace = Workspace(str(tmp_path / "stores"), str(tmp_path / "cache"), console=Console(quiet=True))
+    whole = prepare_rows.rows_of_machine(home.recipe.data, workspace)
+    assert whole.train.sealed is None
+    monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", str(2 * whole.nbytes))
+    assert prepare_rows.rows_of_machine(home.recipe.data, workspace).train.sealed is None
+    monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", str(2 * whole.nbytes - 2))
+    sealed = prepare_rows.rows_of_machine(home.recipe.data, workspace)
+    assert sealed.train.sealed is not None
+    assert sealed.fingerprints == whole.fingerprints
+    assert whole.train.folder.exists()
+
+
 def test_a_teacher_is_not_trained_where_its_rows_do_not_fit(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

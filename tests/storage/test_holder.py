@@ -15,11 +15,11 @@ import pytest
 
 from akd_dist.base.errors import CorruptCacheError, MachineError
 from akd_dist.base.files import stamp_of
-from akd_dist.storage import content
+from akd_dist.storage import content, holder
 from akd_dist.storage.content import Guard, marks_of
 from akd_dist.storage.decoded import StoredLogits
 from akd_dist.storage.holder import Holder
-from akd_dist.storage.node_cache import evict
+from akd_dist.storage.node_cache import _used, evict
 from akd_dist.storage.pieces import Pieces, hold_pieces, resting
 from akd_dist.storage.reader import open_store
 from tests import stores
@@ -204,3 +204,30 @@ def test_logits_are_those_of_the_view_whatever_is_held(windowed: bool, tmp_path:
                     logits.take(np.array([299 if rows[0] < 256 else 0]))  # of the other shard
         guard.vouch()
     logits.close()
+
+
+def test_what_others_are_about_to_leave_is_waited_for(pieces: Pieces, guard: Guard, monkeypatch: Any) -> None:
+    """Another worker of the node reads the group before, and then leaves it."""
+    theirs = [hold_pieces(pieces, [0, 1])]
+    room = _used(pieces.folder.parent) + pieces.nbytes([2, 3]) - 1
+    waited = list[int]()
+
+    def on_wait() -> None:
+        waited.append(1)
+        if len(waited) == 3:
+            theirs.clear()
+            gc.collect()
+
+    monkeypatch.setattr(holder, "_POLL_SECONDS", 0.001)
+    reading = Holder(room)
+    reading.guard = guard
+    assert reading.move(pieces, [2, 3], on_wait).numbers == (2, 3)
+    assert len(waited) >= 3
+    assert not pieces.entry([0, 1]).exists()
+    reading.close()
+    small = Holder(pieces.nbytes([0, 1]) - 1)
+    small.guard = guard
+    monkeypatch.setattr(holder, "PATIENCE_SECONDS", 1e9)
+    with pytest.raises(MachineError, match="no room"):  # at once: it would not fit an empty cache
+        small.move(pieces, [0, 1])
+    small.close()

@@ -351,6 +351,18 @@ def test_entries_in_use_stay_and_others_go_when_room_is_needed(tmp_path: Path, c
     assert not any(entry.exists() for entry in entries)
 
 
+def test_what_can_never_fit_evicts_nothing(folder: Path, cache_root: Path) -> None:
+    """Checkpoints may rest on what is there."""
+    open_decoded(open_store(str(folder)), cache_root)
+    gc.collect()
+    (entry,) = cache_root.glob("logits/*-0")
+    with pytest.raises(MachineError, match="no room in the cache"):
+        make_room(cache_root, 12_001, budget=12_000)
+    assert entry.exists()
+    make_room(cache_root, 12_000, budget=12_000)
+    assert not entry.exists()
+
+
 def test_what_cannot_fit_is_refused_with_need_free_and_budget(folder: Path, cache_root: Path) -> None:
     with pytest.raises(MachineError) as refused:
         open_decoded(open_store(str(folder)), cache_root, budget=1000)
