@@ -45,14 +45,15 @@ def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def forgotten_code(isolated_home: Path) -> Iterator[None]:
-    """Modules that a test had imported from its folder are forgotten: another's may have the same name."""
-    before, path = set(sys.modules), list(sys.path)
+    """Modules that a test, or a fixture of it, had imported from its folder are forgotten: another's may have the same
+    name.
+    """
     yield
     tests = str(isolated_home.parent)
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(tests):
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(tests):
             del sys.modules[name]
-    sys.path[:] = [place for place in sys.path if place in path or not place.startswith(tests)]
+    sys.path[:] = [place for place in sys.path if not place.startswith(tests)]
 
 
 _probed: dict[str, Any] = {}
