@@ -12,6 +12,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
 
 from tests.docs.notebook import NOTEBOOK
@@ -34,11 +35,11 @@ def test_it_runs(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    printed, names = {}, dict[str, Any]()
+    printed, shell = {}, InteractiveShell()
     with forked_cohorts():
         for cell in read().cells:
             if cell.cell_type == "code":
-                exec(compile(cell.source, str(NOTEBOOK), "exec"), names)
+                shell.run_cell(cell.source).raise_error()
                 printed[cell.source] = capsys.readouterr().out
     holds(printed, tmp_path)
 
