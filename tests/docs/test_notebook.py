@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nbformat
 import pytest
@@ -35,7 +35,8 @@ def test_it_runs(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    printed, shell = {}, InteractiveShell()
+    printed = {}
+    shell: Any = cast(Any, InteractiveShell)()  # it has no annotations
     with forked_cohorts():
         for cell in read().cells:
             if cell.cell_type == "code":
