@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,10 +21,10 @@ from akd_dist.jobs.planning.caching import open_rows
 from akd_dist.jobs.planning.costs import CostModel
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.jobs.train_teacher import Workspace
-from akd_dist.storage import layout, pieces
+from akd_dist.storage import layout
 from akd_dist.storage.content import Guard
 from akd_dist.storage.layout import StoreLayout
-from akd_dist.storage.node_cache import _used
+from tests.distill.test_windows import StoppedError, sizes_noted
 from tests.fleets import HARD, a_recipe, a_student, a_teacher, weights
 
 WINDOW, BLOCK = 32, 24
@@ -80,19 +79,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 def peak(home: Home, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What lies in the cache each time that something new is there; it has no room for the rows."""
     monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", str(home.budget))
-    sizes, make = list[int](), pieces._make
-
-    def noted(*given: Any) -> Any:
-        made = make(*given)
-        sizes.append(_used(given[2].parents[1]))
-        return made
-
-    monkeypatch.setattr(pieces, "_make", noted)
-    return sizes
-
-
-class StoppedError(BaseException):
-    """Leaves a run as a killed process does, but for its locks."""
+    return sizes_noted(monkeypatch)
 
 
 def test_the_same_stores_and_weights_within_the_budget(

@@ -52,10 +52,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield Home(tmp_path_factory.mktemp("windows"))
 
 
-@pytest.fixture
-def peak(home: Home, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What lies in the cache each time that something new is there; the cache has no room for two views."""
-    monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", str(home.budget))
+def sizes_noted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What lies in a cache, in bytes, each time that something new is there."""
     sizes, make = list[int](), pieces._make
 
     def noted(*given: Any) -> Any:
@@ -65,6 +63,13 @@ def peak(home: Home, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(pieces, "_make", noted)
     return sizes
+
+
+@pytest.fixture
+def peak(home: Home, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What lies in the cache each time that something new is there; the cache has no room for two views."""
+    monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", str(home.budget))
+    return sizes_noted(monkeypatch)
 
 
 def test_windows_give_the_same_weights_within_the_budget(
