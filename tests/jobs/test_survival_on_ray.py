@@ -36,7 +36,7 @@ from tests.survivors import (
 pytestmark = pytest.mark.ray
 
 MODELS = """
-import os, signal, torch
+import os, pathlib, signal, time, torch
 
 def unlucky(gradient):
     raise RuntimeError("out of luck in the backward pass")
@@ -48,7 +48,13 @@ class Odd(torch.nn.Module):
         self.deadly, self.stumbles = deadly, stumbles
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # checkpoints keep it: it is as deadly again
 
+    def held_back(self):
+        hold = os.environ.get("AKD_TEST_HOLD")
+        return hold and pathlib.Path(hold).exists() and pathlib.Path(hold).read_text() == str(os.getpid())
+
     def forward(self, x):
+        while self.held_back():
+            time.sleep(0.02)
         self.steps += self.training
         if self.deadly and self.steps == 15:  # in the probe already
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
@@ -144,6 +150,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
     assert cluster.ray
     monkeypatch.setenv("AKD_FAILPOINT", SECOND_EPOCH)
+    monkeypatch.setenv("AKD_TEST_HOLD", str(tmp_path_factory.mktemp("hold") / "pid"))  # whom `custom` keeps waiting
     from ray.cluster_utils import Cluster
 
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -169,11 +176,8 @@ def held(cluster: Any, *, lost: Any = None) -> tuple[Any, psutil.Process] | None
     return None
 
 
-def kill_and_keep_still(raylet: int, worker: psutil.Process) -> None:
-    """Kill a raylet, and leave its worker as it is: the kernel wakes suspended processes whose parent is gone.
-
-    One that is awake for a moment too long is through with its epochs before anybody knows of its node's death.
-    """
+def kill(raylet: int) -> None:
+    """Kill a raylet, and come back once it is gone."""
     parent = psutil.Process(raylet)
     parent.kill()
 
@@ -184,8 +188,7 @@ def kill_and_keep_still(raylet: int, worker: psutil.Process) -> None:
             return True
 
     while not is_gone():
-        worker.suspend()
-    worker.suspend()
+        time.sleep(0.01)
 
 
 def worker_logs(run: Path) -> str:
@@ -197,10 +200,16 @@ def test_a_raylet_dies_and_its_worker_wakes_up_later(home: Home, nodes: Any, tmp
     run = tmp_path / "runs" / "fleet"
     with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:
         node, worker = driver.until(lambda: held(nodes))
-        kill_and_keep_still(raylet_of(node), worker)
+        # The kernel wakes suspended processes whose parent is gone. Awake, this one gets no further than its next batch.
+        hold = Path(os.environ["AKD_TEST_HOLD"])
+        hold.write_text(str(worker.pid))
+        kill(raylet_of(node))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.suspend()
         _, second = driver.until(lambda: held(nodes, lost=node))  # on the other node, and stands still in its turn
         for folder in run.glob("students/*"):
             assert list(folder.glob("checkpoints/writer-*-000002-*")), f"nobody has taken over {folder.name}"
+        hold.unlink()
         with contextlib.suppress(psutil.NoSuchProcess):  # Ray ends such a process, sooner or later
             worker.resume()
         driver.until(lambda: not worker.is_running() or "taken over by a later worker" in worker_logs(run))

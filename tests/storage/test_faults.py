@@ -164,6 +164,9 @@ def silence(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             monkeypatch.setenv(f"AWS_{name}", value)
         monkeypatch.setenv("AWS_REGION", "us-east-1")
         monkeypatch.setenv("AKD_DIST_S3_TIMEOUT", "0.4")
+        # A server of an earlier test may have had the same port.
+        monkeypatch.setattr(s3, "_answered", set[str]())
+        monkeypatch.setattr(s3, "_silent", dict[tuple[str, int], float]())
         yield endpoint
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
