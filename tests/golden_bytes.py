@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 GOLDEN = Path(__file__).parent / "golden" / "bytes.json"
-# Other instruction sets take sums in another order. These variables hold torch to AVX2, which every x86 processor of the
-# last ten years has. oneDNN is left out: even where it is held to AVX2, it cuts convolutions by the sizes of the
+# Other instruction sets take sums in another order. These variables hold torch to AVX2, which every x86 processor of
+# the last ten years has. oneDNN is left out: even where it is held to AVX2, it cuts convolutions by the sizes of the
 # processor's caches.
 ENVIRONMENT = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_NUM_THREADS": "1"}
 

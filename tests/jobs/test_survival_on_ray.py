@@ -200,7 +200,7 @@ def test_a_raylet_dies_and_its_worker_wakes_up_later(home: Home, nodes: Any, tmp
     run = tmp_path / "runs" / "fleet"
     with Driver(home.command(tmp_path, "--address", nodes.address), tmp_path) as driver:
         node, worker = driver.until(lambda: held(nodes))
-        # The kernel wakes suspended processes whose parent is gone. Awake, this one gets no further than its next batch.
+        # The kernel wakes suspended processes whose parent is gone. This one gets no further than its next batch.
         hold = Path(os.environ["AKD_TEST_HOLD"])
         hold.write_text(str(worker.pid))
         kill(raylet_of(node))
