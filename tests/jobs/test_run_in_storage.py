@@ -162,7 +162,7 @@ def test_a_place_is_refused_before_anything_is_prepared(
 def test_where_there_is_no_run_that_is_said(bucket: str) -> None:
     with pytest.raises(RefusedError, match=re.escape(f"there is no run in {bucket}/runs/none")):
         reader_of(f"{bucket}/runs/none").read()
-    assert main(["status", f"{bucket}/runs/none"]) == RefusedError.code if False else True
+    assert command("status", f"{bucket}/runs/none") == RefusedError.code
 
 
 # ---- a run that is done, without Ray
