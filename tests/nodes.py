@@ -75,15 +75,9 @@ def join(recipe: str, root: Path) -> dict[str, Any]:
     return {"cohorts": result["cohorts"], "states": [student["state"] for student in result["students"]]}
 
 
-def several(root: Path, hiding: bool) -> dict[str, Any]:
-    """What two tests look at, on one cluster: `share`, and `hidden` where a folder can be hidden from a node."""
-    made = start(num_cpus=0)
-    answer = {"share": share(root / "share", made)}
-    return answer | ({"hidden": hidden(root / "hidden", made)} if hiding else {})
-
-
-def hidden(root: Path, made: Any) -> dict[str, Any]:
+def hidden(root: Path) -> dict[str, Any]:
     """A node that does not see a folder: told of and left alone, whether it joins, is there, or has been given work."""
+    made = start(num_cpus=0)
     told, again, sent = list[str](), list[str](), list[str]()
     before = {"the run's folder": str(root)}
     (root / "cache").mkdir(parents=True)
@@ -178,11 +172,9 @@ def where(_job: None, item: int) -> tuple[int, str]:
     return item, cluster.ray.get_runtime_context().get_node_id()
 
 
-def share(root: Path, made: Any) -> dict[str, Any]:
-    """Two workers on half a GPU each, at the same time on the one GPU that Ray is told of; they wait for a file.
-
-    Its node joins, and is gone afterwards.
-    """
+def share(root: Path) -> dict[str, Any]:
+    """Two workers on half a GPU each, at the same time on the one GPU that Ray is told of; they wait for a file."""
+    start(num_cpus=2, num_gpus=1)
     ray, seen = cluster.ray, root / "seen"
     from akd_dist.jobs.packing import ResourceRequest
     from akd_dist.jobs.ray_internals import without_datasets
@@ -192,9 +184,7 @@ def share(root: Path, made: Any) -> dict[str, Any]:
         return [int(one) for one in ray.get_gpu_ids()]
 
     root.mkdir()
-    joined = made.add_node(num_cpus=2, num_gpus=1, **SMALL)
-    until(lambda: len(cluster.nodes()) == 2)
-    (node,) = [one for one in cluster.nodes() if one.gpus]
+    (node,) = cluster.nodes()
     found: list[Any] = []
     scaling = ray_train.scaling(ResourceRequest(1, 1, gpus=0.5, memory=1e8))
     run = lambda: found.append(without_datasets()(work, scaling_config=scaling).fit().return_value)  # noqa: E731
@@ -210,8 +200,6 @@ def share(root: Path, made: Any) -> dict[str, Any]:
     seen.touch()
     for thread in threads:
         thread.join()
-    made.remove_node(joined)
-    until(lambda: len(cluster.nodes()) == 1)
     return {"gpus": found, "cpus_free": free.cpus, "memory_taken": node.memory - free.memory}
 
 
@@ -233,8 +221,10 @@ if __name__ == "__main__":
         answer = join(arguments[0], Path(arguments[1]))
     elif what == "publishes":
         answer = publishes(Path(arguments[0]), arguments[1])
-    elif what == "several":
-        answer = several(Path(arguments[0]), hiding="hide" in arguments[1:])
+    elif what == "hidden":
+        answer = hidden(Path(arguments[0]))
+    elif what == "share":
+        answer = share(Path(arguments[0]))
     else:
         answer = travels(Path(arguments[0]))
     cluster.shut_down()

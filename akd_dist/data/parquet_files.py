@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 from pyarrow import fs
 
 from akd_dist.base.errors import RefusedError
@@ -184,6 +183,8 @@ def _discovered(selected: Any, base: str, *, whole: bool) -> Found:
     """What pyarrow.dataset makes of files, or of a selector; no file is opened for it but those of other names."""
     if not selected:
         return Found([])
+    import pyarrow.dataset as ds  # brings pandas, which no worker needs: that takes a third of a second
+
     options = ds.FileSystemFactoryOptions(base, partitioning=ds.HivePartitioning.discover())
     # Objects go by their keys: of files that are listed here, pyarrow looks at nothing but their paths.
     remote: dict[str, RemoteFile] = {}

@@ -45,18 +45,11 @@ def unshare_works() -> bool:
     return tried.returncode == 0
 
 
-@pytest.fixture(scope="module")
-def several(short: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """What is looked at on one cluster for two tests, and the folder that it was given."""
-    root = tmp_path_factory.mktemp("several")
-    hide = ["hide"] if shutil.which("unshare") is not None and unshare_works() else []
-    return root, on_nodes(short, "several", str(root), *hide)
-
-
-def test_a_node_that_does_not_see_a_folder_gets_no_work(several: tuple[Path, dict[str, Any]]) -> None:
-    if "hidden" not in several[1]:
+def test_a_node_that_does_not_see_a_folder_gets_no_work(short: str, tmp_path: Path) -> None:
+    if shutil.which("unshare") is None or not unshare_works():
         pytest.skip("hiding a folder from one process takes unshare and mount, which are not permitted here")
-    place, answer = several[0] / "hidden", several[1]["hidden"]
+    place = tmp_path / "hidden"
+    answer = on_nodes(short, "hidden", str(place))
     for told in (answer["told"], answer["again"], answer["sent"]):
         assert len(told) == 1, answer
         assert "gets no work" in told[0]
@@ -129,8 +122,9 @@ def test_a_teacher_is_trained_on_a_node_that_shares_no_folder(short: str, tmp_pa
     assert sorted(key.rpartition("/")[2] for key in published) == ["model.json", "model.safetensors"]
 
 
-def test_cohorts_share_the_gpu_that_ray_is_told_of(several: tuple[Path, dict[str, Any]]) -> None:
-    answer = several[1]["share"]
+@pytest.mark.slow
+def test_cohorts_share_the_gpu_that_ray_is_told_of(short: str, tmp_path: Path) -> None:
+    answer = on_nodes(short, "share", str(tmp_path / "share"))
     assert answer["gpus"] == [[0], [0]]
     assert answer["cpus_free"] == 0
     assert answer["memory_taken"] == 2e8
