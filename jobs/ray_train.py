@@ -17,6 +17,7 @@ from akd_dist.base.errors import AkdError
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.delivery import write_note
 from akd_dist.distill.job import CohortJob
+from akd_dist.distill.publisher import publishing_logs
 from akd_dist.distill.ranks import OutOfStepError, Ranks, joined
 from akd_dist.jobs import cluster, ray_internals
 from akd_dist.jobs.packing import ResourceRequest
@@ -119,6 +120,11 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError | UnseenErro
             raise UnseenError(unseen)
         return UnseenError(unseen)
     job = config["needed"].here(job).on_node()
+    with publishing_logs(job, rank):
+        return _work(job, rank, world)
+
+
+def _work(job: CohortJob, rank: int, world: int) -> dict[str, Any] | AkdError:
     log = worker_log(job, rank)
     keep_log(log)
     try:

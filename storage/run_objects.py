@@ -4,6 +4,7 @@
     control/stop-<n>                  the workers of attempt n are to checkpoint and leave
     control/fresh-<n>                 the run was started over: nothing of attempts before n counts
     control/<job>.json.gz             how far a cohort is, its metrics and its logs: replaced every few seconds
+    control/<job>.rank<n>.json.gz     logs of its other workers: put when these leave
     students/<student>/<writer>/...   what one worker wrote of a student; a writer is <attempt>-<count>-<token>
     identity.json, fleet.json, ...    the driver's, as in a folder
 
@@ -52,7 +53,7 @@ _WRITER = re.compile(r"(\d{6})-(\d{6})-[0-9a-f]{12}")
 _STUDENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MARK = re.compile(r"(attempt|stop|fresh)-([0-9]{1,6})")
 _CHECKPOINT = re.compile(r"[0-9]+(?:-[0-9]+)*\.ckpt")
-_JOB = re.compile(r"cohort-([0-9]{1,6})-([0-9]{1,9})")
+_JOB = re.compile(r"cohort-([0-9]{1,6})-([0-9]{1,9})(?:\.rank[0-9]{1,6})?")
 _MEMBER = re.compile(r"(control|logs|students/[\w.-]{1,100})/[\w.-]{1,160}", re.ASCII)
 
 Given = TypeVar("Given")
@@ -103,7 +104,7 @@ class Control:
 def order_of(job: str) -> tuple[int, int, str]:
     """By what jobs of cohorts sort: attempt and number. Others come first."""
     found = _JOB.fullmatch(job)
-    return (int(found[1]), int(found[2]), "") if found else (0, 0, job)
+    return (int(found[1]), int(found[2]), job) if found else (0, 0, job)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -339,6 +339,26 @@ class Publisher:
                 path.unlink()
             elif path.is_dir() and path.parent == folder and path.name != CHECKPOINTS:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def publishing_logs(job: CohortJob, rank: int) -> Iterator[None]:
+    """For the time of a block, a worker of a cohort: those other than rank 0 put their logs once, when they leave.
+
+    That costs a read and a put, where there is something to tell. Of a worker that is killed they stay on its node.
+    """
+    logs = [*(job.log_of(spec.name, rank) for spec in job.students), Path(job.logs) / f"{job.name}.rank{rank}.log"]
+    starts = [_size(log) for log in logs]
+    try:
+        yield
+    finally:
+        texts = {f"logs/{log.name}": _text(log, start) for log, start in zip(logs, starts, strict=True)}
+        if job.run_uri is not None and rank > 0 and any(texts.values()):
+            name, run = f"{job.name}.rank{rank}", RunObjects.at(job.run_uri)
+            with contextlib.suppress(AkdError):
+                before = run.bundled(name)  # of the same worker, before Ray started it again
+                texts = {path: before.get(path, "") + text for path, text in texts.items()}
+                run.bundle(name, {path: text for path, text in texts.items() if text})
 
 
 def _read(path: Path) -> str | None:

@@ -27,8 +27,9 @@ from akd_dist.base.errors import AkdError, HeldError, MachineError
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill import checkpoint, publisher
 from akd_dist.distill.cohort import train_cohort
+from akd_dist.distill.delivery import write_note
 from akd_dist.distill.job import CohortJob
-from akd_dist.distill.publisher import Publisher
+from akd_dist.distill.publisher import Publisher, publishing_logs
 from akd_dist.distill.ranks import joined
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.train_students import train_in_process
@@ -362,6 +363,24 @@ def test_the_workers_of_a_cohort_share_nothing_but_the_bucket(place: Place, buck
     assert train_two(cut, 2, ("three", "one")) == [0, 0]
     assert cut.outcome() == whole.outcome()
     assert len(cut.outcome()) == len(STUDENTS)
+
+
+def test_the_logs_of_other_workers_are_put_when_they_leave(there: Elsewhere, tmp_path: Path) -> None:
+    job = there.job("one")
+    student = job.students[0].name
+    for said in ("out of luck", "once more"):  # Ray starts the workers of a cohort again
+        with contextlib.suppress(RuntimeError), publishing_logs(job, 1):
+            write_note(job.log_of(student, 1), said)
+            raise RuntimeError
+    with publishing_logs(job, 2):  # has nothing to tell
+        pass
+    assert [key for key in RunObjects.at(there.uri).control().others if ".rank" in key] == [
+        f"control/{job.name}.rank1.json.gz"
+    ]
+    copy = RunCopy(there.uri, tmp_path / "copy")
+    copy.refresh_control()
+    told = (copy.folder / f"logs/{student}.rank1.log").read_text()
+    assert re.findall("[a-z][a-z ]+", told) == ["out of luck", "once more"]
 
 
 def test_no_credential_is_left_anywhere(there: Elsewhere) -> None:
