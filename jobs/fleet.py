@@ -12,9 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from akd_dist.base.errors import AkdError, MachineError
-from akd_dist.base.fence import take_over
 from akd_dist.base.formatting import counted
-from akd_dist.distill.delivery import fail_from_outside, forked_from, write_note
+from akd_dist.distill.delivery import forked_from, write_note
 from akd_dist.distill.job import CohortJob, ended, read_progress, stop_attempts
 from akd_dist.distill.objectives import stages
 from akd_dist.documents.status import CohortProgress, CohortStatus, FleetPlan, StudentProgress
@@ -24,7 +23,7 @@ from akd_dist.jobs.packing import ResourceRequest, next_to_start
 from akd_dist.jobs.planning.costs import Cohort, CostModel
 from akd_dist.jobs.planning.planner import cohort_job
 from akd_dist.jobs.ray_train import OUT_OF_STEP, fit, worker_log
-from akd_dist.jobs.remote_run import RemoteRun
+from akd_dist.jobs.run_folder import LocalRun
 from akd_dist.jobs.shared import GONE_SECONDS, Shared, UnseenError, nodes_lost
 from akd_dist.jobs.train_teacher import Stores
 from akd_dist.jobs.working_dir import WorkingDir
@@ -60,7 +59,7 @@ class Fleet:
         assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
         look: called several times a second; what it raises ends the run once the cohorts have checkpointed.
         demand, folder: as for `Shared`.
-        remote: the run in object storage, where it lies there.
+        run: the run, where it is not just a folder.
     """
 
     def __init__(
@@ -74,9 +73,9 @@ class Fleet:
         look: Callable[[], None] = lambda: None,
         demand: Demand | None = None,
         folder: WorkingDir | None = None,
-        remote: RemoteRun | None = None,
+        run: LocalRun | None = None,
     ) -> None:
-        self.remote = remote
+        self.run = run or LocalRun(Path(base.root).parent)
         self.base, self.costs, self.stop, self.console = base, costs, stop, console
         self.assistant, self.look = assistant or {}, look
         self.shared = shared_by(base, self.assistant, console, demand, folder)
@@ -105,8 +104,7 @@ class Fleet:
         # Before the first worker starts: the next command is then another attempt, whose workers can shut these out.
         self.base.attempt_file.touch()
         stop_attempts(control, self.base.attempt - 1)
-        if self.remote is not None:
-            self.remote.begin(self.base.attempt)
+        self.run.begin(self.base.attempt)
         title = f"training {counted(sum(map(len, cohorts)), 'student')} in {counted(len(cohorts), 'cohort')}"
         self.waiting = list(cohorts)
         with (
@@ -124,8 +122,7 @@ class Fleet:
             while self._keep_busy():
                 self._follow(shown)
                 self.look()
-                if self.remote is not None:
-                    self.remote.check_current()
+                self.run.check_current()
             self._follow(shown)
         if self.errors:
             raise self.errors[0]
@@ -340,24 +337,17 @@ class Fleet:
         while not self._is_over():
             try:
                 reason = fit(job, self.costs.ask(job.students), self.shared.selector(), self.shared.needed())
-                if self.remote is not None:
-                    self.remote.bring()
+                self.run.bring()
                 return reason
             except UnseenError as error:
                 self.shared.leave_out(error.unseen)
         return ""
 
     def _give_up(self, spec: Any, job: CohortJob, reason: str) -> None:
-        folder = Path(self.base.root) / spec.name
         hint = "" if reason.startswith(OUT_OF_STEP) else "memory may have run out. "
         told = f"its worker died again and again; {hint}{reason}"
         write_note(self.base.log_of(spec.name), f"failed: {told}\nsee also {worker_log(job, 0)}")
-        if self.remote is not None:
-            self.remote.give_up(spec, job, told)
-            return
-        # Its last worker may be alive although it counts as dead: from here on it can publish nothing.
-        writer = take_over(folder / "checkpoints", job.attempt, f"the student {spec.name}")
-        fail_from_outside(spec, folder, told, job.attempt, writer)
+        self.run.give_up(spec, job, told)
 
 
 def shared_by(

@@ -21,6 +21,7 @@ from akd_dist.distill.delivery import failed_entry
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.publisher import PATIENCE_SECONDS
 from akd_dist.documents.status import CohortProgress
+from akd_dist.jobs.run_folder import LocalRun
 from akd_dist.recipe import StudentSpec
 from akd_dist.storage.claim import claim_store, holder_of, repeating
 from akd_dist.storage.run_copy import DOCUMENTS, REPORTED, RESULTS, RunCopy, scratch
@@ -41,8 +42,8 @@ def copy_of(uri: str, cache_root: str | Path) -> RunCopy:
     return RunCopy(uri, scratch(cache_root, uri, "driver"))
 
 
-class RemoteRun:
-    """The driver's side of a run in object storage.
+class RemoteRun(LocalRun):
+    """The driver's side of a run in object storage: it works in a copy, whose documents it puts.
 
     Args:
         uri: the run.
@@ -51,7 +52,8 @@ class RemoteRun:
 
     def __init__(self, uri: str, cache_root: str | Path) -> None:
         self.copy = copy_of(uri, cache_root)
-        self.uri, self.folder, self.run = self.copy.uri, self.copy.folder, self.copy.run
+        super().__init__(self.copy.folder)
+        self.uri, self.objects = self.copy.uri, self.copy.run
         self.attempt: int | None = None
         """The attempt that this driver has begun."""
         self._put: dict[str, bytes] = {}
@@ -59,17 +61,26 @@ class RemoteRun:
         self._told_at = self._looked_at = float("-inf")
         self._later: int | None = None
 
+    @property
+    def local(self) -> None:
+        """It is none, and cannot be moved."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The copy goes by the name of the run."""
+        return {str(self.folder): self.copy.uri}
+
     def check(self) -> None:
         """Refuse a place where nothing could be written, or nothing be created only once; before anything expensive.
 
         Raises:
             MachineError: so it is.
         """
-        self.run.root.check_writable()
+        self.objects.root.check_writable()
 
     @contextlib.contextmanager
     def held(self, *, wait: bool, console: Console, only_look: bool = False) -> Iterator[None]:
-        """Hold the run against other drivers, and bring its copy up to date.
+        """Hold the run against other drivers, and its copy against those of this node; bring it up to date.
 
         A holder of whom nothing has been heard for a minute is taken for dead. Until then it is waited for; it is
         refused once it is seen to live.
@@ -82,19 +93,19 @@ class RemoteRun:
             HeldError: somebody else drives the run.
             MachineError: the storage cannot be read or written.
         """
-        root = self.run.root
-        if only_look:
-            if not wait and (holder := holder_of(root.parent.uri, root.name)) is not None:
+        root = self.objects.root
+        with contextlib.ExitStack() as holding:
+            holding.enter_context(super().held(wait=wait, console=console, only_look=only_look))
+            if not only_look:
+                told = functools.partial(tell, console)
+                holding.enter_context(claim_store(root.parent.uri, root.name, wait=wait, watch=True, on_wait=told))
+            elif not wait and (holder := holder_of(root.parent.uri, root.name)) is not None:
                 raise HeldError(
                     f"the run {self.uri} is held by someone else",
                     got=holder,
                     expected="nobody holding it",
                     next="wait for it, or stop that process; one that is dead is taken over by the command itself",
                 )
-            self.copy.refresh(heads=True)
-            yield
-            return
-        with claim_store(root.parent.uri, root.name, wait=wait, watch=True, on_wait=lambda text: tell(console, text)):
             self.copy.refresh(heads=True)
             yield
 
@@ -116,7 +127,7 @@ class RemoteRun:
         Raises:
             HeldError: another driver has begun it.
         """
-        self.run.begin_attempt(attempt)
+        self.objects.begin_attempt(attempt)
         self.attempt = attempt
         with contextlib.suppress(AkdError):
             self._tell(now=True)
@@ -146,10 +157,10 @@ class RemoteRun:
     def give_up(self, spec: StudentSpec, job: CohortJob, reason: str) -> None:
         """End a student as failed whose workers die again and again: whoever of them lives on counts no more."""
         since = self.copy.control.since
-        writer = self.run.take_over([spec.name], job.attempt, since)[spec.name]
+        writer = self.objects.take_over([spec.name], job.attempt, since)[spec.name]
         self.bring()
         result = failed_entry(spec, reason, self.folder / STUDENTS / spec.name, job.attempt)
-        self.run.put(spec.name, writer, "result.json", json.dumps(result, indent=1).encode())
+        self.objects.put(spec.name, writer, "result.json", json.dumps(result, indent=1).encode())
         self.bring()
 
     def publish(self) -> None:
@@ -159,7 +170,7 @@ class RemoteRun:
             HeldError: another driver has gone on with the run.
             MachineError: the storage cannot be written.
         """
-        if self.attempt is not None and (last := self.run.control().last) > self.attempt:
+        if self.attempt is not None and (last := self.objects.control().last) > self.attempt:
             self._later = last
         self.check_current()
         for name in DOCUMENTS:
@@ -168,11 +179,12 @@ class RemoteRun:
     def withdraw(self, name: str) -> None:
         """Remove one of the driver's documents, which holds no longer."""
         self._put.pop(name, None)
-        self.run.root.delete(name)
+        self.objects.root.delete(name)
 
     def start_over(self) -> None:
-        """Have nothing count of what lies there, and remove it."""
-        self.run.start_over(DOCUMENTS)
+        """Have nothing count of what lies there and here, and remove it."""
+        super().start_over()
+        self.objects.start_over(DOCUMENTS)
         self._put.clear()
         shutil.rmtree(self.folder / STUDENTS, ignore_errors=True)
 
@@ -204,7 +216,7 @@ class RemoteRun:
         control = self.folder / CONTROL
         attempt = self.attempt
         if attempt is not None and attempt not in self._stopped and (control / f"stop-{attempt}").exists():
-            self.run.stop(attempt)
+            self.objects.stop(attempt)
             self._stopped.add(attempt)
         if now or time.monotonic() - self._told_at >= PUT_SECONDS:
             self._told_at = time.monotonic()
@@ -216,7 +228,7 @@ class RemoteRun:
         with contextlib.suppress(FileNotFoundError):
             data = (self.folder / path).read_bytes()
             if self._put.get(path) != data:
-                self.run.root.put(path, data)
+                self.objects.root.put(path, data)
                 self._put[path] = data
 
     def _patiently(self, act: Callable[[], None]) -> None:

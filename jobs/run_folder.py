@@ -16,17 +16,19 @@ from rich.console import Console
 from akd_dist import recipe as recipes
 from akd_dist.base import places
 from akd_dist.base.errors import DamagedError, RecipeError, RefusedError
+from akd_dist.base.fence import take_over
 from akd_dist.base.files import canonical_json, read_json, replace
 from akd_dist.base.locks import file_lock, refuse_held
 from akd_dist.data.rows import SPLITS, Rows, Splits, first_difference
 from akd_dist.distill.cohort import wait_for_lock
-from akd_dist.distill.job import ZOMBIE_SECONDS, stop_attempts
+from akd_dist.distill.delivery import fail_from_outside
+from akd_dist.distill.job import ZOMBIE_SECONDS, CohortJob, stop_attempts
 from akd_dist.documents.damage import load
 from akd_dist.documents.fleet import RunIdentity
 from akd_dist.jobs.planning.caching import CachedModel
 from akd_dist.jobs.planning.plan import last_attempt
 from akd_dist.models.build import by_content
-from akd_dist.recipe import Recipe
+from akd_dist.recipe import Recipe, StudentSpec
 from akd_dist.reporting.results import read_fleet
 from akd_dist.tracking.progress import tell
 
@@ -54,6 +56,72 @@ def held(run: Path, *, wait: bool, console: Console, only_look: bool = False) ->
 
     with file_lock(run / "lock", what=f"the run {run.name}", wait=patience, note=note, on_wait=waiting):
         yield
+
+
+class LocalRun:
+    """A run in a folder, as its driver has it; `RemoteRun` adds what one in object storage takes."""
+
+    uri: str | None = None
+    """The run, where it lies in object storage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        """What the driver works in: the run, or its copy here."""
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, where that is the run: it may be moved, together with what its recipe names."""
+        return self.folder
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the folder is called in documents and refusals, where that is not its path."""
+        return {}
+
+    def check(self) -> None:
+        """Refuse a place where a run cannot lie, before anything expensive."""
+
+    @contextlib.contextmanager
+    def held(self, *, wait: bool, console: Console, only_look: bool = False) -> Iterator[None]:
+        """Hold the run against other drivers; args as of the function `held`, which holds its folder.
+
+        Raises:
+            HeldError: somebody else drives the run.
+        """
+        with held(self.folder, wait=wait, console=console, only_look=only_look):
+            yield
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """For the time of a block, have in the folder what workers elsewhere tell, and tell what the driver says."""
+        yield
+
+    def begin(self, attempt: int) -> None:
+        """Begin an attempt before its first worker starts."""
+
+    def check_current(self) -> None:
+        """Leave if another driver has gone on with the run."""
+
+    def bring(self) -> None:
+        """Have in the folder which students have ended, and what they left."""
+
+    def give_up(self, spec: StudentSpec, job: CohortJob, reason: str) -> None:
+        """End a student as failed whose workers die again and again.
+
+        Its last worker may be alive although it counts as dead: from here on it can publish nothing.
+        """
+        writer = take_over(Path(job.root) / spec.name / "checkpoints", job.attempt, f"the student {spec.name}")
+        fail_from_outside(spec, Path(job.root) / spec.name, reason, job.attempt, writer)
+
+    def publish(self) -> None:
+        """Let others see the documents that have changed."""
+
+    def withdraw(self, name: str) -> None:
+        """Remove what others see of a document that holds no longer, and lies in the folder no more."""
+
+    def start_over(self) -> None:
+        """Have nothing count of an earlier run, and remove it."""
+        forget(self.folder)
 
 
 def run_identity(recipe: Recipe, splits: Splits, taught: Sequence[str] = ()) -> dict[str, Any]:

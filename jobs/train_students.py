@@ -40,15 +40,7 @@ from akd_dist.jobs.planning.planner import (
 from akd_dist.jobs.prepare_rows import prepare_shown, rows_of_machine
 from akd_dist.jobs.remote_run import RemoteRun, copy_of
 from akd_dist.jobs.results import finish_run, tell_failures, telling_damage
-from akd_dist.jobs.run_folder import (
-    begin_run,
-    check_same_run,
-    forget,
-    held,
-    run_identity,
-    saved_results,
-    with_stores_found,
-)
+from akd_dist.jobs.run_folder import LocalRun, begin_run, check_same_run, run_identity, saved_results, with_stores_found
 from akd_dist.jobs.train_teacher import Stores, Workspace
 from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe
@@ -81,91 +73,76 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, 
     recipe, began = recipe.own(), time.monotonic()
     root = options.runs
     place = f"{root}/{recipe.name}" if "://" in root else str(Path(root, recipe.name))
-    remote = RemoteRun(place, options.cache) if "://" in root else None
-    run = Path(place) if remote is None else remote.folder
-    with contextlib.nullcontext() if remote is None else places.named_in_errors({str(run): place}):
-        plan, document = _run_recipe(recipe, options, run, remote, began)
-    return plan, document if remote is None else places.renamed(document, {str(run): place})
+    run = RemoteRun(place, options.cache) if "://" in root else LocalRun(Path(place))
+    with places.named_in_errors(run.names):
+        plan, document = _run_recipe(recipe, options, run, began)
+    return plan, places.renamed(document, run.names)
 
 
-def _run_recipe(
-    recipe: Recipe, options: RunOptions, run: Path, remote: RemoteRun | None, began: float
-) -> tuple[RunPlan, dict[str, Any]]:
-    """`run_recipe` in a folder, which is the copy of a run in object storage where there is one."""
+def _run_recipe(recipe: Recipe, options: RunOptions, run: LocalRun, began: float) -> tuple[RunPlan, dict[str, Any]]:
+    """`run_recipe`, wherever the run lies."""
     from akd_dist.jobs import cluster
 
-    workspace = Workspace.of(options, recipe, run if remote is None else None)
-    if remote is not None:
-        remote.check()
+    workspace = Workspace.of(options, recipe, run.local)
+    run.check()
     inputs = open_rows(recipe, workspace, students=True, again=options.prepare_again, only_look=options.dry_run)
     # Refused before the run's folder is made, unless whoever is waited for may be caching just what is missing now.
     inputs = inputs if options.wait else with_models(inputs, workspace)
-    check_folder(run)
+    check_folder(run.folder)
     with contextlib.ExitStack() as holding:
-        how: dict[str, Any] = {"wait": options.wait, "console": workspace.console, "only_look": options.dry_run}
-        holding.enter_context(held(run, **how))
-        if remote is not None:
-            holding.enter_context(remote.held(**how))
-            if not options.dry_run:
-                holding.enter_context(remote.followed())
+        holding.enter_context(run.held(wait=options.wait, console=workspace.console, only_look=options.dry_run))
+        if not options.dry_run:
+            holding.enter_context(run.followed())
         inputs = with_models(inputs, workspace) if options.wait else inputs
-        shuffle = windows.settled(recipe, run, fresh=options.fresh)
+        shuffle = windows.settled(recipe, run.folder, fresh=options.fresh)
         if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
             settled = recipe if shuffle is None else windows.with_window(recipe, shuffle)
-            check_same_run(run, recipe, run_identity(settled, inputs.splits, fingerprints(inputs.models)))
-        drives = contextlib.nullcontext() if options.dry_run else driving(run, moves=remote is None)
+            check_same_run(run.folder, recipe, run_identity(settled, inputs.splits, fingerprints(inputs.models)))
+        drives = contextlib.nullcontext() if options.dry_run else driving(run.folder, moves=run.local is not None)
         with drives, cluster.closing():
-            plan = plan_run(inputs, run, workspace, fresh=options.fresh, shuffle=shuffle)
+            plan = plan_run(inputs, run.folder, workspace, fresh=options.fresh, shuffle=shuffle)
             if options.dry_run:
                 return plan, plan.document.plain()
-            return plan, _execute(plan, options, workspace, began, remote)
+            return plan, _execute(plan, options, workspace, began, run)
 
 
-def _execute(
-    plan: RunPlan, options: RunOptions, workspace: Workspace, began: float, remote: RemoteRun | None
-) -> dict[str, Any]:
+def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: float, run: LocalRun) -> dict[str, Any]:
     """Cache what is missing, train who has not ended, collect the results; the content of fleet.json."""
-    recipe, splits, run = plan.recipe, plan.inputs.splits, plan.run
+    recipe, splits, folder = plan.recipe, plan.inputs.splits, run.folder
     models = cache_planned(plan.inputs, workspace)
     for model in models:
         workspace.tell(_how_cached(model))
     identity = run_identity(recipe, splits, fingerprints(models))
     if options.fresh:
-        forget(run)
-        if remote is not None:
-            remote.start_over()
-    elif not plan.inputs.complete and (run / "identity.json").exists():  # begun once, and a model was trained just now
-        check_same_run(run, recipe, identity)
-    base = fleet_job(recipe, splits, models[0].stores, run, workspace.cache_root)
-    base = replace(base, run_uri=None if remote is None else remote.uri)
+        run.start_over()
+    elif not plan.inputs.complete and (folder / "identity.json").exists():  # begun once; a model was trained just now
+        check_same_run(folder, recipe, identity)
+    base = replace(fleet_job(recipe, splits, models[0].stores, folder, workspace.cache_root), run_uri=run.uri)
     followed = [tracked(recipe, spec, base, plan.inputs.parameters[spec.name]) for spec in recipe.students]
-    forward = functools.partial(forwarding, run, followed, options.trackers, workspace.tell)
-    if not plan.todo and (saved := saved_results(run, identity)) is not None:
+    forward = functools.partial(forwarding, folder, followed, options.trackers, workspace.tell)
+    if not plan.todo and (saved := saved_results(folder, identity)) is not None:
         workspace.tell(f"the run {recipe.name} is done: these are its saved results")
         with forward():
             return with_stores_found(saved, models)
     stores = [model.opened for model in models]
     used = [store.uri for opened in stores for store in opened.values()]
     used += [base.rows.uri] if base.rows is not None else []
-    with using(used, run=base.run_uri or str(run.absolute()), lock=(run / "lock").absolute()):
+    with using(used, run=run.uri or str(folder.absolute()), lock=(folder / "lock").absolute()):
         # Within the record of use: from that on, nobody removes the stores that this run is about to name.
-        begin_run(run, recipe, identity, moves=remote is None)
-        if remote is not None:
-            remote.withdraw("fleet.json")
-            remote.publish()
+        begin_run(folder, recipe, identity, moves=run.local is not None)
+        run.withdraw("fleet.json")
+        run.publish()
         splits = _decode(base, plan, models, workspace)
         with forward(), _going_on(options.fresh):
-            cohorts = _train(base, plan, models[-1].stores, workspace, remote) if plan.todo else 0
+            cohorts = _train(base, plan, models[-1].stores, workspace, run) if plan.todo else 0
         plan.inputs.splits.sources.finish()
         # The driver itself measures on the test rows; each block that it fetches for that is verified as it comes.
         if base.rows is None:
             splits = _with_sound_rows(base, splits, lambda found: found.test.content().verify(), workspace)
-        if remote is not None:
-            remote.bring()
+        run.bring()
         took = time.monotonic() - began
-        fleet = finish_run(run, recipe, splits, base, stores, plan.inputs.parameters, cohorts, took, workspace.tell)
-        if remote is not None:
-            remote.publish()
+        fleet = finish_run(folder, recipe, splits, base, stores, plan.inputs.parameters, cohorts, took, workspace.tell)
+        run.publish()
     tell_failures(fleet, base, workspace.console)
     return fleet.plain()
 
@@ -211,9 +188,7 @@ def _with_sound_rows(base: CohortJob, splits: Splits, look: Callable[[Splits], o
     return renewing(act, workspace.tell)
 
 
-def _train(
-    base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace, remote: RemoteRun | None = None
-) -> int:
+def _train(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace, run: LocalRun) -> int:
     """Train those that have not ended; the number of Ray Train runs it took."""
     from akd_dist.jobs import cluster
     from akd_dist.jobs.fleet import Fleet, shared_by
@@ -234,7 +209,7 @@ def _train(
             cohorts, _ = plan_cohorts(recipe, plan.todo, nodes, costs)
         with telling_damage(base, plan.todo, workspace.console):
             look = plan.inputs.splits.sources.look
-            asked: dict[str, Any] = {"look": look, "demand": demand, "folder": workspace.folder, "remote": remote}
+            asked: dict[str, Any] = {"look": look, "demand": demand, "folder": workspace.folder, "run": run}
             fleet = Fleet(base, costs, stop, workspace.console, assistant, **asked)
             count = fleet.train(cohorts)
         if stop:

@@ -88,7 +88,7 @@ def test_who_waited_looks_up_stores_once_the_run_is_held(
     """Whoever was waited for may have cached them. Without waiting, a refusal comes first and leaves no folder."""
     module: Any = akd_dist.jobs.train_students
     seen = list[str]()
-    held = module.held
+    held = run_folder.held
 
     @contextlib.contextmanager
     def holding(*args: Any, **kwargs: Any) -> Iterator[None]:
@@ -100,7 +100,7 @@ def test_who_waited_looks_up_stores_once_the_run_is_held(
         seen.append("looked up")
         raise RefusedError("far enough")
 
-    monkeypatch.setattr(module, "held", holding)
+    monkeypatch.setattr(run_folder, "held", holding)
     monkeypatch.setattr(module, "with_models", looking_up)
     places: dict[str, Any] = {f"{kind}_root": tmp_path / kind for kind in ("store", "run", "cache")}
     with pytest.raises(RefusedError, match="far enough"):

@@ -80,7 +80,7 @@ def test_a_driver_whose_run_was_taken_on_leaves(uri: str, tmp_path: Path) -> Non
     early, late = (RemoteRun(uri, tmp_path / name) for name in ("one", "two"))
     early.begin(1)
     late.begin(2)
-    assert early.run.is_stopped(1)
+    assert early.objects.is_stopped(1)
     with pytest.raises(HeldError, match="taken on by another command"):
         early.publish()
     with pytest.raises(HeldError, match="taken on by another command"):
@@ -112,20 +112,20 @@ def test_the_driver_puts_what_changes_and_no_more(uri: str, tmp_path: Path, monk
     run.publish()
     assert asked == ["control/plan.json", "identity.json"]
     run.withdraw("identity.json")
-    assert "identity.json" not in run.run.root.list()
+    assert "identity.json" not in run.objects.root.list()
     (run.folder / "control" / "stop-1").touch()
     run._tell()
-    assert run.run.is_stopped(1)
+    assert run.objects.is_stopped(1)
 
 
 def test_a_student_that_is_given_up_has_failed_for_everybody(uri: str, tmp_path: Path) -> None:
     recipe = a_recipe([a_student("a", objective=HARD)])
     run = RemoteRun(uri, tmp_path)
     run.begin(1)
-    early = run.run.take_over(["a"], 1)
+    early = run.objects.take_over(["a"], 1)
     job = type("Job", (), {"attempt": 1})()
     run.give_up(recipe.students[0], job, "its worker died again and again")
-    assert run.run.later(early)
+    assert run.objects.later(early)
     result = json.loads((run.folder / "students/a/result.json").read_bytes())
     assert (result["state"], result["reason"]) == ("failed", "its worker died again and again")
 
@@ -281,7 +281,7 @@ def test_a_live_run_is_followed(recipe: Recipe, uri: str, tmp_path: Path, monkey
         for steps in (3, 6):
             training = [student.model_copy(update={"state": "training", "steps": steps}) for student in students]
             told = CohortProgress(training=True, at=time.time(), students=training)
-            remote.run.bundle("cohort-1-0", {"control/progress-cohort-1-0.json": told.spelled().decode()})
+            remote.objects.bundle("cohort-1-0", {"control/progress-cohort-1-0.json": told.spelled().decode()})
             found = reader.read()
             assert (found.run, found.state, found.alive, found.steps) == (uri, "training", True, 2 * steps)
     assert reader.read().state == "stopped"
