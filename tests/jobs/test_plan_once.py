@@ -17,6 +17,7 @@ from rich.console import Console
 import akd_dist
 import akd_dist.jobs.train_students  # so that all that is counted is imported
 from akd_dist.base.errors import RefusedError
+from akd_dist.jobs import run_folder
 from akd_dist.storage.reader import LogitStore
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student
 from tests.survivors import forked_cohorts
