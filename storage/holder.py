@@ -71,7 +71,9 @@ class Holder:
         if self._ahead is not None:
             (fetched, future), self._ahead = self._ahead, None
             if fetched == wanted:
-                with contextlib.suppress(MachineError):  # as what was read until now was in its place
+                # Asked for and not raised here: an error keeps the frames that it was raised through and their callers,
+                # and with those what is read now, until Python looks for cycles. Its place is wanted before that.
+                if not isinstance(future.exception(), MachineError):  # else what was read until now was in its place
                     found = future.result()
             elif not future.cancel():
                 with contextlib.suppress(Exception):  # nobody wants it any more, so nobody is told

@@ -59,15 +59,15 @@ id_argument = click.argument("store_id", metavar="ID", shell_complete=complete_s
 # In which order --help shows the options that a command has.
 ORDER = (
     *("seeds", "student", "to", "others", "out", "logits", "data", "split", "input", "label", "tokenizer", "recipe"),
-    *("overrides", "trust", "device", "store_root", "run_root", "cache_root", "address", "fresh", "wait", "trackers"),
-    *("force", "prepare_again", "dry_run"),
+    *("overrides", "trust", "device", "store_root", "run_root", "cache_root", "address", "wait_for_nodes"),
+    *("fresh", "wait", "trackers", "force", "prepare_again", "dry_run"),
 )
 
 
 def taking(given: type[Options], without: Sequence[str] = ()) -> Callable[[Command], Command]:
     """The arguments and options of a verb, as one decorator."""
-    found = {one.name: one for one in fields(given) if one.metadata and one.name not in without}
-    return options(*(_parameter(found[name]) for name in ORDER if name in found))
+    found = [one for one in fields(given) if one.metadata and one.name not in without]
+    return options(*(_parameter(one) for one in sorted(found, key=lambda one: ORDER.index(one.name))))
 
 
 def shared(*names: str) -> Callable[[Command], Command]:

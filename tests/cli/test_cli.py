@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import io
 import json
@@ -36,7 +37,7 @@ from akd_dist.documents.fleet import FleetDocument
 from akd_dist.documents.json_schema import schemas
 from akd_dist.documents.report import CompareDocument, ReportDocument
 from akd_dist.documents.stores import GcDocument, StoreDocument, StoresDocument, VerifyDocument
-from akd_dist.options import RunOptions
+from akd_dist.options import CacheOptions, CompareOptions, RunOptions
 from akd_dist.recipe import load_recipe, recipe_schema
 from akd_dist.storage.decoded import open_decoded
 from akd_dist.storage.node_cache import cache_folder
@@ -293,16 +294,27 @@ def test_options_reach_the_verb(run: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(akd_dist, "train_students", lambda recipe, **given: seen.update(given, recipe=recipe) or FLEET)
     outcome = run(
         "train-students", "r.yaml", "--set", "a=1", "--set", "b=2", "--store-root", "s3://b/s", "--run-root", "r",
-        "--cache-root", "c", "--address", "auto", "--fresh", "--wait", "--tracker", "wandb", "--json",
-        "--trust", "mine",
+        "--cache-root", "c", "--address", "auto", "--wait-for-nodes", "--fresh", "--wait", "--tracker", "wandb",
+        "--json", "--trust", "mine",
     )  # fmt: skip
     assert outcome.document == FLEET
     assert seen.pop("console").stderr
     assert seen == {
         "recipe": "r.yaml", "overrides": ("a=1", "b=2"), "store_root": "s3://b/s", "run_root": "r", "cache_root": "c",
-        "address": "auto", "fresh": True, "wait": True, "trackers": ("wandb",), "trust": ("mine",),
-        "prepare_again": False, "dry_run": False,
+        "address": "auto", "wait_for_nodes": True, "fresh": True, "wait": True, "trackers": ("wandb",),
+        "trust": ("mine",), "prepare_again": False, "dry_run": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("verb", "taken"),
+    [("cache-teacher", CacheOptions), ("train-students", RunOptions), ("compare", CompareOptions)],
+)
+def test_the_help_has_every_option(verb: str, taken: type[Any], run: Any) -> None:
+    shown = run(verb, "--help").out
+    flags = [one.metadata["flag"] for one in dataclasses.fields(taken) if "flag" in one.metadata]
+    assert [flag for flag in flags if f"  {flag} " not in shown] == []
+    assert len(flags) > 8
 
 
 def test_roots_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

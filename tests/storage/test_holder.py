@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 
 from akd_dist.base.errors import CorruptCacheError, MachineError
 from akd_dist.base.files import stamp_of
-from akd_dist.storage import content, holder
+from akd_dist.storage import content, holder as holder_module
 from akd_dist.storage.content import Guard, marks_of
 from akd_dist.storage.decoded import StoredLogits
 from akd_dist.storage.holder import Holder
@@ -158,14 +159,27 @@ def test_the_next_is_fetched_while_one_is_read(source: Source, pieces: Pieces, g
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
-def test_what_was_read_gives_its_place(source: Source, pieces: Pieces, guard: Guard) -> None:
-    """Where there is no room for two: it is hashed before it goes."""
+def test_what_was_read_gives_its_place(
+    source: Source, pieces: Pieces, guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no room for two: it is hashed before it goes, at once and not when Python looks for cycles."""
+    monkeypatch.setattr(holder_module, "PATIENCE_SECONDS", 0.0)
+    gc.disable()
+    try:
+        one_after_the_other(source, pieces, guard)
+    finally:
+        gc.enable()
+
+
+def one_after_the_other(source: Source, pieces: Pieces, guard: Guard) -> None:
     budget = pieces.nbytes([0]) + 800
     holder = Holder(budget)
     holder.guard = guard
     for number in range(4):
         assert same(holder.move(pieces, [number]), np.arange(*pieces.span(number)))
         holder.expect(pieces, [number + 1])
+        assert holder._ahead is not None
+        concurrent.futures.wait([holder._ahead[1]])
     holder.leave()
     guard.settle()
     holder.close()
@@ -218,7 +232,7 @@ def test_what_others_are_about_to_leave_is_waited_for(pieces: Pieces, guard: Gua
             theirs.clear()
             gc.collect()
 
-    monkeypatch.setattr(holder, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(holder_module, "_POLL_SECONDS", 0.001)
     reading = Holder(room)
     reading.guard = guard
     assert reading.move(pieces, [2, 3], on_wait).numbers == (2, 3)
@@ -227,7 +241,7 @@ def test_what_others_are_about_to_leave_is_waited_for(pieces: Pieces, guard: Gua
     reading.close()
     small = Holder(pieces.nbytes([0, 1]) - 1)
     small.guard = guard
-    monkeypatch.setattr(holder, "PATIENCE_SECONDS", 1e9)
+    monkeypatch.setattr(holder_module, "PATIENCE_SECONDS", 1e9)
     with pytest.raises(MachineError, match="no room"):  # at once: it would not fit an empty cache
         small.move(pieces, [0, 1])
     small.close()
