@@ -73,7 +73,7 @@ def cache_teacher(recipe: Recipe, options: CacheOptions) -> dict[str, Any]:
     inputs = open_inputs(recipe, workspace, students=False, again=options.prepare_again, only_look=options.dry_run)
     with cluster.closing():
         if workspace.address is not None:
-            cluster.connect(workspace.address, tell=workspace.tell)
+            workspace.join()
         plan = foresee_caching(inputs, workspace)
         if options.dry_run:
             return plan.plain()

@@ -42,7 +42,10 @@ _closers: list[str] = []  # holds one entry while a `closing` block is open: blo
 
 
 def connect(
-    address: str | None = None, num_cpus: int | None = None, tell: Callable[[str], None] = lambda text: None
+    address: str | None = None,
+    num_cpus: int | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+    travels: str | None = None,
 ) -> None:
     """Connect to the cluster at `address`, or start one on this machine that listens on loopback only; idempotent.
 
@@ -51,6 +54,7 @@ def connect(
             Ray token, it is shown to the cluster.
         num_cpus: CPUs of a cluster started here; None takes those of the machine.
         tell: told when this takes a moment.
+        travels: the recipe's folder, where it travels to the nodes: workers look for modules in what came with it.
 
     Raises:
         MachineError: no cluster answers there, or none can be started.
@@ -69,7 +73,7 @@ def connect(
         check_address(address)
         passed_on = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
         options |= {"address": address, "runtime_env": {"env_vars": ray_internals.ENVIRONMENT | passed_on}}
-    failure = _init(options | {"job_config": ray_internals.job_with_path(_DriversPath())})
+    failure = _init(options | {"job_config": ray_internals.job_with_path(_DriversPath(travels))})
     if failure is not None:
         reason = failure.__cause__ or failure  # Ray's own wrapper says only that it failed
         lines = [line for line in str(reason).strip().splitlines() if line]
@@ -89,10 +93,18 @@ class _DriversPath(list[str]):
 
     Ray adds the driver's working directory, and has workers look there first: whatever lies in it under the name of a
     module that a library looks for would run. It stays away, unless this process itself looks there.
+
+    Args:
+        apart: the recipe's folder, where it travels: a node that sees the driver's, too, would find each module twice.
     """
+
+    def __init__(self, apart: str | None = None) -> None:
+        super().__init__()
+        self.apart = apart
 
     def extend(self, folders: Iterable[str]) -> None:
         looked_in = {os.path.realpath(place or os.curdir) for place in sys.path}
+        looked_in -= {os.path.realpath(self.apart)} if self.apart is not None else set()
         super().extend(folder for folder in folders if os.path.realpath(folder) in looked_in)
 
 

@@ -105,12 +105,16 @@ class Workspace:
             with contextlib.suppress(HeldError, MachineError), claim_store(self.store_root, name):
                 pass
 
-    def connect(self) -> StopFlag:
-        """Connect to Ray, or start it; the flag that running tasks are to heed."""
+    def join(self) -> None:
+        """Connect to Ray, or start it."""
         from akd_dist.jobs import cluster
 
+        cluster.connect(self.address, tell=self.tell, travels=None if self.folder is None else self.folder.folder)
+
+    def connect(self) -> StopFlag:
+        """Connect to Ray, or start it; the flag that running tasks are to heed."""
         assert self.stop is not None, "whoever runs tasks watches for signals"
-        cluster.connect(self.address, tell=self.tell)
+        self.join()
         self.stop.check()
         return self.stop
 

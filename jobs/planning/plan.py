@@ -111,7 +111,7 @@ def plan_run(
     from akd_dist.jobs import cluster
 
     if workspace.address is not None:
-        cluster.connect(workspace.address, tell=workspace.tell)
+        workspace.join()
     recipe, splits, parameters = inputs.recipe, inputs.splits, inputs.parameters
     caching = foresee_caching(inputs, workspace)
     # Without stores, which may not be there yet: it serves to look at the students' folders.

@@ -166,7 +166,7 @@ def check_chain(recipe: Recipe, splits: Splits, workspace: Workspace, there: int
     else:
         from akd_dist.jobs import cluster
 
-        cluster.connect(workspace.address, tell=workspace.tell)
+        workspace.join()
         nodes = cluster.all_nodes()
     room, demands = room_for(workspace, nodes), demands_of(recipe, splits, [], nodes, blocks=blocks)
     demands = replace(demands, views=1 if there else 0)

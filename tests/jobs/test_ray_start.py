@@ -152,3 +152,13 @@ def test_workers_look_where_the_driver_does(monkeypatch: pytest.MonkeyPatch, tmp
         folders = cluster._DriversPath()
         folders.extend([str(tmp_path)])
         assert folders == ([str(tmp_path)] if looked_in else [])
+
+
+def test_workers_do_not_look_in_a_folder_that_travels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A node that sees the driver's folder would find each of its modules twice, and refuse them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    for apart, kept in ((str(tmp_path), []), (str(tmp_path / "recipe"), [str(tmp_path)])):
+        folders = cluster._DriversPath(apart)
+        folders.extend([str(tmp_path)])
+        assert folders == kept
