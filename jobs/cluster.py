@@ -232,8 +232,10 @@ def _check_answers(address: str) -> None:
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if not (host and port.isdecimal()):
+            raise ValueError("an address without a port")
         socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise MachineError(
             f"no Ray cluster at {address}",
             got=str(error),
@@ -246,6 +248,13 @@ def _check_token(address: str) -> None:
     """Refuse a cluster that does not take this user's token, or this user for having none. It is shown where a cluster
     asks for one.
     """
+    if os.environ.get("RAY_AUTH_MODE") == "token" and not ray_internals.has_token():
+        raise MachineError(  # Ray would end the process, without a word
+            "there is no token to show to a Ray cluster",
+            got="RAY_AUTH_MODE=token, and neither RAY_AUTH_TOKEN nor ~/.ray/auth_token",
+            expected="the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN",
+            next="copy it from the head node (`ray get-auth-token` prints it there), then run the same command",
+        )
     if address.startswith("ray://") or not ray_internals.refuses_token(address):
         return
     if "RAY_AUTH_MODE" not in os.environ and ray_internals.has_token():

@@ -5,6 +5,8 @@ in this process.
 """
 
 import os
+import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -162,3 +164,23 @@ def test_workers_do_not_look_in_a_folder_that_travels(monkeypatch: pytest.Monkey
         folders = cluster._DriversPath(apart)
         folders.extend([str(tmp_path)])
         assert folders == kept
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]:x", ":6379", ""])
+def test_an_address_takes_a_port(address: str) -> None:
+    with pytest.raises(MachineError, match=f"no Ray cluster at {re.escape(address)}") as refused:
+        cluster.check_address(address)
+    assert refused.value.got == "an address without a port"
+
+
+def test_who_has_no_token_and_shall_show_one_is_told(tmp_path: Path) -> None:
+    """Ray would end the process with exit code 1, and say nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_TOKEN")}
+        told = subprocess.run(
+            [sys.executable, "-c", f"from akd_dist.jobs import cluster; cluster.check_address({address!r})"],
+            env=environment | {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)},
+            capture_output=True, text=True, check=False, timeout=900,
+        )  # fmt: skip
+    assert "MachineError: there is no token to show to a Ray cluster" in told.stderr
