@@ -73,6 +73,7 @@ class Needed:
                 _reach(root)
             except AkdError as error:
                 found.append(f"{root}: {error.line}; {error.next}")
+                break  # who is not let in to one place mostly is not to the others, and for the same reason
         try:
             Path(self.cache_root).mkdir(parents=True, exist_ok=True)
         except OSError as error:
