@@ -387,7 +387,12 @@ def _local(data: str, cache_root: Path) -> Iterator[str]:
     root = open_root(parent if one_file else data)
     keys = [name] if one_file else [key for key in root.list() if not is_skipped(key) and may_be_parquet(key)]
     if not keys:
-        raise RefusedError(f"no Parquet file under {data}", got="0 objects", expected="objects that hold Parquet")
+        raise RefusedError(
+            f"no Parquet file under {data}",
+            got="0 objects",
+            expected="objects that hold Parquet",
+            next="name a Parquet object, or what its name begins with up to a slash",
+        )
     cache_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="examples-", dir=cache_root) as folder:
         for key in keys:
@@ -396,5 +401,10 @@ def _local(data: str, cache_root: Path) -> Iterator[str]:
             try:
                 target.write_bytes(root.get(key))
             except ObjectMissing as error:
-                raise RefusedError(f"no Parquet file at {data}", got="nothing there", expected="an object") from error
+                raise RefusedError(
+                    f"no Parquet file at {data}",
+                    got="no object of that name",
+                    expected="one object, or a folder of them; a `*` is read as it stands",
+                    next="name the folder, whose Parquet files are all read",
+                ) from error
         yield str(Path(folder) / name) if one_file else folder
