@@ -163,6 +163,7 @@ class Shared:
         self.tokens: dict[str, Path] = {}
         self.locks: list[int] = []
         self.good: set[str] = set()
+        self.where: dict[str, str] = {}  # each node that was seen, for people
         self.asked: dict[str, tuple[Node, Any, float]] = {}  # the node, its answer, since when
         self.silent: set[str] = set()
         self.bad: dict[str, str] = {}  # what each of them misses, in a line
@@ -204,8 +205,13 @@ class Shared:
             } & there.keys() - self.bad.keys()  # the tokens were written on this node
             for name in there.keys() - self.good - self.bad.keys() - self.asked.keys():
                 self.asked[name] = (there[name], self._ask(name), time_now)
+            self.where |= {name: node.address for name, node in there.items()}
             # A node that comes back has another id, so one that is gone can be forgotten.
-            self.good &= there.keys()
+            for name in self.good - there.keys():
+                self.good.discard(name)
+                self.tell(
+                    f"the node {self.where[name]} is gone; what it worked on goes on elsewhere, from what was kept"
+                )
         for name, (node, answer, asked_at) in list(self.asked.items()):
             if ray.wait([answer], timeout=0)[0]:
                 del self.asked[name]

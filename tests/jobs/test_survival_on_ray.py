@@ -227,6 +227,7 @@ def test_a_node_dies_with_its_worker_and_the_other_goes_on(home: Home, nodes: An
         _, second = driver.until(lambda: held(nodes, lost=node))
         second.resume()
         assert driver.end() == 0, driver.errors.read_text()
+        assert "is gone; what it worked on goes on elsewhere" in driver.errors.read_text()
     assert outcome(tmp_path / "runs" / "fleet") == home.outcome
 
 
