@@ -167,7 +167,27 @@ class ShardColumns(Document):
         return len(self.sha256)
 
 
-class Told(Document):
+class Signed(Document):
+    """A document that may carry a checksum of itself, by which a changed byte is noticed."""
+
+    checksum: Sha256 | None = None
+    """sha256 of the canonical JSON of all the other fields; documents of earlier versions have none."""
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether it is what was written. One without a checksum is not known to be."""
+        return self.checksum is not None and self.checksum == self.digest()
+
+    def signed(self) -> Self:
+        """The same with its checksum."""
+        return self.model_copy(update={"checksum": self.digest()})
+
+    def digest(self) -> str:
+        """The checksum that it has to have."""
+        return sha256(canonical_json(self.model_dump(mode="json", exclude={"checksum"})))
+
+
+class Told(Signed):
     """What the writer of an object says of it, once it is durable."""
 
     key: str
@@ -178,26 +198,12 @@ class Told(Document):
     """What computing the object took; 0 where it was found, or taken from another store."""
     host: str
     creation: Sha256 | None = None
-    """sha256 of the creation document that it was written under."""
-    checksum: Sha256 | None = None
-    """sha256 of the canonical JSON of all the other fields. Receipts of earlier versions have neither."""
+    """sha256 of the creation document that it was written under. Receipts of earlier versions have none."""
 
     @property
     @abstractmethod
     def receipt_key(self) -> str:
         """Where it lies, relative to the store."""
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether it is what was written. One without a checksum is not known to be."""
-        return self.checksum is not None and self.checksum == self._digest()
-
-    def signed(self) -> Self:
-        """The same with its checksum."""
-        return self.model_copy(update={"checksum": self._digest()})
-
-    def _digest(self) -> str:
-        return sha256(canonical_json(self.model_dump(mode="json", exclude={"checksum"})))
 
 
 class Receipt(ShardRecord, Told):

@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import math
 import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from akd_dist.base.errors import AkdError, DamagedError, MachineError, RefusedError
-from akd_dist.base.files import failpoint, sha256
+from akd_dist.base.files import canonical_json, failpoint, is_there, sha256
 from akd_dist.storage.layout import BLOCKS, CREATION_KEY, MANIFEST_KEY, RECEIPTS, ROWS
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
 from akd_dist.storage.receipts import drop_packs, put_receipt, receipts_by_key
-from akd_dist.storage.records import Count, Document, Json, Sha256, Told
+from akd_dist.storage.records import Count, Document, Json, Sha256, Signed, Told, damaged, short
 from akd_dist.storage.roots import open_root
 
 ROWS_FORMAT = 1
 """The format of prepared rows that this version writes, and the newest it reads (docs/reference/store-format.md)."""
+MANIFEST_FORMAT = 2
+"""The same of their manifests: those of format 1 have no checksum."""
+SPLITS = ("train", "validation", "test")
+"""The names of the splits."""
 _NEXT = "run the command again with --prepare-again: the rows are prepared anew"
 
 
@@ -34,7 +39,7 @@ class RowsCreation(Document):
 
     newest: ClassVar[int] = ROWS_FORMAT
 
-    format: int = ROWS_FORMAT
+    format: Annotated[int, Field(ge=1, le=ROWS_FORMAT)] = ROWS_FORMAT
     source: Json
     """What they are made from, and how: sources, split, task, tokenizer, how images become pixels."""
     content: Sha256
@@ -64,6 +69,11 @@ class RowsCreation(Document):
     def rows_of(self, split: str, number: int) -> int:
         """How many rows a block has."""
         return min(self.block_rows, self.rows[split] - number * self.block_rows)
+
+    def fingerprint(self, split: str, blocks: Sequence[str]) -> str:
+        """The fingerprint of a split whose blocks have these digests, in this order."""
+        shape = (self.rows[split], *self.shape)
+        return fingerprint_of(self.dtype, shape, self.block_rows, self.meaning, blocks)
 
     def bytes_of(self, rows: int) -> int:
         """Bytes of the object of so many rows."""
@@ -96,12 +106,12 @@ class SealedSplit(Document):
     """How many rows each class has; empty for regression."""
 
 
-class RowsManifest(Document):
+class RowsManifest(Signed):
     """The seal of prepared rows: all that whoever reads them has to know."""
 
-    newest: ClassVar[int] = ROWS_FORMAT
+    newest: ClassVar[int] = MANIFEST_FORMAT
 
-    format: int = ROWS_FORMAT
+    format: Annotated[int, Field(ge=1, le=MANIFEST_FORMAT)] = MANIFEST_FORMAT
     creation: RowsCreation
     splits: dict[str, SealedSplit]
     findings: list[str]
@@ -109,10 +119,37 @@ class RowsManifest(Document):
     origins: Json
     """What the sources held when they were read."""
 
+    @model_serializer(mode="wrap")
+    def _as_in_its_format(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {field: value for field, value in spell(self).items() if value is not None or field != "checksum"}
+
     @cached_property
     def sha256(self) -> str:
         """Of its canonical bytes."""
         return sha256(self.to_bytes())
+
+    def accounts(self, rows_id: str) -> Iterator[tuple[str, object, object]]:
+        """Each thing that is known twice: its field, what the manifest says, and what follows from all the rest.
+
+        Whoever compares them stops at the first that differs: what comes later builds on those before.
+
+        Args:
+            rows_id: the name of the folder that it lies in.
+        """
+        creation, meaning = self.creation, self.creation.meaning
+        yield "checksum", self.checksum, self.digest() if self.format > 1 else None
+        yield "creation.source", sha256(canonical_json(creation.source)), rows_id
+        yield "creation.rows", sorted(creation.rows), sorted(SPLITS)
+        yield "splits", sorted(self.splits), sorted(SPLITS)
+        classes, of_classes = meaning.get("classes"), creation.labels == "<i8"
+        yield "creation.meaning.classes", type(classes).__name__, "int"
+        yield "creation.meaning.task", meaning.get("task", "classification") == "classification", of_classes
+        for name, split in self.splits.items():
+            yield f"splits.{name}.rows", split.rows, creation.rows[name]
+            yield f"splits.{name}.blocks", len(split.blocks), creation.blocks(name)
+            yield f"splits.{name}.classes", len(split.classes), classes if of_classes else 0
+            yield f"splits.{name}.classes", sum(split.classes), split.rows if of_classes else 0
+            yield f"splits.{name}.fingerprint", split.fingerprint, creation.fingerprint(name, split.blocks)
 
 
 class BlockReceipt(Told):
@@ -186,6 +223,7 @@ def find_rows(root_uri: str, rows_id: str) -> tuple[SealedRows, RowsManifest] | 
 
     Raises:
         DamagedError: the manifest is not what was written, or a block is missing or has another size.
+        RefusedError: the manifest is in a newer format.
     """
     store = rows_root(root_uri, rows_id)
     if (manifest := _read_manifest(store)) is None:
@@ -208,10 +246,11 @@ def begin_rows(writer: RowsWriter) -> None:
     """Begin to write rows, or go on with those that are begun. What was written of other rows is not believed.
 
     Raises:
+        DamagedError: the place of the creation document is taken by what is no file.
         MachineError: the root cannot be written.
     """
     store, ours = writer.store, writer.creation.to_bytes()
-    if not store.put_new(CREATION_KEY, ours) and store.document(CREATION_KEY) != ours:
+    if not store.put_new(CREATION_KEY, ours) and _document(store, CREATION_KEY) != ours:
         store.delete_folder(RECEIPTS)
         store.put(CREATION_KEY, ours)
 
@@ -288,12 +327,12 @@ def write_block(
 
 
 def seal_rows(writer: RowsWriter, manifest: RowsManifest) -> SealedRows:
-    """Write the manifest of complete rows, last; that of whoever sealed the same rows before stays.
+    """Write the manifest of complete rows, signed, last; that of whoever sealed the same rows before stays.
 
     Raises:
         RefusedError: a block is missing.
     """
-    store = writer.store
+    store, manifest = writer.store, manifest.signed()
     sizes = store.list(BLOCKS)
     keys = {f"{BLOCKS}/{digest}" for split in manifest.splits.values() for digest in split.blocks}
     if missing := sorted(keys - sizes.keys()):
@@ -332,14 +371,51 @@ def read_block(uri: str, manifest: RowsManifest, split: str, number: int) -> byt
     return data
 
 
+def fingerprint_of(
+    dtype: str, shape: Sequence[int], block_rows: int, meaning: dict[str, Any], blocks: Sequence[str]
+) -> str:
+    """The fingerprint of rows whose blocks have these digests.
+
+    Args:
+        dtype: of inputs.
+        shape: of all inputs, [rows, ...].
+        block_rows: rows of a block.
+        meaning: what labels and ids mean.
+    """
+    header = {"dtype": dtype, "shape": list(shape[1:]), "rows": shape[0], "block_rows": block_rows, **meaning}
+    return sha256(canonical_json({**header, "blocks": list(blocks)}))
+
+
 def _read_manifest(store: ObjectRoot) -> RowsManifest | None:
-    try:
-        return RowsManifest.from_bytes(store.document(MANIFEST_KEY), store.path_of(MANIFEST_KEY))
-    except ObjectMissing:
+    """The manifest, if there is one, compared with itself."""
+    if (data := _document(store, MANIFEST_KEY)) is None:
         return None
+    where = store.path_of(MANIFEST_KEY)
+    try:
+        manifest = RowsManifest.from_bytes(data, where)
+        for field, told, expected in manifest.accounts(store.name):
+            if told != expected:
+                raise damaged(where, f"{field}: {short(told)}", expected)
     except DamagedError as error:
         error.next = _NEXT
         raise
+    return manifest
+
+
+def _document(store: ObjectRoot, key: str) -> bytes | None:
+    """A document of prepared rows; None where nothing lies in its place."""
+    try:
+        return store.document(key)
+    except ObjectMissing:
+        path = store.local_path(key)
+        if path is None or not is_there(path):
+            return None
+    raise DamagedError(
+        f"{path} is damaged",
+        got="a folder, or something else that is no file",
+        expected="a file",
+        next=f"remove the folder {store.uri}, and run the command again: the rows are prepared anew",
+    )
 
 
 def _publish(store: ObjectRoot, key: str, data: bytes, digest: str) -> None:

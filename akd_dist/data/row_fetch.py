@@ -64,11 +64,19 @@ def held_splits(sizes: Mapping[str, int], room: int, *, windowed: bool, in_order
     """
     if not windowed and not in_order:
         return set(sizes)
-    if sum(sizes.values()) <= room // 2:
+    for_others, for_all = holding_rooms(sizes)
+    if room >= for_all:
         return set(sizes)
     # Validation and test rows are read from the first to the last; held, they need not be fetched in each epoch.
-    others = {name: size for name, size in sizes.items() if name != "train"}
-    return set(others) if sum(others.values()) <= room // 4 else set()
+    return set(sizes) - {"train"} if room >= for_others else set()
+
+
+def holding_rooms(sizes: Mapping[str, int]) -> tuple[int, int]:
+    """From how much room on `held_splits` holds validation and test rows where it need not hold all rows, and from how
+    much on it holds the train rows as well.
+    """
+    whole = sum(sizes.values())
+    return 4 * (whole - sizes["train"]), 2 * whole
 
 
 def fetch_rows(

@@ -29,7 +29,7 @@ from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged,
 from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels
 from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile
 from akd_dist.data.row_cache import Progress, key_of
-from akd_dist.data.rows import BLOCK_ROWS, SPLITS, block_fingerprint, meaning_of
+from akd_dist.data.rows import BLOCK_ROWS, SPLITS, meaning_of
 from akd_dist.data.sources.base import local_files, remote_files
 from akd_dist.data.splitting import is_drawn, split_of_source
 from akd_dist.storage.layout import ROWS
@@ -306,14 +306,14 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
         lines += frames_note(sum(of), f"data.{name}")
     lines += plan.lines
     hashes, splits = dict[str, np.ndarray](), dict[str, SealedSplit]()
-    for split, rows in creation.rows.items():
+    for split in creation.rows:
         mine = [receipts[receipt_key(split, number)] for number in range(creation.blocks(split))]
         hashes[split] = np.frombuffer(b"".join(base64.b64decode(one.hashes) for one in mine), "<i8").copy()
         hashes[split].sort()
-        blocks, shape = [one.sha256 for one in mine], (rows, *creation.shape)
-        found = block_fingerprint(np.dtype(creation.dtype), shape, creation.meaning, blocks)
+        blocks = [one.sha256 for one in mine]
+        found = creation.fingerprint(split, blocks)
         of_classes = plan.counts[SPLITS.index(split)].tolist()
-        splits[split] = SealedSplit(rows=rows, fingerprint=found, blocks=blocks, classes=of_classes)
+        splits[split] = SealedSplit(rows=creation.rows[split], fingerprint=found, blocks=blocks, classes=of_classes)
     lines += findings.of_hashes({split: hashes[split] for split in SPLITS})
     origins = plan.origins | {"shown": show({name: one.source for name, one in plan.readings.items()})}
     check_unchanged(plan.origins, plan.stamps)

@@ -16,7 +16,6 @@ import numpy as np
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import splitting
 from akd_dist.data.blocks import default_threads
 from akd_dist.data.origins import SourceCheck
@@ -24,7 +23,7 @@ from akd_dist.data.text import Tokens
 from akd_dist.storage.content import Content, Part, digest
 from akd_dist.storage.holder import Moving
 from akd_dist.storage.pieces import PieceArray
-from akd_dist.storage.rows import SealedRows
+from akd_dist.storage.rows import SealedRows, fingerprint_of
 
 BLOCK_ROWS = 4096
 """Rows of one block of the fingerprint."""
@@ -251,14 +250,7 @@ def block_fingerprint(
         dtype: of inputs.
         shape: of all inputs, [rows, ...].
     """
-    header = {
-        "dtype": dtype.str,
-        "shape": list(shape[1:]),
-        "rows": shape[0],
-        "block_rows": BLOCK_ROWS,
-        **meaning,
-    }
-    return sha256(canonical_json({**header, "blocks": list(blocks)}))
+    return fingerprint_of(dtype.str, shape, BLOCK_ROWS, meaning, blocks)
 
 
 def _block(inputs: np.ndarray, labels: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:

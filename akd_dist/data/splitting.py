@@ -8,8 +8,9 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.findings import refuse_lost_classes
 from akd_dist.data.sources.base import Source
+from akd_dist.storage import rows as stored
 
-SPLITS = ("train", "validation", "test")
+SPLITS = stored.SPLITS
 LEFT_OUT = len(SPLITS)
 """In place of a split: a train row that is not in the subset."""
 # The key of the generator that draws a subset. Key 0 draws the split, and the epochs shuffle with the keys from 1 on:

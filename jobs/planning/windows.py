@@ -6,14 +6,14 @@ It decides the order of the rows, and so the weights: it is settled when a run b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import read_json
 from akd_dist.base.formatting import size
-from akd_dist.data.row_fetch import held_splits
+from akd_dist.data.row_fetch import held_splits, holding_rooms
 from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Splits
 from akd_dist.distill.stream import WINDOWS_AT_ONCE
 from akd_dist.jobs.packing import Node
@@ -24,6 +24,7 @@ from akd_dist.storage.layout import StoreLayout
 from akd_dist.storage.node_cache import room_in
 
 _ANSWER_SECONDS = 60.0
+_MORE_ROOM = "raise AKD_DIST_CACHE_BUDGET, free some space, or choose another --cache-root"
 
 
 @dataclass(frozen=True)
@@ -83,28 +84,55 @@ class Demands:
         return window
 
     def least(self, room: int) -> int:
-        """The least bytes by which one of both ways would go: all rows together, or the smallest windows."""
-        held = self.held(room)
-        return min(self.whole, self._needs(held, self._smallest(held)))
+        """The smallest room, of this size or larger, for which `window` finds a way: all rows together, or windows."""
+        windows = self._least_room(room, lambda held: self._needs(held, self._smallest(held)))
+        return min(max(room, self.whole), windows)
 
     def at_least(self, room: int, window: int | None, groups: int = 1) -> int:
-        """What one cohort has to have there at once: where rows are read by windows of so many, so many groups of them,
-        beside what is held all the time. With no more room than that, nothing is fetched ahead.
+        """The smallest room, of this size or larger, for what one cohort has to have there at once: where rows are read
+        by windows of so many, so many groups of them, beside what is held all the time. With no more room than that,
+        nothing is fetched ahead.
         """
         if window is None:
-            return sum(self.splits.values()) + min(self.views, 1) * self.view
-        held = self.held(room)
-        return sum(self.splits[name] for name in held) + groups * self._group(held, window)
+            return max(room, sum(self.splits.values()) + min(self.views, 1) * self.view)
+        return self._least_room(room, lambda held: self._held_bytes(held) + groups * self._group(held, window))
+
+    def fitting(self, room: int, groups: int = 1) -> int | None:
+        """A window for which this room is enough: that of `window`, else a small one by which nothing is fetched ahead;
+        None where there is no such window.
+        """
+        with contextlib.suppress(ValueError):
+            if (window := self.window(room)) is not None:
+                return window
+        # No window touches less than one of these two: all others have a part of one more piece of logits or of rows.
+        smallest = sorted({self.piece_rows, self.input_rows or self.piece_rows}, reverse=True)
+        return next((window for window in smallest if self.at_least(room, window, groups) == room), None)
 
     def held(self, room: int) -> set[str]:
         """The splits that are there all the time, in a cache of so many bytes."""
         return held_splits(self.splits, room, windowed=True) if self.input_rows else set(self.splits)
 
+    def _least_room(self, room: int, needs: Callable[[Collection[str]], int]) -> int:
+        """The smallest room, of this size or larger, that is enough for what is needed.
+
+        A larger room may need more, since more splits are held in it: so each range of rooms in which the same splits
+        are held is looked at by itself.
+
+        Args:
+            needs: bytes that are needed where these splits are held.
+        """
+        larger = sorted(start for start in holding_rooms(self.splits) if start > room)
+        found = ((self.held(start), max(start, needs(self.held(start)))) for start in (room, *larger))
+        return next(enough for held, enough in found if self.held(enough) == held)
+
+    def _held_bytes(self, held: Collection[str]) -> int:
+        return sum(self.splits[name] for name in held)
+
     def _smallest(self, held: Collection[str]) -> int:
         return self.piece_rows if "train" in held else max(self.piece_rows, self.input_rows)
 
     def _needs(self, held: Collection[str], window: int) -> int:
-        return sum(self.splits[name] for name in held) + 2 * 2 * self._group(held, window) * self.sharing
+        return self._held_bytes(held) + 2 * 2 * self._group(held, window) * self.sharing
 
     def _group(self, held: Collection[str], window: int) -> int:
         kinds = [(self.piece_rows, self.row)]
@@ -170,18 +198,22 @@ def check_chain(recipe: Recipe, splits: Splits, workspace: Workspace, there: int
         nodes = cluster.all_nodes()
     room, demands = room_for(workspace, nodes), demands_of(recipe, splits, [], nodes, blocks=blocks)
     demands = replace(demands, views=1 if there else 0)
-    with contextlib.suppress(ValueError):
-        if (window := demands.window(room)) is None:
-            return
-        raise MachineError(
-            f"{'an assistant' if there else 'the teacher'} is trained on rows that are shuffled together, and the "
-            "cache of a node has no room for them",
-            got=f"{size(room)} that it may have",
-            expected=f"{size(demands.whole)}",
-            next=f"set data.window in the recipe, to {window} for example, so that rows are shuffled in windows; "
-            "or raise AKD_DIST_CACHE_BUDGET",
+    if demands.whole <= room:
+        return
+    if (window := demands.fitting(room)) is not None:
+        advice = (
+            f"set data.window in the recipe, to {window} for example, so that rows are shuffled in windows; "
+            f"or {_MORE_ROOM}"
         )
-    choose(demands, room)
+    else:
+        advice = f"{_MORE_ROOM}: no data.window would do with less than {_exactly(demands.least(room))}"
+    raise MachineError(
+        f"{'an assistant' if there else 'the teacher'} is trained on rows that are shuffled together, and the "
+        "cache of a node has no room for them",
+        got=f"{size(room)} that it may have",
+        expected=_exactly(demands.whole),
+        next=advice,
+    )
 
 
 def settled(recipe: Recipe, run: Path, *, fresh: bool) -> Shuffle | None:
@@ -213,8 +245,8 @@ def choose(demands: Demands, room: int) -> Shuffle:
         raise MachineError(
             "the cache of a node has no room for what students read at a time",
             got=f"{size(room)} that it may have",
-            expected=f"{size(demands.least(room))} for a few windows of rows and logits, and the rows that are held",
-            next="raise AKD_DIST_CACHE_BUDGET, free some space, or choose another --cache-root",
+            expected=f"{_exactly(demands.least(room))} for a few windows of rows and logits, and rows that are held",
+            next=_MORE_ROOM,
         ) from None
     if window is None:
         return Shuffle(None, "all that is read at a time fits the cache")
@@ -224,23 +256,39 @@ def choose(demands: Demands, room: int) -> Shuffle:
 def check_window(demands: Demands, shuffle: Shuffle, room: int, *, workers: int = 1) -> None:
     """Refuse a shuffle that was settled before, where a node's cache has no room for what one cohort reads at once.
 
+    The message says how a run that begins would fit this room, if there is a way.
+
     Args:
         workers: the most workers of a student: those of a node may stand in two groups of windows.
 
     Raises:
         MachineError: it does not fit; names need and budget.
     """
-    if (need := demands.at_least(room, shuffle.window, min(workers, 2))) > room:
+    groups = min(workers, 2)
+    if (need := demands.at_least(room, shuffle.window, groups)) > room:
         what = (
             "all rows and a view" if shuffle.window is None else f"{WINDOWS_AT_ONCE} windows of {shuffle.window:,} rows"
         )
         raise MachineError(
             f"the cache of a node has no room for {what}, by which this run shuffles",
             got=f"{size(room)} that it may have",
-            expected=f"{size(need)}, with all that is held beside",
-            next="raise AKD_DIST_CACHE_BUDGET, free some space, or choose another --cache-root; a run that begins may "
-            "have another data.window",
+            expected=f"{_exactly(need)}, with all that is held beside",
+            next=f"{_MORE_ROOM}; {_another_shuffle(demands, room, groups)}",
         )
+
+
+def _another_shuffle(demands: Demands, room: int, groups: int) -> str:
+    """How a run that begins would fit this room."""
+    if demands.whole <= room:
+        return "a run that begins fits as it is without data.window in the recipe: its rows are shuffled all together"
+    if (window := demands.fitting(room, groups)) is None:
+        return "no data.window would do with as little as there is"
+    return f"a run that begins fits with another data.window in the recipe, {window} for example"
+
+
+def _exactly(count: int) -> str:
+    """Bytes as people say them, and to the last one: a budget that was rounded down would be refused again."""
+    return f"{size(count)} ({count:,} bytes)"
 
 
 def room_for(workspace: Workspace, nodes: Sequence[Node]) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 import pickle
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +20,17 @@ import pytest
 from PIL import Image
 
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
+from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import row_blocks, row_store, rows
 from akd_dist.data.row_blocks import BlockRun, write_run
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.row_fetch import fetch_rows
-from akd_dist.data.row_store import Prepared, RowsPlan, Take, ensure_rows
+from akd_dist.data.row_store import Prepared, RowsPlan, Take, ensure_rows, find_prepared
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.recipe import ByteText, DataSpec, Digits
 from akd_dist.storage import removal, rows as stored
 from akd_dist.storage.catalog import list_stores
-from akd_dist.storage.layout import BLOCKS
+from akd_dist.storage.layout import BLOCKS, CREATION_KEY, MANIFEST_KEY
 from akd_dist.storage.uses import using
 from tests import sources
 from tests.sources import KINDS, source
@@ -228,6 +232,142 @@ def test_a_block_that_is_gone_before_the_seal_is_written_again(tmp_path: Path, m
     again: list[BlockRun] = []
     at_root(data, tmp_path, noting(again))
     assert sum(len(run.numbers) for run in again) == 2
+
+
+def manifest_of(prepared: Prepared) -> Path:
+    return Path(prepared.sealed.uri) / MANIFEST_KEY
+
+
+def before_checksums(manifest: Path) -> dict[str, Any]:
+    """The manifest's document as format 1 had it, which is written in its place."""
+    document: dict[str, Any] = json.loads(manifest.read_bytes())
+    del document["checksum"]
+    document["format"] = 1
+    manifest.write_bytes(canonical_json(document))
+    return document
+
+
+def refused_manifest(data: DataSpec, root: Path, manifest: Path) -> DamagedError:
+    """What the command and its dry run say of it, in the same words."""
+    with pytest.raises(DamagedError, match=re.escape(str(manifest))) as damaged:
+        at_root(data, root)
+    with pytest.raises(DamagedError) as foreseen:
+        find_prepared(data, str(root / "stores"))
+    assert str(foreseen.value) == str(damaged.value)
+    assert "--prepare-again" in str(damaged.value.next)
+    return damaged.value
+
+
+def test_rows_that_are_written_twice_have_one_manifest(tmp_path: Path) -> None:
+    one, other = (at_root(DATA["digits"](tmp_path), tmp_path / name) for name in ("one", "other"))
+    assert manifest_of(one).read_bytes() == manifest_of(other).read_bytes()
+
+
+def test_any_changed_byte_of_a_manifest_is_refused(tmp_path: Path) -> None:
+    data = own_sources(tmp_path / "data")
+    manifest = manifest_of(at_root(data, tmp_path))
+    whole = manifest.read_bytes()
+    draw = np.random.default_rng(7)
+    for place in draw.choice(len(whole), 250, replace=False):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << int(draw.integers(0, 8))
+        manifest.write_bytes(changed)
+        # A format that is higher by a flipped bit looks like that of a newer version.
+        with pytest.raises((DamagedError, RefusedError), match=re.escape(str(manifest))):
+            find_prepared(data, str(tmp_path / "stores"))
+    changed = bytearray(whole.replace(b'"fingerprint":"', b'"fingerprint":"0', 1))
+    del changed[whole.index(b'"fingerprint":"') + len('"fingerprint":"') + 64]
+    manifest.write_bytes(changed)
+    refused_manifest(data, tmp_path, manifest)
+    check_same(fetch_rows(at_root(data, tmp_path, again=True).sealed, tmp_path / "node"), prepare(data, tmp_path / "c"))
+
+
+def test_a_manifest_without_its_checksum_is_refused_but_one_of_before_is_read(tmp_path: Path) -> None:
+    data = DATA["digits"](tmp_path)
+    prepared = at_root(data, tmp_path)
+    manifest = manifest_of(prepared)
+    document = before_checksums(manifest)
+    found = at_root(data, tmp_path, lambda *_: pytest.fail("they are there"))
+    assert found.manifest.checksum is None
+    check_same(fetch_rows(found.sealed, tmp_path / "node"), prepare(data, tmp_path / "cache"))
+    manifest.write_bytes(canonical_json(document | {"format": 2}))
+    assert "checksum" in str(refused_manifest(data, tmp_path, manifest).got)
+
+
+def swap_blocks(document: dict[str, Any]) -> None:
+    blocks = document["splits"]["train"]["blocks"]
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+
+
+def rename_split(document: dict[str, Any]) -> None:
+    for splits in (document["splits"], document["creation"]["rows"]):
+        splits["tesu"] = splits.pop("test")
+
+
+def forget_split(document: dict[str, Any]) -> None:
+    del document["splits"]["test"]
+
+
+def rename_classes(document: dict[str, Any]) -> None:
+    document["creation"]["meaning"]["classet"] = document["creation"]["meaning"].pop("classes")
+
+
+def set_in(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(document: dict[str, Any]) -> None:
+        *folders, field = path.split(".")
+        for folder in folders:
+            document = document[folder]
+        document[field] = value
+
+    return change
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "swapped blocks": (swap_blocks, "splits.train.fingerprint"),
+    "another split": (rename_split, "creation.rows"),
+    "no test split": (forget_split, "splits"),
+    "no classes": (rename_classes, "creation.meaning.classes"),
+    "other classes": (set_in("creation.meaning.classes", 11), "splits.test.classes"),
+    "a task": (set_in("creation.meaning.task", "regression"), "creation.meaning.task"),
+    "other labels": (set_in("creation.labels", "<f4"), "creation.meaning.task"),
+    "another shape": (set_in("creation.shape", [1, 64]), "fingerprint"),
+    "another source": (set_in("creation.source.seed", 5), "creation.source"),
+    "other rows": (set_in("splits.train.rows", 1259), "splits.train.rows"),
+    "other rows of the creation": (set_in("creation.rows.train", 1259), "splits.train.rows"),
+    "fewer rows in blocks": (set_in("creation.block_rows", 8), "blocks"),
+    "other counts": (set_in("splits.train.classes", [1258] + [1] * 9), "splits.train.classes"),
+    "another fingerprint": (set_in("splits.validation.fingerprint", "0" * 64), "splits.validation.fingerprint"),
+}
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("which", DAMAGES)
+def test_a_manifest_that_contradicts_itself_is_refused(which: str, signed: bool, tmp_path: Path) -> None:
+    """One of before checksums as well, and one whose checksum somebody has made anew."""
+    data = DATA["digits"](tmp_path)
+    manifest = manifest_of(at_root(data, tmp_path))
+    document = before_checksums(manifest)
+    damage, named = DAMAGES[which]
+    damage(document)
+    if signed:
+        document["format"] = 2
+        document["checksum"] = sha256(canonical_json(document))
+    manifest.write_bytes(canonical_json(document))
+    assert named in str(refused_manifest(data, tmp_path, manifest).got)
+
+
+@pytest.mark.parametrize("key", [CREATION_KEY, MANIFEST_KEY])
+def test_a_folder_in_place_of_a_document_is_one_message(key: str, tmp_path: Path) -> None:
+    data = DATA["digits"](tmp_path)
+    folder = Path(at_root(data, tmp_path).sealed.uri)
+    (folder / MANIFEST_KEY).unlink()
+    (folder / key).unlink(missing_ok=True)
+    (folder / key).mkdir()
+    with pytest.raises(DamagedError, match=re.escape(str(folder / key))) as damaged:
+        at_root(data, tmp_path)
+    assert f"remove the folder {folder}" in str(damaged.value.next)
+    shutil.rmtree(folder)
+    at_root(data, tmp_path)
 
 
 def test_other_content_in_the_same_files_is_other_rows(tmp_path: Path) -> None:

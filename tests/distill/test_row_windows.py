@@ -192,5 +192,10 @@ def test_a_teacher_is_not_trained_where_its_rows_do_not_fit(
     with pytest.raises(MachineError, match="the teacher is trained on rows that are shuffled together") as refused:
         windows.check_chain(recipe, inputs.splits, workspace, 0)
     assert "data.window in the recipe, to 32 for example" in str(refused.value.next)
+    assert f"({inputs.splits.nbytes:,} bytes)" in str(refused.value.expected)
+    monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", "5000")
+    with pytest.raises(MachineError, match="the teacher is trained on rows that are shuffled together") as hopeless:
+        windows.check_chain(recipe, inputs.splits, workspace, 0)
+    assert "no data.window would do" in str(hopeless.value.next)
     given = a_recipe(STUDENTS, teacher=own, data=data | {"window": WINDOW})
     windows.check_chain(given, inputs.splits, workspace, 0)

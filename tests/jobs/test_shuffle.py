@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,91 @@ def test_rows_that_leave_no_half_to_windows_are_read_by_windows(room: int, shari
     whole_pieces = (-(-window // 64) + (window % 64 > 0)) * 64  # of one more where windows do not end with pieces
     taken = window * 10 + (0 if "train" in held else whole_pieces * 30)
     assert 2 * WINDOWS_AT_ONCE * taken * sharing <= (room - sum(sizes[name] for name in held)) / 2
+
+
+@st.composite
+def any_demands(draw: st.DrawFn) -> Demands:
+    """Rows that are fetched in blocks, or held; of few bytes and many, beside logits of few bytes and many."""
+    sizes = st.integers(1, 20_000)
+    rows, input_row, row = draw(sizes), draw(st.integers(1, 3_000)), draw(st.integers(1, 3_000))
+    splits = {"train": rows * input_row, "validation": draw(sizes) * input_row, "test": draw(sizes) * input_row}
+    pieces, blocks = draw(st.integers(1, 6_000)), draw(st.sampled_from([0, 64, 1_000, 4_096]))
+    return Demands(splits, input_row, blocks, rows * row, draw(st.integers(1, 9)), row, pieces, draw(st.integers(1, 4)))
+
+
+def named_bytes(refused: MachineError) -> int:
+    """The room that a refusal asks for."""
+    exact = re.search(r"\(([\d,]+) bytes\)", str(refused.expected))
+    assert exact is not None
+    return int(exact[1].replace(",", ""))
+
+
+def check_named_room(accept: Callable[[int], object], room: int) -> None:
+    """What is refused in this room is accepted in the room that the refusal names, and in none between."""
+    try:
+        accept(room)
+    except MachineError as refused:
+        named = named_bytes(refused)
+    else:
+        return
+    assert named > room
+    accept(named)
+    with pytest.raises(MachineError) as short:
+        accept(named - 1)
+    assert named_bytes(short.value) == named
+
+
+@settings(max_examples=500, deadline=None)
+@given(any_demands(), st.floats(0, 1.2))
+def test_the_room_that_a_choice_names_is_accepted(demands: Demands, share: float) -> None:
+    check_named_room(lambda room: choose(demands, room), int(demands.whole * share))
+
+
+@settings(max_examples=500, deadline=None)
+@given(any_demands(), st.floats(0, 1.2), st.none() | st.integers(1, 30_000), st.integers(1, 2))
+def test_the_room_that_a_settled_window_needs_is_accepted(
+    demands: Demands, share: float, window: int | None, workers: int
+) -> None:
+    room, settled_so = int(demands.whole * share), Shuffle(window, "as the recipe's data.window says")
+    check_named_room(lambda room: check_window(demands, settled_so, room, workers=workers), room)
+    try:
+        check_window(demands, settled_so, room, workers=workers)
+    except MachineError as refused:
+        advice = str(refused.next)
+    else:
+        return
+    told = re.search(r"another data.window in the recipe, (\d+) for example", advice)
+    if told is not None:
+        check_window(demands, replace(settled_so, window=int(told[1])), room, workers=workers)
+    elif "without data.window" in advice:
+        assert choose(demands, room).window is None
+    else:
+        assert "no data.window would do" in advice
+        for other in {1, demands.piece_rows, demands.input_rows or 1, 777, 4_096, 10**6}:
+            with pytest.raises(MachineError):
+                check_window(demands, replace(settled_so, window=other), room, workers=workers)
+
+
+def test_a_larger_room_in_which_more_is_held_may_be_refused_and_names_a_larger_one() -> None:
+    """72 MB of rows: with 10 MB less was named than a node that has as much goes on to ask for."""
+    sizes = {"train": 72_000_000, "validation": 2_000_000, "test": 2_000_000}
+    demands = Demands(sizes, 3_600, 4_096, view=800_000, views=3, row=40, piece_rows=1_280)
+    for room in (10_000_000, 40_000_000):
+        check_named_room(lambda room: choose(demands, room), room)
+
+
+def test_a_window_that_would_fit_is_named() -> None:
+    """Windows that do not end with blocks touch one more each: 3,000 rows two blocks of 4,096, and 4,096 rows one."""
+    sizes = {"train": 10**9, "validation": 10**7, "test": 10**7}
+    demands = Demands(sizes, 1_000, 4_096, view=40_000_000, views=3, row=40, piece_rows=1_024)
+    given = Shuffle(3_000, "as the recipe's data.window says")
+    with pytest.raises(MachineError, match="no room for 4 windows of 3,000 rows") as refused:
+        check_window(demands, given, 20_000_000)
+    assert "another data.window in the recipe, 4096 for example" in str(refused.value.next)
+    check_window(demands, replace(given, window=4_096), 20_000_000)
+    with pytest.raises(MachineError) as hopeless:
+        check_window(demands, given, 1_000_000)
+    assert "no data.window would do" in str(hopeless.value.next)
 
 
 @pytest.fixture
