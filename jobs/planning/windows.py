@@ -176,7 +176,7 @@ def demands_of(
 
 
 def check_chain(recipe: Recipe, splits: Splits, workspace: Workspace, there: int) -> None:
-    """Refuse to train the next model of the chain where a node has no room for what it reads, and no window is given.
+    """Refuse to train the next model of the chain where a node has no room for what it reads.
 
     A window changes its weights, and so what it is found by: it is not chosen from the room that there happens to be.
 
@@ -187,7 +187,7 @@ def check_chain(recipe: Recipe, splits: Splits, workspace: Workspace, there: int
         MachineError: no room; names need, room and a window that fits.
     """
     blocks = workspace.address is not None or splits.train.sealed is not None
-    if recipe.data.window is not None or (not blocks and not there):  # rows that were prepared here have their room
+    if not blocks and not there:  # rows that were prepared here have their room
         return
     if workspace.address is None:
         nodes: Sequence[Node] = []
@@ -198,6 +198,9 @@ def check_chain(recipe: Recipe, splits: Splits, workspace: Workspace, there: int
         nodes = cluster.all_nodes()
     room, demands = room_for(workspace, nodes), demands_of(recipe, splits, [], nodes, blocks=blocks)
     demands = replace(demands, views=1 if there else 0)
+    if recipe.data.window is not None:
+        check_window(demands, Shuffle(recipe.data.window, "as the recipe's data.window says"), room)
+        return
     if demands.whole <= room:
         return
     if (window := demands.fitting(room)) is not None:
