@@ -145,18 +145,6 @@ def test_an_empty_object_for_a_folder_is_nothing_in_it(bucket: str) -> None:
     assert list(root.below("receipts")) == ["receipts/one"]
 
 
-def test_a_store_is_built_and_opened_among_empty_objects_for_folders(bucket: str) -> None:
-    root = open_root(f"{bucket}/consoles")
-    writer = create_store(root.uri, stores.creation())
-    for name in ("", f"{writer.id}/", f"{writer.id}/receipts/", f"{writer.id}/uses/", f"{writer.id}/arrays.zarr/"):
-        put_marker(bucket, f"consoles/{name}")
-    stores.write(writer, writer.layout.shard(0, 0))
-    assert len(missing_shards(writer)) == 3
-    stores.build(root.uri)
-    assert repair.verify_store(root.uri, writer.id) == []
-    assert removal.gc(root.uri) == []
-
-
 # ---- a store's life
 
 
