@@ -92,6 +92,7 @@ class RemoteRun(LocalRun):
         Raises:
             HeldError: somebody else drives the run.
             MachineError: the storage cannot be read or written.
+            DamagedError: what lies there says of attempts what cannot be.
         """
         root = self.objects.root
         with contextlib.ExitStack() as holding:
@@ -107,6 +108,7 @@ class RemoteRun(LocalRun):
                     next="wait for it, or stop that process; one that is dead is taken over by the command itself",
                 )
             self.copy.refresh(heads=True)
+            self.copy.control.check(root)
             yield
 
     @contextlib.contextmanager

@@ -5,6 +5,8 @@ recipe's could stand in for a library's; and a driver that `ray job submit` star
 another. So it goes through Ray's object store, and lies in each node's cache root, by content.
 """
 
+# ruff: noqa: PTH110, PTH112  -- those of pathlib raise for what may not be looked at, and for names that are too long
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,9 +14,10 @@ import glob
 import io
 import os
 import shutil
+import stat
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,6 +119,9 @@ class WorkingDir:
 
         Args:
             kept_out: folders that stay where they are, as stores and runs.
+
+        Raises:
+            RefusedError: the recipe names a file in its folder that cannot be sent.
         """
         folder, document = recipe.folder, recipe.model_dump(mode="json", exclude={"folder"})
         rows = {name: document["data"][name] for name in ("train", "validation", "test")}
@@ -139,13 +145,16 @@ class WorkingDir:
     @classmethod
     def _of(cls, recipe: Recipe, folder: str | None, paths: list[str], kept_out: Sequence[str]) -> WorkingDir:
         own = [path for path in paths if folder is not None and _below(path, folder) is not None]
-        if folder is None or not (own or recipe.trusted.factories) or not Path(folder).is_dir():
+        if folder is None or not (own or recipe.trusted.factories) or not os.path.isdir(folder):
             return cls(needed=paths)
         if (sent := _sent_by_a_job(Path(folder))) is not None:
             return cls(folder, needed=[path for path in paths if path not in own], sent=sent)
-        sizes = _sizes(Path(folder), [os.path.realpath(one) for one in kept_out])
+        kept_out = [os.path.realpath(one) for one in kept_out]
+        sizes = _sizes(Path(folder), kept_out)
         note = None
-        if sizes is None:
+        if sizes is not None:
+            _check(file for path in own for file in _files_named(path, kept_out))
+        else:
             sizes, left = _chosen(Path(folder), own)
             note = f"the folder {folder} is larger than {size(LIMIT)}: of it, modules and what the recipe names travel"
             note += f" to the nodes, but not {', '.join(left)}" if left else " to the nodes"
@@ -196,7 +205,7 @@ def there(path: str) -> bool:
 def _matching(path: str) -> list[Path]:
     """What a path names, or a pattern; nothing where nothing is."""
     found = glob.glob(path) if glob.has_magic(path) else [path]  # noqa: PTH207  # it may be absolute
-    return [Path(one) for one in found if Path(one).exists()]
+    return [Path(one) for one in found if os.path.exists(one)]
 
 
 def moved(value: Value, packed: Packed, place: Path) -> Value:
@@ -272,17 +281,64 @@ def _below(path: str, folder: str) -> str | None:
 
 def _carries(path: str, folder: str, carried: set[str]) -> bool:
     """Whether all that a path names is among the files that travel."""
-    inside = [_below(str(file), folder) for one in _matching(path) for file in _inside(one)]
+    inside = [_below(str(file), folder) for file in _files_named(path)]
     return bool(inside) and set(inside) <= carried
 
 
-def _inside(path: Path) -> list[Path]:
-    """The files at a path, or in the folder there."""
-    return list(_files(path, [])) if path.is_dir() else [path]
+def _files_named(path: str, kept_out: Sequence[str] = ()) -> Iterator[Path]:
+    """The files that a path or a pattern names, those in a folder that it names, too."""
+    for one in _matching(path):
+        yield from _files(one, kept_out) if os.path.isdir(one) else [one]
+
+
+def _size(path: Path) -> int | None:
+    """The size of a regular file, or of the one that a link leads to; None for all else, as what is not to be seen."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _obstacle(path: Path) -> str | None:
+    """Why a file cannot be sent; None where it can."""
+    try:
+        str(path).encode()  # an archive has its names in UTF-8
+        if _size(path) is None:
+            return "no regular file"
+        # Some can be opened and not be read, as those in /proc.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            os.read(file, 1)
+        finally:
+            os.close(file)
+    except UnicodeEncodeError:
+        return "a name that is not UTF-8"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _check(files: Iterable[Path]) -> None:
+    """Refuse a file that the recipe names and that cannot be sent.
+
+    Raises:
+        RefusedError: there is one.
+    """
+    for file in files:
+        if (obstacle := _obstacle(file)) is not None:
+            raise RefusedError(
+                f"{file}, which the recipe names, cannot be sent to the nodes",
+                got=obstacle,
+                expected="a regular file that this user can read, with a name in UTF-8",
+                next="make it one, or move it out of the recipe's folder to where every node has it",
+            )
 
 
 def _files(folder: Path, kept_out: Sequence[str]) -> Iterator[Path]:
-    """The files of a folder: not hidden ones, not what Python wrote, not of an environment, no links to folders."""
+    """The regular files of a folder, and links to some: not hidden ones, not what Python wrote, not of an environment,
+    not of folders that links lead to.
+    """
     for place, folders, names in os.walk(folder):
         here = Path(place)
         folders[:] = sorted(
@@ -291,18 +347,22 @@ def _files(folder: Path, kept_out: Sequence[str]) -> Iterator[Path]:
             if not name.startswith(".")
             and name != "__pycache__"
             and os.path.realpath(here / name) not in kept_out
-            and not (here / name / _AN_ENVIRONMENT).exists()
+            and not os.path.exists(here / name / _AN_ENVIRONMENT)
         )
-        yield from (here / name for name in sorted(names) if not name.startswith(".") and (here / name).is_file())
+        yield from (
+            here / name for name in sorted(names) if not name.startswith(".") and _size(here / name) is not None
+        )
 
 
 def _sizes(folder: Path, kept_out: Sequence[str]) -> dict[str, int] | None:
-    """The files of a folder and their sizes; None if they are more than may travel."""
+    """The files of a folder that can be sent, and their sizes; None if they are more than may travel."""
     found: dict[str, int] = {}
     total = 0
     for file in _files(folder, kept_out):
-        found[str(file.relative_to(folder))] = file.stat().st_size
-        total += file.stat().st_size
+        if _obstacle(file) is not None:
+            continue
+        found[str(file.relative_to(folder))] = _size(file) or 0
+        total += found[str(file.relative_to(folder))]
         if total > LIMIT or len(found) > MOST_FILES:
             return None
     return found
@@ -313,35 +373,44 @@ def _chosen(folder: Path, own: Sequence[str]) -> tuple[dict[str, int], list[str]
 
     Returns:
         The files and their sizes, and what is named and stays.
+
+    Raises:
+        RefusedError: a file that is named, and has room, cannot be sent.
     """
-    packages = [one for one in sorted(folder.iterdir()) if (one / "__init__.py").is_file()]
-    modules = [*sorted(folder.glob("*.py")), *(file for one in packages for file in _files(one, []))]
-    found = {str(file.relative_to(folder)): file.stat().st_size for file in modules}
+    _, folders, names = next(os.walk(folder), ("", [], []))
+    packages = [folder / one for one in sorted(folders) if not one.startswith(".")]
+    packages = [one for one in packages if _size(one / "__init__.py") is not None]
+    modules = [folder / name for name in sorted(names) if name.endswith(".py") and not name.startswith(".")]
+    modules += [file for one in packages for file in _files(one, [])]
+    found = {str(file.relative_to(folder)): _size(file) or 0 for file in modules if _obstacle(file) is None}
     left = []
     for path in own:
-        files = [file for one in _matching(path) for file in _inside(one)]
         more: dict[str, int] = {}
-        for file in files:
-            more[os.path.relpath(file, folder)] = file.stat().st_size
-            if sum(found.values()) + sum(more.values()) > LIMIT or len(found) + len(more) > MOST_FILES:
+        room = LIMIT - sum(found.values())
+        for file in _files_named(path):
+            more[os.path.relpath(file, folder)] = _size(file) or 0
+            room -= more[os.path.relpath(file, folder)]
+            if room < 0 or len(found) + len(more) > MOST_FILES:
                 left.append(os.path.relpath(path, folder))
                 break
         else:
+            _check(folder / name for name in more)
             found |= more
     return found, left
 
 
 def _archive(folder: Path, files: Sequence[str]) -> bytes:
     buffer = io.BytesIO()
-    try:
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in files:
-                archive.writestr(zipfile.ZipInfo(name, _EPOCH), (folder / name).read_bytes())
-    except OSError as error:
-        raise RefusedError(
-            f"a file of the recipe's folder cannot be read, and so not be sent to the nodes: {error.filename}",
-            got=error.strerror,
-            expected="files that this user can read",
-            next="make it readable, or move it out of the folder",
-        ) from error
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in files:
+            try:
+                data = (folder / name).read_bytes()
+            except OSError as error:  # it could be read a moment ago
+                raise RefusedError(
+                    f"a file of the recipe's folder cannot be read, and so not be sent to the nodes: {folder / name}",
+                    got=error.strerror,
+                    expected="files that this user can read, and that stay while a command starts",
+                    next="run the same command again, or move it out of the folder",
+                ) from error
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), data)
     return buffer.getvalue()

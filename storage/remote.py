@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from akd_dist.base.errors import RefusedError
+from akd_dist.base.places import check_uri
 from akd_dist.storage.objects import ObjectMissing
 from akd_dist.storage.s3 import GcsRoot, S3Root
 
@@ -44,7 +45,8 @@ class RemoteFile:
 
 def is_remote(path: str) -> bool:
     """Whether a path is the URI of a place in object storage that can be read."""
-    return urlsplit(path).scheme in _ROOTS and "://" in path and bool(urlsplit(path).netloc)
+    scheme, _, rest = path.partition("://")
+    return scheme in _ROOTS and bool(rest.partition("/")[0])
 
 
 def find_file(uri: str) -> RemoteFile | None:
@@ -65,7 +67,12 @@ def files_below(uri: str) -> list[RemoteFile]:
 
 
 def _root(uri: str) -> tuple[S3Root, str]:
-    """The bucket of a URI, and the key."""
+    """The bucket of a URI, and the key.
+
+    Raises:
+        RecipeError: it names no place.
+    """
+    check_uri(uri)
     parts = urlsplit(uri, allow_fragments=False)
     scheme, _, rest = uri.partition("://")
     return _ROOTS[parts.scheme](f"{scheme}://{parts.netloc}"), rest.partition("/")[2].rstrip("/")

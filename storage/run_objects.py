@@ -44,17 +44,25 @@ from akd_dist.storage.objects import MOST_DOCUMENT, ObjectMissing, ObjectRoot, S
 from akd_dist.storage.roots import open_root
 
 STUDENTS, CONTROL, CHECKPOINTS, MARKER, BUNDLE = "students", "control", "checkpoints", "writer.json", ".json.gz"
+MOST_ATTEMPTS = 10_000
+"""The latest attempt that a run may have: each new one puts a stop mark for every earlier one that has none."""
 AT_ONCE = 16
 """How many small requests are on their way at the same time."""
 _LISTED_ALONE = 2
+_MOST_WRITERS = 999_999
 # More takes several requests, which cannot be create-only.
 _MOST_CREATED = 4 * 2**30
 _WRITER = re.compile(r"(\d{6})-(\d{6})-[0-9a-f]{12}")
 _STUDENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MARK = re.compile(r"(attempt|stop|fresh)-([0-9]{1,6})")
-_CHECKPOINT = re.compile(r"[0-9]+(?:-[0-9]+)*\.ckpt")
+# Epoch, step and attempt. Bounded, since a copy of the run has a file of this name.
+_CHECKPOINT = re.compile(r"[0-9]{1,20}(?:-[0-9]{1,20}){0,5}\.ckpt")
 _JOB = re.compile(r"cohort-([0-9]{1,6})-([0-9]{1,9})(?:\.rank[0-9]{1,6})?")
-_MEMBER = re.compile(r"(control|logs|students/[\w.-]{1,100})/[\w.-]{1,160}", re.ASCII)
+# What `distill/publisher.py` packs, and nothing else that a run's folder has.
+_MEMBER = re.compile(
+    r"control/progress-cohort-[0-9]{1,6}-[0-9]{1,9}\.json|control/renewed\.txt"
+    rf"|students/{_STUDENT.pattern}/metrics\.jsonl|logs/[A-Za-z0-9][A-Za-z0-9._-]{{0,155}}\.log"
+)
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -72,6 +80,8 @@ class Control:
     """Nothing of earlier attempts counts."""
     others: dict[str, Stat] = field(default_factory=dict)
     """Everything else, by key."""
+    impossible: list[str] = field(default_factory=list)
+    """Keys of marks of attempts that no run comes to; they mark nothing."""
 
     @property
     def last(self) -> int:
@@ -85,11 +95,30 @@ class Control:
         for key, stat in listed.items():
             if (mark := _MARK.fullmatch(key.removeprefix(f"{CONTROL}/"))) is None:
                 found.others[key] = stat
+            elif int(mark[2]) > MOST_ATTEMPTS:
+                found.impossible.append(key)
             elif mark[1] == "fresh":
                 found.since = max(found.since, int(mark[2]))
             else:
                 (found.attempts if mark[1] == "attempt" else found.stopped).add(int(mark[2]))
         return found
+
+    def check(self, root: ObjectRoot) -> None:
+        """Refuse marks that no run of ours has: after these, what a new attempt puts would count for nobody.
+
+        Args:
+            root: the run's.
+
+        Raises:
+            DamagedError: there is one.
+        """
+        impossible = list(self.impossible)
+        # Starting over marks the attempt that comes next.
+        if self.since > self.last + 1:
+            impossible.append(f"{CONTROL}/fresh-{self.since}")
+        if impossible:
+            latest = f"the latest attempt is {self.last}" if self.last else "no attempt has begun"
+            raise _impossible_mark(root.path_of(impossible[0]), f"a mark for an attempt that never was: {latest}")
 
     def bundles(self) -> dict[str, Stat]:
         """The bundles that count, by job, in the order in which these began."""
@@ -134,14 +163,13 @@ def standings(listed: dict[str, Stat], since: int = 0) -> dict[str, Standing]:
     """
     files: dict[str, dict[str, dict[str, Stat]]] = {}
     for key, stat in listed.items():
-        _, student, *rest = key.split("/", 3)
-        if (
-            len(rest) == 2
-            and _STUDENT.fullmatch(student)
-            and (named := _WRITER.fullmatch(rest[0]))
-            and int(named[1]) >= since
-        ):
-            files.setdefault(student, {}).setdefault(rest[0], {})[rest[1]] = stat
+        parts = key.split("/", 3)
+        # Fewer parts have what consoles of object storage put as folders: empty objects, `students/` or `students/a/`.
+        if len(parts) < 4:
+            continue
+        _, student, writer, name = parts
+        if _STUDENT.fullmatch(student) and (named := _WRITER.fullmatch(writer)) and int(named[1]) >= since:
+            files.setdefault(student, {}).setdefault(writer, {})[name] = stat
     found = {}
     for student, of_writers in files.items():
         # Only who has left its name has taken over; objects without it are of one whose name was removed.
@@ -185,7 +213,11 @@ class RunObjects:
 
         Raises:
             HeldError: somebody else has begun it.
+            DamagedError: no run comes to so many attempts.
         """
+        if number > MOST_ATTEMPTS:
+            mark = self.root.path_of(f"{CONTROL}/attempt-{number - 1}")
+            raise _impossible_mark(mark, f"attempt {number:,} would be the next one")
         mine = secrets.token_hex(12).encode()
         key = f"{CONTROL}/attempt-{number}"
         # Where the answer to a put was lost, its repetition finds the object of its own.
@@ -249,6 +281,7 @@ class RunObjects:
 
         Raises:
             HeldError: a later attempt, or a later worker, has one of them.
+            DamagedError: a writer has the last number that there is; a later one would count for nobody.
         """
         students = list(students)
         before = self.students(since, students)
@@ -257,6 +290,9 @@ class RunObjects:
             last = before[student].writer if student in before else None
             if last is not None and int(last[:6]) > attempt:
                 raise _lost(student, int(last[:6]))
+            if last is not None and int(last[:6]) == attempt and int(last[7:13]) >= _MOST_WRITERS:
+                where = self.root.path_of(f"{STUDENTS}/{student}/{last}/{MARKER}")
+                raise _impossible_mark(where, f"writer {_MOST_WRITERS:,} of one student in one attempt")
             count = int(last[7:13]) + 1 if last is not None and int(last[:6]) == attempt else 1
             names[student] = f"{attempt:06d}-{count:06d}-{secrets.token_hex(6)}"
         failpoint("run.before_takeover")
@@ -346,7 +382,7 @@ def unpacked(data: bytes, where: str) -> dict[str, str]:
         if not unpacker.eof:
             raise ValueError("more than a document has, or cut short")
         files: Any = parse_json(text)["files"]
-        wrong = [path for path, text in files.items() if not _is_member(path) or not isinstance(text, str)]
+        wrong = [path for path, text in files.items() if not _MEMBER.fullmatch(path) or not isinstance(text, str)]
         if wrong:
             raise ValueError(f"{wrong[0]!r}, which no cohort writes")
     except (zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -359,8 +395,13 @@ def unpacked(data: bytes, where: str) -> dict[str, str]:
     return dict(files)
 
 
-def _is_member(path: str) -> bool:
-    return _MEMBER.fullmatch(path) is not None and not any(part.startswith(".") for part in path.split("/"))
+def _impossible_mark(where: str, got: str) -> DamagedError:
+    return DamagedError(
+        f"{where} is damaged",
+        got=got,
+        expected=f"marks that akd-dist puts, one attempt after the other, {MOST_ATTEMPTS:,} at most",
+        next="remove that object, then run the same command again",
+    )
 
 
 def _lost(student: str, attempt: int) -> HeldError:

@@ -156,8 +156,8 @@ class S3Root(ObjectRoot):
         """Size and entity tag of the objects under a folder by key, sorted; placeholders of folders are left out."""
         path = self._path(prefix) or None
         metas = self._ask("list", prefix, lambda store: obstore.list(store, path).collect())
-        found = {meta["path"].removeprefix(self._prefix): (meta["size"], meta["e_tag"] or "") for meta in metas}
-        return {key: found[key] for key in sorted(found) if key}
+        found = {key: (meta["size"], meta["e_tag"] or "") for key, meta in self._inside(path, metas)}
+        return {key: found[key] for key in sorted(found)}
 
     def put_if_unchanged(self, key: str, data: bytes, tag: str) -> str | None:
         """Overwrite the object that has this entity tag; the new tag, or None if it has another one by now."""
@@ -179,12 +179,12 @@ class S3Root(ObjectRoot):
         # obstore compares prefixes by whole parts of a path, so `a/b` lists nothing of `a/bc`.
         metas = self._ask("list", prefix, lambda store: obstore.list(store, path).collect())
         found = {
-            meta["path"].removeprefix(self._prefix): Stat(
+            key: Stat(
                 meta["size"],
                 f"{meta['e_tag']}-{meta['last_modified'].isoformat()}",
                 meta["last_modified"].timestamp(),
             )
-            for meta in metas
+            for key, meta in self._inside(path, metas)
         }
         return {key: found[key] for key in sorted(found) if not key.endswith(PARTIAL_SUFFIX)}
 
@@ -195,7 +195,8 @@ class S3Root(ObjectRoot):
         return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in self._top_level()["common_prefixes"])
 
     def files(self) -> Keys:
-        return sorted(meta["path"].rpartition("/")[2] for meta in self._top_level()["objects"])
+        objects = self._inside(self._prefix.rstrip("/"), self._top_level()["objects"])
+        return sorted(key.rpartition("/")[2] for key, _ in objects)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -238,6 +239,16 @@ class S3Root(ObjectRoot):
     def _prefix(self) -> str:
         path = urlsplit(self.uri).path.strip("/")
         return f"{path}/" if path else ""
+
+    def _inside(self, folder: str | None, metas: Iterable[ObjectMeta]) -> Iterator[tuple[str, ObjectMeta]]:
+        """What a listing has within a folder, by key.
+
+        Consoles of object storage put an empty object `folder/` for a folder, which obstore lists as `folder`.
+        """
+        within = f"{folder}/" if folder else ""
+        for meta in metas:
+            if meta["path"].startswith(within) and meta["path"]:
+                yield meta["path"].removeprefix(self._prefix), meta
 
     def _path(self, key: str) -> str:
         if ".." in key.split("/"):

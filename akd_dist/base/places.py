@@ -9,6 +9,7 @@ it is.
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,56 @@ from typing import Any
 from akd_dist.base.errors import AkdError, RecipeError
 from akd_dist.base.files import expanded
 
+_OBJECT_STORAGE = ("s3", "gs")
+_SLASH_MISSING = re.compile(r"(s3|gs):(?!//)/?")
+_BUCKET = re.compile(r"[A-Za-z0-9._:$-]+")
+_NO_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
-def absolute(place: str | Path) -> str:
-    """A local place as an absolute path, before any worker changes directory; a URI as it is."""
+
+def check_uri(text: str, holds: str | None = None, option: str | None = None) -> None:
+    """Refuse a URI of object storage that names no place there; anything else passes.
+
+    Args:
+        holds: what lies there: `runs`; None where that is not known.
+        option: the option that names it; None where it is an argument.
+
+    Raises:
+        RecipeError: it has no bucket, or a part that no key has; or a slash is missing, and it would be a folder here.
+    """
+    scheme, separator, rest = text.partition("://")
+    bucket, *parts = rest.rstrip("/").split("/")
+    meant = f"write {scheme}://BUCKET/PREFIX"
+    if mistyped := _SLASH_MISSING.match(text):
+        got = f"{mistyped[0]} at its beginning (a Path of Python leaves one slash out of a URI: give a text)"
+        meant = f"write {mistyped[1]}://{text[mistyped.end() :]}; a folder of this name is ./{text}"
+    elif not separator or scheme.lower() not in _OBJECT_STORAGE:
+        return
+    elif not bucket:
+        got = "no bucket"
+    elif not _BUCKET.fullmatch(bucket):
+        got = f"the bucket {bucket!r}"
+    elif wrong := [part for part in (bucket, *parts) if part in ("", ".", "..")]:
+        got = f"the part {wrong[0]!r} between two slashes" if not wrong[0] else f"the part {wrong[0]!r}"
+        meant = "write it without that part: names in object storage are taken as they are"
+    elif found := _NO_KEY.search(rest):
+        got = f"the character {found[0]!r}"
+    else:
+        return
+    raise RecipeError(
+        f"{text!r} is no place {f'for {holds}' if holds else 'in object storage'}",
+        got=got,
+        expected="s3://bucket/prefix",
+        next=f"for {option}, {meant}" if option else meant,
+    )
+
+
+def absolute(place: str | Path, holds: str | None = None, option: str | None = None) -> str:
+    """A local place as an absolute path, before any worker changes directory; a URI as it is.
+
+    Args, Raises: as `check_uri`.
+    """
     text = os.fspath(place)
+    check_uri(text, holds, option)
     return text if "://" in text else str(expanded(text).absolute())
 
 
@@ -35,16 +82,17 @@ def folder(place: str | Path, *, holds: str, option: str, expected: str) -> Path
     Raises:
         RecipeError: it is a URI, which as a path would be a folder here, named after the URI's scheme; or not UTF-8.
     """
-    text = absolute(place)
+    text = os.fspath(place)
     scheme, separator, _ = text.partition("://")
-    if separator:
+    mistyped = _SLASH_MISSING.match(text)
+    if separator or mistyped:
         raise RecipeError(
             f"{text!r} is no place for {holds}",
-            got=f"{scheme}://",
+            got=mistyped[0] if mistyped else f"{scheme}://",
             expected=expected,
             next=f"give another {option}; what may lie in s3:// are stores (--store-root) and runs (--run-root)",
         )
-    return Path(nameable(text, option))
+    return Path(nameable(absolute(text), option))
 
 
 def nameable(place: str, option: str) -> str:
@@ -94,16 +142,24 @@ class Root:
     variable: str
     """The variable; empty counts as not set."""
     default: str
-    """Relative to the working folder."""
+    """Relative to the working folder; its name is also what the root holds."""
+    option: str
+    """The option that names it."""
 
     def chosen(self, given: str | Path | None = None) -> str:
-        """What was given, else the variable, else the default; a local one as an absolute path, a URI as it is."""
-        return absolute(given or os.environ.get(self.variable) or self.default)
+        """What was given, else the variable, else the default; a local one as an absolute path, a URI as it is.
+
+        Raises:
+            RecipeError: as `check_uri`.
+        """
+        from_variable = not given and os.environ.get(self.variable)
+        option = self.variable if from_variable else self.option
+        return absolute(given or from_variable or self.default, self.default, option)
 
 
-STORE_ROOT = Root("AKD_DIST_STORE_ROOT", "stores")
+STORE_ROOT = Root("AKD_DIST_STORE_ROOT", "stores", "--store-root")
 """Where stores lie."""
-RUN_ROOT = Root("AKD_DIST_RUN_ROOT", "runs")
+RUN_ROOT = Root("AKD_DIST_RUN_ROOT", "runs", "--run-root")
 """Where runs lie."""
 
 

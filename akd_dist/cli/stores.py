@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from akd_dist.base import places
 from akd_dist.base.errors import DamagedError, RecipeError, printable
+from akd_dist.base.places import STORE_ROOT
 from akd_dist.cli.options import Group, complete_store, id_argument, json_option, options, shared
 from akd_dist.cli.recipes import load
 from akd_dist.cli.show import (
@@ -76,7 +76,7 @@ def stores_list(store_root: str, as_json: bool) -> None:
     from akd_dist.documents.stores import StoresDocument
     from akd_dist.storage.catalog import list_stores
 
-    root = places.absolute(store_root)
+    root = STORE_ROOT.chosen(store_root)
     found = in_order(list_stores(root))
     if as_json:
         print_json(StoresDocument(store_root=root, stores=[entry_of(one) for one in found]).model_dump(mode="json"))
@@ -112,7 +112,7 @@ def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json:
     from akd_dist.storage.decoded import find_decoded
     from akd_dist.storage.reader import read_manifest
 
-    root = places.absolute(store_root)
+    root = STORE_ROOT.chosen(store_root)
     whole = catalog.resolve_id(root, store_id)
     summary = catalog.summary_of(root, whole)
     uri = f"{root.rstrip('/')}/{whole}"
@@ -151,7 +151,7 @@ def stores_verify(store_id: str, store_root: str, shallow: bool, as_json: bool) 
     from akd_dist.documents.stores import StoreDamage, VerifyDocument
     from akd_dist.storage import catalog, repair
 
-    root = places.absolute(store_root)
+    root = STORE_ROOT.chosen(store_root)
     whole = catalog.resolve_id(root, store_id)
     damages = repair.verify_store(root, whole, deep=not shallow)
     if as_json:
@@ -195,7 +195,7 @@ def stores_repair(
     from akd_dist.jobs.repair import repair
     from akd_dist.storage.catalog import resolve_id
 
-    root = places.absolute(store_root)
+    root = STORE_ROOT.chosen(store_root)
     whole = resolve_id(root, store_id)
     with stdout_for_results():
         document = repair(root, whole, recipe, Options(cache_root=cache_root).cache, progress_console(), trust=trust)
@@ -240,7 +240,7 @@ def stores_gc(
     from akd_dist.documents.stores import GcDocument, StoreProblem, StoreRemoval
     from akd_dist.storage import catalog, removal
 
-    root, cache = places.absolute(store_root), Path(Options(cache_root=cache_root).cache)
+    root, cache = STORE_ROOT.chosen(store_root), Path(Options(cache_root=cache_root).cache)
     asked = older_than is not None or unused_for is not None
     _check_gc(store_ids, asked=asked, silent=dry_run or yes)
     ids = [catalog.resolve_id(root, store_id) for store_id in store_ids]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import RefusedError, encodable
 from akd_dist.base.files import canonical_json, sha256, stamp_of
 
 LISTED = 100_000
@@ -43,7 +43,7 @@ def named(arguments: Mapping[str, Any]) -> tuple[list[Path], list[Path]]:
 def listing(folder: Path) -> str:
     """A hash of the names, sizes, times and inodes of up to LISTED files in a folder and below it; none is read."""
     files = (Path(place, name) for place, _, names in _walk(folder) for name in sorted(names))
-    return sha256(canonical_json([[str(file), stamp_of(file)] for file in itertools.islice(files, LISTED)]))
+    return sha256(canonical_json([[encodable(str(file)), stamp_of(file)] for file in itertools.islice(files, LISTED)]))
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:

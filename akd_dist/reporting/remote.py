@@ -9,7 +9,7 @@ from typing import Any
 
 from akd_dist.base.errors import AkdError
 from akd_dist.base.files import expanded
-from akd_dist.base.places import named_in_errors
+from akd_dist.base.places import check_uri, named_in_errors
 from akd_dist.documents.report import ReportDocument
 from akd_dist.reporting.page import PAGE, write_reports
 from akd_dist.storage.roots import open_root
@@ -42,10 +42,12 @@ def at_hand(runs: Sequence[str | Path]) -> Iterator[AtHand]:
     """Runs in folders of this machine, those in object storage as copies; refusals call these by their URIs.
 
     Raises:
+        RecipeError: a URI names no place.
         MachineError: object storage cannot be read.
     """
     found, copies = AtHand(), []
     for run in runs:
+        check_uri(str(run))
         if "://" in str(run):
             copies.append(copy_to_read(str(run)))
             found.folders.append(copies[-1].folder)

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from akd_dist.base.places import named_in_errors
+from akd_dist.base.places import check_uri, named_in_errors
 from akd_dist.documents.status import StatusDocument
 from akd_dist.storage.run_copy import RunCopy, scratch
 from akd_dist.tracking.status import RunReader
@@ -16,8 +16,9 @@ def reader_of(run: Path | str) -> RunReader:
     """A reader of a run, in a folder or at an `s3://` URI.
 
     Raises:
-        RecipeError: a URI of another kind.
+        RecipeError: a URI of another kind, or one that names no place.
     """
+    check_uri(str(run))
     return RemoteReader(str(run)) if "://" in str(run) else RunReader(Path(run))
 
 

@@ -533,6 +533,13 @@ def test_what_changes_in_a_folder_that_arguments_name_is_noticed(what: str, pict
     assert prepare(data, tmp_path / "cache").fingerprints != before.fingerprints
 
 
+def test_a_folder_that_arguments_name_may_hold_a_name_that_is_not_utf_8(pictures: Path, tmp_path: Path) -> None:
+    data, _ = custom(tmp_path, "named", folder=str(pictures))
+    before = prepare(data, tmp_path / "cache")
+    (pictures / "odd\udcff").write_bytes(b"more")
+    assert prepare(data, tmp_path / "cache").fingerprints != before.fingerprints
+
+
 @pytest.mark.parametrize("what", ["replaced", "added"])
 def test_what_a_source_shows_of_itself_is_noticed(what: str, pictures: Path, tmp_path: Path) -> None:
     data, _ = custom(tmp_path, "hidden")

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 import akd_dist
-from akd_dist.base.errors import HeldError, MachineError, RecipeError, RefusedError
+from akd_dist.base.errors import DamagedError, HeldError, MachineError, RecipeError, RefusedError
 from akd_dist.cli import main
 from akd_dist.data.row_cache import prepare
 from akd_dist.documents.status import CohortProgress, FleetPlan, StudentProgress
@@ -137,6 +137,55 @@ def test_a_student_that_is_given_up_has_failed_for_everybody(uri: str, tmp_path:
 def test_other_places_are_refused(root: str) -> None:
     with pytest.raises(RecipeError, match="is no place for runs"):
         _ = RunOptions("recipe.yaml", run_root=root).runs
+
+
+@pytest.mark.parametrize("root", ["s3:///x", "s3:/bucket/runs", "s3://bucket/a//b", "s3://bucket/../b", "s3://b/./c"])
+def test_a_run_root_that_is_no_place_is_refused_by_its_name(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match=re.escape(f"{root!r} is no place for runs")) as refused:
+        _ = RunOptions("recipe.yaml", run_root=root).runs
+    assert "--run-root" in str(refused.value.next)
+    with pytest.raises(RecipeError, match=re.escape(f"{root!r} is no place for stores")) as refused:
+        _ = RunOptions("recipe.yaml", store_root=root).stores
+    assert "--store-root" in str(refused.value.next)
+    with pytest.raises(RecipeError, match=re.escape(f"{root!r} is no place for a cache")) as refused:
+        _ = RunOptions("recipe.yaml", cache_root=root).cache
+    assert "--cache-root" in str(refused.value.next)
+    monkeypatch.setenv("AKD_DIST_RUN_ROOT", root)
+    with pytest.raises(RecipeError) as refused:
+        _ = RunOptions("recipe.yaml").runs
+    assert "AKD_DIST_RUN_ROOT" in str(refused.value.next)
+
+
+@pytest.mark.parametrize("run", ["s3://bucket/runs/../digits", "s3://bucket//digits", "s3:/bucket/digits", "s3:///x"])
+def test_a_place_that_a_command_is_given_is_refused_at_once(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: Any, **__: Any) -> Any:
+        pytest.fail("the storage was asked")
+
+    monkeypatch.setattr(S3Root, "_ask", asked)
+    student = f"{run}/students/a"
+    for words in (
+        ("status", run),
+        ("report", run),
+        ("evaluate", student, "--data", "digits"),
+        ("predict", student, "--data", "digits"),
+        ("evaluate", "nowhere", "--data", run),
+        ("export", student, "--to", "onnx"),
+        ("stores", "list", "--store-root", run),
+    ):
+        assert command(*words) == RecipeError.code, words
+    assert command("export", "s3://bucket/runs/mini/students/../x", "--to", "onnx") == RecipeError.code
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_run_with_a_mark_of_no_attempt_is_damaged(uri: str, tmp_path: Path, dry_run: bool) -> None:
+    remote = RemoteRun(uri, tmp_path / "cache")
+    remote.objects.root.put("control/attempt-999999", b"")
+    held = remote.held(wait=False, console=QUIET, only_look=dry_run)
+    with pytest.raises(DamagedError, match="control/attempt-999999 is damaged"), held:
+        pass
+    remote.objects.root.delete("control/attempt-999999")
+    with remote.held(wait=False, console=QUIET, only_look=dry_run):
+        assert not list(remote.folder.glob("control/attempt-*")), "the copy remembers nothing of it"
 
 
 def test_a_place_is_refused_before_anything_is_prepared(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import os
+import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from akd_dist.base.errors import RefusedError
 from akd_dist.jobs import working_dir
 from akd_dist.jobs.shared import Needed
 from akd_dist.jobs.working_dir import Packed, WorkingDir, moved
@@ -52,6 +57,62 @@ def test_of_a_large_folder_modules_and_what_is_named_travel(folder: Path, monkey
     assert made.note is not None
     assert "larger than 1.0 kB" in made.note
     assert "but not rows/*.parquet" in made.note
+
+
+ODD = ("pipe.py", "lost.py", "long.py", "mem.py", "odd\udcff.py", "folder.py", ".#own.py")
+
+
+@pytest.fixture
+def odd(folder: Path) -> Path:
+    """The folder with what cannot travel, or must not."""
+    os.mkfifo(folder / "pipe.py")
+    (folder / "lost.py").symlink_to("nowhere")
+    (folder / "long.py").symlink_to("x" * 300)
+    (folder / "mem.py").symlink_to("/proc/self/mem")  # it can be opened, and not be read
+    (folder / "odd\udcff.py").touch()
+    (folder / "folder.py").mkdir()
+    (folder / ".#own.py").symlink_to("me@host.123:456")
+    (folder / ".lock" / "__init__.py").mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize("limit", [working_dir.LIMIT, 1000])
+def test_what_cannot_travel_stays(odd: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(working_dir, "LIMIT", limit)
+    (odd / "weights.bin").write_bytes(bytes(5000))
+    made = WorkingDir.of(recipe_in(odd), [str(odd / "stores")])
+    assert [name for name in made.files if name.endswith(".py")] == [
+        "nets.py",
+        "pack/__init__.py",
+        "pack/inner/deep.py",
+    ]
+    assert not {name for name in made.files if Path(name).name in ODD}
+    with zipfile.ZipFile(io.BytesIO(working_dir._archive(odd, made.files))) as archive:
+        assert archive.namelist() == made.files
+
+
+@pytest.mark.parametrize("limit", [working_dir.LIMIT, 1000])
+@pytest.mark.parametrize(
+    ("named", "got"),
+    [("pipe.py", "no regular file"), ("mem.py", "Input/output error"), ("inner", "a name that is not UTF-8")],
+)
+def test_what_the_recipe_names_and_cannot_travel_is_refused(
+    odd: Path, named: str, got: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(working_dir, "LIMIT", limit)
+    (odd / "weights.bin").write_bytes(bytes(5000))
+    (odd / "inner").mkdir()
+    (odd / "inner" / "word\udcff").touch()
+    recipe = a_recipe([a_student("one", model=NET | {"arguments": {"words": f"./{named}"}})], folder=str(odd))
+    with pytest.raises(RefusedError, match=rf"{named}.*, which the recipe names, cannot be sent") as refused:
+        WorkingDir.of(recipe, [str(odd / "stores")])
+    assert refused.value.got == got
+
+
+def test_a_file_that_cannot_be_read_when_it_is_packed_is_named(odd: Path) -> None:
+    """The system's error has no name where it is the reading that fails."""
+    with pytest.raises(RefusedError, match=re.escape(str(odd / "mem.py"))):
+        working_dir._archive(odd, ["mem.py"])
 
 
 def test_nothing_travels_of_a_recipe_that_has_nothing_of_its_own(folder: Path, tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 
 from akd_dist.base.errors import DamagedError, HeldError, MachineError, RecipeError, RefusedError
+from akd_dist.base.places import absolute
 from akd_dist.storage import catalog, removal, repair
 from akd_dist.storage.claim import claim_store
 from akd_dist.storage.layout import Shard
@@ -26,7 +30,15 @@ from tests import stores
 def root(request: pytest.FixtureRequest, tmp_path: Path, bucket: str) -> ObjectRoot:
     if request.param == "local":
         return open_root(tmp_path / "stores")
-    return open_root(f"{bucket}/{request.node.name}")
+    return open_root(f"{bucket}/{re.sub(r'[^a-z0-9]+', '-', request.node.name)}")
+
+
+def put_marker(bucket: str, key: str) -> None:
+    """An empty object whose key ends with a slash, which obstore cannot put."""
+    import boto3  # comes with moto
+
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1")
+    client.put_object(Bucket=urlsplit(bucket).netloc, Key=key, Body=b"")
 
 
 # ---- the interface
@@ -86,6 +98,51 @@ def test_no_key_leaves_its_root(root: ObjectRoot, key: str) -> None:
 def test_a_root_is_a_folder_or_a_bucket(uri: str) -> None:
     with pytest.raises(RecipeError, match="is no place for stores"):
         open_root(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "got"),
+    [
+        ("s3://b/a//x", "the part '' between two slashes"),
+        ("s3://b/../x", "the part '..'"),
+        ("s3://b/a/./b", "the part '.'"),
+        ("s3://b/a/..", "the part '..'"),
+        ("s3://b/a\nb", "the character '\\n'"),
+        ("s3://b/\udcff", "the character '\\udcff'"),
+        ("s3://b/a?x", "the character '?'"),
+        ("s3://b/a#x", "the character '#'"),
+        ("s3://[b/a", "the bucket '[b'"),
+        ("s3:///x", "no bucket"),
+        ("s3:/b/x", "s3:/ at its beginning"),
+        ("gs:b/x", "gs: at its beginning"),
+    ],
+)
+def test_a_uri_that_names_no_place_is_refused(uri: str, got: str) -> None:
+    with pytest.raises(RecipeError, match="is no place") as refused:
+        open_root(uri)
+    assert got in str(refused.value.got)
+    if not {"?", "#"} & set(uri):
+        for place in (uri, f"{uri}/students/a"):
+            with pytest.raises(RecipeError):
+                absolute(place)
+
+
+@pytest.mark.parametrize("uri", ["s3://b", "s3://b/", "s3://b/a", "s3://b/a//", "s3://b/ a/~x/..."])
+def test_a_uri_may_end_with_slashes(uri: str) -> None:
+    assert open_root(absolute(uri)).uri == uri.rstrip("/")
+
+
+def test_an_empty_object_for_a_folder_is_nothing_in_it(bucket: str) -> None:
+    """As consoles of object storage put them."""
+    root = open_root(f"{bucket}/marked")
+    root.put("receipts/one", b"1")
+    for key in ("marked/", "marked/receipts/", "marked/none/"):
+        put_marker(bucket, key)
+    assert list(root.list("receipts")) == ["receipts/one"]
+    assert root.list("none") == {}
+    assert root.files() == []
+    assert isinstance(root, S3Root)
+    assert list(root.below("receipts")) == ["receipts/one"]
 
 
 # ---- a store's life

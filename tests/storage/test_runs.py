@@ -92,7 +92,41 @@ def test_nothing_counts_of_a_run_that_was_started_over(run: RunObjects) -> None:
     assert (standing.writer, standing.checkpoints, standing.files) == (second["a"], [], {})
 
 
+@pytest.mark.parametrize(
+    ("mark", "says"),
+    [
+        ("attempt-999999", "the latest attempt is 1"),
+        ("stop-10001", "the latest attempt is 1"),
+        ("fresh-999999", "the latest attempt is 1"),
+        ("fresh-3", "the latest attempt is 1"),
+    ],
+)
+def test_a_mark_of_an_attempt_that_never_was_is_named(run: RunObjects, mark: str, says: str) -> None:
+    run.begin_attempt(1)
+    run.control().check(run.root)
+    run.root.put(f"control/{mark}", b"")
+    with pytest.raises(DamagedError, match=f"control/{mark} is damaged") as refused:
+        run.control().check(run.root)
+    assert says in str(refused.value.got)
+    assert "remove that object" in str(refused.value.next)
+
+
+def test_attempts_end_before_their_numbers_do(run: RunObjects) -> None:
+    with pytest.raises(DamagedError, match="control/attempt-10000 is damaged"):
+        run.begin_attempt(10_001)
+    assert run.root.list() == {}
+
+
 # ---- one writer a student
+
+
+def test_no_writer_comes_after_the_last_number(run: RunObjects) -> None:
+    """Its name would not be one, and what it puts would count for nobody."""
+    last = "000001-999999-0123456789ab"
+    run.put("a", last, "writer.json", b"{}")
+    with pytest.raises(DamagedError, match=f"students/a/{last}/writer.json is damaged"):
+        run.take_over(["a"], 1)
+    assert run.take_over(["a"], 2)["a"].startswith("000002-000001-")
 
 
 def test_the_latest_writer_counts(run: RunObjects) -> None:
@@ -147,6 +181,7 @@ def test_of_writers_that_come_at_once_one_stays(run: RunObjects, monkeypatch: py
 
 def test_a_bundle_is_what_was_packed(run: RunObjects) -> None:
     files = {"logs/a.log": "é\udcff\n", "students/a/metrics.jsonl": "{}\n", "control/progress-cohort-1-0.json": "{}"}
+    files |= {"control/renewed.txt": "1", f"logs/{'a' * 100}.rank3.log": "", "logs/cohort-1-0.rank12.log": ""}
     run.bundle("cohort-1-0", files)
     assert run.bundled("cohort-1-0") == files
     assert packed(files) == packed(dict(reversed(files.items())))
@@ -166,6 +201,16 @@ def test_a_bundle_is_what_was_packed(run: RunObjects) -> None:
         packed({"students/a/b/c": "x"}),
         packed({"identity.json": "x"}),
         packed({"control/.x": "x"}),
+        packed({"control/attempt-9": "x"}),
+        packed({"control/stop-1": "x"}),
+        packed({"control/driver.json": "x"}),
+        packed({"control/progress-cohort-1.json": "x"}),
+        packed({"students/a/result.json": "x"}),
+        packed({"students/a/model.json": "x"}),
+        packed({"students/.a/metrics.jsonl": "x"}),
+        packed({"logs/a.txt": "x"}),
+        packed({"logs/.log": "x"}),
+        packed({f"logs/{'a' * 300}.log": "x"}),
     ],
 )
 def test_a_bundle_that_no_cohort_wrote_is_refused(data: bytes) -> None:
@@ -247,6 +292,16 @@ def test_no_object_is_written_outside_of_the_copy(tmp_path: Path) -> None:
     found = standings(dict.fromkeys(keys, stat) | marked)
     assert found.keys() == {"a"}
     assert (found["a"].files, found["a"].checkpoints) == ({}, [])
+
+
+def test_objects_that_no_worker_puts_are_passed_over() -> None:
+    """Consoles of object storage put empty objects for folders; no folder could hold a name of 300 digits."""
+    writer, stat = "000001-000001-0123456789ab", Stat(0, "t", 0.0)
+    keys = ["students", "students/a", f"students/a/{writer}", f"students/a/{writer}/checkpoints", "control"]
+    keys += [f"students/a/{writer}/checkpoints/{'9' * 300}.ckpt", f"students/a/{writer}/checkpoints/{'1-' * 150}1.ckpt"]
+    found = standings(dict.fromkeys([*keys, f"students/a/{writer}/writer.json"], stat))
+    assert found["a"].checkpoints == []
+    assert found["a"].writer == writer
 
 
 def test_nothing_is_fetched_twice(run: RunObjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
