@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from akd_dist.base import places
+from akd_dist.base.errors import AkdError
 from akd_dist.base.places import RUN_ROOT, STORE_ROOT
 from akd_dist.options import Options, RunOptions
 
@@ -45,10 +46,10 @@ def complete_store(context: click.Context, _parameter: click.Parameter, incomple
     """The ids of the stores under a local root that begin so: of their folders' names alone, so that it is instant."""
     from click.shell_completion import CompletionItem
 
-    root = places.absolute(context.params.get("store_root") or STORE_ROOT.chosen())
     try:
+        root = places.absolute(context.params.get("store_root") or STORE_ROOT.chosen())
         names = [] if "://" in root else sorted(entry.name for entry in Path(root).iterdir())
-    except OSError:
+    except (OSError, AkdError):  # the command itself says what is wrong with the root
         names = []
     return [CompletionItem(name) for name in names if STORE_ID.fullmatch(name) and name.startswith(incomplete)]
 
