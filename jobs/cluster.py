@@ -7,11 +7,10 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -73,7 +72,7 @@ def connect(
         check_address(address)
         passed_on = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
         options |= {"address": address, "runtime_env": {"env_vars": ray_internals.ENVIRONMENT | passed_on}}
-    failure = _init(options | {"job_config": ray_internals.job_with_path(_DriversPath(travels))})
+    failure = _init(options | {"job_config": ray_internals.job_with_path(ray_internals.DriversPath(travels))})
     if failure is not None:
         reason = failure.__cause__ or failure  # Ray's own wrapper says only that it failed
         lines = [line for line in str(reason).strip().splitlines() if line]
@@ -86,26 +85,6 @@ def connect(
             else "see whether memory or disk ran out, and Ray's logs in "
             f"{ray_internals.logs_folder()} (RAY_TMPDIR moves them); or pass --address of a cluster that runs",
         ) from failure
-
-
-class _DriversPath(list[str]):
-    """Folders that workers look for modules in, besides those of their Python.
-
-    Ray adds the driver's working directory, and has workers look there first: whatever lies in it under the name of a
-    module that a library looks for would run. It stays away, unless this process itself looks there.
-
-    Args:
-        apart: the recipe's folder, where it travels: a node that sees the driver's, too, would find each module twice.
-    """
-
-    def __init__(self, apart: str | None = None) -> None:
-        super().__init__()
-        self.apart = apart
-
-    def extend(self, folders: Iterable[str]) -> None:
-        looked_in = {os.path.realpath(place or os.curdir) for place in sys.path}
-        looked_in -= {os.path.realpath(self.apart)} if self.apart is not None else set()
-        super().extend(folder for folder in folders if os.path.realpath(folder) in looked_in)
 
 
 def _ensure_token() -> None:

@@ -7,6 +7,7 @@ do, and `tests/jobs/test_ray_internals.py` fails, naming the version of Ray, whe
 import json
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -59,6 +60,26 @@ def leave_job() -> None:
     Another Ray has no such folder, and starts no worker.
     """
     os.environ.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
+
+
+class DriversPath(list[str]):
+    """Folders that workers look for modules in, besides those of their Python.
+
+    Ray adds the driver's working directory, and has workers look there first: whatever lies in it under the name of a
+    module that a library looks for would run. It stays away, unless this process itself looks there.
+
+    Args:
+        apart: the recipe's folder, where it travels: a node that sees the driver's, too, would find each module twice.
+    """
+
+    def __init__(self, apart: str | None = None) -> None:
+        super().__init__()
+        self.apart = apart
+
+    def extend(self, folders: Iterable[str]) -> None:
+        looked_in = {os.path.realpath(place or os.curdir) for place in sys.path}
+        looked_in -= {os.path.realpath(self.apart)} if self.apart is not None else set()
+        super().extend(folder for folder in folders if os.path.realpath(folder) in looked_in)
 
 
 def job_with_path(folders: list[str]) -> Any:

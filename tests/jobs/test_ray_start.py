@@ -19,7 +19,7 @@ import pytest
 
 from akd_dist.base.errors import MachineError
 from akd_dist.base.locks import file_lock
-from akd_dist.jobs import cluster
+from akd_dist.jobs import cluster, ray_internals
 from akd_dist.tracking.status import RunReader
 from tests.fleets import HARD, a_recipe, a_student
 
@@ -127,7 +127,7 @@ def test_a_ray_that_never_answers_is_given_up_and_ended(unconnected: pytest.Monk
 LOOKING = """
 import sys
 sys.path[:] = [place for place in sys.path if place]  # as where a console script is run
-from akd_dist.jobs import cluster
+from akd_dist.jobs import cluster, ray_internals
 cluster.connect(num_cpus=1)
 try:
     print(cluster.ray.get(cluster.ray.remote(lambda: __import__("sys").path).remote()))
@@ -151,7 +151,7 @@ def test_workers_look_where_the_driver_does(monkeypatch: pytest.MonkeyPatch, tmp
         monkeypatch.chdir(tmp_path)
         path = [one for one in sys.path if one not in ("", str(tmp_path))]
         monkeypatch.setattr(sys, "path", path if place is None else [place, *path])
-        folders = cluster._DriversPath()
+        folders = ray_internals.DriversPath()
         folders.extend([str(tmp_path)])
         assert folders == ([str(tmp_path)] if looked_in else [])
 
@@ -161,7 +161,7 @@ def test_workers_do_not_look_in_a_folder_that_travels(monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     for apart, kept in ((str(tmp_path), []), (str(tmp_path / "recipe"), [str(tmp_path)])):
-        folders = cluster._DriversPath(apart)
+        folders = ray_internals.DriversPath(apart)
         folders.extend([str(tmp_path)])
         assert folders == kept
 
