@@ -77,6 +77,7 @@ class DriversPath(list[str]):
         self.apart = apart
 
     def extend(self, folders: Iterable[str]) -> None:
+        """Add those of these that this process looks in."""
         looked_in = {os.path.realpath(place or os.curdir) for place in sys.path}
         looked_in -= {os.path.realpath(self.apart)} if self.apart is not None else set()
         super().extend(folder for folder in folders if os.path.realpath(folder) in looked_in)
