@@ -135,7 +135,7 @@ class Demands:
         return self._held_bytes(held) + 2 * 2 * self._group(held, window) * self.sharing
 
     def _group(self, held: Collection[str], window: int) -> int:
-        kinds = [(self.piece_rows, self.row)]
+        kinds = [(self.piece_rows, self.row)] if self.views else []
         if "train" not in held:
             kinds.append((self.input_rows, self.input_row))
         return sum(self._rows_of_group(window, piece) * row for piece, row in kinds)
@@ -197,12 +197,13 @@ def check_chain(recipe: Recipe, splits: Splits, workspace: Workspace, there: int
         workspace.join()
         nodes = cluster.all_nodes()
     room, demands = room_for(workspace, nodes), demands_of(recipe, splits, [], nodes, blocks=blocks)
-    demands = replace(demands, views=1 if there else 0)
+    reads = replace(demands, views=1 if there else 0)
     if recipe.data.window is not None:
-        check_window(demands, Shuffle(recipe.data.window, "as the recipe's data.window says"), room)
+        check_window(reads, Shuffle(recipe.data.window, "as the recipe's data.window says"), room)
         return
-    if demands.whole <= room:
+    if reads.whole <= room:
         return
+    demands = replace(demands, views=1)  # students will read logits by the same windows
     if (window := demands.fitting(room)) is not None:
         advice = (
             f"set data.window in the recipe, to {window} for example, so that rows are shuffled in windows; "
@@ -214,7 +215,7 @@ def check_chain(recipe: Recipe, splits: Splits, workspace: Workspace, there: int
         f"{'an assistant' if there else 'the teacher'} is trained on rows that are shuffled together, and the "
         "cache of a node has no room for them",
         got=f"{size(room)} that it may have",
-        expected=_exactly(demands.whole),
+        expected=_exactly(reads.whole),
         next=advice,
     )
 

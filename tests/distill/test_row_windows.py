@@ -198,4 +198,7 @@ def test_a_teacher_is_not_trained_where_its_rows_do_not_fit(
         windows.check_chain(recipe, inputs.splits, workspace, 0)
     assert "no data.window would do" in str(hopeless.value.next)
     given = a_recipe(STUDENTS, teacher=own, data=data | {"window": WINDOW})
+    with pytest.raises(MachineError, match=f"no room for 4 windows of {WINDOW} rows, by which this run shuffles"):
+        windows.check_chain(given, inputs.splits, workspace, 0)
+    monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", "120000")
     windows.check_chain(given, inputs.splits, workspace, 0)
