@@ -225,9 +225,9 @@ def test_a_node_dies_with_its_worker_and_the_other_goes_on(home: Home, nodes: An
         worker.kill()
         nodes.remove_node(node, allow_graceful=False)
         _, second = driver.until(lambda: held(nodes, lost=node))
+        driver.until(lambda: "is gone; what it worked on goes on elsewhere" in driver.errors.read_text())
         second.resume()
         assert driver.end() == 0, driver.errors.read_text()
-        assert "is gone; what it worked on goes on elsewhere" in driver.errors.read_text()
     assert outcome(tmp_path / "runs" / "fleet") == home.outcome
 
 
