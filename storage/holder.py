@@ -76,8 +76,8 @@ class Holder:
                 if not isinstance(future.exception(), MachineError):  # else what was read until now was in its place
                     found = future.result()
             elif not future.cancel():
-                with contextlib.suppress(Exception):  # nobody wants it any more, so nobody is told
-                    future.result()
+                future.exception()  # waited for; nobody wants it any more, so nobody is told how it ended
+            del future  # and what it fetched, if that is not wanted: its place may be needed below
         if found is None:
             found = self._fetch(pieces, numbers, on_wait, PATIENCE_SECONDS)
         if self.guard is not None:

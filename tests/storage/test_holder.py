@@ -159,25 +159,27 @@ def test_the_next_is_fetched_while_one_is_read(source: Source, pieces: Pieces, g
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
+@pytest.mark.parametrize("wanted", [True, False])
 def test_what_was_read_gives_its_place(
-    source: Source, pieces: Pieces, guard: Guard, monkeypatch: pytest.MonkeyPatch
+    wanted: bool, source: Source, pieces: Pieces, guard: Guard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where there is no room for two: it is hashed before it goes, at once and not when Python looks for cycles."""
     monkeypatch.setattr(holder_module, "PATIENCE_SECONDS", 0.0)
     gc.disable()
     try:
-        one_after_the_other(source, pieces, guard)
+        one_after_the_other(source, pieces, guard, wanted=wanted)
     finally:
         gc.enable()
 
 
-def one_after_the_other(source: Source, pieces: Pieces, guard: Guard) -> None:
+def one_after_the_other(source: Source, pieces: Pieces, guard: Guard, *, wanted: bool) -> None:
+    """Move from piece to piece; each time the next one is fetched meanwhile, or another one."""
     budget = pieces.nbytes([0]) + 800
     holder = Holder(budget)
     holder.guard = guard
     for number in range(4):
         assert same(holder.move(pieces, [number]), np.arange(*pieces.span(number)))
-        holder.expect(pieces, [number + 1])
+        holder.expect(pieces, [number + 1 if wanted else number + 5])
         assert holder._ahead is not None
         concurrent.futures.wait([holder._ahead[1]])
     holder.leave()
