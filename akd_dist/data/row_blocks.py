@@ -17,8 +17,9 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import findings
 from akd_dist.data.blocks import Block, map_blocks
-from akd_dist.data.columns import Images, MixedSizesError, Noted, NotGreyError
+from akd_dist.data.columns import Images, NotGreyError
 from akd_dist.data.labels import Classes
+from akd_dist.data.noted import MixedSizesError, Noted
 from akd_dist.data.origins import sha256_of
 from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources, with_advice
 from akd_dist.data.sources.base import local_files, remote_files

@@ -23,8 +23,9 @@ from akd_dist import recipe
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import findings, splitting
-from akd_dist.data.columns import Images, Noted, NotGreyError, lines_of
+from akd_dist.data.columns import Images, NotGreyError
 from akd_dist.data.labels import Classes
+from akd_dist.data.noted import Noted, lines_of
 from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
 from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels
 from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile

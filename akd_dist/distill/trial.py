@@ -85,7 +85,7 @@ def try_teacher(uri: str, rows: Rows, cache: recipe.CacheSpec, trusted: Trusted)
 
 def _some(rows: Rows, count: int) -> torch.Tensor:
     """The first rows, over again where there are fewer: raw inputs [count, *shape]."""
-    return torch.from_numpy(rows.inputs.take(np.arange(count) % len(rows), axis=0))
+    return torch.from_numpy(np.asarray(rows.inputs.take(np.arange(count) % len(rows), axis=0)))
 
 
 def _warn_of_probabilities(logits: torch.Tensor, card: ModelCard) -> None:
