@@ -24,10 +24,12 @@ from akd_dist.data import pictures
 from akd_dist.data.blocks import default_threads
 from akd_dist.data.pictures import Crop
 from akd_dist.storage.content import Arrays
+from akd_dist.storage.pieces import Held, Pieces
+from akd_dist.storage.row_documents import INDEX_COLUMNS
 
 T = TypeVar("T")
 
-COLUMNS = 3
+COLUMNS = INDEX_COLUMNS
 """What the index says of each picture: its bytes, and the height and width that it is shown in."""
 # Pictures that a thread decodes at a time: some milliseconds.
 _TOGETHER = 4
@@ -93,6 +95,8 @@ class Mapped:
     """int64 [n, COLUMNS]."""
     data: np.ndarray
     """uint8 [bytes]."""
+    ends: np.ndarray | None = None
+    """Where each ends, int64 [n], if somebody has reckoned that."""
 
     held = True
 
@@ -106,7 +110,7 @@ class Mapped:
 
     @functools.cached_property
     def _ends(self) -> np.ndarray:
-        return np.cumsum(self.index[:, 0])
+        return np.cumsum(self.index[:, 0]) if self.ends is None else self.ends
 
     def take(self, rows: np.ndarray) -> Given:
         """As `Stored.take`."""
@@ -121,6 +125,79 @@ class Mapped:
         index = self.index[start:stop]
         first = int(self._ends[start - 1]) if start else 0
         return index, self.data[first : first + int(index[:, 0].sum())]
+
+
+class InPieces:
+    """Encoded pictures that lie elsewhere in pieces: those that are held are taken, others are fetched each time.
+
+    Args:
+        pieces: with the fields `index` and `inputs`.
+        held: gives what is held now.
+    """
+
+    held = False
+
+    def __init__(self, pieces: Pieces, held: Callable[[], Held | None] = lambda: None) -> None:
+        self._pieces, self._now = pieces, held
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes of all of them, and of their index."""
+        return self._pieces.field_bytes("index") + self._pieces.field_bytes("inputs")
+
+    def __len__(self) -> int:
+        return self._pieces.rows
+
+    def take(self, rows: np.ndarray) -> Given:
+        """As `Stored.take`."""
+        held = self._now()
+        if held is not None and held.has(rows):
+            places = held.places(rows)
+            found = Mapped(held.arrays["index"], held.arrays["inputs"], held.ends).take(places)
+            return Given(found.index, found.data, rows)
+        return self._fetched(rows)
+
+    def part(self, start: int, stop: int) -> Arrays:
+        """As `Stored.part`."""
+        return self.take(np.arange(start, min(stop, len(self)))).part(0, stop - start)
+
+    def _fetched(self, rows: np.ndarray) -> Given:
+        index, data = np.empty((len(rows), COLUMNS), np.int64), [b""] * len(rows)
+        owners = rows // self._pieces.piece_rows
+        numbers = np.unique(owners).tolist()
+        for number, arrays in zip(numbers, self._pieces.fetch(numbers), strict=True):
+            wanted = np.flatnonzero(owners == number)
+            found = Mapped(*arrays[:2]).take(rows[wanted] - self._pieces.span(number)[0])
+            index[wanted] = found.index
+            for at, one in zip(wanted.tolist(), found.data, strict=True):
+                data[at] = one
+        return Given(index, data, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """So many pictures that are all the same one: to measure with."""
+
+    one: Given
+    count: int
+
+    held = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that as many such pictures would take."""
+        return self.one.nbytes * self.count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def take(self, rows: np.ndarray) -> Given:
+        """As `Stored.take`."""
+        return Given(np.repeat(self.one.index, len(rows), axis=0), self.one.data * len(rows), rows)
+
+    def part(self, start: int, stop: int) -> Arrays:
+        """As `Stored.part`."""
+        return self.take(np.arange(start, min(stop, self.count))).part(0, stop - start)
 
 
 class EncodedPictures:

@@ -16,16 +16,21 @@ import torch
 from PIL import Image
 
 from akd_dist import recipe
-from akd_dist.base.errors import CorruptCacheError, RefusedError
-from akd_dist.data import encoded as encodeds
+from akd_dist.base.errors import CorruptCacheError, DamagedError, RefusedError
+from akd_dist.data import encoded as encodeds, row_entry, row_store, rows as rows_module
 from akd_dist.data.augmenters import augmenter_of
-from akd_dist.data.encoded import EncodedPictures, Given, ahead, encoded_of
+from akd_dist.data.encoded import EncodedPictures, Given, InPieces, ahead, encoded_of
 from akd_dist.data.philox import random_words
+from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import prepare
+from akd_dist.data.row_fetch import alike_rows, distant_rows, fetch_rows
+from akd_dist.data.row_store import ensure_rows
 from akd_dist.data.views import check_augmentation, view_digests, view_of
 from akd_dist.distill.metrics import EVALUATION_ROWS, evaluate
 from akd_dist.distill.stream import BatchStream
 from akd_dist.recipe import DataSpec, Parquet, RandomResizedCropFlip
+from akd_dist.storage.content import Guard
+from akd_dist.storage.rows import SealedRows
 from tests.sources import dataset
 
 CROP = RandomResizedCropFlip()
@@ -306,3 +311,94 @@ def test_decoding_is_done_by_threads_of_its_own() -> None:
         patch.setattr(EncodedPictures, "_decoded", noted)
         np.asarray(given(PICTURES, np.arange(40)))
     assert seen == {"decoding"}
+
+
+# ---- a cluster's rows
+
+
+def in_blocks(data: DataSpec, folder: Path) -> SealedRows:
+    """The same rows by way of blocks under a store root."""
+
+    def compute(plan: Any, take: Any) -> None:
+        for run in plan.runs:
+            take(write_run(plan.job, run, threads=2))
+
+    return ensure_rows(data, str(folder / "stores"), compute).sealed
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (rows_module, row_entry, row_store):
+        monkeypatch.setattr(module, "BLOCK_ROWS", 4)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_hold_the_rows_of_this_node(tmp_path: Path) -> None:
+    """Held, fetched each time, and held window by window: the same pictures, labels and fingerprints."""
+    data = spec(tmp_path / "data", augmentation=CROP, seed=2)
+    here, sealed = prepare(data, tmp_path / "cache"), in_blocks(data, tmp_path)
+    held, distant = fetch_rows(sealed, tmp_path / "other"), distant_rows(sealed)
+    # Small entries: what a few windows take, with room for the splits that are held beside.
+    windowed = fetch_rows(sealed, tmp_path / "small", windowed=True, budget=here.nbytes * 3 // 2)
+    assert [windowed.train.held, held.train.held, distant.train.held] == [False, True, False]
+    assert held.findings == here.findings
+    for found in (held, distant, windowed):
+        assert found.fingerprints == here.fingerprints
+        for split in ("train", "validation", "test"):
+            ours, theirs = getattr(found, split), getattr(here, split)
+            np.testing.assert_array_equal(np.asarray(ours.inputs), np.asarray(theirs.inputs))
+            np.testing.assert_array_equal(ours.all_labels(), theirs.labels)
+            assert ours.nbytes == theirs.nbytes
+    held.train.content().verify()
+    moving = windowed.train.moving
+    assert moving is not None
+    numbers = np.array([9, 4, 6, 11])
+    expected = view_of(CROP, 1, here.train.inputs.take(numbers, axis=0), numbers, 0)
+    with Guard([]) as guard:
+        moving.watch(guard)
+        moving.move(0, [(4, 12)])
+        encoded_rows = encoded_of(windowed.train.inputs)
+        assert encoded_rows is not None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(InPieces, "_fetched", None)  # what is held is not fetched
+            assert torch.equal(view_of(CROP, 1, encoded_rows.take(numbers).as_array(), numbers, 0), expected)
+        guard.vouch()
+        moving.close()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_grey_pictures_before_coloured_ones(tmp_path: Path) -> None:
+    grey = [encoded(one[..., 0], "PNG") for one in PIXELS[:20]]
+    data = spec(tmp_path / "data", [*grey, *PICTURES[20:30]], augmentation=CROP)
+    here, there = prepare(data, tmp_path / "cache"), fetch_rows(in_blocks(data, tmp_path), tmp_path / "other")
+    assert here.fingerprints == there.fingerprints
+    assert here.train.shape == (3, SIDE, SIDE)
+    only = spec(tmp_path / "grey", grey, augmentation=CROP)
+    assert prepare(only, tmp_path / "cache").train.shape == (1, SIDE, SIDE)
+
+
+def test_rows_alike_are_measured_with(tmp_path: Path) -> None:
+    alike = alike_rows(in_blocks(spec(tmp_path / "data", augmentation=CROP), tmp_path)).train
+    first, *others = np.asarray(alike.inputs.take(np.arange(3), axis=0))
+    assert all((one == first).all() for one in others)
+    assert alike.row_bytes > 0
+
+
+def test_what_older_versions_cannot_read_has_another_format(tmp_path: Path) -> None:
+    """And rows of pixels keep theirs, to the byte."""
+    for keep, formats in (("auto", (2, 3)), ("pixels", (1, 2))):
+        data = spec(tmp_path / "data", augmentation=CROP, image={"keep": keep})
+        manifest = in_blocks(data, tmp_path).manifest()
+        assert (manifest.creation.format, manifest.format) == formats
+        assert (
+            (b'"sizes"' in manifest.to_bytes()) == (b'"encoded":' in manifest.creation.to_bytes()) == (keep == "auto")
+        )
+
+
+def test_a_block_that_is_cut_is_named(tmp_path: Path) -> None:
+    sealed = in_blocks(spec(tmp_path / "data", augmentation=CROP), tmp_path)
+    block = max(Path(sealed.uri).glob("blocks/*"), key=lambda path: path.stat().st_size)
+    block.chmod(0o644)
+    block.write_bytes(block.read_bytes()[:-100])
+    with pytest.raises(DamagedError, match=block.name[:16]):
+        fetch_rows(sealed, tmp_path / "other")
