@@ -374,7 +374,23 @@ def batches_ahead(inputs: np.ndarray, batch: int) -> int:
     """How many batches of so many rows are begun before they are wanted; none of what is not encoded."""
     if encoded_of(inputs) is None:
         return 0
+    return _batches(batch)
+
+
+def _batches(batch: int) -> int:
     return max(_BATCHES_AHEAD, math.ceil(_AHEAD_OF_THREAD * default_threads() / batch))
+
+
+def bytes_in_memory(inputs: np.ndarray) -> int:
+    """Bytes that a row takes while it is decoded ahead, on average; 0 where none are."""
+    if (encoded := encoded_of(inputs)) is None or not len(encoded):
+        return 0
+    return math.prod(encoded.shape[1:]) + encoded.nbytes // len(encoded)
+
+
+def rows_ahead(batch: int) -> int:
+    """How many rows are in memory of batches of so many: the one at hand, and those begun."""
+    return (_batches(batch) + 1) * batch
 
 
 def ahead(begun: Iterable[Callable[[], T]], count: int) -> Iterator[T]:

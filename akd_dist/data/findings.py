@@ -3,10 +3,12 @@
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from akd_dist.base.errors import RefusedError
+from akd_dist.base.formatting import size
 from akd_dist.data.encoded import EncodedPictures, encoded_of
 
 # The most classes that a message names.
@@ -117,6 +119,23 @@ def of_hashes(hashes: Mapping[str, np.ndarray]) -> list[str]:
     if not found:
         return []
     return [f"{' and '.join(found)} have the very inputs of a {train} row: they do not show how models do on new rows"]
+
+
+def of_encoded(kept: int, rows: int, encoded: Mapping[str, Any] | None) -> list[str]:
+    """A line on pictures that stay encoded; none where none do.
+
+    Args:
+        kept: bytes of all rows as they are kept.
+        rows: how many.
+        encoded: what their meaning says of them.
+    """
+    if encoded is None:
+        return []
+    pixels = size(rows * math.prod(encoded["shape"]))
+    return [
+        f"images stay encoded, in {size(kept)} where pixels would take {pixels}, and are decoded when they are read: "
+        "`data.image.keep: pixels` decodes them once"
+    ]
 
 
 def near_chance(name: str, agreement: float, counts: np.ndarray) -> str | None:

@@ -188,10 +188,13 @@ def _write_readings(
             splitting.check_classes(data, counts, classes.names)
             lines += findings.of_classes(counts[0], classes.names)
         encoded = kept_as(readings["train"])
+        arrays = {name: arrays_of(partial, name, encoded) for name in SPLITS}
+        kept = sum(one.nbytes for both in arrays.values() for one in both)
+        lines += findings.of_encoded(kept, sum(len(labels) for _, labels in arrays.values()), encoded)
         lines += findings.in_two_splits(
-            {name: arrays_of(partial, name, encoded)[0] for name in SPLITS},
-            functools.partial(tell, "rows in two splits"),
+            {name: inputs for name, (inputs, _) in arrays.items()}, functools.partial(tell, "rows in two splits")
         )
+        del arrays  # mapped, and about to get another name
         origins["shown"] = show({name: reading.source for name, reading in readings.items()})
         # Once all of them have been read: of a file that was written meanwhile, nobody could say which rows it gave.
         check_unchanged(origins, stamps)

@@ -325,6 +325,8 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
             classes=of_classes,
             sizes=None if creation.encoded is None else [one.size for one in mine],
         )
+    kept = sum(one.size for one in receipts.values())
+    lines += findings.of_encoded(kept, sum(creation.rows.values()), creation.meaning.get("encoded"))
     lines += findings.of_hashes({split: hashes[split] for split in SPLITS})
     origins = plan.origins | {"shown": show({name: one.source for name, one in plan.readings.items()})}
     check_unchanged(plan.origins, plan.stamps)

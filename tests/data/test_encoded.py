@@ -86,6 +86,8 @@ def test_decoded_they_are_the_pixels_that_others_have(home: Path, data: DataSpec
         assert ours.fingerprint != theirs.fingerprint
         assert ours.nbytes < sum(map(len, PICTURES)) + 40 * len(PICTURES)
         ours.content().verify()
+    lines = [one for one in kept.findings if one not in pixels.findings]
+    assert [one.partition(",")[0] for one in lines] == ["images stay encoded"]
     assert prepare(data, home / "cache").fingerprints == kept.fingerprints  # found again
     assert prepare(data, home / "other").fingerprints == kept.fingerprints
 
@@ -340,6 +342,8 @@ def test_blocks_hold_the_rows_of_this_node(tmp_path: Path) -> None:
     held, distant = fetch_rows(sealed, tmp_path / "other"), distant_rows(sealed)
     # Small entries: what a few windows take, with room for the splits that are held beside.
     windowed = fetch_rows(sealed, tmp_path / "small", windowed=True, budget=here.nbytes * 3 // 2)
+    line = "images stay encoded, in "
+    assert sum(one.startswith(line) for one in here.findings) == 1
     assert [windowed.train.held, held.train.held, distant.train.held] == [False, True, False]
     assert held.findings == here.findings
     for found in (held, distant, windowed):
