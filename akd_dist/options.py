@@ -129,8 +129,8 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions(Options):
-    """What the verbs that work from a recipe take."""
+class RecipeFileOptions(Options):
+    """What every verb takes that reads a recipe."""
 
     recipe: Recipe | str | Path = field(kw_only=False, metadata={"argument": "RECIPE"})
     """A recipe, or the path of its file."""
@@ -138,6 +138,32 @@ class RecipeOptions(Options):
         (), "--set", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
     )
     """`key=value` for a recipe file."""
+
+    def read(self) -> Recipe:
+        """The recipe: read from its file, and trusting what the user trusts.
+
+        Raises:
+            RecipeError: there is none, or something is wrong with it; overrides are given for one that is no file.
+        """
+        from akd_dist.recipe import Recipe, load_recipe
+
+        if not isinstance(self.recipe, Recipe) and not _is_path(self.recipe):
+            raise _wrong_kind("recipe", self.recipe, "an akd_dist.recipe.Recipe, or the path of its file")
+        if isinstance(self.recipe, Recipe) and self.overrides:
+            raise RecipeError(
+                "overrides are for the file of a recipe, and this one is an object",
+                got=", ".join(self.overrides),
+                expected="no overrides, or the path of the file",
+                next="load_recipe(path, overrides) reads a file with them",
+            )
+        read = self.recipe if isinstance(self.recipe, Recipe) else load_recipe(self.recipe, self.overrides)
+        return read.model_copy(update={"code": [*read.code, *self.modules]}) if self.trust else read
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(RecipeFileOptions):
+    """What the verbs that work from a recipe take."""
+
     store_root: str | Path | None = option(
         None,
         "--store-root",
@@ -168,26 +194,6 @@ class RecipeOptions(Options):
     )
     """Wait for nodes instead of refusing a cluster that is too small; needed where they join by other means than Ray's
     autoscaler, for which a command waits anyway."""
-
-    def read(self) -> Recipe:
-        """The recipe: read from its file, and trusting what the user trusts.
-
-        Raises:
-            RecipeError: there is none, or something is wrong with it; overrides are given for one that is no file.
-        """
-        from akd_dist.recipe import Recipe, load_recipe
-
-        if not isinstance(self.recipe, Recipe) and not _is_path(self.recipe):
-            raise _wrong_kind("recipe", self.recipe, "an akd_dist.recipe.Recipe, or the path of its file")
-        if isinstance(self.recipe, Recipe) and self.overrides:
-            raise RecipeError(
-                "overrides are for the file of a recipe, and this one is an object",
-                got=", ".join(self.overrides),
-                expected="no overrides, or the path of the file",
-                next="load_recipe(path, overrides) reads a file with them",
-            )
-        read = self.recipe if isinstance(self.recipe, Recipe) else load_recipe(self.recipe, self.overrides)
-        return read.model_copy(update={"code": [*read.code, *self.modules]}) if self.trust else read
 
     @property
     def stores(self) -> str:
@@ -386,3 +392,24 @@ class ExportOptions(WritingOptions, ModelOptions):
         None, "--data", metavar="DATA", help="Rows to compare logits on.  [default: those of the student's run]"
     )
     """Rows to compare logits on; None takes those of the student's run, and random inputs outside of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(WritingOptions, RecipeFileOptions):
+    """What `import_model` takes."""
+
+    checkpoint: str | Path | None = field(
+        default=None, kw_only=False, metadata={"argument": "[CHECKPOINT]", "required": False}
+    )
+    """A file of safetensors or a torch state dict, a folder with one, or the `s3://` URI of a file; None takes
+    `teacher.weights`. Its architecture is the recipe's `teacher.model`."""
+    out: str | Path | None = field(
+        default=None,
+        kw_only=False,
+        metadata={
+            "flag": "--out",
+            "metavar": "FOLDER",
+            "help": "The model folder to write.  [default: the checkpoint's name without its ending, here]",
+        },
+    )
+    """The model folder; None takes the checkpoint's name without its ending, in the working folder."""

@@ -26,7 +26,7 @@ _PLACES = 8  # where rows lie elsewhere in blocks, they are read from so many pl
 _MUCH_BETTER = 0.2
 _SHOWN = 5
 _CAUSES = (
-    "likely causes: data.normalize is not what it was trained with, its classes are in another order, or its channels "
+    "Likely causes: data.normalize is not what it was trained with, its classes are in another order, or its channels "
     "are (RGB and BGR), or it was made for other data"
 )
 
@@ -91,7 +91,7 @@ def _asked(rows: Rows) -> np.ndarray:
 
 def _of_chance(name: str, accuracy: float, counts: np.ndarray) -> list[str]:
     line = near_chance(name, accuracy, counts, "validation")
-    return [] if line is None else [line, _CAUSES]
+    return [] if line is None else [f"{line} {_CAUSES}"]
 
 
 def _of_values(values: np.ndarray, labels: np.ndarray, name: str) -> TeacherCheck:
@@ -102,7 +102,7 @@ def _of_values(values: np.ndarray, labels: np.ndarray, name: str) -> TeacherChec
     found = float(np.corrcoef(values, labels)[0, 1])
     warnings = []
     if abs(found) < 2 / math.sqrt(count):
-        warnings = [f"{name} is near chance: its values hardly go with the labels; {_CAUSES}"]
+        warnings = [f"{name} is near chance: its values hardly go with the labels. {_CAUSES}"]
     elif found < 0:
         warnings = [f"{name} says large values where the labels are small: its sign may be the other way round"]
     return TeacherCheck(rows=count, correlation=found, warnings=warnings)

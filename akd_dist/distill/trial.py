@@ -4,6 +4,7 @@ What a worker would find out at the last step of an epoch, or a caching task aft
 here within a second. A command and its `--dry-run` call the same functions, so they refuse the same.
 """
 
+import copy
 import logging
 from collections.abc import Iterable
 
@@ -70,12 +71,14 @@ def try_teacher(module: nn.Module, card: ModelCard, rows: Rows, cache: recipe.Ca
     """Run trained weights on two rows, as they will be for a store; in float32 where that is in half precision.
 
     Args:
-        module: in eval mode; its weights are brought to the dtype that they are cached in.
+        module: in eval mode; left as it is.
 
     Raises:
         RefusedError: it returns no logits, not one for each class, or such as cannot be stored.
     """
-    module = module.to(weights_dtype(cache.precision))  # which is not half: autocast lacks some kernels on a CPU
+    wanted = weights_dtype(cache.precision)  # which is not half: autocast lacks some kernels on a CPU
+    if any(one.dtype != wanted for one in module.parameters()):
+        module = copy.deepcopy(module).to(wanted)
     inputs = _some(rows, 2)
     _warn_of_probabilities(check_output(module, card, inputs), card)
     logits = teacher_logits(module, inputs, len(inputs))

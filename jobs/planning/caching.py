@@ -359,8 +359,8 @@ def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: 
         if model.imported is not None:
             module = model.imported.module(Path(workspace.cache_root))
             try_teacher(module, model.card, splits.train, recipe.cache)
-            for note in model.imported.notes:
-                workspace.tell(f"{model.imported.source}: {note}")
+            if model.imported.notes:
+                workspace.tell(f"{model.imported.source}: {'; '.join(model.imported.notes)}")
         else:
             module, card = read_model(model.model_uri, recipe.trusted)
             try_teacher(module, card, splits.train, recipe.cache)
