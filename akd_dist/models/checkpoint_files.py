@@ -7,7 +7,6 @@ it is called (`weights_only=True`); what it refuses stays unread, and the messag
 """
 
 import hashlib
-import pickle
 import re
 import stat
 import warnings
@@ -223,19 +222,19 @@ def _load(path: Path, *, mmap: bool) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other protocols, and of storages of before
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        blocked = _BLOCKED.search(str(error))
-        holds = f"a pickle that needs {blocked[1]}" if blocked else "a pickle of more than tensors and plain containers"
-        raise RefusedError(
-            f"{path} holds more than tensors, and nothing is unpickled: loading it runs whatever code is in it",
-            got=holds,
-            expected=EXPECTED,
-            next="where you trust it, write its weights again:\n" + _lines("torch.load(FILE, weights_only=False)"),
-        ) from error
     except Exception as error:  # of torch, of whatever stands in the archive
         said = str(error).splitlines()[0] if str(error) else ""
-        raise _refused(
-            path, f"what torch cannot read: {type(error).__name__}: {said}", "fetch the file again"
+        if type(error).__name__ != "UnpicklingError":
+            got = f"what torch cannot read: {type(error).__name__}: {said}"
+            raise _refused(path, got, "fetch the file again") from error
+        blocked = _BLOCKED.search(str(error))
+        raise RefusedError(
+            f"{path} holds more than tensors, and nothing is unpickled: loading it runs whatever code is in it",
+            got=f"a pickle that needs {blocked[1]}"
+            if blocked
+            else "a pickle of more than tensors and plain containers",
+            expected=EXPECTED,
+            next="where you trust it, write its weights again:\n" + _lines("torch.load(FILE, weights_only=False)"),
         ) from error
 
 
