@@ -11,6 +11,7 @@
     akd_dist.evaluate(student, "runs/digits")            a student's metrics on data, and its agreement with others
     akd_dist.predict(student, "new.parquet", out)        what it says of every row, as Parquet
     akd_dist.export(student, "onnx", out)                the student for those without akd-dist, checked
+    akd_dist.import_model(recipe, "teacher.pth", out)    a checkpoint from elsewhere as a model folder
 
 Importing this package is instant: each verb imports what it needs when it is called.
 """
@@ -26,6 +27,7 @@ from akd_dist.api import (
     distillation_dataset,
     evaluate,
     export,
+    import_model,
     load_model,
     open_store,
     predict,
@@ -43,6 +45,7 @@ __all__ = [
     "distillation_dataset",
     "evaluate",
     "export",
+    "import_model",
     "load_model",
     "open_store",
     "predict",

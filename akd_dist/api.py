@@ -24,6 +24,7 @@ from akd_dist.options import (
     EvaluateOptions,
     ExportOptions,
     FleetOptions,
+    ImportOptions,
     ModelOptions,
     Options,
     PredictOptions,
@@ -331,6 +332,33 @@ def export(options: ExportOptions) -> dict[str, Any]:
             on_progress=on_progress,
         )
         return here.named(document.plain())
+
+
+@_taking(ImportOptions)
+def import_model(options: ImportOptions) -> dict[str, Any]:
+    """A checkpoint from elsewhere as a model folder, for the inputs and classes of a recipe; nothing is unpickled.
+
+    Its arguments are the fields of `akd_dist.options.ImportOptions`.
+
+    Returns:
+        The document that `akd-dist models import --json` prints (schemas/import.schema.json).
+
+    Raises:
+        AkdError: a refusal: options, recipe, data or checkpoint.
+    """
+    recipe = options.read().own()
+    from akd_dist.serve.importing import import_model
+
+    with _meters(options.console) as on_progress:
+        return import_model(
+            recipe,
+            None if options.checkpoint is None else places.absolute(options.checkpoint),
+            None if options.out is None else places.output(options.out),
+            Path(options.cache),
+            force=options.force,
+            on_progress=on_progress,
+            on_note=_notes(options.console) or (lambda line: None),
+        ).plain()
 
 
 def _name_of(folder: str | Path) -> str:

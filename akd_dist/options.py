@@ -129,8 +129,8 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredOptions(Options):
-    """What the verbs take that look for the stores of a recipe."""
+class RecipeFileOptions(Options):
+    """What every verb takes that reads a recipe."""
 
     recipe: Recipe | str | Path = field(kw_only=False, metadata={"argument": "RECIPE"})
     """A recipe, or the path of its file."""
@@ -138,15 +138,6 @@ class StoredOptions(Options):
         (), "--set", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
     )
     """`key=value` for a recipe file."""
-    store_root: str | Path | None = option(
-        None,
-        "--store-root",
-        metavar="URI",
-        root=STORE_ROOT,
-        folder=True,
-        help="Where stores lie: a folder or s3://...",
-    )
-    """Folder or `s3://` URI under which stores lie; None takes $AKD_DIST_STORE_ROOT, or `stores`."""
 
     def read(self) -> Recipe:
         """The recipe: read from its file, and trusting what the user trusts.
@@ -167,6 +158,21 @@ class StoredOptions(Options):
             )
         read = self.recipe if isinstance(self.recipe, Recipe) else load_recipe(self.recipe, self.overrides)
         return read.model_copy(update={"code": [*read.code, *self.modules]}) if self.trust else read
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredOptions(RecipeFileOptions):
+    """What the verbs take that look for the stores of a recipe."""
+
+    store_root: str | Path | None = option(
+        None,
+        "--store-root",
+        metavar="URI",
+        root=STORE_ROOT,
+        folder=True,
+        help="Where stores lie: a folder or s3://...",
+    )
+    """Folder or `s3://` URI under which stores lie; None takes $AKD_DIST_STORE_ROOT, or `stores`."""
 
     @property
     def stores(self) -> str:
@@ -418,3 +424,24 @@ class ExportOptions(WritingOptions, ModelOptions):
         None, "--data", metavar="DATA", help="Rows to compare logits on.  [default: those of the student's run]"
     )
     """Rows to compare logits on; None takes those of the student's run, and random inputs outside of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(WritingOptions, RecipeFileOptions):
+    """What `import_model` takes."""
+
+    checkpoint: str | Path | None = field(
+        default=None, kw_only=False, metadata={"argument": "[CHECKPOINT]", "required": False}
+    )
+    """A file of safetensors or a torch state dict, a folder with one, or the `s3://` URI of a file; None takes
+    `teacher.weights`. Its architecture is the recipe's `teacher.model`."""
+    out: str | Path | None = field(
+        default=None,
+        kw_only=False,
+        metadata={
+            "flag": "--out",
+            "metavar": "FOLDER",
+            "help": "The model folder to write.  [default: the checkpoint's name without its ending, here]",
+        },
+    )
+    """The model folder; None takes the checkpoint's name without its ending, in the working folder."""

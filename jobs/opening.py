@@ -104,7 +104,7 @@ def found(options: StoredOptions) -> Iterator[Found]:
         splits = rows_of_machine(given.recipe.data, workspace)
         if given.run is not None:
             _check_same_rows(given.run, splits)
-        models = models_there(given.recipe, splits, root)
+        models = models_there(given.recipe, splits, workspace)
         yield Found(given, workspace, splits, models[0] if models else None)
 
 
