@@ -25,7 +25,8 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> int:
     cannot be read takes nothing from the others.
     """
     from akd_dist.reporting.remote import at_hand, write_reports_of
-    from akd_dist.reporting.results import fleet_table, read_run, runs_table
+    from akd_dist.reporting.results import read_run
+    from akd_dist.reporting.tables import fleet_table, runs_table
 
     refused: list[AkdError] = []
     page = None if out is None else places.output(out)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from akd_dist.documents.base import Count, Document, Share, Told
 from akd_dist.documents.error import Refusal
-from akd_dist.documents.fleet import Economics
+from akd_dist.documents.fleet import Economics, RefusedStudent
 from akd_dist.recipe import Metric, Split, Task
 
 
@@ -102,6 +102,8 @@ class CompareDocument(Document):
     """The rows, model by model; from scratch, KD, TAKD, Annealing-KD, Continuation-KD."""
     missing: list[Literal["takd"]]
     """Objectives that the recipe cannot be compared under."""
+    refused: list[RefusedStudent] = []
+    """Students that the run has otherwise: they are in no row."""
 
 
 class ReportedGroup(Document):

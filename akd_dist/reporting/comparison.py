@@ -153,7 +153,7 @@ def compare(recipe: Recipe, fleet: FleetDocument, rows: SplitRows, command: str)
     """The table of a fleet that an expanded recipe has trained.
 
     Args:
-        recipe: what `expand` made.
+        recipe: what `expand` made, as the run has it.
         fleet: what the run's fleet.json holds.
         rows: number of rows of each split.
         command: what makes the same table again.
@@ -174,6 +174,7 @@ def compare(recipe: Recipe, fleet: FleetDocument, rows: SplitRows, command: str)
             for row in _rows_of_model(listed, entries, metric)
         ],
         missing=[] if recipe.teacher.assistant is not None else ["takd"],
+        **({"refused": fleet.refused} if fleet.refused else {}),
     )
 
 
@@ -358,6 +359,7 @@ def remarks(document: CompareDocument) -> list[str]:
         for row in document.table
         for lost in row.lost
     ]
+    remarks += [f"left out: {one.told}" for one in document.refused]
     if "takd" in document.missing:
         remarks.append("TAKD is missing: give the recipe a teacher.assistant, and a student of objective takd")
     return remarks

@@ -33,7 +33,7 @@ from akd_dist.reporting import curves, figures
 from akd_dist.reporting.comparison import cells, columns, remarks
 from akd_dist.reporting.differences import Classes, Numbers
 from akd_dist.reporting.drawing import OBJECTIVE_COLOURS, OTHER_COLOUR
-from akd_dist.reporting.results import Run, check_comparable, differences_of_runs, names_of, read_run, same_test_rows
+from akd_dist.reporting.results import Run, read_run
 from akd_dist.reporting.seeds import (
     SAME,
     SeedGroup,
@@ -45,6 +45,8 @@ from akd_dist.reporting.seeds import (
     plus_minus,
     unfinished,
 )
+from akd_dist.reporting.several import check_comparable, differences_of_runs, names_of, same_test_rows
+from akd_dist.reporting.tables import left_out
 from akd_dist.storage.run_copy import is_copy
 
 PAGE = "report.html"
@@ -175,6 +177,7 @@ def render(run: Run) -> str:
         rows=list(_table_rows(run)),
         tiles=_tiles(run),
         unfinished=unfinished(fleet.students),
+        left_out=left_out(fleet),
         comparison=run.comparison and (columns(run.comparison), cells(run.comparison), remarks(run.comparison)),
         size_figures=list(figures.size_figure(run)),
         effects=list(_effect_rows(effects, shown)),
