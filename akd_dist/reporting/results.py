@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from akd_dist.base import places
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
@@ -23,15 +22,22 @@ from akd_dist.base.formatting import HARD_LABELS, OBJECTIVE_LABELS, SHOWN, Metri
 from akd_dist.distill.delivery import TEST_NAME
 from akd_dist.documents.damage import load, read_epochs
 from akd_dist.documents.fleet import EpochRecord, FleetDocument, FleetStudent, RunIdentity
-from akd_dist.documents.report import CompareDocument, Difference, ReportedGroup, ReportedRun, TauEffect
+from akd_dist.documents.report import CompareDocument, Difference, ReportedGroup, ReportedRun, TauChoice, TauEffect
 from akd_dist.reporting.comparison import read_comparison
 from akd_dist.reporting.differences import Classes, Numbers, StoredPredictions, classes_of, numbers_of, read_predictions
-from akd_dist.reporting.seeds import SeedGroup, baseline, estimate, group_students, over, pareto_front, unfinished
+from akd_dist.reporting.seeds import (
+    SeedGroup,
+    baseline,
+    choices_of,
+    chosen_on_validation,
+    estimate,
+    group_students,
+    over,
+    pareto_front,
+    unfinished,
+)
 from akd_dist.tracking.status import RunReader
 from akd_dist.tracking.view import headline, next_line
-
-if TYPE_CHECKING:
-    pass
 
 PAIRS_TOLD = 20
 """The most pairs of classes that a document names of each group."""
@@ -164,6 +170,29 @@ class Run:
             if group.tau_max is not None
         ]
 
+    @cached_property
+    def chosen(self) -> dict[str, SeedGroup]:
+        """The students of each family whose tau_max is the best on the validation rows, by what the family shares."""
+        found = {name: chosen_on_validation(family) for name, family in self.tau_families.items()}
+        return {name: chosen for name, chosen in found.items() if chosen is not None}
+
+    @property
+    def tau_choices(self) -> list[TauChoice]:
+        """What choosing tau_max on the validation rows comes to."""
+        return [
+            TauChoice(
+                family=name,
+                model=group.model,
+                objective=group.objective,
+                chosen=choices_of(group),
+                test=estimate(group.by_seed),
+                over_smallest=over(group, self.tau_families[name][0]),
+                over_scratch=over(group, baseline(group, self.groups, HARD_LABELS)),
+                over_kd=over(group, baseline(group, self.groups, "kd")),
+            )
+            for name, group in self.chosen.items()
+        ]
+
     @property
     def rows_per_second(self) -> float | None:
         """Rows that students trained on by the second of their own time; None where the rows are not known."""
@@ -199,6 +228,7 @@ class Run:
             rows_per_second=None if rate is None else round(rate, 1),
             groups=[_reported(group, group in front) for group in self.groups],
             tau_max=self.tau_effects,
+            tau_max_chosen=self.tau_choices,
             differences=[
                 _counted(stem, found) for stem, found in self.differences.items() if isinstance(found, Classes)
             ],

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from akd_dist.base.formatting import SHOWN, house_table, percent, seconds, share, some_of
 from akd_dist.documents.fleet import FleetDocument
 from akd_dist.reporting.results import Run
-from akd_dist.reporting.seeds import best_of, group_label, group_students, has_spread, plus_minus, unfinished
-from akd_dist.reporting.several import names_of
+from akd_dist.reporting.seeds import (
+    SeedGroup,
+    best_of,
+    estimate,
+    group_label,
+    group_students,
+    has_spread,
+    interval,
+    plus_minus,
+    unfinished,
+)
+from akd_dist.reporting.several import names_of, pool_notes, pooled
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def fleet_table(fleet: FleetDocument) -> Table:
-    """The results of a run as a table for the terminal: the teacher, then its students, seeds grouped."""
+def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table:
+    """The results of a run as a table for the terminal: the teacher, then its students, seeds grouped.
+
+    Args:
+        chosen: of its families of tau_max, the students that the validation rows choose; below the others.
+    """
     from rich.text import Text
 
     teacher, shown = fleet.teacher, SHOWN[fleet.metric]
@@ -43,11 +58,13 @@ def fleet_table(fleet: FleetDocument) -> Table:
             *[percent(assistant.agreement)] * agreeing,
         )
     previous = None
-    for group in groups:
+    models = list(dict.fromkeys(group.model for group in groups))
+    rows = sorted([*groups, *chosen], key=lambda group: models.index(group.model))
+    for group in rows:
         if group.model != previous:
             table.add_section()
         table.add_row(
-            Text(group_label(group, groups)),
+            Text(group_label(group, rows)),
             f"{group.parameters:,}",
             share(group.parameters, teacher.parameters),
             Text(group.objective_label),
@@ -56,6 +73,27 @@ def fleet_table(fleet: FleetDocument) -> Table:
             seconds(group.seconds),
         )
         previous = group.model
+    return table
+
+
+def pooled_table(runs: list[Run]) -> Table:
+    """The students of several runs for the terminal, seeds of the same student gathered over them."""
+    from rich.text import Text
+
+    shown, pools = runs[0].shown, pooled(runs)
+    notes = pool_notes(pools)
+    table = house_table(
+        f"{len(runs)} runs together: mean ± 95 % interval over seeds", Text("\n".join(notes)) if notes else None
+    )
+    table.add_column("student", overflow="fold")
+    table.add_column("objective", no_wrap=True)
+    for heading in ("runs", "seeds", f"test\n{shown.with_unit(shown.short)}"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for pool in pools:
+        group = pool.group
+        test = interval(shown, estimate(group.by_seed))
+        cells = (str(len(pool.runs)), str(len(group.by_seed)), test)
+        table.add_row(Text(group.stem), Text(group.objective_label), *cells)
     return table
 
 
