@@ -129,7 +129,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     words += [word for module in options.modules for word in ("--trust", module)]
     words += [] if options.seeds is None else ["--seeds", str(options.seeds)]
     document = comparison.compare(
-        expanded,
+        plan.recipe,
         FleetDocument.model_validate(fleet),
         {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         shlex.join(words),
