@@ -25,7 +25,7 @@ from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import findings, splitting
 from akd_dist.data.columns import Images, NotGreyError, frames_note
 from akd_dist.data.labels import Classes
-from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
+from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show, size_and_time
 from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels
 from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile
 from akd_dist.data.row_cache import Progress, key_of
@@ -158,7 +158,7 @@ class _Looked:
         self.data, self.root = data, store_root
         self.kinds = kinds_of(data)
         keys = {name: kind.key() for name, kind in self.kinds.items()}
-        self.files, self.objects = local_files(keys), remote_files(keys)
+        self.files, self.objects = local_files(self.kinds, keys), remote_files(keys)
         key = {"rows_format": ROWS_FORMAT, **key_of(data, keys)}
         self.source = {False: key, True: key | {"colour": True}}
         self.ids = {colour: sha256(canonical_json(source)) for colour, source in self.source.items()}
@@ -236,11 +236,12 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
     begin_rows(writer)
     there = receipts_there(writer)
     files = [
-        SourceFile(stamp[0], stamp[1], origins["files"][str(path)]["sha256"])
-        for path, stamp in stamps.items()
-        if stamp is not None
+        SourceFile(*seen, origins["files"][str(path)]["sha256"])
+        for path in stamps
+        if (seen := size_and_time(path)) is not None
     ]
-    job = RowsJob(writer, data, classes, colour, tuple(files), look.objects)
+    known = {name: one.source.known for name, one in readings.items()}
+    job = RowsJob(writer, data, classes, colour, tuple(files), look.objects, known)
     runs = [run for name, one in readings.items() for run in _runs(name, one, splits[name], creation, there)]
     return RowsPlan(job, runs, there, readings, counts, lines, origins, stamps)
 
