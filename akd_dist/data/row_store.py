@@ -23,7 +23,7 @@ from akd_dist import recipe
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import findings, splitting
-from akd_dist.data.columns import Images, NotGreyError, frames_note
+from akd_dist.data.columns import Images, Noted, NotGreyError, lines_of
 from akd_dist.data.labels import Classes
 from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show, size_and_time
 from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels
@@ -303,8 +303,8 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
     creation, data = plan.job.writer.creation, plan.job.data
     lines = [note for one in plan.readings.values() for note in one.source.notes]
     for name in plan.readings:
-        of = [one.frames for one in receipts.values() if source_of_split(data, one.split) == name]
-        lines += frames_note(sum(of), f"data.{name}")
+        of = [Noted(one.frames, one.enlarged) for one in receipts.values() if source_of_split(data, one.split) == name]
+        lines += lines_of(sum(of, Noted()), data.image, f"data.{name}")
     lines += plan.lines
     hashes, splits = dict[str, np.ndarray](), dict[str, SealedSplit]()
     for split in creation.rows:
