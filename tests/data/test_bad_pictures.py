@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from akd_dist.base.errors import RefusedError
-from akd_dist.data import prepare as preparing
+from akd_dist.data import prepare as preparing, row_cache
 from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.row_store import RowsPlan, Take, ensure_rows
@@ -350,6 +350,19 @@ def test_refused(case: str, tmp_path: Path) -> None:
         assert word in str(caught.value)
     assert not list(tmp_path.glob("cache/rows/*/index.json"))
     assert not list(tmp_path.glob("cache/rows/*.partial"))
+
+
+@pytest.mark.parametrize(
+    "case", ["folder, other classes in test", "folder, a negative label", "shards, a negative cls"]
+)
+def test_labels_are_refused_before_pictures_are_read(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, _ = CASES[case]
+    made = make(tmp_path)
+    monkeypatch.delattr(row_cache, "write_source")
+    with pytest.raises(RefusedError):
+        prepare(made if isinstance(made, DataSpec) else DataSpec(train=made), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("case", ["folder, a picture cut off", "shards, a picture cut off"])

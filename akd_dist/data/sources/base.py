@@ -44,6 +44,8 @@ class Source:
     cuts: np.ndarray | None = None
     """The rows at which reading may begin, int64, sorted, the first one 0: to read another one, those since the cut
     before it are read as well, and dropped. None where it may begin anywhere."""
+    labels_at_hand: bool = False
+    """Whether labels are known without reading anything: then they are checked before inputs are read."""
     names: Callable[[int, int], Sequence[str]] | None = None
     """What rows start..stop - 1 are called where they come from, as files of pictures are."""
     known: Any = None

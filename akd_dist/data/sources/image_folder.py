@@ -77,6 +77,7 @@ class ImageFolderSource:
             label=() if self.table is None else (f"{self.spec.label} of {self.table.name}",),
             classes=self.spec.classes,
             names=lambda first, last: names[first:last],
+            labels_at_hand=True,
         )
 
     def _table(self) -> Path | RemoteFile | None:
@@ -140,8 +141,7 @@ class ImageFolderSource:
                 f"the folders in {place} are called as splits, and not as classes",
                 got=", ".join(sorted(there)),
                 expected="a folder for each class",
-                next=f"set `path` to {place.rstrip('/')}/{max(there & _TRAIN, default=min(there))}, and name the "
-                "others as sources of their own",
+                next=f"name {place.rstrip('/')}/{max(there & _TRAIN, default=min(there))}, and each as its own source",
             )
         return classes
 
