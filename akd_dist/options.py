@@ -345,7 +345,8 @@ class DataOptions(ModelOptions):
     """What every verb takes that runs a model on data that the user names."""
 
     data: str | Path = field(kw_only=False, metadata={"argument": "DATA"})
-    """A recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; or `digits`."""
+    """A recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; a folder of pictures, or tar
+    files of them; or `digits`."""
     label: str | None = option(None, "--label", metavar="COLUMN", help="Column of labels.")
     """The column of labels; None takes that of the student's run, or `label`, where there is one. An empty name reads
     none."""

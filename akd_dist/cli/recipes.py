@@ -129,4 +129,6 @@ def _assistant(one: AssistantSpec) -> str:
 def _source(source: float | Source) -> str:
     if isinstance(source, float):
         return f"{source:g} of the train source"
-    return source.path if source.kind == "parquet" else source.kind
+    from akd_dist.recipe import ImageFolder, Parquet, WebDataset
+
+    return source.path if isinstance(source, Parquet | ImageFolder | WebDataset) else source.kind
