@@ -26,6 +26,7 @@ from akd_dist.recipe import LastBatch, Recipe, load_recipe, trust
 from akd_dist.reporting.results import read_fleet
 from akd_dist.serve.remote import brought
 from akd_dist.storage import catalog
+from akd_dist.storage.content import renewing
 from akd_dist.storage.layout import CREATION_KEY
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.roots import open_root
@@ -135,16 +136,19 @@ def named(options: StoredOptions) -> Iterator[Named]:
 def open_dataset(options: DatasetOptions) -> DistillationDataset:
     """`akd_dist.distillation_dataset`."""
     with found(options) as there:
-        dataset = DistillationDataset(_job(there, options), options.epoch)
-        return dataset.open(there.splits.sources)
+        job = _job(there, options)
+        # What turns out to be wrong in the cache is made anew, as training does.
+        return renewing(
+            lambda: DistillationDataset(job, options.epoch).open(there.splits.sources), there.workspace.tell
+        )
 
 
 def open_batches(options: BatchesOptions) -> DistillationBatches:
     """`akd_dist.distillation_batches`."""
     with found(options) as there:
         job = _job(there, options, options.batch, options.last_batch, _window(there))
-        batches = DistillationBatches(job, options.epoch, options.rank, options.world, options.start_step)
-        return batches.open(there.splits.sources)
+        begins = options.epoch, options.rank, options.world, options.start_step
+        return renewing(lambda: DistillationBatches(job, *begins).open(there.splits.sources), there.workspace.tell)
 
 
 def _job(

@@ -180,7 +180,7 @@ _OF_PARENTS: list[object] = []
 class _Split:
     """A split that each process maps for itself: what both datasets share."""
 
-    def __init__(self, job: DatasetJob, epoch: int, start_step: int = 0) -> None:
+    def __init__(self, job: DatasetJob, epoch: int = 0, start_step: int = 0) -> None:
         self.job = job
         begins = [_counted("epoch", epoch), _counted("start_step", start_step)]
         # In memory that the workers of a DataLoader share, so that one that lives on sees the next epoch.
@@ -245,6 +245,9 @@ class DistillationDataset(_Split, Dataset[Tensors]):
     `attention_mask` and where the tokenizer has them `token_type_ids`, int64 [length]; `labels`, int64, or float32 for
     regression; `teacher_logits`, float32 [classes], where there is a store; and `row`, its number, int64.
     """
+
+    collate = staticmethod(collate)
+    """For trainers that collate rows by a function of their own: a batch that was gathered whole stays one."""
 
     def open(self, sources: SourceCheck | None = None) -> Self:
         """As `_Split.open`, with the view's logits at hand."""
