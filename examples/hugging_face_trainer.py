@@ -44,7 +44,9 @@ class DistillationTrainer(Trainer):
         outputs = model(pixel_values=(inputs["inputs"] / 255 - MEAN) / STD)
         loss = cross_entropy(outputs.logits, inputs["labels"])
         if "teacher_logits" in inputs and model.training:
-            softened = [log_softmax(one / TEMPERATURE, dim=1) for one in (outputs.logits, inputs["teacher_logits"])]
+            softened = [
+                log_softmax(one.float() / TEMPERATURE, dim=1) for one in (outputs.logits, inputs["teacher_logits"])
+            ]
             from_teacher = kl_div(*softened, reduction="batchmean", log_target=True) * TEMPERATURE**2
             loss = SHARE * from_teacher + (1 - SHARE) * loss
         return (loss, {"logits": outputs.logits}) if return_outputs else loss

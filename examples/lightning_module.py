@@ -47,7 +47,7 @@ class Student(lightning.LightningModule):
     def training_step(self, batch: dict[str, torch.Tensor], batch_number: int) -> torch.Tensor:
         """The loss of a batch."""
         logits = self(batch["inputs"])
-        softened = [log_softmax(one / TEMPERATURE, dim=1) for one in (logits, batch["teacher_logits"])]
+        softened = [log_softmax(one.float() / TEMPERATURE, dim=1) for one in (logits, batch["teacher_logits"])]
         from_teacher = kl_div(*softened, reduction="batchmean", log_target=True) * TEMPERATURE**2
         return SHARE * from_teacher + (1 - SHARE) * cross_entropy(logits, batch["labels"])
 

@@ -32,7 +32,7 @@ class Student(nn.Sequential):
 
 def distillation_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Knowledge distillation (Hinton et al., 2015): the teacher's softened classes, and the labels."""
-    softened = [log_softmax(one / TEMPERATURE, dim=1) for one in (logits, batch["teacher_logits"])]
+    softened = [log_softmax(one.float() / TEMPERATURE, dim=1) for one in (logits, batch["teacher_logits"])]
     from_teacher = kl_div(*softened, reduction="batchmean", log_target=True) * TEMPERATURE**2
     return SHARE * from_teacher + (1 - SHARE) * cross_entropy(logits, batch["labels"])
 

@@ -206,7 +206,7 @@ class _Split:
     @property
     def epoch(self) -> int:
         """The epoch that is shown: train rows in its view, the epoch modulo the number of views."""
-        return int(self._begins[0])
+        return int(self._begins.numpy()[0])  # a tensor's own item takes ten times as long
 
     @property
     def rows(self) -> Rows:
@@ -243,7 +243,8 @@ class DistillationDataset(_Split, Dataset[Tensors]):
     `dataset[row]` is one row; `dataset[[row, ...]]` a whole batch, [n, ...] each. Of each row: `inputs` as they are
     stored (uint8, float32; images are [channels, height, width], not normalised), of text instead `input_ids`,
     `attention_mask` and where the tokenizer has them `token_type_ids`, int64 [length]; `labels`, int64, or float32 for
-    regression; `teacher_logits`, float32 [classes], where there is a store; and `row`, its number, int64.
+    regression; `teacher_logits` [classes] where there is a store, as stored: float32, or float16 where `cache.encoding`
+    says so; and `row`, its number, int64.
     """
 
     collate = staticmethod(collate)
@@ -356,7 +357,7 @@ def _named(
     found = {"inputs": inputs} if rows.tokens is None else _of_text(inputs, rows.tokens.padding)
     found["labels"] = labels
     if logits is not None:
-        found["teacher_logits"] = logits.float()
+        found["teacher_logits"] = logits
     found["row"] = torch.from_numpy(numbers)
     return found
 
