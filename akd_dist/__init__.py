@@ -29,7 +29,9 @@ from akd_dist.api import (
     load_model,
     open_store,
     predict,
+    ray_dataset,
     report,
+    source_rows,
     train_students,
 )
 
@@ -46,7 +48,9 @@ __all__ = [
     "load_model",
     "open_store",
     "predict",
+    "ray_dataset",
     "report",
+    "source_rows",
     "train_students",
 ]
 

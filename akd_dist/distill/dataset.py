@@ -292,7 +292,7 @@ class DistillationDataset(_Split, Dataset[Tensors]):
         if numbers.ndim != 1 or (numbers.size and (numbers.min() < -count or numbers.max() >= count)):
             raise IndexError(f"rows {rows} of {count:,}")
         numbers = np.where(numbers < 0, numbers + count, numbers)
-        return _named(stream.rows, numbers, *stream.gather(numbers, view, here.hold(view)))
+        return named_tensors(stream.rows, numbers, *stream.gather(numbers, view, here.hold(view)))
 
 
 class DistillationBatches(_Split, IterableDataset[Tensors]):
@@ -346,11 +346,11 @@ class DistillationBatches(_Split, IterableDataset[Tensors]):
         first = int(self._begins[1]) + worker if first is None else first
         for batch in stream.batches(self.epoch, first, self._rank, self._world, stride=workers):
             self._next = batch.step + workers
-            yield _named(stream.rows, batch.rows, batch.inputs, batch.labels, batch.logits)
+            yield named_tensors(stream.rows, batch.rows, batch.inputs, batch.labels, batch.logits)
         self._next = None
 
 
-def _named(
+def named_tensors(
     rows: Rows, numbers: np.ndarray, inputs: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor | None
 ) -> Tensors:
     """What trainers get of some rows."""
