@@ -31,7 +31,9 @@ from akd_dist.api import (
     load_model,
     open_store,
     predict,
+    ray_dataset,
     report,
+    source_rows,
     train_students,
 )
 
@@ -49,7 +51,9 @@ __all__ = [
     "load_model",
     "open_store",
     "predict",
+    "ray_dataset",
     "report",
+    "source_rows",
     "train_students",
 ]
 

@@ -28,7 +28,9 @@ from akd_dist.options import (
     ModelOptions,
     Options,
     PredictOptions,
+    RayDatasetOptions,
     RunOptions,
+    SplitOptions,
 )
 
 if TYPE_CHECKING:
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from akd_dist.data.row_cache import Progress
+    from akd_dist.data.source_rows import SourceRows
     from akd_dist.distill.dataset import DistillationBatches, DistillationDataset
     from akd_dist.jobs.planning.plan import RunPlan
+    from akd_dist.jobs.ray_data import Dataset
     from akd_dist.recipe import Recipe
     from akd_dist.serve.examples import DataRequest
     from akd_dist.serve.remote import Brought
@@ -199,6 +203,37 @@ def distillation_batches(options: BatchesOptions) -> DistillationBatches:
     from akd_dist.jobs.opening import open_batches
 
     return open_batches(options)
+
+
+@_taking(RayDatasetOptions)
+def ray_dataset(options: RayDatasetOptions) -> Dataset:
+    """The teacher's logits as a dataset of Ray Data, read shard by shard where its tasks run.
+
+    Of a store: `view`, `row` and `logits`, all views. Of a recipe or a run also what a row of `distillation_dataset`
+    has, as each view shows it, with the logits as `teacher_logits`. Every node has to see the store, and the data. Its
+    arguments are the fields of `akd_dist.options.RayDatasetOptions`.
+
+    Raises:
+        AkdError: a refusal: there is no sealed store; Ray Data is not installed, or no cluster answers.
+    """
+    from akd_dist.jobs.ray_data import ray_dataset
+
+    return ray_dataset(options)
+
+
+@_taking(SplitOptions)
+def source_rows(options: SplitOptions) -> SourceRows:
+    """Which row of which file each row of a split was: `.where(row)` -> (file, row in it).
+
+    Rows of a split are counted as in stores, datasets and predictions. Its arguments are the fields of
+    `akd_dist.options.SplitOptions`.
+
+    Raises:
+        AkdError: a refusal: the recipe, or a source that cannot be opened.
+    """
+    from akd_dist.jobs.opening import source_rows_of
+
+    return source_rows_of(options)
 
 
 def load_model(folder: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from akd_dist.recipe import Device, LastBatch, Recipe, Split, Target
+    from akd_dist.storage.reader import LogitStore
 
 Default = TypeVar("Default")
 
@@ -291,11 +292,17 @@ class CompareOptions(FleetOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetOptions(StoredOptions):
-    """What `distillation_dataset` takes, where `recipe` may also be the folder or `s3://` URI of a run."""
+class SplitOptions(StoredOptions):
+    """What `source_rows` takes, where `recipe` may also be the folder or `s3://` URI of a run."""
 
     split: Split = field(default="train", metadata={"choices": ("train", "validation", "test")})
-    """Which rows: `train`, `validation` or `test`. Only train rows are augmented, and only they need a store."""
+    """Which rows: `train`, `validation` or `test`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions(SplitOptions):
+    """What `distillation_dataset` takes. Only train rows are augmented, and only they need a store."""
+
     epoch: int = 0
     """The epoch that is shown first, from 0: train rows in view `epoch` modulo `data.views`."""
 
@@ -314,6 +321,34 @@ class BatchesOptions(DatasetOptions):
     """How many there are."""
     start_step: int = 0
     """The step, from 0, with which the first epoch begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayDatasetOptions(Options):
+    """What `ray_dataset` takes."""
+
+    source: LogitStore | Recipe | str | Path = field(kw_only=False)
+    """A store, open or by its path or URI; or a recipe, its file, or a run's folder or URI."""
+    overrides: Sequence[str] = ()
+    """`key=value` for a recipe file."""
+    store_root: str | Path | None = None
+    """Folder or `s3://` URI under which the stores of a recipe lie; None takes $AKD_DIST_STORE_ROOT, or `stores`."""
+    split: Split = field(default="train", metadata={"choices": ("train", "validation", "test")})
+    """Of a recipe: `train`, `validation` or `test`."""
+    address: str | None = None
+    """A Ray cluster, whose nodes see the store and the data; None starts one on this machine, unless one is connected.
+    """
+
+    def of_recipe(self) -> DatasetOptions:
+        """The same of a recipe."""
+        given: Any = {one.name: getattr(self, one.name) for one in fields(Options)}
+        return DatasetOptions(
+            recipe=self.source,  # type: ignore[arg-type]  # whoever has a store does not ask
+            overrides=self.overrides,
+            store_root=self.store_root,
+            split=self.split,
+            **given,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
