@@ -5,6 +5,7 @@
     akd_dist.train_students(recipe)                      runs/digits/, and the content of its fleet.json
     akd_dist.compare(recipe)                             runs/digits-compare/, every objective over several seeds
     akd_dist.open_store(uri).rows(view, start, stop)     float32 [n, classes]
+    akd_dist.distillation_dataset(recipe)                rows and logits for a trainer of your own
     akd_dist.load_model("runs/digits/students/...")      a torch.nn.Module
     akd_dist.report("runs/digits")                       report.html, written afresh; of several runs, one more
     akd_dist.evaluate(student, "runs/digits")            a student's metrics on data, and its agreement with others
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING
 from akd_dist.api import (
     cache_teacher,
     compare,
+    distillation_batches,
+    distillation_dataset,
     evaluate,
     export,
     import_model,
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 __all__ = [
     "cache_teacher",
     "compare",
+    "distillation_batches",
+    "distillation_dataset",
     "evaluate",
     "export",
     "import_model",

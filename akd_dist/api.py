@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from akd_dist.base import places
 from akd_dist.options import (
+    BatchesOptions,
     CacheOptions,
     CompareOptions,
+    DatasetOptions,
     EvaluateOptions,
     ExportOptions,
     FleetOptions,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from akd_dist.data.row_cache import Progress
+    from akd_dist.distill.dataset import DistillationBatches, DistillationDataset
     from akd_dist.jobs.planning.plan import RunPlan
     from akd_dist.recipe import Recipe
     from akd_dist.serve.examples import DataRequest
@@ -126,7 +129,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     words += [word for module in options.modules for word in ("--trust", module)]
     words += [] if options.seeds is None else ["--seeds", str(options.seeds)]
     document = comparison.compare(
-        expanded,
+        plan.recipe,
         FleetDocument.model_validate(fleet),
         {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         shlex.join(words),
@@ -160,6 +163,42 @@ def open_store(uri: str | Path) -> LogitStore:
     from akd_dist.storage.reader import open_store
 
     return open_store(places.absolute(uri))
+
+
+@_taking(DatasetOptions)
+def distillation_dataset(options: DatasetOptions) -> DistillationDataset:
+    """A split of a recipe or a run with the teacher's stored logits, as a map-style dataset of torch.
+
+        loader = DataLoader(akd_dist.distillation_dataset("digits.yaml"), batch_size=256, shuffle=True)
+
+    For trainers of your own, of Hugging Face or Lightning; see docs/howto/trainers.md. Rows are prepared on this
+    machine if they are not yet; the teacher never runs, and neither does Ray. Its arguments are the fields of
+    `akd_dist.options.DatasetOptions`.
+
+    Raises:
+        AkdError: a refusal: there is no sealed store of train rows, rows or pixels are not those that the teacher saw,
+            or the cache has no room for all rows and a view of logits.
+    """
+    from akd_dist.jobs.opening import open_dataset
+
+    return open_dataset(options)
+
+
+@_taking(BatchesOptions)
+def distillation_batches(options: BatchesOptions) -> DistillationBatches:
+    """The same as an iterable of whole batches, in the order of our own training, by rank and from a position.
+
+        loader = DataLoader(akd_dist.distillation_batches("digits.yaml", batch=256), batch_size=None)
+
+    Rows that the cache has no room for are read window by window, as training does. The arguments are the fields of
+    `akd_dist.options.BatchesOptions`.
+
+    Raises:
+        AkdError: as `distillation_dataset`.
+    """
+    from akd_dist.jobs.opening import open_batches
+
+    return open_batches(options)
 
 
 def load_model(folder: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:

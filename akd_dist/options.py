@@ -21,7 +21,7 @@ from akd_dist.base.places import RUN_ROOT, STORE_ROOT
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from akd_dist.recipe import Device, Recipe, Split, Target
+    from akd_dist.recipe import Device, LastBatch, Recipe, Split, Target
 
 Default = TypeVar("Default")
 
@@ -57,7 +57,7 @@ _TAKES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Sequence[str]": ("a list of texts", _is_list),
     "Sequence[str | Path]": ("a list of paths", functools.partial(_is_list, of=_is_path)),
 }
-_TAKES |= dict.fromkeys(("Device", "Split", "Target"), _TAKES["str"])
+_TAKES |= dict.fromkeys(("Device", "LastBatch", "Split", "Target"), _TAKES["str"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +161,8 @@ class RecipeFileOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions(RecipeFileOptions):
-    """What the verbs that work from a recipe take."""
+class StoredOptions(RecipeFileOptions):
+    """What the verbs take that look for the stores of a recipe."""
 
     store_root: str | Path | None = option(
         None,
@@ -173,6 +173,21 @@ class RecipeOptions(RecipeFileOptions):
         help="Where stores lie: a folder or s3://...",
     )
     """Folder or `s3://` URI under which stores lie; None takes $AKD_DIST_STORE_ROOT, or `stores`."""
+
+    @property
+    def stores(self) -> str:
+        """The store root, absolute.
+
+        Raises:
+            RecipeError: its name is not UTF-8.
+        """
+        return places.nameable(STORE_ROOT.chosen(self.store_root), "--store-root")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(StoredOptions):
+    """What the verbs that work from a recipe take."""
+
     address: str | None = option(
         None, "--address", metavar="ADDRESS", help="A Ray cluster.  [default: one is started here, on loopback]"
     )
@@ -194,15 +209,6 @@ class RecipeOptions(RecipeFileOptions):
     )
     """Wait for nodes instead of refusing a cluster that is too small; needed where they join by other means than Ray's
     autoscaler, for which a command waits anyway."""
-
-    @property
-    def stores(self) -> str:
-        """The store root, absolute.
-
-        Raises:
-            RecipeError: its name is not UTF-8.
-        """
-        return places.nameable(STORE_ROOT.chosen(self.store_root), "--store-root")
 
     @property
     def patient(self) -> bool:
@@ -282,6 +288,32 @@ class CompareOptions(FleetOptions):
         None, "--seeds", metavar="N", type=int, help="Seeds 0..N-1.  [default: the recipe's if several, else 0, 1, 2]"
     )
     """Train with seeds 0..seeds - 1; None takes the recipe's, if a model has two or more, else 0, 1, 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions(StoredOptions):
+    """What `distillation_dataset` takes, where `recipe` may also be the folder or `s3://` URI of a run."""
+
+    split: Split = field(default="train", metadata={"choices": ("train", "validation", "test")})
+    """Which rows: `train`, `validation` or `test`. Only train rows are augmented, and only they need a store."""
+    epoch: int = 0
+    """The epoch that is shown first, from 0: train rows in view `epoch` modulo `data.views`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchesOptions(DatasetOptions):
+    """What `distillation_batches` takes."""
+
+    batch: int = field(kw_only=False)
+    """Rows of a global batch."""
+    last_batch: LastBatch = field(default="keep", metadata={"choices": ("keep", "drop", "merge")})
+    """What becomes of a last batch that is not full."""
+    rank: int = 0
+    """Which of the data-parallel processes this is: it gets a slice of each global batch."""
+    world: int = 1
+    """How many there are."""
+    start_step: int = 0
+    """The step, from 0, with which the first epoch begins."""
 
 
 @dataclass(frozen=True, kw_only=True)

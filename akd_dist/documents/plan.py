@@ -4,6 +4,7 @@ from typing import Literal
 
 from akd_dist.documents.base import Count, Document
 from akd_dist.documents.check import TeacherCheck
+from akd_dist.documents.fleet import RefusedStudent
 
 
 class PlannedStudent(Document):
@@ -102,6 +103,12 @@ class FleetPlanDocument(Document):
     """In the order in which they queue."""
     ended: list[PlannedStudent]
     """Students that need no more training."""
+    taken_out: list[str] = []
+    """Students of the run that the recipe has no more: they would stay on disk, and be left out of its tables."""
+    refused: list[RefusedStudent] = []
+    """Students of the recipe that the run has otherwise: they would be left as they are, and out of its tables."""
+    renamed: dict[str, str] = {}
+    """What the recipe calls students that the run has by another name -> that name."""
     checkpoint_bytes: Count
     """The most that lies there of checkpoints at a time."""
     model_bytes: Count

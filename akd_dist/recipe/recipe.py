@@ -294,7 +294,7 @@ class Recipe(Spec):
         if not self.data.stratify:  # as recipes of before say nothing of it
             del document["data"]["stratify"]
         # Runs of before knew no such key: what is as by default is left out, each key for itself.
-        document["data"]["image"] = self.data.image.model_dump(mode="json", exclude_defaults=True)
+        document["data"]["image"] = self.data.image.said()
         if not document["data"]["image"]:
             del document["data"]["image"]
         del document["teacher"]["weights"]
