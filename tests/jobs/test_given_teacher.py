@@ -212,7 +212,7 @@ def test_models_import_makes_what_every_other_command_takes(
     code, out, err = run(capsys, "models", "import", "recipe.yaml", str(given / "parallel.pth"), cache, "--json")
     assert code == 0, err
     document = json.loads(out)
-    jsonschema.validate(document, schemas()["import"])
+    jsonschema.validate(document, schemas()["model-import"])
     assert document["out"] == str(tmp_path / "parallel")
     assert "`module.` was taken off" in err
     code, _, err = run(capsys, "models", "import", "recipe.yaml", str(given / "parallel.pth"), cache)
