@@ -24,7 +24,7 @@ from akd_dist.options import (
     EvaluateOptions,
     ExportOptions,
     FleetOptions,
-    ImportOptions,
+    ModelImportOptions,
     ModelOptions,
     Options,
     PredictOptions,
@@ -369,14 +369,14 @@ def export(options: ExportOptions) -> dict[str, Any]:
         return here.named(document.plain())
 
 
-@_taking(ImportOptions)
-def import_model(options: ImportOptions) -> dict[str, Any]:
+@_taking(ModelImportOptions)
+def import_model(options: ModelImportOptions) -> dict[str, Any]:
     """A checkpoint from elsewhere as a model folder, for the inputs and classes of a recipe; nothing is unpickled.
 
-    Its arguments are the fields of `akd_dist.options.ImportOptions`.
+    Its arguments are the fields of `akd_dist.options.ModelImportOptions`.
 
     Returns:
-        The document that `akd-dist models import --json` prints (schemas/import.schema.json).
+        The document that `akd-dist models import --json` prints (schemas/model-import.schema.json).
 
     Raises:
         AkdError: a refusal: options, recipe, data or checkpoint.

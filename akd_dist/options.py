@@ -463,7 +463,7 @@ class ExportOptions(WritingOptions, ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportOptions(WritingOptions, RecipeFileOptions):
+class ModelImportOptions(WritingOptions, RecipeFileOptions):
     """What `import_model` takes."""
 
     checkpoint: str | Path | None = field(

@@ -19,7 +19,7 @@ from akd_dist.cli.show import (
     stdout_for_results,
     table_of,
 )
-from akd_dist.options import EvaluateOptions, ExportOptions, ImportOptions, PredictOptions
+from akd_dist.options import EvaluateOptions, ExportOptions, ModelImportOptions, PredictOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,7 +100,7 @@ def models() -> None:
 
 
 @models.command("import")
-@taking(ImportOptions)
+@taking(ModelImportOptions)
 @json_option
 def models_import(as_json: bool, **chosen: Any) -> None:
     """Make a model folder of a checkpoint.
@@ -109,14 +109,14 @@ def models_import(as_json: bool, **chosen: Any) -> None:
     the recipe's teacher.weights. RECIPE names its architecture in teacher.model, and what it takes in data. The folder
     serves as teacher.weights, and for evaluate, predict and export. Nothing is unpickled.
     """
-    from akd_dist.documents.use import ImportDocument
+    from akd_dist.documents.use import ModelImportDocument
 
     with stdout_for_results():
         document = akd_dist.import_model(**chosen, console=progress_console())
     if as_json:
         print_json(document)
         return
-    written = ImportDocument.model_validate(document)
+    written = ModelImportDocument.model_validate(document)
     print_facts(
         {
             "written": f"{short_path(written.out)}, {size(written.bytes)}",

@@ -12,7 +12,7 @@ from akd_dist.documents.plan import FleetPlanDocument
 from akd_dist.documents.report import CompareDocument, ReportDocument
 from akd_dist.documents.status import StatusDocument
 from akd_dist.documents.stores import GcDocument, RepairDocument, StoreDocument, StoresDocument, VerifyDocument
-from akd_dist.documents.use import EvaluationDocument, ExportDocument, ImportDocument, PredictionDocument
+from akd_dist.documents.use import EvaluationDocument, ExportDocument, ModelImportDocument, PredictionDocument
 from akd_dist.recipe import recipe_schema
 
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -36,7 +36,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "evaluate": EvaluationDocument,
         "predict": PredictionDocument,
         "export": ExportDocument,
-        "import": ImportDocument,
+        "model-import": ModelImportDocument,
         "error": ErrorDocument,
     }
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}

@@ -127,7 +127,7 @@ class ExportDocument(Document):
     """Wall-clock time."""
 
 
-class ImportDocument(Document):
+class ModelImportDocument(Document):
     """What `akd-dist models import --json` prints."""
 
     out: str
