@@ -66,7 +66,7 @@ class Growth:
             lines.append(f"taken out, and left on disk: {some_of(self.taken_out)}")
         if self.renamed:
             pairs = [f"{new} is {old}" for new, old in self.renamed.items()]
-            lines.append(f"by the names that students have in this run: {some_of(pairs)}")
+            lines.append(f"by the names that students have in this run: {some_of(pairs, most=3)}")
         return lines + [f"refused: {one.told}: {ADVICE}" for one in self.refused]
 
 

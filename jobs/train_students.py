@@ -147,7 +147,8 @@ def _execute(
         run.start_over()
     elif not plan.inputs.complete and (folder / "identity.json").exists():  # begun once; a model was trained just now
         check_same_run(folder, recipe, identity)
-    base = replace(fleet_job(recipe, splits, models[0].stores, folder, workspace.cache_root), run_uri=run.uri)
+    base = fleet_job(recipe, splits, models[0].stores, folder, workspace.cache_root)
+    base = replace(base, run_uri=run.uri, stages=workspace.store_root)
     followed = [tracked(recipe, spec, base, plan.inputs.parameters[spec.name]) for spec in recipe.students]
     forward = functools.partial(forwarding, folder, followed, options.trackers, workspace.tell)
     if not plan.todo and (saved := saved_results(folder, identity)) is not None:

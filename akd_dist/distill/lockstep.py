@@ -1,6 +1,7 @@
 """The training loop: students of a cohort in lockstep, each batch read once for all of them."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from akd_dist.distill.delivery import deliver, end_by, write_metrics, write_note
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.progress import Progress
 from akd_dist.distill.ranks import Ranks
+from akd_dist.distill.stage1 import publish_stage1, take_stage1
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import Student, stage1_leader
 from akd_dist.storage.content import Guard
@@ -48,6 +50,7 @@ class Lockstep:
                 with self._failing_alone(student):
                     student.keep_initial(self.splits.validation)
                     self._deliver(student)
+        self._take_stages()
         self.progress.tell(force=True)
         stopped = False
         while not stopped and (stepping := self.stepping):
@@ -72,6 +75,14 @@ class Lockstep:
                 self._end_epoch(here)
         self.progress.tell(force=True)
         return stopped
+
+    def _take_stages(self) -> None:
+        """Have those that have not begun go on from a stage I that was trained before, in this run or another."""
+        for student in self.active:
+            with self._failing_alone(student):
+                if take_stage1(student, self.job, functools.partial(self._note, student)):
+                    write_metrics(student)
+                    student.save()
 
     @property
     def active(self) -> list[Student]:
@@ -120,6 +131,9 @@ class Lockstep:
             f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "
             f"validation {metric} {record['validation'][metric]:.4f}",
         )
+        if student.stage_index == 1 and student.stage_epoch == 0 and self.job.stages is not None:
+            self.vouch()
+            publish_stage1(student, self.job, functools.partial(self._note, student))
         if student.stage_index > 0:  # stage I is over, and is the same for those that have waited for it
             for follower in followers:
                 with self._failing_alone(follower):

@@ -116,7 +116,8 @@ class StudentResult(Document):
     seconds: float
     """Time spent on its training."""
     stage1_from: str | None = None
-    """The student whose stage I it went on from, which would have been the same; null where it trained its own."""
+    """The student whose stage I it went on from, which would have been the same: its name, with that of its run and a
+    slash before it where that is another one. Null where it trained its own."""
     attempt: int | None = None
     """The attempt of the run, from 1, in which it ended."""
     path: Place

@@ -76,6 +76,8 @@ class CostModel:
     """Logits of a row."""
     behind: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(epoch, step) of the last checkpoint of those that resume."""
+    stages1: Mapping[str, str] = field(default_factory=dict)
+    """Of those that begin with stage II, since their stage I was trained before: where it lies under the store root."""
     fetching: int = 0
     """Bytes of rows that a worker has in its memory, on their way into the node's cache."""
     each_epoch: bool = False
@@ -90,6 +92,7 @@ class CostModel:
         parameters: Mapping[str, int],
         measured: Mapping[str, Measured | None],
         behind: Mapping[str, tuple[int, int]] | None = None,
+        stages1: Mapping[str, str] | None = None,
     ) -> CostModel:
         """The costs of a recipe's students on these rows."""
         train = splits.train
@@ -103,6 +106,7 @@ class CostModel:
             row_bytes=train.row_bytes,
             classes=train.classes,
             behind=behind or {},
+            stages1=stages1 or {},
             fetching=0 if train.sealed is None else bytes_ahead(train.row_bytes),
             each_epoch=recipe.checkpoint_seconds == 0,
         )
@@ -118,7 +122,8 @@ class CostModel:
 
     def starts_at(self, spec: StudentSpec, follows: bool = False) -> tuple[int, int]:
         """(epoch, step) from which a student computes; one that follows computes no stage I."""
-        return (stages(spec.objective)[0].epochs, 0) if follows else self.behind.get(spec.name, (0, 0))
+        skips = follows or spec.name in self.stages1
+        return (stages(spec.objective)[0].epochs, 0) if skips else self.behind.get(spec.name, (0, 0))
 
     def steps_left(self, spec: StudentSpec, follows: bool = False) -> int:
         """Steps that a student still computes."""
@@ -145,7 +150,7 @@ class CostModel:
         return found
 
     def _is_past_stage1(self, spec: StudentSpec) -> bool:
-        epoch, _ = self.behind.get(spec.name, (0, 0))
+        epoch, _ = self.starts_at(spec)
         return epoch >= stages(spec.objective)[0].epochs
 
     def family_seconds(self, family: Cohort) -> float:
