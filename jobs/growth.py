@@ -162,6 +162,17 @@ def refusal(run: Path, name: str, refused: Sequence[RefusedStudent]) -> RecipeEr
     )
 
 
+def another_search(run: Path, growth: Growth) -> RecipeError:
+    """Why a search cannot go on in a run: its trials are others than those that lie there."""
+    told = [one.told for one in growth.refused] + [f"{new} is {old}" for new, old in growth.renamed.items()]
+    return RecipeError(
+        f"the run in {run} holds another search",
+        got="\n       ".join(told[:6]),
+        expected="the search that it was begun with, or more trials of it",
+        next="give this one another name: --set name=... (or --fresh to start over, which removes what is there)",
+    )
+
+
 def _history(saved: RunIdentity, current: Sequence[str]) -> list[RunChange]:
     """The changes so far, and this one if it is one."""
     added = [name for name in current if name not in saved.students]

@@ -1,6 +1,7 @@
 """The job of a cohort, where its files lie, and what the driver reads of them while it trains and afterwards."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,6 +66,12 @@ class CohortJob:
             return self
         place = scratch(self.cache_root, self.run_uri, "worker")
         return replace(self, root=str(place / "students"), logs=str(place / "logs"), control=str(place / "control"))
+
+    pauses: Mapping[str, int] = field(default_factory=dict)
+    """After how many epochs students checkpoint and wait for another command, by name; who is not here goes on to its
+    end."""
+    reads_test: bool = True
+    """Whether students that are done are measured on the test rows; those of a search are not."""
 
     @property
     def run_name(self) -> str:

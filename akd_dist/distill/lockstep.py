@@ -93,7 +93,12 @@ class Lockstep:
     def stepping(self) -> list[Student]:
         """Those that take steps; the others wait until the stage I that they share with one of these is over."""
         active = self.active
-        return [student for student in active if stage1_leader(student, active) is None]
+        leading = [student for student in active if stage1_leader(student, active) is None]
+        return [student for student in leading if not self._is_paused(student)]
+
+    def _is_paused(self, student: Student) -> bool:
+        """Whether a student has come to where it waits for another command."""
+        return student.epoch >= self.job.pauses.get(student.spec.name, student.epochs + 1)
 
     def _reads(self, epoch: int, *, logits: bool) -> bool:
         """Whether somebody trains in an epoch that is to come; and, if logits are read now, needs them then as well."""
@@ -117,6 +122,8 @@ class Lockstep:
                 with self._failing_alone(student):
                     self._end_epoch_of(student)
                 self.progress.tell()
+        if paused := [student for student in students if student.training and self._is_paused(student)]:
+            self._save(paused)
         if self.job.checkpoint_seconds == 0:
             self._save()
 
@@ -150,7 +157,8 @@ class Lockstep:
             self._deliver(student)
 
     def _deliver(self, student: Student) -> None:
-        deliver(student, self.splits.test, self.teacher_said, self._log(student), self.vouch)
+        test = self.splits.test if self.job.reads_test else None
+        deliver(student, test, self.teacher_said, self._log(student), self.vouch)
 
     @contextlib.contextmanager
     def _failing_alone(self, student: Student) -> Iterator[None]:
@@ -186,10 +194,11 @@ class Lockstep:
             )
         return " ".join(filter(None, self.ranks.from_all(" ".join(resting)))) if stale else None
 
-    def _save(self) -> None:
+    def _save(self, students: list[Student] | None = None) -> None:
+        """Checkpoint these students; by default all that take steps."""
         rests_on = self.vouch()
         # Those that wait for somebody else's stage I have taken no step, so they have nothing to keep.
-        for student in self.stepping:
+        for student in self.stepping if students is None else students:
             with self._failing_alone(student):
                 student.save(rests_on)
             self.progress.tell()  # a driver that stops gives up on workers that show no progress for a while

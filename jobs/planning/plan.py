@@ -103,13 +103,20 @@ def position(folder: Path) -> tuple[int, int] | None:
 
 
 def plan_run(
-    inputs: Inputs, run: Path, workspace: Workspace, *, fresh: bool, shuffle: windows.Shuffle | None = None
+    inputs: Inputs,
+    run: Path,
+    workspace: Workspace,
+    *,
+    fresh: bool,
+    shuffle: windows.Shuffle | None = None,
+    pauses: Mapping[str, int] | None = None,
 ) -> RunPlan:
     """Plan what is left to do of a run that is held: students are probed, and nothing is written.
 
     Args:
         fresh: as if the run had not begun.
         shuffle: how epochs shuffle, as far as that is settled; else it is chosen.
+        pauses: after how many epochs students wait for another command; who stands there has nothing to do.
 
     Raises:
         AkdError: what cannot fit the disk, the store root or the cluster.
@@ -132,6 +139,8 @@ def plan_run(
             if shuffle.window is not None:
                 workspace.tell(f"rows are shuffled in windows of {shuffle.window:,}: {shuffle.why}")
         windows.check_window(demands, shuffle, room, workers=max((spec.workers for spec in todo), default=1))
+    if pauses:
+        todo = [spec for spec in todo if _goes_on(spec, Path(base.root), pauses)]
     if todo:
         workspace.tell("probing what the students take")
     stages1: dict[str, str] = {}
@@ -141,6 +150,7 @@ def plan_run(
             of_cohort = cohort_job(replace(job, stores=inputs.models[0].stores), specs, inputs.models[-1].stores)
             stages1 |= stages1_there(of_cohort, list(specs))
     costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), workspace, stages1)
+    costs = replace(costs, pauses=pauses or {})
     waits = workspace.demand().waits
     planned = nodes_to_come(recipe, todo, nodes, costs) if waits else nodes
     cohorts, tried = plan_cohorts(recipe, todo, planned, costs) if todo else ([], [])
@@ -148,6 +158,12 @@ def plan_run(
     if fresh:
         document = document.model_copy(update={"removes": removed_by_fresh(run)})
     return RunPlan(inputs, windows.with_window(recipe, shuffle), run, todo, cohorts, costs, nodes, document)
+
+
+def _goes_on(spec: StudentSpec, root: Path, pauses: Mapping[str, int]) -> bool:
+    """Whether a student is not where it waits for another command."""
+    epoch, _ = position(root / spec.name / "checkpoints") or (0, 0)
+    return epoch < pauses.get(spec.name, spec.objective.epochs + 1)
 
 
 def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_root: str) -> CohortJob:
