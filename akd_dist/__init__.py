@@ -4,6 +4,7 @@
     akd_dist.cache_teacher(recipe)                       a sealed store of logits
     akd_dist.train_students(recipe)                      runs/digits/, and the content of its fleet.json
     akd_dist.compare(recipe)                             runs/digits-compare/, every objective over several seeds
+    akd_dist.tune(recipe)                                runs/digits-tune/, the best of what its `search:` tries
     akd_dist.open_store(uri).rows(view, start, stop)     float32 [n, classes]
     akd_dist.distillation_dataset(recipe)                rows and logits for a trainer of your own
     akd_dist.load_model("runs/digits/students/...")      a torch.nn.Module
@@ -35,6 +36,7 @@ from akd_dist.api import (
     report,
     source_rows,
     train_students,
+    tune,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ __all__ = [
     "report",
     "source_rows",
     "train_students",
+    "tune",
 ]
 
 

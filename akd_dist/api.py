@@ -31,6 +31,7 @@ from akd_dist.options import (
     RayDatasetOptions,
     RunOptions,
     SplitOptions,
+    TuneOptions,
 )
 
 if TYPE_CHECKING:
@@ -145,6 +146,29 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
         put_documents(fleet["run"], plan.run)
     return document.plain()
+
+
+@_taking(TuneOptions)
+def tune(options: TuneOptions) -> dict[str, Any]:
+    """Search what the `search:` blocks of a recipe name, by successive halving, and measure the best on the test rows.
+
+    The run is `<run_root>/<recipe.name>-tune/`, resumed like any other; tune.json lies there. The arguments are the
+    fields of `akd_dist.options.TuneOptions`.
+
+    Returns:
+        The content of tune.json (schemas/tune.schema.json); of a dry run what would be tried.
+
+    Raises:
+        AkdError: a refusal; nothing that was trained is lost.
+    """
+    given = options.read_search()
+    if options.trackers:
+        from akd_dist.tracking.follower import check_trackers
+
+        check_trackers(options.trackers)
+    from akd_dist.jobs.tune import tune
+
+    return tune(given, RunOptions(**{one.name: getattr(options, one.name) for one in fields(FleetOptions)})).plain()
 
 
 def _run(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,7 @@ from akd_dist.base.places import RUN_ROOT, STORE_ROOT
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from akd_dist.recipe import Device, LastBatch, Recipe, Split, Target
+    from akd_dist.recipe import Device, LastBatch, Recipe, SearchRecipe, Split, Target
     from akd_dist.storage.reader import LogitStore
 
 Default = TypeVar("Default")
@@ -349,6 +349,25 @@ class RayDatasetOptions(Options):
             split=self.split,
             **given,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(FleetOptions):
+    """What `tune` takes."""
+
+    def read_search(self) -> SearchRecipe:
+        """The recipe and its searches, read from its file.
+
+        Raises:
+            RecipeError: there is none, it is no file, or something is wrong with it.
+        """
+        from akd_dist.recipe import load_search
+
+        if not _is_path(self.recipe):
+            raise _wrong_kind("recipe", self.recipe, "the path of a recipe's file: a `search:` is no part of an object")
+        found = load_search(str(self.recipe), self.overrides)
+        code = [*found.recipe.code, *self.modules] if self.trust else found.recipe.code
+        return replace(found, recipe=found.recipe.model_copy(update={"code": code}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -306,7 +306,7 @@ def _carries(path: str, folder: str, carried: set[str]) -> bool:
 
 def _has_linked_folders(path: Path) -> bool:
     """Whether there are links to folders in a folder: what these hold does not travel."""
-    return any(os.path.islink(Path(place, name)) for place, names, _ in os.walk(path) for name in names)
+    return any(Path(place, name).is_symlink() for place, names, _ in os.walk(path) for name in names)
 
 
 def _files_named(path: str, kept_out: Sequence[str] = ()) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from akd_dist.documents.plan import FleetPlanDocument
 from akd_dist.documents.report import CompareDocument, ReportDocument
 from akd_dist.documents.status import StatusDocument
 from akd_dist.documents.stores import GcDocument, RepairDocument, StoreDocument, StoresDocument, VerifyDocument
+from akd_dist.documents.tune import TuneDocument
 from akd_dist.documents.use import EvaluationDocument, ExportDocument, ModelImportDocument, PredictionDocument
 from akd_dist.recipe import recipe_schema
 
@@ -31,6 +32,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "gc": GcDocument,
         "fleet": FleetDocument,
         "compare": CompareDocument,
+        "tune": TuneDocument,
         "report": ReportDocument,
         "status": StatusDocument,
         "evaluate": EvaluationDocument,
