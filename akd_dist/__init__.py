@@ -2,6 +2,7 @@
 
     recipe = "jobs/digits.yaml"
     akd_dist.cache_teacher(recipe)                       a sealed store of logits
+    akd_dist.import_logits(recipe, "logits.npy")         or that of logits that others computed
     akd_dist.train_students(recipe)                      runs/digits/, and the content of its fleet.json
     akd_dist.compare(recipe)                             runs/digits-compare/, every objective over several seeds
     akd_dist.open_store(uri).rows(view, start, stop)     float32 [n, classes]
@@ -23,6 +24,7 @@ from akd_dist.api import (
     compare,
     evaluate,
     export,
+    import_logits,
     load_model,
     open_store,
     predict,
@@ -38,6 +40,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "import_logits",
     "load_model",
     "open_store",
     "predict",

@@ -105,7 +105,7 @@ def _recipe_facts(checked: Recipe) -> dict[str, Any]:
         "validation": _source(data.validation),
         "test": _source(data.test),
         "views": f"{data.views}, augmentation {data.augmentation.kind}, seed {data.seed}",
-        "teacher": teacher.weights or trained,
+        "teacher": teacher.weights or trained or f"the store {teacher.store.train if teacher.store else ''}",
         **{
             "assistant" if number == 1 else f"assistant {number}": _assistant(one)
             for number, one in enumerate(teacher.chain, 1)

@@ -69,8 +69,33 @@ class AssistantSpec(Training):
         return objective
 
 
+class StoredTeacher(Spec):
+    """Sealed stores of a teacher's logits: `store: ID` says the same as `store: {train: ID}`."""
+
+    train: str
+    """The store of the train rows: its id, the beginning of it under --store-root, or the path or URI of its folder."""
+    validation: str | None = None
+    """That of the validation rows; none looks for one of the same teacher beside it, and does without."""
+    test: str | None = None
+    """That of the test rows, for the teacher's metrics and agreement with it; none looks for one as above."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_word(cls, given: Any) -> Any:
+        return {"train": given} if isinstance(given, str) else given
+
+    @model_serializer(mode="plain")
+    def _as_short_as_can_be(self) -> str | dict[str, Any]:
+        given = {split: name for split, name in self if name is not None}
+        return self.train if list(given) == ["train"] else given
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core)]}
+
+
 class TeacherSpec(Spec):
-    """The teacher: weights that lie somewhere, or a model that the recipe trains first."""
+    """The teacher: weights that lie somewhere, a model that the recipe trains first, or logits that are stored."""
 
     weights: str | None = None
     """A folder or URI with model.safetensors and model.json, such as a student's; relative to the recipe's folder."""
@@ -78,6 +103,8 @@ class TeacherSpec(Spec):
     """The architecture of a teacher that this recipe trains."""
     train: TeacherTraining | None = None
     """How this recipe trains it."""
+    store: StoredTeacher | None = None
+    """Its logits alone, in sealed stores, such as `akd-dist stores import` makes: no model is needed then."""
     assistant: AssistantSpec | None = None
     """A model of a size between, for students of objective `takd`."""
 
@@ -92,9 +119,9 @@ class TeacherSpec(Spec):
 
     @model_validator(mode="after")
     def _one_way(self) -> TeacherSpec:
-        given = [name for name in ("weights", "model", "train") if getattr(self, name) is not None]
-        if given not in (["weights"], ["model", "train"]):
-            raise ValueError(f"give either weights, or model and train; got {' and '.join(given) or 'neither'}")
+        given = [name for name in ("weights", "model", "train", "store") if getattr(self, name) is not None]
+        if given not in (["weights"], ["model", "train"], ["store"]):
+            raise ValueError(f"give either weights, or model and train, or store; got {' and '.join(given) or 'none'}")
         return self
 
 
@@ -278,7 +305,7 @@ class Recipe(Spec):
         document["data"]["image"] = self.data.image.model_dump(mode="json", exclude_defaults=True)
         if not document["data"]["image"]:
             del document["data"]["image"]
-        del document["teacher"]["weights"]
+        del document["teacher"]["weights"], document["teacher"]["store"]
         for training in _trainings(document):
             forget_later_keys(training)
         for student in document["students"]:

@@ -25,6 +25,7 @@ from akd_dist.base.formatting import (
     SHOWN,
     MetricFormat,
     house_table,
+    number,
     percent,
     seconds,
     share,
@@ -100,9 +101,9 @@ class Run:
         return SHOWN[self.fleet.metric]
 
     @property
-    def teacher(self) -> float:
-        """The teacher's primary metric on the test rows."""
-        return self.fleet.teacher.test[self.fleet.metric]
+    def teacher(self) -> float | None:
+        """The teacher's primary metric on the test rows; None where it was not measured."""
+        return self.fleet.teacher.metric(self.fleet.metric)
 
     @property
     def regression(self) -> bool:
@@ -325,15 +326,15 @@ def fleet_table(fleet: FleetDocument) -> Table:
     table.add_column("objective", no_wrap=True)
     for heading in (f"test\n{shown.with_unit(shown.short)}", *["agree-\nment %"] * agreeing, "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
-    best = shown.text(teacher.test[fleet.metric])
-    table.add_row("teacher", f"{teacher.parameters:,}", "100 %", "", best, style="bold")
+    best, whole = shown.text(teacher.metric(fleet.metric)), share(teacher.parameters, teacher.parameters)
+    table.add_row("teacher", number(teacher.parameters), whole, "", best, style="bold")
     for assistant in fleet.assistants:
         table.add_row(
             Text(f"assistant {assistant.model}"),
-            f"{assistant.parameters:,}",
+            number(assistant.parameters),
             share(assistant.parameters, teacher.parameters),
             "",
-            shown.text(assistant.test[fleet.metric]),
+            shown.text(assistant.metric(fleet.metric)),
             *[percent(assistant.agreement)] * agreeing,
         )
     previous = None
