@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from akd_dist.base import places
 from akd_dist.options import (
+    BatchesOptions,
     CacheOptions,
     CompareOptions,
+    DatasetOptions,
     EvaluateOptions,
     ExportOptions,
     FleetOptions,
+    ImportLogitsOptions,
     ImportOptions,
     ModelOptions,
     Options,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from akd_dist.data.row_cache import Progress
+    from akd_dist.distill.dataset import DistillationBatches, DistillationDataset
     from akd_dist.jobs.planning.plan import RunPlan
     from akd_dist.recipe import Recipe
     from akd_dist.serve.examples import DataRequest
@@ -80,16 +84,16 @@ def cache_teacher(options: CacheOptions) -> dict[str, Any]:
     return cache_teacher(recipe, options)
 
 
-@_taking(ImportOptions)
-def import_logits(options: ImportOptions) -> dict[str, Any]:
+@_taking(ImportLogitsOptions)
+def import_logits(options: ImportLogitsOptions) -> dict[str, Any]:
     """Make sealed stores of logits that others computed for a recipe's rows; no teacher model is needed from then on.
 
     The same logits again are a hit. The recipe may leave out its `teacher`. The arguments are the fields of
-    `akd_dist.options.ImportOptions`.
+    `akd_dist.options.ImportLogitsOptions`.
 
     Returns:
-        The document that `akd-dist stores import --json` prints (schemas/import.schema.json); its `teacher` is what
-        the recipe has to say to use them.
+        The document that `akd-dist stores import --json` prints (schemas/stores-import.schema.json); its
+        `teacher` is what the recipe has to say to use them.
 
     Raises:
         AkdError: a refusal: of a file that is damaged, of other rows or classes, in another order, or not of logits.
@@ -146,7 +150,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     words += [word for module in options.modules for word in ("--trust", module)]
     words += [] if options.seeds is None else ["--seeds", str(options.seeds)]
     document = comparison.compare(
-        expanded,
+        plan.recipe,
         FleetDocument.model_validate(fleet),
         {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         shlex.join(words),
@@ -180,6 +184,42 @@ def open_store(uri: str | Path) -> LogitStore:
     from akd_dist.storage.reader import open_store
 
     return open_store(places.absolute(uri))
+
+
+@_taking(DatasetOptions)
+def distillation_dataset(options: DatasetOptions) -> DistillationDataset:
+    """A split of a recipe or a run with the teacher's stored logits, as a map-style dataset of torch.
+
+        loader = DataLoader(akd_dist.distillation_dataset("digits.yaml"), batch_size=256, shuffle=True)
+
+    For trainers of your own, of Hugging Face or Lightning; see docs/howto/trainers.md. Rows are prepared on this
+    machine if they are not yet; the teacher never runs, and neither does Ray. Its arguments are the fields of
+    `akd_dist.options.DatasetOptions`.
+
+    Raises:
+        AkdError: a refusal: there is no sealed store of train rows, rows or pixels are not those that the teacher saw,
+            or the cache has no room for all rows and a view of logits.
+    """
+    from akd_dist.jobs.opening import open_dataset
+
+    return open_dataset(options)
+
+
+@_taking(BatchesOptions)
+def distillation_batches(options: BatchesOptions) -> DistillationBatches:
+    """The same as an iterable of whole batches, in the order of our own training, by rank and from a position.
+
+        loader = DataLoader(akd_dist.distillation_batches("digits.yaml", batch=256), batch_size=None)
+
+    Rows that the cache has no room for are read window by window, as training does. The arguments are the fields of
+    `akd_dist.options.BatchesOptions`.
+
+    Raises:
+        AkdError: as `distillation_dataset`.
+    """
+    from akd_dist.jobs.opening import open_batches
+
+    return open_batches(options)
 
 
 def load_model(folder: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
@@ -313,6 +353,33 @@ def export(options: ExportOptions) -> dict[str, Any]:
             on_progress=on_progress,
         )
         return here.named(document.plain())
+
+
+@_taking(ImportOptions)
+def import_model(options: ImportOptions) -> dict[str, Any]:
+    """A checkpoint from elsewhere as a model folder, for the inputs and classes of a recipe; nothing is unpickled.
+
+    Its arguments are the fields of `akd_dist.options.ImportOptions`.
+
+    Returns:
+        The document that `akd-dist models import --json` prints (schemas/import.schema.json).
+
+    Raises:
+        AkdError: a refusal: options, recipe, data or checkpoint.
+    """
+    recipe = options.read().own()
+    from akd_dist.serve.importing import import_model
+
+    with _meters(options.console) as on_progress:
+        return import_model(
+            recipe,
+            None if options.checkpoint is None else places.absolute(options.checkpoint),
+            None if options.out is None else places.output(options.out),
+            Path(options.cache),
+            force=options.force,
+            on_progress=on_progress,
+            on_note=_notes(options.console) or (lambda line: None),
+        ).plain()
 
 
 def _name_of(folder: str | Path) -> str:

@@ -21,7 +21,7 @@ from akd_dist.base.places import RUN_ROOT, STORE_ROOT
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from akd_dist.recipe import Device, LogitKind, Recipe, Split, Target
+    from akd_dist.recipe import Device, LastBatch, LogitKind, Recipe, Split, Target
 
 Default = TypeVar("Default")
 
@@ -57,7 +57,7 @@ _TAKES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Sequence[str]": ("a list of texts", _is_list),
     "Sequence[str | Path]": ("a list of paths", functools.partial(_is_list, of=_is_path)),
 }
-_TAKES |= dict.fromkeys(("Device", "LogitKind", "Split", "Target"), _TAKES["str"])
+_TAKES |= dict.fromkeys(("Device", "LastBatch", "LogitKind", "Split", "Target"), _TAKES["str"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +129,8 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromRecipe(Options):
-    """What every verb takes that works from a recipe and with stores."""
+class RecipeFileOptions(Options):
+    """What every verb takes that reads a recipe."""
 
     recipe: Recipe | str | Path = field(kw_only=False, metadata={"argument": "RECIPE"})
     """A recipe, or the path of its file."""
@@ -138,23 +138,6 @@ class FromRecipe(Options):
         (), "--set", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
     )
     """`key=value` for a recipe file."""
-    store_root: str | Path | None = option(
-        None,
-        "--store-root",
-        metavar="URI",
-        root=STORE_ROOT,
-        folder=True,
-        help="Where stores lie: a folder or s3://...",
-    )
-    """Folder or `s3://` URI under which stores lie; None takes $AKD_DIST_STORE_ROOT, or `stores`."""
-    wait: bool = option(
-        False, "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
-    )
-    """Wait for somebody else who holds the store or the run, instead of leaving."""
-    dry_run: bool = option(
-        False, "--dry-run", is_flag=True, help="Say what would be done; refuse what the command would."
-    )
-    """Only say what would be done, and refuse what the command would; takes no lock and leaves everything as it is."""
 
     def read(self) -> Recipe:
         """The recipe: read from its file, and trusting what the user trusts.
@@ -179,6 +162,21 @@ class FromRecipe(Options):
     def _from_file(self, load: Callable[..., Recipe]) -> Recipe:
         return load(self.recipe, self.overrides)
 
+
+@dataclass(frozen=True, kw_only=True)
+class StoredOptions(RecipeFileOptions):
+    """What the verbs take that look for the stores of a recipe."""
+
+    store_root: str | Path | None = option(
+        None,
+        "--store-root",
+        metavar="URI",
+        root=STORE_ROOT,
+        folder=True,
+        help="Where stores lie: a folder or s3://...",
+    )
+    """Folder or `s3://` URI under which stores lie; None takes $AKD_DIST_STORE_ROOT, or `stores`."""
+
     @property
     def stores(self) -> str:
         """The store root, absolute.
@@ -190,8 +188,22 @@ class FromRecipe(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions(FromRecipe):
-    """What the verbs take that compute on Ray."""
+class FillingOptions(StoredOptions):
+    """What the verbs take that fill these stores."""
+
+    wait: bool = option(
+        False, "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
+    )
+    """Wait for somebody else who holds the store or the run, instead of leaving."""
+    dry_run: bool = option(
+        False, "--dry-run", is_flag=True, help="Say what would be done; refuse what the command would."
+    )
+    """Only say what would be done, and refuse what the command would; takes no lock and leaves everything as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(FillingOptions):
+    """What the verbs that work from a recipe take."""
 
     address: str | None = option(
         None, "--address", metavar="ADDRESS", help="A Ray cluster.  [default: one is started here, on loopback]"
@@ -237,7 +249,7 @@ class CacheOptions(RecipeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportOptions(FromRecipe):
+class ImportLogitsOptions(FillingOptions):
     """What `import_logits` takes."""
 
     file: str | Path = field(kw_only=False, metadata={"argument": "LOGITS"})
@@ -321,6 +333,32 @@ class CompareOptions(FleetOptions):
         None, "--seeds", metavar="N", type=int, help="Seeds 0..N-1.  [default: the recipe's if several, else 0, 1, 2]"
     )
     """Train with seeds 0..seeds - 1; None takes the recipe's, if a model has two or more, else 0, 1, 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions(StoredOptions):
+    """What `distillation_dataset` takes, where `recipe` may also be the folder or `s3://` URI of a run."""
+
+    split: Split = field(default="train", metadata={"choices": ("train", "validation", "test")})
+    """Which rows: `train`, `validation` or `test`. Only train rows are augmented, and only they need a store."""
+    epoch: int = 0
+    """The epoch that is shown first, from 0: train rows in view `epoch` modulo `data.views`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchesOptions(DatasetOptions):
+    """What `distillation_batches` takes."""
+
+    batch: int = field(kw_only=False)
+    """Rows of a global batch."""
+    last_batch: LastBatch = field(default="keep", metadata={"choices": ("keep", "drop", "merge")})
+    """What becomes of a last batch that is not full."""
+    rank: int = 0
+    """Which of the data-parallel processes this is: it gets a slice of each global batch."""
+    world: int = 1
+    """How many there are."""
+    start_step: int = 0
+    """The step, from 0, with which the first epoch begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,3 +469,24 @@ class ExportOptions(WritingOptions, ModelOptions):
         None, "--data", metavar="DATA", help="Rows to compare logits on.  [default: those of the student's run]"
     )
     """Rows to compare logits on; None takes those of the student's run, and random inputs outside of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(WritingOptions, RecipeFileOptions):
+    """What `import_model` takes."""
+
+    checkpoint: str | Path | None = field(
+        default=None, kw_only=False, metadata={"argument": "[CHECKPOINT]", "required": False}
+    )
+    """A file of safetensors or a torch state dict, a folder with one, or the `s3://` URI of a file; None takes
+    `teacher.weights`. Its architecture is the recipe's `teacher.model`."""
+    out: str | Path | None = field(
+        default=None,
+        kw_only=False,
+        metadata={
+            "flag": "--out",
+            "metavar": "FOLDER",
+            "help": "The model folder to write.  [default: the checkpoint's name without its ending, here]",
+        },
+    )
+    """The model folder; None takes the checkpoint's name without its ending, in the working folder."""

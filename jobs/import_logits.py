@@ -27,17 +27,16 @@ from akd_dist.base.files import canonical_json, expanded, sha256
 from akd_dist.data.logit_arrays import LogitFile
 from akd_dist.data.logit_checks import Looks, Order, check_order, look_at_order, unsure
 from akd_dist.data.logit_files import open_logits
-from akd_dist.data.logit_rows import Part, Wanted, match
+from akd_dist.data.logit_rows import Part, Wanted, match, places_of
 from akd_dist.data.rows import Rows
-from akd_dist.data.source_rows import source_rows
 from akd_dist.data.views import by_content, view_digests
 from akd_dist.distill.teacher import probe_rows
-from akd_dist.documents.imported import ImportDocument, ImportedSplit
+from akd_dist.documents.imported import ImportedDocument, ImportedSplit
 from akd_dist.jobs.planning.caching import check_room
 from akd_dist.jobs.planning.stored import cannot_learn
 from akd_dist.jobs.prepare_rows import rows_of_machine
 from akd_dist.jobs.train_teacher import Workspace
-from akd_dist.options import ImportOptions
+from akd_dist.options import ImportLogitsOptions
 from akd_dist.recipe import LogitKind, NoAugmentation, Recipe
 from akd_dist.storage import removal
 from akd_dist.storage.content import renewing
@@ -154,7 +153,7 @@ class Import:
         return stored, agreement, shown, loss
 
 
-def import_logits(recipe: Recipe, options: ImportOptions) -> dict[str, Any]:
+def import_logits(recipe: Recipe, options: ImportLogitsOptions) -> dict[str, Any]:
     """Make sealed stores of the logits in a file.
 
     Returns:
@@ -180,12 +179,12 @@ def _path_of(logits: str | Path) -> Path:
     return expanded(logits).absolute()
 
 
-def _import(recipe: Recipe, options: ImportOptions, workspace: Workspace, path: Path) -> ImportDocument:
+def _import(recipe: Recipe, options: ImportLogitsOptions, workspace: Workspace, path: Path) -> ImportedDocument:
     started = time.monotonic()
     if not path.exists():  # before rows are prepared, which may take long
         raise RefusedError(f"there is no file of logits {path}", got="no such file", expected="logits to import")
     splits = rows_of_machine(recipe.data, workspace)
-    wanted = Wanted(recipe.data, splits, source_rows(recipe.data), options.split, options.key)
+    wanted = Wanted(recipe.data, splits, places_of(recipe.data), options.split, options.key)
     scratch = Path(workspace.cache_root) / "imports"
     keyed = options.key is not None
     with open_logits(path, wanted.check(str(path)), options.key, scratch, anywhere=keyed) as file:
@@ -201,7 +200,7 @@ def _import(recipe: Recipe, options: ImportOptions, workspace: Workspace, path: 
         warnings.append(f"that the logits are of this recipe's {recipe.data.views} views is taken at your word")
     ids: dict[str, str] = {split: one.id[:_ID] for split, one in written.items()}
     name = "train" if wanted.first == "train" else wanted.first
-    return ImportDocument(
+    return ImportedDocument(
         dry_run=options.dry_run,
         logits=str(path),
         shape=list(file.written),
@@ -225,7 +224,7 @@ def _joined_by(file: LogitFile, wanted: Wanted, name: str) -> str:
 
 
 def _look(
-    imports: Sequence[Import], file: LogitFile, options: ImportOptions, workspace: Workspace
+    imports: Sequence[Import], file: LogitFile, options: ImportLogitsOptions, workspace: Workspace
 ) -> tuple[LogitKind, list[str]]:
     """Look at all logits that will be stored; what they are, and what a user should know of them.
 

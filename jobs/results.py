@@ -26,6 +26,7 @@ from akd_dist.distill.metrics import measure
 from akd_dist.documents.base import Document
 from akd_dist.documents.damage import load
 from akd_dist.documents.fleet import Economics, FleetAssistant, FleetDocument, FleetStudent, FleetTeacher, Metrics
+from akd_dist.jobs.growth import Growth
 from akd_dist.jobs.planning.planner import learns_from_assistant
 from akd_dist.jobs.train_teacher import teacher_of
 from akd_dist.models.build import build, check_memory, num_parameters
@@ -49,12 +50,14 @@ def finish_run(
     cohorts: int,
     seconds: float,
     told: Callable[[str], None] | None = None,
+    growth: Growth | None = None,
 ) -> FleetDocument:
     """Collect every student's result into fleet.json and the report.
 
     Args:
         stores: those of the teacher, then of each assistant, by split.
         told: told of each file of a student that the report has to do without.
+        growth: which students of the run are left out.
     """
     students = []
     for spec in recipe.students:
@@ -77,6 +80,7 @@ def finish_run(
         cohorts=cohorts,
         seconds=round(seconds, 3),
         economics=balances(recipe, splits, labels, students, stores),
+        **({} if growth is None else growth.told),
     )
     spelling = places.written if base.run_uri is None else places.inside
     in_the_run = places.each(fleet.plain(), functools.partial(spelling, folder=run))

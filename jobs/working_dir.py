@@ -30,7 +30,7 @@ from akd_dist.data.arguments import named, placed
 from akd_dist.jobs.cluster import ray
 from akd_dist.recipe import Factory, Recipe
 from akd_dist.recipe.base import Spec
-from akd_dist.recipe.paths import change_paths
+from akd_dist.recipe.paths import change_paths, expand_braces
 
 LIMIT = 64 * 2**20
 """Bytes of a recipe's folder that travel: it goes to every node, through Ray's object store."""
@@ -124,6 +124,11 @@ class WorkingDir:
             RefusedError: the recipe names a file in its folder that cannot be sent.
         """
         folder, document = recipe.folder, recipe.model_dump(mode="json", exclude={"folder"})
+        if (
+            recipe.teacher.checkpoint is not None
+        ):  # the driver reads it, and nodes find a model folder beside the stores
+            document["teacher"]["weights"] = None
+            document["teacher"]["model"].pop("path", None)
         rows = {name: document["data"][name] for name in ("train", "validation", "test")}
         paths, sources = (list(dict.fromkeys(_named(part, folder))) for part in (document, rows))
         found = cls._of(recipe, folder, paths, kept_out)
@@ -176,7 +181,9 @@ class WorkingDir:
         if self._packed is None:
             data = _archive(Path(self.folder), self.files)
             links = tuple(
-                name for path in self.needed if (name := _below(path, self.folder)) and not glob.has_magic(name)
+                name
+                for path in self.needed
+                if (name := _below(path, self.folder)) and not glob.has_magic(name) and _expanded(name) == [name]
             )
             digest = sha256(data + "\n".join([self.folder, *links]).encode())
             home = ray.get_runtime_context().get_node_id()
@@ -204,8 +211,17 @@ def there(path: str) -> bool:
 
 def _matching(path: str) -> list[Path]:
     """What a path names, or a pattern; nothing where nothing is."""
-    found = glob.glob(path) if glob.has_magic(path) else [path]  # noqa: PTH207  # it may be absolute
-    return [Path(one) for one in found if os.path.exists(one)]
+    several = [path] if os.path.exists(path) else _expanded(path)
+    globs = (glob.glob(one) if glob.has_magic(one) else [one] for one in several)  # noqa: PTH207  # it may be absolute
+    return [Path(one) for found in globs for one in found if os.path.exists(one)]
+
+
+def _expanded(path: str) -> list[str]:
+    """The paths that a brace expression stands for; one that stands for none is told of when its rows are looked at."""
+    try:
+        return expand_braces(path)
+    except ValueError:
+        return [path]
 
 
 def moved(value: Value, packed: Packed, place: Path) -> Value:

@@ -86,7 +86,7 @@ def percent(fraction: float | None, digits: int = 2) -> str:
     return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.{digits}f}"
 
 
-def number(value: int | None) -> str:
+def thousands(value: int | None) -> str:
     """1234 as `1,234`; a missing number as a dash."""
     return "-" if value is None else f"{value:,}"
 

@@ -10,10 +10,10 @@ import click
 from akd_dist.cli.show import command_line, counted, print_facts, short_path, size
 
 if TYPE_CHECKING:
-    from akd_dist.documents.imported import ImportDocument, ImportedSplit
+    from akd_dist.documents.imported import ImportedDocument, ImportedSplit
 
 
-def print_imported(document: ImportDocument, recipe: str) -> None:
+def print_imported(document: ImportedDocument, recipe: str) -> None:
     """The stores of an import, what to know of them, and what the recipe has to say to use them."""
     shape = " x ".join(f"{length:,}" for length in document.shape)
     facts = {

@@ -61,7 +61,17 @@ id_argument = click.argument("store_id", metavar="ID", shell_complete=complete_s
 ORDER = (
     *("seeds", "student", "to", "others", "out", "logits", "data", "split", "input", "label", "tokenizer", "recipe"),
     *("file", "key", "kind"),
-    *("overrides", "trust", "device", "store_root", "run_root", "cache_root", "address", "wait_for_nodes"),
+    *(
+        "checkpoint",
+        "overrides",
+        "trust",
+        "device",
+        "store_root",
+        "run_root",
+        "cache_root",
+        "address",
+        "wait_for_nodes",
+    ),
     *("fresh", "wait", "trackers", "force", "prepare_again", "dry_run"),
 )
 

@@ -43,7 +43,7 @@ from akd_dist.cli.store_facts import (
     short_state_of,
     state_of,
 )
-from akd_dist.options import ImportOptions, Options
+from akd_dist.options import ImportLogitsOptions, Options
 
 if TYPE_CHECKING:
     from akd_dist.storage.removal import Candidate
@@ -142,7 +142,7 @@ def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json:
 
 
 @stores.command("import")
-@taking(ImportOptions)
+@taking(ImportLogitsOptions)
 @json_option
 def stores_import(as_json: bool, **given: Any) -> None:
     """Make stores of logits that others computed.
@@ -156,9 +156,9 @@ def stores_import(as_json: bool, **given: Any) -> None:
     if as_json:
         print_json(document)
     else:
-        from akd_dist.documents.imported import ImportDocument
+        from akd_dist.documents.imported import ImportedDocument
 
-        print_imported(ImportDocument.model_validate(document), given["recipe"])
+        print_imported(ImportedDocument.model_validate(document), given["recipe"])
 
 
 @stores.command("verify")

@@ -12,14 +12,39 @@ import pyarrow.compute as pc
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
+from akd_dist.data.keys import key_column
 from akd_dist.data.logit_arrays import Check, LogitFile, Shape
+from akd_dist.data.prepare import kinds_of, open_sources
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.data.schemas import plain
-from akd_dist.data.source_rows import SourceRows, key_column
+from akd_dist.data.source_rows import rows_of_splits
+from akd_dist.data.splitting import source_of_split
 from akd_dist.recipe import NoAugmentation, Split
 
 _SHOWN = 5
 _PLAIN = NoAugmentation()
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the rows of a split stand in their source."""
+
+    source: str
+    """The split whose key of `data` names the source: a split that is a share comes from `train`."""
+    total: int
+    """How many rows the source has."""
+    numbers: np.ndarray
+    """The row of the source of each row of the split, int64, ascending."""
+
+
+def places_of(data: recipe.DataSpec) -> dict[str, Place]:
+    """Where the rows of each split stand; raises as `source_rows`."""
+    readings = open_sources(data, kinds_of(data))
+    sources = {split: source_of_split(data, split) for split in SPLITS}
+    return {
+        split: Place(sources[split], readings[sources[split]].source.rows, found.rows)
+        for split, found in rows_of_splits(data, readings).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -28,7 +53,7 @@ class Wanted:
 
     data: recipe.DataSpec
     splits: Splits
-    sources: Mapping[str, SourceRows]
+    sources: Mapping[str, Place]
     split: Split | None
     """The split that the user names; None for the train rows, and what else comes from their source."""
     key: str | None

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, field_validator, model_validator
 
-from akd_dist.documents.base import Correlation, Count, Document, FolderName, Place, Share, Told
+from akd_dist.documents.base import Correlation, Count, Document, FolderName, Moment, Place, Share, Told
 from akd_dist.recipe import METRICS, Metric, Split, Task
 
 
@@ -203,6 +203,20 @@ class Economics(Document):
     """The same with one view stored, and with as many as are."""
 
 
+class RefusedStudent(Document):
+    """A student of the recipe that the run has otherwise: nothing of it was touched."""
+
+    name: FolderName
+    """Its folder under students/."""
+    differences: list[Told]
+    """How it differs, as `optimizer.lr: 0.1 -> 0.2`: what the run has, and what the recipe says."""
+
+    @property
+    def told(self) -> str:
+        """In a line."""
+        return f"{self.name}, which the run has otherwise ({'; '.join(self.differences)})"
+
+
 class FleetDocument(Document):
     """What `akd-dist train-students --json` prints, and what a run keeps in fleet.json."""
 
@@ -227,6 +241,12 @@ class FleetDocument(Document):
     economics: list[Economics] = []
     """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read them.
     """
+    taken_out: list[FolderName] = []
+    """Students of the run that the recipe has no more: they lie in its folder, and are not in `students`."""
+    refused: list[RefusedStudent] = []
+    """Students of the recipe that the run has otherwise: neither trained nor in `students`."""
+    renamed: dict[str, FolderName] = {}
+    """What the recipe calls students that the run has by another name -> that name."""
 
     @model_validator(mode="after")
     def _measured_by_its_metric(self) -> Self:
@@ -262,6 +282,17 @@ class RunRows(Document):
     """What inputs and labels are."""
 
 
+class RunChange(Document):
+    """Students that came into a run, and that were taken out of it, at once."""
+
+    at: Moment
+    """When, in seconds since 1970."""
+    added: list[FolderName]
+    """Who came, or came back."""
+    taken_out: list[FolderName]
+    """Who was taken out."""
+
+
 class RunIdentity(Document):
     """What a run keeps in identity.json: the resolved recipe without placement and places, and what these lead to."""
 
@@ -275,8 +306,12 @@ class RunIdentity(Document):
     """The students of the recipe, by name."""
     rows: dict[Split, RunRows] = {}
     """What is known of the rows of each split."""
+    taken_out: dict[str, dict[str, Any]] = {}
+    """Students that were in the recipe once and lie in the run, by name."""
+    history: list[RunChange] = []
+    """When students came and went, since the run began; the earliest first."""
 
-    @field_validator("students")
+    @field_validator("students", "taken_out")
     @classmethod
     def _with_objectives(cls, students: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, student in students.items():

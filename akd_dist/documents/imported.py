@@ -35,7 +35,7 @@ class ImportedSplit(Document):
     """Share of the rows whose first class is the label, in the first view; Pearson's correlation for regression."""
 
 
-class ImportDocument(Document):
+class ImportedDocument(Document):
     """What `akd-dist stores import --json` prints."""
 
     dry_run: bool

@@ -8,12 +8,12 @@ from akd_dist.documents.base import Document
 from akd_dist.documents.cache import CacheDocument, PlanDocument
 from akd_dist.documents.error import ErrorDocument
 from akd_dist.documents.fleet import FleetDocument
-from akd_dist.documents.imported import ImportDocument
+from akd_dist.documents.imported import ImportedDocument
 from akd_dist.documents.plan import FleetPlanDocument
 from akd_dist.documents.report import CompareDocument, ReportDocument
 from akd_dist.documents.status import StatusDocument
 from akd_dist.documents.stores import GcDocument, RepairDocument, StoreDocument, StoresDocument, VerifyDocument
-from akd_dist.documents.use import EvaluationDocument, ExportDocument, PredictionDocument
+from akd_dist.documents.use import EvaluationDocument, ExportDocument, ImportDocument, PredictionDocument
 from akd_dist.recipe import recipe_schema
 
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -30,7 +30,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "verify": VerifyDocument,
         "repair": RepairDocument,
         "gc": GcDocument,
-        "import": ImportDocument,
+        "stores-import": ImportedDocument,
         "fleet": FleetDocument,
         "compare": CompareDocument,
         "report": ReportDocument,
@@ -38,6 +38,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "evaluate": EvaluationDocument,
         "predict": PredictionDocument,
         "export": ExportDocument,
+        "import": ImportDocument,
         "error": ErrorDocument,
     }
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}

@@ -24,8 +24,9 @@ from akd_dist.reporting.drawing import (
     legible,
     picture,
 )
-from akd_dist.reporting.results import Run, names_of
+from akd_dist.reporting.results import Run
 from akd_dist.reporting.seeds import SeedGroup, finished, group_label, pareto_front
+from akd_dist.reporting.several import names_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

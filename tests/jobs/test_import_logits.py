@@ -27,14 +27,14 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.data.source_rows import source_rows
 from akd_dist.distill import teacher
 from akd_dist.documents.fleet import FleetDocument
-from akd_dist.documents.imported import ImportDocument
+from akd_dist.documents.imported import ImportedDocument
 from akd_dist.jobs.cache_teacher import cache_teacher
 from akd_dist.jobs.planning.caching import open_inputs
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.options import CacheOptions
 from akd_dist.recipe import Recipe
-from akd_dist.reporting.results import fleet_table
+from akd_dist.reporting.tables import fleet_table
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.repair import verify_store
 from tests.fleets import ANNEALING, a_recipe, a_student, store_bytes
@@ -79,13 +79,13 @@ class Home:
 
     def bring(
         self, file: Path | str, recipe: Recipe | None = None, stores: str = "stores", **given: Any
-    ) -> ImportDocument:
+    ) -> ImportedDocument:
         place: dict[str, Any] = {
             "store_root": self.root / stores,
             "cache_root": self.cache,
             "console": Console(quiet=True),
         }
-        return ImportDocument.model_validate(
+        return ImportedDocument.model_validate(
             akd_dist.import_logits(recipe or self.recipe(), file, **{**place, **given}), strict=False
         )
 
@@ -103,7 +103,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 @pytest.fixture(scope="module")
-def imported(home: Home) -> ImportDocument:
+def imported(home: Home) -> ImportedDocument:
     """All rows of the source, as .npy."""
     return home.bring(home.save(Z, "all.npy"))
 
@@ -123,16 +123,16 @@ def refused(home: Home, array: np.ndarray, **given: Any) -> str:
 # ---- what becomes of them
 
 
-def test_each_split_holds_its_rows_of_the_file(home: Home, imported: ImportDocument) -> None:
+def test_each_split_holds_its_rows_of_the_file(home: Home, imported: ImportedDocument) -> None:
     where = source_rows(home.recipe().data)
     rows = prepare(home.recipe().data, home.cache)
     assert list(imported.splits) == ["train", "validation", "test"]
     assert not imported.left_out
     for split, part in imported.splits.items():
         store = open_store(part.store)
-        assert np.array_equal(store.rows(0, 0, part.rows), Z[where[split].numbers])
-        assert np.array_equal(LABELS[where[split].numbers], getattr(rows, split).labels)
-        right = Z[where[split].numbers].argmax(1) == LABELS[where[split].numbers]
+        assert np.array_equal(store.rows(0, 0, part.rows), Z[where[split].rows])
+        assert np.array_equal(LABELS[where[split].rows], getattr(rows, split).labels)
+        right = Z[where[split].rows].argmax(1) == LABELS[where[split].rows]
         assert part.agreement == pytest.approx(right.mean())
         assert store.manifest.teacher["imported"] == {"kind": "logits"}
     assert imported.kind == "logits"
@@ -140,7 +140,7 @@ def test_each_split_holds_its_rows_of_the_file(home: Home, imported: ImportDocum
     assert imported.dtype == "float32"
 
 
-def test_the_same_logits_are_a_hit_and_the_same_bytes(home: Home, imported: ImportDocument) -> None:
+def test_the_same_logits_are_a_hit_and_the_same_bytes(home: Home, imported: ImportedDocument) -> None:
     before = store_bytes(Path(imported.splits["train"].store))
     again = home.bring(home.save(Z.astype(np.float64), "double.npy"))
     assert all(part.hit and part.shards_written == 0 for part in again.splits.values())
@@ -188,7 +188,7 @@ SAVED: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_every_kind_of_file_is_the_same_store(home: Home, imported: ImportDocument, name: str) -> None:
+def test_every_kind_of_file_is_the_same_store(home: Home, imported: ImportedDocument, name: str) -> None:
     SAVED[name](home.root / name)
     if name == "group.zarr":
         zarr.open_group(home.root / name)
@@ -200,24 +200,24 @@ def test_every_kind_of_file_is_the_same_store(home: Home, imported: ImportDocume
 def test_bfloat16_is_read(home: Home) -> None:
     save_tensors({"logits": torch.from_numpy(Z).bfloat16()}, home.root / "b.safetensors")
     found = home.bring(home.root / "b.safetensors")
-    rows = source_rows(home.recipe().data)["train"].numbers
+    rows = source_rows(home.recipe().data)["train"].rows
     stored = open_store(found.splits["train"].store).rows(0, 0, len(rows))
     assert np.array_equal(stored, torch.from_numpy(Z).bfloat16().float().numpy()[rows])
     assert found.dtype == "bfloat16"
 
 
-def test_the_rows_of_the_split_alone_will_do(home: Home, imported: ImportDocument) -> None:
+def test_the_rows_of_the_split_alone_will_do(home: Home, imported: ImportedDocument) -> None:
     where = source_rows(home.recipe().data)
-    train = home.bring(home.save(Z[where["train"].numbers]))
+    train = home.bring(home.save(Z[where["train"].rows]))
     assert [part.id for part in train.splits.values()] == [imported.splits["train"].id]
     assert train.teacher == {"store": imported.splits["train"].id[:16]}
     assert "train rows alone" in train.left_out["test"]
-    test = home.bring(home.save(Z[where["test"].numbers]), split="test")
+    test = home.bring(home.save(Z[where["test"].rows]), split="test")
     assert [part.id for part in test.splits.values()] == [imported.splits["test"].id]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "npz"])
-def test_a_key_joins_rows_in_any_order(home: Home, imported: ImportDocument, kind: str) -> None:
+def test_a_key_joins_rows_in_any_order(home: Home, imported: ImportedDocument, kind: str) -> None:
     order = np.random.default_rng(9).permutation(ROWS)
     ids, z = np.array(IDS)[order], Z[order]
     path = home.root / f"keyed.{kind}"
@@ -239,7 +239,7 @@ def test_keys_that_do_not_fit_are_named(home: Home) -> None:
             home.bring(home.root / "keys.parquet", key="id")
         return str(caught.value)
 
-    train = source_rows(home.recipe().data)["train"].numbers
+    train = source_rows(home.recipe().data)["train"].rows
     lost = int(train[3])
     rest = [row for row in range(ROWS) if row != lost]
     assert f"no id {IDS[lost]}" in keyed([IDS[row] for row in rest], Z[rest])
@@ -451,7 +451,7 @@ def test_a_file_that_is_not_there_or_far_away_is_refused(home: Home) -> None:
 # ---- as the teacher of a recipe
 
 
-def test_no_teacher_is_needed_from_then_on(home: Home, imported: ImportDocument) -> None:
+def test_no_teacher_is_needed_from_then_on(home: Home, imported: ImportedDocument) -> None:
     recipe = home.recipe(imported.teacher)
     options = CacheOptions(recipe, store_root=home.root / "stores", cache_root=home.cache, console=Console(quiet=True))
     cached = cache_teacher(recipe, options)
@@ -460,7 +460,7 @@ def test_no_teacher_is_needed_from_then_on(home: Home, imported: ImportDocument)
     assert cached["splits"]["test"]["id"] == imported.splits["test"].id
 
 
-def test_a_store_of_train_rows_alone_will_do(home: Home, imported: ImportDocument) -> None:
+def test_a_store_of_train_rows_alone_will_do(home: Home, imported: ImportedDocument) -> None:
     recipe = home.recipe({"store": imported.splits["train"].id})
     (model,) = open_inputs(recipe, home.workspace(), students=True, again=False).models
     assert list(model.opened) == ["train"]
@@ -496,7 +496,7 @@ def test_a_softmax_sees_no_constant_at_any_temperature() -> None:
     torch.testing.assert_close(theirs - ours, added, rtol=1e-9, atol=1e-9)
 
 
-def test_a_store_of_other_rows_is_refused(home: Home, imported: ImportDocument) -> None:
+def test_a_store_of_other_rows_is_refused(home: Home, imported: ImportedDocument) -> None:
     other = home.recipe(imported.teacher, seed=4)
     with pytest.raises(RefusedError, match="is not of the recipe's train rows"):
         open_inputs(other, home.workspace(), students=False, again=False)
@@ -523,10 +523,10 @@ def test_views_need_logits_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"set data\.augmentation: none"):
         akd_dist.import_logits(recipe, tmp_path / "one.npy", **place)
     np.save(tmp_path / "two.npy", np.stack([z, z + 0.25]))
-    found = ImportDocument.model_validate(akd_dist.import_logits(recipe, tmp_path / "two.npy", **place), strict=False)
+    found = ImportedDocument.model_validate(akd_dist.import_logits(recipe, tmp_path / "two.npy", **place), strict=False)
     assert "taken at your word" in found.warnings[0]
     assert list(found.splits) == ["train"]
-    rows = source_rows(recipe.data)["train"].numbers
+    rows = source_rows(recipe.data)["train"].rows
     assert np.array_equal(open_store(found.splits["train"].store).rows(1, 0, len(rows)), z[rows] + np.float32(0.25))
     test = akd_dist.import_logits(recipe, tmp_path / "one.npy", split="test", **place)
     assert list(test["splits"]) == ["test"]
@@ -571,7 +571,7 @@ def test_an_import_mends_a_damaged_store(home: Home) -> None:
 
 
 def test_commands_know_imported_stores(
-    home: Home, imported: ImportDocument, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Home, imported: ImportedDocument, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -597,7 +597,7 @@ def test_commands_know_imported_stores(
     assert "is what was sealed" in call("verify", store_id)
 
 
-def test_repair_says_to_import_again(home: Home, imported: ImportDocument) -> None:
+def test_repair_says_to_import_again(home: Home, imported: ImportedDocument) -> None:
     from akd_dist.jobs.repair import repair
 
     with pytest.raises(RefusedError, match="were imported: they cannot be computed again") as caught:
@@ -607,7 +607,7 @@ def test_repair_says_to_import_again(home: Home, imported: ImportDocument) -> No
 
 @pytest.mark.ray
 def test_students_are_trained_from_a_store_of_train_rows_alone(
-    ray_cluster: None, home: Home, imported: ImportDocument, tmp_path: Path
+    ray_cluster: None, home: Home, imported: ImportedDocument, tmp_path: Path
 ) -> None:
     """And all that would be said of a teacher on the test rows is left out."""
     recipe = home.recipe({"store": imported.splits["train"].id[:16]}, ANNEALING)

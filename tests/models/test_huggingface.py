@@ -19,6 +19,7 @@ from akd_dist.data.rows import Rows, Splits
 from akd_dist.data.text import Tokens
 from akd_dist.distill.student import Student
 from akd_dist.jobs.planning.caching import check_models
+from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.models.build import build, by_content
 from akd_dist.models.card import CARD, WEIGHTS, ModelCard
 from akd_dist.models.folder import load_card, load_model, read_model, save_model, state_bytes
@@ -171,7 +172,7 @@ def test_missing_pretrained_assistant_weights_are_refused(folders: Path, tmp_pat
     trained = {"model": {"kind": "text_transformer", "width": 8}, "train": {"epochs": 1, "optimizer": ADAMW}}
     checked = a_recipe(students, teacher=trained | {"assistant": assistant})
     with pytest.raises(RefusedError, match="the weights of bare cannot be read"):
-        check_models(checked, Splits(*[rows()] * 3), [])
+        check_models(checked, Splits(*[rows()] * 3), [], Workspace(str(tmp_path), str(tmp_path)))
 
 
 def test_a_head_of_another_size_is_replaced(folders: Path, tmp_path: Path) -> None:
