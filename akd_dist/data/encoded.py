@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -404,7 +405,11 @@ def ahead(begun: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
         yield waiting.popleft()()
 
 
-@functools.cache
 def _pool() -> ThreadPoolExecutor:
-    """The threads of this process, as many as it may run on."""
+    """The threads of this process, as many as it may run on: one that was forked has none of its parent's."""
+    return _pool_of(os.getpid())
+
+
+@functools.cache
+def _pool_of(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(default_threads(), thread_name_prefix="decoding")

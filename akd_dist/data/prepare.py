@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from akd_dist.data.labels import Classes, Labels, labels_of
 from akd_dist.data.noted import MixedSizesError
 from akd_dist.data.row_files import RowsFile
 from akd_dist.data.sources.base import Kind, Source
-from akd_dist.data.sources.kinds import kind_of
+from akd_dist.data.sources.kinds import kind_of, open_kind
 from akd_dist.data.splitting import SPLITS
 from akd_dist.data.text import tokenizer_of
 
@@ -79,17 +80,20 @@ def kinds_of(data: recipe.DataSpec) -> dict[str, Kind]:
     return {name: kind_of(spec) for name, spec in specs.items() if not isinstance(spec, float)}
 
 
-def open_sources(data: recipe.DataSpec, kinds: dict[str, Kind]) -> dict[str, OpenedSource]:
+def open_sources(
+    data: recipe.DataSpec, kinds: dict[str, Kind], known: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, OpenedSource]:
     """Look at all sources and their first rows: what they have in common is checked before anything long begins.
 
     Args:
         data: task, text, images and shapes.
         kinds: the sources by split, that of the train rows first.
+        known: what the planning process found of them, `Source.known`; in tasks.
 
     Raises:
         RefusedError, RecipeError, MachineError: as `rows.prepare`.
     """
-    sources = {name: kind.open() for name, kind in kinds.items()}
+    sources = {name: open_kind(kind, known.get(name)) for name, kind in kinds.items()}
     first = {name: next(source.blocks(1)) for name, source in sources.items()}
     pair = any(len(block.inputs) == 2 for block in first.values())
     tokenizer = tokenizer_of(data.text, pair) if data.text is not None else None

@@ -6,9 +6,8 @@ import base64
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from akd_dist.data.columns import Images, NotGreyError
 from akd_dist.data.encoded import EncodedPictures, Mapped, encoded_of
 from akd_dist.data.labels import Classes
 from akd_dist.data.noted import MixedSizesError, Noted
-from akd_dist.data.origins import sha256_of
+from akd_dist.data.origins import Origin, sha256_of, size_and_time
 from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources, with_advice
 from akd_dist.data.sources.base import local_files, remote_files
 from akd_dist.storage.content import Arrays
@@ -34,7 +33,7 @@ class SourceFile:
 
     size: int
     modified: int
-    """In ns."""
+    """In ns; of many files, a hash of their sizes and times."""
     sha256: str
 
 
@@ -52,6 +51,8 @@ class RowsJob:
     """The files of all sources, in their order."""
     objects: list[list[Any]]
     """Those in object storage: URI, size and entity tag of each."""
+    known: dict[str, Any] = field(default_factory=dict)
+    """What tasks need not look for again, by source: `Source.known`."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,8 @@ def _opened(job: RowsJob) -> dict[str, OpenedSource]:
         keys = {name: kind.key() for name, kind in kinds.items()}
         if (found := remote_files(keys)) != job.objects:
             raise _other_files(*next((one, other) for one, other in zip_longest(found, job.objects) if one != other))
-        _check_files(job, local_files(keys))
-        readings = open_sources(job.data, kinds)
+        _check_files(job, local_files(kinds, keys))
+        readings = open_sources(job.data, kinds, job.known)
         readings = in_colour(readings) if job.colour else readings
         inputs = readings["train"].inputs
         if (inputs.dtype.str, list(inputs.shape)) != (job.writer.creation.dtype, job.writer.creation.shape):
@@ -201,16 +202,16 @@ def _opened(job: RowsJob) -> dict[str, OpenedSource]:
     return _readings[key]
 
 
-def _check_files(job: RowsJob, files: Sequence[Path]) -> None:
+def _check_files(job: RowsJob, files: Sequence[Origin]) -> None:
     """Refuse files that are not those of the planning process: a node may have copies of its own."""
     if len(files) != len(job.files):
         raise _other_files(f"{len(files):,} files", f"{len(job.files):,}")
     for path, planned in zip(files, job.files, strict=True):
-        found = path.stat()
-        if found.st_size != planned.size:
-            raise _other_files(f"{path} with {found.st_size:,} bytes", f"{planned.size:,} bytes")
+        size, modified = size_and_time(path) or (0, 0)
+        if size != planned.size:
+            raise _other_files(f"{path} with {size:,} bytes", f"{planned.size:,} bytes")
         # A copy that keeps the time is one of `rsync -a` or `cp -p`; of any other its content is looked at.
-        if found.st_mtime_ns != planned.modified and (digest := sha256_of(path)) != planned.sha256:
+        if modified != planned.modified and (digest := sha256_of(path)) != planned.sha256:
             raise _other_files(f"{path} with sha256 {digest[:16]}", f"sha256 {planned.sha256[:16]}")
 
 

@@ -219,7 +219,13 @@ class BatchStream:
         return dataclasses.replace(self, logits=None)
 
     def batches(
-        self, epoch: int, start_step: int = 0, rank: int = 0, world: int = 1, then: int | None = None
+        self,
+        epoch: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        then: int | None = None,
+        stride: int = 1,
     ) -> Iterator[Batch]:
         """The batches of an epoch from a step on.
 
@@ -228,13 +234,15 @@ class BatchStream:
 
         Args:
             then: the epoch that is read next: what it begins with is fetched before this one is over.
+            stride: steps from one batch to the next, for processes that take turns.
         """
         if self.ahead:
-            yield from ahead(self._begun(epoch, start_step, rank, world, then), self.ahead)
+            yield from ahead(self._begun(epoch, start_step, rank, world, then, stride), self.ahead)
             return
         reading, at_once = _Reading(self, epoch, then), self.steps_at_once
-        for first in range(start_step, self.steps_per_epoch, at_once):
-            steps = range(first, min(first + at_once, self.steps_per_epoch))
+        all_steps = range(start_step, self.steps_per_epoch, stride)
+        for first in range(0, len(all_steps), at_once):
+            steps = all_steps[first : first + at_once]
             whole = [(step * self.batch, int(self.ends[step])) for step in steps]
             shares = [_share(*places, rank, world) for places in whole]
             rows = [reading.order.rows(*places) for places in shares]
@@ -250,23 +258,19 @@ class BatchStream:
         """Batches whose pictures are decoded before they are wanted; none where none are encoded."""
         return batches_ahead(self.rows.inputs, self.batch)
 
-    def _begun(self, epoch: int, start_step: int, rank: int, world: int, then: int | None) -> Iterator[BegunBatch]:
+    def _begun(
+        self, epoch: int, start_step: int, rank: int, world: int, then: int | None, stride: int
+    ) -> Iterator[BegunBatch]:
         """The batches of an epoch, each with its rows read and its pictures on their way."""
         reading = _Reading(self, epoch, then)
-        for step in range(start_step, self.steps_per_epoch):
+        for step in range(start_step, self.steps_per_epoch, stride):
             start, stop = step * self.batch, int(self.ends[step])
             own = _share(start, stop, rank, world)
-            parts = [self._begin(rows, reading) for rows in reading.rows([own])]
+            parts = [self._begin(rows, reading.view, reading.logits) for rows in reading.rows([own])]
             spare = None
             if own[0] == own[1]:
-                spare = self._begin(reading.order.rows(start, start + 1), reading)
+                spare = self._begin(reading.order.rows(start, start + 1), reading.view, None)
             yield functools.partial(self._joined, epoch, step, reading.order.rows(*own), parts, spare, stop - start)
-
-    def _begin(self, rows: np.ndarray, reading: _Reading) -> Callable[[], Gathered]:
-        inputs = self.rows.inputs.take(rows, axis=0)
-        view = begin_view(self.augmentation, self.seed, inputs, rows, reading.view, self.rows.tokens, self.device)
-        labels, logits = self._labels(rows, reading)
-        return lambda: (view(), labels, logits)
 
     def _joined(
         self,
@@ -289,7 +293,9 @@ class BatchStream:
 
     def _cut(self, reading: _Reading, shares: list[tuple[int, int]]) -> Iterator[Gathered]:
         """Inputs, labels and logits of each of several batches, gathered together."""
-        inputs, labels, logits = _together([self._gather(rows, reading) for rows in reading.rows(shares)])
+        inputs, labels, logits = _together(
+            [self.gather(rows, reading.view, reading.logits) for rows in reading.rows(shares)]
+        )
         if len(shares) == 1:
             yield inputs, labels, logits
             return
@@ -299,16 +305,33 @@ class BatchStream:
             # Kernels may depend on where in memory a tensor begins: inputs begin one of their own.
             yield inputs[part].clone(), labels[part], None if logits is None else logits[part]
 
-    def _gather(self, rows: np.ndarray, reading: _Reading) -> Gathered:
-        labels, logits = self._labels(rows, reading)
-        return self._view(rows, reading.view), labels, logits
+    def hold(self, view: int) -> np.ndarray | StoredLogits | None:
+        """Have a whole view's logits at hand, for `gather`.
 
-    def _labels(self, rows: np.ndarray, reading: _Reading) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Labels and logits."""
+        Raises:
+            AkdError: as `storage.pieces.hold_pieces`: they are damaged, or the cache has no room for them.
+        """
+        if isinstance(self.logits, StoredLogits):
+            self.logits.move(view, [(0, len(self.rows))])
+        return np.asarray(self.logits[view]) if isinstance(self.logits, np.ndarray) else self.logits
+
+    def gather(self, rows: np.ndarray, view: int, stored: np.ndarray | StoredLogits | None) -> Gathered:
+        """Inputs, labels and logits of any rows as a view shows them, in the order asked for.
+
+        Args:
+            rows: row numbers, int64 [n].
+            stored: the logits of that view, as `hold` gives them.
+        """
+        return self._begin(rows, view, stored)()
+
+    def _begin(self, rows: np.ndarray, view: int, stored: np.ndarray | StoredLogits | None) -> Callable[[], Gathered]:
+        """The same, of which decoding is begun where rows are encoded: called, it waits for that."""
+        inputs = self.rows.inputs.take(rows, axis=0)
+        shown = begin_view(self.augmentation, self.seed, inputs, rows, view, self.rows.tokens, self.device)
         # `take` gathers faster than indexing by an array of row numbers does (benchmarks/stream.py).
         labels = torch.from_numpy(self.rows.labels.take(rows)).to(self.device)
-        stored = reading.logits
-        return labels, None if stored is None else torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
+        logits = None if stored is None else torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
+        return lambda: (shown(), labels, logits)
 
     def check_probes(self, manifest: Manifest, cache_root: Path | None = None) -> None:
         """Compare rows and views with those that the teacher saw, as a store's manifest remembers them.

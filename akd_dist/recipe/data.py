@@ -82,6 +82,38 @@ class Parquet(Table):
     """A file, a folder or a glob; relative to the recipe's folder, or s3:// or gs://."""
 
 
+class ImageFolder(Spec):
+    """Pictures as files: a folder for each class, or a table that gives the label of each file."""
+
+    kind: SourceKind[Literal["image_folder"]] = "image_folder"
+    path: str
+    """The folder; relative to the recipe's folder, or s3:// or gs://. Without labels, each folder in it is a class."""
+    labels: str | None = None
+    """A CSV, JSON Lines or Parquet file with a row for each picture; none takes metadata.csv, .jsonl or .parquet in
+    the folder where there is one."""
+    file: str = "file_name"
+    """Its column of files, relative to the folder."""
+    label: str = "label"
+    """Its column of labels: class ids counted from 0, class names, or numbers where data.task is regression."""
+    unlisted: Literal["refuse", "leave_out"] = "refuse"
+    """What becomes of pictures that it does not list: `leave_out` where it names a part of the folder on purpose."""
+    classes: Classes | None = None
+    """How many classes there are; none takes the largest label plus one, or the names there are."""
+
+
+class WebDataset(Spec):
+    """Pictures in tar files, as WebDataset has them: key.jpg with key.cls or key.json, one beside the other."""
+
+    kind: SourceKind[Literal["webdataset"]] = "webdataset"
+    path: str
+    """A tar file, a folder, a glob, or a brace expression such as train-{000..099}.tar; relative to the recipe's
+    folder, or s3:// or gs://."""
+    label: str = "cls"
+    """`cls` for class ids in key.cls; anything else is a name within key.json."""
+    classes: Classes | None = None
+    """How many classes there are; none takes the largest label plus one, or the names there are."""
+
+
 class HuggingFaceData(Table):
     """A dataset of the Hugging Face `datasets` library (extra: akd-dist[huggingface])."""
 
@@ -118,7 +150,9 @@ class CustomData(Table, Factory):
     what they name or of the module's file prepares the data anew."""
 
 
-Source = Annotated[Digits | Idx | Parquet | HuggingFaceData | CustomData, Discriminator("kind")]
+Source = Annotated[
+    Digits | Idx | Parquet | ImageFolder | WebDataset | HuggingFaceData | CustomData, Discriminator("kind")
+]
 
 
 class ByteText(Spec):
@@ -315,6 +349,8 @@ ShareOrSource = Annotated[
     | Annotated[Digits, Tag("digits")]
     | Annotated[Idx, Tag("idx")]
     | Annotated[Parquet, Tag("parquet")]
+    | Annotated[ImageFolder, Tag("image_folder")]
+    | Annotated[WebDataset, Tag("webdataset")]
     | Annotated[HuggingFaceData, Tag("huggingface")]
     | Annotated[CustomData, Tag("custom")],
     Discriminator(_share_or_source),

@@ -302,6 +302,28 @@ def test_probes_of_one_row_at_a_time_are_those_of_all(home: Path, data: DataSpec
     assert some == alone
 
 
+class Decoded(torch.utils.data.Dataset[torch.Tensor]):
+    """Under a DataLoader's workers, which are forked."""
+
+    def __init__(self, pictures: EncodedPictures) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(self.pictures.take([row]))[0])
+
+
+def test_a_process_that_was_forked_has_threads_of_its_own() -> None:
+    pictures = given(PICTURES[:6], np.arange(6))
+    expected = np.asarray(pictures)  # by threads of this process, which the others have not
+    loader = torch.utils.data.DataLoader(
+        Decoded(pictures), batch_size=3, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    np.testing.assert_array_equal(np.concatenate([one.numpy() for one in loader]), expected)
+
+
 def test_decoding_is_done_by_threads_of_its_own() -> None:
     seen, decode = set[str](), EncodedPictures._decoded
 
