@@ -6,8 +6,8 @@
 JPEGs of about 500 x 375 pixels become random resized crops of 224 x 224, flipped by chance. The peer is what a
 careful user writes: a map-style dataset of files, decoded, cropped, resized and flipped by Pillow as here, under a
 DataLoader of as many worker processes as this stream has threads, one for each core. The sides take turns, epoch by
-epoch, with a warm page cache; `ratio` is the median of neighbouring epochs, and `cpu_ratio` that of CPU time, which other
-work on the machine hardly touches.
+epoch, with a warm page cache; `ratio` is the median of neighbouring epochs, and `cpu_ratio` that of CPU time, which
+other work on the machine hardly touches.
 
 Then a student of ResNet-18's size is trained from the stream. `waiting` is the share of its time that it spent in
 `next(batch)`, which is to stay under 5 % where the cores suffice: where it takes no more rows a second than the stream
@@ -169,7 +169,7 @@ def rate(batches: Any) -> Rate:
 def ratio(ours: list[Rate], theirs: list[Rate], by: str) -> float:
     """The median of neighbouring epochs."""
     pairs = zip(ours, theirs, strict=True)
-    return round(statistics.median(getattr(one, by) / getattr(other, by) for one, other in pairs), 3)
+    return round(float(statistics.median(getattr(one, by) / getattr(other, by) for one, other in pairs)), 3)
 
 
 def cpu_seconds(batches: Any) -> float:
@@ -266,14 +266,15 @@ def resnet18() -> nn.Module:
 
 def table(result: dict[str, Any]) -> str:
     """The document for people."""
+    by_cpu = [result[f"{side}_rows_per_cpu_second"] for side in ("stream", "loader")]
     encoded, pixels = (result[f"{kind}_bytes_of_row"] / 1e3 for kind in ("encoded", "pixel"))
     return (
         f"{result['rows']:,} JPEGs of {encoded:.0f} kB on average -> random resized crops of {SIDE} x {SIDE} "
         f"({pixels:.0f} kB), batch {BATCH}, {result['repeats']} alternating epochs\n"
         f"  DataLoader, {result['workers']} processes  {result['loader_rows_per_second']:>7,} rows/s\n"
         f"  this stream, {result['workers']} threads   {result['stream_rows_per_second']:>7,} rows/s\n"
-        f"  ratio                     {result['ratio']:>7} (by CPU time {result['cpu_ratio']}: "
-        f"{result['stream_rows_per_cpu_second']:,} rows a CPU second against {result['loader_rows_per_cpu_second']:,})\n"
+        f"  ratio                     {result['ratio']:>7} (by CPU time {result['cpu_ratio']}: {by_cpu[0]:,} rows a "
+        f"CPU second against {by_cpu[1]:,})\n"
         f"  memory above that before  {result['peak_bytes'] / 1e6:>7.0f} MB over an epoch, "
         f"{result['peak_bytes_of_three'] / 1e6:.0f} MB over three\n"
         f"ResNet-18 on {result['device']}, batch {result['train_batch']}, {result['steps']} steps\n"
