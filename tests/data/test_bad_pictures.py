@@ -352,9 +352,10 @@ def test_refused(case: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("cache/rows/*.partial"))
 
 
-@pytest.mark.parametrize(
-    "case", ["folder, other classes in test", "folder, a negative label", "shards, a negative cls"]
-)
+AT_HAND = ("folder, other classes in test", "folder, a negative label", "shards, a negative cls")
+
+
+@pytest.mark.parametrize("case", AT_HAND)
 def test_labels_are_refused_before_pictures_are_read(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
