@@ -136,7 +136,7 @@ class ImageFolderSource:
                 expected="at least one picture in the folder of each class",
                 next="remove the folder, or add pictures",
             )
-        if there <= _SPLITS and len(there) > 1 and all(name.count("/") > 1 for name in names):
+        if there <= _SPLITS and all(name.count("/") > 1 for name in names):
             raise RefusedError(
                 f"the folders in {place} are called as splits, and not as classes",
                 got=", ".join(sorted(there)),
