@@ -124,6 +124,11 @@ class WorkingDir:
             RefusedError: the recipe names a file in its folder that cannot be sent.
         """
         folder, document = recipe.folder, recipe.model_dump(mode="json", exclude={"folder"})
+        if (
+            recipe.teacher.checkpoint is not None
+        ):  # the driver reads it, and nodes find a model folder beside the stores
+            document["teacher"]["weights"] = None
+            document["teacher"]["model"].pop("path", None)
         rows = {name: document["data"][name] for name in ("train", "validation", "test")}
         paths, sources = (list(dict.fromkeys(_named(part, folder))) for part in (document, rows))
         found = cls._of(recipe, folder, paths, kept_out)
@@ -301,7 +306,7 @@ def _carries(path: str, folder: str, carried: set[str]) -> bool:
 
 def _has_linked_folders(path: Path) -> bool:
     """Whether there are links to folders in a folder: what these hold does not travel."""
-    return any(os.path.islink(Path(place, name)) for place, names, _ in os.walk(path) for name in names)
+    return any(Path(place, name).is_symlink() for place, names, _ in os.walk(path) for name in names)
 
 
 def _files_named(path: str, kept_out: Sequence[str] = ()) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,10 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import findings
 from akd_dist.data.blocks import Block, map_blocks
-from akd_dist.data.columns import Images, NotGreyError
+from akd_dist.data.columns import Images, MixedSizesError, Noted, NotGreyError
 from akd_dist.data.labels import Classes
 from akd_dist.data.origins import Origin, sha256_of, size_and_time
-from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources
+from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources, with_advice
 from akd_dist.data.sources.base import local_files, remote_files
 from akd_dist.storage.rows import BlockReceipt, RowsCreation, RowsWriter, write_block
 
@@ -98,8 +99,8 @@ def write_run(job: RowsJob, run: BlockRun, threads: int = 1) -> list[BlockReceip
     ordinals = (np.cumsum(wanted) - 1) // creation.block_rows  # which of the blocks a row belongs to
     receipts: list[BlockReceipt] = []
 
-    def work(block: Block) -> list[tuple[int, np.ndarray, np.ndarray, int]]:
-        """Of each block that has rows here: which it is, inputs, labels, and pictures of several frames."""
+    def work(block: Block) -> list[tuple[int, np.ndarray, np.ndarray, Noted]]:
+        """Of each block that has rows here: which it is, inputs, labels, and what is to be noted of pictures."""
         at = block.rows - run.start
         made = []
         for ordinal in np.unique(ordinals[at[wanted[at]]]).tolist():
@@ -108,7 +109,7 @@ def write_run(job: RowsJob, run: BlockRun, threads: int = 1) -> list[BlockReceip
             inputs = reading.inputs.afresh() if isinstance(reading.inputs, Images) else reading.inputs
             labels = convert(chosen_rows(block.labels, mine), rows)
             values = inputs([chosen_rows(column, mine) for column in block.inputs], rows)
-            made.append((ordinal, values, labels, inputs.with_frames if isinstance(inputs, Images) else 0))
+            made.append((ordinal, values, labels, inputs.noted if isinstance(inputs, Images) else Noted()))
         return made
 
     filling = _Filling(creation, run)
@@ -119,13 +120,15 @@ def write_run(job: RowsJob, run: BlockRun, threads: int = 1) -> list[BlockReceip
                 if (whole := filling.add(*part)) is None:
                     continue
                 seconds, began = time.perf_counter() - began, time.perf_counter()
-                number, frames = run.numbers[part[0]], filling.frames
+                number, noted = run.numbers[part[0]], dataclasses.asdict(filling.noted)
                 told = base64.b64encode(findings.stable_hashes(filling.inputs).tobytes()).decode()
                 receipts.append(
-                    write_block(job.writer, run.split, number, whole, frames=frames, hashes=told, seconds=seconds)
+                    write_block(job.writer, run.split, number, whole, **noted, hashes=told, seconds=seconds)
                 )
     except NotGreyError:
         return None
+    except MixedSizesError as error:
+        raise with_advice(error, reading) from error
     return receipts
 
 
@@ -135,20 +138,20 @@ class _Filling:
     def __init__(self, creation: RowsCreation, run: BlockRun) -> None:
         self._creation, self._run = creation, run
         self._ordinal = self._rows = self._filled = -1
-        self.frames = 0
+        self.noted = Noted()
         self._data = bytearray()
         self.inputs = self._labels = np.empty(0)
 
-    def add(self, ordinal: int, inputs: np.ndarray, labels: np.ndarray, frames: int) -> bytes | None:
+    def add(self, ordinal: int, inputs: np.ndarray, labels: np.ndarray, noted: Noted) -> bytes | None:
         """Take rows of the run's block of this place; the block once it is whole."""
         if ordinal != self._ordinal:
-            self._ordinal, self._filled, self.frames = ordinal, 0, 0
+            self._ordinal, self._filled, self.noted = ordinal, 0, Noted()
             self._rows = self._creation.rows_of(self._run.split, self._run.numbers[ordinal])
             self._data = bytearray(self._creation.bytes_of(self._rows))
             self.inputs, self._labels = self._creation.arrays(self._data, self._rows)
         here = slice(self._filled, self._filled + len(labels))
         self.inputs[here], self._labels[here] = inputs, labels
-        self._filled, self.frames = here.stop, self.frames + frames
+        self._filled, self.noted = here.stop, self.noted + noted
         return bytes(self._data) if self._filled == self._rows else None
 
 

@@ -117,7 +117,7 @@ def key_of(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, 
         "text": text_key(data.text),
     }
     if data.text is None and any(isinstance(getattr(data, name), _OF_IMAGES) for name in keys):
-        key["image"] = {"rules": pictures.RULES, **data.image.model_dump(mode="json")}
+        key["image"] = {"rules": pictures.RULES, **data.image.written()}
     return key
 
 

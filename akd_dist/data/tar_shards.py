@@ -341,6 +341,12 @@ def _member(shard: Shard, info: tarfile.TarInfo) -> Member | None:
     return Member(name, found[1], found[2].lower(), info.offset, info.offset_data, info.size)
 
 
+def key_of(name: str) -> str:
+    """The key of a member by its name."""
+    found = _NAME.fullmatch(name)
+    return name if found is None else found[1]
+
+
 def _check_end(opened: IO[bytes], end: int, shard: Shard, last: str | None) -> None:
     """Refuse an archive that has no proper end: `tarfile` takes a damaged header for one."""
     opened.seek(end)

@@ -34,7 +34,7 @@ from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
 from akd_dist.recipe.base import Count, Device, Epochs, Factory, Positive, Spec
 from akd_dist.recipe.data import DataSpec
-from akd_dist.recipe.models import Model
+from akd_dist.recipe.models import HuggingFaceModel, Model
 from akd_dist.recipe.paths import change_paths
 from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Objective, Precision, Takd, Training
 
@@ -69,15 +69,44 @@ class AssistantSpec(Training):
         return objective
 
 
+class StoredTeacher(Spec):
+    """Sealed stores of a teacher's logits: `store: ID` says the same as `store: {train: ID}`."""
+
+    train: str
+    """The store of the train rows: its id, the beginning of it under --store-root, or the path or URI of its folder."""
+    validation: str | None = None
+    """That of the validation rows; none looks for one of the same teacher beside it, and does without."""
+    test: str | None = None
+    """That of the test rows, for the teacher's metrics and agreement with it; none looks for one as above."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_word(cls, given: Any) -> Any:
+        return {"train": given} if isinstance(given, str) else given
+
+    @model_serializer(mode="plain")
+    def _as_short_as_can_be(self) -> str | dict[str, Any]:
+        given = {split: name for split, name in self if name is not None}
+        return self.train if list(given) == ["train"] else given
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core)]}
+
+
 class TeacherSpec(Spec):
-    """The teacher: weights that lie somewhere, or a model that the recipe trains first."""
+    """The teacher: a model folder, a checkpoint from elsewhere, a model that the recipe trains, or stored logits."""
 
     weights: str | None = None
-    """A folder or URI with model.safetensors and model.json, such as a student's; relative to the recipe's folder."""
+    """A folder or URI with model.safetensors and model.json, such as a student's. Beside `model`, a checkpoint from
+    elsewhere: a file of safetensors or a torch state dict, or a folder with one. Relative to the recipe's folder."""
     model: Model | None = None
-    """The architecture of a teacher that this recipe trains."""
+    """The architecture: of a teacher that this recipe trains, or of the checkpoint in `weights`. Alone, a fine-tuned
+    model of kind `huggingface` with its weights in `path`."""
     train: TeacherTraining | None = None
     """How this recipe trains it."""
+    store: StoredTeacher | None = None
+    """Its logits alone, in sealed stores, such as `akd-dist stores import` makes: no model is needed then."""
     assistant: AssistantSpec | None = None
     """A model of a size between, for students of objective `takd`."""
 
@@ -90,11 +119,28 @@ class TeacherSpec(Spec):
             link = link.assistant
         return found
 
+    @property
+    def checkpoint(self) -> str | None:
+        """Where weights from elsewhere lie for the architecture in `model`; None where there are none."""
+        if self.model is None or self.train is not None:
+            return None
+        return self.weights or getattr(self.model, "path", None)
+
     @model_validator(mode="after")
     def _one_way(self) -> TeacherSpec:
-        given = [name for name in ("weights", "model", "train") if getattr(self, name) is not None]
-        if given not in (["weights"], ["model", "train"]):
-            raise ValueError(f"give either weights, or model and train; got {' and '.join(given) or 'neither'}")
+        given = [name for name in ("weights", "model", "train", "store") if getattr(self, name) is not None]
+        if (
+            given == ["model"]
+            and isinstance(self.model, HuggingFaceModel)
+            and self.model.path
+            and self.model.pretrained
+        ):
+            return self
+        if given not in (["weights"], ["model", "train"], ["weights", "model"], ["store"]):
+            raise ValueError(
+                "give either weights, or model and train, or model and weights: the architecture of a checkpoint from "
+                f"elsewhere; or store; got {' and '.join(given) or 'neither'}"
+            )
         return self
 
 
@@ -275,10 +321,10 @@ class Recipe(Spec):
         if not self.data.stratify:  # as recipes of before say nothing of it
             del document["data"]["stratify"]
         # Runs of before knew no such key: what is as by default is left out, each key for itself.
-        document["data"]["image"] = self.data.image.model_dump(mode="json", exclude_defaults=True)
+        document["data"]["image"] = self.data.image.said()
         if not document["data"]["image"]:
             del document["data"]["image"]
-        del document["teacher"]["weights"]
+        del document["teacher"]["weights"], document["teacher"]["store"]
         for training in _trainings(document):
             forget_later_keys(training)
         for student in document["students"]:

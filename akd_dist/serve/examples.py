@@ -19,7 +19,8 @@ from akd_dist.base.files import expanded
 from akd_dist.base.formatting import some_of
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.blocks import Block, default_threads, map_blocks
-from akd_dist.data.columns import Images, inputs_of, notes_of
+from akd_dist.data.columns import Images, MixedSizesError, inputs_of, notes_of
+from akd_dist.data.framing import lines_for
 from akd_dist.data.labels import Classes, Labels, labels_of
 from akd_dist.data.prepare import READ_BYTES, OpenedSource
 from akd_dist.data.row_cache import Progress, prepare
@@ -238,7 +239,9 @@ def _of_source(source: Source, asked: DataRequest, card: ModelCard, home: Home) 
         convert = labels_of(first.labels, 0, source.label_place, card.task, classes, names)
 
     def read(block: Block) -> Batch:
-        return inputs(block.inputs, block.rows), None if convert is None else _labels(convert, block, card)
+        with _advising(card):
+            pixels = inputs(block.inputs, block.rows)
+        return pixels, None if convert is None else _labels(convert, block, card)
 
     most = max(1, min(EVALUATION_ROWS, READ_BYTES // OpenedSource(source, first, inputs).row_bytes))
     return Examples(
@@ -251,6 +254,17 @@ def _of_source(source: Source, asked: DataRequest, card: ModelCard, home: Home) 
         lambda: [*source.notes, *notes_of(inputs, source.name)],
         source.names,
     )
+
+
+@contextlib.contextmanager
+def _advising(card: ModelCard) -> Iterator[None]:
+    """Where pictures are of several sizes, say how they come to that of the model."""
+    try:
+        yield
+    except MixedSizesError as error:
+        size = lines_for(card.input_shape[1:])
+        error.next = f"save them in one size, or give as data a recipe of them that has{size}"
+        raise
 
 
 def _labels(convert: Labels, block: Block, card: ModelCard) -> np.ndarray:

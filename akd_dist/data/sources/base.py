@@ -44,6 +44,10 @@ class Source:
     cuts: np.ndarray | None = None
     """The rows at which reading may begin, int64, sorted, the first one 0: to read another one, those since the cut
     before it are read as well, and dropped. None where it may begin anywhere."""
+    files: tuple[str, ...] = ()
+    """The files that rows lie in, in order; none where the source is one whole."""
+    file_starts: np.ndarray | None = None
+    """The first row of each file, int64 [files]; None with no files."""
     labels_at_hand: bool = False
     """Whether labels are known without reading anything: then they are checked before inputs are read."""
     names: Callable[[int, int], Sequence[str]] | None = None
