@@ -166,8 +166,11 @@ FOLDERS: dict[str, Case] = {
     "no column of labels": (flat(GOOD, label="lable"), ["no column lable", "set `label` to label"]),
     "two columns": (flat(GOOD.replace("file_name,label", "label,label")), ["no column file_name"]),
     "semicolons": (flat(GOOD.replace(",", ";")), ["no column file_name", "the columns file_name;label"]),
-    "no label": (flat(GOOD.replace("c.jpg,2", "c.jpg,")), ["no value in row 2 of", "column label", "c.jpg"]),
-    "no file": (flat(GOOD.replace("c.jpg,2", ",2")), ["no value in row 2 of", "column file_name"]),
+    "no label": (
+        flat(GOOD.replace("c.jpg,2", "c.jpg,")),
+        ["no value in row 2 of", "(c.jpg), column label of metadata.csv"],
+    ),
+    "no file": (flat(GOOD.replace("c.jpg,2", ",2")), ["no file in row 2 of", "metadata.csv"]),
     "a picture that is missing": (flat(GOOD + "z.jpg,1\n"), ["row 15 of", "metadata.csv names a picture", "z.jpg"]),
     "without an ending": (flat(GOOD.replace("c.jpg", "c")), ["row 2 of", "write names with their ending: c.jpg"]),
     "in another folder": (flat(GOOD.replace("c.jpg", "x/c.jpg")), ["row 2 of", "x/c.jpg", "correct it to c.jpg"]),
