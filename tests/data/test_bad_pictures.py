@@ -168,7 +168,7 @@ FOLDERS: dict[str, Case] = {
     "semicolons": (flat(GOOD.replace(",", ";")), ["no column file_name", "the columns file_name;label"]),
     "no label": (
         flat(GOOD.replace("c.jpg,2", "c.jpg,")),
-        ["no value in row 2 of", "(c.jpg), column label of metadata.csv"],
+        ["no value in row 2 of", "(c.jpg), column label of"],
     ),
     "no file": (flat(GOOD.replace("c.jpg,2", ",2")), ["no file in row 2 of", "metadata.csv"]),
     "a picture that is missing": (flat(GOOD + "z.jpg,1\n"), ["row 15 of", "metadata.csv names a picture", "z.jpg"]),
