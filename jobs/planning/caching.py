@@ -206,7 +206,7 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
         store_root=workspace.store_root,
         bytes=needed,
         free=root.free_bytes(),
-        splits=teachers[0] if count == 1 else {split: _together(teachers, split) for split in teachers[0]},
+        splits=teachers[0] if count == 1 else _together(teachers),
         members=[] if count == 1 else teachers,
         assistants=[
             PlannedAssistant(model=assistant.model.label, trained=number < len(models), splits=one)
@@ -236,16 +236,15 @@ def _planned(recipe: Recipe, splits: Splits, model: CachedModel | None) -> Plann
     }
 
 
-def _together(teachers: Sequence[PlannedSplits], split: Split) -> PlannedSplit:
+def _together(teachers: Sequence[PlannedSplits]) -> PlannedSplits:
     """What the stores of an ensemble's members take together."""
-    parts = [one[split] for one in teachers if split in one]
-    return parts[0].model_copy(
-        update={
-            "hit": all(part.hit for part in parts),
-            "shards": sum(part.shards for part in parts),
-            "bytes": sum(part.bytes for part in parts),
-        }
-    )
+    together: PlannedSplits = {}
+    for split, part in ((split, part) for one in teachers for split, part in one.items()):
+        known = together.get(split)
+        sums = {"hit": known.hit and part.hit, "shards": known.shards + part.shards} if known else {}
+        sums |= {"bytes": known.bytes + part.bytes} if known else {}
+        together[split] = part.model_copy(update=sums)
+    return together
 
 
 def model_at(name: str, uri: str, recipe: Recipe, splits: Splits) -> CachedModel:
