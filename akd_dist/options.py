@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,8 @@ from akd_dist.base.places import RUN_ROOT, STORE_ROOT
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from akd_dist.recipe import Device, LastBatch, LogitKind, Recipe, Split, Target
+    from akd_dist.recipe import Device, LastBatch, LogitKind, Recipe, SearchRecipe, Split, Target
+    from akd_dist.storage.reader import LogitStore
 
 Default = TypeVar("Default")
 
@@ -336,11 +337,17 @@ class CompareOptions(FleetOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetOptions(StoredOptions):
-    """What `distillation_dataset` takes, where `recipe` may also be the folder or `s3://` URI of a run."""
+class SplitOptions(StoredOptions):
+    """What `source_rows` takes, where `recipe` may also be the folder or `s3://` URI of a run."""
 
     split: Split = field(default="train", metadata={"choices": ("train", "validation", "test")})
-    """Which rows: `train`, `validation` or `test`. Only train rows are augmented, and only they need a store."""
+    """Which rows: `train`, `validation` or `test`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions(SplitOptions):
+    """What `distillation_dataset` takes. Only train rows are augmented, and only they need a store."""
+
     epoch: int = 0
     """The epoch that is shown first, from 0: train rows in view `epoch` modulo `data.views`."""
 
@@ -359,6 +366,53 @@ class BatchesOptions(DatasetOptions):
     """How many there are."""
     start_step: int = 0
     """The step, from 0, with which the first epoch begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayDatasetOptions(Options):
+    """What `ray_dataset` takes."""
+
+    source: LogitStore | Recipe | str | Path = field(kw_only=False)
+    """A store, open or by its path or URI; or a recipe, its file, or a run's folder or URI."""
+    overrides: Sequence[str] = ()
+    """`key=value` for a recipe file."""
+    store_root: str | Path | None = None
+    """Folder or `s3://` URI under which the stores of a recipe lie; None takes $AKD_DIST_STORE_ROOT, or `stores`."""
+    split: Split = field(default="train", metadata={"choices": ("train", "validation", "test")})
+    """Of a recipe: `train`, `validation` or `test`."""
+    address: str | None = None
+    """A Ray cluster, whose nodes see the store and the data; None starts one on this machine, unless one is connected.
+    """
+
+    def of_recipe(self) -> DatasetOptions:
+        """The same of a recipe."""
+        given: Any = {one.name: getattr(self, one.name) for one in fields(Options)}
+        return DatasetOptions(
+            recipe=self.source,  # type: ignore[arg-type]  # whoever has a store does not ask
+            overrides=self.overrides,
+            store_root=self.store_root,
+            split=self.split,
+            **given,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(FleetOptions):
+    """What `tune` takes."""
+
+    def read_search(self) -> SearchRecipe:
+        """The recipe and its searches, read from its file.
+
+        Raises:
+            RecipeError: there is none, it is no file, or something is wrong with it.
+        """
+        from akd_dist.recipe import load_search
+
+        if not _is_path(self.recipe):
+            raise _wrong_kind("recipe", self.recipe, "the path of a recipe's file: a `search:` is no part of an object")
+        found = load_search(str(self.recipe), self.overrides)
+        code = [*found.recipe.code, *self.modules] if self.trust else found.recipe.code
+        return replace(found, recipe=found.recipe.model_copy(update={"code": code}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,7 +444,8 @@ class DataOptions(ModelOptions):
     """What every verb takes that runs a model on data that the user names."""
 
     data: str | Path = field(kw_only=False, metadata={"argument": "DATA"})
-    """A recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; or `digits`."""
+    """A recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; a folder of pictures, or tar
+    files of them; or `digits`."""
     label: str | None = option(None, "--label", metavar="COLUMN", help="Column of labels.")
     """The column of labels; None takes that of the student's run, or `label`, where there is one. An empty name reads
     none."""
@@ -472,7 +527,7 @@ class ExportOptions(WritingOptions, ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportOptions(WritingOptions, RecipeFileOptions):
+class ModelImportOptions(WritingOptions, RecipeFileOptions):
     """What `import_model` takes."""
 
     checkpoint: str | Path | None = field(

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import ConfigDict, Field
@@ -60,6 +60,7 @@ def finish_run(
     seconds: float,
     told: Callable[[str], None] | None = None,
     growth: Growth | None = None,
+    test_withheld: bool = False,
 ) -> FleetDocument:
     """Collect every student's result into fleet.json and the report.
 
@@ -67,6 +68,7 @@ def finish_run(
         stores: those of the teacher, then of each assistant, by split.
         told: told of each file of a student that the report has to do without.
         growth: which students of the run are left out.
+        test_withheld: whether the students were not measured on the test rows.
     """
     students = []
     for spec in recipe.students:
@@ -78,6 +80,8 @@ def finish_run(
     teacher = describe_teacher(stores[0]["train"], stores[0].get("test"), splits.test, recipe.trusted)
     assistants = [describe_assistant(each, stores[0].get("test"), splits.test, recipe.trusted) for each in stores[1:]]
     labels = [teacher.model, *(assistant.model for assistant in assistants)]
+    beside: dict[str, Any] = {} if growth is None else growth.told
+    beside |= {"test_withheld": True} if test_withheld else {}
     fleet = FleetDocument(
         run=str(run),
         store=stores[0]["train"].uri,
@@ -89,7 +93,7 @@ def finish_run(
         cohorts=cohorts,
         seconds=round(seconds, 3),
         economics=balances(recipe, splits, labels, students, stores),
-        **({} if growth is None else growth.told),
+        **beside,
     )
     spelling = places.written if base.run_uri is None else places.inside
     in_the_run = places.each(fleet.plain(), functools.partial(spelling, folder=run))

@@ -177,6 +177,14 @@ def open_logits(ref: StoreRef, store_of: Callable[[str], LogitStore] = open_stor
     return MeanStore(tuple(map(store_of, ref.stores)), ref.shares, ref.average)
 
 
+def placeless(ref: StoreRef) -> Any:
+    """What lies there by its content, as JSON, wherever that is: the id of a store, or those of an ensemble."""
+    if isinstance(ref, str):
+        return ref.rstrip("/").rpartition("/")[2]
+    ids = [placeless(uri) for uri in ref.stores]
+    return {"stores": ids, "shares": list(ref.shares), "average": ref.average}
+
+
 def members_of(store: AnyStore) -> tuple[LogitStore, ...]:
     """The stores that are read: one, or those of an ensemble."""
     return store.members if isinstance(store, MeanStore) else (store,)

@@ -19,7 +19,7 @@ from akd_dist.cli.show import (
     stdout_for_results,
     table_of,
 )
-from akd_dist.options import EvaluateOptions, ExportOptions, ImportOptions, PredictOptions
+from akd_dist.options import EvaluateOptions, ExportOptions, ModelImportOptions, PredictOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +34,8 @@ def evaluate(as_json: bool, **chosen: Any) -> None:
     """Measure a student on data.
 
     Every metric, and agreement with other models. STUDENT is a model folder, such as runs/NAME/students/STUDENT. DATA
-    is a recipe or a run's folder, Parquet (a file, folder, glob or s3://), or the word digits.
+    is a recipe or a run's folder; Parquet (a file, folder, glob or s3://), a folder of pictures, tar files of pictures;
+    or the word digits.
     """
     from akd_dist.documents.use import EvaluationDocument
 
@@ -99,7 +100,7 @@ def models() -> None:
 
 
 @models.command("import")
-@taking(ImportOptions)
+@taking(ModelImportOptions)
 @json_option
 def models_import(as_json: bool, **chosen: Any) -> None:
     """Make a model folder of a checkpoint.
@@ -108,14 +109,14 @@ def models_import(as_json: bool, **chosen: Any) -> None:
     the recipe's teacher.weights. RECIPE names its architecture in teacher.model, and what it takes in data. The folder
     serves as teacher.weights, and for evaluate, predict and export. Nothing is unpickled.
     """
-    from akd_dist.documents.use import ImportDocument
+    from akd_dist.documents.use import ModelImportDocument
 
     with stdout_for_results():
         document = akd_dist.import_model(**chosen, console=progress_console())
     if as_json:
         print_json(document)
         return
-    written = ImportDocument.model_validate(document)
+    written = ModelImportDocument.model_validate(document)
     print_facts(
         {
             "written": f"{short_path(written.out)}, {size(written.bytes)}",

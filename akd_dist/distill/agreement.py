@@ -23,6 +23,7 @@ ASKED = 512
 _BATCH = 32
 _SECONDS = 20.0  # of a large teacher: fewer rows are asked, one batch at least
 _PLACES = 8  # where rows lie elsewhere in blocks, they are read from so many places alone
+_FEWEST = 20  # rows that say something of chance and of an order
 _MUCH_BETTER = 0.2
 _SHOWN = 5
 _CAUSES = (
@@ -90,7 +91,7 @@ def _asked(rows: Rows) -> np.ndarray:
 
 
 def _of_chance(name: str, accuracy: float, counts: np.ndarray) -> list[str]:
-    line = near_chance(name, accuracy, counts, "validation")
+    line = near_chance(name, accuracy, counts, "validation") if counts.sum() >= _FEWEST else None
     return [] if line is None else [f"{line} {_CAUSES}"]
 
 
@@ -125,7 +126,7 @@ def _in_another_order(chosen: np.ndarray, labels: np.ndarray, names: tuple[str, 
     np.add.at(counts, (at_ours, at_theirs), 1)
     meant = {int(ours[row]): int(theirs[column]) for row, column in zip(*linear_sum_assignment(-counts), strict=True)}
     tried = np.isin(chosen[half:], list(meant))
-    if not tried.any():
+    if tried.sum() < _FEWEST:
         return None
     there, wanted = chosen[half:][tried], labels[half:][tried]
     as_it_is = float((there == wanted).mean())

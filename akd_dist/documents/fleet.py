@@ -138,7 +138,8 @@ class StudentResult(Document):
     seconds: float
     """Time spent on its training."""
     stage1_from: str | None = None
-    """The student whose stage I it went on from, which would have been the same; null where it trained its own."""
+    """The student whose stage I it went on from, which would have been the same: its name, with that of its run and a
+    slash before it where that is another one. Null where it trained its own."""
     attempt: int | None = None
     """The attempt of the run, from 1, in which it ended."""
     path: Place
@@ -259,6 +260,8 @@ class FleetDocument(Document):
     economics: list[Economics] = []
     """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read them.
     """
+    test_withheld: bool = False
+    """Whether the test rows were not read, as by the trials of a search: `test` of its students is null."""
     taken_out: list[FolderName] = []
     """Students of the run that the recipe has no more: they lie in its folder, and are not in `students`."""
     refused: list[RefusedStudent] = []
@@ -277,7 +280,7 @@ class FleetDocument(Document):
         measured |= {
             f"students.{number}.test": one.test
             for number, one in enumerate(self.students)
-            if one.test is not None or one.state == "done"
+            if one.test is not None or (one.state == "done" and not self.test_withheld)
         }
         for field, metrics in measured.items():
             if metrics is None or metrics.get(self.metric) is None:

@@ -13,7 +13,8 @@ from akd_dist.documents.plan import FleetPlanDocument
 from akd_dist.documents.report import CompareDocument, ReportDocument
 from akd_dist.documents.status import StatusDocument
 from akd_dist.documents.stores import GcDocument, RepairDocument, StoreDocument, StoresDocument, VerifyDocument
-from akd_dist.documents.use import EvaluationDocument, ExportDocument, ImportDocument, PredictionDocument
+from akd_dist.documents.tune import TuneDocument
+from akd_dist.documents.use import EvaluationDocument, ExportDocument, ModelImportDocument, PredictionDocument
 from akd_dist.recipe import recipe_schema
 
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -33,12 +34,13 @@ def schemas() -> dict[str, dict[str, Any]]:
         "stores-import": ImportedDocument,
         "fleet": FleetDocument,
         "compare": CompareDocument,
+        "tune": TuneDocument,
         "report": ReportDocument,
         "status": StatusDocument,
         "evaluate": EvaluationDocument,
         "predict": PredictionDocument,
         "export": ExportDocument,
-        "import": ImportDocument,
+        "model-import": ModelImportDocument,
         "error": ErrorDocument,
     }
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}

@@ -62,6 +62,12 @@ from akd_dist.recipe.recipe import (
     forget_later_keys as forget_later_keys,
     trust as trust,
 )
+from akd_dist.recipe.search import (
+    Range as Range,
+    Search as Search,
+    rung_count as rung_count,
+    rung_epochs as rung_epochs,
+)
 from akd_dist.recipe.teacher import (
     AssistantSpec as AssistantSpec,
     StoredTeacher as StoredTeacher,
@@ -87,4 +93,10 @@ from akd_dist.recipe.training import (
     Steps as Steps,
     Takd as Takd,
     Training as Training,
+)
+from akd_dist.recipe.trials import (
+    SearchRecipe as SearchRecipe,
+    Trial as Trial,
+    Tuning as Tuning,
+    load_search as load_search,
 )

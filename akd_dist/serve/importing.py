@@ -12,7 +12,7 @@ from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.text import save_tokenizer
 from akd_dist.distill.agreement import check_on_rows
 from akd_dist.distill.trial import try_teacher
-from akd_dist.documents.use import ImportDocument
+from akd_dist.documents.use import ModelImportDocument
 from akd_dist.models.build import num_parameters
 from akd_dist.models.card import CARD, WEIGHTS
 from akd_dist.models.folder import save_model
@@ -30,7 +30,7 @@ def import_model(
     force: bool = False,
     on_progress: Progress | None = None,
     on_note: Callable[[str], None] = lambda line: None,
-) -> ImportDocument:
+) -> ModelImportDocument:
     """Write a checkpoint's weights as a model folder for a recipe's inputs and classes, tried on its rows.
 
     Args:
@@ -67,7 +67,7 @@ def import_model(
     if isinstance(recipe.data.text, HuggingFaceText) and imported.card.tokens is not None:
         save_tokenizer(recipe.data.text, imported.card.tokens, out)
     splits.sources.finish()
-    return ImportDocument(
+    return ModelImportDocument(
         out=str(out),
         checkpoint=source,
         model=imported.card.model.label,
