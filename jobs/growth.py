@@ -70,16 +70,19 @@ class Growth:
         return lines + [f"refused: {one.told}: {ADVICE}" for one in self.refused]
 
 
-def settle(run: Path, saved: RunIdentity, recipe: Recipe, students: Students) -> tuple[Recipe, Growth]:
+def settle(
+    run: Path, saved: RunIdentity, recipe: Recipe, students: Students, *, search: bool = False
+) -> tuple[Recipe, Growth]:
     """The recipe as the run can have it: its students by their names there, without those that have changed.
 
     Args:
         run: its folder, or the copy of it.
         saved: what it was made from.
         students: those of the recipe, as its identity has them.
+        search: whether they are the trials of a search, which is that of the run as a whole or not at all.
 
     Raises:
-        RecipeError: each student of the recipe has changed; names how.
+        RecipeError: each student of the recipe has changed; of a search, any has. Names how.
     """
     before: dict[str, dict[str, Any]] = saved.taken_out | saved.students
     names = names_in_run(before, students)
@@ -90,6 +93,8 @@ def settle(run: Path, saved: RunIdentity, recipe: Recipe, students: Students) ->
         if name in before and before[name] != student and has_begun(run, name)
     }
     refused = [RefusedStudent(name=name, differences=told) for name, told in changed.items()]
+    if search and (refused or any(given != name for given, name in names.items())):
+        raise another_search(run, refused, names)
     if len(refused) == len(now):
         raise refusal(run, recipe.name, refused)
     specs = [spec.model_copy(update={"name": names[spec.name]}) for spec in recipe.students]
@@ -162,9 +167,9 @@ def refusal(run: Path, name: str, refused: Sequence[RefusedStudent]) -> RecipeEr
     )
 
 
-def another_search(run: Path, growth: Growth) -> RecipeError:
+def another_search(run: Path, refused: Sequence[RefusedStudent], names: Mapping[str, str]) -> RecipeError:
     """Why a search cannot go on in a run: its trials are others than those that lie there."""
-    told = [one.told for one in growth.refused] + [f"{new} is {old}" for new, old in growth.renamed.items()]
+    told = [one.told for one in refused] + [f"{new} is {old}" for new, old in names.items() if new != old]
     return RecipeError(
         f"the run in {run} holds another search",
         got="\n       ".join(told[:6]),
