@@ -237,7 +237,7 @@ def _with_sound_rows(base: CohortJob, splits: Splits, look: Callable[[Splits], o
     def act() -> Splits:
         again = functools.partial(rows_for, base.data, Path(base.cache_root), base.fingerprints, base.rows)
         found = at_hand.pop() if at_hand else again()
-        check_fingerprints(base, found)
+        check_fingerprints(base.fingerprints, found)
         look(found)
         return found
 

@@ -23,15 +23,15 @@ from akd_dist import recipe
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import findings, splitting
-from akd_dist.data.columns import Images, NotGreyError, frames_note
+from akd_dist.data.columns import Images, Noted, NotGreyError, lines_of
 from akd_dist.data.labels import Classes
-from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
+from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show, size_and_time
 from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels
 from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile
 from akd_dist.data.row_cache import Progress, key_of
 from akd_dist.data.rows import BLOCK_ROWS, SPLITS, meaning_of
 from akd_dist.data.sources.base import local_files, remote_files
-from akd_dist.data.splitting import is_drawn, split_of_source
+from akd_dist.data.splitting import is_drawn, rows_of_split, source_of_split, split_of_source
 from akd_dist.storage.layout import ROWS
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.rows import (
@@ -158,7 +158,7 @@ class _Looked:
         self.data, self.root = data, store_root
         self.kinds = kinds_of(data)
         keys = {name: kind.key() for name, kind in self.kinds.items()}
-        self.files, self.objects = local_files(keys), remote_files(keys)
+        self.files, self.objects = local_files(self.kinds, keys), remote_files(keys)
         key = {"rows_format": ROWS_FORMAT, **key_of(data, keys)}
         self.source = {False: key, True: key | {"colour": True}}
         self.ids = {colour: sha256(canonical_json(source)) for colour, source in self.source.items()}
@@ -236,11 +236,12 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
     begin_rows(writer)
     there = receipts_there(writer)
     files = [
-        SourceFile(stamp[0], stamp[1], origins["files"][str(path)]["sha256"])
-        for path, stamp in stamps.items()
-        if stamp is not None
+        SourceFile(*seen, origins["files"][str(path)]["sha256"])
+        for path in stamps
+        if (seen := size_and_time(path)) is not None
     ]
-    job = RowsJob(writer, data, classes, colour, tuple(files), look.objects)
+    known = {name: one.source.known for name, one in readings.items()}
+    job = RowsJob(writer, data, classes, colour, tuple(files), look.objects, known)
     runs = [run for name, one in readings.items() for run in _runs(name, one, splits[name], creation, there)]
     return RowsPlan(job, runs, there, readings, counts, lines, origins, stamps)
 
@@ -257,8 +258,8 @@ def _runs(
     source, size = reading.source, creation.block_rows
     slow = isinstance(reading.inputs, Images) or source.label_blocks is None
     most = _SLOW_BLOCKS if slow else _QUICK_BLOCKS if source.cuts is None else len(assigned)
-    for number, split in enumerate(SPLITS):
-        places = np.flatnonzero(assigned == number)  # the rows of the source that are those of the split, in order
+    for split in SPLITS:
+        places = rows_of_split(assigned, split)
         missing = [at for at in range(-(-len(places) // size)) if receipt_key(split, at) not in there]
         firsts = places[np.array(missing, dtype=np.int64) * size]
         # Rows between two cuts are read together: whoever begins between them reads those before as well.
@@ -302,8 +303,8 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
     creation, data = plan.job.writer.creation, plan.job.data
     lines = [note for one in plan.readings.values() for note in one.source.notes]
     for name in plan.readings:
-        of = [one.frames for one in receipts.values() if _source_of(data, one.split) == name]
-        lines += frames_note(sum(of), f"data.{name}")
+        of = [Noted(one.frames, one.enlarged) for one in receipts.values() if source_of_split(data, one.split) == name]
+        lines += lines_of(sum(of, Noted()), data.image, f"data.{name}")
     lines += plan.lines
     hashes, splits = dict[str, np.ndarray](), dict[str, SealedSplit]()
     for split in creation.rows:
@@ -320,8 +321,3 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
     manifest = RowsManifest(creation=creation, splits=splits, findings=list(dict.fromkeys(lines)), origins=origins)
     sealed_rows = seal_rows(plan.job.writer, manifest)
     return sealed_rows, sealed_rows.manifest()
-
-
-def _source_of(data: recipe.DataSpec, split: str) -> str:
-    """The split whose source the rows of a split are read from."""
-    return "train" if isinstance(getattr(data, split), float) else split

@@ -127,6 +127,20 @@ def split_of_source(name: str, data: recipe.DataSpec, source: Source, labels: np
     return split
 
 
+def source_of_split(data: recipe.DataSpec, split: str) -> str:
+    """The split whose source the rows of a split are read from: `train` for one that is a share of the train rows."""
+    return "train" if isinstance(getattr(data, split), float) else split
+
+
+def rows_of_split(assigned: np.ndarray, split: str) -> np.ndarray:
+    """Which row of its source each row of a split is, int64 [rows], ascending: rows keep the order of their source.
+
+    Args:
+        assigned: of each row of the source, as `split_of_source` gives it, uint8 [rows of the source].
+    """
+    return np.flatnonzero(assigned == SPLITS.index(split))
+
+
 def is_drawn(data: recipe.DataSpec) -> bool:
     """Whether the train source is split, or only a part of it taken."""
     return data.subset is not None or isinstance(data.validation, float) or isinstance(data.test, float)

@@ -6,7 +6,7 @@
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def train_cohort(job: CohortJob, ranks: Ranks | None = None) -> dict[str, Any]:
 
     def train() -> dict[str, Any]:
         splits = rows_for(job.data, Path(job.cache_root), job.fingerprints, job.rows)
-        check_fingerprints(job, splits)
+        check_fingerprints(job.fingerprints, splits)
         return train_on(job, splits, device, workers)
 
     return renewing(train, job.tell_renewed)
@@ -143,9 +143,9 @@ def wait_for_lock(lock: Path, what: str, until: float, locks: contextlib.ExitSta
         locks.enter_context(file_lock(lock, what=what, wait=max(0.0, until - time.monotonic())))
 
 
-def check_fingerprints(job: CohortJob, splits: Splits) -> None:
-    """Refuse to train on rows other than those the driver planned with."""
-    for split, expected in job.fingerprints.items():
+def check_fingerprints(fingerprints: Mapping[str, str], splits: Splits) -> None:
+    """Refuse to train on rows other than those the driver planned with, by the fingerprint of each split."""
+    for split, expected in fingerprints.items():
         rows: Rows = getattr(splits, split)
         if rows.fingerprint != expected:
             raise RefusedError(

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from akd_dist.documents.base import Count, Document
+from akd_dist.documents.check import TeacherCheck
 from akd_dist.recipe import Split
 
 
@@ -110,5 +111,7 @@ class PlanDocument(Document):
     """What each split would take."""
     assistants: list[PlannedAssistant] = []
     """The same for the teacher's assistants."""
+    teacher_check: TeacherCheck | None = None
+    """What the teacher says of labelled rows; null of one that the recipe trains."""
     waits_for: str | None = None
     """The room that the command would wait for, on nodes that are not there yet; null where what is there will do."""

@@ -13,7 +13,7 @@ from akd_dist.documents.report import CompareDocument, ReportDocument
 from akd_dist.documents.status import StatusDocument
 from akd_dist.documents.stores import GcDocument, RepairDocument, StoreDocument, StoresDocument, VerifyDocument
 from akd_dist.documents.tune import TuneDocument
-from akd_dist.documents.use import EvaluationDocument, ExportDocument, PredictionDocument
+from akd_dist.documents.use import EvaluationDocument, ExportDocument, ModelImportDocument, PredictionDocument
 from akd_dist.recipe import recipe_schema
 
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -38,6 +38,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "evaluate": EvaluationDocument,
         "predict": PredictionDocument,
         "export": ExportDocument,
+        "model-import": ModelImportDocument,
         "error": ErrorDocument,
     }
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}

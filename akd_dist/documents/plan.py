@@ -3,6 +3,7 @@
 from typing import Literal
 
 from akd_dist.documents.base import Count, Document
+from akd_dist.documents.check import TeacherCheck
 from akd_dist.documents.fleet import RefusedStudent
 
 
@@ -79,6 +80,8 @@ class FleetPlanDocument(Document):
     """Where it would compute."""
     teacher: str
     """What has to be done before students can start."""
+    teacher_check: TeacherCheck | None = None
+    """What the teacher says of labelled rows; null of one that the recipe trains."""
     cache_bytes: Count
     """Logits that are still to be computed."""
     nodes: Count

@@ -25,6 +25,7 @@ from akd_dist.recipe.data import (
     HuggingFaceText as HuggingFaceText,
     Idx as Idx,
     Image as Image,
+    ImageFolder as ImageFolder,
     NoAugmentation as NoAugmentation,
     Normalize as Normalize,
     PadCropFlip as PadCropFlip,
@@ -35,6 +36,7 @@ from akd_dist.recipe.data import (
     Table as Table,
     Text as Text,
     TokenMask as TokenMask,
+    WebDataset as WebDataset,
 )
 from akd_dist.recipe.json_schema import recipe_schema as recipe_schema
 from akd_dist.recipe.load import load_recipe as load_recipe

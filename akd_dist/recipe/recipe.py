@@ -34,7 +34,7 @@ from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
 from akd_dist.recipe.base import Count, Device, Epochs, Factory, Positive, Spec
 from akd_dist.recipe.data import DataSpec
-from akd_dist.recipe.models import Model
+from akd_dist.recipe.models import HuggingFaceModel, Model
 from akd_dist.recipe.paths import change_paths
 from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Objective, Precision, Takd, Training
 
@@ -70,12 +70,14 @@ class AssistantSpec(Training):
 
 
 class TeacherSpec(Spec):
-    """The teacher: weights that lie somewhere, or a model that the recipe trains first."""
+    """The teacher: a model folder, a checkpoint from elsewhere, or a model that the recipe trains first."""
 
     weights: str | None = None
-    """A folder or URI with model.safetensors and model.json, such as a student's; relative to the recipe's folder."""
+    """A folder or URI with model.safetensors and model.json, such as a student's. Beside `model`, a checkpoint from
+    elsewhere: a file of safetensors or a torch state dict, or a folder with one. Relative to the recipe's folder."""
     model: Model | None = None
-    """The architecture of a teacher that this recipe trains."""
+    """The architecture: of a teacher that this recipe trains, or of the checkpoint in `weights`. Alone, a fine-tuned
+    model of kind `huggingface` with its weights in `path`."""
     train: TeacherTraining | None = None
     """How this recipe trains it."""
     assistant: AssistantSpec | None = None
@@ -90,11 +92,28 @@ class TeacherSpec(Spec):
             link = link.assistant
         return found
 
+    @property
+    def checkpoint(self) -> str | None:
+        """Where weights from elsewhere lie for the architecture in `model`; None where there are none."""
+        if self.model is None or self.train is not None:
+            return None
+        return self.weights or getattr(self.model, "path", None)
+
     @model_validator(mode="after")
     def _one_way(self) -> TeacherSpec:
         given = [name for name in ("weights", "model", "train") if getattr(self, name) is not None]
-        if given not in (["weights"], ["model", "train"]):
-            raise ValueError(f"give either weights, or model and train; got {' and '.join(given) or 'neither'}")
+        if (
+            given == ["model"]
+            and isinstance(self.model, HuggingFaceModel)
+            and self.model.path
+            and self.model.pretrained
+        ):
+            return self
+        if given not in (["weights"], ["model", "train"], ["weights", "model"]):
+            raise ValueError(
+                "give either weights, or model and train, or model and weights: the architecture of a checkpoint from "
+                f"elsewhere; got {' and '.join(given) or 'neither'}"
+            )
         return self
 
 
@@ -275,7 +294,7 @@ class Recipe(Spec):
         if not self.data.stratify:  # as recipes of before say nothing of it
             del document["data"]["stratify"]
         # Runs of before knew no such key: what is as by default is left out, each key for itself.
-        document["data"]["image"] = self.data.image.model_dump(mode="json", exclude_defaults=True)
+        document["data"]["image"] = self.data.image.said()
         if not document["data"]["image"]:
             del document["data"]["image"]
         del document["teacher"]["weights"]

@@ -6,6 +6,7 @@ Everything is looked up once: the stores that are found sealed stay open, and ar
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 
 from rich.console import Console
 
@@ -15,20 +16,23 @@ from akd_dist.base.files import check_folder
 from akd_dist.data.findings import near_chance
 from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.data.views import by_content, check_augmentation
+from akd_dist.distill.agreement import check_in_store, check_on_rows
 from akd_dist.distill.teacher import served_fingerprint
 from akd_dist.distill.trial import try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
+from akd_dist.documents.check import TeacherCheck
 from akd_dist.jobs.packing import ResourceRequest
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_cluster, rows_of_machine
 from akd_dist.jobs.train_teacher import Stores, Trained, Workspace, assistant_of, is_there, teacher_of
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
-from akd_dist.models.folder import load_card
+from akd_dist.models.folder import load_card, read_model
+from akd_dist.models.imported import Imported, open_checkpoint
 from akd_dist.recipe import NoAugmentation, Recipe
 from akd_dist.storage import catalog
 from akd_dist.storage.encodings import encoding_from_config
-from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS, Shard, StoreLayout
+from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS, TEACHERS, Shard, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.roots import open_root
@@ -73,6 +77,10 @@ class CachedModel:
     card: ModelCard
     """What is built there."""
     plans: list[SplitPlan]
+    imported: Imported | None = None
+    """The checkpoint that it comes from; None of a model folder."""
+    check: TeacherCheck | None = None
+    """What was found of it on labelled rows; None of a model that the recipe trains."""
 
     @property
     def opened(self) -> dict[str, LogitStore]:
@@ -147,14 +155,14 @@ def open_rows(recipe: Recipe, workspace: Workspace, *, students: bool, again: bo
 def with_models(inputs: Inputs, workspace: Workspace) -> Inputs:
     """The second half of `open_inputs`: the models that are there by now, with their stores."""
     recipe, splits = inputs.recipe, inputs.splits
-    models = models_there(recipe, splits, workspace.store_root)
+    models = models_there(recipe, splits, workspace)
     for model in models:
         look_up(model, recipe, workspace)
-    check_models(recipe, splits, models)
+    check_models(recipe, splits, models, workspace)
     return replace(inputs, models=models)
 
 
-def models_there(recipe: Recipe, splits: Splits, store_root: str) -> list[CachedModel]:
+def models_there(recipe: Recipe, splits: Splits, workspace: Workspace) -> list[CachedModel]:
     """The models of the chain that are there, from the teacher on; what their stores are is known, but not looked up.
 
     An assistant is found by what it learns from, so its place is not known before the model above it is there.
@@ -162,11 +170,27 @@ def models_there(recipe: Recipe, splits: Splits, store_root: str) -> list[Cached
     models: list[CachedModel] = []
     while len(models) <= len(recipe.teacher.chain):
         trained = next_below(recipe, splits, models)
-        uri = str(recipe.teacher.weights) if trained is None else trained.uri(store_root)
-        if trained is not None and not is_there(uri):
+        if trained is None:
+            models.append(_given_teacher(recipe, splits, workspace))
+            continue
+        uri = trained.uri(workspace.store_root)
+        if not is_there(uri):
             break
-        models.append(model_at("the teacher" if trained is None else trained.name, uri, recipe, splits))
+        models.append(model_at(trained.name, uri, recipe, splits))
     return models
+
+
+def _given_teacher(recipe: Recipe, splits: Splits, workspace: Workspace) -> CachedModel:
+    """The teacher that the recipe does not train: a model folder, or a checkpoint from elsewhere.
+
+    A checkpoint becomes a model folder beside the stores, by its content, once something is to be computed with it.
+    """
+    model, source = recipe.teacher.model, recipe.teacher.checkpoint
+    if model is None or source is None:
+        return model_at("the teacher", str(recipe.teacher.weights), recipe, splits)
+    imported = open_checkpoint(model, source, splits.train, recipe.data, Path(workspace.cache_root))
+    uri = f"{workspace.store_root.rstrip('/')}/{TEACHERS}/{imported.card.fingerprint[:32]}"
+    return replace(_of_card("the teacher", uri, imported.card, recipe, splits), imported=imported)
 
 
 def next_below(recipe: Recipe, splits: Splits, above: Sequence[CachedModel]) -> Trained | None:
@@ -190,7 +214,6 @@ def look_up(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
             taken = 0 if source is None else source.identity.views
             shards = plan.identity.layout.shards()
             plan.missing = [one for one in shards if one.view >= taken and one.receipt_key not in done]
-    tell_of_chance(model, workspace.console)
 
 
 def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
@@ -218,6 +241,7 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
         waits = foreseen(cluster.all_nodes(), room_of_teacher(recipe), WORK_OF_TEACHER, workspace.demand())
     return PlanDocument(
         dry_run=True,
+        teacher_check=models[0].check if models else None,
         store_root=workspace.store_root,
         bytes=needed,
         free=root.free_bytes(),
@@ -251,7 +275,10 @@ def _planned(recipe: Recipe, splits: Splits, model: CachedModel | None) -> Plann
 
 def model_at(name: str, uri: str, recipe: Recipe, splits: Splits) -> CachedModel:
     """A model that is there, and the stores that the recipe asks for; these are still to be looked up."""
-    card = load_card(uri, recipe.trusted)
+    return _of_card(name, uri, load_card(uri, recipe.trusted), recipe, splits)
+
+
+def _of_card(name: str, uri: str, card: ModelCard, recipe: Recipe, splits: Splits) -> CachedModel:
     rows: dict[str, Rows] = {split: getattr(splits, split) for split in SPLITS}
     plans = [SplitPlan(split, of, creation_of(recipe, of, split, card, recipe.device)) for split, of in rows.items()]
     return CachedModel(name, uri, card, plans)
@@ -296,10 +323,11 @@ def computed_on(device: str, creation: Creation) -> Creation:
     return creation.model_copy(update={"computed": creation.computed.model_copy(update={"device": device})})
 
 
-def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel]) -> None:
+def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], workspace: Workspace) -> None:
     """Try the teacher and its assistants on these rows before anything is trained or cached.
 
-    What is trained already is not tried again, and weights whose logits are stored are not loaded.
+    What is trained already is not tried again, and weights whose logits are stored are not loaded. A teacher that the
+    recipe does not train is asked of rows with labels, and what it said is told.
 
     Args:
         models: those that are there, looked up.
@@ -310,16 +338,35 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel]) 
         DamagedError: weights or a store are not what was written.
     """
     rows, data = splits.train, recipe.data
-    if (uri := recipe.teacher.weights) is not None:
-        models[0].card.check_rows(rows, f"the teacher in {uri}")
-        if len(models[0].opened) < len(SPLITS):
-            try_teacher(uri, rows, recipe.cache, recipe.trusted)
+    if recipe.teacher.train is None:
+        _check_given(models[0], recipe, splits, workspace)
     elif (teacher := teacher_of(recipe, splits)) is not None and not models:
         assert recipe.teacher.train is not None
         try_training(teacher.spec.model, [(teacher.setting, recipe.teacher.train)], rows, data)
     for number, assistant in enumerate(recipe.teacher.chain, 1):
         try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, data)
     check_augmentation(data.augmentation, data.seed, rows.inputs, rows.tokens)
+    for model in models:
+        tell_of_chance(model, workspace.console)
+
+
+def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: Workspace) -> None:
+    """Try a teacher that the recipe does not train, and ask it of labelled rows, if only in its stores."""
+    model.card.check_rows(splits.train, f"the teacher in {model.model_uri}")
+    if (store := model.opened.get("validation")) is not None and len(model.opened) == len(SPLITS):
+        model.check = check_in_store(store, splits.validation)
+    else:
+        if model.imported is not None:
+            module = model.imported.module(Path(workspace.cache_root))
+            try_teacher(module, model.card, splits.train, recipe.cache)
+            if model.imported.notes:
+                workspace.tell(f"{model.imported.source}: {'; '.join(model.imported.notes)}")
+        else:
+            module, card = read_model(model.model_uri, recipe.trusted)
+            try_teacher(module, card, splits.train, recipe.cache)
+        model.check = check_on_rows(module, splits.validation)
+    for warning in model.check.warnings:
+        tell_once(workspace.console, warning)
 
 
 def room_of_teacher(recipe: Recipe) -> ResourceRequest:
@@ -343,7 +390,7 @@ def check_room(store_root: str, needed: int) -> None:
 
 def tell_of_chance(model: CachedModel, console: Console) -> None:
     """Say so if a model, by what the shards of its train store say, knows hardly anything of the labels."""
-    if (store := model.opened.get("train")) is None:
+    if (store := model.opened.get("train")) is None or (model.check is not None and model.check.warnings):
         return
     agreed = [(shard.rows, shard.label_agreement) for shard in store.manifest.records()]
     if any(share is None for _, share in agreed):

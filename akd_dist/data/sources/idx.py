@@ -75,6 +75,8 @@ class IdxSource:
             row_of(name),
             label_blocks=labels_alone,
             classes=self.spec.classes,
+            files=(str(images.path),),
+            file_starts=np.zeros(1, dtype=np.int64),
             cuts=np.zeros(1, dtype=np.int64) if images.compressed or labels.compressed else None,
         )
 
