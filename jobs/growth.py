@@ -24,6 +24,7 @@ from akd_dist.storage.run_copy import is_copy
 
 Students = Mapping[str, dict[str, Any]]
 """Students as a run's identity has them, by name."""
+LENGTHS = ("epochs", "stage1_epochs", "stage2_epochs")
 ADVICE = "give it another name, or train it in another run"
 _OF_A_SEED = re.compile(r"(?P<stem>.+)-s[0-9]+")
 
@@ -42,6 +43,8 @@ class Growth:
     """Those that it has otherwise: they are left as they are, and out of the tables as well."""
     renamed: dict[str, str] = field(default_factory=dict)
     """What the recipe calls students that the run has by another name -> that name."""
+    again: dict[str, str] = field(default_factory=dict)
+    """New ones that differ from one that the run has in the lengths of their training -> that one, and the lengths."""
     out: Students = field(default_factory=dict)
     """All that the run has and this recipe does not train, as they were when they were in it."""
     history: list[RunChange] = field(default_factory=list)
@@ -67,6 +70,9 @@ class Growth:
         if self.renamed:
             pairs = [f"{new} is {old}" for new, old in self.renamed.items()]
             lines.append(f"by the names that students have in this run: {some_of(pairs, most=3)}")
+        if self.again:
+            pairs = [f"{name}, like {other}" for name, other in self.again.items()]
+            lines.append(f"trained from their start, since their schedules are others: {some_of(pairs, most=3)}")
         return lines + [f"refused: {one.told}: {ADVICE}" for one in self.refused]
 
 
@@ -101,12 +107,14 @@ def settle(
     left = [spec for spec in specs if spec.name not in changed]
     current = [spec.name for spec in left]
     out = {name: student for name, student in before.items() if name not in current}
+    added = [name for name in current if before.get(name) != now[name]]
     growth = Growth(
         kept=[name for name in current if before.get(name) == now[name]],
-        added=[name for name in current if before.get(name) != now[name]],
+        added=added,
         taken_out=[name for name in out if name not in changed],
         refused=refused,
         renamed={given: name for given, name in names.items() if given != name and name in current},
+        again=_other_lengths({name: now[name] for name in added}, before),
         out=out,
         history=_history(saved, current),
     )
@@ -143,6 +151,33 @@ def _content(student: Mapping[str, Any]) -> bytes:
 def _stem(name: str) -> str | None:
     found = _OF_A_SEED.fullmatch(name)
     return None if found is None else found["stem"]
+
+
+def _other_lengths(added: Students, before: Students) -> dict[str, str]:
+    """New students that one could think go on from one that the run has, which was trained for longer or less.
+
+    Where stage I is of the same length, they do, from what that one left of its stage I: they are not among these.
+
+    Returns:
+        Name of the new one -> name of the other, and how their lengths differ.
+    """
+    alike: dict[bytes, list[str]] = {}
+    for name, student in before.items():
+        alike.setdefault(_content(_without_lengths(student)), []).append(name)
+    found: dict[str, str] = {}
+    for name, student in added.items():
+        for other in alike.get(_content(_without_lengths(student)), []):
+            ours, theirs = student["objective"], before[other]["objective"]
+            differing = [key for key in LENGTHS if ours.get(key) != theirs.get(key)]
+            if differing not in ([], ["stage2_epochs"]):
+                told = ", ".join(f"{key}: {theirs[key]} -> {ours[key]}" for key in differing)
+                found.setdefault(name, f"{other} but for {told}")
+    return found
+
+
+def _without_lengths(student: Mapping[str, Any]) -> dict[str, Any]:
+    objective = {key: value for key, value in student["objective"].items() if key not in LENGTHS}
+    return {**student, "objective": objective}
 
 
 def has_begun(run: Path, name: str) -> bool:
