@@ -2,6 +2,7 @@
 
     recipe = "jobs/digits.yaml"
     akd_dist.cache_teacher(recipe)                       a sealed store of logits
+    akd_dist.import_logits(recipe, "logits.npy")         or that of logits that others computed
     akd_dist.train_students(recipe)                      runs/digits/, and the content of its fleet.json
     akd_dist.compare(recipe)                             runs/digits-compare/, every objective over several seeds
     akd_dist.tune(recipe)                                runs/digits-tune/, the best of what its `search:` tries
@@ -28,6 +29,7 @@ from akd_dist.api import (
     distillation_dataset,
     evaluate,
     export,
+    import_logits,
     import_model,
     load_model,
     open_store,
@@ -49,6 +51,7 @@ __all__ = [
     "distillation_dataset",
     "evaluate",
     "export",
+    "import_logits",
     "import_model",
     "load_model",
     "open_store",

@@ -24,6 +24,7 @@ from akd_dist.options import (
     EvaluateOptions,
     ExportOptions,
     FleetOptions,
+    ImportLogitsOptions,
     ModelImportOptions,
     ModelOptions,
     Options,
@@ -86,6 +87,26 @@ def cache_teacher(options: CacheOptions) -> dict[str, Any]:
     from akd_dist.jobs.cache_teacher import cache_teacher
 
     return cache_teacher(recipe, options)
+
+
+@_taking(ImportLogitsOptions)
+def import_logits(options: ImportLogitsOptions) -> dict[str, Any]:
+    """Make sealed stores of logits that others computed for a recipe's rows; no teacher model is needed from then on.
+
+    The same logits again are a hit. The recipe may leave out its `teacher`. The arguments are the fields of
+    `akd_dist.options.ImportLogitsOptions`.
+
+    Returns:
+        The document that `akd-dist stores import --json` prints (schemas/stores-import.schema.json); its
+        `teacher` is what the recipe has to say to use them.
+
+    Raises:
+        AkdError: a refusal: of a file that is damaged, of other rows or classes, in another order, or not of logits.
+    """
+    recipe = options.read()
+    from akd_dist.jobs.import_logits import import_logits
+
+    return import_logits(recipe, options)
 
 
 @_taking(RunOptions)

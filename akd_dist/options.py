@@ -21,7 +21,7 @@ from akd_dist.base.places import RUN_ROOT, STORE_ROOT
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from akd_dist.recipe import Device, LastBatch, Recipe, SearchRecipe, Split, Target
+    from akd_dist.recipe import Device, LastBatch, LogitKind, Recipe, SearchRecipe, Split, Target
     from akd_dist.storage.reader import LogitStore
 
 Default = TypeVar("Default")
@@ -58,7 +58,7 @@ _TAKES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Sequence[str]": ("a list of texts", _is_list),
     "Sequence[str | Path]": ("a list of paths", functools.partial(_is_list, of=_is_path)),
 }
-_TAKES |= dict.fromkeys(("Device", "LastBatch", "Split", "Target"), _TAKES["str"])
+_TAKES |= dict.fromkeys(("Device", "LastBatch", "LogitKind", "Split", "Target"), _TAKES["str"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,11 @@ class RecipeFileOptions(Options):
                 expected="no overrides, or the path of the file",
                 next="load_recipe(path, overrides) reads a file with them",
             )
-        read = self.recipe if isinstance(self.recipe, Recipe) else load_recipe(self.recipe, self.overrides)
+        read = self.recipe if isinstance(self.recipe, Recipe) else self._from_file(load_recipe)
         return read.model_copy(update={"code": [*read.code, *self.modules]}) if self.trust else read
+
+    def _from_file(self, load: Callable[..., Recipe]) -> Recipe:
+        return load(self.recipe, self.overrides)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,13 +189,9 @@ class StoredOptions(RecipeFileOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions(StoredOptions):
-    """What the verbs that work from a recipe take."""
+class FillingOptions(StoredOptions):
+    """What the verbs take that fill these stores."""
 
-    address: str | None = option(
-        None, "--address", metavar="ADDRESS", help="A Ray cluster.  [default: one is started here, on loopback]"
-    )
-    """A Ray cluster; None starts one on this machine if there is anything to compute."""
     wait: bool = option(
         False, "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
     )
@@ -201,6 +200,16 @@ class RecipeOptions(StoredOptions):
         False, "--dry-run", is_flag=True, help="Say what would be done; refuse what the command would."
     )
     """Only say what would be done, and refuse what the command would; takes no lock and leaves everything as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(FillingOptions):
+    """What the verbs that work from a recipe take."""
+
+    address: str | None = option(
+        None, "--address", metavar="ADDRESS", help="A Ray cluster.  [default: one is started here, on loopback]"
+    )
+    """A Ray cluster; None starts one on this machine if there is anything to compute."""
     wait_for_nodes: bool = option(
         False,
         "--wait-for-nodes",
@@ -238,6 +247,42 @@ class CacheOptions(RecipeOptions):
         False, "--prepare-again", is_flag=True, help="Prepare the data afresh, whatever was prepared before."
     )
     """Prepare this machine's data afresh, whatever was prepared before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportLogitsOptions(FillingOptions):
+    """What `import_logits` takes."""
+
+    file: str | Path = field(kw_only=False, metadata={"argument": "LOGITS"})
+    """The file of logits: `.npy`, `.npz`, `.safetensors` or Parquet, or a Zarr folder; float [rows, classes] or
+    [views, rows, classes]."""
+    split: Split | None = option(
+        None,
+        "--split",
+        metavar="SPLIT",
+        choices=("train", "validation", "test"),
+        help="Whose logits they are: train, validation or test.  [default: train, and what is a share of its source]",
+    )
+    """Whose logits they are; None takes the train rows, and those of splits that are shares of the same source if the
+    file has a row for each row of the source."""
+    key: str | None = option(
+        None,
+        "--key",
+        metavar="COLUMN",
+        help="Join rows by this column of data and file, not by their order.",
+    )
+    """The column of the data, and the column or array of the file, by which rows are joined; None takes their order."""
+    kind: LogitKind | None = option(
+        None,
+        "--kind",
+        choices=("logits", "log_probabilities"),
+        help="What they are; told by looking at them if left out.",
+    )
+    """`logits` or `log_probabilities`; None leaves it to what is seen."""
+
+    def _from_file(self, load: Callable[..., Recipe]) -> Recipe:
+        # The recipe can name these logits only once they are imported.
+        return load(self.recipe, self.overrides, teacher={"store": "0" * 64})
 
 
 @dataclass(frozen=True, kw_only=True)

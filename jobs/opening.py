@@ -58,14 +58,14 @@ class Found:
 
     def store(self, split: str) -> LogitStore | None:
         """The sealed store of the teacher's logits of a split; None where there is none."""
-        if self.teacher is None:
+        if (plan := self.plan(split)) is None:
             return None
-        return catalog.find_store(self.workspace.store_root, self.plan(split).identity)
+        return plan.store or catalog.find_store(self.workspace.store_root, plan.identity)
 
-    def plan(self, split: str) -> SplitPlan:
-        """What the store of a split is."""
-        assert self.teacher is not None
-        return next(plan for plan in self.teacher.plans if plan.split == split)
+    def plan(self, split: str) -> SplitPlan | None:
+        """What the store of a split is; None without a teacher, or for one that is a store of other splits alone."""
+        plans = [] if self.teacher is None else self.teacher.plans
+        return next((plan for plan in plans if plan.split == split), None)
 
     def needed(self, split: str) -> LogitStore:
         """The same store, which has to be there.
@@ -77,8 +77,8 @@ class Found:
             return store
         root = self.workspace.store_root
         got = f"no teacher under {root}"
-        if self.teacher is not None:
-            store_id = self.plan(split).identity.id
+        if (plan := self.plan(split)) is not None:
+            store_id = plan.identity.id
             begun = open_root(root).exists(f"{store_id}/{CREATION_KEY}")
             got = (
                 f"the store {store_id[:12]} that is not sealed yet" if begun else f"no store {store_id[:12]} in {root}"

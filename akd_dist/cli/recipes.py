@@ -120,6 +120,8 @@ def _recipe_facts(checked: Recipe) -> dict[str, Any]:
 
 
 def _teacher(teacher: TeacherSpec) -> str:
+    if teacher.store is not None:
+        return f"the store {teacher.store.train}"
     if teacher.model is None:
         return str(teacher.weights)
     if teacher.train is None:

@@ -43,8 +43,8 @@ class CohortJob:
     control: str
     """The folder of progress files and of the stop file of this attempt."""
     teacher_test: str | None = None
-    """Store URI of the teacher's logits of the test rows, for agreement; None takes the one in `stores`. Students that
-    learn from an assistant are compared with the teacher, too."""
+    """Store URI of the teacher's logits of the test rows, for agreement; None takes the one in `stores`, an empty one
+    stands for a teacher without. Students that learn from an assistant are compared with the teacher, too."""
     attempt: int = 1
     """Which attempt of the run this is."""
     checkpoint_seconds: float = 20.0

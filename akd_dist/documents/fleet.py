@@ -67,13 +67,17 @@ class FleetTeacher(Document):
     """The teacher of a run, as its stores describe it."""
 
     model: str
-    """Label of its architecture."""
-    parameters: Count
-    """Number of its weights."""
-    test: Metrics
-    """Its metrics on the test rows."""
+    """Label of its architecture; `imported logits` where there is no model."""
+    parameters: Count | None
+    """Number of its weights; null where they are not known."""
+    test: Metrics | None
+    """Its metrics on the test rows; null where it has no logits of these."""
     fingerprint: str
-    """The sha256 of its weights and architecture."""
+    """The sha256 of its weights and architecture; of its logits where there is no model."""
+
+    def metric(self, name: str) -> float | None:
+        """A metric on the test rows; None where it was not measured."""
+        return None if self.test is None else self.test.get(name)
 
 
 class FleetAssistant(FleetTeacher):
@@ -252,7 +256,8 @@ class FleetDocument(Document):
         """Tables and pages show the primary metric of all whose test metrics are there, and of all that are done."""
         if self.metric not in METRICS[self.task]:
             raise ValueError(f"metric: {self.metric} is none of {self.task}, which has {', '.join(METRICS[self.task])}")
-        measured: dict[str, Metrics | None] = {"teacher.test": self.teacher.test}
+        # Of a teacher that is a store of train rows alone, nothing is known of the test rows.
+        measured: dict[str, Metrics | None] = {} if self.teacher.test is None else {"teacher.test": self.teacher.test}
         measured |= {f"assistants.{number}.test": one.test for number, one in enumerate(self.assistants)}
         measured |= {
             f"students.{number}.test": one.test

@@ -8,6 +8,7 @@ from akd_dist.documents.base import Document
 from akd_dist.documents.cache import CacheDocument, PlanDocument
 from akd_dist.documents.error import ErrorDocument
 from akd_dist.documents.fleet import FleetDocument
+from akd_dist.documents.imported import ImportedDocument
 from akd_dist.documents.plan import FleetPlanDocument
 from akd_dist.documents.report import CompareDocument, ReportDocument
 from akd_dist.documents.status import StatusDocument
@@ -30,6 +31,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "verify": VerifyDocument,
         "repair": RepairDocument,
         "gc": GcDocument,
+        "stores-import": ImportedDocument,
         "fleet": FleetDocument,
         "compare": CompareDocument,
         "tune": TuneDocument,

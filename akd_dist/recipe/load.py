@@ -21,10 +21,13 @@ from akd_dist.recipe.recipe import Recipe
 from akd_dist.recipe.yaml_text import MAX_BYTES, Document, parse
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, teacher: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe file, apply `key=value` overrides, expand grids, and resolve every path and default.
 
     Paths in the file are relative to its folder, paths in overrides to the working directory.
+
+    Args:
+        teacher: what stands in for the key, for a command that needs none, where the file leaves it out.
 
     Raises:
         RecipeError: everything that is wrong with the file or an override, in one message; names file, line and key,
@@ -40,6 +43,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
                 expected="students, as a grid may list them",
                 next="akd-dist tune searches, and tells the block that it found best; or take `search:` out",
             )
+    if teacher is not None:
+        document.data.setdefault("teacher", teacher)
     resolved = document.expanded()
     try:
         return Recipe.model_validate(resolved.data)

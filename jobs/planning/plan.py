@@ -177,7 +177,7 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
         logs=str(run / "logs"),
         cache_root=cache_root,
         stores=stores,
-        teacher_test=stores.get("test"),
+        teacher_test=stores.get("test", ""),
         control=str(run / "control"),
         attempt=1 + last_attempt(run),
         checkpoint_seconds=recipe.checkpoint_seconds,
