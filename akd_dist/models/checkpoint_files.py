@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.base.files import parse_json, read_small
+from akd_dist.models.device import free_memory
 
 Tensors = dict[str, torch.Tensor]
 INDEX = ".index.json"
@@ -164,6 +165,7 @@ def _parts_of(path: Path) -> dict[str, Tensors]:
         _check_archive(path)
         return _tensors_in(path, _load(path, mmap=True))
     if head[:1] == b"\x80":
+        _check_memory(path)
         return _tensors_in(path, _load(path, mmap=False))
     raise _refused(path, _kind_of(head, path))
 
@@ -216,6 +218,15 @@ def _check_archive(path: Path) -> None:
         raise _refused(path, "an archive with compressed entries, which torch.save does not write")
 
 
+def _check_memory(path: Path) -> None:
+    """Refuse a file that memory cannot hold, where it has to be read whole."""
+    free, size = free_memory(torch.device("cpu")), path.stat().st_size
+    if size > free:
+        raise _refused(
+            path, f"{size / 1e9:,.1f} GB of a format that cannot be mapped, and {free / 1e9:,.1f} GB are free"
+        )
+
+
 def _load(path: Path, *, mmap: bool) -> Any:
     """What torch.save wrote, as far as it is tensors and plain containers."""
     try:
@@ -257,7 +268,7 @@ def _tensors_in(path: Path, document: Any) -> dict[str, Tensors]:
     Raises:
         RefusedError: there are none.
     """
-    found = dict(_walk(document, "", _DEPTH))
+    found = dict(_walk(document, "", _DEPTH, set()))
     if found:
         return found
     if not isinstance(document, Mapping):
@@ -276,16 +287,17 @@ def _tensors_in(path: Path, document: Any) -> dict[str, Tensors]:
     )
 
 
-def _walk(node: Any, where: str, depth: int) -> Iterator[tuple[str, Tensors]]:
-    """Dictionaries with tensors by name, from the outside in; the state of optimizers is none."""
-    if not isinstance(node, Mapping) or depth < 0 or node.keys() >= _OPTIMIZER:
+def _walk(node: Any, where: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensors]]:
+    """Dictionaries with tensors by name, each once, from the outside in; the state of optimizers is none."""
+    if not isinstance(node, Mapping) or depth < 0 or id(node) in seen or node.keys() >= _OPTIMIZER:
         return
+    seen.add(id(node))
     tensors = {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if tensors:
         yield where, tensors
     for key, value in node.items():
         if isinstance(key, str):
-            yield from _walk(value, f"{where}.{key}" if where else key, depth - 1)
+            yield from _walk(value, f"{where}.{key}" if where else key, depth - 1, seen)
 
 
 def _keys(document: Mapping[Any, Any]) -> str:
