@@ -42,6 +42,7 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"ARROW1", "an Arrow file"),
     (b"PAR1", "Parquet"),
 )
+_OTHER_FILE = "name another file, or save the weights so: safetensors.torch.save_file(model.state_dict(), FILE)"
 _PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 
@@ -188,7 +189,7 @@ def _kind_of(head: bytes, path: Path) -> str:
 
 def _refused(path: Path, got: object, next: str | None = None) -> RefusedError:
     return RefusedError(
-        f"{path} is not a checkpoint that can be read", got=got, expected=EXPECTED, next=next or _saving("STATE_DICT")
+        f"{path} is not a checkpoint that can be read", got=got, expected=EXPECTED, next=next or _OTHER_FILE
     )
 
 
@@ -208,9 +209,8 @@ def _check_archive(path: Path) -> None:
         raise _refused(path, f"an archive that is damaged or cut off: {error}", "fetch the file again") from error
     names = [entry.filename.partition("/")[2] for entry in entries]
     if any(name.startswith("code/") for name in names) or "constants.pkl" in names:
-        raise _refused(
-            path, "a TorchScript archive, which holds a program", _saving("torch.jit.load(FILE).state_dict()")
-        )
+        advice = f"where you trust it, write its weights again:\n{_written_again(f'torch.jit.load({str(path)!r})')}"
+        raise _refused(path, "a TorchScript archive, which holds a program", advice)
     if "data.pkl" not in names:
         kind = "an archive of NumPy" if all(entry.filename.endswith(".npy") for entry in entries) else "a zip archive"
         raise _refused(path, f"{kind} without what torch.save writes")
@@ -245,19 +245,20 @@ def _load(path: Path, *, mmap: bool) -> Any:
             if blocked
             else "a pickle of more than tensors and plain containers",
             expected=EXPECTED,
-            next="where you trust it, write its weights again:\n" + _lines("torch.load(FILE, weights_only=False)"),
+            next="where you trust it, write its weights again:\n"
+            + _written_again(f"torch.load({str(path)!r}, weights_only=False)"),
         ) from error
 
 
-def _saving(expression: str) -> str:
-    return "write its weights again:\n" + _lines(expression)
+def _written_again(found: str) -> str:
+    """How the weights in a file are written so that they can be read here.
 
-
-def _lines(expression: str) -> str:
-    """How weights are written so that they can be read here."""
+    Args:
+        found: an expression that loads the file: a module, or a dictionary.
+    """
     return (
-        f"    import torch; from safetensors.torch import save_file; found = {expression}\n"
-        "    state = found if isinstance(found, dict) else found.state_dict()  # or found['state_dict']\n"
+        f"    import torch; from safetensors.torch import save_file; found = {found}\n"
+        "    state = found.get('state_dict', found) if isinstance(found, dict) else found.state_dict()\n"
         "    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, 'weights.safetensors')"
     )
 
