@@ -2,8 +2,10 @@
 
     recipe = "jobs/digits.yaml"
     akd_dist.cache_teacher(recipe)                       a sealed store of logits
+    akd_dist.import_logits(recipe, "logits.npy")         or that of logits that others computed
     akd_dist.train_students(recipe)                      runs/digits/, and the content of its fleet.json
     akd_dist.compare(recipe)                             runs/digits-compare/, every objective over several seeds
+    akd_dist.tune(recipe)                                runs/digits-tune/, the best of what its `search:` tries
     akd_dist.open_store(uri).rows(view, start, stop)     float32 [n, classes]
     akd_dist.distillation_dataset(recipe)                rows and logits for a trainer of your own
     akd_dist.load_model("runs/digits/students/...")      a torch.nn.Module
@@ -27,12 +29,16 @@ from akd_dist.api import (
     distillation_dataset,
     evaluate,
     export,
+    import_logits,
     import_model,
     load_model,
     open_store,
     predict,
+    ray_dataset,
     report,
+    source_rows,
     train_students,
+    tune,
 )
 
 if TYPE_CHECKING:
@@ -45,12 +51,16 @@ __all__ = [
     "distillation_dataset",
     "evaluate",
     "export",
+    "import_logits",
     "import_model",
     "load_model",
     "open_store",
     "predict",
+    "ray_dataset",
     "report",
+    "source_rows",
     "train_students",
+    "tune",
 ]
 
 

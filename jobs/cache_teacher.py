@@ -351,6 +351,7 @@ def document_of(models: Sequence[CachedModel], seconds: float) -> CacheDocument:
             **_stores(one), model=one.card.model.label, path=one.model_uri, fingerprint=one.card.fingerprint
         )
         for one in assistants
+        if one.card is not None
     ]
     return CacheDocument(**_stores(teacher) | {"hit": hit, "seconds": round(seconds, 3), "assistants": below})
 
@@ -358,7 +359,7 @@ def document_of(models: Sequence[CachedModel], seconds: float) -> CacheDocument:
 def _stores(model: CachedModel) -> dict[str, Any]:
     """The train store of a model, and those of the other splits, as fields."""
     parts = {plan.split: _sealed(plan) for plan in model.plans}
-    return dict(parts["train"]) | {"splits": CachedSplits(validation=parts["validation"], test=parts["test"])}
+    return dict(parts["train"]) | {"splits": CachedSplits(validation=parts.get("validation"), test=parts.get("test"))}
 
 
 def _sealed(plan: SplitPlan) -> CachedSplit:

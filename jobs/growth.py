@@ -66,7 +66,7 @@ class Growth:
             lines.append(f"taken out, and left on disk: {some_of(self.taken_out)}")
         if self.renamed:
             pairs = [f"{new} is {old}" for new, old in self.renamed.items()]
-            lines.append(f"by the names that students have in this run: {some_of(pairs)}")
+            lines.append(f"by the names that students have in this run: {some_of(pairs, most=3)}")
         return lines + [f"refused: {one.told}: {ADVICE}" for one in self.refused]
 
 
@@ -159,6 +159,17 @@ def refusal(run: Path, name: str, refused: Sequence[RefusedStudent]) -> RecipeEr
         expected="students as the run has them, or others beside them: both values in a block's grid, for example",
         next=f"give them names of their own, or this run: --set name={name}-2 "
         "(or --fresh to start over, which removes what is there)",
+    )
+
+
+def another_search(run: Path, growth: Growth) -> RecipeError:
+    """Why a search cannot go on in a run: its trials are others than those that lie there."""
+    told = [one.told for one in growth.refused] + [f"{new} is {old}" for new, old in growth.renamed.items()]
+    return RecipeError(
+        f"the run in {run} holds another search",
+        got="\n       ".join(told[:6]),
+        expected="the search that it was begun with, or more trials of it",
+        next="give this one another name: --set name=... (or --fresh to start over, which removes what is there)",
     )
 
 

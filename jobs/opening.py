@@ -14,6 +14,7 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.base.places import STORE_ROOT, absolute
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.rows import SPLITS, Splits
+from akd_dist.data.source_rows import SourceRows, source_rows
 from akd_dist.distill.dataset import DatasetJob, DistillationBatches, DistillationDataset
 from akd_dist.documents.damage import load
 from akd_dist.documents.fleet import RunIdentity
@@ -21,11 +22,12 @@ from akd_dist.jobs.planning.caching import CachedModel, SplitPlan, models_there
 from akd_dist.jobs.planning.windows import choose, demands_of, room_for
 from akd_dist.jobs.prepare_rows import rows_of_machine
 from akd_dist.jobs.train_teacher import Workspace
-from akd_dist.options import BatchesOptions, DatasetOptions, StoredOptions
-from akd_dist.recipe import LastBatch, Recipe, load_recipe, trust
+from akd_dist.options import BatchesOptions, DatasetOptions, SplitOptions, StoredOptions
+from akd_dist.recipe import LastBatch, Recipe, Split, load_recipe, trust
 from akd_dist.reporting.results import read_fleet
 from akd_dist.serve.remote import brought
 from akd_dist.storage import catalog
+from akd_dist.storage.content import renewing
 from akd_dist.storage.layout import CREATION_KEY
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.roots import open_root
@@ -56,14 +58,14 @@ class Found:
 
     def store(self, split: str) -> LogitStore | None:
         """The sealed store of the teacher's logits of a split; None where there is none."""
-        if self.teacher is None:
+        if (plan := self.plan(split)) is None:
             return None
-        return catalog.find_store(self.workspace.store_root, self.plan(split).identity)
+        return plan.store or catalog.find_store(self.workspace.store_root, plan.identity)
 
-    def plan(self, split: str) -> SplitPlan:
-        """What the store of a split is."""
-        assert self.teacher is not None
-        return next(plan for plan in self.teacher.plans if plan.split == split)
+    def plan(self, split: str) -> SplitPlan | None:
+        """What the store of a split is; None without a teacher, or for one that is a store of other splits alone."""
+        plans = [] if self.teacher is None else self.teacher.plans
+        return next((plan for plan in plans if plan.split == split), None)
 
     def needed(self, split: str) -> LogitStore:
         """The same store, which has to be there.
@@ -75,8 +77,8 @@ class Found:
             return store
         root = self.workspace.store_root
         got = f"no teacher under {root}"
-        if self.teacher is not None:
-            store_id = self.plan(split).identity.id
+        if (plan := self.plan(split)) is not None:
+            store_id = plan.identity.id
             begun = open_root(root).exists(f"{store_id}/{CREATION_KEY}")
             got = (
                 f"the store {store_id[:12]} that is not sealed yet" if begun else f"no store {store_id[:12]} in {root}"
@@ -135,27 +137,31 @@ def named(options: StoredOptions) -> Iterator[Named]:
 def open_dataset(options: DatasetOptions) -> DistillationDataset:
     """`akd_dist.distillation_dataset`."""
     with found(options) as there:
-        dataset = DistillationDataset(_job(there, options), options.epoch)
-        return dataset.open(there.splits.sources)
+        job = job_of(there, options.split)
+        # What turns out to be wrong in the cache is made anew, as training does.
+        return renewing(
+            lambda: DistillationDataset(job, options.epoch).open(there.splits.sources), there.workspace.tell
+        )
 
 
 def open_batches(options: BatchesOptions) -> DistillationBatches:
     """`akd_dist.distillation_batches`."""
     with found(options) as there:
-        job = _job(there, options, options.batch, options.last_batch, _window(there))
-        batches = DistillationBatches(job, options.epoch, options.rank, options.world, options.start_step)
-        return batches.open(there.splits.sources)
+        job = job_of(there, options.split, options.batch, options.last_batch, _window(there))
+        begins = options.epoch, options.rank, options.world, options.start_step
+        return renewing(lambda: DistillationBatches(job, *begins).open(there.splits.sources), there.workspace.tell)
 
 
-def _job(
-    there: Found, options: DatasetOptions, batch: int = 1, last_batch: LastBatch = "keep", window: int | None = None
+def job_of(
+    there: Found, split: Split, batch: int = 1, last_batch: LastBatch = "keep", window: int | None = None
 ) -> DatasetJob:
-    store = there.needed("train") if options.split == "train" else there.store(options.split)
+    """What a process needs to open a split: of train rows with their store, of others with theirs if it is there."""
+    store = there.needed("train") if split == "train" else there.store(split)
     if store is not None:
         _note_use(store)
     return DatasetJob(
         data=there.named.recipe.data,
-        split=options.split,
+        split=split,
         fingerprints=there.splits.fingerprints,
         cache_root=there.workspace.cache_root,
         store=None if store is None else store.uri,
@@ -199,3 +205,9 @@ def _check_same_rows(run: Path, splits: Splits) -> None:
     for split in SPLITS:
         if split in known:
             getattr(splits, split).check_same(known[split])
+
+
+def source_rows_of(options: SplitOptions) -> SourceRows:
+    """`akd_dist.source_rows`."""
+    with named(options) as given:
+        return source_rows(given.recipe.data)[options.split]

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from akd_dist import recipe as recipes
+from akd_dist.base import places
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.rows import SPLITS, Splits
@@ -47,6 +48,7 @@ def repair(
     """
     console = console or Console(stderr=True)
     hint = catalog.hint_of(store_root, store_id)
+    _refuse_imported(store_root, store_id, hint)
     if recipe is None:
         recipe = _recipe_of(store_root, store_id, hint)
         told = Trusted(modules=tuple(trust)).seen_from(f"the store {store_id[:12]}", recipe.folder)
@@ -65,6 +67,20 @@ def repair(
     recompute = functools.partial(compute_shard, job)
     repaired = repair_store(store_root, store_id, recompute, computed=plan.creation.computed)
     return {"id": store_id, "repaired": [shard.key for shard in repaired]}
+
+
+def _refuse_imported(store_root: str, store_id: str, hint: dict[str, Any]) -> None:
+    """Refuse a store of logits that were computed elsewhere: nothing here could compute them again."""
+    summary = catalog.summary_of(store_root, store_id)
+    if summary.imported is None and "logits" not in hint:
+        return
+    file = places.found(str(hint["logits"]), f"{store_root}/{store_id}") if "logits" in hint else "LOGITS"
+    raise RefusedError(
+        f"the store {store_id[:12]} holds logits that were imported: they cannot be computed again",
+        got="no teacher that they came from",
+        expected="the file of logits",
+        next=f"import the same logits once more, which mends the store: akd-dist stores import RECIPE {file}",
+    )
 
 
 def _recipe_of(store_root: str, store_id: str, hint: dict[str, Any]) -> Recipe:
@@ -91,6 +107,7 @@ def _plan_of(
         (model, SplitPlan(split, rows, creation_of(recipe, rows, split, model.card, recipe.device, number)))
         for split, rows in ((name, getattr(splits, name)) for name in names)
         for model in models
+        if model.card is not None
         # In older formats too: the id of a store depends on its format, and the store may be an older one.
         for number in range(FORMAT_VERSION, 0, -1)
     ]

@@ -9,7 +9,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import cache_planned
-from akd_dist.jobs.growth import Growth, settle
+from akd_dist.jobs.growth import Growth, another_search, settle
 from akd_dist.jobs.packing import fits
 from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import CachedModel, Inputs, fingerprints, open_rows, with_models
@@ -77,18 +77,30 @@ def train_students(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     return run_recipe(recipe, options)[1]
 
 
-def run_recipe(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, Any]]:
-    """`train_students`, and the plan that it executed, or would."""
+@dataclass(frozen=True)
+class Rung:
+    """A part of a search: its students are the trials, and none of them is measured on the test rows."""
+
+    pauses: dict[str, int]
+    """After how many epochs trials wait for the next rung, by name."""
+    last: bool
+    """Whether the trials that are left go on to their end, and are collected."""
+
+
+def run_recipe(recipe: Recipe, options: RunOptions, rung: Rung | None = None) -> tuple[RunPlan, dict[str, Any]]:
+    """`train_students`, and the plan that it executed, or would; of a rung before the last there is no fleet.json."""
     recipe, began = recipe.own(), time.monotonic()
     root = options.runs
     place = f"{root}/{recipe.name}" if "://" in root else str(Path(root, recipe.name))
     run = RemoteRun(place, options.cache) if "://" in root else LocalRun(Path(place))
     with places.named_in_errors(run.names):
-        plan, document = _run_recipe(recipe, options, run, began)
+        plan, document = _run_recipe(recipe, options, run, began, rung)
     return plan, places.renamed(document, run.names)
 
 
-def _run_recipe(recipe: Recipe, options: RunOptions, run: LocalRun, began: float) -> tuple[RunPlan, dict[str, Any]]:
+def _run_recipe(
+    recipe: Recipe, options: RunOptions, run: LocalRun, began: float, rung: Rung | None
+) -> tuple[RunPlan, dict[str, Any]]:
     """`run_recipe`, wherever the run lies."""
     from akd_dist.jobs import cluster
 
@@ -107,14 +119,17 @@ def _run_recipe(recipe: Recipe, options: RunOptions, run: LocalRun, began: float
         growth = Growth()
         if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
             inputs, growth = _grown(run.folder, inputs, shuffle)
-            for line in growth.lines:
+            if rung is not None and (growth.refused or growth.renamed):
+                raise another_search(run.folder, growth)
+            for line in growth.lines if rung is None else []:
                 workspace.tell(f"the run {recipe.name}: {line}")
         drives = contextlib.nullcontext() if options.dry_run else driving(run.folder, moves=run.local is not None)
         with drives, cluster.closing():
-            plan = plan_run(inputs, run.folder, workspace, fresh=options.fresh, shuffle=shuffle)
+            pauses = {} if rung is None else rung.pauses
+            plan = plan_run(inputs, run.folder, workspace, fresh=options.fresh, shuffle=shuffle, pauses=pauses)
             if options.dry_run:
                 return plan, plan.document.model_copy(update=growth.told).plain()
-            return plan, _execute(plan, growth, options, workspace, began, run)
+            return plan, _execute(plan, growth, options, workspace, began, run, rung)
 
 
 def _grown(run: Path, inputs: Inputs, shuffle: windows.Shuffle | None) -> tuple[Inputs, Growth]:
@@ -135,7 +150,13 @@ def _grown(run: Path, inputs: Inputs, shuffle: windows.Shuffle | None) -> tuple[
 
 
 def _execute(
-    plan: RunPlan, growth: Growth, options: RunOptions, workspace: Workspace, began: float, run: LocalRun
+    plan: RunPlan,
+    growth: Growth,
+    options: RunOptions,
+    workspace: Workspace,
+    began: float,
+    run: LocalRun,
+    rung: Rung | None,
 ) -> dict[str, Any]:
     """Cache what is missing, train who has not ended, collect the results; the content of fleet.json."""
     recipe, splits, folder = plan.recipe, plan.inputs.splits, run.folder
@@ -147,7 +168,10 @@ def _execute(
         run.start_over()
     elif not plan.inputs.complete and (folder / "identity.json").exists():  # begun once; a model was trained just now
         check_same_run(folder, recipe, identity)
-    base = replace(fleet_job(recipe, splits, models[0].stores, folder, workspace.cache_root), run_uri=run.uri)
+    base = fleet_job(recipe, splits, models[0].stores, folder, workspace.cache_root)
+    base = replace(base, run_uri=run.uri, stages=workspace.store_root)
+    if rung is not None:
+        base = replace(base, pauses=rung.pauses, reads_test=False)
     followed = [tracked(recipe, spec, base, plan.inputs.parameters[spec.name]) for spec in recipe.students]
     forward = functools.partial(forwarding, folder, followed, options.trackers, workspace.tell)
     if not plan.todo and (saved := saved_results(folder, identity)) is not None:
@@ -170,8 +194,11 @@ def _execute(
         if base.rows is None:
             splits = _with_sound_rows(base, splits, lambda found: found.test.content().verify(), workspace)
         run.bring()
+        if rung is not None and not rung.last:
+            run.publish()
+            return {}
         took = time.monotonic() - began
-        told: dict[str, Any] = {"growth": growth, "told": workspace.tell}
+        told: dict[str, Any] = {"growth": growth, "told": workspace.tell, "test_withheld": rung is not None}
         fleet = finish_run(folder, recipe, splits, base, stores, plan.inputs.parameters, cohorts, took, **told)
         run.publish()
     tell_failures(fleet, base, workspace.console)

@@ -165,7 +165,9 @@ class WorkingDir:
             note += f" to the nodes, but not {', '.join(left)}" if left else " to the nodes"
         carried = set(sizes)
         needed = [path for path in paths if path not in own or not _carries(path, folder, carried)]
-        return cls(folder, sorted(carried), needed, note)
+        # What is looked for under the driver's path is linked to as a whole.
+        linked = tuple(f"{name}{os.sep}" for path in needed if (name := _below(path, folder)))
+        return cls(folder, sorted(name for name in carried if not name.startswith(linked)), needed, note)
 
     def packed(self) -> Packed | None:
         """The folder in Ray's object store; None where nothing travels.
@@ -298,7 +300,13 @@ def _below(path: str, folder: str) -> str | None:
 def _carries(path: str, folder: str, carried: set[str]) -> bool:
     """Whether all that a path names is among the files that travel."""
     inside = [_below(str(file), folder) for file in _files_named(path)]
-    return bool(inside) and set(inside) <= carried
+    whole = _below(path, folder) == os.curdir or not any(map(_has_linked_folders, _matching(path)))
+    return bool(inside) and set(inside) <= carried and whole
+
+
+def _has_linked_folders(path: Path) -> bool:
+    """Whether there are links to folders in a folder: what these hold does not travel."""
+    return any(Path(place, name).is_symlink() for place, names, _ in os.walk(path) for name in names)
 
 
 def _files_named(path: str, kept_out: Sequence[str] = ()) -> Iterator[Path]:

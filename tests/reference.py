@@ -47,6 +47,7 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
     "Teacher": {
         recipe.TeacherSpec: "teacher",
         recipe.TeacherTraining: "teacher.train",
+        recipe.StoredTeacher: "teacher.store",
         recipe.AssistantSpec: "teacher.assistant",
     },
     "Cache": {recipe.CacheSpec: "cache", recipe.EncodingSpec: "cache.encoding"},

@@ -94,7 +94,8 @@ def _removed(plan: FleetPlanDocument) -> list[str]:
 def _growing(plan: FleetPlanDocument) -> list[str]:
     """Lines for the students that the run has, and would not train."""
     lines = [f"leaves   {some_of(plan.taken_out)} on disk, and out of the tables"] if plan.taken_out else []
-    lines += [f"names    {given} is {name} in this run" for given, name in plan.renamed.items()]
+    renamed = [f"{given} is {name}" for given, name in plan.renamed.items()]
+    lines += [f"names    in this run: {some_of(renamed, most=3)}"] if renamed else []
     return lines + [f"refuses  {one.told}" for one in plan.refused]
 
 

@@ -88,7 +88,12 @@ def _is_another(run: Path, ours: Recipe) -> bool:
         theirs = load(str(path), ()) if path.is_file() else None
     except AkdError:
         return False
-    return theirs is not None and theirs.identity() | {"name": ""} != ours.identity() | {"name": ""}
+    if theirs is None:
+        return False
+    before, now = (one.identity() | {"name": ""} for one in (theirs, ours))
+    old, new = before.pop("students"), now.pop("students")
+    # Students may come and go in a run, and stay as they are.
+    return before != now or any(old[name] != new[name] for name in old.keys() & new.keys())
 
 
 def _recipe_facts(checked: Recipe) -> dict[str, Any]:
@@ -115,6 +120,8 @@ def _recipe_facts(checked: Recipe) -> dict[str, Any]:
 
 
 def _teacher(teacher: TeacherSpec) -> str:
+    if teacher.store is not None:
+        return f"the store {teacher.store.train}"
     if teacher.model is None:
         return str(teacher.weights)
     if teacher.train is None:
@@ -129,4 +136,6 @@ def _assistant(one: AssistantSpec) -> str:
 def _source(source: float | Source) -> str:
     if isinstance(source, float):
         return f"{source:g} of the train source"
-    return source.path if source.kind == "parquet" else source.kind
+    from akd_dist.recipe import ImageFolder, Parquet, WebDataset
+
+    return source.path if isinstance(source, Parquet | ImageFolder | WebDataset) else source.kind

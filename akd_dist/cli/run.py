@@ -140,14 +140,16 @@ def compare(as_json: bool, **given: Any) -> int:
 def print_cached(document: CacheDocument, next_command: str) -> None:
     """What a caching command came to, and the command after it."""
     models: list[CacheDocument | CachedAssistant] = [document, *document.assistants]
-    parts = [part for model in models for part in (model, model.splits.validation, model.splits.test)]
+    parts = [part for one in models for part in (one, one.splits.validation, one.splits.test) if part is not None]
     shards, computed = (sum(getattr(part, key) for part in parts) for key in ("shards", "shards_computed"))
     how = "a hit: it was there already" if document.hit else f"{computed} of {counted(shards, 'shard')} computed now"
     shape = f"{document.rows:,} rows x {counted(document.views, 'view')} x {document.classes:,} classes"
+    others = [split for split in ("validation", "test") if getattr(document.splits, split) is not None]
+    beside = f"; {' and '.join(others)} rows beside it" if others else ""
     facts = {
         "store": short_path(document.store),
         **{f"assistant {one.model}": short_path(one.store) for one in document.assistants},
-        "holds": f"{shape}, {document.encoding}; validation and test rows beside it",
+        "holds": f"{shape}, {document.encoding}{beside}",
         "size": f"{size(sum(part.bytes for part in parts))} in {counted(shards, 'shard')}",
         "took": f"{document.seconds:.1f} s; {how}",
         "next": next_command,

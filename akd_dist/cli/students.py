@@ -34,7 +34,8 @@ def evaluate(as_json: bool, **chosen: Any) -> None:
     """Measure a student on data.
 
     Every metric, and agreement with other models. STUDENT is a model folder, such as runs/NAME/students/STUDENT. DATA
-    is a recipe or a run's folder, Parquet (a file, folder, glob or s3://), or the word digits.
+    is a recipe or a run's folder; Parquet (a file, folder, glob or s3://), a folder of pictures, tar files of pictures;
+    or the word digits.
     """
     from akd_dist.documents.use import EvaluationDocument
 

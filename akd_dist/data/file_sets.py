@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from akd_dist.base.errors import RefusedError
+
+# Files that a thread reads before it asks for more.
+_TOGETHER = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +30,7 @@ class FileSet:
 
     @functools.cached_property
     def _known_as(self) -> str:
-        return f"the {len(self.names):,} files of {self.folder} ({number_of(self.names):013x})"
+        return f"{self.folder} ({len(self.names):,} files, {number_of(self.names):013x})"
 
     @property
     def paths(self) -> list[str]:
@@ -55,11 +59,13 @@ class FileSet:
         Raises:
             RefusedError: one cannot be read.
         """
-        whole = hashlib.sha256()
         with ThreadPoolExecutor(threads) as pool:
-            for name, digest in zip(self.names, pool.map(sha256_of_file, self.paths), strict=True):
-                whole.update(f"{digest} {name}\0".encode())
-        return whole.hexdigest()
+            found = pool.map(self._digests, range(0, len(self.names), _TOGETHER))
+            return digest_of(itertools.chain.from_iterable(found))
+
+    def _digests(self, start: int) -> list[str]:
+        names = self.names[start : start + _TOGETHER]
+        return [f"{sha256_of_file(f'{self.folder}/{name}')} {name}" for name in names]
 
     def _seen(self) -> list[tuple[int, int, int, int]] | None:
         """Size, times and inode of each; None where one is gone."""

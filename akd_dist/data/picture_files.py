@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,47 @@ class PictureFiles:
     remote: bool
     """Whether they are objects."""
 
-    def place(self, number: int) -> Path | RemoteFile:
-        """Where a picture is."""
+    def read(self, number: int) -> bytes:
+        """What a picture's file holds.
+
+        Raises:
+            RefusedError: it cannot be read.
+            MachineError: object storage does not answer.
+        """
         place = f"{self.folder}/{self.names[number]}"
-        return RemoteFile(place, self.sizes[number], str(self.marks[number])) if self.remote else Path(place)
+        try:
+            if self.remote:
+                return RemoteFile(place, self.sizes[number], str(self.marks[number])).open().read() or b""
+            return Path(place).read_bytes()
+        except OSError as error:
+            raise RefusedError(
+                f"{place} cannot be read",
+                got=error.strerror or str(error),
+                expected="a picture that stays while its rows are read",
+                next="correct its permissions, or run the same command again",
+            ) from error
+
+    def check(self, rows: Sequence[int]) -> None:
+        """Refuse what can be seen to be no picture, without opening it.
+
+        Args:
+            rows: numbers of pictures in the order of their rows.
+
+        Raises:
+            RefusedError: one has no bytes, or too many, or may not be read; names it and its row.
+        """
+        for row, number in enumerate(rows):
+            size, place = self.sizes[number], f"{self.folder}/{self.names[number]}"
+            got = None if 0 < size <= MOST_BYTES else f"{size:,} bytes"
+            if got is None and not self.remote and not os.access(place, os.R_OK, effective_ids=True):
+                got = "a file that this user may not read"
+            if got is not None:
+                raise RefusedError(
+                    f"row {row} of {self.folder} is no picture that can be read: {place}",
+                    got=got,
+                    expected=f"a picture of 1 to {MOST_BYTES:,} bytes",
+                    next="copy it again, or remove it",
+                )
 
     def listing(self) -> list[Any]:
         """How many they are, bytes in all, and a digest that changes when a name, a size or a mark does."""
@@ -98,7 +135,8 @@ def _on_disk(path: str) -> PictureFiles:
     if not Path(path).is_dir():
         raise _no_folder(path)
     walk = _Walk(path)
-    files = sorted(walk.pictures(path, "", (walk.real,)), key=lambda one: _order(one[0]))
+    walk.look(path, "", (walk.real,))
+    files = sorted(walk.pictures, key=lambda one: _order(one[0]))
     names = [name for name, *_ in files]
     sizes, times = [size for _, size, _ in files], [time for *_, time in files]
     return PictureFiles(path, names, sizes, times, tuple(sorted(walk.folders)), tuple(sorted(walk.others)), False)
@@ -125,11 +163,13 @@ class _Walk:
 
     def __init__(self, root: str) -> None:
         self.root, self.real = root, os.path.realpath(root)
+        self.pictures: list[tuple[str, int, int]] = []
+        """Name, size and time of each."""
         self.folders: list[str] = []
         self.others: list[str] = []
 
-    def pictures(self, place: str, below: str, above: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
-        """Name, size and time of every picture of a folder.
+    def look(self, place: str, below: str, above: tuple[str, ...]) -> None:
+        """Find what lies in a folder.
 
         Args:
             place: the folder.
@@ -139,8 +179,12 @@ class _Walk:
         try:
             with os.scandir(place) as entries:
                 for entry in entries:
-                    if not is_leftover(entry.name):
-                        yield from self._of_entry(entry, below + entry.name, above)
+                    if is_leftover(entry.name):
+                        continue
+                    if entry.is_file(follow_symlinks=False):
+                        self._file(entry, below + entry.name)
+                    else:
+                        self._other(entry, below + entry.name, above)
         except OSError as error:
             raise RefusedError(
                 f"the folder {place} cannot be read",
@@ -149,31 +193,35 @@ class _Walk:
                 next="correct its permissions, or leave it out",
             ) from error
 
-    def _of_entry(self, entry: os.DirEntry[str], name: str, above: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
-        wanted = is_picture(entry.name)
-        real = self._target(entry, name) if entry.is_symlink() else f"{above[-1]}/{entry.name}"
+    def _file(self, entry: os.DirEntry[str], name: str) -> None:
+        if is_picture(entry.name):
+            self._check_name(name)
+            seen = entry.stat()
+            self.pictures.append((name, seen.st_size, seen.st_mtime_ns))
+        else:
+            self.others.append(name.encode(errors="replace").decode())
+
+    def _other(self, entry: os.DirEntry[str], name: str, above: tuple[str, ...]) -> None:
+        """A folder, a link, or something else."""
+        real = self._target(entry) if entry.is_symlink() else f"{above[-1]}/{entry.name}"
         if entry.is_dir():
             if real in above:
-                raise _refused_link(entry.path, real, "which it lies in itself", "remove the link")
+                raise _refused_link(entry.path, real, "to a folder which it lies in itself", "remove the link")
             self._check_name(name)
             if not name.count("/"):
                 self.folders.append(name)
-            yield from self.pictures(entry.path, f"{name}/", (*above, real))
-        elif wanted and entry.is_file():
-            self._check_name(name)
-            seen = entry.stat()
-            yield name, seen.st_size, seen.st_mtime_ns
-        elif wanted:
+            self.look(entry.path, f"{name}/", (*above, real))
+        elif entry.is_file():
+            self._file(entry, name)
+        elif is_picture(entry.name):
             raise RefusedError(
                 f"{entry.path} is no regular file",
                 got="a link to nothing" if entry.is_symlink() else "a device, a socket or a pipe",
                 expected="pictures",
                 next="remove it",
             )
-        else:
-            self.others.append(name.encode(errors="replace").decode())
 
-    def _target(self, entry: os.DirEntry[str], name: str) -> str:
+    def _target(self, entry: os.DirEntry[str]) -> str:
         """Where a link leads.
 
         Raises:
@@ -200,7 +248,7 @@ class _Walk:
 
 def _refused_link(link: str, real: str, where: str, advice: str) -> RefusedError:
     return RefusedError(
-        f"the link {link} leads {'to a folder ' if 'lies' in where else ''}{where}",
+        f"the link {link} leads {where}",
         got=f"it leads to {real}",
         expected="links within the folder, and not in a circle",
         next=advice,

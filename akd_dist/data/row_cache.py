@@ -140,6 +140,8 @@ def _write(
     if data.stratify and is_drawn(data):
         _, stratified = read_labels(readings["train"], Classes(), functools.partial(tell, "the labels of data.train"))
     splits = {name: split_of_source(name, data, one.source, stratified) for name, one in readings.items()}
+    if data.task == "classification" and all(one.source.labels_at_hand for one in readings.values()):
+        _check_labels(data, readings, splits, tell)
 
     def write(readings: dict[str, OpenedSource], tell: Progress) -> Keep:
         return _write_readings(folder, data, readings, splits, origins, stamps, make_room, tell)
@@ -150,6 +152,21 @@ def _write(
         # An image has colours and those before it were grey, so one channel was planned for all: begin again with
         # three.
         return write(in_colour(readings), lambda what, done, total: tell(f"{what}, in colour", done, total))
+
+
+def _check_labels(
+    data: recipe.DataSpec, readings: dict[str, OpenedSource], splits: dict[str, np.ndarray], tell: Progress
+) -> None:
+    """Refuse wrong labels before any input is read, which takes long where it has to be decoded.
+
+    Raises:
+        RefusedError: as `prepare`.
+    """
+    classes, counts = Classes(), np.zeros((), dtype=np.int64)
+    for name, reading in readings.items():
+        classes, labels = read_labels(reading, classes, functools.partial(tell, f"the labels of data.{name}"))
+        counts = counts + splitting.count(splits[name], labels, classes.number or 0)
+    splitting.check_classes(data, counts, classes.names)
 
 
 def _write_readings(

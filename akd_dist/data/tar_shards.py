@@ -5,6 +5,7 @@ A sample is the members of one key, one beside the other: `cats/017.jpg` and `ca
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import re
@@ -186,26 +187,27 @@ def open_shard(shard: Shard) -> IO[bytes]:
     Raises:
         RefusedError: it cannot be read, is empty, or is compressed.
     """
-    try:
-        opened: Any
-        opened = shard.open(_REMOTE_BUFFER_BYTES) if isinstance(shard, RemoteFile) else shard.open("rb", _BUFFER_BYTES)
-        start = opened.read(512)
-        opened.seek(0)
-    except OSError as error:
-        raise RefusedError(
-            f"{shard} cannot be read", got=error.strerror or str(error), expected="a tar file that this user can read"
-        ) from error
-    kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
-    if kind is not None:
-        raise RefusedError(
-            f"{shard} is compressed",
-            got=kind,
-            expected="a tar file as it is, so that samples can be read from anywhere in it",
-            next="decompress it: pictures are hardly larger without",
-        )
-    if not start:
-        raise _damaged(shard, None, "0 bytes")
-    return opened  # type: ignore[no-any-return]
+    with contextlib.ExitStack() as closing:
+        try:
+            opened: Any
+            opened = shard.open("rb", _BUFFER_BYTES) if isinstance(shard, Path) else shard.open(_REMOTE_BUFFER_BYTES)
+            closing.callback(opened.close)
+            start = opened.read(tarfile.BLOCKSIZE)
+            opened.seek(0)
+        except OSError as error:
+            raise _unreadable(shard, error) from error
+        kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
+        if kind is not None:
+            raise RefusedError(
+                f"{shard} is compressed",
+                got=kind,
+                expected="a tar file as it is, so that samples can be read from anywhere in it",
+                next="decompress it: pictures are hardly larger without",
+            )
+        if not start:
+            raise _damaged(shard, None, "0 bytes")
+        closing.pop_all()
+        return opened  # type: ignore[no-any-return]
 
 
 def read_samples(opened: IO[bytes], shard: Shard, *, whole: bool = True) -> Iterator[Sample]:
@@ -348,9 +350,12 @@ def bytes_of(shard: Shard, start: int, stop: int) -> io.BytesIO:
             opened.seek(start)
             data = opened.read(stop - start) or b""
     except OSError as error:
-        raise RefusedError(
-            f"{shard} cannot be read", got=error.strerror or str(error), expected="a tar file that this user can read"
-        ) from error
+        raise _unreadable(shard, error) from error
     if len(data) < stop - start:
         raise _damaged(shard, None, f"{stop - start - len(data):,} bytes are missing since it was looked at")
     return io.BytesIO(data)
+
+
+def _unreadable(shard: Shard, error: OSError) -> RefusedError:
+    reason = error.strerror or str(error)
+    return RefusedError(f"{shard} cannot be read", got=reason, expected="a tar file that this user can read")

@@ -159,15 +159,17 @@ def check_fingerprints(fingerprints: Mapping[str, str], splits: Splits) -> None:
 def open_stream(
     job: CohortJob, splits: Splits, store_of: Callable[[str], LogitStore] = open_store
 ) -> tuple[BatchStream, np.ndarray | None]:
-    """The cohort's stream, and what the teacher says of each test row, as `stored_predictions`: both from stores.
+    """The cohort's stream, and what the teacher says of each test row, as `stored_predictions`: both from stores. None
+    for what has no store.
 
     Args:
         store_of: gives the store at a URI; whoever has it open already gives that.
     """
     logits, teacher_said, data = None, None, job.data
     if job.stores:
-        train, test = store_of(job.stores["train"]), store_of(job.teacher_test or job.stores["test"])
-        teacher_said = stored_predictions(test, splits.test).numpy()
+        train = store_of(job.stores["train"])
+        if test := job.stores.get("test") if job.teacher_test is None else job.teacher_test:
+            teacher_said = stored_predictions(store_of(test), splits.test).numpy()
         # No more views than there are epochs that could read them.
         views = min(data.views, max(spec.objective.epochs for spec in job.students)) or 1
         logits = StoredLogits(

@@ -180,7 +180,7 @@ _OF_PARENTS: list[object] = []
 class _Split:
     """A split that each process maps for itself: what both datasets share."""
 
-    def __init__(self, job: DatasetJob, epoch: int, start_step: int = 0) -> None:
+    def __init__(self, job: DatasetJob, epoch: int = 0, start_step: int = 0) -> None:
         self.job = job
         begins = [_counted("epoch", epoch), _counted("start_step", start_step)]
         # In memory that the workers of a DataLoader share, so that one that lives on sees the next epoch.
@@ -206,7 +206,7 @@ class _Split:
     @property
     def epoch(self) -> int:
         """The epoch that is shown: train rows in its view, the epoch modulo the number of views."""
-        return int(self._begins[0])
+        return int(self._begins.numpy()[0])  # a tensor's own item takes ten times as long
 
     @property
     def rows(self) -> Rows:
@@ -243,8 +243,12 @@ class DistillationDataset(_Split, Dataset[Tensors]):
     `dataset[row]` is one row; `dataset[[row, ...]]` a whole batch, [n, ...] each. Of each row: `inputs` as they are
     stored (uint8, float32; images are [channels, height, width], not normalised), of text instead `input_ids`,
     `attention_mask` and where the tokenizer has them `token_type_ids`, int64 [length]; `labels`, int64, or float32 for
-    regression; `teacher_logits`, float32 [classes], where there is a store; and `row`, its number, int64.
+    regression; `teacher_logits` [classes] where there is a store, as stored: float32, or float16 where `cache.encoding`
+    says so; and `row`, its number, int64.
     """
+
+    collate = staticmethod(collate)
+    """For trainers that collate rows by a function of their own: a batch that was gathered whole stays one."""
 
     def open(self, sources: SourceCheck | None = None) -> Self:
         """As `_Split.open`, with the view's logits at hand."""
@@ -288,7 +292,7 @@ class DistillationDataset(_Split, Dataset[Tensors]):
         if numbers.ndim != 1 or (numbers.size and (numbers.min() < -count or numbers.max() >= count)):
             raise IndexError(f"rows {rows} of {count:,}")
         numbers = np.where(numbers < 0, numbers + count, numbers)
-        return _named(stream.rows, numbers, *stream.gather(numbers, view, here.hold(view)))
+        return named_tensors(stream.rows, numbers, *stream.gather(numbers, view, here.hold(view)))
 
 
 class DistillationBatches(_Split, IterableDataset[Tensors]):
@@ -342,18 +346,18 @@ class DistillationBatches(_Split, IterableDataset[Tensors]):
         first = int(self._begins[1]) + worker if first is None else first
         for batch in stream.batches(self.epoch, first, self._rank, self._world, stride=workers):
             self._next = batch.step + workers
-            yield _named(stream.rows, batch.rows, batch.inputs, batch.labels, batch.logits)
+            yield named_tensors(stream.rows, batch.rows, batch.inputs, batch.labels, batch.logits)
         self._next = None
 
 
-def _named(
+def named_tensors(
     rows: Rows, numbers: np.ndarray, inputs: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor | None
 ) -> Tensors:
     """What trainers get of some rows."""
     found = {"inputs": inputs} if rows.tokens is None else _of_text(inputs, rows.tokens.padding)
     found["labels"] = labels
     if logits is not None:
-        found["teacher_logits"] = logits.float()
+        found["teacher_logits"] = logits
     found["row"] = torch.from_numpy(numbers)
     return found
 

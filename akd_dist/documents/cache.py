@@ -35,10 +35,10 @@ class CachedSplit(Document):
 class CachedSplits(Document):
     """The stores of the rows that nobody trains on."""
 
-    validation: CachedSplit
-    """The validation rows, one view, not augmented."""
-    test: CachedSplit
-    """The test rows, one view, not augmented."""
+    validation: CachedSplit | None
+    """The validation rows, one view, not augmented; null where the teacher is a store, and there is none of these."""
+    test: CachedSplit | None
+    """The test rows, likewise."""
 
 
 class CachedAssistant(CachedSplit):

@@ -21,7 +21,8 @@ class PlannedStudent(Document):
     standing: Literal["new", "resumes", "ended"]
     """Whether it starts, resumes from a checkpoint, or has ended already."""
     rides: str | None
-    """Whose stage I it goes on from; null if it computes its own."""
+    """Whose stage I it goes on from; `stages/<id>`, where it was trained before and lies under the store root; null if
+    it computes its own."""
     steps: Count
     """Steps that it still computes."""
     seconds: float | None

@@ -35,10 +35,10 @@ class ComparedModel(Document):
 
     model: str
     """Label of its architecture."""
-    parameters: Count
-    """Number of its weights."""
-    test: float
-    """Its primary metric on the test rows."""
+    parameters: Count | None
+    """Number of its weights; null where they are not known."""
+    test: float | None
+    """Its primary metric on the test rows; null where it was not measured."""
     agreement: Share | None
     """Share of test rows where it chooses the teacher's class; null for the teacher."""
 
@@ -220,8 +220,8 @@ class ReportedRun(Document):
     """What a label is."""
     metric: Metric
     """The primary metric."""
-    teacher: float
-    """The teacher's, on the test rows."""
+    teacher: float | None
+    """The teacher's, on the test rows; null where it was not measured."""
     done: Count
     """Students that finished."""
     students: Count

@@ -8,6 +8,7 @@ from akd_dist.recipe.base import (
     Classes as Classes,
     Device as Device,
     Factory as Factory,
+    LogitKind as LogitKind,
     Metric as Metric,
     Spec as Spec,
     Split as Split,
@@ -57,12 +58,19 @@ from akd_dist.recipe.recipe import (
     CacheSpec as CacheSpec,
     EncodingSpec as EncodingSpec,
     Recipe as Recipe,
+    StoredTeacher as StoredTeacher,
     StudentSpec as StudentSpec,
     TeacherSpec as TeacherSpec,
     TeacherTraining as TeacherTraining,
     differences as differences,
     forget_later_keys as forget_later_keys,
     trust as trust,
+)
+from akd_dist.recipe.search import (
+    Range as Range,
+    Search as Search,
+    rung_count as rung_count,
+    rung_epochs as rung_epochs,
 )
 from akd_dist.recipe.training import (
     AdamW as AdamW,
@@ -82,4 +90,10 @@ from akd_dist.recipe.training import (
     Steps as Steps,
     Takd as Takd,
     Training as Training,
+)
+from akd_dist.recipe.trials import (
+    SearchRecipe as SearchRecipe,
+    Trial as Trial,
+    Tuning as Tuning,
+    load_search as load_search,
 )

@@ -10,6 +10,10 @@ START = "one that is not absolute starts from the recipe's folder, or from the w
 """Where paths start, as refusals of a path that leads nowhere say it."""
 # Keys whose values are paths.
 _PATHS = ("path", "images", "labels", "weights", "folder")
+# Sealed stores are named by their id or its beginning, which is no path, or by the path of their folder.
+_STORES = "store"
+STORE_NAME = re.compile("[0-9a-f]{1,64}")
+"""A store's id, or the beginning of one."""
 MOST_EXPANDED = 100_000
 """The most paths that a brace expression may stand for."""
 _BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}/]*,[^{}/]*)\}")
@@ -59,5 +63,16 @@ def change_paths(node: Any, change: Callable[[str], str]) -> None:
             several = value if isinstance(value, list) else [value]
             changed = [change(one) if isinstance(one, str) else one for one in several]
             node[key] = changed if isinstance(value, list) else changed[0]
+        elif parts[-1] == _STORES and isinstance(value, str | dict):
+            named = {split: _change_store(name, change) for split, name in _by_split(value).items()}
+            node[key] = named if isinstance(value, dict) else named["train"]
         else:
             change_paths(value, change)
+
+
+def _by_split(value: str | dict[str, Any]) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {"train": value}
+
+
+def _change_store(name: Any, change: Callable[[str], str]) -> Any:
+    return change(name) if isinstance(name, str) and not STORE_NAME.fullmatch(name) else name

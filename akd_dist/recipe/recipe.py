@@ -69,8 +69,33 @@ class AssistantSpec(Training):
         return objective
 
 
+class StoredTeacher(Spec):
+    """Sealed stores of a teacher's logits: `store: ID` says the same as `store: {train: ID}`."""
+
+    train: str
+    """The store of the train rows: its id, the beginning of it under --store-root, or the path or URI of its folder."""
+    validation: str | None = None
+    """That of the validation rows; none looks for one of the same teacher beside it, and does without."""
+    test: str | None = None
+    """That of the test rows, for the teacher's metrics and agreement with it; none looks for one as above."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_word(cls, given: Any) -> Any:
+        return {"train": given} if isinstance(given, str) else given
+
+    @model_serializer(mode="plain")
+    def _as_short_as_can_be(self) -> str | dict[str, Any]:
+        given = {split: name for split, name in self if name is not None}
+        return self.train if list(given) == ["train"] else given
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core)]}
+
+
 class TeacherSpec(Spec):
-    """The teacher: a model folder, a checkpoint from elsewhere, or a model that the recipe trains first."""
+    """The teacher: a model folder, a checkpoint from elsewhere, a model that the recipe trains, or stored logits."""
 
     weights: str | None = None
     """A folder or URI with model.safetensors and model.json, such as a student's. Beside `model`, a checkpoint from
@@ -80,6 +105,8 @@ class TeacherSpec(Spec):
     model of kind `huggingface` with its weights in `path`."""
     train: TeacherTraining | None = None
     """How this recipe trains it."""
+    store: StoredTeacher | None = None
+    """Its logits alone, in sealed stores, such as `akd-dist stores import` makes: no model is needed then."""
     assistant: AssistantSpec | None = None
     """A model of a size between, for students of objective `takd`."""
 
@@ -101,7 +128,7 @@ class TeacherSpec(Spec):
 
     @model_validator(mode="after")
     def _one_way(self) -> TeacherSpec:
-        given = [name for name in ("weights", "model", "train") if getattr(self, name) is not None]
+        given = [name for name in ("weights", "model", "train", "store") if getattr(self, name) is not None]
         if (
             given == ["model"]
             and isinstance(self.model, HuggingFaceModel)
@@ -109,10 +136,10 @@ class TeacherSpec(Spec):
             and self.model.pretrained
         ):
             return self
-        if given not in (["weights"], ["model", "train"], ["weights", "model"]):
+        if given not in (["weights"], ["model", "train"], ["weights", "model"], ["store"]):
             raise ValueError(
                 "give either weights, or model and train, or model and weights: the architecture of a checkpoint from "
-                f"elsewhere; got {' and '.join(given) or 'neither'}"
+                f"elsewhere; or store; got {' and '.join(given) or 'neither'}"
             )
         return self
 
@@ -297,7 +324,7 @@ class Recipe(Spec):
         document["data"]["image"] = self.data.image.said()
         if not document["data"]["image"]:
             del document["data"]["image"]
-        del document["teacher"]["weights"]
+        del document["teacher"]["weights"], document["teacher"]["store"]
         for training in _trainings(document):
             forget_later_keys(training)
         for student in document["students"]:

@@ -179,7 +179,7 @@ def compare(recipe: Recipe, fleet: FleetDocument, rows: SplitRows, command: str)
 
 
 def _reference(model: FleetTeacher, metric: str, agreement: float | None) -> ComparedModel:
-    return ComparedModel(model=model.model, parameters=model.parameters, test=model.test[metric], agreement=agreement)
+    return ComparedModel(model=model.model, parameters=model.parameters, test=model.metric(metric), agreement=agreement)
 
 
 def _rows_of_model(

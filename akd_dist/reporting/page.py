@@ -24,6 +24,7 @@ from akd_dist.base.formatting import (
     duration,
     percent,
     share,
+    thousands,
 )
 from akd_dist.base.places import inside, written
 from akd_dist.documents.error import Refusal
@@ -162,6 +163,7 @@ def render(run: Run) -> str:
         written=functools.partial(inside if is_copy(run.folder) else written, folder=run.folder),
         shown=shown,
         agreeing=not run.regression,
+        thousands=thousands,
         share=share,
         rows=list(_table_rows(run)),
         tiles=_tiles(run),
@@ -208,9 +210,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     groups, shown, teacher = run.groups, run.shown, run.fleet.teacher
     tiles = [
         (
-            shown.with_unit(shown.text(run.teacher)),
+            "-" if run.teacher is None else shown.with_unit(shown.text(run.teacher)),
             f"teacher's test {shown.name}",
-            f"{teacher.model}, {teacher.parameters:,} parameters",
+            teacher.model + ("" if teacher.parameters is None else f", {teacher.parameters:,} parameters"),
         ),
         (
             f"{run.done} of {len(run.fleet.students)}",

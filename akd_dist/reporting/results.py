@@ -85,9 +85,9 @@ class Run:
         return SHOWN[self.fleet.metric]
 
     @property
-    def teacher(self) -> float:
-        """The teacher's primary metric on the test rows."""
-        return self.fleet.teacher.test[self.fleet.metric]
+    def teacher(self) -> float | None:
+        """The teacher's primary metric on the test rows; None where it was not measured."""
+        return self.fleet.teacher.metric(self.fleet.metric)
 
     @property
     def regression(self) -> bool:

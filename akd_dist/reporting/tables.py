@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from akd_dist.base.formatting import SHOWN, house_table, percent, seconds, share, some_of
+from akd_dist.base.formatting import SHOWN, house_table, percent, seconds, share, some_of, thousands
 from akd_dist.documents.fleet import FleetDocument
 from akd_dist.reporting.results import Run
 from akd_dist.reporting.seeds import (
@@ -46,15 +46,15 @@ def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table
     table.add_column("objective", no_wrap=True)
     for heading in (f"test\n{shown.with_unit(shown.short)}", *["agree-\nment %"] * agreeing, "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
-    best = shown.text(teacher.test[fleet.metric])
-    table.add_row("teacher", f"{teacher.parameters:,}", "100 %", "", best, style="bold")
+    best, whole = shown.text(teacher.metric(fleet.metric)), share(teacher.parameters, teacher.parameters)
+    table.add_row("teacher", thousands(teacher.parameters), whole, "", best, style="bold")
     for assistant in fleet.assistants:
         table.add_row(
             Text(f"assistant {assistant.model}"),
-            f"{assistant.parameters:,}",
+            thousands(assistant.parameters),
             share(assistant.parameters, teacher.parameters),
             "",
-            shown.text(assistant.test[fleet.metric]),
+            shown.text(assistant.metric(fleet.metric)),
             *[percent(assistant.agreement)] * agreeing,
         )
     previous = None

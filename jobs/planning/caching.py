@@ -22,6 +22,7 @@ from akd_dist.distill.trial import try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
 from akd_dist.documents.check import TeacherCheck
 from akd_dist.jobs.packing import ResourceRequest
+from akd_dist.jobs.planning.stored import check_kind, stores_of
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_cluster, rows_of_machine
 from akd_dist.jobs.train_teacher import Stores, Trained, Workspace, assistant_of, is_there, teacher_of
@@ -29,7 +30,7 @@ from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
 from akd_dist.models.folder import load_card, read_model
 from akd_dist.models.imported import Imported, open_checkpoint
-from akd_dist.recipe import NoAugmentation, Recipe
+from akd_dist.recipe import NoAugmentation, Recipe, Split, StoredTeacher
 from akd_dist.storage import catalog
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS, TEACHERS, Shard, StoreLayout
@@ -73,10 +74,11 @@ class CachedModel:
     name: str
     """`the teacher`, or `the assistant mlp-64`."""
     model_uri: str
-    """Its model folder."""
-    card: ModelCard
-    """What is built there."""
+    """Its model folder; empty where there are only stores."""
+    card: ModelCard | None
+    """What is built there; None where there are only stores."""
     plans: list[SplitPlan]
+    """Of each split; of a teacher of whom there are only stores, of those that have one."""
     imported: Imported | None = None
     """The checkpoint that it comes from; None of a model folder."""
     check: TeacherCheck | None = None
@@ -169,6 +171,9 @@ def models_there(recipe: Recipe, splits: Splits, workspace: Workspace) -> list[C
     """
     models: list[CachedModel] = []
     while len(models) <= len(recipe.teacher.chain):
+        if not models and recipe.teacher.store is not None:
+            models.append(stored_teacher(recipe, recipe.teacher.store, splits, workspace.store_root))
+            continue
         trained = next_below(recipe, splits, models)
         if trained is None:
             models.append(_given_teacher(recipe, splits, workspace))
@@ -178,6 +183,19 @@ def models_there(recipe: Recipe, splits: Splits, workspace: Workspace) -> list[C
             break
         models.append(model_at(trained.name, uri, recipe, splits))
     return models
+
+
+def stored_teacher(recipe: Recipe, named: StoredTeacher, splits: Splits, store_root: str) -> CachedModel:
+    """A teacher of whom there are only stores, as the recipe names them."""
+    plans = []
+    for split, store in stores_of(recipe, named, splits, store_root).items():
+        creation = store.manifest.creation()
+        # Who asks for fewer views learns the same from a store of more.
+        views = recipe.data.views if split == "train" else 1
+        identity = creation.identity.model_copy(update={"views": views})
+        creation = creation.model_copy(update={"identity": identity})
+        plans.append(SplitPlan(split, getattr(splits, split), creation, store))
+    return CachedModel("the teacher", "", None, plans)
 
 
 def _given_teacher(recipe: Recipe, splits: Splits, workspace: Workspace) -> CachedModel:
@@ -194,7 +212,7 @@ def _given_teacher(recipe: Recipe, splits: Splits, workspace: Workspace) -> Cach
 
 
 def next_below(recipe: Recipe, splits: Splits, above: Sequence[CachedModel]) -> Trained | None:
-    """The model of the chain below those, as it is trained; None is a teacher whose weights lie somewhere."""
+    """The model of the chain below those, as it is trained; None is a teacher that lies somewhere."""
     if not above:
         return teacher_of(recipe, splits)
     return assistant_of(recipe, splits, recipe.teacher.chain[len(above) - 1], above[-1].taught, above[-1].stores)
@@ -203,7 +221,8 @@ def next_below(recipe: Recipe, splits: Splits, above: Sequence[CachedModel]) -> 
 def look_up(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
     """Find which stores of a model are sealed, and what the others miss as far as it can be told without a claim."""
     for plan in model.plans:
-        plan.store = catalog.find_store(workspace.store_root, plan.identity)
+        if plan.store is None:  # else the recipe names it
+            plan.store = catalog.find_store(workspace.store_root, plan.identity)
         if plan.store is None:
             if workspace.address is None:
                 # Which card the nodes of a cluster have is not asked: views that are there may count as missing.
@@ -265,11 +284,12 @@ def _planned(recipe: Recipe, splits: Splits, model: CachedModel | None) -> Plann
         hit = plan is not None and plan.store is not None
         return PlannedSplit(rows=len(rows), views=views, hit=hit, shards=len(shards), bytes=size)
 
-    train, validation, test = [None] * len(SPLITS) if model is None else model.plans
+    names: tuple[Split, ...] = ("train", "validation", "test")
+    plans = {} if model is None else {plan.split: plan for plan in model.plans}
     return {
-        "train": of(splits.train, recipe.data.views, train),
-        "validation": of(splits.validation, 1, validation),
-        "test": of(splits.test, 1, test),
+        split: of(getattr(splits, split), recipe.data.views if split == "train" else 1, plans.get(split))
+        for split in names
+        if model is None or split in plans
     }
 
 
@@ -338,7 +358,9 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], 
         DamagedError: weights or a store are not what was written.
     """
     rows, data = splits.train, recipe.data
-    if recipe.teacher.train is None:
+    if recipe.teacher.store is not None:
+        check_kind(recipe, models[0].opened["train"])
+    elif recipe.teacher.train is None:
         _check_given(models[0], recipe, splits, workspace)
     elif (teacher := teacher_of(recipe, splits)) is not None and not models:
         assert recipe.teacher.train is not None
@@ -352,6 +374,7 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], 
 
 def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: Workspace) -> None:
     """Try a teacher that the recipe does not train, and ask it of labelled rows, if only in its stores."""
+    assert model.card is not None, "there are weights"
     model.card.check_rows(splits.train, f"the teacher in {model.model_uri}")
     if (store := model.opened.get("validation")) is not None and len(model.opened) == len(SPLITS):
         model.check = check_in_store(store, splits.validation)

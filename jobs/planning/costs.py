@@ -48,10 +48,11 @@ class Passage(NamedTuple):
     """Whether somebody needs the teacher's logits."""
 
 
-def _needs(spec: StudentSpec) -> tuple[tuple[int, bool], ...]:
-    """(epoch after its last, whether it needs logits) of each stage."""
-    ends = itertools.accumulate(stage.epochs for stage in stages(spec.objective))
-    return tuple((end, stage.needs_logits) for end, stage in zip(ends, stages(spec.objective), strict=True))
+def _needs(spec: StudentSpec, until: int) -> tuple[tuple[int, bool], ...]:
+    """(epoch after its last, whether it needs logits) of each stage, as far as that comes before an epoch."""
+    ends = [0, *itertools.accumulate(stage.epochs for stage in stages(spec.objective))]
+    begun = zip(itertools.pairwise(ends), stages(spec.objective), strict=True)
+    return tuple((min(end, until), stage.needs_logits) for (begin, end), stage in begun if begin < until)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class CostModel:
     """Logits of a row."""
     behind: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(epoch, step) of the last checkpoint of those that resume."""
+    stages1: Mapping[str, str] = field(default_factory=dict)
+    """Of those that begin with stage II, since their stage I was trained before: where it lies under the store root."""
+    pauses: Mapping[str, int] = field(default_factory=dict)
+    """After how many epochs students wait for another command, by name; all others go on to their end."""
     fetching: int = 0
     """Bytes of rows that a worker has in its memory, on their way into the node's cache."""
     each_epoch: bool = False
@@ -90,6 +95,7 @@ class CostModel:
         parameters: Mapping[str, int],
         measured: Mapping[str, Measured | None],
         behind: Mapping[str, tuple[int, int]] | None = None,
+        stages1: Mapping[str, str] | None = None,
     ) -> CostModel:
         """The costs of a recipe's students on these rows."""
         train = splits.train
@@ -103,6 +109,7 @@ class CostModel:
             row_bytes=train.row_bytes,
             classes=train.classes,
             behind=behind or {},
+            stages1=stages1 or {},
             fetching=0 if train.sealed is None else bytes_ahead(train.row_bytes),
             each_epoch=recipe.checkpoint_seconds == 0,
         )
@@ -118,12 +125,17 @@ class CostModel:
 
     def starts_at(self, spec: StudentSpec, follows: bool = False) -> tuple[int, int]:
         """(epoch, step) from which a student computes; one that follows computes no stage I."""
-        return (stages(spec.objective)[0].epochs, 0) if follows else self.behind.get(spec.name, (0, 0))
+        skips = follows or spec.name in self.stages1
+        return (stages(spec.objective)[0].epochs, 0) if skips else self.behind.get(spec.name, (0, 0))
+
+    def ends_at(self, spec: StudentSpec) -> int:
+        """After how many epochs a student ends, or waits."""
+        return min(spec.objective.epochs, self.pauses.get(spec.name, spec.objective.epochs))
 
     def steps_left(self, spec: StudentSpec, follows: bool = False) -> int:
         """Steps that a student still computes."""
         epoch, step = self.starts_at(spec, follows)
-        return max(0, (spec.objective.epochs - epoch) * self.steps_per_epoch(spec) - step)
+        return max(0, (self.ends_at(spec) - epoch) * self.steps_per_epoch(spec) - step)
 
     def seconds(self, spec: StudentSpec, follows: bool = False) -> float:
         """Seconds that a student adds to its cohort: steps, evaluations, checkpoints, and its setting up."""
@@ -145,7 +157,7 @@ class CostModel:
         return found
 
     def _is_past_stage1(self, spec: StudentSpec) -> bool:
-        epoch, _ = self.behind.get(spec.name, (0, 0))
+        epoch, _ = self.starts_at(spec)
         return epoch >= stages(spec.objective)[0].epochs
 
     def family_seconds(self, family: Cohort) -> float:
@@ -160,7 +172,7 @@ class CostModel:
         """
         followers, most = self.leaders(cohort), self.steps_per_epoch(cohort[0])
         # Students that differ in no more than names and models stand at the same place.
-        paths = {(*self.starts_at(spec, spec.name in followers), _needs(spec)) for spec in cohort}
+        paths = {(*self.starts_at(spec, spec.name in followers), _needs(spec, self.ends_at(spec))) for spec in cohort}
         # Between two of these the same students train, in the same stages; in its first epoch one may be halfway.
         cuts = {cut for begins, _, needs in paths for cut in (begins, begins + 1, *(end for end, _ in needs))}
         found = []

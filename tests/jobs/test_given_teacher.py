@@ -84,6 +84,7 @@ def cached(recipe: Recipe, home: Path, root: str | Path) -> tuple[list[CachedMod
 def test_one_teacher_one_store_however_it_comes(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (first,), said = cached(of(given / "parallel.pth"), given, tmp_path)
     assert f"{given}/parallel.pth: taken from `state_dict` in the file; `module.` was taken off" in said
+    assert first.card is not None
     assert first.model_uri == f"{tmp_path}/teachers/{first.card.fingerprint[:32]}"
     assert first.check is not None
     assert first.check.accuracy is not None
@@ -248,6 +249,7 @@ def test_models_import_makes_what_every_other_command_takes(
     code, _, _ = run(capsys, "predict", "parallel", "recipe.yaml", cache, "--out", "said.parquet")
     assert code == 0
     (model,), _ = cached(of(given / "plain.safetensors"), given, tmp_path / "stores")
+    assert model.card is not None
     assert model.card.fingerprint == document["fingerprint"]
     same = akd_dist.import_model("recipe.yaml", given / "plain.safetensors", "again", cache_root=given / "cache")
     assert same["fingerprint"] == document["fingerprint"]

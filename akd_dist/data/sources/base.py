@@ -48,6 +48,8 @@ class Source:
     """The files that rows lie in, in order; none where the source is one whole."""
     file_starts: np.ndarray | None = None
     """The first row of each file, int64 [files]; None with no files."""
+    labels_at_hand: bool = False
+    """Whether labels are known without reading anything: then they are checked before inputs are read."""
     names: Callable[[int, int], Sequence[str]] | None = None
     """What rows start..stop - 1 are called where they come from, as files of pictures are."""
     known: Any = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from akd_dist.base.formatting import some_of
 from akd_dist.data.blocks import MAX_THREADS, Block, default_threads
 from akd_dist.data.file_sets import FileSet
 from akd_dist.data.label_tables import find_table, labels_by_file
-from akd_dist.data.picture_files import MOST_BYTES, TABLES, find_pictures
+from akd_dist.data.picture_files import TABLES, PictureFiles, find_pictures
 from akd_dist.data.sources.base import Source, slices, stats_of
 from akd_dist.storage.remote import RemoteFile
 
@@ -49,19 +48,18 @@ class ImageFolderSource:
 
     def open(self) -> Source:
         """Look at the rows, without reading any picture."""
-        self._check_files()
         labels, chosen = self._labels()
+        self.found.check(chosen)
         names = [self.found.names[number] for number in chosen]
-        files = [self.found.place(number) for number in chosen]
         sizes = [self.found.sizes[number] for number in chosen]
-        name = self.spec.path
+        name, rows = self.spec.path, len(names)
         left_out = self.found.left_out([] if self.table is None else [self.table.name])
-        if (unlisted := len(self.found.names) - len(names)) and self.table is not None:
+        if (unlisted := len(self.found.names) - rows) and self.table is not None:
             left_out += (f"left out of {name}, as {self.table} does not list them: {unlisted:,} pictures",)
 
         def blocks(most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-            last = len(files) if stop is None else min(stop, len(files))
-            encoded = _read_ahead(files[start:last])
+            last = rows if stop is None else min(stop, rows)
+            encoded = _read_ahead(self.found, chosen[start:last])
             for first, end in _cut(sizes, most, start, last):
                 pictures = pa.array(list(itertools.islice(encoded, end - first)), pa.large_binary())
                 yield Block(first, [pictures], labels[first:end])
@@ -71,14 +69,15 @@ class ImageFolderSource:
 
         return Source(
             name,
-            len(files),
+            rows,
             blocks,
             lambda row: f"row {row} of {name} ({names[row]})",
-            label_blocks=functools.partial(slices, len(files), labels_alone),
+            label_blocks=functools.partial(slices, rows, labels_alone),
             notes=left_out,
             label=() if self.table is None else (f"{self.spec.label} of {self.table.name}",),
             classes=self.spec.classes,
             names=lambda first, last: names[first:last],
+            labels_at_hand=True,
         )
 
     def _table(self) -> Path | RemoteFile | None:
@@ -142,25 +141,9 @@ class ImageFolderSource:
                 f"the folders in {place} are called as splits, and not as classes",
                 got=", ".join(sorted(there)),
                 expected="a folder for each class",
-                next=f"set `path` to {place.rstrip('/')}/{max(there & _TRAIN, default=min(there))}, and name the "
-                "others as sources of their own",
+                next=f"name {place.rstrip('/')}/{max(there & _TRAIN, default=min(there))}, and each as its own source",
             )
         return classes
-
-    def _check_files(self) -> None:
-        """Refuse what can be seen to be no picture, without opening it."""
-        for number, size in enumerate(self.found.sizes):
-            place = self.found.place(number)
-            got = "0 bytes" if not size else f"{size:,} bytes" if size > MOST_BYTES else ""
-            if not got and isinstance(place, Path) and not os.access(place, os.R_OK):
-                got = "a file that this user may not read"
-            if got:
-                raise RefusedError(
-                    f"row {number} of {self.spec.path} is no picture that can be read: {place}",
-                    got=got,
-                    expected=f"a picture, of {MOST_BYTES:,} bytes at most",
-                    next="copy it again, or remove it",
-                )
 
 
 def _cut(sizes: Sequence[int], most: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -175,33 +158,20 @@ def _cut(sizes: Sequence[int], most: int, start: int, stop: int) -> Iterator[tup
         yield first, stop
 
 
-def _read_ahead(files: Sequence[Path | RemoteFile]) -> Iterator[bytes]:
-    """The bytes of files in their order, read by several threads ahead of whoever takes them.
+def _read_ahead(found: PictureFiles, numbers: Sequence[int]) -> Iterator[bytes]:
+    """The bytes of pictures in their order, read by several threads ahead of whoever takes them.
 
     Objects are waited for, one request each, so that more of them are under way than there are cores.
     """
-    threads = MAX_THREADS if files and isinstance(files[0], RemoteFile) else default_threads()
+    threads = MAX_THREADS if found.remote else default_threads()
     ahead: deque[Future[bytes]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
-        for file in files:
-            ahead.append(pool.submit(_bytes_of, file))
+        for number in numbers:
+            ahead.append(pool.submit(found.read, number))
             if len(ahead) > 2 * threads:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _bytes_of(file: Path | RemoteFile) -> bytes:
-    try:
-        data = file.read_bytes() if isinstance(file, Path) else file.open().read()
-    except OSError as error:
-        raise RefusedError(
-            f"{file} cannot be read",
-            got=error.strerror or str(error),
-            expected="a picture that stays while its rows are read",
-            next="correct its permissions, or run the same command again",
-        ) from error
-    return data or b""

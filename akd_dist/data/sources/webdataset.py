@@ -115,6 +115,7 @@ class WebDatasetSource:
             classes=self.spec.classes,
             names=called if names is not None else None,
             known=parts,
+            labels_at_hand=labels is not None,
         )
 
     def _notes(self) -> tuple[str, ...]:
