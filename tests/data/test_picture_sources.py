@@ -26,7 +26,7 @@ from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.row_store import RowsPlan, Take, ensure_rows
 from akd_dist.data.rows import Splits
-from akd_dist.data.sources import image_folder, webdataset
+from akd_dist.data.sources import webdataset
 from akd_dist.data.sources.kinds import kind_of
 from akd_dist.recipe import DataSpec, Image, ImageFolder, Parquet, WebDataset
 from akd_dist.recipe.paths import expand_braces
@@ -276,7 +276,7 @@ def test_rows_are_the_same_whatever_the_threads(
 ) -> None:
     source, found = make(tmp_path), []
     for threads in (1, 2, 7):
-        for module in (blocks, preparing, image_folder, webdataset):
+        for module in (blocks, preparing, webdataset):
             monkeypatch.setattr(module, "default_threads", lambda threads=threads: threads)
         found.append(all_rows(source, tmp_path / f"cache-{threads}").fingerprints)
     assert found[0] == found[1] == found[2]
