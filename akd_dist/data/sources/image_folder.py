@@ -23,6 +23,7 @@ from akd_dist.storage.remote import RemoteFile
 
 # The most bytes of encoded pictures in one block.
 _BLOCK_BYTES = 1 << 23
+_NO_TABLE = recipe.ImageFolder(path="")
 _TRAIN = {"train", "training"}
 _SPLITS = frozenset(["train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"])
 
@@ -119,6 +120,13 @@ class ImageFolderSource:
     def _folders(self) -> Any:
         """The name of each picture's class, that of the folder in `path` which it lies in: an Arrow array."""
         names, place = self.found.names, self.spec.path
+        if (self.spec.file, self.spec.label) != (_NO_TABLE.file, _NO_TABLE.label):
+            raise RefusedError(
+                f"there is no table of labels in {place}",
+                got=f"the columns {self.spec.file} and {self.spec.label}, and no {', '.join(TABLES)}",
+                expected="a table that has them",
+                next="name it, `labels: labels.csv`; or leave out `file` and `label` where folders are the classes",
+            )
         loose = [name for name in names if "/" not in name]
         if loose:
             alone = not self.found.folders
