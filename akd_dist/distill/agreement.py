@@ -42,7 +42,7 @@ def check_on_rows(module: nn.Module, rows: Rows, name: str = "the teacher") -> T
     """
     numbers, logits, began = _asked(rows), [], time.monotonic()
     for start in range(0, len(numbers), _BATCH):
-        inputs = torch.from_numpy(rows.inputs.take(numbers[start : start + _BATCH], axis=0))
+        inputs = torch.from_numpy(np.asarray(rows.inputs.take(numbers[start : start + _BATCH], axis=0)))
         logits.append(teacher_logits(module, inputs, len(inputs)))
         if time.monotonic() - began > _SECONDS:
             break

@@ -24,7 +24,8 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.distill import teacher
 from akd_dist.documents.json_schema import schemas
 from akd_dist.jobs.cache_teacher import compute_in_process, walk_chain
-from akd_dist.jobs.planning.caching import CachedModel, open_inputs
+from akd_dist.jobs.planning.caching import open_inputs
+from akd_dist.jobs.planning.models import CachedModel
 from akd_dist.jobs.repair import repair
 from akd_dist.jobs.run_folder import run_identity
 from akd_dist.jobs.train_teacher import Workspace, run_in_process
@@ -149,7 +150,7 @@ def test_a_store_of_an_imported_teacher_is_repaired(given: Path, tmp_path: Path)
     (model,), _ = cached(of(given / "parallel.pth"), given, tmp_path)
     for path in sorted(Path(model.model_uri).iterdir()):  # nobody needs it any more, and it comes again
         path.unlink()
-    store = Path(model.stores["train"])
+    store = Path(model.opened["train"].uri)
     shard = store / "arrays.zarr" / "logits" / "c" / "0" / "1" / "0"
     sealed = shard.read_bytes()
     shard.unlink()
