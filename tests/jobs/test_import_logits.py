@@ -423,6 +423,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: pq.write_table(pa.table({"logit_0": [1.0], "logit_2": [1.0]}), path),
         "lacks a column",
     ),
+    "text.parquet": (lambda path: pq.write_table(pa.table({"logits": [["1"], ["2"]]}), path), "holds no floats"),
     "holes.zarr": (_holes, "chunks of it are missing"),
     "inner.zarr": (_inner_hole, "not finite"),
     "link.zarr": (_leading_out, "leads out of the folder"),
