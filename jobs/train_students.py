@@ -25,7 +25,7 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import cache_planned
-from akd_dist.jobs.growth import Growth, another_search, settle
+from akd_dist.jobs.growth import Growth, settle
 from akd_dist.jobs.packing import fits
 from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import Inputs, open_rows, with_models
@@ -120,9 +120,7 @@ def _run_recipe(
         shuffle = windows.settled(recipe, run.folder, fresh=options.fresh)
         growth = Growth()
         if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
-            inputs, growth = _grown(run.folder, inputs, shuffle)
-            if rung is not None and (growth.refused or growth.renamed):
-                raise another_search(run.folder, growth)
+            inputs, growth = _grown(run.folder, inputs, shuffle, search=rung is not None)
             for line in growth.lines if rung is None else []:
                 workspace.tell(f"the run {recipe.name}: {line}")
         drives = contextlib.nullcontext() if options.dry_run else driving(run.folder, moves=run.local is not None)
@@ -134,7 +132,7 @@ def _run_recipe(
             return plan, _execute(plan, growth, options, workspace, began, run, rung)
 
 
-def _grown(run: Path, inputs: Inputs, shuffle: windows.Shuffle | None) -> tuple[Inputs, Growth]:
+def _grown(run: Path, inputs: Inputs, shuffle: windows.Shuffle | None, *, search: bool) -> tuple[Inputs, Growth]:
     """What is trained of a recipe in a run that may have begun: its students as they are called there.
 
     Raises:
@@ -145,7 +143,7 @@ def _grown(run: Path, inputs: Inputs, shuffle: windows.Shuffle | None) -> tuple[
     saved = check_same_run(run, recipe, identity)
     if saved is None:
         return inputs, Growth()
-    recipe, growth = settle(run, saved, inputs.recipe, identity["students"])
+    recipe, growth = settle(run, saved, inputs.recipe, identity["students"], search=search)
     # By what the recipe calls them: a student of another name is the same one, and has as many parameters.
     parameters = inputs.parameters | {name: inputs.parameters[given] for given, name in growth.renamed.items()}
     return replace(inputs, recipe=recipe, parameters=parameters), growth

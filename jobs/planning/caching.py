@@ -13,6 +13,7 @@ from rich.console import Console
 from akd_dist import recipe as recipes
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import check_folder
+from akd_dist.data.encoded import decoded_by, encoded_of
 from akd_dist.data.findings import near_chance
 from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.data.views import by_content, check_augmentation
@@ -286,7 +287,8 @@ def creation_of(
         threads=recipe.cache.threads,
         device=device,
         # Another version of any of these may change a last bit of a logit, or a byte of a shard.
-        versions={name: version(name) for name in ("akd-dist", "numcodecs", "numpy", "torch", "zarr")},
+        versions={name: version(name) for name in ("akd-dist", "numcodecs", "numpy", "torch", "zarr")}
+        | ({} if encoded_of(rows.inputs) is None else decoded_by()),
     )
     teacher = {"fingerprint": fingerprint, "spec": card.model_dump(mode="json")}
     return Creation(identity=identity, computed=computed, dataset=rows.describe(), teacher=teacher)
