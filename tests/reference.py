@@ -46,6 +46,7 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
     ),
     "Teacher": {
         recipe.TeacherSpec: "teacher",
+        recipe.TeacherMember: "teacher.members",
         recipe.TeacherTraining: "teacher.train",
         recipe.StoredTeacher: "teacher.store",
         recipe.AssistantSpec: "teacher.assistant",

@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +17,11 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import framing
 from akd_dist.data.blocks import Block, default_threads, map_blocks
-from akd_dist.data.columns import Images, Inputs, MixedSizesError, inputs_of
+from akd_dist.data.columns import Images, Inputs, inputs_of
+from akd_dist.data.encoded import COLUMNS, meaning_of
 from akd_dist.data.labels import Classes, Labels, labels_of
+from akd_dist.data.noted import MixedSizesError
+from akd_dist.data.row_files import RowsFile
 from akd_dist.data.sources.base import Kind, Source
 from akd_dist.data.sources.kinds import kind_of, open_kind
 from akd_dist.data.splitting import SPLITS
@@ -33,6 +35,8 @@ READ_BYTES = 1 << 20
 _LABEL_ROWS = 1 << 14
 # How many pictures are looked at to say to which size they might all be brought.
 _LOOKED_AT = 256
+# How many encoded pictures are weighed, to say how much room all of them take.
+_WEIGHED = 64
 # What a label takes on disk: int64 of a class; float32 of regression takes half.
 _LABEL_BYTES = 8
 
@@ -46,10 +50,14 @@ class OpenedSource:
     """Its first row."""
     inputs: Inputs
     """What turns its inputs into arrays."""
+    encoded: int = 0
+    """Bytes of one input that stays encoded, the mean of the first few; 0 where they become pixels."""
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one input."""
+        """Bytes of one input, of which that is known only roughly where they stay encoded."""
+        if self.encoded:
+            return self.encoded + COLUMNS * 8
         return math.prod(self.inputs.shape) * self.inputs.dtype.itemsize
 
     @property
@@ -101,10 +109,44 @@ def open_sources(
             expected="encoded images, or those of Pillow",
             next="leave out data.image",
         )
-    readings = _of_one_colour(readings)
+    readings = _kept(data, _of_one_colour(readings))
     for name, reading in readings.items():
         _check_alike(name, reading, readings["train"], data.task)
     return readings
+
+
+def _kept(data: recipe.DataSpec, readings: dict[str, OpenedSource]) -> dict[str, OpenedSource]:
+    """The same sources, whose pictures stay encoded where the recipe says so and they come so."""
+    others = [
+        name for name, one in readings.items() if not (isinstance(one.inputs, Images) and one.inputs.come_encoded)
+    ]
+    if not data.asks_for_encoded or (others and data.image.keep == "auto"):
+        return readings
+    if others:
+        raise RefusedError(
+            "data.image.keep is `encoded`, and the inputs are no encoded images",
+            got=f"images that are decoded already, or numbers, in {readings[others[0]].source.name}",
+            expected="bytes of encoded images",
+            next="leave out data.image.keep",
+        )
+    return {name: _encoded(one) for name, one in readings.items()}
+
+
+def _encoded(reading: OpenedSource) -> OpenedSource:
+    inputs = reading.inputs
+    assert isinstance(inputs, Images)
+    first = next(reading.source.blocks(_WEIGHED))
+    return dataclasses.replace(
+        reading, inputs=inputs.kept_encoded(), encoded=inputs.mean_bytes(first.inputs, first.rows)
+    )
+
+
+def kept_as(reading: OpenedSource) -> dict[str, Any] | None:
+    """What is said of pictures that stay encoded, see `meaning_of`; None of other inputs."""
+    inputs = reading.inputs
+    if not reading.encoded or not isinstance(inputs, Images):
+        return None
+    return meaning_of(inputs.shape, inputs.image)
 
 
 def read_labels(
@@ -162,7 +204,7 @@ def _of_one_colour(readings: dict[str, OpenedSource]) -> dict[str, OpenedSource]
 
 def write_source(
     reading: OpenedSource,
-    files: Sequence[tuple[np.ndarray, Path, Path]],
+    files: Sequence[tuple[np.ndarray, tuple[Path, ...]]],
     task: recipe.Task,
     classes: Classes,
     tell: Callable[[int, int], None],
@@ -171,7 +213,7 @@ def write_source(
 
     Args:
         reading: the source.
-        files: rows that go together (bool [rows of the source]), and the .npy files of their inputs and labels.
+        files: rows that go together (bool [rows of the source]), and their files, as of `row_files.names_of`.
         task: what labels are.
         classes: what is known of the dataset's classes; not complete for the source of the train rows.
         tell: called with rows done, and rows in all.
@@ -201,7 +243,7 @@ def with_advice(error: MixedSizesError, reading: OpenedSource) -> MixedSizesErro
 
 def _write_source(
     reading: OpenedSource,
-    files: Sequence[tuple[np.ndarray, Path, Path]],
+    files: Sequence[tuple[np.ndarray, tuple[Path, ...]]],
     task: recipe.Task,
     classes: Classes,
     tell: Callable[[int, int], None],
@@ -217,33 +259,27 @@ def _write_source(
         rows = block.rows
         # Also of rows that are left out: which classes there are is a matter of the whole source.
         labels[rows] = convert(block.labels, rows)
-        here = [part[rows] for part, *_ in files]
+        here = [part[rows] for part, _ in files]
         wanted = np.logical_or.reduce(here)
         if not wanted.any():
             return len(block), []
         inputs = reading.inputs([chosen_rows(column, wanted) for column in block.inputs], rows[wanted])
-        return len(block), [np.ascontiguousarray(inputs[mine[wanted]]) for mine in here]
+        return len(block), [inputs[mine[wanted]] for mine in here]
 
     done = 0
     with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(open(path, "wb")) for _, path, _ in files]
-        for output, (rows, *_) in zip(outputs, files, strict=True):
-            # The number of rows is known, so they can follow as they are decoded; `np.save` would want all of them in
-            # memory.
-            _write_header(output, int(np.count_nonzero(rows)), reading.inputs)
+        outputs = [RowsFile(names, int(np.count_nonzero(rows)), reading.inputs) for rows, names in files]
+        for output in outputs:
+            stack.callback(output.close)
         for count, parts in map_blocks(source.blocks(reading.block_rows), work, default_threads()):
             # Not strict, since a block of which no row is wanted has no parts.
             for output, part in zip(outputs, parts, strict=False):
-                output.write(part.data)
+                output.write(part)
             done += count
             tell(done, source.rows)
-        for output in outputs:
-            output.flush()
-            # Durable before the index that vouches for it.
-            os.fsync(output.fileno())
-    classes, labels = _finished(source, task, classes, convert, labels)
-    for rows, _, path in files:
-        np.save(path, labels[rows])
+        classes, labels = _finished(source, task, classes, convert, labels)
+        for output, (rows, _) in zip(outputs, files, strict=True):
+            output.finish(labels[rows])
     return classes, labels
 
 
@@ -265,16 +301,6 @@ def chosen_rows(column: Any, wanted: np.ndarray) -> Any:
     if isinstance(column, list):
         return [value for value, one in zip(column, wanted, strict=True) if one]
     return column[wanted] if isinstance(column, np.ndarray) else column.filter(pa.array(wanted))
-
-
-def _write_header(file: BinaryIO, rows: int, inputs: Inputs) -> None:
-    """Begin a .npy file of so many inputs."""
-    header = {
-        "descr": np.lib.format.dtype_to_descr(inputs.dtype),
-        "fortran_order": False,
-        "shape": (rows, *inputs.shape),
-    }
-    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _count_classes(source: Source, labels: np.ndarray, convert: Labels) -> int:

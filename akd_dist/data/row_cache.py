@@ -25,8 +25,9 @@ from akd_dist.data import findings, pictures, splitting
 from akd_dist.data.columns import NotGreyError, notes_of
 from akd_dist.data.labels import Classes
 from akd_dist.data.origins import Origin, Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
-from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels, write_source
-from akd_dist.data.row_entry import INDEX, arrays_of, files_of, open_entry, stats_of
+from akd_dist.data.prepare import OpenedSource, in_colour, kept_as, kinds_of, open_sources, read_labels, write_source
+from akd_dist.data.row_entry import INDEX, arrays_of, open_entry, stats_of
+from akd_dist.data.row_files import names_of
 from akd_dist.data.rows import SPLITS, Splits, fingerprint, meaning_of
 from akd_dist.data.sources.base import Kind, local_files
 from akd_dist.data.splitting import LEFT_OUT, is_drawn, split_of_source
@@ -117,7 +118,8 @@ def key_of(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, 
         "text": text_key(data.text),
     }
     if data.text is None and any(isinstance(getattr(data, name), _OF_IMAGES) for name in keys):
-        key["image"] = {"rules": pictures.RULES, **data.image.written()}
+        kept = {"encoded": data.image.keep} if data.asks_for_encoded else {}
+        key["image"] = {"rules": pictures.RULES, **data.image.written(), **kept}
     return key
 
 
@@ -191,7 +193,9 @@ def _write_readings(
             parts = {
                 number: splits[name] == number for number in np.unique(splits[name]).tolist() if number != LEFT_OUT
             }
-            outputs = [(part, *files_of(partial, SPLITS[number])) for number, part in parts.items()]
+            outputs = [
+                (part, names_of(partial, SPLITS[number], encoded=reading.encoded > 0)) for number, part in parts.items()
+            ]
             told = functools.partial(tell, f"the rows of data.{name}")
             classes, labels = write_source(reading, outputs, data.task, classes, told)
             if data.task == "classification":
@@ -202,13 +206,18 @@ def _write_readings(
         if data.task == "classification":
             splitting.check_classes(data, counts, classes.names)
             lines += findings.of_classes(counts[0], classes.names)
+        encoded = kept_as(readings["train"])
+        arrays = {name: arrays_of(partial, name, encoded) for name in SPLITS}
+        kept = sum(one.nbytes for both in arrays.values() for one in both)
+        lines += findings.of_encoded(kept, sum(len(labels) for _, labels in arrays.values()), encoded)
         lines += findings.in_two_splits(
-            {name: arrays_of(partial, name)[0] for name in SPLITS}, functools.partial(tell, "rows in two splits")
+            {name: inputs for name, (inputs, _) in arrays.items()}, functools.partial(tell, "rows in two splits")
         )
+        del arrays  # mapped, and about to get another name
         origins["shown"] = show({name: reading.source for name, reading in readings.items()})
         # Once all of them have been read: of a file that was written meanwhile, nobody could say which rows it gave.
         check_unchanged(origins, stamps)
-        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, lines, origins, tell)
+        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, encoded, lines, origins, tell)
         # Whole from the moment that it has its name, like everything in the cache.
         return name_entry(partial, folder)
     except OSError as error:
@@ -247,19 +256,20 @@ def _write_index(
     task: recipe.Task,
     classes: Classes,
     tokens: Tokens | None,
+    encoded: dict[str, Any] | None,
     lines: Sequence[str],
     origins: Origins,
     tell: Progress,
 ) -> None:
     assert classes.number is not None
-    index: dict[str, Any] = meaning_of(classes.number, task, classes.names, tokens)
+    index: dict[str, Any] = meaning_of(classes.number, task, classes.names, tokens, encoded)
     for name in SPLITS:
-        inputs, labels = arrays_of(folder, name)
+        inputs, labels = arrays_of(folder, name, encoded)
         told = functools.partial(tell, f"the fingerprint of the {name} rows")
         digest, blocks = fingerprint(
             inputs, labels, classes.number, task=task, class_names=classes.names, tokens=tokens, on_progress=told
         )
-        index[name] = {"fingerprint": digest, "blocks": blocks, "files": stats_of(folder, name)}
+        index[name] = {"fingerprint": digest, "blocks": blocks, "files": stats_of(folder, name, index)}
     index["findings"] = list(dict.fromkeys(lines))
     replace(folder / INDEX, with_checksum(index | {"origins": origins}))
 

@@ -54,14 +54,10 @@ from akd_dist.recipe.models import (
 )
 from akd_dist.recipe.recipe import (
     NAME as NAME,
-    AssistantSpec as AssistantSpec,
     CacheSpec as CacheSpec,
     EncodingSpec as EncodingSpec,
     Recipe as Recipe,
-    StoredTeacher as StoredTeacher,
     StudentSpec as StudentSpec,
-    TeacherSpec as TeacherSpec,
-    TeacherTraining as TeacherTraining,
     differences as differences,
     forget_later_keys as forget_later_keys,
     trust as trust,
@@ -71,6 +67,13 @@ from akd_dist.recipe.search import (
     Search as Search,
     rung_count as rung_count,
     rung_epochs as rung_epochs,
+)
+from akd_dist.recipe.teacher import (
+    AssistantSpec as AssistantSpec,
+    StoredTeacher as StoredTeacher,
+    TeacherMember as TeacherMember,
+    TeacherSpec as TeacherSpec,
+    TeacherTraining as TeacherTraining,
 )
 from akd_dist.recipe.training import (
     AdamW as AdamW,

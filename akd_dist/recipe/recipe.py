@@ -32,116 +32,17 @@ from pydantic_core import CoreSchema
 
 from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
-from akd_dist.recipe.base import Count, Device, Epochs, Factory, Positive, Spec
+from akd_dist.recipe.base import Count, Device, Factory, Positive, Spec
 from akd_dist.recipe.data import DataSpec
-from akd_dist.recipe.models import HuggingFaceModel, Model
+from akd_dist.recipe.models import Model
 from akd_dist.recipe.paths import change_paths
-from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Objective, Precision, Takd, Training
+from akd_dist.recipe.teacher import TeacherSpec
+from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Objective, Precision, Training
 
 # Names become folders, on any file system.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Where a run is placed, not what it computes: left out of its identity.
 PLACEMENT = ("cohorts", "checkpoint_seconds", "folder", "code")
-
-
-class TeacherTraining(Training):
-    """How the teacher is trained, from hard labels, before it is cached."""
-
-    epochs: Epochs
-    """Epochs; the best validation epoch is kept."""
-
-
-class AssistantSpec(Training):
-    """A model between teacher and students: it learns from the teacher's store and is cached like a teacher."""
-
-    model: Model
-    """Its architecture."""
-    objective: Objective
-    """What it is trained on: the logits of the model it stands under, or labels."""
-    assistant: AssistantSpec | None = None
-    """A further one, which learns from this one; students of objective `takd` learn from the last of the chain."""
-
-    @field_validator("objective")
-    @classmethod
-    def _not_takd(cls, objective: Objective) -> Objective:
-        if isinstance(objective, Takd):
-            raise ValueError("an assistant learns from the model it stands under: use kind: kd")
-        return objective
-
-
-class StoredTeacher(Spec):
-    """Sealed stores of a teacher's logits: `store: ID` says the same as `store: {train: ID}`."""
-
-    train: str
-    """The store of the train rows: its id, the beginning of it under --store-root, or the path or URI of its folder."""
-    validation: str | None = None
-    """That of the validation rows; none looks for one of the same teacher beside it, and does without."""
-    test: str | None = None
-    """That of the test rows, for the teacher's metrics and agreement with it; none looks for one as above."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_a_word(cls, given: Any) -> Any:
-        return {"train": given} if isinstance(given, str) else given
-
-    @model_serializer(mode="plain")
-    def _as_short_as_can_be(self) -> str | dict[str, Any]:
-        given = {split: name for split, name in self if name is not None}
-        return self.train if list(given) == ["train"] else given
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"type": "string"}, handler(core)]}
-
-
-class TeacherSpec(Spec):
-    """The teacher: a model folder, a checkpoint from elsewhere, a model that the recipe trains, or stored logits."""
-
-    weights: str | None = None
-    """A folder or URI with model.safetensors and model.json, such as a student's. Beside `model`, a checkpoint from
-    elsewhere: a file of safetensors or a torch state dict, or a folder with one. Relative to the recipe's folder."""
-    model: Model | None = None
-    """The architecture: of a teacher that this recipe trains, or of the checkpoint in `weights`. Alone, a fine-tuned
-    model of kind `huggingface` with its weights in `path`."""
-    train: TeacherTraining | None = None
-    """How this recipe trains it."""
-    store: StoredTeacher | None = None
-    """Its logits alone, in sealed stores, such as `akd-dist stores import` makes: no model is needed then."""
-    assistant: AssistantSpec | None = None
-    """A model of a size between, for students of objective `takd`."""
-
-    @property
-    def chain(self) -> list[AssistantSpec]:
-        """The assistants, from the one under the teacher to the last."""
-        found, link = [], self.assistant
-        while link is not None:
-            found.append(link)
-            link = link.assistant
-        return found
-
-    @property
-    def checkpoint(self) -> str | None:
-        """Where weights from elsewhere lie for the architecture in `model`; None where there are none."""
-        if self.model is None or self.train is not None:
-            return None
-        return self.weights or getattr(self.model, "path", None)
-
-    @model_validator(mode="after")
-    def _one_way(self) -> TeacherSpec:
-        given = [name for name in ("weights", "model", "train", "store") if getattr(self, name) is not None]
-        if (
-            given == ["model"]
-            and isinstance(self.model, HuggingFaceModel)
-            and self.model.path
-            and self.model.pretrained
-        ):
-            return self
-        if given not in (["weights"], ["model", "train"], ["weights", "model"], ["store"]):
-            raise ValueError(
-                "give either weights, or model and train, or model and weights: the architecture of a checkpoint from "
-                f"elsewhere; or store; got {' and '.join(given) or 'neither'}"
-            )
-        return self
 
 
 def _student_name(student: dict[str, Any]) -> str:
@@ -302,6 +203,8 @@ class Recipe(Spec):
         taught = [student.name for student in self.students if student.objective.learns_from == "assistant"]
         if taught and self.teacher.assistant is None:
             raise ValueError(f"{taught[0]} learns by takd, which needs a teacher.assistant")
+        if self.teacher.average == "probabilities" and self.data.task == "regression":
+            raise ValueError("teacher.average is probabilities, and a regression has none: average logits")
         if self.teacher.assistant is not None and not taught:
             raise ValueError("teacher.assistant is there and no student has the objective takd: nobody would use it")
         return self
@@ -324,7 +227,10 @@ class Recipe(Spec):
         document["data"]["image"] = self.data.image.said()
         if not document["data"]["image"]:
             del document["data"]["image"]
-        del document["teacher"]["weights"], document["teacher"]["store"]
+        for teacher in (document["teacher"], *(document["teacher"]["members"] or ())):
+            del teacher["weights"], teacher["store"]
+            if teacher["members"] is None:
+                del teacher["members"], teacher["average"]
         for training in _trainings(document):
             forget_later_keys(training)
         for student in document["students"]:
@@ -382,8 +288,9 @@ def forget_later_keys(training: dict[str, Any]) -> None:
 def _trainings(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every `Training` of a dumped recipe."""
     yield from document["students"]
-    if (train := document["teacher"]["train"]) is not None:
-        yield train
+    for teacher in (document["teacher"], *(document["teacher"].get("members") or ())):
+        if (train := teacher["train"]) is not None:
+            yield train
     link = document["teacher"]["assistant"]
     while link is not None:
         yield link
