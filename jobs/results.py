@@ -21,6 +21,7 @@ from akd_dist.data.rows import Rows, Splits
 from akd_dist.distill.checkpoint import DAMAGED
 from akd_dist.distill.cohort import stored_predictions
 from akd_dist.distill.delivery import failed_entry
+from akd_dist.distill.hooks import own_measure
 from akd_dist.distill.job import CohortJob, read_result, renewals
 from akd_dist.distill.metrics import measure
 from akd_dist.documents.base import Document
@@ -63,8 +64,9 @@ def finish_run(
         source = (stores[-1] if learns_from_assistant(spec) else stores[0])["train"]
         where = {"path": str(folder), "store": source.uri, "teacher": source.manifest.identity.teacher}
         students.append(FleetStudent.model_validate(result | {"parameters": parameters[spec.name]} | where))
-    teacher = describe_teacher(stores[0]["train"], stores[0]["test"], splits.test, recipe.trusted)
-    assistants = [describe_assistant(each, stores[0]["test"], splits.test, recipe.trusted) for each in stores[1:]]
+    said = splits.test, recipe.trusted, recipe.data.own_metric
+    teacher = describe_teacher(stores[0]["train"], stores[0]["test"], *said)
+    assistants = [describe_assistant(each, stores[0]["test"], *said) for each in stores[1:]]
     labels = [teacher.model, *(assistant.model for assistant in assistants)]
     fleet = FleetDocument(
         run=str(run),
@@ -165,28 +167,37 @@ def telling_damage(base: CohortJob, students: list[recipes.StudentSpec], console
             tell(console, f"warning: a checkpoint of {name} was damaged, the one before it was taken; it is {path}")
 
 
-def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows, trusted: Trusted) -> FleetTeacher:
+def describe_teacher(
+    train: LogitStore, test: LogitStore, rows: Rows, trusted: Trusted, own: recipes.CustomMetric | None = None
+) -> FleetTeacher:
     """The teacher's row of the table, from its stored logits of the test rows: it is not run again."""
     card = ModelCard.model_validate(train.manifest.teacher["spec"])
     recipes.trust(card.model, trusted.seen_from(f"the store {train.uri}"))
     # It is built below to count its weights, and what fits no memory would take the driver with it.
     check_memory(card)
     labels = torch.from_numpy(rows.all_labels())
+    metrics = measure(rows.task, stored_predictions(test, rows), labels, rows.classes)
+    if own is not None:
+        metrics["custom"] = own_measure(own, torch.from_numpy(test[0, :]), labels)
     return FleetTeacher(
         model=card.model.label,
         parameters=num_parameters(build(card, seed=0)),
-        test=Metrics(**measure(rows.task, stored_predictions(test, rows), labels, rows.classes)),
+        test=Metrics(**metrics),
         fingerprint=train.manifest.identity.teacher,
     )
 
 
 def describe_assistant(
-    stores: dict[str, LogitStore], teacher_test: LogitStore, rows: Rows, trusted: Trusted
+    stores: dict[str, LogitStore],
+    teacher_test: LogitStore,
+    rows: Rows,
+    trusted: Trusted,
+    own: recipes.CustomMetric | None = None,
 ) -> FleetAssistant:
     """An assistant's row: as the teacher's, with its agreement with the teacher, and the store of its logits."""
     agreement = None
     if rows.task == "classification":
         ours, theirs = (stored_predictions(store, rows) for store in (stores["test"], teacher_test))
         agreement = float((ours == theirs).double().mean())
-    described = dict(describe_teacher(stores["train"], stores["test"], rows, trusted))
+    described = dict(describe_teacher(stores["train"], stores["test"], rows, trusted, own))
     return FleetAssistant(**described, agreement=agreement, store=stores["train"].uri)
