@@ -2,8 +2,10 @@
 
     recipe = "jobs/digits.yaml"
     akd_dist.cache_teacher(recipe)                       a sealed store of logits
+    akd_dist.import_logits(recipe, "logits.npy")         or that of logits that others computed
     akd_dist.train_students(recipe)                      runs/digits/, and the content of its fleet.json
     akd_dist.compare(recipe)                             runs/digits-compare/, every objective over several seeds
+    akd_dist.tune(recipe)                                runs/digits-tune/, the best of what its `search:` tries
     akd_dist.open_store(uri).rows(view, start, stop)     float32 [n, classes]
     akd_dist.distillation_dataset(recipe)                rows and logits for a trainer of your own
     akd_dist.load_model("runs/digits/students/...")      a torch.nn.Module
@@ -11,6 +13,7 @@
     akd_dist.evaluate(student, "runs/digits")            a student's metrics on data, and its agreement with others
     akd_dist.predict(student, "new.parquet", out)        what it says of every row, as Parquet
     akd_dist.export(student, "onnx", out)                the student for those without akd-dist, checked
+    akd_dist.import_model(recipe, "teacher.pth", out)    a checkpoint from elsewhere as a model folder
 
 Importing this package is instant: each verb imports what it needs when it is called.
 """
@@ -26,6 +29,8 @@ from akd_dist.api import (
     distillation_dataset,
     evaluate,
     export,
+    import_logits,
+    import_model,
     load_model,
     open_store,
     predict,
@@ -33,6 +38,7 @@ from akd_dist.api import (
     report,
     source_rows,
     train_students,
+    tune,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +51,8 @@ __all__ = [
     "distillation_dataset",
     "evaluate",
     "export",
+    "import_logits",
+    "import_model",
     "load_model",
     "open_store",
     "predict",
@@ -52,6 +60,7 @@ __all__ = [
     "report",
     "source_rows",
     "train_students",
+    "tune",
 ]
 
 

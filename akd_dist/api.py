@@ -24,12 +24,15 @@ from akd_dist.options import (
     EvaluateOptions,
     ExportOptions,
     FleetOptions,
+    ImportLogitsOptions,
+    ModelImportOptions,
     ModelOptions,
     Options,
     PredictOptions,
     RayDatasetOptions,
     RunOptions,
     SplitOptions,
+    TuneOptions,
 )
 
 if TYPE_CHECKING:
@@ -86,6 +89,26 @@ def cache_teacher(options: CacheOptions) -> dict[str, Any]:
     return cache_teacher(recipe, options)
 
 
+@_taking(ImportLogitsOptions)
+def import_logits(options: ImportLogitsOptions) -> dict[str, Any]:
+    """Make sealed stores of logits that others computed for a recipe's rows; no teacher model is needed from then on.
+
+    The same logits again are a hit. The recipe may leave out its `teacher`. The arguments are the fields of
+    `akd_dist.options.ImportLogitsOptions`.
+
+    Returns:
+        The document that `akd-dist stores import --json` prints (schemas/stores-import.schema.json); its
+        `teacher` is what the recipe has to say to use them.
+
+    Raises:
+        AkdError: a refusal: of a file that is damaged, of other rows or classes, in another order, or not of logits.
+    """
+    recipe = options.read()
+    from akd_dist.jobs.import_logits import import_logits
+
+    return import_logits(recipe, options)
+
+
 @_taking(RunOptions)
 def train_students(options: RunOptions) -> dict[str, Any]:
     """Train a recipe's students from the teacher's stored logits, caching these first if they are missing.
@@ -132,7 +155,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     words += [word for module in options.modules for word in ("--trust", module)]
     words += [] if options.seeds is None else ["--seeds", str(options.seeds)]
     document = comparison.compare(
-        expanded,
+        plan.recipe,
         FleetDocument.model_validate(fleet),
         {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         shlex.join(words),
@@ -144,6 +167,29 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
         put_documents(fleet["run"], plan.run)
     return document.plain()
+
+
+@_taking(TuneOptions)
+def tune(options: TuneOptions) -> dict[str, Any]:
+    """Search what the `search:` blocks of a recipe name, by successive halving, and measure the best on the test rows.
+
+    The run is `<run_root>/<recipe.name>-tune/`, resumed like any other; tune.json lies there. The arguments are the
+    fields of `akd_dist.options.TuneOptions`.
+
+    Returns:
+        The content of tune.json (schemas/tune.schema.json); of a dry run what would be tried.
+
+    Raises:
+        AkdError: a refusal; nothing that was trained is lost.
+    """
+    given = options.read_search()
+    if options.trackers:
+        from akd_dist.tracking.follower import check_trackers
+
+        check_trackers(options.trackers)
+    from akd_dist.jobs.tune import tune
+
+    return tune(given, RunOptions(**{one.name: getattr(options, one.name) for one in fields(FleetOptions)})).plain()
 
 
 def _run(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, Any]]:
@@ -366,6 +412,33 @@ def export(options: ExportOptions) -> dict[str, Any]:
             on_progress=on_progress,
         )
         return here.named(document.plain())
+
+
+@_taking(ModelImportOptions)
+def import_model(options: ModelImportOptions) -> dict[str, Any]:
+    """A checkpoint from elsewhere as a model folder, for the inputs and classes of a recipe; nothing is unpickled.
+
+    Its arguments are the fields of `akd_dist.options.ModelImportOptions`.
+
+    Returns:
+        The document that `akd-dist models import --json` prints (schemas/model-import.schema.json).
+
+    Raises:
+        AkdError: a refusal: options, recipe, data or checkpoint.
+    """
+    recipe = options.read().own()
+    from akd_dist.serve.importing import import_model
+
+    with _meters(options.console) as on_progress:
+        return import_model(
+            recipe,
+            None if options.checkpoint is None else places.absolute(options.checkpoint),
+            None if options.out is None else places.output(options.out),
+            Path(options.cache),
+            force=options.force,
+            on_progress=on_progress,
+            on_note=_notes(options.console) or (lambda line: None),
+        ).plain()
 
 
 def _name_of(folder: str | Path) -> str:

@@ -31,6 +31,7 @@ from akd_dist.recipe import HardLabels, Recipe
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store
 from akd_dist.storage.layout import TEACHERS
 from akd_dist.storage.manifest import Identity
+from akd_dist.storage.mean import Stores, uris_of
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.uses import using
 from akd_dist.tracking.progress import Meter, meter, tell
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from akd_dist.jobs.line import Line
     from akd_dist.jobs.shared import Shared
     from akd_dist.jobs.working_dir import WorkingDir
-
-Stores = dict[str, str]
-"""The stores of one model's logits: split -> URI."""
 
 
 @dataclass(frozen=True)
@@ -210,16 +208,27 @@ Run = Callable[[Trained, CohortJob, Workspace], dict[str, Any]]
 """Trains a model as `train_cohort` does."""
 
 
-def teacher_of(recipe: Recipe, splits: Splits) -> Trained | None:
+def teacher_of(recipe: Recipe, splits: Splits, member: int = 0) -> Trained | None:
     """The teacher that the recipe trains, on hard labels; None where its weights lie somewhere.
 
     It needs no cached logits, so each of its epochs sees a fresh view; and it stays the same when `data.views` changes.
+
+    Args:
+        member: which one of an ensemble.
     """
-    model, train = recipe.teacher.model, recipe.teacher.train
+    teacher = recipe.teacher.each[member]
+    model, train = teacher.model, teacher.train
     if model is None or train is None:
         return None
     spec = _spec(recipe, splits, train, model, HardLabels(epochs=train.epochs), "labels")
-    return Trained("the teacher", "teacher.train", spec, views=train.epochs, stores={})
+    setting = "teacher.train" if recipe.teacher.members is None else f"teacher.{member}.train"
+    return Trained(name_of(recipe, member), setting, spec, views=train.epochs, stores={})
+
+
+def name_of(recipe: Recipe, member: int = 0) -> str:
+    """What a teacher is called: `the teacher`, or of an ensemble `the teacher 2 of 3`."""
+    count = len(recipe.teacher.each)
+    return "the teacher" if recipe.teacher.members is None else f"the teacher {member + 1} of {count}"
 
 
 def assistant_of(
@@ -251,7 +260,7 @@ def _spec(
     spec = recipes.StudentSpec(name="unnamed", model=model, objective=objective, **common)
     data = recipe.data.model_dump(mode="json", include={"seed", "augmentation", "window", "normalize"})
     if recipe.data.image != recipes.Image():  # the card says so
-        data["image"] = recipe.data.image.model_dump(mode="json")
+        data["image"] = recipe.data.image.written()
     data["augmentation"] = views.by_content(recipe.data.augmentation)
     dumped = spec.model_dump(mode="json", exclude={"name", "on_epoch_end"}) | {
         "model": by_content(model),
@@ -293,7 +302,7 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, workspace: 
     lock = root.local_path(claim + CLAIM_SUFFIX)  # where there are folders, the claim is a locked file
     with workspace.claim(claim):
         if not is_there(uri):
-            with using(trained.stores.values(), run=uri, lock=lock), _in_shared_folder(job, workspace):
+            with using(uris_of(trained.stores), run=uri, lock=lock), _in_shared_folder(job, workspace):
                 outcome = run(trained, job, workspace)
                 for line in [*renewals(job), *outcome.get("renewed", ())]:
                     workspace.tell(f"warning: {line}")

@@ -21,7 +21,16 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
     "Top level": {recipe.Recipe: "top level"},
     "Data": {recipe.DataSpec: "data", recipe.Image: "data.image", recipe.Normalize: "data.normalize"},
     "Sources": dict.fromkeys(
-        [recipe.Digits, recipe.Idx, recipe.Parquet, recipe.HuggingFaceData, recipe.CustomData], None
+        [
+            recipe.Digits,
+            recipe.Idx,
+            recipe.Parquet,
+            recipe.ImageFolder,
+            recipe.WebDataset,
+            recipe.HuggingFaceData,
+            recipe.CustomData,
+        ],
+        None,
     ),
     "Tokenizers": dict.fromkeys([recipe.ByteText, recipe.HuggingFaceText], None),
     "Augmentations": dict.fromkeys(
@@ -37,7 +46,9 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
     ),
     "Teacher": {
         recipe.TeacherSpec: "teacher",
+        recipe.TeacherMember: "teacher.members",
         recipe.TeacherTraining: "teacher.train",
+        recipe.StoredTeacher: "teacher.store",
         recipe.AssistantSpec: "teacher.assistant",
     },
     "Cache": {recipe.CacheSpec: "cache", recipe.EncodingSpec: "cache.encoding"},
@@ -67,7 +78,7 @@ Unknown keys are refused, with the nearest known one. A part with a `kind` takes
 _GRID = """\
 A block under `students` may have a `grid:` beside these keys: dotted keys of the block, each with a list of values.
 The block then stands for the product of the lists, in file order, the first key slowest; what the grid gives, the block
-must not."""
+must not. Or it may have a `search:`, whose keys have lists or ranges, for `akd-dist tune`."""
 
 
 def every_key() -> str:

@@ -21,7 +21,9 @@ from PIL import Image, UnidentifiedImageError
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data import pictures
+from akd_dist.data import framing, pictures
+from akd_dist.data.encoded import COLUMNS, EncodedPictures, Given
+from akd_dist.data.noted import MixedSizesError, Noted, lines_of
 from akd_dist.data.schemas import input_kind, is_list, plain
 from akd_dist.data.text import Tokenizer, Tokens
 
@@ -142,34 +144,48 @@ class Images:
     tokens: Tokens | None = None
 
     def __init__(self, column: Any, row: int, place: Place, shape: tuple[int, ...] | None, image: recipe.Image) -> None:
-        self._place, self._shape_said, self._background = place, shape is not None, image.background
+        self._place, self._shape_said, self.image = place, shape is not None, image
         if shape is None:
             shape = self._read(self._given(column, row)[0], row, self._shape_of)
         self.shape: tuple[int, ...] = shape
-        self.may_turn = not self._shape_said and shape[0] == 1
+        self.may_turn = not self._shape_said and shape[0] == 1 and image.channels is None
         """Whether a coloured image raises `NotGreyError`; else one is refused where the shape is that of grey ones."""
-        self.with_frames = 0
-        """How many of those converted have several frames."""
+        self.come_encoded = not isinstance(column, list)
+        """Whether they are bytes, and no images of Pillow."""
+        self.encoded = False
+        """Whether they stay as they are: decoded to see that they can be, and not made pixels."""
+        self.noted = Noted()
+        """Of those converted."""
         # Blocks are converted by several threads, and adding to a number is not one step.
         self._counting = threading.Lock()
 
     def in_colour(self) -> Images:
-        """The same with three channels."""
-        return self._turned((3, *self.shape[1:]))
+        """The same with three channels, unless the recipe says how many there are."""
+        return self._turned((self.image.channels or 3, *self.shape[1:]))
 
     def as_first(self) -> Images:
         """The same that stays grey if its first image is: the others have to be as well."""
         return self._turned(self.shape)
 
     def afresh(self) -> Images:
-        """The same, whose count of frames begins anew."""
+        """The same, whose counts begin anew."""
         turned = self._turned(self.shape)
         turned.may_turn = self.may_turn
         return turned
 
+    def kept_encoded(self) -> Images:
+        """The same that stay encoded."""
+        kept = self.afresh()
+        kept.encoded = True
+        return kept
+
+    def mean_bytes(self, columns: Sequence[Any], rows: np.ndarray) -> int:
+        """Bytes of encoded pictures, on average."""
+        return max(1, sum(map(len, self._given(columns[0], rows[0]))) // len(rows))
+
     def _turned(self, shape: tuple[int, ...]) -> Images:
         turned = copy.copy(self)
-        turned.shape, turned.may_turn, turned.with_frames = shape, False, 0
+        turned.shape, turned.may_turn, turned.noted = shape, False, Noted()
         turned._counting = threading.Lock()
         return turned
 
@@ -180,16 +196,34 @@ class Images:
             RefusedError: an image cannot be decoded, or has another size.
             NotGreyError: an image has colours, and all before it were grey.
         """
-        given = self._given(columns[0], rows[0])
-        pixels = np.empty((len(rows), *self.shape[1:], self.shape[0]), dtype=self.dtype)
-        with_frames = 0
-        for number, row in enumerate(rows.tolist()):
-            decoded, frames = self._read(given[number], row, functools.partial(self._decoded, row))
-            pixels[number] = decoded.reshape(pixels.shape[1:])
-            with_frames += frames
+        given, noted = self._given(columns[0], rows[0]), Noted()
+        if self.encoded:
+            index = np.empty((len(rows), COLUMNS), np.int64)
+            for number, row in enumerate(rows.tolist()):
+                size, its = self._read(given[number], row, functools.partial(self._looked_at, row))
+                index[number], noted = (len(given[number]), *size), noted + its
+            made = EncodedPictures(Given(index, given, rows), self.shape, self.image).as_array()
+        else:
+            pixels = np.empty((len(rows), *self.shape[1:], self.shape[0]), dtype=self.dtype)
+            for number, row in enumerate(rows.tolist()):
+                decoded, its = self._read(given[number], row, functools.partial(self._decoded, row))
+                pixels[number], noted = decoded.reshape(pixels.shape[1:]), noted + its
+            made = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         with self._counting:
-            self.with_frames += with_frames
-        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+            self.noted += noted
+        return made
+
+    def shorter_sides(self, columns: Sequence[Any], rows: np.ndarray) -> list[int]:
+        """Of pictures as they are, by their headers.
+
+        Raises:
+            RefusedError: there is no picture, or not one that can be read.
+        """
+        given = self._given(columns[0], rows[0])
+        return [
+            self._read(one, row, lambda picture: min(pictures.size(picture)))
+            for one, row in zip(given, rows.tolist(), strict=True)
+        ]
 
     def _given(self, column: Any, row: int) -> list[Any]:
         """Images as the source has them: bytes, or those of Pillow."""
@@ -222,37 +256,55 @@ class Images:
             ) from error
 
     def _shape_of(self, picture: Image.Image) -> tuple[int, int, int]:
-        shown = pictures.shown(picture, self._background)
+        shown = pictures.shown(picture, self.image)
         return (1 if shown.mode == "L" else 3, shown.height, shown.width)
 
-    def _decoded(self, row: int, picture: Image.Image) -> tuple[np.ndarray, bool]:
-        """uint8 [height, width] or [height, width, 3], and whether there are more frames than this one."""
+    def _looked_at(self, row: int, picture: Image.Image) -> tuple[tuple[int, int], Noted]:
+        """Height and width of a whole picture that can be decoded, and what is to be noted of it."""
+        grey, noted = self._checked(row, picture)
+        whole = pictures.whole(picture, self.image)
+        self._check_size(row, grey, self.image.frame or (whole.height, whole.width))
+        return (whole.height, whole.width), noted
+
+    def _decoded(self, row: int, picture: Image.Image) -> tuple[np.ndarray, Noted]:
+        """uint8 [height, width] or [height, width, 3], and what is to be noted of it."""
+        grey, noted = self._checked(row, picture)
+        shown = pictures.shown(picture, self.image)
+        self._check_size(row, grey, (shown.height, shown.width))
+        mode = "L" if grey else "RGB"
+        return np.asarray(shown if shown.mode == mode else shown.convert(mode)), noted
+
+    def _check_size(self, row: int, grey: bool, size: tuple[int, int]) -> None:
+        """A PNG may tell at its end that its header lies."""
+        if size != self.shape[1:]:
+            raise self._mixed(row, (1 if grey else 3, *size))
+
+    def _checked(self, row: int, picture: Image.Image) -> tuple[bool, Noted]:
+        """Whether a picture becomes grey, and what is to be noted of it; it is refused if it is of no use."""
         # By the header first: no memory is taken for the pixels of an image that would be refused for its size anyway.
-        grey = self.shape[0] == 1 and pictures.is_grey(picture, self._background)
-        size = (1 if grey else 3, *pictures.size(picture))
+        grey = self.shape[0] == 1 and pictures.is_grey(picture, self.image)
+        stored = pictures.size(picture)
+        size = (1 if grey else 3, *(self.image.frame or stored))
         turns = self.may_turn and not grey
         expected = (3, *self.shape[1:]) if turns else self.shape
         if expected not in (size, (size[0], size[2], size[1])):
-            raise _mixed(self._place, row, size, self.shape, self._shape_said)
+            raise self._mixed(row, size)
         if turns:
             raise NotGreyError
-        frames = pictures.has_frames(picture)
-        shown = pictures.shown(picture, self._background)
-        if (shown.height, shown.width) != self.shape[1:]:
-            raise _mixed(self._place, row, (size[0], shown.height, shown.width), self.shape, self._shape_said)
-        mode = "L" if grey else "RGB"
-        return np.asarray(shown if shown.mode == mode else shown.convert(mode)), frames
+        return grey, Noted(int(pictures.has_frames(picture)), int(framing.enlarges(stored, self.image)))
+
+    def _mixed(self, row: int, got: tuple[int, ...]) -> RefusedError:
+        """What to say of another shape than that of all; of another size also how all are brought to one."""
+        error = _mixed(self._place, row, got, self.shape, self._shape_said)
+        if got[1:] == self.shape[1:] or self._shape_said:
+            return error
+        advice = framing.advice([min(got[1:]), min(self.shape[1:])])
+        return MixedSizesError(error.what, got=error.got, expected=error.expected, next=advice)
 
 
 def notes_of(inputs: Inputs, source: str) -> list[str]:
-    """What a converter has left out without refusing it, a line each; `source` is where the inputs come from."""
-    return frames_note(inputs.with_frames, source) if isinstance(inputs, Images) else []
-
-
-def frames_note(count: int, source: str) -> list[str]:
-    """A line on so many images of several frames; none on none."""
-    several = "1 image has" if count == 1 else f"{count:,} images have"
-    return [f"{source}: {several} several frames or pages, of which the first one is taken"] if count else []
+    """What a converter has done without refusing it, a line each; `source` is where the inputs come from."""
+    return lines_of(inputs.noted, inputs.image, source) if isinstance(inputs, Images) else []
 
 
 class _Texts:

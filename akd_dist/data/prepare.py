@@ -4,22 +4,26 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
+from akd_dist.data import framing
 from akd_dist.data.blocks import Block, default_threads, map_blocks
 from akd_dist.data.columns import Images, Inputs, inputs_of
+from akd_dist.data.encoded import COLUMNS, meaning_of
 from akd_dist.data.labels import Classes, Labels, labels_of
+from akd_dist.data.noted import MixedSizesError
+from akd_dist.data.row_files import RowsFile
 from akd_dist.data.sources.base import Kind, Source
-from akd_dist.data.sources.kinds import kind_of
+from akd_dist.data.sources.kinds import kind_of, open_kind
 from akd_dist.data.splitting import SPLITS
 from akd_dist.data.text import tokenizer_of
 
@@ -29,6 +33,10 @@ READ_BYTES = 1 << 20
 """The most bytes of inputs decoded at a time, if more than one row."""
 # The most labels read at a time, where inputs are not needed.
 _LABEL_ROWS = 1 << 14
+# How many pictures are looked at to say to which size they might all be brought.
+_LOOKED_AT = 256
+# How many encoded pictures are weighed, to say how much room all of them take.
+_WEIGHED = 64
 # What a label takes on disk: int64 of a class; float32 of regression takes half.
 _LABEL_BYTES = 8
 
@@ -42,10 +50,14 @@ class OpenedSource:
     """Its first row."""
     inputs: Inputs
     """What turns its inputs into arrays."""
+    encoded: int = 0
+    """Bytes of one input that stays encoded, the mean of the first few; 0 where they become pixels."""
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one input."""
+        """Bytes of one input, of which that is known only roughly where they stay encoded."""
+        if self.encoded:
+            return self.encoded + COLUMNS * 8
         return math.prod(self.inputs.shape) * self.inputs.dtype.itemsize
 
     @property
@@ -68,17 +80,20 @@ def kinds_of(data: recipe.DataSpec) -> dict[str, Kind]:
     return {name: kind_of(spec) for name, spec in specs.items() if not isinstance(spec, float)}
 
 
-def open_sources(data: recipe.DataSpec, kinds: dict[str, Kind]) -> dict[str, OpenedSource]:
+def open_sources(
+    data: recipe.DataSpec, kinds: dict[str, Kind], known: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, OpenedSource]:
     """Look at all sources and their first rows: what they have in common is checked before anything long begins.
 
     Args:
         data: task, text, images and shapes.
         kinds: the sources by split, that of the train rows first.
+        known: what the planning process found of them, `Source.known`; in tasks.
 
     Raises:
         RefusedError, RecipeError, MachineError: as `rows.prepare`.
     """
-    sources = {name: kind.open() for name, kind in kinds.items()}
+    sources = {name: open_kind(kind, known.get(name)) for name, kind in kinds.items()}
     first = {name: next(source.blocks(1)) for name, source in sources.items()}
     pair = any(len(block.inputs) == 2 for block in first.values())
     tokenizer = tokenizer_of(data.text, pair) if data.text is not None else None
@@ -94,10 +109,44 @@ def open_sources(data: recipe.DataSpec, kinds: dict[str, Kind]) -> dict[str, Ope
             expected="encoded images, or those of Pillow",
             next="leave out data.image",
         )
-    readings = _of_one_colour(readings)
+    readings = _kept(data, _of_one_colour(readings))
     for name, reading in readings.items():
         _check_alike(name, reading, readings["train"], data.task)
     return readings
+
+
+def _kept(data: recipe.DataSpec, readings: dict[str, OpenedSource]) -> dict[str, OpenedSource]:
+    """The same sources, whose pictures stay encoded where the recipe says so and they come so."""
+    others = [
+        name for name, one in readings.items() if not (isinstance(one.inputs, Images) and one.inputs.come_encoded)
+    ]
+    if not data.asks_for_encoded or (others and data.image.keep == "auto"):
+        return readings
+    if others:
+        raise RefusedError(
+            "data.image.keep is `encoded`, and the inputs are no encoded images",
+            got=f"images that are decoded already, or numbers, in {readings[others[0]].source.name}",
+            expected="bytes of encoded images",
+            next="leave out data.image.keep",
+        )
+    return {name: _encoded(one) for name, one in readings.items()}
+
+
+def _encoded(reading: OpenedSource) -> OpenedSource:
+    inputs = reading.inputs
+    assert isinstance(inputs, Images)
+    first = next(reading.source.blocks(_WEIGHED))
+    return dataclasses.replace(
+        reading, inputs=inputs.kept_encoded(), encoded=inputs.mean_bytes(first.inputs, first.rows)
+    )
+
+
+def kept_as(reading: OpenedSource) -> dict[str, Any] | None:
+    """What is said of pictures that stay encoded, see `meaning_of`; None of other inputs."""
+    inputs = reading.inputs
+    if not reading.encoded or not isinstance(inputs, Images):
+        return None
+    return meaning_of(inputs.shape, inputs.image)
 
 
 def read_labels(
@@ -155,7 +204,7 @@ def _of_one_colour(readings: dict[str, OpenedSource]) -> dict[str, OpenedSource]
 
 def write_source(
     reading: OpenedSource,
-    files: Sequence[tuple[np.ndarray, Path, Path]],
+    files: Sequence[tuple[np.ndarray, tuple[Path, ...]]],
     task: recipe.Task,
     classes: Classes,
     tell: Callable[[int, int], None],
@@ -164,7 +213,7 @@ def write_source(
 
     Args:
         reading: the source.
-        files: rows that go together (bool [rows of the source]), and the .npy files of their inputs and labels.
+        files: rows that go together (bool [rows of the source]), and their files, as of `row_files.names_of`.
         task: what labels are.
         classes: what is known of the dataset's classes; not complete for the source of the train rows.
         tell: called with rows done, and rows in all.
@@ -175,6 +224,30 @@ def write_source(
     Raises:
         RefusedError: names the first row in the source's order that is wrong.
     """
+    try:
+        return _write_source(reading, files, task, classes, tell)
+    except MixedSizesError as error:
+        raise with_advice(error, reading) from error
+
+
+def with_advice(error: MixedSizesError, reading: OpenedSource) -> MixedSizesError:
+    """The same, with a size in its advice that suits the first few hundred pictures of the source."""
+    inputs, sides = reading.inputs, list[int]()
+    assert isinstance(inputs, Images)
+    with contextlib.suppress(RefusedError):  # of another row, which is not what this is about
+        for block in reading.source.blocks(_LOOKED_AT // 8, 0, _LOOKED_AT):
+            sides += inputs.shorter_sides(block.inputs, block.rows)
+    advice = error.next if not sides else framing.advice(sides)
+    return MixedSizesError(error.what, got=error.got, expected=error.expected, next=advice)
+
+
+def _write_source(
+    reading: OpenedSource,
+    files: Sequence[tuple[np.ndarray, tuple[Path, ...]]],
+    task: recipe.Task,
+    classes: Classes,
+    tell: Callable[[int, int], None],
+) -> tuple[Classes, np.ndarray]:
     source = reading.source
     classes = classes if classes.complete else Classes(source.classes)
     _check_number(source, task, classes)
@@ -186,33 +259,27 @@ def write_source(
         rows = block.rows
         # Also of rows that are left out: which classes there are is a matter of the whole source.
         labels[rows] = convert(block.labels, rows)
-        here = [part[rows] for part, *_ in files]
+        here = [part[rows] for part, _ in files]
         wanted = np.logical_or.reduce(here)
         if not wanted.any():
             return len(block), []
         inputs = reading.inputs([chosen_rows(column, wanted) for column in block.inputs], rows[wanted])
-        return len(block), [np.ascontiguousarray(inputs[mine[wanted]]) for mine in here]
+        return len(block), [inputs[mine[wanted]] for mine in here]
 
     done = 0
     with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(open(path, "wb")) for _, path, _ in files]
-        for output, (rows, *_) in zip(outputs, files, strict=True):
-            # The number of rows is known, so they can follow as they are decoded; `np.save` would want all of them in
-            # memory.
-            _write_header(output, int(np.count_nonzero(rows)), reading.inputs)
+        outputs = [RowsFile(names, int(np.count_nonzero(rows)), reading.inputs) for rows, names in files]
+        for output in outputs:
+            stack.callback(output.close)
         for count, parts in map_blocks(source.blocks(reading.block_rows), work, default_threads()):
             # Not strict, since a block of which no row is wanted has no parts.
             for output, part in zip(outputs, parts, strict=False):
-                output.write(part.data)
+                output.write(part)
             done += count
             tell(done, source.rows)
-        for output in outputs:
-            output.flush()
-            # Durable before the index that vouches for it.
-            os.fsync(output.fileno())
-    classes, labels = _finished(source, task, classes, convert, labels)
-    for rows, _, path in files:
-        np.save(path, labels[rows])
+        classes, labels = _finished(source, task, classes, convert, labels)
+        for output, (rows, _) in zip(outputs, files, strict=True):
+            output.finish(labels[rows])
     return classes, labels
 
 
@@ -234,16 +301,6 @@ def chosen_rows(column: Any, wanted: np.ndarray) -> Any:
     if isinstance(column, list):
         return [value for value, one in zip(column, wanted, strict=True) if one]
     return column[wanted] if isinstance(column, np.ndarray) else column.filter(pa.array(wanted))
-
-
-def _write_header(file: BinaryIO, rows: int, inputs: Inputs) -> None:
-    """Begin a .npy file of so many inputs."""
-    header = {
-        "descr": np.lib.format.dtype_to_descr(inputs.dtype),
-        "fortran_order": False,
-        "shape": (rows, *inputs.shape),
-    }
-    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _count_classes(source: Source, labels: np.ndarray, convert: Labels) -> int:
@@ -295,4 +352,14 @@ def _check_alike(name: str, reading: OpenedSource, train: OpenedSource, task: re
     ):
         if (got := describe(reading)) != (expected := describe(train)):
             whose = f"the {what} of data.{name} are not like those of data.train"
-            raise RefusedError(whose, got=got, expected=expected, next=hint)
+            raise RefusedError(whose, got=got, expected=expected, next=_to_one_size(reading, train) or hint)
+
+
+def _to_one_size(reading: OpenedSource, train: OpenedSource) -> str | None:
+    """What to say in the recipe where sources differ in the size of their pictures."""
+    ours, theirs = reading.inputs, train.inputs
+    if not isinstance(ours, Images) or len(theirs.shape) != 3 or ours.shape[1:] == theirs.shape[1:]:
+        return None
+    if isinstance(theirs, Images):
+        return framing.advice([min(ours.shape[1:]), min(theirs.shape[1:])])
+    return framing.advice_for(theirs.shape[1:])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,13 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data import findings
 from akd_dist.data.blocks import Block, map_blocks
 from akd_dist.data.columns import Images, NotGreyError
+from akd_dist.data.encoded import EncodedPictures, Mapped, encoded_of
 from akd_dist.data.labels import Classes
-from akd_dist.data.origins import sha256_of
-from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources
+from akd_dist.data.noted import MixedSizesError, Noted
+from akd_dist.data.origins import Origin, sha256_of, size_and_time
+from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources, with_advice
 from akd_dist.data.sources.base import local_files, remote_files
+from akd_dist.storage.content import Arrays
 from akd_dist.storage.rows import BlockReceipt, RowsCreation, RowsWriter, write_block
 
 
@@ -30,7 +33,7 @@ class SourceFile:
 
     size: int
     modified: int
-    """In ns."""
+    """In ns; of many files, a hash of their sizes and times."""
     sha256: str
 
 
@@ -48,6 +51,8 @@ class RowsJob:
     """The files of all sources, in their order."""
     objects: list[list[Any]]
     """Those in object storage: URI, size and entity tag of each."""
+    known: dict[str, Any] = field(default_factory=dict)
+    """What tasks need not look for again, by source: `Source.known`."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,8 @@ def write_run(job: RowsJob, run: BlockRun, threads: int = 1) -> list[BlockReceip
     ordinals = (np.cumsum(wanted) - 1) // creation.block_rows  # which of the blocks a row belongs to
     receipts: list[BlockReceipt] = []
 
-    def work(block: Block) -> list[tuple[int, np.ndarray, np.ndarray, int]]:
-        """Of each block that has rows here: which it is, inputs, labels, and pictures of several frames."""
+    def work(block: Block) -> list[tuple[int, np.ndarray, np.ndarray, Noted]]:
+        """Of each block that has rows here: which it is, inputs, labels, and what is to be noted of pictures."""
         at = block.rows - run.start
         made = []
         for ordinal in np.unique(ordinals[at[wanted[at]]]).tolist():
@@ -107,7 +112,7 @@ def write_run(job: RowsJob, run: BlockRun, threads: int = 1) -> list[BlockReceip
             inputs = reading.inputs.afresh() if isinstance(reading.inputs, Images) else reading.inputs
             labels = convert(chosen_rows(block.labels, mine), rows)
             values = inputs([chosen_rows(column, mine) for column in block.inputs], rows)
-            made.append((ordinal, values, labels, inputs.with_frames if isinstance(inputs, Images) else 0))
+            made.append((ordinal, values, labels, inputs.noted if isinstance(inputs, Images) else Noted()))
         return made
 
     filling = _Filling(creation, run)
@@ -118,13 +123,15 @@ def write_run(job: RowsJob, run: BlockRun, threads: int = 1) -> list[BlockReceip
                 if (whole := filling.add(*part)) is None:
                     continue
                 seconds, began = time.perf_counter() - began, time.perf_counter()
-                number, frames = run.numbers[part[0]], filling.frames
+                number, noted = run.numbers[part[0]], dataclasses.asdict(filling.noted)
                 told = base64.b64encode(findings.stable_hashes(filling.inputs).tobytes()).decode()
                 receipts.append(
-                    write_block(job.writer, run.split, number, whole, frames=frames, hashes=told, seconds=seconds)
+                    write_block(job.writer, run.split, number, whole, **noted, hashes=told, seconds=seconds)
                 )
     except NotGreyError:
         return None
+    except MixedSizesError as error:
+        raise with_advice(error, reading) from error
     return receipts
 
 
@@ -134,21 +141,43 @@ class _Filling:
     def __init__(self, creation: RowsCreation, run: BlockRun) -> None:
         self._creation, self._run = creation, run
         self._ordinal = self._rows = self._filled = -1
-        self.frames = 0
+        self.noted = Noted()
         self._data = bytearray()
         self.inputs = self._labels = np.empty(0)
+        self._encoded = list[Arrays]()
 
-    def add(self, ordinal: int, inputs: np.ndarray, labels: np.ndarray, frames: int) -> bytes | None:
+    def add(self, ordinal: int, inputs: np.ndarray, labels: np.ndarray, noted: Noted) -> bytes | None:
         """Take rows of the run's block of this place; the block once it is whole."""
         if ordinal != self._ordinal:
-            self._ordinal, self._filled, self.frames = ordinal, 0, 0
-            self._rows = self._creation.rows_of(self._run.split, self._run.numbers[ordinal])
+            self._begin(ordinal)
+        here = slice(self._filled, self._filled + len(labels))
+        if (encoded := encoded_of(inputs)) is None:
+            self.inputs[here] = inputs
+        else:
+            self._encoded.append(encoded.stored.part(0, len(encoded)))
+            self.inputs = inputs
+        self._labels[here] = labels
+        self._filled, self.noted = here.stop, self.noted + noted
+        return self._whole() if self._filled == self._rows else None
+
+    def _begin(self, ordinal: int) -> None:
+        self._ordinal, self._filled, self.noted = ordinal, 0, Noted()
+        self._rows = self._creation.rows_of(self._run.split, self._run.numbers[ordinal])
+        if self._creation.encoded is None:
             self._data = bytearray(self._creation.bytes_of(self._rows))
             self.inputs, self._labels = self._creation.arrays(self._data, self._rows)
-        here = slice(self._filled, self._filled + len(labels))
-        self.inputs[here], self._labels[here] = inputs, labels
-        self._filled, self.frames = here.stop, self.frames + frames
-        return bytes(self._data) if self._filled == self._rows else None
+        else:
+            self._encoded, self._labels = [], np.empty(self._rows, self._creation.labels)
+
+    def _whole(self) -> bytes:
+        if self._creation.encoded is None:
+            return bytes(self._data)
+        index, data = (np.concatenate(parts) for parts in zip(*self._encoded, strict=True))
+        encoded = encoded_of(self.inputs)
+        assert encoded is not None
+        whole = EncodedPictures(Mapped(index, data), encoded.shape[1:], encoded.image)
+        self.inputs, self._encoded = whole.as_array(), []
+        return b"".join((index.astype("<i8", copy=False).tobytes(), data.tobytes(), self._labels.tobytes()))
 
 
 _readings: dict[str, dict[str, OpenedSource]] = {}
@@ -162,8 +191,8 @@ def _opened(job: RowsJob) -> dict[str, OpenedSource]:
         keys = {name: kind.key() for name, kind in kinds.items()}
         if (found := remote_files(keys)) != job.objects:
             raise _other_files(*next((one, other) for one, other in zip_longest(found, job.objects) if one != other))
-        _check_files(job, local_files(keys))
-        readings = open_sources(job.data, kinds)
+        _check_files(job, local_files(kinds, keys))
+        readings = open_sources(job.data, kinds, job.known)
         readings = in_colour(readings) if job.colour else readings
         inputs = readings["train"].inputs
         if (inputs.dtype.str, list(inputs.shape)) != (job.writer.creation.dtype, job.writer.creation.shape):
@@ -173,16 +202,16 @@ def _opened(job: RowsJob) -> dict[str, OpenedSource]:
     return _readings[key]
 
 
-def _check_files(job: RowsJob, files: Sequence[Path]) -> None:
+def _check_files(job: RowsJob, files: Sequence[Origin]) -> None:
     """Refuse files that are not those of the planning process: a node may have copies of its own."""
     if len(files) != len(job.files):
         raise _other_files(f"{len(files):,} files", f"{len(job.files):,}")
     for path, planned in zip(files, job.files, strict=True):
-        found = path.stat()
-        if found.st_size != planned.size:
-            raise _other_files(f"{path} with {found.st_size:,} bytes", f"{planned.size:,} bytes")
+        size, modified = size_and_time(path) or (0, 0)
+        if size != planned.size:
+            raise _other_files(f"{path} with {size:,} bytes", f"{planned.size:,} bytes")
         # A copy that keeps the time is one of `rsync -a` or `cp -p`; of any other its content is looked at.
-        if found.st_mtime_ns != planned.modified and (digest := sha256_of(path)) != planned.sha256:
+        if modified != planned.modified and (digest := sha256_of(path)) != planned.sha256:
             raise _other_files(f"{path} with sha256 {digest[:16]}", f"sha256 {planned.sha256[:16]}")
 
 

@@ -24,9 +24,10 @@ from akd_dist.base.locks import file_lock
 from akd_dist.data import findings, pictures, splitting
 from akd_dist.data.columns import NotGreyError, notes_of
 from akd_dist.data.labels import Classes
-from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
-from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels, write_source
-from akd_dist.data.row_entry import INDEX, arrays_of, files_of, open_entry, stats_of
+from akd_dist.data.origins import Origin, Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
+from akd_dist.data.prepare import OpenedSource, in_colour, kept_as, kinds_of, open_sources, read_labels, write_source
+from akd_dist.data.row_entry import INDEX, arrays_of, open_entry, stats_of
+from akd_dist.data.row_files import names_of
 from akd_dist.data.rows import SPLITS, Splits, fingerprint, meaning_of
 from akd_dist.data.sources.base import Kind, local_files
 from akd_dist.data.splitting import LEFT_OUT, is_drawn, split_of_source
@@ -36,6 +37,8 @@ from akd_dist.storage.node_cache import Keep, NoRoomError, make_room, name_entry
 
 # The format of the folder. It is part of its key, so that rows in an older format are prepared afresh.
 _FORMAT = 2
+# Sources that may hold encoded images.
+_OF_IMAGES = recipe.Table | recipe.ImageFolder | recipe.WebDataset
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, rows done, rows in all)."""
 
@@ -77,7 +80,7 @@ def prepare(
     tell = on_progress or (lambda what, done, total: None)
     kinds = kinds_of(data)
     keys = {name: kind.key() for name, kind in kinds.items()}
-    files = local_files(keys)
+    files = local_files(kinds, keys)
     folder = cache_root / "rows" / sha256(canonical_json(key_of(data, keys)))[:32]
     with file_lock(folder.with_suffix(".lock"), what=f"the prepared data {folder}"):
         splits = None if again else open_entry(folder)
@@ -114,8 +117,9 @@ def key_of(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, 
         "task": data.task,
         "text": text_key(data.text),
     }
-    if data.text is None and any(isinstance(getattr(data, name), recipe.Table) for name in keys):
-        key["image"] = {"rules": pictures.RULES, **data.image.model_dump(mode="json")}
+    if data.text is None and any(isinstance(getattr(data, name), _OF_IMAGES) for name in keys):
+        kept = {"encoded": data.image.keep} if data.asks_for_encoded else {}
+        key["image"] = {"rules": pictures.RULES, **data.image.written(), **kept}
     return key
 
 
@@ -123,7 +127,7 @@ def _write(
     folder: Path,
     data: recipe.DataSpec,
     kinds: dict[str, Kind],
-    files: list[Path],
+    files: list[Origin],
     make_room: Callable[[int], None],
     tell: Progress,
 ) -> Keep:
@@ -138,6 +142,8 @@ def _write(
     if data.stratify and is_drawn(data):
         _, stratified = read_labels(readings["train"], Classes(), functools.partial(tell, "the labels of data.train"))
     splits = {name: split_of_source(name, data, one.source, stratified) for name, one in readings.items()}
+    if data.task == "classification" and all(one.source.labels_at_hand for one in readings.values()):
+        _check_labels(data, readings, splits, tell)
 
     def write(readings: dict[str, OpenedSource], tell: Progress) -> Keep:
         return _write_readings(folder, data, readings, splits, origins, stamps, make_room, tell)
@@ -148,6 +154,21 @@ def _write(
         # An image has colours and those before it were grey, so one channel was planned for all: begin again with
         # three.
         return write(in_colour(readings), lambda what, done, total: tell(f"{what}, in colour", done, total))
+
+
+def _check_labels(
+    data: recipe.DataSpec, readings: dict[str, OpenedSource], splits: dict[str, np.ndarray], tell: Progress
+) -> None:
+    """Refuse wrong labels before any input is read, which takes long where it has to be decoded.
+
+    Raises:
+        RefusedError: as `prepare`.
+    """
+    classes, counts = Classes(), np.zeros((), dtype=np.int64)
+    for name, reading in readings.items():
+        classes, labels = read_labels(reading, classes, functools.partial(tell, f"the labels of data.{name}"))
+        counts = counts + splitting.count(splits[name], labels, classes.number or 0)
+    splitting.check_classes(data, counts, classes.names)
 
 
 def _write_readings(
@@ -172,7 +193,9 @@ def _write_readings(
             parts = {
                 number: splits[name] == number for number in np.unique(splits[name]).tolist() if number != LEFT_OUT
             }
-            outputs = [(part, *files_of(partial, SPLITS[number])) for number, part in parts.items()]
+            outputs = [
+                (part, names_of(partial, SPLITS[number], encoded=reading.encoded > 0)) for number, part in parts.items()
+            ]
             told = functools.partial(tell, f"the rows of data.{name}")
             classes, labels = write_source(reading, outputs, data.task, classes, told)
             if data.task == "classification":
@@ -183,13 +206,18 @@ def _write_readings(
         if data.task == "classification":
             splitting.check_classes(data, counts, classes.names)
             lines += findings.of_classes(counts[0], classes.names)
+        encoded = kept_as(readings["train"])
+        arrays = {name: arrays_of(partial, name, encoded) for name in SPLITS}
+        kept = sum(one.nbytes for both in arrays.values() for one in both)
+        lines += findings.of_encoded(kept, sum(len(labels) for _, labels in arrays.values()), encoded)
         lines += findings.in_two_splits(
-            {name: arrays_of(partial, name)[0] for name in SPLITS}, functools.partial(tell, "rows in two splits")
+            {name: inputs for name, (inputs, _) in arrays.items()}, functools.partial(tell, "rows in two splits")
         )
+        del arrays  # mapped, and about to get another name
         origins["shown"] = show({name: reading.source for name, reading in readings.items()})
         # Once all of them have been read: of a file that was written meanwhile, nobody could say which rows it gave.
         check_unchanged(origins, stamps)
-        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, lines, origins, tell)
+        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, encoded, lines, origins, tell)
         # Whole from the moment that it has its name, like everything in the cache.
         return name_entry(partial, folder)
     except OSError as error:
@@ -228,24 +256,25 @@ def _write_index(
     task: recipe.Task,
     classes: Classes,
     tokens: Tokens | None,
+    encoded: dict[str, Any] | None,
     lines: Sequence[str],
     origins: Origins,
     tell: Progress,
 ) -> None:
     assert classes.number is not None
-    index: dict[str, Any] = meaning_of(classes.number, task, classes.names, tokens)
+    index: dict[str, Any] = meaning_of(classes.number, task, classes.names, tokens, encoded)
     for name in SPLITS:
-        inputs, labels = arrays_of(folder, name)
+        inputs, labels = arrays_of(folder, name, encoded)
         told = functools.partial(tell, f"the fingerprint of the {name} rows")
         digest, blocks = fingerprint(
             inputs, labels, classes.number, task=task, class_names=classes.names, tokens=tokens, on_progress=told
         )
-        index[name] = {"fingerprint": digest, "blocks": blocks, "files": stats_of(folder, name)}
+        index[name] = {"fingerprint": digest, "blocks": blocks, "files": stats_of(folder, name, index)}
     index["findings"] = list(dict.fromkeys(lines))
     replace(folder / INDEX, with_checksum(index | {"origins": origins}))
 
 
-def _believed(splits: Splits, folder: Path, files: list[Path], kinds: dict[str, Kind]) -> Splits | None:
+def _believed(splits: Splits, folder: Path, files: list[Origin], kinds: dict[str, Kind]) -> Splits | None:
     """Prepared splits, unless their sources are seen to have changed: then None."""
     index = without_checksum((folder / INDEX).read_bytes())
     origins, believed = compare(index["origins"], files, kinds)

@@ -23,10 +23,11 @@ from akd_dist import recipe
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import findings, splitting
-from akd_dist.data.columns import Images, NotGreyError, frames_note
+from akd_dist.data.columns import Images, NotGreyError
 from akd_dist.data.labels import Classes
-from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
-from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels
+from akd_dist.data.noted import Noted, lines_of
+from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show, size_and_time
+from akd_dist.data.prepare import OpenedSource, in_colour, kept_as, kinds_of, open_sources, read_labels
 from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile
 from akd_dist.data.row_cache import Progress, key_of
 from akd_dist.data.rows import BLOCK_ROWS, SPLITS, meaning_of
@@ -34,6 +35,7 @@ from akd_dist.data.sources.base import local_files, remote_files
 from akd_dist.data.splitting import is_drawn, rows_of_split, source_of_split, split_of_source
 from akd_dist.storage.layout import ROWS
 from akd_dist.storage.roots import open_root
+from akd_dist.storage.row_documents import ENCODED_MANIFEST_FORMAT, ENCODED_ROWS_FORMAT, MANIFEST_FORMAT
 from akd_dist.storage.rows import (
     ROWS_FORMAT,
     BlockReceipt,
@@ -158,7 +160,7 @@ class _Looked:
         self.data, self.root = data, store_root
         self.kinds = kinds_of(data)
         keys = {name: kind.key() for name, kind in self.kinds.items()}
-        self.files, self.objects = local_files(keys), remote_files(keys)
+        self.files, self.objects = local_files(self.kinds, keys), remote_files(keys)
         key = {"rows_format": ROWS_FORMAT, **key_of(data, keys)}
         self.source = {False: key, True: key | {"colour": True}}
         self.ids = {colour: sha256(canonical_json(source)) for colour, source in self.source.items()}
@@ -219,7 +221,9 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
         lines = findings.of_classes(counts[0], classes.names)
     labels.clear()
     inputs = readings["train"].inputs
+    encoded = kept_as(readings["train"])
     creation = RowsCreation(
+        format=ROWS_FORMAT if encoded is None else ENCODED_ROWS_FORMAT,
         source=look.source[colour],
         content=sha256(canonical_json([origins["files"][str(path)]["sha256"] for path in look.files])),
         dtype=cast(Any, inputs.dtype.str),
@@ -230,17 +234,19 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
             split: sum(int(np.count_nonzero(of == number)) for of in splits.values())
             for number, split in enumerate(SPLITS)
         },
-        meaning=meaning_of(classes.number or 1, data.task, classes.names, inputs.tokens),
+        meaning=meaning_of(classes.number or 1, data.task, classes.names, inputs.tokens, encoded),
+        encoded=None if encoded is None else readings["train"].encoded,
     )
     writer = RowsWriter(open_root(look.root).uri, look.ids[colour], creation)
     begin_rows(writer)
     there = receipts_there(writer)
     files = [
-        SourceFile(stamp[0], stamp[1], origins["files"][str(path)]["sha256"])
-        for path, stamp in stamps.items()
-        if stamp is not None
+        SourceFile(*seen, origins["files"][str(path)]["sha256"])
+        for path in stamps
+        if (seen := size_and_time(path)) is not None
     ]
-    job = RowsJob(writer, data, classes, colour, tuple(files), look.objects)
+    known = {name: one.source.known for name, one in readings.items()}
+    job = RowsJob(writer, data, classes, colour, tuple(files), look.objects, known)
     runs = [run for name, one in readings.items() for run in _runs(name, one, splits[name], creation, there)]
     return RowsPlan(job, runs, there, readings, counts, lines, origins, stamps)
 
@@ -302,8 +308,8 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
     creation, data = plan.job.writer.creation, plan.job.data
     lines = [note for one in plan.readings.values() for note in one.source.notes]
     for name in plan.readings:
-        of = [one.frames for one in receipts.values() if source_of_split(data, one.split) == name]
-        lines += frames_note(sum(of), f"data.{name}")
+        of = [Noted(one.frames, one.enlarged) for one in receipts.values() if source_of_split(data, one.split) == name]
+        lines += lines_of(sum(of, Noted()), data.image, f"data.{name}")
     lines += plan.lines
     hashes, splits = dict[str, np.ndarray](), dict[str, SealedSplit]()
     for split in creation.rows:
@@ -313,10 +319,24 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
         blocks = [one.sha256 for one in mine]
         found = creation.fingerprint(split, blocks)
         of_classes = plan.counts[SPLITS.index(split)].tolist()
-        splits[split] = SealedSplit(rows=creation.rows[split], fingerprint=found, blocks=blocks, classes=of_classes)
+        splits[split] = SealedSplit(
+            rows=creation.rows[split],
+            fingerprint=found,
+            blocks=blocks,
+            classes=of_classes,
+            sizes=None if creation.encoded is None else [one.size for one in mine],
+        )
+    kept = sum(one.size for one in receipts.values())
+    lines += findings.of_encoded(kept, sum(creation.rows.values()), creation.meaning.get("encoded"))
     lines += findings.of_hashes({split: hashes[split] for split in SPLITS})
     origins = plan.origins | {"shown": show({name: one.source for name, one in plan.readings.items()})}
     check_unchanged(plan.origins, plan.stamps)
-    manifest = RowsManifest(creation=creation, splits=splits, findings=list(dict.fromkeys(lines)), origins=origins)
+    manifest = RowsManifest(
+        format=MANIFEST_FORMAT if creation.encoded is None else ENCODED_MANIFEST_FORMAT,
+        creation=creation,
+        splits=splits,
+        findings=list(dict.fromkeys(lines)),
+        origins=origins,
+    )
     sealed_rows = seal_rows(plan.job.writer, manifest)
     return sealed_rows, sealed_rows.manifest()

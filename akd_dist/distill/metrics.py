@@ -5,12 +5,14 @@ where it is first needed.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from akd_dist.data.encoded import ahead, batches_ahead, begin
 from akd_dist.data.rows import Rows
 from akd_dist.distill.hooks import own_measure
 from akd_dist.distill.objectives import at_least_float32, label_losses
@@ -40,10 +42,8 @@ def evaluate(
     """
     module.eval()
     loss, said, true, kept = 0.0, [], [], []
-    for start in range(0, len(rows), EVALUATION_ROWS):
-        block = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
-        # Copied, since torch warns of tensors over memory that is read-only, as a memory map is.
-        copied, labelled = (torch.from_numpy(np.array(part)) for part in block)
+    begun = (_begun(rows, start) for start in range(0, len(rows), EVALUATION_ROWS))
+    for copied, labelled in ahead(begun, min(1, batches_ahead(rows.inputs, EVALUATION_ROWS))):
         inputs, labels = copied.to(device), labelled.to(device)
         true.append(labelled)
         with autocast(device, precision):
@@ -57,6 +57,14 @@ def evaluate(
     if own is not None:
         metrics["custom"] = own_measure(own, torch.cat(kept), torch.cat(true))
     return metrics | {"loss": loss / len(rows)}, together.numpy()
+
+
+def _begun(rows: Rows, start: int) -> Callable[[], list[torch.Tensor]]:
+    """A block of rows, begun to be decoded if it has to be: called, it gives inputs and labels."""
+    inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
+    pixels = begin(inputs)
+    # Copied, since torch warns of tensors over memory that is read-only, as a memory map is.
+    return lambda: [torch.from_numpy(np.array(part)) for part in (pixels(), labels)]
 
 
 def predictions(task: Task, logits: torch.Tensor) -> torch.Tensor:

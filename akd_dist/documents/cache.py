@@ -3,6 +3,7 @@
 from typing import Literal
 
 from akd_dist.documents.base import Count, Document
+from akd_dist.documents.check import TeacherCheck
 from akd_dist.recipe import Split
 
 
@@ -34,10 +35,10 @@ class CachedSplit(Document):
 class CachedSplits(Document):
     """The stores of the rows that nobody trains on."""
 
-    validation: CachedSplit
-    """The validation rows, one view, not augmented."""
-    test: CachedSplit
-    """The test rows, one view, not augmented."""
+    validation: CachedSplit | None
+    """The validation rows, one view, not augmented; null where the teacher is a store, and there is none of these."""
+    test: CachedSplit | None
+    """The test rows, likewise."""
 
 
 class CachedAssistant(CachedSplit):
@@ -53,8 +54,20 @@ class CachedAssistant(CachedSplit):
     """The same for the validation and test rows."""
 
 
+class CachedMember(CachedSplit):
+    """One teacher of an ensemble, and the stores of its logits."""
+
+    name: str
+    """As messages call it."""
+    share: float
+    """How much it counts; together 1."""
+    splits: CachedSplits
+    """The same for the validation and test rows."""
+
+
 class CacheDocument(CachedSplit):
-    """What `akd-dist cache-teacher --json` prints: the train store, and those of the other splits."""
+    """What `akd-dist cache-teacher --json` prints: the train store, and those of the other splits; of an ensemble those
+    of its first member."""
 
     hit: bool
     """Whether all stores were there already, those of the assistants too."""
@@ -62,6 +75,8 @@ class CacheDocument(CachedSplit):
     """Wall-clock time of the command."""
     splits: CachedSplits
     """The same for the validation and test rows."""
+    members: list[CachedMember] = []
+    """Each teacher of an ensemble; empty for a teacher alone."""
     assistants: list[CachedAssistant] = []
     """The stores of the teacher's assistants, from the one below the teacher to the last."""
 
@@ -82,6 +97,7 @@ class PlannedSplit(Document):
 
 
 PlannedSplits = dict[Split, PlannedSplit]
+"""What each split would take."""
 
 
 class PlannedAssistant(Document):
@@ -107,8 +123,12 @@ class PlanDocument(Document):
     free: Count | None
     """Bytes free there; null for object storage."""
     splits: PlannedSplits
-    """What each split would take."""
+    """What each split would take; of an ensemble, all members together."""
+    members: list[PlannedSplits] = []
+    """The same for each member of an ensemble; empty for a teacher alone."""
     assistants: list[PlannedAssistant] = []
     """The same for the teacher's assistants."""
+    teacher_check: TeacherCheck | None = None
+    """What the teacher says of labelled rows; null of one that the recipe trains."""
     waits_for: str | None = None
     """The room that the command would wait for, on nodes that are not there yet; null where what is there will do."""

@@ -8,6 +8,7 @@ from akd_dist.recipe.base import (
     Classes as Classes,
     Device as Device,
     Factory as Factory,
+    LogitKind as LogitKind,
     Metric as Metric,
     Spec as Spec,
     Split as Split,
@@ -26,6 +27,7 @@ from akd_dist.recipe.data import (
     HuggingFaceText as HuggingFaceText,
     Idx as Idx,
     Image as Image,
+    ImageFolder as ImageFolder,
     NoAugmentation as NoAugmentation,
     Normalize as Normalize,
     PadCropFlip as PadCropFlip,
@@ -36,6 +38,7 @@ from akd_dist.recipe.data import (
     Table as Table,
     Text as Text,
     TokenMask as TokenMask,
+    WebDataset as WebDataset,
 )
 from akd_dist.recipe.json_schema import recipe_schema as recipe_schema
 from akd_dist.recipe.load import load_recipe as load_recipe
@@ -52,17 +55,27 @@ from akd_dist.recipe.models import (
 )
 from akd_dist.recipe.recipe import (
     NAME as NAME,
-    AssistantSpec as AssistantSpec,
     CacheSpec as CacheSpec,
     Callback as Callback,
     EncodingSpec as EncodingSpec,
     Recipe as Recipe,
     StudentSpec as StudentSpec,
-    TeacherSpec as TeacherSpec,
-    TeacherTraining as TeacherTraining,
     differences as differences,
     forget_later_keys as forget_later_keys,
     trust as trust,
+)
+from akd_dist.recipe.search import (
+    Range as Range,
+    Search as Search,
+    rung_count as rung_count,
+    rung_epochs as rung_epochs,
+)
+from akd_dist.recipe.teacher import (
+    AssistantSpec as AssistantSpec,
+    StoredTeacher as StoredTeacher,
+    TeacherMember as TeacherMember,
+    TeacherSpec as TeacherSpec,
+    TeacherTraining as TeacherTraining,
 )
 from akd_dist.recipe.training import (
     AdamW as AdamW,
@@ -83,4 +96,10 @@ from akd_dist.recipe.training import (
     Steps as Steps,
     Takd as Takd,
     Training as Training,
+)
+from akd_dist.recipe.trials import (
+    SearchRecipe as SearchRecipe,
+    Trial as Trial,
+    Tuning as Tuning,
+    load_search as load_search,
 )

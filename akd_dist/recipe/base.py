@@ -15,6 +15,8 @@ FACTORY = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 Task = Literal["classification", "regression"]
 Device = Literal["cpu", "cuda"]
 Split = Literal["train", "validation", "test"]
+LogitKind = Literal["logits", "log_probabilities"]
+"""What a row of stored logits is: raw logits, or less a constant of the row that makes them log-probabilities."""
 Target = Literal["onnx", "torch-export", "huggingface"]
 """What a model is exported to."""
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "custom"]

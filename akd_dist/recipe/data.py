@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
@@ -27,6 +27,9 @@ from akd_dist.recipe.base import (
 SourceKind = Annotated[Name, Field(description="Which kind of source this is.")]
 TokenizerKind = Annotated[Name, Field(description="Which kind of tokenizer this is.")]
 AugmentationKind = Annotated[Name, Field(description="Which kind of augmentation this is.")]
+
+
+Side = Annotated[int, Field(ge=1, le=8192)]
 
 
 class Digits(Spec):
@@ -79,6 +82,38 @@ class Parquet(Table):
     """A file, a folder or a glob; relative to the recipe's folder, or s3:// or gs://."""
 
 
+class ImageFolder(Spec):
+    """Pictures as files: a folder for each class, or a table that gives the label of each file."""
+
+    kind: SourceKind[Literal["image_folder"]] = "image_folder"
+    path: str
+    """The folder; relative to the recipe's folder, or s3:// or gs://. Without labels, each folder in it is a class."""
+    labels: str | None = None
+    """A CSV, JSON Lines or Parquet file with a row for each picture; none takes metadata.csv, .jsonl or .parquet in
+    the folder where there is one."""
+    file: str = "file_name"
+    """Its column of files, relative to the folder."""
+    label: str = "label"
+    """Its column of labels: class ids counted from 0, class names, or numbers where data.task is regression."""
+    unlisted: Literal["refuse", "leave_out"] = "refuse"
+    """What becomes of pictures that it does not list: `leave_out` where it names a part of the folder on purpose."""
+    classes: Classes | None = None
+    """How many classes there are; none takes the largest label plus one, or the names there are."""
+
+
+class WebDataset(Spec):
+    """Pictures in tar files, as WebDataset has them: key.jpg with key.cls or key.json, one beside the other."""
+
+    kind: SourceKind[Literal["webdataset"]] = "webdataset"
+    path: str
+    """A tar file, a folder, a glob, or a brace expression such as train-{000..099}.tar; relative to the recipe's
+    folder, or s3:// or gs://."""
+    label: str = "cls"
+    """`cls` for class ids in key.cls; anything else is a name within key.json."""
+    classes: Classes | None = None
+    """How many classes there are; none takes the largest label plus one, or the names there are."""
+
+
 class HuggingFaceData(Table):
     """A dataset of the Hugging Face `datasets` library (extra: akd-dist[huggingface])."""
 
@@ -115,7 +150,9 @@ class CustomData(Table, Factory):
     what they name or of the module's file prepares the data anew."""
 
 
-Source = Annotated[Digits | Idx | Parquet | HuggingFaceData | CustomData, Discriminator("kind")]
+Source = Annotated[
+    Digits | Idx | Parquet | ImageFolder | WebDataset | HuggingFaceData | CustomData, Discriminator("kind")
+]
 
 
 class ByteText(Spec):
@@ -147,11 +184,72 @@ class HuggingFaceText(Spec):
 Text = Annotated[ByteText | HuggingFaceText, Discriminator("kind")]
 
 
+Size = Annotated[
+    Annotated[Side, Tag("one")] | Annotated[list[Side], Field(min_length=2, max_length=2), Tag("several")],
+    Discriminator(_one_or_several),
+]
+
+
 class Image(Spec):
     """How encoded images become pixels: one definition for teacher, students and finished models."""
 
     background: Annotated[list[Byte], Field(min_length=3, max_length=3)] = [255, 255, 255]
-    """What is seen through transparent images: red, green and blue, 0 to 255; white as in browsers and on paper."""
+    """What is seen through transparent images and beside smaller ones: red, green and blue, 0 to 255; white as in
+    browsers and on paper."""
+    size: Size | None = None
+    """The size that all images are brought to: one number for a square, or [height, width]; none takes them as they
+    are, all of one size."""
+    resize: Literal["shorter", "longer", "stretch", "none"] = "shorter"
+    """How they are resized: until they cover `size`, which a square's shorter side then is; until they lie within it,
+    on the background; each side for itself, which changes their proportions; or not at all."""
+    crop: Literal["center", "none"] = "center"
+    """What becomes of pixels beyond `size`: those around the center are kept; `none` has no such pixels, and needs
+    `resize: longer` or `stretch`."""
+    channels: Literal[1, 3] | None = None
+    """1 takes all images as grey, 3 as coloured; none takes 1 if all of them are grey, else 3."""
+
+    keep: Literal["auto", "encoded", "pixels"] = "auto"
+    """How prepared rows hold them: as pixels, decoded once; or encoded as they come, decoded whenever they are read. A
+    random resized crop is then one of the whole image. `auto` keeps them encoded where there is a size and the
+    augmentation is such a crop."""
+
+    @property
+    def frame(self) -> tuple[int, int] | None:
+        """Height and width of all images; None where they are taken as they are."""
+        if self.size is None:
+            return None
+        return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
+
+    @property
+    def pads(self) -> bool:
+        """Whether the background may be seen beside an image."""
+        return self.size is not None and self.resize in ("longer", "none")
+
+    def said(self) -> dict[str, Any]:
+        """What is not as by default, as JSON: two spellings of a size are one."""
+        size = {} if self.frame is None else {"size": list(self.frame)}
+        return self.model_dump(mode="json", exclude_defaults=True) | size
+
+    def written(self) -> dict[str, Any]:
+        """How they become pixels, and the background always: as keys and cards had it when there was nothing else."""
+        said = self.said()
+        said.pop("keep", None)
+        return {"background": self.background} | said
+
+    @model_validator(mode="after")
+    def _gives_one_size(self) -> Image:
+        if self.size is None and (self.resize, self.crop) != ("shorter", "center"):
+            raise ValueError("resize and crop say how images come to one size: give `size` as well, as in `size: 224`")
+        if self.crop == "none" and self.resize == "shorter":
+            raise ValueError(
+                "with `resize: shorter` and `crop: none` images of other proportions keep sizes of their own: "
+                "leave out `crop`, or take `resize: longer` or `resize: stretch`"
+            )
+        if self.crop == "none" and self.resize == "none":
+            raise ValueError(
+                "with `resize: none` and `crop: none` larger images keep sizes of their own: leave out one of them"
+            )
+        return self
 
 
 class NoAugmentation(Spec):
@@ -263,6 +361,8 @@ ShareOrSource = Annotated[
     | Annotated[Digits, Tag("digits")]
     | Annotated[Idx, Tag("idx")]
     | Annotated[Parquet, Tag("parquet")]
+    | Annotated[ImageFolder, Tag("image_folder")]
+    | Annotated[WebDataset, Tag("webdataset")]
     | Annotated[HuggingFaceData, Tag("huggingface")]
     | Annotated[CustomData, Tag("custom")],
     Discriminator(_share_or_source),
@@ -316,6 +416,12 @@ class DataSpec(Spec):
         """The function that measures it, where it is one of the user's own."""
         return self.metric if isinstance(self.metric, CustomMetric) else None
 
+    @property
+    def asks_for_encoded(self) -> bool:
+        """Whether encoded images are to be kept so in prepared rows, where they come encoded."""
+        whole = self.image.size is not None and isinstance(self.augmentation, RandomResizedCropFlip)
+        return self.image.keep == "encoded" or (self.image.keep == "auto" and whole)
+
     @model_validator(mode="after")
     def _metric_fits(self) -> DataSpec:
         if self.own_metric is None and self.primary_metric not in METRICS[self.task]:
@@ -332,6 +438,17 @@ class DataSpec(Spec):
             raise ValueError("normalize is for images and numbers; leave it out where data.text is given")
         if self.text is not None and self.image != Image():
             raise ValueError("image is for encoded images; leave it out where data.text is given")
+        return self
+
+    @model_validator(mode="after")
+    def _shape_is_that_of_images(self) -> DataSpec:
+        known = (self.image.channels, *(self.image.frame or (None, None)))
+        for name in ("train", "validation", "test"):
+            shape = getattr(getattr(self, name), "shape", None)
+            if shape is None or known == (None, None, None):
+                continue
+            if len(shape) != 3 or any(ours not in (None, said) for ours, said in zip(known, shape, strict=True)):
+                raise ValueError(f"{name}.shape is {shape}, and image says something else: leave out `shape`")
         return self
 
     @model_validator(mode="after")

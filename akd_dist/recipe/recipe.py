@@ -33,70 +33,17 @@ from pydantic_core import CoreSchema
 
 from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
-from akd_dist.recipe.base import FACTORY, Count, Device, Epochs, Factory, Positive, Spec
+from akd_dist.recipe.base import FACTORY, Count, Device, Factory, Positive, Spec
 from akd_dist.recipe.data import DataSpec
 from akd_dist.recipe.models import Model
 from akd_dist.recipe.paths import change_paths
-from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Objective, Precision, Takd, Training
+from akd_dist.recipe.teacher import TeacherSpec
+from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Objective, Precision, Training
 
 # Names become folders, on any file system.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Where a run is placed, not what it computes: left out of its identity.
 PLACEMENT = ("cohorts", "checkpoint_seconds", "folder", "code")
-
-
-class TeacherTraining(Training):
-    """How the teacher is trained, from hard labels, before it is cached."""
-
-    epochs: Epochs
-    """Epochs; the best validation epoch is kept."""
-
-
-class AssistantSpec(Training):
-    """A model between teacher and students: it learns from the teacher's store and is cached like a teacher."""
-
-    model: Model
-    """Its architecture."""
-    objective: Objective
-    """What it is trained on: the logits of the model it stands under, or labels."""
-    assistant: AssistantSpec | None = None
-    """A further one, which learns from this one; students of objective `takd` learn from the last of the chain."""
-
-    @field_validator("objective")
-    @classmethod
-    def _not_takd(cls, objective: Objective) -> Objective:
-        if isinstance(objective, Takd):
-            raise ValueError("an assistant learns from the model it stands under: use kind: kd")
-        return objective
-
-
-class TeacherSpec(Spec):
-    """The teacher: weights that lie somewhere, or a model that the recipe trains first."""
-
-    weights: str | None = None
-    """A folder or URI with model.safetensors and model.json, such as a student's; relative to the recipe's folder."""
-    model: Model | None = None
-    """The architecture of a teacher that this recipe trains."""
-    train: TeacherTraining | None = None
-    """How this recipe trains it."""
-    assistant: AssistantSpec | None = None
-    """A model of a size between, for students of objective `takd`."""
-
-    @property
-    def chain(self) -> list[AssistantSpec]:
-        """The assistants, from the one under the teacher to the last."""
-        found, link = [], self.assistant
-        while link is not None:
-            found.append(link)
-            link = link.assistant
-        return found
-
-    @model_validator(mode="after")
-    def _one_way(self) -> TeacherSpec:
-        given = [name for name in ("weights", "model", "train") if getattr(self, name) is not None]
-        if given not in (["weights"], ["model", "train"]):
-            raise ValueError(f"give either weights, or model and train; got {' and '.join(given) or 'neither'}")
-        return self
 
 
 def _student_name(student: dict[str, Any]) -> str:
@@ -268,6 +215,8 @@ class Recipe(Spec):
         taught = [student.name for student in self.students if student.objective.learns_from == "assistant"]
         if taught and self.teacher.assistant is None:
             raise ValueError(f"{taught[0]} learns by takd, which needs a teacher.assistant")
+        if self.teacher.average == "probabilities" and self.data.task == "regression":
+            raise ValueError("teacher.average is probabilities, and a regression has none: average logits")
         if self.teacher.assistant is not None and not taught:
             raise ValueError("teacher.assistant is there and no student has the objective takd: nobody would use it")
         return self
@@ -287,10 +236,13 @@ class Recipe(Spec):
         if not self.data.stratify:  # as recipes of before say nothing of it
             del document["data"]["stratify"]
         # Runs of before knew no such key: what is as by default is left out, each key for itself.
-        document["data"]["image"] = self.data.image.model_dump(mode="json", exclude_defaults=True)
+        document["data"]["image"] = self.data.image.said()
         if not document["data"]["image"]:
             del document["data"]["image"]
-        del document["teacher"]["weights"]
+        for teacher in (document["teacher"], *(document["teacher"]["members"] or ())):
+            del teacher["weights"], teacher["store"]
+            if teacher["members"] is None:
+                del teacher["members"], teacher["average"]
         for training in _trainings(document):
             forget_later_keys(training)
         for student in document["students"]:
@@ -348,8 +300,9 @@ def forget_later_keys(training: dict[str, Any]) -> None:
 def _trainings(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every `Training` of a dumped recipe."""
     yield from document["students"]
-    if (train := document["teacher"]["train"]) is not None:
-        yield train
+    for teacher in (document["teacher"], *(document["teacher"].get("members") or ())):
+        if (train := teacher["train"]) is not None:
+            yield train
     link = document["teacher"]["assistant"]
     while link is not None:
         yield link

@@ -4,100 +4,43 @@ Everything is looked up once: the stores that are found sealed stay open, and ar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 
 from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import check_folder
+from akd_dist.data.encoded import decoded_by, encoded_of
 from akd_dist.data.findings import near_chance
 from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.data.views import by_content, check_augmentation
+from akd_dist.distill.agreement import check_in_store, check_on_rows
 from akd_dist.distill.teacher import served_fingerprint
 from akd_dist.distill.trial import try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
 from akd_dist.jobs.packing import ResourceRequest
+from akd_dist.jobs.planning.models import CachedModel, Level, SplitPlan, count_of, levels_of
+from akd_dist.jobs.planning.stored import check_kind, stores_of
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_cluster, rows_of_machine
-from akd_dist.jobs.train_teacher import Stores, Trained, Workspace, assistant_of, is_there, teacher_of
+from akd_dist.jobs.train_teacher import Trained, Workspace, assistant_of, is_there, name_of, teacher_of
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
-from akd_dist.models.folder import load_card
-from akd_dist.recipe import NoAugmentation, Recipe
+from akd_dist.models.folder import load_card, read_model
+from akd_dist.models.imported import open_checkpoint
+from akd_dist.recipe import NoAugmentation, Recipe, Split, StoredTeacher
 from akd_dist.storage import catalog
 from akd_dist.storage.encodings import encoding_from_config
-from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS, Shard, StoreLayout
+from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS, TEACHERS, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest
-from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import StoreWriter
 from akd_dist.tracking.progress import tell_once
 
 WORK_OF_TEACHER = "training or caching the teacher"
-
-
-@dataclass
-class SplitPlan:
-    """What caching one split takes: a sealed store that serves it, or a store to write."""
-
-    split: str
-    rows: Rows
-    creation: Creation
-    store: LogitStore | None = None
-    writer: StoreWriter | None = None
-    missing: list[Shard] = field(default_factory=list)
-    """Shards to compute; without a claim, others may compute them as well."""
-    computed: int = 0
-
-    @property
-    def identity(self) -> Identity:
-        """The identity of the store that the recipe asks for."""
-        return self.creation.identity
-
-    @property
-    def missing_bytes(self) -> int:
-        """Size of the shards still to be computed."""
-        return sum(self.identity.layout.stored_bytes(shard) for shard in self.missing)
-
-
-@dataclass
-class CachedModel:
-    """A model whose logits are cached, the teacher or an assistant, and what that takes, split by split."""
-
-    name: str
-    """`the teacher`, or `the assistant mlp-64`."""
-    model_uri: str
-    """Its model folder."""
-    card: ModelCard
-    """What is built there."""
-    plans: list[SplitPlan]
-
-    @property
-    def opened(self) -> dict[str, LogitStore]:
-        """Its sealed stores, by split."""
-        return {plan.split: plan.store for plan in self.plans if plan.store is not None}
-
-    @property
-    def stores(self) -> Stores:
-        """Where its sealed stores lie."""
-        return {split: store.uri for split, store in self.opened.items()}
-
-    @property
-    def taught(self) -> Identity:
-        """What those who learn from it learn: the train store that the recipe asks for. One of more views may serve."""
-        return next(plan.identity for plan in self.plans if plan.split == "train")
-
-    @property
-    def missing(self) -> bool:
-        """Whether there are shards to compute."""
-        return any(plan.missing for plan in self.plans)
-
-
-def fingerprints(models: Sequence[CachedModel]) -> list[str]:
-    """What students or assistants learn from: each model's fingerprint, as its stores have it."""
-    return [model.taught.teacher for model in models]
 
 
 @dataclass(frozen=True)
@@ -107,14 +50,20 @@ class Inputs:
     recipe: Recipe
     splits: Splits
     models: list[CachedModel]
-    """From the teacher on, as far as they are there: an assistant is found by what it learns from."""
+    """From the teacher, or the members of an ensemble, on, as far as they are there: an assistant is found by what it
+    learns from."""
     parameters: dict[str, int]
     """The number of parameters of each student, by name; of none where only a teacher is cached."""
 
     @property
     def complete(self) -> bool:
         """Whether all models of the chain are there."""
-        return len(self.models) > len(self.recipe.teacher.chain)
+        return len(self.models) == count_of(self.recipe)
+
+    @property
+    def levels(self) -> list[Level]:
+        """Whom others learn from, as far as they are there."""
+        return levels_of(self.recipe, self.models)
 
 
 def open_inputs(
@@ -147,39 +96,74 @@ def open_rows(recipe: Recipe, workspace: Workspace, *, students: bool, again: bo
 def with_models(inputs: Inputs, workspace: Workspace) -> Inputs:
     """The second half of `open_inputs`: the models that are there by now, with their stores."""
     recipe, splits = inputs.recipe, inputs.splits
-    models = models_there(recipe, splits, workspace.store_root)
+    models = models_there(recipe, splits, workspace)
     for model in models:
         look_up(model, recipe, workspace)
-    check_models(recipe, splits, models)
+    check_models(recipe, splits, models, workspace)
     return replace(inputs, models=models)
 
 
-def models_there(recipe: Recipe, splits: Splits, store_root: str) -> list[CachedModel]:
+def models_there(recipe: Recipe, splits: Splits, workspace: Workspace) -> list[CachedModel]:
     """The models of the chain that are there, from the teacher on; what their stores are is known, but not looked up.
 
     An assistant is found by what it learns from, so its place is not known before the model above it is there.
     """
     models: list[CachedModel] = []
-    while len(models) <= len(recipe.teacher.chain):
+    while len(models) < count_of(recipe):
         trained = next_below(recipe, splits, models)
-        uri = str(recipe.teacher.weights) if trained is None else trained.uri(store_root)
-        if trained is not None and not is_there(uri):
+        if trained is None:
+            models.append(given_teacher(recipe, len(models), splits, workspace))
+            continue
+        uri = trained.uri(workspace.store_root)
+        if not is_there(uri):
             break
-        models.append(model_at("the teacher" if trained is None else trained.name, uri, recipe, splits))
+        models.append(model_at(trained.name, uri, recipe, splits))
     return models
 
 
+def _stored_teacher(name: str, recipe: Recipe, named: StoredTeacher, splits: Splits, store_root: str) -> CachedModel:
+    """A teacher of whom there are only stores, as the recipe names them."""
+    plans = []
+    for split, store in stores_of(recipe, named, splits, store_root).items():
+        creation = store.manifest.creation()
+        # Who asks for fewer views learns the same from a store of more.
+        views = recipe.data.views if split == "train" else 1
+        identity = creation.identity.model_copy(update={"views": views})
+        creation = creation.model_copy(update={"identity": identity})
+        plans.append(SplitPlan(split, getattr(splits, split), creation, store))
+    return CachedModel(name, "", None, plans)
+
+
+def given_teacher(recipe: Recipe, member: int, splits: Splits, workspace: Workspace) -> CachedModel:
+    """A teacher that the recipe does not train: stores, a model folder, or a checkpoint from elsewhere.
+
+    A checkpoint becomes a model folder beside the stores, by its content, once something is to be computed with it.
+    """
+    teacher, name = recipe.teacher.each[member], name_of(recipe, member)
+    if teacher.store is not None:
+        return _stored_teacher(name, recipe, teacher.store, splits, workspace.store_root)
+    model, source = teacher.model, teacher.checkpoint
+    if model is None or source is None:
+        return model_at(name, str(teacher.weights), recipe, splits)
+    imported = open_checkpoint(model, source, splits.train, recipe.data, Path(workspace.cache_root))
+    uri = f"{workspace.store_root.rstrip('/')}/{TEACHERS}/{imported.card.fingerprint[:32]}"
+    return replace(_of_card(name, uri, imported.card, recipe, splits), imported=imported)
+
+
 def next_below(recipe: Recipe, splits: Splits, above: Sequence[CachedModel]) -> Trained | None:
-    """The model of the chain below those, as it is trained; None is a teacher whose weights lie somewhere."""
-    if not above:
-        return teacher_of(recipe, splits)
-    return assistant_of(recipe, splits, recipe.teacher.chain[len(above) - 1], above[-1].taught, above[-1].stores)
+    """The model that comes after those, as it is trained; None is a teacher that lies somewhere."""
+    teachers = len(recipe.teacher.each)
+    if len(above) < teachers:
+        return teacher_of(recipe, splits, len(above))
+    level = levels_of(recipe, above)[-1]
+    return assistant_of(recipe, splits, recipe.teacher.chain[len(above) - teachers], level.taught, level.stores)
 
 
 def look_up(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
     """Find which stores of a model are sealed, and what the others miss as far as it can be told without a claim."""
     for plan in model.plans:
-        plan.store = catalog.find_store(workspace.store_root, plan.identity)
+        if plan.store is None:  # else the recipe names it
+            plan.store = catalog.find_store(workspace.store_root, plan.identity)
         if plan.store is None:
             if workspace.address is None:
                 # Which card the nodes of a cluster have is not asked: views that are there may count as missing.
@@ -190,7 +174,6 @@ def look_up(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
             taken = 0 if source is None else source.identity.views
             shards = plan.identity.layout.shards()
             plan.missing = [one for one in shards if one.view >= taken and one.receipt_key not in done]
-    tell_of_chance(model, workspace.console)
 
 
 def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
@@ -204,27 +187,31 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
     from akd_dist.jobs.demand import foreseen
 
     recipe, models = inputs.recipe, inputs.models
-    unknown = [None] * (1 + len(recipe.teacher.chain) - len(models))
-    teacher, *assistants = [_planned(recipe, inputs.splits, model) for model in (*models, *unknown)]
-    needed = sum(split.bytes for planned in (teacher, *assistants) for split in planned.values())
+    unknown = [None] * (count_of(recipe) - len(models))
+    planned = [_planned(recipe, inputs.splits, model) for model in (*models, *unknown)]
+    count = len(recipe.teacher.each)
+    teachers, assistants = planned[:count], planned[count:]
+    needed = sum(split.bytes for one in planned for split in one.values())
     root = open_root(workspace.store_root)
     waits = None
     # What is all there needs neither room nor nodes, and is not refused for the lack of them.
-    if len(models) <= len(recipe.teacher.chain):
-        check_chain(recipe, inputs.splits, workspace, len(models))
+    if not inputs.complete:
+        check_chain(recipe, inputs.splits, workspace, len(inputs.levels))
     if needed:
         check_folder(root.local_path(""))
         check_room(workspace.store_root, needed)
         waits = foreseen(cluster.all_nodes(), room_of_teacher(recipe), WORK_OF_TEACHER, workspace.demand())
     return PlanDocument(
         dry_run=True,
+        teacher_check=models[0].check if models else None,
         store_root=workspace.store_root,
         bytes=needed,
         free=root.free_bytes(),
-        splits=teacher,
+        splits=teachers[0] if count == 1 else _together(teachers),
+        members=[] if count == 1 else teachers,
         assistants=[
-            PlannedAssistant(model=assistant.model.label, trained=number < len(models), splits=planned)
-            for number, (assistant, planned) in enumerate(zip(recipe.teacher.chain, assistants, strict=True), 1)
+            PlannedAssistant(model=assistant.model.label, trained=number < len(models), splits=one)
+            for number, (assistant, one) in enumerate(zip(recipe.teacher.chain, assistants, strict=True), count)
         ],
         waits_for=waits,
     )
@@ -241,17 +228,32 @@ def _planned(recipe: Recipe, splits: Splits, model: CachedModel | None) -> Plann
         hit = plan is not None and plan.store is not None
         return PlannedSplit(rows=len(rows), views=views, hit=hit, shards=len(shards), bytes=size)
 
-    train, validation, test = [None] * len(SPLITS) if model is None else model.plans
+    names: tuple[Split, ...] = ("train", "validation", "test")
+    plans = {} if model is None else {plan.split: plan for plan in model.plans}
     return {
-        "train": of(splits.train, recipe.data.views, train),
-        "validation": of(splits.validation, 1, validation),
-        "test": of(splits.test, 1, test),
+        split: of(getattr(splits, split), recipe.data.views if split == "train" else 1, plans.get(split))
+        for split in names
+        if model is None or split in plans
     }
+
+
+def _together(teachers: Sequence[PlannedSplits]) -> PlannedSplits:
+    """What the stores of an ensemble's members take together."""
+    together: PlannedSplits = {}
+    for split, part in ((split, part) for one in teachers for split, part in one.items()):
+        known = together.get(split)
+        sums = {"hit": known.hit and part.hit, "shards": known.shards + part.shards} if known else {}
+        sums |= {"bytes": known.bytes + part.bytes} if known else {}
+        together[split] = part.model_copy(update=sums)
+    return together
 
 
 def model_at(name: str, uri: str, recipe: Recipe, splits: Splits) -> CachedModel:
     """A model that is there, and the stores that the recipe asks for; these are still to be looked up."""
-    card = load_card(uri, recipe.trusted)
+    return _of_card(name, uri, load_card(uri, recipe.trusted), recipe, splits)
+
+
+def _of_card(name: str, uri: str, card: ModelCard, recipe: Recipe, splits: Splits) -> CachedModel:
     rows: dict[str, Rows] = {split: getattr(splits, split) for split in SPLITS}
     plans = [SplitPlan(split, of, creation_of(recipe, of, split, card, recipe.device)) for split, of in rows.items()]
     return CachedModel(name, uri, card, plans)
@@ -285,7 +287,8 @@ def creation_of(
         threads=recipe.cache.threads,
         device=device,
         # Another version of any of these may change a last bit of a logit, or a byte of a shard.
-        versions={name: version(name) for name in ("akd-dist", "numcodecs", "numpy", "torch", "zarr")},
+        versions={name: version(name) for name in ("akd-dist", "numcodecs", "numpy", "torch", "zarr")}
+        | ({} if encoded_of(rows.inputs) is None else decoded_by()),
     )
     teacher = {"fingerprint": fingerprint, "spec": card.model_dump(mode="json")}
     return Creation(identity=identity, computed=computed, dataset=rows.describe(), teacher=teacher)
@@ -296,10 +299,11 @@ def computed_on(device: str, creation: Creation) -> Creation:
     return creation.model_copy(update={"computed": creation.computed.model_copy(update={"device": device})})
 
 
-def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel]) -> None:
+def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], workspace: Workspace) -> None:
     """Try the teacher and its assistants on these rows before anything is trained or cached.
 
-    What is trained already is not tried again, and weights whose logits are stored are not loaded.
+    What is trained already is not tried again, and weights whose logits are stored are not loaded. A teacher that the
+    recipe does not train is asked of rows with labels, and what it said is told.
 
     Args:
         models: those that are there, looked up.
@@ -310,22 +314,56 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel]) 
         DamagedError: weights or a store are not what was written.
     """
     rows, data = splits.train, recipe.data
-    if (uri := recipe.teacher.weights) is not None:
-        models[0].card.check_rows(rows, f"the teacher in {uri}")
-        if len(models[0].opened) < len(SPLITS):
-            try_teacher(uri, rows, recipe.cache, recipe.trusted)
-    elif (teacher := teacher_of(recipe, splits)) is not None and not models:
-        assert recipe.teacher.train is not None
-        try_training(teacher.spec.model, [(teacher.setting, recipe.teacher.train)], rows, data)
+    for number, member in enumerate(recipe.teacher.each):
+        if member.train is None:
+            # One of an ensemble is looked at although one before it is still to be trained.
+            model = models[number] if number < len(models) else given_teacher(recipe, number, splits, workspace)
+            look_up(model, recipe, workspace)
+            _check_given(model, recipe, splits, workspace)
+        elif member.train is not None and number >= len(models):
+            teacher = teacher_of(recipe, splits, number)
+            assert teacher is not None, "it is trained"
+            try_training(teacher.spec.model, [(teacher.setting, member.train)], rows, data)
+    check_kind(recipe, [model.opened.get("train") for model in models[: len(recipe.teacher.each)]])
     for number, assistant in enumerate(recipe.teacher.chain, 1):
         try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, data)
     check_augmentation(data.augmentation, data.seed, rows.inputs, rows.tokens)
+    for model in models:
+        tell_of_chance(model, workspace.console)
+
+
+def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: Workspace) -> None:
+    """Try a teacher that the recipe does not train, and ask it of labelled rows, if only in its stores."""
+    if model.card is None:  # there are only stores, which were compared with the rows when they were found
+        if (store := model.opened.get("validation")) is not None:
+            model.check = check_in_store(store, splits.validation, model.name)
+        _tell_check(model, workspace)
+        return
+    model.card.check_rows(splits.train, f"the teacher in {model.model_uri}")
+    if (store := model.opened.get("validation")) is not None and len(model.opened) == len(SPLITS):
+        model.check = check_in_store(store, splits.validation)
+    else:
+        if model.imported is not None:
+            module = model.imported.module(Path(workspace.cache_root))
+            try_teacher(module, model.card, splits.train, recipe.cache)
+            if model.imported.notes:
+                workspace.tell(f"{model.imported.source}: {'; '.join(model.imported.notes)}")
+        else:
+            module, card = read_model(model.model_uri, recipe.trusted)
+            try_teacher(module, card, splits.train, recipe.cache)
+        model.check = check_on_rows(module, splits.validation)
+    _tell_check(model, workspace)
+
+
+def _tell_check(model: CachedModel, workspace: Workspace) -> None:
+    for warning in () if model.check is None else model.check.warnings:
+        tell_once(workspace.console, warning)
 
 
 def room_of_teacher(recipe: Recipe) -> ResourceRequest:
     """The most that a task takes which trains or caches the teacher, or an assistant."""
     threads = [recipe.cache.threads, *(one.threads for one in recipe.teacher.chain)]
-    threads += [recipe.teacher.train.threads] if recipe.teacher.train else []
+    threads += [one.train.threads for one in recipe.teacher.each if one.train is not None]
     return ResourceRequest(1, max(threads), gpus_of(recipe.device))
 
 
@@ -343,7 +381,7 @@ def check_room(store_root: str, needed: int) -> None:
 
 def tell_of_chance(model: CachedModel, console: Console) -> None:
     """Say so if a model, by what the shards of its train store say, knows hardly anything of the labels."""
-    if (store := model.opened.get("train")) is None:
+    if (store := model.opened.get("train")) is None or (model.check is not None and model.check.warnings):
         return
     agreed = [(shard.rows, shard.label_agreement) for shard in store.manifest.records()]
     if any(share is None for _, share in agreed):

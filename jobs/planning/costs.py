@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from akd_dist.data.encoded import bytes_in_memory, rows_ahead
 from akd_dist.data.row_fetch import bytes_ahead
 from akd_dist.data.rows import Splits
 from akd_dist.distill.objectives import stages
@@ -48,10 +49,11 @@ class Passage(NamedTuple):
     """Whether somebody needs the teacher's logits."""
 
 
-def _needs(spec: StudentSpec) -> tuple[tuple[int, bool], ...]:
-    """(epoch after its last, whether it needs logits) of each stage."""
-    ends = itertools.accumulate(stage.epochs for stage in stages(spec.objective))
-    return tuple((end, stage.needs_logits) for end, stage in zip(ends, stages(spec.objective), strict=True))
+def _needs(spec: StudentSpec, until: int) -> tuple[tuple[int, bool], ...]:
+    """(epoch after its last, whether it needs logits) of each stage, as far as that comes before an epoch."""
+    ends = [0, *itertools.accumulate(stage.epochs for stage in stages(spec.objective))]
+    begun = zip(itertools.pairwise(ends), stages(spec.objective), strict=True)
+    return tuple((min(end, until), stage.needs_logits) for (begin, end), stage in begun if begin < until)
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,14 @@ class CostModel:
     """Logits of a row."""
     behind: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(epoch, step) of the last checkpoint of those that resume."""
+    stages1: Mapping[str, str] = field(default_factory=dict)
+    """Of those that begin with stage II, since their stage I was trained before: where it lies under the store root."""
+    pauses: Mapping[str, int] = field(default_factory=dict)
+    """After how many epochs students wait for another command, by name; all others go on to their end."""
     fetching: int = 0
     """Bytes of rows that a worker has in its memory, on their way into the node's cache."""
+    decoding: int = 0
+    """Bytes of one row that is decoded ahead; 0 where none are."""
     each_epoch: bool = False
     """Whether a checkpoint is written at the end of every epoch, which may take small students longer than the epoch;
     those at intervals of time hardly count."""
@@ -90,6 +98,7 @@ class CostModel:
         parameters: Mapping[str, int],
         measured: Mapping[str, Measured | None],
         behind: Mapping[str, tuple[int, int]] | None = None,
+        stages1: Mapping[str, str] | None = None,
     ) -> CostModel:
         """The costs of a recipe's students on these rows."""
         train = splits.train
@@ -103,7 +112,9 @@ class CostModel:
             row_bytes=train.row_bytes,
             classes=train.classes,
             behind=behind or {},
+            stages1=stages1 or {},
             fetching=0 if train.sealed is None else bytes_ahead(train.row_bytes),
+            decoding=bytes_in_memory(train.inputs),
             each_epoch=recipe.checkpoint_seconds == 0,
         )
 
@@ -118,12 +129,17 @@ class CostModel:
 
     def starts_at(self, spec: StudentSpec, follows: bool = False) -> tuple[int, int]:
         """(epoch, step) from which a student computes; one that follows computes no stage I."""
-        return (stages(spec.objective)[0].epochs, 0) if follows else self.behind.get(spec.name, (0, 0))
+        skips = follows or spec.name in self.stages1
+        return (stages(spec.objective)[0].epochs, 0) if skips else self.behind.get(spec.name, (0, 0))
+
+    def ends_at(self, spec: StudentSpec) -> int:
+        """After how many epochs a student ends, or waits."""
+        return min(spec.objective.epochs, self.pauses.get(spec.name, spec.objective.epochs))
 
     def steps_left(self, spec: StudentSpec, follows: bool = False) -> int:
         """Steps that a student still computes."""
         epoch, step = self.starts_at(spec, follows)
-        return max(0, (spec.objective.epochs - epoch) * self.steps_per_epoch(spec) - step)
+        return max(0, (self.ends_at(spec) - epoch) * self.steps_per_epoch(spec) - step)
 
     def seconds(self, spec: StudentSpec, follows: bool = False) -> float:
         """Seconds that a student adds to its cohort: steps, evaluations, checkpoints, and its setting up."""
@@ -145,7 +161,7 @@ class CostModel:
         return found
 
     def _is_past_stage1(self, spec: StudentSpec) -> bool:
-        epoch, _ = self.behind.get(spec.name, (0, 0))
+        epoch, _ = self.starts_at(spec)
         return epoch >= stages(spec.objective)[0].epochs
 
     def family_seconds(self, family: Cohort) -> float:
@@ -160,7 +176,7 @@ class CostModel:
         """
         followers, most = self.leaders(cohort), self.steps_per_epoch(cohort[0])
         # Students that differ in no more than names and models stand at the same place.
-        paths = {(*self.starts_at(spec, spec.name in followers), _needs(spec)) for spec in cohort}
+        paths = {(*self.starts_at(spec, spec.name in followers), _needs(spec, self.ends_at(spec))) for spec in cohort}
         # Between two of these the same students train, in the same stages; in its first epoch one may be halfway.
         cuts = {cut for begins, _, needs in paths for cut in (begins, begins + 1, *(end for end, _ in needs))}
         found = []
@@ -194,10 +210,11 @@ class CostModel:
         lies there, and only checkpoints pass through main memory.
         """
         measured = [self.measured(spec) for spec in cohort]
+        streaming = self.fetching + self.decoding * rows_ahead(-(-cohort[0].batch // cohort[0].workers))
         if gpus_of(self.device):
-            return GPU_PROCESS_BYTES + self.fetching + max(one.writing for one in measured)
+            return GPU_PROCESS_BYTES + streaming + max(one.writing for one in measured)
         passing = max(max(one.step_memory, one.evaluation_memory, one.writing) for one in measured)
-        return PROCESS_BYTES + self.fetching + sum(one.resident(cohort[0].workers) for one in measured) + passing
+        return PROCESS_BYTES + streaming + sum(one.resident(cohort[0].workers) for one in measured) + passing
 
     def ask(self, cohort: Cohort) -> ResourceRequest:
         """What a cohort occupies."""

@@ -22,8 +22,9 @@ from akd_dist.distill import teacher as teachers
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.jobs import cache_teacher, prepare_rows
 from akd_dist.jobs.cache_teacher import cache_in_process, compute_in_process, walk_chain
-from akd_dist.jobs.planning.caching import CachedModel, check_models, look_up, model_at, models_there, open_rows
+from akd_dist.jobs.planning.caching import check_models, look_up, model_at, models_there, open_rows
 from akd_dist.jobs.planning.costs import CostModel
+from akd_dist.jobs.planning.models import CachedModel
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.probing import measure_all
 from akd_dist.jobs.train_teacher import Workspace, run_in_process
@@ -158,7 +159,7 @@ def test_a_driver_holds_no_rows(
     inputs = open_rows(recipe, workspace, students=True, again=False)
     splits = inputs.splits
     assert set(inputs.parameters) == {"one", "two"}
-    check_models(recipe, splits, models_there(recipe, splits, workspace.store_root))
+    check_models(recipe, splits, models_there(recipe, splits, workspace), workspace)
     measured = measure_all(recipe, recipe.students, inputs.parameters, workspace.cache_root, splits.train.sealed)
     costs = CostModel.of(recipe, splits, inputs.parameters, measured)
     assert (costs.row_bytes, costs.rows, costs.evaluated) == (72, len(own.train), len(own.validation))
