@@ -33,7 +33,8 @@ from akd_dist.distill.cohort import open_stream
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.metrics import evaluate
 from akd_dist.distill.objectives import phi, temperature
-from akd_dist.distill.stream import BatchStream, epoch_order
+from akd_dist.distill.orders import epoch_order
+from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import Student, seeded_states
 from akd_dist.distill.teacher import teacher_logits
 from akd_dist.jobs.cache_teacher import cache_in_process

@@ -14,7 +14,7 @@ from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.distill.teacher import compute_shard
 from akd_dist.jobs.cache_teacher import cache_job
 from akd_dist.jobs.planning.caching import SplitPlan, computed_on, creation_of, models_there
-from akd_dist.jobs.prepare_rows import rows_of_machine
+from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.train_teacher import Workspace, teacher_of
 from akd_dist.models.device import device_name
 from akd_dist.models.folder import load_card
@@ -52,7 +52,7 @@ def repair(
         recipe = recipes.trust(recipe, told)
     else:
         recipe = recipe.own()
-    splits = rows_of_machine(recipe.data, Workspace(store_root, cache_root, console=console))
+    splits = rows_of_recipe(recipe, Workspace(store_root, cache_root, console=console))
     known = [hint["split"]] if hint.get("split") in SPLITS else SPLITS
     uri, plan = _plan_of(store_id, known, recipe, splits, store_root)
     plan.creation = computed_on(device_name(recipe.device), plan.creation)  # it is this process that computes

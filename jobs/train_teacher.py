@@ -174,6 +174,8 @@ class Trained:
     """How many views its epochs go round."""
     stores: Stores
     """The logits of the model above it; empty for the teacher."""
+    data: recipes.DataSpec
+    """The rows that it is trained on, as the recipe has them."""
 
     def uri(self, store_root: str) -> str:
         """Its model folder, whether it is there or not."""
@@ -189,9 +191,10 @@ class Trained:
         # Checkpoints are renamed into place, which object storage cannot do: there the model is trained in the node's
         # cache.
         root = Path(workspace.cache_root if workspace.remote else workspace.store_root) / TEACHERS
+        splits = splits if self.stores else splits.of_teacher or splits
         return CohortJob(
             name="teacher",
-            data=recipe.data.model_copy(update={"views": self.views}),
+            data=self.data.model_copy(update={"views": self.views}),
             fingerprints={split: getattr(splits, split).fingerprint for split in SPLITS},
             students=(self.spec,),
             root=str(root),
@@ -217,8 +220,8 @@ def teacher_of(recipe: Recipe, splits: Splits) -> Trained | None:
     model, train = recipe.teacher.model, recipe.teacher.train
     if model is None or train is None:
         return None
-    spec = _spec(recipe, splits, train, model, HardLabels(epochs=train.epochs), "labels")
-    return Trained("the teacher", "teacher.train", spec, views=train.epochs, stores={})
+    spec = _spec(recipe, splits.of_teacher or splits, train, model, HardLabels(epochs=train.epochs), "labels")
+    return Trained("the teacher", "teacher.train", spec, train.epochs, {}, recipe.data_of_teacher)
 
 
 def assistant_of(
@@ -234,7 +237,7 @@ def assistant_of(
     learns_from = above.model_dump(mode="json", exclude={"format"})
     spec = _spec(recipe, splits, assistant, assistant.model, assistant.objective, learns_from)
     name = f"the assistant {assistant.model.label}"
-    return Trained(name, "teacher.assistant", spec, views=recipe.data.views, stores=stores)
+    return Trained(name, "teacher.assistant", spec, recipe.data.views, stores, recipe.data)
 
 
 def _spec(
@@ -247,6 +250,8 @@ def _spec(
 ) -> recipes.StudentSpec:
     """A model of the chain as a student whose name is the hash of all that its weights depend on."""
     common = {name: getattr(training, name) for name in recipes.Training.model_fields}
+    if isinstance(training, recipes.Learning):
+        common["labelled"] = training.labelled
     spec = recipes.StudentSpec(name="unnamed", model=model, objective=objective, **common)
     data = recipe.data.model_dump(mode="json", include={"seed", "augmentation", "window", "normalize"})
     if recipe.data.image != recipes.Image():  # the card says so

@@ -27,8 +27,8 @@ from akd_dist.storage.roots import open_root
 
 ROWS_FORMAT = 1
 """The format of prepared rows that this version writes, and the newest it reads (docs/reference/store-format.md)."""
-MANIFEST_FORMAT = 2
-"""The same of their manifests: those of format 1 have no checksum."""
+MANIFEST_FORMAT = 3
+"""The same of their manifests: those of format 1 have no checksum, and only those of format 3 rows without labels."""
 SPLITS = ("train", "validation", "test")
 """The names of the splits."""
 _NEXT = "run the command again with --prepare-again: the rows are prepared anew"
@@ -104,6 +104,12 @@ class SealedSplit(Document):
     """The sha256 of each block, in the order of rows: the keys of their objects under `blocks/`."""
     classes: list[Annotated[int, Field(ge=0)]]
     """How many rows each class has; empty for regression."""
+    labelled: Annotated[int, Field(ge=0)] | None = None
+    """How many rows have labels, the first ones; left out where all have."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_others(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {field: value for field, value in spell(self).items() if value is not None or field != "labelled"}
 
 
 class RowsManifest(Signed):
@@ -111,7 +117,7 @@ class RowsManifest(Signed):
 
     newest: ClassVar[int] = MANIFEST_FORMAT
 
-    format: Annotated[int, Field(ge=1, le=MANIFEST_FORMAT)] = MANIFEST_FORMAT
+    format: Annotated[int, Field(ge=1, le=MANIFEST_FORMAT)] = 2
     creation: RowsCreation
     splits: dict[str, SealedSplit]
     findings: list[str]
@@ -148,7 +154,10 @@ class RowsManifest(Signed):
             yield f"splits.{name}.rows", split.rows, creation.rows[name]
             yield f"splits.{name}.blocks", len(split.blocks), creation.blocks(name)
             yield f"splits.{name}.classes", len(split.classes), classes if of_classes else 0
-            yield f"splits.{name}.classes", sum(split.classes), split.rows if of_classes else 0
+            labelled = split.rows if split.labelled is None else split.labelled
+            yield f"splits.{name}.labelled", labelled < split.rows, split.labelled is not None
+            yield f"splits.{name}.labelled", split.labelled is None or self.format > 2, True
+            yield f"splits.{name}.classes", sum(split.classes), labelled if of_classes else 0
             yield f"splits.{name}.fingerprint", split.fingerprint, creation.fingerprint(name, split.blocks)
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +17,9 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.blocks import Block, default_threads, map_blocks
 from akd_dist.data.columns import Images, Inputs, inputs_of
-from akd_dist.data.labels import Classes, Labels, labels_of
+from akd_dist.data.labels import Classes, Labels, NoLabels, labels_of, unknown
 from akd_dist.data.sources.base import Kind, Source
 from akd_dist.data.sources.kinds import kind_of
-from akd_dist.data.splitting import SPLITS
 from akd_dist.data.text import tokenizer_of
 
 # The most rows read and decoded at a time.
@@ -42,6 +41,8 @@ class OpenedSource:
     """Its first row."""
     inputs: Inputs
     """What turns its inputs into arrays."""
+    unlabelled: Literal["all", "missing"] | None = None
+    """Which of its rows have no label; None where every row needs one."""
 
     @property
     def row_bytes(self) -> int:
@@ -59,13 +60,41 @@ class OpenedSource:
 
     def labels(self, task: recipe.Task, classes: Classes) -> Labels:
         """What turns its labels into arrays."""
-        return labels_of(self.first.labels, 0, self.source.label_place, task, classes, self.source.class_names)
+        if self.unlabelled == "all":
+            return NoLabels(task)
+        source, missing = self.source, self.unlabelled == "missing"
+        return labels_of(self.first.labels, 0, source.label_place, task, classes, source.class_names, missing=missing)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a source that go together into a split's files."""
+
+    rows: np.ndarray
+    """Which, bool [rows of the source]."""
+    inputs: Path
+    """The .npy file of inputs, begun by `begin_files`."""
+    labels: Path
+    """That of labels."""
+    first: int = 0
+    """Which row of the files the first of them becomes."""
+    labelled: bool = True
+    """Whether their labels are kept."""
 
 
 def kinds_of(data: recipe.DataSpec) -> dict[str, Kind]:
-    """The kinds of source of a recipe's data by split, that of the train rows first; a share has none."""
-    specs = {name: getattr(data, name) for name in SPLITS}
-    return {name: kind_of(spec) for name, spec in specs.items() if not isinstance(spec, float)}
+    """The kinds of source of a recipe's data by split, that of the train rows first; a share has none.
+
+    Rows without labels come last, as `unlabelled`: a column of labels is not looked for there.
+    """
+    return {name: kind_of(without_labels(one) if name == "unlabelled" else one) for name, one in data.sources.items()}
+
+
+def without_labels(spec: recipe.Source) -> recipe.Source:
+    """The same source, whose labels are not looked for; those that come with the inputs are not read."""
+    if isinstance(spec, recipe.Table):
+        return spec.model_copy(update={"label": "", "classes": None})
+    return spec.model_copy(update={"labels": None, "classes": None}) if isinstance(spec, recipe.Idx) else spec
 
 
 def open_sources(data: recipe.DataSpec, kinds: dict[str, Kind]) -> dict[str, OpenedSource]:
@@ -86,27 +115,32 @@ def open_sources(data: recipe.DataSpec, kinds: dict[str, Kind]) -> dict[str, Ope
     for name, source in sources.items():
         shape = getattr(getattr(data, name), "shape", None)
         inputs = inputs_of(first[name].inputs, 0, source.input_place, shape, tokenizer, data.image)
-        readings[name] = OpenedSource(source, first[name], inputs)
+        without: Literal["all", "missing"] | None = "all" if name == "unlabelled" else None
+        if name == "train" and data.unlabelled == "missing":
+            without = "missing"
+        readings[name] = OpenedSource(source, first[name], inputs, without)
+    lead = next(iter(readings))
     if data.image != recipe.Image() and not any(isinstance(one.inputs, Images) for one in readings.values()):
         raise RefusedError(
             "data.image is given, and the inputs are not images",
-            got=f"{readings['train'].inputs.dtype} {list(readings['train'].inputs.shape)} in {sources['train'].name}",
+            got=f"{readings[lead].inputs.dtype} {list(readings[lead].inputs.shape)} in {sources[lead].name}",
             expected="encoded images, or those of Pillow",
             next="leave out data.image",
         )
     readings = _of_one_colour(readings)
     for name, reading in readings.items():
-        _check_alike(name, reading, readings["train"], data.task)
+        _check_alike(name, reading, lead, readings[lead], data.task)
     return readings
 
 
 def read_labels(
-    reading: OpenedSource, classes: Classes, tell: Callable[[int, int], None]
+    reading: OpenedSource, task: recipe.Task, classes: Classes, tell: Callable[[int, int], None]
 ) -> tuple[Classes, np.ndarray]:
-    """The class ids of a source, int64 [rows]; without its inputs, where the kind of source allows it.
+    """The labels of a source, int64 or float32 [rows]; without its inputs, where the kind of source allows it.
 
     Args:
         reading: the source.
+        task: what labels are.
         classes: what is known of the dataset's classes; not complete for the source of the train rows.
         tell: called with rows done, and rows in all.
 
@@ -117,10 +151,12 @@ def read_labels(
         RefusedError: names the first row whose label is wrong.
     """
     source = reading.source
+    if reading.unlabelled == "all":
+        return classes, unknown(task, source.rows)
     classes = classes if classes.complete else Classes(source.classes)
-    _check_number(source, "classification", classes)
-    convert = reading.labels("classification", classes)
-    labels = np.zeros(source.rows, dtype=np.int64)
+    _check_number(source, task, classes)
+    convert = reading.labels(task, classes)
+    labels = unknown(task, source.rows)
 
     def work(block: Block) -> int:
         # Each thread writes the rows of its own block, so no lock is needed.
@@ -130,7 +166,7 @@ def read_labels(
     blocks = source.label_blocks(_LABEL_ROWS) if source.label_blocks else source.blocks(reading.block_rows)
     for done in itertools.accumulate(map_blocks(blocks, work, default_threads())):
         tell(done, source.rows)
-    return _finished(source, "classification", classes, convert, labels)
+    return _finished(source, task, classes, convert, labels)
 
 
 def in_colour(readings: dict[str, OpenedSource]) -> dict[str, OpenedSource]:
@@ -155,7 +191,7 @@ def _of_one_colour(readings: dict[str, OpenedSource]) -> dict[str, OpenedSource]
 
 def write_source(
     reading: OpenedSource,
-    files: Sequence[tuple[np.ndarray, Path, Path]],
+    parts: Sequence[Part],
     task: recipe.Task,
     classes: Classes,
     tell: Callable[[int, int], None],
@@ -164,7 +200,7 @@ def write_source(
 
     Args:
         reading: the source.
-        files: rows that go together (bool [rows of the source]), and the .npy files of their inputs and labels.
+        parts: which go where.
         task: what labels are.
         classes: what is known of the dataset's classes; not complete for the source of the train rows.
         tell: called with rows done, and rows in all.
@@ -179,14 +215,14 @@ def write_source(
     classes = classes if classes.complete else Classes(source.classes)
     _check_number(source, task, classes)
     convert = reading.labels(task, classes)
-    labels = np.zeros(source.rows, dtype=np.int64 if task == "classification" else np.float32)
+    labels = unknown(task, source.rows)
 
     def work(block: Block) -> tuple[int, list[np.ndarray]]:
         """How many rows the block has, and the inputs of each file."""
         rows = block.rows
         # Also of rows that are left out: which classes there are is a matter of the whole source.
         labels[rows] = convert(block.labels, rows)
-        here = [part[rows] for part, *_ in files]
+        here = [part.rows[rows] for part in parts]
         wanted = np.logical_or.reduce(here)
         if not wanted.any():
             return len(block), []
@@ -195,15 +231,15 @@ def write_source(
 
     done = 0
     with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(open(path, "wb")) for _, path, _ in files]
-        for output, (rows, *_) in zip(outputs, files, strict=True):
-            # The number of rows is known, so they can follow as they are decoded; `np.save` would want all of them in
-            # memory.
-            _write_header(output, int(np.count_nonzero(rows)), reading.inputs)
-        for count, parts in map_blocks(source.blocks(reading.block_rows), work, default_threads()):
-            # Not strict, since a block of which no row is wanted has no parts.
-            for output, part in zip(outputs, parts, strict=False):
-                output.write(part.data)
+        outputs = [stack.enter_context(open(part.inputs, "r+b")) for part in parts]
+        for output, part in zip(outputs, parts, strict=True):
+            np.lib.format.read_magic(output)
+            np.lib.format.read_array_header_1_0(output)
+            output.seek(part.first * reading.row_bytes, os.SEEK_CUR)
+        for count, made in map_blocks(source.blocks(reading.block_rows), work, default_threads()):
+            # Not strict, since a block of which no row is wanted has nothing.
+            for output, inputs in zip(outputs, made, strict=False):
+                output.write(inputs.data)
             done += count
             tell(done, source.rows)
         for output in outputs:
@@ -211,9 +247,20 @@ def write_source(
             # Durable before the index that vouches for it.
             os.fsync(output.fileno())
     classes, labels = _finished(source, task, classes, convert, labels)
-    for rows, _, path in files:
-        np.save(path, labels[rows])
+    for part in parts:
+        kept = labels[part.rows]
+        there = np.lib.format.open_memmap(part.labels, mode="r+")
+        there[part.first : part.first + len(kept)] = kept if part.labelled else unknown(task, len(kept))
+        there.flush()
     return classes, labels
+
+
+def begin_files(inputs: Path, labels: Path, rows: int, reading: OpenedSource, task: recipe.Task) -> None:
+    """Begin the .npy files of a split's inputs and labels, into which `write_source` writes: so many rows of each."""
+    with open(inputs, "wb") as file:
+        # The number of rows is known, so they can follow as they are decoded; `np.save` would want all in memory.
+        _write_header(file, rows, reading.inputs)
+    np.save(labels, unknown(task, rows))
 
 
 def _finished(
@@ -281,7 +328,7 @@ def _check_number(source: Source, task: recipe.Task, classes: Classes) -> None:
         )
 
 
-def _check_alike(name: str, reading: OpenedSource, train: OpenedSource, task: recipe.Task) -> None:
+def _check_alike(name: str, reading: OpenedSource, lead: str, first: OpenedSource, task: recipe.Task) -> None:
     def inputs_are(one: OpenedSource) -> str:
         pair = " of pairs" if len(one.first.inputs) == 2 else ""
         return f"{one.inputs.dtype} {list(one.inputs.shape)}{pair}"
@@ -293,6 +340,8 @@ def _check_alike(name: str, reading: OpenedSource, train: OpenedSource, task: re
         ("inputs", inputs_are, "bring all sources to one shape and type"),
         ("labels", labels_are, "write the labels of all sources alike"),
     ):
-        if (got := describe(reading)) != (expected := describe(train)):
-            whose = f"the {what} of data.{name} are not like those of data.train"
+        if what == "labels" and reading.unlabelled == "all":
+            continue
+        if (got := describe(reading)) != (expected := describe(first)):
+            whose = f"the {what} of data.{name} are not like those of data.{lead}"
             raise RefusedError(whose, got=got, expected=expected, next=hint)

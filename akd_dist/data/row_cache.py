@@ -25,11 +25,28 @@ from akd_dist.data import findings, pictures, splitting
 from akd_dist.data.columns import NotGreyError, notes_of
 from akd_dist.data.labels import Classes
 from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
-from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels, write_source
+from akd_dist.data.prepare import (
+    OpenedSource,
+    Part,
+    begin_files,
+    in_colour,
+    kinds_of,
+    open_sources,
+    read_labels,
+    write_source,
+)
 from akd_dist.data.row_entry import INDEX, arrays_of, files_of, open_entry, stats_of
 from akd_dist.data.rows import SPLITS, Splits, fingerprint, meaning_of
 from akd_dist.data.sources.base import Kind, local_files
-from akd_dist.data.splitting import LEFT_OUT, is_drawn, split_of_source
+from akd_dist.data.splitting import (
+    LEFT_OUT,
+    RowCounts,
+    is_drawn,
+    reads_labels_first,
+    rows_by_split,
+    split_of,
+    split_of_source,
+)
 from akd_dist.data.text import Tokens, text_key
 from akd_dist.storage.content import discard
 from akd_dist.storage.node_cache import Keep, NoRoomError, make_room, name_entry
@@ -100,12 +117,13 @@ def prepare(
 
 def key_of(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What prepared rows are known by, as JSON: `keys` of their sources, and how these become rows."""
-    fractions = {name: getattr(data, name) for name in SPLITS if name not in keys}
+    fractions = {name: getattr(data, name) for name in SPLITS[1:] if name not in keys}
     key = {
         "format": _FORMAT,
         # Only where it changes which rows go where: for all others the key stays what it was before recipes had
         # `stratify`.
         **({"stratify": True} if data.stratify and is_drawn(data) else {}),
+        **({"unlabelled": data.unlabelled} if isinstance(data.unlabelled, str) else {}),
         "sources": keys,
         "fractions": fractions,
         "subset": data.subset,
@@ -114,7 +132,7 @@ def key_of(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, 
         "task": data.task,
         "text": text_key(data.text),
     }
-    if data.text is None and any(isinstance(getattr(data, name), recipe.Table) for name in keys):
+    if data.text is None and any(isinstance(source, recipe.Table) for source in data.sources.values()):
         key["image"] = {"rules": pictures.RULES, **data.image.model_dump(mode="json")}
     return key
 
@@ -134,10 +152,11 @@ def _write(
     """
     origins, stamps = look_at(files)
     readings = open_sources(data, kinds)
-    stratified = None
-    if data.stratify and is_drawn(data):
-        _, stratified = read_labels(readings["train"], Classes(), functools.partial(tell, "the labels of data.train"))
-    splits = {name: split_of_source(name, data, one.source, stratified) for name, one in readings.items()}
+    labels = None
+    if reads_labels_first(data):
+        told = functools.partial(tell, "the labels of data.train")
+        _, labels = read_labels(readings["train"], data.task, Classes(), told)
+    splits = {name: split_of_source(name, data, one.source, labels) for name, one in readings.items()}
 
     def write(readings: dict[str, OpenedSource], tell: Progress) -> Keep:
         return _write_readings(folder, data, readings, splits, origins, stamps, make_room, tell)
@@ -167,14 +186,18 @@ def _write_readings(
         # What killed processes left. Nobody else prepares these rows now, since the lock is ours.
         _remove(folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}"))
         partial.mkdir(parents=True)
+        rows = rows_by_split(splits)
+        for split in SPLITS:
+            begin_files(*files_of(partial, split), rows.of(split), next(iter(readings.values())), data.task)
         classes, counts = Classes(), np.zeros((), dtype=np.int64)
         for name, reading in readings.items():
-            parts = {
-                number: splits[name] == number for number in np.unique(splits[name]).tolist() if number != LEFT_OUT
-            }
-            outputs = [(part, *files_of(partial, SPLITS[number])) for number, part in parts.items()]
+            parts = [
+                Part(splits[name] == number, *files_of(partial, split_of(number)), *rows.place(number))
+                for number in np.unique(splits[name]).tolist()
+                if number != LEFT_OUT
+            ]
             told = functools.partial(tell, f"the rows of data.{name}")
-            classes, labels = write_source(reading, outputs, data.task, classes, told)
+            classes, labels = write_source(reading, parts, data.task, classes, told)
             if data.task == "classification":
                 counts = counts + splitting.count(splits[name], labels, classes.number or 0)
             del labels  # eight bytes a row, which the next source would find taken
@@ -182,14 +205,16 @@ def _write_readings(
         lines += [note for name, reading in readings.items() for note in notes_of(reading.inputs, f"data.{name}")]
         if data.task == "classification":
             splitting.check_classes(data, counts, classes.names)
-            lines += findings.of_classes(counts[0], classes.names)
+            lines += findings.of_classes(counts[0], classes.names) if rows.labelled else []
+        lines += findings.of_unlabelled(data, rows.labelled, rows.unlabelled)
         lines += findings.in_two_splits(
             {name: arrays_of(partial, name)[0] for name in SPLITS}, functools.partial(tell, "rows in two splits")
         )
         origins["shown"] = show({name: reading.source for name, reading in readings.items()})
         # Once all of them have been read: of a file that was written meanwhile, nobody could say which rows it gave.
         check_unchanged(origins, stamps)
-        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, lines, origins, tell)
+        tokens = next(iter(readings.values())).inputs.tokens
+        _write_index(partial, data.task, classes, tokens, rows, lines, origins, tell)
         # Whole from the moment that it has its name, like everything in the cache.
         return name_entry(partial, folder)
     except OSError as error:
@@ -228,6 +253,7 @@ def _write_index(
     task: recipe.Task,
     classes: Classes,
     tokens: Tokens | None,
+    rows: RowCounts,
     lines: Sequence[str],
     origins: Origins,
     tell: Progress,
@@ -241,6 +267,8 @@ def _write_index(
             inputs, labels, classes.number, task=task, class_names=classes.names, tokens=tokens, on_progress=told
         )
         index[name] = {"fingerprint": digest, "blocks": blocks, "files": stats_of(folder, name)}
+    if rows.unlabelled:
+        index["labelled"] = rows.labelled
     index["findings"] = list(dict.fromkeys(lines))
     replace(folder / INDEX, with_checksum(index | {"origins": origins}))
 

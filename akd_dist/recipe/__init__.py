@@ -71,6 +71,7 @@ from akd_dist.recipe.training import (
     HardLabels as HardLabels,
     Kd as Kd,
     LastBatch as LastBatch,
+    Learning as Learning,
     Linear as Linear,
     Objective as Objective,
     Optimizer as Optimizer,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from akd_dist.recipe.base import (
     FACTORY,
@@ -41,8 +42,8 @@ class Idx(Spec):
     kind: SourceKind[Literal["idx"]] = "idx"
     images: str
     """The file of inputs, uint8 of two dimensions or more; relative to the recipe's folder, or s3:// or gs://."""
-    labels: str
-    """The file of labels, counted from 0."""
+    labels: str | None = None
+    """The file of labels, counted from 0; left out for data.unlabelled, where none is read."""
     classes: Classes | None = None
     """How many classes there are; none takes the largest label plus one."""
 
@@ -257,11 +258,34 @@ ShareOrSource = Annotated[
 ]
 
 
+def _word_or_source(value: object) -> str | None:
+    """Tell a word from a source by its shape, so that an error speaks of the one that was meant."""
+    if isinstance(value, Mapping):
+        return value.get("kind")
+    return getattr(value, "kind", "word")
+
+
+Unlabelled = Annotated[
+    Annotated[Literal["rest", "missing"], Tag("word")]
+    | Annotated[Digits, Tag("digits")]
+    | Annotated[Idx, Tag("idx")]
+    | Annotated[Parquet, Tag("parquet")]
+    | Annotated[HuggingFaceData, Tag("huggingface")]
+    | Annotated[CustomData, Tag("custom")],
+    Discriminator(_word_or_source),
+]
+
+
 class DataSpec(Spec):
     """The rows that teacher and students see, how they are split and how augmented. One for the whole recipe."""
 
-    train: Source
-    """The rows to train on; validation and test rows are split off where they have no source of their own."""
+    train: Source | None = None
+    """The rows to train on; validation and test rows are split off where they have no source of their own. Left out
+    where no train row has a label: then `unlabelled` names them all."""
+    unlabelled: Unlabelled | None = None
+    """Train rows without labels, which students learn from the teacher alone: a source, whose labels are not read; or
+    `rest`, the train rows that `subset` leaves out; or `missing`, the rows of the train source whose label is null, NaN
+    or -1."""
     validation: ShareOrSource = 0.1
     """Rows that pick the best epoch: a share of the train source, or a source of their own."""
     test: ShareOrSource = 0.2
@@ -295,6 +319,41 @@ class DataSpec(Spec):
     def primary_metric(self) -> Metric:
         """The metric that picks the best epoch: the higher the better."""
         return self.metric or METRICS[self.task][0]
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """The sources by what they give: those with labels first, the train rows before the others."""
+        given = {name: getattr(self, name) for name in ("train", "validation", "test", "unlabelled")}
+        return {name: source for name, source in given.items() if not isinstance(source, float | str | None)}
+
+    @model_validator(mode="after")
+    def _has_train_rows(self) -> DataSpec:
+        if self.train is None and not isinstance(self.unlabelled, Spec):
+            missing = InitErrorDetails(type="missing", loc=("train",), input=self)
+            raise ValidationError.from_exception_data("DataSpec", [missing])
+        if self.train is None:
+            shares = [name for name in ("validation", "test") if isinstance(getattr(self, name), float)]
+            if shares:
+                raise ValueError(
+                    f"without data.train there are no rows with labels to take {' and '.join(shares)} from: "
+                    "give them sources of their own"
+                )
+            if self.subset is not None or self.stratify:
+                raise ValueError("subset and stratify are for rows with labels, and data.train is left out")
+        return self
+
+    @model_validator(mode="after")
+    def _rest_is_left(self) -> DataSpec:
+        if self.unlabelled == "rest" and self.subset is None:
+            raise ValueError("unlabelled: rest are the train rows that `subset` leaves out: set subset as well")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_where_they_are_read(self) -> DataSpec:
+        for name, source in self.sources.items():
+            if name != "unlabelled" and isinstance(source, Idx) and source.labels is None:
+                raise ValueError(f"{name}.labels is missing: only the rows of `unlabelled` need none")
+        return self
 
     @model_validator(mode="after")
     def _metric_fits(self) -> DataSpec:

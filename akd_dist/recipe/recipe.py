@@ -36,7 +36,7 @@ from akd_dist.recipe.base import Count, Device, Epochs, Factory, Positive, Spec
 from akd_dist.recipe.data import DataSpec
 from akd_dist.recipe.models import Model
 from akd_dist.recipe.paths import change_paths
-from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Objective, Precision, Takd, Training
+from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Learning, Objective, Precision, Takd, Training
 
 # Names become folders, on any file system.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -49,15 +49,14 @@ class TeacherTraining(Training):
 
     epochs: Epochs
     """Epochs; the best validation epoch is kept."""
+    rows: Literal["students", "all"] = "students"
+    """Which rows it learns from: those of the students that have labels; or `all`, also those that data.subset leaves
+    out, as somebody would have trained it who had more labels than the students have."""
 
 
-class AssistantSpec(Training):
+class AssistantSpec(Learning):
     """A model between teacher and students: it learns from the teacher's store and is cached like a teacher."""
 
-    model: Model
-    """Its architecture."""
-    objective: Objective
-    """What it is trained on: the logits of the model it stands under, or labels."""
     assistant: AssistantSpec | None = None
     """A further one, which learns from this one; students of objective `takd` learn from the last of the chain."""
 
@@ -112,13 +111,9 @@ def _folder_name(name: str) -> str:
     return name
 
 
-class StudentSpec(Training):
+class StudentSpec(Learning):
     """One student. In the file, a block may have a `grid:` and then stands for several."""
 
-    model: Model
-    """Its architecture."""
-    objective: Objective
-    """What it is trained on."""
     workers: Count = 1
     """Data-parallel workers that share each batch."""
     sync_batchnorm: bool = False
@@ -134,7 +129,7 @@ class StudentSpec(Training):
     @property
     def stage1(self) -> str | None:
         """What students that train the same stage I have in common; None where no further stage follows."""
-        if not isinstance(self.objective, AnnealingKD):
+        if not isinstance(self.objective, AnnealingKD) or not self.objective.stage2_epochs:
             return None
         # Neither what a student is called nor how much of a GPU it has changes a weight.
         document = self.model_dump(mode="json", exclude={"name", "gpus"})
@@ -260,13 +255,48 @@ class Recipe(Spec):
             raise ValueError("teacher.assistant is there and no student has the objective takd: nobody would use it")
         return self
 
+    @model_validator(mode="after")
+    def _labels_to_learn(self) -> Recipe:
+        """Refuse what needs labels where no train row has one, and a mix of rows where all of them have one."""
+        learners = [(f"the student {student.name}", student) for student in self.students]
+        chain = enumerate(self.teacher.chain, 1)
+        for whose, one in [*learners, *(("teacher" + number * ".assistant", link) for number, link in chain)]:
+            if one.labelled is not None and self.data.unlabelled is None:
+                raise ValueError(f"{whose} has labelled: {one.labelled}, and data.unlabelled names no rows without")
+            if self.data.train is None and one.objective.reads_labels:
+                raise ValueError(
+                    f"{whose} learns from labels ({one.objective.kind}), and no train row has one, as data.train is "
+                    "left out: use kd with alpha: 1, or annealing_kd with stage2_epochs: 0"
+                )
+        if self.data.train is None and self.teacher.train is not None:
+            raise ValueError(
+                "teacher.train needs labels, and no train row has one, as data.train is left out: "
+                "name a trained teacher in teacher.weights"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_left_to_the_teacher(self) -> Recipe:
+        train = self.teacher.train
+        if train is not None and train.rows == "all" and self.data.subset is None:
+            raise ValueError("teacher.train.rows: all is for rows that data.subset leaves out, and it is not set")
+        return self
+
+    @property
+    def data_of_teacher(self) -> DataSpec:
+        """The rows that a teacher is trained on: those of the students, or also those that `subset` leaves out."""
+        if self.teacher.train is None or self.teacher.train.rows == "students":
+            return self.data
+        unlabelled = None if self.data.unlabelled == "rest" else self.data.unlabelled
+        return self.data.model_copy(update={"subset": None, "unlabelled": unlabelled})
+
     def identity(self) -> dict[str, Any]:
         """What the run computes, as JSON: the resolved recipe without placement and without paths.
 
         Paths are left out because data and teacher are known by their content, wherever they lie.
         """
         document = self.model_dump(mode="json", exclude=set(PLACEMENT))
-        for source in (document["data"][split] for split in ("train", "validation", "test")):
+        for source in (document["data"][split] for split in ("train", "validation", "test", "unlabelled")):
             if isinstance(source, dict):
                 for key in ("path", "images", "labels"):
                     source.pop(key, None)
@@ -278,6 +308,8 @@ class Recipe(Spec):
         document["data"]["image"] = self.data.image.model_dump(mode="json", exclude_defaults=True)
         if not document["data"]["image"]:
             del document["data"]["image"]
+        if document["data"]["unlabelled"] is None:
+            del document["data"]["unlabelled"]
         del document["teacher"]["weights"]
         for training in _trainings(document):
             forget_later_keys(training)
@@ -329,8 +361,9 @@ def forget_later_keys(training: dict[str, Any]) -> None:
 
     Runs and trained models are found by what their recipe says: they stay the same when recipes learn a new key.
     """
-    if training["last_batch"] == "keep":
-        del training["last_batch"]
+    for key, default in (("last_batch", "keep"), ("labelled", None), ("rows", "students")):
+        if key in training and training[key] == default:
+            del training[key]
 
 
 def _trainings(document: dict[str, Any]) -> Iterator[dict[str, Any]]:

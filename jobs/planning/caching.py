@@ -20,7 +20,7 @@ from akd_dist.distill.trial import try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
 from akd_dist.jobs.packing import ResourceRequest
 from akd_dist.jobs.planning.windows import check_chain
-from akd_dist.jobs.prepare_rows import rows_of_cluster, rows_of_machine
+from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.train_teacher import Stores, Trained, Workspace, assistant_of, is_there, teacher_of
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
@@ -135,10 +135,7 @@ def open_inputs(
 
 def open_rows(recipe: Recipe, workspace: Workspace, *, students: bool, again: bool, only_look: bool = False) -> Inputs:
     """The first half of `open_inputs`: the rows, and whether the students can be trained on them."""
-    if workspace.address is None:
-        splits = rows_of_machine(recipe.data, workspace, again=again)
-    else:
-        splits = rows_of_cluster(recipe.data, workspace, again=again, only_look=only_look)
+    splits = rows_of_recipe(recipe, workspace, again=again, only_look=only_look)
     # Files that were believed by their times are hashed from here on, while everything else goes on.
     splits.sources.begin()
     return Inputs(recipe, splits, [], check_students(recipe, splits) if students else {})
@@ -316,7 +313,8 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel]) 
             try_teacher(uri, rows, recipe.cache, recipe.trusted)
     elif (teacher := teacher_of(recipe, splits)) is not None and not models:
         assert recipe.teacher.train is not None
-        try_training(teacher.spec.model, [(teacher.setting, recipe.teacher.train)], rows, data)
+        its = splits.of_teacher or splits
+        try_training(teacher.spec.model, [(teacher.setting, recipe.teacher.train)], its.train, data)
     for number, assistant in enumerate(recipe.teacher.chain, 1):
         try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, data)
     check_augmentation(data.augmentation, data.seed, rows.inputs, rows.tokens)
@@ -345,11 +343,13 @@ def tell_of_chance(model: CachedModel, console: Console) -> None:
     """Say so if a model, by what the shards of its train store say, knows hardly anything of the labels."""
     if (store := model.opened.get("train")) is None:
         return
-    agreed = [(shard.rows, shard.label_agreement) for shard in store.manifest.records()]
-    if any(share is None for _, share in agreed):
-        return  # regression
-    agreement = sum(n * (share or 0.0) for n, share in agreed) / sum(n for n, _ in agreed)
-    rows = model.plans[0].rows
+    rows, shards = model.plans[0].rows, zip(store.layout.shards(), store.manifest.records(), strict=True)
+    # The first rows have labels; in regression no label is chosen.
+    labelled = ((min(shard.stop, rows.labelled) - shard.start, record.label_agreement) for shard, record in shards)
+    agreed = [(count, share) for count, share in labelled if share is not None]
+    if not agreed:
+        return
+    agreement = sum(count * share for count, share in agreed) / sum(count for count, _ in agreed)
     line = near_chance(model.name, agreement, rows.class_counts())
     if line is not None:
         tell_once(console, line)

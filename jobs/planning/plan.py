@@ -16,7 +16,6 @@ from akd_dist.base.formatting import counted, duration, size
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.distill.checkpoint import checkpoints, numbers_of
 from akd_dist.distill.job import CohortJob, ended
-from akd_dist.distill.stream import batch_ends
 from akd_dist.documents.cache import PlanDocument
 from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort, PlannedStudent, RemovedRun
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, timetable
@@ -325,12 +324,7 @@ def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: CostModel) -> int:
     """Inputs, labels and logits that a cohort's stream reads over its epochs; logits only where somebody needs them."""
     dtype = np.dtype(encoding_from_config(recipe.cache.encoding.config()).dtype)
     plain, logits = costs.row_bytes, costs.classes * dtype.itemsize
-    batch = cohort[0].batch
-    shown = batch_ends(costs.rows, batch, cohort[0].last_batch)[-1]
-    return sum(
-        one.epochs * (int(shown) - one.skipped * batch) * (plain + logits * one.logits)
-        for one in costs.streamed(cohort)
-    )
+    return sum(one.rows * (plain + logits * one.logits) for one in costs.streamed(cohort))
 
 
 def why_together(cohort: Cohort, costs: CostModel) -> str:
