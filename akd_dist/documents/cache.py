@@ -29,6 +29,8 @@ class CachedSplit(Document):
     """Number of shards."""
     shards_computed: Count
     """How many of them this command computed."""
+    unlabelled: Count = 0
+    """How many of the rows have no label."""
 
 
 class CachedSplits(Document):
@@ -79,6 +81,8 @@ class PlannedSplit(Document):
     """Number of shards to compute."""
     bytes: Count
     """Size of these shards."""
+    unlabelled: Count = 0
+    """How many of the rows have no label."""
 
 
 PlannedSplits = dict[Split, PlannedSplit]

@@ -236,7 +236,8 @@ def _planned(recipe: Recipe, splits: Splits, model: CachedModel | None) -> Plann
         shards = list(layout.shards()) if plan is None else plan.missing
         size = sum(layout.stored_bytes(shard) for shard in shards)
         hit = plan is not None and plan.store is not None
-        return PlannedSplit(rows=len(rows), views=views, hit=hit, shards=len(shards), bytes=size)
+        known = {"rows": len(rows), "views": views, "unlabelled": rows.unlabelled}
+        return PlannedSplit(**known, hit=hit, shards=len(shards), bytes=size)
 
     train, validation, test = [None] * len(SPLITS) if model is None else model.plans
     return {
