@@ -338,7 +338,8 @@ def why_together(cohort: Cohort, costs: CostModel) -> str:
         return f"a student on its own: {alike}"
     followers = len(costs.leaders(cohort))
     forked = f"; {followers} of them go on from another one's stage I" if followers else ""
-    return f"{len(cohort)} students share {alike}: each batch is read once for all{forked}"
+    apart = "" if costs.labelled is None else " that trains on its rows, with labels or without"
+    return f"{len(cohort)} students share {alike}: each batch is read once for all{apart}{forked}"
 
 
 def why_so_many(recipe: Recipe, todo: Sequence[StudentSpec], tried: Sequence[Alternative], count: int) -> str:
