@@ -17,15 +17,22 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from akd_dist.base import places
 from akd_dist.options import (
+    BatchesOptions,
     CacheOptions,
     CompareOptions,
+    DatasetOptions,
     EvaluateOptions,
     ExportOptions,
     FleetOptions,
+    ImportLogitsOptions,
+    ModelImportOptions,
     ModelOptions,
     Options,
     PredictOptions,
+    RayDatasetOptions,
     RunOptions,
+    SplitOptions,
+    TuneOptions,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +40,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from akd_dist.data.row_cache import Progress
+    from akd_dist.data.source_rows import SourceRows
+    from akd_dist.distill.dataset import DistillationBatches, DistillationDataset
     from akd_dist.jobs.planning.plan import RunPlan
+    from akd_dist.jobs.ray_data import Dataset
     from akd_dist.recipe import Recipe
     from akd_dist.serve.examples import DataRequest
     from akd_dist.serve.remote import Brought
@@ -77,6 +87,26 @@ def cache_teacher(options: CacheOptions) -> dict[str, Any]:
     from akd_dist.jobs.cache_teacher import cache_teacher
 
     return cache_teacher(recipe, options)
+
+
+@_taking(ImportLogitsOptions)
+def import_logits(options: ImportLogitsOptions) -> dict[str, Any]:
+    """Make sealed stores of logits that others computed for a recipe's rows; no teacher model is needed from then on.
+
+    The same logits again are a hit. The recipe may leave out its `teacher`. The arguments are the fields of
+    `akd_dist.options.ImportLogitsOptions`.
+
+    Returns:
+        The document that `akd-dist stores import --json` prints (schemas/stores-import.schema.json); its
+        `teacher` is what the recipe has to say to use them.
+
+    Raises:
+        AkdError: a refusal: of a file that is damaged, of other rows or classes, in another order, or not of logits.
+    """
+    recipe = options.read()
+    from akd_dist.jobs.import_logits import import_logits
+
+    return import_logits(recipe, options)
 
 
 @_taking(RunOptions)
@@ -125,7 +155,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     words += [word for module in options.modules for word in ("--trust", module)]
     words += [] if options.seeds is None else ["--seeds", str(options.seeds)]
     document = comparison.compare(
-        expanded,
+        plan.recipe,
         FleetDocument.model_validate(fleet),
         {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         shlex.join(words),
@@ -138,6 +168,29 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
         put_documents(fleet["run"], plan.run)
     return document.plain()
+
+
+@_taking(TuneOptions)
+def tune(options: TuneOptions) -> dict[str, Any]:
+    """Search what the `search:` blocks of a recipe name, by successive halving, and measure the best on the test rows.
+
+    The run is `<run_root>/<recipe.name>-tune/`, resumed like any other; tune.json lies there. The arguments are the
+    fields of `akd_dist.options.TuneOptions`.
+
+    Returns:
+        The content of tune.json (schemas/tune.schema.json); of a dry run what would be tried.
+
+    Raises:
+        AkdError: a refusal; nothing that was trained is lost.
+    """
+    given = options.read_search()
+    if options.trackers:
+        from akd_dist.tracking.follower import check_trackers
+
+        check_trackers(options.trackers)
+    from akd_dist.jobs.tune import tune
+
+    return tune(given, RunOptions(**{one.name: getattr(options, one.name) for one in fields(FleetOptions)})).plain()
 
 
 def _run(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, Any]]:
@@ -160,6 +213,73 @@ def open_store(uri: str | Path) -> LogitStore:
     from akd_dist.storage.reader import open_store
 
     return open_store(places.absolute(uri))
+
+
+@_taking(DatasetOptions)
+def distillation_dataset(options: DatasetOptions) -> DistillationDataset:
+    """A split of a recipe or a run with the teacher's stored logits, as a map-style dataset of torch.
+
+        loader = DataLoader(akd_dist.distillation_dataset("digits.yaml"), batch_size=256, shuffle=True)
+
+    For trainers of your own, of Hugging Face or Lightning; see docs/howto/trainers.md. Rows are prepared on this
+    machine if they are not yet; the teacher never runs, and neither does Ray. Its arguments are the fields of
+    `akd_dist.options.DatasetOptions`.
+
+    Raises:
+        AkdError: a refusal: there is no sealed store of train rows, rows or pixels are not those that the teacher saw,
+            or the cache has no room for all rows and a view of logits.
+    """
+    from akd_dist.jobs.opening import open_dataset
+
+    return open_dataset(options)
+
+
+@_taking(BatchesOptions)
+def distillation_batches(options: BatchesOptions) -> DistillationBatches:
+    """The same as an iterable of whole batches, in the order of our own training, by rank and from a position.
+
+        loader = DataLoader(akd_dist.distillation_batches("digits.yaml", batch=256), batch_size=None)
+
+    Rows that the cache has no room for are read window by window, as training does. The arguments are the fields of
+    `akd_dist.options.BatchesOptions`.
+
+    Raises:
+        AkdError: as `distillation_dataset`.
+    """
+    from akd_dist.jobs.opening import open_batches
+
+    return open_batches(options)
+
+
+@_taking(RayDatasetOptions)
+def ray_dataset(options: RayDatasetOptions) -> Dataset:
+    """The teacher's logits as a dataset of Ray Data, read shard by shard where its tasks run.
+
+    Of a store: `view`, `row` and `logits`, all views. Of a recipe or a run also what a row of `distillation_dataset`
+    has, as each view shows it, with the logits as `teacher_logits`. Every node has to see the store, and the data. Its
+    arguments are the fields of `akd_dist.options.RayDatasetOptions`.
+
+    Raises:
+        AkdError: a refusal: there is no sealed store; Ray Data is not installed, or no cluster answers.
+    """
+    from akd_dist.jobs.ray_data import ray_dataset
+
+    return ray_dataset(options)
+
+
+@_taking(SplitOptions)
+def source_rows(options: SplitOptions) -> SourceRows:
+    """Which row of which file each row of a split was: `.where(row)` -> (file, row in it).
+
+    Rows of a split are counted as in stores, datasets and predictions. Its arguments are the fields of
+    `akd_dist.options.SplitOptions`.
+
+    Raises:
+        AkdError: a refusal: the recipe, or a source that cannot be opened.
+    """
+    from akd_dist.jobs.opening import source_rows_of
+
+    return source_rows_of(options)
 
 
 def load_model(folder: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
@@ -293,6 +413,33 @@ def export(options: ExportOptions) -> dict[str, Any]:
             on_progress=on_progress,
         )
         return here.named(document.plain())
+
+
+@_taking(ModelImportOptions)
+def import_model(options: ModelImportOptions) -> dict[str, Any]:
+    """A checkpoint from elsewhere as a model folder, for the inputs and classes of a recipe; nothing is unpickled.
+
+    Its arguments are the fields of `akd_dist.options.ModelImportOptions`.
+
+    Returns:
+        The document that `akd-dist models import --json` prints (schemas/model-import.schema.json).
+
+    Raises:
+        AkdError: a refusal: options, recipe, data or checkpoint.
+    """
+    recipe = options.read().own()
+    from akd_dist.serve.importing import import_model
+
+    with _meters(options.console) as on_progress:
+        return import_model(
+            recipe,
+            None if options.checkpoint is None else places.absolute(options.checkpoint),
+            None if options.out is None else places.output(options.out),
+            Path(options.cache),
+            force=options.force,
+            on_progress=on_progress,
+            on_note=_notes(options.console) or (lambda line: None),
+        ).plain()
 
 
 def _name_of(folder: str | Path) -> str:

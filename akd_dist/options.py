@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,8 @@ from akd_dist.base.places import RUN_ROOT, STORE_ROOT
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from akd_dist.recipe import Device, Recipe, Split, Target
+    from akd_dist.recipe import Device, LastBatch, LogitKind, Recipe, SearchRecipe, Split, Target
+    from akd_dist.storage.reader import LogitStore
 
 Default = TypeVar("Default")
 
@@ -57,7 +58,7 @@ _TAKES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Sequence[str]": ("a list of texts", _is_list),
     "Sequence[str | Path]": ("a list of paths", functools.partial(_is_list, of=_is_path)),
 }
-_TAKES |= dict.fromkeys(("Device", "Split", "Target"), _TAKES["str"])
+_TAKES |= dict.fromkeys(("Device", "LastBatch", "LogitKind", "Split", "Target"), _TAKES["str"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +130,8 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions(Options):
-    """What the verbs that work from a recipe take."""
+class RecipeFileOptions(Options):
+    """What every verb takes that reads a recipe."""
 
     recipe: Recipe | str | Path = field(kw_only=False, metadata={"argument": "RECIPE"})
     """A recipe, or the path of its file."""
@@ -138,36 +139,6 @@ class RecipeOptions(Options):
         (), "--set", metavar="KEY=VALUE", multiple=True, help="Override a key of the recipe; repeatable."
     )
     """`key=value` for a recipe file."""
-    store_root: str | Path | None = option(
-        None,
-        "--store-root",
-        metavar="URI",
-        root=STORE_ROOT,
-        folder=True,
-        help="Where stores lie: a folder or s3://...",
-    )
-    """Folder or `s3://` URI under which stores lie; None takes $AKD_DIST_STORE_ROOT, or `stores`."""
-    address: str | None = option(
-        None, "--address", metavar="ADDRESS", help="A Ray cluster.  [default: one is started here, on loopback]"
-    )
-    """A Ray cluster; None starts one on this machine if there is anything to compute."""
-    wait: bool = option(
-        False, "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
-    )
-    """Wait for somebody else who holds the store or the run, instead of leaving."""
-    dry_run: bool = option(
-        False, "--dry-run", is_flag=True, help="Say what would be done; refuse what the command would."
-    )
-    """Only say what would be done, and refuse what the command would; takes no lock and leaves everything as it is."""
-    wait_for_nodes: bool = option(
-        False,
-        "--wait-for-nodes",
-        is_flag=True,
-        help="Wait where the cluster is too small: for whom nodes join by other means than Ray's autoscaler, as SLURM. "
-        "Where there is an autoscaler, a command waits anyway.",
-    )
-    """Wait for nodes instead of refusing a cluster that is too small; needed where they join by other means than Ray's
-    autoscaler, for which a command waits anyway."""
 
     def read(self) -> Recipe:
         """The recipe: read from its file, and trusting what the user trusts.
@@ -186,8 +157,26 @@ class RecipeOptions(Options):
                 expected="no overrides, or the path of the file",
                 next="load_recipe(path, overrides) reads a file with them",
             )
-        read = self.recipe if isinstance(self.recipe, Recipe) else load_recipe(self.recipe, self.overrides)
+        read = self.recipe if isinstance(self.recipe, Recipe) else self._from_file(load_recipe)
         return read.model_copy(update={"code": [*read.code, *self.modules]}) if self.trust else read
+
+    def _from_file(self, load: Callable[..., Recipe]) -> Recipe:
+        return load(self.recipe, self.overrides)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredOptions(RecipeFileOptions):
+    """What the verbs take that look for the stores of a recipe."""
+
+    store_root: str | Path | None = option(
+        None,
+        "--store-root",
+        metavar="URI",
+        root=STORE_ROOT,
+        folder=True,
+        help="Where stores lie: a folder or s3://...",
+    )
+    """Folder or `s3://` URI under which stores lie; None takes $AKD_DIST_STORE_ROOT, or `stores`."""
 
     @property
     def stores(self) -> str:
@@ -197,6 +186,39 @@ class RecipeOptions(Options):
             RecipeError: its name is not UTF-8.
         """
         return places.nameable(STORE_ROOT.chosen(self.store_root), "--store-root")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillingOptions(StoredOptions):
+    """What the verbs take that fill these stores."""
+
+    wait: bool = option(
+        False, "--wait", is_flag=True, help="Wait for whoever holds the store or the run, instead of leaving."
+    )
+    """Wait for somebody else who holds the store or the run, instead of leaving."""
+    dry_run: bool = option(
+        False, "--dry-run", is_flag=True, help="Say what would be done; refuse what the command would."
+    )
+    """Only say what would be done, and refuse what the command would; takes no lock and leaves everything as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(FillingOptions):
+    """What the verbs that work from a recipe take."""
+
+    address: str | None = option(
+        None, "--address", metavar="ADDRESS", help="A Ray cluster.  [default: one is started here, on loopback]"
+    )
+    """A Ray cluster; None starts one on this machine if there is anything to compute."""
+    wait_for_nodes: bool = option(
+        False,
+        "--wait-for-nodes",
+        is_flag=True,
+        help="Wait where the cluster is too small: for whom nodes join by other means than Ray's autoscaler, as SLURM. "
+        "Where there is an autoscaler, a command waits anyway.",
+    )
+    """Wait for nodes instead of refusing a cluster that is too small; needed where they join by other means than Ray's
+    autoscaler, for which a command waits anyway."""
 
     @property
     def patient(self) -> bool:
@@ -225,6 +247,42 @@ class CacheOptions(RecipeOptions):
         False, "--prepare-again", is_flag=True, help="Prepare the data afresh, whatever was prepared before."
     )
     """Prepare this machine's data afresh, whatever was prepared before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportLogitsOptions(FillingOptions):
+    """What `import_logits` takes."""
+
+    file: str | Path = field(kw_only=False, metadata={"argument": "LOGITS"})
+    """The file of logits: `.npy`, `.npz`, `.safetensors` or Parquet, or a Zarr folder; float [rows, classes] or
+    [views, rows, classes]."""
+    split: Split | None = option(
+        None,
+        "--split",
+        metavar="SPLIT",
+        choices=("train", "validation", "test"),
+        help="Whose logits they are: train, validation or test.  [default: train, and what is a share of its source]",
+    )
+    """Whose logits they are; None takes the train rows, and those of splits that are shares of the same source if the
+    file has a row for each row of the source."""
+    key: str | None = option(
+        None,
+        "--key",
+        metavar="COLUMN",
+        help="Join rows by this column of data and file, not by their order.",
+    )
+    """The column of the data, and the column or array of the file, by which rows are joined; None takes their order."""
+    kind: LogitKind | None = option(
+        None,
+        "--kind",
+        choices=("logits", "log_probabilities"),
+        help="What they are; told by looking at them if left out.",
+    )
+    """`logits` or `log_probabilities`; None leaves it to what is seen."""
+
+    def _from_file(self, load: Callable[..., Recipe]) -> Recipe:
+        # The recipe can name these logits only once they are imported.
+        return load(self.recipe, self.overrides, teacher={"store": "0" * 64})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +337,85 @@ class CompareOptions(FleetOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SplitOptions(StoredOptions):
+    """What `source_rows` takes, where `recipe` may also be the folder or `s3://` URI of a run."""
+
+    split: Split = field(default="train", metadata={"choices": ("train", "validation", "test")})
+    """Which rows: `train`, `validation` or `test`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions(SplitOptions):
+    """What `distillation_dataset` takes. Only train rows are augmented, and only they need a store."""
+
+    epoch: int = 0
+    """The epoch that is shown first, from 0: train rows in view `epoch` modulo `data.views`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchesOptions(DatasetOptions):
+    """What `distillation_batches` takes."""
+
+    batch: int = field(kw_only=False)
+    """Rows of a global batch."""
+    last_batch: LastBatch = field(default="keep", metadata={"choices": ("keep", "drop", "merge")})
+    """What becomes of a last batch that is not full."""
+    rank: int = 0
+    """Which of the data-parallel processes this is: it gets a slice of each global batch."""
+    world: int = 1
+    """How many there are."""
+    start_step: int = 0
+    """The step, from 0, with which the first epoch begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayDatasetOptions(Options):
+    """What `ray_dataset` takes."""
+
+    source: LogitStore | Recipe | str | Path = field(kw_only=False)
+    """A store, open or by its path or URI; or a recipe, its file, or a run's folder or URI."""
+    overrides: Sequence[str] = ()
+    """`key=value` for a recipe file."""
+    store_root: str | Path | None = None
+    """Folder or `s3://` URI under which the stores of a recipe lie; None takes $AKD_DIST_STORE_ROOT, or `stores`."""
+    split: Split = field(default="train", metadata={"choices": ("train", "validation", "test")})
+    """Of a recipe: `train`, `validation` or `test`."""
+    address: str | None = None
+    """A Ray cluster, whose nodes see the store and the data; None starts one on this machine, unless one is connected.
+    """
+
+    def of_recipe(self) -> DatasetOptions:
+        """The same of a recipe."""
+        given: Any = {one.name: getattr(self, one.name) for one in fields(Options)}
+        return DatasetOptions(
+            recipe=self.source,  # type: ignore[arg-type]  # whoever has a store does not ask
+            overrides=self.overrides,
+            store_root=self.store_root,
+            split=self.split,
+            **given,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(FleetOptions):
+    """What `tune` takes."""
+
+    def read_search(self) -> SearchRecipe:
+        """The recipe and its searches, read from its file.
+
+        Raises:
+            RecipeError: there is none, it is no file, or something is wrong with it.
+        """
+        from akd_dist.recipe import load_search
+
+        if not _is_path(self.recipe):
+            raise _wrong_kind("recipe", self.recipe, "the path of a recipe's file: a `search:` is no part of an object")
+        found = load_search(str(self.recipe), self.overrides)
+        code = [*found.recipe.code, *self.modules] if self.trust else found.recipe.code
+        return replace(found, recipe=found.recipe.model_copy(update={"code": code}))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
     """What every verb takes that uses a finished model."""
 
@@ -307,7 +444,8 @@ class DataOptions(ModelOptions):
     """What every verb takes that runs a model on data that the user names."""
 
     data: str | Path = field(kw_only=False, metadata={"argument": "DATA"})
-    """A recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; or `digits`."""
+    """A recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; a folder of pictures, or tar
+    files of them; or `digits`."""
     label: str | None = option(None, "--label", metavar="COLUMN", help="Column of labels.")
     """The column of labels; None takes that of the student's run, or `label`, where there is one. An empty name reads
     none."""
@@ -386,3 +524,24 @@ class ExportOptions(WritingOptions, ModelOptions):
         None, "--data", metavar="DATA", help="Rows to compare logits on.  [default: those of the student's run]"
     )
     """Rows to compare logits on; None takes those of the student's run, and random inputs outside of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelImportOptions(WritingOptions, RecipeFileOptions):
+    """What `import_model` takes."""
+
+    checkpoint: str | Path | None = field(
+        default=None, kw_only=False, metadata={"argument": "[CHECKPOINT]", "required": False}
+    )
+    """A file of safetensors or a torch state dict, a folder with one, or the `s3://` URI of a file; None takes
+    `teacher.weights`. Its architecture is the recipe's `teacher.model`."""
+    out: str | Path | None = field(
+        default=None,
+        kw_only=False,
+        metadata={
+            "flag": "--out",
+            "metavar": "FOLDER",
+            "help": "The model folder to write.  [default: the checkpoint's name without its ending, here]",
+        },
+    )
+    """The model folder; None takes the checkpoint's name without its ending, in the working folder."""

@@ -1,4 +1,4 @@
-"""Rows per second of the training stream against a plain NumPy gather from the same memory maps.
+"""Rows per second of the training stream against a plain NumPy gather from the same memory maps, and of a DataLoader.
 
     python benchmarks/stream.py             a table
     python benchmarks/stream.py --json      one JSON document whose main figure is `ratio`
@@ -6,8 +6,10 @@
 60,000 rows of 784 bytes and 1,000 float16 logits each, batches of 256, shuffled globally. The sides take turns, epoch
 by epoch, in one process with a warm page cache; the figures are medians of CPU time, which other work on the machine
 hardly touches, and the ratios those of neighbouring epochs. `ratio` is against indexing the memory maps as
-anyone would; `ratio_to_take` against `numpy.take` on bare arrays, the fastest gather that NumPy has. Needs about 170 MB
-of disk and of memory, and some ten seconds.
+anyone would; `ratio_to_take` against `numpy.take` on bare arrays, the fastest gather that NumPy has. `loader_ratio` is
+that of a `torch.utils.data.DataLoader` in the same process to the stream: of whole batches in the stream's order, as
+`akd_dist.distillation_batches` gives them; `shuffled_loader_ratio` that of `akd_dist.distillation_dataset`, whose rows
+the DataLoader shuffles by itself. Needs about 170 MB of disk and of memory, and some ten seconds.
 """
 
 from __future__ import annotations
@@ -20,15 +22,31 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from akd_dist.data.rows import Rows
+from akd_dist.distill.dataset import DatasetJob, DistillationBatches, DistillationDataset
 from akd_dist.distill.stream import BatchStream
-from akd_dist.recipe import NoAugmentation
+from akd_dist.recipe import DataSpec, Digits, NoAugmentation
+from akd_dist.storage.reader import LogitStore
 
 ROWS, SHAPE, CLASSES, BATCH = 60_000, (1, 28, 28), 1_000, 256
+
+
+@dataclass(frozen=True)
+class Measured(DatasetJob):
+    """What a dataset is opened from: the very stream that is measured."""
+
+    made: BatchStream | None = None
+
+    def stream(self) -> tuple[BatchStream, LogitStore | None]:
+        """The stream."""
+        assert self.made is not None
+        return self.made, None
 
 
 def main() -> None:
@@ -65,11 +83,26 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
         for _ in stream.batches(epoch):
             pass
 
-    rates: dict[str, list[float]] = {"index": [], "take": [], "stream": []}
+    job = Measured(DataSpec(train=Digits()), "train", {}, str(folder), None, made=stream)
+    batches, dataset = DistillationBatches(job), DistillationDataset(job)
+
+    def batches_epoch(epoch: int) -> None:
+        batches.set_epoch(epoch)
+        for _ in DataLoader(batches, batch_size=None):
+            pass
+
+    def dataset_epoch(epoch: int) -> None:
+        dataset.set_epoch(epoch)
+        for _ in DataLoader(dataset, BATCH, shuffle=True):
+            pass
+
+    rates: dict[str, list[float]] = {"index": [], "take": [], "stream": [], "batches": [], "dataset": []}
     for epoch in range(repeats + 1):
         rates["index"].append(rate(functools.partial(plain_epoch, index, epoch)))
         rates["take"].append(rate(functools.partial(plain_epoch, take, epoch)))
         rates["stream"].append(rate(functools.partial(stream_epoch, epoch)))
+        rates["batches"].append(rate(functools.partial(batches_epoch, epoch)))
+        rates["dataset"].append(rate(functools.partial(dataset_epoch, epoch)))
     return summary({side: measured[1:] for side, measured in rates.items()}, repeats)  # the first warms the page cache
 
 
@@ -93,15 +126,17 @@ def rate(epoch: Callable[[], None]) -> float:
 def summary(rates: dict[str, list[float]], repeats: int) -> dict[str, float]:
     """The document: ratios, and rows per second."""
 
-    def ratio(side: str) -> float:
-        pairs = zip(rates["stream"], rates[side], strict=True)
-        return round(statistics.median(stream / other for stream, other in pairs), 3)
+    def ratio(side: str, of: str = "stream") -> float:
+        pairs = zip(rates[of], rates[side], strict=True)
+        return round(statistics.median(one / other for one, other in pairs), 3)
 
     return {
         "ratio": ratio("index"),
         # The best epoch of each side: other work on the machine takes caches away, and so can only slow a side down.
         "ratio_of_best": round(max(rates["stream"]) / max(rates["index"]), 3),
         "ratio_to_take": ratio("take"),
+        "loader_ratio": ratio("stream", of="batches"),
+        "shuffled_loader_ratio": ratio("stream", of="dataset"),
         "stream_rows_per_second": round(statistics.median(rates["stream"])),
         "numpy_rows_per_second": round(statistics.median(rates["index"])),
         "take_rows_per_second": round(statistics.median(rates["take"])),
@@ -120,7 +155,9 @@ def table(result: dict[str, float]) -> str:
         f"  NumPy, memory maps indexed  {result['numpy_rows_per_second']:>12,} rows/s\n"
         f"  NumPy, take on bare arrays  {result['take_rows_per_second']:>12,} rows/s\n"
         f"  this stream                 {result['stream_rows_per_second']:>12,} rows/s\n"
-        f"  ratio                       {result['ratio']:>12} (to take {result['ratio_to_take']})"
+        f"  ratio                       {result['ratio']:>12} (to take {result['ratio_to_take']})\n"
+        f"  a DataLoader of it          {result['loader_ratio']:>12} of this stream (shuffled by the loader "
+        f"{result['shuffled_loader_ratio']})"
     )
 
 

@@ -86,6 +86,8 @@ def cache_planned(inputs: Inputs, workspace: Workspace) -> list[CachedModel]:
     """Cache what is missing, once `foresee_caching` has found nothing to refuse: train, compute and seal on Ray."""
     from akd_dist.jobs import cluster
 
+    if inputs.models and (check := inputs.models[0].check) is not None:
+        workspace.tell(check.line)
     with cluster.closing(), cluster.stop_on_signals(workspace.tell) as stop:
         workspace = replace(workspace, stop=stop)
         return walk_chain(inputs.recipe, inputs.splits, inputs.models, workspace, run_on_ray, compute_on_ray)
@@ -183,6 +185,8 @@ def _fill(model: CachedModel, recipe: Recipe, workspace: Workspace, compute: Com
             _open_for_writing(plan, recipe, workspace.store_root, workspace.console)
         if model.missing:
             check_room(workspace.store_root, sum(plan.missing_bytes for plan in model.plans))
+            if model.imported is not None:
+                model.imported.publish(model.model_uri, Path(workspace.cache_root))
             compute(model, recipe, workspace)
         for plan in wanted:
             if plan.writer is not None:
@@ -347,6 +351,7 @@ def document_of(models: Sequence[CachedModel], seconds: float) -> CacheDocument:
             **_stores(one), model=one.card.model.label, path=one.model_uri, fingerprint=one.card.fingerprint
         )
         for one in assistants
+        if one.card is not None
     ]
     return CacheDocument(**_stores(teacher) | {"hit": hit, "seconds": round(seconds, 3), "assistants": below})
 
@@ -354,7 +359,7 @@ def document_of(models: Sequence[CachedModel], seconds: float) -> CacheDocument:
 def _stores(model: CachedModel) -> dict[str, Any]:
     """The train store of a model, and those of the other splits, as fields."""
     parts = {plan.split: _sealed(plan) for plan in model.plans}
-    return dict(parts["train"]) | {"splits": CachedSplits(validation=parts["validation"], test=parts["test"])}
+    return dict(parts["train"]) | {"splits": CachedSplits(validation=parts.get("validation"), test=parts.get("test"))}
 
 
 def _sealed(plan: SplitPlan) -> CachedSplit:

@@ -140,7 +140,8 @@ class Fleet:
         followers = {name for cohort in self.waiting for name in self.costs.leaders(cohort)}
         students = []
         for spec in self.base.students:
-            follows = spec.name in followers or forked_from(Path(self.base.root) / spec.name) is not None
+            follows = spec.name in followers or spec.name in self.costs.stages1
+            follows = follows or forked_from(Path(self.base.root) / spec.name) is not None
             epochs, shared = spec.objective.epochs, stages(spec.objective)[0].epochs if follows else 0
             steps = self.costs.steps_until(spec, epochs) - self.costs.steps_until(spec, shared)
             students.append(

@@ -2,18 +2,20 @@
 
 import functools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
 
 from akd_dist import recipe as recipes
+from akd_dist.base import places
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.distill.teacher import compute_shard
 from akd_dist.jobs.cache_teacher import cache_job
-from akd_dist.jobs.planning.caching import SplitPlan, computed_on, creation_of, models_there
+from akd_dist.jobs.planning.caching import CachedModel, SplitPlan, computed_on, creation_of, models_there
 from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.train_teacher import Workspace, teacher_of
 from akd_dist.models.device import device_name
@@ -46,21 +48,39 @@ def repair(
     """
     console = console or Console(stderr=True)
     hint = catalog.hint_of(store_root, store_id)
+    _refuse_imported(store_root, store_id, hint)
     if recipe is None:
         recipe = _recipe_of(store_root, store_id, hint)
         told = Trusted(modules=tuple(trust)).seen_from(f"the store {store_id[:12]}", recipe.folder)
         recipe = recipes.trust(recipe, told)
     else:
         recipe = recipe.own()
-    splits = rows_of_recipe(recipe, Workspace(store_root, cache_root, console=console))
+    workspace = Workspace(store_root, cache_root, console=console)
+    splits = rows_of_recipe(recipe, workspace)
     known = [hint["split"]] if hint.get("split") in SPLITS else SPLITS
-    uri, plan = _plan_of(store_id, known, recipe, splits, store_root)
+    model, plan = _plan_of(store_id, known, recipe, splits, workspace)
+    if model.imported is not None:
+        model.imported.publish(model.model_uri, Path(cache_root))
     plan.creation = computed_on(device_name(recipe.device), plan.creation)  # it is this process that computes
     plan.writer = StoreWriter(store_root, plan.creation)
-    job = cache_job(plan, recipe, uri, cache_root)
+    job = cache_job(plan, recipe, model.model_uri, cache_root)
     recompute = functools.partial(compute_shard, job)
     repaired = repair_store(store_root, store_id, recompute, computed=plan.creation.computed)
     return {"id": store_id, "repaired": [shard.key for shard in repaired]}
+
+
+def _refuse_imported(store_root: str, store_id: str, hint: dict[str, Any]) -> None:
+    """Refuse a store of logits that were computed elsewhere: nothing here could compute them again."""
+    summary = catalog.summary_of(store_root, store_id)
+    if summary.imported is None and "logits" not in hint:
+        return
+    file = places.found(str(hint["logits"]), f"{store_root}/{store_id}") if "logits" in hint else "LOGITS"
+    raise RefusedError(
+        f"the store {store_id[:12]} holds logits that were imported: they cannot be computed again",
+        got="no teacher that they came from",
+        expected="the file of logits",
+        next=f"import the same logits once more, which mends the store: akd-dist stores import RECIPE {file}",
+    )
 
 
 def _recipe_of(store_root: str, store_id: str, hint: dict[str, Any]) -> Recipe:
@@ -77,23 +97,24 @@ def _recipe_of(store_root: str, store_id: str, hint: dict[str, Any]) -> Recipe:
 
 
 def _plan_of(
-    store_id: str, names: Iterable[str], recipe: Recipe, splits: Splits, store_root: str
-) -> tuple[str, SplitPlan]:
-    """Which model of the chain a store holds the logits of: its folder, and how the split is cached, one of `names`."""
-    models = models_there(recipe, splits, store_root)
+    store_id: str, names: Iterable[str], recipe: Recipe, splits: Splits, workspace: Workspace
+) -> tuple[CachedModel, SplitPlan]:
+    """Which model of the chain a store holds the logits of, and how the split is cached, one of `names`."""
+    models = models_there(recipe, splits, workspace)
     if not models and (teacher := teacher_of(recipe, splits)) is not None:
-        load_card(teacher.uri(store_root))  # says that there is none
+        load_card(teacher.uri(workspace.store_root))  # says that there is none
     plans = [
-        (model.model_uri, SplitPlan(split, rows, creation_of(recipe, rows, split, model.card, recipe.device, number)))
+        (model, SplitPlan(split, rows, creation_of(recipe, rows, split, model.card, recipe.device, number)))
         for split, rows in ((name, getattr(splits, name)) for name in names)
         for model in models
+        if model.card is not None
         # In older formats too: the id of a store depends on its format, and the store may be an older one.
         for number in range(FORMAT_VERSION, 0, -1)
     ]
-    found = next(((uri, plan) for uri, plan in plans if plan.identity.id == store_id), None)
+    found = next(((model, plan) for model, plan in plans if plan.identity.id == store_id), None)
     if found is not None:
         return found
-    sealed = catalog.identity_of(store_root, store_id)
+    sealed = catalog.identity_of(workspace.store_root, store_id)
     unknown = [f"another id, and no {CREATION_KEY} that says why"]
     differing = [plan.identity.differences(sealed) if sealed else unknown for _, plan in plans]
     raise RefusedError(

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import ConfigDict, Field
@@ -26,6 +26,7 @@ from akd_dist.distill.metrics import measure
 from akd_dist.documents.base import Document
 from akd_dist.documents.damage import load
 from akd_dist.documents.fleet import Economics, FleetAssistant, FleetDocument, FleetStudent, FleetTeacher, Metrics
+from akd_dist.jobs.growth import Growth
 from akd_dist.jobs.planning.planner import learns_from_assistant
 from akd_dist.jobs.train_teacher import teacher_of
 from akd_dist.models.build import build, check_memory, num_parameters
@@ -49,12 +50,16 @@ def finish_run(
     cohorts: int,
     seconds: float,
     told: Callable[[str], None] | None = None,
+    growth: Growth | None = None,
+    test_withheld: bool = False,
 ) -> FleetDocument:
     """Collect every student's result into fleet.json and the report.
 
     Args:
         stores: those of the teacher, then of each assistant, by split.
         told: told of each file of a student that the report has to do without.
+        growth: which students of the run are left out.
+        test_withheld: whether the students were not measured on the test rows.
     """
     students = []
     for spec in recipe.students:
@@ -63,9 +68,11 @@ def finish_run(
         source = (stores[-1] if learns_from_assistant(spec) else stores[0])["train"]
         where = {"path": str(folder), "store": source.uri, "teacher": source.manifest.identity.teacher}
         students.append(FleetStudent.model_validate(result | {"parameters": parameters[spec.name]} | where))
-    teacher = describe_teacher(stores[0]["train"], stores[0]["test"], splits.test, recipe.trusted)
-    assistants = [describe_assistant(each, stores[0]["test"], splits.test, recipe.trusted) for each in stores[1:]]
+    teacher = describe_teacher(stores[0]["train"], stores[0].get("test"), splits.test, recipe.trusted)
+    assistants = [describe_assistant(each, stores[0].get("test"), splits.test, recipe.trusted) for each in stores[1:]]
     labels = [teacher.model, *(assistant.model for assistant in assistants)]
+    beside: dict[str, Any] = {} if growth is None else growth.told
+    beside |= {"test_withheld": True} if test_withheld else {}
     fleet = FleetDocument(
         run=str(run),
         store=stores[0]["train"].uri,
@@ -77,6 +84,7 @@ def finish_run(
         cohorts=cohorts,
         seconds=round(seconds, 3),
         economics=balances(recipe, splits, labels, students, stores),
+        **beside,
     )
     spelling = places.written if base.run_uri is None else places.inside
     in_the_run = places.each(fleet.plain(), functools.partial(spelling, folder=run))
@@ -165,27 +173,32 @@ def telling_damage(base: CohortJob, students: list[recipes.StudentSpec], console
             tell(console, f"warning: a checkpoint of {name} was damaged, the one before it was taken; it is {path}")
 
 
-def describe_teacher(train: LogitStore, test: LogitStore, rows: Rows, trusted: Trusted) -> FleetTeacher:
-    """The teacher's row of the table, from its stored logits of the test rows: it is not run again."""
-    card = ModelCard.model_validate(train.manifest.teacher["spec"])
-    recipes.trust(card.model, trusted.seen_from(f"the store {train.uri}"))
-    # It is built below to count its weights, and what fits no memory would take the driver with it.
-    check_memory(card)
-    labels = torch.from_numpy(rows.all_labels())
-    return FleetTeacher(
-        model=card.model.label,
-        parameters=num_parameters(build(card, seed=0)),
-        test=Metrics(**measure(rows.task, stored_predictions(test, rows), labels, rows.classes)),
-        fingerprint=train.manifest.identity.teacher,
-    )
+def describe_teacher(train: LogitStore, test: LogitStore | None, rows: Rows, trusted: Trusted) -> FleetTeacher:
+    """The teacher's row of the table, from its stored logits of the test rows: it is not run again.
+
+    Args:
+        test: None where a teacher is a store, and there is none of the test rows.
+    """
+    model, parameters, metrics = "imported logits", None, None
+    if (spec := train.manifest.teacher.get("spec")) is not None:
+        card = ModelCard.model_validate(spec)
+        recipes.trust(card.model, trusted.seen_from(f"the store {train.uri}"))
+        # It is built below to count its weights, and what fits no memory would take the driver with it.
+        check_memory(card)
+        model, parameters = card.model.label, num_parameters(build(card, seed=0))
+    if test is not None:
+        labels = torch.from_numpy(rows.all_labels())
+        metrics = Metrics(**measure(rows.task, stored_predictions(test, rows), labels, rows.classes))
+    fingerprint = train.manifest.identity.teacher
+    return FleetTeacher(model=model, parameters=parameters, test=metrics, fingerprint=fingerprint)
 
 
 def describe_assistant(
-    stores: dict[str, LogitStore], teacher_test: LogitStore, rows: Rows, trusted: Trusted
+    stores: dict[str, LogitStore], teacher_test: LogitStore | None, rows: Rows, trusted: Trusted
 ) -> FleetAssistant:
     """An assistant's row: as the teacher's, with its agreement with the teacher, and the store of its logits."""
     agreement = None
-    if rows.task == "classification":
+    if rows.task == "classification" and teacher_test is not None:
         ours, theirs = (stored_predictions(store, rows) for store in (stores["test"], teacher_test))
         agreement = float((ours == theirs).double().mean())
     described = dict(describe_teacher(stores["train"], stores["test"], rows, trusted))

@@ -24,7 +24,8 @@ from akd_dist.distill.cohort import wait_for_lock
 from akd_dist.distill.delivery import fail_from_outside
 from akd_dist.distill.job import ZOMBIE_SECONDS, CohortJob, stop_attempts
 from akd_dist.documents.damage import load
-from akd_dist.documents.fleet import RunIdentity
+from akd_dist.documents.fleet import FleetDocument, RunIdentity
+from akd_dist.jobs.growth import Growth
 from akd_dist.jobs.planning.caching import CachedModel
 from akd_dist.jobs.planning.plan import last_attempt
 from akd_dist.models.build import by_content
@@ -33,7 +34,8 @@ from akd_dist.reporting.results import read_fleet
 from akd_dist.tracking.progress import tell
 
 DIFFERENCES_SHOWN = 12
-NAMES_SHOWN = 6
+_BESIDE = ("students", "taken_out", "history", "rows")
+"""What an identity holds that may differ between two commands of one run."""
 
 
 @contextlib.contextmanager
@@ -149,8 +151,13 @@ def run_identity(recipe: Recipe, splits: Splits, taught: Sequence[str] = ()) -> 
     return plain
 
 
-def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
-    """Refuse to continue a run of this name that was made from another recipe, other data or another teacher.
+def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> RunIdentity | None:
+    """Refuse to continue a run of this name that was made from other data, another teacher or other settings.
+
+    Students are not looked at: see `growth.settle`.
+
+    Returns:
+        What the run was made from; None of one that begins.
 
     Raises:
         RefusedError: the data are others; names the first block of rows that differs.
@@ -158,51 +165,39 @@ def check_same_run(run: Path, recipe: Recipe, identity: dict[str, Any]) -> None:
         DamagedError: what says how the run was made is not whole; names the field.
     """
     if not (run / "identity.json").exists():
-        return
+        return None
     advice = (
         "--fresh removes the run and starts over; if you know that the recipe is the same, remove that file to go on"
     )
-    saved = load(
-        run / "identity.json", RunIdentity, expected="what the run wrote there when it began", next=advice
-    ).plain()
+    made = load(run / "identity.json", RunIdentity, expected="what the run wrote there when it began", next=advice)
+    saved = made.plain()
     # Where a model of the chain is still to be trained, its fingerprint is not known: it is compared once it is.
     if "fingerprint" not in identity["teacher"]:
         for key in ("fingerprint", "assistant_fingerprints"):
             saved["teacher"].pop(key, None)
     before, now = saved.pop("rows", {}), identity["rows"]
-    identity = {key: value for key, value in identity.items() if key != "rows"}
-    if saved != identity:
+    saved, given = ({key: one[key] for key in one if key not in _BESIDE} for one in (saved, identity))
+    if saved.get("teacher", {}).get("assistant") is None:  # nobody has learned from one yet
+        saved["teacher"], given["teacher"] = (_without_assistants(one["teacher"]) for one in (saved, given))
+    if saved != given:
         differing = [
             f"the {split} rows: {first_difference(now[split], before[split])}"
             for split in SPLITS
             if split in before and before[split]["fingerprint"] != now[split]["fingerprint"]
         ]
-        kind = RefusedError if saved["dataset"] != identity["dataset"] else RecipeError
+        kind = RefusedError if saved["dataset"] != given["dataset"] else RecipeError
         raise kind(
             f"the run {recipe.name} in {run} was made from another recipe, data or teacher",
-            got="\n       ".join(first_of([*differing, *changes(saved, identity)], DIFFERENCES_SHOWN)),
-            expected="those that the run was started with",
+            got="\n       ".join(first_of([*differing, *recipes.differences(saved, given)], DIFFERENCES_SHOWN)),
+            expected="those that the run was started with; students may come and go",
             next=f"give this one another name: --set name={recipe.name}-2 "
             "(or --fresh to start over, which removes what is there)",
         )
+    return made
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Where two identities of runs differ; students that differ in the same way share a line."""
-    old, new = before["students"], now["students"]
-    lines = recipes.differences(
-        *({key: value for key, value in each.items() if key != "students"} for each in (before, now))
-    )
-    alike: dict[str, list[str]] = {}
-    for name in old:
-        if name in new and (told := recipes.differences(old[name], new[name])):
-            alike.setdefault("; ".join(told), []).append(name)
-    groups = {
-        "students only in the run": [name for name in old if name not in new],
-        "students only in this recipe": [name for name in new if name not in old],
-    }
-    lines += [f"{told}: {', '.join(first_of(names, NAMES_SHOWN))}" for told, names in groups.items() if names]
-    return lines + [f"students {', '.join(first_of(names, NAMES_SHOWN))}: {told}" for told, names in alike.items()]
+def _without_assistants(teacher: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in teacher.items() if key not in ("assistant", "assistant_fingerprints")}
 
 
 def first_of(texts: list[str], count: int) -> list[str]:
@@ -228,15 +223,23 @@ def saved_results(run: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     if not (run / "identity.json").exists():  # removed by hand, as a refusal of a damaged one says
         replace(run / "identity.json", canonical_json(identity))
     try:
-        return read_fleet(run).plain()
+        saved = read_fleet(run).plain()
     except DamagedError:  # as one that was cut by a loss of power: the students have all that it said
         return None
+    # Others, where students came back or were taken out, and there is nothing to train.
+    return saved if {student["name"] for student in saved["students"]} == set(identity["students"]) else None
 
 
 def with_stores_found(fleet: dict[str, Any], models: Sequence[CachedModel]) -> dict[str, Any]:
     """Results whose stores are named where they are now, for a run that was moved without them, or they without it."""
     now = {store.id: store.uri for model in models for store in model.opened.values()}
     return {**places.each(fleet, lambda place: now.get(Path(place).name, place)), "run": fleet["run"]}
+
+
+def as_told_now(fleet: dict[str, Any], growth: Growth) -> dict[str, Any]:
+    """Saved results with what this command's recipe says of the students that they leave out."""
+    kept = {key: value for key, value in fleet.items() if key not in ("taken_out", "refused", "renamed")}
+    return FleetDocument.model_validate(kept | growth.told).plain()
 
 
 def forget(run: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import cache_planned
+from akd_dist.jobs.growth import Growth, another_search, settle
 from akd_dist.jobs.packing import fits
 from akd_dist.jobs.planning import windows
-from akd_dist.jobs.planning.caching import CachedModel, fingerprints, open_rows, with_models
+from akd_dist.jobs.planning.caching import CachedModel, Inputs, fingerprints, open_rows, with_models
 from akd_dist.jobs.planning.plan import RunPlan, fleet_job, plan_run
 from akd_dist.jobs.planning.planner import (
     cohort_job,
@@ -40,7 +41,15 @@ from akd_dist.jobs.planning.planner import (
 from akd_dist.jobs.prepare_rows import prepare_shown, rows_of_machine
 from akd_dist.jobs.remote_run import RemoteRun, copy_of
 from akd_dist.jobs.results import finish_run, tell_failures, telling_damage
-from akd_dist.jobs.run_folder import LocalRun, begin_run, check_same_run, run_identity, saved_results, with_stores_found
+from akd_dist.jobs.run_folder import (
+    LocalRun,
+    as_told_now,
+    begin_run,
+    check_same_run,
+    run_identity,
+    saved_results,
+    with_stores_found,
+)
 from akd_dist.jobs.train_teacher import Stores, Workspace
 from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe
@@ -68,18 +77,30 @@ def train_students(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
     return run_recipe(recipe, options)[1]
 
 
-def run_recipe(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, Any]]:
-    """`train_students`, and the plan that it executed, or would."""
+@dataclass(frozen=True)
+class Rung:
+    """A part of a search: its students are the trials, and none of them is measured on the test rows."""
+
+    pauses: dict[str, int]
+    """After how many epochs trials wait for the next rung, by name."""
+    last: bool
+    """Whether the trials that are left go on to their end, and are collected."""
+
+
+def run_recipe(recipe: Recipe, options: RunOptions, rung: Rung | None = None) -> tuple[RunPlan, dict[str, Any]]:
+    """`train_students`, and the plan that it executed, or would; of a rung before the last there is no fleet.json."""
     recipe, began = recipe.own(), time.monotonic()
     root = options.runs
     place = f"{root}/{recipe.name}" if "://" in root else str(Path(root, recipe.name))
     run = RemoteRun(place, options.cache) if "://" in root else LocalRun(Path(place))
     with places.named_in_errors(run.names):
-        plan, document = _run_recipe(recipe, options, run, began)
+        plan, document = _run_recipe(recipe, options, run, began, rung)
     return plan, places.renamed(document, run.names)
 
 
-def _run_recipe(recipe: Recipe, options: RunOptions, run: LocalRun, began: float) -> tuple[RunPlan, dict[str, Any]]:
+def _run_recipe(
+    recipe: Recipe, options: RunOptions, run: LocalRun, began: float, rung: Rung | None
+) -> tuple[RunPlan, dict[str, Any]]:
     """`run_recipe`, wherever the run lies."""
     from akd_dist.jobs import cluster
 
@@ -95,18 +116,48 @@ def _run_recipe(recipe: Recipe, options: RunOptions, run: LocalRun, began: float
             holding.enter_context(run.followed())
         inputs = with_models(inputs, workspace) if options.wait else inputs
         shuffle = windows.settled(recipe, run.folder, fresh=options.fresh)
+        growth = Growth()
         if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
-            settled = recipe if shuffle is None else windows.with_window(recipe, shuffle)
-            check_same_run(run.folder, recipe, run_identity(settled, inputs.splits, fingerprints(inputs.models)))
+            inputs, growth = _grown(run.folder, inputs, shuffle)
+            if rung is not None and (growth.refused or growth.renamed):
+                raise another_search(run.folder, growth)
+            for line in growth.lines if rung is None else []:
+                workspace.tell(f"the run {recipe.name}: {line}")
         drives = contextlib.nullcontext() if options.dry_run else driving(run.folder, moves=run.local is not None)
         with drives, cluster.closing():
-            plan = plan_run(inputs, run.folder, workspace, fresh=options.fresh, shuffle=shuffle)
+            pauses = {} if rung is None else rung.pauses
+            plan = plan_run(inputs, run.folder, workspace, fresh=options.fresh, shuffle=shuffle, pauses=pauses)
             if options.dry_run:
-                return plan, plan.document.plain()
-            return plan, _execute(plan, options, workspace, began, run)
+                return plan, plan.document.model_copy(update=growth.told).plain()
+            return plan, _execute(plan, growth, options, workspace, began, run, rung)
 
 
-def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: float, run: LocalRun) -> dict[str, Any]:
+def _grown(run: Path, inputs: Inputs, shuffle: windows.Shuffle | None) -> tuple[Inputs, Growth]:
+    """What is trained of a recipe in a run that may have begun: its students as they are called there.
+
+    Raises:
+        AkdError: it is another run.
+    """
+    recipe = inputs.recipe if shuffle is None else windows.with_window(inputs.recipe, shuffle)
+    identity = run_identity(recipe, inputs.splits, fingerprints(inputs.models))
+    saved = check_same_run(run, recipe, identity)
+    if saved is None:
+        return inputs, Growth()
+    recipe, growth = settle(run, saved, inputs.recipe, identity["students"])
+    # By what the recipe calls them: a student of another name is the same one, and has as many parameters.
+    parameters = inputs.parameters | {name: inputs.parameters[given] for given, name in growth.renamed.items()}
+    return replace(inputs, recipe=recipe, parameters=parameters), growth
+
+
+def _execute(
+    plan: RunPlan,
+    growth: Growth,
+    options: RunOptions,
+    workspace: Workspace,
+    began: float,
+    run: LocalRun,
+    rung: Rung | None,
+) -> dict[str, Any]:
     """Cache what is missing, train who has not ended, collect the results; the content of fleet.json."""
     recipe, splits, folder = plan.recipe, plan.inputs.splits, run.folder
     models = cache_planned(plan.inputs, workspace)
@@ -117,19 +168,22 @@ def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: fl
         run.start_over()
     elif not plan.inputs.complete and (folder / "identity.json").exists():  # begun once; a model was trained just now
         check_same_run(folder, recipe, identity)
-    base = replace(fleet_job(recipe, splits, models[0].stores, folder, workspace.cache_root), run_uri=run.uri)
+    base = fleet_job(recipe, splits, models[0].stores, folder, workspace.cache_root)
+    base = replace(base, run_uri=run.uri, stages=workspace.store_root)
+    if rung is not None:
+        base = replace(base, pauses=rung.pauses, reads_test=False)
     followed = [tracked(recipe, spec, base, plan.inputs.parameters[spec.name]) for spec in recipe.students]
     forward = functools.partial(forwarding, folder, followed, options.trackers, workspace.tell)
     if not plan.todo and (saved := saved_results(folder, identity)) is not None:
         workspace.tell(f"the run {recipe.name} is done: these are its saved results")
         with forward():
-            return with_stores_found(saved, models)
+            return as_told_now(with_stores_found(saved, models), growth)
     stores = [model.opened for model in models]
     used = [store.uri for opened in stores for store in opened.values()]
     used += [base.rows.uri] if base.rows is not None else []
     with using(used, run=run.uri or str(folder.absolute()), lock=(folder / "lock").absolute()):
         # Within the record of use: from that on, nobody removes the stores that this run is about to name.
-        begin_run(folder, recipe, identity, moves=run.local is not None)
+        begin_run(folder, recipe, growth.into(identity), moves=run.local is not None)
         run.withdraw("fleet.json")
         run.publish()
         splits = _decode(base, plan, models, workspace)
@@ -140,8 +194,12 @@ def _execute(plan: RunPlan, options: RunOptions, workspace: Workspace, began: fl
         if base.rows is None:
             splits = _with_sound_rows(base, splits, lambda found: found.test.content().verify(), workspace)
         run.bring()
+        if rung is not None and not rung.last:
+            run.publish()
+            return {}
         took = time.monotonic() - began
-        fleet = finish_run(folder, recipe, splits, base, stores, plan.inputs.parameters, cohorts, took, workspace.tell)
+        told: dict[str, Any] = {"growth": growth, "told": workspace.tell, "test_withheld": rung is not None}
+        fleet = finish_run(folder, recipe, splits, base, stores, plan.inputs.parameters, cohorts, took, **told)
         run.publish()
     tell_failures(fleet, base, workspace.console)
     return fleet.plain()
@@ -181,7 +239,7 @@ def _with_sound_rows(base: CohortJob, splits: Splits, look: Callable[[Splits], o
     def act() -> Splits:
         again = functools.partial(rows_for, base.data, Path(base.cache_root), base.fingerprints, base.rows)
         found = at_hand.pop() if at_hand else again()
-        check_fingerprints(base, found)
+        check_fingerprints(base.fingerprints, found)
         look(found)
         return found
 

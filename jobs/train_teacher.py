@@ -255,7 +255,7 @@ def _spec(
     spec = recipes.StudentSpec(name="unnamed", model=model, objective=objective, **common)
     data = recipe.data.model_dump(mode="json", include={"seed", "augmentation", "window", "normalize"})
     if recipe.data.image != recipes.Image():  # the card says so
-        data["image"] = recipe.data.image.model_dump(mode="json")
+        data["image"] = recipe.data.image.written()
     data["augmentation"] = views.by_content(recipe.data.augmentation)
     dumped = spec.model_dump(mode="json", exclude={"name"}) | {"model": by_content(model)}
     # A key that recipes learnt later must not rename, and so train again, models that lie there already.

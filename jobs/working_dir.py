@@ -30,7 +30,7 @@ from akd_dist.data.arguments import named, placed
 from akd_dist.jobs.cluster import ray
 from akd_dist.recipe import Factory, Recipe
 from akd_dist.recipe.base import Spec
-from akd_dist.recipe.paths import change_paths
+from akd_dist.recipe.paths import change_paths, expand_braces
 
 LIMIT = 64 * 2**20
 """Bytes of a recipe's folder that travel: it goes to every node, through Ray's object store."""
@@ -124,11 +124,17 @@ class WorkingDir:
             RefusedError: the recipe names a file in its folder that cannot be sent.
         """
         folder, document = recipe.folder, recipe.model_dump(mode="json", exclude={"folder"})
-        rows = {name: document["data"][name] for name in ("train", "validation", "test")}
+        if (
+            recipe.teacher.checkpoint is not None
+        ):  # the driver reads it, and nodes find a model folder beside the stores
+            document["teacher"]["weights"] = None
+            document["teacher"]["model"].pop("path", None)
+        rows = {name: document["data"][name] for name in ("train", "validation", "test", "unlabelled")}
         paths, sources = (list(dict.fromkeys(_named(part, folder))) for part in (document, rows))
         found = cls._of(recipe, folder, paths, kept_out)
         # What is named elsewhere in the recipe as well is needed, whoever has the rows.
-        del document["data"]["train"], document["data"]["validation"], document["data"]["test"]
+        for name in rows:
+            del document["data"][name]
         found.sources = frozenset(sources) - set(_named(document, folder))
         return found
 
@@ -160,7 +166,9 @@ class WorkingDir:
             note += f" to the nodes, but not {', '.join(left)}" if left else " to the nodes"
         carried = set(sizes)
         needed = [path for path in paths if path not in own or not _carries(path, folder, carried)]
-        return cls(folder, sorted(carried), needed, note)
+        # What is looked for under the driver's path is linked to as a whole.
+        linked = tuple(f"{name}{os.sep}" for path in needed if (name := _below(path, folder)))
+        return cls(folder, sorted(name for name in carried if not name.startswith(linked)), needed, note)
 
     def packed(self) -> Packed | None:
         """The folder in Ray's object store; None where nothing travels.
@@ -176,7 +184,9 @@ class WorkingDir:
         if self._packed is None:
             data = _archive(Path(self.folder), self.files)
             links = tuple(
-                name for path in self.needed if (name := _below(path, self.folder)) and not glob.has_magic(name)
+                name
+                for path in self.needed
+                if (name := _below(path, self.folder)) and not glob.has_magic(name) and _expanded(name) == [name]
             )
             digest = sha256(data + "\n".join([self.folder, *links]).encode())
             home = ray.get_runtime_context().get_node_id()
@@ -204,8 +214,17 @@ def there(path: str) -> bool:
 
 def _matching(path: str) -> list[Path]:
     """What a path names, or a pattern; nothing where nothing is."""
-    found = glob.glob(path) if glob.has_magic(path) else [path]  # noqa: PTH207  # it may be absolute
-    return [Path(one) for one in found if os.path.exists(one)]
+    several = [path] if os.path.exists(path) else _expanded(path)
+    globs = (glob.glob(one) if glob.has_magic(one) else [one] for one in several)  # noqa: PTH207  # it may be absolute
+    return [Path(one) for found in globs for one in found if os.path.exists(one)]
+
+
+def _expanded(path: str) -> list[str]:
+    """The paths that a brace expression stands for; one that stands for none is told of when its rows are looked at."""
+    try:
+        return expand_braces(path)
+    except ValueError:
+        return [path]
 
 
 def moved(value: Value, packed: Packed, place: Path) -> Value:
@@ -282,7 +301,13 @@ def _below(path: str, folder: str) -> str | None:
 def _carries(path: str, folder: str, carried: set[str]) -> bool:
     """Whether all that a path names is among the files that travel."""
     inside = [_below(str(file), folder) for file in _files_named(path)]
-    return bool(inside) and set(inside) <= carried
+    whole = _below(path, folder) == os.curdir or not any(map(_has_linked_folders, _matching(path)))
+    return bool(inside) and set(inside) <= carried and whole
+
+
+def _has_linked_folders(path: Path) -> bool:
+    """Whether there are links to folders in a folder: what these hold does not travel."""
+    return any(Path(place, name).is_symlink() for place, names, _ in os.walk(path) for name in names)
 
 
 def _files_named(path: str, kept_out: Sequence[str] = ()) -> Iterator[Path]:

@@ -57,6 +57,8 @@ class StoreSummary:
     """Fingerprint."""
     teacher_spec: dict[str, Any] = field(default_factory=dict)
     """The teacher in words."""
+    imported: str | None = None
+    """What logits are that were computed elsewhere, as `logits` or `log_probabilities`; None for those of a model."""
     dataset: str = ""
     """Fingerprint."""
     augmentation: dict[str, Any] = field(default_factory=dict)
@@ -327,7 +329,7 @@ def _read_summary(root: ObjectRoot, store_id: str) -> StoreSummary:
     # The shards that are there are counted, instead of looking for each that should be: how many that are is told by a
     # document which may come from elsewhere, and may say a billion.
     there = [stat.size for key, stat in found.items() if key.startswith(f"{ARRAYS}/{LOGITS}/c/")]
-    spec = creation.teacher.get("spec")
+    spec, imported = creation.teacher.get("spec"), creation.teacher.get("imported")
     return replace(
         bare,
         rows=identity.rows,
@@ -339,6 +341,7 @@ def _read_summary(root: ObjectRoot, store_id: str) -> StoreSummary:
         shards_done=sum(key.startswith(f"{RECEIPTS}/") and is_single(key) for key in found),
         teacher=identity.teacher,
         teacher_spec=spec if isinstance(spec, dict) else {},
+        imported=str(imported.get("kind", "logits")) if isinstance(imported, dict) else None,
         dataset=identity.dataset,
         augmentation=identity.augmentation,
     )

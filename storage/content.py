@@ -249,6 +249,15 @@ class Guard:
                     one.due, one.left = 0.0, True
             self._change.notify_all()
 
+    def look(self) -> None:
+        """Refuse to go on if it is known by now that something is not what was written; see `settle`.
+
+        Raises:
+            CorruptCacheError: so it is.
+        """
+        if self._error is not None:
+            raise self._error
+
     def settle(self, on_wait: Callable[[], None] = lambda: None) -> None:
         """Return once everything was hashed that is to be: what was left is let go then.
 

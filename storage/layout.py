@@ -21,6 +21,8 @@ ARRAY_KEY = f"{LOGITS}/zarr.json"
 DAMAGED_SUFFIX = ".damaged"
 # The folder beside stores of the models that recipes trained for them.
 TEACHERS = "teachers"
+# The folder beside stores of what students had at the end of a stage I that others may share.
+STAGES = "stages"
 # The folder beside stores of the rows that were prepared for a cluster, and where in each of them its blocks lie.
 ROWS = "rows"
 BLOCKS = "blocks"

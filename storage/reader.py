@@ -4,13 +4,16 @@ zarr-python returns the fill value for a missing shard, without an error. So pre
 checked against the manifest at every open, and the sha256 of every shard that is read, before zarr sees it.
 """
 
+from __future__ import annotations
+
 import collections
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +27,9 @@ from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot, Stat
 from akd_dist.storage.records import ShardRecord
 from akd_dist.storage.roots import open_root
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # A request to object storage takes some 30 ms, in which nothing else would happen.
 _AT_ONCE = 16
@@ -72,6 +78,73 @@ class LogitStore:
     def classes(self) -> int:
         """How many logits a row has."""
         return self.manifest.identity.classes
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[npt.NDArray[np.float32]]:
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, key: Any) -> npt.NDArray[np.float32]:
+        """Logits as of an array [views, rows, classes] whose rows are asked for first: float32.
+
+        `store[rows]` gives all views of rows, [views, n, classes]; `store[view, rows]` one view, [n, classes]. `rows`
+        is a number, which leaves out its axis, or a slice. Shards that hold them are read, one after the other.
+
+        Raises:
+            IndexError: there is no such view or row.
+            DamagedError: as `rows`.
+        """
+        view, rows = key if isinstance(key, tuple) and len(key) == 2 else (None, key)
+        numbers = self._numbers(rows)
+        views = range(self.views) if view is None else [self._place(view, self.views, "view")]
+        found = np.stack([self._take(one, np.asarray(numbers, dtype=np.int64)) for one in views])
+        found = found if isinstance(rows, slice) else found[:, 0]
+        return found if view is None else found[0]
+
+    def _take(self, view: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        found = np.empty((len(rows), self.classes), np.float32)
+        owners = rows // self.layout.shard_rows
+        for index in np.unique(owners).tolist():
+            shard, mine = self.layout.shard(view, index), owners == index
+            stored = self._shard(shard)[rows[mine] - shard.start]
+            found[mine] = self.manifest.identity.codec.decode({LOGITS: stored})
+        return found
+
+    def _numbers(self, rows: Any) -> range:
+        if isinstance(rows, slice):
+            return range(*rows.indices(self.num_rows))
+        first = self._place(rows, self.num_rows, "row")
+        return range(first, first + 1)
+
+    def _place(self, place: Any, count: int, what: str) -> int:
+        number = operator.index(place)
+        if not -count <= number < count:
+            raise IndexError(f"{what} {number} of {count:,}")
+        return number % count
+
+    def to_arrow(self, views: Sequence[int] | None = None) -> pa.RecordBatchReader:
+        """Views of the store as a stream of Arrow, a record batch a shard: `.read_all()` makes a `pyarrow.Table`.
+
+        Args:
+            views: which, in that order; None for all.
+
+        Returns:
+            Columns `view`, int32; `row`, int64; `logits`, a list of `classes` float32. Ordered by view and row.
+
+        Raises:
+            IndexError: there is no such view.
+            DamagedError: as `rows`; of a shard also later, when it is read.
+        """
+        from akd_dist.storage.arrow import reader_of
+
+        chosen = range(self.views) if views is None else [self._place(view, self.views, "view") for view in views]
+        shards = [self.layout.shard(view, index) for view in chosen for index in range(self.layout.shards_per_view)]
+        decode = self.manifest.identity.codec.decode
+        stored = zip(shards, self.shards(shards), strict=True)
+        return reader_of(
+            self.classes, ((shard.view, shard.start, decode({LOGITS: logits})) for shard, logits in stored)
+        )
 
     def rows(self, view: int, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Logits of consecutive rows of a view, float32 [stop - start, classes].

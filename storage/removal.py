@@ -28,6 +28,7 @@ from akd_dist.storage.layout import (
     RECEIPTS,
     ROWS,
     SOURCE_KEY,
+    STAGES,
     TEACHERS,
 )
 from akd_dist.storage.manifest import Manifest
@@ -38,6 +39,8 @@ from akd_dist.storage.uses import REMOVING_SUFFIX, USES, uses_of
 
 # A model that a recipe trained, under the folder TEACHERS.
 _MODEL_ID = re.compile(r"[0-9a-f]{32}")
+
+_STAGE = re.compile(STAGES + r"/[0-9a-f]{64}\.ckpt")
 
 # Told of what cannot be read or removed: its name, and why.
 Problem = Callable[[str, AkdError], None]
@@ -62,7 +65,8 @@ def disused(
 ) -> list[Candidate]:
     """Stores of some age or without use, sealed or not, and what keeps some of them. Nothing is changed.
 
-    Rows that were prepared for a cluster are among them, as `rows/<id>`.
+    Rows that were prepared for a cluster are among them, as `rows/<id>`, and stages I that students left for others, as
+    `stages/<id>`: of these no use is recorded.
 
     Args:
         cache_root: decoded copies of this node: a store whose copy is mapped is in use.
@@ -73,7 +77,7 @@ def disused(
     now = time.time()
     found = [
         store
-        for store in [*list_stores(root_uri), *_prepared_rows(open_root(root_uri))]
+        for store in [*list_stores(root_uri), *_prepared_rows(open_root(root_uri)), *_stages(open_root(root_uri))]
         if (not ids or store.id in ids)
         and (older_than is None or now - store.modified >= older_than)
         and (unused_for is None or now - max(store.last_used or 0.0, store.modified) >= unused_for)
@@ -102,6 +106,9 @@ def remove_store(root_uri: str, store_id: str, cache_root: Path) -> str | None:
     is told that it is gone.
     """
     root = open_root(root_uri)
+    if store_id.startswith(f"{STAGES}/"):  # read whole, at once, by whoever takes it, or not there
+        root.delete(f"{store_id}.ckpt")
+        return None
     mark = f"{store_id}{REMOVING_SUFFIX}"
     try:
         with claim_store(root_uri, store_id):
@@ -153,6 +160,15 @@ def _prepared_rows(root: ObjectRoot) -> Iterator[StoreSummary]:
                     uses=uses_of(store),
                     bytes=sum(stat.size for key, stat in written.items() if key.startswith(f"{BLOCKS}/")),
                 )
+
+
+def _stages(root: ObjectRoot) -> Iterator[StoreSummary]:
+    """What students left of a stage I for others, as `stages/<id>`; what cannot be listed is left out."""
+    with contextlib.suppress(AkdError):
+        for key, stat in root.list(STAGES).items():
+            if _STAGE.fullmatch(key):
+                name = key.removesuffix(".ckpt")
+                yield StoreSummary(id=name, sealed=True, partials=0, modified=stat.modified, uses=[], bytes=stat.size)
 
 
 def _held(root: ObjectRoot, store_id: str) -> str | None:
@@ -210,7 +226,7 @@ def gc(root_uri: str, *, dry_run: bool = False, on_problem: Problem = warn) -> l
         except AkdError as error:
             on_problem(name, error)
     # No claim covers what lies beside the stores; whoever publishes an object there begins again if its file is gone.
-    for name in root.files():
+    for name in [*root.files(), *root.partials(STAGES)]:
         path = root.local_path(name)
         # One that is locked says of a command that lives where its nodes work; see `jobs.shared`.
         if name.endswith(PARTIAL_SUFFIX) and (path is None or not is_locked(path)):

@@ -168,8 +168,14 @@ class BlockReceipt(Told):
     number: int = Field(ge=0)
     frames: int = Field(ge=0)
     """Pictures of which only the first of several frames was taken."""
+    enlarged: Annotated[int, Field(ge=0)] = 0
+    """Pictures that were smaller than the size that they were brought to; left out where there are none."""
     hashes: str
     """A hash of each row's input, by which rows are found that stand in two splits: int64 [rows], in base64."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_sizes(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {field: value for field, value in spell(self).items() if value or field != "enlarged"}
 
     @property
     def receipt_key(self) -> str:
@@ -299,14 +305,21 @@ def receipts_there(writer: RowsWriter) -> dict[str, BlockReceipt]:
 
 
 def write_block(
-    writer: RowsWriter, split: str, number: int, data: bytes, *, frames: int, hashes: str, seconds: float
+    writer: RowsWriter,
+    split: str,
+    number: int,
+    data: bytes,
+    *,
+    frames: int,
+    hashes: str,
+    seconds: float,
+    enlarged: int = 0,
 ) -> BlockReceipt:
     """Publish a block, then its receipt; harmless to repeat, and to do twice at once.
 
     Args:
         data: inputs, then labels.
-        frames: as of the receipt.
-        hashes: as of the receipt.
+        frames, hashes, enlarged: as of the receipt.
         seconds: how long the block took.
 
     Raises:
@@ -330,6 +343,7 @@ def write_block(
         split=split,
         number=number,
         frames=frames,
+        enlarged=enlarged,
         hashes=hashes,
     )
     return put_receipt(store, receipt.signed())

@@ -31,7 +31,8 @@ from akd_dist.storage.run_objects import (
 )
 
 DOCUMENTS = (
-    *("fleet.json", "report.html", "comparison.json", "comparison.md", "trackers.json", "recipe.yaml", "identity.json"),
+    *("fleet.json", "report.html", "comparison.json", "comparison.md", "tune.json", "trackers.json", "recipe.yaml"),
+    "identity.json",
 )
 """What the driver keeps beside the folders of a run. The last one says which run it is."""
 RESULTS = frozenset({"result.json", "metrics.jsonl"})

@@ -93,7 +93,7 @@ def weights(run: Path) -> dict[str, str]:
 
 def store_bytes(root: Path) -> dict[str, str]:
     """The sha256 of every file under a store root that must not depend on how it came about."""
-    files = [path for path in sorted(root.rglob("*")) if path.is_file() and "teachers" not in path.parts]
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and not {"teachers", "stages"} & {*path.parts}]
     kept = [path for path in files if path.parent.name not in ("receipts", "uses") and path.name != "source.json"]
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 

@@ -21,7 +21,16 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
     "Top level": {recipe.Recipe: "top level"},
     "Data": {recipe.DataSpec: "data", recipe.Image: "data.image", recipe.Normalize: "data.normalize"},
     "Sources": dict.fromkeys(
-        [recipe.Digits, recipe.Idx, recipe.Parquet, recipe.HuggingFaceData, recipe.CustomData], None
+        [
+            recipe.Digits,
+            recipe.Idx,
+            recipe.Parquet,
+            recipe.ImageFolder,
+            recipe.WebDataset,
+            recipe.HuggingFaceData,
+            recipe.CustomData,
+        ],
+        None,
     ),
     "Tokenizers": dict.fromkeys([recipe.ByteText, recipe.HuggingFaceText], None),
     "Augmentations": dict.fromkeys(
@@ -38,6 +47,7 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
     "Teacher": {
         recipe.TeacherSpec: "teacher",
         recipe.TeacherTraining: "teacher.train",
+        recipe.StoredTeacher: "teacher.store",
         recipe.AssistantSpec: "teacher.assistant",
     },
     "Cache": {recipe.CacheSpec: "cache", recipe.EncodingSpec: "cache.encoding"},

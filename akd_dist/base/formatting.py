@@ -86,6 +86,11 @@ def percent(fraction: float | None, digits: int = 2) -> str:
     return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.{digits}f}"
 
 
+def thousands(value: int | None) -> str:
+    """1234 as `1,234`; a missing number as a dash."""
+    return "-" if value is None else f"{value:,}"
+
+
 def signed(value: float, digits: int) -> str:
     """`+1.50`, `-0.02`; what is shown as nothing has no sign."""
     text = f"{value:+.{digits}f}"
@@ -97,9 +102,9 @@ def amount(value: float) -> str:
     return f"{value:.2g}" if abs(value) < 99.5 else f"{value:,.0f}"
 
 
-def share(parameters: int, of: int) -> str:
-    """A student's size as a percentage of its teacher's, to two significant digits below ten."""
-    part = 100 * parameters / of if of else math.nan
+def share(parameters: int | None, of: int | None) -> str:
+    """A student's size as a percentage of its teacher's, to two significant digits below ten; a dash for none."""
+    part = 100 * parameters / of if of and parameters is not None else math.nan
     if not math.isfinite(part):
         return "-"
     return f"{part:.0f} %" if part >= 10 else f"{part:.2g} %"

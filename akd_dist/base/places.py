@@ -146,6 +146,11 @@ class Root:
     option: str
     """The option that names it."""
 
+    @property
+    def is_set(self) -> bool:
+        """Whether the environment names it."""
+        return bool(os.environ.get(self.variable))
+
     def chosen(self, given: str | Path | None = None) -> str:
         """What was given, else the variable, else the default; a local one as an absolute path, a URI as it is.
 

@@ -28,7 +28,8 @@ from akd_dist.cli.reports import report
 from akd_dist.cli.run import cache_teacher, compare, quickstart, train_students
 from akd_dist.cli.show import plain_output, print_json, reader_is_gone, settle_streams, silence_streams
 from akd_dist.cli.stores import stores
-from akd_dist.cli.students import evaluate, export, predict
+from akd_dist.cli.students import evaluate, export, models, predict
+from akd_dist.cli.tune import tune
 from akd_dist.cli.watch import status
 
 # As a shell tells of a program that SIGPIPE ended.
@@ -52,11 +53,13 @@ for command_line in (
     cache_teacher,
     train_students,
     compare,
+    tune,
     status,
     report,
     evaluate,
     predict,
     export,
+    models,
     stores,
     recipe,
 ):

@@ -60,7 +60,18 @@ id_argument = click.argument("store_id", metavar="ID", shell_complete=complete_s
 # In which order --help shows the options that a command has.
 ORDER = (
     *("seeds", "student", "to", "others", "out", "logits", "data", "split", "input", "label", "tokenizer", "recipe"),
-    *("overrides", "trust", "device", "store_root", "run_root", "cache_root", "address", "wait_for_nodes"),
+    *("file", "key", "kind"),
+    *(
+        "checkpoint",
+        "overrides",
+        "trust",
+        "device",
+        "store_root",
+        "run_root",
+        "cache_root",
+        "address",
+        "wait_for_nodes",
+    ),
     *("fresh", "wait", "trackers", "force", "prepare_again", "dry_run"),
 )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from akd_dist.base.formatting import counted, duration, house_table, size
+from akd_dist.base.formatting import counted, duration, house_table, size, some_of
 from akd_dist.cli.show import print_table, table_of
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def print_plan(plan: PlanDocument) -> None:
         rows = f"{part.rows:,}" + (f", {part.unlabelled:,} without labels" if part.unlabelled else "")
         table.add_row(split, rows, str(part.views), shards, size(part.bytes))
     print_table(table)
+    if plan.teacher_check is not None:
+        click.echo(plan.teacher_check.line)
     free = "unknown" if plan.free is None else size(plan.free)
     if plan.waits_for is not None:
         click.echo(f"waits for nodes: {plan.waits_for}")
@@ -66,6 +68,7 @@ def plan_lines(plan: FleetPlanDocument) -> list[str]:
     gpus = f", {plan.gpus:g} GPU{'' if plan.gpus == 1 else 's'}" if plan.gpus else ""
     return [
         f"teacher  {plan.teacher}",
+        *([] if plan.teacher_check is None else [f"labels   {plan.teacher_check.line}"]),
         *cohorts,
         plan.why,
         *waits,
@@ -76,6 +79,7 @@ def plan_lines(plan: FleetPlanDocument) -> list[str]:
         f"{size(plan.free_bytes)} free",
         f"places   stores in {plan.store_root}, the run in {plan.run}",
         *_removed(plan),
+        *_growing(plan),
         f"time     {_how_long(plan, unknown)}, after the teacher; nothing was trained or stored",
     ]
 
@@ -86,6 +90,14 @@ def _removed(plan: FleetPlanDocument) -> list[str]:
         return []
     students = counted(plan.removes.students, "trained student")
     return [f"removes  {students} and everything else in {plan.run}, {size(plan.removes.bytes)}"]
+
+
+def _growing(plan: FleetPlanDocument) -> list[str]:
+    """Lines for the students that the run has, and would not train."""
+    lines = [f"leaves   {some_of(plan.taken_out)} on disk, and out of the tables"] if plan.taken_out else []
+    renamed = [f"{given} is {name}" for given, name in plan.renamed.items()]
+    lines += [f"names    in this run: {some_of(renamed, most=3)}"] if renamed else []
+    return lines + [f"refuses  {one.told}" for one in plan.refused]
 
 
 def _about(cohort: PlannedCohort) -> str:

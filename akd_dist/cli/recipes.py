@@ -16,7 +16,7 @@ from akd_dist.cli.options import Group, json_option, shared
 from akd_dist.cli.show import command_line, print_facts, print_json, print_table, table_of
 
 if TYPE_CHECKING:
-    from akd_dist.recipe import AssistantSpec, Recipe, Source
+    from akd_dist.recipe import AssistantSpec, Recipe, Source, TeacherSpec
 
 STUDENTS_SHOWN = 200
 
@@ -88,16 +88,18 @@ def _is_another(run: Path, ours: Recipe) -> bool:
         theirs = load(str(path), ()) if path.is_file() else None
     except AkdError:
         return False
-    return theirs is not None and theirs.identity() | {"name": ""} != ours.identity() | {"name": ""}
+    if theirs is None:
+        return False
+    before, now = (one.identity() | {"name": ""} for one in (theirs, ours))
+    old, new = before.pop("students"), now.pop("students")
+    # Students may come and go in a run, and stay as they are.
+    return before != now or any(old[name] != new[name] for name in old.keys() & new.keys())
 
 
 def _recipe_facts(checked: Recipe) -> dict[str, Any]:
     data, teacher = checked.data, checked.teacher
     encoding = ", ".join(
         f"{value}" if key == "name" else f"{key} {value}" for key, value in checked.cache.encoding.config().items()
-    )
-    trained = (
-        f"{teacher.model.label}, trained for {teacher.train.epochs} epochs" if teacher.model and teacher.train else ""
     )
     return {
         "recipe": checked.name,
@@ -106,7 +108,7 @@ def _recipe_facts(checked: Recipe) -> dict[str, Any]:
         "validation": _source(data.validation),
         "test": _source(data.test),
         "views": f"{data.views}, augmentation {data.augmentation.kind}, seed {data.seed}",
-        "teacher": teacher.weights or trained,
+        "teacher": _teacher(teacher),
         **{
             "assistant" if number == 1 else f"assistant {number}": _assistant(one)
             for number, one in enumerate(teacher.chain, 1)
@@ -118,6 +120,16 @@ def _recipe_facts(checked: Recipe) -> dict[str, Any]:
     }
 
 
+def _teacher(teacher: TeacherSpec) -> str:
+    if teacher.store is not None:
+        return f"the store {teacher.store.train}"
+    if teacher.model is None:
+        return str(teacher.weights)
+    if teacher.train is None:
+        return f"{teacher.model.label}, weights in {teacher.checkpoint}"
+    return f"{teacher.model.label}, trained for {teacher.train.epochs} epochs"
+
+
 def _assistant(one: AssistantSpec) -> str:
     return f"{one.model.label}, {one.objective.kind} for {one.objective.epochs} epochs"
 
@@ -127,4 +139,6 @@ def _source(source: float | str | Source) -> str:
         return f"{source:g} of the train source"
     if isinstance(source, str):
         return {"rest": "what subset leaves out", "missing": "where the label is missing"}[source]
-    return source.path if source.kind == "parquet" else source.kind
+    from akd_dist.recipe import ImageFolder, Parquet, WebDataset
+
+    return source.path if isinstance(source, Parquet | ImageFolder | WebDataset) else source.kind

@@ -25,7 +25,8 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> int:
     cannot be read takes nothing from the others.
     """
     from akd_dist.reporting.remote import at_hand, write_reports_of
-    from akd_dist.reporting.results import fleet_table, read_run, runs_table
+    from akd_dist.reporting.results import read_run
+    from akd_dist.reporting.tables import fleet_table, pooled_table, runs_table
 
     refused: list[AkdError] = []
     page = None if out is None else places.output(out)
@@ -37,11 +38,12 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> int:
             return code
         read = [read_run(Path(one.run)) for one in document.runs]
         for run, written in zip(read, document.runs, strict=True):
-            print_table(fleet_table(run.fleet))
+            print_table(fleet_table(run.fleet, run.chosen.values()))
             click.echo(f"report  {short_path(found.named(written.report))}")
             for problem in written.problems:
                 click.echo(f"warning: {short_path(found.named(str(run.folder)))}: {problem}", err=True)
         if document.comparison is not None:
+            print_table(pooled_table(read))
             print_table(runs_table(read))
             click.echo(f"report  {short_path(found.named(document.comparison.report))}")
         for error in refused:

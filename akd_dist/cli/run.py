@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import akd_dist
+from akd_dist.base.errors import RecipeError
 from akd_dist.cli.options import json_option, taking
 from akd_dist.cli.plans import print_fleet_plan, print_plan
 from akd_dist.cli.recipes import command_to_train
@@ -93,6 +94,8 @@ def _train(given: Given, as_json: bool, *, closing: Callable[[FleetDocument, Giv
     else:
         fleet = FleetDocument.model_validate(document)
         print_fleet(fleet, closing(fleet, given))
+    if document.get("refused"):
+        return RecipeError.code
     return int(any(student["state"] != "done" for student in document.get("students", ())))
 
 
@@ -130,20 +133,24 @@ def compare(as_json: bool, **given: Any) -> int:
         print_table(table)
         click.echo("table   " + short_path(f"{run}/{MARKDOWN_NAME}"))
         click.echo("report  " + short_path(f"{run}/report.html"))
+    if document.get("refused"):
+        return RecipeError.code
     return int(any(row["lost"] for row in document.get("table", ())))
 
 
 def print_cached(document: CacheDocument, next_command: str) -> None:
     """What a caching command came to, and the command after it."""
     models: list[CacheDocument | CachedAssistant] = [document, *document.assistants]
-    parts = [part for model in models for part in (model, model.splits.validation, model.splits.test)]
+    parts = [part for one in models for part in (one, one.splits.validation, one.splits.test) if part is not None]
     shards, computed = (sum(getattr(part, key) for part in parts) for key in ("shards", "shards_computed"))
     how = "a hit: it was there already" if document.hit else f"{computed} of {counted(shards, 'shard')} computed now"
     shape = f"{document.rows:,} rows x {counted(document.views, 'view')} x {document.classes:,} classes"
+    others = [split for split in ("validation", "test") if getattr(document.splits, split) is not None]
+    beside = f"; {' and '.join(others)} rows beside it" if others else ""
     facts = {
         "store": short_path(document.store),
         **{f"assistant {one.model}": short_path(one.store) for one in document.assistants},
-        "holds": f"{shape}, {document.encoding}; validation and test rows beside it",
+        "holds": f"{shape}, {document.encoding}{beside}",
         "size": f"{size(sum(part.bytes for part in parts))} in {counted(shards, 'shard')}",
         "took": f"{document.seconds:.1f} s; {how}",
         "next": next_command,
@@ -153,7 +160,7 @@ def print_cached(document: CacheDocument, next_command: str) -> None:
 
 def print_fleet(fleet: FleetDocument, next_commands: Iterable[str]) -> None:
     """What a fleet came to, where its report lies, and what may come next."""
-    from akd_dist.reporting.results import fleet_table
+    from akd_dist.reporting.tables import fleet_table
 
     print_table(fleet_table(fleet))
     click.echo(f"store   {short_path(fleet.store)}")

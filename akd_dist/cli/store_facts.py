@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from akd_dist.documents.stores import StoreDocument, StoreEntry
+    from akd_dist.recipe import LogitKind
     from akd_dist.storage.catalog import StoreSummary
     from akd_dist.storage.records import Loss
 
@@ -43,13 +44,26 @@ def entry_of(summary: StoreSummary) -> StoreEntry:
     counts = ("bytes", "shards", "shards_done", "partials", "runs")
     return StoreEntry(
         **{name: getattr(summary, name) for name in (*same, *counts)},
-        model=_model(summary),
+        model=None if summary.imported else _model(summary),
+        imported=_imported(summary),
         data=_data(summary),
         split=summary.hint.get("split"),
         modified=_iso(summary.modified),
         last_used=None if summary.last_used is None else _iso(summary.last_used),
         uses=[StoreUse(**use.model_dump()) for use in summary.uses],
     )
+
+
+def _imported(summary: StoreSummary) -> LogitKind | None:
+    if summary.imported is None:
+        return None
+    return "log_probabilities" if summary.imported == "log_probabilities" else "logits"
+
+
+def _whose(summary: StoreSummary) -> str | None:
+    """Whose logits it holds, in words."""
+    kind = _imported(summary)
+    return _model(summary) if kind is None else f"imported {kind.replace('_', '-')}"
 
 
 def _model(summary: StoreSummary) -> str | None:
@@ -95,7 +109,7 @@ def cells_of(one: StoreSummary) -> list[str]:
     if one.problem:
         return ["", "", "", size(one.bytes), str(len(one.runs)), _ago(one.last_used)]
     return [
-        escape(f"{_model(one) or ''} {one.teacher[:6]}"),
+        escape(f"{_whose(one) or ''} {one.teacher[:6]}"),
         escape(f"{_data(one) or ''} {one.rows:,} {one.dataset[:6]}".strip()),
         str(one.views),
         size(one.bytes),
@@ -108,6 +122,7 @@ def facts_of(document: StoreDocument, summary: StoreSummary, loss: Loss | None) 
     """What `stores show` says of a store, by heading."""
     seconds, hosts = document.receipts.seconds, document.receipts.hosts
     shards = ", ".join(f"{counted(count, 'shard')} by {host}" for host, count in hosts.items())
+    passes = f"{seconds:,.1f} s of teacher passes" if document.imported is None else "no teacher pass: imported"
     decoded = "nothing on this machine"
     if document.decoded is not None:
         in_use = ", in use" if document.decoded.in_use else ""
@@ -117,12 +132,12 @@ def facts_of(document: StoreDocument, summary: StoreSummary, loss: Loss | None) 
         "store": document.store,
         "state": state_of(summary) + f", {moment(summary.modified)}",
         "size": f"{size(document.bytes)} in {document.shards_done} of {counted(document.shards, 'shard')}",
-        "teacher": f"{document.model or 'of no known kind'}, fingerprint {document.teacher}",
+        "teacher": f"{_whose(summary) or 'of no known kind'}, fingerprint {document.teacher}",
         "dataset": f"{document.data or 'rows'}, {document.rows:,} rows{_unlabelled(document)}, "
         f"fingerprint {document.dataset}",
         "views": f"{document.views}, drawn by {drawn}" if drawn != "none" else "1, the rows as they are",
         "logits": f"{document.classes} classes, {document.encoding}",
-        "took": f"{seconds:,.1f} s of teacher passes; {shards}" if hosts else "not known: no receipts",
+        "took": f"{passes}; {shards}" if hosts else "not known: no receipts",
         "decoded": decoded,
     }
     if document.manifest is not None:

@@ -7,13 +7,15 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+import akd_dist
 from akd_dist.base.errors import DamagedError, RecipeError, printable
 from akd_dist.base.places import STORE_ROOT
-from akd_dist.cli.options import Group, complete_store, id_argument, json_option, options, shared
+from akd_dist.cli.imported import print_imported
+from akd_dist.cli.options import Group, complete_store, id_argument, json_option, options, shared, taking
 from akd_dist.cli.recipes import load
 from akd_dist.cli.show import (
     SHORT_ID,
@@ -41,7 +43,7 @@ from akd_dist.cli.store_facts import (
     short_state_of,
     state_of,
 )
-from akd_dist.options import Options
+from akd_dist.options import ImportLogitsOptions, Options
 
 if TYPE_CHECKING:
     from akd_dist.storage.removal import Candidate
@@ -137,6 +139,26 @@ def stores_show(store_id: str, store_root: str, cache_root: str | None, as_json:
             who = use.host if use.user is None else f"{use.user}@{use.host}"
             when = use.time[:16].replace("T", " ")
             click.echo(printable(f"used        {when}  {short_path(use.run)}  {who}  {use.command}"))
+
+
+@stores.command("import")
+@taking(ImportLogitsOptions)
+@json_option
+def stores_import(as_json: bool, **given: Any) -> None:
+    """Make stores of logits that others computed.
+
+    LOGITS is a .npy, .npz, .safetensors or Parquet file, or a Zarr folder: floats [rows, classes], or [views, rows,
+    classes], a row for each row of the train source or of the split, in their order or by --key. The same logits again
+    are a hit, and mend a store that is damaged. RECIPE needs no teacher.
+    """
+    with stdout_for_results():
+        document = akd_dist.import_logits(**given, console=progress_console())
+    if as_json:
+        print_json(document)
+    else:
+        from akd_dist.documents.imported import ImportedDocument
+
+        print_imported(ImportedDocument.model_validate(document), given["recipe"])
 
 
 @stores.command("verify")

@@ -1,4 +1,4 @@
-"""`akd-dist evaluate`, `predict` and `export`: finished models, at work and on their way to others."""
+"""`akd-dist evaluate`, `predict`, `export` and `models import`: finished models, at work and on their way to others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import akd_dist
-from akd_dist.cli.options import json_option, taking
+from akd_dist.cli.options import Group, json_option, taking
 from akd_dist.cli.show import (
     print_facts,
     print_json,
@@ -19,7 +19,7 @@ from akd_dist.cli.show import (
     stdout_for_results,
     table_of,
 )
-from akd_dist.options import EvaluateOptions, ExportOptions, PredictOptions
+from akd_dist.options import EvaluateOptions, ExportOptions, ModelImportOptions, PredictOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +34,8 @@ def evaluate(as_json: bool, **chosen: Any) -> None:
     """Measure a student on data.
 
     Every metric, and agreement with other models. STUDENT is a model folder, such as runs/NAME/students/STUDENT. DATA
-    is a recipe or a run's folder, Parquet (a file, folder, glob or s3://), or the word digits.
+    is a recipe or a run's folder; Parquet (a file, folder, glob or s3://), a folder of pictures, tar files of pictures;
+    or the word digits.
     """
     from akd_dist.documents.use import EvaluationDocument
 
@@ -91,6 +92,39 @@ def export(as_json: bool, **chosen: Any) -> None:
         print_json(document)
     else:
         _print_export(ExportDocument.model_validate(document))
+
+
+@click.group("models", cls=Group)
+def models() -> None:
+    """Bring models from elsewhere."""
+
+
+@models.command("import")
+@taking(ModelImportOptions)
+@json_option
+def models_import(as_json: bool, **chosen: Any) -> None:
+    """Make a model folder of a checkpoint.
+
+    CHECKPOINT is a file of safetensors or a torch state dict, a folder with one, or an s3:// URI of a file; without it,
+    the recipe's teacher.weights. RECIPE names its architecture in teacher.model, and what it takes in data. The folder
+    serves as teacher.weights, and for evaluate, predict and export. Nothing is unpickled.
+    """
+    from akd_dist.documents.use import ModelImportDocument
+
+    with stdout_for_results():
+        document = akd_dist.import_model(**chosen, console=progress_console())
+    if as_json:
+        print_json(document)
+        return
+    written = ModelImportDocument.model_validate(document)
+    print_facts(
+        {
+            "written": f"{short_path(written.out)}, {size(written.bytes)}",
+            "model": f"{written.model}, {written.parameters:,} parameters, fingerprint {written.fingerprint[:12]}",
+            "labels": written.check.line,
+            "use": f"teacher: {{weights: {short_path(written.out)}}}",
+        }
+    )
 
 
 def _print_evaluation(document: EvaluationDocument) -> None:

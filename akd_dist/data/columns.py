@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data import pictures
+from akd_dist.data import framing, pictures
 from akd_dist.data.schemas import input_kind, is_list, plain
 from akd_dist.data.text import Tokenizer, Tokens
 
@@ -61,6 +61,23 @@ class Inputs(Protocol):
 
     def __call__(self, columns: Sequence[Any], rows: np.ndarray) -> np.ndarray:
         """Inputs of these rows: [n, *shape]."""
+
+
+class MixedSizesError(RefusedError):
+    """Pictures are of several sizes, and nothing says to which one they are brought."""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What was done to pictures that users should know of: how many there were."""
+
+    frames: int = 0
+    """Those of which only the first of several frames was taken."""
+    enlarged: int = 0
+    """Those that were smaller than the size that they were brought to."""
+
+    def __add__(self, other: Noted) -> Noted:
+        return Noted(self.frames + other.frames, self.enlarged + other.enlarged)
 
 
 class NotGreyError(Exception):
@@ -142,34 +159,34 @@ class Images:
     tokens: Tokens | None = None
 
     def __init__(self, column: Any, row: int, place: Place, shape: tuple[int, ...] | None, image: recipe.Image) -> None:
-        self._place, self._shape_said, self._background = place, shape is not None, image.background
+        self._place, self._shape_said, self.image = place, shape is not None, image
         if shape is None:
             shape = self._read(self._given(column, row)[0], row, self._shape_of)
         self.shape: tuple[int, ...] = shape
-        self.may_turn = not self._shape_said and shape[0] == 1
+        self.may_turn = not self._shape_said and shape[0] == 1 and image.channels is None
         """Whether a coloured image raises `NotGreyError`; else one is refused where the shape is that of grey ones."""
-        self.with_frames = 0
-        """How many of those converted have several frames."""
+        self.noted = Noted()
+        """Of those converted."""
         # Blocks are converted by several threads, and adding to a number is not one step.
         self._counting = threading.Lock()
 
     def in_colour(self) -> Images:
-        """The same with three channels."""
-        return self._turned((3, *self.shape[1:]))
+        """The same with three channels, unless the recipe says how many there are."""
+        return self._turned((self.image.channels or 3, *self.shape[1:]))
 
     def as_first(self) -> Images:
         """The same that stays grey if its first image is: the others have to be as well."""
         return self._turned(self.shape)
 
     def afresh(self) -> Images:
-        """The same, whose count of frames begins anew."""
+        """The same, whose counts begin anew."""
         turned = self._turned(self.shape)
         turned.may_turn = self.may_turn
         return turned
 
     def _turned(self, shape: tuple[int, ...]) -> Images:
         turned = copy.copy(self)
-        turned.shape, turned.may_turn, turned.with_frames = shape, False, 0
+        turned.shape, turned.may_turn, turned.noted = shape, False, Noted()
         turned._counting = threading.Lock()
         return turned
 
@@ -182,14 +199,26 @@ class Images:
         """
         given = self._given(columns[0], rows[0])
         pixels = np.empty((len(rows), *self.shape[1:], self.shape[0]), dtype=self.dtype)
-        with_frames = 0
+        noted = Noted()
         for number, row in enumerate(rows.tolist()):
-            decoded, frames = self._read(given[number], row, functools.partial(self._decoded, row))
+            decoded, its = self._read(given[number], row, functools.partial(self._decoded, row))
             pixels[number] = decoded.reshape(pixels.shape[1:])
-            with_frames += frames
+            noted += its
         with self._counting:
-            self.with_frames += with_frames
+            self.noted += noted
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+    def shorter_sides(self, columns: Sequence[Any], rows: np.ndarray) -> list[int]:
+        """Of pictures as they are, by their headers.
+
+        Raises:
+            RefusedError: there is no picture, or not one that can be read.
+        """
+        given = self._given(columns[0], rows[0])
+        return [
+            self._read(one, row, lambda picture: min(pictures.size(picture)))
+            for one, row in zip(given, rows.tolist(), strict=True)
+        ]
 
     def _given(self, column: Any, row: int) -> list[Any]:
         """Images as the source has them: bytes, or those of Pillow."""
@@ -222,37 +251,51 @@ class Images:
             ) from error
 
     def _shape_of(self, picture: Image.Image) -> tuple[int, int, int]:
-        shown = pictures.shown(picture, self._background)
+        shown = pictures.shown(picture, self.image)
         return (1 if shown.mode == "L" else 3, shown.height, shown.width)
 
-    def _decoded(self, row: int, picture: Image.Image) -> tuple[np.ndarray, bool]:
-        """uint8 [height, width] or [height, width, 3], and whether there are more frames than this one."""
+    def _decoded(self, row: int, picture: Image.Image) -> tuple[np.ndarray, Noted]:
+        """uint8 [height, width] or [height, width, 3], and what is to be noted of it."""
         # By the header first: no memory is taken for the pixels of an image that would be refused for its size anyway.
-        grey = self.shape[0] == 1 and pictures.is_grey(picture, self._background)
-        size = (1 if grey else 3, *pictures.size(picture))
+        grey = self.shape[0] == 1 and pictures.is_grey(picture, self.image)
+        stored = pictures.size(picture)
+        size = (1 if grey else 3, *(self.image.frame or stored))
         turns = self.may_turn and not grey
         expected = (3, *self.shape[1:]) if turns else self.shape
         if expected not in (size, (size[0], size[2], size[1])):
-            raise _mixed(self._place, row, size, self.shape, self._shape_said)
+            raise self._mixed(row, size)
         if turns:
             raise NotGreyError
-        frames = pictures.has_frames(picture)
-        shown = pictures.shown(picture, self._background)
+        noted = Noted(int(pictures.has_frames(picture)), int(framing.enlarges(stored, self.image)))
+        shown = pictures.shown(picture, self.image)
         if (shown.height, shown.width) != self.shape[1:]:
-            raise _mixed(self._place, row, (size[0], shown.height, shown.width), self.shape, self._shape_said)
+            raise self._mixed(row, (size[0], shown.height, shown.width))
         mode = "L" if grey else "RGB"
-        return np.asarray(shown if shown.mode == mode else shown.convert(mode)), frames
+        return np.asarray(shown if shown.mode == mode else shown.convert(mode)), noted
+
+    def _mixed(self, row: int, got: tuple[int, ...]) -> RefusedError:
+        """What to say of another shape than that of all; of another size also how all are brought to one."""
+        error = _mixed(self._place, row, got, self.shape, self._shape_said)
+        if got[1:] == self.shape[1:] or self._shape_said:
+            return error
+        advice = framing.advice([min(got[1:]), min(self.shape[1:])])
+        return MixedSizesError(error.what, got=error.got, expected=error.expected, next=advice)
 
 
 def notes_of(inputs: Inputs, source: str) -> list[str]:
-    """What a converter has left out without refusing it, a line each; `source` is where the inputs come from."""
-    return frames_note(inputs.with_frames, source) if isinstance(inputs, Images) else []
+    """What a converter has done without refusing it, a line each; `source` is where the inputs come from."""
+    return lines_of(inputs.noted, inputs.image, source) if isinstance(inputs, Images) else []
 
 
-def frames_note(count: int, source: str) -> list[str]:
-    """A line on so many images of several frames; none on none."""
-    several = "1 image has" if count == 1 else f"{count:,} images have"
-    return [f"{source}: {several} several frames or pages, of which the first one is taken"] if count else []
+def lines_of(noted: Noted, image: recipe.Image, source: str) -> list[str]:
+    """A line on each that there were some of."""
+    several = "1 image has" if noted.frames == 1 else f"{noted.frames:,} images have"
+    lines = [f"{source}: {several} several frames or pages, of which the first one is taken"] if noted.frames else []
+    if noted.enlarged and image.frame is not None:
+        small = "1 image is" if noted.enlarged == 1 else f"{noted.enlarged:,} images are"
+        size = " x ".join(map(str, image.frame))
+        lines.append(f"{source}: {small} smaller than {size}, and enlarged")
+    return lines
 
 
 class _Texts:

@@ -133,13 +133,14 @@ def of_hashes(hashes: Mapping[str, np.ndarray]) -> list[str]:
     return [f"{' and '.join(found)} have the very inputs of a {train} row: they do not show how models do on new rows"]
 
 
-def near_chance(name: str, agreement: float, counts: np.ndarray) -> str | None:
+def near_chance(name: str, agreement: float, counts: np.ndarray, split: str = "train") -> str | None:
     """A line on a model that agrees with the labels hardly more often than the most frequent class does.
 
     Args:
         name: of the model.
         agreement: share of the rows where its first class is the label.
         counts: rows of each class, int64 [classes]; where there is one class only, there is nothing to say.
+        split: which rows they are.
     """
     rows = int(counts.sum())
     most = float(counts.max()) / rows
@@ -148,7 +149,7 @@ def near_chance(name: str, agreement: float, counts: np.ndarray) -> str | None:
     if np.count_nonzero(counts) < 2 or agreement > most + max(noise, min((1 - most) / 20, most / 2)):
         return None
     return (
-        f"{name} is near chance: it agrees with the labels of {agreement:.1%} of {rows:,} train rows, and naming the "
+        f"{name} is near chance: it agrees with the labels of {agreement:.1%} of {rows:,} {split} rows, and naming the "
         f"most frequent class each time would with {most:.1%}; are its classes and inputs those of the data?"
     )
 

@@ -5,7 +5,6 @@ believed at first, and read in the background while the command goes on (`Source
 read before anything begins. What a function of the user's own returns is known by its length and a sample.
 """
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,16 @@ from typing import Any
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import is_settled, stamp_of
 from akd_dist.data.blocks import default_threads
+from akd_dist.data.file_sets import FileSet, sha256_of_file
 from akd_dist.data.sources.base import Kind, Source
 
 Origins = dict[str, Any]
 """JSON: `files`, of each its sha256, and size, times and inode unless these may lie; `shown` of custom sources."""
-Stamps = dict[Path, list[int] | None]
+Origin = Path | FileSet
+"""What rows are made from: a file, or many that are looked at as one."""
+Stamps = dict[Origin, list[int] | None]
 """As `files.stamp_of`."""
-Believed = dict[Path, str]
+Believed = dict[Origin, str]
 """The sha256 that files had."""
 _CHEAP_SECONDS = 2.0
 """A factory that takes longer than this is not called again by every command."""
@@ -36,7 +38,7 @@ class SourceCheck:
         forget: called before that is told of one, so that the prepared rows are not believed again.
     """
 
-    def __init__(self, believed: Mapping[Path, str], forget: Callable[[], None]) -> None:
+    def __init__(self, believed: Mapping[Origin, str], forget: Callable[[], None]) -> None:
         self._believed, self._forget = dict(believed), forget
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -67,7 +69,7 @@ class SourceCheck:
     def _read(self) -> None:
         try:
             for path, expected in self._believed.items():
-                if (found := sha256_of(path)) != expected:
+                if (found := sha256_of(path, threads=1)) != expected:
                     raise RefusedError(
                         f"{path} has changed since its rows were prepared, though neither its size nor its times have",
                         got=f"sha256 {found[:16]}",
@@ -79,7 +81,7 @@ class SourceCheck:
             self._error = error
 
 
-def look_at(files: Sequence[Path]) -> tuple[Origins, Stamps]:
+def look_at(files: Sequence[Origin]) -> tuple[Origins, Stamps]:
     """What the files of sources hold just before they are read, and their stamps.
 
     Raises:
@@ -98,7 +100,7 @@ def check_unchanged(origins: Origins, stamps: Stamps) -> None:
     """
     noted = origins["files"]
     # A file without a stamp was written too recently for another write to show in its times, so it is read again.
-    doubtful = [path for path in stamps if noted[str(path)]["stamp"] is None or stamp_of(path) != stamps[path]]
+    doubtful = [path for path in stamps if noted[str(path)]["stamp"] is None or _stamp(path) != stamps[path]]
     for path, found in _sha256_of(doubtful).items():
         if found != noted[str(path)]["sha256"]:
             raise RefusedError(
@@ -123,7 +125,7 @@ def show(sources: Mapping[str, Source]) -> dict[str, Any]:
     return shown
 
 
-def compare(origins: Origins, files: Sequence[Path], kinds: Mapping[str, Kind]) -> tuple[Origins | None, Believed]:
+def compare(origins: Origins, files: Sequence[Origin], kinds: Mapping[str, Kind]) -> tuple[Origins | None, Believed]:
     """Whether rows can still be used, as far as that is known without reading all of their sources.
 
     Args:
@@ -167,27 +169,38 @@ def _shown_again(kind: Kind, before: dict[str, Any]) -> dict[str, Any] | None:
     return {**before, "seconds": seconds} if same else None
 
 
-def _stamps(files: Sequence[Path]) -> tuple[Stamps, Stamps]:
+def size_and_time(file: Origin) -> tuple[int, int] | None:
+    """Bytes of a file, and the time of its content in ns; of many, a hash of theirs. None where there is none."""
+    if isinstance(file, FileSet):
+        return file.size_and_time()
+    stamp = stamp_of(file)
+    return None if stamp is None else (stamp[0], stamp[1])
+
+
+def _stamps(files: Sequence[Origin]) -> tuple[Stamps, Stamps]:
     """The stamp of each file; and the same, without those that would not change if the file did now."""
-    stamps = {path: stamp_of(path) for path in files}
+    stamps = {path: _stamp(path) for path in files}
     return stamps, {path: stamp if is_settled(stamp) else None for path, stamp in stamps.items()}
 
 
-def _sha256_of(files: Sequence[Path]) -> dict[Path, str]:
+def _stamp(file: Origin) -> list[int] | None:
+    return file.stamp() if isinstance(file, FileSet) else stamp_of(file)
+
+
+def _sha256_of(files: Sequence[Origin]) -> dict[Origin, str]:
     with ThreadPoolExecutor(default_threads()) as pool:
         return dict(zip(files, pool.map(sha256_of, files), strict=True))
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file.
+def sha256_of(file: Origin, threads: int | None = None) -> str:
+    """The sha256 of a file, or of many.
+
+    Args:
+        threads: how many read, where there are many; by default as many as this process may run on.
 
     Raises:
         RefusedError: it cannot be read.
     """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise RefusedError(
-            f"{path} cannot be read", got=error.strerror or str(error), expected="the file that rows were prepared from"
-        ) from error
+    if isinstance(file, FileSet):
+        return file.sha256(threads or default_threads())
+    return sha256_of_file(file)

@@ -165,18 +165,18 @@ def _remote(uri: str) -> Found:
     files = [
         file
         for name, file in below.items()
-        if (not pattern or _matches(name.split("/"), pattern)) and (spelt_out or not is_skipped(name))
+        if (not pattern or matches(name.split("/"), pattern)) and (spelt_out or not is_skipped(name))
     ]
     return _discovered(files, f"/{base}", whole=True)
 
 
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     """Whether the parts of a key match a glob: ** stands for any number of them."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
-        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+        return any(matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
 def _discovered(selected: Any, base: str, *, whole: bool) -> Found:

@@ -6,9 +6,11 @@ for each.
 
 import io
 import warnings
-from collections.abc import Sequence
 
 from PIL import ExifTags, Image
+
+from akd_dist import recipe
+from akd_dist.data.framing import framed
 
 RULES = 2
 """Number of these rules, part of the key of prepared rows: raise it with every change of the pixels that come out."""
@@ -64,12 +66,16 @@ def check(image: Image.Image) -> None:
         raise ValueError(f"mode {image.mode} with {bits} bits a channel, and more than 8 bits are not taken")
 
 
-def is_grey(image: Image.Image, background: Sequence[int]) -> bool:
-    """Whether `shown` makes one channel of a picture, by its header: it is grey without alpha.
+def is_grey(picture: Image.Image, image: recipe.Image) -> bool:
+    """Whether `shown` makes one channel of a picture, by its header: it is grey without alpha, unless `channels` says.
 
-    Where one grey level is transparent and the background has a colour, the picture has that colour as well.
+    Where one grey level is transparent, or the background is seen beside it, and that has a colour, the picture has
+    that colour as well.
     """
-    return image.mode in ("1", "L") and ("transparency" not in image.info or len(set(background)) == 1)
+    if image.channels is not None:
+        return image.channels == 1
+    behind = "transparency" in picture.info or image.pads
+    return picture.mode in ("1", "L") and (not behind or len(set(image.background)) == 1)
 
 
 def size(image: Image.Image) -> tuple[int, int]:
@@ -83,24 +89,31 @@ def has_frames(image: Image.Image) -> bool:
     return bool(getattr(image, "is_animated", False)) and image.format != "MPO"
 
 
-def shown(image: Image.Image, background: Sequence[int]) -> Image.Image:
-    """What a viewer shows of a picture: mode L if it `is_grey`, else RGB. Of several frames, the first one.
+def shown(picture: Image.Image, image: recipe.Image) -> Image.Image:
+    """What a viewer shows of a picture, in the size that the recipe says: mode L if it `is_grey`, else RGB.
+
+    Of several frames, the first one.
 
     Args:
-        image: as `open_picture` gives it, or any other that `check` lets pass; it is left as it is, but decoded.
-        background: red, green and blue behind what is transparent, 0 to 255.
+        picture: as `open_picture` gives it, or any other that `check` lets pass; it is left as it is, but decoded.
+        image: what is behind it, and how it comes to its size.
 
     Raises:
         Exception: of many kinds, as `open_picture`.
     """
-    decode(image)
-    grey = is_grey(image, background)
-    turn = _TURNS.get(_orientation(image))
-    if image.has_transparency_data:
-        image = _laid_over(image, background, "L" if grey else "RGB")
-    elif image.mode != (mode := "L" if grey else "RGB"):
-        image = image.convert(mode)
-    return image if turn is None else image.transpose(turn)
+    return framed(whole(picture, image), image)
+
+
+def whole(picture: Image.Image, image: recipe.Image) -> Image.Image:
+    """The same, in the size that it has."""
+    decode(picture)
+    mode = "L" if is_grey(picture, image) else "RGB"
+    turn = _TURNS.get(_orientation(picture))
+    if picture.has_transparency_data:
+        picture = _laid_over(picture, image.background, mode)
+    if picture.mode != mode:
+        picture = picture.convert(mode)
+    return picture if turn is None else picture.transpose(turn)
 
 
 def decode(image: Image.Image) -> None:
@@ -113,11 +126,13 @@ def decode(image: Image.Image) -> None:
     _orientation(image)
 
 
-def _laid_over(image: Image.Image, background: Sequence[int], mode: str) -> Image.Image:
-    """An image with alpha, or with a transparent colour, over a background; what is opaque stays to the bit."""
-    straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)  # their colours are multiplied by alpha
-    layer = (image.convert(straight) if straight else image).convert("LA" if mode == "L" else "RGBA")
-    below = Image.new(mode, image.size, background[0] if mode == "L" else tuple(background))
+def _laid_over(picture: Image.Image, background: list[int], mode: str) -> Image.Image:
+    """A picture with alpha, or with a transparent colour, over a background; what is opaque stays to the bit."""
+    straight = {"La": "LA", "RGBa": "RGBA"}.get(picture.mode)  # their colours are multiplied by alpha
+    # What has colours, before it or behind it, becomes grey only once one is laid over the other.
+    mode = mode if picture.mode in ("1", "L", "LA", "La") and len(set(background)) == 1 else "RGB"
+    layer = (picture.convert(straight) if straight else picture).convert("LA" if mode == "L" else "RGBA")
+    below = Image.new(mode, picture.size, background[0] if mode == "L" else tuple(background))
     below.paste(layer.convert(mode), mask=layer.getchannel("A"))
     return below
 

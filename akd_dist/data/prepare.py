@@ -5,9 +5,10 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -15,11 +16,12 @@ import pyarrow as pa
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
+from akd_dist.data import framing
 from akd_dist.data.blocks import Block, default_threads, map_blocks
-from akd_dist.data.columns import Images, Inputs, inputs_of
+from akd_dist.data.columns import Images, Inputs, MixedSizesError, inputs_of
 from akd_dist.data.labels import Classes, Labels, NoLabels, labels_of, unknown
 from akd_dist.data.sources.base import Kind, Source
-from akd_dist.data.sources.kinds import kind_of
+from akd_dist.data.sources.kinds import kind_of, open_kind
 from akd_dist.data.text import tokenizer_of
 
 # The most rows read and decoded at a time.
@@ -28,6 +30,8 @@ READ_BYTES = 1 << 20
 """The most bytes of inputs decoded at a time, if more than one row."""
 # The most labels read at a time, where inputs are not needed.
 _LABEL_ROWS = 1 << 14
+# How many pictures are looked at to say to which size they might all be brought.
+_LOOKED_AT = 256
 # What a label takes on disk: int64 of a class; float32 of regression takes half.
 _LABEL_BYTES = 8
 
@@ -92,22 +96,24 @@ def kinds_of(data: recipe.DataSpec) -> dict[str, Kind]:
 
 def without_labels(spec: recipe.Source) -> recipe.Source:
     """The same source, whose labels are not looked for; those that come with the inputs are not read."""
-    if isinstance(spec, recipe.Table):
-        return spec.model_copy(update={"label": "", "classes": None})
-    return spec.model_copy(update={"labels": None, "classes": None}) if isinstance(spec, recipe.Idx) else spec
+    nothing = {"label": "", "labels": None, "classes": None}
+    return spec.model_copy(update={key: none for key, none in nothing.items() if key in type(spec).model_fields})
 
 
-def open_sources(data: recipe.DataSpec, kinds: dict[str, Kind]) -> dict[str, OpenedSource]:
+def open_sources(
+    data: recipe.DataSpec, kinds: dict[str, Kind], known: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, OpenedSource]:
     """Look at all sources and their first rows: what they have in common is checked before anything long begins.
 
     Args:
         data: task, text, images and shapes.
         kinds: the sources by split, that of the train rows first.
+        known: what the planning process found of them, `Source.known`; in tasks.
 
     Raises:
         RefusedError, RecipeError, MachineError: as `rows.prepare`.
     """
-    sources = {name: kind.open() for name, kind in kinds.items()}
+    sources = {name: open_kind(kind, known.get(name)) for name, kind in kinds.items()}
     first = {name: next(source.blocks(1)) for name, source in sources.items()}
     pair = any(len(block.inputs) == 2 for block in first.values())
     tokenizer = tokenizer_of(data.text, pair) if data.text is not None else None
@@ -211,6 +217,30 @@ def write_source(
     Raises:
         RefusedError: names the first row in the source's order that is wrong.
     """
+    try:
+        return _write_source(reading, parts, task, classes, tell)
+    except MixedSizesError as error:
+        raise with_advice(error, reading) from error
+
+
+def with_advice(error: MixedSizesError, reading: OpenedSource) -> MixedSizesError:
+    """The same, with a size in its advice that suits the first few hundred pictures of the source."""
+    inputs, sides = reading.inputs, list[int]()
+    assert isinstance(inputs, Images)
+    with contextlib.suppress(RefusedError):  # of another row, which is not what this is about
+        for block in reading.source.blocks(_LOOKED_AT // 8, 0, _LOOKED_AT):
+            sides += inputs.shorter_sides(block.inputs, block.rows)
+    advice = error.next if not sides else framing.advice(sides)
+    return MixedSizesError(error.what, got=error.got, expected=error.expected, next=advice)
+
+
+def _write_source(
+    reading: OpenedSource,
+    parts: Sequence[Part],
+    task: recipe.Task,
+    classes: Classes,
+    tell: Callable[[int, int], None],
+) -> tuple[Classes, np.ndarray]:
     source = reading.source
     classes = classes if classes.complete else Classes(source.classes)
     _check_number(source, task, classes)
@@ -344,4 +374,14 @@ def _check_alike(name: str, reading: OpenedSource, lead: str, first: OpenedSourc
             continue
         if (got := describe(reading)) != (expected := describe(first)):
             whose = f"the {what} of data.{name} are not like those of data.{lead}"
-            raise RefusedError(whose, got=got, expected=expected, next=hint)
+            raise RefusedError(whose, got=got, expected=expected, next=_to_one_size(reading, first) or hint)
+
+
+def _to_one_size(reading: OpenedSource, train: OpenedSource) -> str | None:
+    """What to say in the recipe where sources differ in the size of their pictures."""
+    ours, theirs = reading.inputs, train.inputs
+    if not isinstance(ours, Images) or len(theirs.shape) != 3 or ours.shape[1:] == theirs.shape[1:]:
+        return None
+    if isinstance(theirs, Images):
+        return framing.advice([min(ours.shape[1:]), min(theirs.shape[1:])])
+    return framing.advice_for(theirs.shape[1:])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,10 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import findings
 from akd_dist.data.blocks import Block, map_blocks
-from akd_dist.data.columns import Images, NotGreyError
+from akd_dist.data.columns import Images, MixedSizesError, Noted, NotGreyError
 from akd_dist.data.labels import Classes, unknown
-from akd_dist.data.origins import sha256_of
-from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources
+from akd_dist.data.origins import Origin, sha256_of, size_and_time
+from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources, with_advice
 from akd_dist.data.sources.base import local_files, remote_files
 from akd_dist.storage.rows import BlockReceipt, RowsCreation, RowsWriter, write_block
 
@@ -30,7 +30,7 @@ class SourceFile:
 
     size: int
     modified: int
-    """In ns."""
+    """In ns; of many files, a hash of their sizes and times."""
     sha256: str
 
 
@@ -48,6 +48,8 @@ class RowsJob:
     """The files of all sources, in their order."""
     objects: list[list[Any]]
     """Those in object storage: URI, size and entity tag of each."""
+    known: dict[str, Any] = field(default_factory=dict)
+    """What tasks need not look for again, by source: `Source.known`."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,16 @@ def write_run(job: RowsJob, run: BlockRun, threads: int = 1) -> list[BlockReceip
             if (whole := filling.add(*part)) is None:
                 continue
             seconds, began = time.perf_counter() - began, time.perf_counter()
-            number, frames = run.numbers[part[0]], filling.frames
+            number, noted = run.numbers[part[0]], dataclasses.asdict(filling.noted)
             told = base64.b64encode(findings.stable_hashes(filling.inputs).tobytes()).decode()
-            receipts.append(
-                write_block(job.writer, run.split, number, whole, frames=frames, hashes=told, seconds=seconds)
-            )
+            receipts.append(write_block(job.writer, run.split, number, whole, **noted, hashes=told, seconds=seconds))
     except NotGreyError:
         return None
     return receipts
 
 
-_Made = tuple[int, np.ndarray, np.ndarray, int]
-"""Rows of a block of the run: which of its blocks, inputs, labels, and how many are pictures of several frames."""
+_Made = tuple[int, np.ndarray, np.ndarray, Noted]
+"""Rows of a block of the run: which of its blocks, inputs, labels, and what is to be noted of pictures."""
 
 
 def _parts(job: RowsJob, run: BlockRun, threads: int) -> Iterator[_Made]:
@@ -156,10 +156,13 @@ def _parts_of(job: RowsJob, stretch: Stretch, before: int, threads: int) -> Iter
             inputs = reading.inputs.afresh() if isinstance(reading.inputs, Images) else reading.inputs
             kept = convert(chosen_rows(block.labels, mine), rows) if stretch.labelled else unknown(task, len(rows))
             values = inputs([chosen_rows(column, mine) for column in block.inputs], rows)
-            made.append((ordinal, values, kept, inputs.with_frames if isinstance(inputs, Images) else 0))
+            made.append((ordinal, values, kept, inputs.noted if isinstance(inputs, Images) else Noted()))
         return made
 
-    return map_blocks(reading.source.blocks(reading.block_rows, stretch.start, stretch.stop), work, threads)
+    try:
+        yield from map_blocks(reading.source.blocks(reading.block_rows, stretch.start, stretch.stop), work, threads)
+    except MixedSizesError as error:
+        raise with_advice(error, reading) from error
 
 
 class _Filling:
@@ -168,20 +171,20 @@ class _Filling:
     def __init__(self, creation: RowsCreation, run: BlockRun) -> None:
         self._creation, self._run = creation, run
         self._ordinal = self._rows = self._filled = -1
-        self.frames = 0
+        self.noted = Noted()
         self._data = bytearray()
         self.inputs = self._labels = np.empty(0)
 
-    def add(self, ordinal: int, inputs: np.ndarray, labels: np.ndarray, frames: int) -> bytes | None:
+    def add(self, ordinal: int, inputs: np.ndarray, labels: np.ndarray, noted: Noted) -> bytes | None:
         """Take rows of the run's block of this place; the block once it is whole."""
         if ordinal != self._ordinal:
-            self._ordinal, self._filled, self.frames = ordinal, 0, 0
+            self._ordinal, self._filled, self.noted = ordinal, 0, Noted()
             self._rows = self._creation.rows_of(self._run.split, self._run.numbers[ordinal])
             self._data = bytearray(self._creation.bytes_of(self._rows))
             self.inputs, self._labels = self._creation.arrays(self._data, self._rows)
         here = slice(self._filled, self._filled + len(labels))
         self.inputs[here], self._labels[here] = inputs, labels
-        self._filled, self.frames = here.stop, self.frames + frames
+        self._filled, self.noted = here.stop, self.noted + noted
         return bytes(self._data) if self._filled == self._rows else None
 
 
@@ -196,8 +199,8 @@ def _opened(job: RowsJob) -> dict[str, OpenedSource]:
         keys = {name: kind.key() for name, kind in kinds.items()}
         if (found := remote_files(keys)) != job.objects:
             raise _other_files(*next((one, other) for one, other in zip_longest(found, job.objects) if one != other))
-        _check_files(job, local_files(keys))
-        readings = open_sources(job.data, kinds)
+        _check_files(job, local_files(kinds, keys))
+        readings = open_sources(job.data, kinds, job.known)
         readings = in_colour(readings) if job.colour else readings
         inputs = next(iter(readings.values())).inputs
         if (inputs.dtype.str, list(inputs.shape)) != (job.writer.creation.dtype, job.writer.creation.shape):
@@ -207,16 +210,16 @@ def _opened(job: RowsJob) -> dict[str, OpenedSource]:
     return _readings[key]
 
 
-def _check_files(job: RowsJob, files: Sequence[Path]) -> None:
+def _check_files(job: RowsJob, files: Sequence[Origin]) -> None:
     """Refuse files that are not those of the planning process: a node may have copies of its own."""
     if len(files) != len(job.files):
         raise _other_files(f"{len(files):,} files", f"{len(job.files):,}")
     for path, planned in zip(files, job.files, strict=True):
-        found = path.stat()
-        if found.st_size != planned.size:
-            raise _other_files(f"{path} with {found.st_size:,} bytes", f"{planned.size:,} bytes")
+        size, modified = size_and_time(path) or (0, 0)
+        if size != planned.size:
+            raise _other_files(f"{path} with {size:,} bytes", f"{planned.size:,} bytes")
         # A copy that keeps the time is one of `rsync -a` or `cp -p`; of any other its content is looked at.
-        if found.st_mtime_ns != planned.modified and (digest := sha256_of(path)) != planned.sha256:
+        if modified != planned.modified and (digest := sha256_of(path)) != planned.sha256:
             raise _other_files(f"{path} with sha256 {digest[:16]}", f"sha256 {planned.sha256[:16]}")
 
 

@@ -24,7 +24,7 @@ from akd_dist.base.locks import file_lock
 from akd_dist.data import findings, pictures, splitting
 from akd_dist.data.columns import NotGreyError, notes_of
 from akd_dist.data.labels import Classes
-from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
+from akd_dist.data.origins import Origin, Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
 from akd_dist.data.prepare import (
     OpenedSource,
     Part,
@@ -53,6 +53,8 @@ from akd_dist.storage.node_cache import Keep, NoRoomError, make_room, name_entry
 
 # The format of the folder. It is part of its key, so that rows in an older format are prepared afresh.
 _FORMAT = 2
+# Sources that may hold encoded images.
+_OF_IMAGES = recipe.Table | recipe.ImageFolder | recipe.WebDataset
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, rows done, rows in all)."""
 
@@ -94,7 +96,7 @@ def prepare(
     tell = on_progress or (lambda what, done, total: None)
     kinds = kinds_of(data)
     keys = {name: kind.key() for name, kind in kinds.items()}
-    files = local_files(keys)
+    files = local_files(kinds, keys)
     folder = cache_root / "rows" / sha256(canonical_json(key_of(data, keys)))[:32]
     with file_lock(folder.with_suffix(".lock"), what=f"the prepared data {folder}"):
         splits = None if again else open_entry(folder)
@@ -132,8 +134,8 @@ def key_of(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, 
         "task": data.task,
         "text": text_key(data.text),
     }
-    if data.text is None and any(isinstance(source, recipe.Table) for source in data.sources.values()):
-        key["image"] = {"rules": pictures.RULES, **data.image.model_dump(mode="json")}
+    if data.text is None and any(isinstance(source, _OF_IMAGES) for source in data.sources.values()):
+        key["image"] = {"rules": pictures.RULES, **data.image.written()}
     return key
 
 
@@ -141,7 +143,7 @@ def _write(
     folder: Path,
     data: recipe.DataSpec,
     kinds: dict[str, Kind],
-    files: list[Path],
+    files: list[Origin],
     make_room: Callable[[int], None],
     tell: Progress,
 ) -> Keep:
@@ -157,6 +159,8 @@ def _write(
         told = functools.partial(tell, "the labels of data.train")
         _, labels = read_labels(readings["train"], data.task, Classes(), told)
     splits = {name: split_of_source(name, data, one.source, labels) for name, one in readings.items()}
+    if data.task == "classification" and all(one.source.labels_at_hand for one in readings.values()):
+        _check_labels(data, readings, splits, tell)
 
     def write(readings: dict[str, OpenedSource], tell: Progress) -> Keep:
         return _write_readings(folder, data, readings, splits, origins, stamps, make_room, tell)
@@ -167,6 +171,22 @@ def _write(
         # An image has colours and those before it were grey, so one channel was planned for all: begin again with
         # three.
         return write(in_colour(readings), lambda what, done, total: tell(f"{what}, in colour", done, total))
+
+
+def _check_labels(
+    data: recipe.DataSpec, readings: dict[str, OpenedSource], splits: dict[str, np.ndarray], tell: Progress
+) -> None:
+    """Refuse wrong labels before any input is read, which takes long where it has to be decoded.
+
+    Raises:
+        RefusedError: as `prepare`.
+    """
+    classes, counts = Classes(), np.zeros((), dtype=np.int64)
+    for name, reading in readings.items():
+        told = functools.partial(tell, f"the labels of data.{name}")
+        classes, labels = read_labels(reading, data.task, classes, told)
+        counts = counts + splitting.count(splits[name], labels, classes.number or 0)
+    splitting.check_classes(data, counts, classes.names)
 
 
 def _write_readings(
@@ -273,7 +293,7 @@ def _write_index(
     replace(folder / INDEX, with_checksum(index | {"origins": origins}))
 
 
-def _believed(splits: Splits, folder: Path, files: list[Path], kinds: dict[str, Kind]) -> Splits | None:
+def _believed(splits: Splits, folder: Path, files: list[Origin], kinds: dict[str, Kind]) -> Splits | None:
     """Prepared splits, unless their sources are seen to have changed: then None."""
     index = without_checksum((folder / INDEX).read_bytes())
     origins, believed = compare(index["origins"], files, kinds)

@@ -25,15 +25,22 @@ from akd_dist import recipe
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import findings, splitting
-from akd_dist.data.columns import Images, NotGreyError, frames_note
+from akd_dist.data.columns import Images, Noted, NotGreyError, lines_of
 from akd_dist.data.labels import Classes
-from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
+from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show, size_and_time
 from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels
 from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile, Stretch
 from akd_dist.data.row_cache import Progress, key_of
 from akd_dist.data.rows import BLOCK_ROWS, SPLITS, meaning_of
 from akd_dist.data.sources.base import local_files, remote_files
-from akd_dist.data.splitting import UNLABELLED, RowCounts, reads_labels_first, rows_by_split, split_of_source
+from akd_dist.data.splitting import (
+    UNLABELLED,
+    RowCounts,
+    reads_labels_first,
+    rows_by_split,
+    source_of_split,
+    split_of_source,
+)
 from akd_dist.storage.layout import ROWS
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.rows import (
@@ -163,7 +170,7 @@ class _Looked:
         self.data, self.root = data, store_root
         self.kinds = kinds_of(data)
         keys = {name: kind.key() for name, kind in self.kinds.items()}
-        self.files, self.objects = local_files(keys), remote_files(keys)
+        self.files, self.objects = local_files(self.kinds, keys), remote_files(keys)
         key = {"rows_format": ROWS_FORMAT, **key_of(data, keys)}
         self.source = {False: key, True: key | {"colour": True}}
         self.ids = {colour: sha256(canonical_json(source)) for colour, source in self.source.items()}
@@ -243,11 +250,12 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
     begin_rows(writer)
     there = receipts_there(writer)
     files = [
-        SourceFile(stamp[0], stamp[1], origins["files"][str(path)]["sha256"])
-        for path, stamp in stamps.items()
-        if stamp is not None
+        SourceFile(*seen, origins["files"][str(path)]["sha256"])
+        for path in stamps
+        if (seen := size_and_time(path)) is not None
     ]
-    job = RowsJob(writer, data, classes, colour, tuple(files), look.objects)
+    known = {name: one.source.known for name, one in readings.items()}
+    job = RowsJob(writer, data, classes, colour, tuple(files), look.objects, known)
     runs = [run for split in SPLITS for run in _runs(split, _segments(split, readings, splits), creation, there)]
     return RowsPlan(job, runs, there, readings, counts, rows, lines, origins, stamps)
 
@@ -357,8 +365,8 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
     creation, data = plan.job.writer.creation, plan.job.data
     lines = [note for one in plan.readings.values() for note in one.source.notes]
     for name in plan.readings:
-        of = [one.frames for one in receipts.values() if _source_of(data, one.split) == name]
-        lines += frames_note(sum(of), f"data.{name}")
+        of = [Noted(one.frames, one.enlarged) for one in receipts.values() if source_of_split(data, one.split) == name]
+        lines += lines_of(sum(of, Noted()), data.image, f"data.{name}")
     lines += plan.lines
     hashes, splits = dict[str, np.ndarray](), dict[str, SealedSplit]()
     for split in creation.rows:
@@ -386,8 +394,3 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
     )
     sealed_rows = seal_rows(plan.job.writer, manifest)
     return sealed_rows, sealed_rows.manifest()
-
-
-def _source_of(data: recipe.DataSpec, split: str) -> str:
-    """The split whose source the rows of a split are read from."""
-    return "train" if isinstance(getattr(data, split), float) else split

@@ -192,6 +192,24 @@ def rows_by_split(splits: Mapping[str, np.ndarray]) -> RowCounts:
     return RowCounts(tuple(np.asarray(found).tolist()))
 
 
+def source_of_split(data: recipe.DataSpec, split: str) -> str:
+    """The split whose source the rows of a split are read from: `train` for one that is a share of the train rows."""
+    if split == "train" and data.train is None:
+        return "unlabelled"
+    return "train" if isinstance(getattr(data, split), float) else split
+
+
+def rows_of_split(assigned: np.ndarray, split: str) -> np.ndarray:
+    """Which row of its source each row of a split is, int64 [rows]: rows keep the order of their source, and train rows
+    without labels follow those that have some.
+
+    Args:
+        assigned: of each row of the source, as `split_of_source` gives it, uint8 [rows of the source].
+    """
+    rows = np.flatnonzero(assigned == SPLITS.index(split))
+    return rows if split != "train" else np.concatenate([rows, np.flatnonzero(assigned == UNLABELLED)])
+
+
 def is_drawn(data: recipe.DataSpec) -> bool:
     """Whether the train source is split, or only a part of it taken."""
     return data.subset is not None or isinstance(data.validation, float) or isinstance(data.test, float)

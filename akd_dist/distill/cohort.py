@@ -6,7 +6,7 @@
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def train_cohort(job: CohortJob, ranks: Ranks | None = None) -> dict[str, Any]:
 
     def train() -> dict[str, Any]:
         splits = rows_for(job.data, Path(job.cache_root), job.fingerprints, job.rows)
-        check_fingerprints(job, splits)
+        check_fingerprints(job.fingerprints, splits)
         return train_on(job, splits, device, workers)
 
     return renewing(train, job.tell_renewed)
@@ -143,9 +143,9 @@ def wait_for_lock(lock: Path, what: str, until: float, locks: contextlib.ExitSta
         locks.enter_context(file_lock(lock, what=what, wait=max(0.0, until - time.monotonic())))
 
 
-def check_fingerprints(job: CohortJob, splits: Splits) -> None:
-    """Refuse to train on rows other than those the driver planned with."""
-    for split, expected in job.fingerprints.items():
+def check_fingerprints(fingerprints: Mapping[str, str], splits: Splits) -> None:
+    """Refuse to train on rows other than those the driver planned with, by the fingerprint of each split."""
+    for split, expected in fingerprints.items():
         rows: Rows = getattr(splits, split)
         if rows.fingerprint != expected:
             raise RefusedError(
@@ -159,15 +159,17 @@ def check_fingerprints(job: CohortJob, splits: Splits) -> None:
 def open_stream(
     job: CohortJob, splits: Splits, store_of: Callable[[str], LogitStore] = open_store
 ) -> tuple[BatchStream, np.ndarray | None]:
-    """The cohort's stream, and what the teacher says of each test row, as `stored_predictions`: both from stores.
+    """The cohort's stream, and what the teacher says of each test row, as `stored_predictions`: both from stores. None
+    for what has no store.
 
     Args:
         store_of: gives the store at a URI; whoever has it open already gives that.
     """
     logits, teacher_said, data = None, None, job.data
     if job.stores:
-        train, test = store_of(job.stores["train"]), store_of(job.teacher_test or job.stores["test"])
-        teacher_said = stored_predictions(test, splits.test).numpy()
+        train = store_of(job.stores["train"])
+        if test := job.stores.get("test") if job.teacher_test is None else job.teacher_test:
+            teacher_said = stored_predictions(store_of(test), splits.test).numpy()
         # No more views than there are epochs that could read them.
         views = min(data.views, max(spec.objective.epochs for spec in job.students)) or 1
         logits = StoredLogits(

@@ -32,7 +32,7 @@ TEST_NAME = "test.parquet"
 
 def deliver(
     student: Student,
-    test: Rows,
+    test: Rows | None,
     teacher_said: np.ndarray | None,
     log: Path,
     vouch: Callable[[], object] = lambda: None,
@@ -40,11 +40,15 @@ def deliver(
     """End a student as `done`: measure the best weights of its last stage on the test rows, once, and write them.
 
     Args:
+        test: the test rows; None leaves them unread, and the student without metrics on them.
         teacher_said: what the teacher says of each test row, as `metrics.predictions`; None without a teacher.
         vouch: as `Lockstep.vouch`: called before anything is published.
     """
     assert student.best is not None
     student.module.load_state_dict(student.best)
+    if test is None:
+        _deliver_unmeasured(student, log, vouch)
+        return
     metrics, chosen = student.evaluate(test)
     agreement = None
     if teacher_said is not None and test.task == "classification":
@@ -65,6 +69,15 @@ def deliver(
         validation=student.best_record["validation"],
         agreement=agreement,
     )
+
+
+def _deliver_unmeasured(student: Student, log: Path, vouch: Callable[[], object]) -> None:
+    """The same without a look at the test rows."""
+    vouch()
+    if student.ranks.rank == 0:
+        failpoint("student.before_model")
+        save_model(student.folder, student.module, student.card, write=student.writer.replace)
+    _conclude(student, "done", None, log, validation=student.best_record["validation"])
 
 
 def end_by(student: Student, error: Exception, log: Path) -> None:

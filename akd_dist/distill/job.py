@@ -1,6 +1,7 @@
 """The job of a cohort, where its files lie, and what the driver reads of them while it trains and afterwards."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,8 +43,8 @@ class CohortJob:
     control: str
     """The folder of progress files and of the stop file of this attempt."""
     teacher_test: str | None = None
-    """Store URI of the teacher's logits of the test rows, for agreement; None takes the one in `stores`. Students that
-    learn from an assistant are compared with the teacher, too."""
+    """Store URI of the teacher's logits of the test rows, for agreement; None takes the one in `stores`, an empty one
+    stands for a teacher without. Students that learn from an assistant are compared with the teacher, too."""
     attempt: int = 1
     """Which attempt of the run this is."""
     checkpoint_seconds: float = 20.0
@@ -56,6 +57,8 @@ class CohortJob:
     """How long to wait for workers of earlier attempts, in seconds."""
     run_uri: str | None = None
     """The run, where it lies in object storage; root, logs and control are then folders of whoever has the job."""
+    stages: str | None = None
+    """The store root under which stages I are left for others, and found; None shares none but within the cohort."""
 
     def on_node(self) -> Self:
         """The job of a worker: where the run lies in object storage, with folders in the cache of its node."""
@@ -63,6 +66,17 @@ class CohortJob:
             return self
         place = scratch(self.cache_root, self.run_uri, "worker")
         return replace(self, root=str(place / "students"), logs=str(place / "logs"), control=str(place / "control"))
+
+    pauses: Mapping[str, int] = field(default_factory=dict)
+    """After how many epochs students checkpoint and wait for another command, by name; who is not here goes on to its
+    end."""
+    reads_test: bool = True
+    """Whether students that are done are measured on the test rows; those of a search are not."""
+
+    @property
+    def run_name(self) -> str:
+        """The last part of the run's folder or URI."""
+        return Path(self.root).parent.name if self.run_uri is None else self.run_uri.rstrip("/").rpartition("/")[2]
 
     @property
     def attempt_file(self) -> Path:

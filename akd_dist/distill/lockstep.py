@@ -1,6 +1,7 @@
 """The training loop: students of a cohort in lockstep, each batch read once for all of them."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from akd_dist.distill.objectives import Stage
 from akd_dist.distill.orders import Mix
 from akd_dist.distill.progress import Progress
 from akd_dist.distill.ranks import Ranks
+from akd_dist.distill.stage1 import publish_stage1, take_stage1
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import Student, stage1_leader
 from akd_dist.storage.content import Guard
@@ -50,6 +52,7 @@ class Lockstep:
                 with self._failing_alone(student):
                     student.keep_initial(self.splits.validation)
                     self._deliver(student)
+        self._take_stages()
         self.progress.tell(force=True)
         stopped = False
         while not stopped and (stepping := self.stepping):
@@ -78,6 +81,14 @@ class Lockstep:
         self.progress.tell(force=True)
         return stopped
 
+    def _take_stages(self) -> None:
+        """Have those that have not begun go on from a stage I that was trained before, in this run or another."""
+        for student in self.active:
+            with self._failing_alone(student):
+                if take_stage1(student, self.job, functools.partial(self._note, student)):
+                    write_metrics(student)
+                    student.save()
+
     @property
     def active(self) -> list[Student]:
         """Those that have not ended."""
@@ -87,7 +98,12 @@ class Lockstep:
     def stepping(self) -> list[Student]:
         """Those that take steps; the others wait until the stage I that they share with one of these is over."""
         active = self.active
-        return [student for student in active if stage1_leader(student, active) is None]
+        leading = [student for student in active if stage1_leader(student, active) is None]
+        return [student for student in leading if not self._is_paused(student)]
+
+    def _is_paused(self, student: Student) -> bool:
+        """Whether a student has come to where it waits for another command."""
+        return student.epoch >= self.job.pauses.get(student.spec.name, student.epochs + 1)
 
     def _shown(self, student: Student, stage: Stage) -> BatchStream:
         """The stream as a student is shown it in one of its stages."""
@@ -123,6 +139,8 @@ class Lockstep:
                 with self._failing_alone(student):
                     self._end_epoch_of(student)
                 self.progress.tell()
+        if paused := [student for student in students if student.training and self._is_paused(student)]:
+            self._save(paused)
         if self.job.checkpoint_seconds == 0:
             self._save()
 
@@ -137,6 +155,9 @@ class Lockstep:
             f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "
             f"validation {metric} {record['validation'][metric]:.4f}",
         )
+        if student.stage_index == 1 and student.stage_epoch == 0 and self.job.stages is not None:
+            self.vouch()
+            publish_stage1(student, self.job, functools.partial(self._note, student))
         if student.stage_index > 0:  # stage I is over, and is the same for those that have waited for it
             for follower in followers:
                 with self._failing_alone(follower):
@@ -153,7 +174,8 @@ class Lockstep:
             self._deliver(student)
 
     def _deliver(self, student: Student) -> None:
-        deliver(student, self.splits.test, self.teacher_said, self._log(student), self.vouch)
+        test = self.splits.test if self.job.reads_test else None
+        deliver(student, test, self.teacher_said, self._log(student), self.vouch)
 
     @contextlib.contextmanager
     def _failing_alone(self, student: Student) -> Iterator[None]:
@@ -189,10 +211,11 @@ class Lockstep:
             )
         return " ".join(filter(None, self.ranks.from_all(" ".join(resting)))) if stale else None
 
-    def _save(self) -> None:
+    def _save(self, students: list[Student] | None = None) -> None:
+        """Checkpoint these students; by default all that take steps."""
         rests_on = self.vouch()
         # Those that wait for somebody else's stage I have taken no step, so they have nothing to keep.
-        for student in self.stepping:
+        for student in self.stepping if students is None else students:
             with self._failing_alone(student):
                 student.save(rests_on)
             self.progress.tell()  # a driver that stops gives up on workers that show no progress for a while

@@ -41,6 +41,9 @@ class Stage(ABC):
     """The kind of stage, as metrics and logs call it."""
     needs_logits: ClassVar[bool] = True
     """Whether the loss reads the teacher's logits."""
+    needs_raw_logits: ClassVar[bool] = True
+    """Whether it would be another loss if a constant were added to all logits of a row, as log-probabilities have it:
+    all that a softmax alone reads are no such losses."""
 
     epochs: int
     """Length in epochs."""
@@ -85,6 +88,7 @@ class HardLabelStage(Stage):
 
     name: ClassVar[str] = "hard_labels"
     needs_logits: ClassVar[bool] = False
+    needs_raw_logits: ClassVar[bool] = False
 
     def losses(
         self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
@@ -125,6 +129,7 @@ class KdStage(Stage):
     """KD (Hinton et al., 2015), and a hop of TAKD (Mirzadeh et al., 2020), where the teacher is an assistant."""
 
     name: ClassVar[str] = "kd"
+    needs_raw_logits: ClassVar[bool] = False
 
     softening: float
     """The temperature that both sides' logits are divided by before the softmax."""

@@ -163,6 +163,7 @@ class BatchStream:
         rank: int = 0,
         world: int = 1,
         then: tuple[int, Mix] | None = None,
+        stride: int = 1,
     ) -> Iterator[Batch]:
         """The batches of an epoch from a step on.
 
@@ -171,10 +172,12 @@ class BatchStream:
 
         Args:
             then: the epoch that is read next, and its mix: what it begins with is fetched before this one is over.
+            stride: steps from one batch to the next, for processes that take turns.
         """
         reading, at_once = _Reading(self, epoch, then), self.steps_at_once
-        for first in range(start_step, self.steps_per_epoch, at_once):
-            steps = range(first, min(first + at_once, self.steps_per_epoch))
+        all_steps = range(start_step, self.steps_per_epoch, stride)
+        for first in range(0, len(all_steps), at_once):
+            steps = all_steps[first : first + at_once]
             whole = [(step * self.batch, int(self.cut_into.ends[step])) for step in steps]
             shares = [_share(*places, rank, world) for places in whole]
             rows = [reading.order.rows(*places) for places in shares]
@@ -201,7 +204,7 @@ class BatchStream:
 
     def _cut(self, reading: _Reading, shares: list[tuple[int, int]]) -> Iterator[Gathered]:
         """Inputs, labels and logits of each of several batches, gathered together."""
-        parts = [self._gather(rows, reading) for rows in reading.rows(shares)]
+        parts = [self.gather(rows, reading.view, reading.logits) for rows in reading.rows(shares)]
         inputs, labels, logits = parts[0]
         if len(parts) > 1:  # where a group of windows ends
             inputs, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -215,12 +218,27 @@ class BatchStream:
             # Kernels may depend on where in memory a tensor begins: inputs begin one of their own.
             yield inputs[part].clone(), labels[part], None if logits is None else logits[part]
 
-    def _gather(self, rows: np.ndarray, reading: _Reading) -> Gathered:
+    def hold(self, view: int) -> np.ndarray | StoredLogits | None:
+        """Have a whole view's logits at hand, for `gather`.
+
+        Raises:
+            AkdError: as `storage.pieces.hold_pieces`: they are damaged, or the cache has no room for them.
+        """
+        if isinstance(self.logits, StoredLogits):
+            self.logits.move(view, [(0, len(self.rows))])
+        return np.asarray(self.logits[view]) if isinstance(self.logits, np.ndarray) else self.logits
+
+    def gather(self, rows: np.ndarray, view: int, stored: np.ndarray | StoredLogits | None) -> Gathered:
+        """Inputs, labels and logits of any rows as a view shows them, in the order asked for.
+
+        Args:
+            rows: row numbers, int64 [n].
+            stored: the logits of that view, as `hold` gives them.
+        """
         # `take` gathers faster than indexing by an array of row numbers does (benchmarks/stream.py).
         labels = torch.from_numpy(self.rows.labels.take(rows)).to(self.device)
-        stored = reading.logits
         logits = None if stored is None else torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
-        return self._view(rows, reading.view), labels, logits
+        return self._view(rows, view), labels, logits
 
     def check_probes(self, manifest: Manifest, cache_root: Path | None = None) -> None:
         """Compare rows and views with those that the teacher saw, as a store's manifest remembers them.

@@ -252,9 +252,19 @@ class Student:
 
         It has to be saved at once: without a checkpoint, stage I would have to be trained again.
         """
-        self.stage1_from = stage1_leader.spec.name
-        self.epoch, self.history = stage1_leader.epoch, list(stage1_leader.history)
-        self._begin_stage(stage1_leader.stage_index, stage1_leader.module.state_dict())
+        self.enter_stage2(stage1_leader.spec.name, stage1_leader.history, stage1_leader.module.state_dict())
+
+    def enter_stage2(self, whose: str, history: list[dict[str, Any]], weights: dict[str, torch.Tensor]) -> None:
+        """Enter stage II with what another student had when it did, after a stage I that would have been the same.
+
+        Args:
+            whose: that student's name; that of its run and a slash before it, if it is of another run.
+            history: its epochs until then.
+            weights: those of its best validation epoch; of rank 0, which are given to the others.
+        """
+        self.stage1_from = whose
+        self.epoch, self.history = self.stages[0].epochs, list(history)
+        self._begin_stage(1, weights)
 
     def keep_initial(self, validation: Rows) -> None:
         """Where there are no epochs to choose from, the weights as they were made are the best."""

@@ -4,6 +4,7 @@ What a worker would find out at the last step of an epoch, or a caching task aft
 here within a second. A command and its `--dry-run` call the same functions, so they refuse the same.
 """
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterable
@@ -15,7 +16,6 @@ from torch import nn
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.formatting import counted
-from akd_dist.base.trusted import Trusted
 from akd_dist.data.rows import Rows
 from akd_dist.distill.batch_norm import has_batch_norm, refuse_own_batch_norms
 from akd_dist.distill.objectives import mix_of, stages
@@ -24,7 +24,6 @@ from akd_dist.distill.teacher import teacher_logits
 from akd_dist.models.build import check_model, check_output, num_parameters
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import weights_dtype
-from akd_dist.models.folder import read_model
 from akd_dist.models.outputs import are_probabilities
 from akd_dist.storage.encodings import encoding_from_config
 
@@ -92,15 +91,18 @@ def _check_labels(rows: Rows, whose: str, training: recipe.Training) -> None:
         )
 
 
-def try_teacher(uri: str, rows: Rows, cache: recipe.CacheSpec, trusted: Trusted) -> None:
+def try_teacher(module: nn.Module, card: ModelCard, rows: Rows, cache: recipe.CacheSpec) -> None:
     """Run trained weights on two rows, as they will be for a store; in float32 where that is in half precision.
 
+    Args:
+        module: in eval mode; left as it is.
+
     Raises:
-        RefusedError, DamagedError: as `models.folder.load_model`; or it returns no logits, not one for each class, or
-            such as cannot be stored.
+        RefusedError: it returns no logits, not one for each class, or such as cannot be stored.
     """
-    module, card = read_model(uri, trusted)
-    module = module.to(weights_dtype(cache.precision))  # which is not half: autocast lacks some kernels on a CPU
+    wanted = weights_dtype(cache.precision)  # which is not half: autocast lacks some kernels on a CPU
+    if any(one.dtype != wanted for one in module.parameters()):
+        module = copy.deepcopy(module).to(wanted)
     inputs = _some(rows, 2)
     _warn_of_probabilities(check_output(module, card, inputs), card)
     logits = teacher_logits(module, inputs, len(inputs))

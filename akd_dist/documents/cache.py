@@ -3,6 +3,7 @@
 from typing import Literal
 
 from akd_dist.documents.base import Count, Document
+from akd_dist.documents.check import TeacherCheck
 from akd_dist.recipe import Split
 
 
@@ -36,10 +37,10 @@ class CachedSplit(Document):
 class CachedSplits(Document):
     """The stores of the rows that nobody trains on."""
 
-    validation: CachedSplit
-    """The validation rows, one view, not augmented."""
-    test: CachedSplit
-    """The test rows, one view, not augmented."""
+    validation: CachedSplit | None
+    """The validation rows, one view, not augmented; null where the teacher is a store, and there is none of these."""
+    test: CachedSplit | None
+    """The test rows, likewise."""
 
 
 class CachedAssistant(CachedSplit):
@@ -114,5 +115,7 @@ class PlanDocument(Document):
     """What each split would take."""
     assistants: list[PlannedAssistant] = []
     """The same for the teacher's assistants."""
+    teacher_check: TeacherCheck | None = None
+    """What the teacher says of labelled rows; null of one that the recipe trains."""
     waits_for: str | None = None
     """The room that the command would wait for, on nodes that are not there yet; null where what is there will do."""

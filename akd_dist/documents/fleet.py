@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, field_validator, model_validator
 
-from akd_dist.documents.base import Correlation, Count, Document, FolderName, Place, Share, Told
+from akd_dist.documents.base import Correlation, Count, Document, FolderName, Moment, Place, Share, Told
 from akd_dist.recipe import METRICS, Metric, Split, Task
 
 
@@ -67,13 +67,17 @@ class FleetTeacher(Document):
     """The teacher of a run, as its stores describe it."""
 
     model: str
-    """Label of its architecture."""
-    parameters: Count
-    """Number of its weights."""
-    test: Metrics
-    """Its metrics on the test rows."""
+    """Label of its architecture; `imported logits` where there is no model."""
+    parameters: Count | None
+    """Number of its weights; null where they are not known."""
+    test: Metrics | None
+    """Its metrics on the test rows; null where it has no logits of these."""
     fingerprint: str
-    """The sha256 of its weights and architecture."""
+    """The sha256 of its weights and architecture; of its logits where there is no model."""
+
+    def metric(self, name: str) -> float | None:
+        """A metric on the test rows; None where it was not measured."""
+        return None if self.test is None else self.test.get(name)
 
 
 class FleetAssistant(FleetTeacher):
@@ -116,7 +120,8 @@ class StudentResult(Document):
     seconds: float
     """Time spent on its training."""
     stage1_from: str | None = None
-    """The student whose stage I it went on from, which would have been the same; null where it trained its own."""
+    """The student whose stage I it went on from, which would have been the same: its name, with that of its run and a
+    slash before it where that is another one. Null where it trained its own."""
     attempt: int | None = None
     """The attempt of the run, from 1, in which it ended."""
     path: Place
@@ -199,6 +204,20 @@ class Economics(Document):
     """The same with one view stored, and with as many as are."""
 
 
+class RefusedStudent(Document):
+    """A student of the recipe that the run has otherwise: nothing of it was touched."""
+
+    name: FolderName
+    """Its folder under students/."""
+    differences: list[Told]
+    """How it differs, as `optimizer.lr: 0.1 -> 0.2`: what the run has, and what the recipe says."""
+
+    @property
+    def told(self) -> str:
+        """In a line."""
+        return f"{self.name}, which the run has otherwise ({'; '.join(self.differences)})"
+
+
 class FleetDocument(Document):
     """What `akd-dist train-students --json` prints, and what a run keeps in fleet.json."""
 
@@ -223,18 +242,27 @@ class FleetDocument(Document):
     economics: list[Economics] = []
     """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read them.
     """
+    test_withheld: bool = False
+    """Whether the test rows were not read, as by the trials of a search: `test` of its students is null."""
+    taken_out: list[FolderName] = []
+    """Students of the run that the recipe has no more: they lie in its folder, and are not in `students`."""
+    refused: list[RefusedStudent] = []
+    """Students of the recipe that the run has otherwise: neither trained nor in `students`."""
+    renamed: dict[str, FolderName] = {}
+    """What the recipe calls students that the run has by another name -> that name."""
 
     @model_validator(mode="after")
     def _measured_by_its_metric(self) -> Self:
         """Tables and pages show the primary metric of all whose test metrics are there, and of all that are done."""
         if self.metric not in METRICS[self.task]:
             raise ValueError(f"metric: {self.metric} is none of {self.task}, which has {', '.join(METRICS[self.task])}")
-        measured: dict[str, Metrics | None] = {"teacher.test": self.teacher.test}
+        # Of a teacher that is a store of train rows alone, nothing is known of the test rows.
+        measured: dict[str, Metrics | None] = {} if self.teacher.test is None else {"teacher.test": self.teacher.test}
         measured |= {f"assistants.{number}.test": one.test for number, one in enumerate(self.assistants)}
         measured |= {
             f"students.{number}.test": one.test
             for number, one in enumerate(self.students)
-            if one.test is not None or one.state == "done"
+            if one.test is not None or (one.state == "done" and not self.test_withheld)
         }
         for field, metrics in measured.items():
             if metrics is None or metrics.get(self.metric) is None:
@@ -257,6 +285,17 @@ class RunRows(Document):
     """What inputs and labels are."""
 
 
+class RunChange(Document):
+    """Students that came into a run, and that were taken out of it, at once."""
+
+    at: Moment
+    """When, in seconds since 1970."""
+    added: list[FolderName]
+    """Who came, or came back."""
+    taken_out: list[FolderName]
+    """Who was taken out."""
+
+
 class RunIdentity(Document):
     """What a run keeps in identity.json: the resolved recipe without placement and places, and what these lead to."""
 
@@ -270,8 +309,12 @@ class RunIdentity(Document):
     """The students of the recipe, by name."""
     rows: dict[Split, RunRows] = {}
     """What is known of the rows of each split."""
+    taken_out: dict[str, dict[str, Any]] = {}
+    """Students that were in the recipe once and lie in the run, by name."""
+    history: list[RunChange] = []
+    """When students came and went, since the run began; the earliest first."""
 
-    @field_validator("students")
+    @field_validator("students", "taken_out")
     @classmethod
     def _with_objectives(cls, students: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, student in students.items():

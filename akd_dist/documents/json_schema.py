@@ -8,11 +8,13 @@ from akd_dist.documents.base import Document
 from akd_dist.documents.cache import CacheDocument, PlanDocument
 from akd_dist.documents.error import ErrorDocument
 from akd_dist.documents.fleet import FleetDocument
+from akd_dist.documents.imported import ImportedDocument
 from akd_dist.documents.plan import FleetPlanDocument
 from akd_dist.documents.report import CompareDocument, ReportDocument
 from akd_dist.documents.status import StatusDocument
 from akd_dist.documents.stores import GcDocument, RepairDocument, StoreDocument, StoresDocument, VerifyDocument
-from akd_dist.documents.use import EvaluationDocument, ExportDocument, PredictionDocument
+from akd_dist.documents.tune import TuneDocument
+from akd_dist.documents.use import EvaluationDocument, ExportDocument, ModelImportDocument, PredictionDocument
 from akd_dist.recipe import recipe_schema
 
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -29,13 +31,16 @@ def schemas() -> dict[str, dict[str, Any]]:
         "verify": VerifyDocument,
         "repair": RepairDocument,
         "gc": GcDocument,
+        "stores-import": ImportedDocument,
         "fleet": FleetDocument,
         "compare": CompareDocument,
+        "tune": TuneDocument,
         "report": ReportDocument,
         "status": StatusDocument,
         "evaluate": EvaluationDocument,
         "predict": PredictionDocument,
         "export": ExportDocument,
+        "model-import": ModelImportDocument,
         "error": ErrorDocument,
     }
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}

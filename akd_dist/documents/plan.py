@@ -3,6 +3,8 @@
 from typing import Literal
 
 from akd_dist.documents.base import Count, Document
+from akd_dist.documents.check import TeacherCheck
+from akd_dist.documents.fleet import RefusedStudent
 
 
 class PlannedStudent(Document):
@@ -19,7 +21,8 @@ class PlannedStudent(Document):
     standing: Literal["new", "resumes", "ended"]
     """Whether it starts, resumes from a checkpoint, or has ended already."""
     rides: str | None
-    """Whose stage I it goes on from; null if it computes its own."""
+    """Whose stage I it goes on from; `stages/<id>`, where it was trained before and lies under the store root; null if
+    it computes its own."""
     steps: Count
     """Steps that it still computes."""
     seconds: float | None
@@ -77,6 +80,8 @@ class FleetPlanDocument(Document):
     """Where it would compute."""
     teacher: str
     """What has to be done before students can start."""
+    teacher_check: TeacherCheck | None = None
+    """What the teacher says of labelled rows; null of one that the recipe trains."""
     cache_bytes: Count
     """Logits that are still to be computed."""
     nodes: Count
@@ -99,6 +104,12 @@ class FleetPlanDocument(Document):
     """In the order in which they queue."""
     ended: list[PlannedStudent]
     """Students that need no more training."""
+    taken_out: list[str] = []
+    """Students of the run that the recipe has no more: they would stay on disk, and be left out of its tables."""
+    refused: list[RefusedStudent] = []
+    """Students of the recipe that the run has otherwise: they would be left as they are, and out of its tables."""
+    renamed: dict[str, str] = {}
+    """What the recipe calls students that the run has by another name -> that name."""
     checkpoint_bytes: Count
     """The most that lies there of checkpoints at a time."""
     model_bytes: Count

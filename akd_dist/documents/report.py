@@ -4,7 +4,7 @@ from typing import Literal
 
 from akd_dist.documents.base import Count, Document, Share, Told
 from akd_dist.documents.error import Refusal
-from akd_dist.documents.fleet import Economics
+from akd_dist.documents.fleet import Economics, RefusedStudent
 from akd_dist.recipe import Metric, Split, Task
 
 
@@ -21,15 +21,24 @@ class Estimate(Document):
     """Upper end of the interval; null for one seed."""
 
 
+class ChosenTau(Document):
+    """What the validation rows chose for a seed."""
+
+    seed: int
+    """The seed of the students that were compared."""
+    tau_max: int
+    """That of the student with the best validation metric; of equal ones the smallest."""
+
+
 class ComparedModel(Document):
     """The teacher, or an assistant, of a comparison."""
 
     model: str
     """Label of its architecture."""
-    parameters: Count
-    """Number of its weights."""
-    test: float
-    """Its primary metric on the test rows."""
+    parameters: Count | None
+    """Number of its weights; null where they are not known."""
+    test: float | None
+    """Its primary metric on the test rows; null where it was not measured."""
     agreement: Share | None
     """Share of test rows where it chooses the teacher's class; null for the teacher."""
 
@@ -74,6 +83,8 @@ class ComparedRow(Document):
     """Mean share of test rows where student and teacher choose the same class."""
     lost: list[LostStudent]
     """Students that diverged or failed."""
+    chosen: list[ChosenTau] = []
+    """Of the row whose tau_max the validation rows choose, seed by seed: what they chose. Empty for all others."""
 
 
 SplitRows = dict[Split, Count]
@@ -104,6 +115,8 @@ class CompareDocument(Document):
     """The rows, model by model; from scratch, KD, TAKD, Annealing-KD, Continuation-KD."""
     missing: list[Literal["takd"]]
     """Objectives that the recipe cannot be compared under."""
+    refused: list[RefusedStudent] = []
+    """Students that the run has otherwise: they are in no row."""
 
 
 class ReportedGroup(Document):
@@ -156,6 +169,27 @@ class TauEffect(Document):
     """The difference to the same model trained by KD, where the run has one such group."""
 
 
+class TauChoice(Document):
+    """Of students that differ in tau_max alone, for each seed the one that is best on the validation rows."""
+
+    family: str
+    """What the groups have in common."""
+    model: str
+    """Label of their architecture."""
+    objective: str
+    """Kind of their objective."""
+    chosen: list[ChosenTau]
+    """What was chosen, seed by seed."""
+    test: Estimate | None
+    """The primary metric on the test rows, of those that were chosen."""
+    over_smallest: Estimate | None
+    """The difference to the smallest tau_max of the family, paired by seed."""
+    over_scratch: Estimate | None
+    """The difference to the same model from hard labels alone, where the run has one such group."""
+    over_kd: Estimate | None
+    """The difference to the same model trained by KD, where the run has one such group."""
+
+
 class Difference(Document):
     """Where the finished students of a group and the teacher differ on the test rows, all seeds together."""
 
@@ -188,8 +222,8 @@ class ReportedRun(Document):
     """What a label is."""
     metric: Metric
     """The primary metric."""
-    teacher: float
-    """The teacher's, on the test rows."""
+    teacher: float | None
+    """The teacher's, on the test rows; null where it was not measured."""
     done: Count
     """Students that finished."""
     students: Count
@@ -204,6 +238,8 @@ class ReportedRun(Document):
     """The students, seeds gathered."""
     tau_max: list[TauEffect]
     """The effect of tau_max."""
+    tau_max_chosen: list[TauChoice] = []
+    """The same where tau_max is chosen on the validation rows, family by family."""
     differences: list[Difference]
     """Where students and teacher differ; empty for regression, and for runs that did not keep it."""
     economics: list[Economics]
@@ -225,6 +261,33 @@ class RunDifference(Document):
     """The difference to the first run that has the group; null in that one, or where they share no seed."""
 
 
+class PooledGroup(Document):
+    """Students that differ in nothing but their seed, of all runs that have some of them."""
+
+    name: str
+    """What their names begin with, in the first of the runs."""
+    model: str
+    """Label of their architecture."""
+    parameters: Count
+    """Number of weights of one."""
+    objective: str
+    """Kind of their objective."""
+    tau_max: int | None
+    """The temperature that annealing starts from; null without annealing."""
+    runs: list[str]
+    """The runs that have some of them."""
+    seeds: list[int]
+    """Seeds of those that finished, each once."""
+    twice: list[int]
+    """Seeds that several runs have: each counts once, as in the first of these runs in which it finished."""
+    differing: list[int]
+    """Those of them whose test metric is not the same in all of these runs."""
+    test: Estimate | None
+    """The primary metric on the test rows."""
+    agreement: Share | None
+    """Mean share of test rows where student and teacher choose the same class."""
+
+
 class RunsCompared(Document):
     """Several runs beside each other."""
 
@@ -234,6 +297,9 @@ class RunsCompared(Document):
     """Whether all were measured on the same test rows; null where a run does not say."""
     groups: list[RunDifference]
     """The groups of all runs; those of one name are the same students in other runs."""
+    pooled: list[PooledGroup] = []
+    """The groups of all runs together: students that are the same but for the seed, by the recipes that the runs keep
+    and by the content of data and teacher, whatever they are called."""
 
 
 class ReportDocument(Document):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from akd_dist.documents.base import Count, Document
+from akd_dist.recipe import LogitKind
 
 
 class StoreUse(Document):
@@ -33,8 +34,10 @@ class StoreEntry(Document):
     """Why it cannot be read, if so; the numbers are zero then."""
     model: str | None
     """Label of its teacher's architecture; null where it does not say."""
+    imported: LogitKind | None
+    """What its logits are if they were computed elsewhere; null for those of a model."""
     teacher: str
-    """Fingerprint of its teacher."""
+    """Fingerprint of its teacher; of the logits themselves if they were computed elsewhere."""
     data: str | None
     """The dataset's source and the split, as the recipe had them; null where that is not known."""
     split: str | None

@@ -1,12 +1,13 @@
-"""What `evaluate`, `predict` and `export` print."""
+"""What `evaluate`, `predict`, `export` and `models import` print."""
 
 from typing import Literal
 
 from akd_dist.documents.base import Count, Document, Share
+from akd_dist.documents.check import TeacherCheck
 from akd_dist.documents.fleet import Metrics
 from akd_dist.recipe import Device, Precision, Split, Target, Task
 
-Column = Literal["row", "predicted", "probability", "logits", "label"]
+Column = Literal["row", "file", "predicted", "probability", "logits", "label"]
 
 
 class EvaluatedModel(Document):
@@ -122,5 +123,28 @@ class ExportDocument(Document):
     """Rows for which both choose the same class; null for regression."""
     notes: list[str]
     """What to know besides."""
+    seconds: float
+    """Wall-clock time."""
+
+
+class ModelImportDocument(Document):
+    """What `akd-dist models import --json` prints."""
+
+    out: str
+    """The model folder."""
+    checkpoint: str
+    """The file, folder or URI that it was made from."""
+    model: str
+    """Label of its architecture."""
+    parameters: Count
+    """Number of its weights."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    bytes: Count
+    """Size of the folder."""
+    notes: list[str]
+    """What was taken off, left out and widened; empty where the file had been imported here before."""
+    check: TeacherCheck
+    """What it says of labelled rows."""
     seconds: float
     """Wall-clock time."""

@@ -23,6 +23,7 @@ from akd_dist.base.errors import DamagedError, RefusedError
 from akd_dist.base.files import canonical_json, mistakes, parse_json, sha256
 from akd_dist.base.formatting import some_of
 from akd_dist.data.factories import source_sha256
+from akd_dist.data.framing import lines_for
 from akd_dist.data.rows import Rows
 from akd_dist.data.text import Tokens
 from akd_dist.models import architectures, huggingface, huggingface_config
@@ -120,8 +121,13 @@ class ModelCard(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_before(self, document: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Cards and manifests of before knew no `image`: at its default it is left out, and they keep their bytes."""
+        """Cards and manifests of before knew no `image`: at its default it is left out, and they keep their bytes.
+
+        So do those that say no more of it than they could then.
+        """
         said: dict[str, Any] = document(self)
+        if "image" in said:
+            said["image"] = self.image.written()
         return said if self.image != recipe.Image() else {name: said[name] for name in said if name != "image"}
 
     @property
@@ -150,7 +156,8 @@ class ModelCard(BaseModel):
                 got=ours,
                 expected=f"{_in_words(rows.inputs.dtype, rows.shape, rows.classes, rows.task, rows.tokens)}, "
                 "as the dataset has them",
-                next="choose a model of the same inputs and classes, or the dataset it was trained on",
+                next="choose a model of the same inputs and classes, or the dataset it was trained on"
+                + self._other_size(rows),
             )
         names, wanted = self.class_names or (), rows.class_names or ()
         if names and wanted and names != wanted:
@@ -161,6 +168,13 @@ class ModelCard(BaseModel):
                 expected=f"classes {some_of(wanted, first)}, as the dataset has them",
                 next="choose a model of the same classes, or give the labels as numbers in the model's order",
             )
+
+    def _other_size(self, rows: Rows) -> str:
+        """How pictures of another size than the model's come to it."""
+        (_, *ours), (_, *theirs) = self.input_shape, rows.shape
+        if not len(ours) == len(theirs) == 2 or ours == theirs or self.input_dtype != rows.inputs.dtype:
+            return ""
+        return f"; encoded pictures come to its size by a recipe that has{lines_for(ours)}"
 
     def _takes_shorter(self, shape: tuple[int, ...]) -> bool:
         masked = isinstance(self.model, recipe.TextTransformer | recipe.HuggingFaceModel)

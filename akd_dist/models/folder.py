@@ -186,7 +186,9 @@ def _refuse_other_than_folder(uri: str | Path) -> None:
             head = handle.read(9)
         if path.suffix in _PICKLE_SUFFIXES or _is_pickle(head):
             raise _pickle_refused(str(uri))
-        raise RefusedError(f"{uri} is a file", got="a file", expected=f"a folder with {WEIGHTS} and {CARD}")
+        raise RefusedError(
+            f"{uri} is a file", got="a file", expected=f"a folder with {WEIGHTS} and {CARD}", next=_by_architecture(uri)
+        )
     if path.is_dir() and not (path / WEIGHTS).exists():
         pickles = sorted(one for one in path.iterdir() if one.suffix in _PICKLE_SUFFIXES)
         if pickles:
@@ -205,5 +207,13 @@ def _pickle_refused(where: str) -> RefusedError:
         f"{where} is a pickle, and weights are never unpickled: loading one runs whatever code is in it",
         got="a pickle",
         expected=f"a folder with {WEIGHTS} and {CARD}",
-        next="where you trust it, load it into your model and save that with akd_dist.models.folder.save_model",
+        next=_by_architecture(where),
+    )
+
+
+def _by_architecture(place: str | Path) -> str:
+    """How weights that lie about without a card become a model."""
+    return (
+        f"name the architecture beside it in a recipe, teacher: {{model: {{kind: ...}}, weights: {place}}}, or let "
+        "`akd-dist models import` make such a folder: tensors are taken out of it, and nothing is unpickled"
     )

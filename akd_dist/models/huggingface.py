@@ -99,11 +99,20 @@ def trained_body(spec: recipe.HuggingFaceModel, asked: Interface, weights: bytes
     Raises:
         RefusedError: as `body`; or the head is missing, as in models that were only pretrained.
     """
-    config = configuration(spec.config, spec.label)
     try:
         state = safetensors.torch.load(weights)
     except SafetensorError as error:
         raise _unreadable(spec.label, error) from error
+    return body_of_state(spec, asked, state)
+
+
+def body_of_state(spec: recipe.HuggingFaceModel, asked: Interface, state: dict[str, torch.Tensor]) -> nn.Module:
+    """The module of a resolved spec with all its weights, head included, by the names that transformers gives them.
+
+    Raises:
+        RefusedError: as `trained_body`.
+    """
+    config = configuration(spec.config, spec.label)
     model, info = _load(_model_class(config), config, spec.label, None, state_dict=state)
     _check_loaded(info, spec.label, model.base_model_prefix, new_head=False)
     return SequenceClassifier(model, asked.tokens.padding)
@@ -239,6 +248,18 @@ def describe_folder(folder: Path, document: bytes) -> tuple[recipe.HuggingFaceMo
     asked = Interface((2, length) if types else (length,), classes, task, tokens)
     whole = kept(found) | by_data(asked)
     return spec.model_copy(update={"config": whole}), asked, _class_names(found, classes)
+
+
+def names_of_classes(spec: recipe.HuggingFaceModel) -> tuple[str, ...] | None:
+    """The names of the classes in order, as the folder of a fine-tuned model has them; None where it has none.
+
+    Raises:
+        RefusedError: its configuration is not one.
+    """
+    if spec.path is None or not (path := Path(spec.path) / CONFIG).is_file():
+        return None
+    found = parse_config(path.read_bytes(), path)
+    return _class_names(found, _labels(found))
 
 
 def _labels(found: Mapping[str, Any]) -> int:

@@ -8,31 +8,26 @@ from akd_dist.recipe.base import (
     Classes as Classes,
     Device as Device,
     Factory as Factory,
+    LogitKind as LogitKind,
     Metric as Metric,
     Spec as Spec,
     Split as Split,
     Target as Target,
     Task as Task,
 )
+from akd_dist.recipe.cache import CacheSpec as CacheSpec, EncodingSpec as EncodingSpec
 from akd_dist.recipe.data import (
     Augmentation as Augmentation,
     ByteText as ByteText,
     CustomAugmentation as CustomAugmentation,
-    CustomData as CustomData,
     DataSpec as DataSpec,
-    Digits as Digits,
-    HuggingFaceData as HuggingFaceData,
     HuggingFaceText as HuggingFaceText,
-    Idx as Idx,
     Image as Image,
     NoAugmentation as NoAugmentation,
     Normalize as Normalize,
     PadCropFlip as PadCropFlip,
-    Parquet as Parquet,
     RandomResizedCropFlip as RandomResizedCropFlip,
     Shift as Shift,
-    Source as Source,
-    Table as Table,
     Text as Text,
     TokenMask as TokenMask,
 )
@@ -52,15 +47,31 @@ from akd_dist.recipe.models import (
 from akd_dist.recipe.recipe import (
     NAME as NAME,
     AssistantSpec as AssistantSpec,
-    CacheSpec as CacheSpec,
-    EncodingSpec as EncodingSpec,
     Recipe as Recipe,
+    StoredTeacher as StoredTeacher,
     StudentSpec as StudentSpec,
     TeacherSpec as TeacherSpec,
     TeacherTraining as TeacherTraining,
     differences as differences,
     forget_later_keys as forget_later_keys,
     trust as trust,
+)
+from akd_dist.recipe.search import (
+    Range as Range,
+    Search as Search,
+    rung_count as rung_count,
+    rung_epochs as rung_epochs,
+)
+from akd_dist.recipe.sources import (
+    CustomData as CustomData,
+    Digits as Digits,
+    HuggingFaceData as HuggingFaceData,
+    Idx as Idx,
+    ImageFolder as ImageFolder,
+    Parquet as Parquet,
+    Source as Source,
+    Table as Table,
+    WebDataset as WebDataset,
 )
 from akd_dist.recipe.training import (
     AdamW as AdamW,
@@ -81,4 +92,10 @@ from akd_dist.recipe.training import (
     Steps as Steps,
     Takd as Takd,
     Training as Training,
+)
+from akd_dist.recipe.trials import (
+    SearchRecipe as SearchRecipe,
+    Trial as Trial,
+    Tuning as Tuning,
+    load_search as load_search,
 )

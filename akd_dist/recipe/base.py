@@ -14,6 +14,8 @@ FACTORY = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 Task = Literal["classification", "regression"]
 Device = Literal["cpu", "cuda"]
 Split = Literal["train", "validation", "test"]
+LogitKind = Literal["logits", "log_probabilities"]
+"""What a row of stored logits is: raw logits, or less a constant of the row that makes them log-probabilities."""
 Target = Literal["onnx", "torch-export", "huggingface"]
 """What a model is exported to."""
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -66,3 +68,8 @@ class Factory(Spec):
 def label_of(text: str) -> str:
     """Text as part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:60]
+
+
+def one_or_several(value: object) -> str:
+    """The tag of a value of which there may be a list."""
+    return "several" if isinstance(value, list) else "one"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
@@ -12,7 +11,6 @@ from akd_dist.recipe.base import (
     FACTORY,
     METRICS,
     Byte,
-    Classes,
     Count,
     Factory,
     Length,
@@ -23,100 +21,14 @@ from akd_dist.recipe.base import (
     Share,
     Spec,
     Task,
+    one_or_several,
 )
+from akd_dist.recipe.sources import Idx, ShareOrSource, Source, Unlabelled
 
-SourceKind = Annotated[Name, Field(description="Which kind of source this is.")]
 TokenizerKind = Annotated[Name, Field(description="Which kind of tokenizer this is.")]
 AugmentationKind = Annotated[Name, Field(description="Which kind of augmentation this is.")]
 
-
-class Digits(Spec):
-    """The 1,797 handwritten digits that come with scikit-learn: 8 x 8 grey images, 10 classes."""
-
-    kind: SourceKind[Literal["digits"]] = "digits"
-
-
-class Idx(Spec):
-    """Images and labels in IDX files, as MNIST and its family come; plain or gzip-compressed."""
-
-    kind: SourceKind[Literal["idx"]] = "idx"
-    images: str
-    """The file of inputs, uint8 of two dimensions or more; relative to the recipe's folder, or s3:// or gs://."""
-    labels: str | None = None
-    """The file of labels, counted from 0; left out for data.unlabelled, where none is read."""
-    classes: Classes | None = None
-    """How many classes there are; none takes the largest label plus one."""
-
-
-def _one_or_several(value: object) -> str:
-    return "several" if isinstance(value, list) else "one"
-
-
-Columns = Annotated[
-    Annotated[str, Tag("one")] | Annotated[list[str], Field(min_length=1, max_length=2), Tag("several")],
-    Discriminator(_one_or_several),
-]
-
-
-class Table(Spec):
-    """Named columns: one of inputs (two of text make a pair), one of labels."""
-
-    input: Columns = "input"
-    """The column of inputs: encoded images (bytes, or a struct with bytes), text, or lists of numbers. A list of two
-    names is a pair of texts."""
-    label: str = "label"
-    """The column of labels: class ids counted from 0, class names, or numbers where data.task is regression."""
-    shape: list[Count] | None = None
-    """The shape of one input, for columns of flat lists; none keeps the list as a vector."""
-    classes: Classes | None = None
-    """How many classes there are; none takes the largest label plus one, or the names there are."""
-
-
-class Parquet(Table):
-    """A dataset in Parquet. Row order is the order of the files."""
-
-    kind: SourceKind[Literal["parquet"]] = "parquet"
-    path: str
-    """A file, a folder or a glob; relative to the recipe's folder, or s3:// or gs://."""
-
-
-class HuggingFaceData(Table):
-    """A dataset of the Hugging Face `datasets` library (extra: akd-dist[huggingface])."""
-
-    kind: SourceKind[Literal["huggingface"]] = "huggingface"
-    path: str | None = None
-    """A folder that `save_to_disk` wrote; relative to the recipe's folder."""
-    name: str | None = None
-    """A dataset on the hub, where one can be reached."""
-    config: str | None = None
-    """Its configuration, if it has several."""
-    split: str | None = None
-    """Which of its splits; needed unless the folder holds a single one."""
-
-    @model_validator(mode="after")
-    def _one_place(self) -> HuggingFaceData:
-        if (self.path is None) == (self.name is None):
-            raise ValueError("give either a path or a name")
-        if self.name is not None and self.split is None:
-            raise ValueError("a dataset by name needs a split, such as `split: train`")
-        return self
-
-
-class CustomData(Table, Factory):
-    """Rows by your own function, in the recipe's folder or in a module that `code:` lists.
-
-    It returns an Arrow table, or a map-style `torch.utils.data.Dataset` whose items are (input, label).
-    """
-
-    kind: SourceKind[Literal["custom"]] = "custom"
-    factory: str = Field(pattern=FACTORY)
-    """`module:function`, called as function(**arguments)."""
-    arguments: dict[str, JsonValue] = {}
-    """Keyword arguments of the function; `./x` in them is a path relative to the recipe's folder. A change of them, of
-    what they name or of the module's file prepares the data anew."""
-
-
-Source = Annotated[Digits | Idx | Parquet | HuggingFaceData | CustomData, Discriminator("kind")]
+Side = Annotated[int, Field(ge=1, le=8192)]
 
 
 class ByteText(Spec):
@@ -148,11 +60,65 @@ class HuggingFaceText(Spec):
 Text = Annotated[ByteText | HuggingFaceText, Discriminator("kind")]
 
 
+Size = Annotated[
+    Annotated[Side, Tag("one")] | Annotated[list[Side], Field(min_length=2, max_length=2), Tag("several")],
+    Discriminator(one_or_several),
+]
+
+
 class Image(Spec):
     """How encoded images become pixels: one definition for teacher, students and finished models."""
 
     background: Annotated[list[Byte], Field(min_length=3, max_length=3)] = [255, 255, 255]
-    """What is seen through transparent images: red, green and blue, 0 to 255; white as in browsers and on paper."""
+    """What is seen through transparent images and beside smaller ones: red, green and blue, 0 to 255; white as in
+    browsers and on paper."""
+    size: Size | None = None
+    """The size that all images are brought to: one number for a square, or [height, width]; none takes them as they
+    are, all of one size."""
+    resize: Literal["shorter", "longer", "stretch", "none"] = "shorter"
+    """How they are resized: until they cover `size`, which a square's shorter side then is; until they lie within it,
+    on the background; each side for itself, which changes their proportions; or not at all."""
+    crop: Literal["center", "none"] = "center"
+    """What becomes of pixels beyond `size`: those around the center are kept; `none` has no such pixels, and needs
+    `resize: longer` or `stretch`."""
+    channels: Literal[1, 3] | None = None
+    """1 takes all images as grey, 3 as coloured; none takes 1 if all of them are grey, else 3."""
+
+    @property
+    def frame(self) -> tuple[int, int] | None:
+        """Height and width of all images; None where they are taken as they are."""
+        if self.size is None:
+            return None
+        return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
+
+    @property
+    def pads(self) -> bool:
+        """Whether the background may be seen beside an image."""
+        return self.size is not None and self.resize in ("longer", "none")
+
+    def said(self) -> dict[str, Any]:
+        """What is not as by default, as JSON: two spellings of a size are one."""
+        size = {} if self.frame is None else {"size": list(self.frame)}
+        return self.model_dump(mode="json", exclude_defaults=True) | size
+
+    def written(self) -> dict[str, Any]:
+        """The same, and the background always: as keys and cards had it when there was nothing else, and stay known."""
+        return {"background": self.background} | self.said()
+
+    @model_validator(mode="after")
+    def _gives_one_size(self) -> Image:
+        if self.size is None and (self.resize, self.crop) != ("shorter", "center"):
+            raise ValueError("resize and crop say how images come to one size: give `size` as well, as in `size: 224`")
+        if self.crop == "none" and self.resize == "shorter":
+            raise ValueError(
+                "with `resize: shorter` and `crop: none` images of other proportions keep sizes of their own: "
+                "leave out `crop`, or take `resize: longer` or `resize: stretch`"
+            )
+        if self.crop == "none" and self.resize == "none":
+            raise ValueError(
+                "with `resize: none` and `crop: none` larger images keep sizes of their own: leave out one of them"
+            )
+        return self
 
 
 class NoAugmentation(Spec):
@@ -238,42 +204,6 @@ class Normalize(Spec):
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} numbers and std has {len(self.std)}; they need as many")
         return self
-
-
-def _share_or_source(value: object) -> str | None:
-    """Tell a share from a source by its shape, so that an error speaks of the one that was meant."""
-    if isinstance(value, Mapping):
-        return value.get("kind")
-    return getattr(value, "kind", "share")
-
-
-ShareOrSource = Annotated[
-    Annotated[Share, Tag("share")]
-    | Annotated[Digits, Tag("digits")]
-    | Annotated[Idx, Tag("idx")]
-    | Annotated[Parquet, Tag("parquet")]
-    | Annotated[HuggingFaceData, Tag("huggingface")]
-    | Annotated[CustomData, Tag("custom")],
-    Discriminator(_share_or_source),
-]
-
-
-def _word_or_source(value: object) -> str | None:
-    """Tell a word from a source by its shape, so that an error speaks of the one that was meant."""
-    if isinstance(value, Mapping):
-        return value.get("kind")
-    return getattr(value, "kind", "word")
-
-
-Unlabelled = Annotated[
-    Annotated[Literal["rest", "missing"], Tag("word")]
-    | Annotated[Digits, Tag("digits")]
-    | Annotated[Idx, Tag("idx")]
-    | Annotated[Parquet, Tag("parquet")]
-    | Annotated[HuggingFaceData, Tag("huggingface")]
-    | Annotated[CustomData, Tag("custom")],
-    Discriminator(_word_or_source),
-]
 
 
 class DataSpec(Spec):
@@ -371,6 +301,17 @@ class DataSpec(Spec):
             raise ValueError("normalize is for images and numbers; leave it out where data.text is given")
         if self.text is not None and self.image != Image():
             raise ValueError("image is for encoded images; leave it out where data.text is given")
+        return self
+
+    @model_validator(mode="after")
+    def _shape_is_that_of_images(self) -> DataSpec:
+        known = (self.image.channels, *(self.image.frame or (None, None)))
+        for name, source in self.sources.items():
+            shape = getattr(source, "shape", None)
+            if shape is None or known == (None, None, None):
+                continue
+            if len(shape) != 3 or any(ours not in (None, said) for ours, said in zip(known, shape, strict=True)):
+                raise ValueError(f"{name}.shape is {shape}, and image says something else: leave out `shape`")
         return self
 
     @model_validator(mode="after")

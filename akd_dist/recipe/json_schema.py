@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from akd_dist.recipe.recipe import Recipe
+from akd_dist.recipe.search import SETTINGS, Search
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -20,12 +21,28 @@ def recipe_schema() -> dict[str, Any]:
         "additionalProperties": {"type": "array", "minItems": 1},
         "minProperties": 1,
     }
-    partial["StudentSpec"]["required"] = ["grid"]
+    partial["StudentSpec"]["properties"]["search"] = _search(definitions)
+    partial["StudentSpec"]["anyOf"] = [{"required": ["grid"]}, {"required": ["search"]}]
     definitions |= {f"{name}InGrid": definition for name, definition in partial.items()}
     schema["properties"]["students"]["items"] = {
         "anyOf": [{"$ref": "#/$defs/StudentSpec"}, {"$ref": "#/$defs/StudentSpecInGrid"}]
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "An akd-dist recipe"}
+
+
+def _search(definitions: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a search: its settings beside dotted keys, each with a list or a range."""
+    schema = Search.model_json_schema()
+    definitions |= schema["$defs"]
+    settings = {key: schema["properties"][key] for key in SETTINGS}
+    space: dict[str, Any] = schema["properties"]["space"]["additionalProperties"]
+    return {
+        "description": "What `akd-dist tune` tries: dotted keys of this block, each with a list of values or a range.",
+        "type": "object",
+        "properties": settings,
+        "additionalProperties": space,
+        "minProperties": 1,
+    }
 
 
 def _require_kind(definition: dict[str, Any]) -> None:

@@ -18,17 +18,45 @@ from akd_dist.base.files import expanded
 from akd_dist.recipe.explain import problems_of, recipe_error
 from akd_dist.recipe.paths import change_paths
 from akd_dist.recipe.recipe import Recipe
-from akd_dist.recipe.yaml_text import MAX_BYTES, parse
+from akd_dist.recipe.yaml_text import MAX_BYTES, Document, parse
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, teacher: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe file, apply `key=value` overrides, expand grids, and resolve every path and default.
 
     Paths in the file are relative to its folder, paths in overrides to the working directory.
 
+    Args:
+        teacher: what stands in for the key, for a command that needs none, where the file leaves it out.
+
     Raises:
         RecipeError: everything that is wrong with the file or an override, in one message; names file, line and key,
             and the nearest known key.
+    """
+    path, document = read_document(path, overrides)
+    for number, block in enumerate(document.data.get("students") or ()):
+        if isinstance(block, dict) and "search" in block:
+            where = document.where(("students", number, "search"))
+            raise RecipeError(
+                f"{where}: this block is a search, and no students",
+                got="search",
+                expected="students, as a grid may list them",
+                next="akd-dist tune searches, and tells the block that it found best; or take `search:` out",
+            )
+    if teacher is not None:
+        document.data.setdefault("teacher", teacher)
+    resolved = document.expanded()
+    try:
+        return Recipe.model_validate(resolved.data)
+    except ValidationError as error:
+        raise recipe_error(str(path), list(problems_of(error, resolved).values())) from None
+
+
+def read_document(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Document]:
+    """A recipe file as plain data with overrides applied and paths resolved, before grids expand; and its path.
+
+    Raises:
+        RecipeError: it cannot be read, is no YAML, or an override leads nowhere.
     """
     path = expanded(path)
     document = parse(_read(path), str(path))
@@ -41,11 +69,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         document.override(override)
     _make_paths_absolute(document.data, Path.cwd())
     document.data["folder"] = document.data.get("folder") or str(folder)
-    resolved = document.expanded()
-    try:
-        return Recipe.model_validate(resolved.data)
-    except ValidationError as error:
-        raise recipe_error(str(path), list(problems_of(error, resolved).values())) from None
+    return path, document
 
 
 def _read(path: Path) -> str:

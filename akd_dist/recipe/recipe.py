@@ -33,10 +33,11 @@ from pydantic_core import CoreSchema
 from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
 from akd_dist.recipe.base import Count, Device, Epochs, Factory, Positive, Spec
+from akd_dist.recipe.cache import CacheSpec
 from akd_dist.recipe.data import DataSpec
-from akd_dist.recipe.models import Model
+from akd_dist.recipe.models import HuggingFaceModel, Model
 from akd_dist.recipe.paths import change_paths
-from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Learning, Objective, Precision, Takd, Training
+from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Learning, Objective, Takd, Training
 
 # Names become folders, on any file system.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -68,15 +69,44 @@ class AssistantSpec(Learning):
         return objective
 
 
+class StoredTeacher(Spec):
+    """Sealed stores of a teacher's logits: `store: ID` says the same as `store: {train: ID}`."""
+
+    train: str
+    """The store of the train rows: its id, the beginning of it under --store-root, or the path or URI of its folder."""
+    validation: str | None = None
+    """That of the validation rows; none looks for one of the same teacher beside it, and does without."""
+    test: str | None = None
+    """That of the test rows, for the teacher's metrics and agreement with it; none looks for one as above."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_word(cls, given: Any) -> Any:
+        return {"train": given} if isinstance(given, str) else given
+
+    @model_serializer(mode="plain")
+    def _as_short_as_can_be(self) -> str | dict[str, Any]:
+        given = {split: name for split, name in self if name is not None}
+        return self.train if list(given) == ["train"] else given
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core)]}
+
+
 class TeacherSpec(Spec):
-    """The teacher: weights that lie somewhere, or a model that the recipe trains first."""
+    """The teacher: a model folder, a checkpoint from elsewhere, a model that the recipe trains, or stored logits."""
 
     weights: str | None = None
-    """A folder or URI with model.safetensors and model.json, such as a student's; relative to the recipe's folder."""
+    """A folder or URI with model.safetensors and model.json, such as a student's. Beside `model`, a checkpoint from
+    elsewhere: a file of safetensors or a torch state dict, or a folder with one. Relative to the recipe's folder."""
     model: Model | None = None
-    """The architecture of a teacher that this recipe trains."""
+    """The architecture: of a teacher that this recipe trains, or of the checkpoint in `weights`. Alone, a fine-tuned
+    model of kind `huggingface` with its weights in `path`."""
     train: TeacherTraining | None = None
     """How this recipe trains it."""
+    store: StoredTeacher | None = None
+    """Its logits alone, in sealed stores, such as `akd-dist stores import` makes: no model is needed then."""
     assistant: AssistantSpec | None = None
     """A model of a size between, for students of objective `takd`."""
 
@@ -89,11 +119,28 @@ class TeacherSpec(Spec):
             link = link.assistant
         return found
 
+    @property
+    def checkpoint(self) -> str | None:
+        """Where weights from elsewhere lie for the architecture in `model`; None where there are none."""
+        if self.model is None or self.train is not None:
+            return None
+        return self.weights or getattr(self.model, "path", None)
+
     @model_validator(mode="after")
     def _one_way(self) -> TeacherSpec:
-        given = [name for name in ("weights", "model", "train") if getattr(self, name) is not None]
-        if given not in (["weights"], ["model", "train"]):
-            raise ValueError(f"give either weights, or model and train; got {' and '.join(given) or 'neither'}")
+        given = [name for name in ("weights", "model", "train", "store") if getattr(self, name) is not None]
+        if (
+            given == ["model"]
+            and isinstance(self.model, HuggingFaceModel)
+            and self.model.path
+            and self.model.pretrained
+        ):
+            return self
+        if given not in (["weights"], ["model", "train"], ["weights", "model"], ["store"]):
+            raise ValueError(
+                "give either weights, or model and train, or model and weights: the architecture of a checkpoint from "
+                f"elsewhere; or store; got {' and '.join(given) or 'neither'}"
+            )
         return self
 
 
@@ -135,59 +182,6 @@ class StudentSpec(Learning):
         document = self.model_dump(mode="json", exclude={"name", "gpus"})
         del document["objective"]["stage2_epochs"], document["objective"]["stage2_optimizer"]
         return json.dumps(document)
-
-
-class EncodingSpec(Spec):
-    """How logits are stored, in full: `encoding: float16` says the same as `encoding: {kind: float16}`."""
-
-    kind: Literal["float32", "float16"] = "float32"
-    """Precision of the stored logits."""
-    keep_bits: Annotated[int, Field(ge=1, le=22)] | None = None
-    """Bits of the mantissa to keep, of 10 or 23: the others are rounded to zero, which compresses better. 7 changes
-    logits by less than 0.4 %."""
-    compress: Literal["none", "zstd", "blosc"] = "none"
-    """Codec of the stored chunks; `blosc` shuffles bytes first, which makes logits smaller still."""
-
-    @model_validator(mode="after")
-    def _fewer_bits_than_there_are(self) -> EncodingSpec:
-        most = {"float16": 10, "float32": 23}[self.kind]
-        if self.keep_bits is not None and self.keep_bits >= most:
-            raise ValueError(f"keep_bits: {self.keep_bits} keeps all: {self.kind} has {most} bits of mantissa")
-        return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_a_word(cls, given: Any) -> Any:
-        return {"kind": given} if isinstance(given, str) else given
-
-    @model_serializer(mode="plain")
-    def _as_short_as_it_was_before_there_was_more(self) -> str | dict[str, Any]:
-        # Two spellings of the same are one recipe, and runs of before are the same runs.
-        config = self.config()
-        return self.kind if len(config) == 1 else {"kind": self.kind} | {k: v for k, v in config.items() if k != "name"}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        schema = handler(core)
-        return {"anyOf": [{"enum": ["float32", "float16"], "type": "string"}, schema]}
-
-    def config(self) -> dict[str, Any]:
-        """The encoding as a store's identity has it: what is not used is left out."""
-        bits = {} if self.keep_bits is None else {"keep_bits": self.keep_bits}
-        return {"name": self.kind} | bits | ({} if self.compress == "none" else {"compress": self.compress})
-
-
-class CacheSpec(Spec):
-    """How the teacher's logits are computed and stored."""
-
-    encoding: EncodingSpec = EncodingSpec()
-    """Precision of the stored logits, and how they are made smaller."""
-    batch_rows: Count = 256
-    """Rows that the teacher sees at once. Part of how a store is computed: another number may change the last bits."""
-    threads: Count = 1
-    """CPU threads of each caching task. As batch_rows, part of how a store is computed."""
-    precision: Precision = "float32"
-    """Numbers that the teacher computes with; another precision is another teacher, with a store of its own."""
 
 
 class Recipe(Spec):
@@ -305,12 +299,12 @@ class Recipe(Spec):
         if not self.data.stratify:  # as recipes of before say nothing of it
             del document["data"]["stratify"]
         # Runs of before knew no such key: what is as by default is left out, each key for itself.
-        document["data"]["image"] = self.data.image.model_dump(mode="json", exclude_defaults=True)
+        document["data"]["image"] = self.data.image.said()
         if not document["data"]["image"]:
             del document["data"]["image"]
         if document["data"]["unlabelled"] is None:
             del document["data"]["unlabelled"]
-        del document["teacher"]["weights"]
+        del document["teacher"]["weights"], document["teacher"]["store"]
         for training in _trainings(document):
             forget_later_keys(training)
         for student in document["students"]:

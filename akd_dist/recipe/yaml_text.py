@@ -118,21 +118,25 @@ class Document:
         students: list[Any] = []
         written: dict[int, tuple[int, tuple[KeyPath, ...]]] = {}
         for number, block in enumerate(blocks):
-            grid = self._grid(number, block)
+            grid = self.grid(number, block)
             if len(students) + math.prod(map(len, grid.values())) > MAX_STUDENTS:
                 where = self.where(("students", number, "grid"))
                 raise RecipeError(
                     f"{where}: the grids stand for more than {MAX_STUDENTS:,} students", next="shorten their lists"
                 )
             given = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-            block_students = [_with_values(block, values) for values in given]
+            block_students = [with_values(block, values) for values in given]
             _name(block_students, given)
             written |= {len(students) + place: (number, tuple(grid)) for place in range(len(given))}
             students += block_students
         return Document(self.data | {"students": students}, self.places, written)
 
-    def _grid(self, number: int, block: Any) -> dict[KeyPath, list[Any]]:
-        """The grid of a block, its keys split; empty where it has none."""
+    def grid(self, number: int, block: Any) -> dict[KeyPath, list[Any]]:
+        """The grid of a block, its keys split; empty where it has none.
+
+        Raises:
+            RecipeError: it is not a mapping of dotted keys to lists, or gives a key that its block gives too.
+        """
         if not isinstance(block, dict) or "grid" not in block:
             return {}
         path: KeyPath = ("students", number, "grid")
@@ -143,7 +147,7 @@ class Document:
             key = tuple(dotted.split("."))
             if not isinstance(values, list) or not values:
                 raise self._grid_error((*path, dotted), shown(values), "a list of at least one value")
-            if _given(block, key):
+            if is_given(block, key):
                 raise self._grid_error(
                     ("students", number, *key),
                     f"{dotted} in the block and in its grid",
@@ -165,7 +169,8 @@ def _override_keys(dotted: str) -> list[str]:
     return parts
 
 
-def _given(block: dict[str, Any], key: KeyPath) -> bool:
+def is_given(block: dict[str, Any], key: KeyPath) -> bool:
+    """Whether a block has a key already."""
     node: Any = block
     for part in key:
         if not isinstance(node, dict) or part not in node:
@@ -174,7 +179,7 @@ def _given(block: dict[str, Any], key: KeyPath) -> bool:
     return True
 
 
-def _with_values(block: Any, values: dict[KeyPath, Any]) -> Any:
+def with_values(block: Any, values: dict[KeyPath, Any]) -> Any:
     """A copy of the block without its grid, with a value for each of the grid's keys."""
     if not values:
         return block

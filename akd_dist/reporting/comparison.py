@@ -22,7 +22,7 @@ from akd_dist.documents.damage import load
 from akd_dist.documents.fleet import FleetDocument, FleetStudent, FleetTeacher
 from akd_dist.documents.report import ComparedModel, CompareDocument, ComparedRow, Estimate, LostStudent, SplitRows
 from akd_dist.recipe import AnnealingKD, ContinuationKD, HardLabels, Kd, Objective, Recipe, StudentSpec, Takd
-from akd_dist.reporting.seeds import CONFIDENCE, SeedGroup, estimate, over
+from akd_dist.reporting.seeds import CHOSEN_TAU, CONFIDENCE, SeedGroup, choices_of, chosen_on_validation, estimate, over
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -155,7 +155,7 @@ def compare(
     """The table of a fleet that an expanded recipe has trained.
 
     Args:
-        recipe: what `expand` made.
+        recipe: what `expand` made, as the run has it.
         fleet: what the run's fleet.json holds.
         rows: number of rows of each split.
         command: what makes the same table again.
@@ -178,11 +178,12 @@ def compare(
             for row in _rows_of_model(listed, entries, metric)
         ],
         missing=[] if recipe.teacher.assistant is not None else ["takd"],
+        **({"refused": fleet.refused} if fleet.refused else {}),
     )
 
 
 def _reference(model: FleetTeacher, metric: str, agreement: float | None) -> ComparedModel:
-    return ComparedModel(model=model.model, parameters=model.parameters, test=model.test[metric], agreement=agreement)
+    return ComparedModel(model=model.model, parameters=model.parameters, test=model.metric(metric), agreement=agreement)
 
 
 def _rows_of_model(
@@ -199,25 +200,50 @@ def _rows_of_model(
     scratch, kd = (
         next((group for _, group in rows if group.objective == kind), None) for kind in ("hard_labels", "kd")
     )
-    for first, group in rows:
-        yield ComparedRow(
-            name=group.stem,
-            model=group.model,
-            parameters=group.students[0].parameters,
-            objective=group.objective,
-            tau_max=group.tau_max,
-            epochs=first.objective.epochs,
-            seeds=sorted(group.by_seed),
-            test=estimate(group.by_seed),
-            over_scratch=None if group.objective == "hard_labels" else over(group, scratch),
-            over_kd=None if group.objective in ("hard_labels", "kd") else over(group, kd),
-            agreement=group.agreement,
-            lost=[
-                LostStudent(name=one.name, seed=one.seed, state=one.state, reason=one.reason)
-                for one in group.students
-                if one.state != "done"
-            ],
-        )
+    for family in _families([first for first, _ in rows]):
+        groups = [rows[at][1] for at in family]
+        for at in family:
+            yield _row(*rows[at], scratch, kd)
+        if (chosen := chosen_on_validation(groups)) is not None:
+            yield _row(rows[family[0]][0], chosen, scratch, kd).model_copy(update={"chosen": choices_of(chosen)})
+
+
+def _families(firsts: list[StudentSpec]) -> Iterator[list[int]]:
+    """Which rows differ in tau_max alone, the smallest first; every other row by itself. In the order of the rows."""
+    alike: dict[str, list[int]] = {}
+    for at, first in enumerate(firsts):
+        document = first.model_dump(mode="json", exclude={"name", "seed"})
+        document["objective"].pop("tau_max", None)
+        alike.setdefault(json.dumps(document), []).append(at)
+    for family in alike.values():
+        yield sorted(family, key=lambda at: getattr(firsts[at].objective, "tau_max", 0))
+
+
+def _row(first: StudentSpec, group: SeedGroup, scratch: SeedGroup | None, kd: SeedGroup | None) -> ComparedRow:
+    """The row of a group.
+
+    Args:
+        first: one of its students.
+        scratch, kd: the groups of its model that it is compared with.
+    """
+    return ComparedRow(
+        name=group.stem,
+        model=group.model,
+        parameters=group.students[0].parameters,
+        objective=group.objective,
+        tau_max=group.tau_max,
+        epochs=first.objective.epochs,
+        seeds=sorted(group.by_seed),
+        test=estimate(group.by_seed),
+        over_scratch=None if group.objective == "hard_labels" else over(group, scratch),
+        over_kd=None if group.objective in ("hard_labels", "kd") else over(group, kd),
+        agreement=group.agreement,
+        lost=[
+            LostStudent(name=one.name, seed=one.seed, state=one.state, reason=one.reason)
+            for one in group.students
+            if one.state != "done"
+        ],
+    )
 
 
 # --- as text --------------------------------------------------------------------------------------------------------
@@ -338,6 +364,9 @@ def _label(row: ComparedRow, table: list[ComparedRow]) -> str:
     """How the row was trained; where several rows of a model were trained so, also the students' common name."""
     alike = [other for other in table if (other.model, other.objective) == (row.model, row.objective)]
     label = OBJECTIVE_LABELS[row.objective]
+    if row.chosen:
+        several = sum(bool(other.chosen) for other in alike) > 1
+        return f"{label}, {CHOSEN_TAU}" + (f": {row.name}" if several else "")
     return label if len(alike) == 1 else f"{label}: {row.name}"
 
 
@@ -363,6 +392,7 @@ def remarks(document: CompareDocument) -> list[str]:
         for row in document.table
         for lost in row.lost
     ]
+    remarks += [f"left out: {one.told}" for one in document.refused]
     if "takd" in document.missing:
         remarks.append("TAKD is missing: give the recipe a teacher.assistant, and a student of objective takd")
     return remarks

@@ -24,8 +24,9 @@ from akd_dist.reporting.drawing import (
     legible,
     picture,
 )
-from akd_dist.reporting.results import Run, names_of
+from akd_dist.reporting.results import Run
 from akd_dist.reporting.seeds import SeedGroup, finished, group_label, pareto_front
+from akd_dist.reporting.several import names_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,9 +55,9 @@ Level = tuple[str | None, float, str, Any]
 def size_figure(run: Run) -> Iterator[Picture]:
     """The primary metric over the number of parameters, one colour an objective."""
     groups = [group for group, _ in finished(run.groups)]
-    assistants = [(f"assistant {one.model}", one.test[run.fleet.metric]) for one in run.fleet.assistants]
-    levels: list[Level] = [("teacher", run.teacher, INK, DASHED)]
-    levels += [(name, height, INK, DOTTED) for name, height in assistants]
+    assistants = [(f"assistant {one.model}", one.metric(run.fleet.metric)) for one in run.fleet.assistants]
+    levels: list[Level] = [] if run.teacher is None else [("teacher", run.teacher, INK, DASHED)]
+    levels += [(name, height, INK, DOTTED) for name, height in assistants if height is not None]
     series = []
     for kind in dict.fromkeys(group.objective for group in groups):
         alike = [group for group in groups if group.objective == kind]
@@ -77,7 +78,7 @@ def runs_figure(runs: list[Run]) -> Iterator[Picture]:
     series: list[Series] = []
     levels: list[Level] = []
     for name, run, colour in zip(names_of(runs), runs, itertools.cycle(SIZE_COLOURS), strict=False):
-        levels.append((None, run.teacher, colour, DASHED))
+        levels += [] if run.teacher is None else [(None, run.teacher, colour, DASHED)]
         for label, scratch in ((name, False), (f"{name}, from scratch", True)):
             alike = [group for group, _ in finished(run.groups) if (group.objective == HARD_LABELS) == scratch]
             series += [Series(label, colour, alike, scratch)] if alike else []

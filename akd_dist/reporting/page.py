@@ -1,4 +1,4 @@
-"""The pages of `akd-dist report`: one for each run, and one that compares several.
+"""The page of a run, and writing it; that of several runs is made in `runs_page`.
 
 Each is one HTML file that opens offline: figures are inline SVG, there are no scripts, and its content policy forbids
 loading anything. The same results give the same bytes.
@@ -8,7 +8,8 @@ import functools
 import itertools
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,21 @@ from akd_dist.base.formatting import (
     amount,
     duration,
     percent,
-    seconds,
     share,
+    thousands,
 )
 from akd_dist.base.places import inside, written
 from akd_dist.documents.error import Refusal
-from akd_dist.documents.fleet import Economics
-from akd_dist.documents.report import ReportDocument, RunDifference, RunsCompared, TauEffect
+from akd_dist.documents.report import ReportDocument, RunsCompared, TauChoice, TauEffect
 from akd_dist.reporting import curves, figures
 from akd_dist.reporting.comparison import cells, columns, remarks
 from akd_dist.reporting.differences import Classes, Numbers
 from akd_dist.reporting.drawing import OBJECTIVE_COLOURS, OTHER_COLOUR
-from akd_dist.reporting.results import Run, check_comparable, differences_of_runs, names_of, read_run, same_test_rows
+from akd_dist.reporting.rendering import owner, template
+from akd_dist.reporting.results import Run, read_run
+from akd_dist.reporting.runs_page import render_runs
 from akd_dist.reporting.seeds import (
+    CHOSEN_TAU,
     SAME,
     SeedGroup,
     best_of,
@@ -45,6 +48,8 @@ from akd_dist.reporting.seeds import (
     plus_minus,
     unfinished,
 )
+from akd_dist.reporting.several import check_comparable, differences_of_runs, pooled, same_test_rows
+from akd_dist.reporting.tables import left_out
 from akd_dist.storage.run_copy import is_copy
 
 PAGE = "report.html"
@@ -132,7 +137,8 @@ def write_reports(
     comparison = None
     if together is not None:
         rows, groups = same_test_rows(runs), differences_of_runs(runs)
-        comparison = RunsCompared(report=str(together), same_test_rows=rows, groups=groups)
+        together_as = [pool.document() for pool in pooled(runs)]
+        comparison = RunsCompared(report=str(together), same_test_rows=rows, groups=groups, pooled=together_as)
     documents = []
     for run in runs:
         path = out if out is not None and together is None else run.folder / PAGE
@@ -144,40 +150,28 @@ def write_reports(
     return ReportDocument(runs=documents, comparison=comparison, refused=told)
 
 
-def _template(name: str) -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=percent, seconds=seconds, duration=duration, amount=amount)
-    return environment.get_template(name)
-
-
 # --- a run's page -----------------------------------------------------------------------------------------------------
 
 
 def render(run: Run) -> str:
     """A run's page as text."""
     fleet, shown, groups = run.fleet, run.shown, run.groups
-    effects, differences = run.tau_effects, _differences(run)
-    text: str = _template("report.html.j2").render(
+    effects, choices, differences = run.tau_effects, run.tau_choices, _differences(run)
+    text: str = template("report.html.j2").render(
         run=run.name,
         fleet=fleet,
         written=functools.partial(inside if is_copy(run.folder) else written, folder=run.folder),
         shown=shown,
         agreeing=not run.regression,
+        thousands=thousands,
         share=share,
         rows=list(_table_rows(run)),
         tiles=_tiles(run),
         unfinished=unfinished(fleet.students),
+        left_out=left_out(fleet),
         comparison=run.comparison and (columns(run.comparison), cells(run.comparison), remarks(run.comparison)),
         size_figures=list(figures.size_figure(run)),
-        effects=list(_effect_rows(effects, shown)),
+        effects=list(_effect_rows(effects, choices, shown)),
         tau_notes=tau_notes(effects),
         tau_figures=list(figures.tau_figures(effects, shown)),
         curve_figures=[*curves.stage_figures(run), *curves.validation_figure(run)],
@@ -185,7 +179,7 @@ def render(run: Run) -> str:
         schedules_drawn=curves.SCHEDULES_DRAWN,
         differences=differences,
         problems=run.problems,
-        economics=[(_owner(one), one) for one in fleet.economics],
+        economics=[(owner(one), one) for one in fleet.economics],
         totals=list(_totals(run)),
         objective_labels=OBJECTIVE_LABELS,
         papers={kind: paper for kind, paper in PAPERS.items() if any(group.objective == kind for group in groups)},
@@ -216,9 +210,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     groups, shown, teacher = run.groups, run.shown, run.fleet.teacher
     tiles = [
         (
-            shown.with_unit(shown.text(run.teacher)),
+            "-" if run.teacher is None else shown.with_unit(shown.text(run.teacher)),
             f"teacher's test {shown.name}",
-            f"{teacher.model}, {teacher.parameters:,} parameters",
+            teacher.model + ("" if teacher.parameters is None else f", {teacher.parameters:,} parameters"),
         ),
         (
             f"{run.done} of {len(run.fleet.students)}",
@@ -247,18 +241,28 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 # --- the effect of tau_max --------------------------------------------------------------------------------------------
 
 
-def _effect_rows(effects: list[TauEffect], shown: MetricFormat) -> Iterator[dict[str, Any]]:
-    previous = None
-    for effect in effects:
-        yield {
-            "effect": effect,
-            "test": interval(shown, effect.test),
-            "over": [
-                interval(shown, one, signed=True) for one in (effect.over_smallest, effect.over_scratch, effect.over_kd)
-            ],
-            "first": effect.family != previous,
-        }
-        previous = effect.family
+def _effect_rows(effects: list[TauEffect], choices: list[TauChoice], shown: MetricFormat) -> Iterator[dict[str, Any]]:
+    """The table's rows; below each family the one whose tau_max is chosen on the validation rows."""
+    chosen = {choice.family: choice for choice in choices}
+    for family, alike in itertools.groupby(effects, key=lambda effect: effect.family):
+        for number, effect in enumerate(alike):
+            yield _effect_row(effect, str(effect.tau_max), len(effect.seeds), shown) | {"first": number == 0}
+        if (choice := chosen.get(family)) is not None:
+            took = Counter(one.tau_max for one in choice.chosen)
+            told = ", ".join(f"{tau_max} x {took[tau_max]}" for tau_max in sorted(took))
+            yield _effect_row(choice, f"{CHOSEN_TAU}: {told}", len(choice.chosen), shown) | {"first": False}
+
+
+def _effect_row(effect: TauEffect | TauChoice, tau_max: str, seeds: int, shown: MetricFormat) -> dict[str, Any]:
+    return {
+        "family": effect.family,
+        "tau_max": tau_max,
+        "seeds": seeds,
+        "test": interval(shown, effect.test),
+        "over": [
+            interval(shown, one, signed=True) for one in (effect.over_smallest, effect.over_scratch, effect.over_kd)
+        ],
+    }
 
 
 def tau_notes(effects: list[TauEffect]) -> list[str]:
@@ -353,10 +357,6 @@ def _cell(number: int, same: bool, most: int) -> tuple[str, str]:
     return (f"{number:,}" if number else "·"), f"heat{level}"
 
 
-def _owner(balance: Economics) -> str:
-    return f"{balance.role}, {balance.model}"
-
-
 # --- totals -----------------------------------------------------------------------------------------------------------
 
 
@@ -373,76 +373,3 @@ def _totals(run: Run) -> Iterator[tuple[str, str]]:
         yield "rows a student trains on in a second of its own time", f"{run.rows_per_second:,.0f}"
     if shared := [one for one in students if one.stage1_from]:
         yield "students that shared another's stage I", f"{len(shared):,}"
-
-
-# --- several runs -----------------------------------------------------------------------------------------------------
-
-
-def render_runs(runs: list[Run]) -> str:
-    """The page that compares runs, as text."""
-    shown, names = runs[0].shown, names_of(runs)
-    compared = differences_of_runs(runs)
-    stems = list(dict.fromkeys(difference.name for difference in compared))
-    by_run = {(difference.run, difference.name): difference for difference in compared}
-    shared = [stem for stem in stems if sum((run.place, stem) in by_run for run in runs) > 1]
-    text: str = _template("runs.html.j2").render(
-        names=names,
-        shown=shown,
-        rows=list(map(_run_row, names, runs)),
-        warnings=list(_warnings(runs)),
-        figures=list(figures.runs_figure(runs)),
-        group_columns=[
-            "students",
-            f"{names[0]}, {shown.label}",
-            *itertools.chain.from_iterable((f"{name}, {shown.label}", f"less {names[0]}") for name in names[1:]),
-        ],
-        groups=[
-            [
-                stem,
-                *itertools.chain.from_iterable(
-                    _side(by_run.get((run.place, stem)), shown, run is runs[0]) for run in runs
-                ),
-            ]
-            for stem in shared
-        ],
-        alone=len(stems) - len(shared),
-        economics=[
-            (f"{name}: {_owner(one)}", one)
-            for name, run in zip(names, runs, strict=True)
-            for one in run.fleet.economics
-        ],
-    )
-    return text
-
-
-def _run_row(name: str, run: Run) -> dict[str, Any]:
-    best, shown = best_of(run.groups), run.shown
-    return {
-        "name": name,
-        "teacher": shown.text(run.teacher),
-        "model": run.fleet.teacher.model,
-        "best": plus_minus(shown, best.score if best else None),
-        "which": f"{best.model}, {best.objective_label}" if best else "-",
-        "done": f"{run.done} of {len(run.fleet.students)}",
-        "seconds": duration(run.fleet.seconds),
-        "rate": "-" if run.rows_per_second is None else f"{run.rows_per_second:,.0f}",
-        "saved": run.passes_saved,
-        "lost": [(one.name, one.state, one.reason) for one in unfinished(run.fleet.students)],
-    }
-
-
-def _side(difference: RunDifference | None, shown: MetricFormat, first: bool) -> Iterable[str]:
-    """A run's cells for a group; the first run has no difference to itself."""
-    test, over = (difference.test, difference.over_first) if difference else (None, None)
-    told = interval(shown, test)
-    return (told,) if first else (told, interval(shown, over, signed=True))
-
-
-def _warnings(runs: list[Run]) -> Iterator[str]:
-    match same_test_rows(runs):
-        case False:
-            yield "These runs were measured on different test rows: their numbers are not of the same thing."
-        case None:
-            yield "A run does not say which test rows it was measured on, so they may differ."
-    if len({run.fleet.teacher.fingerprint for run in runs}) > 1:
-        yield "Their teachers differ."

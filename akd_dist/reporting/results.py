@@ -10,49 +10,34 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from akd_dist.base import places
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, is_there
-from akd_dist.base.formatting import (
-    HARD_LABELS,
-    OBJECTIVE_LABELS,
-    SHOWN,
-    MetricFormat,
-    house_table,
-    percent,
-    seconds,
-    share,
-)
+from akd_dist.base.formatting import HARD_LABELS, OBJECTIVE_LABELS, SHOWN, MetricFormat
 from akd_dist.distill.delivery import TEST_NAME
 from akd_dist.documents.damage import load, read_epochs
 from akd_dist.documents.fleet import EpochRecord, FleetDocument, FleetStudent, RunIdentity
-from akd_dist.documents.report import CompareDocument, Difference, ReportedGroup, ReportedRun, RunDifference, TauEffect
+from akd_dist.documents.report import CompareDocument, Difference, ReportedGroup, ReportedRun, TauChoice, TauEffect
 from akd_dist.reporting.comparison import read_comparison
 from akd_dist.reporting.differences import Classes, Numbers, StoredPredictions, classes_of, numbers_of, read_predictions
 from akd_dist.reporting.seeds import (
     SeedGroup,
     baseline,
-    best_of,
+    choices_of,
+    chosen_on_validation,
     estimate,
-    group_label,
     group_students,
-    has_spread,
     over,
     pareto_front,
-    plus_minus,
     unfinished,
 )
 from akd_dist.tracking.status import RunReader
 from akd_dist.tracking.view import headline, next_line
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 PAIRS_TOLD = 20
 """The most pairs of classes that a document names of each group."""
@@ -100,9 +85,9 @@ class Run:
         return SHOWN[self.fleet.metric]
 
     @property
-    def teacher(self) -> float:
-        """The teacher's primary metric on the test rows."""
-        return self.fleet.teacher.test[self.fleet.metric]
+    def teacher(self) -> float | None:
+        """The teacher's primary metric on the test rows; None where it was not measured."""
+        return self.fleet.teacher.metric(self.fleet.metric)
 
     @property
     def regression(self) -> bool:
@@ -185,6 +170,29 @@ class Run:
             if group.tau_max is not None
         ]
 
+    @cached_property
+    def chosen(self) -> dict[str, SeedGroup]:
+        """The students of each family whose tau_max is the best on the validation rows, by what the family shares."""
+        found = {name: chosen_on_validation(family) for name, family in self.tau_families.items()}
+        return {name: chosen for name, chosen in found.items() if chosen is not None}
+
+    @property
+    def tau_choices(self) -> list[TauChoice]:
+        """What choosing tau_max on the validation rows comes to."""
+        return [
+            TauChoice(
+                family=name,
+                model=group.model,
+                objective=group.objective,
+                chosen=choices_of(group),
+                test=estimate(group.by_seed),
+                over_smallest=over(group, self.tau_families[name][0]),
+                over_scratch=over(group, baseline(group, self.groups, HARD_LABELS)),
+                over_kd=over(group, baseline(group, self.groups, "kd")),
+            )
+            for name, group in self.chosen.items()
+        ]
+
     @property
     def rows_per_second(self) -> float | None:
         """Rows that students trained on by the second of their own time; None where the rows are not known."""
@@ -220,6 +228,7 @@ class Run:
             rows_per_second=None if rate is None else round(rate, 1),
             groups=[_reported(group, group in front) for group in self.groups],
             tau_max=self.tau_effects,
+            tau_max_chosen=self.tau_choices,
             differences=[
                 _counted(stem, found) for stem, found in self.differences.items() if isinstance(found, Classes)
             ],
@@ -255,128 +264,6 @@ def _counted(name: str, found: Classes) -> Difference:
         both_wrong_apart=found.both_wrong_apart,
         pairs=found.top(PAIRS_TOLD),
     )
-
-
-# --- several runs -----------------------------------------------------------------------------------------------------
-
-
-def same_test_rows(runs: Iterable[Run]) -> bool | None:
-    """Whether runs were measured on the same test rows, by fingerprint; None where one does not say."""
-    found = [run.identity and run.identity.dataset.get("test") for run in runs]
-    return None if None in found else len(set(found)) == 1
-
-
-def check_comparable(runs: list[Run]) -> None:
-    """Refuse runs whose primary metrics differ: no axis holds both.
-
-    Raises:
-        RefusedError: names two of them.
-    """
-    first = runs[0]
-    for run in runs:
-        if run.fleet.metric != first.fleet.metric:
-            raise RefusedError(
-                "these runs cannot be compared: they were measured by different metrics",
-                got=f"{first.folder}: {first.fleet.metric}; {run.folder}: {run.fleet.metric}",
-                expected="runs of one primary metric",
-                next="report them one by one",
-            )
-
-
-def differences_of_runs(runs: list[Run]) -> list[RunDifference]:
-    """Every group of every run, with its difference to the same group of the first run."""
-    firsts = {group.stem: group for group in runs[0].groups}
-    return [
-        RunDifference(
-            run=run.place,
-            name=group.stem,
-            test=estimate(group.by_seed),
-            over_first=None if run is runs[0] else over(group, firsts.get(group.stem)),
-        )
-        for run in runs
-        for group in run.groups
-    ]
-
-
-def names_of(runs: list[Run]) -> list[str]:
-    """A name for each run: that of its folder, or the whole path where two share it."""
-    names = [run.name for run in runs]
-    return [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
-
-
-# --- the terminal's tables --------------------------------------------------------------------------------------------
-
-
-def fleet_table(fleet: FleetDocument) -> Table:
-    """The results of a run as a table for the terminal: the teacher, then its students, seeds grouped."""
-    from rich.text import Text
-
-    teacher, shown = fleet.teacher, SHOWN[fleet.metric]
-    groups, agreeing = group_students(fleet.students, fleet.metric), fleet.task == "classification"
-    lost = [f"{one.name} {one.state}: {one.reason or 'no reason recorded'}" for one in unfinished(fleet.students)]
-    spread = ", mean ± standard deviation over seeds" if has_spread(groups) else ""
-    table = house_table(
-        f"{Path(fleet.run).name}: test results{spread}",
-        Text("\n".join(lost), style="red") if lost else None,
-    )
-    table.add_column("student", overflow="fold")
-    table.add_column("para-\nmeters", justify="right", no_wrap=True)
-    table.add_column("of\nteacher", justify="right", no_wrap=True)
-    table.add_column("objective", no_wrap=True)
-    for heading in (f"test\n{shown.with_unit(shown.short)}", *["agree-\nment %"] * agreeing, "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    best = shown.text(teacher.test[fleet.metric])
-    table.add_row("teacher", f"{teacher.parameters:,}", "100 %", "", best, style="bold")
-    for assistant in fleet.assistants:
-        table.add_row(
-            Text(f"assistant {assistant.model}"),
-            f"{assistant.parameters:,}",
-            share(assistant.parameters, teacher.parameters),
-            "",
-            shown.text(assistant.test[fleet.metric]),
-            *[percent(assistant.agreement)] * agreeing,
-        )
-    previous = None
-    for group in groups:
-        if group.model != previous:
-            table.add_section()
-        table.add_row(
-            Text(group_label(group, groups)),
-            f"{group.parameters:,}",
-            share(group.parameters, teacher.parameters),
-            Text(group.objective_label),
-            plus_minus(shown, group.score),
-            *[percent(group.agreement)] * agreeing,
-            seconds(group.seconds),
-        )
-        previous = group.model
-    return table
-
-
-def runs_table(runs: list[Run]) -> Table:
-    """Several runs as a table for the terminal, one row each."""
-    from rich.text import Text
-
-    shown = runs[0].shown
-    table = house_table(f"{len(runs)} runs")
-    table.add_column("run", overflow="fold")
-    for heading in (f"teacher\n{shown.with_unit(shown.short)}", f"best student\n{shown.with_unit(shown.short)}"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("which", overflow="fold")
-    for heading in ("done", "seconds", "passes\nsaved"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, run in zip(names_of(runs), runs, strict=True):
-        best = best_of(run.groups)
-        table.add_row(
-            Text(name),
-            shown.text(run.teacher),
-            plus_minus(shown, best.score if best else None),
-            Text(f"{best.model}, {best.objective_label}" if best else "-"),
-            f"{run.done} of {len(run.fleet.students)}",
-            seconds(run.fleet.seconds),
-            run.passes_saved,
-        )
-    return table
 
 
 # --- reading a run ----------------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ from functools import cached_property
 
 from akd_dist.base.formatting import HARD_LABELS, OBJECTIVE_LABELS, MetricFormat
 from akd_dist.documents.fleet import FleetStudent
-from akd_dist.documents.report import Estimate
+from akd_dist.documents.report import ChosenTau, Estimate
 
 CONFIDENCE = 0.95
+CHOSEN_TAU = "τ chosen on validation"
+"""How a row is called whose tau_max is chosen on the validation rows, seed by seed."""
 SAME = 5e-7
 """Scores that differ by less are the same: metrics are kept to seven digits."""
 
@@ -94,6 +96,8 @@ class SeedGroup:
     metric: str = "accuracy"
     """The run's primary metric."""
     students: list[FleetStudent] = field(default_factory=list)
+    chosen: bool = False
+    """Whether these are students of several tau_max, of each seed the one that is best on the validation rows."""
 
     @property
     def done(self) -> list[FleetStudent]:
@@ -119,6 +123,8 @@ class SeedGroup:
     def objective_label(self) -> str:
         """How the students were trained, as a reader says it."""
         label = OBJECTIVE_LABELS.get(self.objective, self.objective)
+        if self.chosen:
+            return f"{label}, {CHOSEN_TAU}"
         return f"{label}, τ {self.tau_max}" if self.tau_max is not None else label
 
     @cached_property
@@ -153,9 +159,14 @@ def group_students(students: Iterable[FleetStudent], metric: str = "accuracy") -
         # The name as well, since grids may vary what stands in none of the other three.
         key = (student.model, student.objective, student.tau_max, student.name.removesuffix(f"-s{student.seed}"))
         groups.setdefault(key, SeedGroup(*key, metric)).students.append(student)
+    return in_order(groups.values())
+
+
+def in_order(groups: Iterable[SeedGroup]) -> list[SeedGroup]:
+    """Smallest model first, objectives as in the papers' tables."""
     order = list(OBJECTIVE_LABELS)
     return sorted(
-        groups.values(),
+        groups,
         key=lambda group: (
             group.parameters,
             group.model,
@@ -174,6 +185,32 @@ def group_label(group: SeedGroup, groups: Iterable[SeedGroup]) -> str:
         if (other.model, other.objective, other.tau_max) == (group.model, group.objective, group.tau_max)
     ]
     return group.model if len(alike) == 1 else group.stem
+
+
+def chosen_on_validation(family: Sequence[SeedGroup]) -> SeedGroup | None:
+    """Of groups that differ in tau_max alone, for each seed the student of the best validation metric, as one group.
+
+    So the papers tune tau_max. The test rows are read once, of the student that was chosen. Seeds of which some student
+    did not finish are left out; of equal students the one of the smallest tau_max is taken. None for a single tau_max.
+    """
+    first = family[0]
+    found = [{one.seed: one for one in group.done if one.test and one.validation} for group in family]
+    if len(found) < 2 or not (seeds := set.intersection(*map(set, found))):
+        return None
+    chosen = SeedGroup(first.model, first.objective, None, first.stem_without_tau, first.metric, chosen=True)
+    for seed in sorted(seeds):
+        chosen.students.append(max((of[seed] for of in found), key=lambda one: _validated(one, first.metric)))
+    return chosen
+
+
+def _validated(student: FleetStudent, metric: str) -> float:
+    value = student.validation.get(metric) if student.validation else None
+    return -math.inf if value is None else value
+
+
+def choices_of(chosen: SeedGroup) -> list[ChosenTau]:
+    """Which tau_max it is, seed by seed."""
+    return [ChosenTau(seed=one.seed, tau_max=one.tau_max) for one in chosen.students if one.tau_max is not None]
 
 
 def baseline(group: SeedGroup, groups: Iterable[SeedGroup], kind: str) -> SeedGroup | None:

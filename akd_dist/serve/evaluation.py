@@ -230,10 +230,10 @@ def predict(
 ) -> PredictionDocument:
     """What a model says of every row, as a Parquet file: whole, or absent.
 
-    Columns: `row` int64, counted from 0; `predicted`, the class id int64, or a number, float64, for regression;
-    `probability` float32, of that class, by softmax (classification); `logits`, float32 [classes]; `label`, int64 or
-    float32, where the data have one. The file's metadata say under `akd_dist` which model it was, and the names of its
-    classes. Memory does not grow with the rows.
+    Columns: `row` int64, counted from 0; `file`, of a folder of pictures or of tar files; `predicted`, the class id
+    int64, or a number, float64, for regression; `probability` float32, of that class, by softmax (classification);
+    `logits`, float32 [classes]; `label`, int64 or float32, where the data have one. The file's metadata say under
+    `akd_dist` which model it was, and the names of its classes. Memory does not grow with the rows.
 
     Args:
         student: a model folder, absolute or `s3://`.
@@ -259,7 +259,8 @@ def predict(
         at = 0
         with _as_in_training(model), predictions_file(out, schema, overwrite=overwrite) as write:
             for inputs, labels in _shown(examples, "predicting", on_progress, on_note):
-                write(_table(schema, model, at, inputs, labels))
+                names = None if examples.names is None else examples.names(at, at + len(inputs))
+                write(_table(schema, model, at, inputs, labels, names))
                 at += len(inputs)
     return PredictionDocument(
         student=student,
@@ -302,6 +303,8 @@ def refuse_existing(out: Path, overwrite: bool, instead_of: str | None = None) -
 def _schema(card: ModelCard, examples: Examples, with_logits: bool) -> Any:
     classes = card.task == "classification"
     fields = [("row", pa.int64()), ("predicted", pa.int64() if classes else pa.float64())]
+    if examples.names is not None:
+        fields.insert(1, ("file", pa.string()))
     if classes:
         fields.append(("probability", pa.float32()))
     if with_logits:
@@ -317,12 +320,15 @@ def _schema(card: ModelCard, examples: Examples, with_logits: bool) -> Any:
     return pa.schema(fields, metadata={"akd_dist": json.dumps(told)})
 
 
-def _table(schema: Any, model: Served, start: int, inputs: np.ndarray, labels: np.ndarray | None) -> Any:
+def _table(
+    schema: Any, model: Served, start: int, inputs: np.ndarray, labels: np.ndarray | None, names: Sequence[str] | None
+) -> Any:
     """A batch as the file has it."""
     logits = model.logits(inputs).cpu()
     said = predictions(model.card.task, logits)
     columns: dict[str, Any] = {
         "row": np.arange(start, start + len(inputs)),
+        "file": names,
         "predicted": said.numpy(),
         "label": labels,
     }

@@ -1,4 +1,4 @@
-"""Rows to run a finished model on: a split of a recipe, Parquet files, or the digits; in batches, in order.
+"""Rows to run a finished model on: a split of a recipe, Parquet or picture files, or the digits; in batches, in order.
 
 A recipe's rows are the memory maps that training used. All others are read and decoded batch by batch, so that neither
 memory nor disk grows with them, and they may lack labels.
@@ -6,12 +6,12 @@ memory nor disk grows with them, and they may lack labels.
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from akd_dist import recipe
 from akd_dist.base.errors import RecipeError, RefusedError
@@ -19,22 +19,20 @@ from akd_dist.base.files import expanded
 from akd_dist.base.formatting import some_of
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.blocks import Block, default_threads, map_blocks
-from akd_dist.data.columns import Images, inputs_of, notes_of
+from akd_dist.data.columns import Images, MixedSizesError, inputs_of, notes_of
+from akd_dist.data.framing import lines_for
 from akd_dist.data.labels import Classes, Labels, labels_of
-from akd_dist.data.parquet_files import is_skipped, may_be_parquet
 from akd_dist.data.prepare import READ_BYTES, OpenedSource
 from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.rows import SPLITS, Rows
 from akd_dist.data.schemas import input_kind, label_kind
 from akd_dist.data.sources.base import Source
 from akd_dist.data.sources.kinds import kind_of
-from akd_dist.data.sources.parquet import column_names
 from akd_dist.data.text import ByteTokenizer, Tokenizer, tokenizer_of
 from akd_dist.distill.metrics import EVALUATION_ROWS
 from akd_dist.models.card import ModelCard
+from akd_dist.serve.named_data import NamedData, named_data
 from akd_dist.storage.node_cache import NoRoomError
-from akd_dist.storage.objects import ObjectMissing
-from akd_dist.storage.roots import open_root
 
 DIGITS = "digits"
 RECIPES = (".yaml", ".yml")
@@ -47,11 +45,13 @@ class DataRequest:
     """Which data a user means, and what the data themselves do not tell."""
 
     data: str
-    """A recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; or `digits`."""
+    """A recipe file or a run's folder; Parquet: a file, a folder, a glob or `s3://`; a folder of pictures, or tar files
+    of them; or `digits`."""
     split: recipe.Split | None = None
     """Of a recipe: `train`, `validation` or `test`, the one by default."""
     input: tuple[str, ...] = ()
-    """The column of inputs, or two of a pair of texts; none takes those of the student's run, or `input`."""
+    """The column of inputs, or two of a pair of texts; none takes those of the student's run, or `input`. None of
+    pictures."""
     label: str | None = None
     """The column of labels; none takes that of the student's run, or `label`. An empty name means no labels."""
     tokenizer: str | None = None
@@ -99,6 +99,8 @@ class Examples:
     """All rows, EVALUATION_ROWS at a time, whatever the files are cut into."""
     notes: Callable[[], Sequence[str]]
     """What of the data is left out without being wrong, a line each; known once all batches are read."""
+    names: Callable[[int, int], Sequence[str]] | None = None
+    """The files that rows start..stop - 1 come from, where each is one of its own."""
 
 
 @contextlib.contextmanager
@@ -138,8 +140,8 @@ def open_examples(
         yield examples
         return
     _refuse_options(asked, "split", *(("input", "label", "tokenizer") if asked.data == DIGITS else ()))
-    with _local(asked.data, cache_root) as path:
-        yield _of_source(_source(asked, path, home, need_labels), asked, card, home)
+    with named_data(asked.data, cache_root) as named:
+        yield _of_source(_source(asked, named, card, home, need_labels), asked, card, home)
 
 
 def _recipe_path(data: str) -> Path | None:
@@ -207,36 +209,15 @@ def _of_recipe(
 # ---- everything else, streamed
 
 
-def _source(asked: DataRequest, path: str, home: Home, need_labels: bool) -> Source:
+def _source(asked: DataRequest, named: NamedData, card: ModelCard, home: Home, need_labels: bool) -> Source:
     if asked.data == DIGITS:
         return kind_of(recipe.Digits()).open()
     try:
-        return kind_of(_table(asked, path, home, need_labels)).open()
+        return kind_of(named.spec(home.run, card.class_names, asked.input, asked.label, need_labels)).open()
     except RefusedError as error:
-        if error.next is None or ("recipe" not in error.next and "set `" not in error.next):
+        if error.next is None or not any(word in error.next for word in ("recipe", "set `", "`labels", "`path`")):
             raise
-        advice = "check the path, and name the columns with --input and --label"
-        raise RefusedError(error.what, got=error.got, expected=error.expected, next=advice) from error
-
-
-def _table(asked: DataRequest, path: str, home: Home, need_labels: bool) -> recipe.Parquet:
-    """Which columns are read: those asked for, else those of the run's recipe, else `input` and `label`."""
-    known = recipe.Table()
-    if home.run is not None:
-        tables = [one for one in (home.run.data.test, home.run.data.train) if isinstance(one, recipe.Table)]
-        known = tables[0] if tables else known
-    label = known.label if asked.label is None else asked.label
-    if asked.label is None and not need_labels and label not in column_names(path):
-        label = ""
-    return recipe.Parquet(path=path, input=_one_or_two(asked.input) if asked.input else known.input, label=label)
-
-
-def _one_or_two(columns: tuple[str, ...]) -> str | list[str]:
-    if len(columns) > 2:
-        raise RecipeError(
-            "there are too many columns of inputs", got=", ".join(columns), expected="one, or two of a pair of texts"
-        )
-    return columns[0] if len(columns) == 1 else list(columns)
+        raise RefusedError(error.what, got=error.got, expected=error.expected, next=named.advice) from error
 
 
 def _of_source(source: Source, asked: DataRequest, card: ModelCard, home: Home) -> Examples:
@@ -261,7 +242,7 @@ def _of_source(source: Source, asked: DataRequest, card: ModelCard, home: Home) 
         tokens=inputs.tokens,
     )
     card.check_rows(like, f"the model {home.uri}")
-    labelled = bool(source.label) or (asked.data == DIGITS and asked.label != "")
+    labelled = asked.label != "" and not pa.types.is_null(first.labels.type)
     convert = None
     if labelled:
         _check_names(source, first, card, home)
@@ -269,7 +250,9 @@ def _of_source(source: Source, asked: DataRequest, card: ModelCard, home: Home) 
         convert = labels_of(first.labels, 0, source.label_place, card.task, classes, names)
 
     def read(block: Block) -> Batch:
-        return inputs(block.inputs, block.rows), None if convert is None else _labels(convert, block, card)
+        with _advising(card):
+            pixels = inputs(block.inputs, block.rows)
+        return pixels, None if convert is None else _labels(convert, block, card)
 
     most = max(1, min(EVALUATION_ROWS, READ_BYTES // OpenedSource(source, first, inputs).row_bytes))
     return Examples(
@@ -279,8 +262,20 @@ def _of_source(source: Source, asked: DataRequest, card: ModelCard, home: Home) 
         source.rows,
         labelled,
         lambda: _regrouped(map_blocks(source.blocks(most), read, default_threads())),
-        lambda: notes_of(inputs, source.name),
+        lambda: [*source.notes, *notes_of(inputs, source.name)],
+        source.names,
     )
+
+
+@contextlib.contextmanager
+def _advising(card: ModelCard) -> Iterator[None]:
+    """Where pictures are of several sizes, say how they come to that of the model."""
+    try:
+        yield
+    except MixedSizesError as error:
+        size = lines_for(card.input_shape[1:])
+        error.next = f"save them in one size, or give as data a recipe of them that has{size}"
+        raise
 
 
 def _labels(convert: Labels, block: Block, card: ModelCard) -> np.ndarray:
@@ -382,40 +377,3 @@ def known_text(tokenizer: str | None, card: ModelCard, home: Home) -> recipe.Tex
     if (Path(home.uri) / "tokenizer_config.json").is_file():
         return recipe.HuggingFaceText(path=home.uri, length=length)
     return None
-
-
-# ---- object storage
-
-
-@contextlib.contextmanager
-def _local(data: str, cache_root: Path) -> Iterator[str]:
-    """A path for what lies in object storage: its Parquet files are copied to this machine while they are read."""
-    if "://" not in data:
-        yield data
-        return
-    parent, _, name = data.rstrip("/").rpartition("/")
-    one_file = name.endswith(".parquet")
-    root = open_root(parent if one_file else data)
-    keys = [name] if one_file else [key for key in root.list() if not is_skipped(key) and may_be_parquet(key)]
-    if not keys:
-        raise RefusedError(
-            f"no Parquet file under {data}",
-            got="0 objects",
-            expected="objects that hold Parquet",
-            next="name a Parquet object, or what its name begins with up to a slash",
-        )
-    cache_root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="examples-", dir=cache_root) as folder:
-        for key in keys:
-            target = Path(folder) / key
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                target.write_bytes(root.get(key))
-            except ObjectMissing as error:
-                raise RefusedError(
-                    f"no Parquet file at {data}",
-                    got="no object of that name",
-                    expected="one object, or a folder of them; a `*` is read as it stands",
-                    next="name the folder, whose Parquet files are all read",
-                ) from error
-        yield str(Path(folder) / name) if one_file else folder

@@ -238,8 +238,12 @@ class RunReader:
         # After a worker's death a student stands in the progress of two cohorts: the later one tells how far it is now.
         live = {student.name: (student, when) for progress, when in told for student in progress.students}
         metric = plan.metric if plan else saved.metric if saved else ""
+        # A plan that was made before students were taken out still has them.
+        kept = None if saved is None else {student.name for student in saved.students}
         found = []
         for planned in plan.students if plan else _saved_students(saved):
+            if kept is not None and planned.name not in kept:
+                continue
             progress, when = live.get(planned.name, (None, 0))
             again = planned.name in queued
             if again and progress is not None and progress.state == "failed":

@@ -6,6 +6,7 @@ Everything is looked up once: the stores that are found sealed stay open, and ar
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 
 from rich.console import Console
 
@@ -15,20 +16,24 @@ from akd_dist.base.files import check_folder
 from akd_dist.data.findings import near_chance
 from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.data.views import by_content, check_augmentation
+from akd_dist.distill.agreement import check_in_store, check_on_rows
 from akd_dist.distill.teacher import served_fingerprint
 from akd_dist.distill.trial import try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
+from akd_dist.documents.check import TeacherCheck
 from akd_dist.jobs.packing import ResourceRequest
+from akd_dist.jobs.planning.stored import check_kind, stores_of
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.train_teacher import Stores, Trained, Workspace, assistant_of, is_there, teacher_of
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
-from akd_dist.models.folder import load_card
-from akd_dist.recipe import NoAugmentation, Recipe
+from akd_dist.models.folder import load_card, read_model
+from akd_dist.models.imported import Imported, open_checkpoint
+from akd_dist.recipe import NoAugmentation, Recipe, Split, StoredTeacher
 from akd_dist.storage import catalog
 from akd_dist.storage.encodings import encoding_from_config
-from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS, Shard, StoreLayout
+from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS, TEACHERS, Shard, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.roots import open_root
@@ -69,10 +74,15 @@ class CachedModel:
     name: str
     """`the teacher`, or `the assistant mlp-64`."""
     model_uri: str
-    """Its model folder."""
-    card: ModelCard
-    """What is built there."""
+    """Its model folder; empty where there are only stores."""
+    card: ModelCard | None
+    """What is built there; None where there are only stores."""
     plans: list[SplitPlan]
+    """Of each split; of a teacher of whom there are only stores, of those that have one."""
+    imported: Imported | None = None
+    """The checkpoint that it comes from; None of a model folder."""
+    check: TeacherCheck | None = None
+    """What was found of it on labelled rows; None of a model that the recipe trains."""
 
     @property
     def opened(self) -> dict[str, LogitStore]:
@@ -144,30 +154,62 @@ def open_rows(recipe: Recipe, workspace: Workspace, *, students: bool, again: bo
 def with_models(inputs: Inputs, workspace: Workspace) -> Inputs:
     """The second half of `open_inputs`: the models that are there by now, with their stores."""
     recipe, splits = inputs.recipe, inputs.splits
-    models = models_there(recipe, splits, workspace.store_root)
+    models = models_there(recipe, splits, workspace)
     for model in models:
         look_up(model, recipe, workspace)
-    check_models(recipe, splits, models)
+    check_models(recipe, splits, models, workspace)
     return replace(inputs, models=models)
 
 
-def models_there(recipe: Recipe, splits: Splits, store_root: str) -> list[CachedModel]:
+def models_there(recipe: Recipe, splits: Splits, workspace: Workspace) -> list[CachedModel]:
     """The models of the chain that are there, from the teacher on; what their stores are is known, but not looked up.
 
     An assistant is found by what it learns from, so its place is not known before the model above it is there.
     """
     models: list[CachedModel] = []
     while len(models) <= len(recipe.teacher.chain):
+        if not models and recipe.teacher.store is not None:
+            models.append(stored_teacher(recipe, recipe.teacher.store, splits, workspace.store_root))
+            continue
         trained = next_below(recipe, splits, models)
-        uri = str(recipe.teacher.weights) if trained is None else trained.uri(store_root)
-        if trained is not None and not is_there(uri):
+        if trained is None:
+            models.append(_given_teacher(recipe, splits, workspace))
+            continue
+        uri = trained.uri(workspace.store_root)
+        if not is_there(uri):
             break
-        models.append(model_at("the teacher" if trained is None else trained.name, uri, recipe, splits))
+        models.append(model_at(trained.name, uri, recipe, splits))
     return models
 
 
+def stored_teacher(recipe: Recipe, named: StoredTeacher, splits: Splits, store_root: str) -> CachedModel:
+    """A teacher of whom there are only stores, as the recipe names them."""
+    plans = []
+    for split, store in stores_of(recipe, named, splits, store_root).items():
+        creation = store.manifest.creation()
+        # Who asks for fewer views learns the same from a store of more.
+        views = recipe.data.views if split == "train" else 1
+        identity = creation.identity.model_copy(update={"views": views})
+        creation = creation.model_copy(update={"identity": identity})
+        plans.append(SplitPlan(split, getattr(splits, split), creation, store))
+    return CachedModel("the teacher", "", None, plans)
+
+
+def _given_teacher(recipe: Recipe, splits: Splits, workspace: Workspace) -> CachedModel:
+    """The teacher that the recipe does not train: a model folder, or a checkpoint from elsewhere.
+
+    A checkpoint becomes a model folder beside the stores, by its content, once something is to be computed with it.
+    """
+    model, source = recipe.teacher.model, recipe.teacher.checkpoint
+    if model is None or source is None:
+        return model_at("the teacher", str(recipe.teacher.weights), recipe, splits)
+    imported = open_checkpoint(model, source, splits.train, recipe.data, Path(workspace.cache_root))
+    uri = f"{workspace.store_root.rstrip('/')}/{TEACHERS}/{imported.card.fingerprint[:32]}"
+    return replace(_of_card("the teacher", uri, imported.card, recipe, splits), imported=imported)
+
+
 def next_below(recipe: Recipe, splits: Splits, above: Sequence[CachedModel]) -> Trained | None:
-    """The model of the chain below those, as it is trained; None is a teacher whose weights lie somewhere."""
+    """The model of the chain below those, as it is trained; None is a teacher that lies somewhere."""
     if not above:
         return teacher_of(recipe, splits)
     return assistant_of(recipe, splits, recipe.teacher.chain[len(above) - 1], above[-1].taught, above[-1].stores)
@@ -176,7 +218,8 @@ def next_below(recipe: Recipe, splits: Splits, above: Sequence[CachedModel]) -> 
 def look_up(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
     """Find which stores of a model are sealed, and what the others miss as far as it can be told without a claim."""
     for plan in model.plans:
-        plan.store = catalog.find_store(workspace.store_root, plan.identity)
+        if plan.store is None:  # else the recipe names it
+            plan.store = catalog.find_store(workspace.store_root, plan.identity)
         if plan.store is None:
             if workspace.address is None:
                 # Which card the nodes of a cluster have is not asked: views that are there may count as missing.
@@ -187,7 +230,6 @@ def look_up(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
             taken = 0 if source is None else source.identity.views
             shards = plan.identity.layout.shards()
             plan.missing = [one for one in shards if one.view >= taken and one.receipt_key not in done]
-    tell_of_chance(model, workspace.console)
 
 
 def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
@@ -215,6 +257,7 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
         waits = foreseen(cluster.all_nodes(), room_of_teacher(recipe), WORK_OF_TEACHER, workspace.demand())
     return PlanDocument(
         dry_run=True,
+        teacher_check=models[0].check if models else None,
         store_root=workspace.store_root,
         bytes=needed,
         free=root.free_bytes(),
@@ -236,20 +279,24 @@ def _planned(recipe: Recipe, splits: Splits, model: CachedModel | None) -> Plann
         shards = list(layout.shards()) if plan is None else plan.missing
         size = sum(layout.stored_bytes(shard) for shard in shards)
         hit = plan is not None and plan.store is not None
-        known = {"rows": len(rows), "views": views, "unlabelled": rows.unlabelled}
-        return PlannedSplit(**known, hit=hit, shards=len(shards), bytes=size)
+        counts = {"rows": len(rows), "unlabelled": rows.unlabelled, "shards": len(shards), "bytes": size}
+        return PlannedSplit(views=views, hit=hit, **counts)
 
-    train, validation, test = [None] * len(SPLITS) if model is None else model.plans
+    names: tuple[Split, ...] = ("train", "validation", "test")
+    plans = {} if model is None else {plan.split: plan for plan in model.plans}
     return {
-        "train": of(splits.train, recipe.data.views, train),
-        "validation": of(splits.validation, 1, validation),
-        "test": of(splits.test, 1, test),
+        split: of(getattr(splits, split), recipe.data.views if split == "train" else 1, plans.get(split))
+        for split in names
+        if model is None or split in plans
     }
 
 
 def model_at(name: str, uri: str, recipe: Recipe, splits: Splits) -> CachedModel:
     """A model that is there, and the stores that the recipe asks for; these are still to be looked up."""
-    card = load_card(uri, recipe.trusted)
+    return _of_card(name, uri, load_card(uri, recipe.trusted), recipe, splits)
+
+
+def _of_card(name: str, uri: str, card: ModelCard, recipe: Recipe, splits: Splits) -> CachedModel:
     rows: dict[str, Rows] = {split: getattr(splits, split) for split in SPLITS}
     plans = [SplitPlan(split, of, creation_of(recipe, of, split, card, recipe.device)) for split, of in rows.items()]
     return CachedModel(name, uri, card, plans)
@@ -294,10 +341,11 @@ def computed_on(device: str, creation: Creation) -> Creation:
     return creation.model_copy(update={"computed": creation.computed.model_copy(update={"device": device})})
 
 
-def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel]) -> None:
+def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], workspace: Workspace) -> None:
     """Try the teacher and its assistants on these rows before anything is trained or cached.
 
-    What is trained already is not tried again, and weights whose logits are stored are not loaded.
+    What is trained already is not tried again, and weights whose logits are stored are not loaded. A teacher that the
+    recipe does not train is asked of rows with labels, and what it said is told.
 
     Args:
         models: those that are there, looked up.
@@ -308,10 +356,10 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel]) 
         DamagedError: weights or a store are not what was written.
     """
     rows, data = splits.train, recipe.data
-    if (uri := recipe.teacher.weights) is not None:
-        models[0].card.check_rows(rows, f"the teacher in {uri}")
-        if len(models[0].opened) < len(SPLITS):
-            try_teacher(uri, rows, recipe.cache, recipe.trusted)
+    if recipe.teacher.store is not None:
+        check_kind(recipe, models[0].opened["train"])
+    elif recipe.teacher.train is None:
+        _check_given(models[0], recipe, splits, workspace)
     elif (teacher := teacher_of(recipe, splits)) is not None and not models:
         assert recipe.teacher.train is not None
         its = splits.of_teacher or splits
@@ -319,6 +367,28 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel]) 
     for number, assistant in enumerate(recipe.teacher.chain, 1):
         try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, data)
     check_augmentation(data.augmentation, data.seed, rows.inputs, rows.tokens)
+    for model in models:
+        tell_of_chance(model, workspace.console)
+
+
+def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: Workspace) -> None:
+    """Try a teacher that the recipe does not train, and ask it of labelled rows, if only in its stores."""
+    assert model.card is not None, "there are weights"
+    model.card.check_rows(splits.train, f"the teacher in {model.model_uri}")
+    if (store := model.opened.get("validation")) is not None and len(model.opened) == len(SPLITS):
+        model.check = check_in_store(store, splits.validation)
+    else:
+        if model.imported is not None:
+            module = model.imported.module(Path(workspace.cache_root))
+            try_teacher(module, model.card, splits.train, recipe.cache)
+            if model.imported.notes:
+                workspace.tell(f"{model.imported.source}: {'; '.join(model.imported.notes)}")
+        else:
+            module, card = read_model(model.model_uri, recipe.trusted)
+            try_teacher(module, card, splits.train, recipe.cache)
+        model.check = check_on_rows(module, splits.validation)
+    for warning in model.check.warnings:
+        tell_once(workspace.console, warning)
 
 
 def room_of_teacher(recipe: Recipe) -> ResourceRequest:
@@ -342,7 +412,7 @@ def check_room(store_root: str, needed: int) -> None:
 
 def tell_of_chance(model: CachedModel, console: Console) -> None:
     """Say so if a model, by what the shards of its train store say, knows hardly anything of the labels."""
-    if (store := model.opened.get("train")) is None:
+    if (store := model.opened.get("train")) is None or (model.check is not None and model.check.warnings):
         return
     rows, shards = model.plans[0].rows, zip(store.layout.shards(), store.manifest.records(), strict=True)
     # The first rows have labels; in regression no label is chosen.

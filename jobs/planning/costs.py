@@ -89,6 +89,10 @@ class CostModel:
     """Logits of a row."""
     behind: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(epoch, step) of the last checkpoint of those that resume."""
+    stages1: Mapping[str, str] = field(default_factory=dict)
+    """Of those that begin with stage II, since their stage I was trained before: where it lies under the store root."""
+    pauses: Mapping[str, int] = field(default_factory=dict)
+    """After how many epochs students wait for another command, by name; all others go on to their end."""
     fetching: int = 0
     """Bytes of rows that a worker has in its memory, on their way into the node's cache."""
     each_epoch: bool = False
@@ -103,6 +107,7 @@ class CostModel:
         parameters: Mapping[str, int],
         measured: Mapping[str, Measured | None],
         behind: Mapping[str, tuple[int, int]] | None = None,
+        stages1: Mapping[str, str] | None = None,
     ) -> CostModel:
         """The costs of a recipe's students on these rows."""
         train = splits.train
@@ -117,6 +122,7 @@ class CostModel:
             row_bytes=train.row_bytes,
             classes=train.classes,
             behind=behind or {},
+            stages1=stages1 or {},
             fetching=0 if train.sealed is None else bytes_ahead(train.row_bytes),
             each_epoch=recipe.checkpoint_seconds == 0,
         )
@@ -142,12 +148,17 @@ class CostModel:
 
     def starts_at(self, spec: StudentSpec, follows: bool = False) -> tuple[int, int]:
         """(epoch, step) from which a student computes; one that follows computes no stage I."""
-        return (stages(spec.objective)[0].epochs, 0) if follows else self.behind.get(spec.name, (0, 0))
+        skips = follows or spec.name in self.stages1
+        return (stages(spec.objective)[0].epochs, 0) if skips else self.behind.get(spec.name, (0, 0))
+
+    def ends_at(self, spec: StudentSpec) -> int:
+        """After how many epochs a student ends, or waits."""
+        return min(spec.objective.epochs, self.pauses.get(spec.name, spec.objective.epochs))
 
     def steps_left(self, spec: StudentSpec, follows: bool = False) -> int:
         """Steps that a student still computes."""
         done = self.steps_until(spec, *self.starts_at(spec, follows))
-        return max(0, self.steps_until(spec, spec.objective.epochs) - done)
+        return max(0, self.steps_until(spec, self.ends_at(spec)) - done)
 
     def seconds(self, spec: StudentSpec, follows: bool = False) -> float:
         """Seconds that a student adds to its cohort: steps, evaluations, checkpoints, and its setting up."""
@@ -155,7 +166,7 @@ class CostModel:
         epoch, step = self.starts_at(spec, follows)
         legs = self._legs(spec)
         per_epoch = next((leg for leg in legs if epoch < leg.end), legs[-1]).batches.steps
-        epochs = max(0.0, spec.objective.epochs - epoch - step / per_epoch)
+        epochs = max(0.0, self.ends_at(spec) - epoch - step / per_epoch)
         evaluated, kept = epochs * self.evaluated + self.tested, epochs if self.each_epoch else 0.0
         stepping = steps * (one.step or UNKNOWN_SECONDS)
         return one.start + stepping + one.evaluation * evaluated + one.keeping * kept
@@ -172,7 +183,7 @@ class CostModel:
         return found
 
     def _is_past_stage1(self, spec: StudentSpec) -> bool:
-        epoch, _ = self.behind.get(spec.name, (0, 0))
+        epoch, _ = self.starts_at(spec)
         return epoch >= stages(spec.objective)[0].epochs
 
     def family_seconds(self, family: Cohort) -> float:
@@ -204,10 +215,13 @@ class CostModel:
         return found
 
     def _legs(self, spec: StudentSpec) -> tuple[_Leg, ...]:
-        its = stages(spec.objective)
-        ends = itertools.accumulate(stage.epochs for stage in its)
+        """Its stages, as far as they come before it ends or waits."""
+        ends, until = [0, *itertools.accumulate(one.epochs for one in stages(spec.objective))], self.ends_at(spec)
+        begun = zip(itertools.pairwise(ends), stages(spec.objective), strict=True)
         return tuple(
-            _Leg(end, stage.needs_logits, self.batches(spec, stage)) for end, stage in zip(ends, its, strict=True)
+            _Leg(min(end, until), stage.needs_logits, self.batches(spec, stage))
+            for (begin, end), stage in begun
+            if begin < until
         )
 
     def stream_steps(self, cohort: Cohort) -> int:

@@ -2,8 +2,8 @@
 
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from akd_dist.base.formatting import counted, duration, size
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.distill.checkpoint import checkpoints, numbers_of
 from akd_dist.distill.job import CohortJob, ended
+from akd_dist.distill.stage1 import stages1_there
 from akd_dist.documents.cache import PlanDocument
 from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort, PlannedStudent, RemovedRun
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, timetable
@@ -25,6 +26,7 @@ from akd_dist.jobs.planning.costs import Cohort, CostModel
 from akd_dist.jobs.planning.planner import (
     START_SECONDS,
     Alternative,
+    cohort_job,
     groups_of,
     learns_from_assistant,
     nodes_to_come,
@@ -71,6 +73,7 @@ def costs_of(
     parameters: dict[str, int],
     root: Path | None,
     workspace: Workspace,
+    stages1: Mapping[str, str] | None = None,
 ) -> CostModel:
     """What the students that are not done take, from a short probe and from where their checkpoints stand.
 
@@ -78,6 +81,7 @@ def costs_of(
 
     Args:
         root: the folder of student folders; None for a run that begins afresh.
+        stages1: whose stage I was trained before, and where it lies.
     """
     probed, sealed = (recipe, todo, parameters, workspace.cache_root), splits.train.sealed
     elsewhere = todo and gpus_of(recipe.device) and not torch.cuda.is_available()
@@ -85,8 +89,10 @@ def costs_of(
         measured = measure_there(*probed, workspace.tell, workspace.folder, sealed)
     else:
         measured = measure_all(*probed, sealed)
-    places = {spec.name: position(root / spec.name / "checkpoints") for spec in todo} if root else {}
-    return CostModel.of(recipe, splits, parameters, measured, {name: at for name, at in places.items() if at})
+    found = {spec.name: position(root / spec.name / "checkpoints") for spec in todo} if root else {}
+    places = {name: at for name, at in found.items() if at}
+    there = {name: key for name, key in (stages1 or {}).items() if name not in places}
+    return CostModel.of(recipe, splits, parameters, measured, places, there)
 
 
 def position(folder: Path) -> tuple[int, int] | None:
@@ -96,13 +102,20 @@ def position(folder: Path) -> tuple[int, int] | None:
 
 
 def plan_run(
-    inputs: Inputs, run: Path, workspace: Workspace, *, fresh: bool, shuffle: windows.Shuffle | None = None
+    inputs: Inputs,
+    run: Path,
+    workspace: Workspace,
+    *,
+    fresh: bool,
+    shuffle: windows.Shuffle | None = None,
+    pauses: Mapping[str, int] | None = None,
 ) -> RunPlan:
     """Plan what is left to do of a run that is held: students are probed, and nothing is written.
 
     Args:
         fresh: as if the run had not begun.
         shuffle: how epochs shuffle, as far as that is settled; else it is chosen.
+        pauses: after how many epochs students wait for another command; who stands there has nothing to do.
 
     Raises:
         AkdError: what cannot fit the disk, the store root or the cluster.
@@ -125,9 +138,18 @@ def plan_run(
             if shuffle.window is not None:
                 workspace.tell(f"rows are shuffled in windows of {shuffle.window:,}: {shuffle.why}")
         windows.check_window(demands, shuffle, room, workers=max((spec.workers for spec in todo), default=1))
+    if pauses:
+        todo = [spec for spec in todo if _goes_on(spec, Path(base.root), pauses)]
     if todo:
         workspace.tell("probing what the students take")
-    costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), workspace)
+    stages1: dict[str, str] = {}
+    if inputs.complete:  # else what students learn from is not known
+        job = replace(base, data=windows.with_window(recipe, shuffle).data, stages=workspace.store_root)
+        for specs in groups_of(todo, recipe.device):
+            of_cohort = cohort_job(replace(job, stores=inputs.models[0].stores), specs, inputs.models[-1].stores)
+            stages1 |= stages1_there(of_cohort, list(specs))
+    costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), workspace, stages1)
+    costs = replace(costs, pauses=pauses or {})
     waits = workspace.demand().waits
     planned = nodes_to_come(recipe, todo, nodes, costs) if waits else nodes
     cohorts, tried = plan_cohorts(recipe, todo, planned, costs) if todo else ([], [])
@@ -135,6 +157,12 @@ def plan_run(
     if fresh:
         document = document.model_copy(update={"removes": removed_by_fresh(run)})
     return RunPlan(inputs, windows.with_window(recipe, shuffle), run, todo, cohorts, costs, nodes, document)
+
+
+def _goes_on(spec: StudentSpec, root: Path, pauses: Mapping[str, int]) -> bool:
+    """Whether a student is not where it waits for another command."""
+    epoch, _ = position(root / spec.name / "checkpoints") or (0, 0)
+    return epoch < pauses.get(spec.name, spec.objective.epochs + 1)
 
 
 def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_root: str) -> CohortJob:
@@ -148,7 +176,7 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
         logs=str(run / "logs"),
         cache_root=cache_root,
         stores=stores,
-        teacher_test=stores.get("test"),
+        teacher_test=stores.get("test", ""),
         control=str(run / "control"),
         attempt=1 + last_attempt(run),
         checkpoint_seconds=recipe.checkpoint_seconds,
@@ -217,6 +245,7 @@ def draw_up(
         removes=None,
         device=recipe.device,
         teacher=_about_teacher(inputs, cache),
+        teacher_check=cache.teacher_check,
         cache_bytes=cache.bytes,
         nodes=len(nodes),
         cpus=sum(node.cpus for node in nodes),
@@ -314,10 +343,15 @@ def planned_student(
         objective=spec.objective.kind,
         parameters=costs.parameters[spec.name],
         standing=standing or ("resumes" if spec.name in costs.behind else "new"),
-        rides=leader,
+        rides=leader or _short(costs.stages1.get(spec.name)),
         steps=0 if standing == "ended" else costs.steps_left(spec, leader is not None),
         seconds=round(costs.seconds(spec, leader is not None), 3) if known else None,
     )
+
+
+def _short(key: str | None) -> str | None:
+    """What lies under the store root, as a store is called by the first digits of its id."""
+    return None if key is None else key.removesuffix(".ckpt")[:-52]
 
 
 def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: CostModel) -> int:

@@ -143,7 +143,7 @@ def test_every_command_has_help_that_fits(words: tuple[str, ...], run: Any) -> N
     assert max(map(len, outcome.out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("words", [(), ("stores",), ("recipe",)], ids=" ".join)
+@pytest.mark.parametrize("words", [(), ("models",), ("stores",), ("recipe",)], ids=" ".join)
 def test_a_group_alone_shows_its_help(words: tuple[str, ...], run: Any) -> None:
     outcome = run(*words)
     assert outcome.code == 0
@@ -154,7 +154,7 @@ def test_commands_stand_in_the_order_of_their_story(run: Any) -> None:
     listed = re.findall(r"^  ([a-z-]+)  ", run("--help").out.split("Commands:")[1], flags=re.MULTILINE)
     assert listed == [
         "quickstart", "cache-teacher", "train-students", "compare", "status", "report", "evaluate", "predict",
-        "export", "stores", "recipe",
+        "export", "models", "stores", "recipe",
     ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from akd_dist.jobs.planning.caching import models_there
 from akd_dist.jobs.repair import repair
 from akd_dist.jobs.run_folder import run_identity
 from akd_dist.jobs.train_students import train_in_process
-from akd_dist.jobs.train_teacher import teacher_of
+from akd_dist.jobs.train_teacher import Workspace, teacher_of
 from akd_dist.models.folder import load_model
 from akd_dist.recipe import Recipe
 from akd_dist.reporting.results import read_fleet
@@ -172,7 +172,9 @@ def test_an_assistant_is_found_by_all_that_its_weights_depend_on(
     recipe = home.recipe_for(**changed)
     splits = prepare(recipe.data, Path(home.cache_root))
     known = [one["path"] for one in home.cached["assistants"]]
-    _, *found = [model.model_uri for model in models_there(recipe, splits, str(home.root / "plain"))]
+    _, *found = [
+        model.model_uri for model in models_there(recipe, splits, Workspace(str(home.root / "plain"), home.cache_root))
+    ]
     assert found == known[: same_first + same_second], "what lies below a model that is not there cannot be known"
 
 

@@ -158,7 +158,7 @@ def test_a_driver_holds_no_rows(
     inputs = open_rows(recipe, workspace, students=True, again=False)
     splits = inputs.splits
     assert set(inputs.parameters) == {"one", "two"}
-    check_models(recipe, splits, models_there(recipe, splits, workspace.store_root))
+    check_models(recipe, splits, models_there(recipe, splits, workspace), workspace)
     measured = measure_all(recipe, recipe.students, inputs.parameters, workspace.cache_root, splits.train.sealed)
     costs = CostModel.of(recipe, splits, inputs.parameters, measured)
     assert (costs.row_bytes, costs.rows, costs.evaluated) == (72, len(own.train), len(own.validation))

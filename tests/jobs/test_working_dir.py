@@ -18,6 +18,7 @@ from akd_dist.jobs.shared import Needed
 from akd_dist.jobs.working_dir import Packed, WorkingDir, moved
 from akd_dist.recipe import DataSpec, Recipe
 from tests.fleets import HARD, a_recipe, a_student
+from tests.pictures import of_classes, samples, tar
 
 NET = {"kind": "custom", "factory": "nets:net", "arguments": {"words": "./words.txt", "width": 4}}
 
@@ -57,6 +58,32 @@ def test_of_a_large_folder_modules_and_what_is_named_travel(folder: Path, monkey
     assert made.note is not None
     assert "larger than 1.0 kB" in made.note
     assert "but not rows/*.parquet" in made.note
+
+
+def test_tar_files_of_a_brace_expression_travel(folder: Path) -> None:
+    for number in range(3):
+        tar(folder / "shards" / f"train-{number}.tar", samples(range(2)))
+    data = {"kind": "webdataset", "path": str(folder / "shards" / "train-{0..1}.tar")}
+    made = WorkingDir.of(recipe_in(folder, train=data), [])
+    assert {"shards/train-0.tar", "shards/train-1.tar"} <= set(made.files)
+    assert made.needed == []
+    assert working_dir.there(data["path"])
+    (folder / "shards" / "train-1.tar").rename(folder / "shards" / "elsewhere.tar")
+    data["path"] = data["path"].replace("0..1", "5..9")
+    assert WorkingDir.of(recipe_in(folder, train=data), []).needed == [data["path"]]
+
+
+def test_a_folder_of_pictures_with_linked_folders_is_needed_as_it_is(folder: Path) -> None:
+    of_classes(folder / "pictures", 6)
+    data = {"kind": "image_folder", "path": str(folder / "pictures")}
+    whole = WorkingDir.of(recipe_in(folder, train=data), [])
+    assert "pictures/dog/001.jpg" in whole.files
+    assert whole.needed == []
+    (folder / "pictures" / "dog").rename(folder / "pictures" / ".dogs")
+    (folder / "pictures" / "dog").symlink_to(".dogs")
+    made = WorkingDir.of(recipe_in(folder, train=data), [])
+    assert made.needed == [data["path"]]
+    assert not [name for name in made.files if name.startswith("pictures")]
 
 
 ODD = ("pipe.py", "lost.py", "long.py", "mem.py", "odd\udcff.py", "folder.py", ".#own.py")

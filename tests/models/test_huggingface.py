@@ -19,9 +19,11 @@ from akd_dist.data.rows import Rows, Splits
 from akd_dist.data.text import Tokens
 from akd_dist.distill.student import Student
 from akd_dist.jobs.planning.caching import check_models
+from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.models.build import build, by_content
 from akd_dist.models.card import CARD, WEIGHTS, ModelCard
 from akd_dist.models.folder import load_card, load_model, read_model, save_model, state_bytes
+from akd_dist.models.imported import Imported, open_checkpoint
 from tests.fleets import ADAMW, a_recipe, a_student, resealed
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", *(f"word{number}" for number in range(35))]
@@ -171,7 +173,7 @@ def test_missing_pretrained_assistant_weights_are_refused(folders: Path, tmp_pat
     trained = {"model": {"kind": "text_transformer", "width": 8}, "train": {"epochs": 1, "optimizer": ADAMW}}
     checked = a_recipe(students, teacher=trained | {"assistant": assistant})
     with pytest.raises(RefusedError, match="the weights of bare cannot be read"):
-        check_models(checked, Splits(*[rows()] * 3), [])
+        check_models(checked, Splits(*[rows()] * 3), [], Workspace(str(tmp_path), str(tmp_path)))
 
 
 def test_a_head_of_another_size_is_replaced(folders: Path, tmp_path: Path) -> None:
@@ -521,3 +523,88 @@ def test_nothing_is_printed_and_the_library_keeps_its_settings(
         logger.disable_progress_bar()
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
+
+
+# ---- fine-tuned models as an architecture and a checkpoint
+
+
+def imported_as(folder: Path, source: Path | None = None, **changes: Any) -> Imported:
+    teacher = recipe.TeacherSpec(
+        model=recipe.HuggingFaceModel(path=str(folder)), weights=None if source is None else str(source)
+    )
+    assert teacher.model is not None
+    assert teacher.checkpoint is not None
+    data = recipe.DataSpec(train=recipe.Digits())
+    return open_checkpoint(teacher.model, teacher.checkpoint, rows(**changes), data, folder.parent / "cache")
+
+
+def test_a_fine_tuned_folder_alone_is_a_teacher_by_its_model(tuned: Path, tmp_path: Path) -> None:
+    """Also as a pickled state dict, in float16, in parallel: read as tensors, and one with the other."""
+    ids = torch.from_numpy(rows().inputs)
+    found = imported_as(tuned)
+    theirs = library().RobertaForSequenceClassification.from_pretrained(tuned).eval()
+    logits = theirs(input_ids=ids.long(), attention_mask=(ids != 0).long()).logits
+    assert torch.equal(found.module(tmp_path)(ids), logits)
+    assert found.notes == []
+    bare = copied(tuned, tmp_path / "bare")
+    (bare / WEIGHTS).unlink()
+    torch.save(theirs.state_dict(), bare / "pytorch_model.bin")
+    torch.save({"state_dict": {f"module.{name}": one for name, one in theirs.state_dict().items()}}, tmp_path / "p.pth")
+    torch.save({name: one.half() for name, one in theirs.state_dict().items()}, tmp_path / "half.bin")
+    assert imported_as(bare).card.fingerprint == found.card.fingerprint
+    parallel = imported_as(tuned, tmp_path / "p.pth")
+    assert parallel.card.fingerprint == found.card.fingerprint
+    assert "`module.` was taken off the names of its weights" in parallel.notes
+    half = imported_as(tuned, tmp_path / "half.bin")
+    assert half.card.fingerprint != found.card.fingerprint
+    assert half.notes == [f"{len(theirs.state_dict())} weights of float16 became float32"]
+    found.publish(str(tmp_path / "published"), tmp_path)
+    module, card = read_model(tmp_path / "published")
+    assert torch.equal(module(ids), logits)
+    assert card.fingerprint == found.card.fingerprint
+
+
+def test_names_of_before_are_those_of_now(tuned: Path, tmp_path: Path) -> None:
+    """As `LayerNorm.gamma`, and positions that were saved once; transformers knows them."""
+    from safetensors.torch import load_file
+
+    state = load_file(tuned / WEIGHTS)
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): one for name, one in state.items()}
+    torch.save(old | {"roberta.embeddings.position_ids": torch.arange(17)[None]}, tmp_path / "old.bin")
+    assert imported_as(tuned, tmp_path / "old.bin").card.fingerprint == imported_as(tuned).card.fingerprint
+
+
+def test_a_model_whose_head_would_be_random_is_refused(folders: Path, tuned: Path) -> None:
+    with pytest.raises(RefusedError, match="do not fit its configuration") as refused:
+        imported_as(folders / "roberta")
+    assert "missing: classifier" in str(refused.value)
+    assert "its head included" in str(refused.value)
+    assert "train: {epochs:" in str(refused.value)
+    with pytest.raises(RefusedError, match=r"of another shape: classifier\.out_proj"):
+        imported_as(tuned, classes=2)
+
+
+def test_a_model_of_classes_of_other_names_is_refused(tuned: Path) -> None:
+    assert imported_as(tuned, class_names=("no", "yes", "maybe")).card.class_names == ("no", "yes", "maybe")
+    with pytest.raises(RefusedError, match="made for other classes, or for another order") as refused:
+        imported_as(tuned, class_names=("yes", "no", "maybe"))
+    assert "no, yes, maybe" in str(refused.value)
+
+
+def test_weights_that_are_not_finite_are_refused(tuned: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(tuned / WEIGHTS)
+    save_file(state | {"classifier.dense.bias": torch.full((16,), torch.nan)}, tmp_path / "nan")
+    with pytest.raises(RefusedError, match=r"classifier\.dense\.bias") as refused:
+        imported_as(tuned, tmp_path / "nan")
+    assert "16 of 16 numbers are NaN" in str(refused.value)
+
+
+def test_a_pickled_folder_alone_is_refused_with_the_way(tuned: Path, tmp_path: Path) -> None:
+    bare = copied(tuned, tmp_path / "bare")
+    torch.save({}, bare / "pytorch_model.bin")
+    (bare / WEIGHTS).unlink()
+    with pytest.raises(RefusedError, match="is a pickle") as refused:
+        load_card(bare)
+    assert "teacher: {model: {kind: ...}, weights: " in str(refused.value)

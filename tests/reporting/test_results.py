@@ -36,7 +36,7 @@ from akd_dist.reporting.drawing import OBJECTIVE_COLOURS
 from akd_dist.reporting.economics import StudentUsage, economics, reading
 from akd_dist.reporting.figures import _beside_each_other, runs_figure, tau_figures
 from akd_dist.reporting.page import render, tau_notes, write_report, write_reports
-from akd_dist.reporting.results import Run, fleet_table, read_fleet, read_run, runs_table, same_test_rows
+from akd_dist.reporting.results import Run, read_fleet, read_run
 from akd_dist.reporting.seeds import (
     SeedGroup,
     Spread,
@@ -46,6 +46,8 @@ from akd_dist.reporting.seeds import (
     pareto_front,
     plus_minus,
 )
+from akd_dist.reporting.several import same_test_rows
+from akd_dist.reporting.tables import fleet_table, runs_table
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.writer import create_store, seal_store, write_shard
 from akd_dist.tracking.status import RunReader, driving

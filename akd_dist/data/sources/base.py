@@ -13,6 +13,7 @@ import numpy as np
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.blocks import Block, Reader
 from akd_dist.data.columns import Place
+from akd_dist.data.file_sets import FileSet
 from akd_dist.storage.remote import RemoteFile, is_remote
 
 
@@ -43,6 +44,16 @@ class Source:
     cuts: np.ndarray | None = None
     """The rows at which reading may begin, int64, sorted, the first one 0: to read another one, those since the cut
     before it are read as well, and dropped. None where it may begin anywhere."""
+    files: tuple[str, ...] = ()
+    """The files that rows lie in, in order; none where the source is one whole."""
+    file_starts: np.ndarray | None = None
+    """The first row of each file, int64 [files]; None with no files."""
+    labels_at_hand: bool = False
+    """Whether labels are known without reading anything: then they are checked before inputs are read."""
+    names: Callable[[int, int], Sequence[str]] | None = None
+    """What rows start..stop - 1 are called where they come from, as files of pictures are."""
+    known: Any = None
+    """What tasks are told of the source, so that they need not look for it again; small, picklable."""
     sample: Callable[[], str] | None = None
     """A hash of a few rows, by which a change is noticed that no file shows; of sources of the user's own."""
 
@@ -104,15 +115,19 @@ def stats_of(files: Sequence[Path | RemoteFile]) -> list[list[Any]]:
     ]
 
 
-def local_files(keys: Mapping[str, Mapping[str, Any]]) -> list[Path]:
-    """The local files that the keys of sources name, each once."""
+def local_files(kinds: Mapping[str, Kind], keys: Mapping[str, Mapping[str, Any]]) -> list[Path | FileSet]:
+    """The local files that the keys of sources name, each once; those of a folder of pictures as one."""
     paths = dict.fromkeys(file[0] for key in keys.values() for file in key.get("files", []))
-    return [Path(path) for path in paths if not is_remote(path)]
+    sets = {str(one): one for kind in kinds.values() if (one := getattr(kind, "file_set", None)) is not None}
+    return [*(Path(path) for path in paths if not is_remote(path)), *sets.values()]
 
 
 def remote_files(keys: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
-    """What the keys of sources say of their objects."""
-    return [list(file) for key in keys.values() for file in key.get("files", []) if is_remote(file[0])]
+    """What the keys of sources say of their objects; of those of a folder of pictures, what they say of all."""
+    files = [list(file) for key in keys.values() for file in key.get("files", []) if is_remote(file[0])]
+    return files + [
+        [key["path"], *key["listing"]] for key in keys.values() if is_remote(key.get("path") or "") and "listing" in key
+    ]
 
 
 def row_of(name: str) -> Callable[[int], str]:

@@ -107,7 +107,7 @@ class _Items:
             inputs, label = self._item(row)
             for value in inputs:
                 if isinstance(value, Image.Image):  # with its palette, and turned
-                    value = np.asarray(pictures.shown(value, recipe.Image().background))
+                    value = np.asarray(pictures.shown(value, recipe.Image()))
                 plain = isinstance(value, str)
                 hashed.update(repr(value if plain else (value.dtype.str, value.shape)).encode())
                 hashed.update(b"" if plain else value.tobytes())

@@ -82,6 +82,8 @@ class IdxSource:
             row_of(name),
             label_blocks=labels_alone,
             classes=self.spec.classes,
+            files=(str(images.path),),
+            file_starts=np.zeros(1, dtype=np.int64),
             cuts=np.zeros(1, dtype=np.int64) if compressed else None,
         )
 

@@ -1,5 +1,6 @@
 """Parquet: a file, a folder or a glob, read by row groups."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,10 @@ class ParquetSource:
             for file, number, at in groups[first : int(np.searchsorted(cuts, stop))]:
                 yield from _cut(self._blocks(spec, file, number, at, most), start, stop)
 
-        return source_of_table(self.spec, self.spec.path, rows, blocks, where, schema, self._notes(), cuts)
+        source = source_of_table(self.spec, self.spec.path, rows, blocks, where, schema, self._notes(), cuts)
+        return dataclasses.replace(
+            source, files=tuple(map(str, self.files)), file_starts=np.array(starts[:-1], dtype=np.int64)
+        )
 
     def _blocks(
         self, spec: recipe.Table, file: Path | RemoteFile, group: int, start: int, most: int

@@ -1,0 +1,95 @@
+"""`akd-dist tune`: a search over what a recipe names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import akd_dist
+from akd_dist.base.formatting import SHOWN, house_table
+from akd_dist.cli.options import json_option, taking
+from akd_dist.cli.plans import print_fleet_plan
+from akd_dist.cli.show import counted, print_json, print_table, progress_console, short_path, stdout_for_results
+from akd_dist.options import TuneOptions
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from akd_dist.documents.tune import TuneDocument, TunedSearch, TunedTrial
+
+TRIALS_SHOWN = 12
+
+
+@click.command("tune")
+@taking(TuneOptions)
+@json_option
+def tune(as_json: bool, **given: Any) -> int:
+    """Search temperatures, lengths, learning rates.
+
+    What the recipe's `search:` blocks name is tried by successive halving, from one store: trials are compared on the
+    validation rows, and the best of them go on. The best of all is measured on the test rows, once. The same command
+    again resumes, or shows the saved result.
+    """
+    from akd_dist.documents.tune import TuneDocument
+
+    with stdout_for_results():
+        document = akd_dist.tune(**given, console=progress_console())
+    if as_json:
+        print_json(document)
+    else:
+        print_tuned(TuneDocument.model_validate(document))
+    return int(not document.get("dry_run") and any(search["best"] is None for search in document["searches"]))
+
+
+def print_tuned(document: TuneDocument) -> None:
+    """What searches came to, or what they would try."""
+    for search in document.searches:
+        print_table(search_table(search, document))
+        if search.block:
+            click.echo("best    as a block of students:")
+            click.echo("".join(f"  {line}\n" for line in search.block.splitlines()), nl=False)
+    if document.left_out:
+        click.echo(f"without a search, and left out: {counted(document.left_out, 'student')}")
+    click.echo(f"epochs  {document.epochs:,}; to the end, all trials would take {document.epochs_of_all:,}")
+    if document.first is not None:
+        click.echo("the first rung:")
+        print_fleet_plan(document.first)
+    else:
+        click.echo(f"result  {short_path(f'{document.run}/tune.json')}")
+        click.echo(f"report  {short_path(f'{document.run}/report.html')}")
+
+
+def search_table(search: TunedSearch, document: TuneDocument) -> Table:
+    """The trials of a search, the best first."""
+    from rich.text import Text
+
+    shown = SHOWN[document.metric]
+    trials = sorted(search.trials, key=lambda trial: _standing(trial, search), reverse=True)
+    more = len(trials) - TRIALS_SHOWN
+    told = [f"and {more:,} more: tune.json has all of them"] if more > 0 else []
+    told += [f"k{one.number:03d} went no further: {one.lost}" for one in trials if one.lost is not None]
+    if search.test is not None:
+        half = "" if search.test.high is None else f" ± {shown.text(search.test.high - search.test.mean)}"
+        told.append(f"test rows, k{search.best:03d} alone: {shown.with_unit(shown.text(search.test.mean) + half)}")
+    table = house_table(f"{search.name}: {counted(len(trials), 'trial')}", Text("\n".join(told)) if told else None)
+    table.add_column("trial", no_wrap=True)
+    table.add_column("values", overflow="fold")
+    for number, _ in enumerate(trials[0].rungs, 1):
+        table.add_column(f"rung {number}", justify="right", no_wrap=True)
+    for trial in trials[:TRIALS_SHOWN]:
+        values = ", ".join(f"{key.rpartition('.')[2]} {_text(value)}" for key, value in trial.values.items())
+        cells = [shown.text(score) for score in trial.scores]
+        cells += [f"epoch {epoch}" if document.dry_run else "" for epoch in trial.rungs[len(cells) :]]
+        best = trial.number == search.best
+        table.add_row(f"k{trial.number:03d}" + " *" * best, Text(values), *cells, style="bold" if best else None)
+    return table
+
+
+def _standing(trial: TunedTrial, search: TunedSearch) -> tuple[bool, int, float, int]:
+    score = trial.scores[-1] if trial.scores else 0.0
+    return trial.number == search.best, len(trial.scores), score, -trial.number
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,49 @@
+"""A column of the data by which rows of something else are joined with its rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+
+from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
+from akd_dist.data.schemas import plain
+from akd_dist.data.sources.kinds import kind_of
+
+_KEYS_AT_ONCE = 1 << 16
+
+
+def key_column(data: recipe.DataSpec, source: str, column: str) -> Any:
+    """The values of a column of a source, one for each of its rows in their order: an Arrow array without nulls.
+
+    Args:
+        source: `train`, or another split that has a source of its own.
+
+    Raises:
+        RefusedError: the source has no columns, or none of that name; or the column has nulls.
+    """
+    spec: Any = getattr(data, source)
+    if not isinstance(spec, recipe.Table):
+        raise _no_keys(source, column, f"a source of kind {spec.kind}, whose columns have no names")
+    try:
+        keyed: Any = spec.model_copy(update={"input": [], "label": column})
+        opened = kind_of(keyed).open()
+    except RefusedError as error:
+        raise _no_keys(source, column, error.got or error.what) from error
+    read: Callable[..., Any] | None = opened.label_blocks
+    if read is None:
+        raise _no_keys(source, column, "rows without named columns")
+    parts = [plain(block.labels) for block in read(_KEYS_AT_ONCE)]
+    keys = pa.chunked_array(parts).combine_chunks()
+    if keys.null_count:
+        raise _no_keys(source, column, f"nulls in {keys.null_count:,} rows")
+    return keys
+
+
+def _no_keys(source: str, column: str, got: str) -> RefusedError:
+    return RefusedError(
+        f"data.{source} has no column {column} that could be a key",
+        got=got,
+        expected="a column of integers or text, another value in each row",
+        next="choose another column, or bring logits in the order of the rows and leave --key out",
+    )

@@ -1,0 +1,26 @@
+"""What a model from elsewhere says of rows whose labels are known, before its logits are stored."""
+
+from akd_dist.documents.base import Count, Document, Share
+
+
+class TeacherCheck(Document):
+    """How far a teacher that no recipe trained agrees with labels; one of accuracy and correlation is null."""
+
+    rows: Count
+    """Validation rows that it was asked of."""
+    accuracy: Share | None = None
+    """Share of them where its first class is the label."""
+    correlation: float | None = None
+    """Of a regression: Pearson's correlation of its values with the labels."""
+    warnings: list[str] = []
+    """What to look at, where it knows hardly anything of the labels."""
+
+    @property
+    def line(self) -> str:
+        """That in a line, for people."""
+        rows = f"{self.rows:,} validation rows" if self.rows != 1 else "1 validation row"
+        if self.accuracy is not None:
+            return f"the teacher chooses the label of {self.accuracy:.1%} of {rows}"
+        if self.correlation is not None:
+            return f"the teacher's values correlate with the labels of {rows} by {self.correlation:.3f}"
+        return f"the teacher's values, or the labels, are the same for all of {rows}: nothing can be said of it"

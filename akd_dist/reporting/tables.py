@@ -1,0 +1,129 @@
+"""Results of runs as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from akd_dist.base.formatting import SHOWN, house_table, percent, seconds, share, some_of, thousands
+from akd_dist.documents.fleet import FleetDocument
+from akd_dist.reporting.results import Run
+from akd_dist.reporting.seeds import (
+    SeedGroup,
+    best_of,
+    estimate,
+    group_label,
+    group_students,
+    has_spread,
+    interval,
+    plus_minus,
+    unfinished,
+)
+from akd_dist.reporting.several import names_of, pool_notes, pooled
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table:
+    """The results of a run as a table for the terminal: the teacher, then its students, seeds grouped.
+
+    Args:
+        chosen: of its families of tau_max, the students that the validation rows choose; below the others.
+    """
+    from rich.text import Text
+
+    teacher, shown = fleet.teacher, SHOWN[fleet.metric]
+    groups, agreeing = group_students(fleet.students, fleet.metric), fleet.task == "classification"
+    lost = [f"{one.name} {one.state}: {one.reason or 'no reason recorded'}" for one in unfinished(fleet.students)]
+    spread = ", mean ± standard deviation over seeds" if has_spread(groups) else ""
+    caption = Text("\n").join([*(Text(line, style="red") for line in lost), *map(Text, left_out(fleet))])
+    table = house_table(f"{Path(fleet.run).name}: test results{spread}", caption if caption.plain else None)
+    table.add_column("student", overflow="fold")
+    table.add_column("para-\nmeters", justify="right", no_wrap=True)
+    table.add_column("of\nteacher", justify="right", no_wrap=True)
+    table.add_column("objective", no_wrap=True)
+    for heading in (f"test\n{shown.with_unit(shown.short)}", *["agree-\nment %"] * agreeing, "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    best, whole = shown.text(teacher.metric(fleet.metric)), share(teacher.parameters, teacher.parameters)
+    table.add_row("teacher", thousands(teacher.parameters), whole, "", best, style="bold")
+    for assistant in fleet.assistants:
+        table.add_row(
+            Text(f"assistant {assistant.model}"),
+            thousands(assistant.parameters),
+            share(assistant.parameters, teacher.parameters),
+            "",
+            shown.text(assistant.metric(fleet.metric)),
+            *[percent(assistant.agreement)] * agreeing,
+        )
+    previous = None
+    models = list(dict.fromkeys(group.model for group in groups))
+    rows = sorted([*groups, *chosen], key=lambda group: models.index(group.model))
+    for group in rows:
+        if group.model != previous:
+            table.add_section()
+        table.add_row(
+            Text(group_label(group, rows)),
+            f"{group.parameters:,}",
+            share(group.parameters, teacher.parameters),
+            Text(group.objective_label),
+            plus_minus(shown, group.score),
+            *[percent(group.agreement)] * agreeing,
+            seconds(group.seconds),
+        )
+        previous = group.model
+    return table
+
+
+def pooled_table(runs: list[Run]) -> Table:
+    """The students of several runs for the terminal, seeds of the same student gathered over them."""
+    from rich.text import Text
+
+    shown, pools = runs[0].shown, pooled(runs)
+    notes = pool_notes(pools)
+    table = house_table(
+        f"{len(runs)} runs together: mean ± 95 % interval over seeds", Text("\n".join(notes)) if notes else None
+    )
+    table.add_column("student", overflow="fold")
+    table.add_column("objective", no_wrap=True)
+    for heading in ("runs", "seeds", f"test\n{shown.with_unit(shown.short)}"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for pool in pools:
+        group = pool.group
+        test = interval(shown, estimate(group.by_seed))
+        cells = (str(len(pool.runs)), str(len(group.by_seed)), test)
+        table.add_row(Text(group.stem), Text(group.objective_label), *cells)
+    return table
+
+
+def left_out(fleet: FleetDocument) -> list[str]:
+    """Which students of the run's folder no table has, and why; a line each."""
+    out = [f"taken out of the recipe, and still in the run: {some_of(fleet.taken_out)}"] if fleet.taken_out else []
+    return out + [f"left out: {one.told}" for one in fleet.refused]
+
+
+def runs_table(runs: list[Run]) -> Table:
+    """Several runs as a table for the terminal, one row each."""
+    from rich.text import Text
+
+    shown = runs[0].shown
+    table = house_table(f"{len(runs)} runs")
+    table.add_column("run", overflow="fold")
+    for heading in (f"teacher\n{shown.with_unit(shown.short)}", f"best student\n{shown.with_unit(shown.short)}"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("which", overflow="fold")
+    for heading in ("done", "seconds", "passes\nsaved"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, run in zip(names_of(runs), runs, strict=True):
+        best = best_of(run.groups)
+        table.add_row(
+            Text(name),
+            shown.text(run.teacher),
+            plus_minus(shown, best.score if best else None),
+            Text(f"{best.model}, {best.objective_label}" if best else "-"),
+            f"{run.done} of {len(run.fleet.students)}",
+            seconds(run.fleet.seconds),
+            run.passes_saved,
+        )
+    return table

@@ -1,0 +1,328 @@
+"""Make sealed stores of logits that others computed: look at all of them, then write what is missing, shard by shard.
+
+akd-dist stores import jobs/digits.yaml logits.npy
+
+The file is read twice: what it holds is known, and named by its content, before anything is written. So two imports of
+the same logits are one store, and one that was interrupted goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from akd_dist.base import places
+from akd_dist.base.errors import RefusedError
+from akd_dist.base.files import canonical_json, expanded, sha256
+from akd_dist.data.logit_arrays import LogitFile
+from akd_dist.data.logit_checks import Looks, Order, check_order, look_at_order, unsure
+from akd_dist.data.logit_files import open_logits
+from akd_dist.data.logit_rows import Part, Wanted, match, places_of
+from akd_dist.data.rows import Rows
+from akd_dist.data.views import by_content, view_digests
+from akd_dist.distill.teacher import probe_rows
+from akd_dist.documents.imported import ImportedDocument, ImportedSplit
+from akd_dist.jobs.planning.caching import check_room
+from akd_dist.jobs.planning.stored import cannot_learn
+from akd_dist.jobs.prepare_rows import rows_of_machine
+from akd_dist.jobs.train_teacher import Workspace
+from akd_dist.options import ImportLogitsOptions
+from akd_dist.recipe import LogitKind, NoAugmentation, Recipe
+from akd_dist.storage import removal
+from akd_dist.storage.content import renewing
+from akd_dist.storage.encodings import encoding_from_config
+from akd_dist.storage.layout import FORMAT_VERSION, MANIFEST_KEY, Shard, StoreLayout
+from akd_dist.storage.manifest import Computed, Creation, Identity
+from akd_dist.storage.reader import open_store
+from akd_dist.storage.records import Loss, Probe
+from akd_dist.storage.repair import repair_store, verify_store
+from akd_dist.storage.roots import open_root
+from akd_dist.storage.writer import as_stored, create_store, missing_shards, seal_store, write_shard
+from akd_dist.tracking.progress import meter
+
+_ID = 16
+"""Digits of an id that recipes are told to name."""
+Written = tuple[np.ndarray, float | None, Sequence[Probe], Loss | None]
+"""What `write_shard` takes of a shard."""
+
+
+@dataclass
+class Import:
+    """A split whose logits are imported, from the look at them on."""
+
+    part: Part
+    rows: Rows
+    file: LogitFile
+    recipe: Recipe
+    digests: dict[Shard, str] = field(default_factory=dict)
+    """The sha256 of each shard's logits as float32, by which a file that changes meanwhile is noticed."""
+    content: Any = field(default_factory=hashlib.sha256)
+    """The hash of all of them in the order of views and rows: float32, little-endian."""
+    agreement: float = 0.0
+    kind: LogitKind = "logits"
+
+    @property
+    def layout(self) -> StoreLayout:
+        """How its store is cut into shards."""
+        return StoreLayout(self.file.shape[0], len(self.rows), self.rows.classes, self._codec.dtype)
+
+    @property
+    def augmentation(self) -> Any:
+        """How its views are drawn."""
+        return self.recipe.data.augmentation if self.part.split == "train" else NoAugmentation()
+
+    def read(self, shard: Shard) -> np.ndarray:
+        """The logits of a shard as the file has them, float32 [shard.rows, classes]."""
+        return self.file.take(shard.view, self.part.numbers[shard.start : shard.stop])
+
+    def look(self, shard: Shard, looks: Looks) -> np.ndarray:
+        """Look at a shard's logits; what each row says, as `Looks.add`."""
+        logits = self.read(shard)
+        said = looks.add(logits, self.part.numbers[shard.start : shard.stop], shard.view)
+        if self._codec.rounds:
+            self._codec.encode(logits, shard.start)  # which refuses what is no number in half precision
+        data = np.ascontiguousarray(logits, "<f4").data
+        self.digests[shard] = sha256(data)
+        self.content.update(data)
+        return said
+
+    @property
+    def _codec(self) -> Any:
+        return encoding_from_config(self.recipe.cache.encoding.config())
+
+    @functools.cached_property
+    def creation(self) -> Creation:
+        """The store as it is named by its content; once all of it was looked at."""
+        data = self.recipe.data
+        teacher = sha256(canonical_json({"imported": {"kind": self.kind, "logits": self.content.hexdigest()}}))
+        identity = Identity(
+            format=FORMAT_VERSION,
+            dataset=self.rows.fingerprint,
+            rows=len(self.rows),
+            teacher=teacher,
+            augmentation=by_content(self.augmentation),
+            data_seed=None if isinstance(self.augmentation, NoAugmentation) else data.seed,
+            views=self.file.shape[0],
+            encoding=self.recipe.cache.encoding.config(),
+            classes=self.rows.classes,
+        )
+        versions = {name: version(name) for name in ("akd-dist", "numcodecs", "numpy", "zarr")}
+        return Creation(
+            identity=identity,
+            # Nothing of it was computed here: what may change a byte of a shard are the libraries that write it.
+            computed=Computed(batch_rows=1, threads=1, device="imported", versions=versions),
+            dataset=self.rows.describe(),
+            teacher={"fingerprint": teacher, "imported": {"kind": self.kind}},
+        )
+
+    def shard(self, shard: Shard) -> Written:
+        """A shard as it is written, and what is said of it.
+
+        Raises:
+            RefusedError: the file has changed since it was looked at.
+            CorruptCacheError: the rows are not what was prepared.
+        """
+        rows, identity, logits = self.rows, self.creation.identity, self.read(shard)
+        if sha256(np.ascontiguousarray(logits, "<f4").data) != self.digests[shard]:
+            raise RefusedError(
+                f"{self.file.name} was written while it was read",
+                got="other logits than when it was looked at",
+                expected="a file that nobody writes to",
+                next="run the same command again once it is whole",
+            )
+        stored = as_stored(identity, logits, shard.start)
+        numbers, classified = probe_rows(identity, shard), rows.task == "classification"
+        labels = rows.labels.take(np.arange(shard.start, max(shard.start, min(shard.stop, rows.labelled))))
+        agreement = None  # the first rows have labels
+        if classified and len(labels):
+            agreement = float(np.mean(stored[: len(labels)].argmax(axis=1) == labels))
+        seed = self.recipe.data.seed
+        shown = view_digests(self.augmentation, seed, rows.inputs, numbers, shard.view, rows.tokens)
+        if rows.held:
+            rows.content(shard.start, shard.stop).verify()
+        compared = numbers - shard.start
+        loss = Loss.between(logits[compared], stored[compared], classification=classified)
+        return stored, agreement, shown, loss
+
+
+def import_logits(recipe: Recipe, options: ImportLogitsOptions) -> dict[str, Any]:
+    """Make sealed stores of the logits in a file.
+
+    Returns:
+        The document that `akd-dist stores import --json` prints.
+
+    Raises:
+        AkdError: see the exit codes; shards that were written are kept.
+    """
+    recipe, console = recipe.own(), options.console or Console(stderr=True)
+    workspace = Workspace(options.stores, options.cache, wait=options.wait, console=console)
+    path = _path_of(options.file)
+    return renewing(lambda: _import(recipe, options, workspace, path), workspace.tell).plain()
+
+
+def _path_of(logits: str | Path) -> Path:
+    if "://" in str(logits):
+        raise RefusedError(
+            "logits are imported from a file of this machine",
+            got=str(logits),
+            expected="a path: they are mapped, and read twice",
+            next="copy the file here first; stores themselves may lie in s3://",
+        )
+    return expanded(logits).absolute()
+
+
+def _import(recipe: Recipe, options: ImportLogitsOptions, workspace: Workspace, path: Path) -> ImportedDocument:
+    started = time.monotonic()
+    if not path.exists():  # before rows are prepared, which may take long
+        raise RefusedError(f"there is no file of logits {path}", got="no such file", expected="logits to import")
+    splits = rows_of_machine(recipe.data, workspace)
+    wanted = Wanted(recipe.data, splits, places_of(recipe.data), options.split, options.key)
+    scratch = Path(workspace.cache_root) / "imports"
+    keyed = options.key is not None
+    with open_logits(path, wanted.check(str(path)), options.key, scratch, anywhere=keyed) as file:
+        parts, left_out = match(file, wanted)
+        imports = [Import(part, getattr(splits, part.split), file, recipe) for part in parts]
+        kind, warnings = _look(imports, file, options, workspace)
+        written = dict(_written(imports, path, workspace, dry_run=options.dry_run))
+    if not options.dry_run:
+        splits.sources.finish()
+    if kind == "log_probabilities":
+        warnings += cannot_learn(recipe)
+    if wanted.augmented:
+        warnings.append(f"that the logits are of this recipe's {recipe.data.views} views is taken at your word")
+    ids: dict[str, str] = {split: one.id[:_ID] for split, one in written.items()}
+    name = "train" if wanted.first == "train" else wanted.first
+    return ImportedDocument(
+        dry_run=options.dry_run,
+        logits=str(path),
+        shape=list(file.written),
+        dtype=file.dtype,
+        kind=kind,
+        joined_by=_joined_by(file, wanted, name),
+        splits=written,
+        left_out=left_out,
+        warnings=warnings,
+        teacher={"store": ids["train"] if list(ids) == ["train"] else ids},
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _joined_by(file: LogitFile, wanted: Wanted, name: str) -> str:
+    if wanted.key is not None:
+        return f"the key {wanted.key}"
+    where = wanted.sources[wanted.first]
+    whole = file.shape[1] == where.total
+    return f"order: a row for each row of data.{where.source}" if whole else f"order: a row for each of the {name} rows"
+
+
+def _look(
+    imports: Sequence[Import], file: LogitFile, options: ImportLogitsOptions, workspace: Workspace
+) -> tuple[LogitKind, list[str]]:
+    """Look at all logits that will be stored; what they are, and what a user should know of them.
+
+    Raises:
+        RefusedError: they are not of these rows, or no logits.
+    """
+    task, classes = imports[0].rows.task, imports[0].rows.classes
+    looks = Looks(file.name, classes, task)
+    labels = np.full(file.shape[1], np.nan if task == "regression" else -1)
+    for one in imports:
+        labels[one.part.numbers] = one.rows.all_labels()
+    orders, keyed = list[Order](), options.key is not None
+    total = math.prod(file.shape[:2])
+    with meter(workspace.console, "looking at the logits", total) as shown:
+        for view in range(file.shape[0]):
+            said = np.zeros(len(labels))
+            for one in imports:
+                for shard in (shard for shard in one.layout.shards() if shard.view == view):
+                    said[one.part.numbers[shard.start : shard.stop]] = one.look(shard, looks)
+                    shown.update(looks.rows)
+            orders.append(look_at_order(said, labels, classes, task, keyed=keyed))
+            if view == 0:
+                for one in imports:
+                    mine = one.part.numbers
+                    one.agreement = look_at_order(said[mine], labels[mine], classes, task, keyed=True).agreement
+    kind = looks.kind(options.kind)
+    for number, order in enumerate(orders):
+        check_order(file.name if len(orders) == 1 else f"{file.name}, view {number},", order, keyed=keyed)
+    for one in imports:
+        one.kind = kind
+    line = unsure(file.name, orders[0], looks.confidence / looks.rows) if task == "classification" else None
+    return kind, [] if line is None else [line]
+
+
+def _written(
+    imports: Sequence[Import], path: Path, workspace: Workspace, *, dry_run: bool
+) -> Iterator[tuple[Any, ImportedSplit]]:
+    """Have the stores sealed; what each is now."""
+    root = open_root(workspace.store_root)
+    for one in imports:
+        store_id = one.creation.identity.id
+        sealed, repaired, count = root.exists(f"{store_id}/{MANIFEST_KEY}"), list[str](), 0
+        if sealed and not dry_run and verify_store(root.uri, store_id):
+            how = one.creation.computed
+            mended = repair_store(root.uri, store_id, lambda shard, _, one=one: one.shard(shard), computed=how)  # type: ignore[misc]
+            repaired = [shard.key for shard in mended]
+        elif not sealed and not dry_run:
+            count = _write(one, path, workspace)
+        elif not sealed:
+            check_room(workspace.store_root, one.layout.nbytes)
+        there = not dry_run or sealed
+        sizes = open_store(root.child(store_id).uri).manifest.sizes() if there else {}
+        yield (
+            one.part.split,
+            ImportedSplit(
+                store=root.child(store_id).uri,
+                id=store_id,
+                hit=sealed,
+                rows=len(one.rows),
+                views=one.layout.views,
+                classes=one.layout.classes,
+                encoding=str(one.creation.identity.codec),
+                bytes=sum(sizes.values()),
+                shards=one.layout.shard_count,
+                shards_written=count,
+                repaired=repaired,
+                agreement=one.agreement,
+            ),
+        )
+
+
+def _write(one: Import, path: Path, workspace: Workspace) -> int:
+    """Write the shards that a store misses, and seal it; how many these were."""
+    root, store_id = open_root(workspace.store_root), one.creation.identity.id
+    with workspace.claim(store_id):
+        if root.exists(f"{store_id}/{MANIFEST_KEY}"):  # whoever held it has sealed it
+            return 0
+        root.check_writable()
+        place = f"{workspace.store_root}/{store_id}"
+        hint = {
+            "recipe": one.recipe.document(place),
+            "split": one.part.split,
+            "logits": places.written(str(path), place),
+        }
+        writer = create_store(workspace.store_root, one.creation, hint)
+        try:
+            missing = missing_shards(writer)
+            check_room(workspace.store_root, sum(one.layout.stored_bytes(shard) for shard in missing))
+            with meter(workspace.console, f"storing the {one.part.split} rows", len(missing), unit="shards") as shown:
+                for number, shard in enumerate(missing, 1):
+                    logits, agreement, probes, loss = one.shard(shard)
+                    # Nothing was computed: without seconds, nobody takes the time of a copy for that of a teacher.
+                    write_shard(writer, shard, logits, label_agreement=agreement, probes=probes, seconds=0.0, loss=loss)
+                    shown.update(number)
+        except BaseException:
+            removal.discard_if_empty(workspace.store_root, store_id)
+            raise
+        seal_store(writer)
+    return len(missing)

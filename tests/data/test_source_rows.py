@@ -1,0 +1,68 @@
+"""Which row of which file a row of a split was."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.source_rows import source_rows
+from akd_dist.data.splitting import rows_of_split
+from akd_dist.recipe import DataSpec, Digits, Parquet
+
+
+def a_folder(folder: Path, *counts: int) -> Path:
+    """Parquet files of so many rows each; an input tells its file and row, and a class is its row modulo 3."""
+    folder.mkdir()
+    for number, rows in enumerate(counts):
+        inputs = [[float(number), float(row)] for row in range(rows)]
+        made = pa.table(
+            {
+                "input": pa.array(inputs, pa.list_(pa.float32(), 2)),
+                "label": pa.array([row % 3 for row in range(rows)], pa.int64()),
+            }
+        )
+        pq.write_table(made, folder / f"part-{number}.parquet")
+    return folder
+
+
+def test_rows_of_a_split_are_those_that_were_assigned_to_it_in_order() -> None:
+    assigned = np.array([0, 2, 0, 1, 3, 0], dtype=np.uint8)  # 3 is in no split
+    assert rows_of_split(assigned, "train").tolist() == [0, 2, 5]
+    assert rows_of_split(assigned, "validation").tolist() == [3]
+    assert rows_of_split(assigned, "test").tolist() == [1]
+
+
+@pytest.mark.parametrize("drawn", [{}, {"subset": 20}, {"subset": 20, "stratify": True}])
+def test_every_row_of_a_split_is_found_in_its_file(drawn: dict[str, Any], tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "rows", 20, 0, 15, 7)
+    data = DataSpec(train=Parquet(path=str(folder)), validation=0.2, test=0.2, seed=3, **drawn)
+    splits, found = prepare(data, tmp_path / "cache"), source_rows(data)
+    for split, where in found.items():
+        rows = getattr(splits, split)
+        assert len(where) == len(rows)
+        told = [(f"part-{int(one[0])}.parquet", int(one[1])) for one in np.asarray(rows.inputs)]
+        assert [(Path(file).name, row) for file, row in map(where.where, range(len(rows)))] == told
+        assert where.rows.tolist() == sorted(where.rows.tolist())
+    together = np.concatenate([where.rows for where in found.values()])
+    assert len(np.unique(together)) == len(together)
+
+
+def test_splits_of_their_own_source_name_its_files(tmp_path: Path) -> None:
+    train, test = a_folder(tmp_path / "train", 30), a_folder(tmp_path / "test", 4, 5)
+    data = DataSpec(train=Parquet(path=str(train)), validation=0.2, test=Parquet(path=str(test)))
+    found = source_rows(data)
+    assert found["test"].files == tuple(str(test / f"part-{number}.parquet") for number in (0, 1))
+    assert found["test"].where(6) == (str(test / "part-1.parquet"), 2)
+    assert set(found["validation"].files) == {str(train / "part-0.parquet")}
+
+
+def test_a_source_without_files_is_one_whole() -> None:
+    found = source_rows(DataSpec(train=Digits(), validation=0.1, test=0.1))["train"]
+    assert len(found.files) == 1
+    assert found.where(5)[1] == found.rows[5]
+    with pytest.raises(IndexError):
+        found.where(10_000)

@@ -1,0 +1,638 @@
+"""Logits that others computed become sealed stores: from every kind of file, and never from the wrong one."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+from rich.console import Console
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
+
+import akd_dist
+from akd_dist.base import files
+from akd_dist.base.errors import RefusedError
+from akd_dist.cli import main
+from akd_dist.cli.show import print_table
+from akd_dist.data.row_cache import prepare
+from akd_dist.data.source_rows import source_rows
+from akd_dist.distill import teacher
+from akd_dist.documents.fleet import FleetDocument
+from akd_dist.documents.imported import ImportedDocument
+from akd_dist.jobs.cache_teacher import cache_teacher
+from akd_dist.jobs.planning.caching import open_inputs
+from akd_dist.jobs.train_students import train_in_process
+from akd_dist.jobs.train_teacher import Workspace
+from akd_dist.options import CacheOptions
+from akd_dist.recipe import Recipe
+from akd_dist.reporting.tables import fleet_table
+from akd_dist.storage.reader import open_store
+from akd_dist.storage.repair import verify_store
+from tests.fleets import ANNEALING, a_recipe, a_student, store_bytes
+
+ROWS, CLASSES = 800, 4
+KD = {"kind": "kd", "epochs": 2}
+LABELS = np.random.default_rng(5).integers(0, CLASSES, ROWS)
+
+
+def logits(seed: int = 0) -> np.ndarray:
+    """Of a teacher that is right in most rows, float32 [ROWS, CLASSES]."""
+    noise = np.random.default_rng(seed).normal(size=(ROWS, CLASSES))
+    return (3 * np.eye(CLASSES)[LABELS] + noise).astype(np.float32)
+
+
+Z = logits()
+IDS = [f"row-{number:04d}" for number in np.random.default_rng(1).permutation(ROWS)]
+
+
+@pytest.fixture(autouse=True)
+def own_process_state() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    teacher.forget()
+
+
+class Home:
+    """A table with keys, its recipe, and what imports say."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.cache = root, root / "cache"
+        numbers = np.random.default_rng(2).normal(size=(ROWS, 3)).astype(np.float32)
+        table = {"id": IDS, "input": list(numbers), "label": LABELS}
+        pq.write_table(pa.table(table), root / "data.parquet", row_group_size=150)
+
+    def recipe(self, teacher: dict[str, Any] | None = None, objective: dict[str, Any] = KD, **data: Any) -> Recipe:
+        source = {"train": {"kind": "parquet", "path": str(self.root / "data.parquet")}}
+        taught = teacher or {"store": "0" * 64}
+        return a_recipe([a_student("one", objective=objective)], data=source | data, teacher=taught, name="imported")
+
+    def bring(
+        self, file: Path | str, recipe: Recipe | None = None, stores: str = "stores", **given: Any
+    ) -> ImportedDocument:
+        place: dict[str, Any] = {
+            "store_root": self.root / stores,
+            "cache_root": self.cache,
+            "console": Console(quiet=True),
+        }
+        return ImportedDocument.model_validate(
+            akd_dist.import_logits(recipe or self.recipe(), file, **{**place, **given}), strict=False
+        )
+
+    def save(self, array: np.ndarray, name: str = "logits.npy") -> Path:
+        np.save(self.root / name, array)
+        return self.root / name
+
+    def workspace(self) -> Workspace:
+        return Workspace(str(self.root / "stores"), str(self.cache), console=Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(tmp_path_factory.mktemp("imports"))
+
+
+@pytest.fixture(scope="module")
+def imported(home: Home) -> ImportedDocument:
+    """All rows of the source, as .npy."""
+    return home.bring(home.save(Z, "all.npy"))
+
+
+def beside(folder: Path) -> dict[str, Any]:
+    """Roots in a folder."""
+    return {"store_root": folder / "stores", "cache_root": folder / "cache", "console": Console(quiet=True)}
+
+
+def refused(home: Home, array: np.ndarray, **given: Any) -> str:
+    with pytest.raises(RefusedError) as caught:
+        home.bring(home.save(array, "bad.npy"), stores="none", **given)
+    assert not list((home.root / "none").glob("*/manifest.json"))
+    return str(caught.value)
+
+
+# ---- what becomes of them
+
+
+def test_each_split_holds_its_rows_of_the_file(home: Home, imported: ImportedDocument) -> None:
+    where = source_rows(home.recipe().data)
+    rows = prepare(home.recipe().data, home.cache)
+    assert list(imported.splits) == ["train", "validation", "test"]
+    assert not imported.left_out
+    for split, part in imported.splits.items():
+        store = open_store(part.store)
+        assert np.array_equal(store.rows(0, 0, part.rows), Z[where[split].rows])
+        assert np.array_equal(LABELS[where[split].rows], getattr(rows, split).labels)
+        right = Z[where[split].rows].argmax(1) == LABELS[where[split].rows]
+        assert part.agreement == pytest.approx(right.mean())
+        assert store.manifest.teacher["imported"] == {"kind": "logits"}
+    assert imported.kind == "logits"
+    assert imported.shape == [ROWS, CLASSES]
+    assert imported.dtype == "float32"
+
+
+def test_the_same_logits_are_a_hit_and_the_same_bytes(home: Home, imported: ImportedDocument) -> None:
+    before = store_bytes(Path(imported.splits["train"].store))
+    again = home.bring(home.save(Z.astype(np.float64), "double.npy"))
+    assert all(part.hit and part.shards_written == 0 for part in again.splits.values())
+    assert again.teacher == imported.teacher
+    assert store_bytes(Path(imported.splits["train"].store)) == before
+    elsewhere = home.bring(home.save(Z), stores="elsewhere")
+    assert store_bytes(Path(elsewhere.splits["train"].store)) == before
+    assert not home.bring(home.save(logits(1)), stores="elsewhere").splits["train"].hit
+
+
+def _npz(path: Path) -> None:
+    np.savez_compressed(path, logits=Z, other=np.arange(3))
+
+
+def _safetensors(path: Path) -> None:
+    save_file({"z": Z}, path)
+
+
+def _parquet(path: Path) -> None:
+    pq.write_table(pa.table({"logits": pa.FixedSizeListArray.from_arrays(Z.ravel(), CLASSES)}), path)
+
+
+def _columns(path: Path) -> None:
+    pq.write_table(pa.table({f"logit_{one}": Z[:, one] for one in reversed(range(CLASSES))}), path)
+
+
+def _zarr(path: Path, version: Any, shards: Any = None) -> None:
+    array = zarr.create_array(path, shape=Z.shape, chunks=(70, 3), shards=shards, dtype="f4", zarr_format=version)
+    array[:] = Z
+
+
+SAVED: dict[str, Callable[[Path], None]] = {
+    "fortran.npy": lambda path: np.save(path, np.asfortranarray(Z)),
+    "big-endian.npy": lambda path: np.save(path, Z.astype(">f4")),
+    "three.npy": lambda path: np.save(path, Z[None]),
+    "z.npz": _npz,
+    "z.safetensors": _safetensors,
+    "lists.parquet": _parquet,
+    "columns.parquet": _columns,
+    "v2.zarr": lambda path: _zarr(path, 2),
+    "v3.zarr": lambda path: _zarr(path, 3),
+    "sharded.zarr": lambda path: _zarr(path, 3, (140, 6)),
+    "group.zarr": lambda path: _zarr(path / "logits", 3),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_every_kind_of_file_is_the_same_store(home: Home, imported: ImportedDocument, name: str) -> None:
+    SAVED[name](home.root / name)
+    if name == "group.zarr":
+        zarr.open_group(home.root / name)
+    again = home.bring(home.root / name)
+    assert [part.id for part in again.splits.values()] == [part.id for part in imported.splits.values()]
+    assert all(part.hit for part in again.splits.values())
+
+
+def test_bfloat16_is_read(home: Home) -> None:
+    save_tensors({"logits": torch.from_numpy(Z).bfloat16()}, home.root / "b.safetensors")
+    found = home.bring(home.root / "b.safetensors")
+    rows = source_rows(home.recipe().data)["train"].rows
+    stored = open_store(found.splits["train"].store).rows(0, 0, len(rows))
+    assert np.array_equal(stored, torch.from_numpy(Z).bfloat16().float().numpy()[rows])
+    assert found.dtype == "bfloat16"
+
+
+def test_the_rows_of_the_split_alone_will_do(home: Home, imported: ImportedDocument) -> None:
+    where = source_rows(home.recipe().data)
+    train = home.bring(home.save(Z[where["train"].rows]))
+    assert [part.id for part in train.splits.values()] == [imported.splits["train"].id]
+    assert train.teacher == {"store": imported.splits["train"].id[:16]}
+    assert "train rows alone" in train.left_out["test"]
+    test = home.bring(home.save(Z[where["test"].rows]), split="test")
+    assert [part.id for part in test.splits.values()] == [imported.splits["test"].id]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "npz"])
+def test_a_key_joins_rows_in_any_order(home: Home, imported: ImportedDocument, kind: str) -> None:
+    order = np.random.default_rng(9).permutation(ROWS)
+    ids, z = np.array(IDS)[order], Z[order]
+    path = home.root / f"keyed.{kind}"
+    if kind == "npz":
+        np.savez(path, logits=z, id=ids)
+    else:
+        pq.write_table(pa.table({"id": ids, "z": list(z)}), path)
+    found = home.bring(path, key="id")
+    assert {split: part.id for split, part in found.splits.items()} == {
+        split: part.id for split, part in imported.splits.items()
+    }
+    assert found.joined_by == "the key id"
+
+
+def test_keys_that_do_not_fit_are_named(home: Home) -> None:
+    def keyed(ids: Any, z: np.ndarray) -> str:
+        pq.write_table(pa.table({"id": ids, "z": list(z)}), home.root / "keys.parquet")
+        with pytest.raises(RefusedError) as caught:
+            home.bring(home.root / "keys.parquet", key="id")
+        return str(caught.value)
+
+    train = source_rows(home.recipe().data)["train"].rows
+    lost = int(train[3])
+    rest = [row for row in range(ROWS) if row != lost]
+    assert f"no id {IDS[lost]}" in keyed([IDS[row] for row in rest], Z[rest])
+    assert f"{IDS[0]} several times" in keyed([*IDS[1:], IDS[0], IDS[0]], np.concatenate([Z[1:], Z[:1], Z[:1]]))
+    assert "id row-x" in keyed([*IDS, "row-x"], np.concatenate([Z, Z[:1]]))
+    assert "not of one kind" in keyed(np.arange(ROWS), Z)
+    assert "nulls" in keyed([None, *IDS[1:]], Z)
+    with pytest.raises(RefusedError, match="has no name, by which"):
+        home.bring(home.root / "keys.parquet", key="name")
+    with pytest.raises(RefusedError, match="no room for a key"):
+        home.bring(home.save(Z), key="id")
+
+
+def test_an_interrupted_import_goes_on(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, sites = home.save(logits(3), "stopped.npy"), []
+
+    def stop(site: str) -> None:
+        sites.append(site)
+        if sites.count("shard.before_publish") == 2:
+            raise KeyboardInterrupt
+
+    from akd_dist.storage import writer
+
+    monkeypatch.setattr(writer, "failpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        home.bring(path)
+    monkeypatch.setattr(writer, "failpoint", files.failpoint)
+    found = home.bring(path)
+    part = found.splits["train"]
+    assert 0 < part.shards_written < part.shards
+    assert not part.hit
+    assert verify_store(str(home.root / "stores"), part.id) == []
+
+
+def test_float16_is_checked_before_anything_is_written(home: Home) -> None:
+    half = home.recipe().model_copy(update={"cache": home.recipe().cache.model_copy(update={"encoding": _half()})})
+    large = Z.copy()
+    large[7, LABELS[7]] = 70_000
+    assert "not finite as float16" in refused(home, large, recipe=half)
+    found = home.bring(home.save(Z), half)
+    assert found.splits["train"].encoding == "float16"
+    named = half.model_copy(update={"teacher": home.recipe(found.teacher).teacher})
+    assert named.cache.encoding.kind == "float16"
+    open_inputs(named, home.workspace(), students=False, again=False)
+    with pytest.raises(RefusedError, match=r"cache\.encoding: float16"):
+        open_inputs(home.recipe(found.teacher), home.workspace(), students=False, again=False)
+
+
+def _half() -> Any:
+    from akd_dist.recipe import EncodingSpec
+
+    return EncodingSpec(kind="float16")
+
+
+# ---- bad files
+
+
+def test_shapes_that_do_not_fit_say_what_they_seem_to_be(home: Home) -> None:
+    assert "transposed" in refused(home, Z.T)
+    assert "views come first" in refused(home, Z[:, None])
+    assert "10 classes" not in refused(home, Z[:, :3])
+    assert "all rows of the source" in refused(home, Z[:-1])
+    assert "class id" in refused(home, Z[:, 0])
+    assert "other views" in refused(home, np.stack([Z, Z]))
+
+
+def test_numbers_that_are_no_logits_are_refused(home: Home) -> None:
+    soft = np.exp(Z - Z.max(1, keepdims=True))
+    soft /= soft.sum(1, keepdims=True)
+    assert "holds probabilities" in refused(home, soft)
+    assert "holds labels" in refused(home, np.eye(CLASSES, dtype=np.float32)[LABELS])
+    assert "holds no floats" in refused(home, LABELS)
+    assert "holds no floats" in refused(home, (Z * 10).astype(np.int8))
+    assert "does not hold log-probabilities" in refused(home, Z, kind="log_probabilities")
+    half = Z.copy()
+    half[300:] = 0
+    assert "500 of 800 rows" in refused(home, half)
+    for value, told in ((np.nan, "NaN in view 0, row 77, class 2"), (np.inf, "infinity")):
+        bad = Z.copy()
+        bad[77, 2] = value
+        assert told in refused(home, bad)
+    huge = Z.astype(np.float64)
+    huge[3, 1] = 1e300
+    assert "more than float32 can hold" in refused(home, huge)
+
+
+def test_another_order_is_noticed_by_the_labels(home: Home) -> None:
+    assert "look shuffled" in refused(home, Z[np.random.default_rng(3).permutation(ROWS)])
+    assert "one row before its place" in refused(home, np.roll(Z, 1, axis=0))
+    assert "2 rows after its place" in refused(home, np.roll(Z, -2, axis=0))
+    assert "reverse" in refused(home, Z[::-1])
+    assert "sorted by label" in refused(home, Z[np.argsort(LABELS, kind="stable")])
+    assert "column 0 is class 1" in refused(home, Z[:, [1, 0, 2, 3]])
+
+
+def test_rows_that_are_shifted_from_some_row_on_are_found() -> None:
+    from akd_dist.data.logit_checks import look_at_order
+
+    labels = np.random.default_rng(0).integers(0, 10, 5000)
+    said = labels.copy()
+    said[3000:] = np.roll(labels, 1)[3000:]
+    order = look_at_order(said, labels, 10, "classification", keyed=False)
+    assert order.explained is not None
+    assert "from about 3,000 on" in order.explained
+    by_class = np.sort(labels)  # where a shift changes hardly anything, none is seen
+    assert look_at_order(by_class, by_class, 10, "classification", keyed=False).explained is None
+
+
+def test_a_weak_teacher_is_no_shuffled_one() -> None:
+    from akd_dist.data.logit_checks import look_at_order
+
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 100, 20_000)
+    said = np.where(generator.random(20_000) < 0.05, labels, generator.integers(0, 100, 20_000))
+    assert not look_at_order(said, labels, 100, "classification", keyed=False).at_chance
+    few = look_at_order(said[:30], labels[:30], 100, "classification", keyed=False)
+    assert not few.at_chance
+    assert few.explained is None
+
+
+def _bomb(path: Path) -> None:
+    """A header of the right shape before a thousand times as many bytes."""
+    np.savez_compressed(path, logits=Z)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        head = zipfile.ZipFile(path).read("logits.npy")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("logits.npy", head + bytes(50_000_000))
+
+
+def _cut(path: Path) -> None:
+    np.save(path, Z)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _pickled(path: Path) -> None:
+    np.save(path, np.array([[1.0], [2.0, 3.0], 4], dtype=object), allow_pickle=True)
+
+
+def _nulls(path: Path) -> None:
+    values: list[Any] = [list(map(float, row)) for row in Z]
+    values[5] = None
+    pq.write_table(pa.table({"logits": values}), path)
+
+
+def _ragged(path: Path) -> None:
+    pq.write_table(pa.table({"logits": [list(map(float, row)) for row in Z[:-1]] + [[1.0]]}), path)
+
+
+def _holes(path: Path) -> None:
+    _zarr(path, 3)
+    (path / "c" / "3" / "0").unlink()
+
+
+def _inner_hole(path: Path) -> None:
+    """A shard whose part of a class was never written: no listing tells."""
+    with zarr.config.set({"array.write_empty_chunks": False}):
+        array = zarr.create_array(path, shape=Z.shape, chunks=(70, 1), shards=(140, 4), dtype="f4", fill_value=0)
+        array[:] = np.where(np.arange(CLASSES) == 2, 0, Z)
+
+
+def _leading_out(path: Path) -> None:
+    _zarr(path, 3)
+    outside = path.parent / "outside"
+    (path / "c" / "0" / "0").rename(outside)
+    (path / "c" / "0" / "0").symlink_to(outside)
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "empty.npy": (lambda path: path.touch(), "is empty"),
+    "cut.npy": (_cut, "cannot be read as a NumPy array"),
+    "pickled.npy": (_pickled, "never unpickled"),
+    "a.pt": (lambda path: torch.save({"a": torch.zeros(1)}, path), "a pickle, which could run code"),
+    "a.pkl": (lambda path: path.write_bytes(b"\x80\x04."), "a pickle, which could run code"),
+    "a.txt": (lambda path: path.write_text("1 2 3"), "no file of logits that is read"),
+    "bomb.npz": (_bomb, "bytes for an array of shape"),
+    "two.npz": (lambda path: np.savez(path, a=Z, b=Z), "several arrays"),
+    "cut.safetensors": (lambda path: path.write_bytes(b'\x40\0\0\0\0\0\0\0{"a":'), "as a safetensors file"),
+    "nulls.parquet": (_nulls, "row 5"),
+    "ragged.parquet": (_ragged, "row 799 has 1"),
+    "gap.parquet": (
+        lambda path: pq.write_table(pa.table({"logit_0": [1.0], "logit_2": [1.0]}), path),
+        "lacks a column",
+    ),
+    "holes.zarr": (_holes, "chunks of it are missing"),
+    "inner.zarr": (_inner_hole, "not finite"),
+    "link.zarr": (_leading_out, "leads out of the folder"),
+    "integers.zarr": (lambda path: zarr.create_array(path, shape=(3, 3), dtype="i4"), "holds no floats"),
+    "folder": (lambda path: path.mkdir(), "without logits"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_refused_by_name(home: Home, tmp_path: Path, name: str) -> None:
+    make, told = BAD[name]
+    make(tmp_path / name)
+    with pytest.raises(RefusedError) as caught:
+        home.bring(tmp_path / name, stores="none", key=None)
+    assert told in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_far_away_is_refused(home: Home) -> None:
+    with pytest.raises(RefusedError, match="there is no file of logits"):
+        home.bring(home.root / "nothing.npy")
+    with pytest.raises(RefusedError, match="copy the file here first"):
+        home.bring("s3://bucket/logits.npy")
+
+
+# ---- as the teacher of a recipe
+
+
+def test_no_teacher_is_needed_from_then_on(home: Home, imported: ImportedDocument) -> None:
+    recipe = home.recipe(imported.teacher)
+    options = CacheOptions(recipe, store_root=home.root / "stores", cache_root=home.cache, console=Console(quiet=True))
+    cached = cache_teacher(recipe, options)
+    assert cached["hit"]
+    assert cached["id"] == imported.splits["train"].id
+    assert cached["splits"]["test"]["id"] == imported.splits["test"].id
+
+
+def test_a_store_of_train_rows_alone_will_do(home: Home, imported: ImportedDocument) -> None:
+    recipe = home.recipe({"store": imported.splits["train"].id})
+    (model,) = open_inputs(recipe, home.workspace(), students=True, again=False).models
+    assert list(model.opened) == ["train"]
+    by_path = home.recipe({"store": imported.splits["train"].store})
+    (same,) = open_inputs(by_path, home.workspace(), students=False, again=False).models
+    assert same.taught == model.taught
+
+
+def test_log_probabilities_are_for_softmax_alone(home: Home) -> None:
+    found = home.bring(home.save(Z - np.logaddexp.reduce(Z, axis=1, keepdims=True)))
+    assert found.kind == "log_probabilities"
+    assert not found.warnings
+    open_inputs(home.recipe(found.teacher), home.workspace(), students=True, again=False)
+    annealing = {"kind": "annealing_kd", "tau_max": 1, "stage1_epochs": 1, "stage2_epochs": 1}
+    for objective in (annealing, {"kind": "continuation_kd", "tau_max": 1, "epochs": 1}):
+        with pytest.raises(RefusedError, match="the student one cannot learn from log-probabilities"):
+            open_inputs(home.recipe(found.teacher, objective), home.workspace(), students=True, again=False)
+    warned = home.bring(home.save(Z - np.logaddexp.reduce(Z, axis=1, keepdims=True)), home.recipe(objective=annealing))
+    assert "cannot learn from log-probabilities" in warned.warnings[0]
+
+
+def test_a_softmax_sees_no_constant_at_any_temperature() -> None:
+    from akd_dist.distill.objectives import annealing_losses, softened_losses
+
+    z, student = torch.from_numpy(Z).double(), torch.from_numpy(logits(4)).double()
+    log_p = torch.log_softmax(z, dim=1)
+    for temperature in (0.5, 1.0, 5.0, 40.0):
+        ours, theirs = (softened_losses(student, one, temperature) for one in (z, log_p))
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    c, phi = torch.logsumexp(z, dim=1), 0.3
+    ours, theirs = (annealing_losses(student, one, phi, "sum") for one in (z, log_p))
+    added = 2 * phi * c * (student - phi * z).sum(1) + CLASSES * (phi * c) ** 2
+    torch.testing.assert_close(theirs - ours, added, rtol=1e-9, atol=1e-9)
+
+
+def test_a_store_of_other_rows_is_refused(home: Home, imported: ImportedDocument) -> None:
+    other = home.recipe(imported.teacher, seed=4)
+    with pytest.raises(RefusedError, match="is not of the recipe's train rows"):
+        open_inputs(other, home.workspace(), students=False, again=False)
+    swapped = home.recipe({"store": {"train": imported.splits["test"].id}})
+    with pytest.raises(RefusedError, match="is not of the recipe's train rows"):
+        open_inputs(swapped, home.workspace(), students=False, again=False)
+    with pytest.raises(RefusedError, match="no store begins with 'abc123'"):
+        open_inputs(home.recipe({"store": "abc123"}), home.workspace(), students=False, again=False)
+
+
+def test_views_need_logits_of_their_own(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    labels = load_digits().target
+    z = (3 * np.eye(10)[labels] + np.random.default_rng(0).normal(size=(len(labels), 10))).astype(np.float32)
+    shifted = {"views": 2, "augmentation": {"kind": "shift", "pixels": 1}}
+    recipe = a_recipe([a_student("one")], data={"train": {"kind": "digits"}, **shifted}, teacher={"store": "0" * 64})
+    place: dict[str, Any] = {
+        "store_root": tmp_path / "stores",
+        "cache_root": tmp_path / "cache",
+        "console": Console(quiet=True),
+    }
+    np.save(tmp_path / "one.npy", z)
+    with pytest.raises(RefusedError, match=r"set data\.augmentation: none"):
+        akd_dist.import_logits(recipe, tmp_path / "one.npy", **place)
+    np.save(tmp_path / "two.npy", np.stack([z, z + 0.25]))
+    found = ImportedDocument.model_validate(akd_dist.import_logits(recipe, tmp_path / "two.npy", **place), strict=False)
+    assert "taken at your word" in found.warnings[0]
+    assert list(found.splits) == ["train"]
+    rows = source_rows(recipe.data)["train"].rows
+    assert np.array_equal(open_store(found.splits["train"].store).rows(1, 0, len(rows)), z[rows] + np.float32(0.25))
+    test = akd_dist.import_logits(recipe, tmp_path / "one.npy", split="test", **place)
+    assert list(test["splits"]) == ["test"]
+
+
+def test_regression_takes_one_column(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(400, 3)).astype(np.float32)
+    label = x.sum(1)
+    pq.write_table(pa.table({"input": list(x), "label": label}), tmp_path / "data.parquet")
+    data = {"train": {"kind": "parquet", "path": str(tmp_path / "data.parquet")}, "task": "regression"}
+    recipe = a_recipe([a_student("one", objective=KD)], data=data, teacher={"store": "0" * 64})
+    place: dict[str, Any] = {
+        "store_root": tmp_path / "stores",
+        "cache_root": tmp_path / "cache",
+        "console": Console(quiet=True),
+    }
+    said = label + 0.1 * generator.normal(size=400)
+    np.save(tmp_path / "z.npy", said)
+    found = akd_dist.import_logits(recipe, tmp_path / "z.npy", **place)
+    assert found["splits"]["train"]["agreement"] > 0.95
+    np.save(tmp_path / "s.npy", generator.permutation(said))
+    with pytest.raises(RefusedError, match="look shuffled"):
+        akd_dist.import_logits(recipe, tmp_path / "s.npy", **place)
+
+
+# ---- stores as any other
+
+
+def test_an_import_mends_a_damaged_store(home: Home) -> None:
+    path = home.save(logits(6), "mended.npy")
+    part = home.bring(path).splits["train"]
+    before = store_bytes(Path(part.store))
+    (shard, *_) = sorted(Path(part.store).glob("arrays.zarr/logits/c/0/*/0"))
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(bytes(data))
+    again = home.bring(path).splits["train"]
+    assert again.repaired == ["logits/c/0/0/0"]
+    assert store_bytes(Path(part.store)) == before
+
+
+def test_commands_know_imported_stores(
+    home: Home, imported: ImportedDocument, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: cli\ndata:\n  train: {{kind: parquet, path: {home.root / 'data.parquet'}}}\nstudents:\n"
+        "- {model: {kind: mlp, hidden: 8}, objective: {kind: kd, epochs: 1}, optimizer: {kind: adamw, lr: 1e-3}}\n"
+    )
+    store_id, file = imported.splits["train"].id, str(home.root / "all.npy")
+
+    def call(*words: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            main(["stores", *words, "--store-root", str(home.root / "stores")])
+        assert left.value.code == 0
+        return capsys.readouterr().out
+
+    cached = ("--cache-root", str(home.cache))
+    told = call("import", str(recipe), file, *cached)
+    assert "a hit" in told
+    assert f'teacher: {{store: {{train: "{store_id[:16]}"' in told
+    assert json.loads(call("import", str(recipe), file, "--dry-run", "--json", *cached))["dry_run"] is True
+    assert "imported logits" in call("show", store_id, *cached)
+    listed = json.loads(call("list", "--json"))["stores"]
+    assert next(one for one in listed if one["id"] == store_id)["imported"] == "logits"
+    assert "is what was sealed" in call("verify", store_id)
+
+
+def test_repair_says_to_import_again(home: Home, imported: ImportedDocument) -> None:
+    from akd_dist.jobs.repair import repair
+
+    with pytest.raises(RefusedError, match="were imported: they cannot be computed again") as caught:
+        repair(str(home.root / "stores"), imported.splits["train"].id, None, str(home.cache))
+    assert f"stores import RECIPE {home.root / 'all.npy'}" in str(caught.value)
+
+
+@pytest.mark.ray
+def test_students_are_trained_from_a_store_of_train_rows_alone(
+    ray_cluster: None, home: Home, imported: ImportedDocument, tmp_path: Path
+) -> None:
+    """And all that would be said of a teacher on the test rows is left out."""
+    recipe = home.recipe({"store": imported.splits["train"].id[:16]}, ANNEALING)
+    place: dict[str, Any] = {"store_root": home.root / "stores", "cache_root": home.cache}
+    fleet = akd_dist.train_students(recipe, **place, run_root=tmp_path, console=Console(quiet=True))
+    assert fleet["students"][0]["state"] == "done"
+    assert fleet["students"][0]["agreement"] is None
+    assert fleet["teacher"] == {
+        "model": "imported logits",
+        "parameters": None,
+        "test": None,
+        "fingerprint": open_store(imported.splits["train"].store).manifest.identity.teacher,
+    }
+    read = FleetDocument.model_validate(fleet, strict=False)
+    assert "imported logits" in (tmp_path / "imported" / "report.html").read_text()
+    print_table(fleet_table(read))
+    # From the very logits that a model would have said, the very weights: what it was matters to nobody.
+    again = train_in_process(
+        recipe, {"train": imported.splits["train"].store}, run=tmp_path / "plain", cache_root=str(home.cache)
+    )
+    assert again["one"]["test"] == fleet["students"][0]["test"]
+
+
+def test_a_dry_run_writes_nothing(home: Home) -> None:
+    found = home.bring(home.save(Z), stores="dry", dry_run=True)
+    assert found.dry_run
+    assert not found.splits["train"].hit
+    assert not (home.root / "dry").exists()

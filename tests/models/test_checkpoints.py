@@ -1,0 +1,511 @@
+"""Checkpoints of others: the same weights are one model however they came, and what is none is refused unread."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file, save_model as save_with_ties
+from torch import nn
+
+from akd_dist import recipe
+from akd_dist.base.errors import AkdError, MachineError, RefusedError
+from akd_dist.data.rows import Rows
+from akd_dist.models import checkpoint_files, imported
+from akd_dist.models.build import build
+from akd_dist.models.card import ModelCard
+from akd_dist.models.checkpoint_files import digest_of, read_parts
+from akd_dist.models.folder import load_model, save_model, state_bytes
+from akd_dist.models.imported import Imported, open_checkpoint
+from tests import sources
+from tests.fleets import own
+
+Tensors = dict[str, torch.Tensor]
+RESNET = recipe.ResNet(depth=8, width=4)
+DATA = recipe.DataSpec(train=recipe.Digits())
+ROWS = Rows(np.zeros((8, 1, 8, 8), np.uint8), np.arange(8), 10, "", (), Path())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small take longer on several, beside other work many times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weights(spec: recipe.Model = RESNET, seed: int = 5) -> Tensors:
+    module = build(ModelCard.of(spec, ROWS, None), seed=seed)
+    assert isinstance(module.body, nn.Module)
+    return dict(module.body.state_dict())
+
+
+def opened(path: Path, spec: recipe.Model = RESNET, rows: Rows = ROWS) -> Imported:
+    return open_checkpoint(spec, str(path), rows, DATA, path.parent / "cache")
+
+
+def refused(path: Path, spec: recipe.Model = RESNET, kind: type[AkdError] = RefusedError) -> str:
+    with pytest.raises(kind) as error:
+        opened(path, spec)
+    assert not list((path.parent / "cache").glob("**/*.json")), "what was refused is not remembered"
+    return str(error.value)
+
+
+def before(state: Tensors, prefix: str) -> Tensors:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+# ---- one model, however it came
+
+
+def whole(path: Path, state: Tensors) -> None:
+    save_file(state, path)
+
+
+def in_shards(path: Path, state: Tensors) -> None:
+    """Two files and an index beside them, as Hugging Face writes large models."""
+    path.mkdir()
+    names = list(state)
+    files = {"model-1-of-2.safetensors": names[:7], "model-2-of-2.safetensors": names[7:]}
+    for file, part in files.items():
+        save_file({name: state[name] for name in part}, path / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def of_lightning(path: Path, state: Tensors) -> None:
+    said = {"epoch": 3, "pytorch-lightning_version": "2.5", "hyper_parameters": {"lr": 0.1}, "callbacks": {}}
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
+    torch.save(said | {"state_dict": before(state, "model."), "optimizer_states": [optimizer.state_dict()]}, path)
+
+
+def of_a_folder(path: Path, state: Tensors) -> None:
+    path.mkdir()
+    torch.save(state, path / "pytorch_model.bin")
+
+
+def of_ours(path: Path, state: Tensors) -> None:
+    """The weights of a model folder of ours, taken out of it."""
+    card = ModelCard.of(RESNET, ROWS, None)
+    save_model(path.parent / "ours", build(card, seed=5), card)
+    path.write_bytes((path.parent / "ours" / "model.safetensors").read_bytes())
+
+
+def by_a_link(path: Path, state: Tensors) -> None:
+    (path.parent / "blobs").mkdir()
+    save_file(state, path.parent / "blobs" / "4f2a")
+    path.symlink_to(Path("blobs", "4f2a"))
+
+
+WRITTEN: dict[str, Callable[[Path, Tensors], object]] = {
+    "safetensors": whole,
+    "a state dict": lambda path, state: torch.save(state, path),
+    "a state dict of before": lambda path, state: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "under state_dict": lambda path, state: torch.save({"epoch": 1, "state_dict": state}, path),
+    "under model": lambda path, state: torch.save(
+        {"model": state, "optimizer": {"state": {}, "param_groups": []}}, path
+    ),
+    "under model_state_dict": lambda path, state: torch.save({"model_state_dict": state, "loss": 0.1}, path),
+    "under net, in parallel": lambda path, state: torch.save({"net": before(state, "module.")}, path),
+    "compiled, in parallel": lambda path, state: torch.save(before(state, "module._orig_mod."), path),
+    "as parameters": lambda path, state: torch.save(
+        {name: nn.Parameter(one) if one.is_floating_point() else one for name, one in state.items()}, path
+    ),
+    "with a backbone before it": lambda path, state: whole(path, before(state, "backbone.")),
+    "of Lightning": of_lightning,
+    "in shards": in_shards,
+    "of a folder": of_a_folder,
+    "of ours": of_ours,
+    "by a link": by_a_link,
+    "without counters": lambda path, state: whole(
+        path, {name: one for name, one in state.items() if not name.endswith("num_batches_tracked")}
+    ),
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_the_same_weights_are_one_model(how: str, tmp_path: Path) -> None:
+    state = weights()
+    card = ModelCard.of(RESNET, ROWS, None)
+    save_model(tmp_path / "trained", build(card, seed=5), card)
+    WRITTEN[how](tmp_path / "given", state)
+    found = opened(tmp_path / "given")
+    found.publish(str(tmp_path / "published"), tmp_path)
+    for name in ("model.safetensors", "model.json"):
+        assert (tmp_path / "published" / name).read_bytes() == (tmp_path / "trained" / name).read_bytes()
+    inputs = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
+    assert torch.equal(found.module(tmp_path)(inputs), load_model(tmp_path / "trained")(inputs))
+
+
+def test_what_was_done_is_told_in_a_line_each(tmp_path: Path) -> None:
+    state = weights()
+    averaged = {"ema": weights(seed=6)}
+    torch.save(
+        averaged | {"state_dict": before(state, "model.") | {"criterion.weight": torch.ones(10)}}, tmp_path / "a"
+    )
+    found = opened(tmp_path / "a")
+    assert found.notes == [
+        "taken from `state_dict` in the file",
+        "`model.` was taken off the names of its weights",
+        "left out, since the model has no such part: criterion.weight",
+        "the file has weights of the same names under `ema`, too; to take those, save them as a file of their own",
+    ]
+    torch.save({name: one.half() if one.is_floating_point() else one for name, one in state.items()}, tmp_path / "b")
+    (said,) = opened(tmp_path / "b").notes
+    assert said == f"{sum(one.is_floating_point() for one in state.values())} weights of float16 became float32"
+    assert {one.dtype for one in opened(tmp_path / "b").module(tmp_path).parameters()} == {torch.float32}
+
+
+def test_a_student_beside_a_teacher_of_one_kind_is_not_taken_without_a_word(tmp_path: Path) -> None:
+    torch.save(before(weights(), "student.") | before(weights(seed=6), "teacher."), tmp_path / "both.ckpt")
+    assert any("under `teacher`" in line for line in opened(tmp_path / "both.ckpt").notes)
+
+
+def test_weights_in_float64_stay_so(tmp_path: Path) -> None:
+    save_file(
+        {name: one.double() if one.is_floating_point() else one for name, one in weights().items()}, tmp_path / "a"
+    )
+    found = opened(tmp_path / "a")
+    assert found.notes == []
+    assert found.module(tmp_path)(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).dtype == torch.float64
+    found.publish(str(tmp_path / "published"), tmp_path)
+    assert load_model(tmp_path / "published")(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).dtype == torch.float64
+
+
+def test_a_file_that_is_known_is_hashed_and_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(weights(), tmp_path / "a.safetensors")
+    card = opened(tmp_path / "a.safetensors").card
+    monkeypatch.setattr(imported, "read_parts", lambda files: pytest.fail("the file was loaded"))
+    (tmp_path / "a.safetensors").rename(tmp_path / "moved.safetensors")
+    hashed: list[Any] = []
+
+    def counted(files: Any) -> str:
+        hashed.append(files)
+        return digest_of(files)
+
+    monkeypatch.setattr(imported, "digest_of", counted)
+    assert opened(tmp_path / "moved.safetensors").card == card
+    assert len(hashed) == 1
+
+
+def test_a_memory_that_is_damaged_is_no_memory(tmp_path: Path) -> None:
+    save_file(weights(), tmp_path / "a.safetensors")
+    card = opened(tmp_path / "a.safetensors").card
+    (memory,) = (tmp_path / "cache" / "imports").iterdir()
+    memory.write_bytes(memory.read_bytes().replace(str(card.weights_sha256).encode()[:4], b"0000"))
+    assert opened(tmp_path / "a.safetensors").card == card
+
+
+def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(weights(), path)
+
+    def read_late(files: Any) -> Any:
+        found = read_parts(files)
+        save_file(weights(seed=6), tmp_path / "new")
+        (tmp_path / "new").replace(path)
+        return found
+
+    monkeypatch.setattr(imported, "read_parts", read_late)
+    assert "was written while it was read" in refused(path)
+    monkeypatch.setattr(imported, "read_parts", read_parts)
+    known = opened(path)
+    known._module = None
+    save_file(weights(seed=7), path)
+    with pytest.raises(RefusedError, match="was written while it was read"):
+        known.module(tmp_path)
+
+
+# ---- files that are none
+
+
+class Runs:
+    """Leaves a file behind where it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+def scripted(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is on its way out
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+
+
+def cut(path: Path, name: str) -> None:
+    state = weights()
+    save_file(state, path) if name == "safetensors" else torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def of_another_kind(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def squeezed(path: Path) -> None:
+    """A bomb: what torch would unpack is far larger than the file."""
+    torch.save({"a": torch.zeros(1_000_000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+
+def an_index(path: Path, names: Any) -> None:
+    path.with_name("model.safetensors.index.json").write_text(json.dumps(names))
+    path.symlink_to("model.safetensors.index.json")
+
+
+def archive_of_numpy(path: Path) -> None:
+    held = io.BytesIO()
+    np.savez(held, a=np.zeros(3))
+    path.write_bytes(held.getvalue())
+
+
+OPTIMIZER = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1).state_dict()
+BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "missing": (lambda path: None, ["there is no checkpoint", "nothing there"]),
+    "a link that leads nowhere": (lambda path: path.symlink_to("gone"), ["a link that leads nowhere"]),
+    "a link to itself": (lambda path: path.symlink_to(path.name), ["cannot read the checkpoint"]),
+    "a folder": (Path.mkdir, ["without a checkpoint of a usual name", "an empty folder", "name the file itself"]),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), ["is no file"]),
+    "empty": (Path.touch, ["an empty file"]),
+    "text": (lambda path: path.write_text("hello, weights"), ["text, which begins 'hello, weights'"]),
+    "JSON": (lambda path: path.write_text('{"a": 1, {"b": 2}}' * 9), ["text, which begins"]),
+    "a web page": (lambda path: path.write_text("<!DOCTYPE html><html>"), ["a web page: the download went wrong"]),
+    "a pointer": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
+        ["Git LFS", "git lfs pull"],
+    ),
+    "Keras": (lambda path: of_another_kind(path, b"\x89HDF\r\n\x1a\n" + bytes(100)), ["HDF5, as Keras writes it"]),
+    "ONNX": (lambda path: of_another_kind(path, b"\x08\x08\x12\x07pytorch\x1a\x05" + bytes(100)), ["ONNX"]),
+    "an array": (lambda path: of_another_kind(path, b"\x93NUMPY\x01\x00" + bytes(100)), ["an array of NumPy"]),
+    "arrays": (archive_of_numpy, ["an archive of NumPy without what torch.save writes"]),
+    "noise": (lambda path: of_another_kind(path, bytes(range(200, 256))), ["unknown kind", "c8 c9 ca"]),
+    "cut safetensors": (lambda path: cut(path, "safetensors"), ["damaged or cut off", "fetch the file again"]),
+    "a cut archive": (lambda path: cut(path, "zip"), ["an archive that is damaged or cut off", "fetch the file again"]),
+    "a huge header": (
+        lambda path: of_another_kind(path, (1 << 40).to_bytes(8, "little") + b'{"a": 1}'),
+        ["damaged or cut off", "header too large"],
+    ),
+    "TorchScript": (scripted, ["TorchScript", "torch.jit.load(FILE).state_dict()"]),
+    "a bomb": (squeezed, ["compressed entries"]),
+    "code": (
+        lambda path: torch.save({"state_dict": weights(), "run": Runs(path.parent / "ran")}, path),
+        ["nothing is unpickled", "posix.mkdir", "where you trust it", "save_file("],
+    ),
+    "code of before": (
+        lambda path: torch.save(Runs(path.parent / "ran"), path, _use_new_zipfile_serialization=False),
+        ["nothing is unpickled", "posix.mkdir"],
+    ),
+    "a whole module": (
+        lambda path: torch.save(nn.Linear(2, 2), path),
+        ["torch.nn.modules.linear.Linear", ".state_dict()", "weights_only=False"],
+    ),
+    "settings of argparse": (
+        lambda path: torch.save({"state_dict": weights(), "args": argparse.Namespace(lr=0.1)}, path),
+        ["argparse.Namespace", "found['state_dict']"],
+    ),
+    "a number of NumPy": (
+        lambda path: torch.save({"state_dict": weights(), "best": np.float64(0.9)}, path),
+        ["numpy", "nothing is unpickled"],
+    ),
+    "an optimizer": (
+        lambda path: torch.save({"epoch": 1, "optimizer": OPTIMIZER}, path),
+        ["the state of an optimizer and no weights"],
+    ),
+    "an optimizer alone": (lambda path: torch.save(OPTIMIZER, path), ["the state of an optimizer and no weights"]),
+    "an empty state dict": (lambda path: torch.save({}, path), ["an empty state dict"]),
+    "numbers": (lambda path: torch.save({"epoch": 1, "loss": 0.1}, path), ["no tensors by name, under epoch, loss"]),
+    "a tensor": (lambda path: torch.save(torch.ones(3), path), ["a Tensor"]),
+    "an index of nothing": (lambda path: an_index(path, {}), ["text, which begins"]),  # by another name it is a text
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_file_that_is_no_checkpoint_is_refused(what: str, tmp_path: Path) -> None:
+    write, told = BAD[what]
+    write(tmp_path / "given")
+    said = refused(tmp_path / "given", kind=MachineError if "itself" in what else RefusedError)
+    for words in (*told, str(tmp_path / "given")):
+        assert words in said
+    assert not (tmp_path / "ran").exists(), "it was unpickled"
+
+
+def test_code_would_have_run(tmp_path: Path) -> None:
+    """Else the test above would prove nothing."""
+    torch.save(Runs(tmp_path / "ran"), tmp_path / "given")
+    torch.load(tmp_path / "given", weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+def test_shards_lie_beside_their_index(tmp_path: Path) -> None:
+    in_shards(tmp_path / "model", weights())
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    assert opened(index).card == opened(tmp_path / "model").card
+    (tmp_path / "model" / "model-2-of-2.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(RefusedError, match="no model-2-of-2") as error:
+        opened(tmp_path / "model")
+    assert "fetch the missing files" in str(error.value)
+    wrong: list[Any] = [
+        {"a": "../elsewhere.safetensors"},
+        {"a": str(tmp_path / "elsewhere.safetensors")},
+        {"a": 3},
+        {},
+        [],
+    ]
+    for names in wrong:
+        index.write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(RefusedError, match="is no index of shards"):
+            opened(index)
+    index.write_text("{")
+    with pytest.raises(RefusedError, match="is no index of shards"):
+        opened(index)
+
+
+def test_a_model_folder_needs_no_architecture(tmp_path: Path) -> None:
+    card = ModelCard.of(RESNET, ROWS, None)
+    save_model(tmp_path / "ours", build(card, seed=5), card)
+    assert "leave teacher.model out" in refused(tmp_path / "ours")
+
+
+def test_a_file_that_may_not_be_read_is_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(weights(), tmp_path / "given")
+
+    def closed(*_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint_files, "open", closed, raising=False)
+    said = refused(tmp_path / "given", kind=MachineError)
+    assert "Permission denied" in said
+    assert "a file that this user may read" in said
+
+
+# ---- weights that do not fit
+
+
+def changed(name: str, tensor: torch.Tensor) -> Tensors:
+    state = weights()
+    assert name in state
+    return state | {name: tensor}
+
+
+def renamed(state: Tensors, old: str, new: str) -> Tensors:
+    return {name.replace(old, new): tensor for name, tensor in state.items()}
+
+
+HEAD = "head.weight"
+UNFIT: dict[str, tuple[Callable[[], Tensors], list[str]]] = {
+    "other classes": (
+        lambda: weights() | {HEAD: torch.zeros(1000, 16), "head.bias": torch.zeros(1000)},
+        ["head.weight [1000, 16] in the file, [10, 16] in the model", "a model of 1,000 classes, and the data have 10"],
+    ),
+    "other names": (
+        lambda: renamed(weights(), "head.", "fc."),
+        ["missing: head.weight [10, 16] (nearest in the file: fc.weight)", "not in the model: fc.weight [10, 16]"],
+    ),
+    "some missing": (
+        lambda: {name: one for name, one in weights().items() if name != HEAD},
+        ["missing: head.weight [10, 16]", "98%"],
+    ),
+    "one too many": (
+        lambda: weights() | {"extra.weight": torch.ones(3)},
+        ["100%", "not in the model: extra.weight [3]"],
+    ),
+    "another architecture": (
+        lambda: {f"encoder.layer.{number}.weight": torch.ones(4, 4) for number in range(12)},
+        ["0 of the model's", "0%", "of another architecture; its names begin encoder.layer.0.weight"],
+    ),
+    "another width": (lambda: weights(recipe.ResNet(depth=8, width=8)), ["stem.weight [8, 1, 3, 3] in the file"]),
+    "NaN": (lambda: changed(HEAD, torch.full((10, 16), torch.nan)), [HEAD, "160 of 160 numbers are NaN or infinite"]),
+    "no variance": (lambda: changed("norm.running_var", torch.tensor([1, torch.nan, 3, 1])), ["running_var", "1 of"]),
+    "infinite": (lambda: changed("norm.weight", torch.tensor([1.0, torch.inf, 1, 1])), ["norm.weight", "1 of 4"]),
+    "complex": (lambda: changed(HEAD, torch.ones(10, 16, dtype=torch.complex64)), [HEAD, "complex64"]),
+    "whole numbers": (lambda: changed(HEAD, torch.ones(10, 16, dtype=torch.int8)), [HEAD, "int8", "float32"]),
+    "eight bits": (lambda: changed(HEAD, torch.ones(10, 16).to(torch.float8_e4m3fn)), [HEAD, "float8_e4m3fn"]),
+    "sparse": (lambda: changed(HEAD, torch.eye(10, 16).to_sparse()), [HEAD, "a sparse or quantised tensor"]),
+    "empty shapes": (lambda: changed(HEAD, torch.ones(0)), ["head.weight [0] in the file"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_weights_that_do_not_fit_are_refused_with_the_nearest(what: str, tmp_path: Path) -> None:
+    state, told = UNFIT[what]
+    torch.save(state(), tmp_path / "given.pt")
+    said = refused(tmp_path / "given.pt")
+    for words in (*told, "given.pt"):
+        assert words in said
+
+
+def test_all_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
+    state = renamed(weights(), "stem.", "conv1.") | {HEAD: torch.zeros(7, 16)}
+    save_file(state, tmp_path / "given")
+    said = refused(tmp_path / "given")
+    for words in ("of another shape: head.weight", "missing: stem.weight", "nearest in the file: conv1.weight"):
+        assert words in said
+    assert "correct teacher.model, so that it is the architecture" in said
+
+
+TIED = """
+from torch import nn
+class Tied(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.second = nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(64, classes)
+    def forward(self, x):
+        return {"logits": self.head(self.second(self.first(x.flatten(1)))), "features": x}
+def net(input_shape, classes):
+    return Tied(classes)
+"""
+
+
+def test_weights_that_are_one_come_once_or_twice(tmp_path: Path) -> None:
+    """And a module that returns a dict serves as any other."""
+    name = sources.module(tmp_path, TIED)
+    spec = own(recipe.Custom(factory=f"{name}:net"), tmp_path)
+    module = build(ModelCard.of(spec, ROWS, None), seed=5).body
+    assert isinstance(module, nn.Module)
+    save_with_ties(module, str(tmp_path / "once.safetensors"))
+    torch.save(module.state_dict(), tmp_path / "twice.pt")
+    once, twice = opened(tmp_path / "once.safetensors", spec), opened(tmp_path / "twice.pt", spec)
+    assert once.card == twice.card
+    assert once.module(tmp_path)(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape == (2, 10)
+    torch.save(module.state_dict() | {"second.weight": torch.ones(64, 64)}, tmp_path / "apart.pt")
+    with pytest.raises(RefusedError, match=r"second\.weight") as error:
+        opened(tmp_path / "apart.pt", spec)
+    assert "in the model the two are one" in str(error.value)
+
+
+def test_what_is_seen_of_the_data_is_part_of_the_model(tmp_path: Path) -> None:
+    save_file(weights(), tmp_path / "a.safetensors")
+    plain = opened(tmp_path / "a.safetensors").card
+    data = DATA.model_copy(update={"normalize": recipe.Normalize(mean=[0.5], std=[0.25])})
+    scaled = open_checkpoint(RESNET, str(tmp_path / "a.safetensors"), ROWS, data, tmp_path / "cache").card
+    assert scaled.weights_sha256 == plain.weights_sha256
+    assert scaled.fingerprint != plain.fingerprint
+
+
+def test_the_bytes_of_weights_know_no_order(tmp_path: Path) -> None:
+    state = weights()
+    torch.save(dict(reversed(state.items())), tmp_path / "reversed.pt")
+    card = ModelCard.of(RESNET, ROWS, None)
+    expected = state_bytes(build(card, seed=5))
+    assert state_bytes(opened(tmp_path / "reversed.pt").module(tmp_path)) == expected
