@@ -47,6 +47,7 @@ from akd_dist.models.folder import load_model, save_model
 from akd_dist.recipe import Recipe
 from akd_dist.reporting.seeds import estimate
 from akd_dist.storage.decoded import open_decoded
+from akd_dist.storage.mean import uris_of
 from akd_dist.storage.reader import open_store
 
 MODULE = Path(__file__).stem
@@ -386,7 +387,7 @@ def harm(folder: Path) -> dict[str, dict[str, Any]]:
 
 def with_all(job: CohortJob, splits: Splits) -> BatchStream:
     """A cohort's stream, with the logits of all views in an array [views, rows, classes]."""
-    stream, store = open_stream(job, splits)[0], open_store(job.stores["train"])
+    stream, store = open_stream(job, splits)[0], open_store(uris_of(job.stores)[0])
     views = [open_decoded(store, Path(job.cache_root), view) for view in range(stream.views)]
     return dataclasses.replace(stream, logits=np.stack(views))
 

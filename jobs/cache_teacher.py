@@ -21,14 +21,13 @@ from akd_dist.base.locks import file_lock
 from akd_dist.data.rows import Rows, Splits, blocks_in_common, first_difference
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.teacher import CacheJob, cache_shard
-from akd_dist.documents.cache import CachedAssistant, CacheDocument, CachedSplit, CachedSplits
+from akd_dist.documents.cache import CachedAssistant, CachedMember, CacheDocument, CachedSplit, CachedSplits
 from akd_dist.jobs.planning.caching import (
-    CachedModel,
     Inputs,
-    SplitPlan,
     check_room,
     computed_on,
     foresee_caching,
+    given_teacher,
     look_up,
     model_at,
     next_below,
@@ -36,6 +35,7 @@ from akd_dist.jobs.planning.caching import (
     source_of,
     tell_of_chance,
 )
+from akd_dist.jobs.planning.models import CachedModel, SplitPlan, count_of, levels_of
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_machine
 from akd_dist.jobs.train_teacher import Run, Workspace, ensure_trained, run_in_process, run_on_ray
@@ -79,7 +79,7 @@ def cache_teacher(recipe: Recipe, options: CacheOptions) -> dict[str, Any]:
             return plan.plain()
         models = cache_planned(inputs, workspace)
     inputs.splits.sources.finish()
-    return document_of(models, time.monotonic() - started).plain()
+    return document_of(inputs.recipe, models, time.monotonic() - started).plain()
 
 
 def cache_planned(inputs: Inputs, workspace: Workspace) -> list[CachedModel]:
@@ -102,7 +102,7 @@ def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache
     look_up(teacher, recipe, workspace)
     models = walk_chain(recipe, splits, [teacher], workspace, run_in_process, compute_in_process)
     splits.sources.finish()
-    return document_of(models, time.monotonic() - started).plain()
+    return document_of(recipe, models, time.monotonic() - started).plain()
 
 
 def walk_chain(
@@ -115,7 +115,7 @@ def walk_chain(
         run: trains a model.
         compute: computes the missing shards of a model.
     """
-    complete = len(there) > len(recipe.teacher.chain) and all(len(one.opened) == len(one.plans) for one in there)
+    complete = len(there) == count_of(recipe) and all(len(one.opened) == len(one.plans) for one in there)
     with contextlib.nullcontext() if complete else _using_rows(splits, workspace):
         return _walk_chain(recipe, splits, there, workspace, run, compute)
 
@@ -146,15 +146,17 @@ def _walk_chain(
     recipe: Recipe, splits: Splits, there: Sequence[CachedModel], workspace: Workspace, run: Run, compute: Compute
 ) -> list[CachedModel]:
     models: list[CachedModel] = []
-    while len(models) <= len(recipe.teacher.chain):
+    while len(models) < count_of(recipe):
         trained = next_below(recipe, splits, models)
         if len(models) < len(there):
             model = there[len(models)]
             if trained is not None:
                 workspace.sweep(trained.claim)
+        elif trained is None:  # of an ensemble, where one before it was still to be trained
+            model = given_teacher(recipe, len(models), splits, workspace)
+            look_up(model, recipe, workspace)
         else:
-            assert trained is not None, "weights that lie somewhere are there"
-            check_chain(recipe, splits, workspace, len(models))
+            check_chain(recipe, splits, workspace, len(levels_of(recipe, models)))
             uri = ensure_trained(trained, recipe, splits, workspace, run)
             model = model_at(trained.name, uri, recipe, splits)
             look_up(model, recipe, workspace)
@@ -342,9 +344,10 @@ def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str
     )
 
 
-def document_of(models: Sequence[CachedModel], seconds: float) -> CacheDocument:
+def document_of(recipe: Recipe, models: Sequence[CachedModel], seconds: float) -> CacheDocument:
     """What `cache-teacher` prints of the stores of all models."""
-    teacher, *assistants = models
+    count = len(recipe.teacher.each)
+    teachers, assistants = models[:count], models[count:]
     hit = all(plan.writer is None for model in models for plan in model.plans)
     below = [
         CachedAssistant(
@@ -353,7 +356,13 @@ def document_of(models: Sequence[CachedModel], seconds: float) -> CacheDocument:
         for one in assistants
         if one.card is not None
     ]
-    return CacheDocument(**_stores(teacher) | {"hit": hit, "seconds": round(seconds, 3), "assistants": below})
+    members = [
+        CachedMember(**_stores(one), name=one.name, share=share)
+        for one, share in zip(teachers, recipe.teacher.shares, strict=True)
+        if recipe.teacher.members is not None
+    ]
+    whole = {"hit": hit, "seconds": round(seconds, 3), "members": members, "assistants": below}
+    return CacheDocument(**_stores(teachers[0]) | whole)
 
 
 def _stores(model: CachedModel) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from akd_dist.jobs.planning.planner import cohort_job
 from akd_dist.jobs.ray_train import OUT_OF_STEP, fit, worker_log
 from akd_dist.jobs.run_folder import LocalRun
 from akd_dist.jobs.shared import GONE_SECONDS, Shared, UnseenError, nodes_lost
-from akd_dist.jobs.train_teacher import Stores
 from akd_dist.jobs.working_dir import WorkingDir
+from akd_dist.storage.mean import Stores, uris_of
 from akd_dist.tracking.progress import FleetMeter, tell
 
 # How often a cohort's run may fail. Ray starts the workers of a run again once, so they have died four times by then.
@@ -358,9 +358,6 @@ def shared_by(
 
     A store is content under its own name and sealed, so a node may as well have a copy of its own.
     """
-    stores = {
-        f"the store {Path(uri).name[:12]}": f"{uri}/manifest.json"
-        for uri in (*base.stores.values(), *assistant.values())
-    }
+    stores = {f"the store {Path(uri).name[:12]}": f"{uri}/manifest.json" for uri in uris_of(base.stores, assistant)}
     folders = {"the run's folder": base.run_uri or base.control}
     return Shared(folders, base.cache_root, lambda text: tell(console, text), stores, demand, folder)

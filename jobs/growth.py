@@ -24,6 +24,7 @@ from akd_dist.storage.run_copy import is_copy
 
 Students = Mapping[str, dict[str, Any]]
 """Students as a run's identity has them, by name."""
+LENGTHS = ("epochs", "stage1_epochs", "stage2_epochs")
 ADVICE = "give it another name, or train it in another run"
 _OF_A_SEED = re.compile(r"(?P<stem>.+)-s[0-9]+")
 
@@ -42,6 +43,8 @@ class Growth:
     """Those that it has otherwise: they are left as they are, and out of the tables as well."""
     renamed: dict[str, str] = field(default_factory=dict)
     """What the recipe calls students that the run has by another name -> that name."""
+    again: dict[str, str] = field(default_factory=dict)
+    """New ones that differ from one that the run has in the lengths of their training -> that one, and the lengths."""
     out: Students = field(default_factory=dict)
     """All that the run has and this recipe does not train, as they were when they were in it."""
     history: list[RunChange] = field(default_factory=list)
@@ -67,19 +70,25 @@ class Growth:
         if self.renamed:
             pairs = [f"{new} is {old}" for new, old in self.renamed.items()]
             lines.append(f"by the names that students have in this run: {some_of(pairs, most=3)}")
+        if self.again:
+            pairs = [f"{name}, like {other}" for name, other in self.again.items()]
+            lines.append(f"trained from their start, since their schedules are others: {some_of(pairs, most=3)}")
         return lines + [f"refused: {one.told}: {ADVICE}" for one in self.refused]
 
 
-def settle(run: Path, saved: RunIdentity, recipe: Recipe, students: Students) -> tuple[Recipe, Growth]:
+def settle(
+    run: Path, saved: RunIdentity, recipe: Recipe, students: Students, *, search: bool = False
+) -> tuple[Recipe, Growth]:
     """The recipe as the run can have it: its students by their names there, without those that have changed.
 
     Args:
         run: its folder, or the copy of it.
         saved: what it was made from.
         students: those of the recipe, as its identity has them.
+        search: whether they are the trials of a search, which is that of the run as a whole or not at all.
 
     Raises:
-        RecipeError: each student of the recipe has changed; names how.
+        RecipeError: each student of the recipe has changed; of a search, any has. Names how.
     """
     before: dict[str, dict[str, Any]] = saved.taken_out | saved.students
     names = names_in_run(before, students)
@@ -90,18 +99,22 @@ def settle(run: Path, saved: RunIdentity, recipe: Recipe, students: Students) ->
         if name in before and before[name] != student and has_begun(run, name)
     }
     refused = [RefusedStudent(name=name, differences=told) for name, told in changed.items()]
+    if search and (refused or any(given != name for given, name in names.items())):
+        raise another_search(run, refused, names)
     if len(refused) == len(now):
         raise refusal(run, recipe.name, refused)
     specs = [spec.model_copy(update={"name": names[spec.name]}) for spec in recipe.students]
     left = [spec for spec in specs if spec.name not in changed]
     current = [spec.name for spec in left]
     out = {name: student for name, student in before.items() if name not in current}
+    added = [name for name in current if before.get(name) != now[name]]
     growth = Growth(
         kept=[name for name in current if before.get(name) == now[name]],
-        added=[name for name in current if before.get(name) != now[name]],
+        added=added,
         taken_out=[name for name in out if name not in changed],
         refused=refused,
         renamed={given: name for given, name in names.items() if given != name and name in current},
+        again=_other_lengths({name: now[name] for name in added}, before),
         out=out,
         history=_history(saved, current),
     )
@@ -140,6 +153,33 @@ def _stem(name: str) -> str | None:
     return None if found is None else found["stem"]
 
 
+def _other_lengths(added: Students, before: Students) -> dict[str, str]:
+    """New students that one could think go on from one that the run has, which was trained for longer or less.
+
+    Where stage I is of the same length, they do, from what that one left of its stage I: they are not among these.
+
+    Returns:
+        Name of the new one -> name of the other, and how their lengths differ.
+    """
+    alike: dict[bytes, list[str]] = {}
+    for name, student in before.items():
+        alike.setdefault(_content(_without_lengths(student)), []).append(name)
+    found: dict[str, str] = {}
+    for name, student in added.items():
+        for other in alike.get(_content(_without_lengths(student)), []):
+            ours, theirs = student["objective"], before[other]["objective"]
+            differing = [key for key in LENGTHS if ours.get(key) != theirs.get(key)]
+            if differing not in ([], ["stage2_epochs"]):
+                told = ", ".join(f"{key}: {theirs[key]} -> {ours[key]}" for key in differing)
+                found.setdefault(name, f"{other} but for {told}")
+    return found
+
+
+def _without_lengths(student: Mapping[str, Any]) -> dict[str, Any]:
+    objective = {key: value for key, value in student["objective"].items() if key not in LENGTHS}
+    return {**student, "objective": objective}
+
+
 def has_begun(run: Path, name: str) -> bool:
     """Whether a student of the run may have been trained: one that never was has nothing that would not fit.
 
@@ -162,9 +202,9 @@ def refusal(run: Path, name: str, refused: Sequence[RefusedStudent]) -> RecipeEr
     )
 
 
-def another_search(run: Path, growth: Growth) -> RecipeError:
+def another_search(run: Path, refused: Sequence[RefusedStudent], names: Mapping[str, str]) -> RecipeError:
     """Why a search cannot go on in a run: its trials are others than those that lie there."""
-    told = [one.told for one in growth.refused] + [f"{new} is {old}" for new, old in growth.renamed.items()]
+    told = [one.told for one in refused] + [f"{new} is {old}" for new, old in names.items() if new != old]
     return RecipeError(
         f"the run in {run} holds another search",
         got="\n       ".join(told[:6]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from akd_dist.data.source_rows import SourceRows, source_rows
 from akd_dist.distill.dataset import DatasetJob, DistillationBatches, DistillationDataset
 from akd_dist.documents.damage import load
 from akd_dist.documents.fleet import RunIdentity
-from akd_dist.jobs.planning.caching import CachedModel, SplitPlan, models_there
+from akd_dist.jobs.planning.caching import models_there
+from akd_dist.jobs.planning.models import CachedModel, SplitPlan
 from akd_dist.jobs.planning.windows import choose, demands_of, room_for
 from akd_dist.jobs.prepare_rows import rows_of_machine
 from akd_dist.jobs.train_teacher import Workspace
@@ -29,6 +30,7 @@ from akd_dist.serve.remote import brought
 from akd_dist.storage import catalog
 from akd_dist.storage.content import renewing
 from akd_dist.storage.layout import CREATION_KEY
+from akd_dist.storage.mean import AnyStore, MeanStore, members_of
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.uses import using
@@ -53,21 +55,27 @@ class Found:
     named: Named
     workspace: Workspace
     splits: Splits
-    teacher: CachedModel | None
-    """The teacher, if it is there; what its stores are is known, and they are not looked for."""
+    teachers: Sequence[CachedModel]
+    """The teacher, or those of an ensemble, if they are there; what their stores are is known, and they are not looked
+    for. None if one is not there."""
 
-    def store(self, split: str) -> LogitStore | None:
-        """The sealed store of the teacher's logits of a split; None where there is none."""
-        if (plan := self.plan(split)) is None:
+    def store(self, split: str) -> AnyStore | None:
+        """The sealed store of the teacher's logits of a split, or those of an ensemble; None where one is lacking."""
+        found = [self._store_of(plan) for plan in self.plans(split)]
+        stores = [store for store in found if store is not None]
+        if not stores or len(stores) < len(self.teachers):
             return None
+        teacher = self.named.recipe.teacher
+        return stores[0] if teacher.members is None else MeanStore(tuple(stores), teacher.shares, teacher.average)
+
+    def plans(self, split: str) -> list[SplitPlan]:
+        """What the stores of a split are, of each teacher; without those that are a store of other splits alone."""
+        return [plan for teacher in self.teachers for plan in teacher.plans if plan.split == split]
+
+    def _store_of(self, plan: SplitPlan) -> LogitStore | None:
         return plan.store or catalog.find_store(self.workspace.store_root, plan.identity)
 
-    def plan(self, split: str) -> SplitPlan | None:
-        """What the store of a split is; None without a teacher, or for one that is a store of other splits alone."""
-        plans = [] if self.teacher is None else self.teacher.plans
-        return next((plan for plan in plans if plan.split == split), None)
-
-    def needed(self, split: str) -> LogitStore:
+    def needed(self, split: str) -> AnyStore:
         """The same store, which has to be there.
 
         Raises:
@@ -77,8 +85,9 @@ class Found:
             return store
         root = self.workspace.store_root
         got = f"no teacher under {root}"
-        if (plan := self.plan(split)) is not None:
-            store_id = plan.identity.id
+        lacking = [plan for plan in self.plans(split) if self._store_of(plan) is None]
+        if lacking:
+            store_id = lacking[0].identity.id
             begun = open_root(root).exists(f"{store_id}/{CREATION_KEY}")
             got = (
                 f"the store {store_id[:12]} that is not sealed yet" if begun else f"no store {store_id[:12]} in {root}"
@@ -107,7 +116,8 @@ def found(options: StoredOptions) -> Iterator[Found]:
         if given.run is not None:
             _check_same_rows(given.run, splits)
         models = models_there(given.recipe, splits, workspace)
-        yield Found(given, workspace, splits, models[0] if models else None)
+        count = len(given.recipe.teacher.each)
+        yield Found(given, workspace, splits, models[:count] if len(models) >= count else [])
 
 
 @contextlib.contextmanager
@@ -164,7 +174,7 @@ def job_of(
         split=split,
         fingerprints=there.splits.fingerprints,
         cache_root=there.workspace.cache_root,
-        store=None if store is None else store.uri,
+        store=None if store is None else store.ref,
         rows=there.splits.train.sealed,
         batch=batch,
         last_batch=last_batch,
@@ -181,9 +191,9 @@ def _window(there: Found) -> int | None:
     return choose(demands, room_for(there.workspace, [])).window
 
 
-def _note_use(store: LogitStore) -> None:
+def _note_use(store: AnyStore) -> None:
     """Leave a record that the store is used today, from the folder that this program works in: for `stores gc`."""
-    with using([store.uri], run=str(Path.cwd())):
+    with using([one.uri for one in members_of(store)], run=str(Path.cwd())):
         pass
 
 

@@ -58,9 +58,9 @@ def rows_of_recipe(
         return rows_of_cluster(data, workspace, again=again, only_look=only_look)
 
     splits = rows_of(recipe.data)
-    if recipe.data_of_teacher == recipe.data:
+    if recipe.data_of_teachers is None:
         return splits
-    return dataclasses.replace(splits, of_teacher=rows_of(recipe.data_of_teacher))
+    return dataclasses.replace(splits, of_teacher=rows_of(recipe.data_of_teachers))
 
 
 def rows_of_machine(data: recipes.DataSpec, workspace: Workspace, *, again: bool = False) -> Splits:

@@ -17,6 +17,7 @@ from akd_dist.jobs.opening import found, job_of
 from akd_dist.options import RayDatasetOptions
 from akd_dist.recipe import Recipe
 from akd_dist.storage.layout import MANIFEST_KEY
+from akd_dist.storage.mean import AnyStore, StoreRef, open_logits
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.roots import open_root
 
@@ -32,9 +33,9 @@ def ray_dataset(options: RayDatasetOptions) -> Dataset:
     if store is not None:
         return _read(store, functools.partial(read_logits, store.uri), options)
     with found(options.of_recipe()) as there:
-        store = there.needed(options.split)
+        needed = there.needed(options.split)
         job = job_of(there, options.split)
-        return _read(store, functools.partial(read_rows, dataclasses.replace(job, store=None), store.uri), options)
+        return _read(needed, functools.partial(read_rows, dataclasses.replace(job, store=None), needed.ref), options)
 
 
 def _store(options: RayDatasetOptions) -> LogitStore | None:
@@ -47,7 +48,7 @@ def _store(options: RayDatasetOptions) -> LogitStore | None:
     return open_store(place) if open_root(place).exists(MANIFEST_KEY) else None
 
 
-def _read(store: LogitStore, read: Any, options: RayDatasetOptions) -> Dataset:
+def _read(store: AnyStore, read: Any, options: RayDatasetOptions) -> Dataset:
     try:
         import ray.data
     except ImportError as error:
@@ -66,9 +67,9 @@ def read_logits(uri: str, shards: Columns) -> Columns:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def read_rows(job: DatasetJob, uri: str, shards: Columns) -> Columns:
+def read_rows(job: DatasetJob, ref: StoreRef, shards: Columns) -> Columns:
     """The same, with inputs as the view shows them, and labels; the logits are `teacher_logits`."""
-    stream, store = _stream(job), _opened(uri)
+    stream, store = _stream(job), _opened(ref)
     parts = []
     for number in shards["id"]:
         logits = _of_shard(store, int(number))
@@ -79,7 +80,7 @@ def read_rows(job: DatasetJob, uri: str, shards: Columns) -> Columns:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _of_shard(store: LogitStore, number: int) -> Columns:
+def _of_shard(store: AnyStore, number: int) -> Columns:
     shard = store.layout.shard(*divmod(number, store.layout.shards_per_view))
     row = np.arange(shard.start, shard.stop)
     logits = store.rows(shard.view, shard.start, shard.stop)
@@ -87,7 +88,7 @@ def _of_shard(store: LogitStore, number: int) -> Columns:
 
 
 # A worker of Ray reads many shards of few stores.
-_opened = functools.lru_cache(maxsize=4)(open_store)
+_opened = functools.lru_cache(maxsize=4)(open_logits)
 
 
 _STREAMS: dict[str, BatchStream] = {}

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,16 +25,25 @@ from akd_dist.distill.job import CohortJob, read_result, renewals
 from akd_dist.distill.metrics import measure
 from akd_dist.documents.base import Document
 from akd_dist.documents.damage import load
-from akd_dist.documents.fleet import Economics, FleetAssistant, FleetDocument, FleetStudent, FleetTeacher, Metrics
+from akd_dist.documents.fleet import (
+    Economics,
+    FleetAssistant,
+    FleetDocument,
+    FleetMember,
+    FleetStudent,
+    FleetTeacher,
+    Metrics,
+)
 from akd_dist.jobs.growth import Growth
 from akd_dist.jobs.planning.planner import learns_from_assistant
-from akd_dist.jobs.train_teacher import teacher_of
+from akd_dist.jobs.train_teacher import Trained, teacher_of
 from akd_dist.models.build import build, check_memory, num_parameters
 from akd_dist.models.card import ModelCard
 from akd_dist.recipe import Recipe
 from akd_dist.reporting.economics import StudentUsage, economics, reading
 from akd_dist.reporting.page import write_report
 from akd_dist.reporting.results import read_fleet
+from akd_dist.storage.mean import AnyStore, MeanStore, members_of
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.roots import open_root
 from akd_dist.tracking.progress import tell
@@ -45,7 +54,7 @@ def finish_run(
     recipe: Recipe,
     splits: Splits,
     base: CohortJob,
-    stores: Sequence[dict[str, LogitStore]],
+    stores: Sequence[Mapping[str, AnyStore]],
     parameters: dict[str, int],
     cohorts: int,
     seconds: float,
@@ -66,7 +75,7 @@ def finish_run(
         folder = Path(base.root) / spec.name
         result = read_result(base, spec) or failed_entry(spec, "it never ended", folder, base.attempt)
         source = (stores[-1] if learns_from_assistant(spec) else stores[0])["train"]
-        where = {"path": str(folder), "store": source.uri, "teacher": source.manifest.identity.teacher}
+        where = {"path": str(folder), "store": source.uri, "teacher": source.teacher}
         students.append(FleetStudent.model_validate(result | {"parameters": parameters[spec.name]} | where))
     teacher = describe_teacher(stores[0]["train"], stores[0].get("test"), splits.test, recipe.trusted)
     assistants = [describe_assistant(each, stores[0].get("test"), splits.test, recipe.trusted) for each in stores[1:]]
@@ -100,7 +109,7 @@ def balances(
     splits: Splits,
     labels: Sequence[str],
     students: Sequence[FleetStudent],
-    stores: Sequence[dict[str, LogitStore]],
+    stores: Sequence[Mapping[str, AnyStore]],
 ) -> list[Economics]:
     """What the stored logits cost and saved: those of the teacher, and of the last assistant where students read it.
 
@@ -124,10 +133,16 @@ class _Spent(Document):
     seconds: Annotated[float, Field(ge=0)]
 
 
-def training_seconds(recipe: Recipe, splits: Splits, store: LogitStore) -> float | None:
-    """What training the teacher took, where the recipe trained it and it left its result beside this store."""
-    trained = teacher_of(recipe, splits)
-    folder = None if trained is None else open_root(trained.uri(open_root(store.uri).parent.uri)).local_path("")
+def training_seconds(recipe: Recipe, splits: Splits, store: AnyStore) -> float | None:
+    """What training the teacher took, where the recipe trained it and it left its result beside this store; of an
+    ensemble the members that it trained, if it trained any."""
+    took = [_took(teacher_of(recipe, splits, member), store.uri) for member in range(len(recipe.teacher.each))]
+    known = [seconds for seconds in took if seconds is not None]
+    return sum(known) if known else None
+
+
+def _took(trained: Trained | None, store: str) -> float | None:
+    folder = None if trained is None else open_root(trained.uri(open_root(store).parent.uri)).local_path("")
     if folder is None:
         return None
     # A footnote of the balance, of a file that the run does not own: whatever is wrong with it ends no run.
@@ -173,28 +188,45 @@ def telling_damage(base: CohortJob, students: list[recipes.StudentSpec], console
             tell(console, f"warning: a checkpoint of {name} was damaged, the one before it was taken; it is {path}")
 
 
-def describe_teacher(train: LogitStore, test: LogitStore | None, rows: Rows, trusted: Trusted) -> FleetTeacher:
+def describe_teacher(train: AnyStore, test: AnyStore | None, rows: Rows, trusted: Trusted) -> FleetTeacher:
     """The teacher's row of the table, from its stored logits of the test rows: it is not run again.
 
     Args:
         test: None where a teacher is a store, and there is none of the test rows.
     """
-    model, parameters, metrics = "imported logits", None, None
-    if (spec := train.manifest.teacher.get("spec")) is not None:
-        card = ModelCard.model_validate(spec)
-        recipes.trust(card.model, trusted.seen_from(f"the store {train.uri}"))
-        # It is built below to count its weights, and what fits no memory would take the driver with it.
-        check_memory(card)
-        model, parameters = card.model.label, num_parameters(build(card, seed=0))
+    described = [_described(store, trusted) for store in members_of(train)]
+    labels_of, counts = [label for label, _ in described], [count for _, count in described]
+    parameters = None if None in counts else sum(count or 0 for count in counts)
+    members = [
+        FleetMember(model=label, parameters=count, store=store.uri, fingerprint=store.teacher, share=share)
+        for (label, count), store, share in zip(described, members_of(train), _shares(train), strict=True)
+    ]
+    metrics = None
     if test is not None:
         labels = torch.from_numpy(rows.all_labels())
         metrics = Metrics(**measure(rows.task, stored_predictions(test, rows), labels, rows.classes))
-    fingerprint = train.manifest.identity.teacher
-    return FleetTeacher(model=model, parameters=parameters, test=metrics, fingerprint=fingerprint)
+    model = labels_of[0] if len(members) == 1 else f"mean of {', '.join(labels_of)}"
+    teacher = FleetTeacher(model=model, parameters=parameters, test=metrics, fingerprint=train.teacher)
+    return teacher if len(members) == 1 else teacher.model_copy(update={"members": members})
+
+
+def _shares(store: AnyStore) -> tuple[float, ...]:
+    return store.shares if isinstance(store, MeanStore) else (1.0,)
+
+
+def _described(store: LogitStore, trusted: Trusted) -> tuple[str, int | None]:
+    """The label of a teacher's architecture, and the number of its weights; None where there is no model."""
+    if (spec := store.manifest.teacher.get("spec")) is None:
+        return "imported logits", None
+    card = ModelCard.model_validate(spec)
+    recipes.trust(card.model, trusted.seen_from(f"the store {store.uri}"))
+    # It is built below to count its weights, and what fits no memory would take the driver with it.
+    check_memory(card)
+    return card.model.label, num_parameters(build(card, seed=0))
 
 
 def describe_assistant(
-    stores: dict[str, LogitStore], teacher_test: LogitStore | None, rows: Rows, trusted: Trusted
+    stores: Mapping[str, AnyStore], teacher_test: AnyStore | None, rows: Rows, trusted: Trusted
 ) -> FleetAssistant:
     """An assistant's row: as the teacher's, with its agreement with the teacher, and the store of its logits."""
     agreement = None

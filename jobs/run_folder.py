@@ -26,7 +26,7 @@ from akd_dist.distill.job import ZOMBIE_SECONDS, CohortJob, stop_attempts
 from akd_dist.documents.damage import load
 from akd_dist.documents.fleet import FleetDocument, RunIdentity
 from akd_dist.jobs.growth import Growth
-from akd_dist.jobs.planning.caching import CachedModel
+from akd_dist.jobs.planning.models import CachedModel
 from akd_dist.jobs.planning.plan import last_attempt
 from akd_dist.models.build import by_content
 from akd_dist.recipe import Recipe, StudentSpec
@@ -141,6 +141,9 @@ def run_identity(recipe: Recipe, splits: Splits, taught: Sequence[str] = ()) -> 
     node = document["teacher"]
     if recipe.teacher.model is not None:
         node["model"] = by_content(recipe.teacher.model)
+    for number, member in enumerate(recipe.teacher.members or ()):
+        if member.model is not None:
+            node["members"][number]["model"] = by_content(member.model)
     for assistant in recipe.teacher.chain:
         node = node["assistant"]
         node["model"] = by_content(assistant.model)

@@ -25,10 +25,11 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import cache_planned
-from akd_dist.jobs.growth import Growth, another_search, settle
+from akd_dist.jobs.growth import Growth, settle
 from akd_dist.jobs.packing import fits
 from akd_dist.jobs.planning import windows
-from akd_dist.jobs.planning.caching import CachedModel, Inputs, fingerprints, open_rows, with_models
+from akd_dist.jobs.planning.caching import Inputs, open_rows, with_models
+from akd_dist.jobs.planning.models import CachedModel, fingerprints, levels_of
 from akd_dist.jobs.planning.plan import RunPlan, fleet_job, plan_run
 from akd_dist.jobs.planning.planner import (
     cohort_job,
@@ -50,11 +51,12 @@ from akd_dist.jobs.run_folder import (
     saved_results,
     with_stores_found,
 )
-from akd_dist.jobs.train_teacher import Stores, Workspace
+from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe
 from akd_dist.storage.content import renewing
 from akd_dist.storage.decoded import StoredLogits
+from akd_dist.storage.mean import Stores, uris_of
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.run_copy import REPORTED
 from akd_dist.storage.uses import using
@@ -118,9 +120,7 @@ def _run_recipe(
         shuffle = windows.settled(recipe, run.folder, fresh=options.fresh)
         growth = Growth()
         if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
-            inputs, growth = _grown(run.folder, inputs, shuffle)
-            if rung is not None and (growth.refused or growth.renamed):
-                raise another_search(run.folder, growth)
+            inputs, growth = _grown(run.folder, inputs, shuffle, search=rung is not None)
             for line in growth.lines if rung is None else []:
                 workspace.tell(f"the run {recipe.name}: {line}")
         drives = contextlib.nullcontext() if options.dry_run else driving(run.folder, moves=run.local is not None)
@@ -132,18 +132,18 @@ def _run_recipe(
             return plan, _execute(plan, growth, options, workspace, began, run, rung)
 
 
-def _grown(run: Path, inputs: Inputs, shuffle: windows.Shuffle | None) -> tuple[Inputs, Growth]:
+def _grown(run: Path, inputs: Inputs, shuffle: windows.Shuffle | None, *, search: bool) -> tuple[Inputs, Growth]:
     """What is trained of a recipe in a run that may have begun: its students as they are called there.
 
     Raises:
         AkdError: it is another run.
     """
     recipe = inputs.recipe if shuffle is None else windows.with_window(inputs.recipe, shuffle)
-    identity = run_identity(recipe, inputs.splits, fingerprints(inputs.models))
+    identity = run_identity(recipe, inputs.splits, fingerprints(inputs.levels))
     saved = check_same_run(run, recipe, identity)
     if saved is None:
         return inputs, Growth()
-    recipe, growth = settle(run, saved, inputs.recipe, identity["students"])
+    recipe, growth = settle(run, saved, inputs.recipe, identity["students"], search=search)
     # By what the recipe calls them: a student of another name is the same one, and has as many parameters.
     parameters = inputs.parameters | {name: inputs.parameters[given] for given, name in growth.renamed.items()}
     return replace(inputs, recipe=recipe, parameters=parameters), growth
@@ -161,14 +161,15 @@ def _execute(
     """Cache what is missing, train who has not ended, collect the results; the content of fleet.json."""
     recipe, splits, folder = plan.recipe, plan.inputs.splits, run.folder
     models = cache_planned(plan.inputs, workspace)
+    levels = levels_of(recipe, models)
     for model in models:
         workspace.tell(_how_cached(model))
-    identity = run_identity(recipe, splits, fingerprints(models))
+    identity = run_identity(recipe, splits, fingerprints(levels))
     if options.fresh:
         run.start_over()
     elif not plan.inputs.complete and (folder / "identity.json").exists():  # begun once; a model was trained just now
         check_same_run(folder, recipe, identity)
-    base = fleet_job(recipe, splits, models[0].stores, folder, workspace.cache_root)
+    base = fleet_job(recipe, splits, levels[0].stores, folder, workspace.cache_root)
     base = replace(base, run_uri=run.uri, stages=workspace.store_root)
     if rung is not None:
         base = replace(base, pauses=rung.pauses, reads_test=False)
@@ -178,8 +179,8 @@ def _execute(
         workspace.tell(f"the run {recipe.name} is done: these are its saved results")
         with forward():
             return as_told_now(with_stores_found(saved, models), growth)
-    stores = [model.opened for model in models]
-    used = [store.uri for opened in stores for store in opened.values()]
+    stores = [level.reads for level in levels]
+    used = uris_of(*(level.stores for level in levels))
     used += [base.rows.uri] if base.rows is not None else []
     with using(used, run=run.uri or str(folder.absolute()), lock=(folder / "lock").absolute()):
         # Within the record of use: from that on, nobody removes the stores that this run is about to name.
@@ -188,7 +189,7 @@ def _execute(
         run.publish()
         splits = _decode(base, plan, models, workspace)
         with forward(), _going_on(options.fresh):
-            cohorts = _train(base, plan, models[-1].stores, workspace, run) if plan.todo else 0
+            cohorts = _train(base, plan, levels[-1].stores, workspace, run) if plan.todo else 0
         plan.inputs.splits.sources.finish()
         # The driver itself measures on the test rows; each block that it fetches for that is verified as it comes.
         if base.rows is None:
@@ -226,7 +227,7 @@ def _decode(base: CohortJob, plan: RunPlan, models: list[CachedModel], workspace
         kinds[learns_from_assistant(spec)].append(spec)
     for specs in kinds.values():
         # The driver may have no GPU.
-        job = replace(cohort_job(base, tuple(specs), models[-1].stores), device="cpu")
+        job = replace(cohort_job(base, tuple(specs), levels_of(plan.recipe, models)[-1].stores), device="cpu")
         splits = _with_sound_rows(base, splits, functools.partial(look, job), workspace)
     return splits
 
@@ -299,7 +300,7 @@ def train_in_process(
     """
     data, console, remote = recipe.own().data, Console(stderr=True), None
     if stores:
-        splits = rows_of_machine(data, Workspace(open_root(stores["train"]).parent.uri, cache_root, console=console))
+        splits = rows_of_machine(data, Workspace(open_root(uris_of(stores)[0]).parent.uri, cache_root, console=console))
     else:
         splits = prepare_shown(data, cache_root, console)
     if "://" in str(run):

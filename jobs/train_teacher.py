@@ -30,6 +30,7 @@ from akd_dist.recipe import HardLabels, Recipe
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store
 from akd_dist.storage.layout import TEACHERS
 from akd_dist.storage.manifest import Identity
+from akd_dist.storage.mean import Stores, uris_of
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.uses import using
 from akd_dist.tracking.progress import Meter, meter, tell
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
     from akd_dist.jobs.line import Line
     from akd_dist.jobs.shared import Shared
     from akd_dist.jobs.working_dir import WorkingDir
-
-Stores = dict[str, str]
-"""The stores of one model's logits: split -> URI."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +172,12 @@ class Trained:
     """How many views its epochs go round."""
     stores: Stores
     """The logits of the model above it; empty for the teacher."""
-    data: recipes.DataSpec
-    """The rows that it is trained on, as the recipe has them."""
+    data: recipes.DataSpec | None = None
+    """The rows that it is trained on, as `Recipe.data_of_teachers` has them; None for those of the students."""
+
+    def rows(self, splits: Splits) -> Splits:
+        """The rows that it is trained on, of those of the recipe."""
+        return _its(splits, self.data)
 
     def uri(self, store_root: str) -> str:
         """Its model folder, whether it is there or not."""
@@ -191,10 +193,10 @@ class Trained:
         # Checkpoints are renamed into place, which object storage cannot do: there the model is trained in the node's
         # cache.
         root = Path(workspace.cache_root if workspace.remote else workspace.store_root) / TEACHERS
-        splits = splits if self.stores else splits.of_teacher or splits
+        splits = self.rows(splits)
         return CohortJob(
             name="teacher",
-            data=self.data.model_copy(update={"views": self.views}),
+            data=(self.data or recipe.data).model_copy(update={"views": self.views}),
             fingerprints={split: getattr(splits, split).fingerprint for split in SPLITS},
             students=(self.spec,),
             root=str(root),
@@ -212,16 +214,36 @@ Run = Callable[[Trained, CohortJob, Workspace], dict[str, Any]]
 """Trains a model as `train_cohort` does."""
 
 
-def teacher_of(recipe: Recipe, splits: Splits) -> Trained | None:
+def teacher_of(recipe: Recipe, splits: Splits, member: int = 0) -> Trained | None:
     """The teacher that the recipe trains, on hard labels; None where its weights lie somewhere.
 
     It needs no cached logits, so each of its epochs sees a fresh view; and it stays the same when `data.views` changes.
+
+    Args:
+        member: which one of an ensemble.
     """
-    model, train = recipe.teacher.model, recipe.teacher.train
+    teacher = recipe.teacher.each[member]
+    model, train = teacher.model, teacher.train
     if model is None or train is None:
         return None
-    spec = _spec(recipe, splits.of_teacher or splits, train, model, HardLabels(epochs=train.epochs), "labels")
-    return Trained("the teacher", "teacher.train", spec, train.epochs, {}, recipe.data_of_teacher)
+    data = recipe.data_of_teachers if train.rows == "all" else None
+    spec = _spec(recipe, _its(splits, data), train, model, HardLabels(epochs=train.epochs), "labels")
+    setting = "teacher.train" if recipe.teacher.members is None else f"teacher.{member}.train"
+    return Trained(name_of(recipe, member), setting, spec, train.epochs, {}, data)
+
+
+def _its(splits: Splits, data: recipes.DataSpec | None) -> Splits:
+    """The rows that a model is trained on."""
+    if data is None:
+        return splits
+    assert splits.of_teacher is not None, "whoever opened the rows of the recipe opened these, too"
+    return splits.of_teacher
+
+
+def name_of(recipe: Recipe, member: int = 0) -> str:
+    """What a teacher is called: `the teacher`, or of an ensemble `the teacher 2 of 3`."""
+    count = len(recipe.teacher.each)
+    return "the teacher" if recipe.teacher.members is None else f"the teacher {member + 1} of {count}"
 
 
 def assistant_of(
@@ -237,7 +259,7 @@ def assistant_of(
     learns_from = above.model_dump(mode="json", exclude={"format"})
     spec = _spec(recipe, splits, assistant, assistant.model, assistant.objective, learns_from)
     name = f"the assistant {assistant.model.label}"
-    return Trained(name, "teacher.assistant", spec, recipe.data.views, stores, recipe.data)
+    return Trained(name, "teacher.assistant", spec, views=recipe.data.views, stores=stores)
 
 
 def _spec(
@@ -292,7 +314,7 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, workspace: 
     lock = root.local_path(claim + CLAIM_SUFFIX)  # where there are folders, the claim is a locked file
     with workspace.claim(claim):
         if not is_there(uri):
-            with using(trained.stores.values(), run=uri, lock=lock), _in_shared_folder(job, workspace):
+            with using(uris_of(trained.stores), run=uri, lock=lock), _in_shared_folder(job, workspace):
                 outcome = run(trained, job, workspace)
                 for line in [*renewals(job), *outcome.get("renewed", ())]:
                     workspace.tell(f"warning: {line}")

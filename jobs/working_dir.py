@@ -124,11 +124,12 @@ class WorkingDir:
             RefusedError: the recipe names a file in its folder that cannot be sent.
         """
         folder, document = recipe.folder, recipe.model_dump(mode="json", exclude={"folder"})
-        if (
-            recipe.teacher.checkpoint is not None
-        ):  # the driver reads it, and nodes find a model folder beside the stores
-            document["teacher"]["weights"] = None
-            document["teacher"]["model"].pop("path", None)
+        for spec, teacher in zip(
+            recipe.teacher.each, document["teacher"]["members"] or [document["teacher"]], strict=True
+        ):
+            if spec.checkpoint is not None:  # the driver reads it, and nodes find a model folder beside the stores
+                teacher["weights"] = None
+                teacher["model"].pop("path", None)
         rows = {name: document["data"][name] for name in ("train", "validation", "test", "unlabelled")}
         paths, sources = (list(dict.fromkeys(_named(part, folder))) for part in (document, rows))
         found = cls._of(recipe, folder, paths, kept_out)

@@ -38,6 +38,8 @@ _TRIES = 3
 _TOUCHES = 10
 
 Returned = TypeVar("Returned")
+Arrays = tuple[npt.NDArray[Any], ...]
+"""Some rows of arrays that belong together."""
 
 
 class Part(NamedTuple):

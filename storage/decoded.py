@@ -17,6 +17,7 @@ from akd_dist.storage.content import Guard
 from akd_dist.storage.holder import Holder
 from akd_dist.storage.layout import LOGITS
 from akd_dist.storage.manifest import Manifest
+from akd_dist.storage.mean import AnyStore
 from akd_dist.storage.node_cache import IN_USE, Progress, evict, room_in
 from akd_dist.storage.pieces import Arrays, Field, Held, Pieces, Span, hold_pieces, resting
 from akd_dist.storage.reader import LogitStore
@@ -25,22 +26,13 @@ Tokens = Callable[[], dict[str, str]]
 """What names each shard's object as it is, by key."""
 
 
-def tokens_of(store: LogitStore) -> dict[str, str]:
-    """What names each shard's object as it is now, by key.
-
-    Raises:
-        DamagedError: a shard is missing or has another size; names its key.
-    """
-    return {key: stat.token for key, stat in store.stats().items()}
-
-
-def view_pieces(store: LogitStore, view: int, cache_root: Path, tokens: Tokens | None = None) -> Pieces:
+def view_pieces(store: AnyStore, view: int, cache_root: Path, tokens: Tokens | None = None) -> Pieces:
     """A view of a store as pieces, one a shard, of one field `logits`, [rows, classes] in the stored dtype.
 
     Args:
         tokens: by default the store is asked each time.
     """
-    layout, asked = store.layout, tokens or (lambda: tokens_of(store))
+    layout, asked = store.layout, tokens or store.tokens
 
     def fetch(numbers: Sequence[int]) -> Iterator[Arrays]:
         return ((logits,) for logits in store.shards([layout.shard(view, number) for number in numbers]))
@@ -51,14 +43,12 @@ def view_pieces(store: LogitStore, view: int, cache_root: Path, tokens: Tokens |
 
     return Pieces(
         cache_root / LOGITS,
-        # By the manifest and not by the id: the same logits computed on another device, or in other batches, have
-        # other bytes.
-        f"{store.manifest.sha256[:32]}-{view}",
+        f"{store.name[:32]}-{view}",
         layout.rows,
         layout.shard_rows,
-        (Field(LOGITS, layout.dtype, (layout.classes,)),),
+        (Field(LOGITS, store.dtype, (layout.classes,)),),
         fetch,
-        lambda numbers: [store.manifest.content(layout.shard(view, number)) for number in numbers],
+        lambda numbers: [store.content(layout.shard(view, number)) for number in numbers],
         named,
         f"the logits of view {view}, rows",
     )
@@ -142,7 +132,7 @@ class StoredLogits:
     """The logits that a stream reads: of a store, by the view of the epoch.
 
     Args:
-        store: the store.
+        store: the store, or those of an ensemble: what is decoded is their mean.
         cache_root: where this node decodes.
         views: so many of its views are read.
         beside: bytes of what else is read from the cache meanwhile.
@@ -154,7 +144,7 @@ class StoredLogits:
 
     def __init__(
         self,
-        store: LogitStore,
+        store: AnyStore,
         cache_root: Path,
         views: int,
         *,
@@ -164,7 +154,7 @@ class StoredLogits:
         budget: int | None = None,
     ) -> None:
         self._store, self._budget, self._beside = store, budget, beside
-        tokens = tokens_of(store)  # looked at once: each look lists all shards
+        tokens = store.tokens()  # looked at once: each look lists all shards
         self._views = [view_pieces(store, view, cache_root, lambda: tokens) for view in range(views)]
         self._room = room_in(cache_root, budget)
         self._bytes = self._views[0].nbytes(range(self._views[0].count))

@@ -19,15 +19,13 @@ import numpy.typing as npt
 
 from akd_dist.base.files import PARTIAL_SUFFIX, partial_name, replace, sha256, with_checksum, without_checksum
 from akd_dist.base.locks import file_lock
-from akd_dist.storage.content import Content, Part, digest, inodes_of, lock_of, map_array, marks_of
+from akd_dist.storage.content import Arrays as Arrays, Content, Part, digest, inodes_of, lock_of, map_array, marks_of
 from akd_dist.storage.node_cache import HEADER_BYTES, Keep, Progress, hold, make_room, name_entry, no_room
 
 VERIFIED_FILE = "verified.json"
 # Sets of pieces come and go, and locks are files that stay: so many of them for each array.
 _LOCKS = 16
 
-Arrays = tuple[npt.NDArray[Any], ...]
-"""A piece: its rows of each field, contiguous."""
 Span = tuple[int, int]
 """Consecutive rows: the first, and the one after the last."""
 
@@ -42,10 +40,12 @@ class Field:
     """As NumPy spells it."""
     shape: tuple[int, ...]
     """Of one row."""
+    ragged: bool = False
+    """Whether rows have different numbers of elements: the first column of the field `index` says how many."""
 
     @functools.cached_property
     def row_bytes(self) -> int:
-        """Bytes of a row."""
+        """Bytes of a row; of an element, where rows have different numbers of them."""
         return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
 
 
@@ -71,6 +71,8 @@ class Pieces:
     """What names each piece's object as it is now: one that has another than when it was fetched is fetched again."""
     what: str = "rows"
     """For messages: `the logits of view 3, rows`."""
+    elements: Callable[[int], int] = lambda number: 0
+    """How many elements the rows of a piece have of a ragged field."""
 
     @property
     def count(self) -> int:
@@ -90,8 +92,18 @@ class Pieces:
 
     def nbytes(self, numbers: Sequence[int]) -> int:
         """Bytes that some pieces take in the cache."""
-        rows = sum(stop - start for start, stop in map(self.span, numbers))
-        return sum(rows * field.row_bytes + HEADER_BYTES for field in self.fields)
+        return sum(self.length(field, numbers) * field.row_bytes + HEADER_BYTES for field in self.fields)
+
+    def field_bytes(self, name: str) -> int:
+        """Bytes of all rows of a field."""
+        (field,) = (one for one in self.fields if one.name == name)
+        return self.length(field, range(self.count)) * field.row_bytes
+
+    def length(self, field: Field, numbers: Sequence[int]) -> int:
+        """Rows of some pieces; of a ragged field their elements."""
+        if field.ragged:
+            return sum(map(self.elements, numbers))
+        return sum(stop - start for start, stop in map(self.span, numbers))
 
     def entry(self, numbers: Sequence[int]) -> Path:
         """Where the cache holds just these."""
@@ -129,8 +141,20 @@ class Held:
         Raises:
             IndexError: some are not held.
         """
-        array, first = self.arrays[name], self._first
-        return array.take(rows if first is None else rows + first[rows // self.pieces.piece_rows], axis=0)
+        return self.arrays[name].take(self.places(rows), axis=0)
+
+    def places(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where rows stand in the arrays.
+
+        Some that are not held have places that are none.
+        """
+        first = self._first
+        return rows if first is None else rows + first[rows // self.pieces.piece_rows]
+
+    @functools.cached_property
+    def ends(self) -> npt.NDArray[np.int64]:
+        """Where the elements of each row end in a ragged field, in the order of the arrays."""
+        return np.cumsum(self.arrays["index"][:, 0])
 
     def has(self, rows: npt.NDArray[np.int64]) -> bool:
         """Whether all of some rows are held."""
@@ -288,13 +312,13 @@ def _make(
 def _allocate(pieces: Pieces, numbers: Sequence[int], folder: Path) -> None:
     """Make each field's file, with its header, as large as it will be: where the disk is full, that is told at once."""
     folder.mkdir(parents=True)
-    rows = sum(stop - start for start, stop in map(pieces.span, numbers))
     for field in pieces.fields:
+        length = pieces.length(field, numbers)
         head = {"descr": np.lib.format.dtype_to_descr(np.dtype(field.dtype)), "fortran_order": False}
         with open(_file(folder, field), "xb") as handle:
-            np.lib.format.write_array_header_1_0(handle, {**head, "shape": (rows, *field.shape)})
+            np.lib.format.write_array_header_1_0(handle, {**head, "shape": (length, *field.shape)})
             handle.flush()
-            os.posix_fallocate(handle.fileno(), 0, handle.tell() + rows * field.row_bytes)
+            os.posix_fallocate(handle.fileno(), 0, handle.tell() + length * field.row_bytes)
 
 
 def _fill(pieces: Pieces, numbers: Sequence[int], folder: Path, on_progress: Progress | None) -> list[str]:
@@ -345,10 +369,9 @@ def _noted(pieces: Pieces, numbers: Sequence[int], entry: Path) -> dict[str, Any
     """
     try:
         noted = without_checksum((entry / VERIFIED_FILE).read_bytes())
-        rows = sum(stop - start for start, stop in map(pieces.span, numbers))
         for field in pieces.fields:
-            array = map_array(_file(entry, field))
-            if (array.shape, array.dtype) != ((rows, *field.shape), np.dtype(field.dtype)):
+            array, length = map_array(_file(entry, field)), pieces.length(field, numbers)
+            if (array.shape, array.dtype) != ((length, *field.shape), np.dtype(field.dtype)):
                 return None
         whole = len(noted["digests"]) == len(noted["tokens"]) == len(numbers)
         known = zip(pieces.digests(numbers), noted["digests"], strict=True)
@@ -378,10 +401,15 @@ def _mapped(pieces: Pieces, numbers: Sequence[int], entry: Path, noted: dict[str
         arrays[field.name] = np.asarray(mapped)
 
     def parts() -> Iterator[Part]:
-        end = 0
+        ends = [0] * len(pieces.fields)
         for number, sealed in zip(numbers, noted["digests"], strict=True):
             start, stop = pieces.span(number)
-            place = slice(end, end := end + stop - start)
-            yield Part(f"{pieces.what} {start:,} to {stop - 1:,}", tuple(one[place] for one in arrays.values()), sealed)
+            firsts, ends = (
+                ends,
+                [end + pieces.length(field, [number]) for field, end in zip(pieces.fields, ends, strict=True)],
+            )
+            places = zip(arrays.values(), firsts, ends, strict=True)
+            of_piece = tuple(one[first:end] for one, first, end in places)
+            yield Part(f"{pieces.what} {start:,} to {stop - 1:,}", of_piece, sealed)
 
     return Held(pieces, tuple(numbers), arrays, Content(files, parts, inodes_of(files)))

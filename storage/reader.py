@@ -79,6 +79,40 @@ class LogitStore:
         """How many logits a row has."""
         return self.manifest.identity.classes
 
+    @property
+    def ref(self) -> str:
+        """Where it lies."""
+        return self.uri
+
+    @property
+    def teacher(self) -> str:
+        """The fingerprint of whose logits they are."""
+        return self.manifest.identity.teacher
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of what is stored."""
+        return self.layout.dtype
+
+    @property
+    def name(self) -> str:
+        """What is decoded of it is known by: not the id, since the same logits computed on another device, or in other
+        batches, have other bytes."""
+        return self.manifest.sha256
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """Its seal."""
+        return [self.manifest]
+
+    def content(self, shard: Shard) -> str | None:
+        """The sha256 of a shard's decoded logits; None in a store that does not say."""
+        return self.manifest.content(shard)
+
+    def tokens(self) -> dict[str, str]:
+        """What names each shard's object as it is now, by key; raises as `stats`."""
+        return {key: stat.token for key, stat in self.stats().items()}
+
     def __len__(self) -> int:
         return self.num_rows
 

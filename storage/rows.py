@@ -7,180 +7,29 @@ create-only and then receipted, as the shards of logits are; the manifest comes 
 
 from __future__ import annotations
 
-import math
 import socket
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
-
-import numpy as np
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from akd_dist.base.errors import AkdError, DamagedError, MachineError, RefusedError
-from akd_dist.base.files import canonical_json, failpoint, is_there, sha256
+from akd_dist.base.files import failpoint, is_there, sha256
 from akd_dist.storage.layout import BLOCKS, CREATION_KEY, MANIFEST_KEY, RECEIPTS, ROWS
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
 from akd_dist.storage.receipts import drop_packs, put_receipt, receipts_by_key
-from akd_dist.storage.records import Count, Document, Json, Sha256, Signed, Told, damaged, short
+from akd_dist.storage.records import damaged, short
 from akd_dist.storage.roots import open_root
+from akd_dist.storage.row_documents import (
+    MANIFEST_FORMAT as MANIFEST_FORMAT,
+    ROWS_FORMAT as ROWS_FORMAT,
+    SPLITS as SPLITS,
+    BlockReceipt as BlockReceipt,
+    RowsCreation as RowsCreation,
+    RowsManifest as RowsManifest,
+    SealedSplit as SealedSplit,
+    fingerprint_of as fingerprint_of,
+    receipt_key as receipt_key,
+)
 
-ROWS_FORMAT = 1
-"""The format of prepared rows that this version writes, and the newest it reads (docs/reference/store-format.md)."""
-MANIFEST_FORMAT = 3
-"""The same of their manifests: those of format 1 have no checksum, and only those of format 3 rows without labels."""
-SPLITS = ("train", "validation", "test")
-"""The names of the splits."""
 _NEXT = "run the command again with --prepare-again: the rows are prepared anew"
-
-
-class RowsCreation(Document):
-    """What prepared rows are, as far as it is known before any is read but for its label."""
-
-    newest: ClassVar[int] = ROWS_FORMAT
-
-    format: Annotated[int, Field(ge=1, le=ROWS_FORMAT)] = ROWS_FORMAT
-    source: Json
-    """What they are made from, and how: sources, split, task, tokenizer, how images become pixels."""
-    content: Sha256
-    """Of the content of the sources' local files: blocks that were written of another are not gone on with."""
-    dtype: Literal["|u1", "<f4", "<i4"]
-    """That of inputs."""
-    shape: list[Count]
-    """Of one input."""
-    labels: Literal["<i8", "<f4"]
-    """The dtype of labels."""
-    block_rows: Count
-    """Rows of a block; the last one of a split may have fewer."""
-    rows: dict[str, Count]
-    """How many, by split."""
-    meaning: Json
-    """What labels and ids mean."""
-
-    @cached_property
-    def sha256(self) -> str:
-        """Of its canonical bytes: receipts name it."""
-        return sha256(self.to_bytes())
-
-    def blocks(self, split: str) -> int:
-        """How many blocks a split has."""
-        return -(-self.rows[split] // self.block_rows)
-
-    def rows_of(self, split: str, number: int) -> int:
-        """How many rows a block has."""
-        return min(self.block_rows, self.rows[split] - number * self.block_rows)
-
-    def fingerprint(self, split: str, blocks: Sequence[str]) -> str:
-        """The fingerprint of a split whose blocks have these digests, in this order."""
-        shape = (self.rows[split], *self.shape)
-        return fingerprint_of(self.dtype, shape, self.block_rows, self.meaning, blocks)
-
-    def bytes_of(self, rows: int) -> int:
-        """Bytes of the object of so many rows."""
-        return rows * (self.row_bytes + np.dtype(self.labels).itemsize)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of the rows of each split."""
-        return {split: self.bytes_of(rows) for split, rows in self.rows.items()}
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one input."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-    def arrays(self, data: bytes | bytearray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs [rows, *shape] and labels [rows] within the bytes of a block, without a copy."""
-        inputs = np.frombuffer(data, self.dtype, rows * math.prod(self.shape)).reshape(rows, *self.shape)
-        return inputs, np.frombuffer(data, self.labels, rows, offset=rows * self.row_bytes)
-
-
-class SealedSplit(Document):
-    """The blocks of a split."""
-
-    rows: Count
-    fingerprint: Sha256
-    blocks: list[Sha256]
-    """The sha256 of each block, in the order of rows: the keys of their objects under `blocks/`."""
-    classes: list[Annotated[int, Field(ge=0)]]
-    """How many rows each class has; empty for regression."""
-    labelled: Annotated[int, Field(ge=0)] | None = None
-    """How many rows have labels, the first ones; left out where all have."""
-
-    @model_serializer(mode="wrap")
-    def _as_before_there_were_others(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {field: value for field, value in spell(self).items() if value is not None or field != "labelled"}
-
-
-class RowsManifest(Signed):
-    """The seal of prepared rows: all that whoever reads them has to know."""
-
-    newest: ClassVar[int] = MANIFEST_FORMAT
-
-    format: Annotated[int, Field(ge=1, le=MANIFEST_FORMAT)] = 2
-    creation: RowsCreation
-    splits: dict[str, SealedSplit]
-    findings: list[str]
-    """What a user should know of the rows, a line each."""
-    origins: Json
-    """What the sources held when they were read."""
-
-    @model_serializer(mode="wrap")
-    def _as_in_its_format(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {field: value for field, value in spell(self).items() if value is not None or field != "checksum"}
-
-    @cached_property
-    def sha256(self) -> str:
-        """Of its canonical bytes."""
-        return sha256(self.to_bytes())
-
-    def accounts(self, rows_id: str) -> Iterator[tuple[str, object, object]]:
-        """Each thing that is known twice: its field, what the manifest says, and what follows from all the rest.
-
-        Whoever compares them stops at the first that differs: what comes later builds on those before.
-
-        Args:
-            rows_id: the name of the folder that it lies in.
-        """
-        creation, meaning = self.creation, self.creation.meaning
-        yield "checksum", self.checksum, self.digest() if self.format > 1 else None
-        yield "creation.source", sha256(canonical_json(creation.source)), rows_id
-        yield "creation.rows", sorted(creation.rows), sorted(SPLITS)
-        yield "splits", sorted(self.splits), sorted(SPLITS)
-        classes, of_classes = meaning.get("classes"), creation.labels == "<i8"
-        yield "creation.meaning.classes", type(classes).__name__, "int"
-        yield "creation.meaning.task", meaning.get("task", "classification") == "classification", of_classes
-        for name, split in self.splits.items():
-            yield f"splits.{name}.rows", split.rows, creation.rows[name]
-            yield f"splits.{name}.blocks", len(split.blocks), creation.blocks(name)
-            yield f"splits.{name}.classes", len(split.classes), classes if of_classes else 0
-            labelled = split.rows if split.labelled is None else split.labelled
-            yield f"splits.{name}.labelled", labelled < split.rows, split.labelled is not None
-            yield f"splits.{name}.labelled", split.labelled is None or self.format > 2, True
-            yield f"splits.{name}.classes", sum(split.classes), labelled if of_classes else 0
-            yield f"splits.{name}.fingerprint", split.fingerprint, creation.fingerprint(name, split.blocks)
-
-
-class BlockReceipt(Told):
-    """What the writer of a block says of it."""
-
-    split: str
-    number: int = Field(ge=0)
-    frames: int = Field(ge=0)
-    """Pictures of which only the first of several frames was taken."""
-    enlarged: Annotated[int, Field(ge=0)] = 0
-    """Pictures that were smaller than the size that they were brought to; left out where there are none."""
-    hashes: str
-    """A hash of each row's input, by which rows are found that stand in two splits: int64 [rows], in base64."""
-
-    @model_serializer(mode="wrap")
-    def _as_before_there_were_sizes(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {field: value for field, value in spell(self).items() if value or field != "enlarged"}
-
-    @property
-    def receipt_key(self) -> str:
-        """By split and number."""
-        return receipt_key(self.split, self.number)
 
 
 @dataclass(frozen=True)
@@ -228,11 +77,6 @@ def rows_root(root_uri: str, rows_id: str) -> ObjectRoot:
     return open_root(root_uri).child(ROWS).child(rows_id)
 
 
-def receipt_key(split: str, number: int) -> str:
-    """The key of a block's receipt."""
-    return f"{RECEIPTS}/{split}-{number}.json"
-
-
 def find_rows(root_uri: str, rows_id: str) -> tuple[SealedRows, RowsManifest] | None:
     """The prepared rows of this id, if they are sealed; None if they are not, or were begun.
 
@@ -246,7 +90,7 @@ def find_rows(root_uri: str, rows_id: str) -> tuple[SealedRows, RowsManifest] | 
     sizes = {key: stat.size for key, stat in store.list(BLOCKS).items()}
     for split, sealed in manifest.splits.items():
         for number, digest in enumerate(sealed.blocks):
-            expected = manifest.creation.bytes_of(manifest.creation.rows_of(split, number))
+            expected = manifest.block_bytes(split, number)
             if sizes.get(f"{BLOCKS}/{digest}") != expected:
                 raise _damaged(store, f"{BLOCKS}/{digest}", sizes.get(f"{BLOCKS}/{digest}"), f"{expected:,} bytes")
     return SealedRows(store.uri, manifest.sha256), manifest
@@ -383,7 +227,7 @@ def read_block(uri: str, manifest: RowsManifest, split: str, number: int) -> byt
         DamagedError: it is gone, or other bytes; names its key.
     """
     store, digest = open_root(uri), manifest.splits[split].blocks[number]
-    size = manifest.creation.bytes_of(manifest.creation.rows_of(split, number))
+    size = manifest.block_bytes(split, number)
     key = f"{BLOCKS}/{digest}"
     try:
         data = store.get(key, size)
@@ -392,21 +236,6 @@ def read_block(uri: str, manifest: RowsManifest, split: str, number: int) -> byt
     if (found := sha256(data)) != digest:
         raise _damaged(store, key, f"sha256 {found[:16]}", f"sha256 {digest[:16]}")
     return data
-
-
-def fingerprint_of(
-    dtype: str, shape: Sequence[int], block_rows: int, meaning: dict[str, Any], blocks: Sequence[str]
-) -> str:
-    """The fingerprint of rows whose blocks have these digests.
-
-    Args:
-        dtype: of inputs.
-        shape: of all inputs, [rows, ...].
-        block_rows: rows of a block.
-        meaning: what labels and ids mean.
-    """
-    header = {"dtype": dtype, "shape": list(shape[1:]), "rows": shape[0], "block_rows": block_rows, **meaning}
-    return sha256(canonical_json({**header, "blocks": list(blocks)}))
 
 
 def _read_manifest(store: ObjectRoot) -> RowsManifest | None:

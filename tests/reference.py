@@ -46,6 +46,7 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
     ),
     "Teacher": {
         recipe.TeacherSpec: "teacher",
+        recipe.TeacherMember: "teacher.members",
         recipe.TeacherTraining: "teacher.train",
         recipe.StoredTeacher: "teacher.store",
         recipe.AssistantSpec: "teacher.assistant",
@@ -77,7 +78,7 @@ Unknown keys are refused, with the nearest known one. A part with a `kind` takes
 _GRID = """\
 A block under `students` may have a `grid:` beside these keys: dotted keys of the block, each with a list of values.
 The block then stands for the product of the lists, in file order, the first key slowest; what the grid gives, the block
-must not."""
+must not. Or it may have a `search:`, whose keys have lists or ranges, for `akd-dist tune`."""
 
 
 def every_key() -> str:

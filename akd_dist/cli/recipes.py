@@ -121,6 +121,9 @@ def _recipe_facts(checked: Recipe) -> dict[str, Any]:
 
 
 def _teacher(teacher: TeacherSpec) -> str:
+    if teacher.members is not None:
+        members = ", ".join(_teacher(one) for one in teacher.members)
+        return f"mean of the {teacher.average} of {len(teacher.members)}: {members}"
     if teacher.store is not None:
         return f"the store {teacher.store.train}"
     if teacher.model is None:

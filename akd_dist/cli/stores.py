@@ -283,7 +283,7 @@ def stores_gc(
     for store in going if not dry_run else []:
         kept[store.id] = removal.remove_store(root, store.id, cache)
         if not as_json:
-            told = f"store {store.id[:SHORT_ID]}"
+            told = f"store {_short(store.id, SHORT_ID)}"
             click.echo(f"kept {told}: {kept[store.id]}" if kept[store.id] else f"removed {told}, {size(store.bytes)}")
     if as_json:
         parts = [StoreRemoval(id=one.store.id, bytes=one.store.bytes, kept=kept[one.store.id]) for one in candidates]
@@ -294,6 +294,12 @@ def stores_gc(
     for key in removed:
         click.echo(f"{'would remove' if dry_run else 'removed'} {key}")
     click.echo(f"{counted(len(removed), 'file')} of interrupted runs {'to remove' if dry_run else 'removed'}")
+
+
+def _short(name: str, digits: int) -> str:
+    """The first digits of an id, with the folder that it may lie in: `rows/361f9e9e`."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}{last[:digits]}"
 
 
 def _check_gc(store_ids: Sequence[str], *, asked: bool, silent: bool) -> None:
@@ -317,11 +323,11 @@ def _print_candidates(candidates: Sequence[Candidate], *, asked: bool, to_stderr
     if going:
         table = narrow(table_of("id", *COLUMNS))
         for store in in_order(going):
-            table.add_row(store.id[:8], *cells_of(store))
+            table.add_row(_short(store.id, 8), *cells_of(store))
         print_table(table, stderr=to_stderr)
     for one in candidates:
         if one.kept is not None:
-            click.echo(f"stays: {one.store.id[:SHORT_ID]}, {one.kept}", err=to_stderr)
+            click.echo(f"stays: {_short(one.store.id, SHORT_ID)}, {one.kept}", err=to_stderr)
     if asked and not going:
         click.echo("no stores to remove", err=to_stderr)
     elif going:

@@ -70,7 +70,7 @@ def augmenter_of(augmentation: Augmentation, input_shape: tuple[int, ...], token
         case PadCropFlip(pixels=pixels, flip=flip):
             return _PadCropFlip(pixels, flip)
         case RandomResizedCropFlip(scale=scale, ratio=ratio, flip=flip):
-            return _RandomResizedCropFlip(scale, ratio, flip)
+            return ResizedCropFlip(scale, ratio, flip)
         case TokenMask(share=share):
             return _token_mask(share, input_shape, tokens)
         case CustomAugmentation():
@@ -121,7 +121,7 @@ class _PadCropFlip:
 
 
 @dataclass(frozen=True)
-class _RandomResizedCropFlip:
+class ResizedCropFlip:
     """As torchvision's RandomResizedCrop, but for the rejection loop: ratios are drawn among those that fit.
 
     Given its area, a part's ratio has the same distribution here as there. An image so long that no allowed ratio fits
@@ -134,8 +134,12 @@ class _RandomResizedCropFlip:
     words = 5
 
     def draw(self, words: np.ndarray, input_shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """As `Augmenter.draw`."""
         _check_image("random_resized_crop_flip", input_shape)
-        _, height, width = input_shape
+        return self.draw_within(words, *map(np.asarray, input_shape[1:]))
+
+    def draw_within(self, words: np.ndarray, height: np.ndarray, width: np.ndarray) -> dict[str, np.ndarray]:
+        """The same of images of these sizes: int64 [n], or one for all."""
         share = self.scale[0] + (self.scale[1] - self.scale[0]) * (words[:, 0] / 2**32)
         fitting = share * width / height, width / (share * height)
         least, most = (np.clip(ratio, *fitting) for ratio in self.ratio)
@@ -152,6 +156,7 @@ class _RandomResizedCropFlip:
         }
 
     def apply(self, batch: torch.Tensor, params: dict[str, torch.Tensor]) -> torch.Tensor:
+        """As `Augmenter.apply`."""
         height, width = batch.shape[2:]
         rows = torch.arange(height, device=batch.device).view(1, -1)
         columns = torch.arange(width, device=batch.device).view(1, -1)

@@ -22,6 +22,8 @@ from PIL import Image, UnidentifiedImageError
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import framing, pictures
+from akd_dist.data.encoded import COLUMNS, EncodedPictures, Given
+from akd_dist.data.noted import MixedSizesError, Noted, lines_of
 from akd_dist.data.schemas import input_kind, is_list, plain
 from akd_dist.data.text import Tokenizer, Tokens
 
@@ -61,23 +63,6 @@ class Inputs(Protocol):
 
     def __call__(self, columns: Sequence[Any], rows: np.ndarray) -> np.ndarray:
         """Inputs of these rows: [n, *shape]."""
-
-
-class MixedSizesError(RefusedError):
-    """Pictures are of several sizes, and nothing says to which one they are brought."""
-
-
-@dataclass(frozen=True)
-class Noted:
-    """What was done to pictures that users should know of: how many there were."""
-
-    frames: int = 0
-    """Those of which only the first of several frames was taken."""
-    enlarged: int = 0
-    """Those that were smaller than the size that they were brought to."""
-
-    def __add__(self, other: Noted) -> Noted:
-        return Noted(self.frames + other.frames, self.enlarged + other.enlarged)
 
 
 class NotGreyError(Exception):
@@ -165,6 +150,10 @@ class Images:
         self.shape: tuple[int, ...] = shape
         self.may_turn = not self._shape_said and shape[0] == 1 and image.channels is None
         """Whether a coloured image raises `NotGreyError`; else one is refused where the shape is that of grey ones."""
+        self.come_encoded = not isinstance(column, list)
+        """Whether they are bytes, and no images of Pillow."""
+        self.encoded = False
+        """Whether they stay as they are: decoded to see that they can be, and not made pixels."""
         self.noted = Noted()
         """Of those converted."""
         # Blocks are converted by several threads, and adding to a number is not one step.
@@ -184,6 +173,16 @@ class Images:
         turned.may_turn = self.may_turn
         return turned
 
+    def kept_encoded(self) -> Images:
+        """The same that stay encoded."""
+        kept = self.afresh()
+        kept.encoded = True
+        return kept
+
+    def mean_bytes(self, columns: Sequence[Any], rows: np.ndarray) -> int:
+        """Bytes of encoded pictures, on average."""
+        return max(1, sum(map(len, self._given(columns[0], rows[0]))) // len(rows))
+
     def _turned(self, shape: tuple[int, ...]) -> Images:
         turned = copy.copy(self)
         turned.shape, turned.may_turn, turned.noted = shape, False, Noted()
@@ -197,16 +196,22 @@ class Images:
             RefusedError: an image cannot be decoded, or has another size.
             NotGreyError: an image has colours, and all before it were grey.
         """
-        given = self._given(columns[0], rows[0])
-        pixels = np.empty((len(rows), *self.shape[1:], self.shape[0]), dtype=self.dtype)
-        noted = Noted()
-        for number, row in enumerate(rows.tolist()):
-            decoded, its = self._read(given[number], row, functools.partial(self._decoded, row))
-            pixels[number] = decoded.reshape(pixels.shape[1:])
-            noted += its
+        given, noted = self._given(columns[0], rows[0]), Noted()
+        if self.encoded:
+            index = np.empty((len(rows), COLUMNS), np.int64)
+            for number, row in enumerate(rows.tolist()):
+                size, its = self._read(given[number], row, functools.partial(self._looked_at, row))
+                index[number], noted = (len(given[number]), *size), noted + its
+            made = EncodedPictures(Given(index, given, rows), self.shape, self.image).as_array()
+        else:
+            pixels = np.empty((len(rows), *self.shape[1:], self.shape[0]), dtype=self.dtype)
+            for number, row in enumerate(rows.tolist()):
+                decoded, its = self._read(given[number], row, functools.partial(self._decoded, row))
+                pixels[number], noted = decoded.reshape(pixels.shape[1:]), noted + its
+            made = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         with self._counting:
             self.noted += noted
-        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        return made
 
     def shorter_sides(self, columns: Sequence[Any], rows: np.ndarray) -> list[int]:
         """Of pictures as they are, by their headers.
@@ -254,8 +259,28 @@ class Images:
         shown = pictures.shown(picture, self.image)
         return (1 if shown.mode == "L" else 3, shown.height, shown.width)
 
+    def _looked_at(self, row: int, picture: Image.Image) -> tuple[tuple[int, int], Noted]:
+        """Height and width of a whole picture that can be decoded, and what is to be noted of it."""
+        grey, noted = self._checked(row, picture)
+        whole = pictures.whole(picture, self.image)
+        self._check_size(row, grey, self.image.frame or (whole.height, whole.width))
+        return (whole.height, whole.width), noted
+
     def _decoded(self, row: int, picture: Image.Image) -> tuple[np.ndarray, Noted]:
         """uint8 [height, width] or [height, width, 3], and what is to be noted of it."""
+        grey, noted = self._checked(row, picture)
+        shown = pictures.shown(picture, self.image)
+        self._check_size(row, grey, (shown.height, shown.width))
+        mode = "L" if grey else "RGB"
+        return np.asarray(shown if shown.mode == mode else shown.convert(mode)), noted
+
+    def _check_size(self, row: int, grey: bool, size: tuple[int, int]) -> None:
+        """A PNG may tell at its end that its header lies."""
+        if size != self.shape[1:]:
+            raise self._mixed(row, (1 if grey else 3, *size))
+
+    def _checked(self, row: int, picture: Image.Image) -> tuple[bool, Noted]:
+        """Whether a picture becomes grey, and what is to be noted of it; it is refused if it is of no use."""
         # By the header first: no memory is taken for the pixels of an image that would be refused for its size anyway.
         grey = self.shape[0] == 1 and pictures.is_grey(picture, self.image)
         stored = pictures.size(picture)
@@ -266,12 +291,7 @@ class Images:
             raise self._mixed(row, size)
         if turns:
             raise NotGreyError
-        noted = Noted(int(pictures.has_frames(picture)), int(framing.enlarges(stored, self.image)))
-        shown = pictures.shown(picture, self.image)
-        if (shown.height, shown.width) != self.shape[1:]:
-            raise self._mixed(row, (size[0], shown.height, shown.width))
-        mode = "L" if grey else "RGB"
-        return np.asarray(shown if shown.mode == mode else shown.convert(mode)), noted
+        return grey, Noted(int(pictures.has_frames(picture)), int(framing.enlarges(stored, self.image)))
 
     def _mixed(self, row: int, got: tuple[int, ...]) -> RefusedError:
         """What to say of another shape than that of all; of another size also how all are brought to one."""
@@ -285,17 +305,6 @@ class Images:
 def notes_of(inputs: Inputs, source: str) -> list[str]:
     """What a converter has done without refusing it, a line each; `source` is where the inputs come from."""
     return lines_of(inputs.noted, inputs.image, source) if isinstance(inputs, Images) else []
-
-
-def lines_of(noted: Noted, image: recipe.Image, source: str) -> list[str]:
-    """A line on each that there were some of."""
-    several = "1 image has" if noted.frames == 1 else f"{noted.frames:,} images have"
-    lines = [f"{source}: {several} several frames or pages, of which the first one is taken"] if noted.frames else []
-    if noted.enlarged and image.frame is not None:
-        small = "1 image is" if noted.enlarged == 1 else f"{noted.enlarged:,} images are"
-        size = " x ".join(map(str, image.frame))
-        lines.append(f"{source}: {small} smaller than {size}, and enlarged")
-    return lines
 
 
 class _Texts:

@@ -3,16 +3,20 @@
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
+from akd_dist.base.formatting import size
+from akd_dist.data.encoded import EncodedPictures, encoded_of
 
 # The most classes that a message names.
 _SHOWN = 5
 # The most bytes of rows that are hashed at a time: their copies as Python bytes are held meanwhile.
 _HASHED_BYTES = 1 << 22
+_HASHED_PICTURES = 64
 # What pandas, Arrow and others write for a missing value where a column is text.
 _NO_VALUE = ("nan", "none", "null", "n/a", "na", "<na>")
 
@@ -133,6 +137,23 @@ def of_hashes(hashes: Mapping[str, np.ndarray]) -> list[str]:
     return [f"{' and '.join(found)} have the very inputs of a {train} row: they do not show how models do on new rows"]
 
 
+def of_encoded(kept: int, rows: int, encoded: Mapping[str, Any] | None) -> list[str]:
+    """A line on pictures that stay encoded; none where none do.
+
+    Args:
+        kept: bytes of all rows as they are kept.
+        rows: how many.
+        encoded: what their meaning says of them.
+    """
+    if encoded is None:
+        return []
+    pixels = size(rows * math.prod(encoded["shape"]))
+    return [
+        f"images stay encoded, in {size(kept)} where pixels would take {pixels}, and are decoded when they are read: "
+        "`data.image.keep: pixels` decodes them once"
+    ]
+
+
 def near_chance(name: str, agreement: float, counts: np.ndarray, split: str = "train") -> str | None:
     """A line on a model that agrees with the labels hardly more often than the most frequent class does.
 
@@ -156,6 +177,9 @@ def near_chance(name: str, agreement: float, counts: np.ndarray, split: str = "t
 
 def stable_hashes(inputs: np.ndarray) -> np.ndarray:
     """A hash of each row's bytes that is the same in every process, int64 [rows], in the order of rows."""
+    if (encoded := encoded_of(inputs)) is not None:
+        given = encoded.stored.take(np.arange(len(encoded))).data
+        return np.frombuffer(b"".join(hashlib.blake2b(one, digest_size=8).digest() for one in given), "<i8")
     rows = np.ascontiguousarray(inputs).reshape(len(inputs), -1).view(np.uint8)
     found = b"".join(hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
     return np.frombuffer(found, "<i8")
@@ -169,6 +193,8 @@ def _how_many(values: np.ndarray, known: np.ndarray) -> int:
 
 def _hashes(array: np.ndarray, tell: Callable[[int], None]) -> np.ndarray:
     """The hashes of rows' bytes, int64 [rows], sorted. Python's own has 64 bits, and a key that nobody knows."""
+    if (encoded := encoded_of(array)) is not None:
+        return _hashes_of_encoded(encoded, tell)
     size = array[:1].nbytes
     hashes = np.empty(len(array), dtype=np.int64)
     step = max(1, _HASHED_BYTES // size)
@@ -177,6 +203,16 @@ def _hashes(array: np.ndarray, tell: Callable[[int], None]) -> np.ndarray:
         rows = block.reshape(len(block), -1).view(f"V{size}").ravel().tolist()
         hashes[start : start + len(block)] = np.fromiter(map(hash, rows), np.int64, len(rows))
         tell(start + len(block))
+    hashes.sort()
+    return hashes
+
+
+def _hashes_of_encoded(encoded: EncodedPictures, tell: Callable[[int], None]) -> np.ndarray:
+    hashes = np.empty(len(encoded), dtype=np.int64)
+    for start in range(0, len(encoded), _HASHED_PICTURES):
+        numbers = np.arange(start, min(start + _HASHED_PICTURES, len(encoded)))
+        hashes[numbers] = [hash(one) for one in encoded.stored.take(numbers).data]
+        tell(int(numbers[-1]) + 1)
     hashes.sort()
     return hashes
 

@@ -9,12 +9,15 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.schemas import plain
 from akd_dist.data.sources.kinds import kind_of
+from akd_dist.data.tar_shards import key_of
 
 _KEYS_AT_ONCE = 1 << 16
 
 
 def key_column(data: recipe.DataSpec, source: str, column: str) -> Any:
     """The values of a column of a source, one for each of its rows in their order: an Arrow array without nulls.
+
+    Rows of pictures are known by their files, as `predict` names them (`file`), and samples of tar files by `__key__`.
 
     Args:
         source: `train`, or another split that has a source of its own.
@@ -23,6 +26,8 @@ def key_column(data: recipe.DataSpec, source: str, column: str) -> Any:
         RefusedError: the source has no columns, or none of that name; or the column has nulls.
     """
     spec: Any = getattr(data, source)
+    if isinstance(spec, recipe.ImageFolder | recipe.WebDataset):
+        return _files(spec, source, column)
     if not isinstance(spec, recipe.Table):
         raise _no_keys(source, column, f"a source of kind {spec.kind}, whose columns have no names")
     try:
@@ -38,6 +43,18 @@ def key_column(data: recipe.DataSpec, source: str, column: str) -> Any:
     if keys.null_count:
         raise _no_keys(source, column, f"nulls in {keys.null_count:,} rows")
     return keys
+
+
+def _files(spec: recipe.ImageFolder | recipe.WebDataset, source: str, column: str) -> Any:
+    opened = kind_of(spec).open()
+    assert opened.names is not None
+    names = opened.names(0, opened.rows)
+    if isinstance(spec, recipe.WebDataset) and column == "__key__":
+        return pa.array([key_of(name.partition("/")[2]) for name in names])
+    known = ("file", spec.file) if isinstance(spec, recipe.ImageFolder) else ("file", "__key__")
+    if column not in known:
+        raise _no_keys(source, column, f"pictures, which are known by {' or '.join(dict.fromkeys(known))}")
+    return pa.array(names)
 
 
 def _no_keys(source: str, column: str, got: str) -> RefusedError:

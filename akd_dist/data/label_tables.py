@@ -56,11 +56,11 @@ def labels_by_file(table: Path | RemoteFile, file: str, label: str, names: Seque
         An Arrow array of labels, and the places in `names` of the files that they belong to, ascending.
 
     Raises:
-        RefusedError: it cannot be read, or has no such columns; a row has no file or no label; a file is absolute, lies
+        RefusedError: it cannot be read, or has no such columns; a row has no file; a file is absolute, lies
             outside of the folder, is not there, or is listed twice; names the row and the file.
     """
     columns = _read(table, file, label)
-    _check_whole(table, columns)
+    _check_whole(table, columns[file])
     places = {name: number for number, name in enumerate(names)}
     rows: dict[int, int] = {}  # place -> row of the table
     for row, listed in enumerate(columns[file].to_pylist()):
@@ -157,19 +157,17 @@ def _numbers(labels: Any) -> Any:
     return labels
 
 
-def _check_whole(table: Path | RemoteFile, columns: Mapping[str, Any]) -> None:
-    if not len(next(iter(columns.values()))):
+def _check_whole(table: Path | RemoteFile, files: Any) -> None:
+    """Refuse a table without rows, or with one that names no file; rows without a label are told of with their file."""
+    if not len(files):
         raise RefusedError(f"{table} lists no files", got="0 rows", expected="a row for each file", next="fill it in")
-    for name, column in columns.items():
-        if column.null_count:
-            row = pc.index(pc.is_null(column), True).as_py()
-            others = ", ".join(f"{one} {other[row]}" for one, other in columns.items() if one != name)
-            raise RefusedError(
-                f"no value in row {row} of {table}, column {name}",
-                got=f"nothing{others and ', beside '}{others}",
-                expected="a file and its label in every row",
-                next="fill it in, or remove the row",
-            )
+    if files.null_count:
+        raise RefusedError(
+            f"no file in row {pc.index(pc.is_null(files), True).as_py()} of {table}",
+            got="nothing",
+            expected="a file in every row",
+            next="fill it in, or remove the row",
+        )
 
 
 def _inside(table: Path | RemoteFile, row: int, listed: str) -> str:

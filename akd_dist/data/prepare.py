@@ -4,12 +4,10 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +16,11 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import framing
 from akd_dist.data.blocks import Block, default_threads, map_blocks
-from akd_dist.data.columns import Images, Inputs, MixedSizesError, inputs_of
+from akd_dist.data.columns import Images, Inputs, inputs_of
+from akd_dist.data.encoded import COLUMNS, meaning_of
 from akd_dist.data.labels import Classes, Labels, NoLabels, labels_of, unknown
+from akd_dist.data.noted import MixedSizesError
+from akd_dist.data.row_files import RowsFile
 from akd_dist.data.sources.base import Kind, Source
 from akd_dist.data.sources.kinds import kind_of, open_kind
 from akd_dist.data.text import tokenizer_of
@@ -32,6 +33,8 @@ READ_BYTES = 1 << 20
 _LABEL_ROWS = 1 << 14
 # How many pictures are looked at to say to which size they might all be brought.
 _LOOKED_AT = 256
+# How many encoded pictures are weighed, to say how much room all of them take.
+_WEIGHED = 64
 # What a label takes on disk: int64 of a class; float32 of regression takes half.
 _LABEL_BYTES = 8
 
@@ -47,10 +50,14 @@ class OpenedSource:
     """What turns its inputs into arrays."""
     unlabelled: Literal["all", "missing"] | None = None
     """Which of its rows have no label; None where every row needs one."""
+    encoded: int = 0
+    """Bytes of one input that stays encoded, the mean of the first few; 0 where they become pixels."""
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one input."""
+        """Bytes of one input, of which that is known only roughly where they stay encoded."""
+        if self.encoded:
+            return self.encoded + COLUMNS * 8
         return math.prod(self.inputs.shape) * self.inputs.dtype.itemsize
 
     @property
@@ -76,14 +83,8 @@ class Part:
 
     rows: np.ndarray
     """Which, bool [rows of the source]."""
-    inputs: Path
-    """The .npy file of inputs, begun by `begin_files`."""
-    labels: Path
-    """That of labels."""
-    first: int = 0
-    """Which row of the files the first of them becomes."""
-    labelled: bool = True
-    """Whether their labels are kept."""
+    file: RowsFile
+    """That of the split."""
 
 
 def kinds_of(data: recipe.DataSpec) -> dict[str, Kind]:
@@ -133,10 +134,44 @@ def open_sources(
             expected="encoded images, or those of Pillow",
             next="leave out data.image",
         )
-    readings = _of_one_colour(readings)
+    readings = _kept(data, _of_one_colour(readings))
     for name, reading in readings.items():
         _check_alike(name, reading, lead, readings[lead], data.task)
     return readings
+
+
+def _kept(data: recipe.DataSpec, readings: dict[str, OpenedSource]) -> dict[str, OpenedSource]:
+    """The same sources, whose pictures stay encoded where the recipe says so and they come so."""
+    others = [
+        name for name, one in readings.items() if not (isinstance(one.inputs, Images) and one.inputs.come_encoded)
+    ]
+    if not data.asks_for_encoded or (others and data.image.keep == "auto"):
+        return readings
+    if others:
+        raise RefusedError(
+            "data.image.keep is `encoded`, and the inputs are no encoded images",
+            got=f"images that are decoded already, or numbers, in {readings[others[0]].source.name}",
+            expected="bytes of encoded images",
+            next="leave out data.image.keep",
+        )
+    return {name: _encoded(one) for name, one in readings.items()}
+
+
+def _encoded(reading: OpenedSource) -> OpenedSource:
+    inputs = reading.inputs
+    assert isinstance(inputs, Images)
+    first = next(reading.source.blocks(_WEIGHED))
+    return dataclasses.replace(
+        reading, inputs=inputs.kept_encoded(), encoded=inputs.mean_bytes(first.inputs, first.rows)
+    )
+
+
+def kept_as(reading: OpenedSource) -> dict[str, Any] | None:
+    """What is said of pictures that stay encoded, see `meaning_of`; None of other inputs."""
+    inputs = reading.inputs
+    if not reading.encoded or not isinstance(inputs, Images):
+        return None
+    return meaning_of(inputs.shape, inputs.image)
 
 
 def read_labels(
@@ -257,40 +292,17 @@ def _write_source(
         if not wanted.any():
             return len(block), []
         inputs = reading.inputs([chosen_rows(column, wanted) for column in block.inputs], rows[wanted])
-        return len(block), [np.ascontiguousarray(inputs[mine[wanted]]) for mine in here]
+        return len(block), [inputs[mine[wanted]] for mine in here]
 
     done = 0
-    with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(open(part.inputs, "r+b")) for part in parts]
-        for output, part in zip(outputs, parts, strict=True):
-            np.lib.format.read_magic(output)
-            np.lib.format.read_array_header_1_0(output)
-            output.seek(part.first * reading.row_bytes, os.SEEK_CUR)
-        for count, made in map_blocks(source.blocks(reading.block_rows), work, default_threads()):
-            # Not strict, since a block of which no row is wanted has nothing.
-            for output, inputs in zip(outputs, made, strict=False):
-                output.write(inputs.data)
-            done += count
-            tell(done, source.rows)
-        for output in outputs:
-            output.flush()
-            # Durable before the index that vouches for it.
-            os.fsync(output.fileno())
+    for count, made in map_blocks(source.blocks(reading.block_rows), work, default_threads()):
+        # Not strict, since a block of which no row is wanted has nothing.
+        for part, inputs in zip(parts, made, strict=False):
+            part.file.write(inputs)
+        done += count
+        tell(done, source.rows)
     classes, labels = _finished(source, task, classes, convert, labels)
-    for part in parts:
-        kept = labels[part.rows]
-        there = np.lib.format.open_memmap(part.labels, mode="r+")
-        there[part.first : part.first + len(kept)] = kept if part.labelled else unknown(task, len(kept))
-        there.flush()
     return classes, labels
-
-
-def begin_files(inputs: Path, labels: Path, rows: int, reading: OpenedSource, task: recipe.Task) -> None:
-    """Begin the .npy files of a split's inputs and labels, into which `write_source` writes: so many rows of each."""
-    with open(inputs, "wb") as file:
-        # The number of rows is known, so they can follow as they are decoded; `np.save` would want all in memory.
-        _write_header(file, rows, reading.inputs)
-    np.save(labels, unknown(task, rows))
 
 
 def _finished(
@@ -311,16 +323,6 @@ def chosen_rows(column: Any, wanted: np.ndarray) -> Any:
     if isinstance(column, list):
         return [value for value, one in zip(column, wanted, strict=True) if one]
     return column[wanted] if isinstance(column, np.ndarray) else column.filter(pa.array(wanted))
-
-
-def _write_header(file: BinaryIO, rows: int, inputs: Inputs) -> None:
-    """Begin a .npy file of so many inputs."""
-    header = {
-        "descr": np.lib.format.dtype_to_descr(inputs.dtype),
-        "fortran_order": False,
-        "shape": (rows, *inputs.shape),
-    }
-    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _count_classes(source: Source, labels: np.ndarray, convert: Labels) -> int:

@@ -16,11 +16,14 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import findings
 from akd_dist.data.blocks import Block, map_blocks
-from akd_dist.data.columns import Images, MixedSizesError, Noted, NotGreyError
+from akd_dist.data.columns import Images, NotGreyError
+from akd_dist.data.encoded import EncodedPictures, Mapped, encoded_of
 from akd_dist.data.labels import Classes, unknown
+from akd_dist.data.noted import MixedSizesError, Noted
 from akd_dist.data.origins import Origin, sha256_of, size_and_time
 from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources, with_advice
 from akd_dist.data.sources.base import local_files, remote_files
+from akd_dist.storage.content import Arrays
 from akd_dist.storage.rows import BlockReceipt, RowsCreation, RowsWriter, write_block
 
 
@@ -174,18 +177,40 @@ class _Filling:
         self.noted = Noted()
         self._data = bytearray()
         self.inputs = self._labels = np.empty(0)
+        self._encoded = list[Arrays]()
 
     def add(self, ordinal: int, inputs: np.ndarray, labels: np.ndarray, noted: Noted) -> bytes | None:
         """Take rows of the run's block of this place; the block once it is whole."""
         if ordinal != self._ordinal:
-            self._ordinal, self._filled, self.noted = ordinal, 0, Noted()
-            self._rows = self._creation.rows_of(self._run.split, self._run.numbers[ordinal])
+            self._begin(ordinal)
+        here = slice(self._filled, self._filled + len(labels))
+        if (encoded := encoded_of(inputs)) is None:
+            self.inputs[here] = inputs
+        else:
+            self._encoded.append(encoded.stored.part(0, len(encoded)))
+            self.inputs = inputs
+        self._labels[here] = labels
+        self._filled, self.noted = here.stop, self.noted + noted
+        return self._whole() if self._filled == self._rows else None
+
+    def _begin(self, ordinal: int) -> None:
+        self._ordinal, self._filled, self.noted = ordinal, 0, Noted()
+        self._rows = self._creation.rows_of(self._run.split, self._run.numbers[ordinal])
+        if self._creation.encoded is None:
             self._data = bytearray(self._creation.bytes_of(self._rows))
             self.inputs, self._labels = self._creation.arrays(self._data, self._rows)
-        here = slice(self._filled, self._filled + len(labels))
-        self.inputs[here], self._labels[here] = inputs, labels
-        self._filled, self.noted = here.stop, self.noted + noted
-        return bytes(self._data) if self._filled == self._rows else None
+        else:
+            self._encoded, self._labels = [], np.empty(self._rows, self._creation.labels)
+
+    def _whole(self) -> bytes:
+        if self._creation.encoded is None:
+            return bytes(self._data)
+        index, data = (np.concatenate(parts) for parts in zip(*self._encoded, strict=True))
+        encoded = encoded_of(self.inputs)
+        assert encoded is not None
+        whole = EncodedPictures(Mapped(index, data), encoded.shape[1:], encoded.image)
+        self.inputs, self._encoded = whole.as_array(), []
+        return b"".join((index.astype("<i8", copy=False).tobytes(), data.tobytes(), self._labels.tobytes()))
 
 
 _readings: dict[str, dict[str, OpenedSource]] = {}

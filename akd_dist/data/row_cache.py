@@ -1,5 +1,6 @@
 """Sources as memory-mapped rows, prepared once per node under a lock, and found again by every process there."""
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -28,23 +29,24 @@ from akd_dist.data.origins import Origin, Origins, SourceCheck, Stamps, check_un
 from akd_dist.data.prepare import (
     OpenedSource,
     Part,
-    begin_files,
     in_colour,
+    kept_as,
     kinds_of,
     open_sources,
     read_labels,
     write_source,
 )
-from akd_dist.data.row_entry import INDEX, arrays_of, files_of, open_entry, stats_of
+from akd_dist.data.row_entry import INDEX, arrays_of, open_entry, stats_of
+from akd_dist.data.row_files import RowsFile, names_of
 from akd_dist.data.rows import SPLITS, Splits, fingerprint, meaning_of
 from akd_dist.data.sources.base import Kind, local_files
 from akd_dist.data.splitting import (
     LEFT_OUT,
+    UNLABELLED,
     RowCounts,
     is_drawn,
     reads_labels_first,
     rows_by_split,
-    split_of,
     split_of_source,
 )
 from akd_dist.data.text import Tokens, text_key
@@ -135,7 +137,8 @@ def key_of(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, 
         "text": text_key(data.text),
     }
     if data.text is None and any(isinstance(source, _OF_IMAGES) for source in data.sources.values()):
-        key["image"] = {"rules": pictures.RULES, **data.image.written()}
+        kept = {"encoded": data.image.keep} if data.asks_for_encoded else {}
+        key["image"] = {"rules": pictures.RULES, **data.image.written(), **kept}
     return key
 
 
@@ -206,35 +209,54 @@ def _write_readings(
         # What killed processes left. Nobody else prepares these rows now, since the lock is ours.
         _remove(folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}"))
         partial.mkdir(parents=True)
-        rows = rows_by_split(splits)
-        for split in SPLITS:
-            begin_files(*files_of(partial, split), rows.of(split), next(iter(readings.values())), data.task)
-        classes, counts = Classes(), np.zeros((), dtype=np.int64)
-        for name, reading in readings.items():
-            parts = [
-                Part(splits[name] == number, *files_of(partial, split_of(number)), *rows.place(number))
-                for number in np.unique(splits[name]).tolist()
-                if number != LEFT_OUT
-            ]
-            told = functools.partial(tell, f"the rows of data.{name}")
-            classes, labels = write_source(reading, parts, data.task, classes, told)
-            if data.task == "classification":
-                counts = counts + splitting.count(splits[name], labels, classes.number or 0)
-            del labels  # eight bytes a row, which the next source would find taken
+        rows, lead = rows_by_split(splits), next(iter(readings.values()))
+        encoded = kept_as(lead)
+        with contextlib.ExitStack() as stack:
+            files = {
+                name: RowsFile(names_of(partial, name, encoded=encoded is not None), rows.of(name), lead.inputs)
+                for name in SPLITS
+            }
+            for file in files.values():
+                stack.callback(file.close)
+            classes, counts = Classes(), np.zeros((), dtype=np.int64)
+            kept_labels: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+            for name, reading in readings.items():
+                there = np.unique(splits[name]).tolist()
+                numbers = [number for number in there if number not in (LEFT_OUT, UNLABELLED)]
+                told = functools.partial(tell, f"the rows of data.{name}")
+                if numbers:
+                    parts = [Part(splits[name] == number, files[SPLITS[number]]) for number in numbers]
+                    classes, labels = write_source(reading, parts, data.task, classes, told)
+                    if data.task == "classification":
+                        counts = counts + splitting.count(splits[name], labels, classes.number or 0)
+                    for number, part in zip(numbers, parts, strict=True):
+                        kept_labels[SPLITS[number]].append(labels[part.rows])
+                    del labels  # eight bytes a row, which the next source would find taken
+                if UNLABELLED in there:
+                    # Behind those with labels: a source that has both is read again, without what is written already.
+                    parts = [Part(splits[name] == UNLABELLED, files["train"])]
+                    without = dataclasses.replace(reading, unlabelled="all")
+                    _, labels = write_source(without, parts, data.task, classes, told)
+                    kept_labels["train"].append(labels[parts[0].rows])
+            for name, file in files.items():
+                file.finish(np.concatenate(kept_labels[name]))
         lines = [note for reading in readings.values() for note in reading.source.notes]
         lines += [note for name, reading in readings.items() for note in notes_of(reading.inputs, f"data.{name}")]
         if data.task == "classification":
             splitting.check_classes(data, counts, classes.names)
             lines += findings.of_classes(counts[0], classes.names) if rows.labelled else []
         lines += findings.of_unlabelled(data, rows.labelled, rows.unlabelled)
+        arrays = {name: arrays_of(partial, name, encoded) for name in SPLITS}
+        kept = sum(one.nbytes for both in arrays.values() for one in both)
+        lines += findings.of_encoded(kept, sum(len(labels) for _, labels in arrays.values()), encoded)
         lines += findings.in_two_splits(
-            {name: arrays_of(partial, name)[0] for name in SPLITS}, functools.partial(tell, "rows in two splits")
+            {name: inputs for name, (inputs, _) in arrays.items()}, functools.partial(tell, "rows in two splits")
         )
+        del arrays  # mapped, and about to get another name
         origins["shown"] = show({name: reading.source for name, reading in readings.items()})
         # Once all of them have been read: of a file that was written meanwhile, nobody could say which rows it gave.
         check_unchanged(origins, stamps)
-        tokens = next(iter(readings.values())).inputs.tokens
-        _write_index(partial, data.task, classes, tokens, rows, lines, origins, tell)
+        _write_index(partial, data.task, classes, lead.inputs.tokens, encoded, rows, lines, origins, tell)
         # Whole from the moment that it has its name, like everything in the cache.
         return name_entry(partial, folder)
     except OSError as error:
@@ -273,20 +295,21 @@ def _write_index(
     task: recipe.Task,
     classes: Classes,
     tokens: Tokens | None,
+    encoded: dict[str, Any] | None,
     rows: RowCounts,
     lines: Sequence[str],
     origins: Origins,
     tell: Progress,
 ) -> None:
     assert classes.number is not None
-    index: dict[str, Any] = meaning_of(classes.number, task, classes.names, tokens)
+    index: dict[str, Any] = meaning_of(classes.number, task, classes.names, tokens, encoded)
     for name in SPLITS:
-        inputs, labels = arrays_of(folder, name)
+        inputs, labels = arrays_of(folder, name, encoded)
         told = functools.partial(tell, f"the fingerprint of the {name} rows")
         digest, blocks = fingerprint(
             inputs, labels, classes.number, task=task, class_names=classes.names, tokens=tokens, on_progress=told
         )
-        index[name] = {"fingerprint": digest, "blocks": blocks, "files": stats_of(folder, name)}
+        index[name] = {"fingerprint": digest, "blocks": blocks, "files": stats_of(folder, name, index)}
     if rows.unlabelled:
         index["labelled"] = rows.labelled
     index["findings"] = list(dict.fromkeys(lines))

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from akd_dist.base.files import without_checksum
+from akd_dist.data.encoded import Mapped, pictures_of
+from akd_dist.data.row_files import names_of
 from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Rows, Splits, block_fingerprint, meaning_of
 from akd_dist.data.text import Tokens
 from akd_dist.storage.content import inodes_of, map_array
@@ -29,10 +31,11 @@ def open_entry(folder: Path) -> Splits | None:
 def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:
     """The rows of a split as they were written, as far as that is known without reading them."""
     split = index[name]
-    if stats_of(folder, name) != split["files"]:
+    if stats_of(folder, name, index) != split["files"]:
         raise ValueError(f"{folder}: the arrays of {name} are not the files that were fingerprinted")
+    encoded, files = index.get("encoded"), names_of(folder, name, encoded="encoded" in index)
     rows = Rows(
-        *arrays_of(folder, name),
+        *arrays_of(folder, name, encoded),
         classes=index["classes"],
         fingerprint=split["fingerprint"],
         blocks=tuple(split["blocks"]),
@@ -41,11 +44,11 @@ def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:
         class_names=tuple(index["class_names"]) if "class_names" in index else None,
         tokens=Tokens.model_validate(index["tokens"]) if "tokens" in index else None,
         with_labels=index.get("labelled") if name == "train" else None,
-        files=files_of(folder, name),
-        inodes=inodes_of(files_of(folder, name)),
+        files=files,
+        inodes=inodes_of(files),
     )
     label = np.dtype(np.int64 if rows.task == "classification" else np.float32)
-    meaning = meaning_of(rows.classes, rows.task, rows.class_names, rows.tokens)
+    meaning = meaning_of(rows.classes, rows.task, rows.class_names, rows.tokens, encoded)
     if (
         (rows.labels.shape, rows.labels.dtype) != ((len(rows.inputs),), label)
         or len(rows.blocks) != -(-len(rows) // BLOCK_ROWS)
@@ -55,20 +58,25 @@ def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:
     return rows
 
 
-def files_of(folder: Path, name: str) -> tuple[Path, Path]:
-    """The files of a split's inputs and labels."""
-    return folder / f"{name}-inputs.npy", folder / f"{name}-labels.npy"
-
-
-def stats_of(folder: Path, name: str) -> list[list[int]]:
+def stats_of(folder: Path, name: str, index: dict[str, Any]) -> list[list[int]]:
     """Size and time of a split's files: one that was touched since it was fingerprinted is not trusted."""
-    return [[file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(folder, name)]
+    files = names_of(folder, name, encoded="encoded" in index)
+    return [[file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def arrays_of(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels of a split, memory-mapped."""
-    inputs, labels = files_of(folder, name)
-    return _mapped(inputs), _mapped(labels)
+def arrays_of(folder: Path, name: str, encoded: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels of a split, memory-mapped.
+
+    Args:
+        encoded: what the meaning of the rows says of pictures that stay encoded.
+
+    Raises:
+        ValueError: they are no such arrays.
+    """
+    inputs, labels, *index = map(_mapped, names_of(folder, name, encoded=encoded is not None))
+    if encoded is None:
+        return inputs, labels
+    return pictures_of(Mapped(index[0], inputs), encoded).as_array(), labels
 
 
 def _mapped(file: Path) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import cast
 import numpy as np
 
 from akd_dist import recipe
+from akd_dist.data.encoded import Alike, InPieces, Mapped, pictures_of
 from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Rows, Splits
 from akd_dist.data.text import Tokens
@@ -22,7 +23,8 @@ from akd_dist.storage.content import Guard
 from akd_dist.storage.holder import Holder
 from akd_dist.storage.node_cache import room_in
 from akd_dist.storage.pieces import Arrays, Field, Held, PieceArray, Pieces, Span, hold_pieces, resting
-from akd_dist.storage.rows import RowsManifest, SealedRows, read_block
+from akd_dist.storage.row_documents import INDEX_BYTES, INDEX_COLUMNS
+from akd_dist.storage.rows import RowsCreation, RowsManifest, SealedRows, read_block
 
 # Object storage answers many requests at once; so many bytes of blocks are held meanwhile, or one block.
 _AT_ONCE, _HELD_BYTES = 16, 1 << 27
@@ -105,17 +107,20 @@ def fetch_rows(
     manifest = sealed.manifest()
     tell = on_progress or (lambda what, done, total: None)
     room = room_in(cache_root, budget)
-    held = held_splits(manifest.creation.sizes, room, windowed=windowed, in_order=in_order)
+    held = held_splits(manifest.sizes, room, windowed=windowed, in_order=in_order)
 
     def of(split: str) -> Rows:
         pieces = pieces_of(sealed, manifest, split, cache_root)
         if split not in held:
             windows = RowWindows(pieces, budget) if split == "train" and windowed else None
-            inputs, labels = distant_arrays(pieces, (lambda: None) if windows is None else windows.held)
+            inputs, labels = _distant(manifest, pieces, (lambda: None) if windows is None else windows.held)
             return dataclasses.replace(_rows(sealed, manifest, split, inputs, labels), moving=windows)
         told = functools.partial(tell, f"the {split} rows")
         there = hold_pieces(pieces, range(pieces.count), budget=budget, on_progress=told)
-        found = _rows(sealed, manifest, split, there.arrays["inputs"], there.arrays["labels"])
+        inputs = there.arrays["inputs"]
+        if (meaning := manifest.creation.meaning.get("encoded")) is not None:
+            inputs = pictures_of(Mapped(there.arrays["index"], inputs, there.ends), meaning).as_array()
+        found = _rows(sealed, manifest, split, inputs, there.arrays["labels"])
         files = there.content.files
         return dataclasses.replace(found, folder=files[0].parent, files=files, inodes=there.content.inodes)
 
@@ -169,7 +174,7 @@ def distant_rows(sealed: SealedRows) -> Splits:
     manifest = sealed.manifest()
 
     def of(split: str) -> Rows:
-        return _rows(sealed, manifest, split, *distant_arrays(pieces_of(sealed, manifest, split, Path())))
+        return _rows(sealed, manifest, split, *_distant(manifest, pieces_of(sealed, manifest, split, Path())))
 
     return _splits(manifest, of)
 
@@ -178,6 +183,16 @@ def distant_arrays(pieces: Pieces, held: Callable[[], Held | None] = lambda: Non
     """Inputs and labels of all rows, of which those are here that `held` gives; the others are fetched each time."""
     inputs, labels = (cast(np.ndarray, PieceArray(pieces, field.name, held)) for field in pieces.fields)
     return inputs, labels
+
+
+def _distant(
+    manifest: RowsManifest, pieces: Pieces, held: Callable[[], Held | None] = lambda: None
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `distant_arrays`, also of rows that stay encoded."""
+    if (meaning := manifest.creation.meaning.get("encoded")) is None:
+        return distant_arrays(pieces, held)
+    labels = cast(np.ndarray, PieceArray(pieces, "labels", held))
+    return pictures_of(InPieces(pieces, held), meaning).as_array(), labels
 
 
 def alike_rows(sealed: SealedRows) -> Splits:
@@ -192,6 +207,10 @@ def alike_rows(sealed: SealedRows) -> Splits:
         count = manifest.splits[split].rows
         creation, block = manifest.creation, read_block(sealed.uri, manifest, split, 0)
         first = creation.arrays(block, creation.rows_of(split, 0))
+        if (meaning := creation.meaning.get("encoded")) is not None:
+            one = Alike(Mapped(first[0].copy(), first[1]).take(np.zeros(1, np.int64)), count)
+            labels = np.broadcast_to(first[-1][0].copy(), count)
+            return _rows(sealed, manifest, split, pictures_of(one, meaning).as_array(), labels)
         inputs, labels = (np.broadcast_to(array[0].copy(), (count, *array.shape[1:])) for array in first)
         return _rows(sealed, manifest, split, inputs, labels)
 
@@ -217,11 +236,27 @@ def pieces_of(sealed: SealedRows, manifest: RowsManifest, split: str, cache_root
         key=f"{sealed.sha256[:32]}-{split}",
         rows=creation.rows[split],
         piece_rows=creation.block_rows,
-        fields=(Field("inputs", creation.dtype, tuple(creation.shape)), Field("labels", creation.labels, ())),
+        fields=_fields(creation),
         fetch=fetch,
         digests=lambda numbers: [manifest.splits[split].blocks[number] for number in numbers],
+        elements=lambda number: _encoded_bytes(manifest, split, number),
         what=f"the {split} rows",
     )
+
+
+def _fields(creation: RowsCreation) -> tuple[Field, ...]:
+    """In the order in which they stand in a block."""
+    labels = Field("labels", creation.labels, ())
+    if creation.encoded is None:
+        return Field("inputs", creation.dtype, tuple(creation.shape)), labels
+    return Field("index", "<i8", (INDEX_COLUMNS,)), Field("inputs", "|u1", (), ragged=True), labels
+
+
+def _encoded_bytes(manifest: RowsManifest, split: str, number: int) -> int:
+    """Bytes of the encoded inputs of a block."""
+    rows = manifest.creation.rows_of(split, number)
+    other = INDEX_BYTES + np.dtype(manifest.creation.labels).itemsize
+    return manifest.block_bytes(split, number) - rows * other
 
 
 def bytes_ahead(row_bytes: int) -> int:

@@ -25,10 +25,11 @@ from akd_dist import recipe
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import findings, splitting
-from akd_dist.data.columns import Images, Noted, NotGreyError, lines_of
+from akd_dist.data.columns import Images, NotGreyError
 from akd_dist.data.labels import Classes
+from akd_dist.data.noted import Noted, lines_of
 from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show, size_and_time
-from akd_dist.data.prepare import OpenedSource, in_colour, kinds_of, open_sources, read_labels
+from akd_dist.data.prepare import OpenedSource, in_colour, kept_as, kinds_of, open_sources, read_labels
 from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile, Stretch
 from akd_dist.data.row_cache import Progress, key_of
 from akd_dist.data.rows import BLOCK_ROWS, SPLITS, meaning_of
@@ -43,8 +44,13 @@ from akd_dist.data.splitting import (
 )
 from akd_dist.storage.layout import ROWS
 from akd_dist.storage.roots import open_root
-from akd_dist.storage.rows import (
+from akd_dist.storage.row_documents import (
+    ENCODED_MANIFEST_FORMAT,
+    ENCODED_ROWS_FORMAT,
+    LABELLED_MANIFEST_FORMAT,
     MANIFEST_FORMAT,
+)
+from akd_dist.storage.rows import (
     ROWS_FORMAT,
     BlockReceipt,
     RowsCreation,
@@ -235,8 +241,10 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
         lines = findings.of_classes(counts[0], classes.names) if rows.labelled else []
     lines += findings.of_unlabelled(data, rows.labelled, rows.unlabelled)
     labels.clear()
-    inputs = next(iter(readings.values())).inputs
+    lead = next(iter(readings.values()))
+    inputs, encoded = lead.inputs, kept_as(lead)
     creation = RowsCreation(
+        format=ROWS_FORMAT if encoded is None else ENCODED_ROWS_FORMAT,
         source=look.source[colour],
         content=sha256(canonical_json([origins["files"][str(path)]["sha256"] for path in look.files])),
         dtype=cast(Any, inputs.dtype.str),
@@ -244,7 +252,8 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
         labels="<i8" if data.task == "classification" else "<f4",
         block_rows=BLOCK_ROWS,
         rows={split: rows.of(split) for split in SPLITS},
-        meaning=meaning_of(classes.number or 1, data.task, classes.names, inputs.tokens),
+        meaning=meaning_of(classes.number or 1, data.task, classes.names, inputs.tokens, encoded),
+        encoded=None if encoded is None else lead.encoded,
     )
     writer = RowsWriter(open_root(look.root).uri, look.ids[colour], creation)
     begin_rows(writer)
@@ -380,13 +389,20 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
             fingerprint=found,
             blocks=blocks,
             classes=plan.counts[SPLITS.index(split)].tolist(),
+            sizes=None if creation.encoded is None else [one.size for one in mine],
             labelled=plan.placed.labelled if split == "train" and plan.placed.unlabelled else None,
         )
+    kept = sum(one.size for one in receipts.values())
+    lines += findings.of_encoded(kept, sum(creation.rows.values()), creation.meaning.get("encoded"))
     lines += findings.of_hashes({split: hashes[split] for split in SPLITS})
     origins = plan.origins | {"shown": show({name: one.source for name, one in plan.readings.items()})}
     check_unchanged(plan.origins, plan.stamps)
     manifest = RowsManifest(
-        format=MANIFEST_FORMAT if plan.placed.unlabelled else MANIFEST_FORMAT - 1,
+        format=LABELLED_MANIFEST_FORMAT
+        if plan.placed.unlabelled
+        else MANIFEST_FORMAT
+        if creation.encoded is None
+        else ENCODED_MANIFEST_FORMAT,
         creation=creation,
         splits=splits,
         findings=list(dict.fromkeys(lines)),

@@ -20,9 +20,10 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import splitting
 from akd_dist.data.blocks import default_threads
+from akd_dist.data.encoded import encoded_of
 from akd_dist.data.origins import SourceCheck
 from akd_dist.data.text import Tokens
-from akd_dist.storage.content import Content, Part, digest
+from akd_dist.storage.content import Arrays, Content, Part, digest
 from akd_dist.storage.holder import Moving
 from akd_dist.storage.pieces import PieceArray
 from akd_dist.storage.rows import SealedRows, fingerprint_of
@@ -39,7 +40,8 @@ class Rows:
 
     inputs: np.ndarray
     """uint8, float32 or int32 [rows, *shape]: images [channels, height, width], numbers, or ids of tokens [length].
-    A `PieceArray` stands for one, and so for the labels, where the rows are not on this node."""
+    A `PieceArray` stands for one, and so for the labels, where the rows are not on this node; `EncodedPictures` do
+    where pictures stay encoded: `np.asarray` of what is taken of them decodes, `views.view_of` takes it as it is."""
     labels: np.ndarray
     """int64 [rows], each in 0..classes - 1; float32 [rows] for regression. Of train rows those without a label come
     last: theirs is -1, or NaN."""
@@ -48,7 +50,8 @@ class Rows:
     fingerprint: str
     """sha256 over dtype, shape, what labels and ids mean, and the digests of all blocks."""
     blocks: tuple[str, ...]
-    """sha256 of each BLOCK_ROWS rows: bytes of the inputs, then of the labels."""
+    """sha256 of each BLOCK_ROWS rows: bytes of the inputs, then of the labels; before those of inputs that stay
+    encoded their index."""
     folder: Path
     """Where the arrays lie."""
     task: recipe.Task = "classification"
@@ -90,22 +93,28 @@ class Rows:
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of one input."""
+        """Bytes of one input, decoded."""
         return math.prod(self.shape) * self.inputs.dtype.itemsize
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row's input and label."""
+        """Bytes of one row's input and label as they are kept, on average."""
+        if encoded_of(self.inputs) is not None:
+            return -(-self.nbytes // max(len(self), 1))
         return self.input_bytes + self.labels.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all of them as they are kept."""
+        if encoded_of(self.inputs) is not None:
+            return self.inputs.nbytes + len(self) * self.labels.dtype.itemsize
         return len(self) * self.row_bytes
 
     @property
     def held(self) -> bool:
         """Whether all of them are on this node."""
+        if (encoded := encoded_of(self.inputs)) is not None:
+            return encoded.held
         return not isinstance(self.inputs, PieceArray)
 
     def all_labels(self) -> np.ndarray:
@@ -124,7 +133,7 @@ class Rows:
         return np.bincount(self.labels[: self.labelled], minlength=self.classes)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels of rows start..stop - 1, without a copy."""
+        """Inputs and labels of rows start..stop - 1, without a copy; `np.asarray` decodes what is encoded."""
         return self.inputs[start:stop], self.labels[start:stop]
 
     def content(self, start: int = 0, stop: int | None = None) -> Content:
@@ -134,7 +143,7 @@ class Rows:
         def parts() -> Iterator[Part]:
             for number in range(start // BLOCK_ROWS, min(-(-last // BLOCK_ROWS), len(self.blocks))):
                 arrays = _block(self.inputs, self.labels, number * BLOCK_ROWS)
-                end = number * BLOCK_ROWS + len(arrays[1])
+                end = number * BLOCK_ROWS + len(arrays[-1])
                 yield Part(f"rows {number * BLOCK_ROWS:,} to {end - 1:,}", arrays, self.blocks[number])
 
         return Content(self.files, parts, self.inodes)
@@ -152,7 +161,7 @@ class Rows:
 
     @property
     def _meaning(self) -> dict[str, Any]:
-        meaning = meaning_of(self.classes, self.task, self.class_names, self.tokens)
+        meaning = meaning_of(self.classes, self.task, self.class_names, self.tokens, encoded_as(self.inputs))
         return {"dtype": self.inputs.dtype.str, "shape": list(self.shape), **meaning}
 
     def check_same(self, described: dict[str, Any]) -> None:
@@ -255,7 +264,7 @@ def fingerprint(
             blocks.append(block)
             if on_progress is not None:
                 on_progress(min(number * BLOCK_ROWS, len(labels)), len(labels))
-    meaning = meaning_of(classes, task, class_names, tokens)
+    meaning = meaning_of(classes, task, class_names, tokens, encoded_as(inputs))
     return block_fingerprint(inputs.dtype, inputs.shape, meaning, blocks), tuple(blocks)
 
 
@@ -271,15 +280,32 @@ def block_fingerprint(
     return fingerprint_of(dtype.str, shape, BLOCK_ROWS, meaning, blocks)
 
 
-def _block(inputs: np.ndarray, labels: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
-    """What one digest is over."""
-    return inputs[start : start + BLOCK_ROWS], labels[start : start + BLOCK_ROWS]
+def _block(inputs: np.ndarray, labels: np.ndarray, start: int) -> Arrays:
+    """What one digest is over; labels are the last."""
+    stop = start + BLOCK_ROWS
+    if (encoded := encoded_of(inputs)) is not None:
+        return (*encoded.stored.part(start, stop), labels[start:stop])
+    return inputs[start:stop], labels[start:stop]
+
+
+def encoded_as(inputs: np.ndarray) -> dict[str, Any] | None:
+    """What the meaning of rows says of pictures that stay encoded; None of other inputs."""
+    encoded = encoded_of(inputs)
+    return None if encoded is None else encoded.meaning
 
 
 def meaning_of(
-    classes: int, task: recipe.Task, class_names: tuple[str, ...] | None, tokens: Tokens | None
+    classes: int,
+    task: recipe.Task,
+    class_names: tuple[str, ...] | None,
+    tokens: Tokens | None,
+    encoded: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What labels and ids mean, as JSON. What is usual is left out, so that it may become a choice later."""
+    """What labels, ids and encoded pictures mean, as JSON. What is usual is left out, so that it may become a choice.
+
+    Args:
+        encoded: the shape of pictures that stay encoded, and how they become pixels.
+    """
     meaning: dict[str, Any] = {"classes": classes}
     if task != "classification":
         meaning["task"] = task
@@ -287,4 +313,6 @@ def meaning_of(
         meaning["class_names"] = list(class_names)
     if tokens is not None:
         meaning["tokens"] = tokens.model_dump(mode="json")
+    if encoded is not None:
+        meaning["encoded"] = encoded
     return meaning

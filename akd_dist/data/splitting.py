@@ -154,11 +154,6 @@ def _split_of_labelled(data: recipe.DataSpec, name: str, rows: int, labels: np.n
     return split
 
 
-def split_of(number: int) -> str:
-    """The split to which rows of a number belong that is not LEFT_OUT."""
-    return SPLITS[0 if number == UNLABELLED else number]
-
-
 @dataclass(frozen=True)
 class RowCounts:
     """How many rows there are, by where `split_of_source` puts them."""
@@ -180,10 +175,6 @@ class RowCounts:
         """The rows of a split."""
         number = SPLITS.index(split)
         return self.counts[number] + (self.unlabelled if number == 0 else 0)
-
-    def place(self, number: int) -> tuple[int, bool]:
-        """Where a split's rows begin in its files, and whether their labels are kept."""
-        return (self.labelled, False) if number == UNLABELLED else (0, True)
 
 
 def rows_by_split(splits: Mapping[str, np.ndarray]) -> RowCounts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -124,10 +125,10 @@ def _named(path: str) -> FoundShards:
     if is_remote(path):
         files, base, whole = _in_storage(path.rstrip("/"))
     elif (place := Path(path)).is_dir():
-        files, base, whole = [one for one in sorted(place.rglob("*")) if one.is_file()], path, True
+        files, base, whole = _in_folder(place), path, True
     elif pattern and not place.exists():
-        files = [Path(one) for one in sorted(glob.glob(path, recursive=True)) if Path(one).is_file()]  # noqa: PTH207
-        base, whole = "", True
+        matching = [Path(one) for one in glob.glob(path, recursive=True)]  # noqa: PTH207  # it may be absolute
+        files, base, whole = _regular(matching), "", True
     else:
         files, base, whole = [place] if place.is_file() else [], "", False
     if not whole:  # one file may have any name
@@ -140,6 +141,41 @@ def _named(path: str) -> FoundShards:
         expected = "a tar file, a folder of them, a glob, or an expression such as train-{000..099}.tar"
         raise nothing_at(path if is_remote(path) else Path(path), "tar file", expected, others)
     return FoundShards(kept, tuple(others))
+
+
+def _in_folder(folder: Path) -> list[Shard]:
+    """The files in a folder and below it.
+
+    Raises:
+        RefusedError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise RefusedError(
+            f"the folder {error.filename} cannot be read",
+            got=error.strerror or str(error),
+            expected="folders that this user can read",
+            next="correct its permissions, or name the files with a glob",
+        ) from error
+
+    return _regular([Path(place, name) for place, _, names in os.walk(folder, onerror=refuse) for name in names])
+
+
+def _regular(files: Sequence[Path]) -> list[Shard]:
+    """Those that are files, folder by folder.
+
+    Raises:
+        RefusedError: a tar file is a link to nothing.
+    """
+    for file in files:
+        if file.suffix.lower() == ".tar" and file.is_symlink() and not file.exists():
+            raise RefusedError(
+                f"{file} is a link to nothing",
+                got=f"it leads to {file.readlink()}",
+                expected="a tar file",
+                next="remove the link, or bring back what it leads to",
+            )
+    return [*sorted(file for file in files if file.is_file())]
 
 
 def _in_storage(uri: str) -> tuple[list[Shard], str, bool]:
@@ -303,6 +339,12 @@ def _member(shard: Shard, info: tarfile.TarInfo) -> Member | None:
     if found is None:
         return None
     return Member(name, found[1], found[2].lower(), info.offset, info.offset_data, info.size)
+
+
+def key_of(name: str) -> str:
+    """The key of a member by its name."""
+    found = _NAME.fullmatch(name)
+    return name if found is None else found[1]
 
 
 def _check_end(opened: IO[bytes], end: int, shard: Shard, last: str | None) -> None:

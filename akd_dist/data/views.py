@@ -5,7 +5,7 @@ A store row is the teacher's answer to one view of one row; a student replays th
 
 import functools
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import sha256
-from akd_dist.data import augmenters, philox
-from akd_dist.data.augmenters import SIGNATURE, Augmenter, augmenter_of
+from akd_dist.data import augmenters, encoded as encodeds, framing, philox, pictures
+from akd_dist.data.augmenters import SIGNATURE, Augmenter, ResizedCropFlip, augmenter_of
+from akd_dist.data.encoded import EncodedPictures, begin, decoded_by, encoded_of
 from akd_dist.data.factories import source_sha256
 from akd_dist.data.philox import random_words
+from akd_dist.data.pictures import Crop
 from akd_dist.data.text import Tokens
 from akd_dist.recipe import Augmentation, CustomAugmentation
 from akd_dist.storage.records import Probe
@@ -70,11 +72,41 @@ def view_of(
 ) -> torch.Tensor:
     """Inputs [n, *shape] of the given rows, int64 [n], as a view shows them: a tensor of the same shape and dtype.
 
-    The inputs are moved to the device as they are, and augmented there.
+    The inputs are moved to the device as they are, and augmented there. Of encoded pictures a resized crop is one of
+    the whole picture, made where it is decoded; give them as they are taken from the rows, not decoded.
     """
-    augmenter = augmenter_of(augmentation, inputs.shape[1:], tokens)
-    params = _draw(augmenter, seed, rows, view, inputs.shape[1:])
-    return _apply(augmenter, torch.from_numpy(inputs).to(device), params)
+    return begin_view(augmentation, seed, inputs, rows, view, tokens, device)()
+
+
+def begin_view(
+    augmentation: Augmentation,
+    seed: int,
+    inputs: np.ndarray,
+    rows: np.ndarray,
+    view: int,
+    tokens: Tokens | None = None,
+    device: torch.device | str = "cpu",
+) -> Callable[[], torch.Tensor]:
+    """As `view_of`, of which decoding is begun: called, it waits for that, and gives the view."""
+    shape = inputs.shape[1:]
+    augmenter = augmenter_of(augmentation, shape, tokens)
+    encoded = encoded_of(inputs)
+    if encoded is not None and isinstance(augmenter, ResizedCropFlip):
+        whole = encoded.begin(_crops(augmenter, seed, encoded, rows, view))
+        return lambda: torch.from_numpy(whole()).to(device)
+    params, pixels = _draw(augmenter, seed, rows, view, shape), begin(inputs)
+    return lambda: _apply(augmenter, torch.from_numpy(pixels()).to(device), params)
+
+
+def _crops(augmenter: ResizedCropFlip, seed: int, inputs: EncodedPictures, rows: np.ndarray, view: int) -> list[Crop]:
+    """The part of each whole picture that a view shows: from the same words as a part of its pixels would be."""
+    heights, widths = inputs.sizes
+    drawn = augmenter.draw_within(random_words(seed, rows, view, augmenter.words), heights, widths)
+    columns = [drawn[name] for name in ("top", "left", "height", "width", "flip")] + [heights, widths]
+    return [
+        Crop(top, left, height, width, bool(flip), (high, wide))
+        for top, left, height, width, flip, high, wide in zip(*(one.tolist() for one in columns), strict=True)
+    ]
 
 
 def check_augmentation(augmentation: Augmentation, seed: int, inputs: np.ndarray, tokens: Tokens | None = None) -> None:
@@ -86,8 +118,8 @@ def check_augmentation(augmentation: Augmentation, seed: int, inputs: np.ndarray
     """
     numbers = np.arange(min(len(inputs), 4))
     view_digests(augmentation, seed, inputs, numbers, 0, tokens)
-    together = view_of(augmentation, seed, inputs[: len(numbers)].copy(), numbers, 0, tokens)
-    alone = [view_of(augmentation, seed, inputs[[row]], numbers[[row]], 0, tokens) for row in numbers]
+    together = view_of(augmentation, seed, inputs.take(numbers, axis=0), numbers, 0, tokens)
+    alone = [view_of(augmentation, seed, inputs.take([row], axis=0), numbers[[row]], 0, tokens) for row in numbers]
     if not torch.equal(together, torch.cat(alone)):
         raise RefusedError(
             f"the augmentation {_name(augmentation)} is not a function of seed, row and view alone",
@@ -109,28 +141,31 @@ def by_content(augmentation: Augmentation) -> dict[str, Any]:
     return document
 
 
-def drawn_by(augmentation: Augmentation, device: str) -> dict[str, Any] | None:
+def drawn_by(augmentation: Augmentation, device: str, *, encoded: bool = False) -> dict[str, Any] | None:
     """All by which the views of given rows could come out otherwise, as JSON; None where nobody can tell.
 
     That is so for an augmentation of the user's own: what its file imports is not known.
 
     Args:
         device: where they are made, as `models.device.device_name` has it.
+        encoded: whether the rows are encoded pictures.
     """
     if isinstance(augmentation, CustomAugmentation):
         return None
     return {
         "augmentation": by_content(augmentation),
-        "code": _code(),
-        "versions": {"numpy": np.__version__, "torch": str(torch.__version__)},
+        "code": _code(encoded=encoded),
+        "versions": {"numpy": np.__version__, "torch": str(torch.__version__)} | (decoded_by() if encoded else {}),
         "device": device,
         "cpu": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
     }
 
 
 @functools.cache
-def _code() -> str:
-    return sha256(b"".join(Path(module).read_bytes() for module in (__file__, augmenters.__file__, philox.__file__)))
+def _code(*, encoded: bool) -> str:
+    files = [__file__, augmenters.__file__, philox.__file__]
+    files += [encodeds.__file__, pictures.__file__, framing.__file__] if encoded else []
+    return sha256(b"".join(Path(module).read_bytes() for module in files))
 
 
 def view_digests(
@@ -148,7 +183,7 @@ def view_digests(
         RefusedError: a view is not finite; names the row.
     """
     numbers = np.fromiter(rows, dtype=np.int64)
-    shown = np.take(inputs, numbers, axis=0)
+    shown = inputs.take(numbers, axis=0)
     return shown_digests(augmentation, seed, shown, numbers, view, tokens, device)
 
 

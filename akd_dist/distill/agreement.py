@@ -20,7 +20,7 @@ from akd_dist.storage.reader import LogitStore
 
 ASKED = 512
 """The most rows that a teacher is asked of."""
-_BATCH = 32
+_BATCH = 16
 _SECONDS = 20.0  # of a large teacher: fewer rows are asked, one batch at least
 _PLACES = 8  # where rows lie elsewhere in blocks, they are read from so many places alone
 _FEWEST = 20  # rows that say something of chance and of an order
@@ -42,7 +42,7 @@ def check_on_rows(module: nn.Module, rows: Rows, name: str = "the teacher") -> T
     """
     numbers, logits, began = _asked(rows), [], time.monotonic()
     for start in range(0, len(numbers), _BATCH):
-        inputs = torch.from_numpy(rows.inputs.take(numbers[start : start + _BATCH], axis=0))
+        inputs = torch.from_numpy(np.asarray(rows.inputs.take(numbers[start : start + _BATCH], axis=0)))
         logits.append(teacher_logits(module, inputs, len(inputs)))
         if time.monotonic() - began > _SECONDS:
             break
@@ -56,7 +56,7 @@ def check_in_store(store: LogitStore, rows: Rows, name: str = "the teacher") -> 
         stop = min(len(rows), ASKED)
         return check_of(store.rows(0, 0, stop), rows.labels.take(np.arange(stop)), rows, name)
     shards = store.manifest.records()
-    accuracy = sum(shard.rows * (shard.label_agreement or 0.0) for shard in shards) / len(rows)
+    accuracy = min(1.0, sum(shard.rows * (shard.label_agreement or 0.0) for shard in shards) / len(rows))
     return TeacherCheck(rows=len(rows), accuracy=accuracy, warnings=_of_chance(name, accuracy, rows.class_counts()))
 
 

@@ -33,6 +33,7 @@ from akd_dist.models.card import ModelCard
 from akd_dist.models.device import set_deterministic
 from akd_dist.storage.content import Guard, renewing
 from akd_dist.storage.decoded import StoredLogits
+from akd_dist.storage.mean import AnyStore, open_logits
 from akd_dist.storage.reader import LogitStore, open_store
 
 VOUCHED = "vouched"
@@ -167,9 +168,9 @@ def open_stream(
     """
     logits, teacher_said, data = None, None, job.data
     if job.stores:
-        train = store_of(job.stores["train"])
+        train = open_logits(job.stores["train"], store_of)
         if test := job.stores.get("test") if job.teacher_test is None else job.teacher_test:
-            teacher_said = stored_predictions(store_of(test), splits.test).numpy()
+            teacher_said = stored_predictions(open_logits(test, store_of), splits.test).numpy()
         # No more views than there are epochs that could read them.
         views = min(data.views, max(spec.objective.epochs for spec in job.students)) or 1
         logits = StoredLogits(
@@ -194,11 +195,12 @@ def open_stream(
     if job.stores:
         # Another version of a library may change pixels, and nothing that is recorded shows it but the pixels
         # themselves.
-        stream.check_probes(train.manifest, Path(job.cache_root))
+        for manifest in train.manifests:
+            stream.check_probes(manifest, Path(job.cache_root))
     return stream, teacher_said
 
 
-def stored_predictions(store: LogitStore, rows: Rows) -> torch.Tensor:
+def stored_predictions(store: AnyStore, rows: Rows) -> torch.Tensor:
     """What the teacher says of each row of a store without augmentation, as `metrics.predictions`; shard by shard."""
     shards = (shard for shard in store.layout.shards() if shard.view == 0)
     blocks = (torch.from_numpy(store.rows(0, shard.start, shard.stop)) for shard in shards)

@@ -29,7 +29,7 @@ from akd_dist.distill.stream import BatchStream
 from akd_dist.recipe import LastBatch, NoAugmentation
 from akd_dist.storage.content import Guard
 from akd_dist.storage.decoded import StoredLogits
-from akd_dist.storage.reader import LogitStore, open_store
+from akd_dist.storage.mean import AnyStore, StoreRef, open_logits
 from akd_dist.storage.rows import SealedRows
 
 Tensors = dict[str, torch.Tensor]
@@ -49,8 +49,8 @@ class DatasetJob:
     """The dataset fingerprint of each split, as they were when it was opened first."""
     cache_root: str
     """Prepared data and decoded stores of this node."""
-    store: str | None
-    """URI of the store of the split's logits; None where there is none."""
+    store: StoreRef | None
+    """The store of the split's logits; None where there is none."""
     rows: SealedRows | None = None
     """Where the rows lie for every node; None where each prepares them."""
     batch: int = 1
@@ -65,7 +65,7 @@ class DatasetJob:
         """How many views the epochs go round: only train rows are augmented."""
         return self.data.views if self.split == "train" else 1
 
-    def stream(self) -> tuple[BatchStream, LogitStore | None]:
+    def stream(self) -> tuple[BatchStream, AnyStore | None]:
         """The split as a stream, and the store; nothing of them is read yet.
 
         Raises:
@@ -75,7 +75,7 @@ class DatasetJob:
         splits = rows_for(data, Path(self.cache_root), self.fingerprints, self.rows)
         check_fingerprints(self.fingerprints, splits)
         rows: Rows = getattr(splits, self.split)
-        store = None if self.store is None else open_store(self.store)
+        store = None if self.store is None else open_logits(self.store)
         logits = None
         if store is not None:
             logits = StoredLogits(
@@ -139,8 +139,8 @@ class _Opened:
 
     def check(self, sources: SourceCheck) -> None:
         """Compare probe views with what the teacher saw; hash what is read in the background, from now on."""
-        if self._store is not None:
-            self.stream.check_probes(self._store.manifest, self._cache_root)
+        for manifest in () if self._store is None else self._store.manifests:
+            self.stream.check_probes(manifest, self._cache_root)
         contents = [self.stream.rows.content()] if self.stream.rows.held else []
         self._guard, self._sources = Guard(contents, self._cache_root / VOUCHED), sources
         for one in self.stream.moving:

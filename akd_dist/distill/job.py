@@ -9,6 +9,7 @@ from akd_dist import recipe
 from akd_dist.base.files import append
 from akd_dist.documents import damage
 from akd_dist.documents.status import CohortProgress
+from akd_dist.storage.mean import StoreRef, Stores
 from akd_dist.storage.rows import SealedRows
 from akd_dist.storage.run_copy import scratch
 from akd_dist.tracking.status import read_document
@@ -38,12 +39,12 @@ class CohortJob:
     """The folder of logs, one a student."""
     cache_root: str
     """Prepared data and decoded stores of this node."""
-    stores: dict[str, str]
-    """Store URI of each split, of the model that they learn from; empty where no student has a teacher."""
+    stores: Stores
+    """The store of each split, of the model that they learn from; empty where no student has a teacher."""
     control: str
     """The folder of progress files and of the stop file of this attempt."""
-    teacher_test: str | None = None
-    """Store URI of the teacher's logits of the test rows, for agreement; None takes the one in `stores`, an empty one
+    teacher_test: StoreRef | None = None
+    """The store of the teacher's logits of the test rows, for agreement; None takes the one in `stores`, an empty one
     stands for a teacher without. Students that learn from an assistant are compared with the teacher, too."""
     attempt: int = 1
     """Which attempt of the run this is."""

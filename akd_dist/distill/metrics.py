@@ -5,12 +5,14 @@ where it is first needed.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from akd_dist.data.encoded import ahead, batches_ahead, begin
 from akd_dist.data.rows import Rows
 from akd_dist.distill.objectives import at_least_float32, label_losses
 from akd_dist.models.device import autocast
@@ -34,10 +36,8 @@ def evaluate(
     """
     module.eval()
     loss, said, true = 0.0, [], []
-    for start in range(0, len(rows), EVALUATION_ROWS):
-        block = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
-        # Copied, since torch warns of tensors over memory that is read-only, as a memory map is.
-        copied, labelled = (torch.from_numpy(np.array(part)) for part in block)
+    begun = (_begun(rows, start) for start in range(0, len(rows), EVALUATION_ROWS))
+    for copied, labelled in ahead(begun, min(1, batches_ahead(rows.inputs, EVALUATION_ROWS))):
         inputs, labels = copied.to(device), labelled.to(device)
         true.append(labelled)
         with autocast(device, precision):
@@ -48,6 +48,14 @@ def evaluate(
     together = torch.cat(said)
     metrics = measure(rows.task, together, torch.cat(true), rows.classes)
     return metrics | {"loss": loss / len(rows)}, together.numpy()
+
+
+def _begun(rows: Rows, start: int) -> Callable[[], list[torch.Tensor]]:
+    """A block of rows, begun to be decoded if it has to be: called, it gives inputs and labels."""
+    inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
+    pixels = begin(inputs)
+    # Copied, since torch warns of tensors over memory that is read-only, as a memory map is.
+    return lambda: [torch.from_numpy(np.array(part)) for part in (pixels(), labels)]
 
 
 def predictions(task: Task, logits: torch.Tensor) -> torch.Tensor:

@@ -145,7 +145,7 @@ def _measure(
     with _SavedTensors(student.module) as saved:
         few = min(warm, _timed(student, first))
     rows, per_step = len(first.rows), few
-    values = splits.train.inputs[0].size
+    values = math.prod(splits.train.shape)
     kept = saved.total / rows + 4 * values
     step_memory = math.ceil(largest * (kept + 2 * saved.largest / rows))
     # A share that would take long, or more memory than is free, is not tried: its time follows from the few rows.
@@ -186,7 +186,8 @@ def _batch(data: recipe.DataSpec, splits: Splits, rows: int, device: torch.devic
     batches = stream.batches(0)
     batch = next(batches)
     started, made = time.perf_counter(), 0
-    for _ in itertools.islice(batches, stream.steps_at_once):
+    # Of what is made ahead, those that are there already tell nothing.
+    for _ in itertools.islice(batches, stream.steps_at_once + stream.ahead):
         made += 1
     seconds = (time.perf_counter() - started) / max(made, 1)
     logits = torch.zeros(len(batch.rows), splits.train.classes, device=device)
@@ -216,7 +217,7 @@ def _mean_seconds(student: Student, batch: Batch) -> float:
 def _evaluation_seconds(student: Student, splits: Splits, rows: int) -> float:
     student.module.eval()
     started = time.perf_counter()
-    inputs = torch.from_numpy(splits.validation.read(0, rows)[0].copy()).to(student.device)
+    inputs = torch.from_numpy(np.array(splits.validation.read(0, rows)[0])).to(student.device)
     with autocast(student.device, student.spec.precision):
         student.module(inputs).sum().item()
     return time.perf_counter() - started

@@ -25,6 +25,7 @@ from akd_dist.models.build import by_content
 from akd_dist.models.device import device_name
 from akd_dist.recipe import StudentSpec, forget_later_keys
 from akd_dist.storage.layout import STAGES
+from akd_dist.storage.mean import placeless
 from akd_dist.storage.objects import ObjectRoot
 from akd_dist.storage.roots import open_root
 
@@ -54,7 +55,7 @@ def stage1_key(job: CohortJob, spec: StudentSpec) -> str | None:
         "stage1": stage1,
         "data": job.data.model_dump(mode="json", exclude=_SOURCES),
         "rows": {split: job.fingerprints[split] for split in ("train", "validation")},
-        "logits": job.stores["train"].rstrip("/").rpartition("/")[2],
+        "logits": placeless(job.stores["train"]),
         "device": device_name(job.device),
         "machine": platform.machine(),
         "torch": torch.__version__,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,27 +21,22 @@ import numpy as np
 import torch
 
 from akd_dist.base.errors import RefusedError
+from akd_dist.data.encoded import ahead, batches_ahead, encoded_of
 from akd_dist.data.rows import Rows
-from akd_dist.data.views import drawn_by, shown_digests, view_of
+from akd_dist.data.views import begin_view, drawn_by, view_of
 from akd_dist.distill.orders import ALL, LABELLED, Batches, Mix, Order
+from akd_dist.distill.probes import PROBES_CHECKED, SeenViews
 from akd_dist.models.device import device_name
 from akd_dist.recipe import Augmentation, LastBatch
 from akd_dist.storage.checked import once
 from akd_dist.storage.decoded import StoredLogits
 from akd_dist.storage.holder import Moving
 from akd_dist.storage.manifest import Manifest
-from akd_dist.storage.records import Probe
 
-_UNITS = {"uint8": "on a scale of 0 to 255", "float32": "in the units of the inputs", "int32": "in ids of tokens"}
 STEPS_AT_ONCE = 8
 """Batches that are made in one go for a GPU: a small one alone takes hardly more than the launches of its kernels."""
 BYTES_AT_ONCE = 64_000_000
 """The most that the inputs of such batches may take together; of larger ones fewer are made in one go."""
-PROBES_CHECKED = 4096
-"""Probe views that are compared before training, over all views of a store."""
-PROBE_BYTES = 4 * 2**20
-"""Inputs that are compared at a time: a resized crop of them takes some 100 MB, and is over before students are made,
-which take more. So the estimate of a worker's memory has no entry for it."""
 Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Inputs, labels and logits of some rows."""
 
@@ -77,6 +72,10 @@ class Batch:
         if self.global_labelled is None:
             return 1.0
         return self.global_rows / self.global_labelled if self.global_labelled else 0.0
+
+
+BegunBatch = Callable[[], Batch]
+"""A batch whose pictures are on their way: called, it waits for them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +173,9 @@ class BatchStream:
             then: the epoch that is read next, and its mix: what it begins with is fetched before this one is over.
             stride: steps from one batch to the next, for processes that take turns.
         """
+        if self.ahead:
+            yield from ahead(self._begun(epoch, start_step, rank, world, then, stride), self.ahead)
+            return
         reading, at_once = _Reading(self, epoch, then), self.steps_at_once
         all_steps = range(start_step, self.steps_per_epoch, stride)
         for first in range(0, len(all_steps), at_once):
@@ -196,6 +198,40 @@ class BatchStream:
         return int(np.count_nonzero(rows < self.rows.labelled))
 
     @property
+    def ahead(self) -> int:
+        """Batches whose pictures are decoded before they are wanted; none where none are encoded."""
+        return batches_ahead(self.rows.inputs, self.batch)
+
+    def _begun(
+        self, epoch: int, start_step: int, rank: int, world: int, then: tuple[int, Mix] | None, stride: int
+    ) -> Iterator[BegunBatch]:
+        """The batches of an epoch, each with its rows read and its pictures on their way."""
+        reading = _Reading(self, epoch, then)
+        for step in range(start_step, self.steps_per_epoch, stride):
+            start, stop = step * self.batch, int(self.cut_into.ends[step])
+            own = _share(start, stop, rank, world)
+            parts = [self._begin(rows, reading.view, reading.logits) for rows in reading.rows([own])]
+            spare = None
+            if own[0] == own[1]:
+                spare = self._begin(reading.order.rows(start, start + 1), reading.view, None)
+            rows = reading.order.rows(*own)
+            labelled = self._labelled(rows if world == 1 else reading.order.rows(start, stop))
+            yield functools.partial(self._joined, epoch, step, rows, parts, spare, stop - start, labelled)
+
+    def _joined(
+        self,
+        epoch: int,
+        step: int,
+        rows: np.ndarray,
+        parts: list[Callable[[], Gathered]],
+        spare: Callable[[], Gathered] | None,
+        count: int,
+        labelled: int | None,
+    ) -> Batch:
+        gathered = _together([part() for part in parts])
+        return Batch(epoch, step, rows, *gathered, count, None if spare is None else spare()[0], labelled)
+
+    @property
     def steps_at_once(self) -> int:
         """Batches that are made in one go; they are the same as one by one, since a view is a function of its row."""
         if torch.device(self.device).type == "cpu":
@@ -204,11 +240,9 @@ class BatchStream:
 
     def _cut(self, reading: _Reading, shares: list[tuple[int, int]]) -> Iterator[Gathered]:
         """Inputs, labels and logits of each of several batches, gathered together."""
-        parts = [self.gather(rows, reading.view, reading.logits) for rows in reading.rows(shares)]
-        inputs, labels, logits = parts[0]
-        if len(parts) > 1:  # where a group of windows ends
-            inputs, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-            logits = None if logits is None else torch.cat([part[2] for part in parts if part[2] is not None])
+        inputs, labels, logits = _together(
+            [self.gather(rows, reading.view, reading.logits) for rows in reading.rows(shares)]
+        )
         if len(shares) == 1:
             yield inputs, labels, logits
             return
@@ -235,10 +269,16 @@ class BatchStream:
             rows: row numbers, int64 [n].
             stored: the logits of that view, as `hold` gives them.
         """
+        return self._begin(rows, view, stored)()
+
+    def _begin(self, rows: np.ndarray, view: int, stored: np.ndarray | StoredLogits | None) -> Callable[[], Gathered]:
+        """The same, of which decoding is begun where rows are encoded: called, it waits for that."""
+        inputs = self.rows.inputs.take(rows, axis=0)
+        shown = begin_view(self.augmentation, self.seed, inputs, rows, view, self.rows.tokens, self.device)
         # `take` gathers faster than indexing by an array of row numbers does (benchmarks/stream.py).
         labels = torch.from_numpy(self.rows.labels.take(rows)).to(self.device)
         logits = None if stored is None else torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
-        return self._view(rows, view), labels, logits
+        return lambda: (shown(), labels, logits)
 
     def check_probes(self, manifest: Manifest, cache_root: Path | None = None) -> None:
         """Compare rows and views with those that the teacher saw, as a store's manifest remembers them.
@@ -255,74 +295,18 @@ class BatchStream:
         """
         self.rows.check_same(manifest.dataset)
         device = torch.device(self.device).type
-        by = drawn_by(self.augmentation, device_name(device))
+        seen = SeenViews(self.rows, self.augmentation, self.seed, self.views, self.device)
+        compare = functools.partial(seen.compare, manifest)
+        by = drawn_by(self.augmentation, device_name(device), encoded=encoded_of(self.rows.inputs) is not None)
         if cache_root is None or by is None:
-            self._compare_probes(manifest)
+            compare()
             return
         given = by | {"rows": self.rows.fingerprint, "seed": self.seed, "views": self.views, "probes": PROBES_CHECKED}
-        once(manifest, cache_root, given, lambda: self._compare_probes(manifest))
-
-    def _compare_probes(self, manifest: Manifest) -> None:
-        views = min(self.views, manifest.identity.views)
-        # A store of hundreds of views has tens of thousands of probes: a fixed number of them shows as much.
-        most = max(1, PROBES_CHECKED // views)
-        seen = list[tuple[int, Probe]]()
-        for view in range(views):
-            there = manifest.probes_of(view)
-            chosen = np.unique(np.linspace(0, len(there) - 1, most).astype(int))
-            seen += [(view, there[place]) for place in chosen]
-        changed = [pair for pair in self._probed(seen) if pair[1].sha256 != pair[2].sha256]
-        if changed:
-            # It may be the prepared rows that have changed: these can be made again, and nobody needs to be refused.
-            if self.rows.held:  # else their blocks were compared as they were fetched
-                self.rows.content().verify()
-            view, first, _ = changed[0]
-            raise RefusedError(
-                f"view {view} of row {first.row} does not show what the teacher saw",
-                got=f"{len(changed):,} of {len(seen):,} probe views differ; {self._drift(changed)}",
-                expected=f"the inputs that the store {manifest.id[:12]} was computed from, bit for bit",
-                next="use the code and versions that the store was made with; or, if code changed that your own "
-                "augmentation imports, rename its function or change an argument: that makes another store",
-            )
+        once(manifest, cache_root, given, compare)
 
     def _view(self, rows: np.ndarray, view: int) -> torch.Tensor:
         inputs = self.rows.inputs.take(rows, axis=0)
         return view_of(self.augmentation, self.seed, inputs, rows, view, self.rows.tokens, self.device)
-
-    def _probed(self, seen: list[tuple[int, Probe]]) -> list[tuple[int, Probe, Probe]]:
-        """Probes by view, each with what its row shows now, in the order of views and rows."""
-        at_once = max(1, PROBE_BYTES // self.rows.input_bytes)
-        found = list[tuple[int, Probe, Probe]]()
-        numbers = np.unique([one.row for _, one in seen])
-        # All views show the same rows, which may have to be fetched: so each row is read once for all of them.
-        for first in range(0, len(numbers), at_once):
-            some = numbers[first : first + at_once]
-            inputs = self.rows.inputs.take(some, axis=0)
-            here = [(view, one) for view, one in seen if some[0] <= one.row <= some[-1]]
-            for view, probes in itertools.groupby(here, key=lambda pair: pair[0]):
-                then = [one for _, one in probes]
-                rows = np.array([one.row for one in then])
-                now = shown_digests(
-                    self.augmentation,
-                    self.seed,
-                    inputs[np.searchsorted(some, rows)],
-                    rows,
-                    view,
-                    self.rows.tokens,
-                    self.device,
-                )
-                found += [(view, *pair) for pair in zip(then, now, strict=True)]
-        return sorted(found, key=lambda one: (one[0], one[1].row))
-
-    def _drift(self, changed: list[tuple[int, Probe, Probe]]) -> str:
-        """How far probes (as the teacher saw them, and as they are now) are apart, in the units of the inputs."""
-        samples = [(np.array(then.sample or []), np.array(now.sample or [])) for _, then, now in changed]
-        apart = [np.abs(now.astype(np.float64) - then) for then, now in samples if then.shape == now.shape]
-        if not any(map(len, apart)):
-            return "how far is not known, as the store keeps no sample of them"
-        every = np.concatenate(apart)
-        unit = _UNITS[self.rows.inputs.dtype.name]
-        return f"their sampled values are apart by {every.mean():.3g} on average and {every.max():.3g} at most, {unit}"
 
 
 class _Reading:
@@ -363,6 +347,15 @@ class _Reading:
             view, following = epoch % self.stream.views, self.stream.of(mix).order(epoch).spans(0)
         for one in moving if following else ():
             one.expect(view, following)
+
+
+def _together(parts: list[Gathered]) -> Gathered:
+    """One batch of several parts, as there are where a group of windows ends."""
+    inputs, labels, logits = parts[0]
+    if len(parts) > 1:
+        inputs, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        logits = None if logits is None else torch.cat([part[2] for part in parts if part[2] is not None])
+    return inputs, labels, logits
 
 
 def _share(start: int, stop: int, rank: int, world: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import functools
 import itertools
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from akd_dist import recipe
 from akd_dist.base.errors import CorruptCacheError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.base.trusted import Trusted
+from akd_dist.data.encoded import ahead, batches_ahead
 from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import Rows
-from akd_dist.data.views import view_digests, view_of
+from akd_dist.data.views import begin_view, view_digests
 from akd_dist.models.build import changed_source
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, device_name, set_deterministic, weights_dtype
@@ -173,11 +175,15 @@ def compute_shard(
     rows = _rows_of(job)
     module = load_teacher(job.teacher_uri, job.teacher, precision, job.device, job.trusted)
     blocks, labels = [], []
-    for start in range(shard.start, shard.stop, job.cache.batch_rows):
+
+    def begin(start: int) -> Callable[[], torch.Tensor]:
         numbers = np.arange(start, min(start + job.cache.batch_rows, shard.stop))
         block = rows.inputs.take(numbers, axis=0)
         labels.append(rows.labels.take(numbers))
-        inputs = view_of(job.augmentation, job.data.seed, block, numbers, shard.view, rows.tokens, job.device)
+        return begin_view(job.augmentation, job.data.seed, block, numbers, shard.view, rows.tokens, job.device)
+
+    begun = map(begin, range(shard.start, shard.stop, job.cache.batch_rows))
+    for inputs in ahead(begun, batches_ahead(rows.inputs, job.cache.batch_rows)):
         blocks.append(teacher_logits(module, inputs, job.cache.batch_rows, precision))
     identity = job.store.creation.identity
     computed = np.concatenate(blocks)

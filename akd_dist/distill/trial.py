@@ -111,7 +111,7 @@ def try_teacher(module: nn.Module, card: ModelCard, rows: Rows, cache: recipe.Ca
 
 def _some(rows: Rows, count: int) -> torch.Tensor:
     """The first rows, over again where there are fewer: raw inputs [count, *shape]."""
-    return torch.from_numpy(rows.inputs.take(np.arange(count) % len(rows), axis=0))
+    return torch.from_numpy(np.asarray(rows.inputs.take(np.arange(count) % len(rows), axis=0)))
 
 
 def _warn_of_probabilities(logits: torch.Tensor, card: ModelCard) -> None:

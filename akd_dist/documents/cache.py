@@ -56,8 +56,20 @@ class CachedAssistant(CachedSplit):
     """The same for the validation and test rows."""
 
 
+class CachedMember(CachedSplit):
+    """One teacher of an ensemble, and the stores of its logits."""
+
+    name: str
+    """As messages call it."""
+    share: float
+    """How much it counts; together 1."""
+    splits: CachedSplits
+    """The same for the validation and test rows."""
+
+
 class CacheDocument(CachedSplit):
-    """What `akd-dist cache-teacher --json` prints: the train store, and those of the other splits."""
+    """What `akd-dist cache-teacher --json` prints: the train store, and those of the other splits; of an ensemble those
+    of its first member."""
 
     hit: bool
     """Whether all stores were there already, those of the assistants too."""
@@ -65,6 +77,8 @@ class CacheDocument(CachedSplit):
     """Wall-clock time of the command."""
     splits: CachedSplits
     """The same for the validation and test rows."""
+    members: list[CachedMember] = []
+    """Each teacher of an ensemble; empty for a teacher alone."""
     assistants: list[CachedAssistant] = []
     """The stores of the teacher's assistants, from the one below the teacher to the last."""
 
@@ -87,6 +101,7 @@ class PlannedSplit(Document):
 
 
 PlannedSplits = dict[Split, PlannedSplit]
+"""What each split would take."""
 
 
 class PlannedAssistant(Document):
@@ -112,7 +127,9 @@ class PlanDocument(Document):
     free: Count | None
     """Bytes free there; null for object storage."""
     splits: PlannedSplits
-    """What each split would take."""
+    """What each split would take; of an ensemble, all members together."""
+    members: list[PlannedSplits] = []
+    """The same for each member of an ensemble; empty for a teacher alone."""
     assistants: list[PlannedAssistant] = []
     """The same for the teacher's assistants."""
     teacher_check: TeacherCheck | None = None

@@ -63,6 +63,21 @@ class EpochRecord(Document):
     """Time spent on the student's training so far."""
 
 
+class FleetMember(Document):
+    """One teacher of an ensemble."""
+
+    model: str
+    """Label of its architecture; `imported logits` where there is no model."""
+    parameters: Count | None
+    """Number of its weights; null where they are not known."""
+    store: Place
+    """The train store of its logits."""
+    fingerprint: str
+    """The sha256 of its weights and architecture; of its logits where there is no model."""
+    share: Share
+    """How much it counts; together 1."""
+
+
 class FleetTeacher(Document):
     """The teacher of a run, as its stores describe it."""
 
@@ -73,7 +88,10 @@ class FleetTeacher(Document):
     test: Metrics | None
     """Its metrics on the test rows; null where it has no logits of these."""
     fingerprint: str
-    """The sha256 of its weights and architecture; of its logits where there is no model."""
+    """The sha256 of its weights and architecture; of its logits where there is no model; of all members of an ensemble.
+    """
+    members: list[FleetMember] = []
+    """The teachers of an ensemble; empty for a teacher alone."""
 
     def metric(self, name: str) -> float | None:
         """A metric on the test rows; None where it was not measured."""

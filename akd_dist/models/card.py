@@ -111,7 +111,7 @@ class ModelCard(BaseModel):
             class_names=rows.class_names,
             tokens=rows.tokens,
             normalize=normalize,
-            image=image,
+            image=image.model_copy(update={"keep": "auto"}),  # how rows were kept is no matter of the model
         )
         if isinstance(model, recipe.HuggingFaceModel):
             return card.model_copy(update={"model": huggingface_config.resolve(model, interface_of(card))})

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.base.files import parse_json, read_small
+from akd_dist.models.device import free_memory
 
 Tensors = dict[str, torch.Tensor]
 INDEX = ".index.json"
@@ -41,6 +42,7 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"ARROW1", "an Arrow file"),
     (b"PAR1", "Parquet"),
 )
+_OTHER_FILE = "name another file, or save the weights so: safetensors.torch.save_file(model.state_dict(), FILE)"
 _PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 
@@ -164,6 +166,7 @@ def _parts_of(path: Path) -> dict[str, Tensors]:
         _check_archive(path)
         return _tensors_in(path, _load(path, mmap=True))
     if head[:1] == b"\x80":
+        _check_memory(path)
         return _tensors_in(path, _load(path, mmap=False))
     raise _refused(path, _kind_of(head, path))
 
@@ -186,7 +189,7 @@ def _kind_of(head: bytes, path: Path) -> str:
 
 def _refused(path: Path, got: object, next: str | None = None) -> RefusedError:
     return RefusedError(
-        f"{path} is not a checkpoint that can be read", got=got, expected=EXPECTED, next=next or _saving("STATE_DICT")
+        f"{path} is not a checkpoint that can be read", got=got, expected=EXPECTED, next=next or _OTHER_FILE
     )
 
 
@@ -206,14 +209,22 @@ def _check_archive(path: Path) -> None:
         raise _refused(path, f"an archive that is damaged or cut off: {error}", "fetch the file again") from error
     names = [entry.filename.partition("/")[2] for entry in entries]
     if any(name.startswith("code/") for name in names) or "constants.pkl" in names:
-        raise _refused(
-            path, "a TorchScript archive, which holds a program", _saving("torch.jit.load(FILE).state_dict()")
-        )
+        advice = f"where you trust it, write its weights again:\n{_written_again(f'torch.jit.load({str(path)!r})')}"
+        raise _refused(path, "a TorchScript archive, which holds a program", advice)
     if "data.pkl" not in names:
         kind = "an archive of NumPy" if all(entry.filename.endswith(".npy") for entry in entries) else "a zip archive"
         raise _refused(path, f"{kind} without what torch.save writes")
     if any(entry.compress_size != entry.file_size for entry in entries):
         raise _refused(path, "an archive with compressed entries, which torch.save does not write")
+
+
+def _check_memory(path: Path) -> None:
+    """Refuse a file that memory cannot hold, where it has to be read whole."""
+    free, size = free_memory(torch.device("cpu")), path.stat().st_size
+    if size > free:
+        raise _refused(
+            path, f"{size / 1e9:,.1f} GB of a format that cannot be mapped, and {free / 1e9:,.1f} GB are free"
+        )
 
 
 def _load(path: Path, *, mmap: bool) -> Any:
@@ -234,19 +245,20 @@ def _load(path: Path, *, mmap: bool) -> Any:
             if blocked
             else "a pickle of more than tensors and plain containers",
             expected=EXPECTED,
-            next="where you trust it, write its weights again:\n" + _lines("torch.load(FILE, weights_only=False)"),
+            next="where you trust it, write its weights again:\n"
+            + _written_again(f"torch.load({str(path)!r}, weights_only=False)"),
         ) from error
 
 
-def _saving(expression: str) -> str:
-    return "write its weights again:\n" + _lines(expression)
+def _written_again(found: str) -> str:
+    """How the weights in a file are written so that they can be read here.
 
-
-def _lines(expression: str) -> str:
-    """How weights are written so that they can be read here."""
+    Args:
+        found: an expression that loads the file: a module, or a dictionary.
+    """
     return (
-        f"    import torch; from safetensors.torch import save_file; found = {expression}\n"
-        "    state = found if isinstance(found, dict) else found.state_dict()  # or found['state_dict']\n"
+        f"    import torch; from safetensors.torch import save_file; found = {found}\n"
+        "    state = found.get('state_dict', found) if isinstance(found, dict) else found.state_dict()\n"
         "    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, 'weights.safetensors')"
     )
 
@@ -257,7 +269,7 @@ def _tensors_in(path: Path, document: Any) -> dict[str, Tensors]:
     Raises:
         RefusedError: there are none.
     """
-    found = dict(_walk(document, "", _DEPTH))
+    found = dict(_walk(document, "", _DEPTH, set()))
     if found:
         return found
     if not isinstance(document, Mapping):
@@ -276,16 +288,17 @@ def _tensors_in(path: Path, document: Any) -> dict[str, Tensors]:
     )
 
 
-def _walk(node: Any, where: str, depth: int) -> Iterator[tuple[str, Tensors]]:
-    """Dictionaries with tensors by name, from the outside in; the state of optimizers is none."""
-    if not isinstance(node, Mapping) or depth < 0 or node.keys() >= _OPTIMIZER:
+def _walk(node: Any, where: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensors]]:
+    """Dictionaries with tensors by name, each once, from the outside in; the state of optimizers is none."""
+    if not isinstance(node, Mapping) or depth < 0 or id(node) in seen or node.keys() >= _OPTIMIZER:
         return
+    seen.add(id(node))
     tensors = {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if tensors:
         yield where, tensors
     for key, value in node.items():
         if isinstance(key, str):
-            yield from _walk(value, f"{where}.{key}" if where else key, depth - 1)
+            yield from _walk(value, f"{where}.{key}" if where else key, depth - 1, seen)
 
 
 def _keys(document: Mapping[Any, Any]) -> str:

@@ -61,7 +61,7 @@ def best_fit(parts: Mapping[str, Tensors], wanted: Tensors) -> tuple[Fit, list[s
         (number, _fit(where, tensors, prefix, ours, wanted))
         for number, (where, tensors) in enumerate(parts.items())
         for prefix in _prefixes(tensors, len(wanted))
-        for ours in _common_prefixes(wanted)
+        for ours in _prefixes(wanted, len(wanted))
     ]
 
     def rank(numbered: tuple[int, Fit]) -> tuple[int, ...]:
@@ -193,17 +193,12 @@ def _fit(where: str, tensors: Tensors, prefix: str, ours: str, wanted: Tensors) 
 
 
 def _prefixes(tensors: Tensors, wanted: int) -> list[str]:
-    """What names begin with, up to a dot: each beginning that as many have as could make up half of the module."""
+    """What names begin with, up to a dot: each beginning that as many have as would make up half of the module."""
     found: Counter[str] = Counter()
     for name in tensors:
         parts = name.split(".")
         found.update(".".join(parts[:end]) + "." for end in range(1, len(parts)))
     return ["", *(prefix for prefix, count in found.items() if 2 * count >= wanted)]
-
-
-def _common_prefixes(wanted: Tensors) -> list[str]:
-    """What all names of a module begin with, up to a dot, from nothing to the longest."""
-    return ["", *(one for one in _prefixes(wanted, 2 * len(wanted)) if one)]
 
 
 def _lacked(wanted: Tensors, state: Tensors) -> set[str]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from akd_dist import recipe
 from akd_dist.base.errors import MachineError, RefusedError
-from akd_dist.base.files import canonical_json, replace, sha256, stamp_of, with_checksum, without_checksum
+from akd_dist.base.files import canonical_json, is_settled, replace, sha256, stamp_of, with_checksum, without_checksum
 from akd_dist.data.rows import Rows
 from akd_dist.models import huggingface
 from akd_dist.models.build import Classifier, build, check_memory, check_output
@@ -67,7 +67,7 @@ class Imported:
         root = open_root(uri)
         if not root.exists(CARD):
             root.put_new(WEIGHTS, state_bytes(self.module(cache_root)))
-            root.put_new(CARD, card_bytes(self.card.model_copy(update={"model": placeless(self.card.model)})))
+            root.put_new(CARD, card_bytes(self.card))
 
 
 def open_checkpoint(model: recipe.Model, source: str, rows: Rows, data: recipe.DataSpec, cache_root: Path) -> Imported:
@@ -86,28 +86,35 @@ def open_checkpoint(model: recipe.Model, source: str, rows: Rows, data: recipe.D
     """
     card = ModelCard.of(model, rows, data.normalize, data.image)
     _check_class_names(card, rows, source)
-    path = cache_root / IMPORTS / f"{_key(card, source)}.json"
+    card = card.model_copy(update={"model": placeless(card.model)})
+    before = _stamp(source)
+    key = _key(card, source)
+    path = cache_root / IMPORTS / f"{key}.json"
     if (known := _remembered(path)) is not None:
         return Imported(source, card.model_copy(update={"weights_sha256": known}))
     module, notes = _loaded(card, source, cache_root)
     weights = sha256(state_bytes(module))
-    if path.stem != _key(card, source):
+    if _stamp(source) != before or (not all(map(is_settled, before)) and _key(card, source) != key):
         raise _changed(source)
     with contextlib.suppress(MachineError):  # the next command reads the file again
         replace(path, with_checksum({"weights_sha256": weights}), durable=False)
     return Imported(source, card.model_copy(update={"weights_sha256": weights}), notes, module)
 
 
+def _stamp(source: str) -> list[list[int] | None]:
+    """What changes with the files of a checkpoint; of what lies in object storage its tag is part of the key."""
+    return [] if is_remote(source) else [stamp_of(file) for file in find_files(source)]
+
+
 def _key(card: ModelCard, source: str) -> str:
     """What the weights of a file depend on: its content, and the architecture that they are brought onto."""
-    spec = card.model_copy(update={"model": placeless(card.model)}).model_dump(mode="json")
     content: object
     if is_remote(source):
         found = _remote(source)
         content = [found.uri, found.size, found.tag]
     else:
         content = digest_of(find_files(source))
-    return sha256(canonical_json({"card": spec, "content": content}))
+    return sha256(canonical_json({"card": card.model_dump(mode="json"), "content": content}))
 
 
 def _remembered(path: Path) -> str | None:
@@ -122,15 +129,12 @@ def _loaded(card: ModelCard, source: str, cache_root: Path) -> tuple[nn.Module, 
     """The module with the file's weights, in eval mode, and what was done to them."""
     shapes = check_memory(card)
     with _at_hand(source, cache_root) as files:
-        before = [stamp_of(file) for file in files]
         parts = read_parts(files)
         if isinstance(card.model, recipe.HuggingFaceModel):
             wanted = {name: torch.empty(shape, device="meta") for name, shape in (shapes or {}).items()}
             module, notes = _of_huggingface(card, card.model, parts, wanted, source)
         else:
             module, notes = _of_names(card, parts, source)
-        if before != [stamp_of(file) for file in files]:
-            raise _changed(source)
     check_output(module.eval(), card)
     return module, notes
 

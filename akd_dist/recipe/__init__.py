@@ -46,12 +46,8 @@ from akd_dist.recipe.models import (
 )
 from akd_dist.recipe.recipe import (
     NAME as NAME,
-    AssistantSpec as AssistantSpec,
     Recipe as Recipe,
-    StoredTeacher as StoredTeacher,
     StudentSpec as StudentSpec,
-    TeacherSpec as TeacherSpec,
-    TeacherTraining as TeacherTraining,
     differences as differences,
     forget_later_keys as forget_later_keys,
     trust as trust,
@@ -72,6 +68,13 @@ from akd_dist.recipe.sources import (
     Source as Source,
     Table as Table,
     WebDataset as WebDataset,
+)
+from akd_dist.recipe.teacher import (
+    AssistantSpec as AssistantSpec,
+    StoredTeacher as StoredTeacher,
+    TeacherMember as TeacherMember,
+    TeacherSpec as TeacherSpec,
+    TeacherTraining as TeacherTraining,
 )
 from akd_dist.recipe.training import (
     AdamW as AdamW,

@@ -84,6 +84,11 @@ class Image(Spec):
     channels: Literal[1, 3] | None = None
     """1 takes all images as grey, 3 as coloured; none takes 1 if all of them are grey, else 3."""
 
+    keep: Literal["auto", "encoded", "pixels"] = "auto"
+    """How prepared rows hold them: as pixels, decoded once; or encoded as they come, decoded whenever they are read. A
+    random resized crop is then one of the whole image. `auto` keeps them encoded where there is a size and the
+    augmentation is such a crop."""
+
     @property
     def frame(self) -> tuple[int, int] | None:
         """Height and width of all images; None where they are taken as they are."""
@@ -102,8 +107,10 @@ class Image(Spec):
         return self.model_dump(mode="json", exclude_defaults=True) | size
 
     def written(self) -> dict[str, Any]:
-        """The same, and the background always: as keys and cards had it when there was nothing else, and stay known."""
-        return {"background": self.background} | self.said()
+        """How they become pixels, and the background always: as keys and cards had it when there was nothing else."""
+        said = self.said()
+        said.pop("keep", None)
+        return {"background": self.background} | said
 
     @model_validator(mode="after")
     def _gives_one_size(self) -> Image:
@@ -284,6 +291,12 @@ class DataSpec(Spec):
             if name != "unlabelled" and isinstance(source, Idx) and source.labels is None:
                 raise ValueError(f"{name}.labels is missing: only the rows of `unlabelled` need none")
         return self
+
+    @property
+    def asks_for_encoded(self) -> bool:
+        """Whether encoded images are to be kept so in prepared rows, where they come encoded."""
+        whole = self.image.size is not None and isinstance(self.augmentation, RandomResizedCropFlip)
+        return self.image.keep == "encoded" or (self.image.keep == "auto" and whole)
 
     @model_validator(mode="after")
     def _metric_fits(self) -> DataSpec:

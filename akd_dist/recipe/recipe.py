@@ -17,131 +17,23 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    Field,
-    GetJsonSchemaHandler,
-    PrivateAttr,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
-from pydantic_core import CoreSchema
+from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_validator
 
 from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
-from akd_dist.recipe.base import Count, Device, Epochs, Factory, Positive, Spec
+from akd_dist.recipe.base import Count, Device, Factory, Positive, Spec
 from akd_dist.recipe.cache import CacheSpec
 from akd_dist.recipe.data import DataSpec
-from akd_dist.recipe.models import HuggingFaceModel, Model
 from akd_dist.recipe.paths import change_paths
-from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Learning, Objective, Takd, Training
+from akd_dist.recipe.teacher import TeacherSpec
+from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Learning
 
 # Names become folders, on any file system.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Where a run is placed, not what it computes: left out of its identity.
 PLACEMENT = ("cohorts", "checkpoint_seconds", "folder", "code")
-
-
-class TeacherTraining(Training):
-    """How the teacher is trained, from hard labels, before it is cached."""
-
-    epochs: Epochs
-    """Epochs; the best validation epoch is kept."""
-    rows: Literal["students", "all"] = "students"
-    """Which rows it learns from: those of the students that have labels; or `all`, also those that data.subset leaves
-    out, as somebody would have trained it who had more labels than the students have."""
-
-
-class AssistantSpec(Learning):
-    """A model between teacher and students: it learns from the teacher's store and is cached like a teacher."""
-
-    assistant: AssistantSpec | None = None
-    """A further one, which learns from this one; students of objective `takd` learn from the last of the chain."""
-
-    @field_validator("objective")
-    @classmethod
-    def _not_takd(cls, objective: Objective) -> Objective:
-        if isinstance(objective, Takd):
-            raise ValueError("an assistant learns from the model it stands under: use kind: kd")
-        return objective
-
-
-class StoredTeacher(Spec):
-    """Sealed stores of a teacher's logits: `store: ID` says the same as `store: {train: ID}`."""
-
-    train: str
-    """The store of the train rows: its id, the beginning of it under --store-root, or the path or URI of its folder."""
-    validation: str | None = None
-    """That of the validation rows; none looks for one of the same teacher beside it, and does without."""
-    test: str | None = None
-    """That of the test rows, for the teacher's metrics and agreement with it; none looks for one as above."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_a_word(cls, given: Any) -> Any:
-        return {"train": given} if isinstance(given, str) else given
-
-    @model_serializer(mode="plain")
-    def _as_short_as_can_be(self) -> str | dict[str, Any]:
-        given = {split: name for split, name in self if name is not None}
-        return self.train if list(given) == ["train"] else given
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"type": "string"}, handler(core)]}
-
-
-class TeacherSpec(Spec):
-    """The teacher: a model folder, a checkpoint from elsewhere, a model that the recipe trains, or stored logits."""
-
-    weights: str | None = None
-    """A folder or URI with model.safetensors and model.json, such as a student's. Beside `model`, a checkpoint from
-    elsewhere: a file of safetensors or a torch state dict, or a folder with one. Relative to the recipe's folder."""
-    model: Model | None = None
-    """The architecture: of a teacher that this recipe trains, or of the checkpoint in `weights`. Alone, a fine-tuned
-    model of kind `huggingface` with its weights in `path`."""
-    train: TeacherTraining | None = None
-    """How this recipe trains it."""
-    store: StoredTeacher | None = None
-    """Its logits alone, in sealed stores, such as `akd-dist stores import` makes: no model is needed then."""
-    assistant: AssistantSpec | None = None
-    """A model of a size between, for students of objective `takd`."""
-
-    @property
-    def chain(self) -> list[AssistantSpec]:
-        """The assistants, from the one under the teacher to the last."""
-        found, link = [], self.assistant
-        while link is not None:
-            found.append(link)
-            link = link.assistant
-        return found
-
-    @property
-    def checkpoint(self) -> str | None:
-        """Where weights from elsewhere lie for the architecture in `model`; None where there are none."""
-        if self.model is None or self.train is not None:
-            return None
-        return self.weights or getattr(self.model, "path", None)
-
-    @model_validator(mode="after")
-    def _one_way(self) -> TeacherSpec:
-        given = [name for name in ("weights", "model", "train", "store") if getattr(self, name) is not None]
-        if (
-            given == ["model"]
-            and isinstance(self.model, HuggingFaceModel)
-            and self.model.path
-            and self.model.pretrained
-        ):
-            return self
-        if given not in (["weights"], ["model", "train"], ["weights", "model"], ["store"]):
-            raise ValueError(
-                "give either weights, or model and train, or model and weights: the architecture of a checkpoint from "
-                f"elsewhere; or store; got {' and '.join(given) or 'neither'}"
-            )
-        return self
 
 
 def _student_name(student: dict[str, Any]) -> str:
@@ -245,6 +137,8 @@ class Recipe(Spec):
         taught = [student.name for student in self.students if student.objective.learns_from == "assistant"]
         if taught and self.teacher.assistant is None:
             raise ValueError(f"{taught[0]} learns by takd, which needs a teacher.assistant")
+        if self.teacher.average == "probabilities" and self.data.task == "regression":
+            raise ValueError("teacher.average is probabilities, and a regression has none: average logits")
         if self.teacher.assistant is not None and not taught:
             raise ValueError("teacher.assistant is there and no student has the objective takd: nobody would use it")
         return self
@@ -262,7 +156,7 @@ class Recipe(Spec):
                     f"{whose} learns from labels ({one.objective.kind}), and no train row has one, as data.train is "
                     "left out: use kd with alpha: 1, or annealing_kd with stage2_epochs: 0"
                 )
-        if self.data.train is None and self.teacher.train is not None:
+        if self.data.train is None and any(one.train is not None for one in self.teacher.each):
             raise ValueError(
                 "teacher.train needs labels, and no train row has one, as data.train is left out: "
                 "name a trained teacher in teacher.weights"
@@ -271,16 +165,15 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _labels_left_to_the_teacher(self) -> Recipe:
-        train = self.teacher.train
-        if train is not None and train.rows == "all" and self.data.subset is None:
+        if self.data_of_teachers is not None and self.data.subset is None:
             raise ValueError("teacher.train.rows: all is for rows that data.subset leaves out, and it is not set")
         return self
 
     @property
-    def data_of_teacher(self) -> DataSpec:
-        """The rows that a teacher is trained on: those of the students, or also those that `subset` leaves out."""
-        if self.teacher.train is None or self.teacher.train.rows == "students":
-            return self.data
+    def data_of_teachers(self) -> DataSpec | None:
+        """The rows of teachers that learn also from those that `subset` leaves out; None where none does."""
+        if not any(one.train is not None and one.train.rows == "all" for one in self.teacher.each):
+            return None
         unlabelled = None if self.data.unlabelled == "rest" else self.data.unlabelled
         return self.data.model_copy(update={"subset": None, "unlabelled": unlabelled})
 
@@ -304,7 +197,10 @@ class Recipe(Spec):
             del document["data"]["image"]
         if document["data"]["unlabelled"] is None:
             del document["data"]["unlabelled"]
-        del document["teacher"]["weights"], document["teacher"]["store"]
+        for teacher in (document["teacher"], *(document["teacher"]["members"] or ())):
+            del teacher["weights"], teacher["store"]
+            if teacher["members"] is None:
+                del teacher["members"], teacher["average"]
         for training in _trainings(document):
             forget_later_keys(training)
         for student in document["students"]:
@@ -363,8 +259,9 @@ def forget_later_keys(training: dict[str, Any]) -> None:
 def _trainings(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every `Training` of a dumped recipe."""
     yield from document["students"]
-    if (train := document["teacher"]["train"]) is not None:
-        yield train
+    for teacher in (document["teacher"], *(document["teacher"].get("members") or ())):
+        if (train := teacher["train"]) is not None:
+            yield train
     link = document["teacher"]["assistant"]
     while link is not None:
         yield link

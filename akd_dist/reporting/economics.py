@@ -11,8 +11,8 @@ from typing import Literal
 from akd_dist import recipe
 from akd_dist.distill.objectives import stages
 from akd_dist.documents.fleet import Economics, EconomicsOfViews
-from akd_dist.storage.catalog import time_spent
-from akd_dist.storage.reader import LogitStore
+from akd_dist.storage.catalog import Spent, time_spent
+from akd_dist.storage.mean import AnyStore, members_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def reading(spec: recipe.StudentSpec, epochs: int, stage1_from: str | None) -> S
 def economics(
     role: Literal["teacher", "assistant"],
     model: str,
-    stores: Mapping[str, LogitStore],
+    stores: Mapping[str, AnyStore],
     readings: Sequence[StudentUsage],
     training_seconds: float | None = None,
 ) -> Economics:
@@ -54,8 +54,8 @@ def economics(
     and after C / p epochs. With one view stored, C = s / v + o.
     """
     train = stores["train"]
-    spent = time_spent(train.uri)
-    other = sum(time_spent(store.uri).seconds for split, store in stores.items() if split != "train")
+    spent = _time_spent(train)
+    other = sum(_time_spent(store).seconds for split, store in stores.items() if split != "train")
     per_pass = None if spent.row_seconds is None else spent.row_seconds * train.num_rows
     per_view = spent.seconds / max(spent.rows, 1) * train.num_rows  # with what was loaded besides
     epochs, students = sum(one.epochs for one in readings), sum(one.epochs > 0 for one in readings)
@@ -66,7 +66,7 @@ def economics(
         if per_pass is not None
     ]
     whole = balances[-1] if balances else None
-    computed = train.manifest.computed
+    computed = train.manifests[0].computed
     return Economics(
         role=role,
         model=model,
@@ -91,6 +91,18 @@ def economics(
         break_even_epochs=None if per_pass is None else round((train.views * per_view + other) / per_pass, 3),
         training_seconds=training_seconds,
         by_views=balances,
+    )
+
+
+def _time_spent(store: AnyStore) -> Spent:
+    """What computing a store took; of an ensemble a row takes as long as all members together."""
+    each = [time_spent(one.uri) for one in members_of(store)]
+    rows = [one.row_seconds for one in each if one.row_seconds is not None]
+    return Spent(
+        seconds=sum(one.seconds for one in each),
+        rows=max(one.rows for one in each),
+        row_seconds=sum(rows) if len(rows) == len(each) else None,
+        hosts=tuple(sorted({host for one in each for host in one.hosts})),
     )
 
 

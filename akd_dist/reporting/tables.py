@@ -99,7 +99,10 @@ def pooled_table(runs: list[Run]) -> Table:
 
 def left_out(fleet: FleetDocument) -> list[str]:
     """Which students of the run's folder no table has, and why; a line each."""
-    out = [f"taken out of the recipe, and still in the run: {some_of(fleet.taken_out)}"] if fleet.taken_out else []
+    how = "stopped before their end" if fleet.test_withheld else "taken out of the recipe, and still in the run"
+    out = [f"{how}: {some_of(fleet.taken_out)}"] if fleet.taken_out else []
+    if fleet.test_withheld:
+        out.append("trials of a search, which do not read the test rows: tune.json has their validation metrics")
     return out + [f"left out: {one.told}" for one in fleet.refused]
 
 

@@ -19,9 +19,10 @@ from akd_dist.base.files import expanded
 from akd_dist.base.formatting import some_of
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.blocks import Block, default_threads, map_blocks
-from akd_dist.data.columns import Images, MixedSizesError, inputs_of, notes_of
+from akd_dist.data.columns import Images, inputs_of, notes_of
 from akd_dist.data.framing import lines_for
 from akd_dist.data.labels import Classes, Labels, labels_of
+from akd_dist.data.noted import MixedSizesError
 from akd_dist.data.prepare import READ_BYTES, OpenedSource
 from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.rows import SPLITS, Rows
@@ -198,7 +199,7 @@ def _of_recipe(
         splits.sources.begin()
         for start in range(0, count, EVALUATION_ROWS):
             inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, count))
-            yield inputs, labels if labelled else None
+            yield np.asarray(inputs), labels if labelled else None
         # At the end, when all rows were read: `evaluate` and `predict` report nothing before they come by here.
         rows.content().verify()
         splits.sources.finish()

@@ -4,7 +4,7 @@ Everything is looked up once: the stores that are found sealed stay open, and ar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from akd_dist import recipe as recipes
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import check_folder
+from akd_dist.data.encoded import decoded_by, encoded_of
 from akd_dist.data.findings import near_chance
 from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.data.views import by_content, check_augmentation
@@ -20,94 +21,26 @@ from akd_dist.distill.agreement import check_in_store, check_on_rows
 from akd_dist.distill.teacher import served_fingerprint
 from akd_dist.distill.trial import try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
-from akd_dist.documents.check import TeacherCheck
 from akd_dist.jobs.packing import ResourceRequest
+from akd_dist.jobs.planning.models import CachedModel, Level, SplitPlan, count_of, levels_of
 from akd_dist.jobs.planning.stored import check_kind, stores_of
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_recipe
-from akd_dist.jobs.train_teacher import Stores, Trained, Workspace, assistant_of, is_there, teacher_of
+from akd_dist.jobs.train_teacher import Trained, Workspace, assistant_of, is_there, name_of, teacher_of
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
 from akd_dist.models.folder import load_card, read_model
-from akd_dist.models.imported import Imported, open_checkpoint
+from akd_dist.models.imported import open_checkpoint
 from akd_dist.recipe import NoAugmentation, Recipe, Split, StoredTeacher
 from akd_dist.storage import catalog
 from akd_dist.storage.encodings import encoding_from_config
-from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS, TEACHERS, Shard, StoreLayout
+from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS, TEACHERS, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest
-from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import StoreWriter
 from akd_dist.tracking.progress import tell_once
 
 WORK_OF_TEACHER = "training or caching the teacher"
-
-
-@dataclass
-class SplitPlan:
-    """What caching one split takes: a sealed store that serves it, or a store to write."""
-
-    split: str
-    rows: Rows
-    creation: Creation
-    store: LogitStore | None = None
-    writer: StoreWriter | None = None
-    missing: list[Shard] = field(default_factory=list)
-    """Shards to compute; without a claim, others may compute them as well."""
-    computed: int = 0
-
-    @property
-    def identity(self) -> Identity:
-        """The identity of the store that the recipe asks for."""
-        return self.creation.identity
-
-    @property
-    def missing_bytes(self) -> int:
-        """Size of the shards still to be computed."""
-        return sum(self.identity.layout.stored_bytes(shard) for shard in self.missing)
-
-
-@dataclass
-class CachedModel:
-    """A model whose logits are cached, the teacher or an assistant, and what that takes, split by split."""
-
-    name: str
-    """`the teacher`, or `the assistant mlp-64`."""
-    model_uri: str
-    """Its model folder; empty where there are only stores."""
-    card: ModelCard | None
-    """What is built there; None where there are only stores."""
-    plans: list[SplitPlan]
-    """Of each split; of a teacher of whom there are only stores, of those that have one."""
-    imported: Imported | None = None
-    """The checkpoint that it comes from; None of a model folder."""
-    check: TeacherCheck | None = None
-    """What was found of it on labelled rows; None of a model that the recipe trains."""
-
-    @property
-    def opened(self) -> dict[str, LogitStore]:
-        """Its sealed stores, by split."""
-        return {plan.split: plan.store for plan in self.plans if plan.store is not None}
-
-    @property
-    def stores(self) -> Stores:
-        """Where its sealed stores lie."""
-        return {split: store.uri for split, store in self.opened.items()}
-
-    @property
-    def taught(self) -> Identity:
-        """What those who learn from it learn: the train store that the recipe asks for. One of more views may serve."""
-        return next(plan.identity for plan in self.plans if plan.split == "train")
-
-    @property
-    def missing(self) -> bool:
-        """Whether there are shards to compute."""
-        return any(plan.missing for plan in self.plans)
-
-
-def fingerprints(models: Sequence[CachedModel]) -> list[str]:
-    """What students or assistants learn from: each model's fingerprint, as its stores have it."""
-    return [model.taught.teacher for model in models]
 
 
 @dataclass(frozen=True)
@@ -117,14 +50,20 @@ class Inputs:
     recipe: Recipe
     splits: Splits
     models: list[CachedModel]
-    """From the teacher on, as far as they are there: an assistant is found by what it learns from."""
+    """From the teacher, or the members of an ensemble, on, as far as they are there: an assistant is found by what it
+    learns from."""
     parameters: dict[str, int]
     """The number of parameters of each student, by name; of none where only a teacher is cached."""
 
     @property
     def complete(self) -> bool:
         """Whether all models of the chain are there."""
-        return len(self.models) > len(self.recipe.teacher.chain)
+        return len(self.models) == count_of(self.recipe)
+
+    @property
+    def levels(self) -> list[Level]:
+        """Whom others learn from, as far as they are there."""
+        return levels_of(self.recipe, self.models)
 
 
 def open_inputs(
@@ -167,13 +106,10 @@ def models_there(recipe: Recipe, splits: Splits, workspace: Workspace) -> list[C
     An assistant is found by what it learns from, so its place is not known before the model above it is there.
     """
     models: list[CachedModel] = []
-    while len(models) <= len(recipe.teacher.chain):
-        if not models and recipe.teacher.store is not None:
-            models.append(stored_teacher(recipe, recipe.teacher.store, splits, workspace.store_root))
-            continue
+    while len(models) < count_of(recipe):
         trained = next_below(recipe, splits, models)
         if trained is None:
-            models.append(_given_teacher(recipe, splits, workspace))
+            models.append(given_teacher(recipe, len(models), splits, workspace))
             continue
         uri = trained.uri(workspace.store_root)
         if not is_there(uri):
@@ -182,7 +118,7 @@ def models_there(recipe: Recipe, splits: Splits, workspace: Workspace) -> list[C
     return models
 
 
-def stored_teacher(recipe: Recipe, named: StoredTeacher, splits: Splits, store_root: str) -> CachedModel:
+def _stored_teacher(name: str, recipe: Recipe, named: StoredTeacher, splits: Splits, store_root: str) -> CachedModel:
     """A teacher of whom there are only stores, as the recipe names them."""
     plans = []
     for split, store in stores_of(recipe, named, splits, store_root).items():
@@ -192,27 +128,32 @@ def stored_teacher(recipe: Recipe, named: StoredTeacher, splits: Splits, store_r
         identity = creation.identity.model_copy(update={"views": views})
         creation = creation.model_copy(update={"identity": identity})
         plans.append(SplitPlan(split, getattr(splits, split), creation, store))
-    return CachedModel("the teacher", "", None, plans)
+    return CachedModel(name, "", None, plans)
 
 
-def _given_teacher(recipe: Recipe, splits: Splits, workspace: Workspace) -> CachedModel:
-    """The teacher that the recipe does not train: a model folder, or a checkpoint from elsewhere.
+def given_teacher(recipe: Recipe, member: int, splits: Splits, workspace: Workspace) -> CachedModel:
+    """A teacher that the recipe does not train: stores, a model folder, or a checkpoint from elsewhere.
 
     A checkpoint becomes a model folder beside the stores, by its content, once something is to be computed with it.
     """
-    model, source = recipe.teacher.model, recipe.teacher.checkpoint
+    teacher, name = recipe.teacher.each[member], name_of(recipe, member)
+    if teacher.store is not None:
+        return _stored_teacher(name, recipe, teacher.store, splits, workspace.store_root)
+    model, source = teacher.model, teacher.checkpoint
     if model is None or source is None:
-        return model_at("the teacher", str(recipe.teacher.weights), recipe, splits)
+        return model_at(name, str(teacher.weights), recipe, splits)
     imported = open_checkpoint(model, source, splits.train, recipe.data, Path(workspace.cache_root))
     uri = f"{workspace.store_root.rstrip('/')}/{TEACHERS}/{imported.card.fingerprint[:32]}"
-    return replace(_of_card("the teacher", uri, imported.card, recipe, splits), imported=imported)
+    return replace(_of_card(name, uri, imported.card, recipe, splits), imported=imported)
 
 
 def next_below(recipe: Recipe, splits: Splits, above: Sequence[CachedModel]) -> Trained | None:
-    """The model of the chain below those, as it is trained; None is a teacher that lies somewhere."""
-    if not above:
-        return teacher_of(recipe, splits)
-    return assistant_of(recipe, splits, recipe.teacher.chain[len(above) - 1], above[-1].taught, above[-1].stores)
+    """The model that comes after those, as it is trained; None is a teacher that lies somewhere."""
+    teachers = len(recipe.teacher.each)
+    if len(above) < teachers:
+        return teacher_of(recipe, splits, len(above))
+    level = levels_of(recipe, above)[-1]
+    return assistant_of(recipe, splits, recipe.teacher.chain[len(above) - teachers], level.taught, level.stores)
 
 
 def look_up(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
@@ -243,14 +184,16 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
     from akd_dist.jobs.demand import foreseen
 
     recipe, models = inputs.recipe, inputs.models
-    unknown = [None] * (1 + len(recipe.teacher.chain) - len(models))
-    teacher, *assistants = [_planned(recipe, inputs.splits, model) for model in (*models, *unknown)]
-    needed = sum(split.bytes for planned in (teacher, *assistants) for split in planned.values())
+    unknown = [None] * (count_of(recipe) - len(models))
+    planned = [_planned(recipe, inputs.splits, model) for model in (*models, *unknown)]
+    count = len(recipe.teacher.each)
+    teachers, assistants = planned[:count], planned[count:]
+    needed = sum(split.bytes for one in planned for split in one.values())
     root = open_root(workspace.store_root)
     waits = None
     # What is all there needs neither room nor nodes, and is not refused for the lack of them.
-    if len(models) <= len(recipe.teacher.chain):
-        check_chain(recipe, inputs.splits, workspace, len(models))
+    if not inputs.complete:
+        check_chain(recipe, inputs.splits, workspace, len(inputs.levels))
     if needed:
         check_folder(root.local_path(""))
         check_room(workspace.store_root, needed)
@@ -261,10 +204,11 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
         store_root=workspace.store_root,
         bytes=needed,
         free=root.free_bytes(),
-        splits=teacher,
+        splits=teachers[0] if count == 1 else _together(teachers),
+        members=[] if count == 1 else teachers,
         assistants=[
-            PlannedAssistant(model=assistant.model.label, trained=number < len(models), splits=planned)
-            for number, (assistant, planned) in enumerate(zip(recipe.teacher.chain, assistants, strict=True), 1)
+            PlannedAssistant(model=assistant.model.label, trained=number < len(models), splits=one)
+            for number, (assistant, one) in enumerate(zip(recipe.teacher.chain, assistants, strict=True), count)
         ],
         waits_for=waits,
     )
@@ -289,6 +233,17 @@ def _planned(recipe: Recipe, splits: Splits, model: CachedModel | None) -> Plann
         for split in names
         if model is None or split in plans
     }
+
+
+def _together(teachers: Sequence[PlannedSplits]) -> PlannedSplits:
+    """What the stores of an ensemble's members take together."""
+    together: PlannedSplits = {}
+    for split, part in ((split, part) for one in teachers for split, part in one.items()):
+        known = together.get(split)
+        sums = {"hit": known.hit and part.hit, "shards": known.shards + part.shards} if known else {}
+        sums |= {"bytes": known.bytes + part.bytes} if known else {}
+        together[split] = part.model_copy(update=sums)
+    return together
 
 
 def model_at(name: str, uri: str, recipe: Recipe, splits: Splits) -> CachedModel:
@@ -330,7 +285,8 @@ def creation_of(
         threads=recipe.cache.threads,
         device=device,
         # Another version of any of these may change a last bit of a logit, or a byte of a shard.
-        versions={name: version(name) for name in ("akd-dist", "numcodecs", "numpy", "torch", "zarr")},
+        versions={name: version(name) for name in ("akd-dist", "numcodecs", "numpy", "torch", "zarr")}
+        | ({} if encoded_of(rows.inputs) is None else decoded_by()),
     )
     teacher = {"fingerprint": fingerprint, "spec": card.model_dump(mode="json")}
     return Creation(identity=identity, computed=computed, dataset=rows.describe(), teacher=teacher)
@@ -356,14 +312,18 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], 
         DamagedError: weights or a store are not what was written.
     """
     rows, data = splits.train, recipe.data
-    if recipe.teacher.store is not None:
-        check_kind(recipe, models[0].opened["train"])
-    elif recipe.teacher.train is None:
-        _check_given(models[0], recipe, splits, workspace)
-    elif (teacher := teacher_of(recipe, splits)) is not None and not models:
-        assert recipe.teacher.train is not None
-        its = splits.of_teacher or splits
-        try_training(teacher.spec.model, [(teacher.setting, recipe.teacher.train)], its.train, data)
+    for number, member in enumerate(recipe.teacher.each):
+        if member.train is None:
+            # One of an ensemble is looked at although one before it is still to be trained.
+            model = models[number] if number < len(models) else given_teacher(recipe, number, splits, workspace)
+            look_up(model, recipe, workspace)
+            _check_given(model, recipe, splits, workspace)
+        elif member.train is not None and number >= len(models):
+            teacher = teacher_of(recipe, splits, number)
+            assert teacher is not None, "it is trained"
+            its = teacher.rows(splits)
+            try_training(teacher.spec.model, [(teacher.setting, member.train)], its.train, data)
+    check_kind(recipe, [model.opened.get("train") for model in models[: len(recipe.teacher.each)]])
     for number, assistant in enumerate(recipe.teacher.chain, 1):
         try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, data)
     check_augmentation(data.augmentation, data.seed, rows.inputs, rows.tokens)
@@ -373,7 +333,11 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], 
 
 def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: Workspace) -> None:
     """Try a teacher that the recipe does not train, and ask it of labelled rows, if only in its stores."""
-    assert model.card is not None, "there are weights"
+    if model.card is None:  # there are only stores, which were compared with the rows when they were found
+        if (store := model.opened.get("validation")) is not None:
+            model.check = check_in_store(store, splits.validation, model.name)
+        _tell_check(model, workspace)
+        return
     model.card.check_rows(splits.train, f"the teacher in {model.model_uri}")
     if (store := model.opened.get("validation")) is not None and len(model.opened) == len(SPLITS):
         model.check = check_in_store(store, splits.validation)
@@ -387,14 +351,18 @@ def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: 
             module, card = read_model(model.model_uri, recipe.trusted)
             try_teacher(module, card, splits.train, recipe.cache)
         model.check = check_on_rows(module, splits.validation)
-    for warning in model.check.warnings:
+    _tell_check(model, workspace)
+
+
+def _tell_check(model: CachedModel, workspace: Workspace) -> None:
+    for warning in () if model.check is None else model.check.warnings:
         tell_once(workspace.console, warning)
 
 
 def room_of_teacher(recipe: Recipe) -> ResourceRequest:
     """The most that a task takes which trains or caches the teacher, or an assistant."""
     threads = [recipe.cache.threads, *(one.threads for one in recipe.teacher.chain)]
-    threads += [recipe.teacher.train.threads] if recipe.teacher.train else []
+    threads += [one.train.threads for one in recipe.teacher.each if one.train is not None]
     return ResourceRequest(1, max(threads), gpus_of(recipe.device))
 
 

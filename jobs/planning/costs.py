@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from akd_dist.data.encoded import bytes_in_memory, rows_ahead
 from akd_dist.data.row_fetch import bytes_ahead
 from akd_dist.data.rows import Splits
 from akd_dist.distill.objectives import Stage, mix_of, stages
@@ -95,6 +96,8 @@ class CostModel:
     """After how many epochs students wait for another command, by name; all others go on to their end."""
     fetching: int = 0
     """Bytes of rows that a worker has in its memory, on their way into the node's cache."""
+    decoding: int = 0
+    """Bytes of one row that is decoded ahead; 0 where none are."""
     each_epoch: bool = False
     """Whether a checkpoint is written at the end of every epoch, which may take small students longer than the epoch;
     those at intervals of time hardly count."""
@@ -124,6 +127,7 @@ class CostModel:
             behind=behind or {},
             stages1=stages1 or {},
             fetching=0 if train.sealed is None else bytes_ahead(train.row_bytes),
+            decoding=bytes_in_memory(train.inputs),
             each_epoch=recipe.checkpoint_seconds == 0,
         )
 
@@ -243,10 +247,11 @@ class CostModel:
         lies there, and only checkpoints pass through main memory.
         """
         measured = [self.measured(spec) for spec in cohort]
+        streaming = self.fetching + self.decoding * rows_ahead(-(-cohort[0].batch // cohort[0].workers))
         if gpus_of(self.device):
-            return GPU_PROCESS_BYTES + self.fetching + max(one.writing for one in measured)
+            return GPU_PROCESS_BYTES + streaming + max(one.writing for one in measured)
         passing = max(max(one.step_memory, one.evaluation_memory, one.writing) for one in measured)
-        return PROCESS_BYTES + self.fetching + sum(one.resident(cohort[0].workers) for one in measured) + passing
+        return PROCESS_BYTES + streaming + sum(one.resident(cohort[0].workers) for one in measured) + passing
 
     def ask(self, cohort: Cohort) -> ResourceRequest:
         """What a cohort occupies."""

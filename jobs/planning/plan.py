@@ -33,10 +33,10 @@ from akd_dist.jobs.planning.planner import (
     plan_cohorts,
 )
 from akd_dist.jobs.planning.probing import measure_all, measure_there
-from akd_dist.jobs.train_teacher import Stores, Workspace
+from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import Recipe, StudentSpec
-from akd_dist.storage.encodings import encoding_from_config
+from akd_dist.storage.mean import Stores
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.run_copy import is_copy
 
@@ -356,7 +356,7 @@ def _short(key: str | None) -> str | None:
 
 def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: CostModel) -> int:
     """Inputs, labels and logits that a cohort's stream reads over its epochs; logits only where somebody needs them."""
-    dtype = np.dtype(encoding_from_config(recipe.cache.encoding.config()).dtype)
+    dtype = np.dtype(windows.dtype_read(recipe))
     plain, logits = costs.row_bytes, costs.classes * dtype.itemsize
     return sum(one.rows * (plain + logits * one.logits) for one in costs.streamed(cohort))
 
@@ -416,7 +416,7 @@ def _say_who_waits(cohorts: Sequence[PlannedCohort], asks: Sequence[ResourceRequ
 
 def _about_teacher(inputs: Inputs, cache: PlanDocument) -> str:
     """What has to be done for the teacher and its assistants first."""
-    words = [] if inputs.models else ["the teacher is to be trained"]
+    words = [] if inputs.levels else ["the teacher is to be trained"]
     words += [f"the assistant {one.model} is to be trained" for one in cache.assistants if not one.trained]
     if cache.bytes:
         words.append(f"{size(cache.bytes)} of logits are to be cached")

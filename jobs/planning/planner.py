@@ -10,9 +10,9 @@ from akd_dist.base.errors import RecipeError
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits, timetable, with_more
 from akd_dist.jobs.planning.costs import Cohort, CostModel, families_of
-from akd_dist.jobs.train_teacher import Stores
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import Recipe, StudentSpec
+from akd_dist.storage.mean import Stores
 
 # What starting and stopping one Ray Train run costs, whatever it trains (measured: 9 to 14 s on 2 cores, Ray 2.60).
 START_SECONDS = 14.0

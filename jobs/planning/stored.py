@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from akd_dist.base.errors import RefusedError
@@ -106,16 +107,24 @@ def cannot_learn(recipe: Recipe) -> list[str]:
     ]
 
 
-def check_kind(recipe: Recipe, train: LogitStore) -> None:
-    """Refuse students and assistants that cannot learn from what a store holds.
+def check_kind(recipe: Recipe, stores: Sequence[LogitStore | None]) -> None:
+    """Refuse students and assistants that cannot learn from what the teacher's stores hold.
+
+    Args:
+        stores: the train store of each teacher, as far as they are there.
 
     Raises:
         RefusedError: log-probabilities, for an objective that needs raw logits.
     """
-    if kind_of_store(train) == "log_probabilities" and (lines := cannot_learn(recipe)):
+    held = [store for store in stores if store is not None and kind_of_store(store) == "log_probabilities"]
+    averaged = recipe.teacher.average == "probabilities"
+    if (held or averaged) and (lines := cannot_learn(recipe)):
+        where = "teacher.average: probabilities" if averaged else f"log-probabilities in the store {held[0].id[:12]}"
         raise RefusedError(
             lines[0],
-            got=f"log-probabilities in the store {train.id[:12]}, for {len(lines)} that need raw logits",
+            got=f"{where}, for {len(lines)} that need raw logits",
             expected="raw logits, or objectives that a softmax is enough for: kd, takd, hard_labels",
-            next="import the outputs before the log-softmax, or change `objective`",
+            next="average logits, or change `objective`"
+            if averaged
+            else "import the outputs before the log-softmax, or change `objective`",
         )

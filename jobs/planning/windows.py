@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import read_json
 from akd_dist.base.formatting import size
@@ -164,19 +166,25 @@ def demands_of(
     """
     dtype = encoding_from_config(recipe.cache.encoding.config()).dtype
     layout = StoreLayout(1, len(splits.train), splits.train.classes, dtype)
+    row = layout.classes * np.dtype(dtype_read(recipe)).itemsize
     epochs = max((spec.objective.epochs for spec in todo), default=0)
     slots = [int(node.cpus // spec.threads) for node in nodes for spec in todo]
     return Demands(
         splits={name: getattr(splits, name).nbytes for name in SPLITS},
         input_row=splits.train.row_bytes,
         input_rows=BLOCK_ROWS if blocks or splits.train.sealed is not None else 0,
-        view=layout.nbytes,
+        view=layout.rows * row,
         views=min(recipe.data.views, epochs),
-        row=layout.classes * layout.itemsize,
+        row=row,
         piece_rows=layout.shard_rows,
         sharing=max(1, min(len(todo), max(slots, default=1))),
         beside=splits.train.labelled if any(one.labelled for one in (*todo, *recipe.teacher.chain)) else 0,
     )
+
+
+def dtype_read(recipe: Recipe) -> str:
+    """The dtype of logits as they are decoded: that of the stores, and float32 where several are averaged."""
+    return "float32" if recipe.teacher.members else str(encoding_from_config(recipe.cache.encoding.config()).dtype)
 
 
 def check_chain(recipe: Recipe, splits: Splits, workspace: Workspace, there: int) -> None:

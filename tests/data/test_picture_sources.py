@@ -18,6 +18,7 @@ import pytest
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import blocks, prepare as preparing, row_store, rows
 from akd_dist.data.file_sets import FileSet
+from akd_dist.data.keys import key_column
 from akd_dist.data.labels import Classes
 from akd_dist.data.origins import SourceCheck
 from akd_dist.data.picture_files import PictureFiles
@@ -27,7 +28,7 @@ from akd_dist.data.row_store import RowsPlan, Take, ensure_rows
 from akd_dist.data.rows import Splits
 from akd_dist.data.sources import image_folder, webdataset
 from akd_dist.data.sources.kinds import kind_of
-from akd_dist.recipe import DataSpec, ImageFolder, Parquet, WebDataset
+from akd_dist.recipe import DataSpec, Image, ImageFolder, Parquet, WebDataset
 from akd_dist.recipe.paths import expand_braces
 from akd_dist.storage.roots import open_root
 from tests import sources
@@ -191,6 +192,21 @@ def test_quantities_are_read_for_regression(tmp_path: Path) -> None:
         assert sorted(labels.tolist()) == [number / share for number in range(30)]
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_pictures_of_all_sizes_come_to_the_one_that_the_recipe_says(kind: str, tmp_path: Path) -> None:
+    pictures = {f"{number:03}.jpg": jpeg(number, 8 + number % 5) for number in range(30)}
+    source: Any = ImageFolder(
+        path=str(write(tmp_path / "pictures", {f"a/{name}": one for name, one in pictures.items()}))
+    )
+    if kind == "tar":
+        members = [part for name, one in pictures.items() for part in ((name, one), (f"{name[:3]}.cls", b"0"))]
+        source = WebDataset(path=str(tar(tmp_path / "a.tar", members)))
+    with pytest.raises(RefusedError, match=r"(?s)another shape in row 1 of .*001.jpg\).*image: \{size"):
+        all_rows(source, tmp_path / "cache")
+    splits = all_rows(source, tmp_path / "cache", image=Image(size=16))
+    assert splits.train.shape == (3, 16, 16)
+
+
 # ---- tar files
 
 
@@ -338,6 +354,18 @@ def test_objects_give_the_rows_of_the_same_files(source: Callable[[Any], Any], b
     assert [line.replace(uri, str(tmp_path / "data")) for line in remote.findings] == list(local.findings)
     sealed = ensure_rows(DataSpec(train=source(uri)), str(tmp_path / "stores"), loop).manifest
     assert {name: split.fingerprint for name, split in sealed.splits.items()} == local.fingerprints
+
+
+def test_rows_are_joined_with_others_by_their_files(tmp_path: Path) -> None:
+    folder, tars = a_folder(tmp_path), some_shards(tmp_path)
+    data = DataSpec(train=folder, test=tars)
+    names = [name for name, _ in as_torchvision(Path(folder.path))]
+    for column in ("file", "file_name"):
+        assert key_column(data, "train", column).to_pylist() == names
+    assert key_column(data, "test", "file").to_pylist()[30] == "train-001.tar/0030.jpg"
+    assert key_column(data, "test", "__key__").to_pylist() == [f"{number:04}" for number in range(COUNT)]
+    with pytest.raises(RefusedError, match=r"(?s)no column id that could be a key.*known by file or file_name"):
+        key_column(data, "train", "id")
 
 
 # ---- what is noticed

@@ -11,7 +11,8 @@ import pytest
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.source_rows import source_rows
 from akd_dist.data.splitting import rows_of_split
-from akd_dist.recipe import DataSpec, Digits, Parquet
+from akd_dist.recipe import DataSpec, Digits, ImageFolder, Parquet, WebDataset
+from tests.pictures import of_classes, samples, tar
 
 
 def a_folder(folder: Path, *counts: int) -> Path:
@@ -66,3 +67,15 @@ def test_a_source_without_files_is_one_whole() -> None:
     assert found.where(5)[1] == found.rows[5]
     with pytest.raises(IndexError):
         found.where(10_000)
+
+
+def test_rows_of_pictures_are_found_in_their_files(tmp_path: Path) -> None:
+    folder = of_classes(tmp_path / "pictures", 30)
+    for number in range(2):
+        tar(tmp_path / "shards" / f"{number}.tar", samples(range(number * 10, number * 10 + 10)))
+    data = DataSpec(train=ImageFolder(path=str(folder)), test=WebDataset(path=str(tmp_path / "shards"), label="name"))
+    found = source_rows(data)
+    assert len(found["train"]) == 27
+    assert found["test"].where(13) == (str(tmp_path / "shards" / "1.tar"), 3)
+    together = sorted(found[name].where(row)[0] for name in ("train", "validation") for row in range(len(found[name])))
+    assert together == sorted(map(str, folder.rglob("*.jpg")))

@@ -14,6 +14,7 @@ from akd_dist.distill.stage1 import stage1_key, stages1_there
 from akd_dist.distill.student import Student
 from akd_dist.recipe import Recipe
 from akd_dist.storage import removal
+from akd_dist.storage.mean import Mixture, uris_of
 from tests.distill.test_cohort import job_of
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, weights
 
@@ -126,17 +127,18 @@ def test_another_stage_one_is_trained_anew(
 def test_what_a_stage_one_depends_on_is_in_its_name(runs: Runs) -> None:
     job = runs.job("short", "one")
     (spec,) = job.students
-    data = job.data.model_copy(update={"seed": 5})
+    data, (uri, *_) = job.data.model_copy(update={"seed": 5}), uris_of(job.stores)
     others = [
         replace(job, data=data),
         replace(job, fingerprints=job.fingerprints | {"train": "ab"}),
         replace(job, fingerprints=job.fingerprints | {"validation": "ab"}),
-        replace(job, stores=job.stores | {"train": "/elsewhere/" + "ab" * 32}),
+        replace(job, stores={**job.stores, "train": "/elsewhere/" + "ab" * 32}),
+        replace(job, stores={**job.stores, "train": Mixture((uri, "/elsewhere/" + "ab" * 32), (0.5, 0.5), "logits")}),
     ]
     keys = {stage1_key(one, spec) for one in [job, *others]}
-    assert len(keys) == 5
+    assert len(keys) == 6
     assert None not in keys
-    moved = replace(job, stores={"train": f"s3://bucket/{job.stores['train'].rpartition('/')[2]}"})
+    moved = replace(job, stores={"train": f"s3://bucket/{uri.rpartition('/')[2]}"})
     assert stage1_key(moved, spec) == stage1_key(job, spec), "wherever the store lies"
     renamed = spec.model_copy(update={"name": "x", "gpus": 0.5})
     assert stage1_key(job, renamed) == stage1_key(job, spec)

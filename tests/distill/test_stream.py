@@ -18,6 +18,7 @@ from akd_dist.data.rows import Rows, fingerprint
 from akd_dist.data.text import Tokens
 from akd_dist.data.views import shown_digests, view_digests, view_of
 from akd_dist.distill.orders import WINDOWS_AT_ONCE, EpochOrder, batch_ends, epoch_order
+from akd_dist.distill.probes import SeenViews
 from akd_dist.distill.stream import BYTES_AT_ONCE, STEPS_AT_ONCE, BatchStream
 from akd_dist.recipe import Augmentation, CustomAugmentation, LastBatch, NoAugmentation, Shift, TokenMask
 from akd_dist.storage.checked import note_of
@@ -372,18 +373,19 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(given[3]))
         return shown_digests(*given)
 
-    monkeypatch.setattr("akd_dist.distill.stream.shown_digests", counted)
+    monkeypatch.setattr("akd_dist.distill.probes.shown_digests", counted)
     return sizes
 
 
 def test_probes_are_compared_in_parts(compared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     checked = a_stream()
     manifest = a_manifest(checked.rows)
-    monkeypatch.setattr("akd_dist.distill.stream.PROBE_BYTES", 20)  # of one row of 16 bytes, and a little
+    monkeypatch.setattr("akd_dist.distill.probes.PROBE_BYTES", 20)  # of one row of 16 bytes, and a little
     checked.check_probes(manifest)
     assert compared == [1] * 4
     seen = [(view, probe) for view in (0, 1) for probe in manifest.probes_of(view)]
-    assert checked._probed(seen) == [(view, probe, probe) for view, probe in seen]
+    shown = SeenViews(checked.rows, checked.augmentation, checked.seed, checked.views, checked.device)
+    assert shown._probed(seen) == [(view, probe, probe) for view, probe in seen]
 
 
 def test_probes_are_compared_once_a_node(compared: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

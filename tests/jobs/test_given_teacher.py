@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
@@ -21,7 +24,8 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.distill import teacher
 from akd_dist.documents.json_schema import schemas
 from akd_dist.jobs.cache_teacher import compute_in_process, walk_chain
-from akd_dist.jobs.planning.caching import CachedModel, open_inputs
+from akd_dist.jobs.planning.caching import open_inputs
+from akd_dist.jobs.planning.models import CachedModel
 from akd_dist.jobs.repair import repair
 from akd_dist.jobs.run_folder import run_identity
 from akd_dist.jobs.train_teacher import Workspace, run_in_process
@@ -146,7 +150,7 @@ def test_a_store_of_an_imported_teacher_is_repaired(given: Path, tmp_path: Path)
     (model,), _ = cached(of(given / "parallel.pth"), given, tmp_path)
     for path in sorted(Path(model.model_uri).iterdir()):  # nobody needs it any more, and it comes again
         path.unlink()
-    store = Path(model.stores["train"])
+    store = Path(model.opened["train"].uri)
     shard = store / "arrays.zarr" / "logits" / "c" / "0" / "1" / "0"
     sealed = shard.read_bytes()
     shard.unlink()
@@ -176,6 +180,27 @@ def test_nodes_need_not_see_the_checkpoint(given: Path, tmp_path: Path) -> None:
     assert str(given / "plain.safetensors") not in WorkingDir.of(recipe, []).needed
     folder = a_recipe([a_student("one")], teacher={"weights": str(given / "ours")}, folder=str(tmp_path))
     assert str(given / "ours") in WorkingDir.of(folder, []).needed
+
+
+def test_a_regression_is_asked_by_its_values(tmp_path: Path) -> None:
+    inputs = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
+    pq.write_table(pa.table({"input": list(inputs), "label": inputs.sum(axis=1)}), tmp_path / "rows.parquet")
+    layer = torch.nn.Linear(4, 1)
+    torch.nn.init.ones_(layer.weight)
+    (tmp_path / "sums.py").write_text(
+        "from torch import nn\ndef net(input_shape, classes): return nn.Sequential(nn.Linear(4, classes))\n"
+    )
+    save_file({f"0.{name}": one.detach() for name, one in layer.named_parameters()}, tmp_path / "a.safetensors")
+    data = {"train": {"kind": "parquet", "path": str(tmp_path / "rows.parquet")}, "task": "regression"}
+    recipe = a_recipe(
+        [a_student("one")],
+        data=data,
+        teacher={"model": {"kind": "custom", "factory": "sums:net"}, "weights": str(tmp_path / "a.safetensors")},
+        folder=str(tmp_path),
+    )
+    found = [cached(recipe, tmp_path, tmp_path / "stores")[0][0].check for _ in range(2)]
+    assert all(one is not None and one.correlation == pytest.approx(1.0) for one in found)
+    assert all(one is not None and not one.warnings for one in found)
 
 
 def test_an_assistant_learns_from_it(given: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from akd_dist.jobs.growth import Growth, has_begun, names_in_run, settle
 from akd_dist.recipe import Recipe
 from akd_dist.storage.run_copy import MODEL, RunCopy
 from akd_dist.storage.run_objects import RunObjects
-from tests.fleets import HARD, KD, a_recipe, a_student, a_teacher, weights
+from tests.fleets import ANNEALING, HARD, KD, a_recipe, a_student, a_teacher, weights
 from tests.survivors import snapshot
 
 QUIET = Console(quiet=True)
@@ -86,6 +86,19 @@ def test_a_student_that_has_changed_is_refused_and_the_others_go_on(tmp_path: Pa
     assert line.endswith("give it another name, or train it in another run")
     with pytest.raises(RecipeError, match=r"students a: .*optimizer\.lr: 0\.005 -> 0\.1"):
         grown(tmp_path, saved, a_student("a", optimizer=RATE))
+
+
+def test_a_longer_student_is_said_to_be_trained_from_its_start(tmp_path: Path) -> None:
+    saved = run_of(a_student("a", objective=KD), a_student("b"))
+    longer = a_student("c", objective=KD | {"epochs": 9})
+    later = a_student("d", objective=ANNEALING | {"stage2_epochs": 4})  # goes on from what b left of its stage I
+    annealed = a_student("e", objective=ANNEALING | {"stage1_epochs": 4})
+    _, growth = grown(tmp_path, saved, a_student("a", objective=KD), a_student("b"), longer, later, annealed)
+    assert growth.again == {"c": "a but for epochs: 3 -> 9", "e": "b but for stage1_epochs: 2 -> 4"}
+    assert (
+        "trained from their start, since their schedules are others: c, like a but for epochs: 3 -> 9, e"
+        in " ".join(growth.lines)
+    )
 
 
 def test_a_student_that_never_began_may_change(tmp_path: Path) -> None:

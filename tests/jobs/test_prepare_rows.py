@@ -22,8 +22,9 @@ from akd_dist.distill import teacher as teachers
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.jobs import cache_teacher, prepare_rows
 from akd_dist.jobs.cache_teacher import cache_in_process, compute_in_process, walk_chain
-from akd_dist.jobs.planning.caching import CachedModel, check_models, look_up, model_at, models_there, open_rows
+from akd_dist.jobs.planning.caching import check_models, look_up, model_at, models_there, open_rows
 from akd_dist.jobs.planning.costs import CostModel
+from akd_dist.jobs.planning.models import CachedModel
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.probing import measure_all
 from akd_dist.jobs.train_teacher import Workspace, run_in_process

@@ -134,6 +134,15 @@ def a_pickle(place: Place) -> list[str]:
     return ["--set", f"teacher.weights={place.root / 'pickled'}"]
 
 
+def a_checkpoint(place: Place, width: int = 4, **changes: Any) -> list[str]:
+    """A file of weights from elsewhere, and the architecture that it is said to be of."""
+    module = build(ModelCard.of(recipes.Cnn(width=4), place.rows, None), seed=0)
+    state = {name.removeprefix("body."): tensor for name, tensor in module.state_dict().items()}
+    torch.save({"state_dict": state} | changes, place.root / "given.pth")
+    teacher = {"model": {"kind": "cnn", "width": width}, "weights": str(place.root / "given.pth")}
+    return ["--set", f"teacher={json.dumps(teacher)}"]
+
+
 def damaged(place: Place) -> list[str]:
     path = place.root / "teacher" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
@@ -207,6 +216,14 @@ CASES: dict[str, tuple[tuple[str, ...], int, str, Callable[[Place], list[str]]]]
         "not finite as float16",
         lambda at: [*at.weights_of("large"), "--set", "cache.encoding=float16"],
     ),
+    "checkpoint: missing": (
+        BOTH,
+        4,
+        "there is no checkpoint",
+        lambda at: [*a_checkpoint(at), "--set", f"teacher.weights={at.root / 'gone.pth'}"],
+    ),
+    "checkpoint: another architecture": (BOTH, 4, "do not fit the model cnn-5", lambda at: a_checkpoint(at, width=5)),
+    "checkpoint: code": (BOTH, 4, "nothing is unpickled", lambda at: a_checkpoint(at, root=at.root)),
     "teacher: a dict": (BOTH, 4, "a dict of scores: Tensor", lambda _: trained("dict")),
     "teacher: a pair": (BOTH, 4, "a tuple of int, a tensor", lambda _: trained("pair")),
     "teacher: other when it trains": (BOTH, 4, "a list of nothing", lambda _: trained("moody")),

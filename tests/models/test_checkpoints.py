@@ -303,7 +303,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda path: of_another_kind(path, (1 << 40).to_bytes(8, "little") + b'{"a": 1}'),
         ["damaged or cut off", "header too large"],
     ),
-    "TorchScript": (scripted, ["TorchScript", "torch.jit.load(FILE).state_dict()"]),
+    "TorchScript": (scripted, ["TorchScript", "torch.jit.load(", ".state_dict()"]),
     "a bomb": (squeezed, ["compressed entries"]),
     "code": (
         lambda path: torch.save({"state_dict": weights(), "run": Runs(path.parent / "ran")}, path),
@@ -319,7 +319,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "settings of argparse": (
         lambda path: torch.save({"state_dict": weights(), "args": argparse.Namespace(lr=0.1)}, path),
-        ["argparse.Namespace", "found['state_dict']"],
+        ["argparse.Namespace", "found.get('state_dict', found)"],
     ),
     "a number of NumPy": (
         lambda path: torch.save({"state_dict": weights(), "best": np.float64(0.9)}, path),
@@ -352,6 +352,17 @@ def test_code_would_have_run(tmp_path: Path) -> None:
     torch.save(Runs(tmp_path / "ran"), tmp_path / "given")
     torch.load(tmp_path / "given", weights_only=False)
     assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("what", ["a whole module", "in a checkpoint"])
+def test_what_is_said_to_write_weights_again_does(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    body = build(ModelCard.of(RESNET, ROWS, None), seed=5).body
+    torch.save(body if what == "a whole module" else {"state_dict": weights(), "at": argparse.Namespace()}, "given.pth")
+    lines = refused(tmp_path / "given.pth").partition("write its weights again:\n")[2].splitlines()
+    exec("\n".join(line.strip() for line in lines))
+    save_file(weights(), "expected.safetensors")
+    assert opened(tmp_path / "weights.safetensors").card == opened(tmp_path / "expected.safetensors").card
 
 
 def test_shards_lie_beside_their_index(tmp_path: Path) -> None:

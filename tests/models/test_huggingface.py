@@ -558,6 +558,7 @@ def test_a_fine_tuned_folder_alone_is_a_teacher_by_its_model(tuned: Path, tmp_pa
     half = imported_as(tuned, tmp_path / "half.bin")
     assert half.card.fingerprint != found.card.fingerprint
     assert half.notes == [f"{len(theirs.state_dict())} weights of float16 became float32"]
+    assert str(tuned.parent) not in found.card.model_dump_json()
     found.publish(str(tmp_path / "published"), tmp_path)
     module, card = read_model(tmp_path / "published")
     assert torch.equal(module(ids), logits)

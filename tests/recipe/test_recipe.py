@@ -721,7 +721,8 @@ def test_a_teacher_of_all_rows_needs_a_subset_that_leaves_some_out() -> None:
     with pytest.raises(ValidationError, match=r"teacher\.train\.rows: all is for rows that data\.subset leaves out"):
         Recipe.model_validate(document | {"data": {"train": {"kind": "digits"}}})
     recipe = Recipe.model_validate(document | {"data": UNLABELLED})
-    assert (recipe.data_of_teacher.subset, recipe.data_of_teacher.unlabelled) == (None, None)
+    assert recipe.data_of_teachers is not None
+    assert (recipe.data_of_teachers.subset, recipe.data_of_teachers.unlabelled) == (None, None)
 
 
 def test_what_is_not_asked_for_is_not_in_an_identity() -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from akd_dist import recipe
@@ -76,6 +77,8 @@ class ImageFolderSource:
             notes=left_out,
             label=() if self.table is None else (f"{self.spec.label} of {self.table.name}",),
             classes=self.spec.classes,
+            files=tuple(f"{self.found.folder}/{one}" for one in names),
+            file_starts=np.arange(rows, dtype=np.int64),
             names=lambda first, last: names[first:last],
             labels_at_hand=True,
         )
@@ -136,7 +139,7 @@ class ImageFolderSource:
                 expected="at least one picture in the folder of each class",
                 next="remove the folder, or add pictures",
             )
-        if there <= _SPLITS and len(there) > 1 and all(name.count("/") > 1 for name in names):
+        if there <= _SPLITS and all(name.count("/") > 1 for name in names):
             raise RefusedError(
                 f"the folders in {place} are called as splits, and not as classes",
                 got=", ".join(sorted(there)),

@@ -113,6 +113,8 @@ class WebDatasetSource:
             notes=self._notes(),
             label=(self.spec.label,) if self.spec.label else (),
             classes=self.spec.classes,
+            files=tuple(map(str, self.files)),
+            file_starts=parts.starts[np.searchsorted(parts.shards, np.arange(len(self.files)))],
             names=called if names is not None else None,
             known=parts,
             labels_at_hand=labels is not None,

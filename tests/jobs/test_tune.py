@@ -1,0 +1,179 @@
+"""Searches as whole commands; cohorts train in this process, and all else is as always."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import akd_dist
+from akd_dist.base.errors import RecipeError
+from akd_dist.cli import main
+from akd_dist.distill.student import Student
+from akd_dist.documents.tune import TuneDocument
+from akd_dist.jobs.tune import Halving
+from akd_dist.recipe import load_recipe, load_search
+from tests.fleets import a_recipe, a_student, a_teacher, weights
+from tests.jobs.test_growth import cohorts_here
+from tests.survivors import snapshot
+
+QUIET = Console(quiet=True)
+RECIPE = """
+name: digits
+data: {{train: {{kind: digits}}, views: 2, augmentation: {{kind: shift, pixels: 1}}}}
+teacher: {{weights: {teacher}}}
+checkpoint_seconds: 30
+students:
+  - model: {{kind: mlp, hidden: 8}}
+    objective: {{kind: annealing_kd, tau_max: 2}}
+    optimizer: {{kind: sgd, momentum: 0.9}}
+    batch: 256
+    search:
+      objective.stage1_epochs: {{low: 2, high: 4}}
+      objective.stage2_epochs: [1, 2]
+      optimizer.lr: {{low: 1e-3, high: 1.0, log: true}}
+      trials: {trials}
+  - {{model: {{kind: mlp, hidden: 4}}, objective: {{kind: hard_labels, epochs: 1}}, optimizer: {{kind: sgd, lr: 0.1}}}}
+"""
+
+
+class Searching:
+    """A recipe with a search, and commands on it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.teacher = a_teacher(a_recipe([a_student("any")]), root / "teacher", root / "cache")
+
+    def recipe(self, folder: Path, trials: int = 4, **changes: str) -> Path:
+        path = folder / "recipe.yaml"
+        text = RECIPE.format(teacher=self.teacher, trials=trials)
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        path.write_text(text)
+        return path
+
+    def places(self, folder: Path) -> dict[str, Any]:
+        return {"store_root": self.root / "stores", "run_root": folder, "cache_root": self.root / "cache"}
+
+    def tune(self, folder: Path, recipe: Path, **options: Any) -> TuneDocument:
+        with cohorts_here():
+            found = akd_dist.tune(recipe, console=QUIET, **{**self.places(folder), **options})
+        return TuneDocument.model_validate(found)
+
+
+@pytest.fixture(scope="module")
+def searching(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Searching:
+    return Searching(tmp_path_factory.mktemp("tune"))
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Each epoch that a student trains, and how many rows it is evaluated on."""
+    found: list[tuple[str, int]] = []
+    evaluate = Student.evaluate
+
+    def watched(student: Student, rows: Any) -> Any:
+        found.append((student.spec.name, len(rows)))
+        return evaluate(student, rows)
+
+    monkeypatch.setattr(Student, "evaluate", watched)
+    return found
+
+
+@pytest.mark.ray
+def test_a_search_halves_resumes_and_reads_test_rows_for_the_best_alone(
+    searching: Searching, tmp_path: Path, seen: list[tuple[str, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = searching.recipe(tmp_path)
+    planned = searching.tune(tmp_path, recipe, dry_run=True)
+    assert planned.dry_run
+    assert planned.left_out == 1
+    assert not (tmp_path / "digits-tune" / "identity.json").exists()
+
+    found = searching.tune(tmp_path, recipe)
+    (search,) = found.searches
+    run = tmp_path / "digits-tune"
+    assert [len(trial.rungs) for trial in search.trials] == [2] * 4
+    firsts = {trial.number: trial.scores[0] for trial in search.trials}
+    ended = [trial.number for trial in search.trials if len(trial.scores) == 2]
+    assert search.best in ended
+    assert all(firsts[number] == max(firsts.values()) for number in ended), "one of four goes on, and its equals"
+    trained = {name: sum(one == name for one, _ in seen) for name, _ in seen}
+    for trial in search.trials:
+        assert trained[trial.students[0]] == trial.rungs[1 if trial.number in ended else 0], "nothing is trained twice"
+    assert {rows for _, rows in seen} == {180}, "validation rows, and no student saw another"
+    assert not list(run.glob("students/*/test.parquet"))
+    assert all(json.loads(path.read_bytes())["test"] is None for path in run.glob("students/*/result.json"))
+    fleet = json.loads((run / "fleet.json").read_bytes())
+    assert fleet["test_withheld"]
+    assert (run / "report.html").exists()
+
+    best = search.trials[search.best or 0]
+    (seed,) = search.seeds
+    measured = akd_dist.evaluate(
+        run / "students" / seed.student, run, split="test", cache_root=searching.root / "cache"
+    )
+    assert seed.test == pytest.approx(measured["student"]["metrics"]["accuracy"])
+
+    before, epochs = snapshot(run / "students"), len(seen)
+    assert searching.tune(tmp_path, recipe) == found, "the saved result"
+    assert snapshot(run / "students") == before
+    assert len(seen) == epochs
+
+    block = tmp_path / "best.yaml"
+    text = recipe.read_text()
+    block.write_text(text[: text.index("students:")] + "students:\n" + search.block)
+    (spec,) = load_recipe(block).students
+    assert spec.optimizer.lr == best.values["optimizer.lr"]
+    with cohorts_here():
+        akd_dist.train_students(block, console=QUIET, **searching.places(tmp_path / "alone"))
+    (alone,) = weights(tmp_path / "alone" / "digits").values()
+    assert alone == weights(run)[seed.student], "waiting at a rung changes no bit"
+
+    with pytest.raises(SystemExit) as left:
+        main(["tune", str(recipe), *(part for key, value in searching.places(tmp_path).items()
+                                      for part in (f"--{key.replace('_', '-')}", str(value)))])  # fmt: skip
+    assert left.value.code == 0
+    out = capsys.readouterr().out
+    assert f"k{search.best:03d} *" in out
+    assert "best    as a block of students:" in out
+
+
+@pytest.mark.ray
+def test_more_trials_go_on_and_another_search_is_refused(
+    searching: Searching, tmp_path: Path, seen: list[tuple[str, int]]
+) -> None:
+    first = searching.tune(tmp_path, searching.recipe(tmp_path, trials=3))
+    count = len(seen)
+    more = searching.tune(tmp_path, searching.recipe(tmp_path, trials=4))
+    (old,), (new,) = first.searches, more.searches
+    assert [one.values for one in new.trials[:3]] == [one.values for one in old.trials]
+    assert {name for name, _ in seen[count:]} <= {new.trials[3].students[0], *_new_finalists(old, new)}
+    other = searching.recipe(tmp_path, trials=4, **{"high: 1.0": "high: 0.5"})
+    with pytest.raises(RecipeError, match="holds another search") as refused:
+        searching.tune(tmp_path, other)
+    assert "optimizer.lr" in str(refused.value.got)
+    assert "--set name=" in str(refused.value.next)
+
+
+def _new_finalists(old: Any, new: Any) -> set[str]:
+    ended = {one.number for one in old.trials if len(one.scores) == len(one.rungs)}
+    return {one.students[0] for one in new.trials if len(one.scores) == len(one.rungs) and one.number not in ended}
+
+
+def test_who_is_kept(searching: Searching, tmp_path: Path) -> None:
+    given = load_search(searching.recipe(tmp_path, trials=9))
+    halving = Halving.of(given.tunings[0], {spec.name: spec for spec in given.recipe.students})
+    scores: dict[int, float | None] = {0: 0.1, 1: 0.9, 2: 0.8, 3: 0.7, 4: 0.6, 5: None, 6: 0.2, 7: 0.3, 8: 0.4}
+    assert halving.kept(scores) == [1, 2, 3]
+    assert halving.kept(scores | {4: 0.7}) == [1, 2, 3, 4], "who is as good as the last that is kept"
+    assert halving.kept({1: None, 2: None}) == []
+    assert halving.kept({1: None, 2: 0.5}) == [2]
+    assert halving.kept({7: 0.5, 8: 0.6}) == [8]
+    assert halving.budget < sum(rungs[-1] for rungs in halving.rungs.values())
+
+
+def test_a_recipe_object_has_no_search() -> None:
+    with pytest.raises(RecipeError, match="recipe is not what it takes"):
+        akd_dist.tune(a_recipe([a_student("a")]))
