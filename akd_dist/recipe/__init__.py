@@ -20,6 +20,7 @@ from akd_dist.recipe.data import (
     ByteText as ByteText,
     CustomAugmentation as CustomAugmentation,
     CustomData as CustomData,
+    CustomMetric as CustomMetric,
     DataSpec as DataSpec,
     Digits as Digits,
     HuggingFaceData as HuggingFaceData,
@@ -55,6 +56,7 @@ from akd_dist.recipe.models import (
 from akd_dist.recipe.recipe import (
     NAME as NAME,
     CacheSpec as CacheSpec,
+    Callback as Callback,
     EncodingSpec as EncodingSpec,
     Recipe as Recipe,
     StudentSpec as StudentSpec,
@@ -80,6 +82,7 @@ from akd_dist.recipe.training import (
     AnnealingKD as AnnealingKD,
     Constant as Constant,
     ContinuationKD as ContinuationKD,
+    CustomObjective as CustomObjective,
     Distilled as Distilled,
     HardLabels as HardLabels,
     Kd as Kd,
