@@ -386,4 +386,5 @@ def _sealed(plan: SplitPlan) -> CachedSplit:
         bytes=sum(store.manifest.sizes().values()),
         shards=store.layout.shard_count,
         shards_computed=plan.computed,
+        unlabelled=plan.rows.unlabelled,
     )

@@ -22,7 +22,8 @@ def print_plan(plan: PlanDocument) -> None:
     models = [("", plan.splits), *((f"{one.model}, ", one.splits) for one in plan.assistants)]
     for split, part in [(whose + split, part) for whose, splits in models for split, part in splits.items()]:
         shards = "none: a hit" if part.hit else f"{part.shards:,}"
-        table.add_row(split, f"{part.rows:,}", str(part.views), shards, size(part.bytes))
+        rows = f"{part.rows:,}" + (f", {part.unlabelled:,} without labels" if part.unlabelled else "")
+        table.add_row(split, rows, str(part.views), shards, size(part.bytes))
     print_table(table)
     for check in plan.teacher_checks:
         click.echo(check.line)

@@ -30,6 +30,8 @@ class CachedSplit(Document):
     """Number of shards."""
     shards_computed: Count
     """How many of them this command computed."""
+    unlabelled: Count = 0
+    """How many of the rows have no label."""
 
 
 class CachedSplits(Document):
@@ -94,6 +96,8 @@ class PlannedSplit(Document):
     """Number of shards to compute."""
     bytes: Count
     """Size of these shards."""
+    unlabelled: Count = 0
+    """How many of the rows have no label."""
 
 
 PlannedSplits = dict[Split, PlannedSplit]

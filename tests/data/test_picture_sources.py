@@ -325,7 +325,7 @@ def test_labels_are_read_without_pictures(
     reading = preparing.open_sources(data, preparing.kinds_of(data))["train"]
     monkeypatch.delattr(PictureFiles, "read")
     monkeypatch.delattr(webdataset, "bytes_of")
-    classes, labels = preparing.read_labels(reading, Classes(), lambda done, total: None)
+    classes, labels = preparing.read_labels(reading, "classification", Classes(), lambda done, total: None)
     assert classes.names == CLASSES
     assert np.bincount(labels).tolist() == [30, 30, 30]
 
