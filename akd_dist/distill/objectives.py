@@ -199,6 +199,7 @@ class CustomStage(Stage):
     """An objective of the user's own, in one stage."""
 
     name: ClassVar[str] = "custom"
+    needs_raw_logits: ClassVar[bool] = False  # whoever wrote it knows what it makes of log-probabilities
 
     spec: CustomObjective
     """Which."""
