@@ -159,6 +159,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         FleetDocument.model_validate(fleet),
         {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         shlex.join(words),
+        splits.train.unlabelled,
     )
     comparison.write_comparison(plan.run, document)
     report(plan.run)  # now with the table

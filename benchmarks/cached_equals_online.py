@@ -33,7 +33,8 @@ from akd_dist.distill.cohort import open_stream
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.metrics import evaluate
 from akd_dist.distill.objectives import phi, temperature
-from akd_dist.distill.stream import BatchStream, epoch_order
+from akd_dist.distill.orders import epoch_order
+from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import Student, seeded_states
 from akd_dist.distill.teacher import teacher_logits
 from akd_dist.jobs.cache_teacher import cache_in_process
@@ -178,12 +179,13 @@ def online(recipe: Recipe, teacher: nn.Module, splits: Splits, *, pad_to: int | 
         if stage == 1:
             module.load_state_dict(best)
             set_generator_states(device, seeded_states(device, spec.seed, 1, 0))
-        optimizer, total = plain_optimizer(module, spec.optimizer), epochs * math.ceil(len(rows) / spec.batch)
+        shown = len(rows) if stage == 0 else rows.labelled  # stage II has labels alone to learn from
+        optimizer, total = plain_optimizer(module, spec.optimizer), epochs * math.ceil(shown / spec.batch)
         best_metric, step = -math.inf, 0
         for epoch in range(first, first + epochs):
-            order, view = epoch_order(len(rows), data.seed, epoch), epoch % data.views
+            order, view = epoch_order(shown, data.seed, epoch), epoch % data.views
             module.train()
-            for start in range(0, len(rows), spec.batch):
+            for start in range(0, shown, spec.batch):
                 batch = order[start : start + spec.batch]
                 inputs = view_of(data.augmentation, data.seed, rows.inputs[batch], batch, view, rows.tokens, device)
                 outputs, labels = module(inputs), torch.from_numpy(rows.labels[batch]).to(device)
@@ -233,9 +235,10 @@ def cached(job: CohortJob, splits: Splits, stream: BatchStream) -> Trace:
     student = Student(spec, card, Path(job.root) / spec.name, device=device)
     losses = []
     while student.epoch < student.epochs:
-        for batch in stream.batches(student.epoch):
+        its = stream.of(student.mix_in(student.stage))
+        for batch in its.batches(student.epoch):
             student.loss_sum = 0.0
-            student.take_step(batch, stream.steps_per_epoch)
+            student.take_step(batch, its.steps_per_epoch)
             losses.append(student.loss_sum / batch.global_rows)
         student.end_epoch(splits.validation)
     assert student.best is not None

@@ -36,7 +36,8 @@ import torch
 from akd_dist import recipe as recipes
 from akd_dist.data.rows import Rows
 from akd_dist.data.views import view_of
-from akd_dist.distill.stream import STEPS_AT_ONCE, Batch, BatchStream, epoch_order
+from akd_dist.distill.orders import epoch_order
+from akd_dist.distill.stream import STEPS_AT_ONCE, Batch, BatchStream
 from akd_dist.distill.student import Student
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, set_deterministic

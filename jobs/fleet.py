@@ -143,7 +143,7 @@ class Fleet:
             follows = spec.name in followers or spec.name in self.costs.stages1
             follows = follows or forked_from(Path(self.base.root) / spec.name) is not None
             epochs, shared = spec.objective.epochs, stages(spec.objective)[0].epochs if follows else 0
-            steps = (epochs - shared) * self.costs.steps_per_epoch(spec)
+            steps = self.costs.steps_until(spec, epochs) - self.costs.steps_until(spec, shared)
             students.append(
                 StudentProgress(name=spec.name, state="waiting", epochs=epochs, epochs_shared=shared, steps_total=steps)
             )

@@ -142,8 +142,10 @@ class Import:
             )
         stored = as_stored(identity, logits, shard.start)
         numbers, classified = probe_rows(identity, shard), rows.task == "classification"
-        labels = rows.labels.take(np.arange(shard.start, shard.stop))
-        agreement = float(np.mean(stored.argmax(axis=1) == labels)) if classified else None
+        labels = rows.labels.take(np.arange(shard.start, max(shard.start, min(shard.stop, rows.labelled))))
+        agreement = None  # the first rows have labels
+        if classified and len(labels):
+            agreement = float(np.mean(stored[: len(labels)].argmax(axis=1) == labels))
         seed = self.recipe.data.seed
         shown = view_digests(self.augmentation, seed, rows.inputs, numbers, shard.view, rows.tokens)
         if rows.held:

@@ -40,6 +40,29 @@ def prepare_shown(
     return _told(splits, console)
 
 
+def rows_of_recipe(
+    recipe: recipes.Recipe, workspace: Workspace, *, again: bool = False, only_look: bool = False
+) -> Splits:
+    """The rows of a recipe, and those of its teacher where it learns from more: on this machine, or for a cluster.
+
+    Args:
+        again, only_look: as of `rows_of_cluster`.
+
+    Raises:
+        AkdError: as `rows_of_machine` and `rows_of_cluster`.
+    """
+
+    def rows_of(data: recipes.DataSpec) -> Splits:
+        if workspace.address is None:
+            return rows_of_machine(data, workspace, again=again)
+        return rows_of_cluster(data, workspace, again=again, only_look=only_look)
+
+    splits = rows_of(recipe.data)
+    if recipe.data_of_teachers is None:
+        return splits
+    return dataclasses.replace(splits, of_teacher=rows_of(recipe.data_of_teachers))
+
+
 def rows_of_machine(data: recipes.DataSpec, workspace: Workspace, *, again: bool = False) -> Splits:
     """The rows of a command on this machine: in its cache; or as sealed blocks under the store root where the cache has
     no room for all of them, or where they would take more than half of $AKD_DIST_CACHE_BUDGET.

@@ -17,7 +17,7 @@ from akd_dist.distill.teacher import compute_shard
 from akd_dist.jobs.cache_teacher import cache_job
 from akd_dist.jobs.planning.caching import computed_on, creation_of, models_there
 from akd_dist.jobs.planning.models import CachedModel, SplitPlan
-from akd_dist.jobs.prepare_rows import rows_of_machine
+from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.train_teacher import Workspace, teacher_of
 from akd_dist.models.device import device_name
 from akd_dist.models.folder import load_card
@@ -57,7 +57,7 @@ def repair(
     else:
         recipe = recipe.own()
     workspace = Workspace(store_root, cache_root, console=console)
-    splits = rows_of_machine(recipe.data, workspace)
+    splits = rows_of_recipe(recipe, workspace)
     known = [hint["split"]] if hint.get("split") in SPLITS else SPLITS
     model, plan = _plan_of(store_id, known, recipe, splits, workspace)
     if model.imported is not None:

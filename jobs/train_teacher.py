@@ -173,6 +173,12 @@ class Trained:
     """How many views its epochs go round."""
     stores: Stores
     """The logits of the model above it; empty for the teacher."""
+    data: recipes.DataSpec | None = None
+    """The rows that it is trained on, as `Recipe.data_of_teachers` has them; None for those of the students."""
+
+    def rows(self, splits: Splits) -> Splits:
+        """The rows that it is trained on, of those of the recipe."""
+        return _its(splits, self.data)
 
     def uri(self, store_root: str) -> str:
         """Its model folder, whether it is there or not."""
@@ -188,9 +194,10 @@ class Trained:
         # Checkpoints are renamed into place, which object storage cannot do: there the model is trained in the node's
         # cache.
         root = Path(workspace.cache_root if workspace.remote else workspace.store_root) / TEACHERS
+        splits = self.rows(splits)
         return CohortJob(
             name="teacher",
-            data=recipe.data.model_copy(update={"views": self.views}),
+            data=(self.data or recipe.data).model_copy(update={"views": self.views}),
             fingerprints={split: getattr(splits, split).fingerprint for split in SPLITS},
             students=(self.spec,),
             root=str(root),
@@ -220,9 +227,18 @@ def teacher_of(recipe: Recipe, splits: Splits, member: int = 0) -> Trained | Non
     model, train = teacher.model, teacher.train
     if model is None or train is None:
         return None
-    spec = _spec(recipe, splits, train, model, HardLabels(epochs=train.epochs), "labels")
+    data = recipe.data_of_teachers if train.rows == "all" else None
+    spec = _spec(recipe, _its(splits, data), train, model, HardLabels(epochs=train.epochs), "labels")
     setting = "teacher.train" if recipe.teacher.members is None else f"teacher.{member}.train"
-    return Trained(name_of(recipe, member), setting, spec, views=train.epochs, stores={})
+    return Trained(name_of(recipe, member), setting, spec, train.epochs, {}, data)
+
+
+def _its(splits: Splits, data: recipes.DataSpec | None) -> Splits:
+    """The rows that a model is trained on."""
+    if data is None:
+        return splits
+    assert splits.of_teacher is not None, "whoever opened the rows of the recipe opened these, too"
+    return splits.of_teacher
 
 
 def name_of(recipe: Recipe, member: int = 0) -> str:
@@ -257,6 +273,8 @@ def _spec(
 ) -> recipes.StudentSpec:
     """A model of the chain as a student whose name is the hash of all that its weights depend on."""
     common = {name: getattr(training, name) for name in recipes.Training.model_fields}
+    if isinstance(training, recipes.Learning):
+        common["labelled"] = training.labelled
     spec = recipes.StudentSpec(name="unnamed", model=model, objective=objective, **common)
     data = recipe.data.model_dump(mode="json", include={"seed", "augmentation", "window", "normalize"})
     if recipe.data.image != recipes.Image():  # the card says so

@@ -130,11 +130,12 @@ class WorkingDir:
             if spec.checkpoint is not None:  # the driver reads it, and nodes find a model folder beside the stores
                 teacher["weights"] = None
                 teacher["model"].pop("path", None)
-        rows = {name: document["data"][name] for name in ("train", "validation", "test")}
+        rows = {name: document["data"][name] for name in ("train", "validation", "test", "unlabelled")}
         paths, sources = (list(dict.fromkeys(_named(part, folder))) for part in (document, rows))
         found = cls._of(recipe, folder, paths, kept_out)
         # What is named elsewhere in the recipe as well is needed, whoever has the rows.
-        del document["data"]["train"], document["data"]["validation"], document["data"]["test"]
+        for name in rows:
+            del document["data"][name]
         found.sources = frozenset(sources) - set(_named(document, folder))
         return found
 

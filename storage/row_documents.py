@@ -23,6 +23,8 @@ MANIFEST_FORMAT = 2
 """The format of their manifests: those of format 1 have no checksum."""
 ENCODED_MANIFEST_FORMAT = 3
 """That of the manifests of rows that stay encoded."""
+LABELLED_MANIFEST_FORMAT = 4
+"""That of the manifests of rows of which some have no label, encoded or not; and the newest that this version reads."""
 SPLITS = ("train", "validation", "test")
 """The names of the splits."""
 INDEX_COLUMNS = 3
@@ -119,18 +121,21 @@ class SealedSplit(Document):
     """How many rows each class has; empty for regression."""
     sizes: list[Count] | None = None
     """Bytes of each block's object where inputs stay encoded; left out where they follow from the rows."""
+    labelled: Annotated[int, Field(ge=0)] | None = None
+    """How many rows have labels, the first ones; left out where all have."""
 
     @model_serializer(mode="wrap")
-    def _as_before_any_were_encoded(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {field: value for field, value in spell(self).items() if value is not None or field != "sizes"}
+    def _as_before_there_were_others(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        later = ("sizes", "labelled")
+        return {field: value for field, value in spell(self).items() if value is not None or field not in later}
 
 
 class RowsManifest(Signed):
     """The seal of prepared rows: all that whoever reads them has to know."""
 
-    newest: ClassVar[int] = ENCODED_MANIFEST_FORMAT
+    newest: ClassVar[int] = LABELLED_MANIFEST_FORMAT
 
-    format: Annotated[int, Field(ge=1, le=ENCODED_MANIFEST_FORMAT)] = MANIFEST_FORMAT
+    format: Annotated[int, Field(ge=1, le=LABELLED_MANIFEST_FORMAT)] = MANIFEST_FORMAT
     creation: RowsCreation
     splits: dict[str, SealedSplit]
     findings: list[str]
@@ -180,7 +185,10 @@ class RowsManifest(Signed):
             known = None if creation.encoded is None else creation.blocks(name)
             yield f"splits.{name}.sizes", None if split.sizes is None else len(split.sizes), known
             yield f"splits.{name}.classes", len(split.classes), classes if of_classes else 0
-            yield f"splits.{name}.classes", sum(split.classes), split.rows if of_classes else 0
+            labelled = split.rows if split.labelled is None else split.labelled
+            yield f"splits.{name}.labelled", labelled < split.rows, split.labelled is not None
+            yield f"splits.{name}.labelled", split.labelled is None or self.format == LABELLED_MANIFEST_FORMAT, True
+            yield f"splits.{name}.classes", sum(split.classes), labelled if of_classes else 0
             yield f"splits.{name}.fingerprint", split.fingerprint, creation.fingerprint(name, split.blocks)
 
 

@@ -103,7 +103,8 @@ def _recipe_facts(checked: Recipe) -> dict[str, Any]:
     )
     return {
         "recipe": checked.name,
-        "train": _source(data.train),
+        "train": "no labels" if data.train is None else _source(data.train),
+        **({} if data.unlabelled is None else {"unlabelled": _source(data.unlabelled)}),
         "validation": _source(data.validation),
         "test": _source(data.test),
         "views": f"{data.views}, augmentation {data.augmentation.kind}, seed {data.seed}",
@@ -136,9 +137,11 @@ def _assistant(one: AssistantSpec) -> str:
     return f"{one.model.label}, {one.objective.kind} for {one.objective.epochs} epochs"
 
 
-def _source(source: float | Source) -> str:
+def _source(source: float | str | Source) -> str:
     if isinstance(source, float):
         return f"{source:g} of the train source"
+    if isinstance(source, str):
+        return {"rest": "what subset leaves out", "missing": "where the label is missing"}[source]
     from akd_dist.recipe import ImageFolder, Parquet, WebDataset
 
     return source.path if isinstance(source, Parquet | ImageFolder | WebDataset) else source.kind

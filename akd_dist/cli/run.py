@@ -44,7 +44,8 @@ Given = dict[str, Any]
 def quickstart(as_json: bool, **given: Any) -> int:
     """The whole story on real digits.
 
-    Trains a teacher, caches it, trains students from the store and shows how they do, in under two minutes.
+    Trains a teacher, caches it, trains students that have few labels from the store and shows how they do, in about a
+    minute.
     """
     return _train(given | {"recipe": _packaged_recipe()}, as_json, closing=after_quickstart)
 
@@ -99,10 +100,10 @@ def _train(given: Given, as_json: bool, *, closing: Callable[[FleetDocument, Giv
 
 
 def _packaged_recipe() -> str:
-    """The digits recipe as it ships, by the shortest path that leads there from here."""
+    """The quickstart's recipe as it ships, by the shortest path that leads there from here."""
     from importlib.resources import files
 
-    path = Path(str(files("akd_dist.jobs") / "digits.yaml")).resolve()
+    path = Path(str(files("akd_dist.jobs") / "digits_unlabelled.yaml")).resolve()
     return short_path(path)
 
 

@@ -85,7 +85,7 @@ def _data(summary: StoreSummary) -> str | None:
     """The source and the split: `digits test`, `fashion-mnist train`. Rows split off are of the train source."""
     split = summary.hint.get("split")
     data = summary.hint.get("recipe", {}).get("data", {})
-    source = data.get(split) if isinstance(data.get(split), dict) else data.get("train")
+    source = data.get(split) if isinstance(data.get(split), dict) else data.get("train") or data.get("unlabelled")
     if not isinstance(source, dict):
         return split
     name = source.get("path") or source.get("name") or source.get("factory") or source.get("images") or ""
@@ -133,7 +133,8 @@ def facts_of(document: StoreDocument, summary: StoreSummary, loss: Loss | None) 
         "state": state_of(summary) + f", {moment(summary.modified)}",
         "size": f"{size(document.bytes)} in {document.shards_done} of {counted(document.shards, 'shard')}",
         "teacher": f"{_whose(summary) or 'of no known kind'}, fingerprint {document.teacher}",
-        "dataset": f"{document.data or 'rows'}, {document.rows:,} rows, fingerprint {document.dataset}",
+        "dataset": f"{document.data or 'rows'}, {document.rows:,} rows{_unlabelled(document)}, "
+        f"fingerprint {document.dataset}",
         "views": f"{document.views}, drawn by {drawn}" if drawn != "none" else "1, the rows as they are",
         "logits": f"{document.classes} classes, {document.encoding}",
         "took": f"{passes}; {shards}" if hosts else "not known: no receipts",
@@ -152,6 +153,12 @@ def facts_of(document: StoreDocument, summary: StoreSummary, loss: Loss | None) 
         facts["sealed as"] = document.manifest["sha256"]
     facts["runs"] = f"{len(document.runs)}, the last {_ago(summary.last_used)}" if document.runs else "none so far"
     return {name: value for name, value in facts.items() if value not in ("", None)}
+
+
+def _unlabelled(document: StoreDocument) -> str:
+    """How many of a store's rows have no label, where there are some."""
+    labelled = document.manifest["dataset"].get("labelled") if document.manifest is not None else None
+    return f", {document.rows - labelled:,} of them without labels" if isinstance(labelled, int) else ""
 
 
 def state_of(summary: StoreSummary) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.formatting import size
 from akd_dist.data.encoded import EncodedPictures, encoded_of
@@ -73,6 +74,21 @@ def of_classes(counts: np.ndarray, names: Sequence[str] | None) -> list[str]:
             first = ", ".join(names[:4])
             lines.append(f"class names are numbers, and are in the order of text: {first}; integers would be class ids")
     return lines
+
+
+def of_unlabelled(data: recipe.DataSpec, labelled: int, unlabelled: int) -> list[str]:
+    """A line on train rows without labels.
+
+    Args:
+        data: what asks for such rows.
+        labelled: how many train rows have labels.
+        unlabelled: how many have none.
+    """
+    if data.unlabelled is None:
+        return []
+    if not unlabelled:
+        return ["data.unlabelled is given, and every train row has a label"]
+    return [f"{unlabelled:,} of {labelled + unlabelled:,} train rows have no label: they are learned from the teacher"]
 
 
 def _guess(missing: np.ndarray, there: np.ndarray, names: Sequence[str] | None) -> str:

@@ -16,6 +16,18 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data.columns import Place, refuse_inexact, refuse_nulls
 from akd_dist.data.schemas import label_kind, plain
 
+_LABELS_MISSING = "set data.unlabelled: missing if such rows are for the teacher alone"
+
+
+def unknown(task: recipe.Task, rows: int) -> np.ndarray:
+    """The labels of rows without one: int64 or float32 [rows]."""
+    return np.full(rows, -1, np.int64) if task == "classification" else np.full(rows, np.nan, np.float32)
+
+
+def are_unknown(labels: np.ndarray) -> np.ndarray:
+    """Which rows have no label, bool [rows], of labels int64 or float32 [rows]."""
+    return np.isnan(labels) if labels.dtype.kind == "f" else labels < 0
+
 
 class Labels(Protocol):
     """One source's labels -> arrays."""
@@ -46,7 +58,14 @@ class Classes:
 
 
 def labels_of(
-    column: Any, row: int, place: Place, task: recipe.Task, classes: Classes, own_names: tuple[str, ...] | None
+    column: Any,
+    row: int,
+    place: Place,
+    task: recipe.Task,
+    classes: Classes,
+    own_names: tuple[str, ...] | None,
+    *,
+    missing: bool = False,
 ) -> Labels:
     """The converter of a source's labels.
 
@@ -57,10 +76,15 @@ def labels_of(
         task: what labels are.
         classes: of the dataset, as far as they are known.
         own_names: what the source calls its class ids.
+        missing: whether rows may have no label: null, NaN or -1.
 
     Raises:
         RefusedError: the column is nothing for this task.
     """
+    if missing:
+        if task == "classification" and label_kind(column.type) == "numbers":
+            column = pa.nulls(len(column), pa.int64())  # class ids beside missing ones, as pandas writes them
+        return _OrMissing(labels_of(column, row, place, task, classes, own_names), place, task)
     kind = label_kind(column.type)
     if task == "regression" and kind in ("ids", "numbers"):
         return _Values(place)
@@ -81,7 +105,8 @@ def _advice(column: Any) -> str:
     value = column[0].as_py()
     if value is None or not math.isfinite(value):
         return (
-            "cast the column to integers if these are class ids: missing values make floats of them; remove such rows"
+            "cast the column to integers if these are class ids: missing values make floats of them; remove such rows, "
+            f"or {_LABELS_MISSING}"
         )
     if float(value).is_integer():
         return "cast the column to integers if these are class ids; set data.task: regression if they are quantities"
@@ -106,7 +131,7 @@ class _Ids(Labels):
     def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
         """Cast and check."""
         column = plain(column)
-        refuse_nulls(column, self._place, rows[0])
+        refuse_nulls(column, self._place, rows[0], f"remove the row, or fill it in; {_LABELS_MISSING}")
         try:
             ids: np.ndarray = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid:  # a uint64 that int64 cannot hold
@@ -126,7 +151,7 @@ class _Ids(Labels):
         value = int(str(got))
         advice = "correct the labels, or set `classes` of data.train"
         if value == -1:
-            advice = "remove the row if -1 marks rows without a label, as it does in many datasets"
+            advice = f"remove the row if -1 marks rows without a label, as in many datasets; {_LABELS_MISSING}"
         elif value < 0:
             advice = "correct the labels: class ids are counted from 0"
         elif value == self._number:
@@ -156,7 +181,7 @@ class _Names(Labels):
     def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
         """Ids; of train rows in the order in which threads met the names."""
         column = plain(column)
-        refuse_nulls(column, self._place, rows[0])
+        refuse_nulls(column, self._place, rows[0], f"remove the row, or fill it in; {_LABELS_MISSING}")
         # Python looks up each name of a block once, and not each row's.
         encoded = pc.dictionary_encode(column)
         ids = [self._id(name, rows[0]) for name in encoded.dictionary.to_pylist()]
@@ -197,7 +222,7 @@ class _Values(Labels):
     def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
         """Cast and check."""
         column = plain(column)
-        refuse_nulls(column, self._place, rows[0])
+        refuse_nulls(column, self._place, rows[0], f"remove the row, or fill it in; {_LABELS_MISSING}")
         stored = column.to_numpy(zero_copy_only=False)
         refuse_inexact(stored, self._place, rows[0], "label")
         with np.errstate(over="ignore"):
@@ -210,6 +235,66 @@ class _Values(Labels):
                 next="remove the row, or correct it",
             )
         return values
+
+
+class NoLabels(Labels):
+    """A source whose labels are not read."""
+
+    named = False
+
+    def __init__(self, task: recipe.Task) -> None:
+        self._task: recipe.Task = task
+        self.names: tuple[str, ...] | None = None
+
+    def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
+        """What stands for them."""
+        return unknown(self._task, len(rows))
+
+
+class _OrMissing(Labels):
+    """Labels of a source in which a row may have none: null, NaN, or -1 where labels are class ids."""
+
+    def __init__(self, known: Labels, place: Place, task: recipe.Task) -> None:
+        self._known, self._place, self._task = known, place, task
+        self.named = known.named
+
+    @property
+    def names(self) -> tuple[str, ...] | None:  # type: ignore[override]  # read only
+        """Those of the rows that have labels."""
+        return self._known.names
+
+    def __call__(self, column: Any, rows: np.ndarray) -> np.ndarray:
+        """Cast and check those that are there."""
+        column = plain(column)
+        missing = pc.is_null(column, nan_is_null=True)
+        if label_kind(column.type) != "names" and self._task == "classification":
+            missing = pc.or_(missing, pc.fill_null(pc.equal(column, -1), True))
+        there = pc.invert(missing).to_numpy(zero_copy_only=False)
+        labels = unknown(self._task, len(rows))
+        if there.any():
+            labels[there] = self._known(self._as_ids(column.filter(pa.array(there)), rows[there]), rows[there])
+        return labels
+
+    def finished(self, labels: np.ndarray) -> np.ndarray:
+        """Those that are there renumbered, where they are names."""
+        there = ~are_unknown(labels)
+        finished = labels.copy()
+        finished[there] = self._known.finished(labels[there])
+        return finished
+
+    def _as_ids(self, column: Any, rows: np.ndarray) -> Any:
+        """Class ids that stand as floats beside missing ones, as integers."""
+        if self._task == "regression" or not pa.types.is_floating(column.type):
+            return column
+        try:
+            return column.cast(pa.int64())
+        except pa.ArrowInvalid:
+            raise RefusedError(
+                f"a label that is no class id in {self._place(rows[0])}",
+                got=column[0],
+                expected="a whole number, or none",
+                next="correct the label; set data.task: regression if labels are quantities",
+            ) from None
 
 
 def _unknown_name(where: str, name: str, names: Sequence[str]) -> RefusedError:

@@ -41,10 +41,14 @@ def places_of(data: recipe.DataSpec) -> dict[str, Place]:
     """Where the rows of each split stand; raises as `source_rows`."""
     readings = open_sources(data, kinds_of(data))
     sources = {split: source_of_split(data, split) for split in SPLITS}
-    return {
+    places = {
         split: Place(sources[split], readings[sources[split]].source.rows, found.rows)
         for split, found in rows_of_splits(data, readings).items()
     }
+    if data.train is not None and "unlabelled" in readings:  # rows of two sources, which only the split has together
+        count = len(places["train"].numbers)
+        places["train"] = Place("train", count, np.arange(count))
+    return places
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,13 @@ def _numbers(split: Split, wanted: Wanted, file: LogitFile, by_key: np.ndarray |
 def _joined(file: LogitFile, wanted: Wanted, source: str) -> np.ndarray:
     """For each row of a source the row of the file with its key, int64; -1 where there is none."""
     assert wanted.key is not None
+    if wanted.first == "train" and len(wanted.data.sources.keys() & {"train", "unlabelled"}) == 2:
+        raise RefusedError(
+            "train rows of two sources have no key together",
+            got=f"--key {wanted.key}, with data.train and data.unlabelled",
+            expected="their logits in the order of rows: those of data.train, then those of data.unlabelled",
+            next="leave out --key",
+        )
     theirs, ours = plain(file.key), key_column(wanted.data, source, wanted.key)
     if theirs.null_count or len(theirs) != file.shape[1]:
         raise RefusedError(

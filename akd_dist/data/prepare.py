@@ -6,9 +6,8 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +18,11 @@ from akd_dist.data import framing
 from akd_dist.data.blocks import Block, default_threads, map_blocks
 from akd_dist.data.columns import Images, Inputs, inputs_of
 from akd_dist.data.encoded import COLUMNS, meaning_of
-from akd_dist.data.labels import Classes, Labels, labels_of
+from akd_dist.data.labels import Classes, Labels, NoLabels, labels_of, unknown
 from akd_dist.data.noted import MixedSizesError
 from akd_dist.data.row_files import RowsFile
 from akd_dist.data.sources.base import Kind, Source
 from akd_dist.data.sources.kinds import kind_of, open_kind
-from akd_dist.data.splitting import SPLITS
 from akd_dist.data.text import tokenizer_of
 
 # The most rows read and decoded at a time.
@@ -50,6 +48,8 @@ class OpenedSource:
     """Its first row."""
     inputs: Inputs
     """What turns its inputs into arrays."""
+    unlabelled: Literal["all", "missing"] | None = None
+    """Which of its rows have no label; None where every row needs one."""
     encoded: int = 0
     """Bytes of one input that stays encoded, the mean of the first few; 0 where they become pixels."""
 
@@ -71,13 +71,34 @@ class OpenedSource:
 
     def labels(self, task: recipe.Task, classes: Classes) -> Labels:
         """What turns its labels into arrays."""
-        return labels_of(self.first.labels, 0, self.source.label_place, task, classes, self.source.class_names)
+        if self.unlabelled == "all":
+            return NoLabels(task)
+        source, missing = self.source, self.unlabelled == "missing"
+        return labels_of(self.first.labels, 0, source.label_place, task, classes, source.class_names, missing=missing)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a source that go together into a split's files."""
+
+    rows: np.ndarray
+    """Which, bool [rows of the source]."""
+    file: RowsFile
+    """That of the split."""
 
 
 def kinds_of(data: recipe.DataSpec) -> dict[str, Kind]:
-    """The kinds of source of a recipe's data by split, that of the train rows first; a share has none."""
-    specs = {name: getattr(data, name) for name in SPLITS}
-    return {name: kind_of(spec) for name, spec in specs.items() if not isinstance(spec, float)}
+    """The kinds of source of a recipe's data by split, that of the train rows first; a share has none.
+
+    Rows without labels come last, as `unlabelled`: a column of labels is not looked for there.
+    """
+    return {name: kind_of(without_labels(one) if name == "unlabelled" else one) for name, one in data.sources.items()}
+
+
+def without_labels(spec: recipe.Source) -> recipe.Source:
+    """The same source, whose labels are not looked for; those that come with the inputs are not read."""
+    nothing = {"label": "", "labels": None, "classes": None}
+    return spec.model_copy(update={key: none for key, none in nothing.items() if key in type(spec).model_fields})
 
 
 def open_sources(
@@ -101,17 +122,21 @@ def open_sources(
     for name, source in sources.items():
         shape = getattr(getattr(data, name), "shape", None)
         inputs = inputs_of(first[name].inputs, 0, source.input_place, shape, tokenizer, data.image)
-        readings[name] = OpenedSource(source, first[name], inputs)
+        without: Literal["all", "missing"] | None = "all" if name == "unlabelled" else None
+        if name == "train" and data.unlabelled == "missing":
+            without = "missing"
+        readings[name] = OpenedSource(source, first[name], inputs, without)
+    lead = next(iter(readings))
     if data.image != recipe.Image() and not any(isinstance(one.inputs, Images) for one in readings.values()):
         raise RefusedError(
             "data.image is given, and the inputs are not images",
-            got=f"{readings['train'].inputs.dtype} {list(readings['train'].inputs.shape)} in {sources['train'].name}",
+            got=f"{readings[lead].inputs.dtype} {list(readings[lead].inputs.shape)} in {sources[lead].name}",
             expected="encoded images, or those of Pillow",
             next="leave out data.image",
         )
     readings = _kept(data, _of_one_colour(readings))
     for name, reading in readings.items():
-        _check_alike(name, reading, readings["train"], data.task)
+        _check_alike(name, reading, lead, readings[lead], data.task)
     return readings
 
 
@@ -150,12 +175,13 @@ def kept_as(reading: OpenedSource) -> dict[str, Any] | None:
 
 
 def read_labels(
-    reading: OpenedSource, classes: Classes, tell: Callable[[int, int], None]
+    reading: OpenedSource, task: recipe.Task, classes: Classes, tell: Callable[[int, int], None]
 ) -> tuple[Classes, np.ndarray]:
-    """The class ids of a source, int64 [rows]; without its inputs, where the kind of source allows it.
+    """The labels of a source, int64 or float32 [rows]; without its inputs, where the kind of source allows it.
 
     Args:
         reading: the source.
+        task: what labels are.
         classes: what is known of the dataset's classes; not complete for the source of the train rows.
         tell: called with rows done, and rows in all.
 
@@ -166,10 +192,12 @@ def read_labels(
         RefusedError: names the first row whose label is wrong.
     """
     source = reading.source
+    if reading.unlabelled == "all":
+        return classes, unknown(task, source.rows)
     classes = classes if classes.complete else Classes(source.classes)
-    _check_number(source, "classification", classes)
-    convert = reading.labels("classification", classes)
-    labels = np.zeros(source.rows, dtype=np.int64)
+    _check_number(source, task, classes)
+    convert = reading.labels(task, classes)
+    labels = unknown(task, source.rows)
 
     def work(block: Block) -> int:
         # Each thread writes the rows of its own block, so no lock is needed.
@@ -179,7 +207,7 @@ def read_labels(
     blocks = source.label_blocks(_LABEL_ROWS) if source.label_blocks else source.blocks(reading.block_rows)
     for done in itertools.accumulate(map_blocks(blocks, work, default_threads())):
         tell(done, source.rows)
-    return _finished(source, "classification", classes, convert, labels)
+    return _finished(source, task, classes, convert, labels)
 
 
 def in_colour(readings: dict[str, OpenedSource]) -> dict[str, OpenedSource]:
@@ -204,7 +232,7 @@ def _of_one_colour(readings: dict[str, OpenedSource]) -> dict[str, OpenedSource]
 
 def write_source(
     reading: OpenedSource,
-    files: Sequence[tuple[np.ndarray, tuple[Path, ...]]],
+    parts: Sequence[Part],
     task: recipe.Task,
     classes: Classes,
     tell: Callable[[int, int], None],
@@ -213,7 +241,7 @@ def write_source(
 
     Args:
         reading: the source.
-        files: rows that go together (bool [rows of the source]), and their files, as of `row_files.names_of`.
+        parts: which go where.
         task: what labels are.
         classes: what is known of the dataset's classes; not complete for the source of the train rows.
         tell: called with rows done, and rows in all.
@@ -225,7 +253,7 @@ def write_source(
         RefusedError: names the first row in the source's order that is wrong.
     """
     try:
-        return _write_source(reading, files, task, classes, tell)
+        return _write_source(reading, parts, task, classes, tell)
     except MixedSizesError as error:
         raise with_advice(error, reading) from error
 
@@ -243,7 +271,7 @@ def with_advice(error: MixedSizesError, reading: OpenedSource) -> MixedSizesErro
 
 def _write_source(
     reading: OpenedSource,
-    files: Sequence[tuple[np.ndarray, tuple[Path, ...]]],
+    parts: Sequence[Part],
     task: recipe.Task,
     classes: Classes,
     tell: Callable[[int, int], None],
@@ -252,14 +280,14 @@ def _write_source(
     classes = classes if classes.complete else Classes(source.classes)
     _check_number(source, task, classes)
     convert = reading.labels(task, classes)
-    labels = np.zeros(source.rows, dtype=np.int64 if task == "classification" else np.float32)
+    labels = unknown(task, source.rows)
 
     def work(block: Block) -> tuple[int, list[np.ndarray]]:
         """How many rows the block has, and the inputs of each file."""
         rows = block.rows
         # Also of rows that are left out: which classes there are is a matter of the whole source.
         labels[rows] = convert(block.labels, rows)
-        here = [part[rows] for part, _ in files]
+        here = [part.rows[rows] for part in parts]
         wanted = np.logical_or.reduce(here)
         if not wanted.any():
             return len(block), []
@@ -267,19 +295,13 @@ def _write_source(
         return len(block), [inputs[mine[wanted]] for mine in here]
 
     done = 0
-    with contextlib.ExitStack() as stack:
-        outputs = [RowsFile(names, int(np.count_nonzero(rows)), reading.inputs) for rows, names in files]
-        for output in outputs:
-            stack.callback(output.close)
-        for count, parts in map_blocks(source.blocks(reading.block_rows), work, default_threads()):
-            # Not strict, since a block of which no row is wanted has no parts.
-            for output, part in zip(outputs, parts, strict=False):
-                output.write(part)
-            done += count
-            tell(done, source.rows)
-        classes, labels = _finished(source, task, classes, convert, labels)
-        for output, (rows, _) in zip(outputs, files, strict=True):
-            output.finish(labels[rows])
+    for count, made in map_blocks(source.blocks(reading.block_rows), work, default_threads()):
+        # Not strict, since a block of which no row is wanted has nothing.
+        for part, inputs in zip(parts, made, strict=False):
+            part.file.write(inputs)
+        done += count
+        tell(done, source.rows)
+    classes, labels = _finished(source, task, classes, convert, labels)
     return classes, labels
 
 
@@ -338,7 +360,7 @@ def _check_number(source: Source, task: recipe.Task, classes: Classes) -> None:
         )
 
 
-def _check_alike(name: str, reading: OpenedSource, train: OpenedSource, task: recipe.Task) -> None:
+def _check_alike(name: str, reading: OpenedSource, lead: str, first: OpenedSource, task: recipe.Task) -> None:
     def inputs_are(one: OpenedSource) -> str:
         pair = " of pairs" if len(one.first.inputs) == 2 else ""
         return f"{one.inputs.dtype} {list(one.inputs.shape)}{pair}"
@@ -350,9 +372,11 @@ def _check_alike(name: str, reading: OpenedSource, train: OpenedSource, task: re
         ("inputs", inputs_are, "bring all sources to one shape and type"),
         ("labels", labels_are, "write the labels of all sources alike"),
     ):
-        if (got := describe(reading)) != (expected := describe(train)):
-            whose = f"the {what} of data.{name} are not like those of data.train"
-            raise RefusedError(whose, got=got, expected=expected, next=_to_one_size(reading, train) or hint)
+        if what == "labels" and reading.unlabelled == "all":
+            continue
+        if (got := describe(reading)) != (expected := describe(first)):
+            whose = f"the {what} of data.{name} are not like those of data.{lead}"
+            raise RefusedError(whose, got=got, expected=expected, next=_to_one_size(reading, first) or hint)
 
 
 def _to_one_size(reading: OpenedSource, train: OpenedSource) -> str | None:

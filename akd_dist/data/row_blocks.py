@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -18,7 +18,7 @@ from akd_dist.data import findings
 from akd_dist.data.blocks import Block, map_blocks
 from akd_dist.data.columns import Images, NotGreyError
 from akd_dist.data.encoded import EncodedPictures, Mapped, encoded_of
-from akd_dist.data.labels import Classes
+from akd_dist.data.labels import Classes, unknown
 from akd_dist.data.noted import MixedSizesError, Noted
 from akd_dist.data.origins import Origin, sha256_of, size_and_time
 from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources, with_advice
@@ -56,20 +56,20 @@ class RowsJob:
 
 
 @dataclass(frozen=True)
-class BlockRun:
-    """Blocks of a split that are read in one go."""
+class Stretch:
+    """Rows of a source that are read one after the other."""
 
     source: str
-    """The split whose source they are read from."""
-    split: str
-    numbers: tuple[int, ...]
+    """The split whose source they are read from; `unlabelled` for that of rows without labels."""
     start: int
     """The rows of the source to read: from this one on."""
     stop: int
     rows: int
-    """How many rows the blocks have."""
+    """How many of them are wanted."""
     chosen: bytes | None
-    """Which of the rows that are read belong to them, a bit each; None for all."""
+    """Which of the rows that are read those are, a bit each; None for all."""
+    labelled: bool = True
+    """Whether their labels are kept."""
 
     def wanted(self) -> np.ndarray:
         """The same as bool [stop - start]."""
@@ -77,6 +77,21 @@ class BlockRun:
             return np.ones(self.stop - self.start, dtype=np.bool_)
         bits = np.unpackbits(np.frombuffer(self.chosen, np.uint8), count=self.stop - self.start)
         return bits.view(np.bool_)
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """Blocks of a split that are read in one go."""
+
+    split: str
+    numbers: tuple[int, ...]
+    stretches: tuple[Stretch, ...]
+    """What they are made of: one, or two where rows with labels end within a block and others follow."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows the blocks have."""
+        return sum(one.rows for one in self.stretches)
 
     def __str__(self) -> str:
         first, last = self.numbers[0], self.numbers[-1]
@@ -97,42 +112,60 @@ def write_run(job: RowsJob, run: BlockRun, threads: int = 1) -> list[BlockReceip
         MachineError: the root cannot be written.
     """
     creation, began = job.writer.creation, time.perf_counter()
-    reading = _opened(job)[run.source]
-    convert, wanted = reading.labels(job.data.task, job.classes), run.wanted()
-    ordinals = (np.cumsum(wanted) - 1) // creation.block_rows  # which of the blocks a row belongs to
-    receipts: list[BlockReceipt] = []
+    receipts, filling = list[BlockReceipt](), _Filling(creation, run)
+    try:
+        for part in _parts(job, run, threads):
+            if (whole := filling.add(*part)) is None:
+                continue
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            number, noted = run.numbers[part[0]], dataclasses.asdict(filling.noted)
+            told = base64.b64encode(findings.stable_hashes(filling.inputs).tobytes()).decode()
+            receipts.append(write_block(job.writer, run.split, number, whole, **noted, hashes=told, seconds=seconds))
+    except NotGreyError:
+        return None
+    return receipts
 
-    def work(block: Block) -> list[tuple[int, np.ndarray, np.ndarray, Noted]]:
-        """Of each block that has rows here: which it is, inputs, labels, and what is to be noted of pictures."""
-        at = block.rows - run.start
+
+_Made = tuple[int, np.ndarray, np.ndarray, Noted]
+"""Rows of a block of the run: which of its blocks, inputs, labels, and what is to be noted of pictures."""
+
+
+def _parts(job: RowsJob, run: BlockRun, threads: int) -> Iterator[_Made]:
+    """What the rows of a run become, in their order."""
+    before = 0
+    for stretch in run.stretches:
+        for parts in _parts_of(job, stretch, before, threads):
+            yield from parts
+        before += stretch.rows
+
+
+def _parts_of(job: RowsJob, stretch: Stretch, before: int, threads: int) -> Iterator[list[_Made]]:
+    """The same of a stretch.
+
+    Args:
+        before: rows of the run in the stretches before.
+    """
+    reading, task = _opened(job)[stretch.source], job.data.task
+    convert, wanted = reading.labels(task, job.classes), stretch.wanted()
+    # Which of the blocks a row belongs to.
+    ordinals = (before + np.cumsum(wanted) - 1) // job.writer.creation.block_rows
+
+    def work(block: Block) -> list[_Made]:
+        at = block.rows - stretch.start
         made = []
         for ordinal in np.unique(ordinals[at[wanted[at]]]).tolist():
             mine = wanted[at] & (ordinals[at] == ordinal)
             rows = block.rows[mine]
             inputs = reading.inputs.afresh() if isinstance(reading.inputs, Images) else reading.inputs
-            labels = convert(chosen_rows(block.labels, mine), rows)
+            kept = convert(chosen_rows(block.labels, mine), rows) if stretch.labelled else unknown(task, len(rows))
             values = inputs([chosen_rows(column, mine) for column in block.inputs], rows)
-            made.append((ordinal, values, labels, inputs.noted if isinstance(inputs, Images) else Noted()))
+            made.append((ordinal, values, kept, inputs.noted if isinstance(inputs, Images) else Noted()))
         return made
 
-    filling = _Filling(creation, run)
-    blocks = reading.source.blocks(reading.block_rows, run.start, run.stop)
     try:
-        for parts in map_blocks(blocks, work, threads):
-            for part in parts:
-                if (whole := filling.add(*part)) is None:
-                    continue
-                seconds, began = time.perf_counter() - began, time.perf_counter()
-                number, noted = run.numbers[part[0]], dataclasses.asdict(filling.noted)
-                told = base64.b64encode(findings.stable_hashes(filling.inputs).tobytes()).decode()
-                receipts.append(
-                    write_block(job.writer, run.split, number, whole, **noted, hashes=told, seconds=seconds)
-                )
-    except NotGreyError:
-        return None
+        yield from map_blocks(reading.source.blocks(reading.block_rows, stretch.start, stretch.stop), work, threads)
     except MixedSizesError as error:
         raise with_advice(error, reading) from error
-    return receipts
 
 
 class _Filling:
@@ -194,7 +227,7 @@ def _opened(job: RowsJob) -> dict[str, OpenedSource]:
         _check_files(job, local_files(kinds, keys))
         readings = open_sources(job.data, kinds, job.known)
         readings = in_colour(readings) if job.colour else readings
-        inputs = readings["train"].inputs
+        inputs = next(iter(readings.values())).inputs
         if (inputs.dtype.str, list(inputs.shape)) != (job.writer.creation.dtype, job.writer.creation.shape):
             raise _other_files(f"{inputs.dtype} {list(inputs.shape)}", str(job.writer.creation.shape))
         _readings.clear()

@@ -1,5 +1,6 @@
 """Sources as memory-mapped rows, prepared once per node under a lock, and found again by every process there."""
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -25,12 +26,29 @@ from akd_dist.data import findings, pictures, splitting
 from akd_dist.data.columns import NotGreyError, notes_of
 from akd_dist.data.labels import Classes
 from akd_dist.data.origins import Origin, Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
-from akd_dist.data.prepare import OpenedSource, in_colour, kept_as, kinds_of, open_sources, read_labels, write_source
+from akd_dist.data.prepare import (
+    OpenedSource,
+    Part,
+    in_colour,
+    kept_as,
+    kinds_of,
+    open_sources,
+    read_labels,
+    write_source,
+)
 from akd_dist.data.row_entry import INDEX, arrays_of, open_entry, stats_of
-from akd_dist.data.row_files import names_of
+from akd_dist.data.row_files import RowsFile, names_of
 from akd_dist.data.rows import SPLITS, Splits, fingerprint, meaning_of
 from akd_dist.data.sources.base import Kind, local_files
-from akd_dist.data.splitting import LEFT_OUT, is_drawn, split_of_source
+from akd_dist.data.splitting import (
+    LEFT_OUT,
+    UNLABELLED,
+    RowCounts,
+    is_drawn,
+    reads_labels_first,
+    rows_by_split,
+    split_of_source,
+)
 from akd_dist.data.text import Tokens, text_key
 from akd_dist.storage.content import discard
 from akd_dist.storage.node_cache import Keep, NoRoomError, make_room, name_entry
@@ -103,12 +121,13 @@ def prepare(
 
 def key_of(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What prepared rows are known by, as JSON: `keys` of their sources, and how these become rows."""
-    fractions = {name: getattr(data, name) for name in SPLITS if name not in keys}
+    fractions = {name: getattr(data, name) for name in SPLITS[1:] if name not in keys}
     key = {
         "format": _FORMAT,
         # Only where it changes which rows go where: for all others the key stays what it was before recipes had
         # `stratify`.
         **({"stratify": True} if data.stratify and is_drawn(data) else {}),
+        **({"unlabelled": data.unlabelled} if isinstance(data.unlabelled, str) else {}),
         "sources": keys,
         "fractions": fractions,
         "subset": data.subset,
@@ -117,7 +136,7 @@ def key_of(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, 
         "task": data.task,
         "text": text_key(data.text),
     }
-    if data.text is None and any(isinstance(getattr(data, name), _OF_IMAGES) for name in keys):
+    if data.text is None and any(isinstance(source, _OF_IMAGES) for source in data.sources.values()):
         kept = {"encoded": data.image.keep} if data.asks_for_encoded else {}
         key["image"] = {"rules": pictures.RULES, **data.image.written(), **kept}
     return key
@@ -138,10 +157,11 @@ def _write(
     """
     origins, stamps = look_at(files)
     readings = open_sources(data, kinds)
-    stratified = None
-    if data.stratify and is_drawn(data):
-        _, stratified = read_labels(readings["train"], Classes(), functools.partial(tell, "the labels of data.train"))
-    splits = {name: split_of_source(name, data, one.source, stratified) for name, one in readings.items()}
+    labels = None
+    if reads_labels_first(data):
+        told = functools.partial(tell, "the labels of data.train")
+        _, labels = read_labels(readings["train"], data.task, Classes(), told)
+    splits = {name: split_of_source(name, data, one.source, labels) for name, one in readings.items()}
     if data.task == "classification" and all(one.source.labels_at_hand for one in readings.values()):
         _check_labels(data, readings, splits, tell)
 
@@ -166,7 +186,8 @@ def _check_labels(
     """
     classes, counts = Classes(), np.zeros((), dtype=np.int64)
     for name, reading in readings.items():
-        classes, labels = read_labels(reading, classes, functools.partial(tell, f"the labels of data.{name}"))
+        told = functools.partial(tell, f"the labels of data.{name}")
+        classes, labels = read_labels(reading, data.task, classes, told)
         counts = counts + splitting.count(splits[name], labels, classes.number or 0)
     splitting.check_classes(data, counts, classes.names)
 
@@ -188,25 +209,43 @@ def _write_readings(
         # What killed processes left. Nobody else prepares these rows now, since the lock is ours.
         _remove(folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}"))
         partial.mkdir(parents=True)
-        classes, counts = Classes(), np.zeros((), dtype=np.int64)
-        for name, reading in readings.items():
-            parts = {
-                number: splits[name] == number for number in np.unique(splits[name]).tolist() if number != LEFT_OUT
+        rows, lead = rows_by_split(splits), next(iter(readings.values()))
+        encoded = kept_as(lead)
+        with contextlib.ExitStack() as stack:
+            files = {
+                name: RowsFile(names_of(partial, name, encoded=encoded is not None), rows.of(name), lead.inputs)
+                for name in SPLITS
             }
-            outputs = [
-                (part, names_of(partial, SPLITS[number], encoded=reading.encoded > 0)) for number, part in parts.items()
-            ]
-            told = functools.partial(tell, f"the rows of data.{name}")
-            classes, labels = write_source(reading, outputs, data.task, classes, told)
-            if data.task == "classification":
-                counts = counts + splitting.count(splits[name], labels, classes.number or 0)
-            del labels  # eight bytes a row, which the next source would find taken
+            for file in files.values():
+                stack.callback(file.close)
+            classes, counts = Classes(), np.zeros((), dtype=np.int64)
+            kept_labels: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+            for name, reading in readings.items():
+                there = np.unique(splits[name]).tolist()
+                numbers = [number for number in there if number not in (LEFT_OUT, UNLABELLED)]
+                told = functools.partial(tell, f"the rows of data.{name}")
+                if numbers:
+                    parts = [Part(splits[name] == number, files[SPLITS[number]]) for number in numbers]
+                    classes, labels = write_source(reading, parts, data.task, classes, told)
+                    if data.task == "classification":
+                        counts = counts + splitting.count(splits[name], labels, classes.number or 0)
+                    for number, part in zip(numbers, parts, strict=True):
+                        kept_labels[SPLITS[number]].append(labels[part.rows])
+                    del labels  # eight bytes a row, which the next source would find taken
+                if UNLABELLED in there:
+                    # Behind those with labels: a source that has both is read again, without what is written already.
+                    parts = [Part(splits[name] == UNLABELLED, files["train"])]
+                    without = dataclasses.replace(reading, unlabelled="all")
+                    _, labels = write_source(without, parts, data.task, classes, told)
+                    kept_labels["train"].append(labels[parts[0].rows])
+            for name, file in files.items():
+                file.finish(np.concatenate(kept_labels[name]))
         lines = [note for reading in readings.values() for note in reading.source.notes]
         lines += [note for name, reading in readings.items() for note in notes_of(reading.inputs, f"data.{name}")]
         if data.task == "classification":
             splitting.check_classes(data, counts, classes.names)
-            lines += findings.of_classes(counts[0], classes.names)
-        encoded = kept_as(readings["train"])
+            lines += findings.of_classes(counts[0], classes.names) if rows.labelled else []
+        lines += findings.of_unlabelled(data, rows.labelled, rows.unlabelled)
         arrays = {name: arrays_of(partial, name, encoded) for name in SPLITS}
         kept = sum(one.nbytes for both in arrays.values() for one in both)
         lines += findings.of_encoded(kept, sum(len(labels) for _, labels in arrays.values()), encoded)
@@ -217,7 +256,7 @@ def _write_readings(
         origins["shown"] = show({name: reading.source for name, reading in readings.items()})
         # Once all of them have been read: of a file that was written meanwhile, nobody could say which rows it gave.
         check_unchanged(origins, stamps)
-        _write_index(partial, data.task, classes, readings["train"].inputs.tokens, encoded, lines, origins, tell)
+        _write_index(partial, data.task, classes, lead.inputs.tokens, encoded, rows, lines, origins, tell)
         # Whole from the moment that it has its name, like everything in the cache.
         return name_entry(partial, folder)
     except OSError as error:
@@ -257,6 +296,7 @@ def _write_index(
     classes: Classes,
     tokens: Tokens | None,
     encoded: dict[str, Any] | None,
+    rows: RowCounts,
     lines: Sequence[str],
     origins: Origins,
     tell: Progress,
@@ -270,6 +310,8 @@ def _write_index(
             inputs, labels, classes.number, task=task, class_names=classes.names, tokens=tokens, on_progress=told
         )
         index[name] = {"fingerprint": digest, "blocks": blocks, "files": stats_of(folder, name, index)}
+    if rows.unlabelled:
+        index["labelled"] = rows.labelled
     index["findings"] = list(dict.fromkeys(lines))
     replace(folder / INDEX, with_checksum(index | {"origins": origins}))
 

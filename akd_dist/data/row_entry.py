@@ -43,6 +43,7 @@ def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:
         task=index.get("task", "classification"),
         class_names=tuple(index["class_names"]) if "class_names" in index else None,
         tokens=Tokens.model_validate(index["tokens"]) if "tokens" in index else None,
+        with_labels=index.get("labelled") if name == "train" else None,
         files=files,
         inodes=inodes_of(files),
     )

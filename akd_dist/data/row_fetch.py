@@ -305,4 +305,5 @@ def _rows(sealed: SealedRows, manifest: RowsManifest, split: str, inputs: np.nda
         tokens=Tokens.model_validate(meaning["tokens"]) if "tokens" in meaning else None,
         sealed=sealed,
         counts=tuple(its.classes) or None,
+        with_labels=its.labelled,
     )

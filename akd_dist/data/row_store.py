@@ -11,8 +11,10 @@ is that of `row_cache.prepare`, whoever wrote which block.
 from __future__ import annotations
 
 import base64
+import bisect
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,14 +30,26 @@ from akd_dist.data.labels import Classes
 from akd_dist.data.noted import Noted, lines_of
 from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show, size_and_time
 from akd_dist.data.prepare import OpenedSource, in_colour, kept_as, kinds_of, open_sources, read_labels
-from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile
+from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile, Stretch
 from akd_dist.data.row_cache import Progress, key_of
 from akd_dist.data.rows import BLOCK_ROWS, SPLITS, meaning_of
 from akd_dist.data.sources.base import local_files, remote_files
-from akd_dist.data.splitting import is_drawn, rows_of_split, source_of_split, split_of_source
+from akd_dist.data.splitting import (
+    UNLABELLED,
+    RowCounts,
+    reads_labels_first,
+    rows_by_split,
+    source_of_split,
+    split_of_source,
+)
 from akd_dist.storage.layout import ROWS
 from akd_dist.storage.roots import open_root
-from akd_dist.storage.row_documents import ENCODED_MANIFEST_FORMAT, ENCODED_ROWS_FORMAT, MANIFEST_FORMAT
+from akd_dist.storage.row_documents import (
+    ENCODED_MANIFEST_FORMAT,
+    ENCODED_ROWS_FORMAT,
+    LABELLED_MANIFEST_FORMAT,
+    MANIFEST_FORMAT,
+)
 from akd_dist.storage.rows import (
     ROWS_FORMAT,
     BlockReceipt,
@@ -71,6 +85,8 @@ class RowsPlan:
     readings: dict[str, OpenedSource]
     counts: np.ndarray
     """Rows by split and class, int64 [splits and what is left out, classes]; no classes for regression."""
+    placed: RowCounts
+    """How many rows there are of each kind."""
     lines: list[str]
     """Findings of classes."""
     origins: Origins
@@ -202,26 +218,31 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
     origins, stamps = look_at(look.files)
     readings = open_sources(data, look.kinds)
     readings = in_colour(readings) if colour else readings
-    drawn_by_class = data.stratify and is_drawn(data)
 
     def drawn(labels: np.ndarray | None) -> dict[str, np.ndarray]:
         return {name: split_of_source(name, data, one.source, labels) for name, one in readings.items()}
 
-    splits = {} if drawn_by_class else drawn(None)
+    splits = {} if reads_labels_first(data) else drawn(None)
     classes, labels, lines = Classes(1, complete=True), dict[str, np.ndarray](), list[str]()
     counts = np.zeros((len(SPLITS) + 1, 0), dtype=np.int64)
     if data.task == "classification":
         classes = Classes()
         for name, reading in readings.items():
-            classes, labels[name] = read_labels(reading, classes, functools.partial(tell, f"the labels of data.{name}"))
+            told = functools.partial(tell, f"the labels of data.{name}")
+            classes, labels[name] = read_labels(reading, data.task, classes, told)
+    elif not splits:
+        told = functools.partial(tell, "the labels of data.train")
+        _, labels["train"] = read_labels(readings["train"], data.task, classes, told)
     splits = splits or drawn(labels["train"])
+    rows = rows_by_split(splits)
     if data.task == "classification":
         counts = np.sum([splitting.count(splits[name], labels[name], classes.number or 0) for name in readings], axis=0)
         splitting.check_classes(data, counts, classes.names)
-        lines = findings.of_classes(counts[0], classes.names)
+        lines = findings.of_classes(counts[0], classes.names) if rows.labelled else []
+    lines += findings.of_unlabelled(data, rows.labelled, rows.unlabelled)
     labels.clear()
-    inputs = readings["train"].inputs
-    encoded = kept_as(readings["train"])
+    lead = next(iter(readings.values()))
+    inputs, encoded = lead.inputs, kept_as(lead)
     creation = RowsCreation(
         format=ROWS_FORMAT if encoded is None else ENCODED_ROWS_FORMAT,
         source=look.source[colour],
@@ -230,12 +251,9 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
         shape=list(inputs.shape),
         labels="<i8" if data.task == "classification" else "<f4",
         block_rows=BLOCK_ROWS,
-        rows={
-            split: sum(int(np.count_nonzero(of == number)) for of in splits.values())
-            for number, split in enumerate(SPLITS)
-        },
+        rows={split: rows.of(split) for split in SPLITS},
         meaning=meaning_of(classes.number or 1, data.task, classes.names, inputs.tokens, encoded),
-        encoded=None if encoded is None else readings["train"].encoded,
+        encoded=None if encoded is None else lead.encoded,
     )
     writer = RowsWriter(open_root(look.root).uri, look.ids[colour], creation)
     begin_rows(writer)
@@ -247,35 +265,83 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
     ]
     known = {name: one.source.known for name, one in readings.items()}
     job = RowsJob(writer, data, classes, colour, tuple(files), look.objects, known)
-    runs = [run for name, one in readings.items() for run in _runs(name, one, splits[name], creation, there)]
-    return RowsPlan(job, runs, there, readings, counts, lines, origins, stamps)
+    runs = [run for split in SPLITS for run in _runs(split, _segments(split, readings, splits), creation, there)]
+    return RowsPlan(job, runs, there, readings, counts, rows, lines, origins, stamps)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Rows of a source that follow each other in a split."""
+
+    name: str
+    """Of the source."""
+    reading: OpenedSource
+    places: np.ndarray
+    """The rows of the source, int64, rising."""
+    labelled: bool
+    first: int
+    """Which row of the split the first of them is."""
+
+    @property
+    def after(self) -> int:
+        """The row of the split after the last of them."""
+        return self.first + len(self.places)
+
+    def stretch(self, rows: np.ndarray) -> Stretch | None:
+        """Those of some rows of the split that are here; None where none are."""
+        here = rows[(self.first <= rows) & (rows < self.after)]
+        if not len(here):
+            return None
+        mine = self.places[here - self.first]
+        begins, ends = int(mine[0]), int(mine[-1]) + 1
+        wanted = np.zeros(ends - begins, dtype=np.bool_)
+        wanted[mine - begins] = True
+        chosen = None if wanted.all() else np.packbits(wanted).tobytes()
+        return Stretch(self.name, begins, ends, len(mine), chosen, self.labelled)
+
+    @property
+    def most(self) -> int:
+        """The most blocks that one task writes of it."""
+        source = self.reading.source
+        slow = isinstance(self.reading.inputs, Images) or source.label_blocks is None
+        return _SLOW_BLOCKS if slow else _QUICK_BLOCKS if source.cuts is None else len(self.places)
+
+    def group(self, row: int) -> int:
+        """Where reading has to begin for a row of the split: rows between two cuts are read together."""
+        # Whoever begins between them reads those before as well.
+        cuts = np.zeros(1) if self.reading.source.cuts is None else self.reading.source.cuts
+        return int(np.searchsorted(cuts, self.places[row - self.first], side="right"))
+
+
+def _segments(split: str, readings: dict[str, OpenedSource], splits: dict[str, np.ndarray]) -> list[_Segment]:
+    """What a split is made of, in the order of its rows: those without labels come last."""
+    found, first = list[_Segment](), 0
+    numbers = [SPLITS.index(split)] + [UNLABELLED] * (split == "train")
+    for number, (name, reading) in itertools.product(numbers, readings.items()):
+        places = np.flatnonzero(splits[name] == number)
+        if len(places):
+            found.append(_Segment(name, reading, places, number != UNLABELLED, first))
+            first += len(places)
+    return found
 
 
 def _runs(
-    name: str, reading: OpenedSource, assigned: np.ndarray, creation: RowsCreation, there: dict[str, BlockReceipt]
+    split: str, segments: Sequence[_Segment], creation: RowsCreation, there: dict[str, BlockReceipt]
 ) -> Iterator[BlockRun]:
-    """The blocks that are missing of a source's rows, cut into runs.
-
-    Args:
-        name: of the source.
-        assigned: the split of each row, uint8 [rows].
-    """
-    source, size = reading.source, creation.block_rows
-    slow = isinstance(reading.inputs, Images) or source.label_blocks is None
-    most = _SLOW_BLOCKS if slow else _QUICK_BLOCKS if source.cuts is None else len(assigned)
-    for split in SPLITS:
-        places = rows_of_split(assigned, split)
-        missing = [at for at in range(-(-len(places) // size)) if receipt_key(split, at) not in there]
-        firsts = places[np.array(missing, dtype=np.int64) * size]
-        # Rows between two cuts are read together: whoever begins between them reads those before as well.
-        cuts = np.zeros(1) if source.cuts is None else source.cuts
-        for blocks in _together(missing, np.searchsorted(cuts, firsts, side="right").tolist(), most):
-            mine = np.concatenate([places[at * size : (at + 1) * size] for at in blocks])
-            start, stop = int(mine[0]), int(mine[-1]) + 1
-            wanted = np.zeros(stop - start, dtype=np.bool_)
-            wanted[mine - start] = True
-            chosen = None if wanted.all() else np.packbits(wanted).tobytes()
-            yield BlockRun(name, split, tuple(blocks), start, stop, len(mine), chosen)
+    """The blocks that are missing of a split, cut into runs: one that lies in two segments is a run of its own."""
+    size, ends = creation.block_rows, [one.after for one in segments]
+    missing = [at for at in range(creation.blocks(split)) if receipt_key(split, at) not in there]
+    # The segments in which each block begins and ends.
+    begins = {at: bisect.bisect_right(ends, at * size) for at in missing}
+    closes = {at: bisect.bisect_left(ends, at * size + creation.rows_of(split, at)) for at in missing}
+    together = [[at] for at in missing if begins[at] != closes[at]]
+    for number, segment in enumerate(segments):
+        mine = [at for at in missing if begins[at] == closes[at] == number]
+        together += _together(mine, [segment.group(at * size) for at in mine], segment.most)
+    for blocks in together:
+        rows = np.concatenate([at * size + np.arange(creation.rows_of(split, at)) for at in blocks])
+        stretches = [stretch for one in segments if (stretch := one.stretch(rows)) is not None]
+        yield BlockRun(split, tuple(blocks), tuple(stretches))
 
 
 def _together(blocks: Sequence[int], groups: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -318,13 +384,13 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
         hashes[split].sort()
         blocks = [one.sha256 for one in mine]
         found = creation.fingerprint(split, blocks)
-        of_classes = plan.counts[SPLITS.index(split)].tolist()
         splits[split] = SealedSplit(
             rows=creation.rows[split],
             fingerprint=found,
             blocks=blocks,
-            classes=of_classes,
+            classes=plan.counts[SPLITS.index(split)].tolist(),
             sizes=None if creation.encoded is None else [one.size for one in mine],
+            labelled=plan.placed.labelled if split == "train" and plan.placed.unlabelled else None,
         )
     kept = sum(one.size for one in receipts.values())
     lines += findings.of_encoded(kept, sum(creation.rows.values()), creation.meaning.get("encoded"))
@@ -332,7 +398,11 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
     origins = plan.origins | {"shown": show({name: one.source for name, one in plan.readings.items()})}
     check_unchanged(plan.origins, plan.stamps)
     manifest = RowsManifest(
-        format=MANIFEST_FORMAT if creation.encoded is None else ENCODED_MANIFEST_FORMAT,
+        format=LABELLED_MANIFEST_FORMAT
+        if plan.placed.unlabelled
+        else MANIFEST_FORMAT
+        if creation.encoded is None
+        else ENCODED_MANIFEST_FORMAT,
         creation=creation,
         splits=splits,
         findings=list(dict.fromkeys(lines)),

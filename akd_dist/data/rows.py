@@ -3,6 +3,8 @@
 The fingerprint of a split is over content and order, not over files.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 import math
@@ -41,7 +43,8 @@ class Rows:
     A `PieceArray` stands for one, and so for the labels, where the rows are not on this node; `EncodedPictures` do
     where pictures stay encoded: `np.asarray` of what is taken of them decodes, `views.view_of` takes it as it is."""
     labels: np.ndarray
-    """int64 [rows], each in 0..classes - 1; float32 [rows] for regression."""
+    """int64 [rows], each in 0..classes - 1; float32 [rows] for regression. Of train rows those without a label come
+    last: theirs is -1, or NaN."""
     classes: int
     """Number of logits a row has: the classes; 1 for regression."""
     fingerprint: str
@@ -67,9 +70,21 @@ class Rows:
     """What is told which windows of them are read; None where all of them are held, or fetched each time."""
     counts: tuple[int, ...] | None = None
     """How many rows each class has, where that is known without the labels."""
+    with_labels: int | None = None
+    """How many have labels, the first ones; None where all have."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def labelled(self) -> int:
+        """How many rows have labels: the first ones."""
+        return len(self) if self.with_labels is None else self.with_labels
+
+    @property
+    def unlabelled(self) -> int:
+        """How many have none."""
+        return len(self) - self.labelled
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,10 +127,10 @@ class Rows:
         return np.concatenate([self.labels[start : start + BLOCK_ROWS] for start in starts])
 
     def class_counts(self) -> np.ndarray:
-        """How many rows each class has, int64 [classes]; for classification."""
+        """How many rows each class has, int64 [classes]; for classification. Rows without labels are not counted."""
         if self.counts is not None:
             return np.array(self.counts)
-        return np.bincount(self.labels, minlength=self.classes)
+        return np.bincount(self.labels[: self.labelled], minlength=self.classes)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and labels of rows start..stop - 1, without a copy; `np.asarray` decodes what is encoded."""
@@ -141,6 +156,7 @@ class Rows:
             "block_rows": BLOCK_ROWS,
             "blocks": list(self.blocks),
             "meaning": self._meaning,
+            **({"labelled": self.labelled} if self.unlabelled else {}),
         }
 
     @property
@@ -198,6 +214,8 @@ class Splits:
     """Files that the rows are believed to be made from, still to be read."""
     findings: tuple[str, ...] = field(default=(), kw_only=True)
     """What a user should know of them, a line each: found when they were prepared, and kept with them."""
+    of_teacher: Splits | None = field(default=None, kw_only=True)
+    """Those that a teacher is trained on who has more labels; None where they are the same."""
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from akd_dist.data.labels import Classes
 from akd_dist.data.prepare import OpenedSource, kinds_of, open_sources, read_labels
 from akd_dist.data.rows import SPLITS
 from akd_dist.data.sources.base import Source
-from akd_dist.data.splitting import is_drawn, rows_of_split, source_of_split, split_of_source
+from akd_dist.data.splitting import reads_labels_first, rows_of_split, source_of_split, split_of_source
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,8 @@ class SourceRows:
     source: str
     """The source, as messages name it."""
     rows: np.ndarray
-    """The row of the source, counted through all of its files: int64 [rows], ascending."""
+    """The row of the source, counted through all of its files: int64 [rows], ascending; but train rows without labels
+    follow those that have some."""
     files: tuple[str, ...]
     """The files of the source; its name alone where it is one whole, as a dataset of your own is."""
     file: np.ndarray
@@ -52,14 +53,28 @@ def source_rows(data: recipe.DataSpec) -> dict[str, SourceRows]:
 def rows_of_splits(data: recipe.DataSpec, readings: Mapping[str, OpenedSource]) -> dict[str, SourceRows]:
     """The same of sources that are open."""
     labels = None
-    if data.stratify and is_drawn(data):
-        _, labels = read_labels(readings["train"], Classes(), lambda done, total: None)
+    if reads_labels_first(data):
+        _, labels = read_labels(readings["train"], data.task, Classes(), lambda done, total: None)
     assigned = {name: split_of_source(name, data, one.source, labels) for name, one in readings.items()}
     found = {}
     for split in SPLITS:
         name = source_of_split(data, split)
         found[split] = _located(readings[name].source, rows_of_split(assigned[name], split))
+    if data.train is not None and "unlabelled" in readings:
+        others = rows_of_split(assigned["unlabelled"], "train")
+        found["train"] = _followed_by(found["train"], _located(readings["unlabelled"].source, others))
     return found
+
+
+def _followed_by(first: SourceRows, then: SourceRows) -> SourceRows:
+    """The rows of two sources as those of one split."""
+    return SourceRows(
+        f"{first.source} and {then.source}",
+        np.concatenate([first.rows, then.rows]),
+        first.files + then.files,
+        np.concatenate([first.file, then.file + len(first.files)]),
+        np.concatenate([first.file_rows, then.file_rows]),
+    )
 
 
 def _located(source: Source, rows: np.ndarray) -> SourceRows:

@@ -1,18 +1,22 @@
 """Which rows train, validate and test: a function of the seed, and of the labels where that is asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.findings import refuse_lost_classes
+from akd_dist.data.labels import are_unknown
 from akd_dist.data.sources.base import Source
 from akd_dist.storage import rows as stored
 
 SPLITS = stored.SPLITS
 LEFT_OUT = len(SPLITS)
 """In place of a split: a train row that is not in the subset."""
+UNLABELLED = LEFT_OUT + 1
+"""A train row without a label, or whose label is not read; it follows those with labels."""
 # The key of the generator that draws a subset. Key 0 draws the split, and the epochs shuffle with the keys from 1 on:
 # so no two draws of one seed share their random words.
 _SUBSET_KEY = 1 << 62
@@ -84,14 +88,37 @@ def split_of_source(name: str, data: recipe.DataSpec, source: Source, labels: np
     """Which split each row of a source belongs to, uint8 [rows]: all to its own, but shares of the train source.
 
     Args:
-        labels: class ids of the train source, where its split is stratified.
+        labels: those of the train source, where `reads_labels_first`.
     """
     if name != "train":
-        return np.full(source.rows, SPLITS.index(name), dtype=np.uint8)
+        return np.full(source.rows, UNLABELLED if name == "unlabelled" else SPLITS.index(name), dtype=np.uint8)
+    split = np.full(source.rows, UNLABELLED, dtype=np.uint8)
+    there = np.ones(source.rows, dtype=np.bool_)
+    if labels is not None and data.unlabelled == "missing":
+        there = ~are_unknown(labels)
+        if not there.any():
+            raise RefusedError(
+                f"no row of {source.name} has a label",
+                got=f"{source.rows:,} rows without",
+                expected="some with, as data.unlabelled: missing says",
+                next="leave data.train out, and name the source in data.unlabelled",
+            )
+    by_class = labels[there] if labels is not None and data.stratify else None
+    split[there] = _split_of_labelled(data, source.name, int(there.sum()), by_class)
+    return split
+
+
+def _split_of_labelled(data: recipe.DataSpec, name: str, rows: int, labels: np.ndarray | None) -> np.ndarray:
+    """Which split each row of the train source belongs to that has a label, uint8 [rows].
+
+    Args:
+        name: of the source.
+        labels: class ids, where the split is stratified.
+    """
     given = {other: getattr(data, other) for other in ("validation", "test")}
     shares = {other: share if isinstance(share, float) else 0.0 for other, share in given.items()}
     if labels is None:
-        split = split_of_rows(source.rows, seed=data.seed, **shares)
+        split = split_of_rows(rows, seed=data.seed, **shares)
     else:
         split = stratified_split(labels, seed=data.seed, **shares)
     needed = {"train", *(other for other, share in shares.items() if share)}
@@ -99,7 +126,7 @@ def split_of_source(name: str, data: recipe.DataSpec, source: Source, labels: np
     if empty:
         raise RefusedError(
             f"no rows are left for {' and '.join(empty)}",
-            got=f"{source.rows:,} rows in {source.name}, with the shares {shares}",
+            got=f"{rows:,} rows in {name}, with the shares {shares}",
             expected="at least one row in each split",
             next="change data.validation and data.test, or add rows",
         )
@@ -108,7 +135,7 @@ def split_of_source(name: str, data: recipe.DataSpec, source: Source, labels: np
         if data.subset > len(train):
             raise RefusedError(
                 "data.subset is larger than what there is",
-                got=f"{data.subset:,} of {len(train):,} train rows in {source.name}",
+                got=f"{data.subset:,} of {len(train):,} train rows in {name}",
                 expected=f"at most {len(train):,}",
                 next="lower data.subset, or leave it out to train on all rows",
             )
@@ -123,27 +150,65 @@ def split_of_source(name: str, data: recipe.DataSpec, source: Source, labels: np
             )
         else:
             chosen = stratified_subset(labels[train], data.subset, data.seed)
-        split[train[~chosen]] = LEFT_OUT
+        split[train[~chosen]] = UNLABELLED if data.unlabelled == "rest" else LEFT_OUT
     return split
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many rows there are, by where `split_of_source` puts them."""
+
+    counts: tuple[int, ...]
+    """Of each split, of what is left out, and of train rows without labels."""
+
+    @property
+    def labelled(self) -> int:
+        """Train rows with labels."""
+        return self.counts[0]
+
+    @property
+    def unlabelled(self) -> int:
+        """Train rows without."""
+        return self.counts[UNLABELLED]
+
+    def of(self, split: str) -> int:
+        """The rows of a split."""
+        number = SPLITS.index(split)
+        return self.counts[number] + (self.unlabelled if number == 0 else 0)
+
+
+def rows_by_split(splits: Mapping[str, np.ndarray]) -> RowCounts:
+    """The counts of all sources, whose rows belong to these splits: uint8 [rows] each, as of `split_of_source`."""
+    found = sum(np.bincount(split, minlength=UNLABELLED + 1) for split in splits.values())
+    return RowCounts(tuple(np.asarray(found).tolist()))
 
 
 def source_of_split(data: recipe.DataSpec, split: str) -> str:
     """The split whose source the rows of a split are read from: `train` for one that is a share of the train rows."""
+    if split == "train" and data.train is None:
+        return "unlabelled"
     return "train" if isinstance(getattr(data, split), float) else split
 
 
 def rows_of_split(assigned: np.ndarray, split: str) -> np.ndarray:
-    """Which row of its source each row of a split is, int64 [rows], ascending: rows keep the order of their source.
+    """Which row of its source each row of a split is, int64 [rows]: rows keep the order of their source, and train rows
+    without labels follow those that have some.
 
     Args:
         assigned: of each row of the source, as `split_of_source` gives it, uint8 [rows of the source].
     """
-    return np.flatnonzero(assigned == SPLITS.index(split))
+    rows = np.flatnonzero(assigned == SPLITS.index(split))
+    return rows if split != "train" else np.concatenate([rows, np.flatnonzero(assigned == UNLABELLED)])
 
 
 def is_drawn(data: recipe.DataSpec) -> bool:
     """Whether the train source is split, or only a part of it taken."""
     return data.subset is not None or isinstance(data.validation, float) or isinstance(data.test, float)
+
+
+def reads_labels_first(data: recipe.DataSpec) -> bool:
+    """Whether labels decide which row goes where."""
+    return data.unlabelled == "missing" or (data.stratify and is_drawn(data))
 
 
 def check_classes(data: recipe.DataSpec, counts: np.ndarray, names: Sequence[str] | None) -> None:
@@ -156,6 +221,8 @@ def check_classes(data: recipe.DataSpec, counts: np.ndarray, names: Sequence[str
     Raises:
         RefusedError: names the classes, and where their rows are.
     """
+    if data.unlabelled is not None:
+        return  # the teacher may know them, and unlabelled rows may be theirs
     hint = "add such rows to data.train, or remove them from data.validation and data.test"
     if not data.stratify and is_drawn(data):
         hint = "set data.stratify: true, which draws another split, with train rows of each class; or add such rows"
@@ -163,11 +230,13 @@ def check_classes(data: recipe.DataSpec, counts: np.ndarray, names: Sequence[str
 
 
 def count(split: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Rows by split and class, int64 [splits and what is left out, classes].
+    """Rows by split and class, int64 [splits and what is left out, classes]; rows without labels are not counted.
 
     Args:
         split: of each row, uint8 [rows].
         labels: class ids, int64 [rows].
     """
+    if (unlabelled := split == UNLABELLED).any():
+        split, labels = split[~unlabelled], labels[~unlabelled]
     counts = np.bincount(split * np.int64(classes) + labels, minlength=(LEFT_OUT + 1) * classes)
     return counts.reshape(LEFT_OUT + 1, classes)

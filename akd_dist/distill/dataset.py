@@ -260,8 +260,8 @@ class DistillationDataset(_Split, Dataset[Tensors]):
     `dataset[row]` is one row; `dataset[[row, ...]]` a whole batch, [n, ...] each. Of each row: `inputs` as they are
     stored (uint8, float32; images are [channels, height, width], not normalised), of text instead `input_ids`,
     `attention_mask` and where the tokenizer has them `token_type_ids`, int64 [length]; `labels`, int64, or float32 for
-    regression; `teacher_logits` [classes] where there is a store, as stored: float32, or float16 where `cache.encoding`
-    says so; and `row`, its number, int64.
+    regression, and -1 or NaN where a train row has none; `teacher_logits` [classes] where there is a store, as stored:
+    float32, or float16 where `cache.encoding` says so; and `row`, its number, int64.
     """
 
     collate = staticmethod(collate)

@@ -16,6 +16,8 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.delivery import deliver, end_by, epoch_end, write_metrics, write_note
 from akd_dist.distill.hooks import tell_epoch_end
 from akd_dist.distill.job import CohortJob
+from akd_dist.distill.objectives import Stage
+from akd_dist.distill.orders import Mix
 from akd_dist.distill.progress import Progress
 from akd_dist.distill.ranks import Ranks
 from akd_dist.distill.stage1 import publish_stage1, take_stage1
@@ -59,11 +61,14 @@ class Lockstep:
             # Students that resumed may stand further on than others. The stream begins with the one that is furthest
             # behind, and each joins when the stream comes to the step that it stands at.
             epoch = min(student.epoch for student in stepping)
-            here = [student for student in stepping if student.epoch == epoch]
+            at = [student for student in stepping if student.epoch == epoch]
+            # Where rows have no labels, stages may show other rows: those of each mix pass once, one after the other.
+            stream = self._shown(at[0], at[0].stage)
+            here = [student for student in at if self._shown(student, student.stage) is stream]
             first = min(student.step for student in here)
             # An epoch in which all learn from labels alone reads no logits.
-            stream = self.stream if any(one.stage.needs_logits for one in here) else self.stream.without_logits()
-            then = epoch + 1 if self._reads(epoch + 1, logits=stream.logits is not None) else None
+            stream = stream if any(one.stage.needs_logits for one in here) else stream.without_logits()
+            then = self._read_next(epoch, [one for one in at if one not in here], logits=stream.logits is not None)
             for batch in stream.batches(epoch, first, self.ranks.rank, self.ranks.world, then):
                 for student in here:
                     if student.training and student.step == batch.step:
@@ -102,10 +107,22 @@ class Lockstep:
         """Whether a student has come to where it waits for another command."""
         return student.epoch >= self.job.pauses.get(student.spec.name, student.epochs + 1)
 
-    def _reads(self, epoch: int, *, logits: bool) -> bool:
-        """Whether somebody trains in an epoch that is to come; and, if logits are read now, needs them then as well."""
-        there = [student for student in self.active if epoch < student.epochs]
-        return any(student.needs_logits(epoch) for student in there) if logits else bool(there)
+    def _shown(self, student: Student, stage: Stage) -> BatchStream:
+        """The stream as a student is shown it in one of its stages."""
+        return self.stream.of(student.mix_in(stage))
+
+    def _read_next(self, epoch: int, others: list[Student], *, logits: bool) -> tuple[int, Mix] | None:
+        """The epoch that is read after this one, and its mix; if logits are read now, only one that needs them as well.
+
+        Args:
+            others: who trains in the same epoch on other rows.
+            logits: whether logits are read now.
+        """
+        following = [(epoch + 1, student, student.stage_of(epoch + 1)) for student in self.active]
+        for number, student, stage in [*((epoch, one, one.stage) for one in others), *following]:
+            if stage is not None and (stage.needs_logits or not logits):
+                return number, student.mix_in(stage)
+        return None
 
     def _stops_after_batch(self) -> bool:
         """Tell, checkpoint when that is due, and say whether to stop. The ranks decide together."""

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from akd_dist.base.errors import RecipeError
 from akd_dist.distill.hooks import LOSSES, function_of, own_losses
+from akd_dist.distill.orders import LABELLED, Mix
 from akd_dist.recipe import (
     AnnealingKD,
     ContinuationKD,
@@ -55,13 +56,18 @@ class Stage(ABC):
     """What its loss is descended by; None takes the student's."""
 
     @abstractmethod
-    def losses(self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
+    def losses(
+        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    ) -> Tensor:
         """The loss of each row in a 0-based epoch of this stage.
 
         Args:
             z_student: float32 or float64 [n, classes].
             z_teacher: [n, classes] of the same dtype; None only where `needs_logits` is False.
-            labels: int64 [n], or [n] of the same dtype as the logits for regression, where there is one "class".
+            labels: int64 [n], or [n] of the same dtype as the logits for regression, where there is one "class"; -1 or
+                NaN stands for none.
+            label_weight: what the labels' part of a row counts, so that the mean over all rows is one over those with
+                labels (`Batch.label_weight`).
 
         Returns:
             [n], of the dtype of the logits.
@@ -88,9 +94,11 @@ class HardLabelStage(Stage):
     needs_logits: ClassVar[bool] = False
     needs_raw_logits: ClassVar[bool] = False
 
-    def losses(self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
+    def losses(
+        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    ) -> Tensor:
         """Cross-entropy; the squared error for regression."""
-        return label_losses(z_student, labels)
+        return label_losses(z_student, labels, label_weight)
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,9 @@ class AnnealingStage(Stage):
     reduction: str = "mean"
     """How the squared norm is reduced over classes: `mean` or `sum`."""
 
-    def losses(self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
+    def losses(
+        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    ) -> Tensor:
         """The squared distance to the annealed logits; the same for regression, with its one number."""
         assert z_teacher is not None
         return annealing_losses(z_student, z_teacher, self.phi(epoch), self.reduction)
@@ -130,7 +140,9 @@ class KdStage(Stage):
     alpha: float
     """Share of the teacher in the loss."""
 
-    def losses(self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
+    def losses(
+        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    ) -> Tensor:
         """(1 - a) CE(y, z_s) + a T^2 KL(softmax(z_t / T) || softmax(z_s / T)).
 
         A regression has no softmax to soften; there it is (1 - a) (y - z_s)^2 + a (z_s - z_t)^2, without a temperature.
@@ -140,7 +152,7 @@ class KdStage(Stage):
             from_teacher = annealing_losses(z_student, z_teacher, 1.0)
         else:
             from_teacher = softened_losses(z_student, z_teacher, self.softening)
-        return (1 - self.alpha) * label_losses(z_student, labels) + self.alpha * from_teacher
+        return (1 - self.alpha) * label_losses(z_student, labels, label_weight) + self.alpha * from_teacher
 
 
 @dataclass(frozen=True)
@@ -160,12 +172,14 @@ class ContinuationStage(Stage):
     reduction: str = "mean"
     """How the squared norm is reduced over classes, before the margin is taken off: `mean` or `sum`."""
 
-    def losses(self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
+    def losses(
+        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    ) -> Tensor:
         """psi_i CE(y, z_s) + (1 - psi_i) max(0, || z_s - Phi z_t ||^2 - m Phi); squared error for CE in regression."""
         assert z_teacher is not None
         distances = annealing_losses(z_student, z_teacher, self.phi(epoch), self.reduction)
         hinged = (distances - self.margin * self.phi(epoch)).clamp(min=0)
-        return self.psi(epoch) * label_losses(z_student, labels) + (1 - self.psi(epoch)) * hinged
+        return self.psi(epoch) * label_losses(z_student, labels, label_weight) + (1 - self.psi(epoch)) * hinged
 
     def temperature(self, epoch: int) -> int:
         """T of a 0-based epoch: see `continuation_temperature`."""
@@ -189,8 +203,10 @@ class CustomStage(Stage):
     spec: CustomObjective
     """Which."""
 
-    def losses(self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
-        """What its function returns."""
+    def losses(
+        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    ) -> Tensor:
+        """What its function returns; which rows have labels it sees for itself."""
         return own_losses(self._function, z_student, z_teacher, labels, epoch, self.epochs)
 
     @functools.cached_property
@@ -204,7 +220,9 @@ class CustomLabelStage(CustomStage):
 
     needs_logits: ClassVar[bool] = False
 
-    def losses(self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
+    def losses(
+        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    ) -> Tensor:
         """What its function returns; it is given no logits, although other students of the cohort may read them."""
         return super().losses(epoch, z_student, None, labels)
 
@@ -214,6 +232,8 @@ def stages(objective: Objective) -> tuple[Stage, ...]:
     match objective:
         case AnnealingKD():
             annealing = AnnealingStage(objective.stage1_epochs, objective.tau_max, objective.reduction)
+            if not objective.stage2_epochs:
+                return (annealing,)
             return (annealing, HardLabelStage(objective.stage2_epochs, optimizer=objective.stage2_optimizer))
         case HardLabels():
             return (HardLabelStage(objective.epochs),)
@@ -233,13 +253,30 @@ def stages(objective: Objective) -> tuple[Stage, ...]:
             )
 
 
-def row_losses(stage: Stage, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor) -> Tensor:
+def mix_of(stage: Stage, labelled: int | None) -> Mix:
+    """Which train rows a stage shows: all, but where it learns from labels alone, only those that have one.
+
+    Args:
+        labelled: of the student, as the recipe has it.
+    """
+    return Mix("all", labelled) if stage.needs_logits else LABELLED
+
+
+def row_losses(
+    stage: Stage,
+    epoch: int,
+    z_student: Tensor,
+    z_teacher: Tensor | None,
+    labels: Tensor,
+    label_weight: float = 1.0,
+) -> Tensor:
     """The loss of each row in a 0-based epoch of a stage, computed in float64 where the student is, else in float32.
 
     Args:
         z_student: float [n, classes], of half precision too.
         z_teacher: [n, classes] in its stored dtype; None where the stage does not need it.
-        labels: int64 [n], or float [n] for regression.
+        labels: int64 [n], or float [n] for regression; -1 or NaN stands for none.
+        label_weight: as of `Stage.losses`.
 
     Returns:
         float32 or float64 [n].
@@ -249,7 +286,7 @@ def row_losses(stage: Stage, epoch: int, z_student: Tensor, z_teacher: Tensor | 
         z_teacher = z_teacher.to(z_student.dtype)
     if labels.is_floating_point():
         labels = labels.to(z_student.dtype)
-    return stage.losses(epoch, z_student, z_teacher, labels)
+    return stage.losses(epoch, z_student, z_teacher, labels, label_weight)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -317,19 +354,24 @@ def learning_rate(base: float, schedule: Schedule, step: int, total: int) -> flo
             return base
 
 
-def label_losses(z_student: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each row, or its squared error (y - z_s)^2 for regression.
+def label_losses(z_student: Tensor, labels: Tensor, weight: float = 1.0) -> Tensor:
+    """Cross-entropy of each row, or its squared error (y - z_s)^2 for regression; 0 where a row has no label.
 
     Args:
         z_student: float [n, classes]; [n, 1] for regression.
-        labels: int64 [n], or float [n] for regression.
+        labels: int64 [n], or float [n] for regression; -1 or NaN stands for none.
+        weight: what each of them is multiplied by.
 
     Returns:
         float [n].
     """
     if labels.is_floating_point():
-        return (z_student[:, 0] - labels).square()
-    return functional.cross_entropy(z_student, labels, reduction="none")
+        z = z_student[:, 0]
+        # Not by a mask on the losses: the gradient of what is masked would still be NaN.
+        losses = (z - torch.where(labels.isnan(), z.detach(), labels)).square()
+    else:
+        losses = functional.cross_entropy(z_student, labels, ignore_index=-1, reduction="none")
+    return losses if weight == 1 else weight * losses
 
 
 def annealing_losses(z_student: Tensor, z_teacher: Tensor, phi: float, reduction: str = "mean") -> Tensor:

@@ -20,8 +20,9 @@ from torch import nn
 from akd_dist import recipe
 from akd_dist.data.rows import Splits
 from akd_dist.distill.metrics import EVALUATION_ROWS
-from akd_dist.distill.objectives import stages
-from akd_dist.distill.stream import Batch, BatchStream, batch_ends
+from akd_dist.distill.objectives import mix_of, stages
+from akd_dist.distill.orders import Batches
+from akd_dist.distill.stream import Batch, BatchStream
 from akd_dist.distill.student import DivergedError, Student
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, free_memory, set_deterministic, weights_dtype
@@ -108,8 +109,11 @@ def probe(data: recipe.DataSpec, device: str, spec: recipe.StudentSpec, splits: 
     still = largest_optimizer(spec).model_copy(update={"lr": 1e-12})  # weights that hardly move do not diverge
     alone = spec.model_copy(update={"workers": 1, "sync_batchnorm": False, "optimizer": still})
     settled = set_deterministic(device, spec.threads)
-    ends = batch_ends(len(splits.train), spec.batch, spec.last_batch)
-    usual, largest = (-(-int(rows) // spec.workers) for rows in (ends[0], np.diff(ends, prepend=0).max()))
+    train, mixes = splits.train, {mix_of(stage, spec.labelled) for stage in stages(spec.objective)}
+    cuts = [Batches(len(train), train.labelled, spec.batch, spec.last_batch, mix) for mix in mixes]
+    sizes = [np.diff(cut.ends, prepend=0) for cut in cuts]
+    usual = -(-int(max(one[0] for one in sizes)) // spec.workers)
+    largest = -(-int(max(one.max() for one in sizes)) // spec.workers)
     try:
         return _measure(data, alone, splits, settled, folder, share=usual, largest=largest)
     except DivergedError:

@@ -49,11 +49,12 @@ class Progress:
         Args:
             leader: the student whose stage I it waits for, if it does; those steps count there.
         """
-        per_epoch, shared = self.stream.steps_per_epoch, student.epochs_shared
+        stream, shared = self.stream.of(student.mix_in(student.stage)), student.epochs_shared
         if leader is not None:
             shared = student.stages[0].epochs
-        total = (student.epochs - shared) * per_epoch
-        steps = 0 if leader else (student.epoch - shared) * per_epoch + student.step
+        before = self._steps(student, shared)
+        total = self._steps(student, student.epochs) - before
+        steps = 0 if leader else self._steps(student, student.epoch) - before + student.step
         if not student.training:
             steps = total  # also of one that failed: it has no steps left
         pace = 0.0
@@ -78,8 +79,16 @@ class Progress:
             validation=measured.get(self.metric),
             steps=steps,
             steps_total=total,
-            rows_per_second=pace * self.stream.rows_per_epoch / per_epoch,
+            rows_per_second=pace * stream.rows_per_epoch / stream.steps_per_epoch,
             steps_per_second=pace,
             seconds_left=(total - steps) / pace if pace > 0 else None,
             reason=result.get("reason"),
         )
+
+    def _steps(self, student: Student, epochs: int) -> int:
+        """The steps of a student's first epochs, stage by stage: each may show other rows."""
+        steps = 0
+        for stage in student.stages:
+            here = min(stage.epochs, epochs)
+            steps, epochs = steps + here * self.stream.of(student.mix_in(stage)).steps_per_epoch, epochs - here
+        return steps

@@ -32,7 +32,7 @@ from akd_dist.storage.roots import open_root
 
 FORMAT = 1
 """Raised when what a stage I comes to changes with the code."""
-_SOURCES = {"train", "validation", "test"}
+_SOURCES = {"train", "validation", "test", "unlabelled"}
 """Of the data's description: sources are known by their content."""
 
 Tell = Callable[[str], None]

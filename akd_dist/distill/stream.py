@@ -24,6 +24,7 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data.encoded import ahead, batches_ahead, encoded_of
 from akd_dist.data.rows import Rows
 from akd_dist.data.views import begin_view, drawn_by, view_of
+from akd_dist.distill.orders import ALL, LABELLED, Batches, Mix, Order
 from akd_dist.distill.probes import PROBES_CHECKED, SeenViews
 from akd_dist.models.device import device_name
 from akd_dist.recipe import Augmentation, LastBatch
@@ -32,102 +33,12 @@ from akd_dist.storage.decoded import StoredLogits
 from akd_dist.storage.holder import Moving
 from akd_dist.storage.manifest import Manifest
 
-WINDOWS_AT_ONCE = 4
-"""How many windows a windowed shuffle mixes: reads stay within so many of them."""
 STEPS_AT_ONCE = 8
 """Batches that are made in one go for a GPU: a small one alone takes hardly more than the launches of its kernels."""
 BYTES_AT_ONCE = 64_000_000
 """The most that the inputs of such batches may take together; of larger ones fewer are made in one go."""
 Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Inputs, labels and logits of some rows."""
-
-
-def epoch_order(rows: int, seed: int, epoch: int, window: int | None = None) -> np.ndarray:
-    """The order of the rows in a 0-based epoch, all of it: int64 [rows]; see `EpochOrder`."""
-    return EpochOrder(rows, seed, epoch, window).rows(0, rows)
-
-
-class EpochOrder:
-    """The order of the rows in a 0-based epoch: a permutation that depends on the arguments alone.
-
-    It sorts raw Philox words, which every version of NumPy draws alike; `Generator.permutation` promises no such thing.
-
-    Args:
-        rows: number of rows.
-        seed: the recipe's `data.seed`.
-        epoch: 0-based epoch, counted on through all stages.
-        window: None shuffles globally. A number of rows keeps reads local, for rows larger than memory or disk: windows
-            of so many consecutive rows are shuffled, then the rows within each WINDOWS_AT_ONCE windows that follow.
-            Such an order is drawn group by group, with the memory of one.
-    """
-
-    def __init__(self, rows: int, seed: int, epoch: int, window: int | None = None) -> None:
-        self._rows, self._key = rows, [seed, epoch + 1]  # key 0 splits the dataset
-        self.window = window or max(rows, 1)
-        windows = -(-rows // self.window)
-        # One group of one window is the global shuffle. Stable, here and below, so that equal words, rare as they are,
-        # have the same order on every machine.
-        order = np.argsort(self._words(rows, windows), kind="stable") if window is not None else np.arange(windows)
-        sizes = np.minimum((order + 1) * self.window, rows) - order * self.window
-        self._windows = [order[first : first + WINDOWS_AT_ONCE] for first in range(0, windows, WINDOWS_AT_ONCE)]
-        self.ends = np.cumsum(sizes)[np.append(np.arange(WINDOWS_AT_ONCE, windows, WINDOWS_AT_ONCE), windows) - 1]
-        """Where groups end in the order, int64 [groups]."""
-        self._drawn: tuple[int, np.ndarray] | None = None
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """The rows at places start..stop - 1 of the order, int64; those before are not drawn for it."""
-        parts = [
-            self._group(group)[first - begins : after - begins] for group, begins, first, after in self.cut(start, stop)
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def cut(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
-        """Places start..stop - 1 by groups: each group, where it begins, and the first and after the last place in it.
-
-        Where start is stop, the group that begins or goes on there.
-        """
-        if len(self.ends) == 1:
-            return [(0, 0, start, stop)]
-        first, last = np.searchsorted(self.ends, [start, max(start, stop - 1)], side="right").tolist()
-        found = []
-        for group in range(min(first, len(self.ends) - 1), min(last, len(self.ends) - 1) + 1):
-            begins = int(self.ends[group - 1]) if group else 0
-            found.append((group, begins, max(start, begins), min(stop, int(self.ends[group]))))
-        return found
-
-    def spans(self, group: int) -> list[tuple[int, int]]:
-        """What a group shows, as spans of consecutive rows (first, after the last); none of a group after the last."""
-        windows = sorted(self._windows[group].tolist()) if group < len(self._windows) else []
-        return [(one * self.window, min((one + 1) * self.window, self._rows)) for one in windows]
-
-    def _group(self, group: int) -> np.ndarray:
-        if self._drawn is None or self._drawn[0] != group:
-            self._drawn = None  # before the next is drawn, so that there is never more than one
-            spans = self.spans(group)
-            words = np.concatenate([self._words(start, stop - start) for start, stop in spans])
-            places = np.argsort(words, kind="stable")
-            if places.size < self._rows:  # else a place among them is the row itself
-                places = np.concatenate([np.arange(start, stop) for start, stop in spans])[places]
-            self._drawn = group, places
-        return self._drawn[1]
-
-    def _words(self, start: int, count: int) -> np.ndarray:
-        """Words start..start + count - 1 of the epoch's generator: it counts, so none before are drawn."""
-        generator = np.random.Philox(key=self._key)
-        generator.advance(start // 4)  # each count gives four words
-        return generator.random_raw(start % 4 + count)[start % 4 :]
-
-
-def batch_ends(rows: int, batch: int, last_batch: LastBatch = "keep") -> np.ndarray:
-    """Where the batches of an epoch end, int64 [steps]: the first begins at 0, each other where the one before ended.
-
-    What `drop` leaves over, and all of an epoch that is shorter than a batch, is in none. An epoch that short has no
-    batch before the last, so `merge` keeps it.
-    """
-    ends = np.arange(batch, rows + 1, batch)
-    if rows % batch == 0 or last_batch == "drop":
-        return ends
-    return np.append(ends if last_batch == "keep" else ends[:-1], rows)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -150,6 +61,17 @@ class Batch:
     """Rows of the whole batch, over all ranks."""
     spare: torch.Tensor | None = None
     """Where this rank has no rows: one row of the batch as input, for models that cannot take a batch of none."""
+    global_labelled: int | None = None
+    """Rows of the whole batch that have labels; None where all have."""
+
+    @property
+    def label_weight(self) -> float:
+        """What the labels' part of a row's loss counts, so that the mean over all rows of the whole batch is the mean
+        over those that have labels.
+        """
+        if self.global_labelled is None:
+            return 1.0
+        return self.global_rows / self.global_labelled if self.global_labelled else 0.0
 
 
 BegunBatch = Callable[[], Batch]
@@ -165,7 +87,7 @@ class BatchStream:
     """
 
     rows: Rows
-    """The train rows."""
+    """The train rows; those with labels are the first."""
     logits: np.ndarray | StoredLogits | None
     """[at least `views`, rows, classes]: an array, or a store that is decoded as it is read; None for a stream without
     a teacher."""
@@ -183,6 +105,8 @@ class BatchStream:
     """Rows of a window of the shuffle; None shuffles globally."""
     device: torch.device | str = "cpu"
     """Where batches are wanted: rows are moved there as they are stored, and augmented there."""
+    mix: Mix = ALL
+    """Which rows an epoch shows; where all rows have labels, each mix is all of them."""
 
     def __post_init__(self) -> None:
         if self.logits is not None and (self.logits.shape[0] < self.views or self.logits.shape[1] != len(self.rows)):
@@ -200,19 +124,32 @@ class BatchStream:
         return (*rows, self.logits) if isinstance(self.logits, StoredLogits) else rows
 
     @functools.cached_property
-    def ends(self) -> np.ndarray:
-        """Where the batches of an epoch end, as `batch_ends` says."""
-        return batch_ends(len(self.rows), self.batch, self.last_batch)
+    def cut_into(self) -> Batches:
+        """How an epoch is cut into batches."""
+        return Batches(len(self.rows), self.rows.labelled, self.batch, self.last_batch, self.mix)
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch, the last one perhaps partial."""
-        return len(self.ends)
+        return self.cut_into.steps
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that an epoch shows: all of them, unless a last batch is dropped."""
-        return int(self.ends[-1]) if len(self.ends) else 0
+        """Rows that an epoch shows: all of its mix, unless a last batch is dropped."""
+        return self.cut_into.shown
+
+    def order(self, epoch: int) -> Order:
+        """The order of the rows in an epoch."""
+        return self.cut_into.order(self.seed, epoch, self.window)
+
+    def of(self, mix: Mix) -> BatchStream:
+        """The same stream, whose epochs show this mix of rows; equal mixes give the same object."""
+        mix = mix if self.rows.unlabelled else ALL
+        return self if mix == self.mix else self._others.setdefault(mix, dataclasses.replace(self, mix=mix))
+
+    @functools.cached_property
+    def _others(self) -> dict[Mix, BatchStream]:
+        return {}
 
     def without_logits(self) -> BatchStream:
         """The same batches, for students that learn from hard labels: the logits are not read."""
@@ -224,7 +161,7 @@ class BatchStream:
         start_step: int = 0,
         rank: int = 0,
         world: int = 1,
-        then: int | None = None,
+        then: tuple[int, Mix] | None = None,
         stride: int = 1,
     ) -> Iterator[Batch]:
         """The batches of an epoch from a step on.
@@ -233,7 +170,7 @@ class BatchStream:
         batch of a single rank. Sizes differ by at most one row; the slice of a small last batch may be empty.
 
         Args:
-            then: the epoch that is read next: what it begins with is fetched before this one is over.
+            then: the epoch that is read next, and its mix: what it begins with is fetched before this one is over.
             stride: steps from one batch to the next, for processes that take turns.
         """
         if self.ahead:
@@ -243,7 +180,7 @@ class BatchStream:
         all_steps = range(start_step, self.steps_per_epoch, stride)
         for first in range(0, len(all_steps), at_once):
             steps = all_steps[first : first + at_once]
-            whole = [(step * self.batch, int(self.ends[step])) for step in steps]
+            whole = [(step * self.batch, int(self.cut_into.ends[step])) for step in steps]
             shares = [_share(*places, rank, world) for places in whole]
             rows = [reading.order.rows(*places) for places in shares]
             for step, places, own, gathered in zip(steps, whole, rows, self._cut(reading, shares), strict=True):
@@ -251,7 +188,14 @@ class BatchStream:
                 spare = None
                 if not len(own):
                     spare = self._view(reading.order.rows(places[0], places[0] + 1), reading.view)
-                yield Batch(epoch, step, own, inputs, labels, logits, places[1] - places[0], spare)
+                labelled = self._labelled(own if world == 1 else reading.order.rows(*places))
+                yield Batch(epoch, step, own, inputs, labels, logits, places[1] - places[0], spare, labelled)
+
+    def _labelled(self, rows: np.ndarray) -> int | None:
+        """How many of these have labels; None where all rows have that are shown."""
+        if self.mix == LABELLED or not self.rows.unlabelled:
+            return None
+        return int(np.count_nonzero(rows < self.rows.labelled))
 
     @property
     def ahead(self) -> int:
@@ -259,18 +203,20 @@ class BatchStream:
         return batches_ahead(self.rows.inputs, self.batch)
 
     def _begun(
-        self, epoch: int, start_step: int, rank: int, world: int, then: int | None, stride: int
+        self, epoch: int, start_step: int, rank: int, world: int, then: tuple[int, Mix] | None, stride: int
     ) -> Iterator[BegunBatch]:
         """The batches of an epoch, each with its rows read and its pictures on their way."""
         reading = _Reading(self, epoch, then)
         for step in range(start_step, self.steps_per_epoch, stride):
-            start, stop = step * self.batch, int(self.ends[step])
+            start, stop = step * self.batch, int(self.cut_into.ends[step])
             own = _share(start, stop, rank, world)
             parts = [self._begin(rows, reading.view, reading.logits) for rows in reading.rows([own])]
             spare = None
             if own[0] == own[1]:
                 spare = self._begin(reading.order.rows(start, start + 1), reading.view, None)
-            yield functools.partial(self._joined, epoch, step, reading.order.rows(*own), parts, spare, stop - start)
+            rows = reading.order.rows(*own)
+            labelled = self._labelled(rows if world == 1 else reading.order.rows(start, stop))
+            yield functools.partial(self._joined, epoch, step, rows, parts, spare, stop - start, labelled)
 
     def _joined(
         self,
@@ -280,9 +226,10 @@ class BatchStream:
         parts: list[Callable[[], Gathered]],
         spare: Callable[[], Gathered] | None,
         count: int,
+        labelled: int | None,
     ) -> Batch:
         gathered = _together([part() for part in parts])
-        return Batch(epoch, step, rows, *gathered, count, None if spare is None else spare()[0])
+        return Batch(epoch, step, rows, *gathered, count, None if spare is None else spare()[0], labelled)
 
     @property
     def steps_at_once(self) -> int:
@@ -368,12 +315,12 @@ class _Reading:
     Args:
         stream: the stream.
         epoch: the epoch.
-        then: the epoch after it, as far as somebody reads that.
+        then: the epoch that is read after it, and its mix, as far as somebody reads one.
     """
 
-    def __init__(self, stream: BatchStream, epoch: int, then: int | None) -> None:
+    def __init__(self, stream: BatchStream, epoch: int, then: tuple[int, Mix] | None) -> None:
         self.stream, self.then, self.view = stream, then, epoch % stream.views
-        self.order = EpochOrder(len(stream.rows), stream.seed, epoch, stream.window)
+        self.order = stream.order(epoch)
         self.group: int | None = None
         # As a plain array, since `np.memmap` makes a new object of its class for whatever is taken from it.
         stored = stream.logits
@@ -396,8 +343,8 @@ class _Reading:
             one.move(view, order.spans(group))
         following = order.spans(group + 1)
         if moving and not following and self.then is not None:
-            stream, view = self.stream, self.then % self.stream.views
-            following = EpochOrder(len(stream.rows), stream.seed, self.then, stream.window).spans(0)
+            epoch, mix = self.then
+            view, following = epoch % self.stream.views, self.stream.of(mix).order(epoch).spans(0)
         for one in moving if following else ():
             one.expect(view, following)
 

@@ -26,7 +26,8 @@ from akd_dist.data.rows import Rows
 from akd_dist.distill.batch_norm import has_batch_norm, synchronise_batch_norms
 from akd_dist.distill.checkpoint import decode, newest_checkpoint, save_checkpoint
 from akd_dist.distill.metrics import evaluate
-from akd_dist.distill.objectives import Stage, learning_rate, row_losses, stages
+from akd_dist.distill.objectives import Stage, learning_rate, mix_of, row_losses, stages
+from akd_dist.distill.orders import Mix
 from akd_dist.distill.ranks import AgreedError, Ranks
 from akd_dist.distill.stream import Batch
 from akd_dist.models.build import build
@@ -107,10 +108,14 @@ class Student:
         """The current stage."""
         return self.stages[self.stage_index]
 
-    def needs_logits(self, epoch: int) -> bool:
-        """Whether it learns from the teacher's logits in an epoch, 0-based through all stages."""
+    def stage_of(self, epoch: int) -> Stage | None:
+        """The stage of an epoch, 0-based through all stages; None after the last."""
         ends = itertools.accumulate(stage.epochs for stage in self.stages)
-        return next((stage.needs_logits for end, stage in zip(ends, self.stages, strict=True) if epoch < end), False)
+        return next((stage for end, stage in zip(ends, self.stages, strict=True) if epoch < end), None)
+
+    def mix_in(self, stage: Stage) -> Mix:
+        """Which train rows it is shown in one of its stages."""
+        return mix_of(stage, self.spec.labelled)
 
     @property
     def optimizer_spec(self) -> recipe.Optimizer:
@@ -166,7 +171,7 @@ class Student:
             with self.ranks.agree():  # if this fails on one rank, all of them raise; else they would wait for it
                 with autocast(self.device, self.spec.precision):
                     logits = self.forward(batch.inputs) if spare is None else self.forward(spare)[:0]
-                loss = row_losses(stage, epoch, logits, batch.logits, batch.labels).sum()
+                loss = row_losses(stage, epoch, logits, batch.logits, batch.labels, batch.label_weight).sum()
 
             # The ranks leave together, before any weight has changed.
             value = float(loss.detach())

@@ -158,7 +158,8 @@ def compute_shard(
     """A shard's logits, float32 [shard.rows, classes], the share of rows whose label they choose, probe views and loss.
 
     The logits are those that a reader of the store will have: rounded as its encoding rounds them. So the share is a
-    function of the stored bytes, whoever works it out. It is None for regression, where no label is chosen.
+    function of the stored bytes, whoever works it out. It is None for regression, where no label is chosen, and where
+    no row of the shard has a label.
 
     A pure function of the job and the shard, down to the last bit: threads and batch rows are fixed by the recipe.
 
@@ -219,9 +220,9 @@ def _remember(job: CacheJob, shard: Shard, logits: np.ndarray, labels: np.ndarra
         CorruptCacheError: the rows that were read for the shard are not what was prepared.
     """
     rows = _rows_of(job)
-    agreement = None
-    if rows.task == "classification":
-        agreement = float(np.mean(logits.argmax(axis=1) == labels))
+    agreement, labelled = None, max(0, min(shard.stop, rows.labelled) - shard.start)  # the first rows have labels
+    if rows.task == "classification" and labelled:
+        agreement = float(np.mean(logits[:labelled].argmax(axis=1) == labels[:labelled]))
     numbers = probe_rows(job.store.creation.identity, shard)
     shown = view_digests(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view, rows.tokens, job.device)
     try:

@@ -5,6 +5,7 @@ here within a second. A command and its `--dry-run` call the same functions, so 
 """
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterable
 
@@ -18,7 +19,8 @@ from akd_dist.base.formatting import counted
 from akd_dist.data.rows import Rows
 from akd_dist.distill import hooks
 from akd_dist.distill.batch_norm import has_batch_norm, refuse_own_batch_norms
-from akd_dist.distill.stream import batch_ends
+from akd_dist.distill.objectives import mix_of, stages
+from akd_dist.distill.orders import ALL, LABELLED, Batches, Mix
 from akd_dist.distill.teacher import teacher_logits
 from akd_dist.models.build import check_model, check_output, num_parameters
 from akd_dist.models.card import ModelCard
@@ -66,9 +68,11 @@ def try_training(
         hooks.try_metric(data.own_metric, rows.labels[:_LABELS], rows.classes)
     for whose, training in trainings:
         _try_hooks(rows, training)
-        if (alike := (training.batch, training.last_batch, _workers(training))) not in tried:
-            _try_batches(module, card, rows, whose, training)
-            tried.add(alike)
+        _check_labels(rows, whose, training)
+        for mix in _mixes(training, rows):
+            if (alike := (training.batch, training.last_batch, _workers(training), mix)) not in tried:
+                _try_batches(module, card, rows, whose, training, mix)
+                tried.add(alike)
     return num_parameters(module)
 
 
@@ -79,6 +83,26 @@ def _try_hooks(rows: Rows, training: recipe.Training) -> None:
         hooks.try_objective(objective, rows.classes, rows.task, _workers(training)[0])
     if isinstance(training, recipe.StudentSpec) and training.on_epoch_end is not None:
         hooks.function_of(training.on_epoch_end, hooks.CALLBACK)
+
+
+def _mixes(training: recipe.Training, rows: Rows) -> list[Mix]:
+    """The mixes of rows that its stages show; a teacher is trained on labels."""
+    if not isinstance(training, recipe.Learning):
+        return [LABELLED]
+    found = [mix_of(stage, training.labelled) for stage in stages(training.objective)]
+    return list(dict.fromkeys(found if rows.unlabelled else [ALL]))
+
+
+def _check_labels(rows: Rows, whose: str, training: recipe.Training) -> None:
+    """Refuse a mix that these rows cannot fill."""
+    wanted = training.labelled if isinstance(training, recipe.Learning) else None
+    if wanted is not None and (not rows.unlabelled or wanted > rows.labelled):
+        raise RefusedError(
+            f"batches with labelled: {wanted} cannot be made",
+            got=f"{rows.labelled:,} train rows with labels, {rows.unlabelled:,} without",
+            expected=f"at least {wanted:,} with labels, and some without",
+            next=f"change `labelled` in {whose}, or leave it out",
+        )
 
 
 def try_teacher(module: nn.Module, card: ModelCard, rows: Rows, cache: recipe.CacheSpec) -> None:
@@ -114,14 +138,17 @@ def _warn_of_probabilities(logits: torch.Tensor, card: ModelCard) -> None:
         )
 
 
-def _try_batches(module: nn.Module, card: ModelCard, rows: Rows, whose: str, training: recipe.Training) -> None:
+def _try_batches(
+    module: nn.Module, card: ModelCard, rows: Rows, whose: str, training: recipe.Training, mix: Mix
+) -> None:
     """Refuse batches that a model cannot be trained on: too few rows for its batch statistics, or none at all."""
-    ends = batch_ends(len(rows), training.batch, training.last_batch)
+    cut = Batches(len(rows), rows.labelled, training.batch, training.last_batch, mix)
+    ends, which = cut.ends, "train rows with labels" if mix == LABELLED and rows.unlabelled else "train rows"
     if not len(ends):
         raise RefusedError(
             f"there is no batch to train {card.model.label} on",
-            got=f"{len(rows):,} train rows, batch: {training.batch}, last_batch: drop",
-            expected=f"a batch of at most {len(rows):,} rows",
+            got=f"{cut.passed:,} {which}, batch: {training.batch}, last_batch: drop",
+            expected=f"a batch of at most {cut.passed:,} rows",
             next=f"lower `batch`, or leave `last_batch` out, in {whose}",
         )
     workers, together = _workers(training)
@@ -141,7 +168,7 @@ def _try_batches(module: nn.Module, card: ModelCard, rows: Rows, whose: str, tra
         for share in _few(size, workers, together):
             seen = share if share or has_batch_norm(module) else 1  # a worker without rows is shown a spare one
             if (refused := _refusal(module, card, rows, seen)) is not None:
-                raise _too_few(card, rows, whose, training, size, share, refused)
+                raise _too_few(card, cut, whose, training, size, share, refused)
 
 
 def _check_trainable(module: nn.Module, card: ModelCard, rows: Rows) -> None:
@@ -191,7 +218,7 @@ def _refusal(module: nn.Module, card: ModelCard, rows: Rows, count: int) -> Refu
 
 
 def _too_few(
-    card: ModelCard, rows: Rows, whose: str, training: recipe.Training, size: int, share: int, why: RefusedError
+    card: ModelCard, cut: Batches, whose: str, training: recipe.Training, size: int, share: int, why: RefusedError
 ) -> RefusedError:
     workers, together = _workers(training)
     which = "the last batch of an epoch has" if size < training.batch else "a batch has"
@@ -199,14 +226,15 @@ def _too_few(
     remedies = [
         f"last_batch: {words}"
         for last_batch, words in _REMEDIES
-        if len(ends := batch_ends(len(rows), training.batch, last_batch))
+        if len(ends := dataclasses.replace(cut, last_batch=last_batch).ends)
         and not any(_few(int(one), workers, together) for one in np.diff(ends, prepend=0))
     ]
     if workers > 1 and not together:
         remedies += ["sync_batchnorm: true"] * (size > 1) + ["fewer workers"]
     return RefusedError(
         f"the model {card.model.label} cannot be trained on {counted(share, 'row')} alone",
-        got=f"{len(rows):,} train rows in batches of {training.batch}: {which} {counted(size, 'row')}{part}; {why.got}",
+        got=f"{cut.passed:,} train rows in batches of {training.batch}: {which} {counted(size, 'row')}{part}; "
+        f"{why.got}",
         expected="two rows or more at a time, since the model takes statistics of them",
         next=f"set {', or '.join(remedies or ['another batch'])} in {whose}",
     )

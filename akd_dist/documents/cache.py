@@ -30,6 +30,8 @@ class CachedSplit(Document):
     """Number of shards."""
     shards_computed: Count
     """How many of them this command computed."""
+    unlabelled: Count = 0
+    """How many of the rows have no label."""
 
 
 class CachedSplits(Document):
@@ -94,6 +96,8 @@ class PlannedSplit(Document):
     """Number of shards to compute."""
     bytes: Count
     """Size of these shards."""
+    unlabelled: Count = 0
+    """How many of the rows have no label."""
 
 
 PlannedSplits = dict[Split, PlannedSplit]
@@ -128,7 +132,8 @@ class PlanDocument(Document):
     """The same for each member of an ensemble; empty for a teacher alone."""
     assistants: list[PlannedAssistant] = []
     """The same for the teacher's assistants."""
-    teacher_check: TeacherCheck | None = None
-    """What the teacher says of labelled rows; null of one that the recipe trains."""
+    teacher_checks: list[TeacherCheck] = []
+    """What the teacher says of labelled rows, or each member of an ensemble; nothing of those that the recipe trains.
+    """
     waits_for: str | None = None
     """The room that the command would wait for, on nodes that are not there yet; null where what is there will do."""

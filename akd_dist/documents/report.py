@@ -105,6 +105,8 @@ class CompareDocument(Document):
     """Of the intervals."""
     rows: SplitRows
     """Rows of each split."""
+    unlabelled: Count = 0
+    """How many of the train rows have no label."""
     teacher: ComparedModel
     """Whom the students learned from."""
     assistants: list[ComparedModel]

@@ -15,30 +15,22 @@ from akd_dist.recipe.base import (
     Target as Target,
     Task as Task,
 )
+from akd_dist.recipe.cache import CacheSpec as CacheSpec, EncodingSpec as EncodingSpec
 from akd_dist.recipe.data import (
     Augmentation as Augmentation,
     ByteText as ByteText,
     CustomAugmentation as CustomAugmentation,
-    CustomData as CustomData,
     CustomMetric as CustomMetric,
     DataSpec as DataSpec,
-    Digits as Digits,
-    HuggingFaceData as HuggingFaceData,
     HuggingFaceText as HuggingFaceText,
-    Idx as Idx,
     Image as Image,
-    ImageFolder as ImageFolder,
     NoAugmentation as NoAugmentation,
     Normalize as Normalize,
     PadCropFlip as PadCropFlip,
-    Parquet as Parquet,
     RandomResizedCropFlip as RandomResizedCropFlip,
     Shift as Shift,
-    Source as Source,
-    Table as Table,
     Text as Text,
     TokenMask as TokenMask,
-    WebDataset as WebDataset,
 )
 from akd_dist.recipe.json_schema import recipe_schema as recipe_schema
 from akd_dist.recipe.load import load_recipe as load_recipe
@@ -55,9 +47,7 @@ from akd_dist.recipe.models import (
 )
 from akd_dist.recipe.recipe import (
     NAME as NAME,
-    CacheSpec as CacheSpec,
     Callback as Callback,
-    EncodingSpec as EncodingSpec,
     Recipe as Recipe,
     StudentSpec as StudentSpec,
     differences as differences,
@@ -69,6 +59,17 @@ from akd_dist.recipe.search import (
     Search as Search,
     rung_count as rung_count,
     rung_epochs as rung_epochs,
+)
+from akd_dist.recipe.sources import (
+    CustomData as CustomData,
+    Digits as Digits,
+    HuggingFaceData as HuggingFaceData,
+    Idx as Idx,
+    ImageFolder as ImageFolder,
+    Parquet as Parquet,
+    Source as Source,
+    Table as Table,
+    WebDataset as WebDataset,
 )
 from akd_dist.recipe.teacher import (
     AssistantSpec as AssistantSpec,
@@ -87,6 +88,7 @@ from akd_dist.recipe.training import (
     HardLabels as HardLabels,
     Kd as Kd,
     LastBatch as LastBatch,
+    Learning as Learning,
     Linear as Linear,
     Objective as Objective,
     Optimizer as Optimizer,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from akd_dist.recipe.base import (
     FACTORY,
     METRICS,
     Byte,
-    Classes,
     Count,
     Factory,
     Length,
@@ -22,137 +21,14 @@ from akd_dist.recipe.base import (
     Share,
     Spec,
     Task,
+    one_or_several,
 )
+from akd_dist.recipe.sources import Idx, ShareOrSource, Source, Unlabelled
 
-SourceKind = Annotated[Name, Field(description="Which kind of source this is.")]
 TokenizerKind = Annotated[Name, Field(description="Which kind of tokenizer this is.")]
 AugmentationKind = Annotated[Name, Field(description="Which kind of augmentation this is.")]
 
-
 Side = Annotated[int, Field(ge=1, le=8192)]
-
-
-class Digits(Spec):
-    """The 1,797 handwritten digits that come with scikit-learn: 8 x 8 grey images, 10 classes."""
-
-    kind: SourceKind[Literal["digits"]] = "digits"
-
-
-class Idx(Spec):
-    """Images and labels in IDX files, as MNIST and its family come; plain or gzip-compressed."""
-
-    kind: SourceKind[Literal["idx"]] = "idx"
-    images: str
-    """The file of inputs, uint8 of two dimensions or more; relative to the recipe's folder, or s3:// or gs://."""
-    labels: str
-    """The file of labels, counted from 0."""
-    classes: Classes | None = None
-    """How many classes there are; none takes the largest label plus one."""
-
-
-def _one_or_several(value: object) -> str:
-    return "several" if isinstance(value, list) else "one"
-
-
-Columns = Annotated[
-    Annotated[str, Tag("one")] | Annotated[list[str], Field(min_length=1, max_length=2), Tag("several")],
-    Discriminator(_one_or_several),
-]
-
-
-class Table(Spec):
-    """Named columns: one of inputs (two of text make a pair), one of labels."""
-
-    input: Columns = "input"
-    """The column of inputs: encoded images (bytes, or a struct with bytes), text, or lists of numbers. A list of two
-    names is a pair of texts."""
-    label: str = "label"
-    """The column of labels: class ids counted from 0, class names, or numbers where data.task is regression."""
-    shape: list[Count] | None = None
-    """The shape of one input, for columns of flat lists; none keeps the list as a vector."""
-    classes: Classes | None = None
-    """How many classes there are; none takes the largest label plus one, or the names there are."""
-
-
-class Parquet(Table):
-    """A dataset in Parquet. Row order is the order of the files."""
-
-    kind: SourceKind[Literal["parquet"]] = "parquet"
-    path: str
-    """A file, a folder or a glob; relative to the recipe's folder, or s3:// or gs://."""
-
-
-class ImageFolder(Spec):
-    """Pictures as files: a folder for each class, or a table that gives the label of each file."""
-
-    kind: SourceKind[Literal["image_folder"]] = "image_folder"
-    path: str
-    """The folder; relative to the recipe's folder, or s3:// or gs://. Without labels, each folder in it is a class."""
-    labels: str | None = None
-    """A CSV, JSON Lines or Parquet file with a row for each picture; none takes metadata.csv, .jsonl or .parquet in
-    the folder where there is one."""
-    file: str = "file_name"
-    """Its column of files, relative to the folder."""
-    label: str = "label"
-    """Its column of labels: class ids counted from 0, class names, or numbers where data.task is regression."""
-    unlisted: Literal["refuse", "leave_out"] = "refuse"
-    """What becomes of pictures that it does not list: `leave_out` where it names a part of the folder on purpose."""
-    classes: Classes | None = None
-    """How many classes there are; none takes the largest label plus one, or the names there are."""
-
-
-class WebDataset(Spec):
-    """Pictures in tar files, as WebDataset has them: key.jpg with key.cls or key.json, one beside the other."""
-
-    kind: SourceKind[Literal["webdataset"]] = "webdataset"
-    path: str
-    """A tar file, a folder, a glob, or a brace expression such as train-{000..099}.tar; relative to the recipe's
-    folder, or s3:// or gs://."""
-    label: str = "cls"
-    """`cls` for class ids in key.cls; anything else is a name within key.json."""
-    classes: Classes | None = None
-    """How many classes there are; none takes the largest label plus one, or the names there are."""
-
-
-class HuggingFaceData(Table):
-    """A dataset of the Hugging Face `datasets` library (extra: akd-dist[huggingface])."""
-
-    kind: SourceKind[Literal["huggingface"]] = "huggingface"
-    path: str | None = None
-    """A folder that `save_to_disk` wrote; relative to the recipe's folder."""
-    name: str | None = None
-    """A dataset on the hub, where one can be reached."""
-    config: str | None = None
-    """Its configuration, if it has several."""
-    split: str | None = None
-    """Which of its splits; needed unless the folder holds a single one."""
-
-    @model_validator(mode="after")
-    def _one_place(self) -> HuggingFaceData:
-        if (self.path is None) == (self.name is None):
-            raise ValueError("give either a path or a name")
-        if self.name is not None and self.split is None:
-            raise ValueError("a dataset by name needs a split, such as `split: train`")
-        return self
-
-
-class CustomData(Table, Factory):
-    """Rows by your own function, in the recipe's folder or in a module that `code:` lists.
-
-    It returns an Arrow table, or a map-style `torch.utils.data.Dataset` whose items are (input, label).
-    """
-
-    kind: SourceKind[Literal["custom"]] = "custom"
-    factory: str = Field(pattern=FACTORY)
-    """`module:function`, called as function(**arguments)."""
-    arguments: dict[str, JsonValue] = {}
-    """Keyword arguments of the function; `./x` in them is a path relative to the recipe's folder. A change of them, of
-    what they name or of the module's file prepares the data anew."""
-
-
-Source = Annotated[
-    Digits | Idx | Parquet | ImageFolder | WebDataset | HuggingFaceData | CustomData, Discriminator("kind")
-]
 
 
 class ByteText(Spec):
@@ -186,7 +62,7 @@ Text = Annotated[ByteText | HuggingFaceText, Discriminator("kind")]
 
 Size = Annotated[
     Annotated[Side, Tag("one")] | Annotated[list[Side], Field(min_length=2, max_length=2), Tag("several")],
-    Discriminator(_one_or_several),
+    Discriminator(one_or_several),
 ]
 
 
@@ -349,31 +225,16 @@ class Normalize(Spec):
         return self
 
 
-def _share_or_source(value: object) -> str | None:
-    """Tell a share from a source by its shape, so that an error speaks of the one that was meant."""
-    if isinstance(value, Mapping):
-        return value.get("kind")
-    return getattr(value, "kind", "share")
-
-
-ShareOrSource = Annotated[
-    Annotated[Share, Tag("share")]
-    | Annotated[Digits, Tag("digits")]
-    | Annotated[Idx, Tag("idx")]
-    | Annotated[Parquet, Tag("parquet")]
-    | Annotated[ImageFolder, Tag("image_folder")]
-    | Annotated[WebDataset, Tag("webdataset")]
-    | Annotated[HuggingFaceData, Tag("huggingface")]
-    | Annotated[CustomData, Tag("custom")],
-    Discriminator(_share_or_source),
-]
-
-
 class DataSpec(Spec):
     """The rows that teacher and students see, how they are split and how augmented. One for the whole recipe."""
 
-    train: Source
-    """The rows to train on; validation and test rows are split off where they have no source of their own."""
+    train: Source | None = None
+    """The rows to train on; validation and test rows are split off where they have no source of their own. Left out
+    where no train row has a label: then `unlabelled` names them all."""
+    unlabelled: Unlabelled | None = None
+    """Train rows without labels, which students learn from the teacher alone: a source, whose labels are not read; or
+    `rest`, the train rows that `subset` leaves out; or `missing`, the rows of the train source whose label is null, NaN
+    or -1."""
     validation: ShareOrSource = 0.1
     """Rows that pick the best epoch: a share of the train source, or a source of their own."""
     test: ShareOrSource = 0.2
@@ -417,6 +278,41 @@ class DataSpec(Spec):
         return self.metric if isinstance(self.metric, CustomMetric) else None
 
     @property
+    def sources(self) -> dict[str, Source]:
+        """The sources by what they give: those with labels first, the train rows before the others."""
+        given = {name: getattr(self, name) for name in ("train", "validation", "test", "unlabelled")}
+        return {name: source for name, source in given.items() if not isinstance(source, float | str | None)}
+
+    @model_validator(mode="after")
+    def _has_train_rows(self) -> DataSpec:
+        if self.train is None and not isinstance(self.unlabelled, Spec):
+            missing = InitErrorDetails(type="missing", loc=("train",), input=self)
+            raise ValidationError.from_exception_data("DataSpec", [missing])
+        if self.train is None:
+            shares = [name for name in ("validation", "test") if isinstance(getattr(self, name), float)]
+            if shares:
+                raise ValueError(
+                    f"without data.train there are no rows with labels to take {' and '.join(shares)} from: "
+                    "give them sources of their own"
+                )
+            if self.subset is not None or self.stratify:
+                raise ValueError("subset and stratify are for rows with labels, and data.train is left out")
+        return self
+
+    @model_validator(mode="after")
+    def _rest_is_left(self) -> DataSpec:
+        if self.unlabelled == "rest" and self.subset is None:
+            raise ValueError("unlabelled: rest are the train rows that `subset` leaves out: set subset as well")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_where_they_are_read(self) -> DataSpec:
+        for name, source in self.sources.items():
+            if name != "unlabelled" and isinstance(source, Idx) and source.labels is None:
+                raise ValueError(f"{name}.labels is missing: only the rows of `unlabelled` need none")
+        return self
+
+    @property
     def asks_for_encoded(self) -> bool:
         """Whether encoded images are to be kept so in prepared rows, where they come encoded."""
         whole = self.image.size is not None and isinstance(self.augmentation, RandomResizedCropFlip)
@@ -443,8 +339,8 @@ class DataSpec(Spec):
     @model_validator(mode="after")
     def _shape_is_that_of_images(self) -> DataSpec:
         known = (self.image.channels, *(self.image.frame or (None, None)))
-        for name in ("train", "validation", "test"):
-            shape = getattr(getattr(self, name), "shape", None)
+        for name, source in self.sources.items():
+            shape = getattr(source, "shape", None)
             if shape is None or known == (None, None, None):
                 continue
             if len(shape) != 3 or any(ours not in (None, said) for ours, said in zip(known, shape, strict=True)):

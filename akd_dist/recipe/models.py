@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
-from akd_dist.recipe.base import FACTORY, Factory, Layers, Name, Spec, Width, label_of, label_of_call
-from akd_dist.recipe.data import _one_or_several
+from akd_dist.recipe.base import FACTORY, Factory, Layers, Name, Spec, Width, label_of, label_of_call, one_or_several
 
 ModelKind = Annotated[Name, Field(description="Which kind of model this is.")]
 
@@ -18,7 +17,7 @@ class Mlp(Spec):
     kind: ModelKind[Literal["mlp"]] = "mlp"
     hidden: Annotated[
         Annotated[Width, Tag("one")] | Annotated[list[Width], Field(min_length=1, max_length=2_000), Tag("several")],
-        Discriminator(_one_or_several),
+        Discriminator(one_or_several),
     ]
     """Units of the hidden layer, or a list: one entry a layer."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -17,28 +17,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    Field,
-    GetJsonSchemaHandler,
-    JsonValue,
-    PrivateAttr,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
-from pydantic_core import CoreSchema
+from pydantic import BaseModel, Field, JsonValue, PrivateAttr, field_validator, model_validator
 
 from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
 from akd_dist.recipe.base import FACTORY, Count, Device, Factory, Positive, Spec
+from akd_dist.recipe.cache import CacheSpec
 from akd_dist.recipe.data import DataSpec
-from akd_dist.recipe.models import Model
 from akd_dist.recipe.paths import change_paths
 from akd_dist.recipe.teacher import TeacherSpec
-from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Objective, Precision, Training
+from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Learning
 
 # Names become folders, on any file system.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -69,13 +59,9 @@ class Callback(Factory):
     """Further keyword arguments of the function; `./x` in them is a path relative to the recipe's folder."""
 
 
-class StudentSpec(Training):
+class StudentSpec(Learning):
     """One student. In the file, a block may have a `grid:` and then stands for several."""
 
-    model: Model
-    """Its architecture."""
-    objective: Objective
-    """What it is trained on."""
     workers: Count = 1
     """Data-parallel workers that share each batch."""
     sync_batchnorm: bool = False
@@ -93,65 +79,12 @@ class StudentSpec(Training):
     @property
     def stage1(self) -> str | None:
         """What students that train the same stage I have in common; None where no further stage follows."""
-        if not isinstance(self.objective, AnnealingKD):
+        if not isinstance(self.objective, AnnealingKD) or not self.objective.stage2_epochs:
             return None
         # Neither what a student is called, how much of a GPU it has, nor who is told of it changes a weight.
         document = self.model_dump(mode="json", exclude={"name", "gpus", "on_epoch_end"})
         del document["objective"]["stage2_epochs"], document["objective"]["stage2_optimizer"]
         return json.dumps(document)
-
-
-class EncodingSpec(Spec):
-    """How logits are stored, in full: `encoding: float16` says the same as `encoding: {kind: float16}`."""
-
-    kind: Literal["float32", "float16"] = "float32"
-    """Precision of the stored logits."""
-    keep_bits: Annotated[int, Field(ge=1, le=22)] | None = None
-    """Bits of the mantissa to keep, of 10 or 23: the others are rounded to zero, which compresses better. 7 changes
-    logits by less than 0.4 %."""
-    compress: Literal["none", "zstd", "blosc"] = "none"
-    """Codec of the stored chunks; `blosc` shuffles bytes first, which makes logits smaller still."""
-
-    @model_validator(mode="after")
-    def _fewer_bits_than_there_are(self) -> EncodingSpec:
-        most = {"float16": 10, "float32": 23}[self.kind]
-        if self.keep_bits is not None and self.keep_bits >= most:
-            raise ValueError(f"keep_bits: {self.keep_bits} keeps all: {self.kind} has {most} bits of mantissa")
-        return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_a_word(cls, given: Any) -> Any:
-        return {"kind": given} if isinstance(given, str) else given
-
-    @model_serializer(mode="plain")
-    def _as_short_as_it_was_before_there_was_more(self) -> str | dict[str, Any]:
-        # Two spellings of the same are one recipe, and runs of before are the same runs.
-        config = self.config()
-        return self.kind if len(config) == 1 else {"kind": self.kind} | {k: v for k, v in config.items() if k != "name"}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        schema = handler(core)
-        return {"anyOf": [{"enum": ["float32", "float16"], "type": "string"}, schema]}
-
-    def config(self) -> dict[str, Any]:
-        """The encoding as a store's identity has it: what is not used is left out."""
-        bits = {} if self.keep_bits is None else {"keep_bits": self.keep_bits}
-        return {"name": self.kind} | bits | ({} if self.compress == "none" else {"compress": self.compress})
-
-
-class CacheSpec(Spec):
-    """How the teacher's logits are computed and stored."""
-
-    encoding: EncodingSpec = EncodingSpec()
-    """Precision of the stored logits, and how they are made smaller."""
-    batch_rows: Count = 256
-    """Rows that the teacher sees at once. Part of how a store is computed: another number may change the last bits."""
-    threads: Count = 1
-    """CPU threads of each caching task. As batch_rows, part of how a store is computed."""
-    precision: Precision = "float32"
-    """Numbers that the teacher computes with; another precision is another teacher, with a store of its own."""
 
 
 class Recipe(Spec):
@@ -221,13 +154,47 @@ class Recipe(Spec):
             raise ValueError("teacher.assistant is there and no student has the objective takd: nobody would use it")
         return self
 
+    @model_validator(mode="after")
+    def _labels_to_learn(self) -> Recipe:
+        """Refuse what needs labels where no train row has one, and a mix of rows where all of them have one."""
+        learners = [(f"the student {student.name}", student) for student in self.students]
+        chain = enumerate(self.teacher.chain, 1)
+        for whose, one in [*learners, *(("teacher" + number * ".assistant", link) for number, link in chain)]:
+            if one.labelled is not None and self.data.unlabelled is None:
+                raise ValueError(f"{whose} has labelled: {one.labelled}, and data.unlabelled names no rows without")
+            if self.data.train is None and one.objective.reads_labels:
+                raise ValueError(
+                    f"{whose} learns from labels ({one.objective.kind}), and no train row has one, as data.train is "
+                    "left out: use kd with alpha: 1, or annealing_kd with stage2_epochs: 0"
+                )
+        if self.data.train is None and any(one.train is not None for one in self.teacher.each):
+            raise ValueError(
+                "teacher.train needs labels, and no train row has one, as data.train is left out: "
+                "name a trained teacher in teacher.weights"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_left_to_the_teacher(self) -> Recipe:
+        if self.data_of_teachers is not None and self.data.subset is None:
+            raise ValueError("teacher.train.rows: all is for rows that data.subset leaves out, and it is not set")
+        return self
+
+    @property
+    def data_of_teachers(self) -> DataSpec | None:
+        """The rows of teachers that learn also from those that `subset` leaves out; None where none does."""
+        if not any(one.train is not None and one.train.rows == "all" for one in self.teacher.each):
+            return None
+        unlabelled = None if self.data.unlabelled == "rest" else self.data.unlabelled
+        return self.data.model_copy(update={"subset": None, "unlabelled": unlabelled})
+
     def identity(self) -> dict[str, Any]:
         """What the run computes, as JSON: the resolved recipe without placement and without paths.
 
         Paths are left out because data and teacher are known by their content, wherever they lie.
         """
         document = self.model_dump(mode="json", exclude=set(PLACEMENT))
-        for source in (document["data"][split] for split in ("train", "validation", "test")):
+        for source in (document["data"][split] for split in ("train", "validation", "test", "unlabelled")):
             if isinstance(source, dict):
                 for key in ("path", "images", "labels"):
                     source.pop(key, None)
@@ -239,6 +206,8 @@ class Recipe(Spec):
         document["data"]["image"] = self.data.image.said()
         if not document["data"]["image"]:
             del document["data"]["image"]
+        if document["data"]["unlabelled"] is None:
+            del document["data"]["unlabelled"]
         for teacher in (document["teacher"], *(document["teacher"]["members"] or ())):
             del teacher["weights"], teacher["store"]
             if teacher["members"] is None:
@@ -293,8 +262,9 @@ def forget_later_keys(training: dict[str, Any]) -> None:
 
     Runs and trained models are found by what their recipe says: they stay the same when recipes learn a new key.
     """
-    if training["last_batch"] == "keep":
-        del training["last_batch"]
+    for key, default in (("last_batch", "keep"), ("labelled", None), ("rows", "students")):
+        if key in training and training[key] == default:
+            del training[key]
 
 
 def _trainings(document: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pydantic_core import CoreSchema
 
 from akd_dist.recipe.base import Epochs, Positive, Spec
 from akd_dist.recipe.models import HuggingFaceModel, Model
-from akd_dist.recipe.training import Objective, Takd, Training
+from akd_dist.recipe.training import Learning, Objective, Takd, Training
 
 
 class TeacherTraining(Training):
@@ -18,15 +18,14 @@ class TeacherTraining(Training):
 
     epochs: Epochs
     """Epochs; the best validation epoch is kept."""
+    rows: Literal["students", "all"] = "students"
+    """Which rows it learns from: those of the students that have labels; or `all`, also those that data.subset leaves
+    out, as somebody would have trained it who had more labels than the students have."""
 
 
-class AssistantSpec(Training):
+class AssistantSpec(Learning):
     """A model between teacher and students: it learns from the teacher's store and is cached like a teacher."""
 
-    model: Model
-    """Its architecture."""
-    objective: Objective
-    """What it is trained on: the logits of the model it stands under, or labels."""
     assistant: AssistantSpec | None = None
     """A further one, which learns from this one; students of objective `takd` learn from the last of the chain."""
 

@@ -21,6 +21,7 @@ from akd_dist.recipe.base import (
     Spec,
     label_of_call,
 )
+from akd_dist.recipe.models import Model
 
 ScheduleKind = Annotated[Name, Field(description="Which kind of schedule this is.")]
 OptimizerKind = Annotated[Name, Field(description="Which kind of optimizer this is.")]
@@ -114,8 +115,9 @@ class AnnealingKD(Spec):
     """The temperature of the first epoch; it falls to 1 over stage I."""
     stage1_epochs: Epochs
     """Epochs of stage I, at least tau_max."""
-    stage2_epochs: Epochs
-    """Epochs of stage II, which starts from stage I's best validation epoch."""
+    stage2_epochs: Annotated[int, Field(ge=0, le=1_000_000)]
+    """Epochs of stage II, which starts from stage I's best validation epoch; 0 leaves it out, and with it the labels.
+    """
     stage2_optimizer: Optimizer | None = None
     """The optimizer of stage II, whose loss is another one; none takes the student's."""
     reduction: Literal["mean", "sum"] = "mean"
@@ -131,10 +133,21 @@ class AnnealingKD(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _optimizes_a_stage(self) -> AnnealingKD:
+        if self.stage2_optimizer is not None and self.stage2_epochs == 0:
+            raise ValueError("stage2_optimizer is given, and stage2_epochs is 0: there is no stage II")
+        return self
+
     @property
     def epochs(self) -> int:
         """Epochs of both stages."""
         return self.stage1_epochs + self.stage2_epochs
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether its loss reads labels."""
+        return self.stage2_epochs > 0
 
     @property
     def label(self) -> str:
@@ -152,6 +165,11 @@ class HardLabels(Spec):
     """Epochs; as many as both stages of Annealing-KD make a fair comparison."""
 
     @property
+    def reads_labels(self) -> bool:
+        """Whether its loss reads labels."""
+        return True
+
+    @property
     def label(self) -> str:
         """The objective as it stands in a student's name."""
         return self.kind
@@ -166,6 +184,11 @@ class Distilled(Spec):
     """What logits of student and teacher are divided by before the softmax."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the teacher in the loss; the rest is the labels'."""
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether its loss reads labels."""
+        return self.alpha < 1
 
 
 class Kd(Distilled):
@@ -226,6 +249,11 @@ class ContinuationKD(Spec):
         return self
 
     @property
+    def reads_labels(self) -> bool:
+        """Whether its loss reads labels."""
+        return True
+
+    @property
     def label(self) -> str:
         """The objective as it stands in a student's name."""
         return self.kind
@@ -245,7 +273,13 @@ class CustomObjective(Factory):
     epochs: Epochs
     """Epochs; as many as both stages of Annealing-KD make a fair comparison."""
     learns_from: Literal["teacher", "labels"] = "teacher"
-    """Whether it reads the teacher's logits; with `labels` it is given none, and the store is not read for it."""
+    """Whether it reads the teacher's logits; with `labels` it is given none, and the store is not read for it. Rows
+    without labels (`data.unlabelled`) have -1, or NaN for regression; with `labels` they are not shown to it."""
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it needs labels; one that reads logits may do without, and is tried on rows as they are."""
+        return self.learns_from == "labels"
 
     @property
     def label(self) -> str:
@@ -275,3 +309,31 @@ class Training(Spec):
     precision: Precision = "float32"
     """Numbers that it computes with: float32 or float64 throughout, or bfloat16 or float16 where autocast allows it,
     on weights kept in float32."""
+
+
+class Learning(Training):
+    """What students and assistants have: what they learn, and from which rows."""
+
+    model: Model
+    """Its architecture."""
+    objective: Objective
+    """What it is trained on."""
+    labelled: Count | None = None
+    """How many of a batch's rows have labels, where there are rows without (data.unlabelled) and the loss mixes labels
+    and teacher: an epoch is then one pass over the rows without labels, and those with labels go round. None takes the
+    rows as they fall when all are shuffled together."""
+
+    @model_validator(mode="after")
+    def _mixes(self) -> Learning:
+        if self.labelled is None:
+            return self
+        if not isinstance(self.objective, Distilled | ContinuationKD):
+            raise ValueError(
+                f"labelled is for objectives that mix labels and teacher in one batch (kd, takd, continuation_kd); "
+                f"{self.objective.kind} reads either those with labels or all rows: leave it out"
+            )
+        if self.labelled >= self.batch:
+            raise ValueError(
+                f"labelled is {self.labelled} and batch is {self.batch}: a batch needs rows without labels, too"
+            )
+        return self

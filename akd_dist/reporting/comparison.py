@@ -149,7 +149,9 @@ def _gathered(students: Iterable[StudentSpec], of: Callable[[StudentSpec], Any])
 # --- what came of them ----------------------------------------------------------------------------------------------
 
 
-def compare(recipe: Recipe, fleet: FleetDocument, rows: SplitRows, command: str) -> CompareDocument:
+def compare(
+    recipe: Recipe, fleet: FleetDocument, rows: SplitRows, command: str, unlabelled: int = 0
+) -> CompareDocument:
     """The table of a fleet that an expanded recipe has trained.
 
     Args:
@@ -157,6 +159,7 @@ def compare(recipe: Recipe, fleet: FleetDocument, rows: SplitRows, command: str)
         fleet: what the run's fleet.json holds.
         rows: number of rows of each split.
         command: what makes the same table again.
+        unlabelled: how many of the train rows have no label.
     """
     metric, entries = recipe.data.primary_metric, {student.name: student for student in fleet.students}
     return CompareDocument(
@@ -166,6 +169,7 @@ def compare(recipe: Recipe, fleet: FleetDocument, rows: SplitRows, command: str)
         metric=metric,
         confidence=CONFIDENCE,
         rows=rows,
+        unlabelled=unlabelled,
         teacher=_reference(fleet.teacher, metric, None),
         assistants=[_reference(assistant, metric, assistant.agreement) for assistant in fleet.assistants],
         table=[
@@ -295,10 +299,11 @@ def comparison_table(document: CompareDocument) -> Table:
 def to_markdown(document: CompareDocument) -> str:
     """A comparison as a GitHub table, with all that is needed to make it again."""
     rows, seeds = document.rows, sorted({seed for row in document.table for seed in row.seeds})
+    without = f", {document.unlabelled:,} of them without labels" if document.unlabelled else ""
     lines = [
         f"`{document.command}`",
         "",
-        f"{rows['train']:,} train rows, {rows['validation']:,} validation rows that pick the epoch, "
+        f"{rows['train']:,} train rows{without}, {rows['validation']:,} validation rows that pick the epoch, "
         f"{rows['test']:,} test rows that are read once. Seeds {', '.join(map(str, seeds))}: mean ± half of the 95 % "
         "interval (Student's t); differences are paired by seed.",
         "",

@@ -136,7 +136,7 @@ def open_examples(
     recipe_path = _recipe_path(asked.data)
     if recipe_path is not None:
         _refuse_options(asked, "input", "label", "tokenizer")
-        examples = _of_recipe(recipe_path, asked, cache_root, on_progress)
+        examples = _of_recipe(recipe_path, asked, cache_root, need_labels, on_progress)
         card.check_rows(examples.like, f"the model {home.uri}")
         yield examples
         return
@@ -170,7 +170,9 @@ def _refuse_options(asked: DataRequest, *names: str) -> None:
 # ---- a recipe
 
 
-def _of_recipe(path: Path, asked: DataRequest, cache_root: Path, on_progress: Progress | None) -> Examples:
+def _of_recipe(
+    path: Path, asked: DataRequest, cache_root: Path, need_labels: bool, on_progress: Progress | None
+) -> Examples:
     split: recipe.Split = asked.split or "test"
     if split not in SPLITS:
         raise RecipeError("there is no such split", got=split, expected=f"one of {', '.join(SPLITS)}")
@@ -182,18 +184,27 @@ def _of_recipe(path: Path, asked: DataRequest, cache_root: Path, on_progress: Pr
         error.next = f"{error.next}; or name the file with the rows instead of a recipe: it is read from end to end"
         raise
     rows: Rows = getattr(splits, split)
-    labelled = asked.label != ""
+    # Of train rows that have no labels all are predicted, without any; only those that have some are evaluated.
+    labelled = asked.label != "" and (need_labels or not rows.unlabelled)
+    count = rows.labelled if labelled else len(rows)
+    if not count:
+        raise RefusedError(
+            f"no {split} row of {asked.data} has a label",
+            got=f"{rows.unlabelled:,} rows without",
+            expected="rows with labels",
+            next="choose another --split, or use `akd-dist predict`",
+        )
 
     def batches() -> Iterator[Batch]:
         splits.sources.begin()
-        for start in range(0, len(rows), EVALUATION_ROWS):
-            inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
+        for start in range(0, count, EVALUATION_ROWS):
+            inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, count))
             yield np.asarray(inputs), labels if labelled else None
         # At the end, when all rows were read: `evaluate` and `predict` report nothing before they come by here.
         rows.content().verify()
         splits.sources.finish()
 
-    return Examples(asked.data, split, rows, len(rows), labelled, batches, lambda: splits.findings)
+    return Examples(asked.data, split, rows, count, labelled, batches, lambda: splits.findings)
 
 
 # ---- everything else, streamed

@@ -21,11 +21,12 @@ from akd_dist.distill.agreement import check_in_store, check_on_rows
 from akd_dist.distill.teacher import served_fingerprint
 from akd_dist.distill.trial import try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
+from akd_dist.documents.check import TeacherCheck
 from akd_dist.jobs.packing import ResourceRequest
 from akd_dist.jobs.planning.models import CachedModel, Level, SplitPlan, count_of, levels_of
 from akd_dist.jobs.planning.stored import check_kind, stores_of
 from akd_dist.jobs.planning.windows import check_chain
-from akd_dist.jobs.prepare_rows import rows_of_cluster, rows_of_machine
+from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.train_teacher import Trained, Workspace, assistant_of, is_there, name_of, teacher_of
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
@@ -84,10 +85,7 @@ def open_inputs(
 
 def open_rows(recipe: Recipe, workspace: Workspace, *, students: bool, again: bool, only_look: bool = False) -> Inputs:
     """The first half of `open_inputs`: the rows, and whether the students can be trained on them."""
-    if workspace.address is None:
-        splits = rows_of_machine(recipe.data, workspace, again=again)
-    else:
-        splits = rows_of_cluster(recipe.data, workspace, again=again, only_look=only_look)
+    splits = rows_of_recipe(recipe, workspace, again=again, only_look=only_look)
     # Files that were believed by their times are hashed from here on, while everything else goes on.
     splits.sources.begin()
     return Inputs(recipe, splits, [], check_students(recipe, splits) if students else {})
@@ -203,7 +201,7 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
         waits = foreseen(cluster.all_nodes(), room_of_teacher(recipe), WORK_OF_TEACHER, workspace.demand())
     return PlanDocument(
         dry_run=True,
-        teacher_check=models[0].check if models else None,
+        teacher_checks=checks_of(models),
         store_root=workspace.store_root,
         bytes=needed,
         free=root.free_bytes(),
@@ -226,7 +224,8 @@ def _planned(recipe: Recipe, splits: Splits, model: CachedModel | None) -> Plann
         shards = list(layout.shards()) if plan is None else plan.missing
         size = sum(layout.stored_bytes(shard) for shard in shards)
         hit = plan is not None and plan.store is not None
-        return PlannedSplit(rows=len(rows), views=views, hit=hit, shards=len(shards), bytes=size)
+        counts = {"rows": len(rows), "unlabelled": rows.unlabelled, "shards": len(shards), "bytes": size}
+        return PlannedSplit(views=views, hit=hit, **counts)
 
     names: tuple[Split, ...] = ("train", "validation", "test")
     plans = {} if model is None else {plan.split: plan for plan in model.plans}
@@ -323,7 +322,8 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], 
         elif member.train is not None and number >= len(models):
             teacher = teacher_of(recipe, splits, number)
             assert teacher is not None, "it is trained"
-            try_training(teacher.spec.model, [(teacher.setting, member.train)], rows, data)
+            its = teacher.rows(splits)
+            try_training(teacher.spec.model, [(teacher.setting, member.train)], its.train, data)
     check_kind(recipe, [model.opened.get("train") for model in models[: len(recipe.teacher.each)]])
     for number, assistant in enumerate(recipe.teacher.chain, 1):
         try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, data)
@@ -341,7 +341,7 @@ def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: 
         return
     model.card.check_rows(splits.train, f"the teacher in {model.model_uri}")
     if (store := model.opened.get("validation")) is not None and len(model.opened) == len(SPLITS):
-        model.check = check_in_store(store, splits.validation)
+        model.check = check_in_store(store, splits.validation, model.name)
     else:
         if model.imported is not None:
             module = model.imported.module(Path(workspace.cache_root))
@@ -351,8 +351,13 @@ def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: 
         else:
             module, card = read_model(model.model_uri, recipe.trusted)
             try_teacher(module, card, splits.train, recipe.cache)
-        model.check = check_on_rows(module, splits.validation)
+        model.check = check_on_rows(module, splits.validation, model.name)
     _tell_check(model, workspace)
+
+
+def checks_of(models: Sequence[CachedModel]) -> list[TeacherCheck]:
+    """What teachers from elsewhere say of labelled rows."""
+    return [model.check for model in models if model.check is not None]
 
 
 def _tell_check(model: CachedModel, workspace: Workspace) -> None:
@@ -383,11 +388,13 @@ def tell_of_chance(model: CachedModel, console: Console) -> None:
     """Say so if a model, by what the shards of its train store say, knows hardly anything of the labels."""
     if (store := model.opened.get("train")) is None or (model.check is not None and model.check.warnings):
         return
-    agreed = [(shard.rows, shard.label_agreement) for shard in store.manifest.records()]
-    if any(share is None for _, share in agreed):
-        return  # regression
-    agreement = sum(n * (share or 0.0) for n, share in agreed) / sum(n for n, _ in agreed)
-    rows = model.plans[0].rows
+    rows, shards = model.plans[0].rows, zip(store.layout.shards(), store.manifest.records(), strict=True)
+    # The first rows have labels; in regression no label is chosen.
+    labelled = ((min(shard.stop, rows.labelled) - shard.start, record.label_agreement) for shard, record in shards)
+    agreed = [(count, share) for count, share in labelled if share is not None]
+    if not agreed:
+        return
+    agreement = sum(count * share for count, share in agreed) / sum(count for count, _ in agreed)
     line = near_chance(model.name, agreement, rows.class_counts())
     if line is not None:
         tell_once(console, line)

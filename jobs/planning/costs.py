@@ -11,9 +11,9 @@ from typing import NamedTuple
 from akd_dist.data.encoded import bytes_in_memory, rows_ahead
 from akd_dist.data.row_fetch import bytes_ahead
 from akd_dist.data.rows import Splits
-from akd_dist.distill.objectives import stages
+from akd_dist.distill.objectives import Stage, mix_of, stages
+from akd_dist.distill.orders import ALL, Batches
 from akd_dist.distill.probe import Measured, guessed
-from akd_dist.distill.stream import batch_ends
 from akd_dist.jobs.packing import ResourceRequest
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import Recipe, StudentSpec
@@ -47,13 +47,23 @@ class Passage(NamedTuple):
     """Batches at the start of each that nobody trains on any more."""
     logits: bool
     """Whether somebody needs the teacher's logits."""
+    batches: Batches
+    """How each is cut."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that are read in all of them."""
+        return self.epochs * max(0, self.batches.shown - self.skipped * self.batches.batch)
 
 
-def _needs(spec: StudentSpec, until: int) -> tuple[tuple[int, bool], ...]:
-    """(epoch after its last, whether it needs logits) of each stage, as far as that comes before an epoch."""
-    ends = [0, *itertools.accumulate(stage.epochs for stage in stages(spec.objective))]
-    begun = zip(itertools.pairwise(ends), stages(spec.objective), strict=True)
-    return tuple((min(end, until), stage.needs_logits) for (begin, end), stage in begun if begin < until)
+class _Leg(NamedTuple):
+    """A stage of a student."""
+
+    end: int
+    """The epoch after its last."""
+    logits: bool
+    """Whether it needs logits."""
+    batches: Batches
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,8 @@ class CostModel:
     """Where the students compute."""
     rows: int
     """Train rows."""
+    labelled: int | None = None
+    """How many of them have labels; None where all have."""
     evaluated: int = 0
     """Validation rows."""
     tested: int = 0
@@ -105,6 +117,7 @@ class CostModel:
         return cls(
             recipe.device,
             len(train),
+            labelled=train.with_labels,
             evaluated=len(splits.validation),
             tested=len(splits.test),
             parameters=parameters,
@@ -123,9 +136,19 @@ class CostModel:
         found = self.probes.get(spec.name)
         return found if found is not None else guessed(spec, self.parameters.get(spec.name, 0))
 
-    def steps_per_epoch(self, spec: StudentSpec) -> int:
-        """Batches of an epoch."""
-        return len(batch_ends(self.rows, spec.batch, spec.last_batch))
+    def batches(self, spec: StudentSpec, stage: Stage) -> Batches:
+        """How the epochs of a student's stage are cut."""
+        mix = ALL if self.labelled is None else mix_of(stage, spec.labelled)
+        labelled = self.rows if self.labelled is None else self.labelled
+        return Batches(self.rows, labelled, spec.batch, spec.last_batch, mix)
+
+    def steps_until(self, spec: StudentSpec, epoch: int, step: int = 0) -> int:
+        """The steps of a student before a place in its epochs, from its first one on."""
+        steps = step
+        for stage in stages(spec.objective):
+            here = min(stage.epochs, epoch)
+            steps, epoch = steps + here * self.batches(spec, stage).steps, epoch - here
+        return steps
 
     def starts_at(self, spec: StudentSpec, follows: bool = False) -> tuple[int, int]:
         """(epoch, step) from which a student computes; one that follows computes no stage I."""
@@ -138,13 +161,16 @@ class CostModel:
 
     def steps_left(self, spec: StudentSpec, follows: bool = False) -> int:
         """Steps that a student still computes."""
-        epoch, step = self.starts_at(spec, follows)
-        return max(0, (self.ends_at(spec) - epoch) * self.steps_per_epoch(spec) - step)
+        done = self.steps_until(spec, *self.starts_at(spec, follows))
+        return max(0, self.steps_until(spec, self.ends_at(spec)) - done)
 
     def seconds(self, spec: StudentSpec, follows: bool = False) -> float:
         """Seconds that a student adds to its cohort: steps, evaluations, checkpoints, and its setting up."""
         one, steps = self.measured(spec), self.steps_left(spec, follows)
-        epochs = steps / self.steps_per_epoch(spec)
+        epoch, step = self.starts_at(spec, follows)
+        legs = self._legs(spec)
+        per_epoch = next((leg for leg in legs if epoch < leg.end), legs[-1]).batches.steps
+        epochs = max(0.0, self.ends_at(spec) - epoch - step / per_epoch)
         evaluated, kept = epochs * self.evaluated + self.tested, epochs if self.each_epoch else 0.0
         stepping = steps * (one.step or UNKNOWN_SECONDS)
         return one.start + stepping + one.evaluation * evaluated + one.keeping * kept
@@ -174,26 +200,37 @@ class CostModel:
 
         Students that stand at different places join where the stream reaches them.
         """
-        followers, most = self.leaders(cohort), self.steps_per_epoch(cohort[0])
+        followers = self.leaders(cohort)
         # Students that differ in no more than names and models stand at the same place.
-        paths = {(*self.starts_at(spec, spec.name in followers), _needs(spec, self.ends_at(spec))) for spec in cohort}
+        paths = {(*self.starts_at(spec, spec.name in followers), self._legs(spec)) for spec in cohort}
         # Between two of these the same students train, in the same stages; in its first epoch one may be halfway.
-        cuts = {cut for begins, _, needs in paths for cut in (begins, begins + 1, *(end for end, _ in needs))}
+        cuts = {cut for begins, _, legs in paths for cut in (begins, begins + 1, *(leg.end for leg in legs))}
         found = []
         for first, after in itertools.pairwise(sorted(cuts)):
-            there = [
-                (min(step, most) if first == begins else 0, next(logits for end, logits in needs if first < end))
-                for begins, step, needs in paths
-                if begins <= first < needs[-1][0]
-            ]
-            if there:
-                found.append(Passage(after - first, min(step for step, _ in there), any(need for _, need in there)))
+            there = defaultdict(list)
+            for begins, step, legs in paths:
+                if begins <= first < legs[-1].end:
+                    leg = next(leg for leg in legs if first < leg.end)
+                    skipped = min(step, leg.batches.steps) if first == begins else 0
+                    there[leg.batches].append((skipped, leg.logits))
+            for batches, those in there.items():
+                skipped = min(step for step, _ in those)
+                found.append(Passage(after - first, skipped, any(need for _, need in those), batches))
         return found
+
+    def _legs(self, spec: StudentSpec) -> tuple[_Leg, ...]:
+        """Its stages, as far as they come before it ends or waits."""
+        ends, until = [0, *itertools.accumulate(one.epochs for one in stages(spec.objective))], self.ends_at(spec)
+        begun = zip(itertools.pairwise(ends), stages(spec.objective), strict=True)
+        return tuple(
+            _Leg(min(end, until), stage.needs_logits, self.batches(spec, stage))
+            for (begin, end), stage in begun
+            if begin < until
+        )
 
     def stream_steps(self, cohort: Cohort) -> int:
         """Batches of a cohort's stream, each of them once for all of its students."""
-        per_epoch = self.steps_per_epoch(cohort[0])
-        return sum(one.epochs * (per_epoch - one.skipped) for one in self.streamed(cohort))
+        return sum(one.epochs * (one.batches.steps - one.skipped) for one in self.streamed(cohort))
 
     def stream_seconds(self, cohort: Cohort) -> float:
         """Seconds of the stream, once for all students of a cohort."""

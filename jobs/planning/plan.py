@@ -17,7 +17,6 @@ from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.distill.checkpoint import checkpoints, numbers_of
 from akd_dist.distill.job import CohortJob, ended
 from akd_dist.distill.stage1 import stages1_there
-from akd_dist.distill.stream import batch_ends
 from akd_dist.documents.cache import PlanDocument
 from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort, PlannedStudent, RemovedRun
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, timetable
@@ -246,7 +245,7 @@ def draw_up(
         removes=None,
         device=recipe.device,
         teacher=_about_teacher(inputs, cache),
-        teacher_check=cache.teacher_check,
+        teacher_checks=cache.teacher_checks,
         cache_bytes=cache.bytes,
         nodes=len(nodes),
         cpus=sum(node.cpus for node in nodes),
@@ -359,12 +358,7 @@ def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: CostModel) -> int:
     """Inputs, labels and logits that a cohort's stream reads over its epochs; logits only where somebody needs them."""
     dtype = np.dtype(windows.dtype_read(recipe))
     plain, logits = costs.row_bytes, costs.classes * dtype.itemsize
-    batch = cohort[0].batch
-    shown = batch_ends(costs.rows, batch, cohort[0].last_batch)[-1]
-    return sum(
-        one.epochs * (int(shown) - one.skipped * batch) * (plain + logits * one.logits)
-        for one in costs.streamed(cohort)
-    )
+    return sum(one.rows * (plain + logits * one.logits) for one in costs.streamed(cohort))
 
 
 def why_together(cohort: Cohort, costs: CostModel) -> str:
@@ -378,7 +372,8 @@ def why_together(cohort: Cohort, costs: CostModel) -> str:
         return f"a student on its own: {alike}"
     followers = len(costs.leaders(cohort))
     forked = f"; {followers} of them go on from another one's stage I" if followers else ""
-    return f"{len(cohort)} students share {alike}: each batch is read once for all{forked}"
+    apart = "" if costs.labelled is None else " that trains on its rows, with labels or without"
+    return f"{len(cohort)} students share {alike}: each batch is read once for all{apart}{forked}"
 
 
 def why_so_many(recipe: Recipe, todo: Sequence[StudentSpec], tried: Sequence[Alternative], count: int) -> str:

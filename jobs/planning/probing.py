@@ -128,7 +128,7 @@ def probe_key(spec: StudentSpec) -> str:
     return "\n".join(
         [
             spec.model.model_dump_json(),
-            f"{spec.batch} {spec.last_batch} {spec.workers} {spec.threads} {spec.precision}",
+            f"{spec.batch} {spec.last_batch} {spec.workers} {spec.threads} {spec.precision} {spec.labelled}",
             f"{optimizer.kind} {moments(optimizer)} {optimizer.clip is None}",
         ]
     )

@@ -17,7 +17,7 @@ from akd_dist.base.files import read_json
 from akd_dist.base.formatting import size
 from akd_dist.data.row_fetch import held_splits, holding_rooms
 from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Splits
-from akd_dist.distill.stream import WINDOWS_AT_ONCE
+from akd_dist.distill.orders import WINDOWS_AT_ONCE
 from akd_dist.jobs.packing import Node
 from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.recipe import Recipe, StudentSpec
@@ -59,6 +59,8 @@ class Demands:
     """Rows of a view that are fetched together."""
     sharing: int = 1
     """How many cohorts may read on one node at a time, each at its own place."""
+    beside: int = 0
+    """Rows that are at hand beside each group of windows: those with labels, where batches are mixed."""
 
     @property
     def whole(self) -> int:
@@ -146,7 +148,8 @@ class Demands:
         """How many rows lie in the pieces that a group of windows touches."""
         # Where windows do not end with pieces, each has a part of one more.
         pieces = -(-window // piece) + (window % piece > 0)
-        return min(WINDOWS_AT_ONCE * pieces * piece, -(-self._rows // piece) * piece)
+        beside = -(-self.beside // piece)
+        return min((WINDOWS_AT_ONCE * pieces + beside) * piece, -(-self._rows // piece) * piece)
 
     @property
     def _rows(self) -> int:
@@ -175,6 +178,7 @@ def demands_of(
         row=row,
         piece_rows=layout.shard_rows,
         sharing=max(1, min(len(todo), max(slots, default=1))),
+        beside=splits.train.labelled if any(one.labelled for one in (*todo, *recipe.teacher.chain)) else 0,
     )
 
 

@@ -362,7 +362,7 @@ def test_quickstart_runs_the_recipe_that_ships(run: Any, tmp_path: Path, monkeyp
     assert ("source .venv/bin/activate " in outcome.out) == (shutil.which("akd-dist") is None)
     monkeypatch.setenv("PATH", str(tmp_path))  # as of `make`, which names the program by its path
     assert "next\n  source .venv/bin/activate " in run("quickstart").out
-    assert Path(seen["recipe"]).samefile(DIGITS)
+    assert Path(seen["recipe"]).samefile(ROOT / "jobs" / "digits_unlabelled.yaml")
     assert f"cp {seen['recipe']} my-digits.yaml" in outcome.out
     assert "akd-dist train-students my-digits.yaml --set name=my-digits\n" in outcome.out
 

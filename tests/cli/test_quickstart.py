@@ -47,25 +47,44 @@ def first(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_it_ends_with_a_table_and_says_where_things_lie(folder: Path, first: subprocess.CompletedProcess[str]) -> None:
     assert first.returncode == 0, first.stderr
-    for shown in ("teacher", "mlp-8", "mlp-64", "Annealing-KD", "from scratch", "report  runs/digits/report.html"):
+    for shown in (
+        "teacher",
+        "mlp-8",
+        "mlp-64",
+        "Annealing-KD",
+        "KD",
+        "from scratch",
+        "report  runs/digits_unlabelled/report.html",
+    ):
         assert shown in first.stdout
     assert first.stdout.count("akd-dist train-students") + first.stdout.count("cp ") >= 2
-    assert (folder / "runs" / "digits" / "report.html").exists()
-    for shown in ("training the teacher", "training 24 students"):
+    assert (folder / "runs" / "digits_unlabelled" / "report.html").exists()
+    for shown in ("training the teacher", "training 27 students"):
         assert shown in first.stderr
 
 
 def test_it_trains_what_it_promises_in_two_runs(folder: Path, first: subprocess.CompletedProcess[str]) -> None:
-    fleet = json.loads((folder / "runs" / "digits" / "fleet.json").read_bytes())
+    fleet = json.loads((folder / "runs" / "digits_unlabelled" / "fleet.json").read_bytes())
     assert fleet["cohorts"] <= 2
     done = Counter(
         (student["model"], student["objective"]) for student in fleet["students"] if student["state"] == "done"
     )
-    assert len(done) == 8
+    assert len(done) == 9
     assert set(done.values()) == {3}
     assert fleet["teacher"]["test"]["accuracy"] > 0.95
     best = max(student["test"]["accuracy"] for student in fleet["students"])
     assert best > 0.93
+    # What the table shows: most rows have no label, and the teacher's word of them is worth several points.
+    accuracy = {
+        kind: [
+            student["test"]["accuracy"]
+            for student in fleet["students"]
+            if (student["model"], student["objective"]) == ("mlp-64", kind)
+        ]
+        for kind in ("hard_labels", "kd", "annealing_kd")
+    }
+    assert min(accuracy["kd"]) > max(accuracy["hard_labels"]) + 0.03
+    assert min(accuracy["annealing_kd"]) > max(accuracy["hard_labels"]) + 0.01
 
 
 def test_again_it_is_a_hit_and_trains_nobody(
@@ -93,7 +112,7 @@ def test_cache_teacher_then_is_a_hit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(folder)
-    recipe = str(Path(__file__).parents[2] / "jobs" / "digits.yaml")
+    recipe = str(Path(__file__).parents[2] / "jobs" / "digits_unlabelled.yaml")
 
     def cached(*options: str) -> dict[str, Any]:
         with pytest.raises(SystemExit):
@@ -103,8 +122,7 @@ def test_cache_teacher_then_is_a_hit(
 
     document = cached()
     jsonschema.validate(document, json.loads((SCHEMAS / "cache.schema.json").read_text()))
-    assert (document["hit"], document["views"], document["shards_computed"]) == (True, 4, 0)
-    fewer = cached("--set", "data.views=2")
-    assert (fewer["hit"], fewer["id"]) == (True, document["id"])  # a store of more views serves fewer
-    fleet = json.loads((folder / "runs" / "digits" / "fleet.json").read_bytes())
+    assert (document["hit"], document["rows"], document["unlabelled"]) == (True, 1168, 1068)
+    assert document["shards_computed"] == 0
+    fleet = json.loads((folder / "runs" / "digits_unlabelled" / "fleet.json").read_bytes())
     jsonschema.validate(fleet, json.loads((SCHEMAS / "fleet.schema.json").read_text()))

@@ -87,7 +87,9 @@ def test_a_subset_that_loses_a_class_is_refused_or_repaired(tmp_path: Path) -> N
 
 
 def test_a_class_of_the_test_source_alone_is_refused(tmp_path: Path) -> None:
-    train, test = (data(tmp_path / name, labels).train for name, labels in (("a", [0, 2] * 10), ("b", [0, 1, 2])))
+    train, test = (
+        data(tmp_path / name, labels).sources["train"] for name, labels in (("a", [0, 2] * 10), ("b", [0, 1, 2]))
+    )
     with pytest.raises(RefusedError, match="no row in the train split") as refused:
         prepare(DataSpec(train=train, validation=test, test=test), tmp_path / "cache")
     assert refused.value.got == "1 (1 validation, 1 test)"

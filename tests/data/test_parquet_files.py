@@ -335,6 +335,6 @@ def test_sources_are_read_as_before_by_pair(tmp_path: Path) -> None:
     data = DataSpec(
         train=Parquet(path=str(tmp_path / "pairs"), input=["one", "two"], label="y"), text=ByteText(length=8)
     )
-    reading = open_sources(data, {"train": kind_of(data.train)})["train"]
+    reading = open_sources(data, {"train": kind_of(data.sources["train"])})["train"]
     assert [column.to_pylist() for column in reading.first.inputs] == [["a"], ["c"]]
     assert reading.first.labels.to_pylist() == [1]

@@ -506,7 +506,7 @@ def test_colour_in_a_later_source_counts(tmp_path: Path) -> None:
         splits = prepare(train.model_copy(update={"test": test}), tmp_path / "cache")
         assert {one.shape for one in (splits.train, splits.validation, splits.test)} == {(3, 4, 6)}
         assert (splits.train.inputs == GREYS).all()
-        reverse = prepare(DataSpec(train=test, test=train.train, validation=0.2), tmp_path / "cache")
+        reverse = prepare(DataSpec(train=test, test=train.sources["train"], validation=0.2), tmp_path / "cache")
         assert reverse.train.shape == (3, 4, 6)
 
 

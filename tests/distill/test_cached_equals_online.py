@@ -15,7 +15,7 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models.device import set_deterministic
 from akd_dist.models.folder import load_model
-from akd_dist.recipe import Recipe
+from akd_dist.recipe import AnnealingKD, Recipe
 from benchmarks.cached_equals_online import (
     array_of,
     both,
@@ -42,6 +42,22 @@ def test_bit_for_bit_where_the_loop_pads_the_teachers_batches(tmp_path: Path, na
     assert ours.losses == loop.losses
     assert all(torch.equal(ours.weights[key], loop.weights[key]) for key in loop.weights)
     assert ours.metric == loop.metric
+
+
+def test_bit_for_bit_where_most_rows_have_no_label(tmp_path: Path) -> None:
+    """Stage I over all rows, stage II over the labelled ones."""
+    recipe = cases(device=DEVICE)["images"]
+    data = recipe.data.model_copy(update={"subset": 90, "unlabelled": "rest"})
+    ours, loop = both(recipe.model_copy(update={"data": data}), tmp_path, padded=True)
+    batch, objective = recipe.students[0].batch, recipe.students[0].objective
+    assert isinstance(objective, AnnealingKD)
+    train = prepare(data, tmp_path / "cache").train
+    assert (train.labelled, train.unlabelled > 900) == (90, True)
+    assert len(ours.losses) == objective.stage1_epochs * -(-len(train) // batch) + objective.stage2_epochs * -(
+        -90 // batch
+    )
+    assert ours.losses == loop.losses
+    assert all(torch.equal(ours.weights[key], loop.weights[key]) for key in loop.weights)
 
 
 @pytest.mark.parametrize("name", CASES)

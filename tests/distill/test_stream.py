@@ -17,16 +17,9 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data.rows import Rows, fingerprint
 from akd_dist.data.text import Tokens
 from akd_dist.data.views import shown_digests, view_digests, view_of
+from akd_dist.distill.orders import WINDOWS_AT_ONCE, EpochOrder, batch_ends, epoch_order
 from akd_dist.distill.probes import SeenViews
-from akd_dist.distill.stream import (
-    BYTES_AT_ONCE,
-    STEPS_AT_ONCE,
-    WINDOWS_AT_ONCE,
-    BatchStream,
-    EpochOrder,
-    batch_ends,
-    epoch_order,
-)
+from akd_dist.distill.stream import BYTES_AT_ONCE, STEPS_AT_ONCE, BatchStream
 from akd_dist.recipe import Augmentation, CustomAugmentation, LastBatch, NoAugmentation, Shift, TokenMask
 from akd_dist.storage.checked import note_of
 from akd_dist.storage.decoded import drop_decoded

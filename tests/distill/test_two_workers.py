@@ -5,6 +5,7 @@ import multiprocessing
 import socket
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ SGD = {"kind": "sgd", "lr": 0.2, "weight_decay": 1e-3, "clip": 0.2, "schedule": 
 ADAMW = {"kind": "adamw", "lr": 0.01, "schedule": {"kind": "linear"}}
 # The last batch of an epoch: three full batches, and then 5 rows, cut into 2 and 3; or 1 row, so that rank 0 has none.
 LAST = {"partial": 3 * BATCH + 5, "single": 3 * BATCH + 1}
+LABELLED = 30
 
 
 def fading(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, epoch: int, epochs: int) -> torch.Tensor:
@@ -65,8 +67,11 @@ VALIDATION, TEST = images(40, 1), images(40, 2)
 
 
 def stream_of(last: str) -> BatchStream:
-    rows = images(LAST[last], 0)
+    rows = images(LAST[last.removesuffix(" unlabelled")], 0)
     logits = np.random.default_rng(3).normal(size=(2, len(rows), 3)) + 3 * np.eye(3)[rows.labels]
+    if last.endswith("unlabelled"):
+        labels = np.where(np.arange(len(rows)) < LABELLED, rows.labels, -1)
+        rows = replace(rows, labels=labels, with_labels=LABELLED)
     return BatchStream(rows, logits.astype(np.float32), NoAugmentation(), seed=0, views=2, batch=BATCH)
 
 
@@ -137,10 +142,11 @@ def train(student: Student, stream: BatchStream, until: tuple[int, int] | None =
     """Train on; before the step (epoch, step), stop."""
     ranks = student.ranks
     while student.epoch < student.epochs:
-        for batch in stream.batches(student.epoch, student.step, ranks.rank, ranks.world):
+        its = stream.of(student.mix_in(student.stage))
+        for batch in its.batches(student.epoch, student.step, ranks.rank, ranks.world):
             if (student.epoch, student.step) == until:
                 return student
-            student.take_step(batch, stream.steps_per_epoch)
+            student.take_step(batch, its.steps_per_epoch)
         student.end_epoch(VALIDATION)
     return student
 
@@ -153,6 +159,12 @@ FLOAT64 = {
         for objective in OBJECTIVES
         for last in LAST
     },
+    # Rows without labels: each rank's share of the labels' part is of those that the whole batch has.
+    **{
+        f"{objective}-unlabelled": (spec_of(objective, precision="float64"), "single unlabelled")
+        for objective in ("annealing", "kd", "continuation")
+    },
+    "kd-mixed": (spec_of("kd", precision="float64", labelled=5), "partial unlabelled"),
     "adamw-single": (spec_of("annealing", precision="float64", optimizer=ADAMW), "single"),
     "reshaping-single": (
         spec_of(

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 from akd_dist.base.errors import MachineError, RecipeError
 from akd_dist.data.row_cache import prepare
-from akd_dist.distill.stream import WINDOWS_AT_ONCE
+from akd_dist.distill.orders import WINDOWS_AT_ONCE
 from akd_dist.jobs.packing import Node
 from akd_dist.jobs.planning.windows import Demands, Shuffle, check_window, choose, demands_of, settled, with_window
 from akd_dist.jobs.run_folder import begin_run, check_same_run, run_identity

@@ -617,7 +617,7 @@ def test_every_key_is_documented_with_its_default() -> None:
 def test_every_part_of_a_recipe_is_documented() -> None:
     listed = {spec for specs in SECTIONS.values() for spec in specs}
     found = [value for value in vars(recipes).values() if isinstance(value, type) and issubclass(value, recipes.Spec)]
-    shared = (recipes.Spec, recipes.Factory, recipes.Training, recipes.Table, recipes.Distilled)
+    shared = (recipes.Spec, recipes.Factory, recipes.Training, recipes.Learning, recipes.Table, recipes.Distilled)
     assert {spec for spec in found if spec not in shared} == listed
 
 
@@ -663,3 +663,78 @@ def test_a_later_key_leaves_earlier_results_as_they_are(tmp_path: Path) -> None:
 
 IDENTITY = "912f106014aee16c112d96b3a47001167847f0eec0add1d73e51af1123bf1d3e"
 TEACHER = "0d51d787c8d43c532c5978ec845f75dd"
+
+
+# ---- rows without labels
+
+UNLABELLED = {"train": {"kind": "digits"}, "subset": 100, "unlabelled": "rest"}
+TABLES = {name: {"kind": "parquet", "path": f"{name}.parquet"} for name in ("validation", "test", "unlabelled")}
+WEIGHTS = {"weights": "teacher"}
+
+
+def learner(**changes: Any) -> dict[str, Any]:
+    optimizer = {"kind": "adamw", "lr": 1e-3}
+    return {"model": {"kind": "mlp", "hidden": 8}, "optimizer": optimizer, "name": "one"} | changes
+
+
+@pytest.mark.parametrize(
+    ("data", "student", "words"),
+    [
+        ({"train": {"kind": "digits"}, "unlabelled": "rest"}, {}, "set subset as well"),
+        (TABLES | {"validation": 0.1}, {}, "no rows with labels to take validation from"),
+        (TABLES | {"subset": 5}, {}, "subset and stratify are for rows with labels"),
+        (UNLABELLED | {"train": {"kind": "idx", "images": "a"}}, {}, "train.labels is missing"),
+        (UNLABELLED, {"labelled": 64}, "labelled is 64 and batch is 64"),
+        (UNLABELLED, {"labelled": 4, "objective": {"kind": "hard_labels", "epochs": 3}}, "leave it out"),
+        (
+            {"train": {"kind": "digits"}},
+            {"labelled": 4},
+            "one has labelled: 4, and data.unlabelled names no",
+        ),
+        (TABLES, {}, "the student one learns from labels (kd), and no train row has one"),
+        (TABLES, {"objective": {"kind": "hard_labels", "epochs": 3}}, "use kd with alpha: 1"),
+    ],
+)
+def test_rows_without_labels_are_refused_where_they_make_no_sense(
+    data: dict[str, Any], student: dict[str, Any], words: str
+) -> None:
+    student = learner(objective={"kind": "kd", "epochs": 3}) | student
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate({"name": "r", "data": data, "teacher": WEIGHTS, "students": [student]})
+    assert words in str(caught.value)
+
+
+def test_without_labels_a_teacher_cannot_be_trained_here() -> None:
+    kd = learner(objective={"kind": "kd", "epochs": 3, "alpha": 1.0})
+    train = {"model": {"kind": "mlp", "hidden": 8}, "train": {"epochs": 1, "optimizer": {"kind": "adamw", "lr": 1e-3}}}
+    with pytest.raises(ValidationError, match=r"teacher\.train needs labels"):
+        Recipe.model_validate({"name": "r", "data": TABLES, "teacher": train, "students": [kd]})
+    valid = Recipe.model_validate({"name": "r", "data": TABLES, "teacher": WEIGHTS, "students": [kd]})
+    assert list(valid.data.sources) == ["validation", "test", "unlabelled"]
+
+
+def test_a_teacher_of_all_rows_needs_a_subset_that_leaves_some_out() -> None:
+    kd = learner(objective={"kind": "kd", "epochs": 3})
+    optimizer = {"kind": "adamw", "lr": 1e-3}
+    train = {"rows": "all", "epochs": 1, "optimizer": optimizer}
+    document = {"name": "r", "teacher": {"model": {"kind": "mlp", "hidden": 8}, "train": train}, "students": [kd]}
+    with pytest.raises(ValidationError, match=r"teacher\.train\.rows: all is for rows that data\.subset leaves out"):
+        Recipe.model_validate(document | {"data": {"train": {"kind": "digits"}}})
+    recipe = Recipe.model_validate(document | {"data": UNLABELLED})
+    assert recipe.data_of_teachers is not None
+    assert (recipe.data_of_teachers.subset, recipe.data_of_teachers.unlabelled) == (None, None)
+
+
+def test_what_is_not_asked_for_is_not_in_an_identity() -> None:
+    """Runs of before are the same runs."""
+    kd = learner(objective={"kind": "kd", "epochs": 3})
+    plain = Recipe.model_validate(
+        {"name": "r", "data": {"train": {"kind": "digits"}}, "teacher": WEIGHTS, "students": [kd]}
+    ).identity()
+    assert "unlabelled" not in plain["data"]
+    assert "labelled" not in plain["students"]["one"]
+    given = Recipe.model_validate(
+        {"name": "r", "data": UNLABELLED, "teacher": WEIGHTS, "students": [kd | {"labelled": 3}]}
+    ).identity()
+    assert given["data"]["unlabelled"] == "rest"
+    assert given["students"]["one"]["labelled"] == 3

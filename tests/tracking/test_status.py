@@ -444,7 +444,7 @@ def test_a_shared_stage_is_counted_once(
     resumed = fleet._plan()
     stage1 = recipe.students[0].objective.epochs - 1
     own = [stage1 + 1, 2, 3]
-    per_epoch = fleet.costs.steps_per_epoch(recipe.students[0])
+    per_epoch = fleet.costs.steps_until(recipe.students[0], 1)
     documents: list[FleetPlan | CohortProgress] = [before, *told, resumed]
     for document in documents:
         assert [student.steps_total for student in document.students] == [per_epoch * epochs for epochs in own]

@@ -92,6 +92,7 @@ class _Items:
         self.where = row_of(self.name)
         self.rows = self._ask(len, "when asked how many rows it has")
         self.types: list[type] | None = None  # of the first item
+        self.labelled = bool(spec.label)
 
     def blocks(self, most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
         """Items start..stop - 1."""
@@ -120,6 +121,8 @@ class _Items:
             raise self._useless("item", row, type(item).__name__, "a pair (input, label)")
         pair = isinstance(item[0], tuple | list) and len(item[0]) == 2 and all(isinstance(one, str) for one in item[0])
         inputs = [self._input(one, row) for one in (item[0] if pair else [item[0]])]
+        if not self.labelled:  # whatever stands for one, such as None
+            return inputs, -1
         label = item[1].item() if hasattr(item[1], "item") and getattr(item[1], "ndim", 0) == 0 else item[1]
         label = self._input(label, row) if isinstance(label, str) else label
         if type(label) not in (int, float, bool, str) or (type(label) is int and abs(label) >= 2**63):

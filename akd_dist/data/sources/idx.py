@@ -1,5 +1,7 @@
 """IDX files, plain or gzipped: the MNIST family."""
 
+from __future__ import annotations
+
 import functools
 import gzip
 import math
@@ -16,7 +18,7 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.blocks import Block
 from akd_dist.data.parquet_files import check_scheme, nothing_at
-from akd_dist.data.sources.base import Source, row_of, stats_of
+from akd_dist.data.sources.base import Source, row_of, slices, stats_of
 from akd_dist.storage.remote import RemoteFile, find_file, is_remote
 
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -36,25 +38,26 @@ class IdxSource:
 
     def key(self) -> dict[str, Any]:
         """JSON that changes when the rows may have changed."""
-        files = [existing_file(path, "IDX file") for path in (self.spec.images, self.spec.labels)]
+        paths = [path for path in (self.spec.images, self.spec.labels) if path is not None]
+        files = [existing_file(path, "IDX file") for path in paths]
         return {**self.spec.model_dump(mode="json"), "files": stats_of(files)}
 
     def open(self) -> Source:
         """Look at the rows, without reading them."""
-        images, labels = _IdxFile(self.spec.images), _IdxFile(self.spec.labels)
+        images = _IdxFile(self.spec.images)
         if images.dtype != np.uint8 or len(images.shape) < 2:
             raise images.refused(
                 "inputs are uint8 of two dimensions or more", f"{images.dtype.name} {list(images.shape)}"
             )
-        if len(labels.shape) != 1:
-            raise labels.refused("labels have one dimension", list(labels.shape))
-        if images.shape[0] != labels.shape[0]:
+        labels = self._labels()
+        if labels is not None and images.shape[0] != labels.shape[0]:
             raise RefusedError(
                 f"{images.path} and {labels.path} do not belong together",
                 got=f"{images.shape[0]:,} inputs and {labels.shape[0]:,} labels",
                 expected="as many labels as inputs",
                 next="correct `images` and `labels` in the recipe",
             )
+        rows = images.shape[0]
         shape = images.shape[1:] if len(images.shape) != 3 else (1, *images.shape[1:])
 
         def blocks(most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
@@ -63,11 +66,15 @@ class IdxSource:
                 yield Block(block.start, [inputs.reshape(len(block), *shape)], block.labels)
 
         def labels_alone(most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+            if labels is None:
+                yield from slices(rows, lambda first, last: ([], pa.nulls(last - first)), most, start, stop)
+                return
             for ids in labels.blocks(most, start, stop):
                 yield Block(start, [], pa.array(ids.astype(ids.dtype.newbyteorder("="))))
                 start += len(ids)
 
-        rows, name = images.shape[0], f"{images.path} and {labels.path.name}"
+        name = str(images.path) if labels is None else f"{images.path} and {labels.path.name}"
+        compressed = images.compressed or (labels is not None and labels.compressed)
         return Source(
             name,
             rows,
@@ -77,8 +84,16 @@ class IdxSource:
             classes=self.spec.classes,
             files=(str(images.path),),
             file_starts=np.zeros(1, dtype=np.int64),
-            cuts=np.zeros(1, dtype=np.int64) if images.compressed or labels.compressed else None,
+            cuts=np.zeros(1, dtype=np.int64) if compressed else None,
         )
+
+    def _labels(self) -> _IdxFile | None:
+        if self.spec.labels is None:
+            return None
+        labels = _IdxFile(self.spec.labels)
+        if len(labels.shape) != 1:
+            raise labels.refused("labels have one dimension", list(labels.shape))
+        return labels
 
 
 class _IdxFile:

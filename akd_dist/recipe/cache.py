@@ -1,0 +1,64 @@
+"""How a teacher's logits are computed and stored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, GetJsonSchemaHandler, model_serializer, model_validator
+from pydantic_core import CoreSchema
+
+from akd_dist.recipe.base import Count, Spec
+from akd_dist.recipe.training import Precision
+
+
+class EncodingSpec(Spec):
+    """How logits are stored, in full: `encoding: float16` says the same as `encoding: {kind: float16}`."""
+
+    kind: Literal["float32", "float16"] = "float32"
+    """Precision of the stored logits."""
+    keep_bits: Annotated[int, Field(ge=1, le=22)] | None = None
+    """Bits of the mantissa to keep, of 10 or 23: the others are rounded to zero, which compresses better. 7 changes
+    logits by less than 0.4 %."""
+    compress: Literal["none", "zstd", "blosc"] = "none"
+    """Codec of the stored chunks; `blosc` shuffles bytes first, which makes logits smaller still."""
+
+    @model_validator(mode="after")
+    def _fewer_bits_than_there_are(self) -> EncodingSpec:
+        most = {"float16": 10, "float32": 23}[self.kind]
+        if self.keep_bits is not None and self.keep_bits >= most:
+            raise ValueError(f"keep_bits: {self.keep_bits} keeps all: {self.kind} has {most} bits of mantissa")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_word(cls, given: Any) -> Any:
+        return {"kind": given} if isinstance(given, str) else given
+
+    @model_serializer(mode="plain")
+    def _as_short_as_it_was_before_there_was_more(self) -> str | dict[str, Any]:
+        # Two spellings of the same are one recipe, and runs of before are the same runs.
+        config = self.config()
+        return self.kind if len(config) == 1 else {"kind": self.kind} | {k: v for k, v in config.items() if k != "name"}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core)
+        return {"anyOf": [{"enum": ["float32", "float16"], "type": "string"}, schema]}
+
+    def config(self) -> dict[str, Any]:
+        """The encoding as a store's identity has it: what is not used is left out."""
+        bits = {} if self.keep_bits is None else {"keep_bits": self.keep_bits}
+        return {"name": self.kind} | bits | ({} if self.compress == "none" else {"compress": self.compress})
+
+
+class CacheSpec(Spec):
+    """How the teacher's logits are computed and stored."""
+
+    encoding: EncodingSpec = EncodingSpec()
+    """Precision of the stored logits, and how they are made smaller."""
+    batch_rows: Count = 256
+    """Rows that the teacher sees at once. Part of how a store is computed: another number may change the last bits."""
+    threads: Count = 1
+    """CPU threads of each caching task. As batch_rows, part of how a store is computed."""
+    precision: Precision = "float32"
+    """Numbers that the teacher computes with; another precision is another teacher, with a store of its own."""
