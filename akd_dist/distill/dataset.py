@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -99,8 +99,23 @@ class DatasetJob:
         return stream, store
 
 
-class Item(Tensors):
-    """One row. Its class tells `default_collate` that the row is part of `Items`, which are a batch already."""
+class Item(Mapping[str, torch.Tensor]):
+    """One row of `Items`, cut out of them where it is asked for.
+
+    By its class `default_collate` knows that it is part of a batch.
+    """
+
+    def __init__(self, tensors: Tensors, place: int) -> None:
+        self._tensors, self._place = tensors, place
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name][self._place]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class Items(Sequence[Item]):
@@ -113,10 +128,12 @@ class Items(Sequence[Item]):
         return len(self.tensors["row"])
 
     def __getitem__(self, place: Any) -> Any:
-        return Item({name: values[place] for name, values in self.tensors.items()})
+        if isinstance(place, slice):
+            return Items({name: values[place] for name, values in self.tensors.items()})
+        return Item(self.tensors, range(len(self))[place])
 
 
-def collate(rows: Sequence[Item], *, collate_fn_map: object = None) -> Tensors:
+def collate(rows: Sequence[Mapping[str, torch.Tensor]], *, collate_fn_map: object = None) -> Tensors:
     """Rows of a `DistillationDataset` as one batch, without a copy where they were gathered together.
 
     `default_collate` does the same, so a DataLoader needs no `collate_fn`; trainers with a collation of their own do.
@@ -278,7 +295,7 @@ class DistillationDataset(_Split, Dataset[Tensors]):
 
     def __getitem__(self, rows: Any) -> Tensors:
         if isinstance(rows, int | np.integer):
-            return Item({name: values[0] for name, values in self._tensors([int(rows)]).items()})
+            return {name: values[0] for name, values in self._tensors([int(rows)]).items()}
         return self._tensors(rows)
 
     def __getitems__(self, rows: Sequence[int]) -> Items:
@@ -286,13 +303,15 @@ class DistillationDataset(_Split, Dataset[Tensors]):
         return Items(self._tensors(rows))
 
     def _tensors(self, rows: Any) -> Tensors:
-        here, numbers = self._here, np.asarray(rows, dtype=np.int64)
-        stream = here.stream
-        count, view = len(stream.rows), self.view
-        if numbers.ndim != 1 or (numbers.size and (numbers.min() < -count or numbers.max() >= count)):
-            raise IndexError(f"rows {rows} of {count:,}")
-        numbers = np.where(numbers < 0, numbers + count, numbers)
-        return named_tensors(stream.rows, numbers, *stream.gather(numbers, view, here.hold(view)))
+        here, view = self._here, self.view
+        stream, numbers = here.stream, np.asarray(rows, dtype=np.int64)
+        if numbers.ndim != 1 or (numbers.size and numbers.min() < 0):
+            numbers = _from_the_start(numbers, len(stream.rows))
+        try:
+            gathered = stream.gather(numbers, view, here.hold(view))
+        except IndexError:
+            raise IndexError(f"rows {rows} of {len(stream.rows):,}") from None
+        return named_tensors(stream.rows, numbers, *gathered)
 
 
 class DistillationBatches(_Split, IterableDataset[Tensors]):
@@ -360,6 +379,13 @@ def named_tensors(
         found["teacher_logits"] = logits
     found["row"] = torch.from_numpy(numbers)
     return found
+
+
+def _from_the_start(numbers: np.ndarray, count: int) -> np.ndarray:
+    """Row numbers of which some are counted from the end, as numbers from the first row on."""
+    if numbers.ndim != 1 or (numbers.size and numbers.min() < -count):
+        raise IndexError(f"rows {numbers.tolist()} of {count:,}")
+    return np.where(numbers < 0, numbers + count, numbers)
 
 
 def _of_text(inputs: torch.Tensor, padding: int) -> Tensors:

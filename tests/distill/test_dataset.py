@@ -71,13 +71,16 @@ def test_rows_are_asked_for_alone_together_and_from_the_end(job: DatasetJob) -> 
 
 def test_a_data_loader_gets_whole_batches_whichever_collation_it_has(job: DatasetJob) -> None:
     dataset = DistillationDataset(job).open()
-    assert isinstance(dataset.__getitems__([1, 2]), Items)
+    items = dataset.__getitems__([1, 2, 7])
+    assert isinstance(items, Items)
+    assert [int(item["row"]) for item in items[1:]] == [2, 7]
+    assert same(dict(items[-1]), dataset[7])
     order = [[7, 1], [0, 9]]
     expected = [dataset[rows] for rows in order]
     loaders: list[dict[str, Any]] = [
         {"batch_sampler": order},
         {"batch_sampler": order, "collate_fn": collate},
-        {"batch_sampler": order, "collate_fn": lambda rows: collate([dict(row) for row in rows])},  # type: ignore[misc]
+        {"batch_sampler": order, "collate_fn": lambda rows: collate([dict(row) for row in rows])},
         {"sampler": order, "batch_size": None},
     ]
     for loader in loaders:

@@ -440,7 +440,7 @@ def test_the_stream_keeps_up_with_numpy() -> None:
     result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     # Seen: 0.6 where caches are so large that NumPy gathers 1.7 million rows a second, and up to 0.9 elsewhere.
     assert result["ratio_of_best"] >= 0.5
-    # The same of a DataLoader in this process: 0.76 and 0.55 were seen on a machine with much else to do.
-    assert result["loader_ratio"] >= 0.5
-    assert result["shuffled_loader_ratio"] >= 0.3
+    # The same of a DataLoader in this process: 0.84, 0.9 and 0.64 were seen on a machine with much else to do.
+    assert min(result["loader_ratio"], result["dataset_ratio"]) >= 0.5
+    assert result["shuffled_ratio"] >= 0.3
     assert (result["rows"], result["batch"]) == (60_000, 256)
