@@ -25,6 +25,7 @@ from akd_dist.documents.cache import CachedAssistant, CachedMember, CacheDocumen
 from akd_dist.jobs.planning.caching import (
     Inputs,
     check_room,
+    checks_of,
     computed_on,
     foresee_caching,
     given_teacher,
@@ -86,7 +87,7 @@ def cache_planned(inputs: Inputs, workspace: Workspace) -> list[CachedModel]:
     """Cache what is missing, once `foresee_caching` has found nothing to refuse: train, compute and seal on Ray."""
     from akd_dist.jobs import cluster
 
-    if inputs.models and (check := inputs.models[0].check) is not None:
+    for check in checks_of(inputs.models):
         workspace.tell(check.line)
     with cluster.closing(), cluster.stop_on_signals(workspace.tell) as stop:
         workspace = replace(workspace, stop=stop)

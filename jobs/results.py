@@ -21,6 +21,7 @@ from akd_dist.data.rows import Rows, Splits
 from akd_dist.distill.checkpoint import DAMAGED
 from akd_dist.distill.cohort import stored_predictions
 from akd_dist.distill.delivery import failed_entry
+from akd_dist.distill.hooks import own_measure
 from akd_dist.distill.job import CohortJob, read_result, renewals
 from akd_dist.distill.metrics import measure
 from akd_dist.documents.base import Document
@@ -77,8 +78,9 @@ def finish_run(
         source = (stores[-1] if learns_from_assistant(spec) else stores[0])["train"]
         where = {"path": str(folder), "store": source.uri, "teacher": source.teacher}
         students.append(FleetStudent.model_validate(result | {"parameters": parameters[spec.name]} | where))
-    teacher = describe_teacher(stores[0]["train"], stores[0].get("test"), splits.test, recipe.trusted)
-    assistants = [describe_assistant(each, stores[0].get("test"), splits.test, recipe.trusted) for each in stores[1:]]
+    asked = splits.test, recipe.trusted, recipe.data.own_metric
+    teacher = describe_teacher(stores[0]["train"], stores[0].get("test"), *asked)
+    assistants = [describe_assistant(each, stores[0].get("test"), *asked) for each in stores[1:]]
     labels = [teacher.model, *(assistant.model for assistant in assistants)]
     beside: dict[str, Any] = {} if growth is None else growth.told
     beside |= {"test_withheld": True} if test_withheld else {}
@@ -188,11 +190,18 @@ def telling_damage(base: CohortJob, students: list[recipes.StudentSpec], console
             tell(console, f"warning: a checkpoint of {name} was damaged, the one before it was taken; it is {path}")
 
 
-def describe_teacher(train: AnyStore, test: AnyStore | None, rows: Rows, trusted: Trusted) -> FleetTeacher:
+def describe_teacher(
+    train: AnyStore,
+    test: AnyStore | None,
+    rows: Rows,
+    trusted: Trusted,
+    own: recipes.CustomMetric | None = None,
+) -> FleetTeacher:
     """The teacher's row of the table, from its stored logits of the test rows: it is not run again.
 
     Args:
         test: None where a teacher is a store, and there is none of the test rows.
+        own: a metric of the user's own, measured beside the others.
     """
     described = [_described(store, trusted) for store in members_of(train)]
     labels_of, counts = [label for label, _ in described], [count for _, count in described]
@@ -204,7 +213,10 @@ def describe_teacher(train: AnyStore, test: AnyStore | None, rows: Rows, trusted
     metrics = None
     if test is not None:
         labels = torch.from_numpy(rows.all_labels())
-        metrics = Metrics(**measure(rows.task, stored_predictions(test, rows), labels, rows.classes))
+        measured = measure(rows.task, stored_predictions(test, rows), labels, rows.classes)
+        if own is not None:
+            measured["custom"] = own_measure(own, torch.from_numpy(test.rows(0, 0, len(rows))), labels)
+        metrics = Metrics(**measured)
     model = labels_of[0] if len(members) == 1 else f"mean of {', '.join(labels_of)}"
     teacher = FleetTeacher(model=model, parameters=parameters, test=metrics, fingerprint=train.teacher)
     return teacher if len(members) == 1 else teacher.model_copy(update={"members": members})
@@ -226,12 +238,16 @@ def _described(store: LogitStore, trusted: Trusted) -> tuple[str, int | None]:
 
 
 def describe_assistant(
-    stores: Mapping[str, AnyStore], teacher_test: AnyStore | None, rows: Rows, trusted: Trusted
+    stores: Mapping[str, AnyStore],
+    teacher_test: AnyStore | None,
+    rows: Rows,
+    trusted: Trusted,
+    own: recipes.CustomMetric | None = None,
 ) -> FleetAssistant:
     """An assistant's row: as the teacher's, with its agreement with the teacher, and the store of its logits."""
     agreement = None
     if rows.task == "classification" and teacher_test is not None:
         ours, theirs = (stored_predictions(store, rows) for store in (stores["test"], teacher_test))
         agreement = float((ours == theirs).double().mean())
-    described = dict(describe_teacher(stores["train"], stores["test"], rows, trusted))
+    described = dict(describe_teacher(stores["train"], stores["test"], rows, trusted, own))
     return FleetAssistant(**described, agreement=agreement, store=stores["train"].uri)

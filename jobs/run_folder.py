@@ -20,6 +20,7 @@ from akd_dist.base.fence import take_over
 from akd_dist.base.files import canonical_json, read_json, replace
 from akd_dist.base.locks import file_lock, refuse_held
 from akd_dist.data.rows import SPLITS, Rows, Splits, first_difference
+from akd_dist.distill import hooks
 from akd_dist.distill.cohort import wait_for_lock
 from akd_dist.distill.delivery import fail_from_outside
 from akd_dist.distill.job import ZOMBIE_SECONDS, CohortJob, stop_attempts
@@ -138,6 +139,9 @@ def run_identity(recipe: Recipe, splits: Splits, taught: Sequence[str] = ()) -> 
     document["rows"] = {split: rows[split].describe() for split in SPLITS}
     for spec in recipe.students:
         document["students"][spec.name]["model"] = by_content(spec.model)
+        document["students"][spec.name]["objective"] |= hooks.objective_by_content(spec.objective)
+    if recipe.data.own_metric is not None:
+        document["data"]["metric"] = hooks.metric_by_content(recipe.data.own_metric)
     node = document["teacher"]
     if recipe.teacher.model is not None:
         node["model"] = by_content(recipe.teacher.model)
@@ -147,6 +151,7 @@ def run_identity(recipe: Recipe, splits: Splits, taught: Sequence[str] = ()) -> 
     for assistant in recipe.teacher.chain:
         node = node["assistant"]
         node["model"] = by_content(assistant.model)
+        node["objective"] |= hooks.objective_by_content(assistant.objective)
     if len(taught) > len(recipe.teacher.chain):
         teacher, *assistants = taught
         document["teacher"] |= {"fingerprint": teacher, "assistant_fingerprints": assistants}

@@ -20,6 +20,7 @@ from akd_dist.base.errors import HeldError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import views
 from akd_dist.data.rows import SPLITS, Splits
+from akd_dist.distill import hooks
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob, forget_failures, read_progress, renewals
 from akd_dist.distill.published import train_and_publish
@@ -279,13 +280,18 @@ def _spec(
     if recipe.data.image != recipes.Image():  # the card says so
         data["image"] = recipe.data.image.written()
     data["augmentation"] = views.by_content(recipe.data.augmentation)
-    dumped = spec.model_dump(mode="json", exclude={"name"}) | {"model": by_content(model)}
+    dumped = spec.model_dump(mode="json", exclude={"name", "on_epoch_end"}) | {
+        "model": by_content(model),
+        "objective": hooks.objective_by_content(objective),
+    }
     # A key that recipes learnt later must not rename, and so train again, models that lie there already.
     recipes.forget_later_keys(dumped)
+    own = recipe.data.own_metric
+    metric = recipe.data.primary_metric if own is None else hooks.metric_by_content(own)
     document = {
         "spec": dumped,
         "rows": [splits.train.fingerprint, splits.validation.fingerprint],
-        "data": data | {"metric": recipe.data.primary_metric},
+        "data": data | {"metric": metric},
         "device": recipe.device,
         "learns_from": learns_from,
     }

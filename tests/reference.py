@@ -19,7 +19,12 @@ BEGIN, END = "## Every key\n", "## What is refused\n"
 # A heading, then its parts: with the key they stand under, or none where they are told apart by their kind.
 SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
     "Top level": {recipe.Recipe: "top level"},
-    "Data": {recipe.DataSpec: "data", recipe.Image: "data.image", recipe.Normalize: "data.normalize"},
+    "Data": {
+        recipe.DataSpec: "data",
+        recipe.Image: "data.image",
+        recipe.Normalize: "data.normalize",
+        recipe.CustomMetric: "data.metric",
+    },
     "Sources": dict.fromkeys(
         [
             recipe.Digits,
@@ -52,7 +57,7 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
         recipe.AssistantSpec: "teacher.assistant",
     },
     "Cache": {recipe.CacheSpec: "cache", recipe.EncodingSpec: "cache.encoding"},
-    "Students": {recipe.StudentSpec: "students"},
+    "Students": {recipe.StudentSpec: "students", recipe.Callback: "students.on_epoch_end"},
     "Models": dict.fromkeys(
         [
             recipe.Mlp,
@@ -67,7 +72,15 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
         None,
     ),
     "Objectives": dict.fromkeys(
-        [recipe.HardLabels, recipe.Kd, recipe.Takd, recipe.AnnealingKD, recipe.ContinuationKD], None
+        [
+            recipe.HardLabels,
+            recipe.Kd,
+            recipe.Takd,
+            recipe.AnnealingKD,
+            recipe.ContinuationKD,
+            recipe.CustomObjective,
+        ],
+        None,
     ),
     "Optimizers": dict.fromkeys([recipe.Sgd, recipe.AdamW], None),
     "Schedules of the learning rate": dict.fromkeys([recipe.Constant, recipe.Steps, recipe.Linear], None),

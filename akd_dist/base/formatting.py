@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 ANNEALING, CONTINUATION, HARD_LABELS = "annealing_kd", "continuation_kd", "hard_labels"
+CUSTOM = "custom"
 OBJECTIVE_LABELS = {
     HARD_LABELS: "from scratch",
     "kd": "KD",
     "takd": "TAKD",
     ANNEALING: "Annealing-KD",
     CONTINUATION: "Continuation-KD",
+    CUSTOM: "own objective",
 }
-"""How the papers call each objective, in the order of their tables."""
+"""How the papers call each objective, in the order of their tables; and one of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ SHOWN = {
     "matthews": MetricFormat("Matthews' correlation", "Matthews", percent=False),
     "pearson": MetricFormat("Pearson's correlation", "Pearson", percent=False),
     "spearman": MetricFormat("Spearman's correlation", "Spearman", percent=False),
+    CUSTOM: MetricFormat("own metric", "own", percent=False),
 }
 
 

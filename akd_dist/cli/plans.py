@@ -25,8 +25,8 @@ def print_plan(plan: PlanDocument) -> None:
         rows = f"{part.rows:,}" + (f", {part.unlabelled:,} without labels" if part.unlabelled else "")
         table.add_row(split, rows, str(part.views), shards, size(part.bytes))
     print_table(table)
-    if plan.teacher_check is not None:
-        click.echo(plan.teacher_check.line)
+    for check in plan.teacher_checks:
+        click.echo(check.line)
     free = "unknown" if plan.free is None else size(plan.free)
     if plan.waits_for is not None:
         click.echo(f"waits for nodes: {plan.waits_for}")
@@ -68,7 +68,7 @@ def plan_lines(plan: FleetPlanDocument) -> list[str]:
     gpus = f", {plan.gpus:g} GPU{'' if plan.gpus == 1 else 's'}" if plan.gpus else ""
     return [
         f"teacher  {plan.teacher}",
-        *([] if plan.teacher_check is None else [f"labels   {plan.teacher_check.line}"]),
+        *(f"labels   {check.line}" for check in plan.teacher_checks),
         *cohorts,
         plan.why,
         *waits,

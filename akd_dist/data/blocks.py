@@ -13,9 +13,12 @@ import numpy as np
 
 from akd_dist.base.errors import RefusedError
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 MAX_THREADS = 16
+# Bytes of files that are read ahead.
+_AHEAD_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -98,3 +101,34 @@ def map_blocks(blocks: Iterable[Block], work: Callable[[Block], T], threads: int
                 # Whoever takes the results may leave early: blocks that no thread has begun are not worked on for
                 # nobody.
                 waiting.cancel()
+
+
+def read_ahead(items: Sequence[K], read: Callable[[K], T], size_of: Callable[[K], int], *, waits: bool) -> Iterator[T]:
+    """What `read` gives of items, in their order, by several threads ahead of whoever takes it.
+
+    Args:
+        items: what is read, each on its own.
+        read: called by threads.
+        size_of: bytes of an item; _AHEAD_BYTES, or one item, are held at a time.
+        waits: whether they are objects, which answer after a while: then more are under way than there are cores.
+
+    Raises:
+        Exception: what `read` raises, in the order of items.
+    """
+    threads = MAX_THREADS if waits else default_threads()
+    ahead: deque[tuple[int, Future[T]]] = deque()
+    held = 0
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            size = size_of(item)
+            while ahead and (len(ahead) >= 2 * threads or held + size > _AHEAD_BYTES):
+                taken, future = ahead.popleft()
+                held -= taken
+                yield future.result()
+            ahead.append((size, pool.submit(read, item)))
+            held += size
+        while ahead:
+            yield ahead.popleft()[1].result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -225,7 +225,14 @@ def _open_parquet(path: Path, check: Check, key: str | None, make: Make) -> Logi
             width = 0 if first is None or first.column(0)[0].as_py() is None else len(first.column(0)[0].as_py())
         inner = schema.field(columns[0]).type
         inner = inner.value_type if is_list(inner) else inner
-        dtype = np.dtype(inner.to_pandas_dtype()) if pa.types.is_primitive(inner) else np.dtype(object)
+        if not pa.types.is_floating(inner):
+            raise RefusedError(
+                f"{path}: column {columns[0]} holds no floats",
+                got=f"type {schema.field(columns[0]).type}",
+                expected="lists of float16, float32 or float64, or a column of them for each class",
+                next="save the raw outputs of the teacher, as floats",
+            )
+        dtype = np.dtype(inner.to_pandas_dtype())
         shape = rows, width
         found = check_floats(f"{path}: {columns[0]}", dtype, shape, check)
         scratch, keys, at = make(found, dtype.str, str(path)), list[pa.Array](), 0

@@ -57,7 +57,8 @@ def check_in_store(store: LogitStore, rows: Rows, name: str = "the teacher") -> 
         return check_of(store.rows(0, 0, stop), rows.labels.take(np.arange(stop)), rows, name)
     shards = store.manifest.records()
     accuracy = min(1.0, sum(shard.rows * (shard.label_agreement or 0.0) for shard in shards) / len(rows))
-    return TeacherCheck(rows=len(rows), accuracy=accuracy, warnings=_of_chance(name, accuracy, rows.class_counts()))
+    warnings = _of_chance(name, accuracy, rows.class_counts())
+    return TeacherCheck(name=name, rows=len(rows), accuracy=accuracy, warnings=warnings)
 
 
 def check_of(logits: np.ndarray, labels: np.ndarray, rows: Rows, name: str = "the teacher") -> TeacherCheck:
@@ -75,7 +76,7 @@ def check_of(logits: np.ndarray, labels: np.ndarray, rows: Rows, name: str = "th
     warnings = _of_chance(name, accuracy, np.bincount(labels, minlength=rows.classes))
     if (reordered := _in_another_order(chosen, labels, rows.class_names)) is not None:
         warnings.append(f"{name} {reordered}")
-    return TeacherCheck(rows=len(labels), accuracy=accuracy, warnings=warnings)
+    return TeacherCheck(name=name, rows=len(labels), accuracy=accuracy, warnings=warnings)
 
 
 def _asked(rows: Rows) -> np.ndarray:
@@ -99,14 +100,14 @@ def _of_values(values: np.ndarray, labels: np.ndarray, name: str) -> TeacherChec
     """Of a regression: a correlation that luck would give too, or a negative one, is warned of."""
     count = len(labels)
     if count < 2 or not np.isfinite(values).all() or np.ptp(values) == 0 or np.ptp(labels) == 0:
-        return TeacherCheck(rows=count)
+        return TeacherCheck(name=name, rows=count)
     found = float(np.corrcoef(values, labels)[0, 1])
     warnings = []
     if abs(found) < 2 / math.sqrt(count):
         warnings = [f"{name} is near chance: its values hardly go with the labels. {_CAUSES}"]
     elif found < 0:
         warnings = [f"{name} says large values where the labels are small: its sign may be the other way round"]
-    return TeacherCheck(rows=count, correlation=found, warnings=warnings)
+    return TeacherCheck(name=name, rows=count, correlation=found, warnings=warnings)
 
 
 def _in_another_order(chosen: np.ndarray, labels: np.ndarray, names: tuple[str, ...] | None) -> str | None:

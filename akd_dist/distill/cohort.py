@@ -222,9 +222,16 @@ def open_student(
     try:
         with ranks.agree():
             card = ModelCard.of(spec.model, rows, job.data.normalize, job.data.image)
-        metric = job.data.primary_metric
         student = Student(
-            spec, card, folder, attempt=job.attempt, ranks=ranks, writer=writer, metric=metric, device=device
+            spec,
+            card,
+            folder,
+            attempt=job.attempt,
+            ranks=ranks,
+            writer=writer,
+            metric=job.data.primary_metric,
+            own_metric=job.data.own_metric,
+            device=device,
         )
         resumed = student.resume(lambda text: write_note(log, text))
         write_metrics(student)  # without the epochs after the checkpoint: they are trained again

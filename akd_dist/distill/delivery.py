@@ -20,6 +20,7 @@ from akd_dist.base.files import append, failpoint
 from akd_dist.data.predictions import encode_predictions
 from akd_dist.data.rows import Rows
 from akd_dist.distill.checkpoint import checkpoints, read_header
+from akd_dist.distill.hooks import EpochEnd
 from akd_dist.distill.ranks import reason_of
 from akd_dist.distill.student import DivergedError, Student
 from akd_dist.models.build import num_parameters
@@ -104,6 +105,21 @@ def _conclude(student: Student, state: str, reason: str | None, log: Path, **mea
         student.writer.replace(student.folder / "result.json", json.dumps(result, indent=1).encode())
         failpoint("student.after_result")
     student.end(result)
+
+
+def epoch_end(student: Student, record: dict[str, Any]) -> EpochEnd:
+    """What a callback is told of an epoch, from its record."""
+    kept = checkpoints(student.folder / "checkpoints")
+    return EpochEnd(
+        student=student.spec.name,
+        epoch=record["epoch"],
+        epochs=student.epochs,
+        stage=record["stage"],
+        train_loss=record["train_loss"],
+        validation=tuple(record["validation"].items()),
+        folder=student.folder,
+        checkpoint=kept[-1] if kept else None,
+    )
 
 
 def write_metrics(student: Student, *, durable: bool = False) -> None:

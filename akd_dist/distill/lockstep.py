@@ -6,13 +6,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from akd_dist.base.errors import AkdError, CorruptCacheError
 from akd_dist.base.files import failpoint
 from akd_dist.data.rows import Splits
-from akd_dist.distill.delivery import deliver, end_by, write_metrics, write_note
+from akd_dist.distill.delivery import deliver, end_by, epoch_end, write_metrics, write_note
+from akd_dist.distill.hooks import tell_epoch_end
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.objectives import Stage
 from akd_dist.distill.orders import Mix
@@ -158,6 +160,7 @@ class Lockstep:
         if student.stage_index == 1 and student.stage_epoch == 0 and self.job.stages is not None:
             self.vouch()
             publish_stage1(student, self.job, functools.partial(self._note, student))
+        self._tell_callback(student, record)
         if student.stage_index > 0:  # stage I is over, and is the same for those that have waited for it
             for follower in followers:
                 with self._failing_alone(follower):
@@ -172,6 +175,14 @@ class Lockstep:
                         follower.save(self.vouch())
         if student.epoch == student.epochs:
             self._deliver(student)
+
+    def _tell_callback(self, student: Student, record: dict[str, Any]) -> None:
+        """Tell whoever the recipe names of the epoch's end, on rank 0; where that fails, on all ranks alike."""
+        if (callback := student.spec.on_epoch_end) is None:
+            return
+        with self.ranks.agree():
+            if self.ranks.rank == 0:
+                tell_epoch_end(callback, epoch_end(student, record))
 
     def _deliver(self, student: Student) -> None:
         test = self.splits.test if self.job.reads_test else None

@@ -14,28 +14,34 @@ from torch import nn
 
 from akd_dist.data.encoded import ahead, batches_ahead, begin
 from akd_dist.data.rows import Rows
+from akd_dist.distill.hooks import own_measure
 from akd_dist.distill.objectives import at_least_float32, label_losses
 from akd_dist.models.device import autocast
-from akd_dist.recipe import Precision, Task
+from akd_dist.recipe import CustomMetric, Precision, Task
 
 EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
 
 
 @torch.inference_mode()
 def evaluate(
-    module: nn.Module, rows: Rows, device: torch.device, precision: Precision = "float32"
+    module: nn.Module,
+    rows: Rows,
+    device: torch.device,
+    precision: Precision = "float32",
+    own: CustomMetric | None = None,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Every metric of the task (see `measure`) and the mean label loss of a module on rows, un-augmented.
 
     Args:
         module: on `device`, its weights in `weights_dtype(precision)`.
+        own: a metric of the user's own, measured as `custom` beside the others; all logits are held for it.
 
     Returns:
         The metrics with `loss`, mean cross-entropy or squared error; and what the module says of each row: the class,
         int64 [n], or for regression the number, float [n].
     """
     module.eval()
-    loss, said, true = 0.0, [], []
+    loss, said, true, kept = 0.0, [], [], []
     begun = (_begun(rows, start) for start in range(0, len(rows), EVALUATION_ROWS))
     for copied, labelled in ahead(begun, min(1, batches_ahead(rows.inputs, EVALUATION_ROWS))):
         inputs, labels = copied.to(device), labelled.to(device)
@@ -45,8 +51,11 @@ def evaluate(
         logits = at_least_float32(logits)
         loss += float(label_losses(logits, labels).double().sum())
         said.append(predictions(rows.task, logits).cpu())
+        kept += [] if own is None else [logits.cpu()]
     together = torch.cat(said)
     metrics = measure(rows.task, together, torch.cat(true), rows.classes)
+    if own is not None:
+        metrics["custom"] = own_measure(own, torch.cat(kept), torch.cat(true))
     return metrics | {"loss": loss / len(rows)}, together.numpy()
 
 

@@ -7,19 +7,23 @@ In formulas z_s and z_t are the raw logits of student and teacher, y the label, 
 classes. The dtype of the labels tells the task: int64 are class ids, a float type is the numbers of a regression.
 """
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from akd_dist.base.errors import RecipeError
+from akd_dist.distill.hooks import LOSSES, function_of, own_losses
 from akd_dist.distill.orders import LABELLED, Mix
 from akd_dist.recipe import (
     AnnealingKD,
     ContinuationKD,
+    CustomObjective,
     HardLabels,
     Kd,
     Linear,
@@ -190,6 +194,39 @@ class ContinuationStage(Stage):
         return psi(epoch + 1, self.ramp, self.ramp_until)
 
 
+@dataclass(frozen=True)
+class CustomStage(Stage):
+    """An objective of the user's own, in one stage."""
+
+    name: ClassVar[str] = "custom"
+
+    spec: CustomObjective
+    """Which."""
+
+    def losses(
+        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    ) -> Tensor:
+        """What its function returns; what rows without a label cost is its own affair."""
+        return own_losses(self._function, z_student, z_teacher, labels, epoch, self.epochs)
+
+    @functools.cached_property
+    def _function(self) -> Callable[..., Any]:
+        return function_of(self.spec, LOSSES)
+
+
+@dataclass(frozen=True)
+class CustomLabelStage(CustomStage):
+    """The same where it reads labels alone."""
+
+    needs_logits: ClassVar[bool] = False
+
+    def losses(
+        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    ) -> Tensor:
+        """What its function returns; it is given no logits, although other students of the cohort may read them."""
+        return super().losses(epoch, z_student, None, labels)
+
+
 def stages(objective: Objective) -> tuple[Stage, ...]:
     """The stages of an objective, in order."""
     match objective:
@@ -202,6 +239,9 @@ def stages(objective: Objective) -> tuple[Stage, ...]:
             return (HardLabelStage(objective.epochs),)
         case Kd() | Takd():
             return (KdStage(objective.epochs, objective.temperature, objective.alpha),)
+        case CustomObjective():
+            kind = CustomStage if objective.learns_from == "teacher" else CustomLabelStage
+            return (kind(objective.epochs, objective),)
         case ContinuationKD():
             # Three quarters, as in the paper's setting for CIFAR: 150 of 200 epochs.
             ramp = objective.ramp or max(1, 3 * objective.epochs // 4)

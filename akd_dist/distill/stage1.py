@@ -19,6 +19,7 @@ import torch
 from akd_dist.base.errors import AkdError, DamagedError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.distill.checkpoint import decode, encode
+from akd_dist.distill.hooks import metric_by_content
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.student import Student
 from akd_dist.models.build import by_content
@@ -50,10 +51,13 @@ def stage1_key(job: CohortJob, spec: StudentSpec) -> str | None:
         return None
     stage1 = json.loads(spec.stage1) | {"model": by_content(spec.model)}
     forget_later_keys(stage1)
+    data = job.data.model_dump(mode="json", exclude=_SOURCES)
+    if job.data.own_metric is not None:  # it picks the epoch that stage II begins with
+        data["metric"] = metric_by_content(job.data.own_metric)
     document = {
         "format": FORMAT,
         "stage1": stage1,
-        "data": job.data.model_dump(mode="json", exclude=_SOURCES),
+        "data": data,
         "rows": {split: job.fingerprints[split] for split in ("train", "validation")},
         "logits": placeless(job.stores["train"]),
         "device": device_name(job.device),

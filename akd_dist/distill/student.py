@@ -52,6 +52,7 @@ class Student:
         ranks: the data-parallel workers it is trained on; rank 0 alone writes.
         writer: what rank 0 writes through, so that a later worker can shut it out; None where there can be no other.
         metric: what picks the best epoch of each stage; None takes the usual one of the task.
+        own_metric: what measures it, where it is one of the user's own.
         device: where module, optimizer and batches lie.
     """
 
@@ -65,11 +66,12 @@ class Student:
         ranks: Ranks | None = None,
         writer: FencedWriter | None = None,
         metric: recipe.Metric | None = None,
+        own_metric: recipe.CustomMetric | None = None,
         device: torch.device = CPU,
     ) -> None:
         self.spec, self.card, self.folder, self.attempt = spec, card, folder, attempt
         self.ranks, self.writer = ranks or Ranks(), writer or FencedWriter()
-        self.metric, self.device = metric, device
+        self.metric, self.own_metric, self.device = metric, own_metric, device
         self.stages, self.stage1 = stages(spec.objective), spec.stage1
         # Where it stands: `epoch` counts on through all stages, `step` within the epoch.
         self.epoch = self.step = self.stage_index = 0
@@ -274,7 +276,7 @@ class Student:
     def evaluate(self, rows: Rows) -> tuple[dict[str, float], np.ndarray]:
         """Metrics and predictions of its weights as they are now, as `metrics.evaluate`."""
         with self.ranks.agree(), self._own_generator():  # some models draw numbers here as well
-            return evaluate(self.module, rows, self.device, self.spec.precision)
+            return evaluate(self.module, rows, self.device, self.spec.precision, self.own_metric)
 
     def end(self, result: dict[str, Any]) -> None:
         """Keep the result; the memory is left to the other students of this worker."""

@@ -132,7 +132,8 @@ class PlanDocument(Document):
     """The same for each member of an ensemble; empty for a teacher alone."""
     assistants: list[PlannedAssistant] = []
     """The same for the teacher's assistants."""
-    teacher_check: TeacherCheck | None = None
-    """What the teacher says of labelled rows; null of one that the recipe trains."""
+    teacher_checks: list[TeacherCheck] = []
+    """What the teacher says of labelled rows, or each member of an ensemble; nothing of those that the recipe trains.
+    """
     waits_for: str | None = None
     """The room that the command would wait for, on nodes that are not there yet; null where what is there will do."""

@@ -6,6 +6,8 @@ from akd_dist.documents.base import Count, Document, Share
 class TeacherCheck(Document):
     """How far a teacher that no recipe trained agrees with labels; one of accuracy and correlation is null."""
 
+    name: str = "the teacher"
+    """Which teacher: of an ensemble, which member."""
     rows: Count
     """Validation rows that it was asked of."""
     accuracy: Share | None = None
@@ -20,7 +22,7 @@ class TeacherCheck(Document):
         """That in a line, for people."""
         rows = f"{self.rows:,} validation rows" if self.rows != 1 else "1 validation row"
         if self.accuracy is not None:
-            return f"the teacher chooses the label of {self.accuracy:.1%} of {rows}"
+            return f"{self.name} chooses the label of {self.accuracy:.1%} of {rows}"
         if self.correlation is not None:
-            return f"the teacher's values correlate with the labels of {rows} by {self.correlation:.3f}"
-        return f"the teacher's values, or the labels, are the same for all of {rows}: nothing can be said of it"
+            return f"the values of {self.name} correlate with the labels of {rows} by {self.correlation:.3f}"
+        return f"the values of {self.name}, or the labels, are the same for all of {rows}: nothing can be said of it"

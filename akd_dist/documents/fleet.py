@@ -21,6 +21,8 @@ class Metrics(Document):
     """Regression: Pearson's correlation of predictions and labels; 0 where it is undefined."""
     spearman: Correlation | None = None
     """Regression: Spearman's correlation, of ranks; 0 where it is undefined."""
+    custom: float | None = None
+    """The recipe's own metric, where it has one."""
     loss: float | None = None
     """Mean cross-entropy, or mean squared error for regression, where it was measured and is finite."""
 
@@ -272,7 +274,7 @@ class FleetDocument(Document):
     @model_validator(mode="after")
     def _measured_by_its_metric(self) -> Self:
         """Tables and pages show the primary metric of all whose test metrics are there, and of all that are done."""
-        if self.metric not in METRICS[self.task]:
+        if self.metric not in (*METRICS[self.task], "custom"):
             raise ValueError(f"metric: {self.metric} is none of {self.task}, which has {', '.join(METRICS[self.task])}")
         # Of a teacher that is a store of train rows alone, nothing is known of the test rows.
         measured: dict[str, Metrics | None] = {} if self.teacher.test is None else {"teacher.test": self.teacher.test}

@@ -80,8 +80,9 @@ class FleetPlanDocument(Document):
     """Where it would compute."""
     teacher: str
     """What has to be done before students can start."""
-    teacher_check: TeacherCheck | None = None
-    """What the teacher says of labelled rows; null of one that the recipe trains."""
+    teacher_checks: list[TeacherCheck] = []
+    """What the teacher says of labelled rows, or each member of an ensemble; nothing of those that the recipe trains.
+    """
     cache_bytes: Count
     """Logits that are still to be computed."""
     nodes: Count

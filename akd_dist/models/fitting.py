@@ -5,6 +5,7 @@ of Lightning, `_orig_mod.` of torch.compile, and whatever else all of a model's 
 """
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def best_fit(parts: Mapping[str, Tensors], wanted: Tensors) -> tuple[Fit, list[s
 
     def rank(numbered: tuple[int, Fit]) -> tuple[int, ...]:
         number, fit = numbered
-        places = -int("ema" in fit.place), -number, -len(fit.prefix), -len(fit.ours)
+        places = -int("ema" in re.split(r"[._]", fit.place)), -number, -len(fit.prefix), -len(fit.ours)
         return fit.fitting, -len(fit.state), *places
 
     best = max(fits, key=rank)[1]
@@ -91,13 +92,14 @@ def load_fit(module: Classifier, fit: Fit, card: ModelCard, source: str) -> list
     """
     wanted = module.body.state_dict()
     check_names(fit, wanted, _lacked(wanted, fit.state), card, source)
-    notes = check_values(fit.state, dict(module.body.named_parameters()), source)
+    double = all(tensor.dtype == torch.float64 for tensor in fit.state.values() if tensor.is_floating_point())
+    becoming = _NARROW if double else (*_NARROW, torch.float64)
+    notes = check_values(fit.state, dict(module.body.named_parameters()), source, becoming=becoming)
     for name, tensor in fit.state.items():
         if _kind(tensor.dtype) != _kind(wanted[name].dtype):
             raise _other_numbers(source, name, tensor.dtype, wanted[name].dtype)
     _check_tied(wanted, fit.state, source)
-    floats = [tensor.dtype for tensor in fit.state.values() if tensor.is_floating_point()]
-    if floats and all(dtype == torch.float64 for dtype in floats):
+    if double:
         module.double()  # else loading would round them
     module.body.load_state_dict(fit.state, strict=False)
     return notes

@@ -31,6 +31,7 @@ from akd_dist.storage.roots import open_root
 IMPORTS = "imports"
 """The folder of the node's cache that remembers which weights a file came to."""
 _CHUNK = 1 << 24
+_VERSION = 1  # of how names are brought onto a module's: what another one made is made anew
 
 
 @dataclass
@@ -61,6 +62,8 @@ class Imported:
     def publish(self, uri: str, cache_root: Path) -> None:
         """Have its model folder lie at a URI, create-only; the card comes last, so a folder with a card is whole.
 
+        From then on the folder is what is read: the module is let go of, since a driver lives as long as its run.
+
         Raises:
             MachineError: it cannot be written.
         """
@@ -68,6 +71,7 @@ class Imported:
         if not root.exists(CARD):
             root.put_new(WEIGHTS, state_bytes(self.module(cache_root)))
             root.put_new(CARD, card_bytes(self.card))
+        self._module = None
 
 
 def open_checkpoint(model: recipe.Model, source: str, rows: Rows, data: recipe.DataSpec, cache_root: Path) -> Imported:
@@ -114,7 +118,7 @@ def _key(card: ModelCard, source: str) -> str:
         content = [found.uri, found.size, found.tag]
     else:
         content = digest_of(find_files(source))
-    return sha256(canonical_json({"card": card.model_dump(mode="json"), "content": content}))
+    return sha256(canonical_json({"version": _VERSION, "card": card.model_dump(mode="json"), "content": content}))
 
 
 def _remembered(path: Path) -> str | None:

@@ -20,6 +20,7 @@ from akd_dist.recipe.data import (
     Augmentation as Augmentation,
     ByteText as ByteText,
     CustomAugmentation as CustomAugmentation,
+    CustomMetric as CustomMetric,
     DataSpec as DataSpec,
     HuggingFaceText as HuggingFaceText,
     Image as Image,
@@ -46,6 +47,7 @@ from akd_dist.recipe.models import (
 )
 from akd_dist.recipe.recipe import (
     NAME as NAME,
+    Callback as Callback,
     Recipe as Recipe,
     StudentSpec as StudentSpec,
     differences as differences,
@@ -81,6 +83,7 @@ from akd_dist.recipe.training import (
     AnnealingKD as AnnealingKD,
     Constant as Constant,
     ContinuationKD as ContinuationKD,
+    CustomObjective as CustomObjective,
     Distilled as Distilled,
     HardLabels as HardLabels,
     Kd as Kd,

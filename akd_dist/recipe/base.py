@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr
 
 from akd_dist.base.trusted import Trusted
 
@@ -18,12 +19,12 @@ LogitKind = Literal["logits", "log_probabilities"]
 """What a row of stored logits is: raw logits, or less a constant of the row that makes them log-probabilities."""
 Target = Literal["onnx", "torch-export", "huggingface"]
 """What a model is exported to."""
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "custom"]
 METRICS: dict[Task, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),
 }
-"""The metrics of each task, its usual primary one first."""
+"""The metrics of each task, its usual primary one first. One of the user's own, `custom`, is there for both."""
 Count = Annotated[int, Field(ge=1)]
 # Bounds of what a document may ask for, far above any model: within them, memory decides (`models.build.check_memory`).
 Width = Annotated[int, Field(ge=1, le=10**12)]
@@ -56,8 +57,9 @@ class Factory(Spec):
 
     _trusted: Trusted = PrivateAttr(default_factory=Trusted)
 
-    if TYPE_CHECKING:  # a field of each kind, in its own place among the others
+    if TYPE_CHECKING:  # fields of each kind, in their own place among the others
         factory: str
+        arguments: dict[str, JsonValue]
 
     @property
     def trusted(self) -> Trusted:
@@ -73,3 +75,9 @@ def label_of(text: str) -> str:
 def one_or_several(value: object) -> str:
     """The tag of a value of which there may be a list."""
     return "several" if isinstance(value, list) else "one"
+
+
+def label_of_call(factory: str, arguments: Mapping[str, object]) -> str:
+    """The function that a factory names, and its arguments as far as they are plain, as part of a folder's name."""
+    plain = {key: value for key, value in arguments.items() if isinstance(value, str | int | float)}
+    return label_of("-".join([factory.partition(":")[2], *(f"{key}{value}" for key, value in plain.items())]))

@@ -198,6 +198,18 @@ Augmentation = Annotated[
 ]
 
 
+class CustomMetric(Factory):
+    """Your own metric, by which the best epoch is picked: the higher the better.
+
+    It is called as function(logits, labels, **arguments), as docs/howto/models.md shows.
+    """
+
+    factory: str = Field(pattern=FACTORY)
+    """`module:function`; it returns a number."""
+    arguments: dict[str, JsonValue] = {}
+    """Further keyword arguments of the function; `./x` in them is a path relative to the recipe's folder."""
+
+
 class Normalize(Spec):
     """(x - mean) / std for each channel, inside every model; x is the input, divided by 255 where it is uint8."""
 
@@ -236,8 +248,9 @@ class DataSpec(Spec):
     """Governs the split, the order of rows and the views, for all students alike."""
     task: Task = "classification"
     """What a label is: one of some classes, or a number."""
-    metric: Metric | None = None
-    """What picks the best epoch and heads the tables; none takes accuracy, or Pearson's correlation for regression."""
+    metric: Metric | CustomMetric | None = None
+    """What picks the best epoch and heads the tables; none takes accuracy, or Pearson's correlation for regression. Or
+    a function of your own."""
     text: Text | None = None
     """How text becomes tokens; needed where inputs are text."""
     image: Image = Image()
@@ -255,7 +268,14 @@ class DataSpec(Spec):
     @property
     def primary_metric(self) -> Metric:
         """The metric that picks the best epoch: the higher the better."""
+        if isinstance(self.metric, CustomMetric):
+            return "custom"
         return self.metric or METRICS[self.task][0]
+
+    @property
+    def own_metric(self) -> CustomMetric | None:
+        """The function that measures it, where it is one of the user's own."""
+        return self.metric if isinstance(self.metric, CustomMetric) else None
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -300,7 +320,7 @@ class DataSpec(Spec):
 
     @model_validator(mode="after")
     def _metric_fits(self) -> DataSpec:
-        if self.primary_metric not in METRICS[self.task]:
+        if self.own_metric is None and self.primary_metric not in METRICS[self.task]:
             raise ValueError(
                 f"metric {self.metric} is not one of {self.task}, which has {', '.join(METRICS[self.task])}"
             )

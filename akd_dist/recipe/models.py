@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
-from akd_dist.recipe.base import FACTORY, Factory, Layers, Name, Spec, Width, label_of, one_or_several
+from akd_dist.recipe.base import FACTORY, Factory, Layers, Name, Spec, Width, label_of, label_of_call, one_or_several
 
 ModelKind = Annotated[Name, Field(description="Which kind of model this is.")]
 
@@ -169,9 +169,7 @@ class Custom(Factory):
     @property
     def label(self) -> str:
         """The function's name, and its arguments as far as they are plain: `resnet-depth8`."""
-        plain = {key: value for key, value in self.arguments.items() if isinstance(value, str | int | float)}
-        words = [self.factory.partition(":")[2], *(f"{key}{value}" for key, value in plain.items())]
-        return label_of("-".join(words))
+        return label_of_call(self.factory, self.arguments)
 
 
 Model = Annotated[

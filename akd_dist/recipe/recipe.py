@@ -19,11 +19,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, Field, JsonValue, PrivateAttr, field_validator, model_validator
 
 from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
-from akd_dist.recipe.base import Count, Device, Factory, Positive, Spec
+from akd_dist.recipe.base import FACTORY, Count, Device, Factory, Positive, Spec
 from akd_dist.recipe.cache import CacheSpec
 from akd_dist.recipe.data import DataSpec
 from akd_dist.recipe.paths import change_paths
@@ -50,6 +50,15 @@ def _folder_name(name: str) -> str:
     return name
 
 
+class Callback(Factory):
+    """A function of your own that is told of each epoch's end, as docs/howto/models.md shows. It changes no result."""
+
+    factory: str = Field(pattern=FACTORY)
+    """`module:function`, called as function(epoch_end, **arguments)."""
+    arguments: dict[str, JsonValue] = {}
+    """Further keyword arguments of the function; `./x` in them is a path relative to the recipe's folder."""
+
+
 class StudentSpec(Learning):
     """One student. In the file, a block may have a `grid:` and then stands for several."""
 
@@ -59,6 +68,8 @@ class StudentSpec(Learning):
     """Whether the workers take batch statistics over the global batch; otherwise each over its own share."""
     gpus: Positive = 1.0
     """GPUs of each worker, where the recipe's device is cuda; cohorts share one by fractions. Changes no result."""
+    on_epoch_end: Callback | None = None
+    """Who is told of the end of each of its epochs. Changes no result; if it fails, the student does."""
     name: str = Field(default_factory=_student_name, validate_default=True)
     """Its folder in the run; by default `<model>-<objective>-t<tau_max>-s<seed>`, with what else its grid varies before
     the seed. Unique in the recipe."""
@@ -70,8 +81,8 @@ class StudentSpec(Learning):
         """What students that train the same stage I have in common; None where no further stage follows."""
         if not isinstance(self.objective, AnnealingKD) or not self.objective.stage2_epochs:
             return None
-        # Neither what a student is called nor how much of a GPU it has changes a weight.
-        document = self.model_dump(mode="json", exclude={"name", "gpus"})
+        # Neither what a student is called, how much of a GPU it has, nor who is told of it changes a weight.
+        document = self.model_dump(mode="json", exclude={"name", "gpus", "on_epoch_end"})
         del document["objective"]["stage2_epochs"], document["objective"]["stage2_optimizer"]
         return json.dumps(document)
 
@@ -204,7 +215,7 @@ class Recipe(Spec):
         for training in _trainings(document):
             forget_later_keys(training)
         for student in document["students"]:
-            del student["gpus"]
+            del student["gpus"], student["on_epoch_end"]
         document["students"] = {student["name"]: student for student in document["students"]}
         return document
 

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Discriminator, Field, field_validator, model_validator
+from pydantic import Discriminator, Field, JsonValue, field_validator, model_validator
 
-from akd_dist.recipe.base import Count, Decay, Epochs, LearningRate, Momentum, Name, Positive, Seed, Share, Spec
+from akd_dist.recipe.base import (
+    FACTORY,
+    Count,
+    Decay,
+    Epochs,
+    Factory,
+    LearningRate,
+    Momentum,
+    Name,
+    Positive,
+    Seed,
+    Share,
+    Spec,
+    label_of_call,
+)
 from akd_dist.recipe.models import Model
 
 ScheduleKind = Annotated[Name, Field(description="Which kind of schedule this is.")]
@@ -245,7 +259,34 @@ class ContinuationKD(Spec):
         return self.kind
 
 
-Objective = Annotated[AnnealingKD | HardLabels | Kd | Takd | ContinuationKD, Discriminator("kind")]
+class CustomObjective(Factory):
+    """Your own objective: a function that gives the loss of each row, from logits and labels.
+
+    It is called as function(student, teacher, labels, epoch, epochs, **arguments), as docs/howto/models.md shows.
+    """
+
+    kind: ObjectiveKind[Literal["custom"]] = "custom"
+    factory: str = Field(pattern=FACTORY)
+    """`module:function`; it returns a loss for each row, [n], of the dtype of the student's logits."""
+    arguments: dict[str, JsonValue] = {}
+    """Further keyword arguments of the function; `./x` in them is a path relative to the recipe's folder."""
+    epochs: Epochs
+    """Epochs; as many as both stages of Annealing-KD make a fair comparison."""
+    learns_from: Literal["teacher", "labels"] = "teacher"
+    """Whether it reads the teacher's logits; with `labels` it is given none, and the store is not read for it."""
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it cannot do without labels."""
+        return self.learns_from == "labels"
+
+    @property
+    def label(self) -> str:
+        """The function's name, and its arguments as far as they are plain: `soft_loss-temperature2`."""
+        return label_of_call(self.factory, self.arguments)
+
+
+Objective = Annotated[AnnealingKD | HardLabels | Kd | Takd | ContinuationKD | CustomObjective, Discriminator("kind")]
 Precision = Literal["float32", "float64", "bfloat16", "float16"]
 LastBatch = Literal["keep", "drop", "merge"]
 
@@ -285,7 +326,8 @@ class Learning(Training):
     def _mixes(self) -> Learning:
         if self.labelled is None:
             return self
-        if not isinstance(self.objective, Distilled | ContinuationKD):
+        mixes = isinstance(self.objective, Distilled | ContinuationKD | CustomObjective)
+        if not mixes or self.objective.learns_from == "labels":
             raise ValueError(
                 f"labelled is for objectives that mix labels and teacher in one batch (kd, takd, continuation_kd); "
                 f"{self.objective.kind} reads either those with labels or all rows: leave it out"

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from akd_dist.base.errors import RecipeError
 from akd_dist.base.files import replace
-from akd_dist.base.formatting import OBJECTIVE_LABELS, house_table, signed
+from akd_dist.base.formatting import CUSTOM, OBJECTIVE_LABELS, house_table, signed
 from akd_dist.documents.damage import load
 from akd_dist.documents.fleet import FleetDocument, FleetStudent, FleetTeacher
 from akd_dist.documents.report import ComparedModel, CompareDocument, ComparedRow, Estimate, LostStudent, SplitRows
@@ -85,7 +85,7 @@ def _of_model(listed: list[StudentSpec], kinds: list[str], seeds: int | None) ->
     students = []
     for kind in kinds:
         given = [student for student in listed if student.objective.kind == kind]
-        for alike in variants(given) or [[_derived(kind, listed)]]:
+        for alike in variants(given) or ([] if kind == CUSTOM else [[_derived(kind, listed)]]):
             students += [_with_seed(alike, seed) for seed in numbers]
     return students
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from akd_dist.base.formatting import ANNEALING, CONTINUATION, HARD_LABELS
+from akd_dist.base.formatting import ANNEALING, CONTINUATION, CUSTOM, HARD_LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,7 @@ OBJECTIVE_COLOURS = {
     "takd": "#9a62d3",
     ANNEALING: "#3b82d6",
     CONTINUATION: "#d14f7c",
+    CUSTOM: "#8aa52b",
 }
 # One hue per student size, smallest first; mid-tones that read on white and on near-black.
 SIZE_COLOURS = ("#d14f7c", "#9a62d3", "#3f8fd0", "#1fa187", "#8aa52b", "#d9902f")

@@ -251,7 +251,9 @@ def _inputs_in_words(card: ModelCard) -> str:
         *["division by 255"] * (card.input_dtype == "uint8"),
         *["normalisation"] * (card.normalize is not None),
     ]
-    return f"{card.input_dtype} [{shape}], raw" + (f"; {' and '.join(inside)} inside" if inside else "")
+    raw = f"{card.input_dtype} [{shape}], raw" + (f"; {' and '.join(inside)} inside" if inside else "")
+    # What an export does not do: its caller brings pictures to this size, in this way.
+    return raw if card.image.size is None else f"{raw}; pictures as `image` of model.json says: {card.image.said()}"
 
 
 def _outputs_in_words(model: Served) -> str:

@@ -85,9 +85,11 @@ class NamedData:
     ) -> recipe.ImageFolder:
         """Labels are those of a table beside the pictures, or folders that are called as the model's classes."""
         known = _first(run, recipe.ImageFolder) or recipe.ImageFolder(path="")
+        found = find_pictures(self.path)
+        if not any(name in found.others for name in TABLES):
+            known = recipe.ImageFolder(path="")
         wanted = known.label if label is None else label
         if label is None and not need_labels:
-            found = find_pictures(self.path)
             folders = {name.partition("/")[0] if "/" in name else None for name in found.names}
             if not any(name in found.others for name in TABLES) and not folders <= set(class_names or ()):
                 wanted = ""

@@ -21,6 +21,7 @@ from akd_dist.distill.agreement import check_in_store, check_on_rows
 from akd_dist.distill.teacher import served_fingerprint
 from akd_dist.distill.trial import try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
+from akd_dist.documents.check import TeacherCheck
 from akd_dist.jobs.packing import ResourceRequest
 from akd_dist.jobs.planning.models import CachedModel, Level, SplitPlan, count_of, levels_of
 from akd_dist.jobs.planning.stored import check_kind, stores_of
@@ -200,7 +201,7 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
         waits = foreseen(cluster.all_nodes(), room_of_teacher(recipe), WORK_OF_TEACHER, workspace.demand())
     return PlanDocument(
         dry_run=True,
-        teacher_check=models[0].check if models else None,
+        teacher_checks=checks_of(models),
         store_root=workspace.store_root,
         bytes=needed,
         free=root.free_bytes(),
@@ -340,7 +341,7 @@ def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: 
         return
     model.card.check_rows(splits.train, f"the teacher in {model.model_uri}")
     if (store := model.opened.get("validation")) is not None and len(model.opened) == len(SPLITS):
-        model.check = check_in_store(store, splits.validation)
+        model.check = check_in_store(store, splits.validation, model.name)
     else:
         if model.imported is not None:
             module = model.imported.module(Path(workspace.cache_root))
@@ -350,8 +351,13 @@ def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: 
         else:
             module, card = read_model(model.model_uri, recipe.trusted)
             try_teacher(module, card, splits.train, recipe.cache)
-        model.check = check_on_rows(module, splits.validation)
+        model.check = check_on_rows(module, splits.validation, model.name)
     _tell_check(model, workspace)
+
+
+def checks_of(models: Sequence[CachedModel]) -> list[TeacherCheck]:
+    """What teachers from elsewhere say of labelled rows."""
+    return [model.check for model in models if model.check is not None]
 
 
 def _tell_check(model: CachedModel, workspace: Workspace) -> None:

@@ -245,7 +245,7 @@ def draw_up(
         removes=None,
         device=recipe.device,
         teacher=_about_teacher(inputs, cache),
-        teacher_check=cache.teacher_check,
+        teacher_checks=cache.teacher_checks,
         cache_bytes=cache.bytes,
         nodes=len(nodes),
         cpus=sum(node.cpus for node in nodes),

@@ -152,6 +152,10 @@ FOLDERS: dict[str, Case] = {
         classes_with(lambda p: write(p, {"metadata.csv": b"", "metadata.jsonl": b""})),
         ["several tables of labels", "metadata.csv, metadata.jsonl"],
     ),
+    "columns of no table": (
+        classes_with(lambda _: None, label="species"),
+        ["there is no table of labels in", "the columns file_name and species", "labels: labels.csv"],
+    ),
     "no such table": (flat(None, labels="/nowhere/labels.csv"), ["no table of labels at /nowhere/labels.csv"]),
     "a table of another kind": (
         lambda f: flat(None, labels=str(write(f, {"labels.xlsx": b"x"}) / "labels.xlsx"))(f),

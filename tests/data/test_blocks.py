@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.blocks import Block, map_blocks
+from akd_dist.data import blocks as reading
+from akd_dist.data.blocks import Block, map_blocks, read_ahead
 
 
 def blocks(rows: int, most: int) -> Iterator[Block]:
@@ -80,3 +81,43 @@ def test_an_error_of_ours_is_not_hidden() -> None:
 
     with pytest.raises(ZeroDivisionError):
         list(map_blocks(blocks(100, 4), work, 2))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("size", [1, 10, 1000])
+def test_what_is_read_ahead_comes_in_order_and_is_bounded(
+    waits: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_AHEAD_BYTES", 50)
+    begun, most = 0, 0
+
+    def read(item: int) -> int:
+        nonlocal begun
+        begun += 1
+        return item * item
+
+    taken: list[int] = []
+    for value in read_ahead(range(99), read, lambda _: size, waits=waits):
+        most = max(most, begun - len(taken))
+        taken.append(value)
+    assert taken == [item * item for item in range(99)]
+    assert most <= max(1, min(2 * reading.MAX_THREADS, 50 // size)) + 1
+
+
+def test_whoever_takes_what_is_read_ahead_may_leave_early() -> None:
+    seen: list[int] = []
+    first = next(read_ahead(range(10_000), seen.append, lambda _: 1, waits=True))
+    assert first is None
+    assert len(seen) < 1000
+
+
+def test_what_cannot_be_read_is_told_after_what_comes_before() -> None:
+    def read(item: int) -> int:
+        if item == 7:
+            raise RefusedError("seven")
+        return item
+
+    taken: list[int] = []
+    with pytest.raises(RefusedError, match="seven"):
+        taken.extend(read_ahead(range(99), read, lambda _: 1, waits=False))
+    assert taken == list(range(7))

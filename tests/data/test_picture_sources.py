@@ -17,6 +17,7 @@ import pytest
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import blocks, prepare as preparing, row_store, rows
+from akd_dist.data.encoded import encoded_of
 from akd_dist.data.file_sets import FileSet
 from akd_dist.data.keys import key_column
 from akd_dist.data.labels import Classes
@@ -26,9 +27,9 @@ from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.row_store import RowsPlan, Take, ensure_rows
 from akd_dist.data.rows import Splits
-from akd_dist.data.sources import image_folder, webdataset
+from akd_dist.data.sources import webdataset
 from akd_dist.data.sources.kinds import kind_of
-from akd_dist.recipe import DataSpec, Image, ImageFolder, Parquet, WebDataset
+from akd_dist.recipe import DataSpec, Image, ImageFolder, Parquet, RandomResizedCropFlip, WebDataset
 from akd_dist.recipe.paths import expand_braces
 from akd_dist.storage.roots import open_root
 from tests import sources
@@ -276,7 +277,7 @@ def test_rows_are_the_same_whatever_the_threads(
 ) -> None:
     source, found = make(tmp_path), []
     for threads in (1, 2, 7):
-        for module in (blocks, preparing, image_folder, webdataset):
+        for module in (blocks, preparing, webdataset):
             monkeypatch.setattr(module, "default_threads", lambda threads=threads: threads)
         found.append(all_rows(source, tmp_path / f"cache-{threads}").fingerprints)
     assert found[0] == found[1] == found[2]
@@ -366,6 +367,24 @@ def test_rows_are_joined_with_others_by_their_files(tmp_path: Path) -> None:
     assert key_column(data, "test", "__key__").to_pylist() == [f"{number:04}" for number in range(COUNT)]
     with pytest.raises(RefusedError, match=r"(?s)no column id that could be a key.*known by file or file_name"):
         key_column(data, "train", "id")
+
+
+@BOTH
+def test_pictures_that_stay_encoded_are_those_of_parquet(make: Callable[[Path], Any], tmp_path: Path) -> None:
+    source = make(tmp_path)
+    numbers = by_class() if isinstance(source, ImageFolder) else list(range(COUNT))
+    changes: dict[str, Any] = {
+        "image": Image(size=6, keep="encoded"),
+        "augmentation": RandomResizedCropFlip(),
+        "views": 2,
+    }
+    found = []
+    for one in (source, in_parquet(tmp_path, numbers, names_of(numbers))):
+        splits = all_rows(one, tmp_path / "cache", **changes)
+        assert encoded_of(splits.train.inputs) is not None
+        found.append(splits.fingerprints)
+    sealed = ensure_rows(DataSpec(train=source, **changes), str(tmp_path / "stores"), loop).manifest
+    assert found[0] == found[1] == {name: split.fingerprint for name, split in sealed.splits.items()}
 
 
 # ---- what is noticed

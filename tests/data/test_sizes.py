@@ -29,6 +29,8 @@ from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import save_model
 from akd_dist.recipe import DataSpec, Parquet
+from akd_dist.serve import exports
+from akd_dist.serve.evaluation import open_model
 
 PLACE = Place(lambda row: f"row {row}")
 RED = [200, 10, 20]
@@ -323,6 +325,13 @@ def test_a_model_brings_pictures_to_its_size(tmp_path: Path) -> None:
     shown = np.stack([pixels_of(encoded(PICTURES[size]), **image.said()) for size in SIZES])
     expected = akd_dist.load_model(student)(torch.from_numpy(shown.transpose(0, 3, 1, 2).copy())).tolist()
     np.testing.assert_allclose(said, expected * 2, rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_carries_how_pictures_come_to_its_size(tmp_path: Path) -> None:
+    student = a_model(tmp_path / "model", recipe.Image(size=12, resize="longer"), (12, 12))
+    told = exports._told(open_model(str(student)))
+    assert json.loads(told["model.json"])["image"]["size"] == [12, 12]
+    assert told["inputs"].endswith("image` of model.json says: {'size': [12, 12], 'resize': 'longer'}")
 
 
 def test_a_model_without_a_size_says_how_pictures_come_to_it(tmp_path: Path) -> None:

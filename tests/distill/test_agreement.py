@@ -101,7 +101,7 @@ def test_a_regression_is_told_by_its_correlation(random: np.random.Generator) ->
     good = check_of((3 * labels + 1)[:, None], labels, rows)
     assert good.correlation == pytest.approx(1.0)
     assert (good.accuracy, good.warnings) == (None, [])
-    assert good.line == "the teacher's values correlate with the labels of 300 validation rows by 1.000"
+    assert good.line == "the values of the teacher correlate with the labels of 300 validation rows by 1.000"
     (turned,) = check_of(-labels[:, None], labels, rows).warnings
     assert "sign" in turned
     (chance,) = check_of(random.standard_normal((300, 1)).astype(np.float32), labels, rows).warnings

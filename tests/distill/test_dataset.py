@@ -15,8 +15,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from akd_dist.base.errors import CorruptCacheError, MachineError, RecipeError, RefusedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill.dataset import DatasetJob, DistillationBatches, DistillationDataset, Items, Tensors, collate
-from akd_dist.recipe import ByteText, CustomData, DataSpec, Recipe
-from tests import sources
+from akd_dist.recipe import ByteText, CustomData, DataSpec, Image, ImageFolder, RandomResizedCropFlip, Recipe
+from tests import pictures, sources
 from tests.fleets import a_recipe, a_student, own
 
 BATCH = 100
@@ -267,3 +267,24 @@ def test_a_random_sampler_shows_every_row_once(job: DatasetJob) -> None:
     dataset = DistillationDataset(job).open()
     loader = DataLoader(dataset, batch_size=BATCH, sampler=RandomSampler(dataset))
     assert sorted(torch.cat([batch["row"] for batch in loader]).tolist()) == list(range(len(dataset)))
+
+
+def test_workers_decode_pictures_that_stay_encoded(tmp_path: Path) -> None:
+    data = DataSpec(
+        train=ImageFolder(path=str(pictures.of_classes(tmp_path / "pictures", 30))),
+        validation=0.2,
+        test=0.2,
+        image=Image(size=6, keep="encoded"),
+        views=2,
+        augmentation=RandomResizedCropFlip(),
+    )
+    splits = prepare(data, tmp_path / "cache")
+    job = DatasetJob(data, "train", splits.fingerprints, str(tmp_path / "cache"), None, batch=5)
+    dataset = DistillationDataset(job).open()
+    expected = [dataset[list(range(first, first + 6))] for first in (0, 6)]  # with threads of this process
+    loader = DataLoader(dataset, batch_size=6, num_workers=1, multiprocessing_context="fork")
+    assert all(map(same, loader, expected))
+    assert expected[0]["inputs"].shape == (6, 3, 6, 6)
+    ours = [batch["row"].tolist() for batch in whole(job, 1)]
+    batches = DataLoader(DistillationBatches(job, 1).open(), batch_size=None, num_workers=2)
+    assert [batch["row"].tolist() for batch in batches] == ours

@@ -110,7 +110,7 @@ def test_a_hit_loads_nothing_and_tells_the_accuracy_from_the_store(
     plan = akd_dist.cache_teacher(
         recipe, store_root=tmp_path, cache_root=given / "cache", dry_run=True, console=Console(quiet=True)
     )
-    check = plan["teacher_check"]
+    (check,) = plan["teacher_checks"]
     assert first.check is not None
     assert (check["rows"], check["warnings"]) == (180, [])
     assert check["accuracy"] == pytest.approx(first.check.accuracy, abs=1e-6)
@@ -138,12 +138,13 @@ def test_every_teacher_that_no_recipe_trains_is_asked(
     recipe = a_recipe([a_student("one", objective=HARD)], teacher=teacher)
     places: dict[str, Any] = {"store_root": tmp_path, "cache_root": given / "cache", "dry_run": True}
     plan = akd_dist.train_students(recipe, run_root=tmp_path / "runs", **places)
-    assert plan["teacher_check"]["accuracy"] < 0.3
-    (warning,) = plan["teacher_check"]["warnings"]
+    (check,) = plan["teacher_checks"]
+    assert check["accuracy"] < 0.3
+    (warning,) = check["warnings"]
     assert "data.normalize" in warning
     assert warning in capsys.readouterr().err.replace("\n", "")
     trained = akd_dist.cache_teacher(a_recipe([a_student("one")]), **places, console=Console(quiet=True))
-    assert trained["teacher_check"] is None
+    assert trained["teacher_checks"] == []
 
 
 def test_a_store_of_an_imported_teacher_is_repaired(given: Path, tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def test_models_import_makes_what_every_other_command_takes(
     code, _, err = run(capsys, "models", "import", "recipe.yaml", str(given / "parallel.pth"), cache)
     assert (code, "is there already" in err, "--force" in err) == (2, True, True)
     code, out, _ = run(capsys, "models", "import", "recipe.yaml", str(given / "parallel.pth"), cache, "--force")
-    assert (code, "the teacher chooses the label of" in out) == (0, True)
+    assert (code, "the model chooses the label of" in out) == (0, True)
     code, out, _ = run(capsys, "evaluate", "parallel", "recipe.yaml", cache, "--json")
     assert (code, json.loads(out)["student"]["fingerprint"]) == (0, document["fingerprint"])
     code, _, _ = run(capsys, "predict", "parallel", "recipe.yaml", cache, "--out", "said.parquet")

@@ -423,6 +423,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: pq.write_table(pa.table({"logit_0": [1.0], "logit_2": [1.0]}), path),
         "lacks a column",
     ),
+    "text.parquet": (lambda path: pq.write_table(pa.table({"logits": [["1"], ["2"]]}), path), "holds no floats"),
     "holes.zarr": (_holes, "chunks of it are missing"),
     "inner.zarr": (_inner_hole, "not finite"),
     "link.zarr": (_leading_out, "leads out of the folder"),
@@ -636,3 +637,15 @@ def test_a_dry_run_writes_nothing(home: Home) -> None:
     assert found.dry_run
     assert not found.splits["train"].hit
     assert not (home.root / "dry").exists()
+
+
+def test_stores_of_imports_may_lie_in_object_storage(home: Home, imported: ImportedDocument, bucket: str) -> None:
+    place: dict[str, Any] = {"store_root": f"{bucket}/stores", "cache_root": home.cache, "console": Console(quiet=True)}
+    for hit in (False, True):
+        found = akd_dist.import_logits(home.recipe(), home.root / "all.npy", **place)
+        part = ImportedDocument.model_validate(found, strict=False).splits["train"]
+        assert (part.id, part.hit) == (imported.splits["train"].id, hit)
+    named = home.recipe({"store": part.store})
+    workspace = Workspace(f"{bucket}/stores", str(home.cache), console=Console(quiet=True))
+    (model,) = open_inputs(named, workspace, students=False, again=False).models
+    assert model.opened["train"].id == part.id

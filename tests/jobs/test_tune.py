@@ -14,6 +14,7 @@ from akd_dist.distill.student import Student
 from akd_dist.documents.tune import TuneDocument
 from akd_dist.jobs.tune import Halving
 from akd_dist.recipe import load_recipe, load_search
+from akd_dist.storage.run_objects import RunObjects
 from tests.fleets import a_recipe, a_student, a_teacher, weights
 from tests.jobs.test_growth import cohorts_here
 from tests.survivors import snapshot
@@ -155,6 +156,21 @@ def test_more_trials_go_on_and_another_search_is_refused(
         searching.tune(tmp_path, other)
     assert "optimizer.lr" in str(refused.value.got)
     assert "--set name=" in str(refused.value.next)
+
+
+@pytest.mark.ray
+def test_a_search_in_object_storage(searching: Searching, bucket: str, tmp_path: Path) -> None:
+    root = f"{bucket}/tuned"
+    recipe = searching.recipe(tmp_path, trials=3)
+    found = searching.tune(tmp_path, recipe, run_root=root)
+    assert found.run == f"{root}/digits-tune"
+    (search,) = found.searches
+    objects = RunObjects.at(found.run).root
+    kept = json.loads(objects.get("tune.json"))
+    assert (kept["run"], kept["searches"][0]["best"]) == (".", search.best)
+    local = searching.tune(tmp_path, recipe)
+    assert local.searches == found.searches, "wherever the run lies"
+    assert searching.tune(tmp_path, recipe, run_root=root, cache_root=tmp_path / "cache") == found
 
 
 def _new_finalists(old: Any, new: Any) -> set[str]:

@@ -183,6 +183,12 @@ def test_weights_in_float64_stay_so(tmp_path: Path) -> None:
     assert load_model(tmp_path / "published")(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).dtype == torch.float64
 
 
+def test_a_few_weights_in_float64_are_told_to_be_rounded(tmp_path: Path) -> None:
+    state = weights()
+    save_file(state | {HEAD: state[HEAD].double()}, tmp_path / "a")
+    assert opened(tmp_path / "a").notes == ["1 weight of float64 became float32"]
+
+
 def test_a_file_that_is_known_is_hashed_and_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(weights(), tmp_path / "a.safetensors")
     card = opened(tmp_path / "a.safetensors").card

@@ -15,7 +15,7 @@ from scipy import stats
 
 import akd_dist
 from akd_dist.base.errors import DamagedError, RecipeError
-from akd_dist.base.formatting import OBJECTIVE_LABELS
+from akd_dist.base.formatting import CUSTOM, OBJECTIVE_LABELS
 from akd_dist.documents.fleet import FleetDocument
 from akd_dist.documents.report import CompareDocument, ComparedRow, Estimate, SplitRows
 from akd_dist.recipe import Recipe
@@ -61,7 +61,7 @@ def test_a_chain_adds_takd_for_every_model() -> None:
     ]
     expanded = expand(a_recipe(students, teacher=TEACHER | {"assistant": ASSISTANT}))
     assert [spec.model.label for spec in expanded.students] == ["mlp-8"] * 15 + ["mlp-4"] * 15
-    assert [spec.objective.kind for spec in expanded.students[::3]] == 2 * list(OBJECTIVE_LABELS)
+    assert [spec.objective.kind for spec in expanded.students[::3]] == 2 * KINDS
     takd = [spec for spec in expanded.students if spec.objective.kind == "takd"]
     assert [(spec.objective.epochs, spec.optimizer.kind) for spec in takd] == [(4, "sgd")] * 3 + [(3, "adamw")] * 3
     continuation = next(spec.objective for spec in expanded.students if spec.objective.kind == "continuation_kd")
@@ -195,6 +195,7 @@ def fleet_of(recipe: Recipe, accuracies: dict[str, list[float | None]]) -> Fleet
     )
 
 
+KINDS = [kind for kind in OBJECTIVE_LABELS if kind != CUSTOM]  # an own objective is compared where it is listed
 ROWS: SplitRows = {"train": 1258, "validation": 180, "test": 359}
 RESULTS: dict[str, list[float | None]] = {
     "hard_labels": [0.80, 0.82, 0.81, 0.84],
@@ -254,9 +255,7 @@ def test_a_baseline_has_no_difference_to_itself(four_seeds: CompareDocument) -> 
 
 def test_nobody_finished() -> None:
     recipe = expand(a_recipe([unnamed(ANNEALING)]))
-    document = compare(
-        recipe, fleet_of(recipe, {kind: [None] * 3 for kind in OBJECTIVE_LABELS}), ROWS, "akd-dist compare"
-    )
+    document = compare(recipe, fleet_of(recipe, {kind: [None] * 3 for kind in KINDS}), ROWS, "akd-dist compare")
     assert "0 of 3" in printed(document)
 
 
@@ -293,13 +292,11 @@ def test_the_markdown_says_how_it_came_about(four_seeds: CompareDocument) -> Non
 def test_without_an_assistant_a_line_says_what_takd_needs(four_seeds: CompareDocument) -> None:
     assert "TAKD is missing: give the recipe a teacher.assistant" in to_markdown(four_seeds)
     recipe = expand(a_recipe([unnamed(ANNEALING), unnamed(TAKD)], teacher=TEACHER | {"assistant": ASSISTANT}))
-    document = compare(
-        recipe, fleet_of(recipe, {kind: [0.8, 0.81, 0.82] for kind in OBJECTIVE_LABELS}), ROWS, "akd-dist compare"
-    )
+    document = compare(recipe, fleet_of(recipe, {kind: [0.8, 0.81, 0.82] for kind in KINDS}), ROWS, "akd-dist compare")
     text = to_markdown(document)
     assert "TAKD is missing" not in text
     assert "| mlp-16 (1,210) | assistant |  | 95.00 |  |  | 94.00 |" in text
-    assert [one.objective for one in document.table] == list(OBJECTIVE_LABELS)
+    assert [one.objective for one in document.table] == KINDS
 
 
 def test_a_regression_has_no_agreement(four_seeds: CompareDocument) -> None:
@@ -350,7 +347,7 @@ def test_a_comparison_from_recipe_to_table(compared: tuple[Path, dict[str, Any]]
     run = root / "runs" / "tiny-compare"
     assert json.loads((run / "comparison.json").read_bytes()) == printed | {"run": "."}
     assert (run / "comparison.md").read_text() == to_markdown(document)
-    assert [one.objective for one in document.table] == list(OBJECTIVE_LABELS)
+    assert [one.objective for one in document.table] == KINDS
     assert {tuple(one.seeds) for one in document.table} == {(0, 1)}
     fleet = json.loads((run / "fleet.json").read_bytes())
     assert document.teacher.test == fleet["teacher"]["test"]["accuracy"]

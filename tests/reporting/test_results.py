@@ -29,7 +29,18 @@ from akd_dist.distill.objectives import stages
 from akd_dist.documents.damage import read_epochs
 from akd_dist.documents.fleet import EpochRecord, FleetDocument, FleetStudent, RunIdentity
 from akd_dist.documents.report import Difference, ReportDocument
-from akd_dist.recipe import METRICS, AdamW, AnnealingKD, ContinuationKD, HardLabels, Kd, Mlp, StudentSpec, Takd
+from akd_dist.recipe import (
+    METRICS,
+    AdamW,
+    AnnealingKD,
+    ContinuationKD,
+    CustomObjective,
+    HardLabels,
+    Kd,
+    Mlp,
+    StudentSpec,
+    Takd,
+)
 from akd_dist.reporting.curves import stage_figures
 from akd_dist.reporting.differences import read_predictions
 from akd_dist.reporting.drawing import OBJECTIVE_COLOURS
@@ -221,12 +232,11 @@ def test_smallest_first_and_objectives_as_in_the_papers() -> None:
 
 
 def test_every_objective_has_a_label_and_a_colour_of_its_own() -> None:
-    kinds = {
-        objective.model_fields["kind"].default for objective in (AnnealingKD, HardLabels, Kd, Takd, ContinuationKD)
-    }
+    objectives = (AnnealingKD, HardLabels, Kd, Takd, ContinuationKD, CustomObjective)
+    kinds = {objective.model_fields["kind"].default for objective in objectives}
     assert set(OBJECTIVE_LABELS) == set(OBJECTIVE_COLOURS) == kinds
     assert len(set(OBJECTIVE_LABELS.values())) == len(set(OBJECTIVE_COLOURS.values())) == len(kinds)
-    assert set(SHOWN) == {metric for metrics in METRICS.values() for metric in metrics}
+    assert set(SHOWN) == {"custom", *(metric for metrics in METRICS.values() for metric in metrics)}
 
 
 def test_gain_needs_exactly_one_baseline() -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,16 @@ import pyarrow as pa
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.formatting import some_of
-from akd_dist.data.blocks import MAX_THREADS, Block, default_threads
+from akd_dist.data.blocks import Block, read_ahead
 from akd_dist.data.file_sets import FileSet
 from akd_dist.data.label_tables import find_table, labels_by_file
-from akd_dist.data.picture_files import TABLES, PictureFiles, find_pictures
+from akd_dist.data.picture_files import TABLES, find_pictures
 from akd_dist.data.sources.base import Source, slices, stats_of
 from akd_dist.storage.remote import RemoteFile
 
 # The most bytes of encoded pictures in one block.
 _BLOCK_BYTES = 1 << 23
+_NO_TABLE = recipe.ImageFolder(path="")
 _TRAIN = {"train", "training"}
 _SPLITS = frozenset(["train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"])
 
@@ -49,6 +48,7 @@ class ImageFolderSource:
 
     def open(self) -> Source:
         """Look at the rows, without reading any picture."""
+        found = self.found
         labels, chosen = self._labels()
         self.found.check(chosen)
         names = [self.found.names[number] for number in chosen]
@@ -60,7 +60,7 @@ class ImageFolderSource:
 
         def blocks(most: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
             last = rows if stop is None else min(stop, rows)
-            encoded = _read_ahead(self.found, chosen[start:last])
+            encoded = read_ahead(chosen[start:last], found.read, found.sizes.__getitem__, waits=found.remote)
             for first, end in _cut(sizes, most, start, last):
                 pictures = pa.array(list(itertools.islice(encoded, end - first)), pa.large_binary())
                 yield Block(first, [pictures], labels[first:end])
@@ -120,6 +120,13 @@ class ImageFolderSource:
     def _folders(self) -> Any:
         """The name of each picture's class, that of the folder in `path` which it lies in: an Arrow array."""
         names, place = self.found.names, self.spec.path
+        if (self.spec.file, self.spec.label) != (_NO_TABLE.file, _NO_TABLE.label):
+            raise RefusedError(
+                f"there is no table of labels in {place}",
+                got=f"the columns {self.spec.file} and {self.spec.label}, and no {', '.join(TABLES)}",
+                expected="a table that has them",
+                next="name it, `labels: labels.csv`; or leave out `file` and `label` where folders are the classes",
+            )
         loose = [name for name in names if "/" not in name]
         if loose:
             alone = not self.found.folders
@@ -159,22 +166,3 @@ def _cut(sizes: Sequence[int], most: int, start: int, stop: int) -> Iterator[tup
         held += sizes[row]
     if first < stop:
         yield first, stop
-
-
-def _read_ahead(found: PictureFiles, numbers: Sequence[int]) -> Iterator[bytes]:
-    """The bytes of pictures in their order, read by several threads ahead of whoever takes them.
-
-    Objects are waited for, one request each, so that more of them are under way than there are cores.
-    """
-    threads = MAX_THREADS if found.remote else default_threads()
-    ahead: deque[Future[bytes]] = deque()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for number in numbers:
-            ahead.append(pool.submit(found.read, number))
-            if len(ahead) > 2 * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

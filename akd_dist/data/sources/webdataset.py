@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -20,7 +19,7 @@ import pyarrow as pa
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.blocks import MAX_THREADS, Block, default_threads
+from akd_dist.data.blocks import MAX_THREADS, Block, default_threads, read_ahead
 from akd_dist.data.picture_files import MOST_BYTES
 from akd_dist.data.sources.base import Source, slices, stats_of
 from akd_dist.data.tar_shards import Sample, Shard, bytes_of, content, find_shards, open_shard, read_samples
@@ -80,7 +79,8 @@ class WebDatasetSource:
         """Look at the rows: headers and labels of all shards are read, unless `known` says where the samples lie."""
         if known is not None:
             return self._source(known, None, None)
-        with ThreadPoolExecutor(self._threads) as pool:
+        # Objects are waited for, so that more of them are under way than there are cores.
+        with ThreadPoolExecutor(MAX_THREADS if self._remote else default_threads()) as pool:
             indexes = list(pool.map(self._index, self.files))
         labels = self._labels(indexes)
         names = pa.chunked_array([pa.array(index.names, pa.string()) for index in indexes])
@@ -128,9 +128,8 @@ class WebDatasetSource:
         return (f"left out of {self.spec.path}, as they are no tar files: {shown}",)
 
     @property
-    def _threads(self) -> int:
-        """Objects are waited for, so that more of them are under way than there are cores."""
-        return MAX_THREADS if isinstance(self.files[0], RemoteFile) else default_threads()
+    def _remote(self) -> bool:
+        return isinstance(self.files[0], RemoteFile)
 
     # ---- headers and labels
 
@@ -251,27 +250,16 @@ class WebDatasetSource:
         first = int(np.searchsorted(parts.starts, start, side="right")) - 1
         numbers = range(first, int(np.searchsorted(parts.starts, stop)))
         kind = pa.type_for_alias(parts.labels)
-        for number, samples in zip(numbers, self._read_ahead(parts, numbers), strict=True):
+        sizes = np.diff(parts.bounds, axis=1)[:, 0].tolist()
+        read = functools.partial(self._read, parts)
+        ahead = read_ahead(numbers, read, sizes.__getitem__, waits=self._remote)
+        for number, samples in zip(numbers, ahead, strict=True):
             at = int(parts.starts[number])
             begin, end = max(start, at), min(stop, at + len(samples))
             for row in range(begin, end, most):
                 mine = samples[row - at : min(row + most, end) - at]
                 pictures = pa.array([picture for _, picture, _ in mine], pa.large_binary())
                 yield Block(row, [pictures], pa.array([label for *_, label in mine], kind))
-
-    def _read_ahead(self, parts: Parts, numbers: range) -> Iterator[list[tuple[str, bytes, _Label | None]]]:
-        """The samples of parts in their order, read by several threads ahead of whoever takes them."""
-        ahead: deque[Future[list[tuple[str, bytes, _Label | None]]]] = deque()
-        pool = ThreadPoolExecutor(self._threads)
-        try:
-            for number in numbers:
-                ahead.append(pool.submit(self._read, parts, number))
-                if len(ahead) > self._threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, parts: Parts, number: int) -> list[tuple[str, bytes, _Label | None]]:
         """Name, picture and label of each sample of a part."""
