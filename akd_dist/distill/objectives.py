@@ -199,7 +199,6 @@ class CustomStage(Stage):
     """An objective of the user's own, in one stage."""
 
     name: ClassVar[str] = "custom"
-    needs_raw_logits: ClassVar[bool] = False  # whoever wrote it knows what it makes of log-probabilities
 
     spec: CustomObjective
     """Which."""
@@ -207,7 +206,7 @@ class CustomStage(Stage):
     def losses(
         self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
     ) -> Tensor:
-        """What its function returns; which rows have labels it sees for itself."""
+        """What its function returns; what rows without a label cost is its own affair."""
         return own_losses(self._function, z_student, z_teacher, labels, epoch, self.epochs)
 
     @functools.cached_property
