@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader
 
 from akd_dist.data.rows import Rows
 from akd_dist.distill.dataset import DatasetJob, DistillationBatches, DistillationDataset
-from akd_dist.distill.stream import BatchStream, epoch_order
+from akd_dist.distill.orders import epoch_order
+from akd_dist.distill.stream import BatchStream
 from akd_dist.recipe import DataSpec, Digits, NoAugmentation
 from akd_dist.storage.reader import LogitStore
 

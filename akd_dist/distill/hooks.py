@@ -158,12 +158,15 @@ def tell_epoch_end(callback: recipe.Callback, ended: EpochEnd) -> None:
 # ---- tried before anything starts
 
 
-def try_objective(spec: recipe.CustomObjective, classes: int, task: recipe.Task, workers: int = 1) -> None:
+def try_objective(
+    spec: recipe.CustomObjective, classes: int, task: recipe.Task, workers: int = 1, *, unlabelled: bool = False
+) -> None:
     """Refuse an objective whose function does not give a loss for each row by itself, in its first and last epoch.
 
     Args:
         classes: logits of a row.
         workers: how many share a batch: with several, one may have no rows of a small one.
+        unlabelled: whether it is shown rows without labels.
 
     Raises:
         RefusedError: it cannot be imported, fails, or returns something else; says what was tried.
@@ -173,6 +176,8 @@ def try_objective(spec: recipe.CustomObjective, classes: int, task: recipe.Task,
     z_student, z_teacher = (torch.randn(_TRIED, classes, generator=generator) for _ in range(2))
     teacher = 3 * z_teacher if spec.learns_from == "teacher" else None
     labels = torch.arange(_TRIED) % classes if task == "classification" else z_teacher[:, 0].clone()
+    if unlabelled and teacher is not None:
+        labels[_TRIED // 2 :] = -1 if task == "classification" else math.nan
 
     def call(rows: slice, epoch: int) -> Tensor:
         given = z_student[rows].clone().requires_grad_()

@@ -64,8 +64,8 @@ def try_training(
     module = check_model(card)
     _warn_of_probabilities(check_output(module.eval(), card, _some(rows, 2)), card)
     tried = set()
-    if data.own_metric is not None:
-        hooks.try_metric(data.own_metric, rows.labels[:_LABELS], rows.classes)
+    if data.own_metric is not None and rows.labelled:
+        hooks.try_metric(data.own_metric, rows.labels[: min(_LABELS, rows.labelled)], rows.classes)
     for whose, training in trainings:
         _try_hooks(rows, training)
         _check_labels(rows, whose, training)
@@ -80,7 +80,7 @@ def _try_hooks(rows: Rows, training: recipe.Training) -> None:
     """Refuse functions of the user's own that do not give what they should."""
     objective = getattr(training, "objective", None)  # a teacher's is always the labels
     if isinstance(objective, recipe.CustomObjective):
-        hooks.try_objective(objective, rows.classes, rows.task, _workers(training)[0])
+        hooks.try_objective(objective, rows.classes, rows.task, _workers(training)[0], unlabelled=rows.unlabelled > 0)
     if isinstance(training, recipe.StudentSpec) and training.on_epoch_end is not None:
         hooks.function_of(training.on_epoch_end, hooks.CALLBACK)
 
