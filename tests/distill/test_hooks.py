@@ -33,6 +33,9 @@ def soft(student, teacher, labels, epoch, epochs, temperature=2.0):
     softened = kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1)
     return share * softened + (1 - share) * cross_entropy(student, labels, reduction="none")
 
+def distances(student, teacher, labels, epoch, epochs):
+    return (student - teacher).square().mean(dim=1)
+
 def plain(student, teacher, labels, epoch, epochs):
     assert teacher is None
     return cross_entropy(student, labels, reduction="none")
@@ -170,6 +173,13 @@ def test_what_is_no_loss_for_each_row_is_refused(function: str, told: str, code:
 def test_with_workers_an_objective_takes_no_rows_as_well(code: str, home: Path) -> None:
     with pytest.raises(RefusedError, match="stacked cannot be used"):
         try_objective(objective(code, home, "stacked"), 10, "classification", workers=2)
+
+
+def test_an_objective_that_is_shown_rows_without_labels_is_tried_on_some(code: str, home: Path) -> None:
+    try_objective(objective(code, home, "distances"), 10, "classification", unlabelled=True)
+    try_objective(objective(code, home, "plain", learns_from="labels"), 10, "classification", unlabelled=True)
+    with pytest.raises(RefusedError, match="late cannot be used"):
+        try_objective(objective(code, home, "late"), 10, "classification", unlabelled=True)
 
 
 @pytest.mark.parametrize("function", ["nothing", "words", "random_metric", "told"])

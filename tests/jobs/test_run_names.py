@@ -240,7 +240,7 @@ def test_what_training_the_teacher_took_is_null_where_nobody_knows(
 ) -> None:
     monkeypatch.setattr(results, "teacher_of", lambda *_: SimpleNamespace(uri=lambda root: f"{root}/teacher"))
     store: Any = SimpleNamespace(uri=str(tmp_path / "id"))
-    recipe: Any = None
+    recipe: Any = SimpleNamespace(teacher=SimpleNamespace(each=[None]))
     (tmp_path / "teacher").mkdir()
     assert results.training_seconds(recipe, recipe, store) is None
     (tmp_path / "teacher" / "result.json").write_text(text)
