@@ -206,7 +206,7 @@ class CustomStage(Stage):
     def losses(
         self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
     ) -> Tensor:
-        """What its function returns; which rows have labels it sees for itself."""
+        """What its function returns; what rows without a label cost is its own affair."""
         return own_losses(self._function, z_student, z_teacher, labels, epoch, self.epochs)
 
     @functools.cached_property

@@ -67,22 +67,13 @@ def try_training(
     if data.own_metric is not None and rows.labelled:
         hooks.try_metric(data.own_metric, rows.labels[: min(_LABELS, rows.labelled)], rows.classes)
     for whose, training in trainings:
-        _try_hooks(rows, training)
         _check_labels(rows, whose, training)
+        _try_hooks(rows, training)
         for mix in _mixes(training, rows):
             if (alike := (training.batch, training.last_batch, _workers(training), mix)) not in tried:
                 _try_batches(module, card, rows, whose, training, mix)
                 tried.add(alike)
     return num_parameters(module)
-
-
-def _try_hooks(rows: Rows, training: recipe.Training) -> None:
-    """Refuse functions of the user's own that do not give what they should."""
-    objective = getattr(training, "objective", None)  # a teacher's is always the labels
-    if isinstance(objective, recipe.CustomObjective):
-        hooks.try_objective(objective, rows.classes, rows.task, _workers(training)[0], unlabelled=rows.unlabelled > 0)
-    if isinstance(training, recipe.StudentSpec) and training.on_epoch_end is not None:
-        hooks.function_of(training.on_epoch_end, hooks.CALLBACK)
 
 
 def _mixes(training: recipe.Training, rows: Rows) -> list[Mix]:
@@ -103,6 +94,15 @@ def _check_labels(rows: Rows, whose: str, training: recipe.Training) -> None:
             expected=f"at least {wanted:,} with labels, and some without",
             next=f"change `labelled` in {whose}, or leave it out",
         )
+
+
+def _try_hooks(rows: Rows, training: recipe.Training) -> None:
+    """Refuse functions of the user's own that do not give what they should."""
+    objective = getattr(training, "objective", None)  # a teacher's is always the labels
+    if isinstance(objective, recipe.CustomObjective):
+        hooks.try_objective(objective, rows.classes, rows.task, _workers(training)[0], unlabelled=rows.unlabelled > 0)
+    if isinstance(training, recipe.StudentSpec) and training.on_epoch_end is not None:
+        hooks.function_of(training.on_epoch_end, hooks.CALLBACK)
 
 
 def try_teacher(module: nn.Module, card: ModelCard, rows: Rows, cache: recipe.CacheSpec) -> None:

@@ -72,12 +72,12 @@ def label_of(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:60]
 
 
+def one_or_several(value: object) -> str:
+    """The tag of a value of which there may be a list."""
+    return "several" if isinstance(value, list) else "one"
+
+
 def label_of_call(factory: str, arguments: Mapping[str, object]) -> str:
     """The function that a factory names, and its arguments as far as they are plain, as part of a folder's name."""
     plain = {key: value for key, value in arguments.items() if isinstance(value, str | int | float)}
     return label_of("-".join([factory.partition(":")[2], *(f"{key}{value}" for key, value in plain.items())]))
-
-
-def one_or_several(value: object) -> str:
-    """The tag of a value of which there may be a list."""
-    return "several" if isinstance(value, list) else "one"

@@ -278,7 +278,7 @@ class CustomObjective(Factory):
 
     @property
     def reads_labels(self) -> bool:
-        """Whether it needs labels; one that reads logits may do without, and is tried on rows as they are."""
+        """Whether it cannot do without labels."""
         return self.learns_from == "labels"
 
     @property
@@ -327,7 +327,8 @@ class Learning(Training):
     def _mixes(self) -> Learning:
         if self.labelled is None:
             return self
-        if not isinstance(self.objective, Distilled | ContinuationKD):
+        mixes = isinstance(self.objective, Distilled | ContinuationKD | CustomObjective)
+        if not mixes or self.objective.learns_from == "labels":
             raise ValueError(
                 f"labelled is for objectives that mix labels and teacher in one batch (kd, takd, continuation_kd); "
                 f"{self.objective.kind} reads either those with labels or all rows: leave it out"

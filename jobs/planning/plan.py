@@ -145,8 +145,9 @@ def plan_run(
     stages1: dict[str, str] = {}
     if inputs.complete:  # else what students learn from is not known
         job = replace(base, data=windows.with_window(recipe, shuffle).data, stages=workspace.store_root)
+        levels = inputs.levels
         for specs in groups_of(todo, recipe.device):
-            of_cohort = cohort_job(replace(job, stores=inputs.models[0].stores), specs, inputs.models[-1].stores)
+            of_cohort = cohort_job(replace(job, stores=levels[0].stores), specs, levels[-1].stores)
             stages1 |= stages1_there(of_cohort, list(specs))
     costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), workspace, stages1)
     costs = replace(costs, pauses=pauses or {})

@@ -153,7 +153,7 @@ def test_a_group_alone_shows_its_help(words: tuple[str, ...], run: Any) -> None:
 def test_commands_stand_in_the_order_of_their_story(run: Any) -> None:
     listed = re.findall(r"^  ([a-z-]+)  ", run("--help").out.split("Commands:")[1], flags=re.MULTILINE)
     assert listed == [
-        "quickstart", "cache-teacher", "train-students", "compare", "status", "report", "evaluate", "predict",
+        "quickstart", "cache-teacher", "train-students", "compare", "tune", "status", "report", "evaluate", "predict",
         "export", "models", "stores", "recipe",
     ]  # fmt: skip
 
@@ -724,7 +724,7 @@ def started(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
 COMPLETED = {
     "": ["quickstart", "cache-teacher", "train-students"],
     "st": ["status", "stores"],
-    "stores ": ["list", "show", "verify", "repair", "gc"],
+    "stores ": ["list", "show", "import", "verify", "repair", "gc"],
     "train-students --st": ["--store-root"],
     "train-students r.yaml --tracker ": ["mlflow", "wandb"],
     "stores show a": ["ab" * 32],

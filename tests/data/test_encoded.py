@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from akd_dist import recipe
 from akd_dist.base.errors import CorruptCacheError, DamagedError, RefusedError
@@ -21,6 +21,7 @@ from akd_dist.data import encoded as encodeds, row_entry, row_store, rows as row
 from akd_dist.data.augmenters import augmenter_of
 from akd_dist.data.encoded import EncodedPictures, Given, InPieces, ahead, encoded_of
 from akd_dist.data.philox import random_words
+from akd_dist.data.pictures import Crop
 from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.row_fetch import alike_rows, distant_rows, fetch_rows
@@ -428,3 +429,22 @@ def test_a_block_that_is_cut_is_named(tmp_path: Path) -> None:
     block.write_bytes(block.read_bytes()[:-100])
     with pytest.raises(DamagedError, match=block.name[:16]):
         fetch_rows(sealed, tmp_path / "other")
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6, 8])
+def test_a_crop_is_of_the_picture_as_it_is_shown(orientation: int) -> None:
+    """Turned as its EXIF says, whether it is decoded whole or smaller."""
+    smooth = np.asarray(Image.fromarray(PIXELS[39]).resize((9, 8)).resize((400, 360), Image.Resampling.BICUBIC))
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    picture = encoded(smooth, quality=95, exif=tags)
+    with Image.open(io.BytesIO(picture)) as opened:
+        shown = ImageOps.exif_transpose(opened).convert("RGB")
+    index = np.array([[len(picture), shown.height, shown.width]])
+    pictures = EncodedPictures(Given(index, [picture], np.arange(1)), (3, SIDE, SIDE), recipe.Image(size=SIDE))
+    size = shown.height, shown.width
+    for crop in (Crop(60, 100, 200, 210, False, size), Crop(300, 20, 40, 50, True, size)):
+        part = shown.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
+        expected = np.asarray(part.resize((SIDE, SIDE), Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(int)
+        apart = np.abs(pictures.begin([crop])()[0] - (expected[..., ::-1] if crop.flip else expected))
+        assert apart.max() <= 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import row_blocks, row_store, rows
@@ -68,12 +70,32 @@ def numbers_missing(folder: Path) -> DataSpec:
     return DataSpec(train=train, validation=0.2, test=0.2, unlabelled="missing", task="regression")
 
 
+def pictures(folder: Path) -> DataSpec:
+    """PNGs that stay encoded in prepared rows."""
+    made = []
+    for pixels in np.random.default_rng(1).integers(256, size=(60, 6, 6)).astype(np.uint8):
+        Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+        made.append(file.getvalue())
+    pq.write_table(pa.table({"input": made, "label": LABELS[:60]}), folder / "pictures.parquet")
+    return DataSpec.model_validate(
+        {
+            "train": {"kind": "parquet", "path": str(folder / "pictures.parquet")},
+            "validation": 0.2,
+            "test": 0.2,
+            "subset": 10,
+            "unlabelled": "rest",
+            "image": {"size": 6, "keep": "encoded"},
+        }
+    )
+
+
 KINDS: dict[str, Callable[[Path], DataSpec]] = {
     "a source": four_tables,
     "all": no_train,
     "rest": rest,
     "missing": missing,
     "numbers": numbers_missing,
+    "encoded": pictures,
 }
 
 
@@ -187,6 +209,9 @@ def test_blocks_of_a_cluster_are_the_same_rows(tmp_path: Path, kind: str, monkey
     assert there.findings == here.findings
     assert there.train.describe() == here.train.describe()
     np.testing.assert_array_equal(there.train.labels, here.train.labels)
+    np.testing.assert_array_equal(
+        there.train.inputs.take(np.arange(20), axis=0), here.train.inputs.take(np.arange(20), axis=0)
+    )
     assert (there.train.labelled, there.train.unlabelled) == (here.train.labelled, here.train.unlabelled)
     across = [run for run in seen if len(run.stretches) == 2]
     assert [run.numbers for run in across] == [(here.train.labelled // 16,)] * (kind != "all")

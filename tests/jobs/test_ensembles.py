@@ -20,7 +20,7 @@ from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import compute_in_process, document_of, walk_chain
 from akd_dist.jobs.planning.caching import Inputs, foresee_caching, open_inputs
 from akd_dist.jobs.planning.models import fingerprints, levels_of
-from akd_dist.jobs.planning.plan import fleet_job
+from akd_dist.jobs.planning.plan import fleet_job, plan_run
 from akd_dist.jobs.run_folder import run_identity
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.jobs.train_teacher import Workspace, run_in_process
@@ -170,6 +170,14 @@ def stored(mean: AnyStore, root: Path) -> str:
         write_shard(writer, shard, logits, label_agreement=0.5, probes=probes, seconds=0.0)
     seal_store(writer)
     return writer.uri
+
+
+def test_a_run_of_an_ensemble_is_planned(home: Home, tmp_path: Path) -> None:
+    """Stage I is looked for by what all members say."""
+    recipe = home.recipe([home.member("a"), home.member("b")], ANNEALING)
+    plan = plan_run(home.cache(recipe), tmp_path, home.workspace, fresh=False)
+    assert plan.document.teacher == "cached: it is not needed"
+    assert plan.document.cache_bytes == 0
 
 
 def test_an_assistant_learns_from_the_ensemble(home: Home) -> None:

@@ -583,6 +583,10 @@ def test_a_model_whose_head_would_be_random_is_refused(folders: Path, tuned: Pat
     assert "train: {epochs:" in str(refused.value)
     with pytest.raises(RefusedError, match=r"of another shape: classifier\.out_proj"):
         imported_as(tuned, classes=2)
+    with pytest.raises(RefusedError) as refused:  # its names lack what the whole model's begin with
+        imported_as(folders / "distilbert")
+    missing = "missing: classifier.bias, classifier.weight, pre_classifier.bias, pre_classifier.weight"
+    assert refused.value.got == missing
 
 
 def test_a_model_of_classes_of_other_names_is_refused(tuned: Path) -> None:
