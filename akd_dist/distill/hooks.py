@@ -166,7 +166,7 @@ def try_objective(
     Args:
         classes: logits of a row.
         workers: how many share a batch: with several, one may have no rows of a small one.
-        unlabelled: whether it is shown rows without labels.
+        unlabelled: whether there are train rows without a label, which it is shown where it learns from the teacher.
 
     Raises:
         RefusedError: it cannot be imported, fails, or returns something else; says what was tried.
@@ -176,8 +176,9 @@ def try_objective(
     z_student, z_teacher = (torch.randn(_TRIED, classes, generator=generator) for _ in range(2))
     teacher = 3 * z_teacher if spec.learns_from == "teacher" else None
     labels = torch.arange(_TRIED) % classes if task == "classification" else z_teacher[:, 0].clone()
-    if unlabelled and teacher is not None:
-        labels[_TRIED // 2 :] = -1 if task == "classification" else math.nan
+
+    if unlabelled and spec.learns_from == "teacher":
+        labels[::2] = -1 if task == "classification" else math.nan
 
     def call(rows: slice, epoch: int) -> Tensor:
         given = z_student[rows].clone().requires_grad_()
