@@ -61,7 +61,7 @@ def stage1_key(job: CohortJob, spec: StudentSpec) -> str | None:
         "rows": {split: job.fingerprints[split] for split in ("train", "validation")},
         "logits": placeless(job.stores["train"]),
         "device": device_name(job.device),
-        "machine": platform.machine(),
+        "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
         "torch": torch.__version__,
     }
     return f"{STAGES}/{sha256(canonical_json(document))}.ckpt"
