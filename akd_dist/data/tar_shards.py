@@ -39,8 +39,10 @@ _COMPANIONS = (".crc", ".md5", ".sha1", ".sha256", ".json", ".txt", ".idx", ".in
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 # What a writer may leave in an archive about itself, as the webdataset library has it.
 _ABOUT = re.compile(r"__[^/]*__(/|$)")
-# So much of what follows the end of an archive is looked at; tar pads to 10,240 bytes.
+# So much is read at a time of what follows the end of an archive.
 _AFTER_END = 1 << 16
+# The most zeros there: tar pads to 10,240 bytes, and with a large --blocking-factor to a megabyte.
+_MOST_PADDING = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -350,13 +352,18 @@ def key_of(name: str) -> str:
 def _check_end(opened: IO[bytes], end: int, shard: Shard, last: str | None) -> None:
     """Refuse an archive that has no proper end: `tarfile` takes a damaged header for one."""
     opened.seek(end)
-    rest = opened.read(_AFTER_END)
-    if len(rest) < tarfile.BLOCKSIZE:
+    first = opened.read(tarfile.BLOCKSIZE)
+    if len(first) < tarfile.BLOCKSIZE:
         raise _damaged(shard, last, "no end-of-archive after it: the archive is cut off")
-    if rest[: tarfile.BLOCKSIZE].strip(b"\0"):
+    if first.strip(b"\0"):
         raise _damaged(shard, last, "a damaged header after it")
-    if rest.strip(b"\0"):
-        raise _damaged(shard, last, "something after the end of the archive, as where two were joined by cat")
+    zeros = 0
+    while rest := opened.read(_AFTER_END):
+        zeros += len(rest)
+        if rest.strip(b"\0"):
+            raise _damaged(shard, last, "something after the end of the archive, as where two were joined by cat")
+        if zeros > _MOST_PADDING:
+            raise _damaged(shard, last, "more zeros after it than tar pads with, as in a download that has not ended")
 
 
 def _damaged(shard: Shard, last: str | None, got: object) -> RefusedError:

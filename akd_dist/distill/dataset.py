@@ -294,17 +294,18 @@ class DistillationDataset(_Split, Dataset[Tensors]):
         return len(self.rows)
 
     def __getitem__(self, rows: Any) -> Tensors:
-        if isinstance(rows, int | np.integer):
-            return {name: values[0] for name, values in self._tensors([int(rows)]).items()}
-        return self._tensors(rows)
+        numbers = _numbers(rows, len(self))
+        if numbers.ndim == 0:
+            return {name: values[0] for name, values in self._tensors(numbers[None]).items()}
+        return self._tensors(numbers)
 
     def __getitems__(self, rows: Sequence[int]) -> Items:
         """Several rows, gathered at once: what a DataLoader asks for."""
-        return Items(self._tensors(rows))
+        return Items(self._tensors(_numbers(rows, len(self))))
 
-    def _tensors(self, rows: Any) -> Tensors:
+    def _tensors(self, numbers: np.ndarray) -> Tensors:
         here, view = self._here, self.view
-        stream, numbers = here.stream, np.asarray(rows, dtype=np.int64)
+        stream, rows = here.stream, numbers
         if numbers.ndim != 1 or (numbers.size and numbers.min() < 0):
             numbers = _from_the_start(numbers, len(stream.rows))
         try:
@@ -386,6 +387,22 @@ def _from_the_start(numbers: np.ndarray, count: int) -> np.ndarray:
     if numbers.ndim != 1 or (numbers.size and numbers.min() < -count):
         raise IndexError(f"rows {numbers.tolist()} of {count:,}")
     return np.where(numbers < 0, numbers + count, numbers)
+
+
+def _numbers(rows: Any, count: int) -> np.ndarray:
+    """Row numbers as somebody asks for them, one or several: int64.
+
+    Raises:
+        TypeError: they are no whole numbers; a mask, for example, would be taken for rows 0 and 1.
+    """
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(count))
+    numbers = np.asarray(rows)
+    if numbers.dtype.kind not in "iu" and numbers.size:
+        raise TypeError(
+            f"rows are taken by their numbers, and these are of {numbers.dtype}; of a mask, give its nonzero()"
+        )
+    return numbers.astype(np.int64, copy=False)
 
 
 def _of_text(inputs: torch.Tensor, padding: int) -> Tensors:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from akd_dist import recipe
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import AkdError, RefusedError
 from akd_dist.data.arguments import placed
 from akd_dist.data.factories import import_factory, source_sha256, whole
 
@@ -104,7 +104,10 @@ def own_losses(
     """
     # Other students of the cohort are about to read the same logits and labels.
     shared = None if z_teacher is None else z_teacher.clone()
-    found = function(student=z_student, teacher=shared, labels=labels.clone(), epoch=epoch, epochs=epochs)
+    try:
+        found = function(student=z_student, teacher=shared, labels=labels.clone(), epoch=epoch, epochs=epochs)
+    except (AkdError, SystemExit) as error:  # either would end the others as well
+        raise OwnCodeError(f"the objective ended by {type(error).__name__}: {error}") from error
     if (problem := _not_losses(found, z_student)) is not None:
         raise OwnCodeError(f"the objective returned {problem}")
     losses: Tensor = found
@@ -133,7 +136,10 @@ def own_measure(metric: recipe.CustomMetric, logits: Tensor, labels: Tensor) -> 
         OwnCodeError: it is no finite number.
     """
     function = function_of(metric, METRIC)
-    found = function(logits=logits.float().numpy().copy(), labels=labels.numpy().copy())
+    try:
+        found = function(logits=logits.float().numpy().copy(), labels=labels.numpy().copy())
+    except (AkdError, SystemExit) as error:
+        raise OwnCodeError(f"the metric {metric.factory} ended by {type(error).__name__}: {error}") from error
     try:
         value = float(found)
     except (TypeError, ValueError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,12 +20,11 @@ import torch
 from akd_dist.base.errors import AkdError, DamagedError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.distill.checkpoint import decode, encode
-from akd_dist.distill.hooks import metric_by_content
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.student import Student
 from akd_dist.models.build import by_content
 from akd_dist.models.device import device_name
-from akd_dist.recipe import StudentSpec, forget_later_keys
+from akd_dist.recipe import Custom, StudentSpec, forget_later_keys
 from akd_dist.storage.layout import STAGES
 from akd_dist.storage.mean import placeless
 from akd_dist.storage.objects import ObjectRoot
@@ -34,12 +34,16 @@ FORMAT = 1
 """Raised when what a stage I comes to changes with the code."""
 _SOURCES = {"train", "validation", "test", "unlabelled"}
 """Of the data's description: sources are known by their content."""
+_LIBRARIES = {"huggingface": ("transformers",), "timm": ("timm",)}
+"""Whose code a model of a kind runs, beside torch."""
 
 Tell = Callable[[str], None]
 
 
 def stage1_key(job: CohortJob, spec: StudentSpec) -> str | None:
     """The name of a student's stage I under the store root; None where it has none that anybody could share.
+
+    That is so for a model or a metric of the user's own: what their code imports and reads is not known.
 
     Args:
         job: what it trains from; of a driver without a GPU that would be needed, the name is not known.
@@ -49,20 +53,20 @@ def stage1_key(job: CohortJob, spec: StudentSpec) -> str | None:
     """
     if spec.stage1 is None or "train" not in job.stores:
         return None
+    if isinstance(spec.model, Custom) or job.data.own_metric is not None:
+        return None
     stage1 = json.loads(spec.stage1) | {"model": by_content(spec.model)}
     forget_later_keys(stage1)
-    data = job.data.model_dump(mode="json", exclude=_SOURCES)
-    if job.data.own_metric is not None:  # it picks the epoch that stage II begins with
-        data["metric"] = metric_by_content(job.data.own_metric)
+    libraries = ("torch", *_LIBRARIES.get(spec.model.kind, ()))
     document = {
         "format": FORMAT,
         "stage1": stage1,
-        "data": data,
+        "data": job.data.model_dump(mode="json", exclude=_SOURCES),
         "rows": {split: job.fingerprints[split] for split in ("train", "validation")},
         "logits": placeless(job.stores["train"]),
         "device": device_name(job.device),
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
-        "torch": torch.__version__,
+        "versions": {name: version(name) for name in libraries},
     }
     return f"{STAGES}/{sha256(canonical_json(document))}.ckpt"
 

@@ -12,6 +12,9 @@ from akd_dist.recipe.base import Epochs, Positive, Spec
 from akd_dist.recipe.models import HuggingFaceModel, Model
 from akd_dist.recipe.training import Learning, Objective, Takd, Training
 
+# Of the whole: one that counts less is lost when a mean is rounded to float32.
+_LEAST_SHARE = 1e-7
+
 
 class TeacherTraining(Training):
     """How the teacher is trained, from hard labels, before it is cached."""
@@ -132,6 +135,8 @@ class TeacherSpec(Spec):
         if self.members is not None:
             if given:
                 raise ValueError(f"an ensemble has its members, and no {' or '.join(given)} of its own")
+            if not all(_LEAST_SHARE <= share <= 1 for share in self.shares):
+                raise ValueError(f"the shares {[one.share for one in self.members]} leave a member without a weight")
             return self
         if self.average != "logits":
             raise ValueError("average is for an ensemble: give its members")

@@ -288,6 +288,8 @@ SHARDS: dict[str, Case] = {
     ),
     "cut behind a member": (damaged(cut_at_a_member), ["b.tar is no whole tar file, behind its member", "cut off"]),
     "a damaged header": (damaged(flipped), ["b.tar is no whole tar file, behind its member '0109.txt'", "header"]),
+    "a hole of 68 KiB": (damaged(lambda data: data + bytes(68 << 10) + data), ["b.tar is no whole tar file", "joined"]),
+    "an end of 3 MiB": (damaged(lambda data: data + bytes(3 << 20)), ["b.tar is no whole tar file", "more zeros"]),
     "two in one": (damaged(lambda data: data + data), ["b.tar is no whole tar file", "joined by cat"]),
     "no samples": (archive(lambda _: [member("x", tarfile.DIRTYPE)]), ["b.tar holds no samples"]),
     "climbing out": (archive(lambda m: [*m, ("../x.jpg", b"x")]), ["'../x.jpg'", "climbs out of the archive"]),

@@ -69,6 +69,15 @@ def test_rows_are_asked_for_alone_together_and_from_the_end(job: DatasetJob) -> 
             dataset[wrong]
 
 
+def test_rows_are_taken_by_whole_numbers_and_slices(job: DatasetJob) -> None:
+    dataset = DistillationDataset(job).open()
+    assert same(dataset[3:6], dataset[[3, 4, 5]])
+    assert same(dataset[torch.tensor(3)], dataset[3])
+    for wrong in (np.arange(len(dataset)) > 3, torch.ones(4, dtype=torch.bool), [1.9, 2.9], True, "3"):
+        with pytest.raises(TypeError, match="by their numbers"):
+            dataset[wrong]
+
+
 def test_a_data_loader_gets_whole_batches_whichever_collation_it_has(job: DatasetJob) -> None:
     dataset = DistillationDataset(job).open()
     items = dataset.__getitems__([1, 2, 7])

@@ -94,6 +94,11 @@ def fails_later(student, teacher, labels, epoch, epochs):
     losses = cross_entropy(student, labels, reduction="none")
     return losses if epoch in (0, epochs - 1) else losses.sum()
 
+def exits_later(student, teacher, labels, epoch, epochs):
+    if epoch not in (0, epochs - 1):
+        raise SystemExit(3)
+    return cross_entropy(student, labels, reduction="none")
+
 def last_class(logits, labels):
     return float((logits.argmax(axis=1) == 9).mean())
 
@@ -252,11 +257,13 @@ def test_students_of_own_code_train_the_same_alone_and_beside_others(
 def test_own_code_that_fails_ends_its_student_alone(code: str, home: Path, stores: dict[str, str]) -> None:
     students = [
         a_student("later", objective=custom(code, "fails_later")),
+        a_student("exits", objective=custom(code, "exits_later")),
         a_student("told", objective=KD, on_epoch_end={"factory": f"{code}:refuses"}),
         a_student("well", objective=KD),
     ]
     found = train(students, home, stores, "failing")
-    assert [one["state"] for one in found.values()] == ["failed", "failed", "done"]
+    assert [one["state"] for one in found.values()] == ["failed", "failed", "failed", "done"]
+    assert "the objective ended by SystemExit: 3" in found["exits"]["reason"]
     assert "the objective returned a tensor []" in found["later"]["reason"]
     assert found["later"]["epochs"] == 1
     assert "on_epoch_end" in found["told"]["reason"]

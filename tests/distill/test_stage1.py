@@ -12,7 +12,7 @@ from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.stage1 import stage1_key, stages1_there
 from akd_dist.distill.student import Student
-from akd_dist.recipe import Recipe
+from akd_dist.recipe import Custom, CustomMetric, Recipe
 from akd_dist.storage import removal
 from akd_dist.storage.mean import Mixture, uris_of
 from tests.distill.test_cohort import job_of
@@ -111,6 +111,17 @@ def test_in_one_run_it_is_called_by_its_name(runs: Runs, alone: dict[str, str]) 
     runs.train("short", "one")
     assert runs.train("long", "one")["stage1_from"] == "short"
     assert weights(runs.root / "one")["long"] == alone["long"]
+
+
+def test_what_code_of_the_users_own_reads_is_not_known(runs: Runs, tmp_path: Path) -> None:
+    job = runs.job("short", "one")
+    (spec,) = job.students
+    assert stage1_key(job, spec) is not None
+    (tmp_path / "nets.py").write_text("def net(input_shape, classes):\n    ...\n")
+    own_model = spec.model_copy(update={"model": Custom(factory="nets:net", arguments={"path": "./w.json"})})
+    assert stage1_key(job, own_model) is None
+    data = job.data.model_copy(update={"metric": CustomMetric(factory="nets:measure")})
+    assert stage1_key(replace(job, data=data), spec) is None
 
 
 @pytest.mark.parametrize("other", [block["name"] for block in OTHERS])

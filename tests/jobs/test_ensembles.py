@@ -220,6 +220,8 @@ def test_ensembles_that_make_no_sense_are_refused(home: Home) -> None:
         (a | {"average": "probabilities"}, "give its members"),
         ([a, {"members": [a, a]}], "no members"),
         ([a, a | {"share": 0.0}], "greater than 0"),
+        ([a | {"share": 1e308}, a | {"share": 1e308}], "without a weight"),
+        ([a | {"share": 1e-320}, a | {"share": 1e300}], "without a weight"),
     ):
         with pytest.raises(ValidationError, match=told):
             home.recipe(given)
