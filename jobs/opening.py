@@ -21,7 +21,7 @@ from akd_dist.documents.fleet import RunIdentity
 from akd_dist.jobs.planning.caching import models_there
 from akd_dist.jobs.planning.models import CachedModel, SplitPlan
 from akd_dist.jobs.planning.windows import choose, demands_of, room_for
-from akd_dist.jobs.prepare_rows import rows_of_machine
+from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.options import BatchesOptions, DatasetOptions, SplitOptions, StoredOptions
 from akd_dist.recipe import LastBatch, Recipe, Split, load_recipe, trust
@@ -112,7 +112,7 @@ def found(options: StoredOptions) -> Iterator[Found]:
         root = options.stores if options.store_root is not None else _root_of_run(given) or options.stores
         console = options.console or Console(quiet=True)
         workspace = Workspace(root, options.cache, console=console)
-        splits = rows_of_machine(given.recipe.data, workspace)
+        splits = rows_of_recipe(given.recipe, workspace)
         if given.run is not None:
             _check_same_rows(given.run, splits)
         models = models_there(given.recipe, splits, workspace)

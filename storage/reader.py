@@ -415,7 +415,9 @@ def _not_sealed(root: ObjectRoot) -> AkdError:
         f"{root.uri} is not sealed: its shards are not all there" if begun else f"there is no store at {root.uri}",
         got=f"no {MANIFEST_KEY}",
         expected=f"a sealed store, with {MANIFEST_KEY}",
-        next="akd-dist cache-teacher RECIPE" + (": it computes what is missing" if begun else ""),
+        next="akd-dist cache-teacher RECIPE: it computes what is missing"
+        if begun
+        else "give its whole folder, as `akd-dist stores show ID` tells it; akd-dist cache-teacher RECIPE makes one",
     )
 
 

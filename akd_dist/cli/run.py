@@ -172,12 +172,14 @@ def print_fleet(fleet: FleetDocument, next_commands: Iterable[str]) -> None:
 
 def after_training(fleet: FleetDocument, given: Given) -> list[str]:
     """What to type after train-students."""
+    from akd_dist.recipe import load_recipe
+
+    shown = command_line("stores show", Path(fleet.store).name[:SHORT_ID], store_root=given["store_root"])
+    if any(one.store is not None for one in load_recipe(given["recipe"], given["overrides"]).teacher.each):
+        return [shown]  # its logits are of the rows that this seed splits off, and there is no teacher for others
     kept = [one for one in given["overrides"] if not one.startswith(("data.seed=", "name="))]
     again = [*kept, "data.seed=1", f"name={Path(fleet.run).name}-seed1"]
-    return [
-        command_line("stores show", Path(fleet.store).name[:SHORT_ID], store_root=given["store_root"]),
-        command_line("train-students", **given | {"overrides": again}),
-    ]
+    return [shown, command_line("train-students", **given | {"overrides": again})]
 
 
 def after_quickstart(_fleet: FleetDocument, given: Given) -> list[str]:

@@ -16,6 +16,7 @@ import akd_dist
 from akd_dist.base.errors import MachineError, RecipeError, RefusedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.jobs.cache_teacher import compute_in_process, walk_chain
+from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.run_folder import begin_run, run_identity
 from akd_dist.jobs.train_teacher import Workspace, run_in_process
 from akd_dist.recipe import Recipe, load_recipe
@@ -198,3 +199,15 @@ def test_a_cache_without_room_is_refused_as_training_refuses_it(
     monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", "100000")
     with pytest.raises(MachineError, match="no room"):
         akd_dist.distillation_dataset(file, cache_root=tmp_path)
+
+
+def test_a_teacher_that_learned_from_more_rows_is_found(tmp_path: Path, home: Path) -> None:
+    small = ["teacher.model={kind: mlp, hidden: 8}", "teacher.train.epochs=1"]
+    recipe = load_recipe(ROOT / "jobs" / "digits_unlabelled.yaml", small).own()
+    (tmp_path / "few.yaml").write_text(recipe.to_yaml())
+    workspace = Workspace(str(tmp_path / "stores"), str(home / "cache"), console=Console(quiet=True))
+    splits = rows_of_recipe(recipe, workspace)
+    walk_chain(recipe, splits, [], workspace, run_in_process, compute_in_process)
+    dataset = akd_dist.distillation_dataset(tmp_path / "few.yaml", store_root=tmp_path / "stores")
+    assert len(dataset) == len(splits.train)
+    assert int(dataset[len(dataset) - 1]["labels"]) == -1

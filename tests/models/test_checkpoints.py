@@ -325,7 +325,11 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "settings of argparse": (
         lambda path: torch.save({"state_dict": weights(), "args": argparse.Namespace(lr=0.1)}, path),
-        ["argparse.Namespace", "found.get('state_dict', found)"],
+        ["argparse.Namespace", "isinstance(state.get(key), dict)"],
+    ),
+    "settings beside a model": (
+        lambda path: torch.save({"model": weights(), "epoch": 3, "args": argparse.Namespace(lr=0.1)}, path),
+        ["argparse.Namespace", "'model'"],
     ),
     "a number of NumPy": (
         lambda path: torch.save({"state_dict": weights(), "best": np.float64(0.9)}, path),
@@ -360,11 +364,11 @@ def test_code_would_have_run(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("what", ["a whole module", "in a checkpoint"])
+@pytest.mark.parametrize("what", ["a whole module", "state_dict", "model"])
 def test_what_is_said_to_write_weights_again_does(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     body = build(ModelCard.of(RESNET, ROWS, None), seed=5).body
-    torch.save(body if what == "a whole module" else {"state_dict": weights(), "at": argparse.Namespace()}, "given.pth")
+    torch.save(body if what == "a whole module" else {what: weights(), "at": argparse.Namespace()}, "given.pth")
     lines = refused(tmp_path / "given.pth").partition("write its weights again:\n")[2].splitlines()
     exec("\n".join(line.strip() for line in lines))
     save_file(weights(), "expected.safetensors")
