@@ -259,7 +259,8 @@ def _written_again(found: str) -> str:
     return (
         f"    import torch; from safetensors.torch import save_file; found = {found}\n"
         "    state = found if isinstance(found, dict) else found.state_dict()\n"
-        "    for key in ('state_dict', 'model', 'net'): state = state[key] if isinstance(state.get(key), dict) else state\n"
+        "    for key in ('state_dict', 'model', 'net'): "
+        "state = state[key] if isinstance(state.get(key), dict) else state\n"
         "    save_file({name: one.contiguous().clone() for name, one in state.items() if hasattr(one, 'contiguous')}, "
         "'weights.safetensors')"
     )
