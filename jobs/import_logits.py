@@ -221,8 +221,7 @@ def _joined_by(file: LogitFile, wanted: Wanted, name: str) -> str:
     if wanted.key is not None:
         return f"the key {wanted.key}"
     where = wanted.sources[wanted.first]
-    whole = file.shape[1] == where.total
-    return f"order: a row for each row of data.{where.source}" if whole else f"order: a row for each of the {name} rows"
+    return f"order: {where.whole if file.shape[1] == where.total else f'the {name} rows'}"
 
 
 def _look(

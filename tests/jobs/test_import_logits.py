@@ -216,6 +216,24 @@ def test_the_rows_of_the_split_alone_will_do(home: Home, imported: ImportedDocum
     assert [part.id for part in test.splits.values()] == [imported.splits["test"].id]
 
 
+def test_rows_of_two_sources_are_no_rows_of_the_first(home: Home) -> None:
+    train = source_rows(home.recipe().data)["train"].rows
+    others = ROWS - len(train)  # so that the train rows of both are as many as the rows of the first
+    numbers = np.random.default_rng(3).normal(size=(others, 3)).astype(np.float32)
+    pq.write_table(pa.table({"input": list(numbers), "label": LABELS[:others]}), home.root / "others.parquet")
+    recipe = home.recipe(unlabelled={"kind": "parquet", "path": str(home.root / "others.parquet")})
+    z = np.concatenate([Z[train], logits(7)[:others]])
+    assert len(z) == ROWS
+    found = home.bring(home.save(z), recipe)
+    assert np.array_equal(open_store(found.splits["train"].store).rows(0, 0, ROWS), z)
+    assert "those of data.train that train, then those of data.unlabelled" in found.joined_by
+    assert list(found.splits) == ["train"]
+    assert "--split test" in found.left_out["test"]
+    assert "then those of data.unlabelled" in refused(home, z[:-1], recipe=recipe)
+    test = home.bring(home.save(Z), recipe, split="test")
+    assert test.joined_by == "order: all rows of data.train"
+
+
 @pytest.mark.parametrize("kind", ["parquet", "npz"])
 def test_a_key_joins_rows_in_any_order(home: Home, imported: ImportedDocument, kind: str) -> None:
     order = np.random.default_rng(9).permutation(ROWS)
