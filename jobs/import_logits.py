@@ -68,7 +68,8 @@ class Import:
     """The sha256 of each shard's logits as float32, by which a file that changes meanwhile is noticed."""
     content: Any = field(default_factory=hashlib.sha256)
     """The hash of all of them in the order of views and rows: float32, little-endian."""
-    agreement: float = 0.0
+    orders: list[Order] = field(default_factory=list)
+    """How well the logits of each view fit the labels of its rows."""
     kind: LogitKind = "logits"
 
     @property
@@ -247,13 +248,17 @@ def _look(
                     said[one.part.numbers[shard.start : shard.stop]] = one.look(shard, looks)
                     shown.update(looks.rows)
             orders.append(look_at_order(said, labels, classes, task, keyed=keyed))
-            if view == 0:
-                for one in imports:
-                    mine = one.part.numbers
-                    one.agreement = look_at_order(said[mine], labels[mine], classes, task, keyed=True).agreement
+            for one in imports:
+                mine = one.part.numbers
+                one.orders.append(look_at_order(said[mine], labels[mine], classes, task, keyed=keyed))
     kind = looks.kind(options.kind)
     for number, order in enumerate(orders):
-        check_order(file.name if len(orders) == 1 else f"{file.name}, view {number},", order, keyed=keyed)
+        name = file.name if len(orders) == 1 else f"{file.name}, view {number},"
+        check_order(name, order, keyed=keyed)
+        for one in imports:  # a small split in another order is lost among the rows of the others
+            mine = one.orders[number]
+            if mine.explained is not None or mine.worse_than(order):
+                check_order(f"{name} of the {one.part.split} rows", mine, keyed=keyed)
     for one in imports:
         one.kind = kind
     line = unsure(file.name, orders[0], looks.confidence / looks.rows) if task == "classification" else None
@@ -292,7 +297,7 @@ def _written(
                 shards=one.layout.shard_count,
                 shards_written=count,
                 repaired=repaired,
-                agreement=one.agreement,
+                agreement=one.orders[0].agreement,
             ),
         )
 

@@ -161,6 +161,10 @@ class Order:
         above = self.agreement - self.chance
         return bool(self.informative and above < 3 * noise and above < 0.1 * (1 - self.chance))
 
+    def worse_than(self, together: Order) -> bool:
+        """Whether it agrees less than all rows together do, by more than few rows of a weak teacher may by chance."""
+        return bool(self.rows and together.agreement - self.agreement > 1.5 * self.rows**-0.5)
+
 
 Score = Callable[[np.ndarray, np.ndarray], float]
 

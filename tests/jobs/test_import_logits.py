@@ -23,6 +23,7 @@ from akd_dist.base import files
 from akd_dist.base.errors import RefusedError
 from akd_dist.cli import main
 from akd_dist.cli.show import print_table
+from akd_dist.data.logit_checks import Order
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.source_rows import source_rows
 from akd_dist.distill import teacher
@@ -351,6 +352,22 @@ def test_another_order_is_noticed_by_the_labels(home: Home) -> None:
     assert "reverse" in refused(home, Z[::-1])
     assert "sorted by label" in refused(home, Z[np.argsort(LABELS, kind="stable")])
     assert "column 0 is class 1" in refused(home, Z[:, [1, 0, 2, 3]])
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_in_another_order_is_noticed_among_the_others(home: Home, split: str) -> None:
+    rows = source_rows(home.recipe().data)[split].rows
+    moved = Z.copy()
+    moved[rows] = Z[np.random.default_rng(4).permutation(rows)]
+    assert f"bad.npy of the {split} rows look shuffled" in refused(home, moved)
+    moved[rows] = Z[rows[::-1]]
+    assert f"bad.npy of the {split} rows does not fit the labels as it is" in refused(home, moved)
+
+
+def test_few_rows_of_a_weak_teacher_are_no_shuffled_ones() -> None:
+    together = Order(0.35, 0.25, 800, informative=True)
+    assert Order(0.27, 0.25, 80, informative=True).at_chance
+    assert not Order(0.27, 0.25, 80, informative=True).worse_than(together)
 
 
 def test_rows_that_are_shifted_from_some_row_on_are_found() -> None:
