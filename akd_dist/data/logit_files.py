@@ -171,7 +171,7 @@ def _small_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
                 got=f"dtype {dtype} of shape {list(shape)}",
                 expected="one integer or text for each row",
             )
-        return np.frombuffer(file.read(), dtype)
+        return np.frombuffer(file.read(), dtype).astype(dtype.newbyteorder("="))  # Arrow knows no other
 
 
 # ---- safetensors

@@ -266,9 +266,12 @@ def _joined(file: LogitFile, wanted: Wanted, source: str) -> np.ndarray:
 
 def _alike(ours: Any, theirs: Any, key: str, name: str) -> tuple[Any, Any]:
     """Two columns of keys in one type."""
-    for kinds, to in (((pa.types.is_integer,), pa.int64()), (_TEXTS, pa.large_string())):
-        if all(any(kind(one.type) for kind in kinds) for one in (ours, theirs)):
-            return ours.cast(to), theirs.cast(to)
+    integers = all(pa.types.is_integer(one.type) for one in (ours, theirs))
+    if integers and not any(pa.types.is_uint64(one.type) for one in (ours, theirs)):
+        return ours.cast(pa.int64()), theirs.cast(pa.int64())
+    if integers or all(any(kind(one.type) for kind in _TEXTS) for one in (ours, theirs)):
+        # As text, too, are integers of which some may be beyond int64, as hashes are, and others below zero.
+        return ours.cast(pa.large_string()), theirs.cast(pa.large_string())
     raise RefusedError(
         f"the keys of {name} and of the data are not of one kind",
         got=f"{key} is {theirs.type} in the file and {ours.type} in the data",

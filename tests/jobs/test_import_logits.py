@@ -272,6 +272,35 @@ def test_keys_that_do_not_fit_are_named(home: Home) -> None:
         home.bring(home.save(Z), key="id")
 
 
+def test_integers_of_any_kind_join_rows(home: Home) -> None:
+    order = np.random.default_rng(9).permutation(ROWS)
+    large = np.arange(ROWS, dtype=np.uint64) + np.uint64(2**64 - ROWS)
+    table = pq.read_table(home.root / "data.parquet")
+    keyed = table.append_column("large", pa.array(large)).append_column("small", pa.array(np.arange(ROWS)))
+    pq.write_table(keyed, home.root / "keyed-data.parquet")
+    recipe = home.recipe(train={"kind": "parquet", "path": str(home.root / "keyed-data.parquet")})
+
+    def bring(key: str, keys: np.ndarray) -> ImportedDocument:
+        arrays: dict[str, Any] = {"logits": Z[order], key: keys[order]}
+        np.savez(home.root / "keys.npz", **arrays)
+        return home.bring(home.root / "keys.npz", recipe, key=key, dry_run=True)
+
+    small = np.arange(ROWS)
+    ids = [
+        {split: part.id for split, part in bring(key, keys).splits.items()}
+        for key, keys in (
+            ("large", large),
+            ("large", large.astype(">u8")),
+            ("small", small.astype(">i4")),
+            ("small", small.astype(np.uint64)),
+            ("id", np.array(IDS).astype(">U8")),
+        )
+    ]
+    assert all(one == ids[0] for one in ids)
+    with pytest.raises(RefusedError, match=r"rows that data\.train does not have"):
+        bring("small", large)
+
+
 def test_an_interrupted_import_goes_on(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     path, sites = home.save(logits(3), "stopped.npy"), []
 
@@ -305,6 +334,20 @@ def test_float16_is_checked_before_anything_is_written(home: Home) -> None:
     open_inputs(named, home.workspace(), students=False, again=False)
     with pytest.raises(RefusedError, match=r"cache\.encoding: float16"):
         open_inputs(home.recipe(found.teacher), home.workspace(), students=False, again=False)
+
+
+def test_logits_that_an_encoding_loses_are_refused(home: Home) -> None:
+    half = home.recipe().model_copy(update={"cache": home.recipe().cache.model_copy(update={"encoding": _half()})})
+    said = refused(home, Z * np.float32(1e-9), recipe=half)
+    assert "say nothing as they would be stored, in float16" in said
+    assert f"{ROWS} of {ROWS} rows" in said
+    one = Z.copy()
+    one[11] *= 1e-9
+    assert "1 of 800 rows, all zero or equal in all classes once rounded: 11" in refused(home, one, recipe=half)
+    assert "equal in all classes" in refused(home, 1000 + Z * np.float32(1e-3), recipe=half)
+    one[11] = [5, 5.0001, 5, 5]  # a row among many whose logits half precision does not tell apart
+    assert home.bring(home.save(one), half, dry_run=True).dry_run
+    assert home.bring(home.save(Z * np.float32(1e-9)), dry_run=True).dry_run
 
 
 def _half() -> Any:
