@@ -24,6 +24,7 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.cli import main
 from akd_dist.cli.show import print_table
 from akd_dist.data.logit_checks import Order
+from akd_dist.data.parquet_files import find_parquet
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.source_rows import source_rows
 from akd_dist.distill import teacher
@@ -299,6 +300,28 @@ def test_integers_of_any_kind_join_rows(home: Home) -> None:
     assert all(one == ids[0] for one in ids)
     with pytest.raises(RefusedError, match=r"rows that data\.train does not have"):
         bring("small", large)
+
+
+def test_the_parts_of_a_folder_follow_the_order_of_a_source(home: Home, imported: ImportedDocument) -> None:
+    folder = home.root / "parts"
+    (folder / "more").mkdir(parents=True)
+
+    def part(name: str, rows: slice, kind: Any = np.float32, prefix: str = "logit_") -> None:
+        columns = {f"{prefix}{one}": Z[rows, one].astype(kind) for one in range(CLASSES)}
+        pq.write_table(pa.table(columns), folder / name)
+
+    ordered = ["more/0.parquet", "part-10.parquet", "part-2.parquet"]
+    for name, rows in zip(ordered, (slice(0, 0), slice(0, 300), slice(300, ROWS)), strict=True):
+        part(name, rows)
+    assert [str(one).removeprefix(f"{folder}/") for one in find_parquet(str(folder)).files] == ordered
+    part("part-2.parquet", slice(300, ROWS), np.float64)
+    assert home.bring(folder).teacher == imported.teacher
+    part("part-2.parquet", slice(300, ROWS), np.int64)
+    with pytest.raises(RefusedError, match=r"part-2\.parquet: column logit_0 holds no floats"):
+        home.bring(folder)
+    part("part-2.parquet", slice(300, ROWS), prefix="z")
+    with pytest.raises(RefusedError, match=r"part-2\.parquet"):
+        home.bring(folder)
 
 
 def test_an_interrupted_import_goes_on(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
