@@ -25,7 +25,7 @@ from akd_dist.base import places
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import canonical_json, expanded, sha256
 from akd_dist.data.logit_arrays import LogitFile
-from akd_dist.data.logit_checks import Looks, Order, check_order, look_at_order, unsure
+from akd_dist.data.logit_checks import Looks, Order, Stored, check_order, look_at_order, unsure
 from akd_dist.data.logit_files import open_logits
 from akd_dist.data.logit_rows import Part, Wanted, match, places_of
 from akd_dist.data.rows import Rows
@@ -40,7 +40,7 @@ from akd_dist.options import ImportLogitsOptions
 from akd_dist.recipe import LogitKind, NoAugmentation, Recipe
 from akd_dist.storage import removal
 from akd_dist.storage.content import renewing
-from akd_dist.storage.encodings import encoding_from_config
+from akd_dist.storage.encodings import Encoding, encoding_from_config
 from akd_dist.storage.layout import FORMAT_VERSION, MANIFEST_KEY, Shard, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity
 from akd_dist.storage.reader import open_store
@@ -68,13 +68,14 @@ class Import:
     """The sha256 of each shard's logits as float32, by which a file that changes meanwhile is noticed."""
     content: Any = field(default_factory=hashlib.sha256)
     """The hash of all of them in the order of views and rows: float32, little-endian."""
-    agreement: float = 0.0
+    orders: list[Order] = field(default_factory=list)
+    """How well the logits of each view fit the labels of its rows."""
     kind: LogitKind = "logits"
 
     @property
     def layout(self) -> StoreLayout:
         """How its store is cut into shards."""
-        return StoreLayout(self.file.shape[0], len(self.rows), self.rows.classes, self._codec.dtype)
+        return StoreLayout(self.file.shape[0], len(self.rows), self.rows.classes, self.codec.dtype)
 
     @property
     def augmentation(self) -> Any:
@@ -85,19 +86,20 @@ class Import:
         """The logits of a shard as the file has them, float32 [shard.rows, classes]."""
         return self.file.take(shard.view, self.part.numbers[shard.start : shard.stop])
 
-    def look(self, shard: Shard, looks: Looks) -> np.ndarray:
+    def look(self, shard: Shard, looks: Looks, stored: Stored) -> np.ndarray:
         """Look at a shard's logits; what each row says, as `Looks.add`."""
-        logits = self.read(shard)
-        said = looks.add(logits, self.part.numbers[shard.start : shard.stop], shard.view)
-        if self._codec.rounds:
-            self._codec.encode(logits, shard.start)  # which refuses what is no number in half precision
+        logits, numbers = self.read(shard), self.part.numbers[shard.start : shard.stop]
+        said = looks.add(logits, numbers, shard.view)
+        if self.codec.rounds:  # encoding refuses what is no number in half precision
+            stored.add(logits, self.codec.decode(self.codec.encode(logits, shard.start)), numbers)
         data = np.ascontiguousarray(logits, "<f4").data
         self.digests[shard] = sha256(data)
         self.content.update(data)
         return said
 
     @property
-    def _codec(self) -> Any:
+    def codec(self) -> Encoding:
+        """How its logits are stored."""
         return encoding_from_config(self.recipe.cache.encoding.config())
 
     @functools.cached_property
@@ -221,8 +223,7 @@ def _joined_by(file: LogitFile, wanted: Wanted, name: str) -> str:
     if wanted.key is not None:
         return f"the key {wanted.key}"
     where = wanted.sources[wanted.first]
-    whole = file.shape[1] == where.total
-    return f"order: a row for each row of data.{where.source}" if whole else f"order: a row for each of the {name} rows"
+    return f"order: {where.whole if file.shape[1] == where.total else f'the {name} rows'}"
 
 
 def _look(
@@ -234,7 +235,7 @@ def _look(
         RefusedError: they are not of these rows, or no logits.
     """
     task, classes = imports[0].rows.task, imports[0].rows.classes
-    looks = Looks(file.name, classes, task)
+    looks, stored = Looks(file.name, classes, task), Stored(file.name)
     labels = np.full(file.shape[1], np.nan if task == "regression" else -1)
     for one in imports:
         labels[one.part.numbers] = one.rows.all_labels()
@@ -245,16 +246,21 @@ def _look(
             said = np.zeros(len(labels))
             for one in imports:
                 for shard in (shard for shard in one.layout.shards() if shard.view == view):
-                    said[one.part.numbers[shard.start : shard.stop]] = one.look(shard, looks)
+                    said[one.part.numbers[shard.start : shard.stop]] = one.look(shard, looks, stored)
                     shown.update(looks.rows)
             orders.append(look_at_order(said, labels, classes, task, keyed=keyed))
-            if view == 0:
-                for one in imports:
-                    mine = one.part.numbers
-                    one.agreement = look_at_order(said[mine], labels[mine], classes, task, keyed=True).agreement
+            for one in imports:
+                mine = one.part.numbers
+                one.orders.append(look_at_order(said[mine], labels[mine], classes, task, keyed=keyed))
     kind = looks.kind(options.kind)
+    stored.check(str(imports[0].codec))
     for number, order in enumerate(orders):
-        check_order(file.name if len(orders) == 1 else f"{file.name}, view {number},", order, keyed=keyed)
+        name = file.name if len(orders) == 1 else f"{file.name}, view {number},"
+        check_order(name, order, keyed=keyed)
+        for one in imports:  # a small split in another order is lost among the rows of the others
+            order_of_split = one.orders[number]
+            if order_of_split.explained is not None or order_of_split.worse_than(order):
+                check_order(f"{name} of the {one.part.split} rows", order_of_split, keyed=keyed)
     for one in imports:
         one.kind = kind
     line = unsure(file.name, orders[0], looks.confidence / looks.rows) if task == "classification" else None
@@ -293,7 +299,7 @@ def _written(
                 shards=one.layout.shard_count,
                 shards_written=count,
                 repaired=repaired,
-                agreement=one.agreement,
+                agreement=one.orders[0].agreement,
             ),
         )
 

@@ -137,6 +137,45 @@ class Looks:
         )
 
 
+@dataclass
+class Stored:
+    """Which rows of a file say nothing once they are stored, in an encoding that rounds."""
+
+    name: str
+    rows: int = 0
+    zero: int = 0
+    lost: int = 0
+    examples: list[int] = field(default_factory=list)
+
+    def add(self, logits: np.ndarray, stored: np.ndarray, numbers: np.ndarray) -> None:
+        """Compare some rows with what is stored of them, float32 [n, classes] each; numbers: of them in the file."""
+        several = logits.shape[1] > 1
+        zero = (stored == 0).all(axis=1)
+        differ = np.ptp(logits, axis=1) > 0 if several else logits[:, 0] != 0
+        lost = differ & ((np.ptp(stored, axis=1) == 0) if several else zero)
+        self.rows += len(logits)
+        self.lost += int(lost.sum())
+        self.zero += int((lost & zero).sum()) if several else 0
+        self.examples += numbers[lost][: _SHOWN - len(self.examples)].tolist()
+
+    def check(self, encoding: str) -> None:
+        """Refuse rows that the encoding makes all zero, or more than a few that it makes equal in all classes.
+
+        Raises:
+            RefusedError: names rows and encoding.
+        """
+        if not self.zero and self.lost <= _MOST_CONSTANT * self.rows:
+            return
+        more = ", ..." if self.lost > len(self.examples) else ""
+        raise RefusedError(
+            f"{self.name} has rows that say nothing as they would be stored, in {encoding}",
+            got=f"{self.lost:,} of {self.rows:,} rows, all zero or equal in all classes once rounded: "
+            f"{', '.join(map(str, self.examples))}{more}",
+            expected="logits that are large enough, and far enough apart, for their encoding",
+            next="set cache.encoding: float32",
+        )
+
+
 @dataclass(frozen=True)
 class Order:
     """How well logits fit the labels of the rows that they stand for."""
@@ -160,6 +199,10 @@ class Order:
         noise = np.sqrt(max(self.chance * (1 - self.chance), 1e-12) / self.rows) if self.chance else self.rows**-0.5
         above = self.agreement - self.chance
         return bool(self.informative and above < 3 * noise and above < 0.1 * (1 - self.chance))
+
+    def worse_than(self, together: Order) -> bool:
+        """Whether it agrees less than all rows together do, by more than few rows of a weak teacher may by chance."""
+        return bool(self.rows and together.agreement - self.agreement > 1.5 * self.rows**-0.5)
 
 
 Score = Callable[[np.ndarray, np.ndarray], float]

@@ -33,6 +33,7 @@ from akd_dist.data.logit_arrays import (
     refuse_key,
     refusing,
 )
+from akd_dist.data.parquet_files import find_parquet
 from akd_dist.data.schemas import is_list
 from akd_dist.storage.foreign import open_foreign
 
@@ -78,7 +79,7 @@ def _opener_of(path: Path) -> Opener:
     if path.is_dir():
         if any((path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup")):
             return _open_zarr
-        if any(path.glob("*.parquet")):
+        if any(path.rglob("*.parquet")):
             return _open_parquet
         raise RefusedError(f"{path} is a folder without logits", got="neither Zarr nor Parquet", expected=_KINDS)
     if not path.is_file():
@@ -171,7 +172,7 @@ def _small_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
                 got=f"dtype {dtype} of shape {list(shape)}",
                 expected="one integer or text for each row",
             )
-        return np.frombuffer(file.read(), dtype)
+        return np.frombuffer(file.read(), dtype).astype(dtype.newbyteorder("="))  # Arrow knows no other
 
 
 # ---- safetensors
@@ -214,25 +215,19 @@ def _open_safetensors(path: Path, check: Check, key: str | None, _: Make) -> Log
 
 
 def _open_parquet(path: Path, check: Check, key: str | None, make: Make) -> LogitFile:
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    # As the files of a source are ordered, so that parts of logits follow one another as parts of the data do.
+    files = [Path(str(one)) for one in find_parquet(str(path)).files] if path.is_dir() else [path]
     with refusing(path, "Parquet"):
         opened = [pq.ParquetFile(one, page_checksum_verification=True) for one in files]
-        schema = opened[0].schema_arrow
-        columns, width = _columns_of(path, schema, key)
+        columns, width = _columns_of(files[0], opened[0].schema_arrow, key)
+        types = [_floats_of(file, one.schema_arrow, columns, key) for file, one in zip(files, opened, strict=True)]
+        _check_keys(files, opened, key)
         rows = sum(one.metadata.num_rows for one in opened)
         if width is None:  # a list column: its first row says how long rows are
-            first = next(opened[0].iter_batches(1, columns=columns), None)
+            filled = next((one for one in opened if one.metadata.num_rows), opened[0])
+            first = next(filled.iter_batches(1, columns=columns), None)
             width = 0 if first is None or first.column(0)[0].as_py() is None else len(first.column(0)[0].as_py())
-        inner = schema.field(columns[0]).type
-        inner = inner.value_type if is_list(inner) else inner
-        if not pa.types.is_floating(inner):
-            raise RefusedError(
-                f"{path}: column {columns[0]} holds no floats",
-                got=f"type {schema.field(columns[0]).type}",
-                expected="lists of float16, float32 or float64, or a column of them for each class",
-                next="save the raw outputs of the teacher, as floats",
-            )
-        dtype = np.dtype(inner.to_pandas_dtype())
+        dtype = np.result_type(*types)
         shape = rows, width
         found = check_floats(f"{path}: {columns[0]}", dtype, shape, check)
         scratch, keys, at = make(found, dtype.str, str(path)), list[pa.Array](), 0
@@ -243,6 +238,40 @@ def _open_parquet(path: Path, check: Check, key: str | None, make: Make) -> Logi
                 at += len(batch)
     key_column = pa.chunked_array(keys).combine_chunks() if key else None
     return LogitFile(str(path), shape, found, str(dtype), _reader(scratch.array()), anywhere=True, key=key_column)
+
+
+def _floats_of(path: Path, schema: Any, columns: Sequence[str], key: str | None) -> np.dtype[Any]:
+    """The dtype that holds the logits of a file; refuses other columns than those of the first, and no floats."""
+    found, _ = _columns_of(path, schema, key)
+    if found != columns:
+        raise RefusedError(
+            f"{path} has other columns of logits than the file before it",
+            got=", ".join(found[:10]),
+            expected=", ".join(columns[:10]),
+        )
+    inner = {name: schema.field(name).type for name in columns}
+    inner = {name: one.value_type if is_list(one) else one for name, one in inner.items()}
+    for name, one in inner.items():
+        if not pa.types.is_floating(one):
+            raise RefusedError(
+                f"{path}: column {name} holds no floats",
+                got=f"type {schema.field(name).type}",
+                expected="lists of float16, float32 or float64, or a column of them for each class",
+                next="save the raw outputs of the teacher, as floats",
+            )
+    return np.result_type(*(np.dtype(one.to_pandas_dtype()) for one in inner.values()))
+
+
+def _check_keys(files: Sequence[Path], opened: Sequence[Any], key: str | None) -> None:
+    """Refuse files whose keys are of several types."""
+    named_types = ((str(one.schema_arrow.field(key).type), file) for file, one in zip(files, opened, strict=True))
+    types = {} if key is None else dict(named_types)
+    if len(types) > 1:
+        raise RefusedError(
+            f"the files of {files[0].parent} have keys of several types",
+            got=", ".join(f"{key} is {kind} in {file.name}" for kind, file in types.items()),
+            expected="one type in all of them",
+        )
 
 
 def _columns_of(path: Path, schema: Any, key: str | None) -> tuple[list[str], int | None]:

@@ -35,6 +35,16 @@ class Place:
     """How many rows the source has."""
     numbers: np.ndarray
     """The row of the source of each row of the split, int64, ascending."""
+    followed: bool = False
+    """Whether rows of `data.unlabelled` follow: then only the split has its rows together, and they are counted as its
+    own."""
+
+    @property
+    def whole(self) -> str:
+        """What all rows together are called."""
+        if self.followed:
+            return f"the train rows: those of data.{self.source} that train, then those of data.unlabelled"
+        return f"all rows of data.{self.source}"
 
 
 def places_of(data: recipe.DataSpec) -> dict[str, Place]:
@@ -45,9 +55,9 @@ def places_of(data: recipe.DataSpec) -> dict[str, Place]:
         split: Place(sources[split], readings[sources[split]].source.rows, found.rows)
         for split, found in rows_of_splits(data, readings).items()
     }
-    if data.train is not None and "unlabelled" in readings:  # rows of two sources, which only the split has together
+    if data.train is not None and "unlabelled" in readings:
         count = len(places["train"].numbers)
-        places["train"] = Place("train", count, np.arange(count))
+        places["train"] = Place("train", count, np.arange(count), followed=True)
     return places
 
 
@@ -81,8 +91,7 @@ class Wanted:
     def counts(self) -> dict[int, str]:
         """How many rows a file may have, and which they are."""
         where = self.sources[self.first]
-        all_rows = f"all rows of data.{where.source}"
-        return {len(where.numbers): f"the {self.first} rows"} | {where.total: all_rows}
+        return {len(where.numbers): f"the {self.first} rows"} | {where.total: where.whole}
 
     def check(self, path: str) -> Check:
         """What takes the shape of the file's array; see `logit_arrays.Check`."""
@@ -188,6 +197,8 @@ def _why_not(split: Split, wanted: Wanted, file: LogitFile) -> str | None:
         return f"data.{split} is another source: import its logits with --split {split}"
     if wanted.augmented:
         return f"its rows are not augmented: import logits of rows as they are with --split {split}"
+    if wanted.sources["train"].followed:  # however many rows that are, they are no rows of data.train in their order
+        return f"the file has the train rows of data.train and data.unlabelled: import its logits with --split {split}"
     if wanted.key is None and file.shape[1] != where.total:
         return f"the file has the train rows alone: import its logits with --split {split}"
     return None
@@ -255,9 +266,12 @@ def _joined(file: LogitFile, wanted: Wanted, source: str) -> np.ndarray:
 
 def _alike(ours: Any, theirs: Any, key: str, name: str) -> tuple[Any, Any]:
     """Two columns of keys in one type."""
-    for kinds, to in (((pa.types.is_integer,), pa.int64()), (_TEXTS, pa.large_string())):
-        if all(any(kind(one.type) for kind in kinds) for one in (ours, theirs)):
-            return ours.cast(to), theirs.cast(to)
+    integers = all(pa.types.is_integer(one.type) for one in (ours, theirs))
+    if integers and not any(pa.types.is_uint64(one.type) for one in (ours, theirs)):
+        return ours.cast(pa.int64()), theirs.cast(pa.int64())
+    if integers or all(any(kind(one.type) for kind in _TEXTS) for one in (ours, theirs)):
+        # As text, too, are integers of which some may be beyond int64, as hashes are, and others below zero.
+        return ours.cast(pa.large_string()), theirs.cast(pa.large_string())
     raise RefusedError(
         f"the keys of {name} and of the data are not of one kind",
         got=f"{key} is {theirs.type} in the file and {ours.type} in the data",

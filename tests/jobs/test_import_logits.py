@@ -23,6 +23,8 @@ from akd_dist.base import files
 from akd_dist.base.errors import RefusedError
 from akd_dist.cli import main
 from akd_dist.cli.show import print_table
+from akd_dist.data.logit_checks import Order
+from akd_dist.data.parquet_files import find_parquet
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.source_rows import source_rows
 from akd_dist.distill import teacher
@@ -216,6 +218,24 @@ def test_the_rows_of_the_split_alone_will_do(home: Home, imported: ImportedDocum
     assert [part.id for part in test.splits.values()] == [imported.splits["test"].id]
 
 
+def test_rows_of_two_sources_are_no_rows_of_the_first(home: Home) -> None:
+    train = source_rows(home.recipe().data)["train"].rows
+    others = ROWS - len(train)  # so that the train rows of both are as many as the rows of the first
+    numbers = np.random.default_rng(3).normal(size=(others, 3)).astype(np.float32)
+    pq.write_table(pa.table({"input": list(numbers), "label": LABELS[:others]}), home.root / "others.parquet")
+    recipe = home.recipe(unlabelled={"kind": "parquet", "path": str(home.root / "others.parquet")})
+    z = np.concatenate([Z[train], logits(7)[:others]])
+    assert len(z) == ROWS
+    found = home.bring(home.save(z), recipe)
+    assert np.array_equal(open_store(found.splits["train"].store).rows(0, 0, ROWS), z)
+    assert "those of data.train that train, then those of data.unlabelled" in found.joined_by
+    assert list(found.splits) == ["train"]
+    assert "--split test" in found.left_out["test"]
+    assert "then those of data.unlabelled" in refused(home, z[:-1], recipe=recipe)
+    test = home.bring(home.save(Z), recipe, split="test")
+    assert test.joined_by == "order: all rows of data.train"
+
+
 @pytest.mark.parametrize("kind", ["parquet", "npz"])
 def test_a_key_joins_rows_in_any_order(home: Home, imported: ImportedDocument, kind: str) -> None:
     order = np.random.default_rng(9).permutation(ROWS)
@@ -253,6 +273,57 @@ def test_keys_that_do_not_fit_are_named(home: Home) -> None:
         home.bring(home.save(Z), key="id")
 
 
+def test_integers_of_any_kind_join_rows(home: Home) -> None:
+    order = np.random.default_rng(9).permutation(ROWS)
+    large = np.arange(ROWS, dtype=np.uint64) + np.uint64(2**64 - ROWS)
+    table = pq.read_table(home.root / "data.parquet")
+    keyed = table.append_column("large", pa.array(large)).append_column("small", pa.array(np.arange(ROWS)))
+    pq.write_table(keyed, home.root / "keyed-data.parquet")
+    recipe = home.recipe(train={"kind": "parquet", "path": str(home.root / "keyed-data.parquet")})
+
+    def bring(key: str, keys: np.ndarray) -> ImportedDocument:
+        arrays: dict[str, Any] = {"logits": Z[order], key: keys[order]}
+        np.savez(home.root / "keys.npz", **arrays)
+        return home.bring(home.root / "keys.npz", recipe, key=key, dry_run=True)
+
+    small = np.arange(ROWS)
+    ids = [
+        {split: part.id for split, part in bring(key, keys).splits.items()}
+        for key, keys in (
+            ("large", large),
+            ("large", large.astype(">u8")),
+            ("small", small.astype(">i4")),
+            ("small", small.astype(np.uint64)),
+            ("id", np.array(IDS).astype(">U8")),
+        )
+    ]
+    assert all(one == ids[0] for one in ids)
+    with pytest.raises(RefusedError, match=r"rows that data\.train does not have"):
+        bring("small", large)
+
+
+def test_the_parts_of_a_folder_follow_the_order_of_a_source(home: Home, imported: ImportedDocument) -> None:
+    folder = home.root / "parts"
+    (folder / "more").mkdir(parents=True)
+
+    def part(name: str, rows: slice, kind: Any = np.float32, prefix: str = "logit_") -> None:
+        columns = {f"{prefix}{one}": Z[rows, one].astype(kind) for one in range(CLASSES)}
+        pq.write_table(pa.table(columns), folder / name)
+
+    ordered = ["more/0.parquet", "part-10.parquet", "part-2.parquet"]
+    for name, rows in zip(ordered, (slice(0, 0), slice(0, 300), slice(300, ROWS)), strict=True):
+        part(name, rows)
+    assert [str(one).removeprefix(f"{folder}/") for one in find_parquet(str(folder)).files] == ordered
+    part("part-2.parquet", slice(300, ROWS), np.float64)
+    assert home.bring(folder).teacher == imported.teacher
+    part("part-2.parquet", slice(300, ROWS), np.int64)
+    with pytest.raises(RefusedError, match=r"part-2\.parquet: column logit_0 holds no floats"):
+        home.bring(folder)
+    part("part-2.parquet", slice(300, ROWS), prefix="z")
+    with pytest.raises(RefusedError, match=r"part-2\.parquet"):
+        home.bring(folder)
+
+
 def test_an_interrupted_import_goes_on(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     path, sites = home.save(logits(3), "stopped.npy"), []
 
@@ -286,6 +357,20 @@ def test_float16_is_checked_before_anything_is_written(home: Home) -> None:
     open_inputs(named, home.workspace(), students=False, again=False)
     with pytest.raises(RefusedError, match=r"cache\.encoding: float16"):
         open_inputs(home.recipe(found.teacher), home.workspace(), students=False, again=False)
+
+
+def test_logits_that_an_encoding_loses_are_refused(home: Home) -> None:
+    half = home.recipe().model_copy(update={"cache": home.recipe().cache.model_copy(update={"encoding": _half()})})
+    said = refused(home, Z * np.float32(1e-9), recipe=half)
+    assert "say nothing as they would be stored, in float16" in said
+    assert f"{ROWS} of {ROWS} rows" in said
+    one = Z.copy()
+    one[11] *= 1e-9
+    assert "1 of 800 rows, all zero or equal in all classes once rounded: 11" in refused(home, one, recipe=half)
+    assert "equal in all classes" in refused(home, 1000 + Z * np.float32(1e-3), recipe=half)
+    one[11] = [5, 5.0001, 5, 5]  # a row among many whose logits half precision does not tell apart
+    assert home.bring(home.save(one), half, dry_run=True).dry_run
+    assert home.bring(home.save(Z * np.float32(1e-9)), dry_run=True).dry_run
 
 
 def _half() -> Any:
@@ -333,6 +418,22 @@ def test_another_order_is_noticed_by_the_labels(home: Home) -> None:
     assert "reverse" in refused(home, Z[::-1])
     assert "sorted by label" in refused(home, Z[np.argsort(LABELS, kind="stable")])
     assert "column 0 is class 1" in refused(home, Z[:, [1, 0, 2, 3]])
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_in_another_order_is_noticed_among_the_others(home: Home, split: str) -> None:
+    rows = source_rows(home.recipe().data)[split].rows
+    moved = Z.copy()
+    moved[rows] = Z[np.random.default_rng(4).permutation(rows)]
+    assert f"bad.npy of the {split} rows look shuffled" in refused(home, moved)
+    moved[rows] = Z[rows[::-1]]
+    assert f"bad.npy of the {split} rows does not fit the labels as it is" in refused(home, moved)
+
+
+def test_few_rows_of_a_weak_teacher_are_no_shuffled_ones() -> None:
+    together = Order(0.35, 0.25, 800, informative=True)
+    assert Order(0.27, 0.25, 80, informative=True).at_chance
+    assert not Order(0.27, 0.25, 80, informative=True).worse_than(together)
 
 
 def test_rows_that_are_shifted_from_some_row_on_are_found() -> None:
