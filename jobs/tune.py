@@ -347,9 +347,24 @@ def _saved(given: SearchRecipe, options: RunOptions, halvings: Sequence[Halving]
         saved = load(plan.run / TUNE_NAME, TuneDocument, expected="what akd-dist tune wrote", next=advice)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    now = [[(one.number, one.values, one.students) for one in halving.tuning.trials] for halving in halvings]
-    then = [[(one.number, one.values, one.students) for one in search.trials] for search in saved.searches]
-    return saved.model_copy(update={"run": place}) if now == then else None
+    planned = _document(given, halvings, plan.run, {}, None)
+    if _as_planned(saved) != _as_planned(planned) or _any_failed(plan):
+        return None
+    return saved.model_copy(update={"run": place, "left_out": planned.left_out})
+
+
+def _as_planned(document: TuneDocument) -> list[Any]:
+    """What a search is before anything of it has run: by another plan, others may go on at its rungs."""
+    return [
+        (search.reduction, [(one.number, one.values, one.students, one.epochs, one.rungs) for one in search.trials])
+        for search in document.searches
+    ]
+
+
+def _any_failed(plan: RunPlan) -> bool:
+    """Whether a trial failed: unlike one that diverged it is tried again, since its reason may be gone by then."""
+    results = (read_result(_folder(plan) / spec.name) for spec in plan.recipe.students)
+    return any(result is not None and result.state == "failed" for result in results)
 
 
 class Told:

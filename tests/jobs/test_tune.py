@@ -12,7 +12,7 @@ from akd_dist.base.errors import RecipeError
 from akd_dist.cli import main
 from akd_dist.distill.student import Student
 from akd_dist.documents.tune import TuneDocument
-from akd_dist.jobs.tune import Halving
+from akd_dist.jobs.tune import Halving, _as_planned, _document
 from akd_dist.recipe import load_recipe, load_search
 from akd_dist.storage.run_objects import RunObjects
 from tests.fleets import a_recipe, a_student, a_teacher, weights
@@ -188,6 +188,18 @@ def test_who_is_kept(searching: Searching, tmp_path: Path) -> None:
     assert halving.kept({1: None, 2: 0.5}) == [2]
     assert halving.kept({7: 0.5, 8: 0.6}) == [8]
     assert halving.budget < sum(rungs[-1] for rungs in halving.rungs.values())
+
+
+def test_a_saved_search_is_compared_as_a_whole(searching: Searching, tmp_path: Path) -> None:
+    def planned(**changes: str) -> list[Any]:
+        given = load_search(searching.recipe(tmp_path, trials=9, **changes))
+        specs = {spec.name: spec for spec in given.recipe.students}
+        return _as_planned(_document(given, [Halving.of(one, specs) for one in given.tunings], tmp_path, {}, None))
+
+    assert planned() == planned(**{"trials: 9": "trials: 9\n      reduction: 3"})
+    for setting in ("reduction: 2", "seed: 1"):
+        assert planned() != planned(**{"trials: 9": f"trials: 9\n      {setting}"})
+    assert planned() != planned(**{"trials: 9": "trials: 8"})
 
 
 def test_a_recipe_object_has_no_search() -> None:
