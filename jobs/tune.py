@@ -118,6 +118,8 @@ def tune(given: SearchRecipe, options: RunOptions) -> TuneDocument:
                 alive[name] = halving.kept(found)
                 told.ends(halving, rung, rungs, found, alive[name])
         if not any(alive.values()):
+            if rung + 1 < rungs:
+                _collect_lost(recipe, options, plan)
             break
     if "://" in place:
         wanted = [name for one in halvings for name in _students(one, alive[one.tuning.name])]
@@ -163,6 +165,14 @@ def _train(
             for number in alive[halving.tuning.name]:
                 pauses |= dict.fromkeys(_students(halving, [number]), halving.rungs[number][at])
     return run_recipe(recipe, options, Rung(pauses, last=False))
+
+
+def _collect_lost(recipe: Recipe, options: RunOptions, plan: RunPlan) -> None:
+    """Make the run's results of a search that nothing is left of: they say how its students ended."""
+    lost = [spec for spec in recipe.students if read_result(_folder(plan) / spec.name) is not None]
+    if lost:
+        nobody = Rung(dict.fromkeys((spec.name for spec in lost), 0), last=True)
+        run_recipe(recipe.model_copy(update={"students": lost}), options, nobody)
 
 
 def _students(halving: Halving, numbers: Sequence[int]) -> list[str]:
@@ -348,7 +358,7 @@ def _saved(given: SearchRecipe, options: RunOptions, halvings: Sequence[Halving]
     except (FileNotFoundError, NotADirectoryError):
         return None
     planned = _document(given, halvings, plan.run, {}, None)
-    if _as_planned(saved) != _as_planned(planned) or _any_failed(plan):
+    if _as_planned(saved) != _as_planned(planned) or _any_failed(plan) or not (plan.run / "fleet.json").exists():
         return None
     return saved.model_copy(update={"run": place, "left_out": planned.left_out})
 

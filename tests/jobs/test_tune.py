@@ -159,6 +159,36 @@ def test_more_trials_go_on_and_another_search_is_refused(
 
 
 @pytest.mark.ray
+def test_a_search_that_loses_every_trial_says_so_and_tries_again_what_failed(
+    searching: Searching, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = searching.recipe(tmp_path, trials=3, **{"{low: 1e-3, high: 1.0, log: true}": "[1.0e+30, 2.0e+30]"})
+    (search,) = searching.tune(tmp_path, recipe).searches
+    run = tmp_path / "digits-tune"
+    assert search.best is None
+    assert all(trial.lost is not None and " diverged: " in trial.lost for trial in search.trials)
+    assert (run / "report.html").exists()
+    assert {one["state"] for one in json.loads((run / "fleet.json").read_bytes())["students"]} == {"diverged"}
+
+    (lost, *_) = search.trials[0].students
+    path = run / "students" / lost / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"state": "failed", "reason": "a full disk"}))
+    (again,) = searching.tune(tmp_path, recipe).searches
+    assert again == search
+    assert json.loads(path.read_bytes())["state"] == "diverged"
+
+    places = [part for key, value in searching.places(tmp_path).items()
+              for part in (f"--{key.replace('_', '-')}", str(value))]  # fmt: skip
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(["tune", str(recipe), *places])
+    assert left.value.code == 1
+    out = capsys.readouterr().out
+    assert "every trial that was left ended without a result; k000: " in out
+    assert "epochs  " not in out
+
+
+@pytest.mark.ray
 def test_a_search_in_object_storage(searching: Searching, bucket: str, tmp_path: Path) -> None:
     root = f"{bucket}/tuned"
     recipe = searching.recipe(tmp_path, trials=3)
