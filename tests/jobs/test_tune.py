@@ -151,6 +151,11 @@ def test_more_trials_go_on_and_another_search_is_refused(
     (old,), (new,) = first.searches, more.searches
     assert [one.values for one in new.trials[:3]] == [one.values for one in old.trials]
     assert {name for name, _ in seen[count:]} <= {new.trials[3].students[0], *_new_finalists(old, new)}
+    halved = searching.recipe(tmp_path, trials=4, **{"trials: 4": "trials: 4\n      reduction: 2"})
+    planned, found = (searching.tune(tmp_path, halved, dry_run=dry).searches[0] for dry in (True, False))
+    assert (planned.reduction, found.reduction) == (2, 2)
+    assert [one.rungs for one in found.trials] == [one.rungs for one in planned.trials]
+    assert [one.values for one in found.trials] == [one.values for one in new.trials]
     other = searching.recipe(tmp_path, trials=4, **{"high: 1.0": "high: 0.5"})
     with pytest.raises(RecipeError, match="holds another search") as refused:
         searching.tune(tmp_path, other)
