@@ -88,10 +88,12 @@ def settle(
         search: whether they are the trials of a search, which is that of the run as a whole or not at all.
 
     Raises:
-        RecipeError: each student of the recipe has changed; of a search, any has. Names how.
+        RecipeError: each student of the recipe has changed; of a search, any has. Names how. Or a new one's name is one
+            that the run has but for the case of its letters.
     """
     before: dict[str, dict[str, Any]] = saved.taken_out | saved.students
-    names = names_in_run(before, students)
+    names = names_in_run(saved.students | before, students)  # those of its tables before those that were taken out
+    _check_case(run, before, names)
     now = {names[name]: student | {"name": names[name]} for name, student in students.items()}
     changed = {
         name: recipes.differences(before[name], student)
@@ -126,22 +128,37 @@ def names_in_run(before: Students, now: Students) -> dict[str, str]:
 
     Further seeds of such students are named like these, so that the run has one name for all of them.
     """
-    known = {_content(student): name for name, student in before.items() if name not in now}
+    known: dict[bytes, list[str]] = {}
+    for name, student in before.items():
+        if name not in now:
+            known.setdefault(_content(student), []).append(name)
     names = {name: name for name in now}
-    names |= {
-        name: known[_content(student)]
-        for name, student in now.items()
-        if name not in before and _content(student) in known
-    }
-    stems = {_stem(given): _stem(name) for given, name in names.items() if given != name}
+    for name, student in now.items():
+        # An old name serves one student: of several that are equal, the first of the recipe.
+        if name not in before and (alike := known.get(_content(student))):
+            names[name] = alike.pop(0)
+    stems = {stem: _stem(name) for given, name in names.items() if given != name and (stem := _stem(given))}
     taken = {*before, *names.values()}
     for name, student in now.items():
-        if name in before or names[name] != name or (stem := stems.get(_stem(name))) is None:
+        if name in before or names[name] != name or (stem := stems.get(_stem(name) or "")) is None:
             continue
         if (like := f"{stem}-s{student['seed']}") not in taken:
             names[name] = like
             taken.add(like)
     return names
+
+
+def _check_case(run: Path, before: Students, names: Mapping[str, str]) -> None:
+    """Refuse names that are one folder with another student's where file systems do not tell cases apart."""
+    known = {name.casefold(): name for name in before}
+    alike = {name: known[name.casefold()] for name in names.values() if name not in before and name.casefold() in known}
+    if alike:
+        raise RecipeError(
+            f"the run in {run} has students whose names differ from new ones by the case of letters alone",
+            got=some_of([f"{name}, and the run has {other}" for name, other in alike.items()], most=3),
+            expected="names that are different folders on every file system",
+            next="write these names as the run has them, or give the students others",
+        )
 
 
 def _content(student: Mapping[str, Any]) -> bytes:

@@ -118,6 +118,8 @@ def tune(given: SearchRecipe, options: RunOptions) -> TuneDocument:
                 alive[name] = halving.kept(found)
                 told.ends(halving, rung, rungs, found, alive[name])
         if not any(alive.values()):
+            if rung + 1 < rungs:
+                _collect_lost(recipe, options, plan)
             break
     if "://" in place:
         wanted = [name for one in halvings for name in _students(one, alive[one.tuning.name])]
@@ -163,6 +165,14 @@ def _train(
             for number in alive[halving.tuning.name]:
                 pauses |= dict.fromkeys(_students(halving, [number]), halving.rungs[number][at])
     return run_recipe(recipe, options, Rung(pauses, last=False))
+
+
+def _collect_lost(recipe: Recipe, options: RunOptions, plan: RunPlan) -> None:
+    """Make the run's results of a search that nothing is left of: they say how its students ended."""
+    lost = [spec for spec in recipe.students if read_result(_folder(plan) / spec.name) is not None]
+    if lost:
+        nobody = Rung(dict.fromkeys((spec.name for spec in lost), 0), last=True)
+        run_recipe(recipe.model_copy(update={"students": lost}), options, nobody)
 
 
 def _students(halving: Halving, numbers: Sequence[int]) -> list[str]:
@@ -347,9 +357,24 @@ def _saved(given: SearchRecipe, options: RunOptions, halvings: Sequence[Halving]
         saved = load(plan.run / TUNE_NAME, TuneDocument, expected="what akd-dist tune wrote", next=advice)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    now = [[(one.number, one.values, one.students) for one in halving.tuning.trials] for halving in halvings]
-    then = [[(one.number, one.values, one.students) for one in search.trials] for search in saved.searches]
-    return saved.model_copy(update={"run": place}) if now == then else None
+    planned = _document(given, halvings, plan.run, {}, None)
+    if _as_planned(saved) != _as_planned(planned) or _any_failed(plan) or not (plan.run / "fleet.json").exists():
+        return None
+    return saved.model_copy(update={"run": place, "left_out": planned.left_out})
+
+
+def _as_planned(document: TuneDocument) -> list[Any]:
+    """What a search is before anything of it has run: by another plan, others may go on at its rungs."""
+    return [
+        (search.reduction, [(one.number, one.values, one.students, one.epochs, one.rungs) for one in search.trials])
+        for search in document.searches
+    ]
+
+
+def _any_failed(plan: RunPlan) -> bool:
+    """Whether a trial failed: unlike one that diverged it is tried again, since its reason may be gone by then."""
+    results = (read_result(_folder(plan) / spec.name) for spec in plan.recipe.students)
+    return any(result is not None and result.state == "failed" for result in results)
 
 
 class Told:

@@ -49,15 +49,28 @@ def print_tuned(document: TuneDocument) -> None:
         if search.block:
             click.echo("best    as a block of students:")
             click.echo("".join(f"  {line}\n" for line in search.block.splitlines()), nl=False)
+        if search.best is None and not document.dry_run:
+            click.echo(without_result(search))
     if document.left_out:
         click.echo(f"without a search, and left out: {counted(document.left_out, 'student')}")
-    click.echo(f"epochs  {document.epochs:,}; to the end, all trials would take {document.epochs_of_all:,}")
+    if document.dry_run or any(search.best is not None for search in document.searches):
+        click.echo(f"epochs  {document.epochs:,}; to the end, all trials would take {document.epochs_of_all:,}")
     if document.first is not None:
         click.echo("the first rung:")
         print_fleet_plan(document.first)
     else:
         click.echo(f"result  {short_path(f'{document.run}/tune.json')}")
         click.echo(f"report  {short_path(f'{document.run}/report.html')}")
+
+
+def without_result(search: TunedSearch) -> str:
+    """Why a search has no best trial, by the first that was lost, and what may be done."""
+    whys = (f"k{one.number:03d}: {one.lost}" for one in search.trials if one.lost is not None)
+    why = next(whys, "no validation metric was recorded")
+    return (
+        f"lost    {search.name}: every trial that was left ended without a result; {why}\n"
+        "next    the same command tries again what failed; where trials diverged, search other values: --set name=..."
+    )
 
 
 def search_table(search: TunedSearch, document: TuneDocument) -> Table:

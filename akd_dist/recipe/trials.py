@@ -102,6 +102,9 @@ def _of_block(document: Document, number: int, taken: set[str]) -> list[tuple[Tu
     search = _search(document, path, block["search"])
     rest = {key: value for key, value in block.items() if key not in ("search", "name")}
     for key in search.space:
+        if key == "name":
+            expected = "what changes a student: trials that differ in their name alone are the same"
+            raise _error(document, (*path, key), "name among the keys that are searched", expected)
         if is_given(rest, tuple(key.split("."))) or key in block.get("grid", {}):
             raise _error(document, (*path, key), f"{key} in the block and in its search", "it in one of them")
     grid = document.grid(number, rest)

@@ -108,6 +108,27 @@ def test_a_student_that_never_began_may_change(tmp_path: Path) -> None:
     assert (names, growth.added, growth.refused) == (["a"], ["a"], [])
 
 
+def test_an_old_name_serves_one_of_several_equal_students(tmp_path: Path) -> None:
+    saved = run_of(a_student("old"))
+    names, growth = grown(tmp_path, saved, a_student("a"), a_student("b"), a_student("c", objective=HARD))
+    assert names == ["old", "b", "c"]
+    assert (growth.kept, growth.added, growth.renamed) == (["old"], ["b", "c"], {"a": "old"})
+    two = run_of(a_student("x"), a_student("y"))
+    names, growth = grown(tmp_path, two, a_student("a"), a_student("b"), a_student("c"))
+    assert (names, growth.added) == (["x", "y", "c"], ["c"])
+    saved = run_of(a_student("old-s0"))
+    assert grown(tmp_path, saved, a_student("a"), a_student("b", objective=HARD))[0] == ["old-s0", "b"]
+
+
+def test_a_name_that_differs_from_one_of_the_run_by_case_alone_is_refused(tmp_path: Path) -> None:
+    saved = run_of(a_student("a"), taken_out=students_of(a_recipe([a_student("Out", objective=HARD)])))
+    for name in ("A", "oUT"):
+        with pytest.raises(RecipeError, match="by the case of letters alone") as refused:
+            grown(tmp_path, saved, a_student(name, objective=KD), a_student("b"))
+        assert f"{name}, and the run has" in str(refused.value.got)
+    assert grown(tmp_path, saved, a_student("A"))[0] == ["a"], "the same student by its name in the run"
+
+
 def test_students_are_found_by_what_they_are_where_a_grid_gives_them_other_names() -> None:
     before = students_of(a_recipe([a_student("mlp-s0"), a_student("mlp-s1", seed=1)]))
     now = students_of(

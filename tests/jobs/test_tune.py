@@ -12,7 +12,7 @@ from akd_dist.base.errors import RecipeError
 from akd_dist.cli import main
 from akd_dist.distill.student import Student
 from akd_dist.documents.tune import TuneDocument
-from akd_dist.jobs.tune import Halving
+from akd_dist.jobs.tune import Halving, _as_planned, _document
 from akd_dist.recipe import load_recipe, load_search
 from akd_dist.storage.run_objects import RunObjects
 from tests.fleets import a_recipe, a_student, a_teacher, weights
@@ -151,11 +151,46 @@ def test_more_trials_go_on_and_another_search_is_refused(
     (old,), (new,) = first.searches, more.searches
     assert [one.values for one in new.trials[:3]] == [one.values for one in old.trials]
     assert {name for name, _ in seen[count:]} <= {new.trials[3].students[0], *_new_finalists(old, new)}
+    halved = searching.recipe(tmp_path, trials=4, **{"trials: 4": "trials: 4\n      reduction: 2"})
+    planned, found = (searching.tune(tmp_path, halved, dry_run=dry).searches[0] for dry in (True, False))
+    assert (planned.reduction, found.reduction) == (2, 2)
+    assert [one.rungs for one in found.trials] == [one.rungs for one in planned.trials]
+    assert [one.values for one in found.trials] == [one.values for one in new.trials]
     other = searching.recipe(tmp_path, trials=4, **{"high: 1.0": "high: 0.5"})
     with pytest.raises(RecipeError, match="holds another search") as refused:
         searching.tune(tmp_path, other)
     assert "optimizer.lr" in str(refused.value.got)
     assert "--set name=" in str(refused.value.next)
+
+
+@pytest.mark.ray
+def test_a_search_that_loses_every_trial_says_so_and_tries_again_what_failed(
+    searching: Searching, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = searching.recipe(tmp_path, trials=3, **{"{low: 1e-3, high: 1.0, log: true}": "[1.0e+30, 2.0e+30]"})
+    (search,) = searching.tune(tmp_path, recipe).searches
+    run = tmp_path / "digits-tune"
+    assert search.best is None
+    assert all(trial.lost is not None and " diverged: " in trial.lost for trial in search.trials)
+    assert (run / "report.html").exists()
+    assert {one["state"] for one in json.loads((run / "fleet.json").read_bytes())["students"]} == {"diverged"}
+
+    (lost, *_) = search.trials[0].students
+    path = run / "students" / lost / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"state": "failed", "reason": "a full disk"}))
+    (again,) = searching.tune(tmp_path, recipe).searches
+    assert again == search
+    assert json.loads(path.read_bytes())["state"] == "diverged"
+
+    places = [part for key, value in searching.places(tmp_path).items()
+              for part in (f"--{key.replace('_', '-')}", str(value))]  # fmt: skip
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(["tune", str(recipe), *places])
+    assert left.value.code == 1
+    out = capsys.readouterr().out
+    assert "every trial that was left ended without a result; k000: " in out
+    assert "epochs  " not in out
 
 
 @pytest.mark.ray
@@ -188,6 +223,18 @@ def test_who_is_kept(searching: Searching, tmp_path: Path) -> None:
     assert halving.kept({1: None, 2: 0.5}) == [2]
     assert halving.kept({7: 0.5, 8: 0.6}) == [8]
     assert halving.budget < sum(rungs[-1] for rungs in halving.rungs.values())
+
+
+def test_a_saved_search_is_compared_as_a_whole(searching: Searching, tmp_path: Path) -> None:
+    def planned(**changes: str) -> list[Any]:
+        given = load_search(searching.recipe(tmp_path, trials=9, **changes))
+        specs = {spec.name: spec for spec in given.recipe.students}
+        return _as_planned(_document(given, [Halving.of(one, specs) for one in given.tunings], tmp_path, {}, None))
+
+    assert planned() == planned(**{"trials: 9": "trials: 9\n      reduction: 3"})
+    for setting in ("reduction: 2", "seed: 1"):
+        assert planned() != planned(**{"trials: 9": f"trials: 9\n      {setting}"})
+    assert planned() != planned(**{"trials: 9": "trials: 8"})
 
 
 def test_a_recipe_object_has_no_search() -> None:

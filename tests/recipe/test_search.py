@@ -52,6 +52,14 @@ def test_trials_are_students_of_one_run(tmp_path: Path) -> None:
             assert specs[name].optimizer.lr == trial.values["optimizer.lr"]
 
 
+def test_neither_names_nor_seeds_of_students_are_searched(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"students\.0\.search\.name does not fit") as refused:
+        load_search(write(tmp_path, f"{LENGTHS}, name: [a, b]"))
+    assert "differ in their name alone" in str(refused.value.expected)
+    with pytest.raises(RecipeError, match=r"students\.0\.search does not fit"):  # it is that of the draws
+        load_search(write(tmp_path, f"{LENGTHS}, seed: [0, 1]"))
+
+
 def test_more_trials_are_the_same_and_further_ones(tmp_path: Path) -> None:
     few, more = (load_search(write(tmp_path, f"{SPACE}, trials: {count}")).tunings[0].trials for count in (5, 12))
     assert more[:5] == few
