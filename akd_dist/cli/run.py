@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import akd_dist
-from akd_dist.base.errors import RecipeError
+from akd_dist.base.errors import AkdError, RecipeError
 from akd_dist.cli.options import json_option, taking
 from akd_dist.cli.plans import print_fleet_plan, print_plan
 from akd_dist.cli.recipes import command_to_train
@@ -172,14 +172,23 @@ def print_fleet(fleet: FleetDocument, next_commands: Iterable[str]) -> None:
 
 def after_training(fleet: FleetDocument, given: Given) -> list[str]:
     """What to type after train-students."""
-    from akd_dist.recipe import load_recipe
-
     shown = command_line("stores show", Path(fleet.store).name[:SHORT_ID], store_root=given["store_root"])
-    if any(one.store is not None for one in load_recipe(given["recipe"], given["overrides"]).teacher.each):
+    if _names_stores(given):
         return [shown]  # its logits are of the rows that this seed splits off, and there is no teacher for others
     kept = [one for one in given["overrides"] if not one.startswith(("data.seed=", "name="))]
     again = [*kept, "data.seed=1", f"name={Path(fleet.run).name}-seed1"]
     return [shown, command_line("train-students", **given | {"overrides": again})]
+
+
+def _names_stores(given: Given) -> bool:
+    """Whether the recipe names stored logits as a teacher; one that is no longer there after hours says nothing."""
+    from akd_dist.recipe import load_recipe
+
+    try:
+        recipe = load_recipe(given["recipe"], given["overrides"])
+    except AkdError:
+        return False
+    return any(one.store is not None for one in recipe.teacher.each)
 
 
 def after_quickstart(_fleet: FleetDocument, given: Given) -> list[str]:
