@@ -407,7 +407,7 @@ def test_tasks_name_the_file_as_well(case: str, tmp_path: Path) -> None:
         assert word in str(caught.value)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can go on as a user who may not read a file")
 @pytest.mark.parametrize("what", ["pictures/cat/003.jpg", "pictures/cat", "shards/a.tar"])
 def test_what_may_not_be_read_is_named(what: str) -> None:
     with tempfile.TemporaryDirectory() as folder:  # unlike those of pytest, it can be opened to everybody
