@@ -9,7 +9,8 @@ classes. The dtype of the labels tells the task: int64 are class ids, a float ty
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +35,9 @@ from akd_dist.recipe import (
     Takd,
 )
 
+Number = float | Tensor
+"""A number of one student; or of several students, one each, [students, 1]."""
+
 # ---- stages
 
 
@@ -55,7 +59,6 @@ class Stage(ABC):
     optimizer: Optimizer | None = None
     """What its loss is descended by; None takes the student's."""
 
-    @abstractmethod
     def losses(
         self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
     ) -> Tensor:
@@ -72,6 +75,31 @@ class Stage(ABC):
         Returns:
             [n], of the dtype of the logits.
         """
+        return self.formula(z_student, z_teacher, labels, label_weight, **self.numbers(epoch))
+
+    def numbers(self, epoch: int) -> dict[str, float]:
+        """The numbers in the formula in a 0-based epoch: in these alone students differ that step together."""
+        return {}
+
+    @abstractmethod
+    def formula(
+        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
+    ) -> Tensor:
+        """The loss of each row; of one student, or of several in one go.
+
+        Args:
+            z_student: [n, classes], or [students, n, classes].
+            z_teacher, labels, label_weight: as of `losses`: all students see the same rows.
+            numbers: as `numbers` has them, or of each student, [students, 1].
+
+        Returns:
+            [n], or [students, n].
+        """
+
+    @property
+    def alike(self) -> Hashable:
+        """What stages have in common whose formula is the same but for its numbers; None where it is one student's."""
+        return type(self), getattr(self, "reduction", None)
 
     def temperature(self, epoch: int) -> int | None:
         """T of a 0-based epoch of this stage, None where nothing is annealed."""
@@ -94,8 +122,8 @@ class HardLabelStage(Stage):
     needs_logits: ClassVar[bool] = False
     needs_raw_logits: ClassVar[bool] = False
 
-    def losses(
-        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    def formula(
+        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
     ) -> Tensor:
         """Cross-entropy; the squared error for regression."""
         return label_losses(z_student, labels, label_weight)
@@ -112,12 +140,16 @@ class AnnealingStage(Stage):
     reduction: str = "mean"
     """How the squared norm is reduced over classes: `mean` or `sum`."""
 
-    def losses(
-        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    def numbers(self, epoch: int) -> dict[str, float]:
+        """Phi."""
+        return {"phi": self.phi(epoch)}
+
+    def formula(
+        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
     ) -> Tensor:
         """The squared distance to the annealed logits; the same for regression, with its one number."""
         assert z_teacher is not None
-        return annealing_losses(z_student, z_teacher, self.phi(epoch), self.reduction)
+        return annealing_losses(z_student, z_teacher, numbers["phi"], self.reduction)
 
     def temperature(self, epoch: int) -> int:
         """T of a 0-based epoch: see `temperature`."""
@@ -140,8 +172,12 @@ class KdStage(Stage):
     alpha: float
     """Share of the teacher in the loss."""
 
-    def losses(
-        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    def numbers(self, epoch: int) -> dict[str, float]:
+        """T, and the shares of teacher and labels."""
+        return {"softening": self.softening, "share_of_teacher": self.alpha, "share_of_labels": 1 - self.alpha}
+
+    def formula(
+        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
     ) -> Tensor:
         """(1 - a) CE(y, z_s) + a T^2 KL(softmax(z_t / T) || softmax(z_s / T)).
 
@@ -151,8 +187,9 @@ class KdStage(Stage):
         if labels.is_floating_point():
             from_teacher = annealing_losses(z_student, z_teacher, 1.0)
         else:
-            from_teacher = softened_losses(z_student, z_teacher, self.softening)
-        return (1 - self.alpha) * label_losses(z_student, labels, label_weight) + self.alpha * from_teacher
+            from_teacher = softened_losses(z_student, z_teacher, numbers["softening"])
+        from_labels = label_losses(z_student, labels, label_weight)
+        return numbers["share_of_labels"] * from_labels + numbers["share_of_teacher"] * from_teacher
 
 
 @dataclass(frozen=True)
@@ -172,14 +209,19 @@ class ContinuationStage(Stage):
     reduction: str = "mean"
     """How the squared norm is reduced over classes, before the margin is taken off: `mean` or `sum`."""
 
-    def losses(
-        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    def numbers(self, epoch: int) -> dict[str, float]:
+        """Phi, m Phi, psi and 1 - psi."""
+        phi, psi = self.phi(epoch), self.psi(epoch)
+        return {"phi": phi, "margin": self.margin * phi, "psi": psi, "rest": 1 - psi}
+
+    def formula(
+        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
     ) -> Tensor:
         """psi_i CE(y, z_s) + (1 - psi_i) max(0, || z_s - Phi z_t ||^2 - m Phi); squared error for CE in regression."""
         assert z_teacher is not None
-        distances = annealing_losses(z_student, z_teacher, self.phi(epoch), self.reduction)
-        hinged = (distances - self.margin * self.phi(epoch)).clamp(min=0)
-        return self.psi(epoch) * label_losses(z_student, labels, label_weight) + (1 - self.psi(epoch)) * hinged
+        distances = annealing_losses(z_student, z_teacher, numbers["phi"], self.reduction)
+        hinged = (distances - numbers["margin"]).clamp(min=0)
+        return numbers["psi"] * label_losses(z_student, labels, label_weight) + numbers["rest"] * hinged
 
     def temperature(self, epoch: int) -> int:
         """T of a 0-based epoch: see `continuation_temperature`."""
@@ -208,6 +250,17 @@ class CustomStage(Stage):
     ) -> Tensor:
         """What its function returns; what rows without a label cost is its own affair."""
         return own_losses(self._function, z_student, z_teacher, labels, epoch, self.epochs)
+
+    def formula(
+        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
+    ) -> Tensor:
+        """There is none for several students: the function of somebody else is given one at a time."""
+        raise NotImplementedError
+
+    @property
+    def alike(self) -> None:
+        """Its own."""
+        return None
 
     @functools.cached_property
     def _function(self) -> Callable[..., Any]:
@@ -289,6 +342,52 @@ def row_losses(
     return stage.losses(epoch, z_student, z_teacher, labels, label_weight)
 
 
+def losses_together(
+    standing: Sequence[tuple[Stage, int]],
+    z_students: Tensor,
+    z_teacher: Tensor | None,
+    labels: Tensor,
+    label_weight: float = 1.0,
+) -> tuple[Tensor, dict[int, Exception]]:
+    """The loss of each row of several students on one batch: those of one formula in one go.
+
+    What a student comes to does not depend on the others: each number of it is computed from its own row of the stack,
+    by operations on single elements or along one row.
+
+    Args:
+        standing: the stage of each student, and its 0-based epoch in that.
+        z_students: [students, n, classes], of half precision too.
+        z_teacher, labels, label_weight: as of `row_losses`.
+
+    Returns:
+        float32 or float64 [students, n]; and what the user's own objectives raised, by the student's index: its losses
+        are zeros.
+    """
+    z_students = at_least_float32(z_students)
+    z_teacher = None if z_teacher is None else z_teacher.to(z_students.dtype)
+    labels = labels.to(z_students.dtype) if labels.is_floating_point() else labels
+    alike: dict[Hashable, list[int]] = defaultdict(list)
+    for index, (stage, _) in enumerate(standing):
+        alike[index if stage.alike is None else stage.alike].append(index)
+    found, errors = dict[int, Tensor](), dict[int, Exception]()
+    for members in alike.values():
+        stage, epoch = standing[members[0]]
+        if stage.alike is None:
+            (index,) = members
+            try:
+                found[index] = stage.losses(epoch, z_students[index], z_teacher, labels, label_weight)
+            except Exception as error:
+                found[index], errors[index] = 0 * z_students[index].sum(dim=-1), error
+            continue
+        each = [standing[index][0].numbers(standing[index][1]) for index in members]
+        numbers: dict[str, Number] = {name: z_students.new_tensor([[one[name]] for one in each]) for name in each[0]}
+        if len(members) == len(standing):
+            return stage.formula(z_students, z_teacher, labels, label_weight, **numbers), errors
+        losses = stage.formula(z_students[members], z_teacher, labels, label_weight, **numbers)
+        found |= dict(zip(members, losses, strict=True))
+    return torch.stack([found[index] for index in range(len(standing))]), errors
+
+
 def at_least_float32(logits: Tensor) -> Tensor:
     """Logits in float32 where they are of half precision; float32 and float64 as they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -358,55 +457,69 @@ def label_losses(z_student: Tensor, labels: Tensor, weight: float = 1.0) -> Tens
     """Cross-entropy of each row, or its squared error (y - z_s)^2 for regression; 0 where a row has no label.
 
     Args:
-        z_student: float [n, classes]; [n, 1] for regression.
+        z_student: float [n, classes]; [n, 1] for regression. Of several students [students, n, classes].
         labels: int64 [n], or float [n] for regression; -1 or NaN stands for none.
         weight: what each of them is multiplied by.
 
     Returns:
-        float [n].
+        float [n], or [students, n].
     """
     if labels.is_floating_point():
-        z = z_student[:, 0]
+        z = z_student[..., 0]
         # Not by a mask on the losses: the gradient of what is masked would still be NaN.
         losses = (z - torch.where(labels.isnan(), z.detach(), labels)).square()
     else:
-        losses = functional.cross_entropy(z_student, labels, ignore_index=-1, reduction="none")
+        flat, several = z_student.flatten(0, -2), z_student.shape[:-1]
+        losses = functional.cross_entropy(
+            flat, labels.expand(several).reshape(-1), ignore_index=-1, reduction="none"
+        ).view(several)
     return losses if weight == 1 else weight * losses
 
 
-def annealing_losses(z_student: Tensor, z_teacher: Tensor, phi: float, reduction: str = "mean") -> Tensor:
+def annealing_losses(z_student: Tensor, z_teacher: Tensor, phi: Number, reduction: str = "mean") -> Tensor:
     """|| z_s(x) - Phi(T) z_t(x) ||^2 of each row: the loss of stage I (Jafari et al., EACL 2021), on raw logits.
 
     The paper writes the squared norm, a sum over classes; the authors' code takes the mean over batch and classes. The
     mean is the default here because the paper's learning rates belong to it.
 
     Args:
-        z_student: float [n, classes].
+        z_student: float [n, classes], or [students, n, classes].
         z_teacher: float [n, classes] of the same dtype.
-        phi: the annealing factor.
+        phi: the annealing factor; or that of each student, [students, 1].
         reduction: `mean` or `sum` over classes.
 
     Returns:
-        float [n].
+        float [n], or [students, n].
     """
-    squares = (z_student - phi * z_teacher).square()
-    return squares.mean(dim=1) if reduction == "mean" else squares.sum(dim=1)
+    squares = (z_student - _of_rows(phi) * z_teacher).square()
+    return squares.mean(dim=-1) if reduction == "mean" else squares.sum(dim=-1)
 
 
-def softened_losses(z_student: Tensor, z_teacher: Tensor, temperature: float) -> Tensor:
+def softened_losses(z_student: Tensor, z_teacher: Tensor, temperature: Number) -> Tensor:
     """T^2 KL(softmax(z_t / T) || softmax(z_s / T)) of each row (Hinton et al., 2015, arXiv 1503.02531).
 
     T^2 keeps the size of the gradient when T changes.
 
     Args:
-        z_student: float [n, classes].
+        z_student: float [n, classes], or [students, n, classes].
         z_teacher: float [n, classes] of the same dtype.
-        temperature: T, above 0.
+        temperature: T, above 0; or that of each student, [students, 1].
 
     Returns:
-        float [n].
+        float [n], or [students, n].
     """
-    student = functional.log_softmax(z_student / temperature, dim=1)
-    teacher = functional.log_softmax(z_teacher / temperature, dim=1)
-    divergence = functional.kl_div(student, teacher, reduction="none", log_target=True)
-    return temperature**2 * divergence.sum(dim=1)
+    student = functional.log_softmax(z_student / _of_rows(temperature), dim=-1)
+    teacher = functional.log_softmax(z_teacher / _of_rows(temperature), dim=-1)
+    if z_student.dim() > 2:
+        # A softmax goes along each row, while exp goes over all numbers at once, and the last bit of one may depend on
+        # where it stands among them: so on how many students there are.
+        chances = functional.softmax(z_teacher / _of_rows(temperature), dim=-1)
+        divergence = chances * (teacher - student)
+    else:
+        divergence = functional.kl_div(student, teacher, reduction="none", log_target=True)
+    return temperature**2 * divergence.sum(dim=-1)
+
+
+def _of_rows(number: Number) -> Number:
+    """A number of each student, [students, 1], as it stands beside logits, [students, n, classes]."""
+    return number[..., None] if isinstance(number, Tensor) else number
