@@ -39,6 +39,7 @@ from akd_dist.jobs.planning.planner import (
     nodes_to_come,
     plan_cohorts,
 )
+from akd_dist.jobs.planning.stacking import Stackings, kept_by, stacks_in_process
 from akd_dist.jobs.prepare_rows import prepare_shown, rows_of_machine
 from akd_dist.jobs.remote_run import RemoteRun, copy_of
 from akd_dist.jobs.results import finish_run, tell_failures, telling_damage
@@ -118,22 +119,26 @@ def _run_recipe(
             holding.enter_context(run.followed())
         inputs = with_models(inputs, workspace) if options.wait else inputs
         shuffle = windows.settled(recipe, run.folder, fresh=options.fresh)
-        growth = Growth()
+        growth, stacking = Growth(), kept_by(None)
         if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
-            inputs, growth = _grown(run.folder, inputs, shuffle, search=rung is not None)
+            inputs, growth, stacking = _grown(run.folder, inputs, shuffle, search=rung is not None)
             for line in growth.lines if rung is None else []:
                 workspace.tell(f"the run {recipe.name}: {line}")
         drives = contextlib.nullcontext() if options.dry_run else driving(run.folder, moves=run.local is not None)
         with drives, cluster.closing():
             pauses = {} if rung is None else rung.pauses
-            plan = plan_run(inputs, run.folder, workspace, fresh=options.fresh, shuffle=shuffle, pauses=pauses)
+            begun: dict[str, Any] = {"fresh": options.fresh, "shuffle": shuffle, "stacking": stacking}
+            plan = plan_run(inputs, run.folder, workspace, pauses=pauses, **begun)
             if options.dry_run:
                 return plan, plan.document.model_copy(update=growth.told).plain()
             return plan, _execute(plan, growth, options, workspace, began, run, rung)
 
 
-def _grown(run: Path, inputs: Inputs, shuffle: windows.Shuffle | None, *, search: bool) -> tuple[Inputs, Growth]:
-    """What is trained of a recipe in a run that may have begun: its students as they are called there.
+def _grown(
+    run: Path, inputs: Inputs, shuffle: windows.Shuffle | None, *, search: bool
+) -> tuple[Inputs, Growth, Stackings | None]:
+    """What is trained of a recipe in a run that may have begun: its students as they are called there, and how the run
+    has their steps taken.
 
     Raises:
         AkdError: it is another run.
@@ -142,11 +147,11 @@ def _grown(run: Path, inputs: Inputs, shuffle: windows.Shuffle | None, *, search
     identity = run_identity(recipe, inputs.splits, fingerprints(inputs.levels))
     saved = check_same_run(run, recipe, identity)
     if saved is None:
-        return inputs, Growth()
+        return inputs, Growth(), kept_by(None)
     recipe, growth = settle(run, saved, inputs.recipe, identity["students"], search=search)
     # By what the recipe calls them: a student of another name is the same one, and has as many parameters.
     parameters = inputs.parameters | {name: inputs.parameters[given] for given, name in growth.renamed.items()}
-    return replace(inputs, recipe=recipe, parameters=parameters), growth
+    return replace(inputs, recipe=recipe, parameters=parameters), growth, kept_by(saved)
 
 
 def _execute(
@@ -170,7 +175,7 @@ def _execute(
     elif not plan.inputs.complete and (folder / "identity.json").exists():  # begun once; a model was trained just now
         check_same_run(folder, recipe, identity)
     base = fleet_job(recipe, splits, levels[0].stores, folder, workspace.cache_root)
-    base = replace(base, run_uri=run.uri, stages=workspace.store_root)
+    base = replace(base, run_uri=run.uri, stages=workspace.store_root, stacks=plan.stacks)
     if rung is not None:
         base = replace(base, pauses=rung.pauses, reads_test=False)
     followed = [tracked(recipe, spec, base, plan.inputs.parameters[spec.name]) for spec in recipe.students]
@@ -184,7 +189,9 @@ def _execute(
     used += [base.rows.uri] if base.rows is not None else []
     with using(used, run=run.uri or str(folder.absolute()), lock=(folder / "lock").absolute()):
         # Within the record of use: from that on, nobody removes the stores that this run is about to name.
-        begin_run(folder, recipe, growth.into(identity), moves=run.local is not None)
+        stacking = {key: one.plain() for key, one in plan.stacking.items()} if plan.stacking is not None else None
+        kept = growth.into(identity) | ({"stacking": stacking} if stacking is not None else {})
+        begin_run(folder, recipe, kept, moves=run.local is not None)
         run.withdraw("fleet.json")
         run.publish()
         splits = _decode(base, plan, models, workspace)
@@ -313,6 +320,7 @@ def train_in_process(
         base = replace(base, run_uri=remote.uri)
         remote.run.begin_attempt(base.attempt)
     base.attempt_file.touch()
+    base = replace(base, stacks=stacks_in_process(recipe, splits))
     jobs = [cohort_job(base, group, assistant or {}) for group in groups_of(list(recipe.students))]
     splits.sources.begin()
     results = []

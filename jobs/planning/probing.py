@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,7 +31,7 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.distill.ranks import reason_of
 from akd_dist.models.device import gpus_of
-from akd_dist.recipe import DataSpec, HardLabels, Recipe, StudentSpec, trust
+from akd_dist.recipe import DataSpec, HardLabels, Recipe, Stacked, StudentSpec, trust
 from akd_dist.storage.rows import SealedRows
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 ALL_SECONDS = 30.0
 """How long the probes of a fleet take at most; further models are estimated from the nearest by size."""
+
+_SIZES = ("weights", "gradients", "optimizer", "step_memory", "evaluation_memory")
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +139,11 @@ def probe_key(spec: StudentSpec) -> str:
 def scaled(known: Measured, ratio: float) -> Measured:
     """The measurement of a model that is so many times as large; the stream stays as it is."""
     seconds = {name: getattr(known, name) * ratio for name in ("step", "evaluation", "start", "keeping")}
-    sizes = [one.name for one in fields(known) if one.name not in (*seconds, "stream")]
-    return replace(known, **seconds, **{name: round(getattr(known, name) * ratio) for name in sizes})
+    sizes = {name: round(getattr(known, name) * ratio) for name in _SIZES}
+    # Whether it could be stacked is not known of one that was not tried.
+    return replace(
+        known, **seconds, **sizes, stacked=False, why="the time for trials was over", stack=0.0, together=0.0
+    )
 
 
 class Prober:
@@ -150,6 +155,7 @@ class Prober:
             "device": recipe.device,
             "trusted": recipe.trusted.model_dump(mode="json"),
             "cache_root": cache_root,
+            "stacked": recipe.stacked,
             "sealed": None if sealed is None else asdict(sealed),
         }
         self.process: subprocess.Popen[str] | None = None
@@ -229,12 +235,14 @@ def _answer(
     trusted: dict[str, Any],
     cache_root: str,
     scratch: str,
+    stacked: Stacked,
     sealed: dict[str, str] | None = None,
 ) -> Measured:
     told = Trusted.model_validate(trusted)
     rows, splits = _prepared(json.dumps(data), told, cache_root, None if sealed is None else SealedRows(**sealed))
     try:
-        return probe(rows, device, trust(StudentSpec.model_validate(student), told), splits, Path(scratch))
+        spec = trust(StudentSpec.model_validate(student), told)
+        return probe(rows, device, spec, splits, Path(scratch), stacked)
     finally:
         torch.cuda.empty_cache()  # else it would count as taken in the next probe
 
