@@ -738,7 +738,7 @@ def test_what_cannot_be_read_is_no_bug(tmp_path: Path, name: str) -> None:
     write_run(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).mkdir()
-    with pytest.raises(MachineError, match=f"cannot read .*{name}"):
+    with pytest.raises(MachineError, match=f"cannot read .*{name}|{name} cannot be read"):
         read_run(tmp_path)
 
 
