@@ -161,6 +161,7 @@ class Fleet:
             attempt=self.base.attempt,
             at=time.time(),
             metric=self.base.data.primary_metric,
+            metric_name=self.base.data.metric_name if self.base.data.own_metric else None,
             students=students,
             cohorts=[],
             steps_behind=round(self.base.epochs_behind * self._steps_per_epoch()),

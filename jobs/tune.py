@@ -178,9 +178,9 @@ def _train(
     pauses = dict.fromkeys((spec.name for spec in recipe.students), 0)  # who is not brought on stays where it is
     later = 0
     for halving in halvings:
-        at, left = _rung_of(halving, rung, rungs), alive[halving.tuning.name]
-        later += halving.later(left, at)
-        for number in left if at >= 0 else []:
+        at, trials = _rung_of(halving, rung, rungs), alive[halving.tuning.name]
+        later += halving.later(trials, at)
+        for number in trials if at >= 0 else []:
             pauses |= dict.fromkeys(_students(halving, [number]), halving.rungs[number][at])
     return run_recipe(recipe, options, Rung(pauses, 0, later, last=False))
 
@@ -288,7 +288,8 @@ def _test(plan: RunPlan, specs: Sequence[StudentSpec]) -> dict[str, float]:
     found = {}
     for spec in specs:
         module = load_model(_folder(plan) / spec.name, recipe.trusted).to(device)
-        found[spec.name] = evaluate(module, rows, device, spec.precision)[0][recipe.data.primary_metric]
+        measured, _ = evaluate(module, rows, device, spec.precision, recipe.data.own_metric)
+        found[spec.name] = measured[recipe.data.primary_metric]
     return found
 
 
@@ -352,6 +353,7 @@ def _document(
     return TuneDocument(
         run=str(run),
         metric=given.recipe.data.primary_metric,
+        metric_name=given.recipe.data.metric_name if given.recipe.data.own_metric else None,
         searches=searches,
         epochs=sum(halving.budget for halving in halvings),
         epochs_of_all=sum(spec.objective.epochs for spec in specs.values()),

@@ -84,6 +84,8 @@ class FleetPlan(Document):
     """When it was written, in seconds since 1970."""
     metric: Metric
     """The primary metric."""
+    metric_name: str | None = None
+    """The function that measures it, where it is one of the user's own (`custom`); null for others."""
     students: list[StudentProgress]
     """Every student of the recipe in its order, as if none had begun."""
     cohorts: list[CohortStatus]
@@ -128,6 +130,8 @@ class StatusDocument(Document):
     """The last sign of life, in seconds since 1970; null without one."""
     metric: str | None
     """The primary metric; null before the first training."""
+    metric_name: str | None = None
+    """The function that measures it, where it is one of the user's own (`custom`); null for others."""
     steps: Count
     """Steps behind all students."""
     steps_total: Count

@@ -167,7 +167,8 @@ def _problem(details: ErrorDetails, document: Document) -> Problem:
 def _not_right(path: KeyPath, details: ErrorDetails, document: Document) -> Problem:
     """What a check of ours says of a value: the reason beside the key, and apart from it what would be right."""
     error = details.get("ctx", {}).get("error")
-    expected, value = None, details["input"]
+    expected: str | None = None
+    value: Any = details["input"]
     why = details["msg"].removeprefix("Value error, ")
     if isinstance(error, NotRightError):
         path, why, expected = (*path, *error.key), error.why, error.expected

@@ -184,6 +184,7 @@ class RunReader:
             alive=alive,
             at=at if ended_at is None or preparing else ended_at,
             metric=plan.metric if plan else saved.metric if saved else None,
+            metric_name=plan.metric_name if plan else saved.metric_name if saved else None,
             steps=sum(student.steps for student in students) + behind,
             steps_total=sum(student.steps_total for student in students) + behind + later,
             steps_per_second=sum(student.steps_per_second for student in students),

@@ -60,7 +60,7 @@ class FleetView:
         if self.title is not None:
             yield Text(self.title, style="bold", no_wrap=True, overflow="ellipsis")
         if shown:
-            yield _table(shown, self.status.metric or "validation", options.max_width, fit=self.fit)
+            yield _table(shown, metric_of(self.status) or "validation", options.max_width, fit=self.fit)
         if hidden := len(self.status.students) - len(shown):
             yield Text(f"and {hidden:,} more", style="dim")
         for line in below:
@@ -173,6 +173,11 @@ def total_line(status: StatusDocument) -> str:
     bad = [f"{states[state]:,} {state}" for state in ("failed", "diverged") if states[state]]
     over = [f"{status.over:,} of {len(status.students):,} students over", *bad]
     return ", ".join(parts) + f"; {', '.join(over)}"
+
+
+def metric_of(status: StatusDocument) -> str | None:
+    """What the primary metric is called."""
+    return status.metric_name or status.metric
 
 
 def ended_line(student: StudentProgress, metric: str | None) -> str:
