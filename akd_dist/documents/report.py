@@ -293,7 +293,7 @@ class PooledGroup(Document):
     test: Estimate | None
     """The primary metric on the test rows."""
     agreement: Share | None
-    """Mean share of test rows where student and teacher choose the same class."""
+    """Mean share of test rows where student and teacher choose the same class; null where teachers differ."""
 
 
 class RunsCompared(Document):

@@ -115,7 +115,8 @@ class Pool:
             twice=self.twice,
             differing=self.differing,
             test=estimate(group.by_seed),
-            agreement=group.agreement,
+            # With one teacher: students from scratch are pooled whoever that is.
+            agreement=group.agreement if len({student.teacher for student in group.students}) == 1 else None,
         )
 
 
@@ -218,17 +219,14 @@ _WHAT = {
 
 
 def _apart_notes(pools: Sequence[Pool]) -> list[str]:
-    """In what students of one name differ, a line for each set of reasons."""
-    stems: dict[str, list[str]] = {}
+    """In what students of one name differ, in one line."""
+    first: dict[str, Pool] = {}
+    why: dict[str, list[str]] = {}
     for pool in pools:
-        first = next(one for one in pools if one.group.stem == pool.group.stem)
-        if pool is not first:
-            stems.setdefault(_difference(first, pool), []).append(pool.group.stem)
-    return [
-        f"students of one name that are not the same, and stand apart: {some_of(list(dict.fromkeys(names)), most=3)} "
-        f"differ in {why}"
-        for why, names in stems.items()
-    ]
+        if (like := first.setdefault(pool.group.stem, pool)) is not pool:
+            why.setdefault(pool.group.stem, []).append(_difference(like, pool))
+    told = [f"{stem} differ in {', '.join(dict.fromkeys(reasons))}" for stem, reasons in why.items()]
+    return [f"students of one name that are not the same stand apart: {some_of(told, most=3)}"] if told else []
 
 
 def _difference(one: Pool, other: Pool) -> str:
