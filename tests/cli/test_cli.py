@@ -17,6 +17,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import click
@@ -31,6 +32,7 @@ from akd_dist.base.errors import AkdError
 from akd_dist.base.locks import file_lock
 from akd_dist.base.places import STORE_ROOT
 from akd_dist.cli.show import in_words, table_of
+from akd_dist.cli.store_facts import in_order
 from akd_dist.documents.cache import CacheDocument, PlanDocument
 from akd_dist.documents.error import ErrorDocument
 from akd_dist.documents.fleet import FleetDocument
@@ -932,3 +934,12 @@ def test_a_terminal_obeys_no_foreign_document() -> None:
     console = Console(file=io.StringIO(), width=200)
     console.print(table)
     assert "\x1b" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_stores_stand_in_the_order_of_their_last_use() -> None:
+    def store(teacher: str, used: float | None, split: str = "train", modified: float = 9.0) -> Any:
+        return SimpleNamespace(teacher=teacher, last_used=used, modified=modified, hint={"split": split})
+
+    old, never = store("a", 1.0), store("b", None, modified=99.0)
+    test, train = store("b", 5.0, "test"), store("b", 4.0)
+    assert in_order([never, old, test, train]) == [train, test, old, never]
