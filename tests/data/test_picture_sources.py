@@ -217,6 +217,23 @@ def shards(folder: Path, count: int = COUNT, each: int = 30) -> Path:
     return folder
 
 
+def test_shards_may_be_links_that_are_named_or_stay_in_the_folder(tmp_path: Path) -> None:
+    there = shards(tmp_path / "there")
+    (tmp_path / "named").symlink_to(there)
+    (tmp_path / "links").mkdir()
+    for shard in there.iterdir():
+        (tmp_path / "links" / shard.name).symlink_to(shard)
+    expected = all_rows(WebDataset(path=str(there)), tmp_path / "cache").fingerprints
+    for spelt in ("named", "links/train-{000..002}.tar", "*/train-*.tar"):
+        found = kind_of(WebDataset(path=f"{tmp_path}/{spelt}"))
+        assert len(found.files) == (9 if "*" in spelt else 3)
+        if "*" not in spelt:
+            assert all_rows(found.spec, tmp_path / "cache").fingerprints == expected
+    # What a linked folder leads to is found where it lies, and not a second time.
+    (there / "again").symlink_to(there)
+    assert len(kind_of(WebDataset(path=str(there))).files) == 3
+
+
 @pytest.mark.parametrize("spelt", ["", "/train-*.tar", "/train-{000..002}.tar", "/{train-000,train-001,train-002}.tar"])
 @pytest.mark.parametrize("label", ["cls", "name", "id"])
 def test_samples_of_tar_files_are_rows_in_their_order(spelt: str, label: str, tmp_path: Path) -> None:

@@ -257,12 +257,46 @@ def test_mixed_sizes_are_refused_with_the_lines_that_help(
 def test_sources_of_other_sizes_are_told_what_helps(tmp_path: Path) -> None:
     train, test = (source(tmp_path / name, [encoded(PICTURES[size])] * 6) for name, size in
                    (("train", (40, 30)), ("test", (33, 33))))  # fmt: skip
-    with pytest.raises(RefusedError, match=r"the inputs of data\.test are not like") as refused:
+    with pytest.raises(RefusedError, match=r"^pictures are of several sizes") as refused:
         prepare(DataSpec(train=train, test=test), tmp_path / "cache")
+    assert refused.value.got == f"data.train ({train.path}): 40 x 30; data.test ({test.path}): 33 x 33"
     assert advised(refused.value) == {"size": 31, "resize": "shorter"}
     with pytest.raises(RefusedError, match=r"the inputs of data\.test are not like") as refused:
         prepare(DataSpec(train=recipe.Digits(), test=test), tmp_path / "cache")
     assert advised(refused.value)["size"] == 8
+
+
+def test_one_refusal_names_the_sizes_in_all_folders_and_what_suits_them_at_once(tmp_path: Path) -> None:
+    def folder(name: str, sizes: list[tuple[int, int]]) -> recipe.ImageFolder:
+        for number, size in enumerate(sizes):
+            place = tmp_path / name / "ab"[number % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number}.png").write_bytes(encoded(np.full((*size, 3), number, np.uint8)))
+        return recipe.ImageFolder(path=str(tmp_path / name))
+
+    train = folder("train", [(30, 40), (50, 40), (35, 35), (60, 80), (30, 40), (41, 40), (30, 40), (35, 38)])
+    every = {name: folder(name, [(20 + at, 21)] * 4) for at, name in enumerate(("validation", "test"))}
+    told = f"data.train ({train.path}): 6 sizes from 30 x 40 to 60 x 80"
+    told += "".join(f"; data.{name} ({every[name].path}): 2{at} x 21" for at, name in enumerate(every))
+    said = set()
+    # Whether the first pictures of two folders differ, or those within the first folder.
+    alike = {"test": folder("alike", [(30, 40)] * 4)}
+    for others in (every, {**every, **alike}, alike):
+        data = DataSpec(train=train, **others)
+        with pytest.raises(RefusedError) as refused:
+            prepare(data, tmp_path / "cache")
+        assert refused.value.got is not None
+        assert told.partition(";")[0] in refused.value.got
+        assert others is alike or refused.value.what == "pictures are of several sizes"
+        with pytest.raises(RefusedError) as again:
+            in_blocks(data, tmp_path)
+        assert (again.value.what, again.value.next) == (refused.value.what, refused.value.next)
+        image = recipe.Image(**advised(refused.value))
+        splits = prepare(data.model_copy(update={"image": image}), tmp_path / "cache")
+        assert {rows.shape for rows in (splits.train, splits.validation, splits.test)} == {(3, *image.frame)}
+        said.add(refused.value.got)
+    assert told in said
+    assert any("alike): 30 x 40" in one for one in said)
 
 
 def in_blocks(data: DataSpec, folder: Path) -> Splits:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from akd_dist.storage.remote import RemoteFile
 _PART_BYTES = 1 << 22
 # The most bytes of a label's member.
 _MOST_LABEL = 1 << 24
+_CLASS_ID = re.compile(rb"-?[0-9]{1,19}")
 _Label = int | float | str
 
 
@@ -178,12 +180,9 @@ class WebDatasetSource:
         return self._class_id(shard, sample, text) if ending == "cls" else self._within(shard, sample, text)
 
     def _class_id(self, shard: Shard, sample: Sample, text: bytes) -> int:
-        try:
-            number = int(text.decode("ascii"))
-        except ValueError:
-            raise self._refused_label(shard, sample, f"{text[:40]!r} in {sample.key}.cls") from None
-        if abs(number) >= 2**63:
-            raise self._refused_label(shard, sample, f"{number} in {sample.key}.cls")
+        # `int` would take 1_0 and digits of other scripts as well.
+        if _CLASS_ID.fullmatch(text.strip()) is None or abs(number := int(text)) >= 2**63:
+            raise self._refused_label(shard, sample, f"{text[:40]!r} in {sample.key}.cls")
         return number
 
     def _within(self, shard: Shard, sample: Sample, text: bytes) -> _Label:
