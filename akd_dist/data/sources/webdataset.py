@@ -23,7 +23,7 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data.blocks import MAX_THREADS, Block, default_threads, read_ahead
 from akd_dist.data.picture_files import MOST_BYTES
 from akd_dist.data.sources.base import Source, slices, stats_of
-from akd_dist.data.tar_shards import Sample, Shard, bytes_of, content, find_shards, open_shard, read_samples
+from akd_dist.data.tar_shards import Sample, Shard, bytes_of, content, find_shards, key_of, open_shard, read_samples
 from akd_dist.storage.remote import RemoteFile
 
 _PART_BYTES = 1 << 22
@@ -106,6 +106,9 @@ class WebDatasetSource:
             both = zip(parts.shards[shards].tolist(), names[first:last].to_pylist(), strict=True)
             return [f"{self.files[shard].name}/{one}" for shard, one in both]
 
+        def keys(wanted: np.ndarray) -> Any:
+            return pa.array([key_of(one) for one in names.take(pa.array(wanted)).to_pylist()], pa.string())
+
         return Source(
             name,
             rows,
@@ -118,6 +121,7 @@ class WebDatasetSource:
             files=tuple(map(str, self.files)),
             file_starts=parts.starts[np.searchsorted(parts.shards, np.arange(len(self.files)))],
             names=called if names is not None else None,
+            keys=keys if names is not None else None,
             known=parts,
             labels_at_hand=labels is not None,
         )
