@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import RefusedError, unreadable
 from akd_dist.data.folder_walk import Walk, is_leftover
 from akd_dist.data.parquet_files import check_scheme, matches, nothing_at
 from akd_dist.data.picture_files import is_picture
@@ -403,5 +403,4 @@ def bytes_of(shard: Shard, start: int, stop: int) -> io.BytesIO:
 
 
 def _unreadable(shard: Shard, error: OSError) -> RefusedError:
-    reason = error.strerror or str(error)
-    return RefusedError(f"{shard} cannot be read", got=reason, expected="a tar file that this user can read")
+    return unreadable(RefusedError, shard, error, expected="a tar file that this user can read")
