@@ -57,7 +57,7 @@ def _seconds(_context: click.Context, _option: click.Parameter, value: str | Non
     """Seconds, from `12h`, `30d` or `8w`."""
     if value is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", value)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([hdw])", value)
     if found is None:
         raise click.BadParameter(f"{value!r} is no duration; give hours, days or weeks, such as 12h, 30d or 8w")
     return float(found[1]) * UNITS[found[2]]
