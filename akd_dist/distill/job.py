@@ -73,6 +73,10 @@ class CohortJob:
     end."""
     stacks: Mapping[str, int] = field(default_factory=dict)
     """Whose steps are taken in stacks, by name, and how many students at most in one; who is not here steps alone."""
+    epochs_behind: int = 0
+    """Epochs of trials that went no further, and are not among the students."""
+    epochs_later: int = 0
+    """Epochs that trials of a search are to train after these pauses, all of them together."""
     reads_test: bool = True
     """Whether students that are done are measured on the test rows; those of a search are not."""
 
