@@ -87,7 +87,9 @@ def sha256_of_file(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise RefusedError(
-            f"{path} cannot be read", got=error.strerror or str(error), expected="the file that rows were prepared from"
+            f"{path} cannot be read",
+            got=error.strerror or str(error),
+            expected="a file that may be read",
         ) from error
 
 

@@ -24,7 +24,7 @@ from akd_dist.distill.job import CohortJob
 from akd_dist.distill.student import Student
 from akd_dist.models.build import by_content
 from akd_dist.models.device import device_name
-from akd_dist.recipe import Custom, StudentSpec, forget_later_keys
+from akd_dist.recipe import Custom, CustomAugmentation, StudentSpec, forget_later_keys
 from akd_dist.storage.layout import STAGES
 from akd_dist.storage.mean import placeless
 from akd_dist.storage.objects import ObjectRoot
@@ -43,7 +43,8 @@ Tell = Callable[[str], None]
 def stage1_key(job: CohortJob, spec: StudentSpec) -> str | None:
     """The name of a student's stage I under the store root; None where it has none that anybody could share.
 
-    That is so for a model or a metric of the user's own: what their code imports and reads is not known.
+    That is so for a model, a metric or an augmentation of the user's own: what their code imports and reads is not
+    known.
 
     Args:
         job: what it trains from; of a driver without a GPU that would be needed, the name is not known.
@@ -53,7 +54,8 @@ def stage1_key(job: CohortJob, spec: StudentSpec) -> str | None:
     """
     if spec.stage1 is None or "train" not in job.stores:
         return None
-    if isinstance(spec.model, Custom) or job.data.own_metric is not None:
+    own = isinstance(spec.model, Custom) or isinstance(job.data.augmentation, CustomAugmentation)
+    if own or job.data.own_metric is not None:
         return None
     stage1 = json.loads(spec.stage1) | {"model": by_content(spec.model)}
     forget_later_keys(stage1)
