@@ -1,6 +1,7 @@
 """Stage I, trained once and found again by content: what a student has at its end lies under the store root.
 
     <store root>/stages/<id>.ckpt       weights and epochs, as `checkpoint` spells them; created once, never overwritten
+    <store root>/stages/<id>/uses/      who has taken it: a record for each run and day, for `stores gc`
 
 The id is a hash of all that stage I depends on, so any student whose stage I would have been the same starts with stage
 II, in this run or another, with the weights that it would have had alone. What cannot be read or written is done
@@ -13,6 +14,7 @@ import json
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from akd_dist.storage.layout import STAGES
 from akd_dist.storage.mean import placeless
 from akd_dist.storage.objects import ObjectRoot
 from akd_dist.storage.roots import open_root
+from akd_dist.storage.uses import note_use
 
 FORMAT = 1
 """Raised when what a stage I comes to changes with the code."""
@@ -130,6 +133,11 @@ def take_stage1(student: Student, job: CohortJob, tell: Tell) -> bool:
         return False
     whose = said["student"] if said["run"] == job.run_name else f"{said['run']}/{said['student']}"
     student.enter_stage2(whose, said["history"], found["weights"] if found else student.module.state_dict())
+    if found is not None:
+        run = Path(job.root).parent.absolute()
+        lock = run / "lock" if job.run_uri is None else None
+        taken = open_root(str(job.stages)).child(str(found["key"]).removesuffix(".ckpt"))
+        note_use(taken, run=job.run_uri or str(run), lock=lock)
     tell(f"goes on from the stage I of {whose}, which is the same")
     return True
 
