@@ -108,7 +108,7 @@ def _imported(spec: Factory) -> dict[str, str]:
         finder.import_hook(own)
     except (ImportError, SyntaxError):  # it lies elsewhere, or is no Python
         return {}
-    files = {name: module.__file__ for name, module in finder.modules.items() if name != own}
+    files = {name: getattr(module, "__file__", None) for name, module in finder.modules.items() if name != own}
     return {name: sha256(Path(file).read_bytes()) for name, file in sorted(files.items()) if file is not None}
 
 

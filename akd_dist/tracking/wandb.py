@@ -1,6 +1,7 @@
 """A run of Weights & Biases for each student."""
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -128,10 +129,9 @@ def _comes_to_its_end(file: Path) -> bool:
 
 def _is_whole(file: Path) -> bool:
     """Whether a session's file ends as that of a run that has finished."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    record_of: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     records = list(records_of(file.read_bytes()))
-    return bool(records) and bool(Record.FromString(records[-1]).HasField("exit"))
+    return bool(records) and bool(record_of.FromString(records[-1]).HasField("exit"))
 
 
 def records_of(data: bytes) -> Iterator[bytes]:

@@ -1,0 +1,106 @@
+"""Stores and runs in object storage: ensembles, runs that grow, shared stages I, searches, all as in local folders."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import akd_dist
+from akd_dist.jobs import cache_teacher
+from akd_dist.jobs.cache_teacher import compute_in_process
+from akd_dist.jobs.train_teacher import run_in_process
+from akd_dist.storage.removal import disused, gc, remove_store
+from akd_dist.storage.roots import open_root
+from tests.fleets import ANNEALING, a_recipe, a_student, a_teacher
+from tests.jobs.test_growth import cohorts_here
+from tests.jobs.test_tune import RECIPE
+
+LONGER = ANNEALING | {"stage2_epochs": 2}
+CONSTANT = {"kind": "sgd", "lr": 0.05}
+SHORT, LONG = (
+    a_student("short", optimizer=CONSTANT, batch=256),
+    a_student("long", objective=LONGER, optimizer=CONSTANT, batch=256),
+)
+TAKD = a_student("takd", objective={"kind": "takd", "epochs": 1}, batch=256)
+ASSISTANT = {
+    "model": {"kind": "mlp", "hidden": 16},
+    "objective": {"kind": "kd", "epochs": 1},
+    "optimizer": CONSTANT,
+    "batch": 256,
+}
+
+
+@contextlib.contextmanager
+def all_here() -> Iterator[None]:
+    """Teachers and cohorts in this process: Ray's started before there was a bucket, and do not know where it is."""
+    with cohorts_here(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_teacher, "run_on_ray", run_in_process)
+        patch.setattr(cache_teacher, "compute_on_ray", compute_in_process)
+        yield
+
+
+class Place:
+    """Roots of stores and runs in one place, a cache for each."""
+
+    def __init__(self, root: str, home: Path, name: str) -> None:
+        self.stores, self.runs, self.cache = f"{root}/stores", f"{root}/runs", home / f"cache-{name}"
+        self.options: dict[str, Any] = {
+            "store_root": self.stores,
+            "run_root": self.runs,
+            "cache_root": self.cache,
+            "console": Console(quiet=True),
+        }
+        self.teachers = [a_teacher(a_recipe([SHORT]), home / f"teacher-{name}-{n}", self.cache) for n in range(2)]
+
+    def train(self, *students: dict[str, Any], name: str = "fleet", **teacher: Any) -> dict[str, Any]:
+        members = {"members": [{"weights": path} for path in self.teachers]}
+        with cohorts_here():
+            return akd_dist.train_students(
+                a_recipe(list(students), name=name, teacher=members | teacher), **self.options
+            )
+
+    def tune(self, folder: Path) -> dict[str, Any]:
+        (folder / "recipe.yaml").write_text(RECIPE.format(teacher=self.teachers[0], trials=2))
+        with all_here():
+            return akd_dist.tune(folder / "recipe.yaml", **self.options)
+
+
+def journey(place: Place, folder: Path) -> list[Any]:
+    """What somebody does who begins with one student, and what it comes to but for times and places."""
+    fleets = [
+        place.train(SHORT),
+        place.train(SHORT, LONG),
+        place.train(SHORT, LONG, TAKD, assistant=ASSISTANT),
+        place.train(LONG, name="other"),
+    ]
+    told = [
+        {
+            one["name"]: [one["validation"], one["test"], one["agreement"], one["stage1_from"]]
+            for one in fleet["students"]
+        }
+        for fleet in fleets
+    ]
+    (search,) = place.tune(folder)["searches"]
+    return [*told, search]
+
+
+@pytest.mark.ray
+def test_all_is_as_in_a_local_folder(bucket: str, tmp_path: Path, ray_cluster: None) -> None:
+    here, there = Place(str(tmp_path), tmp_path, "here"), Place(bucket, tmp_path, "there")
+    found = journey(there, tmp_path)
+    assert found == journey(here, tmp_path)
+    assert [fleet["long"][3] for fleet in (found[1], found[3])] == ["short", "fleet/short"]
+    assert gc(there.stores, dry_run=True) == []
+    stages = [one for one in disused(there.stores, there.cache, older_than=0) if one.store.id.startswith("stages/")]
+    assert all(one.store.bytes > 0 for one in stages)
+    used = [one for one in stages if one.store.uses]
+    assert [use.run for use in used[0].store.uses] == [f"{there.runs}/other", f"{there.runs}/fleet"]
+    assert "in use by the run" in str(remove_store(there.stores, used[0].store.id, there.cache))
+    (unused, *_) = [one for one in stages if not one.store.uses]
+    assert remove_store(there.stores, unused.store.id, there.cache) is None
+    assert f"{unused.store.id}.ckpt" not in open_root(there.stores).list("stages")
