@@ -14,7 +14,7 @@ from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.stage1 import stage1_key, stages1_there
 from akd_dist.distill.student import Student
-from akd_dist.recipe import Custom, CustomMetric, Recipe
+from akd_dist.recipe import Custom, CustomAugmentation, CustomMetric, Recipe
 from akd_dist.storage import removal
 from akd_dist.storage.mean import Mixture, uris_of
 from tests.distill.test_cohort import job_of
@@ -123,6 +123,8 @@ def test_what_code_of_the_users_own_reads_is_not_known(runs: Runs, tmp_path: Pat
     own_model = spec.model_copy(update={"model": Custom(factory="nets:net", arguments={"path": "./w.json"})})
     assert stage1_key(job, own_model) is None
     data = job.data.model_copy(update={"metric": CustomMetric(factory="nets:measure")})
+    assert stage1_key(replace(job, data=data), spec) is None
+    data = job.data.model_copy(update={"augmentation": CustomAugmentation(factory="nets:views")})
     assert stage1_key(replace(job, data=data), spec) is None
 
 

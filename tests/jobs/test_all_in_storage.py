@@ -11,12 +11,17 @@ import pytest
 from rich.console import Console
 
 import akd_dist
+from akd_dist.data.row_cache import prepare
 from akd_dist.jobs import cache_teacher
 from akd_dist.jobs.cache_teacher import compute_in_process
 from akd_dist.jobs.train_teacher import run_in_process
+from akd_dist.models.build import build
+from akd_dist.models.card import ModelCard
+from akd_dist.models.folder import save_model
+from akd_dist.recipe import Cnn
 from akd_dist.storage.removal import disused, gc, remove_store
 from akd_dist.storage.roots import open_root
-from tests.fleets import ANNEALING, a_recipe, a_student, a_teacher
+from tests.fleets import ANNEALING, a_recipe, a_student
 from tests.jobs.test_growth import cohorts_here
 from tests.jobs.test_tune import RECIPE
 
@@ -55,14 +60,16 @@ class Place:
             "cache_root": self.cache,
             "console": Console(quiet=True),
         }
-        self.teachers = [a_teacher(a_recipe([SHORT]), home / f"teacher-{name}-{n}", self.cache) for n in range(2)]
+        card = ModelCard.of(Cnn(kind="cnn", width=4), prepare(a_recipe([SHORT]).data, self.cache).train, None)
+        self.teachers = [str(home / f"teacher-{seed}") for seed in range(2)]
+        for seed, path in enumerate(self.teachers):
+            save_model(Path(path), build(card, seed=seed), card)
 
     def train(self, *students: dict[str, Any], name: str = "fleet", **teacher: Any) -> dict[str, Any]:
         members = {"members": [{"weights": path} for path in self.teachers]}
-        with cohorts_here():
-            return akd_dist.train_students(
-                a_recipe(list(students), name=name, teacher=members | teacher), **self.options
-            )
+        recipe = a_recipe(list(students), name=name, teacher=members | teacher)
+        with all_here():
+            return akd_dist.train_students(recipe, **self.options)
 
     def tune(self, folder: Path) -> dict[str, Any]:
         (folder / "recipe.yaml").write_text(RECIPE.format(teacher=self.teachers[0], trials=2))
