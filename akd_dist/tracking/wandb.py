@@ -16,7 +16,7 @@ from akd_dist.base.errors import RecipeError
 from akd_dist.base.files import read_json, replace
 from akd_dist.tracking.trackers import Log, Record, Tracked, end_of, final_scalars, run_key, scalars
 
-_WRITTEN_SECONDS = 30.0
+_WRITTEN_SECONDS = 10.0
 """So long is waited for W&B's own process to write a file of some kilobytes; it takes milliseconds."""
 
 

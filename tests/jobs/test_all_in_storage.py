@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,22 @@ from rich.console import Console
 
 import akd_dist
 from akd_dist.data.row_cache import prepare
-from akd_dist.jobs import cache_teacher
+from akd_dist.distill.cohort import train_cohort
+from akd_dist.distill.job import CohortJob
+from akd_dist.jobs import cache_teacher, train_students
 from akd_dist.jobs.cache_teacher import compute_in_process
-from akd_dist.jobs.train_teacher import run_in_process
+from akd_dist.jobs.planning.plan import RunPlan
+from akd_dist.jobs.planning.planner import cohort_job, groups_of
+from akd_dist.jobs.run_folder import LocalRun
+from akd_dist.jobs.train_teacher import Workspace, run_in_process
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import save_model
 from akd_dist.recipe import Cnn
+from akd_dist.storage.mean import Stores
 from akd_dist.storage.removal import disused, gc, remove_store
 from akd_dist.storage.roots import open_root
 from tests.fleets import ANNEALING, a_recipe, a_student
-from tests.jobs.test_growth import cohorts_here
 from tests.jobs.test_tune import RECIPE
 
 LONGER = ANNEALING | {"stage2_epochs": 2}
@@ -40,12 +46,24 @@ ASSISTANT = {
 }
 
 
+def train_here(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace, run: LocalRun) -> int:
+    """What a fleet does on Ray, cohort after cohort in this process."""
+    Path(base.control).mkdir(parents=True, exist_ok=True)
+    run.begin(base.attempt)
+    base.attempt_file.touch()
+    groups = groups_of(list(plan.todo))
+    for number, group in enumerate(groups):
+        train_cohort(replace(cohort_job(base, group, assistant), name=f"cohort-{base.attempt}-{number}"))
+    return len(groups)
+
+
 @contextlib.contextmanager
 def all_here() -> Iterator[None]:
-    """Teachers and cohorts in this process: Ray's started before there was a bucket, and do not know where it is."""
-    with cohorts_here(), pytest.MonkeyPatch.context() as patch:
+    """Teachers, shards and cohorts in this process: where the bucket is, is known only to processes begun later."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_teacher, "run_on_ray", run_in_process)
         patch.setattr(cache_teacher, "compute_on_ray", compute_in_process)
+        patch.setattr(train_students, "_train", train_here)
         yield
 
 
@@ -96,8 +114,7 @@ def journey(place: Place, folder: Path) -> list[Any]:
     return [*told, search]
 
 
-@pytest.mark.ray
-def test_all_is_as_in_a_local_folder(bucket: str, tmp_path: Path, ray_cluster: None) -> None:
+def test_all_is_as_in_a_local_folder(bucket: str, tmp_path: Path) -> None:
     here, there = Place(str(tmp_path), tmp_path, "here"), Place(bucket, tmp_path, "there")
     found = journey(there, tmp_path)
     assert found == journey(here, tmp_path)
