@@ -114,6 +114,7 @@ def journey(place: Place, folder: Path) -> list[Any]:
     return [*told, search]
 
 
+@pytest.mark.slow
 def test_all_is_as_in_a_local_folder(bucket: str, tmp_path: Path) -> None:
     here, there = Place(str(tmp_path), tmp_path, "here"), Place(bucket, tmp_path, "there")
     found = journey(there, tmp_path)
