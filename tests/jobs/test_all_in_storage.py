@@ -31,6 +31,8 @@ from akd_dist.storage.roots import open_root
 from tests.fleets import ANNEALING, a_recipe, a_student
 from tests.jobs.test_tune import RECIPE
 
+pytestmark = pytest.mark.usefixtures("own_process_state")
+
 LONGER = ANNEALING | {"stage2_epochs": 2}
 CONSTANT = {"kind": "sgd", "lr": 0.05}
 SHORT, LONG = (
