@@ -401,7 +401,7 @@ def impossible_mark(where: str, got: str) -> DamagedError:
         f"{where} is damaged",
         got=got,
         expected=f"marks that akd-dist puts, one attempt after the other, {MOST_ATTEMPTS:,} at most",
-        next="remove it, then run the same command again",
+        next="remove that object, then run the same command again",
     )
 
 
