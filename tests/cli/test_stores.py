@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import akd_dist
 from akd_dist.base.locks import file_lock
 from akd_dist.cli.show import in_words
+from akd_dist.cli.store_facts import in_order
 from akd_dist.documents.stores import GcDocument, StoreDocument, StoresDocument, VerifyDocument
 from akd_dist.storage.decoded import open_decoded
 from akd_dist.storage.node_cache import cache_folder
@@ -204,3 +206,12 @@ def test_open_store_reads_rows(root: Path) -> None:
     (store,) = root.iterdir()
     opened = akd_dist.open_store(store)
     assert opened.rows(0, 0, 2).shape == (2, opened.classes)
+
+
+def test_stores_stand_in_the_order_of_their_last_use() -> None:
+    def store(teacher: str, used: float | None, split: str = "train", modified: float = 9.0) -> Any:
+        return SimpleNamespace(teacher=teacher, last_used=used, modified=modified, hint={"split": split})
+
+    old, never = store("a", 1.0), store("b", None, modified=99.0)
+    test, train = store("b", 5.0, "test"), store("b", 4.0)
+    assert in_order([never, old, test, train]) == [train, test, old, never]

@@ -221,7 +221,11 @@ def test_members_may_be_trained_imported_and_given(home: Home, tmp_path: Path) -
     stored = home.recipe([{"store": given.opened["train"].id}, home.member("b")])
     same = home.recipe([home.member("a"), home.member("b")])
     assert home.open(stored).levels[0].taught == home.open(same).levels[0].taught
-    missing = home.recipe([trained | {"train": {"epochs": 2, "optimizer": ADAMW}}, home.member("nobody")])
+    other = trained | {"train": {"epochs": 2, "optimizer": ADAMW}}
+    plan = foresee_caching(home.open(home.recipe([other, home.member("a")])), home.workspace)
+    assert [member["train"].hit for member in plan.members] == [False, True], "although the first is to be trained"
+    assert plan.bytes == sum(split.bytes for split in plan.members[0].values())
+    missing = home.recipe([other, home.member("nobody")])
     with pytest.raises(RefusedError, match="nobody"):  # before the first is trained
         home.open(missing)
 
