@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import sha256
 from akd_dist.base.tracebacks import whole
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.arguments import placed
+from akd_dist.data.arguments import contents, placed
 from akd_dist.recipe import Factory
 
 # Where installed modules lie, also those of an environment that lies in a recipe's folder.
@@ -82,6 +83,33 @@ def source_sha256(spec: Factory, signature: str) -> str | None:
     """
     file = source_of(spec, signature)
     return None if file is None else sha256(file.read_bytes())
+
+
+def read_beside(spec: Factory) -> dict[str, str]:
+    """What the function that a spec names may read beside the file that it lies in, as far as that is known.
+
+    Returns:
+        The sha256 of the files and folders that its arguments name, by the argument; and of the modules of the recipe's
+        folder that its own imports, by name. Empty for most.
+
+    Raises:
+        RefusedError: a file cannot be read.
+    """
+    return contents(spec.arguments, spec.trusted.place) | _imported(spec)
+
+
+def _imported(spec: Factory) -> dict[str, str]:
+    """The modules that lie in the folder of the recipe, found by reading `import` in the one that the spec names."""
+    own, place = spec.factory.partition(":")[0], spec.trusted.place
+    if place is None:
+        return {}
+    finder = ModuleFinder(path=[place], excludes=["akd_dist"])
+    try:
+        finder.import_hook(own)
+    except (ImportError, SyntaxError):  # it lies elsewhere, or is no Python
+        return {}
+    files = {name: getattr(module, "__file__", None) for name, module in finder.modules.items() if name != own}
+    return {name: sha256(Path(file).read_bytes()) for name, file in sorted(files.items()) if file is not None}
 
 
 def call_factory(spec: Factory, signature: str, arguments: Mapping[str, Any]) -> object:
