@@ -169,7 +169,7 @@ def in_words(value: Any) -> str:
 def as_yaml(value: Any) -> str:
     """Plain data as YAML on one line, to be put into a recipe.
 
-    Text is quoted unless it is a plain path or a key: an id of digits alone would be a number.
+    Text is quoted unless it is a plain path or a name; ids are, of which one of digits alone would be a number.
     """
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {as_yaml(inner)}" for key, inner in value.items()) + "}"
@@ -177,7 +177,8 @@ def as_yaml(value: Any) -> str:
         return "[" + ", ".join(map(as_yaml, value)) + "]"
     plain = isinstance(value, str) and re.fullmatch(r"(\.{0,2}/)?[A-Za-z_][\w./-]*", value, re.ASCII)
     reserved = str(value).lower() in ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
-    return value if plain and not reserved else json.dumps(value, ensure_ascii=False)
+    is_id = isinstance(value, str) and re.fullmatch("[0-9a-f]{12,}", value)
+    return value if plain and not reserved and not is_id else json.dumps(value, ensure_ascii=False)
 
 
 def path_from(recipe: str | Path, path: str | Path) -> str:
