@@ -73,7 +73,7 @@ def stores() -> None:
 def stores_list(store_root: str, as_json: bool) -> None:
     """Every store under the root, sealed or not.
 
-    Those of one teacher stand together, the teacher used last first.
+    What was used last stands first, those of one teacher together; what nobody used yet stands last.
     """
     from akd_dist.documents.stores import StoresDocument
     from akd_dist.storage.catalog import list_stores

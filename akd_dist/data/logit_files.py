@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import RefusedError, unreadable
 from akd_dist.data.logit_arrays import (
     BLOCK_BYTES,
     Check,
@@ -101,7 +101,7 @@ def _opener_of(path: Path) -> Opener:
         with open(path, "rb") as file:
             head = file.read(16)
     except OSError as error:
-        raise _no_logits(path, "cannot be read", error.strerror, "have its owner let this user read it") from None
+        raise unreadable(RefusedError, path, error, expected="a file that this user may read") from None
     if not head:
         raise _no_logits(path, "is empty", "0 bytes", "copy or compute it again")
     for mark, opener in ((b"\x93NUMPY", _open_npy), (b"PK", _open_npz), (b"PAR1", _open_parquet)):
