@@ -41,7 +41,8 @@ def import_factory(spec: Factory, signature: str) -> Callable[..., object]:
     name = spec.factory
     module_name, _, function = name.partition(":")
     _check_trusted(name, module_name, spec.trusted)
-    where = "on Python's path" if spec.trusted.place is None else "beside the recipe, or name its place with `folder:`"
+    beside = spec.trusted.folder is not None
+    where = "beside the recipe, or name its place with `folder:`" if beside else "here, or on Python's path"
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -133,8 +134,8 @@ def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
     """Refuse a factory that nobody trusts, without importing anything, packages above it included.
 
     The folder of the user's recipe comes on Python's path only once something in it is trusted, and last, so that it
-    hides no installed module. A folder that somebody else names never does: libraries look for modules that may be
-    there or not, and would run those that they find.
+    hides no installed module. A folder that somebody else names never does, nor does the working folder: libraries look
+    for modules that may be there or not, and would run those that they find.
     """
     listed = trusted.lists(module)
     if not listed and name not in trusted.factories:
@@ -147,9 +148,8 @@ def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
         )
     if trusted.folder is not None and trusted.folder not in sys.path:
         sys.path.append(trusted.folder)
-    if listed and trusted.elsewhere is not None:
-        finder = _Listed(trusted.elsewhere, module.partition(".")[0])
-        if finder not in sys.meta_path:
+    for folder in (trusted.working, trusted.elsewhere) if listed else ():
+        if folder is not None and (finder := _Listed(folder, module.partition(".")[0])) not in sys.meta_path:
             sys.meta_path.append(finder)
     # Python keeps lists of folders, in which a module that was written a moment ago does not stand yet.
     importlib.invalidate_caches()
@@ -159,7 +159,10 @@ def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
 
 @dataclass(frozen=True)
 class _Listed:
-    """Finds one module that the user lists in a folder that they did not name, after all others, and nothing else."""
+    """Finds one module that the user lists in a folder that they did not name, after all others, and nothing else.
+
+    Such a folder is that of somebody's run, and the one that the command runs in, where anything may lie.
+    """
 
     folder: str
     top: str
