@@ -14,9 +14,9 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data.logit_checks import look_at_order
 from akd_dist.data.parquet_files import out_of_order
 from akd_dist.data.source_rows import source_rows
-from tests.jobs.test_import_logits import CLASSES, IDS, ROWS, Home, Z, logits, own_process_state, refused
+from tests.jobs.test_import_logits import CLASSES, IDS, ROWS, Home, Z, logits, refused
 
-__all__ = ["own_process_state"]
+pytestmark = pytest.mark.usefixtures("own_process_state")
 PARTS = [f"part-{number}.parquet" for number in range(12)]
 
 
