@@ -171,6 +171,11 @@ class _Start:
         ray_internals.quiet(connected=True)
         return failure
 
+    def give_up(self) -> None:
+        """End it, whether it is up yet or not; of one that is, `shut_down` ends the rest."""
+        if not self.tried.is_set():
+            _end_what_was_started(self.before)
+
     def _wait(self) -> BaseException | None:
         """Wait for `ray.init` to come back; a reason not to wait any longer, if there is one before.
 
@@ -289,7 +294,7 @@ def closing() -> Iterator[None]:
         if ours:
             _closers.clear()
             if _begun:  # nobody came to need it
-                _begun.pop().wait()
+                _begun.pop().give_up()
             if ray.is_initialized():
                 shut_down()
 

@@ -137,7 +137,8 @@ def _run_recipe(
         with drives, cluster.closing():
             pauses = {} if rung is None else rung.pauses
             begun: dict[str, Any] = {"fresh": options.fresh, "shuffle": shuffle, "stacking": stacking}
-            plan = plan_run(inputs, run.folder, workspace, pauses=pauses, **begun)
+            executed = not options.dry_run
+            plan = plan_run(inputs, run.folder, workspace, pauses=pauses, executed=executed, **begun)
             if options.dry_run:
                 return plan, plan.document.model_copy(update=growth.told).plain()
             return plan, _execute(plan, growth, options, workspace, began, run, rung)

@@ -124,6 +124,7 @@ def plan_run(
     shuffle: windows.Shuffle | None = None,
     pauses: Mapping[str, int] | None = None,
     stacking: Stackings | None = None,
+    executed: bool = False,
 ) -> RunPlan:
     """Plan what is left to do of a run that is held: students are probed, and nothing is written.
 
@@ -132,6 +133,7 @@ def plan_run(
         shuffle: how epochs shuffle, as far as that is settled; else it is chosen.
         pauses: after how many epochs students wait for another command; who stands there has nothing to do.
         stacking: how the run has steps taken, as `stacking.kept_by`.
+        executed: whether the plan is executed next: then a Ray that it needs on this machine is started meanwhile.
 
     Raises:
         AkdError: what cannot fit the disk, the store root or the cluster.
@@ -156,6 +158,8 @@ def plan_run(
         windows.check_window(demands, shuffle, room, workers=max((spec.workers for spec in todo), default=1))
     if pauses:
         todo = [spec for spec in todo if _goes_on(spec, Path(base.root), pauses)]
+    if todo and executed and workspace.address is None:
+        cluster.begin()
     if todo:
         workspace.tell("probing what the students take")
     measured = measured_of(recipe, todo, splits, parameters, workspace)

@@ -31,7 +31,19 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.distill.ranks import reason_of
 from akd_dist.models.device import gpus_of
-from akd_dist.recipe import DataSpec, HardLabels, Recipe, Stacked, StudentSpec, trust
+from akd_dist.recipe import (
+    Cnn,
+    DataSpec,
+    HardLabels,
+    Mlp,
+    PlainCnn,
+    Recipe,
+    ResNet,
+    Stacked,
+    StudentSpec,
+    TextTransformer,
+    trust,
+)
 from akd_dist.storage.rows import SealedRows
 
 if TYPE_CHECKING:
@@ -40,6 +52,8 @@ if TYPE_CHECKING:
 ALL_SECONDS = 30.0
 """How long the probes of a fleet take at most; further models are estimated from the nearest by size."""
 
+BUILT_IN = (Mlp, Cnn, ResNet, PlainCnn, TextTransformer)
+"""Models whose code is ours."""
 _SIZES = ("weights", "gradients", "optimizer", "step_memory", "evaluation_memory")
 
 log = logging.getLogger(__name__)
@@ -171,11 +185,17 @@ class Prober:
         self.words.close()
 
     def probe(self, spec: StudentSpec) -> Measured | None:
-        """What a student takes; None, and a warning, if its probe fails or kills its process."""
+        """What a student takes; None, and a warning, if its probe fails or kills its process.
+
+        Built-in models on a processor are looked at in this process: their size was compared with the memory before,
+        and they crash nothing, so a process of their own would only cost its start. A GPU would stay taken.
+        """
         if spec.objective.epochs == 0:  # it takes no step, but its fleet may be measured; no recipe can say so
             spec = spec.model_copy(update={"objective": HardLabels(epochs=1)})
         with tempfile.TemporaryDirectory(prefix="akd-dist-probe-") as scratch:
-            answer = self._ask({"student": spec.model_dump(mode="json"), "scratch": scratch})
+            request = {"student": spec.model_dump(mode="json"), "scratch": scratch}
+            here = isinstance(spec.model, BUILT_IN) and self.job["device"] == "cpu"
+            answer = _answer_here(request | self.job) if here else self._ask(request)
         if "failed" in answer:
             log.warning("the probe of %s failed: %s", spec.name, answer["failed"])
             return None
@@ -210,6 +230,18 @@ class Prober:
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
+
+
+def _answer_here(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request in this process, whose settings of torch stay as they are."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        return asdict(_answer(**request))
+    except Exception as error:
+        return {"failed": reason_of(error)}
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def answer_probes() -> None:
