@@ -326,7 +326,7 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, workspace: 
                     workspace.tell(f"warning: {line}")
                 result = _result(trained, job, outcome)
             metric = recipe.data.primary_metric
-            workspace.tell(f"{trained.name} is trained: test {metric} {result['test'][metric]:.4f}")
+            workspace.tell(f"{trained.name} is trained: test {recipe.data.metric_name} {result['test'][metric]:.4f}")
     return uri
 
 

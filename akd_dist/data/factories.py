@@ -9,7 +9,6 @@ import importlib.util
 import os
 import sys
 import sysconfig
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
@@ -18,6 +17,7 @@ from typing import Any
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import sha256
+from akd_dist.base.tracebacks import whole
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.arguments import placed
 from akd_dist.recipe import Factory
@@ -35,7 +35,7 @@ def import_factory(spec: Factory, signature: str) -> Callable[..., object]:
 
     Raises:
         RefusedError: nobody trusts it, and then nothing was imported; there is no such module or function, or the
-            module fails to import; its exception is shown whole.
+            module fails to import; its traceback is shown.
     """
     name = spec.factory
     module_name, _, function = name.partition(":")
@@ -88,7 +88,7 @@ def call_factory(spec: Factory, signature: str, arguments: Mapping[str, Any]) ->
     """What the function that a spec names returns for these keyword arguments, their paths as `arguments.placed` says.
 
     Raises:
-        RefusedError: as `import_factory` and `placed`; or the function fails, and its exception is shown whole.
+        RefusedError: as `import_factory` and `placed`; or the function fails, and its traceback is shown.
     """
     factory = import_factory(spec, signature)
     given = placed(arguments, spec.trusted.place)
@@ -99,11 +99,6 @@ def call_factory(spec: Factory, signature: str, arguments: Mapping[str, Any]) ->
         missing = isinstance(error, FileNotFoundError)
         hint = "a path beside the recipe is written ./name in arguments" if missing else None
         raise RefusedError(failed, got=whole(error), expected=f"a function{signature}", next=hint) from error
-
-
-def whole(error: BaseException) -> str:
-    """An exception of the user's own code with its traceback, as they need it to find their mistake."""
-    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def _check_trusted(name: str, module: str, trusted: Trusted) -> None:

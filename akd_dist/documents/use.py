@@ -7,7 +7,7 @@ from akd_dist.documents.check import TeacherCheck
 from akd_dist.documents.fleet import Metrics
 from akd_dist.recipe import Device, Precision, Split, Target, Task
 
-Column = Literal["row", "file", "predicted", "probability", "logits", "label"]
+Column = Literal["row", "file", "predicted", "class_name", "probability", "logits", "label"]
 
 
 class EvaluatedModel(Document):

@@ -415,10 +415,18 @@ def _say_who_waits(cohorts: Sequence[PlannedCohort], asks: Sequence[ResourceRequ
     return said
 
 
+def _beside_hits(cache: PlanDocument) -> str:
+    """What of an ensemble is there already."""
+    hits = sum(all(part.hit for part in member.values()) for member in cache.members)
+    return f", as the stores of {hits} of {counted(len(cache.members), 'teacher')} are a hit" if hits else ""
+
+
 def _about_teacher(inputs: Inputs, cache: PlanDocument) -> str:
     """What has to be done for the teacher and its assistants first."""
-    words = [] if inputs.levels else ["the teacher is to be trained"]
+    words, each = [], inputs.recipe.teacher.each
+    if not inputs.levels:
+        words.append("the teacher is to be trained" if len(each) == 1 else "teachers of the ensemble are to be trained")
     words += [f"the assistant {one.model} is to be trained" for one in cache.assistants if not one.trained]
     if cache.bytes:
-        words.append(f"{size(cache.bytes)} of logits are to be cached")
+        words.append(f"{size(cache.bytes)} of logits are to be cached" + _beside_hits(cache))
     return "; ".join(words) + ": first, and not in the time below" if words else "cached: it is not needed"

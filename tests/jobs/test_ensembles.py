@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from rich.console import Console
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.row_cache import prepare
-from akd_dist.distill import teacher
 from akd_dist.distill.cohort import open_stream
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import compute_in_process, document_of, walk_chain
@@ -36,16 +34,9 @@ from akd_dist.storage.reader import open_store
 from akd_dist.storage.writer import create_store, seal_store, write_shard
 from tests.fleets import ADAMW, ANNEALING, a_recipe, a_student
 
+pytestmark = pytest.mark.usefixtures("own_process_state")
+
 KD = {"kind": "kd", "epochs": 2}
-
-
-@pytest.fixture(autouse=True)
-def own_process_state() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    teacher.forget()
 
 
 class Home:
@@ -199,7 +190,11 @@ def test_members_may_be_trained_imported_and_given(home: Home, tmp_path: Path) -
     stored = home.recipe([{"store": given.opened["train"].id}, home.member("b")])
     same = home.recipe([home.member("a"), home.member("b")])
     assert home.open(stored).levels[0].taught == home.open(same).levels[0].taught
-    missing = home.recipe([trained | {"train": {"epochs": 2, "optimizer": ADAMW}}, home.member("nobody")])
+    other = trained | {"train": {"epochs": 2, "optimizer": ADAMW}}
+    plan = foresee_caching(home.open(home.recipe([other, home.member("a")])), home.workspace)
+    assert [member["train"].hit for member in plan.members] == [False, True], "although the first is to be trained"
+    assert plan.bytes == sum(split.bytes for split in plan.members[0].values())
+    missing = home.recipe([other, home.member("nobody")])
     with pytest.raises(RefusedError, match="nobody"):  # before the first is trained
         home.open(missing)
 
