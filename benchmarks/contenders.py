@@ -134,13 +134,13 @@ class LitData(OwnLoader):
     packages = ("litdata", "lightning-utilities")
     imports = ("litdata",)
     shuffle = "blocks of 256 rows, then rows within one"
-    window: ClassVar[int | str] = "auto"
+    settings: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, folder: Path, batch: int, workers: int) -> None:
         import litdata
 
         super().__init__(folder, batch, workers)
-        dataset = litdata.StreamingDataset(str(folder), shuffle=True, seed=0, item_shuffle_window=self.window)
+        dataset = litdata.StreamingDataset(str(folder), shuffle=True, seed=0, **self.settings)
         self.loader = litdata.StreamingDataLoader(
             dataset, batch_size=batch, num_workers=workers, persistent_workers=workers > 0
         )
@@ -154,10 +154,10 @@ class LitData(OwnLoader):
 
 
 class LitDataFull(LitData):
-    """The same, with the rows of a whole chunk shuffled together."""
+    """The same, with the rows of a whole chunk shuffled together, and decoded one by one: not 256 for each."""
 
     shuffle = "chunks, then rows within one (64 MB)"
-    window = "full"
+    settings: ClassVar[dict[str, Any]] = {"item_shuffle_window": "full", "batch_decode": 0}
     format = "litdata"
 
 

@@ -90,10 +90,10 @@ SIZES = (
     Size("small", 50_000, (3, 32, 32), 10, "float32"),
     Size("large", 20_000, (3, 64, 64), 1_000, "float16"),
 )
-ORDERED = Size("ordered", 20_000, (1, 8, 8), 10, "float32")
+ORDERED = Size("ordered", 10_240, (1, 8, 8), 10, "float32")
 """What orders are compared with."""
-STOP_AFTER = 30
-"""Batches before the interruption, of 79."""
+STOP_AFTER = 15
+"""Batches before the interruption, of 40."""
 ROOT = Path(__file__).parents[1]
 NO_PEERS = ("numpy", "akd-dist", "akd-dist, new node")
 
@@ -304,8 +304,14 @@ def measure(size: Size, folder: Path, names: Sequence[str], chosen: argparse.Nam
 
 def progress(name: str, size: Size, run: dict[str, Any]) -> None:
     """A line for one run."""
-    rates = ", ".join(f"{one['rows'] / one['seconds']:,.0f}" for one in run["passes"])
-    print(f"{size.name}: {name}: {rates} rows/s, first batch {run['first_batch']:.2f} s", file=sys.stderr)
+    told = [f"{one['rows'] / one['seconds']:,.0f} ({one['rows'] / one['cpu']:,.0f})" for one in run["passes"]]
+    bad = ", ".join(f"{run[kind]:,} {kind}" for kind in ("missing", "twice", "wrong") if run[kind])
+    print(
+        f"{size.name}: {name}: {', '.join(told)} rows a second (of CPU time), first batch {run['first_batch']:.2f} s, "
+        f"{run['memory']['own'] / 1e6:,.0f} and {run['memory']['files'] / 1e6:,.0f} MB, "
+        f"{run['stretches']:.0f} stretches{bad and f'; {bad}'}",
+        file=sys.stderr,
+    )
 
 
 def summary(name: str, runs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
@@ -385,21 +391,22 @@ def orders_of(name: str, folder: Path, size: Size) -> dict[str, Any]:
     first, other = asked(workers)["rows"], asked(1 if workers == 2 else 2)["rows"]
     begun = asked(workers, stop_after=STOP_AFTER)
     found: dict[str, Any] = {"again": begun["rows"] == first[: len(begun["rows"])], "other_workers": other == first}
-    print(f"{name}: {found}", file=sys.stderr)
     if begun["state"] is None:
         return found | {"resumed": None}
     rest = asked(workers, state=begun["state"])["rows"]
     counts = np.bincount(begun["rows"] + rest, minlength=size.rows)
-    return found | {
+    found |= {
         "resumed": begun["rows"] + rest == first,
         "missing_after": int(np.count_nonzero(counts == 0)),
         "twice_after": int(np.count_nonzero(counts > 1)),
     }
+    print(f"{name}: {found}", file=sys.stderr)
+    return found
 
 
 def table_of_orders(result: dict[str, Any], of: dict[str, str]) -> str:
     """The document for people."""
-    lines = [f"{ORDERED}: is an epoch's order the same?", " " * 24 + "again  other workers  resumed after 30 batches"]
+    lines = [f"{ORDERED}: is an epoch's order the same?", " " * 24 + "again  other workers  resumed after 15 batches"]
     for name, found in result.items():
         resumed = {None: "no state of its own"}.get(found["resumed"], found["resumed"])
         if resumed is False:
