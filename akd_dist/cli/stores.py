@@ -158,7 +158,7 @@ def stores_import(as_json: bool, **given: Any) -> None:
     else:
         from akd_dist.documents.imported import ImportedDocument
 
-        print_imported(ImportedDocument.model_validate(document), given["recipe"])
+        print_imported(ImportedDocument.model_validate(document), **given)
 
 
 @stores.command("verify")

@@ -142,6 +142,8 @@ class ModelImportDocument(Document):
     """The sha256 of its weights and architecture."""
     bytes: Count
     """Size of the folder."""
+    code: list[str]
+    """What the `code` of a recipe that names the folder has to list, or `--trust` to say; none of built-in models."""
     notes: list[str]
     """What was taken off, left out and widened; empty where the file had been imported here before."""
     check: TeacherCheck

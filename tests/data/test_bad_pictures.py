@@ -170,7 +170,12 @@ FOLDERS: dict[str, Case] = {
     "no column of files": (flat(GOOD.replace("file_name", "file")), ["no column file_name", "set `file` to file"]),
     "no column of labels": (flat(GOOD, label="lable"), ["no column lable", "set `label` to label"]),
     "two columns": (flat(GOOD.replace("file_name,label", "label,label")), ["no column file_name"]),
-    "semicolons": (flat(GOOD.replace(",", ";")), ["no column file_name", "the columns file_name;label"]),
+    "semicolons": (
+        flat(GOOD.replace(",", ";")),
+        ["not separated by commas", "semicolons in its first line: file_name;"],
+    ),
+    "tabs": (flat(GOOD.replace(",", "\t")), ["not separated by commas", "tabs in its first line", "again with commas"]),
+    "decimal commas": (flat(GOOD.replace(",", ";").replace(";1\n", ";1,5\n")), ["semicolons in its first line"]),
     "no label": (
         flat(GOOD.replace("c.jpg,2", "c.jpg,")),
         ["no value in row 2 of", "(c.jpg), column label of"],
