@@ -5,7 +5,9 @@ akd-dist train-students jobs/digits.yaml
 
 import contextlib
 import functools
+import importlib
 import json
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -287,11 +289,19 @@ def _train(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspa
             look = plan.inputs.splits.sources.look
             asked: dict[str, Any] = {"look": look, "demand": demand, "folder": workspace.folder, "run": run}
             fleet = Fleet(base, costs, stop, workspace.console, assistant, **asked)
+            threading.Thread(target=_import_what_reports_need, name="imports", daemon=True).start()
             count = fleet.train(cohorts)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")
     return count
+
+
+def _import_what_reports_need() -> None:
+    """While workers train, the driver has nothing to do; at their end, each second of it is waited for."""
+    with contextlib.suppress(Exception):  # told where the report is made
+        for name in ("scipy.stats", "matplotlib.figure", "matplotlib.backends.backend_svg", "jinja2"):
+            importlib.import_module(name)
 
 
 @contextlib.contextmanager
