@@ -14,7 +14,7 @@ from torch import nn
 from akd_dist.data.encoded import ahead, batches_ahead, begin
 from akd_dist.data.rows import Rows
 from akd_dist.distill.hooks import own_measure
-from akd_dist.distill.objectives import at_least_float32, label_losses
+from akd_dist.distill.losses import at_least_float32, label_losses
 from akd_dist.models.device import autocast
 from akd_dist.recipe import CustomMetric, Precision, Task
 

@@ -1,4 +1,4 @@
-"""The objectives as pure functions: a student's stages, the schedules, the losses, the learning rate.
+"""The objectives as pure functions: a student's stages, the schedules, the learning rate.
 
 Nothing here holds state. Every loss is returned per row, so that the caller can take the exact mean of a global batch
 however it is cut into ranks. A further objective is a small frozen class with `losses`, and a line in `stages`.
@@ -9,17 +9,15 @@ classes. The dtype of the labels tells the task: int64 are class ids, a float ty
 
 import functools
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from akd_dist.base.errors import RecipeError
 from akd_dist.distill.hooks import LOSSES, function_of, own_losses
+from akd_dist.distill.losses import Number, annealing_losses, at_least_float32, label_losses, softened_losses
 from akd_dist.distill.orders import LABELLED, Mix
 from akd_dist.recipe import (
     AnnealingKD,
@@ -34,9 +32,6 @@ from akd_dist.recipe import (
     Steps,
     Takd,
 )
-
-Number = float | Tensor
-"""A number of one student; or of several students, one each, [students, 1]."""
 
 # ---- stages
 
@@ -342,57 +337,6 @@ def row_losses(
     return stage.losses(epoch, z_student, z_teacher, labels, label_weight)
 
 
-def losses_together(
-    standing: Sequence[tuple[Stage, int]],
-    z_students: Tensor,
-    z_teacher: Tensor | None,
-    labels: Tensor,
-    label_weight: float = 1.0,
-) -> tuple[Tensor, dict[int, Exception]]:
-    """The loss of each row of several students on one batch: those of one formula in one go.
-
-    What a student comes to does not depend on the others: each number of it is computed from its own row of the stack,
-    by operations on single elements or along one row.
-
-    Args:
-        standing: the stage of each student, and its 0-based epoch in that.
-        z_students: [students, n, classes], of half precision too.
-        z_teacher, labels, label_weight: as of `row_losses`.
-
-    Returns:
-        float32 or float64 [students, n]; and what the user's own objectives raised, by the student's index: its losses
-        are zeros.
-    """
-    z_students = at_least_float32(z_students)
-    z_teacher = None if z_teacher is None else z_teacher.to(z_students.dtype)
-    labels = labels.to(z_students.dtype) if labels.is_floating_point() else labels
-    alike: dict[Hashable, list[int]] = defaultdict(list)
-    for index, (stage, _) in enumerate(standing):
-        alike[index if stage.alike is None else stage.alike].append(index)
-    found, errors = dict[int, Tensor](), dict[int, Exception]()
-    for members in alike.values():
-        stage, epoch = standing[members[0]]
-        if stage.alike is None:
-            (index,) = members
-            try:
-                found[index] = stage.losses(epoch, z_students[index], z_teacher, labels, label_weight)
-            except Exception as error:
-                found[index], errors[index] = 0 * z_students[index].sum(dim=-1), error
-            continue
-        each = [standing[index][0].numbers(standing[index][1]) for index in members]
-        numbers: dict[str, Number] = {name: z_students.new_tensor([[one[name]] for one in each]) for name in each[0]}
-        if len(members) == len(standing):
-            return stage.formula(z_students, z_teacher, labels, label_weight, **numbers), errors
-        losses = stage.formula(z_students[members], z_teacher, labels, label_weight, **numbers)
-        found |= dict(zip(members, losses, strict=True))
-    return torch.stack([found[index] for index in range(len(standing))]), errors
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Logits in float32 where they are of half precision; float32 and float64 as they are."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def temperature(i: int, n: int, tau_max: int) -> int:
     """T_i = max(1, tau_max - floor((i - 1) * tau_max / n)): the temperature of epoch i = 1..n of stage I.
 
@@ -451,75 +395,3 @@ def learning_rate(base: float, schedule: Schedule, step: int, total: int) -> flo
             return base * (1 - step / total)
         case _:
             return base
-
-
-def label_losses(z_student: Tensor, labels: Tensor, weight: float = 1.0) -> Tensor:
-    """Cross-entropy of each row, or its squared error (y - z_s)^2 for regression; 0 where a row has no label.
-
-    Args:
-        z_student: float [n, classes]; [n, 1] for regression. Of several students [students, n, classes].
-        labels: int64 [n], or float [n] for regression; -1 or NaN stands for none.
-        weight: what each of them is multiplied by.
-
-    Returns:
-        float [n], or [students, n].
-    """
-    if labels.is_floating_point():
-        z = z_student[..., 0]
-        # Not by a mask on the losses: the gradient of what is masked would still be NaN.
-        losses = (z - torch.where(labels.isnan(), z.detach(), labels)).square()
-    else:
-        flat, several = z_student.flatten(0, -2), z_student.shape[:-1]
-        losses = functional.cross_entropy(
-            flat, labels.expand(several).reshape(-1), ignore_index=-1, reduction="none"
-        ).view(several)
-    return losses if weight == 1 else weight * losses
-
-
-def annealing_losses(z_student: Tensor, z_teacher: Tensor, phi: Number, reduction: str = "mean") -> Tensor:
-    """|| z_s(x) - Phi(T) z_t(x) ||^2 of each row: the loss of stage I (Jafari et al., EACL 2021), on raw logits.
-
-    The paper writes the squared norm, a sum over classes; the authors' code takes the mean over batch and classes. The
-    mean is the default here because the paper's learning rates belong to it.
-
-    Args:
-        z_student: float [n, classes], or [students, n, classes].
-        z_teacher: float [n, classes] of the same dtype.
-        phi: the annealing factor; or that of each student, [students, 1].
-        reduction: `mean` or `sum` over classes.
-
-    Returns:
-        float [n], or [students, n].
-    """
-    squares = (z_student - _of_rows(phi) * z_teacher).square()
-    return squares.mean(dim=-1) if reduction == "mean" else squares.sum(dim=-1)
-
-
-def softened_losses(z_student: Tensor, z_teacher: Tensor, temperature: Number) -> Tensor:
-    """T^2 KL(softmax(z_t / T) || softmax(z_s / T)) of each row (Hinton et al., 2015, arXiv 1503.02531).
-
-    T^2 keeps the size of the gradient when T changes.
-
-    Args:
-        z_student: float [n, classes], or [students, n, classes].
-        z_teacher: float [n, classes] of the same dtype.
-        temperature: T, above 0; or that of each student, [students, 1].
-
-    Returns:
-        float [n], or [students, n].
-    """
-    student = functional.log_softmax(z_student / _of_rows(temperature), dim=-1)
-    teacher = functional.log_softmax(z_teacher / _of_rows(temperature), dim=-1)
-    if z_student.dim() > 2:
-        # A softmax goes along each row, while exp goes over all numbers at once, and the last bit of one may depend on
-        # where it stands among them: so on how many students there are.
-        chances = functional.softmax(z_teacher / _of_rows(temperature), dim=-1)
-        divergence = chances * (teacher - student)
-    else:
-        divergence = functional.kl_div(student, teacher, reduction="none", log_target=True)
-    return temperature**2 * divergence.sum(dim=-1)
-
-
-def _of_rows(number: Number) -> Number:
-    """A number of each student, [students, 1], as it stands beside logits, [students, n, classes]."""
-    return number[..., None] if isinstance(number, Tensor) else number

@@ -24,8 +24,10 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 from akd_dist.distill.batch_norm import has_batch_norm
-from akd_dist.distill.objectives import learning_rate, losses_together
+from akd_dist.distill.losses import at_least_float32
+from akd_dist.distill.objectives import learning_rate
 from akd_dist.distill.packed import NotStackableError, Packed
+from akd_dist.distill.stack_losses import Alike, alike, losses_together
 from akd_dist.distill.stream import Batch
 from akd_dist.distill.student import DivergedError, Student, make_optimizer
 from akd_dist.models.build import CONSTANTS
@@ -70,13 +72,22 @@ class Stack:
         self.generators = [_generator(student) for student in self.students] if self.dropouts else []
         self.looks_across_rows = has_batch_norm(self.students[0].module)
         self.shapes: dict[torch.Size, dict[str, torch.Size]] = {}
+        self.parts: tuple[int, list[Alike]] | None = None
+        self.clips = [
+            (index, clip)
+            for index, student in enumerate(self.students)
+            if (clip := student.optimizer_spec.clip) is not None
+        ]
+        self.broken = False  # whether somebody has failed in it, whose gradient is gone
         self.optimizers = self._shared_optimizers()
         self.made_for = [student.optimizer for student in self.students]
 
     def is_of(self, students: Sequence[Student]) -> bool:
         """Whether it is the stack of these students as they are now: a new stage begins with another optimizer."""
-        return self.students == list(students) and all(
-            made is student.optimizer for made, student in zip(self.made_for, students, strict=True)
+        return (
+            not self.broken
+            and self.students == list(students)
+            and all(made is student.optimizer for made, student in zip(self.made_for, students, strict=True))
         )
 
     def take_step(self, batch: Batch, steps_per_epoch: int) -> Failures:
@@ -89,11 +100,10 @@ class Stack:
             Exception: what the forward pass raises; nobody has taken a step.
         """
         started = time.perf_counter()
-        standing = [(student.stage, student.stage_epoch) for student in self.students]
         held = {name: one.clone() for name, one in self.held.items()}  # until it is known who has taken the step
         inputs = self._aligned(batch.inputs)
         logits = self._forward(held, self._masks(inputs), inputs)[:, : len(batch.rows)]
-        losses, errors = losses_together(standing, logits, batch.logits, batch.labels, batch.label_weight)
+        losses, errors = losses_together(self._alike(), logits, batch.logits, batch.labels, batch.label_weight)
         sums = losses.sum(dim=1)
         values = sums.tolist()
         leaves = list(self.leaves.values())
@@ -101,28 +111,43 @@ class Stack:
         for slot, gradient in zip(self.slots.values(), found, strict=True):
             slot.of(self.gradients).copy_(gradient)
 
-        rates = [self._rate(student, steps_per_epoch) for student in self.students]
-        failed: Failures = {}
-        for index, (student, value) in enumerate(zip(self.students, values, strict=True)):
-            # An optimizer passes over what has no gradient, and weights stay as they were.
-            self.vectors[index].grad = self.gradients[index]
-            if index in errors:
-                failed[student] = errors[index]
-            elif not math.isfinite(value):
-                told = f"the loss is {value} in epoch {student.epoch}, step {student.step}, at lr {rates[index]:g}"
-                failed[student] = DivergedError(told)
-            elif (clip := student.optimizer_spec.clip) is not None:
-                nn.utils.clip_grad_norm_([self.vectors[index]], clip)
-            if student in failed:
-                self.vectors[index].grad = None
-        self._descend(rates)
+        self._set_rates(steps_per_epoch)
+        failed = self._failures(values, errors)
+        for index, clip in self.clips:
+            nn.utils.clip_grad_norm_([self.vectors[index]], clip)
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
         self._keep(held, failed)
+        self.broken = bool(failed)
 
         seconds = (time.perf_counter() - started) / len(self.students)
         for student, value in zip(self.students, values, strict=True):
             if student not in failed:
                 student.stepped(value, len(batch.rows), seconds)
         return failed
+
+    def _failures(self, values: Sequence[float], errors: Mapping[int, Exception]) -> Failures:
+        """Who takes no step: an optimizer passes over what has no gradient, and weights stay as they were."""
+        failed: Failures = {}
+        if errors or not all(map(math.isfinite, values)):
+            for index, (student, value) in enumerate(zip(self.students, values, strict=True)):
+                if index in errors:
+                    failed[student] = errors[index]
+                elif not math.isfinite(value):
+                    rate = student.optimizer.param_groups[0]["lr"]
+                    told = f"the loss is {value} in epoch {student.epoch}, step {student.step}, at lr {rate:g}"
+                    failed[student] = DivergedError(told)
+                if student in failed:
+                    self.vectors[index].grad = None
+        return failed
+
+    def _alike(self) -> list[Alike]:
+        """The students by the formulas of their losses, whose numbers are those of one epoch."""
+        epoch = self.students[0].epoch  # they are all at the same step
+        if self.parts is None or self.parts[0] != epoch:
+            standing = [(student.stage, student.stage_epoch) for student in self.students]
+            self.parts = epoch, alike(standing, at_least_float32(self.vectors[0].detach()[:0]))
+        return self.parts[1]
 
     def _aligned(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs with a row again at the end, see `_Linear`; not where it would count in statistics of the batch."""
@@ -141,10 +166,6 @@ class Stack:
         with autocast(self.students[0].device, self.students[0].spec.precision):
             logits: torch.Tensor = vmap(one)(self.leaves | held | masks)
         return logits
-
-    def _rate(self, student: Student, steps_per_epoch: int) -> float:
-        spec, steps = student.optimizer_spec, student.stage.epochs * steps_per_epoch
-        return learning_rate(spec.lr, spec.schedule, student.stage_epoch * steps_per_epoch + student.step, steps)
 
     # ---- random numbers
 
@@ -174,6 +195,8 @@ class Stack:
 
     def _keep(self, held: dict[str, torch.Tensor], failed: Failures) -> None:
         """Keep what the forward pass has changed of buffers and generators, of those that have taken the step."""
+        if not (held or self.generators):
+            return
         for index, student in enumerate(self.students):
             if student not in failed:
                 for name, one in held.items():
@@ -211,13 +234,18 @@ class Stack:
             made.append((shared, groups))
         return made
 
-    def _descend(self, rates: Sequence[float]) -> None:
+    def _set_rates(self, steps_per_epoch: int) -> None:
+        """The learning rate of each group in this step, also where its students' own optimizers say it."""
         for optimizer, groups in self.optimizers:
             for group, members in zip(optimizer.param_groups, groups, strict=True):
-                group["lr"] = rates[members[0]]
-            optimizer.step()
-        for student, rate in zip(self.students, rates, strict=True):
-            student.optimizer.param_groups[0]["lr"] = rate
+                first = self.students[members[0]]
+                spec, steps = first.optimizer_spec, first.stage.epochs * steps_per_epoch
+                step = first.stage_epoch * steps_per_epoch + first.step
+                rate = learning_rate(spec.lr, spec.schedule, step, steps)
+                if group["lr"] != rate or step == 0:
+                    group["lr"] = rate
+                    for index in members:
+                        self.students[index].optimizer.param_groups[0]["lr"] = rate
 
 
 class Stacks:
@@ -351,7 +379,8 @@ def _by_architecture(students: Iterable[Student]) -> dict[str, list[Student]]:
     found = defaultdict(list)
     for student in students:
         found[f"{student.spec.model.model_dump_json()} {student.spec.precision}"].append(student)
-    return found
+    # Those of one formula in a row: its losses are then computed from one block of the stack.
+    return {kind: sorted(members, key=lambda one: repr(one.stage.alike)) for kind, members in found.items()}
 
 
 def _check_alike(packed: Sequence[Packed]) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
 from akd_dist.base.fence import FencedWriter
 from akd_dist.base.files import failpoint, sha256
 from akd_dist.data.rows import Rows
@@ -85,6 +86,7 @@ class Student:
         self.seconds = 0.0
         self.stage1_from: str | None = None  # the student whose stage I it goes on from, by name
         self.history: list[dict[str, Any]] = []
+        self.lines: list[str] = []  # of its metrics.jsonl, as far as they were written
         self.best: dict[str, torch.Tensor] | None = None  # the weights of the stage's best epoch so far
         self.best_record: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None  # its entry of fleet.json, once it has ended
@@ -315,6 +317,7 @@ class Student:
             "seconds": self.seconds,
             "stage1_from": self.stage1_from,
             "rests_on": rests_on,
+            "stacked": self.packed is not None,
             "history": self.history,
             "best": self.best,
             "best_record": self.best_record,
@@ -335,10 +338,19 @@ class Student:
 
         Raises:
             DamagedError: there are checkpoints and none of them is intact.
+            RefusedError: they are of a student whose steps were taken in another way.
         """
         tree = self._newest_checkpoint(tell)
         if tree is None:
             return False
+        if tree.get("stacked", False) is not (self.packed is not None):
+            before, now = ("in a stack", "alone") if tree.get("stacked") else ("alone", "in a stack")
+            raise RefusedError(
+                f"the checkpoints of {self.spec.name} cannot be gone on from",
+                got=f"a checkpoint of steps that were taken {before}",
+                expected=f"one of steps {now}, as they are taken now",
+                next="put the run's identity.json back, which says how they were taken; or start over with --fresh",
+            )
         self.epoch, self.step, self.stage_index = tree["epoch"], tree["step"], tree["stage_index"]
         self.loss_sum, rows = tree["losses"][self.ranks.rank].tolist()
         self.loss_rows = int(rows)
