@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
 
 from akd_dist import recipe as recipes
 from akd_dist.base.errors import MachineError
@@ -19,7 +20,7 @@ from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.data.views import by_content, check_augmentation
 from akd_dist.distill.agreement import check_in_store, check_on_rows
 from akd_dist.distill.teacher import served_fingerprint
-from akd_dist.distill.trial import try_teacher, try_training
+from akd_dist.distill.trial import try_inference, try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
 from akd_dist.documents.check import TeacherCheck
 from akd_dist.jobs.packing import ResourceRequest
@@ -28,10 +29,12 @@ from akd_dist.jobs.planning.stored import check_kind, stores_of
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.train_teacher import Trained, Workspace, assistant_of, is_there, name_of, teacher_of
+from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
 from akd_dist.models.folder import load_card, read_model
 from akd_dist.models.imported import open_checkpoint
+from akd_dist.models.inference import compiled_by
 from akd_dist.recipe import NoAugmentation, Recipe, Split, StoredTeacher
 from akd_dist.storage import catalog
 from akd_dist.storage.encodings import encoding_from_config
@@ -268,7 +271,7 @@ def creation_of(
     """
     augmentation = recipe.data.augmentation if split == "train" else NoAugmentation()
     plain = isinstance(augmentation, NoAugmentation)
-    fingerprint = served_fingerprint(card, recipe.cache.precision)
+    fingerprint = served_fingerprint(card, recipe.cache)
     identity = Identity(
         format=store_format,
         dataset=rows.fingerprint,
@@ -287,9 +290,12 @@ def creation_of(
         device=device,
         # Another version of any of these may change a last bit of a logit, or a byte of a shard.
         versions={name: version(name) for name in ("akd-dist", "numcodecs", "numpy", "torch", "zarr")}
-        | ({} if encoded_of(rows.inputs) is None else decoded_by()),
+        | ({} if encoded_of(rows.inputs) is None else decoded_by())
+        | (compiled_by(recipe.device) if recipe.cache.compile else {}),
     )
     teacher = {"fingerprint": fingerprint, "spec": card.model_dump(mode="json")}
+    if recipe.cache.inference:  # stores of before say nothing of it
+        teacher["inference"] = recipe.cache.inference
     return Creation(identity=identity, computed=computed, dataset=rows.describe(), teacher=teacher)
 
 
@@ -324,6 +330,9 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], 
             assert teacher is not None, "it is trained"
             its = teacher.rows(splits)
             try_training(teacher.spec.model, [(teacher.setting, member.train)], its.train, data)
+            if recipe.cache.inference:
+                card = ModelCard.of(teacher.spec.model, rows, data.normalize, data.image)
+                _try_inference(build(card, seed=0).eval(), card, recipe, splits, workspace)
     check_kind(recipe, [model.opened.get("train") for model in models[: len(recipe.teacher.each)]])
     for number, assistant in enumerate(recipe.teacher.chain, 1):
         try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, data)
@@ -344,15 +353,23 @@ def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: 
         model.check = check_in_store(store, splits.validation, model.name)
     else:
         if model.imported is not None:
-            module = model.imported.module(Path(workspace.cache_root))
-            try_teacher(module, model.card, splits.train, recipe.cache)
+            module, card = model.imported.module(Path(workspace.cache_root)), model.card
+            try_teacher(module, card, splits.train, recipe.cache)
             if model.imported.notes:
                 workspace.tell(f"{model.imported.source}: {'; '.join(model.imported.notes)}")
         else:
             module, card = read_model(model.model_uri, recipe.trusted)
             try_teacher(module, card, splits.train, recipe.cache)
+        _try_inference(module, card, recipe, splits, workspace)
         model.check = check_on_rows(module, splits.validation, model.name)
     _tell_check(model, workspace)
+
+
+def _try_inference(module: nn.Module, card: ModelCard, recipe: Recipe, splits: Splits, workspace: Workspace) -> None:
+    """As `trial.try_inference`; on a cluster its nodes may have what this machine lacks."""
+    cache, root = recipe.cache, Path(workspace.cache_root)
+    if workspace.address is None or not cache.compile or compiled_by(recipe.device):
+        try_inference(module, card, splits.train, cache, recipe.device, root)
 
 
 def checks_of(models: Sequence[CachedModel]) -> list[TeacherCheck]:

@@ -446,5 +446,5 @@ def test_a_crop_is_of_the_picture_as_it_is_shown(orientation: int) -> None:
     for crop in (Crop(60, 100, 200, 210, False, size), Crop(300, 20, 40, 50, True, size)):
         part = shown.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
         expected = np.asarray(part.resize((SIDE, SIDE), Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(int)
-        apart = np.abs(pictures.begin([crop])()[0] - (expected[..., ::-1] if crop.flip else expected))
+        apart = np.abs(pictures.begin([[crop]])()[0][0] - (expected[..., ::-1] if crop.flip else expected))
         assert apart.max() <= 6
