@@ -312,17 +312,17 @@ def told_driver(folder: Path) -> dict[str, Any]:
 
 def work(folder: Path) -> dict[str, Any]:
     """The same stores in a plain loop without Ray, with the steps of a caching task measured."""
-    from akd_dist.data import rows, views
+    from akd_dist.data import views
     from akd_dist.distill import teacher
     from akd_dist.jobs.cache_teacher import cache_in_process
     from akd_dist.recipe.load import load_recipe
-    from akd_dist.storage import writer
+    from akd_dist.storage import content, writer
 
     clock = Clock()
     clock.wrap(teacher, "teacher_logits", "inference")
     clock.wrap(views, "_apply", "views")
     clock.wrap(views, "_draw", "views")
-    clock.wrap(rows.Content, "verify", "rows verified")
+    clock.wrap(content.Content, "verify", "rows verified")
     clock.wrap(teacher, "view_digests", "probes")
     clock.wrap(writer, "encode_arrays", "encoding")
     clock.wrap(writer, "encode_shard", "encoding")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 _END: Any = object()
 
 
-def made_ahead(items: Iterator[T], name: str, count: int = 1) -> Iterator[T]:
+def made_ahead(items: Iterator[T], name: str, count: int = 1) -> Generator[T, None, None]:
     """What an iterator gives, in its order, made on a thread of its own, so many before they are wanted.
 
     Close it where it is not read to its end: then the iterator is closed as well, on this thread.

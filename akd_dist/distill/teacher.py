@@ -11,7 +11,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,8 +177,15 @@ def _cache(job: CacheJob, shards: Sequence[Shard], done: dict[Shard, Receipt]) -
 
     def publish(answered: _Answered) -> None:
         logits, agreement, probes, loss = _said(job, answered)
-        told = {"label_agreement": agreement, "probes": probes, "seconds": answered.seconds, "loss": loss}
-        done[answered.shard] = write_shard(job.store, answered.shard, logits, **told)
+        done[answered.shard] = write_shard(
+            job.store,
+            answered.shard,
+            logits,
+            label_agreement=agreement,
+            probes=probes,
+            seconds=answered.seconds,
+            loss=loss,
+        )
 
     found = {shard: adopt_shard(job.store, shard) for shard in shards}
     missing = [shard for shard, logits in found.items() if logits is None]
@@ -250,7 +257,7 @@ def bands(shards: Iterable[Shard], classes: int) -> list[list[Shard]]:
     return found
 
 
-def _answers(job: CacheJob, together: Sequence[Sequence[Shard]]) -> Iterator[_Answered]:
+def _answers(job: CacheJob, together: Sequence[Sequence[Shard]]) -> Generator[_Answered, None, None]:
     """The teacher's logits of bands of shards, while a thread ahead shows what comes next."""
     if not together:
         return
@@ -258,7 +265,7 @@ def _answers(job: CacheJob, together: Sequence[Sequence[Shard]]) -> Iterator[_An
     _check_device(job)
     module = load_teacher(job.teacher_uri, job.teacher, job.cache, job.device, job.cache_root, job.trusted)
     parts = collections.defaultdict[Shard, list[tuple[np.ndarray, np.ndarray, list[Probe]]]](list)
-    seconds = collections.Counter[Shard]()
+    seconds = collections.defaultdict[Shard, float](float)
     first = {band[0] for band in together}
     began = time.perf_counter()
     with contextlib.closing(made_ahead(_shown(job, together), "views")) as batches:
@@ -281,7 +288,7 @@ def _answers(job: CacheJob, together: Sequence[Sequence[Shard]]) -> Iterator[_An
                 began = time.perf_counter()
 
 
-def _shown(job: CacheJob, together: Iterable[Sequence[Shard]]) -> Iterator[_Shown]:
+def _shown(job: CacheJob, together: Sequence[Sequence[Shard]]) -> Generator[_Shown, None, None]:
     """Batches of rows, each as the view of every shard of its band shows it: rows are taken and decoded once."""
     rows, identity = _rows_of(job), job.store.creation.identity
     size = job.cache.batch_rows

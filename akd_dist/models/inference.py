@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -38,8 +39,7 @@ def prepared(module: nn.Module, cache: CacheSpec, device: str, cache_root: Path)
     # Not the temporary folder that all users of a machine share: what is found there is run.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_root.absolute() / "compiled")
     inductor.compile_threads = 1  # no pool of processes beside those of Ray
-    compiled: nn.Module = torch.compile(module, dynamic=False)
-    return compiled
+    return cast(nn.Module, torch.compile(module, dynamic=False))
 
 
 def has_images(module: nn.Module) -> bool:

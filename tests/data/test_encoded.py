@@ -328,7 +328,7 @@ def test_a_process_that_was_forked_has_threads_of_its_own() -> None:
 def test_decoding_is_done_by_threads_of_its_own() -> None:
     seen, decode = set[str](), EncodedPictures._decoded
 
-    def noted(self: EncodedPictures, *given: Any) -> np.ndarray:
+    def noted(self: EncodedPictures, *given: Any) -> list[np.ndarray]:
         seen.add(threading.current_thread().name.partition("_")[0])
         return decode(self, *given)
 
