@@ -5,7 +5,7 @@ and its exit code, and a Ray task may raise one (they pickle).
 """
 
 import re
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 # All but line feeds and tabs, of both sets.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -132,3 +132,16 @@ class TerminatedError(InterruptedByUser):
     """SIGTERM: as Ctrl-C, with its own exit code."""
 
     code = 143
+
+
+Kind = TypeVar("Kind", bound=AkdError)
+
+
+def unreadable(kind: type[Kind], place: object, error: OSError, *, expected: str, next: str | None = None) -> Kind:
+    """What to say of a file or a folder that cannot be read; the advice is the caller's.
+
+    Args:
+        kind: whose exit code it has.
+        place: the path, with a word of what it is where that helps.
+    """
+    return kind(f"{place} cannot be read", got=error.strerror or str(error), expected=expected, next=next)

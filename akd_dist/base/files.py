@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from akd_dist.base.errors import MachineError, RecipeError
+from akd_dist.base.errors import MachineError, RecipeError, unreadable
 
 # Names of files in the making. Readers skip them, `stores gc` removes those whose writer died.
 PARTIAL_SUFFIX = ".partial"
@@ -287,12 +287,8 @@ def read_json(path: Path) -> Any | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except OSError as error:
-        raise MachineError(
-            f"cannot read {path}",
-            got=error.strerror or str(error),
-            expected="a file that this user may read",
-            next="mend its permissions, or the disk",
-        ) from error
+        advice = "mend its permissions, or the disk"
+        raise unreadable(MachineError, path, error, expected="a file that this user may read", next=advice) from error
 
 
 def append(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import RefusedError, unreadable
 
 # Files that a thread reads before it asks for more.
 _TOGETHER = 64
@@ -86,9 +86,7 @@ def sha256_of_file(path: str | Path) -> str:
         with open(path, "rb", buffering=0) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise RefusedError(
-            f"{path} cannot be read", got=error.strerror or str(error), expected="the file that rows were prepared from"
-        ) from error
+        raise unreadable(RefusedError, path, error, expected="the file that rows were prepared from") from error
 
 
 def digest_of(entries: Iterable[object]) -> str:

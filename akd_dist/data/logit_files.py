@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import RefusedError, unreadable
 from akd_dist.data.logit_arrays import (
     BLOCK_BYTES,
     Check,
@@ -88,7 +88,7 @@ def _opener_of(path: Path) -> Opener:
         with open(path, "rb") as file:
             head = file.read(16)
     except OSError as error:
-        raise RefusedError(f"{path} cannot be read", got=error.strerror, expected="a file this user may read") from None
+        raise unreadable(RefusedError, path, error, expected="a file that this user may read") from None
     if not head:
         raise RefusedError(f"{path} is empty", got="0 bytes", expected=_KINDS)
     for mark, opener in ((b"\x93NUMPY", _open_npy), (b"PK", _open_npz), (b"PAR1", _open_parquet)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import RefusedError, unreadable
 from akd_dist.base.formatting import some_of
 from akd_dist.data.file_sets import digest_of
 from akd_dist.data.parquet_files import check_scheme, nothing_at
@@ -58,9 +58,10 @@ class PictureFiles:
                 return RemoteFile(place, self.sizes[number], str(self.marks[number])).open().read() or b""
             return Path(place).read_bytes()
         except OSError as error:
-            raise RefusedError(
-                f"{place} cannot be read",
-                got=error.strerror or str(error),
+            raise unreadable(
+                RefusedError,
+                place,
+                error,
                 expected="a picture that stays while its rows are read",
                 next="correct its permissions, or run the same command again",
             ) from error
@@ -186,9 +187,10 @@ class _Walk:
                     else:
                         self._other(entry, below + entry.name, above)
         except OSError as error:
-            raise RefusedError(
-                f"the folder {place} cannot be read",
-                got=error.strerror or str(error),
+            raise unreadable(
+                RefusedError,
+                f"the folder {place}",
+                error,
                 expected="folders and pictures that this user can read",
                 next="correct its permissions, or leave it out",
             ) from error

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import RefusedError, unreadable
 from akd_dist.data.parquet_files import check_scheme, matches, nothing_at
 from akd_dist.data.picture_files import is_leftover, is_picture
 from akd_dist.recipe.paths import expand_braces
@@ -153,9 +153,10 @@ def _in_folder(folder: Path) -> list[Shard]:
     """
 
     def refuse(error: OSError) -> None:
-        raise RefusedError(
-            f"the folder {error.filename} cannot be read",
-            got=error.strerror or str(error),
+        raise unreadable(
+            RefusedError,
+            f"the folder {error.filename}",
+            error,
             expected="folders that this user can read",
             next="correct its permissions, or name the files with a glob",
         ) from error
@@ -406,5 +407,4 @@ def bytes_of(shard: Shard, start: int, stop: int) -> io.BytesIO:
 
 
 def _unreadable(shard: Shard, error: OSError) -> RefusedError:
-    reason = error.strerror or str(error)
-    return RefusedError(f"{shard} cannot be read", got=reason, expected="a tar file that this user can read")
+    return unreadable(RefusedError, shard, error, expected="a tar file that this user can read")

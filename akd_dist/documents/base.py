@@ -55,3 +55,26 @@ class Document(BaseModel):
         By `json` and not by pydantic, whose writer refuses a path that is no UTF-8: here it stands as escapes.
         """
         return json.dumps(self.model_dump(mode="json")).encode()
+
+
+class StoredSplit(Document):
+    """The store of one split, as the commands that make stores tell of it."""
+
+    store: str
+    """Path or URI of the store's `<id>` folder."""
+    id: str
+    """The sha256 of the store's identity."""
+    hit: bool
+    """Whether it was there already."""
+    rows: Count
+    """Rows of the split."""
+    views: Count
+    """Augmented views of each row."""
+    classes: Count
+    """Logits a row."""
+    encoding: str
+    """Precision of the stored logits."""
+    bytes: Count
+    """Size of all shards."""
+    shards: Count
+    """Number of shards."""

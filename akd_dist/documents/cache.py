@@ -2,32 +2,16 @@
 
 from typing import Literal
 
-from akd_dist.documents.base import Count, Document
+from akd_dist.documents.base import Count, Document, StoredSplit
 from akd_dist.documents.check import TeacherCheck
 from akd_dist.recipe import Split
 
 
-class CachedSplit(Document):
+class CachedSplit(StoredSplit):
     """One sealed store of logits."""
 
-    store: str
-    """Path or URI of the store's `<id>` folder."""
-    id: str
-    """The sha256 of the store's identity."""
-    hit: bool
-    """Whether it was there already."""
-    rows: Count
-    """Rows of the split."""
     views: Count
     """Augmented views of each row; at least as many as the recipe asks for."""
-    classes: Count
-    """Logits a row."""
-    encoding: str
-    """Precision of the stored logits."""
-    bytes: Count
-    """Size of all shards."""
-    shards: Count
-    """Number of shards."""
     shards_computed: Count
     """How many of them this command computed."""
     unlabelled: Count = 0

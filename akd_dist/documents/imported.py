@@ -2,31 +2,17 @@
 
 from typing import Any
 
-from akd_dist.documents.base import Correlation, Count, Document
+from akd_dist.documents.base import Correlation, Count, Document, StoredSplit
 from akd_dist.recipe import LogitKind, Split
 
 
-class ImportedSplit(Document):
+class ImportedSplit(StoredSplit):
     """The store of one split."""
 
     store: str
     """Path or URI of the store's `<id>` folder; of a dry run, where it would lie."""
-    id: str
-    """The sha256 of the store's identity."""
-    hit: bool
-    """Whether it was there already."""
-    rows: Count
-    """Rows of the split."""
-    views: Count
-    """Augmented views of each row."""
-    classes: Count
-    """Logits a row."""
-    encoding: str
-    """Precision of the stored logits."""
     bytes: Count
     """Size of all shards, as far as they are there."""
-    shards: Count
-    """Number of shards."""
     shards_written: Count
     """How many of them this command wrote."""
     repaired: list[str]

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from akd_dist.base.errors import MachineError, RefusedError
+from akd_dist.base.errors import MachineError, RefusedError, unreadable
 from akd_dist.base.files import parse_json, read_small
 from akd_dist.models.device import free_memory
 
@@ -76,9 +76,10 @@ def find_files(place: str | Path) -> list[Path]:
             next="correct teacher.weights; one that is not absolute starts from the recipe's folder",
         ) from error
     except OSError as error:
-        raise MachineError(
-            f"cannot read the checkpoint {path}",
-            got=error.strerror or str(error),
+        raise unreadable(
+            MachineError,
+            f"the checkpoint {path}",
+            error,
             expected="a file that this user may read",
             next="mend its permissions, or the link",
         ) from error

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from akd_dist.base import places
-from akd_dist.base.errors import RecipeError
+from akd_dist.base.errors import RecipeError, unreadable
 from akd_dist.base.files import expanded
 from akd_dist.recipe.explain import problems_of, recipe_error
 from akd_dist.recipe.paths import change_paths
@@ -76,9 +76,7 @@ def _read(path: Path) -> str:
     try:
         data = path.read_bytes() if path.is_file() else None
     except OSError as error:
-        raise RecipeError(
-            f"the recipe {path} cannot be read", got=error.strerror, expected="a file this user may read"
-        ) from None
+        raise unreadable(RecipeError, f"the recipe {path}", error, expected="a file that this user may read") from None
     if data is None:
         raise RecipeError(
             f"there is no recipe {path}",

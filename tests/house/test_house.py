@@ -27,7 +27,7 @@ MODULES = sorted(
     if not {"akd_dist/storage", "akd_dist/jobs"} & set(map(str, path.relative_to(ROOT).parents))
 )
 # What may lie in akd_dist/ itself, beside the rooms.
-FLAT = {"__init__.py", "__main__.py", "api.py", "options.py"}
+FLAT = {"__init__.py", "__main__.py"}
 
 
 def named(path: Path) -> str:

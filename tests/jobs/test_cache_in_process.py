@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from rich.console import Console
 
 import akd_dist
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import blocks_in_common, first_difference
-from akd_dist.distill import teacher
 from akd_dist.distill.teacher import cache_shard
 from akd_dist.documents.stores import RepairDocument
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_job
@@ -35,16 +32,9 @@ from akd_dist.storage.writer import create_store, missing_shards, seal_store
 from tests import sources
 from tests.fleets import a_recipe, a_student, a_teacher, store_bytes
 
+pytestmark = pytest.mark.usefixtures("own_process_state")
+
 BATCH = {"batch_rows": 200}
-
-
-@pytest.fixture(autouse=True)
-def own_process_state() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    teacher.forget()
 
 
 class Place:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,8 @@ from akd_dist.storage.reader import read_manifest
 from akd_dist.storage.writer import create_store, missing_shards, seal_store
 from tests.fleets import a_recipe, a_student
 from tests.survivors import FORKS
+
+pytestmark = pytest.mark.usefixtures("own_process_state")
 
 SHARDS = 5
 # The creation document, two of metadata, a shard and a receipt each, the manifest; beside them, the hint.
@@ -87,15 +88,6 @@ class Case:
 def fill_and_die(case: Case, failpoint: str) -> None:
     os.environ["AKD_FAILPOINT"] = failpoint
     case.fill()
-
-
-@pytest.fixture(autouse=True)
-def own_process_state() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    teacher.forget()
 
 
 @pytest.fixture(scope="module")

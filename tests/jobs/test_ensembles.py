@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from rich.console import Console
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.row_cache import prepare
-from akd_dist.distill import teacher
 from akd_dist.distill.cohort import open_stream
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import compute_in_process, document_of, walk_chain
@@ -36,16 +34,9 @@ from akd_dist.storage.reader import open_store
 from akd_dist.storage.writer import create_store, seal_store, write_shard
 from tests.fleets import ADAMW, ANNEALING, a_recipe, a_student
 
+pytestmark = pytest.mark.usefixtures("own_process_state")
+
 KD = {"kind": "kd", "epochs": 2}
-
-
-@pytest.fixture(autouse=True)
-def own_process_state() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    teacher.forget()
 
 
 class Home:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,9 @@ from akd_dist.storage.reader import open_store
 from akd_dist.storage.roots import open_root
 from tests.fleets import HARD, a_recipe, a_student, a_teacher, store_bytes
 
+pytestmark = pytest.mark.usefixtures("own_process_state")
+
 CNN = {"kind": "cnn", "width": 8}
-
-
-@pytest.fixture(autouse=True)
-def own_process_state() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    teacher.forget()
 
 
 @pytest.fixture(scope="module")

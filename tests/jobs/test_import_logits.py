@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from akd_dist.data.logit_checks import Order
 from akd_dist.data.parquet_files import find_parquet
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.source_rows import source_rows
-from akd_dist.distill import teacher
 from akd_dist.documents.fleet import FleetDocument
 from akd_dist.documents.imported import ImportedDocument
 from akd_dist.jobs.cache_teacher import cache_teacher
@@ -40,6 +39,8 @@ from akd_dist.reporting.tables import fleet_table
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.repair import verify_store
 from tests.fleets import ANNEALING, a_recipe, a_student, store_bytes
+
+pytestmark = pytest.mark.usefixtures("own_process_state")
 
 ROWS, CLASSES = 800, 4
 KD = {"kind": "kd", "epochs": 2}
@@ -54,15 +55,6 @@ def logits(seed: int = 0) -> np.ndarray:
 
 Z = logits()
 IDS = [f"row-{number:04d}" for number in np.random.default_rng(1).permutation(ROWS)]
-
-
-@pytest.fixture(autouse=True)
-def own_process_state() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    teacher.forget()
 
 
 class Home:

@@ -287,7 +287,7 @@ OPTIMIZER = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1).state_dict()
 BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing": (lambda path: None, ["there is no checkpoint", "nothing there"]),
     "a link that leads nowhere": (lambda path: path.symlink_to("gone"), ["a link that leads nowhere"]),
-    "a link to itself": (lambda path: path.symlink_to(path.name), ["cannot read the checkpoint"]),
+    "a link to itself": (lambda path: path.symlink_to(path.name), ["the checkpoint", "cannot be read"]),
     "a folder": (Path.mkdir, ["without a checkpoint of a usual name", "an empty folder", "name the file itself"]),
     "a device": (lambda path: path.symlink_to("/dev/zero"), ["is no file"]),
     "empty": (Path.touch, ["an empty file"]),

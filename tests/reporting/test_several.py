@@ -19,7 +19,7 @@ from akd_dist.reporting.seeds import chosen_on_validation, group_students
 from akd_dist.reporting.several import pool_notes, pooled
 from akd_dist.reporting.tables import fleet_table, pooled_table
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student
-from tests.reporting.test_results import fleet_of, student, write_run
+from tests.made_runs import fleet_of, student, write_run
 
 
 def annealed(tau: int, seed: int, validation: float, test: float, **changes: Any) -> dict[str, Any]:
