@@ -124,7 +124,7 @@ def write_rows(folder: Path, rows: int) -> None:
         with open(folder / f"{name}-images", "wb") as file:
             file.write(struct.pack(">I4I", 0x0804, count, *SHAPE))
             file.write(rng.integers(0, 256, (count, *SHAPE), dtype=np.uint8).tobytes())
-        labels = rng.integers(0, CLASSES, count, dtype=np.uint8)
+        labels = (np.arange(count) % CLASSES).astype(np.uint8)  # a train row of every class
         (folder / f"{name}-labels").write_bytes(struct.pack(">II", 0x0801, count) + labels.tobytes())
 
 
@@ -338,7 +338,22 @@ def work(folder: Path) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The document for people."""
-    lines = [json.dumps(result, indent=1)]
+    lines = [
+        f"ResNet-{result['depth']}, {result['rows']:,} rows of {SHAPE} under {result['views']} views, "
+        f"{result['threads']} threads a task, {result['cores']} cores, load {result['load']}"
+    ]
+    if "ratio" in result:
+        lines += [
+            f"  cache-teacher {result['seconds']:>9.1f} s, {result['cpu']:.1f} s of CPU time",
+            f"  a bare loop   {result['loop_seconds']:>9.1f} s, {result['loop_cpu']:.1f} s of CPU time",
+            f"  ratio         {result['ratio']:>9} of {result['ratios']}; without the loop's imports "
+            f"{result['inner_ratio']}; by CPU time {result['cpu_ratio']}",
+        ]
+    for title, parts in (("the driver", result["driver"]), ("the work, in a plain loop", result["work"])):
+        lines.append(title)
+        for name, part in parts.items():
+            seconds, cpu = (part["seconds"], part["cpu"]) if isinstance(part, dict) else (part, None)
+            lines.append(f"  {name:34} {seconds:>8.2f} s" + ("" if cpu is None else f"  {cpu:>8.2f} s of CPU time"))
     return "\n".join(lines)
 
 
