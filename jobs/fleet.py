@@ -21,11 +21,13 @@ from akd_dist.jobs import cluster
 from akd_dist.jobs.demand import Demand, never_held
 from akd_dist.jobs.packing import ResourceRequest, next_to_start
 from akd_dist.jobs.planning.costs import Cohort, CostModel
+from akd_dist.jobs.planning.plan import position
 from akd_dist.jobs.planning.planner import cohort_job
 from akd_dist.jobs.ray_train import OUT_OF_STEP, fit, worker_log
 from akd_dist.jobs.run_folder import LocalRun
 from akd_dist.jobs.shared import GONE_SECONDS, Shared, UnseenError, nodes_lost
 from akd_dist.jobs.working_dir import WorkingDir
+from akd_dist.recipe import StudentSpec
 from akd_dist.storage.mean import Stores, uris_of
 from akd_dist.tracking.progress import FleetMeter, tell
 
@@ -142,13 +144,42 @@ class Fleet:
         for spec in self.base.students:
             follows = spec.name in followers or spec.name in self.costs.stages1
             follows = follows or forked_from(Path(self.base.root) / spec.name) is not None
-            epochs, shared = spec.objective.epochs, stages(spec.objective)[0].epochs if follows else 0
-            steps = self.costs.steps_until(spec, epochs) - self.costs.steps_until(spec, shared)
+            shared, until = stages(spec.objective)[0].epochs if follows else 0, self._until(spec)
+            last = spec.objective.epochs if until is None else until
+            steps = self.costs.steps_until(spec, last) - self.costs.steps_until(spec, shared)
             students.append(
-                StudentProgress(name=spec.name, state="waiting", epochs=epochs, epochs_shared=shared, steps_total=steps)
+                StudentProgress(
+                    name=spec.name,
+                    state="waiting",
+                    epochs=spec.objective.epochs,
+                    until=until,
+                    epochs_shared=shared,
+                    steps_total=max(0, steps),
+                )
             )
-        metric = self.base.data.primary_metric
-        return FleetPlan(attempt=self.base.attempt, at=time.time(), metric=metric, students=students, cohorts=[])
+        return FleetPlan(
+            attempt=self.base.attempt,
+            at=time.time(),
+            metric=self.base.data.primary_metric,
+            metric_name=self.base.data.metric_name if self.base.data.own_metric else None,
+            students=students,
+            cohorts=[],
+            steps_behind=round(self.base.epochs_behind * self._steps_per_epoch()),
+            steps_later=round(self.base.epochs_later * self._steps_per_epoch()),
+        )
+
+    def _until(self, spec: StudentSpec) -> int | None:
+        """After how many epochs a trial of a search waits; one that goes no further waits where it is."""
+        pause = self.base.pauses.get(spec.name)
+        if pause is None:
+            return None
+        epoch, _ = position(Path(self.base.root) / spec.name / "checkpoints") or (0, 0)
+        return min(max(pause, epoch), spec.objective.epochs)
+
+    def _steps_per_epoch(self) -> float:
+        """Steps of an epoch, the mean over all students: trials of a search may differ in their batches."""
+        epochs = sum(spec.objective.epochs for spec in self.base.students)
+        return sum(self.costs.steps_until(spec, spec.objective.epochs) for spec in self.base.students) / epochs
 
     def _not_training(self) -> list[CohortStatus]:
         """The cohorts that wait for room, and those whose workers start."""

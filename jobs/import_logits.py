@@ -26,7 +26,7 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import canonical_json, expanded, sha256
 from akd_dist.data.logit_arrays import LogitFile
 from akd_dist.data.logit_checks import Looks, Order, Stored, check_order, look_at_order, unsure
-from akd_dist.data.logit_files import open_logits
+from akd_dist.data.logit_files import check_parts, no_file, open_logits
 from akd_dist.data.logit_rows import Part, Wanted, match, places_of
 from akd_dist.data.rows import Rows
 from akd_dist.data.views import by_content, view_digests
@@ -186,15 +186,17 @@ def _path_of(logits: str | Path) -> Path:
 def _import(recipe: Recipe, options: ImportLogitsOptions, workspace: Workspace, path: Path) -> ImportedDocument:
     started = time.monotonic()
     if not path.exists():  # before rows are prepared, which may take long
-        raise RefusedError(f"there is no file of logits {path}", got="no such file", expected="logits to import")
+        raise no_file(path)
     splits = rows_of_machine(recipe.data, workspace)
     wanted = Wanted(recipe.data, splits, places_of(recipe.data), options.split, options.key)
     scratch = Path(workspace.cache_root) / "imports"
     keyed = options.key is not None
+    if not keyed:
+        check_parts(path, wanted.sources[wanted.first].files)
     with open_logits(path, wanted.check(str(path)), options.key, scratch, anywhere=keyed) as file:
         parts, left_out = match(file, wanted)
         imports = [Import(part, getattr(splits, part.split), file, recipe) for part in parts]
-        kind, warnings = _look(imports, file, options, workspace)
+        kind, warnings = _look(imports, file, wanted, options, workspace)
         written = dict(_written(imports, path, workspace, dry_run=options.dry_run))
     if not options.dry_run:
         splits.sources.finish()
@@ -203,14 +205,14 @@ def _import(recipe: Recipe, options: ImportLogitsOptions, workspace: Workspace, 
     if wanted.augmented:
         warnings.append(f"that the logits are of this recipe's {recipe.data.views} views is taken at your word")
     ids: dict[str, str] = {split: one.id[:_ID] for split, one in written.items()}
-    name = "train" if wanted.first == "train" else wanted.first
     return ImportedDocument(
         dry_run=options.dry_run,
         logits=str(path),
         shape=list(file.written),
         dtype=file.dtype,
         kind=kind,
-        joined_by=_joined_by(file, wanted, name),
+        joined_by=f"the key {wanted.key}" if keyed else f"order: {wanted.taken(file.shape[1])}",
+        rows={"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         splits=written,
         left_out=left_out,
         warnings=warnings,
@@ -219,15 +221,8 @@ def _import(recipe: Recipe, options: ImportLogitsOptions, workspace: Workspace, 
     )
 
 
-def _joined_by(file: LogitFile, wanted: Wanted, name: str) -> str:
-    if wanted.key is not None:
-        return f"the key {wanted.key}"
-    where = wanted.sources[wanted.first]
-    return f"order: {where.whole if file.shape[1] == where.total else f'the {name} rows'}"
-
-
 def _look(
-    imports: Sequence[Import], file: LogitFile, options: ImportLogitsOptions, workspace: Workspace
+    imports: Sequence[Import], file: LogitFile, wanted: Wanted, options: ImportLogitsOptions, workspace: Workspace
 ) -> tuple[LogitKind, list[str]]:
     """Look at all logits that will be stored; what they are, and what a user should know of them.
 
@@ -239,32 +234,62 @@ def _look(
     labels = np.full(file.shape[1], np.nan if task == "regression" else -1)
     for one in imports:
         labels[one.part.numbers] = one.rows.all_labels()
-    orders, keyed = list[Order](), options.key is not None
+    orders, keyed, first = list[Order](), options.key is not None, labels
     total = math.prod(file.shape[:2])
     with meter(workspace.console, "looking at the logits", total) as shown:
         for view in range(file.shape[0]):
-            said = np.zeros(len(labels))
+            said = np.full(len(labels), np.nan)
             for one in imports:
                 for shard in (shard for shard in one.layout.shards() if shard.view == view):
                     said[one.part.numbers[shard.start : shard.stop]] = one.look(shard, looks, stored)
                     shown.update(looks.rows)
+            first = said if view == 0 else first
             orders.append(look_at_order(said, labels, classes, task, keyed=keyed))
             for one in imports:
                 mine = one.part.numbers
                 one.orders.append(look_at_order(said[mine], labels[mine], classes, task, keyed=keyed))
     kind = looks.kind(options.kind)
     stored.check(str(imports[0].codec))
+    hint = None if keyed else wanted.order_of_files()
+    if not keyed:
+        _check_split(file, wanted, first, orders[0])
     for number, order in enumerate(orders):
         name = file.name if len(orders) == 1 else f"{file.name}, view {number},"
-        check_order(name, order, keyed=keyed)
+        check_order(name, order, keyed=keyed, hint=hint)
         for one in imports:  # a small split in another order is lost among the rows of the others
             order_of_split = one.orders[number]
-            if order_of_split.explained is not None or order_of_split.worse_than(order):
-                check_order(f"{name} of the {one.part.split} rows", order_of_split, keyed=keyed)
+            if order_of_split.found_wrong or order_of_split.worse_than(order):
+                check_order(f"{name} of the {one.part.split} rows", order_of_split, keyed=keyed, hint=hint)
     for one in imports:
         one.kind = kind
     line = unsure(file.name, orders[0], looks.confidence / looks.rows) if task == "classification" else None
-    return kind, [] if line is None else [line]
+    others = [] if keyed else wanted.taken_for(file.shape[1], informative=orders[0].informative)
+    return kind, [one for one in (line, hint, *others) if one is not None]
+
+
+def _check_split(file: LogitFile, wanted: Wanted, said: np.ndarray, order: Order) -> None:
+    """Refuse logits that fit the labels of another split, whose source has as many rows, and not those of their own.
+
+    Args:
+        said: what each row of the file says, NaN where nobody looked.
+
+    Raises:
+        RefusedError: names the split.
+    """
+    rows = wanted.splits.train
+    for split in wanted.may_be(len(said)) if order.found_wrong or order.at_chance else ():
+        place, labels = wanted.sources[split], getattr(wanted.splits, split).all_labels()
+        theirs = said[place.numbers if len(said) == place.total else slice(None)]
+        seen = ~np.isnan(theirs)
+        found = look_at_order(theirs[seen], labels[seen], rows.classes, rows.task, keyed=True)
+        if found.better_than(order):
+            raise RefusedError(
+                f"{file.name} has the logits of the {split} rows, and not of the {wanted.first} rows",
+                got=f"agreement {order.agreement:.1%} with the labels of the {wanted.first} rows, "
+                f"{found.agreement:.1%} with those of the {split} rows",
+                expected=f"the logits of {wanted.taken(len(said))}",
+                next="leave --split out" if place.source == "train" else f"give --split {split}",
+            )
 
 
 def _written(

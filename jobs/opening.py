@@ -157,13 +157,19 @@ def open_dataset(options: DatasetOptions) -> DistillationDataset:
 def open_batches(options: BatchesOptions) -> DistillationBatches:
     """`akd_dist.distillation_batches`."""
     with found(options) as there:
-        job = job_of(there, options.split, options.batch, options.last_batch, _window(there))
+        cut = options.batch, options.last_batch, _window(there), options.labelled
+        job = job_of(there, options.split, *cut)
         begins = options.epoch, options.rank, options.world, options.start_step
         return renewing(lambda: DistillationBatches(job, *begins).open(there.splits.sources), there.workspace.tell)
 
 
 def job_of(
-    there: Found, split: Split, batch: int = 1, last_batch: LastBatch = "keep", window: int | None = None
+    there: Found,
+    split: Split,
+    batch: int = 1,
+    last_batch: LastBatch = "keep",
+    window: int | None = None,
+    labelled: int | None = None,
 ) -> DatasetJob:
     """What a process needs to open a split: of train rows with their store, of others with theirs if it is there."""
     store = there.needed("train") if split == "train" else there.store(split)
@@ -179,6 +185,7 @@ def job_of(
         batch=batch,
         last_batch=last_batch,
         window=window,
+        labelled=labelled,
     )
 
 

@@ -84,6 +84,8 @@ def finish_run(
     labels = [teacher.model, *(assistant.model for assistant in assistants)]
     beside: dict[str, Any] = {} if growth is None else growth.told
     beside |= {"test_withheld": True} if test_withheld else {}
+    beside |= {"stores_named": any(one.store is not None for one in recipe.teacher.each)}
+    beside |= {"metric_name": recipe.data.metric_name} if recipe.data.own_metric else {}
     fleet = FleetDocument(
         run=str(run),
         store=stores[0]["train"].uri,

@@ -85,8 +85,17 @@ class Rung:
 
     pauses: dict[str, int]
     """After how many epochs trials wait for the next rung, by name."""
+    epochs_behind: int
+    """Epochs of trials that went no further, where the recipe has them no more."""
+    epochs_later: int
+    """Epochs that the rungs after this one take, of all trials together."""
     last: bool
     """Whether the trials that are left go on to their end, and are collected."""
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What the jobs of its cohorts say of it."""
+        return {"pauses": self.pauses, "epochs_behind": self.epochs_behind, "epochs_later": self.epochs_later}
 
 
 def run_recipe(recipe: Recipe, options: RunOptions, rung: Rung | None = None) -> tuple[RunPlan, dict[str, Any]]:
@@ -172,7 +181,7 @@ def _execute(
     base = fleet_job(recipe, splits, levels[0].stores, folder, workspace.cache_root)
     base = replace(base, run_uri=run.uri, stages=workspace.store_root)
     if rung is not None:
-        base = replace(base, pauses=rung.pauses, reads_test=False)
+        base = replace(base, reads_test=False, **rung.counts)
     followed = [tracked(recipe, spec, base, plan.inputs.parameters[spec.name]) for spec in recipe.students]
     forward = functools.partial(forwarding, folder, followed, options.trackers, workspace.tell)
     if not plan.todo and (saved := saved_results(folder, identity)) is not None:

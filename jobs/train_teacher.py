@@ -19,6 +19,7 @@ from akd_dist import recipe as recipes
 from akd_dist.base.errors import HeldError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import views
+from akd_dist.data.factories import read_beside
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.distill import hooks
 from akd_dist.distill.cohort import train_cohort
@@ -295,7 +296,15 @@ def _spec(
         "device": recipe.device,
         "learns_from": learns_from,
     }
+    if read := _read_by(model=model, objective=objective, augmentation=recipe.data.augmentation, metric=own):
+        document["read"] = read
     return spec.model_copy(update={"name": sha256(canonical_json(document))[:32]})
+
+
+def _read_by(**specs: object) -> dict[str, dict[str, str]]:
+    """What functions of the user's own read beside their files, as far as that is known, by content."""
+    own = {key: read_beside(spec) for key, spec in specs.items() if isinstance(spec, recipes.Factory)}
+    return {key: read for key, read in own.items() if read}
 
 
 def is_there(uri: str) -> bool:
@@ -326,7 +335,7 @@ def ensure_trained(trained: Trained, recipe: Recipe, splits: Splits, workspace: 
                     workspace.tell(f"warning: {line}")
                 result = _result(trained, job, outcome)
             metric = recipe.data.primary_metric
-            workspace.tell(f"{trained.name} is trained: test {metric} {result['test'][metric]:.4f}")
+            workspace.tell(f"{trained.name} is trained: test {recipe.data.metric_name} {result['test'][metric]:.4f}")
     return uri
 
 

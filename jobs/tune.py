@@ -77,13 +77,28 @@ class Halving:
     @property
     def budget(self) -> int:
         """Epochs that its trials train if no two are equal."""
-        left, spent = len(self.rungs), 0.0
-        longest = sorted(self.rungs.values(), reverse=True)
-        for rung in range(self.count):
-            before = [rungs[rung - 1] if rung else 0 for rungs in longest[:left]]
-            spent += sum(rungs[rung] for rungs in longest[:left]) - sum(before)
+        return self.to_come(list(self.rungs), 0)
+
+    def to_come(self, numbers: Sequence[int], rung: int) -> int:
+        """Epochs that these trials train from a rung of theirs on, at most, if no two are equal."""
+        left, spent = len(numbers), 0
+        longest = sorted((self.rungs[number] for number in numbers), reverse=True)
+        for at in range(rung, self.count):
+            spent += sum(rungs[at] - (rungs[at - 1] if at else 0) for rungs in longest[:left])
             left = max(1, left // self.tuning.search.reduction)
-        return round(spent * len(self.tuning.trials[0].students))
+        return spent * len(self.tuning.trials[0].students)
+
+    def behind(self, left: Sequence[int]) -> int:
+        """Epochs of the trials that went no further, where these are left at the last rung."""
+        mine = sum(self.rungs[number][-1] for number in left) * len(self.tuning.trials[0].students)
+        return max(0, self.budget - mine)
+
+    def later(self, numbers: Sequence[int], rung: int) -> int:
+        """Epochs that are left once these trials have come to a rung; before the first of its own, all of them."""
+        if rung < 0:
+            return self.budget
+        now = sum(self.rungs[one][rung] - (self.rungs[one][rung - 1] if rung else 0) for one in numbers)
+        return self.to_come(numbers, rung) - now * len(self.tuning.trials[0].students)
 
 
 def tune(given: SearchRecipe, options: RunOptions) -> TuneDocument:
@@ -158,20 +173,23 @@ def _train(
     if rung + 1 == rungs:
         left = {name for one in halvings for name in _students(one, alive[one.tuning.name])}
         students = [spec for spec in recipe.students if spec.name in left]
-        return run_recipe(recipe.model_copy(update={"students": students}), options, Rung({}, last=True))
+        behind = sum(halving.behind(alive[halving.tuning.name]) for halving in halvings)
+        return run_recipe(recipe.model_copy(update={"students": students}), options, Rung({}, behind, 0, last=True))
     pauses = dict.fromkeys((spec.name for spec in recipe.students), 0)  # who is not brought on stays where it is
+    later = 0
     for halving in halvings:
-        if (at := _rung_of(halving, rung, rungs)) >= 0:
-            for number in alive[halving.tuning.name]:
-                pauses |= dict.fromkeys(_students(halving, [number]), halving.rungs[number][at])
-    return run_recipe(recipe, options, Rung(pauses, last=False))
+        at, trials = _rung_of(halving, rung, rungs), alive[halving.tuning.name]
+        later += halving.later(trials, at)
+        for number in trials if at >= 0 else []:
+            pauses |= dict.fromkeys(_students(halving, [number]), halving.rungs[number][at])
+    return run_recipe(recipe, options, Rung(pauses, 0, later, last=False))
 
 
 def _collect_lost(recipe: Recipe, options: RunOptions, plan: RunPlan) -> None:
     """Make the run's results of a search that nothing is left of: they say how its students ended."""
     lost = [spec for spec in recipe.students if read_result(_folder(plan) / spec.name) is not None]
     if lost:
-        nobody = Rung(dict.fromkeys((spec.name for spec in lost), 0), last=True)
+        nobody = Rung(dict.fromkeys((spec.name for spec in lost), 0), 0, 0, last=True)
         run_recipe(recipe.model_copy(update={"students": lost}), options, nobody)
 
 
@@ -270,7 +288,8 @@ def _test(plan: RunPlan, specs: Sequence[StudentSpec]) -> dict[str, float]:
     found = {}
     for spec in specs:
         module = load_model(_folder(plan) / spec.name, recipe.trusted).to(device)
-        found[spec.name] = evaluate(module, rows, device, spec.precision)[0][recipe.data.primary_metric]
+        measured, _ = evaluate(module, rows, device, spec.precision, recipe.data.own_metric)
+        found[spec.name] = measured[recipe.data.primary_metric]
     return found
 
 
@@ -334,6 +353,7 @@ def _document(
     return TuneDocument(
         run=str(run),
         metric=given.recipe.data.primary_metric,
+        metric_name=given.recipe.data.metric_name if given.recipe.data.own_metric else None,
         searches=searches,
         epochs=sum(halving.budget for halving in halvings),
         epochs_of_all=sum(spec.objective.epochs for spec in specs.values()),
@@ -350,7 +370,7 @@ def _saved(given: SearchRecipe, options: RunOptions, halvings: Sequence[Halving]
     """
     if "://" not in place and not (Path(place) / TUNE_NAME).exists():
         return None
-    nobody = Rung(dict.fromkeys((spec.name for spec in given.recipe.students), 0), last=False)
+    nobody = Rung(dict.fromkeys((spec.name for spec in given.recipe.students), 0), 0, 0, last=False)
     plan, _ = run_recipe(given.recipe, replace(options, dry_run=True), nobody)
     advice = "remove it: the search is then collected again from its students, and the test rows are read again"
     try:

@@ -4,14 +4,17 @@ A store that is damaged, foreign or not ours to read stands in nobody's way but 
 """
 
 import logging
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from akd_dist.base.errors import AkdError, DamagedError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, parse_json
+from akd_dist.base.places import STORE_ROOT, absolute
 from akd_dist.storage.layout import ARRAYS, CREATION_KEY, LOGITS, MANIFEST_KEY, RECEIPTS, SOURCE_KEY
 from akd_dist.storage.manifest import Creation, Identity, Manifest
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
@@ -23,6 +26,7 @@ from akd_dist.storage.uses import USES, Use, uses_of
 
 T = TypeVar("T")
 STORE_ID = re.compile(r"[0-9a-f]{64}")
+_ID_BEGINS = re.compile(r"[0-9a-f]{1,64}")
 Progress = Callable[[int, int], None]
 # What is said of a folder with nothing in it. A removal leaves such a one for a moment, so `list_stores` passes over
 # it.
@@ -214,6 +218,30 @@ def resolve_id(root_uri: str, prefix: str) -> str:
         expected="the beginning of one store's id",
         next=f"akd-dist stores list --store-root {root_uri}",
     )
+
+
+def locate(named: str | Path, root: str | Path | None = None) -> str:
+    """The folder or URI of a store as somebody names it, absolute: by its place, or by the beginning of its id.
+
+    Args:
+        named: a folder or URI, at whose end the id may be shortened; or an id alone, shortened or not.
+        root: where an id alone is looked for; None takes the default.
+
+    Raises:
+        RecipeError: as `places.check_uri`.
+        RefusedError: as `resolve_id`.
+    """
+    text = os.fspath(named).rstrip("/")
+    above, _, name = text.rpartition("/")
+    if _ID_BEGINS.fullmatch(name) is None:
+        return absolute(named)
+    if not above and (root is not None or not Path(name).exists()):
+        chosen = STORE_ROOT.chosen(root)
+        return open_root(chosen).child(resolve_id(chosen, name)).uri
+    place = absolute(text)
+    if not above or STORE_ID.fullmatch(name) or open_root(place).exists(MANIFEST_KEY):
+        return place
+    return open_root(absolute(above)).child(resolve_id(absolute(above), name)).uri
 
 
 def _ids(root: ObjectRoot) -> list[str]:

@@ -50,6 +50,10 @@ class MeanStore:
     shares: tuple[float, ...]
     average: Average
 
+    def __repr__(self) -> str:
+        said = f"{self.views} views of {self.num_rows:,} rows, {self.classes} logits each"
+        return f"MeanStore({len(self.members)} stores, by {self.average}: {said})"
+
     @property
     def ref(self) -> Mixture:
         """Where it lies."""

@@ -75,7 +75,7 @@ def default_budget() -> int | None:
     if not text:
         return None
     try:
-        return TypeAdapter(ByteSize).validate_python(text)
+        return TypeAdapter(ByteSize).validate_python(text if text.isascii() else None)
     except ValidationError:
         raise RecipeError(
             "AKD_DIST_CACHE_BUDGET is not a size", got=text, expected="bytes, such as 50GB", next="correct or unset it"

@@ -59,6 +59,10 @@ class LogitStore:
         """The store's id."""
         return self.manifest.id
 
+    def __repr__(self) -> str:
+        said = f"{self.views} views of {self.num_rows:,} rows, {self.classes} logits each"
+        return f"LogitStore({self.uri!r}: {said})"
+
     @property
     def layout(self) -> StoreLayout:
         """How the store is cut into shards."""

@@ -66,7 +66,7 @@ def disused(
     """Stores of some age or without use, sealed or not, and what keeps some of them. Nothing is changed.
 
     Rows that were prepared for a cluster are among them, as `rows/<id>`, and stages I that students left for others, as
-    `stages/<id>`: of these no use is recorded.
+    `stages/<id>`.
 
     Args:
         cache_root: decoded copies of this node: a store whose copy is mapped is in use.
@@ -107,8 +107,10 @@ def remove_store(root_uri: str, store_id: str, cache_root: Path) -> str | None:
     """
     root = open_root(root_uri)
     if store_id.startswith(f"{STAGES}/"):  # read whole, at once, by whoever takes it, or not there
-        root.delete(f"{store_id}.ckpt")
-        return None
+        if (kept := _used(root, store_id, cache_root)) is None:
+            root.delete(f"{store_id}.ckpt")
+            root.delete_folder(store_id)
+        return kept
     mark = f"{store_id}{REMOVING_SUFFIX}"
     try:
         with claim_store(root_uri, store_id):
@@ -168,7 +170,8 @@ def _stages(root: ObjectRoot) -> Iterator[StoreSummary]:
         for key, stat in root.list(STAGES).items():
             if _STAGE.fullmatch(key):
                 name = key.removesuffix(".ckpt")
-                yield StoreSummary(id=name, sealed=True, partials=0, modified=stat.modified, uses=[], bytes=stat.size)
+                uses = uses_of(root.child(name))
+                yield StoreSummary(id=name, sealed=True, partials=0, modified=stat.modified, uses=uses, bytes=stat.size)
 
 
 def _held(root: ObjectRoot, store_id: str) -> str | None:

@@ -118,7 +118,7 @@ class Control:
             impossible.append(f"{CONTROL}/fresh-{self.since}")
         if impossible:
             latest = f"the latest attempt is {self.last}" if self.last else "no attempt has begun"
-            raise _impossible_mark(root.path_of(impossible[0]), f"a mark for an attempt that never was: {latest}")
+            raise impossible_mark(root.path_of(impossible[0]), f"a mark for an attempt that never was: {latest}")
 
     def bundles(self) -> dict[str, Stat]:
         """The bundles that count, by job, in the order in which these began."""
@@ -217,7 +217,7 @@ class RunObjects:
         """
         if number > MOST_ATTEMPTS:
             mark = self.root.path_of(f"{CONTROL}/attempt-{number - 1}")
-            raise _impossible_mark(mark, f"attempt {number:,} would be the next one")
+            raise impossible_mark(mark, f"attempt {number:,} would be the next one")
         mine = secrets.token_hex(12).encode()
         key = f"{CONTROL}/attempt-{number}"
         # Where the answer to a put was lost, its repetition finds the object of its own.
@@ -292,7 +292,7 @@ class RunObjects:
                 raise _lost(student, int(last[:6]))
             if last is not None and int(last[:6]) == attempt and int(last[7:13]) >= _MOST_WRITERS:
                 where = self.root.path_of(f"{STUDENTS}/{student}/{last}/{MARKER}")
-                raise _impossible_mark(where, f"writer {_MOST_WRITERS:,} of one student in one attempt")
+                raise impossible_mark(where, f"writer {_MOST_WRITERS:,} of one student in one attempt")
             count = int(last[7:13]) + 1 if last is not None and int(last[:6]) == attempt else 1
             names[student] = f"{attempt:06d}-{count:06d}-{secrets.token_hex(6)}"
         failpoint("run.before_takeover")
@@ -395,7 +395,8 @@ def unpacked(data: bytes, where: str) -> dict[str, str]:
     return dict(files)
 
 
-def _impossible_mark(where: str, got: str) -> DamagedError:
+def impossible_mark(where: str, got: str) -> DamagedError:
+    """A mark in a run's folder `control` that no command of ours puts there."""
     return DamagedError(
         f"{where} is damaged",
         got=got,

@@ -350,10 +350,10 @@ def timeout_seconds() -> float:
         RecipeError: it is no positive number.
     """
     text = os.environ.get("AKD_DIST_S3_TIMEOUT", "").strip()
-    try:
-        seconds = float(text or _TIMEOUT_SECONDS)
-    except ValueError:
-        seconds = math.nan
+    seconds = math.nan
+    with contextlib.suppress(ValueError):
+        # `float` would take 3_0 and digits of other scripts as well.
+        seconds = float(text or _TIMEOUT_SECONDS) if text.isascii() and "_" not in text else math.nan
     if not 0 < seconds < math.inf:
         raise RecipeError(
             "AKD_DIST_S3_TIMEOUT is no time", got=text, expected="seconds, such as 30", next="correct or unset it"

@@ -107,6 +107,15 @@ def using(uris: Iterable[str], *, run: str, lock: Path | None = None) -> Iterato
         yield
 
 
+def note_use(store: ObjectRoot, *, run: str, lock: Path | None = None) -> None:
+    """Record that a run has used what is read at once, and so needs no record before; args as of `using`.
+
+    Args:
+        store: where the record goes: for an object, the folder of its name.
+    """
+    _note(store, _use(store, run, lock))
+
+
 def uses_of(store: ObjectRoot) -> list[Use]:
     """The records of a store, their places absolute, the latest first; what cannot be read as one is passed over."""
     uses = []

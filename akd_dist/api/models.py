@@ -25,7 +25,8 @@ def load_model(folder: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
     """A trained model, in eval mode, from a folder or URI with model.safetensors and model.json.
 
     Args:
-        trust: modules of your own whose code the folder may name, on Python's path; others are not imported.
+        trust: modules of your own whose code the folder may name, on Python's path or in the working folder; others
+                are not imported.
 
     Raises:
         RefusedError: there is no model, it names code that you do not trust, it fits no memory, or its weights would

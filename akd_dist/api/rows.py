@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from akd_dist.api.base import taking
-from akd_dist.base import places
 from akd_dist.options import BatchesOptions, DatasetOptions, RayDatasetOptions, SplitOptions
 
 if TYPE_CHECKING:
@@ -16,16 +15,22 @@ if TYPE_CHECKING:
     from akd_dist.storage.reader import LogitStore
 
 
-def open_store(uri: str | Path) -> LogitStore:
+def open_store(store: str | Path, *, store_root: str | Path | None = None) -> LogitStore:
     """Open a sealed store, its presence and sizes checked: `.rows(view, start, stop)` -> float32 [n, classes].
 
+    Args:
+        store: its folder or `s3://` URI, at whose end the id may be shortened; or its id alone, shortened or not.
+        store_root: where an id alone is looked for: a folder or `s3://` URI; None takes $AKD_DIST_STORE_ROOT, or
+            `stores`.
+
     Raises:
-        RefusedError: there is no store, or it is not sealed.
+        RefusedError: there is no store, or it is not sealed; or several ids begin so.
         DamagedError: it is not what was sealed.
     """
+    from akd_dist.storage.catalog import locate
     from akd_dist.storage.reader import open_store
 
-    return open_store(places.absolute(uri))
+    return open_store(locate(store, store_root))
 
 
 @taking(DatasetOptions)
@@ -82,7 +87,7 @@ def ray_dataset(options: RayDatasetOptions) -> Dataset:
 
 @taking(SplitOptions)
 def source_rows(options: SplitOptions) -> SourceRows:
-    """Which row of which file each row of a split was: `.where(row)` -> (file, row in it).
+    """Which row of which file each row of a split was: `.where(row)` -> (file, row in it, or key in a tar file).
 
     Rows of a split are counted as in stores, datasets and predictions. Its arguments are the fields of
     `akd_dist.options.SplitOptions`.

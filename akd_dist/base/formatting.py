@@ -39,8 +39,8 @@ class MetricFormat:
 
     @property
     def title(self) -> str:
-        """Its name as a title begins with it."""
-        return self.name[0].upper() + self.name[1:]
+        """Its name as a title begins with it; a function's as it is."""
+        return self.name if ":" in self.name else self.name[0].upper() + self.name[1:]
 
     @property
     def label(self) -> str:
@@ -82,6 +82,11 @@ SHOWN = {
     "spearman": MetricFormat("Spearman's correlation", "Spearman", percent=False),
     CUSTOM: MetricFormat("own metric", "own", percent=False),
 }
+
+
+def metric_format(metric: str, name: str | None = None) -> MetricFormat:
+    """How a metric is shown; one of the user's own under its name, where a document says it."""
+    return SHOWN[metric] if name is None else MetricFormat(name, name, percent=False)
 
 
 def percent(fraction: float | None, digits: int = 2) -> str:

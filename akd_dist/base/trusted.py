@@ -8,13 +8,21 @@ may come from anywhere, runs only what that recipe names as well, or what the us
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from akd_dist.base.errors import RecipeError
 
 MODULE = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 """The name of a module, as `code:` and `--trust` take it."""
+
+
+def _working_folder() -> str | None:
+    try:
+        return str(Path.cwd())
+    except OSError:  # it was removed meanwhile
+        return None
 
 
 class Trusted(BaseModel):
@@ -30,6 +38,8 @@ class Trusted(BaseModel):
     """The folder that a run or a store names: of its modules, only those that the user lists may be imported."""
     modules: tuple[str, ...] = ()
     """Modules that the user lists: they and all that lies below them, wherever Python finds them."""
+    working: str | None = Field(default_factory=_working_folder)
+    """The folder that the command runs in: of its modules, too, only those that the user lists may be imported."""
     named_by: str = "a document"
     """Who names the factory, for messages."""
 

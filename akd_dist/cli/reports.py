@@ -45,6 +45,8 @@ def report(runs: tuple[str, ...], out: str | None, as_json: bool) -> int:
         if document.comparison is not None:
             print_table(pooled_table(read))
             print_table(runs_table(read))
+            for warning in document.comparison.warnings:
+                click.echo(f"warning: {warning}", err=True)
             click.echo(f"report  {short_path(found.named(document.comparison.report))}")
         for error in refused:
             click.echo(f"error: {found.in_words(f'{error.what}: {error.got}')}", err=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import akd_dist
-from akd_dist.base.errors import AkdError, RecipeError
+from akd_dist.base.errors import RecipeError
 from akd_dist.cli.options import json_option, taking
 from akd_dist.cli.plans import print_fleet_plan, print_plan
 from akd_dist.cli.recipes import command_to_train
@@ -31,7 +31,7 @@ from akd_dist.cli.show import (
 from akd_dist.options import CacheOptions, CompareOptions, RunOptions
 
 if TYPE_CHECKING:
-    from akd_dist.documents.cache import CachedAssistant, CacheDocument
+    from akd_dist.documents.cache import CacheDocument
     from akd_dist.documents.fleet import FleetDocument
 
 Given = dict[str, Any]
@@ -140,7 +140,8 @@ def compare(as_json: bool, **given: Any) -> int:
 
 def print_cached(document: CacheDocument, next_command: str) -> None:
     """What a caching command came to, and the command after it."""
-    models: list[CacheDocument | CachedAssistant] = [document, *document.assistants]
+    teachers: list[Any] = [*document.members] or [document]
+    models = [*teachers, *document.assistants]
     parts = [part for one in models for part in (one, one.splits.validation, one.splits.test) if part is not None]
     shards, computed = (sum(getattr(part, key) for part in parts) for key in ("shards", "shards_computed"))
     how = "a hit: it was there already" if document.hit else f"{computed} of {counted(shards, 'shard')} computed now"
@@ -148,7 +149,11 @@ def print_cached(document: CacheDocument, next_command: str) -> None:
     others = [split for split in ("validation", "test") if getattr(document.splits, split) is not None]
     beside = f"; {' and '.join(others)} rows beside it" if others else ""
     facts = {
-        "store": short_path(document.store),
+        **({} if document.members else {"store": short_path(document.store)}),
+        **{
+            f"teacher {number}, {one.share:.0%}": short_path(one.store)
+            for number, one in enumerate(document.members, 1)
+        },
         **{f"assistant {one.model}": short_path(one.store) for one in document.assistants},
         "holds": f"{shape}, {document.encoding}{beside}",
         "size": f"{size(sum(part.bytes for part in parts))} in {counted(shards, 'shard')}",
@@ -163,32 +168,27 @@ def print_fleet(fleet: FleetDocument, next_commands: Iterable[str]) -> None:
     from akd_dist.reporting.tables import fleet_table
 
     print_table(fleet_table(fleet))
-    click.echo(f"store   {short_path(fleet.store)}")
+    for store in stores_of(fleet):
+        click.echo(f"store   {short_path(store)}")
     click.echo("report  " + short_path(f"{fleet.run}/report.html"))
     click.echo("next")
     for command in next_commands:
         click.echo(f"  {command}")
 
 
+def stores_of(fleet: FleetDocument) -> list[str]:
+    """The train store of the teacher's logits, or those of all members of an ensemble."""
+    return [member.store for member in fleet.teacher.members] or [fleet.store]
+
+
 def after_training(fleet: FleetDocument, given: Given) -> list[str]:
     """What to type after train-students."""
     shown = command_line("stores show", Path(fleet.store).name[:SHORT_ID], store_root=given["store_root"])
-    if _names_stores(given):
+    if fleet.stores_named is not False:
         return [shown]  # its logits are of the rows that this seed splits off, and there is no teacher for others
     kept = [one for one in given["overrides"] if not one.startswith(("data.seed=", "name="))]
     again = [*kept, "data.seed=1", f"name={Path(fleet.run).name}-seed1"]
     return [shown, command_line("train-students", **given | {"overrides": again})]
-
-
-def _names_stores(given: Given) -> bool:
-    """Whether the recipe names stored logits as a teacher; one that is no longer there after hours says nothing."""
-    from akd_dist.recipe import load_recipe
-
-    try:
-        recipe = load_recipe(given["recipe"], given["overrides"])
-    except AkdError:
-        return False
-    return any(one.store is not None for one in recipe.teacher.each)
 
 
 def after_quickstart(_fleet: FleetDocument, given: Given) -> list[str]:

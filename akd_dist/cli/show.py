@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import select
 import shlex
 import sys
@@ -163,6 +164,28 @@ def in_words(value: Any) -> str:
     value = {"kind": value["kind"]} | value if "kind" in value else value
     shown = {key: f"({in_words(inner)})" if isinstance(inner, dict) else inner for key, inner in value.items()}
     return ", ".join(f"{key} {inner}" for key, inner in shown.items())
+
+
+def as_yaml(value: Any) -> str:
+    """Plain data as YAML on one line, to be put into a recipe.
+
+    Text is quoted unless it is a plain path or a name; ids are, of which one of digits alone would be a number.
+    """
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {as_yaml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_yaml, value)) + "]"
+    plain = isinstance(value, str) and re.fullmatch(r"(\.{0,2}/)?[A-Za-z_][\w./-]*", value, re.ASCII)
+    reserved = str(value).lower() in ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
+    is_id = isinstance(value, str) and re.fullmatch("[0-9a-f]{12,}", value)
+    return value if plain and not reserved and not is_id else json.dumps(value, ensure_ascii=False)
+
+
+def path_from(recipe: str | Path, path: str | Path) -> str:
+    """A path as a recipe's file would name it: from the file's folder where it lies below that, else as it is."""
+    folder = Path(recipe).resolve().parent
+    here = Path(path)
+    return str(here.relative_to(folder)) if here.is_relative_to(folder) else str(path)
 
 
 # What commands have in common: the next one works on the same, in the same places.

@@ -24,14 +24,18 @@ DAY = 86_400.0
 
 
 def in_order(found: Sequence[StoreSummary]) -> list[StoreSummary]:
-    """Those of one teacher together, the teacher used last first; train rows before those of the other splits."""
-    latest: dict[str, float] = {}
+    """What was used last first, and those of one teacher together; stores that nobody used stand at the end.
+
+    Train rows stand before those of the other splits.
+    """
+    used: dict[str, float] = {}
     for one in found:
-        latest[one.teacher] = max(latest.get(one.teacher, 0.0), one.last_used or 0.0, one.modified)
+        used[one.teacher] = max(used.get(one.teacher, 0.0), one.last_used or 0.0)
     splits = {"train": 0, "validation": 1, "test": 2}
 
-    def place(one: StoreSummary) -> tuple[float, str, int, float]:
-        return -latest[one.teacher], one.teacher, splits.get(one.hint.get("split", ""), 3), -one.modified
+    def place(one: StoreSummary) -> tuple[bool, float, str, int, float, float]:
+        split = splits.get(one.hint.get("split", ""), 3)
+        return one.last_used is None, -used[one.teacher], one.teacher, split, -(one.last_used or 0.0), -one.modified
 
     return sorted(found, key=place)
 
@@ -90,7 +94,8 @@ def _data(summary: StoreSummary) -> str | None:
         return split
     name = source.get("path") or source.get("name") or source.get("factory") or source.get("images") or ""
     path = PurePosixPath(str(name).rstrip("/").rpartition(":")[2])
-    short = path.parent.name if source.get("kind") == "idx" else path.name
+    # A folder or file that is named after its split, `pets/train`, is called by the folder above it.
+    short = path.parent.name if source.get("kind") == "idx" or path.stem == split else path.name
     return f"{short or source.get('kind', '')} {split}"
 
 

@@ -57,7 +57,7 @@ def _seconds(_context: click.Context, _option: click.Parameter, value: str | Non
     """Seconds, from `12h`, `30d` or `8w`."""
     if value is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", value)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([hdw])", value)
     if found is None:
         raise click.BadParameter(f"{value!r} is no duration; give hours, days or weeks, such as 12h, 30d or 8w")
     return float(found[1]) * UNITS[found[2]]
@@ -73,7 +73,7 @@ def stores() -> None:
 def stores_list(store_root: str, as_json: bool) -> None:
     """Every store under the root, sealed or not.
 
-    Those of one teacher stand together, the teacher used last first.
+    What was used last stands first, those of one teacher together; what nobody used yet stands last.
     """
     from akd_dist.documents.stores import StoresDocument
     from akd_dist.storage.catalog import list_stores
@@ -158,7 +158,7 @@ def stores_import(as_json: bool, **given: Any) -> None:
     else:
         from akd_dist.documents.imported import ImportedDocument
 
-        print_imported(ImportedDocument.model_validate(document), given["recipe"])
+        print_imported(ImportedDocument.model_validate(document), **given)
 
 
 @stores.command("verify")

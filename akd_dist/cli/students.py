@@ -10,6 +10,8 @@ import click
 import akd_dist
 from akd_dist.cli.options import Group, json_option, taking
 from akd_dist.cli.show import (
+    as_yaml,
+    path_from,
     print_facts,
     print_json,
     print_table,
@@ -122,9 +124,15 @@ def models_import(as_json: bool, **chosen: Any) -> None:
             "written": f"{short_path(written.out)}, {size(written.bytes)}",
             "model": f"{written.model}, {written.parameters:,} parameters, fingerprint {written.fingerprint[:12]}",
             "labels": written.check.line,
-            "use": f"teacher: {{weights: {short_path(written.out)}}}",
         }
     )
+    recipe = chosen["recipe"]
+    click.echo(
+        f"next: put {'this line' if not written.code else 'these lines'} into {recipe}, in place of its teacher:"
+    )
+    click.echo(f"teacher: {as_yaml({'weights': path_from(recipe, written.out)})}")
+    if written.code:  # a folder runs no code unless a recipe lists it
+        click.echo(f"code: {as_yaml(written.code)}")
 
 
 def _print_evaluation(document: EvaluationDocument) -> None:

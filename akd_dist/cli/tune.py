@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import akd_dist
-from akd_dist.base.formatting import SHOWN, house_table
+from akd_dist.base.formatting import house_table, metric_format
 from akd_dist.cli.options import json_option, taking
 from akd_dist.cli.plans import print_fleet_plan
 from akd_dist.cli.show import counted, print_json, print_table, progress_console, short_path, stdout_for_results
@@ -77,7 +77,7 @@ def search_table(search: TunedSearch, document: TuneDocument) -> Table:
     """The trials of a search, the best first."""
     from rich.text import Text
 
-    shown = SHOWN[document.metric]
+    shown = metric_format(document.metric, document.metric_name)
     trials = sorted(search.trials, key=lambda trial: _standing(trial, search), reverse=True)
     more = len(trials) - TRIALS_SHOWN
     told = [f"and {more:,} more: tune.json has all of them"] if more > 0 else []

@@ -13,6 +13,8 @@ from typing import Any
 
 from akd_dist.base.errors import RefusedError, encodable
 from akd_dist.base.files import canonical_json, sha256, stamp_of
+from akd_dist.data.blocks import default_threads
+from akd_dist.data.file_sets import FileSet, sha256_of_file
 
 LISTED = 100_000
 """So many files of a folder are looked at, by the order of their names."""
@@ -38,6 +40,34 @@ def named(arguments: Mapping[str, Any]) -> tuple[list[Path], list[Path]]:
     """The files and the folders that strings among arguments name, as `placed` returns them."""
     found = [Path(text).absolute() for text in _strings(arguments) if _is_path(text) and stamp_of(Path(text))]
     return [path for path in found if not path.is_dir()], [path for path in found if path.is_dir()]
+
+
+def contents(arguments: Mapping[str, Any], folder: str | None) -> dict[str, str]:
+    """The sha256 of each file that strings among arguments name, by the string; of a folder that of all files below it.
+
+    A folder in which the recipe itself lies is known by its place: what commands write may lie there, too.
+
+    Args:
+        arguments: as the recipe has them.
+        folder: as of `placed`.
+
+    Raises:
+        RefusedError: a file cannot be read.
+    """
+    paths = {text: Path(folder or "", text) for text in _strings(arguments) if _is_path(text)}
+    found = {text: _content(path, folder) for text, path in paths.items()}
+    return {text: content for text, content in found.items() if content is not None}
+
+
+def _content(path: Path, folder: str | None) -> str | None:
+    if path.is_file():
+        return sha256_of_file(path)
+    if not path.is_dir():
+        return None
+    if Path(folder or "").resolve().is_relative_to(path.resolve()):
+        return sha256(str(path.resolve()).encode())
+    files = sorted(file for place, _, names in _walk(path) for name in names if (file := Path(place, name)).is_file())
+    return FileSet(str(path), [str(file.relative_to(path)) for file in files]).sha256(default_threads())
 
 
 def listing(folder: Path) -> str:

@@ -15,8 +15,9 @@ import torch
 from torch.nn import functional
 
 from akd_dist.base.errors import AkdError, RefusedError
+from akd_dist.base.tracebacks import whole
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.factories import call_factory, whole
+from akd_dist.data.factories import call_factory
 from akd_dist.data.philox import WORD_BITS
 from akd_dist.data.text import Tokens
 from akd_dist.recipe import (

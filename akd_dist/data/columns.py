@@ -213,17 +213,14 @@ class Images:
             self.noted += noted
         return made
 
-    def shorter_sides(self, columns: Sequence[Any], rows: np.ndarray) -> list[int]:
-        """Of pictures as they are, by their headers.
+    def sizes(self, columns: Sequence[Any], rows: np.ndarray) -> list[framing.Size]:
+        """Height and width of pictures as they are, by their headers.
 
         Raises:
             RefusedError: there is no picture, or not one that can be read.
         """
         given = self._given(columns[0], rows[0])
-        return [
-            self._read(one, row, lambda picture: min(pictures.size(picture)))
-            for one, row in zip(given, rows.tolist(), strict=True)
-        ]
+        return [self._read(one, row, pictures.size) for one, row in zip(given, rows.tolist(), strict=True)]
 
     def _given(self, column: Any, row: int) -> list[Any]:
         """Images as the source has them: bytes, or those of Pillow."""

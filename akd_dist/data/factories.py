@@ -9,17 +9,18 @@ import importlib.util
 import os
 import sys
 import sysconfig
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import sha256
+from akd_dist.base.tracebacks import whole
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.arguments import placed
+from akd_dist.data.arguments import contents, placed
 from akd_dist.recipe import Factory
 
 # Where installed modules lie, also those of an environment that lies in a recipe's folder.
@@ -35,12 +36,13 @@ def import_factory(spec: Factory, signature: str) -> Callable[..., object]:
 
     Raises:
         RefusedError: nobody trusts it, and then nothing was imported; there is no such module or function, or the
-            module fails to import; its exception is shown whole.
+            module fails to import; its traceback is shown.
     """
     name = spec.factory
     module_name, _, function = name.partition(":")
     _check_trusted(name, module_name, spec.trusted)
-    where = "on Python's path" if spec.trusted.place is None else "beside the recipe, or name its place with `folder:`"
+    beside = spec.trusted.folder is not None
+    where = "beside the recipe, or name its place with `folder:`" if beside else "here, or on Python's path"
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -84,11 +86,38 @@ def source_sha256(spec: Factory, signature: str) -> str | None:
     return None if file is None else sha256(file.read_bytes())
 
 
+def read_beside(spec: Factory) -> dict[str, str]:
+    """What the function that a spec names may read beside the file that it lies in, as far as that is known.
+
+    Returns:
+        The sha256 of the files and folders that its arguments name, by the argument; and of the modules of the recipe's
+        folder that its own imports, by name. Empty for most.
+
+    Raises:
+        RefusedError: a file cannot be read.
+    """
+    return contents(spec.arguments, spec.trusted.place) | _imported(spec)
+
+
+def _imported(spec: Factory) -> dict[str, str]:
+    """The modules that lie in the folder of the recipe, found by reading `import` in the one that the spec names."""
+    own, place = spec.factory.partition(":")[0], spec.trusted.place
+    if place is None:
+        return {}
+    finder = ModuleFinder(path=[place], excludes=["akd_dist"])
+    try:
+        finder.import_hook(own)
+    except (ImportError, SyntaxError):  # it lies elsewhere, or is no Python
+        return {}
+    files = {name: getattr(module, "__file__", None) for name, module in finder.modules.items() if name != own}
+    return {name: sha256(Path(file).read_bytes()) for name, file in sorted(files.items()) if file is not None}
+
+
 def call_factory(spec: Factory, signature: str, arguments: Mapping[str, Any]) -> object:
     """What the function that a spec names returns for these keyword arguments, their paths as `arguments.placed` says.
 
     Raises:
-        RefusedError: as `import_factory` and `placed`; or the function fails, and its exception is shown whole.
+        RefusedError: as `import_factory` and `placed`; or the function fails, and its traceback is shown.
     """
     factory = import_factory(spec, signature)
     given = placed(arguments, spec.trusted.place)
@@ -101,17 +130,12 @@ def call_factory(spec: Factory, signature: str, arguments: Mapping[str, Any]) ->
         raise RefusedError(failed, got=whole(error), expected=f"a function{signature}", next=hint) from error
 
 
-def whole(error: BaseException) -> str:
-    """An exception of the user's own code with its traceback, as they need it to find their mistake."""
-    return "".join(traceback.format_exception(error)).rstrip()
-
-
 def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
     """Refuse a factory that nobody trusts, without importing anything, packages above it included.
 
     The folder of the user's recipe comes on Python's path only once something in it is trusted, and last, so that it
-    hides no installed module. A folder that somebody else names never does: libraries look for modules that may be
-    there or not, and would run those that they find.
+    hides no installed module. A folder that somebody else names never does, nor does the working folder: libraries look
+    for modules that may be there or not, and would run those that they find.
     """
     listed = trusted.lists(module)
     if not listed and name not in trusted.factories:
@@ -124,9 +148,8 @@ def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
         )
     if trusted.folder is not None and trusted.folder not in sys.path:
         sys.path.append(trusted.folder)
-    if listed and trusted.elsewhere is not None:
-        finder = _Listed(trusted.elsewhere, module.partition(".")[0])
-        if finder not in sys.meta_path:
+    for folder in (trusted.working, trusted.elsewhere) if listed else ():
+        if folder is not None and (finder := _Listed(folder, module.partition(".")[0])) not in sys.meta_path:
             sys.meta_path.append(finder)
     # Python keeps lists of folders, in which a module that was written a moment ago does not stand yet.
     importlib.invalidate_caches()
@@ -136,7 +159,10 @@ def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
 
 @dataclass(frozen=True)
 class _Listed:
-    """Finds one module that the user lists in a folder that they did not name, after all others, and nothing else."""
+    """Finds one module that the user lists in a folder that they did not name, after all others, and nothing else.
+
+    Such a folder is that of somebody's run, and the one that the command runs in, where anything may lie.
+    """
 
     folder: str
     top: str

@@ -86,7 +86,7 @@ def sha256_of_file(path: str | Path) -> str:
         with open(path, "rb", buffering=0) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise unreadable(RefusedError, path, error, expected="the file that rows were prepared from") from error
+        raise unreadable(RefusedError, path, error, expected="a file that may be read") from error
 
 
 def digest_of(entries: Iterable[object]) -> str:

@@ -22,6 +22,7 @@ from akd_dist.storage.remote import RemoteFile, find_file, is_remote
 
 # Bytes of an object that are read at a time.
 _BUFFER_BYTES = 1 << 23
+_SEPARATORS = {b";": "semicolons", b"\t": "tabs", b"|": "bars"}
 # Numbers as programs write them. What begins with zeros, as 007, is a name.
 _INTEGER, _NUMBER = r"^-?(0|[1-9][0-9]{0,17})$", r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
 # The most names in which a nearest one is looked for: it takes long.
@@ -93,6 +94,8 @@ def _read(table: Path | RemoteFile, file: str, label: str) -> dict[str, Any]:
                 expected=".csv, .jsonl or .parquet",
                 next="write it as one of these",
             )
+        if read is _of_csv:
+            _check_separator(table, data)
         names, columns = read(data, (file, label))
         for key, name in (("file", file), ("label", label)):
             if names.count(name) != 1:
@@ -137,6 +140,23 @@ def _of_csv(data: bytes, wanted: Sequence[str]) -> tuple[list[str], Any]:
         return {wanted[0]: table.column(wanted[0]), wanted[1]: _numbers(plain(table.column(wanted[1])))}
 
     return names, columns
+
+
+def _check_separator(table: Path | RemoteFile, data: bytes) -> None:
+    """Refuse a table whose first line, the names of its columns, has another separator and no comma.
+
+    Raises:
+        RefusedError: so it is; says which.
+    """
+    head = data.lstrip().partition(b"\n")[0]
+    found = [name for mark, name in _SEPARATORS.items() if mark in head and b"," not in head]
+    if found:
+        raise RefusedError(
+            f"the columns of {table} are not separated by commas",
+            got=f"{found[0]} in its first line: {head[:80].decode(errors='replace').strip()}",
+            expected="a CSV with commas, and names of columns in its first line",
+            next="write it again with commas; text that holds one stands in double quotes",
+        )
 
 
 def _of_json_lines(data: bytes, wanted: Sequence[str]) -> tuple[list[str], Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import shutil
 import tempfile
@@ -150,7 +151,14 @@ def no_such_key(name: str, key: str, there: Sequence[str] | Mapping[str, Any]) -
         f"{name} has no {key}, by which --key joins its rows",
         got=", ".join(list(there)[:10]) or "nothing with a name",
         expected=f"a column or an array {key} with one value for each row",
+        next=_near_key(key, there),
     )
+
+
+def _near_key(key: str, there: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(key, list(there), n=1)
+    rename = f"call {near[0]} {key}" if near else f"save the key beside the logits as {key}"
+    return f"{rename}, as the data do, or leave --key out if rows are in the order of the data"
 
 
 def refuse_key(path: Path, key: str | None) -> None:

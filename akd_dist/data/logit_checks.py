@@ -21,10 +21,16 @@ from akd_dist.recipe import LogitKind
 _SHOWN = 5
 _TOLERANCE = 1e-3
 """By how much a sum of probabilities may miss 1: rows may have been written as float16."""
+_ROUNDED = 0.05
+"""The same, as a share, where none is negative: they may have been rounded to two digits."""
+_SCALES = {1: "", 100: ", in percent"}
+"""What rows of probabilities sum to."""
 _MOST_CONSTANT = 0.01
 """The share of rows in which all logits may be equal, as two of half precision sometimes are."""
 _SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
 _PARTS = 50
+_PART_ROWS = 20
+"""The fewest rows of a part."""
 _FEW_ROWS = 50
 """So few rows show no order."""
 _MUCH = 0.15
@@ -49,7 +55,8 @@ class Looks:
     zero: int = 0
     constant: int = 0
     examples: list[int] = field(default_factory=list)
-    probabilities: bool = True
+    probabilities: dict[int, bool] = field(default_factory=lambda: dict.fromkeys(_SCALES, True))
+    """Whether all rows are probabilities, by what these sum to."""
     log_probabilities: bool = True
     one_hot: bool = True
     confidence: float = 0.0
@@ -76,8 +83,10 @@ class Looks:
         shifted = np.exp((logits - highest[:, None]).astype(np.float64)).sum(axis=1)
         self.confidence += float((1 / shifted).sum())
         self.log_probabilities &= bool((np.abs(highest + np.log(shifted)) < 10 * _TOLERANCE).all())
-        sums_to_one = np.abs(logits.sum(axis=1, dtype=np.float64) - 1) < 2 * _TOLERANCE
-        self.probabilities &= bool(sums_to_one.all() and (lowest >= 0).all())
+        sums = logits.sum(axis=1, dtype=np.float64)
+        for scale in _SCALES:
+            close = (lowest >= 0).all() and (np.abs(sums / scale - 1) < _ROUNDED).all()
+            self.probabilities[scale] &= bool(close)
         self.one_hot &= bool(((logits == 0) | (logits == highest[:, None])).all() and (lowest == 0).all())
         self.one_hot &= bool(((logits != 0).sum(axis=1) == 1).all())
         first: np.ndarray = logits.argmax(axis=1)
@@ -100,9 +109,11 @@ class Looks:
         if self.one_hot:
             what = f"{self.name} holds labels: one entry a row, and zeros"
             raise self._refused(what, "one-hot rows", "train by hard_labels, which needs no logits")
-        if self.probabilities:
-            advice = "save numpy.log of them, as float32 and of at least 1e-30, and give --kind log_probabilities"
-            raise self._refused(f"{self.name} holds probabilities", "rows that sum to 1, and none is negative", advice)
+        for scale in (scale for scale, found in self.probabilities.items() if found):
+            share = "them" if scale == 1 else f"them divided by {scale}"
+            advice = f"save numpy.log of {share}, as float32 and of at least 1e-30, and give --kind log_probabilities"
+            got = f"rows that sum to {scale}, and no number is negative"
+            raise self._refused(f"{self.name} holds probabilities{_SCALES[scale]}", got, advice)
         if said == "logits" and self.log_probabilities:
             got = "rows whose exponentials sum to 1"
             raise self._refused(f"{self.name} holds log-probabilities", got, "give --kind log_probabilities")
@@ -192,6 +203,13 @@ class Order:
     """What would agree much better, if anything does: in words that follow `if`."""
     better: float = 0.0
     """So well."""
+    shuffled: str | None = None
+    """Rows that agree as those in any order would, although the others agree far better; if there are such."""
+
+    @property
+    def found_wrong(self) -> bool:
+        """Whether rows were found in another order, all of them or some."""
+        return self.explained is not None or self.shuffled is not None
 
     @property
     def at_chance(self) -> bool:
@@ -199,6 +217,11 @@ class Order:
         noise = np.sqrt(max(self.chance * (1 - self.chance), 1e-12) / self.rows) if self.chance else self.rows**-0.5
         above = self.agreement - self.chance
         return bool(self.informative and above < 3 * noise and above < 0.1 * (1 - self.chance))
+
+    def better_than(self, other: Order) -> bool:
+        """Whether it agrees so much better that the other one is not the one that was meant."""
+        noise = (max(self.agreement * (1 - self.agreement), 0.01) / max(self.rows, 1)) ** 0.5
+        return self.informative and self.agreement - other.agreement > max(_MUCH, _SURE * noise)
 
     def worse_than(self, together: Order) -> bool:
         """Whether it agrees less than all rows together do, by more than few rows of a weak teacher may by chance."""
@@ -230,32 +253,45 @@ def look_at_order(said: np.ndarray, labels: np.ndarray, classes: int, task: reci
     if task == "classification":
         tried += _classes(said, labels, classes)
     better, words = max(tried, default=(0.0, ""))
-    noise = (max(better * (1 - better), 0.01) / len(labels)) ** 0.5
-    if informative and better - agreement > max(_MUCH, _SURE * noise):
+    if Order(better, chance, len(labels), informative).better_than(Order(agreement, chance, len(labels), informative)):
         return Order(agreement, chance, len(labels), informative, words, better)
-    return Order(agreement, chance, len(labels), informative)
+    shuffled = None
+    if task == "classification" and not keyed and informative:
+        shuffled = _shuffled_block(said.astype(np.int64), labels.astype(np.int64), np.flatnonzero(known), classes)
+    return Order(agreement, chance, len(labels), informative, shuffled=shuffled)
 
 
-def check_order(name: str, order: Order, *, keyed: bool) -> None:
+def check_order(name: str, order: Order, *, keyed: bool, hint: str | None = None) -> None:
     """Refuse logits that are those of other rows, or of classes in another order.
+
+    Args:
+        hint: what may have led to another order, if anything is known.
 
     Raises:
         RefusedError: says how well they agree, how well by chance, and what would agree better.
     """
     got = f"agreement {order.agreement:.1%}, chance {order.chance:.1%}"
+    more = "" if hint is None else f"; {hint}"
     if order.explained is not None:
         raise RefusedError(
             f"{name} does not fit the labels as it is: it would agree in {order.better:.1%} if {order.explained}",
             got=got,
             expected="a row of logits for each row, in their order, and classes in the order of the labels",
-            next="bring rows and classes into that order, or join rows by --key",
+            next=f"bring rows and classes into that order, or join rows by --key{more}",
         )
     if order.at_chance:
         raise RefusedError(
             f"the logits in {name} look shuffled: they agree with the labels as those of any rows would",
             got=got,
             expected="logits of these very rows" + ("" if keyed else ", in their order"),
-            next="look which rows and which classes they are of" + ("" if keyed else "; or join rows by --key"),
+            next="look which rows and which classes they are of" + ("" if keyed else f"; or join rows by --key{more}"),
+        )
+    if order.shuffled is not None:
+        raise RefusedError(
+            f"some of the rows in {name} look shuffled: {order.shuffled}",
+            got=f"{got} over all rows",
+            expected="a row of logits for each row, in their order",
+            next=f"bring these rows into the order of the data, or join rows by --key{more}",
         )
 
 
@@ -298,7 +334,7 @@ def _from_a_row_on(said: np.ndarray, labels: np.ndarray, by: int, words: str, sc
     """The same of the rows from some place on: where one is missing or twice there, all that follow are shifted."""
     cuts = np.unique(np.linspace(0, len(labels), _PARTS + 1).astype(np.int64))
     parts = list(zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True))
-    if len(labels) < _PARTS * 20:
+    if len(labels) < _PARTS * _PART_ROWS:
         return []
     moved = np.roll(said, -by)
     as_is, shifted = ([score(one[a:b], labels[a:b]) for a, b in parts] for one in (said, moved))
@@ -311,6 +347,44 @@ def _from_a_row_on(said: np.ndarray, labels: np.ndarray, by: int, words: str, sc
     first = parts[at][0]
     together = np.concatenate([said[:first], moved[first:]])
     return [(score(together, labels), f"the rows from about {first:,} on {words}")]
+
+
+def _shuffled_block(said: np.ndarray, labels: np.ndarray, rows: np.ndarray, classes: int) -> str | None:
+    """Rows that follow one another and agree as by chance, in words; None if there are none.
+
+    Only such are told that another order of theirs would make agree: their classes are those of their labels, as often.
+    A teacher that knows nothing of a class says others, and no order would help.
+
+    Args:
+        said, labels: class ids of rows with labels, int64 [n].
+        rows: their numbers, for the words; int64 [n].
+    """
+    right, parts = said == labels, min(_PARTS, len(labels) // _PART_ROWS)
+    overall = np.bincount(said, minlength=classes) @ np.bincount(labels, minlength=classes) / len(labels) ** 2
+    cuts = np.linspace(0, len(labels), parts + 1).astype(np.int64)
+    # Parts with fewer right rows than halfway between all rows and chance; those together in which most are missing.
+    short = (right.mean() + overall) / 2 * np.diff(cuts) - np.add.reduceat(right.astype(np.int64), cuts[:-1])
+    sums = np.concatenate([[0.0], np.cumsum(short)])
+    lows = np.minimum.accumulate(sums)
+    last = int((sums - lows).argmax())
+    first = int(sums[: last + 1].argmin())
+    start, stop = int(cuts[first]), int(cuts[last])
+    count = stop - start
+    if count < _FEW_ROWS or count > 0.8 * len(labels):
+        return None
+    theirs = [np.bincount(one[start:stop], minlength=classes) for one in (said, labels)]
+    chance = float(theirs[0] @ theirs[1]) / count**2
+    found = float(right[start:stop].mean())
+    others = float(right.sum() - right[start:stop].sum()) / (len(labels) - count)
+    best = float(np.minimum(*theirs).sum()) / count
+    noise = (max(others * (1 - others), 0.01) / count) ** 0.5
+    as_by_chance = found - chance < 0.1 * (1 - chance)
+    if not as_by_chance or min(others, best) - found < max(_MUCH, _SURE * noise, (others - chance) / 2):
+        return None
+    return (
+        f"about {rows[start]:,} to {rows[stop - 1]:,} agree with the labels in {found:.1%}, by chance {chance:.1%}; "
+        f"the others in {others:.1%}"
+    )
 
 
 def _classes(said: np.ndarray, labels: np.ndarray, classes: int) -> list[tuple[float, str]]:

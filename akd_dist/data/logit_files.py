@@ -8,6 +8,7 @@ beside the prepared rows, which goes with the process; logits may be larger than
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import math
 import zipfile
@@ -33,11 +34,12 @@ from akd_dist.data.logit_arrays import (
     refuse_key,
     refusing,
 )
-from akd_dist.data.parquet_files import find_parquet
+from akd_dist.data.parquet_files import find_parquet, out_of_order
 from akd_dist.data.schemas import is_list
 from akd_dist.storage.foreign import open_foreign
 
 _COLUMN = "logit_"
+_TEXTS = (".csv", ".tsv", ".txt", ".json", ".jsonl")
 _KINDS = "a .npy, .npz, .safetensors or .parquet file, or a Zarr folder"
 
 
@@ -56,7 +58,7 @@ def open_logits(path: Path, check: Check, key: str | None, scratch: Path, *, any
         MachineError: the scratch folder has no room.
     """
     if not path.exists():
-        raise RefusedError(f"there is no file of logits {path}", got="no such file", expected=_KINDS)
+        raise no_file(path)
     opened = _opener_of(path)
     with contextlib.ExitStack() as stack:
         found = opened(path, check, key, functools.partial(Scratch, scratch, stack))
@@ -70,6 +72,17 @@ def open_logits(path: Path, check: Check, key: str | None, scratch: Path, *, any
         yield found
 
 
+def no_file(path: Path) -> RefusedError:
+    """What to say where nothing lies at a path."""
+    near = difflib.get_close_matches(path.name, [one.name for one in path.parent.glob("*")], n=1)
+    return RefusedError(
+        f"there is no file of logits {path}",
+        got=f"near it: {near[0]}" if near else "no such file",
+        expected=_KINDS,
+        next="correct the path; it starts from the working folder",
+    )
+
+
 Make = Callable[[tuple[int, int, int], str, str], Scratch]
 Opener = Callable[[Path, Check, str | None, Make], LogitFile]
 
@@ -81,16 +94,16 @@ def _opener_of(path: Path) -> Opener:
             return _open_zarr
         if any(path.rglob("*.parquet")):
             return _open_parquet
-        raise RefusedError(f"{path} is a folder without logits", got="neither Zarr nor Parquet", expected=_KINDS)
+        raise _no_logits(path, "is a folder without logits", "neither Zarr nor Parquet", "name the file in it")
     if not path.is_file():
-        raise RefusedError(f"{path} is no file", got="a pipe or a device", expected=_KINDS)
+        raise _no_logits(path, "is no file", "a pipe or a device", "write it to a file, since it is read twice")
     try:
         with open(path, "rb") as file:
             head = file.read(16)
     except OSError as error:
         raise unreadable(RefusedError, path, error, expected="a file that this user may read") from None
     if not head:
-        raise RefusedError(f"{path} is empty", got="0 bytes", expected=_KINDS)
+        raise _no_logits(path, "is empty", "0 bytes", "copy or compute it again")
     for mark, opener in ((b"\x93NUMPY", _open_npy), (b"PK", _open_npz), (b"PAR1", _open_parquet)):
         if head.startswith(mark):
             return opener
@@ -100,13 +113,17 @@ def _opener_of(path: Path) -> Opener:
     raise _unknown(path, head, pickled=pickled)
 
 
+def _no_logits(path: Path, what: str, got: str | None, advice: str) -> RefusedError:
+    return RefusedError(f"{path} {what}", got=got, expected=_KINDS, next=advice)
+
+
 def _unknown(path: Path, head: bytes, *, pickled: bool) -> RefusedError:
     return RefusedError(
         f"{path} is no file of logits that is read",
         got="a pickle, which could run code" if pickled else f"a file that begins with {head[:8]!r}",
         expected=_KINDS,
         next="save them with numpy.save or safetensors.numpy.save_file"
-        if pickled
+        if pickled or path.suffix in _TEXTS
         else "check that it was copied whole",
     )
 
@@ -171,6 +188,7 @@ def _small_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
                 f"{path}: {name.removesuffix('.npy')} cannot be a key",
                 got=f"dtype {dtype} of shape {list(shape)}",
                 expected="one integer or text for each row",
+                next="save the keys as an array of one dimension: integers, or text of NumPy's dtype U",
             )
         return np.frombuffer(file.read(), dtype).astype(dtype.newbyteorder("="))  # Arrow knows no other
 
@@ -240,6 +258,35 @@ def _open_parquet(path: Path, check: Check, key: str | None, make: Make) -> Logi
     return LogitFile(str(path), shape, found, str(dtype), _reader(scratch.array()), anywhere=True, key=key_column)
 
 
+def check_parts(path: Path, of_source: Sequence[tuple[str, int]]) -> None:
+    """Refuse a folder of Parquet whose order of names is not that of their numbers, for rows that go by their order.
+
+    It is read in the order of names, as sources are, where part-10 comes before part-2. What wrote the parts had their
+    numbers in mind; unless they are called as the parts of the source are, and have as many rows.
+
+    Args:
+        of_source: the name and rows of each file of the source.
+
+    Raises:
+        RefusedError: so it is; names two files.
+    """
+    if not path.is_dir() or _opener_of(path) is not _open_parquet:
+        return
+    files = [Path(str(one)) for one in find_parquet(str(path)).files]
+    swapped = out_of_order([str(one.relative_to(path)) for one in files])
+    if swapped is None:
+        return
+    with refusing(path, "Parquet"):
+        ours = [(one.name, pq.read_metadata(one).num_rows) for one in files]
+    if ours != [(Path(name).name, rows) for name, rows in of_source]:
+        raise RefusedError(
+            f"the files of {path} have another order by name than by number",
+            got=f"{swapped[0]} before {swapped[1]}, as names are sorted",
+            expected="numbers of equally many digits, or the names and rows of the source's own files",
+            next="rename them with zeros in front, as in part-02.parquet, or join rows by --key",
+        )
+
+
 def _floats_of(path: Path, schema: Any, columns: Sequence[str], key: str | None) -> np.dtype[Any]:
     """The dtype that holds the logits of a file; refuses other columns than those of the first, and no floats."""
     found, _ = _columns_of(path, schema, key)
@@ -248,6 +295,7 @@ def _floats_of(path: Path, schema: Any, columns: Sequence[str], key: str | None)
             f"{path} has other columns of logits than the file before it",
             got=", ".join(found[:10]),
             expected=", ".join(columns[:10]),
+            next="write all files with the same columns, or take out what is none of the logits",
         )
     inner = {name: schema.field(name).type for name in columns}
     inner = {name: one.value_type if is_list(one) else one for name, one in inner.items()}
@@ -271,6 +319,7 @@ def _check_keys(files: Sequence[Path], opened: Sequence[Any], key: str | None) -
             f"the files of {files[0].parent} have keys of several types",
             got=", ".join(f"{key} is {kind} in {file.name}" for kind, file in types.items()),
             expected="one type in all of them",
+            next="write the key of every file with the type that it has in the data",
         )
 
 
@@ -287,6 +336,7 @@ def _columns_of(path: Path, schema: Any, key: str | None) -> tuple[list[str], in
                 f"{path} lacks a column of logits",
                 got=f"{len(numbered)} columns, the last {numbered[-1]}",
                 expected=f"{expected[0]} to {_COLUMN}{len(numbered) - 1}, one for each class",
+                next="write the columns of all classes",
             )
         return numbered, len(numbered)
     lists = {name: 2 for name in schema.names if name != key and is_list(schema.field(name).type)}
@@ -301,7 +351,10 @@ def _matrix(path: Path, batch: Any, columns: Sequence[str], width: int, at: int)
         if column.null_count or values.null_count:
             rows = _null_rows(column)
             raise RefusedError(
-                f"{path}: column {name} has nulls", got=f"row {at + rows}", expected="a number for each class"
+                f"{path}: column {name} has nulls",
+                got=f"row {at + rows}",
+                expected="a number for each class",
+                next="compute the logits of that row, or look why they were not saved",
             )
         if is_list(column.type):
             lengths = np.diff(_offsets(column))
@@ -311,6 +364,7 @@ def _matrix(path: Path, batch: Any, columns: Sequence[str], width: int, at: int)
                     f"{path}: the rows of column {name} are not of one length",
                     got=f"row {at + row} has {lengths[row]}",
                     expected=f"{width}, as row 0 has",
+                    next="save a logit for each class in every row",
                 )
             return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(len(batch), width)
     stacked = np.stack([batch.column(name).to_numpy(zero_copy_only=False) for name in columns], axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.keys import key_column
 from akd_dist.data.logit_arrays import Check, LogitFile, Shape
+from akd_dist.data.parquet_files import out_of_order
 from akd_dist.data.prepare import kinds_of, open_sources
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.data.schemas import plain
 from akd_dist.data.source_rows import rows_of_splits
+from akd_dist.data.sources.base import Source
 from akd_dist.data.splitting import source_of_split
 from akd_dist.recipe import NoAugmentation, Split
 
@@ -31,13 +34,26 @@ class Place:
 
     source: str
     """The split whose key of `data` names the source: a split that is a share comes from `train`."""
-    total: int
-    """How many rows the source has."""
     numbers: np.ndarray
     """The row of the source of each row of the split, int64, ascending."""
+    opened: Source
+    """The source, looked at."""
     followed: bool = False
     """Whether rows of `data.unlabelled` follow: then only the split has its rows together, and they are counted as its
     own."""
+
+    @property
+    def total(self) -> int:
+        """How many rows the source has."""
+        return len(self.numbers) if self.followed else self.opened.rows
+
+    @property
+    def files(self) -> Sequence[tuple[str, int]]:
+        """The name and rows of each file of the source, in the order of its rows; none where it is one whole."""
+        if self.opened.file_starts is None or self.followed:
+            return ()
+        counts = np.diff(np.append(self.opened.file_starts, self.opened.rows))
+        return list(zip(self.opened.files, counts.tolist(), strict=True))
 
     @property
     def whole(self) -> str:
@@ -52,12 +68,12 @@ def places_of(data: recipe.DataSpec) -> dict[str, Place]:
     readings = open_sources(data, kinds_of(data))
     sources = {split: source_of_split(data, split) for split in SPLITS}
     places = {
-        split: Place(sources[split], readings[sources[split]].source.rows, found.rows)
+        split: Place(sources[split], found.rows, readings[sources[split]].source)
         for split, found in rows_of_splits(data, readings).items()
     }
     if data.train is not None and "unlabelled" in readings:
         count = len(places["train"].numbers)
-        places["train"] = Place("train", count, np.arange(count), followed=True)
+        places["train"] = Place("train", np.arange(count), readings["train"].source, followed=True)
     return places
 
 
@@ -92,6 +108,43 @@ class Wanted:
         """How many rows a file may have, and which they are."""
         where = self.sources[self.first]
         return {len(where.numbers): f"the {self.first} rows"} | {where.total: where.whole}
+
+    def taken(self, rows: int, split: Split | None = None) -> str:
+        """Which rows of a split a file with so many has, by their order; None is the split that has to be there."""
+        where = self.sources[split or self.first]
+        return where.whole if rows == where.total else f"the {split or self.first} rows of data.{where.source}"
+
+    def may_be(self, rows: int) -> list[Split]:
+        """The splits that a file with so many rows, in their order, may be of as well: a split of each other source."""
+        found: dict[str, Split] = {self.sources[self.first].source: self.first}
+        splits: list[Any] = [*SPLITS]
+        for split in splits:
+            one = self.sources[split]
+            if rows in (one.total, len(one.numbers)):
+                found.setdefault(one.source, split)
+        return list(found.values())[1:]
+
+    def taken_for(self, rows: int, *, informative: bool) -> list[str]:
+        """What to know where the file may be of other splits as well, a line each.
+
+        Args:
+            informative: whether labels have shown which rows they are.
+        """
+        told = "labels alone tell" if informative else "it is taken at your word, for want of labels,"
+        return [
+            f"as many ({rows:,}) are {self.taken(rows, split)}: {told} that these are the logits of {self.taken(rows)}"
+            for split in self.may_be(rows)
+        ]
+
+    def order_of_files(self) -> str | None:
+        """A line on a source whose files stand in another order than their numbers; None where they do not."""
+        where = self.sources[self.first]
+        files = () if len(where.files) == where.total else where.files
+        swapped = out_of_order([name for name, _ in files])
+        if swapped is None:
+            return None
+        first, then = (Path(name).name for name in swapped)
+        return f"the rows of data.{where.source} go by the names of its files, {first} before {then}"
 
     def check(self, path: str) -> Check:
         """What takes the shape of the file's array; see `logit_arrays.Check`."""
@@ -241,6 +294,7 @@ def _joined(file: LogitFile, wanted: Wanted, source: str) -> np.ndarray:
             f"{file.name} has not a {wanted.key} for each row",
             got=f"{theirs.null_count:,} nulls among {len(theirs):,} for {file.shape[1]:,} rows",
             expected="one for each row",
+            next="save the key of every row beside its logits, as the data have it",
         )
     ours, theirs = _alike(ours, theirs, wanted.key, file.name)
     for keys, whose in ((ours, f"data.{source}"), (theirs, file.name)):
@@ -251,6 +305,9 @@ def _joined(file: LogitFile, wanted: Wanted, source: str) -> np.ndarray:
                 f"{wanted.key} is no key of {whose}: rows share one",
                 got=f"{_some(twice, range(len(twice)))} several times",
                 expected="another value in each row",
+                next="choose a column for --key whose values differ, or leave it out and bring all rows in their order"
+                if whose.startswith("data.")
+                else "keep one row of logits for each of them",
             )
     surplus = pc.filter(theirs, pc.invert(pc.is_in(theirs, value_set=ours)))
     if len(surplus):

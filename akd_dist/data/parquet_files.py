@@ -5,6 +5,7 @@ import fnmatch
 import glob
 import itertools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ _SUFFIXES = (".parquet", ".parq", ".pq")
 _MAGIC = (b"PAR1", b"PARE")
 # Endings of files that hold rows twice, or half: downloads under way, and backups that editors and people keep.
 _COPIES = ("~", ".bak", ".orig", ".old", ".swp", ".tmp", ".temp", ".part", ".partial", ".crdownload", ".filepart")
+_NUMBERS = re.compile(r"([0-9]+)")
 # What may lie beside a Parquet file under its name, as rows.parquet.md5: no rows, and no mistake.
 _COMPANIONS = (".crc", ".md5", ".sha1", ".sha256", ".json", ".txt")
 
@@ -240,6 +242,18 @@ def _is_parquet(file: Path | RemoteFile) -> bool:
             next="unpack it or remove it, or name the files with a glob such as *.parquet",
         )
     return holds_parquet
+
+
+def out_of_order(names: Sequence[str]) -> tuple[str, str] | None:
+    """Two names that follow one another in the wrong order of the numbers in them; None if there are none."""
+    return next(((one, other) for one, other in itertools.pairwise(names) if _has_greater_number(one, other)), None)
+
+
+def _has_greater_number(name: str, other: str) -> bool:
+    """Whether two names differ first in a number, and the first one has the greater."""
+    parts = zip(_NUMBERS.split(name), _NUMBERS.split(other), strict=False)
+    first, then = next(((one, two) for one, two in parts if one != two), ("", ""))
+    return first.isdecimal() and then.isdecimal() and int(first) > int(then)
 
 
 def _refuse_circles(folder: Path) -> None:

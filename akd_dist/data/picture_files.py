@@ -11,6 +11,7 @@ from typing import Any
 from akd_dist.base.errors import RefusedError, unreadable
 from akd_dist.base.formatting import some_of
 from akd_dist.data.file_sets import digest_of
+from akd_dist.data.folder_walk import Walk, is_leftover
 from akd_dist.data.parquet_files import check_scheme, nothing_at
 from akd_dist.recipe.paths import START
 from akd_dist.storage.remote import RemoteFile, files_below, find_file, is_remote
@@ -23,8 +24,6 @@ MOST_BYTES = 1 << 29
 """Of a picture's file: twice what the most pixels that are taken have with an alpha channel, uncompressed."""
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables of labels, as Hugging Face's imagefolder finds them beside the pictures."""
-# What computers leave in folders of pictures: nobody needs to hear of it.
-_LEFTOVERS = frozenset(["Thumbs.db", "desktop.ini", "__MACOSX", "@eaDir"])
 
 
 @dataclass(frozen=True)
@@ -127,20 +126,25 @@ def is_picture(name: str) -> bool:
     return name.rpartition(".")[2].lower() in EXTENSIONS and "." in name
 
 
-def is_leftover(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that computers leave beside pictures."""
-    return name.startswith(".") or name in _LEFTOVERS
-
-
 def _on_disk(path: str) -> PictureFiles:
     if not Path(path).is_dir():
         raise _no_folder(path)
-    walk = _Walk(path)
-    walk.look(path, "", (walk.real,))
-    files = sorted(walk.pictures, key=lambda one: _order(one[0]))
+    walk, pictures, others = Walk(path, "pictures", _is_of_pictures), list[tuple[str, int, int]](), list[str]()
+    for entry, name in walk.files():
+        if is_picture(name):
+            seen = entry.stat()
+            pictures.append((name, seen.st_size, seen.st_mtime_ns))
+        else:
+            others.append(name.encode(errors="replace").decode())
+    files = sorted(pictures, key=lambda one: _order(one[0]))
     names = [name for name, *_ in files]
     sizes, times = [size for _, size, _ in files], [time for *_, time in files]
-    return PictureFiles(path, names, sizes, times, tuple(sorted(walk.folders)), tuple(sorted(walk.others)), False)
+    return PictureFiles(path, names, sizes, times, tuple(sorted(walk.folders)), tuple(sorted(others)), False)
+
+
+def _is_of_pictures(name: str) -> bool:
+    """Whether a file is a picture, or a table of labels that is found beside them."""
+    return is_picture(name) or name in TABLES
 
 
 def _no_folder(path: str) -> RefusedError:
@@ -156,104 +160,6 @@ def _no_folder(path: str) -> RefusedError:
         else "use `kind: webdataset` for tar files of pictures"
         if path.lower().endswith(".tar")
         else "name the folder",
-    )
-
-
-class _Walk:
-    """A walk through a folder: links are followed as long as they stay in it."""
-
-    def __init__(self, root: str) -> None:
-        self.root, self.real = root, os.path.realpath(root)
-        self.pictures: list[tuple[str, int, int]] = []
-        """Name, size and time of each."""
-        self.folders: list[str] = []
-        self.others: list[str] = []
-
-    def look(self, place: str, below: str, above: tuple[str, ...]) -> None:
-        """Find what lies in a folder.
-
-        Args:
-            place: the folder.
-            below: the same relative to the root, with a slash at its end.
-            above: the real paths of this folder and those that it lies in.
-        """
-        try:
-            with os.scandir(place) as entries:
-                for entry in entries:
-                    if is_leftover(entry.name):
-                        continue
-                    if entry.is_file(follow_symlinks=False):
-                        self._file(entry, below + entry.name)
-                    else:
-                        self._other(entry, below + entry.name, above)
-        except OSError as error:
-            raise unreadable(
-                RefusedError,
-                f"the folder {place}",
-                error,
-                expected="folders and pictures that this user can read",
-                next="correct its permissions, or leave it out",
-            ) from error
-
-    def _file(self, entry: os.DirEntry[str], name: str) -> None:
-        if is_picture(entry.name):
-            self._check_name(name)
-            seen = entry.stat()
-            self.pictures.append((name, seen.st_size, seen.st_mtime_ns))
-        else:
-            self.others.append(name.encode(errors="replace").decode())
-
-    def _other(self, entry: os.DirEntry[str], name: str, above: tuple[str, ...]) -> None:
-        """A folder, a link, or something else."""
-        real = self._target(entry) if entry.is_symlink() else f"{above[-1]}/{entry.name}"
-        if entry.is_dir():
-            if real in above:
-                raise _refused_link(entry.path, real, "to a folder which it lies in itself", "remove the link")
-            self._check_name(name)
-            if not name.count("/"):
-                self.folders.append(name)
-            self.look(entry.path, f"{name}/", (*above, real))
-        elif entry.is_file():
-            self._file(entry, name)
-        elif is_picture(entry.name):
-            raise RefusedError(
-                f"{entry.path} is no regular file",
-                got="a link to nothing" if entry.is_symlink() else "a device, a socket or a pipe",
-                expected="pictures",
-                next="remove it",
-            )
-
-    def _target(self, entry: os.DirEntry[str]) -> str:
-        """Where a link leads.
-
-        Raises:
-            RefusedError: out of the folder.
-        """
-        real = os.path.realpath(entry.path)
-        inside = real == self.real or real.startswith(f"{self.real.rstrip('/')}/")
-        if not inside and (is_picture(entry.name) or entry.is_dir()):
-            advice = "copy what it leads to (cp -rL), or set `path` to a folder that holds both the link and its target"
-            raise _refused_link(entry.path, real, f"out of the folder {self.root}", advice)
-        return real
-
-    def _check_name(self, name: str) -> None:
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise RefusedError(
-                f"a name in {self.root} is not UTF-8",
-                got=ascii(name),
-                expected="names in UTF-8, by whose bytes rows are ordered",
-                next="rename it",
-            ) from error
-
-
-def _refused_link(link: str, real: str, where: str, advice: str) -> RefusedError:
-    return RefusedError(
-        f"the link {link} leads {where}",
-        got=f"it leads to {real}",
-        expected="links within the folder, and not in a circle",
-        next=advice,
     )
 
 

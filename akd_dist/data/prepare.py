@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from akd_dist.data.columns import Images, Inputs, inputs_of
 from akd_dist.data.encoded import COLUMNS, meaning_of
 from akd_dist.data.labels import Classes, Labels, NoLabels, labels_of, unknown
 from akd_dist.data.noted import MixedSizesError
+from akd_dist.data.picture_sizes import with_sizes
 from akd_dist.data.row_files import RowsFile
 from akd_dist.data.sources.base import Kind, Source
 from akd_dist.data.sources.kinds import kind_of, open_kind
@@ -31,8 +32,6 @@ READ_BYTES = 1 << 20
 """The most bytes of inputs decoded at a time, if more than one row."""
 # The most labels read at a time, where inputs are not needed.
 _LABEL_ROWS = 1 << 14
-# How many pictures are looked at to say to which size they might all be brought.
-_LOOKED_AT = 256
 # How many encoded pictures are weighed, to say how much room all of them take.
 _WEIGHED = 64
 # What a label takes on disk: int64 of a class; float32 of regression takes half.
@@ -135,8 +134,7 @@ def open_sources(
             next="leave out data.image",
         )
     readings = _kept(data, _of_one_colour(readings))
-    for name, reading in readings.items():
-        _check_alike(name, reading, lead, readings[lead], data.task)
+    _check_alike(readings, data.task)
     return readings
 
 
@@ -230,6 +228,19 @@ def _of_one_colour(readings: dict[str, OpenedSource]) -> dict[str, OpenedSource]
     return in_colour(readings) if any(one.shape[0] == 3 for one in inputs) else readings
 
 
+@contextlib.contextmanager
+def telling_sizes(readings: Mapping[str, OpenedSource]) -> Iterator[None]:
+    """A block that refuses pictures of several sizes with the sizes of all sources, and with what suits all of them."""
+    try:
+        yield
+    except MixedSizesError as error:
+        raise with_sizes(error, _pictures_of(readings)) from error
+
+
+def _pictures_of(readings: Mapping[str, OpenedSource]) -> dict[str, tuple[Source, Images]]:
+    return {name: (one.source, one.inputs) for name, one in readings.items() if isinstance(one.inputs, Images)}
+
+
 def write_source(
     reading: OpenedSource,
     parts: Sequence[Part],
@@ -252,30 +263,6 @@ def write_source(
     Raises:
         RefusedError: names the first row in the source's order that is wrong.
     """
-    try:
-        return _write_source(reading, parts, task, classes, tell)
-    except MixedSizesError as error:
-        raise with_advice(error, reading) from error
-
-
-def with_advice(error: MixedSizesError, reading: OpenedSource) -> MixedSizesError:
-    """The same, with a size in its advice that suits the first few hundred pictures of the source."""
-    inputs, sides = reading.inputs, list[int]()
-    assert isinstance(inputs, Images)
-    with contextlib.suppress(RefusedError):  # of another row, which is not what this is about
-        for block in reading.source.blocks(_LOOKED_AT // 8, 0, _LOOKED_AT):
-            sides += inputs.shorter_sides(block.inputs, block.rows)
-    advice = error.next if not sides else framing.advice(sides)
-    return MixedSizesError(error.what, got=error.got, expected=error.expected, next=advice)
-
-
-def _write_source(
-    reading: OpenedSource,
-    parts: Sequence[Part],
-    task: recipe.Task,
-    classes: Classes,
-    tell: Callable[[int, int], None],
-) -> tuple[Classes, np.ndarray]:
     source = reading.source
     classes = classes if classes.complete else Classes(source.classes)
     _check_number(source, task, classes)
@@ -360,7 +347,9 @@ def _check_number(source: Source, task: recipe.Task, classes: Classes) -> None:
         )
 
 
-def _check_alike(name: str, reading: OpenedSource, lead: str, first: OpenedSource, task: recipe.Task) -> None:
+def _check_alike(readings: Mapping[str, OpenedSource], task: recipe.Task) -> None:
+    lead, first = next(iter(readings.items()))
+
     def inputs_are(one: OpenedSource) -> str:
         pair = " of pairs" if len(one.first.inputs) == 2 else ""
         return f"{one.inputs.dtype} {list(one.inputs.shape)}{pair}"
@@ -368,22 +357,32 @@ def _check_alike(name: str, reading: OpenedSource, lead: str, first: OpenedSourc
     def labels_are(one: OpenedSource) -> str:
         return "class names" if one.labels(task, Classes()).named else "numbers"
 
-    for what, describe, hint in (
-        ("inputs", inputs_are, "bring all sources to one shape and type"),
-        ("labels", labels_are, "write the labels of all sources alike"),
+    for (name, reading), (what, describe, hint) in itertools.product(
+        readings.items(),
+        (
+            ("inputs", inputs_are, "bring all sources to one shape and type"),
+            ("labels", labels_are, "write the labels of all sources alike"),
+        ),
     ):
         if what == "labels" and reading.unlabelled == "all":
             continue
         if (got := describe(reading)) != (expected := describe(first)):
+            if what == "inputs":
+                hint = _refuse_sizes(reading, first, readings) or hint
             whose = f"the {what} of data.{name} are not like those of data.{lead}"
-            raise RefusedError(whose, got=got, expected=expected, next=_to_one_size(reading, first) or hint)
+            raise RefusedError(whose, got=got, expected=expected, next=hint)
 
 
-def _to_one_size(reading: OpenedSource, train: OpenedSource) -> str | None:
-    """What to say in the recipe where sources differ in the size of their pictures."""
-    ours, theirs = reading.inputs, train.inputs
+def _refuse_sizes(reading: OpenedSource, first: OpenedSource, readings: Mapping[str, OpenedSource]) -> str | None:
+    """Refuse sources that differ in the size of their pictures; else what to say in the recipe, if that helps.
+
+    Raises:
+        MixedSizesError: names the sizes in all sources, since the first pictures alone do not say whose are mixed.
+    """
+    ours, theirs = reading.inputs, first.inputs
     if not isinstance(ours, Images) or len(theirs.shape) != 3 or ours.shape[1:] == theirs.shape[1:]:
         return None
-    if isinstance(theirs, Images):
-        return framing.advice([min(ours.shape[1:]), min(theirs.shape[1:])])
-    return framing.advice_for(theirs.shape[1:])
+    if not isinstance(theirs, Images):
+        return framing.advice_for(theirs.shape[1:])
+    with telling_sizes(readings):
+        raise MixedSizesError("pictures are of several sizes", expected="one size, or `data.image` that says which")

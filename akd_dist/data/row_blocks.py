@@ -19,9 +19,9 @@ from akd_dist.data.blocks import Block, map_blocks
 from akd_dist.data.columns import Images, NotGreyError
 from akd_dist.data.encoded import EncodedPictures, Mapped, encoded_of
 from akd_dist.data.labels import Classes, unknown
-from akd_dist.data.noted import MixedSizesError, Noted
+from akd_dist.data.noted import Noted
 from akd_dist.data.origins import Origin, sha256_of, size_and_time
-from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources, with_advice
+from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources, telling_sizes
 from akd_dist.data.sources.base import local_files, remote_files
 from akd_dist.storage.content import Arrays
 from akd_dist.storage.rows import BlockReceipt, RowsCreation, RowsWriter, write_block
@@ -145,7 +145,8 @@ def _parts_of(job: RowsJob, stretch: Stretch, before: int, threads: int) -> Iter
     Args:
         before: rows of the run in the stretches before.
     """
-    reading, task = _opened(job)[stretch.source], job.data.task
+    readings, task = _opened(job), job.data.task
+    reading = readings[stretch.source]
     convert, wanted = reading.labels(task, job.classes), stretch.wanted()
     # Which of the blocks a row belongs to.
     ordinals = (before + np.cumsum(wanted) - 1) // job.writer.creation.block_rows
@@ -162,10 +163,8 @@ def _parts_of(job: RowsJob, stretch: Stretch, before: int, threads: int) -> Iter
             made.append((ordinal, values, kept, inputs.noted if isinstance(inputs, Images) else Noted()))
         return made
 
-    try:
+    with telling_sizes(readings):
         yield from map_blocks(reading.source.blocks(reading.block_rows, stretch.start, stretch.stop), work, threads)
-    except MixedSizesError as error:
-        raise with_advice(error, reading) from error
 
 
 class _Filling:

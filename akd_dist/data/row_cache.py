@@ -34,6 +34,7 @@ from akd_dist.data.prepare import (
     kinds_of,
     open_sources,
     read_labels,
+    telling_sizes,
     write_source,
 )
 from akd_dist.data.row_entry import INDEX, arrays_of, open_entry, stats_of
@@ -211,7 +212,7 @@ def _write_readings(
         partial.mkdir(parents=True)
         rows, lead = rows_by_split(splits), next(iter(readings.values()))
         encoded = kept_as(lead)
-        with contextlib.ExitStack() as stack:
+        with telling_sizes(readings), contextlib.ExitStack() as stack:
             files = {
                 name: RowsFile(names_of(partial, name, encoded=encoded is not None), rows.of(name), lead.inputs)
                 for name in SPLITS

@@ -73,6 +73,12 @@ class Rows:
     with_labels: int | None = None
     """How many have labels, the first ones; None where all have."""
 
+    def __repr__(self) -> str:
+        said = f"{len(self):,} rows of {self.inputs.dtype} {list(self.shape)}"
+        kinds = "numbers" if self.task == "regression" else f"{self.classes} classes"
+        without = f", {self.unlabelled:,} without a label" if self.unlabelled else ""
+        return f"Rows({said}, {kinds}{without}, fingerprint {self.fingerprint[:12]})"
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -216,6 +222,9 @@ class Splits:
     """What a user should know of them, a line each: found when they were prepared, and kept with them."""
     of_teacher: Splits | None = field(default=None, kw_only=True)
     """Those that a teacher is trained on who has more labels; None where they are the same."""
+
+    def __repr__(self) -> str:
+        return f"Splits(train={self.train}, validation={self.validation}, test={self.test})"
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from akd_dist import recipe
 from akd_dist.data.labels import Classes
@@ -28,17 +30,24 @@ class SourceRows:
     """Which of the files, int64 [rows]."""
     file_rows: np.ndarray
     """The row in that file, int64 [rows]."""
+    keys: Any = None
+    """The key of the sample in a tar file: an Arrow array of strings, null where rows are known by their number; None
+    where all of them are."""
+
+    def __repr__(self) -> str:
+        return f"SourceRows({len(self):,} rows of {self.source}, in {len(self.files):,} files)"
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def where(self, row: int) -> tuple[str, int]:
-        """The file of a row of the split, and the row in it.
+    def where(self, row: int) -> tuple[str, int | str]:
+        """The file of a row of the split, and the row in it: its number, or in a tar file the key of the sample.
 
         Raises:
             IndexError: there is no such row.
         """
-        return self.files[self.file[row]], int(self.file_rows[row])
+        key = None if self.keys is None else self.keys[range(len(self))[row]].as_py()
+        return self.files[self.file[row]], int(self.file_rows[row]) if key is None else key
 
 
 def source_rows(data: recipe.DataSpec) -> dict[str, SourceRows]:
@@ -74,11 +83,17 @@ def _followed_by(first: SourceRows, then: SourceRows) -> SourceRows:
         first.files + then.files,
         np.concatenate([first.file, then.file + len(first.files)]),
         np.concatenate([first.file_rows, then.file_rows]),
+        None if first.keys is then.keys is None else pa.concat_arrays([_keys_of(first), _keys_of(then)]),
     )
+
+
+def _keys_of(rows: SourceRows) -> Any:
+    return pa.nulls(len(rows), pa.string()) if rows.keys is None else rows.keys
 
 
 def _located(source: Source, rows: np.ndarray) -> SourceRows:
     starts = np.zeros(1, dtype=np.int64) if source.file_starts is None else source.file_starts
     # Of files without rows, which begin where the next one does, the last one that begins there has the row.
     file = np.searchsorted(starts, rows, side="right") - 1
-    return SourceRows(source.name, rows, source.files or (source.name,), file, rows - starts[file])
+    keys = None if source.keys is None else source.keys(rows)
+    return SourceRows(source.name, rows, source.files or (source.name,), file, rows - starts[file], keys)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
-import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from akd_dist.base.errors import RefusedError, unreadable
+from akd_dist.data.folder_walk import Walk, is_leftover
 from akd_dist.data.parquet_files import check_scheme, matches, nothing_at
-from akd_dist.data.picture_files import is_leftover, is_picture
+from akd_dist.data.picture_files import is_picture
 from akd_dist.recipe.paths import expand_braces
 from akd_dist.storage.remote import RemoteFile, files_below, find_file, is_remote
 
@@ -129,8 +129,7 @@ def _named(path: str) -> FoundShards:
     elif (place := Path(path)).is_dir():
         files, base, whole = _in_folder(place), path, True
     elif pattern and not place.exists():
-        matching = [Path(one) for one in glob.glob(path, recursive=True)]  # noqa: PTH207  # it may be absolute
-        files, base, whole = _regular(matching), "", True
+        files, base, whole = _matching(path), "", True
     else:
         files, base, whole = [place] if place.is_file() else [], "", False
     if not whole:  # one file may have any name
@@ -146,39 +145,36 @@ def _named(path: str) -> FoundShards:
 
 
 def _in_folder(folder: Path) -> list[Shard]:
-    """The files in a folder and below it.
+    """The files in a folder and below it, folder by folder.
 
     Raises:
-        RefusedError: a folder cannot be read.
+        RefusedError: as `Walk.files`.
     """
-
-    def refuse(error: OSError) -> None:
-        raise unreadable(
-            RefusedError,
-            f"the folder {error.filename}",
-            error,
-            expected="folders that this user can read",
-            next="correct its permissions, or name the files with a glob",
-        ) from error
-
-    return _regular([Path(place, name) for place, _, names in os.walk(folder, onerror=refuse) for name in names])
+    return [*sorted(Path(entry.path) for entry, _ in _walk(folder).files())]
 
 
-def _regular(files: Sequence[Path]) -> list[Shard]:
-    """Those that are files, folder by folder.
+def _matching(pattern: str) -> list[Shard]:
+    """The files that match a pattern, folder by folder.
 
     Raises:
-        RefusedError: a tar file is a link to nothing.
+        RefusedError: a link leads out of the folder in which the pattern looks, or to nothing.
     """
-    for file in files:
-        if file.suffix.lower() == ".tar" and file.is_symlink() and not file.exists():
-            raise RefusedError(
-                f"{file} is a link to nothing",
-                got=f"it leads to {file.readlink()}",
-                expected="a tar file",
-                next="remove the link, or bring back what it leads to",
-            )
-    return [*sorted(file for file in files if file.is_file())]
+    parts = Path(pattern).parts
+    walk = _walk(Path(*parts[: next(number for number, part in enumerate(parts) if glob.has_magic(part))]))
+    found = [Path(one) for one in glob.glob(pattern, recursive=True)]  # noqa: PTH207  # it may be absolute
+    for file in found:
+        if _is_called_shard(file.name):
+            walk.check_file(str(file))
+    return [*sorted(file for file in found if file.is_file())]
+
+
+def _walk(folder: Path) -> Walk:
+    advice = "; shards that are named one by one, as train-{000..099}.tar, may be links"
+    return Walk(str(folder), "tar files", _is_called_shard, advice, each_once=True)
+
+
+def _is_called_shard(name: str) -> bool:
+    return name.lower().endswith(".tar")
 
 
 def _in_storage(uri: str) -> tuple[list[Shard], str, bool]:
@@ -205,7 +201,7 @@ def _is_shard(file: Shard) -> bool:
         RefusedError: it may be a shard that is compressed, or on its way.
     """
     name = file.name.lower()
-    if name.endswith(".tar"):
+    if _is_called_shard(name):
         return True
     if (".tar" in name or name.endswith(".tgz")) and not name.endswith(_COMPANIONS):
         raise RefusedError(

@@ -5,7 +5,6 @@
 
 import contextlib
 import time
-import traceback
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from akd_dist.base.errors import CorruptCacheError, HeldError, MachineError, Ref
 from akd_dist.base.fence import FencedWriter, take_over
 from akd_dist.base.files import failpoint
 from akd_dist.base.locks import file_lock
+from akd_dist.base.tracebacks import in_full
 from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import Rows, Splits
 from akd_dist.distill.checkpoint import checkpoints, drop_doubtful, rests_on
@@ -242,7 +242,7 @@ def open_student(
         raise
     except Exception as error:
         ranks.check_agreed(error, spec.name)
-        write_note(log, "".join(traceback.format_exception(error)))
+        write_note(log, in_full(error))
         if ranks.rank == 0:
             fail_from_outside(spec, folder, reason_of(error), job.attempt, writer or FencedWriter())
         return None

@@ -25,6 +25,7 @@ from akd_dist.data.origins import SourceCheck
 from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import Rows
 from akd_dist.distill.cohort import VOUCHED, check_fingerprints
+from akd_dist.distill.orders import ALL, LABELLED, Mix
 from akd_dist.distill.stream import BatchStream
 from akd_dist.recipe import LastBatch, NoAugmentation
 from akd_dist.storage.content import Guard
@@ -59,6 +60,9 @@ class DatasetJob:
     """What becomes of a last batch that is not full."""
     window: int | None = None
     """Rows of a window of the shuffle; None shuffles globally, and holds all rows and a whole view of logits."""
+    labelled: int | None = None
+    """How many of a batch's train rows have labels, where some have none; all of them shows those with labels alone,
+    and None takes the rows as they fall when all are shuffled together."""
 
     @property
     def views(self) -> int:
@@ -95,8 +99,22 @@ class DatasetJob:
             batch=_counted("batch", self.batch, 1),
             last_batch=self.last_batch,
             window=self.window,
+            mix=self._mix(rows),
         )
         return stream, store
+
+    def _mix(self, rows: Rows) -> Mix:
+        if self.labelled is None:
+            return ALL
+        labelled = _counted("labelled", self.labelled, 1, self.batch)
+        if not rows.labelled or not rows.unlabelled:
+            raise RecipeError(
+                "the argument labelled is for rows of which some have a label and others have none",
+                got=f"{rows.labelled:,} {self.split} rows with a label, {rows.unlabelled:,} without",
+                expected="train rows of a recipe with `data.unlabelled`",
+                next="leave out labelled",
+            )
+        return LABELLED if labelled == self.batch else Mix("all", labelled)
 
 
 class Item(Mapping[str, torch.Tensor]):
@@ -219,6 +237,9 @@ class _Split:
         opened.check(sources or SourceCheck({}, lambda: None))
         weakref.finalize(self, opened.close)
         return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.job.split} rows, epoch {self.epoch})"
 
     @property
     def epoch(self) -> int:

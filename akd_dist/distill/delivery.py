@@ -6,7 +6,6 @@ over can publish nothing.
 
 import json
 import math
-import traceback
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from akd_dist import recipe
 from akd_dist.base.fence import FencedWriter
 from akd_dist.base.files import append, failpoint
+from akd_dist.base.tracebacks import in_full
 from akd_dist.data.predictions import encode_predictions
 from akd_dist.data.rows import Rows
 from akd_dist.distill.checkpoint import checkpoints, read_header
@@ -84,7 +84,7 @@ def _deliver_unmeasured(student: Student, log: Path, vouch: Callable[[], object]
 def end_by(student: Student, error: Exception, log: Path) -> None:
     """End a student as `diverged` or `failed`; its last good checkpoint stays."""
     state = "diverged" if isinstance(error, DivergedError) else "failed"
-    write_note(log, "".join(traceback.format_exception(error)))
+    write_note(log, in_full(error))
     _conclude(student, state, str(error) if state == "diverged" else reason_of(error), log)
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from akd_dist import recipe
 from akd_dist.base.errors import AkdError, RefusedError
+from akd_dist.base.tracebacks import whole
 from akd_dist.data.arguments import placed
-from akd_dist.data.factories import import_factory, source_sha256, whole
+from akd_dist.data.factories import import_factory, source_sha256
 
 LOSSES = "(student, teacher, labels, epoch, epochs, ...) -> torch.Tensor"
 METRIC = "(logits, labels, ...) -> float"

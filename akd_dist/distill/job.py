@@ -71,6 +71,10 @@ class CohortJob:
     pauses: Mapping[str, int] = field(default_factory=dict)
     """After how many epochs students checkpoint and wait for another command, by name; who is not here goes on to its
     end."""
+    epochs_behind: int = 0
+    """Epochs of trials that went no further, and are not among the students."""
+    epochs_later: int = 0
+    """Epochs that trials of a search are to train after these pauses, all of them together."""
     reads_test: bool = True
     """Whether students that are done are measured on the test rows; those of a search are not."""
 

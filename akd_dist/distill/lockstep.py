@@ -155,7 +155,7 @@ class Lockstep:
         self._note(
             student,
             f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "
-            f"validation {metric} {record['validation'][metric]:.4f}",
+            f"validation {self.job.data.metric_name} {record['validation'][metric]:.4f}",
         )
         if student.stage_index == 1 and student.stage_epoch == 0 and self.job.stages is not None:
             self.vouch()

@@ -55,8 +55,6 @@ class Progress:
         before = self._steps(student, shared)
         total = self._steps(student, student.epochs) - before
         steps = 0 if leader else self._steps(student, student.epoch) - before + student.step
-        if not student.training:
-            steps = total  # also of one that failed: it has no steps left
         pace = 0.0
         if student.training and leader is None:  # while it waits it makes no steps, which would make it look slow later
             pace = self.paces.setdefault(student.spec.name, Pace(steps, now)).per_second(steps, now)

@@ -1,6 +1,7 @@
 """Stage I, trained once and found again by content: what a student has at its end lies under the store root.
 
     <store root>/stages/<id>.ckpt       weights and epochs, as `checkpoint` spells them; created once, never overwritten
+    <store root>/stages/<id>/uses/      who has taken it: a record for each run and day, for `stores gc`
 
 The id is a hash of all that stage I depends on, so any student whose stage I would have been the same starts with stage
 II, in this run or another, with the weights that it would have had alone. What cannot be read or written is done
@@ -13,6 +14,7 @@ import json
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +26,12 @@ from akd_dist.distill.job import CohortJob
 from akd_dist.distill.student import Student
 from akd_dist.models.build import by_content
 from akd_dist.models.device import device_name
-from akd_dist.recipe import Custom, StudentSpec, forget_later_keys
+from akd_dist.recipe import Custom, CustomAugmentation, StudentSpec, forget_later_keys
 from akd_dist.storage.layout import STAGES
 from akd_dist.storage.mean import placeless
 from akd_dist.storage.objects import ObjectRoot
 from akd_dist.storage.roots import open_root
+from akd_dist.storage.uses import note_use
 
 FORMAT = 1
 """Raised when what a stage I comes to changes with the code."""
@@ -43,7 +46,8 @@ Tell = Callable[[str], None]
 def stage1_key(job: CohortJob, spec: StudentSpec) -> str | None:
     """The name of a student's stage I under the store root; None where it has none that anybody could share.
 
-    That is so for a model or a metric of the user's own: what their code imports and reads is not known.
+    That is so for a model, a metric or an augmentation of the user's own: what their code imports and reads is not
+    known.
 
     Args:
         job: what it trains from; of a driver without a GPU that would be needed, the name is not known.
@@ -53,7 +57,8 @@ def stage1_key(job: CohortJob, spec: StudentSpec) -> str | None:
     """
     if spec.stage1 is None or "train" not in job.stores:
         return None
-    if isinstance(spec.model, Custom) or job.data.own_metric is not None:
+    own = isinstance(spec.model, Custom) or isinstance(job.data.augmentation, CustomAugmentation)
+    if own or job.data.own_metric is not None:
         return None
     stage1 = json.loads(spec.stage1) | {"model": by_content(spec.model)}
     forget_later_keys(stage1)
@@ -128,6 +133,11 @@ def take_stage1(student: Student, job: CohortJob, tell: Tell) -> bool:
         return False
     whose = said["student"] if said["run"] == job.run_name else f"{said['run']}/{said['student']}"
     student.enter_stage2(whose, said["history"], found["weights"] if found else student.module.state_dict())
+    if found is not None:
+        run = Path(job.root).parent.absolute()
+        lock = run / "lock" if job.run_uri is None else None
+        taken = open_root(str(job.stages)).child(str(found["key"]).removesuffix(".ckpt"))
+        note_use(taken, run=job.run_uri or str(run), lock=lock)
     tell(f"goes on from the stage I of {whose}, which is the same")
     return True
 

@@ -245,10 +245,15 @@ class FleetDocument(Document):
     """The run's folder."""
     store: Place
     """The train store."""
+    stores_named: bool | None = None
+    """Whether the recipe names stored logits as a teacher: there are none for the rows of another data.seed. Null in
+    runs of earlier versions, which do not say."""
     task: Task
     """What a label is."""
     metric: Metric
     """The primary metric: it picked the best epochs, and heads the tables."""
+    metric_name: str | None = None
+    """The function that measures it, where it is one of the user's own (`custom`); null for others."""
     teacher: FleetTeacher
     """Whom the students learned from."""
     assistants: list[FleetAssistant] = []

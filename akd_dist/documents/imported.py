@@ -36,6 +36,8 @@ class ImportedDocument(Document):
     """What the rows are."""
     joined_by: str
     """How rows were found: by their order, or by a key."""
+    rows: dict[Split, Count]
+    """How many rows each split of the recipe has."""
     splits: dict[Split, ImportedSplit]
     """The stores, by split."""
     left_out: dict[Split, str]

@@ -101,6 +101,8 @@ class CompareDocument(Document):
     """What a label is."""
     metric: str
     """The primary metric, which all numbers of the table are of."""
+    metric_name: str | None = None
+    """The function that measures it, where it is one of the user's own (`custom`); null for others."""
     confidence: float
     """Of the intervals."""
     rows: SplitRows
@@ -222,6 +224,8 @@ class ReportedRun(Document):
     """What a label is."""
     metric: Metric
     """The primary metric."""
+    metric_name: str | None = None
+    """The function that measures it, where it is one of the user's own (`custom`); null for others."""
     teacher: float | None
     """The teacher's, on the test rows; null where it was not measured."""
     done: Count
@@ -274,6 +278,10 @@ class PooledGroup(Document):
     """Kind of their objective."""
     tau_max: int | None
     """The temperature that annealing starts from; null without annealing."""
+    teacher: str | None = None
+    """Label of the model that they learned from, or are compared with; null where it is not described."""
+    teacher_fingerprint: str | None = None
+    """Its fingerprint; from scratch, that of the first of the runs."""
     runs: list[str]
     """The runs that have some of them."""
     seeds: list[int]
@@ -285,7 +293,7 @@ class PooledGroup(Document):
     test: Estimate | None
     """The primary metric on the test rows."""
     agreement: Share | None
-    """Mean share of test rows where student and teacher choose the same class."""
+    """Mean share of test rows where student and teacher choose the same class; null where teachers differ."""
 
 
 class RunsCompared(Document):
@@ -295,11 +303,15 @@ class RunsCompared(Document):
     """The page."""
     same_test_rows: bool | None
     """Whether all were measured on the same test rows; null where a run does not say."""
+    warnings: list[str] = []
+    """Why their numbers may not be of the same thing, a sentence each."""
     groups: list[RunDifference]
     """The groups of all runs; those of one name are the same students in other runs."""
     pooled: list[PooledGroup] = []
     """The groups of all runs together: students that are the same but for the seed, by the recipes that the runs keep
     and by the content of data and teacher, whatever they are called."""
+    notes: list[str] = []
+    """What the numbers of `pooled` rest on, and in what students of one name differ, a line each."""
 
 
 class ReportDocument(Document):

@@ -23,6 +23,8 @@ class StudentProgress(Document):
     """Epochs behind it, over all stages."""
     epochs: Count
     """Epochs of all its stages."""
+    until: Count | None = None
+    """Epochs after which it waits for the next rung of a search; null where it goes on to its end."""
     epochs_shared: Count = 0
     """Those that another student computes for it: of a stage I that they share."""
     temperature: int | None = None
@@ -32,9 +34,9 @@ class StudentProgress(Document):
     validation: float | None = None
     """The primary metric on the validation rows after its latest epoch; of the delivered weights once it is done."""
     steps: Count = 0
-    """Steps behind it; all of them once it has ended, however it did."""
+    """Steps behind it; where it diverged or failed, those until then."""
     steps_total: Count
-    """Steps of all epochs that it computes itself."""
+    """Steps that are planned for it: of all epochs that it computes itself, or of those before it waits."""
     rows_per_second: float = 0.0
     """Train rows that it has learned from per second, lately."""
     steps_per_second: float = 0.0
@@ -82,10 +84,16 @@ class FleetPlan(Document):
     """When it was written, in seconds since 1970."""
     metric: Metric
     """The primary metric."""
+    metric_name: str | None = None
+    """The function that measures it, where it is one of the user's own (`custom`); null for others."""
     students: list[StudentProgress]
     """Every student of the recipe in its order, as if none had begun."""
     cohorts: list[CohortStatus]
     """The cohorts that do not train yet."""
+    steps_behind: Count = 0
+    """Steps of trials of a search that went no further, where they are not among the students."""
+    steps_later: Count = 0
+    """Steps of the later rungs of a search, whichever of its trials take them."""
 
 
 class RunDriver(Document):
@@ -122,10 +130,12 @@ class StatusDocument(Document):
     """The last sign of life, in seconds since 1970; null without one."""
     metric: str | None
     """The primary metric; null before the first training."""
+    metric_name: str | None = None
+    """The function that measures it, where it is one of the user's own (`custom`); null for others."""
     steps: Count
     """Steps behind all students."""
     steps_total: Count
-    """Steps of all students."""
+    """Steps that are planned for all students, from the first one on; of a search, those of all its rungs."""
     steps_per_second: float
     """Steps per second, lately, over all students."""
     rows_per_second: float

@@ -68,6 +68,8 @@ class TuneDocument(Document):
     """The run's folder."""
     metric: Metric
     """The primary metric, by which trials are compared."""
+    metric_name: str | None = None
+    """The function that measures it, where it is one of the user's own (`custom`); null for others."""
     searches: list[TunedSearch]
     """The searches of the recipe, in its order."""
     epochs: Count

@@ -7,7 +7,7 @@ from akd_dist.documents.check import TeacherCheck
 from akd_dist.documents.fleet import Metrics
 from akd_dist.recipe import Device, Precision, Split, Target, Task
 
-Column = Literal["row", "file", "predicted", "probability", "logits", "label"]
+Column = Literal["row", "file", "predicted", "class_name", "probability", "logits", "label"]
 
 
 class EvaluatedModel(Document):
@@ -142,6 +142,8 @@ class ModelImportDocument(Document):
     """The sha256 of its weights and architecture."""
     bytes: Count
     """Size of the folder."""
+    code: list[str]
+    """What the `code` of a recipe that names the folder has to list, or `--trust` to say; none of built-in models."""
     notes: list[str]
     """What was taken off, left out and widened; empty where the file had been imported here before."""
     check: TeacherCheck

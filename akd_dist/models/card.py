@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -169,6 +170,31 @@ class ModelCard(BaseModel):
                 next="choose a model of the same classes, or give the labels as numbers in the model's order",
             )
 
+    def check_image(self, image: recipe.Image, what: str) -> None:
+        """Refuse pictures that become inputs in another way than the model's: it would see others than it was made for.
+
+        A model that says nothing of a size was made for pictures that had it, and may be shown some that come to it.
+
+        Raises:
+            RefusedError: background, size or how pictures come to it differ; names both sides.
+        """
+        ours, theirs = self._way(self.image, image), self._way(image, self.image)
+        if self.image != recipe.Image() and ours != theirs:
+            raise RefusedError(
+                f"{what} was made for pictures that become inputs in another way",
+                got=f"data.image: {flow(theirs)}",
+                expected=f"{flow(ours)}, as its {CARD} says",
+                next=f"let the recipe say so:\n    data:\n      image: {flow(ours)}\n"
+                "  or name the pictures themselves as the data: they become inputs as the model says",
+            )
+
+    @staticmethod
+    def _way(image: recipe.Image, other: recipe.Image) -> dict[str, Any]:
+        """What makes inputs of pictures, as far as both say it: where one has no size, all pictures have it already."""
+        said = image.written()
+        said.pop("channels", None)  # the shape of inputs has them
+        return said if image.frame and other.frame else {"background": said["background"]}
+
     def _other_size(self, rows: Rows) -> str:
         """How pictures of another size than the model's come to it."""
         (_, *ours), (_, *theirs) = self.input_shape, rows.shape
@@ -198,6 +224,11 @@ def _in_words(dtype: object, shape: tuple[int, ...], classes: int, task: str, to
     what = "1 value (regression)" if task == "regression" else f"{classes} classes"
     ids = "" if tokens is None else f", {tokens.vocabulary} tokens with padding {tokens.padding}"
     return f"inputs {dtype} {list(shape)}{ids}, {what}"
+
+
+def flow(said: Mapping[str, Any]) -> str:
+    """Keys and values as a line of YAML."""
+    return "{" + ", ".join(f"{key}: {value}" for key, value in said.items()) + "}"
 
 
 def interface_of(card: ModelCard) -> huggingface_config.Interface:

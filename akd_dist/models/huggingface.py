@@ -263,9 +263,21 @@ def names_of_classes(spec: recipe.HuggingFaceModel) -> tuple[str, ...] | None:
 
 
 def _labels(found: Mapping[str, Any]) -> int:
-    """The number of classes; transformers writes their names only, and no names where there are two unnamed ones."""
+    """The number of classes; transformers writes their names only, and no names where there are two unnamed ones.
+
+    Raises:
+        RefusedError: it is no number of classes.
+    """
     names = found.get("id2label")
-    return len(names) if isinstance(names, dict) else int(found.get("num_labels", 2))
+    number = len(names) if isinstance(names, dict) else found.get("num_labels", 2)
+    if type(number) is not int or number < 1:
+        raise RefusedError(
+            f"{CONFIG} does not say how many classes the model has",
+            got=f"num_labels: {number!r}",
+            expected="a whole number, 1 or more",
+            next="correct it, or copy the folder again",
+        )
+    return number
 
 
 def _class_names(found: Mapping[str, Any], classes: int) -> tuple[str, ...] | None:

@@ -73,7 +73,8 @@ class Options:
         multiple=True,
         help="Let a model folder, a store or a run name code of this module; repeatable.",
     )
-    """Modules of your own, on Python's path, that a recipe, a model folder or a run may name; others do not run."""
+    """Modules of your own, on Python's path or in the working folder, that a recipe, a model folder or a run may name;
+    others do not run."""
     cache_root: str | Path | None = option(
         None,
         "--cache-root",

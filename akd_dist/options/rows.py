@@ -38,6 +38,10 @@ class BatchesOptions(DatasetOptions):
     """Rows of a global batch."""
     last_batch: LastBatch = field(default="keep", metadata={"choices": ("keep", "drop", "merge")})
     """What becomes of a last batch that is not full."""
+    labelled: int | None = None
+    """How many of a batch's rows have labels, where train rows have none (`data.unlabelled`): what `labelled` of a
+    student says, which is not asked for here. As many as `batch` shows the rows with labels alone, as a stage that
+    learns from labels does; None takes the rows as they fall when all are shuffled together."""
     rank: int = 0
     """Which of the data-parallel processes this is: it gets a slice of each global batch."""
     world: int = 1

@@ -44,6 +44,20 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 Name = TypeVar("Name")
 
 
+class NotRightError(ValueError):
+    """What is wrong with a key, apart from what would be right, where the two are not the value's own.
+
+    Args:
+        why: what is wrong.
+        expected: what would be right.
+        key: where it stands below the part of the recipe that finds it.
+    """
+
+    def __init__(self, why: str, expected: str, key: tuple[str | int, ...] = ()) -> None:
+        super().__init__(f"{why}: {expected}")
+        self.why, self.expected, self.key = why, expected, key
+
+
 class Spec(BaseModel):
     """A part of a recipe: frozen, every key known, no silent conversion of types, no NaN."""
 

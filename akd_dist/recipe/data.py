@@ -278,6 +278,11 @@ class DataSpec(Spec):
         return self.metric if isinstance(self.metric, CustomMetric) else None
 
     @property
+    def metric_name(self) -> str:
+        """What the primary metric is called: one of the user's own as the recipe names it, `module:function`."""
+        return self.primary_metric if self.own_metric is None else self.own_metric.factory
+
+    @property
     def sources(self) -> dict[str, Source]:
         """The sources by what they give: those with labels first, the train rows before the others."""
         given = {name: getattr(self, name) for name in ("train", "validation", "test", "unlabelled")}

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from akd_dist.base.errors import RecipeError
+from akd_dist.recipe.base import NotRightError
 from akd_dist.recipe.recipe import Recipe
 from akd_dist.recipe.yaml_text import MAX_DEPTH, NEXT, Document, KeyPath, dotted, shown
 
@@ -35,9 +36,8 @@ class Problem:
     expected: str | None = None
 
     def __str__(self) -> str:
-        if self.what.endswith(_NOT_RIGHT):  # what is expected is a sentence of its own
-            return f"{self.where}: {self.what}: {self.expected}"
-        said = [f"got {self.got}"] if self.got and self.got not in self.what else []
+        # Of what is not right the reason is told, and the value, which may be a whole block, stands in the file.
+        said = [f"got {self.got}"] if self.got and self.got not in self.what and _NOT_RIGHT not in self.what else []
         said += [f"expected {self.expected}"] if self.expected else []
         return f"{self.where}: {self.what}" + (f" ({', '.join(said)})" if said else "")
 
@@ -156,12 +156,27 @@ def _problem(details: ErrorDetails, document: Document) -> Problem:
         case "too_short":
             return Problem(where, f"{key} is too short", got, f"at least {context['min_length']} in the list")
         case "value_error":
-            return Problem(where, f"{key}{_NOT_RIGHT}", got, details["msg"].removeprefix("Value error, "))
+            return _not_right(path, details, document)
         case "model_type" | "model_attributes_type" | "dict_type":
             return Problem(where, f"{key} cannot be {got}", got, "a mapping")
         case _:
             expected = details["msg"].removeprefix("Input should be ")
             return Problem(where, f"{key} cannot be {got}", got, expected)
+
+
+def _not_right(path: KeyPath, details: ErrorDetails, document: Document) -> Problem:
+    """What a check of ours says of a value: the reason beside the key, and apart from it what would be right."""
+    error = details.get("ctx", {}).get("error")
+    expected: str | None = None
+    value: Any = details["input"]
+    why = details["msg"].removeprefix("Value error, ")
+    if isinstance(error, NotRightError):
+        path, why, expected = (*path, *error.key), error.why, error.expected
+        value = document.data
+        for element in path:
+            value = value[element]
+    key = f"key {dotted(document.as_written(path))}" if path else "the recipe"
+    return Problem(document.where(path), f"{key}{_NOT_RIGHT}: {why}", shown(value), expected)
 
 
 def _wanted(model: type[BaseModel], key: str) -> str:

@@ -100,4 +100,7 @@ def _make_paths_absolute(node: Any, folder: Path) -> None:
 
 
 def _absolute(path: str, folder: Path) -> str:
-    return path if "://" in path else str(folder.joinpath(expanded(path)))
+    if "://" in path:
+        return path
+    places.check_uri(path)  # s3:/bucket would be a folder here
+    return str(folder.joinpath(expanded(path)))

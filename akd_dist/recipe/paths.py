@@ -16,7 +16,7 @@ STORE_NAME = re.compile("[0-9a-f]{1,64}")
 """A store's id, or the beginning of one."""
 MOST_EXPANDED = 100_000
 """The most paths that a brace expression may stand for."""
-_BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}/]*,[^{}/]*)\}")
+_BRACES = re.compile(r"\{([0-9]+\.\.[0-9]+|[^{}/]*,[^{}/]*)\}")
 
 
 def expand_braces(path: str) -> list[str]:
@@ -35,7 +35,7 @@ def expand_braces(path: str) -> list[str]:
 
 
 def _choices(inside: str) -> list[str]:
-    ends = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside)
+    ends = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", inside)
     if ends is None:
         return inside.split(",")
     first, last = (int(end) for end in ends.groups())

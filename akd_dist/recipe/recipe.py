@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field, JsonValue, PrivateAttr, field_validator, 
 
 from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
-from akd_dist.recipe.base import FACTORY, Count, Device, Factory, Positive, Spec
+from akd_dist.recipe.base import FACTORY, Count, Device, Factory, NotRightError, Positive, Spec
 from akd_dist.recipe.cache import CacheSpec
 from akd_dist.recipe.data import DataSpec
 from akd_dist.recipe.paths import change_paths
@@ -157,11 +157,18 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _labels_to_learn(self) -> Recipe:
         """Refuse what needs labels where no train row has one, and a mix of rows where all of them have one."""
-        learners = [(f"the student {student.name}", student) for student in self.students]
-        chain = enumerate(self.teacher.chain, 1)
-        for whose, one in [*learners, *(("teacher" + number * ".assistant", link) for number, link in chain)]:
+        learners = [(f"the student {one.name}", one, ("students", at)) for at, one in enumerate(self.students)]
+        chain = [
+            ("teacher" + number * ".assistant", link, ("teacher", *number * ("assistant",)))
+            for number, link in enumerate(self.teacher.chain, 1)
+        ]
+        for whose, one, key in [*learners, *chain]:
             if one.labelled is not None and self.data.unlabelled is None:
-                raise ValueError(f"{whose} has labelled: {one.labelled}, and data.unlabelled names no rows without")
+                raise NotRightError(
+                    f"{whose} has labelled: {one.labelled}, and data.unlabelled names no rows without",
+                    "labelled left out, or rows without labels in data.unlabelled",
+                    (*key, "labelled"),
+                )
             if self.data.train is None and one.objective.reads_labels:
                 raise ValueError(
                     f"{whose} learns from labels ({one.objective.kind}), and no train row has one, as data.train is "

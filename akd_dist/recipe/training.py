@@ -15,6 +15,7 @@ from akd_dist.recipe.base import (
     LearningRate,
     Momentum,
     Name,
+    NotRightError,
     Positive,
     Seed,
     Share,
@@ -329,12 +330,16 @@ class Learning(Training):
             return self
         mixes = isinstance(self.objective, Distilled | ContinuationKD | CustomObjective)
         if not mixes or self.objective.learns_from == "labels":
-            raise ValueError(
-                f"labelled is for objectives that mix labels and teacher in one batch (kd, takd, continuation_kd); "
-                f"{self.objective.kind} reads either those with labels or all rows: leave it out"
+            raise NotRightError(
+                f"{self.objective.kind} reads either the rows with labels or all rows, so its batches are not mixed",
+                "labelled left out, or an objective that mixes labels and teacher in one batch: kd, takd, "
+                "continuation_kd",
+                ("labelled",),
             )
         if self.labelled >= self.batch:
-            raise ValueError(
-                f"labelled is {self.labelled} and batch is {self.batch}: a batch needs rows without labels, too"
+            raise NotRightError(
+                f"labelled is {self.labelled} and batch is {self.batch}, and a batch needs rows without labels, too",
+                f"at most {self.batch - 1}" if self.batch > 1 else "a larger batch",
+                ("labelled",),
             )
         return self

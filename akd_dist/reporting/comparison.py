@@ -167,6 +167,7 @@ def compare(
         command=command,
         task=recipe.data.task,
         metric=metric,
+        metric_name=fleet.metric_name,
         confidence=CONFIDENCE,
         rows=rows,
         unlabelled=unlabelled,
@@ -336,7 +337,8 @@ def _markdown_row(row: tuple[str, ...]) -> str:
 
 def _title(document: CompareDocument) -> str:
     """The metric as it is shown: a hundred times as large."""
-    return f"{document.metric} %" if document.metric in ("accuracy", "f1") else f"{document.metric} x 100"
+    name = document.metric_name or document.metric
+    return f"{name} %" if document.metric in ("accuracy", "f1") else f"{name} x 100"
 
 
 def _references(document: CompareDocument) -> list[tuple[str, ComparedModel]]:

@@ -48,7 +48,14 @@ from akd_dist.reporting.seeds import (
     plus_minus,
     unfinished,
 )
-from akd_dist.reporting.several import check_comparable, differences_of_runs, pooled, same_test_rows
+from akd_dist.reporting.several import (
+    check_comparable,
+    differences_of_runs,
+    pool_notes,
+    pooled,
+    same_test_rows,
+    warnings_of,
+)
 from akd_dist.reporting.tables import left_out
 from akd_dist.storage.run_copy import is_copy
 
@@ -137,8 +144,15 @@ def write_reports(
     comparison = None
     if together is not None:
         rows, groups = same_test_rows(runs), differences_of_runs(runs)
-        together_as = [pool.document() for pool in pooled(runs)]
-        comparison = RunsCompared(report=str(together), same_test_rows=rows, groups=groups, pooled=together_as)
+        pools = pooled(runs)
+        comparison = RunsCompared(
+            report=str(together),
+            same_test_rows=rows,
+            warnings=warnings_of(runs),
+            groups=groups,
+            pooled=[pool.document() for pool in pools],
+            notes=pool_notes(pools),
+        )
     documents = []
     for run in runs:
         path = out if out is not None and together is None else run.folder / PAGE

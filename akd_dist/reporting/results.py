@@ -18,7 +18,7 @@ from pathlib import Path
 from akd_dist.base import places
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, is_there
-from akd_dist.base.formatting import HARD_LABELS, OBJECTIVE_LABELS, SHOWN, MetricFormat
+from akd_dist.base.formatting import HARD_LABELS, OBJECTIVE_LABELS, MetricFormat, metric_format
 from akd_dist.distill.delivery import TEST_NAME
 from akd_dist.documents.damage import load, read_epochs
 from akd_dist.documents.fleet import EpochRecord, FleetDocument, FleetStudent, RunIdentity
@@ -82,7 +82,7 @@ class Run:
     @property
     def shown(self) -> MetricFormat:
         """The primary metric."""
-        return SHOWN[self.fleet.metric]
+        return metric_format(self.fleet.metric, self.fleet.metric_name)
 
     @property
     def teacher(self) -> float | None:
@@ -220,6 +220,7 @@ class Run:
             report=str(report),
             task=self.fleet.task,
             metric=self.fleet.metric,
+            metric_name=self.fleet.metric_name,
             teacher=self.teacher,
             done=self.done,
             students=len(self.fleet.students),

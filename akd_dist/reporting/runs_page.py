@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from akd_dist.base.formatting import MetricFormat, duration
@@ -12,7 +12,7 @@ from akd_dist.reporting import figures
 from akd_dist.reporting.rendering import owner, template
 from akd_dist.reporting.results import Run
 from akd_dist.reporting.seeds import best_of, estimate, interval, plus_minus, unfinished
-from akd_dist.reporting.several import Pool, differences_of_runs, names_of, pool_notes, pooled, same_test_rows
+from akd_dist.reporting.several import Pool, differences_of_runs, names_of, pool_notes, pooled, told_apart, warnings_of
 
 
 def render_runs(runs: list[Run]) -> str:
@@ -23,11 +23,12 @@ def render_runs(runs: list[Run]) -> str:
     by_run = {(difference.run, difference.name): difference for difference in compared}
     shared = [stem for stem in stems if sum((run.place, stem) in by_run for run in runs) > 1]
     pools = pooled(runs)
+    apart = told_apart(pools)
     text: str = template("runs.html.j2").render(
         names=names,
         shown=shown,
         rows=list(map(_run_row, names, runs)),
-        warnings=list(_warnings(runs)),
+        warnings=warnings_of(runs),
         figures=list(figures.runs_figure(runs)),
         group_columns=[
             "students",
@@ -44,8 +45,11 @@ def render_runs(runs: list[Run]) -> str:
             for stem in shared
         ],
         alone=len(stems) - len(shared),
-        pool_columns=["students", "trained by", "runs", "seeds", shown.label],
-        pools=[_pool_row(pool, shown) for pool in pools],
+        pool_columns=["students", "trained by", *apart, "runs", "seeds", shown.label],
+        pool_texts=2 + len(apart),
+        pools=[
+            _pool_row(pool, shown, [cells[number] for cells in apart.values()]) for number, pool in enumerate(pools)
+        ],
         pool_notes=pool_notes(pools),
         economics=[
             (f"{name}: {owner(one)}", one) for name, run in zip(names, runs, strict=True) for one in run.fleet.economics
@@ -70,10 +74,10 @@ def _run_row(name: str, run: Run) -> dict[str, Any]:
     }
 
 
-def _pool_row(pool: Pool, shown: MetricFormat) -> list[str]:
+def _pool_row(pool: Pool, shown: MetricFormat, apart: list[str]) -> list[str]:
     group = pool.group
     test = interval(shown, estimate(group.by_seed))
-    return [group.stem, group.objective_label, str(len(pool.runs)), str(len(group.by_seed)), test]
+    return [group.stem, group.objective_label, *apart, str(len(pool.runs)), str(len(group.by_seed)), test]
 
 
 def _side(difference: RunDifference | None, shown: MetricFormat, first: bool) -> Iterable[str]:
@@ -81,13 +85,3 @@ def _side(difference: RunDifference | None, shown: MetricFormat, first: bool) ->
     test, over = (difference.test, difference.over_first) if difference else (None, None)
     told = interval(shown, test)
     return (told,) if first else (told, interval(shown, over, signed=True))
-
-
-def _warnings(runs: list[Run]) -> Iterator[str]:
-    match same_test_rows(runs):
-        case False:
-            yield "These runs were measured on different test rows: their numbers are not of the same thing."
-        case None:
-            yield "A run does not say which test rows it was measured on, so they may differ."
-    if len({run.fleet.teacher.fingerprint for run in runs}) > 1:
-        yield "Their teachers differ."

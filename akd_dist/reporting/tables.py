@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from akd_dist.base.formatting import SHOWN, house_table, percent, seconds, share, some_of, thousands
+from akd_dist.base.formatting import house_table, metric_format, percent, seconds, share, some_of, thousands
 from akd_dist.documents.fleet import FleetDocument
 from akd_dist.reporting.results import Run
 from akd_dist.reporting.seeds import (
@@ -20,7 +20,7 @@ from akd_dist.reporting.seeds import (
     plus_minus,
     unfinished,
 )
-from akd_dist.reporting.several import names_of, pool_notes, pooled
+from akd_dist.reporting.several import names_of, pool_notes, pooled, told_apart
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +34,7 @@ def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table
     """
     from rich.text import Text
 
-    teacher, shown = fleet.teacher, SHOWN[fleet.metric]
+    teacher, shown = fleet.teacher, metric_format(fleet.metric, fleet.metric_name)
     groups, agreeing = group_students(fleet.students, fleet.metric), fleet.task == "classification"
     lost = [f"{one.name} {one.state}: {one.reason or 'no reason recorded'}" for one in unfinished(fleet.students)]
     spread = ", mean ± standard deviation over seeds" if has_spread(groups) else ""
@@ -47,7 +47,11 @@ def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table
     for heading in (f"test\n{shown.with_unit(shown.short)}", *["agree-\nment %"] * agreeing, "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     best, whole = shown.text(teacher.metric(fleet.metric)), share(teacher.parameters, teacher.parameters)
-    table.add_row("teacher", thousands(teacher.parameters), whole, "", best, style="bold")
+    ensemble = f", mean of {len(teacher.members)}" if teacher.members else ""
+    table.add_row(f"teacher{ensemble}", thousands(teacher.parameters), whole, "", best, style="bold")
+    for member in teacher.members:
+        counts = thousands(member.parameters), share(member.parameters, teacher.parameters)
+        table.add_row(Text(f"  {member.share:.0%} of it {member.model}"), *counts)
     for assistant in fleet.assistants:
         table.add_row(
             Text(f"assistant {assistant.model}"),
@@ -81,19 +85,21 @@ def pooled_table(runs: list[Run]) -> Table:
     from rich.text import Text
 
     shown, pools = runs[0].shown, pooled(runs)
-    notes = pool_notes(pools)
+    notes, apart = pool_notes(pools), told_apart(pools)
     table = house_table(
         f"{len(runs)} runs together: mean ± 95 % interval over seeds", Text("\n".join(notes)) if notes else None
     )
     table.add_column("student", overflow="fold")
     table.add_column("objective", no_wrap=True)
+    for heading in apart:
+        table.add_column(heading, overflow="fold")
     for heading in ("runs", "seeds", f"test\n{shown.with_unit(shown.short)}"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for pool in pools:
-        group = pool.group
+    for number, pool in enumerate(pools):
+        group, told = pool.group, [Text(cells[number]) for cells in apart.values()]
         test = interval(shown, estimate(group.by_seed))
         cells = (str(len(pool.runs)), str(len(group.by_seed)), test)
-        table.add_row(Text(group.stem), Text(group.objective_label), *cells)
+        table.add_row(Text(group.stem), Text(group.objective_label), *told, *cells)
     return table
 
 

@@ -126,7 +126,7 @@ def evaluate(
     ours, *theirs = [open_model(uri, device, trusted) for uri in (student, *others)]
     with open_examples(asked, ours.card, ours.home, cache_root, need_labels=True, on_progress=on_progress) as examples:
         for other in theirs:
-            other.card.check_rows(examples.like, f"the model {other.home.uri}")
+            examples.check(other.card, other.home.uri)
         tallies = [_Tally(model, _Column(examples.rows)) for model in (ours, *theirs)]
         labels = _Column(examples.rows)
         with _as_in_training(ours):
@@ -231,9 +231,10 @@ def predict(
     """What a model says of every row, as a Parquet file: whole, or absent.
 
     Columns: `row` int64, counted from 0; `file`, of a folder of pictures or of tar files; `predicted`, the class id
-    int64, or a number, float64, for regression; `probability` float32, of that class, by softmax (classification);
-    `logits`, float32 [classes]; `label`, int64 or float32, where the data have one. The file's metadata say under
-    `akd_dist` which model it was, and the names of its classes. Memory does not grow with the rows.
+    int64, or a number, float64, for regression; `class_name`, what that class is called, where the model's card says;
+    `probability` float32, of that class, by softmax (classification); `logits`, float32 [classes]; `label`, int64 or
+    float32, where the data have one. The file's metadata say under `akd_dist` which model it was, and the names of its
+    classes. Memory does not grow with the rows.
 
     Args:
         student: a model folder, absolute or `s3://`.
@@ -305,6 +306,8 @@ def _schema(card: ModelCard, examples: Examples, with_logits: bool) -> Any:
     fields = [("row", pa.int64()), ("predicted", pa.int64() if classes else pa.float64())]
     if examples.names is not None:
         fields.insert(1, ("file", pa.string()))
+    if classes and card.class_names is not None:
+        fields.append(("class_name", pa.string()))
     if classes:
         fields.append(("probability", pa.float32()))
     if with_logits:
@@ -332,13 +335,22 @@ def _table(
         "predicted": said.numpy(),
         "label": labels,
     }
+    if "class_name" in schema.names:
+        columns["class_name"] = pa.array(model.card.class_names).take(pa.array(said.numpy()))
     if "probability" in schema.names:
         shares = logits.double().softmax(dim=1)
         columns["probability"] = shares.gather(1, said[:, None])[:, 0].float().numpy()
     if "logits" in schema.names:
         ends = np.arange(len(logits) + 1, dtype=np.int32) * logits.shape[1]
         columns["logits"] = pa.ListArray.from_arrays(ends, logits.float().numpy().reshape(-1))
-    return pa.table([pa.array(columns[one.name], one.type) for one in schema], schema=schema)
+    arrays = [columns[one.name] for one in schema]
+    return pa.table(
+        [
+            values if isinstance(values, pa.Array) else pa.array(values, one.type)
+            for one, values in zip(schema, arrays, strict=True)
+        ],
+        schema=schema,
+    )
 
 
 def _shown(

@@ -5,6 +5,7 @@ memory nor disk grows with them, and they may lack labels.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,15 +24,16 @@ from akd_dist.data.columns import Images, inputs_of, notes_of
 from akd_dist.data.framing import lines_for
 from akd_dist.data.labels import Classes, Labels, labels_of
 from akd_dist.data.noted import MixedSizesError
-from akd_dist.data.prepare import READ_BYTES, OpenedSource
+from akd_dist.data.prepare import READ_BYTES, OpenedSource, kinds_of
 from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.rows import SPLITS, Rows
 from akd_dist.data.schemas import input_kind, label_kind
 from akd_dist.data.sources.base import Source
 from akd_dist.data.sources.kinds import kind_of
+from akd_dist.data.splitting import source_of_split
 from akd_dist.data.text import ByteTokenizer, Tokenizer, tokenizer_of
 from akd_dist.distill.metrics import EVALUATION_ROWS
-from akd_dist.models.card import ModelCard
+from akd_dist.models.card import ModelCard, flow
 from akd_dist.serve.named_data import NamedData, named_data
 from akd_dist.storage.node_cache import NoRoomError
 
@@ -100,8 +102,19 @@ class Examples:
     """All rows, EVALUATION_ROWS at a time, whatever the files are cut into."""
     notes: Callable[[], Sequence[str]]
     """What of the data is left out without being wrong, a line each; known once all batches are read."""
+    check_image: Callable[[ModelCard, str], None]
+    """Refuses a model, called by its name, for which pictures become inputs in another way."""
     names: Callable[[int, int], Sequence[str]] | None = None
     """The files that rows start..stop - 1 come from, where each is one of its own."""
+
+    def check(self, card: ModelCard, uri: str) -> None:
+        """Refuse a model that was not made for these rows.
+
+        Raises:
+            RefusedError: as `ModelCard.check_rows` and `ModelCard.check_image`.
+        """
+        card.check_rows(self.like, f"the model {uri}")
+        self.check_image(card, f"the model {uri}")
 
 
 @contextlib.contextmanager
@@ -136,8 +149,8 @@ def open_examples(
     recipe_path = _recipe_path(asked.data)
     if recipe_path is not None:
         _refuse_options(asked, "input", "label", "tokenizer")
-        examples = _of_recipe(recipe_path, asked, cache_root, need_labels, on_progress)
-        card.check_rows(examples.like, f"the model {home.uri}")
+        examples = _of_recipe(recipe_path, asked, card, home, cache_root, need_labels, on_progress)
+        examples.check(card, home.uri)
         yield examples
         return
     _refuse_options(asked, "split", *(("input", "label", "tokenizer") if asked.data == DIGITS else ()))
@@ -171,13 +184,21 @@ def _refuse_options(asked: DataRequest, *names: str) -> None:
 
 
 def _of_recipe(
-    path: Path, asked: DataRequest, cache_root: Path, need_labels: bool, on_progress: Progress | None
+    path: Path,
+    asked: DataRequest,
+    card: ModelCard,
+    home: Home,
+    cache_root: Path,
+    need_labels: bool,
+    on_progress: Progress | None,
 ) -> Examples:
     split: recipe.Split = asked.split or "test"
     if split not in SPLITS:
         raise RecipeError("there is no such split", got=split, expected=f"one of {', '.join(SPLITS)}")
     loaded = recipe.load_recipe(path)
     recipe.trust(loaded, asked.trusted().seen_from(f"the recipe {path}", loaded.folder))
+    check_image = functools.partial(_check_image, loaded.data, split)
+    check_image(card, f"the model {home.uri}")  # before pictures are decoded
     try:
         splits = prepare(loaded.data, cache_root, on_progress=on_progress)
     except NoRoomError as error:
@@ -204,7 +225,43 @@ def _of_recipe(
         rows.content().verify()
         splits.sources.finish()
 
-    return Examples(asked.data, split, rows, count, labelled, batches, lambda: splits.findings)
+    return Examples(
+        asked.data,
+        split,
+        rows,
+        count,
+        labelled,
+        batches,
+        lambda: [*splits.findings, *_by_recipe(loaded.data.image, card)],
+        check_image,
+    )
+
+
+def _by_recipe(image: recipe.Image, card: ModelCard) -> list[str]:
+    """A line on pictures that become inputs by a recipe's definition, where a model has none of its own."""
+    if card.image != recipe.Image() or image.written() == card.image.written():
+        return []
+    return [f"pictures become inputs as the recipe says, data.image: {flow(image.written())}; the model says nothing"]
+
+
+def _check_image(data: recipe.DataSpec, split: str, card: ModelCard, what: str) -> None:
+    """Refuse a model for which the pictures of a recipe would become inputs in another way.
+
+    Raises:
+        RefusedError: as `ModelCard.check_image`.
+    """
+    try:
+        card.check_image(data.image, what)
+    except RefusedError:
+        # Rows that are no pictures do not become inputs by it, and their recipe cannot say otherwise.
+        if data.image != recipe.Image() or (data.text is None and _holds_pictures(data, split)):
+            raise
+
+
+def _holds_pictures(data: recipe.DataSpec, split: str) -> bool:
+    name = source_of_split(data, split)
+    source, shape = kinds_of(data)[name].open(), getattr(getattr(data, name), "shape", None)
+    return isinstance(inputs_of(next(source.blocks(1)).inputs, 0, source.input_place, shape, None, data.image), Images)
 
 
 # ---- everything else, streamed
@@ -264,6 +321,7 @@ def _of_source(source: Source, asked: DataRequest, card: ModelCard, home: Home) 
         labelled,
         lambda: _regrouped(map_blocks(source.blocks(most), read, default_threads())),
         lambda: [*source.notes, *notes_of(inputs, source.name)],
+        lambda other, what: other.check_image(card.image, what) if isinstance(inputs, Images) else None,
         source.names,
     )
 

@@ -25,8 +25,8 @@ import torch
 from akd_dist import recipe
 from akd_dist.base.errors import MachineError, RecipeError, RefusedError
 from akd_dist.base.files import PARTIAL_SUFFIX, fsync_folder
+from akd_dist.base.tracebacks import whole
 from akd_dist.base.trusted import Trusted
-from akd_dist.data.factories import whole
 from akd_dist.data.row_cache import Progress
 from akd_dist.data.text import save_tokenizer
 from akd_dist.documents.use import ExportDocument

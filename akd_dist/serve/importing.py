@@ -17,7 +17,7 @@ from akd_dist.models.build import num_parameters
 from akd_dist.models.card import CARD, WEIGHTS
 from akd_dist.models.folder import save_model
 from akd_dist.models.imported import open_checkpoint
-from akd_dist.recipe import HuggingFaceText, Recipe
+from akd_dist.recipe import Custom, HuggingFaceText, Recipe
 from akd_dist.serve.evaluation import refuse_existing
 
 
@@ -74,6 +74,7 @@ def import_model(
         parameters=num_parameters(module),
         fingerprint=imported.card.fingerprint,
         bytes=sum((out / name).stat().st_size for name in (WEIGHTS, CARD)),
+        code=[model.factory.partition(":")[0]] if isinstance(model, Custom) else [],
         notes=imported.notes,
         check=check,
         seconds=round(time.monotonic() - started, 3),

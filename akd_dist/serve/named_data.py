@@ -12,8 +12,9 @@ from typing import Literal, TypeVar
 
 from akd_dist import recipe
 from akd_dist.base.errors import RecipeError, RefusedError
+from akd_dist.data.folder_walk import is_leftover
 from akd_dist.data.parquet_files import SKIPPED_PREFIXES, is_skipped, may_be_parquet
-from akd_dist.data.picture_files import TABLES, find_pictures, is_leftover, is_picture
+from akd_dist.data.picture_files import TABLES, find_pictures, is_picture
 from akd_dist.data.sources.parquet import column_names
 from akd_dist.data.tar_shards import find_shards, open_shard, read_samples
 from akd_dist.storage.objects import ObjectMissing

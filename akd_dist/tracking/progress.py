@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from akd_dist.base.formatting import duration
 from akd_dist.documents.status import CohortStatus, FleetPlan, StatusDocument
 from akd_dist.tracking.status import ENDED, RunReader, write_document
-from akd_dist.tracking.view import FleetView, Ticker, ended_line, moved, total_line, waiting_lines
+from akd_dist.tracking.view import FleetView, Ticker, ended_line, metric_of, moved, total_line, waiting_lines
 
 LINE_SECONDS = 5.0
 # A fleet's documents are read once a second; without a terminal its lines come every ten.
@@ -173,5 +173,5 @@ class FleetMeter:
         over = {student.name: student for student in self.status.students if student.state in ENDED}
         for name, student in over.items():
             if self.ended is not None and name not in self.ended:
-                tell(self.console, ended_line(student, self.status.metric))
+                tell(self.console, ended_line(student, metric_of(self.status)))
         self.ended = set(over)

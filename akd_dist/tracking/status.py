@@ -176,6 +176,7 @@ class RunReader:
         if training:
             students = _in_line(students, queued)
         problems += [problem for _, _, told_of in self._kept.values() for problem in told_of]
+        behind, later = (plan.steps_behind, plan.steps_later) if plan and saved is None else (0, 0)
         return StatusDocument(
             run=str(self.run),
             state="training" if training else "preparing" if preparing else "stopped" if saved is None else "done",
@@ -183,11 +184,12 @@ class RunReader:
             alive=alive,
             at=at if ended_at is None or preparing else ended_at,
             metric=plan.metric if plan else saved.metric if saved else None,
-            steps=sum(student.steps for student in students),
-            steps_total=sum(student.steps_total for student in students),
+            metric_name=plan.metric_name if plan else saved.metric_name if saved else None,
+            steps=sum(student.steps for student in students) + behind,
+            steps_total=sum(student.steps_total for student in students) + behind + later,
             steps_per_second=sum(student.steps_per_second for student in students),
             rows_per_second=sum(student.rows_per_second for student in students),
-            seconds_left=_seconds_left(students),
+            seconds_left=_seconds_left(students, later),
             over=sum(student.state in ENDED for student in students),
             cohorts=plan.cohorts if plan and training else [],
             students=students,
@@ -250,9 +252,9 @@ class RunReader:
                 progress = None
             # A student whose workers died again and again is ended by the driver; no worker writes its end.
             if progress is not None and when >= written(self.run / "students" / planned.name / "result.json"):
-                found.append(progress)
+                found.append(_by_plan(progress, planned))
             else:
-                found.append(self._standing(planned, metric, again))
+                found.append(_by_plan(self._standing(planned, metric, again), planned))
         return found
 
     def _standing(self, planned: StudentProgress, metric: str, again: bool) -> StudentProgress:
@@ -269,6 +271,21 @@ class RunReader:
             told = [_one_line(error, self.run) for error in problems]
             kept = self._kept[planned.name] = stamp, found, told
         return kept[1]
+
+
+def _by_plan(found: StudentProgress, planned: StudentProgress) -> StudentProgress:
+    """A student whose steps are counted as they were planned, so that no sum changes while a fleet trains.
+
+    Whoever computes a stage I itself that somebody else was to compute for it, or the other way round, has come as far
+    in its plan as in what it does.
+    """
+    total, steps = planned.steps_total, min(found.steps, planned.steps_total)
+    if found.state == "done":
+        steps = total
+    elif found.epochs_shared != planned.epochs_shared and found.steps_total:
+        steps = total * found.steps // found.steps_total
+    left = None if found.seconds_left is None else (total - steps) / found.steps_per_second
+    return found.model_copy(update={"steps": steps, "steps_total": total, "until": planned.until, "seconds_left": left})
 
 
 def _number_of(path: Path) -> int:
@@ -313,13 +330,15 @@ def standing(
         last = records[-1]
         changes = {"stage": last.stage, "temperature": last.temperature, "loss": last.train_loss}
         changes["validation"] = last.validation and last.validation.get(metric)
-    per_epoch = planned.steps_total // max(planned.epochs - planned.epochs_shared, 1)
+    until = planned.epochs if planned.until is None else planned.until
+    per_epoch = planned.steps_total // max(until - planned.epochs_shared, 1)
     if result is not None:
         changes |= {"state": result.state, "reason": result.reason, "epoch": result.epochs}
         # Who was to compute its stage I may have failed before; it may itself have failed before its first step.
         shared = planned.epochs_shared if result.stage1_from or not result.epochs else 0
-        steps = (planned.epochs - shared) * per_epoch
-        changes |= {"epochs_shared": shared, "steps": steps, "steps_total": steps}
+        total = (planned.epochs - shared) * per_epoch
+        steps = total if result.state == "done" else min(max(result.epochs - shared, 0) * per_epoch, total)
+        changes |= {"epochs_shared": shared, "steps": steps, "steps_total": total}
         if result.validation is not None:
             changes["validation"] = result.validation.get(metric)
     elif checkpoint is not None:
@@ -366,13 +385,14 @@ def _last_sign(driver: RunDriver | None, plan: FleetPlan | None, told: list[Coho
     return max(signs, default=None)
 
 
-def _seconds_left(students: list[StudentProgress]) -> float | None:
+def _seconds_left(students: list[StudentProgress], later: int = 0) -> float | None:
     """All steps that are left at today's pace, and no less than the student that takes longest."""
     pace = sum(student.steps_per_second for student in students)
     if pace <= 0:
         return None
     longest = max(student.seconds_left or 0.0 for student in students)
-    return max(longest, sum(student.steps_total - student.steps for student in students) / pace)
+    left = sum(student.steps_total - student.steps for student in students if student.state not in ENDED)
+    return max(longest, (left + later) / pace)
 
 
 def written(path: Path) -> int:

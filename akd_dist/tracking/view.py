@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -59,7 +60,7 @@ class FleetView:
         if self.title is not None:
             yield Text(self.title, style="bold", no_wrap=True, overflow="ellipsis")
         if shown:
-            yield _table(shown, self.status.metric or "validation", options.max_width, fit=self.fit)
+            yield _table(shown, metric_of(self.status) or "validation", options.max_width, fit=self.fit)
         if hidden := len(self.status.students) - len(shown):
             yield Text(f"and {hidden:,} more", style="dim")
         for line in below:
@@ -168,10 +169,15 @@ def total_line(status: StatusDocument) -> str:
         parts.append(f"{status.steps_per_second:,.0f} steps/s")
     if status.seconds_left is not None:
         parts.append(f"{duration(status.seconds_left)} left")
-    over = f"{status.over:,} of {len(status.students):,} students over"
-    if bad := sum(student.state in ("failed", "diverged") for student in status.students):
-        over += f", {bad:,} of them without success"
-    return ", ".join(parts) + f"; {over}"
+    states = Counter(student.state for student in status.students)
+    bad = [f"{states[state]:,} {state}" for state in ("failed", "diverged") if states[state]]
+    over = [f"{status.over:,} of {len(status.students):,} students over", *bad]
+    return ", ".join(parts) + f"; {', '.join(over)}"
+
+
+def metric_of(status: StatusDocument) -> str | None:
+    """What the primary metric is called."""
+    return status.metric_name or status.metric
 
 
 def ended_line(student: StudentProgress, metric: str | None) -> str:

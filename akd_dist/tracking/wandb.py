@@ -1,16 +1,23 @@
 """A run of Weights & Biases for each student."""
 
 import hashlib
+import importlib
 import json
 import os
 import re
 import shutil
+import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from akd_dist.base.errors import RecipeError
 from akd_dist.base.files import read_json, replace
 from akd_dist.tracking.trackers import Log, Record, Tracked, end_of, final_scalars, run_key, scalars
+
+_WRITTEN_SECONDS = 10.0
+"""So long is waited for W&B's own process to write a file of some kilobytes; it takes milliseconds."""
 
 
 class Wandb:
@@ -72,11 +79,16 @@ class WandbLog:
         self.finish(0 if result["state"] == "done" else 1)
 
     def finish(self, code: int) -> None:
-        """Let W&B send what it still has, and note that it has it."""
+        """Let W&B send what it still has, and note that it has it.
+
+        Offline, W&B says that it has finished before its own process has written the file: until that is whole, the
+        session counts as one that was killed.
+        """
         if self.run is not None:
-            self.run.finish(exit_code=code)
-            self.run = None
-            self._note(session=None)
+            run, self.run = self.run, None
+            run.finish(exit_code=code)
+            if run.disabled or not run.offline or _comes_to_its_end(Path(run.settings.sync_file)):
+                self._note(session=None)
 
     def _note(self, session: str | None) -> None:
         noted = {"id": self.id, "epochs": self.epochs, "ended": self.ended, "session": session}
@@ -103,6 +115,38 @@ class WandbLog:
             )
             self._note(Path(self.run.dir).parent.name)
         return self.run
+
+
+def _comes_to_its_end(file: Path) -> bool:
+    """Wait until W&B's own process has written a session's file; whether it has."""
+    until = time.monotonic() + _WRITTEN_SECONDS
+    while not _is_whole(file):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a session's file ends as that of a run that has finished."""
+    record_of: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
+    records = list(records_of(file.read_bytes()))
+    return bool(records) and bool(record_of.FromString(records[-1]).HasField("exit"))
+
+
+def records_of(data: bytes) -> Iterator[bytes]:
+    """The whole records of W&B's file, a LevelDB log: blocks of 32 KiB, chunks of checksum, length, type, content."""
+    record, position, block = b"", 7, 32 * 1024
+    while position + 7 <= len(data):
+        if block - position % block < 7:  # no chunk begins there
+            position += block - position % block
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4) and position <= len(data):  # whole, or its last part
+            yield record
+            record = b""
 
 
 def check_login() -> None:

@@ -112,14 +112,35 @@ def models_there(recipe: Recipe, splits: Splits, workspace: Workspace) -> list[C
     models: list[CachedModel] = []
     while len(models) < count_of(recipe):
         trained = next_below(recipe, splits, models)
-        if trained is None:
-            models.append(given_teacher(recipe, len(models), splits, workspace))
-            continue
-        uri = trained.uri(workspace.store_root)
-        if not is_there(uri):
+        found = _there(recipe, len(models), trained, splits, workspace)
+        if found is None:
             break
-        models.append(model_at(trained.name, uri, recipe, splits))
+        models.append(found)
     return models
+
+
+def _there(
+    recipe: Recipe, number: int, trained: Trained | None, splits: Splits, workspace: Workspace
+) -> CachedModel | None:
+    """A model of the chain: as it is trained, if it is there, or where the recipe says."""
+    if trained is None:
+        return given_teacher(recipe, number, splits, workspace)
+    uri = trained.uri(workspace.store_root)
+    return model_at(trained.name, uri, recipe, splits) if is_there(uri) else None
+
+
+def _further(inputs: Inputs, workspace: Workspace) -> list[CachedModel | None]:
+    """The models after those that are there: members of an ensemble may be, and have stores, although one before is
+    still to be trained."""
+    recipe, splits, found = inputs.recipe, inputs.splits, []
+    for number in range(len(inputs.models), count_of(recipe)):
+        model = None
+        if number < len(recipe.teacher.each):
+            model = _there(recipe, number, teacher_of(recipe, splits, number), splits, workspace)
+        if model is not None:
+            look_up(model, recipe, workspace)
+        found.append(model)
+    return found
 
 
 def _stored_teacher(name: str, recipe: Recipe, named: StoredTeacher, splits: Splits, store_root: str) -> CachedModel:
@@ -188,8 +209,7 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
     from akd_dist.jobs.demand import foreseen
 
     recipe, models = inputs.recipe, inputs.models
-    unknown = [None] * (count_of(recipe) - len(models))
-    planned = [_planned(recipe, inputs.splits, model) for model in (*models, *unknown)]
+    planned = [_planned(recipe, inputs.splits, model) for model in (*models, *_further(inputs, workspace))]
     count = len(recipe.teacher.each)
     teachers, assistants = planned[:count], planned[count:]
     needed = sum(split.bytes for one in planned for split in one.values())

@@ -39,6 +39,7 @@ from akd_dist.recipe import Recipe, StudentSpec
 from akd_dist.storage.mean import Stores
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.run_copy import is_copy
+from akd_dist.storage.run_objects import MOST_ATTEMPTS, impossible_mark
 
 # As many digits as the folders of writers have for it.
 ATTEMPT = re.compile(r"attempt-([0-9]{1,6})")
@@ -187,9 +188,19 @@ def fleet_job(recipe: Recipe, splits: Splits, stores: Stores, run: Path, cache_r
 
 
 def last_attempt(run: Path) -> int:
-    """The number of the run's latest attempt, 0 before the first."""
+    """The number of the run's latest attempt, 0 before the first.
+
+    Raises:
+        DamagedError: no run comes to so many.
+    """
     names = (ATTEMPT.fullmatch(path.name) for path in (run / "control").glob("attempt-*"))
-    return max((int(name[1]) for name in names if name), default=0)
+    found = sorted(int(name[1]) for name in names if name)
+    if found and found[-1] > MOST_ATTEMPTS:
+        others = [number for number in found if number <= MOST_ATTEMPTS]
+        latest = f"the latest attempt is {others[-1]}" if others else "no attempt has begun"
+        where = str(run / "control" / f"attempt-{found[-1]}")
+        raise impossible_mark(where, f"a mark for an attempt that never was: {latest}")
+    return found[-1] if found else 0
 
 
 def removed_by_fresh(run: Path) -> RemovedRun | None:
@@ -415,10 +426,18 @@ def _say_who_waits(cohorts: Sequence[PlannedCohort], asks: Sequence[ResourceRequ
     return said
 
 
+def _beside_hits(cache: PlanDocument) -> str:
+    """What of an ensemble is there already."""
+    hits = sum(all(part.hit for part in member.values()) for member in cache.members)
+    return f", as the stores of {hits} of {counted(len(cache.members), 'teacher')} are a hit" if hits else ""
+
+
 def _about_teacher(inputs: Inputs, cache: PlanDocument) -> str:
     """What has to be done for the teacher and its assistants first."""
-    words = [] if inputs.levels else ["the teacher is to be trained"]
+    words, each = [], inputs.recipe.teacher.each
+    if not inputs.levels:
+        words.append("the teacher is to be trained" if len(each) == 1 else "teachers of the ensemble are to be trained")
     words += [f"the assistant {one.model} is to be trained" for one in cache.assistants if not one.trained]
     if cache.bytes:
-        words.append(f"{size(cache.bytes)} of logits are to be cached")
+        words.append(f"{size(cache.bytes)} of logits are to be cached" + _beside_hits(cache))
     return "; ".join(words) + ": first, and not in the time below" if words else "cached: it is not needed"

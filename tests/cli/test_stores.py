@@ -6,13 +6,16 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import akd_dist
+from akd_dist.base.errors import RefusedError
 from akd_dist.base.locks import file_lock
 from akd_dist.cli.show import in_words
+from akd_dist.cli.store_facts import in_order
 from akd_dist.documents.stores import GcDocument, StoreDocument, StoresDocument, VerifyDocument
 from akd_dist.storage.decoded import open_decoded
 from akd_dist.storage.node_cache import cache_folder
@@ -204,3 +207,30 @@ def test_open_store_reads_rows(root: Path) -> None:
     (store,) = root.iterdir()
     opened = akd_dist.open_store(store)
     assert opened.rows(0, 0, 2).shape == (2, opened.classes)
+    assert repr(opened).startswith(f"LogitStore('{store}': 2 views of ")
+
+
+def test_open_store_takes_ids_as_the_commands_do(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (store,) = root.iterdir()
+    for named in (f"{root}/{store.name[:6]}", root / store.name[:6], f"{root}/{store.name}/"):
+        assert akd_dist.open_store(named).uri == str(store)
+    assert akd_dist.open_store(store.name[:4], store_root=root).id == store.name
+    monkeypatch.setenv("AKD_DIST_STORE_ROOT", str(root))
+    assert akd_dist.open_store(store.name[:4]).id == akd_dist.open_store(store.name).id == store.name
+    (tmp_path / "cafe").symlink_to(store)  # a folder that is there is what is meant
+    monkeypatch.chdir(tmp_path)
+    assert akd_dist.open_store("cafe").uri == akd_dist.open_store(tmp_path / "cafe").uri == str(tmp_path / "cafe")
+    for named in ("fff0", f"{root}/fff0"):
+        with pytest.raises(RefusedError, match=f"no store begins with 'fff0' under {root}"):
+            akd_dist.open_store(named)
+    with pytest.raises(RefusedError, match="no store"):
+        akd_dist.open_store(root / "no-store")
+
+
+def test_stores_stand_in_the_order_of_their_last_use() -> None:
+    def store(teacher: str, used: float | None, split: str = "train", modified: float = 9.0) -> Any:
+        return SimpleNamespace(teacher=teacher, last_used=used, modified=modified, hint={"split": split})
+
+    old, never = store("a", 1.0), store("b", None, modified=99.0)
+    test, train = store("b", 5.0, "test"), store("b", 4.0)
+    assert in_order([never, old, test, train]) == [train, test, old, never]

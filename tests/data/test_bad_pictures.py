@@ -138,6 +138,7 @@ FOLDERS: dict[str, Case] = {
     "a folder out": (classes_with(link("fox", "../elsewhere")), ["fox leads out of the folder", "elsewhere"]),
     "a circle": (classes_with(link("cat/more", "../../pictures")), ["cat/more leads to a folder which it lies in"]),
     "a link to itself": (classes_with(link("cat/more", "more")), ["cat cannot be read", "symbolic links"]),
+    "a table out": (classes_with(link("metadata.csv", "../elsewhere/x.jpg")), ["metadata.csv leads out of the folder"]),
     "a broken link": (classes_with(link("cat/x.jpg", "HERE/gone.jpg")), ["cat/x.jpg is no regular file", "to nothing"]),
     "a socket": (classes_with(listening), ["cat/x.jpg is no regular file", "a socket"]),
     "not UTF-8": (
@@ -169,7 +170,12 @@ FOLDERS: dict[str, Case] = {
     "no column of files": (flat(GOOD.replace("file_name", "file")), ["no column file_name", "set `file` to file"]),
     "no column of labels": (flat(GOOD, label="lable"), ["no column lable", "set `label` to label"]),
     "two columns": (flat(GOOD.replace("file_name,label", "label,label")), ["no column file_name"]),
-    "semicolons": (flat(GOOD.replace(",", ";")), ["no column file_name", "the columns file_name;label"]),
+    "semicolons": (
+        flat(GOOD.replace(",", ";")),
+        ["not separated by commas", "semicolons in its first line: file_name;"],
+    ),
+    "tabs": (flat(GOOD.replace(",", "\t")), ["not separated by commas", "tabs in its first line", "again with commas"]),
+    "decimal commas": (flat(GOOD.replace(",", ";").replace(";1\n", ";1,5\n")), ["semicolons in its first line"]),
     "no label": (
         flat(GOOD.replace("c.jpg,2", "c.jpg,")),
         ["no value in row 2 of", "(c.jpg), column label of"],
@@ -254,10 +260,16 @@ def flipped(data: bytes) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-def broken_link(folder: Path) -> WebDataset:
-    tar(folder / "shards" / "a.tar", samples(range(COUNT)))
-    (folder / "shards" / "b.tar").symlink_to("gone.tar")
-    return WebDataset(path=str(folder / "shards"))
+def linked_shard(to: str, glob: str = "", link: str = "b.tar") -> Callable[[Path], WebDataset]:
+    """A tar file, and beside it a link."""
+
+    def make(folder: Path) -> WebDataset:
+        for name in ("shards/a.tar", "elsewhere/x.tar"):
+            tar(folder / name, samples(range(COUNT)))
+        (folder / "shards" / link).symlink_to(to)
+        return WebDataset(path=f"{folder}/shards{glob}")
+
+    return make
 
 
 def of_names(path: str, *names: str) -> Callable[[Path], WebDataset]:
@@ -276,7 +288,11 @@ SHARDS: dict[str, Case] = {
     "a range backwards": (of_names("s-{2..0}.tar"), ["cannot be expanded", "2..0 runs backwards"]),
     "too many": (of_names("{0..999}{0..999}.tar"), ["cannot be expanded", "1,000,000 paths"]),
     "no tar files": (lambda f: WebDataset(path=str(write(f / "s", {"a.txt": b""}))), ["no tar file at", "a.txt"]),
-    "a broken link": (broken_link, ["b.tar is a link to nothing", "it leads to gone.tar"]),
+    "a broken link": (linked_shard("gone.tar"), ["b.tar is no regular file", "a link to nothing: gone.tar"]),
+    "a broken link of a glob": (linked_shard("gone.tar", "/*.tar"), ["b.tar is no regular file", "a link to nothing"]),
+    "a link out": (linked_shard("../elsewhere/x.tar"), ["b.tar leads out of the folder", "cp -rL", "one by one"]),
+    "a link out of a glob": (linked_shard("../elsewhere/x.tar", "/*.tar"), ["b.tar leads out of the folder"]),
+    "a folder out": (linked_shard("../elsewhere", link="more"), ["more leads out of the folder", "elsewhere"]),
     "gzip by its name": (damaged(gzip.compress, "b.tar.gz"), ["b.tar.gz looks like a compressed tar", "gunzip"]),
     "gzip": (damaged(gzip.compress), ["b.tar is compressed", "gzip", "decompress it"]),
     "under way": (damaged(bytes, "b.tar.part"), ["b.tar.part looks like", "a copy that is under way"]),
@@ -320,6 +336,13 @@ SHARDS: dict[str, Case] = {
     "no json": (archive(lambda m: m.pop(9) and None, label="id"), ["the sample 0102 of", "has no label", "label: cls"]),
     "a name as cls": (archive(lambda m: [*m[:8], ("0102.cls", b"cat"), *m[9:]]), ["the sample 0102 of", "b'cat'"]),
     "a fraction as cls": (archive(lambda m: [*m[:8], ("0102.cls", b"1.5"), *m[9:]]), ["0102 of", "an integer"]),
+    **{
+        f"{text!r} as cls": (
+            archive(lambda m, text=text: [*m[:8], ("0102.cls", text.encode()), *m[9:]]),  # type: ignore[misc]
+            ["the sample 0102 of", "an integer, the class id"],
+        )
+        for text in ("1_0", "+1", "0x1", "1 0", "--1", "\u0661", "")
+    },
     "a huge cls": (archive(lambda m: [*m[:8], ("0102.cls", b"9" * 30), *m[9:]]), ["0102 of", "an integer"]),
     "a negative cls": (archive(lambda m: [*m[:8], ("0102.cls", b"-1"), *m[9:]]), ["range in row 32 of", "0102.jpg"]),
     "json without the key": (with_json({"ID": 3}), ["sample 0102 of", "0102.json with ID", "the key id in each json"]),

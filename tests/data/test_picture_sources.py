@@ -27,6 +27,7 @@ from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.row_store import RowsPlan, Take, ensure_rows
 from akd_dist.data.rows import Splits
+from akd_dist.data.source_rows import source_rows
 from akd_dist.data.sources import webdataset
 from akd_dist.data.sources.kinds import kind_of
 from akd_dist.recipe import DataSpec, Image, ImageFolder, Parquet, RandomResizedCropFlip, WebDataset
@@ -132,7 +133,7 @@ def write_table(path: Path, files: list[str], labels: list[Any]) -> None:
     both = list(zip(files, labels, strict=True))
     match path.suffix:
         case ".csv":
-            lines = [f'"1,{one}",{one},{label}' for one, label in both]
+            lines = [f'"1,{one}",{one},{"" if label is None else label}' for one, label in both]
             path.write_text("\n".join(["\ufeffid,file_name,label", *lines, ""]))
         case ".jsonl":
             path.write_text("".join(json.dumps({"file_name": one, "label": label}) + "\n" for one, label in both))
@@ -156,6 +157,31 @@ def test_a_table_gives_the_label_of_each_file(kind: str, named: bool, tmp_path: 
     shutil.move(folder / f"metadata.{kind}", tmp_path / f"labels.{kind}")
     named_table = ImageFolder(path=str(folder), labels=str(tmp_path / f"labels.{kind}"))
     assert all_rows(named_table, tmp_path / "cache").fingerprints == splits.fingerprints
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("labels", ["ids", "names"])
+def test_a_table_may_leave_labels_out(kind: str, labels: str, tmp_path: Path) -> None:
+    """Where the recipe says that rows without are for the teacher alone."""
+    names = [f"{number:03}.jpg" for number in range(COUNT)]
+    folder = write(tmp_path / "pictures", {name: jpeg(number) for number, name in enumerate(names)})
+    said: list[Any] = [number % 3 if labels == "ids" else CLASSES[number % 3] for number in range(COUNT)]
+    said = [None if number % 4 == 0 else one for number, one in enumerate(said)]
+    write_table(folder / f"metadata.{kind}", names, said)
+    data = DataSpec(train=ImageFolder(path=str(folder)), validation=0.2, test=0.2, unlabelled="missing")
+    splits = prepare(data, tmp_path / "cache")
+    assert splits.train.class_names == (None if labels == "ids" else CLASSES)
+    assert (splits.train.classes, splits.train.unlabelled) == (3, 23)
+    located = source_rows(data)["train"]
+    for row in range(len(splits.train)):
+        number = int(Path(located.where(row)[0]).stem)
+        assert splits.train.labels[row] == (-1 if number % 4 == 0 else number % 3)
+    assert any("23 of" in line and "train rows have no label" in line for line in splits.findings)
+    there = ensure_rows(data, str(tmp_path / "stores"), loop).manifest
+    assert {name: split.fingerprint for name, split in there.splits.items()} == splits.fingerprints
+    with pytest.raises(RefusedError, match="no value in row 0 of") as refused:
+        prepare(data.model_copy(update={"unlabelled": None}), tmp_path / "cache")
+    assert "set data.unlabelled: missing" in str(refused.value.next)
 
 
 def test_numbers_with_zeros_in_front_are_names(tmp_path: Path) -> None:
@@ -215,6 +241,23 @@ def shards(folder: Path, count: int = COUNT, each: int = 30) -> Path:
     for number, start in enumerate(range(0, count, each)):
         tar(folder / f"train-{number:03}.tar", samples(range(start, start + each)))
     return folder
+
+
+def test_shards_may_be_links_that_are_named_or_stay_in_the_folder(tmp_path: Path) -> None:
+    there = shards(tmp_path / "there")
+    (tmp_path / "named").symlink_to(there)
+    (tmp_path / "links").mkdir()
+    for shard in there.iterdir():
+        (tmp_path / "links" / shard.name).symlink_to(shard)
+    expected = all_rows(WebDataset(path=str(there)), tmp_path / "cache").fingerprints
+    for spelt in ("named", "links/train-{000..002}.tar", "*/train-*.tar"):
+        found = webdataset.WebDatasetSource(WebDataset(path=f"{tmp_path}/{spelt}"))
+        assert len(found.files) == (9 if "*" in spelt else 3)
+        if "*" not in spelt:
+            assert all_rows(found.spec, tmp_path / "cache").fingerprints == expected
+    # What a linked folder leads to is found where it lies, and not a second time.
+    (there / "again").symlink_to(there)
+    assert len(webdataset.WebDatasetSource(WebDataset(path=str(there))).files) == 3
 
 
 @pytest.mark.parametrize("spelt", ["", "/train-*.tar", "/train-{000..002}.tar", "/{train-000,train-001,train-002}.tar"])

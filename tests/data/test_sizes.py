@@ -257,12 +257,47 @@ def test_mixed_sizes_are_refused_with_the_lines_that_help(
 def test_sources_of_other_sizes_are_told_what_helps(tmp_path: Path) -> None:
     train, test = (source(tmp_path / name, [encoded(PICTURES[size])] * 6) for name, size in
                    (("train", (40, 30)), ("test", (33, 33))))  # fmt: skip
-    with pytest.raises(RefusedError, match=r"the inputs of data\.test are not like") as refused:
+    with pytest.raises(RefusedError, match=r"^pictures are of several sizes") as refused:
         prepare(DataSpec(train=train, test=test), tmp_path / "cache")
+    assert refused.value.got == f"data.train ({train.path}): 40 x 30; data.test ({test.path}): 33 x 33"
     assert advised(refused.value) == {"size": 31, "resize": "shorter"}
     with pytest.raises(RefusedError, match=r"the inputs of data\.test are not like") as refused:
         prepare(DataSpec(train=recipe.Digits(), test=test), tmp_path / "cache")
     assert advised(refused.value)["size"] == 8
+
+
+def test_one_refusal_names_the_sizes_in_all_folders_and_what_suits_them_at_once(tmp_path: Path) -> None:
+    def folder(name: str, sizes: list[tuple[int, int]]) -> recipe.ImageFolder:
+        for number, size in enumerate(sizes):
+            place = tmp_path / name / "ab"[number % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number}.png").write_bytes(encoded(np.full((*size, 3), number, np.uint8)))
+        return recipe.ImageFolder(path=str(tmp_path / name))
+
+    train = folder("train", [(30, 40), (50, 40), (35, 35), (60, 80), (30, 40), (41, 40), (30, 40), (35, 38)])
+    every: dict[str, Any] = {name: folder(name, [(20 + at, 21)] * 4) for at, name in enumerate(("validation", "test"))}
+    told = f"data.train ({train.path}): 6 sizes from 30 x 40 to 60 x 80"
+    told += "".join(f"; data.{name} ({every[name].path}): 2{at} x 21" for at, name in enumerate(every))
+    said = set()
+    # Whether the first pictures of two folders differ, or those within the first folder.
+    alike: dict[str, Any] = {"test": folder("alike", [(30, 40)] * 4)}
+    for others in (every, {**every, **alike}, alike):
+        data = DataSpec(train=train, **others)
+        with pytest.raises(RefusedError) as refused:
+            prepare(data, tmp_path / "cache")
+        assert refused.value.got is not None
+        assert told.partition(";")[0] in refused.value.got
+        assert others is alike or refused.value.what == "pictures are of several sizes"
+        with pytest.raises(RefusedError) as again:
+            in_blocks(data, tmp_path)
+        assert (again.value.what, again.value.next) == (refused.value.what, refused.value.next)
+        image = recipe.Image(**advised(refused.value))
+        assert image.frame is not None
+        splits = prepare(data.model_copy(update={"image": image}), tmp_path / "cache")
+        assert {rows.shape for rows in (splits.train, splits.validation, splits.test)} == {(3, *image.frame)}
+        said.add(refused.value.got)
+    assert told in said
+    assert any("alike): 30 x 40" in one for one in said)
 
 
 def in_blocks(data: DataSpec, folder: Path) -> Splits:
@@ -325,6 +360,73 @@ def test_a_model_brings_pictures_to_its_size(tmp_path: Path) -> None:
     shown = np.stack([pixels_of(encoded(PICTURES[size]), **image.said()) for size in SIZES])
     expected = akd_dist.load_model(student)(torch.from_numpy(shown.transpose(0, 3, 1, 2).copy())).tolist()
     np.testing.assert_allclose(said, expected * 2, rtol=1e-4, atol=1e-5)
+
+
+def asked_of(model: Path, folder: Path, image: recipe.Image, train: Any = None) -> dict[str, Any]:
+    """What a model is measured on: the recipe of pictures, or of something else."""
+    whole = recipe.load_recipe(Path(__file__).parents[2] / "jobs" / "digits.yaml")
+    data = DataSpec(train=train or of_all_sizes(folder / "data"), validation=0.2, test=0.2, image=image)
+    (folder / "recipe.yaml").write_text(whole.model_copy(update={"data": data}).to_yaml())
+    return akd_dist.evaluate(model, folder / "recipe.yaml", cache_root=folder / "cache")
+
+
+def test_a_recipe_that_shows_pictures_otherwise_than_the_model_is_refused(tmp_path: Path) -> None:
+    image = recipe.Image(size=[12, 20], resize="longer", background=RED)
+    model = a_model(tmp_path / "model", image, (12, 20))
+    assert asked_of(model, tmp_path, image)["rows"] == 3
+    others: list[dict[str, Any]] = [{"background": [0, 0, 0]}, {"resize": "stretch"}, {"size": [20, 12]}]
+    for other in others:
+        with pytest.raises(RefusedError, match="was made for pictures that become inputs in another way") as refused:
+            asked_of(model, tmp_path, image.model_copy(update=other))
+        assert all(f"{key}: {value}" in str(refused.value.got) for key, value in other.items())
+        assert (
+            refused.value.expected == f"{{background: {RED}, size: [12, 20], resize: longer}}, as its model.json says"
+        )
+        advice = str(refused.value.next)
+        assert advised(RefusedError("", next=advice[: advice.rindex("\n")])) == image.said()
+    # How prepared rows are kept is no matter of the model.
+    assert asked_of(model, tmp_path, image.model_copy(update={"keep": "encoded"}))["rows"] == 3
+
+
+def test_where_one_of_both_says_no_size_pictures_have_it(tmp_path: Path) -> None:
+    black = recipe.Image(background=[0, 0, 0])
+    model = a_model(tmp_path / "model", black, (33, 33))
+    same = source(tmp_path / "same", [encoded(PICTURES[33, 33])] * 16)
+    assert asked_of(model, tmp_path, black, same)["rows"] == 3
+    assert asked_of(model, tmp_path, recipe.Image(size=33, background=[0, 0, 0]))["rows"] == 3
+    with pytest.raises(RefusedError, match="in another way"):
+        asked_of(model, tmp_path, recipe.Image(), same)
+    # Numbers are no pictures, whose background the recipe could say.
+    numbers = pa.table({"x": list(np.zeros((16, 3 * 33 * 33), np.uint8)), "y": [0, 1] * 8})
+    pq.write_table(numbers, tmp_path / "numbers.parquet")
+    train = Parquet(path=str(tmp_path / "numbers.parquet"), input="x", label="y", shape=[3, 33, 33])
+    assert asked_of(model, tmp_path, recipe.Image(), train)["rows"] == 3
+
+
+def test_models_that_are_compared_see_pictures_alike(tmp_path: Path) -> None:
+    image = recipe.Image(size=[12, 20], resize="longer", background=RED)
+    model, other = (
+        a_model(tmp_path / name, one, (12, 20))
+        for name, one in (("model", image), ("other", image.model_copy(update={"resize": "stretch"})))
+    )
+    data = of_all_sizes(tmp_path / "data").path
+    with pytest.raises(RefusedError, match="other was made for pictures that become inputs in another way"):
+        akd_dist.evaluate(model, data, others=[other], input="x", label="y", cache_root=tmp_path)
+
+
+def test_a_model_that_says_nothing_of_pictures_is_told_of(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    model, told = a_model(tmp_path / "model", recipe.Image(), (12, 20)), io.StringIO()
+    asked_of(model, tmp_path, recipe.Image(size=[12, 20], background=RED))
+    akd_dist.predict(
+        model,
+        tmp_path / "recipe.yaml",
+        tmp_path / "p.parquet",
+        cache_root=tmp_path / "cache",
+        console=Console(file=told, width=400),
+    )
+    assert f"as the recipe says, data.image: {{background: {RED}, size: [12, 20]}}; the model says" in told.getvalue()
 
 
 def test_an_export_carries_how_pictures_come_to_its_size(tmp_path: Path) -> None:

@@ -69,6 +69,18 @@ def test_a_source_without_files_is_one_whole() -> None:
         found.where(10_000)
 
 
+def test_rows_of_two_kinds_of_files_are_each_found_as_they_are_known(tmp_path: Path) -> None:
+    """Those with labels in a folder of pictures, those without in tar files."""
+    folder = of_classes(tmp_path / "pictures", 30)
+    tar(tmp_path / "more.tar", samples(range(5)))
+    data = DataSpec(
+        train=ImageFolder(path=str(folder)), unlabelled=WebDataset(path=str(tmp_path / "more.tar")), validation=0.2
+    )
+    found = source_rows(data)["train"]
+    assert [found.where(row)[1] for row in range(len(found))][-6:] == [0, "0000", "0001", "0002", "0003", "0004"]
+    assert found.where(-1) == (str(tmp_path / "more.tar"), "0004")
+
+
 def test_rows_of_pictures_are_found_in_their_files(tmp_path: Path) -> None:
     folder = of_classes(tmp_path / "pictures", 30)
     for number in range(2):
@@ -76,6 +88,10 @@ def test_rows_of_pictures_are_found_in_their_files(tmp_path: Path) -> None:
     data = DataSpec(train=ImageFolder(path=str(folder)), test=WebDataset(path=str(tmp_path / "shards"), label="name"))
     found = source_rows(data)
     assert len(found["train"]) == 27
-    assert found["test"].where(13) == (str(tmp_path / "shards" / "1.tar"), 3)
+    assert found["test"].where(13) == (str(tmp_path / "shards" / "1.tar"), "0013")
+    assert found["test"].file_rows[13] == 3
+    assert repr(found["test"]) == f"SourceRows(20 rows of {tmp_path}/shards, in 2 files)"
+    with pytest.raises(IndexError):
+        found["test"].where(20)
     together = sorted(found[name].where(row)[0] for name in ("train", "validation") for row in range(len(found[name])))
     assert together == sorted(map(str, folder.rglob("*.jpg")))

@@ -183,6 +183,15 @@ def test_rows_in_windows_are_read_window_by_window(job: DatasetJob) -> None:
         assert [ours.rows.tolist() for ours in stream] == [batch["row"].tolist() for batch in whole(windowed, epoch)]
 
 
+def test_what_is_shown_of_itself_is_short(job: DatasetJob) -> None:
+    dataset = DistillationDataset(job, epoch=2).open()
+    assert repr(dataset) == "DistillationDataset(train rows, epoch 2)"
+    assert repr(DistillationBatches(job)) == "DistillationBatches(train rows, epoch 0)"
+    rows = f"Rows(1,258 rows of uint8 [1, 8, 8], 10 classes, fingerprint {dataset.rows.fingerprint[:12]})"
+    assert repr(dataset.rows) == rows
+    assert rows in repr(prepare(job.data, Path(job.cache_root)))
+
+
 def test_without_a_store_there_are_no_logits(recipe: Recipe, job: DatasetJob, stores: dict[str, str]) -> None:
     test = dataclasses.replace(job, split="test", store=None)
     assert set(DistillationDataset(test).open()[0]) == {"inputs", "labels", "row"}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from akd_dist.base.errors import RefusedError
+from akd_dist.base.tracebacks import in_full
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill.hooks import EpochEnd, own_measure, try_metric, try_objective
 from akd_dist.distill.objectives import row_losses, stages
@@ -81,6 +82,12 @@ def no_tensor(student, teacher, labels, epoch, epochs):
 
 def stacked(student, teacher, labels, epoch, epochs):
     return torch.stack([cross_entropy(one, label) for one, label in zip(student, labels)])
+
+def deep(student, teacher, labels, epoch, epochs):
+    return mistaken(student)
+
+def mistaken(student):
+    raise ValueError("in my own line")
 
 def late(student, teacher, labels, epoch, epochs):
     if epoch == epochs - 1:
@@ -178,6 +185,21 @@ def test_what_is_no_loss_for_each_row_is_refused(function: str, told: str, code:
 def test_with_workers_an_objective_takes_no_rows_as_well(code: str, home: Path) -> None:
     with pytest.raises(RefusedError, match="stacked cannot be used"):
         try_objective(objective(code, home, "stacked"), 10, "classification", workers=2)
+
+
+def test_a_traceback_begins_in_the_users_own_file(code: str, home: Path) -> None:
+    with pytest.raises(RefusedError) as caught:
+        try_objective(objective(code, home, "deep"), 10, "classification")
+    told = str(caught.value.got)
+    frames = [line for line in told.splitlines() if line.startswith('  File "')]
+    assert [frame.rpartition(" in ")[2] for frame in frames] == ["deep", "mistaken"]
+    assert all(str(home) in frame for frame in frames)
+    assert told.endswith("ValueError: in my own line")
+    error = caught.value.__cause__
+    assert error is not None
+    log = in_full(error)
+    assert log.startswith(told), "a log begins alike, and has the way there below it"
+    assert "akd_dist/distill/hooks.py" in log.removeprefix(told)
 
 
 def test_an_objective_that_is_shown_rows_without_labels_is_tried_on_some(code: str, home: Path) -> None:

@@ -1,18 +1,20 @@
 """Stage I that was trained before, in this run or another: found by content, with the weights of each student alone."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from akd_dist.base.locks import file_lock
 from akd_dist.distill.checkpoint import decode, encode
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.stage1 import stage1_key, stages1_there
 from akd_dist.distill.student import Student
-from akd_dist.recipe import Custom, CustomMetric, Recipe
+from akd_dist.recipe import Custom, CustomAugmentation, CustomMetric, Recipe
 from akd_dist.storage import removal
 from akd_dist.storage.mean import Mixture, uris_of
 from tests.distill.test_cohort import job_of
@@ -122,6 +124,8 @@ def test_what_code_of_the_users_own_reads_is_not_known(runs: Runs, tmp_path: Pat
     assert stage1_key(job, own_model) is None
     data = job.data.model_copy(update={"metric": CustomMetric(factory="nets:measure")})
     assert stage1_key(replace(job, data=data), spec) is None
+    data = job.data.model_copy(update={"augmentation": CustomAugmentation(factory="nets:views")})
+    assert stage1_key(replace(job, data=data), spec) is None
 
 
 @pytest.mark.parametrize("other", [block["name"] for block in OTHERS])
@@ -190,4 +194,24 @@ def test_gc_knows_them(runs: Runs, tmp_path: Path) -> None:
     assert (found.store.id, found.store.bytes, found.kept) == (f"stages/{left.stem}", left.stat().st_size, None)
     assert removal.remove_store(root, found.store.id, cache) is None
     assert runs.left() == []
+    assert list((runs.root / "stages").rglob("*.json")) == []
     assert runs.train("long", "two")["stage1_from"] is None
+
+
+def test_who_takes_one_is_recorded(runs: Runs, tmp_path: Path) -> None:
+    runs.train("short", "one")
+    assert runs.train("long", "two")["stage1_from"] == "one/short"
+    (left,) = runs.left()
+    root, cache = str(runs.root / "stages"), tmp_path / "no-cache"
+    os.utime(left, (1e9, 1e9))
+    assert removal.disused(root, cache, unused_for=3600) == []
+    (found,) = removal.disused(root, cache, older_than=3600)
+    (use,) = found.store.uses
+    assert (Path(use.run), found.kept) == (runs.root / "two", None)
+    with file_lock(runs.root / "two" / "lock", what="the run"):
+        (found,) = removal.disused(root, cache, older_than=3600)
+        assert found.kept == f"in use by the run {runs.root / 'two'} on {use.host}"
+        assert removal.remove_store(root, found.store.id, cache) == found.kept
+    assert runs.left() == [left]
+    assert removal.remove_store(root, found.store.id, cache) is None
+    assert [one for one in (runs.root / "stages").rglob("*") if one.is_file()] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import RecipeError, RefusedError
 from akd_dist.base.files import sha256
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Rows
 from akd_dist.distill import lockstep
+from akd_dist.distill.dataset import DatasetJob, DistillationBatches
 from akd_dist.distill.objectives import KdStage, row_losses
 from akd_dist.distill.orders import LABELLED, WINDOWS_AT_ONCE, Batches, Mix
 from akd_dist.distill.stream import Batch, BatchStream
@@ -200,6 +202,26 @@ def test_a_run_goes_on_in_the_middle_of_any_epoch(
             train_in_process(recipe, stores, run=run, cache_root=str(home / "cache"))
     train_in_process(recipe, stores, run=run, cache_root=str(home / "cache"))
     assert weights(run) == together
+
+
+def test_batches_for_other_trainers_have_as_many_labels_as_they_are_asked_for(
+    recipe: Recipe, stores: dict[str, str], home: Path
+) -> None:
+    """In the very batches of our own stages."""
+    splits = prepare(recipe.data, home / "cache")
+    job = DatasetJob(recipe.data, "train", splits.fingerprints, str(home / "cache"), stores["train"], batch=64)
+    ours = BatchStream(splits.train, None, NoAugmentation(), recipe.data.seed, 2, batch=64)
+    for labelled, mix in ((None, Mix("all")), (16, Mix("all", 16)), (64, LABELLED)):
+        batches = DistillationBatches(replace(job, labelled=labelled), epoch=3)
+        expected = [batch.rows.tolist() for batch in ours.of(mix).batches(3)]
+        assert [batch["row"].tolist() for batch in batches] == expected
+        assert len(batches) == len(expected)
+    for labelled in (0, 65):
+        with pytest.raises(RecipeError, match="the argument labelled"):
+            len(DistillationBatches(replace(job, labelled=labelled)))
+    with pytest.raises(RecipeError, match="some have a label and others have none") as refused:
+        len(DistillationBatches(replace(job, split="test", store=None, labelled=16)))
+    assert "test rows with a label, 0 without" in str(refused.value.got)
 
 
 def test_the_stream_passes_each_mix_once(recipe: Recipe, home: Path) -> None:

@@ -1,6 +1,7 @@
 """Chains of assistants: every hop a store, found again by content; the same bytes with and without Ray, and kills."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from rich.console import Console
 
 import akd_dist
 from akd_dist.base.errors import RecipeError, RefusedError
+from akd_dist.data.factories import read_beside
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Splits
 from akd_dist.distill.student import Student
@@ -26,7 +28,7 @@ from akd_dist.jobs.run_folder import run_identity
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.jobs.train_teacher import Workspace, teacher_of
 from akd_dist.models.folder import load_model
-from akd_dist.recipe import Recipe
+from akd_dist.recipe import CustomAugmentation, Recipe
 from akd_dist.reporting.results import read_fleet
 from akd_dist.storage.catalog import list_stores
 from akd_dist.storage.claim import claim_store
@@ -189,6 +191,48 @@ def test_a_teacher_trained_on_views_of_other_code_is_another_one(home: Home, tmp
     assert before is not None
     assert after is not None
     assert before.spec.name != after.spec.name
+
+
+def test_a_teacher_is_known_by_what_its_code_reads_too(tmp_path: Path) -> None:
+    """Files that arguments name, and modules beside the recipe, count by content, wherever the folder lies."""
+    name = sources.module(tmp_path / "one", "import own_blocks, torch\ndef make(input_shape, classes, **given): ...\n")
+    one, splits = tmp_path / "one", prepare(a_recipe(STUDENTS[:1]).data, tmp_path / "cache")
+    (one / "own_blocks.py").write_text("width = 8\n")
+    (one / "weights").mkdir()
+    for file in ("w.npz", "weights/a", "other"):
+        (one / file).write_text(file)
+
+    def found(place: Path = one, /, **arguments: Any) -> str:
+        model = {"kind": "custom", "factory": f"{name}:make", "arguments": arguments}
+        teacher = {"model": model, "train": {"epochs": 1, "optimizer": ADAMW}}
+        trained = teacher_of(a_recipe(STUDENTS[:1], teacher=teacher, code=[name], folder=str(place)), splits)
+        assert trained is not None
+        return trained.spec.name
+
+    given: list[dict[str, Any]] = [{}, {"file": "w.npz"}, {"folder": ["./weights"]}, {"depth": 3, "act": "relu"}]
+    before = [found(**arguments) for arguments in given]
+    two = shutil.copytree(one, tmp_path / "two")
+    assert [found(two, **arguments) for arguments in given] == before, "the same content elsewhere"
+    (two / "other").write_text("nobody names it")
+    assert [found(two, **arguments) for arguments in given] == before
+    (two / "w.npz").write_text("other weights")
+    (two / "weights" / "b").write_text("one more")
+    assert [found(two, **arguments) != key for arguments, key in zip(given, before, strict=True)] == [0, 1, 1, 0]
+    assert found(one, folder=".") == found(one, folder=".")
+    assert found(one, folder=".") != found(two, folder="."), "where commands write as well, the place counts"
+    (one / "own_blocks.py").write_text("width = 16\n")
+    assert all(found(**arguments) != key for arguments, key in zip(given, before, strict=True))
+
+
+def test_a_function_that_reads_nothing_beside_its_file_is_known_as_ever(tmp_path: Path) -> None:
+    name = sources.module(tmp_path, "import torch, json\ndef make(): ...\n")
+    spec = a_recipe(
+        STUDENTS[:1],
+        data=DATA | {"augmentation": {"kind": "custom", "factory": f"{name}:make", "arguments": {"by": "nothing"}}},
+        folder=str(tmp_path),
+    ).data.augmentation
+    assert isinstance(spec, CustomAugmentation)
+    assert read_beside(spec) == {}
 
 
 def test_another_assistant_is_another_run(home: Home) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import DamagedError, RefusedError
 from akd_dist.cli import main
 from akd_dist.cli.plans import plan_lines, plan_table
 from akd_dist.data.factories import import_factory
@@ -137,6 +137,9 @@ def test_stray_files_of_a_run_are_no_attempts(tmp_path: Path) -> None:
     for name in ("attempt-3", "attempt-1.bak", "attempt-", "attempt-x", "attempt-99999999999999999999"):
         (tmp_path / "control" / name).touch()
     assert last_attempt(tmp_path) == 3
+    (tmp_path / "control" / "attempt-999999").touch()
+    with pytest.raises(DamagedError, match=r"control/attempt-999999 is damaged(.|\n)*the latest attempt is 3"):
+        last_attempt(tmp_path)
 
 
 def test_a_plan_as_text(place: Place) -> None:

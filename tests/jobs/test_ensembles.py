@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ from akd_dist.storage.manifest import Creation
 from akd_dist.storage.mean import AnyStore, MeanStore, mean_logits, open_logits, uris_of
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.writer import create_store, seal_store, write_shard
-from tests.fleets import ADAMW, ANNEALING, a_recipe, a_student
+from tests.fleets import ADAMW, ANNEALING, a_recipe, a_student, store_bytes
+from tests.survivors import FORKS
 
 pytestmark = pytest.mark.usefixtures("own_process_state")
 
@@ -90,6 +93,34 @@ def test_the_mean_of_logits_is_theirs_in_float64(home: Home) -> None:
     test = open_logits(inputs.levels[0].stores["test"]).rows(0, 0, len(inputs.splits.test))
     assert np.array_equal(np.asarray(said), test.argmax(1))
     stream.logits.close()
+
+
+def cache_and_die(recipe: Recipe, root: str, cache_root: str, failpoint: str | None = None) -> None:
+    """What a forked process runs; without a failpoint it does not die."""
+    workspace = Workspace(root, cache_root, console=Console(quiet=True))
+    if failpoint is not None:
+        os.environ["AKD_FAILPOINT"] = failpoint
+    inputs = open_inputs(recipe, workspace, students=True, again=False)
+    walk_chain(recipe, inputs.splits, inputs.models, workspace, run_in_process, compute_in_process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", ["shard.before_publish", "shard.before_receipt"])
+def test_killed_in_the_second_member_it_goes_on_to_the_same_bytes(home: Home, tmp_path: Path, site: str) -> None:
+    recipe = home.recipe([home.member("a"), home.member("b")])
+    killed, clean, cache = (str(tmp_path / "killed"), str(tmp_path / "clean"), str(home.root / "cache"))
+    cache_and_die(recipe, clean, cache)
+    shards = len(list((tmp_path / "clean").rglob("c/*/*/*"))) // 2
+    driver = FORKS.Process(target=cache_and_die, args=(recipe, killed, cache, f"{site}:{shards + 3}"))
+    driver.start()
+    driver.join()
+    assert driver.exitcode == -signal.SIGKILL
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("c/*/*/*")}
+    assert len(done) == shards + 2 + (site == "shard.before_receipt")
+    cache_and_die(recipe, killed, cache)
+    assert store_bytes(tmp_path / "killed") == store_bytes(tmp_path / "clean")
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert not [path for path in (tmp_path / "killed").rglob("*") if path.suffix in (".claim", ".partial")]
 
 
 def test_the_mean_of_probabilities_is_given_as_its_logarithm() -> None:
@@ -190,7 +221,11 @@ def test_members_may_be_trained_imported_and_given(home: Home, tmp_path: Path) -
     stored = home.recipe([{"store": given.opened["train"].id}, home.member("b")])
     same = home.recipe([home.member("a"), home.member("b")])
     assert home.open(stored).levels[0].taught == home.open(same).levels[0].taught
-    missing = home.recipe([trained | {"train": {"epochs": 2, "optimizer": ADAMW}}, home.member("nobody")])
+    other = trained | {"train": {"epochs": 2, "optimizer": ADAMW}}
+    plan = foresee_caching(home.open(home.recipe([other, home.member("a")])), home.workspace)
+    assert [member["train"].hit for member in plan.members] == [False, True], "although the first is to be trained"
+    assert plan.bytes == sum(split.bytes for split in plan.members[0].values())
+    missing = home.recipe([other, home.member("nobody")])
     with pytest.raises(RefusedError, match="nobody"):  # before the first is trained
         home.open(missing)
 

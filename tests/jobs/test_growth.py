@@ -1,7 +1,9 @@
 """Runs that grow: students come and go, and whoever is not concerned stays as it is to the byte."""
 
 import contextlib
+import io
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from rich.console import Console
 
 import akd_dist
 from akd_dist.base.errors import RecipeError, RefusedError
+from akd_dist.base.locks import file_lock
 from akd_dist.cli import main
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob
@@ -263,6 +266,42 @@ def test_a_changed_student_is_left_out_and_the_command_says_so(place: Home, tmp_
     with pytest.raises(RefusedError, match="made from another recipe, data or teacher") as refused:
         place.train(tmp_path, A, data={"train": {"kind": "digits"}, "seed": 4})
     assert "data.seed: 0 -> 4" in str(refused.value.got)
+
+
+@pytest.mark.ray
+def test_a_run_grows_once_who_drives_it_is_done(place: Home, tmp_path: Path) -> None:
+    """What the run has is looked at after the wait: whoever was waited for may have made it grow."""
+    place.train(tmp_path, A)
+    told = Console(file=io.StringIO(), width=200)
+    held, over = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with file_lock(tmp_path / "fleet" / "lock", what="the run"):
+            held.set()
+            over.wait(600)
+            file = tmp_path / "fleet" / "identity.json"
+            identity = json.loads(file.read_bytes())
+            identity["students"] |= {"mlp-s1": identity["students"]["mlp-s0"] | {"name": "mlp-s1", "seed": 1}}
+            file.write_text(json.dumps(identity))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    held.wait(60)
+    threading.Timer(0.5, over.set).start()
+    with cohorts_here():
+        found = akd_dist.train_students(
+            place.recipe(A, C),
+            store_root=place.root / "stores",
+            run_root=tmp_path,
+            cache_root=place.root / "cache",
+            console=told,
+            wait=True,
+        )
+    thread.join()
+    assert found["taken_out"] == ["mlp-s1"]
+    assert [student["name"] for student in found["students"]] == ["mlp-s0", "mlp-s2"]
+    text = told.file.getvalue()  # type: ignore[attr-defined]
+    assert text.index("waiting for") < text.index("1 student new, 1 kept")
 
 
 @pytest.mark.ray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ from akd_dist.jobs.planning.caching import open_inputs
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.options import CacheOptions
-from akd_dist.recipe import Recipe
+from akd_dist.recipe import Recipe, load_recipe
 from akd_dist.reporting.tables import fleet_table
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.repair import verify_store
@@ -294,7 +295,7 @@ def test_integers_of_any_kind_join_rows(home: Home) -> None:
         bring("small", large)
 
 
-def test_the_parts_of_a_folder_follow_the_order_of_a_source(home: Home, imported: ImportedDocument) -> None:
+def test_the_parts_of_a_folder_have_the_same_columns(home: Home, imported: ImportedDocument) -> None:
     folder = home.root / "parts"
     (folder / "more").mkdir(parents=True)
 
@@ -302,17 +303,17 @@ def test_the_parts_of_a_folder_follow_the_order_of_a_source(home: Home, imported
         columns = {f"{prefix}{one}": Z[rows, one].astype(kind) for one in range(CLASSES)}
         pq.write_table(pa.table(columns), folder / name)
 
-    ordered = ["more/0.parquet", "part-10.parquet", "part-2.parquet"]
+    ordered = ["more/0.parquet", "part-02.parquet", "part-10.parquet"]
     for name, rows in zip(ordered, (slice(0, 0), slice(0, 300), slice(300, ROWS)), strict=True):
         part(name, rows)
     assert [str(one).removeprefix(f"{folder}/") for one in find_parquet(str(folder)).files] == ordered
-    part("part-2.parquet", slice(300, ROWS), np.float64)
+    part("part-10.parquet", slice(300, ROWS), np.float64)
     assert home.bring(folder).teacher == imported.teacher
-    part("part-2.parquet", slice(300, ROWS), np.int64)
-    with pytest.raises(RefusedError, match=r"part-2\.parquet: column logit_0 holds no floats"):
+    part("part-10.parquet", slice(300, ROWS), np.int64)
+    with pytest.raises(RefusedError, match=r"part-10\.parquet: column logit_0 holds no floats"):
         home.bring(folder)
-    part("part-2.parquet", slice(300, ROWS), prefix="z")
-    with pytest.raises(RefusedError, match=r"part-2\.parquet"):
+    part("part-10.parquet", slice(300, ROWS), prefix="z")
+    with pytest.raises(RefusedError, match=r"part-10\.parquet"):
         home.bring(folder)
 
 
@@ -683,7 +684,22 @@ def test_commands_know_imported_stores(
     cached = ("--cache-root", str(home.cache))
     told = call("import", str(recipe), file, *cached)
     assert "a hit" in told
-    assert f'teacher: {{store: {{train: "{store_id[:16]}"' in told
+    pasted, line = told.splitlines()[-3].removeprefix("next: "), told.splitlines()[-1]
+    assert line.startswith(f'teacher: {{store: {{train: "{store_id[:16]}"')
+    assert "which has no teacher yet" in told
+    words = shlex.split(pasted)
+    assert words[:3] == ["akd-dist", "train-students", str(recipe)]
+    assert words[words.index("--store-root") + 1] == str(home.root / "stores")
+    taught = load_recipe(recipe, [words[words.index("--set") + 1]]).teacher
+    recipe.write_text(f"{recipe.read_text()}{line}\n")
+    assert load_recipe(recipe).teacher == taught
+    assert taught.store is not None
+    assert taught.store.train == store_id[:16]
+    alone = home.save(Z[source_rows(home.recipe().data)["test"].rows], "test.npy")
+    assert "in place of its teacher" in call("import", str(recipe), str(alone), "--split", "test", *cached)
+    recipe.write_text(recipe.read_text().replace(line, ""))
+    told = call("import", str(recipe), str(alone), "--split", "test", *cached)
+    assert "import the logits of the train rows as well" in told
     assert json.loads(call("import", str(recipe), file, "--dry-run", "--json", *cached))["dry_run"] is True
     assert "imported logits" in call("show", store_id, *cached)
     listed = json.loads(call("list", "--json"))["stores"]

@@ -306,6 +306,14 @@ def test_a_student_is_used_from_there(
     assert sum(one.numel() for one in module.parameters()) > 0
 
 
+def test_its_rows_are_opened_from_there(done: str, home: Path) -> None:
+    """And its stores are looked for where the run says that they lie: here its teacher is not kept."""
+    assert len(akd_dist.distillation_dataset(done, split="test", cache_root=home / "cache")) == 359
+    with pytest.raises(RefusedError, match="the train rows are not there") as refused:
+        akd_dist.distillation_dataset(done, cache_root=home / "cache")
+    assert refused.value.got == f"no teacher under {home / 'stores'}"
+
+
 def test_a_student_that_is_not_there(done: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("evaluate", f"{done}/students/none", done) == RefusedError.code
     told = capsys.readouterr().err

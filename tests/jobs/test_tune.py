@@ -225,6 +225,22 @@ def test_who_is_kept(searching: Searching, tmp_path: Path) -> None:
     assert halving.budget < sum(rungs[-1] for rungs in halving.rungs.values())
 
 
+def test_what_a_search_trains_is_planned_once(searching: Searching, tmp_path: Path) -> None:
+    given = load_search(searching.recipe(tmp_path, trials=9))
+    halving = Halving.of(given.tunings[0], {spec.name: spec for spec in given.recipe.students})
+    seeds = len(given.tunings[0].trials[0].students)
+    longest = sorted(halving.rungs, key=lambda number: halving.rungs[number], reverse=True)
+    left, behind = longest, 0
+    for rung in range(halving.count - 1):
+        now = sum(halving.rungs[number][rung] for number in left) * seeds
+        assert behind + now + halving.later(left, rung) == halving.budget
+        kept = left[: max(1, len(left) // halving.tuning.search.reduction)]
+        behind += sum(halving.rungs[number][rung] for number in left if number not in kept) * seeds
+        left = kept
+    assert halving.behind(left) == behind
+    assert halving.later(longest, -1) == halving.budget, "before the first rung of its own"
+
+
 def test_a_saved_search_is_compared_as_a_whole(searching: Searching, tmp_path: Path) -> None:
     def planned(**changes: str) -> list[Any]:
         given = load_search(searching.recipe(tmp_path, trials=9, **changes))

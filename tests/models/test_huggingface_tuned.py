@@ -107,6 +107,10 @@ def of_pictures(folder: Path) -> None:
     change_config(folder, model_type="vit")
 
 
+def of_no_number(folder: Path) -> None:
+    change_config(folder, id2label=None, num_labels="1_0")
+
+
 def quantised(folder: Path) -> None:
     change_config(folder, quantization_config={"quant_method": "bitsandbytes"})
 
@@ -135,6 +139,7 @@ def change_config(folder: Path, **changes: Any) -> None:
         (of_pictures, ["cannot classify text", "vit"]),
         (of_many_labels, ["another task", "multi_label_classification with 3 labels"]),
         (of_several_values, ["another task", "regression with 3 labels"]),
+        (of_no_number, ["how many classes", "num_labels: '1_0'"]),
         (quantised, ["keys that are not taken", "quantization_config"]),
     ],
 )

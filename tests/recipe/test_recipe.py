@@ -140,6 +140,13 @@ def test_annealing_counts_the_epochs_of_both_stages() -> None:
     assert AnnealingKD(tau_max=5, stage1_epochs=5, stage2_epochs=2).epochs == 7
 
 
+@pytest.mark.parametrize("written", ["s3:/bucket/rows", "gs:bucket/rows"])
+def test_a_uri_that_lacks_a_slash_is_no_folder(path: Path, written: str) -> None:
+    source = f"{{kind: parquet, path: '{written}'}}"
+    with pytest.raises(RecipeError, match=r"is no place in object storage(.|\n)*write (s3|gs)://bucket/rows"):
+        load_recipe(path, [f"data.train={source}"])
+
+
 def test_recipes_are_frozen_and_typed(path: Path) -> None:
     recipe = load_recipe(path)
     with pytest.raises(ValidationError, match="frozen"):

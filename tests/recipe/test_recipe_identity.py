@@ -98,7 +98,7 @@ def learner(**changes: Any) -> dict[str, Any]:
         (TABLES | {"subset": 5}, {}, "subset and stratify are for rows with labels"),
         (UNLABELLED | {"train": {"kind": "idx", "images": "a"}}, {}, "train.labels is missing"),
         (UNLABELLED, {"labelled": 64}, "labelled is 64 and batch is 64"),
-        (UNLABELLED, {"labelled": 4, "objective": {"kind": "hard_labels", "epochs": 3}}, "leave it out"),
+        (UNLABELLED, {"labelled": 4, "objective": {"kind": "hard_labels", "epochs": 3}}, "labelled left out"),
         (
             {"train": {"kind": "digits"}},
             {"labelled": 4},

@@ -70,6 +70,24 @@ def test_refusals_name_file_line_and_key(path: Path, old: str, new: str, words: 
     assert error.next
 
 
+@pytest.mark.parametrize(
+    ("block", "given", "why"),
+    [
+        ("  - model: {kind: cnn, width: 2}\n", "    labelled: 4\n", "hard_labels reads either"),
+        ("    objective: {kind: hard_labels, epochs: 5}\n", "    labelled: 4\n", "batches are not mixed"),
+    ],
+)
+def test_labelled_is_refused_at_its_key_with_the_reason_apart(path: Path, block: str, given: str, why: str) -> None:
+    error = refusal(path, TEXT.replace(block, block + given, 1))
+    assert "key students.1.labelled is not right" in error.what
+    assert why in error.what
+    assert (error.got, str(error.expected).partition(",")[0]) == ("4", "labelled left out")
+    kd = "objective: {kind: kd, epochs: 5}"
+    error = refusal(path, TEXT.replace("objective: {kind: hard_labels, epochs: 5}", f"{kd}\n    labelled: 4"))
+    assert "small.yaml:20: key students.1.labelled" in error.what, "although the whole recipe has to be known for it"
+    assert "names no rows without" in error.what
+
+
 def test_all_problems_of_a_file_come_in_one_message(path: Path) -> None:
     text = TEXT.replace("views: 2", "views: 0\n  sed: 1").replace("kind: shift", "kind: shift, pixel: 1")
     error = refusal(path, text, "cache.encoding=float15", "teacher.train.epochs=0", "checkpoint_seconds=-1", "name=3")

@@ -94,7 +94,7 @@ def test_one_damaged_run_takes_nothing_from_the_report_of_others(
     folders = [str(tmp_path / name) for name in ("one", "bad", "two", "gone")]
     code, out, err = report_of(*folders, capsys=capsys)
     assert code == 5
-    assert [line.split()[0] for line in err.splitlines()] == ["warning:", "error:", "error:"]
+    assert [line.split()[0] for line in err.splitlines()] == ["warning:", "warning:", "error:", "error:"]
     assert "cohots" in err
     for name in ("one", "two"):
         assert (tmp_path / name / "report.html").exists()

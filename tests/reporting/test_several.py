@@ -16,9 +16,9 @@ from akd_dist.reporting.page import write_report, write_reports
 from akd_dist.reporting.results import Run, read_run
 from akd_dist.reporting.runs_page import render_runs
 from akd_dist.reporting.seeds import chosen_on_validation, group_students
-from akd_dist.reporting.several import pool_notes, pooled
+from akd_dist.reporting.several import pool_notes, pooled, told_apart
 from akd_dist.reporting.tables import fleet_table, pooled_table
-from tests.fleets import ANNEALING, HARD, a_recipe, a_student
+from tests.fleets import ANNEALING, HARD, KD, a_recipe, a_student
 from tests.made_runs import fleet_of, student, write_run
 
 
@@ -119,15 +119,27 @@ def identity_of(recipe: Recipe, **changes: Any) -> dict[str, Any]:
     return document | {"dataset": {"test": "ab"}, "teacher": {}} | changes
 
 
-def a_run(root: Path, name: str, seeds: dict[int, float], prefix: str = "mlp", **changes: Any) -> Run:
-    blocks = [a_student(f"{prefix}-s{seed}", seed=seed, objective=HARD) for seed in seeds]
+def a_run(
+    root: Path, name: str, seeds: dict[int, float], prefix: str = "mlp", objective: Any = HARD, **changes: Any
+) -> Run:
+    blocks = [a_student(f"{prefix}-s{seed}", seed=seed, objective=objective) for seed in seeds]
     entries = [
-        student("mlp-8", "hard_labels", seed, accuracy, name=f"{prefix}-s{seed}") for seed, accuracy in seeds.items()
+        student("mlp-8", objective["kind"], seed, accuracy, name=f"{prefix}-s{seed}")
+        for seed, accuracy in seeds.items()
     ]
     folder = root / name
     write_run(folder, fleet_of(*entries) | {"run": f"runs/{name}"})
     (folder / "identity.json").write_text(json.dumps(identity_of(a_recipe(blocks, name=name), **changes)))
     return read_run(folder)
+
+
+def another_teacher(run: Run) -> Run:
+    fleet = json.loads((run.folder / "fleet.json").read_bytes())
+    fleet["teacher"]["fingerprint"] = "99"
+    for one in fleet["students"]:
+        one["teacher"] = "99"
+    (run.folder / "fleet.json").write_text(json.dumps(fleet))
+    return read_run(run.folder)
 
 
 def test_seeds_of_the_same_student_are_pooled_whatever_it_is_called(tmp_path: Path) -> None:
@@ -166,11 +178,31 @@ def test_students_of_other_data_or_devices_are_others(tmp_path: Path, changes: d
 
 
 def test_students_of_another_teacher_are_others_and_runs_that_say_nothing_stand_alone(tmp_path: Path) -> None:
-    one, two = a_run(tmp_path, "one", {0: 0.8}), a_run(tmp_path, "two", {1: 0.82})
-    fleet = json.loads((two.folder / "fleet.json").read_bytes())
-    fleet["students"][0]["teacher"] = "99"
-    (two.folder / "fleet.json").write_text(json.dumps(fleet))
-    assert len(pooled([one, read_run(two.folder)])) == 2
+    one, two = a_run(tmp_path, "one", {0: 0.8}), another_teacher(a_run(tmp_path, "two", {1: 0.82}))
+    (pool,) = pooled([one, two])
+    assert pool.group.by_seed == {0: 0.8, 1: 0.82}, "from scratch, nobody learns from a teacher"
+    assert pool.document().agreement is None
+    assert told_apart([pool]) == {}
+    one = a_run(tmp_path, "kd-one", {0: 0.8}, objective=KD)
+    two = another_teacher(a_run(tmp_path, "kd-two", {1: 0.82}, objective=KD))
+    pools = pooled([one, two])
+    apart = told_apart(pools)
+    assert list(apart) == ["teacher", "of"]
+    assert apart["of"] == ["kd-one", "kd-two"]
+    assert len(set(apart["teacher"])) == 2
+    assert pool_notes(pools)[-1].endswith("mlp differ in the teacher")
+    text = shown(pooled_table([one, two]))
+    assert "kd-one" in text
+    assert "kd-two" in text
+    assert "differ in the teacher" in text
+    page = render_runs([one, two])
+    assert all(f'<td class="text">{cell}</td>' in page for cell in apart["teacher"])
+    written = write_reports([one.folder, two.folder]).comparison
+    assert written is not None
+    assert "Their teachers differ." in written.warnings
+    assert written.notes == pool_notes(pools)
+    assert [group.teacher_fingerprint for group in written.pooled] == [one.fleet.students[0].teacher, "99"]
+    one = a_run(tmp_path, "one-more", {0: 0.8})
     three = a_run(tmp_path, "three", {2: 0.9})
     (three.folder / "identity.json").unlink()
     assert len(pooled([one, read_run(three.folder)])) == 2

@@ -375,6 +375,7 @@ def test_pictures_are_predicted_by_the_names_of_their_files(picture_model: Path,
         PredictionDocument.model_validate(document)
         made = pq.read_table(tmp_path / "out.parquet")
         assert made["file"].to_pylist() == files
+        assert made["class_name"].to_pylist() == [CLASSES[number] for number in made["predicted"].to_pylist()]
         assert ("label" in made.schema.names) == (data != flat)
         by_picture[data] = dict(zip([Path(file).stem[-3:] for file in files], made["logits"].to_pylist(), strict=True))
     assert by_picture[classes] == by_picture[flat] == by_picture[shards]

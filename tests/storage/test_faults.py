@@ -220,7 +220,7 @@ def test_a_command_on_silent_storage_ends_with_exit_code_6(silence: str) -> None
 def test_the_time_for_storage_grows_with_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert s3.timeout_seconds() == 30.0
     assert [s3._sending_seconds(size) for size in (0, 2**18, 2**19, 16 * 2**20)] == [0.0, 0.0, 2.0, 64.0]
-    for text in ("soon", "0", "-1", "nan", "inf"):
+    for text in ("soon", "0", "-1", "nan", "inf", "3_0", "\u0663\u0660"):
         monkeypatch.setenv("AKD_DIST_S3_TIMEOUT", text)
         with pytest.raises(RecipeError, match="AKD_DIST_S3_TIMEOUT is no time"):
             s3.timeout_seconds()

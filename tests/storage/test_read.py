@@ -379,7 +379,7 @@ def test_the_default_budget(monkeypatch: pytest.MonkeyPatch, text: str, size: in
     assert default_budget() == size
 
 
-@pytest.mark.parametrize("text", ["much", "5 XB", "-1"])
+@pytest.mark.parametrize("text", ["much", "5 XB", "-1", "1_0GB", "\u0661\u0660GB"])
 def test_a_budget_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch, cache_root: Path, text: str) -> None:
     monkeypatch.setenv("AKD_DIST_CACHE_BUDGET", text)
     with pytest.raises(RecipeError, match="AKD_DIST_CACHE_BUDGET"):

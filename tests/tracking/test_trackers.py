@@ -6,11 +6,9 @@ import contextlib
 import importlib
 import json
 import os
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,12 @@ import psutil
 import pytest
 
 from akd_dist.base.errors import RecipeError
-from akd_dist.tracking import follower, trackers
+from akd_dist.tracking import follower, trackers, wandb as wandb_runs
 from akd_dist.tracking.follower import Follower, check_trackers, forwarding
 from akd_dist.tracking.mlflow import MLflow, MLflowLog
 from akd_dist.tracking.tensorboard import TensorBoard
 from akd_dist.tracking.trackers import Tracked
-from akd_dist.tracking.wandb import Wandb
+from akd_dist.tracking.wandb import Wandb, records_of
 
 EPOCHS = 5
 
@@ -351,21 +349,6 @@ def test_a_failed_tracker_asks_again_what_is_there(tmp_path: Path) -> None:
 # ---- Weights & Biases
 
 
-def wandb_records(data: bytes) -> Iterator[bytes]:
-    """The whole records of W&B's file, a LevelDB log: blocks of 32 KiB, chunks of checksum, length, type, content."""
-    record, position, block = b"", 7, 32 * 1024
-    while position + 7 <= len(data):
-        if block - position % block < 7:  # no chunk begins there
-            position += block - position % block
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4) and position <= len(data):  # whole, or its last part
-            yield record
-            record = b""
-
-
 def wandb_history(run: Path, student: str) -> tuple[list[dict[str, Any]], dict[str, Any], set[str]]:
     """What lies in W&B's own files of all sessions: lines of history, the summary, and ids."""
     record_of: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
@@ -377,7 +360,7 @@ def wandb_history(run: Path, student: str) -> tuple[list[dict[str, Any]], dict[s
     summary: dict[str, Any] = {}
     ids = set()
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        records = [record_of.FromString(data) for data in wandb_records(path.read_bytes())]
+        records = [record_of.FromString(data) for data in records_of(path.read_bytes())]
         if any(record.run.display_name == f"{run.name}/{student}" for record in records):
             ids |= {record.run.run_id for record in records if record.HasField("run")}
             lines += [items for record in records if (items := as_dict(record.history.item))]
@@ -401,6 +384,35 @@ def test_wandb_has_every_point_once_in_one_run(tmp_path: Path) -> None:
     assert summary["test/accuracy"] == 0.75
     assert len(ids) == 1
     assert wandb_history(run, "two")[2].isdisjoint(ids)
+
+
+def test_a_session_of_wandb_counts_once_its_file_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B says that it has finished before its own process has written the file."""
+    run, seen = tmp_path / "fleet", list[str]()
+    monkeypatch.setattr(wandb_runs, "_comes_to_its_end", lambda file: seen.append(file.name))
+    student = a_student(run, "one")
+    train(student, 1)
+    forward(Wandb(run), student)
+    note = student.folder / "wandb.json"
+    (name,) = seen
+    assert name.removeprefix("run-").removesuffix(".wandb") in json.loads(note.read_text())["session"]
+    monkeypatch.undo()
+    forward(Wandb(run), student)
+    assert json.loads(note.read_text())["session"] is None
+    assert [len(list(run.glob("wandb/offline-run-*"))), len(wandb_history(run, "one")[0])] == [1, 1]
+
+
+def test_a_file_of_wandb_that_lacks_its_end_is_not_whole(tmp_path: Path) -> None:
+    run = tmp_path / "fleet"
+    student = a_student(run, "one")
+    train(student, 150)
+    forward(Wandb(run), student)
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    data = file.read_bytes()
+    assert wandb_runs._is_whole(file)
+    for length in (7, 32 * 1024, len(data) - 1):
+        file.write_bytes(data[:length])
+        assert not wandb_runs._is_whole(file)
 
 
 def is_served(pid: int) -> bool:

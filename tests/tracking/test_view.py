@@ -168,7 +168,7 @@ def test_who_waits_for_what() -> None:
 
 def test_those_without_success_are_counted() -> None:
     students = [a_student("a", "done"), a_student("b", "failed"), a_student("c", "diverged")]
-    assert total_line(a_status(*students, over=3)).endswith("3 of 3 students over, 2 of them without success")
+    assert total_line(a_status(*students, over=3)).endswith("3 of 3 students over, 1 failed, 1 diverged")
 
 
 def test_the_end_of_a_student_is_a_line() -> None:
@@ -250,7 +250,7 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path: Path, monkeypatch: p
     assert lines.count("one failed after 1 of 2 epochs: it broke") == 1
     assert "0 of 40 steps (0%); 0 of 2 students over; two waits for 1 free CPUs" in lines
     assert lines[-1].startswith("training 2 students took ")
-    assert lines[-1].endswith("20 of 40 steps (50%); 1 of 2 students over, 1 of them without success")
+    assert lines[-1].endswith("10 of 40 steps (25%); 1 of 2 students over, 1 failed")
 
 
 def test_without_a_terminal_lines_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

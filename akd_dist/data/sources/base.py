@@ -52,6 +52,9 @@ class Source:
     """Whether labels are known without reading anything: then they are checked before inputs are read."""
     names: Callable[[int, int], Sequence[str]] | None = None
     """What rows start..stop - 1 are called where they come from, as files of pictures are."""
+    keys: Callable[[np.ndarray], Any] | None = None
+    """By what rows are known within their file, as samples by their key: row numbers -> an Arrow array of strings. None
+    where they are known by their number."""
     known: Any = None
     """What tasks are told of the source, so that they need not look for it again; small, picklable."""
     sample: Callable[[], str] | None = None

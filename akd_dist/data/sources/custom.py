@@ -12,10 +12,11 @@ from PIL import Image
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import sha256
+from akd_dist.base.tracebacks import whole
 from akd_dist.data import pictures
 from akd_dist.data.arguments import listing, named, placed
 from akd_dist.data.blocks import Block
-from akd_dist.data.factories import call_factory, source_of, whole
+from akd_dist.data.factories import call_factory, source_of
 from akd_dist.data.schemas import check_schema
 from akd_dist.data.sources.base import Source, row_of, slices, stats_of
 from akd_dist.data.sources.tables import columns_of, columns_of_table, source_of_table

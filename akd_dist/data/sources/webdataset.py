@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,12 +23,13 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data.blocks import MAX_THREADS, Block, default_threads, read_ahead
 from akd_dist.data.picture_files import MOST_BYTES
 from akd_dist.data.sources.base import Source, slices, stats_of
-from akd_dist.data.tar_shards import Sample, Shard, bytes_of, content, find_shards, open_shard, read_samples
+from akd_dist.data.tar_shards import Sample, Shard, bytes_of, content, find_shards, key_of, open_shard, read_samples
 from akd_dist.storage.remote import RemoteFile
 
 _PART_BYTES = 1 << 22
 # The most bytes of a label's member.
 _MOST_LABEL = 1 << 24
+_CLASS_ID = re.compile(rb"-?[0-9]{1,19}")
 _Label = int | float | str
 
 
@@ -104,6 +106,9 @@ class WebDatasetSource:
             both = zip(parts.shards[shards].tolist(), names[first:last].to_pylist(), strict=True)
             return [f"{self.files[shard].name}/{one}" for shard, one in both]
 
+        def keys(wanted: np.ndarray) -> Any:
+            return pa.array([key_of(one) for one in names.take(pa.array(wanted)).to_pylist()], pa.string())
+
         return Source(
             name,
             rows,
@@ -116,6 +121,7 @@ class WebDatasetSource:
             files=tuple(map(str, self.files)),
             file_starts=parts.starts[np.searchsorted(parts.shards, np.arange(len(self.files)))],
             names=called if names is not None else None,
+            keys=keys if names is not None else None,
             known=parts,
             labels_at_hand=labels is not None,
         )
@@ -178,12 +184,9 @@ class WebDatasetSource:
         return self._class_id(shard, sample, text) if ending == "cls" else self._within(shard, sample, text)
 
     def _class_id(self, shard: Shard, sample: Sample, text: bytes) -> int:
-        try:
-            number = int(text.decode("ascii"))
-        except ValueError:
-            raise self._refused_label(shard, sample, f"{text[:40]!r} in {sample.key}.cls") from None
-        if abs(number) >= 2**63:
-            raise self._refused_label(shard, sample, f"{number} in {sample.key}.cls")
+        # `int` would take 1_0 and digits of other scripts as well.
+        if _CLASS_ID.fullmatch(text.strip()) is None or abs(number := int(text)) >= 2**63:
+            raise self._refused_label(shard, sample, f"{text[:40]!r} in {sample.key}.cls")
         return number
 
     def _within(self, shard: Shard, sample: Sample, text: bytes) -> _Label:
