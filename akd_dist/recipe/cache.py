@@ -66,8 +66,8 @@ class CacheSpec(Spec):
     """Whether images are laid out with their channels last, which convolutions often compute faster. As precision, it
     makes another teacher, with a store of its own."""
     compile: bool = False
-    """Whether the teacher is compiled by torch.compile: faster, after half a minute or more in each task's process. As
-    precision, it makes another teacher, with a store of its own."""
+    """Whether the teacher is compiled by torch.compile, which takes a while to begin with. As precision, it makes
+    another teacher, with a store of its own."""
 
     @property
     def inference(self) -> dict[str, bool]:
