@@ -26,7 +26,6 @@ from akd_dist.jobs.planning.caching import (
     Inputs,
     check_room,
     checks_of,
-    computed_on,
     foresee_caching,
     given_teacher,
     look_up,
@@ -36,6 +35,7 @@ from akd_dist.jobs.planning.caching import (
     source_of,
     tell_of_chance,
 )
+from akd_dist.jobs.planning.creations import computed_on
 from akd_dist.jobs.planning.models import CachedModel, SplitPlan, count_of, levels_of
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_machine

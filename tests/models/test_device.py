@@ -16,8 +16,9 @@ from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_job
 from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits
-from akd_dist.jobs.planning.caching import creation_of, model_at
+from akd_dist.jobs.planning.caching import model_at
 from akd_dist.jobs.planning.costs import CostModel
+from akd_dist.jobs.planning.creations import creation_of
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.planner import plan_cohorts
 from akd_dist.jobs.shared import Shared

@@ -16,7 +16,7 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Rows
 from akd_dist.distill.teacher import load_teacher, served_fingerprint, teacher_logits
 from akd_dist.distill.trial import try_inference
-from akd_dist.jobs.planning.caching import creation_of
+from akd_dist.jobs.planning.creations import creation_of
 from akd_dist.models import inference
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
