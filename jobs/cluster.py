@@ -39,6 +39,8 @@ HEAD_SECONDS = 20.0
 # How long Ray may take to start or to be joined. On a machine with many times the load it can bear, half a minute was
 # seen.
 START_SECONDS = 120.0
+# How long a start that nobody needs any more may take to see that its processes are ended.
+GIVEN_UP_SECONDS = 2.0
 _begun: list[_Start] = []  # a start that nobody has waited for yet
 _closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
 
@@ -172,9 +174,10 @@ class _Start:
         return failure
 
     def give_up(self) -> None:
-        """End it, whether it is up yet or not; of one that is, `shut_down` ends the rest."""
-        if not self.tried.is_set():
-            _end_what_was_started(self.before)
+        """End what is there of it; of one that is up, `shut_down` ends the rest."""
+        until = time.monotonic() + GIVEN_UP_SECONDS
+        while not self.tried.wait(POLL_SECONDS) and time.monotonic() < until:
+            _end_what_was_started(self.before)  # it may be about to start the next of its processes
 
     def _wait(self) -> BaseException | None:
         """Wait for `ray.init` to come back; a reason not to wait any longer, if there is one before.
