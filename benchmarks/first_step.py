@@ -11,8 +11,8 @@ Measured by turns, each in a process of its own, from its start:
   tenths of a second after the first), then from the last student's result until the table is printed, and until the
   process has left.
 
-`ratio` is the fleet's first over that of bare Ray, medians of `--repeats`; it should stay under 1.5, and `table_seconds`
-under 2.
+`ratio` is the fleet's first over that of bare Ray, medians of `--repeats`; it should stay under 1.5,
+and `table_seconds` under 2.
 """
 
 from __future__ import annotations
