@@ -39,8 +39,6 @@ HEAD_SECONDS = 20.0
 # How long Ray may take to start or to be joined. On a machine with many times the load it can bear, half a minute was
 # seen.
 START_SECONDS = 120.0
-# How long a start that nobody needs any more may take to see that its processes are ended.
-GIVEN_UP_SECONDS = 2.0
 _begun: list[_Start] = []  # a start that nobody has waited for yet
 _closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
 
@@ -173,12 +171,6 @@ class _Start:
         ray_internals.quiet(connected=True)
         return failure
 
-    def give_up(self) -> None:
-        """End what is there of it; of one that is up, `shut_down` ends the rest."""
-        until = time.monotonic() + GIVEN_UP_SECONDS
-        while not self.tried.wait(POLL_SECONDS) and time.monotonic() < until:
-            _end_what_was_started(self.before)  # it may be about to start the next of its processes
-
     def _wait(self) -> BaseException | None:
         """Wait for `ray.init` to come back; a reason not to wait any longer, if there is one before.
 
@@ -296,8 +288,9 @@ def closing() -> Iterator[None]:
     finally:
         if ours:
             _closers.clear()
-            if _begun:  # nobody came to need it
-                _begun.pop().give_up()
+            # Nobody came to need it. It has to come up first: Ray ends a process whose raylet dies while it joins it.
+            if _begun:
+                _begun.pop().wait()
             if ray.is_initialized():
                 shut_down()
 

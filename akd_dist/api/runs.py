@@ -143,19 +143,9 @@ def _run(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, Any]]:
         from akd_dist.tracking.follower import check_trackers
 
         check_trackers(options.trackers)
-    from akd_dist.jobs import cluster
+    from akd_dist.jobs.train_students import run_recipe
 
-    with cluster.closing():
-        if options.address is None and not options.dry_run and not _has_results(recipe, options.runs):
-            cluster.begin()  # while torch is imported and the run is planned
-        from akd_dist.jobs.train_students import run_recipe
-
-        return run_recipe(recipe, options)
-
-
-def _has_results(recipe: Recipe, root: str) -> bool:
-    """Whether the run may well be done; of one in object storage that is not looked up so early."""
-    return "://" in root or Path(root, recipe.name, "fleet.json").exists()
+    return run_recipe(recipe, options)
 
 
 def report(*runs: str | Path, out: str | Path | None = None) -> Path:
