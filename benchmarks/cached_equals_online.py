@@ -44,6 +44,7 @@ from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import generator_states, set_deterministic, set_generator_states, weights_dtype
 from akd_dist.models.folder import load_model, save_model
+from akd_dist.models.inference import prepared
 from akd_dist.recipe import Recipe
 from akd_dist.reporting.seeds import estimate
 from akd_dist.storage.decoded import open_decoded
@@ -262,7 +263,7 @@ def both(recipe: Recipe, folder: Path, *, padded: bool) -> tuple[Trace, Trace]:
     card = ModelCard.of(model, splits.train, recipe.data.normalize)
     save_model(folder / "teacher", build(card, seed=7), card)
     job = job_of(recipe, str(folder / "teacher"), splits, folder)
-    teacher = load_model(folder / "teacher").to(device, weights_dtype(recipe.cache.precision))
+    teacher = prepared(load_model(folder / "teacher"), recipe.cache, recipe.device, folder / "cache")
     with own_generator(device):
         loop = online(recipe, teacher, splits, pad_to=recipe.cache.batch_rows if padded else None)
     return cached(job, splits, open_stream(job, splits)[0]), loop

@@ -20,13 +20,12 @@ from akd_dist.base.errors import AkdError
 from akd_dist.base.locks import file_lock
 from akd_dist.data.rows import Rows, Splits, blocks_in_common, first_difference
 from akd_dist.distill.stream import BatchStream
-from akd_dist.distill.teacher import CacheJob, cache_shard
+from akd_dist.distill.teacher import CacheJob, cache_shard, cache_shards
 from akd_dist.documents.cache import CachedAssistant, CachedMember, CacheDocument, CachedSplit, CachedSplits
 from akd_dist.jobs.planning.caching import (
     Inputs,
     check_room,
     checks_of,
-    computed_on,
     foresee_caching,
     given_teacher,
     look_up,
@@ -36,6 +35,7 @@ from akd_dist.jobs.planning.caching import (
     source_of,
     tell_of_chance,
 )
+from akd_dist.jobs.planning.creations import computed_on
 from akd_dist.jobs.planning.models import CachedModel, SplitPlan, count_of, levels_of
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_machine
@@ -275,43 +275,47 @@ def _tell_of_other_rows(plan: SplitPlan, store_root: str, console: Console) -> N
 
 def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
     """Run the missing shards of all splits as one bounded stream of tasks."""
-    from akd_dist.jobs.tasks import Task, run_tasks
+    from akd_dist.jobs.shard_tasks import ShardTasks
+    from akd_dist.jobs.tasks import Task, at_once, run_tasks
 
     stop = workspace.connect()
-    # All splits together, so that no CPU is idle while the last shards of one of them are computed.
-    tasks = []
-    for plan in model.plans:
-        if plan.missing:
-            job = cache_job(plan, recipe, model.model_uri, workspace.cache_root)
-            tasks += [Task(f"{plan.split} rows of {model.name}, {shard}", job, shard) for shard in plan.missing]
+    threads, gpus = recipe.cache.threads, gpus_of(recipe.device)
     by_split = {plan.split: plan for plan in model.plans}
     packers = {plan.split: Packer(plan.writer.store, Receipt) for plan in model.plans if plan.writer is not None}
     done = 0
-    rows = sum(task.item.rows for task in tasks)
-    with workspace.shared() as shared, meter(workspace.console, f"caching {model.name}", rows) as shown:
+    with workspace.shared() as shared:
+        tasks = ShardTasks(lambda: at_once(shared.nodes(), threads, gpus))
+        # All splits together, so that no CPU is idle while the last shards of one of them are computed.
+        for plan in model.plans:
+            if plan.missing:
+                job = cache_job(plan, recipe, model.model_uri, workspace.cache_root)
+                tasks.add(f"{plan.split} rows of {model.name}", job, plan.missing)
+        with meter(workspace.console, f"caching {model.name}", tasks.rows) as shown:
 
-        def count(task: Task, receipt: Receipt) -> None:
-            nonlocal done
-            packers[task.job.split].add(receipt)
-            by_split[task.job.split].computed += 1
-            done += task.item.rows
-            shown.update(done)
+            def count(task: Task, receipts: list[Receipt]) -> None:
+                nonlocal done
+                for receipt in receipts:
+                    packers[task.job.split].add(receipt)
+                by_split[task.job.split].computed += len(receipts)
+                tasks.took(receipts)
+                done += sum(shard.rows for shard in task.item)
+                shown.update(done)
 
-        shown.update(0)
-        try:
-            run_tasks(
-                cache_shard,
-                tasks,
-                threads=recipe.cache.threads,
-                gpus=gpus_of(recipe.device),
-                stop=stop,
-                on_result=count,
-                shared=shared,
-                count=len(tasks),
-            )
-        finally:
-            for packer in packers.values():
-                packer.flush()
+            shown.update(0)
+            try:
+                run_tasks(
+                    cache_shards,
+                    tasks,
+                    threads=threads,
+                    gpus=gpus,
+                    stop=stop,
+                    on_result=count,
+                    shared=shared,
+                    count=tasks.count,
+                )
+            finally:
+                for packer in packers.values():
+                    packer.flush()
     if stop:
         told = f"stopped; the {sum(plan.computed for plan in model.plans)} shards that this run computed are kept"
         raise stop.error(told, "the same command carries on with the missing shards")

@@ -15,7 +15,8 @@ from akd_dist.base.trusted import Trusted
 from akd_dist.data.rows import SPLITS, Splits
 from akd_dist.distill.teacher import compute_shard
 from akd_dist.jobs.cache_teacher import cache_job
-from akd_dist.jobs.planning.caching import computed_on, creation_of, models_there
+from akd_dist.jobs.planning.caching import models_there
+from akd_dist.jobs.planning.creations import computed_on, creation_of
 from akd_dist.jobs.planning.models import CachedModel, SplitPlan
 from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.train_teacher import Workspace, teacher_of

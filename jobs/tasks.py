@@ -29,6 +29,8 @@ class Task:
     """What many items have in common; shipped to the cluster once."""
     item: Any
     """What this one is about; small."""
+    size: int = 1
+    """How many things it is about, by the count of `run_tasks`."""
 
 
 def run_tasks(
@@ -54,7 +56,8 @@ def run_tasks(
         gpus: GPUs that a task has to itself.
         shared: the nodes that tasks may run on; those that join are used too.
         stop: once it is up, no other task is started and those in flight are left alone: they publish whole, or not.
-        count: how many tasks there are: so much room is asked for, where there is an autoscaler.
+        count: how many things there are to be done, see `Task.size`: room is asked for so many tasks, where there is an
+            autoscaler.
 
     Raises:
         AkdError: as raised by a task.
@@ -65,20 +68,20 @@ def run_tasks(
     ask = ResourceRequest(1, threads, gpus)
     shared.wait_for_room(ask, "tasks of so many threads", stop)
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(look_first)
-    needed, shipped = shared.needed(), dict[int, Any]()
+    needed, shipped = shared.needed(), dict[int, tuple[Any, Any]]()
     waiting, again = iter(tasks), list[Task]()
     flying: dict[Any, Task] = {}
     room = _Room(shared, ask)
     while True:
         shared.look()
         # Twice what runs at a time, so that no CPU waits for the driver; asked each time, since nodes join and leave.
-        window = 2 * _at_once(shared.nodes(), ask)
+        window = 2 * at_once(shared.nodes(), threads, gpus)
         while not stop and len(flying) < window and (task := again.pop() if again else next(waiting, None)) is not None:
             # What tasks have in common goes to the object store once; each task carries a reference and its own item.
             if id(task.job) not in shipped:
-                shipped[id(task.job)] = ray.put(task.job)
+                shipped[id(task.job)] = task.job, ray.put(task.job)  # kept: the id of what is gone may be given again
             here = remote.options(name=function.__name__, label_selector=shared.selector())
-            flying[here.remote(needed, function, shipped[id(task.job)], task.item)] = task
+            flying[here.remote(needed, function, shipped[id(task.job)][1], task.item)] = task
         if not flying or stop:
             return
         check_alive(stop)
@@ -90,7 +93,7 @@ def run_tasks(
                 again.append(task)
             else:
                 on_result(task, result)
-                count -= 1
+                count -= task.size
         if flying:
             room.check(next(iter(flying.values())).name)
             shared.ask_for([ask] * min(max(count, 1), MOST))
@@ -128,9 +131,9 @@ class _Room:
         return False
 
 
-def _at_once(nodes: list[Node], ask: ResourceRequest) -> int:
-    """How many calls run at a time; one at least, where nodes are lost and may come back."""
-    fit = [min(node.cpus // ask.cpus, node.gpus // ask.gpus if ask.gpus else node.cpus) for node in nodes]
+def at_once(nodes: list[Node], threads: int, gpus: int) -> int:
+    """How many tasks run at a time on nodes; one at least, where nodes are lost and may come back."""
+    fit = [min(node.cpus // threads, node.gpus // gpus if gpus else node.cpus) for node in nodes]
     return max(1, int(sum(fit)))
 
 

@@ -148,6 +148,16 @@ def adopt_shard(writer: StoreWriter, shard: Shard) -> npt.NDArray[np.float32] | 
     return identity.codec.decode({LOGITS: stored})
 
 
+def receipt_there(writer: StoreWriter, shard: Shard) -> Receipt | None:
+    """The receipt of a shard that is published and receipted, as a task finds it that is run again; else None."""
+    key = f"{ARRAYS}/{shard.key}"
+    receipt = receipt_of(writer.store, writer.creation_sha256, shard) if writer.store.exists(key) else None
+    try:
+        return receipt if receipt is not None and sha256(writer.store.get(key)) == receipt.sha256 else None
+    except ObjectMissing:
+        return None
+
+
 def take_shards(writer: StoreWriter, source: Manifest, missing: Sequence[Shard]) -> list[Shard]:
     """Give a store the shards that it lacks and a sealed store under the same root has; harmless to repeat.
 

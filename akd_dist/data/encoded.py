@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
-import PIL
+import PIL.Image
 from PIL import features
 
 from akd_dist import recipe
@@ -262,7 +262,7 @@ class EncodedPictures:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("encoded pictures are decoded into an array of their own")
-        return self.begin()().astype(dtype or self.dtype, copy=False)
+        return self.begin()()[0].astype(dtype or self.dtype, copy=False)
 
     def as_array(self) -> np.ndarray:
         """The same by the type that it stands for."""
@@ -279,26 +279,29 @@ class EncodedPictures:
         index = self._given.index
         return index[:, 1], index[:, 2]
 
-    def begin(self, crops: list[Crop] | None = None) -> Callable[[], np.ndarray]:
+    def begin(self, crops: Sequence[Sequence[Crop]] | None = None) -> Callable[[], list[np.ndarray]]:
         """Have the pool decode, and go on meanwhile: called, it waits for the rest, and gives the pixels.
 
         Args:
-            crops: of each picture, the part to be shown; None shows what the recipe says.
+            crops: by view and picture, the part to be shown, of which the pixels are given for each view; None shows
+                once what the recipe says. A picture is decoded once for all views that can be made from that.
 
         Raises:
             CorruptCacheError: when it is called: a picture cannot be decoded, which could be when it was prepared.
         """
         given = self._given
-        pixels = np.empty(self.shape, np.uint8)
+        pixels = [np.empty(self.shape, np.uint8) for _ in range(1 if crops is None else len(crops))]
 
         def work(first: int) -> None:
             for at in range(first, min(first + _TOGETHER, len(given))):
-                crop = None if crops is None else crops[at]
-                pixels[at] = self._decoded(given.data[at], int(given.rows[at]), crop)
+                parts = None if crops is None else [view[at] for view in crops]
+                shown = self._decoded(given.data[at], int(given.rows[at]), parts)
+                for view, one in zip(pixels, shown, strict=True):
+                    view[at] = one
 
         working = [_pool().submit(work, first) for first in range(0, len(given), _TOGETHER)]
 
-        def wait() -> np.ndarray:
+        def wait() -> list[np.ndarray]:
             for one in working:
                 one.result()
             return pixels
@@ -311,18 +314,20 @@ class EncodedPictures:
             return self.stored
         return self.stored.take(np.arange(len(self)))
 
-    def _decoded(self, data: bytes, row: int, crop: Crop | None) -> np.ndarray:
-        """uint8 [channels, height, width]."""
+    def _decoded(self, data: bytes, row: int, crops: Sequence[Crop] | None) -> list[np.ndarray]:
+        """uint8 [channels, height, width], of each crop."""
         channels, height, width = self.shape[1:]
         mode = "L" if channels == 1 else "RGB"
+
+        def array(shown: PIL.Image.Image) -> np.ndarray:
+            shown = shown if shown.mode == mode else shown.convert(mode)
+            return np.asarray(shown).reshape(height, width, channels).transpose(2, 0, 1)
+
         try:
+            if crops is not None:
+                return [array(part) for part in pictures.cropped(data, self.image, crops, (height, width))]
             with pictures.open_picture(data) as picture:
-                if crop is None:
-                    shown = pictures.shown(picture, self.image)
-                else:
-                    shown = pictures.cropped(picture, self.image, crop, (height, width))
-                shown = shown if shown.mode == mode else shown.convert(mode)
-                return np.asarray(shown).reshape(height, width, channels).transpose(2, 0, 1)
+                return [array(pictures.shown(picture, self.image))]
         except Exception as error:  # spoilt images make decoders raise all kinds
             raise CorruptCacheError(
                 f"the picture of row {row} can no longer be decoded",
@@ -368,7 +373,10 @@ def encoded_of(inputs: object) -> EncodedPictures | None:
 def begin(inputs: np.ndarray) -> Callable[[], np.ndarray]:
     """Have inputs decoded, as far as they are encoded: called, it gives them as an array."""
     encoded = encoded_of(inputs)
-    return encoded.begin() if encoded is not None else lambda: inputs
+    if encoded is None:
+        return lambda: inputs
+    wait = encoded.begin()
+    return lambda: wait()[0]
 
 
 def batches_ahead(inputs: np.ndarray, batch: int) -> int:

@@ -6,6 +6,7 @@ for each.
 
 import io
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import ExifTags, Image
@@ -131,16 +132,28 @@ class Crop:
     """Height and width of the whole picture."""
 
 
-def cropped(picture: Image.Image, image: recipe.Image, crop: Crop, size: Size) -> Image.Image:
-    """A part of what `whole` shows, resized to a height and width: as torchvision's `resized_crop`.
+def cropped(encoded: bytes, image: recipe.Image, crops: Sequence[Crop], size: Size) -> Iterator[Image.Image]:
+    """Parts of what `whole` shows, resized to a height and width: as torchvision's `resized_crop`.
 
     A JPEG of which at least four pixels each way make one is decoded at a half, a quarter or an eighth of its size,
-    which its decoder does in less time, and resized from that.
+    which its decoder does in less time, and resized from that. Parts that need the same size are of one decoding.
     """
-    factor = _reduction(crop, size) if picture.format == "JPEG" else 1
-    if factor > 1:
-        picture.draft(None, (picture.width // factor, picture.height // factor))
-    shown = whole(picture, image)
+    decoded = dict[int, Image.Image]()
+    for crop in crops:
+        factor = _reduction(crop, size)
+        if factor not in decoded:
+            with open_picture(encoded) as picture:
+                reduced = factor if picture.format == "JPEG" else 1
+                if reduced > 1:
+                    picture.draft(None, (picture.width // reduced, picture.height // reduced))
+                if reduced not in decoded:
+                    decoded[reduced] = whole(picture, image)
+                decoded[factor] = decoded[reduced]
+        yield _part(decoded[factor], crop, size)
+
+
+def _part(shown: Image.Image, crop: Crop, size: Size) -> Image.Image:
+    """A part of a whole picture, which is shown as large as it was decoded."""
     box = crop.left, crop.top, crop.left + crop.width, crop.top + crop.height
     if shown.size == crop.whole[::-1]:
         part = shown.crop(box).resize(size[::-1], Image.Resampling.BILINEAR)

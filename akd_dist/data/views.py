@@ -5,7 +5,7 @@ A store row is the teacher's answer to one view of one row; a student replays th
 
 import functools
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,34 @@ def begin_view(
     device: torch.device | str = "cpu",
 ) -> Callable[[], torch.Tensor]:
     """As `view_of`, of which decoding is begun: called, it waits for that, and gives the view."""
+    return begin_views(augmentation, seed, inputs, rows, [view], tokens, device)[0]
+
+
+def begin_views(
+    augmentation: Augmentation,
+    seed: int,
+    inputs: np.ndarray,
+    rows: np.ndarray,
+    views: Sequence[int],
+    tokens: Tokens | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Callable[[], torch.Tensor]]:
+    """As `begin_view`, several views of the same rows, which are decoded and moved to the device once for all."""
     shape = inputs.shape[1:]
     augmenter = augmenter_of(augmentation, shape, tokens)
     encoded = encoded_of(inputs)
     if encoded is not None and isinstance(augmenter, ResizedCropFlip):
-        whole = encoded.begin(_crops(augmenter, seed, encoded, rows, view))
-        return lambda: torch.from_numpy(whole()).to(device)
-    params, pixels = _draw(augmenter, seed, rows, view, shape), begin(inputs)
-    return lambda: _apply(augmenter, torch.from_numpy(pixels()).to(device), params)
+        whole = encoded.begin([_crops(augmenter, seed, encoded, rows, view) for view in views])
+        return [functools.partial(lambda at: torch.from_numpy(whole()[at]).to(device), at) for at in range(len(views))]
+    pixels = begin(inputs)
+    moved = functools.cache(lambda: torch.from_numpy(pixels()).to(device))
+    # A user's own may write into the batch that it is given.
+    own = isinstance(augmentation, CustomAugmentation) and len(views) > 1
+
+    def shown(params: dict[str, np.ndarray]) -> torch.Tensor:
+        return _apply(augmenter, moved().clone() if own else moved(), params)
+
+    return [functools.partial(shown, _draw(augmenter, seed, rows, view, shape)) for view in views]
 
 
 def _crops(augmenter: ResizedCropFlip, seed: int, inputs: EncodedPictures, rows: np.ndarray, view: int) -> list[Crop]:
@@ -198,10 +218,15 @@ def shown_digests(
 ) -> list[Probe]:
     """The same of rows that were read: `inputs` [n, *shape] are those of the numbers, int64 [n]."""
     seen = view_of(augmentation, seed, inputs, numbers, view, tokens, device).cpu().numpy()
-    return [_digest(augmentation, int(row), one, view) for row, one in zip(numbers, seen, strict=True)]
+    return [digest_of(augmentation, int(row), one, view) for row, one in zip(numbers, seen, strict=True)]
 
 
-def _digest(augmentation: Augmentation, row: int, seen: np.ndarray, view: int) -> Probe:
+def digest_of(augmentation: Augmentation, row: int, seen: np.ndarray, view: int) -> Probe:
+    """What one row looks like in a view, as it is shown: [*shape].
+
+    Raises:
+        RefusedError: it is not finite; names the row.
+    """
     if not np.isfinite(seen).all():
         raise RefusedError(
             f"view {view} of row {row} holds NaN or infinity",

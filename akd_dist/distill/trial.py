@@ -8,13 +8,14 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from akd_dist import recipe
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.base.formatting import counted
 from akd_dist.data.rows import Rows
 from akd_dist.distill import hooks
@@ -25,12 +26,15 @@ from akd_dist.distill.teacher import teacher_logits
 from akd_dist.models.build import check_model, check_output, num_parameters
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import weights_dtype
+from akd_dist.models.inference import compiled_by, has_images, prepared
 from akd_dist.models.outputs import are_probabilities
 from akd_dist.storage.encodings import encoding_from_config
 
 log = logging.getLogger(__name__)
 
 _LABELS = 256  # rows whose labels a metric of the user's own is tried on
+# How far logits may be from those of another way to compute the same, as a share of the largest.
+_CLOSE: dict[recipe.Precision, float] = {"float32": 1e-3, "float64": 1e-8, "bfloat16": 0.1, "float16": 0.02}
 _SEVERAL = 8  # rows, to see that a model gives logits for each of more than two
 
 _REMEDIES: tuple[tuple[recipe.LastBatch, str], ...] = (
@@ -121,6 +125,72 @@ def try_teacher(module: nn.Module, card: ModelCard, rows: Rows, cache: recipe.Ca
     _warn_of_probabilities(check_output(module, card, inputs), card)
     logits = teacher_logits(module, inputs, len(inputs))
     encoding_from_config(cache.encoding.config()).encode(logits, first_row=0)
+
+
+def try_inference(
+    module: nn.Module, card: ModelCard, rows: Rows, cache: recipe.CacheSpec, device: str, cache_root: Path
+) -> None:
+    """Run a teacher in the way that a recipe asks for beside torch's own: on a whole batch, as for a store.
+
+    What it says of a row may not depend on where in a batch the row stands, or a student would not learn from the
+    stored logits what it would from the teacher itself; and it has to be close to what is said without that way.
+
+    Args:
+        module: in eval mode; left as it is.
+        device: `cpu` or `cuda`. Without such a device here, the first task finds out.
+        cache_root: where compiled code is kept.
+
+    Raises:
+        RefusedError: the way cannot work for this model or these rows.
+        MachineError: there is no compiler here.
+    """
+    if not cache.inference or (device == "cuda" and not torch.cuda.is_available()):
+        return
+    if cache.channels_last and not (len(rows.shape) == 3 and has_images(module)):
+        what = "inputs that are images" if len(rows.shape) != 3 else "a model with convolutions"
+        raise RefusedError(
+            "cache.channels_last lays out nothing here",
+            got=f"{card.model.label} on inputs of shape {list(rows.shape)}",
+            expected=what,
+            next="leave cache.channels_last out",
+        )
+    if cache.compile and not compiled_by(device):
+        raise MachineError(
+            "cache.compile needs a compiler, and there is none here",
+            got="no g++ (or what CXX names)" if device == "cpu" else "no Triton beside torch",
+            expected="a C++ compiler for a CPU, Triton for a GPU",
+            next="install one, or leave cache.compile out",
+        )
+    inputs, size, asked = _some(rows, cache.batch_rows), cache.batch_rows, " and cache.".join(cache.inference)
+    usual = recipe.CacheSpec(precision=cache.precision)
+    try:
+        placed = prepared(copy.deepcopy(module), cache, device, cache_root)
+        said, turned = (teacher_logits(placed, one, size, cache.precision) for one in (inputs, inputs.roll(1, 0)))
+        first = inputs[: min(size, _SEVERAL)]
+        plain = teacher_logits(prepared(copy.deepcopy(module), usual, device, cache_root), first, size, cache.precision)
+    except Exception as error:  # compilers raise all kinds
+        raise RefusedError(
+            f"the model {card.model.label} cannot be run with cache.{asked}",
+            got=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            expected="logits of a batch",
+            next=f"leave cache.{asked} out",
+        ) from error
+    apart, most = float(np.abs(said[: len(plain)] - plain).max()), float(np.abs(plain).max())
+    problem = None
+    if not np.array_equal(np.roll(said, 1, axis=0), turned):
+        problem = "other logits for a row in another place of the batch", "the same, to the bit"
+    elif not apart <= _CLOSE[cache.precision] * max(1.0, most):
+        problem = (
+            f"logits that differ by {apart:.2g} from those without it",
+            f"logits close to them, of up to {most:.2g}",
+        )
+    if problem is not None:
+        raise RefusedError(
+            f"cache.{asked} changes what {card.model.label} says",
+            got=problem[0],
+            expected=problem[1],
+            next=f"leave cache.{asked} out",
+        )
 
 
 def _some(rows: Rows, count: int) -> torch.Tensor:

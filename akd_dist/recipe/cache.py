@@ -62,3 +62,14 @@ class CacheSpec(Spec):
     """CPU threads of each caching task. As batch_rows, part of how a store is computed."""
     precision: Precision = "float32"
     """Numbers that the teacher computes with; another precision is another teacher, with a store of its own."""
+    channels_last: bool = False
+    """Whether images are laid out with their channels last, which convolutions often compute faster. As precision, it
+    makes another teacher, with a store of its own."""
+    compile: bool = False
+    """Whether the teacher is compiled by torch.compile, which takes a while to begin with. As precision, it makes
+    another teacher, with a store of its own."""
+
+    @property
+    def inference(self) -> dict[str, bool]:
+        """How the teacher is run, as stores remember it: what is as by default is left out."""
+        return {name: True for name in ("channels_last", "compile") if getattr(self, name)}

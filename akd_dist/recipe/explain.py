@@ -46,7 +46,9 @@ def recipe_error(name: str, problems: list[Problem]) -> RecipeError:
     """The one message that tells all problems of a recipe."""
     if len(problems) == 1:
         (problem,) = problems
-        return RecipeError(f"{problem.where}: {problem.what}", got=problem.got, expected=problem.expected, next=NEXT)
+        # Of what is not right the reason says it: what is expected is anything else.
+        expected = problem.expected or "values for which that does not hold"
+        return RecipeError(f"{problem.where}: {problem.what}", got=problem.got, expected=expected, next=NEXT)
     shown = [f"\n  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
     more = f"\n  and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
     return RecipeError(f"{name} has {len(problems)} problems:{''.join(shown)}{more}", next=NEXT)

@@ -251,6 +251,8 @@ class Recipe(Spec):
             del document["data"]["image"]
         if document["data"]["unlabelled"] is None:
             del document["data"]["unlabelled"]
+        for key in {"channels_last", "compile"} - self.cache.inference.keys():
+            del document["cache"][key]
         for teacher in (document["teacher"], *(document["teacher"]["members"] or ())):
             del teacher["weights"], teacher["store"]
             if teacher["members"] is None:

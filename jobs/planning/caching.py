@@ -5,38 +5,39 @@ Everything is looked up once: the stores that are found sealed stay open, and ar
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
 
 from akd_dist import recipe as recipes
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import check_folder
-from akd_dist.data.encoded import decoded_by, encoded_of
 from akd_dist.data.findings import near_chance
 from akd_dist.data.rows import SPLITS, Rows, Splits
-from akd_dist.data.views import by_content, check_augmentation
+from akd_dist.data.views import check_augmentation
 from akd_dist.distill.agreement import check_in_store, check_on_rows
-from akd_dist.distill.teacher import served_fingerprint
-from akd_dist.distill.trial import try_teacher, try_training
+from akd_dist.distill.trial import try_inference, try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
 from akd_dist.documents.check import TeacherCheck
 from akd_dist.jobs.packing import ResourceRequest
+from akd_dist.jobs.planning.creations import computed_on, creation_of
 from akd_dist.jobs.planning.models import CachedModel, Level, SplitPlan, count_of, levels_of
 from akd_dist.jobs.planning.stored import check_kind, stores_of
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.train_teacher import Trained, Workspace, assistant_of, is_there, name_of, teacher_of
+from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import device_name, gpus_of
 from akd_dist.models.folder import load_card, read_model
 from akd_dist.models.imported import open_checkpoint
-from akd_dist.recipe import NoAugmentation, Recipe, Split, StoredTeacher
+from akd_dist.models.inference import compiled_by
+from akd_dist.recipe import Recipe, Split, StoredTeacher
 from akd_dist.storage import catalog
 from akd_dist.storage.encodings import encoding_from_config
-from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS, TEACHERS, StoreLayout
-from akd_dist.storage.manifest import Computed, Creation, Identity, Manifest
+from akd_dist.storage.layout import RECEIPTS, TEACHERS, StoreLayout
+from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import StoreWriter
 from akd_dist.tracking.progress import tell_once
@@ -278,46 +279,6 @@ def _of_card(name: str, uri: str, card: ModelCard, recipe: Recipe, splits: Split
     return CachedModel(name, uri, card, plans)
 
 
-def creation_of(
-    recipe: Recipe, rows: Rows, split: str, card: ModelCard, device: str, store_format: int = FORMAT_VERSION
-) -> Creation:
-    """The identity of a split's store and how it is to be computed. Only train rows are augmented.
-
-    Args:
-        device: as `device_name` says it, where a store is to be written; no part of its identity.
-    """
-    augmentation = recipe.data.augmentation if split == "train" else NoAugmentation()
-    plain = isinstance(augmentation, NoAugmentation)
-    fingerprint = served_fingerprint(card, recipe.cache.precision)
-    identity = Identity(
-        format=store_format,
-        dataset=rows.fingerprint,
-        rows=len(rows),
-        teacher=fingerprint,
-        augmentation=by_content(augmentation),
-        # Where no view is drawn the seed changes no logit, so recipes of any seed find the same store.
-        data_seed=None if plain else recipe.data.seed,
-        views=recipe.data.views if split == "train" else 1,
-        encoding=recipe.cache.encoding.config(),
-        classes=rows.classes,
-    )
-    computed = Computed(
-        batch_rows=recipe.cache.batch_rows,
-        threads=recipe.cache.threads,
-        device=device,
-        # Another version of any of these may change a last bit of a logit, or a byte of a shard.
-        versions={name: version(name) for name in ("akd-dist", "numcodecs", "numpy", "torch", "zarr")}
-        | ({} if encoded_of(rows.inputs) is None else decoded_by()),
-    )
-    teacher = {"fingerprint": fingerprint, "spec": card.model_dump(mode="json")}
-    return Creation(identity=identity, computed=computed, dataset=rows.describe(), teacher=teacher)
-
-
-def computed_on(device: str, creation: Creation) -> Creation:
-    """The same store, computed on this device."""
-    return creation.model_copy(update={"computed": creation.computed.model_copy(update={"device": device})})
-
-
 def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], workspace: Workspace) -> None:
     """Try the teacher and its assistants on these rows before anything is trained or cached.
 
@@ -344,6 +305,9 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], 
             assert teacher is not None, "it is trained"
             its = teacher.rows(splits)
             try_training(teacher.spec.model, [(teacher.setting, member.train)], its.train, data)
+            if recipe.cache.inference:
+                card = ModelCard.of(teacher.spec.model, rows, data.normalize, data.image)
+                _try_inference(build(card, seed=0).eval(), card, recipe, splits, workspace)
     check_kind(recipe, [model.opened.get("train") for model in models[: len(recipe.teacher.each)]])
     for number, assistant in enumerate(recipe.teacher.chain, 1):
         try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, data)
@@ -364,15 +328,23 @@ def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: 
         model.check = check_in_store(store, splits.validation, model.name)
     else:
         if model.imported is not None:
-            module = model.imported.module(Path(workspace.cache_root))
-            try_teacher(module, model.card, splits.train, recipe.cache)
+            module, card = model.imported.module(Path(workspace.cache_root)), model.card
+            try_teacher(module, card, splits.train, recipe.cache)
             if model.imported.notes:
                 workspace.tell(f"{model.imported.source}: {'; '.join(model.imported.notes)}")
         else:
             module, card = read_model(model.model_uri, recipe.trusted)
             try_teacher(module, card, splits.train, recipe.cache)
+        _try_inference(module, card, recipe, splits, workspace)
         model.check = check_on_rows(module, splits.validation, model.name)
     _tell_check(model, workspace)
+
+
+def _try_inference(module: nn.Module, card: ModelCard, recipe: Recipe, splits: Splits, workspace: Workspace) -> None:
+    """As `trial.try_inference`; on a cluster its nodes may have what this machine lacks."""
+    cache, root = recipe.cache, Path(workspace.cache_root)
+    if workspace.address is None or not cache.compile or compiled_by(recipe.device):
+        try_inference(module, card, splits.train, cache, recipe.device, root)
 
 
 def checks_of(models: Sequence[CachedModel]) -> list[TeacherCheck]:

@@ -73,7 +73,7 @@ def test_runs_are_found_under_the_home_folder(tmp_path: Path, run: Any, monkeypa
 @pytest.mark.parametrize(("state", "code"), [("done", 0), ("diverged", 1), ("failed", 1)])
 def test_a_fleet_is_shown_and_judged(state: str, code: int, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = STUDENT | {"state": state, "reason": "see its log", "name": "mlp-4-hard_labels-s1", "seed": 1}
-    fleet = FLEET | {"students": [STUDENT, lost]}
+    fleet = FLEET | {"students": [STUDENT, lost], "stores_named": False}
     FleetDocument.model_validate(fleet)
     monkeypatch.setattr(akd_dist, "train_students", lambda *_, **__: fleet)
     outcome = run("train-students", "my recipe.yaml", "--set", "cohorts=2", "--store-root", "there")

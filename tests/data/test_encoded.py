@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from akd_dist import recipe
 from akd_dist.base.errors import CorruptCacheError, DamagedError, RefusedError
-from akd_dist.data import encoded as encodeds, row_entry, row_store, rows as rows_module
+from akd_dist.data import encoded as encodeds, pictures, row_entry, row_store, rows as rows_module
 from akd_dist.data.augmenters import augmenter_of
 from akd_dist.data.encoded import EncodedPictures, Given, InPieces, ahead, encoded_of
 from akd_dist.data.philox import random_words
@@ -26,7 +26,7 @@ from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.row_fetch import alike_rows, distant_rows, fetch_rows
 from akd_dist.data.row_store import ensure_rows
-from akd_dist.data.views import check_augmentation, view_digests, view_of
+from akd_dist.data.views import begin_views, check_augmentation, view_digests, view_of
 from akd_dist.distill.metrics import EVALUATION_ROWS, evaluate
 from akd_dist.distill.stream import BatchStream
 from akd_dist.recipe import DataSpec, Parquet, RandomResizedCropFlip
@@ -328,7 +328,7 @@ def test_a_process_that_was_forked_has_threads_of_its_own() -> None:
 def test_decoding_is_done_by_threads_of_its_own() -> None:
     seen, decode = set[str](), EncodedPictures._decoded
 
-    def noted(self: EncodedPictures, *given: Any) -> np.ndarray:
+    def noted(self: EncodedPictures, *given: Any) -> list[np.ndarray]:
         seen.add(threading.current_thread().name.partition("_")[0])
         return decode(self, *given)
 
@@ -431,6 +431,25 @@ def test_a_block_that_is_cut_is_named(tmp_path: Path) -> None:
         fetch_rows(sealed, tmp_path / "other")
 
 
+@pytest.mark.parametrize("augmentation", [CROP, recipe.PadCropFlip(pixels=2), recipe.NoAugmentation()])
+def test_several_views_are_those_of_each_alone_and_of_one_decoding(
+    home: Path, data: DataSpec, augmentation: recipe.Augmentation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, numbers = prepare(data, home / "cache").train.inputs, np.arange(20)
+    block = inputs.take(numbers, axis=0)
+    alone = [view_of(augmentation, 7, block, numbers, view) for view in range(4)]
+    decoded, whole = list[tuple[int, int]](), pictures.whole
+
+    def counted(picture: Image.Image, image: recipe.Image) -> Image.Image:
+        decoded.append(picture.size)
+        return whole(picture, image)
+
+    monkeypatch.setattr(pictures, "whole", counted)
+    together = [one() for one in begin_views(augmentation, 7, block, numbers, range(4))]
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    assert len(decoded) == len(numbers)  # none of these is large enough to be decoded at two sizes
+
+
 @pytest.mark.parametrize("orientation", [1, 2, 3, 6, 8])
 def test_a_crop_is_of_the_picture_as_it_is_shown(orientation: int) -> None:
     """Turned as its EXIF says, whether it is decoded whole or smaller."""
@@ -446,5 +465,5 @@ def test_a_crop_is_of_the_picture_as_it_is_shown(orientation: int) -> None:
     for crop in (Crop(60, 100, 200, 210, False, size), Crop(300, 20, 40, 50, True, size)):
         part = shown.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
         expected = np.asarray(part.resize((SIDE, SIDE), Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(int)
-        apart = np.abs(pictures.begin([crop])()[0] - (expected[..., ::-1] if crop.flip else expected))
+        apart = np.abs(pictures.begin([[crop]])()[0][0] - (expected[..., ::-1] if crop.flip else expected))
         assert apart.max() <= 6

@@ -127,7 +127,7 @@ def test_a_store_says_what_decoded_its_pictures(home: Home, monkeypatch: pytest.
     monkeypatch.setattr(probes, "decoded_by", lambda: {**encoded.decoded_by(), "pillow": "99"})
     stream.check_probes(manifest)
     decode = encoded.EncodedPictures._decoded
-    monkeypatch.setattr(encoded.EncodedPictures, "_decoded", lambda *given: decode(*given) ^ 1)
+    monkeypatch.setattr(encoded.EncodedPictures, "_decoded", lambda *given: [one ^ 1 for one in decode(*given)])
     with pytest.raises(RefusedError, match="does not show what the teacher saw") as refused:
         stream.check_probes(manifest)
     assert f"pictures were decoded by pillow {manifest.computed.versions['pillow']} instead of 99" in str(refused.value)

@@ -3,6 +3,7 @@
 import pickle
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from akd_dist import recipe
-from akd_dist.base.errors import DamagedError, RefusedError
+from akd_dist.base.errors import CorruptCacheError, DamagedError, MachineError, RefusedError
 from akd_dist.base.files import sha256
 from akd_dist.data import augmenters
 from akd_dist.data.row_cache import prepare
@@ -23,7 +24,9 @@ from akd_dist.distill import teacher
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.teacher import (
     CacheJob,
+    bands,
     cache_shard,
+    cache_shards,
     compute_shard,
     load_teacher,
     served_fingerprint,
@@ -32,10 +35,10 @@ from akd_dist.distill.teacher import (
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import load_card, load_model, save_model
-from akd_dist.storage.layout import FORMAT_VERSION
+from akd_dist.storage.layout import FORMAT_VERSION, StoreLayout
 from akd_dist.storage.manifest import Computed, Creation, Identity
 from akd_dist.storage.reader import open_store
-from akd_dist.storage.writer import create_store, missing_shards, seal_store
+from akd_dist.storage.writer import create_store, missing_shards, seal_store, write_shard
 from tests import sources
 from tests.fleets import own
 
@@ -198,6 +201,104 @@ def test_the_bytes_do_not_depend_on_order_or_on_the_process(make_job: Callable[.
     assert digests(again) == first
 
 
+@pytest.mark.parametrize("encoding", ["float32", "float16"])
+def test_shards_together_have_the_bytes_of_shards_alone(
+    encoding: str, make_job: Callable[..., CacheJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are taken once for both views, and hashed once; more shards than one wait to be published."""
+    job = make_job(encoding=encoding)
+    alone = Path(cache(job), "manifest.json").read_bytes()
+    shutil.rmtree(job.store.uri)
+    again = replace(job, store=create_store(job.store.root_uri, job.store.creation))
+    rows, taken = teacher._rows_of(again), list[int]()
+    seen = np.asarray(rows.inputs).view(Taken)
+    seen.taken = taken
+    monkeypatch.setitem(teacher._rows, rows.fingerprint, replace(rows, inputs=seen))
+    shards = missing_shards(again.store)
+    assert [receipt.key for receipt in cache_shards(again, shards)] == [shard.key for shard in shards]
+    seal_store(again.store)
+    assert Path(job.store.uri, "manifest.json").read_bytes() == alone
+    assert sum(taken) == len(rows)
+
+
+class Taken(np.ndarray):
+    """Rows that count how many are taken."""
+
+    taken: list[int]
+
+    def take(self, indices: Any, *given: Any, **named: Any) -> Any:
+        self.taken.append(len(indices))
+        return np.asarray(self).take(indices, *given, **named)
+
+
+def test_bands_are_of_the_same_rows_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = StoreLayout(views=5, rows=1_000, classes=10, dtype="float32")
+    shards = layout.shards()
+    assert [len(band) for band in bands(shards, 10)] == [5] * layout.shards_per_view
+    monkeypatch.setattr(teacher, "BAND_BYTES", 2 * shards[0].rows * 10 * 4)
+    found = bands(shards, 10)
+    assert [len(band) for band in found[:3]] == [2, 2, 1]
+    assert all(len({(shard.start, shard.stop) for shard in band}) == 1 for band in found)
+    assert sorted(shard.key for band in found for shard in band) == sorted(shard.key for shard in shards)
+
+
+def test_a_task_that_is_run_again_computes_only_what_is_missing(
+    make_job: Callable[..., CacheJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where logits are rounded, and what is stored could not be adopted without its receipt."""
+    job = make_job(encoding="float16")
+    shards = missing_shards(job.store)[:3]
+    first = cache_shards(job, shards[:2])
+    monkeypatch.setattr(teacher, "teacher_logits", counted := Counted(teacher_logits))
+    again = cache_shards(job, shards)
+    assert again[:2] == first
+    assert counted.rows == shards[2].rows
+    (Path(job.store.uri) / "arrays.zarr" / shards[0].key).write_bytes(b"torn")
+    assert cache_shards(job, shards)[0].record() == first[0].record()
+    assert counted.rows == shards[2].rows + shards[0].rows
+
+
+class Counted:
+    """Counts the rows that a teacher is shown."""
+
+    def __init__(self, plain: Callable[..., np.ndarray]) -> None:
+        self.plain, self.rows = plain, 0
+
+    def __call__(self, module: Any, inputs: torch.Tensor, *given: Any) -> np.ndarray:
+        self.rows += len(inputs)
+        return self.plain(module, inputs, *given)
+
+
+def test_an_error_while_views_are_made_or_shards_published_is_the_tasks(
+    make_job: Callable[..., CacheJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the thread ahead and from the one behind; what was published before is kept, and no thread is left."""
+    job = make_job()
+    shards = missing_shards(job.store)
+
+    def full(writer: Any, shard: Any, *given: Any, **named: Any) -> Any:
+        if shard == shards[1]:
+            raise MachineError("the disk is full")
+        return write_shard(writer, shard, *given, **named)
+
+    monkeypatch.setattr(teacher, "write_shard", full)
+    with pytest.raises(MachineError, match="the disk is full"):
+        cache_shards(job, shards)
+    monkeypatch.undo()
+    assert shards[1] in missing_shards(job.store)
+    assert shards[0] not in missing_shards(job.store)
+
+    def spoilt(*given: Any) -> Any:
+        raise CorruptCacheError("the picture of row 7 can no longer be decoded")
+
+    monkeypatch.setattr(teacher, "begin_views", spoilt)
+    with pytest.raises(CorruptCacheError, match="row 7"):
+        cache_shards(job, shards)
+    monkeypatch.undo()
+    assert not [one for one in threading.enumerate() if one.name.startswith(("views", "publishing"))]
+    cache(job)
+
+
 def test_a_shard_is_adopted_without_the_teacher(make_job: Callable[..., CacheJob]) -> None:
     job = make_job()
     shard = job.store.layout.shards()[0]
@@ -313,8 +414,8 @@ def test_a_teacher_whose_code_has_changed_is_another_one(
     with pytest.raises(RefusedError, match=r"the teacher in .* has changed"):
         compute_shard(job, shard)
     card = load_card(job.teacher_uri, model.trusted)
-    now = served_fingerprint(card, "float32")
-    assert len({job.teacher, now, served_fingerprint(card, "float64")}) == 3
+    now = served_fingerprint(card, recipe.CacheSpec())
+    assert len({job.teacher, now, served_fingerprint(card, recipe.CacheSpec(precision="float64"))}) == 3
     compute_shard(replace(job, teacher=now), shard)
 
 

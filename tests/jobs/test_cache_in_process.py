@@ -19,7 +19,7 @@ from akd_dist.data.rows import blocks_in_common, first_difference
 from akd_dist.distill.teacher import cache_shard
 from akd_dist.documents.stores import RepairDocument
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_job
-from akd_dist.jobs.planning.caching import creation_of
+from akd_dist.jobs.planning.creations import creation_of
 from akd_dist.jobs.planning.models import SplitPlan
 from akd_dist.jobs.repair import repair
 from akd_dist.jobs.run_folder import begin_run, check_same_run, run_identity

@@ -22,7 +22,7 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.distill import teacher
 from akd_dist.distill.teacher import cache_shard
 from akd_dist.jobs.cache_teacher import cache_in_process, cache_job
-from akd_dist.jobs.planning.caching import creation_of
+from akd_dist.jobs.planning.creations import creation_of
 from akd_dist.jobs.planning.models import SplitPlan
 from akd_dist.jobs.repair import repair
 from akd_dist.jobs.train_teacher import Workspace, ensure_trained, teacher_of

@@ -16,8 +16,9 @@ from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_job
 from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits
-from akd_dist.jobs.planning.caching import creation_of, model_at
+from akd_dist.jobs.planning.caching import model_at
 from akd_dist.jobs.planning.costs import CostModel
+from akd_dist.jobs.planning.creations import creation_of
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.planner import plan_cohorts
 from akd_dist.jobs.shared import Shared
@@ -124,16 +125,16 @@ def test_generator_states_come_back() -> None:
 
 def test_another_precision_is_another_teacher(recipe: Recipe, teacher: str, home: Path) -> None:
     card, splits = load_card(teacher), prepare(recipe.data, home / "cache")
-    served = {precision: served_fingerprint(card, precision) for precision in PRECISIONS}
+    served = {precision: served_fingerprint(card, CacheSpec(precision=precision)) for precision in PRECISIONS}
     assert served["float32"] == card.fingerprint
     assert len(set(served.values())) == 4
     for precision in PRECISIONS:
         other = recipe.model_copy(update={"cache": CacheSpec(precision=precision)})
         assert creation_of(other, splits.test, "test", card, "cpu").identity.teacher == served[precision]
-        module = load_teacher(teacher, served[precision], precision)
+        module = load_teacher(teacher, served[precision], CacheSpec(precision=precision))
         assert {tensor.dtype for tensor in module.parameters()} == {weights_dtype(precision)}
     with pytest.raises(RefusedError, match="has changed"):
-        load_teacher(teacher, card.fingerprint, "float64")
+        load_teacher(teacher, card.fingerprint, CacheSpec(precision="float64"))
 
 
 @pytest.mark.parametrize(("precision", "within"), [("float64", 1e-5), ("bfloat16", 0.05), ("float16", 0.01)])
@@ -142,7 +143,8 @@ def test_logits_of_every_precision_are_float32_and_close(
 ) -> None:
     inputs = torch.from_numpy(np.array(prepare(recipe.data, home / "cache").test.inputs))
     plain = teacher_logits(read_model(teacher)[0], inputs, 64)
-    module = load_teacher(teacher, served_fingerprint(load_card(teacher), precision), precision)
+    cache = CacheSpec(precision=precision)
+    module = load_teacher(teacher, served_fingerprint(load_card(teacher), cache), cache)
     logits = teacher_logits(module, inputs, 64, precision)
     assert logits.dtype == np.float32
     assert not np.array_equal(logits, plain)
