@@ -178,9 +178,7 @@ def _not_right(path: KeyPath, details: ErrorDetails, document: Document) -> Prob
         for element in path:
             value = value[element]
     key = f"key {dotted(document.as_written(path))}" if path else "the recipe"
-    # A block stands in the file, and is too long to be told.
-    got = None if isinstance(value, dict | list) else shown(value)
-    return Problem(document.where(path), f"{key}{_NOT_RIGHT}: {why}", got, expected)
+    return Problem(document.where(path), f"{key}{_NOT_RIGHT}: {why}", shown(value), expected)
 
 
 def _wanted(model: type[BaseModel], key: str) -> str:
