@@ -112,7 +112,7 @@ class Fleet:
         with (
             warnings.catch_warnings(action="ignore"),  # deprecations inside Ray Train; it is the whole process's
             self.shared,
-            FleetMeter(self.console, control, self._plan(), title) as shown,
+            FleetMeter(self.console, control, self._plan(), title, self._is_over) as shown,
             # Innermost, so that what ends the loop finds nodes still watched and the meter still up while cohorts
             # checkpoint.
             self._stopping_on_errors(),

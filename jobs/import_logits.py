@@ -27,7 +27,7 @@ from akd_dist.base.files import canonical_json, expanded, sha256
 from akd_dist.data.logit_arrays import LogitFile
 from akd_dist.data.logit_checks import Looks, Order, Stored, check_order, look_at_order, unsure
 from akd_dist.data.logit_files import check_parts, no_file, open_logits
-from akd_dist.data.logit_rows import Part, Wanted, match, places_of
+from akd_dist.data.logit_rows import Part, Wanted, match, places_of, telling_keys
 from akd_dist.data.rows import Rows
 from akd_dist.data.views import by_content, view_digests
 from akd_dist.distill.teacher import probe_rows
@@ -193,7 +193,10 @@ def _import(recipe: Recipe, options: ImportLogitsOptions, workspace: Workspace, 
     keyed = options.key is not None
     if not keyed:
         check_parts(path, wanted.sources[wanted.first].files)
-    with open_logits(path, wanted.check(str(path)), options.key, scratch, anywhere=keyed) as file:
+    with (
+        telling_keys(wanted),
+        open_logits(path, wanted.check(str(path)), options.key, scratch, anywhere=keyed) as file,
+    ):
         parts, left_out = match(file, wanted)
         imports = [Import(part, getattr(splits, part.split), file, recipe) for part in parts]
         kind, warnings = _look(imports, file, wanted, options, workspace)

@@ -7,18 +7,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import akd_dist
-from akd_dist.base.formatting import house_table, metric_format
+from akd_dist.base.formatting import MetricFormat, house_table, metric_format
 from akd_dist.cli.options import json_option, taking
 from akd_dist.cli.plans import print_fleet_plan
 from akd_dist.cli.show import counted, print_json, print_table, progress_console, short_path, stdout_for_results
 from akd_dist.options import TuneOptions
+from akd_dist.reporting.seeds import Spread, interval, plus_minus
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from akd_dist.documents.report import Estimate
     from akd_dist.documents.tune import TuneDocument, TunedSearch, TunedTrial
 
 TRIALS_SHOWN = 12
+# Student's t is 12.7 for two seeds.
+FEWEST_OF_INTERVAL = 3
 
 
 @click.command("tune")
@@ -83,8 +87,7 @@ def search_table(search: TunedSearch, document: TuneDocument) -> Table:
     told = [f"and {more:,} more: tune.json has all of them"] if more > 0 else []
     told += [f"k{one.number:03d} went no further: {one.lost}" for one in trials if one.lost is not None]
     if search.test is not None:
-        half = "" if search.test.high is None else f" ± {shown.text(search.test.high - search.test.mean)}"
-        told.append(f"test rows, k{search.best:03d} alone: {shown.with_unit(shown.text(search.test.mean) + half)}")
+        told.append(f"test rows, k{search.best:03d} alone: {of_test_rows(search, search.test, shown)}")
     table = house_table(f"{search.name}: {counted(len(trials), 'trial')}", Text("\n".join(told)) if told else None)
     table.add_column("trial", no_wrap=True)
     table.add_column("values", overflow="fold")
@@ -97,6 +100,14 @@ def search_table(search: TunedSearch, document: TuneDocument) -> Table:
         best = trial.number == search.best
         table.add_row(f"k{trial.number:03d}" + " *" * best, Text(values), *cells, style="bold" if best else None)
     return table
+
+
+def of_test_rows(search: TunedSearch, test: Estimate, shown: MetricFormat) -> str:
+    """The mean and what its ± is; of two seeds, whose interval says little, the standard deviation."""
+    if test.n >= FEWEST_OF_INTERVAL:
+        return f"{shown.with_unit(interval(shown, test))} (95 % interval over {test.n} seeds)"
+    said = shown.with_unit(plus_minus(shown, Spread.of(one.test for one in search.seeds)))
+    return said if test.n == 1 else f"{said} (standard deviation over {test.n} seeds)"
 
 
 def _standing(trial: TunedTrial, search: TunedSearch) -> tuple[bool, int, float, int]:

@@ -143,8 +143,9 @@ def _check_trusted(name: str, module: str, trusted: Trusted) -> None:
             f"the factory {name} is not run: {trusted.named_by} names it, and no recipe of yours does",
             got=f"{name}, whose code would run here",
             expected="a factory that your own recipe names, or one of a module that you trust",
-            next=f"once you have read that code: --trust {module} (in Python trust=({module!r},)), "
-            f"or `code: [{module}]` in your recipe",
+            next=f"once you have read that code: --trust {module} (in Python trust=({module!r},)), where it lies in "
+            f"the working folder or on Python's path; or `code: [{module}]` in your recipe; or give the recipe that "
+            "names it",
         )
     if trusted.folder is not None and trusted.folder not in sys.path:
         sys.path.append(trusted.folder)

@@ -65,13 +65,13 @@ def advice(sides: Sequence[int]) -> str:
 
 def advice_for(size: Sequence[int]) -> str:
     """The same for this height and width."""
-    return f"say in the recipe to which size they are all brought, for example with{lines_for(size)}"
+    return f"say in the recipe to which size they are all brought, for example: put {line_for(size)}"
 
 
-def lines_for(size: Sequence[int]) -> str:
-    """The lines of a recipe that bring pictures to this height and width."""
+def line_for(size: Sequence[int]) -> str:
+    """The line of a recipe that brings pictures to this height and width, and where it is put."""
     said = size[0] if len(set(size)) == 1 else list(size)
-    return f"\n    data:\n      image: {{size: {said}, resize: shorter}}"
+    return f"this line under `data:`\n  image: {{size: {said}, resize: shorter}}"
 
 
 def _resized(height: int, width: int, image: recipe.Image) -> Size:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
@@ -43,6 +44,16 @@ def key_column(data: recipe.DataSpec, source: str, column: str) -> Any:
     if keys.null_count:
         raise _no_keys(source, column, f"nulls in {keys.null_count:,} rows")
     return keys
+
+
+def has_key(data: recipe.DataSpec, source: str, column: str) -> bool:
+    """Whether a source has this column, and it could be a key: integers or text, another value in each row."""
+    try:
+        keys = key_column(data, source, column)
+    except RefusedError:
+        return False
+    kinds = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(kind(keys.type) for kind in kinds) and pc.count_distinct(keys).as_py() == len(keys)
 
 
 def _files(spec: recipe.ImageFolder | recipe.WebDataset, source: str, column: str) -> Any:

@@ -16,7 +16,9 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.data.columns import Place, refuse_inexact, refuse_nulls
 from akd_dist.data.schemas import label_kind, plain
 
-_LABELS_MISSING = "set data.unlabelled: missing if such rows are for the teacher alone"
+_LABELS_MISSING = (
+    "set data.unlabelled: missing, and students learn such rows from the teacher, whose own training leaves them out"
+)
 
 
 def unknown(task: recipe.Task, rows: int) -> np.ndarray:

@@ -145,14 +145,25 @@ def named(name: str, dimensions: Mapping[str, int | None], key: str | None) -> s
     )
 
 
-def no_such_key(name: str, key: str, there: Sequence[str] | Mapping[str, Any]) -> RefusedError:
-    """What to say where nothing is called as the key is."""
-    return RefusedError(
+class NoSuchKeyError(RefusedError):
+    """Nothing in a file of logits is called as the key is."""
+
+    name: str
+    """The file."""
+    there: list[str]
+    """What in it has a name."""
+
+
+def no_such_key(name: str, key: str, there: Sequence[str] | Mapping[str, Any]) -> NoSuchKeyError:
+    """What to say where nothing is called as the key is, and the data may have it."""
+    error = NoSuchKeyError(
         f"{name} has no {key}, by which --key joins its rows",
         got=", ".join(list(there)[:10]) or "nothing with a name",
         expected=f"a column or an array {key} with one value for each row",
         next=_near_key(key, there),
     )
+    error.name, error.there = name, list(there)
+    return error
 
 
 def _near_key(key: str, there: Sequence[str] | Mapping[str, Any]) -> str:

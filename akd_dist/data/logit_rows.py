@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import pyarrow.compute as pc
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.keys import key_column
-from akd_dist.data.logit_arrays import Check, LogitFile, Shape
+from akd_dist.data.keys import has_key, key_column
+from akd_dist.data.logit_arrays import Check, LogitFile, NoSuchKeyError, Shape
 from akd_dist.data.parquet_files import out_of_order
 from akd_dist.data.prepare import kinds_of, open_sources
 from akd_dist.data.rows import SPLITS, Splits
@@ -25,6 +26,8 @@ from akd_dist.data.splitting import source_of_split
 from akd_dist.recipe import NoAugmentation, Split
 
 _SHOWN = 5
+# The most names in a file that are looked for in the data.
+_NAMES = 20
 _PLAIN = NoAugmentation()
 
 
@@ -239,6 +242,34 @@ def match(file: LogitFile, wanted: Wanted) -> tuple[list[Part], dict[Split, str]
         if why is not None:
             left_out[split] = why
     return parts, left_out
+
+
+@contextlib.contextmanager
+def telling_keys(wanted: Wanted) -> Iterator[None]:
+    """A block that refuses a key which a file of logits has not: where the data have no such column either, with what
+    could be a key of both.
+    """
+    try:
+        yield
+    except NoSuchKeyError as error:
+        assert wanted.key is not None
+        source = wanted.sources[wanted.first].source
+        try:
+            key_column(wanted.data, source, wanted.key)
+        except RefusedError as theirs:
+            raise _in_neither(error, theirs, wanted, source) from error
+        raise
+
+
+def _in_neither(error: NoSuchKeyError, theirs: RefusedError, wanted: Wanted, source: str) -> RefusedError:
+    both = [name for name in error.there[:_NAMES] if has_key(wanted.data, source, name)]
+    keys = " or ".join(f"--key {name}" for name in both)
+    return RefusedError(
+        f"neither {error.name} nor data.{source} has {wanted.key}, by which --key joins rows",
+        got=f"{error.got} in the file; data.{source}: {theirs.got}",
+        expected=f"a column of both, as {' and '.join(both)}" if both else "a column of both",
+        next=f"name it: {keys}" if both else "bring logits in the order of the rows and leave --key out",
+    )
 
 
 def _why_not(split: Split, wanted: Wanted, file: LogitFile) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from akd_dist import recipe
@@ -23,6 +25,12 @@ class Noted:
 
     def __add__(self, other: Noted) -> Noted:
         return Noted(self.frames + other.frames, self.enlarged + other.enlarged)
+
+
+def read_from(lines: Sequence[str], sources: Collection[str]) -> list[str]:
+    """Of lines on rows those that are not on the pictures of other sources than these, by their names in the recipe."""
+    found = ((line, re.match(r"data\.(\w+): ", line)) for line in lines)
+    return [line for line, source in found if source is None or source[1] in sources]
 
 
 def lines_of(noted: Noted, image: recipe.Image, source: str) -> list[str]:

@@ -44,9 +44,11 @@ class SourceRows:
         """The file of a row of the split, and the row in it: its number, or in a tar file the key of the sample.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: there is no such row; rows are counted from 0.
         """
-        key = None if self.keys is None else self.keys[range(len(self))[row]].as_py()
+        if not 0 <= row < len(self):
+            raise IndexError(f"rows [{row}] of {len(self):,}")
+        key = None if self.keys is None else self.keys[row].as_py()
         return self.files[self.file[row]], int(self.file_rows[row]) if key is None else key
 
 

@@ -24,7 +24,7 @@ from akd_dist.base.errors import DamagedError, RefusedError
 from akd_dist.base.files import canonical_json, mistakes, parse_json, sha256
 from akd_dist.base.formatting import some_of
 from akd_dist.data.factories import source_sha256
-from akd_dist.data.framing import lines_for
+from akd_dist.data.framing import line_for
 from akd_dist.data.rows import Rows
 from akd_dist.data.text import Tokens
 from akd_dist.models import architectures, huggingface, huggingface_config
@@ -184,7 +184,7 @@ class ModelCard(BaseModel):
                 f"{what} was made for pictures that become inputs in another way",
                 got=f"data.image: {flow(theirs)}",
                 expected=f"{flow(ours)}, as its {CARD} says",
-                next=f"let the recipe say so:\n    data:\n      image: {flow(ours)}\n"
+                next=f"put this line under `data:`\n  image: {flow(ours)}\n"
                 "  or name the pictures themselves as the data: they become inputs as the model says",
             )
 
@@ -200,7 +200,7 @@ class ModelCard(BaseModel):
         (_, *ours), (_, *theirs) = self.input_shape, rows.shape
         if not len(ours) == len(theirs) == 2 or ours == theirs or self.input_dtype != rows.inputs.dtype:
             return ""
-        return f"; encoded pictures come to its size by a recipe that has{lines_for(ours)}"
+        return f"; encoded pictures come to its size by a recipe that has {line_for(ours)}"
 
     def _takes_shorter(self, shape: tuple[int, ...]) -> bool:
         masked = isinstance(self.model, recipe.TextTransformer | recipe.HuggingFaceModel)

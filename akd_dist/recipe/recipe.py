@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import itertools
 import json
 import re
 from collections import Counter
@@ -19,7 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, Field, JsonValue, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, Field, JsonValue, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails
 
 from akd_dist.base import places
 from akd_dist.base.trusted import MODULE, Trusted
@@ -34,6 +36,9 @@ from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Learning, Stac
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Where a run is placed, not what it computes: left out of its identity.
 PLACEMENT = ("cohorts", "checkpoint_seconds", "folder", "code")
+
+Misfit = tuple[tuple[str | int, ...], object, NotRightError]
+"""What fits no other part of a recipe: its key, its value, and why not."""
 
 
 def _student_name(student: dict[str, Any]) -> str:
@@ -149,48 +154,79 @@ class Recipe(Spec):
         return students
 
     @model_validator(mode="after")
-    def _assistant_and_takd(self) -> Recipe:
-        taught = [student.name for student in self.students if student.objective.learns_from == "assistant"]
-        if taught and self.teacher.assistant is None:
-            raise ValueError(f"{taught[0]} learns by takd, which needs a teacher.assistant")
-        if self.teacher.average == "probabilities" and self.data.task == "regression":
-            raise ValueError("teacher.average is probabilities, and a regression has none: average logits")
-        if self.teacher.assistant is not None and not taught:
-            raise ValueError("teacher.assistant is there and no student has the objective takd: nobody would use it")
-        return self
-
-    @model_validator(mode="after")
-    def _labels_to_learn(self) -> Recipe:
-        """Refuse what needs labels where no train row has one, and a mix of rows where all of them have one."""
-        learners = [(f"the student {one.name}", one, ("students", at)) for at, one in enumerate(self.students)]
-        chain = [
-            ("teacher" + number * ".assistant", link, ("teacher", *number * ("assistant",)))
-            for number, link in enumerate(self.teacher.chain, 1)
+    def _parts_fit_together(self) -> Recipe:
+        """Refuse at once, each at its key, what is wrong only where several parts of the recipe meet."""
+        checks = (self._takd_without_assistant(), self._nothing_to_mix(), self._no_labels(), self._no_rows_left_out())
+        found = [
+            InitErrorDetails(type="value_error", loc=key, input=value, ctx={"error": error})
+            for key, value, error in itertools.chain(*checks)
         ]
-        for whose, one, key in [*learners, *chain]:
-            if one.labelled is not None and self.data.unlabelled is None:
-                raise NotRightError(
-                    f"{whose} has labelled: {one.labelled}, and data.unlabelled names no rows without",
-                    "labelled left out, or rows without labels in data.unlabelled",
-                    (*key, "labelled"),
-                )
-            if self.data.train is None and one.objective.reads_labels:
-                raise ValueError(
-                    f"{whose} learns from labels ({one.objective.kind}), and no train row has one, as data.train is "
-                    "left out: use kd with alpha: 1, or annealing_kd with stage2_epochs: 0"
-                )
-        if self.data.train is None and any(one.train is not None for one in self.teacher.each):
-            raise ValueError(
-                "teacher.train needs labels, and no train row has one, as data.train is left out: "
-                "name a trained teacher in teacher.weights"
-            )
+        if found:
+            raise ValidationError.from_exception_data("Recipe", found)
         return self
 
-    @model_validator(mode="after")
-    def _labels_left_to_the_teacher(self) -> Recipe:
-        if self.data_of_teachers is not None and self.data.subset is None:
-            raise ValueError("teacher.train.rows: all is for rows that data.subset leaves out, and it is not set")
-        return self
+    def _takd_without_assistant(self) -> Iterator[Misfit]:
+        """Students of `takd` and the assistant need each other; and an ensemble's numbers have no probabilities."""
+        taught = [at for at, student in enumerate(self.students) if student.objective.learns_from == "assistant"]
+        if self.teacher.assistant is None:
+            for at in taught:
+                why = NotRightError("takd learns from an assistant, and the teacher has none", "teacher.assistant")
+                yield ("students", at, "objective"), self.students[at].objective, why
+        elif not taught:
+            why = NotRightError(
+                "nobody would use it, as no student has the objective takd", "it left out, or a student that has it"
+            )
+            yield ("teacher", "assistant"), self.teacher.assistant, why
+        if self.teacher.average == "probabilities" and self.data.task == "regression":
+            why = NotRightError("a regression has no probabilities", "average: logits")
+            yield ("teacher", "average"), self.teacher.average, why
+
+    def _nothing_to_mix(self) -> Iterator[Misfit]:
+        """Batches are mixed of rows with labels and rows without: there have to be both."""
+        for key, one in self._learners():
+            if one.labelled is not None and self.data.unlabelled is None:
+                why = NotRightError(
+                    "data.unlabelled names no rows without labels",
+                    "labelled left out; or such rows in data.unlabelled: a source of their own, or `missing` for rows "
+                    "of data.train whose label is missing",
+                )
+                yield (*key, "labelled"), one.labelled, why
+
+    def _no_labels(self) -> Iterator[Misfit]:
+        """Where data.train is left out, no train row has a label, and nobody can learn from one."""
+        if self.data.train is not None:
+            return
+        none = "labels, and no train row has one, as data.train is left out"
+        for key, one in self._learners():
+            if one.objective.reads_labels:
+                why = NotRightError(
+                    f"{one.objective.kind} learns from {none}",
+                    "kd with alpha: 1, or annealing_kd with stage2_epochs: 0",
+                )
+                yield (*key, "objective"), one.objective, why
+        for number, teacher in enumerate(self.teacher.each):
+            if teacher.train is not None:
+                why = NotRightError(
+                    f"training a teacher needs {none}",
+                    "a teacher that is trained: its weights in `weights`, or its logits in `store`",
+                )
+                key = ("teacher", "train") if self.teacher.members is None else ("teacher", "members", number, "train")
+                yield key, teacher.train, why
+
+    def _no_rows_left_out(self) -> Iterator[Misfit]:
+        """A teacher may learn from rows that `subset` leaves out only where it leaves out some."""
+        for number, teacher in enumerate(self.teacher.each):
+            if teacher.train is not None and teacher.train.rows == "all" and self.data.subset is None:
+                why = NotRightError("it is for rows that data.subset leaves out, and that is not set", "rows left out")
+                key = ("teacher",) if self.teacher.members is None else ("teacher", "members", number)
+                yield (*key, "train", "rows"), "all", why
+
+    def _learners(self) -> Iterator[tuple[tuple[str | int, ...], Learning]]:
+        """Students and assistants, each with its key."""
+        for at, student in enumerate(self.students):
+            yield ("students", at), student
+        for number, link in enumerate(self.teacher.chain, 1):
+            yield ("teacher", *number * ("assistant",)), link
 
     @property
     def data_of_teachers(self) -> DataSpec | None:

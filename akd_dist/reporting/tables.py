@@ -25,6 +25,8 @@ from akd_dist.reporting.several import names_of, pool_notes, pooled, told_apart
 if TYPE_CHECKING:
     from rich.table import Table
 
+_SPREAD = ", mean ± standard deviation over seeds"
+
 
 def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table:
     """The results of a run as a table for the terminal: the teacher, then its students, seeds grouped.
@@ -37,7 +39,7 @@ def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table
     teacher, shown = fleet.teacher, metric_format(fleet.metric, fleet.metric_name)
     groups, agreeing = group_students(fleet.students, fleet.metric), fleet.task == "classification"
     lost = [f"{one.name} {one.state}: {one.reason or 'no reason recorded'}" for one in unfinished(fleet.students)]
-    spread = ", mean ± standard deviation over seeds" if has_spread(groups) else ""
+    spread = _SPREAD if has_spread(groups) else ""
     caption = Text("\n").join([*(Text(line, style="red") for line in lost), *map(Text, left_out(fleet))])
     table = house_table(f"{Path(fleet.run).name}: test results{spread}", caption if caption.plain else None)
     table.add_column("student", overflow="fold")
@@ -116,21 +118,20 @@ def runs_table(runs: list[Run]) -> Table:
     """Several runs as a table for the terminal, one row each."""
     from rich.text import Text
 
-    shown = runs[0].shown
-    table = house_table(f"{len(runs)} runs")
+    shown, best = runs[0].shown, [best_of(run.groups) for run in runs]
+    table = house_table(f"{len(runs)} runs" + (_SPREAD if has_spread(filter(None, best)) else ""))
     table.add_column("run", overflow="fold")
     for heading in (f"teacher\n{shown.with_unit(shown.short)}", f"best student\n{shown.with_unit(shown.short)}"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("which", overflow="fold")
     for heading in ("done", "seconds", "passes\nsaved"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, run in zip(names_of(runs), runs, strict=True):
-        best = best_of(run.groups)
+    for name, run, its in zip(names_of(runs), runs, best, strict=True):
         table.add_row(
             Text(name),
             shown.text(run.teacher),
-            plus_minus(shown, best.score if best else None),
-            Text(f"{best.model}, {best.objective_label}" if best else "-"),
+            plus_minus(shown, its.score if its else None),
+            Text(f"{its.model}, {its.objective_label}" if its else "-"),
             f"{run.done} of {len(run.fleet.students)}",
             seconds(run.fleet.seconds),
             run.passes_saved,

@@ -21,9 +21,9 @@ from akd_dist.base.formatting import some_of
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.blocks import Block, default_threads, map_blocks
 from akd_dist.data.columns import Images, inputs_of, notes_of
-from akd_dist.data.framing import lines_for
+from akd_dist.data.framing import line_for
 from akd_dist.data.labels import Classes, Labels, labels_of
-from akd_dist.data.noted import MixedSizesError
+from akd_dist.data.noted import MixedSizesError, read_from
 from akd_dist.data.prepare import READ_BYTES, OpenedSource, kinds_of
 from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.rows import SPLITS, Rows
@@ -205,6 +205,7 @@ def _of_recipe(
         error.next = f"{error.next}; or name the file with the rows instead of a recipe: it is read from end to end"
         raise
     rows: Rows = getattr(splits, split)
+    read = {source_of_split(loaded.data, split), *["unlabelled"] * (split == "train")}
     # Of train rows that have no labels all are predicted, without any; only those that have some are evaluated.
     labelled = asked.label != "" and (need_labels or not rows.unlabelled)
     count = rows.labelled if labelled else len(rows)
@@ -232,7 +233,7 @@ def _of_recipe(
         count,
         labelled,
         batches,
-        lambda: [*splits.findings, *_by_recipe(loaded.data.image, card)],
+        lambda: [*read_from(splits.findings, read), *_by_recipe(loaded.data.image, card)],
         check_image,
     )
 
@@ -332,8 +333,8 @@ def _advising(card: ModelCard) -> Iterator[None]:
     try:
         yield
     except MixedSizesError as error:
-        size = lines_for(card.input_shape[1:])
-        error.next = f"save them in one size, or give as data a recipe of them that has{size}"
+        line = line_for(card.input_shape[1:])
+        error.next = f"save them in one size, or give as data a recipe of them that has {line}"
         raise
 
 

@@ -102,6 +102,7 @@ class FleetMeter:
         control: the run's control folder, where what the driver plans is left for `akd-dist status`.
         plan: what there is to do; the cohorts that have not begun are told by `update`.
         title: what the work is called.
+        stopping: whether it is to stop, and is only waited for.
         clock: seconds, by a clock that does not go back.
     """
 
@@ -111,9 +112,11 @@ class FleetMeter:
         control: Path,
         plan: FleetPlan,
         title: str,
+        stopping: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.console, self.control, self.plan, self.title, self.clock = console, control, plan, title, clock
+        self.stopping, self.stopped_at = stopping, math.inf
         self.reader = RunReader(control.parent)
         self.read_at = self.written_at = -math.inf
         self.begun = clock()
@@ -151,6 +154,8 @@ class FleetMeter:
         if moment - self.read_at < READ_SECONDS and not now:
             return
         self.read_at = moment
+        if self.stopping():
+            self.stopped_at = min(self.stopped_at, moment)
         if cohorts != self.plan.cohorts or moment - self.written_at >= BEAT_SECONDS:
             self.written_at = moment
             self.plan = self.plan.model_copy(update={"at": time.time(), "cohorts": cohorts})
@@ -160,12 +165,22 @@ class FleetMeter:
             self._tell_lines(moment)
 
     def _view(self) -> RenderableType:
-        return "" if self.status is None else FleetView(self.status, self.title, fit=True)
+        if self.status is None:
+            return ""
+        return FleetView(self.status, self._since(self.clock()) or self.title, fit=True)
+
+    def _since(self, moment: float) -> str | None:
+        """That it is stopping, and for how long: workers that start are heard of only once they have started."""
+        if self.stopped_at > moment:
+            return None
+        return f"stopping for {duration(moment - self.stopped_at)}: workers leave when they have kept what they did"
 
     def _tell_lines(self, moment: float) -> None:
         self._tell_ended()
-        if self.status is not None and (still := self.ticker.due(moved(self.status), moment)) is not None:
-            tell(self.console, "; ".join([total_line(self.status), *waiting_lines(self.status)]) + still)
+        since, status = self._since(moment), self.status
+        if status is not None and (still := self.ticker.due((moved(status), since), moment)) is not None:
+            told = [total_line(status), *waiting_lines(status)]
+            tell(self.console, "; ".join(told) + still if since is None else "; ".join([since, *told]))
 
     def _tell_ended(self) -> None:
         """A line for each student that has ended since the last time; none the first time."""

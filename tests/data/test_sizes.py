@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from rich.console import Console
 
 import akd_dist
 from akd_dist import recipe
@@ -223,12 +224,13 @@ def test_a_size_for_what_is_no_picture_is_refused(tmp_path: Path) -> None:
 
 
 def advised(error: RefusedError) -> dict[str, Any]:
-    """What the lines of YAML in an error say of images."""
+    """What the line of YAML in an error, to be put under `data:`, says of images."""
     from ruamel.yaml import YAML
 
     assert error.next is not None
-    lines = error.next[error.next.index("\n") :]
-    found: dict[str, Any] = YAML(typ="safe").load(lines)["data"]["image"]
+    said, line = error.next.split("\n")
+    assert said.endswith("this line under `data:`")
+    found: dict[str, Any] = YAML(typ="safe").load(line)["image"]
     return found
 
 
@@ -362,12 +364,21 @@ def test_a_model_brings_pictures_to_its_size(tmp_path: Path) -> None:
     np.testing.assert_allclose(said, expected * 2, rtol=1e-4, atol=1e-5)
 
 
-def asked_of(model: Path, folder: Path, image: recipe.Image, train: Any = None) -> dict[str, Any]:
+def asked_of(
+    model: Path, folder: Path, image: recipe.Image, train: Any = None, test: Any = 0.2, **options: Any
+) -> dict[str, Any]:
     """What a model is measured on: the recipe of pictures, or of something else."""
     whole = recipe.load_recipe(Path(__file__).parents[2] / "jobs" / "digits.yaml")
-    data = DataSpec(train=train or of_all_sizes(folder / "data"), validation=0.2, test=0.2, image=image)
+    data = DataSpec(train=train or of_all_sizes(folder / "data"), validation=0.2, test=test, image=image)
     (folder / "recipe.yaml").write_text(whole.model_copy(update={"data": data}).to_yaml())
-    return akd_dist.evaluate(model, folder / "recipe.yaml", cache_root=folder / "cache")
+    return akd_dist.evaluate(model, folder / "recipe.yaml", cache_root=folder / "cache", **options)
+
+
+def test_of_small_pictures_those_are_told_of_that_are_read(tmp_path: Path) -> None:
+    image, said = recipe.Image(size=24), io.StringIO()
+    model, own = a_model(tmp_path / "model", image, (24, 24)), of_all_sizes(tmp_path / "own")
+    asked_of(model, tmp_path, image, test=own, console=Console(file=said, width=200))
+    assert [line.partition(":")[0] for line in said.getvalue().splitlines() if "enlarged" in line] == ["data.test"]
 
 
 def test_a_recipe_that_shows_pictures_otherwise_than_the_model_is_refused(tmp_path: Path) -> None:

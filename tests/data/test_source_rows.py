@@ -65,8 +65,9 @@ def test_a_source_without_files_is_one_whole() -> None:
     found = source_rows(DataSpec(train=Digits(), validation=0.1, test=0.1))["train"]
     assert len(found.files) == 1
     assert found.where(5)[1] == found.rows[5]
-    with pytest.raises(IndexError):
-        found.where(10_000)
+    for row in (-1, len(found), 10_000):
+        with pytest.raises(IndexError, match=rf"rows \[{row}\] of 1,437"):
+            found.where(row)
 
 
 def test_rows_of_two_kinds_of_files_are_each_found_as_they_are_known(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_rows_of_two_kinds_of_files_are_each_found_as_they_are_known(tmp_path: P
     )
     found = source_rows(data)["train"]
     assert [found.where(row)[1] for row in range(len(found))][-6:] == [0, "0000", "0001", "0002", "0003", "0004"]
-    assert found.where(-1) == (str(tmp_path / "more.tar"), "0004")
+    assert found.where(len(found) - 1) == (str(tmp_path / "more.tar"), "0004")
 
 
 def test_rows_of_pictures_are_found_in_their_files(tmp_path: Path) -> None:
@@ -91,7 +92,8 @@ def test_rows_of_pictures_are_found_in_their_files(tmp_path: Path) -> None:
     assert found["test"].where(13) == (str(tmp_path / "shards" / "1.tar"), "0013")
     assert found["test"].file_rows[13] == 3
     assert repr(found["test"]) == f"SourceRows(20 rows of {tmp_path}/shards, in 2 files)"
-    with pytest.raises(IndexError):
-        found["test"].where(20)
+    for row in (-1, 20):
+        with pytest.raises(IndexError, match=rf"rows \[{row}\] of 20"):
+            found["test"].where(row)
     together = sorted(found[name].where(row)[0] for name in ("train", "validation") for row in range(len(found[name])))
     assert together == sorted(map(str, folder.rglob("*.jpg")))

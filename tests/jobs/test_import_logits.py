@@ -260,8 +260,12 @@ def test_keys_that_do_not_fit_are_named(home: Home) -> None:
     assert "id row-x" in keyed([*IDS, "row-x"], np.concatenate([Z, Z[:1]]))
     assert "not of one kind" in keyed(np.arange(ROWS), Z)
     assert "nulls" in keyed([None, *IDS[1:]], Z)
-    with pytest.raises(RefusedError, match="has no name, by which"):
-        home.bring(home.root / "keys.parquet", key="name")
+    with pytest.raises(RefusedError, match="has no label, by which"):
+        home.bring(home.root / "keys.parquet", key="label")
+    with pytest.raises(RefusedError, match=r"neither .*keys\.parquet nor data\.train has idd") as neither:
+        home.bring(home.root / "keys.parquet", key="idd")
+    assert neither.value.next == "name it: --key id"
+    assert "input" in str(neither.value.got)
     with pytest.raises(RefusedError, match="no room for a key"):
         home.bring(home.save(Z), key="id")
 

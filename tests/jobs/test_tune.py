@@ -9,11 +9,14 @@ from rich.console import Console
 
 import akd_dist
 from akd_dist.base.errors import RecipeError
+from akd_dist.base.formatting import metric_format
 from akd_dist.cli import main
+from akd_dist.cli.tune import of_test_rows
 from akd_dist.distill.student import Student
-from akd_dist.documents.tune import TuneDocument
+from akd_dist.documents.tune import TuneDocument, TunedSearch, TunedSeed
 from akd_dist.jobs.tune import Halving, _as_planned, _document
 from akd_dist.recipe import load_recipe, load_search
+from akd_dist.reporting.seeds import estimate
 from akd_dist.storage.run_objects import RunObjects
 from tests.fleets import a_recipe, a_student, a_teacher, weights
 from tests.jobs.test_growth import cohorts_here
@@ -139,6 +142,24 @@ def test_a_search_halves_resumes_and_reads_test_rows_for_the_best_alone(
     out = capsys.readouterr().out
     assert f"k{search.best:03d} *" in out
     assert "best    as a block of students:" in out
+
+
+@pytest.mark.parametrize(
+    ("test", "told"),
+    [
+        ([0.9], "90.00 %"),
+        ([0.9, 0.8], "85.00 ± 7.07 % (standard deviation over 2 seeds)"),
+        ([0.9, 0.8, 0.7], "80.00 ± 24.84 % (95 % interval over 3 seeds)"),
+    ],
+)
+def test_what_follows_the_mean_of_the_test_rows_has_a_name(test: list[float], told: str) -> None:
+    seeds = [TunedSeed(seed=seed, student=f"s{seed}", validation=0.5, test=one) for seed, one in enumerate(test)]
+    search = TunedSearch(
+        name="s", reduction=3, trials=[], best=1, validation=0.5, seeds=seeds,
+        test=estimate(dict(enumerate(test))), block="",
+    )  # fmt: skip
+    assert search.test is not None
+    assert of_test_rows(search, search.test, metric_format("accuracy")) == told
 
 
 @pytest.mark.ray

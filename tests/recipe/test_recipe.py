@@ -100,7 +100,7 @@ def test_labels(model: recipes.Model, label: str) -> None:
         ("teacher.model={kind: resnet, depth: 9}", ["depth 9 is not 6n + 2"]),
         ("teacher.model={kind: text_transformer, width: 10, heads: 4}", ["width 10 is not a multiple of heads, 4"]),
         ("teacher.model={kind: timm, name: a, arguments: {checkpoint_path: a.pth}}", ["checkpoint_path", "pickle"]),
-        ("students.1.objective={kind: takd, epochs: 2}", ["needs a teacher.assistant"]),
+        ("students.1.objective={kind: takd, epochs: 2}", ["takd learns from an assistant"]),
         ("students.1.objective={kind: continuation_kd, tau_max: 5, epochs: 4}", ["epochs is 4 and tau_max is 5"]),
         ("teacher.assistant={model: {kind: mlp, hidden: 4}, objective: {kind: kd, epochs: 1}, optimizer: {kind: sgd, "
          "lr: 0.1}}", ["nobody would use it"]),

@@ -99,13 +99,9 @@ def learner(**changes: Any) -> dict[str, Any]:
         (UNLABELLED | {"train": {"kind": "idx", "images": "a"}}, {}, "train.labels is missing"),
         (UNLABELLED, {"labelled": 64}, "labelled is 64 and batch is 64"),
         (UNLABELLED, {"labelled": 4, "objective": {"kind": "hard_labels", "epochs": 3}}, "labelled left out"),
-        (
-            {"train": {"kind": "digits"}},
-            {"labelled": 4},
-            "one has labelled: 4, and data.unlabelled names no",
-        ),
-        (TABLES, {}, "the student one learns from labels (kd), and no train row has one"),
-        (TABLES, {"objective": {"kind": "hard_labels", "epochs": 3}}, "use kd with alpha: 1"),
+        ({"train": {"kind": "digits"}}, {"labelled": 4}, "data.unlabelled names no rows without labels"),
+        (TABLES, {}, "kd learns from labels, and no train row has one"),
+        (TABLES, {"objective": {"kind": "hard_labels", "epochs": 3}}, "kd with alpha: 1"),
     ],
 )
 def test_rows_without_labels_are_refused_where_they_make_no_sense(
@@ -120,7 +116,7 @@ def test_rows_without_labels_are_refused_where_they_make_no_sense(
 def test_without_labels_a_teacher_cannot_be_trained_here() -> None:
     kd = learner(objective={"kind": "kd", "epochs": 3, "alpha": 1.0})
     train = {"model": {"kind": "mlp", "hidden": 8}, "train": {"epochs": 1, "optimizer": {"kind": "adamw", "lr": 1e-3}}}
-    with pytest.raises(ValidationError, match=r"teacher\.train needs labels"):
+    with pytest.raises(ValidationError, match="training a teacher needs labels"):
         Recipe.model_validate({"name": "r", "data": TABLES, "teacher": train, "students": [kd]})
     valid = Recipe.model_validate({"name": "r", "data": TABLES, "teacher": WEIGHTS, "students": [kd]})
     assert list(valid.data.sources) == ["validation", "test", "unlabelled"]
@@ -131,7 +127,7 @@ def test_a_teacher_of_all_rows_needs_a_subset_that_leaves_some_out() -> None:
     optimizer = {"kind": "adamw", "lr": 1e-3}
     train = {"rows": "all", "epochs": 1, "optimizer": optimizer}
     document = {"name": "r", "teacher": {"model": {"kind": "mlp", "hidden": 8}, "train": train}, "students": [kd]}
-    with pytest.raises(ValidationError, match=r"teacher\.train\.rows: all is for rows that data\.subset leaves out"):
+    with pytest.raises(ValidationError, match=r"teacher\.train\.rows\n.* rows that data\.subset leaves out"):
         Recipe.model_validate(document | {"data": {"train": {"kind": "digits"}}})
     recipe = Recipe.model_validate(document | {"data": UNLABELLED})
     assert recipe.data_of_teachers is not None

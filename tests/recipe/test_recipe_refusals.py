@@ -86,6 +86,18 @@ def test_labelled_is_refused_at_its_key_with_the_reason_apart(path: Path, block:
     error = refusal(path, TEXT.replace("objective: {kind: hard_labels, epochs: 5}", f"{kd}\n    labelled: 4"))
     assert "small.yaml:20: key students.1.labelled" in error.what, "although the whole recipe has to be known for it"
     assert "names no rows without" in error.what
+    assert "`missing` for rows of data.train whose" in str(error.expected)
+
+
+def test_without_labels_every_key_that_needs_some_is_named_at_once(path: Path) -> None:
+    others = [f"{name}: {{kind: parquet, path: {name}.parquet}}" for name in ("validation", "test", "unlabelled")]
+    text = TEXT.replace("train: {kind: digits}", "\n  ".join(others))
+    told = refusal(path, text).what
+    assert "small.yaml has 3 problems" in told
+    for key in ("10: key teacher.train", "18: key students.0.objective", "21: key students.1.objective"):
+        assert f"small.yaml:{key} is not right" in told
+    assert "its logits in `store`" in told
+    assert "{" not in told, "blocks stand in the file"
 
 
 def test_all_problems_of_a_file_come_in_one_message(path: Path) -> None:

@@ -39,7 +39,9 @@ def test_runs_are_compared_in_one_page(tmp_path: Path) -> None:
     assert "+1.00 ± 0.00" in text
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(runs_table([read_run(folder) for folder in folders]))
-    assert "two" in console.export_text()
+    text = console.export_text()
+    assert "two" in text
+    assert "mean ± standard deviation over seeds" in text
 
 
 def test_runs_that_differ_are_told_apart_or_refused(tmp_path: Path) -> None:

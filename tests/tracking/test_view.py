@@ -289,6 +289,25 @@ def test_what_stands_still_is_told_ever_more_rarely(tmp_path: Path) -> None:
     ]
 
 
+def test_a_fleet_that_stops_says_so_while_it_is_waited_for(tmp_path: Path) -> None:
+    console, now, run, asked = Console(file=io.StringIO(), width=200), 1000.0, tmp_path / "run", False
+    (run / "control").mkdir(parents=True)
+    starting = [CohortStatus(state="starting", students=["one"])]
+    with driving(run):
+        meter = FleetMeter(console, run / "control", a_plan("one"), "title", lambda: asked, lambda: now)
+        for second in range(50):
+            now, asked = now + 1, second >= 20
+            meter.update(starting)
+    assert isinstance(console.file, io.StringIO)
+    told = "workers leave when they have kept what they did; 0 of 20 steps (0%); 0 of 1 students over; starting: one"
+    assert console.file.getvalue().splitlines()[-3:] == [
+        f"stopping for {duration(seconds)}: {told}" for seconds in (9, 19, 29)
+    ]
+    view = meter._view()
+    assert isinstance(view, FleetView)
+    assert str(view.title).startswith(f"stopping for {duration(29)}: ")
+
+
 def test_a_meter_tells_that_it_moves_and_that_it_stands() -> None:
     console, now = Console(file=io.StringIO(), width=80), 0.0
     shown = progress.Meter(console, "reading", 100, "rows", clock=lambda: now)
