@@ -1,5 +1,6 @@
 """Students that step together: each comes to the same bits in stacks of any size, and near to what steps alone give."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from akd_dist.data.rows import Rows
 from akd_dist.distill.stack import Stack, Stacks
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import DivergedError, Student
+from akd_dist.distill.teacher import teacher_logits
+from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import set_deterministic
-from akd_dist.recipe import NoAugmentation, StudentSpec as Spec, trust
+from akd_dist.recipe import Mlp, NoAugmentation, StudentSpec as Spec, trust
 from tests.fleets import ANNEALING, CONTINUATION, DEVICE, HARD, KD, TESTS
 
 ON = torch.device(DEVICE)
@@ -40,6 +43,15 @@ def some_rows(classes: int = 7) -> tuple[Rows, np.ndarray]:
     labels = random.integers(0, classes, size=ROWS)
     logits = random.normal(size=(1, ROWS, classes)).astype(np.float16)
     return Rows(np.ascontiguousarray(inputs), labels, classes, sha256(b"rows"), (), Path()), logits
+
+
+def raising(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, epoch: int, epochs: int
+) -> torch.Tensor:
+    """An objective that works for the first batch, of 32 rows like the second, and not for the last."""
+    if len(student) < 32:
+        raise ValueError("not today")
+    return (student - teacher).square().mean(dim=1)
 
 
 TRAIN, LOGITS = some_rows()
@@ -201,3 +213,43 @@ def test_where_a_stack_does_not_go_its_halves_are_tried(tmp_path: Path, monkeypa
     monkeypatch.setattr(Stack, "_forward", forward)
     whole = train(mixed(tmp_path / "whole", 8, model=MLP | {"dropout": 0.3}))
     assert [differing(*two) for two in zip(cut, whole, strict=True)] == [[]] * 8
+
+
+def test_from_stored_logits_as_with_the_teacher_in_the_loop(tmp_path: Path) -> None:
+    """The loop steps the same way, and calls the teacher on every batch."""
+    set_deterministic(DEVICE, 1)
+    teacher = build(ModelCard.of(Mlp(hidden=[20]), TRAIN, None), seed=3).to(ON)
+    stored = teacher_logits(teacher, torch.from_numpy(TRAIN.inputs), 32)[None]
+    stream = dataclasses.replace(STREAM, logits=stored)
+
+    def trained(students: list[Student], *, online: bool) -> list[dict[str, torch.Tensor]]:
+        stacks = Stacks({student.spec.name: 100 for student in students})
+        for epoch in range(3):
+            for batch in stream.batches(epoch):
+                said = torch.from_numpy(teacher_logits(teacher, batch.inputs, 32)).to(ON) if online else batch.logits
+                shown = dataclasses.replace(batch, logits=said)
+                assert stacks.take_step(students, shown, stream.steps_per_epoch) == {}
+            for student in students:
+                student.end_epoch(TRAIN)
+        return [state_of(student) for student in students]
+
+    cached = trained(mixed(tmp_path / "cached", 7), online=False)
+    loop = trained(mixed(tmp_path / "online", 7), online=True)
+    assert [differing(*two) for two in zip(cached, loop, strict=True)] == [[]] * 7
+
+
+def test_one_of_many_whose_objective_raises_fails_alone(tmp_path: Path) -> None:
+    own = {"kind": "custom", "factory": "tests.distill.test_stack:raising", "epochs": 6}
+    students = mixed(tmp_path / "all", 24)
+    students.insert(11, a_student(tmp_path / "own", 99, objective=own))
+    stacks, failed = Stacks({student.spec.name: 100 for student in students}), dict[Student, Exception]()
+    for batch in STREAM.batches(0):
+        going = [student for student in students if student not in failed]
+        failed |= stacks.take_step(going, batch, STREAM.steps_per_epoch)
+    assert [(student.spec.name, str(error)) for student, error in failed.items()] == [("student-99", "not today")]
+    alone = mixed(tmp_path / "alone", 24)
+    others = Stacks({student.spec.name: 100 for student in alone})
+    for batch in STREAM.batches(0):
+        assert others.take_step(alone, batch, STREAM.steps_per_epoch) == {}
+    left = [student for student in students if student not in failed]
+    assert [differing(state_of(one), state_of(other)) for one, other in zip(left, alone, strict=True)] == [[]] * 24
