@@ -192,7 +192,7 @@ def _execute(
         base = replace(base, reads_test=False, **rung.counts)
     followed = [tracked(recipe, spec, base, plan.inputs.parameters[spec.name]) for spec in recipe.students]
     forward = functools.partial(forwarding, folder, followed, options.trackers, workspace.tell)
-    if not plan.todo and (saved := saved_results(folder, identity)) is not None:
+    if not plan.todo and (saved := saved_results(folder, plan.kept(identity))) is not None:
         workspace.tell(f"the run {recipe.name} is done: these are its saved results")
         with forward():
             return as_told_now(with_stores_found(saved, models), growth)
@@ -201,9 +201,7 @@ def _execute(
     used += [base.rows.uri] if base.rows is not None else []
     with using(used, run=run.uri or str(folder.absolute()), lock=(folder / "lock").absolute()):
         # Within the record of use: from that on, nobody removes the stores that this run is about to name.
-        stacking = {key: one.plain() for key, one in plan.stacking.items()} if plan.stacking is not None else None
-        kept = growth.into(identity) | ({"stacking": stacking} if stacking is not None else {})
-        begin_run(folder, recipe, kept, moves=run.local is not None)
+        begin_run(folder, recipe, growth.into(plan.kept(identity)), moves=run.local is not None)
         run.withdraw("fleet.json")
         run.publish()
         splits = _decode(base, plan, models, workspace)
@@ -340,7 +338,7 @@ def train_in_process(
         base = replace(base, run_uri=remote.uri)
         remote.run.begin_attempt(base.attempt)
     base.attempt_file.touch()
-    base = replace(base, stacks=stacks_in_process(recipe, splits))
+    base = replace(base, stacks=stacks_in_process(recipe, splits, cache_root))
     jobs = [cohort_job(base, group, assistant or {}) for group in groups_of(list(recipe.students))]
     splits.sources.begin()
     results = []

@@ -89,7 +89,7 @@ class Lockstep:
             if student.packed is None:
                 with self._failing_alone(student):
                     student.take_step(batch, steps_per_epoch)
-        together = [student for student in students if student.packed is not None]
+        together = [student for student in students if student.training and student.packed is not None]
         for student, error in self.stacks.take_step(together, batch, steps_per_epoch).items():
             with self._failing_alone(student):
                 raise error

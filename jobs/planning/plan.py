@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -68,6 +68,12 @@ class RunPlan:
     """All of it, as `--dry-run` prints it."""
     stacking: Stackings | None = None
     """How steps are taken, as the run keeps it."""
+
+    def kept(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """The identity of the run, with how its students step."""
+        if self.stacking is None:
+            return identity
+        return identity | {"stacking": {key: one.plain() for key, one in self.stacking.items()}}
 
     @property
     def stacks(self) -> dict[str, int]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from akd_dist.base.errors import RecipeError
 from akd_dist.base.files import sha256
 from akd_dist.data.rows import Splits
-from akd_dist.distill.probe import Measured, probe
+from akd_dist.distill.probe import Measured
 from akd_dist.distill.stacking import most_together
 from akd_dist.documents.fleet import RunIdentity, Stacking
-from akd_dist.jobs.planning.probing import probe_key
+from akd_dist.jobs.planning.probing import Prober, probe_key
 from akd_dist.recipe import Recipe, StudentSpec
 
 Found = dict[str, Measured | None]
@@ -81,16 +79,19 @@ def stacks_of(students: Sequence[StudentSpec], found: Mapping[str, Measured | No
     return {name: most_together(one.step_memory, device) for name, one in stacked.items()}
 
 
-def stacks_in_process(recipe: Recipe, splits: Splits) -> dict[str, int]:
-    """The same for all students of a recipe, tried here and now, in this process."""
+def stacks_in_process(recipe: Recipe, splits: Splits, cache_root: str) -> dict[str, int]:
+    """The same for all students of a recipe, tried here and now.
+
+    Args:
+        splits: its rows, which lie prepared in the cache.
+    """
     if recipe.stacked == "never":
         return {}
-    tried: dict[str, Measured] = {}
-    for spec in recipe.students:
-        if probe_key(spec) not in tried:
-            with TemporaryDirectory(prefix="akd-dist-probe-") as scratch:
-                measured = probe(recipe.data, recipe.device, spec, splits, Path(scratch), recipe.stacked)
-            tried[probe_key(spec)] = measured
+    tried: dict[str, Measured | None] = {}
+    with Prober(recipe, cache_root, splits.train.sealed) as prober:
+        for spec in recipe.students:
+            if probe_key(spec) not in tried:
+                tried[probe_key(spec)] = prober.probe(spec)
     found: Found = {spec.name: tried[probe_key(spec)] for spec in recipe.students}
     found, _ = settle_stacking(recipe, recipe.students, found, {})
     return stacks_of(recipe.students, found, recipe.device)
