@@ -232,7 +232,6 @@ def train(folder: Path, name: str) -> dict[str, Any]:
     looking = threading.Thread(target=look, daemon=True)
     if "LOOK" in os.environ:
         looking.start()
-    import torchmetrics.functional as _metrics  # noqa: F401  # which the first evaluation would, between two batches
 
     stores = json.loads((folder / "stores.json").read_text())
     train_in_process(recipe, stores, run=folder / "runs" / name, cache_root=str(cache))

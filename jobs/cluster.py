@@ -1,5 +1,7 @@
 """The Ray cluster: connect to one or start one on loopback, see what it has, stop without losing work."""
 
+from __future__ import annotations
+
 import atexit
 import contextlib
 import logging
@@ -37,6 +39,7 @@ HEAD_SECONDS = 20.0
 # How long Ray may take to start or to be joined. On a machine with many times the load it can bear, half a minute was
 # seen.
 START_SECONDS = 120.0
+_begun: list[_Start] = []  # a start that nobody has waited for yet
 _closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
 
 
@@ -58,21 +61,20 @@ def connect(
     Raises:
         MachineError: no cluster answers there, or none can be started.
     """
-    if ray.is_initialized():
-        return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if address is None:
+    if _begun:
         tell("starting Ray on this machine")
-        ray_internals.listen_on_loopback()
-        ray_internals.leave_job()
-        _ensure_token()
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
+        failure = _begun.pop().wait()
+    elif ray.is_initialized():
+        return
+    elif address is None:
+        tell("starting Ray on this machine")
+        failure = _start_here(num_cpus, travels).wait()
     else:
         tell(f"connecting to Ray at {address}")
         check_address(address)
         passed_on = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
-        options |= {"address": address, "runtime_env": {"env_vars": ray_internals.ENVIRONMENT | passed_on}}
-    failure = _init(options | {"job_config": ray_internals.job_with_path(ray_internals.DriversPath(travels))})
+        environment = {"env_vars": ray_internals.ENVIRONMENT | passed_on}
+        failure = _Start({"address": address, "runtime_env": environment}, travels).wait()
     if failure is not None:
         reason = failure.__cause__ or failure  # Ray's own wrapper says only that it failed
         lines = [line for line in str(reason).strip().splitlines() if line]
@@ -85,6 +87,22 @@ def connect(
             else "see whether memory or disk ran out, and Ray's logs in "
             f"{ray_internals.logs_folder()} (RAY_TMPDIR moves them); or pass --address of a cluster that runs",
         ) from failure
+
+
+def begin() -> None:
+    """Begin to start a Ray on this machine, for a `connect` without an address that is sure to come: within `closing`.
+
+    Ray starts processes of its own, and takes seconds for it, in which this one can do something else.
+    """
+    if not ray.is_initialized() and not _begun:
+        _begun.append(_start_here(None, None))
+
+
+def _start_here(num_cpus: int | None, travels: str | None) -> _Start:
+    ray_internals.listen_on_loopback()
+    ray_internals.leave_job()
+    _ensure_token()
+    return _Start({"address": "local", "include_dashboard": False, "num_cpus": num_cpus}, travels)
 
 
 def _ensure_token() -> None:
@@ -103,7 +121,7 @@ def _ensure_token() -> None:
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _init(options: dict[str, Any]) -> BaseException | None:
+class _Start:
     """`ray.init` on a thread of its own, where it leaves our signal handlers alone.
 
     The thread lives on as long as the process: Ray's processes are told to die with the thread that started them.
@@ -111,52 +129,63 @@ def _init(options: dict[str, Any]) -> BaseException | None:
     Those processes inherit its blocked SIGTERM. Service managers send that to everybody, and a driver
     whose raylet leaves is ended by Ray, without a word and with exit code 1, before or after it has seen the signal.
     As it is, the driver alone decides: workers checkpoint, and then Ray is shut down.
-
-    Returns:
-        Why it failed, whatever that was; then nothing of Ray is left. None where Ray is up.
     """
-    failures: list[BaseException] = []
-    tried = threading.Event()
 
-    def start() -> None:
+    def __init__(self, options: dict[str, Any], travels: str | None) -> None:
+        job = ray_internals.job_with_path(ray_internals.DriversPath(travels))
+        logs = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+        self.options = {**options, **logs, "job_config": job}
+        self.failures: list[BaseException] = []
+        self.tried = threading.Event()
+        ray_internals.quiet(connected=False)
+        self.before = {child.pid for child in psutil.Process().children()}
+        self.began = time.monotonic()
+        threading.Thread(target=self._start, name="ray-parent", daemon=True).start()
+
+    def _start(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                ray.init(**options)
+                ray.init(**self.options)
         except BaseException as error:  # Ray raises plain exceptions, too; and here nobody else would hear of any
-            failures.append(error)
-        tried.set()
-        if not failures:
+            self.failures.append(error)
+        self.tried.set()
+        if not self.failures:
             threading.Event().wait()
 
-    ray_internals.quiet(connected=False)
-    before = {child.pid for child in psutil.Process().children()}
-    threading.Thread(target=start, name="ray-parent", daemon=True).start()
-    up = False
-    try:
-        failure = _wait_for(tried, before) or (failures[0] if failures else None)
-        up = failure is None
-    finally:
-        if not up:
-            _end_what_was_started(before)
-    _take_signals_back()
-    ray_internals.quiet(connected=True)
-    return failure
+    def wait(self) -> BaseException | None:
+        """Wait until it is up.
 
+        Returns:
+            Why it failed, whatever that was; then nothing of Ray is left. None where Ray is up.
+        """
+        up = False
+        try:
+            failure = self._wait() or (self.failures[0] if self.failures else None)
+            up = failure is None
+        finally:
+            if not up:
+                _end_what_was_started(self.before)
+        _take_signals_back()
+        ray_internals.quiet(connected=True)
+        return failure
 
-def _wait_for(tried: threading.Event, before: set[int]) -> BaseException | None:
-    """Wait for `ray.init` to come back; a reason not to wait any longer, if there is one before.
+    def _wait(self) -> BaseException | None:
+        """Wait for `ray.init` to come back; a reason not to wait any longer, if there is one before.
 
-    In slices, so that signals are handled meanwhile.
-    """
-    began = time.monotonic()
-    while not tried.wait(POLL_SECONDS):
-        if dead := [child.name() for child in _started_since(before) if child.status() == psutil.STATUS_ZOMBIE]:
-            return RuntimeError(f"its {dead[0]} ended as soon as it was started")  # Ray would wait for half a minute
-        if time.monotonic() - began > START_SECONDS:
-            return TimeoutError(f"it did not answer within {START_SECONDS:g} s")
-    return None
+        In slices, so that signals are handled meanwhile.
+        """
+        while not self.tried.wait(POLL_SECONDS):
+            if dead := [
+                child.name() for child in _started_since(self.before) if child.status() == psutil.STATUS_ZOMBIE
+            ]:
+                return RuntimeError(
+                    f"its {dead[0]} ended as soon as it was started"
+                )  # Ray would wait for half a minute
+            if time.monotonic() - self.began > START_SECONDS:
+                return TimeoutError(f"it did not answer within {START_SECONDS:g} s")
+        return None
 
 
 def _started_since(before: set[int]) -> list[psutil.Process]:
@@ -259,6 +288,9 @@ def closing() -> Iterator[None]:
     finally:
         if ours:
             _closers.clear()
+            # Nobody came to need it. It has to come up first: Ray ends a process whose raylet dies while it joins it.
+            if _begun:
+                _begun.pop().wait()
             if ray.is_initialized():
                 shut_down()
 

@@ -35,7 +35,7 @@ from akd_dist.reporting.results import read_fleet
 from akd_dist.tracking.progress import tell
 
 DIFFERENCES_SHOWN = 12
-_BESIDE = ("students", "taken_out", "history", "rows")
+_BESIDE = ("students", "taken_out", "history", "rows", "stacking")
 """What an identity holds that may differ between two commands of one run."""
 
 

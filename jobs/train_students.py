@@ -5,7 +5,9 @@ akd-dist train-students jobs/digits.yaml
 
 import contextlib
 import functools
+import importlib
 import json
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -39,6 +41,7 @@ from akd_dist.jobs.planning.planner import (
     nodes_to_come,
     plan_cohorts,
 )
+from akd_dist.jobs.planning.stacking import Stackings, kept_by, stacks_in_process
 from akd_dist.jobs.prepare_rows import prepare_shown, rows_of_machine
 from akd_dist.jobs.remote_run import RemoteRun, copy_of
 from akd_dist.jobs.results import finish_run, tell_failures, telling_damage
@@ -127,22 +130,27 @@ def _run_recipe(
             holding.enter_context(run.followed())
         inputs = with_models(inputs, workspace) if options.wait else inputs
         shuffle = windows.settled(recipe, run.folder, fresh=options.fresh)
-        growth = Growth()
+        growth, stacking = Growth(), kept_by(None)
         if not options.fresh:  # before `driving`: whoever is sent away is not who goes on with the run
-            inputs, growth = _grown(run.folder, inputs, shuffle, search=rung is not None)
+            inputs, growth, stacking = _grown(run.folder, inputs, shuffle, search=rung is not None)
             for line in growth.lines if rung is None else []:
                 workspace.tell(f"the run {recipe.name}: {line}")
         drives = contextlib.nullcontext() if options.dry_run else driving(run.folder, moves=run.local is not None)
         with drives, cluster.closing():
             pauses = {} if rung is None else rung.pauses
-            plan = plan_run(inputs, run.folder, workspace, fresh=options.fresh, shuffle=shuffle, pauses=pauses)
+            begun: dict[str, Any] = {"fresh": options.fresh, "shuffle": shuffle, "stacking": stacking}
+            executed = not options.dry_run
+            plan = plan_run(inputs, run.folder, workspace, pauses=pauses, executed=executed, **begun)
             if options.dry_run:
                 return plan, plan.document.model_copy(update=growth.told).plain()
             return plan, _execute(plan, growth, options, workspace, began, run, rung)
 
 
-def _grown(run: Path, inputs: Inputs, shuffle: windows.Shuffle | None, *, search: bool) -> tuple[Inputs, Growth]:
-    """What is trained of a recipe in a run that may have begun: its students as they are called there.
+def _grown(
+    run: Path, inputs: Inputs, shuffle: windows.Shuffle | None, *, search: bool
+) -> tuple[Inputs, Growth, Stackings | None]:
+    """What is trained of a recipe in a run that may have begun: its students as they are called there, and how the run
+    has their steps taken.
 
     Raises:
         AkdError: it is another run.
@@ -151,11 +159,11 @@ def _grown(run: Path, inputs: Inputs, shuffle: windows.Shuffle | None, *, search
     identity = run_identity(recipe, inputs.splits, fingerprints(inputs.levels))
     saved = check_same_run(run, recipe, identity)
     if saved is None:
-        return inputs, Growth()
+        return inputs, Growth(), kept_by(None)
     recipe, growth = settle(run, saved, inputs.recipe, identity["students"], search=search)
     # By what the recipe calls them: a student of another name is the same one, and has as many parameters.
     parameters = inputs.parameters | {name: inputs.parameters[given] for given, name in growth.renamed.items()}
-    return replace(inputs, recipe=recipe, parameters=parameters), growth
+    return replace(inputs, recipe=recipe, parameters=parameters), growth, kept_by(saved)
 
 
 def _execute(
@@ -179,12 +187,12 @@ def _execute(
     elif not plan.inputs.complete and (folder / "identity.json").exists():  # begun once; a model was trained just now
         check_same_run(folder, recipe, identity)
     base = fleet_job(recipe, splits, levels[0].stores, folder, workspace.cache_root)
-    base = replace(base, run_uri=run.uri, stages=workspace.store_root)
+    base = replace(base, run_uri=run.uri, stages=workspace.store_root, stacks=plan.stacks)
     if rung is not None:
         base = replace(base, reads_test=False, **rung.counts)
     followed = [tracked(recipe, spec, base, plan.inputs.parameters[spec.name]) for spec in recipe.students]
     forward = functools.partial(forwarding, folder, followed, options.trackers, workspace.tell)
-    if not plan.todo and (saved := saved_results(folder, identity)) is not None:
+    if not plan.todo and (saved := saved_results(folder, plan.kept(identity))) is not None:
         workspace.tell(f"the run {recipe.name} is done: these are its saved results")
         with forward():
             return as_told_now(with_stores_found(saved, models), growth)
@@ -193,7 +201,7 @@ def _execute(
     used += [base.rows.uri] if base.rows is not None else []
     with using(used, run=run.uri or str(folder.absolute()), lock=(folder / "lock").absolute()):
         # Within the record of use: from that on, nobody removes the stores that this run is about to name.
-        begin_run(folder, recipe, growth.into(identity), moves=run.local is not None)
+        begin_run(folder, recipe, growth.into(plan.kept(identity)), moves=run.local is not None)
         run.withdraw("fleet.json")
         run.publish()
         splits = _decode(base, plan, models, workspace)
@@ -279,11 +287,19 @@ def _train(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspa
             look = plan.inputs.splits.sources.look
             asked: dict[str, Any] = {"look": look, "demand": demand, "folder": workspace.folder, "run": run}
             fleet = Fleet(base, costs, stop, workspace.console, assistant, **asked)
+            threading.Thread(target=_import_what_reports_need, name="imports", daemon=True).start()
             count = fleet.train(cohorts)
         if stop:
             told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")
     return count
+
+
+def _import_what_reports_need() -> None:
+    """While workers train, the driver has nothing to do; at their end, each second of it is waited for."""
+    with contextlib.suppress(Exception):  # told where the report is made
+        for name in ("scipy.stats", "matplotlib.figure", "matplotlib.backends.backend_svg", "jinja2"):
+            importlib.import_module(name)
 
 
 @contextlib.contextmanager
@@ -322,6 +338,7 @@ def train_in_process(
         base = replace(base, run_uri=remote.uri)
         remote.run.begin_attempt(base.attempt)
     base.attempt_file.touch()
+    base = replace(base, stacks=stacks_in_process(recipe, splits, cache_root))
     jobs = [cohort_job(base, group, assistant or {}) for group in groups_of(list(recipe.students))]
     splits.sources.begin()
     results = []

@@ -74,7 +74,7 @@ def probed_once() -> Iterator[None]:
     patch.setattr(probing, "ALL_SECONDS", 3600.0)
 
     def once(prober: Any, spec: Any) -> Any:
-        key = json.dumps([prober.job["data"], prober.job["device"], probing.probe_key(spec)])
+        key = json.dumps([prober.job["data"], prober.job["device"], prober.job["stacked"], probing.probe_key(spec)])
         if "custom" in key:  # code of another folder is other code
             key += json.dumps(prober.job["trusted"])
         if _probed.get(key) is None:

@@ -12,8 +12,10 @@ from akd_dist import recipe as recipes
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.row_cache import prepare
+from akd_dist.data.rows import Splits
 from akd_dist.distill.checkpoint import newest_checkpoint
 from akd_dist.jobs.cache_teacher import cache_in_process
+from akd_dist.jobs.planning.stacking import stacks_in_process
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import save_model
@@ -45,6 +47,11 @@ def a_recipe(students: list[dict[str, Any]], **changes: Any) -> Recipe:
         "device": DEVICE,
     }
     return Recipe.model_validate(document | changes).own()
+
+
+def stacks_of(recipe: Recipe, splits: Splits, cache_root: Path) -> dict[str, int]:
+    """Whose steps are taken in stacks, as `train_in_process` finds it."""
+    return stacks_in_process(recipe, splits, str(cache_root))
 
 
 Own = TypeVar("Own", bound=recipes.Factory)

@@ -48,14 +48,21 @@ def by_sha256(folder: Path) -> dict[str, Any]:
         fleets.a_student("kd", objective=fleets.KD, optimizer=sgd),
         fleets.a_student("continuation", objective=fleets.CONTINUATION, model={"kind": "resnet", "depth": 8}),
     ]
+    stacked = {"annealing": fleets.ANNEALING, "kd": fleets.KD, "continuation": fleets.CONTINUATION}
     crops = {"augmentation": {"kind": "random_resized_crop_flip"}, "seed": 3, "stratify": True}
     recipes = {
-        "shift-float32": fleets.a_recipe(students),
+        "shift-float32": fleets.a_recipe(students, stacked="never"),
         "crop-float16": fleets.a_recipe(
             [fleets.a_student("annealing", model=cnn), fleets.a_student("kd", objective=fleets.KD)],
             data={"train": {"kind": "digits"}, "views": 1} | crops,
             cache={"encoding": "float16"},
             name="crops",
+            stacked="never",
+        ),
+        "stacked": fleets.a_recipe(
+            [fleets.a_student(name, objective=objective) for name, objective in stacked.items()],
+            name="stacked",
+            stacked="always",
         ),
     }
     found: dict[str, Any] = {"torch": torch.__version__.split("+")[0]}

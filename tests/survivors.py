@@ -40,7 +40,7 @@ SECOND_EPOCH = "cohort.after_batch:12:STOP"
 ELSEWHERE = ("seconds", "path", "stage1_from", "attempt")
 # Imported by all of them, late; imported before the fork, they cost nothing. There is one such server for all tests, so
 # whoever forks takes this context: the list of another one is not looked at once the server has started.
-PRELOADED = ["tests.survivors", "torchmetrics.functional", "torch._inductor", "sklearn.datasets"]
+PRELOADED = ["tests.survivors", "torch._inductor", "sklearn.datasets"]
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(PRELOADED)

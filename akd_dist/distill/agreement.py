@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from akd_dist.data.findings import near_chance
@@ -122,6 +121,8 @@ def _in_another_order(chosen: np.ndarray, labels: np.ndarray, names: tuple[str, 
     """
     half = len(labels) // 2
     ours, at_ours = np.unique(chosen[:half], return_inverse=True)
+    from scipy.optimize import linear_sum_assignment  # takes a second, and few runs need it
+
     theirs, at_theirs = np.unique(labels[:half], return_inverse=True)
     counts = np.zeros((len(ours), len(theirs)), dtype=np.int64)
     np.add.at(counts, (at_ours, at_theirs), 1)

@@ -232,6 +232,7 @@ def open_student(
             metric=job.data.primary_metric,
             own_metric=job.data.own_metric,
             device=device,
+            together=spec.name in job.stacks,
         )
         resumed = student.resume(lambda text: write_note(log, text))
         write_metrics(student)  # without the epochs after the checkpoint: they are trained again

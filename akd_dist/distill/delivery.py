@@ -125,8 +125,10 @@ def epoch_end(student: Student, record: dict[str, Any]) -> EpochEnd:
 def write_metrics(student: Student, *, durable: bool = False) -> None:
     """All epochs so far, whole: a line that is added to a file may be cut, and may be added by a late worker."""
     if student.ranks.rank == 0:
-        lines = "".join(json.dumps(record) + "\n" for record in student.history)
-        student.writer.replace(student.folder / "metrics.jsonl", lines.encode(), durable=durable)
+        # Each record is spelled once, however often the file is written.
+        del student.lines[len(student.history) :]
+        student.lines += [json.dumps(record) + "\n" for record in student.history[len(student.lines) :]]
+        student.writer.replace(student.folder / "metrics.jsonl", "".join(student.lines).encode(), durable=durable)
 
 
 def entry(spec: recipe.StudentSpec, state: str, reason: str | None, folder: Path, attempt: int) -> dict[str, Any]:

@@ -71,6 +71,8 @@ class CohortJob:
     pauses: Mapping[str, int] = field(default_factory=dict)
     """After how many epochs students checkpoint and wait for another command, by name; who is not here goes on to its
     end."""
+    stacks: Mapping[str, int] = field(default_factory=dict)
+    """Whose steps are taken in stacks, by name, and how many students at most in one; who is not here steps alone."""
     epochs_behind: int = 0
     """Epochs of trials that went no further, and are not among the students."""
     epochs_later: int = 0

@@ -20,8 +20,9 @@ from akd_dist.distill.objectives import Stage
 from akd_dist.distill.orders import Mix
 from akd_dist.distill.progress import Progress
 from akd_dist.distill.ranks import Ranks
+from akd_dist.distill.stack import Stacks
 from akd_dist.distill.stage1 import publish_stage1, take_stage1
-from akd_dist.distill.stream import BatchStream
+from akd_dist.distill.stream import Batch, BatchStream
 from akd_dist.distill.student import Student, stage1_leader
 from akd_dist.storage.content import Guard
 
@@ -44,6 +45,7 @@ class Lockstep:
     def __post_init__(self) -> None:
         metric = self.job.data.primary_metric
         self.progress = Progress(self.job.progress_file, self.students, self.stream, metric, self.ranks.rank)
+        self.stacks = Stacks(self.job.stacks)
         self.saved_at = time.monotonic()
 
     def run(self) -> bool:
@@ -70,10 +72,8 @@ class Lockstep:
             stream = stream if any(one.stage.needs_logits for one in here) else stream.without_logits()
             then = self._read_next(epoch, [one for one in at if one not in here], logits=stream.logits is not None)
             for batch in stream.batches(epoch, first, self.ranks.rank, self.ranks.world, then):
-                for student in here:
-                    if student.training and student.step == batch.step:
-                        with self._failing_alone(student):
-                            student.take_step(batch, stream.steps_per_epoch)
+                now = [student for student in here if student.training and student.step == batch.step]
+                self._take_step(now, batch, stream.steps_per_epoch)
                 if not any(student.training for student in here):
                     break  # all of them have failed or diverged: the rest of the epoch is not read
                 if stopped := self._stops_after_batch():
@@ -82,6 +82,17 @@ class Lockstep:
                 self._end_epoch(here)
         self.progress.tell(force=True)
         return stopped
+
+    def _take_step(self, students: list[Student], batch: Batch, steps_per_epoch: int) -> None:
+        """One step of each student: in stacks those that are stacked, the others one after the other."""
+        for student in students:
+            if student.packed is None:
+                with self._failing_alone(student):
+                    student.take_step(batch, steps_per_epoch)
+        together = [student for student in students if student.training and student.packed is not None]
+        for student, error in self.stacks.take_step(together, batch, steps_per_epoch).items():
+            with self._failing_alone(student):
+                raise error
 
     def _take_stages(self) -> None:
         """Have those that have not begun go on from a stage I that was trained before, in this run or another."""

@@ -1,12 +1,11 @@
 """Evaluation of a model on a split: accuracy, F1 and Matthews for classes, Pearson and Spearman for numbers.
 
-torchmetrics computes them, as far as it counts class by class. It takes more than a second to import, so it is imported
-where it is first needed.
+They are a few lines of counts each. Tests compare them with torchmetrics, whose import would take every worker two
+seconds.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from akd_dist.data.encoded import ahead, batches_ahead, begin
 from akd_dist.data.rows import Rows
 from akd_dist.distill.hooks import own_measure
-from akd_dist.distill.objectives import at_least_float32, label_losses
+from akd_dist.distill.losses import at_least_float32, label_losses
 from akd_dist.models.device import autocast
 from akd_dist.recipe import CustomMetric, Precision, Task
 
@@ -92,7 +91,7 @@ def measure(
         found = _of_numbers(predictions.double(), labels.double())
     else:
         found = _of_classes(predictions, labels, classes or int(torch.cat([predictions, labels]).max()) + 1)
-    # torchmetrics divides in float32, whose digits beyond the seventh mean nothing and may end just outside of -1 to 1.
+    # Some are divided in float32, whose digits beyond the seventh mean nothing and may end just outside of -1 to 1.
     return {
         name: max(-1.0, min(1.0, round(value, 7))) if math.isfinite(value) else 0.0 for name, value in found.items()
     }
@@ -101,20 +100,15 @@ def measure(
 def _of_classes(predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, float]:
     """From counts per class: memory and time grow with rows + classes, never with classes x classes.
 
-    torchmetrics has that for accuracy and for the F1 of two classes. Its macro F1 and its Matthews go by the confusion
-    matrix, so these two are worked out here: the F1 in its own float32, to the same bits as ever; Matthews in whole
-    numbers, where its float32 loses digits beyond some thousand rows.
+    Libraries take macro F1 and Matthews from the confusion matrix, and importing one of them takes each worker two
+    seconds. Accuracy and F1 are divided in float32, as torchmetrics does, to the same bits as ever; Matthews in whole
+    numbers, where float32 loses digits beyond some thousand rows.
     """
-    from torchmetrics.functional import classification
-
-    several: dict[str, Any] = {"num_classes": max(classes, 2), "validate_args": False}
-    accuracy = classification.multiclass_accuracy(predictions, labels, average="micro", **several)
-    true, said = (torch.bincount(chosen, minlength=classes) for chosen in (labels, predictions))
-    hits = torch.bincount(labels[labels == predictions], minlength=classes)
-    if classes <= 2:
-        f1 = classification.binary_f1_score(predictions, labels, validate_args=False)
-    else:
-        f1 = _macro_f1(true, said, hits)
+    several = max(classes, 2)
+    true, said = (torch.bincount(chosen, minlength=several) for chosen in (labels, predictions))
+    hits = torch.bincount(labels[labels == predictions], minlength=several)
+    accuracy = hits.sum() / len(labels)
+    f1 = _macro_f1(true, said, hits) if classes > 2 else (2.0 * hits / (true + said).clamp(min=1))[1]
     return {"accuracy": float(accuracy), "f1": float(f1), "matthews": _matthews(true, said, hits)}
 
 
@@ -138,17 +132,19 @@ def _matthews(true: torch.Tensor, said: torch.Tensor, hits: torch.Tensor) -> flo
 
 
 def _of_numbers(predictions: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    from torchmetrics.functional.regression import pearson_corrcoef
-
     if not (_varies(predictions) and _varies(labels)):
         return {"pearson": 0.0, "spearman": 0.0}
     # Divided by its largest, so that no square overflows; a correlation does not change by that.
     scaled = predictions / predictions.abs().max()
-    # Spearman's is Pearson's of the ranks. The function of that name sums ranks in int32, too small for many ties.
+    # Spearman's is Pearson's of the ranks.
     return {
-        "pearson": float(pearson_corrcoef(scaled, labels)),
-        "spearman": float(pearson_corrcoef(_ranks(predictions), _ranks(labels))),
+        "pearson": _correlation(scaled, labels),
+        "spearman": _correlation(_ranks(predictions), _ranks(labels)),
     }
+
+
+def _correlation(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1])
 
 
 def _varies(values: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The objectives as pure functions: a student's stages, the schedules, the losses, the learning rate.
+"""The objectives as pure functions: a student's stages, the schedules, the learning rate.
 
 Nothing here holds state. Every loss is returned per row, so that the caller can take the exact mean of a global batch
 however it is cut into ranks. A further objective is a small frozen class with `losses`, and a line in `stages`.
@@ -9,16 +9,15 @@ classes. The dtype of the labels tells the task: int64 are class ids, a float ty
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from akd_dist.base.errors import RecipeError
 from akd_dist.distill.hooks import LOSSES, function_of, own_losses
+from akd_dist.distill.losses import Number, annealing_losses, at_least_float32, label_losses, softened_losses
 from akd_dist.distill.orders import LABELLED, Mix
 from akd_dist.recipe import (
     AnnealingKD,
@@ -55,7 +54,6 @@ class Stage(ABC):
     optimizer: Optimizer | None = None
     """What its loss is descended by; None takes the student's."""
 
-    @abstractmethod
     def losses(
         self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
     ) -> Tensor:
@@ -72,6 +70,31 @@ class Stage(ABC):
         Returns:
             [n], of the dtype of the logits.
         """
+        return self.formula(z_student, z_teacher, labels, label_weight, **self.numbers(epoch))
+
+    def numbers(self, epoch: int) -> dict[str, float]:
+        """The numbers in the formula in a 0-based epoch: in these alone students differ that step together."""
+        return {}
+
+    @abstractmethod
+    def formula(
+        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
+    ) -> Tensor:
+        """The loss of each row; of one student, or of several in one go.
+
+        Args:
+            z_student: [n, classes], or [students, n, classes].
+            z_teacher, labels, label_weight: as of `losses`: all students see the same rows.
+            numbers: as `numbers` has them, or of each student, [students, 1].
+
+        Returns:
+            [n], or [students, n].
+        """
+
+    @property
+    def alike(self) -> Hashable:
+        """What stages have in common whose formula is the same but for its numbers; None where it is one student's."""
+        return type(self), getattr(self, "reduction", None)
 
     def temperature(self, epoch: int) -> int | None:
         """T of a 0-based epoch of this stage, None where nothing is annealed."""
@@ -94,8 +117,8 @@ class HardLabelStage(Stage):
     needs_logits: ClassVar[bool] = False
     needs_raw_logits: ClassVar[bool] = False
 
-    def losses(
-        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    def formula(
+        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
     ) -> Tensor:
         """Cross-entropy; the squared error for regression."""
         return label_losses(z_student, labels, label_weight)
@@ -112,12 +135,16 @@ class AnnealingStage(Stage):
     reduction: str = "mean"
     """How the squared norm is reduced over classes: `mean` or `sum`."""
 
-    def losses(
-        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    def numbers(self, epoch: int) -> dict[str, float]:
+        """Phi."""
+        return {"phi": self.phi(epoch)}
+
+    def formula(
+        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
     ) -> Tensor:
         """The squared distance to the annealed logits; the same for regression, with its one number."""
         assert z_teacher is not None
-        return annealing_losses(z_student, z_teacher, self.phi(epoch), self.reduction)
+        return annealing_losses(z_student, z_teacher, numbers["phi"], self.reduction)
 
     def temperature(self, epoch: int) -> int:
         """T of a 0-based epoch: see `temperature`."""
@@ -140,8 +167,12 @@ class KdStage(Stage):
     alpha: float
     """Share of the teacher in the loss."""
 
-    def losses(
-        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    def numbers(self, epoch: int) -> dict[str, float]:
+        """T, and the shares of teacher and labels."""
+        return {"softening": self.softening, "share_of_teacher": self.alpha, "share_of_labels": 1 - self.alpha}
+
+    def formula(
+        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
     ) -> Tensor:
         """(1 - a) CE(y, z_s) + a T^2 KL(softmax(z_t / T) || softmax(z_s / T)).
 
@@ -151,8 +182,9 @@ class KdStage(Stage):
         if labels.is_floating_point():
             from_teacher = annealing_losses(z_student, z_teacher, 1.0)
         else:
-            from_teacher = softened_losses(z_student, z_teacher, self.softening)
-        return (1 - self.alpha) * label_losses(z_student, labels, label_weight) + self.alpha * from_teacher
+            from_teacher = softened_losses(z_student, z_teacher, numbers["softening"])
+        from_labels = label_losses(z_student, labels, label_weight)
+        return numbers["share_of_labels"] * from_labels + numbers["share_of_teacher"] * from_teacher
 
 
 @dataclass(frozen=True)
@@ -172,14 +204,19 @@ class ContinuationStage(Stage):
     reduction: str = "mean"
     """How the squared norm is reduced over classes, before the margin is taken off: `mean` or `sum`."""
 
-    def losses(
-        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
+    def numbers(self, epoch: int) -> dict[str, float]:
+        """Phi, m Phi, psi and 1 - psi."""
+        phi, psi = self.phi(epoch), self.psi(epoch)
+        return {"phi": phi, "margin": self.margin * phi, "psi": psi, "rest": 1 - psi}
+
+    def formula(
+        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
     ) -> Tensor:
         """psi_i CE(y, z_s) + (1 - psi_i) max(0, || z_s - Phi z_t ||^2 - m Phi); squared error for CE in regression."""
         assert z_teacher is not None
-        distances = annealing_losses(z_student, z_teacher, self.phi(epoch), self.reduction)
-        hinged = (distances - self.margin * self.phi(epoch)).clamp(min=0)
-        return self.psi(epoch) * label_losses(z_student, labels, label_weight) + (1 - self.psi(epoch)) * hinged
+        distances = annealing_losses(z_student, z_teacher, numbers["phi"], self.reduction)
+        hinged = (distances - numbers["margin"]).clamp(min=0)
+        return numbers["psi"] * label_losses(z_student, labels, label_weight) + numbers["rest"] * hinged
 
     def temperature(self, epoch: int) -> int:
         """T of a 0-based epoch: see `continuation_temperature`."""
@@ -208,6 +245,17 @@ class CustomStage(Stage):
     ) -> Tensor:
         """What its function returns; what rows without a label cost is its own affair."""
         return own_losses(self._function, z_student, z_teacher, labels, epoch, self.epochs)
+
+    def formula(
+        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
+    ) -> Tensor:
+        """There is none for several students: the function of somebody else is given one at a time."""
+        raise NotImplementedError
+
+    @property
+    def alike(self) -> None:
+        """Its own."""
+        return None
 
     @functools.cached_property
     def _function(self) -> Callable[..., Any]:
@@ -289,11 +337,6 @@ def row_losses(
     return stage.losses(epoch, z_student, z_teacher, labels, label_weight)
 
 
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Logits in float32 where they are of half precision; float32 and float64 as they are."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def temperature(i: int, n: int, tau_max: int) -> int:
     """T_i = max(1, tau_max - floor((i - 1) * tau_max / n)): the temperature of epoch i = 1..n of stage I.
 
@@ -352,61 +395,3 @@ def learning_rate(base: float, schedule: Schedule, step: int, total: int) -> flo
             return base * (1 - step / total)
         case _:
             return base
-
-
-def label_losses(z_student: Tensor, labels: Tensor, weight: float = 1.0) -> Tensor:
-    """Cross-entropy of each row, or its squared error (y - z_s)^2 for regression; 0 where a row has no label.
-
-    Args:
-        z_student: float [n, classes]; [n, 1] for regression.
-        labels: int64 [n], or float [n] for regression; -1 or NaN stands for none.
-        weight: what each of them is multiplied by.
-
-    Returns:
-        float [n].
-    """
-    if labels.is_floating_point():
-        z = z_student[:, 0]
-        # Not by a mask on the losses: the gradient of what is masked would still be NaN.
-        losses = (z - torch.where(labels.isnan(), z.detach(), labels)).square()
-    else:
-        losses = functional.cross_entropy(z_student, labels, ignore_index=-1, reduction="none")
-    return losses if weight == 1 else weight * losses
-
-
-def annealing_losses(z_student: Tensor, z_teacher: Tensor, phi: float, reduction: str = "mean") -> Tensor:
-    """|| z_s(x) - Phi(T) z_t(x) ||^2 of each row: the loss of stage I (Jafari et al., EACL 2021), on raw logits.
-
-    The paper writes the squared norm, a sum over classes; the authors' code takes the mean over batch and classes. The
-    mean is the default here because the paper's learning rates belong to it.
-
-    Args:
-        z_student: float [n, classes].
-        z_teacher: float [n, classes] of the same dtype.
-        phi: the annealing factor.
-        reduction: `mean` or `sum` over classes.
-
-    Returns:
-        float [n].
-    """
-    squares = (z_student - phi * z_teacher).square()
-    return squares.mean(dim=1) if reduction == "mean" else squares.sum(dim=1)
-
-
-def softened_losses(z_student: Tensor, z_teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(z_t / T) || softmax(z_s / T)) of each row (Hinton et al., 2015, arXiv 1503.02531).
-
-    T^2 keeps the size of the gradient when T changes.
-
-    Args:
-        z_student: float [n, classes].
-        z_teacher: float [n, classes] of the same dtype.
-        temperature: T, above 0.
-
-    Returns:
-        float [n].
-    """
-    student = functional.log_softmax(z_student / temperature, dim=1)
-    teacher = functional.log_softmax(z_teacher / temperature, dim=1)
-    divergence = functional.kl_div(student, teacher, reduction="none", log_target=True)
-    return temperature**2 * divergence.sum(dim=1)

@@ -22,6 +22,7 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.metrics import EVALUATION_ROWS
 from akd_dist.distill.objectives import mix_of, stages
 from akd_dist.distill.orders import Batches
+from akd_dist.distill.stacking import Judged, judge
 from akd_dist.distill.stream import Batch, BatchStream
 from akd_dist.distill.student import DivergedError, Student
 from akd_dist.models.card import ModelCard
@@ -59,6 +60,14 @@ class Measured:
     """Bytes that a step needs beside these, and gives back."""
     evaluation_memory: int
     """Bytes that evaluating a block of rows needs, and gives back."""
+    stacked: bool = False
+    """Whether its steps are taken together with those of others, see `stacking`."""
+    why: str = "it was not tried"
+    """What speaks for that, or against."""
+    stack: float = 0.0
+    """Seconds of a step of a stack, however many students it has."""
+    together: float = 0.0
+    """Seconds that each student adds to that."""
 
     @property
     def checkpoint(self) -> int:
@@ -94,13 +103,21 @@ def guessed(spec: recipe.StudentSpec, parameters: int) -> Measured:
     return Measured(0.0, 0.0, 0.0, 0.0, 0.0, weights, weights, moments(largest_optimizer(spec)) * weights, 0, 0)
 
 
-def probe(data: recipe.DataSpec, device: str, spec: recipe.StudentSpec, splits: Splits, folder: Path) -> Measured:
+def probe(
+    data: recipe.DataSpec,
+    device: str,
+    spec: recipe.StudentSpec,
+    splits: Splits,
+    folder: Path,
+    stacked: recipe.Stacked = "auto",
+) -> Measured:
     """Take a few steps of a student, here and now; torch's settings are afterwards those of the student.
 
     Args:
         data: how the stream makes the rows.
         device: `cpu` or `cuda`, as the recipe says.
         folder: an empty one, for the student's files.
+        stacked: as the recipe says; `never` tries no stack.
 
     Raises:
         DivergedError: the loss is no number.
@@ -115,9 +132,25 @@ def probe(data: recipe.DataSpec, device: str, spec: recipe.StudentSpec, splits: 
     usual = -(-int(max(one[0] for one in sizes)) // spec.workers)
     largest = -(-int(max(one.max() for one in sizes)) // spec.workers)
     try:
-        return _measure(data, alone, splits, settled, folder, share=usual, largest=largest)
+        last = min(int(one[-1]) for one in sizes)
+        shape = Shape(share=usual, largest=largest, last=last, workers=spec.workers)
+        return _measure(data, alone, splits, settled, folder, shape, stacked)
     except DivergedError:
         raise DivergedError("the loss is no number, with weights that have hardly moved") from None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The rows of a student's steps."""
+
+    share: int
+    """Of a worker in a step, for which times are given."""
+    largest: int
+    """The most that it ever has at once, as in a merged last batch, by which memory is."""
+    last: int
+    """Of an epoch's last batch."""
+    workers: int
+    """How many share a batch."""
 
 
 def _measure(
@@ -126,17 +159,11 @@ def _measure(
     splits: Splits,
     device: torch.device,
     folder: Path,
-    *,
-    share: int,
-    largest: int,
+    shape: Shape,
+    stacked: recipe.Stacked,
 ) -> Measured:
-    """What a student takes.
-
-    Args:
-        share: rows of a worker in a step, for which times are given.
-        largest: the most that it ever has at once, as in a merged last batch, by which memory is.
-    """
-    started = time.perf_counter()
+    """What a student takes."""
+    started, share, largest = time.perf_counter(), shape.share, shape.largest
     card = ModelCard.of(spec.model, splits.train, data.normalize, data.image)
     student = Student(spec, card, folder, device=device)
     start = time.perf_counter() - started
@@ -158,6 +185,15 @@ def _measure(
     evaluated = min(EVALUATION_ROWS, len(splits.validation), max(1, int(rows * PROBE_SECONDS / per_step)))
     evaluation = _evaluation_seconds(student, splits, evaluated)
     weights = _bytes_of(student.module.state_dict().values())
+    judged = Judged(False, "the recipe says stacked: never")
+    if stacked != "never" and rows < share:
+        judged = Judged(False, "a step takes too long, or too much memory, for a trial of several")
+    elif stacked != "never":
+        judged = judge(
+            spec.model_copy(update={"workers": shape.workers}),
+            *(card, folder / "stacks", batch, shape.last, per_step, step_memory, device),
+            wanted=stacked == "always",
+        )
     return Measured(
         step=per_step * share / rows,
         stream=stream * share / rows,
@@ -175,6 +211,10 @@ def _measure(
         ),
         step_memory=step_memory,
         evaluation_memory=math.ceil(EVALUATION_ROWS * (2 * saved.largest / len(first.rows) + 4 * values)),
+        stacked=judged.stacked,
+        why=judged.why,
+        stack=judged.once,
+        together=judged.each,
     )
 
 

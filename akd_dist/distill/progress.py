@@ -11,6 +11,8 @@ from akd_dist.documents.status import CohortProgress, StudentProgress
 from akd_dist.tracking.status import Pace, write_document
 
 PROGRESS_SECONDS = 0.5
+SHARE = 0.01
+"""Of the time of training that telling may take."""
 
 
 class Progress:
@@ -22,8 +24,9 @@ class Progress:
 
     def __init__(self, path: Path, students: Sequence[Student], stream: BatchStream, metric: str, rank: int) -> None:
         self.path, self.students, self.stream, self.metric, self.rank = path, students, stream, metric, rank
-        self.told_at = time.monotonic()
+        self.told_at, self.pause = time.monotonic(), PROGRESS_SECONDS
         self.paces: dict[str, Pace] = {}
+        self.known: dict[tuple[str, int], int] = {}
 
     def tell(self, *, force: bool = False) -> None:
         """Leave the document if it is time to.
@@ -32,7 +35,7 @@ class Progress:
             HeldError: a later worker has taken a student over: this one has nothing to tell any more.
         """
         now = time.monotonic()
-        if self.rank != 0 or (now - self.told_at < PROGRESS_SECONDS and not force):
+        if self.rank != 0 or (now - self.told_at < self.pause and not force):
             return
         self.told_at = now
         active = [student for student in self.students if student.training]
@@ -42,6 +45,8 @@ class Progress:
         students = [self._of(student, stage1_leader(student, active), now) for student in self.students]
         document = CohortProgress(training=bool(active), at=time.time(), students=students)
         write_document(self.path, document)
+        # A document of hundreds of students takes a while; it is told less often, and training is not held up.
+        self.pause = max(PROGRESS_SECONDS, (time.monotonic() - now) / SHARE)
 
     def _of(self, student: Student, leader: Student | None, now: float) -> StudentProgress:
         """How far a student is.
@@ -85,8 +90,11 @@ class Progress:
 
     def _steps(self, student: Student, epochs: int) -> int:
         """The steps of a student's first epochs, stage by stage: each may show other rows."""
-        steps = 0
-        for stage in student.stages:
-            here = min(stage.epochs, epochs)
-            steps, epochs = steps + here * self.stream.of(student.mix_in(stage)).steps_per_epoch, epochs - here
-        return steps
+        asked = student.spec.name, epochs
+        if asked not in self.known:
+            steps = 0
+            for stage in student.stages:
+                here = min(stage.epochs, epochs)
+                steps, epochs = steps + here * self.stream.of(student.mix_in(stage)).steps_per_epoch, epochs - here
+            self.known[asked] = steps
+        return self.known[asked]

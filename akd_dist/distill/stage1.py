@@ -62,6 +62,8 @@ def stage1_key(job: CohortJob, spec: StudentSpec) -> str | None:
         return None
     stage1 = json.loads(spec.stage1) | {"model": by_content(spec.model)}
     forget_later_keys(stage1)
+    if spec.name in job.stacks:  # those of steps alone are called as ever
+        stage1["stacked"] = True
     libraries = ("torch", *_LIBRARIES.get(spec.model.kind, ()))
     document = {
         "format": FORMAT,

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
 from akd_dist.base.fence import FencedWriter
 from akd_dist.base.files import failpoint, sha256
 from akd_dist.data.rows import Rows
@@ -28,6 +29,7 @@ from akd_dist.distill.checkpoint import decode, newest_checkpoint, save_checkpoi
 from akd_dist.distill.metrics import evaluate
 from akd_dist.distill.objectives import Stage, learning_rate, mix_of, row_losses, stages
 from akd_dist.distill.orders import Mix
+from akd_dist.distill.packed import Packed
 from akd_dist.distill.ranks import AgreedError, Ranks
 from akd_dist.distill.stream import Batch
 from akd_dist.models.build import build
@@ -54,6 +56,10 @@ class Student:
         metric: what picks the best epoch of each stage; None takes the usual one of the task.
         own_metric: what measures it, where it is one of the user's own.
         device: where module, optimizer and batches lie.
+        together: whether its steps are those of a `stack.Stack`; a property of the student, also where it is alone.
+
+    Raises:
+        NotStackableError: they are, and its weights cannot be packed.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Student:
         metric: recipe.Metric | None = None,
         own_metric: recipe.CustomMetric | None = None,
         device: torch.device = CPU,
+        together: bool = False,
     ) -> None:
         self.spec, self.card, self.folder, self.attempt = spec, card, folder, attempt
         self.ranks, self.writer = ranks or Ranks(), writer or FencedWriter()
@@ -79,6 +86,7 @@ class Student:
         self.seconds = 0.0
         self.stage1_from: str | None = None  # the student whose stage I it goes on from, by name
         self.history: list[dict[str, Any]] = []
+        self.lines: list[str] = []  # of its metrics.jsonl, as far as they were written
         self.best: dict[str, torch.Tensor] | None = None  # the weights of the stage's best epoch so far
         self.best_record: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None  # its entry of fleet.json, once it has ended
@@ -89,6 +97,7 @@ class Student:
                 if spec.sync_batchnorm and self.ranks.world > 1:
                     synchronise_batch_norms(module, self.ranks.go_on)
                 self.module = module.to(self.device, weights_dtype(spec.precision))
+        self.packed = Packed(self.module) if together else None
         if self.ranks.rank > 0:  # all ranks make the same weights, and then drop other units
             self.rng = seeded_states(self.device, spec.seed, 0, self.ranks.rank)
         self.optimizer, self.scaler = self._new_optimizer()
@@ -195,12 +204,16 @@ class Student:
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
+        self.stepped(value, len(batch.rows), time.perf_counter() - started)
+
+    def stepped(self, loss: float, rows: int, seconds: float) -> None:
+        """Count a step that was taken: the sum of the losses of so many rows, and the time it took."""
         # Python floats, added in the order of the steps and kept in checkpoints: an epoch that was resumed records the
         # same train loss to the last bit.
-        self.loss_sum += value
-        self.loss_rows += len(batch.rows)
+        self.loss_sum += loss
+        self.loss_rows += rows
         self.step += 1
-        self.seconds += time.perf_counter() - started
+        self.seconds += seconds
 
     def end_epoch(self, validation: Rows) -> dict[str, Any]:
         """Validate, remember the best weights of the stage, and move on to the next epoch or stage.
@@ -281,7 +294,7 @@ class Student:
     def end(self, result: dict[str, Any]) -> None:
         """Keep the result; the memory is left to the other students of this worker."""
         self.result, self.best = result, None
-        del self.forward, self.module, self.optimizer, self.scaler
+        del self.forward, self.module, self.optimizer, self.scaler, self.packed
 
     # ---- to disk and back
 
@@ -304,6 +317,7 @@ class Student:
             "seconds": self.seconds,
             "stage1_from": self.stage1_from,
             "rests_on": rests_on,
+            "stacked": self.packed is not None,
             "history": self.history,
             "best": self.best,
             "best_record": self.best_record,
@@ -324,10 +338,19 @@ class Student:
 
         Raises:
             DamagedError: there are checkpoints and none of them is intact.
+            RefusedError: they are of a student whose steps were taken in another way.
         """
         tree = self._newest_checkpoint(tell)
         if tree is None:
             return False
+        if tree.get("stacked", False) is not (self.packed is not None):
+            before, now = ("in a stack", "alone") if tree.get("stacked") else ("alone", "in a stack")
+            raise RefusedError(
+                f"the checkpoints of {self.spec.name} cannot be gone on from",
+                got=f"a checkpoint of steps that were taken {before}",
+                expected=f"one of steps {now}, as they are taken now",
+                next="put the run's identity.json back, which says how they were taken; or start over with --fresh",
+            )
         self.epoch, self.step, self.stage_index = tree["epoch"], tree["step"], tree["stage_index"]
         self.loss_sum, rows = tree["losses"][self.ranks.rank].tolist()
         self.loss_rows = int(rows)
@@ -356,7 +379,8 @@ class Student:
     def _new_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
         """A fresh optimizer, and what keeps float16's small gradients above zero; elsewhere that does nothing."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.spec.precision == "float16")
-        return make_optimizer(self.module, self.optimizer_spec), scaler
+        trained = self.module.parameters() if self.packed is None else [self.packed.vector]
+        return make_optimizer(trained, self.optimizer_spec), scaler
 
     @contextlib.contextmanager
     def _own_generator(self) -> Iterator[None]:
@@ -397,12 +421,15 @@ def seeded_states(device: torch.device, seed: int, stage: int, rank: int) -> lis
     return [torch.Generator(one).manual_seed(int(digest[:15], 16)).get_state() for one in devices]
 
 
-def make_optimizer(module: nn.Module, spec: recipe.Optimizer) -> torch.optim.Optimizer:
-    """A fresh optimizer. The fused kernels are several times faster on small models and just as deterministic."""
+def make_optimizer(trained: Iterable[nn.Parameter], spec: recipe.Optimizer) -> torch.optim.Optimizer:
+    """A fresh optimizer of these parameters.
+
+    The fused kernels are several times faster on small models and just as deterministic.
+    """
     both: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay, "fused": True}
     if isinstance(spec, recipe.Sgd):
-        return torch.optim.SGD(module.parameters(), momentum=spec.momentum, nesterov=spec.nesterov, **both)
-    return torch.optim.AdamW(module.parameters(), betas=spec.betas, **both)
+        return torch.optim.SGD(trained, momentum=spec.momentum, nesterov=spec.nesterov, **both)
+    return torch.optim.AdamW(trained, betas=spec.betas, **both)
 
 
 def copy_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

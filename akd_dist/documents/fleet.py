@@ -321,6 +321,17 @@ class RunChange(Document):
     """Who was taken out."""
 
 
+class Stacking(Document):
+    """Whether steps of an architecture are taken in stacks, as a trial found when it came into the run."""
+
+    model: str
+    """Label of the architecture."""
+    stacked: bool
+    """Whether students of it step together, in one pass over all of them."""
+    why: str
+    """What speaks for it, or against."""
+
+
 class RunIdentity(Document):
     """What a run keeps in identity.json: the resolved recipe without placement and places, and what these lead to."""
 
@@ -338,6 +349,8 @@ class RunIdentity(Document):
     """Students that were in the recipe once and lie in the run, by name."""
     history: list[RunChange] = []
     """When students came and went, since the run began; the earliest first."""
+    stacking: dict[str, Stacking] | None = None
+    """How steps are taken, by a digest of what that depends on; null in a run of before, where nothing is stacked."""
 
     @field_validator("students", "taken_out")
     @classmethod

@@ -4,7 +4,7 @@ from typing import Literal
 
 from akd_dist.documents.base import Count, Document
 from akd_dist.documents.check import TeacherCheck
-from akd_dist.documents.fleet import RefusedStudent
+from akd_dist.documents.fleet import RefusedStudent, Stacking
 
 
 class PlannedStudent(Document):
@@ -105,6 +105,8 @@ class FleetPlanDocument(Document):
     """In the order in which they queue."""
     ended: list[PlannedStudent]
     """Students that need no more training."""
+    stacking: list[Stacking] = []
+    """How the steps of each architecture are taken."""
     taken_out: list[str] = []
     """Students of the run that the recipe has no more: they would stay on disk, and be left out of its tables."""
     refused: list[RefusedStudent] = []

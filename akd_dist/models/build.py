@@ -17,6 +17,9 @@ from akd_dist.models.card import SIGNATURE, ModelCard, Shape, interface_of
 from akd_dist.models.device import free_memory
 from akd_dist.models.outputs import EXPECTED, NoLogitsError, logits_of
 
+CONSTANTS = frozenset({"offset", "scale"})
+"""The names of a classifier's buffers that follow from its card, and never change."""
+
 
 class Classifier(nn.Module):
     """Raw inputs [n, *shape] -> logits [n, classes]: preprocessing and a body, in one module.

@@ -95,6 +95,7 @@ from akd_dist.recipe.training import (
     Precision as Precision,
     Schedule as Schedule,
     Sgd as Sgd,
+    Stacked as Stacked,
     Steps as Steps,
     Takd as Takd,
     Training as Training,

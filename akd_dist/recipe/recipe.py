@@ -30,7 +30,7 @@ from akd_dist.recipe.cache import CacheSpec
 from akd_dist.recipe.data import DataSpec
 from akd_dist.recipe.paths import change_paths
 from akd_dist.recipe.teacher import TeacherSpec
-from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Learning
+from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Learning, Stacked
 
 # Names become folders, on any file system.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -109,6 +109,11 @@ class Recipe(Spec):
     """Where teacher and students compute. Part of the result: the last bits of the weights differ."""
     cohorts: Count | None = None
     """How many groups of students train at the same time; none leaves it to the planner. Changes no result."""
+    stacked: Stacked = "auto"
+    """Whether students of one architecture step together, in one pass over all of them: `auto` where a short trial
+    gives each the same bits in a stack of any size and takes less time, `always` wherever the bits are the same (else
+    the recipe is refused), or `never`. Part of the result: the last bits of the weights differ from those of steps
+    alone. A run keeps what the trial said."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 20.0
     """Time between checkpoints; 0 writes one at the end of every epoch. Changes no result."""
     folder: str | None = None
@@ -243,6 +248,8 @@ class Recipe(Spec):
                     source.pop(key, None)
         if document["data"]["text"] is not None:
             document["data"]["text"].pop("path", None)
+        if self.stacked == "auto":  # as recipes of before say nothing of it
+            del document["stacked"]
         if not self.data.stratify:  # as recipes of before say nothing of it
             del document["data"]["stratify"]
         # Runs of before knew no such key: what is as by default is left out, each key for itself.

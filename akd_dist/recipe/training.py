@@ -291,6 +291,7 @@ class CustomObjective(Factory):
 Objective = Annotated[AnnealingKD | HardLabels | Kd | Takd | ContinuationKD | CustomObjective, Discriminator("kind")]
 Precision = Literal["float32", "float64", "bfloat16", "float16"]
 LastBatch = Literal["keep", "drop", "merge"]
+Stacked = Literal["auto", "always", "never"]
 
 
 class Training(Spec):

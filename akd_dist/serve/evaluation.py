@@ -22,8 +22,8 @@ from akd_dist.base.errors import RecipeError
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.predictions import predictions_file
 from akd_dist.data.row_cache import Progress
+from akd_dist.distill.losses import at_least_float32, label_losses
 from akd_dist.distill.metrics import measure, predictions
-from akd_dist.distill.objectives import at_least_float32, label_losses
 from akd_dist.documents.fleet import Metrics
 from akd_dist.documents.use import EvaluatedModel, EvaluationDocument, OtherModel, PredictionDocument
 from akd_dist.models.build import num_parameters

@@ -14,6 +14,7 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.objectives import Stage, mix_of, stages
 from akd_dist.distill.orders import ALL, Batches
 from akd_dist.distill.probe import Measured, guessed
+from akd_dist.distill.stacking import most_together
 from akd_dist.jobs.packing import ResourceRequest
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import Recipe, StudentSpec
@@ -172,7 +173,8 @@ class CostModel:
         per_epoch = next((leg for leg in legs if epoch < leg.end), legs[-1]).batches.steps
         epochs = max(0.0, self.ends_at(spec) - epoch - step / per_epoch)
         evaluated, kept = epochs * self.evaluated + self.tested, epochs if self.each_epoch else 0.0
-        stepping = steps * (one.step or UNKNOWN_SECONDS)
+        # In a stack what all of its students share is counted once, by `stack_seconds`.
+        stepping = steps * ((one.together if one.stacked else one.step) or UNKNOWN_SECONDS)
         return one.start + stepping + one.evaluation * evaluated + one.keeping * kept
 
     def leaders(self, cohort: Cohort) -> dict[str, str]:
@@ -236,21 +238,48 @@ class CostModel:
         """Seconds of the stream, once for all students of a cohort."""
         return max(self.measured(spec).stream for spec in cohort) * self.stream_steps(cohort)
 
+    def stacks_of(self, cohort: Cohort) -> list[Cohort]:
+        """The students of a cohort whose steps are taken together: those of one architecture."""
+        found = defaultdict(list)
+        for spec in cohort:
+            if self.measured(spec).stacked:
+                found[spec.model.model_dump_json(), spec.precision].append(spec)
+        return [tuple(stack) for stack in found.values()]
+
+    def stack_seconds(self, cohort: Cohort) -> float:
+        """Seconds that the stacks of a cohort take, however few students they have."""
+        followers = self.leaders(cohort)
+        total = 0.0
+        for stack in self.stacks_of(cohort):
+            steps = max(self.steps_left(spec, spec.name in followers) for spec in stack)
+            parts = -(-len(stack) // self.most_together(stack[0]))
+            total += parts * steps * max(self.measured(spec).stack for spec in stack)
+        return total
+
+    def most_together(self, spec: StudentSpec) -> int:
+        """How many students such as this one step together at most; 1 where it steps alone."""
+        one = self.measured(spec)
+        return most_together(one.step_memory, self.device) if one.stacked else 1
+
     def cohort_seconds(self, cohort: Cohort) -> float:
         """Seconds of a cohort, without its start."""
-        return self.stream_seconds(cohort) + sum(map(self.family_seconds, families_of(cohort)))
+        students = sum(map(self.family_seconds, families_of(cohort)))
+        return self.stream_seconds(cohort) + self.stack_seconds(cohort) + students
 
     def memory(self, cohort: Cohort) -> int:
         """Bytes of main memory of each worker of a cohort, beside memory maps that the whole node shares.
 
-        Students keep their state all the time, and step, evaluate and write one after the other. On a GPU the state
-        lies there, and only checkpoints pass through main memory.
+        Students keep their state all the time, step by stacks, and evaluate and write one after the other. On a GPU the
+        state lies there, and only checkpoints pass through main memory.
         """
         measured = [self.measured(spec) for spec in cohort]
         streaming = self.fetching + self.decoding * rows_ahead(-(-cohort[0].batch // cohort[0].workers))
         if gpus_of(self.device):
             return GPU_PROCESS_BYTES + streaming + max(one.writing for one in measured)
         passing = max(max(one.step_memory, one.evaluation_memory, one.writing) for one in measured)
+        for stack in self.stacks_of(cohort):
+            many = min(len(stack), max(map(self.most_together, stack)))
+            passing = max(passing, many * max(self.measured(spec).step_memory for spec in stack))
         return PROCESS_BYTES + streaming + sum(one.resident(cohort[0].workers) for one in measured) + passing
 
     def ask(self, cohort: Cohort) -> ResourceRequest:

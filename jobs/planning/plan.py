@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from akd_dist.jobs.planning.planner import (
     plan_cohorts,
 )
 from akd_dist.jobs.planning.probing import measure_all, measure_there
+from akd_dist.jobs.planning.stacking import Found, Stackings, key_of, settle_stacking, stacks_of
 from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import Recipe, StudentSpec
@@ -65,6 +66,32 @@ class RunPlan:
     """The cluster that it was made for."""
     document: FleetPlanDocument
     """All of it, as `--dry-run` prints it."""
+    stacking: Stackings | None = None
+    """How steps are taken, as the run keeps it."""
+
+    def kept(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """The identity of the run, with how its students step."""
+        if self.stacking is None:
+            return identity
+        return identity | {"stacking": {key: one.plain() for key, one in self.stacking.items()}}
+
+    @property
+    def stacks(self) -> dict[str, int]:
+        """Whose steps are taken in stacks, as `CohortJob.stacks`."""
+        return stacks_of(self.todo, self.costs.probes, self.recipe.device)
+
+
+def measured_of(
+    recipe: Recipe, todo: Sequence[StudentSpec], splits: Splits, parameters: dict[str, int], workspace: Workspace
+) -> Found:
+    """What the students that are not done take, from a short probe of each architecture.
+
+    They are probed on this machine; on another one of the cluster if they take a GPU and it has none.
+    """
+    probed, sealed = (recipe, todo, parameters, workspace.cache_root), splits.train.sealed
+    if todo and gpus_of(recipe.device) and not torch.cuda.is_available():
+        return measure_there(*probed, workspace.tell, workspace.folder, sealed)
+    return measure_all(*probed, sealed)
 
 
 def costs_of(
@@ -73,23 +100,15 @@ def costs_of(
     splits: Splits,
     parameters: dict[str, int],
     root: Path | None,
-    workspace: Workspace,
+    measured: Found,
     stages1: Mapping[str, str] | None = None,
 ) -> CostModel:
-    """What the students that are not done take, from a short probe and from where their checkpoints stand.
-
-    They are probed on this machine; on another one of the cluster if they take a GPU and it has none.
+    """What the students that are not done take, from what was measured and from where their checkpoints stand.
 
     Args:
         root: the folder of student folders; None for a run that begins afresh.
         stages1: whose stage I was trained before, and where it lies.
     """
-    probed, sealed = (recipe, todo, parameters, workspace.cache_root), splits.train.sealed
-    elsewhere = todo and gpus_of(recipe.device) and not torch.cuda.is_available()
-    if elsewhere:
-        measured = measure_there(*probed, workspace.tell, workspace.folder, sealed)
-    else:
-        measured = measure_all(*probed, sealed)
     found = {spec.name: position(root / spec.name / "checkpoints") for spec in todo} if root else {}
     places = {name: at for name, at in found.items() if at}
     there = {name: key for name, key in (stages1 or {}).items() if name not in places}
@@ -110,6 +129,8 @@ def plan_run(
     fresh: bool,
     shuffle: windows.Shuffle | None = None,
     pauses: Mapping[str, int] | None = None,
+    stacking: Stackings | None = None,
+    executed: bool = False,
 ) -> RunPlan:
     """Plan what is left to do of a run that is held: students are probed, and nothing is written.
 
@@ -117,6 +138,8 @@ def plan_run(
         fresh: as if the run had not begun.
         shuffle: how epochs shuffle, as far as that is settled; else it is chosen.
         pauses: after how many epochs students wait for another command; who stands there has nothing to do.
+        stacking: how the run has steps taken, as `stacking.kept_by`.
+        executed: whether the plan is executed next: then a Ray that it needs on this machine is started meanwhile.
 
     Raises:
         AkdError: what cannot fit the disk, the store root or the cluster.
@@ -141,16 +164,21 @@ def plan_run(
         windows.check_window(demands, shuffle, room, workers=max((spec.workers for spec in todo), default=1))
     if pauses:
         todo = [spec for spec in todo if _goes_on(spec, Path(base.root), pauses)]
+    if todo and executed and workspace.address is None:
+        cluster.begin()
     if todo:
         workspace.tell("probing what the students take")
+    measured = measured_of(recipe, todo, splits, parameters, workspace)
+    measured, stacking = settle_stacking(recipe, todo, measured, stacking)
     stages1: dict[str, str] = {}
     if inputs.complete:  # else what students learn from is not known
         job = replace(base, data=windows.with_window(recipe, shuffle).data, stages=workspace.store_root)
+        job = replace(job, stacks=stacks_of(todo, measured, recipe.device))
         levels = inputs.levels
         for specs in groups_of(todo, recipe.device):
             of_cohort = cohort_job(replace(job, stores=levels[0].stores), specs, levels[-1].stores)
             stages1 |= stages1_there(of_cohort, list(specs))
-    costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), workspace, stages1)
+    costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), measured, stages1)
     costs = replace(costs, pauses=pauses or {})
     waits = workspace.demand().waits
     planned = nodes_to_come(recipe, todo, nodes, costs) if waits else nodes
@@ -158,7 +186,11 @@ def plan_run(
     document = draw_up(inputs, todo, nodes, planned, cohorts, tried, costs, run, caching, shuffle)
     if fresh:
         document = document.model_copy(update={"removes": removed_by_fresh(run)})
-    return RunPlan(inputs, windows.with_window(recipe, shuffle), run, todo, cohorts, costs, nodes, document)
+    kept = {key_of(spec) for spec in recipe.students}
+    told = [one for key, one in (stacking or {}).items() if key in kept]
+    document = document.model_copy(update={"stacking": told})
+    shuffled = windows.with_window(recipe, shuffle)
+    return RunPlan(inputs, shuffled, run, todo, cohorts, costs, nodes, document, stacking)
 
 
 def _goes_on(spec: StudentSpec, root: Path, pauses: Mapping[str, int]) -> bool:
@@ -385,7 +417,17 @@ def why_together(cohort: Cohort, costs: CostModel) -> str:
     followers = len(costs.leaders(cohort))
     forked = f"; {followers} of them go on from another one's stage I" if followers else ""
     apart = "" if costs.labelled is None else " that trains on its rows, with labels or without"
-    return f"{len(cohort)} students share {alike}: each batch is read once for all{apart}{forked}"
+    return (
+        f"{len(cohort)} students share {alike}: each batch is read once for all{apart}{forked}{_stacked(cohort, costs)}"
+    )
+
+
+def _stacked(cohort: Cohort, costs: CostModel) -> str:
+    """How many of them step together."""
+    sizes = [len(stack) for stack in costs.stacks_of(cohort) if len(stack) > 1]
+    if not sizes:
+        return ""
+    return f"; {sum(sizes)} of them step together, in {counted(len(sizes), 'stack')} of one architecture each"
 
 
 def why_so_many(recipe: Recipe, todo: Sequence[StudentSpec], tried: Sequence[Alternative], count: int) -> str:

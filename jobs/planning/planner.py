@@ -62,7 +62,7 @@ class Load:
     ask: ResourceRequest
     """What a cohort of it occupies."""
     shared: float = 0.0
-    """What every cohort of it takes, however few students it has: its stream."""
+    """What every cohort of it takes, however few students it has: its stream, and what a stack takes for any number."""
     longest: float = 0.0
     """What its dearest student takes, which cannot be cut."""
     parts: int = 1_000_000
@@ -166,7 +166,12 @@ def _load(group: Cohort, nodes: Sequence[Node], costs: CostModel) -> Load:
     # The part that asks for most stands for all of them, so that no timetable counts on room that is not there.
     part = max(split_evenly(group, least, costs.family_seconds), key=costs.memory)
     return Load(
-        sum(seconds), costs.ask(part), costs.stream_seconds(group), max(seconds), parts=len(families), least=least
+        sum(seconds),
+        costs.ask(part),
+        costs.stream_seconds(group) + costs.stack_seconds(group),
+        max(seconds),
+        parts=len(families),
+        least=least,
     )
 
 

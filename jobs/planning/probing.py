@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,7 +31,19 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.distill.ranks import reason_of
 from akd_dist.models.device import gpus_of
-from akd_dist.recipe import DataSpec, HardLabels, Recipe, StudentSpec, trust
+from akd_dist.recipe import (
+    Cnn,
+    DataSpec,
+    HardLabels,
+    Mlp,
+    PlainCnn,
+    Recipe,
+    ResNet,
+    Stacked,
+    StudentSpec,
+    TextTransformer,
+    trust,
+)
 from akd_dist.storage.rows import SealedRows
 
 if TYPE_CHECKING:
@@ -39,6 +51,10 @@ if TYPE_CHECKING:
 
 ALL_SECONDS = 30.0
 """How long the probes of a fleet take at most; further models are estimated from the nearest by size."""
+
+BUILT_IN = (Mlp, Cnn, ResNet, PlainCnn, TextTransformer)
+"""Models whose code is ours."""
+_SIZES = ("weights", "gradients", "optimizer", "step_memory", "evaluation_memory")
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +153,11 @@ def probe_key(spec: StudentSpec) -> str:
 def scaled(known: Measured, ratio: float) -> Measured:
     """The measurement of a model that is so many times as large; the stream stays as it is."""
     seconds = {name: getattr(known, name) * ratio for name in ("step", "evaluation", "start", "keeping")}
-    sizes = [one.name for one in fields(known) if one.name not in (*seconds, "stream")]
-    return replace(known, **seconds, **{name: round(getattr(known, name) * ratio) for name in sizes})
+    sizes = {name: round(getattr(known, name) * ratio) for name in _SIZES}
+    # Whether it could be stacked is not known of one that was not tried.
+    return replace(
+        known, **seconds, **sizes, stacked=False, why="the time for trials was over", stack=0.0, together=0.0
+    )
 
 
 class Prober:
@@ -150,6 +169,7 @@ class Prober:
             "device": recipe.device,
             "trusted": recipe.trusted.model_dump(mode="json"),
             "cache_root": cache_root,
+            "stacked": recipe.stacked,
             "sealed": None if sealed is None else asdict(sealed),
         }
         self.process: subprocess.Popen[str] | None = None
@@ -165,11 +185,17 @@ class Prober:
         self.words.close()
 
     def probe(self, spec: StudentSpec) -> Measured | None:
-        """What a student takes; None, and a warning, if its probe fails or kills its process."""
+        """What a student takes; None, and a warning, if its probe fails or kills its process.
+
+        Built-in models on a processor are looked at in this process: their size was compared with the memory before,
+        and they crash nothing, so a process of their own would only cost its start. A GPU would stay taken.
+        """
         if spec.objective.epochs == 0:  # it takes no step, but its fleet may be measured; no recipe can say so
             spec = spec.model_copy(update={"objective": HardLabels(epochs=1)})
         with tempfile.TemporaryDirectory(prefix="akd-dist-probe-") as scratch:
-            answer = self._ask({"student": spec.model_dump(mode="json"), "scratch": scratch})
+            request = {"student": spec.model_dump(mode="json"), "scratch": scratch}
+            here = isinstance(spec.model, BUILT_IN) and self.job["device"] == "cpu"
+            answer = _answer_here(request | self.job) if here else self._ask(request)
         if "failed" in answer:
             log.warning("the probe of %s failed: %s", spec.name, answer["failed"])
             return None
@@ -206,6 +232,18 @@ class Prober:
         )
 
 
+def _answer_here(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request in this process, whose settings of torch stay as they are."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        return asdict(_answer(**request))
+    except Exception as error:
+        return {"failed": reason_of(error)}
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
 def answer_probes() -> None:
     """The process of a `Prober`: answers each student that stands in a line of its input with a line of its output."""
     with os.fdopen(os.dup(1), "w") as answers, contextlib.suppress(KeyboardInterrupt):
@@ -229,12 +267,14 @@ def _answer(
     trusted: dict[str, Any],
     cache_root: str,
     scratch: str,
+    stacked: Stacked,
     sealed: dict[str, str] | None = None,
 ) -> Measured:
     told = Trusted.model_validate(trusted)
     rows, splits = _prepared(json.dumps(data), told, cache_root, None if sealed is None else SealedRows(**sealed))
     try:
-        return probe(rows, device, trust(StudentSpec.model_validate(student), told), splits, Path(scratch))
+        spec = trust(StudentSpec.model_validate(student), told)
+        return probe(rows, device, spec, splits, Path(scratch), stacked)
     finally:
         torch.cuda.empty_cache()  # else it would count as taken in the next probe
 

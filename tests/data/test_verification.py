@@ -40,7 +40,7 @@ class Home:
     def __init__(self, root: Path) -> None:
         self.root = root
         teacher = a_teacher(a_recipe(STUDENTS), root / "teacher", root / "cache")
-        self.recipe = a_recipe(STUDENTS, teacher={"weights": teacher})
+        self.recipe = a_recipe(STUDENTS, teacher={"weights": teacher}, stacked="never")  # trials save students, too
         self.teacher, self.stores = teacher, stores_of(self.recipe, teacher, root)
         self.expected = self.train(root / "cache", root / "run")
 

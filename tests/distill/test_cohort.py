@@ -26,7 +26,7 @@ from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models.folder import load_model
 from akd_dist.recipe import Recipe, Sgd, Takd
-from tests.fleets import ADAMW, ANNEALING, CONTINUATION, HARD, KD, a_recipe, a_student, stores_of, weights
+from tests.fleets import ADAMW, ANNEALING, CONTINUATION, HARD, KD, a_recipe, a_student, stacks_of, stores_of, weights
 from tests.survivors import FORKS, train
 
 FLEET = [
@@ -55,7 +55,8 @@ def recipe() -> Recipe:
 def job_of(recipe: Recipe, stores: dict[str, str], home: Path, run: Path, **changes: Any) -> CohortJob:
     (run / "control").mkdir(parents=True, exist_ok=True)  # as a driver does when it begins
     splits = prepare(recipe.data, home / "cache")
-    return replace(fleet_job(recipe, splits, stores, run, str(home / "cache")), **changes)
+    stacks = stacks_of(recipe, splits, home / "cache")
+    return replace(fleet_job(recipe, splits, stores, run, str(home / "cache")), **{"stacks": stacks, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +227,8 @@ def test_a_worker_that_fails_alone_ends_all_workers(
         raise MemoryError("here and nowhere else")
 
     monkeypatch.setattr(Student, where, short)
-    job, check = job_of(recipe, stores, home, tmp_path, checkpoint_seconds=1e-6), Ranks.check_agreed
+    # Students that share their batches with other workers step one after the other.
+    job, check = job_of(recipe, stores, home, tmp_path, checkpoint_seconds=1e-6, stacks={}), Ranks.check_agreed
     with monkeypatch.context() as patched:
         patched.setattr(Ranks, "check_agreed", lambda _alone, error, who: check(Ranks(0, 2), error, who))
         with pytest.raises(OutOfStepError, match=r"^annealing-0: out of memory: MemoryError: here and nowhere else"):

@@ -151,6 +151,11 @@ def test_memory_and_time_do_not_grow_with_classes_squared() -> None:
         torch.use_deterministic_algorithms(before)
 
 
-def test_torchmetrics_is_imported_when_it_is_needed() -> None:
-    program = "import sys, akd_dist.distill.student, akd_dist.distill.cohort; sys.exit('torchmetrics' in sys.modules)"
+def test_workers_import_no_library_of_metrics() -> None:
+    program = (
+        "import sys, torch, akd_dist.distill.cohort; from akd_dist.distill.metrics import measure; "
+        "labels = torch.arange(3); measure('classification', labels, labels, 3); "
+        "measure('regression', labels.double(), labels.double()); "
+        "sys.exit(bool({'torchmetrics', 'sklearn', 'transformers'} & sys.modules.keys()))"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)

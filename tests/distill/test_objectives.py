@@ -7,20 +7,18 @@ import torch
 from torch.nn import functional
 
 from akd_dist.base.errors import RecipeError
+from akd_dist.distill.losses import annealing_losses, label_losses, softened_losses
 from akd_dist.distill.objectives import (
     AnnealingStage,
     ContinuationStage,
     HardLabelStage,
     KdStage,
     Stage,
-    annealing_losses,
     continuation_temperature,
-    label_losses,
     learning_rate,
     phi,
     psi,
     row_losses,
-    softened_losses,
     stages,
     temperature,
 )

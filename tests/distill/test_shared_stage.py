@@ -32,7 +32,7 @@ FOLLOWERS = {"longer", "slower", "other-kind"}
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return a_recipe(FLEET)
+    return a_recipe(FLEET, stacked="never")
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +138,13 @@ def test_a_failed_student_keeps_whose_stage_it_shared(
     for spec in recipe.students:
         given_up = failed_entry(spec, "its worker died", tmp_path / "students" / spec.name, attempt=1)
         assert given_up["stage1_from"] == ("first" if spec.name in FOLLOWERS else None)
+
+
+def test_in_stacks_too_the_weights_are_those_of_each_alone(stores: dict[str, str], home: Path, tmp_path: Path) -> None:
+    stacked = a_recipe(FLEET, stacked="always")
+    train_in_process(stacked, stores, run=tmp_path / "together", cache_root=str(home / "cache"))
+    for spec in stacked.students:
+        job = job_of(stacked, stores, home, tmp_path / "apart", students=(spec,))
+        assert job.stacks.keys() == {one.name for one in stacked.students}
+        train_cohort(job)
+    assert weights(tmp_path / "together") == weights(tmp_path / "apart")

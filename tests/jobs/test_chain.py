@@ -109,7 +109,7 @@ def test_each_hop_is_a_store_of_its_own_model(home: Home) -> None:
 def test_an_assistant_learns_from_the_one_above_it(home: Home) -> None:
     """The second, trained from the store of the first as a student is, has the very weights."""
     (last,) = [one for one in home.cached["assistants"] if one["model"] == "mlp-16"]
-    same = a_recipe([a_student("same", **an_assistant(16, ANNEALING, seed=5))])
+    same = a_recipe([a_student("same", **an_assistant(16, ANNEALING, seed=5))], stacked="never")  # as assistants are
     train_in_process(same, home.chain[1], run=home.root / "as-student", cache_root=home.cache_root)
     trained = home.root / "as-student" / "students" / "same" / "model.safetensors"
     assert trained.read_bytes() == (Path(last["path"]) / "model.safetensors").read_bytes()

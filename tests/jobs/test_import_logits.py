@@ -582,7 +582,7 @@ def test_log_probabilities_are_for_softmax_alone(home: Home) -> None:
 
 
 def test_a_softmax_sees_no_constant_at_any_temperature() -> None:
-    from akd_dist.distill.objectives import annealing_losses, softened_losses
+    from akd_dist.distill.losses import annealing_losses, softened_losses
 
     z, student = torch.from_numpy(Z).double(), torch.from_numpy(logits(4)).double()
     log_p = torch.log_softmax(z, dim=1)
