@@ -12,7 +12,6 @@ from akd_dist.cli.options import json_option, taking
 from akd_dist.cli.plans import print_fleet_plan
 from akd_dist.cli.show import counted, print_json, print_table, progress_console, short_path, stdout_for_results
 from akd_dist.options import TuneOptions
-from akd_dist.reporting.seeds import Spread, interval, plus_minus
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -104,6 +103,8 @@ def search_table(search: TunedSearch, document: TuneDocument) -> Table:
 
 def of_test_rows(search: TunedSearch, test: Estimate, shown: MetricFormat) -> str:
     """The mean and what its ± is; of two seeds, whose interval says little, the standard deviation."""
+    from akd_dist.reporting.seeds import Spread, interval, plus_minus
+
     if test.n >= FEWEST_OF_INTERVAL:
         return f"{shown.with_unit(interval(shown, test))} (95 % interval over {test.n} seeds)"
     said = shown.with_unit(plus_minus(shown, Spread.of(one.test for one in search.seeds)))

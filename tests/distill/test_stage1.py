@@ -156,7 +156,9 @@ def test_what_a_stage_one_depends_on_is_in_its_name(runs: Runs) -> None:
     moved = replace(job, stores={"train": f"s3://bucket/{uri.rpartition('/')[2]}"})
     assert stage1_key(moved, spec) == stage1_key(job, spec), "wherever the store lies"
     renamed = spec.model_copy(update={"name": "x", "gpus": 0.5})
-    assert stage1_key(job, renamed) == stage1_key(job, spec)
+    also = replace(job, stacks=dict.fromkeys([*job.stacks, "x"], 8))
+    assert stage1_key(also, renamed) == stage1_key(job, spec)
+    assert stage1_key(replace(job, stacks={}), spec) != stage1_key(job, spec), "steps in a stack round otherwise"
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other"])
