@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -204,4 +203,4 @@ def test_checkpoints_of_the_other_way_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="the checkpoints of student-0 cannot be gone on from") as refused:
         a_student(tmp_path, 0).resume()
     assert "were taken alone" in str(refused.value)
-    assert np.isfinite(a_student(tmp_path, 0, together=False).loss_sum)
+    assert a_student(tmp_path, 0, together=False).resume()
