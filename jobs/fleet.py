@@ -26,6 +26,7 @@ from akd_dist.jobs.planning.planner import cohort_job
 from akd_dist.jobs.ray_train import OUT_OF_STEP, fit, worker_log
 from akd_dist.jobs.run_folder import LocalRun
 from akd_dist.jobs.shared import GONE_SECONDS, Shared, UnseenError, nodes_lost
+from akd_dist.jobs.stopping import GRACE_SECONDS, POLL_SECONDS, StopFlag
 from akd_dist.jobs.working_dir import WorkingDir
 from akd_dist.recipe import StudentSpec
 from akd_dist.storage.mean import Stores, uris_of
@@ -68,7 +69,7 @@ class Fleet:
         self,
         base: CohortJob,
         costs: CostModel,
-        stop: cluster.StopFlag,
+        stop: StopFlag,
         console: Console,
         assistant: Stores | None = None,
         *,
@@ -207,7 +208,7 @@ class Fleet:
             with contextlib.suppress(AkdError):
                 while any(one.alive for one in self.running):
                     self._watch(stopping=True)
-                    time.sleep(cluster.POLL_SECONDS)
+                    time.sleep(POLL_SECONDS)
             raise
 
     # ---- the queue
@@ -289,7 +290,7 @@ class Fleet:
             self.base.stop_file.touch()
         shown.update(self._not_training())
         self._watch(stopping=self._is_over())
-        time.sleep(cluster.POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
 
     def _watch(self, *, stopping: bool) -> None:
         """Do not wait for ever for a cluster that is gone nor, once stopping, for workers without a sign of life."""
@@ -301,7 +302,7 @@ class Fleet:
         # Patience begins with the stop: before it, an evaluation or a large checkpoint may take as long as it likes.
         if told != self.last_told or not stopping:
             self.alive_at, self.last_told = now, told
-        if now - self.alive_at > cluster.GRACE_SECONDS:
+        if now - self.alive_at > GRACE_SECONDS:
             if self.errors and not self.stop:
                 raise self.errors[0]
             silent = "stopped; the workers did not answer any more, so only earlier checkpoints are kept"

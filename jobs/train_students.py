@@ -54,6 +54,7 @@ from akd_dist.jobs.run_folder import (
     saved_results,
     with_stores_found,
 )
+from akd_dist.jobs.stopping import stop_on_signals
 from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe
@@ -270,7 +271,7 @@ def _train(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspa
     from akd_dist.jobs.fleet import Fleet, shared_by
 
     recipe, costs = plan.inputs.recipe, plan.costs
-    with cluster.stop_on_signals(workspace.tell) as stop:
+    with stop_on_signals(workspace.tell) as stop:
         replace(workspace, stop=stop).connect()
         demand = workspace.demand()
         if demand.waits:  # for one node of each kind at least: only then is it known how much memory they have

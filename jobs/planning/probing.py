@@ -75,9 +75,10 @@ def measure_there(
         folder: the recipe's folder, as far as it travels.
         sealed: as of `measure_all`.
     """
-    from akd_dist.jobs.cluster import StopFlag, free_nodes
+    from akd_dist.jobs.cluster import free_nodes
     from akd_dist.jobs.packing import ResourceRequest, fits
     from akd_dist.jobs.shared import Shared
+    from akd_dist.jobs.stopping import StopFlag
     from akd_dist.jobs.tasks import run_one
 
     threads, gpus = max(spec.threads for spec in students), gpus_of(recipe.device)
