@@ -27,10 +27,12 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import cache_planned
+from akd_dist.jobs.executors import Executor, IdleWorkers, LocalExecutor
 from akd_dist.jobs.growth import Growth, settle
 from akd_dist.jobs.packing import fits
 from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import Inputs, open_rows, with_models
+from akd_dist.jobs.planning.costs import Cohort
 from akd_dist.jobs.planning.models import CachedModel, fingerprints, levels_of
 from akd_dist.jobs.planning.plan import RunPlan, fleet_job, plan_run
 from akd_dist.jobs.planning.planner import (
@@ -137,14 +139,14 @@ def _run_recipe(
             for line in growth.lines if rung is None else []:
                 workspace.tell(f"the run {recipe.name}: {line}")
         drives = contextlib.nullcontext() if options.dry_run else driving(run.folder, moves=run.local is not None)
-        with drives, cluster.closing():
+        with drives, cluster.closing(), IdleWorkers() as idle:
             pauses = {} if rung is None else rung.pauses
             begun: dict[str, Any] = {"fresh": options.fresh, "shuffle": shuffle, "stacking": stacking}
-            executed = not options.dry_run
-            plan = plan_run(inputs, run.folder, workspace, pauses=pauses, executed=executed, **begun)
+            begun["idle"] = None if options.dry_run else idle
+            plan = plan_run(inputs, run.folder, workspace, pauses=pauses, **begun)
             if options.dry_run:
                 return plan, plan.document.model_copy(update=growth.told).plain()
-            return plan, _execute(plan, growth, options, workspace, began, run, rung)
+            return plan, _execute(plan, growth, options, workspace, began, run, rung, idle)
 
 
 def _grown(
@@ -175,6 +177,7 @@ def _execute(
     began: float,
     run: LocalRun,
     rung: Rung | None,
+    idle: IdleWorkers,
 ) -> dict[str, Any]:
     """Cache what is missing, train who has not ended, collect the results; the content of fleet.json."""
     recipe, splits, folder = plan.recipe, plan.inputs.splits, run.folder
@@ -207,7 +210,7 @@ def _execute(
         run.publish()
         splits = _decode(base, plan, models, workspace)
         with forward(), _going_on(options.fresh):
-            cohorts = _train(base, plan, levels[-1].stores, workspace, run) if plan.todo else 0
+            cohorts = _train(base, plan, levels[-1].stores, workspace, run, idle) if plan.todo else 0
         plan.inputs.splits.sources.finish()
         # The driver itself measures on the test rows; each block that it fetches for that is verified as it comes.
         if base.rows is None:
@@ -265,35 +268,48 @@ def _with_sound_rows(base: CohortJob, splits: Splits, look: Callable[[Splits], o
     return renewing(act, workspace.tell)
 
 
-def _train(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace, run: LocalRun) -> int:
-    """Train those that have not ended; the number of Ray Train runs it took."""
-    from akd_dist.jobs import cluster
-    from akd_dist.jobs.fleet import Fleet, shared_by
+def _train(
+    base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace, run: LocalRun, idle: IdleWorkers
+) -> int:
+    """Train those that have not ended; the number of cohorts that it took."""
+    from akd_dist.jobs.fleet import Fleet
 
-    recipe, costs = plan.inputs.recipe, plan.costs
     with stop_on_signals(workspace.tell) as stop:
-        replace(workspace, stop=stop).connect()
-        demand = workspace.demand()
-        if demand.waits:  # for one node of each kind at least: only then is it known how much memory they have
-            with shared_by(base, assistant, workspace.console, demand, workspace.folder) as shared:
-                for family, ask in least_asks(recipe, plan.todo, costs):
-                    shared.wait_for_room(ask, f"the cohort of {family[0].name}", stop)
-        nodes, cohorts = cluster.nodes(), plan.cohorts
-        size = [sorted((node.cpus, node.gpus) for node in some) for some in (nodes, plan.nodes)]
-        # Caching may have taken hours, in which nodes came or went.
-        if size[0] != size[1] or not all(fits(nodes, costs.ask(cohort)) for cohort in cohorts):
-            nodes = nodes_to_come(recipe, plan.todo, nodes, costs) if demand.waits else nodes
-            cohorts, _ = plan_cohorts(recipe, plan.todo, nodes, costs)
+        if plan.document.executor == "processes":
+            executor: Executor = LocalExecutor(plan.nodes[0], idle)
+            cohorts = plan.cohorts
+        else:
+            executor, cohorts = _on_ray(base, plan, assistant, replace(workspace, stop=stop))
         with telling_damage(base, plan.todo, workspace.console):
             look = plan.inputs.splits.sources.look
-            asked: dict[str, Any] = {"look": look, "demand": demand, "folder": workspace.folder, "run": run}
-            fleet = Fleet(base, costs, stop, workspace.console, assistant, **asked)
+            asked: dict[str, Any] = {"look": look, "executor": executor, "run": run}
+            fleet = Fleet(base, plan.costs, stop, workspace.console, assistant, **asked)
             threading.Thread(target=_import_what_reports_need, name="imports", daemon=True).start()
             count = fleet.train(cohorts)
         if stop:
-            told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
+            told = f"stopped; the students of {plan.recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")
     return count
+
+
+def _on_ray(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace) -> tuple[Executor, list[Cohort]]:
+    """The nodes of a Ray cluster, and the cohorts as they fit those that are there now."""
+    from akd_dist.jobs import cluster
+    from akd_dist.jobs.fleet import ray_executor
+
+    recipe, costs = plan.inputs.recipe, plan.costs
+    stop, demand = workspace.connect(), workspace.demand()
+    if demand.waits:  # for one node of each kind at least: only then is it known how much memory they have
+        with ray_executor(base, assistant, workspace.console, demand, workspace.folder) as shared:
+            for family, ask in least_asks(recipe, plan.todo, costs):
+                shared.wait_for_room(ask, f"the cohort of {family[0].name}", stop)
+    nodes, cohorts = cluster.nodes(), plan.cohorts
+    size = [sorted((node.cpus, node.gpus) for node in some) for some in (nodes, plan.nodes)]
+    # Caching may have taken hours, in which nodes came or went.
+    if size[0] != size[1] or not all(fits(nodes, costs.ask(cohort)) for cohort in cohorts):
+        nodes = nodes_to_come(recipe, plan.todo, nodes, costs) if demand.waits else nodes
+        cohorts, _ = plan_cohorts(recipe, plan.todo, nodes, costs)
+    return ray_executor(base, assistant, workspace.console, demand, workspace.folder), cohorts
 
 
 def _import_what_reports_need() -> None:

@@ -197,7 +197,7 @@ def _measure(
     return Measured(
         step=per_step * share / rows,
         stream=stream * share / rows,
-        evaluation=evaluation / evaluated,
+        evaluation=judged.evaluation if judged.stacked else evaluation / evaluated,
         start=start,
         # The shorter of two, since the first also makes the folder.
         keeping=min(_seconds(student.save), _seconds(student.save)) if weights <= KEPT_BYTES else 0.0,

@@ -422,12 +422,12 @@ def test_a_node_that_joins_takes_the_place_of_a_lost_one(home: Home, tmp_path: P
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
     fleet = Fleet(base, CostModel(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
     over = threading.Event()
-    fleet.shared.nodes = lambda: [Node("joined", 4)]  # type: ignore[method-assign]
+    fleet.executor.nodes = lambda: [Node("joined", 4)]  # type: ignore[method-assign]
     thread = threading.Thread(target=over.wait, daemon=True)
     thread.start()
     fleet.running.append(RunningCohort(base, ResourceRequest(1, 1), thread=thread))
     fleet._check_room()
-    fleet.shared.nodes = list  # type: ignore[method-assign]
+    fleet.executor.nodes = list  # type: ignore[method-assign]
     with pytest.raises(MachineError, match="nodes were lost") as told:
         fleet._check_room()
     over.set()
@@ -438,7 +438,7 @@ def test_lost_nodes_end_the_run_after_others_checkpoint(home: Home, tmp_path: Pa
     splits, saved = prepare(home.recipe.data, Path(home.cache_root)), list[str]()
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
     fleet = Fleet(base, CostModel(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
-    fleet.shared.nodes = list  # type: ignore[method-assign]
+    fleet.executor.nodes = list  # type: ignore[method-assign]
     over = threading.Event()
     base.stop_file.parent.mkdir(parents=True)
 
