@@ -7,22 +7,16 @@ a loop by hand would have them; a larger fleet has Ray, which watches over the m
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pickle
 import signal
-import subprocess
-import sys
 import threading
-from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 from akd_dist.base.errors import AkdError, MachineError
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs import cluster, ray_train
 from akd_dist.jobs.demand import Demand
+from akd_dist.jobs.idle import IdleWorkers, Worker
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room, pack
 from akd_dist.jobs.shared import Shared, UnseenError
 from akd_dist.jobs.stopping import StopFlag
@@ -93,34 +87,6 @@ class RayExecutor(Shared):
         cluster.check_alive(stop)
 
 
-class IdleWorkers:
-    """Processes that will train a cohort of this machine each, started before it is known which. Use it as a context.
-
-    They import what training needs while the driver still plans, which takes about as long.
-    """
-
-    def __init__(self) -> None:
-        self.waiting: deque[subprocess.Popen[bytes]] = deque()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *leaving: object) -> None:
-        while self.waiting:
-            _end(self.waiting.popleft())
-
-    def begin(self) -> None:
-        """Start one."""
-        self.waiting.append(_started())
-
-    def take(self) -> subprocess.Popen[bytes]:
-        """One that waits for a job; a new one if none does."""
-        try:
-            return self.waiting.popleft()
-        except IndexError:
-            return _started()
-
-
 class LocalExecutor:
     """Cohorts as processes of this machine, one each.
 
@@ -133,7 +99,7 @@ class LocalExecutor:
         self.node, self.idle = node, idle
         self.demand = Demand(never=True)
         self.lock = threading.Lock()
-        self.running: dict[subprocess.Popen[bytes], ResourceRequest] = {}
+        self.running: dict[Worker, ResourceRequest] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -141,8 +107,8 @@ class LocalExecutor:
     def __exit__(self, *leaving: object) -> None:
         """End what still runs: whoever leaves has waited for as long as he wanted to."""
         with self.lock:
-            for process in self.running:
-                process.kill()
+            for worker in self.running:
+                worker.process.kill()
 
     def look(self) -> None:
         """This machine stays what it is."""
@@ -168,54 +134,23 @@ class LocalExecutor:
 
     def run(self, job: CohortJob, ask: ResourceRequest) -> str:
         """As the protocol says."""
-        process = self.idle.take()
+        worker = self.idle.take()
         with self.lock:
-            self.running[process] = ask
+            self.running[worker] = ask
         try:
-            outcome = _asked(process, job)
+            outcome = worker.ask("train", job)
         finally:
             with self.lock:
-                del self.running[process]
-            _end(process)
+                del self.running[worker]
+            code = worker.end()
         if outcome is None:
-            return _how_it_ended(process, job)
+            return _how_it_ended(code, job)
         if isinstance(outcome, AkdError):
             raise outcome
         return ""
 
 
-def _started() -> subprocess.Popen[bytes]:
-    """A worker that waits for its job, in a session of its own: a terminal's Ctrl-C is for the driver."""
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "akd_dist.jobs.worker"],  # -P: only this process's own path counts
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # warnings and stacks go to the worker's log
-        start_new_session=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-
-
-def _asked(process: subprocess.Popen[bytes], job: CohortJob) -> Any:
-    """What came of a job: what the process answers, None if it died."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError):
-        pickle.dump(job, process.stdin)
-        process.stdin.flush()
-    try:
-        return pickle.load(process.stdout)  # by a process of ours
-    except (EOFError, pickle.UnpicklingError):
-        return None
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.communicate()
-
-
-def _how_it_ended(process: subprocess.Popen[bytes], job: CohortJob) -> str:
-    code = process.returncode
+def _how_it_ended(code: int, job: CohortJob) -> str:
     name = f" ({signal.Signals(-code).name})" if -code in set(signal.Signals) else ""
-    log = Path(worker_log(job, 0))
+    log = worker_log(job, 0)
     return f"its process ended with code {code}{name}" + (f", see {log}" if log.exists() and log.stat().st_size else "")

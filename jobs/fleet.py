@@ -16,7 +16,7 @@ from akd_dist.base.formatting import counted
 from akd_dist.distill.delivery import forked_from, write_note
 from akd_dist.distill.job import CohortJob, ended, read_progress, stop_attempts
 from akd_dist.distill.objectives import stages
-from akd_dist.documents.status import CohortProgress, CohortStatus, FleetPlan, StudentProgress
+from akd_dist.documents.status import CohortStatus, FleetPlan, StudentProgress
 from akd_dist.jobs.demand import Demand, never_held
 from akd_dist.jobs.executors import Executor, RayExecutor
 from akd_dist.jobs.packing import ResourceRequest, next_to_start
@@ -32,6 +32,7 @@ from akd_dist.jobs.working_dir import WorkingDir
 from akd_dist.recipe import StudentSpec
 from akd_dist.storage.mean import Stores, uris_of
 from akd_dist.tracking.progress import FleetMeter, tell
+from akd_dist.tracking.status import written
 
 # How often a cohort's run may fail. Ray starts the workers of a run again once, so they have died four times by then.
 DEATHS_BEFORE_SPLIT = 2
@@ -89,7 +90,7 @@ class Fleet:
         self.lock = threading.Lock()
         self.alive_at = time.monotonic()
         self.moved_at = self.alive_at
-        self.last_told: list[CohortProgress] = []
+        self.last_told: list[int] = []
         self.waiting_told = ""
 
     def train(self, cohorts: list[Cohort]) -> int:
@@ -245,6 +246,8 @@ class Fleet:
         Raises:
             MachineError: nothing runs, and no node that it may bring holds the first in line.
         """
+        if not self.executor.demand.autoscaled:
+            return
         running = [self.costs.ask(one.job.students) for one in self.running if one.alive]
         waiting = [self.costs.ask(cohort) for cohort in self.waiting]
         self.executor.ask_for([*waiting, *running])
@@ -260,7 +263,7 @@ class Fleet:
 
     def _starting(self) -> bool:
         """Whether there are cohorts whose workers do not train yet."""
-        return any(one.alive and read_progress(one.job) is None for one in self.running)
+        return any(one.alive and not one.job.progress_file.exists() for one in self.running)
 
     def _tell_who_waits(self) -> None:
         """Say which cohort waits for what: once, and again when that has changed."""
@@ -296,7 +299,7 @@ class Fleet:
         """Do not wait for ever for a cluster that is gone nor, once stopping, for workers without a sign of life."""
         self.executor.check_alive(self.stop)
         # Over a copy, since the threads of cohorts add jobs meanwhile.
-        told = [progress for job in list(self.jobs) if (progress := read_progress(job))]
+        told = [written(job.progress_file) for job in list(self.jobs)]
         now = time.monotonic()
         self.moved_at = now if told != self.last_told else self.moved_at
         # Patience begins with the stop: before it, an evaluation or a large checkpoint may take as long as it likes.

@@ -27,8 +27,9 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import cache_planned
-from akd_dist.jobs.executors import Executor, IdleWorkers, LocalExecutor
+from akd_dist.jobs.executors import Executor, LocalExecutor
 from akd_dist.jobs.growth import Growth, settle
+from akd_dist.jobs.idle import IdleWorkers
 from akd_dist.jobs.packing import fits
 from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import Inputs, open_rows, with_models
@@ -104,19 +105,25 @@ class Rung:
         return {"pauses": self.pauses, "epochs_behind": self.epochs_behind, "epochs_later": self.epochs_later}
 
 
-def run_recipe(recipe: Recipe, options: RunOptions, rung: Rung | None = None) -> tuple[RunPlan, dict[str, Any]]:
-    """`train_students`, and the plan that it executed, or would; of a rung before the last there is no fleet.json."""
+def run_recipe(
+    recipe: Recipe, options: RunOptions, rung: Rung | None = None, idle: IdleWorkers | None = None
+) -> tuple[RunPlan, dict[str, Any]]:
+    """`train_students`, and the plan that it executed, or would; of a rung before the last there is no fleet.json.
+
+    Args:
+        idle: workers of this machine that were started for it.
+    """
     recipe, began = recipe.own(), time.monotonic()
     root = options.runs
     place = f"{root}/{recipe.name}" if "://" in root else str(Path(root, recipe.name))
     run = RemoteRun(place, options.cache) if "://" in root else LocalRun(Path(place))
-    with places.named_in_errors(run.names):
-        plan, document = _run_recipe(recipe, options, run, began, rung)
+    with places.named_in_errors(run.names), idle or IdleWorkers() as workers:
+        plan, document = _run_recipe(recipe, options, run, began, rung, workers)
     return plan, places.renamed(document, run.names)
 
 
 def _run_recipe(
-    recipe: Recipe, options: RunOptions, run: LocalRun, began: float, rung: Rung | None
+    recipe: Recipe, options: RunOptions, run: LocalRun, began: float, rung: Rung | None, idle: IdleWorkers
 ) -> tuple[RunPlan, dict[str, Any]]:
     """`run_recipe`, wherever the run lies."""
     from akd_dist.jobs import cluster
@@ -139,7 +146,7 @@ def _run_recipe(
             for line in growth.lines if rung is None else []:
                 workspace.tell(f"the run {recipe.name}: {line}")
         drives = contextlib.nullcontext() if options.dry_run else driving(run.folder, moves=run.local is not None)
-        with drives, cluster.closing(), IdleWorkers() as idle:
+        with drives, cluster.closing():
             pauses = {} if rung is None else rung.pauses
             begun: dict[str, Any] = {"fresh": options.fresh, "shuffle": shuffle, "stacking": stacking}
             begun["idle"] = None if options.dry_run else idle

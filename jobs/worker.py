@@ -1,12 +1,13 @@
 """What a worker of a cohort does, whoever started it: Ray Train, or this machine's driver as a process of its own.
 
-The process reads one job and answers with what came of it. It knows nothing of Ray, so that it starts quickly:
+The process knows nothing of Ray, so that it starts quickly. `idle.Worker` is its other end:
 
     python -m akd_dist.jobs.worker
 """
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import logging
 import os
@@ -24,6 +25,10 @@ from akd_dist.distill.delivery import write_note
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.publisher import publishing_logs
 from akd_dist.distill.ranks import OutOfStepError, Ranks
+from akd_dist.jobs.planning.probing import answer_here
+
+IMPORTING = 50_000
+"""So many objects more before garbage is looked for: importing makes many, and none is garbage."""
 
 
 def work(job: CohortJob, rank: int, joining: contextlib.AbstractContextManager[Ranks]) -> dict[str, Any] | AkdError:
@@ -76,7 +81,8 @@ def keep_log(path: Path) -> None:
 
 
 def main() -> None:
-    """Read a job from the driver, train it, and answer with what came of it. Without a job, leave."""
+    """Answer the driver's questions, see `idle.Worker`; leave once a cohort is trained, or when the driver leaves."""
+    gc.set_threshold(IMPORTING)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a model prints is no answer
     # The driver alone decides: a service manager sends SIGTERM to everybody, and a terminal SIGINT.
@@ -85,20 +91,23 @@ def main() -> None:
     with contextlib.suppress(OSError):  # not on Linux
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this process that goes
     importlib.import_module("torch._dynamo")  # torch's optimizers import it: here while the driver still plans
-    jobs = sys.stdin.buffer
-    try:
-        job: CohortJob = pickle.load(jobs)  # from the driver, which is this very program
-    except EOFError:
-        return
-    threading.Thread(target=_leave_with_driver, args=(jobs,), daemon=True).start()
-    pickle.dump(work(job, 0, contextlib.nullcontext(Ranks())), answers)
-    answers.flush()
+    questions, kind = sys.stdin.buffer, ""
+    with contextlib.suppress(EOFError):
+        while kind != "train":
+            kind, content = pickle.load(questions)  # from the driver, which is this very program
+            if kind == "train":
+                threading.Thread(target=_leave_with_driver, args=(questions,), daemon=True).start()
+                answer: Any = work(content, 0, contextlib.nullcontext(Ranks()))
+            else:
+                answer = answer_here(content)
+            pickle.dump(answer, answers)
+            answers.flush()
     os._exit(0)  # all is written; the modules of torch would take a while to go
 
 
-def _leave_with_driver(jobs: BinaryIO) -> None:
+def _leave_with_driver(questions: BinaryIO) -> None:
     """End this process once the driver is gone: its end of the pipe closes then, however it died."""
-    jobs.read()
+    questions.read()
     os._exit(1)
 
 

@@ -19,7 +19,7 @@ from akd_dist.distill.job import CohortJob, ended
 from akd_dist.distill.stage1 import stages1_there
 from akd_dist.documents.cache import PlanDocument
 from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort, PlannedStudent, RemovedRun
-from akd_dist.jobs.executors import IdleWorkers
+from akd_dist.jobs.idle import IdleWorkers, may_train_here
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, timetable
 from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import Inputs, foresee_caching
@@ -87,7 +87,12 @@ class RunPlan:
 
 
 def measured_of(
-    recipe: Recipe, todo: Sequence[StudentSpec], splits: Splits, parameters: dict[str, int], workspace: Workspace
+    recipe: Recipe,
+    todo: Sequence[StudentSpec],
+    splits: Splits,
+    parameters: dict[str, int],
+    workspace: Workspace,
+    idle: IdleWorkers | None,
 ) -> Found:
     """What the students that are not done take, from a short probe of each architecture.
 
@@ -96,7 +101,7 @@ def measured_of(
     probed, sealed = (recipe, todo, parameters, workspace.cache_root), splits.train.sealed
     if todo and gpus_of(recipe.device) and not torch.cuda.is_available():
         return measure_there(*probed, workspace.tell, workspace.folder, sealed)
-    return measure_all(*probed, sealed)
+    return measure_all(*probed, sealed, idle)
 
 
 def costs_of(
@@ -169,12 +174,15 @@ def plan_run(
         windows.check_window(demands, shuffle, room, workers=max((spec.workers for spec in todo), default=1))
     if pauses:
         todo = [spec for spec in todo if _goes_on(spec, Path(base.root), pauses)]
-    local = bool(todo) and may_be_local(todo, workspace, recipe.device)
+    local = bool(todo) and may_train_here(recipe, workspace.address)
     if todo and idle is not None and workspace.address is None:
-        idle.begin() if local else cluster.begin()
+        if local:
+            idle.begin()
+        else:
+            cluster.begin()
     if todo:
         workspace.tell("probing what the students take")
-    measured = measured_of(recipe, todo, splits, parameters, workspace)
+    measured = measured_of(recipe, todo, splits, parameters, workspace, idle if local else None)
     measured, stacking = settle_stacking(recipe, todo, measured, stacking)
     stages1: dict[str, str] = {}
     if inputs.complete:  # else what students learn from is not known
@@ -186,17 +194,16 @@ def plan_run(
             stages1 |= stages1_there(of_cohort, list(specs))
     costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), measured, stages1)
     costs = replace(costs, pauses=pauses or {})
-    waits = workspace.demand().waits
-    planned = nodes_to_come(recipe, todo, nodes, costs) if waits else nodes
-    cohorts, tried = plan_cohorts(recipe, todo, planned, costs) if todo else ([], [])
+    planned, quicker = nodes, replace(costs, starting=LOCAL_START_SECONDS)
+    cohorts, tried = plan_cohorts(recipe, todo, nodes, quicker) if local else ([], [])
+    local = local and ends_after(cohorts, nodes, quicker) < RAY_PAYS_SECONDS
     if local:
-        quicker = replace(costs, starting=LOCAL_START_SECONDS)
-        cut, tried_here = plan_cohorts(recipe, todo, nodes, quicker)
-        local = ends_after(cut, nodes, quicker) < RAY_PAYS_SECONDS
-        if local:
-            costs, cohorts, tried = quicker, cut, tried_here
-        elif idle is not None:
+        costs = quicker
+    elif todo:
+        if idle is not None and workspace.address is None:
             cluster.begin()
+        planned = nodes_to_come(recipe, todo, nodes, costs) if workspace.demand().waits else nodes
+        cohorts, tried = plan_cohorts(recipe, todo, planned, costs)
     document = draw_up(inputs, todo, nodes, planned, cohorts, tried, costs, run, caching, shuffle)
     document = document.model_copy(update={"executor": "processes" if local else "ray"})
     if fresh:
@@ -206,16 +213,6 @@ def plan_run(
     document = document.model_copy(update={"stacking": told})
     shuffled = windows.with_window(recipe, shuffle)
     return RunPlan(inputs, shuffled, run, todo, cohorts, costs, nodes, document, stacking)
-
-
-def may_be_local(todo: Sequence[StudentSpec], workspace: Workspace, device: str) -> bool:
-    """Whether students could train in processes of this machine: it is alone, has no Ray up, and each needs one CPU
-    worker.
-    """
-    from akd_dist.jobs import cluster
-
-    alone = workspace.address is None and not cluster.ray.is_initialized() and not gpus_of(device)
-    return alone and all(spec.workers == 1 for spec in todo)
 
 
 def ends_after(cohorts: Sequence[Cohort], nodes: Sequence[Node], costs: CostModel) -> float:
