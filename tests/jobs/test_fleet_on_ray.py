@@ -46,7 +46,7 @@ from akd_dist.storage.reader import open_store
 from akd_dist.storage.removal import disused
 from tests.data.test_verification import flip
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, own, store_bytes, weights
-from tests.survivors import HELD_MODELS, a_held_model, forked_cohorts, marked, standing_still, until
+from tests.survivors import HELD_MODELS, a_held_model, forked_cohorts, marked, plant_snapshot, standing_still, until
 
 pytestmark = pytest.mark.ray
 
@@ -261,6 +261,7 @@ def a_held_teacher(home: Home, folder: Path) -> Path:
 def test_killed_train_workers_resume_also_before_a_step(
     home: Home, trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    plant_snapshot(tmp_path / "runs" / "fleet", b'{"ray_version": "2.')
     checkpointed = lambda: len(list(tmp_path.rglob("*.ckpt"))) >= len(FEW)  # noqa: E731
     with (
         Killer("ray::RayTrainWorker", 1, tmp_path / "nobody-waits") as early,
