@@ -18,7 +18,9 @@ from akd_dist.storage.records import Count, Document, Json, Sha256, Signed, Told
 ROWS_FORMAT = 1
 """The format of prepared rows whose inputs all have one size (docs/reference/store-format.md)."""
 ENCODED_ROWS_FORMAT = 2
-"""That of rows whose inputs stay encoded, and the newest that this version reads."""
+"""That of rows whose inputs stay encoded."""
+PACKED_ROWS_FORMAT = 3
+"""That of the blocks of a language model, and the newest that this version reads."""
 MANIFEST_FORMAT = 2
 """The format of their manifests: those of format 1 have no checksum."""
 ENCODED_MANIFEST_FORMAT = 3
@@ -35,9 +37,9 @@ INDEX_BYTES = INDEX_COLUMNS * 8
 class RowsCreation(Document):
     """What prepared rows are, as far as it is known before any is read but for its label."""
 
-    newest: ClassVar[int] = ENCODED_ROWS_FORMAT
+    newest: ClassVar[int] = PACKED_ROWS_FORMAT
 
-    format: Annotated[int, Field(ge=1, le=ENCODED_ROWS_FORMAT)] = ROWS_FORMAT
+    format: Annotated[int, Field(ge=1, le=PACKED_ROWS_FORMAT)] = ROWS_FORMAT
     source: Json
     """What they are made from, and how: sources, split, task, tokenizer, how images become pixels."""
     content: Sha256
@@ -47,7 +49,7 @@ class RowsCreation(Document):
     shape: list[Count]
     """Of one input."""
     labels: Literal["<i8", "<f4"]
-    """The dtype of labels."""
+    """The dtype of labels; of a language model, that of the number of targets of each row."""
     block_rows: Count
     """Rows of a block; the last one of a split may have fewer."""
     rows: dict[str, Count]
@@ -65,6 +67,8 @@ class RowsCreation(Document):
     def _says_so_by_its_format(self) -> Self:
         if (self.format == ENCODED_ROWS_FORMAT) != (self.encoded is not None):
             raise ValueError(f"format {self.format} with{'out' if self.encoded is None else ''} encoded inputs")
+        if (self.format == PACKED_ROWS_FORMAT) != (self.meaning.get("task") == "language_model"):
+            raise ValueError(f"format {self.format} and the task {self.meaning.get('task')}")
         return self
 
     @cached_property
@@ -118,7 +122,7 @@ class SealedSplit(Document):
     blocks: list[Sha256]
     """The sha256 of each block, in the order of rows: the keys of their objects under `blocks/`."""
     classes: list[Annotated[int, Field(ge=0)]]
-    """How many rows each class has; empty for regression."""
+    """How many rows each class has; empty where there are no classes."""
     sizes: list[Count] | None = None
     """Bytes of each block's object where inputs stay encoded; left out where they follow from the rows."""
     labelled: Annotated[int, Field(ge=0)] | None = None
@@ -176,9 +180,10 @@ class RowsManifest(Signed):
         yield "creation.source", sha256(canonical_json(creation.source)), rows_id
         yield "creation.rows", sorted(creation.rows), sorted(SPLITS)
         yield "splits", sorted(self.splits), sorted(SPLITS)
-        classes, of_classes = meaning.get("classes"), creation.labels == "<i8"
+        classes, task = meaning.get("classes"), meaning.get("task", "classification")
+        of_classes = task == "classification"
         yield "creation.meaning.classes", type(classes).__name__, "int"
-        yield "creation.meaning.task", meaning.get("task", "classification") == "classification", of_classes
+        yield "creation.meaning.task", task != "regression", creation.labels == "<i8"
         for name, split in self.splits.items():
             yield f"splits.{name}.rows", split.rows, creation.rows[name]
             yield f"splits.{name}.blocks", len(split.blocks), creation.blocks(name)
