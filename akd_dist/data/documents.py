@@ -100,18 +100,22 @@ class Documents:
                 self._first[what] = min(row, self._first.get(what, row))
 
     def notes(self, name: str) -> list[str]:
-        """What users should know of the rows that were read, a line each; `name` is that of the source."""
+        """What users should know of the rows that were read, a line each; `name` is that of their source."""
         what = "documents" if self._chats is None else "chats"
         said = {
-            "empty": f"{what} of data.{name} are empty, and left out",
-            "cut": f"{what} of data.{name} are longer than a block, and their first turns left out",
-            "silent": f"{what} of data.{name} hold nothing to be learnt, and are left out",
+            "empty": "left out, as {} empty",
+            "cut": "longer than a block: the first turns of {} are left out",
+            "silent": "left out, as {} nothing to learn from",
         }
-        lines = [
-            f"{self._noted[key]:,} {line}: the first is {self._place(self._first[key])}"
-            for key, line in said.items()
-            if self._noted[key]
-        ]
+        words = {"empty": ("it is", "they are"), "cut": ("it", "them"), "silent": ("it holds", "they hold")}
+        lines = []
+        for key, line in said.items():
+            if number := self._noted[key]:
+                verb, word = ("is", words[key][0]) if number == 1 else ("are", words[key][1])
+                first = self._place(self._first[key])
+                lines.append(
+                    f"{number:,} of the {what} of data.{name} {verb} {line.format(word)}; the first is {first}"
+                )
         if self._chats is not None and self._chats.tells_the_date:
             lines.append("the chat template may write today's date: prepared on another day, these are other rows")
         return lines

@@ -41,9 +41,7 @@ def lines(folder: Path, chats: list[Any]) -> Path:
 def spec(path: Path, tokenizer: Path, *, length: int = 64, scored: Scored = "completions") -> DataSpec:
     source = ChatData(path=str(path))
     text = HuggingFaceText(path=str(tokenizer), length=length)
-    return DataSpec(
-        train=source, validation=source, test=source, task="language_model", text=text, scored=scored
-    )
+    return DataSpec(train=source, validation=source, test=source, task="language_model", text=text, scored=scored)
 
 
 def prepared(folder: Path, chats: list[Any], tokenizer: Path, **options: Any) -> Splits:
@@ -99,9 +97,11 @@ def test_chats_are_packed_whole_and_the_long_ones_lose_their_first_turns(tokeniz
     text, _ = read(splits.train.inputs[1], tokenizer)
     assert text.startswith("<|im_start|>system\non<|im_end|>\n<|im_start|>user\n")
     assert text.endswith("ran<|im_end|>\n")
-    assert "chats of data.train are longer than a block, and their first turns left out" in " ".join(splits.findings)
-    assert any(line.startswith("1 chats of data.train are empty") for line in splits.findings)
-    assert any(line.startswith("1 chats of data.train hold nothing to be learnt") for line in splits.findings)
+    assert "longer than a block: the first turns of it are left out" in " ".join(splits.findings)
+    assert any(line.startswith("1 of the chats of data.train is left out, as it is empty") for line in splits.findings)
+    assert any(
+        line.startswith("1 of the chats of data.train is left out, as it holds nothing") for line in splits.findings
+    )
 
 
 def test_a_last_turn_longer_than_a_block_is_refused(tokenizer: Path, tmp_path: Path) -> None:
