@@ -10,6 +10,8 @@ from pydantic_core import CoreSchema
 from akd_dist.recipe.base import Count, NotRightError, Spec
 from akd_dist.recipe.training import Precision
 
+Temperature = Annotated[float, Field(ge=1)]
+
 _DENSE = ("keep_bits", "compress")
 _OF_TOP_K = ("k", "rank", "value_bits", "tail_temperatures", "probe_rows")
 
@@ -31,7 +33,7 @@ class EncodingSpec(Spec):
     """Of top_k: how many coefficients describe the other logits, in a basis that the store holds once."""
     value_bits: Literal[4, 6, 8, 16] = 6
     """Of top_k: bits of each stored logit."""
-    tail_temperatures: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=1)] = [1.0, 4 / 3, 2.0]
+    tail_temperatures: Annotated[tuple[Temperature, ...], Field(strict=False, min_length=1)] = (1.0, 4 / 3, 2.0)
     """Of top_k: the temperatures, 1 and above, at which the probability of the other classes is stored; at others it
     follows from these."""
     probe_rows: Count = 64
