@@ -134,7 +134,7 @@ class Counted:
     """What all documents of a source were like, in the order of its rows."""
 
     counts: np.ndarray
-    """Tokens of each, int64 [rows]; none of those that are left out."""
+    """Tokens of each, int64 [rows]; none of those that are left out, or not wanted."""
     hashes: np.ndarray
     """By which equal documents are found, int64 [rows]."""
     notes: tuple[str, ...]
@@ -216,25 +216,29 @@ def _chosen(column: Any, mine: np.ndarray) -> Any:
 def count_documents(
     name: str,
     reading: OpenedDocuments,
+    wanted: np.ndarray,
     tell: Callable[[int, int], None],
     take: Callable[[list[np.ndarray]], None] = lambda found: None,
 ) -> Counted:
-    """Tokenize all rows of a source, and count their tokens.
+    """Tokenize rows of a source, and count their tokens.
 
     Args:
         name: of the split whose source it is, for notes.
+        wanted: which rows, bool [rows].
         tell: called with rows done, and rows in all.
-        take: called with the ids of a few rows at a time, in their order.
+        take: called with the ids of a few of these rows at a time, in their order.
     """
     total = reading.source.rows
     counts, hashes = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
 
     def count(rows: np.ndarray, found: list[np.ndarray]) -> None:
+        if not found:
+            return
         counts[rows] = [len(one) for one in found]
         digests = b"".join(hashlib.blake2b(one.tobytes(), digest_size=8).digest() for one in found)
         hashes[rows] = np.frombuffer(digests, "<i8")
         take(found)
         tell(int(rows[-1]) + 1, total)
 
-    read_documents(reading, count)
+    read_documents(reading, count, wanted=wanted)
     return Counted(counts, hashes, (*reading.source.notes, *reading.documents.notes(name)))

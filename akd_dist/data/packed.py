@@ -14,15 +14,23 @@ from akd_dist.data.packing import Layout, first_fit, flow
 from akd_dist.data.splitting import SPLITS, rows_of_split, source_of_split, split_of_source
 
 
+def assigned_to(data: recipe.DataSpec, readings: Mapping[str, OpenedDocuments]) -> dict[str, np.ndarray]:
+    """Which split each document of a source belongs to, as `split_of_source`: before anything is packed."""
+    return {name: split_of_source(name, data, one.source, None) for name, one in readings.items()}
+
+
 def layouts_of(
-    data: recipe.DataSpec, readings: Mapping[str, OpenedDocuments], counted: Mapping[str, Counted]
+    data: recipe.DataSpec, assigned: Mapping[str, np.ndarray], counted: Mapping[str, Counted]
 ) -> dict[str, Layout]:
-    """Where the documents of each split go: they are shared out as rows are, and packed afterwards.
+    """Where the documents of each split go.
+
+    Args:
+        assigned: as `assigned_to` gives it.
+        counted: the documents of each source; of those that are left out of all splits nothing need be known.
 
     Raises:
         RefusedError: a split has no document, or not enough of them for a block.
     """
-    assigned = {name: split_of_source(name, data, one.source, None) for name, one in readings.items()}
     found = {}
     for split in SPLITS:
         name = source_of_split(data, split)

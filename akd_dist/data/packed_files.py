@@ -11,10 +11,10 @@ import numpy as np
 
 from akd_dist import recipe
 from akd_dist.data.documents import Counted, OpenedDocuments, count_documents
-from akd_dist.data.packed import findings_of, layouts_of
+from akd_dist.data.packed import assigned_to, findings_of, layouts_of
 from akd_dist.data.packing import Layout, cut, target_counts
 from akd_dist.data.row_files import RowsFile, names_of
-from akd_dist.data.splitting import source_of_split
+from akd_dist.data.splitting import LEFT_OUT, source_of_split
 
 # Bytes of blocks that are cut at a time, if more than one.
 _CUT_BYTES = 1 << 22
@@ -42,13 +42,13 @@ def tokenize(
     folder: Path,
     tell: Callable[[str, int, int], None],
 ) -> Tokenized:
-    """Tokenize all documents into files of a folder, a few at a time.
+    """Tokenize the documents of all splits into files of a folder, a few at a time.
 
     Raises:
         RefusedError: names the first row that is wrong; or the documents of a split fill no block.
         OSError: the folder cannot be written.
     """
-    counted = {}
+    assigned, counted = assigned_to(data, readings), {}
     for name, reading in readings.items():
         with open(_file(folder, name), "wb") as file:
 
@@ -58,8 +58,8 @@ def tokenize(
             def told(done: int, total: int, name: str = name) -> None:
                 tell(f"the documents of data.{name}", done, total)
 
-            counted[name] = count_documents(name, reading, told, write)
-    layouts = layouts_of(data, readings, counted)
+            counted[name] = count_documents(name, reading, assigned[name] != LEFT_OUT, told, write)
+    layouts = layouts_of(data, assigned, counted)
     return Tokenized(folder, layouts, counted, findings_of(data, layouts, counted))
 
 

@@ -28,14 +28,21 @@ from akd_dist.data.documents import OpenedDocuments, count_documents, open_docum
 from akd_dist.data.labels import Classes
 from akd_dist.data.noted import Noted, lines_of
 from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show, size_and_time
-from akd_dist.data.packed import findings_of, layouts_of
+from akd_dist.data.packed import assigned_to, findings_of, layouts_of
 from akd_dist.data.prepare import OpenedSource, in_colour, kept_as, kinds_of, open_sources, read_labels
 from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile
 from akd_dist.data.row_cache import Progress, key_of
 from akd_dist.data.row_runs import packed_runs, runs_of, segments_of
 from akd_dist.data.rows import BLOCK_ROWS, SPLITS, meaning_of
 from akd_dist.data.sources.base import local_files, remote_files
-from akd_dist.data.splitting import RowCounts, reads_labels_first, rows_by_split, source_of_split, split_of_source
+from akd_dist.data.splitting import (
+    LEFT_OUT,
+    RowCounts,
+    reads_labels_first,
+    rows_by_split,
+    source_of_split,
+    split_of_source,
+)
 from akd_dist.storage.layout import ROWS
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.row_documents import (
@@ -284,11 +291,11 @@ def _plan_packed(look: _Looked, tell: Progress) -> RowsPlan:
     data = look.data
     origins, stamps = look_at(look.files)
     readings = open_documents(data, look.kinds)
-    counted = {
-        name: count_documents(name, one, functools.partial(tell, f"the documents of data.{name}"))
-        for name, one in readings.items()
-    }
-    layouts = layouts_of(data, readings, counted)
+    assigned, counted = assigned_to(data, readings), {}
+    for name, one in readings.items():
+        told = functools.partial(tell, f"the documents of data.{name}")
+        counted[name] = count_documents(name, one, assigned[name] != LEFT_OUT, told)
+    layouts = layouts_of(data, assigned, counted)
     documents = next(iter(readings.values())).documents
     classes = Classes(documents.tokens.vocabulary, complete=True)
     creation = RowsCreation(

@@ -67,7 +67,9 @@ class ByteDocuments:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As the protocol says."""
-        return [np.array([*text.encode(), END] if text else [], dtype=np.int32) for text in texts]
+        ends = {False: np.empty(0, np.int32), True: np.array([END], np.int32)}
+        encoded = [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+        return [np.concatenate([ids, ends[len(ids) > 0]]) for ids in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         """As the protocol says."""

@@ -196,6 +196,17 @@ def test_empty_documents_are_left_out_and_told_of(tmp_path: Path) -> None:
     )
 
 
+def test_a_subset_is_one_of_documents_and_the_others_are_not_tokenized(tmp_path: Path) -> None:
+    path = a_parquet(tmp_path, [*DOCUMENTS, *[""] * 9])
+    given = all_train(path, packing=Packing(remainder="pad"))
+    splits = prepare(given.model_copy(update={"subset": 20}), tmp_path / "cache")
+    kept = [one for one in read(splits.train.inputs).split("|") if one]
+    assert kept == [one for one in DOCUMENTS if one in kept]
+    told = [line for line in splits.findings if "documents of data.train" in line]
+    assert len(kept) + (int(told[0].split()[0]) if told else 0) == 20
+    assert len(splits.test) > len(splits.train)
+
+
 def test_equal_documents_in_two_splits_are_told_of(tmp_path: Path) -> None:
     path = a_parquet(tmp_path, ["the very same document of some length"] * 40)
     assert any("have the very inputs of a train row" in line for line in prepare(spec(path), tmp_path / "c").findings)
@@ -234,19 +245,19 @@ def refusal(data: DataSpec, tmp_path: Path) -> RefusedError:
 def test_what_is_no_document_is_refused_by_its_row(tmp_path: Path) -> None:
     error = refusal(spec(a_parquet(tmp_path, [*DOCUMENTS[:70], None])), tmp_path)
     assert "no value in row 70 of" in error.what
-    error = refusal(spec(a_parquet(tmp_path, [[1, 2]] * 3)), tmp_path)
+    error = refusal(all_train(a_parquet(tmp_path, [[1, 2]] * 3)), tmp_path)
     assert (error.expected, error.next) == ("text, a document in each row", "set `input` to another column")
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
-    error = refusal(spec(tmp_path / "a.jsonl"), tmp_path)
+    error = refusal(all_train(tmp_path / "a.jsonl"), tmp_path)
     assert error.what.startswith("no text under `text` in row 1 of")
     assert error.got == "int"
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
-    assert refusal(spec(tmp_path / "a.jsonl"), tmp_path).got == "the keys txt"
+    assert refusal(all_train(tmp_path / "a.jsonl"), tmp_path).got == "the keys txt"
     (tmp_path / "a.jsonl").write_text('[\n{"text": "a"},\n')
-    error = refusal(spec(tmp_path / "a.jsonl"), tmp_path)
+    error = refusal(all_train(tmp_path / "a.jsonl"), tmp_path)
     assert error.what.startswith("no JSON in row 0 of")
     (tmp_path / "a.txt").write_bytes(b"\x1f\x8b\xff")
-    error = refusal(spec(tmp_path / "a.txt"), tmp_path)
+    error = refusal(all_train(tmp_path / "a.txt"), tmp_path)
     assert error.what.endswith("a.txt is not UTF-8")
 
 
