@@ -25,6 +25,7 @@ from akd_dist.data.origins import Origin, sha256_of, size_and_time
 from akd_dist.data.packing import Layout, cut, target_counts
 from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources, telling_sizes
 from akd_dist.data.sources.base import local_files, remote_files
+from akd_dist.data.text import Tokens
 from akd_dist.storage.content import Arrays
 from akd_dist.storage.rows import BlockReceipt, RowsCreation, RowsWriter, write_block
 
@@ -255,6 +256,7 @@ def _opened(job: RowsJob) -> Mapping[str, OpenedSource | OpenedDocuments]:
         if job.data.task == "language_model":
             readings = documents = open_documents(job.data, kinds, job.known)
             inputs = next(iter(documents.values())).documents
+            _check_tokens(inputs.tokens, job.writer.creation.meaning["tokens"])
         else:
             sources = open_sources(job.data, kinds, job.known)
             readings = sources = in_colour(sources) if job.colour else sources
@@ -277,6 +279,18 @@ def _check_files(job: RowsJob, files: Sequence[Origin]) -> None:
         # A copy that keeps the time is one of `rsync -a` or `cp -p`; of any other its content is looked at.
         if modified != planned.modified and (digest := sha256_of(path)) != planned.sha256:
             raise _other_files(f"{path} with sha256 {digest[:16]}", f"sha256 {planned.sha256[:16]}")
+
+
+def _check_tokens(tokens: Tokens, planned: dict[str, Any]) -> None:
+    """Refuse a tokenizer that is not that of the planning process, or whose chats another version writes."""
+    ours = tokens.model_dump(mode="json")
+    if ours != planned:
+        raise RefusedError(
+            "the tokenizer on this node is not that of the driver",
+            got="; ".join(recipe.differences(planned, ours)),
+            expected="the same tokenizer, and for chats the same version of transformers, on every node",
+            next="make the same folder visible on every node",
+        )
 
 
 def _other_files(got: object, expected: object) -> RefusedError:

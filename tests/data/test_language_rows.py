@@ -164,6 +164,20 @@ def _nothing_to_do(plan: RowsPlan, take: Take) -> None:
     raise AssertionError("written again")
 
 
+def test_another_tokenizer_on_a_node_is_refused(tmp_path: Path) -> None:
+    folder = a_byte_pair_tokenizer(tmp_path / "tokenizer")
+    data = spec(a_parquet(tmp_path), text=HuggingFaceText(path=str(folder), length=16))
+
+    def on_another_node(plan: RowsPlan, take: Take) -> None:
+        a_byte_pair_tokenizer(folder, vocabulary=280)
+        take(write_run(plan.job, plan.runs[0]))
+
+    with pytest.raises(RefusedError, match="the tokenizer on this node is not that of the driver") as refused:
+        ensure_rows(data, str(tmp_path / "stores"), on_another_node)
+    assert "vocabulary: " in str(refused.value.got)
+    assert "tokenizer: " in str(refused.value.got)
+
+
 def test_what_was_begun_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_store, "BLOCK_ROWS", 8)
     data = spec(a_parquet(tmp_path))
