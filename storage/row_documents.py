@@ -127,10 +127,12 @@ class SealedSplit(Document):
     """Bytes of each block's object where inputs stay encoded; left out where they follow from the rows."""
     labelled: Annotated[int, Field(ge=0)] | None = None
     """How many rows have labels, the first ones; left out where all have."""
+    targets: list[Annotated[int, Field(ge=0)]] | None = None
+    """Of a language model how many targets the rows of each block have; left out for others."""
 
     @model_serializer(mode="wrap")
     def _as_before_there_were_others(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        later = ("sizes", "labelled")
+        later = ("sizes", "labelled", "targets")
         return {field: value for field, value in spell(self).items() if value is not None or field not in later}
 
 
@@ -189,6 +191,8 @@ class RowsManifest(Signed):
             yield f"splits.{name}.blocks", len(split.blocks), creation.blocks(name)
             known = None if creation.encoded is None else creation.blocks(name)
             yield f"splits.{name}.sizes", None if split.sizes is None else len(split.sizes), known
+            known = creation.blocks(name) if task == "language_model" else None
+            yield f"splits.{name}.targets", None if split.targets is None else len(split.targets), known
             yield f"splits.{name}.classes", len(split.classes), classes if of_classes else 0
             labelled = split.rows if split.labelled is None else split.labelled
             yield f"splits.{name}.labelled", labelled < split.rows, split.labelled is not None
@@ -206,12 +210,14 @@ class BlockReceipt(Told):
     """Pictures of which only the first of several frames was taken."""
     enlarged: Annotated[int, Field(ge=0)] = 0
     """Pictures that were smaller than the size that they were brought to; left out where there are none."""
+    targets: Annotated[int, Field(ge=0)] = 0
+    """How many targets the rows of a language model have; left out where there are none."""
     hashes: str
     """A hash of each row's input, by which rows are found that stand in two splits: int64 [rows], in base64."""
 
     @model_serializer(mode="wrap")
     def _as_before_there_were_sizes(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {field: value for field, value in spell(self).items() if value or field != "enlarged"}
+        return {field: value for field, value in spell(self).items() if value or field not in ("enlarged", "targets")}
 
     @property
     def receipt_key(self) -> str:

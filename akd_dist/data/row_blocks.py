@@ -125,7 +125,12 @@ def write_run(job: RowsJob, run: BlockRun, threads: int = 1) -> list[BlockReceip
             seconds, began = time.perf_counter() - began, time.perf_counter()
             number, noted = run.numbers[part[0]], dataclasses.asdict(filling.noted)
             told = base64.b64encode(findings.stable_hashes(filling.inputs).tobytes()).decode()
-            receipts.append(write_block(job.writer, run.split, number, whole, **noted, hashes=told, seconds=seconds))
+            targets = 0 if run.layout is None else int(part[2].sum())
+            receipts.append(
+                write_block(
+                    job.writer, run.split, number, whole, **noted, hashes=told, seconds=seconds, targets=targets
+                )
+            )
     except NotGreyError:
         return None
     return receipts

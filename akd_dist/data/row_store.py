@@ -362,6 +362,7 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
             classes=plan.counts[SPLITS.index(split)].tolist(),
             sizes=None if creation.encoded is None else [one.size for one in mine],
             labelled=plan.placed.labelled if split == "train" and plan.placed.unlabelled else None,
+            targets=[one.targets for one in mine] if plan.packed else None,
         )
     kept = sum(one.size for one in receipts.values())
     lines += findings.of_encoded(kept, sum(creation.rows.values()), creation.meaning.get("encoded"))

@@ -73,6 +73,8 @@ class Rows:
     """How many rows each class has, where that is known without the labels."""
     with_labels: int | None = None
     """How many have labels, the first ones; None where all have."""
+    block_targets: tuple[int, ...] | None = None
+    """Of sealed rows of a language model how many targets each BLOCK_ROWS of them have; None of others."""
 
     def __repr__(self) -> str:
         said = f"{len(self):,} rows of {self.inputs.dtype} {list(self.shape)}"
@@ -138,7 +140,22 @@ class Rows:
     @property
     def targets(self) -> int:
         """How many logits of a teacher these rows have: one each, or as many as there are positions to learn from."""
+        if self.block_targets is not None:
+            return sum(self.block_targets)
         return int(self.offsets[-1]) if self.task == "language_model" else len(self)
+
+    def offsets_of(self, start: int, stop: int) -> np.ndarray:
+        """`offsets` of rows start..stop - 1 and the row after them, int64 [stop - start + 1].
+
+        Of rows that are not on this node no more are read than the blocks that these lie in.
+        """
+        if self.block_targets is None:
+            return self.offsets[start : stop + 1]
+        first = start // BLOCK_ROWS * BLOCK_ROWS
+        counts = np.concatenate([np.zeros(1, np.int64), self.labels[first:stop]])
+        before = sum(self.block_targets[: first // BLOCK_ROWS])
+        found: np.ndarray = before + np.cumsum(counts, dtype=np.int64)[start - first :]
+        return found
 
     def all_labels(self) -> np.ndarray:
         """A copy of the labels; of rows that are not on this node, they are read block by block once."""

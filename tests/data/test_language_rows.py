@@ -158,6 +158,11 @@ def test_blocks_written_for_a_cluster_are_those_of_a_node(
         np.testing.assert_array_equal(mine.inputs, theirs.inputs)
         np.testing.assert_array_equal(mine.offsets, theirs.offsets)
         theirs.content().verify()
+        assert theirs.block_targets is not None
+        assert theirs.targets == mine.targets == sum(theirs.block_targets)
+        for start, stop in ((0, len(mine)), (3, 5), (9, 9), (len(mine) - 1, len(mine))):
+            np.testing.assert_array_equal(theirs.offsets_of(start, stop), mine.offsets[start : stop + 1])
+            np.testing.assert_array_equal(mine.offsets_of(start, stop), mine.offsets[start : stop + 1])
 
 
 def _nothing_to_do(plan: RowsPlan, take: Take) -> None:
