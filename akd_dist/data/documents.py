@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -63,12 +64,25 @@ class Documents:
             RefusedError: a row is no document, or no chat.
         """
         values = self._values(columns[0], int(rows[0]))
-        if self._chats is None:
-            found = self._tokenizer.encode(values)
-            for row, ids in zip(rows.tolist(), found, strict=True):
-                self._note("empty", row, not len(ids))
-            return found
-        return [self._chat(value, row) for value, row in zip(values, rows.tolist(), strict=True)]
+        try:
+            return self._encoded(values, rows.tolist())
+        except (UnicodeEncodeError, TypeError) as error:  # half a character, which JSON can spell and UTF-8 cannot
+            if all(_is_whole(value) for value in values):
+                raise
+            raise RefusedError(
+                f"half a character in {self._place(int(rows[0]))}",
+                got="text that cannot be written as UTF-8",
+                expected="whole characters",
+                next="correct or remove the row: it was cut within an escape, as \\ud83d",
+            ) from error
+
+    def _encoded(self, values: list[Any], rows: list[int]) -> list[np.ndarray]:
+        if self._chats is not None:
+            return [self._chat(value, row) for value, row in zip(values, rows, strict=True)]
+        found = self._tokenizer.encode(values)
+        for row, ids in zip(rows, found, strict=True):
+            self._note("empty", row, not len(ids))
+        return found
 
     def _chat(self, value: Any, row: int) -> np.ndarray:
         assert self._chats is not None
@@ -205,6 +219,15 @@ def read_documents(
     blocks = reading.source.blocks(_READ_DOCUMENTS, start, stop)
     for rows, found in map_blocks(blocks, work, threads or default_threads()):
         take(rows, found)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether all text in a value can be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _chosen(column: Any, mine: np.ndarray) -> Any:

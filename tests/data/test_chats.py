@@ -155,8 +155,9 @@ def test_a_template_that_tells_the_date_is_told_of(tokenizer: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("chat", "what", "got"),
     [
-        ("hello", "no a list of messages under `messages` in row 1", "str"),
+        ("hello", "no list of messages under `messages` in row 1", "str"),
         ([{"content": "x"}], "message 0 in row 1 of .* does not say who speaks", "the keys content"),
+        ([{"role": "user", "content": "\ud83d"}], "half a character in row 1", "UTF-8"),
         (["x"], "message 0 in row 1 of .* does not say who speaks", "str"),
     ],
 )

@@ -272,6 +272,11 @@ def test_what_is_no_document_is_refused_by_its_row(tmp_path: Path) -> None:
     assert error.got == "int"
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     assert refusal(all_train(tmp_path / "a.jsonl"), tmp_path).got == "the keys txt"
+    for text in (ByteText(length=4), HuggingFaceText(path=str(a_byte_pair_tokenizer(tmp_path / "t")), length=4)):
+        (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "cut \\ud83d"}\n')
+        assert refusal(all_train(tmp_path / "a.jsonl", text=text), tmp_path).what.startswith(
+            "half a character in row 1"
+        )
     (tmp_path / "a.jsonl").write_text('[\n{"text": "a"},\n')
     error = refusal(all_train(tmp_path / "a.jsonl"), tmp_path)
     assert error.what.startswith("no JSON in row 0 of")

@@ -123,7 +123,7 @@ class TextSource:
 
     def _value(self, line: bytes, row: int, where: Callable[[int], str]) -> Any:
         """What a line holds under the key of documents or messages."""
-        wanted, what = (list, "a list of messages") if isinstance(self.spec, recipe.ChatData) else (str, "text")
+        wanted, what = (list, "list of messages") if isinstance(self.spec, recipe.ChatData) else (str, "text")
         try:
             found = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -140,7 +140,7 @@ class TextSource:
         raise RefusedError(
             f"no {what} under `{self.spec.input}` in {where(row)}",
             got=got.__name__ if isinstance(got, type) else got,
-            expected=f"{what}, under the key that `input` names",
+            expected=f"{what} under the key that `input` names",
             next="set `input` to the key that holds it, or correct the line",
         )
 
