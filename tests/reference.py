@@ -21,6 +21,7 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
     "Top level": {recipe.Recipe: "top level"},
     "Data": {
         recipe.DataSpec: "data",
+        recipe.Packing: "data.packing",
         recipe.Image: "data.image",
         recipe.Normalize: "data.normalize",
         recipe.CustomMetric: "data.metric",
@@ -34,6 +35,8 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
             recipe.WebDataset,
             recipe.HuggingFaceData,
             recipe.CustomData,
+            recipe.TextData,
+            recipe.ChatData,
         ],
         None,
     ),
