@@ -109,9 +109,9 @@ class Identity(Document):
     @property
     def layout(self) -> StoreLayout:
         """How the store is cut into shards."""
-        encoded = self.encoded
         if self.format < TARGETS_FORMAT:
             return StoreLayout(self.views, self.rows, self.classes, self.codec.dtype)
+        encoded = self.encoded
         if isinstance(encoded, TopK):
             arrays = [StoredArray(name, *kept) for name, kept in encoded.arrays(self.classes).items()]
         else:

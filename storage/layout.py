@@ -137,13 +137,17 @@ class StoreLayout:
     @property
     def item_bytes(self) -> int:
         """Bytes of one item over all arrays."""
+        if not self.arrays:
+            return self.classes * np.dtype(self.dtype).itemsize
         return sum(array.item_bytes for array in self.fields)
 
     @property
     def chunk(self) -> int:
         """Items of an inner chunk: 4,096 targets or 256 rows, halved until all arrays of a chunk are within 16 MiB."""
+        if not self.arrays:
+            return self.chunk_rows
         chunk = _CHUNK_TARGETS if self.several else self.chunk_rows
-        while self.arrays and chunk > 1 and chunk * self.item_bytes > _SHARD_BYTES:
+        while chunk > 1 and chunk * self.item_bytes > _SHARD_BYTES:
             chunk //= 2
         return chunk
 
@@ -178,7 +182,9 @@ class StoreLayout:
 
     def shards(self) -> list[Shard]:
         """Every shard, view by view, in row order."""
-        return [self.shard(view, index) for view in range(self.views) for index in range(self.shards_per_view)]
+        size, rows, arrays = self.shard_rows, self.rows, self.arrays
+        spans = [(index, start, min(start + size, rows)) for index, start in enumerate(range(0, rows, size))]
+        return [Shard(view, index, start, stop, arrays) for view in range(self.views) for index, start, stop in spans]
 
     @property
     def nbytes(self) -> int:

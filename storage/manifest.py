@@ -47,7 +47,7 @@ class Manifest(Document):
     teacher: Json
     zarr_json: dict[str, Sha256]
     """sha256 of each metadata file, by key relative to arrays.zarr."""
-    shards: list[ShardRecord] | ShardColumns | ObjectColumns
+    shards: list[ShardRecord] | ShardColumns | ObjectColumns = Field(union_mode="left_to_right")
     """Every shard, view by view, in row order; as columns from format 3 on."""
     tables: dict[str, list[ObjectRecord]] | None = None
     """What the store has once for all shards, by name: its objects, in order. From format 4 on."""
@@ -165,11 +165,12 @@ class Manifest(Document):
         lengths = {len(column) for column in _all_columns(columns)}
         yield "shards", f"columns of {sorted(lengths)}", f"columns of {[len(columns)]}"
         if self.identity.encoded.compress == "none":
-            one_view = [layout.object_sizes(layout.shard(0, index)) for index in range(layout.shards_per_view)]
+            full, last = (layout.object_sizes(layout.shard(0, index)) for index in (0, layout.shards_per_view - 1))
             sizes = columns.size if isinstance(columns, ObjectColumns) else {LOGITS: columns.size}
-            for name, of_array in zip(names, zip(*one_view, strict=True), strict=True):
+            for name, of_full, of_last in zip(names, full, last, strict=True):
                 where = "shards.size" if len(sizes) == 1 else f"shards.size.{name}"
-                yield where, sizes[name], list(of_array) * layout.views
+                # All shards of a view are full but its last one.
+                yield where, sizes[name], [*[of_full] * (layout.shards_per_view - 1), of_last] * layout.views
         yield "probes", len(self.probes or ()), self.identity.views
         if isinstance(columns, ObjectColumns):
             told = [sum(one) for one in _by_view(layout, columns.probed)]

@@ -148,9 +148,7 @@ class StoredTargets:
 
 def _slices(array: npt.NDArray[Any], starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     """Slices of an array one after the other."""
-    found = np.empty((int(counts.sum()), *array.shape[1:]), array.dtype)
-    at = 0
-    for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
-        found[at : at + count] = array[start : start + count]
-        at += count
-    return found
+    if not len(starts):
+        return np.empty((0, *array.shape[1:]), array.dtype)
+    spans = zip(starts.tolist(), (starts + counts).tolist(), strict=True)
+    return np.concatenate([array[start:stop] for start, stop in spans])

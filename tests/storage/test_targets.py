@@ -190,18 +190,15 @@ def test_the_reader_agrees_on_classes_beyond_16_bits(tmp_path: Path) -> None:
     "failpoint",
     [
         "table.before_object:3",
-        "table.before_receipt:1",
         "table.before_receipt:2",
-        "shard.before_object:1",
-        "shard.before_object:2",
+        "shard.before_object:3",
         "shard.before_object:9",
         "shard.before_receipt:1",
-        "publish.before_link:12",
         "seal.before_manifest:1",
     ],
 )
 def test_killed_at_a_failpoint_then_resumed_is_the_same_store(tmp_path: Path, failpoint: str) -> None:
-    environment = {**os.environ, "AKD_FAILPOINT": f"{failpoint}:kill" if failpoint.count(":") > 1 else failpoint}
+    environment = {**os.environ, "AKD_FAILPOINT": failpoint}
     command = [sys.executable, "-m", "tests.target_stores", str(tmp_path), "top_k"]
     assert subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == -signal.SIGKILL
     folder = tmp_path / golden_of("top_k").name
@@ -314,8 +311,15 @@ OBJECTS = [
 DOCUMENTS = ["dictionary.json", "offsets.json", "fidelity.json", "creation.json", "arrays.zarr/ids/zarr.json"]
 
 
-@pytest.mark.parametrize("key", [*(f"arrays.zarr/{key}" for key in OBJECTS), *DOCUMENTS])
-@pytest.mark.parametrize("how", ["lost", "changed"])
+@pytest.mark.parametrize(
+    ("key", "how"),
+    [
+        *((f"arrays.zarr/{key}", "lost") for key in OBJECTS),
+        *((f"arrays.zarr/{key}", "changed") for key in OBJECTS[:1]),
+        *((key, "lost") for key in DOCUMENTS[:3]),
+        *((key, "changed") for key in DOCUMENTS[2:]),
+    ],
+)
 def test_damage_is_found_named_and_repaired(tmp_path: Path, key: str, how: str) -> None:
     store = copied("top_k", tmp_path)
     path = Path(store.uri, key)
