@@ -126,7 +126,7 @@ def stores_of_other_rows(root_uri: str, identity: Identity, split: str) -> list[
     root = open_root(root_uri)
     seals = [
         _unless_bad(_manifest, root, found.id)
-        for found in _sealed_alike(root, identity, "dataset", "rows", "views")
+        for found in _sealed_alike(root, identity, "dataset", "rows", "items", "views")
         if found.dataset != identity.dataset and found.views >= identity.views and _split(root, found.id) == split
     ]
     return [seal.creation() for seal in seals if seal is not None]

@@ -65,8 +65,7 @@ class LogitStore:
     def __repr__(self) -> str:
         said = f"{self.views} views of {self.num_rows:,} rows, {self.classes} logits each"
         if self.layout.arrays:
-            items = f"{self.layout.rows:,} targets in {self.num_rows:,} rows"
-            said = f"{self.views} views of {items}, {self.manifest.identity.encoded} of {self.classes:,} classes"
+            said = f"{self.views} views of {self.layout.rows:,} targets, {self.manifest.identity.encoded}"
         return f"LogitStore({self.uri!r}: {said})"
 
     @property
@@ -137,14 +136,6 @@ class LogitStore:
         _ = self.manifest.identity.top_k
         objects = (self.manifest.tables or {})[DICTIONARY]
         return Dictionary.from_arrays(read_table(open_root(self.uri), DICTIONARY, objects))
-
-    def targets(self, view: int, start: int, stop: int) -> Arrays:
-        """What is stored of consecutive items, targets or rows, of a view: each array [stop - start, ...] by name.
-
-        Raises:
-            IndexError, DamagedError: as `rows`.
-        """
-        return self._items(view, start, stop)
 
     def content(self, shard: Shard) -> str | None:
         """The sha256 of a shard's decoded arrays; None in a store that does not say."""
@@ -231,9 +222,14 @@ class LogitStore:
             DamagedError: a shard is not what was sealed; names its key.
         """
         self._check_rows()
-        return self.manifest.identity.codec.decode(self._items(view, start, stop))
+        return self.manifest.identity.codec.decode(self.targets(view, start, stop))
 
-    def _items(self, view: int, start: int, stop: int) -> Arrays:
+    def targets(self, view: int, start: int, stop: int) -> Arrays:
+        """What is stored of consecutive items, targets or rows, of a view: each array [stop - start, ...] by name.
+
+        Raises:
+            IndexError, DamagedError: as `rows`.
+        """
         layout = self.layout
         if not (0 <= view < self.views and 0 <= start <= stop <= layout.rows):
             raise IndexError(f"view {view}, rows {start} to {stop}: not in {self.views} views of {layout.rows} rows")

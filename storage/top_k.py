@@ -26,6 +26,8 @@ COEFFICIENT_STEPS = 25.6
 """Steps of a coefficient in a standard deviation: int8 reaches five of them to either side."""
 TAIL_STEPS = 1024
 """Steps of the logarithm of the tail's mass; int16 reaches 32 to either side."""
+MOST_CLASSES = 2**24
+"""Classes have 16 bits in one array, and up to 8 in another."""
 _LOW_BITS = 16
 _NAMED = 8
 
@@ -91,7 +93,7 @@ class TopK:
         """Dtype and shape of what is stored of each target, by array, in order.
 
         Raises:
-            RefusedError: there are fewer classes than `k`.
+            RefusedError: there are fewer classes than `k`, or more than 2^24.
         """
         if self.k > classes:
             raise RefusedError(
@@ -99,6 +101,10 @@ class TopK:
                 got=f"k: {self.k}",
                 expected=f"k of {classes} at most",
                 next="set cache.encoding.k lower, or cache.encoding: float16",
+            )
+        if classes > MOST_CLASSES:
+            raise RefusedError(
+                "top_k keeps classes of 24 bits", got=f"{classes:,} classes", expected=f"{MOST_CLASSES:,}"
             )
         high = high_bits(classes)
         gaps: tuple[str, tuple[int, ...]] = ("uint8", (packed_bytes(self.k - 1, self.value_bits),))

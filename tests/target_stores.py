@@ -5,6 +5,7 @@ python -m tests.target_stores ROOT KIND     writes and seals one, as a process o
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -180,6 +181,29 @@ def build(root: Path | str, created: Creation) -> LogitStore:
             put_fidelity(writer, FIDELITY)
         seal_store(writer)
     return open_store(writer.uri)
+
+
+def golden_of(kind: str) -> Path:
+    return GOLDEN / identity(kind).id
+
+
+def copied(kind: str, root: Path) -> LogitStore:
+    """A golden store, to be damaged."""
+    shutil.copytree(golden_of(kind), root / golden_of(kind).name)
+    return LogitStore(str(root / golden_of(kind).name), open_store(str(golden_of(kind))).manifest)
+
+
+def sealed_files(folder: Path) -> dict[str, bytes]:
+    names = ("arrays.zarr/**/*", "*.json")
+    files = [path for name in names for path in folder.glob(name) if path.is_file() and path.name != "source.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.suffix != ".partial"}
+
+
+def expected(identity: Identity, view: int = 0) -> Mapping[str, npt.NDArray[Any]]:
+    """All that is stored of a view."""
+    layout = identity.layout
+    parts = [arrays_of(identity, shard) for shard in layout.shards() if shard.view == view]
+    return {array.name: np.concatenate([part[array.name] for part in parts]) for array in layout.fields}
 
 
 if __name__ == "__main__":

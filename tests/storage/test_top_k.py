@@ -150,6 +150,9 @@ def test_settings_out_of_range_are_refused(setting: str, value: object, told: st
 def test_more_logits_than_classes_are_refused() -> None:
     with pytest.raises(RefusedError, match="top_k keeps 16 logits of each target, and there are 10 classes"):
         TopK().arrays(10)
+    with pytest.raises(RefusedError, match="classes of 24 bits"):
+        TopK().arrays(2**24 + 1)
+    assert TopK().arrays(2**24)["ids_high"] == ("uint8", (16,))
 
 
 @pytest.mark.parametrize("field", ["values", "mean", "tail", "coefficients"])
