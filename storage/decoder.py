@@ -5,6 +5,7 @@ For tests, commands and readers elsewhere: an array of targets x classes is made
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from akd_dist.storage.dictionary import Dictionary
 from akd_dist.storage.top_k import Described, TopK
 
 Doubles = npt.NDArray[np.float64]
+_SAME = 1e-9  # temperatures are quotients, and may miss a stored one by their last bits
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -107,7 +109,7 @@ def _newton(nodes: Sequence[float], values: Sequence[Doubles], slope: Doubles, b
 
 def _calibration(top_k: TopK, dictionary: Dictionary, temperature: float) -> Doubles | None:
     """That of a temperature, float64 [V]: linear in 1 / T between the stored ones; None beyond them."""
-    if dictionary.tail_calibration is None or temperature > top_k.tail_temperatures[-1]:
+    if dictionary.tail_calibration is None or temperature > top_k.tail_temperatures[-1] + _SAME:
         return None
     return _between(
         [1 / one for one in top_k.tail_temperatures], dictionary.tail_calibration.astype(np.float64), 1 / temperature
@@ -142,7 +144,7 @@ def _softmax(logits: Doubles) -> Doubles:
 
 def _check_temperature(top_k: TopK, temperature: float) -> None:
     first = top_k.tail_temperatures[0]
-    if not temperature >= first:
+    if not (math.isfinite(temperature) and temperature >= first - _SAME):
         raise RefusedError(
             f"the store says nothing of its teacher at temperature {temperature:g}",
             got=f"T = {temperature:g}",
