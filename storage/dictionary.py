@@ -38,8 +38,8 @@ class Dictionary:
     tail_calibration: npt.NDArray[np.float32] | None = None
     """[t, V]: added to the tail's log-weights at these temperatures, in place of the residuals; or there is none."""
     projection: npt.NDArray[np.float32] | None = None
-    """[r, d + 1]: coefficients from the hidden state of a linear head with a 1 behind it; [r, V]: from z - z-bar - m; or
-    there is none. Not needed to read."""
+    """[r, d + 1]: coefficients from the hidden state of a linear head with a 1 behind it; [r, V]: from z - z-bar - m;
+    or there is none. Not needed to read."""
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """The arrays that there are by name, in the stored dtypes and in the order they are published in."""
