@@ -15,6 +15,7 @@ from akd_dist.base.errors import DamagedError, RefusedError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.repair import repair_store, verify_store
+from akd_dist.storage.writer import missing_shards, receipt_there
 from tests import stores, target_stores
 from tests.target_stores import KINDS, copied, golden_of, sealed_files
 
@@ -131,3 +132,19 @@ def test_every_field_of_the_manifest_is_guarded(tmp_path: Path) -> None:
             open_store(store.uri)
         path.write_bytes(canonical_json(fields))
     assert open_store(store.uri).verify() == []
+
+
+def test_a_receipt_with_any_change_counts_as_missing(tmp_path: Path) -> None:
+    writer, said = target_stores.begin(tmp_path, target_stores.creation("top_k"))
+    for shard in writer.layout.shards():
+        target_stores.write(writer, shard, said)
+    shard = writer.layout.shard(0, 1)
+    path = Path(writer.uri, shard.receipt_key)
+    data = path.read_bytes()
+    for place in range(0, len(data), 29):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert missing_shards(writer) == [shard]
+        assert receipt_there(writer, shard) is None
+    target_stores.write(writer, shard, said)
+    assert path.read_bytes() == data
+    assert missing_shards(writer) == []
