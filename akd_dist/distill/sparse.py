@@ -258,15 +258,6 @@ class SparseTargets(Targets):
             self._shared[key] = made
         return made
 
-    def probabilities(self, temperature: float, rows: slice = slice(None)) -> Tensor:
-        """p as an array, float [m, V]."""
-        found = self.distribution(temperature, rows)
-        if isinstance(found, Whole):
-            return found.p.clone()
-        p = torch.zeros(len(found.negentropy), self.classes, dtype=self.mean.dtype, device=self.mean.device)
-        found.take_from(p)
-        return p.neg_()
-
     def logits(self, rows: slice) -> Tensor:
         """z-bar + m + U c, and the stored logits on the ids: not clamped, so linear in what is stored, as the squared
         error without a vocabulary takes them."""

@@ -41,6 +41,17 @@ class Targets(ABC):
             RefusedError: what is stored does not say what they are at this temperature.
         """
 
+    def probabilities(self, temperature: float, rows: slice) -> Tensor:
+        """p of a block of targets as an array, float [m, classes]; shared, so nobody changes it."""
+        found = self.distribution(temperature, rows)
+        if isinstance(found, Whole):
+            return found.p
+        zeros = torch.zeros(
+            len(found.negentropy), self.classes, dtype=found.negentropy.dtype, device=self.choice.device
+        )
+        found.take_from(zeros)
+        return zeros.neg_()
+
     @abstractmethod
     def logits(self, rows: slice) -> Tensor:
         """The logits of a block of targets as they are known, float [m, classes]; the caller's own to change."""
@@ -97,5 +108,5 @@ def softmax_and_lse(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of a b along each row, [m], without their product as an array."""
-    return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
+    """The sum of a b along each row, [m]; of blocks, whose product stays in the cache."""
+    return (a * b).sum(1)

@@ -137,7 +137,11 @@ def test_a_head_with_fewer_rows_than_classes_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["dense", "prior", "rank"])
 def test_squared_error_is_dense_autograd(kind: str, center: bool, reduction: str, phi: float) -> None:
     """In chunks and without a vocabulary, with a bias and padding rows."""
-    targets, weights, (h, head) = targets_of(kind, 3 * normal(N, V)), torch.rand(N, dtype=F64), student(V + 3, bias=True)
+    targets, weights, (h, head) = (
+        targets_of(kind, 3 * normal(N, V)),
+        torch.rand(N, dtype=F64),
+        student(V + 3, bias=True),
+    )
     e = full_logits(h, head) - phi * targets.logits(slice(0, N))
     e = e - e.mean(1, keepdim=True) if center else e
     each = e.square().mean(1) if reduction == "mean" else e.square().sum(1)
