@@ -1,4 +1,4 @@
-"""A made teacher whose logits are like a language model's: peaked at T = 1, nearly flat at 4, with few strong directions."""
+"""A made teacher whose logits are like a language model's: peaked at T = 1, nearly flat at 4, few strong directions."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The teacher's side of a `top_k` store: from hidden states, or from logits, to the numbers that are stored of a target.
+"""The teacher's side of a `top_k` store: from hidden states or logits to the numbers that are stored of a target.
 
 Logits exist for a chunk of targets, and several passes are made over a block of these while it is in the cache: the
 means of groups of classes for the head, the mean, and one exponential that serves every stored temperature.
@@ -132,7 +132,7 @@ def largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ids = _first(z, torch.arange(classes, device=z.device), k)
         return z.gather(1, ids), ids
     whole = classes // _GROUP
-    tops = z[:, : whole * _GROUP].unflatten(1, (whole, _GROUP)).amax(2)
+    tops = z[:, : whole * _GROUP].view(len(z), whole, _GROUP).amax(2)
     if classes % _GROUP:
         tops = torch.cat([tops, z[:, whole * _GROUP :].amax(1, keepdim=True)], 1)
     groups = _first(tops, torch.arange(tops.shape[1], device=z.device), k)

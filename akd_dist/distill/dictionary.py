@@ -187,7 +187,7 @@ class _Work:
         like = torch.zeros(self.probe.classes, dtype=F64, device=self.probe.device)
         seen, mean, squares = like.clone(), like.clone(), like.clone()
         prior = [like.clone() for _ in self.temperatures]
-        for rows, z, captured in self._captured(dictionary):
+        for z, captured in self._captured(dictionary):
             outside = torch.ones_like(z).scatter_(1, captured.ids, 0.0)
             seen += outside.sum(0, dtype=F64)
             if captured.coefficients.shape[1]:
@@ -217,7 +217,7 @@ class _Work:
         for _ in range(ROUNDS):
             true, ours = torch.zeros_like(logs), torch.zeros_like(logs)
             dictionary = dataclasses.replace(dictionary, tail_calibration=logs.float())
-            for _, z, captured in self._captured(dictionary):
+            for z, captured in self._captured(dictionary):
                 stored = captured.targets(self.temperatures, dictionary)
                 for at in served:
                     T = self.temperatures[at]
@@ -231,8 +231,8 @@ class _Work:
             logs[served] += torch.nan_to_num(ratio)[served]  # no mass in any tail: nothing to be calibrated
         return logs.float()
 
-    def _captured(self, dictionary: TailDictionary) -> Iterator[tuple[Tensor, Tensor, Captured]]:
-        """Numbers, logits and description of blocks of targets, with coefficients as they are stored."""
+    def _captured(self, dictionary: TailDictionary) -> Iterator[tuple[Tensor, Captured]]:
+        """Logits and description of blocks of targets, with coefficients as they are stored."""
         at = 0
         for z in self._passes():
             numbers = self.used[at : at + len(z)]
@@ -249,7 +249,7 @@ class _Work:
                 projection = dictionary.projection
                 c = torch.addmm(projection[:, -1], self.probe.h[numbers].float(), projection[:, :-1].T)
             c = (c / COEFFICIENT_STEP).round().clamp(-128, 127) * COEFFICIENT_STEP
-            yield numbers, z, dataclasses.replace(captured, coefficients=c)
+            yield z, dataclasses.replace(captured, coefficients=c)
 
     def _sketched(self, m: Tensor, weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Basis [V, r] and projection [r, V] by a randomised range finder on weighted centred logits X sqrt(D)."""

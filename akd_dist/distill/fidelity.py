@@ -1,4 +1,4 @@
-"""How well what is stored of a teacher describes it: the card of an encoding, measured on some of the teacher's targets.
+"""How well what is stored of a teacher describes it: the card of an encoding, measured on some of its targets.
 
 Errors of gradients need no student of one's own: they are taken where a student says of every target what is true on
 average (the unigram student), and where it says of a target what the teacher says of another one.
@@ -78,7 +78,7 @@ class AtTemperature:
     total_variation: float
     """Half the sum of |p - p^|."""
     unigram_error: float
-    """Of the gradient in the logits, at the student that says the mean p: root mean square over that of the gradient."""
+    """Of the gradient in the logits, over the gradient (root mean squares), at the student that says the mean p."""
     other_error: float
     """The same at the student that says what the teacher says of another target."""
     unigram_hidden_error: float | None = None
@@ -122,6 +122,9 @@ def measure_fidelity(
         return measured.cards(candidates)
 
 
+_PLACES = ("unigram", "other", "unigram_hidden", "other_hidden")
+
+
 @dataclass(eq=False)
 class _Sums:
     """Sums over targets, in float64: of one encoding at one temperature."""
@@ -129,9 +132,6 @@ class _Sums:
     kl: float = 0.0
     tv: float = 0.0
     errors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PLACES, 0.0))
-
-
-_PLACES = ("unigram", "other", "unigram_hidden", "other_hidden")
 
 
 @dataclass(eq=False)
@@ -192,14 +192,10 @@ class _Measured:
     def _compare(
         self, sums: _Sums, one: Targets, p: Tensor, students: Mapping[str, Tensor], temperature: float, rows: slice
     ) -> None:
-        ghost = isinstance(one, TopKOnly) and one.tail == "ghost"
-        taught: dict[str, Tensor] = {}
-        for place, q in students.items():
-            if ghost:
-                assert isinstance(one, TopKOnly)
-                taught[place] = one.beside(q, temperature, rows).p
-            else:
-                taught[place] = next(iter(taught.values()), None) if taught else one.probabilities(temperature, rows)
+        if isinstance(one, TopKOnly) and one.tail == "ghost":
+            taught = {place: one.beside(q, temperature, rows).p for place, q in students.items()}
+        else:
+            taught = dict.fromkeys(students, one.probabilities(temperature, rows))
         p_hat = taught["unigram"]
         sums.kl += _total((torch.xlogy(p, p) - torch.xlogy(p, p_hat)).sum(1))
         sums.tv += _total((p - p_hat).abs().sum(1)) / 2

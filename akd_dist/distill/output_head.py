@@ -19,7 +19,7 @@ class Head:
     """Logits s = W h + b, or cap tanh((W h + b) / cap). A constant factor on logits is folded into W and b."""
 
     weight: Tensor
-    """W, float [rows, d]; those behind the classes of the data are padding, and are cut off wherever logits are made."""
+    """W, float [rows, d]; rows behind the classes of the data are padding, cut off wherever logits are made."""
     bias: Tensor | None = None
     """b, float [rows]."""
     softcap: float | None = None

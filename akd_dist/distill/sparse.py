@@ -1,8 +1,8 @@
 """Targets of a `top_k` store on a device: an exact head of k logits, and a tail that is decoded block by block.
 
 In formulas z are the teacher's raw logits, a bar stands for the mean over all classes, H are the k stored ids, m and U
-the mean and the basis of the store's dictionary, c a target's coefficients in that, and tau_T the mass of the tail, that
-is of all classes but H. A tail of rank 0 is the dictionary's prior; otherwise its logits at T are
+the mean and the basis of the store's dictionary, c a target's coefficients in that, and tau_T the mass of the tail: of
+all classes but H. A tail of rank 0 is the dictionary's prior; otherwise its logits at T are
 
     min(z-bar + m + U c + rho + v / 2T, min z_H)
 
@@ -11,6 +11,7 @@ calibrated, min(z-bar + m + U c, min z_H) and a factor exp(a_T) on what they are
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -208,7 +209,7 @@ class SparseTargets(Targets):
 
     @classmethod
     def of(cls, arrays: Mapping[str, Tensor], encoding: Encoding, dictionary: TailDictionary) -> "SparseTargets":
-        """Targets of a store's arrays [n, ...], as they lie on the dictionary's device: what is packed expands there."""
+        """Targets of a store's arrays [n, ...], which lie on the dictionary's device: what is packed expands there."""
         dtype = dictionary.mean_logit.dtype
         ids, mean = unpacked_ids(arrays, encoding.k, len(dictionary.mean_logit)), arrays["mean"].to(dtype)
         if encoding.k:
@@ -242,7 +243,7 @@ class SparseTargets(Targets):
         return torch.sigmoid(mass - head).to(values.dtype)
 
     def tail_logits(self, temperature: float, rows: slice) -> Tensor:
-        """Raw logits of the tail at T, float [m, V], with the calibration folded in; what stands at the ids is no tail."""
+        """Raw logits of the tail at T with the calibration in them, float [m, V]; what stands at the ids is no tail."""
         return self._tail_exponents(temperature, rows).mul_(temperature).add_(self.mean[rows, None])
 
     def distribution(self, temperature: float, rows: slice) -> Distribution:
@@ -353,7 +354,7 @@ def _between(b: float, nodes: Sequence[tuple[float, Tensor]]) -> Tensor:
     """What stands at b between nodes, linearly; outside of all, at the nearest."""
     ordered = sorted(nodes, key=lambda node: node[0])
     b = min(max(b, ordered[0][0]), ordered[-1][0])
-    for (low, at_low), (high, at_high) in zip(ordered, ordered[1:], strict=False):
+    for (low, at_low), (high, at_high) in itertools.pairwise(ordered):
         if low <= b < high:
             return torch.lerp(at_low, at_high, (b - low) / (high - low)) if b > low else at_low
     return ordered[-1][1]

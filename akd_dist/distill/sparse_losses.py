@@ -2,8 +2,8 @@
 
 A `Term` is a loss of single targets with its gradient in their logits. `loss_of` takes one through a head, chunk by
 chunk: a buffer turns from logits to gradient, block by block while they are in the cache, and is added into the
-gradients of hidden states and head at once, so that nothing is computed again on the way back. `losses_of_logits` is the
-same for a classifier whose logits are there.
+gradients of hidden states and head at once, so that nothing is computed again on the way back. `losses_of_logits` is
+the same for a classifier whose logits are there.
 
 In formulas s are the student's logits, z the teacher's, p_T and q_T the softmax of z / T and s / T, y the label.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.distill.output_head import Head, blocks, chunk_targets, parts
@@ -63,7 +63,7 @@ class Softened(Term):
 
 @dataclass(frozen=True, eq=False)
 class Annealed(Term):
-    """Annealing-KD's idea with a softmax's own loss: the cross-entropy of q_1 to softmax(Phi z), which is p at 1 / Phi."""
+    """Annealing-KD's idea with a softmax's own loss: cross-entropy of q_1 to softmax(Phi z), which is p at 1 / Phi."""
 
     targets: Targets
     phi: float
@@ -220,7 +220,7 @@ def loss_of(
     check_rows(head, classes)
     shares = shares_of(h, weights, total)
     plan = _Plan(term, head.softcap, classes, chunk or chunk_targets(classes), torch.is_grad_enabled())
-    found: Tensor = _ThroughHead.apply(h, head.weight, head.bias, shares, plan)
+    found: Tensor = _ThroughHead.apply(h, head.weight, head.bias, shares, plan)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -261,7 +261,7 @@ class _ThroughHead(torch.autograd.Function):
             return _forward(ctx, h, weight, bias, shares, plan)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `loss_of`."""
         scaled = [None if one is None else (grad * one).to(one.dtype) for one in ctx.saved_tensors]
@@ -345,7 +345,7 @@ def losses_of_logits(logits: Tensor, term: Term) -> Tensor:
     Returns:
         float32 or float64 [n].
     """
-    found: Tensor = _OfLogits.apply(logits, term, torch.is_grad_enabled())
+    found: Tensor = _OfLogits.apply(logits, term, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return found
 
 
@@ -365,7 +365,7 @@ class _OfLogits(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `losses_of_logits`."""
         (gradient,) = ctx.saved_tensors

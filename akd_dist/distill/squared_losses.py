@@ -3,7 +3,8 @@
 The loss is quadratic in the logits s, and s = W h. With z^ = z-bar + m + U c, and what the stored logits differ by from
 that, delta, on the ids H:
 
-    || s - Phi z^ ||^2 = h' W'W h - 2 Phi [h . W'm + h' W'U c + h . sum_H delta_i W_i + z-bar V (h . w-bar)] + Phi^2 ||z^||^2
+    || s - Phi z^ ||^2  =  h' W'W h  +  Phi^2 ||z^||^2
+                           - 2 Phi [h . W'm + h' W'U c + h . sum_H delta_i W_i + z-bar V (h . w-bar)]
 
 with w-bar the mean row of W; centred, V (h . w-bar)^2 comes off the first part, and (sum of z^) (h . w-bar) takes the
 place of what z-bar adds. W'W, W'm and W'U cost what the head costs for d + r + 1 targets, once a call.
@@ -71,8 +72,8 @@ def squared_without_vocabulary(
 ) -> Tensor:
     """The same number, and the same gradients, as the squared error in chunks; O(d^2 + d r + k d) a target.
 
-    Computed in float32, float64 where h is. ||z^||^2 is that of the decoded logits, an estimate of the teacher's own: it
-    moves the loss and no gradient.
+    Computed in float32, float64 where h is. ||z^||^2 is that of the decoded logits, an estimate of the teacher's own:
+    it moves the loss and no gradient.
 
     Raises:
         RefusedError: the head is not linear, or has fewer rows than there are classes.
@@ -86,7 +87,9 @@ def squared_without_vocabulary(
         )
     check_rows(head, targets.classes)
     shares = shares_of(h, weights, total)
-    found: Tensor = _WithoutVocabulary.apply(h, head.weight, head.bias, shares, targets, form, torch.is_grad_enabled())
+    gradients = torch.is_grad_enabled()
+    given = (h, head.weight, head.bias, shares)
+    found: Tensor = _WithoutVocabulary.apply(*given, targets, form, gradients)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -139,7 +142,7 @@ class _WithoutVocabulary(torch.autograd.Function):
             return computed.loss()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `squared_without_vocabulary`."""
         scaled = [None if one is None else (grad * one).to(one.dtype) for one in ctx.saved_tensors]
@@ -147,7 +150,7 @@ class _WithoutVocabulary(torch.autograd.Function):
 
 
 class _Computed:
-    """Loss and gradients of one call, in the letters of the module's docstring. A bias is a column of W, and h has a 1."""
+    """Loss and gradients of one call, in the letters of the module's docstring. A bias is a column of W; h has a 1."""
 
     def __init__(
         self, h: Tensor, weight: Tensor, bias: Tensor | None, shares: Tensor,

@@ -1,7 +1,8 @@
-"""The mass of a tail at any temperature, from its log-mass at a few: L(b) = log sum over the tail of exp(b (z_j - max z)).
+"""The mass of a tail at any temperature, from its log-mass at a few.
 
-b is 1 / T. The curve is smooth and convex, its value at 0 is the log of how many classes the tail has, and its slope at
-0 the tail's mean logit below the largest one: so the polynomial through these and a few stored nodes comes close.
+L(b) is the log of the sum over the tail of exp(b (z_j - max z)), and b is 1 / T. The curve is smooth and convex, its
+value at 0 is the log of how many classes the tail has, and its slope at 0 the tail's mean logit below the largest one:
+so the polynomial through these and a few stored nodes comes close.
 """
 
 import math

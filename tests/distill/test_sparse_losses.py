@@ -185,7 +185,7 @@ def by_micro_batches(count: int, loss: Callable[..., Tensor]) -> tuple[Tensor, T
     for part in torch.arange(36).chunk(count):
         rows = slice(int(part[0]), int(part[-1]) + 1)
         stored = exact_targets(targets[rows], K, shared, coefficients[rows])
-        loss(h[rows], head, stored, weights=weights[rows], total=weights.sum()).backward()
+        loss(h[rows], head, stored, weights=weights[rows], total=weights.sum()).backward()  # type: ignore[no-untyped-call]
     assert h.grad is not None
     assert head.weight.grad is not None
     return h.grad, head.weight.grad
@@ -305,7 +305,7 @@ def test_tiny_sizes() -> None:
     none = exact_targets(normal(0, V), K, random_dictionary(V, R), normal(0, R))
     h, head = student()
     for loss in (loss_of(h[:0], head, Softened(none, 2.0), total=5.0), squared_loss(h[:0], head, none, 1.0, total=5.0)):
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         assert loss == 0
     assert head.weight.grad is not None
     assert not head.weight.grad.any()
