@@ -68,7 +68,7 @@ def capture(
         head: the teacher's; rows behind the classes are padding, and are cut off before anything is made of them.
         dictionary: None, or one of rank 0, for no coefficients.
         temperatures: where the curve of the tail is stored.
-        chunk: how many targets go through the head together; by default a quarter of what `chunk_targets` says.
+        chunk: how many targets go through the head together; by default `capture_chunk`.
         named: how a message calls a target, by its number in h.
 
     Raises:
@@ -111,8 +111,9 @@ def capture_logits(
 
 
 def capture_chunk(classes: int) -> int:
-    """Targets that go through a teacher's head together, by default: what is made of them is read again soon."""
-    return max(1, chunk_targets(classes) // 4)
+    """Targets that go through a teacher's head together, by default: at most a quarter of what losses take, and a power
+    of two, as the number of targets of a batch mostly is."""
+    return 2 ** (max(4, chunk_targets(classes)).bit_length() - 3)
 
 
 # ---- of a block of logits

@@ -264,8 +264,18 @@ class _ThroughHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `loss_of`."""
-        scaled = [None if one is None else (grad * one).to(one.dtype) for one in ctx.saved_tensors]
-        return (*scaled, None, None)
+        return (*scaled_once(ctx, grad), None, None)
+
+
+def scaled_once(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Gradients that were made with a loss, `ctx.made`, times that of the loss.
+
+    They are scaled where they lie, as a second array of the size of a head is much: so there is one way back.
+    """
+    made, ctx.made = ctx.made, None
+    if made is None:
+        raise RuntimeError("the gradients of this loss were taken before: compute the loss again")
+    return [None if one is None else one.mul_(grad) for one in made]
 
 
 def _forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, shares: Tensor, plan: _Plan) -> Tensor:
@@ -277,20 +287,20 @@ def _forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, shares: T
     dW = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if wanted[1] else None
     db = torch.zeros_like(bias) if wanted[2] and bias is not None else None
     total = torch.zeros((), dtype=wide, device=h.device)
+    buffer = torch.empty(min(plan.chunk, len(h)), plan.classes, dtype=wide, device=h.device)
     for part in parts(0, len(h), plan.chunk):
-        s = _product(h[part], W.T, wide)
+        s = _product(h[part], W.T, buffer[: part.stop - part.start])
         for block in blocks(part, plan.classes, h.device):
             total = total + _turned(
                 s[block.start - part.start : block.stop - part.start], block, b, shares[block], plan
             )
         if dh is not None:
-            dh[part] = _product(s, W, h.dtype)
+            _product(s, W, dh[part])
         if dW is not None:
             _add_product(dW[: plan.classes], s, h[part])
         if db is not None:
             db[: plan.classes] += s.sum(0)
-    # Of float32 weights dW is float32 already.
-    ctx.save_for_backward(dh, None if dW is None else dW.to(weight.dtype), db)
+    ctx.made = [dh, None if dW is None else dW.to(weight.dtype), db]
     return total
 
 
@@ -307,12 +317,11 @@ def _turned(s: Tensor, rows: slice, bias: Tensor | None, shares: Tensor, plan: _
     return (losses * shares).sum()
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b [m, columns] of the given dtype, computed in that of the narrower one, a slice of rows at a time."""
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a @ b, computed in the dtype of the narrower one, a slice of rows at a time where dtypes differ."""
+    if a.dtype == b.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
     narrow = a.dtype if a.element_size() <= b.element_size() else b.dtype
-    if a.dtype == b.dtype == dtype:
-        return a @ b
-    out = torch.empty(len(a), b.shape[1], dtype=dtype, device=a.device)
     for part in parts(0, len(a), -(-len(a) // 8)):
         out[part] = a[part].to(narrow) @ b.to(narrow)
     return out

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from akd_dist.base.errors import RefusedError
 from akd_dist.distill.output_head import Head, parts
 from akd_dist.distill.sparse import SparseTargets
-from akd_dist.distill.sparse_losses import Hinged, Labels, Squared, check_rows, loss_of, shares_of
+from akd_dist.distill.sparse_losses import Hinged, Labels, Squared, check_rows, loss_of, scaled_once, shares_of
 from akd_dist.distill.teacher_targets import Targets
 
 _GATHERED_BYTES = 64 * 2**20  # of the head's rows at the stored ids of a slice of targets
@@ -138,15 +138,14 @@ class _WithoutVocabulary(torch.autograd.Function):
             dtype = torch.promote_types(h.dtype, torch.float32)
             computed = _Computed(h, weight, bias, shares, targets, form, dtype)
             if wanted:
-                ctx.save_for_backward(*computed.gradients())
+                ctx.made = computed.gradients()
             return computed.loss()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `squared_without_vocabulary`."""
-        scaled = [None if one is None else (grad * one).to(one.dtype) for one in ctx.saved_tensors]
-        return (*scaled, None, None, None, None)
+        return (*scaled_once(ctx, grad), None, None, None, None)
 
 
 class _Computed:

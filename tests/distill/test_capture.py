@@ -15,6 +15,8 @@ from akd_dist.distill.sparse import TailDictionary
 from akd_dist.distill.tail_curve import LOWEST, log_mass
 from tests.language_logits import made_teacher
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NODES = (1.0, 4 / 3, 2.0)
 
 

@@ -16,6 +16,8 @@ from akd_dist.distill.teacher_targets import DenseTargets, Targets
 from tests.language_logits import made_teacher
 from tests.top_k_records import TEMPERATURES, Packing, pack
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES, K = 3000, 8
 
 

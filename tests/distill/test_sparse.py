@@ -16,6 +16,8 @@ from akd_dist.distill.teacher_targets import Whole
 from tests.language_logits import made_teacher
 from tests.top_k_records import TEMPERATURES, Packing, decoded, exact_targets, pack, pack_bits, random_dictionary
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 F64 = torch.float64
 ALL = slice(None)
 

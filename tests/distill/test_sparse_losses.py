@@ -1,16 +1,18 @@
 """Losses through a head against dense autograd in float64: values to 1e-9, gradients to 1e-10."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.distill.losses import annealing_losses, softened_losses
 from akd_dist.distill.output_head import Head, chunk_targets
-from akd_dist.distill.sparse import SparseTargets
+from akd_dist.distill.sparse import SparseTargets, TailDictionary
 from akd_dist.distill.sparse_losses import (
     Annealed,
     Labels,
@@ -26,7 +28,9 @@ from akd_dist.distill.sparse_losses import (
 )
 from akd_dist.distill.squared_losses import SquaredForm, continuation_loss, squared_loss, squared_without_vocabulary
 from akd_dist.distill.teacher_targets import DenseTargets, Targets
-from tests.top_k_records import decoded, exact_targets, random_dictionary
+from tests.top_k_records import TEMPERATURES, decoded, exact_targets, random_dictionary
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 N, V, D, K, R = 37, 3001, 16, 5, 3
 F64 = torch.float64
@@ -310,3 +314,55 @@ def test_tiny_sizes() -> None:
     assert head.weight.grad is not None
     assert not head.weight.grad.any()
     assert chunk_targets(151_936) == 441
+
+
+def most_alive(work: Callable[[], object]) -> int:
+    """The most bytes of tensors that are made and alive at once in a piece of work, as torch's profiler counts them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    alive = most = 0
+    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive)
+    return most
+
+
+@pytest.mark.parametrize(("kind", "buffers"), [("labels", 1), ("kd", 1), ("squared", 1), ("without", 0)])
+def test_one_chunk_of_logits_is_alive(kind: str, buffers: int) -> None:
+    """Beside the gradients of head and hidden states, on the way forth and back."""
+    n, classes, width, chunk = 1024, 20_000, 16, 256
+    h, head = torch.randn(n, width, requires_grad=True), Head(torch.randn(classes, width, requires_grad=True))
+    shared = random_dictionary(classes, 8, calibrated=True)
+    tensors = {field.name: getattr(shared, field.name) for field in dataclasses.fields(shared)}
+    single = TailDictionary.of({name: one for name, one in tensors.items() if isinstance(one, Tensor)}, TEMPERATURES)
+    stored = SparseTargets(
+        torch.arange(4).expand(n, 4), torch.rand(n, 4).sort(1, descending=True).values, torch.zeros(n),
+        torch.zeros(n, 3), torch.randn(n, 8), TEMPERATURES, single,
+    )  # fmt: skip
+
+    def loss() -> Tensor:
+        if kind == "without":
+            return squared_loss(h, head, stored, 0.5)
+        terms = {
+            "labels": Labels(torch.zeros(n, dtype=torch.int64)),
+            "kd": Softened(stored, 2.0),
+            "squared": Squared(stored, 0.5),
+        }
+        return loss_of(h, head, terms[kind], chunk=chunk)
+
+    gradients, buffer = 4 * width * (n + classes), 4 * chunk * classes
+    most = most_alive(lambda: torch.autograd.grad(loss(), (h, head.weight)))
+    small = 0.6 * buffer  # vectors over the classes, and blocks of a few rows
+    assert most <= gradients + buffers * buffer + small
+    if kind in ("labels", "kd"):
+        assert most >= gradients + buffer
+
+
+def test_gradients_are_taken_once() -> None:
+    """They are scaled where they lie, so a second time is refused and not wrong."""
+    h, head = student()
+    loss = loss_of(h, head, Labels(torch.zeros(N, dtype=torch.int64)))
+    torch.autograd.grad(loss, h, retain_graph=True)
+    with pytest.raises(RuntimeError, match="taken before"):
+        torch.autograd.grad(loss, h)
