@@ -57,7 +57,8 @@ def _measured(chosen: argparse.Namespace) -> dict[str, Any]:
     tokens = torch.randint(0, classes, (chosen.blocks, chosen.length))
 
     def body() -> Tensor:
-        return model.model(tokens).last_hidden_state.flatten(0, 1)
+        found: Tensor = model.model(tokens).last_hidden_state
+        return found.flatten(0, 1)
 
     def logits(h: Tensor) -> None:
         for part in parts(0, len(h), capture_chunk(classes)):

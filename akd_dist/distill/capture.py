@@ -113,7 +113,7 @@ def capture_logits(
 def capture_chunk(classes: int) -> int:
     """Targets that go through a teacher's head together, by default: at most a quarter of what losses take, and a power
     of two, as the number of targets of a batch mostly is."""
-    return 2 ** (max(4, chunk_targets(classes)).bit_length() - 3)
+    return 1 << (max(4, chunk_targets(classes)).bit_length() - 3)
 
 
 # ---- of a block of logits

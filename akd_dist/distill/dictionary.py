@@ -20,7 +20,7 @@ from torch import Tensor
 from akd_dist.base.errors import RefusedError
 from akd_dist.distill.capture import Captured, capture_chunk, capture_logits
 from akd_dist.distill.output_head import Head, blocks, parts
-from akd_dist.distill.sparse import CALIBRATED_UP_TO, COEFFICIENT_STEP, TailDictionary
+from akd_dist.distill.sparse import COEFFICIENT_STEP, TailDictionary
 from akd_dist.distill.teacher_targets import Whole
 
 WEIGHTING = (1.0, 2.0, 4.0)
@@ -93,9 +93,9 @@ def make_dictionary(
 ) -> dict[str, Tensor]:
     """The arrays of a dictionary by name, on the probe's device: see `TailDictionary.of`.
 
-    `mean_logit` float32 [V], `basis` float16 [V, r], `projection` float32 [r, d + 1] or [r, V], `residual_mean` and
-    `residual_variance` float32 [V], `tail_prior` and `tail_calibration` float32 [t, V]. A pure function of its
-    arguments, on one kind of device.
+    `mean_logit` float32 [V] and `tail_prior` float32 [t, V]; where the rank is above 0 also `basis` float16 [V, r],
+    `projection` float32 [r, d + 1] or [r, V], `residual_mean` and `residual_variance` float32 [V], `tail_calibration`
+    float32 [t, V]. A pure function of its arguments, on one kind of device.
 
     Args:
         k: the size of the head that is stored: tails are all else.
@@ -150,6 +150,8 @@ class _Work:
         made |= self._tails(made)
         if rank:
             made["tail_calibration"] = self._calibration(made)
+        else:
+            del made["residual_mean"], made["residual_variance"]
         return made
 
     # ---- passes over the logits
@@ -210,7 +212,6 @@ class _Work:
 
     def _calibration(self, made: dict[str, Tensor]) -> Tensor:
         """a_T of each class, so that its mean tail probability as decoded is the teacher's: [t, V]."""
-        served = [at for at, T in enumerate(self.temperatures) if T <= CALIBRATED_UP_TO + 1e-9]
         shape = (len(self.temperatures), self.probe.classes)
         logs = torch.zeros(shape, dtype=F64, device=self.probe.device)
         dictionary = TailDictionary.of(made, self.temperatures, self.probe.device)
@@ -219,8 +220,7 @@ class _Work:
             dictionary = dataclasses.replace(dictionary, tail_calibration=logs.float())
             for z, captured in self._captured(dictionary):
                 stored = captured.targets(self.temperatures, dictionary)
-                for at in served:
-                    T = self.temperatures[at]
+                for at, T in enumerate(self.temperatures):
                     p = torch.softmax(z / T, 1).scatter_(1, captured.ids, 0.0)
                     found = stored.distribution(T, slice(0, len(z)))
                     assert isinstance(found, Whole)
@@ -228,7 +228,7 @@ class _Work:
                     ours[at] += found.p.scatter(1, captured.ids, 0.0).sum(0, dtype=F64)
             smooth = _SMOOTHED * true.sum(1, keepdim=True) / self.probe.classes
             ratio = ((true + smooth) / (ours + smooth)).log()
-            logs[served] += torch.nan_to_num(ratio)[served]  # no mass in any tail: nothing to be calibrated
+            logs += torch.nan_to_num(ratio)  # no mass in any tail: nothing to be calibrated
         return logs.float()
 
     def _captured(self, dictionary: TailDictionary) -> Iterator[tuple[Tensor, Captured]]:

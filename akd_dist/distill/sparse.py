@@ -6,8 +6,8 @@ all classes but H. A tail of rank 0 is the dictionary's prior; otherwise its log
 
     min(z-bar + m + U c + rho + v / 2T, min z_H)
 
-with rho and v the mean and the variance of what c leaves over, or, at temperatures up to 2 where the dictionary is
-calibrated, min(z-bar + m + U c, min z_H) and a factor exp(a_T) on what they are exponentiated to.
+with rho and v the mean and the variance of what c leaves over; or, between the temperatures that the dictionary is
+calibrated at, min(z-bar + m + U c, min z_H) and a factor exp(a_T) on what they are exponentiated to.
 """
 
 import contextlib
@@ -24,8 +24,6 @@ from akd_dist.base.errors import RefusedError
 from akd_dist.distill.tail_curve import check_temperature, log_mass
 from akd_dist.distill.teacher_targets import Distribution, Targets, Whole, row_dots
 
-CALIBRATED_UP_TO = 2.0
-"""The largest temperature that calibration serves; above it the Gaussian form is as good and needs no grid."""
 COEFFICIENT_STEP = 10 / 256
 """Of stored coefficients, in standard deviations."""
 TAIL_STEP = 1 / 1024
@@ -133,13 +131,12 @@ class TailDictionary:
                 "a tail without coefficients needs a prior, and this dictionary has none",
                 next="cache with a rank of 1 or more, or make the dictionary anew",
             )
-        logs = self.tail_prior.log()
+        logs = self.tail_prior.clamp_min(torch.finfo(torch.float32).tiny).log()
         nodes = [(1 / T, log) for T, log in zip(self.temperatures, logs, strict=True)]
         return torch.softmax(_between(1 / temperature, [(0.0, torch.zeros_like(logs[0])), *nodes]), dim=0)
 
     def _calibrated_at(self, temperature: float) -> bool:
-        nodes = self.temperatures[: len(self.tail_calibration)]
-        served = [T for T in nodes if T <= CALIBRATED_UP_TO + 1e-9]
+        served = self.temperatures[: len(self.tail_calibration)]
         return bool(served) and min(served) - 1e-9 <= temperature <= max(served) + 1e-9
 
     def _calibration(self, temperature: float) -> Tensor:
@@ -179,7 +176,7 @@ class SparseTargets(Targets):
     """n targets of a `top_k` store.
 
     Raises:
-        RefusedError: by all that takes a temperature, where it is below 1 and not among those that are stored.
+        RefusedError: by all that takes a temperature, where it is below the first one that is stored.
     """
 
     ids: Tensor
@@ -237,8 +234,8 @@ class SparseTargets(Targets):
             return torch.full_like(self.mean[rows], float(self.k == 0))
         top = values[:, 0].double()
         rest = (self.classes * self.mean[rows].double() - values.double().sum(1)) / (self.classes - self.k)
-        size = math.log(self.classes - self.k)
-        mass = log_mass(temperature, self.temperatures, self.tail[rows], size, rest - top)
+        slope = torch.minimum(rest, values[:, -1].double()) - top  # a rounded mean may put the tail above the head
+        mass = log_mass(temperature, self.temperatures, self.tail[rows], math.log(self.classes - self.k), slope)
         head = torch.logsumexp((values.double() - top[:, None]) / temperature, 1)
         return torch.sigmoid(mass - head).to(values.dtype)
 

@@ -21,14 +21,15 @@ def check_temperature(temperature: float, stored: Sequence[float]) -> None:
     """Whether a store can be asked for a temperature.
 
     Raises:
-        RefusedError: it is below 1 and not stored, or not a positive number.
+        RefusedError: it is no number, or below the first one that is stored: nothing tells the tail's mass there.
     """
-    if not math.isfinite(temperature) or temperature <= 0 or (temperature < 1 and _node(temperature, stored) is None):
+    first = min(stored, default=1.0)
+    if not (math.isfinite(temperature) and temperature >= first - 1e-9):
         raise RefusedError(
             "the tail of this store is not described at such a temperature",
             got=f"temperature {temperature:g}",
-            expected=f"1 or more, or one of those that are stored: {', '.join(f'{one:g}' for one in stored)}",
-            next="choose a temperature of at least 1, or add it to tail_temperatures and cache anew",
+            expected=f"{first:g} or more, the first of its tail_temperatures",
+            next="choose a higher temperature, or cache anew with encoding float16, which serves any",
         )
 
 

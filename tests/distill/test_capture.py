@@ -178,7 +178,7 @@ def test_the_curve_between_nodes() -> None:
 
 @pytest.mark.parametrize("temperature", [0.9, 0.0, -1.0, math.nan, math.inf])
 def test_temperatures_that_no_store_describes(temperature: float) -> None:
-    """Below 1, unless a node is stored there."""
+    """Below the first that is stored."""
     with pytest.raises(RefusedError, match="temperature"):
         log_mass(temperature, NODES, torch.zeros(1, 3), 1.0, torch.zeros(1))
     assert log_mass(0.9, (0.9, 1.0), torch.tensor([[7.0, 8.0]]), 1.0, torch.zeros(1)).item() == 7

@@ -103,7 +103,7 @@ def test_the_clamp_holds() -> None:
     assert torch.isclose(z.amax(1), targets.values[:, -1]).any()
 
 
-def test_calibration_is_interpolated_up_to_2_and_no_further() -> None:
+def test_calibration_is_interpolated_and_goes_no_further() -> None:
     """Linearly in 1 / T; above, the Gaussian form."""
     shared = random_dictionary(50, 2, calibrated=True)
     a = shared.tail_calibration
@@ -149,7 +149,7 @@ def test_students_of_a_cohort_share_what_is_decoded() -> None:
 def test_temperatures_below_1_are_refused() -> None:
     """For tails that are decoded, and for those of the prior, and where there is no tail."""
     for packing in (Packing(k=4, rank=2), Packing(k=4, rank=0), Packing(k=30, rank=2)):
-        with pytest.raises(RefusedError, match=r"temperature 0.5[\s\S]*1, 1.33333, 2"):
+        with pytest.raises(RefusedError, match=r"temperature 0.5[\s\S]*1 or more"):
             some(30, packing).distribution(0.5, ALL)
 
 
