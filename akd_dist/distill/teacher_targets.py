@@ -1,5 +1,6 @@
 """What losses need to know of a teacher's logits, however these are stored; and logits that are stored whole."""
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -85,7 +86,14 @@ class DenseTargets(Targets):
 
     def __post_init__(self) -> None:
         self.classes = self.stored.shape[1]
-        self.choice = self.stored.argmax(1)
+
+    @functools.cached_property
+    def choice(self) -> Tensor:  # type: ignore[override]
+        """As there."""
+        return self.stored.argmax(1)
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
     def distribution(self, temperature: float, rows: slice) -> Whole:
         """softmax(z / T)."""
