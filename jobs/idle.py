@@ -5,12 +5,11 @@ Importing this module takes no time, so that a command can begin a worker before
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pickle
 import subprocess
 import sys
 from collections import deque
+from multiprocessing import Pipe
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
@@ -30,32 +29,32 @@ class Worker:
     """
 
     def __init__(self) -> None:
+        self.connection, theirs = Pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "akd_dist.jobs.worker"],  # -P: only this process's own path counts
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            # -P: only this process's own path counts
+            [sys.executable, "-P", "-m", "akd_dist.jobs.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # warnings and stacks go to the worker's log
             start_new_session=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
+        theirs.close()
 
     def ask(self, kind: Asked, content: Any) -> Any:
         """What it answers; None if it has died."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            pickle.dump((kind, content), self.process.stdin)
-            self.process.stdin.flush()
         try:
-            return pickle.load(self.process.stdout)  # by a process of ours
-        except (EOFError, pickle.UnpicklingError):
+            self.connection.send((kind, content))
+            return self.connection.recv()
+        except (EOFError, OSError):
             return None
 
     def end(self) -> int:
         """End it, whatever it does; the code that it ended with."""
         self.process.kill()
-        self.process.communicate()
-        return self.process.returncode
+        self.connection.close()
+        return self.process.wait()
 
 
 class IdleWorkers:

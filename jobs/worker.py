@@ -2,7 +2,7 @@
 
 The process knows nothing of Ray, so that it starts quickly. `idle.Worker` is its other end:
 
-    python -m akd_dist.jobs.worker
+    python -m akd_dist.jobs.worker FILE-DESCRIPTOR
 """
 
 import contextlib
@@ -11,13 +11,13 @@ import gc
 import importlib
 import logging
 import os
-import pickle
 import signal
 import sys
 import threading
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from akd_dist.base.errors import AkdError
 from akd_dist.distill.cohort import train_cohort
@@ -83,31 +83,30 @@ def keep_log(path: Path) -> None:
 def main() -> None:
     """Answer the driver's questions, see `idle.Worker`; leave once a cohort is trained, or when the driver leaves."""
     gc.set_threshold(IMPORTING)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a model prints is no answer
+    driver = Connection(int(sys.argv[1]))
     # The driver alone decides: a service manager sends SIGTERM to everybody, and a terminal SIGINT.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # not on Linux
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this process that goes
     importlib.import_module("torch._dynamo")  # torch's optimizers import it: here while the driver still plans
-    questions, kind = sys.stdin.buffer, ""
-    with contextlib.suppress(EOFError):
+    kind = ""
+    with contextlib.suppress(EOFError, OSError):
         while kind != "train":
-            kind, content = pickle.load(questions)  # from the driver, which is this very program
+            kind, content = driver.recv()
             if kind == "train":
-                threading.Thread(target=_leave_with_driver, args=(questions,), daemon=True).start()
+                threading.Thread(target=_leave_with_driver, args=(driver,), daemon=True).start()
                 answer: Any = work(content, 0, contextlib.nullcontext(Ranks()))
             else:
                 answer = answer_here(content)
-            pickle.dump(answer, answers)
-            answers.flush()
+            driver.send(answer)
     os._exit(0)  # all is written; the modules of torch would take a while to go
 
 
-def _leave_with_driver(questions: BinaryIO) -> None:
+def _leave_with_driver(driver: Connection) -> None:
     """End this process once the driver is gone: its end of the pipe closes then, however it died."""
-    questions.read()
+    with contextlib.suppress(EOFError, OSError):
+        driver.recv()
     os._exit(1)
 
 
