@@ -92,7 +92,8 @@ def _gaussian(targets: SparseTargets) -> SparseTargets:
 
 def _hidden_states(folder: str, count: int) -> tuple[Tensor, Head]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model.eval()
     head = Head(model.get_output_embeddings().weight.detach())
     tokens: list[int] = []
     # Every 13th file, so that there are many kinds, and a few thousand letters of each.

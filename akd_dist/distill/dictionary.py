@@ -10,7 +10,7 @@ logits themselves by a randomised range finder. Logits exist for a chunk of targ
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +73,7 @@ class HiddenProbe(Probe):
 
 @dataclass(eq=False)
 class LogitProbe(Probe):
-    """Logits that are there, as of a classifier: [P, classes], of any float dtype."""
+    """Logits that are there, as of a classifier: [P, classes], of any float dtype; they may lie in a memory map."""
 
     stored: Tensor
 
@@ -86,6 +86,24 @@ class LogitProbe(Probe):
     def logits(self, rows: Tensor) -> Tensor:
         """As there."""
         return self.stored[rows].float()
+
+
+@dataclass(eq=False)
+class ComputedProbe(Probe):
+    """Logits that are computed whenever they are asked for, as by a classifier whose rows are run again."""
+
+    compute: Callable[[Tensor], Tensor]
+    """Numbers of targets, int64 [m] -> their logits, float [m, classes]."""
+    count: int
+    classes: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return self.count
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """As there."""
+        return self.compute(rows).float()
 
 
 def make_dictionary(

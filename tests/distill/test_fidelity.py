@@ -8,7 +8,7 @@ from torch import Tensor
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.distill.capture import Captured, capture
-from akd_dist.distill.dictionary import HiddenProbe, LogitProbe, make_dictionary
+from akd_dist.distill.dictionary import ComputedProbe, HiddenProbe, LogitProbe, make_dictionary
 from akd_dist.distill.fidelity import Card, TopKOnly, measure_fidelity
 from akd_dist.distill.output_head import Head
 from akd_dist.distill.sparse import SparseTargets, TailDictionary
@@ -135,6 +135,22 @@ def test_the_sketch_finds_what_the_eigenproblem_finds(teacher: tuple[Tensor, Ten
     a, b = hidden["basis"].float(), logits["basis"].float()
     assert ((a - b).norm(dim=0) / a.norm(dim=0)).max().item() < 0.02
     torch.testing.assert_close(hidden["mean_logit"], logits["mean_logit"], atol=1e-3, rtol=1e-3)
+
+
+def test_logits_may_be_computed_anew(teacher: tuple[Tensor, Tensor, Head]) -> None:
+    """A slice at a time, to the same dictionary."""
+    z, most = teacher[2].logits(teacher[0][:300]), []
+
+    def compute(rows: Tensor) -> Tensor:
+        most.append(len(rows))
+        return z[rows]
+
+    probe = ComputedProbe(compute, 300, CLASSES, z.device)
+    made, again = (
+        make_dictionary(one, k=K, rank=3, temperatures=TEMPERATURES, chunk=64) for one in (probe, LogitProbe(z))
+    )
+    assert max(most) == 64
+    assert all(torch.equal(made[name], again[name]) for name in again)
 
 
 def test_bad_input(teacher: tuple[Tensor, Tensor, Head]) -> None:
