@@ -6,8 +6,9 @@ means of groups of classes for the head, the mean, and one exponential that serv
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,10 @@ class Captured:
     """float32 [n, t]: the log of the sum of exp((z - max z) / T) over all other classes, at least `LOWEST`."""
     coefficients: Tensor
     """float32 [n, r], in standard deviations."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The fields by name, in NumPy on the host, as a store's encoding packs them."""
+        return {one.name: getattr(self, one.name).cpu().numpy() for one in fields(self)}
 
     def targets(self, temperatures: Sequence[float], dictionary: TailDictionary) -> SparseTargets:
         """The same as targets of losses, with nothing rounded."""
@@ -224,8 +229,7 @@ def _joined(found: Sequence[Captured], k: int, nodes: int, device: torch.device)
     if not found:
         empty = torch.zeros(0, device=device)
         return Captured(empty.long().view(0, k), empty.view(0, k), empty, empty.view(0, nodes), empty.view(0, 0))
-    names = ("ids", "values", "mean", "tail", "coefficients")
-    return Captured(*(torch.cat([getattr(one, name) for one in found]) for name in names))
+    return Captured(*(torch.cat([getattr(one, each.name) for one in found]) for each in fields(Captured)))
 
 
 def _check(k: int, classes: int, rows: int) -> None:

@@ -79,6 +79,9 @@ def test_captured_from_hidden_states() -> None:
     torch.testing.assert_close(found.tail.double(), want, atol=2e-4, rtol=0)
     assert (found.coefficients.square().mean(0) - 1).abs().max().item() < 1e-3
     assert found.coefficients.mean(0).abs().max().item() < 1e-4
+    assert {name: array.dtype.name for name, array in found.arrays().items()} == {
+        "ids": "int64", "values": "float32", "mean": "float32", "tail": "float32", "coefficients": "float32",
+    }  # fmt: skip
 
 
 def test_bits_do_not_depend_on_how_many_targets_there_are() -> None:
