@@ -35,9 +35,12 @@ from akd_dist.recipe.data import (
 from akd_dist.recipe.json_schema import recipe_schema as recipe_schema
 from akd_dist.recipe.load import load_recipe as load_recipe
 from akd_dist.recipe.models import (
+    CausalLm as CausalLm,
     Cnn as Cnn,
     Custom as Custom,
+    HuggingFaceLm as HuggingFaceLm,
     HuggingFaceModel as HuggingFaceModel,
+    LanguageModel as LanguageModel,
     Mlp as Mlp,
     Model as Model,
     PlainCnn as PlainCnn,
