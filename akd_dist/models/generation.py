@@ -83,7 +83,7 @@ def _step(model: LanguageModel, given: torch.Tensor, cache: Any) -> tuple[torch.
 
 
 def chosen(logits: torch.Tensor, how: Sampling, draws: torch.Generator) -> int:
-    """The id of the next token, of its logits float32 [vocabulary] on the CPU; on ties of the likeliest the smallest."""
+    """The id of the next token, of its logits float32 [vocabulary] on the CPU; of ties the smallest."""
     if how.temperature == 0:
         return int(logits.argmax())
     ordered, order = torch.softmax(logits / how.temperature, dim=0).sort(descending=True, stable=True)

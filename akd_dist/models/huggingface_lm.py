@@ -128,8 +128,11 @@ class HuggingFaceDecoder(LanguageModel):
 
     def continued(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
         """Logits [V_s] of the token after ids int64 [1, m], which follow those of the cache; and the new cache."""
-        said = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-        return said.logits[0, -1], said.past_key_values
+        takes = inspect.signature(self.model.forward).parameters
+        name = "cache" if "cache" in takes else "past_key_values"  # as transformers called it before 5.24
+        last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        said = self.model(input_ids=ids, use_cache=True, **{name: cache}, **last)
+        return said.logits[0, -1], said[name]
 
     def gradient_checkpointing_enable(self, on: bool = True) -> None:
         """While training, keep the states between layers alone, and compute what is within them again backward."""
