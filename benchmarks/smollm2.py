@@ -50,7 +50,7 @@ def read_gguf(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"gguf_file": path.name, "local_files_only": True}
-    library = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
+    library: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
     return library.eval(), AutoTokenizer.from_pretrained(path.parent, **where)
 
 

@@ -114,7 +114,7 @@ class ExportDocument(Document):
     split: Split | None
     """Of a recipe; else null."""
     rows: Count
-    """How many of them."""
+    """How many of them; of a language model, how many tokens."""
     difference: float
     """The largest difference between a logit of the export and torch's."""
     tolerance: float

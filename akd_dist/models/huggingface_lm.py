@@ -83,7 +83,10 @@ class HuggingFaceDecoder(LanguageModel):
 
     def __init__(self, model: Any, blocks: Blocks, label: str) -> None:
         super().__init__()
-        self.model, self.attention, self.scale = model, blocks.attention, 1.0
+        self.model, self.label, self.attention, self.scale = model, label, blocks.attention, 1.0
+        # transformers gives padding no gradient. Here padding is in no loss, and where it is also what ends a document
+        # that has to be learnt.
+        model.get_input_embeddings().padding_idx = None
         self.adds_mask = model.config._attn_implementation == "eager"  # others take who sees whom as it is
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -135,11 +138,21 @@ class HuggingFaceDecoder(LanguageModel):
         return said.logits[0, -1], said[name]
 
     def gradient_checkpointing_enable(self, on: bool = True) -> None:
-        """While training, keep the states between layers alone, and compute what is within them again backward."""
-        if on:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
+        """While training, keep the states between layers alone, and compute what is within them again backward.
+
+        Raises:
+            RefusedError: transformers cannot do so for this architecture.
+        """
+        if on and not self.model.supports_gradient_checkpointing:
+            raise RefusedError(
+                f"the model {self.label} cannot compute states again",
+                got=f"a {self.model.config.model_type}, of which transformers has no checkpointing",
+                expected="gradient_checkpointing: false",
+                next="leave it out, or choose another model",
+            )
+        new = hasattr(self.model, "activation_checkpointing_enable")  # transformers called it otherwise before 5.24
+        verb = f"{'activation' if new else 'gradient'}_checkpointing_{'enable' if on else 'disable'}"
+        getattr(self.model, verb)(*[{"use_reentrant": False}] * on)
 
     def _inputs(self, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
         ids = blocks[:, 0].long()
