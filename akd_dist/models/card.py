@@ -129,6 +129,8 @@ class ModelCard(BaseModel):
                 optional library is not installed.
             MachineError: its configuration is on the hub, which cannot be reached.
         """
+        if rows.task == "language_model":
+            return cls.of_blocks(_language_model(model), blocks_of(rows))
         architectures.refuse_inputs(model, rows.tokens, rows.shape)
         dtype: Any = rows.inputs.dtype.name
         card = _checked(
@@ -177,6 +179,9 @@ class ModelCard(BaseModel):
         Raises:
             RefusedError: task, input shape, dtype, tokens, classes or their names differ; names both sides.
         """
+        if rows.task == "language_model":
+            self.on_blocks(blocks_of(rows), what)
+            return
         ours = _in_words(self.input_dtype, self.input_shape, self.classes, self.task, self.tokens)
         shape = self.input_shape if self._takes_shorter(rows.shape) else rows.shape
         theirs = _in_words(rows.inputs.dtype, shape, rows.classes, rows.task, rows.tokens)
@@ -274,6 +279,29 @@ class ModelCard(BaseModel):
         # These models mask padding, so a text is the same to them in a shorter frame; others have a weight for each
         # place.
         return masked and shape[:-1] == self.input_shape[:-1] and shape[-1:] <= self.input_shape[-1:]
+
+
+def _language_model(model: recipe.Model) -> recipe.LanguageModel:
+    if not isinstance(model, recipe.LanguageModel):
+        raise RefusedError(
+            f"the model {model.label} is no language model",
+            got=f"kind {model.kind} for a data.task: language_model",
+            expected="kind causal_lm or huggingface_lm",
+            next="choose such a model",
+        )
+    return model
+
+
+def blocks_of(rows: Rows) -> Blocks:
+    """The blocks that the rows of a language model are."""
+    tokens: Any = rows.tokens
+    return Blocks(
+        length=rows.shape[-1],
+        vocabulary=rows.classes,
+        tokenizer=tokens.tokenizer or "",
+        attention=tokens.attention or "document",
+        end_of_text=tokens.end_of_text,
+    )
 
 
 def of_language(model: recipe.LanguageModel, blocks: Blocks) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def test_what_does_not_go_together_is_refused_by_the_recipe() -> None:
         ({"width": 32, "dropout": 1.0}, "less than 1"),
     ):
         with pytest.raises(ValidationError, match=said):
-            recipe.CausalLm(**given)  # type: ignore[arg-type]
+            recipe.CausalLm(**given)
     assert recipe.CausalLm(width=256).units == 704
     assert recipe.CausalLm(width=256, depth=4).label == "causal-256x4"
 

@@ -164,8 +164,8 @@ def test_gradients_flow_through_states_and_head_and_checkpointing_changes_none(t
         model = opened(tiny / "tied").train()
         model.gradient_checkpointing_enable(on)
         with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
-            loss = (model.hidden(some_blocks()).float() @ model.output_weight.T).square().mean()
-        loss.backward()
+            loss: torch.Tensor = (model.hidden(some_blocks()).float() @ model.output_weight.T).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
         return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
     plain, kept = gradients(False), gradients(True)
