@@ -49,10 +49,8 @@ def check_on_blocks(
             f"{name} says less of the next token than somebody who knows nothing: its cross-entropy is {loss:.2f}, and "
             f"that of equal chances {math.log(vocabulary):.2f}. Likely it was made for another tokenizer"
         )
-    loss_or_none = loss if math.isfinite(loss) else None
-    return TeacherCheck(
-        name=name, rows=targets, accuracy=right / targets, cross_entropy=loss_or_none, warnings=warnings
-    )
+    told = loss if math.isfinite(loss) else None
+    return TeacherCheck(name=name, rows=targets, accuracy=right / targets, cross_entropy=told, warnings=warnings)
 
 
 def _targets(
@@ -63,8 +61,8 @@ def _targets(
     meant = blocks[0, 0, at + 1].long()
     if model.linear_head:
         states, head = model.hidden(blocks)[0, at], model.output_weight[:vocabulary]
-        pieces = (F.linear(some, head) for some in states.split(_CHUNK))
+        pieces = (F.linear(some, head) for some in torch.split(states, _CHUNK))
     else:
-        pieces = iter(model(blocks)[0, at, :vocabulary].split(_CHUNK))
-    for logits, tokens in zip(pieces, meant.split(_CHUNK), strict=True):
+        pieces = iter(torch.split(model(blocks)[0, at, :vocabulary], _CHUNK))
+    for logits, tokens in zip(pieces, torch.split(meant, _CHUNK), strict=True):
         yield logits.float(), tokens
