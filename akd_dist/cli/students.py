@@ -147,7 +147,7 @@ def models_import(as_json: bool, **chosen: Any) -> None:
         {
             "written": f"{short_path(written.out)}, {size(written.bytes)}",
             "model": f"{written.model}, {written.parameters:,} parameters, fingerprint {written.fingerprint[:12]}",
-            "labels": written.check.line,
+            "labels" if written.check.cross_entropy is None else "tokens": written.check.line,
         }
     )
     recipe = chosen["recipe"]

@@ -79,7 +79,7 @@ def save_tokenizer(spec: recipe.HuggingFaceText, tokens: Tokens, folder: Path) -
             expected=tokens.model_dump_json(),
             next="choose the tokenizer of the model's recipe",
         )
-    _load(spec).save_pretrained(folder)
+    load_tokenizer(spec).save_pretrained(folder)
 
 
 def text_key(spec: recipe.Text | None) -> dict[str, Any] | None:
@@ -130,7 +130,7 @@ class _HuggingFaceTokenizer:
 
     def __init__(self, spec: recipe.HuggingFaceText, pair: bool) -> None:
         self._length = spec.length
-        self._tokenizer = _load(spec)
+        self._tokenizer = load_tokenizer(spec)
         # A tokenizer keeps its padding and truncation as state, which calls from two threads would mix up. Nothing is
         # lost: the fast ones work in threads of their own.
         self._lock = threading.Lock()
@@ -167,7 +167,12 @@ class _HuggingFaceTokenizer:
         return ids.reshape(len(texts[0]), *self.shape)
 
 
-def _load(spec: recipe.HuggingFaceText) -> Any:
+def load_tokenizer(spec: recipe.HuggingFaceText) -> Any:
+    """The tokenizer of the `transformers` library that a recipe names.
+
+    Raises:
+        RefusedError, MachineError: as `tokenizer_of`.
+    """
     transformers = hub.require_extra("transformers")
     if spec.name is not None:
         hub.reach("model", spec.name)

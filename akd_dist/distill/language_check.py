@@ -61,7 +61,7 @@ def _targets(
     meant = blocks[0, 0, at + 1].long()
     if model.linear_head:
         states, head = model.hidden(blocks)[0, at], model.output_weight[:vocabulary]
-        pieces = (F.linear(some, head) for some in torch.split(states, _CHUNK))
+        pieces: Iterator[torch.Tensor] = (F.linear(some, head) for some in torch.split(states, _CHUNK))
     else:
         pieces = iter(torch.split(model(blocks)[0, at, :vocabulary], _CHUNK))
     for logits, tokens in zip(pieces, torch.split(meant, _CHUNK), strict=True):

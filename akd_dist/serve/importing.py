@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from akd_dist.base.errors import RecipeError
+from akd_dist.data.prompts import save_prompt_tokenizer
 from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.text import save_tokenizer
 from akd_dist.distill.agreement import check_on_rows
@@ -71,6 +72,8 @@ def import_model(
     save_model(out, module, imported.card)
     if isinstance(recipe.data.text, HuggingFaceText) and imported.card.tokens is not None:
         save_tokenizer(recipe.data.text, imported.card.tokens, out)
+    if isinstance(recipe.data.text, HuggingFaceText) and imported.card.blocks is not None:
+        save_prompt_tokenizer(recipe.data.text, imported.card.blocks.vocabulary, out)
     splits.sources.finish()
     return ModelImportDocument(
         out=str(out),

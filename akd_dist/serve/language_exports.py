@@ -20,7 +20,7 @@ from torch import nn
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.text import _load
+from akd_dist.data.prompts import save_prompt_tokenizer
 from akd_dist.models.card import WEIGHTS
 from akd_dist.models.decoder import CausalDecoder, llama_config, llama_state
 from akd_dist.models.huggingface_config import CONFIG
@@ -123,7 +123,7 @@ def write_huggingface(model: Served, folder: Path, tokenizer: str | None) -> Non
         config["dtype"] = str(module.output_weight.dtype).removeprefix("torch.")
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if isinstance(text := _known_text(model, tokenizer), recipe.HuggingFaceText):
-        _write_tokenizer(text, model.card.blocks, folder)
+        save_prompt_tokenizer(text, model.card.blocks.vocabulary, folder)
 
 
 def _known_text(model: Served, tokenizer: str | None) -> recipe.Text | None:
@@ -134,16 +134,3 @@ def _known_text(model: Served, tokenizer: str | None) -> recipe.Text | None:
         if tokenizer is not None:
             raise
         return None
-
-
-def _write_tokenizer(text: recipe.HuggingFaceText, blocks: Blocks, folder: Path) -> None:
-    loaded = _load(text)
-    last = max(loaded.get_vocab().values())
-    if last >= blocks.vocabulary:
-        raise RefusedError(
-            f"the tokenizer {text.path or text.name} is not the one that the model was trained with",
-            got=f"ids up to {last:,}",
-            expected=f"ids 0 to {blocks.vocabulary - 1:,}",
-            next="choose the tokenizer of the model's recipe",
-        )
-    loaded.save_pretrained(folder)
