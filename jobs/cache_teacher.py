@@ -39,6 +39,7 @@ from akd_dist.jobs.planning.creations import computed_on
 from akd_dist.jobs.planning.models import CachedModel, SplitPlan, count_of, levels_of
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_machine
+from akd_dist.jobs.stopping import stop_on_signals
 from akd_dist.jobs.train_teacher import Run, Workspace, ensure_trained, run_in_process, run_on_ray
 from akd_dist.models.device import gpus_of
 from akd_dist.options import CacheOptions
@@ -89,7 +90,7 @@ def cache_planned(inputs: Inputs, workspace: Workspace) -> list[CachedModel]:
 
     for check in checks_of(inputs.models):
         workspace.tell(check.line)
-    with cluster.closing(), cluster.stop_on_signals(workspace.tell) as stop:
+    with cluster.closing(), stop_on_signals(workspace.tell) as stop:
         workspace = replace(workspace, stop=stop)
         return walk_chain(inputs.recipe, inputs.splits, inputs.models, workspace, run_on_ray, compute_on_ray)
 

@@ -1,4 +1,4 @@
-"""The Ray cluster: connect to one or start one on loopback, see what it has, stop without losing work."""
+"""The Ray cluster: connect to one or start one on loopback, see what it has, leave it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
 
-from akd_dist.base.errors import InterruptedByUser, MachineError, TerminatedError
+from akd_dist.base.errors import MachineError
 from akd_dist.jobs import ray_internals
 from akd_dist.jobs.packing import Node
 from akd_dist.jobs.ray_internals import ray as ray  # others take it from here
+from akd_dist.jobs.stopping import GRACE_SECONDS, POLL_SECONDS, StopFlag
 
 # Variables of akd-dist that the workers on other nodes need as well.
 _PASSED_ON = ("AKD_DIST_CACHE_BUDGET",)
-POLL_SECONDS = 0.2
-# coreutils' `timeout` signals the command that it started and then its process group, which that command is in: a
-# second signal within so many seconds is the same request to stop.
-ONCE_SECONDS = 1.0
-# How long workers that were told to stop may take to checkpoint without a sign of life, before they count as lost.
-GRACE_SECONDS = 30.0
 # Ray ends this process with a code and a message of its own once the head of a cluster has been silent for 60 s. Before
 # that, the command ends with ours.
 HEAD_SECONDS = 20.0
@@ -318,56 +312,6 @@ def shut_down() -> None:
         for process in below:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-
-
-class StopFlag:
-    """Set by the first Ctrl-C or SIGTERM; loops read it, finish what they hold and leave."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-    def check(self) -> None:
-        """Leave where nothing has begun that would have to be kept."""
-        if self:
-            raise self.error("stopped; what was done is kept", "the same command goes on from there")
-
-    def error(self, what: str, next_step: str) -> InterruptedByUser:
-        """The error that ends the command once everything is safe."""
-        kind = TerminatedError if self.signal == signal.SIGTERM else InterruptedByUser
-        return kind(what, next=next_step)
-
-
-@contextlib.contextmanager
-def stop_on_signals(tell: Callable[[str], None]) -> Iterator[StopFlag]:
-    """Turn the first SIGINT or SIGTERM into a flag; one that comes ONCE_SECONDS later or more stops at once.
-
-    Signals can only be handled on the main thread: elsewhere the flag stays down.
-    """
-    flag = StopFlag()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-
-    first = 0.0
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        nonlocal first
-        if flag and time.monotonic() - first < ONCE_SECONDS:
-            return
-        if flag:
-            raise KeyboardInterrupt
-        flag.signal, first = number, time.monotonic()
-        tell("stopping: keeping what is done (once more, a second later or more, to stop at once)")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass

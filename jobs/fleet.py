@@ -11,25 +11,28 @@ from typing import Any
 
 from rich.console import Console
 
-from akd_dist.base.errors import AkdError, MachineError
+from akd_dist.base.errors import AkdError
 from akd_dist.base.formatting import counted
 from akd_dist.distill.delivery import forked_from, write_note
 from akd_dist.distill.job import CohortJob, ended, read_progress, stop_attempts
 from akd_dist.distill.objectives import stages
-from akd_dist.documents.status import CohortProgress, CohortStatus, FleetPlan, StudentProgress
-from akd_dist.jobs import cluster
+from akd_dist.documents.status import CohortStatus, FleetPlan, StudentProgress
 from akd_dist.jobs.demand import Demand, never_held
+from akd_dist.jobs.executors import Executor, RayExecutor
 from akd_dist.jobs.packing import ResourceRequest, next_to_start
 from akd_dist.jobs.planning.costs import Cohort, CostModel
 from akd_dist.jobs.planning.plan import position
 from akd_dist.jobs.planning.planner import cohort_job
-from akd_dist.jobs.ray_train import OUT_OF_STEP, fit, worker_log
+from akd_dist.jobs.ray_train import OUT_OF_STEP
 from akd_dist.jobs.run_folder import LocalRun
-from akd_dist.jobs.shared import GONE_SECONDS, Shared, UnseenError, nodes_lost
+from akd_dist.jobs.shared import GONE_SECONDS, nodes_lost
+from akd_dist.jobs.stopping import GRACE_SECONDS, POLL_SECONDS, StopFlag
+from akd_dist.jobs.worker import worker_log
 from akd_dist.jobs.working_dir import WorkingDir
 from akd_dist.recipe import StudentSpec
 from akd_dist.storage.mean import Stores, uris_of
 from akd_dist.tracking.progress import FleetMeter, tell
+from akd_dist.tracking.status import written
 
 # How often a cohort's run may fail. Ray starts the workers of a run again once, so they have died four times by then.
 DEATHS_BEFORE_SPLIT = 2
@@ -60,7 +63,7 @@ class Fleet:
         stop: once it is up, running cohorts checkpoint and return, and no other is started.
         assistant: the stores of the last assistant, for cohorts that learn from it; the base has the teacher's.
         look: called several times a second; what it raises ends the run once the cohorts have checkpointed.
-        demand, folder: as for `Shared`.
+        executor: what the cohorts run on; None for the nodes of the Ray cluster that is connected.
         run: the run, where it is not just a folder.
     """
 
@@ -68,19 +71,18 @@ class Fleet:
         self,
         base: CohortJob,
         costs: CostModel,
-        stop: cluster.StopFlag,
+        stop: StopFlag,
         console: Console,
         assistant: Stores | None = None,
         *,
         look: Callable[[], None] = lambda: None,
-        demand: Demand | None = None,
-        folder: WorkingDir | None = None,
+        executor: Executor | None = None,
         run: LocalRun | None = None,
     ) -> None:
         self.run = run or LocalRun(Path(base.root).parent)
         self.base, self.costs, self.stop, self.console = base, costs, stop, console
         self.assistant, self.look = assistant or {}, look
-        self.shared = shared_by(base, self.assistant, console, demand, folder)
+        self.executor = executor or ray_executor(base, self.assistant, console)
         self.waiting: list[Cohort] = []
         self.running: list[RunningCohort] = []
         self.jobs: list[CohortJob] = []
@@ -88,14 +90,14 @@ class Fleet:
         self.lock = threading.Lock()
         self.alive_at = time.monotonic()
         self.moved_at = self.alive_at
-        self.last_told: list[CohortProgress] = []
+        self.last_told: list[int] = []
         self.waiting_told = ""
 
     def train(self, cohorts: list[Cohort]) -> int:
         """Train all cohorts to their end, or until the stop flag.
 
         Returns:
-            The number of Ray Train runs that it took.
+            The number of cohorts that were begun, those that were begun again among them.
 
         Raises:
             AkdError: what a cohort was refused for; the others have checkpointed.
@@ -111,13 +113,13 @@ class Fleet:
         self.waiting = list(cohorts)
         with (
             warnings.catch_warnings(action="ignore"),  # deprecations inside Ray Train; it is the whole process's
-            self.shared,
+            self.executor,
             FleetMeter(self.console, control, self._plan(), title, self._is_over) as shown,
             # Innermost, so that what ends the loop finds nodes still watched and the meter still up while cohorts
             # checkpoint.
             self._stopping_on_errors(),
         ):
-            if not self.shared.demand.waits:
+            if not self.executor.demand.waits:
                 for cohort in cohorts:
                     self._check_room_for(cohort)
             self.alive_at = self.moved_at = time.monotonic()  # nodes may have been waited for
@@ -207,7 +209,7 @@ class Fleet:
             with contextlib.suppress(AkdError):
                 while any(one.alive for one in self.running):
                     self._watch(stopping=True)
-                    time.sleep(cluster.POLL_SECONDS)
+                    time.sleep(POLL_SECONDS)
             raise
 
     # ---- the queue
@@ -220,14 +222,14 @@ class Fleet:
         else:
             if time.monotonic() - self.moved_at > GONE_SECONDS:
                 self._check_room()
-            self.shared.look()
+            self.executor.look()
             self._start_what_fits()
             self._ask_for_room()
         return bool(self.waiting or self.running)
 
     def _start_what_fits(self) -> None:
         """Start waiting cohorts, the first in line that fits, and so on as long as one does."""
-        nodes, free = self.shared.nodes(), self.shared.free()
+        nodes, free = self.executor.nodes(), self.executor.free()
         while self.waiting:
             asks = [self.costs.ask(cohort) for cohort in self.waiting]
             # Ray may still count as free what cohorts occupy whose workers it has not placed yet.
@@ -244,10 +246,12 @@ class Fleet:
         Raises:
             MachineError: nothing runs, and no node that it may bring holds the first in line.
         """
+        if not self.executor.demand.autoscaled:
+            return
         running = [self.costs.ask(one.job.students) for one in self.running if one.alive]
         waiting = [self.costs.ask(cohort) for cohort in self.waiting]
-        self.shared.ask_for([*waiting, *running])
-        if self.shared.demand.refused and waiting and not running:
+        self.executor.ask_for([*waiting, *running])
+        if self.executor.demand.refused and waiting and not running:
             raise never_held(waiting[0], f"the cohort of {self.waiting[0][0].name}")
 
     def _start(self, cohort: Cohort, ask: ResourceRequest) -> None:
@@ -259,7 +263,7 @@ class Fleet:
 
     def _starting(self) -> bool:
         """Whether there are cohorts whose workers do not train yet."""
-        return any(one.alive and read_progress(one.job) is None for one in self.running)
+        return any(one.alive and not one.job.progress_file.exists() for one in self.running)
 
     def _tell_who_waits(self) -> None:
         """Say which cohort waits for what: once, and again when that has changed."""
@@ -289,19 +293,19 @@ class Fleet:
             self.base.stop_file.touch()
         shown.update(self._not_training())
         self._watch(stopping=self._is_over())
-        time.sleep(cluster.POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
 
     def _watch(self, *, stopping: bool) -> None:
         """Do not wait for ever for a cluster that is gone nor, once stopping, for workers without a sign of life."""
-        cluster.check_alive(self.stop)
+        self.executor.check_alive(self.stop)
         # Over a copy, since the threads of cohorts add jobs meanwhile.
-        told = [progress for job in list(self.jobs) if (progress := read_progress(job))]
+        told = [written(job.progress_file) for job in list(self.jobs)]
         now = time.monotonic()
         self.moved_at = now if told != self.last_told else self.moved_at
         # Patience begins with the stop: before it, an evaluation or a large checkpoint may take as long as it likes.
         if told != self.last_told or not stopping:
             self.alive_at, self.last_told = now, told
-        if now - self.alive_at > cluster.GRACE_SECONDS:
+        if now - self.alive_at > GRACE_SECONDS:
             if self.errors and not self.stop:
                 raise self.errors[0]
             silent = "stopped; the workers did not answer any more, so only earlier checkpoints are kept"
@@ -315,7 +319,7 @@ class Fleet:
         Raises:
             MachineError: there are too few CPUs or GPUs, or too little memory; or every node was left out.
         """
-        if self.shared.demand.waits:
+        if self.executor.demand.waits:
             return
         for cohort in [*(one.job.students for one in self.running if one.alive), *self.waiting]:
             try:
@@ -325,20 +329,12 @@ class Fleet:
                 raise nodes_lost(doing, f"for {GONE_SECONDS:g} s: {error.line}", error.expected) from error
 
     def _check_room_for(self, cohort: Cohort) -> None:
-        self.shared.check_room(self.costs.ask(cohort), f"the cohort of {cohort[0].name}")
+        self.executor.check_room(self.costs.ask(cohort), f"the cohort of {cohort[0].name}")
 
     def _see_through(self, one: RunningCohort) -> None:
         """See a cohort through, off the main thread (on it, Ray would take over Ctrl-C)."""
         try:
             self._train_or_split(one, one.job)
-        except cluster.ray.exceptions.RayError as error:
-            lost = MachineError(
-                "the Ray cluster was lost while students trained",
-                got=" ".join(str(error).split())[:300],
-                expected="a cluster that stays up",
-                next="the same command goes on from the last checkpoints",
-            )
-            self.errors.append(lost)
         except BaseException as error:
             self.errors.append(error)
 
@@ -367,12 +363,10 @@ class Fleet:
     def _fit(self, one: RunningCohort, job: CohortJob) -> str:
         one.job = job
         while not self._is_over():
-            try:
-                reason = fit(job, self.costs.ask(job.students), self.shared.selector(), self.shared.needed())
+            reason = self.executor.run(job, self.costs.ask(job.students))
+            if reason is not None:
                 self.run.bring()
                 return reason
-            except UnseenError as error:
-                self.shared.leave_out(error.unseen)
         return ""
 
     def _give_up(self, spec: Any, job: CohortJob, reason: str) -> None:
@@ -382,13 +376,20 @@ class Fleet:
         self.run.give_up(spec, job, told)
 
 
-def shared_by(
-    base: CohortJob, assistant: Stores, console: Console, demand: Demand | None, folder: WorkingDir | None
-) -> Shared:
+def ray_executor(
+    base: CohortJob,
+    assistant: Stores,
+    console: Console,
+    demand: Demand | None = None,
+    folder: WorkingDir | None = None,
+) -> RayExecutor:
     """The nodes that see the run's folder and the stores that its students learn from.
 
     A store is content under its own name and sealed, so a node may as well have a copy of its own.
+
+    Args:
+        demand, folder: as for `Shared`.
     """
     stores = {f"the store {Path(uri).name[:12]}": f"{uri}/manifest.json" for uri in uris_of(base.stores, assistant)}
     folders = {"the run's folder": base.run_uri or base.control}
-    return Shared(folders, base.cache_root, lambda text: tell(console, text), stores, demand, folder)
+    return RayExecutor(folders, base.cache_root, lambda text: tell(console, text), stores, demand, folder)

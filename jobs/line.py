@@ -7,7 +7,8 @@ from typing import Any, Self
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.published import train_and_publish
 from akd_dist.documents.status import CohortProgress
-from akd_dist.jobs.cluster import StopFlag, ray
+from akd_dist.jobs.cluster import ray
+from akd_dist.jobs.stopping import StopFlag
 
 TELL_SECONDS = 60.0
 """How long a task waits for its driver to take in how far it is."""

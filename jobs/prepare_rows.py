@@ -19,6 +19,7 @@ from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.row_fetch import distant_rows
 from akd_dist.data.row_store import Prepared, RowsPlan, Take, ensure_rows, find_prepared
 from akd_dist.data.rows import Splits
+from akd_dist.jobs.stopping import stop_on_signals
 from akd_dist.storage.node_cache import NoRoomError, default_budget
 from akd_dist.storage.receipts import Packer
 from akd_dist.storage.rows import BlockReceipt
@@ -171,7 +172,7 @@ def _write_on_ray(workspace: Workspace, plan: RowsPlan, take: Take) -> None:
     from akd_dist.jobs.tasks import Task, run_tasks
 
     # The cluster is left again: what the command does next begins by looking, and may refuse.
-    with cluster.closing(), cluster.stop_on_signals(workspace.tell) as stop:
+    with cluster.closing(), stop_on_signals(workspace.tell) as stop:
         working = dataclasses.replace(workspace, stop=stop)
         working.connect()
         folder = None if workspace.folder is None else workspace.folder.for_rows()

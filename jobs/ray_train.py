@@ -1,12 +1,9 @@
 """A cohort as one Ray Train run: what the driver asks of Ray, and what each of the workers runs."""
 
 import contextlib
-import faulthandler
-import logging
 import os
 import shutil
 import time
-import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,14 +11,12 @@ from typing import Any, TypeVar
 import torch
 
 from akd_dist.base.errors import AkdError
-from akd_dist.distill.cohort import train_cohort
-from akd_dist.distill.delivery import write_note
 from akd_dist.distill.job import CohortJob
-from akd_dist.distill.publisher import publishing_logs
 from akd_dist.distill.ranks import OutOfStepError, Ranks, joined
 from akd_dist.jobs import cluster, ray_internals
 from akd_dist.jobs.packing import ResourceRequest
 from akd_dist.jobs.shared import Needed, UnseenError, missed_here
+from akd_dist.jobs.worker import work
 
 Raised = TypeVar("Raised", bound=Exception)
 
@@ -120,35 +115,14 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | AkdError | UnseenErro
             raise UnseenError(unseen)
         return UnseenError(unseen)
     job = config["needed"].here(job).on_node()
-    with publishing_logs(job, rank):
-        return _work(job, rank, world)
+    outcome = work(job, rank, joining(rank, world, job.device))
+    if world > 1 and isinstance(outcome, AkdError):
+        raise outcome
+    return outcome
 
 
-def _work(job: CohortJob, rank: int, world: int) -> dict[str, Any] | AkdError:
-    log = worker_log(job, rank)
-    keep_log(log)
-    try:
-        with joining(rank, world, job.device) as ranks:
-            return train_cohort(job, ranks)
-    except AkdError as error:
-        write_note(log, str(error))
-        refusal = error
-    except OutOfStepError as error:
-        write_note(log, "".join(traceback.format_exception(error)))
-        raise  # counts as a death of the workers: they start again, and the guilty student is found
-    except Exception as error:
-        write_note(log, "".join(traceback.format_exception(error)))
-        refusal = AkdError(
-            "a training worker failed in a way that akd-dist did not foresee; this is a bug in it",
-            got=f"{type(error).__name__}: {error}",
-            next=f"report it with the log {log}; the same command goes on from the last checkpoints",
-        )
-    if world > 1:
-        raise refusal
-    return refusal
-
-
-def joining(rank: int, world: int, device: str) -> contextlib.AbstractContextManager[Ranks]:
+@contextlib.contextmanager
+def joining(rank: int, world: int, device: str) -> Iterator[Ranks]:
     """This Ray Train worker and the others of its cohort as ranks, for the time of a block."""
     from ray.train.collective import broadcast_from_rank_zero
 
@@ -157,17 +131,5 @@ def joining(rank: int, world: int, device: str) -> contextlib.AbstractContextMan
 
         torch.cuda.set_device(ray.train.torch.get_device())  # each sees all of its node's that the cohort has
     here = cluster.ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    return joined(rank, world, device, here, broadcast_from_rank_zero)
-
-
-def worker_log(job: CohortJob, rank: int) -> Path:
-    """Where a worker's warnings and crashes are told."""
-    return Path(job.logs) / f"{job.name}.rank{rank}.log"
-
-
-def keep_log(path: Path) -> None:
-    """Send this worker's warnings, and its stack if it crashes, to a file that stays with the run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")  # noqa: SIM115  # faulthandler writes to it until the process ends
-    faulthandler.enable(file)
-    logging.getLogger("akd_dist").addHandler(logging.StreamHandler(file))
+    with joined(rank, world, device, here, broadcast_from_rank_zero) as ranks:
+        yield ranks

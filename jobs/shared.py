@@ -27,6 +27,7 @@ from akd_dist.jobs import cluster
 from akd_dist.jobs.cluster import ray
 from akd_dist.jobs.demand import Demand, never_held, waiting_is_possible, waits_for
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits
+from akd_dist.jobs.stopping import POLL_SECONDS, StopFlag
 from akd_dist.jobs.working_dir import Packed, WorkingDir, moved, there
 from akd_dist.storage.objects import ObjectMissing
 from akd_dist.storage.roots import open_root
@@ -177,7 +178,7 @@ class Shared:
                 self.tell(self.folder.note)
                 self.folder.note = None
             while self.look(now=True):
-                time.sleep(cluster.POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
         except BaseException:
             self.__exit__()
             raise
@@ -263,7 +264,7 @@ class Shared:
             )
         check_room(self.nodes(), ask, what)
 
-    def wait_for_room(self, ask: ResourceRequest, what: str, stop: cluster.StopFlag) -> None:
+    def wait_for_room(self, ask: ResourceRequest, what: str, stop: StopFlag) -> None:
         """As `check_room`, but where nodes may come that are not there: ask for them and wait, saying so once.
 
         Raises:
@@ -287,7 +288,7 @@ class Shared:
                 raise never_held(ask, what)
             stop.check()
             cluster.check_alive(stop)
-            time.sleep(cluster.POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
             self.look()
 
     def ask_for(self, asks: Sequence[ResourceRequest]) -> None:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from akd_dist.base.errors import AkdError, MachineError, RefusedError
-from akd_dist.jobs.cluster import GRACE_SECONDS, POLL_SECONDS, StopFlag, check_alive, ray
+from akd_dist.jobs.cluster import check_alive, ray
 from akd_dist.jobs.demand import MOST, waits_for
 from akd_dist.jobs.packing import Node, ResourceRequest, fits
 from akd_dist.jobs.shared import GONE_SECONDS, Shared, Unseen, look_first, nodes_lost
+from akd_dist.jobs.stopping import GRACE_SECONDS, POLL_SECONDS, StopFlag
 
 # As often as Ray would by itself; said here because a message tells of it.
 RETRIES = 3

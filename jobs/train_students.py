@@ -27,10 +27,13 @@ from akd_dist.data.rows import Splits
 from akd_dist.distill.cohort import check_fingerprints, open_stream, train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.cache_teacher import cache_planned
+from akd_dist.jobs.executors import Executor, LocalExecutor
 from akd_dist.jobs.growth import Growth, settle
+from akd_dist.jobs.idle import IdleWorkers
 from akd_dist.jobs.packing import fits
 from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import Inputs, open_rows, with_models
+from akd_dist.jobs.planning.costs import Cohort
 from akd_dist.jobs.planning.models import CachedModel, fingerprints, levels_of
 from akd_dist.jobs.planning.plan import RunPlan, fleet_job, plan_run
 from akd_dist.jobs.planning.planner import (
@@ -54,6 +57,7 @@ from akd_dist.jobs.run_folder import (
     saved_results,
     with_stores_found,
 )
+from akd_dist.jobs.stopping import stop_on_signals
 from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe
@@ -101,19 +105,25 @@ class Rung:
         return {"pauses": self.pauses, "epochs_behind": self.epochs_behind, "epochs_later": self.epochs_later}
 
 
-def run_recipe(recipe: Recipe, options: RunOptions, rung: Rung | None = None) -> tuple[RunPlan, dict[str, Any]]:
-    """`train_students`, and the plan that it executed, or would; of a rung before the last there is no fleet.json."""
+def run_recipe(
+    recipe: Recipe, options: RunOptions, rung: Rung | None = None, idle: IdleWorkers | None = None
+) -> tuple[RunPlan, dict[str, Any]]:
+    """`train_students`, and the plan that it executed, or would; of a rung before the last there is no fleet.json.
+
+    Args:
+        idle: workers of this machine that were started for it.
+    """
     recipe, began = recipe.own(), time.monotonic()
     root = options.runs
     place = f"{root}/{recipe.name}" if "://" in root else str(Path(root, recipe.name))
     run = RemoteRun(place, options.cache) if "://" in root else LocalRun(Path(place))
-    with places.named_in_errors(run.names):
-        plan, document = _run_recipe(recipe, options, run, began, rung)
+    with places.named_in_errors(run.names), idle or IdleWorkers() as workers:
+        plan, document = _run_recipe(recipe, options, run, began, rung, workers)
     return plan, places.renamed(document, run.names)
 
 
 def _run_recipe(
-    recipe: Recipe, options: RunOptions, run: LocalRun, began: float, rung: Rung | None
+    recipe: Recipe, options: RunOptions, run: LocalRun, began: float, rung: Rung | None, idle: IdleWorkers
 ) -> tuple[RunPlan, dict[str, Any]]:
     """`run_recipe`, wherever the run lies."""
     from akd_dist.jobs import cluster
@@ -139,11 +149,11 @@ def _run_recipe(
         with drives, cluster.closing():
             pauses = {} if rung is None else rung.pauses
             begun: dict[str, Any] = {"fresh": options.fresh, "shuffle": shuffle, "stacking": stacking}
-            executed = not options.dry_run
-            plan = plan_run(inputs, run.folder, workspace, pauses=pauses, executed=executed, **begun)
+            begun["idle"] = None if options.dry_run else idle
+            plan = plan_run(inputs, run.folder, workspace, pauses=pauses, **begun)
             if options.dry_run:
                 return plan, plan.document.model_copy(update=growth.told).plain()
-            return plan, _execute(plan, growth, options, workspace, began, run, rung)
+            return plan, _execute(plan, growth, options, workspace, began, run, rung, idle)
 
 
 def _grown(
@@ -174,6 +184,7 @@ def _execute(
     began: float,
     run: LocalRun,
     rung: Rung | None,
+    idle: IdleWorkers,
 ) -> dict[str, Any]:
     """Cache what is missing, train who has not ended, collect the results; the content of fleet.json."""
     recipe, splits, folder = plan.recipe, plan.inputs.splits, run.folder
@@ -206,7 +217,7 @@ def _execute(
         run.publish()
         splits = _decode(base, plan, models, workspace)
         with forward(), _going_on(options.fresh):
-            cohorts = _train(base, plan, levels[-1].stores, workspace, run) if plan.todo else 0
+            cohorts = _train(base, plan, levels[-1].stores, workspace, run, idle) if plan.todo else 0
         plan.inputs.splits.sources.finish()
         # The driver itself measures on the test rows; each block that it fetches for that is verified as it comes.
         if base.rows is None:
@@ -264,35 +275,48 @@ def _with_sound_rows(base: CohortJob, splits: Splits, look: Callable[[Splits], o
     return renewing(act, workspace.tell)
 
 
-def _train(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace, run: LocalRun) -> int:
-    """Train those that have not ended; the number of Ray Train runs it took."""
-    from akd_dist.jobs import cluster
-    from akd_dist.jobs.fleet import Fleet, shared_by
+def _train(
+    base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace, run: LocalRun, idle: IdleWorkers
+) -> int:
+    """Train those that have not ended; the number of cohorts that it took."""
+    from akd_dist.jobs.fleet import Fleet
 
-    recipe, costs = plan.inputs.recipe, plan.costs
-    with cluster.stop_on_signals(workspace.tell) as stop:
-        replace(workspace, stop=stop).connect()
-        demand = workspace.demand()
-        if demand.waits:  # for one node of each kind at least: only then is it known how much memory they have
-            with shared_by(base, assistant, workspace.console, demand, workspace.folder) as shared:
-                for family, ask in least_asks(recipe, plan.todo, costs):
-                    shared.wait_for_room(ask, f"the cohort of {family[0].name}", stop)
-        nodes, cohorts = cluster.nodes(), plan.cohorts
-        size = [sorted((node.cpus, node.gpus) for node in some) for some in (nodes, plan.nodes)]
-        # Caching may have taken hours, in which nodes came or went.
-        if size[0] != size[1] or not all(fits(nodes, costs.ask(cohort)) for cohort in cohorts):
-            nodes = nodes_to_come(recipe, plan.todo, nodes, costs) if demand.waits else nodes
-            cohorts, _ = plan_cohorts(recipe, plan.todo, nodes, costs)
+    with stop_on_signals(workspace.tell) as stop:
+        if plan.document.executor == "processes":
+            executor: Executor = LocalExecutor(plan.nodes[0], idle)
+            cohorts = plan.cohorts
+        else:
+            executor, cohorts = _on_ray(base, plan, assistant, replace(workspace, stop=stop))
         with telling_damage(base, plan.todo, workspace.console):
             look = plan.inputs.splits.sources.look
-            asked: dict[str, Any] = {"look": look, "demand": demand, "folder": workspace.folder, "run": run}
-            fleet = Fleet(base, costs, stop, workspace.console, assistant, **asked)
+            asked: dict[str, Any] = {"look": look, "executor": executor, "run": run}
+            fleet = Fleet(base, plan.costs, stop, workspace.console, assistant, **asked)
             threading.Thread(target=_import_what_reports_need, name="imports", daemon=True).start()
             count = fleet.train(cohorts)
         if stop:
-            told = f"stopped; the students of {recipe.name} that had begun have checkpoints"
+            told = f"stopped; the students of {plan.recipe.name} that had begun have checkpoints"
             raise stop.error(told, "the same command goes on from there")
     return count
+
+
+def _on_ray(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace) -> tuple[Executor, list[Cohort]]:
+    """The nodes of a Ray cluster, and the cohorts as they fit those that are there now."""
+    from akd_dist.jobs import cluster
+    from akd_dist.jobs.fleet import ray_executor
+
+    recipe, costs = plan.inputs.recipe, plan.costs
+    stop, demand = workspace.connect(), workspace.demand()
+    if demand.waits:  # for one node of each kind at least: only then is it known how much memory they have
+        with ray_executor(base, assistant, workspace.console, demand, workspace.folder) as shared:
+            for family, ask in least_asks(recipe, plan.todo, costs):
+                shared.wait_for_room(ask, f"the cohort of {family[0].name}", stop)
+    nodes, cohorts = cluster.nodes(), plan.cohorts
+    size = [sorted((node.cpus, node.gpus) for node in some) for some in (nodes, plan.nodes)]
+    # Caching may have taken hours, in which nodes came or went.
+    if size[0] != size[1] or not all(fits(nodes, costs.ask(cohort)) for cohort in cohorts):
+        nodes = nodes_to_come(recipe, plan.todo, nodes, costs) if demand.waits else nodes
+        cohorts, _ = plan_cohorts(recipe, plan.todo, nodes, costs)
+    return ray_executor(base, assistant, workspace.console, demand, workspace.folder), cohorts
 
 
 def _import_what_reports_need() -> None:

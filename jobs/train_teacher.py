@@ -38,10 +38,10 @@ from akd_dist.storage.uses import using
 from akd_dist.tracking.progress import Meter, meter, tell
 
 if TYPE_CHECKING:
-    from akd_dist.jobs.cluster import StopFlag
     from akd_dist.jobs.demand import Demand
     from akd_dist.jobs.line import Line
     from akd_dist.jobs.shared import Shared
+    from akd_dist.jobs.stopping import StopFlag
     from akd_dist.jobs.working_dir import WorkingDir
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 import akd_dist
 from akd_dist.base.errors import MachineError
 from akd_dist.jobs import cluster, prepare_rows, ray_train, shared
+from akd_dist.jobs.stopping import StopFlag
 from akd_dist.jobs.tasks import Task, run_tasks
 from akd_dist.recipe import load_recipe
 
@@ -81,7 +82,7 @@ def hidden(root: Path) -> dict[str, Any]:
     told, again, sent = list[str](), list[str](), list[str]()
     before = {"the run's folder": str(root)}
     (root / "cache").mkdir(parents=True)
-    stop, nothing = cluster.StopFlag(), lambda *_: None
+    stop, nothing = StopFlag(), lambda *_: None
     script = 'mount -t tmpfs none "$1" && shift && exec "$@"'
     with shared.Shared(before, str(root / "cache"), told.append) as seeing:
         started = [subprocess.Popen(["unshare", "-m", "sh", "-c", script, "sh", str(root), *one_more(made)])]

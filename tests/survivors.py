@@ -146,10 +146,10 @@ def forked_cohorts() -> Iterator[None]:
     For tests that are not about these: Ray Train starts four processes for each, every one of which imports torch. All
     else of a command is as always; teachers and shards are its tasks on Ray.
     """
-    from akd_dist.jobs import fleet
+    from akd_dist.jobs import ray_train
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fleet, "fit", _fit)
+        patch.setattr(ray_train, "fit", _fit)
         yield
 
 

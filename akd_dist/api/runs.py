@@ -143,9 +143,12 @@ def _run(recipe: Recipe, options: RunOptions) -> tuple[RunPlan, dict[str, Any]]:
         from akd_dist.tracking.follower import check_trackers
 
         check_trackers(options.trackers)
-    from akd_dist.jobs.train_students import run_recipe
+    from akd_dist.jobs.idle import begun_for
 
-    return run_recipe(recipe, options)
+    with begun_for(recipe, options) as idle:  # they import what training needs while this process does
+        from akd_dist.jobs.train_students import run_recipe
+
+        return run_recipe(recipe, options, idle=idle)
 
 
 def report(*runs: str | Path, out: str | Path | None = None) -> Path:

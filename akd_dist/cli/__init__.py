@@ -8,6 +8,7 @@ Results go to stdout, everything else to stderr. Heavy imports happen inside com
 
 import contextlib
 import errno
+import gc
 import platform
 import shlex
 import signal
@@ -70,6 +71,7 @@ for command_line in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: the one place where an error becomes a message and a code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    gc.set_threshold(50_000)  # importing torch makes hundreds of thousands of objects, and none is garbage
     settle_streams()
     try:
         try:
@@ -88,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read what we print has seen enough
         silence_streams()
         code = PIPE_CLOSED
+    gc.freeze()  # else the interpreter looks through all of these for garbage once more, for a second, to leave
     sys.exit(code or 0)
 
 

@@ -73,7 +73,7 @@ def plan_lines(plan: FleetPlanDocument) -> list[str]:
         plan.why,
         *waits,
         *([f"shuffle  in windows of {plan.window:,} rows: {plan.shuffle}"] if plan.window else []),
-        f"cluster  {counted(plan.nodes, 'node')} with {plan.cpus:g} CPUs{gpus}{memory}",
+        f"cluster  {counted(plan.nodes, 'node')} with {plan.cpus:g} CPUs{gpus}{memory}{_on_what(plan)}",
         *([] if plan.waits_for is None else [f"nodes    it waits for some: {plan.waits_for}"]),
         f"disk     {size(plan.checkpoint_bytes)} of checkpoints and {size(plan.model_bytes)} of models at most, "
         f"{size(plan.free_bytes)} free",
@@ -82,6 +82,11 @@ def plan_lines(plan: FleetPlanDocument) -> list[str]:
         *_growing(plan),
         f"time     {_how_long(plan, unknown)}, after the teacher; nothing was trained or stored",
     ]
+
+
+def _on_what(plan: FleetPlanDocument) -> str:
+    """What is said where Ray has nothing to do."""
+    return "; in processes of this machine, as Ray's start would not pay" if plan.executor == "processes" else ""
 
 
 def _removed(plan: FleetPlanDocument) -> list[str]:

@@ -6,6 +6,7 @@ over can publish nothing.
 
 import json
 import math
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -122,9 +123,15 @@ def epoch_end(student: Student, record: dict[str, Any]) -> EpochEnd:
     )
 
 
-def write_metrics(student: Student, *, durable: bool = False) -> None:
-    """All epochs so far, whole: a line that is added to a file may be cut, and may be added by a late worker."""
-    if student.ranks.rank == 0:
+def write_metrics(student: Student, *, durable: bool = False, every: float = 0.0) -> None:
+    """All epochs so far, whole: a line that is added to a file may be cut, and may be added by a late worker.
+
+    Args:
+        every: seconds within which they are not written again.
+    """
+    now = time.monotonic()
+    if student.ranks.rank == 0 and now - student.told_at >= every:
+        student.told_at = now
         # Each record is spelled once, however often the file is written.
         del student.lines[len(student.history) :]
         student.lines += [json.dumps(record) + "\n" for record in student.history[len(student.lines) :]]

@@ -20,11 +20,17 @@ from akd_dist.distill.objectives import Stage
 from akd_dist.distill.orders import Mix
 from akd_dist.distill.progress import Progress
 from akd_dist.distill.ranks import Ranks
-from akd_dist.distill.stack import Stacks
+from akd_dist.distill.stack import Stack, Stacks
+from akd_dist.distill.stack_evaluation import evaluate_together
 from akd_dist.distill.stage1 import publish_stage1, take_stage1
 from akd_dist.distill.stream import Batch, BatchStream
 from akd_dist.distill.student import Student, stage1_leader
 from akd_dist.storage.content import Guard
+
+METRICS_SECONDS = 1.0
+"""How often the epochs of a student are written for whoever watches, besides with each checkpoint and at its end: small
+students end many epochs a second.
+"""
 
 
 @dataclass
@@ -147,22 +153,48 @@ class Lockstep:
         return stop
 
     def _end_epoch(self, students: list[Student]) -> None:
+        measured = self._measured_together([one for one in students if one.training and one.packed is not None])
+        waiting = [one for one in self.active if one.not_started and one.stage1 is not None]
         for student in students:
             if student.training:
                 with self._failing_alone(student):
-                    self._end_epoch_of(student)
+                    self._end_epoch_of(student, measured.get(student), waiting)
                 self.progress.tell()
         if paused := [student for student in students if student.training and self._is_paused(student)]:
             self._save(paused)
         if self.job.checkpoint_seconds == 0:
             self._save()
 
-    def _end_epoch_of(self, student: Student) -> None:
-        active = self.active
-        followers = [other for other in active if stage1_leader(other, active) is student]
-        record, metric = student.end_epoch(self.splits.validation), self.job.data.primary_metric
+    def _measured_together(self, students: list[Student]) -> dict[Student, dict[str, float]]:
+        """The validation metrics of students that step in stacks, which are evaluated in stacks as well."""
+        found: dict[Student, dict[str, float]] = {}
+
+        def measure(stack: Stack) -> None:
+            started = time.perf_counter()
+            evaluated = evaluate_together(stack, self.splits.validation, self.job.data.own_metric)
+            each = (time.perf_counter() - started) / len(stack.students)
+            for student, (metrics, _) in zip(stack.students, evaluated, strict=True):
+                found[student] = metrics
+                student.seconds += each
+            self.progress.tell()
+
+        for student, error in self.stacks.each(students, measure).items():
+            with self._failing_alone(student):
+                raise error
+        return found
+
+    def _end_epoch_of(self, student: Student, measured: dict[str, float] | None, waiting: list[Student]) -> None:
+        """End a student's epoch.
+
+        Args:
+            measured: its metrics, where it was evaluated together with others.
+            waiting: who may be waiting for the end of its stage I.
+        """
+        active = self.active if waiting else []
+        followers = [other for other in waiting if stage1_leader(other, active) is student]
+        record, metric = student.end_epoch(self.splits.validation, measured), self.job.data.primary_metric
         failpoint("student.before_metrics")
-        write_metrics(student)
+        write_metrics(student, every=METRICS_SECONDS)
         self._note(
             student,
             f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "
@@ -239,6 +271,7 @@ class Lockstep:
         # Those that wait for somebody else's stage I have taken no step, so they have nothing to keep.
         for student in self.stepping if students is None else students:
             with self._failing_alone(student):
+                write_metrics(student)
                 student.save(rests_on)
             self.progress.tell()  # a driver that stops gives up on workers that show no progress for a while
         self.saved_at = time.monotonic()

@@ -41,7 +41,7 @@ def evaluate(
     """
     module.eval()
     loss, said, true, kept = 0.0, [], [], []
-    begun = (_begun(rows, start) for start in range(0, len(rows), EVALUATION_ROWS))
+    begun = (begin_block(rows, start, EVALUATION_ROWS) for start in range(0, len(rows), EVALUATION_ROWS))
     for copied, labelled in ahead(begun, min(1, batches_ahead(rows.inputs, EVALUATION_ROWS))):
         inputs, labels = copied.to(device), labelled.to(device)
         true.append(labelled)
@@ -58,9 +58,9 @@ def evaluate(
     return metrics | {"loss": loss / len(rows)}, together.numpy()
 
 
-def _begun(rows: Rows, start: int) -> Callable[[], list[torch.Tensor]]:
+def begin_block(rows: Rows, start: int, size: int) -> Callable[[], list[torch.Tensor]]:
     """A block of rows, begun to be decoded if it has to be: called, it gives inputs and labels."""
-    inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, len(rows)))
+    inputs, labels = rows.read(start, min(start + size, len(rows)))
     pixels = begin(inputs)
     # Copied, since torch warns of tensors over memory that is read-only, as a memory map is.
     return lambda: [torch.from_numpy(np.array(part)) for part in (pixels(), labels)]

@@ -30,8 +30,10 @@ from akd_dist.models.device import autocast, free_memory, set_deterministic, wei
 
 FIRST_ROWS = 16
 """Rows of a first step, by which it is seen whether a step on the whole batch is short enough to be measured."""
-PROBE_SECONDS = 0.25
-"""How long the timed steps of one model take at most, or one step of the first rows where that takes longer."""
+PROBE_SECONDS, PROBE_STEPS = 0.25, 100
+"""How long the timed steps of one model take at most, or one step of the first rows where that takes longer; and how
+many they are at most.
+"""
 KEPT_BYTES = 64_000_000
 """The largest weights that a probe writes to the disk, to see what that takes."""
 
@@ -197,7 +199,7 @@ def _measure(
     return Measured(
         step=per_step * share / rows,
         stream=stream * share / rows,
-        evaluation=evaluation / evaluated,
+        evaluation=judged.evaluation if judged.stacked else evaluation / evaluated,
         start=start,
         # The shorter of two, since the first also makes the folder.
         keeping=min(_seconds(student.save), _seconds(student.save)) if weights <= KEPT_BYTES else 0.0,
@@ -247,7 +249,7 @@ def _timed(student: Student, batch: Batch) -> float:
 
 def _mean_seconds(student: Student, batch: Batch) -> float:
     started, steps = time.perf_counter(), 0
-    while steps == 0 or time.perf_counter() - started < PROBE_SECONDS:
+    while steps == 0 or (steps < PROBE_STEPS and time.perf_counter() - started < PROBE_SECONDS):
         _timed(student, batch)
         steps += 1
     return (time.perf_counter() - started) / steps

@@ -15,7 +15,7 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,8 @@ class Stack:
         started = time.perf_counter()
         held = {name: one.clone() for name, one in self.held.items()}  # until it is known who has taken the step
         inputs = self._aligned(batch.inputs)
-        logits = self._forward(held, self._masks(inputs), inputs)[:, : len(batch.rows)]
+        self.template.train()
+        logits = self._forward(held | self._masks(inputs), inputs)[:, : len(batch.rows)]
         losses, errors = losses_together(self._alike(), logits, batch.logits, batch.labels, batch.label_weight)
         sums = losses.sum(dim=1)
         values = sums.tolist()
@@ -156,16 +157,18 @@ class Stack:
             return inputs
         return torch.cat([inputs, inputs[:1].expand(more, *inputs.shape[1:])])
 
-    def _forward(
-        self, held: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], inputs: torch.Tensor
-    ) -> torch.Tensor:
+    def _forward(self, more: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
         def one(weights: dict[str, torch.Tensor]) -> Any:
             return functional_call(self.template, (weights, self.constants), (inputs,))
 
-        self.template.train()
         with autocast(self.students[0].device, self.students[0].spec.precision):
-            logits: torch.Tensor = vmap(one)(self.leaves | held | masks)
+            logits: torch.Tensor = vmap(one)(self.leaves | more)
         return logits
+
+    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What each student says of some rows, as it does once it is trained: [students, n, classes]."""
+        self.template.eval()
+        return self._forward(self.held, self._aligned(inputs))[:, : len(inputs)]
 
     # ---- random numbers
 
@@ -258,6 +261,7 @@ class Stacks:
     def __init__(self, most: Mapping[str, int]) -> None:
         self.most = dict(most)
         self.made: dict[str, list[Stack]] = {}
+        self.grouped: tuple[list[tuple[Student, int]], dict[str, list[Student]]] = ([], {})
 
     def take_step(self, students: Iterable[Student], batch: Batch, steps_per_epoch: int) -> Failures:
         """One step of each student on a batch.
@@ -269,23 +273,43 @@ class Stacks:
             Who has failed, and why.
         """
         failed: Failures = {}
-        for kind, members in _by_architecture(students).items():
-            failed |= self._take_step(kind, members, batch, steps_per_epoch)
+
+        def step(stack: Stack) -> None:
+            failed.update(stack.take_step(batch, steps_per_epoch))
+
+        return failed | self.each(students, step)
+
+    def each(self, students: Iterable[Student], act: Callable[[Stack], None]) -> Failures:
+        """Do something with each stack of some students; where it fails of several, with each half, and so on.
+
+        Returns:
+            Of whom it failed alone, and why.
+        """
+        failed: Failures = {}
+        for kind, members in self._by_architecture(list(students)).items():
+            failed |= self._each(kind, members, act)
         return failed
 
-    def _take_step(self, kind: str, members: list[Student], batch: Batch, steps_per_epoch: int) -> Failures:
+    def _each(self, kind: str, members: list[Student], act: Callable[[Stack], None]) -> Failures:
         failed: Failures = {}
         for stack in self._stacks_of(kind, members):
             try:
-                failed |= stack.take_step(batch, steps_per_epoch)
+                act(stack)
             except Exception as error:
                 if len(stack.students) == 1:
                     failed[stack.students[0]] = error
                     continue
                 for student in stack.students:
                     self.most[student.spec.name] = len(stack.students) // 2
-                failed |= self._take_step(kind, stack.students, batch, steps_per_epoch)
+                failed |= self._each(kind, stack.students, act)
         return failed
+
+    def _by_architecture(self, students: list[Student]) -> dict[str, list[Student]]:
+        """The students that may step together; grouped anew where others step, or one has entered a stage."""
+        now = [(student, student.stage_index) for student in students]
+        if self.grouped[0] != now:
+            self.grouped = now, _by_architecture(students)
+        return self.grouped[1]
 
     def _stacks_of(self, kind: str, members: list[Student]) -> list[Stack]:
         most = min(self.most.get(student.spec.name, 1) for student in members)
@@ -339,6 +363,8 @@ class _Dropout(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs times the mask, of the same shape; where there is none, inputs as they are, whose shape is noted."""
+        if not self.training:
+            return inputs
         if not self.mask.numel():
             self.seen.append(inputs.shape)
             return inputs

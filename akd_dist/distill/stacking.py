@@ -18,10 +18,11 @@ from torch import nn
 from akd_dist import recipe
 from akd_dist.distill.ranks import reason_of
 from akd_dist.distill.stack import Stack
+from akd_dist.distill.stack_evaluation import shown
 from akd_dist.distill.stream import Batch
 from akd_dist.distill.student import Student
 from akd_dist.models.card import ModelCard
-from akd_dist.models.device import free_memory
+from akd_dist.models.device import autocast, free_memory
 
 GROUP = 7
 """The largest group that is tried; beside it one, and two."""
@@ -50,6 +51,8 @@ class Judged:
     """Seconds of a step of a stack, however many students it has."""
     each: float = 0.0
     """Seconds that each student adds to that."""
+    evaluation: float = 0.0
+    """Seconds of a row that is evaluated, for each student."""
 
 
 def most_together(step_memory: int, device: str) -> int:
@@ -145,6 +148,11 @@ def _difference(make: Make, batch: Batch, last: int, tolerance: float) -> str | 
     if not apart <= tolerance**2 * total:
         off = (apart / total) ** 0.5 if total else 1.0
         return f"its gradients in a stack are {off:.1g} of their size off those alone"
+    with torch.no_grad(), autocast(plain.device, plain.spec.precision):
+        said = plain.module.eval()(batch.inputs).double()
+        others = Stack([stacked]).logits(batch.inputs)[0].double()
+    if not float((others - said).square().sum()) <= tolerance**2 * float(said.square().sum()):
+        return "what it says of rows in a stack is not what it says alone"
     return None
 
 
@@ -161,13 +169,18 @@ def _part(batch: Batch, rows: int) -> Batch:
 
 
 def _stepped(students: Sequence[Student], batches: Sequence[Batch]) -> list[list[torch.Tensor]]:
-    """What students are after a step on each batch: weights, gradients, buffers, losses, generators."""
+    """What students are after a step on each batch, and what they then say of rows: weights, gradients, buffers,
+    losses, generators; logits of a whole block of an evaluation and of one that is cut.
+    """
     stack = Stack(students)
     for batch in batches:
         for error in stack.take_step(batch, 1 << 30).values():
             raise error
+    with torch.no_grad():
+        said = [stack.logits(shown(batches[0].inputs, students[0].spec.batch, missing)) for missing in (0, 3)]
     return [
         [
+            *(one[index] for one in said),
             *(one.detach() for one in student.module.state_dict().values()),
             stack.gradients[index],
             torch.tensor(student.loss_sum, dtype=torch.float64),
@@ -200,4 +213,10 @@ def _timed(make: Make, batch: Batch, *, wanted: bool) -> Judged:
     told = f"{GROUP} at once take {gain:.1f} times as many steps a second as one after the other"
     if gain < LEAST_GAIN and not wanted:
         return Judged(False, told)
-    return Judged(True, told, once=max(together - GROUP * each, 0.0), each=each)
+    block = shown(batch.inputs, all_of_them.students[0].spec.batch, 0)
+    with torch.no_grad():
+        all_of_them.logits(block)
+        started = time.perf_counter()
+        all_of_them.logits(block).sum().item()
+        evaluation = (time.perf_counter() - started) / (GROUP * len(block))
+    return Judged(True, told, max(together - GROUP * each, 0.0), each, evaluation)

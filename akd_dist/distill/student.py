@@ -87,6 +87,7 @@ class Student:
         self.stage1_from: str | None = None  # the student whose stage I it goes on from, by name
         self.history: list[dict[str, Any]] = []
         self.lines: list[str] = []  # of its metrics.jsonl, as far as they were written
+        self.told_at = float("-inf")  # when that was, by the monotonic clock
         self.best: dict[str, torch.Tensor] | None = None  # the weights of the stage's best epoch so far
         self.best_record: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None  # its entry of fleet.json, once it has ended
@@ -215,8 +216,11 @@ class Student:
         self.step += 1
         self.seconds += seconds
 
-    def end_epoch(self, validation: Rows) -> dict[str, Any]:
+    def end_epoch(self, validation: Rows, measured: dict[str, float] | None = None) -> dict[str, Any]:
         """Validate, remember the best weights of the stage, and move on to the next epoch or stage.
+
+        Args:
+            measured: its metrics on these rows, where it was evaluated together with others.
 
         Returns:
             The epoch's record, a line of metrics.jsonl.
@@ -226,7 +230,7 @@ class Student:
         """
         started = time.perf_counter()
         # One rank's numbers for all: ranks that chose different best weights would train different models.
-        metrics: dict[str, float] = self.ranks.from_first(self.evaluate(validation)[0])
+        metrics: dict[str, float] = measured or self.ranks.from_first(self.evaluate(validation)[0])
         if not math.isfinite(metrics["loss"]):
             raise DivergedError(f"the validation loss is {metrics['loss']} after epoch {self.epoch}")
         stage, epoch = self.stage, self.stage_epoch

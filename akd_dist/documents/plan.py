@@ -101,6 +101,9 @@ class FleetPlanDocument(Document):
     """Why: chosen from what a node's cache may hold, unless the recipe says so or the run has begun."""
     why: str
     """Why there are so many cohorts: what fewer and what more of them would come to."""
+    executor: Literal["ray", "processes"] = "ray"
+    """What cohorts run on: Ray, or processes of this machine, where training ends before Ray would be worth its start.
+    """
     cohorts: list[PlannedCohort]
     """In the order in which they queue."""
     ended: list[PlannedStudent]

@@ -132,7 +132,11 @@ def check_memory(card: ModelCard) -> dict[str, Shape] | None:
     shapes = {name: tuple(tensor.shape) for name, tensor in body.state_dict().items()}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in body.state_dict().values())
     _refuse_beyond_memory(card, weights, rows)
-    _refuse_beyond_memory(card, weights, rows + 2 * _largest_output(body, card))
+    # No layer gives more numbers at a place of an input than it has weights. Where even that much is little, no run has
+    # to be tried, for which torch would import its compiler.
+    most = 2 * weights * math.prod(card.input_shape)
+    if 4 * most > free_memory(torch.device("cpu")):
+        _refuse_beyond_memory(card, weights, rows + 2 * _largest_output(body, card))
     return shapes
 
 

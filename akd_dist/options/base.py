@@ -208,7 +208,7 @@ class RecipeOptions(FillingOptions):
     address: str | None = option(
         None, "--address", metavar="ADDRESS", help="A Ray cluster.  [default: one is started here, on loopback]"
     )
-    """A Ray cluster; None starts one on this machine if there is anything to compute."""
+    """A Ray cluster; None starts one on this machine if there is anything to compute that is worth its start."""
     wait_for_nodes: bool = option(
         False,
         "--wait-for-nodes",

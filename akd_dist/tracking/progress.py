@@ -21,6 +21,8 @@ from akd_dist.tracking.view import FleetView, Ticker, ended_line, metric_of, mov
 LINE_SECONDS = 5.0
 # A fleet's documents are read once a second; without a terminal its lines come every ten.
 READ_SECONDS, FLEET_LINE_SECONDS = 1.0, 10.0
+READ_SHARE = 0.02
+"""The share of the time that may go into reading how far students are."""
 # How often the plan is written although it has not changed: by that a driver on another machine is seen to live.
 BEAT_SECONDS = 5.0
 
@@ -119,6 +121,7 @@ class FleetMeter:
         self.stopping, self.stopped_at = stopping, math.inf
         self.reader = RunReader(control.parent)
         self.read_at = self.written_at = -math.inf
+        self.pause = READ_SECONDS
         self.begun = clock()
         self.ticker = Ticker(FLEET_LINE_SECONDS, self.begun)
         self.ended: set[str] | None = None
@@ -151,9 +154,9 @@ class FleetMeter:
             cohorts: those that do not train yet.
         """
         moment = self.clock()
-        if moment - self.read_at < READ_SECONDS and not now:
+        if moment - self.read_at < self.pause and not now:
             return
-        self.read_at = moment
+        self.read_at, reading = moment, time.process_time()
         if self.stopping():
             self.stopped_at = min(self.stopped_at, moment)
         if cohorts != self.plan.cohorts or moment - self.written_at >= BEAT_SECONDS:
@@ -161,6 +164,8 @@ class FleetMeter:
             self.plan = self.plan.model_copy(update={"at": time.time(), "cohorts": cohorts})
             write_document(self.control / "plan.json", self.plan)
         self.status = self.reader.read()
+        # What hundreds of students leave takes a while to read, on a processor that these may be training on.
+        self.pause = max(READ_SECONDS, (time.process_time() - reading) / READ_SHARE)
         if self.live is None:
             self._tell_lines(moment)
 

@@ -25,6 +25,14 @@ PROCESS_BYTES = 650_000_000
 GPU_PROCESS_BYTES = 1_500_000_000
 """The same with CUDA, cuBLAS and cuDNN loaded (measured: 1.27 to 1.43 GB, torch 2.11, CUDA 13, H200)."""
 
+START_SECONDS = 14.0
+"""What starting and stopping one Ray Train run costs, whatever it trains (measured: 9 to 14 s on 2 cores, Ray 2.60)."""
+
+# What a student takes besides steps, evaluations and checkpoints, however small it is (measured on 2 cores): to note an
+# epoch, and to write its model, predictions and result.
+EPOCH_SECONDS = 0.0006
+DELIVERY_SECONDS = 0.01
+
 Cohort = tuple[StudentSpec, ...]
 
 
@@ -99,6 +107,8 @@ class CostModel:
     """Bytes of rows that a worker has in its memory, on their way into the node's cache."""
     decoding: int = 0
     """Bytes of one row that is decoded ahead; 0 where none are."""
+    starting: float = START_SECONDS
+    """Seconds that each cohort takes to start and to stop."""
     each_epoch: bool = False
     """Whether a checkpoint is written at the end of every epoch, which may take small students longer than the epoch;
     those at intervals of time hardly count."""
@@ -175,7 +185,8 @@ class CostModel:
         evaluated, kept = epochs * self.evaluated + self.tested, epochs if self.each_epoch else 0.0
         # In a stack what all of its students share is counted once, by `stack_seconds`.
         stepping = steps * ((one.together if one.stacked else one.step) or UNKNOWN_SECONDS)
-        return one.start + stepping + one.evaluation * evaluated + one.keeping * kept
+        noted = epochs * EPOCH_SECONDS + DELIVERY_SECONDS
+        return one.start + stepping + one.evaluation * evaluated + one.keeping * kept + noted
 
     def leaders(self, cohort: Cohort) -> dict[str, str]:
         """Who goes on from whose stage I, by name: those that have not begun, from who of their family is furthest."""

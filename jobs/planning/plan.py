@@ -19,12 +19,12 @@ from akd_dist.distill.job import CohortJob, ended
 from akd_dist.distill.stage1 import stages1_there
 from akd_dist.documents.cache import PlanDocument
 from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort, PlannedStudent, RemovedRun
+from akd_dist.jobs.idle import IdleWorkers, may_train_here
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, timetable
 from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import Inputs, foresee_caching
 from akd_dist.jobs.planning.costs import Cohort, CostModel
 from akd_dist.jobs.planning.planner import (
-    START_SECONDS,
     Alternative,
     cohort_job,
     groups_of,
@@ -42,6 +42,11 @@ from akd_dist.storage.roots import open_root
 from akd_dist.storage.run_copy import is_copy
 from akd_dist.storage.run_objects import MOST_ATTEMPTS, impossible_mark
 
+# What a worker that is a process of this machine costs (measured: 4 s on 2 cores, most of it the import of torch).
+LOCAL_START_SECONDS = 4.0
+# From so long a training on, Ray starts on a machine that is alone, too. Its start, of about 15 s, hardly counts then,
+# and whoever trains for long is glad of its watch over the memory.
+RAY_PAYS_SECONDS = 90.0
 # As many digits as the folders of writers have for it.
 ATTEMPT = re.compile(r"attempt-([0-9]{1,6})")
 
@@ -82,7 +87,12 @@ class RunPlan:
 
 
 def measured_of(
-    recipe: Recipe, todo: Sequence[StudentSpec], splits: Splits, parameters: dict[str, int], workspace: Workspace
+    recipe: Recipe,
+    todo: Sequence[StudentSpec],
+    splits: Splits,
+    parameters: dict[str, int],
+    workspace: Workspace,
+    idle: IdleWorkers | None,
 ) -> Found:
     """What the students that are not done take, from a short probe of each architecture.
 
@@ -91,7 +101,7 @@ def measured_of(
     probed, sealed = (recipe, todo, parameters, workspace.cache_root), splits.train.sealed
     if todo and gpus_of(recipe.device) and not torch.cuda.is_available():
         return measure_there(*probed, workspace.tell, workspace.folder, sealed)
-    return measure_all(*probed, sealed)
+    return measure_all(*probed, sealed, idle)
 
 
 def costs_of(
@@ -130,7 +140,7 @@ def plan_run(
     shuffle: windows.Shuffle | None = None,
     pauses: Mapping[str, int] | None = None,
     stacking: Stackings | None = None,
-    executed: bool = False,
+    idle: IdleWorkers | None = None,
 ) -> RunPlan:
     """Plan what is left to do of a run that is held: students are probed, and nothing is written.
 
@@ -139,7 +149,7 @@ def plan_run(
         shuffle: how epochs shuffle, as far as that is settled; else it is chosen.
         pauses: after how many epochs students wait for another command; who stands there has nothing to do.
         stacking: how the run has steps taken, as `stacking.kept_by`.
-        executed: whether the plan is executed next: then a Ray that it needs on this machine is started meanwhile.
+        idle: workers of this machine, if the plan is executed next; what it needs of them, or a Ray, starts meanwhile.
 
     Raises:
         AkdError: what cannot fit the disk, the store root or the cluster.
@@ -164,11 +174,15 @@ def plan_run(
         windows.check_window(demands, shuffle, room, workers=max((spec.workers for spec in todo), default=1))
     if pauses:
         todo = [spec for spec in todo if _goes_on(spec, Path(base.root), pauses)]
-    if todo and executed and workspace.address is None:
-        cluster.begin()
+    local = bool(todo) and may_train_here(recipe, workspace.address)
+    if todo and idle is not None and workspace.address is None:
+        if local:
+            idle.begin()
+        else:
+            cluster.begin()
     if todo:
         workspace.tell("probing what the students take")
-    measured = measured_of(recipe, todo, splits, parameters, workspace)
+    measured = measured_of(recipe, todo, splits, parameters, workspace, idle if local else None)
     measured, stacking = settle_stacking(recipe, todo, measured, stacking)
     stages1: dict[str, str] = {}
     if inputs.complete:  # else what students learn from is not known
@@ -180,10 +194,18 @@ def plan_run(
             stages1 |= stages1_there(of_cohort, list(specs))
     costs = costs_of(recipe, todo, splits, parameters, None if fresh else Path(base.root), measured, stages1)
     costs = replace(costs, pauses=pauses or {})
-    waits = workspace.demand().waits
-    planned = nodes_to_come(recipe, todo, nodes, costs) if waits else nodes
-    cohorts, tried = plan_cohorts(recipe, todo, planned, costs) if todo else ([], [])
+    planned, quicker = nodes, replace(costs, starting=LOCAL_START_SECONDS)
+    cohorts, tried = plan_cohorts(recipe, todo, nodes, quicker) if local else ([], [])
+    local = local and ends_after(cohorts, nodes, quicker) < RAY_PAYS_SECONDS
+    if local:
+        costs = quicker
+    elif todo:
+        if idle is not None and workspace.address is None:
+            cluster.begin()
+        planned = nodes_to_come(recipe, todo, nodes, costs) if workspace.demand().waits else nodes
+        cohorts, tried = plan_cohorts(recipe, todo, planned, costs)
     document = draw_up(inputs, todo, nodes, planned, cohorts, tried, costs, run, caching, shuffle)
+    document = document.model_copy(update={"executor": "processes" if local else "ray"})
     if fresh:
         document = document.model_copy(update={"removes": removed_by_fresh(run)})
     kept = {key_of(spec) for spec in recipe.students}
@@ -191,6 +213,12 @@ def plan_run(
     document = document.model_copy(update={"stacking": told})
     shuffled = windows.with_window(recipe, shuffle)
     return RunPlan(inputs, shuffled, run, todo, cohorts, costs, nodes, document, stacking)
+
+
+def ends_after(cohorts: Sequence[Cohort], nodes: Sequence[Node], costs: CostModel) -> float:
+    """Seconds until the last cohort ends, their starts included."""
+    queue = [(costs.starting + costs.cohort_seconds(cohort), costs.ask(cohort)) for cohort in cohorts]
+    return max((end for _, end in timetable(queue, nodes)), default=0.0)
 
 
 def _goes_on(spec: StudentSpec, root: Path, pauses: Mapping[str, int]) -> bool:
@@ -275,7 +303,7 @@ def draw_up(
     asks = [costs.ask(cohort) for cohort in cohorts]
     kept, delivered = disk(cohorts, costs)
     free = check_disk(run, todo, kept + delivered, cache)
-    queue = [(START_SECONDS + costs.cohort_seconds(cohort), ask) for cohort, ask in zip(cohorts, asks, strict=True)]
+    queue = [(costs.starting + costs.cohort_seconds(cohort), ask) for cohort, ask in zip(cohorts, asks, strict=True)]
     times = timetable(queue, planned_for)
     left = {spec.name for spec in todo}
     planned = [
@@ -298,7 +326,7 @@ def draw_up(
         waits_for=cache.waits_for or next((str(ask) for ask in asks if not fits(nodes, ask)), None),
         window=shuffle.window,
         shuffle=shuffle.why,
-        why=why_so_many(recipe, todo, tried, len(cohorts)),
+        why=why_so_many(recipe, todo, tried, len(cohorts), costs.starting),
         cohorts=_say_who_waits(planned, asks),
         ended=[planned_student(spec, costs, None, "ended") for spec in recipe.students if spec.name not in left],
         checkpoint_bytes=kept,
@@ -430,7 +458,9 @@ def _stacked(cohort: Cohort, costs: CostModel) -> str:
     return f"; {sum(sizes)} of them step together, in {counted(len(sizes), 'stack')} of one architecture each"
 
 
-def why_so_many(recipe: Recipe, todo: Sequence[StudentSpec], tried: Sequence[Alternative], count: int) -> str:
+def why_so_many(
+    recipe: Recipe, todo: Sequence[StudentSpec], tried: Sequence[Alternative], count: int, starting: float
+) -> str:
     """Why there are neither fewer nor more cohorts."""
     if not todo:
         return "no cohort: all students have ended"
@@ -442,7 +472,7 @@ def why_so_many(recipe: Recipe, todo: Sequence[StudentSpec], tried: Sequence[Alt
         return f"{counted(count, 'cohort')}, as the recipe's `cohorts` says"
     end = {one.cohorts: one.seconds for one in tried}
     groups = len(groups_of(todo, recipe.device))
-    start = duration(START_SECONDS)
+    start = duration(starting)
     if count - 1 in end:
         saved = end[count - 1] - end[count]
         fewer = f"one fewer would end {duration(max(saved, 0))} later, and a start costs {start}"

@@ -9,13 +9,11 @@ from dataclasses import dataclass, replace
 from akd_dist.base.errors import RecipeError
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room, fits, timetable, with_more
-from akd_dist.jobs.planning.costs import Cohort, CostModel, families_of
+from akd_dist.jobs.planning.costs import START_SECONDS, Cohort, CostModel, families_of
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import Recipe, StudentSpec
 from akd_dist.storage.mean import Stores
 
-# What starting and stopping one Ray Train run costs, whatever it trains (measured: 9 to 14 s on 2 cores, Ray 2.60).
-START_SECONDS = 14.0
 MORE_NODES = 16
 """So many nodes that are not there are counted on for students that share a stream, where there is an autoscaler."""
 
@@ -69,10 +67,12 @@ class Load:
     """Into how many cohorts it can be cut."""
     least: int = 1
     """Into how many it must be cut, for memory."""
+    start: float = START_SECONDS
+    """What each cohort takes to start and to stop; the same for all groups."""
 
     def each(self, count: int) -> float:
         """Seconds of one of so many cohorts, its start included."""
-        return START_SECONDS + self.shared + max(self.seconds / count, self.longest)
+        return self.start + self.shared + max(self.seconds / count, self.longest)
 
 
 def plan_cohorts(
@@ -172,6 +172,7 @@ def _load(group: Cohort, nodes: Sequence[Node], costs: CostModel) -> Load:
         max(seconds),
         parts=len(families),
         least=least,
+        start=costs.starting,
     )
 
 
@@ -241,12 +242,13 @@ def allocate(loads: Sequence[Load], nodes: Sequence[Node], wanted: int | None) -
     work = sum(load.seconds * load.ask.workers * load.ask.cpus for load in loads)
     # However they are cut, students end no sooner than all work shared out over all CPUs, or than the dearest alone.
     soonest = max(work / sum(node.cpus for node in nodes), *(load.each(load.parts) for load in loads))
-    lowest = tried[0].seconds + START_SECONDS * sum(counts)
+    start = loads[0].start
+    lowest = tried[0].seconds + start * sum(counts)
 
     def goes_on(total: int) -> bool:
         if wanted is not None:
             return total < wanted
-        return total <= sum(best) or (total < sum(best) + slots and soonest + START_SECONDS * (total + 1) < lowest)
+        return total <= sum(best) or (total < sum(best) + slots and soonest + start * (total + 1) < lowest)
 
     while goes_on(sum(counts)):
         finer = [
@@ -258,7 +260,7 @@ def allocate(loads: Sequence[Load], nodes: Sequence[Node], wanted: int | None) -
             break
         (seconds, _), counts = min(((end(cut), cut) for cut in finer), key=lambda one: one[0])
         tried.append(Alternative(sum(counts), seconds))
-        cost = tried[-1].seconds + START_SECONDS * sum(counts)
+        cost = tried[-1].seconds + start * sum(counts)
         if wanted is not None or cost < lowest:
             best, lowest = counts, cost
     return best, tried

@@ -30,6 +30,7 @@ from akd_dist.data.row_fetch import alike_rows
 from akd_dist.data.rows import Splits
 from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.distill.ranks import reason_of
+from akd_dist.jobs.idle import IdleWorkers
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import (
     Cnn,
@@ -75,9 +76,10 @@ def measure_there(
         folder: the recipe's folder, as far as it travels.
         sealed: as of `measure_all`.
     """
-    from akd_dist.jobs.cluster import StopFlag, free_nodes
+    from akd_dist.jobs.cluster import free_nodes
     from akd_dist.jobs.packing import ResourceRequest, fits
     from akd_dist.jobs.shared import Shared
+    from akd_dist.jobs.stopping import StopFlag
     from akd_dist.jobs.tasks import run_one
 
     threads, gpus = max(spec.threads for spec in students), gpus_of(recipe.device)
@@ -107,6 +109,7 @@ def measure_all(
     parameters: dict[str, int],
     cache_root: str,
     sealed: SealedRows | None = None,
+    idle: IdleWorkers | None = None,
 ) -> dict[str, Measured | None]:
     """What each student takes, from one probe of each distinct model, batch and optimizer on this machine.
 
@@ -117,6 +120,7 @@ def measure_all(
         parameters: of each student, by name.
         cache_root: this node's own folder, where the rows are prepared.
         sealed: where they lie for every node; None where each prepares them.
+        idle: workers of this machine, the first of which may be asked.
 
     Returns:
         By the name of the student; None where the probe failed.
@@ -126,7 +130,7 @@ def measure_all(
         distinct.setdefault(probe_key(spec), spec)
     found: dict[str, Measured | None] = {}
     started = time.monotonic()
-    with Prober(recipe, cache_root, sealed) as prober:
+    with Prober(recipe, cache_root, sealed, idle) as prober:
         for key, spec in distinct.items():
             if time.monotonic() - started < ALL_SECONDS:
                 found[key] = prober.probe(spec)
@@ -163,7 +167,10 @@ def scaled(known: Measured, ratio: float) -> Measured:
 class Prober:
     """Probes students one after the other in a process of its own, and starts another when a model has killed it."""
 
-    def __init__(self, recipe: Recipe, cache_root: str, sealed: SealedRows | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, cache_root: str, sealed: SealedRows | None = None, idle: IdleWorkers | None = None
+    ) -> None:
+        self.idle = idle.waiting if idle is not None else ()
         self.job = {
             "data": recipe.data.model_dump(mode="json"),
             "device": recipe.device,
@@ -187,19 +194,25 @@ class Prober:
     def probe(self, spec: StudentSpec) -> Measured | None:
         """What a student takes; None, and a warning, if its probe fails or kills its process.
 
-        Built-in models on a processor are looked at in this process: their size was compared with the memory before,
-        and they crash nothing, so a process of their own would only cost its start. A GPU would stay taken.
+        Built-in models on a processor are looked at in a worker that waits, or in this process: their size was compared
+        with the memory before, and they crash nothing, so a process of their own would only cost its start. A GPU would
+        stay taken.
         """
         if spec.objective.epochs == 0:  # it takes no step, but its fleet may be measured; no recipe can say so
             spec = spec.model_copy(update={"objective": HardLabels(epochs=1)})
         with tempfile.TemporaryDirectory(prefix="akd-dist-probe-") as scratch:
             request = {"student": spec.model_dump(mode="json"), "scratch": scratch}
             here = isinstance(spec.model, BUILT_IN) and self.job["device"] == "cpu"
-            answer = _answer_here(request | self.job) if here else self._ask(request)
+            answer = self._ask_nearby(request | self.job) if here else self._ask(request)
         if "failed" in answer:
             log.warning("the probe of %s failed: %s", spec.name, answer["failed"])
             return None
         return Measured(**answer)
+
+    def _ask_nearby(self, request: dict[str, Any]) -> dict[str, Any]:
+        if not self.idle:
+            return answer_here(request)
+        return self.idle[0].ask("probe", request) or {"failed": "the worker that was asked has died"}
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         self.process = process = self.process or self._start()
@@ -232,7 +245,7 @@ class Prober:
         )
 
 
-def _answer_here(request: dict[str, Any]) -> dict[str, Any]:
+def answer_here(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request in this process, whose settings of torch stay as they are."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     try:

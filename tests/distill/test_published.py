@@ -13,8 +13,8 @@ from akd_dist.base.errors import TerminatedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill import published
 from akd_dist.distill.published import fetch_checkpoints, publish_model, train_and_publish
-from akd_dist.jobs.cluster import StopFlag
 from akd_dist.jobs.shared import look_first
+from akd_dist.jobs.stopping import StopFlag
 from akd_dist.jobs.train_teacher import Workspace, ensure_trained, run_in_process, run_on_ray, teacher_of
 from akd_dist.models.folder import load_model
 from akd_dist.storage.roots import open_root

@@ -13,6 +13,7 @@ import torch
 from akd_dist.base.files import sha256
 from akd_dist.data.rows import Rows
 from akd_dist.distill.stack import Stack, Stacks
+from akd_dist.distill.stack_evaluation import evaluate_together
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import DivergedError, Student
 from akd_dist.distill.teacher import teacher_logits
@@ -92,9 +93,26 @@ def train(students: Sequence[Student], epochs: int = 3) -> list[dict[str, torch.
     for epoch in range(epochs):
         for batch in STREAM.batches(epoch):
             assert stacks.take_step(students, batch, STREAM.steps_per_epoch) == {}
+        measured = evaluated(stacks, students)
         for student in students:
-            student.end_epoch(TRAIN)
+            student.end_epoch(TRAIN, measured[student])
     return [state_of(student) for student in students]
+
+
+def evaluated(stacks: Stacks, students: Sequence[Student]) -> dict[Student, dict[str, float]]:
+    """The metrics of students on the rows, evaluated in the stacks that they step in."""
+    found: dict[Student, dict[str, float]] = {}
+
+    def measure(stack: Stack) -> None:
+        found.update(
+            {
+                student: metrics
+                for student, (metrics, _) in zip(stack.students, evaluate_together(stack, TRAIN), strict=True)
+            }
+        )
+
+    assert stacks.each(students, measure) == {}
+    return found
 
 
 def state_of(student: Student) -> dict[str, torch.Tensor]:
@@ -103,8 +121,8 @@ def state_of(student: Student) -> dict[str, torch.Tensor]:
     for state in student.optimizer.state.values():
         found |= {f"optimizer.{name}": torch.as_tensor(one).clone() for name, one in state.items() if one is not None}
     found |= {f"generator.{index}": one.clone() for index, one in enumerate(student.rng)}
-    losses = [record["train_loss"] for record in student.history]
-    return found | {"losses": torch.tensor(losses, dtype=torch.float64)}
+    said = [[record["train_loss"], *record["validation"].values()] for record in student.history]
+    return found | {"records": torch.tensor(said, dtype=torch.float64)}
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
@@ -146,6 +164,17 @@ def test_steps_together_are_steps_alone_but_for_rounding(tmp_path: Path) -> None
         assert all(torch.allclose(states[0][name], states[1][name], rtol=1e-9, atol=1e-12) for name in states[0])
 
 
+def test_an_evaluation_together_is_that_of_each_alone_but_for_rounding(tmp_path: Path) -> None:
+    students = mixed(tmp_path, 5, model=MLP | {"dropout": 0.3})
+    stack = Stack(students)
+    for student, (metrics, said) in zip(students, evaluate_together(stack, TRAIN), strict=True):
+        alone, chosen = student.evaluate(TRAIN)
+        assert metrics.keys() == alone.keys()
+        assert metrics["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert (said == chosen).mean() > 0.97
+        assert metrics["accuracy"] == pytest.approx(float(np.mean(said == TRAIN.labels)), abs=1e-6)
+
+
 def test_dropout_drops_its_share_and_other_units_of_each_student(tmp_path: Path) -> None:
     students = [a_student(tmp_path, number, model=MLP | {"dropout": 0.25}) for number in range(2)]
     stack = Stack(students)
@@ -165,9 +194,10 @@ def test_one_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> None
         for batch in STREAM.batches(epoch):
             going = [student for student in students if student not in failed]
             failed |= stacks.take_step(going, batch, STREAM.steps_per_epoch)
-        for student in students:
-            if student not in failed:
-                student.end_epoch(TRAIN)
+        left = [student for student in students if student not in failed]
+        measured = evaluated(stacks, left)
+        for student in left:
+            student.end_epoch(TRAIN, measured[student])
     assert [student.spec.name for student in failed] == ["student-9"]
     assert isinstance(failed[students[2]], DivergedError)
     assert "at lr 1e+30" in str(failed[students[2]])
@@ -191,8 +221,9 @@ def test_a_checkpoint_is_resumed_in_any_stack(tmp_path: Path) -> None:
         for epoch in range(3):
             for batch in STREAM.batches(epoch, 2 if epoch == 0 else 0):
                 assert parts.take_step(part, batch, STREAM.steps_per_epoch) == {}
+            measured = evaluated(parts, part)
             for student in part:
-                student.end_epoch(TRAIN)
+                student.end_epoch(TRAIN, measured[student])
     states = [state_of(student) for student in resumed]
     assert [differing(*two) for two in zip(states, whole, strict=True)] == [[]] * 5
 
@@ -240,16 +271,16 @@ def test_from_stored_logits_as_with_the_teacher_in_the_loop(tmp_path: Path) -> N
 
 def test_one_of_many_whose_objective_raises_fails_alone(tmp_path: Path) -> None:
     own = {"kind": "custom", "factory": "tests.distill.test_stack:raising", "epochs": 6}
-    students = mixed(tmp_path / "all", 24)
-    students.insert(11, a_student(tmp_path / "own", 99, objective=own))
-    stacks, failed = Stacks({student.spec.name: 100 for student in students}), dict[Student, Exception]()
+    students = mixed(tmp_path / "all", 240)
+    students.insert(11, a_student(tmp_path / "own", 999, objective=own))
+    stacks, failed = Stacks({student.spec.name: 300 for student in students}), dict[Student, Exception]()
     for batch in STREAM.batches(0):
         going = [student for student in students if student not in failed]
         failed |= stacks.take_step(going, batch, STREAM.steps_per_epoch)
-    assert [(student.spec.name, str(error)) for student, error in failed.items()] == [("student-99", "not today")]
-    alone = mixed(tmp_path / "alone", 24)
-    others = Stacks({student.spec.name: 100 for student in alone})
+    assert [(student.spec.name, str(error)) for student, error in failed.items()] == [("student-999", "not today")]
+    alone = mixed(tmp_path / "alone", 240)
+    others = Stacks({student.spec.name: 300 for student in alone})
     for batch in STREAM.batches(0):
         assert others.take_step(alone, batch, STREAM.steps_per_epoch) == {}
     left = [student for student in students if student not in failed]
-    assert [differing(state_of(one), state_of(other)) for one, other in zip(left, alone, strict=True)] == [[]] * 24
+    assert [differing(state_of(one), state_of(other)) for one, other in zip(left, alone, strict=True)] == [[]] * 240

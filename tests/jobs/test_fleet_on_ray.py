@@ -25,13 +25,14 @@ from akd_dist.base.errors import InterruptedByUser, MachineError, RecipeError, R
 from akd_dist.data.row_cache import prepare
 from akd_dist.jobs import cluster
 from akd_dist.jobs.cache_teacher import cache_in_process
-from akd_dist.jobs.cluster import StopFlag, ray
+from akd_dist.jobs.cluster import ray
 from akd_dist.jobs.fleet import Fleet, RunningCohort
 from akd_dist.jobs.packing import Node, ResourceRequest
 from akd_dist.jobs.planning.costs import CostModel
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.ray_train import _cause
 from akd_dist.jobs.shared import Shared
+from akd_dist.jobs.stopping import StopFlag, stop_on_signals
 from akd_dist.jobs.tasks import run_one
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models.build import build
@@ -372,11 +373,11 @@ def test_drivers_are_terminated_interrupted_and_killed(home: Home, trained: Any,
 
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    with cluster.stop_on_signals(told.append) as stop:
+    with stop_on_signals(told.append) as stop:
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
         assert (stop.signal, len(told)) == (signal.SIGTERM, 1)
-        monkeypatch.setattr(cluster, "ONCE_SECONDS", 0.0)
+        monkeypatch.setattr("akd_dist.jobs.stopping.ONCE_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -399,7 +400,7 @@ def test_whoever_stops_before_workers_train_is_told_that_nothing_is_lost(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "check_alive", lambda _stop: None)
-    monkeypatch.setattr(cluster, "GRACE_SECONDS", -1.0)
+    monkeypatch.setattr("akd_dist.jobs.fleet.GRACE_SECONDS", -1.0)
     splits, stop = prepare(home.recipe.data, Path(home.cache_root)), StopFlag()
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
     fleet = Fleet(base, CostModel(base.device, len(splits.train)), stop, Console(quiet=True))
@@ -421,12 +422,12 @@ def test_a_node_that_joins_takes_the_place_of_a_lost_one(home: Home, tmp_path: P
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
     fleet = Fleet(base, CostModel(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
     over = threading.Event()
-    fleet.shared.nodes = lambda: [Node("joined", 4)]  # type: ignore[method-assign]
+    fleet.executor.nodes = lambda: [Node("joined", 4)]  # type: ignore[method-assign]
     thread = threading.Thread(target=over.wait, daemon=True)
     thread.start()
     fleet.running.append(RunningCohort(base, ResourceRequest(1, 1), thread=thread))
     fleet._check_room()
-    fleet.shared.nodes = list  # type: ignore[method-assign]
+    fleet.executor.nodes = list  # type: ignore[method-assign]
     with pytest.raises(MachineError, match="nodes were lost") as told:
         fleet._check_room()
     over.set()
@@ -437,7 +438,7 @@ def test_lost_nodes_end_the_run_after_others_checkpoint(home: Home, tmp_path: Pa
     splits, saved = prepare(home.recipe.data, Path(home.cache_root)), list[str]()
     base = fleet_job(home.recipe, splits, home.stores, tmp_path, home.cache_root)
     fleet = Fleet(base, CostModel(base.device, len(splits.train)), StopFlag(), Console(quiet=True))
-    fleet.shared.nodes = list  # type: ignore[method-assign]
+    fleet.executor.nodes = list  # type: ignore[method-assign]
     over = threading.Event()
     base.stop_file.parent.mkdir(parents=True)
 

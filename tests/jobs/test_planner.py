@@ -12,16 +12,8 @@ from akd_dist.distill.job import CohortJob
 from akd_dist.distill.objectives import stages
 from akd_dist.distill.probe import Measured
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, next_to_start, pack, timetable
-from akd_dist.jobs.planning.costs import PROCESS_BYTES, CostModel
-from akd_dist.jobs.planning.planner import (
-    START_SECONDS,
-    Load,
-    allocate,
-    cohort_job,
-    groups_of,
-    plan_cohorts,
-    split_evenly,
-)
+from akd_dist.jobs.planning.costs import PROCESS_BYTES, START_SECONDS, CostModel
+from akd_dist.jobs.planning.planner import Load, allocate, cohort_job, groups_of, plan_cohorts, split_evenly
 from akd_dist.recipe import Recipe
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student
 

@@ -22,6 +22,7 @@ from akd_dist.jobs.planning.creations import creation_of
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.planner import plan_cohorts
 from akd_dist.jobs.shared import Shared
+from akd_dist.jobs.stopping import StopFlag
 from akd_dist.jobs.tasks import Task, run_one, run_tasks
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.jobs.train_teacher import Workspace
@@ -81,7 +82,7 @@ def test_a_recipe_for_a_gpu_is_refused_before_a_step(recipe: Recipe, teacher: st
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_cluster_without_gpus_is_refused_at_once(recipe: Recipe, home: Path, tmp_path: Path) -> None:
-    stop, splits = cluster.StopFlag(), prepare(recipe.data, home / "cache")
+    stop, splits = StopFlag(), prepare(recipe.data, home / "cache")
     tasks, shared = [Task("one", None, None)], Shared({}, str(tmp_path), print)
     shared.look()
 

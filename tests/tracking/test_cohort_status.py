@@ -15,11 +15,11 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import read_progress
 from akd_dist.documents.status import CohortProgress, FleetPlan, StatusDocument
-from akd_dist.jobs.cluster import StopFlag
 from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.planning.costs import CostModel
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.planner import cohort_job
+from akd_dist.jobs.stopping import StopFlag
 from akd_dist.recipe import Recipe
 from akd_dist.tracking.status import RunReader, write_document
 from tests.fleets import ANNEALING, HARD, a_recipe, a_student, a_teacher, stores_of

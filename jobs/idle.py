@@ -1,0 +1,100 @@
+"""Workers of this machine that wait for something to do: started early, since importing torch takes them seconds.
+
+Importing this module takes no time, so that a command can begin a worker before it imports what it needs itself.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import deque
+from multiprocessing import Pipe
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+if TYPE_CHECKING:
+    from akd_dist.options import RunOptions
+    from akd_dist.recipe import Recipe
+
+Asked = Literal["probe", "train"]
+"""What a worker can be asked for: what a student takes, as often as one likes; or to train a cohort, and leave."""
+STUDENTS_OF_ONE = 60
+"""From so many students on, a second cohort is likely to pay on a machine with two CPUs."""
+
+
+class Worker:
+    """A process of this machine that answers with what came of what it is asked.
+
+    It is a session of its own: a terminal's Ctrl-C is for the driver alone. It leaves when the driver does.
+    """
+
+    def __init__(self) -> None:
+        self.connection, theirs = Pipe()
+        self.process = subprocess.Popen(
+            # -P: only this process's own path counts
+            [sys.executable, "-P", "-m", "akd_dist.jobs.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # warnings and stacks go to the worker's log
+            start_new_session=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        theirs.close()
+
+    def ask(self, kind: Asked, content: Any) -> Any:
+        """What it answers; None if it has died."""
+        try:
+            self.connection.send((kind, content))
+            return self.connection.recv()
+        except (EOFError, OSError):
+            return None
+
+    def end(self) -> int:
+        """End it, whatever it does; the code that it ended with."""
+        self.process.kill()
+        self.connection.close()
+        return self.process.wait()
+
+
+class IdleWorkers:
+    """Workers that will train a cohort each, started before it is known which. Use it as a context."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Worker] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *leaving: object) -> None:
+        while self.waiting:
+            self.waiting.popleft().end()
+
+    def begin(self, count: int = 1) -> None:
+        """See that so many wait."""
+        while len(self.waiting) < count:
+            self.waiting.append(Worker())
+
+    def take(self) -> Worker:
+        """One of them; a new one if none waits."""
+        try:
+            return self.waiting.popleft()
+        except IndexError:
+            return Worker()
+
+
+def may_train_here(recipe: Recipe, address: str | None) -> bool:
+    """Whether students could train in processes of this machine: it is alone, without a Ray that is up, and each of
+    them needs one worker without a GPU.
+    """
+    ray = sys.modules.get("ray")
+    alone = address is None and not (ray is not None and ray.is_initialized()) and recipe.device == "cpu"
+    return alone and all(spec.workers == 1 for spec in recipe.students)
+
+
+def begun_for(recipe: Recipe, options: RunOptions) -> IdleWorkers:
+    """The workers that a command is likely to need: of one that may train here as many as cohorts may pay."""
+    idle = IdleWorkers()
+    if not options.dry_run and may_train_here(recipe, options.address):
+        idle.begin(min(len(os.sched_getaffinity(0)), 1 + len(recipe.students) // STUDENTS_OF_ONE))
+    return idle

@@ -1,0 +1,114 @@
+"""What a worker of a cohort does, whoever started it: Ray Train, or this machine's driver as a process of its own.
+
+The process knows nothing of Ray, so that it starts quickly. `idle.Worker` is its other end:
+
+    python -m akd_dist.jobs.worker FILE-DESCRIPTOR
+"""
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from akd_dist.base.errors import AkdError
+from akd_dist.distill.cohort import train_cohort
+from akd_dist.distill.delivery import write_note
+from akd_dist.distill.job import CohortJob
+from akd_dist.distill.publisher import publishing_logs
+from akd_dist.distill.ranks import OutOfStepError, Ranks
+from akd_dist.jobs.planning.probing import answer_here
+
+IMPORTING = 50_000
+"""So many objects more before garbage is looked for: importing makes many, and none is garbage."""
+
+
+def work(job: CohortJob, rank: int, joining: contextlib.AbstractContextManager[Ranks]) -> dict[str, Any] | AkdError:
+    """Train a cohort as one of its workers.
+
+    Args:
+        joining: this worker and the others of its cohort, for the time of a block.
+
+    Returns:
+        As `train_cohort`; or a refusal, which is not raised: running the job again would change nothing.
+
+    Raises:
+        OutOfStepError: the workers have to start again.
+    """
+    with publishing_logs(job, rank):
+        log = worker_log(job, rank)
+        keep_log(log)
+        try:
+            with joining as ranks:
+                return train_cohort(job, ranks)
+        except AkdError as error:
+            write_note(log, str(error))
+            return error
+        except OutOfStepError as error:
+            write_note(log, "".join(traceback.format_exception(error)))
+            raise  # counts as a death of the workers: they start again, and the guilty student is found
+        except Exception as error:
+            write_note(log, "".join(traceback.format_exception(error)))
+            return AkdError(
+                "a training worker failed in a way that akd-dist did not foresee; this is a bug in it",
+                got=f"{type(error).__name__}: {error}",
+                next=f"report it with the log {log}; the same command goes on from the last checkpoints",
+            )
+
+
+def worker_log(job: CohortJob, rank: int) -> Path:
+    """Where a worker's warnings and crashes are told."""
+    return Path(job.logs) / f"{job.name}.rank{rank}.log"
+
+
+def keep_log(path: Path) -> None:
+    """Send this worker's warnings, and its stack if it crashes, to a file that stays with the run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")  # noqa: SIM115  # faulthandler writes to it until the process ends
+    faulthandler.enable(file)
+    logging.getLogger("akd_dist").addHandler(logging.StreamHandler(file))
+
+
+# ---- a process of its own
+
+
+def main() -> None:
+    """Answer the driver's questions, see `idle.Worker`; leave once a cohort is trained, or when the driver leaves."""
+    gc.set_threshold(IMPORTING)
+    driver = Connection(int(sys.argv[1]))
+    # The driver alone decides: a service manager sends SIGTERM to everybody, and a terminal SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):  # not on Linux
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this process that goes
+    importlib.import_module("torch._dynamo")  # torch's optimizers import it: here while the driver still plans
+    kind = ""
+    with contextlib.suppress(EOFError, OSError):
+        while kind != "train":
+            kind, content = driver.recv()
+            if kind == "train":
+                threading.Thread(target=_leave_with_driver, args=(driver,), daemon=True).start()
+                answer: Any = work(content, 0, contextlib.nullcontext(Ranks()))
+            else:
+                answer = answer_here(content)
+            driver.send(answer)
+    os._exit(0)  # all is written; the modules of torch would take a while to go
+
+
+def _leave_with_driver(driver: Connection) -> None:
+    """End this process once the driver is gone: its end of the pipe closes then, however it died."""
+    with contextlib.suppress(EOFError, OSError):
+        driver.recv()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
