@@ -367,7 +367,7 @@ def _name_rows(graph: Any) -> None:
     names = {dim.dim_param: name for dim, name in zip(first, ("rows", "length"), strict=False) if dim.dim_param}
     for value in [*graph.input, *graph.output, *graph.value_info]:
         for dim in value.type.tensor_type.shape.dim:
-            for invented, name in names.items():
+            for invented, name in names.items() if dim.dim_param else ():  # a fixed size would be lost
                 dim.dim_param = name if dim.dim_param == invented else dim.dim_param.replace(invented, name)
     for part in [*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
         del part.metadata_props[:]
