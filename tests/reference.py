@@ -69,6 +69,8 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
             recipe.ResNet,
             recipe.TextTransformer,
             recipe.HuggingFaceModel,
+            recipe.CausalLm,
+            recipe.HuggingFaceLm,
             recipe.Timm,
             recipe.Custom,
         ],

@@ -37,9 +37,12 @@ from akd_dist.recipe.json_schema import recipe_schema as recipe_schema
 from akd_dist.recipe.language import Attention as Attention, Packing as Packing, Scored as Scored
 from akd_dist.recipe.load import load_recipe as load_recipe
 from akd_dist.recipe.models import (
+    CausalLm as CausalLm,
     Cnn as Cnn,
     Custom as Custom,
+    HuggingFaceLm as HuggingFaceLm,
     HuggingFaceModel as HuggingFaceModel,
+    LanguageModel as LanguageModel,
     Mlp as Mlp,
     Model as Model,
     PlainCnn as PlainCnn,
