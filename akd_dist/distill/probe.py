@@ -20,7 +20,7 @@ from torch import nn
 from akd_dist import recipe
 from akd_dist.data.rows import Splits
 from akd_dist.distill.metrics import EVALUATION_ROWS
-from akd_dist.distill.objectives import mix_of, stages
+from akd_dist.distill.objectives import mix_of, stages_of
 from akd_dist.distill.orders import Batches
 from akd_dist.distill.stacking import Judged, judge
 from akd_dist.distill.stream import Batch, BatchStream
@@ -91,7 +91,7 @@ class Measured:
 
 def largest_optimizer(spec: recipe.StudentSpec) -> recipe.Optimizer:
     """Of the optimizers of its stages the one that keeps most: all of it has to fit."""
-    return max((stage.optimizer or spec.optimizer for stage in stages(spec.objective)), key=moments)
+    return max((stage.optimizer or spec.optimizer for stage in stages_of(spec)), key=moments)
 
 
 def moments(optimizer: recipe.Optimizer) -> int:
@@ -128,7 +128,7 @@ def probe(
     still = largest_optimizer(spec).model_copy(update={"lr": 1e-12})  # weights that hardly move do not diverge
     alone = spec.model_copy(update={"workers": 1, "sync_batchnorm": False, "optimizer": still})
     settled = set_deterministic(device, spec.threads)
-    train, mixes = splits.train, {mix_of(stage, spec.labelled) for stage in stages(spec.objective)}
+    train, mixes = splits.train, {mix_of(stage, spec.labelled) for stage in stages_of(spec)}
     cuts = [Batches(len(train), train.labelled, spec.batch, spec.last_batch, mix) for mix in mixes]
     sizes = [np.diff(cut.ends, prepend=0) for cut in cuts]
     usual = -(-int(max(one[0] for one in sizes)) // spec.workers)

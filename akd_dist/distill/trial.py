@@ -20,7 +20,7 @@ from akd_dist.base.formatting import counted
 from akd_dist.data.rows import Rows
 from akd_dist.distill import hooks
 from akd_dist.distill.batch_norm import has_batch_norm, refuse_own_batch_norms
-from akd_dist.distill.objectives import mix_of, stages
+from akd_dist.distill.objectives import mix_of, stages_of
 from akd_dist.distill.orders import ALL, LABELLED, Batches, Mix
 from akd_dist.distill.teacher import teacher_logits
 from akd_dist.models.build import check_model, check_output, num_parameters
@@ -84,7 +84,7 @@ def _mixes(training: recipe.Training, rows: Rows) -> list[Mix]:
     """The mixes of rows that its stages show; a teacher is trained on labels."""
     if not isinstance(training, recipe.Learning):
         return [LABELLED]
-    found = [mix_of(stage, training.labelled) for stage in stages(training.objective)]
+    found = [mix_of(stage, training.labelled) for stage in stages_of(training)]
     return list(dict.fromkeys(found if rows.unlabelled else [ALL]))
 
 
