@@ -7,7 +7,7 @@ store says of it at a temperature is decoded block by block within the losses; s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,33 @@ from akd_dist.distill.teacher_targets import DenseTargets, Targets
 from akd_dist.storage.layout import LOGITS
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.targets import StoredTargets
+from akd_dist.storage.top_k import TopK
 
 
 class Decoder:
-    """Makes targets of what a store keeps of them, with its dictionary where it has one.
+    """Makes targets on a device of what a store keeps of them, with its dictionary where it has one.
 
     Args:
-        store: the store.
-        device: where its arrays are given.
-
-    Raises:
-        DamagedError: its dictionary is not what was sealed.
+        encoding: of a store that describes logits; None of one that holds them.
+        arrays: those of the dictionary.
+        device: where targets are wanted.
     """
 
-    def __init__(self, store: LogitStore, device: torch.device | str) -> None:
+    def __init__(self, encoding: TopK | None, arrays: Mapping[str, Any], device: torch.device | str) -> None:
+        self.encoding, self._arrays, self.device = encoding, arrays, device
+        self._made: dict[torch.dtype, TailDictionary] = {}
+
+    @classmethod
+    def of(cls, store: LogitStore, device: torch.device | str) -> Decoder:
+        """That of a store.
+
+        Raises:
+            DamagedError: its dictionary is not what was sealed.
+        """
         identity = store.manifest.identity
-        self.encoding = identity.top_k if identity.is_top_k else None
-        self.device, self._made = device, dict[torch.dtype, TailDictionary]()
-        self._arrays = store.dictionary().arrays() if identity.is_top_k else {}
+        if not identity.is_top_k:
+            return cls(None, {}, device)
+        return cls(identity.top_k, store.dictionary().arrays(), device)
 
     @property
     def lowest(self) -> float:
@@ -122,7 +131,7 @@ class TeacherTargets(StoredTargets):
         self, store: LogitStore, cache_root: Path, views: int = 1, *, device: torch.device | str = "cpu", **more: Any
     ) -> None:
         super().__init__(store, cache_root, views, **more)
-        self.decoder = Decoder(store, device)
+        self.decoder = Decoder.of(store, device)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -135,3 +144,27 @@ class TeacherTargets(StoredTargets):
         device = self.decoder.device
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         return BatchTargets(tensors, counts, self.decoder)
+
+
+def unsaid(
+    counts: np.ndarray, classes: int, described: Mapping[str, Any] | None, device: torch.device | str
+) -> BatchTargets:
+    """The targets of a batch of whom nobody has computed anything, to see what a step takes.
+
+    Args:
+        counts: how many each row has, int64 [rows].
+        described: the encoding's config, of a store that describes logits; None of one that holds them.
+    """
+    count = int(counts.sum())
+    if described is None:
+        arrays = {LOGITS: torch.zeros(count, classes, dtype=torch.float16, device=device)}
+        return BatchTargets(arrays, counts, Decoder(None, {}, device))
+    encoding = TopK(**{key: value for key, value in described.items() if key != "name"})
+    even = np.full((len(encoding.tail_temperatures), classes), 1 / classes, np.float32)
+    vector, basis = np.zeros(classes, np.float32), np.zeros((classes, encoding.rank), np.float16)
+    tables = {"mean_logit": vector, "tail_prior": even, "basis": basis, "tail_calibration": 0 * even}
+    one = {
+        name: torch.zeros((count, *shape), dtype=torch.from_numpy(np.zeros(0, dtype)).dtype, device=device)
+        for name, (dtype, shape) in encoding.arrays(classes).items()
+    }
+    return BatchTargets(one, counts, Decoder(encoding, tables, device))

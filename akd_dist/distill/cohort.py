@@ -251,7 +251,7 @@ def known_of_language(job: CohortJob, splits: Splits, store_of: Callable[[str], 
 def stored_predictions(store: AnyStore, rows: Rows) -> torch.Tensor:
     """What the teacher says of each row of a store without augmentation, as `metrics.predictions`; shard by shard."""
     if isinstance(store, LogitStore) and store.manifest.identity.is_top_k:
-        decoder, found = Decoder(store, "cpu"), []
+        decoder, found = Decoder.of(store, "cpu"), []
         for shard in (shard for shard in store.layout.shards() if shard.view == 0):
             arrays = store.targets(0, shard.start, shard.stop)
             found.append(decoder.targets({name: torch.from_numpy(array) for name, array in arrays.items()}).choice)

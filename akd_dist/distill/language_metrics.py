@@ -54,7 +54,7 @@ def evaluate_language(
     """
     model.eval()
     known = known or Known()
-    stored, size = known.stored.get(rows.fingerprint), max(1, EVALUATION_TOKENS // rows.shape[-1])
+    stored, size = known.stored.get(rows.fingerprint), blocks_at_once(rows)
     if stored is not None:
         stored.move(0, [(0, len(rows))])
     found = _Sums()
@@ -71,6 +71,11 @@ def evaluate_language(
         said = _judged(model, blocks, scored, rows.classes, precision, targets if divergent else None)
         found.add(said, scored, None if targets is None else targets.choice)
     return found.metrics(known.token_bytes), np.concatenate(found.chosen) if found.chosen else np.empty(0, np.int64)
+
+
+def blocks_at_once(rows: Rows) -> int:
+    """Blocks that are evaluated together."""
+    return max(1, EVALUATION_TOKENS // rows.shape[-1])
 
 
 def _judged(
