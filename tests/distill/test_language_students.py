@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from akd_dist.base.errors import RefusedError
@@ -23,6 +25,7 @@ from akd_dist.distill.language_trial import try_language_model
 from akd_dist.distill.orders import epoch_order
 from akd_dist.distill.output_head import Head
 from akd_dist.distill.probe import probe
+from akd_dist.distill.ranks import joined
 from akd_dist.distill.schedules import learning_rate
 from akd_dist.distill.sparse_losses import Annealed, Labels, loss_of
 from akd_dist.distill.student import Student
@@ -118,6 +121,47 @@ def test_killed_and_called_again_it_ends_with_the_very_weights(
     assert process.exitcode == -signal.SIGKILL
     train_cohort(dataclasses.replace(job, attempt=2))
     assert weights(tmp_path) == {name: undisturbed[name] for name in names}
+
+
+def one_of_two(rank: int, job: CohortJob, queue: multiprocessing.Queue[Any]) -> None:
+    """One of two workers of a cohort."""
+
+    def broadcast(value: Any) -> Any:
+        if rank > 0:
+            return queue.get()
+        queue.put(value)
+        return value
+
+    with joined(rank, 2, "cpu", "127.0.0.1", broadcast) as ranks:
+        train_cohort(job, ranks)
+
+
+def test_two_workers_come_to_what_one_does(home: Home, tmp_path: Path) -> None:
+    """In float64, with a last batch of one block, of which one worker has none; one that diverges ends on both."""
+    batch = (len(home.splits.train) - 1) // 2
+    model = home.recipe.students[0].model.model_copy(update={"dropout": 0.0})
+    same = {"batch": batch, "precision": "float64", "model": model, "micro_batch": 5}
+    named = [one for one in home.recipe.students if one.name in ("entropy", "squared", "kd", "continuation")]
+    specs = [one.model_copy(update=same) for one in named]
+    bad = a_recipe(home.folder / "corpus.jsonl", [a_student("bad", optimizer=EXPLODING)]).students[0]
+    specs.append(bad.model_copy(update={"batch": batch}))
+    assert len(home.splits.train) % batch == 1
+    train_cohort(home.job(tmp_path / "one", students=tuple(specs)))
+    job = home.job(tmp_path / "two", students=tuple(one.model_copy(update={"workers": 2}) for one in specs))
+    queue = FORKS.Queue()
+    workers = [FORKS.Process(target=one_of_two, args=(rank, job, queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(200)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert result_of(tmp_path / "two", "bad")["state"] == "diverged"
+    for one in named:
+        alone, shared = (
+            safetensors.torch.load_file(tmp_path / run / "students" / one.name / "model.safetensors")
+            for run in ("one", "two")
+        )
+        assert all(torch.allclose(alone[key], shared[key], rtol=0, atol=1e-9) for key in alone), one.name
 
 
 def test_what_it_leaves(home: Home, undisturbed: dict[str, str]) -> None:
