@@ -55,7 +55,10 @@ def check_in_store(store: LogitStore, rows: Rows, name: str = "the teacher") -> 
         stop = min(len(rows), ASKED)
         return check_of(store.rows(0, 0, stop), rows.labels.take(np.arange(stop)), rows, name)
     shards = store.manifest.records()
-    accuracy = min(1.0, sum(shard.rows * (shard.label_agreement or 0.0) for shard in shards) / len(rows))
+    asked = store.layout.rows
+    accuracy = min(1.0, sum(shard.rows * (shard.label_agreement or 0.0) for shard in shards) / asked)
+    if rows.task == "language_model":
+        return TeacherCheck(name=name, rows=asked, accuracy=accuracy)
     warnings = _of_chance(name, accuracy, rows.class_counts())
     return TeacherCheck(name=name, rows=len(rows), accuracy=accuracy, warnings=warnings)
 
