@@ -415,5 +415,5 @@ def _sealed(plan: SplitPlan) -> CachedSplit:
         shards=store.layout.shard_count,
         shards_computed=plan.computed,
         unlabelled=plan.rows.unlabelled,
-        targets=plan.identity.items,
+        **({} if plan.identity.items is None else {"targets": plan.identity.items}),
     )

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from akd_dist import recipe
 from akd_dist.base.errors import CorruptCacheError, RefusedError
 from akd_dist.base.threads import Behind
 from akd_dist.data.rows import Rows
 from akd_dist.data.views import view_digests
 from akd_dist.distill.cards import card_of, tail_dictionary
-from akd_dist.distill.dictionary import make_dictionary
+from akd_dist.distill.dictionary import Probe as DictionaryProbe, make_dictionary
 from akd_dist.distill.target_teacher import Batch, LanguageTeacher, TargetTeacher, WideTeacher
 from akd_dist.distill.teacher import CacheJob, check_device, load_teacher, probe_rows, rows_of, verify_rows
 from akd_dist.models.card import blocks_of
@@ -119,17 +120,15 @@ def make_table(job: CacheJob, name: str) -> Arrays:
     if name == OFFSETS:
         return {OFFSETS: np.asarray(rows.offsets, np.int64)}
     teacher, top_k = _teacher_of(job), job.store.creation.identity.top_k
-    made = dictionary_arrays(teacher, top_k)
+    made = dictionary_of_probe(teacher.probe(drawn_rows(rows, top_k)[0]), top_k, teacher.chunk)
     verify_rows(rows, 0, len(rows))
-    return made
+    return made.arrays()
 
 
-def dictionary_arrays(teacher: TargetTeacher, top_k: TopK) -> Arrays:
-    """The arrays of the dictionary that an encoding has of a teacher and its rows."""
-    numbers, _ = drawn_rows(teacher.rows, top_k)
-    probe, temperatures = teacher.probe(numbers), top_k.tail_temperatures
-    made = make_dictionary(probe, k=top_k.k, rank=top_k.rank, temperatures=temperatures, chunk=teacher.chunk)
-    return {name: array.cpu().numpy() for name, array in made.items()}
+def dictionary_of_probe(probe: DictionaryProbe, top_k: TopK, chunk: int) -> Dictionary:
+    """The dictionary that an encoding has of some targets."""
+    made = make_dictionary(probe, k=top_k.k, rank=top_k.rank, temperatures=top_k.tail_temperatures, chunk=chunk)
+    return Dictionary.from_arrays({name: array.cpu().numpy() for name, array in made.items()})
 
 
 def drawn_rows(rows: Rows, top_k: TopK) -> tuple[np.ndarray, np.ndarray]:
@@ -146,10 +145,18 @@ def drawn_rows(rows: Rows, top_k: TopK) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[:count]), np.sort(others if len(others) else order[:count])
 
 
-def teacher_for(module: torch.nn.Module, rows: Rows, job: CacheJob, layout: StoreLayout) -> TargetTeacher:
+def teacher_for(
+    module: torch.nn.Module,
+    rows: Rows,
+    cache: recipe.CacheSpec,
+    layout: StoreLayout,
+    augmentation: recipe.Augmentation,
+    seed: int,
+) -> TargetTeacher:
     """A teacher that is asked for targets of some rows.
 
     Args:
+        module: prepared, see `models.inference.prepared`.
         layout: of the store that it is asked for.
     """
     if isinstance(module, LanguageModel):
@@ -157,9 +164,9 @@ def teacher_for(module: torch.nn.Module, rows: Rows, job: CacheJob, layout: Stor
         stops = np.minimum(starts + layout.shard_rows, layout.rows)
         first = np.searchsorted(rows.offsets, starts, "right") - 1
         most = int((np.searchsorted(rows.offsets, stops, "left") - first).max())
-        return LanguageTeacher(module, rows, job.cache, most)
+        return LanguageTeacher(module, rows, cache, most)
     most = min(layout.shard_rows, layout.rows)
-    return WideTeacher(module, rows, job.cache, most, job.augmentation, job.data.seed)
+    return WideTeacher(module, rows, cache, most, augmentation, seed)
 
 
 def _teacher_of(job: CacheJob) -> TargetTeacher:
@@ -168,7 +175,7 @@ def _teacher_of(job: CacheJob) -> TargetTeacher:
     rows = rows_of(job)
     blocks = blocks_of(rows) if rows.task == "language_model" else None
     module = load_teacher(job.teacher_uri, job.teacher, job.cache, job.device, job.cache_root, job.trusted, blocks)
-    return teacher_for(module, rows, job, job.store.layout)
+    return teacher_for(module, rows, job.cache, job.store.layout, job.augmentation, job.data.seed)
 
 
 def _asked_of(job: CacheJob) -> _Asked:

@@ -120,9 +120,20 @@ def try_language_teacher(module: LanguageModel, rows: Rows, cache: recipes.Cache
 
     if config["name"] == TopK.name:
         top_k = top_k_from_config(config)
+        _check_rank(teacher, top_k)
         teacher.described(batch, top_k.k, top_k.tail_temperatures, None)
     else:
         encoding_from_config(config).encode(teacher.logits(batch).cpu().numpy(), 0, named)
+
+
+def _check_rank(teacher: LanguageTeacher, top_k: TopK) -> None:
+    if teacher.head is not None and top_k.rank > teacher.head.weight.shape[1]:
+        raise RefusedError(
+            "the rank is larger than the teacher's hidden state",
+            got=f"rank {top_k.rank}, a hidden state of {teacher.head.weight.shape[1]}",
+            expected=f"at most {teacher.head.weight.shape[1]}",
+            next="lower cache.encoding.rank",
+        )
 
 
 def rows_asked(rows: Rows) -> np.ndarray:
