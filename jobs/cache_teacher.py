@@ -397,7 +397,8 @@ def document_of(recipe: Recipe, models: Sequence[CachedModel], seconds: float) -
 def _stores(model: CachedModel) -> dict[str, Any]:
     """The train store of a model, and those of the other splits, as fields."""
     parts = {plan.split: _sealed(plan) for plan in model.plans}
-    return dict(parts["train"]) | {"splits": CachedSplits(validation=parts.get("validation"), test=parts.get("test"))}
+    train = {name: value for name, value in parts["train"] if name in parts["train"].model_fields_set}
+    return train | {"splits": CachedSplits(validation=parts.get("validation"), test=parts.get("test"))}
 
 
 def _sealed(plan: SplitPlan) -> CachedSplit:

@@ -27,6 +27,7 @@ from akd_dist.distill.teacher_targets import DenseTargets, Targets
 from akd_dist.documents.encodings import AtTemperature, EncodingsDocument, PlannedEncoding
 from akd_dist.jobs.planning.caching import Inputs, open_inputs
 from akd_dist.jobs.planning.creations import identity_of
+from akd_dist.jobs.planning.language import temperatures_asked
 from akd_dist.jobs.planning.models import CachedModel
 from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.models.card import blocks_of
@@ -34,7 +35,7 @@ from akd_dist.models.device import set_deterministic
 from akd_dist.models.folder import read_model
 from akd_dist.models.inference import prepared
 from akd_dist.options import PlanOptions
-from akd_dist.recipe import AnnealingKD, ContinuationKD, EncodingSpec, Recipe
+from akd_dist.recipe import EncodingSpec, Recipe
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.top_k import TopK, top_k_from_config
 
@@ -90,14 +91,7 @@ def plan_encodings(recipe: Recipe, options: PlanOptions) -> dict[str, Any]:
 
 def temperatures_of(recipe: Recipe) -> tuple[float, ...]:
     """1, and the temperatures of the teacher that the recipe's students ask for: of long annealings some of them."""
-    found = {1.0}
-    for spec in recipe.students:
-        objective = spec.objective
-        if isinstance(objective, AnnealingKD | ContinuationKD):
-            found |= {objective.tau_max / j for j in range(1, objective.tau_max + 1)}
-        elif (temperature := getattr(objective, "temperature", None)) is not None:
-            found.add(float(temperature))
-    ordered = sorted(one for one in found if one >= 1)
+    ordered = sorted({1.0}.union(*(temperatures_asked(spec.objective) for spec in recipe.students)))
     places = np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), _MOST_TEMPERATURES)).round().astype(int))
     return tuple(ordered[place] for place in places)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
 from akd_dist.data.packing import IDS, TARGETS
 from akd_dist.data.rows import Rows
 from akd_dist.data.views import view_of
@@ -125,7 +126,7 @@ class TargetTeacher(ABC):
     def probe(self, numbers: np.ndarray) -> Probe:
         """The targets of some rows, as often as their logits are asked for."""
         if self.head is not None:
-            found = [self.states(batch) for batch in self._some(numbers)]
+            found = [self._finite(self.states(batch), batch) for batch in self._some(numbers)]
             return HiddenProbe(torch.cat(found), self.head, self.classes)
         counts = np.diff(self.rows.offsets)[numbers]
         row_of, first_of = np.repeat(numbers, counts), np.cumsum(counts) - counts
@@ -152,6 +153,17 @@ class TargetTeacher(ABC):
     @abstractmethod
     def _whole(self, batch: Batch) -> Tensor:
         """The logits of a batch's targets all at once, [m, columns], of the dtype that is computed in."""
+
+    def _finite(self, h: Tensor, batch: Batch) -> Tensor:
+        wrong = (~torch.isfinite(h).all(1)).nonzero()
+        if len(wrong):
+            raise RefusedError(
+                "the teacher's hidden states are not finite",
+                got=f"{self.named(batch, int(wrong[0, 0]))}, and {len(wrong) - 1:,} more of {len(h):,} targets",
+                expected="finite numbers",
+                next="compute the teacher in float32 or bfloat16, and check its weights",
+            )
+        return h
 
     def _some(self, numbers: np.ndarray) -> Iterator[Batch]:
         return (self.batch(numbers[part], 0) for part in parts(0, len(numbers), self.size))

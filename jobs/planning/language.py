@@ -10,9 +10,11 @@ import numpy as np
 
 from akd_dist import recipe as recipes
 from akd_dist.base.errors import RefusedError
+from akd_dist.base.formatting import some_of
 from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.data.tokenizers import check_same_meaning, language_tokenizer, used_ids
 from akd_dist.distill.agreement import check_in_store
+from akd_dist.distill.cards import fidelity_warnings
 from akd_dist.distill.language_check import check_on_blocks
 from akd_dist.distill.target_teacher import LanguageTeacher
 from akd_dist.models.card import blocks_of
@@ -134,6 +136,26 @@ def _check_rank(teacher: LanguageTeacher, top_k: TopK) -> None:
             expected=f"at most {teacher.head.weight.shape[1]}",
             next="lower cache.encoding.rank",
         )
+
+
+def temperatures_asked(objective: recipes.Objective) -> set[float]:
+    """The temperatures of the teacher that an objective asks for, from 1 on: Phi z is the teacher at 1 / Phi."""
+    if isinstance(objective, recipes.AnnealingKD | recipes.ContinuationKD):
+        return {objective.tau_max / j for j in range(1, objective.tau_max + 1)}
+    temperature = getattr(objective, "temperature", None)
+    return {float(temperature)} if temperature is not None and temperature >= 1 else set()
+
+
+def fidelity_lines(recipe: Recipe, teacher: CachedModel) -> list[str]:
+    """What students of a teacher should know of its train store: where it describes the teacher badly."""
+    store = teacher.opened.get("train")
+    card = None if store is None else store.manifest.fidelity
+    students: dict[str, list[str]] = {}
+    for spec in recipe.students:
+        if spec.objective.learns_from == "teacher":
+            for line in fidelity_warnings(card, temperatures_asked(spec.objective)):
+                students.setdefault(line, []).append(spec.name)
+    return [f"{some_of(names, most=3)}: {line}" for line, names in students.items()]
 
 
 def rows_asked(rows: Rows) -> np.ndarray:
