@@ -74,9 +74,9 @@ def cache_teacher(as_json: bool, **given: Any) -> None:
 @taking(PlanOptions)
 @json_option
 def plan(as_json: bool, **given: Any) -> None:
-    """Compare ways to store its logits, for many classes.
+    """Compare ways to store a teacher's logits.
 
-    Runs the teacher on a few rows: bytes, divergence and errors of gradients at the temperatures that the recipe's
+    Runs it on a few rows, for many classes: bytes, divergence and errors of gradients at the temperatures that the recipe's
     students ask for. Nothing is stored.
     """
     from akd_dist.documents.encodings import EncodingsDocument
