@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import akd_dist
+from akd_dist.base.formatting import SHOWN
 from akd_dist.cli.options import Group, json_option, taking
 from akd_dist.cli.show import (
     as_yaml,
@@ -165,19 +166,38 @@ def _print_evaluation(document: EvaluationDocument) -> None:
 
     models: list[EvaluatedModel] = [document.student, *document.others]
     measured = [name for name in Metrics.model_fields if any(model.metrics.get(name) is not None for model in models)]
-    title = f"{_data(document)}, {document.seconds:.1f} s"
+    if document.task == "language_model":
+        measured.remove("loss")  # it is the cross-entropy
+    targets = "" if document.targets is None else f", {document.targets:,} targets"
+    title = f"{_data(document)}{targets}, {document.seconds:.1f} s"
     table = _named("model", title)
-    agreeing = bool(document.others) and document.task == "classification"
-    for heading in ("parameters", *measured, *["agreement"] * agreeing):
+    agreeing = bool(document.others) and document.task != "regression"
+    apart = any(other.divergence is not None for other in document.others)
+    for heading in ("parameters", *measured, *["agreement"] * agreeing, *["KL to it"] * apart):
         table.add_column(heading, justify="right", no_wrap=True)
     for model in models:
         values = [model.metrics.get(name) for name in measured]
-        figures = ["infinite" if value is None else f"{value:.4f}" for value in values]
+        figures = [_figure(name, value) for name, value in zip(measured, values, strict=True)]
         shared = [f"{model.agreement:.4f}" if isinstance(model, OtherModel) else ""] if agreeing else []
+        shared += [_divergence(model)] if apart else []
         table.add_row(Path(model.path).name, f"{model.parameters:,}", *figures, *shared)
     print_table(table)
     if agreeing:
         _print_shared(document)
+
+
+def _figure(name: str, value: float | None) -> str:
+    """A metric: nats as tables of runs show them, all else to four digits."""
+    shown = SHOWN.get(name)
+    if value is None:
+        return "infinite"
+    return shown.text(value) if shown is not None and shown.lowest else f"{value:.4f}"
+
+
+def _divergence(model: EvaluatedModel) -> str:
+    from akd_dist.documents.use import OtherModel
+
+    return "" if not isinstance(model, OtherModel) or model.divergence is None else f"{model.divergence:.4f}"
 
 
 def _named(first: str, title: str | None = None) -> Table:

@@ -26,10 +26,10 @@ from akd_dist.documents.use import ExportDocument
 from akd_dist.models.card import ModelCard
 from akd_dist.models.huggingface_config import CONFIG
 from akd_dist.serve import language_exports as language
-from akd_dist.serve.evaluation import Served, open_model, refuse_existing
 from akd_dist.serve.examples import DataRequest, known_text, open_examples
-from akd_dist.serve.export_files import made_beside, publish, quiet
+from akd_dist.serve.export_files import made_beside, publish, quiet, refuse_existing
 from akd_dist.serve.runners import RUNNERS, DoesNotRunError
+from akd_dist.serve.served import Served, open_model
 
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "huggingface": "-huggingface"}
 """How an export is named after its model, where nobody names it."""
@@ -88,7 +88,7 @@ def export(
     Raises:
         RecipeError: no such format, a package is missing, or `out` is there already.
         RefusedError: the model cannot be exported so, or the export does not give the same logits; nothing is left.
-        DamagedError, MachineError: as `evaluation.open_model` and `examples.open_examples`.
+        DamagedError, MachineError: as `served.open_model` and `examples.open_examples`.
     """
     started = time.monotonic()
     if to not in TARGETS:

@@ -21,7 +21,7 @@ from akd_dist.models import generation
 from akd_dist.models.device import autocast
 from akd_dist.models.generation import Sampling
 from akd_dist.models.language import Blocks, LanguageModel
-from akd_dist.serve.evaluation import Served, open_model
+from akd_dist.serve.served import Served, open_model
 
 _CUT = "\ufffd"  # what a character is read as of which some bytes are still to come
 _LONGEST_CHARACTER = 4  # bytes
@@ -50,7 +50,7 @@ def generate(
 
     Raises:
         RefusedError: it is no language model, nobody knows its tokenizer, or the text is too long for it.
-        DamagedError, MachineError: as `evaluation.open_model`.
+        DamagedError, MachineError: as `served.open_model`.
     """
     started = time.monotonic()
     model = open_model(student, device, Trusted(modules=trust))
@@ -89,14 +89,12 @@ def text_of(model: Served, tokenizer: str | None) -> recipe.Text:
     Raises:
         RefusedError: nobody knows.
     """
-    blocks, folder = _blocks_of(model), Path(model.home.uri)
+    blocks = _blocks_of(model)
     if tokenizer is not None:
         local = expanded(tokenizer)
         return _of_folder(local) if local.is_dir() else recipe.HuggingFaceText(name=tokenizer)
-    if model.home.run is not None and model.home.run.data.text is not None:
-        return model.home.run.data.text
-    if (folder / "tokenizer_config.json").is_file():
-        return _of_folder(folder)
+    if (found := folder_text(model)) is not None:
+        return found
     if blocks.vocabulary == ByteTokenizer.tokens.vocabulary:
         return recipe.ByteText()
     raise RefusedError(
@@ -105,6 +103,14 @@ def text_of(model: Served, tokenizer: str | None) -> recipe.Text:
         expected=f"a tokenizer of {blocks.vocabulary:,} tokens",
         next="name its folder with --tokenizer",
     )
+
+
+def folder_text(model: Served) -> recipe.Text | None:
+    """How text becomes ids by the recipe of a model's run, or by the tokenizer beside it; None where neither is."""
+    if model.home.run is not None and model.home.run.data.text is not None:
+        return model.home.run.data.text
+    folder = Path(model.home.uri)
+    return _of_folder(folder) if (folder / "tokenizer_config.json").is_file() else None
 
 
 def _of_folder(folder: Path) -> recipe.Text:

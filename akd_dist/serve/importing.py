@@ -21,7 +21,7 @@ from akd_dist.models.folder import save_model
 from akd_dist.models.imported import open_checkpoint
 from akd_dist.models.language import LanguageModel
 from akd_dist.recipe import Custom, HuggingFaceText, Recipe
-from akd_dist.serve.evaluation import refuse_existing
+from akd_dist.serve.export_files import refuse_existing
 
 
 def import_model(

@@ -26,9 +26,9 @@ from akd_dist.models.decoder import CausalDecoder, llama_config, llama_state
 from akd_dist.models.huggingface_config import CONFIG
 from akd_dist.models.huggingface_lm import HuggingFaceDecoder
 from akd_dist.models.language import Blocks, LanguageModel, plain_logits
-from akd_dist.serve.evaluation import Served
 from akd_dist.serve.examples import DataRequest
 from akd_dist.serve.generating import text_of
+from akd_dist.serve.served import Served
 
 INPUT = "input_ids"
 _ROWS, _LENGTH = 8, 32  # of what an export is compared on
