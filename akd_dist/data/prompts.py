@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from akd_dist import recipe
-from akd_dist.base.errors import RefusedError
 from akd_dist.data.text import END, load_tokenizer
 
 
@@ -32,27 +30,6 @@ def prompt_tokenizer(spec: recipe.Text) -> PromptTokenizer:
         MachineError: the hub cannot be reached.
     """
     return _Bytes() if isinstance(spec, recipe.ByteText) else _HuggingFace(load_tokenizer(spec))
-
-
-def save_prompt_tokenizer(spec: recipe.HuggingFaceText, vocabulary: int, folder: Path) -> None:
-    """Write a tokenizer's files into the folder of a language model.
-
-    Args:
-        vocabulary: of the model: ids are below.
-
-    Raises:
-        RefusedError, MachineError: as `prompt_tokenizer`; or it has ids that the model does not know.
-    """
-    loaded = load_tokenizer(spec)
-    last = max(loaded.get_vocab().values())
-    if last >= vocabulary:
-        raise RefusedError(
-            f"the tokenizer {spec.path or spec.name} is not the one that the model was trained with",
-            got=f"ids up to {last:,}",
-            expected=f"ids 0 to {vocabulary - 1:,}",
-            next="choose the tokenizer of the model's recipe",
-        )
-    loaded.save_pretrained(folder)
 
 
 class _Bytes:

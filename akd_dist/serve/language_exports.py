@@ -20,7 +20,7 @@ from torch import nn
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.prompts import save_prompt_tokenizer
+from akd_dist.data.tokenizers import save_language_tokenizer
 from akd_dist.models.card import WEIGHTS
 from akd_dist.models.decoder import CausalDecoder, llama_config, llama_state
 from akd_dist.models.huggingface_config import CONFIG
@@ -123,7 +123,7 @@ def write_huggingface(model: Served, folder: Path, tokenizer: str | None) -> Non
         config["dtype"] = str(module.output_weight.dtype).removeprefix("torch.")
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if isinstance(text := _known_text(model, tokenizer), recipe.HuggingFaceText):
-        save_prompt_tokenizer(text, model.card.blocks.vocabulary, folder)
+        save_language_tokenizer(text, model.card.blocks.vocabulary, model.card.blocks.tokenizer, folder)
 
 
 def _known_text(model: Served, tokenizer: str | None) -> recipe.Text | None:

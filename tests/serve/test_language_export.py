@@ -12,6 +12,7 @@ import torch
 import akd_dist
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
+from akd_dist.data.tokenizers import fingerprint_of
 from akd_dist.documents.use import ExportDocument
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
@@ -50,7 +51,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_built_in_model_is_a_llama_to_others_with_its_tokenizer(tmp_path: Path) -> None:
-    folder, tokenizer = own(tmp_path / "own"), a_tokenizer(tmp_path)
+    tokenizer = a_tokenizer(tmp_path)
+    known = fingerprint_of(library().AutoTokenizer.from_pretrained(tokenizer))
+    folder = own(tmp_path / "own", blocks=BLOCKS.model_copy(update={"tokenizer": known}))
     document = exported(folder, "huggingface", tmp_path / "out", tokenizer=str(tokenizer))
     assert document.difference <= document.tolerance
     assert document.same_class == document.rows
