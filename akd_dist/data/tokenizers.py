@@ -210,6 +210,13 @@ def save_language_tokenizer(
     loaded.save_pretrained(folder)
 
 
+def token_bytes(tokenizer: LanguageTokenizer) -> np.ndarray:
+    """How many bytes of text each id stands for, int64 [vocabulary]; 0 of special ones, which are no text."""
+    special = set(tokenizer.tokens.special)
+    meanings = enumerate(tokenizer.meanings())
+    return np.array([0 if number in special else len(text or b"") for number, text in meanings], np.int64)
+
+
 def used_ids(inputs: np.ndarray, vocabulary: int) -> np.ndarray:
     """The ids that occur in blocks, int64, ascending.
 

@@ -21,7 +21,7 @@ from akd_dist.data.packing import IDS, SEGMENTS, TARGETS
 from akd_dist.data.prepare import kinds_of
 from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.rows import SPLITS, Rows
-from akd_dist.data.tokenizers import LanguageTokenizer, check_same_meaning, language_tokenizer, used_ids
+from akd_dist.data.tokenizers import LanguageTokenizer, check_same_meaning, language_tokenizer, token_bytes, used_ids
 from akd_dist.models.card import blocks_of
 from akd_dist.models.language import Blocks, LanguageModel
 from akd_dist.serve.examples import DIGITS, DataRequest, recipe_path, refuse_options
@@ -65,11 +65,7 @@ class Texts:
     @property
     def token_bytes(self) -> np.ndarray | None:
         """How many bytes of text each id stands for, int64 [vocabulary]; 0 of special ones, which are no text."""
-        if self.tokenizer is None:
-            return None
-        special = set(self.tokenizer.tokens.special)
-        meanings = enumerate(self.tokenizer.meanings())
-        return np.array([0 if number in special else len(text or b"") for number, text in meanings], np.int64)
+        return None if self.tokenizer is None else token_bytes(self.tokenizer)
 
     def prepare(self, model: Served) -> None:
         """See that a model is for these texts, and have it take them.

@@ -30,7 +30,7 @@ from akd_dist.models.huggingface_lm import HuggingFaceDecoder
 from akd_dist.models.language import Blocks, LanguageModel, plain_logits
 from akd_dist.serve.examples import DataRequest
 from akd_dist.serve.generating import text_of
-from akd_dist.serve.language_data import open_texts
+from akd_dist.serve.language_data import Texts, open_texts
 from akd_dist.serve.served import Served
 
 INPUT = "input_ids"
@@ -65,11 +65,12 @@ def random_ids(blocks: Blocks) -> np.ndarray:
 
 def real_ids(
     model: Served, asked: DataRequest, cache_root: Path, on_progress: Progress | None
-) -> tuple[np.ndarray, Any]:
+) -> tuple[np.ndarray, Texts]:
     """Ids int64 [rows, length] of texts that a user names, from their beginning, and these texts.
 
     Raises:
-        RecipeError, RefusedError, MachineError: as `language_data.open_texts` and `Texts.prepare`; or there is no token.
+        RecipeError, RefusedError, MachineError: as `language_data.open_texts` and `Texts.prepare`; or there is no
+            token.
     """
     texts = open_texts(asked, model, cache_root, on_progress=on_progress)
     texts.prepare(model)
