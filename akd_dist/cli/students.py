@@ -38,7 +38,7 @@ def evaluate(as_json: bool, **chosen: Any) -> None:
 
     Every metric, and agreement with other models. STUDENT is a model folder, such as runs/NAME/students/STUDENT. DATA
     is a recipe or a run's folder; Parquet (a file, folder, glob or s3://), a folder of pictures, tar files of pictures;
-    or the word digits.
+    for language models also JSON Lines or .txt files; or the word digits.
     """
     from akd_dist.documents.use import EvaluationDocument
 
@@ -57,8 +57,8 @@ def evaluate(as_json: bool, **chosen: Any) -> None:
 def predict(no_label: bool, label: str | None, as_json: bool, **chosen: Any) -> None:
     """Write what a student says of each row.
 
-    Class, probability, logits, and the label where the data have one, row by row to Parquet. STUDENT and DATA are as
-    for evaluate; DATA may lack labels.
+    Class, probability, logits, and the label where the data have one, row by row to Parquet; of language models the
+    log-probability of each token. STUDENT and DATA are as for evaluate; DATA may lack labels.
     """
     from akd_dist.documents.use import PredictionDocument
 
@@ -84,15 +84,16 @@ def predict(no_label: bool, label: str | None, as_json: bool, **chosen: Any) -> 
 def generate(as_json: bool, **chosen: Any) -> None:
     """Have a language model continue a text.
 
-    The prompt and what follows, as it comes. MODEL is a model folder, such as runs/NAME/students/STUDENT, or a folder
-    of a causal language model as transformers saves it.
+    The prompt and what follows, as it comes; with --chat the answer alone. MODEL is a model folder, such as
+    runs/NAME/students/STUDENT, or a folder of a causal language model as transformers saves it.
     """
     if as_json:
         with stdout_for_results():
             document = akd_dist.generate(**chosen)
         print_json(document)
         return
-    prompt: list[str] = [chosen["prompt"]]  # shown with the first piece: a refusal comes before
+    # Shown with the first piece, as a refusal comes before; an answer in a chat stands for itself.
+    prompt: list[str] = [] if chosen["chat"] else [chosen["prompt"]]
 
     def show(piece: str) -> None:
         click.echo("".join(prompt) + piece, nl=False)

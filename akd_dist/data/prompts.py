@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
+from akd_dist.data.chats import written_for_an_answer
 from akd_dist.data.text import END, load_tokenizer
 
 
@@ -17,6 +19,13 @@ class PromptTokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text that goes on: without an end."""
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The ids of a chat in which a user says this, up to where the assistant answers.
+
+        Raises:
+            RefusedError: there is no template that says how.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special ones; bytes that are no UTF-8 become U+FFFD."""
@@ -40,6 +49,12 @@ class _Bytes:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def encode_chat(self, text: str) -> list[int]:
+        raise RefusedError(
+            "bytes have no chat template", got="a model of bytes", expected="a tokenizer with a chat_template",
+            next="leave --chat out: the prompt is then continued as it stands",
+        )  # fmt: skip
+
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(one for one in ids if one < 256).decode("utf-8", "replace")
 
@@ -54,6 +69,10 @@ class _HuggingFace:
     def encode(self, text: str) -> list[int]:
         ids = [int(one) for one in self._loaded.encode(text)]
         return ids[:-1] if ids and ids[-1] == self.end else ids
+
+    def encode_chat(self, text: str) -> list[int]:
+        written = written_for_an_answer(self._loaded, text)
+        return [int(one) for one in self._loaded.encode(written, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._loaded.decode(list(ids), skip_special_tokens=True))

@@ -34,6 +34,7 @@ def generate(
     *,
     tokenizer: str | None = None,
     trust: tuple[str, ...] = (),
+    chat: bool = False,
     device: recipe.Device = "cpu",
     on_text: Callable[[str], None] = lambda piece: None,
 ) -> GenerationDocument:
@@ -45,11 +46,13 @@ def generate(
         how: how tokens are chosen; its `end` is that of the tokenizer where it is None.
         tokenizer: a folder, or a name on the hub; None takes that of the model's run, or the one beside the model.
         trust: modules that the model's folder may name.
+        chat: whether the prompt is what a user says in a chat, as the tokenizer's template writes it.
         device: `cpu` or `cuda`.
         on_text: told each piece of text as soon as it is there.
 
     Raises:
-        RefusedError: it is no language model, nobody knows its tokenizer, or the text is too long for it.
+        RefusedError: it is no language model, nobody knows its tokenizer or that has no template, or the text is too
+            long for it.
         DamagedError, MachineError: as `served.open_model`.
     """
     started = time.monotonic()
@@ -58,7 +61,7 @@ def generate(
     assert isinstance(model.module, LanguageModel)
     speaks = prompt_tokenizer(text_of(model, tokenizer))
     end = next((one for one in (how.end, blocks.end_of_text, speaks.end) if one is not None), None)
-    how, ids = replace(how, end=end), speaks.encode(prompt)
+    how, ids = replace(how, end=end), speaks.encode_chat(prompt) if chat else speaks.encode(prompt)
     made: list[int] = []
     with autocast(model.device, model.precision):
         for piece in _pieces(generation.generate(model.module, ids, how, blocks.vocabulary), speaks, made):
