@@ -266,6 +266,10 @@ class Guard:
         Raises:
             CorruptCacheError: it is not what was written.
         """
+        self._settled(on_wait)
+
+    def _settled(self, on_wait: Callable[[], None]) -> list[_Watched]:
+        """As `settle`; what is watched then. From then on another thread may add to it, and leave it."""
         with self._change:
             for one in self._watched:
                 one.due = None if one.due is None else 0.0
@@ -279,8 +283,10 @@ class Guard:
                     on_wait()
                 finally:
                     self._change.acquire()
+            watched = list(self._watched)
         if self._error is not None:
             raise self._error
+        return watched
 
     def vouch(self, on_wait: Callable[[], None] = lambda: None) -> list[str]:
         """Return once everything that was read so far is known to be what was written.
@@ -296,12 +302,12 @@ class Guard:
             CorruptCacheError: it is not what was written.
         """
         called = time.monotonic()
-        self.settle(on_wait)
+        watched = self._settled(on_wait)
         # Size, times and inode show what a program wrote, and not what a failing disk or memory does: so the bytes
         # themselves are read again from time to time, all of them together for no more than a share of it.
-        share = SHARE * sum(one.seconds for one in self._watched)
+        share = SHARE * sum(one.seconds for one in watched)
         resting, told = [], time.monotonic()
-        for one in self._watched:
+        for one in watched:
             if time.monotonic() - one.passed_at < share and one.settled and not one.touched:
                 resting += one.marks if one.began_at < called else []
                 continue

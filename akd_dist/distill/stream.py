@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import torch
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.encoded import ahead, batches_ahead, encoded_of
 from akd_dist.data.rows import Rows
-from akd_dist.data.views import begin_view, drawn_by, view_of
+from akd_dist.data.views import begin_view, drawn_by, placed, view_of
 from akd_dist.distill.orders import ALL, LABELLED, Batches, Mix, Order
 from akd_dist.distill.probes import PROBES_CHECKED, SeenViews
 from akd_dist.models.device import device_name
@@ -163,7 +163,7 @@ class BatchStream:
         world: int = 1,
         then: tuple[int, Mix] | None = None,
         stride: int = 1,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """The batches of an epoch from a step on.
 
         A rank takes a contiguous slice of each global batch, so the slices of all ranks, one after the other, are the
@@ -276,8 +276,8 @@ class BatchStream:
         inputs = self.rows.inputs.take(rows, axis=0)
         shown = begin_view(self.augmentation, self.seed, inputs, rows, view, self.rows.tokens, self.device)
         # `take` gathers faster than indexing by an array of row numbers does (benchmarks/stream.py).
-        labels = torch.from_numpy(self.rows.labels.take(rows)).to(self.device)
-        logits = None if stored is None else torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
+        labels = placed(self.rows.labels.take(rows), self.device)
+        logits = None if stored is None else placed(stored.take(rows, axis=0), self.device)
         return lambda: (shown(), labels, logits)
 
     def check_probes(self, manifest: Manifest, cache_root: Path | None = None) -> None:
