@@ -223,7 +223,7 @@ class Guard:
         self._vouched = vouched
         self._change, self._leaving = threading.Condition(), threading.Event()
         self._error: Exception | None = None
-        self._busy = True
+        self._hashing: _Watched | None = None
         self._thread = threading.Thread(target=self._run, name="verification", daemon=True)
         self._thread.start()
 
@@ -261,7 +261,7 @@ class Guard:
             raise self._error
 
     def settle(self, on_wait: Callable[[], None] = lambda: None) -> None:
-        """Return once everything was hashed that is to be: what was left is let go then.
+        """Return once everything was hashed that is watched now: what was left until now is let go then.
 
         Raises:
             CorruptCacheError: it is not what was written.
@@ -269,12 +269,13 @@ class Guard:
         self._settled(on_wait)
 
     def _settled(self, on_wait: Callable[[], None]) -> list[_Watched]:
-        """As `settle`; what is watched then. From then on another thread may add to it, and leave it."""
+        """As `settle`; what of it is watched still. Meanwhile and afterwards another thread may add, and leave."""
         with self._change:
-            for one in self._watched:
+            watched = list(self._watched)
+            for one in watched:
                 one.due = None if one.due is None else 0.0
             self._change.notify_all()
-            while self._busy or any(one.due is not None for one in self._watched):
+            while self._hashing in watched or any(one.due is not None for one in watched):
                 if self._error is not None or self._leaving.is_set():
                     break
                 self._change.wait(_WAIT_SECONDS)
@@ -283,7 +284,7 @@ class Guard:
                     on_wait()
                 finally:
                     self._change.acquire()
-            watched = list(self._watched)
+            watched = [one for one in watched if one in self._watched]
         if self._error is not None:
             raise self._error
         return watched
@@ -333,14 +334,14 @@ class Guard:
         failpoint("verification.before_pass")
         while True:
             with self._change:
-                self._busy = False
+                self._hashing = None
                 self._change.notify_all()
                 while not self._leaving.is_set() and (wait := self._until_due()) > 0:
                     self._change.wait(min(wait, threading.TIMEOUT_MAX))
                 if self._leaving.is_set():
                     return
                 one = next(one for one in self._watched if one.due is not None and one.due <= time.monotonic())
-                self._busy, one.due, left = True, None, one.left
+                self._hashing, one.due, left = one, None, one.left
             try:
                 for _ in one.passes():
                     if self._leaving.is_set():
@@ -350,7 +351,7 @@ class Guard:
                     self._remember(one.marks)
             except Exception as error:
                 with self._change:
-                    self._error, self._busy = error, False
+                    self._error, self._hashing = error, None
                     self._change.notify_all()
                 return
             if left:

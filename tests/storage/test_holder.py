@@ -129,6 +129,22 @@ def test_what_another_thread_leaves_meanwhile_makes_nobody_pass_over_the_rest(
         guard.vouch()
 
 
+def test_nobody_waits_for_what_another_thread_adds_meanwhile(
+    pieces: Pieces, guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (hold_pieces(pieces, numbers) for numbers in ([1], [2, 3]))
+    passes = content._Watched.passes
+
+    def adding(self: content._Watched) -> Iterator[None]:
+        guard.add(second.content)
+        yield from passes(self)
+
+    monkeypatch.setattr(content._Watched, "passes", adding)
+    guard.add(first.content)
+    guard.settle()
+    assert [one.due is None for one in guard._watched] == [True, False]
+
+
 def test_what_was_touched_is_not_let_go_without_a_word(pieces: Pieces, guard: Guard) -> None:
     held = hold_pieces(pieces, [3])
     guard.add(held.content)
