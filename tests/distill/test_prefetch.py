@@ -21,6 +21,7 @@ from tests.distill.test_stream import a_stream, same
 from tests.fleets import DEVICE
 
 AHEAD = 2
+CROP = PadCropFlip(pixels=1)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def taken(stream: BatchStream, epoch: int = 1, start: int = 0, ranks: Ranks | No
 
 
 @pytest.mark.parametrize("start", [0, 3, 7])
-@pytest.mark.parametrize("changes", [{}, {"window": 8}, {"last_batch": "merge"}, {"augmentation": PadCropFlip(pixels=1)}])
+@pytest.mark.parametrize("changes", [{}, {"window": 8}, {"last_batch": "merge"}, {"augmentation": CROP}])
 def test_they_are_the_batches_of_the_stream(changes: dict[str, Any], start: int) -> None:
     stream = a_stream(device=DEVICE, **changes)
     for ranks in (Ranks(), Ranks(1, 3)):
@@ -82,12 +83,11 @@ def test_what_making_one_raises_comes_when_it_is_its_turn(monkeypatch: pytest.Mo
         if number == 4:
             raise ValueError("the fifth")
 
-    stream, seen = a_stream(device=DEVICE), list[int]()
     watched(monkeypatch, fail)
-    with pytest.raises(ValueError, match="the fifth"), prefetched(stream, 0, 0, Ranks()) as batches:
-        for batch in batches:
-            seen.append(batch.step)
-    assert seen == [0, 1, 2, 3]
+    with prefetched(a_stream(device=DEVICE), 0, 0, Ranks()) as batches:
+        assert [next(batches).step for _ in range(4)] == [0, 1, 2, 3]
+        with pytest.raises(ValueError, match="the fifth"):
+            next(batches)
 
 
 def test_whoever_leaves_early_leaves_no_thread() -> None:
@@ -129,17 +129,17 @@ def test_no_tensor_of_a_batch_is_forgotten_when_it_is_handed_over(monkeypatch: p
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_a_gpu_that_is_late_reads_what_it_was_given() -> None:
     """The loop's CUDA stream is kept waiting, while batches are let go and others made in their place."""
-    stream = a_stream(device="cuda", augmentation=PadCropFlip(pixels=1))
+    stream = a_stream(device="cuda", augmentation=CROP)
     sums = list[torch.Tensor]()
     for epoch in range(20):
         with prefetched(stream, epoch, 0, Ranks()) as batches:
             for batch in batches:
-                torch.cuda._sleep(2_000_000)
+                torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]
                 assert batch.logits is not None
                 sums.append(torch.stack([batch.inputs.sum(), batch.labels.sum(), batch.logits.long().sum()]))
                 del batch
     torch.cuda.synchronize()
-    plain = a_stream(augmentation=PadCropFlip(pixels=1))
+    plain = a_stream(augmentation=CROP)
     expected = [one for epoch in range(20) for one in plain.batches(epoch)]
     for found, batch in zip(sums, expected, strict=True):
         assert batch.logits is not None

@@ -180,10 +180,11 @@ def test_each_student_has_batch_statistics_of_its_own(model: dict[str, Any], tmp
     with torch.no_grad():  # activations of the second are other ones by orders of magnitude
         for students in (together, alone):
             next(one for one in students[1].module.parameters() if one.dim() > 1).mul_(1000)
-    stacks, failed, last = Stacks({f"student-{n}": 9 for n in range(4)}), dict[Student, Exception](), [{}]
+    stacks, failed = Stacks({f"student-{n}": 9 for n in range(4)}), dict[Student, Exception]()
+    last = list[dict[str, torch.Tensor]]()  # the wild one's, before each step
     for batch in STREAM.batches(0):
         going = [student for student in together if student not in failed]
-        last = [statistics(together[3]), *last]
+        last.append(statistics(together[3]))
         failed |= stacks.take_step(going, batch, STREAM.steps_per_epoch)
         for student in alone:
             student.take_step(batch, STREAM.steps_per_epoch)
@@ -194,7 +195,7 @@ def test_each_student_has_batch_statistics_of_its_own(model: dict[str, Any], tmp
     assert list(failed) == [together[3]]
     steps = next(int(one) for name, one in found[3].items() if name.endswith("num_batches_tracked"))
     assert 1 <= steps < STREAM.steps_per_epoch
-    assert all(torch.equal(one, last[len(last) - 2 - steps][name]) for name, one in found[3].items())
+    assert all(torch.equal(one, last[steps][name]) for name, one in found[3].items())
     for name in found[0]:
         if name.endswith("running_mean"):
             assert not any(torch.equal(found[0][name], found[n][name]) for n in (1, 2))
@@ -206,7 +207,7 @@ def statistics(student: Student) -> dict[str, torch.Tensor]:
 
 
 def test_torch_refuses_batch_statistics_that_students_would_share() -> None:
-    """What a stack rests on where batch norms are: statistics that are not one a student are an error, not a mixture."""
+    """A stack rests on that where batch norms are: statistics that are not one a student are an error, no mixture."""
     inputs, own = torch.randn(3, 8, 5, device=ON), torch.zeros(3, 5, device=ON)
 
     def normed(inputs: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
