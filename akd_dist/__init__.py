@@ -12,6 +12,7 @@
     akd_dist.report("runs/digits")                       report.html, written afresh; of several runs, one more
     akd_dist.evaluate(student, "runs/digits")            a student's metrics on data, and its agreement with others
     akd_dist.predict(student, "new.parquet", out)        what it says of every row, as Parquet
+    akd_dist.generate(student, "def main")               text that a language model continues
     akd_dist.export(student, "onnx", out)                the student for those without akd-dist, checked
     akd_dist.import_model(recipe, "teacher.pth", out)    a checkpoint from elsewhere as a model folder
 
@@ -29,6 +30,7 @@ from akd_dist.api import (
     distillation_dataset,
     evaluate,
     export,
+    generate,
     import_logits,
     import_model,
     load_model,
@@ -51,6 +53,7 @@ __all__ = [
     "distillation_dataset",
     "evaluate",
     "export",
+    "generate",
     "import_logits",
     "import_model",
     "load_model",

@@ -325,7 +325,7 @@ def work(folder: Path) -> dict[str, Any]:
     clock.wrap(content.Content, "verify", "rows verified")
     clock.wrap(teacher, "view_digests", "probes")
     clock.wrap(writer, "encode_arrays", "encoding")
-    clock.wrap(writer, "encode_shard", "encoding")
+    clock.wrap(writer, "encode_objects", "encoding")
     clock.wrap(teacher, "as_stored", "encoding")
     clock.wrap(writer, "_publish", "publishing")
     clock.wrap(writer, "put_receipt", "publishing")

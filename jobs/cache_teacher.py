@@ -387,7 +387,7 @@ def _sealed(plan: SplitPlan) -> CachedSplit:
         rows=store.num_rows,
         views=store.views,
         classes=store.classes,
-        encoding=str(plan.identity.codec),
+        encoding=str(plan.identity.encoded),
         bytes=sum(store.manifest.sizes().values()),
         shards=store.layout.shard_count,
         shards_computed=plan.computed,

@@ -68,7 +68,7 @@ def repair(
     job = cache_job(plan, recipe, model.model_uri, cache_root)
     recompute = functools.partial(compute_shard, job)
     repaired = repair_store(store_root, store_id, recompute, computed=plan.creation.computed)
-    return {"id": store_id, "repaired": [shard.key for shard in repaired]}
+    return {"id": store_id, "repaired": [key for shard in repaired for key in shard.keys]}
 
 
 def _refuse_imported(store_root: str, store_id: str, hint: dict[str, Any]) -> None:

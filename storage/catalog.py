@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from akd_dist.base.errors import AkdError, DamagedError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, parse_json
 from akd_dist.base.places import STORE_ROOT, absolute
-from akd_dist.storage.layout import ARRAYS, CREATION_KEY, LOGITS, MANIFEST_KEY, RECEIPTS, SOURCE_KEY
+from akd_dist.storage.layout import ARRAYS, CREATION_KEY, FORMAT_VERSION, MANIFEST_KEY, RECEIPTS, SOURCE_KEY
 from akd_dist.storage.manifest import Creation, Identity, Manifest
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
 from akd_dist.storage.reader import LogitStore, read_manifest
@@ -49,6 +49,8 @@ class StoreSummary:
     uses: list[Use]
     """Which runs used it on which days, the latest first."""
     rows: int = 0
+    targets: int | None = None
+    """Targets of all rows of a view, where a row has several."""
     views: int = 0
     classes: int = 0
     encoding: str = ""
@@ -94,7 +96,8 @@ def find_store(root_uri: str, identity: Identity) -> LogitStore | None:
     """
     root = open_root(root_uri)
     # The very store first: its place is known, while others are found by reading every store's creation document.
-    for same in (identity, identity.model_copy(update={"format": _SAME_LOGITS_SINCE})):
+    older = [identity.model_copy(update={"format": _SAME_LOGITS_SINCE})] if identity.format == FORMAT_VERSION else []
+    for same in (identity, *older):
         if root.exists(f"{same.id}/{MANIFEST_KEY}"):
             return _open_as(root, same.id)
     # A store is decoded as a whole, so of those that serve the one with the fewest views takes least of the cache.
@@ -123,7 +126,7 @@ def stores_of_other_rows(root_uri: str, identity: Identity, split: str) -> list[
     root = open_root(root_uri)
     seals = [
         _unless_bad(_manifest, root, found.id)
-        for found in _sealed_alike(root, identity, "dataset", "rows", "views")
+        for found in _sealed_alike(root, identity, "dataset", "rows", "items", "views")
         if found.dataset != identity.dataset and found.views >= identity.views and _split(root, found.id) == split
     ]
     return [seal.creation() for seal in seals if seal is not None]
@@ -347,7 +350,7 @@ def _read_summary(root: ObjectRoot, store_id: str) -> StoreSummary:
     )
     try:
         creation = creation_document(root, store_id)
-        identity, encoding, shards = creation.identity, creation.identity.codec, creation.identity.layout.shard_count
+        identity, encoding, shards = creation.identity, creation.identity.encoded, creation.identity.layout.shard_count
     except ObjectMissing:
         return replace(bare, problem=f"has no {CREATION_KEY}" if found or bare.partials else _NOTHING)
     except AkdError as error:
@@ -356,11 +359,12 @@ def _read_summary(root: ObjectRoot, store_id: str) -> StoreSummary:
         return replace(bare, problem=f"its {CREATION_KEY} is that of store {identity.id}")
     # The shards that are there are counted, instead of looking for each that should be: how many that are is told by a
     # document which may come from elsewhere, and may say a billion.
-    there = [stat.size for key, stat in found.items() if key.startswith(f"{ARRAYS}/{LOGITS}/c/")]
+    there = [stat.size for key, stat in found.items() if key.startswith(f"{ARRAYS}/") and "/c/" in key]
     spec, imported = creation.teacher.get("spec"), creation.teacher.get("imported")
     return replace(
         bare,
         rows=identity.rows,
+        targets=identity.items,
         views=identity.views,
         classes=identity.classes,
         encoding=str(encoding),

@@ -27,7 +27,8 @@ Tokens = Callable[[], dict[str, str]]
 
 
 def view_pieces(store: AnyStore, view: int, cache_root: Path, tokens: Tokens | None = None) -> Pieces:
-    """A view of a store as pieces, one a shard, of one field `logits`, [rows, classes] in the stored dtype.
+    """A view of a store as pieces, one a shard: of one field `logits`, [rows, classes] in the stored dtype, or of all
+    arrays of what describes targets.
 
     Args:
         tokens: by default the store is asked each time.
@@ -35,22 +36,25 @@ def view_pieces(store: AnyStore, view: int, cache_root: Path, tokens: Tokens | N
     layout, asked = store.layout, tokens or store.tokens
 
     def fetch(numbers: Sequence[int]) -> Iterator[Arrays]:
-        return ((logits,) for logits in store.shards([layout.shard(view, number) for number in numbers]))
+        shards = [layout.shard(view, number) for number in numbers]
+        if isinstance(store, LogitStore) and layout.arrays:
+            return (tuple(arrays.values()) for arrays in store.shard_arrays(shards))
+        return ((logits,) for logits in store.shards(shards))
 
     def named(numbers: Sequence[int]) -> list[str]:
         known = asked()
-        return [known[layout.shard(view, number).key] for number in numbers]
+        return ["+".join(known[key] for key in layout.shard(view, number).keys) for number in numbers]
 
     return Pieces(
         cache_root / LOGITS,
         f"{store.name[:32]}-{view}",
         layout.rows,
         layout.shard_rows,
-        (Field(LOGITS, store.dtype, (layout.classes,)),),
+        tuple(Field(array.name, array.dtype, array.shape) for array in layout.fields),
         fetch,
         lambda numbers: [store.content(layout.shard(view, number)) for number in numbers],
         named,
-        f"the logits of view {view}, rows",
+        f"the {'targets' if layout.several else 'logits'} of view {view}, {'numbers' if layout.several else 'rows'}",
     )
 
 
@@ -108,11 +112,15 @@ def find_decoded(manifest: Manifest, cache_root: Path) -> Decoded | None:
     sizes, used = list[int](), False
     for entry in _entries(manifest, cache_root):
         try:
-            sizes.append((entry / f"{LOGITS}.npy").stat().st_size)
+            sizes.append(sum(file.stat().st_size for file in _files(manifest, entry)))
         except OSError:
             continue
         used = used or is_locked(entry / IN_USE, shared=True)
     return Decoded(sum(sizes), used) if sizes else None
+
+
+def _files(manifest: Manifest, entry: Path) -> list[Path]:
+    return [entry / f"{array.name}.npy" for array in manifest.identity.layout.fields]
 
 
 def drop_decoded(manifest: Manifest, cache_root: Path) -> None:
@@ -153,6 +161,8 @@ class StoredLogits:
         beside_windows: bool = False,
         budget: int | None = None,
     ) -> None:
+        for manifest in store.manifests:
+            _ = manifest.identity.codec  # which refuses what describes logits
         self._store, self._budget, self._beside = store, budget, beside
         tokens = store.tokens()  # looked at once: each look lists all shards
         self._views = [view_pieces(store, view, cache_root, lambda: tokens) for view in range(views)]

@@ -12,6 +12,7 @@ from numcodecs.bitround import BitRound, max_bits
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.storage.layout import LOGITS
+from akd_dist.storage.top_k import Where
 
 Kind = Literal["float32", "float16"]
 Compression = Literal["none", "zstd", "blosc"]
@@ -44,11 +45,14 @@ class Encoding:
         """Whether what is stored may differ from the teacher's float32 logits."""
         return self.name != "float32" or self.keep_bits is not None
 
-    def encode(self, logits: npt.NDArray[np.float32], first_row: int) -> dict[str, npt.NDArray[Any]]:
+    def encode(
+        self, logits: npt.NDArray[np.float32], first_row: int, where: Where | None = None
+    ) -> dict[str, npt.NDArray[Any]]:
         """Logits float32 [n, classes] as named arrays of n rows each.
 
         Args:
-            first_row: the dataset row number of `logits[0]`, for the message.
+            first_row: the dataset row number of `logits[0]`, for the message; of targets its number among them.
+            where: names a target of such a number, as `row 12, position 7`; None names rows.
 
         Raises:
             RefusedError: NaN or infinity after the cast and rounding (float16 ends at 65504), naming the rows.
@@ -57,11 +61,11 @@ class Encoding:
         if self.keep_bits is not None:
             # Before the cast, so that each logit is rounded once. NaN and infinity are told first, since rounding their
             # bits could make numbers of them.
-            self._check_finite(logits, rounded, first_row)
+            self._check_finite(logits, rounded, first_row, where)
             rounded = np.asarray(BitRound(self.keep_bits).encode(rounded)).view(np.float32).reshape(rounded.shape)
         with np.errstate(over="ignore"):  # an overflow becomes inf, which is refused below with its row
             stored = np.ascontiguousarray(rounded, dtype=self.dtype)
-        self._check_finite(logits, stored, first_row)
+        self._check_finite(logits, stored, first_row, where)
         return {LOGITS: stored}
 
     def decode(self, arrays: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
@@ -77,16 +81,26 @@ class Encoding:
         rounding = "" if self.keep_bits is None else f", {self.keep_bits} bits of the mantissa kept"
         return f"{self.name}{rounding}" + ("" if self.compress == "none" else f", {self.compress}")
 
-    def _check_finite(self, logits: npt.NDArray[np.float32], stored: npt.NDArray[Any], first_row: int) -> None:
+    def _check_finite(
+        self,
+        logits: npt.NDArray[np.float32],
+        stored: npt.NDArray[Any],
+        first_row: int,
+        where: Where | None,
+    ) -> None:
         bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
         if not len(bad):
             return
-        named = ", ".join(str(first_row + int(row)) for row in bad[:_ROWS_NAMED])
+        numbers = [first_row + int(row) for row in bad[:_ROWS_NAMED]]
+        if where is None:
+            named = f"{'row' if len(bad) == 1 else 'rows'} {', '.join(map(str, numbers))}"
+        else:
+            named = "; ".join(map(where, numbers))
         more = f" and {len(bad) - _ROWS_NAMED} more" if len(bad) > _ROWS_NAMED else ""
         cast_only = bool(np.isfinite(logits[bad]).all())
         raise RefusedError(
             f"{len(bad)} {'row has' if len(bad) == 1 else 'rows have'} logits that are not finite as {self.name}: "
-            f"{'row' if len(bad) == 1 else 'rows'} {named}{more}",
+            f"{named}{more}",
             got=f"a largest magnitude of {np.abs(logits[bad]).max():g}" if cast_only else "NaN or infinity",
             expected=f"finite {self.name} numbers, at most {np.finfo(self.dtype).max:g} in magnitude",
             next="set cache.encoding: float32" if cast_only else "look at these rows and at the teacher's weights",

@@ -1,123 +1,45 @@
-"""The documents of a store: its identity, how it was computed, the manifest that seals it."""
+"""The manifest that seals a store: all that its documents and its shards are, in one document."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from akd_dist.base.files import canonical_json, sha256
-from akd_dist.storage.encodings import Encoding, encoding_from_config
-from akd_dist.storage.layout import ARRAY_KEY, FORMAT_VERSION, GROUP_KEY, Shard, StoreLayout
+from akd_dist.storage.identity import (
+    Account,
+    Computed as Computed,
+    Creation as Creation,
+    Identity as Identity,
+    described,
+    differences as differences,
+)
+from akd_dist.storage.layout import GROUP_KEY, LOGITS, TARGETS_FORMAT, Shard, StoreLayout
 from akd_dist.storage.records import (
     Count,
     Document,
     Json,
     Loss,
+    ObjectColumns,
+    ObjectRecord,
     Probe,
     Sha256,
     ShardColumns,
     ShardRecord,
     damaged,
-    short,
+    joined,
 )
 
-# A field, what it holds, and what follows from the fields beside it.
-Account = tuple[str, object, object]
-
-
-class Identity(Document):
-    """What the logits are. Its hash is the store's id, known before anything is computed."""
-
-    format: int = Field(ge=1, le=FORMAT_VERSION)
-    """Version of the store's format."""
-    dataset: str
-    """Fingerprint of the rows: content and order."""
-    rows: Count
-    teacher: str
-    """Fingerprint of the teacher: weights and architecture."""
-    augmentation: Json
-    """Specification of the augmentation that the views are drawn from."""
-    data_seed: int | None
-    """Seed of the views; None where there is no augmentation."""
-    views: Count
-    encoding: Json
-    """Config of the encoding."""
-    classes: Count
-
-    @property
-    def id(self) -> str:
-        """64 hexadecimal digits: the sha256 of the canonical JSON."""
-        return sha256(self.to_bytes())
-
-    @property
-    def codec(self) -> Encoding:
-        """The encoding as an object."""
-        return encoding_from_config(self.encoding)
-
-    @property
-    def layout(self) -> StoreLayout:
-        """How the store is cut into shards."""
-        return StoreLayout(self.views, self.rows, self.classes, self.codec.dtype)
-
-    def object_bytes(self, shard: Shard) -> int | None:
-        """The exact size of a shard's object; None where it is compressed, and no arithmetic tells."""
-        return self.layout.stored_bytes(shard) if self.codec.compress == "none" else None
-
-    def differences(self, other: Identity) -> list[str]:
-        """Fields that differ, as "field: ours != theirs"."""
-        return differences(self, other)
-
-
-class Computed(Document):
-    """How the logits were computed: pinned at creation, since another batch size or library may change a last bit."""
-
-    batch_rows: Count
-    threads: Count
-    device: str
-    """Kind of device, as "cpu" or "cuda:NVIDIA H200"."""
-    versions: dict[str, str]
-    """Versions of the libraries that touch the numbers."""
-
-
-class Creation(Document):
-    """Everything that is settled when a store is created."""
-
-    identity: Identity
-    computed: Computed
-    dataset: Json
-    """The dataset in words and block digests: fingerprint, rows, block_rows, blocks, meaning."""
-    teacher: Json
-    """The teacher in words: fingerprint, spec."""
-
-    @model_validator(mode="after")
-    def _agrees(self) -> Self:
-        for name in ("dataset", "teacher"):
-            told = getattr(self, name).get("fingerprint")
-            if told is not None and told != getattr(self.identity, name):
-                raise ValueError(f"{name}.fingerprint is not identity.{name}")
-        return self
-
-    @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> Self:
-        """Read a creation document, and check what its parts repeat of each other; refusals as of every document."""
-        creation = super().from_bytes(data, where)
-        for field, got, expected in _described(creation.identity, creation.dataset, creation.teacher):
-            if got != expected:
-                raise damaged(where, f"{field}: {got}", expected)
-        return creation
-
-    @property
-    def sha256(self) -> str:
-        """The sha256 of its bytes, which the receipts of the store name."""
-        return sha256(self.to_bytes())
+T = TypeVar("T")
+Columns = ShardColumns | ObjectColumns
 
 
 class Manifest(Document):
     """The seal: written last, create-only, and the same bytes however disturbed the run was."""
 
-    format: int = Field(ge=1, le=FORMAT_VERSION)
+    format: int = Field(ge=1, le=TARGETS_FORMAT)
     id: Sha256
     identity: Identity
     computed: Computed
@@ -125,8 +47,14 @@ class Manifest(Document):
     teacher: Json
     zarr_json: dict[str, Sha256]
     """sha256 of each metadata file, by key relative to arrays.zarr."""
-    shards: list[ShardRecord] | ShardColumns
+    shards: list[ShardRecord] | ShardColumns | ObjectColumns = Field(union_mode="left_to_right")
     """Every shard, view by view, in row order; as columns from format 3 on."""
+    tables: dict[str, list[ObjectRecord]] | None = None
+    """What the store has once for all shards, by name: its objects, in order. From format 4 on."""
+    targets: Count | None = None
+    """Items of all views. From format 4 on."""
+    fidelity: Json | None = None
+    """What was measured of how well the store describes its teacher; left out where nothing was. From format 4 on."""
     probes: list[list[Probe]] | None = None
     """A few rows of each view as the teacher saw them, from format 3 on; before, they are in the shards' records."""
     sha256: Sha256
@@ -137,15 +65,50 @@ class Manifest(Document):
         return {field: value for field, value in spell(self).items() if value is not None}
 
     @classmethod
-    def seal(cls, creation: Creation, zarr_json: Mapping[str, str], shards: Iterable[ShardRecord]) -> Manifest:
-        """The manifest of a complete store."""
+    def seal(
+        cls,
+        creation: Creation,
+        zarr_json: Mapping[str, str],
+        shards: Iterable[ShardRecord],
+        tables: Mapping[str, list[ObjectRecord]] | None = None,
+        fidelity: dict[str, Any] | None = None,
+    ) -> Manifest:
+        """The manifest of a complete store.
+
+        Args:
+            tables: what it has once for all shards, and `fidelity` what was measured of it; from format 4 on.
+        """
         records = list(shards)
+        if creation.identity.format >= TARGETS_FORMAT:
+            return cls._seal_targets(creation, zarr_json, records, tables or {}, fidelity)
         fields = {
             "format": creation.identity.format,
             "id": creation.identity.id,
             **creation.model_dump(mode="json"),
             "zarr_json": dict(zarr_json),
             **(_columns(creation.identity, records) if creation.identity.format > 2 else _records(records)),
+        }
+        return cls.model_validate({**fields, "sha256": sha256(canonical_json(fields))})
+
+    @classmethod
+    def _seal_targets(
+        cls,
+        creation: Creation,
+        zarr_json: Mapping[str, str],
+        records: list[ShardRecord],
+        tables: Mapping[str, list[ObjectRecord]],
+        fidelity: dict[str, Any] | None,
+    ) -> Manifest:
+        identity = creation.identity
+        fields = {
+            "format": identity.format,
+            "id": identity.id,
+            **creation.model_dump(mode="json"),
+            "zarr_json": dict(zarr_json),
+            **_object_columns(identity, records),
+            "tables": {name: [one.model_dump(mode="json") for one in found] for name, found in tables.items()},
+            "targets": identity.views * identity.layout.rows,
+            **({} if fidelity is None else {"fidelity": fidelity}),
         }
         return cls.model_validate({**fields, "sha256": sha256(canonical_json(fields))})
 
@@ -172,12 +135,16 @@ class Manifest(Document):
         yield "sha256", self.sha256, sha256(canonical_json(self.model_dump(mode="json", exclude={"sha256"})))
         yield "id", self.id, self.identity.id
         yield "format", self.format, self.identity.format
-        yield from _described(self.identity, self.dataset, self.teacher)
-        yield "zarr_json", sorted(self.zarr_json), sorted([GROUP_KEY, ARRAY_KEY])
+        yield from described(self.identity, self.dataset, self.teacher)
         layout = self.identity.layout
-        yield "shards", type(self.shards), ShardColumns if self.format > 2 else list
+        yield "zarr_json", sorted(self.zarr_json), sorted([GROUP_KEY, *(one.metadata_key for one in layout.fields)])
+        new = self.format >= TARGETS_FORMAT
+        yield "shards", type(self.shards), ObjectColumns if new else ShardColumns if self.format > 2 else list
+        yield "tables", sorted(self.tables or ()), sorted(self.identity.tables)
+        yield "targets", self.targets, layout.views * layout.rows if new else None
+        yield "fidelity", self.fidelity if not new else None, None
         yield "shards", f"{len(self.shards)} of them", f"{layout.shard_count} of them"
-        if isinstance(self.shards, ShardColumns):
+        if not isinstance(self.shards, list):
             yield from self._column_accounts(self.shards)
             return
         yield "probes", self.probes, None
@@ -190,14 +157,24 @@ class Manifest(Document):
             rows = [probe.row for probe in record.probes]
             yield f"{where}.probes", rows, [row for row in rows if shard.start <= row < shard.stop]
 
-    def _column_accounts(self, columns: ShardColumns) -> Iterator[Account]:
-        lengths = {len(getattr(columns, field)) for field in ShardColumns.model_fields}
+    def _column_accounts(self, columns: Columns) -> Iterator[Account]:
+        layout, names = self.identity.layout, [array.name for array in self.identity.layout.fields]
+        if isinstance(columns, ObjectColumns):
+            for field in ("size", "sha256"):
+                yield f"shards.{field}", sorted(getattr(columns, field)), sorted(names)
+        lengths = {len(column) for column in _all_columns(columns)}
         yield "shards", f"columns of {sorted(lengths)}", f"columns of {[len(columns)]}"
-        if self.identity.codec.compress == "none":
-            layout = self.identity.layout
-            one_view = [layout.stored_bytes(layout.shard(0, index)) for index in range(layout.shards_per_view)]
-            yield "shards.size", columns.size, one_view * layout.views
+        if self.identity.encoded.compress == "none":
+            full, last = (layout.object_sizes(layout.shard(0, index)) for index in (0, layout.shards_per_view - 1))
+            sizes = columns.size if isinstance(columns, ObjectColumns) else {LOGITS: columns.size}
+            for name, of_full, of_last in zip(names, full, last, strict=True):
+                where = "shards.size" if len(sizes) == 1 else f"shards.size.{name}"
+                # All shards of a view are full but its last one.
+                yield where, sizes[name], [*[of_full] * (layout.shards_per_view - 1), of_last] * layout.views
         yield "probes", len(self.probes or ()), self.identity.views
+        if isinstance(columns, ObjectColumns):
+            told = [sum(one) for one in _by_view(layout, columns.probed)]
+            yield "shards.probed", told, [len(probes) for probes in self.probes or ()]
         for view, probes in enumerate(self.probes or ()):
             rows = [probe.row for probe in probes]
             yield f"probes.{view}", rows, sorted(row for row in set(rows) if row < self.identity.rows)
@@ -207,6 +184,8 @@ class Manifest(Document):
         number = shard.view * self.identity.layout.shards_per_view + shard.index
         if isinstance(self.shards, list):
             return self.shards[number]
+        if isinstance(self.shards, ObjectColumns):
+            return self._record_of_objects(shard, number, self.shards)
         probes = [probe for probe in self.probes_of(shard.view) if shard.start <= probe.row < shard.stop]
         kl, largest = self.shards.kl[number], self.shards.largest_difference[number]
         return ShardRecord(
@@ -221,15 +200,42 @@ class Manifest(Document):
             loss=Loss(rows=len(probes), kl=kl, largest_difference=largest),
         )
 
+    def _record_of_objects(self, shard: Shard, number: int, columns: ObjectColumns) -> ShardRecord:
+        objects = [
+            ObjectRecord(key=key, size=columns.size[array.name][number], sha256=columns.sha256[array.name][number])
+            for array, key in zip(shard.arrays, shard.keys, strict=True)
+        ]
+        first = sum(columns.probed[number - shard.index : number])
+        probes = self.probes_of(shard.view)[first : first + columns.probed[number]]
+        kl, largest = columns.kl[number], columns.largest_difference[number]
+        return ShardRecord(
+            key=shard.key,
+            size=sum(one.size for one in objects),
+            sha256=joined(objects),
+            rows=shard.rows,
+            finite=True,
+            label_agreement=columns.label_agreement[number],
+            probes=probes,
+            content=columns.content[number],
+            loss=None if largest is None else Loss(rows=len(probes), kl=kl, largest_difference=largest),
+            objects=objects,
+            dictionary=self.table_sha256("dictionary"),
+        )
+
+    def table_sha256(self, name: str) -> str | None:
+        """The sha256 of a table of the store; None if it has none of that name."""
+        objects = (self.tables or {}).get(name)
+        return None if objects is None else joined(objects)
+
     def content(self, shard: Shard) -> str | None:
-        """The sha256 of a shard's decoded logits; None in a store that does not say."""
+        """The sha256 of a shard's decoded arrays; None in a store that does not say."""
         number = shard.view * self.identity.layout.shards_per_view + shard.index
         return self.shards[number].content if isinstance(self.shards, list) else self.shards.content[number]
 
     @property
     def loss(self) -> Loss | None:
         """By how much the stored logits differ from the teacher's, on the rows of the probes; None before format 3."""
-        if isinstance(self.shards, list):
+        if isinstance(self.shards, list) or self.identity.is_top_k:
             return None
         return Loss.together(record.loss for record in self.records() if record.loss)
 
@@ -238,9 +244,13 @@ class Manifest(Document):
         return map(self.record, self.identity.layout.shards())
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every shard's object by key, in order."""
+        """Bytes of every shard's objects by key, in order."""
         if isinstance(self.shards, list):
             return {record.key: record.size for record in self.shards}
+        if isinstance(self.shards, ObjectColumns):
+            columns = [self.shards.size[array.name] for array in self.identity.layout.fields]
+            shards = zip(self.identity.layout.shards(), zip(*columns, strict=True), strict=True)
+            return {key: size for shard, sizes in shards for key, size in zip(shard.keys, sizes, strict=True)}
         return {shard.key: size for shard, size in zip(self.identity.layout.shards(), self.shards.size, strict=True)}
 
     def probes_of(self, view: int) -> list[Probe]:
@@ -274,32 +284,40 @@ def _columns(identity: Identity, records: list[ShardRecord]) -> dict[str, Any]:
     }
 
 
-def differences(ours: BaseModel, theirs: BaseModel) -> list[str]:
-    """Fields, nested ones by dotted name, in which two documents differ, as "field: ours != theirs"."""
-    mine, others = (dict(_flat(document.model_dump(mode="json"))) for document in (ours, theirs))
-    return [
-        f"{field}: {short(mine.get(field))} != {short(others.get(field))}"
-        for field in dict.fromkeys([*mine, *others])
-        if mine.get(field) != others.get(field)
-    ]
+def _object_columns(identity: Identity, records: list[ShardRecord]) -> dict[str, Any]:
+    """The shards of a manifest of format 4 on, and the probes of each view."""
+    objects = [record.objects or [] for record in records]
+    columns = {
+        field: {
+            array.name: [getattr(of_shard[place], field) for of_shard in objects]
+            for place, array in enumerate(identity.layout.fields)
+        }
+        for field in ("size", "sha256")
+    }
+    losses = {
+        field: [None if record.loss is None else getattr(record.loss, field) for record in records]
+        for field in ("kl", "largest_difference")
+    }
+    views = _by_view(identity.layout, [record.probes for record in records])
+    return {
+        "shards": {
+            **columns,
+            **losses,
+            "content": [record.content for record in records],
+            "label_agreement": [record.label_agreement for record in records],
+            "probed": [len(record.probes) for record in records],
+        },
+        "probes": [[probe.model_dump(mode="json") for probes in view for probe in probes] for view in views],
+    }
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, inner in value.items():
-        if isinstance(inner, Mapping) and inner:
-            yield from _flat(inner, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", inner
+def _by_view(layout: StoreLayout, column: list[T]) -> list[list[T]]:
+    """A column of all shards, cut into those of each view."""
+    per_view = layout.shards_per_view
+    return [column[first : first + per_view] for first in range(0, len(column), per_view)]
 
 
-def _described(identity: Identity, dataset: dict[str, Any], teacher: dict[str, Any]) -> Iterator[Account]:
-    """What the descriptions of dataset and teacher repeat of the identity, as far as they do."""
-    yield "dataset.fingerprint", dataset.get("fingerprint", identity.dataset), identity.dataset
-    yield "teacher.fingerprint", teacher.get("fingerprint", identity.teacher), identity.teacher
-    yield "dataset.rows", dataset.get("rows", identity.rows), identity.rows
-    for field, part in (("dataset.meaning", dataset.get("meaning", {})), ("teacher.spec", teacher.get("spec", {}))):
-        yield field, part if not isinstance(part, dict) else {}, {}
-        yield f"{field}.classes", part.get("classes", identity.classes), identity.classes
-    blocks = dataset.get("blocks", [])
-    plain = isinstance(blocks, list) and all(isinstance(block, str) for block in blocks)
-    yield "dataset.blocks", "digests" if plain else blocks, "digests"
+def _all_columns(columns: Columns) -> Iterator[list[Any]]:
+    for field in type(columns).model_fields:
+        column = getattr(columns, field)
+        yield from column.values() if isinstance(column, dict) else (column,)

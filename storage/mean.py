@@ -15,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import canonical_json, sha256
-from akd_dist.storage.layout import LOGITS, Shard, StoreLayout
+from akd_dist.storage.layout import LOGITS, TARGETS_FORMAT, Shard, StoreLayout
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.reader import LogitStore, open_store
 
@@ -175,10 +176,27 @@ def open_logits(ref: StoreRef, store_of: Callable[[str], LogitStore] = open_stor
 
     Raises:
         AkdError: as `open_store`.
+        RefusedError: one of several describes logits, or has several targets a row.
     """
     if isinstance(ref, str):
         return store_of(ref)
-    return MeanStore(tuple(map(store_of, ref.stores)), ref.shares, ref.average)
+    members = tuple(map(store_of, ref.stores))
+    for store in members:
+        _check_logits(store)
+    return MeanStore(members, ref.shares, ref.average)
+
+
+def _check_logits(store: LogitStore) -> None:
+    """Refuse a store that has no logits to average, a row of each."""
+    identity = store.manifest.identity
+    if identity.format >= TARGETS_FORMAT:
+        why = "what describes logits cannot be averaged: the mean of several has other largest logits, and another tail"
+        raise RefusedError(
+            f"{store.uri} cannot be one of several stores that are averaged",
+            got=f"{identity.encoded}" + (f", {identity.items:,} targets" if identity.items is not None else ""),
+            expected=f"stores of logits, a target a row ({why})" if identity.is_top_k else "stores of a target a row",
+            next="cache each teacher with encoding float16, or distil from one of them",
+        )
 
 
 def placeless(ref: StoreRef) -> Any:

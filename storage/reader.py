@@ -6,27 +6,28 @@ checked against the manifest at every open, and the sha256 of every shard that i
 
 from __future__ import annotations
 
-import collections
 import functools
-import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from akd_dist.base.errors import AkdError, DamagedError, RefusedError
+from akd_dist.base.errors import DamagedError, RefusedError
 from akd_dist.base.files import sha256
 from akd_dist.storage.arrays import decode_shard, metadata, rows_within
 from akd_dist.storage.content import digest
-from akd_dist.storage.layout import ARRAYS, CREATION_KEY, LOGITS, MANIFEST_KEY, Shard, StoreLayout
+from akd_dist.storage.dictionary import DICTIONARY, Dictionary
+from akd_dist.storage.fetching import fetch_ahead, key_of, missing, table_problem
+from akd_dist.storage.layout import ARRAYS, LOGITS, Shard, StoredArray, StoreLayout
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot, Stat
-from akd_dist.storage.records import ShardRecord
+from akd_dist.storage.records import ObjectRecord, ShardRecord
 from akd_dist.storage.roots import open_root
+from akd_dist.storage.seal import read_manifest as read_manifest
+from akd_dist.storage.tables import OFFSETS, read_table, sealed_documents
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 # A request to object storage takes some 30 ms, in which nothing else would happen.
 _AT_ONCE = 16
 _BYTES_AHEAD = 128 * 2**20
+Arrays = dict[str, npt.NDArray[Any]]
+"""What is stored of some items: the arrays of the store by name."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class LogitStore:
     uri: str
     manifest: Manifest = field(repr=False)
     # The shard read last: rows are mostly asked for in order.
-    _last: dict[Shard, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
+    _last: dict[Shard, Arrays] = field(default_factory=dict, repr=False)
 
     @property
     def id(self) -> str:
@@ -61,6 +64,8 @@ class LogitStore:
 
     def __repr__(self) -> str:
         said = f"{self.views} views of {self.num_rows:,} rows, {self.classes} logits each"
+        if self.layout.arrays:
+            said = f"{self.views} views of {self.layout.rows:,} targets, {self.manifest.identity.encoded}"
         return f"LogitStore({self.uri!r}: {said})"
 
     @property
@@ -109,8 +114,31 @@ class LogitStore:
         """Its seal."""
         return [self.manifest]
 
+    @functools.cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Which targets are whose, int64 [rows + 1]: row r has those from offsets[r] up to offsets[r + 1].
+
+        Raises:
+            DamagedError: they are not what was sealed.
+        """
+        objects = (self.manifest.tables or {}).get(OFFSETS)
+        if objects is None:
+            return np.arange(self.num_rows + 1)
+        return read_table(open_root(self.uri), OFFSETS, objects)[OFFSETS]
+
+    def dictionary(self) -> Dictionary:
+        """What the targets of a `top_k` store are described by, read anew each time.
+
+        Raises:
+            RefusedError: the store holds logits.
+            DamagedError: it is not what was sealed; names the object.
+        """
+        _ = self.manifest.identity.top_k
+        objects = (self.manifest.tables or {})[DICTIONARY]
+        return Dictionary.from_arrays(read_table(open_root(self.uri), DICTIONARY, objects))
+
     def content(self, shard: Shard) -> str | None:
-        """The sha256 of a shard's decoded logits; None in a store that does not say."""
+        """The sha256 of a shard's decoded arrays; None in a store that does not say."""
         return self.manifest.content(shard)
 
     def tokens(self) -> dict[str, str]:
@@ -134,6 +162,7 @@ class LogitStore:
             DamagedError: as `rows`.
         """
         view, rows = key if isinstance(key, tuple) and len(key) == 2 else (None, key)
+        self._check_rows()
         numbers = self._numbers(rows)
         views = range(self.views) if view is None else [self._place(view, self.views, "view")]
         found = np.stack([self._take(one, np.asarray(numbers, dtype=np.int64)) for one in views])
@@ -145,7 +174,7 @@ class LogitStore:
         owners = rows // self.layout.shard_rows
         for index in np.unique(owners).tolist():
             shard, mine = self.layout.shard(view, index), owners == index
-            stored = self._shard(shard)[rows[mine] - shard.start]
+            stored = self._shard(shard)[LOGITS][rows[mine] - shard.start]
             found[mine] = self.manifest.identity.codec.decode({LOGITS: stored})
         return found
 
@@ -176,6 +205,7 @@ class LogitStore:
         """
         from akd_dist.storage.arrow import reader_of
 
+        self._check_rows()
         chosen = range(self.views) if views is None else [self._place(view, self.views, "view") for view in views]
         shards = [self.layout.shard(view, index) for view in chosen for index in range(self.layout.shards_per_view)]
         decode = self.manifest.identity.codec.decode
@@ -191,20 +221,40 @@ class LogitStore:
             IndexError: the store has no such view or rows.
             DamagedError: a shard is not what was sealed; names its key.
         """
-        if not (0 <= view < self.views and 0 <= start <= stop <= self.num_rows):
-            raise IndexError(f"view {view}, rows {start} to {stop}: not in {self.views} views of {self.num_rows} rows")
-        shard_rows = self.layout.shard_rows
-        logits = np.empty((stop - start, self.classes), np.float32)
+        self._check_rows()
+        return self.manifest.identity.codec.decode(self.targets(view, start, stop))
+
+    def targets(self, view: int, start: int, stop: int) -> Arrays:
+        """What is stored of consecutive items, targets or rows, of a view: each array [stop - start, ...] by name.
+
+        Raises:
+            IndexError, DamagedError: as `rows`.
+        """
+        layout = self.layout
+        if not (0 <= view < self.views and 0 <= start <= stop <= layout.rows):
+            raise IndexError(f"view {view}, rows {start} to {stop}: not in {self.views} views of {layout.rows} rows")
+        found = {one.name: np.empty((stop - start, *one.shape), one.dtype) for one in layout.fields}
         # No rows read no shard: the rounded end alone would name one.
-        for index in range(start // shard_rows, -(-stop // shard_rows) if stop > start else 0):
-            shard = self.layout.shard(view, index)
+        for index in range(start // layout.shard_rows, -(-stop // layout.shard_rows) if stop > start else 0):
+            shard = layout.shard(view, index)
             first, last = max(start, shard.start), min(stop, shard.stop)
-            stored = self._shard(shard)[first - shard.start : last - shard.start]
-            logits[first - start : last - start] = self.manifest.identity.codec.decode({LOGITS: stored})
-        return logits
+            for name, stored in self._shard(shard).items():
+                found[name][first - start : last - start] = stored[first - shard.start : last - shard.start]
+        return found
+
+    def _check_rows(self) -> None:
+        """Refuse a store that has no logits, or whose rows have several."""
+        _ = self.manifest.identity.codec
+        if self.layout.several:
+            raise RefusedError(
+                "a row of this store has several targets, each with logits of its own",
+                got=f"{self.layout.rows:,} targets in {self.num_rows:,} rows",
+                expected="a store of one target a row",
+                next="read its targets (LogitStore.targets, StoredTargets)",
+            )
 
     def shard(self, view: int, index: int) -> npt.NDArray[Any]:
-        """A whole shard, [shard.rows, classes] in the stored dtype; its sha256 and every crc32c are checked.
+        """A whole shard of logits, [shard.rows, classes] in the stored dtype; its sha256 and every crc32c are checked.
 
         Raises:
             IndexError: the store has no such shard.
@@ -217,37 +267,57 @@ class LogitStore:
         """Several whole shards, in the order asked for, each as of `shard`; of object storage several are on their way.
 
         Raises:
+            RefusedError: the store holds no logits.
             DamagedError: a shard is not what was sealed; names its key.
         """
-        objects = self._objects
-        for shard, fetch in _ahead(shards, lambda shard: objects.get(shard.key), self._most_ahead):
+        _ = self.manifest.identity.codec
+        return (arrays[LOGITS] for arrays in self.shard_arrays(shards))
+
+    def shard_arrays(self, shards: Sequence[Shard]) -> Iterator[Arrays]:
+        """All arrays of several whole shards by name, [shard.rows, ...] in the stored dtypes; as `shards`."""
+        pairs = [(shard, array) for shard in shards for array in self.layout.fields]
+        objects, found = self._objects, Arrays()
+        for (shard, array), fetch in fetch_ahead(pairs, lambda pair: objects.get(key_of(*pair)), self._most_ahead):
+            key = key_of(shard, array)
             try:
-                yield self._decoded(shard, self.manifest.record(shard), fetch())
+                found[array.name] = self._decoded(shard, array, self.manifest.record(shard), fetch())
             except ObjectMissing:
-                raise self.damaged(shard.key, _missing(objects, shard.key)) from None
+                raise self.damaged(key, missing(objects, key)) from None
             except ValueError as error:
-                raise self.damaged(shard.key, error) from error
+                raise self.damaged(key, error) from error
+            if len(found) == len(self.layout.fields):
+                yield found
+                found = Arrays()
 
     @property
     def _most_ahead(self) -> int:
         """How many shards may be on their way: none of a folder, and of large ones fewer."""
         if self._objects.local_path("") is not None:
             return 0
-        one = self.layout.shard_rows * self.classes * self.layout.itemsize
-        return max(1, min(_AT_ONCE, _BYTES_AHEAD // one))
+        fields = self.layout.fields
+        one = max(1, self.layout.shard_rows * self.layout.item_bytes // len(fields))
+        return max(1, min(_AT_ONCE * len(fields), _BYTES_AHEAD // one))
 
     def stats(self) -> dict[str, Stat]:
-        """Size and token of every shard by key, as they are now, in the manifest's order.
+        """Size and token of every shard's objects by key, as they are now, in the manifest's order.
 
         Raises:
-            DamagedError: a shard is missing or has another size; names its key.
+            DamagedError: an object of a shard, or of a table, is missing or has another size; names its key.
         """
-        found, sizes = self._objects.list(), self.manifest.sizes()
-        for shard, (key, size) in zip(self.layout.shards(), sizes.items(), strict=True):
+        found, sizes, fields = self._objects.list(), self.manifest.sizes(), self.layout.fields
+        of_shards = ((shard, array) for shard in self.layout.shards() for array in fields)
+        for (shard, array), (key, size) in zip(of_shards, sizes.items(), strict=True):
             stat = found.get(key)
-            if (stat is None or stat.size != size) and (problem := self._problem(shard, stat, deep=False)):
+            if (stat is None or stat.size != size) and (problem := self._problem(shard, array, stat, deep=False)):
                 raise self.damaged(key, problem)
+        for record in self._table_objects:
+            if problem := table_problem(self._objects, record, found.get(record.key), deep=False):
+                raise self.damaged(record.key, problem)
         return {key: found[key] for key in sizes}
+
+    @property
+    def _table_objects(self) -> list[ObjectRecord]:
+        return [record for objects in (self.manifest.tables or {}).values() for record in objects]
 
     def verify(self, *, deep: bool = True, on_progress: Callable[[int, int], None] | None = None) -> list[Damage]:
         """Everything that is not what was sealed; empty for a good store.
@@ -258,13 +328,17 @@ class LogitStore:
         """
         damages = [Damage(f"{ARRAYS}/{key}", problem) for key, problem in self._metadata_problems()]
         found = self._objects.list()
+        for record in self._table_objects:
+            if problem := table_problem(self._objects, record, found.get(record.key), deep=deep):
+                damages.append(Damage(f"{ARRAYS}/{record.key}", problem))
         for number, shard in enumerate(self.layout.shards(), 1):
-            problem = self._problem(shard, found.get(shard.key), deep=deep)
-            if problem:
-                damages.append(Damage(f"{ARRAYS}/{shard.key}", problem))
+            for array in self.layout.fields:
+                key = key_of(shard, array)
+                if problem := self._problem(shard, array, found.get(key), deep=deep):
+                    damages.append(Damage(f"{ARRAYS}/{key}", problem))
             if on_progress is not None:
                 on_progress(number, self.layout.shard_count)
-        return damages + self._creation_damage()
+        return damages + self._document_damages()
 
     def check(self) -> None:
         """Presence and size of every shard, and the Zarr metadata: what `open_store` does.
@@ -290,46 +364,49 @@ class LogitStore:
     def _objects(self) -> ObjectRoot:
         return open_root(self.uri).child(ARRAYS)
 
-    def _shard(self, shard: Shard) -> npt.NDArray[Any]:
+    def _shard(self, shard: Shard) -> Arrays:
         found = self._last.get(shard)
         if found is None:
-            found = self.shard(shard.view, shard.index)
+            (found,) = self.shard_arrays([shard])
             # One at most, since a shard takes up to 16 MiB and many stores may be open at a time.
             self._last.clear()
             self._last[shard] = found
         return found
 
-    def _decoded(self, shard: Shard, record: ShardRecord, data: bytes) -> npt.NDArray[Any]:
-        """A shard's logits; ValueError where its object does not hold what was sealed.
+    def _decoded(self, shard: Shard, array: StoredArray, record: ShardRecord, data: bytes) -> npt.NDArray[Any]:
+        """What an object of a shard holds; ValueError where that is not what was sealed.
 
         Another version of a compressor may write other bytes for the same logits: a repair may leave such an object,
         and the sealed digest of the decoded logits vouches for it.
         """
-        same = sha256(data) == record.sha256
+        sealed = record.digests[key_of(shard, array)]
+        same = sha256(data) == sealed
         if not same and (record.content is None or self.manifest.identity.object_bytes(shard) is not None):
-            raise ValueError(f"sha256 {sha256(data)} instead of {record.sha256}")
-        if same and (written := rows_within(self.manifest.identity, shard, data)) is not None:
+            raise ValueError(f"sha256 {sha256(data)} instead of {sealed}")
+        if same and (written := rows_within(self.manifest.identity, shard, data, array)) is not None:
             return written
-        logits = decode_shard(self.manifest.identity, shard, data)
+        logits = decode_shard(self.manifest.identity, shard, data, array)
         if not same and (found := digest([logits])) != record.content:
             raise ValueError(f"sha256 {found} of its logits instead of {record.content}")
         return logits
 
-    def _problem(self, shard: Shard, stat: Stat | None, *, deep: bool) -> str | None:
-        """What is wrong with a shard's object, as far as its size or, if need be, its content tells."""
+    def _problem(self, shard: Shard, array: StoredArray, stat: Stat | None, *, deep: bool) -> str | None:
+        """What is wrong with an object of a shard, as far as its size or, if need be, its content tells."""
+        key = key_of(shard, array)
         if stat is None:
-            return _missing(self._objects, shard.key)
+            return missing(self._objects, key)
         record = self.manifest.record(shard)
-        if stat.size != record.size and self.manifest.identity.object_bytes(shard) is not None:
-            return f"{stat.size:,} bytes instead of {record.size:,}"
-        if not deep and stat.size == record.size:
+        size = record.sizes[key]
+        if stat.size != size and self.manifest.identity.object_bytes(shard) is not None:
+            return f"{stat.size:,} bytes instead of {size:,}"
+        if not deep and stat.size == size:
             return None
         try:
-            data = self._objects.get(shard.key)
-            if sha256(data) != record.sha256:
-                self._decoded(shard, record, data)
+            data = self._objects.get(key)
+            if sha256(data) != record.digests[key]:
+                self._decoded(shard, array, record, data)
         except ObjectMissing:
-            return _missing(self._objects, shard.key)
+            return missing(self._objects, key)
         except ValueError as error:
             return str(error)
         return None
@@ -340,43 +417,24 @@ class LogitStore:
             try:
                 digest = sha256(self._objects.document(key))
             except ObjectMissing:
-                problems.append((key, _missing(self._objects, key)))
+                problems.append((key, missing(self._objects, key)))
                 continue
             expected = self.manifest.zarr_json.get(key)
             if digest != expected:
                 problems.append((key, f"sha256 {digest} instead of {expected}"))
         return problems
 
-    def _creation_damage(self) -> list[Damage]:
-        try:
-            data = open_root(self.uri).document(CREATION_KEY)
-        except ObjectMissing:
-            return [Damage(CREATION_KEY, "is missing")]
-        same = data == self.manifest.creation().to_bytes()
-        return [] if same else [Damage(CREATION_KEY, "is not what the manifest was sealed from")]
-
-
-def _ahead(
-    items: Sequence[Shard], fetch: Callable[[Shard], bytes], most: int
-) -> Iterator[tuple[Shard, Callable[[], bytes]]]:
-    """Each item with what gives its bytes: fetched by threads before it is asked for, `most` of them at a time."""
-    if not most or len(items) < 2:
-        yield from ((item, functools.partial(fetch, item)) for item in items)
-        return
-    with ThreadPoolExecutor(most) as pool:
-        coming = collections.deque[tuple[Shard, Future[bytes]]]()
-        waiting = iter(items)
-        try:
-            for item in itertools.islice(waiting, most):
-                coming.append((item, pool.submit(fetch, item)))
-            while coming:
-                item, future = coming.popleft()
-                yield item, future.result
-                for following in itertools.islice(waiting, 1):
-                    coming.append((following, pool.submit(fetch, following)))
-        finally:
-            for _, future in coming:  # of a shard that was no good, nobody asks for those that follow
-                future.cancel()
+    def _document_damages(self) -> list[Damage]:
+        damages = []
+        for key, sealed in sealed_documents(self.manifest).items():
+            try:
+                data = open_root(self.uri).document(key)
+            except ObjectMissing:
+                damages.append(Damage(key, "is missing"))
+                continue
+            if data != sealed:
+                damages.append(Damage(key, "is not what the manifest was sealed from"))
+        return damages
 
 
 def open_store(uri: str) -> LogitStore:
@@ -390,42 +448,3 @@ def open_store(uri: str) -> LogitStore:
     store = LogitStore(open_root(uri).uri, read_manifest(uri))
     store.check()
     return store
-
-
-def read_manifest(uri: str) -> Manifest:
-    """The manifest of a sealed store, checked in itself; refusals as in `open_store`."""
-    root = open_root(uri)
-    try:
-        data = root.document(MANIFEST_KEY)
-    except ObjectMissing:
-        raise _not_sealed(root) from None
-    try:
-        manifest = Manifest.from_bytes(data, root.path_of(MANIFEST_KEY))
-        for key, content in metadata(manifest.identity).items():
-            # The metadata follow from the identity: a manifest that says otherwise contradicts itself, whatever lies on
-            # the disk.
-            if manifest.zarr_json[key] != sha256(content):
-                told = f"zarr_json.{key}: {manifest.zarr_json[key]}"
-                raise DamagedError(f"{root.path_of(MANIFEST_KEY)} is damaged", got=told, expected=sha256(content))
-    except DamagedError as error:
-        error.next = f"akd-dist stores repair {root.name} --store-root {root.parent.uri}"
-        raise
-    return manifest
-
-
-def _not_sealed(root: ObjectRoot) -> AkdError:
-    begun = root.exists(CREATION_KEY)
-    return RefusedError(
-        f"{root.uri} is not sealed: its shards are not all there" if begun else f"there is no store at {root.uri}",
-        got=f"no {MANIFEST_KEY}",
-        expected=f"a sealed store, with {MANIFEST_KEY}",
-        next="akd-dist cache-teacher RECIPE: it computes what is missing"
-        if begun
-        else "give its whole folder, as `akd-dist stores show ID` tells it; akd-dist cache-teacher RECIPE makes one",
-    )
-
-
-def _missing(objects: ObjectRoot, key: str) -> str:
-    path = objects.local_path(key)
-    # For zarr a folder in the place of a shard is absent as well, and reads as the fill value without an error.
-    return "is a folder" if path is not None and path.is_dir() else "is missing"

@@ -7,7 +7,7 @@ field, a missing one or a number where text should be is refused.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
@@ -25,7 +25,7 @@ from pydantic import (
 
 from akd_dist.base.errors import AkdError, DamagedError, RefusedError
 from akd_dist.base.files import canonical_json, parse_json, sha256
-from akd_dist.storage.layout import FORMAT_VERSION, RECEIPTS
+from akd_dist.storage.layout import RECEIPTS, TARGETS_FORMAT
 
 
 def _plain_json(value: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Document(BaseModel):
     """A frozen, strict JSON document."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-    newest: ClassVar[int] = FORMAT_VERSION
+    newest: ClassVar[int] = TARGETS_FORMAT
     """The newest format of such documents that is read."""
 
     def to_bytes(self) -> bytes:
@@ -128,13 +128,36 @@ class Loss(Document):
         )
 
 
+class ObjectRecord(Document):
+    """One of several objects that belong together."""
+
+    key: str
+    """Relative to `arrays.zarr`."""
+    size: Count
+    sha256: Sha256
+
+    @classmethod
+    def of(cls, objects: Mapping[str, bytes]) -> list[ObjectRecord]:
+        """Those of some objects by key, in order."""
+        return [cls(key=key, size=len(data), sha256=sha256(data)) for key, data in objects.items()]
+
+
+def joined(objects: Iterable[ObjectRecord]) -> str:
+    """The sha256 of several objects together: that of theirs, as text, one after the other."""
+    return sha256("".join(one.sha256 for one in objects).encode())
+
+
 class ShardRecord(Document):
     """What the seal says of a shard."""
 
     key: str
+    """Its object, relative to `arrays.zarr`; from format 4 on, where it has several, its view and index."""
     size: Count
+    """Bytes of all its objects."""
     sha256: Sha256
+    """That of its object; from format 4 on of all, see `joined`."""
     rows: Count
+    """Items in the shard: rows, or targets where a row has several."""
     finite: bool
     label_agreement: float | None = Field(ge=0, le=1)
     """Share of the shard's rows where the teacher's first class is the label; None for regression, from format 2 on."""
@@ -143,12 +166,26 @@ class ShardRecord(Document):
     """sha256 of the decoded logits, [rows, classes] in the stored dtype, little-endian; from format 3 on. Another
     version of a compressor may write other bytes, which hold the same logits."""
     loss: Loss | None = None
-    """What storing changed, on the rows of the probes; from format 3 on."""
+    """What storing changed, on the rows of the probes; from format 3 on, of stores of logits."""
+    objects: list[ObjectRecord] | None = None
+    """Its objects, in the order of the layout; from format 4 on."""
+    dictionary: Sha256 | None = None
+    """That of the dictionary it was described by, of a `top_k` store."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of its objects, by key."""
+        return {self.key: self.size} if self.objects is None else {one.key: one.size for one in self.objects}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of each of its objects, by key."""
+        return {self.key: self.sha256} if self.objects is None else {one.key: one.sha256 for one in self.objects}
 
     @model_serializer(mode="wrap")
     def _without_what_it_has_not(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Receipts of before these fields have to spell as they were written: other bytes would count as damage.
-        late = ("creation", "checksum", "content", "loss")
+        late = ("creation", "checksum", "content", "loss", "objects", "dictionary")
         return {field: value for field, value in spell(self).items() if value is not None or field not in late}
 
 
@@ -165,6 +202,25 @@ class ShardColumns(Document):
 
     def __len__(self) -> int:
         return len(self.sha256)
+
+
+class ObjectColumns(Document):
+    """What the seal says of all shards, from format 4 on: as `ShardColumns`, of each array's objects."""
+
+    size: dict[str, list[Count]]
+    """By array."""
+    sha256: dict[str, list[Sha256]]
+    """By array."""
+    content: list[Sha256]
+    label_agreement: list[Annotated[float, Field(ge=0, le=1)] | None]
+    probed: list[Annotated[int, Field(ge=0)]]
+    """How many probes are of each shard. A row with several targets is of the shard that has the first of them."""
+    kl: list[Annotated[float, Field(ge=0)] | None]
+    """Null where no logits are stored, as is the next; see `fidelity` then."""
+    largest_difference: list[Annotated[float, Field(ge=0)] | None]
+
+    def __len__(self) -> int:
+        return len(self.content)
 
 
 class Signed(Document):
@@ -220,8 +276,8 @@ class Receipt(ShardRecord, Told):
 
     @property
     def receipt_key(self) -> str:
-        """That of the shard's object, `logits/c/<view>/<index>/0`."""
-        _, _, view, index, _ = self.key.split("/")
+        """That of the shard's object, `logits/c/<view>/<index>/0`; from format 4 on of `<view>/<index>`."""
+        *_, view, index = self.key.removesuffix("/0").split("/") if self.objects is None else self.key.split("/")
         return f"{RECEIPTS}/{view}-{index}.json"
 
 

@@ -17,12 +17,13 @@ from akd_dist.base.locks import is_locked
 from akd_dist.storage.catalog import STORE_ID, StoreSummary, list_stores, warn, wider_unsealed
 from akd_dist.storage.claim import CLAIM_SUFFIX, claim_store, holder_of
 from akd_dist.storage.decoded import drop_decoded, find_decoded
+from akd_dist.storage.dictionary import DICTIONARY
 from akd_dist.storage.layout import (
-    ARRAY_KEY,
     ARRAYS,
     BLOCKS,
     CREATION_KEY,
     DAMAGED_SUFFIX,
+    FIDELITY_KEY,
     GROUP_KEY,
     MANIFEST_KEY,
     RECEIPTS,
@@ -35,6 +36,7 @@ from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.objects import ObjectRoot
 from akd_dist.storage.reader import read_manifest
 from akd_dist.storage.roots import open_root
+from akd_dist.storage.tables import OFFSETS, table_key
 from akd_dist.storage.uses import REMOVING_SUFFIX, USES, uses_of
 
 # A model that a recipe trained, under the folder TEACHERS.
@@ -289,8 +291,11 @@ def _litter(root: ObjectRoot, name: str) -> list[str]:
 
 def _is_of_use(key: str) -> bool:
     """Whether an object is worth something by itself: descriptions of a store, and who used it, are not."""
-    descriptions = {CREATION_KEY, SOURCE_KEY, f"{ARRAYS}/{GROUP_KEY}", f"{ARRAYS}/{ARRAY_KEY}"}
-    return key not in descriptions and not key.startswith(f"{USES}/")
+    documents = {CREATION_KEY, SOURCE_KEY, FIDELITY_KEY, table_key(OFFSETS), table_key(DICTIONARY)}
+    metadata = key.startswith(f"{ARRAYS}/") and key.rpartition("/")[2] == GROUP_KEY
+    # Which targets are whose is worked out from the rows in no time; a dictionary takes a teacher.
+    offsets = key.startswith(f"{ARRAYS}/{OFFSETS}/")
+    return not (key in documents or metadata or offsets or key.startswith(f"{USES}/"))
 
 
 def discard_if_empty(root_uri: str, store_id: str) -> None:

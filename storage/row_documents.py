@@ -18,7 +18,9 @@ from akd_dist.storage.records import Count, Document, Json, Sha256, Signed, Told
 ROWS_FORMAT = 1
 """The format of prepared rows whose inputs all have one size (docs/reference/store-format.md)."""
 ENCODED_ROWS_FORMAT = 2
-"""That of rows whose inputs stay encoded, and the newest that this version reads."""
+"""That of rows whose inputs stay encoded."""
+PACKED_ROWS_FORMAT = 3
+"""That of the blocks of a language model, and the newest that this version reads."""
 MANIFEST_FORMAT = 2
 """The format of their manifests: those of format 1 have no checksum."""
 ENCODED_MANIFEST_FORMAT = 3
@@ -35,9 +37,9 @@ INDEX_BYTES = INDEX_COLUMNS * 8
 class RowsCreation(Document):
     """What prepared rows are, as far as it is known before any is read but for its label."""
 
-    newest: ClassVar[int] = ENCODED_ROWS_FORMAT
+    newest: ClassVar[int] = PACKED_ROWS_FORMAT
 
-    format: Annotated[int, Field(ge=1, le=ENCODED_ROWS_FORMAT)] = ROWS_FORMAT
+    format: Annotated[int, Field(ge=1, le=PACKED_ROWS_FORMAT)] = ROWS_FORMAT
     source: Json
     """What they are made from, and how: sources, split, task, tokenizer, how images become pixels."""
     content: Sha256
@@ -47,7 +49,7 @@ class RowsCreation(Document):
     shape: list[Count]
     """Of one input."""
     labels: Literal["<i8", "<f4"]
-    """The dtype of labels."""
+    """The dtype of labels; of a language model, that of the number of targets of each row."""
     block_rows: Count
     """Rows of a block; the last one of a split may have fewer."""
     rows: dict[str, Count]
@@ -65,6 +67,8 @@ class RowsCreation(Document):
     def _says_so_by_its_format(self) -> Self:
         if (self.format == ENCODED_ROWS_FORMAT) != (self.encoded is not None):
             raise ValueError(f"format {self.format} with{'out' if self.encoded is None else ''} encoded inputs")
+        if (self.format == PACKED_ROWS_FORMAT) != (self.meaning.get("task") == "language_model"):
+            raise ValueError(f"format {self.format} and the task {self.meaning.get('task')}")
         return self
 
     @cached_property
@@ -118,15 +122,17 @@ class SealedSplit(Document):
     blocks: list[Sha256]
     """The sha256 of each block, in the order of rows: the keys of their objects under `blocks/`."""
     classes: list[Annotated[int, Field(ge=0)]]
-    """How many rows each class has; empty for regression."""
+    """How many rows each class has; empty where there are no classes."""
     sizes: list[Count] | None = None
     """Bytes of each block's object where inputs stay encoded; left out where they follow from the rows."""
     labelled: Annotated[int, Field(ge=0)] | None = None
     """How many rows have labels, the first ones; left out where all have."""
+    targets: list[Annotated[int, Field(ge=0)]] | None = None
+    """Of a language model how many targets the rows of each block have; left out for others."""
 
     @model_serializer(mode="wrap")
     def _as_before_there_were_others(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        later = ("sizes", "labelled")
+        later = ("sizes", "labelled", "targets")
         return {field: value for field, value in spell(self).items() if value is not None or field not in later}
 
 
@@ -176,14 +182,17 @@ class RowsManifest(Signed):
         yield "creation.source", sha256(canonical_json(creation.source)), rows_id
         yield "creation.rows", sorted(creation.rows), sorted(SPLITS)
         yield "splits", sorted(self.splits), sorted(SPLITS)
-        classes, of_classes = meaning.get("classes"), creation.labels == "<i8"
+        classes, task = meaning.get("classes"), meaning.get("task", "classification")
+        of_classes = task == "classification"
         yield "creation.meaning.classes", type(classes).__name__, "int"
-        yield "creation.meaning.task", meaning.get("task", "classification") == "classification", of_classes
+        yield "creation.meaning.task", task != "regression", creation.labels == "<i8"
         for name, split in self.splits.items():
             yield f"splits.{name}.rows", split.rows, creation.rows[name]
             yield f"splits.{name}.blocks", len(split.blocks), creation.blocks(name)
             known = None if creation.encoded is None else creation.blocks(name)
             yield f"splits.{name}.sizes", None if split.sizes is None else len(split.sizes), known
+            known = creation.blocks(name) if task == "language_model" else None
+            yield f"splits.{name}.targets", None if split.targets is None else len(split.targets), known
             yield f"splits.{name}.classes", len(split.classes), classes if of_classes else 0
             labelled = split.rows if split.labelled is None else split.labelled
             yield f"splits.{name}.labelled", labelled < split.rows, split.labelled is not None
@@ -201,12 +210,14 @@ class BlockReceipt(Told):
     """Pictures of which only the first of several frames was taken."""
     enlarged: Annotated[int, Field(ge=0)] = 0
     """Pictures that were smaller than the size that they were brought to; left out where there are none."""
+    targets: Annotated[int, Field(ge=0)] = 0
+    """How many targets the rows of a language model have; left out where there are none."""
     hashes: str
     """A hash of each row's input, by which rows are found that stand in two splits: int64 [rows], in base64."""
 
     @model_serializer(mode="wrap")
     def _as_before_there_were_sizes(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {field: value for field, value in spell(self).items() if value or field != "enlarged"}
+        return {field: value for field, value in spell(self).items() if value or field not in ("enlarged", "targets")}
 
     @property
     def receipt_key(self) -> str:

@@ -158,12 +158,13 @@ def write_block(
     hashes: str,
     seconds: float,
     enlarged: int = 0,
+    targets: int = 0,
 ) -> BlockReceipt:
     """Publish a block, then its receipt; harmless to repeat, and to do twice at once.
 
     Args:
         data: inputs, then labels.
-        frames, hashes, enlarged: as of the receipt.
+        frames, hashes, enlarged, targets: as of the receipt.
         seconds: how long the block took.
 
     Raises:
@@ -188,6 +189,7 @@ def write_block(
         number=number,
         frames=frames,
         enlarged=enlarged,
+        targets=targets,
         hashes=hashes,
     )
     return put_receipt(store, receipt.signed())

@@ -4,33 +4,28 @@ A shard's object is encoded in memory, published create-only, and only then rece
 shard or none. Every step may be repeated, by another process as well: resuming is asking what is missing.
 """
 
-import functools
-import secrets
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from akd_dist.base.errors import DamagedError, MachineError, RefusedError
-from akd_dist.base.files import canonical_json, failpoint, sha256
-from akd_dist.storage.arrays import decode_shard, encode_shard, metadata
-from akd_dist.storage.content import digest
-from akd_dist.storage.layout import (
-    ARRAYS,
-    CREATION_KEY,
-    DAMAGED_SUFFIX,
-    LOGITS,
-    MANIFEST_KEY,
-    RECEIPTS,
-    SOURCE_KEY,
-    Shard,
-    StoreLayout,
+from akd_dist.base.errors import DamagedError, RefusedError
+from akd_dist.base.files import failpoint, sha256
+from akd_dist.storage.arrays import decode_shard, encode_objects
+from akd_dist.storage.begun import (
+    StoreWriter as StoreWriter,
+    begun_as as begun_as,
+    create_store as create_store,
+    put_metadata,
 )
-from akd_dist.storage.manifest import Creation, Identity, Manifest, differences
+from akd_dist.storage.content import digest
+from akd_dist.storage.dictionary import DICTIONARY
+from akd_dist.storage.layout import ARRAYS, CREATION_KEY, LOGITS, MANIFEST_KEY, RECEIPTS, TARGETS_FORMAT, Shard
+from akd_dist.storage.manifest import Identity, Manifest
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
+from akd_dist.storage.publishing import publish, put_same, set_aside_unsealed
 from akd_dist.storage.receipts import (
     drop_packs,
     intact_receipt,
@@ -39,63 +34,12 @@ from akd_dist.storage.receipts import (
     put_receipt,
     receipt_of,
 )
-from akd_dist.storage.records import Loss, Probe, Receipt, ShardRecord
-from akd_dist.storage.roots import open_root
+from akd_dist.storage.records import Loss, ObjectRecord, Probe, Receipt, ShardRecord, joined
+from akd_dist.storage.tables import dictionary_sha256, find_fidelity, find_table, read_table
 
-
-@dataclass(frozen=True)
-class StoreWriter:
-    """A store being written: where, and all that was settled when it was created. Small, and travels to tasks."""
-
-    root_uri: str
-    creation: Creation
-
-    @property
-    def id(self) -> str:
-        """The store's id: the hash of its identity."""
-        return self.creation.identity.id
-
-    @property
-    def layout(self) -> StoreLayout:
-        """How the store is cut into shards."""
-        return self.creation.identity.layout
-
-    @functools.cached_property
-    def creation_sha256(self) -> str:
-        """The sha256 of the creation document: the receipts of this store name it."""
-        return self.creation.sha256
-
-    @property
-    def store(self) -> ObjectRoot:
-        """The store's own folder."""
-        return open_root(self.root_uri).child(self.id)
-
-    @property
-    def uri(self) -> str:
-        """Path or URI of the store's folder."""
-        return self.store.uri
-
-
-def create_store(root_uri: str, creation: Creation, hint: dict[str, Any] | None = None) -> StoreWriter:
-    """Create a store, or open the one of the same identity to go on with it.
-
-    Args:
-        hint: how to recompute it, kept beside the store and not part of what is hashed.
-
-    Raises:
-        RefusedError: the store is there, computed in another way (batch rows, threads, device, library versions).
-        DamagedError: the store is there, and its description or Zarr metadata are not what was written.
-        MachineError: the root cannot be written.
-    """
-    root = open_root(root_uri)
-    writer = StoreWriter(root.uri, creation)
-    store = writer.store
-    if not store.put_new(CREATION_KEY, creation.to_bytes()):
-        _check_same_creation(store, creation)
-    _put_metadata(store, creation.identity)
-    if hint is not None:
-        store.put(SOURCE_KEY, canonical_json(hint))
-    return writer
+Kept = npt.NDArray[np.float32] | Mapping[str, npt.NDArray[Any]]
+"""Logits float32 [n, classes]; or all arrays of the store by name, [n, ...] in the stored dtypes, as `Encoding.encode`
+and `TopK.pack` give them."""
 
 
 def missing_shards(writer: StoreWriter, *, deep: bool | None = None) -> list[Shard]:
@@ -117,10 +61,11 @@ def missing_shards(writer: StoreWriter, *, deep: bool | None = None) -> list[Sha
     # Two listings instead of two looks at each shard: in object storage each look is a request.
     receipts = set(store.list(RECEIPTS))
     there = _keeps_its_receipt if deep else _is_listed
+    dictionary = dictionary_sha256(writer)
     return [
         shard
         for shard in writer.layout.shards()
-        if shard.receipt_key not in receipts or not there(writer, shard, sizes)
+        if shard.receipt_key not in receipts or not there(writer, shard, sizes, dictionary)
     ]
 
 
@@ -130,8 +75,11 @@ def adopt_shard(writer: StoreWriter, shard: Shard) -> npt.NDArray[np.float32] | 
     Returns:
         float32 [shard.rows, classes], to be handed to `write_shard`; None if there is none, or none that is whole: that
         one is moved to `<id>.damaged/`. None as well where stored logits are rounded, and the receipt has to say by how
-        much: they are computed again.
+        much: they are computed again. So they are from format 4 on, whatever lies there: what equals it stays in its
+        place.
     """
+    if writer.creation.identity.format >= TARGETS_FORMAT:
+        return None
     try:
         data = writer.store.get(f"{ARRAYS}/{shard.key}")
     except ObjectMissing:
@@ -141,7 +89,7 @@ def adopt_shard(writer: StoreWriter, shard: Shard) -> npt.NDArray[np.float32] | 
         # Decoded as a whole, since without a receipt there is no sha256 to compare with.
         stored = decode_shard(identity, shard, data)
     except ValueError:
-        _set_aside(writer, shard)
+        set_aside_unsealed(writer.store, [f"{ARRAYS}/{key}" for key in shard.keys], str(shard))
         return None
     if identity.format > 2 and identity.codec.rounds:
         return None  # its receipt says what rounding changed: the logits before it are needed
@@ -150,12 +98,17 @@ def adopt_shard(writer: StoreWriter, shard: Shard) -> npt.NDArray[np.float32] | 
 
 def receipt_there(writer: StoreWriter, shard: Shard) -> Receipt | None:
     """The receipt of a shard that is published and receipted, as a task finds it that is run again; else None."""
-    key = f"{ARRAYS}/{shard.key}"
-    receipt = receipt_of(writer.store, writer.creation_sha256, shard) if writer.store.exists(key) else None
+    there = writer.store.exists(f"{ARRAYS}/{shard.keys[-1]}")
+    receipt = receipt_of(writer.store, writer.creation_sha256, shard) if there else None
+    return receipt if receipt is not None and _holds(writer.store, receipt) else None
+
+
+def _holds(store: ObjectRoot, receipt: Receipt) -> bool:
+    """Whether every object is there that a receipt vouches for, byte for byte."""
     try:
-        return receipt if receipt is not None and sha256(writer.store.get(key)) == receipt.sha256 else None
+        return all(sha256(store.get(f"{ARRAYS}/{key}")) == digest for key, digest in receipt.digests.items())
     except ObjectMissing:
-        return None
+        return False
 
 
 def take_shards(writer: StoreWriter, source: Manifest, missing: Sequence[Shard]) -> list[Shard]:
@@ -171,16 +124,17 @@ def take_shards(writer: StoreWriter, source: Manifest, missing: Sequence[Shard])
 
 
 def _take_shard(writer: StoreWriter, shard: Shard, source: Manifest) -> bool:
-    record, key = source.record(shard), f"{source.id}/{ARRAYS}/{shard.key}"
+    record, folder = source.record(shard), f"{source.id}/{ARRAYS}"
     try:
-        data = writer.store.parent.get(key)
+        objects = {key: writer.store.parent.get(f"{folder}/{key}") for key in shard.keys}
     except ObjectMissing:
         return False
-    # Read and hashed even where it is only linked: a link would carry damage on into this store.
-    if sha256(data) != record.sha256 or source.format != writer.creation.identity.format:
+    # Read and hashed even where they are only linked: a link would carry damage on into this store.
+    same = {key: sha256(data) for key, data in objects.items()} == record.digests
+    if not same or source.format != writer.creation.identity.format or record.dictionary != dictionary_sha256(writer):
         return False
     receipt = Receipt.of(record, writer.creation_sha256, 0.0, socket.gethostname())
-    published = _publish(writer, shard, data, linked_to=key)
+    published = _publish(writer, shard, objects, linked_to=folder)
     failpoint("shard.before_receipt")
     if published is None:
         put_receipt(writer.store, receipt)
@@ -190,23 +144,26 @@ def _take_shard(writer: StoreWriter, shard: Shard, source: Manifest) -> bool:
 def write_shard(
     writer: StoreWriter,
     shard: Shard,
-    logits: npt.NDArray[np.float32],
+    logits: Kept,
     *,
     label_agreement: float | None,
     probes: Sequence[Probe],
     seconds: float,
     loss: Loss | None = None,
+    dictionary: str | None = None,
 ) -> Receipt:
-    """Publish a shard, then its receipt; harmless to repeat, and to do twice at once.
+    """Publish a shard object by object, then its receipt; harmless to repeat, and to do twice at once.
 
     Args:
-        logits: float32 [shard.rows, classes].
+        logits: float32 [shard.rows, classes]; or, already encoded, all arrays of the shard by name.
         label_agreement: share of the rows where the teacher's first class is the label, of the logits as they are
             stored (`as_stored`), so that whoever finds the shard without its receipt arrives at the same; None for
             regression.
         probes: augmented views of a few rows, as digests and samples.
         seconds: how long the logits took, for the receipt; 0 for those of `adopt_shard`.
-        loss: by how much the logits differ from the teacher's, on the rows of the probes; None for no difference.
+        loss: by how much the logits differ from the teacher's, on the rows of the probes; None for no difference, and
+            where no logits are stored.
+        dictionary: sha256 of what a `top_k` shard was described by, as `put_dictionary` and `find_dictionary` say.
 
     Returns:
         The receipt; the other writer's if the shard was published and receipted already.
@@ -217,27 +174,33 @@ def write_shard(
         MachineError: the disk is full or cannot be written.
     """
     identity = writer.creation.identity
+    if identity.is_top_k != (dictionary is not None):
+        raise RefusedError(f"{shard} needs {'a' if identity.is_top_k else 'no'} dictionary", got=dictionary)
     arrays = encode_arrays(identity, shard, logits)
-    data = encode_shard(identity, shard, arrays)
+    objects = encode_objects(identity, shard, arrays)
+    records = ObjectRecord.of(objects)
     remembered = _as_in_format(identity.format, probes)
+    lossy = identity.format > 2 and not identity.is_top_k
     record = ShardRecord(
         key=shard.key,
-        size=len(data),
-        sha256=sha256(data),
+        size=sum(one.size for one in records),
+        sha256=joined(records) if shard.arrays else records[0].sha256,
         rows=shard.rows,
         finite=True,
         label_agreement=None if label_agreement is None else float(label_agreement),
         probes=remembered,
-        content=digest([arrays[LOGITS]]) if identity.format > 2 else None,
-        loss=(loss or Loss.none(len(remembered), identity.classes)) if identity.format > 2 else None,
+        content=digest([arrays[array.name] for array in identity.layout.fields]) if identity.format > 2 else None,
+        loss=(loss or Loss.none(len(remembered), identity.classes)) if lossy else None,
+        objects=records if shard.arrays else None,
+        dictionary=dictionary,
     )
     receipt = Receipt.of(record, writer.creation_sha256, float(seconds), socket.gethostname())
     if not writer.store.exists(CREATION_KEY):  # removed by whoever took this writer for dead: leave no loose end
         raise RefusedError(f"the store {writer.uri} is gone", next="run the same command again: it is begun anew")
-    # The object before its receipt: a receipt vouches for bytes that are there. Killed in between, whoever comes next
-    # finds the object without a receipt and adopts it.
+    # The objects before their receipt: a receipt vouches for bytes that are there. Killed in between, whoever comes
+    # next finds objects without a receipt and adopts them.
     failpoint("shard.before_publish")
-    published = _publish(writer, shard, data)
+    published = _publish(writer, shard, objects)
     failpoint("shard.before_receipt")
     return published or put_receipt(writer.store, receipt)
 
@@ -252,15 +215,20 @@ def seal_store(writer: StoreWriter) -> Manifest:
     store = writer.store
     sizes = {key: stat.size for key, stat in store.list(ARRAYS).items()}
     found = intact_receipts(store)
-    receipts = [_complete_receipt(writer, shard, sizes, found.get(shard.key)) for shard in writer.layout.shards()]
+    tables = {name: _complete_table(writer, name) for name in writer.creation.identity.tables}
+    dictionary = joined(tables[DICTIONARY]) if DICTIONARY in tables else None
+    receipts = [
+        _complete_receipt(writer, shard, sizes, found.get(shard.key), dictionary) for shard in writer.layout.shards()
+    ]
     # The seal vouches for these files too, and the store may have been begun days ago: they are compared once more.
-    digests = _put_metadata(store, writer.creation.identity)
-    manifest = Manifest.seal(writer.creation, digests, (receipt.record() for receipt in receipts))
+    digests = put_metadata(store, writer.creation.identity)
+    fidelity = find_fidelity(store, writer.creation_sha256) if tables else None
+    manifest = Manifest.seal(writer.creation, digests, (receipt.record() for receipt in receipts), tables, fidelity)
     for key in store.partials():  # of writers that were killed; a live one writes its file again
         store.delete(key)
     # Last, since a store is whole for every reader from the moment that its manifest is there.
     failpoint("seal.before_manifest")
-    _put_same(store, MANIFEST_KEY, manifest.to_bytes())
+    put_same(store, MANIFEST_KEY, manifest.to_bytes())
     return manifest
 
 
@@ -276,106 +244,54 @@ def as_stored(identity: Identity, logits: npt.NDArray[np.float32], first_row: in
     return identity.codec.decode(identity.codec.encode(logits, first_row))
 
 
-def encode_arrays(identity: Identity, shard: Shard, logits: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
-    """The arrays that a shard's object holds, by name.
+def encode_arrays(identity: Identity, shard: Shard, logits: Kept) -> Mapping[str, npt.NDArray[Any]]:
+    """The arrays that a shard's objects hold, by name.
 
     Raises:
-        RefusedError: logits of another shape, or not finite in the stored dtype.
+        RefusedError: logits of another shape, or not finite in the stored dtype; other arrays than the store's.
     """
+    if isinstance(logits, Mapping):
+        found = {name: (str(array.dtype), array.shape) for name, array in logits.items()}
+        needed = {array.name: (array.dtype, (shard.rows, *array.shape)) for array in identity.layout.fields}
+        if found != needed:
+            raise RefusedError(f"the arrays of {shard} are not those of its store", got=found, expected=needed)
+        return logits
     expected = (shard.rows, identity.classes)
     if logits.shape != expected:
         raise RefusedError(f"logits of {shard} have the wrong shape", got=logits.shape, expected=expected)
     return identity.codec.encode(logits, shard.start)
 
 
-def _check_same_creation(store: ObjectRoot, creation: Creation) -> None:
-    """Refuse to go on with a store that was begun in another way.
+def _is_listed(writer: StoreWriter, shard: Shard, sizes: dict[str, int], dictionary: str | None) -> bool:
+    """Whether the objects of a shard that has a receipt are there, as far as a listing tells.
 
-    Where the receipts say that it was begun in this very way, it is the document that was damaged: it is put back.
+    By which dictionary it was described is told when the store is sealed.
     """
-    data, ours = _get_whatever(store, CREATION_KEY), creation.to_bytes()
-    if data == ours:
-        return
-    if begun_as(store) == {creation.sha256}:
-        set_aside(store, CREATION_KEY)
-        store.put_new(CREATION_KEY, ours)
-        return
-    try:
-        found = Creation.from_bytes(data, store.path_of(CREATION_KEY))
-    except DamagedError as error:
-        error.next = f"bring the file back from a copy, or delete {store.uri} to compute it anew"
-        raise
-    differing = differences(creation, found)
-    if differing:
-        raise RefusedError(
-            f"the store {store.uri} was begun in another way than this run would go on with it",
-            got=f"this run against the store: {'; '.join(differing)}",
-            expected="the same batch rows, threads, device and versions until the store is sealed",
-            next=f"run as the store was begun, or delete {store.uri} to compute it anew",
-        )
-
-
-def begun_as(store: ObjectRoot) -> set[str]:
-    """The sha256 of the creation document, as a store's intact receipts name it; nothing where there are none."""
-    return {receipt.creation for receipt in intact_receipts(store).values() if receipt.creation is not None}
-
-
-def _put_metadata(store: ObjectRoot, identity: Identity) -> dict[str, str]:
-    """Publish the Zarr metadata files, or find them as they should be; their sha256 by key."""
-    files = metadata(identity)
-    for key, data in files.items():
-        _put_same(store, f"{ARRAYS}/{key}", data)
-    return {key: sha256(data) for key, data in files.items()}
-
-
-def _put_same(store: ObjectRoot, key: str, data: bytes) -> None:
-    """Publish, or find the very same bytes."""
-    if not store.put_new(key, data) and (found := _get_whatever(store, key)) != data:
-        raise DamagedError(
-            f"{store.path_of(key)} is not what this store's description makes it",
-            got=f"sha256 {sha256(found)}" if found else "nothing, or no file",
-            expected=f"sha256 {sha256(data)}",
-            next=f"delete {store.uri} to compute it anew, or bring the file back from a copy",
-        )
-
-
-def _get_whatever(store: ObjectRoot, key: str) -> bytes:
-    """What is in the place of an object: nothing, if it is a folder or a pipe."""
-    try:
-        return store.document(key)
-    except ObjectMissing:
-        return b""
-
-
-def _is_listed(writer: StoreWriter, shard: Shard, sizes: dict[str, int]) -> bool:
-    """Whether the object of a shard that has a receipt is there, as far as a listing tells."""
-    size, exact = sizes.get(f"{ARRAYS}/{shard.key}"), writer.creation.identity.object_bytes(shard)
-    there = size is not None and size > 0 and exact in (None, size)
+    found = [sizes.get(f"{ARRAYS}/{key}", 0) for key in shard.keys]
+    exact = writer.creation.identity.object_sizes(shard)
+    there = all(found) and exact in (None, found)
     if not there:
-        if size is not None:
-            _set_aside(writer, shard)
+        if any(f"{ARRAYS}/{key}" in sizes for key in shard.keys):
+            set_aside_unsealed(writer.store, [f"{ARRAYS}/{key}" for key in shard.keys], str(shard))
         drop_packs(writer.store)
         writer.store.delete(shard.receipt_key)
     return there
 
 
-def _keeps_its_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int]) -> bool:
+def _keeps_its_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int], dictionary: str | None) -> bool:
     receipt = intact_receipt(writer.store, shard.receipt_key, Receipt)
-    key, exact = f"{ARRAYS}/{shard.key}", writer.creation.identity.object_bytes(shard)
+    exact = writer.creation.identity.object_bytes(shard)
     whole = (
         is_receipt_of(receipt, writer.creation_sha256, shard)
-        and sizes.get(key) == receipt.size
+        and receipt.dictionary == dictionary
+        and _listed(receipt, sizes) == receipt.size
         and exact in (None, receipt.size)
     )
-    if receipt and whole:
-        try:
-            whole = sha256(writer.store.get(key)) == receipt.sha256
-        except ObjectMissing:
-            whole = False
+    whole = whole and receipt is not None and _holds(writer.store, receipt)
     if not whole:
         # Without a receipt that can be believed the object may still be whole, so it stays for `adopt_shard` to read.
         if receipt is not None:
-            _set_aside(writer, shard)
+            set_aside_unsealed(writer.store, [f"{ARRAYS}/{key}" for key in shard.keys], str(shard))
         writer.store.delete(shard.receipt_key)
     return whole
 
@@ -385,44 +301,48 @@ def _as_in_format(version: int, probes: Sequence[Probe]) -> list[Probe]:
     return list(probes) if version > 1 else [Probe(row=probe.row, sha256=probe.sha256) for probe in probes]
 
 
-def _publish(writer: StoreWriter, shard: Shard, data: bytes, linked_to: str | None = None) -> Receipt | None:
-    """Bring the shard's object into place; the receipt, if another writer's object is there and receipted.
-
-    An object with other bytes and no receipt that vouches for them is a torn or foreign one: it is set aside.
+def _publish(
+    writer: StoreWriter, shard: Shard, objects: Mapping[str, bytes], linked_to: str | None = None
+) -> Receipt | None:
+    """Bring a shard's objects into place, in order; the receipt, if another writer's are there and receipted.
 
     Args:
-        linked_to: a key under the writer's root that holds the same bytes, and may be linked.
+        linked_to: a folder under the writer's root that holds the same objects, which may be linked.
     """
-    store, key = writer.store, f"{ARRAYS}/{shard.key}"
-    # Three times: what was found in the place may be set aside by another writer before it is read, or put there again.
-    for _ in range(3):
-        if linked_to is None:
-            new = store.put_new(key, data)
-        else:
-            new = store.parent.link_new(linked_to, f"{store.name}/{key}", data)
-        if new:
-            return None
-        try:
-            found = store.get(key)
-        except ObjectMissing:  # set aside by somebody else, or a folder
-            found = b""
-        if found == data:
-            return None
-        receipt = receipt_of(store, writer.creation_sha256, shard)
-        if receipt is not None and receipt.sha256 == sha256(found):
-            return receipt
-        _set_aside(writer, shard)
-    raise MachineError(
-        f"{store.path_of(key)} cannot be published",
-        got="other bytes in its place, three times",
-        expected="one writer's bytes",
-        next="see who else writes this store",
+    for key, data in objects.items():
+        failpoint("shard.before_object")
+        receipts = list[Receipt]()
+
+        def vouched(key: str = key, receipts: list[Receipt] = receipts) -> str | None:
+            receipt = receipt_of(writer.store, writer.creation_sha256, shard)
+            receipts[:] = [] if receipt is None else [receipt]
+            return None if receipt is None else receipt.digests.get(key)
+
+        source = None if linked_to is None else f"{linked_to}/{key}"
+        if not publish(writer.store, f"{ARRAYS}/{key}", data, vouched=vouched, what=str(shard), linked_to=source):
+            return receipts[0]
+    return None
+
+
+def _complete_table(writer: StoreWriter, name: str) -> list[ObjectRecord]:
+    receipt = find_table(writer.store, writer.creation_sha256, name)
+    if receipt is not None:
+        read_table(writer.store, name, receipt.objects)
+        return receipt.objects
+    raise RefusedError(
+        f"{writer.uri} cannot be sealed: its {name} is missing",
+        got="no receipt of it",
+        expected=f"a whole {name}",
+        next="run akd-dist cache-teacher again: it makes what is missing",
     )
 
 
-def _complete_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int], receipt: Receipt | None) -> Receipt:
-    found = sizes.get(f"{ARRAYS}/{shard.key}")
-    if not is_receipt_of(receipt, writer.creation_sha256, shard) or found is None:
+def _complete_receipt(
+    writer: StoreWriter, shard: Shard, sizes: dict[str, int], receipt: Receipt | None, dictionary: str | None
+) -> Receipt:
+    listed = [sizes.get(f"{ARRAYS}/{key}") for key in shard.keys]
+    found = None if None in listed else sum(size or 0 for size in listed)
+    if not is_receipt_of(receipt, writer.creation_sha256, shard) or found is None or receipt.dictionary != dictionary:
         writer.store.delete(shard.receipt_key)  # one that cannot be believed: the shard counts as missing from now on
         raise RefusedError(
             f"{writer.uri} cannot be sealed: {shard} is missing",
@@ -441,19 +361,6 @@ def _complete_receipt(writer: StoreWriter, shard: Shard, sizes: dict[str, int], 
     return receipt
 
 
-def _set_aside(writer: StoreWriter, shard: Shard) -> None:
-    """Move an object that is no good to `<id>.damaged/`; never one of a sealed store."""
-    if writer.store.exists(MANIFEST_KEY):
-        raise DamagedError(
-            f"{writer.uri} is sealed, and {shard} is not what was sealed",
-            next=f"akd-dist stores repair {writer.id} --store-root {writer.root_uri}",
-        )
-    drop_packs(writer.store)
-    set_aside(writer.store, f"{ARRAYS}/{shard.key}")
-
-
-def set_aside(store: ObjectRoot, key: str) -> bool:
-    """Move an object of a store to `<id>.damaged/`, under a name of its own; False if there is none."""
-    # A random part, since the same shard may be set aside several times, and by two writers at once.
-    aside = f"{store.name}{DAMAGED_SUFFIX}/{key.replace('/', '-')}.{secrets.token_hex(4)}"
-    return store.parent.move(f"{store.name}/{key}", aside)
+def _listed(receipt: Receipt, sizes: dict[str, int]) -> int:
+    """Bytes that a listing has of a shard's objects."""
+    return sum(sizes.get(f"{ARRAYS}/{key}", 0) for key in receipt.digests)

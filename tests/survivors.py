@@ -216,17 +216,13 @@ def outcome(run: Path) -> dict[str, Any]:
     return found
 
 
-def plant_snapshots(run: Path, content: bytes) -> None:
-    """Put a damaged snapshot where Ray Train would look for its own if it took up a run of an earlier driver again.
-
-    It writes none in these runs, whose checkpoints it is not given.
-    """
+def plant_snapshot(run: Path, content: bytes) -> None:
+    """Leave a damaged snapshot of Ray Train, as a driver that was killed may: no later one takes up its run."""
     from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
-    folders = [path for path in (run / "control" / "ray").iterdir() if path.is_dir()]
-    assert folders, "Ray Train keeps its files elsewhere"
-    for folder in folders:
-        (folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).write_bytes(content)
+    folder = run / "control" / "ray" / "cohort-1-0-4711-0"
+    folder.mkdir(parents=True)
+    (folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).write_bytes(content)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, str]]:

@@ -7,6 +7,7 @@ package is instant: each verb imports what it needs when it is called.
 from akd_dist.api.models import (
     evaluate as evaluate,
     export as export,
+    generate as generate,
     import_model as import_model,
     load_model as load_model,
     predict as predict,

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from akd_dist.api.base import taking
 from akd_dist.base import places
-from akd_dist.options import EvaluateOptions, ExportOptions, ModelImportOptions, ModelOptions, Options, PredictOptions
+from akd_dist.options import (
+    EvaluateOptions,
+    ExportOptions,
+    GenerateOptions,
+    ModelImportOptions,
+    ModelOptions,
+    Options,
+    PredictOptions,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,6 +104,36 @@ def predict(options: PredictOptions) -> dict[str, Any]:
             device=options.device,
             on_progress=on_progress,
             on_note=_notes(options.console),
+        )
+        return here.named(document.plain())
+
+
+@taking(GenerateOptions)
+def generate(options: GenerateOptions) -> dict[str, Any]:
+    """Text that a language model continues.
+
+    Its arguments are the fields of `akd_dist.options.GenerateOptions`.
+
+    Returns:
+        The document that `akd-dist generate --json` prints (schemas/generate.schema.json).
+
+    Raises:
+        AkdError: a refusal: options, model or tokenizer; or the text is too long for the model.
+    """
+    from akd_dist.models.generation import Sampling
+    from akd_dist.serve.generating import generate
+    from akd_dist.serve.remote import brought
+
+    how = Sampling(options.tokens, options.temperature, options.top_p, options.seed)
+    with brought(options.cache) as here:
+        document = generate(
+            here.model(places.absolute(options.student)),
+            options.prompt,
+            how,
+            tokenizer=None if options.tokenizer is None else str(options.tokenizer),
+            trust=options.modules,
+            device=options.device,
+            on_text=options.on_text or (lambda piece: None),
         )
         return here.named(document.plain())
 

@@ -29,7 +29,7 @@ from akd_dist.cli.reports import report
 from akd_dist.cli.run import cache_teacher, compare, quickstart, train_students
 from akd_dist.cli.show import plain_output, print_json, reader_is_gone, settle_streams, silence_streams
 from akd_dist.cli.stores import stores
-from akd_dist.cli.students import evaluate, export, models, predict
+from akd_dist.cli.students import evaluate, export, generate, models, predict
 from akd_dist.cli.tune import tune
 from akd_dist.cli.watch import status
 
@@ -59,6 +59,7 @@ for command_line in (
     report,
     evaluate,
     predict,
+    generate,
     export,
     models,
     stores,

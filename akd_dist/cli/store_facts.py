@@ -44,8 +44,8 @@ def entry_of(summary: StoreSummary) -> StoreEntry:
     """A store as `--json` lists it."""
     from akd_dist.documents.stores import StoreEntry, StoreUse
 
-    same = ("id", "sealed", "problem", "teacher", "dataset", "rows", "views", "augmentation", "classes", "encoding")
-    counts = ("bytes", "shards", "shards_done", "partials", "runs")
+    same = ("id", "sealed", "problem", "teacher", "dataset", "rows", "targets", "views", "augmentation", "classes")
+    counts = ("encoding", "bytes", "shards", "shards_done", "partials", "runs")
     return StoreEntry(
         **{name: getattr(summary, name) for name in (*same, *counts)},
         model=None if summary.imported else _model(summary),
@@ -141,7 +141,8 @@ def facts_of(document: StoreDocument, summary: StoreSummary, loss: Loss | None) 
         "dataset": f"{document.data or 'rows'}, {document.rows:,} rows{_unlabelled(document)}, "
         f"fingerprint {document.dataset}",
         "views": f"{document.views}, drawn by {drawn}" if drawn != "none" else "1, the rows as they are",
-        "logits": f"{document.classes} classes, {document.encoding}",
+        "targets": None if document.targets is None else f"{document.targets:,}, several of a row",
+        "logits": f"{document.classes:,} classes, {document.encoding}",
         "took": f"{passes}; {shards}" if hosts else "not known: no receipts",
         "decoded": decoded,
     }
@@ -150,6 +151,8 @@ def facts_of(document: StoreDocument, summary: StoreSummary, loss: Loss | None) 
         if loss is not None:
             kl = "" if loss.kl is None else f"KL {loss.kl:.2g} nats on average, "
             facts["rounded"] = f"on {loss.rows} rows: {kl}logits by {loss.largest_difference:.2g} at most"
+        facts["tokens"] = identity.get("tokens")
+        facts["fidelity"] = document.manifest.get("fidelity")
         facts["data seed"] = identity["data_seed"]
         facts["format"] = identity["format"]
         facts["computed"] = document.manifest["computed"]

@@ -21,7 +21,7 @@ from akd_dist.cli.show import (
     stdout_for_results,
     table_of,
 )
-from akd_dist.options import EvaluateOptions, ExportOptions, ModelImportOptions, PredictOptions
+from akd_dist.options import EvaluateOptions, ExportOptions, GenerateOptions, ModelImportOptions, PredictOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,6 +77,30 @@ def predict(no_label: bool, label: str | None, as_json: bool, **chosen: Any) -> 
     )
 
 
+@click.command("generate")
+@taking(GenerateOptions)
+@json_option
+def generate(as_json: bool, **chosen: Any) -> None:
+    """Have a language model continue a text.
+
+    The prompt and what follows, as it comes. MODEL is a model folder, such as runs/NAME/students/STUDENT, or a folder
+    of a causal language model as transformers saves it.
+    """
+    if as_json:
+        with stdout_for_results():
+            document = akd_dist.generate(**chosen)
+        print_json(document)
+        return
+    prompt: list[str] = [chosen["prompt"]]  # shown with the first piece: a refusal comes before
+
+    def show(piece: str) -> None:
+        click.echo("".join(prompt) + piece, nl=False)
+        prompt.clear()
+
+    akd_dist.generate(**chosen, on_text=show)
+    click.echo("".join(prompt))
+
+
 @click.command("export")
 @taking(ExportOptions)
 @json_option
@@ -123,7 +147,7 @@ def models_import(as_json: bool, **chosen: Any) -> None:
         {
             "written": f"{short_path(written.out)}, {size(written.bytes)}",
             "model": f"{written.model}, {written.parameters:,} parameters, fingerprint {written.fingerprint[:12]}",
-            "labels": written.check.line,
+            "labels" if written.check.cross_entropy is None else "tokens": written.check.line,
         }
     )
     recipe = chosen["recipe"]

@@ -113,6 +113,13 @@ def open_sources(
     Raises:
         RefusedError, RecipeError, MachineError: as `rows.prepare`.
     """
+    if data.task == "language_model":
+        raise RefusedError(
+            "the rows of a language model are blocks of several documents, and lie nowhere in its sources",
+            got="task: language_model",
+            expected="data whose rows are those of its sources",
+            next="use this with classification or regression",
+        )
     sources = {name: open_kind(kind, known.get(name)) for name, kind in kinds.items()}
     first = {name: next(source.blocks(1)) for name, source in sources.items()}
     pair = any(len(block.inputs) == 2 for block in first.values())

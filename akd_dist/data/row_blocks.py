@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -16,13 +16,16 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data import findings
 from akd_dist.data.blocks import Block, map_blocks
-from akd_dist.data.columns import Images, NotGreyError
+from akd_dist.data.columns import Images, Inputs, NotGreyError
+from akd_dist.data.documents import Documents, OpenedDocuments, open_documents, read_documents
 from akd_dist.data.encoded import EncodedPictures, Mapped, encoded_of
 from akd_dist.data.labels import Classes, unknown
 from akd_dist.data.noted import Noted
 from akd_dist.data.origins import Origin, sha256_of, size_and_time
+from akd_dist.data.packing import Layout, cut, target_counts
 from akd_dist.data.prepare import OpenedSource, chosen_rows, in_colour, kinds_of, open_sources, telling_sizes
 from akd_dist.data.sources.base import local_files, remote_files
+from akd_dist.data.text import Tokens
 from akd_dist.storage.content import Arrays
 from akd_dist.storage.rows import BlockReceipt, RowsCreation, RowsWriter, write_block
 
@@ -87,11 +90,13 @@ class BlockRun:
     numbers: tuple[int, ...]
     stretches: tuple[Stretch, ...]
     """What they are made of: one, or two where rows with labels end within a block and others follow."""
+    layout: Layout | None = None
+    """Of a language model, whose runs are of one block: where the documents of the stretch go in it."""
 
     @property
     def rows(self) -> int:
         """How many rows the blocks have."""
-        return sum(one.rows for one in self.stretches)
+        return sum(one.rows for one in self.stretches) if self.layout is None else self.layout.blocks
 
     def __str__(self) -> str:
         first, last = self.numbers[0], self.numbers[-1]
@@ -120,7 +125,12 @@ def write_run(job: RowsJob, run: BlockRun, threads: int = 1) -> list[BlockReceip
             seconds, began = time.perf_counter() - began, time.perf_counter()
             number, noted = run.numbers[part[0]], dataclasses.asdict(filling.noted)
             told = base64.b64encode(findings.stable_hashes(filling.inputs).tobytes()).decode()
-            receipts.append(write_block(job.writer, run.split, number, whole, **noted, hashes=told, seconds=seconds))
+            targets = 0 if run.layout is None else int(part[2].sum())
+            receipts.append(
+                write_block(
+                    job.writer, run.split, number, whole, **noted, hashes=told, seconds=seconds, targets=targets
+                )
+            )
     except NotGreyError:
         return None
     return receipts
@@ -132,6 +142,9 @@ _Made = tuple[int, np.ndarray, np.ndarray, Noted]
 
 def _parts(job: RowsJob, run: BlockRun, threads: int) -> Iterator[_Made]:
     """What the rows of a run become, in their order."""
+    if run.layout is not None:
+        yield _packed(job, run.stretches[0], run.layout, threads)
+        return
     before = 0
     for stretch in run.stretches:
         for parts in _parts_of(job, stretch, before, threads):
@@ -145,7 +158,7 @@ def _parts_of(job: RowsJob, stretch: Stretch, before: int, threads: int) -> Iter
     Args:
         before: rows of the run in the stretches before.
     """
-    readings, task = _opened(job), job.data.task
+    readings, task = cast(Mapping[str, OpenedSource], _opened(job)), job.data.task
     reading = readings[stretch.source]
     convert, wanted = reading.labels(task, job.classes), stretch.wanted()
     # Which of the blocks a row belongs to.
@@ -165,6 +178,25 @@ def _parts_of(job: RowsJob, stretch: Stretch, before: int, threads: int) -> Iter
 
     with telling_sizes(readings):
         yield from map_blocks(reading.source.blocks(reading.block_rows, stretch.start, stretch.stop), work, threads)
+
+
+def _packed(job: RowsJob, stretch: Stretch, layout: Layout, threads: int) -> _Made:
+    """The rows of a run of a language model: all of its documents are held, and cut into blocks."""
+    reading, held = cast(Mapping[str, OpenedDocuments], _opened(job))[stretch.source], dict[int, np.ndarray]()
+
+    def take(rows: np.ndarray, found: list[np.ndarray]) -> None:
+        held.update(zip(rows.tolist(), found, strict=True))
+
+    read_documents(reading, take, threads=threads, start=stretch.start, stop=stretch.stop, wanted=stretch.wanted())
+    numbers = layout.documents.tolist()
+    counts = [len(held[number]) for number in numbers]
+    if counts != layout.counts.tolist():
+        at = next(at for at, count in enumerate(counts) if count != layout.counts[at])
+        raise _other_files(
+            f"{counts[at]:,} tokens in {reading.source.where(numbers[at])}", f"{layout.counts[at]:,} tokens"
+        )
+    blocks = cut(layout, lambda number: held[numbers[number]], reading.documents.tokens.padding)
+    return 0, blocks, target_counts(blocks), Noted()
 
 
 class _Filling:
@@ -212,10 +244,10 @@ class _Filling:
         return b"".join((index.astype("<i8", copy=False).tobytes(), data.tobytes(), self._labels.tobytes()))
 
 
-_readings: dict[str, dict[str, OpenedSource]] = {}
+_readings: dict[str, Mapping[str, OpenedSource | OpenedDocuments]] = {}
 
 
-def _opened(job: RowsJob) -> dict[str, OpenedSource]:
+def _opened(job: RowsJob) -> Mapping[str, OpenedSource | OpenedDocuments]:
     """The job's sources, opened once in a process, and checked to be those that were planned with."""
     key = job.writer.creation.sha256
     if key not in _readings:
@@ -224,9 +256,16 @@ def _opened(job: RowsJob) -> dict[str, OpenedSource]:
         if (found := remote_files(keys)) != job.objects:
             raise _other_files(*next((one, other) for one, other in zip_longest(found, job.objects) if one != other))
         _check_files(job, local_files(kinds, keys))
-        readings = open_sources(job.data, kinds, job.known)
-        readings = in_colour(readings) if job.colour else readings
-        inputs = next(iter(readings.values())).inputs
+        readings: Mapping[str, OpenedSource | OpenedDocuments]
+        inputs: Inputs | Documents
+        if job.data.task == "language_model":
+            readings = documents = open_documents(job.data, kinds, job.known)
+            inputs = next(iter(documents.values())).documents
+            _check_tokens(inputs.tokens, job.writer.creation.meaning["tokens"])
+        else:
+            sources = open_sources(job.data, kinds, job.known)
+            readings = sources = in_colour(sources) if job.colour else sources
+            inputs = next(iter(sources.values())).inputs
         if (inputs.dtype.str, list(inputs.shape)) != (job.writer.creation.dtype, job.writer.creation.shape):
             raise _other_files(f"{inputs.dtype} {list(inputs.shape)}", str(job.writer.creation.shape))
         _readings.clear()
@@ -245,6 +284,18 @@ def _check_files(job: RowsJob, files: Sequence[Origin]) -> None:
         # A copy that keeps the time is one of `rsync -a` or `cp -p`; of any other its content is looked at.
         if modified != planned.modified and (digest := sha256_of(path)) != planned.sha256:
             raise _other_files(f"{path} with sha256 {digest[:16]}", f"sha256 {planned.sha256[:16]}")
+
+
+def _check_tokens(tokens: Tokens, planned: dict[str, Any]) -> None:
+    """Refuse a tokenizer that is not that of the planning process, or whose chats another version writes."""
+    ours = tokens.model_dump(mode="json")
+    if ours != planned:
+        raise RefusedError(
+            "the tokenizer on this node is not that of the driver",
+            got="; ".join(recipe.differences(planned, ours)),
+            expected="the same tokenizer, and for chats the same version of transformers, on every node",
+            next="make the same folder visible on every node",
+        )
 
 
 def _other_files(got: object, expected: object) -> RefusedError:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from akd_dist.base.files import (
 from akd_dist.base.locks import file_lock
 from akd_dist.data import findings, pictures, splitting
 from akd_dist.data.columns import NotGreyError, notes_of
+from akd_dist.data.documents import key_of_text, open_documents
 from akd_dist.data.labels import Classes
 from akd_dist.data.origins import Origin, Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show
+from akd_dist.data.packed_files import tokenize, write_blocks
 from akd_dist.data.prepare import (
     OpenedSource,
     Part,
@@ -123,7 +125,7 @@ def prepare(
 def key_of(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What prepared rows are known by, as JSON: `keys` of their sources, and how these become rows."""
     fractions = {name: getattr(data, name) for name in SPLITS[1:] if name not in keys}
-    key = {
+    key: dict[str, Any] = {
         "format": _FORMAT,
         # Only where it changes which rows go where: for all others the key stays what it was before recipes had
         # `stratify`.
@@ -135,7 +137,7 @@ def key_of(data: recipe.DataSpec, keys: dict[str, dict[str, Any]]) -> dict[str, 
         # Where nothing is drawn the seed decides nothing, so recipes of any seed find the same rows.
         "seed": data.seed if fractions or data.subset else None,
         "task": data.task,
-        "text": text_key(data.text),
+        "text": key_of_text(data) if data.task == "language_model" else text_key(data.text),
     }
     if data.text is None and any(isinstance(source, _OF_IMAGES) for source in data.sources.values()):
         kept = {"encoded": data.image.keep} if data.asks_for_encoded else {}
@@ -157,6 +159,8 @@ def _write(
         The hold that keeps it.
     """
     origins, stamps = look_at(files)
+    if data.task == "language_model":
+        return _write_packed(folder, data, kinds, origins, stamps, make_room, tell)
     readings = open_sources(data, kinds)
     labels = None
     if reads_labels_first(data):
@@ -205,11 +209,7 @@ def _write_readings(
 ) -> Keep:
     needed = sum(reading.bytes_of(splits[name] != LEFT_OUT) for name, reading in readings.items())
     make_room(needed)
-    partial = partial_name(folder)
-    try:
-        # What killed processes left. Nobody else prepares these rows now, since the lock is ours.
-        _remove(folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}"))
-        partial.mkdir(parents=True)
+    with _making(folder, f"{needed:,} bytes free") as partial:
         rows, lead = rows_by_split(splits), next(iter(readings.values()))
         encoded = kept_as(lead)
         with telling_sizes(readings), contextlib.ExitStack() as stack:
@@ -260,11 +260,51 @@ def _write_readings(
         _write_index(partial, data.task, classes, lead.inputs.tokens, encoded, rows, lines, origins, tell)
         # Whole from the moment that it has its name, like everything in the cache.
         return name_entry(partial, folder)
+
+
+def _write_packed(
+    folder: Path,
+    data: recipe.DataSpec,
+    kinds: dict[str, Kind],
+    origins: Origins,
+    stamps: Stamps,
+    make_room: Callable[[int], None],
+    tell: Progress,
+) -> Keep:
+    """As `_write_readings`, of a language model: documents become tokens once, and blocks are cut from these."""
+    readings = open_documents(data, kinds)
+    lead = next(iter(readings.values()))
+    with _making(folder, "room for the tokens of all documents") as partial:
+        tokenized = tokenize(data, readings, partial, tell)
+        make_room(tokenized.nbytes)
+        write_blocks(data, tokenized, lead, tell)
+        origins["shown"] = {}
+        check_unchanged(origins, stamps)
+        rows = RowCounts((*(tokenized.layouts[name].blocks for name in SPLITS), 0, 0))
+        tokens = lead.documents.tokens
+        classes = Classes(tokens.vocabulary, complete=True)
+        _write_index(partial, data.task, classes, tokens, None, rows, tokenized.lines, origins, tell)
+        return name_entry(partial, folder)
+
+
+@contextlib.contextmanager
+def _making(folder: Path, needed: str) -> Iterator[Path]:
+    """A folder beside `folder`, in which an entry is made that gets its name; what is left of it then is removed.
+
+    Raises:
+        MachineError: it cannot be written.
+    """
+    partial = partial_name(folder)
+    try:
+        # What killed processes left. Nobody else prepares these rows now, since the lock is ours.
+        _remove(folder, *folder.parent.glob(f"{folder.name}.*{PARTIAL_SUFFIX}"))
+        partial.mkdir(parents=True)
+        yield partial
     except OSError as error:
         raise MachineError(
             f"cannot prepare the data in {folder}",
             got=error.strerror or str(error),
-            expected=f"{needed:,} bytes free in a folder that this user can write to",
+            expected=f"{needed} in a folder that this user can write to",
             next="free some space, or choose another folder with --cache-root",
         ) from error
     finally:

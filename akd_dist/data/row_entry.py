@@ -47,7 +47,7 @@ def _rows(folder: Path, name: str, index: dict[str, Any]) -> Rows:
         files=files,
         inodes=inodes_of(files),
     )
-    label = np.dtype(np.int64 if rows.task == "classification" else np.float32)
+    label = np.dtype(np.float32 if rows.task == "regression" else np.int64)
     meaning = meaning_of(rows.classes, rows.task, rows.class_names, rows.tokens, encoded)
     if (
         (rows.labels.shape, rows.labels.dtype) != ((len(rows.inputs),), label)

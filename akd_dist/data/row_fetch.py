@@ -306,4 +306,5 @@ def _rows(sealed: SealedRows, manifest: RowsManifest, split: str, inputs: np.nda
         sealed=sealed,
         counts=tuple(its.classes) or None,
         with_labels=its.labelled,
+        block_targets=None if its.targets is None else tuple(its.targets),
     )

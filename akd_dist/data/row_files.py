@@ -3,10 +3,10 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from akd_dist.data.columns import Inputs
 from akd_dist.data.encoded import COLUMNS, encoded_of
 
 
@@ -14,6 +14,14 @@ def names_of(folder: Path, split: str, *, encoded: bool) -> tuple[Path, ...]:
     """The files of a split: of inputs, labels, and, where these are encoded, of the index."""
     kinds = ("inputs", "labels", "index") if encoded else ("inputs", "labels")
     return tuple(folder / f"{split}-{kind}.npy" for kind in kinds)
+
+
+class Like(Protocol):
+    """What all inputs of a file have in common."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    """Of one input."""
 
 
 class RowsFile:
@@ -25,7 +33,7 @@ class RowsFile:
         inputs: what they are like.
     """
 
-    def __init__(self, files: Sequence[Path], rows: int, inputs: Inputs) -> None:
+    def __init__(self, files: Sequence[Path], rows: int, inputs: Like) -> None:
         self._rows, self._inputs, self._files = rows, inputs, files
         self._file = open(files[0], "wb")  # noqa: SIM115  # closed by `finish`, or with the object
         self._index = list[np.ndarray]()

@@ -11,11 +11,9 @@ is that of `row_cache.prepare`, whoever wrote which block.
 from __future__ import annotations
 
 import base64
-import bisect
 import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,17 +23,20 @@ from akd_dist import recipe
 from akd_dist.base.errors import MachineError
 from akd_dist.base.files import canonical_json, sha256
 from akd_dist.data import findings, splitting
-from akd_dist.data.columns import Images, NotGreyError
+from akd_dist.data.columns import NotGreyError
+from akd_dist.data.documents import OpenedDocuments, count_documents, open_documents
 from akd_dist.data.labels import Classes
 from akd_dist.data.noted import Noted, lines_of
 from akd_dist.data.origins import Origins, SourceCheck, Stamps, check_unchanged, compare, look_at, show, size_and_time
+from akd_dist.data.packed import assigned_to, findings_of, layouts_of
 from akd_dist.data.prepare import OpenedSource, in_colour, kept_as, kinds_of, open_sources, read_labels
-from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile, Stretch
+from akd_dist.data.row_blocks import BlockRun, RowsJob, SourceFile
 from akd_dist.data.row_cache import Progress, key_of
+from akd_dist.data.row_runs import packed_runs, runs_of, segments_of
 from akd_dist.data.rows import BLOCK_ROWS, SPLITS, meaning_of
 from akd_dist.data.sources.base import local_files, remote_files
 from akd_dist.data.splitting import (
-    UNLABELLED,
+    LEFT_OUT,
     RowCounts,
     reads_labels_first,
     rows_by_split,
@@ -49,6 +50,7 @@ from akd_dist.storage.row_documents import (
     ENCODED_ROWS_FORMAT,
     LABELLED_MANIFEST_FORMAT,
     MANIFEST_FORMAT,
+    PACKED_ROWS_FORMAT,
 )
 from akd_dist.storage.rows import (
     ROWS_FORMAT,
@@ -68,10 +70,6 @@ from akd_dist.storage.rows import (
     unseal_rows,
 )
 
-# The most blocks that one task writes: of pictures, and of what a function of the user's own makes, decoding takes
-# long; of numbers and text reading does, and those of a row group are read together.
-_SLOW_BLOCKS, _QUICK_BLOCKS = 4, 16
-
 
 @dataclass(frozen=True)
 class RowsPlan:
@@ -82,7 +80,7 @@ class RowsPlan:
     """The blocks that are not there yet."""
     there: dict[str, BlockReceipt]
     """The receipts of those that are."""
-    readings: dict[str, OpenedSource]
+    readings: Mapping[str, OpenedSource | OpenedDocuments]
     counts: np.ndarray
     """Rows by split and class, int64 [splits and what is left out, classes]; no classes for regression."""
     placed: RowCounts
@@ -91,6 +89,8 @@ class RowsPlan:
     """Findings of classes."""
     origins: Origins
     stamps: Stamps
+    packed: bool = False
+    """Whether they are blocks of a language model."""
 
     @property
     def rows(self) -> int:
@@ -215,6 +215,8 @@ def _write(look: _Looked, compute: Compute, tell: Progress, *, colour: bool) -> 
 
 def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
     data = look.data
+    if data.task == "language_model":
+        return _plan_packed(look, tell)
     origins, stamps = look_at(look.files)
     readings = open_sources(data, look.kinds)
     readings = in_colour(readings) if colour else readings
@@ -258,103 +260,71 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
     writer = RowsWriter(open_root(look.root).uri, look.ids[colour], creation)
     begin_rows(writer)
     there = receipts_there(writer)
+    job = _job(look, writer, classes, colour, readings, origins, stamps)
+    runs = [run for split in SPLITS for run in runs_of(split, segments_of(split, readings, splits), creation, there)]
+    return RowsPlan(job, runs, there, readings, counts, rows, lines, origins, stamps)
+
+
+def _job(
+    look: _Looked,
+    writer: RowsWriter,
+    classes: Classes,
+    colour: bool,
+    readings: Mapping[str, OpenedSource | OpenedDocuments],
+    origins: Origins,
+    stamps: Stamps,
+) -> RowsJob:
     files = [
         SourceFile(*seen, origins["files"][str(path)]["sha256"])
         for path in stamps
         if (seen := size_and_time(path)) is not None
     ]
     known = {name: one.source.known for name, one in readings.items()}
-    job = RowsJob(writer, data, classes, colour, tuple(files), look.objects, known)
-    runs = [run for split in SPLITS for run in _runs(split, _segments(split, readings, splits), creation, there)]
-    return RowsPlan(job, runs, there, readings, counts, rows, lines, origins, stamps)
+    return RowsJob(writer, look.data, classes, colour, tuple(files), look.objects, known)
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Rows of a source that follow each other in a split."""
+def _plan_packed(look: _Looked, tell: Progress) -> RowsPlan:
+    """The plan of a language model: where a document goes depends on all before it, so their tokens are counted first.
 
-    name: str
-    """Of the source."""
-    reading: OpenedSource
-    places: np.ndarray
-    """The rows of the source, int64, rising."""
-    labelled: bool
-    first: int
-    """Which row of the split the first of them is."""
-
-    @property
-    def after(self) -> int:
-        """The row of the split after the last of them."""
-        return self.first + len(self.places)
-
-    def stretch(self, rows: np.ndarray) -> Stretch | None:
-        """Those of some rows of the split that are here; None where none are."""
-        here = rows[(self.first <= rows) & (rows < self.after)]
-        if not len(here):
-            return None
-        mine = self.places[here - self.first]
-        begins, ends = int(mine[0]), int(mine[-1]) + 1
-        wanted = np.zeros(ends - begins, dtype=np.bool_)
-        wanted[mine - begins] = True
-        chosen = None if wanted.all() else np.packbits(wanted).tobytes()
-        return Stretch(self.name, begins, ends, len(mine), chosen, self.labelled)
-
-    @property
-    def most(self) -> int:
-        """The most blocks that one task writes of it."""
-        source = self.reading.source
-        slow = isinstance(self.reading.inputs, Images) or source.label_blocks is None
-        return _SLOW_BLOCKS if slow else _QUICK_BLOCKS if source.cuts is None else len(self.places)
-
-    def group(self, row: int) -> int:
-        """Where reading has to begin for a row of the split: rows between two cuts are read together."""
-        # Whoever begins between them reads those before as well.
-        cuts = np.zeros(1) if self.reading.source.cuts is None else self.reading.source.cuts
-        return int(np.searchsorted(cuts, self.places[row - self.first], side="right"))
-
-
-def _segments(split: str, readings: dict[str, OpenedSource], splits: dict[str, np.ndarray]) -> list[_Segment]:
-    """What a split is made of, in the order of its rows: those without labels come last."""
-    found, first = list[_Segment](), 0
-    numbers = [SPLITS.index(split)] + [UNLABELLED] * (split == "train")
-    for number, (name, reading) in itertools.product(numbers, readings.items()):
-        places = np.flatnonzero(splits[name] == number)
-        if len(places):
-            found.append(_Segment(name, reading, places, number != UNLABELLED, first))
-            first += len(places)
-    return found
-
-
-def _runs(
-    split: str, segments: Sequence[_Segment], creation: RowsCreation, there: dict[str, BlockReceipt]
-) -> Iterator[BlockRun]:
-    """The blocks that are missing of a split, cut into runs: one that lies in two segments is a run of its own."""
-    size, ends = creation.block_rows, [one.after for one in segments]
-    missing = [at for at in range(creation.blocks(split)) if receipt_key(split, at) not in there]
-    # The segments in which each block begins and ends.
-    begins = {at: bisect.bisect_right(ends, at * size) for at in missing}
-    closes = {at: bisect.bisect_left(ends, at * size + creation.rows_of(split, at)) for at in missing}
-    together = [[at] for at in missing if begins[at] != closes[at]]
-    for number, segment in enumerate(segments):
-        mine = [at for at in missing if begins[at] == closes[at] == number]
-        together += _together(mine, [segment.group(at * size) for at in mine], segment.most)
-    for blocks in together:
-        rows = np.concatenate([at * size + np.arange(creation.rows_of(split, at)) for at in blocks])
-        stretches = [stretch for one in segments if (stretch := one.stretch(rows)) is not None]
-        yield BlockRun(split, tuple(blocks), tuple(stretches))
-
-
-def _together(blocks: Sequence[int], groups: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Blocks of the same group, at most so many."""
-    run: list[int] = []
-    group = None
-    for block, its in zip(blocks, groups, strict=True):
-        if run and (its != group or len(run) == most):
-            yield run
-            run = []
-        run, group = [*run, block], its
-    if run:
-        yield run
+    Tasks tokenize the documents of their own blocks once more: what is counted is not held.
+    """
+    data = look.data
+    origins, stamps = look_at(look.files)
+    readings = open_documents(data, look.kinds)
+    assigned, counted = assigned_to(data, readings), {}
+    for name, one in readings.items():
+        told = functools.partial(tell, f"the documents of data.{name}")
+        counted[name] = count_documents(name, one, assigned[name] != LEFT_OUT, told)
+    layouts = layouts_of(data, assigned, counted)
+    documents = next(iter(readings.values())).documents
+    classes = Classes(documents.tokens.vocabulary, complete=True)
+    creation = RowsCreation(
+        format=PACKED_ROWS_FORMAT,
+        source=look.source[False],
+        content=sha256(canonical_json([origins["files"][str(path)]["sha256"] for path in look.files])),
+        dtype="<i4",
+        shape=list(documents.shape),
+        labels="<i8",
+        block_rows=BLOCK_ROWS,
+        rows={split: layouts[split].blocks for split in SPLITS},
+        meaning=meaning_of(documents.tokens.vocabulary, data.task, None, documents.tokens),
+    )
+    writer = RowsWriter(open_root(look.root).uri, look.ids[False], creation)
+    begin_rows(writer)
+    there = receipts_there(writer)
+    runs = [run for split in SPLITS for run in packed_runs(data, split, layouts[split], creation, there)]
+    return RowsPlan(
+        _job(look, writer, classes, False, readings, origins, stamps),
+        runs,
+        there,
+        readings,
+        np.zeros((len(SPLITS) + 1, 0), dtype=np.int64),
+        RowCounts((*(layouts[split].blocks for split in SPLITS), 0, 0)),
+        findings_of(data, layouts, counted),
+        origins,
+        stamps,
+        packed=True,
+    )
 
 
 def _check_room(plan: RowsPlan) -> None:
@@ -372,7 +342,8 @@ def _check_room(plan: RowsPlan) -> None:
 
 def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows, RowsManifest]:
     creation, data = plan.job.writer.creation, plan.job.data
-    lines = [note for one in plan.readings.values() for note in one.source.notes]
+    # Of documents all of it was found when they were counted.
+    lines = [] if plan.packed else [note for one in plan.readings.values() for note in one.source.notes]
     for name in plan.readings:
         of = [Noted(one.frames, one.enlarged) for one in receipts.values() if source_of_split(data, one.split) == name]
         lines += lines_of(sum(of, Noted()), data.image, f"data.{name}")
@@ -391,10 +362,11 @@ def _seal(plan: RowsPlan, receipts: dict[str, BlockReceipt]) -> tuple[SealedRows
             classes=plan.counts[SPLITS.index(split)].tolist(),
             sizes=None if creation.encoded is None else [one.size for one in mine],
             labelled=plan.placed.labelled if split == "train" and plan.placed.unlabelled else None,
+            targets=[one.targets for one in mine] if plan.packed else None,
         )
     kept = sum(one.size for one in receipts.values())
     lines += findings.of_encoded(kept, sum(creation.rows.values()), creation.meaning.get("encoded"))
-    lines += findings.of_hashes({split: hashes[split] for split in SPLITS})
+    lines += [] if plan.packed else findings.of_hashes({split: hashes[split] for split in SPLITS})
     origins = plan.origins | {"shown": show({name: one.source for name, one in plan.readings.items()})}
     check_unchanged(plan.origins, plan.stamps)
     manifest = RowsManifest(

@@ -39,14 +39,15 @@ class Rows:
     """Numbered rows of a split, memory-mapped and read-only."""
 
     inputs: np.ndarray
-    """uint8, float32 or int32 [rows, *shape]: images [channels, height, width], numbers, or ids of tokens [length].
+    """uint8, float32 or int32 [rows, *shape]: images [channels, height, width], numbers, ids of tokens [length], or
+    blocks of a language model [3, length]: ids, segments, and which positions are targets (`data.packing`).
     A `PieceArray` stands for one, and so for the labels, where the rows are not on this node; `EncodedPictures` do
     where pictures stay encoded: `np.asarray` of what is taken of them decodes, `views.view_of` takes it as it is."""
     labels: np.ndarray
     """int64 [rows], each in 0..classes - 1; float32 [rows] for regression. Of train rows those without a label come
-    last: theirs is -1, or NaN."""
+    last: theirs is -1, or NaN. Of a language model how many targets each block has: their labels are its tokens."""
     classes: int
-    """Number of logits a row has: the classes; 1 for regression."""
+    """Number of logits a row has, or a target: the classes; 1 for regression, the vocabulary of a language model."""
     fingerprint: str
     """sha256 over dtype, shape, what labels and ids mean, and the digests of all blocks."""
     blocks: tuple[str, ...]
@@ -72,10 +73,13 @@ class Rows:
     """How many rows each class has, where that is known without the labels."""
     with_labels: int | None = None
     """How many have labels, the first ones; None where all have."""
+    block_targets: tuple[int, ...] | None = None
+    """Of sealed rows of a language model how many targets each BLOCK_ROWS of them have; None of others."""
 
     def __repr__(self) -> str:
         said = f"{len(self):,} rows of {self.inputs.dtype} {list(self.shape)}"
-        kinds = "numbers" if self.task == "regression" else f"{self.classes} classes"
+        kinds = {"regression": "numbers", "language_model": f"{self.classes:,} ids"}.get(self.task)
+        kinds = kinds or f"{self.classes} classes"
         without = f", {self.unlabelled:,} without a label" if self.unlabelled else ""
         return f"Rows({said}, {kinds}{without}, fingerprint {self.fingerprint[:12]})"
 
@@ -122,6 +126,36 @@ class Rows:
         if (encoded := encoded_of(self.inputs)) is not None:
             return encoded.held
         return not isinstance(self.inputs, PieceArray)
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        """How many targets stand before each row, and in all of them: int64 [rows + 1].
+
+        A row has one target, its label; of a language model as many as positions whose next token is learnt.
+        """
+        if self.task != "language_model":
+            return np.arange(len(self) + 1)
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.all_labels(), dtype=np.int64)])
+
+    @property
+    def targets(self) -> int:
+        """How many logits of a teacher these rows have: one each, or as many as there are positions to learn from."""
+        if self.block_targets is not None:
+            return sum(self.block_targets)
+        return int(self.offsets[-1]) if self.task == "language_model" else len(self)
+
+    def offsets_of(self, start: int, stop: int) -> np.ndarray:
+        """`offsets` of rows start..stop - 1 and the row after them, int64 [stop - start + 1].
+
+        Of rows that are not on this node no more are read than the blocks that these lie in.
+        """
+        if self.block_targets is None:
+            return self.offsets[start : stop + 1]
+        first = start // BLOCK_ROWS * BLOCK_ROWS
+        counts = np.concatenate([np.zeros(1, np.int64), self.labels[first:stop]])
+        before = sum(self.block_targets[: first // BLOCK_ROWS])
+        found: np.ndarray = before + np.cumsum(counts, dtype=np.int64)[start - first :]
+        return found
 
     def all_labels(self) -> np.ndarray:
         """A copy of the labels; of rows that are not on this node, they are read block by block once."""

@@ -38,16 +38,44 @@ def label_kind(kind: Any) -> str | None:
     return "numbers" if pa.types.is_floating(kind) else None
 
 
-def check_schema(schema: Any, spec: recipe.Table, what: str, first: Any = None) -> None:
+def document_kind(kind: Any) -> str | None:
+    """What a column of this Arrow type is to a language model: text; None if nothing."""
+    return "text" if _is_text(_stored(kind)) else None
+
+
+def chat_kind(kind: Any) -> str | None:
+    """The same of a column of messages: lists of structs with a role."""
+    kind = _stored(kind)
+    inner = _stored(kind.value_type) if is_list(kind) else kind
+    named = inner is not kind and pa.types.is_struct(inner) and inner.get_field_index("role") >= 0
+    return "chat" if named else None
+
+
+# What each kind of inputs is called where a column is none.
+_INPUTS: dict[Callable[[Any], str | None], str] = {
+    input_kind: "encoded images (binary), text, or lists of numbers",
+    document_kind: "text, a document in each row",
+    chat_kind: "lists of messages, structs with `role` and `content`",
+}
+
+
+def check_schema(
+    schema: Any,
+    spec: recipe.Table,
+    what: str,
+    first: Any = None,
+    inputs: Callable[[Any], str | None] = input_kind,
+) -> None:
     """Refuse a table without the columns that a recipe names, or with columns of a kind that nothing can be made of.
 
     Args:
         first: the schema of the source's first file, whose kinds of columns all others must have.
+        inputs: what a column of inputs may be: `input_kind`, `document_kind` or `chat_kind`.
 
     Raises:
         RefusedError: names the column and `what` it is missing from.
     """
-    for key, names, kind_of in (("input", input_columns(spec), input_kind), ("label", label_columns(spec), label_kind)):
+    for key, names, kind_of in (("input", input_columns(spec), inputs), ("label", label_columns(spec), label_kind)):
         for name in names:
             _check_column(schema, key, name, what, first, kind_of)
 
@@ -70,8 +98,8 @@ def _check_column(
             got=f"type {kind}",
             expected="integers, class names, or numbers where data.task is regression"
             if key == "label"
-            else "encoded images (binary), text, or lists of numbers",
-            next=_advice(key, kind),
+            else _INPUTS[kind_of],
+            next=_advice(key, kind) if kind_of in (input_kind, label_kind) else "set `input` to another column",
         )
     if first is not None and kind_of(kind) != kind_of(first.field(name).type):
         raise RefusedError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from akd_dist import recipe
 from akd_dist.base.errors import RecipeError, RefusedError
@@ -18,6 +18,8 @@ from akd_dist.data import hub
 from akd_dist.recipe.paths import START
 
 PADDING, BEGIN, END, MASK = 256, 257, 258, 259
+# What only language models need: left out where it is not given, so that the rows of before are the same rows.
+_LATER = ("end_of_text", "attention", "tokenizer", "template")
 
 
 class Tokens(BaseModel):
@@ -33,6 +35,18 @@ class Tokens(BaseModel):
     """The id that stands for a hidden token; None if the tokenizer has none."""
     special: tuple[int, ...] = ()
     """Ids that are never masked, padding among them."""
+    end_of_text: int | None = None
+    """The id that ends a document, and the text that a language model writes; None for other tasks."""
+    attention: recipe.Attention | None = None
+    """What a token of a block sees, see `recipe.Packing`; None for other tasks than language models."""
+    tokenizer: str | None = None
+    """The fingerprint of the tokenizer of a language model (`data.tokenizers`)."""
+    template: str | None = None
+    """Of chats: the sha256 of what writes them as text."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_language_models(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {field: value for field, value in spell(self).items() if field not in _LATER or value is not None}
 
 
 class Tokenizer(Protocol):
@@ -79,7 +93,7 @@ def save_tokenizer(spec: recipe.HuggingFaceText, tokens: Tokens, folder: Path) -
             expected=tokens.model_dump_json(),
             next="choose the tokenizer of the model's recipe",
         )
-    _load(spec).save_pretrained(folder)
+    load_tokenizer(spec).save_pretrained(folder)
 
 
 def text_key(spec: recipe.Text | None) -> dict[str, Any] | None:
@@ -130,7 +144,7 @@ class _HuggingFaceTokenizer:
 
     def __init__(self, spec: recipe.HuggingFaceText, pair: bool) -> None:
         self._length = spec.length
-        self._tokenizer = _load(spec)
+        self._tokenizer = load_tokenizer(spec)
         # A tokenizer keeps its padding and truncation as state, which calls from two threads would mix up. Nothing is
         # lost: the fast ones work in threads of their own.
         self._lock = threading.Lock()
@@ -167,7 +181,12 @@ class _HuggingFaceTokenizer:
         return ids.reshape(len(texts[0]), *self.shape)
 
 
-def _load(spec: recipe.HuggingFaceText) -> Any:
+def load_tokenizer(spec: recipe.HuggingFaceText) -> Any:
+    """The tokenizer of the `transformers` library that a recipe names.
+
+    Raises:
+        RefusedError, MachineError: as `tokenizer_of`.
+    """
     transformers = hub.require_extra("transformers")
     if spec.name is not None:
         hub.reach("model", spec.name)

@@ -28,9 +28,9 @@ from akd_dist.distill.stream import Batch, BatchStream
 from akd_dist.distill.student import Student, stage1_leader
 from akd_dist.storage.content import Guard
 
-METRICS_SECONDS = 1.0
+METRICS_SECONDS, METRICS_EACH = 1.0, 0.02
 """How often the epochs of a student are written for whoever watches, besides with each checkpoint and at its end: small
-students end many epochs a second.
+students end many epochs a second. And how much less often for each student of the cohort, in seconds.
 """
 
 
@@ -196,7 +196,7 @@ class Lockstep:
         followers = [other for other in waiting if stage1_leader(other, active) is student]
         record, metric = student.end_epoch(self.splits.validation, measured), self.job.data.primary_metric
         failpoint("student.before_metrics")
-        write_metrics(student, every=METRICS_SECONDS)
+        write_metrics(student, every=max(METRICS_SECONDS, METRICS_EACH * len(self.students)))
         self._note(
             student,
             f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "

@@ -14,7 +14,13 @@ from akd_dist.documents.report import CompareDocument, ReportDocument
 from akd_dist.documents.status import StatusDocument
 from akd_dist.documents.stores import GcDocument, RepairDocument, StoreDocument, StoresDocument, VerifyDocument
 from akd_dist.documents.tune import TuneDocument
-from akd_dist.documents.use import EvaluationDocument, ExportDocument, ModelImportDocument, PredictionDocument
+from akd_dist.documents.use import (
+    EvaluationDocument,
+    ExportDocument,
+    GenerationDocument,
+    ModelImportDocument,
+    PredictionDocument,
+)
 from akd_dist.recipe import recipe_schema
 
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -39,6 +45,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "status": StatusDocument,
         "evaluate": EvaluationDocument,
         "predict": PredictionDocument,
+        "generate": GenerationDocument,
         "export": ExportDocument,
         "model-import": ModelImportDocument,
         "error": ErrorDocument,

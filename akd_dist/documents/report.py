@@ -97,7 +97,7 @@ class CompareDocument(Document):
     """The run's folder."""
     command: str
     """What makes the same table again."""
-    task: Literal["classification", "regression"]
+    task: Task
     """What a label is."""
     metric: str
     """The primary metric, which all numbers of the table are of."""

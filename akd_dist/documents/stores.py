@@ -46,6 +46,8 @@ class StoreEntry(Document):
     """Fingerprint of its rows."""
     rows: Count
     """Rows of the dataset."""
+    targets: Count | None
+    """Targets of these rows, where a row has several; null where each has one."""
     views: Count
     """Augmented views of each row."""
     augmentation: dict[str, Any]

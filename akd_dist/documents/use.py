@@ -114,7 +114,7 @@ class ExportDocument(Document):
     split: Split | None
     """Of a recipe; else null."""
     rows: Count
-    """How many of them."""
+    """How many of them; of a language model, how many tokens."""
     difference: float
     """The largest difference between a logit of the export and torch's."""
     tolerance: float
@@ -123,6 +123,37 @@ class ExportDocument(Document):
     """Rows for which both choose the same class; null for regression."""
     notes: list[str]
     """What to know besides."""
+    seconds: float
+    """Wall-clock time."""
+
+
+class GenerationDocument(Document):
+    """What `akd-dist generate --json` prints."""
+
+    student: str
+    """The model's folder or URI."""
+    model: str
+    """Label of its architecture."""
+    fingerprint: str
+    """The sha256 of its weights and architecture."""
+    prompt: str
+    """The text that it continued."""
+    text: str
+    """What it made."""
+    prompt_tokens: Count
+    """Tokens of the prompt."""
+    tokens: Count
+    """Tokens that it made."""
+    ended: Literal["text", "tokens"]
+    """Why it stopped: the text came to its end, or it had as many tokens as were asked for."""
+    temperature: float
+    """What logits were divided by; 0 took the most likely."""
+    top_p: float
+    """The share of probability that was drawn from."""
+    seed: int
+    """Of the draws."""
+    device: Device
+    """Where it was computed."""
     seconds: float
     """Wall-clock time."""
 

@@ -344,6 +344,13 @@ def refuse_inputs(spec: recipe.Model, tokens: Tokens | None, input_shape: Shape)
     Raises:
         RefusedError: the kind of model does not take this kind of inputs.
     """
+    if isinstance(spec, recipe.LanguageModel):
+        raise RefusedError(
+            f"the model {spec.label} continues text, and does not classify it",
+            got=f"kind {spec.kind} for rows with labels",
+            expected="blocks of a data.task: language_model",
+            next="choose kind: text_transformer or huggingface, or data.task: language_model",
+        )
     if isinstance(spec, recipe.Custom):
         return
     for_text = isinstance(spec, recipe.TextTransformer | recipe.HuggingFaceModel)

@@ -12,9 +12,11 @@ from torch import nn
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.factories import call_factory, source_sha256
-from akd_dist.models import architectures, huggingface
+from akd_dist.models import architectures, huggingface, huggingface_lm
 from akd_dist.models.card import SIGNATURE, ModelCard, Shape, interface_of
+from akd_dist.models.decoder import CausalDecoder
 from akd_dist.models.device import free_memory
+from akd_dist.models.language import LanguageModel
 from akd_dist.models.outputs import EXPECTED, NoLogitsError, logits_of
 
 CONSTANTS = frozenset({"offset", "scale"})
@@ -57,6 +59,8 @@ class Classifier(nn.Module):
 def build(card: ModelCard, seed: int | None = None, *, pretrained: bool = False) -> nn.Module:
     """A freshly initialised module in training mode; the same bits from the same seed in any process.
 
+    A card with `blocks` gives a `language.LanguageModel`, any other a `Classifier`.
+
     Args:
         card: what to build.
         seed: seeds the initialisation, and leaves torch's own generator alone; None draws from torch's generator.
@@ -71,10 +75,31 @@ def build(card: ModelCard, seed: int | None = None, *, pretrained: bool = False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build(card, pretrained=pretrained)
+    if card.blocks is not None:
+        return build_language_model(card, pretrained=pretrained)
     module = Classifier(_body(card, pretrained), card)
     # In eval mode, in which a run leaves the statistics of batch norm as they are.
     check_output(module.eval(), card)
     return module.train()
+
+
+def build_language_model(card: ModelCard, *, pretrained: bool = False) -> LanguageModel:
+    """A language model as `build` gives it, drawn from torch's generator, and seen to keep documents apart.
+
+    Raises:
+        RefusedError: as `build`.
+    """
+    module = _body(card, pretrained)
+    assert isinstance(module, LanguageModel)
+    if isinstance(module, huggingface_lm.HuggingFaceDecoder):
+        huggingface_lm.look_into(module.eval(), card.model.label)
+    module.train()
+    return module
+
+
+def weights_of(module: nn.Module) -> nn.Module:
+    """The part of a module that has the weights, by the names that its library gives them."""
+    return module.body if isinstance(module, Classifier) else module
 
 
 def check_model(card: ModelCard) -> nn.Module:
@@ -98,6 +123,8 @@ def check_memory(card: ModelCard) -> dict[str, Shape] | None:
         RefusedError: too little is free; or a built-in model, or one of transformers, cannot be built.
     """
     rows = 8 * math.prod(card.input_shape)  # two, in float32
+    if isinstance(card.model, recipe.CausalLm):
+        _refuse_beyond_memory(card, _decoder_bytes(card.model, card.classes), rows)  # before so many layers are made
     body = _without_numbers(card)
     if body is None:
         _refuse_beyond_memory(card, 0, rows)
@@ -133,9 +160,18 @@ def _without_numbers(card: ModelCard) -> nn.Module | None:
         ) from error
 
 
+def _decoder_bytes(spec: recipe.CausalLm, vocabulary: int) -> int:
+    """Bytes of a built-in language model's weights in float32, without its norms."""
+    shared = (spec.key_value_heads or spec.heads) * (spec.width // spec.heads)
+    layer = 2 * spec.width**2 + 2 * spec.width * shared + 3 * spec.width * spec.units
+    return 4 * (spec.depth * layer + (1 if spec.tied else 2) * vocabulary * spec.width)
+
+
 def _largest_output(body: nn.Module, card: ModelCard) -> int:
-    """Bytes of the largest output of a layer for two rows; 0 for models of libraries, which may look at values."""
-    if isinstance(card.model, recipe.HuggingFaceModel | recipe.Timm):
+    """Bytes of the largest output of a layer for two rows; 0 for models of libraries, which may look at values, and for
+    language models, whose users choose how much they take at a time.
+    """
+    if isinstance(card.model, recipe.HuggingFaceModel | recipe.LanguageModel | recipe.Timm):
         return 0
     largest = 0
 
@@ -177,7 +213,7 @@ def by_content(model: recipe.Model) -> dict[str, Any]:
         RefusedError: a factory cannot be imported, or a folder has no configuration.
     """
     document = model.model_dump(mode="json")
-    if isinstance(model, recipe.HuggingFaceModel) and model.path is not None:
+    if isinstance(model, recipe.HuggingFaceModel | recipe.HuggingFaceLm) and model.path is not None:
         return document | {"path": huggingface.content(model)}
     if isinstance(model, recipe.Custom):
         return document | {"source": source_sha256(model, SIGNATURE)}
@@ -198,6 +234,8 @@ def changed_source(card: ModelCard) -> str | None:
 
 def _body(card: ModelCard, pretrained: bool) -> nn.Module:
     model, shape, classes = card.model, card.input_shape, card.classes
+    if card.blocks is not None:
+        return _language_body(card, pretrained)
     architectures.refuse_inputs(model, card.tokens, shape)
     match model:
         case recipe.Mlp():
@@ -217,6 +255,16 @@ def _body(card: ModelCard, pretrained: bool) -> nn.Module:
             return architectures.timm_model(model, shape, classes, pretrained=pretrained and model.pretrained)
         case recipe.Custom():
             return _custom(model, shape, classes)
+        case recipe.CausalLm() | recipe.HuggingFaceLm():
+            raise AssertionError("a card of a language model has blocks")
+
+
+def _language_body(card: ModelCard, pretrained: bool) -> LanguageModel:
+    assert card.blocks is not None
+    if isinstance(card.model, recipe.CausalLm):
+        return CausalDecoder(card.model, card.blocks)
+    assert isinstance(card.model, recipe.HuggingFaceLm)
+    return huggingface_lm.body(card.model, card.blocks, pretrained=pretrained)
 
 
 def _custom(spec: recipe.Custom, input_shape: tuple[int, ...], classes: int) -> nn.Module:

@@ -27,7 +27,8 @@ from akd_dist.data.factories import source_sha256
 from akd_dist.data.framing import line_for
 from akd_dist.data.rows import Rows
 from akd_dist.data.text import Tokens
-from akd_dist.models import architectures, huggingface, huggingface_config
+from akd_dist.models import architectures, huggingface, huggingface_config, huggingface_lm
+from akd_dist.models.language import Blocks
 
 FORMAT_VERSION = 2
 """Of model.json: a checksum of its own since 2."""
@@ -40,7 +41,8 @@ SIGNATURE = "(input_shape, classes, ...) -> torch.nn.Module"
 """Of the function that a model of kind `custom` names."""
 # Fields that say where a model's first weights came from. They are no part of what the model is: what the weights
 # became is known by their sha256.
-_ORIGIN = {"huggingface": ("path", "name", "pretrained"), "timm": ("pretrained",)}
+_OF_FOLDER = ("path", "name", "pretrained")
+_ORIGIN = {"huggingface": _OF_FOLDER, "huggingface_lm": _OF_FOLDER, "timm": ("pretrained",)}
 
 
 class ModelCard(BaseModel):
@@ -64,6 +66,8 @@ class ModelCard(BaseModel):
     """The names of classes 0, 1, ..., where the data has names."""
     tokens: Tokens | None = None
     """What ids mean, where inputs are text."""
+    blocks: Blocks | None = None
+    """What a language model takes; None of all other models."""
     normalize: recipe.Normalize | None = None
     """Mean and standard deviation taken out inside the module."""
     image: recipe.Image = recipe.Image()
@@ -86,6 +90,30 @@ class ModelCard(BaseModel):
             raise ValueError(f"class_names has {len(self.class_names):,} names for {self.classes:,} classes")
         return self
 
+    @model_validator(mode="after")
+    def _blocks_for_language_models(self) -> ModelCard:
+        language = isinstance(self.model, recipe.LanguageModel)
+        if not (language == (self.blocks is not None) == (self.task == "language_model")):
+            raise ValueError(f"{self.model.kind} with task {self.task} and {'' if self.blocks else 'no '}blocks")
+        if self.blocks is not None:
+            here, theirs = (self.input_shape, self.input_dtype, self.classes), (self.blocks.shape, "int32")
+            if here != (*theirs, self.blocks.vocabulary):
+                raise ValueError(f"inputs {list(self.input_shape)} of {self.classes} tokens, and {self.blocks}")
+        return self
+
+    @classmethod
+    def of_blocks(cls, model: recipe.LanguageModel, blocks: Blocks) -> ModelCard:
+        """The card of a language model for blocks.
+
+        Raises:
+            RefusedError: the model is not for such blocks, its configuration cannot be read, or an optional library is
+                not installed.
+            MachineError: its configuration is on the hub, which cannot be reached.
+        """
+        if isinstance(model, recipe.HuggingFaceLm):
+            model = huggingface_lm.resolve(model, blocks)
+        return _checked(**of_language(model, blocks))
+
     @classmethod
     def of(
         cls,
@@ -101,6 +129,8 @@ class ModelCard(BaseModel):
                 optional library is not installed.
             MachineError: its configuration is on the hub, which cannot be reached.
         """
+        if rows.task == "language_model":
+            return cls.of_blocks(_language_model(model), blocks_of(rows))
         architectures.refuse_inputs(model, rows.tokens, rows.shape)
         dtype: Any = rows.inputs.dtype.name
         card = _checked(
@@ -122,14 +152,15 @@ class ModelCard(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_before(self, document: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Cards and manifests of before knew no `image`: at its default it is left out, and they keep their bytes.
+        """Cards and manifests of before knew no `image` and no `blocks`: at the default these are left out.
 
-        So do those that say no more of it than they could then.
+        So they keep their bytes, and so do those that say no more of them than they could then.
         """
         said: dict[str, Any] = document(self)
         if "image" in said:
             said["image"] = self.image.written()
-        return said if self.image != recipe.Image() else {name: said[name] for name in said if name != "image"}
+        defaults = {"image": self.image == recipe.Image(), "blocks": self.blocks is None}
+        return {name: value for name, value in said.items() if not defaults.get(name)}
 
     @property
     def fingerprint(self) -> str:
@@ -148,6 +179,9 @@ class ModelCard(BaseModel):
         Raises:
             RefusedError: task, input shape, dtype, tokens, classes or their names differ; names both sides.
         """
+        if rows.task == "language_model":
+            self.on_blocks(blocks_of(rows), what)
+            return
         ours = _in_words(self.input_dtype, self.input_shape, self.classes, self.task, self.tokens)
         shape = self.input_shape if self._takes_shorter(rows.shape) else rows.shape
         theirs = _in_words(rows.inputs.dtype, shape, rows.classes, rows.task, rows.tokens)
@@ -169,6 +203,44 @@ class ModelCard(BaseModel):
                 expected=f"classes {some_of(wanted, first)}, as the dataset has them",
                 next="choose a model of the same classes, or give the labels as numbers in the model's order",
             )
+
+    def on_blocks(self, blocks: Blocks, what: str, *, compared: bool = False) -> ModelCard:
+        """The card of the same language model as it is run on blocks of a dataset: of their length and attention.
+
+        Its own vocabulary stays: an output layer may have more rows than the data has ids.
+
+        Args:
+            what: names the model, at the beginning of a message.
+            compared: whether somebody who has both tokenizers has seen that all ids in use mean the same to both.
+
+        Raises:
+            RefusedError: it is no language model, or it was made for another tokenizer or shorter blocks.
+        """
+        ours = self.blocks
+        if ours is None:
+            raise RefusedError(
+                f"{what} is no language model",
+                got=f"the model {self.model.label}, for {self.task}",
+                expected=f"a model of {blocks.in_words()}",
+                next="choose a model of kind causal_lm or huggingface_lm",
+            )
+        other = ours.tokenizer and blocks.tokenizer and ours.tokenizer != blocks.tokenizer and not compared
+        if ours.vocabulary < blocks.vocabulary or other:
+            raise RefusedError(
+                f"{what} was made for another tokenizer",
+                got=ours.in_words(),
+                expected=f"{blocks.in_words()}, as the dataset has them",
+                next="choose a model of the same tokenizer, or its tokenizer as data.text",
+            )
+        if ours.length < blocks.length:
+            raise RefusedError(
+                f"{what} was made for shorter blocks",
+                got=f"blocks of {ours.length:,} tokens",
+                expected=f"{blocks.length:,} tokens, as the dataset has them",
+                next=f"set data.text.length to {ours.length} or less",
+            )
+        run = ours.model_copy(update={"length": blocks.length, "attention": blocks.attention})
+        return self.model_copy(update={"blocks": run, "input_shape": run.shape})
 
     def check_image(self, image: recipe.Image, what: str) -> None:
         """Refuse pictures that become inputs in another way than the model's: it would see others than it was made for.
@@ -209,6 +281,41 @@ class ModelCard(BaseModel):
         return masked and shape[:-1] == self.input_shape[:-1] and shape[-1:] <= self.input_shape[-1:]
 
 
+def _language_model(model: recipe.Model) -> recipe.LanguageModel:
+    if not isinstance(model, recipe.LanguageModel):
+        raise RefusedError(
+            f"the model {model.label} is no language model",
+            got=f"kind {model.kind} for a data.task: language_model",
+            expected="kind causal_lm or huggingface_lm",
+            next="choose such a model",
+        )
+    return model
+
+
+def blocks_of(rows: Rows) -> Blocks:
+    """The blocks that the rows of a language model are."""
+    tokens: Any = rows.tokens
+    return Blocks(
+        length=rows.shape[-1],
+        vocabulary=rows.classes,
+        tokenizer=tokens.tokenizer or "",
+        attention=tokens.attention or "document",
+        end_of_text=tokens.end_of_text,
+    )
+
+
+def of_language(model: recipe.LanguageModel, blocks: Blocks) -> dict[str, Any]:
+    """The fields of a language model's card."""
+    return {
+        "model": model,
+        "input_shape": blocks.shape,
+        "input_dtype": "int32",
+        "classes": blocks.vocabulary,
+        "task": "language_model",
+        "blocks": blocks,
+    }
+
+
 def _checked(**fields: Any) -> ModelCard:
     """A card of what was found elsewhere: in rows, in a config.json."""
     try:
@@ -245,7 +352,7 @@ def card_bytes(card: ModelCard) -> bytes:
 
 def placeless(model: recipe.Model) -> recipe.Model:
     """A spec without folders of this machine: a card says of a local folder its name alone."""
-    if isinstance(model, recipe.HuggingFaceModel) and model.path is not None:
+    if isinstance(model, recipe.HuggingFaceModel | recipe.HuggingFaceLm) and model.path is not None:
         return model.model_copy(update={"path": Path(model.path).name})
     return model
 

@@ -11,10 +11,11 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.formatting import counted
-from akd_dist.models.build import Classifier
+from akd_dist.models.build import weights_of
 from akd_dist.models.card import ModelCard
 from akd_dist.models.checkpoint_files import Tensors
 
@@ -77,7 +78,7 @@ def best_fit(parts: Mapping[str, Tensors], wanted: Tensors) -> tuple[Fit, list[s
     ]
 
 
-def load_fit(module: Classifier, fit: Fit, card: ModelCard, source: str) -> list[str]:
+def load_fit(module: nn.Module, fit: Fit, card: ModelCard, source: str) -> list[str]:
     """Give a module the weights of a fit, or refuse all that does not fit in one message.
 
     Args:
@@ -90,18 +91,19 @@ def load_fit(module: Classifier, fit: Fit, card: ModelCard, source: str) -> list
     Raises:
         RefusedError: names are missing or unknown, shapes or kinds of numbers are others, or weights are not finite.
     """
-    wanted = module.body.state_dict()
+    weights = weights_of(module)
+    wanted = weights.state_dict()
     check_names(fit, wanted, _lacked(wanted, fit.state), card, source)
     double = all(tensor.dtype == torch.float64 for tensor in fit.state.values() if tensor.is_floating_point())
     becoming = _NARROW if double else (*_NARROW, torch.float64)
-    notes = check_values(fit.state, dict(module.body.named_parameters()), source, becoming=becoming)
+    notes = check_values(fit.state, dict(weights.named_parameters()), source, becoming=becoming)
     for name, tensor in fit.state.items():
         if _kind(tensor.dtype) != _kind(wanted[name].dtype):
             raise _other_numbers(source, name, tensor.dtype, wanted[name].dtype)
     _check_tied(wanted, fit.state, source)
     if double:
         module.double()  # else loading would round them
-    module.body.load_state_dict(fit.state, strict=False)
+    weights.load_state_dict(fit.state, strict=False)
     return notes
 
 

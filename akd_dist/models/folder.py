@@ -30,6 +30,8 @@ from akd_dist.models.card import (
     parse_card,
     placeless,
 )
+from akd_dist.models.language import Blocks
+from akd_dist.models.language_folder import card_of_folder, is_language_folder, read_folder
 from akd_dist.storage.objects import ObjectMissing
 from akd_dist.storage.roots import open_root
 
@@ -65,6 +67,7 @@ def save_model(
 def load_model(uri: str | Path, trusted: Trusted = NOBODY) -> nn.Module:
     """The module of a model folder, in eval mode: raw inputs [n, *shape] -> logits [n, classes], in float32.
 
+    A language model is a `language.LanguageModel`: blocks [n, 3, length] -> logits [n, length, rows of its output].
     Weights that were trained in float64 stay so, and give float64.
 
     Args:
@@ -79,16 +82,24 @@ def load_model(uri: str | Path, trusted: Trusted = NOBODY) -> nn.Module:
     return read_model(uri, trusted)[0]
 
 
-def read_model(uri: str | Path, trusted: Trusted = NOBODY) -> tuple[nn.Module, ModelCard]:
+def read_model(
+    uri: str | Path, trusted: Trusted = NOBODY, *, blocks: Blocks | None = None
+) -> tuple[nn.Module, ModelCard]:
     """The module of a model folder, in eval mode, and its card, from one reading of the files.
 
     Args:
         trusted: as for `load_model`.
+        blocks: of a language model, what it is to take: their length and attention become those of the card. None
+            takes it as it was made.
 
     Raises:
-        RefusedError, DamagedError: as `load_model`.
+        RefusedError, DamagedError: as `load_model`; or the model is not for such blocks.
     """
+    if is_language_folder(uri):
+        return read_folder(uri, blocks)
     card, weights, foreign = _read(uri, trusted)
+    if blocks is not None:
+        card = card.on_blocks(blocks, f"the model {uri}")
     shapes = check_memory(card)
     if foreign:
         assert isinstance(card.model, recipe.HuggingFaceModel)
@@ -128,13 +139,20 @@ def _check_shapes(shapes: dict[str, Shape] | None, tensors: dict[str, torch.Tens
     raise RuntimeError("; ".join(told) + (f"; and {len(different) - 3} more" if len(different) > 3 else ""))
 
 
-def load_card(uri: str | Path, trusted: Trusted = NOBODY) -> ModelCard:
+def load_card(uri: str | Path, trusted: Trusted = NOBODY, *, blocks: Blocks | None = None) -> ModelCard:
     """The card of a model folder. Nothing is imported for it; what it names may be later, as far as it is trusted.
 
+    Args:
+        trusted: as for `load_model`.
+        blocks: as for `read_model`.
+
     Raises:
-        RefusedError, DamagedError: as `load_model`.
+        RefusedError, DamagedError: as `read_model`.
     """
-    return _read(uri, trusted)[0]
+    if is_language_folder(uri):
+        return card_of_folder(uri, blocks)
+    card = _read(uri, trusted)[0]
+    return card if blocks is None else card.on_blocks(blocks, f"the model {uri}")
 
 
 def _warn_of_other_source(card: ModelCard, uri: str | Path) -> None:

@@ -48,7 +48,7 @@ class SequenceClassifier(nn.Module):
         return logits
 
 
-def content(spec: recipe.HuggingFaceModel) -> str | None:
+def content(spec: recipe.HuggingFaceModel | recipe.HuggingFaceLm) -> str | None:
     """sha256 over what a spec takes from its folder: configuration and, where pretrained, weights. None for the hub.
 
     Raises:
@@ -85,7 +85,7 @@ def body(spec: recipe.HuggingFaceModel, asked: Interface, *, pretrained: bool = 
     model_class = _model_class(config)
     if pretrained and spec.pretrained:
         place = spec.path or spec.name
-        model, info = _load(model_class, config, spec.label, place, use_safetensors=True)
+        model, info = load_pretrained(model_class, config, spec.label, place, use_safetensors=True)
         _check_loaded(info, spec.label, model.base_model_prefix, new_head=True)
     else:
         with quiet():
@@ -113,12 +113,19 @@ def body_of_state(spec: recipe.HuggingFaceModel, asked: Interface, state: dict[s
         RefusedError: as `trained_body`.
     """
     config = configuration(spec.config, spec.label)
-    model, info = _load(_model_class(config), config, spec.label, None, state_dict=state)
+    model, info = load_pretrained(_model_class(config), config, spec.label, None, state_dict=state)
     _check_loaded(info, spec.label, model.base_model_prefix, new_head=False)
     return SequenceClassifier(model, asked.tokens.padding)
 
 
-def _load(model_class: Any, config: Any, label: str, place: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
+def load_pretrained(
+    model_class: Any, config: Any, label: str, place: str | None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A model of transformers with weights, in float32, and what was found of them.
+
+    Raises:
+        RefusedError: they cannot be read.
+    """
     try:
         with quiet():
             loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(
@@ -157,7 +164,7 @@ def _check_loaded(info: dict[str, Any], label: str, prefix: str, *, new_head: bo
     )
     if not missing and not other:
         return
-    found = [f"{what}: {_some(names)}" for what, names in (("missing", missing), ("of another shape", other)) if names]
+    found = [f"{what}: {some(names)}" for what, names in (("missing", missing), ("of another shape", other)) if names]
     if new_head:
         but, advice = " but its head", "check `path` or `name`, and `config`"
     else:
@@ -170,7 +177,8 @@ def _check_loaded(info: dict[str, Any], label: str, prefix: str, *, new_head: bo
     )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more
 

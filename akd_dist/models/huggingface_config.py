@@ -40,6 +40,38 @@ _BY_DATA = ("num_labels", "problem_type")
 
 
 @dataclass(frozen=True)
+class Purpose:
+    """What a model of transformers is for, and which types of models there are for it."""
+
+    mapping: str
+    """The name of transformers' own table, from types of models to classes."""
+    cannot: str
+    """What to say of a model that is for something else."""
+    task: str
+    """What transformers calls it."""
+    such_as: str
+    """Types of models that are for it."""
+    instead: str
+    """What to do."""
+
+
+CLASSIFIES = Purpose(
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "cannot classify text",
+    "sequence classification",
+    "bert or roberta",
+    "choose another model; for a class of your own, choose kind: custom",
+)
+CONTINUES = Purpose(
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "is no causal language model",
+    "causal language models",
+    "llama or gpt2",
+    "choose another model",
+)
+
+
+@dataclass(frozen=True)
 class Interface:
     """What the data asks of a model."""
 
@@ -61,14 +93,23 @@ def resolve(spec: recipe.HuggingFaceModel, asked: Interface) -> recipe.HuggingFa
             transformers is not installed.
         MachineError: the hub cannot be reached.
     """
+    config = changed_config(spec, CLASSIFIES) | by_data(asked)
+    check_tokens(spec, configuration(config, spec.label), asked.tokens)
+    return spec.model_copy(update={"config": config})
+
+
+def changed_config(spec: recipe.HuggingFaceModel | recipe.HuggingFaceLm, purpose: Purpose) -> dict[str, Any]:
+    """The configuration in a spec's folder or on the hub, with the changes that the spec asks for.
+
+    Raises:
+        RefusedError, MachineError: as `resolve`.
+    """
     found = _read_config(spec)
-    defaults = _config_class(found, spec.label)()
+    defaults = _config_class(found, spec.label, purpose)()
     names: dict[str, str] = getattr(defaults, "attribute_map", {})
     changes = {names.get(key, key): value for key, value in spec.config.items()}
     _check_changes(spec, changes, {*defaults.to_dict(), *found})
-    config = kept(found) | changes | by_data(asked)
-    check_tokens(spec, configuration(config, spec.label), asked.tokens)
-    return spec.model_copy(update={"config": config})
+    return kept(found) | changes
 
 
 def by_data(asked: Interface) -> dict[str, Any]:
@@ -77,7 +118,7 @@ def by_data(asked: Interface) -> dict[str, Any]:
     return {"num_labels": asked.classes, "problem_type": kind}
 
 
-def _read_config(spec: recipe.HuggingFaceModel) -> dict[str, Any]:
+def _read_config(spec: recipe.HuggingFaceModel | recipe.HuggingFaceLm) -> dict[str, Any]:
     """config.json as it is."""
     if spec.path is not None:
         path = Path(spec.path) / CONFIG
@@ -132,7 +173,9 @@ def _keys(config: Mapping[str, Any]) -> Iterator[str]:
             yield from _keys(value)
 
 
-def _check_changes(spec: recipe.HuggingFaceModel, changes: Mapping[str, Any], known: set[str]) -> None:
+def _check_changes(
+    spec: recipe.HuggingFaceModel | recipe.HuggingFaceLm, changes: Mapping[str, Any], known: set[str]
+) -> None:
     for key in changes:
         if _left_out(key) or key == "model_type" or key not in known:
             usable = sorted(name for name in known if not _left_out(name))
@@ -158,25 +201,25 @@ def check_tokens(spec: recipe.HuggingFaceModel, config: Any, tokens: Tokens) -> 
         )
 
 
-def _config_class(config: Mapping[str, Any], label: str) -> Any:
-    """The class of a configuration, which must be one that transformers itself has for sequence classification."""
+def _config_class(config: Mapping[str, Any], label: str, purpose: Purpose) -> Any:
+    """The class of a configuration, which must be one that transformers itself has a model of this purpose for."""
     hub.require_extra("transformers")
+    from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KINDS
 
-    kind = str(config.get("model_type"))
-    if kind not in KINDS or kind not in CONFIG_MAPPING:
+    kind, kinds = str(config.get("model_type")), getattr(modeling_auto, purpose.mapping)
+    if kind not in kinds or kind not in CONFIG_MAPPING:
         raise RefusedError(
-            f"the model {label} cannot classify text",
+            f"the model {label} {purpose.cannot}",
             got=f"model_type {kind}",
-            expected="a model type that transformers has sequence classification for, such as "
-            + (", ".join(difflib.get_close_matches(kind, KINDS)) or "bert or roberta"),
-            next="choose another model; for a class of your own, choose kind: custom",
+            expected=f"a model type that transformers has {purpose.task} for, such as "
+            + (", ".join(difflib.get_close_matches(kind, kinds)) or purpose.such_as),
+            next=purpose.instead,
         )
     return CONFIG_MAPPING[kind]
 
 
-def configuration(config: Mapping[str, Any], label: str) -> Any:
+def configuration(config: Mapping[str, Any], label: str, purpose: Purpose = CLASSIFIES) -> Any:
     """A card's configuration as transformers has it.
 
     Raises:
@@ -190,7 +233,7 @@ def configuration(config: Mapping[str, Any], label: str) -> Any:
             expected="the plain architecture: no code, no quantisation",
         )
     check_numbers(config, f"config.json of the model {label}: settings")
-    config_class = _config_class(config, label)
+    config_class = _config_class(config, label, purpose)
     try:
         with quiet():
             return config_class.from_dict(dict(config))
@@ -213,7 +256,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def no_folder(spec: recipe.HuggingFaceModel, error: OSError) -> RefusedError:
+def no_folder(spec: recipe.HuggingFaceModel | recipe.HuggingFaceLm, error: OSError) -> RefusedError:
     """What to say of a folder that holds no configuration."""
     return RefusedError(
         f"there is no {CONFIG} in {spec.path}",

@@ -19,11 +19,11 @@ from akd_dist import recipe
 from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.base.files import canonical_json, is_settled, replace, sha256, stamp_of, with_checksum, without_checksum
 from akd_dist.data.rows import Rows
-from akd_dist.models import huggingface
-from akd_dist.models.build import Classifier, build, check_memory, check_output
+from akd_dist.models import huggingface, huggingface_lm
+from akd_dist.models.build import Classifier, build, check_memory, check_output, weights_of
 from akd_dist.models.card import CARD, WEIGHTS, ModelCard, card_bytes, interface_of, placeless
 from akd_dist.models.checkpoint_files import Tensors, digest_of, find_files, read_parts
-from akd_dist.models.fitting import best_fit, check_values, described, load_fit
+from akd_dist.models.fitting import Fit, best_fit, check_values, described, load_fit
 from akd_dist.models.folder import state_bytes
 from akd_dist.storage.remote import RemoteFile, find_file, is_remote
 from akd_dist.storage.roots import open_root
@@ -90,6 +90,20 @@ def open_checkpoint(model: recipe.Model, source: str, rows: Rows, data: recipe.D
     """
     card = ModelCard.of(model, rows, data.normalize, data.image)
     _check_class_names(card, rows, source)
+    return open_for_card(card, source, cache_root)
+
+
+def open_for_card(card: ModelCard, source: str, cache_root: Path) -> Imported:
+    """A checkpoint of others as the model of a card, whose weights it becomes; as `open_checkpoint`.
+
+    Args:
+        card: without weights; of a language model as `ModelCard.of_blocks` gives it.
+        source: a file, a folder, or the `s3://` URI of a file.
+        cache_root: of this node.
+
+    Raises:
+        RefusedError, MachineError: as `open_checkpoint`.
+    """
     card = card.model_copy(update={"model": placeless(card.model)})
     before = _stamp(source)
     key = _key(card, source)
@@ -137,17 +151,20 @@ def _loaded(card: ModelCard, source: str, cache_root: Path) -> tuple[nn.Module, 
         if isinstance(card.model, recipe.HuggingFaceModel):
             wanted = {name: torch.empty(shape, device="meta") for name, shape in (shapes or {}).items()}
             module, notes = _of_huggingface(card, card.model, parts, wanted, source)
+        elif isinstance(card.model, recipe.HuggingFaceLm):
+            wanted = {name: torch.empty(shape, device="meta") for name, shape in (shapes or {}).items()}
+            module, notes = _of_huggingface_lm(card, card.model, parts, wanted, source)
         else:
             module, notes = _of_names(card, parts, source)
-    check_output(module.eval(), card)
-    return module, notes
+    if card.blocks is None:
+        check_output(module.eval(), card)
+    return module.eval(), notes
 
 
 def _of_names(card: ModelCard, parts: dict[str, Tensors], source: str) -> tuple[nn.Module, list[str]]:
     """A module whose weights go by the names that it has itself."""
     module = build(card, seed=0)
-    assert isinstance(module, Classifier)
-    fit, elsewhere = best_fit(parts, module.body.state_dict())
+    fit, elsewhere = best_fit(parts, weights_of(module).state_dict())
     notes = load_fit(module, fit, card, source)
     return module, described(fit, elsewhere) + notes
 
@@ -161,8 +178,25 @@ def _of_huggingface(
     notes = check_values(state, state, source, becoming=(torch.float64, torch.float16, torch.bfloat16))
     with torch.random.fork_rng(devices=[]):
         module = Classifier(huggingface.body_of_state(spec, interface_of(card), state), card)
-    told = described(fit, elsewhere)
-    return module, [line for line in told if "`model.` was put" not in line] + notes
+    return module, _told_of_huggingface(fit, elsewhere) + notes
+
+
+def _of_huggingface_lm(
+    card: ModelCard, spec: recipe.HuggingFaceLm, parts: dict[str, Tensors], wanted: Tensors, source: str
+) -> tuple[nn.Module, list[str]]:
+    """A causal language model of transformers, in the same way."""
+    assert card.blocks is not None
+    fit, elsewhere = best_fit(parts, wanted)
+    state = {name.removeprefix("model."): tensor for name, tensor in fit.state.items()}
+    notes = check_values(state, state, source, becoming=(torch.float64, torch.float16, torch.bfloat16))
+    with torch.random.fork_rng(devices=[]):
+        module = huggingface_lm.body(spec, card.blocks, state=state)
+        huggingface_lm.look_into(module.eval(), spec.label)
+    return module, _told_of_huggingface(fit, elsewhere) + notes
+
+
+def _told_of_huggingface(fit: Fit, elsewhere: list[str]) -> list[str]:
+    return [line for line in described(fit, elsewhere) if "`model.` was put" not in line]
 
 
 def _check_class_names(card: ModelCard, rows: Rows, source: str) -> None:

@@ -17,6 +17,7 @@ from akd_dist.options.models import (
     DataOptions as DataOptions,
     EvaluateOptions as EvaluateOptions,
     ExportOptions as ExportOptions,
+    GenerateOptions as GenerateOptions,
     ModelImportOptions as ModelImportOptions,
     ModelOptions as ModelOptions,
     PredictOptions as PredictOptions,

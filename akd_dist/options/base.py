@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,6 +49,7 @@ def wrong_kind(name: str, value: object, expected: str) -> RecipeError:
 _TAKES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bool": ("True or False", lambda value: isinstance(value, bool)),
     "int": ("a whole number", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+    "float": ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
     "str": ("text", lambda value: isinstance(value, str)),
     "str | Path": ("a path", is_path),
     "str | Sequence[str]": ("text, or a list of texts", lambda value: isinstance(value, str) or _is_list(value)),

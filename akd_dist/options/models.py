@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +82,43 @@ class PredictOptions(WritingOptions, DataOptions):
     """The file; None takes `<student>.parquet` in the working folder. See `evaluation.predict` for its columns."""
     logits: bool = option(True, "--no-logits", help="Leave out the column of logits, the largest of many classes.")
     """Whether to write the column of logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(Options):
+    """What `generate` takes."""
+
+    student: str | Path = field(kw_only=False, metadata={"argument": "MODEL", "folder": True})
+    """A folder or URI of a language model: with model.safetensors and model.json, or as transformers saves one."""
+    prompt: str = field(
+        kw_only=False,
+        metadata={"flag": "--prompt", "metavar": "TEXT", "required": True, "help": "The text to continue."},
+    )
+    """The text to continue."""
+    tokens: int = option(100, "--tokens", metavar="N", show_default=True, help="The most tokens to make.")
+    """The most tokens to make."""
+    temperature: float = option(
+        0.0,
+        "--temperature",
+        metavar="T",
+        show_default=True,
+        help="What logits are divided by before a token is drawn; 0 takes the most likely.",
+    )
+    """What logits are divided by before a token is drawn; 0 takes the most likely."""
+    top_p: float = option(
+        1.0, "--top-p", metavar="P", show_default=True, help="Draw from the likeliest tokens of this probability."
+    )
+    """Only the likeliest tokens that together have this probability are drawn from."""
+    seed: int = option(0, "--seed", metavar="N", show_default=True, help="Of the draws.")
+    """Of the draws."""
+    tokenizer: str | Path | None = option(
+        None, "--tokenizer", metavar="FOLDER", help="Where it lies neither beside the model nor in its run."
+    )
+    """A tokenizer's folder, or its name on the hub, where it lies neither beside the model nor in its run."""
+    device: Device = option("cpu", "--device", choices=("cpu", "cuda"), show_default=True, help="Where to compute.")
+    """`cpu` or `cuda`."""
+    on_text: Callable[[str], None] | None = None
+    """Told each piece of text as soon as it is there."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ How it is read, checked and explained lies here as well; nothing of what it lead
 """
 
 from akd_dist.recipe.base import (
+    LOWEST_IS_BEST as LOWEST_IS_BEST,
     METRICS as METRICS,
     Classes as Classes,
     Device as Device,
@@ -33,11 +34,15 @@ from akd_dist.recipe.data import (
     TokenMask as TokenMask,
 )
 from akd_dist.recipe.json_schema import recipe_schema as recipe_schema
+from akd_dist.recipe.language import Attention as Attention, Packing as Packing, Scored as Scored
 from akd_dist.recipe.load import load_recipe as load_recipe
 from akd_dist.recipe.models import (
+    CausalLm as CausalLm,
     Cnn as Cnn,
     Custom as Custom,
+    HuggingFaceLm as HuggingFaceLm,
     HuggingFaceModel as HuggingFaceModel,
+    LanguageModel as LanguageModel,
     Mlp as Mlp,
     Model as Model,
     PlainCnn as PlainCnn,
@@ -61,6 +66,7 @@ from akd_dist.recipe.search import (
     rung_epochs as rung_epochs,
 )
 from akd_dist.recipe.sources import (
+    ChatData as ChatData,
     CustomData as CustomData,
     Digits as Digits,
     HuggingFaceData as HuggingFaceData,
@@ -69,6 +75,7 @@ from akd_dist.recipe.sources import (
     Parquet as Parquet,
     Source as Source,
     Table as Table,
+    TextData as TextData,
     WebDataset as WebDataset,
 )
 from akd_dist.recipe.teacher import (

@@ -12,19 +12,23 @@ from akd_dist.base.trusted import Trusted
 
 # A function of the user's, as `module:function`.
 FACTORY = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
-Task = Literal["classification", "regression"]
+Task = Literal["classification", "regression", "language_model"]
 Device = Literal["cpu", "cuda"]
 Split = Literal["train", "validation", "test"]
 LogitKind = Literal["logits", "log_probabilities"]
 """What a row of stored logits is: raw logits, or less a constant of the row that makes them log-probabilities."""
 Target = Literal["onnx", "torch-export", "huggingface"]
 """What a model is exported to."""
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "custom"]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "cross_entropy", "custom"]
 METRICS: dict[Task, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),
+    "language_model": ("cross_entropy", "accuracy"),
 }
-"""The metrics of each task, its usual primary one first. One of the user's own, `custom`, is there for both."""
+"""The metrics of each task, its usual primary one first. One of the user's own, `custom`, is there for those of rows
+with one label each."""
+LOWEST_IS_BEST: frozenset[Metric] = frozenset({"cross_entropy"})
+"""The metrics of which less is better."""
 Count = Annotated[int, Field(ge=1)]
 # Bounds of what a document may ask for, far above any model: within them, memory decides (`models.build.check_memory`).
 Width = Annotated[int, Field(ge=1, le=10**12)]

@@ -7,23 +7,52 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, GetJsonSchemaHandler, model_serializer, model_validator
 from pydantic_core import CoreSchema
 
-from akd_dist.recipe.base import Count, Spec
+from akd_dist.recipe.base import Count, NotRightError, Spec
 from akd_dist.recipe.training import Precision
+
+Temperature = Annotated[float, Field(ge=1)]
+
+_DENSE = ("keep_bits", "compress")
+_OF_TOP_K = ("k", "rank", "value_bits", "tail_temperatures", "probe_rows")
 
 
 class EncodingSpec(Spec):
     """How logits are stored, in full: `encoding: float16` says the same as `encoding: {kind: float16}`."""
 
-    kind: Literal["float32", "float16"] = "float32"
-    """Precision of the stored logits."""
+    kind: Literal["float32", "float16", "top_k"] = "float32"
+    """Precision of all logits of a target; or `top_k`, the largest ones and what describes the others, for many
+    classes."""
     keep_bits: Annotated[int, Field(ge=1, le=22)] | None = None
     """Bits of the mantissa to keep, of 10 or 23: the others are rounded to zero, which compresses better. 7 changes
     logits by less than 0.4 %."""
     compress: Literal["none", "zstd", "blosc"] = "none"
     """Codec of the stored chunks; `blosc` shuffles bytes first, which makes logits smaller still."""
+    k: Count = 16
+    """Of top_k: how many of the largest logits are stored, each with its class."""
+    rank: Annotated[int, Field(ge=0)] = 16
+    """Of top_k: how many coefficients describe the other logits, in a basis that the store holds once."""
+    value_bits: Literal[4, 6, 8, 16] = 6
+    """Of top_k: bits of each stored logit."""
+    tail_temperatures: Annotated[tuple[Temperature, ...], Field(strict=False, min_length=1)] = (1.0, 4 / 3, 2.0)
+    """Of top_k: the temperatures, 1 and above, at which the probability of the other classes is stored; at others it
+    follows from these."""
+    probe_rows: Count = 64
+    """Of top_k: of how many train rows the basis is made."""
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> EncodingSpec:
+        strange = _DENSE if self.kind == "top_k" else _OF_TOP_K
+        if given := [key for key in strange if key in self.model_fields_set]:
+            fits = "float32 and float16" if self.kind == "top_k" else "top_k"
+            raise NotRightError(f"it is for {fits}, and kind is {self.kind}", "it left out", (given[0],))
+        if len(set(self.tail_temperatures)) < len(self.tail_temperatures):
+            raise NotRightError("a temperature stands there twice", "each once", ("tail_temperatures",))
+        return self
 
     @model_validator(mode="after")
     def _fewer_bits_than_there_are(self) -> EncodingSpec:
+        if self.kind == "top_k":
+            return self
         most = {"float16": 10, "float32": 23}[self.kind]
         if self.keep_bits is not None and self.keep_bits >= most:
             raise ValueError(f"keep_bits: {self.keep_bits} keeps all: {self.kind} has {most} bits of mantissa")
@@ -43,10 +72,13 @@ class EncodingSpec(Spec):
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         schema = handler(core)
-        return {"anyOf": [{"enum": ["float32", "float16"], "type": "string"}, schema]}
+        return {"anyOf": [{"enum": ["float32", "float16", "top_k"], "type": "string"}, schema]}
 
     def config(self) -> dict[str, Any]:
         """The encoding as a store's identity has it: what is not used is left out."""
+        if self.kind == "top_k":
+            temperatures = sorted(self.tail_temperatures)
+            return {"name": self.kind} | {key: getattr(self, key) for key in _OF_TOP_K} | {_OF_TOP_K[3]: temperatures}
         bits = {} if self.keep_bits is None else {"keep_bits": self.keep_bits}
         return {"name": self.kind} | bits | ({} if self.compress == "none" else {"compress": self.compress})
 

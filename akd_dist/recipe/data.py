@@ -23,6 +23,7 @@ from akd_dist.recipe.base import (
     Task,
     one_or_several,
 )
+from akd_dist.recipe.language import Packing, Scored, why_not_a_language_model
 from akd_dist.recipe.sources import Idx, ShareOrSource, Source, Unlabelled
 
 TokenizerKind = Annotated[Name, Field(description="Which kind of tokenizer this is.")]
@@ -247,12 +248,16 @@ class DataSpec(Spec):
     seed: Seed = 0
     """Governs the split, the order of rows and the views, for all students alike."""
     task: Task = "classification"
-    """What a label is: one of some classes, or a number."""
+    """What a label is: one of some classes, a number, or the next token of a text."""
     metric: Metric | CustomMetric | None = None
-    """What picks the best epoch and heads the tables; none takes accuracy, or Pearson's correlation for regression. Or
-    a function of your own."""
+    """What picks the best epoch and heads the tables; none takes accuracy, Pearson's correlation for regression, or the
+    cross-entropy of a token for language models. Or a function of your own."""
     text: Text | None = None
     """How text becomes tokens; needed where inputs are text."""
+    packing: Packing = Packing()
+    """How documents share the blocks of a language model."""
+    scored: Scored = "all"
+    """Which tokens a language model learns to predict: all, or those that the assistant of a chat has written."""
     image: Image = Image()
     """How encoded images become pixels."""
     views: Count = 1
@@ -267,7 +272,7 @@ class DataSpec(Spec):
 
     @property
     def primary_metric(self) -> Metric:
-        """The metric that picks the best epoch: the higher the better."""
+        """The metric that picks the best epoch: the higher the better, but for those of LOWEST_IS_BEST."""
         if isinstance(self.metric, CustomMetric):
             return "custom"
         return self.metric or METRICS[self.task][0]
@@ -302,6 +307,13 @@ class DataSpec(Spec):
                 )
             if self.subset is not None or self.stratify:
                 raise ValueError("subset and stratify are for rows with labels, and data.train is left out")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_its_task(self) -> DataSpec:
+        changed = {key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default}
+        if (why := why_not_a_language_model(self, changed)) is not None:
+            raise why
         return self
 
     @model_validator(mode="after")

@@ -130,6 +130,71 @@ class HuggingFaceModel(Spec):
         return label_of((self.name or self.path or "").rstrip("/").rpartition("/")[2])
 
 
+class CausalLm(Spec):
+    """A decoder over packed blocks of tokens, trained from nothing: the layers of Llama, so that it exports as one."""
+
+    kind: ModelKind[Literal["causal_lm"]] = "causal_lm"
+    width: Width
+    """Numbers that stand for a token; an even multiple of the heads."""
+    depth: Layers = 4
+    """Number of decoder blocks."""
+    heads: Width = 4
+    """Attention heads of each block."""
+    key_value_heads: Width | None = None
+    """Heads of keys and values, a divisor of `heads`: a smaller cache when text is generated; none takes `heads`."""
+    hidden: Width | None = None
+    """Units of each block's gated layer (SwiGLU); none takes 8/3 of the width, rounded up to a multiple of 64."""
+    tied: bool = True
+    """Whether the output layer is the table of embeddings."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of units dropped while training."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> CausalLm:
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width {self.width} is not an even multiple of heads, {self.heads}: positions turn pairs of numbers"
+            )
+        if self.key_value_heads is not None and self.heads % self.key_value_heads:
+            raise ValueError(f"heads, {self.heads}, is not a multiple of key_value_heads, {self.key_value_heads}")
+        return self
+
+    @property
+    def units(self) -> int:
+        """Units of each block's gated layer."""
+        return self.hidden if self.hidden is not None else -(-8 * self.width // (3 * 64)) * 64
+
+    @property
+    def label(self) -> str:
+        """`causal-256x4`: width and depth; `causal-256x4d0.1` with dropout."""
+        return f"causal-{self.width}x{self.depth}" + (f"d{self.dropout:g}" if self.dropout else "")
+
+
+class HuggingFaceLm(Spec):
+    """A causal language model of the Hugging Face `transformers` library (extra: akd-dist[huggingface])."""
+
+    kind: ModelKind[Literal["huggingface_lm"]] = "huggingface_lm"
+    path: str | None = None
+    """A folder with config.json and, for pretrained models, safetensors; relative to the recipe's folder."""
+    name: str | None = None
+    """A model on the hub, where one can be reached."""
+    pretrained: bool = True
+    """Whether training starts from its weights; else from random ones. Only safetensors are read."""
+    config: dict[str, JsonValue] = {}
+    """Keys of its configuration that are set otherwise. A trained model's card holds the whole configuration here."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> HuggingFaceLm:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give either a path or a name")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The last part of its name or path."""
+        return label_of((self.name or self.path or "").rstrip("/").rpartition("/")[2])
+
+
 class Timm(Spec):
     """An image model of the `timm` library (extra: akd-dist[timm])."""
 
@@ -172,6 +237,9 @@ class Custom(Factory):
         return label_of_call(self.factory, self.arguments)
 
 
+LanguageModel = CausalLm | HuggingFaceLm
+"""Kinds that take packed blocks of tokens and give logits of the next one."""
 Model = Annotated[
-    Mlp | Cnn | PlainCnn | ResNet | TextTransformer | HuggingFaceModel | Timm | Custom, Discriminator("kind")
+    Mlp | Cnn | PlainCnn | ResNet | TextTransformer | HuggingFaceModel | CausalLm | HuggingFaceLm | Timm | Custom,
+    Discriminator("kind"),
 ]

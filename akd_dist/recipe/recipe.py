@@ -177,6 +177,11 @@ class Recipe(Spec):
                 "nobody would use it, as no student has the objective takd", "it left out, or a student that has it"
             )
             yield ("teacher", "assistant"), self.teacher.assistant, why
+        if self.cache.encoding.kind == "top_k" and self.data.task == "regression":
+            why = NotRightError(
+                "a regression has one number a row, and no classes to choose from", "float32 or float16"
+            )
+            yield ("cache", "encoding"), self.cache.encoding, why
         if self.teacher.average == "probabilities" and self.data.task == "regression":
             why = NotRightError("a regression has no probabilities", "average: logits")
             yield ("teacher", "average"), self.teacher.average, why
@@ -256,6 +261,8 @@ class Recipe(Spec):
         document["data"]["image"] = self.data.image.said()
         if not document["data"]["image"]:
             del document["data"]["image"]
+        if self.data.task != "language_model":
+            del document["data"]["packing"], document["data"]["scored"]
         if document["data"]["unlabelled"] is None:
             del document["data"]["unlabelled"]
         for key in {"channels_last", "compile"} - self.cache.inference.keys():

@@ -126,8 +126,31 @@ class CustomData(Table, Factory):
     what they name or of the module's file prepares the data anew."""
 
 
+class TextData(Spec):
+    """Documents for a language model: Parquet, JSON Lines, or plain text, of which each file is a document."""
+
+    kind: SourceKind[Literal["text"]] = "text"
+    path: str
+    """A file, a folder or a glob; relative to the recipe's folder, or s3:// or gs://. Of a folder the files that end
+    in .parquet, .jsonl or .txt, all of one of these formats."""
+    input: str = "text"
+    """The column of documents, or the key of JSON Lines; plain text needs none."""
+
+
+class ChatData(Spec):
+    """Conversations for a language model: Parquet or JSON Lines, with a list of messages in each row."""
+
+    kind: SourceKind[Literal["chat"]] = "chat"
+    path: str
+    """A file, a folder or a glob; relative to the recipe's folder, or s3:// or gs://. Of a folder the files that end
+    in .parquet or .jsonl, all of one of these formats."""
+    input: str = "messages"
+    """The column of messages, or the key of JSON Lines: lists of objects with `role` and `content`."""
+
+
 Source = Annotated[
-    Digits | Idx | Parquet | ImageFolder | WebDataset | HuggingFaceData | CustomData, Discriminator("kind")
+    Digits | Idx | Parquet | ImageFolder | WebDataset | HuggingFaceData | CustomData | TextData | ChatData,
+    Discriminator("kind"),
 ]
 
 
@@ -146,7 +169,9 @@ ShareOrSource = Annotated[
     | Annotated[ImageFolder, Tag("image_folder")]
     | Annotated[WebDataset, Tag("webdataset")]
     | Annotated[HuggingFaceData, Tag("huggingface")]
-    | Annotated[CustomData, Tag("custom")],
+    | Annotated[CustomData, Tag("custom")]
+    | Annotated[TextData, Tag("text")]
+    | Annotated[ChatData, Tag("chat")],
     Discriminator(_share_or_source),
 ]
 

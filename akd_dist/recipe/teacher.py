@@ -9,7 +9,7 @@ from pydantic import Field, GetJsonSchemaHandler, field_validator, model_seriali
 from pydantic_core import CoreSchema
 
 from akd_dist.recipe.base import Epochs, Positive, Spec
-from akd_dist.recipe.models import HuggingFaceModel, Model
+from akd_dist.recipe.models import HuggingFaceLm, HuggingFaceModel, Model
 from akd_dist.recipe.training import Learning, Objective, Takd, Training
 
 # Of the whole: one that counts less is lost when a mean is rounded to float32.
@@ -73,7 +73,7 @@ class TeacherSpec(Spec):
     elsewhere: a file of safetensors or a torch state dict, or a folder with one. Relative to the recipe's folder."""
     model: Model | None = None
     """The architecture: of a teacher that this recipe trains, or of the checkpoint in `weights`. Alone, a fine-tuned
-    model of kind `huggingface` with its weights in `path`."""
+    model of kind `huggingface`, or a `huggingface_lm`, with its weights in `path`."""
     train: TeacherTraining | None = None
     """How this recipe trains it."""
     store: StoredTeacher | None = None
@@ -142,7 +142,7 @@ class TeacherSpec(Spec):
             raise ValueError("average is for an ensemble: give its members")
         if (
             given == ["model"]
-            and isinstance(self.model, HuggingFaceModel)
+            and isinstance(self.model, HuggingFaceModel | HuggingFaceLm)
             and self.model.path
             and self.model.pretrained
         ):

@@ -5,16 +5,10 @@ several sizes, and kept only if its logits are those of torch. torch.export load
 here only fresh from our own hands, and in a process of its own.
 """
 
-import contextlib
 import importlib
-import io
 import json
-import logging
-import shutil
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -23,8 +17,7 @@ import numpy as np
 import torch
 
 from akd_dist import recipe
-from akd_dist.base.errors import MachineError, RecipeError, RefusedError
-from akd_dist.base.files import PARTIAL_SUFFIX, fsync_folder
+from akd_dist.base.errors import RecipeError, RefusedError
 from akd_dist.base.tracebacks import whole
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.row_cache import Progress
@@ -32,8 +25,10 @@ from akd_dist.data.text import save_tokenizer
 from akd_dist.documents.use import ExportDocument
 from akd_dist.models.card import ModelCard
 from akd_dist.models.huggingface_config import CONFIG
+from akd_dist.serve import language_exports as language
 from akd_dist.serve.evaluation import Served, open_model, refuse_existing
 from akd_dist.serve.examples import DataRequest, known_text, open_examples
+from akd_dist.serve.export_files import made_beside, publish, quiet
 from akd_dist.serve.runners import RUNNERS, DoesNotRunError
 
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "huggingface": "-huggingface"}
@@ -50,6 +45,8 @@ _PACKAGES = {
 }
 _ONNX_BYTES = (1 << 31) - (1 << 20)  # a protocol buffer ends there
 _OPSET = 20
+_OF_HUGGINGFACE = ("huggingface", "huggingface_lm", "causal_lm")
+"""Kinds of models that transformers has the code of; the built-in language model is a Llama."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +101,17 @@ def export(
     trained_in = model.precision
     model = replace(model, precision="float64" if model.precision == "float64" else "float32")
     _refuse_kind(model, to)
+    if model.card.blocks is not None:
+        model = language.on_ids(model)
     rows = _rows_of(model, asked, trust, cache_root, on_progress)
     expected = _logits(model, rows.inputs)
-    with _made_beside(out, to) as made:
-        with _quiet():
+    with made_beside(out, to) as made:
+        with quiet():
             _WRITERS[to](model, made, tokenizer)
         got = _run(model, to, made, rows.inputs)
         difference, tolerance = _compared(model, to, got, expected)
         refuse_existing(out, force, instead_of=CONFIG if to == "huggingface" else None)  # it may have come meanwhile
-        _publish(made, out)
+        publish(made, out)
     return ExportDocument(
         student=student,
         model=model.card.model.label,
@@ -124,7 +123,7 @@ def export(
         outputs=_outputs_in_words(model),
         data=rows.data,
         split=rows.split,
-        rows=len(rows.inputs),
+        rows=len(expected),
         difference=difference,
         tolerance=tolerance,
         same_class=None if model.card.task == "regression" else int((got.argmax(1) == expected.argmax(1)).sum()),
@@ -139,7 +138,7 @@ def export(
 def _require(to: str) -> None:
     for package in _PACKAGES[to]:
         try:
-            with _quiet():
+            with quiet():
                 importlib.import_module(package)
         except ImportError as error:
             raise RecipeError(
@@ -152,11 +151,11 @@ def _require(to: str) -> None:
 
 def _refuse_kind(model: Served, to: str) -> None:
     kind = model.card.model.kind
-    if to == "huggingface" and kind != "huggingface":
+    if to == "huggingface" and kind not in _OF_HUGGINGFACE:
         raise RefusedError(
             f"the model {model.home.uri} is none of Hugging Face's",
             got=f"kind {kind}",
-            expected="kind huggingface, which transformers has the code of",
+            expected=f"kind {' or '.join(_OF_HUGGINGFACE)}, which transformers has the code of",
             next="export it --to onnx or --to torch-export",
         )
 
@@ -164,7 +163,9 @@ def _refuse_kind(model: Served, to: str) -> None:
 def _rows_of(
     model: Served, asked: DataRequest | None, trust: tuple[str, ...], cache_root: Path, on_progress: Progress | None
 ) -> _Rows:
-    """Real rows where there are any."""
+    """Real rows where there are any; of a language model ids."""
+    if model.card.blocks is not None:
+        return _Rows(language.random_ids(model.card.blocks, asked), None)
     if asked is None and model.home.run is not None:
         asked = DataRequest(str(Path(model.home.uri).parent.parent), trust=trust)
     if asked is None:
@@ -190,12 +191,18 @@ def _random_inputs(card: ModelCard) -> np.ndarray:
 
 
 def _parts(inputs: np.ndarray) -> list[np.ndarray]:
-    """The rows in batches of one, two, and all that is left: an export must take any number."""
-    return [part for part in np.split(inputs, [1, 3]) if len(part)]
+    """The rows in batches of one, two, and all that is left: an export must take any number. Ids of any length, too."""
+    parts = [part for part in np.split(inputs, [1, 3]) if len(part)]
+    return [parts[0][:, : inputs.shape[1] // 2 + 1], *parts[1:]] if inputs.dtype == np.int64 else parts
 
 
 def _logits(model: Served, inputs: np.ndarray) -> np.ndarray:
-    return np.concatenate([model.logits(part).numpy() for part in _parts(inputs)])
+    return _joined([model.logits(part).numpy() for part in _parts(inputs)])
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Logits [n, classes] of all parts; of a language model those of all positions, one behind another."""
+    return np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
 def _compared(model: Served, to: str, got: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
@@ -211,11 +218,13 @@ def _compared(model: Served, to: str, got: np.ndarray, expected: np.ndarray) -> 
 
 
 def _notes(model: Served, trained_in: str, to: str, rows: _Rows, tokenizer: str | None) -> list[str]:
-    notes = []
-    if rows.data is None:
+    notes = language.notes(model, to, tokenizer) if model.card.blocks is not None else []
+    if rows.data is None and model.card.blocks is None:
         notes.append("compared on random inputs: the model lies in no run, and --data names no rows")
     if trained_in != model.precision:
         notes.append(f"computes in float32; its run computed in {trained_in}, whose logits differ in the third digit")
+    if model.card.blocks is not None:
+        return notes
     if to == "huggingface" and not isinstance(known_text(tokenizer, model.card, model.home), recipe.HuggingFaceText):
         notes.append("without a tokenizer: none is known here; --tokenizer FOLDER adds one")
     return notes
@@ -235,7 +244,9 @@ def _precision(model: Served) -> str:
 
 
 def _instead(model: Served, to: str) -> str:
-    others = [one for one in TARGETS if one != to and (one != "huggingface" or model.card.model.kind == one)]
+    others = [
+        one for one in TARGETS if one != to and (one != "huggingface" or model.card.model.kind in _OF_HUGGINGFACE)
+    ]
     return f"try --to {' or --to '.join(others)}"
 
 
@@ -243,6 +254,8 @@ def _instead(model: Served, to: str) -> str:
 
 
 def _inputs_in_words(card: ModelCard) -> str:
+    if card.blocks is not None:
+        return language.inputs_in_words(card.blocks)
     shape = ", ".join(["rows", *map(str, card.input_shape)])
     if card.tokens is not None:
         types = "; the second channel are token types" if len(card.input_shape) == 2 else ""
@@ -258,6 +271,8 @@ def _inputs_in_words(card: ModelCard) -> str:
 
 def _outputs_in_words(model: Served) -> str:
     card = model.card
+    if card.blocks is not None:
+        return language.outputs_in_words(model.module, _precision(model))
     meaning = "the number" if card.task == "regression" else "logits of the classes, a softmax makes probabilities"
     return f"{_precision(model)} [rows, {card.classes}], {meaning}"
 
@@ -280,13 +295,15 @@ def _told(model: Served) -> dict[str, str]:
 
 def _program(model: Served, to: str) -> Any:
     """The module as a torch.export program, of any number of rows, without the places of this machine."""
-    example = torch.from_numpy(_random_inputs(model.card)[:2])
+    free = {0: torch.export.Dim("rows", min=1)}
+    if model.card.blocks is None:
+        example = torch.from_numpy(_random_inputs(model.card)[:2])
+    else:
+        example, free = language.example(model.module, model.card.blocks)
     try:
         # Not strict: the model's own Python is run once; the strict way goes through torch's compiler, which takes
         # fewer models.
-        program = torch.export.export(
-            model.module, (example,), dynamic_shapes=({0: torch.export.Dim("rows", min=1)},), strict=False
-        )
+        program = torch.export.export(model.module, (example,), dynamic_shapes=(free,), strict=False)
     except Exception as error:  # whatever the code of a model leads to
         raise _not_exportable(model, to, error) from error
     for graph in program.graph_module.modules():
@@ -329,7 +346,7 @@ def _write_onnx(model: Served, path: Path, _tokenizer: str | None) -> None:
             dynamo=True,
             verbose=False,
             opset_version=_OPSET,
-            input_names=["inputs"],
+            input_names=["inputs" if model.card.blocks is None else language.INPUT],
             output_names=["logits"],
         )
         assert made is not None
@@ -345,12 +362,13 @@ def _write_onnx(model: Served, path: Path, _tokenizer: str | None) -> None:
 
 
 def _name_rows(graph: Any) -> None:
-    """Call the free dimension `rows`, and forget which line of which file a node comes from."""
-    invented = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    """Call the free dimensions `rows` and `length`, and forget which line of which file a node comes from."""
+    first = graph.input[0].type.tensor_type.shape.dim
+    names = {dim.dim_param: name for dim, name in zip(first, ("rows", "length"), strict=False) if dim.dim_param}
     for value in [*graph.input, *graph.output, *graph.value_info]:
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = "rows" if dim.dim_param == invented else dim.dim_param.replace(invented, "rows")
+            for invented, name in names.items() if dim.dim_param else ():  # a fixed size would be lost
+                dim.dim_param = name if dim.dim_param == invented else dim.dim_param.replace(invented, name)
     for part in [*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
         del part.metadata_props[:]
         part.doc_string = ""
@@ -358,6 +376,9 @@ def _name_rows(graph: Any) -> None:
 
 def _write_huggingface(model: Served, folder: Path, tokenizer: str | None) -> None:
     card = model.card
+    if card.blocks is not None:
+        language.write_huggingface(model, folder, tokenizer)
+        return
     library: Any = model.module.body.model  # type: ignore[union-attr]
     if card.class_names is not None:
         library.config.id2label = dict(enumerate(card.class_names))
@@ -372,7 +393,8 @@ def _write_huggingface(model: Served, folder: Path, tokenizer: str | None) -> No
 def _run(model: Served, to: str, path: Path, inputs: np.ndarray) -> np.ndarray:
     """Logits [n, classes] that an export gives."""
     try:
-        return np.concatenate(RUNNERS[to](path, _parts(inputs)))
+        runner = f"{to}-lm" if to == "huggingface" and model.card.blocks is not None else to
+        return _joined(RUNNERS[runner](path, _parts(inputs)))
     except DoesNotRunError as error:
         raise RefusedError(
             f"the export of {model.home.uri} to {to} does not run, and is not kept",
@@ -380,60 +402,6 @@ def _run(model: Served, to: str, path: Path, inputs: np.ndarray) -> np.ndarray:
             expected=f"logits of {len(inputs)} rows in {_precision(model)}",
             next=_instead(model, to),
         ) from error
-
-
-@contextlib.contextmanager
-def _made_beside(out: Path, to: str) -> Iterator[Path]:
-    """Where to make an export, on the file system of its place; whatever is left there goes away."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f".{out.name}.", suffix=PARTIAL_SUFFIX, dir=out.parent)
-    except OSError as error:
-        raise _cannot_write(out, error) from error
-    try:
-        yield Path(folder) / {"onnx": "made.onnx", "torch-export": "made.pt2", "huggingface": "made"}[to]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(made: Path, out: Path) -> None:
-    """Give an export its name, a file in one step; a folder goes with the one that the export was made in."""
-    try:
-        if out.exists() and (out.is_dir() or made.is_dir()):
-            out.rename(made.with_name("before"))
-        made.replace(out)
-        fsync_folder(out.parent)
-    except OSError as error:
-        raise _cannot_write(out, error) from error
-
-
-def _cannot_write(out: Path, error: OSError) -> MachineError:
-    return MachineError(
-        f"cannot write {out}",
-        got=error.strerror or str(error),
-        expected="a folder that this user can write to",
-        next="choose another place with --out",
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the libraries print of their inner workings: what matters is in the document."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 _WRITERS: dict[str, Callable[[Served, Path, str | None], None]] = {

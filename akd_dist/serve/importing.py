@@ -8,15 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from akd_dist.base.errors import RecipeError
+from akd_dist.data.prompts import save_prompt_tokenizer
 from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.text import save_tokenizer
 from akd_dist.distill.agreement import check_on_rows
+from akd_dist.distill.language_check import check_on_blocks
 from akd_dist.distill.trial import try_teacher
 from akd_dist.documents.use import ModelImportDocument
 from akd_dist.models.build import num_parameters
 from akd_dist.models.card import CARD, WEIGHTS
 from akd_dist.models.folder import save_model
 from akd_dist.models.imported import open_checkpoint
+from akd_dist.models.language import LanguageModel
 from akd_dist.recipe import Custom, HuggingFaceText, Recipe
 from akd_dist.serve.evaluation import refuse_existing
 
@@ -57,8 +60,11 @@ def import_model(
     splits.sources.begin()
     imported = open_checkpoint(model, source, splits.train, recipe.data, cache_root)
     module = imported.module(cache_root)
-    try_teacher(module, imported.card, splits.train, recipe.cache)
-    check = check_on_rows(module, splits.validation, name="the model")
+    if isinstance(module, LanguageModel):
+        check = check_on_blocks(module, splits.validation.inputs, splits.validation.classes, name="the model")
+    else:
+        try_teacher(module, imported.card, splits.train, recipe.cache)
+        check = check_on_rows(module, splits.validation, name="the model")
     for line in ["; ".join(imported.notes), *check.warnings]:
         if line:
             on_note(line)
@@ -66,6 +72,8 @@ def import_model(
     save_model(out, module, imported.card)
     if isinstance(recipe.data.text, HuggingFaceText) and imported.card.tokens is not None:
         save_tokenizer(recipe.data.text, imported.card.tokens, out)
+    if isinstance(recipe.data.text, HuggingFaceText) and imported.card.blocks is not None:
+        save_prompt_tokenizer(recipe.data.text, imported.card.blocks.vocabulary, out)
     splits.sources.finish()
     return ModelImportDocument(
         out=str(out),

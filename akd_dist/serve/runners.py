@@ -18,7 +18,8 @@ def _run_onnx(path: Path, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
     runtime = importlib.import_module("onnxruntime")  # it ships no types
     try:
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        return [session.run(["logits"], {"inputs": part})[0] for part in parts]
+        (given,) = session.get_inputs()
+        return [session.run(["logits"], {given.name: part})[0] for part in parts]
     except Exception as error:  # onnxruntime's own kinds, such as one for a missing kernel of float64
         raise DoesNotRunError(str(error)) from error
 
@@ -44,6 +45,15 @@ with torch.inference_mode():
         mask = (ids != model.config.pad_token_id).long()
         numpy.save(made, model(input_ids=ids, attention_mask=mask, **more).logits.numpy())
 """
+_HUGGINGFACE_LM_SCRIPT = """
+import sys, numpy, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], local_files_only=True, trust_remote_code=False, dtype="auto"
+).eval()
+with torch.inference_mode():
+    for given, made in zip(sys.argv[2::2], sys.argv[3::2]):
+        numpy.save(made, model(input_ids=torch.from_numpy(numpy.load(given))).logits.numpy())
+"""
 
 
 def _run_apart(script: str) -> Callable[[Path, Sequence[np.ndarray]], list[np.ndarray]]:
@@ -68,5 +78,7 @@ RUNNERS = {
     "onnx": _run_onnx,
     "torch-export": _run_apart(_TORCH_SCRIPT),
     "huggingface": _run_apart(_HUGGINGFACE_SCRIPT),
+    "huggingface-lm": _run_apart(_HUGGINGFACE_LM_SCRIPT),
 }
-"""By format: the export and batches of inputs [n, *shape] -> logits [n, classes] of each."""
+"""By format: the export and batches of inputs [n, *shape] -> logits [n, classes] of each; of language models logits of
+each position."""

@@ -65,7 +65,7 @@ def _check_same(recipe: Recipe, split: str, rows: Rows, store: LogitStore) -> No
     identity, data = store.manifest.identity, recipe.data
     augmentation = data.augmentation if split == "train" else NoAugmentation()
     seed = None if isinstance(augmentation, NoAugmentation) else data.seed
-    wanted, got = str(encoding_from_config(recipe.cache.encoding.config())), str(identity.codec)
+    wanted, got = str(encoding_from_config(recipe.cache.encoding.config())), str(identity.encoded)
     pairs = [
         ("data.augmentation", identity.augmentation, by_content(augmentation)),
         ("data.seed", identity.data_seed, seed),

@@ -16,7 +16,7 @@ from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.data.row_blocks import write_run
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.row_store import RowsPlan, Take, ensure_rows
-from akd_dist.recipe import DataSpec, HuggingFaceData, Idx, Parquet
+from akd_dist.recipe import ByteText, DataSpec, HuggingFaceData, Idx, Parquet, TextData
 from akd_dist.storage.remote import RemoteFile, find_file
 from akd_dist.storage.roots import open_root
 from tests.sources import idx_bytes
@@ -157,3 +157,26 @@ def test_a_file_is_read_by_range(place: str) -> None:
             opened.seek(-5, 2)
             assert opened.read() == content[-5:]
             assert (opened.seek(3), opened.read(4), opened.tell()) == (3, content[3:7], 7)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "lines", "plain", "plain/*.txt"])
+def test_documents_are_read_as_from_a_folder(name: str, place: str, tmp_path: Path) -> None:
+    place = place.replace("*", "x").replace("/*.txt", "")
+    texts = [f"document {number} " * (1 + number % 5) for number in range(40)]
+    for folder in ("lines", "plain"):
+        (tmp_path / "here" / folder).mkdir(parents=True)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "here" / "a.parquet", row_group_size=7)
+    lines = [f'{{"text": "{text}"}}' for text in texts]
+    for part in range(2):
+        (tmp_path / "here" / "lines" / f"{part}.jsonl").write_text("\n".join(lines[part::2]))
+    for number, text in enumerate(texts):
+        (tmp_path / "here" / "plain" / f"{number:02}.txt").write_text(text)
+    upload(tmp_path / "here", place)
+
+    def data(root: str) -> DataSpec:
+        return DataSpec(train=TextData(path=f"{root}/{name}"), task="language_model", text=ByteText(length=16))
+
+    here = prepare(data(str(tmp_path / "here")), tmp_path / "cache")
+    assert prepare(data(place), tmp_path / "cache").fingerprints == here.fingerprints
+    sealed = ensure_rows(data(place), str(tmp_path / "stores"), loop)
+    assert {split: one.fingerprint for split, one in sealed.manifest.splits.items()} == here.fingerprints

@@ -21,7 +21,7 @@ from PIL import Image
 
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, sha256
-from akd_dist.data import row_blocks, row_store, rows
+from akd_dist.data import row_blocks, row_runs, row_store, rows
 from akd_dist.data.row_blocks import BlockRun, write_run
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.row_fetch import fetch_rows
@@ -43,7 +43,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (rows, row_store):
         monkeypatch.setattr(module, "BLOCK_ROWS", 16)
     monkeypatch.setattr("akd_dist.data.row_entry.BLOCK_ROWS", 16)
-    monkeypatch.setattr(row_store, "_QUICK_BLOCKS", 2)
+    monkeypatch.setattr(row_runs, "_QUICK_BLOCKS", 2)
 
 
 def loop(plan: RowsPlan, take: Take) -> None:

@@ -17,6 +17,7 @@ from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs import cache_teacher, train_students
 from akd_dist.jobs.cache_teacher import compute_in_process
+from akd_dist.jobs.idle import IdleWorkers
 from akd_dist.jobs.planning.plan import RunPlan
 from akd_dist.jobs.planning.planner import cohort_job, groups_of
 from akd_dist.jobs.run_folder import LocalRun
@@ -48,7 +49,9 @@ ASSISTANT = {
 }
 
 
-def train_here(base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace, run: LocalRun) -> int:
+def train_here(
+    base: CohortJob, plan: RunPlan, assistant: Stores, workspace: Workspace, run: LocalRun, idle: IdleWorkers
+) -> int:
     """What a fleet does on Ray, cohort after cohort in this process."""
     Path(base.control).mkdir(parents=True, exist_ok=True)
     run.begin(base.attempt)

@@ -18,7 +18,7 @@ from akd_dist.cli import main
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob
 from akd_dist.documents.fleet import RunIdentity
-from akd_dist.jobs import fleet
+from akd_dist.jobs import ray_train
 from akd_dist.jobs.growth import Growth, has_begun, names_in_run, settle
 from akd_dist.recipe import Recipe
 from akd_dist.storage.run_copy import MODEL, RunCopy
@@ -178,7 +178,7 @@ def cohorts_here() -> Iterator[None]:
         return ""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fleet, "fit", fit)
+        patch.setattr(ray_train, "fit", fit)
         yield
 
 

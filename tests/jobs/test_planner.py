@@ -222,7 +222,9 @@ def test_checkpoints_of_every_epoch_count() -> None:
     recipe = a_recipe([a_student("one")])  # three epochs of two steps
     costs = costs_for(recipe, keeping=0.5)
     (spec,) = recipe.students
-    assert (costs.seconds(spec), replace(costs, each_epoch=True).seconds(spec)) == (6.0, 6.0 + 3 * 0.5)
+    assert (costs.seconds(spec), replace(costs, each_epoch=True).seconds(spec)) == pytest.approx(
+        (6.0, 6.0 + 3 * 0.5), abs=0.1
+    )
 
 
 def test_parts_cost_about_the_same_and_keep_their_order() -> None:
@@ -245,10 +247,10 @@ def test_students_that_share_stage_one_stay_together() -> None:
     assert costs.steps_left(parts[0][0]) == 2 * (2 + 1)
     assert costs.steps_left(parts[0][0], follows=True) == 2 * 1
     assert costs.leaders(parts[0]) == {"0-2": "0-1"}
-    assert costs.family_seconds(parts[0]) == 2 * (2 + 1) + 2 * 2
+    assert costs.family_seconds(parts[0]) == pytest.approx(2 * (2 + 1) + 2 * 2, abs=0.1)
     resumed = replace(costs, behind={"0-2": (1, 1)})  # it has begun, so it leads; at stage II it could not
     assert resumed.leaders(parts[0]) == {"0-1": "0-2"}
-    assert resumed.family_seconds(parts[0]) == (2 * 4 - 3) + 2 * 1
+    assert resumed.family_seconds(parts[0]) == pytest.approx((2 * 4 - 3) + 2 * 1, abs=0.1)
     assert (costs.stream_steps(parts[0]), resumed.stream_steps(parts[0])) == (2 * 4, 2 * 4 - 3)
     assert replace(costs, behind={"0-2": (2, 0)}).leaders(parts[0]) == {}
 

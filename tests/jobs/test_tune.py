@@ -12,6 +12,8 @@ from akd_dist.base.errors import RecipeError
 from akd_dist.base.formatting import metric_format
 from akd_dist.cli import main
 from akd_dist.cli.tune import of_test_rows
+from akd_dist.distill.stack import Stack
+from akd_dist.distill.stack_evaluation import evaluate_together
 from akd_dist.distill.student import Student
 from akd_dist.documents.tune import TuneDocument, TunedSearch, TunedSeed
 from akd_dist.jobs.tune import Halving, _as_planned, _document
@@ -81,7 +83,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         found.append((student.spec.name, len(rows)))
         return evaluate(student, rows)
 
+    def together(stack: Stack, rows: Any, own: Any) -> Any:
+        found.extend((student.spec.name, len(rows)) for student in stack.students)
+        return evaluate_together(stack, rows, own)
+
     monkeypatch.setattr(Student, "evaluate", watched)
+    monkeypatch.setattr("akd_dist.distill.lockstep.evaluate_together", together)
     return found
 
 

@@ -16,7 +16,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import canonical_json, sha256
-from akd_dist.storage import arrays, reader, repair
+from akd_dist.storage import arrays, reader, repair, seal
 from akd_dist.storage.arrays import decode_shard, encode_shard, metadata, pinned_zarr, rows_within
 from akd_dist.storage.encodings import Encoding, encoding_from_config
 from akd_dist.storage.layout import Shard, StoreLayout
@@ -296,9 +296,8 @@ def test_a_compressed_store_is_repaired_under_another_version_of_its_codec(
     damaged.write_bytes(before[:-1])
     monkeypatch.setattr(arrays, "_LEVEL", 9)  # such a version writes other bytes; the metadata says nothing of it
     sealed_metadata = {key: (folder / "arrays.zarr" / key).read_bytes() for key in metadata(identity)}
-    as_sealed, encode = arrays.metadata, arrays.encode_shard
-    monkeypatch.setattr(repair, "encode_shard", lambda *given: encode(*given))
-    for module in (repair, reader):
+    as_sealed = arrays.metadata
+    for module in (repair, reader, seal):
         monkeypatch.setattr(module, "metadata", lambda _identity: sealed_metadata)
     assert as_sealed(identity) != sealed_metadata
     mended = repair.repair_store(str(tmp_path), folder.name, lambda one, _: stores.recompute(identity, one))
@@ -336,7 +335,8 @@ def test_documents_are_canonical_and_strict() -> None:
 
 def test_a_manifest_does_not_tell_when_or_where() -> None:
     fields = Manifest.model_json_schema()["$defs"]["ShardRecord"]["properties"]
-    assert set(fields) == {"key", "size", "sha256", "rows", "finite", "label_agreement", "probes", "content", "loss"}
+    told = {"key", "size", "sha256", "rows", "finite", "label_agreement", "probes", "content", "loss"}
+    assert set(fields) == told | {"objects", "dictionary"}
 
 
 @pytest.mark.parametrize("sample", [None, [0, 255], [0.5, 2.0], [1.0, 2.0], [0.1, -3e-45]], ids=str)

@@ -266,12 +266,12 @@ def test_a_manifest_that_leads_out_of_the_store_is_refused(folder: Path) -> None
         open_store(str(folder))
 
 
-@pytest.mark.parametrize("newer", [{"format": 4}, {"format": 4, "something": "new"}])
+@pytest.mark.parametrize("newer", [{"format": 5}, {"format": 5, "something": "new"}])
 def test_a_newer_format_is_refused_naming_both_versions(folder: Path, newer: dict[str, Any]) -> None:
     (folder / "manifest.json").write_bytes(canonical_json({**MANIFEST, **newer}))
     with pytest.raises(RefusedError) as refused:
         open_store(str(folder))
-    assert (refused.value.code, refused.value.got, refused.value.expected) == (4, "format 4", "format 3 or older")
+    assert (refused.value.code, refused.value.got, refused.value.expected) == (4, "format 5", "format 4 or older")
 
 
 def test_manifests_know_their_shards_and_creation() -> None:

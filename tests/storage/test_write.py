@@ -376,7 +376,7 @@ def test_a_receipt_with_any_change_counts_as_missing(unsealed: StoreWriter) -> N
         for position in range(len(data)):
             path.write_bytes(flipped(data, position))
             assert missing_shards(unsealed) == [shard], flipped(data, position)
-        for field in Receipt.model_fields:
+        for field in set(Receipt.model_fields) - {"objects", "dictionary"}:  # of stores of targets
             path.write_bytes(flipped(data, data.index(f'"{field}":'.encode()) + len(field) + 4))
             assert missing_shards(unsealed) == [shard]
             stores.write(unsealed, shard)

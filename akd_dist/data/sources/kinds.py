@@ -10,6 +10,7 @@ from akd_dist.data.sources.huggingface import HuggingFaceSource
 from akd_dist.data.sources.idx import IdxSource
 from akd_dist.data.sources.image_folder import ImageFolderSource
 from akd_dist.data.sources.parquet import ParquetSource
+from akd_dist.data.sources.text import TextSource
 from akd_dist.data.sources.webdataset import WebDatasetSource
 
 
@@ -26,6 +27,8 @@ def kind_of(spec: recipe.Source) -> Kind:
             return ImageFolderSource(spec)
         case recipe.WebDataset():
             return WebDatasetSource(spec)
+        case recipe.TextData() | recipe.ChatData():
+            return TextSource(spec)
         case recipe.HuggingFaceData():
             return HuggingFaceSource(spec)
         case recipe.CustomData():
@@ -34,4 +37,4 @@ def kind_of(spec: recipe.Source) -> Kind:
 
 def open_kind(kind: Kind, known: Any = None) -> Source:
     """A source, looked at; `known` is what the planning process says of it, as `Source.known`."""
-    return kind.open(known) if isinstance(kind, WebDatasetSource) else kind.open()
+    return kind.open(known) if isinstance(kind, WebDatasetSource | TextSource) else kind.open()

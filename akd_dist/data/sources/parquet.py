@@ -1,7 +1,7 @@
 """Parquet: a file, a folder or a glob, read by row groups."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.blocks import Block
 from akd_dist.data.parquet_files import find_parquet
-from akd_dist.data.schemas import check_schema, plain
+from akd_dist.data.schemas import check_schema, input_kind, plain
 from akd_dist.data.sources.base import Source, stats_of
 from akd_dist.data.sources.tables import columns_of, columns_of_table, source_of_table
 from akd_dist.storage.remote import RemoteFile
@@ -27,10 +27,14 @@ _BLOCK_BYTES = 1 << 21
 
 
 class ParquetSource:
-    """One or more Parquet files, in the order of their names; rows are numbered through all of them."""
+    """One or more Parquet files, in the order of their names; rows are numbered through all of them.
 
-    def __init__(self, spec: recipe.Parquet) -> None:
-        self.spec = spec
+    Args:
+        inputs: what its column of inputs may be, as of `schemas.check_schema`.
+    """
+
+    def __init__(self, spec: recipe.Parquet, inputs: Callable[[Any], str | None] = input_kind) -> None:
+        self.spec, self._inputs = spec, inputs
         self.found = find_parquet(spec.path)
         self.files = self.found.files
 
@@ -46,7 +50,7 @@ class ParquetSource:
             with _opened(file) as parquet:
                 whole = _with_path_columns(parquet.schema_arrow, self.found.columns)
                 self._check_above(whole)
-                check_schema(whole, self.spec, str(file), schema)
+                check_schema(whole, self.spec, str(file), schema, self._inputs)
                 schema = schema or whole
                 at = starts[-1]
                 for number in range(parquet.num_row_groups):

@@ -1,0 +1,82 @@
+"""Text that a language model is to continue, as ids, and ids that it has made, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
+from akd_dist.data.text import END, load_tokenizer
+
+
+class PromptTokenizer(Protocol):
+    """A prompt <-> ids."""
+
+    end: int | None
+    """The id that ends a text; None where there is none."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text that goes on: without an end."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special ones; bytes that are no UTF-8 become U+FFFD."""
+
+
+def prompt_tokenizer(spec: recipe.Text) -> PromptTokenizer:
+    """The tokenizer that a recipe asks for, for prompts.
+
+    Raises:
+        RefusedError: no such tokenizer; the library is not installed.
+        MachineError: the hub cannot be reached.
+    """
+    return _Bytes() if isinstance(spec, recipe.ByteText) else _HuggingFace(load_tokenizer(spec))
+
+
+def save_prompt_tokenizer(spec: recipe.HuggingFaceText, vocabulary: int, folder: Path) -> None:
+    """Write a tokenizer's files into the folder of a language model.
+
+    Args:
+        vocabulary: of the model: ids are below.
+
+    Raises:
+        RefusedError, MachineError: as `prompt_tokenizer`; or it has ids that the model does not know.
+    """
+    loaded = load_tokenizer(spec)
+    last = max(loaded.get_vocab().values())
+    if last >= vocabulary:
+        raise RefusedError(
+            f"the tokenizer {spec.path or spec.name} is not the one that the model was trained with",
+            got=f"ids up to {last:,}",
+            expected=f"ids 0 to {vocabulary - 1:,}",
+            next="choose the tokenizer of the model's recipe",
+        )
+    loaded.save_pretrained(folder)
+
+
+class _Bytes:
+    """UTF-8 bytes; what begins a text of other tasks has no place here, since documents stand one behind another."""
+
+    end: int | None = END
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(one for one in ids if one < 256).decode("utf-8", "replace")
+
+
+class _HuggingFace:
+    """A tokenizer of the `transformers` library, which puts before a text what it puts before documents."""
+
+    def __init__(self, loaded: Any) -> None:
+        self._loaded = loaded
+        self.end: int | None = loaded.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        ids = [int(one) for one in self._loaded.encode(text)]
+        return ids[:-1] if ids and ids[-1] == self.end else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._loaded.decode(list(ids), skip_special_tokens=True))

@@ -1,0 +1,154 @@
+"""The targets that a stream reads, as they are stored: of a batch of rows, whichever targets these have.
+
+Each array of the store is one memory map on the node, and the targets of a row lie one after the other in it, so that
+a batch is a copy of one slice for each row and array. Nothing is decoded here: what is stored travels to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from akd_dist.storage.content import Guard
+from akd_dist.storage.decoded import view_pieces
+from akd_dist.storage.holder import Holder
+from akd_dist.storage.node_cache import room_in
+from akd_dist.storage.pieces import Held, Pieces, Span, hold_pieces, resting
+from akd_dist.storage.reader import LogitStore
+
+Gathered = tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]]
+"""The arrays of some targets by name, and how many of these each row has."""
+
+
+class StoredTargets:
+    """What of a store a stream reads, by the view of the epoch; of a store of any encoding.
+
+    Args:
+        store: one store: what describes logits is never averaged.
+        cache_root: where this node keeps it.
+        views: so many of its views are read.
+        beside: bytes of what else is read from the cache meanwhile.
+        windowed: whether rows are read window by window: where the cache has no room for all views, no more than a few
+            windows are held then.
+        beside_windows: whether the rows themselves are held by windows, which take what room there is.
+        budget: bytes that everything in the cache may take; None for the default budget.
+
+    Raises:
+        DamagedError: the offsets, or an object's size, are not what was sealed; names the key.
+    """
+
+    def __init__(
+        self,
+        store: LogitStore,
+        cache_root: Path,
+        views: int = 1,
+        *,
+        beside: int = 0,
+        windowed: bool = False,
+        beside_windows: bool = False,
+        budget: int | None = None,
+    ) -> None:
+        self.store = store
+        """The store that is read."""
+        self.offsets = store.offsets if store.layout.several else None
+        """int64 [rows + 1], where a row has several targets: row r has those from offsets[r] up to offsets[r + 1]."""
+        self._budget, self._beside = budget, beside
+        tokens = store.tokens()  # looked at once: each look lists all shards
+        self._views = [view_pieces(store, view, cache_root, lambda: tokens) for view in range(views)]
+        self._room = room_in(cache_root, budget)
+        self._bytes = self._views[0].nbytes(range(self._views[0].count))
+        self.whole = not windowed or (not beside_windows and beside + views * self._bytes <= self._room)
+        """Whether whole views are held."""
+        self._holder = Holder(budget)
+
+    @property
+    def targets(self) -> int:
+        """Targets of all rows of a view."""
+        return self.store.layout.rows
+
+    def counts(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many targets each of some rows has, int64 [n]."""
+        if self.offsets is None:
+            return np.ones(len(rows), np.int64)
+        return self.offsets[rows + 1] - self.offsets[rows]
+
+    def gather(self, rows: npt.NDArray[np.int64]) -> Gathered:
+        """What is stored of the targets of some rows of the view that is read now, in the order of these rows.
+
+        Args:
+            rows: int64 [n], by their numbers in the dataset.
+
+        Returns:
+            Each array [targets, ...] by name, in the stored dtype: fresh memory, the targets of one row after those of
+            the row before. And how many each row has, int64 [n], some perhaps none; their sum is the number of targets.
+
+        Raises:
+            IndexError: some rows are not held; see `move`.
+        """
+        held, counts = self._held, self.counts(rows)
+        if self.offsets is None:
+            return {field.name: held.take(field.name, rows) for field in held.pieces.fields}, counts
+        some = counts > 0
+        first, sizes = self.offsets[rows[some]], counts[some]
+        starts, ends = held.places(first), held.places(first + sizes - 1)
+        # A row may lie in several pieces, of which each has to be held, and so all of them stand one after the other.
+        if (starts < 0).any() or (ends - starts != sizes - 1).any():
+            raise IndexError("some of these rows are not held")
+        return {name: _slices(array, starts, sizes) for name, array in held.arrays.items()}, counts
+
+    def watch(self, guard: Guard) -> None:
+        """Have what is read from now on vouched for."""
+        self._holder.guard = guard
+
+    def move(self, view: int, spans: Sequence[Span]) -> None:
+        """Read some spans of a view's rows from now on, and nothing else.
+
+        Raises:
+            DamagedError: a shard is not what was sealed; names the key.
+            MachineError: no room within the budget or on the disk; names need, free and budget.
+        """
+        pieces = self._views[view]
+        self._holder.move(pieces, self._wanted(pieces, spans))
+
+    def expect(self, view: int, spans: Sequence[Span]) -> None:
+        """Fetch these meanwhile, which are read next."""
+        pieces = self._views[view]
+        self._holder.expect(pieces, self._wanted(pieces, spans))
+
+    def decode(self) -> None:
+        """Fetch what fits beside everything else, whole views from the first on."""
+        fitting = max(0, self._room - self._beside) // self._bytes
+        for pieces in self._views[:fitting]:
+            hold_pieces(pieces, range(pieces.count), budget=self._budget)
+
+    def resting(self, marks: Collection[str]) -> list[Held]:
+        """What this node has of it in files of these marks."""
+        return [held for pieces in self._views for held in resting(pieces, marks)]
+
+    def close(self) -> None:
+        """Let everything go."""
+        self._holder.close()
+
+    @property
+    def _held(self) -> Held:
+        assert self._holder.now is not None, "a stream moves before it reads"
+        return self._holder.now
+
+    def _wanted(self, pieces: Pieces, spans: Sequence[Span]) -> Sequence[int]:
+        if self.whole:
+            return range(pieces.count)
+        if self.offsets is not None:
+            spans = [(int(self.offsets[start]), int(self.offsets[stop])) for start, stop in spans]
+        return pieces.of_spans([(start, stop) for start, stop in spans if start < stop]) or [0]
+
+
+def _slices(array: npt.NDArray[Any], starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Slices of an array one after the other."""
+    if not len(starts):
+        return np.empty((0, *array.shape[1:]), array.dtype)
+    spans = zip(starts.tolist(), (starts + counts).tolist(), strict=True)
+    return np.concatenate([array[start:stop] for start, stop in spans])
