@@ -22,6 +22,7 @@ from akd_dist.data.rows import Rows, Splits, blocks_in_common, first_difference
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.teacher import CacheJob, cache_shard, cache_shards
 from akd_dist.documents.cache import CachedAssistant, CachedMember, CacheDocument, CachedSplit, CachedSplits
+from akd_dist.jobs.idle import IdleWorkers
 from akd_dist.jobs.planning.caching import (
     Inputs,
     check_room,
@@ -57,10 +58,13 @@ Compute = Callable[[CachedModel, Recipe, Workspace], None]
 """Computes the missing shards of a model."""
 
 
-def cache_teacher(recipe: Recipe, options: CacheOptions) -> dict[str, Any]:
+def cache_teacher(recipe: Recipe, options: CacheOptions, idle: IdleWorkers | None = None) -> dict[str, Any]:
     """Make sure that sealed stores of the teacher's logits exist for the recipe's train, validation and test rows.
 
     Where the teacher has assistants, each is trained from the store of the model above it, and cached alike.
+
+    Args:
+        idle: workers of this machine that were started for it.
 
     Returns:
         The document that `akd-dist cache-teacher --json` prints.
@@ -71,7 +75,7 @@ def cache_teacher(recipe: Recipe, options: CacheOptions) -> dict[str, Any]:
     from akd_dist.jobs import cluster
 
     started, recipe = time.monotonic(), recipe.own()
-    workspace = Workspace.of(options, recipe)
+    workspace = Workspace.of(options, recipe, idle=idle)
     inputs = open_inputs(recipe, workspace, students=False, again=options.prepare_again, only_look=options.dry_run)
     with cluster.closing():
         if workspace.address is not None:

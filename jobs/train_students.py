@@ -128,7 +128,7 @@ def _run_recipe(
     """`run_recipe`, wherever the run lies."""
     from akd_dist.jobs import cluster
 
-    workspace = Workspace.of(options, recipe, run.local)
+    workspace = Workspace.of(options, recipe, run.local, idle)
     run.check()
     inputs = open_rows(recipe, workspace, students=True, again=options.prepare_again, only_look=options.dry_run)
     # Refused before the run's folder is made, unless whoever is waited for may be caching just what is missing now.
@@ -286,7 +286,7 @@ def _train(
             executor: Executor = LocalExecutor(plan.nodes[0], idle)
             cohorts = plan.cohorts
         else:
-            executor, cohorts = _on_ray(base, plan, assistant, replace(workspace, stop=stop))
+            executor, cohorts = _on_ray(base, plan, assistant, replace(workspace, stop=stop, here=None))
         with telling_damage(base, plan.todo, workspace.console):
             look = plan.inputs.splits.sources.look
             asked: dict[str, Any] = {"look": look, "executor": executor, "run": run}

@@ -29,9 +29,12 @@ def cache_teacher(options: CacheOptions) -> dict[str, Any]:
         AkdError: a refusal; nothing that was computed is lost.
     """
     recipe = options.read()  # a mistake in it is told before the heavy imports
-    from akd_dist.jobs.cache_teacher import cache_teacher
+    from akd_dist.jobs.idle import begun_for
 
-    return cache_teacher(recipe, options)
+    with begun_for(recipe, options) as idle:  # they import what caching needs while this process does
+        from akd_dist.jobs.cache_teacher import cache_teacher
+
+        return cache_teacher(recipe, options, idle)
 
 
 @taking(ImportLogitsOptions)
