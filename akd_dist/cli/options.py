@@ -61,7 +61,7 @@ id_argument = click.argument("store_id", metavar="ID", shell_complete=complete_s
 ORDER = (
     *("seeds", "student", "prompt", "tokens", "temperature", "top_p", "seed"),
     *("to", "others", "out", "logits", "data", "split", "input", "label", "tokenizer", "recipe"),
-    *("file", "key", "kind"),
+    *("file", "key", "kind", "budget"),
     *(
         "checkpoint",
         "overrides",
