@@ -77,8 +77,7 @@ def plan(as_json: bool, **given: Any) -> None:
     """Compare ways to store a teacher's logits.
 
     Runs it on a few rows, for many classes: bytes, divergence and errors of gradients at the temperatures that the
-    recipe's
-    students ask for. Nothing is stored.
+    recipe's students ask for. Nothing is stored.
     """
     from akd_dist.documents.encodings import EncodingsDocument
 
