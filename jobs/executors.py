@@ -7,7 +7,6 @@ a loop by hand would have them; a larger fleet has Ray, which watches over the m
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Sequence
 from typing import Any, Protocol, Self
@@ -16,7 +15,7 @@ from akd_dist.base.errors import AkdError, MachineError
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs import cluster, ray_train
 from akd_dist.jobs.demand import Demand
-from akd_dist.jobs.idle import IdleWorkers, Worker
+from akd_dist.jobs.idle import IdleWorkers, Worker, how_it_ended
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room, pack
 from akd_dist.jobs.shared import Shared, UnseenError
 from akd_dist.jobs.stopping import StopFlag
@@ -151,6 +150,5 @@ class LocalExecutor:
 
 
 def _how_it_ended(code: int, job: CohortJob) -> str:
-    name = f" ({signal.Signals(-code).name})" if -code in set(signal.Signals) else ""
     log = worker_log(job, 0)
-    return f"its process ended with code {code}{name}" + (f", see {log}" if log.exists() and log.stat().st_size else "")
+    return how_it_ended(code) + (f", see {log}" if log.exists() and log.stat().st_size else "")

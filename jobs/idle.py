@@ -6,6 +6,7 @@ Importing this module takes no time, so that a command can begin a worker before
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -13,11 +14,13 @@ from multiprocessing import Pipe
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
-    from akd_dist.options import RunOptions
+    from akd_dist.options import RecipeOptions
     from akd_dist.recipe import Recipe
 
-Asked = Literal["probe", "train"]
-"""What a worker can be asked for: what a student takes, as often as one likes; or to train a cohort, and leave."""
+Asked = Literal["probe", "call", "train"]
+"""What a worker can be asked for: what a student takes, or to call a function, as often as one likes; or to train a
+cohort, and leave.
+"""
 STUDENTS_OF_ONE = 60
 """From so many students on, a second cohort is likely to pay on a machine with two CPUs."""
 
@@ -30,10 +33,12 @@ class Worker:
 
     def __init__(self) -> None:
         self.connection, theirs = Pipe()
+        # Nothing is ever written there: the worker sees it end when this process is gone, however it went.
+        life, self.life = os.pipe()
         self.process = subprocess.Popen(
             # -P: only this process's own path counts
-            [sys.executable, "-P", "-m", "akd_dist.jobs.worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-P", "-m", "akd_dist.jobs.worker", str(theirs.fileno()), str(life)],
+            pass_fds=[theirs.fileno(), life],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # warnings and stacks go to the worker's log
@@ -41,6 +46,7 @@ class Worker:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
         theirs.close()
+        os.close(life)
 
     def ask(self, kind: Asked, content: Any) -> Any:
         """What it answers; None if it has died."""
@@ -53,8 +59,11 @@ class Worker:
     def end(self) -> int:
         """End it, whatever it does; the code that it ended with."""
         self.process.kill()
-        self.connection.close()
-        return self.process.wait()
+        code = self.process.wait()
+        if not self.connection.closed:
+            self.connection.close()
+            os.close(self.life)
+        return code
 
 
 class IdleWorkers:
@@ -62,11 +71,13 @@ class IdleWorkers:
 
     def __init__(self) -> None:
         self.waiting: deque[Worker] = deque()
+        self.closed = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *leaving: object) -> None:
+        self.closed = True
         while self.waiting:
             self.waiting.popleft().end()
 
@@ -74,6 +85,13 @@ class IdleWorkers:
         """See that so many wait."""
         while len(self.waiting) < count:
             self.waiting.append(Worker())
+
+    def give_back(self, worker: Worker) -> None:
+        """Have one wait again, if it lives."""
+        if worker.process.poll() is None and not self.closed:
+            self.waiting.append(worker)
+        else:
+            worker.end()
 
     def take(self) -> Worker:
         """One of them; a new one if none waits."""
@@ -83,18 +101,28 @@ class IdleWorkers:
             return Worker()
 
 
-def may_train_here(recipe: Recipe, address: str | None) -> bool:
-    """Whether students could train in processes of this machine: it is alone, without a Ray that is up, and each of
-    them needs one worker without a GPU.
+def how_it_ended(code: int) -> str:
+    """The end of a process, for people."""
+    name = f" ({signal.Signals(-code).name})" if -code in set(signal.Signals) else ""
+    return f"its process ended with code {code}{name}"
+
+
+def may_work_here(device: str, address: str | None) -> bool:
+    """Whether work may be done by processes of this machine: it is alone, without a Ray that is up, and needs no GPU,
+    of which Ray gives each worker its own.
     """
     ray = sys.modules.get("ray")
-    alone = address is None and not (ray is not None and ray.is_initialized()) and recipe.device == "cpu"
-    return alone and all(spec.workers == 1 for spec in recipe.students)
+    return address is None and not (ray is not None and ray.is_initialized()) and device == "cpu"
 
 
-def begun_for(recipe: Recipe, options: RunOptions) -> IdleWorkers:
-    """The workers that a command is likely to need: of one that may train here as many as cohorts may pay."""
+def may_train_here(recipe: Recipe, address: str | None) -> bool:
+    """The same of training, for which each student has to do with one worker."""
+    return may_work_here(recipe.device, address) and all(spec.workers == 1 for spec in recipe.students)
+
+
+def begun_for(recipe: Recipe, options: RecipeOptions) -> IdleWorkers:
+    """The workers that a command is likely to need: of one that may work here as many as cohorts may pay."""
     idle = IdleWorkers()
-    if not options.dry_run and may_train_here(recipe, options.address):
+    if not options.dry_run and may_work_here(recipe.device, options.address):
         idle.begin(min(len(os.sched_getaffinity(0)), 1 + len(recipe.students) // STUDENTS_OF_ONE))
     return idle

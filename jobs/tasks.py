@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from akd_dist.base.errors import AkdError, MachineError, RefusedError
+from akd_dist.base.errors import AkdError
 from akd_dist.jobs.cluster import check_alive, ray
 from akd_dist.jobs.demand import MOST, waits_for
+from akd_dist.jobs.local_tasks import RETRIES, LocalTasks, died, raised, unanswered
 from akd_dist.jobs.packing import Node, ResourceRequest, fits
 from akd_dist.jobs.shared import GONE_SECONDS, Shared, Unseen, look_first, nodes_lost
 from akd_dist.jobs.stopping import GRACE_SECONDS, POLL_SECONDS, StopFlag
-
-# As often as Ray would by itself; said here because a message tells of it.
-RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def run_tasks(
     *,
     threads: int,
     gpus: int,
-    shared: Shared,
+    shared: Shared | LocalTasks,
     stop: StopFlag,
     on_result: Callable[[Task, Any], None],
     count: int = 1,
@@ -66,6 +64,9 @@ def run_tasks(
         MachineError: an item's worker died more often than that (names the item); or tasks need more threads or
             GPUs than the cluster has, or has left after a loss of nodes.
     """
+    if isinstance(shared, LocalTasks):
+        shared.run_tasks(function, tasks, at_once(shared.nodes(), threads, gpus), threads, stop, on_result)
+        return
     ask = ResourceRequest(1, threads, gpus)
     shared.wait_for_room(ask, "tasks of so many threads", stop)
     remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(look_first)
@@ -143,7 +144,7 @@ def run_one(
     *arguments: Any,
     threads: int,
     gpus: int,
-    shared: Shared,
+    shared: Shared | LocalTasks,
     stop: StopFlag,
     on_poll: Callable[[], None],
     name: str,
@@ -155,6 +156,8 @@ def run_one(
     Raises:
         InterruptedByUser: it did not end in that time, or had not even begun.
     """
+    if isinstance(shared, LocalTasks):
+        return shared.run_one(function, *arguments, threads=threads, stop=stop, on_poll=on_poll, name=name)
     ask = ResourceRequest(1, threads, gpus)
     shared.wait_for_room(ask, name, stop)
     once = 1 if gpus else 0  # a process that ends gives back the memory of its GPU
@@ -172,10 +175,7 @@ def run_one(
             there = room.check(name)
             going_at = going_at if stop else time.monotonic()
             if time.monotonic() - going_at > GRACE_SECONDS or (stop and not there):
-                raise stop.error(
-                    f"stopped; {name} did not answer any more, so only earlier checkpoints are kept",
-                    "the same command goes on from there",
-                )
+                raise unanswered(name, stop)
         if not isinstance(result := _result(reference, name), Unseen):
             return result
         shared.leave_out(result)
@@ -189,16 +189,6 @@ def _result(reference: Any, name: str) -> Any:
         if isinstance(cause, AkdError):
             # The refusal alone: Ray's wrapper would put the worker's traceback around it.
             raise cause from None
-        raise RefusedError(
-            f"{name}: computing this raised an error",
-            got=str(error),
-            expected="code that runs",
-            next="mend it, then run the same command again: what is done is kept",
-        ) from None
+        raise raised(name, str(error)) from None
     except (ray.exceptions.RayError, ConnectionError) as error:
-        raise MachineError(
-            f"{name}: its worker died again and again",
-            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-            expected=f"a worker that survives, within {RETRIES} retries",
-            next="see whether memory ran out; the same command carries on with what is missing",
-        ) from error
+        raise died(name, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error

@@ -34,6 +34,7 @@ from akd_dist.jobs.packing import fits
 from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import Inputs, open_rows, with_models
 from akd_dist.jobs.planning.costs import Cohort
+from akd_dist.jobs.planning.language import fidelity_lines
 from akd_dist.jobs.planning.models import CachedModel, fingerprints, levels_of
 from akd_dist.jobs.planning.plan import RunPlan, fleet_job, plan_run
 from akd_dist.jobs.planning.planner import (
@@ -128,7 +129,7 @@ def _run_recipe(
     """`run_recipe`, wherever the run lies."""
     from akd_dist.jobs import cluster
 
-    workspace = Workspace.of(options, recipe, run.local)
+    workspace = Workspace.of(options, recipe, run.local, idle)
     run.check()
     inputs = open_rows(recipe, workspace, students=True, again=options.prepare_again, only_look=options.dry_run)
     # Refused before the run's folder is made, unless whoever is waited for may be caching just what is missing now.
@@ -192,6 +193,8 @@ def _execute(
     levels = levels_of(recipe, models)
     for model in models:
         workspace.tell(_how_cached(model))
+    for line in fidelity_lines(recipe, models[0]):
+        workspace.tell(line)
     identity = run_identity(recipe, splits, fingerprints(levels))
     if options.fresh:
         run.start_over()
@@ -286,7 +289,7 @@ def _train(
             executor: Executor = LocalExecutor(plan.nodes[0], idle)
             cohorts = plan.cohorts
         else:
-            executor, cohorts = _on_ray(base, plan, assistant, replace(workspace, stop=stop))
+            executor, cohorts = _on_ray(base, plan, assistant, replace(workspace, stop=stop, here=None))
         with telling_damage(base, plan.todo, workspace.console):
             look = plan.inputs.splits.sources.look
             asked: dict[str, Any] = {"look": look, "executor": executor, "run": run}

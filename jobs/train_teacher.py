@@ -25,6 +25,7 @@ from akd_dist.distill import hooks
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.job import CohortJob, forget_failures, read_progress, renewals
 from akd_dist.distill.published import train_and_publish
+from akd_dist.jobs.idle import may_work_here
 from akd_dist.models.build import by_content
 from akd_dist.models.device import device_name, gpus_of
 from akd_dist.options import RecipeOptions
@@ -39,7 +40,9 @@ from akd_dist.tracking.progress import Meter, meter, tell
 
 if TYPE_CHECKING:
     from akd_dist.jobs.demand import Demand
+    from akd_dist.jobs.idle import IdleWorkers
     from akd_dist.jobs.line import Line
+    from akd_dist.jobs.local_tasks import LocalTasks
     from akd_dist.jobs.shared import Shared
     from akd_dist.jobs.stopping import StopFlag
     from akd_dist.jobs.working_dir import WorkingDir
@@ -67,13 +70,18 @@ class Workspace:
     """The run's folder, where students are trained afterwards: nodes that do not see it are of no use before either."""
     folder: WorkingDir | None = None
     """What travels to the nodes of a cluster, and what they have to have; None for neither."""
+    here: IdleWorkers | None = None
+    """Workers of this machine that tasks run in; None where Ray runs them."""
 
     @classmethod
-    def of(cls, options: RecipeOptions, recipe: Recipe, run: Path | None = None) -> Workspace:
+    def of(
+        cls, options: RecipeOptions, recipe: Recipe, run: Path | None = None, idle: IdleWorkers | None = None
+    ) -> Workspace:
         """Where a command works that was given these options.
 
         Args:
             run: the run's folder, where there is one.
+            idle: workers of this machine, which run tasks where no cluster has to.
         """
         console = options.console or Console(stderr=True)
         kept_out = [options.stores, options.cache] + ([] if run is None else [str(run.parent)])
@@ -83,7 +91,10 @@ class Workspace:
 
             folder = WorkingDir.of(recipe, kept_out)
         places = options.stores, options.cache, options.address
-        return cls(*places, options.wait, options.patient, console=console, run=run, folder=folder)
+        # With stores elsewhere, the driver and a task that trains a model have no folder in common.
+        if "://" in options.stores or not may_work_here(recipe.device, options.address):
+            idle = None
+        return cls(*places, options.wait, options.patient, console=console, run=run, folder=folder, here=idle)
 
     @property
     def remote(self) -> bool:
@@ -106,7 +117,9 @@ class Workspace:
                 pass
 
     def join(self) -> None:
-        """Connect to Ray, or start it."""
+        """Connect to Ray, or start it, where it is to run tasks."""
+        if self.here is not None:
+            return
         from akd_dist.jobs import cluster
 
         cluster.connect(self.address, tell=self.tell, travels=None if self.folder is None else self.folder.folder)
@@ -144,8 +157,12 @@ class Workspace:
         stop.check()
         return found[0]
 
-    def shared(self) -> Shared:
+    def shared(self) -> Shared | LocalTasks:
         """The nodes that see the store root and the run, as a context: no other node may be given work."""
+        if self.here is not None:
+            from akd_dist.jobs.local_tasks import LocalTasks
+
+            return LocalTasks(self.here)
         from akd_dist.jobs.shared import Shared
 
         folders = {"the store root": self.store_root}

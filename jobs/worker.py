@@ -2,7 +2,7 @@
 
 The process knows nothing of Ray, so that it starts quickly. `idle.Worker` is its other end:
 
-    python -m akd_dist.jobs.worker FILE-DESCRIPTOR
+    python -m akd_dist.jobs.worker QUESTIONS LIFE      (file descriptors)
 """
 
 import contextlib
@@ -15,16 +15,19 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from akd_dist.base.errors import AkdError
+from akd_dist.base.tracebacks import in_full
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.delivery import write_note
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.publisher import publishing_logs
 from akd_dist.distill.ranks import OutOfStepError, Ranks
+from akd_dist.distill.teacher import load_teacher
 from akd_dist.jobs.planning.probing import answer_here
 
 IMPORTING = 50_000
@@ -84,6 +87,7 @@ def main() -> None:
     """Answer the driver's questions, see `idle.Worker`; leave once a cohort is trained, or when the driver leaves."""
     gc.set_threshold(IMPORTING)
     driver = Connection(int(sys.argv[1]))
+    threading.Thread(target=_leave_with_driver, args=(int(sys.argv[2]),), daemon=True).start()
     # The driver alone decides: a service manager sends SIGTERM to everybody, and a terminal SIGINT.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -94,19 +98,32 @@ def main() -> None:
     with contextlib.suppress(EOFError, OSError):
         while kind != "train":
             kind, content = driver.recv()
-            if kind == "train":
-                threading.Thread(target=_leave_with_driver, args=(driver,), daemon=True).start()
-                answer: Any = work(content, 0, contextlib.nullcontext(Ranks()))
-            else:
-                answer = answer_here(content)
-            driver.send(answer)
+            driver.send(_ANSWERS[kind](content))
     os._exit(0)  # all is written; the modules of torch would take a while to go
 
 
-def _leave_with_driver(driver: Connection) -> None:
+def _trained(job: CohortJob) -> Any:
+    load_teacher.cache_clear()  # of what was cached before: its memory is for the students now
+    return work(job.on_node(), 0, contextlib.nullcontext(Ranks()))
+
+
+def _called(content: tuple[Callable[..., Any], tuple[Any, ...]]) -> tuple[str, Any]:
+    """How a call ended, and what it gave: `done`, `refused` by an error of ours, or `raised`, with the whole trace."""
+    function, arguments = content
+    try:
+        return "done", function(*arguments)
+    except AkdError as error:
+        return "refused", error
+    except Exception as error:
+        return "raised", in_full(error)
+
+
+_ANSWERS: dict[str, Callable[[Any], Any]] = {"probe": answer_here, "call": _called, "train": _trained}
+
+
+def _leave_with_driver(life: int) -> None:
     """End this process once the driver is gone: its end of the pipe closes then, however it died."""
-    with contextlib.suppress(EOFError, OSError):
-        driver.recv()
+    os.read(life, 1)
     os._exit(1)
 
 

@@ -18,6 +18,7 @@ from akd_dist.distill.hooks import tell_epoch_end
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.objectives import Stage
 from akd_dist.distill.orders import Mix
+from akd_dist.distill.prefetch import prefetched
 from akd_dist.distill.progress import Progress
 from akd_dist.distill.ranks import Ranks
 from akd_dist.distill.stack import Stack, Stacks
@@ -27,9 +28,9 @@ from akd_dist.distill.stream import Batch, BatchStream
 from akd_dist.distill.student import Student
 from akd_dist.storage.content import Guard
 
-METRICS_SECONDS = 1.0
+METRICS_SECONDS, METRICS_EACH = 1.0, 0.02
 """How often the epochs of a student are written for whoever watches, besides with each checkpoint and at its end: small
-students end many epochs a second.
+students end many epochs a second. And how much less often for each student of the cohort, in seconds.
 """
 
 
@@ -77,13 +78,14 @@ class Lockstep:
             # An epoch in which all learn from labels alone reads no logits.
             stream = stream if any(one.stage.needs_logits for one in here) else stream.without_logits()
             then = self._read_next(epoch, [one for one in at if one not in here], logits=stream.logits is not None)
-            for batch in stream.batches(epoch, first, self.ranks.rank, self.ranks.world, then):
-                now = [student for student in here if student.training and student.step == batch.step]
-                self._take_step(now, batch, stream.steps_per_epoch)
-                if not any(student.training for student in here):
-                    break  # all of them have failed or diverged: the rest of the epoch is not read
-                if stopped := self._stops_after_batch():
-                    break
+            with prefetched(stream, epoch, first, self.ranks, then) as batches:
+                for batch in batches:
+                    now = [student for student in here if student.training and student.step == batch.step]
+                    self._take_step(now, batch, stream.steps_per_epoch)
+                    if not any(student.training for student in here):
+                        break  # all of them have failed or diverged: the rest of the epoch is not read
+                    if stopped := self._stops_after_batch():
+                        break
             if not stopped:
                 self._end_epoch(here)
         self.progress.tell(force=True)
@@ -196,7 +198,7 @@ class Lockstep:
         followers = [other for other in waiting if stage1_leader(other, active) is student]
         record, metric = student.end_epoch(self.splits.validation, measured), self.job.data.primary_metric
         failpoint("student.before_metrics")
-        write_metrics(student, every=METRICS_SECONDS)
+        write_metrics(student, every=max(METRICS_SECONDS, METRICS_EACH * len(self.students)))
         self._note(
             student,
             f"epoch {record['epoch']}: {record['stage']}, T {record['temperature']}, loss {record['train_loss']:.5f}, "

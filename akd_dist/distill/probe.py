@@ -5,6 +5,7 @@ The step is the student's own (its module, loss, optimizer and precision), on a 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -271,11 +272,14 @@ class _Made:
         )
         batches = stream.batches(0)
         batch = next(batches)
+        # Of those that are made in one go with the first, or ahead, the time tells nothing.
+        collections.deque(itertools.islice(batches, stream.steps_at_once - 1), maxlen=0)
         started, made = time.perf_counter(), 0
-        # Of what is made ahead, those that are there already tell nothing.
         for _ in itertools.islice(batches, stream.steps_at_once + stream.ahead):
             made += 1
-        seconds = (time.perf_counter() - started) / max(made, 1)
+        if not made:  # the first were all that an epoch has
+            made = sum(1 for _ in stream.batches(0))
+        seconds = (time.perf_counter() - started) / made
         return dataclasses.replace(batch, **self._said(batch), global_rows=len(batch.rows)), seconds
 
     def _said(self, batch: Batch) -> dict[str, Any]:

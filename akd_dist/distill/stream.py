@@ -4,8 +4,7 @@
         z = model(batch.inputs)
 
 The order is a pure function of (data seed, epoch), so a position (epoch, step) is all that a checkpoint has to keep. A
-batch is one gather from a memory map for the inputs and one for the logits, and no other copy. For a GPU several are
-made in one go.
+batch is one gather from a memory map for the inputs and one for the logits. Of small ones several are made in one go.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.encoded import ahead, batches_ahead, encoded_of
 from akd_dist.data.rows import Rows
-from akd_dist.data.views import begin_view, drawn_by, view_of
+from akd_dist.data.views import begin_view, drawn_by, placed, view_of
 from akd_dist.distill.batch_targets import BatchTargets, TeacherTargets
 from akd_dist.distill.orders import ALL, LABELLED, Batches, Mix, Order
 from akd_dist.distill.probes import PROBES_CHECKED, SeenViews
@@ -35,9 +34,10 @@ from akd_dist.storage.holder import Moving
 from akd_dist.storage.manifest import Manifest
 
 STEPS_AT_ONCE = 8
-"""Batches that are made in one go for a GPU: a small one alone takes hardly more than the launches of its kernels."""
-BYTES_AT_ONCE = 64_000_000
-"""The most that the inputs of such batches may take together; of larger ones fewer are made in one go."""
+"""Batches that are made in one go: a small one alone takes hardly more than the calls, or the launches of kernels."""
+BYTES_AT_ONCE = {"cpu": 250_000, "cuda": 64_000_000}
+"""The most that the inputs of such batches may take together, by the kind of device; of larger ones fewer are made in
+one go. On a processor they are to stay in its cache."""
 Said = torch.Tensor | BatchTargets
 """What a teacher says of some rows: logits, or what is stored of targets."""
 Gathered = tuple[torch.Tensor, torch.Tensor, Said | None]
@@ -173,7 +173,7 @@ class BatchStream:
         world: int = 1,
         then: tuple[int, Mix] | None = None,
         stride: int = 1,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """The batches of an epoch from a step on.
 
         Where an epoch has another number of steps than a pass over the rows, its batches go on where the epoch before
@@ -262,9 +262,8 @@ class BatchStream:
     @property
     def steps_at_once(self) -> int:
         """Batches that are made in one go; they are the same as one by one, since a view is a function of its row."""
-        if torch.device(self.device).type == "cpu":
-            return 1
-        return max(1, min(STEPS_AT_ONCE, BYTES_AT_ONCE // (self.batch * self.rows.input_bytes)))
+        most = BYTES_AT_ONCE["cpu" if torch.device(self.device).type == "cpu" else "cuda"]
+        return max(1, min(STEPS_AT_ONCE, most // (self.batch * self.rows.input_bytes)))
 
     def _cut(self, reading: _Reading, shares: list[tuple[int, int]]) -> Iterator[Gathered]:
         """Inputs, labels and logits of each of several batches, gathered together."""
@@ -304,12 +303,12 @@ class BatchStream:
         inputs = self.rows.inputs.take(rows, axis=0)
         shown = begin_view(self.augmentation, self.seed, inputs, rows, view, self.rows.tokens, self.device)
         # `take` gathers faster than indexing by an array of row numbers does (benchmarks/stream.py).
-        labels = torch.from_numpy(self.rows.labels.take(rows)).to(self.device)
+        labels = placed(self.rows.labels.take(rows), self.device)
         said: Said | None = None
         if isinstance(stored, TeacherTargets):
             said = stored.batch(rows)
         elif stored is not None:
-            said = torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
+            said = placed(stored.take(rows, axis=0), self.device)
         return lambda: (shown(), labels, said)
 
     def check_probes(self, manifest: Manifest, cache_root: Path | None = None) -> None:

@@ -20,6 +20,7 @@ from akd_dist.base.formatting import counted
 from akd_dist.data.rows import Rows
 from akd_dist.distill import hooks
 from akd_dist.distill.batch_norm import has_batch_norm, refuse_own_batch_norms
+from akd_dist.distill.capture import capture_logits
 from akd_dist.distill.language_trial import check_some_batch, try_language_model
 from akd_dist.distill.objectives import mix_of, stages_of
 from akd_dist.distill.orders import ALL, LABELLED, Batches, Mix
@@ -31,6 +32,7 @@ from akd_dist.models.inference import compiled_by, has_images, prepared
 from akd_dist.models.language import LanguageModel
 from akd_dist.models.outputs import are_probabilities
 from akd_dist.storage.encodings import encoding_from_config
+from akd_dist.storage.top_k import TopK, top_k_from_config
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +133,13 @@ def try_teacher(module: nn.Module, card: ModelCard, rows: Rows, cache: recipe.Ca
     inputs = _some(rows, 2)
     _warn_of_probabilities(check_output(module, card, inputs), card)
     logits = teacher_logits(module, inputs, len(inputs))
-    encoding_from_config(cache.encoding.config()).encode(logits, first_row=0)
+    config = cache.encoding.config()
+    if config["name"] == TopK.name:
+        top_k = top_k_from_config(config)
+        given = torch.from_numpy(logits)
+        capture_logits(given, None, k=top_k.k, temperatures=top_k.tail_temperatures, named="row {}".format)
+    else:
+        encoding_from_config(config).encode(logits, first_row=0)
 
 
 def try_inference(

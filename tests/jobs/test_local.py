@@ -1,4 +1,4 @@
-"""Cohorts as processes of this machine: the bytes of the plain loop, through deaths of workers and of their driver."""
+"""Cohorts and tasks as processes of this machine: the bytes of the plain loop, whoever dies meanwhile."""
 
 import json
 import os
@@ -16,19 +16,21 @@ import psutil
 import pytest
 from rich.console import Console
 
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.distill.job import read_result
 from akd_dist.jobs.executors import LocalExecutor
 from akd_dist.jobs.fleet import Fleet
 from akd_dist.jobs.idle import IdleWorkers, Worker, may_train_here
+from akd_dist.jobs.local_tasks import LocalTasks
 from akd_dist.jobs.packing import Node, ResourceRequest
 from akd_dist.jobs.planning.costs import CostModel
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.stopping import StopFlag
+from akd_dist.jobs.tasks import Task, run_one, run_tasks
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.recipe import Recipe
-from tests.fleets import HARD, a_recipe, a_student, stacks_of, weights
+from tests.fleets import HARD, a_recipe, a_student, stacks_of, store_bytes, weights
 
 FLEET = [*(a_student(f"annealing-{seed}", seed=seed) for seed in range(3)), a_student("hard", objective=HARD)]
 DEADLY = """
@@ -201,3 +203,72 @@ def test_a_small_fleet_starts_no_ray_and_a_large_one_plans_for_it(
     assert weights(Path(fleet["run"])) == {"annealing-0": undisturbed["annealing-0"]}
     long = said("--dry-run", "--set", "name=long", "--set", "students.0.objective.stage2_epochs=200000")
     assert long["executor"] == "ray"
+
+
+# ---- tasks
+
+
+def squared(job: int, item: int) -> int:
+    """A task that dies, is refused or raises where it is told to."""
+    if item == 5:
+        raise RefusedError("five is not squared")
+    if item == 6:
+        raise ValueError("six is not squared")
+    if item == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return job * item * item
+
+
+def ran(items: list[int], idle: IdleWorkers, stop: StopFlag | None = None) -> dict[str, int]:
+    found: dict[str, int] = {}
+
+    def note(task: Task, result: int) -> None:
+        found[task.name] = result
+
+    with LocalTasks(idle) as here:
+        tasks = [Task(f"item {item}", 10, item) for item in items]
+        run_tasks(squared, tasks, threads=1, gpus=0, shared=here, stop=stop or StopFlag(), on_result=note)
+        assert not here.busy
+    return found
+
+
+def test_tasks_run_in_workers_that_are_used_again(idle: IdleWorkers) -> None:
+    idle.begin()
+    (first,) = idle.waiting
+    assert ran([1, 2, 3], idle) == {"item 1": 10, "item 2": 40, "item 3": 90}
+    assert first in idle.waiting
+    with LocalTasks(idle) as here:
+        one: dict[str, Any] = {"threads": 1, "gpus": 0, "stop": StopFlag(), "on_poll": lambda: None, "name": "one"}
+        assert run_one(squared, 2, 4, shared=here, **one) == 32
+
+
+def test_what_a_task_raises_comes_back_and_what_kills_it_is_named(idle: IdleWorkers) -> None:
+    with pytest.raises(RefusedError, match="five is not squared"):
+        ran([1, 5], idle)
+    with pytest.raises(RefusedError, match="item 6: computing this raised an error") as told:
+        ran([6], idle)
+    assert "ValueError: six is not squared" in str(told.value.got)
+    with pytest.raises(MachineError, match="item 7: its worker died again and again") as dead:
+        ran([7], idle)
+    assert "SIGKILL" in str(dead.value.got)
+
+
+def test_nothing_is_begun_once_a_command_stops(idle: IdleWorkers) -> None:
+    stop = StopFlag()
+    stop.signal = signal.SIGINT
+    assert ran([1, 2], idle, stop) == {}
+
+
+def test_a_store_that_is_cached_here_has_the_bytes_of_the_plain_loop(
+    recipe: Recipe, home: Path, tmp_path: Path, stores: dict[str, str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(a_recipe(FLEET[:1], teacher={"weights": str(home / "teacher")}).to_yaml())
+    command = [sys.executable, "-m", "akd_dist.cli", "cache-teacher", str(file), f"--store-root={tmp_path / 'stores'}"]
+    done = subprocess.run(
+        [*command, f"--cache-root={home / 'cache'}", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Ray" not in done.stderr
+    assert json.loads(done.stdout)["id"] == Path(stores["train"]).name
+    assert store_bytes(tmp_path / "stores") == store_bytes(Path(stores["train"]).parent)

@@ -1,0 +1,211 @@
+"""Tasks as calls in processes of this machine, where there is no cluster: Ray would take longer to start than they do.
+
+What they raise comes back as it is, and what kills them is named, as for Ray tasks; `tasks.run_tasks` and `run_one`
+come here by themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, Self
+
+from akd_dist.base.errors import MachineError, RefusedError
+from akd_dist.jobs import cluster
+from akd_dist.jobs.idle import IdleWorkers, Worker, how_it_ended
+from akd_dist.jobs.packing import Node, ResourceRequest, check_room
+from akd_dist.jobs.stopping import GRACE_SECONDS, POLL_SECONDS, StopFlag
+
+# As often as Ray would by itself; said here because a message tells of it.
+RETRIES = 3
+
+
+class Call(Protocol):
+    """A task, as `tasks.Task`."""
+
+    @property
+    def name(self) -> str:
+        """Names it in messages."""
+
+    @property
+    def job(self) -> Any:
+        """What it has in common with others."""
+
+    @property
+    def item(self) -> Any:
+        """What it is about."""
+
+
+class LocalTasks:
+    """This machine as the only node that work may be given. Use it as a context.
+
+    Args:
+        idle: its workers; they are given back when nothing is left to do.
+    """
+
+    def __init__(self, idle: IdleWorkers) -> None:
+        self.idle, self.node = idle, cluster.this_machine()
+        self.busy: set[Worker] = set()
+        self.lock = threading.Lock()
+        self.closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *leaving: object) -> None:
+        """End what still runs: it publishes whole, or not at all."""
+        with self.lock:
+            self.closed = True
+            for worker in self.busy:
+                worker.process.kill()
+
+    def nodes(self) -> list[Node]:
+        """This machine, with all that it has."""
+        return [self.node]
+
+    def run_tasks(
+        self,
+        function: Callable[[Any, Any], Any],
+        tasks: Iterable[Any],
+        at_once: int,
+        threads: int,
+        stop: StopFlag,
+        on_result: Callable[[Any, Any], None],
+    ) -> None:
+        """As `tasks.run_tasks`; so many at a time. Results are handed on by the thread that calls this."""
+        check_room(self.nodes(), ResourceRequest(1, threads), "tasks of so many threads")
+        waiting, lock = iter(tasks), threading.Lock()
+        answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+
+        def work() -> None:
+            with self._worker() as ask:
+                while not stop:
+                    with lock:
+                        task = next(waiting, None)
+                    if task is None:
+                        return
+                    answers.put((task, ask(task.name, function, task.job, task.item)))
+
+        threads_of_workers = [threading.Thread(target=_telling, args=(work, answers)) for _ in range(at_once)]
+        for one in threads_of_workers:
+            one.daemon = True  # a command that is told twice to stop waits for nobody
+            one.start()
+        while any(one.is_alive() for one in threads_of_workers) or not answers.empty():
+            with contextlib.suppress(queue.Empty):
+                task, result = answers.get(timeout=POLL_SECONDS)
+                if isinstance(result, BaseException):
+                    raise result
+                on_result(task, result)
+            if stop:
+                return
+
+    def run_one(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        threads: int,
+        stop: StopFlag,
+        on_poll: Callable[[], None],
+        name: str,
+    ) -> Any:
+        """As `tasks.run_one`."""
+        check_room(self.nodes(), ResourceRequest(1, threads), name)
+        answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+
+        def work() -> None:
+            with self._worker() as ask:
+                answers.put((None, ask(name, function, *arguments)))
+
+        threading.Thread(target=_telling, args=(work, answers), daemon=True).start()
+        going_at = time.monotonic()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                _, result = answers.get(timeout=POLL_SECONDS)
+                if isinstance(result, BaseException):
+                    raise result
+                return result
+            on_poll()
+            going_at = going_at if stop else time.monotonic()
+            if time.monotonic() - going_at > GRACE_SECONDS:
+                raise unanswered(name, stop)
+
+    @contextlib.contextmanager
+    def _worker(self) -> Iterator[Callable[..., Any]]:
+        """A function that is called as (name, function, *arguments), for one thread; its worker may be another one
+        after each death.
+        """
+        worker = self._taken()
+
+        def ask(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+            nonlocal worker
+            for _ in range(1 + RETRIES):
+                answer = worker.ask("call", (function, arguments))
+                if answer is not None:
+                    kind, result = answer
+                    if kind == "raised":
+                        raise raised(name, result)
+                    if kind == "refused":
+                        raise result
+                    return result
+                code = self._ended(worker)
+                if self.closed:  # it was ended here, and nobody waits for it
+                    break
+                worker = self._taken()
+            raise died(name, how_it_ended(code))
+
+        try:
+            yield ask
+        finally:
+            with self.lock:
+                self.busy.discard(worker)
+            self.idle.give_back(worker)
+
+    def _taken(self) -> Worker:
+        worker = self.idle.take()
+        with self.lock:
+            self.busy.add(worker)
+        return worker
+
+    def _ended(self, worker: Worker) -> int:
+        with self.lock:
+            self.busy.discard(worker)
+        return worker.end()
+
+
+def _telling(work: Callable[[], None], answers: queue.Queue[tuple[Any, Any]]) -> None:
+    """Do something on a thread, and tell whoever waits for its answers of an error instead."""
+    try:
+        work()
+    except BaseException as error:
+        answers.put((None, error))
+
+
+def raised(name: str, told: str) -> RefusedError:
+    """The error of a task that raised something other than a refusal, as a user's own model may."""
+    return RefusedError(
+        f"{name}: computing this raised an error",
+        got=told,
+        expected="code that runs",
+        next="mend it, then run the same command again: what is done is kept",
+    )
+
+
+def died(name: str, told: str) -> MachineError:
+    """The error of a task whose workers died."""
+    return MachineError(
+        f"{name}: its worker died again and again",
+        got=told,
+        expected=f"a worker that survives, within {RETRIES} retries",
+        next="see whether memory ran out; the same command carries on with what is missing",
+    )
+
+
+def unanswered(name: str, stop: StopFlag) -> BaseException:
+    """The error of a task that was to stop, and gave no sign of it."""
+    return stop.error(
+        f"stopped; {name} did not answer any more, so only earlier checkpoints are kept",
+        "the same command goes on from there",
+    )
