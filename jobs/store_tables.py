@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from akd_dist.distill.caching import prepare_store
 from akd_dist.distill.teacher import CacheJob
+from akd_dist.jobs.local_tasks import LocalTasks
 from akd_dist.jobs.planning.models import SplitPlan
 from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.stopping import StopFlag
@@ -15,11 +16,14 @@ from akd_dist.storage.writer import missing_shards
 Prepared = Sequence[tuple[SplitPlan, CacheJob]]
 
 
-def prepare_on_ray(prepared: Prepared, name: str, *, threads: int, gpus: int, shared: Shared, stop: StopFlag) -> None:
+def prepare_on_ray(
+    prepared: Prepared, name: str, *, threads: int, gpus: int, shared: Shared | LocalTasks, stop: StopFlag
+) -> None:
     """Make them by tasks, and look anew at what is missing.
 
     Args:
         name: of the model, for messages.
+        shared: the nodes that tasks may run on, or this machine without Ray.
     """
     tasks = [Task(f"what describes the {plan.split} rows of {name}", job, None) for plan, job in prepared]
     if tasks:
