@@ -96,7 +96,9 @@ class CostModel:
     row_bytes: int = 0
     """Bytes of one row's inputs and label."""
     classes: int = 0
-    """Logits of a row."""
+    """Logits of a row, or of a target."""
+    targets: int | None = None
+    """Of all train rows, where these have several each."""
     behind: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(epoch, step) of the last checkpoint of those that resume."""
     stages1: Mapping[str, str] = field(default_factory=dict)
@@ -135,6 +137,7 @@ class CostModel:
             probes=measured,
             row_bytes=train.row_bytes,
             classes=train.classes,
+            targets=train.targets if train.task == "language_model" else None,
             behind=behind or {},
             stages1=stages1 or {},
             fetching=0 if train.sealed is None else bytes_ahead(train.row_bytes),

@@ -186,16 +186,24 @@ def row_and_piece(recipe: Recipe, rows: Rows) -> tuple[int, int]:
 
     Of rows with several targets both are means.
     """
+    return read_at_once(recipe, len(rows), rows.classes, rows.targets if rows.task == "language_model" else None)
+
+
+def read_at_once(recipe: Recipe, rows: int, classes: int, targets: int | None) -> tuple[int, int]:
+    """The same of so many rows.
+
+    Args:
+        targets: of all of them, where they have several each.
+    """
     config = recipe.cache.encoding.config()
-    items = rows.targets if rows.task == "language_model" else None
-    if format_of(config, items) < TARGETS_FORMAT:
-        layout = StoreLayout(1, len(rows), rows.classes, encoding_from_config(config).dtype)
-        return layout.classes * np.dtype(dtype_read(recipe)).itemsize, layout.shard_rows
-    said = {"augmentation": {}, "data_seed": None, "views": 1, "encoding": config, "classes": rows.classes}
-    whose = {"dataset": rows.fingerprint, "rows": len(rows), "teacher": "", "items": items}
+    if format_of(config, targets) < TARGETS_FORMAT:
+        layout = StoreLayout(1, rows, classes, encoding_from_config(config).dtype)
+        return classes * np.dtype(dtype_read(recipe)).itemsize, layout.shard_rows
+    said = {"augmentation": {}, "data_seed": None, "views": 1, "encoding": config, "classes": classes}
+    whose = {"dataset": "", "rows": rows, "teacher": "", "items": targets}
     layout = Identity.model_validate({"format": TARGETS_FORMAT, **whose, **said}).layout
-    row = -(-layout.item_bytes * layout.rows // max(1, len(rows)))
-    return row, max(1, layout.shard_rows * len(rows) // max(1, layout.rows))
+    row = -(-layout.item_bytes * layout.rows // max(1, rows))
+    return row, max(1, layout.shard_rows * rows // max(1, layout.rows))
 
 
 def dtype_read(recipe: Recipe) -> str:
