@@ -16,6 +16,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from akd_dist.base.errors import RecipeError, RefusedError
+from akd_dist.data.blocks import default_threads
 from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.distill import cards
 from akd_dist.distill.dictionary import HiddenProbe, Probe
@@ -39,11 +40,11 @@ from akd_dist.recipe import EncodingSpec, Recipe
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.top_k import TopK, top_k_from_config
 
-SIZES = ((6, 8), (8, 8), (16, 16), (32, 32), (64, 32))
+SIZES = ((6, 8), (8, 8), (16, 16), (64, 32))
 """k and rank of what is compared."""
-PEERS = (8, 32, 128)
+PEERS = (8, 32)
 """Logits of what other systems store."""
-_FITTED = 2048  # targets that dictionaries are made from here: enough to compare
+_FITTED = 1024  # targets that dictionaries are made from here: enough to compare
 _MOST_TEMPERATURES = 6
 
 
@@ -114,7 +115,7 @@ def _teacher(inputs: Inputs, workspace: Workspace) -> TargetTeacher:
         )
     if rows.task == "regression":
         raise RefusedError("a regression has one number a row, and no encodings to choose from", got="regression")
-    set_deterministic(recipe.device, recipe.cache.threads)
+    set_deterministic(recipe.device, default_threads())  # nothing of it is stored, so all cores may share it
     module = prepared(_module(model, recipe, rows, workspace), recipe.cache, recipe.device, Path(workspace.cache_root))
     layout = identity_of(recipe, rows, "train", "").layout
     return teacher_for(module, rows, recipe.cache, layout, recipe.data.augmentation, recipe.data.seed)

@@ -23,6 +23,7 @@ def prepare_on_ray(
 
     Args:
         name: of the model, for messages.
+        shared: the nodes that tasks may run on, or this machine without Ray.
     """
     tasks = [Task(f"what describes the {plan.split} rows of {name}", job, None) for plan, job in prepared]
     if tasks:

@@ -76,8 +76,8 @@ def cache_teacher(as_json: bool, **given: Any) -> None:
 def plan(as_json: bool, **given: Any) -> None:
     """Compare ways to store a teacher's logits.
 
-    Runs it on a few rows, for many classes: bytes, divergence and errors of gradients at the temperatures that the
-    recipe's students ask for. Nothing is stored.
+    Runs it on a few rows, for many classes: bytes, divergence and errors of gradients at the temperatures that
+    students of the recipe ask for. Nothing is stored.
     """
     from akd_dist.documents.encodings import EncodingsDocument
 

@@ -23,9 +23,9 @@ from akd_dist.distill.progress import Progress
 from akd_dist.distill.ranks import Ranks
 from akd_dist.distill.stack import Stack, Stacks
 from akd_dist.distill.stack_evaluation import evaluate_together
-from akd_dist.distill.stage1 import publish_stage1, take_stage1
+from akd_dist.distill.stage1 import publish_stage1, stage1_leader, take_stage1
 from akd_dist.distill.stream import Batch, BatchStream
-from akd_dist.distill.student import Student, stage1_leader
+from akd_dist.distill.student import Student
 from akd_dist.storage.content import Guard
 
 METRICS_SECONDS, METRICS_EACH = 1.0, 0.02
@@ -93,8 +93,10 @@ class Lockstep:
 
     def _take_step(self, students: list[Student], batch: Batch, steps_per_epoch: int) -> None:
         """One step of each student: in stacks those that are stacked, the others one after the other."""
-        for student in students:
-            if student.packed is None:
+        alone = [student for student in students if student.packed is None]
+        several = batch.targets is not None and sum(student.stage.needs_logits for student in alone) > 1
+        with batch.targets.shared() if several and batch.targets is not None else contextlib.nullcontext():
+            for student in alone:
                 with self._failing_alone(student):
                     student.take_step(batch, steps_per_epoch)
         together = [student for student in students if student.training and student.packed is not None]

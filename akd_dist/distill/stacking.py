@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from akd_dist import recipe
+from akd_dist.distill.beginnings import copy_of
 from akd_dist.distill.ranks import reason_of
 from akd_dist.distill.stack import Stack
 from akd_dist.distill.stack_evaluation import shown
 from akd_dist.distill.stream import Batch
-from akd_dist.distill.student import Student, copy_of
+from akd_dist.distill.student import Student
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, free_memory
 
