@@ -2,6 +2,7 @@
 
     recipe = "jobs/digits.yaml"
     akd_dist.cache_teacher(recipe)                       a sealed store of logits
+    akd_dist.plan(recipe, budget="40GB")                 what encodings of the logits take, and how well they describe
     akd_dist.import_logits(recipe, "logits.npy")         or that of logits that others computed
     akd_dist.train_students(recipe)                      runs/digits/, and the content of its fleet.json
     akd_dist.compare(recipe)                             runs/digits-compare/, every objective over several seeds
@@ -35,6 +36,7 @@ from akd_dist.api import (
     import_model,
     load_model,
     open_store,
+    plan,
     predict,
     ray_dataset,
     report,
@@ -58,6 +60,7 @@ __all__ = [
     "import_model",
     "load_model",
     "open_store",
+    "plan",
     "predict",
     "ray_dataset",
     "report",

@@ -29,13 +29,14 @@ from akd_dist import recipe as recipes
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Splits
 from akd_dist.data.views import view_of
+from akd_dist.distill.beginnings import seeded_states
 from akd_dist.distill.cohort import open_stream
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.metrics import evaluate
-from akd_dist.distill.objectives import phi, temperature
 from akd_dist.distill.orders import epoch_order
+from akd_dist.distill.schedules import phi, temperature
 from akd_dist.distill.stream import BatchStream
-from akd_dist.distill.student import Student, seeded_states
+from akd_dist.distill.student import Student
 from akd_dist.distill.teacher import teacher_logits
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planning.plan import fleet_job

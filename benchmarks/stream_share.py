@@ -3,6 +3,7 @@
     python benchmarks/stream_share.py             a table
     python benchmarks/stream_share.py --json      one JSON document whose main figure is `ratio`
     python benchmarks/stream_share.py --device cuda     on a GPU, which is waited for after each part
+    python benchmarks/stream_share.py --ahead     what batches made ahead by a thread gain, be they made so there or not
 
 Students are ResNet-8 on images of 3 x 32 x 32 in batches of 128, padded, cropped and flipped, as the training loop of a
 worker sees them: the stream's own batches, the students' own steps on one thread. A step is `next(batch)` and then a
@@ -14,6 +15,11 @@ and added to every step in equal parts.
 
 A GPU computes while the host makes the next batch, so the share is an upper bound there. Beside it stands
 what is really paid: how much longer steps take with a new batch each than with the same batch again and again.
+
+With `--ahead` three loops take turns: over the same batch again and again, over batches that are made when it is their
+turn, and over batches that a thread makes ahead. `wall` and `cpu` are the seconds of the last as a ratio to the second,
+medians of neighbouring loops; CPU seconds are those of all threads. On a CPU 24 small MLPs in a stack are measured
+as well: their steps are short.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,7 +43,11 @@ import torch
 from akd_dist import recipe as recipes
 from akd_dist.data.rows import Rows
 from akd_dist.data.views import view_of
+from akd_dist.distill import prefetch
 from akd_dist.distill.orders import epoch_order
+from akd_dist.distill.prefetch import batches_ahead, prefetched
+from akd_dist.distill.ranks import Ranks
+from akd_dist.distill.stack import Stack
 from akd_dist.distill.stream import STEPS_AT_ONCE, Batch, BatchStream
 from akd_dist.distill.student import Student
 from akd_dist.models.card import ModelCard
@@ -47,6 +58,7 @@ ROWS, SHAPE, BATCH, SEED, WARM = 25_600, (3, 32, 32), 128, 0, 2 * STEPS_AT_ONCE
 # Classes, and students in lockstep.
 SETTINGS = ((10, 1), (100, 1), (10, 2), (100, 2))
 AUGMENTATION = PadCropFlip(pixels=4)
+RESNET = recipes.ResNet(depth=8)
 LIMIT = 0.05
 
 
@@ -58,9 +70,15 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where students and views are computed"
     )
+    parser.add_argument("--ahead", action="store_true", help="measure batches made ahead, and nothing else")
+    parser.add_argument("--rounds", type=int, default=5, help="loops of each kind with --ahead (default 5)")
     arguments = parser.parse_args()
     device = set_deterministic(arguments.device, 1)
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.ahead:
+            made = measure_ahead(Path(folder), device, arguments.steps, arguments.rounds)
+            print(json.dumps(made) if arguments.json else ahead_table(made))
+            return
         measured = [measure(Path(folder), device, arguments.steps, *setting) for setting in SETTINGS]
     result = {
         "ratio": max(one["ratio"] for one in measured),
@@ -106,29 +124,91 @@ def measure(folder: Path, device: torch.device, steps: int, classes: int, studen
 
 
 def paid(stream: BatchStream, students: list[Student], steps: int) -> float:
-    """The share of a loop's time that goes when all its steps take the same batch; the median of five tries in turn."""
-    same = next(stream.batches(epoch=0))
+    """The share of a loop's time that goes when all steps take one batch; batches are made as `train-students` does."""
+    act = functools.partial(step_all, students, steps_per_epoch=stream.steps_per_epoch)
+    loops = loops_in_turn(stream, act, steps, 5)
+    found: float = loops["paid" if batches_ahead(stream) == 0 else "paid_ahead"]
+    return found
 
-    def loop(batches: Iterable[Batch]) -> float:
+
+Step = Callable[[Batch], object]
+
+
+def loops_in_turn(stream: BatchStream, step: Step, steps: int, rounds: int) -> dict[str, Any]:
+    """Loops over one batch, over batches made in turn, and over batches made ahead, one after the other.
+
+    Returns:
+        Medians over the rounds: `wall` and `cpu`, the seconds of batches ahead over those of batches in turn; `paid`
+        and `paid_ahead`, the share of either that goes with one batch; `step_ms`, a step with batches in turn.
+    """
+    same, found = next(stream.batches(epoch=0)), list[dict[str, float]]()
+
+    def loop(batches: Iterable[Batch]) -> tuple[float, float]:
         def run() -> None:
-            for batch in batches:
-                step_all(students, batch, stream.steps_per_epoch)
+            for batch in itertools.islice(batches, steps):
+                step(batch)
 
-        return timed(run)[0]
+        started = time.process_time()
+        seconds = timed(run)[0]
+        return seconds, time.process_time() - started
 
-    tries = [
-        1 - loop([same] * steps) / loop(itertools.islice(stream.batches(epoch=number), steps)) for number in range(5)
-    ]
-    return statistics.median(tries)
+    def made(epoch: int, count: int) -> tuple[float, float]:
+        given = dict.fromkeys(("cpu", "cuda"), count)
+        with mock.patch.dict(prefetch.AHEAD, given), prefetched(stream, epoch, 0, Ranks()) as batches:
+            return loop(batches)
+
+    for number in range(rounds + 1):
+        (one, _), (turn, turn_cpu), (thread, thread_cpu) = loop([same] * steps), made(number, 0), made(number, 2)
+        ratios = {"wall": thread / turn, "cpu": thread_cpu / turn_cpu}
+        found.append(ratios | {"paid": 1 - one / turn, "paid_ahead": 1 - one / thread, "step_ms": 1000 * turn / steps})
+    # The first round warms the page cache and the memory of the allocator.
+    return {name: round(statistics.median(one[name] for one in found[1:]), 5) for name in found[0]}
 
 
-def a_stream(folder: Path, classes: int, device: torch.device) -> BatchStream:
+def measure_ahead(folder: Path, device: torch.device, steps: int, rounds: int) -> dict[str, Any]:
+    """What batches made ahead gain for one ResNet-8, and on a CPU for a stack of small MLPs."""
+    stream = a_stream(folder, 10, device)
+    student = a_student(stream.rows, folder, 0, device)
+    found = {"a ResNet-8": loops_in_turn(stream, lambda one: student.take_step(one, 1 << 30), steps, rounds)}
+    if device.type == "cpu":
+        small = a_stream(folder / "small", 10, device, shape=(1, 8, 8), batch=64)
+        model = recipes.Mlp(hidden=16)
+        mlps = [
+            a_student(small.rows, folder / "small", seed, device, model=model, batch=64, together=True)
+            for seed in range(24)
+        ]
+        stack = Stack(mlps)
+        found["24 MLPs"] = loops_in_turn(small, lambda one: stack.take_step(one, 1 << 30), 4 * steps, rounds)
+    return found
+
+
+def ahead_table(result: dict[str, Any]) -> str:
+    """The same for people."""
+    lines = ["                 a step   wall    cpu    paid in turn   paid ahead"]
+    for name, one in result.items():
+        lines.append(
+            f"  {name:<12} {one['step_ms']:>6.2f} ms   {one['wall']:.3f}  {one['cpu']:.3f}  "
+            f"{one['paid']:>11.2%}  {one['paid_ahead']:>11.2%}"
+        )
+    return "\n".join(lines)
+
+
+def a_stream(
+    folder: Path,
+    classes: int,
+    device: torch.device,
+    *,
+    rows: int = ROWS,
+    shape: tuple[int, ...] = SHAPE,
+    batch: int = BATCH,
+) -> BatchStream:
     """Rows and one view's logits, memory-mapped from files as a node has them."""
+    folder.mkdir(exist_ok=True)
     generator = np.random.default_rng(SEED)
     arrays: dict[str, np.ndarray] = {
-        "inputs": generator.integers(0, 256, (ROWS, *SHAPE), dtype=np.uint8),
-        "labels": generator.integers(0, classes, ROWS),
-        "logits": generator.standard_normal((1, ROWS, classes), dtype=np.float32),
+        "inputs": generator.integers(0, 256, (rows, *shape), dtype=np.uint8),
+        "labels": generator.integers(0, classes, rows),
+        "logits": generator.standard_normal((1, rows, classes), dtype=np.float32),
     }
     mapped = {}
     for name, array in arrays.items():
@@ -136,23 +216,32 @@ def a_stream(folder: Path, classes: int, device: torch.device) -> BatchStream:
         if not path.exists():
             np.save(path, array)
         mapped[name] = np.load(path, mmap_mode="r")
-    rows = Rows(mapped["inputs"], mapped["labels"], classes, fingerprint="", blocks=(), folder=folder)
-    return BatchStream(rows, mapped["logits"], AUGMENTATION, seed=SEED, views=1, batch=BATCH, device=device)
+    made = Rows(mapped["inputs"], mapped["labels"], classes, fingerprint="", blocks=(), folder=folder)
+    return BatchStream(made, mapped["logits"], AUGMENTATION, seed=SEED, views=1, batch=batch, device=device)
 
 
-def a_student(rows: Rows, folder: Path, seed: int, device: torch.device) -> Student:
-    """A ResNet-8 in stage I of Annealing-KD."""
+def a_student(
+    rows: Rows,
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    *,
+    model: recipes.Model = RESNET,
+    batch: int = BATCH,
+    together: bool = False,
+) -> Student:
+    """A student in stage I of Annealing-KD; by default a ResNet-8."""
     objective = recipes.AnnealingKD(tau_max=4, stage1_epochs=10, stage2_epochs=1)
-    model = recipes.ResNet(depth=8)
     spec = recipes.StudentSpec(
         name=f"student-{seed}",
         model=model,
         objective=objective,
         optimizer=recipes.Sgd(lr=0.01),
-        batch=BATCH,
+        batch=batch,
         seed=seed,
     )
-    return Student(spec, ModelCard.of(model, rows, None), folder / spec.name, device=device)
+    card = ModelCard.of(model, rows, None)
+    return Student(spec, card, folder / spec.name, device=device, together=together)
 
 
 def step_all(students: list[Student], batch: Batch, steps_per_epoch: int) -> None:

@@ -19,8 +19,9 @@ from akd_dist import recipe as recipes
 from akd_dist.base.errors import AkdError
 from akd_dist.base.locks import file_lock
 from akd_dist.data.rows import Rows, Splits, blocks_in_common, first_difference
+from akd_dist.distill.caching import cache_shard, cache_shards
 from akd_dist.distill.stream import BatchStream
-from akd_dist.distill.teacher import CacheJob, cache_shard, cache_shards
+from akd_dist.distill.teacher import CacheJob
 from akd_dist.documents.cache import CachedAssistant, CachedMember, CacheDocument, CachedSplit, CachedSplits
 from akd_dist.jobs.idle import IdleWorkers
 from akd_dist.jobs.planning.caching import (
@@ -46,10 +47,12 @@ from akd_dist.models.device import gpus_of
 from akd_dist.options import CacheOptions
 from akd_dist.recipe import NoAugmentation, Recipe
 from akd_dist.storage import catalog, removal
+from akd_dist.storage.layout import RECEIPTS
 from akd_dist.storage.manifest import Manifest, differences
 from akd_dist.storage.receipts import Packer
 from akd_dist.storage.records import Receipt
 from akd_dist.storage.roots import open_root
+from akd_dist.storage.tables import find_tables
 from akd_dist.storage.uses import using
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
 from akd_dist.tracking.progress import meter, tell
@@ -214,14 +217,19 @@ def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str, console:
     """Once the claim is held: whoever held it before may have sealed the store, or left part of it."""
     plan.store, plan.missing = catalog.find_store(store_root, plan.identity), []
     if plan.store is None:
-        narrower = catalog.narrower_stores(store_root, plan.identity)
+        narrower = [] if plan.identity.tables else catalog.narrower_stores(store_root, plan.identity)
         if (source := source_of(plan, narrower)) is not None:
             _check_views(source, plan.rows, recipe.data)
         # Refused here, and not by the first task, after the teacher has been loaded and run.
         open_root(store_root).check_writable()
         hint = {"recipe": recipe.document(f"{store_root}/{plan.identity.id}"), "split": plan.split}
         plan.writer = create_store(store_root, plan.creation, hint)
-        plan.missing = missing_shards(plan.writer)
+        plan.unprepared = len(find_tables(plan.writer)) < len(plan.identity.tables)
+        if plan.unprepared:  # what is missing is known once it is known what shards are to be described by
+            done = set(plan.writer.store.list(RECEIPTS))
+            plan.missing = [shard for shard in plan.identity.layout.shards() if shard.receipt_key not in done]
+        else:
+            plan.missing = missing_shards(plan.writer)
         if narrower:
             _take_views(plan, plan.writer, narrower, console)
         else:
@@ -281,6 +289,7 @@ def _tell_of_other_rows(plan: SplitPlan, store_root: str, console: Console) -> N
 def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
     """Run the missing shards of all splits as one bounded stream of tasks."""
     from akd_dist.jobs.shard_tasks import ShardTasks
+    from akd_dist.jobs.store_tables import prepare_on_ray
     from akd_dist.jobs.tasks import Task, at_once, run_tasks
 
     stop = workspace.connect()
@@ -289,6 +298,8 @@ def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> 
     packers = {plan.split: Packer(plan.writer.store, Receipt) for plan in model.plans if plan.writer is not None}
     done = 0
     with workspace.shared() as shared:
+        tables = _unprepared(model, recipe, workspace)
+        prepare_on_ray(tables, model.name, threads=threads, gpus=gpus, shared=shared, stop=stop)
         tasks = ShardTasks(lambda: at_once(shared.nodes(), threads, gpus))
         # All splits together, so that no CPU is idle while the last shards of one of them are computed.
         for plan in model.plans:
@@ -328,12 +339,24 @@ def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> 
 
 def compute_in_process(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
     """The missing shards in a plain loop."""
+    from akd_dist.jobs.store_tables import prepare_here
+
+    prepare_here(_unprepared(model, recipe, workspace))
     for plan in model.plans:
         if plan.missing:
             job = cache_job(plan, recipe, model.model_uri, workspace.cache_root)
             for shard in plan.missing:
                 cache_shard(job, shard)
                 plan.computed += 1
+
+
+def _unprepared(model: CachedModel, recipe: Recipe, workspace: Workspace) -> list[tuple[SplitPlan, CacheJob]]:
+    """The splits whose stores lack what they have once for all shards."""
+    return [
+        (plan, cache_job(plan, recipe, model.model_uri, workspace.cache_root))
+        for plan in model.plans
+        if plan.unprepared
+    ]
 
 
 def cache_job(plan: SplitPlan, recipe: Recipe, teacher_uri: str, cache_root: str) -> CacheJob:
@@ -378,7 +401,8 @@ def document_of(recipe: Recipe, models: Sequence[CachedModel], seconds: float) -
 def _stores(model: CachedModel) -> dict[str, Any]:
     """The train store of a model, and those of the other splits, as fields."""
     parts = {plan.split: _sealed(plan) for plan in model.plans}
-    return dict(parts["train"]) | {"splits": CachedSplits(validation=parts.get("validation"), test=parts.get("test"))}
+    train = {name: value for name, value in parts["train"] if name in parts["train"].model_fields_set}
+    return train | {"splits": CachedSplits(validation=parts.get("validation"), test=parts.get("test"))}
 
 
 def _sealed(plan: SplitPlan) -> CachedSplit:
@@ -396,4 +420,5 @@ def _sealed(plan: SplitPlan) -> CachedSplit:
         shards=store.layout.shard_count,
         shards_computed=plan.computed,
         unlabelled=plan.rows.unlabelled,
+        **({} if plan.identity.items is None else {"targets": plan.identity.items}),
     )

@@ -109,6 +109,7 @@ def found(options: StoredOptions) -> Iterator[Found]:
         AkdError: the recipe, the run or the rows are refused, as training refuses them.
     """
     with named(options) as given:
+        refuse_described(given.recipe)
         root = options.stores if options.store_root is not None else _root_of_run(given) or options.stores
         console = options.console or Console(quiet=True)
         workspace = Workspace(root, options.cache, console=console)
@@ -118,6 +119,25 @@ def found(options: StoredOptions) -> Iterator[Found]:
         models = models_there(given.recipe, splits, workspace)
         count = len(given.recipe.teacher.each)
         yield Found(given, workspace, splits, models[:count] if len(models) >= count else [])
+
+
+def refuse_described(recipe: Recipe) -> None:
+    """Refuse a recipe whose stores have no row of logits for each row of the data.
+
+    Raises:
+        RefusedError: its rows have several targets each, or its logits are described instead of stored; says what
+            reads such stores.
+    """
+    language = recipe.data.task == "language_model"
+    if not language and recipe.cache.encoding.kind != "top_k":
+        return
+    read = "akd_dist.open_store(STORE).targets(view, start, stop), whose arrays docs/reference/store-format.md explains"
+    raise RefusedError(
+        f"datasets of rows with logits cannot be made of the recipe {recipe.name}",
+        got="blocks of a language model, with many targets each" if language else "cache.encoding: top_k",
+        expected="stores that hold the logits of each row, as of classifiers with float16 or float32",
+        next=f"read {read}" + ("; its .offsets say which targets a block has" if language else ""),
+    )
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ def ray_dataset(options: RayDatasetOptions) -> Dataset:
     """`akd_dist.ray_dataset`."""
     store = _store(options)
     if store is not None:
+        store.check_logits()  # before Ray is asked for anything
         return _read(store, functools.partial(read_logits, store.uri), options)
     with found(options.of_recipe()) as there:
         needed = there.needed(options.split)

@@ -13,10 +13,10 @@ from akd_dist.base import places
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.rows import SPLITS, Splits
-from akd_dist.distill.teacher import compute_shard
+from akd_dist.distill.caching import compute_shard, make_table
 from akd_dist.jobs.cache_teacher import cache_job
 from akd_dist.jobs.planning.caching import models_there
-from akd_dist.jobs.planning.creations import computed_on, creation_of
+from akd_dist.jobs.planning.creations import computed_on, creation_of, formats_of
 from akd_dist.jobs.planning.models import CachedModel, SplitPlan
 from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.train_teacher import Workspace, teacher_of
@@ -24,7 +24,7 @@ from akd_dist.models.device import device_name
 from akd_dist.models.folder import load_card
 from akd_dist.recipe import Recipe
 from akd_dist.storage import catalog
-from akd_dist.storage.layout import CREATION_KEY, FORMAT_VERSION, SOURCE_KEY
+from akd_dist.storage.layout import CREATION_KEY, SOURCE_KEY
 from akd_dist.storage.repair import repair_store
 from akd_dist.storage.writer import StoreWriter
 
@@ -67,7 +67,8 @@ def repair(
     plan.writer = StoreWriter(store_root, plan.creation)
     job = cache_job(plan, recipe, model.model_uri, cache_root)
     recompute = functools.partial(compute_shard, job)
-    repaired = repair_store(store_root, store_id, recompute, computed=plan.creation.computed)
+    remake = functools.partial(make_table, job)
+    repaired = repair_store(store_root, store_id, recompute, computed=plan.creation.computed, remake=remake)
     return {"id": store_id, "repaired": [key for shard in repaired for key in shard.keys]}
 
 
@@ -111,7 +112,7 @@ def _plan_of(
         for model in models
         if model.card is not None
         # In older formats too: the id of a store depends on its format, and the store may be an older one.
-        for number in range(FORMAT_VERSION, 0, -1)
+        for number in formats_of(recipe, rows)
     ]
     found = next(((model, plan) for model, plan in plans if plan.identity.id == store_id), None)
     if found is not None:

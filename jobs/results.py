@@ -14,16 +14,18 @@ from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.base import places
-from akd_dist.base.errors import DamagedError, MachineError
+from akd_dist.base.errors import AkdError, DamagedError, MachineError
 from akd_dist.base.files import replace
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.rows import Rows, Splits
+from akd_dist.data.tokenizers import language_tokenizer, token_bytes
 from akd_dist.distill.checkpoint import DAMAGED
 from akd_dist.distill.cohort import stored_predictions
 from akd_dist.distill.delivery import failed_entry
 from akd_dist.distill.hooks import own_measure
 from akd_dist.distill.job import CohortJob, read_result, renewals
 from akd_dist.distill.metrics import measure
+from akd_dist.distill.teacher_metrics import agreement_of, teacher_metrics
 from akd_dist.documents.base import Document
 from akd_dist.documents.damage import load
 from akd_dist.documents.fleet import (
@@ -78,7 +80,7 @@ def finish_run(
         source = (stores[-1] if learns_from_assistant(spec) else stores[0])["train"]
         where = {"path": str(folder), "store": source.uri, "teacher": source.teacher}
         students.append(FleetStudent.model_validate(result | {"parameters": parameters[spec.name]} | where))
-    asked = splits.test, recipe.trusted, recipe.data.own_metric
+    asked = splits.test, recipe.trusted, recipe.data.own_metric, recipe.data.text
     teacher = describe_teacher(stores[0]["train"], stores[0].get("test"), *asked)
     assistants = [describe_assistant(each, stores[0].get("test"), *asked) for each in stores[1:]]
     labels = [teacher.model, *(assistant.model for assistant in assistants)]
@@ -198,12 +200,14 @@ def describe_teacher(
     rows: Rows,
     trusted: Trusted,
     own: recipes.CustomMetric | None = None,
+    text: recipes.Text | None = None,
 ) -> FleetTeacher:
     """The teacher's row of the table, from its stored logits of the test rows: it is not run again.
 
     Args:
         test: None where a teacher is a store, and there is none of the test rows.
         own: a metric of the user's own, measured beside the others.
+        text: of language models, how text becomes tokens.
     """
     described = [_described(store, trusted) for store in members_of(train)]
     labels_of, counts = [label for label, _ in described], [count for _, count in described]
@@ -213,7 +217,9 @@ def describe_teacher(
         for (label, count), store, share in zip(described, members_of(train), _shares(train), strict=True)
     ]
     metrics = None
-    if test is not None:
+    if rows.task == "language_model":
+        metrics = _of_language(test, rows, text)
+    elif test is not None:
         labels = torch.from_numpy(rows.all_labels())
         measured = measure(rows.task, stored_predictions(test, rows), labels, rows.classes)
         if own is not None:
@@ -222,6 +228,19 @@ def describe_teacher(
     model = labels_of[0] if len(members) == 1 else f"mean of {', '.join(labels_of)}"
     teacher = FleetTeacher(model=model, parameters=parameters, test=metrics, fingerprint=train.teacher)
     return teacher if len(members) == 1 else teacher.model_copy(update={"members": members})
+
+
+def _of_language(test: AnyStore | None, rows: Rows, text: recipes.Text | None) -> Metrics | None:
+    """What a language model's teacher says of the test rows; bits for each byte where its tokenizer is here."""
+    if not isinstance(test, LogitStore):
+        return None
+    sizes = None
+    if text is not None and rows.tokens is not None:
+        with contextlib.suppress(AkdError):
+            tokenizer = language_tokenizer(text)
+            sizes = token_bytes(tokenizer) if tokenizer.tokens.tokenizer == rows.tokens.tokenizer else None
+    found = teacher_metrics(test, rows, sizes)
+    return None if found is None else Metrics(**found)
 
 
 def _shares(store: AnyStore) -> tuple[float, ...]:
@@ -245,11 +264,14 @@ def describe_assistant(
     rows: Rows,
     trusted: Trusted,
     own: recipes.CustomMetric | None = None,
+    text: recipes.Text | None = None,
 ) -> FleetAssistant:
     """An assistant's row: as the teacher's, with its agreement with the teacher, and the store of its logits."""
-    agreement = None
+    agreement, test = None, stores["test"]
+    if rows.task == "language_model" and isinstance(teacher_test, LogitStore) and isinstance(test, LogitStore):
+        agreement = agreement_of(test, teacher_test)
     if rows.task == "classification" and teacher_test is not None:
-        ours, theirs = (stored_predictions(store, rows) for store in (stores["test"], teacher_test))
+        ours, theirs = (stored_predictions(store, rows) for store in (test, teacher_test))
         agreement = float((ours == theirs).double().mean())
-    described = dict(describe_teacher(stores["train"], stores["test"], rows, trusted, own))
+    described = dict(describe_teacher(stores["train"], test, rows, trusted, own, text))
     return FleetAssistant(**described, agreement=agreement, store=stores["train"].uri)

@@ -34,6 +34,7 @@ from akd_dist.jobs.packing import fits
 from akd_dist.jobs.planning import windows
 from akd_dist.jobs.planning.caching import Inputs, open_rows, with_models
 from akd_dist.jobs.planning.costs import Cohort
+from akd_dist.jobs.planning.language import fidelity_lines
 from akd_dist.jobs.planning.models import CachedModel, fingerprints, levels_of
 from akd_dist.jobs.planning.plan import RunPlan, fleet_job, plan_run
 from akd_dist.jobs.planning.planner import (
@@ -192,6 +193,8 @@ def _execute(
     levels = levels_of(recipe, models)
     for model in models:
         workspace.tell(_how_cached(model))
+    for line in fidelity_lines(recipe, models[0]):
+        workspace.tell(line)
     identity = run_identity(recipe, splits, fingerprints(levels))
     if options.fresh:
         run.start_over()

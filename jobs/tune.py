@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from akd_dist.base.files import replace as write
-from akd_dist.base.formatting import counted
+from akd_dist.base.formatting import SHOWN, counted
 from akd_dist.distill.metrics import evaluate
 from akd_dist.documents.damage import load, read_epochs, read_result
 from akd_dist.documents.plan import FleetPlanDocument
@@ -52,14 +52,20 @@ class Halving:
     tuning: Tuning
     rungs: dict[int, list[int]]
     """Number of a trial -> its rungs."""
+    metric: str = "accuracy"
+    """By which trials are compared."""
 
     @classmethod
-    def of(cls, tuning: Tuning, specs: Mapping[str, StudentSpec]) -> Halving:
+    def of(cls, tuning: Tuning, specs: Mapping[str, StudentSpec], metric: str = "accuracy") -> Halving:
         """As many rungs as bring the trials down to one."""
         epochs = {trial.number: specs[trial.students[0]].objective.epochs for trial in tuning.trials}
         reduction = tuning.search.reduction
         count = rung_count(min(epochs.values()), len(tuning.trials), reduction)
-        return cls(tuning, {number: rung_epochs(total, count, reduction) for number, total in epochs.items()})
+        return cls(tuning, {number: rung_epochs(total, count, reduction) for number, total in epochs.items()}, metric)
+
+    def standing(self, score: float) -> float:
+        """A score so that more is better."""
+        return SHOWN[self.metric].standing(score)
 
     @property
     def count(self) -> int:
@@ -68,11 +74,12 @@ class Halving:
 
     def kept(self, scores: Mapping[int, Score]) -> list[int]:
         """Which of the trials that were compared go on: the best part, and who is as good as the last of these."""
-        ranked = sorted((score for score in scores.values() if score is not None), reverse=True)
+        standings = {number: self.standing(score) for number, score in scores.items() if score is not None}
+        ranked = sorted(standings.values(), reverse=True)
         if not ranked:
             return []
         least = ranked[min(max(1, len(scores) // self.tuning.search.reduction), len(ranked)) - 1]
-        return [number for number, score in scores.items() if score is not None and score >= least]
+        return [number for number, standing in standings.items() if standing >= least]
 
     @property
     def budget(self) -> int:
@@ -109,7 +116,7 @@ def tune(given: SearchRecipe, options: RunOptions) -> TuneDocument:
     """
     recipe = given.recipe
     specs = {spec.name: spec for spec in recipe.students}
-    halvings = [Halving.of(tuning, specs) for tuning in given.tunings]
+    halvings = [Halving.of(tuning, specs, recipe.data.primary_metric) for tuning in given.tunings]
     rungs = max(halving.count for halving in halvings)
     if options.dry_run:
         _, planned = _train(recipe, options, _alive_at_first(halvings), halvings, 0, rungs)
@@ -224,7 +231,7 @@ def _score_of(plan: RunPlan, name: str, epochs: int) -> Score:
     values = [
         record.validation.get(metric) for record in records if record.epoch < epochs and record.validation is not None
     ]
-    return max((value for value in values if value is not None), default=None)
+    return max((value for value in values if value is not None), key=SHOWN[metric].standing, default=None)
 
 
 def _of_leader(plan: RunPlan, name: str) -> list[Any]:
@@ -258,7 +265,7 @@ def _with_best(search: TunedSearch, halving: Halving, left: Sequence[int], plan:
     results = {number: score for number, score in ended.items() if score is not None}
     if not results:
         return search
-    best = max(results, key=lambda number: results[number])  # of equals the first that was drawn
+    best = max(results, key=lambda number: halving.standing(results[number]))  # of equals the first that was drawn
     specs = {spec.name: spec for spec in plan.recipe.students}
     trial = halving.tuning.trials[best]
     tested = _test(plan, [specs[name] for name in trial.students])
@@ -410,11 +417,13 @@ class Told:
 
     def ends(self, halving: Halving, rung: int, rungs: int, scores: Mapping[int, Score], kept: Sequence[int]) -> None:
         """The trials of a search were compared."""
-        best = max(((score, -number) for number, score in scores.items() if score is not None), default=None)
+        known = ((halving.standing(score), -number) for number, score in scores.items() if score is not None)
+        best = max(known, default=None)
         if best is None:
             tell(self.console, f"{halving.tuning.name}: every trial diverged or failed")
             return
-        told = f"{halving.tuning.name}: k{-best[1]:03d} is ahead with {best[0]:.4f} on the validation rows"
+        score = halving.standing(best[0])
+        told = f"{halving.tuning.name}: k{-best[1]:03d} is ahead with {score:.4f} on the validation rows"
         if rung + 1 < rungs:
             told += f"; {len(kept)} of {counted(len(scores), 'trial')} go on"
         tell(self.console, told)

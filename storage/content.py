@@ -223,7 +223,7 @@ class Guard:
         self._vouched = vouched
         self._change, self._leaving = threading.Condition(), threading.Event()
         self._error: Exception | None = None
-        self._busy = True
+        self._hashing: _Watched | None = None
         self._thread = threading.Thread(target=self._run, name="verification", daemon=True)
         self._thread.start()
 
@@ -261,16 +261,21 @@ class Guard:
             raise self._error
 
     def settle(self, on_wait: Callable[[], None] = lambda: None) -> None:
-        """Return once everything was hashed that is to be: what was left is let go then.
+        """Return once everything was hashed that is watched now: what was left until now is let go then.
 
         Raises:
             CorruptCacheError: it is not what was written.
         """
+        self._settled(on_wait)
+
+    def _settled(self, on_wait: Callable[[], None]) -> list[_Watched]:
+        """As `settle`; what of it is watched still. Meanwhile and afterwards another thread may add, and leave."""
         with self._change:
-            for one in self._watched:
+            watched = list(self._watched)
+            for one in watched:
                 one.due = None if one.due is None else 0.0
             self._change.notify_all()
-            while self._busy or any(one.due is not None for one in self._watched):
+            while self._hashing in watched or any(one.due is not None for one in watched):
                 if self._error is not None or self._leaving.is_set():
                     break
                 self._change.wait(_WAIT_SECONDS)
@@ -279,8 +284,10 @@ class Guard:
                     on_wait()
                 finally:
                     self._change.acquire()
+            watched = [one for one in watched if one in self._watched]
         if self._error is not None:
             raise self._error
+        return watched
 
     def vouch(self, on_wait: Callable[[], None] = lambda: None) -> list[str]:
         """Return once everything that was read so far is known to be what was written.
@@ -296,12 +303,12 @@ class Guard:
             CorruptCacheError: it is not what was written.
         """
         called = time.monotonic()
-        self.settle(on_wait)
+        watched = self._settled(on_wait)
         # Size, times and inode show what a program wrote, and not what a failing disk or memory does: so the bytes
         # themselves are read again from time to time, all of them together for no more than a share of it.
-        share = SHARE * sum(one.seconds for one in self._watched)
+        share = SHARE * sum(one.seconds for one in watched)
         resting, told = [], time.monotonic()
-        for one in self._watched:
+        for one in watched:
             if time.monotonic() - one.passed_at < share and one.settled and not one.touched:
                 resting += one.marks if one.began_at < called else []
                 continue
@@ -327,14 +334,14 @@ class Guard:
         failpoint("verification.before_pass")
         while True:
             with self._change:
-                self._busy = False
+                self._hashing = None
                 self._change.notify_all()
                 while not self._leaving.is_set() and (wait := self._until_due()) > 0:
                     self._change.wait(min(wait, threading.TIMEOUT_MAX))
                 if self._leaving.is_set():
                     return
                 one = next(one for one in self._watched if one.due is not None and one.due <= time.monotonic())
-                self._busy, one.due, left = True, None, one.left
+                self._hashing, one.due, left = one, None, one.left
             try:
                 for _ in one.passes():
                     if self._leaving.is_set():
@@ -344,7 +351,7 @@ class Guard:
                     self._remember(one.marks)
             except Exception as error:
                 with self._change:
-                    self._error, self._busy = error, False
+                    self._error, self._hashing = error, None
                     self._change.notify_all()
                 return
             if left:

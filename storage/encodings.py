@@ -98,9 +98,10 @@ class Encoding:
             named = "; ".join(map(where, numbers))
         more = f" and {len(bad) - _ROWS_NAMED} more" if len(bad) > _ROWS_NAMED else ""
         cast_only = bool(np.isfinite(logits[bad]).all())
+        noun = "row" if where is None else "target"
+        have = f"{noun} has" if len(bad) == 1 else f"{noun}s have"
         raise RefusedError(
-            f"{len(bad)} {'row has' if len(bad) == 1 else 'rows have'} logits that are not finite as {self.name}: "
-            f"{named}{more}",
+            f"{len(bad)} {have} logits that are not finite as {self.name}: {named}{more}",
             got=f"a largest magnitude of {np.abs(logits[bad]).max():g}" if cast_only else "NaN or infinity",
             expected=f"finite {self.name} numbers, at most {np.finfo(self.dtype).max:g} in magnitude",
             next="set cache.encoding: float32" if cast_only else "look at these rows and at the teacher's weights",

@@ -162,7 +162,7 @@ class LogitStore:
             DamagedError: as `rows`.
         """
         view, rows = key if isinstance(key, tuple) and len(key) == 2 else (None, key)
-        self._check_rows()
+        self.check_logits()
         numbers = self._numbers(rows)
         views = range(self.views) if view is None else [self._place(view, self.views, "view")]
         found = np.stack([self._take(one, np.asarray(numbers, dtype=np.int64)) for one in views])
@@ -205,7 +205,7 @@ class LogitStore:
         """
         from akd_dist.storage.arrow import reader_of
 
-        self._check_rows()
+        self.check_logits()
         chosen = range(self.views) if views is None else [self._place(view, self.views, "view") for view in views]
         shards = [self.layout.shard(view, index) for view in chosen for index in range(self.layout.shards_per_view)]
         decode = self.manifest.identity.codec.decode
@@ -221,7 +221,7 @@ class LogitStore:
             IndexError: the store has no such view or rows.
             DamagedError: a shard is not what was sealed; names its key.
         """
-        self._check_rows()
+        self.check_logits()
         return self.manifest.identity.codec.decode(self.targets(view, start, stop))
 
     def targets(self, view: int, start: int, stop: int) -> Arrays:
@@ -242,8 +242,12 @@ class LogitStore:
                 found[name][first - start : last - start] = stored[first - shard.start : last - shard.start]
         return found
 
-    def _check_rows(self) -> None:
-        """Refuse a store that has no logits, or whose rows have several."""
+    def check_logits(self) -> None:
+        """Refuse a store that has no logits, or whose rows have several targets.
+
+        Raises:
+            RefusedError: so it is; says what reads it.
+        """
         _ = self.manifest.identity.codec
         if self.layout.several:
             raise RefusedError(

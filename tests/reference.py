@@ -88,7 +88,9 @@ SECTIONS: dict[str, dict[type[BaseModel], str | None]] = {
         None,
     ),
     "Optimizers": dict.fromkeys([recipe.Sgd, recipe.AdamW], None),
-    "Schedules of the learning rate": dict.fromkeys([recipe.Constant, recipe.Steps, recipe.Linear], None),
+    "Schedules of the learning rate": dict.fromkeys(
+        [recipe.Constant, recipe.Steps, recipe.Linear, recipe.Cosine], None
+    ),
 }
 _INTRODUCTION = """\
 Unknown keys are refused, with the nearest known one. A part with a `kind` takes the keys of that kind and no others.

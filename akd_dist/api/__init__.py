@@ -23,6 +23,7 @@ from akd_dist.api.runs import (
     cache_teacher as cache_teacher,
     compare as compare,
     import_logits as import_logits,
+    plan as plan,
     report as report,
     train_students as train_students,
     tune as tune,

@@ -132,6 +132,7 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
             how,
             tokenizer=None if options.tokenizer is None else str(options.tokenizer),
             trust=options.modules,
+            chat=options.chat,
             device=options.device,
             on_text=options.on_text or (lambda piece: None),
         )

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from akd_dist.api.base import taking
 from akd_dist.base import places
-from akd_dist.options import CacheOptions, CompareOptions, FleetOptions, ImportLogitsOptions, RunOptions, TuneOptions
+from akd_dist.options import (
+    CacheOptions,
+    CompareOptions,
+    FleetOptions,
+    ImportLogitsOptions,
+    PlanOptions,
+    RunOptions,
+    TuneOptions,
+)
 
 if TYPE_CHECKING:
     from akd_dist.jobs.planning.plan import RunPlan
@@ -35,6 +43,25 @@ def cache_teacher(options: CacheOptions) -> dict[str, Any]:
         from akd_dist.jobs.cache_teacher import cache_teacher
 
         return cache_teacher(recipe, options, idle)
+
+
+@taking(PlanOptions)
+def plan(options: PlanOptions) -> dict[str, Any]:
+    """Measure what encodings of a recipe's teacher take, and how well each describes it at the students' temperatures.
+
+    The teacher is run on a few rows in this process, and nothing is stored. Its arguments are the fields of
+    `akd_dist.options.PlanOptions`.
+
+    Returns:
+        The document that `akd-dist plan --json` prints (schemas/plan.schema.json).
+
+    Raises:
+        AkdError: a refusal: of a budget that nothing fits, or of a teacher that is not there.
+    """
+    recipe = options.read()
+    from akd_dist.jobs.plan_encodings import plan_encodings
+
+    return plan_encodings(recipe, options)
 
 
 @taking(ImportLogitsOptions)

@@ -28,14 +28,20 @@ OBJECTIVE_LABELS = {
 
 @dataclass(frozen=True)
 class MetricFormat:
-    """A metric as a reader meets it: shares of rows in percent, correlations between -1 and 1 as they are."""
+    """A metric as a reader meets it: shares of rows in percent, correlations between -1 and 1 and nats as they are."""
 
     name: str
     """As it stands in a sentence."""
     short: str
     """As it heads a narrow column."""
-    percent: bool
+    percent: bool = False
     """Whether it is shown in percent."""
+    lowest: bool = False
+    """Whether less of it is better."""
+    digits: int = 4
+    """How many are shown behind the point, where it is not in percent."""
+    unit: str = ""
+    """What numbers are of, where that has a name."""
 
     @property
     def title(self) -> str:
@@ -45,7 +51,8 @@ class MetricFormat:
     @property
     def label(self) -> str:
         """Its name with its unit, for columns and axes."""
-        return f"{self.name}, %" if self.percent else self.name
+        unit = "%" if self.percent else self.unit
+        return f"{self.name}, {unit}" if unit else self.name
 
     @property
     def scale(self) -> float:
@@ -55,13 +62,22 @@ class MetricFormat:
     @property
     def difference(self) -> str:
         """The unit of a difference, in words."""
-        return "percentage points" if self.percent else self.name
+        return "percentage points" if self.percent else self.label
+
+    @property
+    def aside(self) -> str:
+        """What a sentence about it has to add: which way is better, where that is not up."""
+        return "; less is better" if self.lowest else ""
+
+    def standing(self, value: float) -> float:
+        """A value so that more is better, by which results are ranked."""
+        return -value if self.lowest else value
 
     def text(self, value: float | None) -> str:
         """0.98333 as `98.33` in percent, else as `0.9833`; a missing number as a dash."""
         if self.percent or value is None or not math.isfinite(value):
             return percent(value)
-        return f"{value:.4f}"
+        return f"{value:.{self.digits}f}"
 
     def with_unit(self, text: str) -> str:
         """A text of these numbers with its unit, where it stands alone."""
@@ -71,22 +87,29 @@ class MetricFormat:
         """A difference with its sign, in percentage points or as it is; a dash for none."""
         if value is None:
             return "-"
-        return signed(100 * value, 2) if self.percent else signed(value, 4)
+        return signed(100 * value, 2) if self.percent else signed(value, self.digits)
 
 
 SHOWN = {
     "accuracy": MetricFormat("accuracy", "accuracy", percent=True),
     "f1": MetricFormat("F1", "F1", percent=True),
-    "matthews": MetricFormat("Matthews' correlation", "Matthews", percent=False),
-    "pearson": MetricFormat("Pearson's correlation", "Pearson", percent=False),
-    "spearman": MetricFormat("Spearman's correlation", "Spearman", percent=False),
-    CUSTOM: MetricFormat("own metric", "own", percent=False),
+    "matthews": MetricFormat("Matthews' correlation", "Matthews"),
+    "pearson": MetricFormat("Pearson's correlation", "Pearson"),
+    "spearman": MetricFormat("Spearman's correlation", "Spearman"),
+    "cross_entropy": MetricFormat("cross-entropy", "cross-entropy", lowest=True, digits=3, unit="nats"),
+    "perplexity": MetricFormat("perplexity", "perplexity", lowest=True, digits=2),
+    "bits_per_byte": MetricFormat("bits per byte", "bits/byte", lowest=True, digits=3),
+    "divergence": MetricFormat("divergence from the teacher", "divergence", lowest=True, digits=3, unit="nats"),
+    "agreement": MetricFormat("agreement", "agreement", percent=True),
+    CUSTOM: MetricFormat("own metric", "own"),
 }
+BESIDE = ("perplexity", "bits_per_byte", "accuracy", "divergence")
+"""What tables show of a language model beside its primary metric and its agreement, where it was measured."""
 
 
 def metric_format(metric: str, name: str | None = None) -> MetricFormat:
     """How a metric is shown; one of the user's own under its name, where a document says it."""
-    return SHOWN[metric] if name is None else MetricFormat(name, name, percent=False)
+    return SHOWN[metric] if name is None else MetricFormat(name, name)
 
 
 def percent(fraction: float | None, digits: int = 2) -> str:

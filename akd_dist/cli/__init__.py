@@ -26,7 +26,7 @@ from akd_dist.base.errors import AkdError, InterruptedByUser, MachineError, Reci
 from akd_dist.cli.options import Group
 from akd_dist.cli.recipes import recipe
 from akd_dist.cli.reports import report
-from akd_dist.cli.run import cache_teacher, compare, quickstart, train_students
+from akd_dist.cli.run import cache_teacher, compare, plan, quickstart, train_students
 from akd_dist.cli.show import plain_output, print_json, reader_is_gone, settle_streams, silence_streams
 from akd_dist.cli.stores import stores
 from akd_dist.cli.students import evaluate, export, generate, models, predict
@@ -51,6 +51,7 @@ def cli() -> None:
 
 for command_line in (
     quickstart,
+    plan,
     cache_teacher,
     train_students,
     compare,

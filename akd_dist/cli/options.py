@@ -59,9 +59,9 @@ id_argument = click.argument("store_id", metavar="ID", shell_complete=complete_s
 
 # In which order --help shows the options that a command has.
 ORDER = (
-    *("seeds", "student", "prompt", "tokens", "temperature", "top_p", "seed"),
+    *("seeds", "student", "prompt", "chat", "tokens", "temperature", "top_p", "seed"),
     *("to", "others", "out", "logits", "data", "split", "input", "label", "tokenizer", "recipe"),
-    *("file", "key", "kind"),
+    *("file", "key", "kind", "budget"),
     *(
         "checkpoint",
         "overrides",

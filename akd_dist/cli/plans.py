@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from akd_dist.documents.cache import PlanDocument
+    from akd_dist.documents.encodings import EncodingsDocument
     from akd_dist.documents.plan import FleetPlanDocument, PlannedCohort
 
 
@@ -31,6 +32,35 @@ def print_plan(plan: PlanDocument) -> None:
     if plan.waits_for is not None:
         click.echo(f"waits for nodes: {plan.waits_for}")
     click.echo(f"needs {size(plan.bytes)} under {plan.store_root}, free {free}; nothing was stored")
+
+
+def print_encodings(plan: EncodingsDocument) -> None:
+    """What encodings take and how well they describe the teacher, a line each; dominated ones are grey."""
+    temperatures = [f"T={one:g}" for one in plan.temperatures]
+    columns = [f"{what} {one}" for what in ("KL", "error") for one in temperatures]
+    table = table_of("encoding", "B/target", "in all", "top 1", "unexplained", *columns, title="what encodings take")
+    for one in plan.encodings:
+        errors = [at.unigram_error if at.unigram_hidden_error is None else at.unigram_hidden_error for at in one.at]
+        figures = [*(at.kl for at in one.at), *errors]
+        marks = " (the recipe's)" * one.own + " (chosen)" * (one.name == plan.chosen)
+        table.add_row(
+            one.name + marks, f"{one.bytes_per_target:,}", size(one.bytes), f"{one.agreement:.3f}",
+            _figure(one.unexplained), *map(_figure, figures), style="bright_black" if one.dominated else None,
+        )  # fmt: skip
+    print_table(table)
+    click.echo(
+        f"on {plan.targets_measured:,} targets of {plan.rows_measured:,} train rows, of {plan.targets:,} targets in "
+        "all; KL in nats; error: of the gradient at a student that says the mean, over that gradient; what is grey is "
+        "no better than something smaller"
+    )
+    for warning in plan.warnings:
+        click.echo(warning)
+    if plan.line is not None:
+        click.echo(f"within {size(plan.budget or 0)}: {plan.chosen}; put under `cache:`\n  {plan.line}")
+
+
+def _figure(value: float | None) -> str:
+    return "inf" if value is None else f"{value:.3f}"
 
 
 def print_fleet_plan(plan: FleetPlanDocument) -> None:

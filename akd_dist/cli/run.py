@@ -14,7 +14,7 @@ import click
 import akd_dist
 from akd_dist.base.errors import RecipeError
 from akd_dist.cli.options import json_option, taking
-from akd_dist.cli.plans import print_fleet_plan, print_plan
+from akd_dist.cli.plans import print_encodings, print_fleet_plan, print_plan
 from akd_dist.cli.recipes import command_to_train
 from akd_dist.cli.show import (
     SHORT_ID,
@@ -28,7 +28,7 @@ from akd_dist.cli.show import (
     size,
     stdout_for_results,
 )
-from akd_dist.options import CacheOptions, CompareOptions, RunOptions
+from akd_dist.options import CacheOptions, CompareOptions, PlanOptions, RunOptions
 
 if TYPE_CHECKING:
     from akd_dist.documents.cache import CacheDocument
@@ -68,6 +68,25 @@ def cache_teacher(as_json: bool, **given: Any) -> None:
         print_plan(PlanDocument.model_validate(document))
     else:
         print_cached(CacheDocument.model_validate(document), command_to_train(**given))
+
+
+@click.command("plan")
+@taking(PlanOptions)
+@json_option
+def plan(as_json: bool, **given: Any) -> None:
+    """Compare ways to store a teacher's logits.
+
+    Runs it on a few rows, for many classes: bytes, divergence and errors of gradients at the temperatures that
+    students of the recipe ask for. Nothing is stored.
+    """
+    from akd_dist.documents.encodings import EncodingsDocument
+
+    with stdout_for_results():
+        document = akd_dist.plan(**given, console=progress_console())
+    if as_json:
+        print_json(document)
+    else:
+        print_encodings(EncodingsDocument.model_validate(document))
 
 
 @click.command("train-students")

@@ -152,7 +152,7 @@ def facts_of(document: StoreDocument, summary: StoreSummary, loss: Loss | None) 
             kl = "" if loss.kl is None else f"KL {loss.kl:.2g} nats on average, "
             facts["rounded"] = f"on {loss.rows} rows: {kl}logits by {loss.largest_difference:.2g} at most"
         facts["tokens"] = identity.get("tokens")
-        facts["fidelity"] = document.manifest.get("fidelity")
+        facts["fidelity"] = _fidelity(document.manifest.get("fidelity"))
         facts["data seed"] = identity["data_seed"]
         facts["format"] = identity["format"]
         facts["computed"] = document.manifest["computed"]
@@ -161,6 +161,23 @@ def facts_of(document: StoreDocument, summary: StoreSummary, loss: Loss | None) 
         facts["sealed as"] = document.manifest["sha256"]
     facts["runs"] = f"{len(document.runs)}, the last {_ago(summary.last_used)}" if document.runs else "none so far"
     return {name: value for name, value in facts.items() if value not in ("", None)}
+
+
+def _fidelity(card: dict[str, Any] | None) -> Any:
+    """How well a store describes its teacher, temperature by temperature."""
+    if card is None or "at" not in card:
+        return card
+
+    def figure(one: dict[str, Any], name: str) -> str:
+        value = one.get(f"{name}_hidden_error", one[f"{name}_error"]) if name == "unigram" else one[name]
+        return "inf" if value is None else f"{value:.3f}"
+
+    each = [
+        f"T = {one['temperature']:g}: KL {figure(one, 'kl')}, total variation {figure(one, 'total_variation')}, "
+        f"gradient error {figure(one, 'unigram')}"
+        for one in card["at"]
+    ]
+    return f"{'; '.join(each)}; on {card['targets']} targets"
 
 
 def _unlabelled(document: StoreDocument) -> str:

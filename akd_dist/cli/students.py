@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import akd_dist
+from akd_dist.base.formatting import SHOWN
 from akd_dist.cli.options import Group, json_option, taking
 from akd_dist.cli.show import (
     as_yaml,
@@ -37,7 +38,7 @@ def evaluate(as_json: bool, **chosen: Any) -> None:
 
     Every metric, and agreement with other models. STUDENT is a model folder, such as runs/NAME/students/STUDENT. DATA
     is a recipe or a run's folder; Parquet (a file, folder, glob or s3://), a folder of pictures, tar files of pictures;
-    or the word digits.
+    for language models also JSON Lines or .txt files; or the word digits.
     """
     from akd_dist.documents.use import EvaluationDocument
 
@@ -56,8 +57,8 @@ def evaluate(as_json: bool, **chosen: Any) -> None:
 def predict(no_label: bool, label: str | None, as_json: bool, **chosen: Any) -> None:
     """Write what a student says of each row.
 
-    Class, probability, logits, and the label where the data have one, row by row to Parquet. STUDENT and DATA are as
-    for evaluate; DATA may lack labels.
+    Class, probability, logits, and the label where the data have one, row by row to Parquet; of language models the
+    log-probability of each token. STUDENT and DATA are as for evaluate; DATA may lack labels.
     """
     from akd_dist.documents.use import PredictionDocument
 
@@ -83,15 +84,16 @@ def predict(no_label: bool, label: str | None, as_json: bool, **chosen: Any) -> 
 def generate(as_json: bool, **chosen: Any) -> None:
     """Have a language model continue a text.
 
-    The prompt and what follows, as it comes. MODEL is a model folder, such as runs/NAME/students/STUDENT, or a folder
-    of a causal language model as transformers saves it.
+    The prompt and what follows, as it comes; with --chat the answer alone. MODEL is a model folder, such as
+    runs/NAME/students/STUDENT, or a folder of a causal language model as transformers saves it.
     """
     if as_json:
         with stdout_for_results():
             document = akd_dist.generate(**chosen)
         print_json(document)
         return
-    prompt: list[str] = [chosen["prompt"]]  # shown with the first piece: a refusal comes before
+    # Shown with the first piece, as a refusal comes before; an answer in a chat stands for itself.
+    prompt: list[str] = [] if chosen["chat"] else [chosen["prompt"]]
 
     def show(piece: str) -> None:
         click.echo("".join(prompt) + piece, nl=False)
@@ -165,19 +167,38 @@ def _print_evaluation(document: EvaluationDocument) -> None:
 
     models: list[EvaluatedModel] = [document.student, *document.others]
     measured = [name for name in Metrics.model_fields if any(model.metrics.get(name) is not None for model in models)]
-    title = f"{_data(document)}, {document.seconds:.1f} s"
+    if document.task == "language_model":
+        measured.remove("loss")  # it is the cross-entropy
+    targets = "" if document.targets is None else f", {document.targets:,} targets"
+    title = f"{_data(document)}{targets}, {document.seconds:.1f} s"
     table = _named("model", title)
-    agreeing = bool(document.others) and document.task == "classification"
-    for heading in ("parameters", *measured, *["agreement"] * agreeing):
+    agreeing = bool(document.others) and document.task != "regression"
+    apart = any(other.divergence is not None for other in document.others)
+    for heading in ("parameters", *measured, *["agreement"] * agreeing, *["KL to it"] * apart):
         table.add_column(heading, justify="right", no_wrap=True)
     for model in models:
         values = [model.metrics.get(name) for name in measured]
-        figures = ["infinite" if value is None else f"{value:.4f}" for value in values]
+        figures = [_figure(name, value) for name, value in zip(measured, values, strict=True)]
         shared = [f"{model.agreement:.4f}" if isinstance(model, OtherModel) else ""] if agreeing else []
+        shared += [_divergence(model)] if apart else []
         table.add_row(Path(model.path).name, f"{model.parameters:,}", *figures, *shared)
     print_table(table)
     if agreeing:
         _print_shared(document)
+
+
+def _figure(name: str, value: float | None) -> str:
+    """A metric: nats as tables of runs show them, all else to four digits."""
+    shown = SHOWN.get(name)
+    if value is None:
+        return "infinite"
+    return shown.text(value) if shown is not None and shown.lowest else f"{value:.4f}"
+
+
+def _divergence(model: EvaluatedModel) -> str:
+    from akd_dist.documents.use import OtherModel
+
+    return "" if not isinstance(model, OtherModel) or model.divergence is None else f"{model.divergence:.4f}"
 
 
 def _named(first: str, title: str | None = None) -> Table:

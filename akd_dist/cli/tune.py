@@ -81,7 +81,7 @@ def search_table(search: TunedSearch, document: TuneDocument) -> Table:
     from rich.text import Text
 
     shown = metric_format(document.metric, document.metric_name)
-    trials = sorted(search.trials, key=lambda trial: _standing(trial, search), reverse=True)
+    trials = sorted(search.trials, key=lambda trial: _standing(trial, search, shown), reverse=True)
     more = len(trials) - TRIALS_SHOWN
     told = [f"and {more:,} more: tune.json has all of them"] if more > 0 else []
     told += [f"k{one.number:03d} went no further: {one.lost}" for one in trials if one.lost is not None]
@@ -111,8 +111,8 @@ def of_test_rows(search: TunedSearch, test: Estimate, shown: MetricFormat) -> st
     return said if test.n == 1 else f"{said} (standard deviation over {test.n} seeds)"
 
 
-def _standing(trial: TunedTrial, search: TunedSearch) -> tuple[bool, int, float, int]:
-    score = trial.scores[-1] if trial.scores else 0.0
+def _standing(trial: TunedTrial, search: TunedSearch, shown: MetricFormat) -> tuple[bool, int, float, int]:
+    score = shown.standing(trial.scores[-1]) if trial.scores else 0.0
     return trial.number == search.best, len(trial.scores), score, -trial.number
 
 

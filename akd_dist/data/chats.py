@@ -149,14 +149,37 @@ class Chats:
             ) from error
 
 
+def written_for_an_answer(loaded: Any, text: str) -> str:
+    """A chat in which a user says `text`, as the template of a tokenizer of `transformers` writes it, up to the answer.
+
+    Raises:
+        RefusedError: it has no template, or that refuses such a chat.
+    """
+    _text_of_template(loaded)
+    try:
+        said = [{"role": _USER, "content": text}]
+        return str(loaded.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # whatever a template leads to
+        raise RefusedError(
+            "the chat template of the tokenizer refuses a chat of one message",
+            got=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}",
+            expected="a template that takes a user's message",
+            next="leave --chat out, and write the prompt as the model was trained on it",
+        ) from error
+
+
 def template_of(tokenizer: HuggingFaceDocuments) -> str:
     """The text of a tokenizer's template.
 
     Raises:
         RefusedError: it has none.
     """
+    return _text_of_template(tokenizer.loaded)
+
+
+def _text_of_template(loaded: Any) -> str:
     try:
-        return str(tokenizer.loaded.get_chat_template())
+        return str(loaded.get_chat_template())
     except ValueError as error:
         raise RefusedError(
             "the tokenizer has no chat template",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
+from akd_dist.data.chats import written_for_an_answer
 from akd_dist.data.text import END, load_tokenizer
 
 
@@ -19,6 +19,13 @@ class PromptTokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text that goes on: without an end."""
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The ids of a chat in which a user says this, up to where the assistant answers.
+
+        Raises:
+            RefusedError: there is no template that says how.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special ones; bytes that are no UTF-8 become U+FFFD."""
@@ -34,27 +41,6 @@ def prompt_tokenizer(spec: recipe.Text) -> PromptTokenizer:
     return _Bytes() if isinstance(spec, recipe.ByteText) else _HuggingFace(load_tokenizer(spec))
 
 
-def save_prompt_tokenizer(spec: recipe.HuggingFaceText, vocabulary: int, folder: Path) -> None:
-    """Write a tokenizer's files into the folder of a language model.
-
-    Args:
-        vocabulary: of the model: ids are below.
-
-    Raises:
-        RefusedError, MachineError: as `prompt_tokenizer`; or it has ids that the model does not know.
-    """
-    loaded = load_tokenizer(spec)
-    last = max(loaded.get_vocab().values())
-    if last >= vocabulary:
-        raise RefusedError(
-            f"the tokenizer {spec.path or spec.name} is not the one that the model was trained with",
-            got=f"ids up to {last:,}",
-            expected=f"ids 0 to {vocabulary - 1:,}",
-            next="choose the tokenizer of the model's recipe",
-        )
-    loaded.save_pretrained(folder)
-
-
 class _Bytes:
     """UTF-8 bytes; what begins a text of other tasks has no place here, since documents stand one behind another."""
 
@@ -62,6 +48,12 @@ class _Bytes:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_chat(self, text: str) -> list[int]:
+        raise RefusedError(
+            "bytes have no chat template", got="a model of bytes", expected="a tokenizer with a chat_template",
+            next="leave --chat out: the prompt is then continued as it stands",
+        )  # fmt: skip
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(one for one in ids if one < 256).decode("utf-8", "replace")
@@ -77,6 +69,10 @@ class _HuggingFace:
     def encode(self, text: str) -> list[int]:
         ids = [int(one) for one in self._loaded.encode(text)]
         return ids[:-1] if ids and ids[-1] == self.end else ids
+
+    def encode_chat(self, text: str) -> list[int]:
+        written = written_for_an_answer(self._loaded, text)
+        return [int(one) for one in self._loaded.encode(written, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._loaded.decode(list(ids), skip_special_tokens=True))

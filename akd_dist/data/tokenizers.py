@@ -9,6 +9,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -183,25 +184,37 @@ def text_key_of(data: recipe.DataSpec, tokens: Tokens) -> dict[str, Any]:
     }
 
 
-def save_language_tokenizer(spec: recipe.HuggingFaceText, tokens: Tokens, place: Any) -> None:
-    """Write a tokenizer's files into a folder.
+def save_language_tokenizer(
+    spec: recipe.HuggingFaceText, vocabulary: int, fingerprint: str | None, folder: Path
+) -> None:
+    """Write a tokenizer's files into the folder of a language model.
 
     Args:
-        tokens: what its ids must mean.
-        place: the folder.
+        vocabulary: of the model: ids are below.
+        fingerprint: of the tokenizer that it was trained with; none where nobody knows.
 
     Raises:
-        RefusedError, MachineError: as `language_tokenizer`; or it is another tokenizer than that of `tokens`.
+        RefusedError, MachineError: as `language_tokenizer`; or it is another tokenizer, or has ids that the model does
+            not know.
     """
-    found = HuggingFaceDocuments(load_tokenizer(spec), str(spec.path or spec.name))
-    if found.tokens.tokenizer != tokens.tokenizer:
+    loaded = load_tokenizer(spec)
+    found, last = fingerprint_of(loaded) if fingerprint else None, max(loaded.get_vocab().values())
+    if found != (fingerprint or None) or last >= vocabulary:
+        other = last < vocabulary
         raise RefusedError(
             f"the tokenizer {spec.path or spec.name} is not the one that the model was trained with",
-            got=f"fingerprint {str(found.tokens.tokenizer)[:16]}",
-            expected=f"fingerprint {str(tokens.tokenizer)[:16]}",
+            got=f"fingerprint {str(found)[:16]}" if other else f"ids up to {last:,}",
+            expected=f"fingerprint {str(fingerprint)[:16]}" if other else f"ids 0 to {vocabulary - 1:,}",
             next="choose the tokenizer of the model's recipe",
         )
-    found.loaded.save_pretrained(place)
+    loaded.save_pretrained(folder)
+
+
+def token_bytes(tokenizer: LanguageTokenizer) -> np.ndarray:
+    """How many bytes of text each id stands for, int64 [vocabulary]; 0 of special ones, which are no text."""
+    special = set(tokenizer.tokens.special)
+    meanings = enumerate(tokenizer.meanings())
+    return np.array([0 if number in special else len(text or b"") for number, text in meanings], np.int64)
 
 
 def used_ids(inputs: np.ndarray, vocabulary: int) -> np.ndarray:

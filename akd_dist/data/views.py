@@ -106,9 +106,9 @@ def begin_views(
     encoded = encoded_of(inputs)
     if encoded is not None and isinstance(augmenter, ResizedCropFlip):
         whole = encoded.begin([_crops(augmenter, seed, encoded, rows, view) for view in views])
-        return [functools.partial(lambda at: torch.from_numpy(whole()[at]).to(device), at) for at in range(len(views))]
+        return [functools.partial(lambda at: placed(whole()[at], device), at) for at in range(len(views))]
     pixels = begin(inputs)
-    moved = functools.cache(lambda: torch.from_numpy(pixels()).to(device))
+    moved = functools.cache(lambda: placed(pixels(), device))
     # A user's own may write into the batch that it is given.
     own = isinstance(augmentation, CustomAugmentation) and len(views) > 1
 
@@ -127,6 +127,18 @@ def _crops(augmenter: ResizedCropFlip, seed: int, inputs: EncodedPictures, rows:
         Crop(top, left, height, width, bool(flip), (high, wide))
         for top, left, height, width, flip, high, wide in zip(*(one.tolist() for one in columns), strict=True)
     ]
+
+
+def placed(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """An array [...] on a device, as a tensor of the same shape and dtype.
+
+    A GPU copies it out of pinned memory, so nobody waits: not this thread, and not for what the GPU computes just now.
+    Whatever the same stream is given next finds it there.
+    """
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def check_augmentation(augmentation: Augmentation, seed: int, inputs: np.ndarray, tokens: Tokens | None = None) -> None:
@@ -246,7 +258,7 @@ def _draw(
 
 
 def _apply(augmenter: Augmenter, batch: torch.Tensor, params: dict[str, np.ndarray]) -> torch.Tensor:
-    return augmenter.apply(batch, {name: torch.from_numpy(values).to(batch.device) for name, values in params.items()})
+    return augmenter.apply(batch, {name: placed(values, batch.device) for name, values in params.items()})
 
 
 def _name(augmentation: Augmentation) -> str:

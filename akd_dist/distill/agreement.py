@@ -39,14 +39,16 @@ def check_on_rows(module: nn.Module, rows: Rows, name: str = "the teacher") -> T
         rows: the validation rows.
         name: of the teacher, for warnings.
     """
-    numbers, logits, began = _asked(rows), [], time.monotonic()
+    numbers, found, began = _asked(rows), [], time.monotonic()
     for start in range(0, len(numbers), _BATCH):
         inputs = torch.from_numpy(np.asarray(rows.inputs.take(numbers[start : start + _BATCH], axis=0)))
-        logits.append(teacher_logits(module, inputs, len(inputs)))
+        said = teacher_logits(module, inputs, len(inputs))
+        # Of many classes, what is chosen is all that is kept.
+        found.append(said[:, 0] if rows.task == "regression" else said.argmax(axis=1))
         if time.monotonic() - began > _SECONDS:
             break
-    said = np.concatenate(logits)
-    return check_of(said, rows.labels.take(numbers[: len(said)]), rows, name)
+    said = np.concatenate(found)
+    return _check(said, rows.labels.take(numbers[: len(said)]), rows, name)
 
 
 def check_in_store(store: LogitStore, rows: Rows, name: str = "the teacher") -> TeacherCheck:
@@ -55,7 +57,10 @@ def check_in_store(store: LogitStore, rows: Rows, name: str = "the teacher") -> 
         stop = min(len(rows), ASKED)
         return check_of(store.rows(0, 0, stop), rows.labels.take(np.arange(stop)), rows, name)
     shards = store.manifest.records()
-    accuracy = min(1.0, sum(shard.rows * (shard.label_agreement or 0.0) for shard in shards) / len(rows))
+    asked = store.layout.rows
+    accuracy = min(1.0, sum(shard.rows * (shard.label_agreement or 0.0) for shard in shards) / asked)
+    if rows.task == "language_model":
+        return TeacherCheck(name=name, rows=asked, accuracy=accuracy)
     warnings = _of_chance(name, accuracy, rows.class_counts())
     return TeacherCheck(name=name, rows=len(rows), accuracy=accuracy, warnings=warnings)
 
@@ -68,9 +73,14 @@ def check_of(logits: np.ndarray, labels: np.ndarray, rows: Rows, name: str = "th
         labels: int64 [n], or float32 [n] of a regression.
         rows: what they are of.
     """
+    return _check(logits[:, 0] if rows.task == "regression" else logits.argmax(axis=1), labels, rows, name)
+
+
+def _check(said: np.ndarray, labels: np.ndarray, rows: Rows, name: str) -> TeacherCheck:
+    """What values, or chosen classes, say of labels."""
     if rows.task == "regression":
-        return _of_values(logits[:, 0], labels, name)
-    chosen = logits.argmax(axis=1)
+        return _of_values(said, labels, name)
+    chosen = said
     accuracy = float((chosen == labels).mean())
     warnings = _of_chance(name, accuracy, np.bincount(labels, minlength=rows.classes))
     if (reordered := _in_another_order(chosen, labels, rows.class_names)) is not None:

@@ -20,9 +20,11 @@ from akd_dist.base.locks import file_lock
 from akd_dist.base.tracebacks import in_full
 from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import Rows, Splits
+from akd_dist.distill.batch_targets import Decoder, TeacherTargets
 from akd_dist.distill.checkpoint import checkpoints, drop_doubtful, rests_on
 from akd_dist.distill.delivery import fail_from_outside, write_metrics, write_note
 from akd_dist.distill.job import CohortJob, ended, read_result
+from akd_dist.distill.language_metrics import Known, bytes_of_tokens
 from akd_dist.distill.lockstep import Lockstep
 from akd_dist.distill.metrics import predictions
 from akd_dist.distill.publisher import Publisher
@@ -33,6 +35,8 @@ from akd_dist.models.card import ModelCard
 from akd_dist.models.device import set_deterministic
 from akd_dist.storage.content import Guard, renewing
 from akd_dist.storage.decoded import StoredLogits
+from akd_dist.storage.holder import Moving
+from akd_dist.storage.layout import TARGETS_FORMAT
 from akd_dist.storage.mean import AnyStore, open_logits
 from akd_dist.storage.reader import LogitStore, open_store
 
@@ -71,9 +75,10 @@ def train_on(job: CohortJob, splits: Splits, device: torch.device, ranks: Ranks)
         CorruptCacheError: they, or the decoded logits, are not what was written; they are to be prepared anew.
     """
     stream, teacher_said = open_stream(job, splits)
+    known = known_of_language(job, splits)
     vouched = Path(job.cache_root) / VOUCHED
     with Guard(splits.contents(), vouched) as guard, contextlib.ExitStack() as locks:
-        for one in stream.moving:
+        for one in (*stream.moving, *known.stored.values()):
             one.watch(guard)
             locks.callback(one.close)
         publisher = Publisher(job) if job.run_uri is not None else None
@@ -86,10 +91,13 @@ def train_on(job: CohortJob, splits: Splits, device: torch.device, ranks: Ranks)
         ranks.any(False)  # nobody reads a checkpoint before rank 0 is the only one to write
         if publisher is not None and ranks.rank > 0:
             publisher.join()
-        known = known_of(job, writers, stream, guard, ranks)
+        marks = known_of(job, writers, (*stream.moving, *known.stored.values()), guard, ranks)
         for name, writer in writers.items():
-            drop_doubtful(Path(job.root) / name / "checkpoints", writer, known)
-        opened = [open_student(job, spec, splits.train, ranks, device, writers.get(spec.name)) for spec in job.students]
+            drop_doubtful(Path(job.root) / name / "checkpoints", writer, marks)
+        opening = ranks, device
+        opened = [
+            open_student(job, spec, splits.train, *opening, writers.get(spec.name), known) for spec in job.students
+        ]
         students = [student for student in opened if student is not None]
         lockstep = Lockstep(job, ranks, students, stream, splits, teacher_said, guard)
         torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports torch's compiler: not on a student's clock
@@ -104,7 +112,7 @@ def train_on(job: CohortJob, splits: Splits, device: torch.device, ranks: Ranks)
 
 
 def known_of(
-    job: CohortJob, writers: Collection[str], stream: BatchStream, guard: Guard, ranks: Ranks
+    job: CohortJob, writers: Collection[str], moving: Collection[Moving], guard: Guard, ranks: Ranks
 ) -> Collection[str]:
     """The marks of files that checkpoints may rest on: those that this process and its peers have mapped, and those of
     views and windows behind, which are hashed once more as far as they are there.
@@ -117,7 +125,7 @@ def known_of(
     marks = {mark for folder in folders for path in checkpoints(folder) for mark in rests_on(path)}
     wanted = set(ranks.from_first(" ".join(sorted(marks))).split()) - set(guard.marks)
     known = guard.remembers(wanted)
-    for held in [held for one in stream.moving for held in one.resting(wanted - known)]:
+    for held in [held for one in moving for held in one.resting(wanted - known)]:
         guard.add(held.content)
         guard.leave(held.content)
     return " ".join(ranks.from_all(" ".join([*guard.marks, *known]))).split()
@@ -166,31 +174,36 @@ def open_stream(
     Args:
         store_of: gives the store at a URI; whoever has it open already gives that.
     """
-    logits, teacher_said, data = None, None, job.data
+    logits: StoredLogits | TeacherTargets | None = None
+    teacher_said, data, first = None, job.data, job.students[0]
     if job.stores:
         train = open_logits(job.stores["train"], store_of)
-        if test := job.stores.get("test") if job.teacher_test is None else job.teacher_test:
+        test = job.stores.get("test") if job.teacher_test is None else job.teacher_test
+        if test and data.task != "language_model":  # each language model is compared with it target by target
             teacher_said = stored_predictions(open_logits(test, store_of), splits.test).numpy()
         # No more views than there are epochs that could read them.
         views = min(data.views, max(spec.objective.epochs for spec in job.students)) or 1
-        logits = StoredLogits(
-            train,
-            Path(job.cache_root),
-            views,
-            beside=splits.held_bytes,
-            windowed=data.window is not None,
-            beside_windows=splits.train.moving is not None,
-        )
+        reading: dict[str, Any] = {
+            "beside": splits.held_bytes,
+            "windowed": data.window is not None,
+            "beside_windows": splits.train.moving is not None,
+        }
+        if isinstance(train, LogitStore) and train.manifest.identity.format >= TARGETS_FORMAT:
+            check_targets(train, splits.train)
+            logits = TeacherTargets(train, Path(job.cache_root), views, device=job.device, **reading)
+        else:
+            logits = StoredLogits(train, Path(job.cache_root), views, **reading)
     stream = BatchStream(
         splits.train,
         logits,
         data.augmentation,
         seed=data.seed,
         views=data.views,
-        batch=job.students[0].batch,
-        last_batch=job.students[0].last_batch,
+        batch=first.batch,
+        last_batch=first.last_batch,
         window=data.window,
         device=job.device,
+        epoch_steps=first.epoch_steps,
     )
     if job.stores:
         # Another version of a library may change pixels, and nothing that is recorded shows it but the pixels
@@ -200,8 +213,49 @@ def open_stream(
     return stream, teacher_said
 
 
+def check_targets(store: LogitStore, rows: Rows) -> None:
+    """Refuse a store whose rows have other numbers of targets than these rows have.
+
+    Raises:
+        RefusedError: it is so; tells both.
+    """
+    if store.layout.rows != rows.targets or store.classes != rows.classes:
+        raise RefusedError(
+            f"the store {store.uri} has other targets than these rows",
+            got=f"{store.layout.rows:,} targets of {store.classes:,} logits",
+            expected=f"{rows.targets:,} targets of {rows.classes:,} logits",
+            next="cache the teacher for this recipe: akd-dist cache-teacher",
+        )
+
+
+def known_of_language(job: CohortJob, splits: Splits, store_of: Callable[[str], LogitStore] = open_store) -> Known:
+    """What the cohort's language models are measured by; nothing for others.
+
+    The teacher is that of `teacher_test` on the test rows, and whom they learn from on the validation rows.
+    """
+    if job.data.task != "language_model":
+        return Known()
+    refs = {split: job.stores.get(split) for split in ("validation", "test")}
+    refs["test"] = refs["test"] if job.teacher_test is None else job.teacher_test
+    stored = {}
+    for split, ref in refs.items():
+        store = open_logits(ref, store_of) if ref else None
+        if isinstance(store, LogitStore):
+            rows: Rows = getattr(splits, split)
+            rows.check_same(store.manifest.dataset)
+            check_targets(store, rows)
+            stored[rows.fingerprint] = TeacherTargets(store, Path(job.cache_root), device=job.device)
+    return Known(stored, bytes_of_tokens(job.data, splits.train))
+
+
 def stored_predictions(store: AnyStore, rows: Rows) -> torch.Tensor:
     """What the teacher says of each row of a store without augmentation, as `metrics.predictions`; shard by shard."""
+    if isinstance(store, LogitStore) and store.manifest.identity.is_top_k:
+        decoder, found = Decoder.of(store, "cpu"), []
+        for shard in (shard for shard in store.layout.shards() if shard.view == 0):
+            arrays = store.targets(0, shard.start, shard.stop)
+            found.append(decoder.targets({name: torch.from_numpy(array) for name, array in arrays.items()}).choice)
+        return torch.cat(found)
     shards = (shard for shard in store.layout.shards() if shard.view == 0)
     blocks = (torch.from_numpy(store.rows(0, shard.start, shard.stop)) for shard in shards)
     return torch.cat([predictions(rows.task, block) for block in blocks])
@@ -214,6 +268,7 @@ def open_student(
     ranks: Ranks,
     device: torch.device,
     writer: FencedWriter | None = None,
+    known: Known | None = None,
 ) -> Student | None:
     """The student at its newest checkpoint; None if it has ended before, or ends here because it cannot be set up."""
     if ended(job, spec):
@@ -233,6 +288,7 @@ def open_student(
             own_metric=job.data.own_metric,
             device=device,
             together=spec.name in job.stacks,
+            known=known,
         )
         resumed = student.resume(lambda text: write_note(log, text))
         write_metrics(student)  # without the epochs after the checkpoint: they are trained again

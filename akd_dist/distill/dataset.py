@@ -26,7 +26,7 @@ from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import Rows
 from akd_dist.distill.cohort import VOUCHED, check_fingerprints
 from akd_dist.distill.orders import ALL, LABELLED, Mix
-from akd_dist.distill.stream import BatchStream
+from akd_dist.distill.stream import BatchStream, Said
 from akd_dist.recipe import LastBatch, NoAugmentation
 from akd_dist.storage.content import Guard
 from akd_dist.storage.decoded import StoredLogits
@@ -392,12 +392,12 @@ class DistillationBatches(_Split, IterableDataset[Tensors]):
 
 
 def named_tensors(
-    rows: Rows, numbers: np.ndarray, inputs: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor | None
+    rows: Rows, numbers: np.ndarray, inputs: torch.Tensor, labels: torch.Tensor, logits: Said | None
 ) -> Tensors:
     """What trainers get of some rows."""
     found = {"inputs": inputs} if rows.tokens is None else _of_text(inputs, rows.tokens.padding)
     found["labels"] = labels
-    if logits is not None:
+    if isinstance(logits, torch.Tensor):  # a store that describes them is refused before
         found["teacher_logits"] = logits
     found["row"] = torch.from_numpy(numbers)
     return found

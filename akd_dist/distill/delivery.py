@@ -55,13 +55,16 @@ def deliver(
     agreement = None
     if teacher_said is not None and test.task == "classification":
         agreement = float(np.mean(chosen == teacher_said))
+    elif test.task == "language_model":
+        agreement = metrics.get("agreement")
     vouch()
     if student.ranks.rank == 0:
         failpoint("student.before_model")
         save_model(student.folder, student.module, student.card, write=student.writer.replace)
-        label = test.all_labels()
-        columns = {"row": np.arange(len(test)), "label": label, "student": chosen, "teacher": teacher_said}
-        student.writer.replace(student.folder / TEST_NAME, encode_predictions(columns))
+        if test.task != "language_model":  # whose targets are many: `akd-dist predict` writes what it says of each
+            label = test.all_labels()
+            columns = {"row": np.arange(len(test)), "label": label, "student": chosen, "teacher": teacher_said}
+            student.writer.replace(student.folder / TEST_NAME, encode_predictions(columns))
     _conclude(
         student,
         "done",

@@ -122,6 +122,7 @@ def measure_fidelity(
         return measured.cards(candidates)
 
 
+_NOTHING = 1e-30  # a probability for which float32 may hold 0 on one side and something on the other
 _PLACES = ("unigram", "other", "unigram_hidden", "other_hidden")
 
 
@@ -197,7 +198,8 @@ class _Measured:
         else:
             taught = dict.fromkeys(students, one.probabilities(temperature, rows))
         p_hat = taught["unigram"]
-        sums.kl += _total((torch.xlogy(p, p) - torch.xlogy(p, p_hat)).sum(1))
+        each = (torch.xlogy(p, p) - torch.xlogy(p, p_hat)).masked_fill_(p < _NOTHING, 0.0)
+        sums.kl += _total(each.sum(1))
         sums.tv += _total((p - p_hat).abs().sum(1)) / 2
         self._add(sums.errors, {place: p - p_hat for place, p_hat in taught.items()})
 

@@ -18,13 +18,14 @@ from akd_dist.distill.hooks import tell_epoch_end
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.objectives import Stage
 from akd_dist.distill.orders import Mix
+from akd_dist.distill.prefetch import prefetched
 from akd_dist.distill.progress import Progress
 from akd_dist.distill.ranks import Ranks
 from akd_dist.distill.stack import Stack, Stacks
 from akd_dist.distill.stack_evaluation import evaluate_together
-from akd_dist.distill.stage1 import publish_stage1, take_stage1
+from akd_dist.distill.stage1 import publish_stage1, stage1_leader, take_stage1
 from akd_dist.distill.stream import Batch, BatchStream
-from akd_dist.distill.student import Student, stage1_leader
+from akd_dist.distill.student import Student
 from akd_dist.storage.content import Guard
 
 METRICS_SECONDS, METRICS_EACH = 1.0, 0.02
@@ -77,13 +78,14 @@ class Lockstep:
             # An epoch in which all learn from labels alone reads no logits.
             stream = stream if any(one.stage.needs_logits for one in here) else stream.without_logits()
             then = self._read_next(epoch, [one for one in at if one not in here], logits=stream.logits is not None)
-            for batch in stream.batches(epoch, first, self.ranks.rank, self.ranks.world, then):
-                now = [student for student in here if student.training and student.step == batch.step]
-                self._take_step(now, batch, stream.steps_per_epoch)
-                if not any(student.training for student in here):
-                    break  # all of them have failed or diverged: the rest of the epoch is not read
-                if stopped := self._stops_after_batch():
-                    break
+            with prefetched(stream, epoch, first, self.ranks, then) as batches:
+                for batch in batches:
+                    now = [student for student in here if student.training and student.step == batch.step]
+                    self._take_step(now, batch, stream.steps_per_epoch)
+                    if not any(student.training for student in here):
+                        break  # all of them have failed or diverged: the rest of the epoch is not read
+                    if stopped := self._stops_after_batch():
+                        break
             if not stopped:
                 self._end_epoch(here)
         self.progress.tell(force=True)
@@ -91,8 +93,10 @@ class Lockstep:
 
     def _take_step(self, students: list[Student], batch: Batch, steps_per_epoch: int) -> None:
         """One step of each student: in stacks those that are stacked, the others one after the other."""
-        for student in students:
-            if student.packed is None:
+        alone = [student for student in students if student.packed is None]
+        several = batch.targets is not None and sum(student.stage.needs_logits for student in alone) > 1
+        with batch.targets.shared() if several and batch.targets is not None else contextlib.nullcontext():
+            for student in alone:
                 with self._failing_alone(student):
                     student.take_step(batch, steps_per_epoch)
         together = [student for student in students if student.training and student.packed is not None]

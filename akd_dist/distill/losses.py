@@ -35,7 +35,9 @@ def label_losses(z_student: Tensor, labels: Tensor, weight: float = 1.0) -> Tens
     return losses if weight == 1 else weight * losses
 
 
-def annealing_losses(z_student: Tensor, z_teacher: Tensor, phi: Number, reduction: str = "mean") -> Tensor:
+def annealing_losses(
+    z_student: Tensor, z_teacher: Tensor, phi: Number, reduction: str = "mean", *, center: bool = False
+) -> Tensor:
     """|| z_s(x) - Phi(T) z_t(x) ||^2 of each row: the loss of stage I (Jafari et al., EACL 2021), on raw logits.
 
     The paper writes the squared norm, a sum over classes; the authors' code takes the mean over batch and classes. The
@@ -46,12 +48,26 @@ def annealing_losses(z_student: Tensor, z_teacher: Tensor, phi: Number, reductio
         z_teacher: float [n, classes] of the same dtype.
         phi: the annealing factor; or that of each student, [students, 1].
         reduction: `mean` or `sum` over classes.
+        center: whether the mean over classes is taken off both sides first.
 
     Returns:
         float [n], or [students, n].
     """
-    squares = (z_student - _of_rows(phi) * z_teacher).square()
+    apart = z_student - _of_rows(phi) * z_teacher
+    if center:
+        apart = apart - apart.mean(dim=-1, keepdim=True)
+    squares = apart.square()
     return squares.mean(dim=-1) if reduction == "mean" else squares.sum(dim=-1)
+
+
+def annealed_entropies(z_student: Tensor, z_teacher: Tensor, phi: Number) -> Tensor:
+    """The cross-entropy of softmax(z_s) to softmax(Phi(T) z_t) of each row; arguments as of `annealing_losses`.
+
+    Returns:
+        float [n], or [students, n].
+    """
+    chances = functional.softmax(_of_rows(phi) * z_teacher, dim=-1)
+    return -(chances * functional.log_softmax(z_student, dim=-1)).sum(dim=-1)
 
 
 def softened_losses(z_student: Tensor, z_teacher: Tensor, temperature: Number) -> Tensor:

@@ -16,9 +16,20 @@ from akd_dist.data.rows import Rows
 from akd_dist.distill.hooks import own_measure
 from akd_dist.distill.losses import at_least_float32, label_losses
 from akd_dist.models.device import autocast
-from akd_dist.recipe import CustomMetric, Precision, Task
+from akd_dist.recipe import LOWEST_IS_BEST, CustomMetric, Metric, Precision, Task
 
 EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
+_EVALUATION_LOGITS = 1 << 24  # the most of a block: fewer rows where there are tens of thousands of classes
+
+
+def is_better(metric: Metric, one: float, than: float) -> bool:
+    """Whether a model is strictly better by a metric."""
+    return one < than if metric in LOWEST_IS_BEST else one > than
+
+
+def evaluation_rows(classes: int) -> int:
+    """Rows of a block of an evaluation: a matter of the number of classes alone."""
+    return max(1, min(EVALUATION_ROWS, _EVALUATION_LOGITS // classes))
 
 
 @torch.inference_mode()
@@ -41,8 +52,9 @@ def evaluate(
     """
     module.eval()
     loss, said, true, kept = 0.0, [], [], []
-    begun = (begin_block(rows, start, EVALUATION_ROWS) for start in range(0, len(rows), EVALUATION_ROWS))
-    for copied, labelled in ahead(begun, min(1, batches_ahead(rows.inputs, EVALUATION_ROWS))):
+    size = evaluation_rows(rows.classes)
+    begun = (begin_block(rows, start, size) for start in range(0, len(rows), size))
+    for copied, labelled in ahead(begun, min(1, batches_ahead(rows.inputs, size))):
         inputs, labels = copied.to(device), labelled.to(device)
         true.append(labelled)
         with autocast(device, precision):

@@ -1,112 +1,39 @@
-"""The objectives as pure functions: a student's stages, the schedules, the learning rate.
+"""The objectives as pure functions: a student's stages, and the loss of each.
 
 Nothing here holds state. Every loss is returned per row, so that the caller can take the exact mean of a global batch
 however it is cut into ranks. A further objective is a small frozen class with `losses`, and a line in `stages`.
+
+Where a store describes the teacher's logits, or there are too many of the student's, a loss is a `Term` on targets: of
+logits that are there, or through the output head of a language model.
 
 In formulas z_s and z_t are the raw logits of student and teacher, y the label, and ||.||^2 the squared norm over
 classes. The dtype of the labels tells the task: int64 are class ids, a float type is the numbers of a regression.
 """
 
 import functools
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from akd_dist.base.errors import RecipeError
 from akd_dist.distill.hooks import LOSSES, function_of, own_losses
-from akd_dist.distill.losses import Number, annealing_losses, at_least_float32, label_losses, softened_losses
-from akd_dist.distill.orders import LABELLED, Mix
-from akd_dist.recipe import (
-    AnnealingKD,
-    ContinuationKD,
-    CustomObjective,
-    HardLabels,
-    Kd,
-    Linear,
-    Objective,
-    Optimizer,
-    Schedule,
-    Steps,
-    Takd,
+from akd_dist.distill.losses import (
+    Number,
+    annealed_entropies,
+    annealing_losses,
+    at_least_float32,
+    label_losses,
+    softened_losses,
 )
-
-# ---- stages
-
-
-@dataclass(frozen=True)
-class Stage(ABC):
-    """One stage of training. It starts from the best validation weights of the stage before, with a fresh optimizer."""
-
-    name: ClassVar[str]
-    """The kind of stage, as metrics and logs call it."""
-    needs_logits: ClassVar[bool] = True
-    """Whether the loss reads the teacher's logits."""
-    needs_raw_logits: ClassVar[bool] = True
-    """Whether it would be another loss if a constant were added to all logits of a row, as log-probabilities have it:
-    all that a softmax alone reads are no such losses."""
-
-    epochs: int
-    """Length in epochs."""
-    _: KW_ONLY
-    optimizer: Optimizer | None = None
-    """What its loss is descended by; None takes the student's."""
-
-    def losses(
-        self, epoch: int, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float = 1.0
-    ) -> Tensor:
-        """The loss of each row in a 0-based epoch of this stage.
-
-        Args:
-            z_student: float32 or float64 [n, classes].
-            z_teacher: [n, classes] of the same dtype; None only where `needs_logits` is False.
-            labels: int64 [n], or [n] of the same dtype as the logits for regression, where there is one "class"; -1 or
-                NaN stands for none.
-            label_weight: what the labels' part of a row counts, so that the mean over all rows is one over those with
-                labels (`Batch.label_weight`).
-
-        Returns:
-            [n], of the dtype of the logits.
-        """
-        return self.formula(z_student, z_teacher, labels, label_weight, **self.numbers(epoch))
-
-    def numbers(self, epoch: int) -> dict[str, float]:
-        """The numbers in the formula in a 0-based epoch: in these alone students differ that step together."""
-        return {}
-
-    @abstractmethod
-    def formula(
-        self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
-    ) -> Tensor:
-        """The loss of each row; of one student, or of several in one go.
-
-        Args:
-            z_student: [n, classes], or [students, n, classes].
-            z_teacher, labels, label_weight: as of `losses`: all students see the same rows.
-            numbers: as `numbers` has them, or of each student, [students, 1].
-
-        Returns:
-            [n], or [students, n].
-        """
-
-    @property
-    def alike(self) -> Hashable:
-        """What stages have in common whose formula is the same but for its numbers; None where it is one student's."""
-        return type(self), getattr(self, "reduction", None)
-
-    def temperature(self, epoch: int) -> int | None:
-        """T of a 0-based epoch of this stage, None where nothing is annealed."""
-        return None
-
-    def phi(self, epoch: int) -> float | None:
-        """Phi(T), the factor on the teacher's logits in a 0-based epoch; None where nothing is annealed."""
-        return None
-
-    def psi(self, epoch: int) -> float | None:
-        """The weight of the labels in a 0-based epoch, where it changes; else None."""
-        return None
+from akd_dist.distill.orders import LABELLED, Mix
+from akd_dist.distill.output_head import Head
+from akd_dist.distill.schedules import continuation_temperature, phi, psi, temperature
+from akd_dist.distill.sparse_losses import Annealed, Hinged, Labels, Mixed, Softened, Squared, Term
+from akd_dist.distill.squared_losses import continuation_loss, squared_loss
+from akd_dist.distill.stage import Stage as Stage
+from akd_dist.distill.teacher_targets import Targets
+from akd_dist.recipe import AnnealingKD, ContinuationKD, CustomObjective, HardLabels, Kd, Learning, Objective, Takd
 
 
 @dataclass(frozen=True)
@@ -115,7 +42,11 @@ class HardLabelStage(Stage):
 
     name: ClassVar[str] = "hard_labels"
     needs_logits: ClassVar[bool] = False
-    needs_raw_logits: ClassVar[bool] = False
+
+    @property
+    def needs_raw_logits(self) -> bool:
+        """No: it reads none."""
+        return False
 
     def formula(
         self, z_student: Tensor, z_teacher: Tensor | None, labels: Tensor, label_weight: float, **numbers: Number
@@ -123,10 +54,17 @@ class HardLabelStage(Stage):
         """Cross-entropy; the squared error for regression."""
         return label_losses(z_student, labels, label_weight)
 
+    def term(self, epoch: int, targets: Targets | None, labels: Tensor, label_weight: float = 1.0) -> Term:
+        """Cross-entropy."""
+        return Mixed(((label_weight, Labels(labels)),))
+
 
 @dataclass(frozen=True)
 class AnnealingStage(Stage):
-    """Stage I of Annealing-KD (Jafari et al., EACL 2021): || z_s - Phi(T_i) z_t ||^2, the labels unread."""
+    """Stage I of Annealing-KD (Jafari et al., EACL 2021): || z_s - Phi(T_i) z_t ||^2, the labels unread.
+
+    Or the same idea with the loss of a softmax, the cross-entropy of softmax(z_s) to softmax(Phi z_t).
+    """
 
     name: ClassVar[str] = "annealing"
 
@@ -134,6 +72,10 @@ class AnnealingStage(Stage):
     """The temperature of the first epoch."""
     reduction: str = "mean"
     """How the squared norm is reduced over classes: `mean` or `sum`."""
+    by: str = "squared"
+    """What it compares by: `squared`, or `cross_entropy`."""
+    center: bool = False
+    """Whether the squared norm is one of centred logits, whose mean over classes is 0."""
 
     def numbers(self, epoch: int) -> dict[str, float]:
         """Phi."""
@@ -144,7 +86,36 @@ class AnnealingStage(Stage):
     ) -> Tensor:
         """The squared distance to the annealed logits; the same for regression, with its one number."""
         assert z_teacher is not None
-        return annealing_losses(z_student, z_teacher, numbers["phi"], self.reduction)
+        if self.by == "cross_entropy":
+            return annealed_entropies(z_student, z_teacher, numbers["phi"])
+        return annealing_losses(z_student, z_teacher, numbers["phi"], self.reduction, center=self.center)
+
+    def term(self, epoch: int, targets: Targets | None, labels: Tensor, label_weight: float = 1.0) -> Term:
+        """The same."""
+        assert targets is not None
+        if self.by == "cross_entropy":
+            return Annealed(targets, self.phi(epoch))
+        return Squared(targets, self.phi(epoch), self.center, self.reduction)
+
+    def through_head(
+        self, epoch: int, h: Tensor, head: Head, targets: Targets | None, labels: Tensor, total: float
+    ) -> Tensor:
+        """The same; the squared norm without a vocabulary where targets and head allow it."""
+        if self.by == "cross_entropy":
+            return super().through_head(epoch, h, head, targets, labels, total)
+        assert targets is not None
+        form: dict[str, Any] = {"center": self.center, "reduction": self.reduction, "total": total}
+        return squared_loss(h, head, targets, self.phi(epoch), **form)
+
+    @property
+    def needs_linear_head(self) -> bool:
+        """Where it is the squared norm."""
+        return self.by == "squared"
+
+    @property
+    def needs_raw_logits(self) -> bool:
+        """Where it is the squared norm, and of logits as they are."""
+        return self.by == "squared" and not self.center
 
     def temperature(self, epoch: int) -> int:
         """T of a 0-based epoch: see `temperature`."""
@@ -160,12 +131,16 @@ class KdStage(Stage):
     """KD (Hinton et al., 2015), and a hop of TAKD (Mirzadeh et al., 2020), where the teacher is an assistant."""
 
     name: ClassVar[str] = "kd"
-    needs_raw_logits: ClassVar[bool] = False
 
     softening: float
     """The temperature that both sides' logits are divided by before the softmax."""
     alpha: float
     """Share of the teacher in the loss."""
+
+    @property
+    def needs_raw_logits(self) -> bool:
+        """No: a softmax reads them."""
+        return False
 
     def numbers(self, epoch: int) -> dict[str, float]:
         """T, and the shares of teacher and labels."""
@@ -186,6 +161,13 @@ class KdStage(Stage):
         from_labels = label_losses(z_student, labels, label_weight)
         return numbers["share_of_labels"] * from_labels + numbers["share_of_teacher"] * from_teacher
 
+    def term(self, epoch: int, targets: Targets | None, labels: Tensor, label_weight: float = 1.0) -> Term:
+        """The same."""
+        assert targets is not None
+        return Mixed(
+            (((1 - self.alpha) * label_weight, Labels(labels)), (self.alpha, Softened(targets, self.softening)))
+        )
+
 
 @dataclass(frozen=True)
 class ContinuationStage(Stage):
@@ -203,6 +185,8 @@ class ContinuationStage(Stage):
     """m: what the distance to the annealed logits may be at Phi = 1 without a cost."""
     reduction: str = "mean"
     """How the squared norm is reduced over classes, before the margin is taken off: `mean` or `sum`."""
+    center: bool = False
+    """Whether it is one of centred logits."""
 
     def numbers(self, epoch: int) -> dict[str, float]:
         """Phi, m Phi, psi and 1 - psi."""
@@ -214,9 +198,35 @@ class ContinuationStage(Stage):
     ) -> Tensor:
         """psi_i CE(y, z_s) + (1 - psi_i) max(0, || z_s - Phi z_t ||^2 - m Phi); squared error for CE in regression."""
         assert z_teacher is not None
-        distances = annealing_losses(z_student, z_teacher, numbers["phi"], self.reduction)
+        distances = annealing_losses(z_student, z_teacher, numbers["phi"], self.reduction, center=self.center)
         hinged = (distances - numbers["margin"]).clamp(min=0)
         return numbers["psi"] * label_losses(z_student, labels, label_weight) + numbers["rest"] * hinged
+
+    def term(self, epoch: int, targets: Targets | None, labels: Tensor, label_weight: float = 1.0) -> Term:
+        """The same."""
+        assert targets is not None
+        phi, psi = self.phi(epoch), self.psi(epoch)
+        distance = Hinged(Squared(targets, phi, self.center, self.reduction), self.margin * phi)
+        return Mixed(((psi * label_weight, Labels(labels)), (1 - psi, distance)))
+
+    def through_head(
+        self, epoch: int, h: Tensor, head: Head, targets: Targets | None, labels: Tensor, total: float
+    ) -> Tensor:
+        """The same; the squared norm without a vocabulary where targets and head allow it."""
+        assert targets is not None
+        form: dict[str, Any] = {"center": self.center, "reduction": self.reduction, "total": total}
+        shares = self.phi(epoch), self.psi(epoch), self.margin
+        return continuation_loss(h, head, targets, labels, *shares, **form)
+
+    @property
+    def needs_linear_head(self) -> bool:
+        """Always, for the squared norm in it."""
+        return True
+
+    @property
+    def needs_raw_logits(self) -> bool:
+        """Where the squared norm in it is of logits as they are."""
+        return not self.center
 
     def temperature(self, epoch: int) -> int:
         """T of a 0-based epoch: see `continuation_temperature`."""
@@ -252,6 +262,10 @@ class CustomStage(Stage):
         """There is none for several students: the function of somebody else is given one at a time."""
         raise NotImplementedError
 
+    def term(self, epoch: int, targets: Targets | None, labels: Tensor, label_weight: float = 1.0) -> Term:
+        """There is none: it is given logits, and recipes ask for none of it where there are no logits."""
+        raise NotImplementedError
+
     @property
     def alike(self) -> None:
         """Its own."""
@@ -275,11 +289,23 @@ class CustomLabelStage(CustomStage):
         return super().losses(epoch, z_student, None, labels)
 
 
-def stages(objective: Objective) -> tuple[Stage, ...]:
-    """The stages of an objective, in order."""
+def stages_of(spec: Learning) -> tuple[Stage, ...]:
+    """The stages of who learns, in order."""
+    return stages(spec.objective, language=spec.is_language_model)
+
+
+def stages(objective: Objective, *, language: bool = False) -> tuple[Stage, ...]:
+    """The stages of an objective, in order.
+
+    Args:
+        language: whether it is a language model's, for whom some keys have other defaults.
+    """
+    center = language if (given := getattr(objective, "center", None)) is None else given
     match objective:
         case AnnealingKD():
-            annealing = AnnealingStage(objective.stage1_epochs, objective.tau_max, objective.reduction)
+            by = objective.loss_of_stage1(language=language)
+            center = center and by == "squared"
+            annealing = AnnealingStage(objective.stage1_epochs, objective.tau_max, objective.reduction, by, center)
             if not objective.stage2_epochs:
                 return (annealing,)
             return (annealing, HardLabelStage(objective.stage2_epochs, optimizer=objective.stage2_optimizer))
@@ -293,12 +319,8 @@ def stages(objective: Objective) -> tuple[Stage, ...]:
         case ContinuationKD():
             # Three quarters, as in the paper's setting for CIFAR: 150 of 200 epochs.
             ramp = objective.ramp or max(1, 3 * objective.epochs // 4)
-            until = objective.ramp_until or ramp
-            return (
-                ContinuationStage(
-                    objective.epochs, objective.tau_max, ramp, until, objective.margin, objective.reduction
-                ),
-            )
+            until, form = objective.ramp_until or ramp, (objective.margin, objective.reduction, center)
+            return (ContinuationStage(objective.epochs, objective.tau_max, ramp, until, *form),)
 
 
 def mix_of(stage: Stage, labelled: int | None) -> Mix:
@@ -335,63 +357,3 @@ def row_losses(
     if labels.is_floating_point():
         labels = labels.to(z_student.dtype)
     return stage.losses(epoch, z_student, z_teacher, labels, label_weight)
-
-
-def temperature(i: int, n: int, tau_max: int) -> int:
-    """T_i = max(1, tau_max - floor((i - 1) * tau_max / n)): the temperature of epoch i = 1..n of stage I.
-
-    It starts at tau_max, falls in steps as even as whole epochs allow, and always lands on 1. Where tau_max divides n
-    it equals the schedule of the authors' code (Jafari et al., EACL 2021), which overshoots elsewhere.
-
-    Raises:
-        RecipeError: n < tau_max, where the temperature could not reach 1.
-    """
-    _check_reaches_one(n, tau_max, "stage1_epochs")
-    return max(1, tau_max - (i - 1) * tau_max // n)
-
-
-def continuation_temperature(i: int, n: int, tau_max: int) -> int:
-    """The temperature of epoch i = 1..n of Continuation-KD: it falls by 1 every k = floor(n / tau_max) epochs, to 1.
-
-    T_i = max(1, tau_max - floor((i - 1) / k)). Where tau_max does not divide n, the epochs left over have T = 1 too.
-
-    Raises:
-        RecipeError: n < tau_max, where the temperature could not reach 1.
-    """
-    _check_reaches_one(n, tau_max, "epochs")
-    return max(1, tau_max - (i - 1) // (n // tau_max))
-
-
-def _check_reaches_one(n: int, tau_max: int, name: str) -> None:
-    if n < tau_max:
-        raise RecipeError(
-            "there are too few epochs for the temperatures",
-            got=f"{name} = {n}, tau_max = {tau_max}",
-            expected=f"{name} at least tau_max: every temperature from tau_max to 1 needs an epoch",
-            next=f"raise {name} or lower tau_max",
-        )
-
-
-def phi(temperature: int, tau_max: int) -> float:
-    """Phi(T) = 1 - (T - 1) / tau_max, the paper's annealing function: from 1 / tau_max at T = tau_max to 1 at T = 1."""
-    return 1 - (temperature - 1) / tau_max
-
-
-def psi(i: int, ramp: int, until: int) -> float:
-    """psi_i = min(1, i / ramp) up to epoch i = `until` and 1 after it: the weight of the labels in Continuation-KD.
-
-    In the paper's settings (arXiv 2212.05998) ramp = until = 150 for CIFAR, and ramp = 40, until = 20 for GLUE.
-    """
-    return min(1.0, i / ramp) if i <= until else 1.0
-
-
-def learning_rate(base: float, schedule: Schedule, step: int, total: int) -> float:
-    """The learning rate of a 0-based step in a stage of `total` steps."""
-    match schedule:
-        case Steps():
-            drops = sum(step >= share * total for share in schedule.at)
-            return float(base * schedule.factor**drops)
-        case Linear():
-            return base * (1 - step / total)
-        case _:
-            return base

@@ -58,6 +58,8 @@ class Batches:
     """Rows of a batch; the last one may have fewer or more, as `last_batch` says."""
     last_batch: LastBatch = "keep"
     mix: Mix = ALL
+    epoch_steps: int | None = None
+    """Batches of an epoch, where these are not those of a pass over the rows."""
 
     @property
     def passed(self) -> int:
@@ -78,13 +80,14 @@ class Batches:
 
     @property
     def steps(self) -> int:
-        """How many."""
-        return len(self.ends)
+        """How many an epoch has."""
+        return self.epoch_steps if self.epoch_steps is not None and len(self.ends) else len(self.ends)
 
     @property
     def shown(self) -> int:
-        """Rows that an epoch shows."""
-        return int(self.ends[-1]) if len(self.ends) else 0
+        """Rows that an epoch shows; where it is no whole pass, on average."""
+        shown = int(self.ends[-1]) if len(self.ends) else 0
+        return shown if self.steps == len(self.ends) else round(shown * self.steps / len(self.ends))
 
     def order(self, seed: int, epoch: int, window: int | None = None) -> Order:
         """The order of a 0-based epoch; see `EpochOrder` for the arguments."""

@@ -5,28 +5,36 @@ The step is the student's own (its module, loss, optimizer and precision), on a 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from akd_dist import recipe
-from akd_dist.data.rows import Splits
-from akd_dist.distill.metrics import EVALUATION_ROWS
-from akd_dist.distill.objectives import mix_of, stages
+from akd_dist.data.rows import Rows, Splits
+from akd_dist.distill.batch_targets import unsaid
+from akd_dist.distill.language_metrics import blocks_at_once
+from akd_dist.distill.metrics import evaluation_rows
+from akd_dist.distill.objectives import mix_of, stages_of
 from akd_dist.distill.orders import Batches
+from akd_dist.distill.output_head import chunk_targets
+from akd_dist.distill.sparse import SHARED_BYTES
 from akd_dist.distill.stacking import Judged, judge
 from akd_dist.distill.stream import Batch, BatchStream
 from akd_dist.distill.student import DivergedError, Student
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, free_memory, set_deterministic, weights_dtype
+from akd_dist.storage.top_k import TopK
 
 FIRST_ROWS = 16
 """Rows of a first step, by which it is seen whether a step on the whole batch is short enough to be measured."""
@@ -91,7 +99,7 @@ class Measured:
 
 def largest_optimizer(spec: recipe.StudentSpec) -> recipe.Optimizer:
     """Of the optimizers of its stages the one that keeps most: all of it has to fit."""
-    return max((stage.optimizer or spec.optimizer for stage in stages(spec.objective)), key=moments)
+    return max((stage.optimizer or spec.optimizer for stage in stages_of(spec)), key=moments)
 
 
 def moments(optimizer: recipe.Optimizer) -> int:
@@ -112,6 +120,7 @@ def probe(
     splits: Splits,
     folder: Path,
     stacked: recipe.Stacked = "auto",
+    encoding: Mapping[str, Any] = MappingProxyType({}),
 ) -> Measured:
     """Take a few steps of a student, here and now; torch's settings are afterwards those of the student.
 
@@ -120,6 +129,7 @@ def probe(
         device: `cpu` or `cuda`, as the recipe says.
         folder: an empty one, for the student's files.
         stacked: as the recipe says; `never` tries no stack.
+        encoding: of the stores that are read, as their identities have it; by default one of logits.
 
     Raises:
         DivergedError: the loss is no number.
@@ -128,14 +138,14 @@ def probe(
     still = largest_optimizer(spec).model_copy(update={"lr": 1e-12})  # weights that hardly move do not diverge
     alone = spec.model_copy(update={"workers": 1, "sync_batchnorm": False, "optimizer": still})
     settled = set_deterministic(device, spec.threads)
-    train, mixes = splits.train, {mix_of(stage, spec.labelled) for stage in stages(spec.objective)}
+    train, mixes = splits.train, {mix_of(stage, spec.labelled) for stage in stages_of(spec)}
     cuts = [Batches(len(train), train.labelled, spec.batch, spec.last_batch, mix) for mix in mixes]
     sizes = [np.diff(cut.ends, prepend=0) for cut in cuts]
     usual = -(-int(max(one[0] for one in sizes)) // spec.workers)
     largest = -(-int(max(one.max() for one in sizes)) // spec.workers)
     try:
         last = min(int(one[-1]) for one in sizes)
-        shape = Shape(share=usual, largest=largest, last=last, workers=spec.workers)
+        shape = Shape(usual, largest, last, spec.workers, encoding if encoding.get("name") == TopK.name else None)
         return _measure(data, alone, splits, settled, folder, shape, stacked)
     except DivergedError:
         raise DivergedError("the loss is no number, with weights that have hardly moved") from None
@@ -153,6 +163,8 @@ class Shape:
     """Of an epoch's last batch."""
     workers: int
     """How many share a batch."""
+    described: Mapping[str, Any] | None
+    """The encoding of stores that describe logits; None of those that hold them."""
 
 
 def _measure(
@@ -169,26 +181,34 @@ def _measure(
     card = ModelCard.of(spec.model, splits.train, data.normalize, data.image)
     student = Student(spec, card, folder, device=device)
     start = time.perf_counter() - started
-    first = _batch(data, splits, min(FIRST_ROWS, share), device)[0]
+    made = _Made(data, splits, device, shape.described)
+    first = made.batch(min(FIRST_ROWS, share))[0]
     warm = _timed(student, first)  # the first step of a process also loads what torch needs
     with _SavedTensors(student.module) as saved:
         few = min(warm, _timed(student, first))
     rows, per_step = len(first.rows), few
     values = math.prod(splits.train.shape)
-    kept = saved.total / rows + 4 * values
-    step_memory = math.ceil(largest * (kept + 2 * saved.largest / rows))
+    kept, language = saved.total / rows + 4 * values, splits.train.task == "language_model"
+    step_memory = math.ceil(min(largest, spec.micro_batch or largest) * (kept + 2 * saved.largest / rows))
+    if language or shape.described is not None:
+        step_memory += bytes_of_chunks(splits.train, largest, through_head=language)
     # A share that would take long, or more memory than is free, is not tried: its time follows from the few rows.
     if few * share / rows <= PROBE_SECONDS and step_memory <= free_memory(device):
         rows = share
-    batch, stream = _batch(data, splits, rows, device)
+    batch, stream = made.batch(rows)
     if rows > len(first.rows):
         _timed(student, batch)  # allocates
         per_step = _mean_seconds(student, batch)
-    evaluated = min(EVALUATION_ROWS, len(splits.validation), max(1, int(rows * PROBE_SECONDS / per_step)))
+    block = evaluation_blocks(splits.train)
+    evaluated = min(block, len(splits.validation), max(1, int(rows * PROBE_SECONDS / per_step)))
     evaluation = _evaluation_seconds(student, splits, evaluated)
     weights = _bytes_of(student.module.state_dict().values())
     judged = Judged(False, "the recipe says stacked: never")
-    if stacked != "never" and rows < share:
+    if stacked != "never" and language:
+        judged = Judged(False, "a language model's step is arithmetic, of which a stack saves nothing")
+    elif stacked != "never" and shape.described is not None:
+        judged = Judged(False, "what a store describes is decoded within the loss of one student at a time")
+    elif stacked != "never" and rows < share:
         judged = Judged(False, "a step takes too long, or too much memory, for a trial of several")
     elif stacked != "never":
         judged = judge(
@@ -212,7 +232,8 @@ def _measure(
             if isinstance(value, torch.Tensor)
         ),
         step_memory=step_memory,
-        evaluation_memory=math.ceil(EVALUATION_ROWS * (2 * saved.largest / len(first.rows) + 4 * values)),
+        evaluation_memory=math.ceil(block * (2 * saved.largest / len(first.rows) + 4 * values))
+        + (bytes_of_chunks(splits.train, block, through_head=True) if language else 0),
         stacked=judged.stacked,
         why=judged.why,
         stack=judged.once,
@@ -220,20 +241,55 @@ def _measure(
     )
 
 
-def _batch(data: recipe.DataSpec, splits: Splits, rows: int, device: torch.device) -> tuple[Batch, float]:
-    """A batch of so many rows, with logits that nobody computed, and the seconds that the stream took for it."""
-    stream = BatchStream(
-        splits.train, None, data.augmentation, data.seed, data.views, batch=rows, window=data.window, device=device
-    )
-    batches = stream.batches(0)
-    batch = next(batches)
-    started, made = time.perf_counter(), 0
-    # Of what is made ahead, those that are there already tell nothing.
-    for _ in itertools.islice(batches, stream.steps_at_once + stream.ahead):
-        made += 1
-    seconds = (time.perf_counter() - started) / max(made, 1)
-    logits = torch.zeros(len(batch.rows), splits.train.classes, device=device)
-    return dataclasses.replace(batch, logits=logits, global_rows=len(batch.rows)), seconds
+def evaluation_blocks(rows: Rows) -> int:
+    """Rows that are evaluated together."""
+    return blocks_at_once(rows) if rows.task == "language_model" else evaluation_rows(rows.classes)
+
+
+def bytes_of_chunks(rows: Rows, count: int, *, through_head: bool) -> int:
+    """Bytes of the logits that losses hold of a batch of so many rows: a chunk of them, or all of a classifier's, with
+    what is decoded and shared.
+    """
+    targets = math.ceil(count * max(1.0, rows.targets / max(1, len(rows))))
+    chunk = min(targets, chunk_targets(rows.classes)) if through_head else targets
+    return 4 * rows.classes * chunk + SHARED_BYTES * min(1, targets)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Batches with a teacher that says the same of everything."""
+
+    data: recipe.DataSpec
+    splits: Splits
+    device: torch.device
+    described: Mapping[str, Any] | None
+
+    def batch(self, rows: int) -> tuple[Batch, float]:
+        """A batch of so many rows, and the seconds that the stream took for it."""
+        data, train = self.data, self.splits.train
+        stream = BatchStream(
+            train, None, data.augmentation, data.seed, data.views, batch=rows, window=data.window, device=self.device
+        )
+        batches = stream.batches(0)
+        batch = next(batches)
+        # Of those that are made in one go with the first, or ahead, the time tells nothing.
+        collections.deque(itertools.islice(batches, stream.steps_at_once - 1), maxlen=0)
+        started, made = time.perf_counter(), 0
+        for _ in itertools.islice(batches, stream.steps_at_once + stream.ahead):
+            made += 1
+        if not made:  # the first were all that an epoch has
+            made = sum(1 for _ in stream.batches(0))
+        seconds = (time.perf_counter() - started) / made
+        return dataclasses.replace(batch, **self._said(batch), global_rows=len(batch.rows)), seconds
+
+    def _said(self, batch: Batch) -> dict[str, Any]:
+        classes = self.splits.train.classes
+        counts = np.ones(len(batch.rows), np.int64)
+        if self.splits.train.task == "language_model":
+            counts = batch.labels.cpu().numpy()
+        elif self.described is None:
+            return {"logits": torch.zeros(len(batch.rows), classes, device=self.device)}
+        return {"targets": unsaid(counts, classes, self.described, self.device)}
 
 
 def _seconds(act: Callable[[], object]) -> float:
@@ -259,6 +315,12 @@ def _mean_seconds(student: Student, batch: Batch) -> float:
 def _evaluation_seconds(student: Student, splits: Splits, rows: int) -> float:
     student.module.eval()
     started = time.perf_counter()
+    if splits.validation.task == "language_model":
+        some = dataclasses.replace(
+            splits.validation, inputs=splits.validation.read(0, rows)[0], labels=splits.validation.labels[:rows]
+        )
+        student.evaluate(some)
+        return time.perf_counter() - started
     inputs = torch.from_numpy(np.array(splits.validation.read(0, rows)[0])).to(student.device)
     with autocast(student.device, student.spec.precision):
         student.module(inputs).sum().item()

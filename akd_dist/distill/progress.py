@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from akd_dist.distill.stage1 import stage1_leader
 from akd_dist.distill.stream import BatchStream
-from akd_dist.distill.student import Student, stage1_leader
+from akd_dist.distill.student import Student
 from akd_dist.documents.status import CohortProgress, StudentProgress
 from akd_dist.tracking.status import Pace, write_document
 

@@ -127,6 +127,15 @@ class Ranks:
             for tensor in module.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
 
+    def sum_gradients(self, module: nn.Module) -> None:
+        """Give every rank the sums of all gradients over the ranks; a rank that has none adds nothing."""
+        if self.world == 1:
+            return
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                torch.distributed.all_reduce(parameter.grad)
+
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """A tensor from every rank, in rank order, each on the device that this one lies on."""
         if self.world == 1:

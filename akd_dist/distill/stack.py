@@ -24,12 +24,13 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 from akd_dist.distill.batch_norm import has_batch_norm
+from akd_dist.distill.beginnings import make_optimizer
 from akd_dist.distill.losses import at_least_float32
-from akd_dist.distill.objectives import learning_rate
 from akd_dist.distill.packed import NotStackableError, Packed
+from akd_dist.distill.schedules import learning_rate
 from akd_dist.distill.stack_losses import Alike, alike, losses_together
 from akd_dist.distill.stream import Batch
-from akd_dist.distill.student import DivergedError, Student, make_optimizer
+from akd_dist.distill.student import DivergedError, Student
 from akd_dist.models.build import CONSTANTS
 from akd_dist.models.device import autocast
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from akd_dist import recipe
+from akd_dist.distill.beginnings import copy_of
 from akd_dist.distill.ranks import reason_of
 from akd_dist.distill.stack import Stack
 from akd_dist.distill.stack_evaluation import shown
@@ -134,6 +135,7 @@ def _difference(make: Make, batch: Batch, last: int, tolerance: float) -> str | 
             if not all(torch.equal(one, other) for one, other in zip(state, everyone[number], strict=True)):
                 return f"its last bits are other ones in a stack of {GROUP} than in one of {len(group)}"
     plain, stacked = make(0, together=False, dropping=False), make(0, dropping=False)
+    before = copy_of(dict(plain.module.named_buffers()))
     plain.take_step(batches[1], 1 << 30)
     Stack([stacked]).take_step(batches[1], 1 << 30)
     assert stacked.packed is not None
@@ -148,12 +150,28 @@ def _difference(make: Make, batch: Batch, last: int, tolerance: float) -> str | 
     if not apart <= tolerance**2 * total:
         off = (apart / total) ** 0.5 if total else 1.0
         return f"its gradients in a stack are {off:.1g} of their size off those alone"
+    for name, moved in plain.module.named_buffers():
+        if _moved_otherwise(before[name], moved, stacked.module.get_buffer(name), tolerance):
+            return f"its buffer {name} is not in a stack what it becomes alone"
     with torch.no_grad(), autocast(plain.device, plain.spec.precision):
         said = plain.module.eval()(batch.inputs).double()
         others = Stack([stacked]).logits(batch.inputs)[0].double()
     if not float((others - said).square().sum()) <= tolerance**2 * float(said.square().sum()):
         return "what it says of rows in a stack is not what it says alone"
     return None
+
+
+def _moved_otherwise(before: torch.Tensor, alone: torch.Tensor, stacked: torch.Tensor, tolerance: float) -> bool:
+    """Whether a step in a stack changes a buffer, as of running statistics, otherwise than a step alone.
+
+    That it changes it at all is asked for however small the change is: what a model assigns anew instead of writing
+    into it is lost in a stack, and would be so in every step.
+    """
+    if torch.equal(alone, before) or torch.equal(stacked, before):
+        return not torch.equal(alone, stacked)
+    rounding = 4 * torch.finfo(alone.dtype).eps if alone.is_floating_point() else 0.0
+    most = tolerance * (alone - before).double().norm() + rounding * alone.double().norm()
+    return not float((alone - stacked).double().norm()) <= float(most)
 
 
 def _part(batch: Batch, rows: int) -> Batch:

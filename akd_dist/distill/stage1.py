@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -180,3 +180,19 @@ def _check(tree: Any, key: str, student: Student) -> None:
         fits = False
     if not fits:
         raise DamagedError(f"what lies at {key} is no stage I of {student.spec.name}", expected="what was left there")
+
+
+def stage1_leader(student: Student, students: Iterable[Student]) -> Student | None:
+    """The student that trains stage I for one that has not begun: of those with the same stage I, the furthest.
+
+    Args:
+        students: those of its cohort that have not ended, itself among them.
+
+    Returns:
+        None if it trains its own stage I.
+    """
+    if student.stage1 is None or not student.not_started:
+        return None
+    alike = [other for other in students if other.stage_index == 0 and other.stage1 == student.stage1]
+    first = max(alike, key=lambda other: (other.epoch, other.step))  # of equals the first one
+    return None if first is student else first

@@ -4,8 +4,7 @@
         z = model(batch.inputs)
 
 The order is a pure function of (data seed, epoch), so a position (epoch, step) is all that a checkpoint has to keep. A
-batch is one gather from a memory map for the inputs and one for the logits, and no other copy. For a GPU several are
-made in one go.
+batch is one gather from a memory map for the inputs and one for the logits. Of small ones several are made in one go.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,8 @@ import torch
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.encoded import ahead, batches_ahead, encoded_of
 from akd_dist.data.rows import Rows
-from akd_dist.data.views import begin_view, drawn_by, view_of
+from akd_dist.data.views import begin_view, drawn_by, placed, view_of
+from akd_dist.distill.batch_targets import BatchTargets, TeacherTargets
 from akd_dist.distill.orders import ALL, LABELLED, Batches, Mix, Order
 from akd_dist.distill.probes import PROBES_CHECKED, SeenViews
 from akd_dist.models.device import device_name
@@ -34,11 +34,16 @@ from akd_dist.storage.holder import Moving
 from akd_dist.storage.manifest import Manifest
 
 STEPS_AT_ONCE = 8
-"""Batches that are made in one go for a GPU: a small one alone takes hardly more than the launches of its kernels."""
-BYTES_AT_ONCE = 64_000_000
-"""The most that the inputs of such batches may take together; of larger ones fewer are made in one go."""
-Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Inputs, labels and logits of some rows."""
+"""Batches that are made in one go: a small one alone takes hardly more than the calls, or the launches of kernels."""
+BYTES_AT_ONCE = {"cpu": 250_000, "cuda": 64_000_000}
+"""The most that the inputs of such batches may take together, by the kind of device; of larger ones fewer are made in
+one go. On a processor they are to stay in its cache."""
+Said = torch.Tensor | BatchTargets
+"""What a teacher says of some rows: logits, or what is stored of targets."""
+Gathered = tuple[torch.Tensor, torch.Tensor, Said | None]
+"""Inputs, labels, and what the teacher says of some rows."""
+Stored = np.ndarray | StoredLogits | TeacherTargets
+"""Where that is read."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -63,6 +68,8 @@ class Batch:
     """Where this rank has no rows: one row of the batch as input, for models that cannot take a batch of none."""
     global_labelled: int | None = None
     """Rows of the whole batch that have labels; None where all have."""
+    targets: BatchTargets | None = None
+    """In place of logits, of a store that describes them, or of rows with several targets each: what it keeps."""
 
     @property
     def label_weight(self) -> float:
@@ -88,9 +95,9 @@ class BatchStream:
 
     rows: Rows
     """The train rows; those with labels are the first."""
-    logits: np.ndarray | StoredLogits | None
-    """[at least `views`, rows, classes]: an array, or a store that is decoded as it is read; None for a stream without
-    a teacher."""
+    logits: Stored | None
+    """[at least `views`, rows, classes]: an array, or a store that is decoded as it is read, or whose targets are read;
+    None for a stream without a teacher."""
     augmentation: Augmentation
     """How a view is drawn."""
     seed: int
@@ -107,6 +114,8 @@ class BatchStream:
     """Where batches are wanted: rows are moved there as they are stored, and augmented there."""
     mix: Mix = ALL
     """Which rows an epoch shows; where all rows have labels, each mix is all of them."""
+    epoch_steps: int | None = None
+    """Batches of an epoch, where these are not those of a pass over the rows: epochs follow each other in passes."""
 
     def __post_init__(self) -> None:
         if self.logits is not None and (self.logits.shape[0] < self.views or self.logits.shape[1] != len(self.rows)):
@@ -121,12 +130,13 @@ class BatchStream:
     def moving(self) -> tuple[Moving, ...]:
         """All that is told which view and windows are read."""
         rows = () if self.rows.moving is None else (self.rows.moving,)
-        return (*rows, self.logits) if isinstance(self.logits, StoredLogits) else rows
+        return rows if self.logits is None or isinstance(self.logits, np.ndarray) else (*rows, self.logits)
 
     @functools.cached_property
     def cut_into(self) -> Batches:
-        """How an epoch is cut into batches."""
-        return Batches(len(self.rows), self.rows.labelled, self.batch, self.last_batch, self.mix)
+        """How a pass over the rows is cut into batches."""
+        cut = len(self.rows), self.rows.labelled, self.batch, self.last_batch, self.mix
+        return Batches(*cut, epoch_steps=self.epoch_steps)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -163,8 +173,11 @@ class BatchStream:
         world: int = 1,
         then: tuple[int, Mix] | None = None,
         stride: int = 1,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """The batches of an epoch from a step on.
+
+        Where an epoch has another number of steps than a pass over the rows, its batches go on where the epoch before
+        ended, be it in the middle of a pass.
 
         A rank takes a contiguous slice of each global batch, so the slices of all ranks, one after the other, are the
         batch of a single rank. Sizes differ by at most one row; the slice of a small last batch may be empty.
@@ -173,23 +186,38 @@ class BatchStream:
             then: the epoch that is read next, and its mix: what it begins with is fetched before this one is over.
             stride: steps from one batch to the next, for processes that take turns.
         """
+        if self.epoch_steps is None:
+            steps = range(start_step, self.steps_per_epoch, stride)
+            yield from self._of_pass(epoch, steps, rank, world, then)
+            return
+        whole, begins = len(self.cut_into.ends), epoch * self.epoch_steps
+        at, end = begins + start_step, begins + self.epoch_steps
+        while at < end:
+            number, first = divmod(at, whole)
+            steps = range(first, min(whole, first + end - at), stride)
+            for batch in self._of_pass(number, steps, rank, world, (number + 1, self.mix)):
+                yield dataclasses.replace(batch, epoch=epoch, step=number * whole + batch.step - begins)
+            at += len(steps) * stride
+
+    def _of_pass(
+        self, epoch: int, all_steps: range, rank: int, world: int, then: tuple[int, Mix] | None
+    ) -> Iterator[Batch]:
+        """Batches of a pass over the rows."""
         if self.ahead:
-            yield from ahead(self._begun(epoch, start_step, rank, world, then, stride), self.ahead)
+            yield from ahead(self._begun(epoch, all_steps, rank, world, then), self.ahead)
             return
         reading, at_once = _Reading(self, epoch, then), self.steps_at_once
-        all_steps = range(start_step, self.steps_per_epoch, stride)
         for first in range(0, len(all_steps), at_once):
             steps = all_steps[first : first + at_once]
             whole = [(step * self.batch, int(self.cut_into.ends[step])) for step in steps]
             shares = [_share(*places, rank, world) for places in whole]
             rows = [reading.order.rows(*places) for places in shares]
             for step, places, own, gathered in zip(steps, whole, rows, self._cut(reading, shares), strict=True):
-                inputs, labels, logits = gathered
                 spare = None
                 if not len(own):
                     spare = self._view(reading.order.rows(places[0], places[0] + 1), reading.view)
                 labelled = self._labelled(own if world == 1 else reading.order.rows(*places))
-                yield Batch(epoch, step, own, inputs, labels, logits, places[1] - places[0], spare, labelled)
+                yield _batch(epoch, step, own, gathered, places[1] - places[0], spare, labelled)
 
     def _labelled(self, rows: np.ndarray) -> int | None:
         """How many of these have labels; None where all rows have that are shown."""
@@ -203,11 +231,11 @@ class BatchStream:
         return batches_ahead(self.rows.inputs, self.batch)
 
     def _begun(
-        self, epoch: int, start_step: int, rank: int, world: int, then: tuple[int, Mix] | None, stride: int
+        self, epoch: int, steps: range, rank: int, world: int, then: tuple[int, Mix] | None
     ) -> Iterator[BegunBatch]:
-        """The batches of an epoch, each with its rows read and its pictures on their way."""
+        """Batches of a pass, each with its rows read and its pictures on their way."""
         reading = _Reading(self, epoch, then)
-        for step in range(start_step, self.steps_per_epoch, stride):
+        for step in steps:
             start, stop = step * self.batch, int(self.cut_into.ends[step])
             own = _share(start, stop, rank, world)
             parts = [self._begin(rows, reading.view, reading.logits) for rows in reading.rows([own])]
@@ -229,14 +257,13 @@ class BatchStream:
         labelled: int | None,
     ) -> Batch:
         gathered = _together([part() for part in parts])
-        return Batch(epoch, step, rows, *gathered, count, None if spare is None else spare()[0], labelled)
+        return _batch(epoch, step, rows, gathered, count, None if spare is None else spare()[0], labelled)
 
     @property
     def steps_at_once(self) -> int:
         """Batches that are made in one go; they are the same as one by one, since a view is a function of its row."""
-        if torch.device(self.device).type == "cpu":
-            return 1
-        return max(1, min(STEPS_AT_ONCE, BYTES_AT_ONCE // (self.batch * self.rows.input_bytes)))
+        most = BYTES_AT_ONCE["cpu" if torch.device(self.device).type == "cpu" else "cuda"]
+        return max(1, min(STEPS_AT_ONCE, most // (self.batch * self.rows.input_bytes)))
 
     def _cut(self, reading: _Reading, shares: list[tuple[int, int]]) -> Iterator[Gathered]:
         """Inputs, labels and logits of each of several batches, gathered together."""
@@ -250,19 +277,19 @@ class BatchStream:
         for start, stop in shares:
             part = slice(end, end := end + stop - start)
             # Kernels may depend on where in memory a tensor begins: inputs begin one of their own.
-            yield inputs[part].clone(), labels[part], None if logits is None else logits[part]
+            yield inputs[part].clone(), labels[part], _rows_of(logits, part)
 
-    def hold(self, view: int) -> np.ndarray | StoredLogits | None:
+    def hold(self, view: int) -> Stored | None:
         """Have a whole view's logits at hand, for `gather`.
 
         Raises:
             AkdError: as `storage.pieces.hold_pieces`: they are damaged, or the cache has no room for them.
         """
-        if isinstance(self.logits, StoredLogits):
+        if isinstance(self.logits, StoredLogits | TeacherTargets):
             self.logits.move(view, [(0, len(self.rows))])
         return np.asarray(self.logits[view]) if isinstance(self.logits, np.ndarray) else self.logits
 
-    def gather(self, rows: np.ndarray, view: int, stored: np.ndarray | StoredLogits | None) -> Gathered:
+    def gather(self, rows: np.ndarray, view: int, stored: Stored | None) -> Gathered:
         """Inputs, labels and logits of any rows as a view shows them, in the order asked for.
 
         Args:
@@ -271,14 +298,18 @@ class BatchStream:
         """
         return self._begin(rows, view, stored)()
 
-    def _begin(self, rows: np.ndarray, view: int, stored: np.ndarray | StoredLogits | None) -> Callable[[], Gathered]:
+    def _begin(self, rows: np.ndarray, view: int, stored: Stored | None) -> Callable[[], Gathered]:
         """The same, of which decoding is begun where rows are encoded: called, it waits for that."""
         inputs = self.rows.inputs.take(rows, axis=0)
         shown = begin_view(self.augmentation, self.seed, inputs, rows, view, self.rows.tokens, self.device)
         # `take` gathers faster than indexing by an array of row numbers does (benchmarks/stream.py).
-        labels = torch.from_numpy(self.rows.labels.take(rows)).to(self.device)
-        logits = None if stored is None else torch.from_numpy(stored.take(rows, axis=0)).to(self.device)
-        return lambda: (shown(), labels, logits)
+        labels = placed(self.rows.labels.take(rows), self.device)
+        said: Said | None = None
+        if isinstance(stored, TeacherTargets):
+            said = stored.batch(rows)
+        elif stored is not None:
+            said = placed(stored.take(rows, axis=0), self.device)
+        return lambda: (shown(), labels, said)
 
     def check_probes(self, manifest: Manifest, cache_root: Path | None = None) -> None:
         """Compare rows and views with those that the teacher saw, as a store's manifest remembers them.
@@ -349,13 +380,38 @@ class _Reading:
             one.expect(view, following)
 
 
+def _batch(
+    epoch: int,
+    step: int,
+    rows: np.ndarray,
+    gathered: Gathered,
+    count: int,
+    spare: torch.Tensor | None,
+    labelled: int | None,
+) -> Batch:
+    inputs, labels, said = gathered
+    logits, targets = (None, said) if isinstance(said, BatchTargets) else (said, None)
+    return Batch(epoch, step, rows, inputs, labels, logits, count, spare, labelled, targets)
+
+
 def _together(parts: list[Gathered]) -> Gathered:
     """One batch of several parts, as there are where a group of windows ends."""
-    inputs, labels, logits = parts[0]
-    if len(parts) > 1:
-        inputs, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-        logits = None if logits is None else torch.cat([part[2] for part in parts if part[2] is not None])
-    return inputs, labels, logits
+    if len(parts) == 1:
+        return parts[0]
+    inputs, labels, said = zip(*parts, strict=True)
+    return torch.cat(inputs), torch.cat(labels), _joined([one for one in said if one is not None])
+
+
+def _joined(said: Sequence[Said]) -> Said | None:
+    targets = [one for one in said if isinstance(one, BatchTargets)]
+    if targets:
+        return BatchTargets.joined(targets)
+    logits = [one for one in said if isinstance(one, torch.Tensor)]
+    return torch.cat(logits) if logits else None
+
+
+def _rows_of(said: Said | None, part: slice) -> Said | None:
+    return said.part(part.start, part.stop) if isinstance(said, BatchTargets) else None if said is None else said[part]
 
 
 def _share(start: int, stop: int, rank: int, world: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,25 @@ from torch.nn.parallel import DistributedDataParallel
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.fence import FencedWriter
-from akd_dist.base.files import failpoint, sha256
+from akd_dist.base.files import failpoint
 from akd_dist.data.rows import Rows
 from akd_dist.distill.batch_norm import has_batch_norm, synchronise_batch_norms
+from akd_dist.distill.beginnings import copy_of, make_optimizer, seeded_states
 from akd_dist.distill.checkpoint import decode, newest_checkpoint, save_checkpoint
-from akd_dist.distill.metrics import evaluate
-from akd_dist.distill.objectives import Stage, learning_rate, mix_of, row_losses, stages
+from akd_dist.distill.language_metrics import Known, evaluate_language
+from akd_dist.distill.language_step import Step
+from akd_dist.distill.metrics import evaluate, is_better
+from akd_dist.distill.objectives import Stage, mix_of, row_losses, stages_of
 from akd_dist.distill.orders import Mix
 from akd_dist.distill.packed import Packed
 from akd_dist.distill.ranks import AgreedError, Ranks
+from akd_dist.distill.schedules import learning_rate
+from akd_dist.distill.sparse_losses import losses_of_logits
 from akd_dist.distill.stream import Batch
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, generator_states, set_generator_states, weights_dtype
+from akd_dist.models.language import LanguageModel, check_linear_head
 
 CPU = torch.device("cpu")
 
@@ -57,6 +63,7 @@ class Student:
         own_metric: what measures it, where it is one of the user's own.
         device: where module, optimizer and batches lie.
         together: whether its steps are those of a `stack.Stack`; a property of the student, also where it is alone.
+        known: of a language model, what it is measured by beside the rows.
 
     Raises:
         NotStackableError: they are, and its weights cannot be packed.
@@ -75,11 +82,13 @@ class Student:
         own_metric: recipe.CustomMetric | None = None,
         device: torch.device = CPU,
         together: bool = False,
+        known: Known | None = None,
     ) -> None:
         self.spec, self.card, self.folder, self.attempt = spec, card, folder, attempt
         self.ranks, self.writer = ranks or Ranks(), writer or FencedWriter()
         self.metric, self.own_metric, self.device = metric, own_metric, device
-        self.stages, self.stage1 = stages(spec.objective), spec.stage1
+        self.known = known or Known()
+        self.stages, self.stage1 = stages_of(spec), spec.stage1
         # Where it stands: `epoch` counts on through all stages, `step` within the epoch.
         self.epoch = self.step = self.stage_index = 0
         self.loss_sum, self.loss_rows = 0.0, 0  # of this rank's rows, in the epoch so far
@@ -103,8 +112,17 @@ class Student:
             self.rng = seeded_states(self.device, spec.seed, 0, self.ranks.rank)
         self.optimizer, self.scaler = self._new_optimizer()
         self.forward: nn.Module = self.module
-        if self.ranks.world > 1:
+        if isinstance(self.module, LanguageModel):
+            self._prepare_language_model(self.module)
+        elif self.ranks.world > 1:
             self.forward = DistributedDataParallel(self.module)
+
+    def _prepare_language_model(self, module: LanguageModel) -> None:
+        with self.ranks.agree():
+            if any(stage.needs_linear_head for stage in self.stages):
+                check_linear_head(module, f"the squared norm of {self.spec.objective.kind}")
+            if self.spec.gradient_checkpointing:
+                module.gradient_checkpointing_enable()
 
     # ---- where it stands
 
@@ -173,29 +191,7 @@ class Student:
 
         # Dropout draws from the student's own generator: it drops the same units beside other students as alone.
         with self._own_generator():
-            # Forward. The inputs show the epoch's view already, the one that the teacher's logits are of.
-            # A rank without rows (of a small last batch) takes part, since the others wait for its gradients. Many
-            # models cannot reshape a batch of no rows, so it runs a spare row and keeps nothing of it; its gradients
-            # are zero. Batch norm would take the spare row into its running statistics, so there it runs no rows.
-            spare = None if batch.spare is None or has_batch_norm(self.module) else batch.spare
-            with self.ranks.agree():  # if this fails on one rank, all of them raise; else they would wait for it
-                with autocast(self.device, self.spec.precision):
-                    logits = self.forward(batch.inputs) if spare is None else self.forward(spare)[:0]
-                loss = row_losses(stage, epoch, logits, batch.logits, batch.labels, batch.label_weight).sum()
-
-            # The ranks leave together, before any weight has changed.
-            value = float(loss.detach())
-            if self.ranks.any(not math.isfinite(value))[0]:
-                value = self.ranks.sum(value)
-                raise DivergedError(f"the loss is {value} in epoch {self.epoch}, step {self.step}, at lr {rate:g}")
-
-            # Backward. Gradients add up, so those that a step may have left when it failed half way are cleared first.
-            # DistributedDataParallel averages gradients over the ranks here. Each rank's sum of losses, times the ranks
-            # and divided by the rows of the whole batch, makes that the gradient of the mean over the batch: exactly,
-            # for unequal shares and short last batches too. In another order than * and / it would round otherwise,
-            # and the weights would not be those of earlier versions bit for bit.
-            self.optimizer.zero_grad()
-            self.scaler.scale(loss * self.ranks.world / batch.global_rows).backward()  # type: ignore[no-untyped-call]
+            value, counted = self._gradients(batch, rate)
 
             # Every rank now holds the gradient of the whole batch, so all of them clip by the same norm and take the
             # same step. In float16 the scaler leaves out a step whose gradients overflowed; else it does nothing.
@@ -205,10 +201,60 @@ class Student:
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
-        self.stepped(value, len(batch.rows), time.perf_counter() - started)
+        self.stepped(value, counted, time.perf_counter() - started)
+
+    def _gradients(self, batch: Batch, rate: float) -> tuple[float, int]:
+        """Leave the gradient of the mean loss over the global batch in all parameters, on every rank.
+
+        Returns:
+            The sum of this rank's losses, and of how many rows or targets these are.
+        """
+        if isinstance(self.module, LanguageModel):
+            self.optimizer.zero_grad()
+            kind = self.card.classes, self.spec.precision, self.spec.micro_batch
+            step = Step(self.stage, self.stage_epoch, *kind, self.ranks, self.scaler)
+            value, counted = step.gradients(self.module, batch)
+            self._check_finite(value, rate)
+            self.ranks.sum_gradients(self.module)
+            return value, counted
+
+        # Forward. The inputs show the epoch's view already, the one that the teacher's logits are of.
+        # A rank without rows (of a small last batch) takes part, since the others wait for its gradients. Many models
+        # cannot reshape a batch of no rows, so it runs a spare row and keeps nothing of it; its gradients are zero.
+        # Batch norm would take the spare row into its running statistics, so there it runs no rows.
+        spare = None if batch.spare is None or has_batch_norm(self.module) else batch.spare
+        with self.ranks.agree():  # if this fails on one rank, all of them raise; else they would wait for it
+            with autocast(self.device, self.spec.precision):
+                logits = self.forward(batch.inputs) if spare is None else self.forward(spare)[:0]
+            loss = self._row_losses(logits, batch).sum()
+        value = float(loss.detach())
+        self._check_finite(value, rate)
+
+        # Backward. Gradients add up, so those that a step may have left when it failed half way are cleared first.
+        # DistributedDataParallel averages gradients over the ranks here. Each rank's sum of losses, times the ranks and
+        # divided by the rows of the whole batch, makes that the gradient of the mean over the batch: exactly, for
+        # unequal shares and short last batches too. In another order than * and / it would round otherwise, and the
+        # weights would not be those of earlier versions bit for bit.
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss * self.ranks.world / batch.global_rows).backward()  # type: ignore[no-untyped-call]
+        return value, len(batch.rows)
+
+    def _row_losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The loss of each row of a classifier, [n]; from what a store describes block by block."""
+        stage, epoch, weight = self.stage, self.stage_epoch, batch.label_weight
+        if batch.targets is None or not stage.needs_logits:
+            return row_losses(stage, epoch, logits, batch.logits, batch.labels, weight)
+        targets = batch.targets.of_rows(0, len(batch.rows), weights_dtype(self.spec.precision))
+        return losses_of_logits(logits, stage.term(epoch, targets, batch.labels, weight))
+
+    def _check_finite(self, value: float, rate: float) -> None:
+        """The ranks leave together, before any weight has changed."""
+        if self.ranks.any(not math.isfinite(value))[0]:
+            value = self.ranks.sum(value)
+            raise DivergedError(f"the loss is {value} in epoch {self.epoch}, step {self.step}, at lr {rate:g}")
 
     def stepped(self, loss: float, rows: int, seconds: float) -> None:
-        """Count a step that was taken: the sum of the losses of so many rows, and the time it took."""
+        """Count a step that was taken: the sum of the losses of so many rows, or targets, and the time it took."""
         # Python floats, added in the order of the steps and kept in checkpoints: an epoch that was resumed records the
         # same train loss to the last bit.
         self.loss_sum += loss
@@ -249,7 +295,7 @@ class Student:
         self.history.append(record)
         metric = self.metric or recipe.METRICS[validation.task][0]
         # Only what is strictly better: of equal epochs the earliest stays the best.
-        if self.best is None or metrics[metric] > self.best_record["validation"][metric]:
+        if self.best is None or is_better(metric, metrics[metric], self.best_record["validation"][metric]):
             self.best, self.best_record = copy_of(self.module.state_dict()), record
         self.epoch, self.step, self.loss_sum, self.loss_rows = self.epoch + 1, 0, 0.0, 0
         if epoch + 1 == stage.epochs and self.stage_index + 1 < len(self.stages):
@@ -293,6 +339,8 @@ class Student:
     def evaluate(self, rows: Rows) -> tuple[dict[str, float], np.ndarray]:
         """Metrics and predictions of its weights as they are now, as `metrics.evaluate`."""
         with self.ranks.agree(), self._own_generator():  # some models draw numbers here as well
+            if isinstance(self.module, LanguageModel):
+                return evaluate_language(self.module, rows, self.device, self.spec.precision, self.known)
             return evaluate(self.module, rows, self.device, self.spec.precision, self.own_metric)
 
     def end(self, result: dict[str, Any]) -> None:
@@ -396,46 +444,3 @@ class Student:
         finally:
             self.rng = generator_states(self.device)
             set_generator_states(self.device, outer)
-
-
-def stage1_leader(student: Student, students: Iterable[Student]) -> Student | None:
-    """The student that trains stage I for one that has not begun: of those with the same stage I, the furthest.
-
-    Args:
-        students: those of its cohort that have not ended, itself among them.
-
-    Returns:
-        None if it trains its own stage I.
-    """
-    if student.stage1 is None or not student.not_started:
-        return None
-    alike = [other for other in students if other.stage_index == 0 and other.stage1 == student.stage1]
-    first = max(alike, key=lambda other: (other.epoch, other.step))  # of equals the first one
-    return None if first is student else first
-
-
-def seeded_states(device: torch.device, seed: int, stage: int, rank: int) -> list[torch.Tensor]:
-    """The states of all generators that computing on a device draws from, in the order of `generator_states`.
-
-    A stage starts with them: they depend on the student's seed, the stage and the rank alone.
-    """
-    digest = sha256(f"student {seed} stage {stage} rank {rank}".encode())  # ranks drop other units
-    devices = dict.fromkeys(("cpu", device.type))
-    # 60 bits of the digest: a seed that torch takes as a positive number, whatever kind of generator it is for.
-    return [torch.Generator(one).manual_seed(int(digest[:15], 16)).get_state() for one in devices]
-
-
-def make_optimizer(trained: Iterable[nn.Parameter], spec: recipe.Optimizer) -> torch.optim.Optimizer:
-    """A fresh optimizer of these parameters.
-
-    The fused kernels are several times faster on small models and just as deterministic.
-    """
-    both: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay, "fused": True}
-    if isinstance(spec, recipe.Sgd):
-        return torch.optim.SGD(trained, momentum=spec.momentum, nesterov=spec.nesterov, **both)
-    return torch.optim.AdamW(trained, betas=spec.betas, **both)
-
-
-def copy_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights that later steps do not change."""
-    return {name: tensor.detach().clone() for name, tensor in state.items()}

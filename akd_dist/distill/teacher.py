@@ -33,6 +33,7 @@ from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, device_name, set_deterministic
 from akd_dist.models.folder import NOBODY, read_model
 from akd_dist.models.inference import COMPILERS, compiled_by, prepared
+from akd_dist.models.language import Blocks
 from akd_dist.storage.content import renewing
 from akd_dist.storage.layout import Shard
 from akd_dist.storage.manifest import Identity
@@ -127,14 +128,18 @@ def load_teacher(
     device: str = "cpu",
     cache_root: str = "",
     trusted: Trusted = NOBODY,
+    blocks: Blocks | None = None,
 ) -> nn.Module:
     """The teacher as a store's logits are computed with it, see `models.inference.prepared`: loaded once in a process.
+
+    Args:
+        blocks: of a language model, what it is to take.
 
     Raises:
         RefusedError: the folder holds another teacher than `fingerprint` says, or none.
         DamagedError: its weights are not those that were saved.
     """
-    module, card = read_model(uri, trusted)
+    module, card = read_model(uri, trusted, blocks=blocks)
     found = served_fingerprint(card, cache)
     if found != fingerprint:
         raise RefusedError(
@@ -262,7 +267,7 @@ def _answers(job: CacheJob, together: Sequence[Sequence[Shard]]) -> Generator[_A
     if not together:
         return
     set_deterministic(job.device, job.cache.threads)
-    _check_device(job)
+    check_device(job)
     module = load_teacher(job.teacher_uri, job.teacher, job.cache, job.device, job.cache_root, job.trusted)
     parts = collections.defaultdict[Shard, list[tuple[np.ndarray, np.ndarray, list[Probe]]]](list)
     seconds = collections.defaultdict[Shard, float](float)
@@ -290,7 +295,7 @@ def _answers(job: CacheJob, together: Sequence[Sequence[Shard]]) -> Generator[_A
 
 def _shown(job: CacheJob, together: Sequence[Sequence[Shard]]) -> Generator[_Shown, None, None]:
     """Batches of rows, each as the view of every shard of its band shows it: rows are taken and decoded once."""
-    rows, identity = _rows_of(job), job.store.creation.identity
+    rows, identity = rows_of(job), job.store.creation.identity
     size = job.cache.batch_rows
 
     def begin(band: Sequence[Shard], start: int) -> Callable[[], Iterator[_Shown]]:
@@ -318,7 +323,7 @@ def _shown(job: CacheJob, together: Sequence[Sequence[Shard]]) -> Generator[_Sho
 
 def _adopted(job: CacheJob, shard: Shard, logits: np.ndarray) -> _Answered:
     """A shard as it was found stored: only what is stored as it is can be, see `adopt_shard`."""
-    rows = _rows_of(job)
+    rows = rows_of(job)
     numbers = probe_rows(job.store.creation.identity, shard)
     shown = view_digests(job.augmentation, job.data.seed, rows.inputs, numbers, shard.view, rows.tokens, job.device)
     return _Answered(shard, logits, rows.labels[shard.start : shard.stop], shown, 0.0, adopted=True)
@@ -330,13 +335,13 @@ def _said(job: CacheJob, answered: _Answered) -> tuple[np.ndarray, float | None,
     Raises:
         CorruptCacheError: the rows that were read for the shard are not what was prepared.
     """
-    shard, rows, identity = answered.shard, _rows_of(job), job.store.creation.identity
+    shard, rows, identity = answered.shard, rows_of(job), job.store.creation.identity
     logits, loss = answered.logits, None
     if not answered.adopted:
         logits, compared = as_stored(identity, answered.logits, shard.start), probe_rows(identity, shard) - shard.start
         loss = Loss.between(answered.logits[compared], logits[compared], classification=rows.task == "classification")
     if answered.verify:
-        _verify(rows, shard)
+        verify_rows(rows, shard.start, shard.stop)
     return logits, _agreement(rows, shard, logits, answered.labels), answered.probes, loss
 
 
@@ -348,15 +353,15 @@ def _agreement(rows: Rows, shard: Shard, logits: np.ndarray, labels: np.ndarray)
     return float(np.mean(logits[:labelled].argmax(axis=1) == labels[:labelled]))
 
 
-def _verify(rows: Rows, shard: Shard) -> None:
-    """Hash the rows of a shard, after they were read, and before anything is published that rests on them.
+def verify_rows(rows: Rows, start: int, stop: int) -> None:
+    """Hash rows start..stop - 1, after they were read, and before anything is published that rests on them.
 
     Rows that were fetched for this alone were compared with their hash then, and lie in no file that could have
     changed.
     """
     try:
         if rows.held:
-            rows.content(shard.start, shard.stop).verify()
+            rows.content(start, stop).verify()
     except CorruptCacheError:
         # The map that this process keeps shows the wrong bytes as long as it lives, so the rows are opened again.
         _rows.pop(rows.fingerprint, None)
@@ -371,7 +376,7 @@ def probe_rows(identity: Identity, shard: Shard) -> np.ndarray:
     return np.unique(np.linspace(shard.start, shard.stop - 1, _PROBES_OF_A_SHARD).astype(np.int64))
 
 
-def _check_device(job: CacheJob) -> None:
+def check_device(job: CacheJob) -> None:
     """Refuse a card or a compiler other than those that the store is pinned to: the last bits may differ."""
     computed = job.store.creation.computed
     pairs = [("device", device_name(job.device), computed.device)]
@@ -392,7 +397,7 @@ def _check_device(job: CacheJob) -> None:
 _rows: dict[str, Rows] = {}
 
 
-def _rows_of(job: CacheJob) -> Rows:
+def rows_of(job: CacheJob) -> Rows:
     """The job's rows, opened once in a process."""
     fingerprint = job.store.creation.identity.dataset
     if fingerprint not in _rows:

@@ -20,15 +20,19 @@ from akd_dist.base.formatting import counted
 from akd_dist.data.rows import Rows
 from akd_dist.distill import hooks
 from akd_dist.distill.batch_norm import has_batch_norm, refuse_own_batch_norms
-from akd_dist.distill.objectives import mix_of, stages
+from akd_dist.distill.capture import capture_logits
+from akd_dist.distill.language_trial import check_some_batch, try_language_model
+from akd_dist.distill.objectives import mix_of, stages_of
 from akd_dist.distill.orders import ALL, LABELLED, Batches, Mix
 from akd_dist.distill.teacher import teacher_logits
 from akd_dist.models.build import check_model, check_output, num_parameters
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import weights_dtype
 from akd_dist.models.inference import compiled_by, has_images, prepared
+from akd_dist.models.language import LanguageModel
 from akd_dist.models.outputs import are_probabilities
 from akd_dist.storage.encodings import encoding_from_config
+from akd_dist.storage.top_k import TopK, top_k_from_config
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,11 @@ def try_training(
     """
     card = ModelCard.of(model, rows, data.normalize, data.image)
     module = check_model(card)
+    if isinstance(module, LanguageModel):
+        for whose, training in trainings:
+            _try_hooks(rows, training)
+            try_language_model(module, card, rows, whose, training)
+        return num_parameters(module)
     _warn_of_probabilities(check_output(module.eval(), card, _some(rows, 2)), card)
     tried = set()
     if data.own_metric is not None and rows.labelled:
@@ -84,7 +93,7 @@ def _mixes(training: recipe.Training, rows: Rows) -> list[Mix]:
     """The mixes of rows that its stages show; a teacher is trained on labels."""
     if not isinstance(training, recipe.Learning):
         return [LABELLED]
-    found = [mix_of(stage, training.labelled) for stage in stages(training.objective)]
+    found = [mix_of(stage, training.labelled) for stage in stages_of(training)]
     return list(dict.fromkeys(found if rows.unlabelled else [ALL]))
 
 
@@ -124,7 +133,13 @@ def try_teacher(module: nn.Module, card: ModelCard, rows: Rows, cache: recipe.Ca
     inputs = _some(rows, 2)
     _warn_of_probabilities(check_output(module, card, inputs), card)
     logits = teacher_logits(module, inputs, len(inputs))
-    encoding_from_config(cache.encoding.config()).encode(logits, first_row=0)
+    config = cache.encoding.config()
+    if config["name"] == TopK.name:
+        top_k = top_k_from_config(config)
+        given = torch.from_numpy(logits)
+        capture_logits(given, None, k=top_k.k, temperatures=top_k.tail_temperatures, named="row {}".format)
+    else:
+        encoding_from_config(config).encode(logits, first_row=0)
 
 
 def try_inference(
@@ -214,13 +229,7 @@ def _try_batches(
     """Refuse batches that a model cannot be trained on: too few rows for its batch statistics, or none at all."""
     cut = Batches(len(rows), rows.labelled, training.batch, training.last_batch, mix)
     ends, which = cut.ends, "train rows with labels" if mix == LABELLED and rows.unlabelled else "train rows"
-    if not len(ends):
-        raise RefusedError(
-            f"there is no batch to train {card.model.label} on",
-            got=f"{cut.passed:,} {which}, batch: {training.batch}, last_batch: drop",
-            expected=f"a batch of at most {cut.passed:,} rows",
-            next=f"lower `batch`, or leave `last_batch` out, in {whose}",
-        )
+    check_some_batch(cut, card.model.label, which, whose)
     workers, together = _workers(training)
     if together:
         refuse_own_batch_norms(module)

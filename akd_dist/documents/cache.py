@@ -16,6 +16,8 @@ class CachedSplit(StoredSplit):
     """How many of them this command computed."""
     unlabelled: Count = 0
     """How many of the rows have no label."""
+    targets: Count | None = None
+    """How many targets the rows have, where a row has several."""
 
 
 class CachedSplits(Document):
@@ -82,6 +84,8 @@ class PlannedSplit(Document):
     """Size of these shards."""
     unlabelled: Count = 0
     """How many of the rows have no label."""
+    targets: Count | None = None
+    """How many targets the rows have, where a row has several."""
 
 
 PlannedSplits = dict[Split, PlannedSplit]

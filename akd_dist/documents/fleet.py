@@ -1,18 +1,24 @@
 """What training leaves in a run and prints: a record for each epoch, a result for each student, `fleet.json`."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from akd_dist.documents.base import Correlation, Count, Document, FolderName, Moment, Place, Share, Told
 from akd_dist.recipe import METRICS, Metric, Split, Task
 
+Entropy = Annotated[float, Field(ge=0)]
+
 
 class Metrics(Document):
-    """Metrics of a model on one split: those of the task, and the loss where it was measured. Higher is better."""
+    """Metrics of a model on one split: those of the task, and the loss where it was measured.
+
+    More is better, but for cross_entropy and what is made of it, divergence and loss.
+    """
 
     accuracy: Share | None = None
-    """Classification: share of rows whose first class is the label."""
+    """Classification: share of rows whose first class is the label. Language models: share of targets whose likeliest
+    token is the next one."""
     f1: Share | None = None
     """Classification: F1 of class 1 where there are two classes, else the mean of all that occur."""
     matthews: Correlation | None = None
@@ -23,6 +29,17 @@ class Metrics(Document):
     """Regression: Spearman's correlation, of ranks; 0 where it is undefined."""
     custom: float | None = None
     """The recipe's own metric, where it has one."""
+    cross_entropy: Entropy | None = None
+    """Language models: mean over targets of -log of the probability of the next token, in nats."""
+    perplexity: Entropy | None = None
+    """Language models: exp of the cross-entropy."""
+    bits_per_byte: Entropy | None = None
+    """Language models: bits for each byte of the text that targets stand for, which compares models of different
+    tokenizers; null where the tokenizer does not tell its bytes."""
+    agreement: Share | None = None
+    """Language models: share of targets where the teacher's likeliest token is its own."""
+    divergence: float | None = None
+    """Language models: mean KL(teacher || model) over targets at T = 1, in nats, as the store knows the teacher."""
     loss: float | None = None
     """Mean cross-entropy, or mean squared error for regression, where it was measured and is finite."""
 
@@ -136,7 +153,7 @@ class StudentResult(Document):
     """Metrics of the delivered weights on the test rows; measured once."""
     agreement: Share | None
     """Share of test rows where it chooses the class of the recipe's teacher, whomever it learned from; null for
-    regression."""
+    regression. Of language models the same of targets and tokens, as in `test`."""
     seconds: float
     """Time spent on its training."""
     stage1_from: str | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 from akd_dist.documents.base import Document
 from akd_dist.documents.cache import CacheDocument, PlanDocument
+from akd_dist.documents.encodings import EncodingsDocument
 from akd_dist.documents.error import ErrorDocument
 from akd_dist.documents.fleet import FleetDocument
 from akd_dist.documents.imported import ImportedDocument
@@ -31,6 +32,7 @@ def schemas() -> dict[str, dict[str, Any]]:
     documents: dict[str, type[Document]] = {
         "cache": CacheDocument,
         "cache-plan": PlanDocument,
+        "plan": EncodingsDocument,
         "fleet-plan": FleetPlanDocument,
         "stores": StoresDocument,
         "store": StoreDocument,

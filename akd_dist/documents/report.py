@@ -141,11 +141,14 @@ class ReportedGroup(Document):
     test: Estimate | None
     """The primary metric on the test rows."""
     agreement: Share | None
-    """Mean share of test rows where student and teacher choose the same class."""
+    """Mean share of test rows where student and teacher choose the same class; of language models, of targets where
+    they choose the same token."""
     seconds: float | None
     """Mean training time of one."""
     pareto: bool
     """Whether no other group is better with as few parameters, or as good with fewer."""
+    beside: dict[str, float] = {}
+    """Of language models, the means of further metrics on the test rows; empty for others."""
 
 
 class TauEffect(Document):

@@ -7,7 +7,20 @@ from akd_dist.documents.check import TeacherCheck
 from akd_dist.documents.fleet import Metrics
 from akd_dist.recipe import Device, Precision, Split, Target, Task
 
-Column = Literal["row", "file", "predicted", "class_name", "probability", "logits", "label"]
+Column = Literal[
+    "row",
+    "file",
+    "predicted",
+    "class_name",
+    "probability",
+    "logits",
+    "label",
+    "tokens",
+    "segments",
+    "log_probabilities",
+    "targets",
+    "log_probability",
+]
 
 
 class EvaluatedModel(Document):
@@ -28,10 +41,13 @@ class EvaluatedModel(Document):
 
 
 class OtherModel(EvaluatedModel):
-    """A model that was compared with the student; nothing is counted for regression."""
+    """A model that was compared with the student; nothing is counted for regression. Of language models targets are
+    counted, and tokens are what they choose."""
 
     agreement: Share | None
     """Share of rows where both choose the same class."""
+    divergence: float | None = None
+    """Language models: mean KL(this model || the student) over targets at T = 1, in nats."""
     both_right: Count | None
     """Rows that both get right."""
     student_right: Count | None
@@ -54,7 +70,9 @@ class EvaluationDocument(Document):
     split: Split | None
     """Of a recipe; else null."""
     rows: Count
-    """How many."""
+    """How many: of language models blocks of a recipe, or documents of files."""
+    targets: Count | None = None
+    """Language models: how many tokens were predicted."""
     task: Task
     """What a label is."""
     device: Device

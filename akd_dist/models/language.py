@@ -8,7 +8,7 @@ token. Losses and stores never want all logits at once, so they take `hidden` an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,8 +19,6 @@ from akd_dist.base.errors import RefusedError
 
 CHANNELS = 3
 """Of a block: ids, segments, scored."""
-Attention = Literal["document", "block"]
-"""Whether tokens of a block see those of their own document alone, or all before them."""
 
 
 class Blocks(BaseModel):
@@ -34,7 +32,7 @@ class Blocks(BaseModel):
     """Ids are 0 to vocabulary - 1: the tokenizer's last id plus one."""
     tokenizer: str = ""
     """The tokenizer's fingerprint; empty where nobody knows it."""
-    attention: Attention = "document"
+    attention: recipe.Attention = "document"
     """Whether attention and positions start anew at every document of a block."""
     end_of_text: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """The id that ends a document, and generated text; None where there is none."""
@@ -58,7 +56,7 @@ class LanguageModel(nn.Module, ABC):
     `output_weight[:vocabulary]`.
     """
 
-    attention: Attention
+    attention: recipe.Attention
     head_refusal: str | None = None
     """Why logits are not hidden states times the output layer, such as softcapping; None where they are."""
     most_positions: int | None = None

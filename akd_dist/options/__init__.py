@@ -33,6 +33,7 @@ from akd_dist.options.runs import (
     CompareOptions as CompareOptions,
     FleetOptions as FleetOptions,
     ImportLogitsOptions as ImportLogitsOptions,
+    PlanOptions as PlanOptions,
     RunOptions as RunOptions,
     TuneOptions as TuneOptions,
 )

@@ -95,6 +95,10 @@ class GenerateOptions(Options):
         metadata={"flag": "--prompt", "metavar": "TEXT", "required": True, "help": "The text to continue."},
     )
     """The text to continue."""
+    chat: bool = option(
+        False, "--chat", is_flag=True, help="Ask a chat model: the tokenizer's template writes the prompt."
+    )
+    """Whether the prompt is what a user says in a chat, written by the tokenizer's template; the answer follows."""
     tokens: int = option(100, "--tokens", metavar="N", show_default=True, help="The most tokens to make.")
     """The most tokens to make."""
     temperature: float = option(

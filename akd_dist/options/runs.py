@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from akd_dist.base import places
 from akd_dist.base.places import RUN_ROOT
-from akd_dist.options.base import FillingOptions, RecipeOptions, is_path, option, wrong_kind
+from akd_dist.options.base import FillingOptions, RecipeOptions, StoredOptions, is_path, option, wrong_kind
 
 if TYPE_CHECKING:
     from akd_dist.recipe import LogitKind, Recipe, SearchRecipe, Split
@@ -23,6 +23,16 @@ class CacheOptions(RecipeOptions):
         False, "--prepare-again", is_flag=True, help="Prepare the data afresh, whatever was prepared before."
     )
     """Prepare this machine's data afresh, whatever was prepared before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(StoredOptions):
+    """What `plan` takes."""
+
+    budget: str | None = option(
+        None, "--budget", metavar="SIZE", help="Choose what describes best within it, as 40GB, for all stores together."
+    )
+    """Bytes that all stores together may take, such as `40GB`: the best encoding within it is chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)

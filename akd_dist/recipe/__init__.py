@@ -90,6 +90,7 @@ from akd_dist.recipe.training import (
     AnnealingKD as AnnealingKD,
     Constant as Constant,
     ContinuationKD as ContinuationKD,
+    Cosine as Cosine,
     CustomObjective as CustomObjective,
     Distilled as Distilled,
     HardLabels as HardLabels,

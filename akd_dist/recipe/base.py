@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from akd_dist.base.trusted import Trusted
 
@@ -68,6 +76,23 @@ class Spec(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+class Growing(Spec):
+    """A part that has learnt keys since recipes began to be kept. Where these hold their defaults they are left out of
+    what it is written as, so that runs and models of before are found by what their recipes said."""
+
+    later: ClassVar[tuple[str, ...]] = ()
+    """Those keys."""
+
+    @model_serializer(mode="wrap")
+    def _as_before_where_nothing_is_new(self, spell: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {
+            key: value
+            for key, value in spell(self).items()
+            if key not in self.later or getattr(self, key) != fields[key].default
+        }
 
 
 class Factory(Spec):

@@ -37,7 +37,7 @@ class EncodingSpec(Spec):
     """Of top_k: the temperatures, 1 and above, at which the probability of the other classes is stored; at others it
     follows from these."""
     probe_rows: Count = 64
-    """Of top_k: of how many train rows the basis is made."""
+    """Of top_k: of how many rows of its split the basis is made, or more where these have few targets."""
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> EncodingSpec:

@@ -30,7 +30,7 @@ from akd_dist.recipe.cache import CacheSpec
 from akd_dist.recipe.data import DataSpec
 from akd_dist.recipe.paths import change_paths
 from akd_dist.recipe.teacher import TeacherSpec
-from akd_dist.recipe.training import AnnealingKD, ContinuationKD, Learning, Stacked
+from akd_dist.recipe.training import AnnealingKD, ContinuationKD, CustomObjective, Learning, Stacked
 
 # Names become folders, on any file system.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -156,7 +156,10 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Recipe:
         """Refuse at once, each at its key, what is wrong only where several parts of the recipe meet."""
-        checks = (self._takd_without_assistant(), self._nothing_to_mix(), self._no_labels(), self._no_rows_left_out())
+        checks = (
+            *(self._takd_without_assistant(), self._nothing_to_mix(), self._no_labels(), self._no_rows_left_out()),
+            *(self._not_of_language_models(), self._not_described()),
+        )
         found = [
             InitErrorDetails(type="value_error", loc=key, input=value, ctx={"error": error})
             for key, value, error in itertools.chain(*checks)
@@ -225,6 +228,56 @@ class Recipe(Spec):
                 why = NotRightError("it is for rows that data.subset leaves out, and that is not set", "rows left out")
                 key = ("teacher",) if self.teacher.members is None else ("teacher", "members", number)
                 yield (*key, "train", "rows"), "all", why
+
+    def _not_of_language_models(self) -> Iterator[Misfit]:
+        """Keys of training that a teacher cannot have, and losses that a regression, or a language model, has not."""
+        for key, teacher in self._trained_teachers():
+            if (why := teacher.train.why_not_for(teacher.model)) is not None:
+                yield (
+                    (*key, "train", *why.key),
+                    getattr(teacher.train, str(why.key[0])),
+                    NotRightError(why.why, why.expected),
+                )
+        for key, one in self._learners():
+            objective, task = one.objective, self.data.task
+            if task == "regression" and getattr(objective, "stage1_loss", None) == "cross_entropy":
+                why = NotRightError("a regression has one number a row, and no softmax to compare by", "squared")
+                yield (*key, "objective", "stage1_loss"), "cross_entropy", why
+            if task == "regression" and getattr(objective, "center", None):
+                why = NotRightError("the mean of the one number of a regression is that number", "it left out")
+                yield (*key, "objective", "center"), True, why
+            if task == "language_model" and isinstance(objective, CustomObjective):
+                why = NotRightError(
+                    "an objective of your own is given all logits, which language models never hold at once",
+                    "hard_labels, kd, annealing_kd or continuation_kd",
+                )
+                yield (*key, "objective", "kind"), objective.kind, why
+
+    def _trained_teachers(self) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+        for number, teacher in enumerate(self.teacher.each):
+            if teacher.train is not None and teacher.model is not None:
+                yield ("teacher",) if self.teacher.members is None else ("teacher", "members", number), teacher
+
+    def _not_described(self) -> Iterator[Misfit]:
+        """What a store that describes logits, instead of holding them, does not say."""
+        if self.cache.encoding.kind != "top_k":
+            return
+        least = min(self.cache.encoding.tail_temperatures)
+        for key, one in self._learners():
+            objective = one.objective
+            if isinstance(objective, CustomObjective) and objective.learns_from == "teacher":
+                why = NotRightError(
+                    "an objective of your own is given all logits, and cache.encoding: top_k keeps some of them",
+                    "an encoding of float16 or float32, or learns_from: labels",
+                )
+                yield (*key, "objective", "kind"), objective.kind, why
+            if (asked := objective.lowest_temperature(language=one.is_language_model)) is not None and asked < least:
+                why = NotRightError(
+                    f"the teacher is asked for at T = {asked:g}, and cache.encoding says nothing of the other classes "
+                    f"below T = {least:g}",
+                    f"a temperature of at least {least:g}, or tail_temperatures that begin at {max(asked, 1):g}",
+                )
+                yield (*key, "objective"), objective, why
 
     def _learners(self) -> Iterator[tuple[tuple[str | int, ...], Learning]]:
         """Students and assistants, each with its key."""

@@ -12,6 +12,7 @@ from akd_dist.recipe.base import (
     Decay,
     Epochs,
     Factory,
+    Growing,
     LearningRate,
     Momentum,
     Name,
@@ -22,7 +23,7 @@ from akd_dist.recipe.base import (
     Spec,
     label_of_call,
 )
-from akd_dist.recipe.models import Model
+from akd_dist.recipe.models import LanguageModel, Model
 
 ScheduleKind = Annotated[Name, Field(description="Which kind of schedule this is.")]
 OptimizerKind = Annotated[Name, Field(description="Which kind of optimizer this is.")]
@@ -52,13 +53,28 @@ class Steps(Spec):
         return at
 
 
-class Linear(Spec):
+Warmup = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Linear(Growing):
     """The learning rate falls to 0 along a straight line over every stage."""
 
+    later: ClassVar[tuple[str, ...]] = ("warmup",)
+
     kind: ScheduleKind[Literal["linear"]] = "linear"
+    warmup: Warmup = 0.0
+    """Share of every stage in which the learning rate first rises to `lr` along a straight line."""
 
 
-Schedule = Annotated[Constant | Steps | Linear, Discriminator("kind")]
+class Cosine(Spec):
+    """The learning rate falls to 0 along half a cosine over every stage."""
+
+    kind: ScheduleKind[Literal["cosine"]] = "cosine"
+    warmup: Warmup = 0.0
+    """Share of every stage in which the learning rate first rises to `lr` along a straight line."""
+
+
+Schedule = Annotated[Constant | Steps | Linear | Cosine, Discriminator("kind")]
 
 
 class Sgd(Spec):
@@ -85,14 +101,19 @@ class Sgd(Spec):
         return self
 
 
-class AdamW(Spec):
+class AdamW(Growing):
     """Adam with decoupled weight decay."""
+
+    later: ClassVar[tuple[str, ...]] = ("eps",)
 
     kind: OptimizerKind[Literal["adamw"]] = "adamw"
     lr: LearningRate
     """Learning rate at the start of each stage."""
     betas: Annotated[tuple[Momentum, Momentum], Field(strict=False)] = (0.9, 0.999)
     """Decay rates of the running mean and of the running square."""
+    eps: Positive = 1e-8
+    """What is added to the root of the running square. Gradients of a mean over a large vocabulary are as small as
+    that: take 1e-12 for `stage1_loss: squared` of language models."""
     weight_decay: Decay = 0.01
     """Weight decay, apart from the gradient."""
     clip: Positive | None = None
@@ -106,10 +127,11 @@ Optimizer = Annotated[Sgd | AdamW, Discriminator("kind")]
 LearnsFrom = Literal["labels", "teacher", "assistant"]
 
 
-class AnnealingKD(Spec):
+class AnnealingKD(Growing):
     """Annealing-KD (Jafari et al., EACL 2021, arXiv 2104.07163): stage I on logits, stage II on labels."""
 
     learns_from: ClassVar[LearnsFrom] = "teacher"
+    later: ClassVar[tuple[str, ...]] = ("stage1_loss", "center")
 
     kind: ObjectiveKind[Literal["annealing_kd"]] = "annealing_kd"
     tau_max: Count
@@ -124,6 +146,22 @@ class AnnealingKD(Spec):
     reduction: Literal["mean", "sum"] = "mean"
     """The squared norm over classes: `mean` as in the authors' code, to which their learning rates belong, or `sum` as
     in the paper."""
+    stage1_loss: Literal["squared", "cross_entropy"] | None = None
+    """What stage I compares annealed logits by: `squared`, the paper's distance; or `cross_entropy` of the student to
+    their softmax. None takes cross_entropy for language models, and squared for others."""
+    center: bool | None = None
+    """Whether the squared norm is one of logits less their mean over classes, which no softmax sees; none does so for
+    language models, whose logits are mostly that mean, and not for others."""
+
+    @model_validator(mode="after")
+    def _centers_what_is_squared(self) -> AnnealingKD:
+        if self.center is not None and self.stage1_loss == "cross_entropy":
+            raise NotRightError(
+                "center is for the squared norm, and stage1_loss is cross_entropy: a softmax does not see the mean",
+                "it left out",
+                ("center",),
+            )
+        return self
 
     @model_validator(mode="after")
     def _reaches_one(self) -> AnnealingKD:
@@ -139,6 +177,14 @@ class AnnealingKD(Spec):
         if self.stage2_optimizer is not None and self.stage2_epochs == 0:
             raise ValueError("stage2_optimizer is given, and stage2_epochs is 0: there is no stage II")
         return self
+
+    def loss_of_stage1(self, *, language: bool) -> str:
+        """`squared` or `cross_entropy`; of language models, or of others."""
+        return self.stage1_loss or ("cross_entropy" if language else "squared")
+
+    def lowest_temperature(self, *, language: bool) -> float | None:
+        """The lowest temperature that the teacher's softmax is asked for at; None where it is not."""
+        return 1.0 if self.loss_of_stage1(language=language) == "cross_entropy" else None
 
     @property
     def epochs(self) -> int:
@@ -165,6 +211,10 @@ class HardLabels(Spec):
     epochs: Epochs
     """Epochs; as many as both stages of Annealing-KD make a fair comparison."""
 
+    def lowest_temperature(self, *, language: bool) -> float | None:
+        """As of `AnnealingKD`."""
+        return None
+
     @property
     def reads_labels(self) -> bool:
         """Whether its loss reads labels."""
@@ -185,6 +235,10 @@ class Distilled(Spec):
     """What logits of student and teacher are divided by before the softmax."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the teacher in the loss; the rest is the labels'."""
+
+    def lowest_temperature(self, *, language: bool) -> float | None:
+        """As of `AnnealingKD`."""
+        return self.temperature if self.alpha > 0 else None
 
     @property
     def reads_labels(self) -> bool:
@@ -221,10 +275,11 @@ class Takd(Distilled):
         return self.kind
 
 
-class ContinuationKD(Spec):
+class ContinuationKD(Growing):
     """Continuation-KD (Jafari et al., EMNLP 2022, arXiv 2212.05998): one stage, from annealed logits to the labels."""
 
     learns_from: ClassVar[LearnsFrom] = "teacher"
+    later: ClassVar[tuple[str, ...]] = ("center",)
 
     kind: ObjectiveKind[Literal["continuation_kd"]] = "continuation_kd"
     tau_max: Count
@@ -239,6 +294,9 @@ class ContinuationKD(Spec):
     """m: distances to the teacher's logits below m * Phi cost nothing."""
     reduction: Literal["mean", "sum"] = "mean"
     """The squared norm over classes, to which the margin applies: `mean` or `sum`."""
+    center: bool | None = None
+    """Whether the squared norm is one of logits less their mean over classes, which no softmax sees; none does so for
+    language models, whose logits are mostly that mean, and not for others."""
 
     @model_validator(mode="after")
     def _reaches_one(self) -> ContinuationKD:
@@ -248,6 +306,10 @@ class ContinuationKD(Spec):
                 "at least tau_max epochs are needed for the temperature to reach 1"
             )
         return self
+
+    def lowest_temperature(self, *, language: bool) -> float | None:
+        """As of `AnnealingKD`."""
+        return None
 
     @property
     def reads_labels(self) -> bool:
@@ -277,6 +339,10 @@ class CustomObjective(Factory):
     """Whether it reads the teacher's logits; with `labels` it is given none, and the store is not read for it. Rows
     without labels (`data.unlabelled`) have -1, or NaN for regression; with `labels` they are not shown to it."""
 
+    def lowest_temperature(self, *, language: bool) -> float | None:
+        """As of `AnnealingKD`."""
+        return None
+
     @property
     def reads_labels(self) -> bool:
         """Whether it cannot do without labels."""
@@ -294,8 +360,10 @@ LastBatch = Literal["keep", "drop", "merge"]
 Stacked = Literal["auto", "always", "never"]
 
 
-class Training(Spec):
+class Training(Growing):
     """What every training run has."""
+
+    later: ClassVar[tuple[str, ...]] = ("epoch_steps", "micro_batch", "gradient_checkpointing")
 
     optimizer: Optimizer
     """The optimizer, made afresh for each stage."""
@@ -311,6 +379,23 @@ class Training(Spec):
     precision: Precision = "float32"
     """Numbers that it computes with: float32 or float64 throughout, or bfloat16 or float16 where autocast allows it,
     on weights kept in float32."""
+    epoch_steps: Count | None = None
+    """How many batches make an epoch, at whose end it is evaluated and the temperature may fall; the next epoch goes on
+    in the rows where this one ended. None takes as many as one pass over the rows has."""
+    micro_batch: Count | None = None
+    """Of language models: rows that a worker computes at a time, of its share of a batch, so that large batches fit the
+    memory. The loss stays that of the whole batch. None takes all at once."""
+    gradient_checkpointing: bool = False
+    """Of language models: whether states within layers are computed again for the gradient instead of being kept."""
+
+    def why_not_for(self, model: Model) -> NotRightError | None:
+        """What of it is for language models alone, where the model that is trained is none."""
+        given = [key for key in ("micro_batch", "gradient_checkpointing") if getattr(self, key)]
+        if not given or isinstance(model, LanguageModel):
+            return None
+        return NotRightError(
+            f"{given[0]} is for language models, and the model is {model.kind}", "it left out", (given[0],)
+        )
 
 
 class Learning(Training):
@@ -324,6 +409,17 @@ class Learning(Training):
     """How many of a batch's rows have labels, where there are rows without (data.unlabelled) and the loss mixes labels
     and teacher: an epoch is then one pass over the rows without labels, and those with labels go round. None takes the
     rows as they fall when all are shuffled together."""
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it is a language model that learns."""
+        return isinstance(self.model, LanguageModel)
+
+    @model_validator(mode="after")
+    def _computes_as_its_model_can(self) -> Learning:
+        if (why := self.why_not_for(self.model)) is not None:
+            raise why
+        return self
 
     @model_validator(mode="after")
     def _mixes(self) -> Learning:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from akd_dist.base.errors import RecipeError
 from akd_dist.base.files import replace
-from akd_dist.base.formatting import CUSTOM, OBJECTIVE_LABELS, house_table, signed
+from akd_dist.base.formatting import CUSTOM, OBJECTIVE_LABELS, SHOWN, MetricFormat, house_table, signed
 from akd_dist.documents.damage import load
 from akd_dist.documents.fleet import FleetDocument, FleetStudent, FleetTeacher
 from akd_dist.documents.report import ComparedModel, CompareDocument, ComparedRow, Estimate, LostStudent, SplitRows
@@ -282,18 +282,18 @@ def comparison_table(document: CompareDocument) -> Table:
         Text("\n".join(told)) if told else None,
     )
     table.add_column("trained by", overflow="fold")
-    agreeing = document.task == "classification"
+    agreeing, shown = _agreeing(document), _shown(document)
     for heading in ("seeds", "test", "over\nscratch", "over KD", *["agree-\nment %"] * agreeing):
         table.add_column(heading, justify="right", no_wrap=True)
     for role, model in _references(document):
-        table.add_row(Text(f"{role} {model.model}"), *_reference_cells(model)[: 4 + agreeing], style="bold")
+        table.add_row(Text(f"{role} {model.model}"), *_reference_cells(model, shown)[: 4 + agreeing], style="bold")
     previous = None
     for row in document.table:
         if row.model != previous:
             table.add_section()
             table.add_row(Text(_sized(row)), style="bold")
             previous = row.model
-        table.add_row(Text("  " + _label(row, document.table)), *_cells(row)[: 4 + agreeing])
+        table.add_row(Text("  " + _label(row, document.table)), *_cells(row, shown)[: 4 + agreeing])
     return table
 
 
@@ -317,17 +317,18 @@ def to_markdown(document: CompareDocument) -> str:
 
 
 def columns(document: CompareDocument) -> tuple[str, ...]:
-    """The headings of `cells`; regression has no agreement."""
-    agreement = ("agreement %",) if document.task == "classification" else ()
+    """The headings of `cells`; regression has no agreement, nor language models of which it was not measured."""
+    agreement = ("agreement %",) if _agreeing(document) else ()
     return ("model", "trained by", "seeds", _title(document), "over from scratch", "over KD", *agreement)
 
 
 def cells(document: CompareDocument) -> list[tuple[str, ...]]:
     """The table as text: teacher, assistants, then each model under each objective."""
+    shown = _shown(document)
     rows: list[tuple[str, ...]] = [
-        (_sized(model), role, *_reference_cells(model)) for role, model in _references(document)
+        (_sized(model), role, *_reference_cells(model, shown)) for role, model in _references(document)
     ]
-    rows += [(_sized(row), _label(row, document.table), *_cells(row)) for row in document.table]
+    rows += [(_sized(row), _label(row, document.table), *_cells(row, shown)) for row in document.table]
     return [row[: len(columns(document))] for row in rows]
 
 
@@ -336,9 +337,21 @@ def _markdown_row(row: tuple[str, ...]) -> str:
 
 
 def _title(document: CompareDocument) -> str:
-    """The metric as it is shown: a hundred times as large."""
-    name = document.metric_name or document.metric
-    return f"{name} %" if document.metric in ("accuracy", "f1") else f"{name} x 100"
+    """The metric as it is shown: a hundred times as large, or in nats as it is."""
+    name, shown = document.metric_name or document.metric, _shown(document)
+    if shown.lowest:
+        return f"{shown.label} (less is better)"
+    return f"{name} %" if shown.percent else f"{name} x 100"
+
+
+def _shown(document: CompareDocument) -> MetricFormat:
+    return SHOWN.get(document.metric, SHOWN[CUSTOM])
+
+
+def _agreeing(document: CompareDocument) -> bool:
+    if document.task == "language_model":
+        return any(row.agreement is not None for row in document.table)
+    return document.task == "classification"
 
 
 def _references(document: CompareDocument) -> list[tuple[str, ComparedModel]]:
@@ -346,18 +359,18 @@ def _references(document: CompareDocument) -> list[tuple[str, ComparedModel]]:
     return [("teacher", document.teacher), *(("assistant", one) for one in document.assistants)]
 
 
-def _reference_cells(model: ComparedModel) -> tuple[str, str, str, str, str]:
+def _reference_cells(model: ComparedModel, shown: MetricFormat) -> tuple[str, str, str, str, str]:
     """Trained once, so without an interval."""
-    return ("", _hundredfold(model.test), "", "", _hundredfold(model.agreement))
+    return ("", _number(model.test, shown), "", "", _hundredfold(model.agreement))
 
 
-def _cells(row: ComparedRow) -> tuple[str, str, str, str, str]:
+def _cells(row: ComparedRow, shown: MetricFormat) -> tuple[str, str, str, str, str]:
     asked, done = len(row.seeds) + len(row.lost), len(row.seeds)
     return (
         str(done) if done == asked else f"{done} of {asked}",
-        _plus_minus(row.test),
-        _plus_minus(row.over_scratch, difference=True),
-        _plus_minus(row.over_kd, difference=True),
+        _plus_minus(row.test, shown),
+        _plus_minus(row.over_scratch, shown, difference=True),
+        _plus_minus(row.over_kd, shown, difference=True),
         _hundredfold(row.agreement),
     )
 
@@ -376,11 +389,19 @@ def _sized(model: ComparedModel | ComparedRow) -> str:
     return f"{model.model} ({model.parameters or 0:,})"
 
 
-def _plus_minus(value: Estimate | None, *, difference: bool = False) -> str:
+def _plus_minus(value: Estimate | None, shown: MetricFormat, *, difference: bool = False) -> str:
     if value is None:
         return ""
-    mean = signed(100 * value.mean, 2) if difference else _hundredfold(value.mean)
-    return mean if value.high is None else f"{mean} ± {100 * (value.high - value.mean):.2f}"
+    if not difference:
+        mean = _number(value.mean, shown)
+    else:
+        mean = shown.gain(value.mean) if shown.lowest else signed(100 * value.mean, 2)
+    return mean if value.high is None else f"{mean} ± {_number(value.high - value.mean, shown)}"
+
+
+def _number(value: float | None, shown: MetricFormat) -> str:
+    """A correlation is shown a hundred times as large, as the papers do; nats as they are."""
+    return shown.text(value) if value is not None and shown.lowest else _hundredfold(value)
 
 
 def _hundredfold(value: float | None) -> str:

@@ -94,7 +94,7 @@ def schedules_of(run: Run) -> dict[Schedule, list[SeedGroup]]:
 
 def stage_figures(run: Run) -> Iterator[Picture]:
     """The training loss of each schedule, and the validation metric where it is annealed, with the temperature."""
-    losses = _losses(run.regression)
+    losses = _of_language() if run.language else _losses(run.regression)
     for schedule, groups in itertools.islice(schedules_of(run).items(), SCHEDULES_DRAWN):
         caption = f"{losses.get(schedule.objective, 'On training rows.')} {BAND}{schedule.told}{_shared(groups)}"
         curves = _curves(run, groups, lambda record: record.train_loss)
@@ -118,10 +118,24 @@ def _validation(run: Run, groups: list[SeedGroup], schedule: Schedule | None = N
     if curves:
         yield picture(
             f"Validation {shown.name}" + (f": {schedule.name}" if schedule else ""),
-            f"It picks the best epoch of each stage; the test set is read once, at the end. {BAND}{told}",
+            f"It picks the best epoch of each stage{shown.aside}; the test set is read once, at the end. {BAND}{told}",
             functools.partial(_draw_curves, curves=curves, ylabel=f"validation {shown.label}", schedule=schedule),
             *_numbers(curves),
         )
+
+
+def _of_language() -> dict[str, str]:
+    """What the training loss of each objective is, of language models: over tokens that are targets."""
+    mixed = "The cross-entropy and the divergence from the {}'s softened distribution, mixed, over training tokens."
+    return {
+        ANNEALING: "In stage I the distance to the teacher's annealed distribution or logits, over training tokens; a "
+        "step of Φ may raise it. In stage II the cross-entropy alone.",
+        CONTINUATION: "The cross-entropy with weight ψ, which climbs to 1, and the distance to Φ times the teacher's "
+        "centred logits with the rest of it.",
+        "kd": mixed.format("teacher"),
+        "takd": mixed.format("assistant"),
+        HARD_LABELS: "Cross-entropy over training tokens, in nats.",
+    }
 
 
 def _losses(regression: bool) -> dict[str, str]:

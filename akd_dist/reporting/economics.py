@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from akd_dist import recipe
-from akd_dist.distill.objectives import stages
+from akd_dist.distill.objectives import stages_of
 from akd_dist.documents.fleet import Economics, EconomicsOfViews
 from akd_dist.storage.catalog import Spent, time_spent
 from akd_dist.storage.mean import AnyStore, members_of
@@ -33,7 +33,7 @@ def reading(spec: recipe.StudentSpec, epochs: int, stage1_from: str | None) -> S
         stage1_from: the student whose first stage it went on from, if any.
     """
     used = [0, 0]  # trained itself, and by another
-    for number, stage in enumerate(stages(spec.objective)):
+    for number, stage in enumerate(stages_of(spec)):
         trained, epochs = min(stage.epochs, epochs), max(epochs - stage.epochs, 0)
         used[number == 0 and stage1_from is not None] += trained * stage.needs_logits
     return StudentUsage(*used)

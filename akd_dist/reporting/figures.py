@@ -95,8 +95,8 @@ def _against_size(runs: list[Run], series: list[Series], levels: list[Level], to
     on_front = {id(group) for group in front}  # a copy of a run has equal groups
     yield picture(
         f"{shown.title} against size",
-        f"Test {shown.name} over the number of parameters. Bars: one standard deviation over seeds; dots: single "
-        f"seeds; grey steps: {told}",
+        f"Test {shown.name} over the number of parameters{shown.aside}. Bars: one standard deviation over seeds; dots: "
+        f"single seeds; grey steps: {told}",
         functools.partial(_draw_sizes, shown=shown, series=series, levels=levels, front=front),
         (*["run"] * several, "student", "parameters", "objective", shown.label, "Pareto front"),
         [
@@ -164,7 +164,7 @@ def _beside_each_other(groups: Sequence[SeedGroup]) -> dict[int, float]:
 
 
 def _draw_front(axes: Axes, front: Sequence[SeedGroup], scale: float, right: int) -> None:
-    """The best that there is with so many parameters or fewer: a step up at each group of the front."""
+    """The best that there is with so many parameters or fewer: a step at each group of the front."""
     means = [scale * score.mean for _, score in finished(front)]
     axes.step(
         [*(group.parameters for group in front), right],
@@ -192,14 +192,16 @@ def tau_figures(effects: list[TauEffect], shown: MetricFormat) -> Iterator[Pictu
         (
             lambda effect: effect.test,
             f"{shown.title} over tau_max",
-            f"Mean test {shown.name} over seeds. Bars: 95 % interval (Student's t), where there are two seeds or more.",
+            f"Mean test {shown.name} over seeds{shown.aside}. Bars: 95 % interval (Student's t), where there are two "
+            "seeds or more.",
             f"test {shown.label}",
         ),
         (
             lambda effect: effect.over_smallest,
             "Difference to the smallest tau_max",
             "Mean over seeds of the difference between students of one seed, so what a seed brings cancels. Bars: 95 % "
-            "interval of the paired differences; an interval that leaves out 0 is a difference beyond the seeds.",
+            "interval of the paired differences; an interval that leaves out 0 is a difference beyond the seeds."
+            + (" Below 0 is better." if shown.lowest else ""),
             f"difference, {shown.difference}",
         ),
     )

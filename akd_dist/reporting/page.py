@@ -6,6 +6,7 @@ loading anything. The same results give the same bytes.
 
 import functools
 import itertools
+import math
 import os
 import statistics
 from collections import Counter
@@ -176,7 +177,9 @@ def render(run: Run) -> str:
         fleet=fleet,
         written=functools.partial(inside if is_copy(run.folder) else written, folder=run.folder),
         shown=shown,
-        agreeing=not run.regression,
+        agreeing=run.agreeing,
+        language=run.language,
+        beside=run.beside,
         thousands=thousands,
         share=share,
         rows=list(_table_rows(run)),
@@ -211,7 +214,7 @@ def _table_rows(run: Run) -> Iterator[dict[str, Any]]:
             "score": plus_minus(shown, group.score),
             "share": share(group.parameters, run.fleet.teacher.parameters),
             "gain": None if gain is None else shown.gain(gain),
-            "tone": "" if gain is None or abs(gain) < SAME else "up" if gain > 0 else "down",
+            "tone": "" if gain is None or abs(gain) < SAME else "up" if shown.standing(gain) > 0 else "down",
             "front": group in front,
             "colour": OBJECTIVE_COLOURS.get(group.objective, OTHER_COLOUR),
             "first_of_model": group.model != previous,
@@ -240,7 +243,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         tiles.append((number, "best student", f"{best.model}, {best.objective_label}"))
     gains = [gain for group in groups if (gain := gain_over_scratch(group, groups)) is not None]
     if gains:
-        ahead = sum(gain > SAME for gain in gains)
+        ahead = sum(shown.standing(gain) > SAME for gain in gains)
         told = f"mean of {len(gains)}, ahead in {ahead}"
         what = "points over from scratch" if shown.percent else f"{shown.short} over from scratch"
         tiles.append((shown.gain(statistics.fmean(gains)), what, told))
@@ -308,7 +311,7 @@ def _differences(run: Run) -> dict[str, Any]:
     found = run.differences
     best = sorted(
         (group for group in run.groups if group.stem in found),
-        key=lambda group: -(group.score.mean if group.score else 0.0),
+        key=lambda group: -group.standing(group.score.mean) if group.score else math.inf,
     )
     section: dict[str, Any] = {
         "older": not found,
@@ -384,6 +387,7 @@ def _totals(run: Run) -> Iterator[tuple[str, str]]:
     yield "time of the students' own training, together", duration(sum(one.seconds for one in students))
     yield "epochs trained, shared ones once", f"{run.epochs:,}"
     if run.rows_per_second is not None:
-        yield "rows a student trains on in a second of its own time", f"{run.rows_per_second:,.0f}"
+        rows = "blocks" if run.language else "rows"
+        yield f"{rows} a student trains on in a second of its own time", f"{run.rows_per_second:,.0f}"
     if shared := [one for one in students if one.stage1_from]:
         yield "students that shared another's stage I", f"{len(shared):,}"

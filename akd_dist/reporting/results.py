@@ -18,7 +18,7 @@ from pathlib import Path
 from akd_dist.base import places
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, is_there
-from akd_dist.base.formatting import HARD_LABELS, OBJECTIVE_LABELS, MetricFormat, metric_format
+from akd_dist.base.formatting import BESIDE, HARD_LABELS, OBJECTIVE_LABELS, SHOWN, MetricFormat, metric_format
 from akd_dist.distill.delivery import TEST_NAME
 from akd_dist.documents.damage import load, read_epochs
 from akd_dist.documents.fleet import EpochRecord, FleetDocument, FleetStudent, RunIdentity
@@ -93,6 +93,21 @@ class Run:
     def regression(self) -> bool:
         """Whether labels are numbers."""
         return self.fleet.task == "regression"
+
+    @property
+    def language(self) -> bool:
+        """Whether its models are language models."""
+        return self.fleet.task == "language_model"
+
+    @property
+    def agreeing(self) -> bool:
+        """Whether tables have a column of agreement."""
+        return agreeing(self.fleet)
+
+    @property
+    def beside(self) -> list[tuple[str, MetricFormat]]:
+        """What tables show beside the primary metric."""
+        return beside(self.fleet)
 
     @property
     def done(self) -> int:
@@ -227,7 +242,7 @@ class Run:
             cohorts=self.fleet.cohorts,
             seconds=self.fleet.seconds,
             rows_per_second=None if rate is None else round(rate, 1),
-            groups=[_reported(group, group in front) for group in self.groups],
+            groups=[_reported(group, group in front, self.beside) for group in self.groups],
             tau_max=self.tau_effects,
             tau_max_chosen=self.tau_choices,
             differences=[
@@ -238,7 +253,24 @@ class Run:
         )
 
 
-def _reported(group: SeedGroup, pareto: bool) -> ReportedGroup:
+def agreeing(fleet: FleetDocument) -> bool:
+    """Whether tables have a column of agreement: of tokens where it was measured, of classes always."""
+    if fleet.task != "language_model":
+        return fleet.task == "classification"
+    return any(one.agreement is not None or (one.test and one.test.agreement is not None) for one in fleet.students)
+
+
+def beside(fleet: FleetDocument) -> list[tuple[str, MetricFormat]]:
+    """What tables show of a language model beside its primary metric, as far as it was measured; of others nothing."""
+    if fleet.task != "language_model":
+        return []
+    tests = [fleet.teacher.test, *(one.test for one in fleet.assistants), *(one.test for one in fleet.students)]
+    names = [name for name in ("cross_entropy", *BESIDE) if name != fleet.metric]
+    return [(name, SHOWN[name]) for name in names if any(one and one.get(name) is not None for one in tests)]
+
+
+def _reported(group: SeedGroup, pareto: bool, beside: list[tuple[str, MetricFormat]]) -> ReportedGroup:
+    told = {name: mean for name, _ in beside if (mean := group.mean_of(name)) is not None}
     return ReportedGroup(
         name=group.stem,
         model=group.model,
@@ -251,6 +283,7 @@ def _reported(group: SeedGroup, pareto: bool) -> ReportedGroup:
         agreement=group.agreement,
         seconds=group.seconds,
         pareto=pareto,
+        **({"beside": told} if told else {}),
     )
 
 

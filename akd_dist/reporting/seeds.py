@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from akd_dist.base.formatting import HARD_LABELS, OBJECTIVE_LABELS, MetricFormat
+from akd_dist.base.formatting import HARD_LABELS, OBJECTIVE_LABELS, SHOWN, MetricFormat
 from akd_dist.documents.fleet import FleetStudent
 from akd_dist.documents.report import ChosenTau, Estimate
 
@@ -99,6 +99,16 @@ class SeedGroup:
     chosen: bool = False
     """Whether these are students of several tau_max, of each seed the one that is best on the validation rows."""
 
+    def standing(self, value: float) -> float:
+        """A value of its metric so that more is better."""
+        return SHOWN[self.metric].standing(value)
+
+    def mean_of(self, metric: str) -> float | None:
+        """The mean of any metric on the test rows over those that finished; None where it was not measured."""
+        found = [student.test.get(metric) for student in self.done if student.test]
+        known = [value for value in found if value is not None]
+        return statistics.fmean(known) if known else None
+
     @property
     def done(self) -> list[FleetStudent]:
         """Those that finished; only they count in a mean."""
@@ -141,7 +151,7 @@ class SeedGroup:
     def agreement(self) -> float | None:
         """Mean share of test rows where student and teacher choose the same class, 0 to 1; None for regression."""
         agreements = [student.agreement for student in self.done if student.agreement is not None]
-        return statistics.fmean(agreements) if agreements else None
+        return statistics.fmean(agreements) if agreements else self.mean_of("agreement")
 
     @cached_property
     def seconds(self) -> float | None:
@@ -205,7 +215,7 @@ def chosen_on_validation(family: Sequence[SeedGroup]) -> SeedGroup | None:
 
 def _validated(student: FleetStudent, metric: str) -> float:
     value = student.validation.get(metric) if student.validation else None
-    return -math.inf if value is None else value
+    return -math.inf if value is None else SHOWN[metric].standing(value)
 
 
 def choices_of(chosen: SeedGroup) -> list[ChosenTau]:
@@ -238,8 +248,8 @@ def finished(groups: Iterable[SeedGroup]) -> list[tuple[SeedGroup, Spread]]:
 
 
 def best_of(groups: Iterable[SeedGroup]) -> SeedGroup | None:
-    """The group of the highest mean; None where none finished."""
-    return max(finished(groups), key=lambda pair: pair[1].mean, default=(None, None))[0]
+    """The group of the best mean; None where none finished."""
+    return max(finished(groups), key=lambda pair: pair[0].standing(pair[1].mean), default=(None, None))[0]
 
 
 def pareto_front(groups: Iterable[SeedGroup]) -> list[SeedGroup]:
@@ -249,10 +259,11 @@ def pareto_front(groups: Iterable[SeedGroup]) -> list[SeedGroup]:
     """
     front: list[SeedGroup] = []
     best, size = -math.inf, 0
-    for group, score in sorted(finished(groups), key=lambda pair: (pair[0].parameters, -pair[1].mean)):
-        if score.mean > best + SAME or (score.mean > best - SAME and group.parameters == size):
+    ranked = [(group.parameters, group.standing(score.mean), group) for group, score in finished(groups)]
+    for parameters, standing, group in sorted(ranked, key=lambda one: (one[0], -one[1])):
+        if standing > best + SAME or (standing > best - SAME and parameters == size):
             front.append(group)
-            best, size = max(best, score.mean), group.parameters
+            best, size = max(best, standing), parameters
     return front
 
 

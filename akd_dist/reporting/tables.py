@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from akd_dist.base.formatting import house_table, metric_format, percent, seconds, share, some_of, thousands
 from akd_dist.documents.fleet import FleetDocument
-from akd_dist.reporting.results import Run
+from akd_dist.reporting.results import Run, agreeing, beside
 from akd_dist.reporting.seeds import (
     SeedGroup,
     best_of,
@@ -37,7 +37,7 @@ def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table
     from rich.text import Text
 
     teacher, shown = fleet.teacher, metric_format(fleet.metric, fleet.metric_name)
-    groups, agreeing = group_students(fleet.students, fleet.metric), fleet.task == "classification"
+    groups, agrees, more = group_students(fleet.students, fleet.metric), agreeing(fleet), beside(fleet)
     lost = [f"{one.name} {one.state}: {one.reason or 'no reason recorded'}" for one in unfinished(fleet.students)]
     spread = _SPREAD if has_spread(groups) else ""
     caption = Text("\n").join([*(Text(line, style="red") for line in lost), *map(Text, left_out(fleet))])
@@ -46,11 +46,13 @@ def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table
     table.add_column("para-\nmeters", justify="right", no_wrap=True)
     table.add_column("of\nteacher", justify="right", no_wrap=True)
     table.add_column("objective", no_wrap=True)
-    for heading in (f"test\n{shown.with_unit(shown.short)}", *["agree-\nment %"] * agreeing, "seconds"):
+    headings = [f"test\n{shown.with_unit(shown.short)}", *(one.with_unit(one.short) for _, one in more)]
+    for heading in (*headings, *["agree-\nment %"] * agrees, "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     best, whole = shown.text(teacher.metric(fleet.metric)), share(teacher.parameters, teacher.parameters)
     ensemble = f", mean of {len(teacher.members)}" if teacher.members else ""
-    table.add_row(f"teacher{ensemble}", thousands(teacher.parameters), whole, "", best, style="bold")
+    counted = f"teacher{ensemble}", thousands(teacher.parameters), whole
+    table.add_row(*counted, "", best, *(one.text(teacher.metric(name)) for name, one in more), style="bold")
     for member in teacher.members:
         counts = thousands(member.parameters), share(member.parameters, teacher.parameters)
         table.add_row(Text(f"  {member.share:.0%} of it {member.model}"), *counts)
@@ -61,7 +63,8 @@ def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table
             share(assistant.parameters, teacher.parameters),
             "",
             shown.text(assistant.metric(fleet.metric)),
-            *[percent(assistant.agreement)] * agreeing,
+            *(one.text(assistant.metric(name)) for name, one in more),
+            *[percent(assistant.agreement)] * agrees,
         )
     previous = None
     models = list(dict.fromkeys(group.model for group in groups))
@@ -75,7 +78,8 @@ def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table
             share(group.parameters, teacher.parameters),
             Text(group.objective_label),
             plus_minus(shown, group.score),
-            *[percent(group.agreement)] * agreeing,
+            *(one.text(group.mean_of(name)) for name, one in more),
+            *[percent(group.agreement)] * agrees,
             seconds(group.seconds),
         )
         previous = group.model

@@ -3,7 +3,6 @@
 evaluate("runs/digits/students/mlp-16-annealing_kd-t5-s0", Asked("runs/digits"), cache_root)
 """
 
-import contextlib
 import json
 import math
 import time
@@ -15,83 +14,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
 
 from akd_dist import recipe
-from akd_dist.base.errors import RecipeError
-from akd_dist.base.trusted import Trusted
 from akd_dist.data.predictions import predictions_file
 from akd_dist.data.row_cache import Progress
-from akd_dist.distill.losses import at_least_float32, label_losses
+from akd_dist.distill.losses import label_losses
 from akd_dist.distill.metrics import measure, predictions
 from akd_dist.documents.fleet import Metrics
 from akd_dist.documents.use import EvaluatedModel, EvaluationDocument, OtherModel, PredictionDocument
 from akd_dist.models.build import num_parameters
 from akd_dist.models.card import ModelCard
-from akd_dist.models.device import autocast, device_name, set_deterministic, weights_dtype
-from akd_dist.models.folder import NOBODY, read_model
-from akd_dist.serve.examples import Batch, DataRequest, Examples, Home, open_examples
-
-
-@dataclass(frozen=True)
-class Served:
-    """A model folder, opened for use."""
-
-    home: Home
-    """Its folder, and the recipe of its run."""
-    module: nn.Module
-    """In eval mode, on its device: raw inputs [n, *shape] -> logits [n, classes]."""
-    card: ModelCard
-    """What it was made for."""
-    precision: recipe.Precision
-    """What it computes with: as in its run; elsewhere the precision of its weights."""
-    threads: int
-    """CPU threads, as in its run; elsewhere 1."""
-    device: torch.device
-    """Where it computes."""
-
-    def logits(self, inputs: np.ndarray) -> torch.Tensor:
-        """Logits [n, classes] of raw inputs [n, *shape], float32 or float64, on its device."""
-        with torch.inference_mode(), autocast(self.device, self.precision):
-            # Copied, since torch warns of tensors over memory that is read-only, as a memory map is.
-            logits: torch.Tensor = self.module(torch.from_numpy(np.array(inputs)).to(self.device))
-        return at_least_float32(logits)
-
-
-def open_model(uri: str, device: recipe.Device = "cpu", trusted: Trusted = NOBODY) -> Served:
-    """A model for use, computing as it did in its run where it lies in one: `<run>/students/<student>`.
-
-    Args:
-        uri: a model folder, absolute or `s3://`; or a local folder with a fine-tuned Hugging Face model.
-        device: `cpu` or `cuda`.
-        trusted: which factories may be imported for it. The recipe of its run has no say in that.
-
-    Raises:
-        RefusedError, DamagedError: as `models.folder.load_model`.
-        RecipeError: the recipe of its run cannot be read.
-        MachineError: there is no such device.
-    """
-    device_name(device)  # a missing GPU is told first
-    run = _run_of(uri)
-    if run is not None:  # it says where trusted modules may lie
-        trusted = trusted.seen_from(trusted.named_by, run.folder)
-    module, card = read_model(uri, trusted)
-    known = {student.name: student for student in run.students} if run is not None else {}
-    student = known.get(Path(uri).name)
-    double = any(parameter.dtype == torch.float64 for parameter in module.parameters())
-    precision = student.precision if student else "float64" if double else "float32"
-    placed = torch.device(device)
-    module = module.to(placed, weights_dtype(precision))
-    return Served(Home(uri, run), module, card, precision, student.threads if student else 1, placed)
-
-
-def _run_of(uri: str) -> recipe.Recipe | None:
-    """The recipe of the run that a model folder lies in; None where it lies in none."""
-    folder = Path(uri)
-    path = folder.parent.parent / "recipe.yaml"
-    if "://" in uri or folder.parent.name != "students" or not path.is_file():
-        return None
-    return recipe.load_recipe(path)
+from akd_dist.serve.examples import Batch, DataRequest, Examples, open_examples
+from akd_dist.serve.export_files import refuse_existing
+from akd_dist.serve.language import evaluate_texts, predict_texts
+from akd_dist.serve.served import Served, as_in_training, open_model
 
 
 def evaluate(
@@ -124,12 +60,14 @@ def evaluate(
     started = time.monotonic()
     trusted = asked.trusted()
     ours, *theirs = [open_model(uri, device, trusted) for uri in (student, *others)]
+    if ours.card.blocks is not None:
+        return evaluate_texts([ours, *theirs], asked, cache_root, on_progress=on_progress, on_note=on_note)
     with open_examples(asked, ours.card, ours.home, cache_root, need_labels=True, on_progress=on_progress) as examples:
         for other in theirs:
             examples.check(other.card, other.home.uri)
         tallies = [_Tally(model, _Column(examples.rows)) for model in (ours, *theirs)]
         labels = _Column(examples.rows)
-        with _as_in_training(ours):
+        with as_in_training(ours):
             for inputs, known in _shown(examples, "evaluating", on_progress, on_note):
                 assert known is not None
                 labels.add(known)
@@ -234,7 +172,8 @@ def predict(
     int64, or a number, float64, for regression; `class_name`, what that class is called, where the model's card says;
     `probability` float32, of that class, by softmax (classification); `logits`, float32 [classes]; `label`, int64 or
     float32, where the data have one. The file's metadata say under `akd_dist` which model it was, and the names of its
-    classes. Memory does not grow with the rows.
+    classes. Memory does not grow with the rows. Of language models what they say of each token instead, see
+    `language.predict_texts`.
 
     Args:
         student: a model folder, absolute or `s3://`.
@@ -255,10 +194,14 @@ def predict(
     started = time.monotonic()
     refuse_existing(out, overwrite)
     model = open_model(student, device, asked.trusted())
+    if model.card.blocks is not None:
+        return predict_texts(
+            model, asked, out, cache_root, overwrite=overwrite, on_progress=on_progress, on_note=on_note
+        )
     with open_examples(asked, model.card, model.home, cache_root, on_progress=on_progress) as examples:
         schema = _schema(model.card, examples, with_logits)
         at = 0
-        with _as_in_training(model), predictions_file(out, schema, overwrite=overwrite) as write:
+        with as_in_training(model), predictions_file(out, schema, overwrite=overwrite) as write:
             for inputs, labels in _shown(examples, "predicting", on_progress, on_note):
                 names = None if examples.names is None else examples.names(at, at + len(inputs))
                 write(_table(schema, model, at, inputs, labels, names))
@@ -276,29 +219,6 @@ def predict(
         device=device,
         seconds=round(time.monotonic() - started, 3),
     )
-
-
-def refuse_existing(out: Path, overwrite: bool, instead_of: str | None = None) -> None:
-    """Refuse a place to write to that is taken, or that is no local path.
-
-    Args:
-        out: the place.
-        overwrite: whether a file may be overwritten.
-        instead_of: a file by which a folder is known that may be overwritten as well; None spares every folder.
-
-    Raises:
-        RecipeError: so it is.
-    """
-    if "://" in str(out):
-        raise RecipeError("results are written to a local path", got=out, next="copy them afterwards")
-    if not out.exists():
-        return
-    if not overwrite:
-        what = "a folder" if out.is_dir() else "a file"
-        raise RecipeError(f"{out} is there already", got=what, expected="a new name", next="choose one, or add --force")
-    if out.is_dir() and (instead_of is None or not (out / instead_of).is_file()):
-        expected = "a file" if instead_of is None else f"a folder with {instead_of}"
-        raise RecipeError(f"{out} is not overwritten", got="a folder", expected=expected, next="choose another name")
 
 
 def _schema(card: ModelCard, examples: Examples, with_logits: bool) -> Any:
@@ -366,17 +286,3 @@ def _shown(
     if on_note is not None:
         for note in examples.notes():
             on_note(note)
-
-
-@contextlib.contextmanager
-def _as_in_training(model: Served) -> Iterator[None]:
-    """Threads and algorithms as where the model was trained; afterwards as they were in this process."""
-    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    set_deterministic(model.device.type, model.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict)
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -146,19 +146,20 @@ def open_examples(
             expected="a column of labels",
             next="name it with --label, or use `akd-dist predict`",
         )
-    recipe_path = _recipe_path(asked.data)
-    if recipe_path is not None:
-        _refuse_options(asked, "input", "label", "tokenizer")
-        examples = _of_recipe(recipe_path, asked, card, home, cache_root, need_labels, on_progress)
+    path = recipe_path(asked.data)
+    if path is not None:
+        refuse_options(asked, "input", "label", "tokenizer")
+        examples = _of_recipe(path, asked, card, home, cache_root, need_labels, on_progress)
         examples.check(card, home.uri)
         yield examples
         return
-    _refuse_options(asked, "split", *(("input", "label", "tokenizer") if asked.data == DIGITS else ()))
+    refuse_options(asked, "split", *(("input", "label", "tokenizer") if asked.data == DIGITS else ()))
     with named_data(asked.data, cache_root) as named:
         yield _of_source(_source(asked, named, card, home, need_labels), asked, card, home)
 
 
-def _recipe_path(data: str) -> Path | None:
+def recipe_path(data: str) -> Path | None:
+    """The recipe that data are named by: a file, or that of a run's folder; None of other data."""
     if "://" in data:
         return None
     path = Path(data)
@@ -167,7 +168,12 @@ def _recipe_path(data: str) -> Path | None:
     return path / "recipe.yaml" if (path / "recipe.yaml").is_file() else None
 
 
-def _refuse_options(asked: DataRequest, *names: str) -> None:
+def refuse_options(asked: DataRequest, *names: str) -> None:
+    """Refuse options that say what the data say themselves.
+
+    Raises:
+        RecipeError: names the option.
+    """
     for name in names:
         if (value := getattr(asked, name)) not in (None, (), ""):
             what = "a recipe, which says so itself" if name != "split" else "data other than a recipe"

@@ -1,4 +1,4 @@
-"""Where an export is made, and how it comes to its place: whole, or not at all."""
+"""Where results and exports go: what is there already is spared, and they come to their place whole or not at all."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from akd_dist.base.errors import MachineError
+from akd_dist.base.errors import MachineError, RecipeError
 from akd_dist.base.files import PARTIAL_SUFFIX, fsync_folder
 
 
@@ -65,3 +65,26 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def refuse_existing(out: Path, overwrite: bool, instead_of: str | None = None) -> None:
+    """Refuse a place to write to that is taken, or that is no local path.
+
+    Args:
+        out: the place.
+        overwrite: whether a file may be overwritten.
+        instead_of: a file by which a folder is known that may be overwritten as well; None spares every folder.
+
+    Raises:
+        RecipeError: so it is.
+    """
+    if "://" in str(out):
+        raise RecipeError("results are written to a local path", got=out, next="copy them afterwards")
+    if not out.exists():
+        return
+    if not overwrite:
+        what = "a folder" if out.is_dir() else "a file"
+        raise RecipeError(f"{out} is there already", got=what, expected="a new name", next="choose one, or add --force")
+    if out.is_dir() and (instead_of is None or not (out / instead_of).is_file()):
+        expected = "a file" if instead_of is None else f"a folder with {instead_of}"
+        raise RecipeError(f"{out} is not overwritten", got="a folder", expected=expected, next="choose another name")

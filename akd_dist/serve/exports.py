@@ -26,10 +26,10 @@ from akd_dist.documents.use import ExportDocument
 from akd_dist.models.card import ModelCard
 from akd_dist.models.huggingface_config import CONFIG
 from akd_dist.serve import language_exports as language
-from akd_dist.serve.evaluation import Served, open_model, refuse_existing
 from akd_dist.serve.examples import DataRequest, known_text, open_examples
-from akd_dist.serve.export_files import made_beside, publish, quiet
+from akd_dist.serve.export_files import made_beside, publish, quiet, refuse_existing
 from akd_dist.serve.runners import RUNNERS, DoesNotRunError
+from akd_dist.serve.served import Served, open_model
 
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "huggingface": "-huggingface"}
 """How an export is named after its model, where nobody names it."""
@@ -88,7 +88,7 @@ def export(
     Raises:
         RecipeError: no such format, a package is missing, or `out` is there already.
         RefusedError: the model cannot be exported so, or the export does not give the same logits; nothing is left.
-        DamagedError, MachineError: as `evaluation.open_model` and `examples.open_examples`.
+        DamagedError, MachineError: as `served.open_model` and `examples.open_examples`.
     """
     started = time.monotonic()
     if to not in TARGETS:
@@ -101,9 +101,9 @@ def export(
     trained_in = model.precision
     model = replace(model, precision="float64" if model.precision == "float64" else "float32")
     _refuse_kind(model, to)
+    rows = _rows_of(model, asked, trust, cache_root, on_progress)
     if model.card.blocks is not None:
         model = language.on_ids(model)
-    rows = _rows_of(model, asked, trust, cache_root, on_progress)
     expected = _logits(model, rows.inputs)
     with made_beside(out, to) as made:
         with quiet():
@@ -165,7 +165,10 @@ def _rows_of(
 ) -> _Rows:
     """Real rows where there are any; of a language model ids."""
     if model.card.blocks is not None:
-        return _Rows(language.random_ids(model.card.blocks, asked), None)
+        if asked is None:
+            return _Rows(language.random_ids(model.card.blocks), None)
+        ids, texts = language.real_ids(model, asked, cache_root, on_progress)
+        return _Rows(ids, texts.name, texts.split)
     if asked is None and model.home.run is not None:
         asked = DataRequest(str(Path(model.home.uri).parent.parent), trust=trust)
     if asked is None:
@@ -218,7 +221,7 @@ def _compared(model: Served, to: str, got: np.ndarray, expected: np.ndarray) -> 
 
 
 def _notes(model: Served, trained_in: str, to: str, rows: _Rows, tokenizer: str | None) -> list[str]:
-    notes = language.notes(model, to, tokenizer) if model.card.blocks is not None else []
+    notes = language.notes(model, to, tokenizer, real=rows.data is not None) if model.card.blocks is not None else []
     if rows.data is None and model.card.blocks is None:
         notes.append("compared on random inputs: the model lies in no run, and --data names no rows")
     if trained_in != model.precision:

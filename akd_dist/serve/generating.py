@@ -21,7 +21,7 @@ from akd_dist.models import generation
 from akd_dist.models.device import autocast
 from akd_dist.models.generation import Sampling
 from akd_dist.models.language import Blocks, LanguageModel
-from akd_dist.serve.evaluation import Served, open_model
+from akd_dist.serve.served import Served, open_model
 
 _CUT = "\ufffd"  # what a character is read as of which some bytes are still to come
 _LONGEST_CHARACTER = 4  # bytes
@@ -34,6 +34,7 @@ def generate(
     *,
     tokenizer: str | None = None,
     trust: tuple[str, ...] = (),
+    chat: bool = False,
     device: recipe.Device = "cpu",
     on_text: Callable[[str], None] = lambda piece: None,
 ) -> GenerationDocument:
@@ -45,12 +46,14 @@ def generate(
         how: how tokens are chosen; its `end` is that of the tokenizer where it is None.
         tokenizer: a folder, or a name on the hub; None takes that of the model's run, or the one beside the model.
         trust: modules that the model's folder may name.
+        chat: whether the prompt is what a user says in a chat, as the tokenizer's template writes it.
         device: `cpu` or `cuda`.
         on_text: told each piece of text as soon as it is there.
 
     Raises:
-        RefusedError: it is no language model, nobody knows its tokenizer, or the text is too long for it.
-        DamagedError, MachineError: as `evaluation.open_model`.
+        RefusedError: it is no language model, nobody knows its tokenizer or that has no template, or the text is too
+            long for it.
+        DamagedError, MachineError: as `served.open_model`.
     """
     started = time.monotonic()
     model = open_model(student, device, Trusted(modules=trust))
@@ -58,7 +61,7 @@ def generate(
     assert isinstance(model.module, LanguageModel)
     speaks = prompt_tokenizer(text_of(model, tokenizer))
     end = next((one for one in (how.end, blocks.end_of_text, speaks.end) if one is not None), None)
-    how, ids = replace(how, end=end), speaks.encode(prompt)
+    how, ids = replace(how, end=end), speaks.encode_chat(prompt) if chat else speaks.encode(prompt)
     made: list[int] = []
     with autocast(model.device, model.precision):
         for piece in _pieces(generation.generate(model.module, ids, how, blocks.vocabulary), speaks, made):
@@ -89,14 +92,12 @@ def text_of(model: Served, tokenizer: str | None) -> recipe.Text:
     Raises:
         RefusedError: nobody knows.
     """
-    blocks, folder = _blocks_of(model), Path(model.home.uri)
+    blocks = _blocks_of(model)
     if tokenizer is not None:
         local = expanded(tokenizer)
         return _of_folder(local) if local.is_dir() else recipe.HuggingFaceText(name=tokenizer)
-    if model.home.run is not None and model.home.run.data.text is not None:
-        return model.home.run.data.text
-    if (folder / "tokenizer_config.json").is_file():
-        return _of_folder(folder)
+    if (found := folder_text(model)) is not None:
+        return found
     if blocks.vocabulary == ByteTokenizer.tokens.vocabulary:
         return recipe.ByteText()
     raise RefusedError(
@@ -105,6 +106,14 @@ def text_of(model: Served, tokenizer: str | None) -> recipe.Text:
         expected=f"a tokenizer of {blocks.vocabulary:,} tokens",
         next="name its folder with --tokenizer",
     )
+
+
+def folder_text(model: Served) -> recipe.Text | None:
+    """How text becomes ids by the recipe of a model's run, or by the tokenizer beside it; None where neither is."""
+    if model.home.run is not None and model.home.run.data.text is not None:
+        return model.home.run.data.text
+    folder = Path(model.home.uri)
+    return _of_folder(folder) if (folder / "tokenizer_config.json").is_file() else None
 
 
 def _of_folder(folder: Path) -> recipe.Text:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from akd_dist.base.errors import RecipeError
-from akd_dist.data.prompts import save_prompt_tokenizer
 from akd_dist.data.row_cache import Progress, prepare
 from akd_dist.data.text import save_tokenizer
+from akd_dist.data.tokenizers import save_language_tokenizer
 from akd_dist.distill.agreement import check_on_rows
 from akd_dist.distill.language_check import check_on_blocks
 from akd_dist.distill.trial import try_teacher
@@ -21,7 +21,7 @@ from akd_dist.models.folder import save_model
 from akd_dist.models.imported import open_checkpoint
 from akd_dist.models.language import LanguageModel
 from akd_dist.recipe import Custom, HuggingFaceText, Recipe
-from akd_dist.serve.evaluation import refuse_existing
+from akd_dist.serve.export_files import refuse_existing
 
 
 def import_model(
@@ -72,8 +72,8 @@ def import_model(
     save_model(out, module, imported.card)
     if isinstance(recipe.data.text, HuggingFaceText) and imported.card.tokens is not None:
         save_tokenizer(recipe.data.text, imported.card.tokens, out)
-    if isinstance(recipe.data.text, HuggingFaceText) and imported.card.blocks is not None:
-        save_prompt_tokenizer(recipe.data.text, imported.card.blocks.vocabulary, out)
+    if isinstance(recipe.data.text, HuggingFaceText) and (blocks := imported.card.blocks) is not None:
+        save_language_tokenizer(recipe.data.text, blocks.vocabulary, blocks.tokenizer, out)
     splits.sources.finish()
     return ModelImportDocument(
         out=str(out),

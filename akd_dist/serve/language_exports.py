@@ -20,18 +20,22 @@ from torch import nn
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.prompts import save_prompt_tokenizer
+from akd_dist.data.packing import IDS
+from akd_dist.data.row_cache import Progress
+from akd_dist.data.tokenizers import save_language_tokenizer
 from akd_dist.models.card import WEIGHTS
 from akd_dist.models.decoder import CausalDecoder, llama_config, llama_state
 from akd_dist.models.huggingface_config import CONFIG
 from akd_dist.models.huggingface_lm import HuggingFaceDecoder
 from akd_dist.models.language import Blocks, LanguageModel, plain_logits
-from akd_dist.serve.evaluation import Served
 from akd_dist.serve.examples import DataRequest
 from akd_dist.serve.generating import text_of
+from akd_dist.serve.language_data import Texts, open_texts
+from akd_dist.serve.served import Served
 
 INPUT = "input_ids"
 _ROWS, _LENGTH = 8, 32  # of what an export is compared on
+_NUMBERS = 1 << 26  # logits that are compared, at most, where real texts are longer than that
 
 
 class OnIds(nn.Module):
@@ -53,21 +57,35 @@ def on_ids(model: Served) -> Served:
     return replace(model, module=OnIds(model.module).eval())
 
 
-def random_ids(blocks: Blocks, asked: DataRequest | None) -> np.ndarray:
-    """Ids int64 [rows, length] all over the vocabulary.
-
-    Raises:
-        RefusedError: data are named, which a language model's export is not compared on.
-    """
-    if asked is not None:
-        raise RefusedError(
-            "the export of a language model is compared on random tokens",
-            got=f"--data {asked.data}",
-            expected="no data",
-            next="leave --data out",
-        )
+def random_ids(blocks: Blocks) -> np.ndarray:
+    """Ids int64 [rows, length] all over the vocabulary."""
     shape = (_ROWS, min(blocks.length, _LENGTH))
     return np.random.default_rng(0).integers(0, blocks.vocabulary, shape, dtype=np.int64)
+
+
+def real_ids(
+    model: Served, asked: DataRequest, cache_root: Path, on_progress: Progress | None
+) -> tuple[np.ndarray, Texts]:
+    """Ids int64 [rows, length] of texts that a user names, from their beginning, and these texts.
+
+    Raises:
+        RecipeError, RefusedError, MachineError: as `language_data.open_texts` and `Texts.prepare`; or there is no
+            token.
+    """
+    texts = open_texts(asked, model, cache_root, on_progress=on_progress)
+    texts.prepare(model)
+    _, blocks = next(texts.batches(), (None, np.empty((0, 3, 0), np.int32)))
+    # Logits of all positions are held, several times over.
+    length = max(_LENGTH, _NUMBERS // (_ROWS * texts.blocks.vocabulary))
+    ids = blocks[:_ROWS, IDS, :length].astype(np.int64)
+    if ids.size == 0:
+        raise RefusedError(
+            f"there is no token in {asked.data}",
+            got="empty documents alone",
+            expected="text",
+            next="name other data, or leave --data out",
+        )
+    return ids, texts
 
 
 def example(module: nn.Module, blocks: Blocks) -> tuple[torch.Tensor, dict[int, Any]]:
@@ -75,7 +93,7 @@ def example(module: nn.Module, blocks: Blocks) -> tuple[torch.Tensor, dict[int, 
     assert isinstance(module, OnIds)
     most = module.language.most_positions
     free = {0: torch.export.Dim("rows", min=1), 1: torch.export.Dim("length", min=1, max=most)}
-    return torch.from_numpy(random_ids(blocks, None)[:2]), free
+    return torch.from_numpy(random_ids(blocks)[:2]), free
 
 
 def inputs_in_words(blocks: Blocks) -> str:
@@ -92,9 +110,13 @@ def outputs_in_words(module: nn.Module, precision: str) -> str:
     return f"{precision} [rows, length, {rows}], logits of the next token at each position"
 
 
-def notes(model: Served, to: str, tokenizer: str | None) -> list[str]:
-    """What to know besides."""
-    told = ["compared on random tokens"]
+def notes(model: Served, to: str, tokenizer: str | None, *, real: bool) -> list[str]:
+    """What to know besides.
+
+    Args:
+        real: whether it was compared on texts that the user named.
+    """
+    told = [] if real else ["compared on random tokens"]
     if model.card.blocks is not None and model.card.blocks.attention == "document":
         told.append("takes one document a row: several documents in one block are kept apart by akd-dist alone")
     if to == "huggingface" and not isinstance(_known_text(model, tokenizer), recipe.HuggingFaceText):
@@ -123,7 +145,7 @@ def write_huggingface(model: Served, folder: Path, tokenizer: str | None) -> Non
         config["dtype"] = str(module.output_weight.dtype).removeprefix("torch.")
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if isinstance(text := _known_text(model, tokenizer), recipe.HuggingFaceText):
-        save_prompt_tokenizer(text, model.card.blocks.vocabulary, folder)
+        save_language_tokenizer(text, model.card.blocks.vocabulary, model.card.blocks.tokenizer, folder)
 
 
 def _known_text(model: Served, tokenizer: str | None) -> recipe.Text | None:

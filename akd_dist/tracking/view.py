@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from akd_dist.base.formatting import NARROWEST, duration, house_table, shortened, uncut
+from akd_dist.base.formatting import NARROWEST, SHOWN, duration, house_table, shortened, uncut
 from akd_dist.base.places import RUN_ROOT
 from akd_dist.documents.status import StatusDocument, StudentProgress
 
@@ -112,7 +112,7 @@ def _table(students: list[StudentProgress], metric: str, width: int, *, fit: boo
     from rich.text import Text
 
     headings = ("stage", "epoch", "T", "loss", metric, "rows/s", "left")
-    rows = [cells_of(student) for student in students]
+    rows = [cells_of(student, metric) for student in students]
     widths = [max(map(len, column)) + GAP for column in zip(headings, *rows, strict=True)]
     names = [student.name for student in students]
     if fit:
@@ -126,7 +126,7 @@ def _table(students: list[StudentProgress], metric: str, width: int, *, fit: boo
     return table if fit else uncut(table, width)
 
 
-def cells_of(student: StudentProgress) -> tuple[str, ...]:
+def cells_of(student: StudentProgress, metric: str | None = None) -> tuple[str, ...]:
     """Stage or state, epoch of total, temperature, loss, validation metric, rows per second and time left."""
     training = student.state == "training"
     epoch = min(student.epoch + training, student.epochs)
@@ -135,7 +135,7 @@ def cells_of(student: StudentProgress) -> tuple[str, ...]:
         f"{epoch}/{student.epochs}",
         "-" if student.temperature is None else str(student.temperature),
         _number(student.loss),
-        _number(student.validation),
+        _measured(student.validation, metric) or _number(student.validation),
         f"{student.rows_per_second:,.0f}" if training else "-",
         "-" if student.seconds_left is None or not training else clock(student.seconds_left),
     )
@@ -186,7 +186,9 @@ def ended_line(student: StudentProgress, metric: str | None) -> str:
     told += f" after {student.epoch} of {student.epochs} epochs"
     if student.reason:
         return f"{told}: {student.reason}"
-    return told if student.validation is None else f"{told}: validation {metric} {student.validation:.4f}"
+    if student.validation is None:
+        return told
+    return f"{told}: validation {metric} {_measured(student.validation, metric) or f'{student.validation:.4f}'}"
 
 
 def headline(status: StatusDocument) -> str:
@@ -243,6 +245,12 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def _measured(value: float | None, metric: str | None) -> str | None:
+    """A metric of language models as tables show it; None for those that are shown to four digits."""
+    shown = SHOWN.get(metric or "")
+    return shown.text(value) if shown is not None and shown.lowest else None
 
 
 def _names(names: list[str]) -> str:

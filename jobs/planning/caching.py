@@ -21,22 +21,22 @@ from akd_dist.distill.trial import try_inference, try_teacher, try_training
 from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSplit, PlannedSplits
 from akd_dist.documents.check import TeacherCheck
 from akd_dist.jobs.packing import ResourceRequest
-from akd_dist.jobs.planning.creations import computed_on, creation_of
+from akd_dist.jobs.planning.creations import computed_on, creation_of, identity_of
+from akd_dist.jobs.planning.language import check_can_be_cached, check_language_teacher
 from akd_dist.jobs.planning.models import CachedModel, Level, SplitPlan, count_of, levels_of
 from akd_dist.jobs.planning.stored import check_kind, stores_of
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_recipe
 from akd_dist.jobs.train_teacher import Trained, Workspace, assistant_of, is_there, name_of, teacher_of
 from akd_dist.models.build import build
-from akd_dist.models.card import ModelCard
+from akd_dist.models.card import ModelCard, blocks_of
 from akd_dist.models.device import device_name, gpus_of
 from akd_dist.models.folder import load_card, read_model
 from akd_dist.models.imported import open_checkpoint
 from akd_dist.models.inference import compiled_by
 from akd_dist.recipe import Recipe, Split, StoredTeacher
 from akd_dist.storage import catalog
-from akd_dist.storage.encodings import encoding_from_config
-from akd_dist.storage.layout import RECEIPTS, TEACHERS, StoreLayout
+from akd_dist.storage.layout import RECEIPTS, TEACHERS
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.writer import StoreWriter
@@ -190,7 +190,8 @@ def look_up(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
                 plan.creation = computed_on(device_name(recipe.device), plan.creation)
             # Receipts are counted and not read: a command that computes looks at each of them once it holds the claim.
             done = set(StoreWriter(workspace.store_root, plan.creation).store.list(RECEIPTS))
-            source = source_of(plan, catalog.narrower_stores(workspace.store_root, plan.identity))
+            narrower = [] if plan.identity.tables else catalog.narrower_stores(workspace.store_root, plan.identity)
+            source = source_of(plan, narrower)
             taken = 0 if source is None else source.identity.views
             shards = plan.identity.layout.shards()
             plan.missing = [one for one in shards if one.view >= taken and one.receipt_key not in done]
@@ -238,20 +239,21 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
 
 def _planned(recipe: Recipe, splits: Splits, model: CachedModel | None) -> PlannedSplits:
     """What the stores of a model take; None is one that is not there."""
-    dtype = str(encoding_from_config(recipe.cache.encoding.config()).dtype)
 
-    def of(rows: Rows, views: int, plan: SplitPlan | None) -> PlannedSplit:
-        layout = StoreLayout(views, len(rows), rows.classes, dtype)
+    def of(split: str, rows: Rows, views: int, plan: SplitPlan | None) -> PlannedSplit:
+        identity = identity_of(recipe, rows, split, "")
+        layout = identity.layout
         shards = list(layout.shards()) if plan is None else plan.missing
         size = sum(layout.stored_bytes(shard) for shard in shards)
         hit = plan is not None and plan.store is not None
         counts = {"rows": len(rows), "unlabelled": rows.unlabelled, "shards": len(shards), "bytes": size}
+        counts |= {} if identity.items is None else {"targets": identity.items}
         return PlannedSplit(views=views, hit=hit, **counts)
 
     names: tuple[Split, ...] = ("train", "validation", "test")
     plans = {} if model is None else {plan.split: plan for plan in model.plans}
     return {
-        split: of(getattr(splits, split), recipe.data.views if split == "train" else 1, plans.get(split))
+        split: of(split, getattr(splits, split), recipe.data.views if split == "train" else 1, plans.get(split))
         for split in names
         if model is None or split in plans
     }
@@ -270,7 +272,8 @@ def _together(teachers: Sequence[PlannedSplits]) -> PlannedSplits:
 
 def model_at(name: str, uri: str, recipe: Recipe, splits: Splits) -> CachedModel:
     """A model that is there, and the stores that the recipe asks for; these are still to be looked up."""
-    return _of_card(name, uri, load_card(uri, recipe.trusted), recipe, splits)
+    blocks = None if splits.train.task != "language_model" else blocks_of(splits.train)
+    return _of_card(name, uri, load_card(uri, recipe.trusted, blocks=blocks), recipe, splits)
 
 
 def _of_card(name: str, uri: str, card: ModelCard, recipe: Recipe, splits: Splits) -> CachedModel:
@@ -294,6 +297,7 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], 
         DamagedError: weights or a store are not what was written.
     """
     rows, data = splits.train, recipe.data
+    check_can_be_cached(recipe, splits)
     for number, member in enumerate(recipe.teacher.each):
         if member.train is None:
             # One of an ensemble is looked at although one before it is still to be trained.
@@ -321,6 +325,10 @@ def _check_given(model: CachedModel, recipe: Recipe, splits: Splits, workspace: 
     if model.card is None:  # there are only stores, which were compared with the rows when they were found
         if (store := model.opened.get("validation")) is not None:
             model.check = check_in_store(store, splits.validation, model.name)
+        _tell_check(model, workspace)
+        return
+    if splits.train.task == "language_model":
+        check_language_teacher(model, recipe, splits, workspace)
         _tell_check(model, workspace)
         return
     model.card.check_rows(splits.train, f"the teacher in {model.model_uri}")
@@ -379,6 +387,8 @@ def check_room(store_root: str, needed: int) -> None:
 def tell_of_chance(model: CachedModel, console: Console) -> None:
     """Say so if a model, by what the shards of its train store say, knows hardly anything of the labels."""
     if (store := model.opened.get("train")) is None or (model.check is not None and model.check.warnings):
+        return
+    if model.plans[0].rows.task == "language_model":
         return
     rows, shards = model.plans[0].rows, zip(store.layout.shards(), store.manifest.records(), strict=True)
     # The first rows have labels; in regression no label is chosen.

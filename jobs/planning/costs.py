@@ -11,7 +11,7 @@ from typing import NamedTuple
 from akd_dist.data.encoded import bytes_in_memory, rows_ahead
 from akd_dist.data.row_fetch import bytes_ahead
 from akd_dist.data.rows import Splits
-from akd_dist.distill.objectives import Stage, mix_of, stages
+from akd_dist.distill.objectives import Stage, mix_of, stages_of
 from akd_dist.distill.orders import ALL, Batches
 from akd_dist.distill.probe import Measured, guessed
 from akd_dist.distill.stacking import most_together
@@ -96,7 +96,9 @@ class CostModel:
     row_bytes: int = 0
     """Bytes of one row's inputs and label."""
     classes: int = 0
-    """Logits of a row."""
+    """Logits of a row, or of a target."""
+    targets: int | None = None
+    """Of all train rows, where these have several each."""
     behind: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(epoch, step) of the last checkpoint of those that resume."""
     stages1: Mapping[str, str] = field(default_factory=dict)
@@ -135,6 +137,7 @@ class CostModel:
             probes=measured,
             row_bytes=train.row_bytes,
             classes=train.classes,
+            targets=train.targets if train.task == "language_model" else None,
             behind=behind or {},
             stages1=stages1 or {},
             fetching=0 if train.sealed is None else bytes_ahead(train.row_bytes),
@@ -151,12 +154,12 @@ class CostModel:
         """How the epochs of a student's stage are cut."""
         mix = ALL if self.labelled is None else mix_of(stage, spec.labelled)
         labelled = self.rows if self.labelled is None else self.labelled
-        return Batches(self.rows, labelled, spec.batch, spec.last_batch, mix)
+        return Batches(self.rows, labelled, spec.batch, spec.last_batch, mix, spec.epoch_steps)
 
     def steps_until(self, spec: StudentSpec, epoch: int, step: int = 0) -> int:
         """The steps of a student before a place in its epochs, from its first one on."""
         steps = step
-        for stage in stages(spec.objective):
+        for stage in stages_of(spec):
             here = min(stage.epochs, epoch)
             steps, epoch = steps + here * self.batches(spec, stage).steps, epoch - here
         return steps
@@ -164,7 +167,7 @@ class CostModel:
     def starts_at(self, spec: StudentSpec, follows: bool = False) -> tuple[int, int]:
         """(epoch, step) from which a student computes; one that follows computes no stage I."""
         skips = follows or spec.name in self.stages1
-        return (stages(spec.objective)[0].epochs, 0) if skips else self.behind.get(spec.name, (0, 0))
+        return (stages_of(spec)[0].epochs, 0) if skips else self.behind.get(spec.name, (0, 0))
 
     def ends_at(self, spec: StudentSpec) -> int:
         """After how many epochs a student ends, or waits."""
@@ -201,7 +204,7 @@ class CostModel:
 
     def _is_past_stage1(self, spec: StudentSpec) -> bool:
         epoch, _ = self.starts_at(spec)
-        return epoch >= stages(spec.objective)[0].epochs
+        return epoch >= stages_of(spec)[0].epochs
 
     def family_seconds(self, family: Cohort) -> float:
         """The same for students that share a stage I: one of them computes it for those that have not begun."""
@@ -233,8 +236,8 @@ class CostModel:
 
     def _legs(self, spec: StudentSpec) -> tuple[_Leg, ...]:
         """Its stages, as far as they come before it ends or waits."""
-        ends, until = [0, *itertools.accumulate(one.epochs for one in stages(spec.objective))], self.ends_at(spec)
-        begun = zip(itertools.pairwise(ends), stages(spec.objective), strict=True)
+        ends, until = [0, *itertools.accumulate(one.epochs for one in stages_of(spec))], self.ends_at(spec)
+        begun = zip(itertools.pairwise(ends), stages_of(spec), strict=True)
         return tuple(
             _Leg(min(end, until), stage.needs_logits, self.batches(spec, stage))
             for (begin, end), stage in begun

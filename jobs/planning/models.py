@@ -29,6 +29,8 @@ class SplitPlan:
     missing: list[Shard] = field(default_factory=list)
     """Shards to compute; without a claim, others may compute them as well."""
     computed: int = 0
+    unprepared: bool = False
+    """Whether its store lacks what it has once for all shards: see `storage.tables`."""
 
     @property
     def identity(self) -> Identity:
@@ -80,8 +82,8 @@ class CachedModel:
 
     @property
     def missing(self) -> bool:
-        """Whether there are shards to compute."""
-        return any(plan.missing for plan in self.plans)
+        """Whether there is something to compute."""
+        return any(plan.missing or plan.unprepared for plan in self.plans)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from akd_dist.base.errors import MachineError
@@ -428,8 +427,8 @@ def _short(key: str | None) -> str | None:
 
 def bytes_streamed(recipe: Recipe, cohort: Cohort, costs: CostModel) -> int:
     """Inputs, labels and logits that a cohort's stream reads over its epochs; logits only where somebody needs them."""
-    dtype = np.dtype(windows.dtype_read(recipe))
-    plain, logits = costs.row_bytes, costs.classes * dtype.itemsize
+    plain = costs.row_bytes
+    logits, _ = windows.read_at_once(recipe, costs.rows, costs.classes, costs.targets)
     return sum(one.rows * (plain + logits * one.logits) for one in costs.streamed(cohort))
 
 

@@ -26,7 +26,7 @@ def groups_of(students: Sequence[StudentSpec], device: str = "cpu") -> list[Coho
     groups = defaultdict(list)
     for spec in students:
         gpus = spec.gpus * gpus_of(device)
-        batches = spec.batch, spec.last_batch
+        batches = spec.batch, spec.last_batch, spec.epoch_steps
         groups[batches, spec.workers, spec.threads, gpus, learns_from_assistant(spec)].append(spec)
     return [tuple(group) for group in groups.values()]
 

@@ -33,6 +33,7 @@ from akd_dist.distill.ranks import reason_of
 from akd_dist.jobs.idle import IdleWorkers, Worker
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import (
+    CausalLm,
     Cnn,
     DataSpec,
     HardLabels,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 ALL_SECONDS = 30.0
 """How long the probes of a fleet take at most; further models are estimated from the nearest by size."""
 
-BUILT_IN = (Mlp, Cnn, ResNet, PlainCnn, TextTransformer)
+BUILT_IN = (Mlp, Cnn, ResNet, PlainCnn, TextTransformer, CausalLm)
 """Models whose code is ours."""
 _SIZES = ("weights", "gradients", "optimizer", "step_memory", "evaluation_memory")
 
@@ -145,10 +146,12 @@ def measure_all(
 def probe_key(spec: StudentSpec) -> str:
     """What the cost of a student's step depends on. Neither its seed nor its learning rate nor its temperature do."""
     optimizer = largest_optimizer(spec)
+    # What keys of later change stands there only where they do: the way of a run's steps is found by this.
+    later = f" {spec.micro_batch} {spec.gradient_checkpointing}" if spec.is_language_model else ""
     return "\n".join(
         [
             spec.model.model_dump_json(),
-            f"{spec.batch} {spec.last_batch} {spec.workers} {spec.threads} {spec.precision} {spec.labelled}",
+            f"{spec.batch} {spec.last_batch} {spec.workers} {spec.threads} {spec.precision} {spec.labelled}{later}",
             f"{optimizer.kind} {moments(optimizer)} {optimizer.clip is None}",
         ]
     )
@@ -177,6 +180,7 @@ class Prober:
             "trusted": recipe.trusted.model_dump(mode="json"),
             "cache_root": cache_root,
             "stacked": recipe.stacked,
+            "encoding": recipe.cache.encoding.config(),
             "sealed": None if sealed is None else asdict(sealed),
         }
         self.process: subprocess.Popen[str] | None = None
@@ -285,13 +289,14 @@ def _answer(
     cache_root: str,
     scratch: str,
     stacked: Stacked,
+    encoding: dict[str, Any],
     sealed: dict[str, str] | None = None,
 ) -> Measured:
     told = Trusted.model_validate(trusted)
     rows, splits = _prepared(json.dumps(data), told, cache_root, None if sealed is None else SealedRows(**sealed))
     try:
         spec = trust(StudentSpec.model_validate(student), told)
-        return probe(rows, device, spec, splits, Path(scratch), stacked)
+        return probe(rows, device, spec, splits, Path(scratch), stacked, encoding)
     finally:
         torch.cuda.empty_cache()  # else it would count as taken in the next probe
 

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 from akd_dist.base.errors import RefusedError
 from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.data.views import by_content
-from akd_dist.distill.objectives import stages
+from akd_dist.distill.objectives import stages_of
 from akd_dist.recipe import NoAugmentation, Recipe, StoredTeacher
 from akd_dist.recipe.paths import STORE_NAME
 from akd_dist.storage import catalog
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.reader import LogitStore, open_store
+from akd_dist.storage.top_k import TopK, top_k_from_config
 
 if TYPE_CHECKING:
-    from akd_dist.recipe import LogitKind, Objective
+    from akd_dist.recipe import Learning, LogitKind
 
 
 def stores_of(recipe: Recipe, named: StoredTeacher, splits: Splits, store_root: str) -> dict[str, LogitStore]:
@@ -49,6 +50,8 @@ def _beside(train: LogitStore, rows: Rows) -> LogitStore | None:
     """The store of other rows by the teacher of a train store."""
     plain = {"augmentation": by_content(NoAugmentation()), "data_seed": None, "views": 1}
     same = {"dataset": rows.fingerprint, "rows": len(rows), **plain}
+    if rows.task == "language_model":
+        same["items"] = rows.targets
     root = train.uri.rpartition("/")[0]
     return catalog.find_store(root, train.manifest.identity.model_copy(update=same))
 
@@ -65,7 +68,9 @@ def _check_same(recipe: Recipe, split: str, rows: Rows, store: LogitStore) -> No
     identity, data = store.manifest.identity, recipe.data
     augmentation = data.augmentation if split == "train" else NoAugmentation()
     seed = None if isinstance(augmentation, NoAugmentation) else data.seed
-    wanted, got = str(encoding_from_config(recipe.cache.encoding.config())), str(identity.encoded)
+    config = recipe.cache.encoding.config()
+    encoding = top_k_from_config(config) if config["name"] == TopK.name else encoding_from_config(config)
+    wanted, got = str(encoding), str(identity.encoded)
     pairs = [
         ("data.augmentation", identity.augmentation, by_content(augmentation)),
         ("data.seed", identity.data_seed, seed),
@@ -93,13 +98,11 @@ def kind_of_store(store: LogitStore) -> LogitKind:
 
 def cannot_learn(recipe: Recipe) -> list[str]:
     """Those that learn from the teacher and need raw logits, a line each: with log-probabilities they are refused."""
-    learners: list[tuple[str, Objective]] = [
-        (f"the student {spec.name}", spec.objective)
-        for spec in recipe.students
-        if spec.objective.learns_from != "assistant"
+    learners: list[tuple[str, Learning]] = [
+        (f"the student {spec.name}", spec) for spec in recipe.students if spec.objective.learns_from != "assistant"
     ]
-    learners += [(f"the assistant {one.model.label}", one.objective) for one in recipe.teacher.chain[:1]]
-    raw = [(name, stage.name) for name, what in learners for stage in stages(what) if stage.needs_raw_logits]
+    learners += [(f"the assistant {one.model.label}", one) for one in recipe.teacher.chain[:1]]
+    raw = [(name, stage.name) for name, what in learners for stage in stages_of(what) if stage.needs_raw_logits]
     return [
         f"{name} cannot learn from log-probabilities: its stage {stage} is a squared distance to raw logits, and the "
         "constant that each row has lost changes it; kd and takd, by softmax alone, can"

@@ -16,13 +16,14 @@ from akd_dist.base.errors import MachineError
 from akd_dist.base.files import read_json
 from akd_dist.base.formatting import size
 from akd_dist.data.row_fetch import held_splits, holding_rooms
-from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Splits
+from akd_dist.data.rows import BLOCK_ROWS, SPLITS, Rows, Splits
 from akd_dist.distill.orders import WINDOWS_AT_ONCE
 from akd_dist.jobs.packing import Node
 from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.recipe import Recipe, StudentSpec
 from akd_dist.storage.encodings import encoding_from_config
-from akd_dist.storage.layout import StoreLayout
+from akd_dist.storage.identity import Identity, format_of
+from akd_dist.storage.layout import TARGETS_FORMAT, StoreLayout
 from akd_dist.storage.node_cache import room_in
 
 _ANSWER_SECONDS = 60.0
@@ -164,22 +165,45 @@ def demands_of(
     Args:
         blocks: whether rows will lie as blocks under the store root, if they do not yet.
     """
-    dtype = encoding_from_config(recipe.cache.encoding.config()).dtype
-    layout = StoreLayout(1, len(splits.train), splits.train.classes, dtype)
-    row = layout.classes * np.dtype(dtype_read(recipe)).itemsize
+    row, piece_rows = row_and_piece(recipe, splits.train)
     epochs = max((spec.objective.epochs for spec in todo), default=0)
     slots = [int(node.cpus // spec.threads) for node in nodes for spec in todo]
     return Demands(
         splits={name: getattr(splits, name).nbytes for name in SPLITS},
         input_row=splits.train.row_bytes,
         input_rows=BLOCK_ROWS if blocks or splits.train.sealed is not None else 0,
-        view=layout.rows * row,
+        view=len(splits.train) * row,
         views=min(recipe.data.views, epochs),
         row=row,
-        piece_rows=layout.shard_rows,
+        piece_rows=piece_rows,
         sharing=max(1, min(len(todo), max(slots, default=1))),
         beside=splits.train.labelled if any(one.labelled for one in (*todo, *recipe.teacher.chain)) else 0,
     )
+
+
+def row_and_piece(recipe: Recipe, rows: Rows) -> tuple[int, int]:
+    """What a row of a view takes of a node's cache, in bytes, and how many rows are fetched together.
+
+    Of rows with several targets both are means.
+    """
+    return read_at_once(recipe, len(rows), rows.classes, rows.targets if rows.task == "language_model" else None)
+
+
+def read_at_once(recipe: Recipe, rows: int, classes: int, targets: int | None) -> tuple[int, int]:
+    """The same of so many rows.
+
+    Args:
+        targets: of all of them, where they have several each.
+    """
+    config = recipe.cache.encoding.config()
+    if format_of(config, targets) < TARGETS_FORMAT:
+        layout = StoreLayout(1, rows, classes, encoding_from_config(config).dtype)
+        return classes * np.dtype(dtype_read(recipe)).itemsize, layout.shard_rows
+    said = {"augmentation": {}, "data_seed": None, "views": 1, "encoding": config, "classes": classes}
+    whose = {"dataset": "", "rows": rows, "teacher": "", "items": targets}
+    layout = Identity.model_validate({"format": TARGETS_FORMAT, **whose, **said}).layout
+    row = -(-layout.item_bytes * layout.rows // max(1, rows))
+    return row, max(1, layout.shard_rows * rows // max(1, layout.rows))
 
 
 def dtype_read(recipe: Recipe) -> str:

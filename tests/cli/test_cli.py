@@ -53,8 +53,8 @@ def test_a_group_alone_shows_its_help(words: tuple[str, ...], run: Any) -> None:
 def test_commands_stand_in_the_order_of_their_story(run: Any) -> None:
     listed = re.findall(r"^  ([a-z-]+)  ", run("--help").out.split("Commands:")[1], flags=re.MULTILINE)
     assert listed == [
-        "quickstart", "cache-teacher", "train-students", "compare", "tune", "status", "report", "evaluate", "predict",
-        "export", "models", "stores", "recipe",
+        "quickstart", "plan", "cache-teacher", "train-students", "compare", "tune", "status", "report", "evaluate",
+        "predict", "generate", "export", "models", "stores", "recipe",
     ]  # fmt: skip
 
 

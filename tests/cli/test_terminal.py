@@ -107,7 +107,7 @@ def test_roots_come_from_the_environment(run: Any, monkeypatch: pytest.MonkeyPat
 
     asked: dict[str, Any] = {}
 
-    def train(_: Any, options: RunOptions) -> tuple[None, dict[str, Any]]:
+    def train(_: Any, options: RunOptions, **__: Any) -> tuple[None, dict[str, Any]]:
         asked.update(store_root=options.stores, run_root=str(options.runs))
         return None, FLEET
 

@@ -157,10 +157,16 @@ def test_padding_is_the_end_of_text_where_there_is_none(folder: Path, tmp_path: 
 
 def test_tokenizers_are_saved_as_they_were_trained_with(folder: Path, tmp_path: Path) -> None:
     spec = HuggingFaceText(path=str(folder), length=8)
-    save_language_tokenizer(spec, opened(folder).tokens, tmp_path / "saved")
+    tokens = opened(folder).tokens
+    save_language_tokenizer(spec, tokens.vocabulary, tokens.tokenizer, tmp_path / "saved")
     assert opened(tmp_path / "saved").tokens == opened(folder).tokens
     with pytest.raises(RefusedError, match="is not the one that the model was trained with"):
-        save_language_tokenizer(spec, ByteDocuments.tokens, tmp_path / "other")
+        save_language_tokenizer(spec, 10**6, ByteDocuments.tokens.tokenizer, tmp_path / "other")
+    # Where nobody knows the fingerprint, ids tell at least.
+    save_language_tokenizer(spec, tokens.vocabulary, "", tmp_path / "unknown")
+    with pytest.raises(RefusedError, match="is not the one that the model was trained with"):
+        save_language_tokenizer(spec, tokens.vocabulary - 1, "", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_tokens_of_before_are_spelled_as_before() -> None:

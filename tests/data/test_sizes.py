@@ -31,7 +31,7 @@ from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import save_model
 from akd_dist.recipe import DataSpec, Parquet
 from akd_dist.serve import exports
-from akd_dist.serve.evaluation import open_model
+from akd_dist.serve.served import open_model
 
 PLACE = Place(lambda row: f"row {row}")
 RED = [200, 10, 20]

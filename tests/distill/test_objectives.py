@@ -14,14 +14,10 @@ from akd_dist.distill.objectives import (
     HardLabelStage,
     KdStage,
     Stage,
-    continuation_temperature,
-    learning_rate,
-    phi,
-    psi,
     row_losses,
     stages,
-    temperature,
 )
+from akd_dist.distill.schedules import continuation_temperature, learning_rate, phi, psi, temperature
 from akd_dist.recipe import AnnealingKD, Constant, ContinuationKD, HardLabels, Kd, Linear, Objective, Steps, Takd
 
 # ---- schedules

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.func import vmap
+from torch.nn import functional
 
 from akd_dist.base.files import sha256
 from akd_dist.data.rows import Rows
@@ -162,6 +164,59 @@ def test_steps_together_are_steps_alone_but_for_rounding(tmp_path: Path) -> None
         assert one.loss_sum == pytest.approx(other.loss_sum, rel=1e-12)
         states = one.module.state_dict(), other.module.state_dict()
         assert all(torch.allclose(states[0][name], states[1][name], rtol=1e-9, atol=1e-12) for name in states[0])
+
+
+NORMED = {"kind": "custom", "factory": "tests.distill.test_stacking:normed"}
+
+
+@pytest.mark.parametrize("model", [BATCH_NORM, NORMED], ids=["2d", "1d"])
+def test_each_student_has_batch_statistics_of_its_own(model: dict[str, Any], tmp_path: Path) -> None:
+    """Those of its own activations: as alone, whatever the others have; and none of a step that it did not take."""
+    changes: dict[str, Any] = {"precision": "float64", "model": model}
+    wild = {"kind": "sgd", "lr": 1e300}
+    together = [a_student(tmp_path, number, **changes) for number in range(3)]
+    together.append(a_student(tmp_path, 3, optimizer=wild, **changes))
+    alone = [a_student(tmp_path, number, together=False, **changes) for number in range(3)]
+    with torch.no_grad():  # activations of the second are other ones by orders of magnitude
+        for students in (together, alone):
+            next(one for one in students[1].module.parameters() if one.dim() > 1).mul_(1000)
+    stacks, failed = Stacks({f"student-{n}": 9 for n in range(4)}), dict[Student, Exception]()
+    last = list[dict[str, torch.Tensor]]()  # the wild one's, before each step
+    for batch in STREAM.batches(0):
+        going = [student for student in together if student not in failed]
+        last.append(statistics(together[3]))
+        failed |= stacks.take_step(going, batch, STREAM.steps_per_epoch)
+        for student in alone:
+            student.take_step(batch, STREAM.steps_per_epoch)
+    found = [statistics(student) for student in together]
+    for one, other in zip(found, map(statistics, alone), strict=False):
+        assert one.keys() == other.keys()
+        assert all(torch.allclose(one[name], other[name], rtol=1e-9, atol=1e-12) for name in one)
+    assert list(failed) == [together[3]]
+    steps = next(int(one) for name, one in found[3].items() if name.endswith("num_batches_tracked"))
+    assert 1 <= steps < STREAM.steps_per_epoch
+    assert all(torch.equal(one, last[steps][name]) for name, one in found[3].items())
+    for name in found[0]:
+        if name.endswith("running_mean"):
+            assert not any(torch.equal(found[0][name], found[n][name]) for n in (1, 2))
+
+
+def statistics(student: Student) -> dict[str, torch.Tensor]:
+    """The buffers of its batch norms, by name."""
+    return {name: one.clone() for name, one in student.module.named_buffers() if "running" in name or "tracked" in name}
+
+
+def test_torch_refuses_batch_statistics_that_students_would_share() -> None:
+    """A stack rests on that where batch norms are: statistics that are not one a student are an error, no mixture."""
+    inputs, own = torch.randn(3, 8, 5, device=ON), torch.zeros(3, 5, device=ON)
+
+    def normed(inputs: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        return functional.batch_norm(inputs, mean, variance, training=True)
+
+    vmap(normed)(inputs, own, own + 1)
+    assert torch.allclose(own, 0.1 * inputs.mean(dim=1), atol=1e-6)
+    with pytest.raises(RuntimeError, match="updated in place, were not batched"):
+        vmap(normed, in_dims=(0, None, None))(inputs, own[0], own[0] + 1)
 
 
 def test_an_evaluation_together_is_that_of_each_alone_but_for_rounding(tmp_path: Path) -> None:

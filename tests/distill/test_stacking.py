@@ -114,6 +114,38 @@ def unused(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     return Unused(math.prod(input_shape), classes)
 
 
+class Slow(Branches):
+    """Assigns its running mean anew, of which a stack would keep nothing; and so slowly that one step hardly shows."""
+
+    mean: torch.Tensor
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__(inputs, classes)
+        self.register_buffer("mean", torch.zeros(inputs))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        flat = inputs.flatten(1)
+        if self.training:
+            self.mean = 0.9999 * self.mean + 0.0001 * flat.detach().mean(dim=0)
+        logits: torch.Tensor = self.layer(flat - self.mean)
+        return logits
+
+
+def slow(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return Slow(math.prod(input_shape), classes)
+
+
+def normed(input_shape: tuple[int, ...], classes: int, momentum: float | None = 0.1) -> nn.Module:
+    # Without the bias that the norm takes off again: its gradient is rounding alone, which AdamW makes whole steps of.
+    first, norm = nn.Linear(math.prod(input_shape), 16, bias=False), nn.BatchNorm1d(16, momentum=momentum)
+    return nn.Sequential(nn.Flatten(), first, norm, nn.ReLU(), nn.Linear(16, classes))
+
+
+def averaged(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return normed(input_shape, classes, momentum=None)
+
+
 def frozen(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     first = nn.Linear(math.prod(input_shape), 8).requires_grad_(False)
     return nn.Sequential(nn.Flatten(), first, nn.Tanh(), nn.Linear(8, classes))
@@ -135,6 +167,8 @@ def test_models_that_step_in_stacks(model: dict[str, Any], tmp_path: Path) -> No
         ("hidden", "its last bits are other ones in a stack of 7"),
         ("across", "its gradients in a stack are"),
         ("unused", "torch cannot batch it over students"),
+        ("slow", "its buffer body.mean is not in a stack what it becomes alone"),
+        ("averaged", "torch cannot batch it over students"),
     ],
 )
 def test_models_that_step_alone_and_why(name: str, why: str, tmp_path: Path) -> None:

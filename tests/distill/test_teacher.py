@@ -210,7 +210,7 @@ def test_shards_together_have_the_bytes_of_shards_alone(
     alone = Path(cache(job), "manifest.json").read_bytes()
     shutil.rmtree(job.store.uri)
     again = replace(job, store=create_store(job.store.root_uri, job.store.creation))
-    rows, taken = teacher._rows_of(again), list[int]()
+    rows, taken = teacher.rows_of(again), list[int]()
     seen = np.asarray(rows.inputs).view(Taken)
     seen.taken = taken
     monkeypatch.setitem(teacher._rows, rows.fingerprint, replace(rows, inputs=seen))
@@ -352,7 +352,7 @@ def negative():
 
 def test_regression_agrees_with_no_label(make_job: Callable[..., CacheJob], monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job()
-    rows = teacher._rows_of(job)
+    rows = teacher.rows_of(job)
     monkeypatch.setitem(teacher._rows, rows.fingerprint, replace(rows, task="regression"))
     assert cache_shard(job, job.store.layout.shards()[0]).label_agreement is None
 

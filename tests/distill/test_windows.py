@@ -9,7 +9,7 @@ import pytest
 
 from akd_dist.base.errors import MachineError
 from akd_dist.data.row_cache import prepare
-from akd_dist.distill import lockstep, teacher
+from akd_dist.distill import lockstep, prefetch, teacher
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.storage import pieces
 from akd_dist.storage.decoded import StoredLogits
@@ -72,6 +72,7 @@ def peak(home: Home, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes_noted(monkeypatch)
 
 
+@pytest.mark.usefixtures("ahead")
 def test_windows_give_the_same_weights_within_the_budget(
     home: Home, peak: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,10 +90,17 @@ def test_windows_give_the_same_weights_within_the_budget(
     assert max(peak) <= home.budget
 
 
+@pytest.fixture(params=[0, 2], ids=["in turn", "ahead"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With batches made when it is their turn, and made ahead by a thread."""
+    monkeypatch.setattr(prefetch, "AHEAD", {"cpu": request.param, "cuda": request.param})
+
+
 class StoppedError(BaseException):
     """Leaves a run as a killed process does, but for its locks."""
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("nth", [5, 23])
 def test_a_run_goes_on_in_the_middle_of_an_epoch(
     nth: int, home: Home, peak: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """Searches as whole commands; cohorts train in this process, and all else is as always."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,8 @@ def test_who_is_kept(searching: Searching, tmp_path: Path) -> None:
     assert halving.kept({1: None, 2: None}) == []
     assert halving.kept({1: None, 2: 0.5}) == [2]
     assert halving.kept({7: 0.5, 8: 0.6}) == [8]
+    lowest = dataclasses.replace(halving, metric="cross_entropy")
+    assert lowest.kept(scores) == [0, 6, 7], "of a metric of which less is better, the lowest"
     assert halving.budget < sum(rungs[-1] for rungs in halving.rungs.values())
 
 

@@ -18,7 +18,8 @@ from akd_dist.base.errors import DamagedError, RecipeError
 from akd_dist.base.formatting import CUSTOM, OBJECTIVE_LABELS
 from akd_dist.documents.fleet import FleetDocument
 from akd_dist.documents.report import CompareDocument, ComparedRow, Estimate, SplitRows
-from akd_dist.recipe import Recipe
+from akd_dist.recipe import Recipe, ResNet
+from akd_dist.recipe.load import load_recipe
 from akd_dist.reporting.comparison import cells, compare, comparison_table, expand, read_comparison, to_markdown
 from akd_dist.reporting.seeds import estimate
 from tests.fleets import ADAMW, ANNEALING, a_recipe, a_student
@@ -51,6 +52,27 @@ def test_what_is_missing_is_derived_from_annealing_kd() -> None:
     for spec in expanded.students:
         assert (spec.batch, spec.threads, spec.precision, spec.optimizer.lr) == (32, 2, "float64", 0.1)
         assert spec.objective.epochs == 3, "every row has the budget of both stages"
+
+
+def test_the_papers_table_of_cifar10_is_one_command_with_as_many_seeds_as_asked() -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "jobs" / "cifar10.yaml")
+    assert isinstance(recipe.teacher.model, ResNet)
+    assert recipe.teacher.assistant is not None
+    assert isinstance(recipe.teacher.assistant.model, ResNet)
+    assert (recipe.teacher.model.depth, recipe.teacher.assistant.model.depth) == (110, 20)
+    students = expand(recipe, 8).students
+    assert {spec.model.label for spec in students} == {"resnet-8"}
+    found = {
+        kind: [spec for spec in students if spec.objective.kind == kind]
+        for kind in ("hard_labels", "kd", "takd", "annealing_kd", "continuation_kd")
+    }
+    assert {kind: sorted(spec.seed for spec in specs) for kind, specs in found.items()} == {
+        kind: list(range(8)) for kind in found
+    }
+    assert len(students) == 40
+    settings = {kind: {(s.objective.epochs, s.batch, s.optimizer.lr) for s in specs} for kind, specs in found.items()}
+    assert settings.pop("continuation_kd") == {(200, 32, 0.2)}
+    assert all(one == {(320, 128, 0.1)} for one in settings.values())
 
 
 def test_a_chain_adds_takd_for_every_model() -> None:

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from akd_dist.base.formatting import OBJECTIVE_LABELS, SHOWN, amount, duration, seconds, share
+from akd_dist.base.formatting import BESIDE, OBJECTIVE_LABELS, SHOWN, amount, duration, seconds, share
 from akd_dist.documents.fleet import FleetDocument, RunIdentity
 from akd_dist.recipe import METRICS, AnnealingKD, ContinuationKD, CustomObjective, HardLabels, Kd, Takd
 from akd_dist.reporting.curves import stage_figures
@@ -71,7 +71,10 @@ def test_every_objective_has_a_label_and_a_colour_of_its_own() -> None:
     kinds = {objective.model_fields["kind"].default for objective in objectives}
     assert set(OBJECTIVE_LABELS) == set(OBJECTIVE_COLOURS) == kinds
     assert len(set(OBJECTIVE_LABELS.values())) == len(set(OBJECTIVE_COLOURS.values())) == len(kinds)
-    assert set(SHOWN) == {"custom", *(metric for metrics in METRICS.values() for metric in metrics)}
+    assert set(SHOWN) - {*BESIDE, "agreement"} == {
+        "custom",
+        *(metric for metrics in METRICS.values() for metric in metrics if metric not in BESIDE),
+    }
 
 
 def test_gain_needs_exactly_one_baseline() -> None:

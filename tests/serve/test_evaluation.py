@@ -33,8 +33,8 @@ from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import save_model
-from akd_dist.serve.evaluation import open_model
 from akd_dist.serve.examples import DataRequest, open_examples
+from akd_dist.serve.served import open_model
 from akd_dist.storage.roots import open_root
 from tests.fleets import DEVICE, KD, a_recipe, a_student, a_teacher, stores_of
 from tests.pictures import CLASSES, jpeg, of_classes, samples, tar, write as write_files

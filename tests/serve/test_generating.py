@@ -10,6 +10,7 @@ from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.cli import main
 from akd_dist.data.prompts import prompt_tokenizer
+from akd_dist.data.tokenizers import language_tokenizer
 from akd_dist.documents.use import GenerationDocument
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
@@ -19,7 +20,7 @@ from akd_dist.models.language import Blocks, LanguageModel
 from akd_dist.serve.generating import _pieces
 from tests.language_models import saved
 from tests.tiny_transformers import library
-from tests.tokenizers import a_tokenizer
+from tests.tokenizers import CHATML, a_byte_pair_tokenizer, a_tokenizer
 
 
 def of_bytes(folder: Path, seed: int = 0) -> Path:
@@ -73,6 +74,39 @@ def test_a_folder_of_transformers_speaks_by_the_tokenizer_beside_it(
     with pytest.raises(SystemExit, match="0"):
         main(["generate", str(folder), "--prompt", "word1 word2", "--tokens", "6", "--json"])
     assert GenerationDocument.model_validate(json.loads(capsys.readouterr().out)).temperature == 0
+
+
+def test_a_chat_is_written_by_the_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = a_byte_pair_tokenizer(tmp_path / "tokenizer", template=CHATML)
+    text = recipe.HuggingFaceText(path=str(words))
+    tokens, speaks = language_tokenizer(text).tokens, prompt_tokenizer(text)
+    about = Blocks(length=64, vocabulary=tokens.vocabulary, tokenizer=tokens.tokenizer or "", end_of_text=0)
+    card = ModelCard.of_blocks(recipe.CausalLm(width=32, depth=1, heads=2), about)
+    save_model(tmp_path / "model", build(card, 0), card)
+    written = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    assert speaks.encode_chat("the cat") == speaks._loaded.encode(written, add_special_tokens=False)  # type: ignore[attr-defined]
+    chat = akd_dist.generate(tmp_path / "model", "the cat", chat=True, tokens=4, tokenizer=words)
+    assert (chat["prompt"], chat["prompt_tokens"]) == ("the cat", len(speaks.encode_chat("the cat")))
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        main(
+            [
+                "generate",
+                str(tmp_path / "model"),
+                "--prompt",
+                "the cat",
+                "--chat",
+                "--tokens",
+                "4",
+                "--tokenizer",
+                str(words),
+            ]
+        )
+    assert capsys.readouterr().out == f"{chat['text']}\n"
+    with pytest.raises(RefusedError, match="bytes have no chat template"):
+        akd_dist.generate(of_bytes(tmp_path / "bytes"), "a", chat=True)
+    with pytest.raises(RefusedError, match="the tokenizer has no chat template"):
+        akd_dist.generate(tmp_path / "model", "a", chat=True, tokenizer=a_byte_pair_tokenizer(tmp_path / "plain"))
 
 
 def test_who_cannot_continue_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

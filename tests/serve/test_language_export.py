@@ -12,6 +12,7 @@ import torch
 import akd_dist
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
+from akd_dist.data.tokenizers import ByteDocuments, fingerprint_of
 from akd_dist.documents.use import ExportDocument
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
@@ -50,7 +51,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_built_in_model_is_a_llama_to_others_with_its_tokenizer(tmp_path: Path) -> None:
-    folder, tokenizer = own(tmp_path / "own"), a_tokenizer(tmp_path)
+    tokenizer = a_tokenizer(tmp_path)
+    known = fingerprint_of(library().AutoTokenizer.from_pretrained(tokenizer))
+    folder = own(tmp_path / "own", blocks=BLOCKS.model_copy(update={"tokenizer": known}))
     document = exported(folder, "huggingface", tmp_path / "out", tokenizer=str(tokenizer))
     assert document.difference <= document.tolerance
     assert document.same_class == document.rows
@@ -123,5 +126,20 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         exported(folder, "huggingface", tmp_path / "out", tokenizer=str(a_tokenizer(tmp_path)))
     assert "ids up to 7" in str(caught.value.got)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(RefusedError, match="compared on random tokens"):
+    with pytest.raises(RefusedError, match="digits are pictures"):
         exported(folder, "onnx", tmp_path / "out", data="digits")
+
+
+@pytest.mark.usefixtures("at_once")
+def test_it_is_compared_on_the_texts_that_somebody_names(tmp_path: Path) -> None:
+    folder = own(
+        tmp_path / "own", blocks=Blocks(length=16, vocabulary=260, tokenizer=ByteDocuments.tokens.tokenizer or "")
+    )
+    (tmp_path / "a.txt").write_text("some words that are more than a block")
+    document = exported(folder, "huggingface", tmp_path / "out", data=str(tmp_path / "a.txt"))
+    assert document.data == str(tmp_path / "a.txt")
+    assert document.rows == 3 * 16 - 7, "of the first row half, to see another length"
+    assert "compared on random tokens" not in document.notes
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(RefusedError, match="there is no token"):
+        exported(folder, "huggingface", tmp_path / "no", data=str(tmp_path / "b.txt"))

@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,47 @@ def test_bytes_that_rotted_while_they_were_read_are_found(left: bool, pieces: Pi
         assert guard.remembers(marks_of(files_of(pieces, [1, 2]))) == set()
     else:  # nobody looks again so soon, and whoever keeps something is told what it rests on
         assert guard.vouch() == marks_of(files_of(pieces, [1, 2]))
+
+
+@pytest.mark.usefixtures("settled")
+def test_what_another_thread_leaves_meanwhile_makes_nobody_pass_over_the_rest(
+    pieces: Pieces, guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a thread that makes batches ahead does, between one checkpoint and the next."""
+    first, second = (hold_pieces(pieces, numbers) for numbers in ([1], [2, 3]))
+    for held in (first, second):
+        guard.add(held.content)
+    guard.settle()
+    monkeypatch.setattr(content, "SHARE", 0.0)  # all is hashed again
+    flip(files_of(pieces, [2, 3])[0])
+    passes = content._Watched.passes
+
+    def leaving(self: content._Watched) -> Iterator[None]:
+        yield from passes(self)
+        if threading.current_thread() is threading.main_thread() and self.content is first.content:
+            guard.leave(first.content)
+            while len(guard.marks) == 4:
+                time.sleep(0.001)
+
+    monkeypatch.setattr(content._Watched, "passes", leaving)
+    with pytest.raises(CorruptCacheError, match=r"inputs\.npy"):
+        guard.vouch()
+
+
+def test_nobody_waits_for_what_another_thread_adds_meanwhile(
+    pieces: Pieces, guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (hold_pieces(pieces, numbers) for numbers in ([1], [2, 3]))
+    passes = content._Watched.passes
+
+    def adding(self: content._Watched) -> Iterator[None]:
+        guard.add(second.content)
+        yield from passes(self)
+
+    monkeypatch.setattr(content._Watched, "passes", adding)
+    guard.add(first.content)
+    guard.settle()
+    assert [one.due is None for one in guard._watched] == [True, False]
 
 
 def test_what_was_touched_is_not_let_go_without_a_word(pieces: Pieces, guard: Guard) -> None:

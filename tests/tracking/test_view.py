@@ -20,6 +20,7 @@ from akd_dist.tracking.view import (
     STILL_SECONDS,
     FleetView,
     Ticker,
+    cells_of,
     clock,
     ended_line,
     headline,
@@ -169,6 +170,13 @@ def test_who_waits_for_what() -> None:
 def test_those_without_success_are_counted() -> None:
     students = [a_student("a", "done"), a_student("b", "failed"), a_student("c", "diverged")]
     assert total_line(a_status(*students, over=3)).endswith("3 of 3 students over, 1 failed, 1 diverged")
+
+
+def test_nats_are_shown_to_three_digits() -> None:
+    student = a_student("small", "done", epoch=40, validation=3.14159)
+    assert ended_line(student, "cross_entropy").endswith("validation cross_entropy 3.142")
+    assert cells_of(student, "cross_entropy")[4] == "3.142"
+    assert cells_of(student, "accuracy")[4] == "3.1416"
 
 
 def test_the_end_of_a_student_is_a_line() -> None:
