@@ -215,10 +215,11 @@ def test_a_worker_that_died_while_it_waited_is_given_to_nobody(idle: IdleWorkers
 def test_a_student_is_probed_also_where_the_worker_that_was_to_look_at_it_is_dead(
     recipe: Recipe, home: Path, idle: IdleWorkers
 ) -> None:
+    (unlike,) = a_recipe([a_student("unlike", batch=29)]).students  # no other test has had it probed
     idle.begin()
     idle.waiting[0].process.kill()
     with Prober(recipe, str(home / "cache"), idle=idle) as prober:
-        assert prober.probe(recipe.students[0]) is not None
+        assert prober.probe(unlike) is not None
     assert not idle.waiting
 
 
