@@ -37,6 +37,8 @@ from akd_dist.models.folder import load_model
 from akd_dist.options import RunOptions
 from akd_dist.recipe import Recipe, SearchRecipe, StudentSpec, Trial, Tuning, rung_count, rung_epochs
 from akd_dist.reporting.seeds import estimate
+from akd_dist.serve.language import metrics_of_rows
+from akd_dist.serve.served import open_model
 from akd_dist.storage.run_copy import MODEL, put_documents
 from akd_dist.tracking.progress import tell
 
@@ -294,6 +296,10 @@ def _test(plan: RunPlan, specs: Sequence[StudentSpec]) -> dict[str, float]:
     device = torch.device("cuda" if recipe.device == "cuda" and torch.cuda.is_available() else "cpu")
     found = {}
     for spec in specs:
+        if recipe.data.task == "language_model":
+            model = open_model(str(_folder(plan) / spec.name), "cuda" if device.type == "cuda" else "cpu")
+            found[spec.name] = metrics_of_rows(model, rows)[recipe.data.primary_metric]
+            continue
         module = load_model(_folder(plan) / spec.name, recipe.trusted).to(device)
         measured, _ = evaluate(module, rows, device, spec.precision, recipe.data.own_metric)
         found[spec.name] = measured[recipe.data.primary_metric]

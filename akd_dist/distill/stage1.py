@@ -37,7 +37,7 @@ FORMAT = 1
 """Raised when what a stage I comes to changes with the code."""
 _SOURCES = {"train", "validation", "test", "unlabelled"}
 """Of the data's description: sources are known by their content."""
-_LIBRARIES = {"huggingface": ("transformers",), "timm": ("timm",)}
+_LIBRARIES = {"huggingface": ("transformers",), "huggingface_lm": ("transformers",), "timm": ("timm",)}
 """Whose code a model of a kind runs, beside torch."""
 
 Tell = Callable[[str], None]

@@ -18,6 +18,7 @@ import torch
 from akd_dist.data.packing import IDS, SEGMENTS, TARGETS
 from akd_dist.data.predictions import predictions_file
 from akd_dist.data.row_cache import Progress
+from akd_dist.data.rows import Rows
 from akd_dist.distill.output_head import Head, chunk_targets, parts
 from akd_dist.distill.sparse_losses import judged_logits
 from akd_dist.distill.teacher_targets import DenseTargets
@@ -27,7 +28,7 @@ from akd_dist.models.build import num_parameters
 from akd_dist.models.device import autocast, weights_dtype
 from akd_dist.models.language import LanguageModel
 from akd_dist.serve.examples import DataRequest
-from akd_dist.serve.language_data import Batch, Texts, open_texts
+from akd_dist.serve.language_data import BATCH_TOKENS, Batch, Texts, open_texts
 from akd_dist.serve.served import Served, as_in_training
 
 _MOST = 700.0  # of a cross-entropy, whose exponential floats still hold
@@ -72,6 +73,16 @@ def evaluate_texts(
         device="cuda" if models[0].device.type == "cuda" else "cpu",
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def metrics_of_rows(model: Served, rows: Rows) -> Metrics:
+    """Metrics of a language model on the prepared blocks that it was made for; without bits per byte."""
+    tally, size = _Tally(model), max(1, BATCH_TOKENS // rows.shape[-1])
+    with as_in_training(model):
+        for start in range(0, len(rows), size):
+            inputs, _ = rows.read(start, min(start + size, len(rows)))
+            _tell([tally], np.asarray(inputs), rows.classes)
+    return tally.measured(None).metrics
 
 
 def _tell(tallies: Sequence[_Tally], blocks: np.ndarray, vocabulary: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import load_model, save_model
 from akd_dist.models.language import Blocks, LanguageModel, plain_logits
 from akd_dist.serve import language, language_data
+from akd_dist.serve.served import open_model
 from tests.language_models import saved
 from tests.tokenizers import TELLING, a_byte_pair_tokenizer
 
@@ -113,6 +114,8 @@ def test_a_split_is_evaluated_in_the_blocks_of_its_recipe(tmp_path: Path, docs: 
     assert (document.rows, document.split, document.targets) == (len(rows), "test", len(labels))
     metrics = document.student.metrics
     assert metrics["cross_entropy"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    alone = language.metrics_of_rows(open_model(str(folder)), rows)
+    assert alone == metrics.model_copy(update={"bits_per_byte": None})
     assert metrics["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     out = tmp_path / "said.parquet"
     akd_dist.predict(folder, run, out, cache_root=tmp_path / "cache")
