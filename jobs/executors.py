@@ -99,6 +99,7 @@ class LocalExecutor:
         self.demand = Demand(never=True)
         self.lock = threading.Lock()
         self.running: dict[Worker, ResourceRequest] = {}
+        self.closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -106,8 +107,9 @@ class LocalExecutor:
     def __exit__(self, *leaving: object) -> None:
         """End what still runs: whoever leaves has waited for as long as he wanted to."""
         with self.lock:
+            self.closed = True
             for worker in self.running:
-                worker.process.kill()
+                worker.kill()
 
     def look(self) -> None:
         """This machine stays what it is."""
@@ -133,8 +135,10 @@ class LocalExecutor:
 
     def run(self, job: CohortJob, ask: ResourceRequest) -> str:
         """As the protocol says."""
-        worker = self.idle.take()
         with self.lock:
+            if self.closed:  # the thread of a cohort that was ended, and would begin it again
+                return ""
+            worker = self.idle.take()
             self.running[worker] = ask
         try:
             outcome = worker.ask("train", job)

@@ -5,6 +5,7 @@ Importing this module takes no time, so that a command can begin a worker before
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,6 +24,8 @@ cohort, and leave.
 """
 STUDENTS_OF_ONE = 60
 """From so many students on, a second cohort is likely to pay on a machine with two CPUs."""
+DYING_SECONDS = 5.0
+"""How long a worker that hung up may take to end by itself: only then is it known what it died of."""
 
 
 class Worker:
@@ -54,11 +57,18 @@ class Worker:
             self.connection.send((kind, content))
             return self.connection.recv()
         except (EOFError, OSError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(DYING_SECONDS)
             return None
+
+    def kill(self) -> None:
+        """End it, and what a model of the user's own has forked there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def end(self) -> int:
         """End it, whatever it does; the code that it ended with."""
-        self.process.kill()
+        self.kill()
         code = self.process.wait()
         if not self.connection.closed:
             self.connection.close()
@@ -94,11 +104,13 @@ class IdleWorkers:
             worker.end()
 
     def take(self) -> Worker:
-        """One of them; a new one if none waits."""
-        try:
-            return self.waiting.popleft()
-        except IndexError:
-            return Worker()
+        """One of them that lives; a new one if none waits."""
+        while self.waiting:
+            worker = self.waiting.popleft()
+            if worker.process.poll() is None:
+                return worker
+            worker.end()
+        return Worker()
 
 
 def how_it_ended(code: int) -> str:

@@ -60,7 +60,7 @@ class LocalTasks:
         with self.lock:
             self.closed = True
             for worker in self.busy:
-                worker.process.kill()
+                worker.kill()
 
     def nodes(self) -> list[Node]:
         """This machine, with all that it has."""
@@ -80,14 +80,18 @@ class LocalTasks:
         waiting, lock = iter(tasks), threading.Lock()
         answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
 
+        def next_task() -> Any:
+            with lock:
+                return None if stop else next(waiting, None)
+
         def work() -> None:
+            # Only who has something to do starts a worker: there may be many CPUs, and few tasks.
+            if (task := next_task()) is None:
+                return
             with self._worker() as ask:
-                while not stop:
-                    with lock:
-                        task = next(waiting, None)
-                    if task is None:
-                        return
+                while task is not None:
                     answers.put((task, ask(task.name, function, task.job, task.item)))
+                    task = next_task()
 
         threads_of_workers = [threading.Thread(target=_telling, args=(work, answers)) for _ in range(at_once)]
         for one in threads_of_workers:

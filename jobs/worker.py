@@ -86,11 +86,13 @@ def keep_log(path: Path) -> None:
 def main() -> None:
     """Answer the driver's questions, see `idle.Worker`; leave once a cohort is trained, or when the driver leaves."""
     gc.set_threshold(IMPORTING)
-    driver = Connection(int(sys.argv[1]))
-    threading.Thread(target=_leave_with_driver, args=(int(sys.argv[2]),), daemon=True).start()
-    # The driver alone decides: a service manager sends SIGTERM to everybody, and a terminal SIGINT.
+    driver, life = Connection(int(sys.argv[1])), int(sys.argv[2])
+    threading.Thread(target=_leave_with_driver, args=(life,), daemon=True).start()
+    # The driver alone decides: a service manager sends SIGTERM to everybody, and a terminal SIGINT. By a function and
+    # not SIG_IGN, which programs that a user's code starts would inherit.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)
+    _keep_to_itself(driver.fileno(), life)
     with contextlib.suppress(OSError):  # not on Linux
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this process that goes
     importlib.import_module("torch._dynamo")  # torch's optimizers import it: here while the driver still plans
@@ -100,6 +102,22 @@ def main() -> None:
             kind, content = driver.recv()
             driver.send(_ANSWERS[kind](content))
     os._exit(0)  # all is written; the modules of torch would take a while to go
+
+
+def _keep_to_itself(*descriptors: int) -> None:
+    """What a user's code starts has nothing to do with the driver: while such a process holds one of these, the driver
+    would wait for this one even when it has died. And it can be ended by signals, as `multiprocessing` does.
+    """
+
+    def part() -> None:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    os.register_at_fork(after_in_child=part)
 
 
 def _trained(job: CohortJob) -> Any:
@@ -114,7 +132,7 @@ def _called(content: tuple[Callable[..., Any], tuple[Any, ...]]) -> tuple[str, A
         return "done", function(*arguments)
     except AkdError as error:
         return "refused", error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return "raised", in_full(error)
 
 
@@ -122,9 +140,11 @@ _ANSWERS: dict[str, Callable[[Any], Any]] = {"probe": answer_here, "call": _call
 
 
 def _leave_with_driver(life: int) -> None:
-    """End this process once the driver is gone: its end of the pipe closes then, however it died."""
+    """End this process once the driver is gone: its end of the pipe closes then, however it died. With it ends what it
+    has forked.
+    """
     os.read(life, 1)
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _deliver_unmeasured(student: Student, log: Path, vouch: Callable[[], object]
     _conclude(student, "done", None, log, validation=student.best_record["validation"])
 
 
-def end_by(student: Student, error: Exception, log: Path) -> None:
+def end_by(student: Student, error: BaseException, log: Path) -> None:
     """End a student as `diverged` or `failed`; its last good checkpoint stays."""
     state = "diverged" if isinstance(error, DivergedError) else "failed"
     write_note(log, in_full(error))

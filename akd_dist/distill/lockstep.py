@@ -242,7 +242,7 @@ class Lockstep:
             yield
         except AkdError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the latter of a user's own model: it would end the others as well
             self.ranks.check_agreed(error, student.spec.name)
             self.vouch()  # raises where the bytes that it was trained on were wrong: then it is to be trained again
             end_by(student, error, self._log(student))

@@ -87,7 +87,7 @@ class Ranks:
             raise failure
         raise PeerFailedError("; ".join(f"on worker {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
 
-    def check_agreed(self, error: Exception, who: str) -> None:
+    def check_agreed(self, error: BaseException, who: str) -> None:
         """Before a student ends by an error: refuse where the other ranks do not know of it, and would train it on.
 
         Raises:

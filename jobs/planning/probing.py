@@ -30,7 +30,7 @@ from akd_dist.data.row_fetch import alike_rows
 from akd_dist.data.rows import Splits
 from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.distill.ranks import reason_of
-from akd_dist.jobs.idle import IdleWorkers
+from akd_dist.jobs.idle import IdleWorkers, Worker
 from akd_dist.models.device import gpus_of
 from akd_dist.recipe import (
     CausalLm,
@@ -173,7 +173,7 @@ class Prober:
     def __init__(
         self, recipe: Recipe, cache_root: str, sealed: SealedRows | None = None, idle: IdleWorkers | None = None
     ) -> None:
-        self.idle = idle.waiting if idle is not None else ()
+        self.idle: deque[Worker] = idle.waiting if idle is not None else deque()
         self.job = {
             "data": recipe.data.model_dump(mode="json"),
             "device": recipe.device,
@@ -214,9 +214,13 @@ class Prober:
         return Measured(**answer)
 
     def _ask_nearby(self, request: dict[str, Any]) -> dict[str, Any]:
-        if not self.idle:
-            return answer_here(request)
-        return self.idle[0].ask("probe", request) or {"failed": "the worker that was asked has died"}
+        # A worker that was killed says nothing of the student; one that is not looked at would step alone, and come to
+        # other bits than in a run that nobody disturbed.
+        while self.idle:
+            if (answer := self.idle[0].ask("probe", request)) is not None:
+                return dict(answer)
+            self.idle.popleft().end()
+        return answer_here(request)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         self.process = process = self.process or self._start()

@@ -26,6 +26,7 @@ from akd_dist.jobs.local_tasks import LocalTasks
 from akd_dist.jobs.packing import Node, ResourceRequest
 from akd_dist.jobs.planning.costs import CostModel
 from akd_dist.jobs.planning.plan import fleet_job
+from akd_dist.jobs.planning.probing import Prober
 from akd_dist.jobs.stopping import StopFlag
 from akd_dist.jobs.tasks import Task, run_one, run_tasks
 from akd_dist.jobs.train_students import train_in_process
@@ -168,6 +169,60 @@ def test_a_worker_that_is_dead_answers_nothing(recipe: Recipe) -> None:
     assert worker.end() == -signal.SIGKILL
 
 
+def forked() -> int:
+    """A process that has nothing but what its parent leaves it; its id."""
+    child = os.fork()
+    if child == 0:
+        time.sleep(99)
+        os._exit(0)
+    return child
+
+
+def ended_by_a_signal() -> int:
+    """The signal that a forked process was ended by."""
+    child = forked()
+    time.sleep(0.1)
+    os.kill(child, signal.SIGTERM)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+def ends_with_a_fork() -> None:
+    forked()
+    os._exit(7)
+
+
+def test_what_a_worker_forks_keeps_nobody_waiting_and_ends_with_it() -> None:
+    worker = Worker()
+    assert worker.ask("call", (ended_by_a_signal, ())) == ("done", signal.SIGTERM)
+    kind, child = worker.ask("call", (forked, ()))
+    assert kind == "done"
+    assert worker.ask("call", (ends_with_a_fork, ())) is None  # at once, although a process of its own lives
+    assert worker.end() == 7
+    assert not psutil.wait_procs([psutil.Process(child)] if psutil.pid_exists(child) else [], timeout=60)[1]
+
+
+def test_a_worker_that_died_while_it_waited_is_given_to_nobody(idle: IdleWorkers) -> None:
+    idle.begin()
+    (dead,) = idle.waiting
+    dead.process.kill()
+    dead.process.wait()
+    taken = idle.take()
+    assert taken is not dead
+    assert dead.connection.closed
+    taken.end()
+
+
+def test_a_student_is_probed_also_where_the_worker_that_was_to_look_at_it_is_dead(
+    recipe: Recipe, home: Path, idle: IdleWorkers
+) -> None:
+    (unlike,) = a_recipe([a_student("unlike", batch=29)]).students  # no other test has had it probed
+    idle.begin()
+    idle.waiting[0].process.kill()
+    with Prober(recipe, str(home / "cache"), idle=idle) as prober:
+        assert prober.probe(unlike) is not None
+    assert not idle.waiting
+
+
 def test_who_may_train_in_processes_of_this_machine(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "ray", raising=False)
     assert may_train_here(recipe, None)
@@ -235,6 +290,8 @@ def ran(items: list[int], idle: IdleWorkers, stop: StopFlag | None = None) -> di
 def test_tasks_run_in_workers_that_are_used_again(idle: IdleWorkers) -> None:
     idle.begin()
     (first,) = idle.waiting
+    assert ran([1], idle) == {"item 1": 10}
+    assert list(idle.waiting) == [first], "for one task nobody else is started"
     assert ran([1, 2, 3], idle) == {"item 1": 10, "item 2": 40, "item 3": 90}
     assert first in idle.waiting
     with LocalTasks(idle) as here:
