@@ -88,6 +88,10 @@ class IdleWorkers:
 
     def __exit__(self, *leaving: object) -> None:
         self.closed = True
+        self.let_go()
+
+    def let_go(self) -> None:
+        """End those that wait: what comes is done elsewhere."""
         while self.waiting:
             self.waiting.popleft().end()
 

@@ -289,6 +289,7 @@ def _train(
             executor: Executor = LocalExecutor(plan.nodes[0], idle)
             cohorts = plan.cohorts
         else:
+            idle.let_go()
             executor, cohorts = _on_ray(base, plan, assistant, replace(workspace, stop=stop, here=None))
         with telling_damage(base, plan.todo, workspace.console):
             look = plan.inputs.splits.sources.look
