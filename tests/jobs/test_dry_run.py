@@ -26,7 +26,8 @@ from akd_dist.documents.plan import FleetPlanDocument
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planning.caching import check_students
 from akd_dist.jobs.planning.costs import CostModel
-from akd_dist.jobs.planning.plan import bytes_streamed, last_attempt
+from akd_dist.jobs.planning.drawing import bytes_streamed
+from akd_dist.jobs.planning.plan import last_attempt
 from akd_dist.jobs.planning.planner import groups_of
 from akd_dist.jobs.planning.probing import Prober, measure_all, measure_there, scaled
 from akd_dist.jobs.train_students import train_in_process
