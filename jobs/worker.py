@@ -109,15 +109,23 @@ def _keep_to_itself(*descriptors: int) -> None:
     would wait for this one even when it has died. And it can be ended by signals, as `multiprocessing` does.
     """
 
+    told = {signal.SIGINT, signal.SIGTERM}
+
     def part() -> None:
         for descriptor in descriptors:
             os.close(descriptor)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in told:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, told)
 
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-    os.register_at_fork(after_in_child=part)
+    # A signal that comes before the child is told so waits until it is.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, told),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, told),
+        after_in_child=part,
+    )
 
 
 def _trained(job: CohortJob) -> Any:

@@ -181,7 +181,6 @@ def forked() -> int:
 def ended_by_a_signal() -> int:
     """The signal that a forked process was ended by."""
     child = forked()
-    time.sleep(0.1)
     os.kill(child, signal.SIGTERM)
     return os.WTERMSIG(os.waitpid(child, 0)[1])
 
