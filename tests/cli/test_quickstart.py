@@ -59,7 +59,7 @@ def test_it_ends_with_a_table_and_says_where_things_lie(folder: Path, first: sub
         assert shown in first.stdout
     assert first.stdout.count("akd-dist train-students") + first.stdout.count("cp ") >= 2
     assert (folder / "runs" / "digits_unlabelled" / "report.html").exists()
-    for shown in ("training the teacher", "training 27 students"):
+    for shown in ("the teacher is trained", "training 27 students"):
         assert shown in first.stderr
 
 

@@ -24,7 +24,7 @@ from tests.told import DIGITS, FLEET, in_a_terminal, started
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 COMPLETED = {
-    "": ["quickstart", "cache-teacher", "train-students"],
+    "": ["quickstart", "plan", "cache-teacher", "train-students"],
     "st": ["status", "stores"],
     "stores ": ["list", "show", "import", "verify", "repair", "gc"],
     "train-students --st": ["--store-root"],

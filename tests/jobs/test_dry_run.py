@@ -177,7 +177,7 @@ def test_what_cannot_fit_is_refused_before_anything_starts(place: Place, monkeyp
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(LocalRoot, "free_bytes", lambda _root: 10**9)
     full = SimpleNamespace(disk_usage=lambda _path: usage(10**9, 10**9, 1000))
-    monkeypatch.setattr("akd_dist.jobs.planning.plan.shutil", full)  # the cache has a disk of its own
+    monkeypatch.setattr("akd_dist.jobs.planning.drawing.shutil", full)  # the cache has a disk of its own
     code, _, err = place.run()
     assert (code, "do not fit in" in err, "--run-root" in err) == (6, True, True), err
     assert not (place.root / "stores").exists()

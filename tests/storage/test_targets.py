@@ -266,7 +266,7 @@ def test_what_does_not_belong_is_refused(tmp_path: Path) -> None:
 def test_nan_in_dense_targets_is_refused_by_row_and_position() -> None:
     logits = np.zeros((20, 3), np.float32)
     logits[7, 1] = np.nan
-    with pytest.raises(RefusedError, match="1 row has logits that are not finite as float16: row 2, position 3"):
+    with pytest.raises(RefusedError, match="1 target has logits that are not finite as float16: row 2, position 3"):
         Encoding("float16").encode(logits, 0, lambda target: f"row 2, position {target - 4}")
 
 
