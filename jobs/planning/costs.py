@@ -183,7 +183,8 @@ class CostModel:
         one, steps = self.measured(spec), self.steps_left(spec, follows)
         epoch, step = self.starts_at(spec, follows)
         legs = self._legs(spec)
-        per_epoch = next((leg for leg in legs if epoch < leg.end), legs[-1]).batches.steps
+        # No recipe can ask for no epochs; benchmarks do, to see what a fleet costs without its steps.
+        per_epoch = next((leg.batches.steps for leg in legs if epoch < leg.end), legs[-1].batches.steps if legs else 1)
         epochs = max(0.0, self.ends_at(spec) - epoch - step / per_epoch)
         evaluated, kept = epochs * self.evaluated + self.tested, epochs if self.each_epoch else 0.0
         # In a stack what all of its students share is counted once, by `stack_seconds`.
@@ -225,7 +226,7 @@ class CostModel:
         for first, after in itertools.pairwise(sorted(cuts)):
             there = defaultdict(list)
             for begins, step, legs in paths:
-                if begins <= first < legs[-1].end:
+                if legs and begins <= first < legs[-1].end:
                     leg = next(leg for leg in legs if first < leg.end)
                     skipped = min(step, leg.batches.steps) if first == begins else 0
                     there[leg.batches].append((skipped, leg.logits))
