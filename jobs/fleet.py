@@ -181,7 +181,7 @@ class Fleet:
     def _steps_per_epoch(self) -> float:
         """Steps of an epoch, the mean over all students: trials of a search may differ in their batches."""
         epochs = sum(spec.objective.epochs for spec in self.base.students)
-        return sum(self.costs.steps_until(spec, spec.objective.epochs) for spec in self.base.students) / epochs
+        return sum(self.costs.steps_until(spec, spec.objective.epochs) for spec in self.base.students) / max(epochs, 1)
 
     def _not_training(self) -> list[CohortStatus]:
         """The cohorts that wait for room, and those whose workers start."""
