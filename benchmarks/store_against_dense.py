@@ -15,38 +15,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import akd_dist
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Splits
-from akd_dist.distill.batch_targets import BatchTargets, Decoder
 from akd_dist.distill.cohort import known_of_language, open_stream
 from akd_dist.distill.job import CohortJob
 from akd_dist.distill.language_metrics import Known
-from akd_dist.distill.stream import Batch, BatchStream
+from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import Student
-from akd_dist.distill.teacher_targets import DenseTargets, Targets, Whole
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import set_deterministic
 from akd_dist.recipe import Recipe, StudentSpec
 from akd_dist.reporting.seeds import paired
-from akd_dist.storage.layout import LOGITS
 from akd_dist.storage.reader import LogitStore, open_store
 from benchmarks import cut_teacher
+from benchmarks.told_otherwise import TEMPERATURE, Tell, gaussian, made_of, renormalised, sampled, tail_mean
 
-TEMPERATURE, DRAWS = 2.0, 50
-RATES, TUNING_SEED = (1e-3, 3e-3, 1e-2, 3e-2), 1000
+RATES, TUNING_SEED = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 1000
 PROBE_ROWS = 32
 ENCODINGS: dict[str, Any] = {
     "dense": "float32",
@@ -64,9 +59,7 @@ STAGE2 = ", stage II"
 """Behind an objective's name: the learning rate of its stage II."""
 
 
-# ---- what an arm is told of a batch
-
-Tell = Callable[[Batch], BatchTargets | None]
+# ---- the arms
 
 
 @dataclass(frozen=True)
@@ -90,85 +83,6 @@ class Arm:
     def baseline(self) -> str:
         """The row that its differences are to."""
         return Arm(self.objective, "dense").name
-
-
-class Made(Decoder):
-    """Targets that are made of a batch's arrays in a way of others."""
-
-    def __init__(self, make: Callable[[Mapping[str, Tensor]], Targets]) -> None:
-        super().__init__(None, {}, "cpu")
-        self.make = make
-
-    def targets(self, arrays: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Targets:
-        """As there."""
-        return self.make(arrays)
-
-
-@dataclass(eq=False)
-class AtOneTemperature(Targets):
-    """Probabilities at TEMPERATURE, and nothing else: what is had of a store of those."""
-
-    p: Tensor
-
-    def __post_init__(self) -> None:
-        self.classes, self.choice = self.p.shape[1], self.p.argmax(1)
-
-    def distribution(self, temperature: float, rows: slice) -> Whole:
-        """As there."""
-        assert temperature == TEMPERATURE
-        p = self.p[rows]
-        return Whole(p, torch.xlogy(p, p).sum(1))
-
-    def logits(self, rows: slice) -> Tensor:
-        """There are none."""
-        raise NotImplementedError
-
-
-def gaussian(store: LogitStore) -> Tell:
-    """The store's targets without its calibration: tails are then corrected by the variance of what is left over."""
-    arrays = {name: array for name, array in store.dictionary().arrays().items() if name != "tail_calibration"}
-    decoder = Decoder(store.manifest.identity.top_k, arrays, "cpu")
-    return lambda batch: batch.targets and BatchTargets(batch.targets.arrays, batch.targets.counts, decoder)
-
-
-def made_of(make: Callable[[Mapping[str, Tensor]], Targets]) -> Callable[[LogitStore], Tell]:
-    """What somebody else would have stored of dense logits."""
-    return lambda store: (
-        lambda batch: batch.targets and BatchTargets(batch.targets.arrays, batch.targets.counts, Made(make))
-    )
-
-
-def renormalised(arrays: Mapping[str, Tensor]) -> Targets:
-    """The 12 largest logits as float16, and no tail."""
-    values, ids = torch.topk(arrays[LOGITS], 12, dim=1)
-    head = torch.softmax(values.half().float() / TEMPERATURE, 1)
-    return AtOneTemperature(torch.zeros_like(arrays[LOGITS]).scatter_(1, ids, head))
-
-
-def tail_mean(arrays: Mapping[str, Tensor]) -> Targets:
-    """The 8 largest logits, and the mean of the others in their place."""
-    z = arrays[LOGITS]
-    values, ids = torch.topk(z, 8, dim=1)
-    mean = (z.sum(1, keepdim=True) - values.sum(1, keepdim=True)) / (z.shape[1] - 8)
-    return DenseTargets(mean.expand_as(z).scatter(1, ids, values))
-
-
-def sampled(store: LogitStore) -> Tell:
-    """Ids drawn once from the teacher at TEMPERATURE, as RS-KD stores them: the same in every epoch."""
-
-    def draw(row: int, z: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(row)
-        ids = torch.multinomial(torch.softmax(z / TEMPERATURE, 1), DRAWS, replacement=True, generator=generator)
-        return torch.zeros_like(z).scatter_add_(1, ids, torch.full(ids.shape, 1 / DRAWS))
-
-    def tell(batch: Batch) -> BatchTargets:
-        assert batch.targets is not None
-        counts = batch.targets.counts
-        parts = batch.targets.arrays[LOGITS].split(counts.tolist())
-        p = torch.cat([draw(int(row), z) for row, z in zip(batch.rows, parts, strict=True)])
-        return BatchTargets({"p": p}, counts, Made(lambda arrays: AtOneTemperature(arrays["p"])))
-
-    return tell
 
 
 SMALL, LARGE = "k = r = 8", "k = r = 16"
@@ -302,63 +216,67 @@ def train(learners: Sequence[Learner], stream: BatchStream, splits: Splits) -> N
 # ---- learning rates
 
 
-def tuned(dense: Stored, known: Known) -> dict[str, Any]:
-    """For each loss the learning rate whose best epoch has the lowest validation cross-entropy, and all of those."""
-    first = {(loss, rate): block_of(f"{number}", loss, TUNING_SEED, rate) for number, (loss, rate) in _grid(OBJECTIVES)}
-    learners = _trained(first, dense, known)
-    found = _chosen(learners)
-    annealing = [loss for loss, spec in OBJECTIVES.items() if spec["kind"] == "annealing_kd"]
-    second = {
-        (loss + STAGE2, rate): block_of(f"{number}", loss, TUNING_SEED, found[loss]["chosen"], rate)
-        for number, (loss, rate) in _grid(annealing)
-    }
-    leaders = {loss + STAGE2: learners[loss, found[loss]["chosen"]].student for loss in annealing}
-    return found | _chosen(_trained(second, dense, known, leaders))
+def tuned(objective: str, dense: Stored, known: Known) -> dict[str, Any]:
+    """For each stage the learning rate whose best epoch has the lowest validation cross-entropy, and all of those."""
+
+    def first(rates: Sequence[float]) -> dict[float, Learner]:
+        return _trained({rate: block_of(f"{rate}", objective, TUNING_SEED, rate) for rate in rates}, dense, known)
+
+    learners = _searched(first)
+    found = {objective: _chosen(learners)}
+    if OBJECTIVES[objective]["kind"] != "annealing_kd":
+        return found
+    chosen = found[objective]["chosen"]
+
+    def second(rates: Sequence[float]) -> dict[float, Learner]:
+        blocks = {rate: block_of(f"{rate}", objective, TUNING_SEED, chosen, rate) for rate in rates}
+        return _trained(blocks, dense, known, learners[chosen].student)
+
+    return found | {objective + STAGE2: _chosen(_searched(second))}
 
 
-def _grid(losses: Sequence[str] | Mapping[str, Any]) -> list[tuple[int, tuple[str, float]]]:
-    return list(enumerate((loss, rate) for loss in losses for rate in RATES))
+def _searched(trained: Callable[[Sequence[float]], dict[float, Learner]]) -> dict[float, Learner]:
+    """Three rates in the middle, and further ones while the best is the outermost."""
+    low, high = 2, 5
+    found = trained(RATES[low:high])
+    while low > 0 and high < len(RATES):
+        best = RATES.index(_chosen(found)["chosen"])
+        if low < best < high - 1:
+            break
+        low, high, more = (low - 1, high, low - 1) if best == low else (low, high + 1, high)
+        found |= trained((RATES[more],))
+    return found
 
 
 def _trained(
-    blocks: Mapping[tuple[str, float], dict[str, Any]],
-    dense: Stored,
-    known: Known,
-    leaders: Mapping[str, Student] | None = None,
-) -> dict[tuple[str, float], Learner]:
-    """Students of the grid from dense logits.
+    blocks: Mapping[float, dict[str, Any]], dense: Stored, known: Known, leader: Student | None = None
+) -> dict[float, Learner]:
+    """Students of several learning rates from dense logits.
 
     Args:
-        leaders: whose stage I they go on from.
+        leader: whose stage I they go on from.
     """
     job = dense.job(list(blocks.values()))
     specs = zip(blocks, job.students, strict=True)
-    learners = {key: begin(spec, dense, known, lambda batch: batch.targets) for key, spec in specs}
-    for (loss, _), one in learners.items() if leaders else ():
-        assert leaders is not None
-        leader = leaders[loss]
+    learners = {rate: begin(spec, dense, known, lambda batch: batch.targets) for rate, spec in specs}
+    for one in learners.values() if leader else ():
+        assert leader is not None
         assert leader.best is not None
         one.student.enter_stage2(leader.spec.name, leader.history, leader.best)
     train(list(learners.values()), open_stream(job, dense.splits)[0], dense.splits)
     return learners
 
 
-def _chosen(learners: Mapping[tuple[str, float], Learner]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for (loss, rate), one in learners.items():
-        scores = found.setdefault(loss, {"validation": {}})["validation"]
-        scores[rate] = one.student.best_record["validation"]["cross_entropy"]
-    for told in found.values():
-        told["chosen"] = min(told["validation"], key=told["validation"].get)
-    return found
+def _chosen(learners: Mapping[float, Learner]) -> dict[str, Any]:
+    scores = {rate: one.student.best_record["validation"]["cross_entropy"] for rate, one in learners.items()}
+    return {"chosen": min(scores, key=scores.__getitem__), "validation": scores}
 
 
 # ---- the comparison
 
 
-def run(seed: int, stored: Stored, rates: Mapping[str, Any], known: Known) -> dict[str, Any]:
-    """Test metrics of every arm that reads an encoding, after stage I and at the end."""
-    arms = [arm for arm in ARMS if arm.encoding == stored.encoding]
+def run(seed: int, arms: Sequence[Arm], stored: Stored, rates: Mapping[str, Any], known: Known) -> dict[str, Any]:
+    """Test metrics of arms that read the same store, after stage I and at the end."""
     blocks = [
         block_of(f"{number}", arm.objective, seed, *(_rate(rates, arm.objective + end) for end in ("", STAGE2)))
         for number, arm in enumerate(arms)
@@ -417,20 +335,33 @@ def main() -> None:
     work = given.work.absolute()
     cut_teacher.make(given.model, work)
     set_deterministic("cpu", 1)
-    dense = cached(work, "dense")
+    stores = {encoding: cached(work, encoding) for encoding in ENCODINGS}
+    found: dict[int, dict[str, Any]] = {seed: {} for seed in range(given.seeds)}
+    for objective in OBJECTIVES:
+        for seed, arms in compared(objective, stores, found, work).items():
+            found[seed] |= arms
+    print(f"\n{table(found)}")
+
+
+def compared(
+    objective: str, stores: Mapping[str, Stored], seeds: Iterable[int], work: Path
+) -> dict[int, dict[str, Any]]:
+    """Test metrics of all arms of an objective, with learning rates that are chosen first, by seed and arm."""
+    dense = stores["dense"]
     known = known_of_language(dense.job(()), dense.splits)
-    rates = _kept(work / "rates.json", lambda: tuned(dense, known))
+    known = Known({dense.splits.test.fingerprint: known.stored[dense.splits.test.fingerprint]})
+    rates = _kept(work / f"rates of {objective}.json", lambda: tuned(objective, dense, known))
     for loss, told in rates.items():
         scores = ", ".join(f"{rate}: {score:.3f}" for rate, score in told["validation"].items())
-        print(f"{loss}: {told['chosen']} of {scores}")
-    found: dict[int, dict[str, Any]] = {seed: {} for seed in range(given.seeds)}
-    for encoding in ENCODINGS:
-        stored = cached(work, encoding)
-        for seed, arms in found.items():
-            path = work / f"{encoding.replace(' ', '')}-{seed}.json"
-            arms |= _kept(path, functools.partial(run, seed, stored, rates, known))
-            print(f"{encoding}, seed {seed}: done", flush=True)
-    print(f"\n{table(found)}")
+        print(f"{loss}: {told['chosen']} of {scores}", flush=True)
+    found: dict[int, dict[str, Any]] = {seed: {} for seed in seeds}
+    for seed, (encoding, stored) in itertools.product(found, stores.items()):
+        arms = [arm for arm in ARMS if (arm.objective, arm.encoding) == (objective, encoding)]
+        if arms:
+            path = work / f"{objective}, {encoding}, seed {seed}.json"
+            found[seed] |= _kept(path, functools.partial(run, seed, arms, stored, rates, known))
+            print(f"{path.stem}: done", flush=True)
+    return found
 
 
 def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

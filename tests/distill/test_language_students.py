@@ -247,8 +247,7 @@ ONLINE: dict[str, Callable[[Targets, torch.Tensor, float], Term]] = {
 }
 
 
-@pytest.mark.parametrize("llama", [False, True], ids=["causal_lm", "huggingface_lm"])
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize(("name", "llama"), [*((name, False) for name in ONLINE), ("micro", True), ("squared", True)])
 def test_from_dense_targets_it_is_the_loop_with_its_teacher(
     dense: Home, tmp_path: Path, name: str, llama: bool
 ) -> None:

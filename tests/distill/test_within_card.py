@@ -70,7 +70,7 @@ class Sides:
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> Sides:
     folder = tmp_path_factory.mktemp("card")
-    recipe = a_recipe(a_corpus(folder, 200), [a_student("one")], cache={"encoding": TOP_K, "batch_rows": 8})
+    recipe = a_recipe(a_corpus(folder, 130), [a_student("one")], cache={"encoding": TOP_K, "batch_rows": 8})
     splits = prepare(recipe.data, folder / "cache")
     rows: Rows = splits.train
     teacher = a_teacher(rows)
