@@ -74,6 +74,12 @@ def renormalised(arrays: Mapping[str, Tensor]) -> Targets:
     return AtOneTemperature(torch.zeros_like(arrays[LOGITS]).scatter_(1, ids, head))
 
 
+def rounded(arrays: Mapping[str, Tensor]) -> Targets:
+    """All logits as float16, as the product stores them where a recipe says so: how far the smallest change of targets
+    leads in the end."""
+    return DenseTargets(arrays[LOGITS].half())
+
+
 def tail_mean(arrays: Mapping[str, Tensor]) -> Targets:
     """The 8 largest logits, and the mean of the others in their place."""
     z = arrays[LOGITS]
@@ -93,7 +99,7 @@ def sampled(store: LogitStore) -> Tell:
     def tell(batch: Batch) -> BatchTargets:
         assert batch.targets is not None
         counts = batch.targets.counts
-        parts = batch.targets.arrays[LOGITS].split(counts.tolist())
+        parts = torch.split(batch.targets.arrays[LOGITS], counts.tolist())
         p = torch.cat([draw(int(row), z) for row, z in zip(batch.rows, parts, strict=True)])
         return BatchTargets({"p": p}, counts, Made(lambda arrays: AtOneTemperature(arrays["p"])))
 

@@ -12,13 +12,14 @@ on some targets of some rows, and sealed with the store. What it bounds, at each
 - Gradients of the squared error in centred logits differ by 2 Phi / V times what the store leaves unexplained of these.
 - Cross-entropies to p^ and to p differ by at most the total variation of both, times the range of the student's log q.
 
-Here it is measured on all train targets, which are not those of the card, with a student that knows nothing and with
-one that has been trained on labels.
+Here it is measured on half of the train targets, most of which are not those of the card, with a student that knows
+nothing and with one that has been trained on labels.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ from akd_dist.models.language import LanguageModel
 from benchmarks import cut_teacher
 from benchmarks.store_against_dense import LARGE, SMALL, Stored, begin, block_of, cached, train
 
-TEMPERATURES = (1.0, 4 / 3, 2.0, 4.0)
+TEMPERATURES = (1.0, 2.0, 4.0)
+BATCHES = 12
+"""That are seen: half an epoch."""
 Of = Callable[[Targets], Term]
 """The loss on targets."""
 
@@ -106,10 +109,10 @@ def _whole(model: LanguageModel, h: Tensor, targets: Targets, of: Of) -> tuple[f
 
 
 def measured(model: LanguageModel, dense: Stored, top: Stored, temperature: float) -> Apart:
-    """KD of one temperature on an epoch of batches, from both stores."""
+    """KD of one temperature on some batches, from both stores."""
     apart = Apart()
     streams = [open_stream(one.job(()), one.splits)[0].batches(0) for one in (dense, top)]
-    for exact, told in zip(*streams, strict=True):
+    for exact, told in itertools.islice(zip(*streams, strict=True), BATCHES):
         assert exact.targets is not None
         assert told.targets is not None
         count = len(exact.rows)
@@ -123,7 +126,7 @@ def measured(model: LanguageModel, dense: Stored, top: Stored, temperature: floa
 def students(dense: Stored) -> Mapping[str, LanguageModel]:
     """One that knows nothing, and one that was trained on labels."""
     job, known = dense.job([block_of("judge", "labels", 0, 3e-3)]), known_of_language(dense.job(()), dense.splits)
-    found = {}
+    found: dict[str, LanguageModel] = {}
     for name in ("before its first step", "trained on labels"):
         one = begin(job.students[0], dense, known, lambda batch: batch.targets)
         if found:

@@ -273,7 +273,7 @@ def test_from_dense_targets_it_is_the_loop_with_its_teacher(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(spec.optimizer.lr, spec.optimizer.schedule, epoch * steps + step, 2 * steps)
             optimizer.zero_grad()
-            for blocks in whole.split(spec.micro_batch or len(whole)):
+            for blocks in torch.split(whole, spec.micro_batch or len(whole)):
                 scored, targets = Scored.of(blocks), DenseTargets(logits_of(teacher, blocks, rows.classes))
                 h = module.hidden(blocks).flatten(0, 1).index_select(0, scored.places)
                 term = ONLINE[name](targets, scored.labels, (0.5, 1.0)[epoch])
