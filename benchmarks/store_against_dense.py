@@ -97,6 +97,7 @@ KD, SQUARED, ENTROPY, CALM = list(OBJECTIVES)[1:]
 ARMS = (
     Arm("labels", "dense"),
     Arm(KD, "dense"),
+    Arm(KD, "dense", "dense, rounded to float16", made_of(rounded)),
     Arm(KD, LARGE),
     Arm(KD, SMALL),
     Arm(KD, SMALL, "k = r = 8, Gaussian *", gaussian),
