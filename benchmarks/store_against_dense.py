@@ -291,7 +291,7 @@ def _chosen(learners: Mapping[float, Learner]) -> dict[str, Any]:
 # ---- the comparison
 
 
-def run(seed: int, arms: Sequence[Arm], stored: Stored, rates: Mapping[str, Any], known: Known) -> dict[str, Any]:
+def run(seed: int, arms: Sequence[Arm], stored: Stored, rates: Mapping[str, Any], known: Known) -> list[dict[str, Any]]:
     """Test metrics of arms that read the same store, after stage I and at the end."""
     blocks = [
         block_of(f"{number}", arm.objective, seed, *(_rate(rates, arm.objective + end) for end in ("", STAGE2)))
