@@ -36,9 +36,13 @@ def print_plan(plan: PlanDocument) -> None:
 
 def print_encodings(plan: EncodingsDocument) -> None:
     """What encodings take and how well they describe the teacher, a line each; dominated ones are grey."""
-    temperatures = [f"T={one:g}" for one in plan.temperatures]
-    columns = [f"{what} {one}" for what in ("KL", "error") for one in temperatures]
-    table = table_of("encoding", "B/target", "in all", "top 1", "unexplained", *columns, title="what encodings take")
+    table = table_of("encoding", title="what encodings take")
+    temperatures = [f"{one:.3g}" for one in plan.temperatures]
+    for figure in ("bytes a\ntarget", "in all", "top 1", "unex-\nplained"):
+        table.add_column(figure, no_wrap=True, justify="right")
+    for what in ("KL at", "error"):
+        for at, temperature in enumerate(temperatures):
+            table.add_column(f"{'' if at else what}\n{temperature}", no_wrap=True, justify="right")
     for one in plan.encodings:
         errors = [at.unigram_error if at.unigram_hidden_error is None else at.unigram_hidden_error for at in one.at]
         figures = [*(at.kl for at in one.at), *errors]
@@ -50,8 +54,8 @@ def print_encodings(plan: EncodingsDocument) -> None:
     print_table(table)
     click.echo(
         f"on {plan.targets_measured:,} targets of {plan.rows_measured:,} train rows, of {plan.targets:,} targets in "
-        "all; KL in nats; error: of the gradient at a student that says the mean, over that gradient; what is grey is "
-        "no better than something smaller"
+        "all, at each temperature; KL in nats; error: of the gradient at a student that says the mean, over that "
+        "gradient; what is grey is no better than something smaller"
     )
     for warning in plan.warnings:
         click.echo(warning)
