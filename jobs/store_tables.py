@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from akd_dist.base.formatting import counted
 from akd_dist.distill.caching import prepare_store
 from akd_dist.distill.teacher import CacheJob
 from akd_dist.jobs.local_tasks import LocalTasks
@@ -14,7 +15,7 @@ from akd_dist.jobs.shared import Shared
 from akd_dist.jobs.stopping import StopFlag
 from akd_dist.jobs.tasks import Task, run_tasks
 from akd_dist.storage.writer import missing_shards
-from akd_dist.tracking.progress import meter
+from akd_dist.tracking.progress import meter, tell
 
 Prepared = Sequence[tuple[SplitPlan, CacheJob]]
 
@@ -38,6 +39,7 @@ def prepare_on_ray(
     tasks = [Task(f"what describes the {plan.split} rows of {name}", job, None) for plan, job in prepared]
     if not tasks:
         return
+    tell(console, f"describing what {name} says, once for all shards of {counted(len(tasks), 'store')}")
     with meter(console, f"describing what {name} says", len(tasks), "stores") as shown:
         done = iter(range(1, len(tasks) + 1))
         shown.update(0)
