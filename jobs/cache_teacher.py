@@ -299,7 +299,8 @@ def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> 
     done = 0
     with workspace.shared() as shared:
         tables = _unprepared(model, recipe, workspace)
-        prepare_on_ray(tables, model.name, threads=threads, gpus=gpus, shared=shared, stop=stop)
+        given: dict[str, Any] = {"threads": threads, "gpus": gpus, "shared": shared, "stop": stop}
+        prepare_on_ray(tables, model.name, **given, console=workspace.console)
         tasks = ShardTasks(lambda: at_once(shared.nodes(), threads, gpus))
         # All splits together, so that no CPU is idle while the last shards of one of them are computed.
         for plan in model.plans:

@@ -6,7 +6,7 @@ akd-dist plan jobs/language_model.yaml --budget 40GB
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from akd_dist.base.errors import RecipeError, RefusedError
 from akd_dist.data.blocks import default_threads
 from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.distill import cards
-from akd_dist.distill.dictionary import HiddenProbe, Probe
+from akd_dist.distill.dictionary import HiddenProbe, LogitProbe, Probe
 from akd_dist.distill.fidelity import Card, TopKOnly
 from akd_dist.distill.output_head import parts
-from akd_dist.distill.target_shards import dictionary_of_probe, drawn_rows, teacher_for
+from akd_dist.distill.target_shards import dictionary_of_probe, drawn_rows, rows_for, teacher_for
 from akd_dist.distill.target_teacher import TargetTeacher
 from akd_dist.distill.teacher_targets import DenseTargets, Targets
 from akd_dist.documents.encodings import AtTemperature, EncodingsDocument, PlannedEncoding
@@ -39,12 +39,14 @@ from akd_dist.options import PlanOptions
 from akd_dist.recipe import EncodingSpec, Recipe
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.top_k import TopK, top_k_from_config
+from akd_dist.tracking.progress import Meter, meter
 
 SIZES = ((6, 8), (8, 8), (16, 16), (64, 32))
 """k and rank of what is compared."""
 PEERS = (8, 32)
 """Logits of what other systems store."""
 _FITTED = 1024  # targets that dictionaries are made from here: enough to compare
+_HELD_BYTES = 2**29  # of logits that are held, where the teacher would have to be run for them again and again
 _MOST_TEMPERATURES = 6
 
 
@@ -65,10 +67,9 @@ def plan_encodings(recipe: Recipe, options: PlanOptions) -> dict[str, Any]:
     teacher = _teacher(inputs, workspace)
     temperatures = temperatures_of(recipe)
     top_k = _own(recipe, inputs.splits) or TopK()
-    fitted, measured = drawn_rows(teacher.rows, top_k)
-    probe = teacher.probe(measured)
-    targets = _candidates(recipe, inputs.splits, teacher, _thinned(teacher, fitted), probe, temperatures)
-    found = cards.measure(probe, {name: one for name, (_, _, one) in targets.items()}, temperatures, teacher)
+    fitted, probe, rows_measured = _probes(teacher, top_k, console)
+    targets = _candidates(recipe, inputs.splits, teacher, fitted, probe, temperatures, console)
+    found = _measured(probe, {name: one for name, (_, _, one) in targets.items()}, temperatures, teacher, console)
     count = sum(_targets(recipe, split, getattr(inputs.splits, split)) for split in SPLITS)
     own = recipe.cache.encoding.config()
     rows = [_planned(name, *targets[name][:2], card, count, own) for name, card in found.items()]
@@ -79,14 +80,14 @@ def plan_encodings(recipe: Recipe, options: PlanOptions) -> dict[str, Any]:
     return EncodingsDocument(
         classes=teacher.classes,
         targets=count,
-        rows_measured=len(measured),
+        rows_measured=rows_measured,
         targets_measured=len(cards.chosen(probe)),
         temperatures=list(temperatures),
         encodings=rows,
         budget=budget,
         chosen=None if best is None else best.name,
         line=None if best is None else _line(best.encoding or {}),
-        warnings=cards.fidelity_warnings(card, temperatures),
+        warnings=[*cards.fidelity_warnings(card, temperatures), *cards.mass_warnings(card)],
     ).plain()
 
 
@@ -128,13 +129,62 @@ def _module(model: CachedModel, recipe: Recipe, rows: Rows, workspace: Workspace
     return read_model(model.model_uri, recipe.trusted, blocks=blocks)[0]
 
 
-def _thinned(teacher: TargetTeacher, numbers: np.ndarray) -> Probe:
-    """What dictionaries are made from: of the rows of a store's, no more than are needed to compare."""
-    probe = teacher.probe(numbers)
-    if isinstance(probe, HiddenProbe) and len(probe) > _FITTED:
-        kept = torch.linspace(0, len(probe) - 1, _FITTED, dtype=torch.float64).round().long()
-        return dataclasses.replace(probe, h=probe.h[kept])
-    return probe if len(probe) <= _FITTED else teacher.probe(numbers[:: -(-len(numbers) // _FITTED)])
+def _probes(teacher: TargetTeacher, top_k: TopK, console: Console) -> tuple[Probe, Probe, int]:
+    """Targets that dictionaries are made from, no more than are needed to compare, and others that are measured; and
+    how many rows those are of."""
+    rows, (fitted, measured) = teacher.rows, drawn_rows(teacher.rows, top_k)
+    fewest = cards.MEASURED_ROWS if teacher.head is not None else 1  # whose hidden states are kept, not its logits
+    fitted = _spread(fitted, max(fewest, rows_for(rows, fitted, _FITTED)))
+    with meter(console, "running the teacher", len(fitted) + len(measured)) as shown:
+        done = _adding(shown)
+        made = _held(teacher, fitted, done), _held(teacher, measured, done)
+    if isinstance(made[0], HiddenProbe):
+        kept = torch.from_numpy(_spread(np.arange(len(made[0])), _FITTED))
+        return dataclasses.replace(made[0], h=made[0].h[kept]), made[1], len(measured)
+    return *made, len(measured)
+
+
+def _spread(numbers: np.ndarray, count: int) -> np.ndarray:
+    """So many of some numbers, evenly spaced; all if there are no more."""
+    places = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(np.int64)
+    return numbers[places]
+
+
+def _adding(shown: Meter) -> Callable[[float], None]:
+    """What tells a meter how much more is done."""
+    done = 0.0
+
+    def add(more: float) -> None:
+        nonlocal done
+        done += more
+        shown.update(done)
+
+    add(0)
+    return add
+
+
+def _held(teacher: TargetTeacher, numbers: np.ndarray, done: Callable[[float], None]) -> Probe:
+    """The targets of some rows, for which the teacher is run once if what it says of them can be held."""
+    probe = teacher.probe(numbers, done)
+    if isinstance(probe, HiddenProbe):
+        return probe
+    each = torch.arange(len(probe), device=teacher.device)
+    if 4 * len(probe) * teacher.classes > _HELD_BYTES:
+        done(len(numbers))
+        return probe
+    found = []
+    for part in torch.split(each, teacher.size):
+        found.append(probe.logits(part))
+        done(len(part) * len(numbers) / len(each))
+    return LogitProbe(torch.cat(found))
+
+
+def _measured(
+    probe: Probe, targets: dict[str, Targets], temperatures: Sequence[float], teacher: TargetTeacher, console: Console
+) -> dict[str, Card]:
+    count = len(targets) * len(temperatures) * len(cards.chosen(probe))
+    with meter(console, "comparing what is decoded", count, "targets") as shown:
+        return cards.measure(probe, targets, temperatures, teacher, _adding(shown))
 
 
 Candidate = tuple[dict[str, Any] | None, int, Targets]
@@ -142,27 +192,36 @@ Candidate = tuple[dict[str, Any] | None, int, Targets]
 
 
 def _candidates(
-    recipe: Recipe, splits: Splits, teacher: TargetTeacher, fitted: Probe, probe: Probe, temperatures: Sequence[float]
+    recipe: Recipe,
+    splits: Splits,
+    teacher: TargetTeacher,
+    fitted: Probe,
+    probe: Probe,
+    temperatures: Sequence[float],
+    console: Console,
 ) -> dict[str, Candidate]:
     """Encodings by name, each once."""
     numbers, classes = cards.chosen(probe), teacher.classes
-    logits = torch.cat([probe.logits(numbers[part]) for part in parts(0, len(numbers), teacher.chunk)])
     found: dict[str, Candidate] = {}
     own = _own(recipe, splits)
     dense = ["float16"] + ([] if own is not None else [recipe.cache.encoding.kind])
     for kind in dict.fromkeys(dense):
-        stored = logits.half() if kind == "float16" else logits
+        dtype = torch.float16 if kind == "float16" else torch.float32
+        each = [probe.logits(numbers[part]).to(dtype) for part in parts(0, len(numbers), teacher.chunk)]
         size = np.dtype(kind).itemsize * classes
         config = recipe.cache.encoding.config() if kind == recipe.cache.encoding.kind else {"name": kind}
-        found[str(encoding_from_config(config))] = (config, size, DenseTargets(stored))
-    settings = [] if own is None else [own]
+        found[str(encoding_from_config(config))] = (config, size, DenseTargets(torch.cat(each)))
     width = probe.h.shape[1] if isinstance(probe, HiddenProbe) else classes
+    settings = [] if own is None else [own]
     settings += [dataclasses.replace(own or TopK(), k=k, rank=rank) for k, rank in SIZES]
-    for one in dict.fromkeys(settings):
-        if one.k < classes and one.rank <= min(width, len(fitted) // 2):
+    fitting = [one for one in dict.fromkeys(settings) if one.k < classes and one.rank <= min(width, len(fitted) // 2)]
+    with meter(console, "making dictionaries", len(fitting) * len(fitted), "targets") as shown:
+        done = _adding(shown)
+        for one in fitting:
             made = cards.tail_dictionary(dictionary_of_probe(fitted, one, teacher.chunk), one, teacher.device)
             stored_as = cards.stored_targets(probe, numbers, one, made, teacher.chunk)
             found[str(one)] = (one.config(), cards.bytes_of(one, classes), stored_as)
+            done(len(fitted))
     return found | _peers(probe, numbers, classes, temperatures, teacher.chunk)
 
 

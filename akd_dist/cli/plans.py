@@ -35,23 +35,26 @@ def print_plan(plan: PlanDocument) -> None:
 
 
 def print_encodings(plan: EncodingsDocument) -> None:
-    """What encodings take and how well they describe the teacher, a line each; dominated ones are grey."""
-    temperatures = [f"T={one:g}" for one in plan.temperatures]
-    columns = [f"{what} {one}" for what in ("KL", "error") for one in temperatures]
-    table = table_of("encoding", "B/target", "in all", "top 1", "unexplained", *columns, title="what encodings take")
+    """What encodings take, and how well they describe the teacher, each a table; dominated ones are grey."""
+    takes, describes = table_of("encoding", title="what encodings take"), table_of("encoding", title="what they lose")
+    for figure in ("B/target", "in all", "top 1", "unexplained"):
+        takes.add_column(figure, no_wrap=True, justify="right")
+    for what in ("KL at", "error"):
+        for at, temperature in enumerate(plan.temperatures):
+            describes.add_column(f"{'' if at else what}\n{temperature:.3g}", no_wrap=True, justify="right")
     for one in plan.encodings:
         errors = [at.unigram_error if at.unigram_hidden_error is None else at.unigram_hidden_error for at in one.at]
-        figures = [*(at.kl for at in one.at), *errors]
         marks = " (the recipe's)" * one.own + " (chosen)" * (one.name == plan.chosen)
-        table.add_row(
-            one.name + marks, f"{one.bytes_per_target:,}", size(one.bytes), f"{one.agreement:.3f}",
-            _figure(one.unexplained), *map(_figure, figures), style="bright_black" if one.dominated else None,
-        )  # fmt: skip
-    print_table(table)
+        sizes = (f"{one.bytes_per_target:,}", size(one.bytes), f"{one.agreement:.3f}", _figure(one.unexplained))
+        style = "bright_black" if one.dominated else None
+        takes.add_row(one.name + marks, *sizes, style=style)
+        describes.add_row(one.name, *map(_figure, [*(at.kl for at in one.at), *errors]), style=style)
+    print_table(takes)
+    print_table(describes)
     click.echo(
         f"on {plan.targets_measured:,} targets of {plan.rows_measured:,} train rows, of {plan.targets:,} targets in "
-        "all; KL in nats; error: of the gradient at a student that says the mean, over that gradient; what is grey is "
-        "no better than something smaller"
+        "all, at each temperature; KL in nats; error: of the gradient at a student that says the mean, over that "
+        "gradient; what is grey is no better than something smaller"
     )
     for warning in plan.warnings:
         click.echo(warning)

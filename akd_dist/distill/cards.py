@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,12 @@ TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 """That a store's card is measured at: the same for all recipes, as they find the same store."""
 MEASURED = 384
 """Targets that a card is measured on, evenly spaced among those of its rows."""
+MEASURED_ROWS = 32
+"""Rows that these are of, or more where so few have fewer: each is run by the teacher for some of its targets alone."""
 MOST_DIVERGENCE = 0.5
 """Nats, and total variation, from which on a student is warned of what it is taught."""
+MOST_MASS = 0.01
+"""Mean error of the tail's mass from which on a temperature should be among those that are stored."""
 _DIGITS = 5
 
 
@@ -45,12 +49,15 @@ def card_of(teacher: TargetTeacher, numbers: np.ndarray, top_k: TopK, dictionary
 
 
 def measure(
-    probe: Probe, candidates: Mapping[str, Targets], temperatures: Iterable[float], teacher: TargetTeacher
+    probe: Probe,
+    candidates: Mapping[str, Targets],
+    temperatures: Iterable[float],
+    teacher: TargetTeacher,
+    done: Callable[[int], None] = lambda targets: None,
 ) -> dict[str, Card]:
-    """The cards of several encodings of the probe's chosen targets."""
-    return measure_fidelity(
-        probe, candidates, tuple(temperatures), numbers=chosen(probe), head=teacher.head, chunk=teacher.chunk
-    )
+    """The cards of several encodings of the probe's chosen targets; `done` as of `measure_fidelity`."""
+    given: dict[str, Any] = {"head": teacher.head, "chunk": teacher.chunk, "done": done}
+    return measure_fidelity(probe, candidates, tuple(temperatures), numbers=chosen(probe), **given)
 
 
 def chosen(probe: Probe) -> torch.Tensor:
@@ -142,6 +149,16 @@ def fidelity_warnings(card: Mapping[str, Any] | None, temperatures: Iterable[flo
                 "encodings take"
             )
     return lines
+
+
+def mass_warnings(card: Mapping[str, Any] | None) -> list[str]:
+    """A line for each temperature of a card that lies too far from those at which the tail's mass is stored."""
+    return [
+        f"at temperature {one['temperature']:g} the tail's mass is off by {one['mass_error']:.3f} on average, as it is "
+        "interpolated between cache.encoding.tail_temperatures: put this temperature among them, at 2 bytes a target"
+        for one in ([] if card is None else card["at"])
+        if (one.get("mass_error") or 0.0) > MOST_MASS
+    ]
 
 
 def _between(at: list[dict[str, Any]], name: str, temperature: float) -> float:

@@ -165,9 +165,10 @@ class _Work:
                 expected="a rank that is smaller than what the logits of these targets have",
                 next="lower cache.encoding.rank, or raise cache.encoding.probe_rows",
             )
-        made |= self._tails(made)
+        tails, true = self._tails(made)
+        made |= tails
         if rank:
-            made["tail_calibration"] = self._calibration(made)
+            made["tail_calibration"] = self._calibration(made, true)
         else:
             del made["residual_mean"], made["residual_variance"]
         return made
@@ -185,13 +186,16 @@ class _Work:
         """The mean of centred logits, and the mean probability over three temperatures, both float64 [V]."""
         total = torch.zeros(self.probe.classes, dtype=F64, device=self.probe.device)
         weights, largest = torch.zeros_like(total), max(WEIGHTING)
+        powers = {round(largest / T) for T in WEIGHTING}
         for z in self._passes():
-            total += z.sub_(z.mean(1, keepdim=True)).sum(0, dtype=F64)
-            x = torch.softmax(z / largest, 1)
+            total += z.sub_(z.mean(1, keepdim=True)).sum(0)
+            # One exponential serves all temperatures; of a block's few targets, float32 sums are exact enough.
+            power = x = torch.softmax(z / largest, 1)
             x.div_(x.amax(1, keepdim=True))
-            for T in WEIGHTING:
-                p = x ** round(largest / T)
-                weights += (p / p.sum(1, keepdim=True)).sum(0, dtype=F64)
+            for n in range(1, max(powers) + 1):
+                power = x if n == 1 else power * x
+                if n in powers:
+                    weights += power.sum(1).reciprocal() @ power
         if not torch.isfinite(total).all():
             raise RefusedError(
                 "the teacher's logits are not finite",
@@ -201,49 +205,52 @@ class _Work:
             )
         return total / len(self.used), weights / (len(WEIGHTING) * len(self.used)) + 1e-7
 
-    def _tails(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is left over in tails, and their mean at each temperature."""
+    def _tails(self, made: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """What is left over in tails, and their mean at each temperature; and the sum of p of each class over the
+        targets in whose tails it is, float64 [t, V]."""
         dictionary = TailDictionary.of(made, self.temperatures, self.probe.device)
         like = torch.zeros(self.probe.classes, dtype=F64, device=self.probe.device)
         seen, mean, squares = like.clone(), like.clone(), like.clone()
-        prior = [like.clone() for _ in self.temperatures]
+        prior, true = torch.zeros(2, len(self.temperatures), len(like), dtype=F64, device=like.device)
         for z, captured in self._captured(dictionary):
             outside = torch.ones_like(z).scatter_(1, captured.ids, 0.0)
-            seen += outside.sum(0, dtype=F64)
+            seen += outside.sum(0)
             if captured.coefficients.shape[1]:
                 z_hat = torch.addmm(dictionary.mean_logit, captured.coefficients, dictionary.basis.T)
                 left = (z - captured.mean[:, None] - z_hat).mul_(outside)
-                mean += left.sum(0, dtype=F64)
-                squares += left.square_().sum(0, dtype=F64)
+                mean += left.sum(0)
+                squares += left.square_().sum(0)
             for at, T in enumerate(self.temperatures):
-                prior[at] += torch.softmax((z / T).scatter_(1, captured.ids, -1e30), 1).sum(0, dtype=F64)
+                within = torch.softmax((z / T).scatter_(1, captured.ids, -1e30), 1)
+                prior[at] += within.sum(0)
+                head = torch.logsumexp((captured.values - captured.values[:, :1]) / T, 1)
+                mass = torch.sigmoid(captured.tail[:, at] - head) * (
+                    self.k < len(like)
+                )  # of a tail, where there is one
+                true[at] += mass @ within
         count = seen.clamp_min(1)
         mean = mean / count
-        priors = (
-            torch.stack([(one / count).clamp_min(1e-12) for one in prior]) if prior else like.new_zeros(0, len(like))
-        )
-        return {
+        priors = (prior / count).clamp_min(1e-12)
+        found = {
             "residual_mean": mean.float(),
             "residual_variance": (squares / count - mean.square()).clamp_min(0).float(),
             "tail_prior": (priors / priors.sum(1, keepdim=True)).float(),
         }
+        return found, true
 
-    def _calibration(self, made: dict[str, Tensor]) -> Tensor:
+    def _calibration(self, made: dict[str, Tensor], true: Tensor) -> Tensor:
         """a_T of each class, so that its mean tail probability as decoded is the teacher's: [t, V]."""
-        shape = (len(self.temperatures), self.probe.classes)
-        logs = torch.zeros(shape, dtype=F64, device=self.probe.device)
+        logs = torch.zeros_like(true)
         dictionary = TailDictionary.of(made, self.temperatures, self.probe.device)
         for _ in range(ROUNDS):
-            true, ours = torch.zeros_like(logs), torch.zeros_like(logs)
+            ours = torch.zeros_like(logs)
             dictionary = dataclasses.replace(dictionary, tail_calibration=logs.float())
             for z, captured in self._captured(dictionary):
                 stored = captured.targets(self.temperatures, dictionary)
                 for at, T in enumerate(self.temperatures):
-                    p = torch.softmax(z / T, 1).scatter_(1, captured.ids, 0.0)
                     found = stored.distribution(T, slice(0, len(z)))
                     assert isinstance(found, Whole)
-                    true[at] += p.sum(0, dtype=F64)
-                    ours[at] += found.p.scatter(1, captured.ids, 0.0).sum(0, dtype=F64)
+                    ours[at] += found.p.scatter_(1, captured.ids, 0.0).sum(0)
             smooth = _SMOOTHED * true.sum(1, keepdim=True) / self.probe.classes
             ratio = ((true + smooth) / (ours + smooth)).log()
             logs += torch.nan_to_num(ratio)  # no mass in any tail: nothing to be calibrated

@@ -5,7 +5,7 @@ average (the unigram student), and where it says of a target what the teacher sa
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from akd_dist.distill.capture import Captured, capture_chunk
 from akd_dist.distill.dictionary import Probe
 from akd_dist.distill.output_head import Head, blocks, parts
+from akd_dist.distill.sparse import SparseTargets
 from akd_dist.distill.tail_curve import log_mass
 from akd_dist.distill.teacher_targets import Distribution, Targets, Whole, row_dots
 
@@ -85,6 +86,9 @@ class AtTemperature:
     """The first behind the teacher's head, as a backbone would receive it; None without a linear head."""
     other_hidden_error: float | None = None
     """The second there."""
+    mass_error: float | None = None
+    """Of the tail's mass, which is interpolated between stored temperatures: mean absolute error; None where none is
+    stored."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ def measure_fidelity(
     numbers: Tensor | None = None,
     head: Head | None = None,
     chunk: int | None = None,
+    done: Callable[[int], None] = lambda targets: None,
 ) -> dict[str, Card]:
     """The cards of several encodings of the same targets, in two passes of the teacher's head over them.
 
@@ -114,25 +119,47 @@ def measure_fidelity(
         numbers: int64 [n], which of the probe's targets; all by default.
         head: of the teacher, where errors are wanted behind it; linear, a softcapped one is left out.
         chunk: targets whose logits exist at once.
+        done: told how many targets of one candidate were compared at one temperature, whenever some were.
     """
     numbers = torch.arange(len(probe), device=probe.device) if numbers is None else numbers
     head = head.cut(probe.classes) if head is not None and head.linear else None
-    measured = _Measured(probe, numbers, tuple(temperatures), head, chunk or capture_chunk(probe.classes))
+    measured = _Measured(probe, numbers, tuple(temperatures), head, chunk or capture_chunk(probe.classes), done)
     with torch.inference_mode():
         return measured.cards(candidates)
 
 
 _NOTHING = 1e-30  # a probability for which float32 may hold 0 on one side and something on the other
-_PLACES = ("unigram", "other", "unigram_hidden", "other_hidden")
+_PLACES = ("unigram", "other")
 
 
 @dataclass(eq=False)
 class _Sums:
-    """Sums over targets, in float64: of one encoding at one temperature."""
+    """Sums over targets, in float64: of one encoding at one temperature, or of the gradients themselves."""
 
     kl: float = 0.0
     tv: float = 0.0
+    mass: float = 0.0
     errors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PLACES, 0.0))
+    behind: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PLACES, 0.0))
+
+
+@dataclass(eq=False)
+class _Chunk:
+    """Some targets, at one temperature."""
+
+    p: Tensor
+    """What the teacher says, [m, V]."""
+    students: dict[str, Tensor]
+    """What students say where errors are taken, by place: [m, V]."""
+    errors: Tensor
+    """A buffer [m, V], so that all of it goes through the head together."""
+    start: int
+    """The number of its first target."""
+
+    @property
+    def blocks(self) -> Iterator[slice]:
+        """Some of its targets, as places in it."""
+        return blocks(slice(0, len(self.p)), self.p.shape[1], self.p.device)
 
 
 @dataclass(eq=False)
@@ -142,42 +169,35 @@ class _Measured:
     temperatures: tuple[float, ...]
     head: Head | None
     chunk: int
+    done: Callable[[int], None]
 
     def cards(self, candidates: Mapping[str, Targets]) -> dict[str, Card]:
         """See `measure_fidelity`."""
         unigram = self._unigram()
         sums = {name: [_Sums() for _ in self.temperatures] for name in candidates}
-        scale = [dict.fromkeys(_PLACES, 0.0) for _ in self.temperatures]
+        scale = [_Sums() for _ in self.temperatures]
         agreed, left, energy = dict.fromkeys(candidates, 0.0), dict.fromkeys(candidates, 0.0), 0.0
         shifted = self.numbers.roll(len(self.numbers) // 2)
         for part in parts(0, len(self.numbers), self.chunk):
-            whole, others = self.probe.logits(self.numbers[part]), self.probe.logits(shifted[part])
-            for block in blocks(slice(0, len(whole)), self.probe.classes, whole.device):
-                rows = slice(part.start + block.start, part.start + block.stop)
-                z, other = whole[block], others[block]
-                centred = z - z.mean(1, keepdim=True)
-                energy += _total(row_dots(centred, centred))
+            z, other = self.probe.logits(self.numbers[part]), self.probe.logits(shifted[part])
+            buffer = torch.empty_like(z)
+            energy += self._logits_left(z, candidates, part.start, agreed, left)
+            for at, T in enumerate(self.temperatures):
+                students = {"unigram": unigram[at].expand_as(z), "other": torch.softmax(other / T, 1)}
+                chunk = _Chunk(torch.softmax(z / T, 1), students, buffer, part.start)
+                for place, q in students.items():
+                    self._add(scale[at], [place], torch.sub(chunk.p, q, out=buffer))
                 for name, one in candidates.items():
-                    agreed[name] += _total((one.choice[rows] == z.argmax(1)).double())
-                    e = one.logits(rows).float()
-                    e = e.sub_(e.mean(1, keepdim=True)).sub_(centred)
-                    left[name] += _total(row_dots(e, e))
-                for at, T in enumerate(self.temperatures):
-                    p, students = (
-                        torch.softmax(z / T, 1),
-                        {"unigram": unigram[at].expand_as(z), "other": torch.softmax(other / T, 1)},
-                    )
-                    self._add(scale[at], {place: q - p for place, q in students.items()})
-                    for name, one in candidates.items():
-                        self._compare(sums[name][at], one, p, students, T, rows)
+                    self._compare(sums[name][at], one, T, chunk)
+                    self.done(len(z))
         count = len(self.numbers)
         return {
             name: Card(
                 agreed[name] / count,
                 left[name] / energy,
-                tuple(self._at(T, sums[name][at], scale[at]) for at, T in enumerate(self.temperatures)),
+                tuple(self._at(T, one, sums[name][at], scale[at]) for at, T in enumerate(self.temperatures)),
             )
-            for name in candidates
+            for name, one in candidates.items()
         }
 
     def _unigram(self) -> Tensor:
@@ -187,38 +207,64 @@ class _Measured:
             z = self.probe.logits(self.numbers[part])
             for block in blocks(slice(0, len(z)), self.probe.classes, z.device):
                 for at, T in enumerate(self.temperatures):
-                    total[at] += torch.softmax(z[block] / T, 1).sum(0, dtype=torch.float64)
+                    total[at] += torch.softmax(z[block] / T, 1).sum(0)
         return (total / len(self.numbers)).float()
 
-    def _compare(
-        self, sums: _Sums, one: Targets, p: Tensor, students: Mapping[str, Tensor], temperature: float, rows: slice
-    ) -> None:
-        if isinstance(one, TopKOnly) and one.tail == "ghost":
-            taught = {place: one.beside(q, temperature, rows).p for place, q in students.items()}
-        else:
-            taught = dict.fromkeys(students, one.probabilities(temperature, rows))
-        p_hat = taught["unigram"]
-        each = (torch.xlogy(p, p) - torch.xlogy(p, p_hat)).masked_fill_(p < _NOTHING, 0.0)
-        sums.kl += _total(each.sum(1))
-        sums.tv += _total((p - p_hat).abs().sum(1)) / 2
-        self._add(sums.errors, {place: p - p_hat for place, p_hat in taught.items()})
+    def _logits_left(
+        self, z: Tensor, candidates: Mapping[str, Targets], start: int, agreed: dict[str, float], left: dict[str, float]
+    ) -> float:
+        """Count what agrees, add what decoded logits leave over, and return the energy of the teacher's."""
+        energy = 0.0
+        for block in blocks(slice(0, len(z)), self.probe.classes, z.device):
+            rows, choice = slice(start + block.start, start + block.stop), z[block].argmax(1)
+            centred = z[block] - z[block].mean(1, keepdim=True)
+            energy += _total(row_dots(centred, centred))
+            for name, one in candidates.items():
+                agreed[name] += _total((one.choice[rows] == choice).double())
+                e = one.logits(rows).float()
+                e = e.sub_(e.mean(1, keepdim=True)).sub_(centred)
+                left[name] += _total(row_dots(e, e))
+        return energy
 
-    def _add(self, into: dict[str, float], errors: Mapping[str, Tensor]) -> None:
-        """Add the squared norms of errors, in the logits and behind the head."""
-        for place, e in errors.items():
-            into[place] += _total(row_dots(e, e))
-            if self.head is not None:
-                behind = e.to(self.head.weight.dtype) @ self.head.weight
-                into[f"{place}_hidden"] += _total(row_dots(behind, behind))
+    def _compare(self, sums: _Sums, one: Targets, temperature: float, chunk: _Chunk) -> None:
+        """One encoding beside the teacher: what it says depends on the student only where the tail is the student's."""
+        apart = isinstance(one, TopKOnly) and one.tail == "ghost"
+        for places in [[place] for place in _PLACES] if apart else [list(_PLACES)]:
+            for block in chunk.blocks:
+                rows, p = slice(chunk.start + block.start, chunk.start + block.stop), chunk.p[block]
+                if isinstance(one, TopKOnly):
+                    p_hat = one.beside(chunk.students[places[0]][block], temperature, rows).p
+                else:
+                    p_hat = one.probabilities(temperature, rows)
+                e = torch.sub(p, p_hat, out=chunk.errors[block])
+                if "unigram" in places:
+                    sums.kl += _total(torch.xlogy(p, p / p_hat).masked_fill_(p < _NOTHING, 0.0).sum(1))
+                    sums.tv += _total(e.abs().sum(1)) / 2
+                    if isinstance(one, SparseTargets):
+                        sums.mass += _total(e.gather(1, one.ids[rows]).sum(1).abs())
+            self._add(sums, places, chunk.errors)
 
-    def _at(self, temperature: float, sums: _Sums, scale: Mapping[str, float]) -> AtTemperature:
-        def error(place: str) -> float:
-            return math.sqrt(sums.errors[place] / scale[place]) if scale[place] else 0.0
+    def _add(self, into: _Sums, places: Sequence[str], e: Tensor) -> None:
+        """Add the squared norms of errors [m, V], in the logits and behind the head."""
+        here = _total(row_dots(e, e))
+        behind = 0.0
+        if self.head is not None:
+            through = e.to(self.head.weight.dtype) @ self.head.weight
+            behind = _total(row_dots(through, through))
+        for place in places:
+            into.errors[place] += here
+            into.behind[place] += behind
 
-        count, behind = len(self.numbers), self.head is not None
+    def _at(self, temperature: float, one: Targets, sums: _Sums, scale: _Sums) -> AtTemperature:
+        def error(place: str, behind: bool) -> float:
+            mine, whole = (each.behind[place] if behind else each.errors[place] for each in (sums, scale))
+            return math.sqrt(mine / whole) if whole else 0.0
+
+        count = len(self.numbers)
+        behind = {f"{place}_hidden_error": error(place, True) for place in _PLACES if self.head is not None}
         return AtTemperature(
-            temperature, sums.kl / count, sums.tv / count, error("unigram"), error("other"),
-            error("unigram_hidden") if behind else None, error("other_hidden") if behind else None,
+            temperature, sums.kl / count, sums.tv / count, error("unigram", False), error("other", False), **behind,
+            mass_error=sums.mass / count if isinstance(one, SparseTargets) else None,
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from akd_dist.base.memory import keep_freed_memory
 from akd_dist.base.threads import Behind
 from akd_dist.data.rows import Rows
 from akd_dist.data.views import view_digests
-from akd_dist.distill.cards import card_of, tail_dictionary
+from akd_dist.distill.cards import MEASURED, MEASURED_ROWS, card_of, tail_dictionary
 from akd_dist.distill.dictionary import Probe as DictionaryProbe, make_dictionary
 from akd_dist.distill.target_teacher import Batch, LanguageTeacher, TargetTeacher, WideTeacher
 from akd_dist.distill.teacher import CacheJob, check_device, load_teacher, probe_rows, rows_of, verify_rows
@@ -133,17 +133,22 @@ def dictionary_of_probe(probe: DictionaryProbe, top_k: TopK, chunk: int) -> Dict
 
 
 def drawn_rows(rows: Rows, top_k: TopK) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that the dictionary is made from, and others that its card is measured on: int64, ascending.
+    """Rows that the dictionary is made from, and fewer others that its card is measured on: int64, ascending.
 
     They are drawn by the number of rows alone, since the identity of a store has no seed where no view is drawn. Where
     there are too few rows for both, they share them.
     """
     order = np.random.Generator(np.random.Philox(len(rows))).permutation(len(rows))
     order = order[np.diff(rows.offsets)[order] > 0]
-    targets = np.cumsum(np.diff(rows.offsets)[order])
-    count = min(len(order), max(top_k.probe_rows, int(np.searchsorted(targets, FEWEST_TARGETS)) + 1))
-    others = order[count : 2 * count]
-    return np.sort(order[:count]), np.sort(others if len(others) else order[:count])
+    count = max(top_k.probe_rows, rows_for(rows, order, FEWEST_TARGETS))
+    fitted, others = order[:count], order[count:]
+    others = others if len(others) else fitted
+    return np.sort(fitted), np.sort(others[: max(MEASURED_ROWS, rows_for(rows, others, MEASURED))])
+
+
+def rows_for(rows: Rows, numbers: np.ndarray, targets: int) -> int:
+    """How many of some rows, from the first on, have so many targets."""
+    return int(np.searchsorted(np.cumsum(np.diff(rows.offsets)[numbers]), targets)) + 1
 
 
 def teacher_for(

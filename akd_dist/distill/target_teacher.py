@@ -123,10 +123,17 @@ class TargetTeacher(ABC):
                 found.append(self.head.logits(torch.cat([given, padding]))[: len(given)].float())
         return torch.cat(found) if found else torch.zeros(0, self.classes, device=self.device)
 
-    def probe(self, numbers: np.ndarray) -> Probe:
-        """The targets of some rows, as often as their logits are asked for."""
+    def probe(self, numbers: np.ndarray, done: Callable[[int], None] = lambda rows: None) -> Probe:
+        """The targets of some rows, as often as their logits are asked for.
+
+        Args:
+            done: told how many more rows were run, where hidden states are kept of them.
+        """
         if self.head is not None:
-            found = [self._finite(self.states(batch), batch) for batch in self._some(numbers)]
+            found = []
+            for batch in self._some(numbers):
+                found.append(self._finite(self.states(batch), batch))
+                done(len(batch.inputs))
             return HiddenProbe(torch.cat(found), self.head, self.classes)
         counts = np.diff(self.rows.offsets)[numbers]
         row_of, first_of = np.repeat(numbers, counts), np.cumsum(counts) - counts

@@ -21,6 +21,8 @@ class AtTemperature(Document):
     """The first behind the teacher's output layer; left out where there is no linear one."""
     other_hidden_error: float | None = None
     """The second there."""
+    mass_error: float | None = None
+    """Of the tail's mass, mean absolute error; left out where none is stored."""
 
 
 class PlannedEncoding(Document):

@@ -70,7 +70,7 @@ class Meter:
             tell(self.console, line + (f"; {note}" if note and not still else "") + still)
 
     def _rate(self, rate: float) -> str:
-        return f"{rate:,.0f} {self.unit}/s"
+        return f"{rate:,.0f} {self.unit}/s" if rate >= 1 or rate == 0 else f"{rate:.2g} {self.unit}/s"
 
 
 def tell(console: Console, text: str) -> None:

@@ -97,6 +97,20 @@ def test_the_numbers_of_a_card(teacher: tuple[Tensor, Tensor, Head], cards: dict
         assert error == pytest.approx(((p - p_hat).norm() / (q - p).norm()).item(), rel=1e-4)
         W = head.weight.double()
         assert behind == pytest.approx((((p - p_hat) @ W).norm() / ((q - p) @ W).norm()).item(), rel=1e-3)
+    mass = [each.scatter(1, targets.ids, 0).sum(1) for each in (p, p_hat)]
+    assert found.mass_error == pytest.approx((mass[0] - mass[1]).abs().mean().item(), abs=1e-6)
+    assert cards["ghost"].at[1].mass_error is None
+
+
+def test_a_card_does_not_depend_on_the_chunk_and_says_how_far_it_is(teacher: tuple[Tensor, Tensor, Head]) -> None:
+    _, held_out, head = teacher
+    probe, told = HiddenProbe(held_out, head, CLASSES), list[int]()
+    exact: dict[str, Targets] = {name: DenseTargets(head.logits(held_out).half()) for name in ("one", "two")}
+    whole = measure_fidelity(probe, exact, (1.0, 2.0), head=head, done=told.append)["one"].at[1]
+    parts = measure_fidelity(probe, exact, (1.0, 2.0), head=head, chunk=90)["two"].at[1]
+    assert sum(told) == 2 * 2 * len(held_out)
+    assert parts.other_hidden_error == pytest.approx(whole.other_hidden_error, rel=1e-3)
+    assert parts.total_variation == pytest.approx(whole.total_variation, rel=1e-3)
 
 
 def test_a_calibrated_tail_has_the_teachers_mean(teacher: tuple[Tensor, Tensor, Head]) -> None:

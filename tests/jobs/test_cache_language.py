@@ -19,8 +19,9 @@ from akd_dist.base.errors import AkdError, RecipeError, RefusedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Rows
 from akd_dist.distill import target_shards
-from akd_dist.distill.cards import fidelity_warnings
+from akd_dist.distill.cards import MEASURED, MEASURED_ROWS, fidelity_warnings, mass_warnings
 from akd_dist.distill.stream import BatchStream
+from akd_dist.distill.target_shards import FEWEST_TARGETS
 from akd_dist.distill.target_teacher import LanguageTeacher
 from akd_dist.distill.teacher import probe_rows
 from akd_dist.jobs.cache_teacher import cache_in_process
@@ -33,6 +34,7 @@ from akd_dist.storage import catalog
 from akd_dist.storage.decoder import probabilities
 from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.targets import StoredTargets
+from akd_dist.storage.top_k import TopK
 from tests.fleets import a_recipe, a_student, a_teacher, store_bytes
 from tests.survivors import FORKS
 
@@ -349,6 +351,21 @@ def test_warnings_of_a_card() -> None:
     first, last = fidelity_warnings(card, [8.0, 1.0, 2.0])
     assert first.startswith("at temperature 1 the store describes its teacher badly: KL 0.60 nats")
     assert last.startswith("at temperature 8 ")
+    between = [{"temperature": T, "mass_error": off} for T, off in ((1.0, 0.0), (1.5, 0.02), (4.0, 0.01))]
+    (line,) = mass_warnings({"targets": 10, "at": between})
+    assert line.startswith("at temperature 1.5 the tail's mass is off by 0.020 on average")
+    assert mass_warnings(None) == mass_warnings(card) == []
+
+
+def test_cards_rest_on_few_rows_of_their_own(corpus: Path) -> None:
+    """As many as their targets need, and none that the dictionary was made from while there are others."""
+    rows = rows_of(corpus)
+    fitted, measured = target_shards.drawn_rows(rows, TopK(k=4, rank=4, probe_rows=8))
+    targets = np.diff(rows.offsets)
+    assert targets[fitted].sum() >= min(FEWEST_TARGETS, rows.targets)
+    assert len(measured) <= max(MEASURED_ROWS, target_shards.rows_for(rows, measured, MEASURED))
+    few = target_shards.rows_for(rows, fitted, 3)
+    assert targets[fitted[: few - 1]].sum() < 3 <= targets[fitted[:few]].sum()
 
 
 def test_the_default_recipe_is_told_of_nothing(corpus: Path, undisturbed: Path) -> None:
