@@ -299,7 +299,7 @@ def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> 
     done = 0
     with workspace.shared() as shared:
         tables = _unprepared(model, recipe, workspace)
-        if described := [plan.split for plan, _ in tables if plan.identity.is_top_k]:
+        if described := ", ".join(plan.split for plan, _ in tables if plan.identity.is_top_k):
             # Of a large model that takes minutes, in which nothing else is seen to happen.
             tell(workspace.console, f"making the dictionaries of the {', '.join(described)} rows of {model.name}")
         prepare_on_ray(tables, model.name, threads=threads, gpus=gpus, shared=shared, stop=stop)
