@@ -135,8 +135,9 @@ def measure_all(
     found: dict[str, Measured | None] = {}
     started = time.monotonic()
     with Prober(recipe, cache_root, sealed, idle) as prober, contextlib.ExitStack() as leaving:
-        # All workers at once, as they will train: what a student takes beside others is what counts then.
-        pool = leaving.enter_context(ThreadPoolExecutor(max(1, len(prober.workers.waiting)), "probes"))
+        # On all CPUs at once, as they will train: what a student takes beside others is what counts then.
+        at_once = min(len(os.sched_getaffinity(0)), len(prober.workers.waiting) + 1)
+        pool = leaving.enter_context(ThreadPoolExecutor(at_once, "probes"))
         leaving.callback(pool.shutdown, wait=False, cancel_futures=True)
 
         def measure(key: str, spec: StudentSpec) -> None:
