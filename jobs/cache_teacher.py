@@ -307,7 +307,8 @@ def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> 
             if plan.missing:
                 job = cache_job(plan, recipe, model.model_uri, workspace.cache_root)
                 tasks.add(f"{plan.split} rows of {model.name}", job, plan.missing)
-        with meter(workspace.console, f"caching {model.name}", tasks.rows) as shown:
+        unit = "rows" if model.plans[0].identity.items is None else "targets"
+        with meter(workspace.console, f"caching {model.name}", tasks.rows, unit) as shown:
 
             def count(task: Task, receipts: list[Receipt]) -> None:
                 nonlocal done

@@ -3,6 +3,7 @@ documents for language models, and a tokenizer made of them.
 
 python -m akd_dist.jobs.stdlib_texts texts.parquet
 python -m akd_dist.jobs.stdlib_texts documents.parquet --documents --tokenizer tokenizer --vocabulary 4096
+python -m akd_dist.jobs.stdlib_texts beginnings.parquet --documents --characters 4000
 """
 
 import itertools
@@ -52,14 +53,17 @@ def corpus() -> pa.Table:
     return pa.table({"text": list(package_of), "package": list(package_of.values())})
 
 
-def documents() -> pa.Table:
+def documents(characters: int | None = None) -> pa.Table:
     """The column `text`: every module of the packages, and those beside them; it depends on the version of Python
     alone.
+
+    Args:
+        characters: how many of each are kept, from its beginning: few tokens are then of many modules.
     """
     library = _library()
     files = [one for package in PACKAGES for one in sorted((library / package).rglob("*.py"))]
     files += sorted(library.glob("*.py"))
-    texts = [file.read_text("utf-8", errors="replace") for file in files]
+    texts = [file.read_text("utf-8", errors="replace")[:characters] for file in files]
     return pa.table({"text": [text for text in dict.fromkeys(texts) if text.strip()]})
 
 
@@ -105,6 +109,11 @@ def _library() -> Path:
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--documents", "whole", is_flag=True, help="Whole modules for language models, not passages.")
 @click.option(
+    "--characters",
+    type=click.IntRange(1),
+    help="Of each module, no more than so many from its beginning; with --documents.",
+)
+@click.option(
     "--tokenizer",
     type=click.Path(file_okay=False, path_type=Path),
     help="Also train a byte-pair tokenizer on the texts, and write it to this folder.",
@@ -116,9 +125,11 @@ def _library() -> Path:
     show_default=True,
     help="Ids of that tokenizer, at most.",
 )
-def main(path: Path, *, whole: bool, tokenizer: Path | None, vocabulary: int) -> None:
+def main(path: Path, *, whole: bool, characters: int | None, tokenizer: Path | None, vocabulary: int) -> None:
     """Write the passages to PATH, a Parquet file."""
-    table = documents() if whole else corpus()
+    if characters is not None and not whole:
+        raise click.UsageError("--characters cuts whole modules: give --documents as well")
+    table = documents(characters) if whole else corpus()
     pq.write_table(table, path)
     if whole:
         click.echo(f"{path}: {len(table):,} documents, {table.nbytes:,} bytes")

@@ -195,16 +195,24 @@ def with_values(block: Any, values: dict[KeyPath, Any]) -> Any:
 
 
 def _name(students: list[Any], given: list[dict[KeyPath, Any]]) -> None:
-    """Name the students of a block where their default names are not enough to tell them apart."""
-    if len(students) == 1 or any("name" in student for student in students):
+    """Name the students of a block where their default names are not enough to tell them apart.
+
+    A name that the block gives to several of them stands before the names that they have without it: so blocks that
+    differ in nothing that default names hold can be told apart.
+    """
+    if len(students) == 1 or any(("name",) in values for values in given):
         return
+    unnamed = [{key: value for key, value in student.items() if key != "name"} for student in students]
+    first = students[0].get("name")
     try:
-        defaults = [StudentSpec.model_validate(student).name for student in students]
+        defaults = [StudentSpec.model_validate(student).name for student in unnamed]
     except ValidationError:
         return  # told with everything else that is wrong
     keys = [{tuple(map(str, key)): value for key, value in values.items()} for values in given]
     for student, default, name in zip(students, defaults, names_of_grid(defaults, keys), strict=True):
-        if name != default:
+        if isinstance(first, str):
+            student["name"] = f"{first}-{name}"
+        elif name != default:
             student["name"] = name
 
 

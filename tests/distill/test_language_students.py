@@ -40,7 +40,7 @@ from akd_dist.models.folder import load_model
 from akd_dist.models.language import LanguageModel
 from akd_dist.recipe import Cosine, HuggingFaceLm, Linear, Recipe
 from tests.fleets import weights
-from tests.language_models import LLAMA
+from tests.language_models import LLAMA, saved
 from tests.language_stores import ANNEALING, TOP_K, a_corpus, a_recipe, a_student, a_teacher, logits_of, stores_of
 from tests.survivors import FORKS, train
 from tests.tiny_transformers import library
@@ -80,8 +80,20 @@ class Home:
         return Student(spec, ModelCard.of(spec.model, self.splits.train, None), tmp_path / name)
 
 
+def of_transformers(folder: Path) -> dict[str, Any]:
+    """A model of transformers with random weights: of the configuration in a folder, with other numbers in it."""
+    changes = {"vocab_size": 300, "num_hidden_layers": 1, "attention_dropout": 0.1}
+    path = str(saved(folder / "architecture", "tied"))
+    return {"kind": "huggingface_lm", "path": path, "pretrained": False, "config": changes}
+
+
 def a_home(folder: Path, encoding: Any) -> Home:
-    recipe = a_recipe(a_corpus(folder), FLEET, cache={"encoding": encoding})
+    llama = of_transformers(folder)
+    more = [
+        a_student("llama", model=llama, micro_batch=4, gradient_checkpointing=True),
+        a_student("llama-squared", model=llama, objective=ANNEALING | {"stage1_loss": "squared"}),
+    ]
+    recipe = a_recipe(a_corpus(folder), FLEET + more, cache={"encoding": encoding})
     return Home(folder, recipe, prepare(recipe.data, folder / "cache"), stores_of(recipe, folder))
 
 
@@ -107,8 +119,8 @@ def result_of(run: Path, name: str) -> dict[str, Any]:
 
 
 def test_a_student_among_others_ends_as_alone(home: Home, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    assert len(set(undisturbed.values())) == len(FLEET)
-    for name in ("entropy", "squared", "kd", "continuation", "micro"):
+    assert len(set(undisturbed.values())) == len(home.recipe.students)
+    for name in ("entropy", "squared", "kd", "continuation", "micro", "llama", "llama-squared"):
         train_cohort(home.job(tmp_path, name))
     assert weights(tmp_path).items() <= undisturbed.items()
 
@@ -116,7 +128,7 @@ def test_a_student_among_others_ends_as_alone(home: Home, undisturbed: dict[str,
 def test_killed_and_called_again_it_ends_with_the_very_weights(
     home: Home, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    names = ("entropy", "squared", "micro")
+    names = ("entropy", "squared", "micro", "llama")
     job = home.job(tmp_path, *names, checkpoint_seconds=0.001)
     process = FORKS.Process(target=train, args=(job, "cohort.after_batch:6"))
     process.start()

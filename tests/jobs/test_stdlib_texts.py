@@ -46,6 +46,18 @@ def test_it_writes_documents_and_a_tokenizer_the_same_each_time(
     assert ids[-1] == tokenizer.tokens.end_of_text
 
 
+def test_documents_may_be_the_beginnings_of_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stdlib_texts, "PACKAGES", ("json",))
+    whole, cut = stdlib_texts.documents(), tmp_path / "cut.parquet"
+    done = CliRunner().invoke(main, [str(cut), "--documents", "--characters", "300"])
+    assert done.exit_code == 0, done.output
+    texts = pq.read_table(cut)["text"].to_pylist()
+    assert set(texts) == {text[:300] for text in whole["text"].to_pylist()}
+    done = CliRunner().invoke(main, [str(cut), "--characters", "300"])
+    assert done.exit_code == 2
+    assert "--documents" in done.output
+
+
 def test_a_vocabulary_without_room_for_all_bytes_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, [str(tmp_path / "texts.parquet"), "--vocabulary", "200"])
     assert done.exit_code == 2

@@ -159,6 +159,14 @@ def test_training_starts_from_its_weights_or_from_random_ones(tiny: Path) -> Non
     assert "missing" in str(caught.value.got)
 
 
+def test_fewer_layers_than_a_folder_has_are_its_first_ones(tiny: Path) -> None:
+    spec = recipe.HuggingFaceLm(path=str(tiny / "tied"), config={"num_hidden_layers": 1})
+    cut = build(ModelCard.of_blocks(spec, BLOCKS), pretrained=True).state_dict()
+    whole = opened(tiny / "tied").state_dict()
+    assert len(cut) == 9 + 2
+    assert all(torch.equal(weight, whole[name]) for name, weight in cut.items())
+
+
 def test_gradients_flow_through_states_and_head_and_checkpointing_changes_none(tiny: Path) -> None:
     def gradients(on: bool, precision: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         model = opened(tiny / "tied").train()

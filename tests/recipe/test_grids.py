@@ -122,6 +122,23 @@ def test_a_name_depends_on_its_block_alone(path: Path) -> None:
         names_of(path, {"batch": [1, 2]}, {"batch": [2, 3]})
 
 
+def test_a_name_of_a_block_stands_before_those_of_its_grid(path: Path) -> None:
+    students: list[dict[str, Any]] = []
+    for name in (None, "low", "one"):
+        model = {"kind": "mlp", "hidden": 4}
+        block = {"model": model, "objective": {"kind": "hard_labels", "epochs": 1}}
+        block |= {"optimizer": {"kind": "sgd", "lr": 0.1}, "grid": {"seed": [0] if name == "one" else [0, 1]}}
+        students.append(block if name is None else {"name": name} | block)
+    path.write_text(TEXT.split("students:")[0] + f"students: {json.dumps(students)}\n")
+    plain = [f"mlp-4-hard_labels-s{seed}" for seed in (0, 1)]
+    names = [student.name for student in load_recipe(path).students]
+    assert names == [*plain, *(f"low-{one}" for one in plain), "one"]
+    students[1]["name"] = 3
+    path.write_text(TEXT.split("students:")[0] + f"students: {json.dumps(students)}\n")
+    with pytest.raises(RecipeError, match="name"):
+        load_recipe(path)
+
+
 def test_long_and_strange_values_make_names_of_folders() -> None:
     strange: list[Any] = ["x/y", "x:y", "z" * 200, "z" * 201, ["é", 1], {}, True]
     given: list[dict[tuple[str, ...], Any]] = [{("model", "arguments", "a b"): value} for value in strange]

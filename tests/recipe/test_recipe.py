@@ -50,6 +50,17 @@ def test_the_tasks_of_glue_differ_in_nothing_but_their_data() -> None:
     assert {task for task, recipe in recipe_of.items() if recipe.data.task == "regression"} == {"stsb"}
 
 
+def test_smollm2_is_taught_in_the_same_ways_at_both_sizes() -> None:
+    large, small = (load_recipe(ROOT / "jobs" / f"smollm2{size}.yaml") for size in ("", "_small"))
+
+    def ways(recipe: recipes.Recipe) -> set[tuple[str, str]]:
+        later = {"epochs", "stage1_epochs", "stage2_epochs"}
+        return {(one.model.kind, one.objective.model_dump_json(exclude=later)) for one in recipe.students}
+
+    assert ways(large) == ways(small)
+    assert len(ways(small)) == 5
+
+
 def test_numbers_are_those_of_yaml_1_2(path: Path) -> None:
     path.write_text(TEXT + "checkpoint_seconds: 0x10\ncohorts: 0o2\n")
     recipe = load_recipe(path, ["data.seed=1_000"])
