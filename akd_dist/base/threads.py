@@ -97,7 +97,7 @@ def within(seconds: float, act: Callable[[], T]) -> T:
     """
     done: Future[T] = Future()
     began = time.monotonic()
-    thread = threading.Thread(target=_run, args=(done, act), name="within", daemon=True)
+    thread = threading.Thread(target=_run, args=(done, act), name="within_time", daemon=True)
     thread.start()
     thread.join(_LOOK)
     while thread.is_alive():

@@ -24,6 +24,7 @@ from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.target_teacher import LanguageTeacher
 from akd_dist.distill.teacher import probe_rows
 from akd_dist.jobs.cache_teacher import cache_in_process
+from akd_dist.jobs.planning.language import check_pretrained
 from akd_dist.jobs.repair import repair
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard, blocks_of
@@ -35,6 +36,7 @@ from akd_dist.storage.reader import LogitStore, open_store
 from akd_dist.storage.targets import StoredTargets
 from tests.fleets import a_recipe, a_student, a_teacher, store_bytes
 from tests.survivors import FORKS
+from tests.tokenizers import a_byte_pair_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_process_state")
 
@@ -356,3 +358,12 @@ def test_the_default_recipe_is_told_of_nothing(corpus: Path, undisturbed: Path) 
     assert card is not None
     assert [one["temperature"] for one in card["at"]] == [1.0, 2.0, 4.0, 8.0]
     assert card["agreement"] == 1.0
+
+
+def test_weights_to_start_from_are_of_the_tokenizer_of_the_data(corpus: Path, tmp_path: Path) -> None:
+    folder, splits = a_byte_pair_tokenizer(tmp_path / "student"), prepare(of(corpus).data, corpus / "cache")
+    model = recipes.HuggingFaceLm(path=str(folder))
+    with pytest.raises(RefusedError, match="the tokenizer of the student small is not that of the data"):
+        check_pretrained(model, of(corpus), splits, "the student small")
+    # Of the architecture alone it does not matter what was said by it once.
+    check_pretrained(model.model_copy(update={"pretrained": False}), of(corpus), splits, "the student small")
