@@ -183,6 +183,7 @@ def die(home: Path, root: Path, failpoint: str) -> None:
     "failpoint",
     [
         "table.before_object:5",
+        "table.before_fidelity:1",
         "shard.before_object:10",
         pytest.param("table.before_receipt:2", marks=pytest.mark.slow),
         pytest.param("shard.before_receipt:1", marks=pytest.mark.slow),
