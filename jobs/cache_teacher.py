@@ -52,7 +52,7 @@ from akd_dist.storage.manifest import Manifest, differences
 from akd_dist.storage.receipts import Packer
 from akd_dist.storage.records import Receipt
 from akd_dist.storage.roots import open_root
-from akd_dist.storage.tables import find_tables
+from akd_dist.storage.tables import find_fidelity, find_tables
 from akd_dist.storage.uses import using
 from akd_dist.storage.writer import StoreWriter, create_store, missing_shards, seal_store, take_shards
 from akd_dist.tracking.progress import meter, tell
@@ -224,7 +224,7 @@ def _open_for_writing(plan: SplitPlan, recipe: Recipe, store_root: str, console:
         open_root(store_root).check_writable()
         hint = {"recipe": recipe.document(f"{store_root}/{plan.identity.id}"), "split": plan.split}
         plan.writer = create_store(store_root, plan.creation, hint)
-        plan.unprepared = len(find_tables(plan.writer)) < len(plan.identity.tables)
+        plan.unprepared = not _is_prepared(plan.writer)
         if plan.unprepared:  # what is missing is known once it is known what shards are to be described by
             done = set(plan.writer.store.list(RECEIPTS))
             plan.missing = [shard for shard in plan.identity.layout.shards() if shard.receipt_key not in done]
@@ -350,6 +350,14 @@ def compute_in_process(model: CachedModel, recipe: Recipe, workspace: Workspace)
             for shard in plan.missing:
                 cache_shard(job, shard)
                 plan.computed += 1
+
+
+def _is_prepared(writer: StoreWriter) -> bool:
+    """Whether a store has what it has once for all shards, its card among it: whoever makes them may die in between."""
+    identity = writer.creation.identity
+    if identity.is_top_k and find_fidelity(writer.store, writer.creation_sha256) is None:
+        return False
+    return len(find_tables(writer)) == len(identity.tables)
 
 
 def _unprepared(model: CachedModel, recipe: Recipe, workspace: Workspace) -> list[tuple[SplitPlan, CacheJob]]:

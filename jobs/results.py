@@ -14,16 +14,16 @@ from rich.console import Console
 
 from akd_dist import recipe as recipes
 from akd_dist.base import places
-from akd_dist.base.errors import AkdError, DamagedError, MachineError
+from akd_dist.base.errors import DamagedError, MachineError
 from akd_dist.base.files import replace
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.rows import Rows, Splits
-from akd_dist.data.tokenizers import language_tokenizer, token_bytes
 from akd_dist.distill.checkpoint import DAMAGED
 from akd_dist.distill.cohort import stored_predictions
 from akd_dist.distill.delivery import failed_entry
 from akd_dist.distill.hooks import own_measure
 from akd_dist.distill.job import CohortJob, read_result, renewals
+from akd_dist.distill.language_metrics import bytes_of_tokens
 from akd_dist.distill.metrics import measure
 from akd_dist.distill.teacher_metrics import agreement_of, teacher_metrics
 from akd_dist.documents.base import Document
@@ -234,12 +234,7 @@ def _of_language(test: AnyStore | None, rows: Rows, text: recipes.Text | None) -
     """What a language model's teacher says of the test rows; bits for each byte where its tokenizer is here."""
     if not isinstance(test, LogitStore):
         return None
-    sizes = None
-    if text is not None and rows.tokens is not None:
-        with contextlib.suppress(AkdError):
-            tokenizer = language_tokenizer(text)
-            sizes = token_bytes(tokenizer) if tokenizer.tokens.tokenizer == rows.tokens.tokenizer else None
-    found = teacher_metrics(test, rows, sizes)
+    found = teacher_metrics(test, rows, bytes_of_tokens(text, rows))
     return None if found is None else Metrics(**found)
 
 

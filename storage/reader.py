@@ -27,7 +27,7 @@ from akd_dist.storage.objects import ObjectMissing, ObjectRoot, Stat
 from akd_dist.storage.records import ObjectRecord, ShardRecord
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.seal import read_manifest as read_manifest
-from akd_dist.storage.tables import OFFSETS, read_table, sealed_documents
+from akd_dist.storage.tables import OFFSETS, Table, check_table, damaged_table, read_table, sealed_documents
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -121,10 +121,19 @@ class LogitStore:
         Raises:
             DamagedError: they are not what was sealed.
         """
-        objects = (self.manifest.tables or {}).get(OFFSETS)
-        if objects is None:
+        if OFFSETS not in (self.manifest.tables or {}):
             return np.arange(self.num_rows + 1)
-        return read_table(open_root(self.uri), OFFSETS, objects)[OFFSETS]
+        return self._table(OFFSETS)[OFFSETS]
+
+    def _table(self, name: str) -> Table:
+        """What is sealed under a name, which has to fit the identity: a store may have been sealed by anybody."""
+        root = open_root(self.uri)
+        found = read_table(root, name, (self.manifest.tables or {})[name])
+        try:
+            check_table(self.manifest.identity, name, found)
+        except RefusedError as error:
+            raise damaged_table(root, name, error.line) from error
+        return found
 
     def dictionary(self) -> Dictionary:
         """What the targets of a `top_k` store are described by, read anew each time.
@@ -134,8 +143,7 @@ class LogitStore:
             DamagedError: it is not what was sealed; names the object.
         """
         _ = self.manifest.identity.top_k
-        objects = (self.manifest.tables or {})[DICTIONARY]
-        return Dictionary.from_arrays(read_table(open_root(self.uri), DICTIONARY, objects))
+        return Dictionary.from_arrays(self._table(DICTIONARY))
 
     def content(self, shard: Shard) -> str | None:
         """The sha256 of a shard's decoded arrays; None in a store that does not say."""

@@ -192,6 +192,7 @@ def _dictionary_of(arrays: Table) -> Dictionary:
 def put_fidelity(writer: StoreWriter, card: dict[str, Any]) -> None:
     """Keep what was measured of a store, as JSON, until `seal_store` takes it into the seal; what was kept before gives
     way."""
+    failpoint("table.before_fidelity")
     writer.store.put(FIDELITY_KEY, fidelity_bytes(writer.creation_sha256, card))
 
 

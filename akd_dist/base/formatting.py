@@ -26,6 +26,14 @@ OBJECTIVE_LABELS = {
 """How the papers call each objective, in the order of their tables; and one of the user's own."""
 
 
+def objective_label(objective: str, stage1_loss: str | None = None) -> str:
+    """How the papers call an objective; of Annealing-KD also what stage I compares by, where that is not the paper's
+    squared distance.
+    """
+    label = OBJECTIVE_LABELS.get(objective, objective)
+    return f"{label} by cross-entropy" if stage1_loss == "cross_entropy" else label
+
+
 @dataclass(frozen=True)
 class MetricFormat:
     """A metric as a reader meets it: shares of rows in percent, correlations between -1 and 1 and nats as they are."""

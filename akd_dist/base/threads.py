@@ -1,4 +1,4 @@
-"""Work on another thread, ahead of this one or behind it: bounded, in order, and its errors are raised here.
+"""Work on another thread, ahead of this one, behind it, or for so long: bounded, and its errors are raised here.
 
 Such a thread is never left alone: whoever leaves waits for what it does just now, and drops what it has not begun.
 """
@@ -6,13 +6,19 @@ Such a thread is never left alone: whoever leaves waits for what it does just no
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 _END: Any = object()
+_LOOK = 0.25  # seconds between two looks at how long a thread has computed
 
 
 def made_ahead(items: Iterator[T], name: str, count: int = 1) -> Generator[T, None, None]:
@@ -75,6 +81,48 @@ class Behind:
         finally:
             _drop(self._waiting)
             self._pool.shutdown()
+
+
+def within(seconds: float, act: Callable[[], T]) -> T:
+    """What code of somebody else gives, run on a thread of its own, which is ended where it computes for longer.
+
+    It is ended between two instructions of Python: a single call into a library is waited for.
+
+    Args:
+        seconds: of that thread's own time, where the system tells: a machine that is busy, or paused, does not count.
+
+    Raises:
+        TimeoutError: it took longer.
+        BaseException: what it raised.
+    """
+    done: Future[T] = Future()
+    began = time.monotonic()
+    thread = threading.Thread(target=_run, args=(done, act), name="within_time", daemon=True)
+    thread.start()
+    thread.join(_LOOK)
+    while thread.is_alive():
+        if _spent(thread, began) > seconds and thread.is_alive():
+            assert thread.ident is not None  # it has started
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+            raise TimeoutError(f"more than {seconds:g} seconds")
+        thread.join(_LOOK)
+    return done.result()
+
+
+def _run(done: Future[T], act: Callable[[], T]) -> None:
+    try:
+        done.set_result(act())
+    except BaseException as error:  # whoever waits raises it
+        done.set_exception(error)
+
+
+def _spent(thread: threading.Thread, began: float) -> float:
+    """Seconds that a thread has computed for; since it began, where the system does not tell."""
+    try:
+        fields = Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return time.monotonic() - began
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _drop(waiting: deque[Future[Any]]) -> None:

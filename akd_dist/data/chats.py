@@ -18,11 +18,14 @@ import numpy as np
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import canonical_json, sha256
+from akd_dist.base.threads import within
 from akd_dist.data import hub
 from akd_dist.data.columns import Place
 from akd_dist.data.tokenizers import HuggingFaceDocuments
 
 Message = dict[str, Any]
+LONGEST_SECONDS = 20.0
+"""How long a template may write at one chat: the sandbox bounds what it reaches, and not how long it goes round."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SYSTEM, _USER, _ASSISTANT = ("system", "developer"), "user", "assistant"
@@ -138,7 +141,7 @@ class Chats:
 
     def _tried(self, apply: Any, messages: Sequence[Message], row: int, message: int | None = None) -> Any:
         try:
-            return apply(list(messages))
+            return within(LONGEST_SECONDS, lambda: apply(list(messages)))
         except Exception as error:  # whatever a template leads to
             at = "" if message is None else f", up to message {message}"
             raise RefusedError(
@@ -158,7 +161,8 @@ def written_for_an_answer(loaded: Any, text: str) -> str:
     _text_of_template(loaded)
     try:
         said = [{"role": _USER, "content": text}]
-        return str(loaded.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+        write = functools.partial(loaded.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        return str(within(LONGEST_SECONDS, lambda: write(said)))
     except Exception as error:  # whatever a template leads to
         raise RefusedError(
             "the chat template of the tokenizer refuses a chat of one message",
@@ -212,4 +216,19 @@ def messages_of(value: Any, place: str) -> list[Message]:
                 expected="`role` and `content`, as in {role: user, content: Hello}",
                 next="correct the row",
             )
+        if not _says_something(one):
+            raise RefusedError(
+                f"message {at} in {place} says nothing",
+                got=f"content of {type(one['content']).__name__}" if one.get("content") is not None else "no content",
+                expected="text in `content`, or another key that says something, such as tool_calls",
+                next="correct the row, or leave the message out",
+            )
     return value
+
+
+def _says_something(message: Message) -> bool:
+    """Whether a template finds something to write: of nothing it would write `None`, or nothing at all."""
+    content = message.get("content")
+    if content is None:
+        return any(value is not None for key, value in message.items() if key not in ("role", "content", "name"))
+    return isinstance(content, str | list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -36,21 +36,21 @@ def layouts_of(
         name = source_of_split(data, split)
         documents = rows_of_split(assigned[name], split)
         counts = counted[name].counts[documents]
-        found[split] = _layout(data, split, documents, counts)
+        found[split] = _layout(data, split, documents, counts, counted[name].notes)
     return found
 
 
-def _layout(data: recipe.DataSpec, split: str, documents: np.ndarray, counts: np.ndarray) -> Layout:
+def _layout(
+    data: recipe.DataSpec, split: str, documents: np.ndarray, counts: np.ndarray, notes: Sequence[str]
+) -> Layout:
     assert data.text is not None
-    length, pad = data.text.length, data.packing.remainder == "pad"
-    if any(isinstance(source, recipe.ChatData) for source in data.sources.values()):
-        layout = first_fit(documents, counts, length)
-    else:
-        layout = flow(documents, counts, length, pad=pad)
+    chats = any(isinstance(source, recipe.ChatData) for source in data.sources.values())
+    length, pad = data.text.length, chats or data.packing.remainder == "pad"
+    layout = first_fit(documents, counts, length) if chats else flow(documents, counts, length, pad=pad)
     if not layout.blocks:
         raise RefusedError(
             f"the documents of {split} do not fill a block",
-            got=f"{int(counts.sum()):,} tokens in {len(documents):,} documents",
+            got="; ".join([f"{int(counts.sum()):,} tokens in {len(documents):,} documents", *notes]),
             expected=f"at least {1 if pad else length:,} tokens",
             next="add documents, change the shares of data.validation and data.test, lower data.text.length, or set "
             "data.packing.remainder: pad",

@@ -5,7 +5,7 @@ it and stands between the two texts of a pair; MASK hides a token.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -18,6 +18,8 @@ from akd_dist.data import hub
 from akd_dist.recipe.paths import START
 
 PADDING, BEGIN, END, MASK = 256, 257, 258, 259
+MOST_IDS = 2**24
+"""Ids are below: the largest vocabularies have some 300,000."""
 # What only language models need: left out where it is not given, so that the rows of before are the same rows.
 _LATER = ("end_of_text", "attention", "tokenizer", "template")
 
@@ -158,10 +160,11 @@ class _HuggingFaceTokenizer:
                 next="add one with tokenizer.add_special_tokens({'pad_token': '[PAD]'}) and save the tokenizer",
             )
         special = set(self._tokenizer.all_special_ids) | {padding}
-        # Ids may have holes between them, so the number of tokens can be less than the largest id plus one.
-        last = max(self._tokenizer.get_vocab().values())
         self.tokens = Tokens(
-            vocabulary=last + 1, padding=padding, mask=self._tokenizer.mask_token_id, special=tuple(sorted(special))
+            vocabulary=vocabulary_of(self._tokenizer.get_vocab(), str(spec.path or spec.name)),
+            padding=padding,
+            mask=self._tokenizer.mask_token_id,
+            special=tuple(sorted(special)),
         )
         self._types = "token_type_ids" in self._tokenizer.model_input_names
         self.shape: tuple[int, ...] = (2, spec.length) if self._types else (spec.length,)
@@ -205,6 +208,27 @@ def load_tokenizer(spec: recipe.HuggingFaceText) -> Any:
             expected="the files that tokenizer.save_pretrained writes, without code of its own",
             next="check that the folder was copied whole",
         ) from error
+
+
+def vocabulary_of(ids: Mapping[str, int], name: str) -> int:
+    """The largest id of a tokenizer plus one: ids may have holes between them, so there can be fewer tokens.
+
+    Args:
+        ids: of all its tokens.
+        name: of the tokenizer, for the message.
+
+    Raises:
+        RefusedError: there is none, or one that no model has a row for.
+    """
+    last = max(ids.values(), default=-1)
+    if not 0 <= last < MOST_IDS:
+        raise RefusedError(
+            f"the tokenizer {name} has ids that no model has rows for",
+            got="no token" if last < 0 else f"ids up to {last:,}",
+            expected=f"ids from 0 on, below {MOST_IDS:,}",
+            next="check its tokenizer.json, and the added tokens in it",
+        )
+    return last + 1
 
 
 def _folder(path: str | None) -> Path:

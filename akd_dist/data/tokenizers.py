@@ -17,7 +17,7 @@ import numpy as np
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import canonical_json, sha256
-from akd_dist.data.text import BEGIN, END, MASK, PADDING, Tokens, load_tokenizer
+from akd_dist.data.text import BEGIN, END, MASK, PADDING, Tokens, load_tokenizer, vocabulary_of
 
 # The parts of a tokenizer.json that decide which ids a text becomes.
 _PARTS = ("model", "normalizer", "pre_tokenizer", "post_processor")
@@ -116,8 +116,7 @@ class HuggingFaceDocuments:
         padding = self._end if loaded.pad_token_id is None else int(loaded.pad_token_id)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.tokens = Tokens(
-            # Ids may have holes between them, so the number of tokens can be less than the largest id plus one.
-            vocabulary=max(vocabulary.values()) + 1,
+            vocabulary=vocabulary_of(vocabulary, name),
             padding=padding,
             mask=loaded.mask_token_id,
             special=tuple(sorted({*map(int, loaded.all_special_ids), padding})),

@@ -246,7 +246,7 @@ def known_of_language(job: CohortJob, splits: Splits, store_of: Callable[[str], 
             rows.check_same(store.manifest.dataset)
             check_targets(store, rows)
             stored[rows.fingerprint] = TeacherTargets(store, Path(job.cache_root), device=job.device)
-    return Known(stored, bytes_of_tokens(job.data, splits.train))
+    return Known(stored, bytes_of_tokens(job.data.text, splits.train))
 
 
 def stored_predictions(store: AnyStore, rows: Rows) -> torch.Tensor:

@@ -149,6 +149,9 @@ def entry(spec: recipe.StudentSpec, state: str, reason: str | None, folder: Path
         "parameters": None,
         "objective": spec.objective.kind,
         "tau_max": getattr(spec.objective, "tau_max", None),
+        "stage1_loss": spec.objective.loss_of_stage1(language=spec.is_language_model)
+        if isinstance(spec.objective, recipe.AnnealingKD)
+        else None,
         "seed": spec.seed,
         "state": state,
         "reason": reason,

@@ -12,7 +12,7 @@ import torch
 
 from akd_dist.base.errors import AkdError
 from akd_dist.data.rows import Rows
-from akd_dist.data.tokenizers import language_tokenizer
+from akd_dist.data.tokenizers import language_tokenizer, token_bytes
 from akd_dist.distill.batch_targets import TeacherTargets
 from akd_dist.distill.language_step import Scored, logits_at, states_at
 from akd_dist.distill.output_head import Head
@@ -20,7 +20,7 @@ from akd_dist.distill.sparse_losses import Judged, judged, judged_logits
 from akd_dist.distill.teacher_targets import Targets
 from akd_dist.models.device import weights_dtype
 from akd_dist.models.language import LanguageModel
-from akd_dist.recipe import DataSpec, Precision
+from akd_dist.recipe import Precision, Text
 
 EVALUATION_TOKENS = 8192
 """Of the blocks that are computed together: fixed, so that evaluation gives the same bits everywhere."""
@@ -87,7 +87,7 @@ def _judged(
     targets: Targets | None,
 ) -> Judged:
     if model.linear_head:
-        states = states_at(model, blocks, scored, precision)
+        states = states_at(model, blocks, scored.places, precision)
         return judged(states, Head(model.output_weight), scored.labels, targets, classes=classes)
     return judged_logits(logits_at(model, blocks, scored, classes, precision), scored.labels, targets)
 
@@ -134,19 +134,17 @@ class _Sums:
         return found | {"loss": entropy}
 
 
-def bytes_of_tokens(data: DataSpec, rows: Rows) -> np.ndarray | None:
-    """How many bytes of text each id of the data's tokenizer stands for, int64 [vocabulary].
+def bytes_of_tokens(text: Text | None, rows: Rows) -> np.ndarray | None:
+    """How many bytes each id of a tokenizer stands for, int64 [vocabulary].
 
     Special tokens, such as that at the end of a text, are no text and have none. None where the tokenizer cannot be
     read here, does not say, or is another one than that of the rows.
     """
-    if data.text is None or rows.tokens is None:
+    if text is None or rows.tokens is None:
         return None
     with contextlib.suppress(AkdError, OSError):
-        tokenizer = language_tokenizer(data.text)
+        tokenizer = language_tokenizer(text)
         if tokenizer.tokens.tokenizer != rows.tokens.tokenizer:
             return None
-        meanings, special = tokenizer.meanings(), set(tokenizer.tokens.special)
-        none = [number in special or meaning is None for number, meaning in enumerate(meanings)]
-        return np.array([0 if no else len(one or b"") for no, one in zip(none, meanings, strict=True)], np.int64)
+        return token_bytes(tokenizer)
     return None

@@ -41,10 +41,10 @@ class Scored:
         return cls(places, labels)
 
 
-def states_at(model: LanguageModel, blocks: Tensor, scored: Scored, precision: Precision) -> Tensor:
-    """The hidden states of targets, [n, d], in the dtype that the head is computed in."""
+def states_at(model: LanguageModel, blocks: Tensor, places: Tensor, precision: Precision) -> Tensor:
+    """The hidden states of targets, [n, d], in the dtype that the head is computed in; places as of `Scored`."""
     with autocast(blocks.device, precision):
-        states: Tensor = model.hidden(blocks).flatten(0, 1).index_select(0, scored.places)
+        states: Tensor = model.hidden(blocks).flatten(0, 1).index_select(0, places)
     # Gradients of float16 are scaled on their way back, and those through the head are made before: so in float32.
     return states.to(torch.bfloat16 if precision == "bfloat16" else weights_dtype(precision))
 
@@ -97,7 +97,7 @@ class Step:
         if batch.targets is not None and self.stage.needs_logits:
             targets = batch.targets.of_rows(start, stop, weights_dtype(self.precision))
         if model.linear_head:
-            head, states = Head(model.output_weight), states_at(model, blocks, scored, self.precision)
+            head, states = Head(model.output_weight), states_at(model, blocks, scored.places, self.precision)
             return self.stage.through_head(self.epoch, states, head.cut(self.classes), targets, scored.labels, total)
         logits = logits_at(model, blocks, scored, self.classes, self.precision)
         return losses_of_logits(logits, self.stage.term(self.epoch, targets, scored.labels)).sum() / total

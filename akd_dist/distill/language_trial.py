@@ -47,7 +47,7 @@ def try_language_model(
     # A model may draw random numbers here, which must not change those that its caller draws afterwards.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            states_at(module, blocks, Scored.of(blocks), "float32")
+            states_at(module, blocks, Scored.of(blocks).places, "float32")
         except Exception as error:  # of any architecture's code
             raise RefusedError(
                 f"the model {card.model.label} does not take these blocks",

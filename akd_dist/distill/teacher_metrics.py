@@ -14,10 +14,9 @@ import torch
 
 from akd_dist.data.packing import IDS, TARGETS
 from akd_dist.data.rows import Rows
+from akd_dist.distill.batch_targets import Decoder
 from akd_dist.distill.output_head import blocks
-from akd_dist.distill.sparse import SparseTargets, TailDictionary
-from akd_dist.distill.teacher_targets import DenseTargets, Targets
-from akd_dist.storage.layout import LOGITS
+from akd_dist.distill.teacher_targets import Targets
 from akd_dist.storage.reader import LogitStore
 
 _TOKENS = 8192  # of the blocks that are looked at together
@@ -79,15 +78,10 @@ def _labels(rows: Rows, start: int, stop: int) -> np.ndarray:
 
 def _made(store: LogitStore) -> Callable[[int, int], Targets]:
     """Consecutive targets of a store, by their first and last number."""
-    identity = store.manifest.identity
-    arrays = store.dictionary().arrays() if identity.is_top_k else {}
-    tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-    dictionary = TailDictionary.of(tensors, identity.top_k.tail_temperatures) if identity.is_top_k else None
+    decoder = Decoder.of(store, "cpu")
 
     def made(start: int, stop: int) -> Targets:
-        stored = {name: torch.from_numpy(array) for name, array in store.targets(0, start, stop).items()}
-        if dictionary is None:
-            return DenseTargets(stored[LOGITS])
-        return SparseTargets.of(stored, identity.top_k, dictionary)
+        stored = store.targets(0, start, stop)
+        return decoder.targets({name: torch.from_numpy(array) for name, array in stored.items()})
 
     return made

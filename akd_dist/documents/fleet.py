@@ -126,6 +126,10 @@ class FleetAssistant(FleetTeacher):
     """The train store of its logits."""
 
 
+Stage1Loss = Literal["squared", "cross_entropy"]
+"""What stage I of Annealing-KD compares logits by."""
+
+
 class StudentResult(Document):
     """What a student leaves in result.json when it ends."""
 
@@ -139,6 +143,9 @@ class StudentResult(Document):
     """Kind of its objective."""
     tau_max: int | None
     """The temperature that annealing starts from; null without annealing."""
+    stage1_loss: Stage1Loss | None = None
+    """What stage I of Annealing-KD compared logits by; null for others, and in results of earlier versions, where it
+    was squared."""
     seed: int
     """Governs initialisation and dropout."""
     state: Literal["done", "diverged", "failed"]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from akd_dist.documents.base import Count, Document, Share, Told
 from akd_dist.documents.error import Refusal
-from akd_dist.documents.fleet import Economics, RefusedStudent
+from akd_dist.documents.fleet import Economics, RefusedStudent, Stage1Loss
 from akd_dist.recipe import Metric, Split, Task
 
 
@@ -69,6 +69,8 @@ class ComparedRow(Document):
     """Kind of its objective."""
     tau_max: int | None
     """The temperature that annealing starts from; null without annealing."""
+    stage1_loss: Stage1Loss | None = None
+    """What stage I of Annealing-KD compared logits by; null for others."""
     epochs: Count
     """Epochs over all stages."""
     seeds: list[int]
@@ -134,6 +136,8 @@ class ReportedGroup(Document):
     """Kind of their objective."""
     tau_max: int | None
     """The temperature that annealing starts from; null without annealing."""
+    stage1_loss: Stage1Loss | None = None
+    """What stage I of Annealing-KD compared logits by; null for others."""
     students: Count
     """How many there are."""
     seeds: list[int]
@@ -281,6 +285,8 @@ class PooledGroup(Document):
     """Kind of their objective."""
     tau_max: int | None
     """The temperature that annealing starts from; null without annealing."""
+    stage1_loss: Stage1Loss | None = None
+    """What stage I of Annealing-KD compared logits by; null for others."""
     teacher: str | None = None
     """Label of the model that they learned from, or are compared with; null where it is not described."""
     teacher_fingerprint: str | None = None

@@ -6,7 +6,6 @@ its positions reach, of documents that do not see each other.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from akd_dist import recipe
 from akd_dist.base.errors import RefusedError
+from akd_dist.base.files import parse_json
 from akd_dist.models import huggingface_lm
 from akd_dist.models.build import build_language_model, check_memory
 from akd_dist.models.card import CARD, ModelCard, of_language
@@ -31,7 +31,7 @@ def is_language_folder(uri: str | Path) -> bool:
     if "://" in str(uri) or (folder / CARD).exists() or not (folder / CONFIG).is_file():
         return False
     try:
-        named = json.loads((folder / CONFIG).read_bytes()).get("architectures")
+        named = parse_json((folder / CONFIG).read_bytes()).get("architectures")
     except (ValueError, AttributeError, OSError):  # who reads it as something else says what is wrong
         return False
     return isinstance(named, list) and any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in named)

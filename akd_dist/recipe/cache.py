@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetJsonSchemaHandler, model_serializer, model_validator
@@ -10,8 +11,11 @@ from pydantic_core import CoreSchema
 from akd_dist.recipe.base import Count, NotRightError, Spec
 from akd_dist.recipe.training import Precision
 
-Temperature = Annotated[float, Field(ge=1)]
+Temperature = Annotated[float, Field(ge=1, le=100)]
 
+# The curve through what is stored of a tail is a polynomial: of many places, or of some that nearly are one, it swings.
+_MOST_TEMPERATURES = 8
+_APART = 1.01
 _DENSE = ("keep_bits", "compress")
 _OF_TOP_K = ("k", "rank", "value_bits", "tail_temperatures", "probe_rows")
 
@@ -45,8 +49,17 @@ class EncodingSpec(Spec):
         if given := [key for key in strange if key in self.model_fields_set]:
             fits = "float32 and float16" if self.kind == "top_k" else "top_k"
             raise NotRightError(f"it is for {fits}, and kind is {self.kind}", "it left out", (given[0],))
-        if len(set(self.tail_temperatures)) < len(self.tail_temperatures):
-            raise NotRightError("a temperature stands there twice", "each once", ("tail_temperatures",))
+        return self
+
+    @model_validator(mode="after")
+    def _temperatures_apart(self) -> EncodingSpec:
+        ordered = sorted(self.tail_temperatures)
+        if len(ordered) > _MOST_TEMPERATURES:
+            raise NotRightError("there are too many", f"{_MOST_TEMPERATURES} at most", ("tail_temperatures",))
+        for one, other in itertools.pairwise(ordered):
+            if other < one * _APART:
+                same = "a temperature stands there twice" if one == other else f"{one} and {other} are nearly the same"
+                raise NotRightError(same, "temperatures at least 1 % apart", ("tail_temperatures",))
         return self
 
     @model_validator(mode="after")

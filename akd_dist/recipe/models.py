@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
@@ -105,12 +105,12 @@ class TextTransformer(Spec):
         return f"transformer-{self.width}x{self.depth}" + (f"d{self.dropout:g}" if self.dropout else "")
 
 
-class HuggingFaceModel(Spec):
-    """Sequence classification by the Hugging Face `transformers` library (extra: akd-dist[huggingface])."""
+class OfTransformers(Spec):
+    """What models of the Hugging Face `transformers` library have in common (extra: akd-dist[huggingface])."""
 
-    kind: ModelKind[Literal["huggingface"]] = "huggingface"
+    kind: str
     path: str | None = None
-    """A folder with config.json and, for pretrained models, model.safetensors; relative to the recipe's folder."""
+    """A folder with config.json and, for pretrained models, safetensors; relative to the recipe's folder."""
     name: str | None = None
     """A model on the hub, where one can be reached."""
     pretrained: bool = True
@@ -119,7 +119,7 @@ class HuggingFaceModel(Spec):
     """Keys of its configuration that are set otherwise. A trained model's card holds the whole configuration here."""
 
     @model_validator(mode="after")
-    def _one_place(self) -> HuggingFaceModel:
+    def _one_place(self) -> Self:
         if (self.path is None) == (self.name is None):
             raise ValueError("give either a path or a name")
         return self
@@ -128,6 +128,12 @@ class HuggingFaceModel(Spec):
     def label(self) -> str:
         """The last part of its name or path."""
         return label_of((self.name or self.path or "").rstrip("/").rpartition("/")[2])
+
+
+class HuggingFaceModel(OfTransformers):
+    """Sequence classification by the Hugging Face `transformers` library (extra: akd-dist[huggingface])."""
+
+    kind: ModelKind[Literal["huggingface"]] = "huggingface"
 
 
 class CausalLm(Spec):
@@ -170,29 +176,10 @@ class CausalLm(Spec):
         return f"causal-{self.width}x{self.depth}" + (f"d{self.dropout:g}" if self.dropout else "")
 
 
-class HuggingFaceLm(Spec):
+class HuggingFaceLm(OfTransformers):
     """A causal language model of the Hugging Face `transformers` library (extra: akd-dist[huggingface])."""
 
     kind: ModelKind[Literal["huggingface_lm"]] = "huggingface_lm"
-    path: str | None = None
-    """A folder with config.json and, for pretrained models, safetensors; relative to the recipe's folder."""
-    name: str | None = None
-    """A model on the hub, where one can be reached."""
-    pretrained: bool = True
-    """Whether training starts from its weights; else from random ones. Only safetensors are read."""
-    config: dict[str, JsonValue] = {}
-    """Keys of its configuration that are set otherwise. A trained model's card holds the whole configuration here."""
-
-    @model_validator(mode="after")
-    def _one_place(self) -> HuggingFaceLm:
-        if (self.path is None) == (self.name is None):
-            raise ValueError("give either a path or a name")
-        return self
-
-    @property
-    def label(self) -> str:
-        """The last part of its name or path."""
-        return label_of((self.name or self.path or "").rstrip("/").rpartition("/")[2])
 
 
 class Timm(Spec):

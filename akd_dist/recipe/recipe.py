@@ -275,7 +275,8 @@ class Recipe(Spec):
                 why = NotRightError(
                     f"the teacher is asked for at T = {asked:g}, and cache.encoding says nothing of the other classes "
                     f"below T = {least:g}",
-                    f"a temperature of at least {least:g}, or tail_temperatures that begin at {max(asked, 1):g}",
+                    f"a temperature of at least {least:g}"
+                    + (f", or tail_temperatures that begin at {asked:g}" if asked >= 1 else ""),
                 )
                 yield (*key, "objective"), objective, why
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from akd_dist.base.errors import RecipeError
 from akd_dist.base.files import replace
-from akd_dist.base.formatting import CUSTOM, OBJECTIVE_LABELS, SHOWN, MetricFormat, house_table, signed
+from akd_dist.base.formatting import CUSTOM, OBJECTIVE_LABELS, SHOWN, MetricFormat, house_table, objective_label, signed
 from akd_dist.documents.damage import load
 from akd_dist.documents.fleet import FleetDocument, FleetStudent, FleetTeacher
 from akd_dist.documents.report import ComparedModel, CompareDocument, ComparedRow, Estimate, LostStudent, SplitRows
@@ -233,6 +233,7 @@ def _row(first: StudentSpec, group: SeedGroup, scratch: SeedGroup | None, kd: Se
         parameters=group.students[0].parameters,
         objective=group.objective,
         tau_max=group.tau_max,
+        stage1_loss=group.stage1_loss,
         epochs=first.objective.epochs,
         seeds=sorted(group.by_seed),
         test=estimate(group.by_seed),
@@ -377,8 +378,9 @@ def _cells(row: ComparedRow, shown: MetricFormat) -> tuple[str, str, str, str, s
 
 def _label(row: ComparedRow, table: list[ComparedRow]) -> str:
     """How the row was trained; where several rows of a model were trained so, also the students' common name."""
-    alike = [other for other in table if (other.model, other.objective) == (row.model, row.objective)]
-    label = OBJECTIVE_LABELS[row.objective]
+    said = row.model, row.objective, row.stage1_loss
+    alike = [other for other in table if (other.model, other.objective, other.stage1_loss) == said]
+    label = objective_label(row.objective, row.stage1_loss)
     if row.chosen:
         several = sum(bool(other.chosen) for other in alike) > 1
         return f"{label}, {CHOSEN_TAU}" + (f": {row.name}" if several else "")

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from akd_dist.base.formatting import ANNEALING, CONTINUATION, HARD_LABELS, OBJECTIVE_LABELS
-from akd_dist.documents.fleet import EpochRecord
+from akd_dist.base.formatting import ANNEALING, CONTINUATION, HARD_LABELS, objective_label
+from akd_dist.documents.fleet import EpochRecord, Stage1Loss
 from akd_dist.reporting.drawing import (
     DASHED,
     DOTTED,
@@ -51,6 +51,7 @@ class Schedule:
     """How students were trained, as far as their curves have it in common."""
 
     objective: str
+    stage1_loss: Stage1Loss | None
     tau_max: int | None
     epochs: int
     """All of them."""
@@ -67,7 +68,7 @@ class Schedule:
         """As a title has it."""
         tau = "" if self.tau_max is None else f", τ {self.tau_max}"
         length = f"{len(self.steps)} + {self.epochs - len(self.steps)}" if self.boundary else f"{self.epochs}"
-        return f"{OBJECTIVE_LABELS.get(self.objective, self.objective)}{tau}, {length} epochs"
+        return f"{objective_label(self.objective, self.stage1_loss)}{tau}, {length} epochs"
 
     @property
     def told(self) -> str:
@@ -87,7 +88,8 @@ def schedules_of(run: Run) -> dict[Schedule, list[SeedGroup]]:
         for student in group.done:
             if records := run.metrics.get(student.name):
                 steps = tuple((one.temperature, one.phi or 0.0) for one in records if one.temperature is not None)
-                groups = found.setdefault(Schedule(group.objective, group.tau_max, len(records), steps), [])
+                schedule = Schedule(group.objective, group.stage1_loss, group.tau_max, len(records), steps)
+                groups = found.setdefault(schedule, [])
                 groups += [] if group in groups else [group]
     return dict(sorted(found.items(), key=lambda one: (one[0].objective, one[0].tau_max or 0, one[0].epochs)))
 

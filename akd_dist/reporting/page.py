@@ -23,6 +23,7 @@ from akd_dist.base.formatting import (
     MetricFormat,
     amount,
     duration,
+    objective_label,
     percent,
     share,
     thousands,
@@ -199,6 +200,7 @@ def render(run: Run) -> str:
         economics=[(owner(one), one) for one in fleet.economics],
         totals=list(_totals(run)),
         objective_labels=OBJECTIVE_LABELS,
+        objective_label=objective_label,
         papers={kind: paper for kind, paper in PAPERS.items() if any(group.objective == kind for group in groups)},
     )
     return text

@@ -18,7 +18,7 @@ from pathlib import Path
 from akd_dist.base import places
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, is_there
-from akd_dist.base.formatting import BESIDE, HARD_LABELS, OBJECTIVE_LABELS, SHOWN, MetricFormat, metric_format
+from akd_dist.base.formatting import BESIDE, HARD_LABELS, SHOWN, MetricFormat, metric_format, objective_label
 from akd_dist.distill.delivery import TEST_NAME
 from akd_dist.documents.damage import load, read_epochs
 from akd_dist.documents.fleet import EpochRecord, FleetDocument, FleetStudent, RunIdentity
@@ -147,12 +147,10 @@ class Run:
         for family in families.values():
             first = family[0]
             same = [
-                other[0].stem_without_tau
-                for other in families.values()
-                if (other[0].model, other[0].objective) == (first.model, first.objective)
+                other[0].stem_without_tau for other in families.values() if _trained_as(other[0]) == _trained_as(first)
             ]
             apart = first.stem_without_tau if same.count(first.stem_without_tau) == 1 else first.stem
-            stem = f"{first.model}, {OBJECTIVE_LABELS.get(first.objective, first.objective)}"
+            stem = f"{first.model}, {objective_label(first.objective, first.stage1_loss)}"
             named[stem if len(same) == 1 else f"{stem}: {apart}"] = family
         return named
 
@@ -253,6 +251,10 @@ class Run:
         )
 
 
+def _trained_as(group: SeedGroup) -> tuple[str, str, str | None]:
+    return group.model, group.objective, group.stage1_loss
+
+
 def agreeing(fleet: FleetDocument) -> bool:
     """Whether tables have a column of agreement: of tokens where it was measured, of classes always."""
     if fleet.task != "language_model":
@@ -277,6 +279,7 @@ def _reported(group: SeedGroup, pareto: bool, beside: list[tuple[str, MetricForm
         parameters=group.parameters,
         objective=group.objective,
         tau_max=group.tau_max,
+        stage1_loss=group.stage1_loss,
         students=len(group.students),
         seeds=sorted(group.by_seed),
         test=estimate(group.by_seed),

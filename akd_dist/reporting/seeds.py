@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from akd_dist.base.formatting import HARD_LABELS, OBJECTIVE_LABELS, SHOWN, MetricFormat
-from akd_dist.documents.fleet import FleetStudent
+from akd_dist.base.formatting import HARD_LABELS, OBJECTIVE_LABELS, SHOWN, MetricFormat, objective_label
+from akd_dist.documents.fleet import FleetStudent, Stage1Loss
 from akd_dist.documents.report import ChosenTau, Estimate
 
 CONFIDENCE = 0.95
@@ -130,9 +130,14 @@ class SeedGroup:
         return self.students[0].parameters or 0
 
     @property
+    def stage1_loss(self) -> Stage1Loss | None:
+        """What stage I of Annealing-KD compared logits by; None of others."""
+        return self.students[0].stage1_loss if self.students else None
+
+    @property
     def objective_label(self) -> str:
         """How the students were trained, as a reader says it."""
-        label = OBJECTIVE_LABELS.get(self.objective, self.objective)
+        label = objective_label(self.objective, self.stage1_loss)
         if self.chosen:
             return f"{label}, {CHOSEN_TAU}"
         return f"{label}, τ {self.tau_max}" if self.tau_max is not None else label
@@ -189,11 +194,7 @@ def in_order(groups: Iterable[SeedGroup]) -> list[SeedGroup]:
 
 def group_label(group: SeedGroup, groups: Iterable[SeedGroup]) -> str:
     """The model's label, or the students' common name where the label does not tell two groups apart."""
-    alike = [
-        other
-        for other in groups
-        if (other.model, other.objective, other.tau_max) == (group.model, group.objective, group.tau_max)
-    ]
+    alike = [other for other in groups if (other.model, other.objective_label) == (group.model, group.objective_label)]
     return group.model if len(alike) == 1 else group.stem
 
 

@@ -108,6 +108,7 @@ class Pool:
             parameters=group.parameters,
             objective=group.objective,
             tau_max=group.tau_max,
+            stage1_loss=group.stage1_loss,
             teacher=self.teacher.model if self.teacher else None,
             teacher_fingerprint=group.students[0].teacher,
             runs=[run.place for run in self.runs],

@@ -19,13 +19,14 @@ from akd_dist.data.packing import IDS, SEGMENTS, TARGETS
 from akd_dist.data.predictions import predictions_file
 from akd_dist.data.row_cache import Progress
 from akd_dist.data.rows import Rows
+from akd_dist.distill.language_step import states_at
 from akd_dist.distill.output_head import Head, chunk_targets, parts
 from akd_dist.distill.sparse_losses import judged_logits
 from akd_dist.distill.teacher_targets import DenseTargets
 from akd_dist.documents.fleet import Metrics
 from akd_dist.documents.use import EvaluatedModel, EvaluationDocument, OtherModel, PredictionDocument
 from akd_dist.models.build import num_parameters
-from akd_dist.models.device import autocast, weights_dtype
+from akd_dist.models.device import autocast
 from akd_dist.models.language import LanguageModel
 from akd_dist.serve.examples import DataRequest
 from akd_dist.serve.language_data import BATCH_TOKENS, Batch, Texts, open_texts
@@ -117,10 +118,7 @@ def chunks(model: Served, blocks: np.ndarray, places: np.ndarray, vocabulary: in
     if not module.linear_head:
         yield from _of_rows(model, module, given, at, vocabulary, size)
         return
-    with autocast(device, model.precision):
-        states = module.hidden(given).flatten(0, 1).index_select(0, at)
-    # As while students are evaluated in training, so that these are the same figures.
-    states = states.to(torch.bfloat16 if model.precision == "bfloat16" else weights_dtype(model.precision))
+    states = states_at(module, given, at, model.precision)
     head = Head(module.output_weight).cut(vocabulary)
     for part in parts(0, len(at), size):
         torch.set_num_threads(model.threads)

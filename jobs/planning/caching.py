@@ -22,7 +22,7 @@ from akd_dist.documents.cache import PlanDocument, PlannedAssistant, PlannedSpli
 from akd_dist.documents.check import TeacherCheck
 from akd_dist.jobs.packing import ResourceRequest
 from akd_dist.jobs.planning.creations import computed_on, creation_of, identity_of
-from akd_dist.jobs.planning.language import check_can_be_cached, check_language_teacher
+from akd_dist.jobs.planning.language import check_can_be_cached, check_language_teacher, check_pretrained
 from akd_dist.jobs.planning.models import CachedModel, Level, SplitPlan, count_of, levels_of
 from akd_dist.jobs.planning.stored import check_kind, stores_of
 from akd_dist.jobs.planning.windows import check_chain
@@ -308,13 +308,16 @@ def check_models(recipe: Recipe, splits: Splits, models: Sequence[CachedModel], 
             teacher = teacher_of(recipe, splits, number)
             assert teacher is not None, "it is trained"
             its = teacher.rows(splits)
+            check_pretrained(teacher.spec.model, recipe, splits, teacher.setting)
             try_training(teacher.spec.model, [(teacher.setting, member.train)], its.train, data)
             if recipe.cache.inference:
                 card = ModelCard.of(teacher.spec.model, rows, data.normalize, data.image)
                 _try_inference(build(card, seed=0).eval(), card, recipe, splits, workspace)
     check_kind(recipe, [model.opened.get("train") for model in models[: len(recipe.teacher.each)]])
     for number, assistant in enumerate(recipe.teacher.chain, 1):
-        try_training(assistant.model, [("teacher" + number * ".assistant", assistant)], rows, data)
+        whose = "teacher" + number * ".assistant"
+        check_pretrained(assistant.model, recipe, splits, whose)
+        try_training(assistant.model, [(whose, assistant)], rows, data)
     check_augmentation(data.augmentation, data.seed, rows.inputs, rows.tokens)
     for model in models:
         tell_of_chance(model, workspace.console)
@@ -422,6 +425,7 @@ def check_students(recipe: Recipe, splits: Splits) -> dict[str, int]:
     counts: dict[str, int] = {}
     for group in alike.values():
         trainings = [(f"the student {spec.name}", spec) for spec in group]
+        check_pretrained(group[0].model, recipe, splits, trainings[0][0])
         count = try_training(group[0].model, trainings, splits.train, recipe.data)
         counts |= {spec.name: count for spec in group}
     return {spec.name: counts[spec.name] for spec in recipe.students}

@@ -85,9 +85,10 @@ def check_language_teacher(model: CachedModel, recipe: Recipe, splits: Splits, w
             finite, or cannot be stored.
     """
     assert model.card is not None
-    rows, whose = splits.train, f"the teacher in {model.model_uri}"
+    source = model.model_uri if model.imported is None else model.imported.source
+    rows, whose = splits.train, f"the teacher in {source}"
     if (folder := tokenizer_folder(model)) is not None:
-        check_tokenizer(folder, recipe, splits, whose)
+        check_tokenizer(recipes.HuggingFaceText(path=str(folder)), recipe, splits, whose)
     if (store := model.opened.get("validation")) is not None and len(model.opened) == len(SPLITS):
         model.check = check_in_store(store, splits.validation, model.name)
         return
@@ -169,25 +170,41 @@ def rows_asked(rows: Rows) -> np.ndarray:
 def tokenizer_folder(model: CachedModel) -> Path | None:
     """The folder with the files of a model's tokenizer, where it came with one."""
     source = model.model_uri if model.imported is None else model.imported.source
-    folder = Path(source)
-    if "://" in source or not folder.is_dir():
-        return None
+    return None if "://" in source else _with_tokenizer(Path(source))
+
+
+def _with_tokenizer(place: Path) -> Path | None:
+    """The folder of a model, or of its weights, if the files of a tokenizer lie in it."""
+    folder = place if place.is_dir() else place.parent
     return folder if any((folder / name).is_file() for name in _TOKENIZER_FILES) else None
 
 
-def check_tokenizer(folder: Path, recipe: Recipe, splits: Splits, whose: str) -> None:
+def check_pretrained(model: recipes.Model | None, recipe: Recipe, splits: Splits, whose: str) -> None:
+    """Refuse weights to start training from whose tokenizer means something else by ids that the data uses.
+
+    Raises:
+        RefusedError: names the first ids that differ.
+    """
+    if not isinstance(model, recipes.HuggingFaceLm) or not model.pretrained or splits.train.task != "language_model":
+        return
+    if model.path is not None and (folder := _with_tokenizer(Path(model.path))) is not None:
+        check_tokenizer(recipes.HuggingFaceText(path=str(folder)), recipe, splits, whose)
+    elif model.name is not None:
+        check_tokenizer(recipes.HuggingFaceText(name=model.name), recipe, splits, whose)
+
+
+def check_tokenizer(theirs: recipes.HuggingFaceText, recipe: Recipe, splits: Splits, whose: str) -> None:
     """Refuse a tokenizer to which ids that the data uses mean something else.
 
     Raises:
         RefusedError: names the first ids that differ.
     """
     assert recipe.data.text is not None
-    theirs = language_tokenizer(recipes.HuggingFaceText(path=str(folder)))
-    tokens = splits.train.tokens
-    if tokens is not None and theirs.tokens.tokenizer == tokens.tokenizer:
+    other, tokens = language_tokenizer(theirs), splits.train.tokens
+    if tokens is not None and other.tokens.tokenizer == tokens.tokenizer:
         return
     used = np.unique(np.concatenate([used_ids(rows.inputs, rows.classes) for rows in _each(splits)]))
-    check_same_meaning(language_tokenizer(recipe.data.text), theirs, used, whose)
+    check_same_meaning(language_tokenizer(recipe.data.text), other, used, whose)
 
 
 def _each(splits: Splits) -> Iterator[Rows]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from akd_dist.base.threads import Behind, made_ahead
+from akd_dist.base.threads import Behind, made_ahead, within
 
 
 def test_items_are_made_ahead_by_another_thread_and_no_more_than_so_many() -> None:
@@ -126,3 +126,17 @@ def _waits(gate: threading.Event, done: list[int]) -> Callable[[], None]:
 
 def _alive(name: str) -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(f"{name}_")]
+
+
+def test_code_of_others_is_ended_where_it_computes_for_too_long() -> None:
+    def around() -> None:
+        while True:
+            pass
+
+    with pytest.raises(TimeoutError, match=r"more than 0\.1 seconds"):
+        within(0.1, around)
+    while _alive("within"):  # it is ended between two of its instructions
+        pass
+    assert within(0.1, lambda: 3) == 3
+    with pytest.raises(SystemExit, match="stop"):
+        within(0.1, lambda: exec("raise SystemExit('stop')"))

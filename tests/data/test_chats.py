@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from akd_dist.base.errors import RefusedError
+from akd_dist.data import chats
 from akd_dist.data.packing import IDS, SEGMENTS, TARGETS
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Splits
@@ -159,12 +160,37 @@ def test_a_template_that_tells_the_date_is_told_of(tokenizer: Path, tmp_path: Pa
         ([{"content": "x"}], "message 0 in row 1 of .* does not say who speaks", "the keys content"),
         ([{"role": "user", "content": "\ud83d"}], "half a character in row 1", "UTF-8"),
         (["x"], "message 0 in row 1 of .* does not say who speaks", "str"),
+        ([{"role": "user"}], "message 0 in row 1 of .* says nothing", "no content"),
+        ([{"role": "user", "content": None, "name": "I"}], "message 0 in row 1 of .* says nothing", "no content"),
+        ([{"role": "user", "content": 3}], "message 0 in row 1 of .* says nothing", "content of int"),
     ],
 )
 def test_what_is_no_chat_is_refused(chat: Any, what: str, got: str, tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=what) as refused:
         prepared(tmp_path, [HELLO, chat], tokenizer)
     assert got in str(refused.value.got)
+
+
+def test_a_message_without_text_may_say_something_else(tokenizer: Path, tmp_path: Path) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    prepared(tmp_path, [[HELLO[0], called]], tokenizer)
+
+
+def test_a_template_that_goes_round_and_round_is_ended(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chats, "LONGEST_SECONDS", 0.1)
+    around = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    folder = with_template(tokenizer, tmp_path / "around", around)
+    with pytest.raises(RefusedError, match="refuses the messages in row 0") as refused:
+        prepared(tmp_path, [HELLO], folder, scored="all")
+    assert "TimeoutError: more than 0.1 seconds" in str(refused.value.got)
+
+
+def test_chats_without_anything_to_learn_are_told_of(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="the documents of train do not fill a block") as refused:
+        prepared(tmp_path, [HELLO[:1]], tokenizer)
+    assert "left out, as it holds nothing to learn from" in str(refused.value.got)
 
 
 def test_a_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:

@@ -147,6 +147,16 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
         opened(a_tokenizer(tmp_path))
 
 
+def test_ids_that_no_model_has_rows_for_are_refused(tmp_path: Path) -> None:
+    folder = a_byte_pair_tokenizer(tmp_path / "tokenizer")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["vocab"]["far"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(RefusedError, match="has ids that no model has rows for") as refused:
+        language_tokenizer(HuggingFaceText(path=str(folder), length=8))
+    assert "2,147,483,648" in str(refused.value.got)
+
+
 def test_padding_is_the_end_of_text_where_there_is_none(folder: Path, tmp_path: Path) -> None:
     other = changed(folder, tmp_path / "other", lambda document: None)
     config = json.loads((folder / "tokenizer_config.json").read_text())

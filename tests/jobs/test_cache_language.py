@@ -25,6 +25,7 @@ from akd_dist.distill.target_shards import FEWEST_TARGETS
 from akd_dist.distill.target_teacher import LanguageTeacher
 from akd_dist.distill.teacher import probe_rows
 from akd_dist.jobs.cache_teacher import cache_in_process
+from akd_dist.jobs.planning.language import check_pretrained
 from akd_dist.jobs.repair import repair
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard, blocks_of
@@ -37,6 +38,7 @@ from akd_dist.storage.targets import StoredTargets
 from akd_dist.storage.top_k import TopK
 from tests.fleets import a_recipe, a_student, a_teacher, store_bytes
 from tests.survivors import FORKS
+from tests.tokenizers import a_byte_pair_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_process_state")
 
@@ -183,6 +185,7 @@ def die(home: Path, root: Path, failpoint: str) -> None:
     "failpoint",
     [
         "table.before_object:5",
+        "table.before_fidelity:1",
         "shard.before_object:10",
         pytest.param("table.before_receipt:2", marks=pytest.mark.slow),
         pytest.param("shard.before_receipt:1", marks=pytest.mark.slow),
@@ -373,3 +376,12 @@ def test_the_default_recipe_is_told_of_nothing(corpus: Path, undisturbed: Path) 
     assert card is not None
     assert [one["temperature"] for one in card["at"]] == [1.0, 2.0, 4.0, 8.0]
     assert card["agreement"] == 1.0
+
+
+def test_weights_to_start_from_are_of_the_tokenizer_of_the_data(corpus: Path, tmp_path: Path) -> None:
+    folder, splits = a_byte_pair_tokenizer(tmp_path / "student"), prepare(of(corpus).data, corpus / "cache")
+    model = recipes.HuggingFaceLm(path=str(folder))
+    with pytest.raises(RefusedError, match="the tokenizer of the student small is not that of the data"):
+        check_pretrained(model, of(corpus), splits, "the student small")
+    # Of the architecture alone it does not matter what was said by it once.
+    check_pretrained(model.model_copy(update={"pretrained": False}), of(corpus), splits, "the student small")

@@ -174,6 +174,8 @@ def test_table_prints_names_as_they_are() -> None:
 def test_groups_carry_what_the_table_shows() -> None:
     (group,) = grouped([student("mlp-8", "annealing_kd", 0)])
     assert group.objective_label == "Annealing-KD, τ 4"
+    group.students[:] = [one.model_copy(update={"stage1_loss": "cross_entropy"}) for one in group.students]
+    assert group.objective_label == "Annealing-KD by cross-entropy, τ 4"
     assert group.parameters == 610
 
 
