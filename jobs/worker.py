@@ -8,7 +8,6 @@ The process knows nothing of Ray, so that it starts quickly. `idle.Worker` is it
 import contextlib
 import faulthandler
 import gc
-import importlib
 import logging
 import os
 import signal
@@ -95,7 +94,6 @@ def main() -> None:
     _keep_to_itself(driver.fileno(), life)
     with contextlib.suppress(OSError):  # not on Linux
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this process that goes
-    importlib.import_module("torch._dynamo")  # torch's optimizers import it: here while the driver still plans
     kind = ""
     with contextlib.suppress(EOFError, OSError):
         while kind != "train":

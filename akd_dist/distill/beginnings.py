@@ -10,6 +10,7 @@ from torch import nn
 
 from akd_dist import recipe
 from akd_dist.base.files import sha256
+from akd_dist.models.uncompiled import prepare_optimizers, step_plainly
 
 
 def seeded_states(device: torch.device, seed: int, stage: int, rank: int) -> list[torch.Tensor]:
@@ -28,10 +29,15 @@ def make_optimizer(trained: Iterable[nn.Parameter], spec: recipe.Optimizer) -> t
 
     The fused kernels are several times faster on small models and just as deterministic.
     """
+    prepare_optimizers()
     both: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay, "fused": True}
+    optimizer: torch.optim.Optimizer
     if isinstance(spec, recipe.Sgd):
-        return torch.optim.SGD(trained, momentum=spec.momentum, nesterov=spec.nesterov, **both)
-    return torch.optim.AdamW(trained, betas=spec.betas, eps=spec.eps, **both)
+        optimizer = torch.optim.SGD(trained, momentum=spec.momentum, nesterov=spec.nesterov, **both)
+    else:
+        optimizer = torch.optim.AdamW(trained, betas=spec.betas, eps=spec.eps, **both)
+    step_plainly(optimizer)
+    return optimizer
 
 
 def copy_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

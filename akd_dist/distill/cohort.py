@@ -17,6 +17,7 @@ from akd_dist.base.errors import CorruptCacheError, HeldError, MachineError, Ref
 from akd_dist.base.fence import FencedWriter, take_over
 from akd_dist.base.files import failpoint
 from akd_dist.base.locks import file_lock
+from akd_dist.base.memory import keep_freed_memory
 from akd_dist.base.tracebacks import in_full
 from akd_dist.data.row_fetch import rows_for
 from akd_dist.data.rows import Rows, Splits
@@ -57,6 +58,7 @@ def train_cohort(job: CohortJob, ranks: Ranks | None = None) -> dict[str, Any]:
         HeldError: a later worker has taken a student over; nothing was written since.
         MachineError: a run in object storage could not be written for a while; this node keeps what it trained.
     """
+    keep_freed_memory()
     device, workers = set_deterministic(job.device, job.students[0].threads), ranks or Ranks()
     job = job.on_node()
 
@@ -100,7 +102,6 @@ def train_on(job: CohortJob, splits: Splits, device: torch.device, ranks: Ranks)
         ]
         students = [student for student in opened if student is not None]
         lockstep = Lockstep(job, ranks, students, stream, splits, teacher_said, guard)
-        torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports torch's compiler: not on a student's clock
         failpoint("cohort.before_first_step")
         try:
             stopped = lockstep.run()

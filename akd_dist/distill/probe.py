@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from akd_dist import recipe
+from akd_dist.base.memory import keep_freed_memory
 from akd_dist.data.rows import Rows, Splits
 from akd_dist.distill.batch_targets import unsaid
 from akd_dist.distill.language_metrics import blocks_at_once
@@ -137,6 +138,7 @@ def probe(
     """
     still = largest_optimizer(spec).model_copy(update={"lr": 1e-12})  # weights that hardly move do not diverge
     alone = spec.model_copy(update={"workers": 1, "sync_batchnorm": False, "optimizer": still})
+    keep_freed_memory()
     settled = set_deterministic(device, spec.threads)
     train, mixes = splits.train, {mix_of(stage, spec.labelled) for stage in stages_of(spec)}
     cuts = [Batches(len(train), train.labelled, spec.batch, spec.last_batch, mix) for mix in mixes]

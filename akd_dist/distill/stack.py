@@ -109,7 +109,8 @@ class Stack:
         sums = losses.sum(dim=1)
         values = sums.tolist()
         leaves = list(self.leaves.values())
-        found = torch.autograd.grad(sums, leaves, torch.full_like(sums, 1 / batch.global_rows))
+        # Of a sum, not of each with a gradient that is given: for that torch would import its symbolic shapes.
+        found = torch.autograd.grad((sums * (1 / batch.global_rows)).sum(), leaves)
         for slot, gradient in zip(self.slots.values(), found, strict=True):
             slot.of(self.gradients).copy_(gradient)
 

@@ -19,6 +19,7 @@ import torch
 
 from akd_dist import recipe
 from akd_dist.base.errors import CorruptCacheError, RefusedError
+from akd_dist.base.memory import keep_freed_memory
 from akd_dist.base.threads import Behind
 from akd_dist.data.rows import Rows
 from akd_dist.data.views import view_digests
@@ -170,6 +171,7 @@ def teacher_for(
 
 
 def _teacher_of(job: CacheJob) -> TargetTeacher:
+    keep_freed_memory()
     set_deterministic(job.device, job.cache.threads)
     check_device(job)
     rows = rows_of(job)

@@ -22,6 +22,7 @@ from torch import nn
 from akd_dist import recipe
 from akd_dist.base.errors import CorruptCacheError, MachineError, RefusedError
 from akd_dist.base.files import canonical_json, sha256
+from akd_dist.base.memory import keep_freed_memory
 from akd_dist.base.threads import Behind, made_ahead
 from akd_dist.base.trusted import Trusted
 from akd_dist.data.encoded import ahead, batches_ahead
@@ -266,6 +267,7 @@ def _answers(job: CacheJob, together: Sequence[Sequence[Shard]]) -> Generator[_A
     """The teacher's logits of bands of shards, while a thread ahead shows what comes next."""
     if not together:
         return
+    keep_freed_memory()
     set_deterministic(job.device, job.cache.threads)
     check_device(job)
     module = load_teacher(job.teacher_uri, job.teacher, job.cache, job.device, job.cache_root, job.trusted)

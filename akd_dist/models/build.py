@@ -18,6 +18,7 @@ from akd_dist.models.decoder import CausalDecoder
 from akd_dist.models.device import free_memory
 from akd_dist.models.language import LanguageModel
 from akd_dist.models.outputs import EXPECTED, NoLogitsError, logits_of
+from akd_dist.models.uncompiled import WithoutNumbers
 
 CONSTANTS = frozenset({"offset", "scale"})
 """The names of a classifier's buffers that follow from its card, and never change."""
@@ -145,7 +146,7 @@ def _without_numbers(card: ModelCard) -> nn.Module | None:
     if isinstance(card.model, recipe.Custom):
         return None
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), WithoutNumbers():
             return _body(card, pretrained=False)
     except Exception as error:  # of torch, where sizes are beyond its integers; of timm, where values are looked at
         if isinstance(card.model, recipe.Timm):

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from akd_dist.base.errors import MachineError
+from akd_dist.models.uncompiled import use_deterministic_algorithms
 from akd_dist.recipe import Precision
 
 # cuBLAS is deterministic only with a workspace of fixed size; read when CUDA starts.
@@ -27,7 +28,7 @@ def set_deterministic(device: str, threads: int) -> torch.device:
         MachineError: the recipe asks for a GPU, and this process sees none.
     """
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
     if device == "cuda":
         _check_gpu()

@@ -36,6 +36,8 @@ def prepared(module: nn.Module, cache: CacheSpec, device: str, cache_root: Path)
         return module
     import torch._inductor.config as inductor
 
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # the compiler learns it, too
+
     # Not the temporary folder that all users of a machine share: what is found there is run.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_root.absolute() / "compiled")
     inductor.compile_threads = 1  # no pool of processes beside those of Ray

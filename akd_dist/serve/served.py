@@ -15,6 +15,7 @@ from akd_dist.distill.losses import at_least_float32
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, device_name, set_deterministic, weights_dtype
 from akd_dist.models.folder import NOBODY, read_model
+from akd_dist.models.uncompiled import use_deterministic_algorithms
 from akd_dist.serve.examples import Home
 
 
@@ -89,5 +90,5 @@ def as_in_training(model: Served) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict)
+        use_deterministic_algorithms(strict)
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -261,6 +261,15 @@ class CostModel:
                 found[spec.model.model_dump_json(), spec.precision].append(spec)
         return [tuple(stack) for stack in found.values()]
 
+    def wholes_of(self, cohort: Cohort) -> list[Cohort]:
+        """The students of a cohort by stacks; those that step alone by families, which never have two architectures."""
+        stacks = {spec.name: number for number, stack in enumerate(self.stacks_of(cohort)) for spec in stack}
+        found = defaultdict[tuple[str, int], list[StudentSpec]](list)
+        for number, family in enumerate(families_of(cohort)):
+            stacked = [stacks[spec.name] for spec in family if spec.name in stacks]
+            found[("stack", stacked[0]) if stacked else ("family", number)].extend(family)
+        return [tuple(whole) for whole in found.values()]
+
     def stack_seconds(self, cohort: Cohort) -> float:
         """Seconds that the stacks of a cohort take, however few students they have."""
         followers = self.leaders(cohort)
@@ -276,10 +285,13 @@ class CostModel:
         one = self.measured(spec)
         return most_together(one.step_memory, self.device) if one.stacked else 1
 
+    def stepping_seconds(self, cohort: Cohort) -> float:
+        """Seconds of the students of a cohort, and of their stacks."""
+        return self.stack_seconds(cohort) + sum(map(self.family_seconds, families_of(cohort)))
+
     def cohort_seconds(self, cohort: Cohort) -> float:
         """Seconds of a cohort, without its start."""
-        students = sum(map(self.family_seconds, families_of(cohort)))
-        return self.stream_seconds(cohort) + self.stack_seconds(cohort) + students
+        return self.stream_seconds(cohort) + self.stepping_seconds(cohort)
 
     def memory(self, cohort: Cohort) -> int:
         """Bytes of main memory of each worker of a cohort, beside memory maps that the whole node shares.

@@ -59,8 +59,12 @@ class Load:
     """What its students take together."""
     ask: ResourceRequest
     """What a cohort of it occupies."""
+    stream: float = 0.0
+    """What every cohort of it takes, however few students it has."""
     shared: float = 0.0
-    """What every cohort of it takes, however few students it has: its stream, and what a stack takes for any number."""
+    """What stacks take for any number of students: of all, where each cohort has students of every architecture."""
+    whole: tuple[float, ...] = ()
+    """What each stack takes with all of its students, and what those take that step alone; empty without stacks."""
     longest: float = 0.0
     """What its dearest student takes, which cannot be cut."""
     parts: int = 1_000_000
@@ -72,7 +76,8 @@ class Load:
 
     def each(self, count: int) -> float:
         """Seconds of one of so many cohorts, its start included."""
-        return self.start + self.shared + max(self.seconds / count, self.longest)
+        mixed = self.shared + max(self.seconds / count, self.longest)
+        return self.start + self.stream + min([mixed, *([max(deal(self.whole, count)[1])] if self.whole else [])])
 
 
 def plan_cohorts(
@@ -160,16 +165,18 @@ def check_gpus(spec: StudentSpec, device: str) -> None:
 
 
 def _load(group: Cohort, nodes: Sequence[Node], costs: CostModel) -> Load:
-    families = families_of(group)
+    families, wholes = families_of(group), costs.wholes_of(group)
     seconds = [costs.family_seconds(family) for family in families]
     least = _least_parts(group, nodes, costs)
     # The part that asks for most stands for all of them, so that no timetable counts on room that is not there.
-    part = max(split_evenly(group, least, costs.family_seconds), key=costs.memory)
+    part = max(split_evenly(group, families, least, costs.family_seconds), key=costs.memory)
     return Load(
         sum(seconds),
         costs.ask(part),
-        costs.stream_seconds(group) + costs.stack_seconds(group),
-        max(seconds),
+        costs.stream_seconds(group),
+        costs.stack_seconds(group),
+        whole=tuple(map(costs.stepping_seconds, wholes)) if len(wholes) < len(families) else (),
+        longest=max(seconds),
         parts=len(families),
         least=least,
         start=costs.starting,
@@ -186,7 +193,7 @@ def _least_parts(group: Cohort, nodes: Sequence[Node], costs: CostModel) -> int:
     largest = max(families, key=costs.memory)  # all else they ask for is the same
     check_room_for(largest, costs, nodes)
     count = 1
-    while not _all_fit(split_evenly(group, count, costs.family_seconds), nodes, costs):
+    while not _all_fit(split_evenly(group, families, count, costs.family_seconds), nodes, costs):
         count += 1  # each family alone fits
     return count
 
@@ -196,18 +203,33 @@ def _all_fit(parts: Sequence[Cohort], nodes: Sequence[Node], costs: CostModel) -
 
 
 def cut(group: Cohort, count: int, nodes: Sequence[Node], costs: CostModel) -> list[Cohort]:
-    """Cut a group into so many cohorts of about equal time, each of which fits the cluster.
+    """Cut a group into so many cohorts of about equal time, each of which fits the cluster: stacks stay whole where it
+    then ends sooner.
 
     More parts are not always smaller ones: they are of equal time, and students that take little of it and much memory
     may come together where they were apart. Then the longest parts of a cut that fits are halved instead.
     """
-    cuts = (split_evenly(group, fewer, costs.family_seconds) for fewer in range(count, 0, -1))
-    parts = next(parts for parts in cuts if _all_fit(parts, nodes, costs))
+    families = _fitting_cut(group, families_of(group), count, costs.family_seconds, nodes, costs)
+    stacks = _fitting_cut(group, costs.wholes_of(group), count, costs.stepping_seconds, nodes, costs)
+    parts = min(filter(None, (families, stacks)), key=lambda parts: max(map(costs.cohort_seconds, parts)))
     while len(parts) < count:
         longest = max((part for part in parts if len(families_of(part)) > 1), key=costs.cohort_seconds)
         parts.remove(longest)
-        parts += split_evenly(longest, 2, costs.family_seconds)
+        parts += split_evenly(longest, families_of(longest), 2, costs.family_seconds)
     return parts
+
+
+def _fitting_cut(
+    group: Cohort,
+    units: Sequence[Cohort],
+    count: int,
+    cost: Callable[[Cohort], float],
+    nodes: Sequence[Node],
+    costs: CostModel,
+) -> list[Cohort] | None:
+    """Units dealt out into so many parts, or as many fewer as it takes for all of them to fit; None if none do."""
+    cuts = (split_evenly(group, units, fewer, cost) for fewer in range(count, 0, -1))
+    return next((parts for parts in cuts if _all_fit(parts, nodes, costs)), None)
 
 
 def check_room_for(cohort: Cohort, costs: CostModel, nodes: Sequence[Node]) -> None:
@@ -266,20 +288,28 @@ def allocate(loads: Sequence[Load], nodes: Sequence[Node], wanted: int | None) -
     return best, tried
 
 
-def split_evenly(group: Cohort, count: int, cost: Callable[[Cohort], float]) -> list[Cohort]:
-    """Cut a group into at most `count` parts of about equal cost: the dearest first, each where there is least yet.
-
-    Students that share a stage I stay together.
+def split_evenly(group: Cohort, units: Sequence[Cohort], count: int, cost: Callable[[Cohort], float]) -> list[Cohort]:
+    """Cut a group into at most `count` parts of about equal cost, the students of each in the order of the group.
 
     Args:
-        cost: of such a family of students.
+        units: its students, by those who stay together, as those of a stage I do.
+        cost: of a unit.
     """
-    families = families_of(group)
-    parts: list[list[StudentSpec]] = [[] for _ in range(min(count, len(families)))]
-    loads = [0.0] * len(parts)
-    for family in sorted(families, key=cost, reverse=True):
-        lightest = loads.index(min(loads))
-        parts[lightest].extend(family)
-        loads[lightest] += cost(family)
+    dealt, _ = deal([cost(unit) for unit in units], min(count, len(units)))
+    parts = [[spec for index in one for spec in units[index]] for one in dealt]
     order = {spec.name: index for index, spec in enumerate(group)}
     return [tuple(sorted(part, key=lambda spec: order[spec.name])) for part in parts]
+
+
+def deal(costs: Sequence[float], count: int) -> tuple[list[list[int]], list[float]]:
+    """Deal out things to so many parts, the dearest first, each where there is least yet.
+
+    Returns:
+        The indices of each part's things, and what they cost together.
+    """
+    parts, sums = [list[int]() for _ in range(count)], [0.0] * count
+    for index in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        lightest = sums.index(min(sums))
+        parts[lightest].append(index)
+        sums[lightest] += costs[index]
+    return parts, sums

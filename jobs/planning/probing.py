@@ -32,6 +32,7 @@ from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.distill.ranks import reason_of
 from akd_dist.jobs.idle import IdleWorkers, Worker
 from akd_dist.models.device import gpus_of
+from akd_dist.models.uncompiled import use_deterministic_algorithms
 from akd_dist.recipe import (
     CausalLm,
     Cnn,
@@ -262,7 +263,7 @@ def answer_here(request: dict[str, Any]) -> dict[str, Any]:
         return {"failed": reason_of(error)}
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        use_deterministic_algorithms(deterministic)
 
 
 def answer_probes() -> None:

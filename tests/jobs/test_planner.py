@@ -12,7 +12,7 @@ from akd_dist.distill.job import CohortJob
 from akd_dist.distill.objectives import stages
 from akd_dist.distill.probe import Measured
 from akd_dist.jobs.packing import Node, ResourceRequest, fits, next_to_start, pack, timetable
-from akd_dist.jobs.planning.costs import PROCESS_BYTES, START_SECONDS, CostModel
+from akd_dist.jobs.planning.costs import PROCESS_BYTES, START_SECONDS, CostModel, families_of
 from akd_dist.jobs.planning.planner import Load, allocate, cohort_job, groups_of, plan_cohorts, split_evenly
 from akd_dist.recipe import Recipe
 from tests.fleets import ADAMW, ANNEALING, HARD, a_recipe, a_student
@@ -67,7 +67,7 @@ def test_what_another_cohort_saves_is_bounded() -> None:
     ask = ResourceRequest(1, 1)
     longest = Load(100 * START_SECONDS, ask, longest=90 * START_SECONDS, parts=5)
     assert allocate([longest], nodes(8), None)[0] == [2]
-    counts, tried = allocate([Load(10 * START_SECONDS, ask, shared=50 * START_SECONDS)], nodes(8), None)
+    counts, tried = allocate([Load(10 * START_SECONDS, ask, stream=50 * START_SECONDS)], nodes(8), None)
     assert counts == [3]
     assert [one.cohorts for one in tried][:3] == [1, 2, 3]
 
@@ -229,9 +229,28 @@ def test_checkpoints_of_every_epoch_count() -> None:
 
 def test_parts_cost_about_the_same_and_keep_their_order() -> None:
     recipe = a_recipe([a_student(str(cost), seed=cost) for cost in (5, 1, 4, 2, 3)])
-    parts = split_evenly(tuple(recipe.students), 2, lambda family: float(family[0].name))
+    parts = split_evenly(tuple(recipe.students), families_of(recipe.students), 2, lambda family: float(family[0].name))
     assert [[spec.name for spec in part] for part in parts] == [["5", "1", "2"], ["4", "3"]]
-    assert len(split_evenly(tuple(recipe.students), 9, lambda family: 1.0)) == 5
+    assert len(split_evenly(tuple(recipe.students), families_of(recipe.students), 9, lambda family: 1.0)) == 5
+
+
+def test_stacks_stay_whole_where_the_fleet_then_ends_sooner() -> None:
+    """Of four architectures each of two cohorts has two, and not half the students of all: a stack takes its time
+    however few students it has.
+    """
+    models = [{"kind": "mlp", "hidden": hidden} for hidden in (4, 8, 16, 32)]
+    recipe = a_recipe([a_student(f"{m['hidden']}-{seed}", model=m, seed=seed) for seed in (0, 1) for m in models])
+    students, at_once = tuple(recipe.students), nodes(2)
+    stacked = {"stacked": True, "stack": 100.0, "together": 1.0}
+    cohorts, _ = plan_cohorts(recipe, students, at_once, costs_for(recipe, **stacked))
+    assert sorted(len({spec.model.label for spec in cohort}) for cohort in cohorts) == [2, 2]
+    dear = costs_for(recipe, **stacked | {"stack": 0.01, "together": 100.0})  # then nothing is lost with a stack cut
+    one = dear.probes["4-0"]
+    assert one is not None
+    dear = replace(dear, probes={**dear.probes, "4-0": replace(one, together=300.0)})
+    cohorts, _ = plan_cohorts(recipe, students, at_once, dear)
+    assert max(map(dear.cohort_seconds, cohorts)) < 1.3 * min(map(dear.cohort_seconds, cohorts))
+    assert any(len({spec.model.label for spec in cohort}) > 2 for cohort in cohorts)
 
 
 def test_students_that_share_stage_one_stay_together() -> None:
@@ -241,7 +260,7 @@ def test_students_that_share_stage_one_stay_together() -> None:
         for seed in (0, 1)
     ]
     recipe = a_recipe(students)
-    parts = split_evenly(tuple(recipe.students), 4, lambda family: 1.0)
+    parts = split_evenly(tuple(recipe.students), families_of(recipe.students), 4, lambda family: 1.0)
     assert [[spec.name for spec in part] for part in parts] == [["0-1", "0-2"], ["1-1", "1-2"]]
     costs = costs_for(recipe)
     assert costs.steps_left(parts[0][0]) == 2 * (2 + 1)
