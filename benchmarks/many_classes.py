@@ -62,7 +62,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "continuation": {"kind": "continuation_kd", "tau_max": 4, "epochs": 100},
 }
 STEPS = 5
-EPOCHS = 2
+EPOCHS, LABELS = 2, 300
 
 
 def rows_of(classes: int, count: int) -> Rows:
@@ -170,9 +170,11 @@ def recipe_of(folder: Path, classes: int, width: int, count: int) -> None:
     """Rows in Parquet, a teacher of random weights, and a recipe of one student."""
     generator = np.random.default_rng(0)
     inputs = generator.normal(size=(count, 32)).astype(np.float32)
-    table = {"input": list(inputs), "label": generator.integers(classes, size=count)}
+    # Of few classes, however many there are, so that each has train rows.
+    labels = generator.integers(LABELS, size=count) * (classes // LABELS)
+    table = {"input": list(inputs), "label": labels}
     pq.write_table(pa.table(table), folder / "rows.parquet")
-    rows = Rows(inputs, table["label"], classes, sha256(inputs.tobytes()), (), folder)
+    rows = Rows(inputs, labels, classes, sha256(inputs.tobytes()), (), folder)
     card = ModelCard.of(recipes.Mlp(kind="mlp", hidden=width), rows, None)
     save_model(folder / "teacher", build(card, seed=1), card)
     document = {
@@ -198,7 +200,7 @@ def loop(folder: Path, classes: int, width: int) -> None:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     train = len(inputs) * 7 // 10
     for epoch in range(EPOCHS if folder.name == "student" else 0):
-        for rows in torch.randperm(train, generator=torch.Generator().manual_seed(epoch)).split(256):
+        for rows in torch.split(torch.randperm(train, generator=torch.Generator().manual_seed(epoch)), 256):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(module(inputs[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -210,7 +212,7 @@ def loop(folder: Path, classes: int, width: int) -> None:
 @torch.inference_mode()
 def said(module: torch.nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
     """The class that a model chooses for each row."""
-    return [module(some).argmax(1) for some in inputs.split(256)]
+    return [module(some).argmax(1) for some in torch.split(inputs, 256)]
 
 
 def measured(command: list[str], folder: Path, environment: dict[str, str]) -> dict[str, float]:

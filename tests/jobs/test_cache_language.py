@@ -94,7 +94,7 @@ def rows_of(home: Path) -> Rows:
     return prepare(of(home).data, home / "cache").train
 
 
-def cached(home: Path, root: Path, encoding: Any = TOP_K, **changes: Any) -> dict[str, Any]:
+def cached(home: Path, root: Path | str, encoding: Any = TOP_K, **changes: Any) -> dict[str, Any]:
     places = {"store_root": str(root), "cache_root": str(home / "cache")}
     return cache_in_process(of(home, encoding, **changes), str(home / "teacher"), **places)
 
