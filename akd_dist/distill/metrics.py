@@ -20,6 +20,7 @@ from akd_dist.recipe import LOWEST_IS_BEST, CustomMetric, Metric, Precision, Tas
 
 EVALUATION_ROWS = 512  # fixed, so that evaluation gives the same bits everywhere
 _EVALUATION_LOGITS = 1 << 24  # the most of a block: fewer rows where there are tens of thousands of classes
+_COUNTS = 1 << 22  # counts of classes that several models have at a time
 
 
 def is_better(metric: Metric, one: float, than: float) -> bool:
@@ -99,48 +100,80 @@ def measure(
         labels: int64 [n], or float [n] for regression, on the CPU.
         classes: how many there are; None takes the largest id that occurs, plus one. Unread for regression.
     """
+    return measure_together(task, predictions[None], labels, classes)[0]
+
+
+def measure_together(
+    task: Task, predictions: torch.Tensor, labels: torch.Tensor, classes: int | None = None
+) -> list[dict[str, float]]:
+    """The same for several models on the same rows: to the same bits as each alone.
+
+    Args:
+        predictions: [models, n].
+    """
     if task == "regression":
-        found = _of_numbers(predictions.double(), labels.double())
+        found = [_of_numbers(one.double(), labels.double()) for one in predictions]
     else:
-        found = _of_classes(predictions, labels, classes or int(torch.cat([predictions, labels]).max()) + 1)
+        several = classes or int(torch.cat([predictions.flatten(), labels]).max()) + 1
+        at_once = max(1, _COUNTS // several)
+        found = [one for part in torch.split(predictions, at_once) for one in _of_classes(part, labels, several)]
     # Some are divided in float32, whose digits beyond the seventh mean nothing and may end just outside of -1 to 1.
-    return {
-        name: max(-1.0, min(1.0, round(value, 7))) if math.isfinite(value) else 0.0 for name, value in found.items()
-    }
+    return [
+        {name: max(-1.0, min(1.0, round(value, 7))) if math.isfinite(value) else 0.0 for name, value in one.items()}
+        for one in found
+    ]
 
 
-def _of_classes(predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, float]:
-    """From counts per class: memory and time grow with rows + classes, never with classes x classes.
+def _of_classes(predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> list[dict[str, float]]:
+    """From counts per class: memory and time grow with rows + models x classes, never with classes x classes.
 
     Libraries take macro F1 and Matthews from the confusion matrix, and importing one of them takes each worker two
     seconds. Accuracy and F1 are divided in float32, as torchmetrics does, to the same bits as ever; Matthews in whole
     numbers, where float32 loses digits beyond some thousand rows.
     """
-    several = max(classes, 2)
-    true, said = (torch.bincount(chosen, minlength=several) for chosen in (labels, predictions))
-    hits = torch.bincount(labels[labels == predictions], minlength=several)
-    accuracy = hits.sum() / len(labels)
-    f1 = _macro_f1(true, said, hits) if classes > 2 else (2.0 * hits / (true + said).clamp(min=1))[1]
-    return {"accuracy": float(accuracy), "f1": float(f1), "matthews": _matthews(true, said, hits)}
+    several, count = max(classes, 2), len(predictions)
+    true, own = torch.bincount(labels, minlength=several), several * torch.arange(count)[:, None]
+
+    def counted(chosen: torch.Tensor) -> torch.Tensor:
+        return torch.bincount(chosen, minlength=several * count).view(count, several)
+
+    said, hits = counted((predictions + own).flatten()), counted((predictions + own)[predictions == labels])
+    accuracies = (hits.sum(dim=1) / len(labels)).tolist()
+    f1 = _macro_f1(true, said, hits) if classes > 2 else (2.0 * hits / (true + said).clamp(min=1))[:, 1].tolist()
+    each = zip(accuracies, f1, _matthews(true, said, hits), strict=True)
+    return [dict(zip(("accuracy", "f1", "matthews"), one, strict=True)) for one in each]
 
 
-def _macro_f1(true: torch.Tensor, said: torch.Tensor, hits: torch.Tensor) -> torch.Tensor:
-    """The mean F1 of the classes that occur among labels or predictions, float32, from counts int64 [classes]."""
+def _macro_f1(true: torch.Tensor, said: torch.Tensor, hits: torch.Tensor) -> list[float]:
+    """The mean F1 of the classes that occur among labels or predictions, float32, by model.
+
+    Args:
+        true: int64 [classes], how often each class is true.
+        said, hits: int64 [models, classes], how often each model says it, and is right.
+    """
     occurring = (true + said > 0).float()
     scores = 2.0 * hits / (true + said).clamp(min=1)
-    return (occurring * scores / occurring.sum()).sum()
+    # Row by row: a sum over all rows at once may add in another order.
+    return [float(one.sum()) for one in occurring * scores / occurring.sum(dim=1, keepdim=True)]
 
 
-def _matthews(true: torch.Tensor, said: torch.Tensor, hits: torch.Tensor) -> float:
-    """R_K (Gorodkin, 2004) from counts int64 [classes]; 0.0 where one class takes all of the labels or predictions.
+def _matthews(true: torch.Tensor, said: torch.Tensor, hits: torch.Tensor) -> list[float]:
+    """R_K (Gorodkin, 2004) by model; 0.0 where one class takes all of the labels or predictions.
 
     With n rows, of class k t_k true and p_k predicted, and c hits in all:
     (c n - sum_k t_k p_k) / sqrt((n^2 - sum_k t_k^2) (n^2 - sum_k p_k^2)).
+
+    Args:
+        true, said, hits: as of `_macro_f1`.
     """
-    rows, right = int(true.sum()), int(hits.sum())
-    together = right * rows - int((true * said).sum())
-    spread = [rows * rows - int((counts * counts).sum()) for counts in (true, said)]
-    return together / math.sqrt(spread[0] * spread[1]) if all(spread) else 0.0
+    rows = int(true.sum())
+    truly = rows * rows - int((true * true).sum())
+    sums = [counts.sum(dim=1).tolist() for counts in (hits, true * said, said * said)]
+    found = []
+    for right, agreeing, squares in zip(*sums, strict=True):
+        spread = truly * (rows * rows - squares)
+        found.append((right * rows - agreeing) / math.sqrt(spread) if spread else 0.0)
+    return found
 
 
 def _of_numbers(predictions: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:

@@ -11,7 +11,7 @@ from akd_dist.data.encoded import ahead, batches_ahead
 from akd_dist.data.rows import Rows
 from akd_dist.distill.hooks import own_measure
 from akd_dist.distill.losses import at_least_float32, label_losses
-from akd_dist.distill.metrics import begin_block, measure, predictions
+from akd_dist.distill.metrics import begin_block, measure_together, predictions
 from akd_dist.distill.stack import Stack
 from akd_dist.recipe import CustomMetric
 
@@ -47,7 +47,7 @@ def evaluate_together(stack: Stack, rows: Rows, own: CustomMetric | None = None)
         said.append(predictions(rows.task, flat).view(count, -1).cpu())
         kept += [] if own is None else [logits.cpu()]
     together, labels = torch.cat(said, dim=1), torch.cat(true)
-    metrics = [measure(rows.task, one, labels, rows.classes) for one in together]
+    metrics = measure_together(rows.task, together, labels, rows.classes)
     if own is not None:
         for one, logits in zip(metrics, torch.cat(kept, dim=1), strict=True):
             one["custom"] = own_measure(own, logits, labels)

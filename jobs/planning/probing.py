@@ -14,9 +14,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -122,7 +124,7 @@ def measure_all(
         parameters: of each student, by name.
         cache_root: this node's own folder, where the rows are prepared.
         sealed: where they lie for every node; None where each prepares them.
-        idle: workers of this machine, the first of which may be asked.
+        idle: workers of this machine, which may be asked.
 
     Returns:
         By the name of the student; None where the probe failed.
@@ -132,10 +134,18 @@ def measure_all(
         distinct.setdefault(probe_key(spec), spec)
     found: dict[str, Measured | None] = {}
     started = time.monotonic()
-    with Prober(recipe, cache_root, sealed, idle) as prober:
-        for key, spec in distinct.items():
+    with Prober(recipe, cache_root, sealed, idle) as prober, contextlib.ExitStack() as leaving:
+        # On all CPUs at once, as they will train: what a student takes beside others is what counts then.
+        at_once = min(len(os.sched_getaffinity(0)), len(prober.workers.waiting) + 1)
+        pool = leaving.enter_context(ThreadPoolExecutor(at_once, "probes"))
+        leaving.callback(pool.shutdown, wait=False, cancel_futures=True)
+
+        def measure(key: str, spec: StudentSpec) -> None:
             if time.monotonic() - started < ALL_SECONDS:
                 found[key] = prober.probe(spec)
+
+        for one in [pool.submit(measure, *one) for one in distinct.items()]:
+            one.result()
     known = {key: one for key, one in found.items() if one is not None}
     sizes = {key: parameters[spec.name] for key, spec in distinct.items()}
     for key in distinct.keys() - found.keys():
@@ -169,12 +179,14 @@ def scaled(known: Measured, ratio: float) -> Measured:
 
 
 class Prober:
-    """Probes students one after the other in a process of its own, and starts another when a model has killed it."""
+    """Probes students in workers that wait, as many at a time as there are, or one after the other in a process of its
+    own: it starts another when a model has killed it.
+    """
 
     def __init__(
         self, recipe: Recipe, cache_root: str, sealed: SealedRows | None = None, idle: IdleWorkers | None = None
     ) -> None:
-        self.idle: deque[Worker] = idle.waiting if idle is not None else deque()
+        self.workers = idle or IdleWorkers()
         self.job = {
             "data": recipe.data.model_dump(mode="json"),
             "device": recipe.device,
@@ -184,6 +196,7 @@ class Prober:
             "encoding": recipe.cache.encoding.config(),
             "sealed": None if sealed is None else asdict(sealed),
         }
+        self.alone = threading.Lock()
         self.process: subprocess.Popen[str] | None = None
         self.words = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # what the process says besides its answers
 
@@ -217,13 +230,25 @@ class Prober:
     def _ask_nearby(self, request: dict[str, Any]) -> dict[str, Any]:
         # A worker that was killed says nothing of the student; one that is not looked at would step alone, and come to
         # other bits than in a run that nobody disturbed.
-        while self.idle:
-            if (answer := self.idle[0].ask("probe", request)) is not None:
+        while worker := self._worker():
+            if (answer := worker.ask("probe", request)) is not None:
+                self.workers.give_back(worker)
                 return dict(answer)
-            self.idle.popleft().end()
-        return answer_here(request)
+            worker.end()
+        with self.alone:
+            return answer_here(request)
+
+    def _worker(self) -> Worker | None:
+        """One that waits, taken from the others."""
+        with contextlib.suppress(IndexError):
+            return self.workers.waiting.popleft()
+        return None
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        with self.alone:
+            return self._ask_process(request)
+
+    def _ask_process(self, request: dict[str, Any]) -> dict[str, Any]:
         self.process = process = self.process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
