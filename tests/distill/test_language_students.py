@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from akd_dist.distill.output_head import Head
 from akd_dist.distill.probe import probe
 from akd_dist.distill.ranks import joined
 from akd_dist.distill.schedules import learning_rate
-from akd_dist.distill.sparse_losses import Annealed, Labels, loss_of
+from akd_dist.distill.sparse_losses import Annealed, Labels, Mixed, Softened, Squared, Term, loss_of
 from akd_dist.distill.student import Student
-from akd_dist.distill.teacher_targets import DenseTargets
+from akd_dist.distill.teacher_targets import DenseTargets, Targets
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.jobs.planning.windows import row_and_piece
 from akd_dist.models.build import build
@@ -37,10 +38,12 @@ from akd_dist.models.card import ModelCard
 from akd_dist.models.device import set_deterministic, set_generator_states
 from akd_dist.models.folder import load_model
 from akd_dist.models.language import LanguageModel
-from akd_dist.recipe import Cosine, Linear, Recipe
+from akd_dist.recipe import Cosine, HuggingFaceLm, Linear, Recipe
 from tests.fleets import weights
+from tests.language_models import LLAMA
 from tests.language_stores import ANNEALING, TOP_K, a_corpus, a_recipe, a_student, a_teacher, logits_of, stores_of
 from tests.survivors import FORKS, train
+from tests.tiny_transformers import library
 
 COSINE = {"kind": "cosine", "warmup": 0.2}
 FLEET = [
@@ -236,11 +239,24 @@ def test_micro_batches_give_the_same_gradient(
             assert torch.allclose(one, other, rtol=1e-7, atol=1e-12)
 
 
-def test_from_dense_targets_it_is_the_loop_with_its_teacher(dense: Home, tmp_path: Path) -> None:
+ONLINE: dict[str, Callable[[Targets, torch.Tensor, float], Term]] = {
+    "entropy": lambda targets, labels, phi: Annealed(targets, phi),
+    "squared": lambda targets, labels, phi: Squared(targets, phi, center=True),
+    "kd": lambda targets, labels, phi: Mixed(((0.5, Labels(labels)), (0.5, Softened(targets, 2.0)))),
+    "micro": lambda targets, labels, phi: Annealed(targets, phi),
+}
+
+
+@pytest.mark.parametrize(("name", "llama"), [*((name, False) for name in ONLINE), ("micro", True), ("squared", True)])
+def test_from_dense_targets_it_is_the_loop_with_its_teacher(
+    dense: Home, tmp_path: Path, name: str, llama: bool
+) -> None:
     """Bit for bit: the loop makes the teacher's targets of every batch by the functions that caching uses."""
-    spec = next(one for one in dense.recipe.students if one.name == "entropy")
+    spec = next(one for one in dense.recipe.students if one.name == name)
+    if llama:  # whose vocabulary has ids that the data has not
+        spec = spec.model_copy(update={"model": a_llama(tmp_path / "llama")})
     device, rows = set_deterministic("cpu", 1), dense.splits.train
-    teacher, objective, losses = a_teacher(rows), spec.objective, []
+    teacher, losses = a_teacher(rows), []
     before = torch.get_rng_state()
     set_generator_states(device, seeded_states(device, spec.seed, 0, 0))
     module = build(ModelCard.of(spec.model, rows, None))
@@ -252,23 +268,24 @@ def test_from_dense_targets_it_is_the_loop_with_its_teacher(dense: Home, tmp_pat
         order = epoch_order(len(rows), 0, epoch)
         for step in range(steps):
             numbers = order[step * spec.batch : (step + 1) * spec.batch]
-            blocks = torch.from_numpy(np.asarray(rows.inputs.take(numbers, axis=0)))
-            scored = Scored.of(blocks)
-            targets = DenseTargets(logits_of(teacher, blocks, rows.classes))
+            whole = torch.from_numpy(np.asarray(rows.inputs.take(numbers, axis=0)))
+            count, total = len(Scored.of(whole).labels), 0.0
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(spec.optimizer.lr, spec.optimizer.schedule, epoch * steps + step, 2 * steps)
             optimizer.zero_grad()
-            h = module.hidden(blocks).flatten(0, 1).index_select(0, scored.places)
-            term = Annealed(targets, (0.5, 1.0)[epoch])
-            loss = loss_of(h, Head(module.output_weight).cut(rows.classes), term, total=float(len(targets)))
-            loss.backward()  # type: ignore[no-untyped-call]
+            for blocks in torch.split(whole, spec.micro_batch or len(whole)):
+                scored, targets = Scored.of(blocks), DenseTargets(logits_of(teacher, blocks, rows.classes))
+                h = module.hidden(blocks).flatten(0, 1).index_select(0, scored.places)
+                term = ONLINE[name](targets, scored.labels, (0.5, 1.0)[epoch])
+                loss = loss_of(h, Head(module.output_weight).cut(rows.classes), term, total=float(count))
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
             optimizer.step()
-            losses.append(float(loss.detach()) * len(targets))
+            losses.append(total * count)
     torch.set_rng_state(before)
-    assert objective.kind == "annealing_kd"
 
     stream, ours = open_stream(dense.job(tmp_path), dense.splits)[0], []
-    student = dense.student("entropy", tmp_path)
+    student = Student(spec, ModelCard.of(spec.model, rows, None), tmp_path / name)
     for epoch in range(2):
         for batch in stream.batches(epoch):
             student.loss_sum = 0.0
@@ -276,9 +293,16 @@ def test_from_dense_targets_it_is_the_loop_with_its_teacher(dense: Home, tmp_pat
             ours.append(student.loss_sum)
         if epoch == 0:
             student.epoch, student.step = 1, 0
+    assert len(losses) == 2 * steps
     assert ours == losses
     both = zip(student.module.state_dict().values(), module.state_dict().values(), strict=True)
     assert all(torch.equal(one, other) for one, other in both)
+
+
+def a_llama(folder: Path) -> HuggingFaceLm:
+    """A small model of transformers, to be trained from random weights."""
+    library().LlamaConfig(**LLAMA | {"vocab_size": 300}).save_pretrained(folder)
+    return HuggingFaceLm(path=str(folder), pretrained=False)
 
 
 def test_epochs_of_some_steps_go_on_in_the_rows(home: Home, tmp_path: Path) -> None:
