@@ -71,7 +71,11 @@ class Decoder:
 
     def of_items(self, items: Tensor, dtype: torch.dtype = torch.float32) -> Targets:
         """The same of what a node holds, on the device: logits [n, classes], or bytes, uint8 [n, item_bytes]."""
-        return self.targets({LOGITS: items} if self._together is None else split(items, self._together), dtype)
+        return self.targets(self.arrays(items), dtype)
+
+    def arrays(self, items: Tensor) -> dict[str, Tensor]:
+        """The arrays [n, ...] of what a node holds, by name: views of it."""
+        return {LOGITS: items} if self._together is None else split(items, self._together)
 
     def _dictionary(self, dtype: torch.dtype) -> TailDictionary:
         if dtype not in self._made:
@@ -95,6 +99,11 @@ class BatchTargets:
 
     def __len__(self) -> int:
         return int(self.counts.sum())
+
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        """The same by array, each [targets, ...]."""
+        return self.decoder.arrays(self.items)
 
     def of_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Targets:
         """The targets of rows start..stop - 1 of the batch; the same object to all that ask for the same."""
