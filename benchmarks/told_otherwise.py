@@ -28,7 +28,7 @@ class Made(Decoder):
         super().__init__(None, {}, "cpu")
         self.make = make
 
-    def targets(self, arrays: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Targets:
+    def targets(self, arrays: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Targets:
         """As there."""
         return self.make(arrays)
 
@@ -57,13 +57,13 @@ def gaussian(store: LogitStore) -> Tell:
     """The store's targets without its calibration: tails are then corrected by the variance of what is left over."""
     arrays = {name: array for name, array in store.dictionary().arrays().items() if name != "tail_calibration"}
     decoder = Decoder(store.manifest.identity.top_k, arrays, "cpu")
-    return lambda batch: batch.targets and BatchTargets(batch.targets.arrays, batch.targets.counts, decoder)
+    return lambda batch: batch.targets and BatchTargets(batch.targets.items, batch.targets.counts, decoder)
 
 
 def made_of(make: Callable[[Mapping[str, Tensor]], Targets]) -> Callable[[LogitStore], Tell]:
     """What somebody else would have stored of dense logits."""
     return lambda store: (
-        lambda batch: batch.targets and BatchTargets(batch.targets.arrays, batch.targets.counts, Made(make))
+        lambda batch: batch.targets and BatchTargets(batch.targets.items, batch.targets.counts, Made(make))
     )
 
 
@@ -99,8 +99,8 @@ def sampled(store: LogitStore) -> Tell:
     def tell(batch: Batch) -> BatchTargets:
         assert batch.targets is not None
         counts = batch.targets.counts
-        parts = torch.split(batch.targets.arrays[LOGITS], counts.tolist())
+        parts = torch.split(batch.targets.items, counts.tolist())
         p = torch.cat([draw(int(row), z) for row, z in zip(batch.rows, parts, strict=True)])
-        return BatchTargets({"p": p}, counts, Made(lambda arrays: AtOneTemperature(arrays["p"])))
+        return BatchTargets(p, counts, Made(lambda arrays: AtOneTemperature(arrays[LOGITS])))
 
     return tell

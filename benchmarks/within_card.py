@@ -79,7 +79,7 @@ class Apart:
     def add(self, model: LanguageModel, batch: Batch, stored: Targets, exact: Targets, of: Of) -> None:
         """A batch, all of whose targets are seen."""
         scored = Scored.of(batch.inputs)
-        h = states_at(model, batch.inputs, scored, "float32")
+        h = states_at(model, batch.inputs, scored.places, "float32")
         head = model.output_weight[: exact.classes].detach()
         s = h.detach() @ head.T
         told, true = gradient(s, of(stored)), gradient(s, of(exact))

@@ -47,6 +47,7 @@ from akd_dist.storage.reader import open_store
 from akd_dist.storage.records import Loss, Probe
 from akd_dist.storage.repair import repair_store, verify_store
 from akd_dist.storage.roots import open_root
+from akd_dist.storage.top_k import TopK
 from akd_dist.storage.writer import as_stored, create_store, missing_shards, seal_store, write_shard
 from akd_dist.tracking.progress import meter
 
@@ -183,10 +184,22 @@ def _path_of(logits: str | Path) -> Path:
     return expanded(logits).absolute()
 
 
+def _refuse_described(recipe: Recipe) -> None:
+    """Refuse an encoding that describes logits: its dictionary, and what its card tells, are made with the teacher."""
+    if recipe.cache.encoding.kind == TopK.name:
+        raise RefusedError(
+            "imported logits are stored as they are, and cache.encoding: top_k only describes them",
+            got="encoding: {kind: top_k}",
+            expected="an encoding of float16 or float32",
+            next="set cache.encoding: float16; or name the teacher in the recipe, and cache it: akd-dist cache-teacher",
+        )
+
+
 def _import(recipe: Recipe, options: ImportLogitsOptions, workspace: Workspace, path: Path) -> ImportedDocument:
     started = time.monotonic()
     if not path.exists():  # before rows are prepared, which may take long
         raise no_file(path)
+    _refuse_described(recipe)
     splits = rows_of_machine(recipe.data, workspace)
     wanted = Wanted(recipe.data, splits, places_of(recipe.data), options.split, options.key)
     scratch = Path(workspace.cache_root) / "imports"

@@ -26,6 +26,7 @@ from akd_dist.recipe import Recipe
 from akd_dist.storage import catalog
 from akd_dist.storage.layout import CREATION_KEY, SOURCE_KEY
 from akd_dist.storage.repair import repair_store
+from akd_dist.storage.tables import Table
 from akd_dist.storage.writer import StoreWriter
 
 
@@ -38,7 +39,8 @@ def repair(
     *,
     trust: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Recompute the damaged shards of a sealed store, and only these; they must arrive at the manifest's sha256.
+    """Recompute the damaged shards of a sealed store, and what it has once for all of them where that is damaged, and
+    only these; they must arrive at the manifest's sha256.
 
     Args:
         recipe: how to recompute; None takes the recipe that the store was made with.
@@ -67,9 +69,14 @@ def repair(
     plan.writer = StoreWriter(store_root, plan.creation)
     job = cache_job(plan, recipe, model.model_uri, cache_root)
     recompute = functools.partial(compute_shard, job)
-    remake = functools.partial(make_table, job)
+    tables = list[str]()
+
+    def remake(name: str) -> Table:
+        tables.append(name)
+        return make_table(job, name)
+
     repaired = repair_store(store_root, store_id, recompute, computed=plan.creation.computed, remake=remake)
-    return {"id": store_id, "repaired": [key for shard in repaired for key in shard.keys]}
+    return {"id": store_id, "repaired": tables + [key for shard in repaired for key in shard.keys]}
 
 
 def _refuse_imported(store_root: str, store_id: str, hint: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ class Part(NamedTuple):
     what: str
     """For the message: `rows 0 to 4,095`."""
     arrays: tuple[npt.NDArray[Any], ...]
-    """Contiguous; hashed one after the other."""
+    """Hashed one after the other."""
     sha256: str
     """What it was when it was written."""
 

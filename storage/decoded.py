@@ -15,7 +15,8 @@ from akd_dist.base.locks import is_locked
 from akd_dist.storage.checked import note_of
 from akd_dist.storage.content import Guard
 from akd_dist.storage.holder import Holder
-from akd_dist.storage.layout import LOGITS
+from akd_dist.storage.interleaved import ITEMS, interleaved
+from akd_dist.storage.layout import LOGITS, StoreLayout
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.mean import AnyStore
 from akd_dist.storage.node_cache import IN_USE, Progress, evict, room_in
@@ -27,18 +28,18 @@ Tokens = Callable[[], dict[str, str]]
 
 
 def view_pieces(store: AnyStore, view: int, cache_root: Path, tokens: Tokens | None = None) -> Pieces:
-    """A view of a store as pieces, one a shard: of one field `logits`, [rows, classes] in the stored dtype, or of all
-    arrays of what describes targets.
+    """A view of a store as pieces, one a shard: of one field `logits`, [rows, classes] in the stored dtype, or of one
+    of bytes, in which all that describes a target lies together.
 
     Args:
         tokens: by default the store is asked each time.
     """
-    layout, asked = store.layout, tokens or store.tokens
+    layout, asked, together = store.layout, tokens or store.tokens, interleaved(store.layout)
 
     def fetch(numbers: Sequence[int]) -> Iterator[Arrays]:
         shards = [layout.shard(view, number) for number in numbers]
-        if isinstance(store, LogitStore) and layout.arrays:
-            return (tuple(arrays.values()) for arrays in store.shard_arrays(shards))
+        if together is not None and isinstance(store, LogitStore):
+            return ((together.join(tuple(arrays.values())),) for arrays in store.shard_arrays(shards))
         return ((logits,) for logits in store.shards(shards))
 
     def named(numbers: Sequence[int]) -> list[str]:
@@ -50,12 +51,23 @@ def view_pieces(store: AnyStore, view: int, cache_root: Path, tokens: Tokens | N
         f"{store.name[:32]}-{view}",
         layout.rows,
         layout.shard_rows,
-        tuple(Field(array.name, array.dtype, array.shape) for array in layout.fields),
+        (_field(layout),),
         fetch,
         lambda numbers: [store.content(layout.shard(view, number)) for number in numbers],
         named,
         f"the {'targets' if layout.several else 'logits'} of view {view}, {'numbers' if layout.several else 'rows'}",
+        # The seal is over the arrays of a shard, one after the other.
+        hashed=lambda arrays: arrays if together is None else tuple(together.split(arrays[0]).values()),
     )
+
+
+def _field(layout: StoreLayout) -> Field:
+    """The one array of a view in the cache."""
+    together = interleaved(layout)
+    if together is not None:
+        return Field(ITEMS, "uint8", (together.item_bytes,))
+    (array,) = layout.fields
+    return Field(array.name, array.dtype, array.shape)
 
 
 def open_decoded(
@@ -112,15 +124,11 @@ def find_decoded(manifest: Manifest, cache_root: Path) -> Decoded | None:
     sizes, used = list[int](), False
     for entry in _entries(manifest, cache_root):
         try:
-            sizes.append(sum(file.stat().st_size for file in _files(manifest, entry)))
+            sizes.append((entry / f"{_field(manifest.identity.layout).name}.npy").stat().st_size)
         except OSError:
             continue
         used = used or is_locked(entry / IN_USE, shared=True)
     return Decoded(sum(sizes), used) if sizes else None
-
-
-def _files(manifest: Manifest, entry: Path) -> list[Path]:
-    return [entry / f"{array.name}.npy" for array in manifest.identity.layout.fields]
 
 
 def drop_decoded(manifest: Manifest, cache_root: Path) -> None:

@@ -62,7 +62,8 @@ class Pieces:
     piece_rows: int
     """Rows of a piece; the last one may have fewer."""
     fields: tuple[Field, ...]
-    """The arrays. The bytes of a piece are those of its rows of the first field, then of the second, and so on."""
+    """The arrays. The bytes of a piece are those of its rows of the first field, then of the second, and so on; unless
+    `hashed` says otherwise."""
     fetch: Callable[[Sequence[int]], Iterator[Arrays]]
     """Whole pieces by number, in the order asked for: each field's rows of one, known to be what they should."""
     digests: Callable[[Sequence[int]], Sequence[str | None]]
@@ -73,6 +74,8 @@ class Pieces:
     """For messages: `the logits of view 3, rows`."""
     elements: Callable[[int], int] = lambda number: 0
     """How many elements the rows of a piece have of a ragged field."""
+    hashed: Callable[[Arrays], Arrays] = lambda arrays: arrays
+    """What the digest of a piece is over, of its rows of each field."""
 
     @property
     def count(self) -> int:
@@ -124,6 +127,11 @@ class Held:
     """By field: the rows of these pieces, one piece after the other."""
     content: Content
     """What they must hash to: hashed by a `Guard`, and not here."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all pieces are there, so that a row stands where its number says."""
+        return self._first is None
 
     @functools.cached_property
     def _first(self) -> npt.NDArray[np.int64] | None:
@@ -335,7 +343,7 @@ def _fill(pieces: Pieces, numbers: Sequence[int], folder: Path, on_progress: Pro
         for done, (_, known, arrays) in enumerate(fetched, 1):
             for handle, array in zip(handles, arrays, strict=True):
                 handle.write(np.ascontiguousarray(array).data)
-            digests.append(known or digest(arrays))
+            digests.append(known or digest(pieces.hashed(arrays)))
             if on_progress is not None:
                 on_progress(done, len(numbers))
     for field in pieces.fields:
@@ -410,6 +418,6 @@ def _mapped(pieces: Pieces, numbers: Sequence[int], entry: Path, noted: dict[str
             )
             places = zip(arrays.values(), firsts, ends, strict=True)
             of_piece = tuple(one[first:end] for one, first, end in places)
-            yield Part(f"{pieces.what} {start:,} to {stop - 1:,}", of_piece, sealed)
+            yield Part(f"{pieces.what} {start:,} to {stop - 1:,}", pieces.hashed(of_piece), sealed)
 
     return Held(pieces, tuple(numbers), arrays, Content(files, parts, inodes_of(files)))

@@ -1,7 +1,7 @@
 """The targets that a stream reads, as they are stored: of a batch of rows, whichever targets these have.
 
-Each array of the store is one memory map on the node, and the targets of a row lie one after the other in it, so that
-a batch is a copy of one slice for each row and array. Nothing is decoded here: what is stored travels to the device.
+All arrays of the store are one memory map on the node, and the targets of a row lie one after the other in it, so that
+a batch is a copy of one slice for each row. Nothing is decoded here: what is stored travels to the device.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ import numpy.typing as npt
 from akd_dist.storage.content import Guard
 from akd_dist.storage.decoded import view_pieces
 from akd_dist.storage.holder import Holder
+from akd_dist.storage.interleaved import interleaved
+from akd_dist.storage.layout import LOGITS
 from akd_dist.storage.node_cache import room_in
 from akd_dist.storage.pieces import Held, Pieces, Span, hold_pieces, resting
 from akd_dist.storage.reader import LogitStore
 
 Gathered = tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]]
 """The arrays of some targets by name, and how many of these each row has."""
+Items = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
+"""Some targets as a node holds them, and how many of these each row has."""
 
 
 class StoredTargets:
@@ -56,9 +60,13 @@ class StoredTargets:
         """The store that is read."""
         self.offsets = store.offsets if store.layout.several else None
         """int64 [rows + 1], where a row has several targets: row r has those from offsets[r] up to offsets[r + 1]."""
+        self.together = interleaved(store.layout)
+        """How all arrays of a target lie in one; None where the store holds logits."""
         self._budget, self._beside = budget, beside
         tokens = store.tokens()  # looked at once: each look lists all shards
         self._views = [view_pieces(store, view, cache_root, lambda: tokens) for view in range(views)]
+        self.row_bytes = -(-store.layout.item_bytes * store.layout.rows // max(1, store.num_rows))
+        """What is stored of a row, in bytes on average."""
         self._room = room_in(cache_root, budget)
         self._bytes = self._views[0].nbytes(range(self._views[0].count))
         self.whole = not windowed or (not beside_windows and beside + views * self._bytes <= self._room)
@@ -74,7 +82,7 @@ class StoredTargets:
         """How many targets each of some rows has, int64 [n]."""
         if self.offsets is None:
             return np.ones(len(rows), np.int64)
-        return self.offsets[rows + 1] - self.offsets[rows]
+        return self.offsets.take(rows + 1) - self.offsets.take(rows)
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Gathered:
         """What is stored of the targets of some rows of the view that is read now, in the order of these rows.
@@ -89,16 +97,21 @@ class StoredTargets:
         Raises:
             IndexError: some rows are not held; see `move`.
         """
-        held, counts = self._held, self.counts(rows)
+        items, counts = self.items(rows)
+        return {LOGITS: items} if self.together is None else self.together.split(items), counts
+
+    def items(self, rows: npt.NDArray[np.int64]) -> Items:
+        """The same, whose arrays are still one: logits [targets, classes], or bytes, uint8 [targets, item_bytes], which
+        `together` splits.
+        """
+        held = self._held
+        ((name, array),) = held.arrays.items()
         if self.offsets is None:
-            return {field.name: held.take(field.name, rows) for field in held.pieces.fields}, counts
-        some = counts > 0
-        first, sizes = self.offsets[rows[some]], counts[some]
-        starts, ends = held.places(first), held.places(first + sizes - 1)
-        # A row may lie in several pieces, of which each has to be held, and so all of them stand one after the other.
-        if (starts < 0).any() or (ends - starts != sizes - 1).any():
-            raise IndexError("some of these rows are not held")
-        return {name: _slices(array, starts, sizes) for name, array in held.arrays.items()}, counts
+            return held.take(name, rows), np.ones(len(rows), np.int64)
+        starts, counts = self.offsets.take(rows), self.counts(rows)
+        if not held.whole:
+            starts = _places(held, starts, counts)
+        return _slices(array, starts, counts), counts
 
     def watch(self, guard: Guard) -> None:
         """Have what is read from now on vouched for."""
@@ -144,6 +157,17 @@ class StoredTargets:
         if self.offsets is not None:
             spans = [(int(self.offsets[start]), int(self.offsets[stop])) for start, stop in spans]
         return pieces.of_spans([(start, stop) for start, stop in spans if start < stop]) or [0]
+
+
+def _places(held: Held, starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where the targets of rows begin in what is held, given where they do in the view; 0 for rows without any."""
+    found, some = np.zeros_like(starts), counts > 0
+    found[some] = held.places(starts[some])
+    # A row may lie in several pieces, of which each has to be held, and so all of them stand one after the other.
+    last = held.places((starts + counts - 1)[some])
+    if (found < 0).any() or (last - found[some] != counts[some] - 1).any():
+        raise IndexError("some of these rows are not held")
+    return found
 
 
 def _slices(array: npt.NDArray[Any], starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

@@ -108,7 +108,11 @@ def begin_views(
         whole = encoded.begin([_crops(augmenter, seed, encoded, rows, view) for view in views])
         return [functools.partial(lambda at: placed(whole()[at], device), at) for at in range(len(views))]
     pixels = begin(inputs)
-    moved = functools.cache(lambda: placed(pixels(), device))
+
+    def moved_now() -> torch.Tensor:
+        return placed(pixels(), device)
+
+    moved = functools.cache(moved_now) if len(views) > 1 else moved_now
     # A user's own may write into the batch that it is given.
     own = isinstance(augmentation, CustomAugmentation) and len(views) > 1
 
@@ -135,10 +139,10 @@ def placed(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
     A GPU copies it out of pinned memory, so nobody waits: not this thread, and not for what the GPU computes just now.
     Whatever the same stream is given next finds it there.
     """
-    tensor = torch.from_numpy(array)
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    tensor, kind = torch.from_numpy(array), torch.device(device).type
+    if kind == "cpu":
+        return tensor
+    return tensor.to(device) if kind != "cuda" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def check_augmentation(augmentation: Augmentation, seed: int, inputs: np.ndarray, tokens: Tokens | None = None) -> None:

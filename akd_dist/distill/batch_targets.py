@@ -1,12 +1,14 @@
 """What a store keeps of the targets of a batch, on the students' device: made into targets of losses once for all.
 
-Every array travels as it is stored. A part of a batch is unpacked when a student first asks for it, and what a `top_k`
-store says of it at a temperature is decoded block by block within the losses; students of a cohort share both.
+Everything travels as it is stored, in one piece. A part of a batch is unpacked when a student first asks for it, and
+what a `top_k` store says of it at a temperature is decoded block by block within the losses; students of a cohort share
+both.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from akd_dist.data.views import placed
 from akd_dist.distill.sparse import SHARED_BYTES, SparseTargets, TailDictionary
 from akd_dist.distill.teacher_targets import DenseTargets, Targets
+from akd_dist.storage.interleaved import Interleaved
 from akd_dist.storage.layout import LOGITS
 from akd_dist.storage.reader import LogitStore
 from akd_dist.storage.targets import StoredTargets
@@ -36,6 +40,7 @@ class Decoder:
     def __init__(self, encoding: TopK | None, arrays: Mapping[str, Any], device: torch.device | str) -> None:
         self.encoding, self._arrays, self.device = encoding, arrays, device
         self._made: dict[torch.dtype, TailDictionary] = {}
+        self._together = None if encoding is None else Interleaved.of(encoding, len(arrays["mean_logit"]))
 
     @classmethod
     def of(cls, store: LogitStore, device: torch.device | str) -> Decoder:
@@ -54,7 +59,7 @@ class Decoder:
         """The lowest temperature that targets can be asked for at."""
         return min(self.encoding.tail_temperatures) if self.encoding is not None else 0.0
 
-    def targets(self, arrays: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Targets:
+    def targets(self, arrays: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Targets:
         """Targets of arrays [n, ...] on the device.
 
         Args:
@@ -63,6 +68,14 @@ class Decoder:
         if self.encoding is None:
             return DenseTargets(arrays[LOGITS], dtype)
         return SparseTargets.of(arrays, self.encoding, self._dictionary(dtype))
+
+    def of_items(self, items: Tensor, dtype: torch.dtype = torch.float32) -> Targets:
+        """The same of what a node holds, on the device: logits [n, classes], or bytes, uint8 [n, item_bytes]."""
+        return self.targets(self.arrays(items), dtype)
+
+    def arrays(self, items: Tensor) -> dict[str, Tensor]:
+        """The arrays [n, ...] of what a node holds, by name: views of it."""
+        return {LOGITS: items} if self._together is None else split(items, self._together)
 
     def _dictionary(self, dtype: torch.dtype) -> TailDictionary:
         if dtype not in self._made:
@@ -76,8 +89,8 @@ class Decoder:
 class BatchTargets:
     """The targets of the rows of a batch."""
 
-    arrays: dict[str, Tensor]
-    """What is stored of them, each [targets, ...]."""
+    items: Tensor
+    """What is stored of them: logits [targets, classes], or all that describes these, uint8 [targets, item_bytes]."""
     counts: np.ndarray
     """How many each row has, int64 [rows]."""
     decoder: Decoder
@@ -87,12 +100,17 @@ class BatchTargets:
     def __len__(self) -> int:
         return int(self.counts.sum())
 
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        """The same by array, each [targets, ...]."""
+        return self.decoder.arrays(self.items)
+
     def of_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Targets:
         """The targets of rows start..stop - 1 of the batch; the same object to all that ask for the same."""
         key = dtype, start, stop
         if key not in self._made:
             part = self.part(start, stop)
-            self._made[key] = made = self.decoder.targets(part.arrays, dtype)
+            self._made[key] = made = self.decoder.of_items(part.items, dtype)
             if self._sharing is not None and isinstance(made, SparseTargets):
                 room = SHARED_BYTES * len(part) // max(1, len(self))
                 self._sharing.enter_context(made.shared(room))
@@ -101,8 +119,7 @@ class BatchTargets:
     def part(self, start: int, stop: int) -> BatchTargets:
         """Rows start..stop - 1 as a batch of their own."""
         first, count = int(self.counts[:start].sum()), int(self.counts[start:stop].sum())
-        arrays = {name: array[first : first + count] for name, array in self.arrays.items()}
-        return BatchTargets(arrays, self.counts[start:stop], self.decoder)
+        return BatchTargets(self.items[first : first + count], self.counts[start:stop], self.decoder)
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
@@ -115,8 +132,8 @@ class BatchTargets:
     @classmethod
     def joined(cls, parts: Sequence[BatchTargets]) -> BatchTargets:
         """Several batches as one."""
-        arrays = {name: torch.cat([one.arrays[name] for one in parts]) for name in parts[0].arrays}
-        return cls(arrays, np.concatenate([one.counts for one in parts]), parts[0].decoder)
+        counts = np.concatenate([one.counts for one in parts])
+        return cls(torch.cat([one.items for one in parts]), counts, parts[0].decoder)
 
 
 class TeacherTargets(StoredTargets):
@@ -140,10 +157,24 @@ class TeacherTargets(StoredTargets):
 
     def batch(self, rows: np.ndarray) -> BatchTargets:
         """The targets of rows, int64 [n], of those that are read now."""
-        arrays, counts = self.gather(rows)
-        device = self.decoder.device
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        return BatchTargets(tensors, counts, self.decoder)
+        items, counts = self.items(rows)
+        return BatchTargets(placed(items, self.decoder.device), counts, self.decoder)
+
+
+def split(items: Tensor, together: Interleaved) -> dict[str, Tensor]:
+    """As `Interleaved.split`, of a tensor on any device: views of it."""
+    found = {}
+    for array in together.arrays:
+        first = together.first[array.name]
+        part = items[:, first : first + array.item_bytes].view(_dtype_of(array.dtype))
+        found[array.name] = part.view(len(items), *array.shape)
+    return found
+
+
+@functools.cache
+def _dtype_of(name: str) -> torch.dtype:
+    """What torch calls a dtype of NumPy."""
+    return torch.from_numpy(np.empty(0, name)).dtype
 
 
 def unsaid(
@@ -157,14 +188,11 @@ def unsaid(
     """
     count = int(counts.sum())
     if described is None:
-        arrays = {LOGITS: torch.zeros(count, classes, dtype=torch.float16, device=device)}
-        return BatchTargets(arrays, counts, Decoder(None, {}, device))
+        logits = torch.zeros(count, classes, dtype=torch.float16, device=device)
+        return BatchTargets(logits, counts, Decoder(None, {}, device))
     encoding = TopK(**{key: value for key, value in described.items() if key != "name"})
     even = np.full((len(encoding.tail_temperatures), classes), 1 / classes, np.float32)
     vector, basis = np.zeros(classes, np.float32), np.zeros((classes, encoding.rank), np.float16)
     tables = {"mean_logit": vector, "tail_prior": even, "basis": basis, "tail_calibration": 0 * even}
-    one = {
-        name: torch.zeros((count, *shape), dtype=torch.from_numpy(np.zeros(0, dtype)).dtype, device=device)
-        for name, (dtype, shape) in encoding.arrays(classes).items()
-    }
-    return BatchTargets(one, counts, Decoder(encoding, tables, device))
+    items = torch.zeros((count, Interleaved.of(encoding, classes).item_bytes), dtype=torch.uint8, device=device)
+    return BatchTargets(items, counts, Decoder(encoding, tables, device))

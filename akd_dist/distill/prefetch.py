@@ -99,7 +99,8 @@ def _handed_over(batch: Batch, ready: torch.cuda.Event) -> Batch:
     """
     current = torch.cuda.current_stream(batch.inputs.device)
     current.wait_event(ready)
-    for field in dataclasses.fields(batch):
-        if isinstance(value := getattr(batch, field.name), torch.Tensor):
+    values = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    for value in [*values, None if batch.targets is None else batch.targets.items]:
+        if isinstance(value, torch.Tensor):
             value.record_stream(current)
     return batch

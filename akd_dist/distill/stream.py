@@ -36,8 +36,8 @@ from akd_dist.storage.manifest import Manifest
 STEPS_AT_ONCE = 8
 """Batches that are made in one go: a small one alone takes hardly more than the calls, or the launches of kernels."""
 BYTES_AT_ONCE = {"cpu": 250_000, "cuda": 64_000_000}
-"""The most that the inputs of such batches may take together, by the kind of device; of larger ones fewer are made in
-one go. On a processor they are to stay in its cache."""
+"""The most that the inputs of such batches, and what describes their targets, may take together, by the kind of device;
+of larger ones fewer are made in one go. On a processor they are to stay in its cache."""
 Said = torch.Tensor | BatchTargets
 """What a teacher says of some rows: logits, or what is stored of targets."""
 Gathered = tuple[torch.Tensor, torch.Tensor, Said | None]
@@ -262,8 +262,10 @@ class BatchStream:
     @property
     def steps_at_once(self) -> int:
         """Batches that are made in one go; they are the same as one by one, since a view is a function of its row."""
-        most = BYTES_AT_ONCE["cpu" if torch.device(self.device).type == "cpu" else "cuda"]
-        return max(1, min(STEPS_AT_ONCE, most // (self.batch * self.rows.input_bytes)))
+        most, each = BYTES_AT_ONCE["cpu" if torch.device(self.device).type == "cpu" else "cuda"], self.rows.input_bytes
+        if isinstance(self.logits, TeacherTargets):
+            each += self.logits.row_bytes
+        return max(1, min(STEPS_AT_ONCE, most // (self.batch * each)))
 
     def _cut(self, reading: _Reading, shares: list[tuple[int, int]]) -> Iterator[Gathered]:
         """Inputs, labels and logits of each of several batches, gathered together."""

@@ -23,6 +23,7 @@ from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.recipe import Recipe, StudentSpec
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.identity import Identity, format_of
+from akd_dist.storage.interleaved import interleaved
 from akd_dist.storage.layout import TARGETS_FORMAT, StoreLayout
 from akd_dist.storage.node_cache import room_in
 
@@ -202,7 +203,9 @@ def read_at_once(recipe: Recipe, rows: int, classes: int, targets: int | None) -
     said = {"augmentation": {}, "data_seed": None, "views": 1, "encoding": config, "classes": classes}
     whose = {"dataset": "", "rows": rows, "teacher": "", "items": targets}
     layout = Identity.model_validate({"format": TARGETS_FORMAT, **whose, **said}).layout
-    row = -(-layout.item_bytes * layout.rows // max(1, rows))
+    together = interleaved(layout)
+    item_bytes = layout.item_bytes if together is None else together.item_bytes
+    row = -(-item_bytes * layout.rows // max(1, rows))
     return row, max(1, layout.shard_rows * rows // max(1, layout.rows))
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from rich.console import Console
 
 import akd_dist
 from akd_dist import recipe as recipes
-from akd_dist.base.errors import AkdError, RecipeError, RefusedError
+from akd_dist.base.errors import AkdError, DamagedError, RecipeError, RefusedError
 from akd_dist.data.row_cache import prepare
 from akd_dist.data.rows import Rows
 from akd_dist.distill import target_shards
@@ -27,6 +28,7 @@ from akd_dist.distill.teacher import probe_rows
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planning.language import check_pretrained
 from akd_dist.jobs.repair import repair
+from akd_dist.jobs.train_students import train_in_process
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard, blocks_of
 from akd_dist.models.folder import read_model, save_model
@@ -34,9 +36,10 @@ from akd_dist.recipe import Recipe
 from akd_dist.storage import catalog
 from akd_dist.storage.decoder import probabilities
 from akd_dist.storage.reader import LogitStore, open_store
+from akd_dist.storage.roots import open_root
 from akd_dist.storage.targets import StoredTargets
 from akd_dist.storage.top_k import TopK
-from tests.fleets import a_recipe, a_student, a_teacher, store_bytes
+from tests.fleets import a_recipe, a_student, a_teacher, store_bytes, weights
 from tests.survivors import FORKS
 from tests.tokenizers import a_byte_pair_tokenizer
 
@@ -45,6 +48,12 @@ pytestmark = pytest.mark.usefixtures("own_process_state")
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "after", "red", "green", "blue", "of")
 TOP_K = {"kind": "top_k", "k": 4, "rank": 4, "probe_rows": 8}
 QUIET = Console(quiet=True)
+SHORT = a_student(
+    "one",
+    model={"kind": "causal_lm", "width": 16, "depth": 1, "heads": 2},
+    objective={"kind": "kd", "epochs": 1, "temperature": 2.0},
+    batch=8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +98,7 @@ def rows_of(home: Path) -> Rows:
     return prepare(of(home).data, home / "cache").train
 
 
-def cached(home: Path, root: Path, encoding: Any = TOP_K, **changes: Any) -> dict[str, Any]:
+def cached(home: Path, root: Path | str, encoding: Any = TOP_K, **changes: Any) -> dict[str, Any]:
     places = {"store_root": str(root), "cache_root": str(home / "cache")}
     return cache_in_process(of(home, encoding, **changes), str(home / "teacher"), **places)
 
@@ -104,6 +113,12 @@ def undisturbed(corpus: Path) -> Path:
 def train_store(root: Path, home: Path) -> LogitStore:
     found = [one for one in catalog.list_stores(str(root)) if one.dataset == rows_of(home).fingerprint]
     return open_store(f"{root}/{found[0].id}")
+
+
+def stores_in(root: str, home: Path) -> dict[str, str]:
+    """Those of all splits."""
+    said = {one.dataset: f"{root}/{one.id}" for one in catalog.list_stores(root)}
+    return {split: said[of_split] for split, of_split in prepare(of(home).data, home / "cache").fingerprints.items()}
 
 
 def gathered(store: LogitStore, home: Path) -> dict[str, np.ndarray]:
@@ -207,6 +222,7 @@ def test_what_is_lost_is_made_again(corpus: Path, undisturbed: Path, tmp_path: P
     (store / "arrays.zarr" / "offsets" / "c" / "0").unlink()
     (store / "arrays.zarr" / "ids" / "c" / "0" / "1" / "0").write_bytes(b"other")
     mended = repair(str(tmp_path / "stores"), store.name, of(corpus), str(corpus / "cache"), QUIET)
+    assert set(mended["repaired"][:2]) == {"dictionary", "offsets"}
     assert "ids/c/0/1/0" in mended["repaired"]
     assert store_bytes(tmp_path / "stores") == store_bytes(undisturbed)
 
@@ -225,6 +241,41 @@ def test_a_dictionary_that_is_lost_before_the_seal(corpus: Path, undisturbed: Pa
 def test_on_ray_the_same_bytes(ray_cluster: None, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     akd_dist.cache_teacher(of(corpus), store_root=tmp_path, cache_root=corpus / "cache", console=QUIET)
     assert store_bytes(tmp_path) == store_bytes(undisturbed)
+
+
+def test_in_object_storage_the_same(corpus: Path, undisturbed: Path, bucket: str, tmp_path: Path) -> None:
+    """Cached, an object lost, mended, and read by students."""
+    root, here = f"{bucket}/stores", train_store(undisturbed, corpus)
+    found, recipe = cached(corpus, root), of(corpus, students=[SHORT])
+    assert open_store(found["store"]).manifest.sha256 == here.manifest.sha256
+    open_root(found["store"]).delete("arrays.zarr/dictionary/basis/c/0/0")
+    open_root(found["store"]).delete("arrays.zarr/gaps/c/0/0/0")
+    with pytest.raises(DamagedError, match="gaps/c/0/0/0 is damaged"):
+        open_store(found["store"])
+    mended = repair(root, here.id, of(corpus), str(corpus / "cache"), QUIET)
+    assert "gaps/c/0/0/0" in mended["repaired"]
+    assert open_store(found["store"]).verify() == []
+    for name, stores in (("far", stores_in(root, corpus)), ("near", stores_in(str(undisturbed), corpus))):
+        train_in_process(recipe, stores, run=tmp_path / name, cache_root=str(tmp_path / f"cache-{name}"))
+    assert weights(tmp_path / "far") == weights(tmp_path / "near") != {}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_workers_on_ray_come_to_what_one_does(
+    ray_cluster: None, corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """In float64; Ray Train runs each cohort, and starts its workers."""
+    found = []
+    for workers in (1, 2):
+        students = [SHORT | {"precision": "float64", "workers": workers, "batch": 7, "micro_batch": 2}]
+        akd_dist.train_students(
+            of(corpus, students=students), store_root=undisturbed, cache_root=corpus / "cache",
+            run_root=tmp_path / str(workers), console=QUIET,
+        )  # fmt: skip
+        found.append(safetensors.torch.load_file(tmp_path / str(workers) / "lm" / "students/one/model.safetensors"))
+    for name, array in found[0].items():
+        torch.testing.assert_close(array, found[1][name], rtol=0, atol=1e-9)
 
 
 def test_bits_of_a_target_depend_on_its_shard_alone(corpus: Path, undisturbed: Path) -> None:

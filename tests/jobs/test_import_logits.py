@@ -35,7 +35,7 @@ from akd_dist.jobs.planning.caching import open_inputs
 from akd_dist.jobs.train_students import train_in_process
 from akd_dist.jobs.train_teacher import Workspace
 from akd_dist.options import CacheOptions
-from akd_dist.recipe import Recipe, load_recipe
+from akd_dist.recipe import CacheSpec, EncodingSpec, Recipe, load_recipe
 from akd_dist.reporting.tables import fleet_table
 from akd_dist.storage.reader import open_store
 from akd_dist.storage.repair import verify_store
@@ -342,6 +342,11 @@ def test_an_interrupted_import_goes_on(home: Home, monkeypatch: pytest.MonkeyPat
     assert verify_store(str(home.root / "stores"), part.id) == []
 
 
+def test_what_describes_logits_takes_none(home: Home) -> None:
+    described = home.recipe().model_copy(update={"cache": CacheSpec(encoding=EncodingSpec(kind="top_k", k=2, rank=0))})
+    assert "cache.encoding: top_k only describes them" in refused(home, Z, recipe=described)
+
+
 def test_float16_is_checked_before_anything_is_written(home: Home) -> None:
     half = home.recipe().model_copy(update={"cache": home.recipe().cache.model_copy(update={"encoding": _half()})})
     large = Z.copy()
@@ -371,8 +376,6 @@ def test_logits_that_an_encoding_loses_are_refused(home: Home) -> None:
 
 
 def _half() -> Any:
-    from akd_dist.recipe import EncodingSpec
-
     return EncodingSpec(kind="float16")
 
 
