@@ -65,7 +65,8 @@ def findings_of(data: recipe.DataSpec, layouts: Mapping[str, Layout], counted: M
         tokens, room = int(layout.counts.sum()), layout.blocks * layout.length
         if tokens < room * 0.9:
             share = 1 - tokens / room
-            lines.append(f"{share:.0%} of the tokens of {split} are padding: {layout.blocks:,} blocks for {tokens:,}")
+            held = f"{tokens:,} tokens in {layout.blocks:,} blocks"
+            lines.append(f"{share:.0%} of the tokens of {split} are padding: {held}")
     hashes = {}
     for split, layout in layouts.items():
         hashes[split] = np.sort(counted[source_of_split(data, split)].hashes[layout.documents])

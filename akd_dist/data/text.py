@@ -204,10 +204,19 @@ def load_tokenizer(spec: recipe.HuggingFaceText) -> Any:
             raise hub.unreachable("tokenizer", spec.name, error) from error
         raise RefusedError(
             f"{place} cannot be read as a tokenizer",
-            got=str(error).strip().partition("\n")[0] or type(error).__name__,
+            got=(str(error).strip().partition("\n")[0] or type(error).__name__).removesuffix(":") + _files_in(place),
             expected="the files that tokenizer.save_pretrained writes, without code of its own",
-            next="check that the folder was copied whole",
+            next="check that this is the tokenizer's folder, and that it was copied whole",
         ) from error
+
+
+def _files_in(place: str) -> str:
+    """The first few names in a folder, as the end of a sentence; nothing of what is no folder."""
+    if not Path(place).is_dir():
+        return ""
+    names = sorted(found.name for found in Path(place).iterdir())
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"; in it lie {', '.join(names[:5])}{more}" if names else "; it is empty"
 
 
 def vocabulary_of(ids: Mapping[str, int], name: str) -> int:

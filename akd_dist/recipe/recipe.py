@@ -28,6 +28,7 @@ from akd_dist.base.trusted import MODULE, Trusted
 from akd_dist.recipe.base import FACTORY, Count, Device, Factory, NotRightError, Positive, Spec
 from akd_dist.recipe.cache import CacheSpec
 from akd_dist.recipe.data import DataSpec
+from akd_dist.recipe.models import CausalLm
 from akd_dist.recipe.paths import change_paths
 from akd_dist.recipe.teacher import TeacherSpec
 from akd_dist.recipe.training import AnnealingKD, ContinuationKD, CustomObjective, Learning, Stacked
@@ -158,7 +159,7 @@ class Recipe(Spec):
         """Refuse at once, each at its key, what is wrong only where several parts of the recipe meet."""
         checks = (
             *(self._takd_without_assistant(), self._nothing_to_mix(), self._no_labels(), self._no_rows_left_out()),
-            *(self._not_of_language_models(), self._not_described()),
+            *(self._not_of_language_models(), self._not_described(), self._too_many_coefficients()),
         )
         found = [
             InitErrorDetails(type="value_error", loc=key, input=value, ctx={"error": error})
@@ -279,6 +280,16 @@ class Recipe(Spec):
                     + (f", or tail_temperatures that begin at {asked:g}" if asked >= 1 else ""),
                 )
                 yield (*key, "objective"), objective, why
+
+    def _too_many_coefficients(self) -> Iterator[Misfit]:
+        """A rank that the hidden state of a teacher does not have, found before it is trained."""
+        rank = self.cache.encoding.rank
+        narrow = [one.model.width for one in self.teacher.each if isinstance(one.model, CausalLm)]
+        if self.cache.encoding.kind == "top_k" and narrow and rank > min(narrow):
+            why = NotRightError(
+                f"rank {rank} is larger than the width of the teacher, {min(narrow)}", f"at most {min(narrow)}"
+            )
+            yield ("cache", "encoding", "rank"), rank, why
 
     def _learners(self) -> Iterator[tuple[tuple[str | int, ...], Learning]]:
         """Students and assistants, each with its key."""

@@ -103,7 +103,7 @@ class Document:
             f"{place}: {dotted(path)} has no {part}",
             got=shown(node),
             expected=f"a number from 0 to {len(node) - 1}" if isinstance(node, list) else "a mapping",
-            next="entries of a list count from 0, as in --set students.0.batch=32",
+            next=_next_of_a_part(node, dotted(path), part),
         )
 
     def expanded(self) -> Document:
@@ -159,6 +159,14 @@ class Document:
     def _grid_error(self, path: KeyPath, got: str, expected: str) -> RecipeError:
         what = f"{self.where(path)}: key {dotted(path)} does not fit"
         return RecipeError(what, got=got, expected=expected, next=NEXT)
+
+
+def _next_of_a_part(node: Any, key: str, part: str) -> str:
+    """What to do where an override names a part of a value that has no such part."""
+    if isinstance(node, str):
+        whole = f"{{kind: {node}, {part}: ...}}"
+        return f"give the whole of it, as in --set '{key}={whole}'"
+    return "entries of a list count from 0, as in --set students.0.batch=32"
 
 
 def _override_keys(dotted: str) -> list[str]:

@@ -270,6 +270,7 @@ def test_what_is_no_document_is_refused_by_its_row(tmp_path: Path) -> None:
     error = refusal(all_train(tmp_path / "a.jsonl"), tmp_path)
     assert error.what.startswith("no text under `text` in row 1 of")
     assert error.got == "int"
+    assert "--input" in str(error.next)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     assert refusal(all_train(tmp_path / "a.jsonl"), tmp_path).got == "the keys txt"
     for text in (ByteText(length=4), HuggingFaceText(path=str(a_byte_pair_tokenizer(tmp_path / "t")), length=4)):

@@ -79,6 +79,10 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RefusedError, match="cannot be read as a tokenizer"):
         tokenizer_of(HuggingFaceText(path=str(tmp_path / "empty")), pair=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("no tokenizer")
+    with pytest.raises(RefusedError, match=r"in it lie notes\.txt"):
+        tokenizer_of(HuggingFaceText(path=str(tmp_path / "other")), pair=False)
     with pytest.raises(RefusedError, match="no padding token"):
         tokenizer_of(HuggingFaceText(path=str(a_tokenizer(tmp_path, padding=None))), pair=False)
 

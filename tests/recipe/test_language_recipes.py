@@ -151,6 +151,15 @@ def test_what_no_store_can_hold_is_refused(encoding: str, words: list[Any], path
     assert [word for word in words if word not in told] == [], told
 
 
+def test_a_rank_above_the_width_of_a_teacher_is_refused_before_it_is_trained(path: Path) -> None:
+    teacher = (
+        "teacher={model: {kind: causal_lm, width: 16, heads: 2}, train: {epochs: 1, optimizer: {kind: sgd, lr: 0.1}}}"
+    )
+    with pytest.raises(RecipeError, match="rank 17 is larger than the width of the teacher, 16"):
+        load_recipe(path, [teacher, "cache.encoding={kind: top_k, rank: 17}"])
+    assert load_recipe(path, [teacher, "cache.encoding=top_k"]).cache.encoding.rank == 16
+
+
 def test_a_regression_has_no_largest_logits(path: Path) -> None:
     regression = ["data.task=regression", "data.train={kind: parquet, path: x}", "data.text=null"]
     with pytest.raises(RecipeError, match="one number a row"):

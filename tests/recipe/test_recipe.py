@@ -242,6 +242,7 @@ def test_the_last_override_wins(path: Path) -> None:
         ("students.0.seed=1", ["--set students.0.seed=1", "in the block and in its grid", "students.0.grid.seed"]),
         ("students.7.seed=1", ["students has no 7", "a number from 0 to 1"]),
         ("data.views.x=1", ["data.views has no x", "got: 2"]),
+        ("name.k=500", ["name has no k", "give the whole of it"]),
         ("views", ["is not key=value", "data.views=4"]),
         ("=3", ["is not key=value"]),
         ("data.views=[", ["--set data.views=[: this is not YAML"]),

@@ -141,7 +141,7 @@ class TextSource:
             f"no {what} under `{self.spec.input}` in {where(row)}",
             got=got.__name__ if isinstance(got, type) else got,
             expected=f"{what} under the key that `input` names",
-            next="set `input` to the key that holds it, or correct the line",
+            next="set `input` (of a command, --input) to the key that holds it, or correct the line",
         )
 
     def _notes(self) -> tuple[str, ...]:
