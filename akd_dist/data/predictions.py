@@ -24,12 +24,18 @@ def encode_predictions(columns: Mapping[str, np.ndarray[Any, Any] | None]) -> by
     Equal columns make equal bytes.
     """
     length = next(len(values) for values in columns.values() if values is not None)
-    table = pa.table(
-        {name: pa.nulls(length) if values is None else pa.array(values) for name, values in columns.items()}
-    )
+    table = pa.table({name: pa.nulls(length) if values is None else _arrow(values) for name, values in columns.items()})
     encoded = io.BytesIO()
     pq.write_table(table, encoded, write_page_checksum=True)
     return encoded.getvalue()
+
+
+def _arrow(values: np.ndarray[Any, Any]) -> pa.Array:
+    """Numbers as Arrow has them; `pa.array` would import pandas first, to ask it whether they are its own."""
+    if values.dtype.kind not in "iuf":
+        return pa.array(values)
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(values))]
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), buffers)
 
 
 @contextlib.contextmanager

@@ -40,12 +40,13 @@ def read_predictions(path: Path) -> StoredPredictions | None:
             path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        table = pq.read_table(path, columns=["label", "student", "teacher"], page_checksum_verification=True)
+        # Neither by `read_table` nor by `to_numpy` below, which import pandas.
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read(["label", "student", "teacher"])
         if table.column("teacher").null_count == len(table):
             return None
-        return StoredPredictions(
-            *(np.asarray(table.column(name).to_numpy()) for name in ("label", "student", "teacher"))
-        )
+        each = (table.column(name).chunks for name in ("label", "student", "teacher"))
+        return StoredPredictions(*(np.concatenate([np.from_dlpack(one) for one in chunks]) for chunks in each))
 
 
 @dataclass(frozen=True)

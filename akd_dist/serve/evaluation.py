@@ -29,6 +29,9 @@ from akd_dist.serve.export_files import refuse_existing
 from akd_dist.serve.language import evaluate_texts, predict_texts
 from akd_dist.serve.served import Served, as_in_training, open_model
 
+_SHARED = 1 << 22
+"""Numbers that are made probabilities at a time."""
+
 
 def evaluate(
     student: str,
@@ -258,8 +261,7 @@ def _table(
     if "class_name" in schema.names:
         columns["class_name"] = pa.array(model.card.class_names).take(pa.array(said.numpy()))
     if "probability" in schema.names:
-        shares = logits.double().softmax(dim=1)
-        columns["probability"] = shares.gather(1, said[:, None])[:, 0].float().numpy()
+        columns["probability"] = _shares(logits, said).numpy()
     if "logits" in schema.names:
         ends = np.arange(len(logits) + 1, dtype=np.int32) * logits.shape[1]
         columns["logits"] = pa.ListArray.from_arrays(ends, logits.float().numpy().reshape(-1))
@@ -271,6 +273,13 @@ def _table(
         ],
         schema=schema,
     )
+
+
+def _shares(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The probability of the class that is chosen of each row, float32 [n]: some rows at a time are in float64."""
+    rows = max(1, _SHARED // logits.shape[1])
+    parts = zip(torch.split(logits, rows), torch.split(chosen[:, None], rows), strict=True)
+    return torch.cat([part.double().softmax(dim=1).gather(1, one)[:, 0].float() for part, one in parts])
 
 
 def _shown(

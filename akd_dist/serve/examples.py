@@ -32,7 +32,7 @@ from akd_dist.data.sources.base import Source
 from akd_dist.data.sources.kinds import kind_of
 from akd_dist.data.splitting import source_of_split
 from akd_dist.data.text import ByteTokenizer, Tokenizer, tokenizer_of
-from akd_dist.distill.metrics import EVALUATION_ROWS
+from akd_dist.distill.metrics import evaluation_rows
 from akd_dist.models.card import ModelCard, flow
 from akd_dist.serve.named_data import NamedData, named_data
 from akd_dist.storage.node_cache import NoRoomError
@@ -99,7 +99,7 @@ class Examples:
     labelled: bool
     """Whether they have labels."""
     batches: Callable[[], Iterator[Batch]]
-    """All rows, EVALUATION_ROWS at a time, whatever the files are cut into."""
+    """All rows, `evaluation_rows` at a time, whatever the files are cut into."""
     notes: Callable[[], Sequence[str]]
     """What of the data is left out without being wrong, a line each; known once all batches are read."""
     check_image: Callable[[ModelCard, str], None]
@@ -223,10 +223,12 @@ def _of_recipe(
             next="choose another --split, or use `akd-dist predict`",
         )
 
+    size = evaluation_rows(rows.classes)
+
     def batches() -> Iterator[Batch]:
         splits.sources.begin()
-        for start in range(0, count, EVALUATION_ROWS):
-            inputs, labels = rows.read(start, min(start + EVALUATION_ROWS, count))
+        for start in range(0, count, size):
+            inputs, labels = rows.read(start, min(start + size, count))
             yield np.asarray(inputs), labels if labelled else None
         # At the end, when all rows were read: `evaluate` and `predict` report nothing before they come by here.
         rows.content().verify()
@@ -319,14 +321,15 @@ def _of_source(source: Source, asked: DataRequest, card: ModelCard, home: Home) 
             pixels = inputs(block.inputs, block.rows)
         return pixels, None if convert is None else _labels(convert, block, card)
 
-    most = max(1, min(EVALUATION_ROWS, READ_BYTES // OpenedSource(source, first, inputs).row_bytes))
+    size = evaluation_rows(card.classes)
+    most = max(1, min(size, READ_BYTES // OpenedSource(source, first, inputs).row_bytes))
     return Examples(
         asked.data,
         None,
         like,
         source.rows,
         labelled,
-        lambda: _regrouped(map_blocks(source.blocks(most), read, default_threads())),
+        lambda: _regrouped(map_blocks(source.blocks(most), read, default_threads()), size),
         lambda: [*source.notes, *notes_of(inputs, source.name)],
         lambda other, what: other.check_image(card.image, what) if isinstance(inputs, Images) else None,
         source.names,
@@ -354,13 +357,13 @@ def _labels(convert: Labels, block: Block, card: ModelCard) -> np.ndarray:
         raise RefusedError(error.what, got=error.got, expected=expected, next=advice) from error
 
 
-def _regrouped(blocks: Iterator[Batch]) -> Iterator[Batch]:
-    """The same rows in batches of EVALUATION_ROWS: kernels choose their order of summation by the batch's shape."""
+def _regrouped(blocks: Iterator[Batch], size: int) -> Iterator[Batch]:
+    """The same rows in batches of one size: kernels choose their order of summation by the batch's shape."""
     waiting: list[Batch] = []
     count = 0
     for block in blocks:
-        while count + len(block[0]) >= EVALUATION_ROWS:
-            cut = EVALUATION_ROWS - count
+        while count + len(block[0]) >= size:
+            cut = size - count
             yield _joined([*waiting, _part(block, slice(cut))])
             block, waiting, count = _part(block, slice(cut, None)), [], 0
         waiting.append(block)
