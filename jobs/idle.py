@@ -14,6 +14,8 @@ from collections import deque
 from multiprocessing import Pipe
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from akd_dist.base.errors import AkdError, MachineError
+
 if TYPE_CHECKING:
     from akd_dist.options import RecipeOptions
     from akd_dist.recipe import Recipe
@@ -28,6 +30,33 @@ DYING_SECONDS = 5.0
 """How long a worker that hung up may take to end by itself: only then is it known what it died of."""
 
 
+def begin_process(module: str, *arguments: str, **how: Any) -> subprocess.Popen[Any]:
+    """Start a module of ours as a process that finds the modules which this one finds.
+
+    Args:
+        how: further arguments of `subprocess.Popen`.
+
+    Raises:
+        MachineError: this machine starts no more processes.
+    """
+    # Of what is no string Python's own search takes no notice either.
+    path = os.pathsep.join(entry for entry in sys.path if isinstance(entry, str))
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", module, *arguments],  # -P: only this process's own path counts
+            env=os.environ | {"PYTHONPATH": path},
+            **how,
+        )
+    except OSError as error:
+        raise MachineError(
+            "a process to work in could not be started",
+            got=str(error),
+            expected="a machine that starts some more processes",
+            next="end what is not needed, or raise the limits of processes (ulimit -u), open files (ulimit -n) or "
+            "memory; the same command goes on from what is done",
+        ) from None
+
+
 class Worker:
     """A process of this machine that answers with what came of what it is asked.
 
@@ -35,21 +64,24 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self.connection, theirs = Pipe()
-        # Nothing is ever written there: the worker sees it end when this process is gone, however it went.
-        life, self.life = os.pipe()
-        self.process = subprocess.Popen(
-            # -P: only this process's own path counts
-            [sys.executable, "-P", "-m", "akd_dist.jobs.worker", str(theirs.fileno()), str(life)],
-            pass_fds=[theirs.fileno(), life],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # warnings and stacks go to the worker's log
-            start_new_session=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        theirs.close()
-        os.close(life)
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            self.connection, questions = Pipe()
+            ours.callback(self.connection.close)
+            theirs.callback(questions.close)
+            # Nothing is ever written there: the worker sees it end when this process is gone, however it went.
+            life, self.life = os.pipe()
+            ours.callback(os.close, self.life)
+            theirs.callback(os.close, life)
+            self.process = begin_process(
+                "akd_dist.jobs.worker",
+                *(str(questions.fileno()), str(life)),
+                pass_fds=[questions.fileno(), life],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # warnings and stacks go to the worker's log
+                start_new_session=True,
+            )
+            ours.pop_all()  # kept as long as the worker is
 
     def ask(self, kind: Asked, content: Any) -> Any:
         """What it answers; None if it has died."""
@@ -96,9 +128,13 @@ class IdleWorkers:
             self.waiting.popleft().end()
 
     def begin(self, count: int = 1) -> None:
-        """See that so many wait."""
-        while len(self.waiting) < count:
-            self.waiting.append(Worker())
+        """See that so many wait, or none if that many cannot be started."""
+        try:
+            while len(self.waiting) < count:
+                self.waiting.append(Worker())
+        except AkdError:
+            self.let_go()
+            raise
 
     def give_back(self, worker: Worker) -> None:
         """Have one wait again, if it lives."""

@@ -150,6 +150,14 @@ def _as_refusal(error: BaseException, arguments: list[str]) -> AkdError:
                 expected=f"some where the output of this command goes, and in {tempfile.gettempdir()}",
                 next="free some space, or let the output go elsewhere",
             )
+        case OSError(errno=errno.EMFILE | errno.ENFILE | errno.EAGAIN) | RuntimeError(args=("can't start new thread",)):
+            return MachineError(
+                "this machine lets the command have no more files, processes or threads",
+                got=str(error),
+                expected="limits that leave room for a few hundred files and some dozen threads",
+                next="raise the limits of open files (ulimit -n) and of processes (ulimit -u), or end what is not "
+                "needed; then run the same command again: what is done is kept",
+            )
         case FileNotFoundError(strerror=str(reason)) if reason.startswith("No usable temporary directory"):
             return MachineError(
                 "there is no folder for temporary files",

@@ -41,13 +41,27 @@ def prompt_tokenizer(spec: recipe.Text) -> PromptTokenizer:
     return _Bytes() if isinstance(spec, recipe.ByteText) else _HuggingFace(load_tokenizer(spec))
 
 
+def _utf8(text: str) -> str:
+    """A prompt, if it is text: what a terminal sends in another encoding comes as half characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RefusedError(
+            "the prompt is not UTF-8",
+            got=f"{text[error.start : error.start + 1]!a} at character {error.start}",
+            expected="text in UTF-8",
+            next="see that the terminal, or the file that the prompt comes from, is in UTF-8",
+        ) from None
+    return text
+
+
 class _Bytes:
     """UTF-8 bytes; what begins a text of other tasks has no place here, since documents stand one behind another."""
 
     end: int | None = END
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        return list(_utf8(text).encode())
 
     def encode_chat(self, text: str) -> list[int]:
         raise RefusedError(
@@ -67,11 +81,11 @@ class _HuggingFace:
         self.end: int | None = loaded.eos_token_id
 
     def encode(self, text: str) -> list[int]:
-        ids = [int(one) for one in self._loaded.encode(text)]
+        ids = [int(one) for one in self._loaded.encode(_utf8(text))]
         return ids[:-1] if ids and ids[-1] == self.end else ids
 
     def encode_chat(self, text: str) -> list[int]:
-        written = written_for_an_answer(self._loaded, text)
+        written = written_for_an_answer(self._loaded, _utf8(text))
         return [int(one) for one in self._loaded.encode(written, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:

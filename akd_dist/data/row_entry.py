@@ -1,5 +1,6 @@
 """An entry of the node's cache that holds prepared rows: arrays of each split, and the index that vouches for them."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,18 @@ INDEX = "index.json"
 
 
 def open_entry(folder: Path) -> Splits | None:
-    """The prepared splits; None where there are none, or not whole ones."""
+    """The prepared splits; None where there are none, or not whole ones.
+
+    Raises:
+        OSError: this process may open no more files, which says nothing of these.
+    """
     try:
         index = without_checksum((folder / INDEX).read_bytes())
         splits = [_rows(folder, name, index) for name in SPLITS]
         lines = tuple(map(str, index.get("findings", ())))  # rows that an earlier version prepared have none
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         return None
     return Splits(*splits, findings=lines)
 

@@ -32,7 +32,7 @@ from akd_dist.data.row_fetch import alike_rows
 from akd_dist.data.rows import Splits
 from akd_dist.distill.probe import Measured, largest_optimizer, moments, probe
 from akd_dist.distill.ranks import reason_of
-from akd_dist.jobs.idle import IdleWorkers, Worker
+from akd_dist.jobs.idle import IdleWorkers, Worker, begin_process
 from akd_dist.models.device import gpus_of
 from akd_dist.models.uncompiled import use_deterministic_algorithms
 from akd_dist.recipe import (
@@ -268,14 +268,13 @@ class Prober:
     def _start(self) -> subprocess.Popen[str]:
         self.words.seek(0)
         self.words.truncate()
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "akd_dist.jobs.planning.probing"],  # -P: only this process's own path counts
+        return begin_process(
+            "akd_dist.jobs.planning.probing",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # A file and not a pipe: a pipe that nobody reads fills up, and a model that says much would wait for ever.
             stderr=self.words,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
 
 

@@ -78,11 +78,13 @@ def test_a_bug_is_reported_although_there_is_no_home(
     [
         (OSError(errno.ENOSPC, "No space left on device", "/somewhere/akd"), "no room to write /somewhere/akd"),
         (OSError(errno.EROFS, "Read-only file system", "/somewhere/akd"), "cannot write /somewhere/akd"),
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
         (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), "TMPDIR"),
     ],
 )
 def test_no_room_for_something_temporary_is_the_machines(
-    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise error

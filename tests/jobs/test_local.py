@@ -1,5 +1,6 @@
 """Cohorts and tasks as processes of this machine: the bytes of the plain loop, whoever dies meanwhile."""
 
+import errno
 import json
 import os
 import signal
@@ -159,6 +160,39 @@ def test_a_worker_leaves_with_its_driver() -> None:
     process.kill()
     process.communicate()
     assert not psutil.wait_procs([worker], timeout=60)[1]
+
+
+def test_a_worker_finds_modules_where_the_search_path_holds_what_is_no_string(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    worker = Worker()
+    assert worker.ask("call", (os.getpid, ())) == ("done", worker.process.pid)
+    worker.end()
+
+
+def test_a_machine_that_starts_no_more_processes_is_refused_and_nothing_is_left(
+    recipe: Recipe, home: Path, idle: IdleWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle.begin()
+    (first,) = idle.waiting
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(subprocess, "Popen", refuse)
+        with pytest.raises(MachineError, match="a process to work in could not be started") as told:
+            Worker()
+        assert "ulimit -u" in str(told.value.next)
+        assert len(list(Path("/proc/self/fd").iterdir())) == opened
+        with Prober(recipe, str(home / "cache")) as prober, pytest.raises(MachineError, match="could not be started"):
+            prober._start()
+        with pytest.raises(MachineError):
+            idle.begin(2)
+    assert not idle.waiting
+    assert first.process.poll() is not None
 
 
 def test_a_worker_that_is_dead_answers_nothing(recipe: Recipe) -> None:

@@ -119,6 +119,7 @@ def test_who_cannot_continue_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     for arguments, code, said in (
         (["classifier", "--prompt", "a"], 4, "continues no text"),
         (["bytes", "--prompt", ""], 4, "nothing to continue"),
+        (["bytes", "--prompt", "a\udcff"], 4, "the prompt is not UTF-8"),
         (["bytes", "--prompt", "a", "--top-p", "2"], 2, "top_p"),
         (["bytes", "--prompt", "a", "--tokens", "0"], 2, "tokens"),
         (["nowhere", "--prompt", "a"], 4, "is not a model folder"),
