@@ -269,7 +269,7 @@ def _shown_whole(what: str) -> Iterator[None]:
         yield
     except AkdError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RefusedError(
             what, got=whole(error), expected="no exception", next="correct it; the traceback leads to the line"
         ) from error

@@ -298,7 +298,7 @@ def open_student(
     # A full disk or a later worker is no fault of the student, which must not be told to have failed by it.
     except (MachineError, HeldError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         ranks.check_agreed(error, spec.name)
         write_note(log, in_full(error))
         if ranks.rank == 0:

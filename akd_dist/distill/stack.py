@@ -37,7 +37,7 @@ from akd_dist.models.device import autocast
 _ALIGNED = 16
 """Numbers in the widest vectors of a processor, and in a line of its cache."""
 
-Failures = dict[Student, Exception]
+Failures = dict[Student, BaseException]
 """Who could not take a step, and why. Their weights are as they were."""
 
 
@@ -129,7 +129,7 @@ class Stack:
                 student.stepped(value, len(batch.rows), seconds)
         return failed
 
-    def _failures(self, values: Sequence[float], errors: Mapping[int, Exception]) -> Failures:
+    def _failures(self, values: Sequence[float], errors: Mapping[int, BaseException]) -> Failures:
         """Who takes no step: an optimizer passes over what has no gradient, and weights stay as they were."""
         failed: Failures = {}
         if errors or not all(map(math.isfinite, values)):
@@ -297,7 +297,7 @@ class Stacks:
         for stack in self._stacks_of(kind, members):
             try:
                 act(stack)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if len(stack.students) == 1:
                     failed[stack.students[0]] = error
                     continue

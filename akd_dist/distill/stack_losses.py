@@ -49,7 +49,7 @@ def losses_together(
     z_teacher: Tensor | None,
     labels: Tensor,
     label_weight: float = 1.0,
-) -> tuple[Tensor, dict[int, Exception]]:
+) -> tuple[Tensor, dict[int, BaseException]]:
     """The loss of each row of several students on one batch: those of one formula in one go.
 
     What a student comes to does not depend on the others: each number of it is computed from its own row of the stack,
@@ -67,7 +67,7 @@ def losses_together(
     z_students = at_least_float32(z_students)
     z_teacher = None if z_teacher is None else z_teacher.to(z_students.dtype)
     labels = labels.to(z_students.dtype) if labels.is_floating_point() else labels
-    found, errors = list[Tensor](), dict[int, Exception]()
+    found, errors = list[Tensor](), dict[int, BaseException]()
     for part in parts:
         first, count = part.members[0], len(part.members)
         in_a_row = part.members == list(range(first, first + count))
@@ -77,7 +77,7 @@ def losses_together(
             continue
         try:
             found.append(part.stage.losses(part.epoch, mine[0], z_teacher, labels, label_weight)[None])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             found.append(0 * mine.sum(dim=-1))
             errors[first] = error
     places = [index for part in parts for index in part.members]

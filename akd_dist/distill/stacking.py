@@ -116,7 +116,7 @@ def judge(
             return Judged(False, found)
         return _timed(make, whole, wanted=wanted)
     # Whatever torch says of a model that it cannot batch; an error of the model itself is told when it is trained.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Judged(False, f"torch cannot batch it over students: {reason_of(error)}"[:300])
 
 

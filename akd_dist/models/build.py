@@ -319,7 +319,7 @@ def check_output(module: nn.Module, card: ModelCard, inputs: torch.Tensor | None
                 expected=EXPECTED,
                 next="let its forward return the logits",
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the latter of a user's own code: it would end the command in silence
             raise RefusedError(
                 f"the model {card.model.label} does not take these inputs",
                 got=f"{type(error).__name__}: {error}",

@@ -283,7 +283,7 @@ def answer_here(request: dict[str, Any]) -> dict[str, Any]:
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     try:
         return asdict(_answer(**request))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return {"failed": reason_of(error)}
     finally:
         torch.set_num_threads(threads)

@@ -180,7 +180,7 @@ def test_each_student_has_batch_statistics_of_its_own(model: dict[str, Any], tmp
     with torch.no_grad():  # activations of the second are other ones by orders of magnitude
         for students in (together, alone):
             next(one for one in students[1].module.parameters() if one.dim() > 1).mul_(1000)
-    stacks, failed = Stacks({f"student-{n}": 9 for n in range(4)}), dict[Student, Exception]()
+    stacks, failed = Stacks({f"student-{n}": 9 for n in range(4)}), dict[Student, BaseException]()
     last = list[dict[str, torch.Tensor]]()  # the wild one's, before each step
     for batch in STREAM.batches(0):
         going = [student for student in together if student not in failed]
@@ -244,7 +244,7 @@ def test_one_that_diverges_leaves_the_others_as_they_are(tmp_path: Path) -> None
     wild = {"kind": "sgd", "lr": 1e30}
     students = mixed(tmp_path / "together", 4)
     students.insert(2, a_student(tmp_path / "wild", 9, optimizer=wild))
-    stacks, failed = Stacks({student.spec.name: 100 for student in students}), dict[Student, Exception]()
+    stacks, failed = Stacks({student.spec.name: 100 for student in students}), dict[Student, BaseException]()
     for epoch in range(2):
         for batch in STREAM.batches(epoch):
             going = [student for student in students if student not in failed]
@@ -328,7 +328,7 @@ def test_one_of_many_whose_objective_raises_fails_alone(tmp_path: Path) -> None:
     own = {"kind": "custom", "factory": "tests.distill.test_stack:raising", "epochs": 6}
     students = mixed(tmp_path / "all", 240)
     students.insert(11, a_student(tmp_path / "own", 999, objective=own))
-    stacks, failed = Stacks({student.spec.name: 300 for student in students}), dict[Student, Exception]()
+    stacks, failed = Stacks({student.spec.name: 300 for student in students}), dict[Student, BaseException]()
     for batch in STREAM.batches(0):
         going = [student for student in students if student not in failed]
         failed |= stacks.take_step(going, batch, STREAM.steps_per_epoch)

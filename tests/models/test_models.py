@@ -532,3 +532,24 @@ def bag(input_shape, classes, vocabulary, special):
     arguments["vocabulary"] -= 3  # ids beyond it are refused before training
     with pytest.raises(RefusedError, match="does not take these inputs"):
         build(ModelCard.of(spec.model_copy(update={"arguments": arguments}), texts(tokens=tokens), None))
+
+
+def test_a_model_that_exits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not end the command with a code of its own and without a word."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"leaves_{sha256(str(tmp_path).encode())[:8]}"
+    (tmp_path / f"{name}.py").write_text(
+        """
+import sys
+from torch import nn
+class Leaves(nn.Module):
+    def forward(self, inputs):
+        sys.exit(3)
+def leaves(input_shape, classes):
+    return Leaves()
+"""
+    )
+    spec = own(recipe.Custom(factory=f"{name}:leaves"), tmp_path)
+    with pytest.raises(RefusedError, match="does not take these inputs") as refused:
+        build(ModelCard.of(spec, texts(), None))
+    assert refused.value.got == "SystemExit: 3"
