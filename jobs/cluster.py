@@ -34,6 +34,7 @@ HEAD_SECONDS = 20.0
 # seen.
 START_SECONDS = 120.0
 _begun: list[_Start] = []  # a start that nobody has waited for yet
+_given_up: list[_Start] = []  # those whose processes died before Ray's own code noticed
 _closers: list[str] = []  # holds one entry while a `closing` block is open: blocks inside it leave the cluster up
 
 
@@ -90,6 +91,13 @@ def begin() -> None:
     """
     if not ray.is_initialized() and not _begun:
         _begun.append(_start_here(None, None))
+
+
+def is_still_starting() -> bool:
+    """Whether a start was given up, as its processes had died, while Ray's own code still waits for it on its thread:
+    the interpreter may then crash as it ends.
+    """
+    return any(not one.tried.is_set() for one in _given_up)
 
 
 def _start_here(num_cpus: int | None, travels: str | None) -> _Start:
@@ -161,6 +169,8 @@ class _Start:
         finally:
             if not up:
                 _end_what_was_started(self.before)
+                if not self.tried.is_set():
+                    _given_up.append(self)
         _take_signals_back()
         ray_internals.quiet(connected=True)
         return failure

@@ -9,6 +9,7 @@ Results go to stdout, everything else to stderr. Heavy imports happen inside com
 import contextlib
 import errno
 import gc
+import os
 import platform
 import shlex
 import signal
@@ -91,8 +92,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read what we print has seen enough
         silence_streams()
         code = PIPE_CLOSED
+    _leave_beside_ray(code or 0)
     gc.freeze()  # else the interpreter looks through all of these for garbage once more, for a second, to leave
     sys.exit(code or 0)
+
+
+def _leave_beside_ray(code: int) -> None:
+    """End this process at once where Ray's code still runs in it after a start that failed: all is written, and the
+    interpreter's own end would crash now and then.
+    """
+    cluster = sys.modules.get("akd_dist.jobs.cluster")
+    if cluster is not None and cluster.is_still_starting():
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(code)
 
 
 def _check_folder() -> None:
