@@ -109,7 +109,7 @@ class Worker:
 
 
 class IdleWorkers:
-    """Workers that will train a cohort each, started before it is known which. Use it as a context."""
+    """Workers that wait, started before it is known what for. Use it as a context."""
 
     def __init__(self) -> None:
         self.waiting: deque[Worker] = deque()
