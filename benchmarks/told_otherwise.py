@@ -29,7 +29,7 @@ class Made(Decoder):
         self.make = make
 
     def targets(self, arrays: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Targets:
-        """As there."""
+        """As `Decoder.targets`."""
         return self.make(arrays)
 
 
@@ -43,7 +43,7 @@ class AtOneTemperature(Targets):
         self.classes, self.choice = self.p.shape[1], self.p.argmax(1)
 
     def distribution(self, temperature: float, rows: slice) -> Whole:
-        """As there."""
+        """As `Targets.distribution`."""
         assert temperature == TEMPERATURE
         p = self.p[rows]
         return Whole(p, torch.xlogy(p, p).sum(1))

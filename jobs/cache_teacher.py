@@ -92,7 +92,7 @@ def cache_teacher(recipe: Recipe, options: CacheOptions, idle: IdleWorkers | Non
 
 
 def cache_planned(inputs: Inputs, workspace: Workspace) -> list[CachedModel]:
-    """Cache what is missing, once `foresee_caching` has found nothing to refuse: train and compute in tasks, and seal."""
+    """Cache what is missing, once `foresee_caching` has found nothing to refuse: train, compute and seal."""
     from akd_dist.jobs import cluster
 
     for check in checks_of(inputs.models):

@@ -41,7 +41,7 @@ class TopKOnly(Targets):
         self.values = self.captured.values.half().float()
 
     def distribution(self, temperature: float, rows: slice) -> Distribution:
-        """As there; of a ghost tail, beside an even student."""
+        """As `Targets.distribution`; of a ghost tail, beside an even student."""
         return self.beside(None, temperature, rows)
 
     def beside(self, q: Tensor | None, temperature: float, rows: slice) -> Whole:

@@ -67,9 +67,7 @@ class Texts:
         """How many bytes of text each id stands for, int64 [vocabulary]; 0 of special ones, which are no text."""
         return None if self.tokenizer is None else token_bytes(self.tokenizer)
 
-    def shown(
-        self, what: str, on_progress: Progress | None, on_note: Callable[[str], None] | None
-    ) -> Iterator[Batch]:
+    def shown(self, what: str, on_progress: Progress | None, on_note: Callable[[str], None] | None) -> Iterator[Batch]:
         """The batches, each told of once it is done with; what is to be known of the texts is told at the end."""
         for owners, blocks in self.batches():
             yield owners, blocks
