@@ -22,7 +22,7 @@ Tell = Callable[[Batch], BatchTargets | None]
 
 
 class Made(Decoder):
-    """Targets that are made of a batch's arrays in a way of others."""
+    """A decoder that makes targets of a batch's arrays as another system would."""
 
     def __init__(self, make: Callable[[Mapping[str, Tensor]], Targets]) -> None:
         super().__init__(None, {}, "cpu")
@@ -35,7 +35,7 @@ class Made(Decoder):
 
 @dataclass(eq=False)
 class AtOneTemperature(Targets):
-    """Probabilities at TEMPERATURE, and nothing else: what is had of a store of those."""
+    """Probabilities at TEMPERATURE, and nothing else: what a store of such probabilities gives."""
 
     p: Tensor
 
