@@ -57,8 +57,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "Annealing-KD cross-entropy, lr 0.003": STAGE1 | {"stage1_loss": "cross_entropy"},
 }
 FIXED = {"Annealing-KD cross-entropy, lr 0.003": 3e-3}
-"""Learning rates of both stages that are given, and not chosen: at larger ones even rounding targets to float16 leads to
-quite other students."""
+"""Learning rates of both stages that are given, and not chosen: at larger ones even rounding targets to float16 leads
+to quite other students."""
 STAGE2 = ", stage II"
 """Added to an objective's name, it names the learning rate of its stage II."""
 

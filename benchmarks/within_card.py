@@ -62,8 +62,8 @@ def rms(e: Tensor) -> float:
 
 @dataclass(eq=False)
 class Apart:
-    """Sums over batches: squared norms of gradients from the teacher in the loop and, as `_off`, of what those from a store
-    differ by."""
+    """Sums over batches: squared norms of gradients from the teacher in the loop and, as `_off`, of what those from a
+    store differ by."""
 
     logits: float = 0.0
     """Squared norms of the gradient in the logits."""

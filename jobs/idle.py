@@ -173,7 +173,7 @@ def may_train_here(recipe: Recipe, address: str | None) -> bool:
 
 
 def begun_for(recipe: Recipe, options: RecipeOptions) -> IdleWorkers:
-    """Workers that a command is likely to need, started now: one for each cohort that may pay; none where Ray runs them."""
+    """Workers that a command is likely to need, begun now: one for each cohort that may pay; none where Ray runs."""
     idle = IdleWorkers()
     if not options.dry_run and may_work_here(recipe.device, options.address):
         idle.begin(min(len(os.sched_getaffinity(0)), 1 + len(recipe.students) // STUDENTS_OF_ONE))

@@ -23,7 +23,7 @@ from akd_dist.storage.dictionary import Dictionary
 from akd_dist.storage.top_k import Described, TopK
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
-"""At which a store's card is measured: the same for all recipes, since those with other students find the same store."""
+"""At which a store's card is measured: the same for all recipes, since recipes of other students find the same."""
 MEASURED = 384
 """Targets that a card is measured on, evenly spaced among those of its rows."""
 MEASURED_ROWS = 32
