@@ -22,6 +22,8 @@ from akd_dist.jobs.this_machine import ThisMachine
 
 # As often as Ray would by itself; said here because a message tells of it.
 RETRIES = 3
+# The answer of a thread that has nothing left to do.
+_LEFT = object()
 
 
 class Call(Protocol):
@@ -81,12 +83,16 @@ class LocalTasks(ThisMachine):
         for one in threads_of_workers:
             one.daemon = True  # a command that is told twice to stop waits for nobody
             one.start()
-        while any(one.is_alive() for one in threads_of_workers) or not answers.empty():
+        left = 0
+        while left < at_once:
             with contextlib.suppress(queue.Empty):
                 task, result = answers.get(timeout=POLL_SECONDS)
                 if isinstance(result, BaseException):
                     raise result
-                on_result(task, result)
+                if result is _LEFT:
+                    left += 1
+                else:
+                    on_result(task, result)
             if stop:
                 return
 
@@ -151,11 +157,13 @@ class LocalTasks(ThisMachine):
 
 
 def _telling(work: Callable[[], None], answers: queue.Queue[tuple[Any, Any]]) -> None:
-    """Do something on a thread, and tell whoever waits for its answers of an error instead."""
+    """Do something on a thread, and tell whoever waits for its answers of an error instead, and that it is over."""
     try:
         work()
     except BaseException as error:
         answers.put((None, error))
+    finally:
+        answers.put((None, _LEFT))
 
 
 def raised(name: str, told: str) -> RefusedError:
