@@ -274,14 +274,13 @@ def beside(fleet: FleetDocument) -> list[tuple[str, MetricFormat]]:
 def _reported(group: SeedGroup, pareto: bool, beside: list[tuple[str, MetricFormat]]) -> ReportedGroup:
     told = {name: mean for name, _ in beside if (mean := group.mean_of(name)) is not None}
     return ReportedGroup(
-        **group.described,
+        **group.described | ({"beside": told} if told else {}),
         students=len(group.students),
         seeds=sorted(group.by_seed),
         test=estimate(group.by_seed),
         agreement=group.agreement,
         seconds=group.seconds,
         pareto=pareto,
-        **({"beside": told} if told else {}),
     )
 
 
