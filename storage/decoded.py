@@ -222,9 +222,9 @@ class StoredViews:
         return self._holder.now
 
     def _wanted(self, pieces: Pieces, spans: Sequence[Span]) -> Sequence[int]:
-        return range(pieces.count) if self.whole else pieces.of_spans(self._places(spans)) or [0]
+        return range(pieces.count) if self.whole else pieces.of_spans(self._stored_spans(spans)) or [0]
 
-    def _places(self, spans: Sequence[Span]) -> Sequence[Span]:
+    def _stored_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
         """Where in a view lies what is stored of these rows."""
         return spans
 

@@ -84,16 +84,16 @@ class StoredTargets(StoredViews):
             return held.take(name, rows), np.ones(len(rows), np.int64)
         starts, counts = self.offsets.take(rows), self.counts(rows)
         if not held.whole:
-            starts = _begins(held, starts, counts)
+            starts = _places(held, starts, counts)
         return _slices(array, starts, counts), counts
 
-    def _places(self, spans: Sequence[Span]) -> Sequence[Span]:
+    def _stored_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
         if self.offsets is not None:
             spans = [(int(self.offsets[start]), int(self.offsets[stop])) for start, stop in spans]
         return [(start, stop) for start, stop in spans if start < stop]
 
 
-def _begins(held: Held, starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _places(held: Held, starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Where the targets of rows begin in what is held, given where they do in the view; 0 for rows without any."""
     found, some = np.zeros_like(starts), counts > 0
     found[some] = held.places(starts[some])
