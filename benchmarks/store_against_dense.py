@@ -57,9 +57,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "Annealing-KD cross-entropy, lr 0.003": STAGE1 | {"stage1_loss": "cross_entropy"},
 }
 FIXED = {"Annealing-KD cross-entropy, lr 0.003": 3e-3}
-"""Learning rates that are not chosen, of both stages: at larger ones the smallest change of targets leads far."""
+"""Learning rates of both stages that are given, and not chosen: at larger ones even rounding targets to float16 leads
+to quite other students."""
 STAGE2 = ", stage II"
-"""Behind an objective's name: the learning rate of its stage II."""
+"""Added to an objective's name, it names the learning rate of its stage II."""
 
 
 # ---- the arms
@@ -73,22 +74,22 @@ class Arm:
     encoding: str
     """Of the store that is read."""
     shown: str = ""
-    """What it is called in the table, if not by its encoding."""
+    """Its name in the table; empty takes that of the encoding."""
     tell: Callable[[LogitStore], Tell] | None = None
-    """What is made of the store's targets; nothing is for what the product offers."""
+    """What students are taught in place of the store's targets; None teaches those."""
 
     @property
     def name(self) -> str:
-        """Of the row."""
+        """Names its row of the table, and its file."""
         return self.objective if self.objective == "labels" else f"{self.objective}, {self.shown or self.encoding}"
 
     @property
     def baseline(self) -> str:
-        """The row that its differences are to."""
+        """The row that it is compared with: the same objective, from dense logits."""
         return Arm(self.objective, "dense").name
 
     def path(self, work: Path, seed: int) -> Path:
-        """Where what it came to lies."""
+        """The file of its test metrics."""
         return work / f"{self.name.removesuffix(' *')}, seed {seed}.json"
 
 

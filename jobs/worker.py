@@ -103,8 +103,9 @@ def main() -> None:
 
 
 def _keep_to_itself(*descriptors: int) -> None:
-    """What a user's code starts has nothing to do with the driver: while such a process holds one of these, the driver
-    would wait for this one even when it has died. And it can be ended by signals, as `multiprocessing` does.
+    """See that processes which a user's code starts here have none of these descriptors: while one of them held the
+    connection, the driver would wait for this worker even after it had died. And let such processes be ended by
+    signals, as `multiprocessing` ends its own.
     """
 
     told = {signal.SIGINT, signal.SIGTERM}
@@ -118,7 +119,7 @@ def _keep_to_itself(*descriptors: int) -> None:
 
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-    # A signal that comes before the child is told so waits until it is.
+    # A signal that comes before the child has set its handlers waits until it has.
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, told),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, told),

@@ -195,7 +195,7 @@ def _common_base(temperatures: Sequence[float]) -> int | None:
 def _described(
     z: Tensor, k: int, temperatures: Sequence[float], dictionary: TailDictionary | None, coefficients: Tensor | None
 ) -> Captured:
-    """Of a block of logits, float32 [m, V], whose memory is ours if it is a copy: it is not changed."""
+    """What is stored of the targets of a block of logits, float32 [m, V], which are left as they are."""
     mean = z.mean(1)
     if coefficients is None:
         coefficients = _from_logits(z, mean, dictionary)

@@ -67,7 +67,7 @@ class HiddenProbe(Probe):
         return len(self.h)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """As there."""
+        """As `Probe.logits`."""
         return self.head.logits(self.h[rows]).float()
 
 
@@ -84,7 +84,7 @@ class LogitProbe(Probe):
         return len(self.stored)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """As there."""
+        """As `Probe.logits`."""
         return self.stored[rows].float()
 
 
@@ -102,7 +102,7 @@ class ComputedProbe(Probe):
         return self.count
 
     def logits(self, rows: Tensor) -> Tensor:
-        """As there."""
+        """As `Probe.logits`."""
         return self.compute(rows).float()
 
 

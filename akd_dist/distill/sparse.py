@@ -162,7 +162,7 @@ class FromPrior(Distribution):
         return (self._beside * s.gather(1, self.ids)).sum(1) + self.tail[:, 0] * (s @ self.prior)
 
     def take_from(self, q: Tensor) -> None:
-        """As there."""
+        """As `Distribution.take_from`."""
         q.addr_(self.tail[:, 0], self.prior, alpha=-1)
         q.scatter_(1, self.ids, q.gather(1, self.ids) - self._beside)
 
@@ -244,7 +244,7 @@ class SparseTargets(Targets):
         return self._tail_exponents(temperature, rows).mul_(temperature).add_(self.mean[rows, None])
 
     def distribution(self, temperature: float, rows: slice) -> Distribution:
-        """As there: a sum of 1 by construction, whatever was rounded."""
+        """As `Targets.distribution`: a sum of 1 by construction, whatever was rounded."""
         key = (temperature, rows.start, rows.stop)
         if (kept := self._shared.get(key)) is not None:
             return kept

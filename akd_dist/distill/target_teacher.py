@@ -54,7 +54,7 @@ class Batch:
 
 @dataclass(eq=False)
 class TargetTeacher(ABC):
-    """What both have in common.
+    """A model that is asked for targets of rows: what `LanguageTeacher` and `WideTeacher` have in common.
 
     Raises:
         RefusedError: by all that asks, logits that are not finite; names the target.
@@ -203,12 +203,12 @@ class LanguageTeacher(TargetTeacher):
         return Head(self.module.output_weight.detach()).cut(self.classes) if self.module.linear_head else None
 
     def span(self, start: int, stop: int) -> range:
-        """As there: a row may be of two shards."""
+        """As `TargetTeacher.span`: a row may be of two shards."""
         offsets = self.rows.offsets
         return range(int(np.searchsorted(offsets, start, "right")) - 1, int(np.searchsorted(offsets, stop, "left")))
 
     def batch(self, numbers: np.ndarray, view: int) -> Batch:
-        """As there; blocks have one view."""
+        """As `TargetTeacher.batch`; blocks have one view."""
         blocks = np.array(self.rows.inputs.take(numbers, axis=0))
         places = np.flatnonzero(blocks[:, TARGETS])
         counts, offsets = blocks[:, TARGETS].astype(bool).sum(1), self.rows.offsets[numbers]
@@ -223,7 +223,7 @@ class LanguageTeacher(TargetTeacher):
         return f"row {int(np.searchsorted(self.rows.offsets, target, 'right')) - 1}, position {position}"
 
     def states(self, batch: Batch) -> Tensor:
-        """As there."""
+        """As `TargetTeacher.states`."""
         return self._run(self.module.hidden, batch).flatten(0, 1)[self._at(batch)]
 
     def _whole(self, batch: Batch) -> Tensor:
@@ -239,11 +239,11 @@ class WideTeacher(TargetTeacher):
     """Of the views."""
 
     def span(self, start: int, stop: int) -> range:
-        """As there."""
+        """As `TargetTeacher.span`."""
         return range(start, stop)
 
     def batch(self, numbers: np.ndarray, view: int) -> Batch:
-        """As there."""
+        """As `TargetTeacher.batch`."""
         block = self.rows.inputs.take(numbers, axis=0)
         inputs = view_of(self.augmentation, self.seed, block, numbers, view, self.rows.tokens, self.device)
         labels = np.asarray(self.rows.labels.take(numbers))

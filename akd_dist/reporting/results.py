@@ -274,12 +274,7 @@ def beside(fleet: FleetDocument) -> list[tuple[str, MetricFormat]]:
 def _reported(group: SeedGroup, pareto: bool, beside: list[tuple[str, MetricFormat]]) -> ReportedGroup:
     told = {name: mean for name, _ in beside if (mean := group.mean_of(name)) is not None}
     return ReportedGroup(
-        name=group.stem,
-        model=group.model,
-        parameters=group.parameters,
-        objective=group.objective,
-        tau_max=group.tau_max,
-        stage1_loss=group.stage1_loss,
+        **group.described,
         students=len(group.students),
         seeds=sorted(group.by_seed),
         test=estimate(group.by_seed),
