@@ -273,6 +273,7 @@ def beside(fleet: FleetDocument) -> list[tuple[str, MetricFormat]]:
 
 def _reported(group: SeedGroup, pareto: bool, beside: list[tuple[str, MetricFormat]]) -> ReportedGroup:
     told = {name: mean for name, _ in beside if (mean := group.mean_of(name)) is not None}
+    more: dict[str, Any] = {"beside": told} if told else {}
     return ReportedGroup(
         **group.described,
         students=len(group.students),
@@ -281,7 +282,7 @@ def _reported(group: SeedGroup, pareto: bool, beside: list[tuple[str, MetricForm
         agreement=group.agreement,
         seconds=group.seconds,
         pareto=pareto,
-        **({"beside": told} if told else {}),
+        **more,
     )
 
 
