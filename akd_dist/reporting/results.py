@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from akd_dist.base import places
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
