@@ -92,8 +92,8 @@ def test_what_is_stored_is_what_the_teacher_says(after: Any, precision: recipes.
     rows = Rows(ROWS.inputs, ROWS.labels % 39, 39, ROWS.fingerprint, (), Path())
     torch.manual_seed(1)
     module = of(Body(after)).to(torch.float64 if precision == "float64" else torch.float32)
-    for layer in module.body.children():
-        layer.weight.data *= 3  # type: ignore[union-attr, operator]
+    for parameter in module.parameters():
+        parameter.data *= 3
     teacher = WideTeacher(
         module, rows, recipes.CacheSpec(batch_rows=17, precision=precision), 50, recipes.NoAugmentation(), 0
     )
