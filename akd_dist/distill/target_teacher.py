@@ -2,14 +2,15 @@
 
 Rows are shown in batches of one shape, the last one padded with copies of its first row, as kernels choose their order
 of summation by the shape. Logits exist for a chunk of targets, or for one batch where they are no linear function of
-hidden states.
+hidden states that could be told apart.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from akd_dist.distill.output_head import Head, parts
 from akd_dist.distill.sparse import TailDictionary
 from akd_dist.models.device import autocast
 from akd_dist.models.language import LanguageModel
+from akd_dist.models.output_layer import OutputLayer, output_layer, states_of
 
 MOST_TOKENS = 16_384
 """Tokens that a language model sees at once, whatever `cache.batch_rows` says; one block at least."""
@@ -72,6 +74,7 @@ class TargetTeacher(ABC):
         self.device = next(self.module.parameters()).device
         self.size, self.head = min(self.cache.batch_rows, self.most), self._head()
         self.chunk = capture_chunk(self.classes)
+        self._logits: Tensor | None = None  # memory for a chunk of them
 
     def _head(self) -> Head | None:
         """What makes logits of hidden states, where that is a linear function."""
@@ -109,7 +112,10 @@ class TargetTeacher(ABC):
         given["named"] = lambda place: self.named(batch, place)
         if self.head is None:
             return capture_logits(self._whole(batch), dictionary, **given)
-        return capture(self.states(batch), self.head, dictionary, chunk=self.chunk, **given)
+        h = self.states(batch)
+        if self._logits is None:
+            self._logits = torch.empty(self.chunk, self.classes, dtype=h.dtype, device=h.device)
+        return capture(h, self.head, dictionary, chunk=self.chunk, out=self._logits, **given)
 
     def logits(self, batch: Batch) -> Tensor:
         """All logits of a batch's targets, float32 [m, classes]."""
@@ -138,9 +144,9 @@ class TargetTeacher(ABC):
         counts = np.diff(self.rows.offsets)[numbers]
         row_of, first_of = np.repeat(numbers, counts), np.cumsum(counts) - counts
 
-        def compute(wanted: Tensor) -> Tensor:
+        def compute(wanted: Tensor, out: Tensor) -> Tensor:
             asked = wanted.cpu().numpy()
-            found = torch.empty(len(asked), self.classes, device=self.device)
+            found = out[: len(asked)]
             for batch in self._some(np.unique(row_of[asked])):
                 # Numbers among the probe's targets, of those that the rows of this batch have.
                 rows = np.unique(np.searchsorted(self.rows.offsets, batch.targets, "right") - 1)
@@ -237,6 +243,27 @@ class WideTeacher(TargetTeacher):
     augmentation: recipe.Augmentation
     seed: int
     """Of the views."""
+    output: OutputLayer | None = field(default=None, init=False)
+    """What its logits come from, where that is a linear layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Chunks of a size, so that none of a whole batch is padding.
+        chunks = -(-self.size // self.chunk)
+        self.chunk = -(-self.size // chunks)
+
+    def _head(self) -> Head | None:
+        inputs = self.batch(np.arange(1), 0).inputs.to(self.device)
+        with autocast(self.device, self.cache.precision):
+            self.output = output_layer(self.module, inputs)
+        if self.output is None:
+            return None
+        weight, bias = (
+            None if one is None else one.detach().to(self.output.dtype)
+            for one in (self.output.layer.weight, self.output.layer.bias)
+        )
+        assert weight is not None
+        return Head(weight, bias).cut(self.classes)
 
     def span(self, start: int, stop: int) -> range:
         """As `TargetTeacher.span`."""
@@ -252,6 +279,11 @@ class WideTeacher(TargetTeacher):
     def named(self, batch: Batch, place: int) -> str:
         """By row."""
         return f"row {int(batch.targets[place])}"
+
+    def states(self, batch: Batch) -> Tensor:
+        """As there."""
+        assert self.output is not None
+        return self._run(functools.partial(states_of, self.module, self.output), batch)[self._at(batch)]
 
     def _whole(self, batch: Batch) -> Tensor:
         return self._run(self.module, batch)[self._at(batch)]
