@@ -107,18 +107,20 @@ def measured(
         teacher: its head.
     """
     everything = slice(0, len(z))
-    for T in TEMPERATURES:
-        p = torch.softmax(z / T, 1)
+    for temperature in TEMPERATURES:
+        p = torch.softmax(z / temperature, 1)
         for judge in judges:
-            q = judge.q(p, T)
+            q = judge.q(p, temperature)
             gradient = Lengths.of(q - p, judge, teacher)
             mean = rms((p.mean(0) - p) @ judge.weight)
             for name, (size, one) in encodings.items():
                 p_hat = (
-                    one.beside(q, T, everything).p if isinstance(one, TopKOnly) else one.probabilities(T, everything)
+                    one.beside(q, temperature, everything).p
+                    if isinstance(one, TopKOnly)
+                    else one.probabilities(temperature, everything)
                 )
                 error = Lengths.of(p_hat - p, judge, teacher)
-                row = {"T": T, "student": judge.name, "encoding": name, "bytes": size, **error.over(gradient)}
+                row = {"T": temperature, "student": judge.name, "encoding": name, "bytes": size, **error.over(gradient)}
                 yield row | {"mean_own": error.own / mean}
 
 
