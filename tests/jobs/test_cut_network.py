@@ -101,27 +101,12 @@ def cut(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cut]:
     proxy.close()
 
 
-@pytest.fixture
-def address(cut: Cut) -> Iterator[str]:
-    """A cluster that reaches the bucket through the proxy. Without one, so small a fleet would start no Ray."""
-    from akd_dist.jobs import cluster  # sets what Ray reads when it starts
-
-    assert cluster.ray
-    from ray.cluster_utils import Cluster
-
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    yield str(started.address)
-    started.shutdown()  # type: ignore[no-untyped-call]
-
-
-def test_a_cut_of_half_a_minute_while_caching_and_while_training(
-    bucket: str, cut: Cut, address: str, tmp_path: Path
-) -> None:
+def test_a_cut_of_half_a_minute_while_caching_and_while_training(bucket: str, cut: Cut, tmp_path: Path) -> None:
     """The teacher, and then a student, stand still in the middle of their work until the network is cut."""
     recipe = a_fleet(tmp_path)
     stores, runs, cache = f"{bucket}/stores", f"{bucket}/runs", tmp_path / "cache"
-    command = [sys.executable, "-m", "akd_dist.cli", "train-students", str(tmp_path / "recipe.yaml")]
-    command += ["--address", address, "--store-root", stores, "--run-root", runs, "--cache-root", str(cache)]
+    command = [sys.executable, "-m", "tests.on_ray", "train-students", str(tmp_path / "recipe.yaml")]
+    command += ["--store-root", stores, "--run-root", runs, "--cache-root", str(cache)]
     errors, environment = tmp_path / "stderr", os.environ | {"AKD_TEST_MARKER": str(tmp_path)}
     with errors.open("w") as told:
         process = subprocess.Popen(
