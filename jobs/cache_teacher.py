@@ -195,7 +195,7 @@ def _fill(model: CachedModel, recipe: Recipe, workspace: Workspace, compute: Com
             plan.creation = computed_on(device, plan.creation)
             _open_for_writing(plan, recipe, workspace.store_root, workspace.console)
         if model.missing:
-            check_room(workspace.store_root, sum(plan.missing_bytes for plan in model.plans))
+            check_room(workspace.store_root, sum(plan.missing_bytes for plan in model.plans), recipe)
             if model.imported is not None:
                 model.imported.publish(model.model_uri, Path(workspace.cache_root))
             compute(model, recipe, workspace)

@@ -145,11 +145,12 @@ class IdleWorkers:
 
     def take(self) -> Worker:
         """One of them that lives; a new one if none waits."""
-        while self.waiting:
-            worker = self.waiting.popleft()
-            if worker.process.poll() is None:
-                return worker
-            worker.end()
+        with contextlib.suppress(IndexError):  # not asked before: several threads take one at a time
+            while True:
+                worker = self.waiting.popleft()
+                if worker.process.poll() is None:
+                    return worker
+                worker.end()
         return Worker()
 
 
