@@ -131,9 +131,9 @@ def states(model: LanguageModel, blocks: Tensor) -> Tensor:
     """Of all targets of some blocks, [n, d]."""
     scored = Scored.of(blocks)
     with torch.inference_mode():
-        return torch.cat([states_at(model, part, Scored.of(part).places, "float32") for part in blocks.split(8)])[
-            : len(scored.places)
-        ]
+        return torch.cat(
+            [states_at(model, part, Scored.of(part).places, "float32") for part in torch.split(blocks, 8)]
+        )[: len(scored.places)]
 
 
 def in_training(rows: Rows, most: int) -> Iterator[tuple[int, LanguageModel]]:
@@ -163,9 +163,9 @@ def students(rows: Rows, steps: Sequence[int], run: Path | None) -> Iterator[tup
             yield f"labels, {step} steps", model.eval()
             model.train()
     for folder in sorted((run / "students").iterdir()) if run else ():
-        model = read_model(folder)[0]
-        assert isinstance(model, LanguageModel)
-        yield folder.name, model
+        found = read_model(folder)[0]
+        assert isinstance(found, LanguageModel)
+        yield folder.name, found
 
 
 def probes(recipe: Recipe, probe_rows: int) -> tuple[Any, Any, Tensor]:

@@ -166,7 +166,8 @@ def candidates(fit: Tensor, held_out: Tensor, head: Head, *, every: bool = True)
 
 
 def _of_others(held_out: Tensor, head: Head) -> dict[str, tuple[int, Targets]]:
-    classes, found = len(head.weight), {}
+    classes = len(head.weight)
+    found: dict[str, tuple[int, Targets]] = {}
     peers: tuple[tuple[int, Literal["none", "uniform", "ghost"]], ...]
     peers = ((128, "none"), (12, "none"), (32, "ghost"), (8, "ghost"), (8, "uniform"))
     for k, tail in peers:

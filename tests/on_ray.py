@@ -7,5 +7,5 @@ from akd_dist.cli import main
 from akd_dist.jobs import idle
 
 if __name__ == "__main__":
-    idle.may_work_here = lambda *_: False  # type: ignore[assignment,misc]
+    idle.may_work_here = lambda *_: False
     main()

@@ -281,7 +281,7 @@ class WideTeacher(TargetTeacher):
         return f"row {int(batch.targets[place])}"
 
     def states(self, batch: Batch) -> Tensor:
-        """As there."""
+        """What goes into the output layer, for each target of the batch: [targets, d]."""
         assert self.output is not None
         return self._run(functools.partial(states_of, self.module, self.output), batch)[self._at(batch)]
 
