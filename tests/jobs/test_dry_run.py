@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from akd_dist.base.errors import DamagedError, RefusedError
+from akd_dist.base.errors import DamagedError, MachineError, RefusedError
 from akd_dist.cli import main
 from akd_dist.cli.plans import plan_lines, plan_table
 from akd_dist.data.factories import import_factory
@@ -24,7 +24,7 @@ from akd_dist.distill import probe as probes
 from akd_dist.distill.probe import guessed, probe
 from akd_dist.documents.plan import FleetPlanDocument
 from akd_dist.jobs.cache_teacher import cache_in_process
-from akd_dist.jobs.planning.caching import check_students
+from akd_dist.jobs.planning.caching import check_room, check_students
 from akd_dist.jobs.planning.costs import CostModel
 from akd_dist.jobs.planning.drawing import bytes_streamed
 from akd_dist.jobs.planning.plan import last_attempt
@@ -181,6 +181,25 @@ def test_what_cannot_fit_is_refused_before_anything_starts(place: Place, monkeyp
     code, _, err = place.run()
     assert (code, "do not fit in" in err, "--run-root" in err) == (6, True, True), err
     assert not (place.root / "stores").exists()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "advice", "not_advised"),
+    [
+        ({"kind": "float32"}, "kind: float16", "rank"),
+        ({"kind": "top_k", "k": 4, "rank": 2}, "a smaller k or rank", "float16"),
+        ({"kind": "float16", "compress": "blosc"}, "fewer data.views", "float16"),
+    ],
+)
+def test_advice_on_room_fits_the_encoding(
+    encoding: dict[str, Any], advice: str, not_advised: str, tmp_path: Path
+) -> None:
+    recipe = a_recipe([a_student("one")], cache={"encoding": encoding})
+    with pytest.raises(MachineError) as told:
+        check_room(str(tmp_path), 10**18, recipe)
+    assert advice in str(told.value.next)
+    assert not_advised not in str(told.value.next)
+    assert "--store-root" in str(told.value.next)
 
 
 def test_logits_and_checkpoints_on_one_disk_must_fit_together(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from akd_dist.jobs.planning.probing import Prober
 from akd_dist.jobs.stopping import StopFlag
 from akd_dist.jobs.tasks import Task, run_one, run_tasks
 from akd_dist.jobs.train_students import train_in_process
+from akd_dist.jobs.worker import keep_log
 from akd_dist.recipe import Recipe
 from tests.fleets import HARD, a_recipe, a_student, stacks_of, store_bytes, weights
 
@@ -362,3 +363,9 @@ def test_a_store_that_is_cached_here_has_the_bytes_of_the_plain_loop(
     assert "Ray" not in done.stderr
     assert json.loads(done.stdout)["id"] == Path(stores["train"]).name
     assert store_bytes(tmp_path / "stores") == store_bytes(Path(stores["train"]).parent)
+
+
+def test_a_worker_without_room_for_its_log_says_so(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    with pytest.raises(MachineError, match="cohort"):
+        keep_log(tmp_path / "logs" / "cohort-1-0.rank0.log")
