@@ -16,7 +16,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.base.files import canonical_json, sha256
-from akd_dist.storage import arrays, reader, repair, seal
+from akd_dist.storage import arrays, repair, seal, sealed_objects
 from akd_dist.storage.arrays import decode_shard, encode_shard, metadata, pinned_zarr, rows_within
 from akd_dist.storage.encodings import Encoding, encoding_from_config
 from akd_dist.storage.layout import Shard, StoreLayout
@@ -297,7 +297,7 @@ def test_a_compressed_store_is_repaired_under_another_version_of_its_codec(
     monkeypatch.setattr(arrays, "_LEVEL", 9)  # such a version writes other bytes; the metadata says nothing of it
     sealed_metadata = {key: (folder / "arrays.zarr" / key).read_bytes() for key in metadata(identity)}
     as_sealed = arrays.metadata
-    for module in (repair, reader, seal):
+    for module in (repair, sealed_objects, seal):
         monkeypatch.setattr(module, "metadata", lambda _identity: sealed_metadata)
     assert as_sealed(identity) != sealed_metadata
     mended = repair.repair_store(str(tmp_path), folder.name, lambda one, _: stores.recompute(identity, one))
