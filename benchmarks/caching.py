@@ -301,7 +301,7 @@ def told_driver(folder: Path) -> dict[str, Any]:
     clock.wrap(caching, "open_rows", "rows prepared")
     clock.wrap(caching, "with_models", "stores looked up, teacher tried")
     clock.wrap(cluster, "connect", "Ray started")
-    clock.wrap(cache_teacher, "compute_on_ray", "tasks, Ray included")
+    clock.wrap(cache_teacher, "compute_in_tasks", "tasks, Ray included")
     clock.wrap(cache_teacher, "seal_store", "stores sealed")
     with clock.of("cache_teacher"):
         akd_dist.cache_teacher(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from akd_dist.distill.capture import capture, capture_chunk, largest, log_masses
 from akd_dist.distill.output_head import Head, blocks, parts
 from akd_dist.distill.sparse import TailDictionary
+from benchmarks.timing import least_seconds
 
 K, RANK, TEMPERATURES = 16, 16, (1.0, 4 / 3, 2.0)
 
@@ -76,7 +76,7 @@ def _measured(chosen: argparse.Namespace) -> dict[str, Any]:
                 work(z[rows].float())
 
         share = len(h) / len(z)
-        times = _least(
+        times = least_seconds(
             {
                 "teacher": body, "head": lambda: logits(h), "capture": lambda: captured(h),
                 "largest": lambda: each(lambda one: largest(one, K)), "mean": lambda: each(lambda one: one.mean(1)),
@@ -94,17 +94,6 @@ def _measured(chosen: argparse.Namespace) -> dict[str, Any]:
     found["nanoseconds a logit, head"] = 1e9 * times["head"] / (len(h) * classes)
     found["nanoseconds a logit, capture less head"] = 1e9 * (times["capture"] - times["head"]) / (len(h) * classes)
     return found
-
-
-def _least(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """CPU seconds of each, the least of repeats that alternate."""
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            began = time.process_time()
-            work()
-            found[name].append(time.process_time() - began)
-    return {name: min(seconds) for name, seconds in found.items()}
 
 
 def _teacher(folder: str | None) -> Any:

@@ -70,12 +70,12 @@ def main() -> None:
     half = len(h) // 2
     every = (len(h) - half) // chosen.targets
     held_out = h[half:][::every][: chosen.targets]
-    candidates = _candidates(h[:half], held_out, head)
-    decoded = {name: targets for name, (_, targets) in candidates.items()}
+    encodings = candidates(h[:half], held_out, head)
+    decoded = {name: targets for name, (_, targets) in encodings.items()}
     measured = measure_fidelity(HiddenProbe(held_out, head, len(head.weight)), decoded, TEMPERATURES, head=head)
     batch = {T: _batch_errors(held_out, head, decoded, T) for T in TEMPERATURES}
     for name, card in measured.items():
-        row: dict[str, Any] = {"encoding": name, "bytes": candidates[name][0], **dataclasses.asdict(card)}
+        row: dict[str, Any] = {"encoding": name, "bytes": encodings[name][0], **dataclasses.asdict(card)}
         row["batch"] = {T: batch[T][name] for T in TEMPERATURES}
         if chosen.json:
             print(json.dumps(row))
@@ -123,7 +123,7 @@ def read_back(recipe_file: str, teacher_folder: str, stores: str) -> None:
         print(f"sealed    {_figures(there)}")
 
 
-def _batch_errors(h: Tensor, head: Head, candidates: Mapping[str, Targets], temperature: float) -> dict[str, float]:
+def _batch_errors(h: Tensor, head: Head, encodings: Mapping[str, Targets], temperature: float) -> dict[str, float]:
     """Of the head's gradient, the sum of e h' over targets: its norm comes of two small matrices of products."""
     p = torch.softmax(head.logits(h).float() / temperature, 1)
     q, products = p.mean(0).expand_as(p), h.float() @ h.float().T
@@ -132,7 +132,7 @@ def _batch_errors(h: Tensor, head: Head, candidates: Mapping[str, Targets], temp
         return float((e @ e.T).mul_(products).sum().clamp_min(0).sqrt())
 
     found, whole, rows = {}, norm(q - p), slice(0, len(p))
-    for name, one in candidates.items():
+    for name, one in encodings.items():
         p_hat = (
             one.beside(q, temperature, rows).p if isinstance(one, TopKOnly) else one.probabilities(temperature, rows)
         )
@@ -140,10 +140,19 @@ def _batch_errors(h: Tensor, head: Head, candidates: Mapping[str, Targets], temp
     return found
 
 
-def _candidates(fit: Tensor, held_out: Tensor, head: Head) -> dict[str, tuple[int, Targets]]:
+def candidates(fit: Tensor, held_out: Tensor, head: Head, *, every: bool = True) -> dict[str, tuple[int, Targets]]:
+    """Encodings of targets by name: bytes a target, and what is decoded.
+
+    Args:
+        fit: hidden states of the teacher that dictionaries are made from, [m, d].
+        held_out: those of the targets, [n, d].
+        every: those of other sizes and of others, and not the default alone.
+    """
     classes = len(head.weight)
-    found: dict[str, tuple[int, Targets]] = {"dense float16": (2 * classes, DenseTargets(head.logits(held_out).half()))}
-    for k, rank in ((16, 16), (8, 8), (6, 8), (8, 0)):
+    found: dict[str, tuple[int, Targets]] = {}
+    if every:
+        found["dense float16"] = (2 * classes, DenseTargets(head.logits(held_out).half()))
+    for k, rank in ((16, 16), (8, 8), (6, 8), (8, 0)) if every else ((16, 16),):
         arrays = make_dictionary(HiddenProbe(fit, head, classes), k=k, rank=rank, temperatures=NODES)
         dictionary = TailDictionary.of(arrays, NODES)
         captured = capture(held_out, head, dictionary, k=k, temperatures=NODES, classes=classes)
@@ -151,8 +160,14 @@ def _candidates(fit: Tensor, held_out: Tensor, head: Head) -> dict[str, tuple[in
         targets = dataclasses.replace(captured, coefficients=rounded).targets(NODES, dictionary)
         size = 2 * k + 4 + -(-(k - 1) * 6 // 8) + 2 + 2 * len(NODES) + rank
         found[f"top {k}, rank {rank}"] = (size, targets)
-        if rank == 16:
+        if every and rank == 16:
             found[f"top {k}, rank {rank}, Gaussian"] = (size, _gaussian(targets))
+    return found | (_of_others(held_out, head) if every else {})
+
+
+def _of_others(held_out: Tensor, head: Head) -> dict[str, tuple[int, Targets]]:
+    classes = len(head.weight)
+    found: dict[str, tuple[int, Targets]] = {}
     peers: tuple[tuple[int, Literal["none", "uniform", "ghost"]], ...]
     peers = ((128, "none"), (12, "none"), (32, "ghost"), (8, "ghost"), (8, "uniform"))
     for k, tail in peers:

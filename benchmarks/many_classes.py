@@ -2,12 +2,17 @@
 
     python benchmarks/many_classes.py                         100,000 classes, a table; --json prints a document
     python benchmarks/many_classes.py --classes 20000         another number
+    python benchmarks/many_classes.py --caching               what a store takes once, and what a row of it takes
     python benchmarks/many_classes.py --journey               whole commands, from caching to a report
 
 Every objective is measured in a process of its own, on a batch that a stream would give: CPU time of a step, and what
 it adds to the peak of memory beyond the state of the student. The same from logits that are stored whole stands beside
 it. `ratio` is to the bare step of torch in the same process, taken in turns: the same model, torch's own cross-entropy
 to the labels, the same optimizer.
+
+`--caching` asks a teacher of random weights for what is stored of rows, in batches as caching tasks do, in CPU time
+beside the bare teacher with its head on the same batches; and for what a store takes once, before the first row: its
+dictionary, and the card that says how well it describes. These do not grow with the rows beyond some thousand.
 
 `--journey` runs akd-dist's commands on made rows, each in processes of its own: CPU time, and the peak of memory of the
 largest of these processes beyond that of one that has only imported torch. Beside caching stands a loop of the
@@ -18,6 +23,7 @@ classes: what grows with rows x classes or with classes x classes would show in 
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import statistics
@@ -37,15 +43,20 @@ import torch
 
 from akd_dist import recipe as recipes
 from akd_dist.base.files import sha256
+from akd_dist.base.memory import keep_freed_memory
 from akd_dist.data.rows import Rows
 from akd_dist.distill.batch_targets import unsaid
+from akd_dist.distill.cards import MEASURED, card_of, tail_dictionary
 from akd_dist.distill.metrics import evaluate
 from akd_dist.distill.stream import Batch
 from akd_dist.distill.student import Student
+from akd_dist.distill.target_shards import dictionary_of_probe, drawn_rows
+from akd_dist.distill.target_teacher import WideTeacher
 from akd_dist.models.build import build
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import set_deterministic
 from akd_dist.models.folder import save_model
+from akd_dist.storage.top_k import Described, top_k_from_config
 
 ENCODING = recipes.EncodingSpec(kind="top_k", k=16, rank=16).config()
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -139,6 +150,58 @@ def in_turns(*acts: Callable[[], object]) -> list[list[float]]:
     return found
 
 
+# ---- caching: what is made once, and what each row takes
+
+
+def caching(classes: int, width: int, rows: int = 6_000, repeats: int = 3) -> dict[str, float]:
+    """CPU seconds of one thread: of a row by the bare teacher and as it is stored, and of what a store has once."""
+    keep_freed_memory()
+    set_deterministic("cpu", 1)
+    given, cache = rows_of(classes, rows), recipes.CacheSpec.model_validate({"encoding": {"kind": "top_k"}})
+    card = ModelCard.of(recipes.Mlp(kind="mlp", hidden=width), given, None)
+    teacher = WideTeacher(build(card, seed=1).eval(), given, cache, rows, recipes.NoAugmentation(), 0)
+    top_k = top_k_from_config(cache.encoding.config())
+    found: dict[str, float] = {}
+
+    def timed(name: str, act: Callable[[], Any]) -> Any:
+        began = time.process_time()
+        made = act()
+        found[name] = min(found.get(name, math.inf), time.process_time() - began)
+        return made
+
+    fitted, others = drawn_rows(given, top_k)
+    made = timed("dictionary", lambda: dictionary_of_probe(teacher.probe(fitted), top_k, teacher.chunk))
+    timed("card", lambda: card_of(teacher, others, top_k, made))
+    tensors, batches = tail_dictionary(made, top_k, teacher.device), list(teacher.batches(0, 0, min(rows, 1024)))
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                teacher.module(batch.inputs)
+
+    def stored() -> None:
+        for batch in batches:
+            described = teacher.described(batch, top_k.k, top_k.tail_temperatures, tensors)
+            top_k.pack(Described(**described.arrays()), classes)
+
+    for _ in range(repeats):
+        timed("bare", bare)
+        timed("stored", stored)
+    asked = sum(len(batch.targets) for batch in batches)
+    return found | {"fitted": len(fitted), "measured": MEASURED, "bare": found["bare"] / asked,
+                    "stored": found["stored"] / asked, "ratio": found["stored"] / found["bare"]}  # fmt: skip
+
+
+def print_caching(found: dict[str, float]) -> None:
+    """What is paid once, and by the row."""
+    bare, stored = f"{found['bare'] * 1e3:.2f} ms", f"{found['stored'] * 1e3:.2f} ms"
+    print(f"a row: {bare} by the teacher with its head, {stored} as it is stored ({found['ratio']:.2f} times)")
+    print(
+        f"once a store: {found['dictionary']:.1f} s for the dictionary, of {found['fitted']:,.0f} rows, and "
+        f"{found['card']:.1f} s for the card, of {found['measured']:,.0f}"
+    )
+
+
 # ---- whole commands
 
 
@@ -162,8 +225,12 @@ def journey(classes: int, width: int, rows: int) -> dict[str, Any]:
             "report": [*akd_dist, "report", "runs/many_classes"],
         }
         found = {name: measured(command, at, environment) for name, command in commands.items()}
+        apart = subprocess.run(
+            [*loops, "--caching", "--json"], check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+        ).stdout
         stored = sum(file.stat().st_size for file in at.glob("stores/*/arrays.zarr/**/*") if file.is_file())
-    return {"classes": classes, "rows": rows, "width": width, "stored": stored, "found": found}
+    return {"classes": classes, "rows": rows, "width": width, "stored": stored, "found": found,
+            "caching": json.loads(apart)}  # fmt: skip
 
 
 def recipe_of(folder: Path, classes: int, width: int, count: int) -> None:
@@ -244,6 +311,7 @@ def print_journey(done: dict[str, Any]) -> None:
         more = (one["peak"] - found["torch alone"]["peak"]) / 1e6
         ratio = f", {one['seconds'] / found[beside[name]]['seconds']:.2f} times the loop" if name in beside else ""
         print(f"{name:<24} {one['seconds']:7.1f} s, {more:6.0f} MB more than torch alone{ratio}")
+    print_caching(done["caching"])
 
 
 @click.command()
@@ -252,10 +320,17 @@ def print_journey(done: dict[str, Any]) -> None:
 @click.option("--width", default=256, help="Numbers that the last layer takes.")
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--journey", "whole", is_flag=True, help="Whole commands, of 6,000 rows.")
+@click.option("--caching", "apart", is_flag=True, help="What a store takes once, and what each of its rows takes.")
 @click.option("--one", hidden=True)
 @click.option("--loop", "looped", hidden=True)
-def main(classes: int, batch: int, width: int, as_json: bool, whole: bool, one: str | None, looped: str | None) -> None:
+def main(
+    classes: int, batch: int, width: int, as_json: bool, whole: bool, apart: bool, one: str | None, looped: str | None
+) -> None:
     """Print the table."""
+    if apart:
+        found_apart = caching(classes, width)
+        print(json.dumps(found_apart)) if as_json else print_caching(found_apart)
+        return
     if looped is not None:
         loop(Path(looped), classes, width)
         return

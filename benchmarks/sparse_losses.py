@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from akd_dist.distill.output_head import Head, chunk_targets, parts
 from akd_dist.distill.sparse import SparseTargets, TailDictionary
 from akd_dist.distill.sparse_losses import Annealed, Labels, Softened, Squared, loss_of
 from akd_dist.distill.squared_losses import SquaredForm, squared_without_vocabulary
+from benchmarks.timing import least_seconds
 
 TEMPERATURES = (1.0, 4 / 3, 2.0)
 DENSE = "KD, logits made whole (autograd)"
@@ -48,7 +48,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     works = _works(chosen)
-    seconds = _least(works, chosen.repeats)
+    seconds = least_seconds(works, chosen.repeats)
     chunk = min(chosen.targets, chosen.chunk or chunk_targets(chosen.classes))
     buffer, gradients = 4 * chunk * chosen.classes, 4 * chosen.width * (chosen.classes + chosen.targets)
     rows = [
@@ -118,16 +118,6 @@ def _targets(n: int, classes: int, rank: int) -> SparseTargets:
 
 def _step(loss: Tensor, h: Tensor, head: Head) -> object:
     return torch.autograd.grad(loss, (h, head.weight))
-
-
-def _least(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            began = time.process_time()
-            work()
-            found[name].append(time.process_time() - began)
-    return {name: min(seconds) for name, seconds in found.items()}
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

@@ -32,11 +32,12 @@ from akd_dist.distill.job import CohortJob
 from akd_dist.distill.language_metrics import Known
 from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.student import Student
+from akd_dist.documents.report import Estimate
 from akd_dist.jobs.planning.plan import fleet_job
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import set_deterministic
 from akd_dist.recipe import Recipe, StudentSpec
-from akd_dist.reporting.seeds import paired
+from akd_dist.reporting.seeds import estimate, paired
 from akd_dist.storage.reader import LogitStore, open_store
 from benchmarks import cut_teacher
 from benchmarks.told_otherwise import TEMPERATURE, Tell, gaussian, made_of, renormalised, rounded, sampled, tail_mean
@@ -57,9 +58,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "Annealing-KD cross-entropy, lr 0.003": STAGE1 | {"stage1_loss": "cross_entropy"},
 }
 FIXED = {"Annealing-KD cross-entropy, lr 0.003": 3e-3}
-"""Learning rates that are not chosen, of both stages: at larger ones the smallest change of targets leads far."""
+"""Learning rates of both stages that are given, and not chosen: at larger ones even rounding targets to float16 leads
+to quite other students."""
 STAGE2 = ", stage II"
-"""Behind an objective's name: the learning rate of its stage II."""
+"""Added to an objective's name, it names the learning rate of its stage II."""
 
 
 # ---- the arms
@@ -73,22 +75,22 @@ class Arm:
     encoding: str
     """Of the store that is read."""
     shown: str = ""
-    """What it is called in the table, if not by its encoding."""
+    """Its name in the table; empty takes that of the encoding."""
     tell: Callable[[LogitStore], Tell] | None = None
-    """What is made of the store's targets; nothing is for what the product offers."""
+    """What students are taught in place of the store's targets; None teaches those."""
 
     @property
     def name(self) -> str:
-        """Of the row."""
+        """Names its row of the table, and its file."""
         return self.objective if self.objective == "labels" else f"{self.objective}, {self.shown or self.encoding}"
 
     @property
     def baseline(self) -> str:
-        """The row that its differences are to."""
+        """The row that it is compared with: the same objective, from dense logits."""
         return Arm(self.objective, "dense").name
 
     def path(self, work: Path, seed: int) -> Path:
-        """Where what it came to lies."""
+        """The file of its test metrics."""
         return work / f"{self.name.removesuffix(' *')}, seed {seed}.json"
 
 
@@ -332,7 +334,35 @@ def table(seeds: Mapping[int, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _shown(apart: Any) -> str:
+def by_seed(seeds: Mapping[int, Mapping[str, Any]]) -> str:
+    """Markdown: final cross-entropies less those from dense logits, seed by seed; and of stores their mean over all
+    objectives of a seed, whose interval is narrower than that of any one of them."""
+    lines = ["| final CE, to dense | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |"]
+    lines.append("|---" + "|--:" * (len(seeds) + 1) + "|")
+
+    def row(name: str, apart: Mapping[int, float]) -> None:
+        each = " | ".join(f"{one:+.3f}" for one in apart.values())
+        lines.append(f"| {name} | {each} | {_shown(estimate(apart))} |")
+
+    def apart(arm: Arm) -> dict[int, float]:
+        return {
+            seed: found[arm.name]["final"]["cross_entropy"] - found[arm.baseline]["final"]["cross_entropy"]
+            for seed, found in seeds.items()
+        }
+
+    for arm in ARMS:
+        if arm.name != arm.baseline:
+            row(arm.name, apart(arm))
+    for encoding in (LARGE, SMALL):
+        own = [apart(arm) for arm in ARMS if arm.encoding == encoding and not arm.tell]
+        row(
+            f"{encoding}, mean over {len(own)} objectives",
+            {seed: statistics.fmean(one[seed] for one in own) for seed in seeds},
+        )
+    return "\n".join(lines)
+
+
+def _shown(apart: Estimate | None) -> str:
     if apart is None:
         return ""
     return f"{apart.mean:+.3f}" + ("" if apart.high is None else f" ± {apart.high - apart.mean:.3f}")
@@ -353,7 +383,7 @@ def main() -> None:
     for objective in OBJECTIVES:
         for seed, arms in compared(objective, stores, found, work).items():
             found[seed] |= arms
-    print(f"\n{table(found)}")
+    print(f"\n{table(found)}\n\n{by_seed(found)}")
 
 
 def compared(

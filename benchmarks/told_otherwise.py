@@ -22,20 +22,20 @@ Tell = Callable[[Batch], BatchTargets | None]
 
 
 class Made(Decoder):
-    """Targets that are made of a batch's arrays in a way of others."""
+    """A decoder that makes targets of a batch's arrays as another system would."""
 
     def __init__(self, make: Callable[[Mapping[str, Tensor]], Targets]) -> None:
         super().__init__(None, {}, "cpu")
         self.make = make
 
     def targets(self, arrays: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Targets:
-        """As there."""
+        """As `Decoder.targets`."""
         return self.make(arrays)
 
 
 @dataclass(eq=False)
 class AtOneTemperature(Targets):
-    """Probabilities at TEMPERATURE, and nothing else: what is had of a store of those."""
+    """Probabilities at TEMPERATURE, and nothing else: what a store of such probabilities gives."""
 
     p: Tensor
 
@@ -43,7 +43,7 @@ class AtOneTemperature(Targets):
         self.classes, self.choice = self.p.shape[1], self.p.argmax(1)
 
     def distribution(self, temperature: float, rows: slice) -> Whole:
-        """As there."""
+        """As `Targets.distribution`."""
         assert temperature == TEMPERATURE
         p = self.p[rows]
         return Whole(p, torch.xlogy(p, p).sum(1))

@@ -42,13 +42,13 @@ from benchmarks.store_against_dense import LARGE, SMALL, Stored, begin, block_of
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 BATCHES = 12
-"""That are seen: half an epoch."""
+"""How many are looked at: half an epoch."""
 Of = Callable[[Targets], Term]
 """The loss on targets."""
 
 
 def gradient(s: Tensor, term: Term) -> Tensor:
-    """Of the sum of the losses of targets in a student's logits s [n, V]."""
+    """The gradient of the sum of the targets' losses in a student's logits s [n, V]."""
     s = s.detach().clone().requires_grad_()
     losses_of_logits(s, term).sum().backward()  # type: ignore[no-untyped-call]
     assert s.grad is not None
@@ -62,7 +62,8 @@ def rms(e: Tensor) -> float:
 
 @dataclass(eq=False)
 class Apart:
-    """Sums over batches of what gradients are, from the teacher in the loop, and what those from a store differ by."""
+    """Sums over batches: squared norms of gradients from the teacher in the loop and, as `_off`, of what those from a
+    store differ by."""
 
     logits: float = 0.0
     """Squared norms of the gradient in the logits."""

@@ -1,4 +1,4 @@
-"""Cache a teacher, and the assistants below it: plan the missing shards, run them as Ray tasks, verify, seal.
+"""Cache a teacher, and the assistants below it: plan the missing shards, run them as tasks, verify, seal.
 
 akd-dist cache-teacher jobs/digits.yaml
 """
@@ -42,7 +42,7 @@ from akd_dist.jobs.planning.models import CachedModel, SplitPlan, count_of, leve
 from akd_dist.jobs.planning.windows import check_chain
 from akd_dist.jobs.prepare_rows import rows_of_machine
 from akd_dist.jobs.stopping import stop_on_signals
-from akd_dist.jobs.train_teacher import Run, Workspace, ensure_trained, run_in_process, run_on_ray
+from akd_dist.jobs.train_teacher import Run, Workspace, ensure_trained, run_in_process, run_in_task
 from akd_dist.models.device import gpus_of
 from akd_dist.options import CacheOptions
 from akd_dist.recipe import NoAugmentation, Recipe
@@ -92,18 +92,18 @@ def cache_teacher(recipe: Recipe, options: CacheOptions, idle: IdleWorkers | Non
 
 
 def cache_planned(inputs: Inputs, workspace: Workspace) -> list[CachedModel]:
-    """Cache what is missing, once `foresee_caching` has found nothing to refuse: train, compute and seal on Ray."""
+    """Cache what is missing, once `foresee_caching` has found nothing to refuse: train, compute and seal."""
     from akd_dist.jobs import cluster
 
     for check in checks_of(inputs.models):
         workspace.tell(check.line)
     with cluster.closing(), stop_on_signals(workspace.tell) as stop:
         workspace = replace(workspace, stop=stop)
-        return walk_chain(inputs.recipe, inputs.splits, inputs.models, workspace, run_on_ray, compute_on_ray)
+        return walk_chain(inputs.recipe, inputs.splits, inputs.models, workspace, run_in_task, compute_in_tasks)
 
 
 def cache_in_process(recipe: Recipe, teacher_uri: str, *, store_root: str, cache_root: str) -> dict[str, Any]:
-    """The same stores by a plain loop in this process, without Ray; the bytes are those of the Ray run."""
+    """The same stores by a plain loop in this process; the bytes are those of the tasks."""
     started = time.monotonic()
     workspace = Workspace(store_root, cache_root, console=Console(stderr=True))
     splits = rows_of_machine(recipe.own().data, workspace)
@@ -195,7 +195,7 @@ def _fill(model: CachedModel, recipe: Recipe, workspace: Workspace, compute: Com
             plan.creation = computed_on(device, plan.creation)
             _open_for_writing(plan, recipe, workspace.store_root, workspace.console)
         if model.missing:
-            check_room(workspace.store_root, sum(plan.missing_bytes for plan in model.plans))
+            check_room(workspace.store_root, sum(plan.missing_bytes for plan in model.plans), recipe)
             if model.imported is not None:
                 model.imported.publish(model.model_uri, Path(workspace.cache_root))
             compute(model, recipe, workspace)
@@ -286,10 +286,10 @@ def _tell_of_other_rows(plan: SplitPlan, store_root: str, console: Console) -> N
         )
 
 
-def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
+def compute_in_tasks(model: CachedModel, recipe: Recipe, workspace: Workspace) -> None:
     """Run the missing shards of all splits as one bounded stream of tasks."""
     from akd_dist.jobs.shard_tasks import ShardTasks
-    from akd_dist.jobs.store_tables import prepare_on_ray
+    from akd_dist.jobs.store_tables import prepare_in_tasks
     from akd_dist.jobs.tasks import Task, at_once, run_tasks
 
     stop = workspace.connect()
@@ -300,7 +300,7 @@ def compute_on_ray(model: CachedModel, recipe: Recipe, workspace: Workspace) -> 
     with workspace.shared() as shared:
         tables = _unprepared(model, recipe, workspace)
         given: dict[str, Any] = {"threads": threads, "gpus": gpus, "shared": shared, "stop": stop}
-        prepare_on_ray(tables, model.name, **given, console=workspace.console)
+        prepare_in_tasks(tables, model.name, **given, console=workspace.console)
         tasks = ShardTasks(lambda: at_once(shared.nodes(), threads, gpus))
         # All splits together, so that no CPU is idle while the last shards of one of them are computed.
         for plan in model.plans:

@@ -7,18 +7,18 @@ a loop by hand would have them; a larger fleet has Ray, which watches over the m
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from akd_dist.base.errors import AkdError, MachineError
 from akd_dist.distill.job import CohortJob
 from akd_dist.jobs import cluster, ray_train
 from akd_dist.jobs.demand import Demand
-from akd_dist.jobs.idle import IdleWorkers, Worker, how_it_ended
+from akd_dist.jobs.idle import IdleWorkers, how_it_ended
 from akd_dist.jobs.packing import Node, ResourceRequest, check_room, pack
 from akd_dist.jobs.shared import Shared, UnseenError
 from akd_dist.jobs.stopping import StopFlag
+from akd_dist.jobs.this_machine import LeftError, ThisMachine
 from akd_dist.jobs.worker import worker_log
 
 
@@ -86,42 +86,20 @@ class RayExecutor(Shared):
         cluster.check_alive(stop)
 
 
-class LocalExecutor:
-    """Cohorts as processes of this machine, one each.
-
-    Args:
-        node: what this machine has.
-        idle: the processes that were started for it.
-    """
+class LocalExecutor(ThisMachine):
+    """Cohorts as processes of this machine, one each."""
 
     def __init__(self, node: Node, idle: IdleWorkers) -> None:
-        self.node, self.idle = node, idle
+        super().__init__(node, idle)
         self.demand = Demand(never=True)
-        self.lock = threading.Lock()
-        self.running: dict[Worker, ResourceRequest] = {}
-        self.closed = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *leaving: object) -> None:
-        """End what still runs: whoever leaves has waited for as long as he wanted to."""
-        with self.lock:
-            self.closed = True
-            for worker in self.running:
-                worker.kill()
 
     def look(self) -> None:
         """This machine stays what it is."""
 
-    def nodes(self) -> list[Node]:
-        """As the protocol says."""
-        return [self.node]
-
     def free(self) -> list[Node]:
         """As the protocol says."""
         with self.lock:
-            return pack([self.node], self.running.values()) or []
+            return pack([self.node], self.busy.values()) or []
 
     def check_room(self, ask: ResourceRequest, what: str) -> None:
         """As the protocol says."""
@@ -135,16 +113,14 @@ class LocalExecutor:
 
     def run(self, job: CohortJob, ask: ResourceRequest) -> str:
         """As the protocol says."""
-        with self.lock:
-            if self.closed:  # the thread of a cohort that was ended, and would begin it again
-                return ""
-            worker = self.idle.take()
-            self.running[worker] = ask
+        try:
+            worker = self.take(ask)
+        except LeftError:  # the thread of a cohort that was ended, and would begin it again
+            return ""
         try:
             outcome = worker.ask("train", job)
         finally:
-            with self.lock:
-                del self.running[worker]
+            self.drop(worker)
             code = worker.end()
         if outcome is None:
             return _how_it_ended(code, job)

@@ -125,6 +125,7 @@ class Fleet:
             self.alive_at = self.moved_at = time.monotonic()  # nodes may have been waited for
             while self._keep_busy():
                 self._follow(shown)
+                self._wait()
                 self.look()
                 self.run.check_current()
             self._follow(shown)
@@ -293,7 +294,16 @@ class Fleet:
             self.base.stop_file.touch()
         shown.update(self._not_training())
         self._watch(stopping=self._is_over())
-        time.sleep(POLL_SECONDS)
+
+    def _wait(self) -> None:
+        """Until it is time to look again, or the first cohort of those that run has ended: nobody waits for the rest of
+        a poll when the last one has.
+        """
+        thread = next((one.thread for one in self.running if one.alive), None)
+        if thread is None:
+            time.sleep(POLL_SECONDS)
+        else:
+            thread.join(POLL_SECONDS)
 
     def _watch(self, *, stopping: bool) -> None:
         """Do not wait for ever for a cluster that is gone nor, once stopping, for workers without a sign of life."""

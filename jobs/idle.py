@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from akd_dist.recipe import Recipe
 
 Asked = Literal["probe", "call", "train"]
-"""What a worker can be asked for: what a student takes, or to call a function, as often as one likes; or to train a
-cohort, and leave.
+"""What a worker can be asked to do: `probe` a student or `call` a function, any number of times; or `train` a cohort,
+after which it ends.
 """
 STUDENTS_OF_ONE = 60
 """From so many students on, a second cohort is likely to pay on a machine with two CPUs."""
@@ -39,7 +39,7 @@ def begin_process(module: str, *arguments: str, **how: Any) -> subprocess.Popen[
     Raises:
         MachineError: this machine starts no more processes.
     """
-    # Of what is no string Python's own search takes no notice either.
+    # Python's own search skips entries that are no strings, too.
     path = os.pathsep.join(entry for entry in sys.path if isinstance(entry, str))
     try:
         return subprocess.Popen(
@@ -109,7 +109,7 @@ class Worker:
 
 
 class IdleWorkers:
-    """Workers that will train a cohort each, started before it is known which. Use it as a context."""
+    """Workers that wait, started before it is known what for. Use it as a context."""
 
     def __init__(self) -> None:
         self.waiting: deque[Worker] = deque()
@@ -123,7 +123,7 @@ class IdleWorkers:
         self.let_go()
 
     def let_go(self) -> None:
-        """End those that wait: what comes is done elsewhere."""
+        """End those that wait: what is left to do is done elsewhere."""
         while self.waiting:
             self.waiting.popleft().end()
 
@@ -145,11 +145,12 @@ class IdleWorkers:
 
     def take(self) -> Worker:
         """One of them that lives; a new one if none waits."""
-        while self.waiting:
-            worker = self.waiting.popleft()
-            if worker.process.poll() is None:
-                return worker
-            worker.end()
+        with contextlib.suppress(IndexError):  # not asked before: several threads take one at a time
+            while True:
+                worker = self.waiting.popleft()
+                if worker.process.poll() is None:
+                    return worker
+                worker.end()
         return Worker()
 
 
@@ -173,7 +174,7 @@ def may_train_here(recipe: Recipe, address: str | None) -> bool:
 
 
 def begun_for(recipe: Recipe, options: RecipeOptions) -> IdleWorkers:
-    """The workers that a command is likely to need: of one that may work here as many as cohorts may pay."""
+    """Workers that a command is likely to need, begun now: one for each cohort that may pay; none where Ray runs."""
     idle = IdleWorkers()
     if not options.dry_run and may_work_here(recipe.device, options.address):
         idle.begin(min(len(os.sched_getaffinity(0)), 1 + len(recipe.students) // STUDENTS_OF_ONE))

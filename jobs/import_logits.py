@@ -323,7 +323,7 @@ def _written(
         elif not sealed and not dry_run:
             count = _write(one, path, workspace)
         elif not sealed:
-            check_room(workspace.store_root, one.layout.nbytes)
+            check_room(workspace.store_root, one.layout.nbytes, one.recipe)
         there = not dry_run or sealed
         sizes = open_store(root.child(store_id).uri).manifest.sizes() if there else {}
         yield (
@@ -361,7 +361,7 @@ def _write(one: Import, path: Path, workspace: Workspace) -> int:
         writer = create_store(workspace.store_root, one.creation, hint)
         try:
             missing = missing_shards(writer)
-            check_room(workspace.store_root, sum(one.layout.stored_bytes(shard) for shard in missing))
+            check_room(workspace.store_root, sum(one.layout.stored_bytes(shard) for shard in missing), one.recipe)
             with meter(workspace.console, f"storing the {one.part.split} rows", len(missing), unit="shards") as shown:
                 for number, shard in enumerate(missing, 1):
                     logits, agreement, probes, loss = one.shard(shard)

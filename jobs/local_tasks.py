@@ -11,16 +11,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from akd_dist.base.errors import MachineError, RefusedError
 from akd_dist.jobs import cluster
-from akd_dist.jobs.idle import IdleWorkers, Worker, how_it_ended
-from akd_dist.jobs.packing import Node, ResourceRequest, check_room
+from akd_dist.jobs.idle import IdleWorkers, how_it_ended
+from akd_dist.jobs.packing import ResourceRequest, check_room
 from akd_dist.jobs.stopping import GRACE_SECONDS, POLL_SECONDS, StopFlag
+from akd_dist.jobs.this_machine import ThisMachine
 
 # As often as Ray would by itself; said here because a message tells of it.
 RETRIES = 3
+# The answer of a thread that has nothing left to do.
+_LEFT = object()
 
 
 class Call(Protocol):
@@ -39,32 +42,15 @@ class Call(Protocol):
         """What it is about."""
 
 
-class LocalTasks:
-    """This machine as the only node that work may be given. Use it as a context.
+class LocalTasks(ThisMachine):
+    """Tasks in workers of this machine, which are given back when nothing is left to do.
 
     Args:
-        idle: its workers; they are given back when nothing is left to do.
+        idle: its workers.
     """
 
     def __init__(self, idle: IdleWorkers) -> None:
-        self.idle, self.node = idle, cluster.this_machine()
-        self.busy: set[Worker] = set()
-        self.lock = threading.Lock()
-        self.closed = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *leaving: object) -> None:
-        """End what still runs: it publishes whole, or not at all."""
-        with self.lock:
-            self.closed = True
-            for worker in self.busy:
-                worker.kill()
-
-    def nodes(self) -> list[Node]:
-        """This machine, with all that it has."""
-        return [self.node]
+        super().__init__(cluster.this_machine(), idle)
 
     def run_tasks(
         self,
@@ -97,12 +83,16 @@ class LocalTasks:
         for one in threads_of_workers:
             one.daemon = True  # a command that is told twice to stop waits for nobody
             one.start()
-        while any(one.is_alive() for one in threads_of_workers) or not answers.empty():
+        left = 0
+        while left < at_once:
             with contextlib.suppress(queue.Empty):
                 task, result = answers.get(timeout=POLL_SECONDS)
                 if isinstance(result, BaseException):
                     raise result
-                on_result(task, result)
+                if result is _LEFT:
+                    left += 1
+                else:
+                    on_result(task, result)
             if stop:
                 return
 
@@ -141,7 +131,7 @@ class LocalTasks:
         """A function that is called as (name, function, *arguments), for one thread; its worker may be another one
         after each death.
         """
-        worker = self._taken()
+        worker = self.take()
 
         def ask(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
             nonlocal worker
@@ -154,37 +144,26 @@ class LocalTasks:
                     if kind == "refused":
                         raise result
                     return result
-                code = self._ended(worker)
-                if self.closed:  # it was ended here, and nobody waits for it
-                    break
-                worker = self._taken()
+                self.drop(worker)
+                code = worker.end()
+                worker = self.take()
             raise died(name, how_it_ended(code))
 
         try:
             yield ask
         finally:
-            with self.lock:
-                self.busy.discard(worker)
+            self.drop(worker)
             self.idle.give_back(worker)
-
-    def _taken(self) -> Worker:
-        worker = self.idle.take()
-        with self.lock:
-            self.busy.add(worker)
-        return worker
-
-    def _ended(self, worker: Worker) -> int:
-        with self.lock:
-            self.busy.discard(worker)
-        return worker.end()
 
 
 def _telling(work: Callable[[], None], answers: queue.Queue[tuple[Any, Any]]) -> None:
-    """Do something on a thread, and tell whoever waits for its answers of an error instead."""
+    """Do something on a thread, and tell whoever waits for its answers of an error instead, and that it is over."""
     try:
         work()
     except BaseException as error:
         answers.put((None, error))
+    finally:
+        answers.put((None, _LEFT))
 
 
 def raised(name: str, told: str) -> RefusedError:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from akd_dist.base.errors import RecipeError, RefusedError
 from akd_dist.data.blocks import default_threads
-from akd_dist.data.rows import SPLITS, Rows, Splits
+from akd_dist.data.rows import SPLITS, Rows
 from akd_dist.distill import cards
 from akd_dist.distill.dictionary import HiddenProbe, LogitProbe, Probe
 from akd_dist.distill.fidelity import Card, TopKOnly
@@ -66,9 +66,9 @@ def plan_encodings(recipe: Recipe, options: PlanOptions) -> dict[str, Any]:
     inputs = open_inputs(recipe, workspace, students=False, again=False, only_look=True)
     teacher = _teacher(inputs, workspace)
     temperatures = temperatures_of(recipe)
-    top_k = _own(recipe, inputs.splits) or TopK()
+    top_k = _own(recipe) or TopK()
     fitted, probe, rows_measured = _probes(teacher, top_k, console)
-    targets = _candidates(recipe, inputs.splits, teacher, fitted, probe, temperatures, console)
+    targets = _candidates(recipe, teacher, fitted, probe, temperatures, console)
     found = _measured(probe, {name: one for name, (_, _, one) in targets.items()}, temperatures, teacher, console)
     count = sum(_targets(recipe, split, getattr(inputs.splits, split)) for split in SPLITS)
     own = recipe.cache.encoding.config()
@@ -193,7 +193,6 @@ Candidate = tuple[dict[str, Any] | None, int, Targets]
 
 def _candidates(
     recipe: Recipe,
-    splits: Splits,
     teacher: TargetTeacher,
     fitted: Probe,
     probe: Probe,
@@ -203,7 +202,7 @@ def _candidates(
     """Encodings by name, each once."""
     numbers, classes = cards.chosen(probe), teacher.classes
     found: dict[str, Candidate] = {}
-    own = _own(recipe, splits)
+    own = _own(recipe)
     dense = ["float16"] + ([] if own is not None else [recipe.cache.encoding.kind])
     for kind in dict.fromkeys(dense):
         dtype = torch.float16 if kind == "float16" else torch.float32
@@ -240,7 +239,8 @@ def _peers(
     return found
 
 
-def _own(recipe: Recipe, splits: Splits) -> TopK | None:
+def _own(recipe: Recipe) -> TopK | None:
+    """The recipe's own encoding, where that describes logits."""
     config = recipe.cache.encoding.config()
     return top_k_from_config(config) if config["name"] == TopK.name else None
 

@@ -20,7 +20,7 @@ from akd_dist.tracking.progress import meter, tell
 Prepared = Sequence[tuple[SplitPlan, CacheJob]]
 
 
-def prepare_on_ray(
+def prepare_in_tasks(
     prepared: Prepared,
     name: str,
     *,

@@ -1,6 +1,8 @@
-"""Run Ray tasks: one, or a bounded window of many; what they raise comes back as it is, what kills them is named.
+"""Run tasks: one, or a bounded window of many; what they raise comes back as it is, what kills them is named.
 
-None is ever cancelled: Ray 2.60 aborts the whole driver if a task is cancelled just as it ends (within 60 tries,
+They are tasks of Ray, or where there is no cluster calls in workers of this machine (`local_tasks`).
+
+No Ray task is ever cancelled: Ray 2.60 aborts the whole driver if a task is cancelled just as it ends (within 60 tries,
 where `ray.cancel` follows `ray.wait`). Those in flight when a command leaves end with it, like all of its job.
 """
 
@@ -20,7 +22,7 @@ from akd_dist.jobs.stopping import GRACE_SECONDS, POLL_SECONDS, StopFlag
 
 @dataclass(frozen=True)
 class Task:
-    """One call of a Ray task: `function(job, item)`."""
+    """One call, `function(job, item)`, in a worker."""
 
     name: str
     """Names the item in messages."""
@@ -43,7 +45,7 @@ def run_tasks(
     on_result: Callable[[Task, Any], None],
     count: int = 1,
 ) -> None:
-    """Run Ray tasks, a bounded number in flight; hand on results as they come.
+    """Run tasks, a bounded number in flight; hand on results as they come.
 
     A worker process is reused (max_calls=0), so whatever it loaded for one item it keeps for the next; on a GPU too,
     where Ray would start a new process for each. A task whose worker died is run again up to RETRIES times; one that
@@ -149,7 +151,7 @@ def run_one(
     on_poll: Callable[[], None],
     name: str,
 ) -> Any:
-    """Run one Ray task and wait for it, calling `on_poll` several times a second; errors as in `run_tasks`.
+    """Run one task and wait for it, calling `on_poll` several times a second; errors as in `run_tasks`.
 
     Once `stop` is up, it is the task that ends, with what it returns; it has GRACE_SECONDS.
 

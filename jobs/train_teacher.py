@@ -1,6 +1,6 @@
 """Train the models whose logits are cached: the teacher, where the recipe says how, and the assistants below it.
 
-Each is trained once, by the student loop in one Ray task, and found again by content under <store-root>/teachers/.
+Each is trained once, by the student loop in one task, and found again by content under <store-root>/teachers/.
 """
 
 from __future__ import annotations
@@ -383,8 +383,8 @@ def _leave_no_empty_folder(job: CohortJob) -> None:
         Path(job.control).parent.rmdir()
 
 
-def run_on_ray(trained: Trained, job: CohortJob, workspace: Workspace) -> dict[str, Any]:
-    """Train a model in one Ray task, on any node, and show how far it is."""
+def run_in_task(trained: Trained, job: CohortJob, workspace: Workspace) -> dict[str, Any]:
+    """Train a model in one task, on a node of the cluster or in a worker of this machine, and show how far it is."""
     from akd_dist.jobs.line import Line, train_elsewhere
     from akd_dist.jobs.tasks import run_one
 
@@ -414,7 +414,7 @@ def run_on_ray(trained: Trained, job: CohortJob, workspace: Workspace) -> dict[s
 
 
 def run_in_process(trained: Trained, job: CohortJob, workspace: Workspace) -> dict[str, Any]:
-    """Train a model in this process, without Ray; the weights are those of the Ray task."""
+    """Train a model in this process; the weights are those of the task."""
     if workspace.remote:
         return train_and_publish(job, trained.uri(workspace.store_root))
     return train_cohort(job)

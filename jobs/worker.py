@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from akd_dist.base.errors import AkdError
+from akd_dist.base.files import write_error
 from akd_dist.base.tracebacks import in_full
 from akd_dist.distill.cohort import train_cohort
 from akd_dist.distill.delivery import write_note
@@ -47,23 +48,29 @@ def work(job: CohortJob, rank: int, joining: contextlib.AbstractContextManager[R
     """
     with publishing_logs(job, rank):
         log = worker_log(job, rank)
-        keep_log(log)
         try:
+            keep_log(log)
             with joining as ranks:
                 return train_cohort(job, ranks)
         except AkdError as error:
-            write_note(log, str(error))
+            _note(log, str(error))
             return error
         except OutOfStepError as error:
-            write_note(log, "".join(traceback.format_exception(error)))
+            _note(log, "".join(traceback.format_exception(error)))
             raise  # counts as a death of the workers: they start again, and the guilty student is found
         except Exception as error:
-            write_note(log, "".join(traceback.format_exception(error)))
+            _note(log, "".join(traceback.format_exception(error)))
             return AkdError(
                 "a training worker failed in a way that akd-dist did not foresee; this is a bug in it",
                 got=f"{type(error).__name__}: {error}",
                 next=f"report it with the log {log}; the same command goes on from the last checkpoints",
             )
+
+
+def _note(log: Path, text: str) -> None:
+    """As `write_note`, where there is room: on a full disk the driver still is told what went wrong first."""
+    with contextlib.suppress(AkdError):
+        write_note(log, text)
 
 
 def worker_log(job: CohortJob, rank: int) -> Path:
@@ -72,9 +79,16 @@ def worker_log(job: CohortJob, rank: int) -> Path:
 
 
 def keep_log(path: Path) -> None:
-    """Send this worker's warnings, and its stack if it crashes, to a file that stays with the run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")  # noqa: SIM115  # faulthandler writes to it until the process ends
+    """Send this worker's warnings, and its stack if it crashes, to a file that stays with the run.
+
+    Raises:
+        MachineError: the file cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115  # faulthandler writes to it until the process ends
+    except OSError as error:
+        raise write_error(error, path, 1) from error
     faulthandler.enable(file)
     logging.getLogger("akd_dist").addHandler(logging.StreamHandler(file))
 
@@ -103,8 +117,9 @@ def main() -> None:
 
 
 def _keep_to_itself(*descriptors: int) -> None:
-    """What a user's code starts has nothing to do with the driver: while such a process holds one of these, the driver
-    would wait for this one even when it has died. And it can be ended by signals, as `multiprocessing` does.
+    """See that processes which a user's code starts here have none of these descriptors: while one of them held the
+    connection, the driver would wait for this worker even after it had died. And let such processes be ended by
+    signals, as `multiprocessing` ends its own.
     """
 
     told = {signal.SIGINT, signal.SIGTERM}
@@ -118,7 +133,7 @@ def _keep_to_itself(*descriptors: int) -> None:
 
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-    # A signal that comes before the child is told so waits until it is.
+    # A signal that comes before the child has set its handlers waits until it has.
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, told),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, told),

@@ -144,8 +144,8 @@ def _entries(manifest: Manifest, cache_root: Path) -> list[Path]:
     return [entry for entry in found if entry.is_dir() and not entry.name.endswith(PARTIAL_SUFFIX)]
 
 
-class StoredLogits:
-    """The logits that a stream reads: of a store, by the view of the epoch.
+class StoredViews:
+    """What a stream reads of a store, by the view of the epoch: whole views, or the windows of one.
 
     Args:
         store: the store, or those of an ensemble: what is decoded is their mean.
@@ -156,68 +156,95 @@ class StoredLogits:
             windows are held then.
         beside_windows: whether the rows themselves are held by windows, which take what room there is.
         budget: bytes that everything in the cache may take; None for the default budget.
+
+    Raises:
+        DamagedError: an object's size is not what was sealed; names the key.
     """
 
     def __init__(
         self,
         store: AnyStore,
         cache_root: Path,
-        views: int,
+        views: int = 1,
         *,
         beside: int = 0,
         windowed: bool = False,
         beside_windows: bool = False,
         budget: int | None = None,
     ) -> None:
-        for manifest in store.manifests:
-            _ = manifest.identity.codec  # which refuses what describes logits
-        self._store, self._budget, self._beside = store, budget, beside
+        self.shape = store.views, store.num_rows, store.classes
+        """Views, rows and classes of the store."""
         tokens = store.tokens()  # looked at once: each look lists all shards
         self._views = [view_pieces(store, view, cache_root, lambda: tokens) for view in range(views)]
-        self._room = room_in(cache_root, budget)
+        self._budget, self._beside, self._room = budget, beside, room_in(cache_root, budget)
         self._bytes = self._views[0].nbytes(range(self._views[0].count))
         # Others on this node may read other views: so all of them have to fit, or else each holds no more than windows.
         self.whole = not windowed or (not beside_windows and beside + views * self._bytes <= self._room)
         """Whether whole views are held."""
         self._holder = Holder(budget)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Views, rows and classes of the store."""
-        return self._store.views, self._store.num_rows, self._store.classes
-
     def watch(self, guard: Guard) -> None:
         """Have what is read from now on vouched for."""
         self._holder.guard = guard
 
     def move(self, view: int, spans: Sequence[Span]) -> None:
-        """Read some spans of a view's rows from now on, and nothing else."""
+        """Read some spans of a view's rows from now on, and nothing else.
+
+        Raises:
+            DamagedError: a shard is not what was sealed; names the key.
+            MachineError: no room within the budget or on the disk; names need, free and budget.
+        """
         pieces = self._views[view]
         self._holder.move(pieces, self._wanted(pieces, spans))
 
     def expect(self, view: int, spans: Sequence[Span]) -> None:
-        """Decode these meanwhile, which are read next."""
+        """Fetch these meanwhile, which are read next."""
         pieces = self._views[view]
         self._holder.expect(pieces, self._wanted(pieces, spans))
 
-    def take(self, rows: npt.NDArray[np.int64], axis: int = 0) -> npt.NDArray[Any]:
-        """Logits [n, classes] of rows by number, of those that are read now."""
-        assert self._holder.now is not None, "a stream moves before it reads"
-        return self._holder.now.take(LOGITS, rows)
-
     def decode(self) -> None:
-        """Decode what fits beside everything else, whole views from the first on."""
-        fitting = (self._room - self._beside) // self._bytes
+        """Fetch what fits beside everything else, whole views from the first on."""
+        fitting = max(0, self._room - self._beside) // self._bytes
         for pieces in self._views[:fitting]:
             hold_pieces(pieces, range(pieces.count), budget=self._budget)
 
     def resting(self, marks: Collection[str]) -> list[Held]:
-        """What is decoded in files of these marks."""
+        """What this node has of it in files of these marks."""
         return [held for pieces in self._views for held in resting(pieces, marks)]
 
     def close(self) -> None:
         """Let everything go."""
         self._holder.close()
 
+    @property
+    def _held(self) -> Held:
+        assert self._holder.now is not None, "a stream moves before it reads"
+        return self._holder.now
+
     def _wanted(self, pieces: Pieces, spans: Sequence[Span]) -> Sequence[int]:
-        return range(pieces.count) if self.whole else pieces.of_spans(spans)
+        return range(pieces.count) if self.whole else pieces.of_spans(self._stored_spans(spans)) or [0]
+
+    def _stored_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+        """Where in a view lies what is stored of these rows."""
+        return spans
+
+
+class StoredLogits(StoredViews):
+    """The logits that a stream reads: of a store, or the mean of several.
+
+    Args:
+        store, cache_root, views, options: as of `StoredViews`.
+
+    Raises:
+        RefusedError: a store describes logits, and does not hold them.
+        DamagedError: as `StoredViews`.
+    """
+
+    def __init__(self, store: AnyStore, cache_root: Path, views: int, **options: Any) -> None:
+        for manifest in store.manifests:
+            _ = manifest.identity.codec  # which refuses what describes logits
+        super().__init__(store, cache_root, views, **options)
+
+    def take(self, rows: npt.NDArray[np.int64], axis: int = 0) -> npt.NDArray[Any]:
+        """Logits [n, classes] of rows by number, of those that are read now."""
+        return self._held.take(LOGITS, rows)

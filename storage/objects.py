@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from akd_dist.base.errors import DamagedError, MachineError
+from akd_dist.base.errors import DamagedError, MachineError, is_limit, limit_reached
 from akd_dist.base.files import PARTIAL_SUFFIX, fsync_folder, link_new, publish_new, replace
 
 # The last second of the year 9999: a file's time may lie beyond what a date can say.
@@ -313,6 +313,8 @@ def storage_error(verb: str, where: str, reason: object, next: str | None = None
     Args:
         next: what to do about it, where that is known.
     """
+    if isinstance(reason, OSError) and is_limit(reason):
+        return limit_reached(reason)
     return MachineError(
         f"cannot {verb} {where}",
         got=(reason.strerror or str(reason)) if isinstance(reason, OSError) else reason,

@@ -16,18 +16,25 @@ import numpy as np
 import numpy.typing as npt
 
 from akd_dist.base.errors import DamagedError, RefusedError
-from akd_dist.base.files import sha256
-from akd_dist.storage.arrays import decode_shard, metadata, rows_within
-from akd_dist.storage.content import digest
 from akd_dist.storage.dictionary import DICTIONARY, Dictionary
-from akd_dist.storage.fetching import fetch_ahead, key_of, missing, table_problem
-from akd_dist.storage.layout import ARRAYS, LOGITS, Shard, StoredArray, StoreLayout
+from akd_dist.storage.fetching import fetch_ahead
+from akd_dist.storage.layout import ARRAYS, LOGITS, Shard, StoreLayout
 from akd_dist.storage.manifest import Manifest
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot, Stat
-from akd_dist.storage.records import ObjectRecord, ShardRecord
 from akd_dist.storage.roots import open_root
 from akd_dist.storage.seal import read_manifest as read_manifest
-from akd_dist.storage.tables import OFFSETS, Table, check_table, damaged_table, read_table, sealed_documents
+from akd_dist.storage.sealed_objects import (
+    Damage,
+    damages_of,
+    decode_sealed,
+    key_of,
+    metadata_problems,
+    missing,
+    shard_problem,
+    table_problem,
+    table_records,
+)
+from akd_dist.storage.tables import OFFSETS, Table, check_table, damaged_table, read_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,15 +44,6 @@ _AT_ONCE = 16
 _BYTES_AHEAD = 128 * 2**20
 Arrays = dict[str, npt.NDArray[Any]]
 """What is stored of some items: the arrays of the store by name."""
-
-
-@dataclass(frozen=True)
-class Damage:
-    """One object that is not what was sealed."""
-
-    key: str
-    """Relative to the store."""
-    problem: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,7 +290,7 @@ class LogitStore:
         for (shard, array), fetch in fetch_ahead(pairs, lambda pair: objects.get(key_of(*pair)), self._most_ahead):
             key = key_of(shard, array)
             try:
-                found[array.name] = self._decoded(shard, array, self.manifest.record(shard), fetch())
+                found[array.name] = decode_sealed(self.manifest, shard, array, fetch())
             except ObjectMissing:
                 raise self.damaged(key, missing(objects, key)) from None
             except ValueError as error:
@@ -320,16 +318,14 @@ class LogitStore:
         of_shards = ((shard, array) for shard in self.layout.shards() for array in fields)
         for (shard, array), (key, size) in zip(of_shards, sizes.items(), strict=True):
             stat = found.get(key)
-            if (stat is None or stat.size != size) and (problem := self._problem(shard, array, stat, deep=False)):
+            if stat is not None and stat.size == size:
+                continue
+            if problem := shard_problem(self._objects, self.manifest, shard, array, stat, deep=False):
                 raise self.damaged(key, problem)
-        for record in self._table_objects:
+        for record in table_records(self.manifest):
             if problem := table_problem(self._objects, record, found.get(record.key), deep=False):
                 raise self.damaged(record.key, problem)
         return {key: found[key] for key in sizes}
-
-    @property
-    def _table_objects(self) -> list[ObjectRecord]:
-        return [record for objects in (self.manifest.tables or {}).values() for record in objects]
 
     def verify(self, *, deep: bool = True, on_progress: Callable[[int, int], None] | None = None) -> list[Damage]:
         """Everything that is not what was sealed; empty for a good store.
@@ -338,19 +334,7 @@ class LogitStore:
             deep: read every shard and check its sha256, not only presence and size.
             on_progress: called with how many shards are checked, and of how many.
         """
-        damages = [Damage(f"{ARRAYS}/{key}", problem) for key, problem in self._metadata_problems()]
-        found = self._objects.list()
-        for record in self._table_objects:
-            if problem := table_problem(self._objects, record, found.get(record.key), deep=deep):
-                damages.append(Damage(f"{ARRAYS}/{record.key}", problem))
-        for number, shard in enumerate(self.layout.shards(), 1):
-            for array in self.layout.fields:
-                key = key_of(shard, array)
-                if problem := self._problem(shard, array, found.get(key), deep=deep):
-                    damages.append(Damage(f"{ARRAYS}/{key}", problem))
-            if on_progress is not None:
-                on_progress(number, self.layout.shard_count)
-        return damages + self._document_damages()
+        return damages_of(open_root(self.uri), self.manifest, deep=deep, on_progress=on_progress)
 
     def check(self) -> None:
         """Presence and size of every shard, and the Zarr metadata: what `open_store` does.
@@ -358,7 +342,7 @@ class LogitStore:
         Raises:
             DamagedError: names the first key that is wrong.
         """
-        for key, problem in self._metadata_problems():
+        for key, problem in metadata_problems(self._objects, self.manifest):
             raise self.damaged(key, problem)
         self.stats()
 
@@ -384,69 +368,6 @@ class LogitStore:
             self._last.clear()
             self._last[shard] = found
         return found
-
-    def _decoded(self, shard: Shard, array: StoredArray, record: ShardRecord, data: bytes) -> npt.NDArray[Any]:
-        """What an object of a shard holds; ValueError where that is not what was sealed.
-
-        Another version of a compressor may write other bytes for the same logits: a repair may leave such an object,
-        and the sealed digest of the decoded logits vouches for it.
-        """
-        sealed = record.digests[key_of(shard, array)]
-        same = sha256(data) == sealed
-        if not same and (record.content is None or self.manifest.identity.object_bytes(shard) is not None):
-            raise ValueError(f"sha256 {sha256(data)} instead of {sealed}")
-        if same and (written := rows_within(self.manifest.identity, shard, data, array)) is not None:
-            return written
-        logits = decode_shard(self.manifest.identity, shard, data, array)
-        if not same and (found := digest([logits])) != record.content:
-            raise ValueError(f"sha256 {found} of its logits instead of {record.content}")
-        return logits
-
-    def _problem(self, shard: Shard, array: StoredArray, stat: Stat | None, *, deep: bool) -> str | None:
-        """What is wrong with an object of a shard, as far as its size or, if need be, its content tells."""
-        key = key_of(shard, array)
-        if stat is None:
-            return missing(self._objects, key)
-        record = self.manifest.record(shard)
-        size = record.sizes[key]
-        if stat.size != size and self.manifest.identity.object_bytes(shard) is not None:
-            return f"{stat.size:,} bytes instead of {size:,}"
-        if not deep and stat.size == size:
-            return None
-        try:
-            data = self._objects.get(key)
-            if sha256(data) != record.digests[key]:
-                self._decoded(shard, array, record, data)
-        except ObjectMissing:
-            return missing(self._objects, key)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def _metadata_problems(self) -> list[tuple[str, str]]:
-        problems = []
-        for key in metadata(self.manifest.identity):
-            try:
-                digest = sha256(self._objects.document(key))
-            except ObjectMissing:
-                problems.append((key, missing(self._objects, key)))
-                continue
-            expected = self.manifest.zarr_json.get(key)
-            if digest != expected:
-                problems.append((key, f"sha256 {digest} instead of {expected}"))
-        return problems
-
-    def _document_damages(self) -> list[Damage]:
-        damages = []
-        for key, sealed in sealed_documents(self.manifest).items():
-            try:
-                data = open_root(self.uri).document(key)
-            except ObjectMissing:
-                damages.append(Damage(key, "is missing"))
-                continue
-            if data != sealed:
-                damages.append(Damage(key, "is not what the manifest was sealed from"))
-        return damages
 
 
 def open_store(uri: str) -> LogitStore:

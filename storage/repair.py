@@ -16,9 +16,10 @@ from akd_dist.storage.layout import ARRAYS, CREATION_KEY, DAMAGED_SUFFIX, LOGITS
 from akd_dist.storage.manifest import Computed, Creation, Manifest, differences
 from akd_dist.storage.objects import ObjectMissing, ObjectRoot
 from akd_dist.storage.publishing import get_whatever, set_aside
-from akd_dist.storage.reader import Damage, LogitStore, open_store, read_manifest
+from akd_dist.storage.reader import open_store, read_manifest
 from akd_dist.storage.records import Loss, ObjectRecord, Probe, joined
 from akd_dist.storage.roots import open_root
+from akd_dist.storage.sealed_objects import Damage, damages_of
 from akd_dist.storage.tables import Table, dictionary_sha256, find_tables, put_table, sealed_documents
 from akd_dist.storage.writer import (
     Kept,
@@ -56,7 +57,7 @@ def verify_store(
         return [Damage(MANIFEST_KEY, error.got or error.what)]
     if manifest.id != store_id:
         return [Damage(MANIFEST_KEY, f"is that of store {manifest.id}")]
-    return LogitStore(uri, manifest).verify(deep=deep, on_progress=on_progress)
+    return damages_of(open_root(uri), manifest, deep=deep, on_progress=on_progress)
 
 
 def repair_store(

@@ -6,20 +6,17 @@ a batch is a copy of one slice for each row. Nothing is decoded here: what is st
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from akd_dist.storage.content import Guard
-from akd_dist.storage.decoded import view_pieces
-from akd_dist.storage.holder import Holder
+from akd_dist.storage.decoded import StoredViews
 from akd_dist.storage.interleaved import interleaved
 from akd_dist.storage.layout import LOGITS
-from akd_dist.storage.node_cache import room_in
-from akd_dist.storage.pieces import Held, Pieces, Span, hold_pieces, resting
+from akd_dist.storage.pieces import Held, Span
 from akd_dist.storage.reader import LogitStore
 
 Gathered = tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]]
@@ -28,34 +25,19 @@ Items = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
 """Some targets as a node holds them, and how many of these each row has."""
 
 
-class StoredTargets:
-    """What of a store a stream reads, by the view of the epoch; of a store of any encoding.
+class StoredTargets(StoredViews):
+    """What is stored of targets, read by rows; of a store of any encoding.
 
     Args:
         store: one store: what describes logits is never averaged.
-        cache_root: where this node keeps it.
-        views: so many of its views are read.
-        beside: bytes of what else is read from the cache meanwhile.
-        windowed: whether rows are read window by window: where the cache has no room for all views, no more than a few
-            windows are held then.
-        beside_windows: whether the rows themselves are held by windows, which take what room there is.
-        budget: bytes that everything in the cache may take; None for the default budget.
+        cache_root, views, options: as of `StoredViews`.
 
     Raises:
         DamagedError: the offsets, or an object's size, are not what was sealed; names the key.
     """
 
-    def __init__(
-        self,
-        store: LogitStore,
-        cache_root: Path,
-        views: int = 1,
-        *,
-        beside: int = 0,
-        windowed: bool = False,
-        beside_windows: bool = False,
-        budget: int | None = None,
-    ) -> None:
+    def __init__(self, store: LogitStore, cache_root: Path, views: int = 1, **options: Any) -> None:
+        super().__init__(store, cache_root, views, **options)
         self.store = store
         """The store that is read."""
         self.offsets = store.offsets if store.layout.several else None
@@ -64,16 +46,8 @@ class StoredTargets:
         self._each = 1 if self._counts is None else _equal(self._counts)
         self.together = interleaved(store.layout)
         """How all arrays of a target lie in one; None where the store holds logits."""
-        self._budget, self._beside = budget, beside
-        tokens = store.tokens()  # looked at once: each look lists all shards
-        self._views = [view_pieces(store, view, cache_root, lambda: tokens) for view in range(views)]
         self.row_bytes = -(-store.layout.item_bytes * store.layout.rows // max(1, store.num_rows))
         """What is stored of a row, in bytes on average."""
-        self._room = room_in(cache_root, budget)
-        self._bytes = self._views[0].nbytes(range(self._views[0].count))
-        self.whole = not windowed or (not beside_windows and beside + views * self._bytes <= self._room)
-        """Whether whole views are held."""
-        self._holder = Holder(budget)
 
     @property
     def targets(self) -> int:
@@ -118,50 +92,10 @@ class StoredTargets:
             starts = _places(held, starts, counts)
         return _slices(array, starts, counts), counts
 
-    def watch(self, guard: Guard) -> None:
-        """Have what is read from now on vouched for."""
-        self._holder.guard = guard
-
-    def move(self, view: int, spans: Sequence[Span]) -> None:
-        """Read some spans of a view's rows from now on, and nothing else.
-
-        Raises:
-            DamagedError: a shard is not what was sealed; names the key.
-            MachineError: no room within the budget or on the disk; names need, free and budget.
-        """
-        pieces = self._views[view]
-        self._holder.move(pieces, self._wanted(pieces, spans))
-
-    def expect(self, view: int, spans: Sequence[Span]) -> None:
-        """Fetch these meanwhile, which are read next."""
-        pieces = self._views[view]
-        self._holder.expect(pieces, self._wanted(pieces, spans))
-
-    def decode(self) -> None:
-        """Fetch what fits beside everything else, whole views from the first on."""
-        fitting = max(0, self._room - self._beside) // self._bytes
-        for pieces in self._views[:fitting]:
-            hold_pieces(pieces, range(pieces.count), budget=self._budget)
-
-    def resting(self, marks: Collection[str]) -> list[Held]:
-        """What this node has of it in files of these marks."""
-        return [held for pieces in self._views for held in resting(pieces, marks)]
-
-    def close(self) -> None:
-        """Let everything go."""
-        self._holder.close()
-
-    @property
-    def _held(self) -> Held:
-        assert self._holder.now is not None, "a stream moves before it reads"
-        return self._holder.now
-
-    def _wanted(self, pieces: Pieces, spans: Sequence[Span]) -> Sequence[int]:
-        if self.whole:
-            return range(pieces.count)
+    def _stored_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
         if self.offsets is not None:
             spans = [(int(self.offsets[start]), int(self.offsets[stop])) for start, stop in spans]
-        return pieces.of_spans([(start, stop) for start, stop in spans if start < stop]) or [0]
+        return [(start, stop) for start, stop in spans if start < stop]
 
 
 def _equal(counts: npt.NDArray[np.int64]) -> int | None:

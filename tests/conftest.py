@@ -86,6 +86,17 @@ def probed_once() -> Iterator[None]:
     patch.undo()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors on one thread: several wait for each other where a machine has other work too."""
+    import torch  # here, as most tests need none
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(isolated_home: Path) -> Iterator[None]:
     """One Ray for the whole session, started by the first test that needs it; four logical CPUs on any machine."""

@@ -7,15 +7,19 @@ import importlib
 import itertools
 import struct
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from akd_dist import recipe
+from akd_dist.base.errors import RefusedError
 from akd_dist.data import hub
+from akd_dist.data.row_cache import prepare
 from tests.fleets import own
 
 KINDS = ("parquet", "idx", "idx.gz", "huggingface", "table", "dataset")
@@ -107,6 +111,20 @@ def source(kind: str, folder: Path, inputs: np.ndarray, labels: Any, **options: 
             return dataset(place, inputs, labels, **options)
         case _:
             return idx(place, idx_bytes(inputs), idx_bytes(np.array(labels, dtype=np.uint8)), **options)
+
+
+def refused_whole(make: Callable[[Path], Any], words: Sequence[str], folder: Path) -> None:
+    """Prepare what `make` gives, a recipe's data or its train source: it is refused in these words, and nothing is left
+    in the cache.
+    """
+    made = make(folder)
+    with pytest.raises(RefusedError) as caught:
+        prepare(made if isinstance(made, recipe.DataSpec) else recipe.DataSpec(train=made), folder / "cache")
+    assert caught.value.code == 4
+    for word in words:
+        assert word in str(caught.value)
+    assert not list(folder.glob("cache/rows/*/index.json"))
+    assert not list(folder.glob("cache/rows/*.partial"))
 
 
 def _lists(depth: int) -> Any:

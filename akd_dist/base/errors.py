@@ -4,6 +4,7 @@ The classes lie on the lowest floor so that every floor can raise them; the comm
 and its exit code, and a Ray task may raise one (they pickle).
 """
 
+import errno
 import re
 from typing import Any, ClassVar, TypeVar
 
@@ -137,11 +138,31 @@ class TerminatedError(InterruptedByUser):
 Kind = TypeVar("Kind", bound=AkdError)
 
 
-def unreadable(kind: type[Kind], place: object, error: OSError, *, expected: str, next: str | None = None) -> Kind:
+def is_limit(error: OSError) -> bool:
+    """Whether a file could not be opened for a reason that has nothing to do with it: too many others are open."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def limit_reached(error: Exception) -> MachineError:
+    """What to say where this machine lets the command have no more files, processes or threads."""
+    return MachineError(
+        "this machine lets the command have no more files, processes or threads",
+        got=str(error),
+        expected="limits that leave room for a few hundred files and some dozen threads",
+        next="raise the limits of open files (ulimit -n) and of processes (ulimit -u), or end what is not "
+        "needed; then run the same command again: what is done is kept",
+    )
+
+
+def unreadable(
+    kind: type[Kind], place: object, error: OSError, *, expected: str, next: str | None = None
+) -> Kind | MachineError:
     """What to say of a file or a folder that cannot be read; the advice is the caller's.
 
     Args:
-        kind: whose exit code it has.
+        kind: whose exit code it has, where it is the file's fault.
         place: the path, with a word of what it is where that helps.
     """
+    if is_limit(error):
+        return limit_reached(error)
     return kind(f"{place} cannot be read", got=error.strerror or str(error), expected=expected, next=next)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from akd_dist.base.errors import MachineError, RecipeError, unreadable
+from akd_dist.base.errors import MachineError, RecipeError, is_limit, limit_reached, unreadable
 
 # Names of files in the making. Readers skip them, `stores gc` removes those whose writer died.
 PARTIAL_SUFFIX = ".partial"
@@ -368,6 +368,8 @@ def fsync_folder(folder: Path) -> None:
 
 def write_error(error: OSError, path: Path, size: int) -> MachineError:
     """What to say when `size` bytes could not be written to `path`."""
+    if is_limit(error):
+        return limit_reached(error)
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return MachineError(

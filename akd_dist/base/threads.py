@@ -84,7 +84,7 @@ class Behind:
 
 
 def within(seconds: float, act: Callable[[], T]) -> T:
-    """What code of somebody else gives, run on a thread of its own, which is ended where it computes for longer.
+    """Run code of somebody else on a thread of its own and return what it returns; end it once its time is up.
 
     It is ended between two instructions of Python: a single call into a library is waited for.
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 
-from akd_dist.base.errors import AkdError, InterruptedByUser, MachineError, RecipeError, TerminatedError
+from akd_dist.base.errors import AkdError, InterruptedByUser, MachineError, RecipeError, TerminatedError, limit_reached
 from akd_dist.cli.options import Group
 from akd_dist.cli.recipes import recipe
 from akd_dist.cli.reports import report
@@ -165,13 +165,7 @@ def _as_refusal(error: BaseException, arguments: list[str]) -> AkdError:
                 next="free some space, or let the output go elsewhere",
             )
         case OSError(errno=errno.EMFILE | errno.ENFILE | errno.EAGAIN) | RuntimeError(args=("can't start new thread",)):
-            return MachineError(
-                "this machine lets the command have no more files, processes or threads",
-                got=str(error),
-                expected="limits that leave room for a few hundred files and some dozen threads",
-                next="raise the limits of open files (ulimit -n) and of processes (ulimit -u), or end what is not "
-                "needed; then run the same command again: what is done is kept",
-            )
+            return limit_reached(error)
         case FileNotFoundError(strerror=str(reason)) if reason.startswith("No usable temporary directory"):
             return MachineError(
                 "there is no folder for temporary files",

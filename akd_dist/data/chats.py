@@ -36,7 +36,7 @@ class Chat:
     """A chat as tokens."""
 
     ids: np.ndarray
-    """int32 [tokens]; ~id of those that are not to be learnt."""
+    """int32 [tokens]; an id that is not to be learnt stands as ~id, its bitwise complement, which is negative."""
     cut: bool = False
     """Whether its first turns are left out, since it is longer than a block."""
 
@@ -103,7 +103,7 @@ class Chats:
         return np.array(told["input_ids"], np.int32), np.array(told["assistant_masks"], np.bool_)
 
     def _by_prefixes(self, messages: Sequence[Message], row: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same of a template that does not tell: the assistant's are the tokens that a message of its adds."""
+        """The same of a template that does not say: the assistant's tokens are those that each of its messages adds."""
         spoken = [at for at, one in enumerate(messages) if one["role"] == _ASSISTANT]
         texts = [self._rendered(messages, row)]
         for at in spoken:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import RefusedError, unreadable
 
 # What computers leave in folders: nobody needs to hear of it.
 _LEFTOVERS = frozenset(["Thumbs.db", "desktop.ini", "__MACOSX", "@eaDir"])
@@ -79,12 +79,11 @@ class Walk:
                 else:
                     yield from self._other(entry, below + entry.name, above)
         except OSError as error:
-            raise RefusedError(
-                f"the folder {place} cannot be read",
-                got=error.strerror or str(error),
-                expected=f"folders and {self._what} that this user can read",
-                next="correct its permissions, or leave it out",
-            ) from error
+            right, advice = (
+                f"folders and {self._what} that this user can read",
+                "correct its permissions, or leave it out",
+            )
+            raise unreadable(RefusedError, f"the folder {place}", error, expected=right, next=advice) from error
 
     def _file(self, entry: os.DirEntry[str], name: str) -> tuple[os.DirEntry[str], str]:
         if self._wanted(name):

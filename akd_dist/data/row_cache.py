@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from akd_dist import recipe
-from akd_dist.base.errors import MachineError
+from akd_dist.base.errors import MachineError, is_limit, limit_reached
 from akd_dist.base.files import (
     PARTIAL_SUFFIX,
     canonical_json,
@@ -301,6 +301,8 @@ def _making(folder: Path, needed: str) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
     except OSError as error:
+        if is_limit(error):
+            raise limit_reached(error) from error
         raise MachineError(
             f"cannot prepare the data in {folder}",
             got=error.strerror or str(error),

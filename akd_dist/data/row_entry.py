@@ -1,11 +1,11 @@
 """An entry of the node's cache that holds prepared rows: arrays of each split, and the index that vouches for them."""
 
-import errno
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from akd_dist.base.errors import is_limit
 from akd_dist.base.files import without_checksum
 from akd_dist.data.encoded import Mapped, pictures_of
 from akd_dist.data.row_files import names_of
@@ -29,7 +29,7 @@ def open_entry(folder: Path) -> Splits | None:
         splits = [_rows(folder, name, index) for name in SPLITS]
         lines = tuple(map(str, index.get("findings", ())))  # rows that an earlier version prepared have none
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        if isinstance(error, OSError) and is_limit(error):
             raise
         return None
     return Splits(*splits, findings=lines)

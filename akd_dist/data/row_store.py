@@ -221,28 +221,10 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
     readings = open_sources(data, look.kinds)
     readings = in_colour(readings) if colour else readings
 
-    def drawn(labels: np.ndarray | None) -> dict[str, np.ndarray]:
-        return {name: split_of_source(name, data, one.source, labels) for name, one in readings.items()}
-
-    splits = {} if reads_labels_first(data) else drawn(None)
-    classes, labels, lines = Classes(1, complete=True), dict[str, np.ndarray](), list[str]()
-    counts = np.zeros((len(SPLITS) + 1, 0), dtype=np.int64)
-    if data.task == "classification":
-        classes = Classes()
-        for name, reading in readings.items():
-            told = functools.partial(tell, f"the labels of data.{name}")
-            classes, labels[name] = read_labels(reading, data.task, classes, told)
-    elif not splits:
-        told = functools.partial(tell, "the labels of data.train")
-        _, labels["train"] = read_labels(readings["train"], data.task, classes, told)
-    splits = splits or drawn(labels["train"])
+    splits, classes, counts = _split(data, readings, tell)
     rows = rows_by_split(splits)
-    if data.task == "classification":
-        counts = np.sum([splitting.count(splits[name], labels[name], classes.number or 0) for name in readings], axis=0)
-        splitting.check_classes(data, counts, classes.names)
-        lines = findings.of_classes(counts[0], classes.names) if rows.labelled else []
+    lines = findings.of_classes(counts[0], classes.names) if data.task == "classification" and rows.labelled else []
     lines += findings.of_unlabelled(data, rows.labelled, rows.unlabelled)
-    labels.clear()
     lead = next(iter(readings.values()))
     inputs, encoded = lead.inputs, kept_as(lead)
     creation = RowsCreation(
@@ -263,6 +245,36 @@ def _plan(look: _Looked, tell: Progress, colour: bool) -> RowsPlan:
     job = _job(look, writer, classes, colour, readings, origins, stamps)
     runs = [run for split in SPLITS for run in runs_of(split, segments_of(split, readings, splits), creation, there)]
     return RowsPlan(job, runs, there, readings, counts, rows, lines, origins, stamps)
+
+
+def _split(
+    data: recipe.DataSpec, readings: Mapping[str, OpenedSource], tell: Progress
+) -> tuple[dict[str, np.ndarray], Classes, np.ndarray]:
+    """Which split each row of each source is of, the classes, and how many rows of each class a split has, int64
+    [splits + 1, classes]: labels are read where one of these takes them.
+
+    Raises:
+        RefusedError: as `splitting.check_classes`.
+    """
+
+    def drawn(labels: np.ndarray | None) -> dict[str, np.ndarray]:
+        return {name: split_of_source(name, data, one.source, labels) for name, one in readings.items()}
+
+    splits = {} if reads_labels_first(data) else drawn(None)
+    classes, labels = Classes(1, complete=True), dict[str, np.ndarray]()
+    if data.task != "classification":
+        if not splits:
+            told = functools.partial(tell, "the labels of data.train")
+            _, labels["train"] = read_labels(readings["train"], data.task, classes, told)
+        return splits or drawn(labels["train"]), classes, np.zeros((len(SPLITS) + 1, 0), dtype=np.int64)
+    classes = Classes()
+    for name, reading in readings.items():
+        told = functools.partial(tell, f"the labels of data.{name}")
+        classes, labels[name] = read_labels(reading, data.task, classes, told)
+    splits = splits or drawn(labels["train"])
+    counts = np.sum([splitting.count(splits[name], labels[name], classes.number or 0) for name in readings], axis=0)
+    splitting.check_classes(data, counts, classes.names)
+    return splits, classes, counts
 
 
 def _job(

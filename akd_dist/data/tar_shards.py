@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from akd_dist.base.errors import RefusedError, unreadable
+from akd_dist.base.errors import AkdError, RefusedError, unreadable
 from akd_dist.data.folder_walk import Walk, is_leftover
 from akd_dist.data.parquet_files import check_scheme, matches, nothing_at
 from akd_dist.data.picture_files import is_picture
@@ -402,5 +402,5 @@ def bytes_of(shard: Shard, start: int, stop: int) -> io.BytesIO:
     return io.BytesIO(data)
 
 
-def _unreadable(shard: Shard, error: OSError) -> RefusedError:
+def _unreadable(shard: Shard, error: OSError) -> AkdError:
     return unreadable(RefusedError, shard, error, expected="a tar file that this user can read")

@@ -60,7 +60,7 @@ def check_in_store(store: LogitStore, rows: Rows, name: str = "the teacher") -> 
     asked = store.layout.rows
     accuracy = min(1.0, sum(shard.rows * (shard.label_agreement or 0.0) for shard in shards) / asked)
     if rows.task == "language_model":
-        return TeacherCheck(name=name, rows=asked, accuracy=accuracy)
+        return TeacherCheck(name=name, rows=asked, asked_of="tokens", accuracy=accuracy)
     warnings = _of_chance(name, accuracy, rows.class_counts())
     return TeacherCheck(name=name, rows=len(rows), accuracy=accuracy, warnings=warnings)
 

@@ -150,11 +150,6 @@ class TeacherTargets(StoredTargets):
         super().__init__(store, cache_root, views, **more)
         self.decoder = Decoder.of(store, device)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Views, rows and classes of the store."""
-        return self.store.views, self.store.num_rows, self.store.classes
-
     def batch(self, rows: np.ndarray) -> BatchTargets:
         """The targets of rows, int64 [n], of those that are read now."""
         items, counts = self.items(rows)

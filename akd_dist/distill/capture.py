@@ -5,7 +5,7 @@ means of groups of classes for the head, the mean, and one exponential that serv
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from akd_dist.base.errors import RefusedError
 from akd_dist.distill.output_head import Head, blocks, chunk_targets, parts
-from akd_dist.distill.sparse import SparseTargets, TailDictionary
+from akd_dist.distill.sparse import NEVER, SparseTargets, TailDictionary
 from akd_dist.distill.tail_curve import LOWEST
-from akd_dist.distill.teacher_targets import softmax_and_lse
 
 _GROUP = 64  # classes of which the largest logit is looked for before the largest of all
 _LARGEST_POWER = 12  # of one exponential, for temperatures that are base / 1, base / 2, ...
@@ -62,6 +61,7 @@ def capture(
     classes: int,
     chunk: int | None = None,
     named: Callable[[int], str] = _numbered,
+    out: Tensor | None = None,
 ) -> Captured:
     """What is stored of targets, from the teacher's hidden states at them.
 
@@ -75,6 +75,7 @@ def capture(
         temperatures: where the curve of the tail is stored.
         chunk: how many targets go through the head together; by default `capture_chunk`.
         named: how a message calls a target, by its number in h.
+        out: memory for the logits of a chunk, as of `Head.logits`.
 
     Raises:
         RefusedError: logits that are not finite, with the first such target; k > classes; a head of fewer rows.
@@ -83,11 +84,12 @@ def capture(
     head, size = head.cut(classes), chunk or capture_chunk(classes)
     found = []
     with torch.inference_mode():
+        out = h.new_empty(size, classes) if out is None else out
         for part in parts(0, len(h), size):
             given = h[part]
             padding = given[:1].expand(size - len(given), -1)
-            z = head.logits(torch.cat([given, padding]) if len(padding) else given)[: len(given)]
-            coefficients = _from_hidden(given, dictionary) if head.linear else None
+            z = head.logits(torch.cat([given, padding]) if len(padding) else given, out)[: len(given)]
+            coefficients = projected(given, dictionary) if head.linear else None
             for rows in blocks(slice(0, len(given)), classes, h.device):
                 own = None if coefficients is None else coefficients[rows]
                 found.append(_described(z[rows].float(), k, temperatures, dictionary, own))
@@ -160,27 +162,39 @@ def _first(values: Tensor, places: Tensor, k: int) -> Tensor:
 def log_masses(z: Tensor, top: Tensor, temperatures: Sequence[float]) -> Tensor:
     """log of the sum of exp((z - top) / T) of each row at each temperature, [m, t].
 
-    With x = exp(z / base), temperatures base / n are sums of x^n: one exponential serves all that are so related, as
+    Args:
+        z: float32 [m, V]; what is no part of the sum is `NEVER`.
+        top: [m].
+    """
+    below, found = z.amax(1) - top, z.new_zeros(len(z), len(temperatures))
+    for at, x in exponentials(z, temperatures):
+        found[:, at] = x.sum(1).log() + below / temperatures[at]
+    return found
+
+
+def exponentials(z: Tensor, temperatures: Sequence[float]) -> Iterator[tuple[int, Tensor]]:
+    """x = exp((z - max z) / T) of each row, [m, V], at each temperature by its number; those to come need it unchanged.
+
+    With x = exp(z / base), those at temperatures base / n are x^n: one exponential serves all that are so related, as
     1, 4/3, 2 and 4 are, or tau_max / 1, tau_max / 2, ...; others take one each.
 
     Args:
-        z: float32 [m, V]; what is no part of the sum is -1e30.
-        top: [m].
+        z: float32 [m, V]; what has no part in any is `NEVER`.
     """
     base = _common_base(temperatures)
     if base is None:
-        each = [softmax_and_lse(z / T)[1] - top / T for T in temperatures]
-        return torch.stack(each, 1) if each else z.new_zeros(len(z), 0)
+        yield from ((at, _exponential(z, T)) for at, T in enumerate(temperatures))
+        return
     powers = [round(base / T) for T in temperatures]
-    x = torch.softmax(z / base, dim=1)
-    x.div_(x.amax(1, keepdim=True))  # so that no power of it is lost below what floats can hold
-    sums, power = {1: x.sum(1)}, x
-    for n in range(2, max(powers, default=1) + 1):
-        power = power * x
-        sums[n] = power.sum(1) if n in powers else sums[1]
-    below = z.amax(1) - top
-    each = [sums[n].log() + below / T for n, T in zip(powers, temperatures, strict=True)]
-    return torch.stack(each, 1) if each else z.new_zeros(len(z), 0)
+    x = power = _exponential(z, base)
+    for n in range(1, max(powers, default=0) + 1):
+        power = x if n == 1 else power * x
+        yield from ((at, power) for at, one in enumerate(powers) if one == n)
+
+
+def _exponential(z: Tensor, temperature: float) -> Tensor:
+    x = torch.softmax(z / temperature, dim=1)
+    return x.div_(x.amax(1, keepdim=True))  # so that no power of it is lost below what floats can hold
 
 
 def _common_base(temperatures: Sequence[float]) -> int | None:
@@ -195,7 +209,7 @@ def _common_base(temperatures: Sequence[float]) -> int | None:
 def _described(
     z: Tensor, k: int, temperatures: Sequence[float], dictionary: TailDictionary | None, coefficients: Tensor | None
 ) -> Captured:
-    """Of a block of logits, float32 [m, V], whose memory is ours if it is a copy: it is not changed."""
+    """What is stored of the targets of a block of logits, float32 [m, V], which are left as they are."""
     mean = z.mean(1)
     if coefficients is None:
         coefficients = _from_logits(z, mean, dictionary)
@@ -205,11 +219,11 @@ def _described(
         tail = z.new_full((len(z), len(temperatures)), LOWEST)
     else:
         top = values[:, 0] if k else z.amax(1)
-        tail = log_masses(z.scatter(1, ids, -1e30), top, temperatures).clamp_min_(LOWEST)
+        tail = log_masses(z.scatter(1, ids, NEVER), top, temperatures).clamp_min_(LOWEST)
     return Captured(ids, values, mean, tail, coefficients)
 
 
-def _from_hidden(h: Tensor, dictionary: TailDictionary | None) -> Tensor:
+def projected(h: Tensor, dictionary: TailDictionary | None) -> Tensor:
     """Coefficients [n, r] by a projection of hidden states; none without a dictionary."""
     if dictionary is None or dictionary.projection is None or not len(dictionary.projection):
         return torch.zeros(len(h), 0, device=h.device)

@@ -23,15 +23,15 @@ from akd_dist.storage.dictionary import Dictionary
 from akd_dist.storage.top_k import Described, TopK
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
-"""That a store's card is measured at: the same for all recipes, as they find the same store."""
+"""At which a store's card is measured: the same for all recipes, since recipes of other students find the same."""
 MEASURED = 384
 """Targets that a card is measured on, evenly spaced among those of its rows."""
 MEASURED_ROWS = 32
-"""Rows that these are of, or more where so few have fewer: each is run by the teacher for some of its targets alone."""
+"""Rows that these targets are taken from; more where so few rows have fewer targets. The teacher sees each whole."""
 MOST_DIVERGENCE = 0.5
-"""Nats, and total variation, from which on a student is warned of what it is taught."""
+"""KL in nats, and total variation, above which users are warned of what students would be taught."""
 MOST_MASS = 0.01
-"""Mean error of the tail's mass from which on a temperature should be among those that are stored."""
+"""Mean error of the tail's mass above which a temperature should be among those that are stored."""
 _DIGITS = 5
 
 

@@ -8,6 +8,8 @@ With a linear head, U comes of an eigenproblem of the size of the hidden state, 
 logits themselves by a randomised range finder. Logits exist for a chunk of targets at a time, in either case.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +20,9 @@ import torch
 from torch import Tensor
 
 from akd_dist.base.errors import RefusedError
-from akd_dist.distill.capture import Captured, capture_chunk, capture_logits
+from akd_dist.distill.capture import capture_chunk, capture_logits, exponentials, projected
 from akd_dist.distill.output_head import Head, blocks, parts
-from akd_dist.distill.sparse import COEFFICIENT_STEP, TailDictionary
-from akd_dist.distill.teacher_targets import Whole
+from akd_dist.distill.sparse import COEFFICIENT_STEP, NEVER, SparseTargets, TailDictionary
 
 WEIGHTING = (1.0, 2.0, 4.0)
 """Temperatures over which a class's probability is averaged to weight it."""
@@ -29,6 +30,8 @@ MOST_TARGETS = 8192
 """Targets that passes over the vocabulary are made on, evenly spaced: statistics of classes need no more."""
 ROUNDS = 2
 """Of fitting the calibration."""
+_KEPT = 2**24  # logits that are kept of these targets, k of each
+_SUMMED = 128  # targets that are summed up in float32
 _SMOOTHED = 0.05  # of the mass of tails, spread evenly: classes that are hardly seen stay as they are
 _OVERSAMPLED = 16  # columns of the sketch beyond the rank
 _POWERS = 2  # times that the sketch is turned towards the large components
@@ -47,8 +50,12 @@ class Probe(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def logits(self, rows: Tensor) -> Tensor:
-        """Raw logits of the targets with these numbers, float32 [m, classes], ours to change."""
+    def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Raw logits of the targets with these numbers, float32 [m, classes], ours to change.
+
+        Args:
+            out: memory that they may be made in, float32 [m or more, classes].
+        """
 
 
 @dataclass(eq=False)
@@ -66,9 +73,10 @@ class HiddenProbe(Probe):
     def __len__(self) -> int:
         return len(self.h)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """As there."""
-        return self.head.logits(self.h[rows]).float()
+    def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """As `Probe.logits`."""
+        h = self.h[rows]
+        return self.head.logits(h, out if h.dtype == torch.float32 else None).float()
 
 
 @dataclass(eq=False)
@@ -83,8 +91,8 @@ class LogitProbe(Probe):
     def __len__(self) -> int:
         return len(self.stored)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """As there."""
+    def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """As `Probe.logits`."""
         return self.stored[rows].float()
 
 
@@ -92,8 +100,8 @@ class LogitProbe(Probe):
 class ComputedProbe(Probe):
     """Logits that are computed whenever they are asked for, as by a classifier whose rows are run again."""
 
-    compute: Callable[[Tensor], Tensor]
-    """Numbers of targets, int64 [m] -> their logits, float [m, classes]."""
+    compute: Callable[[Tensor, Tensor], Tensor]
+    """Numbers of targets, int64 [m], and memory -> their logits in that memory, float32 [m, classes]."""
     count: int
     classes: int
     device: torch.device
@@ -101,9 +109,9 @@ class ComputedProbe(Probe):
     def __len__(self) -> int:
         return self.count
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """As there."""
-        return self.compute(rows).float()
+    def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """As `Probe.logits`."""
+        return self.compute(rows, torch.empty(len(rows), self.classes, device=self.device) if out is None else out)
 
 
 def make_dictionary(
@@ -122,7 +130,8 @@ def make_dictionary(
     Raises:
         RefusedError: too few targets, logits that are not finite, or a rank that the teacher's logits do not have.
     """
-    used = torch.linspace(0, len(probe) - 1, min(len(probe), MOST_TARGETS), dtype=F64).round().long().to(probe.device)
+    count = min(len(probe), MOST_TARGETS, max(2, 2 * rank, _KEPT // max(1, k)))
+    used = torch.linspace(0, len(probe) - 1, count, dtype=F64).round().long().to(probe.device)
     if len(probe) < max(2, 2 * rank):
         raise RefusedError(
             "there are too few targets to make the dictionary of the store from",
@@ -133,6 +142,47 @@ def make_dictionary(
     with torch.inference_mode():
         work = _Work(probe, used, k, tuple(temperatures), chunk or capture_chunk(probe.classes))
         return work.arrays(rank)
+
+
+def check_rank(rank: int, width: int) -> None:
+    """Refuse more components than logits have that are a linear function of a hidden state.
+
+    Raises:
+        RefusedError: there are.
+    """
+    if rank > width:
+        raise RefusedError(
+            "the rank is larger than the teacher's hidden state",
+            got=f"rank {rank}, a hidden state of {width}",
+            expected=f"at most {width}",
+            next="lower cache.encoding.rank",
+        )
+
+
+class _Sum:
+    """A sum over targets of something of each class, float64 [V]: of some of them in float32, which is faster."""
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self._whole = torch.zeros(classes, dtype=F64, device=device)
+        self._some, self._targets = torch.zeros(classes, device=device), 0
+
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add the rows of x, float32 [m, V], each with its weight of [m], or 1."""
+        self._some.addmv_(x.T, x.new_ones(len(x)) if weights is None else weights)
+        self._targets += len(x)
+        if self._targets >= _SUMMED:
+            self._join()
+
+    @property
+    def found(self) -> Tensor:
+        """So far."""
+        self._join()
+        return self._whole
+
+    def _join(self) -> None:
+        self._whole += self._some
+        self._some.zero_()
+        self._targets = 0
 
 
 @dataclass(eq=False)
@@ -165,116 +215,104 @@ class _Work:
                 expected="a rank that is smaller than what the logits of these targets have",
                 next="lower cache.encoding.rank, or raise cache.encoding.probe_rows",
             )
-        tails, true = self._tails(made)
+        tails, described, true = self._tails(made)
         made |= tails
         if rank:
-            made["tail_calibration"] = self._calibration(made, true)
+            made["tail_calibration"] = self._calibration(described, true)
         else:
             del made["residual_mean"], made["residual_variance"]
         return made
 
     # ---- passes over the logits
 
+    def _sums(self, count: int) -> list[_Sum]:
+        return [_Sum(self.probe.classes, self.probe.device) for _ in range(count)]
+
     def _passes(self) -> Iterator[Tensor]:
         """Blocks of raw logits of the targets in use, float32 [m, V]."""
+        out = torch.empty(min(self.chunk, len(self.used)), self.probe.classes, device=self.probe.device)
         for part in parts(0, len(self.used), self.chunk):
-            z = self.probe.logits(self.used[part])
+            z = self.probe.logits(self.used[part], out)
             for rows in blocks(slice(0, len(z)), self.probe.classes, self.probe.device):
                 yield z[rows]
 
     def _mean_and_weights(self) -> tuple[Tensor, Tensor]:
         """The mean of centred logits, and the mean probability over three temperatures, both float64 [V]."""
-        total = torch.zeros(self.probe.classes, dtype=F64, device=self.probe.device)
-        weights, largest = torch.zeros_like(total), max(WEIGHTING)
-        powers = {round(largest / T) for T in WEIGHTING}
+        total, weights = self._sums(2)
         for z in self._passes():
-            total += z.sub_(z.mean(1, keepdim=True)).sum(0)
-            # One exponential serves all temperatures; of a block's few targets, float32 sums are exact enough.
-            power = x = torch.softmax(z / largest, 1)
-            x.div_(x.amax(1, keepdim=True))
-            for n in range(1, max(powers) + 1):
-                power = x if n == 1 else power * x
-                if n in powers:
-                    weights += power.sum(1).reciprocal() @ power
-        if not torch.isfinite(total).all():
+            total.add(z.sub_(z.mean(1, keepdim=True)))
+            for _, x in exponentials(z, WEIGHTING):
+                weights.add(x, x.sum(1).reciprocal_())
+        if not torch.isfinite(total.found).all():
             raise RefusedError(
                 "the teacher's logits are not finite",
                 got="infinities or NaN among the targets that the store's dictionary is made from",
                 expected="finite numbers",
                 next="compute the teacher in float32 or bfloat16, and check its weights",
             )
-        return total / len(self.used), weights / (len(WEIGHTING) * len(self.used)) + 1e-7
+        return total.found / len(self.used), weights.found / (len(WEIGHTING) * len(self.used)) + 1e-7
 
-    def _tails(self, made: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """What is left over in tails, and their mean at each temperature; and the sum of p of each class over the
-        targets in whose tails it is, float64 [t, V]."""
+    def _tails(self, made: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[SparseTargets], Tensor]:
+        """What is left over in tails, and their mean at each temperature; the targets as they are described; and the
+        sum of p of each class over the targets in whose tails it is, float64 [t, V]."""
         dictionary = TailDictionary.of(made, self.temperatures, self.probe.device)
-        like = torch.zeros(self.probe.classes, dtype=F64, device=self.probe.device)
-        seen, mean, squares = like.clone(), like.clone(), like.clone()
-        prior, true = torch.zeros(2, len(self.temperatures), len(like), dtype=F64, device=like.device)
-        for z, captured in self._captured(dictionary):
-            outside = torch.ones_like(z).scatter_(1, captured.ids, 0.0)
-            seen += outside.sum(0)
-            if captured.coefficients.shape[1]:
-                z_hat = torch.addmm(dictionary.mean_logit, captured.coefficients, dictionary.basis.T)
-                left = (z - captured.mean[:, None] - z_hat).mul_(outside)
-                mean += left.sum(0)
-                squares += left.square_().sum(0)
-            for at, T in enumerate(self.temperatures):
-                within = torch.softmax((z / T).scatter_(1, captured.ids, -1e30), 1)
-                prior[at] += within.sum(0)
-                head = torch.logsumexp((captured.values - captured.values[:, :1]) / T, 1)
-                mass = torch.sigmoid(captured.tail[:, at] - head) * (
-                    self.k < len(like)
-                )  # of a tail, where there is one
-                true[at] += mass @ within
-        count = seen.clamp_min(1)
-        mean = mean / count
-        priors = (prior / count).clamp_min(1e-12)
+        mean, squares, *both = self._sums(2 + 2 * len(self.temperatures))
+        priors, true = both[: len(self.temperatures)], both[len(self.temperatures) :]
+        outside = torch.full_like(mean.found, len(self.used))
+        described = []
+        for z, one in self._described(dictionary):
+            described.append(one)
+            outside -= torch.bincount(one.ids.flatten(), minlength=len(outside))
+            if one.coefficients.shape[1]:
+                left = (z - one.logits(slice(0, len(z)))).scatter_(1, one.ids, 0.0)
+                mean.add(left)
+                squares.add(left.square_())
+            for at, x in exponentials(z.scatter_(1, one.ids, NEVER), self.temperatures):
+                within = x.sum(1).reciprocal_()
+                priors[at].add(x, within)
+                true[at].add(x, within * one.tail_mass(self.temperatures[at]))
+        count = outside.clamp_min(1)
+        means = mean.found / count
+        prior = (torch.stack([one.found for one in priors]) / count).clamp_min(1e-12)
         found = {
-            "residual_mean": mean.float(),
-            "residual_variance": (squares / count - mean.square()).clamp_min(0).float(),
-            "tail_prior": (priors / priors.sum(1, keepdim=True)).float(),
+            "residual_mean": means.float(),
+            "residual_variance": (squares.found / count - means.square()).clamp_min(0).float(),
+            "tail_prior": (prior / prior.sum(1, keepdim=True)).float(),
         }
-        return found, true
+        return found, described, torch.stack([one.found for one in true])
 
-    def _calibration(self, made: dict[str, Tensor], true: Tensor) -> Tensor:
-        """a_T of each class, so that its mean tail probability as decoded is the teacher's: [t, V]."""
+    def _calibration(self, described: Sequence[SparseTargets], true: Tensor) -> Tensor:
+        """a_T of each class, so that its mean tail probability as decoded is the teacher's: [t, V].
+
+        With w what the tail's logits are exponentiated to, that is exp(a_T) times the sum of tau w / (w . exp(a_T)).
+        """
         logs = torch.zeros_like(true)
-        dictionary = TailDictionary.of(made, self.temperatures, self.probe.device)
+        smooth = _SMOOTHED * true.sum(1, keepdim=True) / self.probe.classes
         for _ in range(ROUNDS):
-            ours = torch.zeros_like(logs)
-            dictionary = dataclasses.replace(dictionary, tail_calibration=logs.float())
-            for z, captured in self._captured(dictionary):
-                stored = captured.targets(self.temperatures, dictionary)
-                for at, T in enumerate(self.temperatures):
-                    found = stored.distribution(T, slice(0, len(z)))
-                    assert isinstance(found, Whole)
-                    ours[at] += found.p.scatter_(1, captured.ids, 0.0).sum(0)
-            smooth = _SMOOTHED * true.sum(1, keepdim=True) / self.probe.classes
-            ratio = ((true + smooth) / (ours + smooth)).log()
-            logs += torch.nan_to_num(ratio)  # no mass in any tail: nothing to be calibrated
+            ours, factors = self._sums(len(self.temperatures)), logs.exp().float()
+            for one in described:
+                tails = one.centred_tails(slice(0, len(one))).scatter_(1, one.ids, NEVER)
+                for at, x in exponentials(tails, self.temperatures):
+                    ours[at].add(x, one.tail_mass(self.temperatures[at]) / (x @ factors[at]))
+            decoded = torch.stack([one.found for one in ours]) * factors
+            logs += torch.nan_to_num(((true + smooth) / (decoded + smooth)).log())  # no mass in any tail: as it is
         return logs.float()
 
-    def _captured(self, dictionary: TailDictionary) -> Iterator[tuple[Tensor, Captured]]:
-        """Logits and description of blocks of targets, with coefficients as they are stored."""
+    def _described(self, dictionary: TailDictionary) -> Iterator[tuple[Tensor, SparseTargets]]:
+        """Logits of blocks of targets, ours to change, and what is stored of them, with coefficients as rounded."""
         at = 0
         for z in self._passes():
             numbers = self.used[at : at + len(z)]
             at += len(z)
-            captured = capture_logits(
-                z, dictionary if _projects_logits(self.probe) else None, k=self.k, temperatures=self.temperatures
-            )
+            linear = not _projects_logits(self.probe)
+            projecting = None if linear else dictionary
+            captured = capture_logits(z, projecting, k=self.k, temperatures=self.temperatures)
             c = captured.coefficients
-            if (
-                isinstance(self.probe, HiddenProbe)
-                and dictionary.projection is not None
-                and not _projects_logits(self.probe)
-            ):
-                projection = dictionary.projection
-                c = torch.addmm(projection[:, -1], self.probe.h[numbers].float(), projection[:, :-1].T)
+            if linear and dictionary.projection is not None:
+                assert isinstance(self.probe, HiddenProbe)
+                c = projected(self.probe.h[numbers], dictionary)
             c = (c / COEFFICIENT_STEP).round().clamp(-128, 127) * COEFFICIENT_STEP
-            yield z, dataclasses.replace(captured, coefficients=c)
+            yield z, dataclasses.replace(captured, coefficients=c).targets(self.temperatures, dictionary)
 
     def _sketched(self, m: Tensor, weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Basis [V, r] and projection [r, V] by a randomised range finder on weighted centred logits X sqrt(D)."""
@@ -316,13 +354,7 @@ def _eigenproblem(probe: HiddenProbe, weights: Tensor, rank: int) -> tuple[Tenso
     """
     h, head = probe.h, probe.head
     width, device = h.shape[1], h.device
-    if rank > width:
-        raise RefusedError(
-            "the rank is larger than the teacher's hidden state",
-            got=f"rank {rank}, a hidden state of {width}",
-            expected=f"at most {width}",
-            next="lower cache.encoding.rank",
-        )
+    check_rank(rank, width)
     mean, second = torch.zeros(width, dtype=F64, device=device), torch.zeros(width, width, dtype=F64, device=device)
     for part in parts(0, len(h), _ROWS):
         mean += h[part].double().sum(0) / len(h)

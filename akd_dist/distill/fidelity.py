@@ -30,7 +30,7 @@ class TopKOnly(Targets):
     """
 
     captured: Captured
-    """With nodes at every temperature that it is asked for."""
+    """Of the same k, with the mass of the tail at every temperature that is asked for."""
     temperatures: tuple[float, ...]
     classes: int
     tail: Literal["none", "uniform", "ghost"]
@@ -41,7 +41,7 @@ class TopKOnly(Targets):
         self.values = self.captured.values.half().float()
 
     def distribution(self, temperature: float, rows: slice) -> Distribution:
-        """As there; of a ghost tail, beside an even student."""
+        """As `Targets.distribution`; a ghost tail is spread as by a student that finds all classes equally likely."""
         return self.beside(None, temperature, rows)
 
     def beside(self, q: Tensor | None, temperature: float, rows: slice) -> Whole:
@@ -61,7 +61,7 @@ class TopKOnly(Targets):
         return Whole(p, torch.xlogy(p, p).sum(1))
 
     def logits(self, rows: slice) -> Tensor:
-        """Zeros beside the head, less the mean that is not known either."""
+        """The stored logits, and 0 for all other classes."""
         zeros = torch.zeros(len(self.values[rows]), self.classes, device=self.values.device)
         return zeros.scatter_(1, self.captured.ids[rows], self.values[rows])
 

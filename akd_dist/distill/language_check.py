@@ -41,7 +41,7 @@ def check_on_blocks(
             if time.monotonic() - began > _SECONDS:
                 break
     if not targets:
-        return TeacherCheck(name=name, rows=0)
+        return TeacherCheck(name=name, rows=0, asked_of="tokens")
     loss = total / targets
     warnings = []
     if not loss < math.log(vocabulary):  # NaN, too
@@ -50,7 +50,9 @@ def check_on_blocks(
             f"that of equal chances {math.log(vocabulary):.2f}. Likely it was made for another tokenizer"
         )
     told = loss if math.isfinite(loss) else None
-    return TeacherCheck(name=name, rows=targets, accuracy=right / targets, cross_entropy=told, warnings=warnings)
+    return TeacherCheck(
+        name=name, rows=targets, asked_of="tokens", accuracy=right / targets, cross_entropy=told, warnings=warnings
+    )
 
 
 def _targets(

@@ -263,7 +263,7 @@ class CustomStage(Stage):
         raise NotImplementedError
 
     def term(self, epoch: int, targets: Targets | None, labels: Tensor, label_weight: float = 1.0) -> Term:
-        """There is none: it is given logits, and recipes ask for none of it where there are no logits."""
+        """Never called: a user's own function takes logits, and recipes refuse it where a store only describes them."""
         raise NotImplementedError
 
     @property

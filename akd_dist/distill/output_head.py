@@ -35,10 +35,18 @@ class Head:
         bias = None if self.bias is None else self.bias[:classes]
         return Head(self.weight[:classes], bias, self.softcap)
 
-    def logits(self, h: Tensor) -> Tensor:
-        """Logits [n, rows] of hidden states [n, d], of their dtype."""
-        weight = self.weight.to(h.dtype)
-        s = h @ weight.T if self.bias is None else torch.addmm(self.bias.to(h.dtype), h, weight.T)
+    def logits(self, h: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits [n, rows] of hidden states [n, d], of their dtype.
+
+        Args:
+            out: memory for them, where no gradient is wanted: that of a new chunk would have to be cleared each time.
+        """
+        weight, out = self.weight.to(h.dtype), None if out is None else out[: len(h)]
+        s = (
+            torch.mm(h, weight.T, out=out)
+            if self.bias is None
+            else torch.addmm(self.bias.to(h.dtype), h, weight.T, out=out)
+        )
         return s if self.softcap is None else s.div_(self.softcap).tanh_().mul_(self.softcap)
 
 

@@ -169,6 +169,21 @@ class Shape:
     """The encoding of stores that describe logits; None of those that hold them."""
 
 
+def _why_not_stacked(stacked: recipe.Stacked, shape: Shape, *, language: bool, tried: bool) -> str | None:
+    """Why no stack of this student is tried; None where one is.
+
+    Args:
+        tried: whether a whole share was measured, so that a stack of several can be.
+    """
+    if stacked == "never":
+        return "the recipe says stacked: never"
+    if language:
+        return "a language model's step is arithmetic, of which a stack saves nothing"
+    if shape.described is not None:
+        return "what a store describes is decoded within the loss of one student at a time"
+    return None if tried else "a step takes too long, or too much memory, for a trial of several"
+
+
 def _measure(
     data: recipe.DataSpec,
     spec: recipe.StudentSpec,
@@ -205,14 +220,10 @@ def _measure(
     evaluated = min(block, len(splits.validation), max(1, int(rows * PROBE_SECONDS / per_step)))
     evaluation = _evaluation_seconds(student, splits, evaluated)
     weights = _bytes_of(student.module.state_dict().values())
-    judged = Judged(False, "the recipe says stacked: never")
-    if stacked != "never" and language:
-        judged = Judged(False, "a language model's step is arithmetic, of which a stack saves nothing")
-    elif stacked != "never" and shape.described is not None:
-        judged = Judged(False, "what a store describes is decoded within the loss of one student at a time")
-    elif stacked != "never" and rows < share:
-        judged = Judged(False, "a step takes too long, or too much memory, for a trial of several")
-    elif stacked != "never":
+    why_not = _why_not_stacked(stacked, shape, language=language, tried=rows == share)
+    if why_not is not None:
+        judged = Judged(False, why_not)
+    else:
         judged = judge(
             spec.model_copy(update={"workers": shape.workers}),
             *(card, folder / "stacks", batch, shape.last, per_step, step_memory, device),

@@ -11,6 +11,7 @@ calibrated at, min(z-bar + m + U c, min z_H) and a factor exp(a_T) on what they 
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,8 +31,9 @@ TAIL_STEP = 1 / 1024
 """Of the stored curve of the tail's log-mass."""
 SHARED_BYTES = 256 * 2**20
 """Decoded probabilities that students of a cohort share, at most."""
+NEVER = -1e30
+"""A logit whose exponential is 0, and whose product with 0 is 0."""
 _MADE = 64  # vectors over the vocabulary that a dictionary keeps, of temperatures that were asked for
-_NEVER = -1e30  # a logit whose exponential is 0, and whose product with 0 is 0
 
 
 class Encoding(Protocol):
@@ -96,6 +98,11 @@ class TailDictionary:
             tensor("residual_variance", classes), tuple(temperatures), tensor("tail_prior", 0, classes),
             tensor("tail_calibration", 0, classes), tensor("projection", 0, 0) if "projection" in arrays else None,
         )  # fmt: skip
+
+    @functools.cached_property
+    def spread(self) -> Tensor:
+        """U', [r, V], laid out as products with coefficients read it fastest."""
+        return self.basis.T.contiguous()
 
     def prior(self, temperature: float) -> Tensor:
         """w_T, [V]: see `_prior`; made once."""
@@ -162,7 +169,7 @@ class FromPrior(Distribution):
         return (self._beside * s.gather(1, self.ids)).sum(1) + self.tail[:, 0] * (s @ self.prior)
 
     def take_from(self, q: Tensor) -> None:
-        """As there."""
+        """As `Distribution.take_from`."""
         q.addr_(self.tail[:, 0], self.prior, alpha=-1)
         q.scatter_(1, self.ids, q.gather(1, self.ids) - self._beside)
 
@@ -244,7 +251,7 @@ class SparseTargets(Targets):
         return self._tail_exponents(temperature, rows).mul_(temperature).add_(self.mean[rows, None])
 
     def distribution(self, temperature: float, rows: slice) -> Distribution:
-        """As there: a sum of 1 by construction, whatever was rounded."""
+        """As `Targets.distribution`: a sum of 1 by construction, whatever was rounded."""
         key = (temperature, rows.start, rows.stop)
         if (kept := self._shared.get(key)) is not None:
             return kept
@@ -260,7 +267,7 @@ class SparseTargets(Targets):
         """z-bar + m + U c, and the stored logits on the ids: not clamped, so linear in what is stored, as the squared
         error without a vocabulary takes them."""
         shared = self.dictionary
-        z = torch.addmm(shared.mean_logit, self.coefficients[rows], shared.basis.T).add_(self.mean[rows, None])
+        z = torch.addmm(shared.mean_logit, self.coefficients[rows], shared.spread).add_(self.mean[rows, None])
         return z.scatter_(1, self.ids[rows], self.values[rows])
 
     @contextlib.contextmanager
@@ -278,18 +285,27 @@ class SparseTargets(Targets):
 
     # ---- tails
 
+    def centred_tails(self, rows: slice) -> Tensor:
+        """min(m + U c, min z_H - z-bar) of all classes, [m, V]: what calibrated tails are exponentiated from."""
+        return self._clamped(self.dictionary.mean_logit, 1.0, rows)
+
     def _tail_exponents(self, temperature: float, rows: slice) -> Tensor:
         """(z^ - z-bar) / T of all classes, with the calibration added behind the clamp: [m, V]."""
-        shared, calibration = self.dictionary, self.dictionary.calibration(temperature)
-        x = torch.addmm(shared.base(temperature), self.coefficients[rows] / temperature, shared.basis.T)
+        calibration = self.dictionary.calibration(temperature)
+        x = self._clamped(self.dictionary.base(temperature), temperature, rows)
+        return x if calibration is None else x.add_(calibration)
+
+    def _clamped(self, base: Tensor, temperature: float, rows: slice) -> Tensor:
+        """base + U c / T, never above the smallest stored logit: [m, V]."""
+        x = torch.addmm(base, self.coefficients[rows] / temperature, self.dictionary.spread)
         if self.k:
             smallest = (self.values[rows, -1:] - self.mean[rows, None]) / temperature
             torch.minimum(x, smallest, out=x)
-        return x if calibration is None else x.add_(calibration)
+        return x
 
     def _decoded(self, temperature: float, rows: slice) -> Whole:
         ids, tau, head = self.ids[rows], self.tail_mass(temperature, rows), self.head(temperature, rows)
-        x = self._tail_exponents(temperature, rows).scatter_(1, ids, _NEVER)
+        x = self._tail_exponents(temperature, rows).scatter_(1, ids, NEVER)
         p = torch.softmax(x, dim=1)
         # Of w = softmax(x): the sum of w log w is w . x less the log of the sum of exponentials.
         inner = row_dots(p, x) - (x.amax(1) - p.amax(1).log())

@@ -52,7 +52,7 @@ class Softened(Term):
         return self.targets.classes
 
     def of(self, s: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """As there."""
+        """As `Term.of`."""
         p, T = self.targets.distribution(self.temperature, rows), self.temperature
         s = s / T if T != 1 else s
         q, lse = softmax_and_lse(s)
@@ -74,7 +74,7 @@ class Annealed(Term):
         return self.targets.classes
 
     def of(self, s: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """As there; the gradient is q_1 - p."""
+        """As `Term.of`; the gradient is q_1 - p."""
         p = self.targets.distribution(1 / self.phi, rows)
         q, lse = softmax_and_lse(s)
         losses = lse - p.dot(s)
@@ -91,7 +91,7 @@ class Labels(Term):
     classes: int | None = None
 
     def of(self, s: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """As there; the gradient is q_1, less 1 at the label."""
+        """As `Term.of`; the gradient is q_1, less 1 at the label."""
         labels = self.labels[rows, None]
         at, there = labels.clamp_min(0), labels >= 0
         q, lse = softmax_and_lse(s)
@@ -120,7 +120,7 @@ class Squared(Term):
         return self.targets.classes
 
     def of(self, s: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """As there."""
+        """As `Term.of`."""
         e = self.targets.logits(rows).mul_(-self.phi).add_(s)
         if self.center:
             e.sub_(e.mean(1, keepdim=True))
@@ -141,7 +141,7 @@ class Hinged(Term):
         return self.term.classes
 
     def of(self, s: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """As there."""
+        """As `Term.of`."""
         losses, gradient = self.term.of(s, rows)
         over = losses - self.margin
         return over.clamp_min(0), gradient.mul_((over > 0)[:, None])
@@ -159,7 +159,7 @@ class Mixed(Term):
         return next((term.classes for _, term in self.shares if term.classes is not None), None)
 
     def of(self, s: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """As there; a share of 0 costs nothing."""
+        """As `Term.of`; a share of 0 costs nothing."""
         used = [(share, term) for share, term in self.shares if share] or list(self.shares[:1])
         (share, term), *others = used
         losses, gradient = term.of(s, rows)

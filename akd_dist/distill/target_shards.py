@@ -76,10 +76,10 @@ def cache_target_shards(job: CacheJob, shards: Sequence[Shard]) -> list[Receipt]
         with Behind(1, "publishing") as behind:
             for shard in shards:
                 if shard not in done:
-                    began, asked = time.perf_counter(), _asked_of(job)
-                    found = asked.compute(shard)
+                    began, loaded = time.perf_counter(), _loaded_for(job)
+                    found = loaded.compute(shard)
                     behind.put(
-                        functools.partial(publish, shard, found, asked.dictionary_sha256, time.perf_counter() - began)
+                        functools.partial(publish, shard, found, loaded.dictionary_sha256, time.perf_counter() - began)
                     )
 
     renewing(rest, log.warning)
@@ -88,7 +88,7 @@ def cache_target_shards(job: CacheJob, shards: Sequence[Shard]) -> list[Receipt]
 
 def compute_target_shard(job: CacheJob, shard: Shard) -> Computed:
     """A shard's arrays and what is said of them: a pure function of the job and the shard, down to the last bit."""
-    return _asked_of(job).compute(shard)
+    return _loaded_for(job).compute(shard)
 
 
 def make_tables(job: CacheJob) -> None:
@@ -185,13 +185,13 @@ def _teacher_of(job: CacheJob) -> TargetTeacher:
     return teacher_for(module, rows, job.cache, job.store.layout, job.augmentation, job.data.seed)
 
 
-def _asked_of(job: CacheJob) -> _Asked:
-    """What a task keeps from shard to shard.
+def _loaded_for(job: CacheJob) -> _Loaded:
+    """The teacher and the dictionary of a store, loaded once for all shards that this process computes.
 
     Raises:
         RefusedError: a `top_k` store without a dictionary.
     """
-    if (kept := _asked.get(job.store.creation_sha256)) is not None and kept.rows is rows_of(job):
+    if (kept := _loaded.get(job.store.creation_sha256)) is not None and kept.rows is rows_of(job):
         return kept
     identity, found = job.store.creation.identity, None
     if identity.is_top_k and (found := find_dictionary(job.store)) is None:
@@ -201,13 +201,13 @@ def _asked_of(job: CacheJob) -> _Asked:
             expected="one, made before the first shard",
             next="run akd-dist cache-teacher again",
         )
-    _asked.clear()
-    _asked[job.store.creation_sha256] = _Asked(job, _teacher_of(job), found)
-    return _asked[job.store.creation_sha256]
+    _loaded.clear()
+    _loaded[job.store.creation_sha256] = _Loaded(job, _teacher_of(job), found)
+    return _loaded[job.store.creation_sha256]
 
 
-class _Asked:
-    """A store's teacher and dictionary, in this process."""
+class _Loaded:
+    """The teacher of a store and its dictionary, in memory."""
 
     def __init__(self, job: CacheJob, teacher: TargetTeacher, found: tuple[Dictionary, str] | None) -> None:
         self.job, self.teacher, self.rows = job, teacher, teacher.rows
@@ -271,17 +271,17 @@ class _Asked:
         try:
             verify_rows(self.rows, span.start, span.stop)
         except CorruptCacheError:
-            _asked.clear()  # it holds the rows that are opened again
+            _loaded.clear()  # it holds the rows that are opened again
             raise
 
 
-_asked: dict[str, _Asked] = {}
+_loaded: dict[str, _Loaded] = {}
 """Of the store that this process works on."""
 
 
 def forget() -> None:
     """Let go of the teacher and dictionary that this process keeps."""
-    _asked.clear()
+    _loaded.clear()
 
 
 def _agreement(chosen: np.ndarray, labels: np.ndarray) -> float | None:

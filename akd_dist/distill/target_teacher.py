@@ -2,14 +2,15 @@
 
 Rows are shown in batches of one shape, the last one padded with copies of its first row, as kernels choose their order
 of summation by the shape. Logits exist for a chunk of targets, or for one batch where they are no linear function of
-hidden states.
+hidden states that could be told apart.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from akd_dist.distill.output_head import Head, parts
 from akd_dist.distill.sparse import TailDictionary
 from akd_dist.models.device import autocast
 from akd_dist.models.language import LanguageModel
+from akd_dist.models.output_layer import OutputLayer, output_layer, states_of
 
 MOST_TOKENS = 16_384
 """Tokens that a language model sees at once, whatever `cache.batch_rows` says; one block at least."""
@@ -54,7 +56,7 @@ class Batch:
 
 @dataclass(eq=False)
 class TargetTeacher(ABC):
-    """What both have in common.
+    """A model that is asked for targets of rows: what `LanguageTeacher` and `WideTeacher` have in common.
 
     Raises:
         RefusedError: by all that asks, logits that are not finite; names the target.
@@ -72,6 +74,7 @@ class TargetTeacher(ABC):
         self.device = next(self.module.parameters()).device
         self.size, self.head = min(self.cache.batch_rows, self.most), self._head()
         self.chunk = capture_chunk(self.classes)
+        self._logits: Tensor | None = None  # memory for a chunk of them
 
     def _head(self) -> Head | None:
         """What makes logits of hidden states, where that is a linear function."""
@@ -109,7 +112,10 @@ class TargetTeacher(ABC):
         given["named"] = lambda place: self.named(batch, place)
         if self.head is None:
             return capture_logits(self._whole(batch), dictionary, **given)
-        return capture(self.states(batch), self.head, dictionary, chunk=self.chunk, **given)
+        h = self.states(batch)
+        if self._logits is None:
+            self._logits = torch.empty(self.chunk, self.classes, dtype=h.dtype, device=h.device)
+        return capture(h, self.head, dictionary, chunk=self.chunk, out=self._logits, **given)
 
     def logits(self, batch: Batch) -> Tensor:
         """All logits of a batch's targets, float32 [m, classes]."""
@@ -138,9 +144,9 @@ class TargetTeacher(ABC):
         counts = np.diff(self.rows.offsets)[numbers]
         row_of, first_of = np.repeat(numbers, counts), np.cumsum(counts) - counts
 
-        def compute(wanted: Tensor) -> Tensor:
+        def compute(wanted: Tensor, out: Tensor) -> Tensor:
             asked = wanted.cpu().numpy()
-            found = torch.empty(len(asked), self.classes, device=self.device)
+            found = out[: len(asked)]
             for batch in self._some(np.unique(row_of[asked])):
                 # Numbers among the probe's targets, of those that the rows of this batch have.
                 rows = np.unique(np.searchsorted(self.rows.offsets, batch.targets, "right") - 1)
@@ -203,12 +209,12 @@ class LanguageTeacher(TargetTeacher):
         return Head(self.module.output_weight.detach()).cut(self.classes) if self.module.linear_head else None
 
     def span(self, start: int, stop: int) -> range:
-        """As there: a row may be of two shards."""
+        """As `TargetTeacher.span`: a row may be of two shards."""
         offsets = self.rows.offsets
         return range(int(np.searchsorted(offsets, start, "right")) - 1, int(np.searchsorted(offsets, stop, "left")))
 
     def batch(self, numbers: np.ndarray, view: int) -> Batch:
-        """As there; blocks have one view."""
+        """As `TargetTeacher.batch`; blocks have one view."""
         blocks = np.array(self.rows.inputs.take(numbers, axis=0))
         places = np.flatnonzero(blocks[:, TARGETS])
         counts, offsets = blocks[:, TARGETS].astype(bool).sum(1), self.rows.offsets[numbers]
@@ -223,7 +229,7 @@ class LanguageTeacher(TargetTeacher):
         return f"row {int(np.searchsorted(self.rows.offsets, target, 'right')) - 1}, position {position}"
 
     def states(self, batch: Batch) -> Tensor:
-        """As there."""
+        """As `TargetTeacher.states`."""
         return self._run(self.module.hidden, batch).flatten(0, 1)[self._at(batch)]
 
     def _whole(self, batch: Batch) -> Tensor:
@@ -237,13 +243,34 @@ class WideTeacher(TargetTeacher):
     augmentation: recipe.Augmentation
     seed: int
     """Of the views."""
+    output: OutputLayer | None = field(default=None, init=False)
+    """What its logits come from, where that is a linear layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Chunks of a size, so that none of a whole batch is padding.
+        chunks = -(-self.size // self.chunk)
+        self.chunk = -(-self.size // chunks)
+
+    def _head(self) -> Head | None:
+        inputs = self.batch(np.arange(1), 0).inputs.to(self.device)
+        with autocast(self.device, self.cache.precision):
+            self.output = output_layer(self.module, inputs)
+        if self.output is None:
+            return None
+        weight, bias = (
+            None if one is None else one.detach().to(self.output.dtype)
+            for one in (self.output.layer.weight, self.output.layer.bias)
+        )
+        assert weight is not None
+        return Head(weight, bias).cut(self.classes)
 
     def span(self, start: int, stop: int) -> range:
-        """As there."""
+        """As `TargetTeacher.span`."""
         return range(start, stop)
 
     def batch(self, numbers: np.ndarray, view: int) -> Batch:
-        """As there."""
+        """As `TargetTeacher.batch`."""
         block = self.rows.inputs.take(numbers, axis=0)
         inputs = view_of(self.augmentation, self.seed, block, numbers, view, self.rows.tokens, self.device)
         labels = np.asarray(self.rows.labels.take(numbers))
@@ -252,6 +279,11 @@ class WideTeacher(TargetTeacher):
     def named(self, batch: Batch, place: int) -> str:
         """By row."""
         return f"row {int(batch.targets[place])}"
+
+    def states(self, batch: Batch) -> Tensor:
+        """What goes into the output layer, for each target of the batch: [targets, d]."""
+        assert self.output is not None
+        return self._run(functools.partial(states_of, self.module, self.output), batch)[self._at(batch)]
 
     def _whole(self, batch: Batch) -> Tensor:
         return self._run(self.module, batch)[self._at(batch)]

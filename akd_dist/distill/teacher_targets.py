@@ -67,11 +67,11 @@ class Whole(Distribution):
     negentropy: Tensor
 
     def dot(self, s: Tensor) -> Tensor:
-        """As there."""
+        """As `Distribution.dot`."""
         return row_dots(self.p, s)
 
     def take_from(self, q: Tensor) -> None:
-        """As there."""
+        """As `Distribution.take_from`."""
         q.sub_(self.p)
 
 
@@ -89,7 +89,7 @@ class DenseTargets(Targets):
 
     @functools.cached_property
     def choice(self) -> Tensor:  # type: ignore[override]
-        """As there."""
+        """As `Targets.choice`."""
         return self.stored.argmax(1)
 
     def __len__(self) -> int:

@@ -21,6 +21,7 @@ from akd_dist.data.rows import Rows
 from akd_dist.distill import hooks
 from akd_dist.distill.batch_norm import has_batch_norm, refuse_own_batch_norms
 from akd_dist.distill.capture import capture_logits
+from akd_dist.distill.dictionary import check_rank
 from akd_dist.distill.language_trial import check_some_batch, try_language_model
 from akd_dist.distill.objectives import mix_of, stages_of
 from akd_dist.distill.orders import ALL, LABELLED, Batches, Mix
@@ -30,6 +31,7 @@ from akd_dist.models.card import ModelCard
 from akd_dist.models.device import weights_dtype
 from akd_dist.models.inference import compiled_by, has_images, prepared
 from akd_dist.models.language import LanguageModel
+from akd_dist.models.output_layer import output_layer
 from akd_dist.models.outputs import are_probabilities
 from akd_dist.storage.encodings import encoding_from_config
 from akd_dist.storage.top_k import TopK, top_k_from_config
@@ -125,7 +127,7 @@ def try_teacher(module: nn.Module, card: ModelCard, rows: Rows, cache: recipe.Ca
         module: in eval mode; left as it is.
 
     Raises:
-        RefusedError: it returns no logits, not one for each class, or such as cannot be stored.
+        RefusedError: it returns no logits, not one for each class, or such as cannot be stored, or described.
     """
     wanted = weights_dtype(cache.precision)  # which is not half: autocast lacks some kernels on a CPU
     if any(one.dtype != wanted for one in module.parameters()):
@@ -136,6 +138,8 @@ def try_teacher(module: nn.Module, card: ModelCard, rows: Rows, cache: recipe.Ca
     config = cache.encoding.config()
     if config["name"] == TopK.name:
         top_k = top_k_from_config(config)
+        if (output := output_layer(module, inputs)) is not None:
+            check_rank(top_k.rank, output.layer.in_features)
         given = torch.from_numpy(logits)
         capture_logits(given, None, k=top_k.k, temperatures=top_k.tail_temperatures, named="row {}".format)
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from akd_dist import recipe
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import AkdError, RefusedError, is_limit, limit_reached
 from akd_dist.base.files import parse_json
 from akd_dist.data import hub
 from akd_dist.data.text import Tokens
@@ -256,8 +256,10 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def no_folder(spec: recipe.HuggingFaceModel | recipe.HuggingFaceLm, error: OSError) -> RefusedError:
+def no_folder(spec: recipe.HuggingFaceModel | recipe.HuggingFaceLm, error: OSError) -> AkdError:
     """What to say of a folder that holds no configuration."""
+    if is_limit(error):
+        return limit_reached(error)
     return RefusedError(
         f"there is no {CONFIG} in {spec.path}",
         got=error.strerror or error,

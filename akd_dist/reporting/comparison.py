@@ -228,12 +228,7 @@ def _row(first: StudentSpec, group: SeedGroup, scratch: SeedGroup | None, kd: Se
         scratch, kd: the groups of its model that it is compared with.
     """
     return ComparedRow(
-        name=group.stem,
-        model=group.model,
-        parameters=group.students[0].parameters,
-        objective=group.objective,
-        tau_max=group.tau_max,
-        stage1_loss=group.stage1_loss,
+        **(group.described | {"parameters": group.students[0].parameters}),
         epochs=first.objective.epochs,
         seeds=sorted(group.by_seed),
         test=estimate(group.by_seed),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from akd_dist.base import places
 from akd_dist.base.errors import DamagedError, MachineError, RefusedError
@@ -273,20 +274,16 @@ def beside(fleet: FleetDocument) -> list[tuple[str, MetricFormat]]:
 
 def _reported(group: SeedGroup, pareto: bool, beside: list[tuple[str, MetricFormat]]) -> ReportedGroup:
     told = {name: mean for name, _ in beside if (mean := group.mean_of(name)) is not None}
+    more: dict[str, Any] = {"beside": told} if told else {}
     return ReportedGroup(
-        name=group.stem,
-        model=group.model,
-        parameters=group.parameters,
-        objective=group.objective,
-        tau_max=group.tau_max,
-        stage1_loss=group.stage1_loss,
+        **group.described,
         students=len(group.students),
         seeds=sorted(group.by_seed),
         test=estimate(group.by_seed),
         agreement=group.agreement,
         seconds=group.seconds,
         pareto=pareto,
-        **({"beside": told} if told else {}),
+        **more,
     )
 
 

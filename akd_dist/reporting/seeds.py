@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from akd_dist.base.formatting import HARD_LABELS, OBJECTIVE_LABELS, SHOWN, MetricFormat, objective_label
 from akd_dist.documents.fleet import FleetStudent, Stage1Loss
@@ -108,6 +109,18 @@ class SeedGroup:
         found = [student.test.get(metric) for student in self.done if student.test]
         known = [value for value in found if value is not None]
         return statistics.fmean(known) if known else None
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Which students they are, as documents say it."""
+        return {
+            "name": self.stem,
+            "model": self.model,
+            "parameters": self.parameters,
+            "objective": self.objective,
+            "tau_max": self.tau_max,
+            "stage1_loss": self.stage1_loss,
+        }
 
     @property
     def done(self) -> list[FleetStudent]:

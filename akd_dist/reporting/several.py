@@ -103,12 +103,7 @@ class Pool:
         """As JSON has it."""
         group = self.group
         return PooledGroup(
-            name=group.stem,
-            model=group.model,
-            parameters=group.parameters,
-            objective=group.objective,
-            tau_max=group.tau_max,
-            stage1_loss=group.stage1_loss,
+            **group.described,
             teacher=self.teacher.model if self.teacher else None,
             teacher_fingerprint=group.students[0].teacher,
             runs=[run.place for run in self.runs],

@@ -6,7 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from akd_dist.base.formatting import house_table, metric_format, percent, seconds, share, some_of, thousands
+from akd_dist.base.formatting import (
+    MetricFormat,
+    house_table,
+    metric_format,
+    percent,
+    seconds,
+    share,
+    some_of,
+    thousands,
+)
 from akd_dist.documents.fleet import FleetDocument
 from akd_dist.reporting.results import Run, agreeing, beside
 from akd_dist.reporting.seeds import (
@@ -49,23 +58,7 @@ def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table
     headings = [f"test\n{shown.with_unit(shown.short)}", *(one.with_unit(one.short) for _, one in more)]
     for heading in (*headings, *["agree-\nment %"] * agrees, "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
-    best, whole = shown.text(teacher.metric(fleet.metric)), share(teacher.parameters, teacher.parameters)
-    ensemble = f", mean of {len(teacher.members)}" if teacher.members else ""
-    counted = f"teacher{ensemble}", thousands(teacher.parameters), whole
-    table.add_row(*counted, "", best, *(one.text(teacher.metric(name)) for name, one in more), style="bold")
-    for member in teacher.members:
-        counts = thousands(member.parameters), share(member.parameters, teacher.parameters)
-        table.add_row(Text(f"  {member.share:.0%} of it {member.model}"), *counts)
-    for assistant in fleet.assistants:
-        table.add_row(
-            Text(f"assistant {assistant.model}"),
-            thousands(assistant.parameters),
-            share(assistant.parameters, teacher.parameters),
-            "",
-            shown.text(assistant.metric(fleet.metric)),
-            *(one.text(assistant.metric(name)) for name, one in more),
-            *[percent(assistant.agreement)] * agrees,
-        )
+    _add_teachers(table, fleet, shown, more, agrees=agrees)
     previous = None
     models = list(dict.fromkeys(group.model for group in groups))
     rows = sorted([*groups, *chosen], key=lambda group: models.index(group.model))
@@ -84,6 +77,37 @@ def fleet_table(fleet: FleetDocument, chosen: Iterable[SeedGroup] = ()) -> Table
         )
         previous = group.model
     return table
+
+
+def _add_teachers(
+    table: Table, fleet: FleetDocument, shown: MetricFormat, more: list[tuple[str, MetricFormat]], *, agrees: bool
+) -> None:
+    """Rows for the teacher, the members of an ensemble, and the assistants.
+
+    Args:
+        more: further metrics that have a column.
+        agrees: whether there is a column for agreement with the teacher.
+    """
+    from rich.text import Text
+
+    teacher = fleet.teacher
+    best, whole = shown.text(teacher.metric(fleet.metric)), share(teacher.parameters, teacher.parameters)
+    ensemble = f", mean of {len(teacher.members)}" if teacher.members else ""
+    counted = f"teacher{ensemble}", thousands(teacher.parameters), whole
+    table.add_row(*counted, "", best, *(one.text(teacher.metric(name)) for name, one in more), style="bold")
+    for member in teacher.members:
+        counts = thousands(member.parameters), share(member.parameters, teacher.parameters)
+        table.add_row(Text(f"  {member.share:.0%} of it {member.model}"), *counts)
+    for assistant in fleet.assistants:
+        table.add_row(
+            Text(f"assistant {assistant.model}"),
+            thousands(assistant.parameters),
+            share(assistant.parameters, teacher.parameters),
+            "",
+            shown.text(assistant.metric(fleet.metric)),
+            *(one.text(assistant.metric(name)) for name, one in more),
+            *[percent(assistant.agreement)] * agrees,
+        )
 
 
 def pooled_table(runs: list[Run]) -> Table:

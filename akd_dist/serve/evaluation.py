@@ -4,7 +4,6 @@ evaluate("runs/digits/students/mlp-16-annealing_kd-t5-s0", Asked("runs/digits"),
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,12 @@ from akd_dist.data.predictions import predictions_file
 from akd_dist.data.row_cache import Progress
 from akd_dist.distill.losses import label_losses
 from akd_dist.distill.metrics import measure, predictions
-from akd_dist.documents.fleet import Metrics
 from akd_dist.documents.use import EvaluatedModel, EvaluationDocument, OtherModel, PredictionDocument
-from akd_dist.models.build import num_parameters
 from akd_dist.models.card import ModelCard
 from akd_dist.serve.examples import Batch, DataRequest, Examples, open_examples
 from akd_dist.serve.export_files import refuse_existing
-from akd_dist.serve.language import evaluate_texts, predict_texts
+from akd_dist.serve.language import evaluate_texts
+from akd_dist.serve.language_predictions import predict_texts
 from akd_dist.serve.served import Served, as_in_training, open_model
 
 _SHARED = 1 << 22
@@ -123,18 +121,11 @@ class _Tally:
         self.said.add(predictions(self.model.card.task, logits).cpu().numpy())
 
     def measured(self, truth: torch.Tensor) -> EvaluatedModel:
-        """The model and its metrics; JSON has no infinite loss."""
+        """The model and its metrics."""
         card = self.model.card
         metrics = measure(card.task, torch.from_numpy(self.said.values), truth, card.classes)
         metrics |= {"loss": self.loss / len(truth)}
-        return EvaluatedModel(
-            path=self.model.home.uri,
-            model=card.model.label,
-            parameters=num_parameters(self.model.module),
-            fingerprint=card.fingerprint,
-            precision=self.model.precision,
-            metrics=Metrics(**{name: value for name, value in metrics.items() if math.isfinite(value)}),
-        )
+        return self.model.measured(metrics)
 
 
 def _compared(ours: _Tally, theirs: _Tally, truth: torch.Tensor) -> OtherModel:
@@ -176,7 +167,7 @@ def predict(
     `probability` float32, of that class, by softmax (classification); `logits`, float32 [classes]; `label`, int64 or
     float32, where the data have one. The file's metadata say under `akd_dist` which model it was, and the names of its
     classes. Memory does not grow with the rows. Of language models what they say of each token instead, see
-    `language.predict_texts`.
+    `language_predictions.predict_texts`.
 
     Args:
         student: a model folder, absolute or `s3://`.

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from akd_dist.base.errors import MachineError, RecipeError
+from akd_dist.base.errors import MachineError, RecipeError, is_limit, limit_reached
 from akd_dist.base.files import PARTIAL_SUFFIX, fsync_folder
 
 
@@ -39,6 +39,8 @@ def publish(made: Path, out: Path) -> None:
 
 
 def _cannot_write(out: Path, error: OSError) -> MachineError:
+    if is_limit(error):
+        return limit_reached(error)
     return MachineError(
         f"cannot write {out}",
         got=error.strerror or str(error),

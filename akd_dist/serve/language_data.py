@@ -67,6 +67,16 @@ class Texts:
         """How many bytes of text each id stands for, int64 [vocabulary]; 0 of special ones, which are no text."""
         return None if self.tokenizer is None else token_bytes(self.tokenizer)
 
+    def shown(self, what: str, on_progress: Progress | None, on_note: Callable[[str], None] | None) -> Iterator[Batch]:
+        """The batches, each told of once it is done with; what is to be known of the texts is told at the end."""
+        for owners, blocks in self.batches():
+            yield owners, blocks
+            if on_progress is not None:
+                on_progress(what, int(owners[-1]) + 1, self.rows)
+        if on_note is not None:
+            for note in self.notes():
+                on_note(note)
+
     def prepare(self, model: Served) -> None:
         """See that a model is for these texts, and have it take them.
 

@@ -1,7 +1,8 @@
 """A finished model, opened for use: where it lies, what it was made for, and how it computes."""
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from torch import nn
 from akd_dist import recipe
 from akd_dist.base.trusted import Trusted
 from akd_dist.distill.losses import at_least_float32
+from akd_dist.documents.fleet import Metrics
+from akd_dist.documents.use import EvaluatedModel
+from akd_dist.models.build import num_parameters
 from akd_dist.models.card import ModelCard
 from akd_dist.models.device import autocast, device_name, set_deterministic, weights_dtype
 from akd_dist.models.folder import NOBODY, read_model
@@ -42,6 +46,17 @@ class Served:
             # Copied, since torch warns of tensors over memory that is read-only, as a memory map is.
             logits: torch.Tensor = self.module(torch.from_numpy(np.array(inputs)).to(self.device))
         return at_least_float32(logits)
+
+    def measured(self, metrics: Mapping[str, float]) -> EvaluatedModel:
+        """The model with its metrics; one that is not finite is left out, since JSON has no infinite numbers."""
+        return EvaluatedModel(
+            path=self.home.uri,
+            model=self.card.model.label,
+            parameters=num_parameters(self.module),
+            fingerprint=self.card.fingerprint,
+            precision=self.precision,
+            metrics=Metrics(**{name: value for name, value in metrics.items() if math.isfinite(value)}),
+        )
 
 
 def open_model(uri: str, device: recipe.Device = "cpu", trusted: Trusted = NOBODY) -> Served:

@@ -219,7 +219,7 @@ def foresee_caching(inputs: Inputs, workspace: Workspace) -> PlanDocument:
         check_chain(recipe, inputs.splits, workspace, len(inputs.levels))
     if needed:
         check_folder(root.local_path(""))
-        check_room(workspace.store_root, needed)
+        check_room(workspace.store_root, needed, recipe)
         waits = foreseen(cluster.all_nodes(), room_of_teacher(recipe), WORK_OF_TEACHER, workspace.demand())
     return PlanDocument(
         dry_run=True,
@@ -375,7 +375,7 @@ def room_of_teacher(recipe: Recipe) -> ResourceRequest:
     return ResourceRequest(1, max(threads), gpus_of(recipe.device))
 
 
-def check_room(store_root: str, needed: int) -> None:
+def check_room(store_root: str, needed: int, recipe: Recipe) -> None:
     """Refuse before the teacher runs what the disk cannot hold. Object stores do not say how much is free."""
     free = open_root(store_root).free_bytes()
     if free is not None and needed > free:
@@ -383,8 +383,23 @@ def check_room(store_root: str, needed: int) -> None:
             f"the logits do not fit in {store_root}",
             got=f"{free:,} bytes free",
             expected=f"{needed:,} bytes",
-            next="use cache.encoding={kind: float16, compress: blosc}, fewer data.views, or another --store-root",
+            next=_how_to_need_less(recipe),
         )
+
+
+def _how_to_need_less(recipe: Recipe) -> str:
+    """What would make the stores of a recipe smaller, or have them elsewhere."""
+    encoding, ways = recipe.cache.encoding, []
+    if encoding.kind == "top_k":
+        ways.append("a smaller k or rank of cache.encoding")
+    elif recipe.data.task == "language_model":
+        ways.append("cache.encoding={kind: top_k}")
+    elif encoding.kind == "float32" or encoding.compress == "none":
+        ways.append("cache.encoding={kind: float16, compress: blosc}")
+    if recipe.data.views > 1:
+        ways.append("fewer data.views")
+    ways.append("another --store-root")
+    return f"free some space, or use {', or '.join(ways)}"
 
 
 def tell_of_chance(model: CachedModel, console: Console) -> None:

@@ -15,6 +15,7 @@ from akd_dist.data.rows import SPLITS, Rows, Splits
 from akd_dist.data.tokenizers import check_same_meaning, language_tokenizer, used_ids
 from akd_dist.distill.agreement import check_in_store
 from akd_dist.distill.cards import fidelity_warnings
+from akd_dist.distill.dictionary import check_rank
 from akd_dist.distill.language_check import check_on_blocks
 from akd_dist.distill.target_teacher import LanguageTeacher
 from akd_dist.models.card import blocks_of
@@ -123,20 +124,11 @@ def try_language_teacher(module: LanguageModel, rows: Rows, cache: recipes.Cache
 
     if config["name"] == TopK.name:
         top_k = top_k_from_config(config)
-        _check_rank(teacher, top_k)
+        if teacher.head is not None:
+            check_rank(top_k.rank, teacher.head.weight.shape[1])
         teacher.described(batch, top_k.k, top_k.tail_temperatures, None)
     else:
         encoding_from_config(config).encode(teacher.logits(batch).cpu().numpy(), 0, named)
-
-
-def _check_rank(teacher: LanguageTeacher, top_k: TopK) -> None:
-    if teacher.head is not None and top_k.rank > teacher.head.weight.shape[1]:
-        raise RefusedError(
-            "the rank is larger than the teacher's hidden state",
-            got=f"rank {top_k.rank}, a hidden state of {teacher.head.weight.shape[1]}",
-            expected=f"at most {teacher.head.weight.shape[1]}",
-            next="lower cache.encoding.rank",
-        )
 
 
 def temperatures_asked(objective: recipes.Objective) -> set[float]:

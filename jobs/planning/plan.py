@@ -118,6 +118,28 @@ def position(folder: Path) -> tuple[int, int] | None:
     return (found[-1][0], found[-1][1]) if found else None
 
 
+def _shuffle_of(
+    recipe: Recipe,
+    splits: Splits,
+    todo: Sequence[StudentSpec],
+    nodes: Sequence[Node],
+    workspace: Workspace,
+    settled: windows.Shuffle | None,
+) -> windows.Shuffle:
+    """How epochs shuffle: as is settled, or as the nodes' caches have room for.
+
+    Raises:
+        AkdError: as `windows.check_window`.
+    """
+    demands = windows.demands_of(recipe, splits, todo, nodes, blocks=workspace.address is not None)
+    room = windows.room_for(workspace, nodes)
+    shuffle = settled or windows.choose(demands, room)
+    if settled is None and shuffle.window is not None:
+        workspace.tell(f"rows are shuffled in windows of {shuffle.window:,}: {shuffle.why}")
+    windows.check_window(demands, shuffle, room, workers=max((spec.workers for spec in todo), default=1))
+    return shuffle
+
+
 def plan_run(
     inputs: Inputs,
     run: Path,
@@ -152,13 +174,7 @@ def plan_run(
     todo = [spec for spec in recipe.students if fresh or not ended(base, spec)]
     nodes = cluster.all_nodes()
     if shuffle is None or todo:
-        demands = windows.demands_of(recipe, splits, todo, nodes, blocks=workspace.address is not None)
-        room = windows.room_for(workspace, nodes)
-        if shuffle is None:
-            shuffle = windows.choose(demands, room)
-            if shuffle.window is not None:
-                workspace.tell(f"rows are shuffled in windows of {shuffle.window:,}: {shuffle.why}")
-        windows.check_window(demands, shuffle, room, workers=max((spec.workers for spec in todo), default=1))
+        shuffle = _shuffle_of(recipe, splits, todo, nodes, workspace, shuffle)
     if pauses:
         todo = [spec for spec in todo if _goes_on(spec, Path(base.root), pauses)]
     local = bool(todo) and may_train_here(recipe, workspace.address)

@@ -46,14 +46,14 @@ class Alternative:
     """A number of cohorts that was tried."""
 
     cohorts: int
-    """So many."""
+    """How many."""
     seconds: float
     """When the fleet would end, starts included."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """A group of students that can share a stream, as the cutting sees it."""
+    """A group of students that can share a stream: what is known of it where it is cut into cohorts."""
 
     seconds: float
     """What its students take together."""
@@ -62,7 +62,8 @@ class Load:
     stream: float = 0.0
     """What every cohort of it takes, however few students it has."""
     shared: float = 0.0
-    """What stacks take for any number of students: of all, where each cohort has students of every architecture."""
+    """What the steps of all stacks take however many students are in them: a cohort pays this for each architecture of
+    which it has students, so all of it where it has students of every one."""
     whole: tuple[float, ...] = ()
     """What each stack takes with all of its students, and what those take that step alone; empty without stacks."""
     longest: float = 0.0

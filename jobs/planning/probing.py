@@ -157,7 +157,8 @@ def measure_all(
 def probe_key(spec: StudentSpec) -> str:
     """What the cost of a student's step depends on. Neither its seed nor its learning rate nor its temperature do."""
     optimizer = largest_optimizer(spec)
-    # What keys of later change stands there only where they do: the way of a run's steps is found by this.
+    # Keys of the recipe that came later are added only for the models that have them: earlier runs have their way of
+    # taking steps noted under the key as it was.
     later = f" {spec.micro_batch} {spec.gradient_checkpointing}" if spec.is_language_model else ""
     return "\n".join(
         [

@@ -26,7 +26,7 @@ from akd_dist.data.row_cache import prepare
 from akd_dist.recipe import ByteText, CustomData, DataSpec, HuggingFaceData, Idx, Parquet
 from tests import sources
 from tests.fleets import own
-from tests.sources import idx, idx_bytes
+from tests.sources import idx, idx_bytes, refused_whole
 
 LABELS = [0, 1] * 5
 VECTORS = np.arange(40, dtype=np.float32).reshape(10, 4)
@@ -506,15 +506,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_refused(case: str, tmp_path: Path) -> None:
     (tmp_path / "data.parquet").touch()
-    make, words = CASES[case]
-    made = make(tmp_path)
-    with pytest.raises(RefusedError) as caught:
-        prepare(made if isinstance(made, DataSpec) else DataSpec(train=made), tmp_path / "cache")
-    assert caught.value.code == 4
-    for word in words:
-        assert word in str(caught.value)
-    assert not list(tmp_path.glob("cache/rows/*/index.json"))
-    assert not list(tmp_path.glob("cache/rows/*.partial"))
+    refused_whole(*CASES[case], tmp_path)
 
 
 def test_of_several_mistakes_the_first_is_named(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from akd_dist.data.sources import webdataset
 from akd_dist.data.sources.kinds import kind_of
 from akd_dist.recipe import DataSpec, ImageFolder, WebDataset
 from tests.pictures import jpeg, of_classes, samples, tar, write
+from tests.sources import refused_whole
 
 COUNT = 30
 Made = ImageFolder | WebDataset | DataSpec
@@ -372,15 +373,7 @@ CASES = {f"folder, {name}": case for name, case in FOLDERS.items()} | {
 @pytest.mark.parametrize("case", CASES)
 def test_refused(case: str, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
-    make, words = CASES[case]
-    made = make(tmp_path)
-    with pytest.raises(RefusedError) as caught:
-        prepare(made if isinstance(made, DataSpec) else DataSpec(train=made), tmp_path / "cache")
-    assert caught.value.code == 4
-    for word in words:
-        assert word in str(caught.value)
-    assert not list(tmp_path.glob("cache/rows/*/index.json"))
-    assert not list(tmp_path.glob("cache/rows/*.partial"))
+    refused_whole(*CASES[case], tmp_path)
 
 
 def test_an_archive_that_is_cut_anywhere_or_has_a_wrong_header_loses_no_row(tmp_path: Path) -> None:

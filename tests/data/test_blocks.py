@@ -121,3 +121,25 @@ def test_what_cannot_be_read_is_told_after_what_comes_before() -> None:
     with pytest.raises(RefusedError, match="seven"):
         taken.extend(read_ahead(range(99), read, lambda _: 1, waits=False))
     assert taken == list(range(7))
+
+
+def test_blocks_are_worked_on_in_order_and_not_far_ahead() -> None:
+    read = []
+
+    def noted() -> Iterator[Block]:
+        for block in blocks(200, 10):
+            read.append(block.start)
+            yield block
+
+    made = map_blocks(noted(), lambda block: block.start, threads=2)
+    assert next(made) == 0
+    assert len(read) <= 3
+    assert [0, *made] == list(range(0, 200, 10))
+
+    def fail(block: Block) -> int:
+        if 25 in block.rows:
+            raise RefusedError(f"rows {block.rows[0]} to {block.rows[-1]}")
+        return block.start
+
+    with pytest.raises(RefusedError, match="rows 25 to 25"):
+        list(map_blocks(noted(), fail, threads=2))

@@ -47,7 +47,9 @@ def test_a_model_that_knows_less_than_nothing_is_told(tmp_path: Path) -> None:
     assert check.cross_entropy > math.log(VOCABULARY)
     assert "another tokenizer" in check.warnings[0]
     nothing = np.zeros((2, 3, 16), np.int32)
-    assert check_on_blocks(model, nothing, VOCABULARY).rows == 0
+    check = check_on_blocks(model, nothing, VOCABULARY)
+    assert check.rows == 0
+    assert check.line.endswith("asked for no next token: the validation rows have none to learn")
 
 
 def test_rows_of_blocks_say_what_a_model_is_to_take(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from akd_dist.distill import published
 from akd_dist.distill.published import fetch_checkpoints, publish_model, train_and_publish
 from akd_dist.jobs.shared import look_first
 from akd_dist.jobs.stopping import StopFlag
-from akd_dist.jobs.train_teacher import Workspace, ensure_trained, run_in_process, run_on_ray, teacher_of
+from akd_dist.jobs.train_teacher import Workspace, ensure_trained, run_in_process, run_in_task, teacher_of
 from akd_dist.models.folder import load_model
 from akd_dist.storage.roots import open_root
 from tests.fleets import a_recipe, a_student, a_teacher
@@ -106,7 +106,7 @@ def test_a_task_that_shares_no_folder_stops_when_it_is_told(
     stop.signal = signal.SIGTERM
     monkeypatch.setattr(stop, "check", lambda: None)  # it comes once the task is on its way
     with pytest.raises(TerminatedError, match="the last checkpoint of the teacher is kept"):
-        run_on_ray(teacher, teacher.job(recipe, splits, place), place)
+        run_in_task(teacher, teacher.job(recipe, splits, place), place)
     kept = open_root(teacher.uri(place.store_root)).list()
     assert kept
     assert all(key.startswith("checkpoints/") for key in kept)

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ from akd_dist.storage.run_copy import MODEL, REPORTED, RunCopy, scratch
 from akd_dist.storage.run_objects import RunObjects
 from akd_dist.storage.s3 import S3Root
 from tests.fleets import weights
-from tests.survivors import FORKS, STEPS, Place, outcome, stands_still, steps_folder, steps_taken
+from tests.survivors import FORKS, STEPS, Place, outcome, stands_still, steps_folder, steps_taken, train
 
 STUDENTS = ("annealing", "hard")
 
@@ -97,13 +96,9 @@ class Elsewhere:
 
 def train_there(job: CohortJob, failpoint: str | None, environment: dict[str, str]) -> None:
     """What a forked process runs."""
-    os.environ |= {STEPS: str(steps_folder(job)), **environment} | ({"AKD_FAILPOINT": failpoint} if failpoint else {})
+    os.environ |= environment
     with at_once():
-        try:
-            train_cohort(job)
-        except AkdError as error:
-            print(error, file=sys.stderr)
-            sys.exit(error.code)
+        train(job, failpoint)
 
 
 @contextlib.contextmanager

@@ -66,8 +66,8 @@ def train_here(
 def all_here() -> Iterator[None]:
     """Teachers, shards and cohorts in this process: where the bucket is, is known only to processes begun later."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_teacher, "run_on_ray", run_in_process)
-        patch.setattr(cache_teacher, "compute_on_ray", compute_in_process)
+        patch.setattr(cache_teacher, "run_in_task", run_in_process)
+        patch.setattr(cache_teacher, "compute_in_tasks", compute_in_process)
         patch.setattr(train_students, "_train", train_here)
         yield
 

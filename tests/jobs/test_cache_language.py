@@ -25,6 +25,7 @@ from akd_dist.distill.stream import BatchStream
 from akd_dist.distill.target_shards import FEWEST_TARGETS
 from akd_dist.distill.target_teacher import LanguageTeacher
 from akd_dist.distill.teacher import probe_rows
+from akd_dist.documents.check import TeacherCheck
 from akd_dist.jobs.cache_teacher import cache_in_process
 from akd_dist.jobs.planning.language import check_pretrained
 from akd_dist.jobs.repair import repair
@@ -170,6 +171,9 @@ def test_the_same_again_is_a_hit_and_a_dry_run_foresees(corpus: Path, undisturbe
     assert store_bytes(undisturbed) == before
     there = akd_dist.cache_teacher(of(corpus), store_root=undisturbed, **places)
     assert all(one["hit"] for one in there["splits"].values())
+    (check,) = there["teacher_checks"]
+    assert (check["asked_of"], check["cross_entropy"]) == ("tokens", None)
+    assert " next tokens of the validation rows" in TeacherCheck(**check).line
     plan = akd_dist.cache_teacher(of(corpus), store_root=tmp_path / "none", **places)
     store = train_store(undisturbed, corpus)
     assert plan["splits"]["train"]["targets"] == store.manifest.targets

@@ -105,7 +105,7 @@ def test_a_cut_of_half_a_minute_while_caching_and_while_training(bucket: str, cu
     """The teacher, and then a student, stand still in the middle of their work until the network is cut."""
     recipe = a_fleet(tmp_path)
     stores, runs, cache = f"{bucket}/stores", f"{bucket}/runs", tmp_path / "cache"
-    command = [sys.executable, "-m", "akd_dist.cli", "train-students", str(tmp_path / "recipe.yaml")]
+    command = [sys.executable, "-m", "tests.on_ray", "train-students", str(tmp_path / "recipe.yaml")]
     command += ["--store-root", stores, "--run-root", runs, "--cache-root", str(cache)]
     errors, environment = tmp_path / "stderr", os.environ | {"AKD_TEST_MARKER": str(tmp_path)}
     with errors.open("w") as told:

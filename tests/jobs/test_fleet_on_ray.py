@@ -98,13 +98,15 @@ class Home:
         """Whether the few students have the weights that the plain loop gave them."""
         return weights(run) == {student["name"]: self.weights[student["name"]] for student in FEW}
 
-    def command(self, root: Path, *arguments: str, recipe: Recipe | None = None) -> list[str]:
+    def command(
+        self, root: Path, *arguments: str, recipe: Recipe | None = None, program: str = "akd_dist.cli"
+    ) -> list[str]:
         file = root / "recipe.yaml"
         file.write_text((recipe or self.few).to_yaml())
         places = ["--store-root", str(root / "stores"), "--cache-root", self.cache_root]
         if arguments[0] == "train-students":
             places += ["--run-root", str(root / "runs")]
-        return [sys.executable, "-m", "akd_dist.cli", arguments[0], str(file), *places, *arguments[1:]]
+        return [sys.executable, "-m", program, arguments[0], str(file), *places, *arguments[1:]]
 
 
 def said(run: Path) -> dict[str, bytes]:
@@ -350,7 +352,7 @@ def is_interrupted(done: subprocess.CompletedProcess[str]) -> None:
 @pytest.mark.slow
 def test_drivers_are_terminated_interrupted_and_killed(home: Home, trained: Any, marker: Path) -> None:
     """One after the other, each in the midst of what the one before has left; the weights are as if none had been."""
-    command = home.command(marker, "train-students")
+    command = home.command(marker, "train-students", program="tests.on_ray")
     shutil.copytree(home.root / "plain", marker / "stores")
 
     terminated = interrupt([*command, "--fresh"], marker, SECOND_EPOCH, signal.SIGTERM, group=True)
@@ -364,6 +366,7 @@ def test_drivers_are_terminated_interrupted_and_killed(home: Home, trained: Any,
 
     killed = interrupt(command, marker, SECOND_EPOCH, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
+    assert "starting Ray" in killed.stderr
 
     fleet = home.train(marker, home.few)
     assert {student["state"] for student in fleet["students"]} == {"done"}

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from akd_dist.base.errors import RefusedError
-from akd_dist.data.logit_checks import look_at_order
+from akd_dist.data.logit_checks import Order, look_at_order
 from akd_dist.data.parquet_files import out_of_order
 from akd_dist.data.source_rows import source_rows
-from tests.jobs.test_import_logits import CLASSES, IDS, ROWS, Home, Z, logits, refused
+from tests.imported_logits import CLASSES, IDS, LABELS, ROWS, Home, Z, logits, refused
 
 pytestmark = pytest.mark.usefixtures("own_process_state")
 PARTS = [f"part-{number}.parquet" for number in range(12)]
@@ -32,6 +32,52 @@ def written(folder: Path, names: list[str], table: Any) -> Path:
     for name, start, stop in zip(names, cuts[:-1], cuts[1:], strict=True):
         pq.write_table(table.slice(start, stop - start), folder / name)
     return folder
+
+
+def test_another_order_is_noticed_by_the_labels(home: Home) -> None:
+    assert "look shuffled" in refused(home, Z[np.random.default_rng(3).permutation(ROWS)])
+    assert "one row before its place" in refused(home, np.roll(Z, 1, axis=0))
+    assert "2 rows after its place" in refused(home, np.roll(Z, -2, axis=0))
+    assert "reverse" in refused(home, Z[::-1])
+    assert "sorted by label" in refused(home, Z[np.argsort(LABELS, kind="stable")])
+    assert "column 0 is class 1" in refused(home, Z[:, [1, 0, 2, 3]])
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_in_another_order_is_noticed_among_the_others(home: Home, split: str) -> None:
+    rows = source_rows(home.recipe().data)[split].rows
+    moved = Z.copy()
+    moved[rows] = Z[np.random.default_rng(4).permutation(rows)]
+    assert f"bad.npy of the {split} rows look shuffled" in refused(home, moved)
+    moved[rows] = Z[rows[::-1]]
+    assert f"bad.npy of the {split} rows does not fit the labels as it is" in refused(home, moved)
+
+
+def test_few_rows_of_a_weak_teacher_are_no_shuffled_ones() -> None:
+    together = Order(0.35, 0.25, 800, informative=True)
+    assert Order(0.27, 0.25, 80, informative=True).at_chance
+    assert not Order(0.27, 0.25, 80, informative=True).worse_than(together)
+
+
+def test_rows_that_are_shifted_from_some_row_on_are_found() -> None:
+    labels = np.random.default_rng(0).integers(0, 10, 5000)
+    said = labels.copy()
+    said[3000:] = np.roll(labels, 1)[3000:]
+    order = look_at_order(said, labels, 10, "classification", keyed=False)
+    assert order.explained is not None
+    assert "from about 3,000 on" in order.explained
+    by_class = np.sort(labels)  # where a shift changes hardly anything, none is seen
+    assert look_at_order(by_class, by_class, 10, "classification", keyed=False).explained is None
+
+
+def test_a_weak_teacher_is_no_shuffled_one() -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 100, 20_000)
+    said = np.where(generator.random(20_000) < 0.05, labels, generator.integers(0, 100, 20_000))
+    assert not look_at_order(said, labels, 100, "classification", keyed=False).at_chance
+    few = look_at_order(said[:30], labels[:30], 100, "classification", keyed=False)
+    assert not few.at_chance
+    assert few.explained is None
 
 
 def test_numbers_in_names_are_compared_as_numbers() -> None:

@@ -137,7 +137,7 @@ def test_whoever_leaves_leaves_no_worker(
 ) -> None:
     _, executor = fleet_of(recipe, stores, home, tmp_path, idle)
     worker = Worker()
-    executor.running[worker] = ResourceRequest(1, 1)
+    executor.busy[worker] = ResourceRequest(1, 1)
     assert executor.free()[0].cpus == 1
     with executor:
         pass

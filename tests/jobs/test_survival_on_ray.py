@@ -1,7 +1,8 @@
 """Killed under Ray: raylets, nodes, workers and drivers; every run ends with the weights of the plain loop.
 
-A cluster of several raylets on this machine, and a command with `--address` that is its driver. Workers stand still at
-a batch of their second epoch, so that whoever is killed is killed there, whatever the pace of the machine.
+A cluster of several raylets on this machine, and a command with `--address` that is its driver; or a command that has
+a Ray of its own. Workers stand still at a batch of their second epoch, so that whoever is killed is killed there,
+whatever the pace of the machine.
 """
 
 import contextlib
@@ -96,7 +97,7 @@ class Home:
         places = {"store": self.root / "stores", "run": root / "runs", "cache": self.cache_root}
         options = [part for key, path in places.items() for part in (f"--{key}-root", str(path))]
         return [
-            sys.executable, "-m", "akd_dist.cli", "train-students", str(root / "recipe.yaml"), *options, *more
+            sys.executable, "-m", "tests.on_ray", "train-students", str(root / "recipe.yaml"), *options, *more
         ]  # fmt: skip
 
 
@@ -302,6 +303,7 @@ def test_a_waiting_driver_carries_on_from_a_killed_one(home: Home, tmp_path: Pat
     waiting.mkdir()
     with Driver(home.command(tmp_path), tmp_path, AKD_FAILPOINT=SECOND_EPOCH) as first:
         (worker,) = first.until(lambda: standing_still(first.process))
+        assert "starting Ray" in first.errors.read_text()
         second = subprocess.run(home.command(tmp_path), capture_output=True, text=True, check=False)
         assert second.returncode == 3
         assert f"process {first.process.pid} on {socket.gethostname()}" in second.stderr

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,18 +17,12 @@ from akd_dist.models.build import build, num_parameters
 from akd_dist.models.card import ModelCard
 from akd_dist.models.folder import state_bytes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = Tokens(vocabulary=40, padding=3, mask=4, special=(3, 4))
 RESNET = recipe.ResNet(depth=8)
 PLAIN = recipe.PlainCnn(layers=4)
 TEXT = recipe.TextTransformer(width=16, heads=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def images(model: Any, shape: tuple[int, ...] = (3, 32, 32), classes: int = 10) -> ModelCard:

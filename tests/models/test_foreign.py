@@ -35,7 +35,7 @@ from akd_dist.serve.evaluation import evaluate
 from akd_dist.serve.examples import DataRequest
 from akd_dist.storage.reader import open_store
 from tests.fleets import HARD, a_recipe, a_student, own, resealed
-from tests.models.test_models import CNN, card, images
+from tests.small_models import CNN, card, images
 
 NETS = """
 from torch import nn

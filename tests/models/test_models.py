@@ -1,7 +1,6 @@
-"""Models: the same bits from the same seed, folders that are whole or refused, and nothing ever unpickled."""
+"""Models: the same bits from the same seed, built-in ones and the user's own."""
 
 import json
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,34 +12,14 @@ import torch
 from torch import nn
 
 from akd_dist import recipe
-from akd_dist.base.errors import AkdError, DamagedError, RefusedError
-from akd_dist.base.files import canonical_json, sha256
-from akd_dist.data.rows import Rows
+from akd_dist.base.errors import RefusedError
+from akd_dist.base.files import sha256
 from akd_dist.data.text import Tokens
 from akd_dist.models.build import build, by_content, num_parameters
-from akd_dist.models.card import CARD, WEIGHTS, ModelCard
-from akd_dist.models.folder import load_card, load_model, save_model, state_bytes
+from akd_dist.models.card import CARD, ModelCard
+from akd_dist.models.folder import load_model, save_model, state_bytes
 from tests.fleets import own, resealed
-
-MLP = recipe.Mlp(hidden=[6, 5], dropout=0.1)
-CNN = recipe.Cnn(width=4)
-SPECS: list[recipe.Model] = [
-    MLP,
-    CNN,
-    recipe.Mlp(hidden=8),
-    recipe.Cnn(width=2, depth=3),
-    recipe.ResNet(depth=8, width=4),
-    recipe.PlainCnn(layers=2),
-]
-
-
-def card(model: Any = CNN, **changes: Any) -> ModelCard:
-    fields: dict[str, Any] = {"input_shape": (1, 8, 8), "input_dtype": "uint8", "classes": 10}
-    return ModelCard(model=model, **fields | changes)
-
-
-def images(n: int = 3) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 1, 8, 8), dtype=np.uint8))
+from tests.small_models import CNN, MLP, SPECS, TOKENS, card, images, rows, texts
 
 
 @pytest.fixture
@@ -230,278 +209,12 @@ def test_only_pretrained_models_are_asked_for_weights() -> None:
     assert state_bytes(build(card(), seed=1, pretrained=True)) == state_bytes(build(card(), seed=1))
 
 
-# ---- folders
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
-def test_a_folder_gives_back_the_very_model(spec: recipe.Model, tmp_path: Path) -> None:
-    normalize = recipe.Normalize(mean=[0.3], std=[0.37])
-    written = card(spec, normalize=normalize)
-    module = build(written, seed=1)
-    save_model(tmp_path / "model", module, written)
-    state = torch.get_rng_state()
-    loaded = load_model(tmp_path / "model")
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not loaded.training
-    assert state_bytes(loaded) == state_bytes(module)
-    assert torch.equal(loaded(images()), module.eval()(images()))
-    read = load_card(str(tmp_path / "model"))
-    assert read.weights_sha256 == sha256((tmp_path / "model" / WEIGHTS).read_bytes())
-    assert read.model_copy(update={"weights_sha256": None}) == written
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [CARD, WEIGHTS]
-
-
 def test_tied_weights_are_kept(custom: recipe.Custom, tmp_path: Path) -> None:
     module = build(card(custom), seed=0)
     assert isinstance(module, nn.Module)
     body = module.get_submodule("body.1")
     module.register_parameter("again", body.weight)  # type: ignore[arg-type]
     assert len(state_bytes(module)) > 2 * 640 * 4
-
-
-def test_the_fingerprint_changes_with_one_bit(tmp_path: Path) -> None:
-    def of(module: nn.Module, written: ModelCard) -> str:
-        save_model(tmp_path, module, written)
-        return load_card(tmp_path).fingerprint
-
-    module = build(card(), seed=0)
-    first = of(module, card())
-    assert first == of(module, card())
-    normalized = of(module, card(normalize=recipe.Normalize(mean=[0.0], std=[1.0])))
-    with torch.no_grad():
-        weight = next(module.parameters())
-        weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0))
-    assert len({first, normalized, of(module, card())}) == 3
-
-
-class Canary:
-    """Unpickled, it would touch a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
-
-
-def as_zip(path: Path, canary: Canary) -> None:
-    torch.save({"weight": canary}, path)
-
-
-def as_pickle(path: Path, canary: Canary) -> None:
-    path.write_bytes(pickle.dumps(canary))
-
-
-@pytest.mark.parametrize("write", [as_zip, as_pickle])
-@pytest.mark.parametrize("name", ["model.pt", "weights", "folder/model.pt", f"folder/{WEIGHTS}"])
-def test_a_pickle_is_never_unpickled(name: str, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    path, canary = tmp_path / name, tmp_path / "canary"
-    path.parent.mkdir(exist_ok=True)
-    write(path, Canary(canary))
-    if path.name == WEIGHTS:
-        written = card().model_copy(update={"weights_sha256": sha256(path.read_bytes())})
-        (path.parent / CARD).write_text(written.model_dump_json())
-    for read in (load_model, load_card):
-        with pytest.raises(RefusedError, match="never unpickled"):
-            read(path.parent if "/" in name else path)
-    assert not canary.exists()
-
-
-def missing_card(folder: Path) -> None:
-    (folder / CARD).unlink()
-
-
-def missing_folder(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-
-
-def a_file(folder: Path) -> None:
-    missing_folder(folder)
-    folder.write_text("text")
-
-
-def flipped_bit(folder: Path) -> None:
-    data = bytearray((folder / WEIGHTS).read_bytes())
-    data[-1] ^= 1
-    (folder / WEIGHTS).write_bytes(data)
-
-
-def cut_weights(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4])
-
-
-def broken_card(folder: Path) -> None:
-    (folder / CARD).write_text("{")
-
-
-def unknown_key(folder: Path) -> None:
-    edit_card(folder, hidden_layers=3)
-
-
-def newer_format(folder: Path) -> None:
-    edit_card(folder, format=3)
-
-
-def other_model(folder: Path) -> None:
-    edit_card(folder, model={"kind": "cnn", "width": 5})
-
-
-def edit_card(folder: Path, **changes: Any) -> None:
-    (folder / CARD).write_text(json.dumps(resealed(json.loads((folder / CARD).read_text()) | changes)))
-
-
-@pytest.mark.parametrize(
-    ("damage", "kind", "message"),
-    [
-        (missing_card, RefusedError, "not a model folder"),
-        (missing_folder, RefusedError, "not a model folder"),
-        (a_file, RefusedError, "is a file"),
-        (flipped_bit, DamagedError, "not those that were saved"),
-        (cut_weights, DamagedError, "not those that were saved"),
-        (broken_card, DamagedError, "cannot be read"),
-        (unknown_key, DamagedError, "cannot be read"),
-        (newer_format, RefusedError, "newer akd-dist"),
-        (other_model, RefusedError, "do not fit the model"),
-    ],
-)
-def test_a_bad_folder_is_refused(damage: Any, kind: type[AkdError], message: str, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    save_model(folder, build(card(), seed=0), card())
-    damage(folder)
-    with pytest.raises(kind, match=message):
-        load_model(folder)
-
-
-# ---- cards
-
-TOKENS = Tokens(vocabulary=300, padding=256, mask=257, special=(256, 257))
-
-
-def rows(inputs: np.ndarray | None = None, classes: int = 10, **more: Any) -> Rows:
-    inputs = np.zeros((4, 1, 8, 8), np.uint8) if inputs is None else inputs
-    labels = np.zeros(4, np.float32 if more.get("task") == "regression" else np.int64)
-    return Rows(inputs, labels, classes, "", (), Path(), **more)
-
-
-def texts(length: int = 8, **more: Any) -> Rows:
-    return rows(np.full((4, length), 7, np.int32), **{"tokens": TOKENS, **more})
-
-
-TEXT = recipe.TextTransformer(width=8)
-
-
-def test_a_card_says_what_the_data_says() -> None:
-    assert ModelCard.of(CNN, rows(), None) == card()
-    of_text = ModelCard.of(TEXT, texts(class_names=tuple("abcdefghij")), None)
-    assert (of_text.input_dtype, of_text.input_shape, of_text.tokens) == ("int32", (8,), TOKENS)
-    assert of_text.class_names == tuple("abcdefghij")
-    assert ModelCard.of(MLP, rows(classes=1, task="regression"), None).task == "regression"
-
-
-@pytest.mark.parametrize(
-    ("data", "ours", "theirs"),
-    [
-        (rows(classes=11), "10 classes", "11 classes"),
-        (rows(np.zeros((4, 1, 8, 9), np.uint8)), "[1, 8, 8]", "[1, 8, 9]"),
-        (rows(np.zeros((4, 1, 8, 8), np.float32)), "uint8", "float32"),
-        (rows(classes=1, task="regression"), "10 classes", "1 value (regression)"),
-        (texts(), "uint8", "int32 [8], 300 tokens with padding 256"),
-    ],
-    ids=["classes", "shape", "dtype", "task", "tokens"],
-)
-def test_other_rows_are_refused_with_both_sides(data: Rows, ours: str, theirs: str) -> None:
-    card().check_rows(rows(), "the teacher")
-    with pytest.raises(RefusedError, match="the teacher was made for other data") as refused:
-        card().check_rows(data, "the teacher")
-    assert ours in str(refused.value.got)
-    assert theirs in str(refused.value.expected)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        texts(tokens=TOKENS.model_copy(update={"vocabulary": 301})),
-        texts(tokens=TOKENS.model_copy(update={"padding": 0})),
-        texts(length=9),
-        rows(np.full((4, 2, 8), 7, np.int32), tokens=TOKENS),
-    ],
-    ids=["vocabulary", "padding", "longer", "token types"],
-)
-def test_other_texts_are_refused_and_shorter_ones_are_not(data: Rows) -> None:
-    of_text = ModelCard.of(TEXT, texts(), None)
-    of_text.check_rows(texts(), "the teacher")
-    of_text.check_rows(texts(length=5), "the teacher")
-    with pytest.raises(RefusedError, match="the teacher was made for other data"):
-        of_text.check_rows(data, "the teacher")
-
-
-def test_classes_in_another_order_are_refused_with_both_lists() -> None:
-    named = card(classes=3, class_names=("cat", "dog", "eel"))
-    for fine in (("cat", "dog", "eel"), None):
-        named.check_rows(rows(classes=3, class_names=fine), "the teacher")
-    with pytest.raises(RefusedError, match="another order") as refused:
-        named.check_rows(rows(classes=3, class_names=("dog", "cat", "eel")), "the teacher")
-    assert "cat, dog, eel" in str(refused.value.got)
-    assert "dog, cat, eel" in str(refused.value.expected)
-    many = tuple(f"person {number}" for number in range(1000))
-    other = (*many[:500], "nobody", *many[501:])
-    with pytest.raises(RefusedError) as refused:
-        card(classes=1000, class_names=many).check_rows(rows(classes=1000, class_names=other), "the teacher")
-    assert refused.value.got == f"classes ..., {', '.join(many[500:510])}, ... (1,000 in all)"
-    assert "classes ..., nobody, person 501" in str(refused.value)
-
-
-def test_a_card_without_the_later_fields_still_reads(tmp_path: Path) -> None:
-    """As the first ones were written."""
-    save_model(tmp_path, build(card(), seed=0), card())
-    document = json.loads((tmp_path / CARD).read_text()) | {"format": 1}
-    del document["sha256"]
-    earlier = ("format", "model", "input_shape", "input_dtype", "classes", "normalize", "weights_sha256")
-    (tmp_path / CARD).write_text(json.dumps({key: document[key] for key in earlier}))
-    whole = ModelCard.model_validate(document)
-    assert load_card(tmp_path) == whole
-    assert load_card(tmp_path).fingerprint == whole.fingerprint
-    assert (whole.task, whole.tokens, whole.class_names) == ("classification", None, None)
-
-
-def test_a_fingerprint_leaves_out_defaults_of_the_card() -> None:
-    document = {
-        "format": 1,
-        "model": {"kind": "cnn", "width": 4, "depth": 2},
-        "input_shape": [1, 8, 8],
-        "input_dtype": "uint8",
-        "classes": 10,
-    }
-    assert card().fingerprint == sha256(canonical_json(document))
-    others: list[dict[str, Any]] = [
-        {"task": "regression"},
-        {"class_names": tuple("abcdefghij")},
-        {"tokens": TOKENS},
-        {"source_sha256": "0"},
-        {"normalize": recipe.Normalize(mean=[0.0], std=[1.0])},
-        {"model": recipe.Cnn(width=4, depth=1)},
-    ]
-    prints = {card(**changes).fingerprint for changes in others}
-    assert len(prints | {card().fingerprint}) == len(others) + 1
-
-
-def test_float64_weights_stay_so(tmp_path: Path) -> None:
-    module = build(card(), seed=0).double().eval()
-    save_model(tmp_path, module, card())
-    assert torch.equal(load_model(tmp_path)(images()), module(images()))
-    assert load_model(tmp_path)(images()).dtype == torch.float64
-
-
-def test_a_text_model_is_saved_and_loaded(tmp_path: Path) -> None:
-    of_text = ModelCard.of(TEXT, texts(), None)
-    module = build(of_text, seed=0).eval()
-    save_model(tmp_path, module, of_text)
-    ids = torch.arange(24, dtype=torch.int32).view(3, 8)
-    assert torch.equal(load_model(tmp_path)(ids), module(ids))
-    assert load_card(tmp_path).tokens == TOKENS
 
 
 @pytest.mark.parametrize("tokens", [TOKENS, Tokens(vocabulary=5, padding=0, special=(0, 1))])

@@ -264,6 +264,14 @@ def test_logits_are_those_of_the_view_whatever_is_held(windowed: bool, tmp_path:
     logits.close()
 
 
+def test_nothing_is_decoded_beside_what_fills_the_cache(tmp_path: Path) -> None:
+    store, cache = stores.build(tmp_path / "stores"), tmp_path / "cache"
+    logits = StoredLogits(open_store(store.uri), cache, 2, beside=10**6, budget=10**6 - 1)
+    logits.decode()
+    assert not list(cache.glob("logits/*"))
+    logits.close()
+
+
 def test_what_others_are_about_to_leave_is_waited_for(pieces: Pieces, guard: Guard, monkeypatch: Any) -> None:
     """Another worker of the node reads the group before, and then leaves it."""
     theirs = [hold_pieces(pieces, [0, 1])]

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from akd_dist import recipe
-from akd_dist.base.errors import RefusedError
+from akd_dist.base.errors import RefusedError, unreadable
 from akd_dist.data.blocks import Block, read_ahead
 from akd_dist.data.folder_walk import Walk
 from akd_dist.data.parquet_files import NEXT_PATH, SKIPPED_PREFIXES, check_scheme, matches, nothing_at
@@ -236,9 +236,7 @@ def _opened(file: File) -> Any:
     try:
         return file.open("rb") if isinstance(file, Path) else file.open(_BUFFER_BYTES)
     except OSError as error:
-        raise RefusedError(
-            f"{file} cannot be read", got=error.strerror or str(error), expected="a file of documents", next=NEXT_PATH
-        ) from error
+        raise unreadable(RefusedError, file, error, expected="a file of documents", next=NEXT_PATH) from error
 
 
 def _text_of(file: File) -> str:
