@@ -42,6 +42,8 @@ class StoredTargets(StoredViews):
         """The store that is read."""
         self.offsets = store.offsets if store.layout.several else None
         """int64 [rows + 1], where a row has several targets: row r has those from offsets[r] up to offsets[r + 1]."""
+        self._counts = None if self.offsets is None else np.diff(self.offsets)
+        self._each = 1 if self._counts is None else _equal(self._counts)
         self.together = interleaved(store.layout)
         """How all arrays of a target lie in one; None where the store holds logits."""
         self.row_bytes = -(-store.layout.item_bytes * store.layout.rows // max(1, store.num_rows))
@@ -54,9 +56,7 @@ class StoredTargets(StoredViews):
 
     def counts(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """How many targets each of some rows has, int64 [n]."""
-        if self.offsets is None:
-            return np.ones(len(rows), np.int64)
-        return self.offsets.take(rows + 1) - self.offsets.take(rows)
+        return np.ones(len(rows), np.int64) if self._counts is None else self._counts.take(rows)
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Gathered:
         """What is stored of the targets of some rows of the view that is read now, in the order of these rows.
@@ -80,9 +80,14 @@ class StoredTargets(StoredViews):
         """
         held = self._held
         ((name, array),) = held.arrays.items()
-        if self.offsets is None:
-            return held.take(name, rows), np.ones(len(rows), np.int64)
-        starts, counts = self.offsets.take(rows), self.counts(rows)
+        counts = self.counts(rows)
+        if self._each == 1:
+            return held.take(name, rows), counts
+        assert self.offsets is not None
+        if self._each is not None and held.whole:
+            by_row = array.reshape(-1, self._each, *array.shape[1:])
+            return by_row.take(rows, axis=0).reshape(-1, *array.shape[1:]), counts
+        starts = self.offsets.take(rows)
         if not held.whole:
             starts = _places(held, starts, counts)
         return _slices(array, starts, counts), counts
@@ -91,6 +96,12 @@ class StoredTargets(StoredViews):
         if self.offsets is not None:
             spans = [(int(self.offsets[start]), int(self.offsets[stop])) for start, stop in spans]
         return [(start, stop) for start, stop in spans if start < stop]
+
+
+def _equal(counts: npt.NDArray[np.int64]) -> int | None:
+    """How many targets each row has, where all have equally many and some."""
+    most = int(counts.max(initial=0))
+    return most if most and (counts == most).all() else None
 
 
 def _places(held: Held, starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -21,7 +21,7 @@ from akd_dist.data.factories import source_sha256
 from akd_dist.data.philox import random_words
 from akd_dist.data.pictures import Crop
 from akd_dist.data.text import Tokens
-from akd_dist.recipe import Augmentation, CustomAugmentation
+from akd_dist.recipe import Augmentation, CustomAugmentation, NoAugmentation
 from akd_dist.storage.records import Probe
 
 SAMPLED = 16
@@ -88,6 +88,8 @@ def begin_view(
     device: torch.device | str = "cpu",
 ) -> Callable[[], torch.Tensor]:
     """As `view_of`, of which decoding is begun: called, it waits for that, and gives the view."""
+    if isinstance(augmentation, NoAugmentation) and encoded_of(inputs) is None:
+        return functools.partial(placed, inputs, device)
     return begin_views(augmentation, seed, inputs, rows, [view], tokens, device)[0]
 
 
@@ -139,10 +141,15 @@ def placed(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
     A GPU copies it out of pinned memory, so nobody waits: not this thread, and not for what the GPU computes just now.
     Whatever the same stream is given next finds it there.
     """
-    tensor, kind = torch.from_numpy(array), torch.device(device).type
+    tensor, kind = torch.from_numpy(array), _kind_of(device)
     if kind == "cpu":
         return tensor
     return tensor.to(device) if kind != "cuda" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+@functools.cache
+def _kind_of(device: torch.device | str) -> str:
+    return torch.device(device).type
 
 
 def check_augmentation(augmentation: Augmentation, seed: int, inputs: np.ndarray, tokens: Tokens | None = None) -> None:

@@ -130,6 +130,8 @@ class EpochOrder:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """The rows at places start..stop - 1 of the order, int64; those before are not drawn for it."""
+        if len(self.ends) == 1:
+            return self._group(0)[start:stop]
         parts = [
             self._group(group)[first - begins : after - begins] for group, begins, first, after in self.cut(start, stop)
         ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,13 +206,12 @@ class BatchStream:
         if self.ahead:
             yield from ahead(self._begun(epoch, all_steps, rank, world, then), self.ahead)
             return
-        reading, at_once = _Reading(self, epoch, then), self.steps_at_once
+        reading, at_once, ends = _Reading(self, epoch, then), self.steps_at_once, self.cut_into.ends
         for first in range(0, len(all_steps), at_once):
             steps = all_steps[first : first + at_once]
-            whole = [(step * self.batch, int(self.cut_into.ends[step])) for step in steps]
+            whole = [(step * self.batch, int(ends[step])) for step in steps]
             shares = [_share(*places, rank, world) for places in whole]
-            rows = [reading.order.rows(*places) for places in shares]
-            for step, places, own, gathered in zip(steps, whole, rows, self._cut(reading, shares), strict=True):
+            for step, places, (own, gathered) in zip(steps, whole, self._cut(reading, shares), strict=True):
                 spare = None
                 if not len(own):
                     spare = self._view(reading.order.rows(places[0], places[0] + 1), reading.view)
@@ -221,7 +220,7 @@ class BatchStream:
 
     def _labelled(self, rows: np.ndarray) -> int | None:
         """How many of these have labels; None where all rows have that are shown."""
-        if self.mix == LABELLED or not self.rows.unlabelled:
+        if not self.rows.unlabelled or self.mix == LABELLED:
             return None
         return int(np.count_nonzero(rows < self.rows.labelled))
 
@@ -267,19 +266,13 @@ class BatchStream:
             each += self.logits.row_bytes
         return max(1, min(STEPS_AT_ONCE, most // (self.batch * each)))
 
-    def _cut(self, reading: _Reading, shares: list[tuple[int, int]]) -> Iterator[Gathered]:
-        """Inputs, labels and logits of each of several batches, gathered together."""
-        inputs, labels, logits = _together(
-            [self.gather(rows, reading.view, reading.logits) for rows in reading.rows(shares)]
-        )
-        if len(shares) == 1:
-            yield inputs, labels, logits
-            return
-        end = 0
-        for start, stop in shares:
-            part = slice(end, end := end + stop - start)
-            # Kernels may depend on where in memory a tensor begins: inputs begin one of their own.
-            yield inputs[part].clone(), labels[part], _rows_of(logits, part)
+    def _cut(self, reading: _Reading, shares: list[tuple[int, int]]) -> Iterable[tuple[np.ndarray, Gathered]]:
+        """The rows of each of several batches, and what is gathered of them all together."""
+        found = [(rows, self.gather(rows, reading.view, reading.logits)) for rows in reading.rows(shares)]
+        if len(found) == len(shares) == 1:
+            return found
+        rows, parts = zip(*found, strict=True)
+        return _parts(np.concatenate(rows), _together(list(parts)), shares)
 
     def hold(self, view: int) -> Stored | None:
         """Have a whole view's logits at hand, for `gather`.
@@ -362,6 +355,10 @@ class _Reading:
     def rows(self, shares: list[tuple[int, int]]) -> Iterator[np.ndarray]:
         """The rows of some stretches of places, group by group, each once the group is at hand."""
         cuts = [cut for share in shares for cut in self.order.cut(*share)]
+        if len(cuts) == 1:
+            self._move(cuts[0][0])
+            yield self.order.rows(*shares[0])
+            return
         for group, some in itertools.groupby(cuts, key=lambda cut: cut[0]):
             self._move(group)
             parts = [self.order.rows(first, after) for _, _, first, after in some]
@@ -402,6 +399,21 @@ def _together(parts: list[Gathered]) -> Gathered:
         return parts[0]
     inputs, labels, said = zip(*parts, strict=True)
     return torch.cat(inputs), torch.cat(labels), _joined([one for one in said if one is not None])
+
+
+def _parts(
+    rows: np.ndarray, gathered: Gathered, shares: list[tuple[int, int]]
+) -> Iterator[tuple[np.ndarray, Gathered]]:
+    """Batches that were gathered as one, each with its rows."""
+    if len(shares) == 1:
+        yield rows, gathered
+        return
+    inputs, labels, said = gathered
+    end = 0
+    for start, stop in shares:
+        part = slice(end, end := end + stop - start)
+        # Kernels may depend on where in memory a tensor begins: inputs begin one of their own.
+        yield rows[part], (inputs[part].clone(), labels[part], _rows_of(said, part))
 
 
 def _joined(said: Sequence[Said]) -> Said | None:
